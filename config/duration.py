@@ -1,0 +1,61 @@
+"""Duration: a length of training in steps, tokens, samples, or as a fraction of the whole run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Unit(Enum):
+    """What a duration counts."""
+
+    STEPS = "steps"
+    TOKENS = "tokens"
+    SAMPLES = "samples"
+    FRACTION = "fraction"
+
+
+_SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_PATTERN = re.compile(r"^\s*([0-9][0-9_]*\.?[0-9]*(?:e[+-]?[0-9]+)?)\s*([kmbt]?)\s*(steps?|tokens?|samples?|%)?\s*$", re.I)
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training. Written `200`, `200 steps`, `1.5B tokens`, `4k samples`, `10%` or `0.1` (of the run)."""
+
+    value: float
+    unit: Unit
+
+    @classmethod
+    def parse(cls, written: str | int | float | Duration) -> Duration:
+        """Read a duration as a user writes it. A whole number is steps; a number in (0, 1) is a fraction of the run.
+
+        Raises ValueError saying what forms are understood.
+        """
+        if isinstance(written, Duration):
+            return written
+        match = _PATTERN.match(str(written))
+        if not match:
+            raise ValueError(f"'{written}' is not a duration; write 200, '200 steps', '1.5B tokens', '4k samples' or '10%'")
+        number, scale, word = match.groups()
+        value = float(number.replace("_", "")) * _SCALE[scale.lower()]
+        word = (word or "").lower().rstrip("s")
+        if word == "%":
+            value, unit = value / 100, Unit.FRACTION
+        elif word:
+            unit = {"step": Unit.STEPS, "token": Unit.TOKENS, "sample": Unit.SAMPLES}[word]
+        elif 0 < value < 1:
+            unit = Unit.FRACTION
+        else:
+            unit = Unit.STEPS
+        if unit is Unit.FRACTION and value > 1:
+            raise ValueError(f"'{written}' is more than the whole run; write at most 100%")
+        if unit is Unit.STEPS and value != int(value):
+            raise ValueError(f"'{written}' is not a whole number of steps; write steps as an integer or a fraction as '10%'")
+        return cls(value, unit)
+
+    def __str__(self) -> str:
+        if self.unit is Unit.FRACTION:
+            return f"{self.value * 100:g}%"
+        return f"{self.value:.15g} {self.unit.value}"

@@ -1,0 +1,28 @@
+"""What is wrong with a config, said once, completely, and with a way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing a user must change: the config key at fault, what is wrong with it, and a fix."""
+
+    key: str
+    message: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}" + (f"; {self.fix}" if self.fix else "")
+
+
+class ConfigError(ValueError):
+    """A config that can't run. Carries every problem found, not only the first."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = list(problems)
+        count = len(self.problems)
+        head = f"{count} problem{'s' if count != 1 else ''} in the config:"
+        super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))

@@ -1,0 +1,33 @@
+"""Config of `trainer`: how long to train, how to take a step, and when to look up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TrainerConfig:
+    """Length of the run and the habits of its loop.
+
+    steps, tokens   end of the run: give one
+    max_grad_norm   clip the global gradient norm to this; null: never
+    eval_every      evaluate every so many steps; null: only at the end; 0: never
+    eval_samples    samples of the validation set per evaluation
+    activation      what the forward pass keeps for the backward pass: none (keep all), selective, full, offload
+    compile         torch.compile each block
+    hooks           the user's own hooks, each a node with a `_target_`
+    sample_prompt   text the model continues at the end of the run; null: none
+    sample_tokens   how many tokens it adds
+    """
+
+    steps: int | None = None
+    tokens: int | None = None
+    max_grad_norm: float | None = 1.0
+    eval_every: int | None = 100
+    eval_samples: int = 64
+    activation: str = "none"
+    compile: bool = False
+    hooks: list[Any] = field(default_factory=list)
+    sample_prompt: str | None = None
+    sample_tokens: int = 200

@@ -1,0 +1,114 @@
+"""Samples, micro-batches, the global batch, and how it is assigned to data-parallel ranks.
+
+A step first draws its global batch, a range of sample indices (rule R1); an assignment then maps it to ranks and
+micro-batches. The assignment never changes which samples are in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+IGNORED = -100  # target of a position that carries no loss: padding, or a document's first token behind another document
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sequence.
+
+    tokens     (seq_len,) int64: what the model reads
+    targets    (seq_len,) int64: the next token at each position, or IGNORED
+    documents  (seq_len,) int64: index of the document each position belongs to, counted from 0 in this sample, or None
+               where attention crosses documents; padding has a document of its own
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    documents: np.ndarray | None = None
+
+
+class Samples(Protocol):
+    """An endless, randomly accessible sequence of samples: the k-th is a function of (recipe, seed, k) alone (R1)."""
+
+    seq_len: int
+    vocabulary: int
+
+    def __getitem__(self, index: int) -> Sample:
+        """The k-th sample of the run, k ≥ 0."""
+        ...
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The samples `[first, first + count)` of the run."""
+
+    first: int
+    count: int
+
+    def indices(self) -> range:
+        """Sample indices in run order."""
+        return range(self.first, self.first + self.count)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a rank passes through the model at once. B samples of S positions.
+
+    tokens_BS, targets_BS  int64; documents_BS int64 or None
+    """
+
+    tokens_BS: torch.Tensor
+    targets_BS: torch.Tensor
+    documents_BS: torch.Tensor | None = None
+
+    @classmethod
+    def collate(cls, samples: Sequence[Sample]) -> MicroBatch:
+        """Stack samples of one length."""
+
+        def stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+            return torch.from_numpy(np.stack(arrays).astype(np.int64, copy=False))
+
+        documents = [sample.documents for sample in samples if sample.documents is not None]
+        assert len(documents) in (0, len(samples)), "samples with and without document boundaries in one batch"
+        return cls(
+            stack([sample.tokens for sample in samples]),
+            stack([sample.targets for sample in samples]),
+            stack(documents) if documents else None,
+        )
+
+    @property
+    def valid_tokens(self) -> int:
+        """Positions that carry loss. Call it while the targets are still on the CPU."""
+        return int((self.targets_BS != IGNORED).sum())
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device, copied without waiting where memory is pinned."""
+        return MicroBatch(
+            self.tokens_BS.to(device, non_blocking=True),
+            self.targets_BS.to(device, non_blocking=True),
+            None if self.documents_BS is None else self.documents_BS.to(device, non_blocking=True),
+        )
+
+    def pin(self) -> MicroBatch:
+        """The same in page-locked memory."""
+        return MicroBatch(
+            self.tokens_BS.pin_memory(),
+            self.targets_BS.pin_memory(),
+            None if self.documents_BS is None else self.documents_BS.pin_memory(),
+        )
+
+
+def deal(batch: GlobalBatch, data_rank: int, data_size: int, micro: int) -> list[list[int]]:
+    """The static assignment: equal contiguous shares. Returns this rank's micro-batches as lists of sample indices.
+
+    The global batch must divide by `data_size`; a share that doesn't divide by `micro` ends in a smaller micro-batch.
+    """
+    share, rest = divmod(batch.count, data_size)
+    if rest:
+        raise ValueError(f"a global batch of {batch.count} samples can't be dealt in equal shares to {data_size} ranks")
+    mine = list(batch.indices())[data_rank * share : (data_rank + 1) * share]
+    return [mine[start : start + micro] for start in range(0, share, micro)]

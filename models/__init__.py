@@ -1,0 +1,1 @@
+"""Floor 2: model definitions, free of parallelism."""

@@ -1,0 +1,122 @@
+"""Layout: the only owner of ranks. Pure arithmetic here; `mesh.py` brings it to life on process groups.
+
+Axes from the outermost to the innermost (ranks that differ in an inner axis are neighbours, so that the chattiest
+axis, tensor parallelism, stays inside a node):
+
+    pp        pipeline stages
+    replicate groups that each hold a whole sharded copy (HSDP)
+    shard     data parallelism with ZeRO sharding
+    cp        context parallelism: slices of the same sequences; weights are sharded over shard × cp
+    tp        tensor parallelism
+
+A global batch is dealt over replicate × shard ("data ranks"); gradients are summed over replicate × shard × cp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config.parallel import ParallelConfig
+from ..config.problems import ConfigError, Problem
+
+AXES = ("pp", "replicate", "shard", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the mesh axes of a run, known to multiply to its number of processes."""
+
+    pp: int = 1
+    replicate: int = 1
+    shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    zero: int = 3
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.pp * self.replicate * self.shard * self.cp * self.tp
+
+    @property
+    def data_size(self) -> int:
+        """Number of shares a global batch is dealt into."""
+        return self.replicate * self.shard
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis name → size, outermost first."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Axis name → this rank's index along it."""
+        found: dict[str, int] = {}
+        for axis in reversed(AXES):
+            rank, found[axis] = divmod(rank, getattr(self, axis))
+        return {axis: found[axis] for axis in AXES}
+
+    def data_rank(self, rank: int) -> int:
+        """Which share of the global batch this rank works on, in [0, data_size)."""
+        at = self.coordinates(rank)
+        return at["replicate"] * self.shard + at["shard"]
+
+    def describe(self) -> str:
+        """One line for logs: the axes larger than one, and the ZeRO stage."""
+        axes = " × ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1)
+        return f"{axes or 'one process'}, ZeRO-{self.zero}"
+
+    @classmethod
+    def plan(cls, config: ParallelConfig, world_size: int) -> Layout:
+        """The layout that a config asks for on this many processes.
+
+        Raises ConfigError naming every key that has to change.
+        """
+        problems = layout_problems(config, world_size)
+        if problems:
+            raise ConfigError(problems)
+        data = world_size // (config.pp * config.cp * config.tp)
+        replicate = data if config.zero == 0 else config.replicate
+        return cls(config.pp, replicate, data // replicate, config.cp, config.tp, config.zero)
+
+
+def layout_problems(config: ParallelConfig, world_size: int) -> list[Problem]:
+    """Everything about the axis sizes that can't be, on this many processes."""
+    problems: list[Problem] = []
+    for key in ("replicate", "tp", "pp", "cp"):
+        size = getattr(config, key)
+        if size < 1:
+            problems.append(Problem(f"parallel.{key}", f"{size} is not a size", f"use parallel.{key}=1 to switch it off"))
+    if config.zero not in (0, 1, 2, 3):
+        problems.append(Problem("parallel.zero", f"stage {config.zero} does not exist", "use 0, 1, 2 or 3"))
+    if problems:
+        return problems
+    model = config.pp * config.cp * config.tp
+    if world_size % model:
+        fits = list(range(model, 2 * max(world_size, model) + 1, model))[:3]
+        problems.append(
+            Problem(
+                "parallel",
+                f"pp {config.pp} × cp {config.cp} × tp {config.tp} = {model} does not divide {world_size} processes",
+                f"start {' or '.join(map(str, fits))} processes, or change parallel.pp, parallel.cp or parallel.tp",
+            )
+        )
+        return problems
+    data = world_size // model
+    if data % config.replicate:
+        divisors = [n for n in range(1, data + 1) if data % n == 0]
+        problems.append(
+            Problem(
+                "parallel.replicate",
+                f"{config.replicate} groups can't share {data} data-parallel processes evenly",
+                f"use one of {', '.join(map(str, divisors))}",
+            )
+        )
+    elif config.zero == 0 and config.replicate not in (1, data):
+        problems.append(
+            Problem(
+                "parallel.replicate",
+                f"with parallel.zero=0 every one of the {data} data-parallel processes is a replica already",
+                "leave parallel.replicate at 1, or use parallel.zero=1, 2 or 3 for hybrid sharding",
+            )
+        )
+    return problems

@@ -1,0 +1,1 @@
+"""Hydra recipes: config groups and complete runs."""

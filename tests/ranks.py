@@ -1,0 +1,89 @@
+"""Run a function on several ranks, each a process forked from this one (torch is imported already: tenths of a second).
+
+    def body(rank: int, world_size: int, factor: int) -> float: ...
+    results = run_ranks(4, body, 3)      # results[r] is what rank r returned
+
+The process group (gloo, loopback, a file store) exists inside `body`. The first rank that raises fails the test with its
+traceback; ranks that wait for it are ended.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def _child(rank: int, world_size: int, store: str, pipe: Any, timeout: float, body: Callable[..., Any], args: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout),
+        )
+        result = pickle.dumps((True, body(rank, world_size, *args)))
+    except BaseException:  # whatever went wrong is for the parent to report
+        result = pickle.dumps((False, traceback.format_exc()))
+    pipe.send_bytes(result)
+    pipe.close()
+    os._exit(0)  # no interpreter shutdown: a peer that died must not make this one hang
+
+
+def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    """Call `body(rank, world_size, *args)` on every rank; returns what each returned, in rank order."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        children: list[Any] = []
+        pipes: list[Any] = []
+        for rank in range(world_size):
+            here, there = context.Pipe(duplex=False)
+            child = context.Process(
+                target=_child, args=(rank, world_size, f"{folder}/store", there, timeout, body, args), daemon=False
+            )
+            child.start()
+            there.close()
+            children.append(child)
+            pipes.append(here)
+        results: dict[int, Any] = {}
+        failure: str | None = None
+        deadline = time.monotonic() + timeout
+        try:
+            while len(results) < world_size and failure is None:
+                waiting = [pipes[rank] for rank in range(world_size) if rank not in results]
+                ready = multiprocessing.connection.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    missing = [rank for rank in range(world_size) if rank not in results]
+                    failure = f"ranks {missing} did not finish within {timeout} s"
+                for pipe in ready:
+                    rank = pipes.index(pipe)
+                    try:
+                        good, value = pickle.loads(pipe.recv_bytes())
+                    except EOFError:
+                        good, value = False, f"the process died with exit code {children[rank].exitcode}"
+                    if good:
+                        results[rank] = value
+                    else:
+                        failure = f"rank {rank} of {world_size} failed:\n{value}"
+                        break
+        finally:
+            for child in children:
+                if failure is not None:
+                    child.kill()
+                child.join(10)
+        if failure is not None:
+            raise AssertionError(failure)
+    return [results[rank] for rank in range(world_size)]
