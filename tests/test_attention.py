@@ -1,0 +1,56 @@
+"""The plain attention seam, held to the textbook formula with an explicit mask."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from meshloom.models.attention import attend, positions
+
+
+def textbook(
+    q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, documents_BS: torch.Tensor | None, scale: float | None
+) -> torch.Tensor:
+    """softmax(q kᵀ · scale + mask) v, one head at a time, nothing fused."""
+    length, heads, dim = q_BSHD.shape[1:]
+    group = heads // k_BSKD.shape[2]
+    allowed = torch.ones(length, length, dtype=torch.bool).tril().expand(q_BSHD.shape[0], -1, -1)
+    if documents_BS is not None:
+        allowed = allowed & (documents_BS[:, :, None] == documents_BS[:, None, :])
+    outs = []
+    for head in range(heads):
+        scores = q_BSHD[:, :, head] @ k_BSKD[:, :, head // group].transpose(1, 2)
+        scores = scores * (1 / math.sqrt(dim) if scale is None else scale)
+        weights = torch.softmax(scores.masked_fill(~allowed, -math.inf), dim=-1)
+        outs.append(weights @ v_BSKD[:, :, head // group])
+    return torch.stack(outs, dim=2)
+
+
+def random_documents(batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Runs of random lengths, different in each row, counted from 0."""
+    starts = torch.rand(batch, length, generator=generator) < 0.2
+    starts[:, 0] = False
+    return starts.long().cumsum(1)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_equals_the_textbook_with_gradients(kv_heads: int, with_documents: bool, scale: float | None) -> None:
+    generator = torch.Generator().manual_seed(kv_heads)
+    shapes = [(3, 23, 4, 8), (3, 23, kv_heads, 8), (3, 23, kv_heads, 8)]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    documents = random_documents(3, 23, generator) if with_documents else None
+    weight = torch.randn(shapes[0], generator=generator, dtype=torch.float64)
+    out = attend(inputs[0], inputs[1], inputs[2], documents, scale=scale)
+    expected = textbook(inputs[0], inputs[1], inputs[2], documents, scale)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for got, want in zip(torch.autograd.grad(out, inputs, weight), torch.autograd.grad(expected, inputs, weight), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_positions_restart_at_each_document() -> None:
+    documents = torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [3, 3, 0, 0, 3, 3]])
+    expected = [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 0, 1]]
+    assert positions(documents).tolist() == expected
