@@ -74,6 +74,10 @@ class Engine(Protocol):
         """This rank's boxes of the weights and of the optimizer's state, live: writing into them restores."""
         ...
 
+    def prepare_restore(self) -> None:
+        """Make every fragment exist that a checkpoint may hold, before the first update has made the optimizer's state."""
+        ...
+
     def counters(self) -> dict[str, float]:
         """The optimizer's scalar state by name (Adam's step), uniform over parameters."""
         ...

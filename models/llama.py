@@ -1,0 +1,207 @@
+"""A Llama-style decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU. It names no rank.
+
+Shape legend: B batch, S sequence, D model width, H query heads, K key/value heads, E head width, F feed-forward width,
+V vocabulary, T = B·S tokens.
+
+Where parallelism must act inside the model it replaces a callable: `Attention.attend` and `Llama.token_loss`. Their
+plain forms live in `attention.py` and `loss.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .attention import attend, positions
+from .init import Constant, Initial, Normal
+from .loss import linear_cross_entropy
+
+Attend = Callable[..., torch.Tensor]
+TokenLoss = Callable[..., torch.Tensor]
+
+
+def rotary_table(positions_S: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the rotary angles (arXiv 2104.09864), each (…, S, E/2), fp32 (fp64 if positions are fp64)."""
+    dtype = torch.float64 if positions_S.dtype == torch.float64 else torch.float32
+    exponents = torch.arange(0, head_dim, 2, device=positions_S.device, dtype=dtype) / head_dim
+    angles = positions_S.to(dtype).unsqueeze(-1) * theta**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BSHE: torch.Tensor, cos_SE: torch.Tensor, sin_SE: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs (i, i + E/2), the "rotate half" convention of Hugging Face checkpoints. Tables are (S, E/2) or (B, S, E/2)."""
+    cos, sin = cos_SE.unsqueeze(-2), sin_SE.unsqueeze(-2)
+    first, second = x_BSHE.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSHE.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, scale: float) -> None:
+        super().__init__()
+        self.head_dim = dim // heads
+        self.scale = scale
+        self.wq = nn.Linear(dim, heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(heads * self.head_dim, dim, bias=False)
+        self.attend: Attend = attend
+
+    def forward(
+        self, x_BSD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], documents_BS: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x_BSD → (B, S, D). The number of heads is read off the projections, so that they may be column shards."""
+
+        def split(y_BSX: torch.Tensor) -> torch.Tensor:
+            return y_BSX.unflatten(-1, (-1, self.head_dim))
+
+        q_BSHE = rotate(split(self.wq(x_BSD)), *rotary)
+        k_BSKE = rotate(split(self.wk(x_BSD)), *rotary)
+        out_BSHE = self.attend(q_BSHE, k_BSKE, split(self.wv(x_BSD)), documents_BS, scale=self.scale)
+        return self.wo(out_BSHE.flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) · w3 x) (arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, ffn_dim, bias=False)
+        self.w2 = nn.Linear(ffn_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, ffn_dim, bias=False)
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """x_BSD → (B, S, D)."""
+        return self.w2(F.silu(self.w1(x_BSD)) * self.w3(x_BSD))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream times `residual` (muP)."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, ffn_dim: int, eps: float, scale: float, residual: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, eps)
+        self.attention = Attention(dim, heads, kv_heads, scale)
+        self.ffn_norm = nn.RMSNorm(dim, eps)
+        self.ffn = FeedForward(dim, ffn_dim)
+        self.residual = residual
+
+    def forward(
+        self, x_BSD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], documents_BS: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x_BSD → (B, S, D)."""
+        x_BSD = x_BSD + self.residual * self.attention(self.attention_norm(x_BSD), rotary, documents_BS)
+        return x_BSD + self.residual * self.ffn(self.ffn_norm(x_BSD))
+
+
+class Llama(nn.Module):
+    """The decoder. A pipeline stage is the same module with `embed`, `norm` and `head` or some layers taken out."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        layers: int,
+        heads: int,
+        kv_heads: int,
+        ffn_dim: int,
+        vocabulary: int,
+        tied: bool = False,
+        norm_eps: float = 1e-5,
+        rope_theta: float = 500_000.0,
+        init_std: float = 0.02,
+        mup_base: int | None = None,
+        mup_embedding: float = 1.0,
+        mup_residual: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.dim, self.depth, self.vocabulary, self.tied = dim, layers, vocabulary, tied
+        self.heads, self.kv_heads, self.ffn_dim = heads, kv_heads, ffn_dim
+        self.rope_theta, self.init_std, self.norm_eps = rope_theta, init_std, norm_eps
+        self.head_dim = dim // heads
+        self.width = dim / mup_base if mup_base else 1.0  # muP's m_width
+        self.embedding_multiplier = mup_embedding
+        scale = 1 / self.head_dim if mup_base else 1 / math.sqrt(self.head_dim)
+        self.embed: nn.Embedding | None = nn.Embedding(vocabulary, dim)
+        self.layers = nn.ModuleDict(
+            {str(i): Block(dim, heads, kv_heads, ffn_dim, norm_eps, scale, mup_residual) for i in range(layers)}
+        )
+        self.norm: nn.RMSNorm | None = nn.RMSNorm(dim, norm_eps)
+        self.head: nn.Linear | None = nn.Linear(dim, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.token_loss: TokenLoss = linear_cross_entropy
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        targets_BS: torch.Tensor | None = None,
+        documents_BS: torch.Tensor | None = None,
+        positions_BS: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Token ids (B, S) → logits (B, S, V), or with targets the sum of token losses (scalar, at least fp32).
+
+        A stage without `embed` takes hidden states (B, S, D) instead; one without `head` returns them.
+        documents_BS: attention stays inside a document, and positions restart there. positions_BS overrides them (a
+        slice of a longer sequence has no other way to know where it lies).
+        """
+        if positions_BS is None:
+            positions_BS = positions(inputs.shape[:2], documents_BS, inputs.device)
+        if self.embed is not None:
+            x_BSD = self.embed(inputs)
+            if self.embedding_multiplier != 1.0:
+                x_BSD = x_BSD * self.embedding_multiplier
+        else:
+            x_BSD = inputs
+        exact = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
+        rotary = rotary_table(positions_BS.to(exact), self.head_dim, self.rope_theta)
+        for layer in self.layers.values():
+            x_BSD = layer(x_BSD, rotary, documents_BS)
+        if self.norm is None or self.head is None:
+            return x_BSD
+        x_BSD = self.norm(x_BSD)
+        if self.width != 1.0:
+            x_BSD = x_BSD / self.width
+        if targets_BS is None:
+            return self.head(x_BSD)
+        return self.token_loss(x_BSD.flatten(0, 1), self.head.weight, targets_BS.flatten())
+
+    def initial(self, name: str) -> Initial:
+        """How a parameter begins: matrices normal, output projections scaled by depth, norms at one (rule R3 draws it)."""
+        if name.endswith("norm.weight"):
+            return Constant(1.0)
+        if name.startswith(("embed.", "head.")):
+            return Normal(self.init_std)
+        std = self.init_std / math.sqrt(self.width)
+        if name.endswith(("attention.wo.weight", "ffn.w2.weight")):
+            std /= math.sqrt(2 * self.depth)
+        return Normal(std)
+
+    def decays(self, name: str) -> bool:
+        """Whether weight decay applies: matrices inside the blocks and the head; not norms, not the embedding."""
+        return not name.endswith("norm.weight") and not name.startswith("embed.")
+
+    def lr_scale(self, name: str) -> float:
+        """Factor on the learning rate: 1 / m_width for matrices inside the blocks under muP, otherwise 1."""
+        return 1 / self.width if name.startswith("layers.") and not name.endswith("norm.weight") else 1.0
+
+    def parameter_count(self, *, embedding: bool = True) -> int:
+        """Number of parameters of the whole model, from its shape alone; without the embedding's (not the head's) on request."""
+        kv_dim = self.kv_heads * self.head_dim
+        block = 2 * self.dim * self.dim + 2 * self.dim * kv_dim + 3 * self.dim * self.ffn_dim + 2 * self.dim
+        tables = self.vocabulary * self.dim * (1 if self.tied else 2)
+        total = self.depth * block + self.dim + tables
+        return total if embedding or self.tied else total - self.vocabulary * self.dim
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Forward and backward FLOPs per token: 6 per matrix parameter, and 12·layers·dim·seq_len for attention.
+
+        The convention of PaLM's appendix B (and torchtitan): attention counted in full although half is masked, the embedding
+        not counted, recomputation not counted.
+        """
+        return 6 * self.parameter_count(embedding=False) + 12 * self.depth * self.dim * seq_len

@@ -1,0 +1,125 @@
+"""Mesh: a Layout brought to life. The only code that starts process groups or asks `torch.distributed` who it is."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from .layout import Layout
+
+
+def environment_world_size() -> int:
+    """Number of processes this one was started among (torchrun's WORLD_SIZE); 1 when started alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def pick_device() -> torch.device:
+    """This process's device: its own GPU by LOCAL_RANK where there are GPUs, otherwise the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place in a layout, and the groups it talks in.
+
+    root  the device mesh over all axes of `Layout`, with flattened helper axes:
+          "weights" (what a parameter is sharded over), "copies" (who repeats it), "data" (who adds up losses)
+    """
+
+    layout: Layout
+    rank: int
+    device: torch.device
+    root: DeviceMesh
+
+    @classmethod
+    def connect(cls, layout: Layout, device: torch.device, timeout: float = 600.0) -> Mesh:
+        """Join the process groups. Every process of the run calls it once, with the same layout.
+
+        timeout: seconds before a collective that waits for a lost rank raises.
+        """
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            limit = datetime.timedelta(seconds=timeout)
+            if "RANK" in os.environ:
+                dist.init_process_group(backend, timeout=limit)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+        assert dist.get_world_size() == layout.world_size, f"{layout} on {dist.get_world_size()} processes"
+        # Under ZeRO-0 every data and context rank is a copy, so cp belongs to the copies' side of the mesh; the axis
+        # `shard` has size 1 there, which leaves the numbering of ranks as Layout says.
+        axes = ("pp", "replicate", "shard", "cp", "tp") if layout.zero else ("pp", "replicate", "cp", "shard", "tp")
+        root = init_device_mesh(device.type, tuple(layout.sizes[axis] for axis in axes), mesh_dim_names=axes)
+        if layout.zero:
+            root["shard", "cp"]._flatten("weights")
+        else:
+            root["replicate", "cp"]._flatten("copies")
+        root[tuple(axis for axis in axes if axis not in ("pp", "tp"))]._flatten("data")
+        root[tuple(axis for axis in axes if axis != "pp")]._flatten("stage")
+        return cls(layout, dist.get_rank(), device, root)
+
+    @property
+    def coordinates(self) -> dict[str, int]:
+        """Axis name → this rank's index along it."""
+        return self.layout.coordinates(self.rank)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for the run (rank 0)."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the global batch is this rank's."""
+        return self.layout.data_rank(self.rank)
+
+    @property
+    def weights(self) -> DeviceMesh:
+        """The mesh that weights are sharded over: 1-D, or 2-D (copies, shards) where there are several copies."""
+        if self.layout.zero == 0:
+            return self.root["copies", "shard"]
+        if self.layout.replicate > 1:
+            return self.root["replicate", "weights"]
+        return self.root["weights"]
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The process group of an axis of `root`, flattened ones included ("data", "stage")."""
+        return self.root[axis].get_group()
+
+    def size(self, axis: str) -> int:
+        """Number of ranks along an axis."""
+        return self.root[axis].size()
+
+    def sum(self, values: torch.Tensor, axis: str | None = None) -> torch.Tensor:
+        """Sum over an axis (default: all processes), in place; does nothing where there is nobody else."""
+        group = self.group(axis) if axis else None
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(values, group=group)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some process. Waits for all of them."""
+        votes = torch.tensor([int(flag)], device=self.device)
+        return bool(self.sum(votes).item())
+
+    def store(self, name: str) -> dist.Store:
+        """A key-value store of all processes, under a name of its own: agreement without a collective."""
+        return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.layout.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

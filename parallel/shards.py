@@ -1,0 +1,74 @@
+"""Where each parameter of a DTensor model lies, and the sums over shards that whole-parameter updates need (rule R4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ..optim.parameters import NamedParameter
+from .fragment import Box
+from .mesh import Mesh
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's data on this rank, sharing its storage."""
+    return tensor._local_tensor.detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One parameter's place: its whole shape, this rank's box, and how many ranks of a pipeline stage hold each element."""
+
+    parameter: torch.nn.Parameter
+    global_shape: tuple[int, ...]
+    box: Box
+    copies: int
+
+    @classmethod
+    def of(cls, parameter: torch.nn.Parameter, mesh: Mesh) -> Placed:
+        """Read the place off the DTensor's placements; a plain tensor is whole on every rank."""
+        stage = mesh.size("stage")
+        shape = tuple(parameter.shape)
+        if not isinstance(parameter, DTensor):
+            return cls(parameter, shape, Box.whole(shape), stage)
+        sharded = math.prod(
+            parameter.device_mesh.size(axis) for axis, kind in enumerate(parameter.placements) if isinstance(kind, Shard)
+        )
+        extent, offsets = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
+        return cls(parameter, shape, Box(tuple(offsets), tuple(extent)), stage // sharded)
+
+
+class MeshShards:
+    """`Shards` over a mesh: every question is one collective over the ranks of this pipeline stage."""
+
+    def __init__(self, mesh: Mesh, placed: dict[str, Placed]) -> None:
+        self._mesh = mesh
+        self._placed = placed
+
+    def sum(self, values: torch.Tensor, parameters: Sequence[NamedParameter]) -> torch.Tensor:
+        """values (len(parameters), …) summed over the shards of each parameter, its copies counted once."""
+        copies = torch.tensor(
+            [self._placed[p.name].copies for p in parameters], dtype=values.dtype, device=values.device
+        )
+        counted_once = values / copies.view(-1, *(1 for _ in values.shape[1:]))
+        return self._mesh.sum(counted_once, "stage")
+
+    def gather(self, parameter: NamedParameter, local: torch.Tensor) -> torch.Tensor:
+        """The whole array of which `local` is this rank's shard."""
+        sharded = self._placed[parameter.name].parameter
+        if not isinstance(sharded, DTensor):
+            return local
+        stride = sharded.stride()
+        whole = DTensor.from_local(
+            local, sharded.device_mesh, sharded.placements, run_check=False, shape=sharded.shape, stride=stride
+        )
+        return whole.full_tensor()
+
+    def scatter(self, parameter: NamedParameter, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of a whole array."""
+        return whole[self._placed[parameter.name].box.slices()]

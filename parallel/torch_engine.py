@@ -1,0 +1,212 @@
+"""TorchEngine: FSDP2 and DTensor behind the Engine protocol.
+
+All ZeRO stages are one mechanism, FSDP2, told when to communicate (counts per step with M micro-batches, per group):
+
+    stage  weights gathered        gradient reduced      mesh of a weight
+    0      never (M local copies)  all-reduced once      (copies, 1)
+    1      once                    once                  (shards)
+    2      once                    M times               (shards)
+    3      2 M times               M times               (shards)
+
+Gradients are *summed* over ranks, because each micro-batch's loss is already divided by the tokens of the whole global
+batch (rule R2): no factor depends on how the batch was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from ..data.batch import MicroBatch
+from ..models.init import fill
+from ..models.llama import Llama
+from ..optim.parameters import NamedParameter, Shards
+from ..optim.statistics import GradientStatistics
+from .activation import apply_policy
+from .engine import StepLoss
+from .fragment import Box, Fragment
+from .mesh import Mesh
+from .shards import MeshShards, Placed, local
+
+OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+class TorchEngine:
+    """See the module's docstring; methods are documented in `engine.Engine`."""
+
+    def __init__(
+        self,
+        model: Llama,
+        mesh: Mesh,
+        make_optimizer: OptimizerFactory,
+        *,
+        seed: int,
+        precision: str = "bf16",
+        activation: str = "none",
+        compile_blocks: bool = False,
+    ) -> None:
+        """model: on the meta device; it is sharded, given storage and its initial weights here (rule R3)."""
+        self.module: nn.Module = model
+        self.mesh = mesh
+        self._zero = mesh.layout.zero
+        compute = PRECISIONS[precision]
+        model.to(torch.float64 if compute == torch.float64 else torch.float32)
+        blocks = list(model.layers.values())
+        apply_policy(blocks, activation)
+        if compile_blocks:
+            for block in blocks:
+                block.compile()
+        self._shard(model, compute)
+        model.to_empty(device=mesh.device)
+        self._placed = {name: Placed.of(parameter, mesh) for name, parameter in model.named_parameters()}
+        for name, placed in self._placed.items():
+            fill(
+                local(placed.parameter),
+                model.initial(name),
+                seed=seed,
+                name=name,
+                global_shape=placed.global_shape,
+                offsets=placed.box.offsets,
+            )
+        # The optimizer works on plain local tensors that share the shards' storage: every elementwise optimizer is
+        # right as it is, at none of DTensor's dispatch cost, and the others ask through MeshShards.
+        self._parameters = [
+            NamedParameter(
+                name, nn.Parameter(local(placed.parameter)), placed.global_shape, model.decays(name), model.lr_scale(name)
+            )
+            for name, placed in self._placed.items()
+        ]
+        self.optimizer = make_optimizer(self._parameters, MeshShards(mesh, self._placed))
+        copies = torch.tensor([placed.copies for placed in self._placed.values()], dtype=torch.float64)
+        self._per_copy = (1 / copies).to(mesh.device)
+
+    def _shard(self, model: Llama, compute: torch.dtype) -> None:
+        if compute == torch.bfloat16:
+            policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        else:
+            policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        keep = self._zero < 3
+        for block in model.layers.values():
+            fully_shard(block, mesh=self.mesh.weights, mp_policy=policy, reshard_after_forward=not keep)
+        if model.embed is not None and not model.tied:
+            fully_shard(model.embed, mesh=self.mesh.weights, mp_policy=policy, reshard_after_forward=not keep)
+        # What is left (norm, head, a tied embedding) is gathered at the root, where the loss reads the head's weight.
+        fully_shard(model, mesh=self.mesh.weights, mp_policy=policy, reshard_after_forward=False)
+        self._groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for group in self._groups:
+            group.set_gradient_divide_factor(1.0)
+            group.set_force_sum_reduction_for_comms(True)
+
+    def _communicate(self, last: bool) -> None:
+        """Tell FSDP2 which collectives this micro-batch needs (table in the module's docstring)."""
+        root = cast(FSDPModule, self.module)
+        if self._zero < 3:
+            root.set_reshard_after_backward(last)
+        if self._zero < 2:
+            root.set_requires_gradient_sync(last)
+        else:
+            root.set_requires_all_reduce(last)
+
+    def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:
+        micro_batch = micro_batch.to(self.mesh.device)
+        return self.module(micro_batch.tokens_BS, micro_batch.targets_BS, micro_batch.documents_BS)
+
+    def accumulate(self, micro_batches: Sequence[MicroBatch], global_tokens: torch.Tensor) -> StepLoss:
+        """Forward and backward of this rank's share."""
+        assert micro_batches, "a rank without a micro-batch would leave its peers waiting in a collective"
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for index, micro_batch in enumerate(micro_batches):
+            self._communicate(last=index == len(micro_batches) - 1)
+            loss = self._forward(micro_batch)
+            (loss / global_tokens).backward()
+            total += loss.detach()
+        for parameter, placed in zip(self._parameters, self._placed.values(), strict=True):
+            gradient = placed.parameter.grad
+            parameter.tensor.grad = None if gradient is None else local(gradient)
+        return StepLoss(self.mesh.sum(total, "data"), global_tokens, {})
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.tensor.grad for p in self._parameters if p.tensor.grad is not None]
+
+    @torch.no_grad()
+    def gradient_norm(self) -> torch.Tensor:
+        """Each rank's squares, divided by the number of copies of each element, add up to every element counted once."""
+        norms = torch.stack(torch._foreach_norm(self._gradients())).double()
+        present = torch.tensor([p.tensor.grad is not None for p in self._parameters])
+        squares = (norms.square() * self._per_copy[present.to(self._per_copy.device)]).sum()
+        return self.mesh.sum(squares).sqrt()
+
+    @torch.no_grad()
+    def clip(self, max_norm: float, norm: torch.Tensor) -> None:
+        """Scale by min(1, max_norm / norm), without asking the device what the norm is."""
+        gradients = self._gradients()
+        torch._foreach_mul_(gradients, (max_norm / norm).clamp(max=1.0).to(gradients[0].dtype))
+
+    def gradient_statistics(self) -> GradientStatistics | None:
+        """Not estimated by this engine's plain accumulation."""
+        return None
+
+    def update(self, lr: float) -> None:
+        """One optimizer step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradient."""
+        for parameter, placed in zip(self._parameters, self._placed.values(), strict=True):
+            parameter.tensor.grad = placed.parameter.grad = None
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
+        """Loss without gradients, over all ranks."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        for micro_batch in micro_batches:
+            sums[0] += self._forward(micro_batch)
+            sums[1] += micro_batch.valid_tokens
+        # Without a backward pass nobody frees the gathered weights, and the next step would use them, stale.
+        for group in self._groups:
+            group.reshard()
+        self.mesh.sum(sums, "data")
+        return StepLoss(sums[0], sums[1], {})
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's boxes of weights and of the optimizer's tensors that have a weight's shape."""
+        for parameter, (name, placed) in zip(self._parameters, self._placed.items(), strict=True):
+            if not placed.box.numel:
+                continue
+            arrays = {"weight": parameter.tensor.detach()}
+            for role, value in self.optimizer.state[parameter.tensor].items():
+                if torch.is_tensor(value) and value.shape == parameter.tensor.shape and value.dim():
+                    arrays[role] = value
+            for role, tensor in arrays.items():
+                yield Fragment(name, role, placed.global_shape, placed.box, tensor)
+
+    def prepare_restore(self) -> None:
+        """Make the optimizer create its state: one update with a zero gradient at rate zero, which changes no weight."""
+        for parameter in self._parameters:
+            parameter.tensor.grad = torch.zeros_like(parameter.tensor)
+        self.update(0.0)
+        self.zero_grad()
+        self.load_counters(dict.fromkeys(self.counters(), 0.0))
+
+    def counters(self) -> dict[str, float]:
+        """Scalar optimizer state, read off the first parameter: it is the same for every one."""
+        state = self.optimizer.state[self._parameters[0].tensor]
+        return {role: float(value) for role, value in state.items() if not torch.is_tensor(value) or value.dim() == 0}
+
+    @torch.no_grad()
+    def load_counters(self, counters: dict[str, float]) -> None:
+        """Set the scalar state of every parameter."""
+        for parameter in self._parameters:
+            state = self.optimizer.state[parameter.tensor]
+            for role, value in counters.items():
+                if torch.is_tensor(state[role]):
+                    state[role].fill_(value)
+                else:
+                    state[role] = type(state[role])(value)
