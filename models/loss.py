@@ -1,0 +1,149 @@
+"""Cross-entropy of a linear head without its logits (StreamBP's last part, arXiv 2506.03077).
+
+Logits of a chunk of tokens are computed, turned into their own gradient in place and multiplied away before the next
+chunk begins, all in the forward pass, so tokens × vocabulary never exists. The backward pass only scales.
+
+Shape legend: T tokens, C tokens of one chunk, D model width, V vocabulary (or the slice of it that this rank holds).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100  # target of a position that carries no loss; PyTorch's convention
+CHUNK = 4096  # tokens at once: 1 GiB of bf16 logits at a vocabulary of 128k, and long enough for matmuls to run at full speed
+_ALIGNMENT = 64  # columns the row stride of the logits is rounded up to: an odd vocabulary would leave the tensor cores
+
+Merge = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def linear_cross_entropy(
+    hidden_TD: torch.Tensor, head_VD: torch.Tensor, targets_T: torch.Tensor, *, chunk: int = CHUNK, ignored: int = IGNORED
+) -> torch.Tensor:
+    """Sum over tokens of −log softmax(hidden · headᵀ)[target], a scalar; positions whose target is `ignored` count nothing.
+
+    Gradients to hidden and head are exact. Matmuls run in the inputs' common dtype; softmax, loss and the sum of the head's
+    gradient over chunks are fp32 (fp64 for fp64 inputs), and so is the result. A target outside [0, V) that isn't `ignored`
+    makes the loss infinite.
+    """
+    return sliced_cross_entropy(hidden_TD, head_VD, targets_T, None, chunk=chunk, ignored=ignored)
+
+
+def sliced_cross_entropy(
+    hidden_TD: torch.Tensor,
+    head_VD: torch.Tensor,
+    targets_T: torch.Tensor,
+    merge: Merge | None,
+    *,
+    first: int = 0,
+    chunk: int = CHUNK,
+    ignored: int = IGNORED,
+) -> torch.Tensor:
+    """`linear_cross_entropy` where head_VD are the rows [first, first + V) of a larger head.
+
+    merge takes each row's log-sum-exp and target logit over this slice (−inf where the target lies in another) and returns
+    those over the whole vocabulary. The loss is then the whole one; hidden's gradient is this slice's part of the sum.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least one token, not {chunk}")
+    assert hidden_TD.dtype == head_VD.dtype, f"hidden is {hidden_TD.dtype}, head {head_VD.dtype}"
+    total: Any = _LinearCrossEntropy.apply(hidden_TD, head_VD, targets_T, merge, first, chunk, ignored, torch.is_grad_enabled())
+    return total
+
+
+def _statistics(logits_CV: torch.Tensor, columns_C: torch.Tensor, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-sum-exp of each row and its logit in column `columns_C`, −inf for a column that is not there."""
+    x_CV = logits_CV.to(wide)
+    peak_C1 = x_CV.amax(1, keepdim=True)
+    log_sum_C = (x_CV - peak_C1).exp().sum(1).log() + peak_C1.squeeze(1)
+    inside_C = (columns_C >= 0) & (columns_C < logits_CV.shape[1])
+    picked_C = logits_CV.gather(1, torch.where(inside_C, columns_C, 0).unsqueeze(1)).squeeze(1).to(wide)
+    return log_sum_C, torch.where(inside_C, picked_C, -torch.inf)
+
+
+def _differentiate(logits_CV: torch.Tensor, log_sum_C: torch.Tensor, columns_C: torch.Tensor, valid_C: torch.Tensor) -> None:
+    """Overwrite logits by the gradient of the summed loss with respect to them: softmax − one-hot, zero where not valid."""
+    wide = log_sum_C.dtype
+    inside_C = (columns_C >= 0) & (columns_C < logits_CV.shape[1])
+    index_C1 = torch.where(inside_C, columns_C, 0).unsqueeze(1)
+    picked_C1 = logits_CV.gather(1, index_C1).to(wide) - log_sum_C.unsqueeze(1)
+    # expm1: a target's p − 1 keeps its digits where p is nearly 1
+    at_C1 = torch.where(inside_C.unsqueeze(1), picked_C1.expm1(), picked_C1.exp()) * valid_C.unsqueeze(1)
+    softmax_CV = (logits_CV.to(wide) - log_sum_C.unsqueeze(1)).exp_().mul_(valid_C.unsqueeze(1))
+    logits_CV.copy_(softmax_CV).scatter_(1, index_C1, at_C1.to(logits_CV.dtype))
+
+
+@cache
+def _kernels(device: str) -> tuple[Callable[..., tuple[torch.Tensor, torch.Tensor]], Callable[..., None]]:
+    """The two passes over a chunk's logits, each fused into one kernel where a compiler for the device is at hand."""
+    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+        return torch.compile(_statistics), torch.compile(_differentiate)
+    return _statistics, _differentiate
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: torch.Tensor,
+        head_VD: torch.Tensor,
+        targets_T: torch.Tensor,
+        merge: Merge | None,
+        first: int,
+        chunk: int,
+        ignored: int,
+        recording: bool,
+    ) -> torch.Tensor:
+        tokens, vocabulary = hidden_TD.shape[0], head_VD.shape[0]
+        wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
+        to_hidden, to_head = (recording and needed for needed in ctx.needs_input_grad[:2])
+        hidden_grad_TD = torch.empty_like(hidden_TD) if to_hidden else None
+        head_grad_VD = torch.zeros_like(head_VD, dtype=wide) if to_head else None
+        statistics, differentiate = _kernels(hidden_TD.device.type)
+        stride = -(-vocabulary // _ALIGNMENT) * _ALIGNMENT
+        buffer = hidden_TD.new_empty(min(chunk, tokens), stride)[:, :vocabulary]
+        total = hidden_TD.new_zeros((), dtype=wide)
+        for start in range(0, tokens, chunk):
+            part = slice(start, start + chunk)
+            hidden_CD, targets_C = hidden_TD[part], targets_T[part]
+            valid_C, columns_C = targets_C != ignored, targets_C - first
+            logits_CV = torch.mm(hidden_CD, head_VD.t(), out=buffer[: hidden_CD.shape[0]])
+            log_sum_C, picked_C = statistics(logits_CV, columns_C, wide)
+            if merge is not None:
+                log_sum_C, picked_C = merge(log_sum_C, picked_C)
+            total += torch.where(valid_C, log_sum_C - picked_C, 0).sum()
+            if hidden_grad_TD is None and head_grad_VD is None:
+                continue
+            differentiate(logits_CV, log_sum_C, columns_C, valid_C)
+            if hidden_grad_TD is not None:
+                torch.mm(logits_CV, head_VD, out=hidden_grad_TD[part])
+            if head_grad_VD is not None:
+                _accumulate(head_grad_VD, logits_CV.t(), hidden_CD)
+        ctx.save_for_backward(hidden_grad_TD, head_grad_VD)
+        ctx.dtype = hidden_TD.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        def scaled(saved: torch.Tensor | None) -> torch.Tensor | None:
+            # one element, not none: a 0-dim factor would be rounded to the gradient's dtype before it multiplies
+            return saved if saved is None else torch.mul(saved, gradient.view(1), out=torch.empty_like(saved, dtype=ctx.dtype))
+
+        return *(scaled(saved) for saved in ctx.saved_tensors), *[None] * 6
+
+
+def _accumulate(sum_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor) -> None:
+    """sum += a · b, without rounding the product to the factors' dtype where the device can add it in the sum's."""
+    if sum_MN.dtype == a_MK.dtype:
+        sum_MN.addmm_(a_MK, b_KN)
+    elif sum_MN.is_cuda:
+        torch.addmm(sum_MN, a_MK, b_KN, out_dtype=sum_MN.dtype, out=sum_MN)
+    else:
+        sum_MN += a_MK @ b_KN
