@@ -1,0 +1,63 @@
+"""Horizon: how long a run is, and what its steps, samples and tokens are worth in one another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config.duration import Duration, Unit
+from .progress import Progress
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """The length of a run, and the exchange rates between the units of a `Duration`.
+
+    length   of the run, in steps, tokens or samples (`trainer.steps` or `trainer.tokens`)
+    seq_len  tokens of a sample
+    batch    samples of a step where every step has the same; None where a controller changes it
+    """
+
+    length: Duration
+    seq_len: int
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        assert self.length.unit is not Unit.FRACTION, "the length of a run is not a fraction of itself"
+
+    @property
+    def unit(self) -> Unit:
+        """What the length of the run is counted in."""
+        return self.length.unit
+
+    @property
+    def total(self) -> float:
+        """The length of the run in its own unit."""
+        return self.length.value
+
+    def amount(self, duration: Duration, unit: Unit) -> float:
+        """`duration` counted in `unit`.
+
+        Raises ValueError where that has no fixed answer: steps into tokens or samples while the batch size changes.
+        """
+        if duration.unit is Unit.FRACTION:
+            return duration.value * self.amount(self.length, unit)
+        if duration.unit is unit or duration.value == 0:
+            return duration.value
+        samples = {Unit.SAMPLES: 1, Unit.TOKENS: self.seq_len, Unit.STEPS: None}
+        here, there = samples[duration.unit], samples[unit]
+        if here is not None and there is not None:
+            return duration.value / here * there
+        if self.batch is None:
+            raise ValueError(f"{duration} has no fixed number of {unit.value} while the batch size changes")
+        if there is None:
+            assert here is not None
+            return duration.value / here / self.batch
+        return duration.value * self.batch * there
+
+    def position(self, progress: Progress, unit: Unit) -> float:
+        """How far the run has come at the beginning of the step, in `unit`."""
+        return {Unit.STEPS: progress.step, Unit.TOKENS: progress.tokens, Unit.SAMPLES: progress.samples}[unit]
+
+    def stride(self, progress: Progress, unit: Unit) -> float:
+        """How far the step about to be taken goes, in `unit`."""
+        return {Unit.STEPS: 1, Unit.TOKENS: progress.batch * self.seq_len, Unit.SAMPLES: progress.batch}[unit]
