@@ -151,7 +151,8 @@ class Llama(nn.Module):
         slice of a longer sequence has no other way to know where it lies).
         """
         if positions_BS is None:
-            positions_BS = positions(inputs.shape[:2], documents_BS, inputs.device)
+            plain = torch.arange(inputs.shape[1], device=inputs.device)
+            positions_BS = plain if documents_BS is None else positions(documents_BS)
         if self.embed is not None:
             x_BSD = self.embed(inputs)
             if self.embedding_multiplier != 1.0:

@@ -51,7 +51,7 @@ class Engine(Protocol):
         ...
 
     def clip(self, max_norm: float, norm: torch.Tensor) -> None:
-        """Scale the gradient by min(1, max_norm / norm)."""
+        """Scale the gradient by min(1, max_norm / (norm + 1e-6))."""
         ...
 
     def gradient_statistics(self) -> GradientStatistics | None:

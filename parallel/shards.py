@@ -52,9 +52,7 @@ class MeshShards:
 
     def sum(self, values: torch.Tensor, parameters: Sequence[NamedParameter]) -> torch.Tensor:
         """values (len(parameters), …) summed over the shards of each parameter, its copies counted once."""
-        copies = torch.tensor(
-            [self._placed[p.name].copies for p in parameters], dtype=values.dtype, device=values.device
-        )
+        copies = torch.tensor([self._placed[p.name].copies for p in parameters], dtype=values.dtype, device=values.device)
         counted_once = values / copies.view(-1, *(1 for _ in values.shape[1:]))
         return self._mesh.sum(counted_once, "stage")
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from ..config.parallel import ParallelConfig
 from ..data.batch import MicroBatch
 from ..models.init import fill
 from ..models.llama import Llama
@@ -46,6 +47,7 @@ class TorchEngine:
         make_optimizer: OptimizerFactory,
         *,
         seed: int,
+        parallel: ParallelConfig,
         precision: str = "bf16",
         activation: str = "none",
         compile_blocks: bool = False,
@@ -54,6 +56,7 @@ class TorchEngine:
         self.module: nn.Module = model
         self.mesh = mesh
         self._zero = mesh.layout.zero
+        self._parallel = parallel
         compute = PRECISIONS[precision]
         model.to(torch.float64 if compute == torch.float64 else torch.float32)
         blocks = list(model.layers.values())
@@ -143,9 +146,9 @@ class TorchEngine:
 
     @torch.no_grad()
     def clip(self, max_norm: float, norm: torch.Tensor) -> None:
-        """Scale by min(1, max_norm / norm), without asking the device what the norm is."""
+        """Scale by min(1, max_norm / (norm + 1e-6)), PyTorch's convention, without asking the device what the norm is."""
         gradients = self._gradients()
-        torch._foreach_mul_(gradients, (max_norm / norm).clamp(max=1.0).to(gradients[0].dtype))
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].dtype))
 
     def gradient_statistics(self) -> GradientStatistics | None:
         """Not estimated by this engine's plain accumulation."""
