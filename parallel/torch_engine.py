@@ -29,7 +29,7 @@ from ..optim.parameters import NamedParameter, Shards
 from ..optim.statistics import GradientStatistics
 from .activation import apply_policy
 from .engine import StepLoss
-from .fragment import Box, Fragment
+from .fragment import Fragment
 from .mesh import Mesh
 from .shards import MeshShards, Placed, local
 

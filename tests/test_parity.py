@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import Work, curves, gradients, plain_curve
-from ranks import run_ranks
 
 from meshloom.config.parallel import ParallelConfig
+from parity import Work, curves, gradients, plain_curve
+from ranks import run_ranks
 
 TOLERANCE = 1e-9
 
