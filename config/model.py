@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 
@@ -32,3 +33,8 @@ class LlamaConfig:
     mup_base: int | None = None
     mup_embedding: float = 1.0
     mup_residual: float = 1.0
+
+
+def register(store: ConfigStore) -> None:
+    """Make the schemas known to Hydra as model/base_<name>; the recipes of the group extend them."""
+    store.store(group="model", name="base_llama", node=LlamaConfig)

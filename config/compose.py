@@ -1,0 +1,249 @@
+"""From recipes and overrides to one config: composition by Hydra, with every faulty override named at once.
+
+Hydra stops at the first override that it can't take. `compose` finds all of them: it adds the overrides one by one, group
+choices first, and leaves out those that fail.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+
+from . import RunConfig, batch, data, model, optim, schedule
+from .problems import ConfigError, Problem
+
+RECIPES = "pkg://meshloom.recipes"
+ROOT = "config"
+HYDRA_VERSION = "1.3"
+NEVER_SAVED = ("launch", "resume", "output_dir")  # belong to an invocation, not to the run it continues
+
+
+def register_schemas() -> None:
+    """Make the typed form of every recipe group known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=RunConfig)
+    for group in (model, data, optim, schedule, batch):
+        group.register(store)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What the composition of a command line gave.
+
+    config     the run's config, without the overrides that could not be taken
+    problems   one for every such override
+    """
+
+    config: DictConfig
+    problems: list[Problem]
+
+
+class Composer:
+    """Composes configs from Meshloom's recipes and, in front of the built-in schemas, a user's own folder."""
+
+    def __init__(self, config_dir: str | None = None) -> None:
+        """config_dir: folder of further recipes (`--config-dir`). Raises ConfigError when it does not exist."""
+        version.setbase(HYDRA_VERSION)
+        register_schemas()
+        path = create_config_search_path(RECIPES)
+        if config_dir is not None:
+            folder = Path(config_dir).resolve()
+            if not folder.is_dir():
+                raise ConfigError(
+                    [Problem("--config-dir", f"'{folder}' is not a folder", "give the folder that holds recipe/")]
+                )
+            path.prepend(provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
+        self.loader = ConfigLoaderImpl(config_search_path=path)
+
+    def compose(self, overrides: Sequence[str]) -> Composition:
+        """The config of these overrides. Raises ConfigError when the recipe itself can't be composed."""
+        problems: list[Problem] = []
+        parsed = [*_parse(overrides, problems)]
+        try:
+            return Composition(self._load([override.input_line or "" for override in parsed]), problems)
+        except (HydraException, ConfigError):
+            return self._without_faults(parsed, problems)
+
+    def expand(self, overrides: Sequence[str]) -> list[list[str]]:
+        """The overrides of each job of a sweep (`-m`); one job where nothing is swept."""
+        problems: list[Problem] = []
+        parsed = [*_parse(overrides, problems)]
+        if problems:
+            raise ConfigError(problems)
+        hydra = [override.input_line or "" for override in parsed if override.is_hydra_override()]
+        task = [override for override in parsed if not override.is_hydra_override()]
+        return [[*hydra, *job] for batch in BasicSweeper.split_arguments(task, None) for job in batch]
+
+    def _load(self, overrides: list[str]) -> DictConfig:
+        config = self.loader.load_configuration(ROOT, overrides, RunMode.RUN)
+        with open_dict(config):
+            del config["hydra"]
+        return config
+
+    def _without_faults(self, overrides: Sequence[Override], problems: list[Problem]) -> Composition:
+        choices = [override for override in overrides if self._is_choice(override)]
+        good: list[str] = []
+        try:
+            config = self._load(good)
+        except HydraException as error:
+            raise ConfigError([*problems, Problem("recipes", *_reason(error))]) from error
+        for override in [*choices, *(override for override in overrides if override not in choices)]:
+            line = override.input_line or ""
+            try:
+                config = self._load([*good, line])
+                good.append(line)
+            except HydraException as error:
+                problem, repaired = self._diagnose(override, error, config)
+                problems.append(problem)
+                if repaired is not None:  # so that what depends on this choice is judged as it was meant
+                    try:
+                        config = self._load([*good, repaired])
+                        good.append(repaired)
+                    except HydraException:
+                        continue
+        return Composition(config, problems)
+
+    def _options(self, override: Override) -> list[str]:
+        return [name for name in self.loader.get_group_options(override.key_or_group) if not name.startswith("base_")]
+
+    def _is_choice(self, override: Override) -> bool:
+        return bool(self._options(override)) and isinstance(override.value(), str | None)
+
+    def _diagnose(self, override: Override, error: Exception, config: DictConfig) -> tuple[Problem, str | None]:
+        """What is wrong with an override that config (the composition without it) could not take; and its likely repair."""
+        key = override.get_key_element().lstrip("+~")
+        if self._is_choice(override):
+            options, value = self._options(override), str(override.value())
+            if value in options:
+                return Problem(f"{key}={value}", *_reason(error)), None
+            near = difflib.get_close_matches(value, options, 1)
+            hint = f"did you mean {key}={near[0]}? " if near else ""
+            fix = f"{hint}There are: {', '.join(options)}"
+            return Problem(key, f"there is no '{value}'", fix), f"{key}={near[0]}" if near else None
+        current = OmegaConf.select(config, key, default=_ABSENT)
+        if current is _ABSENT and not override.is_add():
+            return Problem(key, "there is no such key", near_miss(key, _keys(config))), None
+        if override.is_sweep_override():
+            fix = f"add -m to sweep over it, or write a list as {key}=[1,2] and a text as {key}='\"1,2\"'"
+            return Problem(key, f"'{override.input_line}' has several values", fix), None
+        if override.is_delete():
+            return Problem(key, "can't be deleted", f"switch it off with {key}=null where it may be null"), None
+        message, fix = _reason(error)
+        return Problem(key, message, fix or f"here it is {OmegaConf.to_yaml(OmegaConf.create([current]))[2:].strip()}"), None
+
+
+_ABSENT = object()
+
+
+def near_miss(key: str, known: Iterable[str]) -> str:
+    """A fix for a misspelt key: the nearest known ones beside it, or else those that end alike."""
+    known = list(known)
+    parent, _, leaf = key.rpartition(".")
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
+    near = [siblings[match] for match in difflib.get_close_matches(leaf, siblings, 2)]
+    near = near or difflib.get_close_matches(key, known, 2) or [name for name in known if name.rpartition(".")[2] == leaf]
+    if near:
+        return f"did you mean {' or '.join(near[:2])}?"
+    if parent and siblings:
+        return f"{parent} has: {', '.join(siblings)}"
+    return "see `meshloom train --cfg job` for every key"
+
+
+def task_overrides() -> list[str]:
+    """The overrides of the command line that this process was started with; none outside of `hydra.main`."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def resumed(saved: Mapping[str, Any], fresh: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The config of a run that goes on: the checkpoint's, with this command line's overrides on top.
+
+    saved: the checkpoint's config; fresh: the composition of this command line, of which the overridden values are taken
+    (a group's choice brings its whole node). `launch`, `resume` and `output_dir` always come from fresh. Naming another
+    recipe than the saved one starts from that recipe altogether.
+    """
+    config: Any = OmegaConf.create(dict(saved))
+    for key in NEVER_SAVED:
+        _copy(fresh, config, key)
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.key_or_group == "recipe":
+            if fresh.recipe != config.get("recipe"):
+                return OmegaConf.create(OmegaConf.to_container(fresh))  # type: ignore[return-value]
+            continue
+        _copy(fresh, config, override.package or override.key_or_group)
+    return config
+
+
+def differences(saved: Mapping[str, Any], fresh: DictConfig, merged: DictConfig) -> list[str]:
+    """Keys where the recipe now says something else than the checkpoint, and the checkpoint's value is kept; for a message."""
+    known = OmegaConf.create(dict(saved))
+    lines: list[str] = []
+    for key in _leaves(fresh):
+        now, kept = OmegaConf.select(fresh, key), OmegaConf.select(merged, key, default=None)
+        was = OmegaConf.select(known, key, default=None)
+        if key.partition(".")[0] not in NEVER_SAVED and now != kept and kept == was:
+            lines.append(f"{key}={kept} (the recipe now says {now})")
+    return lines
+
+
+def _copy(source: DictConfig, target: DictConfig, key: str) -> None:
+    value: Any = OmegaConf.select(source, key, default=_ABSENT)
+    if value is not _ABSENT:
+        if isinstance(value, DictConfig | ListConfig):
+            value = OmegaConf.to_container(value)
+        OmegaConf.update(target, key, value, merge=False, force_add=True)
+        return
+    parent, _, leaf = key.rpartition(".")  # deleted on the command line
+    node: Any = OmegaConf.select(target, parent) if parent else target
+    if isinstance(node, DictConfig) and leaf in node:
+        del node[leaf]
+
+
+def _parse(overrides: Sequence[str], problems: list[Problem]) -> Iterator[Override]:
+    parser = OverridesParser.create()
+    for line in overrides:
+        try:
+            yield from parser.parse_overrides([line])
+        except OverrideParseException:
+            fix = "write key=value, and quote what holds spaces, commas or brackets: 'key=\"a, b\"'"
+            problems.append(Problem(line, "can't be read", fix))
+
+
+def _keys(config: DictConfig) -> Iterator[str]:
+    """Every key, groups included."""
+    for name, value in config.items_ex(resolve=False):
+        yield str(name)
+        if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
+            yield from (f"{name}.{key}" for key in _keys(value))
+
+
+def _leaves(config: DictConfig) -> Iterator[str]:
+    return (key for key in _keys(config) if not isinstance(OmegaConf.select(config, key), DictConfig))
+
+
+def _reason(error: BaseException) -> tuple[str, str]:
+    """What went wrong in one line, from the innermost cause and without Hydra's framing; and a fix where one is known."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    framed = re.match(r"In '(.+)': \w+ raised while composing config:", lines[0])
+    if framed and len(lines) > 1:
+        key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+        return f"{lines[1]}{f' ({key})' if key else ''}", f"correct recipes file {framed[1]}.yaml"
+    return lines[0], ""
