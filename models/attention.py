@@ -5,11 +5,16 @@ Shape legend: B batch, S sequence, H query heads, K key/value heads (H is a mult
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import MutableMapping
+from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .attention_kernels import Segments, segments_backward, segments_forward
 
 CUDA_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Order in which kernels are tried on a GPU; the first that can run the given shapes and types does."""
@@ -44,7 +49,10 @@ def attend(
     A document is a run of equal values in a row of `documents_BS`. Returns (B, S, H, D).
     """
     if documents_BS is not None:
-        return _attend_documents(q_BSHD, k_BSKD, v_BSKD, documents_BS, scale)  # pyright: ignore[reportCallIssue]
+        out_BSHD, _ = attend_documents(
+            q_BSHD, k_BSKD, v_BSKD, documents_BS, q_BSHD.shape[-1] ** -0.5 if scale is None else scale
+        )
+        return out_BSHD
     return _attend_causal(q_BSHD, k_BSKD, v_BSKD, scale)
 
 
@@ -67,31 +75,77 @@ def _attend_causal(q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Ten
     return out_BHSD.transpose(1, 2)
 
 
-def _document_lengths(documents_BS: torch.Tensor) -> torch.Tensor:
-    """(documents,) int64: lengths of the documents of all rows laid end to end. Waits for the device."""
-    rows_B1 = torch.arange(documents_BS.shape[0], device=documents_BS.device)[:, None]
-    runs_BS2 = torch.stack((rows_B1.expand_as(documents_BS), documents_BS), dim=-1)
-    return torch.unique_consecutive(runs_BS2.flatten(0, 1), dim=0, return_counts=True)[1]
+_segments_of: MutableMapping[torch.Tensor, Segments] = WeakTensorKeyDictionary()
 
 
-@torch.compiler.disable
-def _attend_documents(
-    q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, documents_BS: torch.Tensor, scale: float | None
-) -> torch.Tensor:
-    lengths = _document_lengths(documents_BS)
-    # Rows laid end to end: a document is a slice, whichever row it is in.
-    q_THD, k_TKD, v_TKD = q_BSHD.flatten(0, 1), k_BSKD.flatten(0, 1), v_BSKD.flatten(0, 1)
-    if q_BSHD.is_cuda:
-        bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        longest = int(lengths.max())
-        # The operator behind `varlen_attn`; called itself because it takes grouped heads in every torch from 2.11 on.
-        out_THD = torch.ops.aten._flash_attention_forward(
-            q_THD, k_TKD, v_TKD, bounds, bounds, longest, longest, 0.0, True, False, scale=scale
-        )[0]
-        return out_THD.unflatten(0, q_BSHD.shape[:2])
-    sizes: list[int] = lengths.tolist()
-    pieces = [
-        _attend_causal(q[None], k[None], v[None], scale)[0]
-        for q, k, v in zip(q_THD.split(sizes), k_TKD.split(sizes), v_TKD.split(sizes), strict=True)
-    ]
-    return torch.cat(pieces).unflatten(0, q_BSHD.shape[:2])
+def segments_of(documents_BS: torch.Tensor) -> Segments:
+    """The documents of all rows laid end to end. Waits for the device once per tensor: layers share the answer.
+
+    The tensor must not be written to afterwards.
+    """
+    if documents_BS not in _segments_of:
+        starts_BS = torch.ones_like(documents_BS, dtype=torch.bool)
+        starts_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+        starts = starts_BS.flatten().nonzero().flatten().tolist()
+        lengths = [stop - start for start, stop in pairwise([*starts, documents_BS.numel()])]
+        _segments_of[documents_BS] = Segments.of_lengths(lengths, documents_BS.device)
+    return _segments_of[documents_BS]
+
+
+# An operator of its own: the number of documents is not known to `torch.compile`, which therefore must not look inside, and
+# selective activation checkpointing can keep its outputs by name.
+@torch.library.custom_op("meshloom::attend_documents", mutates_args=())
+def attend_documents(
+    q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, documents_BS: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention inside each document: the output (B, S, H, D) and the log-sum-exp (1, H, B·S)."""
+    q, k, v = map(_one_row, (q_BSHD, k_BSKD, v_BSKD))
+    out_BTHD, lse_BHT = segments_forward(q, k, v, segments_of(documents_BS), scale=scale)
+    return out_BTHD.reshape(q_BSHD.shape).contiguous(), lse_BHT
+
+
+@torch.library.custom_op("meshloom::attend_documents_backward", mutates_args=())
+def attend_documents_backward(
+    dout_BSHD: torch.Tensor,
+    q_BSHD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    documents_BS: torch.Tensor,
+    out_BSHD: torch.Tensor,
+    lse_BHT: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients (dq, dk, dv) of `attend_documents`."""
+    dout, q, k, v, out = map(_one_row, (dout_BSHD, q_BSHD, k_BSKD, v_BSKD, out_BSHD))
+    dq, dk, dv = segments_backward(dout, q, k, v, out, lse_BHT, segments_of(documents_BS), scale=scale)
+    return dq.reshape(q_BSHD.shape), dk.reshape(k_BSKD.shape), dv.reshape(v_BSKD.shape)
+
+
+def _one_row(x_BSHD: torch.Tensor) -> torch.Tensor:
+    return x_BSHD.reshape(1, -1, *x_BSHD.shape[2:])
+
+
+def _shape_of_attend_documents(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(1, q.shape[2], documents.numel(), dtype=exact)
+
+
+def _shape_of_backward(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(ctx: Any, dout_BSHD: torch.Tensor, dlse: torch.Tensor) -> Any:
+    dq, dk, dv = attend_documents_backward(dout_BSHD, *ctx.saved_tensors, ctx.scale)
+    return dq, dk, dv, None, None
+
+
+attend_documents.register_fake(_shape_of_attend_documents)
+attend_documents_backward.register_fake(_shape_of_backward)
+attend_documents.register_autograd(_differentiate, setup_context=_keep)

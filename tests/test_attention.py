@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
-from meshloom.models.attention import attend, positions
+
+from meshloom.models import attention_kernels
+from meshloom.models.attention import attend, attend_documents, positions, segments_of
 
 
 def textbook(
@@ -47,6 +49,56 @@ def test_equals_the_textbook_with_gradients(kv_heads: int, with_documents: bool,
     expected = textbook(inputs[0], inputs[1], inputs[2], documents, scale)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     for got, want in zip(torch.autograd.grad(out, inputs, weight), torch.autograd.grad(expected, inputs, weight), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_every_layer_shares_the_segments_of_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 0
+    of_lengths = attention_kernels.Segments.of_lengths
+
+    def counting(*args: object) -> attention_kernels.Segments:
+        nonlocal made
+        made += 1
+        return of_lengths(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attention_kernels.Segments, "of_lengths", counting)
+    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]])
+    q = torch.randn(2, 5, 2, 8).requires_grad_()
+    for _ in range(3):
+        attend(q, q, q, documents).sum().backward()
+    assert made == 1
+    assert segments_of(documents).lengths == (2, 3, 1, 1, 3)
+    assert segments_of(documents).bounds.tolist() == [0, 2, 5, 6, 7, 10]
+
+
+def test_the_operator_keeps_pytorchs_rules() -> None:
+    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]])
+    q, k = torch.randn(2, 5, 4, 8, requires_grad=True), torch.randn(2, 5, 2, 8, requires_grad=True)
+    torch.library.opcheck(attend_documents, (q, k, k.detach(), documents, 0.5))
+
+
+def test_compiles_without_a_break() -> None:
+    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]])
+    q = torch.randn(2, 5, 2, 8, requires_grad=True)
+    compiled = torch.compile(lambda q, d: attend(q * 2, q, q, d), fullgraph=True, backend="aot_eager")
+    (plain,) = torch.autograd.grad(attend(q * 2, q, q, documents).square().sum(), q)
+    (got,) = torch.autograd.grad(compiled(q, documents).square().sum(), q)
+    torch.testing.assert_close(got, plain)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_formula_for_unusual_types_equals_the_fused_kernel(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, dout = (torch.randn(2, 6, 4, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    k, v = (torch.randn(2, 6 if causal else 9, 2, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def both() -> list[torch.Tensor]:
+        out, lse = attention_kernels.block_forward(q, k, v, causal=causal, scale=0.7)
+        return [out, lse, *attention_kernels.block_backward(dout, q, k, v, out, lse, causal=causal, scale=0.7)]
+
+    fused = both()
+    monkeypatch.setattr(attention_kernels, "_kernel_for", lambda q: "math")
+    for got, want in zip(both(), fused, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
