@@ -40,6 +40,7 @@ setup(
         "xxhash>=3.4",
         "psutil>=5.9",
         "fsspec>=2024.2",
+        "filelock>=3.12",
     ],
     extras_require={
         "deepspeed": ["deepspeed==0.19.8"],

@@ -1,0 +1,225 @@
+"""Data nodes that start from documents: they find or build tokenizer and shards, then give samples in order R1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NotRequired, TypedDict, Unpack
+
+import xxhash
+
+from ..config.hashing import hash64
+from ..config.problems import ConfigError, Problem
+from .order import Held, Shuffled, StoredSamples
+from .packing import PACKINGS, packed
+from .prepare import cache_folder, tokenized_corpus, trained_tokenizer
+from .reader import TokenShards
+from .shards import ShardError
+from .sources import DocumentSource, StandardLibrary, TextFiles
+from .tokenizer import SMALLEST_BPE, Tokenizer
+
+
+class PackingOptions(TypedDict):
+    """Keys of every node that reads shards; see `meshloom.config.data.PackingConfig` for what they mean."""
+
+    seq_len: int
+    packing: NotRequired[str]
+    document_mask: NotRequired[bool]
+    verify: NotRequired[bool]
+    cache_dir: NotRequired[str | None]
+
+
+class CorpusOptions(PackingOptions):
+    """Keys of every node that starts from documents; see `meshloom.config.data.CorpusConfig`."""
+
+    tokenizer: NotRequired[str]
+    vocabulary: NotRequired[int]
+    tokenizer_sample: NotRequired[int]
+    end_of_document: NotRequired[str | None]
+    validation: NotRequired[float]
+
+
+class Packed:
+    """What nodes that read shards have in common: from opened shards to samples."""
+
+    def __init__(
+        self,
+        seed: int,
+        seq_len: int,
+        packing: str = "concat",
+        document_mask: bool = False,
+        verify: bool = False,
+        cache_dir: str | None = None,
+    ) -> None:
+        self.seed = seed
+        self.seq_len = seq_len
+        self._packing = packing
+        self._document_mask = document_mask
+        self._verify = verify
+        self._cache = cache_folder(cache_dir)
+        self._tokenizer: Tokenizer | None = None
+        self._train: StoredSamples | None = None
+        self._validation: StoredSamples | None = None
+        self._fingerprint = ""
+
+    def problems(self, key: str = "data") -> list[Problem]:
+        """What is wrong with the keys about packing."""
+        found: list[Problem] = []
+        if self.seq_len < 1:
+            found.append(Problem(f"{key}.seq_len", f"{self.seq_len} is not a length", "use 1 or more"))
+        if self._packing not in PACKINGS:
+            found.append(Problem(f"{key}.packing", f"'{self._packing}' is unknown", f"use {' or '.join(PACKINGS)}"))
+        return found
+
+    def open(self, train: Path, validation: Path | None, key: str = "data") -> None:
+        """Open shards and pack them. Raises ConfigError, ShardError."""
+        shards = TokenShards(train, self._verify)
+        held = None if validation is None else TokenShards(validation, self._verify)
+        if held is not None and held.vocabulary != shards.vocabulary:
+            raise ShardError(f"{validation}: a vocabulary of {held.vocabulary}, but {shards.vocabulary} in {train}")
+        if self._tokenizer is None and shards.tokenizer_file is not None:
+            self._tokenizer = Tokenizer.load(shards.tokenizer_file)
+        self._train = self._pack(shards, key)
+        self._validation = None if held is None else self._pack(held, key)
+        content = [shards.fingerprint, held.fingerprint if held else "", self._packing, self.seq_len, self._document_mask]
+        self._fingerprint = xxhash.xxh3_128_hexdigest(repr(content).encode())
+
+    def _pack(self, shards: TokenShards, key: str) -> StoredSamples:
+        if shards.tokens <= self.seq_len:
+            raise ConfigError(
+                [
+                    Problem(
+                        f"{key}.seq_len",
+                        f"{shards.folder} has {shards.tokens} tokens, too few for one sample of {self.seq_len}",
+                        f"use at most {shards.tokens - 1}, or more data (for validation data: a larger {key}.validation)",
+                    )
+                ]
+            )
+        return packed(shards, self._packing, self.seq_len, self._document_mask, self._cache)
+
+    def _prepared(self) -> StoredSamples:
+        if self._train is None:
+            raise RuntimeError("prepare() this data node before using it")
+        return self._train
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, once prepared."""
+        self._prepared()
+        return self._tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids lie in [0, vocabulary); known once prepared."""
+        return self._prepared().vocabulary
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the data, once prepared."""
+        self._prepared()
+        return self._fingerprint
+
+    @property
+    def stored(self) -> StoredSamples:
+        """The training samples of one epoch, in the order they are stored."""
+        return self._prepared()
+
+    def train(self) -> Shuffled:
+        """The endless training samples."""
+        return Shuffled(self._prepared(), hash64(self.seed, 0))
+
+    def validation(self) -> Held | None:
+        """The validation samples, or None where nothing is held out."""
+        self._prepared()
+        return None if self._validation is None else Held(self._validation)
+
+
+class Corpus(Packed):
+    """A node that starts from documents."""
+
+    def __init__(
+        self,
+        source: DocumentSource,
+        seed: int,
+        tokenizer: str = "bpe",
+        vocabulary: int = 4096,
+        tokenizer_sample: int = 100_000_000,
+        end_of_document: str | None = None,
+        validation: float = 0.01,
+        **packing: Unpack[PackingOptions],
+    ) -> None:
+        super().__init__(seed, **packing)
+        self.source = source
+        self._tokenizer_setting = tokenizer
+        self._asked_vocabulary = vocabulary
+        self._tokenizer_sample = tokenizer_sample
+        self._end_of_document = end_of_document
+        self._held_out = validation
+
+    def problems(self, key: str = "data") -> list[Problem]:
+        """What is wrong with the node's keys."""
+        found = [*super().problems(key), *self.source.problems(key)]
+        found += tokenizer_problems(self._tokenizer_setting, self._asked_vocabulary, self._tokenizer_sample, key)
+        if not 0 <= self._held_out < 1:
+            found.append(Problem(f"{key}.validation", f"{self._held_out} is not a fraction", "use 0 (none) up to less than 1"))
+        return found
+
+    def prepare(self) -> None:
+        """Build or find tokenizer and shards."""
+        self.prepare_with(
+            make_tokenizer(
+                [self.source],
+                self._tokenizer_setting,
+                self._asked_vocabulary,
+                self._tokenizer_sample,
+                self._end_of_document,
+                self._cache,
+            )
+        )
+
+    def prepare_with(self, tokenizer: Tokenizer, key: str = "data") -> None:
+        """Build or find the shards that this tokenizer makes."""
+        self._tokenizer = tokenizer
+        folder = tokenized_corpus(self.source, tokenizer, self._held_out, self._cache)
+        self.open(folder / "train", folder / "validation" if self._held_out else None, key)
+
+
+def tokenizer_problems(setting: str, vocabulary: int, sample: int, key: str) -> list[Problem]:
+    """What is wrong with the keys about the tokenizer."""
+    found: list[Problem] = []
+    if setting == "bpe" and vocabulary < SMALLEST_BPE:
+        found.append(
+            Problem(f"{key}.vocabulary", f"{vocabulary} is too small for byte-level BPE", f"use {SMALLEST_BPE} or more")
+        )
+    if setting == "bpe" and sample < 1:
+        found.append(Problem(f"{key}.tokenizer_sample", f"{sample} characters can't train it", "use 1 or more"))
+    if setting not in ("bpe", "bytes") and not Path(setting).expanduser().exists():
+        found.append(Problem(f"{key}.tokenizer", f"'{setting}' not found", "use bpe, bytes, or the path of a tokenizer.json"))
+    return found
+
+
+def make_tokenizer(
+    sources: Sequence[DocumentSource], setting: str, vocabulary: int, sample: int, end_of_document: str | None, cache: Path
+) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names: bpe (trained on the sources), bytes, or a file."""
+    if setting == "bpe":
+        return trained_tokenizer(sources, vocabulary, sample, cache)
+    if setting == "bytes":
+        return Tokenizer.bytes()
+    return Tokenizer.load(Path(setting).expanduser(), end_of_document)
+
+
+class Stdlib(Corpus):
+    """`data=stdlib`: the standard library source of the running interpreter."""
+
+    def __init__(self, seed: int, **options: Unpack[CorpusOptions]) -> None:
+        super().__init__(StandardLibrary(), seed, **options)
+
+
+class Text(Corpus):
+    """`data=text`: files of UTF-8 text."""
+
+    def __init__(
+        self, seed: int, input: str | Sequence[str], separator: str | None = None, **options: Unpack[CorpusOptions]
+    ) -> None:
+        super().__init__(TextFiles(input, separator), seed, **options)

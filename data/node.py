@@ -1,0 +1,53 @@
+"""What the trainer asks of a data node, whatever its tokens come from."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..config.problems import Problem
+from .batch import Samples
+from .order import StoredSamples
+from .tokenizer import Tokenizer
+
+
+class DataNode(Protocol):
+    """The object that the config group `data` builds. `problems` and `prepare` come first, in this order.
+
+    seq_len  positions per sample
+    """
+
+    seq_len: int
+
+    def problems(self, key: str = "data") -> list[Problem]:
+        """What is wrong with the node's keys, found without building or writing anything; `key` is the node's."""
+        ...
+
+    def prepare(self) -> None:
+        """Build or find tokenizer and shards. To be called by every process; one builds, the others wait.
+
+        Raises ConfigError for what only the data can show, ShardError for damaged files.
+        """
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, once prepared, or None where tokens have no text."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids lie in [0, vocabulary); known once prepared."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the data, once prepared: nodes with one fingerprint and seed give the same samples."""
+        ...
+
+    def train(self) -> Samples:
+        """The endless training samples."""
+        ...
+
+    def validation(self) -> StoredSamples | None:
+        """The validation samples in a fixed order, or None where nothing is held out."""
+        ...

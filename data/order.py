@@ -1,0 +1,125 @@
+"""Data order (R1): a pure keyed bijection per epoch, so that the k-th sample is a function of (recipe, seed, k) alone.
+
+Nothing is stored: no permutation array, no generator state. A run that knows how many samples it consumed knows all.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config.hashing import hash64, mix64, mix64_array
+from .batch import Sample
+
+_ROUNDS = 8
+
+
+class Permutation:
+    """A keyed bijection of [0, size): O(1) memory, a few microseconds a look-up.
+
+    A generalised Feistel network (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, method 3) over
+    Z_a × Z_b with a·b ≥ size, a ≈ b ≈ √size: rounds add a hash of one half to the other half, by turns. What falls
+    outside [0, size) is sent through again (cycle walking); a·b − size < √size + 1, so that hardly ever happens.
+    """
+
+    def __init__(self, size: int, key: int) -> None:
+        if size < 1:
+            raise ValueError(f"a permutation of {size} items; at least 1 is needed")
+        self.size = size
+        self.key = key
+        self._rows = max(1, math.isqrt(size))
+        self._columns = -(-size // self._rows)
+        self._keys = [hash64(key, number) for number in range(_ROUNDS)]
+
+    def __call__(self, index: int) -> int:
+        """Where `index` in [0, size) goes."""
+        if not 0 <= index < self.size:
+            raise IndexError(f"index {index} is outside [0, {self.size})")
+        rows, columns = self._rows, self._columns
+        while True:
+            row, column = divmod(index, columns)
+            for number in range(0, _ROUNDS, 2):
+                row = (row + mix64(self._keys[number] + column)) % rows
+                column = (column + mix64(self._keys[number + 1] + row)) % columns
+            index = row * columns + column
+            if index < self.size:
+                return index
+
+    def map(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`__call__` on every element, vectorised."""
+        found = np.array(indices, dtype=np.uint64).ravel()
+        if found.size and int(found.max()) >= self.size:
+            raise IndexError(f"an index is outside [0, {self.size})")
+        rows, columns = np.uint64(self._rows), np.uint64(self._columns)
+        walking = np.arange(found.size)
+        while walking.size:
+            row, column = np.divmod(found[walking], columns)
+            for number in range(0, _ROUNDS, 2):
+                # Reduced before the sum, which could pass 2^64; the plain integers of __call__ can't overflow.
+                row = (row + mix64_array(column + np.uint64(self._keys[number])) % rows) % rows
+                column = (column + mix64_array(row + np.uint64(self._keys[number + 1])) % columns) % columns
+            found[walking] = row * columns + column
+            walking = walking[found[walking] >= self.size]
+        return found.astype(np.int64).reshape(np.shape(indices))
+
+
+@lru_cache(maxsize=64)
+def _epoch_permutation(size: int, seed: int, epoch: int) -> Permutation:
+    return Permutation(size, hash64(seed, epoch))
+
+
+def place(index: int, size: int, seed: int) -> tuple[int, int]:
+    """Sample number `index` of an endless run over `size` samples → (epoch, position in the data set)."""
+    epoch, within = divmod(index, size)
+    return epoch, _epoch_permutation(size, seed, epoch)(within)
+
+
+class StoredSamples(Protocol):
+    """A data set: so many samples of `seq_len` tokens, randomly accessible, in the order they are stored."""
+
+    seq_len: int
+    vocabulary: int
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at a position in [0, len)."""
+        ...
+
+
+class Shuffled:
+    """Training order: endless, every sample once per epoch, a new order each epoch. Implements `Samples`."""
+
+    def __init__(self, stored: StoredSamples, seed: int) -> None:
+        self.stored = stored
+        self.seed = seed
+        self.seq_len = stored.seq_len
+        self.vocabulary = stored.vocabulary
+        self.epoch_size = len(stored)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The k-th sample of the run."""
+        return self.stored[place(index, self.epoch_size, self.seed)[1]]
+
+
+class Held:
+    """Validation order: finite and the same for every seed, mixed so that its first samples speak for the whole."""
+
+    def __init__(self, stored: StoredSamples) -> None:
+        self.stored = stored
+        self.seq_len = stored.seq_len
+        self.vocabulary = stored.vocabulary
+        self._order = Permutation(len(stored), key=0)
+
+    def __len__(self) -> int:
+        return self._order.size
+
+    def __getitem__(self, index: int) -> Sample:
+        """The k-th sample of the validation set."""
+        return self.stored[self._order(index)]

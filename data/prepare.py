@@ -1,0 +1,203 @@
+"""Building what a run reads, once: the tokenizer and the train and validation shards of a corpus, in a cache.
+
+Whatever is in the cache under its name is complete: it is built in a temporary folder and renamed. Processes that start
+together, on one node or on several that share the cache, let one of them build while the others wait.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .shards import TOKENIZER, ShardWriter, sync_folder
+from .sources import DocumentSource
+from .tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+_BATCH = 1 << 22  # characters tokenised in one go
+_RECIPE_VERSION = 1  # to be raised when the same input comes to be turned into other tokens
+
+
+def cache_folder(configured: str | None) -> Path:
+    """`data.cache_dir`, else the environment's MESHLOOM_CACHE, else ~/.cache/meshloom."""
+    return Path(configured or os.environ.get("MESHLOOM_CACHE") or "~/.cache/meshloom").expanduser()
+
+
+def build_once(target: Path, build: Callable[[Path], None]) -> None:
+    """Make sure that the folder `target` exists, calling `build(empty folder)` in one process only.
+
+    The lock ends with the process that holds it. On a file system without locks several may build; the first to finish
+    is taken.
+    """
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        lock.acquire(timeout=0.1)
+    except Timeout:
+        log.info("waiting for another process that builds %s", target)
+        lock.acquire()
+    try:
+        if target.exists():
+            return
+        building = target.with_name(f".{target.name}.building-{uuid.uuid4().hex[:12]}")
+        building.mkdir()
+        try:
+            build(building)
+            sync_folder(building)
+            try:
+                building.rename(target)
+            except OSError:
+                if not target.exists():
+                    raise
+            sync_folder(target.parent)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _progress(what: str, total: int | None) -> Generator[Callable[[int], None]]:
+    columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda amount: progress.advance(task, amount)
+
+
+def _content_hash(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
+
+
+def uniform_sample(documents: Iterable[str], characters: int) -> list[str]:
+    """Documents of at most so many characters in all (at least one document): those with the smallest content hash.
+
+    A uniform choice that depends neither on their order nor on a generator's state; memory is bounded by `characters`.
+    """
+    kept: list[tuple[int, int, str]] = []
+    total = 0
+    for number, text in enumerate(documents):
+        heapq.heappush(kept, (-_content_hash(text), number, text))
+        total += len(text)
+        while total > characters and len(kept) > 1:
+            total -= len(heapq.heappop(kept)[2])
+    return [text for _, _, text in sorted(kept, reverse=True)]
+
+
+def trained_tokenizer(sources: Sequence[DocumentSource], vocabulary: int, characters: int, cache: Path) -> Tokenizer:
+    """A BPE tokenizer trained on a uniform sample of the sources, from the cache if it was trained before."""
+    asked = [_RECIPE_VERSION, [source.identity(cache / "identities") for source in sources], vocabulary, characters]
+    name = xxhash.xxh3_128_hexdigest(json.dumps(asked).encode())
+    target = cache / "tokenizers" / f"bpe-{vocabulary}-{name[:16]}"
+
+    def build(folder: Path) -> None:
+        with _progress(f"training a tokenizer of {vocabulary} tokens", None):
+            sample = [text for source in sources for text in uniform_sample(source.documents(), characters // len(sources))]
+            if not sample:
+                raise ValueError(f"the corpus '{', '.join(source.name for source in sources)}' is empty")
+            Tokenizer.train(sample, vocabulary).save(folder / TOKENIZER)
+
+    build_once(target, build)
+    return Tokenizer.load(target)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Which documents are validation data: those whose content hash falls below `fraction` of its range.
+
+    Copies of a document land on one side. At least one document is held out, and of a corpus of one document its end.
+    """
+
+    fraction: float
+
+    def __call__(self, text: str) -> bool:
+        """Is this document held out?"""
+        return _content_hash(text) < self.fraction * 2.0**64
+
+
+def tokenized_corpus(source: DocumentSource, tokenizer: Tokenizer, validation: float, cache: Path) -> Path:
+    """The folder with the shards `train` (and `validation`, where a fraction is held out) of a source, from the cache."""
+    asked = [_RECIPE_VERSION, source.identity(cache / "identities"), tokenizer.fingerprint, validation]
+    name = xxhash.xxh3_128_hexdigest(json.dumps(asked).encode())
+    target = cache / "corpora" / f"{source.name}-{name[:16]}"
+    build_once(target, lambda folder: write_corpus(source, tokenizer, validation, folder))
+    return target
+
+
+def write_corpus(
+    source: DocumentSource, tokenizer: Tokenizer, validation: float, folder: Path, shard_tokens: int = 1 << 30
+) -> None:
+    """Tokenise a source into `folder/train` and, where a fraction is held out, `folder/validation`.
+
+    Raises ValueError for an empty corpus.
+    """
+    with (
+        ShardWriter(folder / "train", tokenizer.vocabulary, tokenizer.end_of_document, tokenizer.save, shard_tokens) as train,
+        _progress(f"tokenising {source.name}", source.size()) as advance,
+    ):
+        if not validation:
+            for _, tokens in _tokenized(source, tokenizer, lambda text: False, advance):
+                train.add(tokens)
+            _refuse_empty(source, train)
+            return
+        with ShardWriter(
+            folder / "validation", tokenizer.vocabulary, tokenizer.end_of_document, tokenizer.save, shard_tokens
+        ) as held:
+            spare: NDArray[np.int64] | None = None  # the first document for training, while nothing is held out yet
+            for is_held, tokens in _tokenized(source, tokenizer, HeldOut(validation), advance):
+                if is_held:
+                    held.add(tokens)
+                elif spare is None and not held.documents:
+                    spare = tokens
+                else:
+                    train.add(tokens)
+            if spare is not None and held.documents:
+                train.add(spare)
+            elif spare is not None and train.documents:
+                held.add(spare)
+            elif spare is not None:
+                cut = len(spare) - max(1, round(len(spare) * validation))
+                train.add(spare[:cut])
+                held.add(spare[cut:])
+            _refuse_empty(source, train)
+
+
+def _refuse_empty(source: DocumentSource, train: ShardWriter) -> None:
+    if not train.documents:
+        raise ValueError(f"the corpus '{source.name}' has no document to train on")
+
+
+def _tokenized(
+    source: DocumentSource, tokenizer: Tokenizer, is_held: Callable[[str], bool], advance: Callable[[int], None]
+) -> Iterator[tuple[bool, NDArray[np.int64]]]:
+    batch: list[str] = []
+    waiting = 0
+
+    def encoded() -> Iterator[tuple[bool, NDArray[np.int64]]]:
+        yield from zip((is_held(text) for text in batch), tokenizer.encode_documents(batch), strict=True)
+        advance(waiting)
+
+    for text in source.documents():
+        batch.append(text)
+        waiting += len(text)
+        if waiting >= _BATCH:
+            yield from encoded()
+            batch, waiting = [], 0
+    yield from encoded()

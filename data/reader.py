@@ -1,0 +1,105 @@
+"""Reading token shards: one virtual array of tokens and one of document ends over all files of a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .shards import DOCUMENT_TYPE, TOKENIZER, FileEntry, Manifest, ShardError, digest_file
+
+
+def _check(folder: Path, entry: FileEntry, contents: bool) -> None:
+    path = folder / entry.name
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise ShardError(
+            f"{path}: missing, though {folder.name}/dataset.json lists it; copy or build the data set again"
+        ) from None
+    if found != entry.bytes:
+        raise ShardError(f"{path}: {found} bytes, but {entry.bytes} were written; copy or build the data set again")
+    if contents and digest_file(path) != entry.xxh3:
+        raise ShardError(f"{path}: damaged (its xxh3 digest differs from dataset.json); copy or build the data set again")
+
+
+class TokenShards:
+    """An opened shard folder.
+
+    verify  read every file once and compare its digest (about 5 GB/s); sizes are compared in any case
+
+    Raises ShardError naming the file that is missing, truncated or damaged.
+    """
+
+    def __init__(self, folder: Path, verify: bool = False) -> None:
+        self.folder = folder
+        self.manifest = Manifest.read(folder)
+        shards = self.manifest.shards
+        entries = [entry for shard in shards for entry in (shard.tokens, shard.documents)]
+        for entry in [*entries, *([self.manifest.tokenizer] if self.manifest.tokenizer else [])]:
+            _check(folder, entry, verify)
+        self.vocabulary = self.manifest.vocabulary
+        self.fingerprint = self.manifest.fingerprint
+        dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        self._tokens = [self._map(shard.tokens, dtype, shard.token_count) for shard in shards]
+        self._ends = [self._map(shard.documents, DOCUMENT_TYPE, shard.document_count) for shard in shards]
+        self._starts = np.cumsum([0, *(shard.token_count for shard in shards)], dtype=np.int64)
+        for shard, ends in zip(shards, self._ends, strict=True):
+            if int(ends[-1]) != shard.token_count:
+                raise ShardError(f"{folder / shard.documents.name}: damaged (the last document ends at {int(ends[-1])})")
+        self.tokens = int(self._starts[-1])
+        self.documents = sum(shard.document_count for shard in shards)
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The tokenizer that made these tokens, if it is known."""
+        return self.folder / TOKENIZER if self.manifest.tokenizer else None
+
+    def _map(self, entry: FileEntry, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+        path = self.folder / entry.name
+        if entry.bytes != count * dtype.itemsize or not count:
+            raise ShardError(f"{path}: {entry.bytes} bytes don't hold {count} numbers; build the data set again")
+        # A plain array over the mapping: slicing np.memmap itself costs several times as much.
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens [start, stop) of the whole data set, as a new array.
+
+        Raises ShardError naming the file if a token id lies outside the vocabulary.
+        """
+        if not 0 <= start < stop <= self.tokens:
+            raise IndexError(f"tokens [{start}, {stop}) are not within [0, {self.tokens})")
+        parts: list[NDArray[np.int64]] = []
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while start < stop:
+            first = int(self._starts[shard])
+            end = min(stop, int(self._starts[shard + 1]))
+            part = self._tokens[shard][start - first : end - first].astype(np.int64)
+            highest = int(part.max())
+            if highest >= self.vocabulary:
+                raise ShardError(
+                    f"{self.folder / self.manifest.shards[shard].tokens.name}: token id {highest} near token {start - first} "
+                    f"is outside the vocabulary of {self.vocabulary}; copy or build the data set again"
+                )
+            parts.append(part)
+            start, shard = end, shard + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def ends_within(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Where documents end (the token behind their last one), ends in (start, stop], in order."""
+        parts: list[NDArray[np.int64]] = []
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while shard < len(self._ends) and int(self._starts[shard]) < stop:
+            first = int(self._starts[shard])
+            low, high = np.searchsorted(
+                self._ends[shard], np.array([max(0, start - first), stop - first], DOCUMENT_TYPE), "right"
+            )
+            parts.append(self._ends[shard][low:high].astype(np.int64) + first)
+            shard += 1
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def document_lengths(self) -> NDArray[np.int64]:
+        """Tokens of every document, in order."""
+        return np.concatenate([np.diff(ends.astype(np.int64), prepend=0) for ends in self._ends])

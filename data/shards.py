@@ -1,0 +1,263 @@
+"""Token shards: a folder of memory-mapped token files with document boundaries, and `dataset.json` that vouches for them.
+
+    dataset.json          format, version, vocabulary, dtype, end-of-document token, tokenizer, shards, fingerprint
+    tokenizer.json        the tokenizer that made the tokens, where there is one
+    tokens-00000.bin      token ids, uint16 or uint32, little endian, documents one behind the other
+    documents-00000.bin   uint64, little endian: where each document of this shard ends, counted from the shard's first token
+
+A document never crosses shards. Sizes are checked whenever a folder is opened, contents (xxh3) on request, and token ids
+against the vocabulary each time they are read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+FORMAT = "meshloom-tokens"
+VERSION = 1
+MANIFEST = "dataset.json"
+TOKENIZER = "tokenizer.json"
+DOCUMENT_TYPE = np.dtype("<u8")
+
+
+class ShardError(ValueError):
+    """A token shard folder that can't be trusted. The message names the file."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the folder: its name, size in bytes and xxh3-128 of its contents."""
+
+    name: str
+    bytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A pair of files, and how many tokens and documents they hold."""
+
+    tokens: FileEntry
+    documents: FileEntry
+    token_count: int
+    document_count: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `dataset.json` says, apart from its fingerprint."""
+
+    vocabulary: int
+    dtype: str
+    end_of_document: int | None
+    tokenizer: FileEntry | None
+    shards: tuple[ShardEntry, ...]
+    format: str = FORMAT
+    version: int = VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """xxh3-128 of the manifest, digests of all files included: names the data set by its contents."""
+        return xxhash.xxh3_128_hexdigest(json.dumps(asdict(self), sort_keys=True).encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Parse `dataset.json`. Raises ShardError where it is missing, damaged or of another version."""
+        path = folder / MANIFEST
+        try:
+            stated: dict[str, Any] = json.loads(path.read_text())
+            if stated["format"] != FORMAT or stated["version"] != VERSION:
+                found = f"{stated['format']} version {stated['version']}"
+                raise ShardError(f"{path}: {found}; this program reads {FORMAT} version {VERSION}")
+            fingerprint = stated.pop("fingerprint")
+            shards = tuple(
+                ShardEntry(FileEntry(**shard.pop("tokens")), FileEntry(**shard.pop("documents")), **shard)
+                for shard in stated.pop("shards")
+            )
+            tokenizer = stated.pop("tokenizer")
+            manifest = cls(shards=shards, tokenizer=None if tokenizer is None else FileEntry(**tokenizer), **stated)
+        except FileNotFoundError:
+            raise ShardError(
+                f"{path}: not found; give a folder written by 'meshloom data tokenize', or a complete copy of one"
+            ) from None
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as problem:
+            raise ShardError(
+                f"{path}: damaged ({type(problem).__name__}: {problem}); copy or build the data set again"
+            ) from problem
+        if manifest.fingerprint != fingerprint:
+            raise ShardError(f"{path}: damaged (its fingerprint does not fit its content); copy or build the data set again")
+        return manifest
+
+    def write(self, folder: Path) -> None:
+        """Write `dataset.json` and wait until it is on disk."""
+        with (folder / MANIFEST).open("w") as file:
+            json.dump({**asdict(self), "fingerprint": self.fingerprint}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def digest_file(path: Path) -> str:
+    """xxh3-128 of a file's contents."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            state.update(block)
+    return state.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _DigestedFile:
+    """A file that is digested while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO = path.open("wb")
+        self._state = xxhash.xxh3_128()
+        self._bytes = 0
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._state.update(data)
+        self._bytes += len(data)
+
+    def close(self) -> FileEntry:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileEntry(self._path.name, self._bytes, self._state.hexdigest())
+
+    def abandon(self) -> None:
+        self._file.close()
+
+
+class ShardWriter:
+    """Streams documents into a new shard folder, which appears under its name complete or not at all.
+
+        with ShardWriter(folder, vocabulary=4096) as writer:
+            writer.add(np.array([17, 4, 0]))
+
+    Everything is written to a temporary folder beside it, forced to disk, and renamed when the `with` block ends without
+    an error; otherwise the temporary folder is removed. An existing folder is never touched: FileExistsError.
+
+    vocabulary       token ids lie in [0, vocabulary)
+    end_of_document  the token that ends each document, for the record
+    save_tokenizer   writes the tokenizer into the path it is given; None: the tokens come without one
+    shard_tokens     a new pair of files is begun once a shard holds this many tokens
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        vocabulary: int,
+        end_of_document: int | None = None,
+        save_tokenizer: Callable[[Path], None] | None = None,
+        shard_tokens: int = 1 << 30,
+    ) -> None:
+        if folder.exists():
+            raise FileExistsError(f"{folder} exists already; remove it or write to another folder")
+        self.folder = folder
+        self._vocabulary = vocabulary
+        self._dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+        self._end_of_document = end_of_document
+        self._shard_tokens = shard_tokens
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self._building = folder.parent / f".{folder.name}.building-{uuid.uuid4().hex[:12]}"
+        self._building.mkdir()
+        self._tokenizer: FileEntry | None = None
+        if save_tokenizer is not None:
+            path = self._building / TOKENIZER
+            save_tokenizer(path)
+            self._tokenizer = FileEntry(path.name, path.stat().st_size, digest_file(path))
+        self._shards: list[ShardEntry] = []
+        self._open: tuple[_DigestedFile, _DigestedFile] | None = None
+        self._in_shard = 0
+        self._ends_in_shard: list[int] = []
+        self.tokens = 0
+        self.documents = 0
+
+    def add(self, tokens: NDArray[np.integer[Any]]) -> None:
+        """Append a document: a one-dimensional array of token ids. An empty one is passed over.
+
+        Raises ValueError for a token id outside the vocabulary.
+        """
+        if not len(tokens):
+            return
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self._vocabulary:
+            raise ValueError(
+                f"document {self.documents} has token id {low if low < 0 else high}, outside [0, {self._vocabulary})"
+            )
+        if self._open is None:
+            number = len(self._shards)
+            self._open = (
+                _DigestedFile(self._building / f"tokens-{number:05d}.bin"),
+                _DigestedFile(self._building / f"documents-{number:05d}.bin"),
+            )
+        self._open[0].write(tokens.astype(self._dtype).tobytes())
+        self._in_shard += len(tokens)
+        self._ends_in_shard.append(self._in_shard)
+        self.tokens += len(tokens)
+        self.documents += 1
+        if self._in_shard >= self._shard_tokens:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        if self._open is None:
+            return
+        tokens, documents = self._open
+        documents.write(np.array(self._ends_in_shard, dtype=DOCUMENT_TYPE).tobytes())
+        self._shards.append(ShardEntry(tokens.close(), documents.close(), self._in_shard, len(self._ends_in_shard)))
+        self._open, self._in_shard, self._ends_in_shard = None, 0, []
+
+    def commit(self) -> Manifest:
+        """Force everything to disk and give the folder its name. Raises ValueError for a corpus without a token."""
+        if not self.documents:
+            raise ValueError(f"{self.folder}: no token to write; the corpus is empty")
+        self._close_shard()
+        manifest = Manifest(self._vocabulary, self._dtype.name, self._end_of_document, self._tokenizer, tuple(self._shards))
+        manifest.write(self._building)
+        sync_folder(self._building)
+        # On POSIX a rename onto a folder that has files fails: a folder that came into being meanwhile stays whole.
+        self._building.rename(self.folder)
+        sync_folder(self.folder.parent)
+        return manifest
+
+    def abandon(self) -> None:
+        """Remove what was written so far."""
+        if self._open is not None:
+            for file in self._open:
+                file.abandon()
+        shutil.rmtree(self._building, ignore_errors=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self.abandon()
+            return
+        try:
+            self.commit()
+        except BaseException:
+            self.abandon()
+            raise

@@ -1,0 +1,180 @@
+"""Where documents come from: files of text, and what every source has in common."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import sysconfig
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import xxhash
+
+from ..config.problems import Problem
+from .shards import digest_file
+
+
+class DocumentSource(Protocol):
+    """A stream of documents that can be read again and again, in the same order."""
+
+    @property
+    def name(self) -> str:
+        """A short word for file names and progress lines."""
+        ...
+
+    def problems(self, key: str) -> list[Problem]:
+        """What is wrong with the settings, found without reading documents; `key` is the config node's."""
+        ...
+
+    def documents(self) -> Iterator[str]:
+        """The documents, none of them empty. Raises ValueError naming the file and place that can't be read."""
+        ...
+
+    def identity(self, memo: Path) -> str:
+        """Names the contents: sources with one identity give the same documents. `memo` is a folder for results."""
+        ...
+
+    def size(self) -> int | None:
+        """About how many characters there are, if that is cheap to know."""
+        ...
+
+
+class FileSource(ABC):
+    """Documents in files. Their order is that of the sorted paths; their identity that of their contents.
+
+    input    a path, a glob pattern (`**` crosses folders), a folder, or several of them
+    endings  a folder stands for all files below it whose names end so, except hidden ones
+    """
+
+    name = "files"
+    endings: tuple[str, ...] = ("",)
+
+    def __init__(self, input: str | Sequence[str]) -> None:
+        self.input = [input] if isinstance(input, str) else list(input)
+
+    @abstractmethod
+    def read(self, path: Path) -> Iterator[str]:
+        """The documents of one file."""
+
+    def settings(self) -> str:
+        """What else than the files' contents decides the documents."""
+        return self.name
+
+    def files(self) -> list[Path]:
+        """All files, sorted, each once."""
+        return sorted({path for pattern in self.input for path in self._matches(pattern)})
+
+    def _matches(self, pattern: str) -> Iterator[Path]:
+        written = str(Path(pattern).expanduser())
+        if Path(written).is_dir():
+            for path in Path(written).rglob("*"):
+                hidden = any(part.startswith(".") for part in path.relative_to(written).parts)
+                if path.name.endswith(self.endings) and not hidden and path.is_file():
+                    yield path
+            return
+        for match in [written] if Path(written).is_file() else glob.iglob(written, recursive=True):  # noqa: PTH207 (a pattern may be absolute)
+            if Path(match).is_file():
+                yield Path(match)
+
+    def problems(self, key: str) -> list[Problem]:
+        """Every pattern must match a file."""
+        if not self.input:
+            return [Problem(f"{key}.input", "no file is named", "give a path, a glob pattern or a folder")]
+        return [
+            Problem(f"{key}.input", f"'{pattern}' matches no file", "give a path, a glob pattern or a folder that has some")
+            for pattern in self.input
+            if next(self._matches(pattern), None) is None
+        ]
+
+    def documents(self) -> Iterator[str]:
+        """The documents of all files."""
+        for path in self.files():
+            yield from self.read(path)
+
+    def identity(self, memo: Path) -> str:
+        """Digest of all contents. Files are read again only when a path, size or time of change differs."""
+        stats = [(str(path.resolve()), path.stat()) for path in self.files()]
+        seen = json.dumps([self.settings(), [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]])
+
+        def digest() -> str:
+            contents = [self.settings(), *(digest_file(Path(path)) for path, _ in stats)]
+            return xxhash.xxh3_128_hexdigest(json.dumps(contents).encode())
+
+        return _remembered(memo / xxhash.xxh3_128_hexdigest(seen.encode()), digest)
+
+    def size(self) -> int | None:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.files())
+
+
+def _remembered(path: Path, compute: Callable[[], str]) -> str:
+    """The text in a small file, computed and written there the first time."""
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        value = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(value)
+    temporary.replace(path)
+    return value
+
+
+class TextFiles(FileSource):
+    """Text files in UTF-8: each is a document, or several, separated by `separator`."""
+
+    name = "text"
+
+    def __init__(self, input: str | Sequence[str], separator: str | None = None) -> None:
+        super().__init__(input)
+        self.separator = separator
+
+    def settings(self) -> str:
+        """The separator decides the documents."""
+        return f"text {self.separator!r}"
+
+    def read(self, path: Path) -> Iterator[str]:
+        """The documents of one file."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as problem:
+            raise ValueError(f"{path}: not UTF-8 text ({problem.reason} at byte {problem.start})") from problem
+        for document in text.split(self.separator) if self.separator else [text]:
+            if document:
+                yield document
+
+
+class StandardLibrary(FileSource):
+    """The source of the running interpreter's standard library: real text on every machine, tens of MB, no download.
+
+    Installed packages are left out, and so are files that aren't UTF-8 (there are some among the library's own tests).
+    """
+
+    name = "stdlib"
+
+    def __init__(self) -> None:
+        super().__init__(sysconfig.get_path("stdlib"))
+
+    def files(self) -> list[Path]:
+        """All modules, in the order of their names."""
+        root = Path(self.input[0])
+        skipped = {"site-packages", "dist-packages"}
+        return sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
+
+    def problems(self, key: str) -> list[Problem]:
+        """Some embedded interpreters come without their library's source."""
+        if next(Path(self.input[0]).glob("*.py"), None) is None:
+            return [Problem(key, f"{self.input[0]} has no Python source", "use data=text with data.input=<folder>")]
+        return []
+
+    def read(self, path: Path) -> Iterator[str]:
+        """A module is a document."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return
+        if text:
+            yield text

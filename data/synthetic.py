@@ -1,0 +1,78 @@
+"""Seeded random tokens of any vocabulary and length: for benchmarks and dry runs, where only shapes matter."""
+
+from __future__ import annotations
+
+import numpy as np
+import xxhash
+
+from ..config.hashing import hash64, stream64
+from ..config.problems import Problem
+from .batch import Sample
+
+
+class RandomTokens:
+    """Uniform tokens; sample k is a function of (seed, k). `length` makes it finite. Implements `Samples`."""
+
+    def __init__(self, seq_len: int, vocabulary: int, seed: int, length: int | None = None) -> None:
+        self.seq_len = seq_len
+        self.vocabulary = vocabulary
+        self._seed = seed
+        self._length = length
+
+    def __len__(self) -> int:
+        if self._length is None:
+            raise TypeError("endless samples have no length")
+        return self._length
+
+    def __getitem__(self, index: int) -> Sample:
+        """The k-th sample."""
+        if index < 0 or (self._length is not None and index >= self._length):
+            raise IndexError(f"sample {index} is outside [0, {self._length})")
+        numbers = stream64(hash64(self._seed, index), self.seq_len + 1)
+        # Multiply and shift instead of a modulo: the upper 32 bits, scaled to [0, vocabulary).
+        tokens = (((numbers >> np.uint64(32)) * np.uint64(self.vocabulary)) >> np.uint64(32)).astype(np.int64)
+        return Sample(tokens[:-1], tokens[1:])
+
+
+class Synthetic:
+    """The data node of `data=synthetic`. Its loss can't fall below log(vocabulary): it is noise.
+
+    validation_samples  size of the validation set (0: none)
+    """
+
+    tokenizer = None
+
+    def __init__(self, seed: int, seq_len: int, vocabulary: int, validation_samples: int = 64) -> None:
+        self.seed = seed
+        self.seq_len = seq_len
+        self.vocabulary = vocabulary
+        self.validation_samples = validation_samples
+
+    def problems(self, key: str = "data") -> list[Problem]:
+        """What is wrong with the node's keys."""
+        found: list[Problem] = []
+        if self.seq_len < 1:
+            found.append(Problem(f"{key}.seq_len", f"{self.seq_len} is not a length", "use 1 or more"))
+        if not 1 <= self.vocabulary < 2**32:
+            found.append(Problem(f"{key}.vocabulary", f"{self.vocabulary} is not a vocabulary", "use 1 to 2^32 - 1"))
+        if self.validation_samples < 0:
+            found.append(Problem(f"{key}.validation_samples", f"{self.validation_samples} is negative", "use 0 for none"))
+        return found
+
+    def prepare(self) -> None:
+        """Nothing to build."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the data: two nodes with one fingerprint give the same samples for the same seed."""
+        return xxhash.xxh3_128_hexdigest(f"synthetic {self.seq_len} {self.vocabulary}".encode())
+
+    def train(self) -> RandomTokens:
+        """Endless samples."""
+        return RandomTokens(self.seq_len, self.vocabulary, hash64(self.seed, 0))
+
+    def validation(self) -> RandomTokens | None:
+        """The validation set: the same for every seed."""
+        if not self.validation_samples:
+            return None
+        return RandomTokens(self.seq_len, self.vocabulary, hash64(0, 1), self.validation_samples)

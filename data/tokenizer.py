@@ -1,0 +1,137 @@
+"""Tokenizers: byte-level BPE trained on the spot, plain bytes, or a `tokenizer.json` of any origin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as Engine
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_DOCUMENT = "<|endoftext|>"
+# What well-known tokenizers call the token that ends a document, in the order they are looked for.
+KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "<|eod|>", "</s>", "<eos>")
+SMALLEST_BPE = 257  # all bytes and the end of a document
+_PIECE = 1 << 20  # characters: longer documents are cut for encoding, which needs some hundred bytes per character
+
+
+def byte_alphabet() -> list[str]:
+    """The printable character that stands for each byte in byte-level tokenizers (GPT-2's table), by byte value."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = (byte for byte in range(256) if byte not in printable)
+    table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + number) for number, byte in enumerate(others)}
+    return [table[byte] for byte in range(256)]
+
+
+class Tokenizer:
+    """Text ↔ token ids.
+
+    vocabulary       ids lie in [0, vocabulary)
+    end_of_document  id of the token put behind every document
+    fingerprint      names the tokenizer by its contents
+    """
+
+    def __init__(self, engine: Engine, end_of_document: str | None = None) -> None:
+        engine.no_padding()
+        engine.no_truncation()
+        # A corpus that talks about "<|endoftext|>" must not be able to end a document.
+        engine.encode_special_tokens = True
+        self._engine = engine
+        known = engine.get_vocab(with_added_tokens=True)
+        names = KNOWN_ENDS if end_of_document is None else (end_of_document,)
+        found = next((name for name in names if name in known), None)
+        if found is None:
+            raise ValueError(
+                f"data.end_of_document: the tokenizer has no token {' or '.join(repr(name) for name in names)}; "
+                "name the one that ends a document"
+            )
+        self.end_of_document = known[found]
+        self.vocabulary = max(known.values()) + 1
+        self.fingerprint = xxhash.xxh3_128_hexdigest(f"{engine.to_str()}\n{found}".encode())
+
+    @classmethod
+    def load(cls, path: Path, end_of_document: str | None = None) -> Tokenizer:
+        """Read a `tokenizer.json`, or the one in a folder. Raises ValueError naming the file."""
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"data.tokenizer: {path} not found; give bpe, bytes, or the path of a tokenizer.json")
+        try:
+            engine = Engine.from_file(str(path))
+        except Exception as problem:  # the library raises bare Exception
+            raise ValueError(f"data.tokenizer: {path} is not a tokenizer.json ({problem})") from problem
+        return cls(engine, end_of_document)
+
+    @classmethod
+    def bytes(cls) -> Tokenizer:
+        """Every byte of the UTF-8 text is a token, with its value as its id; 256 ends a document."""
+        vocabulary = {character: byte for byte, character in enumerate(byte_alphabet())}
+        engine = Engine(models.BPE(vocab=vocabulary, merges=[]))
+        _byte_level(engine)
+        engine.add_special_tokens([END_OF_DOCUMENT])
+        return cls(engine)
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocabulary: int) -> Tokenizer:
+        """Byte-level BPE (Sennrich et al., arXiv 1508.07909; byte level: GPT-2). Any text can be encoded with it.
+
+        A small corpus may have fewer merges to learn than asked for: read `vocabulary` of the result.
+        """
+        assert vocabulary >= SMALLEST_BPE
+        engine = Engine(models.BPE())
+        _byte_level(engine)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=[END_OF_DOCUMENT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        engine.train_from_iterator(documents, trainer)
+        return cls(engine)
+
+    def save(self, path: Path) -> None:
+        """Write it as a `tokenizer.json`."""
+        self._engine.save(str(path))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without an end of document."""
+        return self._engine.encode(text, add_special_tokens=False).ids
+
+    def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Token ids of many documents, each with its end of document; spread over the CPU's cores."""
+        pieces: list[str] = []
+        counts: list[int] = []
+        for text in texts:
+            cut = _cut(text)
+            pieces += cut
+            counts.append(len(cut))
+        encoded = iter(self._engine.encode_batch_fast(pieces, add_special_tokens=False))
+        documents: list[NDArray[np.int64]] = []
+        for count in counts:
+            parts = [np.array(next(encoded).ids, dtype=np.int64) for _ in range(count)]
+            documents.append(np.concatenate([*parts, np.array([self.end_of_document], dtype=np.int64)]))
+        return documents
+
+    def decode(self, tokens: Sequence[int] | NDArray[np.int64]) -> str:
+        """The text of token ids; ends of documents are left out, broken UTF-8 is shown as replacement characters."""
+        return self._engine.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+
+def _byte_level(engine: Engine) -> None:
+    # The library's attributes are typed read-only in its stubs, though setting them is its documented use.
+    setattr(engine, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=False))  # noqa: B010
+    setattr(engine, "decoder", decoders.ByteLevel())  # noqa: B010
+
+
+def _cut(text: str) -> list[str]:
+    """The text in pieces of at most `_PIECE` characters, cut behind a line where there is one."""
+    pieces: list[str] = []
+    start = 0
+    while len(text) - start > _PIECE:
+        end = text.rfind("\n", start, start + _PIECE) + 1 or start + _PIECE
+        pieces.append(text[start:end])
+        start = end
+    pieces.append(text[start:])
+    return pieces
