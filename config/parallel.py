@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from .deepspeed import DeepSpeedConfig
 
 
 @dataclass
@@ -21,6 +23,11 @@ class ParallelConfig:
     cp                 context-parallel size
     cp_kind            "ring" (zig-zag ring attention) or "ulysses" (all-to-all over heads)
     timeout            seconds before a collective that waits for a lost rank gives up
+    offload            where the optimizer's state lives between updates: none (with the weights), cpu, nvme (DeepSpeed only);
+                       the torch engine takes the sharded weights along
+    offload_weights    where DeepSpeed's ZeRO-3 keeps the weights' shards between uses: none, cpu, nvme
+    offload_path       folder for nvme: a fast local disk
+    deepspeed          settings of the DeepSpeed engine alone
     """
 
     engine: str = "torch"
@@ -35,3 +42,7 @@ class ParallelConfig:
     cp: int = 1
     cp_kind: str = "ring"
     timeout: float = 600.0
+    offload: str = "none"
+    offload_weights: str = "none"
+    offload_path: str | None = None
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
