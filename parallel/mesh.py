@@ -29,14 +29,15 @@ def pick_device() -> torch.device:
 class Mesh:
     """This process's place in a layout, and the groups it talks in.
 
-    root  the device mesh over all axes of `Layout`, with flattened helper axes:
-          "weights" (what a parameter is sharded over), "copies" (who repeats it), "data" (who adds up losses)
+    axes  name → 1-D device mesh: "pp", "cp", "tp"; "copies" and "weights" (who repeats and who shards a weight); "data"
+          (copies × weights: who adds up losses and gradients); "stage" (everybody but other pipeline stages)
     """
 
     layout: Layout
     rank: int
     device: torch.device
-    root: DeviceMesh
+    axes: dict[str, DeviceMesh]
+    weights: DeviceMesh
 
     @classmethod
     def connect(cls, layout: Layout, device: torch.device, timeout: float = 600.0) -> Mesh:
@@ -54,17 +55,19 @@ class Mesh:
             else:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
         assert dist.get_world_size() == layout.world_size, f"{layout} on {dist.get_world_size()} processes"
-        # Under ZeRO-0 every data and context rank is a copy, so cp belongs to the copies' side of the mesh; the axis
-        # `shard` has size 1 there, which leaves the numbering of ranks as Layout says.
-        axes = ("pp", "replicate", "shard", "cp", "tp") if layout.zero else ("pp", "replicate", "cp", "shard", "tp")
-        root = init_device_mesh(device.type, tuple(layout.sizes[axis] for axis in axes), mesh_dim_names=axes)
-        if layout.zero:
-            root["shard", "cp"]._flatten("weights")
-        else:
-            root["replicate", "cp"]._flatten("copies")
-        root[tuple(axis for axis in axes if axis not in ("pp", "tp"))]._flatten("data")
-        root[tuple(axis for axis in axes if axis != "pp")]._flatten("stage")
-        return cls(layout, dist.get_rank(), device, root)
+        # Sharding of weights and slicing of sequences cut the same ranks in two ways, hence two meshes. Under ZeRO-0 every
+        # data and context rank is a copy. Both orders number the ranks as Layout does.
+        data = layout.replicate * layout.shard * layout.cp
+        copies = data if layout.zero == 0 else layout.replicate
+        sizes = {"pp": layout.pp, "copies": copies, "weights": data // copies, "tp": layout.tp}
+        root = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        axes = {axis: root[axis] for axis in sizes}
+        axes["data"] = root["copies", "weights"]._flatten("data")
+        axes["stage"] = root["copies", "weights", "tp"]._flatten("stage")
+        slices = {"pp": layout.pp, "data_rank": layout.data_size, "cp": layout.cp, "tp": layout.tp}
+        axes["cp"] = init_device_mesh(device.type, tuple(slices.values()), mesh_dim_names=tuple(slices))["cp"]
+        weights = root["copies", "weights"] if copies > 1 else root["weights"]
+        return cls(layout, dist.get_rank(), device, axes, weights)
 
     @property
     def coordinates(self) -> dict[str, int]:
@@ -81,22 +84,13 @@ class Mesh:
         """Which share of the global batch is this rank's."""
         return self.layout.data_rank(self.rank)
 
-    @property
-    def weights(self) -> DeviceMesh:
-        """The mesh that weights are sharded over: 1-D, or 2-D (copies, shards) where there are several copies."""
-        if self.layout.zero == 0:
-            return self.root["copies", "shard"]
-        if self.layout.replicate > 1:
-            return self.root["replicate", "weights"]
-        return self.root["weights"]
-
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The process group of an axis of `root`, flattened ones included ("data", "stage")."""
-        return self.root[axis].get_group()
+        """The process group of an axis."""
+        return self.axes[axis].get_group()
 
     def size(self, axis: str) -> int:
         """Number of ranks along an axis."""
-        return self.root[axis].size()
+        return self.axes[axis].size()
 
     def sum(self, values: torch.Tensor, axis: str | None = None) -> torch.Tensor:
         """Sum over an axis (default: all processes), in place; does nothing where there is nobody else."""

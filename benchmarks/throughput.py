@@ -1,0 +1,172 @@
+"""Tokens per second per GPU of the engine's training step on synthetic tokens: the work of the table in docs/performance.md.
+
+    torchrun --standalone --nproc-per-node 1 benchmarks/throughput.py model=1B batch=4
+    torchrun --standalone --nproc-per-node 2 benchmarks/throughput.py model=8B batch=2 zero=3 activation=selective
+
+Arguments are key=value; `Settings` lists them. Prints one JSON line: median, least and most tokens/s/GPU over the timed
+steps, peak memory, first loss, seconds to the first step. `trace=file` writes the profile of one step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from meshloom.config.parallel import ParallelConfig
+from meshloom.data.batch import MicroBatch
+from meshloom.models.llama import Llama
+from meshloom.optim.adamw import AdamW
+from meshloom.optim.parameters import NamedParameter, Shards
+from meshloom.parallel.layout import Layout
+from meshloom.parallel.mesh import Mesh, environment_world_size, pick_device
+from meshloom.parallel.torch_engine import TorchEngine
+
+MODELS = {
+    "tiny": {"dim": 256, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 512},
+    "1B": {"dim": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "ffn_dim": 8192},
+    "3B": {"dim": 3072, "layers": 28, "heads": 24, "kv_heads": 8, "ffn_dim": 8192},
+    "8B": {"dim": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "ffn_dim": 14336},
+}
+
+
+@dataclasses.dataclass
+class Settings:
+    """One measurement. batch: sequences per data rank and step; micro: of these, how many at once (0: all)."""
+
+    model: str = "1B"
+    batch: int = 4
+    micro: int = 0
+    seq: int = 8192
+    vocabulary: int = 128_256
+    zero: int = 3
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    schedule: str = "1f1b"
+    cp_kind: str = "ring"
+    activation: str = "none"
+    compile: int = 1
+    precision: str = "bf16"
+    steps: int = 20
+    warmup: int = 5
+    trace: str = ""
+    label: str = ""
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> Settings:
+        """Read key=value arguments; the default's type says how."""
+        settings = cls()
+        for argument in arguments:
+            key, _, value = argument.partition("=")
+            setattr(settings, key, type(getattr(settings, key))(value))
+        return settings
+
+
+def build(settings: Settings) -> TorchEngine:
+    """The engine for this process."""
+    parallel = ParallelConfig(
+        zero=settings.zero,
+        tp=settings.tp,
+        pp=settings.pp,
+        cp=settings.cp,
+        schedule=settings.schedule,
+        cp_kind=settings.cp_kind,
+    )
+    mesh = Mesh.connect(Layout.plan(parallel, environment_world_size()), pick_device())
+
+    def optimizer(parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
+        return AdamW(parameters=parameters, shards=shards, lr=3e-4, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+
+    with torch.device("meta"):
+        model = Llama(vocabulary=settings.vocabulary, **MODELS[settings.model])  # type: ignore[arg-type]
+    return TorchEngine(
+        model,
+        mesh,
+        optimizer,
+        seed=1,
+        parallel=parallel,
+        precision=settings.precision,
+        activation=settings.activation,
+        compile_blocks=bool(settings.compile),
+    )
+
+
+def main() -> None:
+    """Measure once and print the result."""
+    began = time.perf_counter()
+    settings = Settings.parse(sys.argv[1:])
+    engine = build(settings)
+    mesh = engine.mesh
+    micro = settings.micro or settings.batch
+    draw = torch.Generator().manual_seed(mesh.data_rank)
+
+    def share() -> list[MicroBatch]:
+        batches: list[MicroBatch] = []
+        for _ in range(settings.batch // micro):
+            tokens = torch.randint(0, settings.vocabulary, (micro, settings.seq + 1), generator=draw)
+            batches.append(MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).to(mesh.device))
+        return batches
+
+    data = [share() for _ in range(4)]
+    tokens_per_rank = settings.batch * settings.seq
+    global_tokens = torch.tensor(float(tokens_per_rank * mesh.layout.data_size), device=mesh.device)
+
+    def step(number: int) -> torch.Tensor:
+        loss = engine.accumulate(data[number % len(data)], global_tokens)
+        engine.clip(1.0, engine.gradient_norm())
+        engine.update(3e-4)
+        engine.zero_grad()
+        return loss.mean
+
+    def wait() -> None:
+        if mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    first_loss = float(step(0))
+    first_step = time.perf_counter() - began
+    for number in range(1, settings.warmup):
+        step(number)
+    wait()
+    seconds: list[float] = []
+    loss = torch.zeros(())
+    for number in range(settings.steps):
+        start = time.perf_counter()
+        loss = step(number)
+        wait()
+        seconds.append(time.perf_counter() - start)
+    if settings.trace:
+        with torch.profiler.profile() as profiler:
+            step(0)
+            wait()
+        if mesh.is_main:
+            order = "self_device_time_total" if mesh.device.type == "cuda" else "self_cpu_time_total"
+            table = profiler.key_averages().table(sort_by=order, row_limit=45, max_name_column_width=90)
+            Path(settings.trace).write_text(table)
+    if mesh.is_main:
+        rates = sorted(tokens_per_rank * mesh.layout.data_size / mesh.layout.world_size / second for second in seconds)
+        result = {
+            **{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)},
+            "gpus": mesh.layout.world_size,
+            "tokens_per_second_per_gpu": round(statistics.median(rates)),
+            "least": round(rates[0]),
+            "most": round(rates[-1]),
+            "step_ms": round(1000 * statistics.median(seconds), 1),
+            "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if mesh.device.type == "cuda" else None,
+            "first_loss": first_loss,
+            "last_loss": float(loss),
+            "first_step_seconds": round(first_step, 1),
+            "torch": torch.__version__,
+        }
+        print(json.dumps(result), flush=True)
+    mesh.close()
+
+
+if __name__ == "__main__":
+    main()

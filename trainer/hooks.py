@@ -1,0 +1,51 @@
+"""Hooks: small stateful objects that watch a run. Their state goes through the same checkpoint as everything else.
+
+The loop calls them in the order they are listed, on every rank, at the same points, so a hook may communicate as long as
+it does so on all ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .loop import Loop
+
+
+class Hook:
+    """Base class: every method does nothing. A subclass overrides what it needs."""
+
+    def on_run_begin(self, loop: Loop) -> None:
+        """Everything is built and, on a resume, restored; no step has been taken."""
+
+    def on_step_begin(self, loop: Loop) -> None:
+        """Before the global batch is drawn."""
+
+    def before_update(self, loop: Loop) -> None:
+        """The gradient is ready and clipped; the weights are about to change."""
+
+    def on_step_end(self, loop: Loop) -> None:
+        """The weights have changed and `loop.progress` has moved. The step's numbers are still on the device."""
+
+    def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
+        """The numbers of a step have arrived: one row of metrics.jsonl. Comes one step late, so that nobody waits."""
+
+    def on_evaluate(self, loop: Loop, row: dict[str, Any]) -> None:
+        """The validation set has been looked at: a row with `step` and `eval_loss`. All earlier rows have arrived."""
+
+    def on_checkpoint(self, loop: Loop, row: dict[str, Any]) -> None:
+        """A save has ended, complete or not: a row with `checkpoint_step`, `checkpoint_saved` and how long it took."""
+
+    def on_run_end(self, loop: Loop, output_dir: Path) -> None:
+        """The run ended as asked and its last checkpoint is on disk. Not called when it failed."""
+
+    def close(self) -> None:
+        """Called at the end of every run, failed ones included: release files and connections."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON that the next run of this recipe needs to go on."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave; called before `on_run_begin`."""

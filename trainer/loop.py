@@ -1,0 +1,185 @@
+"""The training step and the loop around it.
+
+One direction, no back and forth: the controller says how many samples → data order yields the global batch → this
+rank's share → the engine accumulates → clip → update → counters → hooks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..data.batch import GlobalBatch, MicroBatch
+from ..optim.horizon import Horizon
+from ..optim.progress import Progress
+from ..optim.statistics import GradientStatistics
+from ..parallel.engine import Engine
+from ..parallel.mesh import Mesh
+from .deferred import Deferred
+from .hooks import Hook
+from .signals import StopRequest
+
+
+class Controller(Protocol):
+    """Says how many samples the next step takes (`optim/batch.py`)."""
+
+    needs_statistics: bool
+
+    def next_batch(self, progress: Progress) -> int: ...
+
+    def observe(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Schedule(Protocol):
+    """Learning rate as a pure function of the counters (`optim/schedule.py`)."""
+
+    def lr(self, progress: Progress) -> float: ...
+
+
+class Batches(Protocol):
+    """Gives this rank's share of a global batch (`data/loader.py`)."""
+
+    def load(self, batch: GlobalBatch, micro: int) -> list[MicroBatch]: ...
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is no longer a number."""
+
+
+@dataclass
+class Loop:
+    """A run in progress. Everything in it was built by `build.py`; the counters are its only own state."""
+
+    mesh: Mesh
+    engine: Engine
+    batches: Batches
+    controller: Controller
+    schedule: Schedule
+    horizon: Horizon
+    micro: int
+    flops_per_token: float
+    output_dir: Path
+    max_grad_norm: float | None = None
+    hooks: Sequence[Hook] = ()
+    progress: Progress = field(default_factory=Progress)
+    stopping: bool = False
+    _pending: list[tuple[Progress, float, int, float, Deferred]] = field(default_factory=list)
+    _step_began: float = 0.0
+    _last_loss: float = math.nan
+
+    def run(self, stop: StopRequest) -> bool:
+        """Train until the horizon, or until a process was asked to stop. Returns whether the horizon was reached."""
+        self._step_began = time.perf_counter()
+        for hook in self.hooks:
+            hook.on_run_begin(self)
+        while not self.finished and not self.stopping:
+            self.step(stop.requested)
+            for hook in self.hooks:
+                hook.on_step_end(self)
+        self.deliver_metrics(keep=0)
+        return self.finished
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is as long as it was meant to be."""
+        return self.horizon.position(self.progress, self.horizon.unit) >= self.horizon.total
+
+    def step(self, stop_requested: bool = False) -> None:
+        """One update of the weights."""
+        for hook in self.hooks:
+            hook.on_step_begin(self)
+        count = self.controller.next_batch(self.progress)
+        before = Progress(self.progress.step, self.progress.samples, self.progress.tokens, count)
+        micro_batches = self.batches.load(GlobalBatch(before.samples, count), self.micro)
+        tokens, stops = self._agree(sum(batch.valid_tokens for batch in micro_batches), stop_requested)
+
+        loss = self.engine.accumulate(micro_batches, tokens)
+        statistics = self.engine.gradient_statistics() if self.controller.needs_statistics else None
+        norm = self.engine.gradient_norm()
+        if self.max_grad_norm is not None:
+            self.engine.clip(self.max_grad_norm, norm)
+        for hook in self.hooks:
+            hook.before_update(self)
+        lr = self.schedule.lr(before)
+        self.engine.update(lr)
+        self.engine.zero_grad()
+
+        self.progress = before.after(count, count * self.horizon.seq_len)
+        scalars = {"loss": loss.mean, "grad_norm": norm, "stops": stops, **loss.extras}
+        now = time.perf_counter()
+        self._pending.append((self.progress, lr, count * self.horizon.seq_len, now - self._step_began, Deferred(scalars)))
+        self._step_began = now
+        if self.controller.needs_statistics:
+            self.deliver_metrics(keep=0)
+            self.controller.observe(statistics, self._last_loss, self.progress)
+        else:
+            self.deliver_metrics(keep=1)
+
+    def _agree(self, valid_tokens: int, stop_requested: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Valid tokens of the whole global batch, and on how many processes a stop was requested: one collective.
+
+        Every process of a data rank (pipeline, context and tensor peers) counts the same tokens.
+        """
+        layout = self.mesh.layout
+        sums = torch.tensor([valid_tokens, int(stop_requested)], dtype=torch.float64, device=self.mesh.device)
+        self.mesh.sum(sums)
+        return sums[0] / (layout.pp * layout.cp * layout.tp), sums[1]
+
+    def restart_clock(self) -> None:
+        """Leave what was done since the last step (an evaluation, a wait for a save) out of the next step's seconds."""
+        self._step_began = time.perf_counter()
+
+    def deliver_metrics(self, keep: int) -> None:
+        """Hand the numbers of finished steps to the hooks, all but the newest `keep`: those may still be computing."""
+        while len(self._pending) > keep:
+            progress, lr, tokens, seconds, deferred = self._pending.pop(0)
+            numbers = deferred.read()
+            self.stopping = self.stopping or numbers.pop("stops") > 0
+            self._last_loss = numbers["loss"]
+            if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
+                raise TrainingDiverged(
+                    f"step {progress.step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}. "
+                    "Resume from the last checkpoint with a lower optim.lr, a longer schedule.warmup or a smaller "
+                    "trainer.max_grad_norm"
+                )
+            row = {
+                "step": progress.step,
+                "loss": numbers.pop("loss"),
+                "lr": lr,
+                "grad_norm": numbers.pop("grad_norm"),
+                "tokens": progress.tokens,
+                "samples": progress.samples,
+                "batch_samples": progress.batch,
+                "step_seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+                **numbers,
+                **self._device_numbers(tokens / seconds),
+            }
+            for hook in self.hooks:
+                hook.on_metrics(self, row)
+
+    def _device_numbers(self, tokens_per_second: float) -> dict[str, float]:
+        """Model FLOPs utilisation and peak memory, where there is a GPU whose peak is known."""
+        if self.mesh.device.type != "cuda":
+            return {}
+        numbers = {"memory_gib": torch.cuda.max_memory_allocated(self.mesh.device) / 2**30}
+        peak = peak_flops(torch.cuda.get_device_name(self.mesh.device))
+        if peak:
+            numbers["mfu"] = self.flops_per_token * tokens_per_second / (peak * self.mesh.layout.world_size)
+        return numbers
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak of a GPU by its name, in FLOP/s, from the vendors' datasheets; None for one not listed."""
+    peaks = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "MI300X": 1307e12}
+    return next((peak for name, peak in peaks.items() if name in device_name), None)

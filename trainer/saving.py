@@ -1,0 +1,64 @@
+"""Checkpoints of a run: when to save, what is saved beside the arrays, and how a run gets it back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..checkpoint import Checkpointer
+from .hooks import Hook
+from .loop import Loop
+
+
+def run_state(loop: Loop, fixed: dict[str, Any]) -> dict[str, Any]:
+    """The JSON part of a checkpoint: counters and the states of the controller and hooks, and `fixed` (config, data, seed).
+
+    Schedules and the data order have no state: they are functions of the counters (rules R1, R5).
+    """
+    return {
+        **fixed,
+        "progress": loop.progress.state_dict(),
+        "counters": loop.engine.counters(),
+        "controller": loop.controller.state_dict(),
+        "hooks": {type(hook).__name__: hook.state_dict() for hook in loop.hooks if hook.state_dict()},
+    }
+
+
+class Saving(Hook):
+    """Saves every so many steps, and at the end of the run, however it ends in good order."""
+
+    def __init__(self, checkpointer: Checkpointer, every: int | None, fixed: dict[str, Any]) -> None:
+        self._checkpointer = checkpointer
+        self._every = every
+        self._fixed = fixed
+        self._last_step = -1
+
+    def on_run_begin(self, loop: Loop) -> None:
+        """A run that begins where a checkpoint is has nothing to save yet."""
+        self._last_step = loop.progress.step
+
+    def before_update(self, loop: Loop) -> None:
+        """The one wait: a snapshot still being copied must not see the weights change."""
+        self._checkpointer.before_update()
+
+    def on_step_end(self, loop: Loop) -> None:
+        """Start a save when it is time to, and report those that have ended."""
+        if self._every and loop.progress.step % self._every == 0:
+            self._save(loop)
+        self._report(loop)
+
+    def _save(self, loop: Loop) -> None:
+        loop.deliver_metrics(keep=0)  # a step whose loss is not a number must raise before it is saved
+        self._last_step = loop.progress.step
+        self._checkpointer.save(loop.progress.step, loop.engine.fragments(), run_state(loop, self._fixed))
+
+    def _report(self, loop: Loop) -> None:
+        for report in self._checkpointer.poll():
+            for hook in loop.hooks:
+                hook.on_checkpoint(loop, report.row())
+
+    def finish(self, loop: Loop) -> None:
+        """The last save, waited for. Raises CheckpointError if it failed: a run must not end well without it."""
+        if loop.progress.step != self._last_step:
+            self._save(loop)
+        self._checkpointer.finish()
+        self._report(loop)
