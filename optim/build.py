@@ -13,6 +13,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from .batch import Controller
 from .horizon import Horizon
 from .parameters import NamedParameter, Shards
 from .schedule import Schedule
@@ -34,3 +35,8 @@ def build_schedule(node: Any, peak: float, horizon: Horizon) -> Schedule:
 def build_optimizer(node: Any, parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
     """The optimizer of `config.optim` over this rank's shards."""
     return _call(node, ("name", "lr_coupling"), parameters=parameters, shards=shards)
+
+
+def build_controller(node: Any, horizon: Horizon, divisor: int) -> Controller:
+    """The batch-size controller of `config.batch`. divisor: batch.micro × data-parallel size. Ask its `problems()` first."""
+    return _call(node, ("name", "micro"), horizon=horizon, divisor=divisor)

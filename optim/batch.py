@@ -1,0 +1,194 @@
+"""Batch-size controllers: how many samples the next step takes. Here the planned ones; measured ones are in adaptive.py.
+
+A controller decides from the run's progress and, where it measures, from numbers that are the same on every rank. Its
+answer is a function of progress and of its saved state, so every rank and every resume come to the same one.
+
+Sizes are multiples of `multiple`. Left to itself that is what the layout asks for (batch.micro × data-parallel size), and
+then a run's sizes depend, through rounding, on its layout; with `batch.multiple` set they don't, as long as every layout
+that the run sees can cut it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from ..config.duration import Duration, Unit
+from ..config.problems import Problem
+from .horizon import Horizon
+from .progress import Progress
+from .statistics import GradientStatistics
+
+
+class Controller:
+    """The base: a size that never changes.
+
+    horizon   the length of the run
+    divisor   what the layout asks every size to be a multiple of: batch.micro × data-parallel size
+    samples   the size at the start
+    max       no size is larger
+    multiple  sizes are multiples of this: None: of `divisor`
+
+    needs_loss         whether `observe` must be called with the step's loss
+    needs_statistics   whether `observe` must be given a `GradientStatistics`, at steps where `measures` says so
+    needs_projections  whether that must carry `projection_square`
+    """
+
+    needs_loss = False
+    needs_statistics = False
+    needs_projections = False
+
+    def __init__(
+        self, horizon: Horizon, divisor: int, samples: int, max: int | None = None, multiple: int | None = None
+    ) -> None:
+        self.horizon = horizon
+        self.samples = samples
+        self.max = max
+        self.multiple = divisor if multiple is None else multiple
+        self._divisor = divisor
+        self._problems: list[Problem] = []
+        self._check_size("batch.samples", samples)
+        if multiple is not None and (multiple < 1 or multiple % divisor):
+            self._problem(
+                "batch.multiple",
+                f"{multiple} is not a multiple of batch.micro × data-parallel size = {divisor}",
+                f"use {_around(multiple, divisor)}, or leave it out",
+            )
+            self.multiple = divisor
+        if max is not None and max < samples:
+            self._problem("batch.max", f"{max} is less than batch.samples={samples}", "raise it")
+
+    def problems(self) -> list[Problem]:
+        """What a user must change before this controller can be used; empty if nothing."""
+        return list(self._problems)
+
+    def next_batch(self, progress: Progress) -> int:
+        """Samples of the step that begins at this progress."""
+        return self.samples
+
+    def measures(self, progress: Progress) -> bool:
+        """Whether the step that begins at this progress is one whose statistics `observe` wants."""
+        return self.needs_statistics
+
+    def observe(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> None:
+        """Learn from the step just done. `progress`: after it; `loss`: its mean over the global batch."""
+
+    @property
+    def noise_scale(self) -> float | None:
+        """The noise scale as measured so far, in samples; None where it isn't."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+
+    def rounded(self, size: float) -> int:
+        """The smallest legal size of at least `size`, or the largest legal one."""
+        most = math.inf if self.max is None else max(self.multiple, self.max // self.multiple * self.multiple)
+        return int(min(most, max(1, math.ceil(min(size, most) / self.multiple)) * self.multiple))
+
+    def _problem(self, key: str, message: str, fix: str) -> None:
+        self._problems.append(Problem(key, message, fix))
+
+    def _check_size(self, key: str, size: int) -> None:
+        """A size that a user wrote is not rounded in silence."""
+        if size < 1:
+            self._problem(key, f"{size} samples are no batch", f"use {self._divisor}")
+        elif size % self._divisor:
+            message = f"{size} is not a multiple of batch.micro × data-parallel size = {self._divisor}"
+            self._problem(key, message, f"use {_around(size, self._divisor)}")
+
+
+def _around(size: int, divisor: int) -> str:
+    """The legal sizes next to an illegal one, in words."""
+    below = size // divisor * divisor
+    return f"{below} or {below + divisor}" if below > 0 else str(divisor)
+
+
+class Fixed(Controller):
+    """The same size at every step."""
+
+    def __init__(self, horizon: Horizon, divisor: int, samples: int) -> None:
+        super().__init__(horizon, divisor, samples)
+
+
+class Stages(Controller):
+    """Sizes written out by hand.
+
+    stages   "0:768 250B:1536": from each point on, that many samples. A bare number counts tokens; any other duration is
+             understood if it is written without spaces ("10%:64", "2000steps:64")
+    samples  the size before the first point, which may be left out if that is 0
+    """
+
+    def __init__(self, horizon: Horizon, divisor: int, stages: str, samples: int | None = None) -> None:
+        parts = [self._read(written) for written in re.split(r"[\s,]+", stages.strip()) if written]
+        self._stages = [part for part in parts if part is not None]
+        first = next((size for start, size in self._stages if start.value == 0), None)
+        super().__init__(horizon, divisor, samples if samples is not None else first if first is not None else divisor)
+        if not parts or None in parts:
+            self._problem("batch.stages", f"can't read '{stages}'", "write it as '0:768 250B:1536', points in tokens")
+        if samples is None and first is None:
+            self._problem("batch.samples", "how the run starts is not said", "set it, or begin batch.stages with 0:<samples>")
+        if samples is not None and first is not None and samples != first:
+            message = f"{samples} contradicts batch.stages, which begins with 0:{first}"
+            self._problem("batch.samples", message, "leave one of them out")
+        for _, size in self._stages:
+            if size != first:
+                self._check_size("batch.stages", size)
+        try:
+            order = [horizon.amount(start, horizon.unit) for start, _ in self._stages]
+        except ValueError:
+            order = []  # points of different units without an exchange rate: taken in the order written
+        if order != sorted(order):
+            self._problem("batch.stages", f"the points of '{stages}' don't rise", "write them in order")
+
+    @staticmethod
+    def _read(written: str) -> tuple[Duration, int] | None:
+        start, colon, size = written.partition(":")
+        try:
+            named = re.search(r"[a-z]{4,}|%", start, re.I) is not None
+            return (Duration.parse(start if named else f"{start} tokens"), int(size)) if colon else None
+        except ValueError:
+            return None
+
+    def next_batch(self, progress: Progress) -> int:
+        """The size of the last point reached."""
+        size = self.samples
+        for start, there in self._stages:
+            unit = self.horizon.unit if start.unit is Unit.FRACTION else start.unit
+            if self.horizon.position(progress, unit) >= self.horizon.amount(start, unit):
+                size = there
+        return size
+
+
+class Ramp(Controller):
+    """From `samples` up to `max` in equal steps of `multiple`, spread evenly over `over`.
+
+    over  how long the way up takes: a duration as for schedules
+    """
+
+    def __init__(
+        self, horizon: Horizon, divisor: int, samples: int, max: int, over: str | int | float, multiple: int | None = None
+    ) -> None:
+        super().__init__(horizon, divisor, samples, max, multiple)
+        self._check_size("batch.max", max)
+        self._over = Duration(1, Unit.STEPS)
+        try:
+            self._over = Duration.parse(over)
+        except ValueError as error:
+            what, _, fix = str(error).partition("; ")
+            self._problem("batch.over", what, fix)
+        if self._over.value <= 0:
+            self._problem("batch.over", "a ramp needs a length", "give a duration, or choose batch=fixed")
+
+    def next_batch(self, progress: Progress) -> int:
+        """On the line from (0, samples) to (over, max), rounded down to a legal size."""
+        assert self.max is not None
+        unit = self.horizon.unit if self._over.unit is Unit.FRACTION else self._over.unit
+        part = min(1.0, self.horizon.position(progress, unit) / self.horizon.amount(self._over, unit))
+        grown = part * (self.max - self.samples) // self.multiple * self.multiple
+        return min(self.max, self.samples + int(grown))
