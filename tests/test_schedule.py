@@ -8,6 +8,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from meshloom.config.duration import Duration
 from meshloom.optim.decay import WINDOWED
 from meshloom.optim.horizon import Horizon
