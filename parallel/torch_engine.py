@@ -28,10 +28,13 @@ from ..models.llama import Llama
 from ..optim.parameters import NamedParameter, Shards
 from ..optim.statistics import GradientStatistics
 from .activation import apply_policy
+from .cost import balanced_stages
 from .engine import StepLoss
 from .fragment import Fragment
 from .mesh import Mesh
+from .pipeline import Pipeline, StageInputs, TiedHead
 from .shards import MeshShards, Placed, local
+from .stages import carve, schedule_of
 
 OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -51,22 +54,42 @@ class TorchEngine:
         precision: str = "bf16",
         activation: str = "none",
         compile_blocks: bool = False,
+        seq_len: int = 0,
     ) -> None:
-        """model: on the meta device; it is sharded, given storage and its initial weights here (rule R3)."""
-        self.module: nn.Module = model
+        """model: on the meta device; it is sharded, given storage and its initial weights here (rule R3).
+
+        seq_len: positions per sample, for the balance of pipeline stages; 0: attention's cost is left out of it.
+        """
         self.mesh = mesh
         self._zero = mesh.layout.zero
         self._parallel = parallel
+        self._width = model.dim
         compute = PRECISIONS[precision]
         model.to(torch.float64 if compute == torch.float64 else torch.float32)
-        blocks = list(model.layers.values())
-        apply_policy(blocks, activation)
-        if compile_blocks:
-            for block in blocks:
-                block.compile()
-        self._shard(model, compute)
-        model.to_empty(device=mesh.device)
-        self._placed = {name: Placed.of(parameter, mesh) for name, parameter in model.named_parameters()}
+        plan = balanced_stages(model, parallel, seq_len, activation)
+        self._stages = {
+            index: carve(model, plan.layers[index], first=index == 0, last=index == plan.count - 1)
+            for index in plan.held_by(mesh.coordinates["pp"])
+        }
+        stages = list(self._stages.values())
+        self.module: nn.Module = stages[0] if len(stages) == 1 else nn.ModuleList(stages)
+        self._groups: list[FSDPModule] = []
+        for stage in stages:
+            blocks = list(stage.layers.values())
+            apply_policy(blocks, activation)
+            if compile_blocks:
+                for block in blocks:
+                    block.compile()
+            self._shard(stage, compute)
+            stage.to_empty(device=mesh.device)
+        named = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
+        self._pipeline: Pipeline | None = None
+        self._tied: TiedHead | None = None
+        if plan.count > 1:
+            self._pipeline = Pipeline(self._stages, plan, parallel, mesh, compute)
+            if model.tied:
+                self._tied = TiedHead(mesh, plan, named.get("embed.weight"), named.pop("head.weight", None))
+        self._placed = {name: Placed.of(parameter, mesh) for name, parameter in named.items()}
         for name, placed in self._placed.items():
             fill(
                 local(placed.parameter),
@@ -93,15 +116,17 @@ class TorchEngine:
             policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
         else:
             policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        keep = self._zero < 3
+        # Resharding between the two halves of a zero-bubble backward pass gives wrong gradients without a word.
+        keep = self._zero < 3 or (self._parallel.pp > 1 and schedule_of(self._parallel).splits_backward)
         for block in model.layers.values():
             fully_shard(block, mesh=self.mesh.weights, mp_policy=policy, reshard_after_forward=not keep)
         if model.embed is not None and not model.tied:
             fully_shard(model.embed, mesh=self.mesh.weights, mp_policy=policy, reshard_after_forward=not keep)
         # What is left (norm, head, a tied embedding) is gathered at the root, where the loss reads the head's weight.
         fully_shard(model, mesh=self.mesh.weights, mp_policy=policy, reshard_after_forward=False)
-        self._groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        for group in self._groups:
+        groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._groups += groups
+        for group in groups:
             group.set_gradient_divide_factor(1.0)
             group.set_force_sum_reduction_for_comms(True)
 
@@ -115,6 +140,13 @@ class TorchEngine:
         else:
             root.set_requires_all_reduce(last)
 
+    def _stage_inputs(self, micro_batch: MicroBatch) -> StageInputs:
+        micro_batch = micro_batch.to(self.mesh.device)
+        documents = micro_batch.documents_BS
+        shared = {} if documents is None else {"documents_BS": documents}
+        hidden = (*micro_batch.tokens_BS.shape, self._width)
+        return StageInputs(micro_batch.tokens_BS, micro_batch.targets_BS, shared, hidden)
+
     def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:
         micro_batch = micro_batch.to(self.mesh.device)
         return self.module(micro_batch.tokens_BS, micro_batch.targets_BS, micro_batch.documents_BS)
@@ -122,16 +154,28 @@ class TorchEngine:
     def accumulate(self, micro_batches: Sequence[MicroBatch], global_tokens: torch.Tensor) -> StepLoss:
         """Forward and backward of this rank's share."""
         assert micro_batches, "a rank without a micro-batch would leave its peers waiting in a collective"
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for index, micro_batch in enumerate(micro_batches):
-            self._communicate(last=index == len(micro_batches) - 1)
-            loss = self._forward(micro_batch)
-            (loss / global_tokens).backward()
-            total += loss.detach()
+        if self._tied is not None:
+            self._tied.fetch()
+        if self._pipeline is not None:
+            total = self._pipeline.accumulate([self._stage_inputs(batch) for batch in micro_batches], global_tokens)
+        else:
+            total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+            for index, micro_batch in enumerate(micro_batches):
+                self._communicate(last=index == len(micro_batches) - 1)
+                loss = self._forward(micro_batch)
+                (loss / global_tokens).backward()
+                total += loss.detach()
+        if self._tied is not None:
+            self._tied.give_gradient()
         for parameter, placed in zip(self._parameters, self._placed.values(), strict=True):
             gradient = placed.parameter.grad
             parameter.tensor.grad = None if gradient is None else local(gradient)
-        return StepLoss(self.mesh.sum(total, "data"), global_tokens, {})
+        return StepLoss(self._over_batch(total), global_tokens, {})
+
+    def _over_batch(self, total: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks that hold different parts of the global batch, known to every stage's ranks afterwards."""
+        self.mesh.sum(total, "data")
+        return total if self._pipeline is None else self.mesh.sum(total, "pp")
 
     def _gradients(self) -> list[torch.Tensor]:
         return [p.tensor.grad for p in self._parameters if p.tensor.grad is not None]
@@ -168,15 +212,19 @@ class TorchEngine:
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
         """Loss without gradients, over all ranks."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        for micro_batch in micro_batches:
-            sums[0] += self._forward(micro_batch)
-            sums[1] += micro_batch.valid_tokens
+        if self._tied is not None:
+            self._tied.fetch()
+        tokens = torch.tensor(sum(batch.valid_tokens for batch in micro_batches), dtype=torch.float64, device=self.mesh.device)
+        if self._pipeline is not None:
+            total = self._pipeline.evaluate([self._stage_inputs(batch) for batch in micro_batches])
+        else:
+            total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+            for micro_batch in micro_batches:
+                total += self._forward(micro_batch)
         # Without a backward pass nobody frees the gathered weights, and the next step would use them, stale.
         for group in self._groups:
             group.reshard()
-        self.mesh.sum(sums, "data")
-        return StepLoss(sums[0], sums[1], {})
+        return StepLoss(self._over_batch(total), self.mesh.sum(tokens, "data"), {})
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's boxes of weights and of the optimizer's tensors that have a weight's shape."""

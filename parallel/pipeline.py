@@ -1,0 +1,199 @@
+"""Pipeline parallelism: a step's micro-batches passed through stages on several ranks, by torch's own schedules.
+
+The loss keeps rule R2: the last stage returns the *sum* of token losses of a micro-batch, which is divided by the tokens
+of the whole global batch, and the schedule scales nothing. Gradients are reduced over the data-parallel ranks once, after
+a stage's last backward pass, whatever the ZeRO stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+from ..config.parallel import ParallelConfig
+from .mesh import Mesh
+from .shards import local
+from .stages import StagePlan, legal_micro_batches, near_micro_batches, schedule_of
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """What the stages are called with for one micro-batch.
+
+    tokens   (B, S) int64, for the first stage
+    targets  (B, S) int64, for the last
+    shared   keyword arguments of every stage, tensors with the batch along dim 0
+    hidden   shape of what passes between stages, (B, S', D)
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    shared: dict[str, torch.Tensor]
+    hidden: tuple[int, ...]
+
+
+class Pipeline:
+    """This rank's stages, and the passing of micro-batches through all of them."""
+
+    def __init__(
+        self, modules: dict[int, nn.Module], plan: StagePlan, parallel: ParallelConfig, mesh: Mesh, compute: torch.dtype
+    ) -> None:
+        """modules: this rank's stages by stage index; compute: dtype of what passes between stages."""
+        self._modules, self._plan, self._parallel, self._mesh, self._compute = modules, plan, parallel, mesh, compute
+        self._rank = mesh.coordinates["pp"]
+        self._group = mesh.group("pp")
+        self._holds_first, self._holds_last = 0 in modules, plan.count - 1 in modules
+        self._built: tuple[Any, Any] | None = None  # (what the schedule was built for, the schedule)
+        self._global_tokens = self._total = torch.zeros((), device=mesh.device)
+
+    def accumulate(self, batches: Sequence[StageInputs], global_tokens: torch.Tensor) -> torch.Tensor:
+        """Forward and backward of this rank's stages. Returns the sum of token losses (0 where the last stage isn't)."""
+        schedule = self._schedule(batches)
+        self._global_tokens = global_tokens
+        self._total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        shared = {key: torch.cat([batch.shared[key] for batch in batches]) for key in batches[0].shared}
+        arguments = [torch.cat([batch.tokens for batch in batches])] if self._holds_first else []
+        target = torch.cat([batch.targets for batch in batches]) if self._holds_last else None
+        if target is not None:
+            shared["targets_BS"] = target
+        schedule.step(*arguments, target=target, return_outputs=False, **shared)
+        return self._total
+
+    def _loss(self, total: torch.Tensor, _target: torch.Tensor) -> torch.Tensor:
+        self._total += total.detach()
+        return total / self._global_tokens
+
+    def _schedule(self, batches: Sequence[StageInputs]) -> Any:
+        """The schedule for these micro-batches; kept until their number or shape changes."""
+        shapes = {(tuple(batch.tokens.shape), batch.hidden) for batch in batches}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"micro-batches of different shapes {sorted(shape for shape, _ in shapes)} can't go through a pipeline; "
+                "choose batch.samples and batch.micro so that every rank's share divides by batch.micro"
+            )
+        if not legal_micro_batches(self._parallel, len(batches)):
+            near = " or ".join(map(str, near_micro_batches(self._parallel, len(batches))))
+            raise ValueError(
+                f"parallel.schedule={self._parallel.schedule} can't run {len(batches)} micro-batches on "
+                f"{self._plan.count} stages; choose batch.samples and batch.micro so that a rank gets {near}"
+            )
+        key = (len(batches), shapes)
+        if self._built is None or self._built[0] != key:
+            self._built = (key, self._build(batches[0], len(batches)))
+        return self._built[1]
+
+    def _build(self, like: StageInputs, count: int) -> Any:
+        def passed() -> torch.Tensor:
+            return torch.empty(like.hidden, dtype=self._compute, device="meta", requires_grad=True)
+
+        exact = torch.float64 if self._compute == torch.float64 else torch.float32
+        stages: list[PipelineStage] = []
+        for index, module in self._modules.items():
+            last = index == self._plan.count - 1
+            stages.append(
+                PipelineStage(
+                    module,
+                    index,
+                    self._plan.count,
+                    self._mesh.device,
+                    input_args=passed() if index else like.tokens.to("meta"),
+                    output_args=torch.empty((), dtype=exact, device="meta", requires_grad=True) if last else passed(),
+                    group=self._group,
+                )
+            )
+        chosen = schedule_of(self._parallel)
+        make: Callable[..., Any] = get_schedule_class(chosen.torch_name)
+        single = chosen.stages_per_rank == 1 and chosen.fixed
+        return make(stages[0] if single else stages, count, loss_fn=self._loss, scale_grads=False)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[StageInputs]) -> torch.Tensor:
+        """Forward only, any number of micro-batches of any shapes. Returns the sum of token losses, as `accumulate` does.
+
+        A stage posts all its receives before its first send: two ranks that send to each other over one channel
+        (the ends of an interleaved pipeline of two ranks) then never wait for each other.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        ranks = self._plan.ranks
+        sends: list[tuple[torch.Tensor, Any]] = []
+        outputs: list[torch.Tensor] = []
+        for index, module in self._modules.items():
+            last = index == self._plan.count - 1
+            works: list[Any] = [None] * len(batches)
+            if index == 0:
+                inputs = [batch.tokens for batch in batches]
+            elif ranks[index - 1] == self._rank:
+                inputs = outputs
+            else:
+                inputs = [torch.empty(batch.hidden, dtype=self._compute, device=self._mesh.device) for batch in batches]
+                works = [dist.irecv(x, group=self._group, group_src=ranks[index - 1]) for x in inputs]
+            outputs = []
+            for x, work, batch in zip(inputs, works, batches, strict=True):
+                if work is not None:
+                    work.wait()
+                y = module(x, **batch.shared, **({"targets_BS": batch.targets} if last else {}))
+                if last:
+                    total += y
+                elif ranks[index + 1] == self._rank:
+                    outputs.append(y)
+                else:
+                    y = y.contiguous()
+                    sends.append((y, dist.isend(y, group=self._group, group_dst=ranks[index + 1])))
+        for _, work in sends:
+            work.wait()
+        return total
+
+
+class TiedHead:
+    """A head tied to an embedding on another stage. The weight has one home, the first stage; the last stage borrows it.
+
+    Only the home's shard is initialised, updated, counted and saved. Every pass begins with a fetch, and after a backward
+    pass the borrowed copy's gradient is added to the home's.
+    """
+
+    def __init__(self, mesh: Mesh, plan: StagePlan, home: nn.Parameter | None, borrowed: nn.Parameter | None) -> None:
+        """home, borrowed: the sharded parameters on the ranks that hold the first and the last stage; None on others."""
+        self._group, self._home, self._borrowed = mesh.group("pp"), home, borrowed
+        self._from, self._to = plan.ranks[0], plan.ranks[-1]
+
+    def _move(self, tensor: torch.Tensor, source: int, target: int, *, sends: bool) -> None:
+        if tensor.numel() == 0:
+            return
+        if sends:
+            dist.send(tensor.contiguous(), group=self._group, group_dst=target)
+        else:
+            dist.recv(tensor, group=self._group, group_src=source)
+
+    @torch.no_grad()
+    def fetch(self) -> None:
+        """Bring the home's weight to the borrowed copy."""
+        if self._home is not None and self._borrowed is not None:
+            local(self._borrowed).copy_(local(self._home))
+        elif self._home is not None:
+            self._move(local(self._home), self._from, self._to, sends=True)
+        elif self._borrowed is not None:
+            self._move(local(self._borrowed), self._from, self._to, sends=False)
+
+    @torch.no_grad()
+    def give_gradient(self) -> None:
+        """Add the borrowed copy's gradient to the home's, and forget it."""
+        borrowed = None
+        if self._borrowed is not None:
+            assert self._borrowed.grad is not None
+            borrowed, self._borrowed.grad = local(self._borrowed.grad), None
+            if self._home is None:
+                self._move(borrowed, self._to, self._from, sends=True)
+        if self._home is not None:
+            assert self._home.grad is not None
+            own = local(self._home.grad)
+            if borrowed is None:
+                borrowed = torch.empty_like(own)
+                self._move(borrowed, self._to, self._from, sends=False)
+            own += borrowed

@@ -1,0 +1,164 @@
+"""Pipeline stages: the schedules there are, which rank holds which stage, and how layers are divided among stages."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import inf
+
+from ..config.parallel import ParallelConfig
+from ..models.llama import Llama
+
+Layers = range
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a pipeline schedule needs and does.
+
+    torch_name       name of the class in `torch.distributed.pipelining`
+    stages_per_rank  stages that each rank holds when the config doesn't say
+    fixed            whether it runs with that number only
+    folded           stages run down the ranks and back up (a V), so rank 0 holds the first and the last;
+                     otherwise stage s is on rank s modulo the number of ranks
+    splits_backward  gradients of inputs and of weights are computed at different times (zero bubble, arXiv 2401.10241)
+    """
+
+    torch_name: str
+    stages_per_rank: int
+    fixed: bool
+    folded: bool = False
+    splits_backward: bool = False
+
+
+SCHEDULES = {
+    "gpipe": Schedule("GPipe", 1, fixed=True),
+    "1f1b": Schedule("1F1B", 1, fixed=True),
+    "interleaved": Schedule("Interleaved1F1B", 2, fixed=False),
+    "zb": Schedule("InterleavedZeroBubble", 2, fixed=False, splits_backward=True),
+    "zbv": Schedule("ZBVZeroBubble", 2, fixed=True, folded=True, splits_backward=True),
+    "dualpipev": Schedule("DualPipeV", 2, fixed=True, folded=True, splits_backward=True),
+}
+
+
+def schedule_of(parallel: ParallelConfig) -> Schedule:
+    """The schedule of `parallel.schedule`; the config has been checked."""
+    return SCHEDULES[parallel.schedule]
+
+
+def stage_count(parallel: ParallelConfig) -> int:
+    """Number of stages of the whole pipeline."""
+    return parallel.pp * (parallel.stages_per_rank or schedule_of(parallel).stages_per_rank) if parallel.pp > 1 else 1
+
+
+def stage_ranks(parallel: ParallelConfig) -> list[int]:
+    """Pipeline coordinate of the rank that holds each stage, in stage order."""
+    count = stage_count(parallel)
+    if schedule_of(parallel).folded and parallel.pp > 1:
+        return [stage if stage < parallel.pp else count - 1 - stage for stage in range(count)]
+    return [stage % parallel.pp for stage in range(count)]
+
+
+def legal_micro_batches(parallel: ParallelConfig, count: int) -> bool:
+    """Whether the schedule can run this number of micro-batches per step and rank."""
+    if count < 1:
+        return False
+    if parallel.pp == 1 or parallel.schedule in ("gpipe", "zbv"):
+        return True
+    if parallel.schedule in ("1f1b", "dualpipev"):
+        return count >= stage_count(parallel)
+    # The interleaved schedules go round in `count // pp` rounds of equal size.
+    return count % max(1, count // parallel.pp) == 0
+
+
+def near_micro_batches(parallel: ParallelConfig, count: int) -> list[int]:
+    """The nearest legal numbers of micro-batches, at most one below and one above."""
+    below = next((n for n in range(count, 0, -1) if legal_micro_batches(parallel, n)), None)
+    above = next(
+        n for n in range(max(count, 1), max(count, 1) + 2 * stage_count(parallel) + 1) if legal_micro_batches(parallel, n)
+    )
+    return sorted({n for n in (below, above) if n is not None})
+
+
+def stage_split(costs: Sequence[float], stages: int, first: float = 0.0, last: float = 0.0) -> list[Layers]:
+    """Cut a row of layers into consecutive stages so that the dearest stage is as cheap as can be.
+
+    costs: of each layer; first and last: what the first and the last stage cost besides their layers (embedding, head).
+    Every stage gets at least one layer. Among the splits with the cheapest dearest stage, the one with the least sum of
+    squares: the others are level too. Exact, by dynamic programming over (stage, layers used), twice.
+    """
+    count = len(costs)
+    assert 1 <= stages <= count, f"{count} layers can't fill {stages} stages"
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+
+    def price(stage: int, start: int, stop: int) -> float:
+        extra = (first if stage == 0 else 0.0) + (last if stage == stages - 1 else 0.0)
+        return sums[stop] - sums[start] + extra
+
+    def bounds(score: Callable[[float, float], float], level: float) -> tuple[float, list[int]]:
+        """The split of least score whose stages cost at most `level`: its score, and where its stages begin and end."""
+        # rows[stage][stop] = (score of the stages so far over the first `stop` layers, where the newest begins)
+        rows = [[(0.0, 0)] + [(inf, 0)] * count]
+        for stage in range(stages):
+            row = [(inf, 0)] * (count + 1)
+            for stop in range(stage + 1, count + 1):
+                for start in range(stage, stop):
+                    cost = price(stage, start, stop)
+                    if cost <= level:
+                        row[stop] = min(row[stop], (score(rows[-1][start][0], cost), start))
+            rows.append(row)
+        cuts = [count]
+        for row in reversed(rows[1:]):
+            cuts.append(row[cuts[-1]][1])
+        return rows[-1][count][0], cuts[::-1]
+
+    dearest, _ = bounds(max, inf)
+    _, cuts = bounds(lambda before, cost: before + cost * cost, dearest * (1 + 1e-12))
+    return [range(start, stop) for start, stop in pairwise(cuts)]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """layers: of each stage; ranks: pipeline coordinate of the rank that holds it. Both in stage order."""
+
+    layers: list[Layers]
+    ranks: list[int]
+
+    @property
+    def count(self) -> int:
+        """Number of stages."""
+        return len(self.layers)
+
+    def held_by(self, rank: int) -> list[int]:
+        """Indices of the stages on this pipeline rank, ascending."""
+        return [stage for stage, holder in enumerate(self.ranks) if holder == rank]
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig, costs: Sequence[float], first: float = 0.0, last: float = 0.0) -> StagePlan:
+        """By `parallel.stage_layers`, or balanced by these costs (see `stage_split`)."""
+        if parallel.stage_layers is None:
+            return cls(stage_split(costs, stage_count(parallel), first, last), stage_ranks(parallel))
+        cuts = [0, *accumulate(parallel.stage_layers)]
+        return cls([range(start, stop) for start, stop in pairwise(cuts)], stage_ranks(parallel))
+
+
+def carve(model: Llama, layers: Layers, *, first: bool, last: bool) -> Llama:
+    """One stage: a copy of the model (on the meta device) without what other stages hold. Parameter names stay.
+
+    Where the head is tied to the embedding, the last stage's `head.weight` becomes a parameter of its own.
+    """
+    if first and last:
+        return model
+    stage = copy.deepcopy(model)
+    for name in list(stage.layers):
+        if int(name) not in layers:
+            del stage.layers[name]
+    if not first:
+        stage.embed = None
+    if not last:
+        stage.norm = stage.head = None
+    return stage
