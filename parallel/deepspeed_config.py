@@ -1,0 +1,251 @@
+"""DeepSpeed's configuration, derived from the recipe, and everything that DeepSpeed can't do under this framework's rules.
+
+The user never writes DeepSpeed's JSON: what the recipe says is said once. `parallel.deepspeed.config` adds keys that the
+recipe has no word for (bucket sizes, hpZ, asynchronous I/O); a key that the recipe decides is refused by name, and so is a
+key of which it is known that DeepSpeed 0.19.8 computes something else with it than the recipe says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ..config.parallel import ParallelConfig
+from ..config.problems import Problem
+
+Tree = dict[str, Any]
+
+# Keys of DeepSpeed's configuration that the recipe decides, and the recipe's key.
+DECIDED = {
+    "train_batch_size": "batch.samples",
+    "train_micro_batch_size_per_gpu": "batch.micro",
+    "gradient_accumulation_steps": "batch.samples and batch.micro",
+    "managed_gradient_accumulation": "batch.samples and batch.micro",
+    "gradient_clipping": "trainer.max_grad_norm",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "bf16": "precision",
+    "bfloat16": "precision",
+    "fp16": "precision",
+    "data_types": "precision",
+    "torch_autocast": "precision",
+    "communication_data_type": "precision",
+    "zero_allow_untested_optimizer": "optim",
+    "zero_force_ds_cpu_optimizer": "parallel.deepspeed.cpu_adam",
+    "activation_checkpointing": "trainer.activation",
+    "compile": "trainer.compile",
+    "tensor_parallel": "parallel.tp",
+    "pipeline": "parallel.pp",
+    "sequence_parallel_size": "parallel.cp",
+    "checkpoint": "checkpoint",
+    "seed": "seed",
+    "zero_optimization.stage": "parallel.zero",
+    "zero_optimization.offload_optimizer.device": "parallel.offload",
+    "zero_optimization.offload_optimizer.nvme_path": "parallel.offload_path",
+    "zero_optimization.offload_param.device": "parallel.offload_weights",
+    "zero_optimization.offload_param.nvme_path": "parallel.offload_path",
+    "zero_optimization.cpu_offload": "parallel.offload",
+    "zero_optimization.cpu_offload_param": "parallel.offload_weights",
+    "zero_optimization.compute_grad_norm": "trainer.max_grad_norm",
+}
+
+# Keys that would break a rule of this framework, or that DeepSpeed 0.19.8 refuses or gets wrong.
+REFUSED = {
+    "prescale_gradients": "it moves the division by the number of ranks, on which the token-weighted loss (R2) relies",
+    "gradient_predivide_factor": "it moves the division by the number of ranks, on which the token-weighted loss (R2) relies",
+    "gradient_allreduce_op": "the token-weighted loss (R2) relies on the mean over ranks",
+    "sparse_gradients": "sparse gradients can't be clipped or checkpointed by name",
+    "elasticity": "DeepSpeed removed it; a run changes its number of processes by resuming",
+    "compression_training": "it changes the model that the recipe names",
+    "data_efficiency": "the recipe's data order is the only one (R1)",
+    "curriculum_learning": "the recipe's data order is the only one (R1)",
+    "expert_parallel": "DeepSpeed names experts by rank, so a checkpoint could not tell them apart (R6)",
+    "zero_optimization.round_robin_gradients": "in DeepSpeed 0.19.8 it corrupts resharded state silently",
+    "zero_optimization.mics_shard_size": "DeepSpeed removed MiCS; zero_hpz_partition_size keeps the weights' second copy near",
+    "zero_optimization.mics_hierarchical_params_gather": "DeepSpeed removed MiCS",
+    "zero_optimization.zeropp_loco_param": "DeepSpeed removed LoCo",
+    "zero_optimization.zenflow": "it updates some weights a step late, so the losses would not be the recipe's",
+    "zero_optimization.memory_efficient_linear": "it replaces torch.nn.functional.linear in the whole process",
+    "zero_optimization.offload_optimizer.ratio": "it splits the update over two optimizers of different arithmetic",
+    "zero_optimization.offload_optimizer.super_offload": "it is an optimizer of its own that can't be read by name",
+    "zero_optimization.zero_quantized_nontrainable_weights": "no parameter is frozen here",
+    "zero_optimization.elastic_checkpoint": "checkpoints are this framework's own",
+}
+
+# Keys that keep no rule exactly but are asked for knowingly: an exception that start-up reports.
+LOSSY = {
+    "zero_optimization.zero_quantized_weights": "weights are quantised to int8 on the wire (ZeRO++ qwZ)",
+    "zero_optimization.zero_quantized_gradients": "gradients are quantised to int4 on the wire (ZeRO++ qgZ)",
+}
+
+# Top-level keys that DeepSpeed 0.19.8 reads and this engine leaves to the user. It ignores others without a word.
+OPEN = (
+    "zero_optimization",
+    "aio",
+    "comms_logger",
+    "csv_monitor",
+    "disable_allgather",
+    "disable_python_gc",
+    "dump_state",
+    "flops_profiler",
+    "log_level",
+    "memory_breakdown",
+    "steps_per_print",
+    "timers",
+    "wall_clock_breakdown",
+)
+
+
+def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of everything in a nested dict that is not itself a non-empty dict."""
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def plain(node: Any) -> Tree:
+    """The user's keys as plain dicts, which is all that DeepSpeed reads."""
+    return OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)  # type: ignore[return-value]
+
+
+def _covering(path: str, table: dict[str, str]) -> str | None:
+    """The entry of a table that this path is, or lies under."""
+    parts = path.split(".")
+    for end in range(len(parts), 0, -1):
+        if (prefix := ".".join(parts[:end])) in table:
+            return prefix
+    return None
+
+
+def _extra_problems(extra: Tree) -> Iterator[Problem]:
+    here = "parallel.deepspeed.config"
+    for path, value in leaves(extra):
+        if decided := _covering(path, DECIDED):
+            yield Problem(f"{here}.{path}", f"the recipe decides it with {DECIDED[decided]}", f"set {DECIDED[decided]} instead")
+        elif refused := _covering(path, REFUSED):
+            if value:
+                yield Problem(f"{here}.{path}", f"can't be used here: {REFUSED[refused]}", "leave it out")
+        elif path.split(".")[0] not in OPEN:
+            yield Problem(
+                f"{here}.{path}", "DeepSpeed 0.19.8 does not read this key", f"the keys open to you are {', '.join(OPEN)}"
+            )
+
+
+def deepspeed_problems(config: ParallelConfig, precision: str, world_size: int, device: str) -> list[Problem]:
+    """Everything in a recipe with parallel.engine=deepspeed that can't be, on this many processes of this device type."""
+    problems: list[Problem] = []
+    use_torch = "use parallel.engine=torch"
+    for key in ("tp", "pp", "cp"):
+        if getattr(config, key) > 1:
+            problems.append(
+                Problem(f"parallel.{key}", "the DeepSpeed engine is data-parallel only", f"{use_torch} or parallel.{key}=1")
+            )
+    if config.zero and config.replicate > 1:
+        fix = f"{use_torch}, or keep replicate=1 and set parallel.deepspeed.config.zero_optimization.zero_hpz_partition_size"
+        problems.append(Problem("parallel.replicate", "DeepSpeed has no hybrid sharding (MiCS was removed)", fix))
+    if precision not in ("fp32", "bf16"):
+        problems.append(
+            Problem("precision", f"DeepSpeed keeps fp32 masters, which {precision} has no use for", f"{use_torch} or bf16, fp32")
+        )
+    if precision == "bf16" and config.zero == 0:
+        problems.append(
+            Problem(
+                "parallel.zero",
+                "with stage 0 in bf16 DeepSpeed takes a phantom optimizer step at start-up",
+                "use parallel.zero=1 (the same memory for weights, less for the optimizer) or parallel.engine=torch",
+            )
+        )
+    problems += _offload_problems(config)
+    extra = plain(config.deepspeed.config)
+    problems += _extra_problems(extra)
+    zero: Tree = extra.get("zero_optimization") or {}
+    near = int(zero.get("zero_hpz_partition_size") or 1)
+    if near > 1 and (config.zero != 3 or world_size % near):
+        problems.append(
+            Problem(
+                "parallel.deepspeed.config.zero_optimization.zero_hpz_partition_size",
+                f"hpZ keeps a copy of ZeRO-3's weights per group of {near}; this is ZeRO-{config.zero} on {world_size} processes",
+                "use parallel.zero=3 and a size that divides the number of processes, or leave it out",
+            )
+        )
+    for path, what in LOSSY.items():
+        key = path.split(".")[1]
+        if zero.get(key) and (config.zero != 3 or device != "cuda"):
+            problems.append(
+                Problem(f"parallel.deepspeed.config.{path}", f"{what}; that needs parallel.zero=3 and GPUs", "leave it out")
+            )
+    return problems
+
+
+def _offload_problems(config: ParallelConfig) -> Iterator[Problem]:
+    for key in ("offload", "offload_weights"):
+        where = getattr(config, key)
+        if where not in ("none", "cpu", "nvme"):
+            yield Problem(f"parallel.{key}", f"'{where}' is no place to offload to", "use none, cpu or nvme")
+        elif where == "nvme" and not config.offload_path:
+            yield Problem("parallel.offload_path", f"parallel.{key}=nvme needs a folder", "name one on a fast local disk")
+    if config.offload != "none" and config.zero == 0:
+        yield Problem("parallel.offload", "DeepSpeed offloads the state that ZeRO shards", "use parallel.zero=1, 2 or 3")
+    if config.offload == "nvme" and config.zero in (1, 2):
+        yield Problem("parallel.offload", "DeepSpeed swaps to NVMe under ZeRO-3 only", "use parallel.zero=3 or offload=cpu")
+    if config.offload_weights != "none" and config.zero != 3:
+        yield Problem("parallel.offload_weights", "only ZeRO-3 shards the weights", "use parallel.zero=3")
+    if config.offload_weights != "none" and config.offload == "none":
+        yield Problem(
+            "parallel.offload_weights",
+            "weights go to the host only along with the optimizer's state, which is larger and used less",
+            "set parallel.offload=cpu or nvme too",
+        )
+    if config.deepspeed.cpu_adam and config.offload == "none":
+        yield Problem("parallel.deepspeed.cpu_adam", "nothing is offloaded to the CPU", "set parallel.offload, or leave it out")
+
+
+def lossy_features(config: ParallelConfig) -> list[str]:
+    """What a recipe asks of DeepSpeed that keeps no rule exactly, for a warning at start-up."""
+    return [f"{path}: {LOSSY[path]}" for path, value in leaves(plain(config.deepspeed.config)) if path in LOSSY and value]
+
+
+def derive(config: ParallelConfig, precision: str, *, pin_memory: bool) -> Tree:
+    """DeepSpeed's configuration for a recipe without problems.
+
+    Batch sizes are placeholders: each step says itself which micro-batch is its last, so their number may change from
+    step to step. Gradients are accumulated and reduced in fp32 whatever the weights' precision.
+    pin_memory: whether offloaded state lies in page-locked memory (a GPU copies from it while it computes).
+    """
+    bf16 = precision == "bf16"
+    zero: Tree = {"stage": config.zero, "memory_efficient_linear": False, "round_robin_gradients": False}
+    if config.offload != "none":
+        zero["offload_optimizer"] = {"device": config.offload, "pin_memory": pin_memory}
+        if config.offload == "nvme":
+            zero["offload_optimizer"]["nvme_path"] = config.offload_path
+    if config.offload_weights != "none":
+        zero["offload_param"] = {"device": config.offload_weights, "pin_memory": pin_memory}
+        if config.offload_weights == "nvme":
+            zero["offload_param"]["nvme_path"] = config.offload_path
+    tree: Tree = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+    }
+    return _merge(tree, plain(config.deepspeed.config))
+
+
+def _merge(base: Tree, extra: Tree) -> Tree:
+    merged = dict(base)
+    for key, value in extra.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+

@@ -1,0 +1,164 @@
+"""DeepSpeedEngine: ZeRO 0–3 with CPU and NVMe offload behind the Engine protocol.
+
+DeepSpeed shards, reduces, offloads and updates; this class sees to it that a run under it is the run under TorchEngine:
+
+- The loss of a micro-batch is divided by the tokens of the whole global batch (rule R2) and multiplied by the number of
+  ranks, because DeepSpeed averages gradients over them.
+- Each step says itself which micro-batch is its last, so their number may change from step to step.
+- Initial weights are drawn into the fp32 masters, box by box (rule R3); DeepSpeed would round them to bf16 first.
+- Norm, clipping and learning rate are set here, between the last reduction and DeepSpeed's update.
+
+An optimizer gets flat pieces of parameters, so it must update every element by itself; `updates_elementwise` finds out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config.parallel import ParallelConfig
+from ..data.batch import MicroBatch
+from ..models.init import fill
+from ..models.llama import Llama
+from ..optim.parameters import NamedParameter
+from ..optim.statistics import GradientStatistics
+from .activation import apply_policy
+from .deepspeed_config import derive
+from .deepspeed_optimizer import FlatPieces, OptimizerFactory, cpu_adam
+from .deepspeed_setup import import_deepspeed, materialise
+from .deepspeed_state import state_of
+from .engine import StepLoss
+from .fragment import Fragment
+from .mesh import Mesh
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class DeepSpeedEngine:
+    """See the module's docstring; methods are documented in `engine.Engine`."""
+
+    def __init__(
+        self,
+        model: Llama,
+        mesh: Mesh,
+        make_optimizer: OptimizerFactory,
+        *,
+        parallel: ParallelConfig,
+        seed: int,
+        precision: str = "bf16",
+        activation: str = "none",
+        compile_blocks: bool = False,
+    ) -> None:
+        """model: on the meta device. parallel: without problems (`deepspeed_parallel.deepspeed_problems`)."""
+        deepspeed = import_deepspeed(mesh.device.type)
+        self.module: nn.Module = model
+        self.mesh = mesh
+        self._ranks = mesh.layout.world_size
+        os.environ.setdefault("LOCAL_RANK", "0")
+        settings = derive(parallel, precision, pin_memory=mesh.device.type == "cuda")
+        blocks = list(model.layers.values())
+        apply_policy(blocks, activation)
+        if compile_blocks:
+            for block in blocks:
+                block.compile()
+        materialise(model, mesh.device, PRECISIONS[precision], settings if parallel.zero == 3 else None)
+        self._parameters = [
+            NamedParameter(name, parameter, tuple(parameter.ds_shape if parallel.zero == 3 else parameter.shape),
+                           model.decays(name), model.lr_scale(name))
+            for name, parameter in model.named_parameters()
+        ]
+        self.optimizer = make_optimizer(self._parameters, FlatPieces())
+        if parallel.deepspeed.cpu_adam:
+            self.optimizer = cpu_adam(self.optimizer)
+        self._engine: Any = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
+        )[0]
+        self._state = state_of(self._engine, self.optimizer, parallel.zero)
+        self._pending = False  # whether a gradient waits for an update
+        for fragment in self._state.fragments():
+            fill(
+                fragment.tensor,
+                model.initial(fragment.name),
+                seed=seed,
+                name=fragment.name,
+                global_shape=fragment.global_shape,
+                offsets=fragment.box.offsets,
+            )
+        self._state.commit()
+
+    def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:
+        micro_batch = micro_batch.to(self.mesh.device)
+        return self._engine(micro_batch.tokens_BS, micro_batch.targets_BS, micro_batch.documents_BS)
+
+    def accumulate(self, micro_batches: Sequence[MicroBatch], global_tokens: torch.Tensor) -> StepLoss:
+        """Forward and backward of this rank's share."""
+        assert micro_batches, "a rank without a micro-batch would leave its peers waiting in a collective"
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        self._pending = True
+        for index, micro_batch in enumerate(micro_batches):
+            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            loss = self._forward(micro_batch)
+            self._engine.backward(loss * (self._ranks / global_tokens), scale_wrt_gas=False)
+            total += loss.detach()
+        return StepLoss(self.mesh.sum(total, "data"), global_tokens, {})
+
+    @torch.no_grad()
+    def gradient_norm(self) -> torch.Tensor:
+        """From this rank's pieces of the reduced gradient; where every rank holds all of it, without communication."""
+        squares = self._state.gradient_squares().to(self.mesh.device)
+        return (squares if self._state.replicated else self.mesh.sum(squares)).sqrt()
+
+    @torch.no_grad()
+    def clip(self, max_norm: float, norm: torch.Tensor) -> None:
+        """Scale by min(1, max_norm / norm)."""
+        self._state.clip_gradients(max_norm, norm)
+
+    def gradient_statistics(self) -> GradientStatistics | None:
+        """Not estimated by this engine's plain accumulation."""
+        return None
+
+    def update(self, lr: float) -> None:
+        """One optimizer step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self._engine.step()
+        self._state.release()
+        self._pending = False
+
+    def zero_grad(self) -> None:
+        """Forget the gradient. DeepSpeed's update did so already."""
+        if self._pending:
+            self._state.discard_gradients()
+            self._pending = False
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
+        """Loss without gradients, over all ranks."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        for micro_batch in micro_batches:
+            sums[0] += self._forward(micro_batch)
+            sums[1] += micro_batch.valid_tokens
+        self.mesh.sum(sums, "data")
+        return StepLoss(sums[0], sums[1], {})
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's boxes of the fp32 masters and of the optimizer's tensors that have a weight's shape."""
+        return self._state.fragments()
+
+    def prepare_restore(self) -> None:
+        """Make the optimizer create its state: one update with a zero gradient at rate zero, which changes no weight."""
+        self._state.create_optimizer_state()
+
+    def counters(self) -> dict[str, float]:
+        """Scalar optimizer state: the same for every parameter."""
+        return self._state.counters()
+
+    @torch.no_grad()
+    def load_counters(self, counters: dict[str, float]) -> None:
+        """Set the scalar state, and bring the weights that the model computes with up to date with the restored masters."""
+        self._state.load_counters(counters)
+        self._state.commit()

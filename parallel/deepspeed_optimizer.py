@@ -1,0 +1,142 @@
+"""Which optimizers DeepSpeed may be given: those that update every element by itself (rule R4), and DeepSpeed's CPU Adam."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config.problems import ConfigError, Problem
+from ..optim.parameters import NamedParameter, Shards
+
+OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]
+
+
+class FlatPieces:
+    """`Shards` where there is no parameter any more, only flat pieces of several: every question is an error."""
+
+    def sum(self, values: torch.Tensor, parameters: Sequence[NamedParameter]) -> torch.Tensor:
+        """Refused."""
+        raise _refusal("asks for sums over whole parameters")
+
+    def gather(self, parameter: NamedParameter, local: torch.Tensor) -> torch.Tensor:
+        """Refused."""
+        raise _refusal("asks for whole parameters")
+
+    def scatter(self, parameter: NamedParameter, whole: torch.Tensor) -> torch.Tensor:
+        """Refused."""
+        raise _refusal("asks for its part of whole parameters")
+
+
+def _refusal(what: str) -> ConfigError:
+    return ConfigError(
+        [
+            Problem(
+                "optim",
+                f"this optimizer {what}, but DeepSpeed hands it flat pieces of them",
+                "use an elementwise optimizer (adamw), or parallel.engine=torch",
+            )
+        ]
+    )
+
+
+def optimizer_problems(make_optimizer: OptimizerFactory) -> list[Problem]:
+    """Whether this optimizer survives DeepSpeed: it is built over small parameters, given flat pieces of them in their
+    place, as DeepSpeed does, and must then update each element as it does when it has the parameters themselves.
+    """
+    try:
+        if updates_elementwise(make_optimizer):
+            return []
+        problem = _refusal("updates an element by its neighbours in the parameter").problems[0]
+    except ConfigError as refusal:
+        return refusal.problems
+    except Exception as error:  # whatever a user's optimizer trips over
+        problem = _refusal(f"fails on flat pieces ({type(error).__name__}: {error})").problems[0]
+    return [problem]
+
+
+def updates_elementwise(make_optimizer: OptimizerFactory) -> bool:
+    """Whether two updates of flat pieces equal two updates of the parameters themselves, bit for bit."""
+    shapes = [(6, 4), (4,), (3, 8)]
+
+    def build() -> tuple[list[NamedParameter], torch.optim.Optimizer]:
+        generator = torch.Generator().manual_seed(0)
+        parameters = [
+            NamedParameter(f"layers.{i}.probe.weight", nn.Parameter(torch.randn(shape, generator=generator)), shape, decay)
+            for i, (shape, decay) in enumerate(zip(shapes, (True, False, True), strict=True))
+        ]
+        return parameters, make_optimizer(parameters, FlatPieces())
+
+    gradients = [[torch.randn(shape, generator=torch.Generator().manual_seed(step)) for shape in shapes] for step in (1, 2)]
+    whole, optimizer = build()
+    for step in gradients:
+        for parameter, gradient in zip(whole, step, strict=True):
+            parameter.tensor.grad = gradient.clone()
+        optimizer.step()
+
+    pieces, optimizer = build()
+    order = {parameter.tensor: index for index, parameter in enumerate(pieces)}
+    members = [[order[p] for p in group["params"]] for group in optimizer.param_groups]
+    flats: list[list[nn.Parameter]] = []
+    for group, indices in zip(optimizer.param_groups, members, strict=True):
+        flat = torch.cat([pieces[i].tensor.detach().flatten() for i in indices])
+        # Two pieces, cut where no parameter ends.
+        flats.append([nn.Parameter(piece.clone()) for piece in flat.split((len(flat) + 2) // 2)])
+        group["params"] = list(flats[-1])
+    for step in gradients:
+        for flat, indices in zip(flats, members, strict=True):
+            gradient = torch.cat([step[i].flatten() for i in indices])
+            for piece, part in zip(flat, gradient.split([len(p) for p in flat]), strict=True):
+                piece.grad = part.clone()
+        optimizer.step()
+    return all(
+        torch.equal(torch.cat([piece.detach() for piece in flat]), torch.cat([whole[i].tensor.detach().flatten() for i in indices]))
+        for flat, indices in zip(flats, members, strict=True)
+    )
+
+
+def cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """DeepSpeed's CPU Adam with the groups and hyper-parameters of an AdamW. Compiled on first use (a minute or more).
+
+    Raises ConfigError when the optimizer is another one or the compiled part can't be had, saying what is missing.
+    """
+    key = "parallel.deepspeed.cpu_adam"
+    if not isinstance(optimizer, torch.optim.AdamW):
+        name = type(optimizer).__name__
+        raise ConfigError([Problem(key, f"CPU Adam does the update of AdamW, not of {name}", "use optim=adamw, or leave it out")])
+    require_op("CPUAdamBuilder", key, "leave it out: torch's fused AdamW needs no compiler")
+    from deepspeed.ops.adam import DeepSpeedCPUAdam  # pyright: ignore[reportMissingImports]
+
+    defaults: dict[str, Any] = optimizer.defaults
+    return DeepSpeedCPUAdam(
+        [{key: group[key] for key in ("params", "names", "weight_decay", "lr_scale")} for group in optimizer.param_groups],
+        lr=defaults["lr"],
+        betas=defaults["betas"],
+        eps=defaults["eps"],
+        adamw_mode=True,
+    )
+
+
+# What a compiled part of DeepSpeed needs besides a C++ compiler and ninja.
+NEEDS = {"CPUAdamBuilder": "a C++ compiler (g++) and ninja", "AsyncIOBuilder": "libaio's header (apt install libaio-dev), g++ and ninja"}
+
+
+def require_op(builder: str, key: str, fix: str) -> None:
+    """Load one of DeepSpeed's compiled parts, building it if need be.
+
+    Raises ConfigError naming `key`, with what is missing, when it can't be built.
+    """
+    import deepspeed.ops.op_builder as builders  # pyright: ignore[reportMissingImports]
+
+    try:
+        op = getattr(builders, builder)()
+        if not op.is_compatible(verbose=False):
+            raise RuntimeError("DeepSpeed finds it incompatible with this machine")
+        op.load(verbose=False)
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ConfigError(
+            [Problem(key, f"DeepSpeed's {builder} can't be built ({lines[0].strip()}); it needs {NEEDS[builder]}", fix)]
+        ) from error

@@ -1,0 +1,91 @@
+"""DeepSpeed brought up: the optional import, and a model's parameters given storage as each stage wants it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config.problems import ConfigError, Problem
+
+
+def import_deepspeed(device_type: str) -> Any:
+    """The `deepspeed` module, told which device is meant.
+
+    Raises ConfigError naming the extra when it is not installed.
+    """
+    if device_type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ConfigError(
+            [
+                Problem(
+                    "parallel.engine",
+                    f"DeepSpeed can't be imported ({error})",
+                    "pip install 'meshloom[deepspeed]', or use parallel.engine=torch",
+                )
+            ]
+        ) from error
+    # DeepSpeed narrates its every allocation; its warnings stay.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives by the names that torch 2.13 is retiring.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
+    if device_type == "cpu":
+        # Otherwise the first engine compiles a shared-memory collective, for more than a minute, which gloo replaces.
+        deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed
+
+
+class _OneByOne(nn.Module):
+    """Stands for a model towards zero.Init, giving each of its parameters storage just before it is taken and cut."""
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._arguments = (model, device, dtype)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The model's parameters, each whole on the device until the next one is asked for."""
+        return _with_storage(*self._arguments)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The model's modules, hidden from Module's own bookkeeping."""
+        return self._arguments[0].modules()
+
+
+def _with_storage(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Parameter]:
+    replaced: dict[nn.Parameter, nn.Parameter] = {}  # keeps tied parameters tied
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if parameter not in replaced:
+                # Zeros, not `empty`: the model runs on them until the masters are filled, and nothing may be NaN.
+                replaced[parameter] = nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device))
+                module._parameters[name] = replaced[parameter]
+                yield replaced[parameter]
+            else:
+                module._parameters[name] = replaced[parameter]
+
+
+def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, zero_init: dict[str, Any] | None) -> None:
+    """Give a model on the meta device storage, its parameters zero.
+
+    zero_init: DeepSpeed's configuration for stage 3, where a parameter is cut into shards as soon as it exists, so that no
+    rank ever holds more than one of them whole; None for the other stages.
+    """
+    assert not list(model.buffers()), "buffers on the meta device have no values to start from"
+    if zero_init is None:
+        for _ in _with_storage(model, device, dtype):
+            pass
+        return
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    deepspeed.init_distributed(dist_init_required=False)
+    deepspeed.zero.Init(module=_OneByOne(model, device, dtype), config_dict_or_path=zero_init, dtype=dtype)
