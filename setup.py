@@ -28,7 +28,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"meshloom": "."},
     packages=["meshloom", "meshloom.recipes", *(f"meshloom.{name}" for name in PACKAGES)],
-    package_data={"meshloom": ["py.typed", *recipes()]},
+    package_data={"meshloom": ["py.typed", "launch/slurm.sbatch", *recipes()]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",

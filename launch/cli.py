@@ -1,0 +1,48 @@
+"""The `meshloom` command: finds the subcommand and hands over. Nothing heavy is imported before one is chosen."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name → (module with `main(argv) -> int`, what it does)
+COMMANDS = {
+    "train": ("train", "train a model; `meshloom train --help` lists recipes and keys"),
+    "slurm": ("slurm", "print a complete sbatch script for a run"),
+    "generate": ("generate", "continue a prompt with a checkpoint's model"),
+    "data": ("data", "tokenize text into shards, and look into them"),
+}
+
+
+def usage() -> str:
+    """What `meshloom --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: meshloom <command> [arguments]", "", "commands:", *lines, "", "  --version  print the version"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand. Returns its exit code; 2 for a command that does not exist."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    if name == "--version":
+        from .. import __version__
+
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(COMMANDS)}"
+        print(f"meshloom has no command '{name}'; {hint}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
+    return int(module.main(rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

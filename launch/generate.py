@@ -1,0 +1,118 @@
+"""`meshloom generate`: continue a prompt with the model of a checkpoint, on one process, whatever layout saved it."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config.problems import ConfigError, Problem
+from .arguments import describe, parse
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from ..data.tokenizer import Tokenizer
+
+
+@dataclass
+class Arguments:
+    """What to generate, and how.
+
+    checkpoint   a step-… folder, or a folder of them (the newest complete one is taken)
+    tokens       most tokens to add; the text ends earlier where the model ends the document
+    temperature  0 always takes the likeliest token
+    top_k        draw among so many of the likeliest tokens; null: among all
+    context      tokens the model looks back at; null: the length it was trained with
+    """
+
+    checkpoint: str
+    prompt: str = ""
+    tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = 50
+    seed: int = 1
+    context: int | None = None
+
+    def problems(self) -> list[Problem]:
+        """Values that can't be."""
+        found: list[Problem] = []
+        if self.tokens < 1:
+            found.append(Problem("tokens", f"{self.tokens} adds nothing", "use 1 or more"))
+        if self.temperature < 0:
+            found.append(Problem("temperature", f"{self.temperature} is negative", "use 0 for the likeliest token"))
+        if self.top_k is not None and self.top_k < 1:
+            found.append(Problem("top_k", f"{self.top_k} leaves no token", "use 1 or more, or null for all"))
+        if self.context is not None and self.context < 1:
+            found.append(Problem("context", f"{self.context} looks at nothing", "use 1 or more"))
+        return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the prompt with its continuation. Returns 0, or 2 for bad arguments."""
+    if any(word in ("-h", "--help") for word in argv):
+        print(f"usage: meshloom generate checkpoint=<folder> [key=value …]\n\n{describe(Arguments)}\n")
+        print(inspect.getdoc(Arguments))
+        return 0
+    try:
+        arguments = parse(Arguments, argv)
+        problems = arguments.problems()
+        if problems:
+            raise ConfigError(problems)
+        print(continued(arguments))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def continued(arguments: Arguments) -> str:
+    """The prompt and its continuation. Raises ConfigError where there is no such checkpoint or its data has no text."""
+    import torch
+    from omegaconf import DictConfig
+
+    from ..checkpoint import find_latest, read_state
+    from ..parallel.mesh import pick_device
+    from ..trainer.build import build_model
+    from ..trainer.sampling import generate, load_plain
+
+    folder = Path(arguments.checkpoint)
+    checkpoint = folder if (folder / "manifest.json").is_file() else find_latest(folder) or find_latest(folder / "checkpoints")
+    if checkpoint is None:
+        fix = "give a step-… folder, or the folder of a run that has saved one"
+        raise ConfigError([Problem("checkpoint", f"'{folder}' holds no complete checkpoint", fix)])
+    state = read_state(checkpoint)
+    config = DictConfig(state["config"])
+    model = load_plain(build_model(config, state["vocabulary"]), checkpoint, pick_device(), torch.float32)
+    return generate(
+        model,
+        _tokenizer(checkpoint, config, state["data_fingerprint"]),
+        arguments.prompt,
+        tokens=arguments.tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+        context=arguments.context or config.data.seq_len,
+    )
+
+
+def _tokenizer(checkpoint: Path, config: DictConfig, fingerprint: str) -> Tokenizer:
+    """The tokenizer that the run left beside its checkpoints; otherwise that of the data, built again."""
+    from ..data.tokenizer import Tokenizer
+    from ..trainer.build import build_data
+
+    for folder in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
+        if (folder / "tokenizer.json").is_file():
+            return Tokenizer.load(folder / "tokenizer.json")
+    data = build_data(config)
+    data.prepare()
+    if data.tokenizer is None:
+        message = f"'{checkpoint}' was trained on data={config.data.name}, which has no text"
+        raise ConfigError([Problem("checkpoint", message, "take a checkpoint of a run on text")])
+    if data.fingerprint != fingerprint:
+        message = f"the data={config.data.name} of this machine is not what '{checkpoint}' was trained on"
+        raise ConfigError([Problem("checkpoint", message, "put the run's tokenizer.json beside the checkpoint")])
+    return data.tokenizer

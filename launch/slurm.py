@@ -1,0 +1,70 @@
+"""`meshloom slurm`: print a complete sbatch script for a run. The template is `slurm.sbatch` beside this file."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import string
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ..config.compose import Composer
+from ..config.problems import ConfigError
+
+TEMPLATE = Path(__file__).with_name("slurm.sbatch")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the script for a command line of `meshloom train`. Returns 0, or 2 for a config that can't run."""
+    parser = argparse.ArgumentParser(
+        prog="meshloom slurm",
+        description="Print a complete sbatch script for the run that these overrides describe; launch.* sets the resources.",
+        epilog="example: meshloom slurm recipe=llama_1b launch.nodes=4 > run.sbatch",
+    )
+    parser.add_argument("--config-dir", help="folder of further recipes, as for meshloom train")
+    parser.add_argument("overrides", nargs="*", help="key=value")
+    arguments = parser.parse_args(argv)
+    try:
+        print(script(arguments.overrides, arguments.config_dir), end="")
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def script(overrides: Sequence[str], config_dir: str | None = None) -> str:
+    """The sbatch script of a run. Raises ConfigError naming every problem of its config on launch.nodes full nodes."""
+    from ..trainer.validate import run_problems
+
+    composition = Composer(config_dir).compose(overrides)
+    config = composition.config
+    problems = [*composition.problems, *run_problems(config, config.launch.nodes * config.launch.gpus_per_node)]
+    if problems:
+        raise ConfigError(problems)
+    return fill(TEMPLATE.read_text(), config, _command_line(overrides, config_dir))
+
+
+def fill(template: str, config: DictConfig, command_line: str) -> str:
+    """The template with the run's values. Options of sbatch that are not set disappear with their line."""
+    launch = config.launch
+    optional = {"partition": launch.partition, "account": launch.account, "cpus-per-task": launch.cpus_per_task}
+    return string.Template(template).substitute(
+        job_name=launch.job_name,
+        nodes=launch.nodes,
+        gpus=launch.gpus_per_node,
+        time=launch.time,
+        signal_seconds=launch.signal_seconds,
+        optional="".join(f"#SBATCH --{name}={value}\n" for name, value in optional.items() if value is not None),
+        max_restarts=launch.max_restarts,
+        python=shlex.quote(sys.executable),
+        command_line=command_line,
+    )
+
+
+def _command_line(overrides: Sequence[str], config_dir: str | None) -> str:
+    folder = [f"--config-dir={Path(config_dir).resolve()}"] if config_dir else []
+    kept = [override for override in overrides if not override.startswith("resume=")]
+    return " ".join(shlex.quote(word) for word in [*folder, *kept, "resume=auto"])

@@ -1,0 +1,98 @@
+"""Start torchrun on this machine, hand the cluster's signals to the workers, and end as they end.
+
+    python -m meshloom.launch.torchrun <torchrun's own arguments>
+
+torchrun answers SIGTERM by ending its workers within seconds, and SIGUSR1 by dying. A worker that is to save a last
+checkpoint needs neither: here the signals go to the workers themselves, which finish their step, agree, save and end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import psutil
+
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+POLL_SECONDS = 0.2
+REPEAT_SECONDS = 5.0  # a worker that had not installed its handler yet hears it the next time
+
+
+class TorchRun:
+    """One torchrun agent as a child process."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._arguments = list(arguments)
+        self._asked = 0
+        self._agent: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> int:
+        """Start it and wait. Returns its exit code: 0, or that of the worker that failed first."""
+        previous: dict[signal.Signals, Any] = {number: signal.signal(number, self._ask) for number in FORWARDED}
+        try:
+            # A session of its own, so that a terminal's Ctrl-C reaches this process alone.
+            command = [sys.executable, "-m", "meshloom.launch.agent", *self._arguments]
+            self._agent = subprocess.Popen(command, env=environment(self._arguments), start_new_session=True)
+            return self._wait(self._agent)
+        finally:
+            if self._agent is not None and self._agent.poll() is None:
+                self._agent.terminate()
+                self._agent.wait()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        self._asked += 1
+        if number == signal.SIGINT and self._asked > 1 and self._agent is not None:
+            self._agent.terminate()  # pressed twice: torchrun ends the workers now
+        elif number == signal.SIGINT:
+            print("stopping after this step, with a checkpoint; press again to stop at once", file=sys.stderr)
+
+    def _wait(self, agent: subprocess.Popen[bytes]) -> int:
+        told = 0.0
+        while (code := agent.poll()) is None:
+            if self._asked and time.monotonic() - told > REPEAT_SECONDS and self._tell(agent.pid):
+                told = time.monotonic()
+            time.sleep(POLL_SECONDS)
+        return code if code >= 0 else 128 - code
+
+    @staticmethod
+    def _tell(agent: int) -> bool:
+        """Send SIGUSR1 to the workers. Returns whether there were any."""
+        try:
+            workers = [child for child in psutil.Process(agent).children() if "RANK" in child.environ()]
+            for worker in workers:
+                worker.send_signal(signal.SIGUSR1)
+        except psutil.Error:  # it ended meanwhile
+            return False
+        return bool(workers)
+
+
+def environment(arguments: Sequence[str]) -> dict[str, str]:
+    """This process's environment with what the workers need: a fair share of the cores, and restarts that find each other."""
+    variables = dict(os.environ)
+    nproc = next((int(value) for value in _values(arguments, "--nproc-per-node") if value.isdigit()), 1)
+    variables.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    if any(value != "0" for value in _values(arguments, "--max-restarts")):
+        # Restarted workers would read the first attempt's addresses from the agent's own store.
+        variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    return variables
+
+
+def _values(arguments: Sequence[str], flag: str) -> list[str]:
+    return [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{flag}=")]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Start torchrun with these arguments (written `--flag=value`) and wait for it."""
+    return TorchRun(argv).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

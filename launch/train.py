@@ -1,0 +1,129 @@
+"""`meshloom train`, and the same under torchrun: compose the config, refuse what can't run, then train or start torchrun.
+
+meshloom train recipe=quickstart launch.nproc=4
+torchrun --nproc-per-node 4 -m meshloom.launch.train recipe=quickstart
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, task_overrides
+from ..config.problems import ConfigError, Problem
+
+BAD_CONFIG = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as this command line says. Returns the exit code: 0 only if every run ended as asked, 2 for a bad config."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    switches = get_args_parser().parse_args(arguments)
+    try:
+        _check(switches)
+    except ConfigError as error:
+        return _refuse(error)
+    codes: list[int] = []
+
+    def task(config: DictConfig) -> None:
+        codes.append(_run(config, switches))
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a failed run shows where it failed
+    sys.argv = ["meshloom train", *arguments]
+    hydra.main(version_base=HYDRA_VERSION, config_path=RECIPES, config_name=ROOT)(task)()
+    failed = [number for number, code in enumerate(codes) if code]
+    if failed and len(codes) > 1:
+        print(f"{len(failed)} of {len(codes)} runs of the sweep failed: {failed}", file=sys.stderr)
+    return max(codes, default=0)
+
+
+def _check(switches: argparse.Namespace) -> None:
+    """Refuse every job of this command line that can't be composed or, if it is to run, can't run."""
+    if switches.help or switches.hydra_help or switches.shell_completion or switches.experimental_rerun:
+        return
+    composer = Composer(switches.config_dir)
+    jobs = composer.expand(switches.overrides) if switches.multirun else [switches.overrides]
+    problems: list[Problem] = []
+    for overrides in jobs:
+        composition = composer.compose(overrides)
+        found = composition.problems
+        if switches.cfg is None and switches.info is None:
+            from ..trainer.validate import run_problems
+
+            found = [*found, *run_problems(composition.config, processes(composition.config))]
+        problems += [problem for problem in found if problem not in problems]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _refuse(error: ConfigError) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(error, file=sys.stderr)
+    return BAD_CONFIG
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of several (or one) that torchrun, or a scheduler in its manner, started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def processes(config: DictConfig) -> int:
+    """Number of processes of the run: torchrun's if that started this one, otherwise what `launch.nproc` asks for.
+
+    0 for a `launch.nproc` that is no number; `run_problems` names it.
+    """
+    if under_torchrun():
+        return int(os.environ["WORLD_SIZE"])
+    asked = config.launch.nproc
+    if asked == "auto":
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    return asked if isinstance(asked, int) and not isinstance(asked, bool) else 0
+
+
+def _run(config: DictConfig, switches: argparse.Namespace) -> int:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        job = HydraConfig.get().job.override_dirname.replace("/", "_") or "job"
+        config.output_dir = f"{config.output_dir}/sweep/{job}"
+    OmegaConf.resolve(config)
+    count = processes(config)
+    if count > 1 and not under_torchrun():
+        return _start_torchrun(config, count, switches)
+    from ..trainer.run import run
+
+    try:
+        return run(config)
+    except ConfigError as error:
+        return _refuse(error)
+
+
+def _start_torchrun(config: DictConfig, count: int, switches: argparse.Namespace) -> int:
+    from .torchrun import main as torchrun
+
+    folder = [f"--config-dir={switches.config_dir}"] if switches.config_dir else []
+    overrides = [line for line in task_overrides() if not line.startswith("output_dir=")]
+    return torchrun(
+        [
+            "--standalone",
+            f"--nproc-per-node={count}",
+            f"--max-restarts={config.launch.max_restarts}",
+            "-m",
+            "meshloom.launch.train",
+            *folder,
+            *overrides,
+            f"output_dir='{config.output_dir}'",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Everything that is wrong with a run, found before a process group or any GPU memory is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..config.checkpoint import checkpoint_problems
+from ..config.problems import ConfigError, Problem
+from ..config.validate import config_problems
+from ..optim.build import build_schedule
+from ..parallel.layout import Layout, layout_problems
+from .build import Parts, build_data, build_horizon
+
+
+def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
+    """Every problem of a config on this many processes. Nothing is built that takes memory, reads data or writes."""
+    problems = config_problems(config)
+    if OmegaConf.missing_keys(config):
+        return problems
+    parts = Parts.of(config)
+    if world_size > 0:
+        layout = layout_problems(parts.parallel, world_size)
+        problems += layout or batch_problems(config.batch, Layout.plan(parts.parallel, world_size).data_size)
+    problems += checkpoint_problems(parts.checkpoint)
+    problems += _asked("data", lambda: build_data(config).problems())
+    if not any(problem.key.startswith(("trainer.", "data.")) for problem in problems):
+        problems += _asked("schedule", lambda: _schedule_problems(config))
+    return problems
+
+
+def batch_problems(batch: Any, data_size: int) -> list[Problem]:
+    """Whether a global batch can be dealt in whole micro-batches to the data-parallel processes."""
+    problems = [
+        Problem(f"batch.{key}", f"{batch[key]} is not a number of samples", "use 1 or more")
+        for key in ("samples", "micro")
+        if key in batch and isinstance(batch[key], int) and batch[key] < 1
+    ]
+    if problems or "samples" not in batch or not isinstance(batch.micro, int):
+        return problems
+    unit = batch.micro * data_size
+    if batch.samples % unit:
+        below = batch.samples // unit * unit
+        fits = f"{below} or {below + unit}" if below else str(unit)
+        share = batch.samples // data_size
+        smaller = max((n for n in range(1, batch.micro) if share % n == 0), default=0) if batch.samples % data_size == 0 else 0
+        fix = f"use {fits}" + (f", or batch.micro={smaller}" if smaller else "")
+        text = f"is not a multiple of batch.micro × data-parallel size = {unit}"
+        problems.append(Problem(f"batch.samples={batch.samples}", text, fix))
+    return problems
+
+
+def _schedule_problems(config: DictConfig) -> list[Problem]:
+    horizon = build_horizon(config, config.data.seq_len)
+    return build_schedule(config.schedule, config.optim.lr, horizon).problems()
+
+
+def _asked(group: str, question: Callable[[], Iterable[Problem]]) -> list[Problem]:
+    """The answer of an object of the group; a node that can't be turned into an object is a problem too."""
+    try:
+        return list(question())
+    except ConfigError as error:
+        return error.problems
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        reason = next(iter(str(cause).splitlines()), type(cause).__name__)
+        return [Problem(group, f"can't be built: {reason}", f"check {group}._target_ and the keys of its node")]
+    except (TypeError, ValueError, KeyError, OmegaConfBaseException) as error:
+        return [Problem(group, f"can't be built: {error}", f"check the keys of {group}")]
