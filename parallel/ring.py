@@ -1,0 +1,336 @@
+"""Ring attention: exact causal attention over sequences that are spread over several ranks, with point-to-point messages.
+
+Every member starts on its own keys and meets the others one after another: in step t it computes on the keys of the member
+t places before it while those of step t + 1 are under way, and merges what it finds by log-sum-exp. Where classic ring
+attention (arXiv 2310.01889) hands whole key blocks round, here the holder sends straight to the member that needs them, and
+just the span it will use: under a causal mask that is three quarters of the volume, in packed rows of short documents next
+to nothing. In the backward pass the keys travel again, and their gradients go straight back to the holder, which adds them
+in fp32. Grouped-query attention makes keys cheaper to move than queries (ALGORITHMS 4.3).
+
+The members are a plain list of ranks, given with each call: no process group is made per set of ranks. All messages go over
+one group that contains them.
+
+Shape legend: B rows, T positions held by this member, H query heads, K key/value heads, D head dim; KV: keys and values
+stacked, (2, B, t, K, D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import _resolve_process_group
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..models.attention import segments_of
+from ..models.attention_kernels import Segments, block_backward, block_forward, segments_backward, segments_forward
+from .ring_plan import RingPlan, Span, plan_ring, plan_whole
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The members that share sequences: their global ranks in order, this process's place among them, and a group to talk on.
+
+    The group contains the members and maybe others. With NCCL its communicator must exist before the first call (one
+    collective by all of the group), since not every member takes part in every exchange.
+    """
+
+    ranks: tuple[int, ...]
+    index: int
+    group: dist.ProcessGroup
+
+
+def ring_attend(
+    q_BTHD: torch.Tensor,
+    k_BTKD: torch.Tensor,
+    v_BTKD: torch.Tensor,
+    documents_BS: torch.Tensor | None = None,
+    *,
+    length: int,
+    ring: Ring,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Causal grouped-query attention over rows of `length` positions of which this member holds `held(length, …)`.
+
+    documents_BS  of the whole rows, the same on every member; attention stays inside a run of equal values
+    Every member must call it, in the same order as its other calls on the same members. Returns (B, T, H, D).
+    """
+    scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
+    out_BTHD, _ = ring_forward(
+        q_BTHD, k_BTKD, v_BTKD, documents_BS, length, list(ring.ranks), ring.index, ring.group.group_name, scale
+    )
+    return out_BTHD
+
+
+# Operators of their own, so that `torch.compile` does not trace messages and selective activation checkpointing can keep
+# the outputs by name instead of sending everything again.
+@torch.library.custom_op("meshloom::ring_forward", mutates_args=())
+def ring_forward(
+    q_BTHD: torch.Tensor,
+    k_BTKD: torch.Tensor,
+    v_BTKD: torch.Tensor,
+    documents_BS: torch.Tensor | None,
+    length: int,
+    ranks: Sequence[int],
+    index: int,
+    group: str,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ring_attend`'s output, and the log-sum-exp of each row: (B, H, T), or (1, H, B·T) with documents."""
+    call = _Call.of(q_BTHD, documents_BS, length, ranks, index, group, scale)
+    q, k, v = map(call.rows, (q_BTHD, k_BTKD, v_BTKD))
+    out, lse = _forward(q, k, v, call)
+    return out.reshape(q_BTHD.shape).contiguous(), lse.contiguous()
+
+
+@torch.library.custom_op("meshloom::ring_backward", mutates_args=())
+def ring_backward(
+    dout_BTHD: torch.Tensor,
+    q_BTHD: torch.Tensor,
+    k_BTKD: torch.Tensor,
+    v_BTKD: torch.Tensor,
+    out_BTHD: torch.Tensor,
+    lse: torch.Tensor,
+    documents_BS: torch.Tensor | None,
+    length: int,
+    ranks: Sequence[int],
+    index: int,
+    group: str,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients (dq, dk, dv) of `ring_forward`, each member's for what it holds."""
+    call = _Call.of(q_BTHD, documents_BS, length, ranks, index, group, scale)
+    dout, q, k, v, out = map(call.rows, (dout_BTHD, q_BTHD, k_BTKD, v_BTKD, out_BTHD))
+    dq, dk, dv = _backward(dout, q, k, v, out, lse, call)
+    return (
+        dq.to(q.dtype).reshape(q_BTHD.shape).contiguous(),
+        dk.to(k.dtype).reshape(k_BTKD.shape).contiguous(),
+        dv.to(v.dtype).reshape(v_BTKD.shape).contiguous(),
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one attention needs beside its tensors. `segments`: this member's own sequences, None for whole rows."""
+
+    plan: RingPlan
+    segments: Segments | None
+    ranks: Sequence[int]
+    group: dist.ProcessGroup
+    scale: float
+
+    @classmethod
+    def of(
+        cls,
+        q_BTHD: torch.Tensor,
+        documents_BS: torch.Tensor | None,
+        length: int,
+        ranks: Sequence[int],
+        index: int,
+        group: str,
+        scale: float,
+    ) -> _Call:
+        plan, segments = (
+            (plan_whole(length, len(ranks), index), None)
+            if documents_BS is None
+            else _plan_documents(documents_BS, len(ranks), index, q_BTHD.device)
+        )
+        return cls(plan, segments, ranks, _resolve_process_group(group), scale)  # pyright: ignore[reportArgumentType]
+
+    def rows(self, x_BTHD: torch.Tensor) -> torch.Tensor:
+        """With documents the rows are laid end to end into one, as the plan counts."""
+        return x_BTHD if self.segments is None else x_BTHD.reshape(1, -1, *x_BTHD.shape[2:])
+
+
+_plans: MutableMapping[torch.Tensor, dict[tuple[int, int], tuple[RingPlan, Segments]]] = WeakTensorKeyDictionary()
+
+
+def _plan_documents(documents_BS: torch.Tensor, size: int, index: int, device: torch.device) -> tuple[RingPlan, Segments]:
+    plans = _plans.setdefault(documents_BS, {})
+    if (size, index) not in plans:
+        bounds = [0]
+        for sequence_length in segments_of(documents_BS).lengths:
+            bounds.append(bounds[-1] + sequence_length)
+        plan = plan_ring(bounds, documents_BS.shape[1], size, index)
+        plans[size, index] = plan, Segments.of_lengths(plan.own, device)
+    return plans[size, index]
+
+
+@dataclass(frozen=True)
+class _Message:
+    """A tensor and the member it goes to or comes from."""
+
+    tensor: torch.Tensor
+    member: int
+
+
+class _Mail:
+    """Messages under way. Members post theirs in the same order, so that they find each other."""
+
+    def __init__(self, call: _Call, sends: Sequence[_Message], receives: Sequence[_Message]) -> None:
+        self._kept = [*sends, *receives]  # their memory must live until they have arrived
+        operations = [
+            dist.P2POp(operation, message.tensor, call.ranks[message.member], call.group)
+            for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
+            for message in messages
+            if message.tensor.numel()
+        ]
+        self._works: list[Any] = dist.batch_isend_irecv(operations) if operations else []
+
+    def wait(self) -> None:
+        """Until they have arrived; on a GPU only the stream waits."""
+        for work in self._works:
+            work.wait()
+
+
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """In each round the keys of one step travel while those of the step before are computed on."""
+    steps = call.plan.steps
+    out, lse, arrived = q, q, k  # round 0 replaces them
+    for number in range(len(steps) + 1):
+        sends, receives = _messages_of_keys(call, number, k, v)
+        mail = _Mail(call, sends, receives)
+        if number == 0:
+            out, lse = _own_forward(q, k, v, call)
+            if any(step.blocks for step in steps):
+                out = out.to(lse.dtype)
+        else:
+            for block in steps[number - 1].blocks:
+                queries, keys = slice(*block.queries), slice(*block.keys)
+                found = block_forward(q[:, queries], arrived[0][:, keys], arrived[1][:, keys], causal=False, scale=call.scale)
+                _merge(out[:, queries], lse[:, :, queries], *found)
+        mail.wait()
+        arrived = receives[0].tensor if receives else arrived
+    return out.to(q.dtype), lse
+
+
+def _backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    call: _Call,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `_forward`, and the gradients of a step's keys go home in the round after they were computed."""
+    steps = call.plan.steps
+    dq, dk, dv, arrived = q, k, v, k  # round 0 replaces them
+    dkv_found = k  # gradients of the keys that arrived last
+    for number in range(len(steps) + 2):
+        sends, receives = _messages_of_keys(call, number, k, v)
+        home: list[_Message] = []
+        if number >= 2:
+            step = steps[number - 2]
+            home.append(_Message(_room(k, sum(stop - start for start, stop in step.keys)), step.target))
+            mail = _Mail(call, [*sends, _Message(dkv_found, step.source)], [*receives, *home])
+        else:
+            mail = _Mail(call, sends, receives)
+        if number == 0:
+            dq, dk, dv = _own_backward(dout, q, k, v, out, lse, call)
+            if any(step.blocks for step in steps):
+                dq = dq.to(lse.dtype)
+            if any(step.keys for step in steps):
+                dk, dv = dk.to(lse.dtype), dv.to(lse.dtype)
+        elif number <= len(steps):
+            dkv_found = torch.empty_like(arrived)
+            for block in steps[number - 1].blocks:
+                queries, keys = slice(*block.queries), slice(*block.keys)
+                dq_part, dkv_found[0][:, keys], dkv_found[1][:, keys] = block_backward(
+                    *(dout[:, queries], q[:, queries], arrived[0][:, keys], arrived[1][:, keys]),
+                    *(out[:, queries], lse[:, :, queries]),
+                    causal=False,
+                    scale=call.scale,
+                )
+                dq[:, queries] += dq_part
+        mail.wait()
+        arrived = receives[0].tensor if receives else arrived
+        for message in home:
+            _add_spans(dk, dv, message.tensor, steps[number - 2].keys)
+    return dq, dk, dv
+
+
+def _messages_of_keys(call: _Call, number: int, k: torch.Tensor, v: torch.Tensor) -> tuple[list[_Message], list[_Message]]:
+    """The keys of a step of the plan: what to send, and room for what comes; nothing past the last step."""
+    if number >= len(call.plan.steps):
+        return [], []
+    step = call.plan.steps[number]
+    kv_spans = [torch.stack((k[:, start:stop], v[:, start:stop])) for start, stop in step.keys]
+    sends = [_Message(kv_spans[0] if len(kv_spans) == 1 else torch.cat(kv_spans, dim=2), step.target)] if kv_spans else []
+    return sends, [_Message(_room(k, step.received), step.source)]
+
+
+def _room(k: torch.Tensor, length: int) -> torch.Tensor:
+    """A message of keys and values to come, (2, B, length, K, D)."""
+    return k.new_empty(2, k.shape[0], length, *k.shape[2:])
+
+
+def _add_spans(dk: torch.Tensor, dv: torch.Tensor, dkv: torch.Tensor, spans: Sequence[Span]) -> None:
+    at = 0
+    for start, stop in spans:
+        dk[:, start:stop] += dkv[0][:, at : at + stop - start]
+        dv[:, start:stop] += dkv[1][:, at : at + stop - start]
+        at += stop - start
+
+
+def _merge(out: torch.Tensor, lse: torch.Tensor, found_out: torch.Tensor, found_lse: torch.Tensor) -> None:
+    """Take the attention to more keys into (out, lse), in place: out moves by the found keys' share of the softmax."""
+    share_BHQ = torch.sigmoid(found_lse - lse)
+    out.lerp_(found_out.to(out.dtype), share_BHQ.transpose(1, 2).unsqueeze(-1))
+    torch.logaddexp(lse, found_lse, out=lse)
+
+
+def _own_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
+    if q.shape[1] == 0:
+        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], 0, dtype=exact)
+    if call.segments is None:
+        return block_forward(q, k, v, causal=True, scale=call.scale)
+    return segments_forward(q, k, v, call.segments, scale=call.scale)
+
+
+def _own_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    call: _Call,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if q.shape[1] == 0:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    if call.segments is None:
+        return block_backward(dout, q, k, v, out, lse, causal=True, scale=call.scale)
+    return segments_backward(dout, q, k, v, out, lse, call.segments, scale=call.scale)
+
+
+def _shape_of_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rows, positions, heads = q.shape[:3]
+    lse = (rows, heads, positions) if documents is None else (1, heads, rows * positions)
+    return q.new_empty(q.shape), q.new_empty(lse, dtype=exact)
+
+
+def _shape_of_backward(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    q, k, v, documents, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, documents)
+
+
+def _differentiate(ctx: Any, dout: torch.Tensor, dlse: torch.Tensor) -> Any:
+    dq, dk, dv = ring_backward(dout, *ctx.saved_tensors, *ctx.rest)
+    return dq, dk, dv, *[None] * (1 + len(ctx.rest))
+
+
+ring_forward.register_fake(_shape_of_forward)
+ring_backward.register_fake(_shape_of_backward)
+ring_forward.register_autograd(_differentiate, setup_context=_keep)

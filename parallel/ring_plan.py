@@ -1,0 +1,162 @@
+"""Who holds what in a zig-zag ring, and which blocks of attention each pair of its members has between them. No ranks here.
+
+A row of `length` positions is cut into 2N parts; member i of N holds parts i and 2N − 1 − i, so that under a causal mask
+every member has the same area to compute (zig-zag, ALGORITHMS 4.1: "dist-attention with packing"). Sequences (documents)
+may begin and end anywhere in a row. Two different parts then share at most one sequence, and what the later part sees of
+the earlier one is a full rectangle: the end of the earlier part by the beginning of the later one. So no block between
+members ever needs a mask, and a member's own share is plain causal attention inside each sequence.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+Span = tuple[int, int]
+"""Half-open range of positions on a member: [start, stop)."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Every query of one span attends to every key of another."""
+
+    queries: Span
+    keys: Span
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a member does with the two members at distance t: it receives from `source` and sends to `target`.
+
+    blocks  what this member computes on the keys it receives; their `keys` count from the start of the message
+    keys    the spans of its own keys that the target needs, in the order of the message
+    """
+
+    source: int
+    blocks: tuple[Block, ...]
+    target: int
+    keys: tuple[Span, ...]
+
+    @property
+    def received(self) -> int:
+        """Length of the message from the source."""
+        return sum(stop - start for start, stop in (block.keys for block in self.blocks))
+
+
+@dataclass(frozen=True)
+class RingPlan:
+    """A member's part in one attention: its own sequences in order (their lengths on this member), then N − 1 steps."""
+
+    own: tuple[int, ...]
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The part of a sequence inside one part of a row: where it begins in the whole, and where it lies on the member."""
+
+    sequence: int
+    start: int
+    length: int
+    at: int
+
+
+def held(length: int, size: int, index: int, rows: int = 1) -> list[range]:
+    """The positions that member `index` of `size` holds, in its order, of rows of `length` laid end to end."""
+    ranges: list[range] = []
+    for row in range(rows):
+        for part in (index, 2 * size - 1 - index):
+            start, stop = part * length // (2 * size), (part + 1) * length // (2 * size)
+            ranges.append(range(row * length + start, row * length + stop))
+    return ranges
+
+
+@lru_cache(maxsize=256)
+def plan_whole(length: int, size: int, index: int) -> RingPlan:
+    """The plan for rows that are one sequence each; spans hold for every row of a batch alike."""
+    return plan_ring([0, length], length, size, index)
+
+
+def plan_ring(bounds: Sequence[int], length: int, size: int, index: int) -> RingPlan:
+    """The plan of member `index` of `size` for rows of `length` laid end to end, with sequences between consecutive bounds.
+
+    bounds: ascending, from 0 to rows × length, and every row's end is among them.
+    """
+    rows = bounds[-1] // length
+    ranges = [held(length, size, member, rows) for member in range(size)]
+    pieces = [_edge_pieces(member_ranges, bounds) for member_ranges in ranges]
+    steps: list[Step] = []
+    for distance in range(1, size):
+        source, target = (index - distance) % size, (index + distance) % size
+        wanted = _blocks(pieces[target], pieces[index])
+        steps.append(
+            Step(
+                source=source,
+                blocks=_from_message_start(_blocks(pieces[index], pieces[source])),
+                target=target,
+                keys=tuple(block.keys for block in wanted),
+            )
+        )
+    return RingPlan(_own_lengths(ranges[index], bounds), tuple(steps))
+
+
+def _own_lengths(ranges: Sequence[range], bounds: Sequence[int]) -> tuple[int, ...]:
+    lengths: list[int] = []
+    latest = -1
+    for positions in ranges:
+        at = positions.start
+        while at < positions.stop:
+            sequence = bisect_right(bounds, at) - 1
+            stop = min(positions.stop, bounds[sequence + 1])
+            if sequence == latest:
+                lengths[-1] += stop - at
+            else:
+                lengths.append(stop - at)
+            at, latest = stop, sequence
+    return tuple(lengths)
+
+
+def _edge_pieces(ranges: Sequence[range], bounds: Sequence[int]) -> list[_Piece]:
+    """The first and the last sequence of each part: the others lie wholly inside it and concern nobody else."""
+    pieces: list[_Piece] = []
+    at = 0
+    for positions in ranges:
+        if positions:
+            edges = {bisect_right(bounds, position) - 1 for position in (positions.start, positions.stop - 1)}
+            for sequence in sorted(edges):
+                start, stop = max(positions.start, bounds[sequence]), min(positions.stop, bounds[sequence + 1])
+                pieces.append(_Piece(sequence, start, stop - start, at + start - positions.start))
+        at += len(positions)
+    return pieces
+
+
+def _blocks(queries: Sequence[_Piece], keys: Sequence[_Piece]) -> list[Block]:
+    """What the queries' holder computes on the keys' holder's keys, in the order of the positions."""
+    of_sequence: dict[int, list[_Piece]] = {}
+    for key in keys:
+        of_sequence.setdefault(key.sequence, []).append(key)
+    blocks: list[Block] = []
+    for query in queries:
+        seen = [key for key in of_sequence.get(query.sequence, []) if key.start < query.start]
+        if not seen:
+            continue
+        span = (seen[0].at, seen[-1].at + seen[-1].length)
+        assert span[1] - span[0] == sum(key.length for key in seen), "the keys of a sequence lie side by side"
+        if blocks and blocks[-1].keys == span and blocks[-1].queries[1] == query.at:
+            blocks[-1] = Block((blocks[-1].queries[0], query.at + query.length), span)
+        else:
+            assert not blocks or blocks[-1].keys[1] <= span[0], "no key is needed twice"
+            blocks.append(Block((query.at, query.at + query.length), span))
+    return blocks
+
+
+def _from_message_start(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    moved: list[Block] = []
+    at = 0
+    for block in blocks:
+        length = block.keys[1] - block.keys[0]
+        moved.append(Block(block.queries, (at, at + length)))
+        at += length
+    return tuple(moved)
