@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
+from hydra.core.config_store import ConfigStore
 
 
 @dataclass
@@ -49,7 +49,7 @@ class CorpusConfig(PackingConfig):
 class StdlibConfig(CorpusConfig):
     """The source of the running interpreter's standard library."""
 
-    _target_: str = "meshloom.data.corpus.Stdlib"
+    _target_: str = "meshloom.data.nodes.Stdlib"
     name: str = "stdlib"
 
 
@@ -61,28 +61,126 @@ class TextConfig(CorpusConfig):
     separator  text that separates documents within a file; null: a file is a document
     """
 
-    _target_: str = "meshloom.data.corpus.Text"
+    _target_: str = "meshloom.data.nodes.Text"
     name: str = "text"
-    input: Any = MISSING
+    input: Any = None
     separator: str | None = None
+
+
+@dataclass
+class JsonlConfig(CorpusConfig):
+    """Files with a JSON object per line, plain, .gz or .zst.
+
+    input  a path, glob pattern or folder, or a list of them
+    field  the member that holds the text
+    """
+
+    _target_: str = "meshloom.data.nodes.Jsonl"
+    name: str = "jsonl"
+    input: Any = None
+    field: str = "text"
+
+
+@dataclass
+class ParquetConfig(CorpusConfig):
+    """Parquet files.
+
+    input  a path, glob pattern or folder, or a list of them
+    field  the column that holds the text
+    """
+
+    _target_: str = "meshloom.data.nodes.Parquet"
+    name: str = "parquet"
+    input: Any = None
+    field: str = "text"
+
+
+@dataclass
+class HfConfig(CorpusConfig):
+    """A data set of the Hugging Face `datasets` library.
+
+    path      name on the hub, or a folder
+    subset    its configuration, where it has several
+    split     which part of it
+    field     the column that holds the text
+    revision  commit or tag: pin it, for it is all that tells one state of the data set from another
+    """
+
+    _target_: str = "meshloom.data.nodes.Hf"
+    name: str = "hf"
+    path: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    field: str = "text"
+    revision: str | None = None
+
+
+@dataclass
+class ShardsConfig(PackingConfig):
+    """Token shards made by `meshloom data tokenize`.
+
+    path        its output, or a single shard folder, which then is training data
+    validation  another folder of validation shards; null: the one in `path`, if any
+    """
+
+    _target_: str = "meshloom.data.nodes.Shards"
+    name: str = "shards"
+    path: str | None = None
+    validation: str | None = None
+
+
+@dataclass
+class MixtureConfig:
+    """Several sources by weight, with one tokenizer.
+
+    sources  name → node of any other option of this group (`/data@sources.code: stdlib` in a recipe's defaults)
+    weights  name → share of the samples, in any unit
+    block    samples over which the shares are exact
+
+    The other keys are as in CorpusConfig and hold for all sources, which leave them alone.
+    """
+
+    _target_: str = "meshloom.data.mixture.Mixture"
+    _recursive_: bool = False
+    name: str = "mixture"
+    sources: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    block: int = 1000
+    seq_len: int = 1024
+    document_mask: bool = False
+    verify: bool = False
+    cache_dir: str | None = None
+    tokenizer: str = "bpe"
+    vocabulary: int = 4096
+    tokenizer_sample: int = 100_000_000
+    end_of_document: str | None = None
 
 
 @dataclass
 class SyntheticConfig:
     """Seeded random tokens, for benchmarks and dry runs.
 
-    vocabulary          tokens lie in [0, vocabulary); the recipe sets it to the model's
+    vocabulary          tokens lie in [0, vocabulary); null: the model's
     validation_samples  size of the validation set
     """
 
     _target_: str = "meshloom.data.synthetic.Synthetic"
     name: str = "synthetic"
     seq_len: int = 1024
-    vocabulary: int = 32_000
+    vocabulary: int | None = None
     validation_samples: int = 64
 
 
-def register(store: Any) -> None:
+def register(store: ConfigStore) -> None:
     """Put the typed bases into Hydra's ConfigStore; `recipes/data/<name>.yaml` extends `base_<name>`."""
-    for node in (StdlibConfig, TextConfig, SyntheticConfig):
+    for node in (
+        StdlibConfig,
+        TextConfig,
+        JsonlConfig,
+        ParquetConfig,
+        HfConfig,
+        ShardsConfig,
+        MixtureConfig,
+        SyntheticConfig,
+    ):
         store.store(group="data", name=f"base_{node.name}", node=node)

@@ -10,12 +10,13 @@ import xxhash
 
 from ..config.hashing import hash64
 from ..config.problems import ConfigError, Problem
+from .cache import cache_folder
 from .order import Held, Shuffled, StoredSamples
 from .packing import PACKINGS, packed
-from .prepare import cache_folder, tokenized_corpus, trained_tokenizer
+from .prepare import tokenized_corpus, trained_tokenizer
 from .reader import TokenShards
 from .shards import ShardError
-from .sources import DocumentSource, StandardLibrary, TextFiles
+from .sources import DocumentSource
 from .tokenizer import SMALLEST_BPE, Tokenizer
 
 
@@ -207,19 +208,3 @@ def make_tokenizer(
     if setting == "bytes":
         return Tokenizer.bytes()
     return Tokenizer.load(Path(setting).expanduser(), end_of_document)
-
-
-class Stdlib(Corpus):
-    """`data=stdlib`: the standard library source of the running interpreter."""
-
-    def __init__(self, seed: int, **options: Unpack[CorpusOptions]) -> None:
-        super().__init__(StandardLibrary(), seed, **options)
-
-
-class Text(Corpus):
-    """`data=text`: files of UTF-8 text."""
-
-    def __init__(
-        self, seed: int, input: str | Sequence[str], separator: str | None = None, **options: Unpack[CorpusOptions]
-    ) -> None:
-        super().__init__(TextFiles(input, separator), seed, **options)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from bisect import bisect_left, insort
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .batch import IGNORED, Sample
+from .cache import build_once
 from .reader import TokenShards
 
 
@@ -56,9 +59,117 @@ def _number_documents(ends: NDArray[np.int64], length: int) -> NDArray[np.int64]
     return np.cumsum(documents)
 
 
-PACKINGS = ("concat",)
+def best_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Best-fit decreasing: pieces of at most `capacity` into bins, the longest first, each into the fullest bin it fits.
+
+    Returns the pieces' numbers in the order of their bins, (pieces,), and where each bin begins in it, (bins + 1,).
+
+    Pieces of one length are placed together: the fullest bin that fits takes ⌊room / length⌋ of them before another is
+    next, and so does every bin with the same room. So the work is a few numpy calls for every pair of a length and a room
+    that meet, whatever the number of pieces. At most 11/9 of the least number of bins, + 6/9 (Dósa 2007).
+    """
+    assert not len(lengths) or 1 <= lengths.min() <= lengths.max() <= capacity
+    order = np.argsort(-lengths, kind="stable")
+    sizes, firsts = np.unique(-lengths[order], return_index=True)
+    bin_of = np.empty(len(lengths), np.int64)
+    rooms: list[int] = []  # sorted, without repetition: free positions of bins that have any
+    bins_with: dict[int, list[NDArray[np.int64]]] = {}
+    bins = 0
+
+    def put(which: NDArray[np.int64], room: int) -> None:
+        if len(which) and room:
+            if room not in bins_with:
+                insort(rooms, room)
+            bins_with.setdefault(room, []).append(which)
+
+    for size, pieces in zip((-sizes).tolist(), np.split(order, firsts[1:]), strict=True):
+        while len(pieces):
+            at = bisect_left(rooms, size)
+            if at < len(rooms):
+                room = rooms.pop(at)
+                open_bins = np.concatenate(bins_with.pop(room))
+            else:
+                room = capacity
+                needed = -(-len(pieces) // (capacity // size))
+                open_bins = np.arange(bins, bins + needed)
+                bins += needed
+            each = room // size
+            filled = min(len(open_bins), len(pieces) // each)
+            taken = filled * each
+            bin_of[pieces[:taken]] = np.repeat(open_bins[:filled], each)
+            put(open_bins[:filled], room - each * size)
+            pieces, open_bins = pieces[taken:], open_bins[filled:]
+            if len(open_bins) and len(pieces):  # fewer pieces are left than one more bin would take
+                bin_of[pieces] = open_bins[0]
+                put(open_bins[:1], room - len(pieces) * size)
+                pieces, open_bins = pieces[:0], open_bins[1:]
+            put(open_bins, room)
+    return np.argsort(bin_of, kind="stable"), np.searchsorted(np.sort(bin_of), np.arange(bins + 1))
 
 
-def packed(shards: TokenShards, packing: str, seq_len: int, document_mask: bool, cache: Path) -> Concatenated:
+class BestFit:
+    """Best-fit packing ("Fewer Truncations", arXiv 2404.10830): only documents longer than S are cut, into pieces of S and
+    a rest; the pieces fill samples by best-fit decreasing; what stays free is padding.
+
+    A piece that goes on in another sample still predicts its next token; the last position of a document, and padding,
+    carry no loss. document_mask: as in `Concatenated`; padding has a document of its own.
+
+    cache  folder for the table of pieces, which is built once
+    """
+
+    def __init__(self, shards: TokenShards, seq_len: int, document_mask: bool, cache: Path) -> None:
+        self.seq_len = seq_len
+        self.vocabulary = shards.vocabulary
+        self._shards = shards
+        self._document_mask = document_mask
+        self._padding = shards.manifest.end_of_document or 0
+        folder = cache / "packings" / f"bestfit-{seq_len}-{shards.fingerprint[:16]}"
+        build_once(folder, self._build)
+        self._starts, self._lengths, self._bins = (
+            np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("starts", "lengths", "bins")
+        )
+
+    def _build(self, folder: Path) -> None:
+        documents = self._shards.document_lengths()
+        counts = -(-documents // self.seq_len)
+        number = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)  # of the piece in its document
+        starts = np.repeat(np.cumsum(documents) - documents, counts) + number * self.seq_len
+        lengths = np.minimum(np.repeat(documents, counts) - number * self.seq_len, self.seq_len)
+        order, bins = best_fit(lengths, self.seq_len)
+        for name, table in (("starts", starts[order]), ("lengths", lengths[order]), ("bins", bins)):
+            with (folder / f"{name}.npy").open("wb") as file:
+                np.save(file, table)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def __len__(self) -> int:
+        return len(self._bins) - 1
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at a position in [0, len)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} is outside [0, {len(self)})")
+        first, last = int(self._bins[index]), int(self._bins[index + 1])
+        starts, lengths = self._starts[first:last], self._lengths[first:last]
+        ends = np.cumsum(lengths)
+        filled = int(ends[-1])
+        tokens = np.full(self.seq_len + 1, self._padding, np.int64)
+        tokens[:filled] = self._shards.read_pieces(starts, lengths)
+        targets = tokens[1:].copy()
+        targets[ends - 1] = IGNORED
+        targets[filled:] = IGNORED
+        stop = int(starts[0]) + self.seq_len
+        if lengths[0] == self.seq_len and not len(self._shards.ends_within(stop - 1, stop)):
+            targets[-1] = self._shards.read(stop, stop + 1)[0]  # only a piece as long as a sample goes on elsewhere
+        documents = _number_documents(ends, self.seq_len) if self._document_mask else None
+        return Sample(tokens[:-1], targets, documents)
+
+
+PACKINGS = ("concat", "bestfit")
+
+
+def packed(shards: TokenShards, packing: str, seq_len: int, document_mask: bool, cache: Path) -> Concatenated | BestFit:
     """The samples that `data.packing` makes of a shard folder."""
+    if packing == "bestfit":
+        return BestFit(shards, seq_len, document_mask, cache)
     return Concatenated(shards, seq_len, document_mask)

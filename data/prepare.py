@@ -1,17 +1,9 @@
-"""Building what a run reads, once: the tokenizer and the train and validation shards of a corpus, in a cache.
-
-Whatever is in the cache under its name is complete: it is built in a temporary folder and renamed. Processes that start
-together, on one node or on several that share the cache, let one of them build while the others wait.
-"""
+"""Building what a run reads, once: the tokenizer and the train and validation shards of a corpus, in the cache."""
 
 from __future__ import annotations
 
 import heapq
 import json
-import logging
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,59 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .shards import TOKENIZER, ShardWriter, sync_folder
+from .cache import build_once
+from .shards import TOKENIZER, ShardWriter
 from .sources import DocumentSource
 from .tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
-
 _BATCH = 1 << 22  # characters tokenised in one go
 _RECIPE_VERSION = 1  # to be raised when the same input comes to be turned into other tokens
-
-
-def cache_folder(configured: str | None) -> Path:
-    """`data.cache_dir`, else the environment's MESHLOOM_CACHE, else ~/.cache/meshloom."""
-    return Path(configured or os.environ.get("MESHLOOM_CACHE") or "~/.cache/meshloom").expanduser()
-
-
-def build_once(target: Path, build: Callable[[Path], None]) -> None:
-    """Make sure that the folder `target` exists, calling `build(empty folder)` in one process only.
-
-    The lock ends with the process that holds it. On a file system without locks several may build; the first to finish
-    is taken.
-    """
-    if target.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
-    try:
-        lock.acquire(timeout=0.1)
-    except Timeout:
-        log.info("waiting for another process that builds %s", target)
-        lock.acquire()
-    try:
-        if target.exists():
-            return
-        building = target.with_name(f".{target.name}.building-{uuid.uuid4().hex[:12]}")
-        building.mkdir()
-        try:
-            build(building)
-            sync_folder(building)
-            try:
-                building.rename(target)
-            except OSError:
-                if not target.exists():
-                    raise
-            sync_folder(target.parent)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -52,8 +52,8 @@ class FileSource(ABC):
     name = "files"
     endings: tuple[str, ...] = ("",)
 
-    def __init__(self, input: str | Sequence[str]) -> None:
-        self.input = [input] if isinstance(input, str) else list(input)
+    def __init__(self, input: str | Sequence[str] | None) -> None:
+        self.input = [input] if isinstance(input, str) else list(input or ())
 
     @abstractmethod
     def read(self, path: Path) -> Iterator[str]:
@@ -82,7 +82,7 @@ class FileSource(ABC):
     def problems(self, key: str) -> list[Problem]:
         """Every pattern must match a file."""
         if not self.input:
-            return [Problem(f"{key}.input", "no file is named", "give a path, a glob pattern or a folder")]
+            return [Problem(f"{key}.input", "no file is named", f"give {key}.input=<path, glob pattern or folder>")]
         return [
             Problem(f"{key}.input", f"'{pattern}' matches no file", "give a path, a glob pattern or a folder that has some")
             for pattern in self.input
@@ -128,7 +128,7 @@ class TextFiles(FileSource):
 
     name = "text"
 
-    def __init__(self, input: str | Sequence[str], separator: str | None = None) -> None:
+    def __init__(self, input: str | Sequence[str] | None, separator: str | None = None) -> None:
         super().__init__(input)
         self.separator = separator
 

@@ -42,10 +42,10 @@ class Synthetic:
 
     tokenizer = None
 
-    def __init__(self, seed: int, seq_len: int, vocabulary: int, validation_samples: int = 64) -> None:
+    def __init__(self, seed: int, seq_len: int, vocabulary: int | None, validation_samples: int = 64) -> None:
         self.seed = seed
         self.seq_len = seq_len
-        self.vocabulary = vocabulary
+        self.vocabulary = vocabulary or 0
         self.validation_samples = validation_samples
 
     def problems(self, key: str = "data") -> list[Problem]:
@@ -54,7 +54,11 @@ class Synthetic:
         if self.seq_len < 1:
             found.append(Problem(f"{key}.seq_len", f"{self.seq_len} is not a length", "use 1 or more"))
         if not 1 <= self.vocabulary < 2**32:
-            found.append(Problem(f"{key}.vocabulary", f"{self.vocabulary} is not a vocabulary", "use 1 to 2^32 - 1"))
+            found.append(
+                Problem(
+                    f"{key}.vocabulary", f"{self.vocabulary} is not a vocabulary", "use 1 to 2^32 - 1, or set model.vocabulary"
+                )
+            )
         if self.validation_samples < 0:
             found.append(Problem(f"{key}.validation_samples", f"{self.validation_samples} is negative", "use 0 for none"))
         return found

@@ -1,0 +1,97 @@
+"""Blending: samples of several sources by weight, as a pure function of the sample's number (R1)."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config.hashing import hash64
+from .batch import Sample, Samples
+from .order import Permutation, StoredSamples
+
+
+def apportion(weights: Sequence[float], places: int) -> list[int]:
+    """Whole numbers of places in proportion to weights, summing to `places`, by the method of largest remainders."""
+    quotas = [weight * places / sum(weights) for weight in weights]
+    counts = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(weights)), key=lambda source: (counts[source] - quotas[source], source))
+    for source in by_remainder[: places - sum(counts)]:
+        counts[source] += 1
+    return counts
+
+
+class Blend:
+    """k → (source, number of the sample within the source), a few microseconds a look-up.
+
+    Samples come in blocks; each block holds the same number of samples of each source, in an order of its own. Within a
+    source, numbers run 0, 1, 2, … over the blocks: none is left out, none comes twice.
+
+    counts  samples of each source per block
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int) -> None:
+        self.counts = list(counts)
+        self._limits = list(accumulate(counts))
+        self._seed = seed
+        self._order = lru_cache(maxsize=16)(self._order_of)
+
+    def _order_of(self, block: int) -> Permutation:
+        return Permutation(self._limits[-1], hash64(self._seed, block))
+
+    def __call__(self, index: int) -> tuple[int, int]:
+        """Where the k-th sample of the run comes from."""
+        block, within = divmod(index, self._limits[-1])
+        slot = self._order(block)(within)
+        source = bisect_right(self._limits, slot)
+        return source, block * self.counts[source] + slot - (self._limits[source] - self.counts[source])
+
+
+class Mixed:
+    """Endless training samples of several sources. Implements `Samples`."""
+
+    def __init__(self, sources: Sequence[Samples], counts: Sequence[int], seed: int) -> None:
+        self.sources = list(sources)
+        self.seq_len = sources[0].seq_len
+        self.vocabulary = sources[0].vocabulary
+        self.blend = Blend(counts, seed)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The k-th sample of the run."""
+        source, within = self.blend(index)
+        return self.sources[source][within]
+
+
+def interleaved(lengths: Sequence[int], weights: Sequence[float]) -> NDArray[np.int64]:
+    """A finite mixture: (samples, 2) rows of (source, number within it), evenly spread by weight, until a source ends.
+
+    The j-th sample of a source of weight w is due at time (j + 1/2) / w; samples come in the order of their times, so that
+    any beginning of the list is mixed by weight.
+    """
+    end = min(length / weight for length, weight in zip(lengths, weights, strict=True))
+    counts = [min(length, round(end * weight)) for length, weight in zip(lengths, weights, strict=True)]
+    times = np.concatenate([(np.arange(count) + 0.5) / weight for count, weight in zip(counts, weights, strict=True)])
+    rows = np.stack([np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(count) for count in counts])], axis=1)
+    return rows[np.argsort(times, kind="stable")]
+
+
+class MixedHeld:
+    """Validation samples of several sources, mixed by weight, in a fixed order."""
+
+    def __init__(self, sources: Sequence[StoredSamples], weights: Sequence[float]) -> None:
+        self.sources = list(sources)
+        self.seq_len = sources[0].seq_len
+        self.vocabulary = sources[0].vocabulary
+        self._rows = interleaved([len(source) for source in sources], weights)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The k-th sample of the validation set."""
+        source, within = self._rows[index].tolist()
+        return self.sources[source][within]

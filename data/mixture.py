@@ -1,0 +1,164 @@
+"""The data node of `data=mixture`: several nodes of the group as one, with one tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import xxhash
+from hydra.utils import instantiate
+
+from ..config.data import MixtureConfig
+from ..config.hashing import hash64
+from ..config.problems import ConfigError, Problem
+from .blend import Mixed, MixedHeld, apportion
+from .cache import cache_folder
+from .corpus import Corpus, make_tokenizer, tokenizer_problems
+from .node import DataNode
+from .tokenizer import Tokenizer
+
+# What the mixture decides for all its sources, where they know the key.
+SHARED = ("seq_len", "document_mask", "verify", "cache_dir", "tokenizer", "vocabulary", "tokenizer_sample", "end_of_document")
+
+
+class Mixture:
+    """See `meshloom.config.data.MixtureConfig` for the keys.
+
+    Sources that start from documents share the tokenizer that `tokenizer` names (bpe: trained on equal parts of all of
+    them). If a source brings tokens of its own (shards), its tokenizer is everybody's.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        seq_len: int,
+        sources: Mapping[str, Mapping[str, Any]],
+        weights: Mapping[str, float],
+        block: int = 1000,
+        document_mask: bool = False,
+        verify: bool = False,
+        cache_dir: str | None = None,
+        tokenizer: str = "bpe",
+        vocabulary: int = 4096,
+        tokenizer_sample: int = 100_000_000,
+        end_of_document: str | None = None,
+    ) -> None:
+        self.seed = seed
+        self.seq_len = seq_len
+        self.weights = dict(weights)
+        self.block = block
+        self._cache = cache_folder(cache_dir)
+        self._shared = {
+            "seq_len": seq_len,
+            "document_mask": document_mask,
+            "verify": verify,
+            "cache_dir": cache_dir,
+            "tokenizer": tokenizer,
+            "vocabulary": vocabulary,
+            "tokenizer_sample": tokenizer_sample,
+            "end_of_document": end_of_document,
+        }
+        self._written = {name: dict(node) for name, node in sources.items()}
+        self.nodes = {name: self._source(name, node) for name, node in self._written.items()}
+        self._tokenizer: Tokenizer | None = None
+        self._is_prepared = False
+
+    def _source(self, name: str, node: dict[str, Any]) -> DataNode:
+        shared = {key: self._shared[key] for key in SHARED if key in node}
+        written = {key: value for key, value in node.items() if key != "name"}
+        # The order of a source must not change when another one comes or goes: its seed comes from its name.
+        seed = hash64(self.seed, *name.encode())
+        return cast(DataNode, instantiate({**written, **shared, "_convert_": "all"}, seed=seed))
+
+    def problems(self, key: str = "data") -> list[Problem]:
+        """What is wrong with the node's keys and with those of its sources."""
+        found = tokenizer_problems(self._shared["tokenizer"], self._shared["vocabulary"], self._shared["tokenizer_sample"], key)
+        if not self.nodes:
+            fix = "name some in a recipe's defaults: /data@sources.code: stdlib"
+            found.append(Problem(f"{key}.sources", "there are none", fix))
+        for name in self.weights.keys() - self.nodes.keys():
+            found.append(Problem(f"{key}.weights.{name}", "there is no such source", f"use {', '.join(self.nodes)}"))
+        for name, node in self.nodes.items():
+            weight = self.weights.get(name)
+            if weight is None or weight <= 0:
+                what = "is not given" if weight is None else f"{weight} is no share"
+                found.append(Problem(f"{key}.weights.{name}", what, "give a number above 0, or take the source out"))
+            defaults = MixtureConfig()
+            for shared in SHARED:
+                value = self._written[name].get(shared)
+                if value not in (None, self._shared[shared], getattr(defaults, shared)):
+                    where = f"{key}.sources.{name}.{shared}"
+                    found.append(Problem(where, "is the same for all sources", f"set {key}.{shared}={value} instead"))
+            found += node.problems(f"{key}.sources.{name}")
+        if not found and 0 in self._counts():
+            smallest = min(self.weights.values()) / sum(self.weights.values())
+            fix = f"use {round(1 / smallest)} or more"
+            found.append(Problem(f"{key}.block", f"a share of {smallest:.2g} is no sample in {self.block}", fix))
+        return found
+
+    def _counts(self) -> list[int]:
+        return apportion([self.weights[name] for name in self.nodes], self.block)
+
+    def prepare(self) -> None:
+        """Build or find the tokenizer and every source's shards."""
+        corpora = {name: node for name, node in self.nodes.items() if isinstance(node, Corpus)}
+        for name, node in self.nodes.items():
+            if name not in corpora:
+                node.prepare()
+                self._adopt(node.tokenizer, name)
+        if corpora:
+            if self._tokenizer is None:
+                self._tokenizer = make_tokenizer(
+                    [node.source for node in corpora.values()],
+                    self._shared["tokenizer"],
+                    self._shared["vocabulary"],
+                    self._shared["tokenizer_sample"],
+                    self._shared["end_of_document"],
+                    self._cache,
+                )
+            for name, node in corpora.items():
+                node.prepare_with(self._tokenizer, f"data.sources.{name}")
+        sizes = {name: node.vocabulary for name, node in self.nodes.items()}
+        if len(set(sizes.values())) > 1:
+            raise ConfigError([Problem("data.sources", f"vocabularies differ: {sizes}", "tokenise all with one tokenizer")])
+        self._is_prepared = True
+
+    def _adopt(self, tokenizer: Tokenizer | None, name: str) -> None:
+        if tokenizer is None:
+            return
+        if self._tokenizer is not None and self._tokenizer.fingerprint != tokenizer.fingerprint:
+            fix = "tokenise all with one tokenizer"
+            raise ConfigError([Problem(f"data.sources.{name}", "another tokenizer than an earlier source's", fix)])
+        self._tokenizer = tokenizer
+
+    def _prepared(self) -> list[DataNode]:
+        if not self._is_prepared:
+            raise RuntimeError("prepare() this data node before using it")
+        return list(self.nodes.values())
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, once prepared."""
+        self._prepared()
+        return self._tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids lie in [0, vocabulary); known once prepared."""
+        return self._prepared()[0].vocabulary
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the data, once prepared."""
+        content = [(name, node.fingerprint) for name, node in zip(self.nodes, self._prepared(), strict=True)]
+        return xxhash.xxh3_128_hexdigest(repr([content, self._counts()]).encode())
+
+    def train(self) -> Mixed:
+        """The endless training samples: each source goes through its own epochs."""
+        return Mixed([node.train() for node in self._prepared()], self._counts(), hash64(self.seed, 0))
+
+    def validation(self) -> MixedHeld | None:
+        """The validation samples of the sources that have some, mixed by weight until one of them ends."""
+        held = [(node.validation(), self.weights[name]) for name, node in zip(self.nodes, self._prepared(), strict=True)]
+        having = [(samples, weight) for samples, weight in held if samples is not None]
+        return MixedHeld([samples for samples, _ in having], [weight for _, weight in having]) if having else None
