@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from ..optim.parameters import NamedParameter
 from .fragment import Box
@@ -36,10 +35,21 @@ class Placed:
         shape = tuple(parameter.shape)
         if not isinstance(parameter, DTensor):
             return cls(parameter, shape, Box.whole(shape), stage)
-        sharded = math.prod(
-            parameter.device_mesh.size(axis) for axis, kind in enumerate(parameter.placements) if isinstance(kind, Shard)
-        )
-        extent, offsets = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
+        axes = [(axis, kind) for axis, kind in enumerate(parameter.placements) if isinstance(kind, (Shard, _StridedShard))]
+        # FSDP cuts what tensor parallelism left of a dim: DTensor says so by a strided shard, an outer axis cut last. Its own
+        # arithmetic for such offsets holds only where everything divides.
+        axes.sort(key=lambda each: isinstance(each[1], _StridedShard))
+        coordinate = parameter.device_mesh.get_coordinate()
+        assert coordinate is not None
+        extent, offsets, sharded = list(shape), [0] * len(shape), 1
+        for axis, kind in axes:
+            size = parameter.device_mesh.size(axis)
+            piece = -(-extent[kind.dim] // size)
+            start = min(coordinate[axis] * piece, extent[kind.dim])
+            extent[kind.dim] = min(piece, extent[kind.dim] - start)
+            offsets[kind.dim] += start
+            sharded *= size
+        assert tuple(local(parameter).shape) == tuple(extent), f"{tuple(local(parameter).shape)} held, {extent} expected"
         return cls(parameter, shape, Box(tuple(offsets), tuple(extent)), stage // sharded)
 
 

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from ..config.parallel import ParallelConfig
 from ..data.batch import MicroBatch
+from ..models.attention import positions
 from ..models.init import fill
 from ..models.llama import Llama
 from ..optim.parameters import NamedParameter, Shards
@@ -35,6 +36,7 @@ from .mesh import Mesh
 from .pipeline import Pipeline, StageInputs, TiedHead
 from .shards import MeshShards, Placed, local
 from .stages import carve, schedule_of
+from .tensor import apply_tensor_parallelism
 
 OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -64,6 +66,7 @@ class TorchEngine:
         self._zero = mesh.layout.zero
         self._parallel = parallel
         self._width = model.dim
+        self._slices_sequences = mesh.layout.tp > 1 and parallel.sequence_parallel
         compute = PRECISIONS[precision]
         model.to(torch.float64 if compute == torch.float64 else torch.float32)
         plan = balanced_stages(model, parallel, seq_len, activation)
@@ -75,6 +78,8 @@ class TorchEngine:
         self.module: nn.Module = stages[0] if len(stages) == 1 else nn.ModuleList(stages)
         self._groups: list[FSDPModule] = []
         for stage in stages:
+            if mesh.layout.tp > 1:
+                apply_tensor_parallelism(stage, mesh.axes["tp"], parallel.sequence_parallel)
             blocks = list(stage.layers.values())
             apply_policy(blocks, activation)
             if compile_blocks:
@@ -144,7 +149,13 @@ class TorchEngine:
         micro_batch = micro_batch.to(self.mesh.device)
         documents = micro_batch.documents_BS
         shared = {} if documents is None else {"documents_BS": documents}
-        hidden = (*micro_batch.tokens_BS.shape, self._width)
+        batch, length = micro_batch.tokens_BS.shape
+        if self._slices_sequences:
+            # What passes between stages is a rank's slice, from whose length a stage can't tell the positions.
+            plain = torch.arange(length, device=self.mesh.device).expand(batch, length)
+            shared["positions_BS"] = plain if documents is None else positions(documents)
+            length //= self.mesh.layout.tp
+        hidden = (batch, length, self._width)
         return StageInputs(micro_batch.tokens_BS, micro_batch.targets_BS, shared, hidden)
 
     def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:

@@ -1,0 +1,196 @@
+"""Tensor and sequence parallelism for `models/llama.py`: a table of placements, and its application through DTensor.
+
+Column-parallel projections into heads and the feed-forward, row-parallel projections out of them (Megatron-LM, arXiv
+1909.08053); between them the residual stream is either whole on every rank or, with sequence parallelism, cut along the
+sequence (arXiv 2205.05198). Embedding and head are cut by vocabulary.
+
+The residual stream is a plain local tensor; a norm turns it into a DTensor, the projections behind it into plain tensors
+again, so that attention and everything elementwise sees ordinary tensors of this rank's heads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+
+from ..config.parallel import ParallelConfig
+from ..config.problems import Problem
+from ..models.llama import Llama
+from .vocabulary import VocabularyParallelLoss
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one module's weight, input and output lie on the tensor-parallel axis.
+
+    weight  placement of its weight
+    takes   placement of its input, for one that arrives as a plain tensor
+    gives   placement its output is brought to
+    plain   whether the output leaves as a plain local tensor
+    """
+
+    weight: Placement
+    takes: Placement
+    gives: Placement
+    plain: bool = True
+
+
+def llama_places(sequence_parallel: bool) -> dict[str, Place]:
+    """The table: module name pattern → place. Sequences are dim 1 of the residual stream."""
+    stream = Shard(1) if sequence_parallel else Replicate()
+    norm = Place(weight=Replicate(), takes=stream, gives=Replicate(), plain=False)
+    column = Place(weight=Shard(0), takes=Replicate(), gives=Shard(-1))
+    row = Place(weight=Shard(1), takes=Shard(-1), gives=stream)
+    return {
+        "embed": Place(weight=Shard(0), takes=Replicate(), gives=stream),
+        "layers.*.attention_norm": norm,
+        "layers.*.attention.w[qkv]": column,
+        "layers.*.attention.wo": row,
+        "layers.*.ffn_norm": norm,
+        "layers.*.ffn.w[13]": column,
+        "layers.*.ffn.w2": row,
+        "norm": norm,
+        "head": Place(weight=Shard(0), takes=Replicate(), gives=Replicate()),
+    }
+
+
+class Shape(Protocol):
+    """What must divide: the fields of `LlamaConfig` and of `Llama`."""
+
+    heads: int
+    kv_heads: int
+    ffn_dim: int
+    vocabulary: int | None
+
+
+def tensor_problems(shape: Shape, parallel: ParallelConfig, seq_len: int) -> list[Problem]:
+    """Everything that keeps this model from being cut `parallel.tp` ways."""
+    tp = parallel.tp
+    if tp == 1:
+        return []
+    problems: list[Problem] = []
+    legal = [n for n in range(1, shape.heads + 1) if _cuts(shape.heads, shape.kv_heads, n) and shape.ffn_dim % n == 0]
+    fix = f"use parallel.tp={' or '.join(map(str, legal))}"
+    if shape.heads % tp:
+        said = f"{shape.heads} attention heads (model.heads) can't be dealt to {tp} ranks"
+        problems.append(Problem("parallel.tp", said, fix))
+    elif not _cuts(shape.heads, shape.kv_heads, tp):
+        said = f"{shape.kv_heads} key/value heads (model.kv_heads) neither divide by {tp} ranks nor divide them"
+        problems.append(Problem("parallel.tp", said, fix))
+    if shape.ffn_dim % tp:
+        problems.append(Problem("parallel.tp", f"model.ffn_dim={shape.ffn_dim} can't be cut into {tp} equal parts", fix))
+    vocabulary = shape.vocabulary
+    if vocabulary is not None and -(-vocabulary // tp) * (tp - 1) >= vocabulary:
+        problems.append(Problem("parallel.tp", f"a vocabulary of {vocabulary} leaves some of {tp} ranks without a row", fix))
+    if parallel.sequence_parallel and (seq_len // parallel.cp) % tp:
+        problems.append(
+            Problem(
+                "parallel.sequence_parallel",
+                f"{seq_len // parallel.cp} positions per rank can't be cut into {tp} equal parts",
+                f"use a data.seq_len divisible by {parallel.cp * tp}, or parallel.sequence_parallel=false",
+            )
+        )
+    return problems
+
+
+def _cuts(heads: int, kv_heads: int, tp: int) -> bool:
+    """Whether every rank's query heads need whole groups: its own key/value heads, or one that it shares with neighbours."""
+    return heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
+
+
+def apply_tensor_parallelism(model: Llama, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+    """Cut the model (or pipeline stage) over a 1-D mesh, in place. Parameters become DTensors; call it before FSDP.
+
+    The model is usually on the meta device; real weights are taken to be the same on every rank. Shapes that don't
+    divide are refused by `tensor_problems`.
+    """
+    assert not any(isinstance(parameter, DTensor) for parameter in model.parameters()), "the model is cut already"
+    tied = model.tied and model.embed is not None and model.head is not None
+    for name, module, place in _placed_modules(model, llama_places(sequence_parallel)):
+        if name == "head" and tied:
+            assert model.embed is not None and model.head is not None
+            model.head.weight = model.embed.weight  # the embedding comes first: its DTensor is the head's too
+        if name.endswith(("wk", "wv")) and model.kv_heads < mesh.size():
+            _share_heads(module, mesh, model)
+        else:
+            _place(module, mesh, place)
+    if model.head is not None:
+        model.token_loss = VocabularyParallelLoss(mesh)
+    if sequence_parallel:
+        model.forward = functools.partial(_any_length, model.forward, mesh.size())
+
+
+def _placed_modules(model: nn.Module, places: dict[str, Place]) -> Iterator[tuple[str, Any, Place]]:
+    for name, module in model.named_modules():
+        found = [place for pattern, place in places.items() if fnmatch(name, pattern)]
+        assert len(found) <= 1, f"{name} matches several places"
+        assert found or not list(module.parameters(recurse=False)), f"no place is known for the parameters of {name}"
+        if found:
+            yield name, module, found[0]
+
+
+def _cut(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
+    for key, parameter in list(module.named_parameters(recurse=False)):
+        if not isinstance(parameter, DTensor):
+            cut = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+            module.register_parameter(key, nn.Parameter(cut, requires_grad=parameter.requires_grad))
+
+
+def _place(module: nn.Module, mesh: DeviceMesh, place: Place) -> None:
+    def enter(_module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        (x,) = inputs
+        return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [place.takes], run_check=False)
+
+    def leave(_module: nn.Module, _inputs: Any, output: DTensor) -> torch.Tensor:
+        # Waits for the collective: a tensor still on its way must not enter a compiled block.
+        output = output.redistribute(placements=[place.gives])
+        return output.to_local() if place.plain else output
+
+    _cut(module, mesh, place.weight)
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave)
+
+
+def _share_heads(module: nn.Module, mesh: DeviceMesh, model: Llama) -> None:
+    """A key/value projection with fewer heads than ranks: every rank keeps the whole weight and computes the head it needs.
+
+    Each rank's gradient is zero outside that head's rows; declared partial, the sum over ranks is the whole gradient.
+    """
+    head = mesh.get_local_rank() * model.kv_heads // mesh.size()
+    rows = slice(head * model.head_dim, (head + 1) * model.head_dim)
+
+    def project(x_BSD: DTensor) -> torch.Tensor:
+        weight: Any = module.weight
+        own_ED = weight.to_local(grad_placements=[Partial()])[rows]
+        return F.linear(x_BSD.to_local(grad_placements=[Partial()]), own_ED)
+
+    _cut(module, mesh, Replicate())
+    module.forward = project
+
+
+def _any_length(
+    forward: Any,
+    tp: int,
+    inputs: torch.Tensor,
+    targets_BS: torch.Tensor | None = None,
+    documents_BS: torch.Tensor | None = None,
+    positions_BS: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Without targets (generation) sequences come in any length: pad to one that can be cut, and drop the padding's logits.
+
+    Padding follows the text, so causal attention never looks at it.
+    """
+    padding = -inputs.shape[1] % tp
+    if targets_BS is not None or not padding or inputs.is_floating_point():
+        return forward(inputs, targets_BS, documents_BS, positions_BS)
+    padded = [None if x is None else F.pad(x, (0, padding)) for x in (inputs, documents_BS, positions_BS)]
+    return forward(padded[0], None, padded[1], padded[2])[:, :-padding]

@@ -1,0 +1,67 @@
+"""Cross-entropy with the head's rows spread over the tensor-parallel ranks: `models/loss.py`, one vocabulary slice each.
+
+Each rank computes its slice's logits of a chunk of tokens; the ranks exchange two numbers per token (log-sum-exp and
+target logit over their slices, one all-gather per chunk) and never a logit. Any vocabulary does: slices may differ in
+length, as nothing is padded nothing has to be masked.
+
+Shape legend: T tokens, C tokens of one chunk, D model width, V vocabulary, P tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from ..models.loss import CHUNK, IGNORED, Merge, sliced_cross_entropy
+
+
+def merge_over(group: dist.ProcessGroup) -> Merge:
+    """What `sliced_cross_entropy` needs: per-slice statistics of C rows in, those over the vocabulary out, on every rank."""
+    size = dist.get_world_size(group)
+
+    def merge(log_sum_C: torch.Tensor, picked_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mine_2C = torch.stack((log_sum_C, picked_C))
+        all_P2C = [torch.empty_like(mine_2C) for _ in range(size)]
+        dist.all_gather(all_P2C, mine_2C, group)
+        log_sums_PC, picked_PC = torch.stack(all_P2C).unbind(1)
+        return log_sums_PC.logsumexp(0), picked_PC.amax(0)
+
+    return merge
+
+
+class VocabularyParallelLoss:
+    """The model's `token_loss` seam over a 1-D device mesh. The same total on every rank."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self._mesh = mesh
+        self._merge = merge_over(mesh.get_group())
+
+    def __call__(
+        self,
+        hidden_TD: torch.Tensor,
+        head_VD: torch.Tensor,
+        targets_T: torch.Tensor,
+        *,
+        chunk: int = CHUNK,
+        ignored: int = IGNORED,
+    ) -> torch.Tensor:
+        """Sum of token losses, as `models.loss.linear_cross_entropy` of the whole head.
+
+        hidden_TD: a replicated DTensor; its gradient is a partial sum, reduced wherever DTensor needs it whole.
+        head_VD: a DTensor sharded by rows; its gradient is sharded alike. targets_T: plain, the same on every rank.
+        """
+        assert isinstance(hidden_TD, DTensor) and hidden_TD.placements == (Replicate(),), "hidden must be replicated"
+        assert isinstance(head_VD, DTensor) and head_VD.placements == (Shard(0),), "the head must be sharded by rows"
+        rows_VD = head_VD.to_local()
+        rows = -(-head_VD.shape[0] // self._mesh.size())  # DTensor's cut: equal slices, the last ones shorter
+        return sliced_cross_entropy(
+            hidden_TD.to_local(grad_placements=[Partial()]),
+            rows_VD,
+            targets_T,
+            self._merge,
+            first=self._mesh.get_local_rank() * rows,
+            chunk=chunk,
+            ignored=ignored,
+        )
