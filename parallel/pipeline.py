@@ -7,9 +7,9 @@ a stage's last backward pass, whatever the ZeRO stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,7 @@ class Pipeline:
     """This rank's stages, and the passing of micro-batches through all of them."""
 
     def __init__(
-        self, modules: dict[int, nn.Module], plan: StagePlan, parallel: ParallelConfig, mesh: Mesh, compute: torch.dtype
+        self, modules: Mapping[int, nn.Module], plan: StagePlan, parallel: ParallelConfig, mesh: Mesh, compute: torch.dtype
     ) -> None:
         """modules: this rank's stages by stage index; compute: dtype of what passes between stages."""
         self._modules, self._plan, self._parallel, self._mesh, self._compute = modules, plan, parallel, mesh, compute
@@ -109,7 +109,7 @@ class Pipeline:
                 )
             )
         chosen = schedule_of(self._parallel)
-        make: Callable[..., Any] = get_schedule_class(chosen.torch_name)
+        make = cast(Callable[..., Any], get_schedule_class(chosen.torch_name))
         single = chosen.stages_per_rank == 1 and chosen.fixed
         return make(stages[0] if single else stages, count, loss_fn=self._loss, scale_grads=False)
 

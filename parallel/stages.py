@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from itertools import count as naturals
 from math import inf
 
 from ..config.parallel import ParallelConfig
@@ -76,9 +77,7 @@ def legal_micro_batches(parallel: ParallelConfig, count: int) -> bool:
 def near_micro_batches(parallel: ParallelConfig, count: int) -> list[int]:
     """The nearest legal numbers of micro-batches, at most one below and one above."""
     below = next((n for n in range(count, 0, -1) if legal_micro_batches(parallel, n)), None)
-    above = next(
-        n for n in range(max(count, 1), max(count, 1) + 2 * stage_count(parallel) + 1) if legal_micro_batches(parallel, n)
-    )
+    above = next(n for n in naturals(max(count, 1)) if legal_micro_batches(parallel, n))
     return sorted({n for n in (below, above) if n is not None})
 
 
