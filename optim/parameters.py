@@ -3,11 +3,20 @@
 Engines own the sharding; optimizers own the mathematics. Rule R4 says that an update is defined on whole parameters, so
 an optimizer whose update needs more than the local elements (a norm, a projection, an orthogonalisation) asks through
 `Shards` and never learns what a rank is.
+
+What engines rely on in any `torch.optim.Optimizer`, built as `Class(parameters=…, shards=…, **settings)`:
+
+- each parameter group has `lr_scale`; before `step()` the engine sets `group["lr"]` to the scheduled rate times it;
+- `optimizer.state[parameter.tensor]` holds two kinds of things. Tensors shaped as the local shard are elementwise and lie
+  in the shard's box of the parameter's global shape (checkpointed as arrays). Numbers and 0-dim tensors are counters: the
+  same for every parameter and on every rank (checkpointed once). Any other shape has no place in a checkpoint yet;
+- a first `step()` with zero gradients at rate 0 makes all state without changing a weight, and a `step()` works on
+  whatever was then written into that state in place (a counter that is a plain number may be replaced).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,6 +52,13 @@ class Shards(Protocol):
         """
         ...
 
+    def across_stages(self, values: torch.Tensor) -> torch.Tensor:
+        """values: totals over the parameters this rank was given, taken from `sum` → the same over all parameters.
+
+        They differ where pipeline stages hold different parameters; without stages this is the identity.
+        """
+        ...
+
     def gather(self, parameter: NamedParameter, local: torch.Tensor) -> torch.Tensor:
         """local (a tensor shaped as the local shard) → the whole array (global_shape)."""
         ...
@@ -59,6 +75,10 @@ class Unsharded:
         """values, unchanged."""
         return values
 
+    def across_stages(self, values: torch.Tensor) -> torch.Tensor:
+        """values, unchanged."""
+        return values
+
     def gather(self, parameter: NamedParameter, local: torch.Tensor) -> torch.Tensor:
         """local, unchanged."""
         return local
@@ -68,21 +88,28 @@ class Unsharded:
         return whole
 
 
-def decay_groups(parameters: Sequence[NamedParameter], weight_decay: float) -> list[dict[str, object]]:
-    """Parameter groups for a `torch.optim.Optimizer`: one per (decayed?, lr_scale), in a fixed order.
+def decay_groups(
+    parameters: Sequence[NamedParameter], weight_decay: float, label: Callable[[str], str] | None = None
+) -> list[dict[str, object]]:
+    """Parameter groups for a `torch.optim.Optimizer`: one per (decayed?, lr_scale, label of the name), in a fixed order.
 
-    Each group carries `lr_scale` (the engine multiplies the scheduled rate by it) and `names`, parallel to `params`.
+    Each group carries `lr_scale` (the engine multiplies the scheduled rate by it), `label`, and `names`, parallel to
+    `params`.
     """
-    keys = sorted({(parameter.decay, parameter.lr_scale) for parameter in parameters}, reverse=True)
+
+    def key(parameter: NamedParameter) -> tuple[bool, float, str]:
+        return parameter.decay, parameter.lr_scale, label(parameter.name) if label else ""
+
     groups: list[dict[str, object]] = []
-    for decay, lr_scale in keys:
-        members = [p for p in parameters if (p.decay, p.lr_scale) == (decay, lr_scale)]
+    for decay, lr_scale, name in sorted({key(parameter) for parameter in parameters}, reverse=True):
+        members = [parameter for parameter in parameters if key(parameter) == (decay, lr_scale, name)]
         groups.append(
             {
                 "params": [member.tensor for member in members],
                 "names": [member.name for member in members],
                 "weight_decay": weight_decay if decay else 0.0,
                 "lr_scale": lr_scale,
+                "label": name,
             }
         )
     return groups

@@ -21,6 +21,10 @@ class FlatPieces:
         """Refused."""
         raise _refusal("asks for sums over whole parameters")
 
+    def across_stages(self, values: torch.Tensor) -> torch.Tensor:
+        """Refused."""
+        raise _refusal("asks for sums over whole parameters")
+
     def gather(self, parameter: NamedParameter, local: torch.Tensor) -> torch.Tensor:
         """Refused."""
         raise _refusal("asks for whole parameters")
@@ -91,10 +95,11 @@ def updates_elementwise(make_optimizer: OptimizerFactory) -> bool:
             for piece, part in zip(flat, gradient.split([len(p) for p in flat]), strict=True):
                 piece.grad = part.clone()
         optimizer.step()
-    return all(
-        torch.equal(torch.cat([piece.detach() for piece in flat]), torch.cat([whole[i].tensor.detach().flatten() for i in indices]))
-        for flat, indices in zip(flats, members, strict=True)
-    )
+    for flat, indices in zip(flats, members, strict=True):
+        expected = torch.cat([whole[i].tensor.detach().flatten() for i in indices])
+        if not torch.equal(torch.cat([piece.detach() for piece in flat]), expected):
+            return False
+    return True
 
 
 def cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -105,7 +110,9 @@ def cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     key = "parallel.deepspeed.cpu_adam"
     if not isinstance(optimizer, torch.optim.AdamW):
         name = type(optimizer).__name__
-        raise ConfigError([Problem(key, f"CPU Adam does the update of AdamW, not of {name}", "use optim=adamw, or leave it out")])
+        raise ConfigError(
+            [Problem(key, f"CPU Adam does the update of AdamW, not of {name}", "use optim=adamw, or leave it out")]
+        )
     require_op("CPUAdamBuilder", key, "leave it out: torch's fused AdamW needs no compiler")
     from deepspeed.ops.adam import DeepSpeedCPUAdam  # pyright: ignore[reportMissingImports]
 
@@ -119,8 +126,11 @@ def cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     )
 
 
-# What a compiled part of DeepSpeed needs besides a C++ compiler and ninja.
-NEEDS = {"CPUAdamBuilder": "a C++ compiler (g++) and ninja", "AsyncIOBuilder": "libaio's header (apt install libaio-dev), g++ and ninja"}
+# What a compiled part of DeepSpeed needs.
+NEEDS = {
+    "CPUAdamBuilder": "a C++ compiler (g++) and ninja",
+    "AsyncIOBuilder": "libaio's header (apt install libaio-dev), a C++ compiler (g++) and ninja",
+}
 
 
 def require_op(builder: str, key: str, fix: str) -> None:

@@ -66,6 +66,10 @@ class MeshShards:
         counted_once = values / copies.view(-1, *(1 for _ in values.shape[1:]))
         return self._mesh.sum(counted_once, "stage")
 
+    def across_stages(self, values: torch.Tensor) -> torch.Tensor:
+        """values (the same on all ranks of a stage) summed over the pipeline's stages."""
+        return self._mesh.sum(values.clone(), "pp")
+
     def gather(self, parameter: NamedParameter, local: torch.Tensor) -> torch.Tensor:
         """The whole array of which `local` is this rank's shard."""
         sharded = self._placed[parameter.name].parameter

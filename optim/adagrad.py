@@ -1,0 +1,82 @@
+"""AdaGrad and AdaGrad-Norm. Together with `batch=norm_test` they are AdAdaGrad and AdAdaGrad-Norm (arXiv 2402.11215)."""
+
+# pyright: reportPrivateImportUsage=false
+# torch does not export its operations on lists (_foreach_…), of which its own optimizers are made.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .parameters import NamedParameter, Shards, decay_groups
+
+
+class AdaGrad(torch.optim.Adagrad):
+    """w ← w − lr · g / (√Σg² + eps), element by element (Duchi et al. 2011), by torch.
+
+    weight_decay  added to the gradient (not decoupled)
+    initial       what the sum of squares starts from
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[NamedParameter],
+        shards: Shards,
+        lr: float = 1e-2,
+        weight_decay: float = 0.0,
+        eps: float = 1e-10,
+        initial: float = 1e-2,
+    ) -> None:
+        super().__init__(
+            decay_groups(parameters, weight_decay), lr=lr, eps=eps, initial_accumulator_value=initial, foreach=True
+        )
+
+
+class AdaGradNorm(torch.optim.Optimizer):
+    """B² ← B² + ‖g‖²; w ← w − (lr / B) · g, with one B for the whole model (Ward et al., arXiv 1806.01811).
+
+    weight_decay  added to the gradient (not decoupled)
+    initial       B² at the start
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[NamedParameter],
+        shards: Shards,
+        lr: float = 1.0,
+        weight_decay: float = 0.0,
+        initial: float = 1e-2,
+    ) -> None:
+        self._shards = shards
+        self._by_name = {parameter.name: parameter for parameter in parameters}
+        super().__init__(decay_groups(parameters, weight_decay), {"lr": lr})
+        # One number, shared by all states: a counter in the sense of parameters.py.
+        self._accumulator = torch.full((), initial, dtype=torch.float64, device=parameters[0].tensor.device)
+        for parameter in parameters:
+            self.state[parameter.tensor]["accumulator"] = self._accumulator
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update; one collective, and one more between pipeline stages."""
+        assert closure is None
+        pieces: list[tuple[dict[str, Any], list[NamedParameter], list[torch.Tensor]]] = []
+        for group in self.param_groups:
+            members = [self._by_name[name] for name in group["names"]]
+            members = [member for member in members if member.tensor.grad is not None]
+            if members:
+                weights: list[torch.Tensor] = [member.tensor for member in members]
+                gradients = [weight.grad for weight in weights if weight.grad is not None]
+                decayed = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+                pieces.append((group, members, list(decayed)))
+        if not pieces:
+            return
+        norms = torch._foreach_norm([gradient for *_, gradients in pieces for gradient in gradients])
+        squares = torch.stack(norms).double().square()
+        per_parameter = self._shards.sum(squares, [member for _, members, _ in pieces for member in members])
+        self._accumulator += self._shards.across_stages(per_parameter.sum())
+        scale = self._accumulator.rsqrt()
+        for group, members, gradients in pieces:
+            torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
+            torch._foreach_add_([member.tensor for member in members], gradients, alpha=-group["lr"])

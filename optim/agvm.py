@@ -1,0 +1,121 @@
+"""AGVM: adaptive gradient variance modulation, AdamW with a learning rate per kind of module (Xue et al., 2022).
+
+With a large batch, the gradients of some modules are already nearly free of noise while others' are not. AGVM measures how
+much two halves of a batch disagree about each module and slows down or speeds up modules until they disagree as much as
+the anchor does.
+
+It asks one thing of the engine, at the steps where `wants_halves`: after the gradient is complete and before it is clipped,
+`observe_halves(first)` with the part of each gradient that came from one half of the batch, in the order of the parameters
+and sharded and scaled as `.grad` is. Where each rank accumulates over micro-batches that is a copy of the (reduced)
+gradient after the first half of them; the other half is the difference.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from .adamw import AdamW
+from .parameters import NamedParameter, Shards
+
+MODULES = {
+    "embedding": r"^embed",
+    "head": r"^head",
+    "attention": r"\.attention\.",
+    "experts": r"\.experts?\.",
+    "ffn": r"\.(ffn|feed_forward|mlp|moe)\.",
+}
+"""Kinds of modules by patterns in their parameters' names, the first that matches; what none matches is "other"."""
+
+FLOOR = 1e-6  # keeps the ratio of two disagreements finite where halves agree
+
+
+class AGVM(AdamW):
+    """AdamW whose rate for each kind of module i is lr · s_i.
+
+    D_i = 1 − cos(a_i, b_i), a and b the halves' gradients of module i, preconditioned by 1 / (√v + eps);
+    μ_i = √clamp(D_anchor / D_i, 0.5, 10);  s_i ← smoothing · s_i + (1 − smoothing) · μ_i
+
+    interval   steps between measurements; the paper's code takes 10, and 5 for batches beyond a thousand
+    begin      first step that is measured: the warm-up's end
+    anchor     the module whose disagreement is the measure
+    modules    name → pattern in parameter names; None: MODULES
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[NamedParameter],
+        shards: Shards,
+        lr: float = 3e-4,
+        weight_decay: float = 0.1,
+        betas: Sequence[float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        fused: bool | None = None,
+        interval: int = 10,
+        begin: int = 0,
+        anchor: str = "attention",
+        smoothing: float = 0.97,
+        modules: Mapping[str, str] | None = None,
+    ) -> None:
+        patterns = {name: re.compile(pattern) for name, pattern in (modules or MODULES).items()}
+        self._names = [*patterns, "other"]
+        if anchor not in self._names:
+            raise ValueError(f"optim.anchor='{anchor}' is none of the modules; choose one of {', '.join(self._names)}")
+        self._label: Callable[[str], str] = lambda name: next((k for k, p in patterns.items() if p.search(name)), "other")
+        self._shards = shards
+        self._parameters = list(parameters)
+        self._interval, self._begin, self._anchor, self._smoothing = interval, begin, anchor, smoothing
+        self._eps = eps
+        super().__init__(parameters, shards, lr, weight_decay, betas, eps, fused, label=self._label)
+
+    def wants_halves(self, step: int) -> bool:
+        """Whether the step that begins when `step` updates are done should be measured."""
+        return step >= max(1, self._begin) and step % self._interval == 0
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """s_i of each module."""
+        state = self.state[self._parameters[0].tensor]
+        return {name: float(state.get(f"scale.{name}", 1.0)) for name in self._names}
+
+    @torch.no_grad()
+    def observe_halves(self, first: Sequence[torch.Tensor]) -> None:
+        """first: parallel to the parameters; see the module. One collective, and one more between pipeline stages."""
+        products: list[torch.Tensor] = []
+        for parameter, half in zip(self._parameters, first, strict=True):
+            assert parameter.tensor.grad is not None, f"{parameter.name} has no gradient to halve"
+            condition = self.state[parameter.tensor]["exp_avg_sq"].sqrt() + self._eps
+            a, b = half / condition, (parameter.tensor.grad - half) / condition
+            products.append(torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]).double())
+        whole_P3 = self._shards.sum(torch.stack(products), self._parameters)
+        index = torch.tensor([self._names.index(self._label(p.name)) for p in self._parameters], device=whole_P3.device)
+        modules_M3 = whole_P3.new_zeros(len(self._names), 3).index_add_(0, index, whole_P3)
+        dot, a_square, b_square = self._shards.across_stages(modules_M3).unbind(dim=1)
+        length = (a_square * b_square).sqrt()
+        disagreement = torch.where(length > 0, 1 - dot / length, torch.nan).tolist()
+        measure = disagreement[self._names.index(self._anchor)]
+        scales = self.scales
+        for name, there in zip(self._names, disagreement, strict=True):
+            if there == there and measure == measure:  # a module of no parameters, or without gradient, keeps its scale
+                ratio = min(10.0, max(0.5, (measure + FLOOR) / (there + FLOOR)))
+                scales[name] = self._smoothing * scales[name] + (1 - self._smoothing) * ratio**0.5
+        self._store(scales)
+
+    def _store(self, scales: Mapping[str, float]) -> None:
+        for parameter in self._parameters:
+            self.state[parameter.tensor].update({f"scale.{name}": scale for name, scale in scales.items()})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update, each module at its own rate."""
+        assert closure is None
+        scales = self.scales
+        rates = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] *= scales[group["label"]]
+        super().step()
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._store(scales)

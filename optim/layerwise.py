@@ -1,0 +1,186 @@
+"""LAMB and LARS: every matrix is given a learning rate of its own, from the norms of the whole matrix (rule R4).
+
+The squared norms of all matrices travel in one collective. Vectors (norms, biases) are updated without a trust ratio.
+"""
+
+# pyright: reportPrivateImportUsage=false
+# torch does not export its operations on lists (_foreach_…), of which its own optimizers are made.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .parameters import NamedParameter, Shards, decay_groups
+
+
+@dataclass
+class _Slice:
+    """The members of one parameter group that have a gradient: lists parallel to one another."""
+
+    group: dict[str, Any]
+    members: list[NamedParameter]
+    weights: list[torch.Tensor]
+    gradients: list[torch.Tensor]
+    states: list[dict[str, Any]]
+
+    def zeros(self, role: str) -> list[torch.Tensor]:
+        """Each member's state array of this name, made where there is none."""
+        for weight, state in zip(self.weights, self.states, strict=True):
+            if role not in state:
+                state[role] = torch.zeros_like(weight)
+        return [state[role] for state in self.states]
+
+
+class _Layerwise(torch.optim.Optimizer):
+    """The base: groups, gradients, and squared norms of whole matrices."""
+
+    def __init__(
+        self, parameters: Sequence[NamedParameter], shards: Shards, weight_decay: float, defaults: dict[str, Any]
+    ) -> None:
+        self._shards = shards
+        self._by_name = {parameter.name: parameter for parameter in parameters}
+        super().__init__(decay_groups(parameters, weight_decay), defaults)
+
+    def _slices(self) -> list[_Slice]:
+        slices: list[_Slice] = []
+        for group in self.param_groups:
+            members = [self._by_name[name] for name in group["names"]]
+            members = [member for member in members if member.tensor.grad is not None]
+            if members:
+                weights: list[torch.Tensor] = [member.tensor for member in members]
+                gradients = [weight.grad for weight in weights if weight.grad is not None]
+                slices.append(_Slice(group, members, weights, gradients, [self.state[weight] for weight in weights]))
+        return slices
+
+    def _norms(self, slices: Sequence[_Slice], *of: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
+        """of: kinds of tensors, each a list per slice → norms of the whole matrices, (kinds,) for each member of each slice.
+
+        Vectors are left out: their entry is a tensor of no elements.
+        """
+        matrices = [(s, m) for s, piece in enumerate(slices) for m in range(len(piece.members)) if _is_matrix(piece.members[m])]
+        norms = [[torch.empty(0)] * len(piece.members) for piece in slices]
+        if matrices:
+            local = [torch.stack(torch._foreach_norm([kind[s][m] for s, m in matrices])) for kind in of]
+            squares = torch.stack(local, dim=1).double().square()
+            whole = self._shards.sum(squares, [slices[s].members[m] for s, m in matrices]).sqrt()
+            for (s, m), row in zip(matrices, whole.unbind(), strict=True):
+                norms[s][m] = row
+        return norms
+
+    @staticmethod
+    def _factors(norms: list[torch.Tensor], like: list[torch.Tensor], rule: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        """The factor of each member: `rule` of a matrix's norms, 1 for a vector."""
+        return [
+            rule(*row.unbind()).to(tensor.dtype) if row.numel() else tensor.new_ones(())
+            for row, tensor in zip(norms, like, strict=True)
+        ]
+
+
+def _is_matrix(parameter: NamedParameter) -> bool:
+    return len(parameter.global_shape) >= 2
+
+
+class LAMB(_Layerwise):
+    """Layer-wise adaptive moments for large batches (You et al., arXiv 1904.00962).
+
+    u = m̂ / (√v̂ + eps) + weight_decay · w;  w ← w − lr · (φ(‖w‖) / ‖u‖) · u, the ratio being 1 where a norm is 0.
+
+    bias_correction  of the moments; the paper's third version leaves it out
+    norm_max         φ(z) = min(z, norm_max); None: φ(z) = z
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[NamedParameter],
+        shards: Shards,
+        lr: float = 2e-3,
+        weight_decay: float = 0.01,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        bias_correction: bool = True,
+        norm_max: float | None = None,
+    ) -> None:
+        self._bias_correction = bias_correction
+        self._norm_max = norm_max
+        super().__init__(parameters, shards, weight_decay, {"lr": lr, "betas": tuple(betas), "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update; one collective."""
+        assert closure is None
+        slices = self._slices()
+        updates = [self._direction(piece) for piece in slices]
+        norms = self._norms(slices, [piece.weights for piece in slices], updates)
+        for piece, update, rows in zip(slices, updates, norms, strict=True):
+            torch._foreach_mul_(update, self._factors(rows, update, self._trust))
+            torch._foreach_add_(piece.weights, update, alpha=-piece.group["lr"])
+
+    def _direction(self, piece: _Slice) -> list[torch.Tensor]:
+        """u, one tensor per member."""
+        first, second = piece.group["betas"]
+        means, squares = piece.zeros("exp_avg"), piece.zeros("exp_avg_sq")
+        for state in piece.states:
+            state["step"] = state.get("step", 0) + 1
+        torch._foreach_lerp_(means, piece.gradients, 1 - first)
+        torch._foreach_mul_(squares, second)
+        torch._foreach_addcmul_(squares, piece.gradients, piece.gradients, 1 - second)
+        steps = piece.states[0]["step"]
+        mean_left, square_left = (1 - first**steps, 1 - second**steps) if self._bias_correction else (1.0, 1.0)
+        scale = torch._foreach_div(squares, square_left)
+        torch._foreach_sqrt_(scale)
+        torch._foreach_add_(scale, piece.group["eps"])
+        update = torch._foreach_div(means, mean_left)
+        torch._foreach_div_(update, scale)
+        if piece.group["weight_decay"]:
+            torch._foreach_add_(update, piece.weights, alpha=piece.group["weight_decay"])
+        return list(update)
+
+    def _trust(self, weight: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+        """φ(‖w‖) / ‖u‖."""
+        bounded = weight if self._norm_max is None else weight.clamp(max=self._norm_max)
+        return torch.where((weight > 0) & (update > 0), bounded / update, 1.0)
+
+
+class LARS(_Layerwise):
+    """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888): momentum SGD with a rate per matrix.
+
+    λ = trust · ‖w‖ / (‖g‖ + weight_decay · ‖w‖), 1 where a norm is 0;
+    v ← momentum · v + lr · λ · (g + weight_decay · w);  w ← w − v
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[NamedParameter],
+        shards: Shards,
+        lr: float = 1.0,
+        weight_decay: float = 1e-4,
+        momentum: float = 0.9,
+        trust: float = 1e-3,
+    ) -> None:
+        self._momentum = momentum
+        self._trust = trust
+        super().__init__(parameters, shards, weight_decay, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update; one collective."""
+        assert closure is None
+        slices = self._slices()
+        norms = self._norms(slices, [piece.weights for piece in slices], [piece.gradients for piece in slices])
+        for piece, rows in zip(slices, norms, strict=True):
+            decay = piece.group["weight_decay"]
+
+            def rate(weight: torch.Tensor, gradient: torch.Tensor, decay: float = decay) -> torch.Tensor:
+                whole = self._trust * weight / (gradient + decay * weight)
+                return torch.where((weight > 0) & (gradient > 0), whole, 1.0)
+
+            velocity = piece.zeros("momentum_buffer")
+            move = torch._foreach_add(piece.gradients, piece.weights, alpha=decay)
+            torch._foreach_mul_(move, self._factors(rows, piece.weights, rate))
+            torch._foreach_mul_(velocity, self._momentum)
+            torch._foreach_add_(velocity, move, alpha=piece.group["lr"])
+            torch._foreach_sub_(piece.weights, velocity)
