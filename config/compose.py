@@ -71,6 +71,7 @@ class Composer:
                 )
             path.prepend(provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
         self.loader = ConfigLoaderImpl(config_search_path=path)
+        self._known_options: dict[str, list[str]] = {}
 
     def compose(self, overrides: Sequence[str]) -> Composition:
         """The config of these overrides. Raises ConfigError when the recipe itself can't be composed."""
@@ -121,7 +122,11 @@ class Composer:
         return Composition(config, problems)
 
     def _options(self, override: Override) -> list[str]:
-        return [name for name in self.loader.get_group_options(override.key_or_group) if not name.startswith("base_")]
+        group = override.key_or_group
+        if group not in self._known_options:
+            options = self.loader.get_group_options(group)
+            self._known_options[group] = [name for name in options if not name.startswith("base_")]
+        return self._known_options[group]
 
     def _is_choice(self, override: Override) -> bool:
         return bool(self._options(override)) and isinstance(override.value(), str | None)

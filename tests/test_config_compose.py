@@ -1,0 +1,153 @@
+"""Composition: defaults, precedence, every fault at once, and the config of a resumed run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from meshloom.config.compose import Composer, differences, resumed
+from meshloom.config.problems import ConfigError
+
+
+@pytest.fixture(scope="module")
+def composer() -> Composer:
+    return Composer()
+
+
+def config_of(composer: Composer, *overrides: str) -> Any:
+    composition = composer.compose(overrides)
+    assert composition.problems == []
+    return composition.config
+
+
+SHAPES = {
+    # dim, layers, heads, kv_heads, ffn_dim: the published Llama 3 shapes
+    "llama_1b": (2048, 16, 32, 8, 8192),
+    "llama_3b": (3072, 28, 24, 8, 8192),
+    "llama_8b": (4096, 32, 32, 8, 14336),
+    "llama_70b": (8192, 80, 64, 8, 28672),
+}
+
+
+@pytest.mark.parametrize("recipe", SHAPES)
+def test_recipe_has_the_published_shape(composer: Composer, recipe: str) -> None:
+    config = config_of(composer, f"recipe={recipe}")
+    model = config.model
+    assert (model.dim, model.layers, model.heads, model.kv_heads, model.ffn_dim) == SHAPES[recipe]
+    assert model.vocabulary == 128_256 and not model.tied
+    assert config.recipe == recipe and config.output_dir == f"outputs/{recipe}"
+
+
+def test_command_line_wins_over_recipe_and_recipe_over_schema(composer: Composer) -> None:
+    config = config_of(composer, "recipe=quickstart", "schedule=power", "optim.lr=0.5")
+    assert config.schedule.name == "power"
+    assert config.optim.lr == 0.5
+    assert config.precision == "fp32"  # the recipe's; the schema says bf16
+    assert config.schedule.decay == "25%"  # what the recipe says of schedules holds for the chosen one
+
+
+def test_every_fault_is_named_at_once_with_a_fix(composer: Composer) -> None:
+    composition = composer.compose(
+        [
+            "recipe=quikstart",
+            "optim.lrr=3",
+            "parallel.zero=many",
+            "trainer.step=4",
+            "schedule=powr",
+            "schedule.a=3",
+            "no equals sign",
+            "~trainer.steps",
+            "optim.lr=1,2",
+            "seed=7",
+        ]
+    )
+    said = {problem.key: str(problem) for problem in composition.problems}
+    assert set(said) == {
+        "recipe",
+        "optim.lrr",
+        "parallel.zero",
+        "trainer.step",
+        "schedule",
+        "no equals sign",
+        "trainer.steps",
+        "optim.lr",
+    }
+    assert "recipe=quickstart" in said["recipe"]
+    assert "optim.lr?" in said["optim.lrr"]
+    assert "trainer.steps" in said["trainer.step"]
+    assert "schedule=power" in said["schedule"]
+    assert "-m" in said["optim.lr"]
+    assert composition.config.seed == 7
+    assert composition.config.schedule.a == 3  # judged under the schedule that was meant
+
+
+def test_user_folder_joins_and_its_faults_name_the_file(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("_target_: my.Model\nwidth: 3\n")
+    (tmp_path / "recipe" / "good.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - /recipe/quickstart\n  - override /model: mine\n  - _self_\nrecipe: good\n"
+    )
+    (tmp_path / "recipe" / "bad.yaml").write_text("# @package _global_\nrecipe: bad\ntrainer:\n  step: 3\n")
+    composer = Composer(str(tmp_path))
+    config = config_of(composer, "recipe=good")
+    assert config.model == {"_target_": "my.Model", "width": 3} and config.recipe == "good" and config.trainer.steps == 200
+    (problem,) = composer.compose(["recipe=bad"]).problems
+    assert problem.key == "recipe=bad" and "trainer.step" in str(problem) and "recipe/bad.yaml" in str(problem)
+    with pytest.raises(ConfigError, match="--config-dir"):
+        Composer(str(tmp_path / "nowhere"))
+
+
+def test_sweep_expands_into_jobs(composer: Composer) -> None:
+    jobs = composer.expand(["optim.lr=1e-3,3e-3", "seed=2", "schedule=wsd,power"])
+    assert [sorted(job) for job in jobs] == [
+        sorted([f"optim.lr={lr}", "seed=2", f"schedule={schedule}"])
+        for lr in ("0.001", "0.003")
+        for schedule in ("wsd", "power")
+    ]
+
+
+def saved_run(composer: Composer, *overrides: str) -> dict[str, Any]:
+    config = config_of(composer, "recipe=quickstart", *overrides)
+    saved = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(saved, dict)
+    return saved  # type: ignore[return-value]
+
+
+def test_resumed_run_keeps_the_checkpoints_config_but_for_overrides(composer: Composer) -> None:
+    saved = saved_run(composer, "optim.lr=0.5", "batch.samples=64", "launch.nproc=2", "output_dir=there")
+    line = ["recipe=quickstart", "trainer.steps=400", "schedule=power", "schedule.a=9", "resume=auto", "launch.nproc=3"]
+    fresh = config_of(composer, *line)
+    config = resumed(saved, fresh, line)
+    assert config.optim.lr == 0.5 and config.batch.samples == 64  # the checkpoint's
+    assert config.trainer.steps == 400
+    assert config.schedule == fresh.schedule and config.schedule.a == 9 and config.schedule.name == "power"
+    assert config.resume == "auto" and config.launch.nproc == 3 and config.output_dir == "outputs/quickstart"
+    notes = differences(saved, fresh, config)
+    assert "optim.lr=0.5 (the recipe now says 0.003)" in notes
+    assert len(notes) == 2  # and batch.samples
+
+
+def test_resume_under_another_recipe_takes_that_recipe(composer: Composer) -> None:
+    saved = saved_run(composer, "optim.lr=0.5")
+    fresh = config_of(composer, "recipe=llama_1b")
+    assert resumed(saved, fresh, ["recipe=llama_1b"]) == fresh
+
+
+def test_resume_takes_null_list_and_added_overrides(composer: Composer) -> None:
+    saved = saved_run(composer)
+    line = ["trainer.steps=null", "trainer.tokens=5000", "optim.betas=[0.8,0.9]", "+parallel.deepspeed.config.x.y=1"]
+    config = resumed(saved, config_of(composer, "recipe=quickstart", *line), line)
+    assert config.trainer.steps is None and config.trainer.tokens == 5000
+    assert config.optim.betas == [0.8, 0.9]
+    assert config.parallel.deepspeed.config.x.y == 1
+
+
+def test_resume_of_a_deletion(composer: Composer) -> None:
+    saved = saved_run(composer, "+parallel.deepspeed.config.x=1", "+parallel.deepspeed.config.y=2")
+    line = ["+parallel.deepspeed.config.x=1", "+parallel.deepspeed.config.y=2", "~parallel.deepspeed.config.x"]
+    config = resumed(saved, config_of(composer, *line), line)
+    assert config.parallel.deepspeed.config == {"y": 2}
