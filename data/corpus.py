@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict, Unpack
 
@@ -38,6 +39,43 @@ class CorpusOptions(PackingOptions):
     tokenizer_sample: NotRequired[int]
     end_of_document: NotRequired[str | None]
     validation: NotRequired[float]
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """The keys about the tokenizer.
+
+    setting          bpe (trained on the sources), bytes, or the path of a tokenizer.json
+    vocabulary       of a trained one
+    sample           characters it is trained on, at most
+    end_of_document  of one from a file: the token's name
+    """
+
+    setting: str
+    vocabulary: int
+    sample: int
+    end_of_document: str | None
+
+    def problems(self, key: str) -> list[Problem]:
+        """What is wrong with them."""
+        found: list[Problem] = []
+        if self.setting == "bpe" and self.vocabulary < SMALLEST_BPE:
+            message = f"{self.vocabulary} is too small for byte-level BPE"
+            found.append(Problem(f"{key}.vocabulary", message, f"use {SMALLEST_BPE} or more"))
+        if self.setting == "bpe" and self.sample < 1:
+            found.append(Problem(f"{key}.tokenizer_sample", f"{self.sample} characters can't train it", "use 1 or more"))
+        if self.setting not in ("bpe", "bytes") and not Path(self.setting).expanduser().exists():
+            fix = "use bpe, bytes, or the path of a tokenizer.json"
+            found.append(Problem(f"{key}.tokenizer", f"'{self.setting}' not found", fix))
+        return found
+
+    def make(self, sources: Sequence[DocumentSource], cache: Path) -> Tokenizer:
+        """Train, find or load it."""
+        if self.setting == "bpe":
+            return trained_tokenizer(sources, self.vocabulary, self.sample, cache)
+        if self.setting == "bytes":
+            return Tokenizer.bytes()
+        return Tokenizer.load(Path(self.setting).expanduser(), self.end_of_document)
 
 
 class Packed:
@@ -151,60 +189,22 @@ class Corpus(Packed):
     ) -> None:
         super().__init__(seed, **packing)
         self.source = source
-        self._tokenizer_setting = tokenizer
-        self._asked_vocabulary = vocabulary
-        self._tokenizer_sample = tokenizer_sample
-        self._end_of_document = end_of_document
+        self._settings = TokenizerSettings(tokenizer, vocabulary, tokenizer_sample, end_of_document)
         self._held_out = validation
 
     def problems(self, key: str = "data") -> list[Problem]:
         """What is wrong with the node's keys."""
-        found = [*super().problems(key), *self.source.problems(key)]
-        found += tokenizer_problems(self._tokenizer_setting, self._asked_vocabulary, self._tokenizer_sample, key)
+        found = [*super().problems(key), *self.source.problems(key), *self._settings.problems(key)]
         if not 0 <= self._held_out < 1:
             found.append(Problem(f"{key}.validation", f"{self._held_out} is not a fraction", "use 0 (none) up to less than 1"))
         return found
 
     def prepare(self) -> None:
         """Build or find tokenizer and shards."""
-        self.prepare_with(
-            make_tokenizer(
-                [self.source],
-                self._tokenizer_setting,
-                self._asked_vocabulary,
-                self._tokenizer_sample,
-                self._end_of_document,
-                self._cache,
-            )
-        )
+        self.prepare_with(self._settings.make([self.source], self._cache))
 
     def prepare_with(self, tokenizer: Tokenizer, key: str = "data") -> None:
         """Build or find the shards that this tokenizer makes."""
         self._tokenizer = tokenizer
         folder = tokenized_corpus(self.source, tokenizer, self._held_out, self._cache)
         self.open(folder / "train", folder / "validation" if self._held_out else None, key)
-
-
-def tokenizer_problems(setting: str, vocabulary: int, sample: int, key: str) -> list[Problem]:
-    """What is wrong with the keys about the tokenizer."""
-    found: list[Problem] = []
-    if setting == "bpe" and vocabulary < SMALLEST_BPE:
-        found.append(
-            Problem(f"{key}.vocabulary", f"{vocabulary} is too small for byte-level BPE", f"use {SMALLEST_BPE} or more")
-        )
-    if setting == "bpe" and sample < 1:
-        found.append(Problem(f"{key}.tokenizer_sample", f"{sample} characters can't train it", "use 1 or more"))
-    if setting not in ("bpe", "bytes") and not Path(setting).expanduser().exists():
-        found.append(Problem(f"{key}.tokenizer", f"'{setting}' not found", "use bpe, bytes, or the path of a tokenizer.json"))
-    return found
-
-
-def make_tokenizer(
-    sources: Sequence[DocumentSource], setting: str, vocabulary: int, sample: int, end_of_document: str | None, cache: Path
-) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names: bpe (trained on the sources), bytes, or a file."""
-    if setting == "bpe":
-        return trained_tokenizer(sources, vocabulary, sample, cache)
-    if setting == "bytes":
-        return Tokenizer.bytes()
-    return Tokenizer.load(Path(setting).expanduser(), end_of_document)

@@ -13,7 +13,7 @@ from ..config.hashing import hash64
 from ..config.problems import ConfigError, Problem
 from .blend import Mixed, MixedHeld, apportion
 from .cache import cache_folder
-from .corpus import Corpus, make_tokenizer, tokenizer_problems
+from .corpus import Corpus, TokenizerSettings
 from .node import DataNode
 from .tokenizer import Tokenizer
 
@@ -48,7 +48,8 @@ class Mixture:
         self.weights = dict(weights)
         self.block = block
         self._cache = cache_folder(cache_dir)
-        self._shared = {
+        self._settings = TokenizerSettings(tokenizer, vocabulary, tokenizer_sample, end_of_document)
+        self._shared: dict[str, Any] = {
             "seq_len": seq_len,
             "document_mask": document_mask,
             "verify": verify,
@@ -72,7 +73,7 @@ class Mixture:
 
     def problems(self, key: str = "data") -> list[Problem]:
         """What is wrong with the node's keys and with those of its sources."""
-        found = tokenizer_problems(self._shared["tokenizer"], self._shared["vocabulary"], self._shared["tokenizer_sample"], key)
+        found = self._settings.problems(key)
         if not self.nodes:
             fix = "name some in a recipe's defaults: /data@sources.code: stdlib"
             found.append(Problem(f"{key}.sources", "there are none", fix))
@@ -102,20 +103,15 @@ class Mixture:
     def prepare(self) -> None:
         """Build or find the tokenizer and every source's shards."""
         corpora = {name: node for name, node in self.nodes.items() if isinstance(node, Corpus)}
+        sources = [node.source for node in corpora.values()]
+        if self._settings.setting != "bpe":
+            self._tokenizer = self._settings.make(sources, self._cache)
         for name, node in self.nodes.items():
             if name not in corpora:
                 node.prepare()
                 self._adopt(node.tokenizer, name)
         if corpora:
-            if self._tokenizer is None:
-                self._tokenizer = make_tokenizer(
-                    [node.source for node in corpora.values()],
-                    self._shared["tokenizer"],
-                    self._shared["vocabulary"],
-                    self._shared["tokenizer_sample"],
-                    self._shared["end_of_document"],
-                    self._cache,
-                )
+            self._tokenizer = self._tokenizer or self._settings.make(sources, self._cache)
             for name, node in corpora.items():
                 node.prepare_with(self._tokenizer, f"data.sources.{name}")
         sizes = {name: node.vocabulary for name, node in self.nodes.items()}
@@ -128,7 +124,7 @@ class Mixture:
             return
         if self._tokenizer is not None and self._tokenizer.fingerprint != tokenizer.fingerprint:
             fix = "tokenise all with one tokenizer"
-            raise ConfigError([Problem(f"data.sources.{name}", "another tokenizer than an earlier source's", fix)])
+            raise ConfigError([Problem(f"data.sources.{name}", "its tokens come from another tokenizer", fix)])
         self._tokenizer = tokenizer
 
     def _prepared(self) -> list[DataNode]:
