@@ -4,10 +4,57 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .problems import Problem
+
 
 @dataclass
 class CheckpointConfig:
-    """every: steps between saves (null: only at the end; 0: never); keep: newest complete steps that stay on disk (0: all)."""
+    """When, how and where to save.
+
+    every            steps between saves (null: only at the end; 0: never)
+    keep             newest complete steps that stay on disk (0: all)
+    mode             async: copy while the next step computes, write in another process; sync: training waits for the disk
+    memory_every     steps between snapshots into the in-memory tier (null: none)
+    memory_group     ranks that protect each other's snapshots: any one of a group may be lost; 2 is a mirror
+    folder           where to save: a path or an fsspec URL such as s3://bucket/run (null: <output_dir>/checkpoints)
+    host_memory_gib  most host memory one rank may use for snapshots; when the disk is slower than the schedule and all of
+                     it is taken, the save is skipped and said so (null: room for two snapshots)
+    failures         failed saves in a row after which the run stops
+    timeout          seconds without news from another rank after which a save is given up
+    """
 
     every: int | None = 500
     keep: int = 2
+    mode: str = "async"
+    memory_every: int | None = None
+    memory_group: int = 2
+    folder: str | None = None
+    host_memory_gib: float | None = None
+    failures: int = 3
+    timeout: float = 600.0
+
+
+def checkpoint_problems(config: CheckpointConfig) -> list[Problem]:
+    """Everything in this group that can't be."""
+    problems: list[Problem] = []
+
+    def refuse(key: str, message: str, fix: str) -> None:
+        problems.append(Problem(f"checkpoint.{key}", message, fix))
+
+    if config.mode not in ("async", "sync"):
+        refuse("mode", f"there is no mode {config.mode!r}", "use async or sync")
+    if config.every is not None and config.every < 0:
+        refuse("every", f"{config.every} is not a number of steps", "use 0 to never save, null to save at the end only")
+    if config.keep < 0:
+        refuse("keep", f"{config.keep} is not a number of steps", "use 0 to keep all")
+    if config.memory_every is not None and config.memory_every < 1:
+        refuse("memory_every", f"{config.memory_every} is not a number of steps", "use null to switch the memory tier off")
+    if config.memory_group < 2:
+        refuse("memory_group", f"a group of {config.memory_group} protects nobody", "use 2 for a mirror, 4 for XOR over four")
+    if config.host_memory_gib is not None and config.host_memory_gib <= 0:
+        refuse("host_memory_gib", f"{config.host_memory_gib} leaves no room", "use null for room for two snapshots")
+    if config.failures < 1:
+        refuse("failures", f"{config.failures} failures can't be waited for", "use 1 to stop at the first")
+    if config.timeout <= 0:
+        refuse("timeout", f"{config.timeout} is not a time", "use for example 600")
+    return problems

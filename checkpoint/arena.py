@@ -1,0 +1,145 @@
+"""Reused shared memory in which a rank's file is put together before it is written."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .dtypes import TORCH_DTYPES
+from .errors import CheckpointError
+from .plan import FileLayout
+
+PAGE = 2 * 1024 * 1024  # sizes are rounded up to this: whole pages, of either kind
+
+
+class Arena:
+    """One mapping of anonymous shared memory that the writer process maps too, by its descriptor."""
+
+    def __init__(self, size: int, pin: bool) -> None:
+        self.size = rounded(size)
+        self.descriptor = os.memfd_create("meshloom-checkpoint", os.MFD_CLOEXEC)
+        os.ftruncate(self.descriptor, self.size)
+        self.memory = mmap.mmap(self.descriptor, self.size)
+        self._pinned = False
+        if pin:
+            self._pin()
+        self._layout: FileLayout | None = None
+        self._views: list[torch.Tensor] = []
+
+    def _pin(self) -> None:
+        """Lock the pages for the GPU's copy engines; without it copies would block the thread that asks for them."""
+        pointer = torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr()
+        error = _cuda().cudaHostRegister(pointer, self.size, 0)
+        if int(error) != 0:
+            raise CheckpointError(f"pinning {self.size} bytes of memory failed ({error}); lower checkpoint.host_memory_gib")
+        self._pinned = True
+
+    def views(self, layout: FileLayout) -> list[torch.Tensor]:
+        """One tensor per piece, in the memory where the file's bytes are put together; the header is in place."""
+        if layout is not self._layout:
+            self.memory[: len(layout.header)] = layout.header
+            self._views = [
+                torch.frombuffer(
+                    self.memory,
+                    dtype=TORCH_DTYPES[placed.dtype],
+                    count=placed.box.numel,
+                    offset=placed.start,
+                ).view(placed.box.shape)
+                for placed in layout.placed
+            ]
+            self._layout = layout
+        return self._views
+
+    def image(self, size: int) -> memoryview:
+        """The first `size` bytes."""
+        return memoryview(self.memory)[:size]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._pinned:
+            pointer = torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr()
+            _cuda().cudaHostUnregister(pointer)
+        self._views = []
+        os.close(self.descriptor)
+
+
+@dataclass
+class ArenaPool:
+    """At most `limit` bytes of arenas (None: room for two), lent one at a time and reused."""
+
+    limit: int | None
+    pin: bool
+
+    def __post_init__(self) -> None:
+        self._free: list[Arena] = []
+        self._lent: list[Arena] = []
+        self._changed = threading.Condition()
+
+    @property
+    def bytes(self) -> int:
+        """Host memory taken now."""
+        return sum(arena.size for arena in [*self._free, *self._lent])
+
+    def has_room(self, size: int) -> bool:
+        """Whether an arena of this size could be lent at once."""
+        with self._changed:
+            return self._fits(size)
+
+    def lend(self, size: int, timeout: float) -> Arena:
+        """An arena of at least this size; waits for one to come back. Raises CheckpointError if it never can fit."""
+        if self.limit is not None and rounded(size) > self.limit:
+            raise CheckpointError(
+                f"a snapshot takes {size / 2**30:.2f} GiB of host memory, more than checkpoint.host_memory_gib="
+                f"{self.limit / 2**30:.2f}; raise it"
+            )
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while not self._fits(size):
+                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                    raise CheckpointError(f"no snapshot memory became free within {timeout:g} s: the disk is too slow or stuck")
+            arena = next((arena for arena in self._free if arena.size >= size), None)
+            if arena is not None:
+                self._free.remove(arena)
+            else:
+                for useless in self._free:
+                    useless.close()
+                self._free.clear()
+                arena = Arena(size, self.pin)
+            self._lent.append(arena)
+            return arena
+
+    def take_back(self, arena: Arena) -> None:
+        """End of a loan."""
+        with self._changed:
+            self._lent.remove(arena)
+            self._free.append(arena)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Give all memory back; nothing may be lent any more."""
+        with self._changed:
+            for arena in self._free:
+                arena.close()
+            self._free.clear()
+
+    def _fits(self, size: int) -> bool:
+        if any(arena.size >= size for arena in self._free):
+            return True
+        lent = sum(arena.size for arena in self._lent)
+        return len(self._lent) < 2 if self.limit is None else lent + rounded(size) <= self.limit
+
+
+def _cuda() -> Any:
+    """The CUDA runtime's own functions."""
+    return torch.cuda.cudart()
+
+
+def rounded(size: int) -> int:
+    """The memory an arena for so many bytes takes."""
+    return -(-max(size, 1) // PAGE) * PAGE

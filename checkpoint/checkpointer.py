@@ -1,0 +1,162 @@
+"""Checkpointer: saves a run's fragments and state, in the background or not, and says how it went."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config.checkpoint import CheckpointConfig, checkpoint_problems
+from ..config.problems import ConfigError
+from ..parallel.fragment import Fragment
+from .arena import ArenaPool
+from .commit import open_target
+from .control import Control
+from .errors import CheckpointError
+from .manifest import state_fault
+from .plan import declare
+from .report import SaveReport
+from .save import Plans, Save, Tools
+from .writer import InlineWriter, ProcessWriter
+
+log = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Saves to one folder of checkpoints. All ranks make the same calls in the same order.
+
+        checkpointer.save(step, engine.fragments(), state)   # after an update; returns at once in mode async
+        …                                                    # forward and backward of the next step
+        checkpointer.before_update()                         # just before the optimizer changes the tensors
+        for report in checkpointer.poll(): …                 # finished and failed saves
+        checkpointer.finish()                                # at the end; raises if the last save failed
+
+    A failed save does not disturb training: it is reported, nothing of it stays under a step's name, and after
+    `config.failures` in a row `poll` raises CheckpointError.
+    """
+
+    def __init__(self, folder: str | Path, control: Control, config: CheckpointConfig) -> None:
+        problems = checkpoint_problems(config)
+        if problems:
+            raise ConfigError(problems)
+        self.control = control
+        self.config = config
+        self._asynchronous = config.mode == "async"
+        self._target = open_target(folder, control.rank == 0)
+        limit = None if config.host_memory_gib is None else int(config.host_memory_gib * 2**30)
+        self._tools = Tools(
+            target=self._target,
+            pool=ArenaPool(limit, pin=torch.cuda.is_available()),
+            writer=ProcessWriter() if self._asynchronous else InlineWriter(),
+            plans=Plans(),
+            stream=None,
+            config=config,
+        )
+        self._saves: list[Save] = []
+        self._newest: Save | None = None
+        self._last_report: SaveReport | None = None
+        self._failures = 0
+
+    def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any], *, required: bool = False) -> None:
+        """Start saving. Only rank 0's state is stored.
+
+        In mode async the tensors are still being copied when this returns: `before_update` must be called before they
+        change. If no snapshot memory is free because the disk is slower than the schedule, the save is skipped by all
+        ranks and reported so; `required` (a final save) waits instead.
+
+        Raises CheckpointError for a state that is not plain JSON or a tensor that can't be stored.
+        """
+        self._wait_for_update()  # a caller that never updates must not have two snapshots of the same tensors under way
+        held = list(fragments)
+        fault = state_fault(state)
+        if fault is not None:
+            raise CheckpointError(fault)
+        if self._tools.stream is None and any(fragment.tensor.is_cuda for fragment in held):
+            self._tools.stream = torch.cuda.Stream()
+        talk = self.control.begin("save", self.config.timeout)
+        save = Save(step, held, declare(held), state, required, talk, self._newest)
+        self._saves.append(save)
+        self._newest = save
+        start = time.perf_counter()
+        if self._asynchronous:
+            save.thread = threading.Thread(target=save.run, args=(self._tools,), name=f"checkpoint-{step}", daemon=True)
+            save.thread.start()
+        else:
+            save.run(self._tools)
+        save.report.stall_seconds += time.perf_counter() - start
+
+    def before_update(self) -> float:
+        """Wait until no snapshot needs the tensors as they are. Returns the seconds that this took on the host."""
+        return self._wait_for_update()
+
+    def poll(self) -> list[SaveReport]:
+        """Saves that ended since the last call, oldest first.
+
+        Raises CheckpointError when `config.failures` saves in a row have failed.
+        """
+        reports: list[SaveReport] = []
+        while self._saves and self._saves[0].ended:
+            reports.append(self._deliver(self._saves.pop(0)))
+        if self._failures >= self.config.failures:
+            assert self._last_report is not None
+            raise CheckpointError(
+                f"{self._failures} saves in a row failed, the last one at step {self._last_report.step}: "
+                f"{self._last_report.reason}"
+            )
+        return reports
+
+    def finish(self) -> list[SaveReport]:
+        """Wait for all saves and give back memory and processes. Returns the reports that `poll` has not given yet.
+
+        Raises CheckpointError if the last save failed.
+        """
+        self._wait_for_update()
+        reports: list[SaveReport] = []
+        for save in self._saves:
+            save.join()
+            reports.append(self._deliver(save))
+        self._saves.clear()
+        self.close()
+        if self._last_report is not None and self._last_report.outcome == "failed":
+            raise CheckpointError(f"the last save, at step {self._last_report.step}, failed: {self._last_report.reason}")
+        return reports
+
+    def close(self) -> None:
+        """Give back memory, processes and the folder's lock, whatever the state of the saves. May be called twice."""
+        for save in self._saves:
+            save.join()
+        self._tools.writer.close()
+        self._tools.pool.close()
+        self._target.close()
+
+    def _wait_for_update(self) -> float:
+        if self._newest is None:
+            return 0.0
+        stalled = self._newest.snapshot.wait(self.config.timeout)
+        self._newest.report.stall_seconds += stalled
+        return stalled
+
+    def _deliver(self, save: Save) -> SaveReport:
+        save.join()
+        report = save.report
+        report.stall_seconds += save.snapshot.device_stall()
+        if report.outcome == "failed":
+            self._failures += 1
+            log.error("saving step %d failed: %s", report.step, report.reason)
+        elif report.outcome == "committed":
+            self._failures = 0
+        else:
+            log.warning("step %d was not saved: %s", report.step, report.reason)
+        if report.outcome != "skipped":
+            self._last_report = report
+        if self.control.rank == 0:
+            try:
+                self._target.record(report.as_dict())
+            except OSError as error:
+                log.warning("the log of saves could not be written: %s", error)
+        return report

@@ -1,0 +1,279 @@
+"""Where a save goes, and how it becomes a checkpoint: all at once, or not at all.
+
+On a mounted file system every rank writes into `step-N.tmp-<token>/`; the coordinator adds the manifest, makes everything
+durable, gives the folder its final name and replaces `LATEST`. On an object store there is no rename: every rank writes
+under names of this save alone, and the manifest, put last, makes them a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import socket
+import time
+import uuid
+from pathlib import Path
+from typing import Protocol
+
+from .disk import delete_folder, move_into_place, replace_small, sync_folder, write_small
+from .errors import CheckpointError
+from .faults import reach
+from .files import LocalFiles, RemoteFiles, open_files
+from .folder import LATEST, open_step, step_name, steps_newest_first
+from .manifest import MANIFEST, Manifest
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+SAVES = "saves.jsonl"
+LOCK_SECONDS = 120.0
+_LEFTOVER = re.compile(r"(step-\d{8,})\.(tmp|replaced|deleted)-[0-9a-f]+")
+_locked: set[Path] = set()
+
+
+class Target(Protocol):
+    """A folder of checkpoints that a run saves into."""
+
+    def data_names(self, rank: int, token: str) -> tuple[str, str]:
+        """Names of a rank's data file and of its leaves' digests, as the manifest will have them."""
+        ...
+
+    def place(self, step: int, token: str) -> str:
+        """Path or URL of the folder that the ranks write a save into."""
+        ...
+
+    def begin(self, step: int, token: str) -> None:
+        """Coordinator: make that folder."""
+        ...
+
+    def commit(self, manifest: Manifest, token: str) -> None:
+        """Coordinator: turn the files that all ranks have made durable into a checkpoint."""
+        ...
+
+    def discard(self, step: int, token: str) -> None:
+        """Coordinator: delete what a failed save left behind; never raises."""
+        ...
+
+    def prune(self, keep: int) -> list[str]:
+        """Coordinator: delete complete steps beyond the newest `keep` (0: none). Returns their names."""
+        ...
+
+    def record(self, line: dict[str, object]) -> None:
+        """Coordinator: add a line to the log of saves."""
+        ...
+
+    def close(self) -> None:
+        """Let another run save here."""
+        ...
+
+
+def open_target(location: str | Path, coordinator: bool) -> Target:
+    """The place to save into. The coordinator locks it against other runs and clears what crashed saves left."""
+    files = open_files(location)
+    if isinstance(files, RemoteFiles):
+        return RemoteTarget(files)
+    return LocalTarget(files.path, coordinator)
+
+
+class LocalTarget:
+    """A folder on a file system that all nodes mount."""
+
+    def __init__(self, path: Path, coordinator: bool) -> None:
+        self.path = path
+        self._lock: int | None = None
+        if coordinator:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock_folder(path)
+            self._clear()
+
+    def data_names(self, rank: int, token: str) -> tuple[str, str]:
+        """See Target."""
+        return f"rank-{rank:05d}.safetensors", f"rank-{rank:05d}.leaves"
+
+    def place(self, step: int, token: str) -> str:
+        """See Target."""
+        return str(self.path / f"{step_name(step)}.tmp-{token}")
+
+    def begin(self, step: int, token: str) -> None:
+        """See Target."""
+        Path(self.place(step, token)).mkdir()
+
+    def commit(self, manifest: Manifest, token: str) -> None:
+        """See Target."""
+        fresh, final = Path(self.place(manifest.step, token)), self.path / step_name(manifest.step)
+        _check_files(LocalFiles(fresh), manifest)
+        write_small(fresh / MANIFEST, manifest.encode(), "manifest")
+        sync_folder(fresh, "manifest.folder")
+        replaced = move_into_place(fresh, final)
+        sync_folder(self.path, "commit.folder")
+        replace_small(self.path / LATEST, f"{final.name}\n".encode(), "latest")
+        if replaced is not None:
+            delete_folder(replaced, "replaced")
+
+    def discard(self, step: int, token: str) -> None:
+        """See Target."""
+        with contextlib.suppress(OSError):
+            delete_folder(Path(self.place(step, token)), "discard")
+
+    def prune(self, keep: int) -> list[str]:
+        """See Target."""
+        doomed = steps_to_prune(LocalFiles(self.path), keep)
+        for name in doomed:
+            delete_folder(self.path / name, "prune")
+        if doomed:
+            sync_folder(self.path, "prune.folder")
+        return doomed
+
+    def record(self, line: dict[str, object]) -> None:
+        """See Target."""
+        with (self.path / SAVES).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """See Target."""
+        if self._lock is not None:
+            _locked.discard(self.path.resolve())
+            os.close(self._lock)
+            self._lock = None
+
+    def _clear(self) -> None:
+        for entry in sorted(self.path.iterdir()):
+            match = _LEFTOVER.fullmatch(entry.name)
+            if match is None:
+                continue
+            final = self.path / match.group(1)
+            if match.group(2) == "replaced" and not final.exists():
+                entry.rename(final)  # a crash between the two renames of a file system that can't exchange names
+            else:
+                delete_folder(entry, "clear")
+
+
+class RemoteTarget:
+    """A folder on an object store. Runs are not locked out there; their files have names of their own."""
+
+    def __init__(self, files: RemoteFiles) -> None:
+        self.files = files
+
+    def data_names(self, rank: int, token: str) -> tuple[str, str]:
+        """See Target."""
+        return f"rank-{rank:05d}-{token}.safetensors", f"rank-{rank:05d}-{token}.leaves"
+
+    def place(self, step: int, token: str) -> str:
+        """See Target."""
+        return self.files.label(step_name(step))
+
+    def begin(self, step: int, token: str) -> None:
+        """See Target."""
+        self.files.system.makedirs(self.files.child(step_name(step)).label(), exist_ok=True)
+
+    def commit(self, manifest: Manifest, token: str) -> None:
+        """See Target."""
+        folder = self.files.child(step_name(manifest.step))
+        assert isinstance(folder, RemoteFiles)
+        _check_files(folder, manifest)
+        reach("manifest.put.before")
+        folder.write(MANIFEST, manifest.encode())
+        reach("manifest.put.after")
+        self.files.write(LATEST, f"{step_name(manifest.step)}\n".encode())
+        reach("latest.put.after")
+        named = {MANIFEST, *(file.name for file in manifest.files), *(file.leaves for file in manifest.files)}
+        for name in folder.names():
+            if name not in named:  # of an earlier save of this step, or of one that crashed
+                folder.delete(name)
+
+    def discard(self, step: int, token: str) -> None:
+        """See Target."""
+        folder = self.files.child(step_name(step))
+        assert isinstance(folder, RemoteFiles)
+        with contextlib.suppress(OSError):
+            for name in folder.names():
+                if f"-{token}." in name:
+                    folder.delete(name)
+
+    def prune(self, keep: int) -> list[str]:
+        """See Target."""
+        doomed = steps_to_prune(self.files, keep)
+        for name in doomed:
+            self.files.delete(f"{name}/{MANIFEST}")  # first: without it the rest is no checkpoint
+            self.files.delete(name)
+        return doomed
+
+    def record(self, line: dict[str, object]) -> None:
+        """Object stores can't append; the trainer's metrics carry the same numbers."""
+
+    def close(self) -> None:
+        """See Target."""
+
+
+def steps_to_prune(files: LocalFiles | RemoteFiles, keep: int) -> list[str]:
+    """Finished steps beyond the newest `keep` (0: keep all) that are complete.
+
+    A step that is damaged as far as can be told without reading its data does not count among those kept, so that
+    retention never deletes the last checkpoint that can be restored.
+    """
+    if keep == 0:
+        return []
+    good = 0
+    doomed: list[str] = []
+    for name in steps_newest_first(files):
+        if good >= keep:
+            doomed.append(name)
+            continue
+        try:
+            open_step(files.child(name))
+        except CheckpointError as error:
+            log.warning("retention: %s does not count as kept: %s", name, error)
+            continue
+        good += 1
+    return doomed
+
+
+def _check_files(folder: LocalFiles | RemoteFiles, manifest: Manifest) -> None:
+    """The coordinator must see every rank's file; it would not if the folder were on a disk of one node alone."""
+    manifest.prove_coverage(folder.label(MANIFEST))
+    for file in manifest.files:
+        size = folder.size(file.name)
+        if size != file.bytes:
+            found = "is not there" if size is None else f"has {size} bytes instead of {file.bytes}"
+            raise CheckpointError(
+                f"{folder.label(file.name)} {found} as seen from the coordinator; "
+                "checkpoint.folder must be on a file system that all nodes share"
+            )
+
+
+def _lock_folder(path: Path) -> int:
+    """Take the folder for this process. A POSIX record lock: it ends with the process and works over NFS.
+
+    Raises CheckpointError at once if another process of this machine holds it, and after two minutes otherwise (the time
+    a file server needs to notice that a node is gone).
+    """
+    resolved = path.resolve()
+    problem = f"{path}: another run is saving into this folder"
+    fix = "stop it, or give this one its own output_dir"
+    if resolved in _locked:
+        raise CheckpointError(f"{problem} (in this very process); {fix}")
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            if holder.startswith(f"{socket.gethostname()} ") or time.monotonic() > deadline:
+                os.close(descriptor)
+                raise CheckpointError(f"{problem} ({holder}); {fix}") from error
+            time.sleep(1.0)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{socket.gethostname()} process {os.getpid()}".encode(), 0)
+    _locked.add(resolved)
+    return descriptor
+
+
+def new_token() -> str:
+    """A name part that no other save has."""
+    return uuid.uuid4().hex[:12]

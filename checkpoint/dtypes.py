@@ -1,0 +1,41 @@
+"""Element types: their names in safetensors, in PyTorch, and as plain integers that NumPy can slice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+RAW: dict[int, np.dtype[Any]] = {size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The safetensors name of a dtype. Raises ValueError for one that has none."""
+    if dtype not in NAMES:
+        raise ValueError(f"arrays of {dtype} can't be stored; the known types are {', '.join(map(str, NAMES))}")
+    return NAMES[dtype]
+
+
+def as_tensor(raw: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
+    """The tensor whose bits are these integers, sharing their memory."""
+    return torch.from_numpy(raw.reshape(-1)).view(TORCH_DTYPES[dtype]).reshape(raw.shape)

@@ -1,0 +1,18 @@
+"""What a checkpoint can tell its user when it can't do as asked. Imports nothing, so that the writer process stays small."""
+
+from __future__ import annotations
+
+
+class CheckpointError(RuntimeError):
+    """A save, a restore or a tool could not do what was asked; the message says what, where, and what to do."""
+
+
+class DamageError(CheckpointError):
+    """Stored bytes are not what was written: names the file and, where one is at fault, the block."""
+
+    def __init__(self, file: str, what: str, block: int | None = None) -> None:
+        self.file = file
+        self.what = what
+        self.block = block
+        where = file if block is None else f"{file}, block {block}"
+        super().__init__(f"{where}: {what}")

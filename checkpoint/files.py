@@ -1,0 +1,198 @@
+"""One checkpoint folder as a set of named files: on a local file system, or on any that fsspec knows (s3://, gs://, memory://)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Generator
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from .errors import DamageError
+
+
+class Files(Protocol):
+    """What reading, listing and committing need of a file system."""
+
+    def label(self, name: str = "") -> str:
+        """How messages call a file, or the folder itself."""
+        ...
+
+    def names(self) -> list[str]:
+        """Names of the files and folders directly inside; empty if the folder does not exist."""
+        ...
+
+    def child(self, name: str) -> Files:
+        """A folder inside."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Length of a file in bytes; None if there is none."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """A whole small file. Raises FileNotFoundError."""
+        ...
+
+    def reader(self, name: str) -> contextlib.AbstractContextManager[RangeReader]:
+        """Open a file for reading ranges. Raises DamageError if it is missing."""
+        ...
+
+
+class RangeReader(Protocol):
+    """An open file."""
+
+    def fill(self, target: memoryview, offset: int) -> None:
+        """Read exactly `len(target)` bytes. Raises DamageError if the file ends before."""
+        ...
+
+
+class LocalFiles:
+    """A folder of a mounted file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def label(self, name: str = "") -> str:
+        """See Files."""
+        return str(self.path / name)
+
+    def names(self) -> list[str]:
+        """See Files."""
+        try:
+            return sorted(entry.name for entry in self.path.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def child(self, name: str) -> Files:
+        """See Files."""
+        return LocalFiles(self.path / name)
+
+    def size(self, name: str) -> int | None:
+        """See Files."""
+        try:
+            return (self.path / name).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str) -> bytes:
+        """See Files."""
+        return (self.path / name).read_bytes()
+
+    @contextlib.contextmanager
+    def reader(self, name: str) -> Generator[RangeReader]:
+        """See Files."""
+        try:
+            descriptor = os.open(self.path / name, os.O_RDONLY)
+        except FileNotFoundError:
+            raise DamageError(self.label(name), "the file is missing") from None
+        try:
+            # Only what is asked for: the kernel's read-ahead would fetch the neighbours of every small range.
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            yield _LocalReader(descriptor, self.label(name))
+        finally:
+            os.close(descriptor)
+
+
+class _LocalReader:
+    def __init__(self, descriptor: int, label: str) -> None:
+        self._descriptor = descriptor
+        self._label = label
+
+    def fill(self, target: memoryview, offset: int) -> None:
+        """See RangeReader."""
+        done = 0
+        while done < len(target):
+            try:
+                count = os.preadv(self._descriptor, [target[done:]], offset + done)
+            except OSError as error:
+                raise DamageError(self._label, f"reading at byte {offset + done} failed: {error}") from error
+            if count == 0:
+                raise DamageError(self._label, f"the file ends at byte {offset + done}, before byte {offset + len(target)}")
+            done += count
+
+
+class RemoteFiles:
+    """A folder of a file system that fsspec gives access to. There are no renames: a checkpoint's manifest comes last."""
+
+    def __init__(self, system: Any, path: str) -> None:
+        self.system = system
+        self.path = path
+
+    def label(self, name: str = "") -> str:
+        """See Files."""
+        return self.system.unstrip_protocol(self._join(name))
+
+    def names(self) -> list[str]:
+        """See Files."""
+        self.system.invalidate_cache(self.path)
+        try:
+            return sorted(PurePosixPath(found).name for found in self.system.ls(self.path, detail=False))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def child(self, name: str) -> Files:
+        """See Files."""
+        return RemoteFiles(self.system, self._join(name))
+
+    def size(self, name: str) -> int | None:
+        """See Files."""
+        try:
+            return int(self.system.size(self._join(name)))
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str) -> bytes:
+        """See Files."""
+        return self.system.cat_file(self._join(name))
+
+    @contextlib.contextmanager
+    def reader(self, name: str) -> Generator[RangeReader]:
+        """See Files."""
+        yield _RemoteReader(self.system, self._join(name), self.label(name))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Create or replace a file in one step, as object stores do."""
+        self.system.pipe_file(self._join(name), data)
+
+    def delete(self, name: str) -> None:
+        """Delete a file or a folder; silent if there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self.system.rm(self._join(name), recursive=True)
+
+    def _join(self, name: str) -> str:
+        return f"{self.path.rstrip('/')}/{name}" if name else self.path
+
+
+class _RemoteReader:
+    def __init__(self, system: Any, path: str, label: str) -> None:
+        self._system = system
+        self._path = path
+        self._label = label
+
+    def fill(self, target: memoryview, offset: int) -> None:
+        """See RangeReader."""
+        try:
+            data = self._system.cat_file(self._path, start=offset, end=offset + len(target))
+        except FileNotFoundError:
+            raise DamageError(self._label, "the file is missing") from None
+        except OSError as error:
+            raise DamageError(self._label, f"reading at byte {offset} failed: {error}") from error
+        if len(data) != len(target):
+            raise DamageError(self._label, f"the file ends at byte {offset + len(data)}, before byte {offset + len(target)}")
+        target[:] = data
+
+
+def is_remote(location: str | Path) -> bool:
+    """Whether a location is an fsspec URL rather than a path."""
+    return isinstance(location, str) and "://" in location and not location.startswith("file://")
+
+
+def open_files(location: str | Path) -> LocalFiles | RemoteFiles:
+    """The folder at a path or an fsspec URL."""
+    if not is_remote(location):
+        return LocalFiles(Path(str(location).removeprefix("file://")))
+    import fsspec  # only where it is used: importing it costs a tenth of a second
+
+    system, path = fsspec.core.url_to_fs(str(location))
+    return RemoteFiles(system, path)

@@ -1,0 +1,194 @@
+"""The manifest: what a checkpoint holds and where. `docs/checkpoint.md` is the specification."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..parallel.fragment import Box
+from .coverage import tiling_fault
+from .digest import BLOCK_BYTES, HASH_NAME, LEAF_BYTES, text_digest
+from .errors import CheckpointError, DamageError
+
+FORMAT = "meshloom-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+_DIGEST_LINE = b'"digest": "'
+
+# Names of element types as in safetensors, and their sizes in bytes.
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredBox:
+    """One box of an array: bytes `[start, stop)` of `files[file]` hold it in row-major order."""
+
+    box: Box
+    file: int
+    start: int
+    stop: int
+
+
+@dataclass
+class StoredArray:
+    """One named global array. `dtype` as in safetensors; `splits`: logical split points along dim 0."""
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple[int, ...]
+    splits: tuple[int, ...] = ()
+    boxes: list[StoredBox] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """`<role>/<name>`, unique in a checkpoint."""
+        return f"{self.role}/{self.name}"
+
+    @property
+    def item_bytes(self) -> int:
+        """Size of one element in bytes."""
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the whole array in bytes."""
+        return Box.whole(self.shape).numel * self.item_bytes
+
+
+@dataclass
+class StoredFile:
+    """One data file: its length, the file with its leaves' digests, and the digests of its blocks."""
+
+    name: str
+    bytes: int
+    leaves: str
+    blocks: list[str]
+
+
+@dataclass
+class Manifest:
+    """Everything about a checkpoint except the arrays' bytes."""
+
+    step: int
+    world_size: int
+    state: dict[str, Any]
+    files: list[StoredFile]
+    arrays: dict[str, StoredArray]
+    leaf_bytes: int = LEAF_BYTES
+    block_bytes: int = BLOCK_BYTES
+
+    @property
+    def bytes(self) -> int:
+        """Total size of the data files."""
+        return sum(file.bytes for file in self.files)
+
+    def prove_coverage(self, where: str) -> None:
+        """Check that the boxes of every array tile it and lie inside their files. Raises DamageError naming the array."""
+        for key, array in self.arrays.items():
+            fault = tiling_fault(array.shape, [stored.box for stored in array.boxes])
+            if fault is not None:
+                raise DamageError(where, f"array {key}: {fault}")
+            for stored in array.boxes:
+                if not 0 <= stored.file < len(self.files):
+                    raise DamageError(where, f"array {key}: there is no file number {stored.file}")
+                size = stored.box.numel * array.item_bytes
+                if stored.start < 0 or stored.stop - stored.start != size or stored.stop > self.files[stored.file].bytes:
+                    raise DamageError(where, f"array {key}: bytes {stored.start}–{stored.stop} can't hold {size} bytes")
+
+    def encode(self) -> bytes:
+        """The manifest as text: one line per file and array, and at the end the digest of all lines before it."""
+        lines = [
+            "{",
+            f'"format": {json.dumps(FORMAT)},',
+            f'"version": {VERSION},',
+            f'"step": {self.step},',
+            f'"world_size": {self.world_size},',
+            f'"hash": {json.dumps(HASH_NAME)},',
+            f'"leaf_bytes": {self.leaf_bytes},',
+            f'"block_bytes": {self.block_bytes},',
+            f'"state": {_compact(self.state)},',
+            '"files": [',
+            ",\n".join(
+                _compact({"name": f.name, "bytes": f.bytes, "leaves": f.leaves, "blocks": f.blocks}) for f in self.files
+            ),
+            "],",
+            '"arrays": {',
+            ",\n".join(f"{json.dumps(key)}: {_compact(_array_to_json(a))}" for key, a in sorted(self.arrays.items())),
+            "},",
+        ]
+        body = ("\n".join(lines) + "\n").encode()
+        return body + _DIGEST_LINE + text_digest(body).encode() + b'"\n}\n'
+
+    @classmethod
+    def decode(cls, data: bytes, where: str) -> Manifest:
+        """Read a manifest's text. Raises DamageError if it is not as written, CheckpointError if its version is unknown."""
+        at = data.rfind(_DIGEST_LINE)
+        if at < 0 or not data.endswith(b'"\n}\n'):
+            raise DamageError(where, "the manifest is cut off: it does not end with its digest")
+        said = data[at + len(_DIGEST_LINE) : -len(b'"\n}\n')].decode(errors="replace")
+        if text_digest(data[:at]) != said:
+            raise DamageError(where, "the manifest's digest does not match its text")
+        content = json.loads(data)
+        if content.get("format") != FORMAT:
+            raise CheckpointError(f"{where}: this is not a {FORMAT}")
+        if content["version"] != VERSION or content["hash"] != HASH_NAME:
+            raise CheckpointError(
+                f"{where}: format version {content['version']} with {content['hash']} is not known here; "
+                f"this Meshloom reads version {VERSION} with {HASH_NAME}"
+            )
+        return cls(
+            step=content["step"],
+            world_size=content["world_size"],
+            state=content["state"],
+            files=[StoredFile(f["name"], f["bytes"], f["leaves"], f["blocks"]) for f in content["files"]],
+            arrays={key: _array_from_json(entry) for key, entry in content["arrays"].items()},
+            leaf_bytes=content["leaf_bytes"],
+            block_bytes=content["block_bytes"],
+        )
+
+
+def state_fault(state: dict[str, Any]) -> str | None:
+    """Why this state can't be stored as plain JSON, or None."""
+    try:
+        text = json.dumps(state, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        return f"the state is not plain JSON ({error}); keep numbers finite and use lists, dicts, strings and numbers only"
+    if json.loads(text) != state:
+        return "the state changes on its way through JSON (tuples, or keys that are not strings); use lists and string keys"
+    return None
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False)
+
+
+def _array_to_json(array: StoredArray) -> dict[str, Any]:
+    return {
+        "name": array.name,
+        "role": array.role,
+        "dtype": array.dtype,
+        "shape": array.shape,
+        "splits": array.splits,
+        "boxes": [
+            {"offsets": s.box.offsets, "shape": s.box.shape, "file": s.file, "range": (s.start, s.stop)} for s in array.boxes
+        ],
+    }
+
+
+def _array_from_json(entry: dict[str, Any]) -> StoredArray:
+    return StoredArray(
+        name=entry["name"],
+        role=entry["role"],
+        dtype=entry["dtype"],
+        shape=tuple(entry["shape"]),
+        splits=tuple(entry["splits"]),
+        boxes=[
+            StoredBox(Box(tuple(b["offsets"]), tuple(b["shape"])), b["file"], b["range"][0], b["range"][1])
+            for b in entry["boxes"]
+        ],
+    )

@@ -1,0 +1,255 @@
+"""Who writes what: the ranks declare the boxes they hold; each element of each array is given to exactly one of them.
+
+The plan depends on the declarations alone, so it is made once and kept until some rank's declaration changes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..parallel.fragment import Box, Fragment
+from .coverage import describe, tiling_fault
+from .digest import LEAF_BYTES, text_digest
+from .dtypes import name_of
+from .errors import CheckpointError
+from .manifest import ITEM_BYTES, StoredArray, StoredBox
+
+# A box that several ranks hold is dealt out among them in pieces of about this size, so that the shares come out even.
+DEAL_BYTES = 32 * 2**20
+# A box of at least this size is stored as this many panels of columns, so that reading a slice of the columns (another
+# tensor-parallel layout) is as sequential as reading a slice of the rows.
+PANEL_BOX_BYTES = 8 * 2**20
+PANELS = 8
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a rank says about one of its fragments."""
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple[int, ...]
+    splits: tuple[int, ...]
+    box: Box
+
+    @property
+    def key(self) -> str:
+        """Name of the global array in the checkpoint."""
+        return f"{self.role}/{self.name}"
+
+    @property
+    def item_bytes(self) -> int:
+        """Size of one element in bytes."""
+        return ITEM_BYTES[self.dtype]
+
+
+def declare(fragments: Iterable[Fragment]) -> tuple[Declaration, ...]:
+    """The declarations of a rank's fragments, in their order. Raises CheckpointError for a type that can't be stored."""
+    declared: list[Declaration] = []
+    for fragment in fragments:
+        try:
+            dtype = name_of(fragment.tensor.dtype)
+        except ValueError as error:
+            raise CheckpointError(f"{fragment.key}: {error}") from error
+        shape = tuple(fragment.global_shape)
+        declared.append(Declaration(fragment.name, fragment.role, dtype, shape, tuple(fragment.splits), fragment.box))
+    return tuple(declared)
+
+
+def pack(declarations: Sequence[Declaration]) -> bytes:
+    """Declarations as a message."""
+    rows = [[d.name, d.role, d.dtype, d.shape, d.splits, d.box.offsets, d.box.shape] for d in declarations]
+    return zlib.compress(json.dumps(rows, separators=(",", ":")).encode(), 1)
+
+
+def unpack(message: bytes) -> tuple[Declaration, ...]:
+    """The declarations in a message."""
+    return tuple(
+        Declaration(name, role, dtype, tuple(shape), tuple(splits), Box(tuple(offsets), tuple(extent)))
+        for name, role, dtype, shape, splits, offsets, extent in json.loads(zlib.decompress(message))
+    )
+
+
+def signature(declarations: Sequence[Declaration]) -> str:
+    """A digest that changes with anything in the declarations."""
+    return text_digest(repr(declarations).encode())
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box that one rank writes, out of its fragment number `source`."""
+
+    source: int
+    box: Box
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arrays of a checkpoint (without boxes) and, for each rank, the pieces it writes."""
+
+    arrays: dict[str, StoredArray]
+    pieces: list[list[Piece]]
+
+
+def make_plan(declared: Sequence[Sequence[Declaration]]) -> Plan:
+    """Assign every element of every array to one rank that holds it.
+
+    Raises CheckpointError naming the array when the ranks contradict each other or some element is held by none.
+    """
+    arrays: dict[str, StoredArray] = {}
+    holders: dict[tuple[str, Box], list[tuple[int, int]]] = {}
+    first: dict[str, int] = {}
+    for rank, declarations in enumerate(declared):
+        for index, d in enumerate(declarations):
+            known = arrays.setdefault(d.key, StoredArray(d.name, d.role, d.dtype, d.shape, d.splits))
+            if (known.dtype, known.shape, known.splits) != (d.dtype, d.shape, d.splits):
+                raise CheckpointError(
+                    f"{d.key}: rank {rank} holds it as {d.dtype}{list(d.shape)}, rank {first[d.key]} as "
+                    f"{known.dtype}{list(known.shape)}; one array has one shape, type and set of split points on all ranks"
+                )
+            first.setdefault(d.key, rank)
+            holders.setdefault((d.key, d.box), []).append((rank, index))
+    chosen = _choose(arrays, holders)
+    pieces: list[list[Piece]] = [[] for _ in declared]
+    load = [0] * len(declared)
+    shared: list[tuple[int, str, Box, list[tuple[int, int]]]] = []
+    for key, box in chosen:
+        who = holders[key, box]
+        item = arrays[key].item_bytes
+        if len(who) == 1:
+            rank, index = who[0]
+            pieces[rank].append(Piece(index, box))
+            load[rank] += box.numel * item
+        else:
+            shared += [(part.numel * item, key, part, who) for part in cut_rows(box, item, DEAL_BYTES)]
+    for size, _, part, who in sorted(shared, key=lambda entry: (-entry[0], entry[1], entry[2])):
+        rank, index = min(who, key=lambda holder: load[holder[0]])
+        pieces[rank].append(Piece(index, part))
+        load[rank] += size
+    for rank, mine in enumerate(pieces):
+        items = [declared[rank][piece.source].item_bytes for piece in mine]
+        pieces[rank] = [
+            Piece(piece.source, part) for piece, item in zip(mine, items, strict=True) for part in cut_panels(piece.box, item)
+        ]
+    return Plan(arrays, pieces)
+
+
+def _choose(arrays: dict[str, StoredArray], holders: dict[tuple[str, Box], list[tuple[int, int]]]) -> list[tuple[str, Box]]:
+    """For each array, boxes out of those held that tile it: all of them or, where they overlap, the largest first."""
+    held: dict[str, list[Box]] = {key: [] for key in arrays}
+    for key, box in holders:
+        held[key].append(box)
+    chosen: list[tuple[str, Box]] = []
+    for key, boxes in held.items():
+        fault = tiling_fault(arrays[key].shape, boxes)
+        if fault is not None:
+            kept: list[Box] = []
+            for box in sorted(boxes, key=lambda box: (-box.numel, box)):
+                if all(box.intersect(other) is None for other in kept):
+                    kept.append(box)
+            fault = tiling_fault(arrays[key].shape, kept)
+            if fault is not None:
+                shown = ", ".join(describe(box) for box in boxes[:8])
+                raise CheckpointError(f"{key}: the boxes that the ranks hold ({shown}) don't make up the array: {fault}")
+            boxes = kept
+        chosen += [(key, box) for box in sorted(boxes)]
+    return chosen
+
+
+def cut_rows(box: Box, item_bytes: int, limit: int) -> list[Box]:
+    """Cut a box along its first dim that is longer than one, into pieces of at most about `limit` bytes."""
+    dim = next((dim for dim, extent in enumerate(box.shape) if extent > 1), None)
+    if dim is None or box.numel * item_bytes <= limit:
+        return [box]
+    rows = max(1, limit * box.shape[dim] // (box.numel * item_bytes))
+    return [_part(box, dim, at, min(rows, box.shape[dim] - at)) for at in range(0, box.shape[dim], rows)]
+
+
+def cut_panels(box: Box, item_bytes: int) -> list[Box]:
+    """Cut a large box of at least two dims along its last one into panels of nearly equal width."""
+    if len(box.shape) < 2 or box.numel * item_bytes < PANEL_BOX_BYTES or box.shape[-1] < PANELS:
+        return [box]
+    width = box.shape[-1]
+    edges = [width * index // PANELS for index in range(PANELS + 1)]
+    dim = len(box.shape) - 1
+    return [_part(box, dim, low, high - low) for low, high in itertools.pairwise(edges)]
+
+
+def _part(box: Box, dim: int, at: int, length: int) -> Box:
+    offsets, shape = list(box.offsets), list(box.shape)
+    offsets[dim] += at
+    shape[dim] = length
+    return Box(tuple(offsets), tuple(shape))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A piece and its bytes `[start, stop)` in the rank's file."""
+
+    source: int
+    key: str
+    dtype: str
+    box: Box
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """One rank's safetensors file, byte for byte, except the arrays' values. Without pieces there is no file."""
+
+    header: bytes
+    placed: tuple[Placed, ...]
+    bytes: int
+
+
+def lay_out(declarations: Sequence[Declaration], pieces: Sequence[Piece]) -> FileLayout:
+    """Where each piece lies in its rank's file.
+
+    Wider types come first, so that every array is aligned to its elements without a hole, which safetensors forbids. The
+    header is padded with spaces to whole leaves, so that the data start on a page.
+    """
+    order = sorted(
+        pieces, key=lambda p: (-declarations[p.source].item_bytes, declarations[p.source].key, p.box.offsets, p.box.shape)
+    )
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", "written_by": "meshloom-checkpoint version 1"}}
+    spans: list[tuple[Piece, Declaration, int, int]] = []
+    at = 0
+    for piece in order:
+        declaration = declarations[piece.source]
+        size = piece.box.numel * declaration.item_bytes
+        entries[f"{declaration.key}@{','.join(map(str, piece.box.offsets))}"] = {
+            "dtype": declaration.dtype,
+            "shape": piece.box.shape,
+            "data_offsets": (at, at + size),
+        }
+        spans.append((piece, declaration, at, at + size))
+        at += size
+    if not spans:
+        return FileLayout(b"", (), 0)
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    length = -(-(8 + len(text)) // LEAF_BYTES) * LEAF_BYTES - 8
+    header = length.to_bytes(8, "little") + text.ljust(length)
+    placed = tuple(
+        Placed(piece.source, d.key, d.dtype, piece.box, len(header) + start, len(header) + stop)
+        for piece, d, start, stop in spans
+    )
+    return FileLayout(header, placed, len(header) + at)
+
+
+def fill_boxes(arrays: dict[str, StoredArray], layouts: Sequence[FileLayout]) -> dict[str, StoredArray]:
+    """The arrays with their boxes; ranks without a file don't count in the numbering of files."""
+    filled = {key: StoredArray(a.name, a.role, a.dtype, a.shape, a.splits) for key, a in arrays.items()}
+    number = 0
+    for layout in layouts:
+        for placed in layout.placed:
+            filled[placed.key].boxes.append(StoredBox(placed.box, number, placed.start, placed.stop))
+        number += bool(layout.placed)
+    for array in filled.values():
+        array.boxes.sort(key=lambda stored: stored.box)
+    return filled

@@ -1,0 +1,247 @@
+"""Reading any boxes out of a checkpoint: only the leaves that hold them, each checked before its bytes are used."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from ..parallel.fragment import Box
+from .digest import DIGEST_BYTES
+from .dtypes import RAW
+from .errors import CheckpointError, DamageError
+from .files import Files, RangeReader
+from .manifest import Manifest, StoredArray, StoredBox
+
+# Most bytes of a file between the first and the last that are read at once; one unit's share of it is at most half.
+BATCH_BYTES = 16 * 2**20
+# Neighbouring needs closer than this are fetched by one read.
+GAP_BYTES = 64 * 2**10
+
+Raw = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Some rows of the common part of a stored box and a wanted one, small enough to be read at once.
+
+    stored, part  the stored box and the wanted region of it, both in the global array
+    start, stop   bytes of the file from the first to the last wanted one
+    runs          (first byte of each contiguous run, relative to `start`; length of each) — all runs are equally long
+    target        where the values go: `target[part.slices(origin)]`
+    """
+
+    file: int
+    item_bytes: int
+    part: Box
+    start: int
+    stop: int
+    run_starts: np.ndarray[Any, np.dtype[np.int64]]
+    run_bytes: int
+    target: Raw
+    origin: tuple[int, ...]
+
+
+@dataclass
+class Traffic:
+    """Bytes that were wanted, and bytes that were read for them (whole leaves, and the leaves' digests)."""
+
+    wanted: int = 0
+    read: int = 0
+
+
+@dataclass
+class Reader:
+    """Reads wanted boxes of one step's arrays into NumPy arrays of raw integers."""
+
+    files: Files
+    manifest: Manifest
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def __post_init__(self) -> None:
+        self._leaves: dict[int, bytes] = {}
+
+    def read(self, wanted: Iterable[tuple[StoredArray, Box]]) -> list[Raw]:
+        """The values of each wanted box, as unsigned integers of the element's size.
+
+        Raises DamageError naming file and block if any byte read is not what was written.
+        """
+        results: list[Raw] = []
+        units: list[Unit] = []
+        for array, box in wanted:
+            result = np.empty(box.shape, RAW[array.item_bytes])
+            results.append(result)
+            units += units_of(array, box, result)
+        for unit, buffer, base in self.fetch(units):
+            place(unit, buffer, base)
+        return results
+
+    def check(self, wanted: Iterable[tuple[StoredArray, Box]]) -> None:
+        """Read and check as `read` would, keeping nothing."""
+        units: list[Unit] = []
+        for array, box in wanted:
+            units += units_of(array, box, np.empty(0, RAW[array.item_bytes]))
+        for _ in self.fetch(units):
+            pass
+
+    def fetch(self, units: list[Unit]) -> Iterator[tuple[Unit, np.ndarray[Any, np.dtype[np.uint8]], int]]:
+        """Each unit with a buffer that holds its checked bytes, and the file offset of the buffer's first byte.
+
+        The buffer is reused: take what is needed before asking for the next unit.
+        """
+        units = sorted(units, key=lambda unit: (unit.file, unit.start))
+        buffer = np.empty(0, np.uint8)
+        with contextlib.ExitStack() as stack:
+            opened: dict[int, RangeReader] = {}
+            for batch in self._batches(units):
+                number = batch[0].file
+                if number not in opened:
+                    opened[number] = stack.enter_context(self.files.reader(self.manifest.files[number].name))
+                leaf = self.manifest.leaf_bytes
+                base = batch[0].start // leaf * leaf
+                stop = min(-(-max(unit.stop for unit in batch) // leaf) * leaf, self.manifest.files[number].bytes)
+                if len(buffer) < stop - base:
+                    buffer = np.empty(max(stop - base, min(BATCH_BYTES, self.manifest.files[number].bytes)), np.uint8)
+                self._read_checked(number, opened[number], base, stop, needed_leaves(batch, base, stop, leaf), buffer)
+                for unit in batch:
+                    self.traffic.wanted += len(unit.run_starts) * unit.run_bytes
+                    yield unit, buffer, base
+
+    def _batches(self, units: list[Unit]) -> Iterator[list[Unit]]:
+        batch: list[Unit] = []
+        for unit in units:
+            if batch and (
+                unit.file != batch[0].file
+                or unit.stop - batch[0].start > BATCH_BYTES
+                or unit.start - max(other.stop for other in batch[-1:]) > GAP_BYTES
+            ):
+                yield batch
+                batch = []
+            batch.append(unit)
+        if batch:
+            yield batch
+
+    def _read_checked(
+        self, number: int, reader: RangeReader, base: int, stop: int, needed: np.ndarray[Any, np.dtype[np.bool_]], buffer: Any
+    ) -> None:
+        leaf = self.manifest.leaf_bytes
+        digests = self.leaves(number)
+        view = memoryview(buffer)
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], needed, [False])).astype(np.int8)))
+        for first, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+            low, high = first * leaf, min(last * leaf, stop - base)
+            reader.fill(view[low:high], base + low)
+            self.traffic.read += high - low
+            for at in range(low, high, leaf):
+                position = (base + at) // leaf * DIGEST_BYTES
+                if xxhash.xxh3_128_digest(view[at : min(at + leaf, high)]) != digests[position : position + DIGEST_BYTES]:
+                    raise self._damage(number, base + at, "its bytes do not match their digest")
+
+    def leaves(self, number: int) -> bytes:
+        """The digests of a file's leaves, proved by the manifest's digests of the blocks."""
+        if number not in self._leaves:
+            file = self.manifest.files[number]
+            try:
+                data = self.files.read(file.leaves)
+            except FileNotFoundError:
+                raise DamageError(self.files.label(file.leaves), "the file is missing") from None
+            self.traffic.read += len(data)
+            span = self.manifest.block_bytes // self.manifest.leaf_bytes * DIGEST_BYTES
+            for block, expected in enumerate(file.blocks):
+                if xxhash.xxh3_128_hexdigest(data[block * span : (block + 1) * span]) != expected:
+                    raise DamageError(
+                        self.files.label(file.leaves), f"the digests of {file.name} do not match the manifest", block
+                    )
+            if len(data) != -(-file.bytes // self.manifest.leaf_bytes) * DIGEST_BYTES:
+                raise DamageError(self.files.label(file.leaves), f"{len(data)} bytes of digests for a file of {file.bytes}")
+            self._leaves[number] = data
+        return self._leaves[number]
+
+    def _damage(self, number: int, offset: int, what: str) -> DamageError:
+        file = self.manifest.files[number]
+        keys = sorted(
+            {
+                key
+                for key, array in self.manifest.arrays.items()
+                for s in array.boxes
+                if s.file == number and s.start < offset + self.manifest.leaf_bytes and s.stop > offset
+            }
+        )
+        inside = f" (inside {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})" if keys else ""
+        return DamageError(
+            self.files.label(file.name), f"{what}, at byte {offset}{inside}", block=offset // self.manifest.block_bytes
+        )
+
+
+def units_of(array: StoredArray, box: Box, target: Raw) -> list[Unit]:
+    """What has to be read for one box of one array. Raises CheckpointError if the array doesn't contain the box."""
+    units: list[Unit] = []
+    if len(box.shape) != len(array.shape) or any(end > size for end, size in zip(box.ends, array.shape, strict=True)):
+        raise CheckpointError(f"{array.key}: {box} is outside of the stored shape {list(array.shape)}")
+    for stored in array.boxes:
+        part = stored.box.intersect(box) if box.shape else box
+        if part is not None:
+            units += _split(array, stored, part, target, box.offsets)
+    return units
+
+
+def _split(array: StoredArray, stored: StoredBox, part: Box, target: Raw, origin: tuple[int, ...]) -> Iterator[Unit]:
+    """Cut a region of a stored box along its first dims until each unit spans at most half a batch of the file."""
+    strides = [array.item_bytes]
+    for extent in reversed(stored.box.shape[1:]):
+        strides.insert(0, strides[0] * extent)
+    if not stored.box.shape:
+        strides = []
+    relative = [o - s for o, s in zip(part.offsets, stored.box.offsets, strict=True)]
+    start = stored.start + sum(r * s for r, s in zip(relative, strides, strict=True))
+    stop = start + sum((n - 1) * s for n, s in zip(part.shape, strides, strict=True)) + array.item_bytes
+    dim = next((dim for dim, extent in enumerate(part.shape) if extent > 1), None)
+    if dim is not None and stop - start > BATCH_BYTES // 2:
+        step = max(1, part.shape[dim] * (BATCH_BYTES // 2) // (stop - start))
+        for at in range(0, part.shape[dim], step):
+            offsets, shape = list(part.offsets), list(part.shape)
+            offsets[dim] += at
+            shape[dim] = min(step, part.shape[dim] - at)
+            yield from _split(array, stored, Box(tuple(offsets), tuple(shape)), target, origin)
+        return
+    run_bytes = array.item_bytes
+    dims = len(part.shape)
+    while dims > 0 and run_bytes == strides[dims - 1]:  # the dims inside are stored without a gap
+        run_bytes *= part.shape[dims - 1]
+        dims -= 1
+    starts = np.zeros(1, np.int64)
+    for extent, stride in zip(part.shape[:dims], strides[:dims], strict=True):
+        starts = (starts[:, None] + np.arange(extent, dtype=np.int64) * stride).reshape(-1)
+    yield Unit(stored.file, array.item_bytes, part, start, stop, starts, run_bytes, target, origin)
+
+
+def needed_leaves(batch: list[Unit], base: int, stop: int, leaf: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which leaves of the span `[base, stop)` hold wanted bytes."""
+    count = -(-(stop - base) // leaf)
+    edges = np.zeros(count + 1, np.int64)
+    for unit in batch:
+        first = (unit.start - base + unit.run_starts) // leaf
+        last = (unit.start - base + unit.run_starts + unit.run_bytes - 1) // leaf
+        np.add.at(edges, first, 1)
+        np.add.at(edges, last + 1, -1)
+    return np.cumsum(edges[:-1]) > 0
+
+
+def place(unit: Unit, buffer: np.ndarray[Any, np.dtype[np.uint8]], base: int) -> None:
+    """Copy a unit's values out of a buffer that starts at file offset `base`."""
+    raw = RAW[unit.item_bytes]
+    view = unit.target[(*unit.part.slices(unit.origin), ...)]
+    first, starts = unit.start - base, unit.run_starts
+    steps = np.diff(starts)
+    if len(starts) == 1:
+        values = buffer[first : first + unit.run_bytes]
+    elif np.all(steps == steps[0]):
+        shape, strides = (len(starts), unit.run_bytes), (int(steps[0]), 1)
+        values = np.ascontiguousarray(np.lib.stride_tricks.as_strided(buffer[first:], shape, strides)).reshape(-1)
+    else:
+        values = np.concatenate([buffer[first + at : first + at + unit.run_bytes] for at in starts.tolist()])
+    view[...] = values.view(raw).reshape(view.shape)

@@ -1,0 +1,46 @@
+"""What a save tells about itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class SaveReport:
+    """One save as this rank saw it. Times in seconds; `bytes` of this rank, `total_bytes` of all ranks (committed saves).
+
+    outcome    committed, failed or skipped; `reason` says why it is not committed
+    stall      what training waited for: the call to save, the wait before the update, the GPU's wait for the copies
+    staging    copying into host memory; hashing and writing run side by side, after it
+    commit     from the end of this rank's writing to the verdict: the other ranks, manifest, renames
+    """
+
+    step: int
+    outcome: str = "failed"
+    reason: str = ""
+    stall_seconds: float = 0.0
+    staging_seconds: float = 0.0
+    hashing_seconds: float = 0.0
+    writing_seconds: float = 0.0
+    commit_seconds: float = 0.0
+    total_seconds: float = 0.0
+    bytes: int = 0
+    total_bytes: int = 0
+    host_memory_bytes: int = 0
+    direct: bool = False
+    pruned: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Rate of this rank's writing, 10⁹ bytes a second."""
+        return self.bytes / self.writing_seconds / 1e9 if self.writing_seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON."""
+        return {**dataclasses.asdict(self), "gigabytes_per_second": self.gigabytes_per_second}
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers, under names for metrics.jsonl and wandb."""
+        return {f"checkpoint/{key}": float(value) for key, value in self.as_dict().items() if isinstance(value, int | float)}

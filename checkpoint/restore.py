@@ -1,0 +1,184 @@
+"""Restore: put a checkpoint's values into live tensors, whatever boxes they are, after everything has been checked."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..parallel.fragment import Fragment
+from .control import Control, Round
+from .dtypes import as_tensor, name_of
+from .errors import CheckpointError, DamageError
+from .files import Files, is_remote, open_files
+from .folder import load_manifest, open_step, step_of, steps_newest_first
+from .manifest import MANIFEST, Manifest, StoredArray
+from .reader import Raw, Reader
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RestoreReport:
+    """What a restore did. Keys are `<role>/<name>`; the three lists are of this rank's fragments and of the whole file.
+
+    source      the step folder that was restored
+    state       the plain JSON that was saved with it
+    missing     fragments that the checkpoint has nothing for: left as they were (never when strict)
+    mismatched  fragments whose stored array has another shape: left as they were (never when strict)
+    unused      arrays of the checkpoint that no rank asked for (none when strict)
+    converted   arrays whose element type was changed on the way: key → "F32 → BF16"
+    skipped     newer steps that were refused, each with the reason
+    """
+
+    source: str
+    step: int
+    state: dict[str, Any]
+    missing: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    converted: dict[str, str] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    bytes_wanted: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+
+
+def restore(
+    location: str | Path, fragments: Iterable[Fragment], control: Control, *, strict: bool = True, timeout: float = 600.0
+) -> RestoreReport:
+    """Fill the fragments' tensors from a step's folder, or from the newest good step of a folder of checkpoints.
+
+    All ranks call this together. Manifest, coverage and the digest of every byte needed are checked on every rank before
+    the first tensor is touched on any. When a folder of checkpoints is given, a damaged step is passed over with a
+    warning, by all ranks alike; when a step is given, it is restored or refused.
+
+    strict: refuse if a fragment has no stored array of its shape, or if a stored array is wanted by no rank. Otherwise
+    what fits is restored and the rest is reported. Element types may always differ; the values are converted.
+
+    Raises DamageError (file and block named) or CheckpointError; no tensor has been changed then.
+    """
+    began = time.perf_counter()
+    mine = list(fragments)
+    talk = control.begin("restore", timeout)
+    skipped: list[str] = []
+    for attempt, candidate in enumerate(_candidates(location, talk)):
+        try:
+            prepared, answer = _prepare(open_files(candidate), mine, strict)
+        except DamageError as error:
+            prepared, answer = None, {"damaged": [error.file, error.what, error.block]}
+        except CheckpointError as error:
+            prepared, answer = None, {"refused": str(error)}
+        except BaseException as error:
+            talk.abort(f"restoring {candidate} failed: {type(error).__name__}: {error}")
+            raise
+        verdict = _agree(talk, attempt, answer, strict)
+        if "refused" in verdict:
+            raise CheckpointError(verdict["refused"])
+        if "damaged" not in verdict:
+            assert prepared is not None
+            for tensor, values in prepared.values:
+                with torch.no_grad():
+                    tensor.copy_(values)
+            report = prepared.report
+            report.unused, report.skipped, report.seconds = verdict["unused"], skipped, time.perf_counter() - began
+            return report
+        damage = DamageError(*verdict["damaged"])
+        if _is_step(location):
+            raise damage
+        skipped.append(f"{candidate}: {damage}")
+        log.warning("checkpoint %s is passed over: %s", candidate, damage)
+    reasons = "".join(f"\n  {reason}" for reason in skipped)
+    raise CheckpointError(f"{location}: there is no complete checkpoint to restore{reasons}")
+
+
+def read_state(location: str | Path) -> dict[str, Any]:
+    """The JSON state of a step's folder, without its arrays. Raises DamageError if the manifest is not as written."""
+    return load_manifest(open_files(location)).state
+
+
+@dataclass
+class _Prepared:
+    report: RestoreReport
+    values: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _is_step(location: str | Path) -> bool:
+    named = step_of(str(location).rstrip("/").rpartition("/")[2]) is not None
+    return named or open_files(location).size(MANIFEST) is not None
+
+
+def _candidates(location: str | Path, talk: Round) -> list[str | Path]:
+    """The steps to try, in order: the coordinator's view of the folder, so that all ranks try the same."""
+    if talk.control.rank == 0:
+        base = str(location).rstrip("/")
+        steps = [base] if _is_step(location) else [f"{base}/{name}" for name in steps_newest_first(open_files(location))]
+        talk.announce("candidates", json.dumps(steps).encode())
+    names: list[str] = json.loads(talk.hear("candidates"))
+    return [name if is_remote(name) else Path(name) for name in names]
+
+
+def _prepare(files: Files, fragments: Sequence[Fragment], strict: bool) -> tuple[_Prepared, dict[str, Any]]:
+    """Check the step and read this rank's values into fresh memory. Returns them, and what the others should know."""
+    manifest = open_step(files)
+    report = RestoreReport(files.label(), manifest.step, manifest.state)
+    wanted: list[tuple[Fragment, StoredArray]] = []
+    for fragment in fragments:
+        array = manifest.arrays.get(fragment.key)
+        if array is None:
+            report.missing.append(fragment.key)
+        elif array.shape != tuple(fragment.global_shape):
+            report.mismatched.append(fragment.key)
+        else:
+            wanted.append((fragment, array))
+            live = name_of(fragment.tensor.dtype)
+            if live != array.dtype:
+                report.converted[fragment.key] = f"{array.dtype} → {live}"
+    if strict:
+        _refuse_misfits(files, manifest, fragments, report)
+    reader = Reader(files, manifest)
+    arrays: list[Raw] = reader.read((array, fragment.box) for fragment, array in wanted)
+    report.bytes_wanted, report.bytes_read = reader.traffic.wanted, reader.traffic.read
+    values = [(fragment.tensor, as_tensor(raw, array.dtype)) for (fragment, array), raw in zip(wanted, arrays, strict=True)]
+    used = sorted({array.key for _, array in wanted})
+    return _Prepared(report, values), {"used": used, "stored": sorted(manifest.arrays), "source": files.label()}
+
+
+def _refuse_misfits(files: Files, manifest: Manifest, fragments: Sequence[Fragment], report: RestoreReport) -> None:
+    shapes = {fragment.key: list(fragment.global_shape) for fragment in fragments}
+    wrong = [f"{key} has shape {list(manifest.arrays[key].shape)}, the run wants {shapes[key]}" for key in report.mismatched]
+    wrong += [f"{key} is not in it" for key in report.missing]
+    if wrong:
+        raise CheckpointError(
+            f"{files.label()} does not fit this run: {_some(wrong)}. Restore with strict=False to load what fits"
+        )
+
+
+def _agree(talk: Round, attempt: int, answer: dict[str, Any], strict: bool) -> dict[str, Any]:
+    """One verdict for all ranks: {"unused": …} to go on, {"damaged": …} to try an older step, {"refused": …} to stop."""
+    rank_0 = talk.control.rank == 0
+    stored: list[str] = answer.pop("stored", [])
+    talk.post(f"prepared/{attempt}", json.dumps(answer).encode())
+    if rank_0:
+        answers: list[dict[str, Any]] = [json.loads(text) for text in talk.collect(f"prepared/{attempt}")]
+        unused = sorted(set(stored).difference(*(given.get("used", ()) for given in answers)))
+        verdict: dict[str, Any] = {"unused": unused}
+        if strict and unused:
+            where = answer.get("source")
+            verdict = {
+                "refused": f"{where} holds arrays that this run does not have: {_some(unused)}. Restore with strict=False"
+            }
+        for kind in ("damaged", "refused"):
+            verdict = next(({kind: given[kind]} for given in answers if kind in given), verdict)
+        talk.announce(f"verdict/{attempt}", json.dumps(verdict).encode())
+    return json.loads(talk.hear(f"verdict/{attempt}"))
+
+
+def _some(items: list[str]) -> str:
+    return "; ".join(items[:8]) + (f" and {len(items) - 8} more" if len(items) > 8 else "")

@@ -1,0 +1,109 @@
+"""Snapshot: copy live tensors into an arena while training goes on, until the optimizer is about to change them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..parallel.fragment import Box, Fragment
+from .arena import Arena
+from .errors import CheckpointError
+from .faults import reach
+from .plan import FileLayout
+
+# Pieces copied by one call; between calls other threads get the interpreter.
+BATCH = 256
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Snapshot:
+    """One copy of a rank's pieces into an arena.
+
+    On a GPU the copies run on a stream of their own, after the work that was queued when the save began; the trainer's
+    stream waits for them just before the update, on the device, without holding up the host.
+    """
+
+    def __init__(self, fragments: Sequence[Fragment]) -> None:
+        self.fragments = fragments
+        self.seconds = 0.0
+        self._issued = threading.Event()
+        self._device = next((f.tensor.device for f in fragments if f.tensor.is_cuda), None)
+        self._begun: torch.cuda.Event | None = None
+        self._copied: torch.cuda.Event | None = None
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        if self._device is not None:
+            self._begun = torch.cuda.Event()
+            self._begun.record(torch.cuda.current_stream(self._device))
+
+    def copy(self, arena: Arena, layout: FileLayout, stream: torch.cuda.Stream | None) -> None:
+        """Fill the arena and return when it is full. Called from the save's thread, once."""
+        start = time.perf_counter()
+        reach("stage.before")
+        sources = [_slice(self.fragments[placed.source], placed.box) for placed in layout.placed]
+        targets = arena.views(layout)
+        if self._device is None:
+            _copy_on_host(targets, sources)
+        else:
+            assert stream is not None and self._begun is not None
+            with torch.cuda.device(self._device), torch.cuda.stream(stream):
+                stream.wait_event(self._begun)
+                _copy_from_device(targets, sources)
+                copied = torch.cuda.Event()
+                copied.record(stream)
+            self._copied = copied
+            self._issued.set()
+            copied.synchronize()
+        reach("stage.after")
+        self.seconds = time.perf_counter() - start
+        self.release()
+
+    def release(self) -> None:
+        """Let the update go on: the copy is complete, or it will not be made."""
+        self.fragments = ()
+        self._issued.set()
+
+    def wait(self, timeout: float) -> float:
+        """Hold up the update until the copy no longer needs the tensors; returns the seconds that this thread waited."""
+        start = time.perf_counter()
+        if not self._issued.wait(timeout):
+            raise CheckpointError(f"a snapshot did not finish within {timeout:g} s")
+        if self._copied is not None and not self._copied.query():
+            stream = torch.cuda.current_stream(self._device)
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record(stream)
+            stream.wait_event(self._copied)
+            after.record(stream)
+            self._waits.append((before, after))
+        return time.perf_counter() - start
+
+    def device_stall(self) -> float:
+        """Seconds that the trainer's stream stood still for the copy. Waits for the stream to get past that point."""
+        total = 0.0
+        for before, after in self._waits:
+            after.synchronize()
+            total += before.elapsed_time(after) / 1000
+        return total
+
+
+def _slice(fragment: Fragment, box: Box) -> torch.Tensor:
+    tensor = fragment.tensor.detach()
+    return tensor if box == fragment.box else tensor[box.slices(fragment.box.offsets)]
+
+
+def _copy_on_host(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """By NumPy, in this thread alone: PyTorch would spread each copy over the threads that are busy with the next step."""
+    for target, source in zip(targets, sources, strict=True):
+        same_bits = INTEGERS[source.element_size()]
+        np.copyto(target.view(same_bits).numpy(), source.view(same_bits).numpy())
+
+
+def _copy_from_device(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    foreach_copy: Any = vars(torch)["_foreach_copy_"]  # one call for many copies: the interpreter is free meanwhile
+    with torch.no_grad():
+        for at in range(0, len(targets), BATCH):
+            foreach_copy(targets[at : at + BATCH], sources[at : at + BATCH], non_blocking=True)

@@ -1,0 +1,141 @@
+"""The process that writes: it gets a piece of shared memory and a name, and answers when the bytes are on the disk.
+
+One per rank, started as a program of its own that imports no torch and takes part in no process group. A request is one
+line of JSON over a socket; new shared memory comes along as a file descriptor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Protocol
+
+from .disk import Written, write_image
+from .errors import CheckpointError
+from .remote_write import write_image_remote
+
+
+class SharedMemory(Protocol):
+    """The part of an arena that the writer needs."""
+
+    descriptor: int
+    size: int
+
+    def image(self, size: int) -> memoryview:
+        """The first bytes of the memory."""
+        ...
+
+
+class Writer(Protocol):
+    """Makes one file out of the first bytes of an arena."""
+
+    def write(self, memory: SharedMemory, size: int, folder: str, name: str, leaves: str) -> Written:
+        """Write, and return when everything is durable. Raises OSError or CheckpointError."""
+        ...
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        ...
+
+
+def write_anywhere(image: memoryview, folder: str, name: str, leaves: str) -> Written:
+    """Write to a local folder or an fsspec URL."""
+    if "://" in folder:
+        return write_image_remote(image, folder, name, leaves)
+    return write_image(image, Path(folder) / name, Path(folder) / leaves)
+
+
+class InlineWriter:
+    """Writes in this process: for the synchronous mode, where training waits anyway."""
+
+    def write(self, memory: SharedMemory, size: int, folder: str, name: str, leaves: str) -> Written:
+        """See Writer."""
+        return write_anywhere(memory.image(size), folder, name, leaves)
+
+    def close(self) -> None:
+        """See Writer."""
+
+
+class ProcessWriter:
+    """Writes in a process of its own, so that neither the interpreter lock nor a crash of the trainer is in the way."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._known: dict[int, int] = {}
+        self._start()
+
+    def _start(self) -> None:
+        here, there = socket.socketpair()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "meshloom.checkpoint.writer_main", str(there.fileno())],
+            pass_fds=[there.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # a signal to the trainer's group must not end a save half-way
+        )
+        there.close()
+        self._socket = here
+        self._known = {}
+
+    def write(self, memory: SharedMemory, size: int, folder: str, name: str, leaves: str) -> Written:
+        """See Writer."""
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        assert self._socket is not None and self._process is not None
+        fresh = self._known.get(memory.descriptor) != os.fstat(memory.descriptor).st_ino
+        request = {
+            "memory": memory.descriptor,
+            "length": memory.size if fresh else 0,
+            "size": size,
+            "folder": folder,
+            "name": name,
+            "leaves": leaves,
+        }
+        try:
+            socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], [memory.descriptor] if fresh else [])
+            answer = read_line(self._socket)
+        except OSError:
+            answer = b""
+        if not answer:
+            code = self._process.wait()
+            self._socket.close()
+            raise CheckpointError(f"the writer process died ({_how(code)}) while writing {folder}/{name}")
+        self._known[memory.descriptor] = os.fstat(memory.descriptor).st_ino
+        reply = json.loads(answer)
+        if "error" in reply:
+            raise CheckpointError(reply["error"])
+        return Written(**reply)
+
+    def close(self) -> None:
+        """See Writer."""
+        if self._socket is not None:
+            self._socket.close()
+        if self._process is not None:
+            self._process.wait()
+        self._process = self._socket = None
+
+
+def _how(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def read_line(source: socket.socket) -> bytes:
+    """One line, without its end; empty when the other side is gone."""
+    line = b""
+    while not line.endswith(b"\n"):
+        part = source.recv(65536)
+        if not part:
+            return b""
+        line += part
+    return line[:-1]
+
+
+def answer_of(written: Written) -> bytes:
+    """A reply as a line."""
+    return json.dumps(dataclasses.asdict(written)).encode() + b"\n"

@@ -1,0 +1,50 @@
+"""The writer process: `python -m meshloom.checkpoint.writer_main <descriptor of its socket>`. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import socket
+import sys
+
+from .faults import install_from_environment
+from .writer import answer_of, write_anywhere
+
+
+def serve(link: socket.socket) -> None:
+    """Answer requests until the other side is gone."""
+    known: dict[int, mmap.mmap] = {}
+    while True:
+        line, descriptors, _, _ = socket.recv_fds(link, 65536, 1)
+        if not line:
+            return
+        while not line.endswith(b"\n"):
+            more = link.recv(65536)
+            if not more:
+                return
+            line += more
+        request = json.loads(line)
+        try:
+            if descriptors:
+                known[request["memory"]] = mmap.mmap(descriptors[0], request["length"])
+                os.close(descriptors[0])
+            image = memoryview(known[request["memory"]])[: request["size"]]
+            reply = answer_of(write_anywhere(image, request["folder"], request["name"], request["leaves"]))
+        except Exception as error:  # the trainer decides what a failure means
+            reply = json.dumps({"error": f"writing {request['name']}: {type(error).__name__}: {error}"}).encode() + b"\n"
+        link.sendall(reply)
+
+
+def main() -> None:
+    """Entry point."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the trainer's final save still needs this process
+    os.nice(5)
+    install_from_environment()
+    serve(socket.socket(fileno=int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()
