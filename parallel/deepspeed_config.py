@@ -150,7 +150,9 @@ def deepspeed_problems(config: ParallelConfig, precision: str, world_size: int, 
         problems.append(Problem("parallel.replicate", "DeepSpeed has no hybrid sharding (MiCS was removed)", fix))
     if precision not in ("fp32", "bf16"):
         problems.append(
-            Problem("precision", f"DeepSpeed keeps fp32 masters, which {precision} has no use for", f"{use_torch} or bf16, fp32")
+            Problem(
+                "precision", f"DeepSpeed keeps fp32 masters, which {precision} has no use for", f"{use_torch} or bf16, fp32"
+            )
         )
     if precision == "bf16" and config.zero == 0:
         problems.append(
@@ -169,7 +171,7 @@ def deepspeed_problems(config: ParallelConfig, precision: str, world_size: int, 
         problems.append(
             Problem(
                 "parallel.deepspeed.config.zero_optimization.zero_hpz_partition_size",
-                f"hpZ keeps a copy of ZeRO-3's weights per group of {near}; this is ZeRO-{config.zero} on {world_size} processes",
+                f"hpZ copies ZeRO-3's weights per group of {near}; this is ZeRO-{config.zero} on {world_size} processes",
                 "use parallel.zero=3 and a size that divides the number of processes, or leave it out",
             )
         )
@@ -219,19 +221,16 @@ def derive(config: ParallelConfig, precision: str, *, pin_memory: bool) -> Tree:
     """
     bf16 = precision == "bf16"
     zero: Tree = {"stage": config.zero, "memory_efficient_linear": False, "round_robin_gradients": False}
-    if config.offload != "none":
-        zero["offload_optimizer"] = {"device": config.offload, "pin_memory": pin_memory}
-        if config.offload == "nvme":
-            zero["offload_optimizer"]["nvme_path"] = config.offload_path
-    if config.offload_weights != "none":
-        zero["offload_param"] = {"device": config.offload_weights, "pin_memory": pin_memory}
-        if config.offload_weights == "nvme":
-            zero["offload_param"]["nvme_path"] = config.offload_path
+    for key, device in (("offload_optimizer", config.offload), ("offload_param", config.offload_weights)):
+        if device != "none":
+            path = {"nvme_path": config.offload_path} if device == "nvme" else {}
+            zero[key] = {"device": device, "pin_memory": pin_memory, **path}
     tree: Tree = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
         "steps_per_print": None,
+        "log_level": "warning",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
@@ -248,4 +247,3 @@ def _merge(base: Tree, extra: Tree) -> Tree:
         below = merged.get(key)
         merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
-

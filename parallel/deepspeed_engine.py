@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ from ..optim.parameters import NamedParameter
 from ..optim.statistics import GradientStatistics
 from .activation import apply_policy
 from .deepspeed_config import derive
-from .deepspeed_optimizer import FlatPieces, OptimizerFactory, cpu_adam
-from .deepspeed_setup import import_deepspeed, materialise
-from .deepspeed_state import state_of
+from .deepspeed_optimizer import FlatPieces, OptimizerFactory, cpu_adam, require_op
+from .deepspeed_setup import import_deepspeed, materialise, quiet, swap_folder
+from .deepspeed_state import state_of, whole_shape
 from .engine import StepLoss
 from .fragment import Fragment
 from .mesh import Mesh
@@ -59,6 +60,10 @@ class DeepSpeedEngine:
         self.mesh = mesh
         self._ranks = mesh.layout.world_size
         os.environ.setdefault("LOCAL_RANK", "0")
+        if "nvme" in (parallel.offload, parallel.offload_weights):
+            assert parallel.offload_path is not None
+            require_op("AsyncIOBuilder", "parallel.offload", "use parallel.offload=cpu")
+            parallel = replace(parallel, offload_path=swap_folder(parallel.offload_path, mesh.rank))
         settings = derive(parallel, precision, pin_memory=mesh.device.type == "cuda")
         blocks = list(model.layers.values())
         apply_policy(blocks, activation)
@@ -66,17 +71,17 @@ class DeepSpeedEngine:
             for block in blocks:
                 block.compile()
         materialise(model, mesh.device, PRECISIONS[precision], settings if parallel.zero == 3 else None)
-        self._parameters = [
-            NamedParameter(name, parameter, tuple(parameter.ds_shape if parallel.zero == 3 else parameter.shape),
-                           model.decays(name), model.lr_scale(name))
+        parameters = [
+            NamedParameter(name, parameter, whole_shape(parameter), model.decays(name), model.lr_scale(name))
             for name, parameter in model.named_parameters()
         ]
-        self.optimizer = make_optimizer(self._parameters, FlatPieces())
+        self.optimizer = make_optimizer(parameters, FlatPieces())
         if parallel.deepspeed.cpu_adam:
             self.optimizer = cpu_adam(self.optimizer)
-        self._engine: Any = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
-        )[0]
+        with quiet():
+            self._engine: Any = deepspeed.initialize(
+                model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
+            )[0]
         self._state = state_of(self._engine, self.optimizer, parallel.zero)
         self._pending = False  # whether a gradient waits for an update
         for fragment in self._state.fragments():
@@ -114,7 +119,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def clip(self, max_norm: float, norm: torch.Tensor) -> None:
-        """Scale by min(1, max_norm / norm)."""
+        """Scale by min(1, max_norm / (norm + 1e-6))."""
         self._state.clip_gradients(max_norm, norm)
 
     def gradient_statistics(self) -> GradientStatistics | None:

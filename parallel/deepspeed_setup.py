@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import io
 import logging
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,8 +45,29 @@ def import_deepspeed(device_type: str) -> Any:
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
     if device_type == "cpu":
         # Otherwise the first engine compiles a shared-memory collective, for more than a minute, which gloo replaces.
-        deepspeed.ops.__compatible_ops__ = {}
+        ops: Any = deepspeed.ops
+        ops.__compatible_ops__ = {}
     return deepspeed
+
+
+def quiet() -> contextlib.redirect_stdout[io.StringIO]:
+    """Keep what DeepSpeed prints while it starts (its memory use, over and over) off standard output."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def swap_folder(path: str, rank: int) -> str:
+    """A folder of this process's own below `path`, for what it swaps out; removed when the process ends.
+
+    Raises ConfigError when the folder can't be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=f"meshloom-rank{rank}-", dir=path)
+    except OSError as error:
+        problem = Problem("parallel.offload_path", f"can't be written to ({error})", "name a folder on a fast local disk")
+        raise ConfigError([problem]) from error
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 class _OneByOne(nn.Module):
@@ -54,8 +81,8 @@ class _OneByOne(nn.Module):
         """The model's parameters, each whole on the device until the next one is asked for."""
         return _with_storage(*self._arguments)
 
-    def modules(self) -> Iterator[nn.Module]:
-        """The model's modules, hidden from Module's own bookkeeping."""
+    def modules(self) -> Iterator[nn.Module]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The model's modules, which are hidden from this one's own bookkeeping."""
         return self._arguments[0].modules()
 
 

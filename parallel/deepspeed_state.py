@@ -26,6 +26,8 @@ import torch.distributed as dist
 
 from .fragment import Fragment, boxes_of_flat_range
 
+foreach: Any = torch  # the _foreach functions have no types
+
 
 @dataclass(frozen=True)
 class Share:
@@ -72,13 +74,13 @@ class EngineState(ABC):
 
     def gradient_squares(self) -> torch.Tensor:
         """Sum of squares of this rank's gradient, fp64."""
-        norms = torch._foreach_norm(self.gradients())
+        norms = foreach._foreach_norm(self.gradients())
         return torch.stack(norms).double().square().sum()
 
     def clip_gradients(self, max_norm: float, norm: torch.Tensor) -> None:
-        """Scale by min(1, max_norm / norm)."""
+        """Scale by min(1, max_norm / (norm + 1e-6))."""
         gradients = self.gradients()
-        torch._foreach_mul_(gradients, (max_norm / norm).clamp(max=1.0).to(gradients[0]))
+        foreach._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0]))
 
     def arrays(self, group: int) -> dict[str, torch.Tensor]:
         """Role → flat tensor of a group: the master, and the optimizer's state that has its shape."""
@@ -137,8 +139,13 @@ class EngineState(ABC):
         """Which of the optimizer's parameter groups a flat group belongs to."""
         return index
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027 - most have nothing to forget
         """Forget copies that `fragments` made, where it had to make any."""
+
+
+def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """Shape of the whole parameter, which stage 3 keeps beside an emptied tensor."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _boxes(share: Share, arrays: dict[str, torch.Tensor]) -> Iterator[Fragment]:
@@ -271,9 +278,9 @@ class ShardedState(EngineState):
         return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
 
     def clip_gradients(self, max_norm: float, norm: torch.Tensor) -> None:
-        """Scale; on NVMe DeepSpeed does it in its step, by clip_grad / (norm + 1e-6), which is made to be max_norm / norm."""
+        """Scale; on NVMe DeepSpeed does it by the same formula in its step."""
         if self._optimizer.swap_optimizer:
-            self._optimizer.clip_grad = max_norm * (float(norm) + 1e-6) / float(norm)
+            self._optimizer.clip_grad = max_norm
         else:
             super().clip_gradients(max_norm, norm)
 

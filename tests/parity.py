@@ -16,9 +16,10 @@ from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch, Sample, deal
 from meshloom.models.llama import Llama
 from meshloom.optim.adamw import AdamW
 from meshloom.optim.parameters import NamedParameter, Shards
+from meshloom.parallel.engine import Engine
+from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
-from meshloom.parallel.torch_engine import TorchEngine
 
 VOCABULARY, SEQ_LEN = 61, 16
 
@@ -56,7 +57,7 @@ def sample(index: int, documents: bool = False) -> Sample:
     return Sample(tokens[:-1], targets, borders)
 
 
-def build(work: Work, world_size: int) -> TorchEngine:
+def build(work: Work, world_size: int) -> Engine:
     """An engine for this process of a run over `world_size`."""
     mesh = Mesh.connect(Layout.plan(work.parallel, world_size), torch.device("cpu"))
 
@@ -65,7 +66,7 @@ def build(work: Work, world_size: int) -> TorchEngine:
 
     with torch.device("meta"):
         model = Llama(**work.llama())
-    return TorchEngine(
+    return make_engine(
         model,
         mesh,
         optimizer,
@@ -76,7 +77,7 @@ def build(work: Work, world_size: int) -> TorchEngine:
     )
 
 
-def step(engine: TorchEngine, work: Work, number: int) -> tuple[float, float]:
+def step(engine: Engine, work: Work, number: int) -> tuple[float, float]:
     """One step on the samples that this step number has in every layout: (loss, gradient norm)."""
     mesh = engine.mesh
     shares = deal(GlobalBatch(number * work.samples, work.samples), mesh.data_rank, mesh.layout.data_size, work.micro)
@@ -92,7 +93,7 @@ def step(engine: TorchEngine, work: Work, number: int) -> tuple[float, float]:
     return float(loss.mean), float(norm)
 
 
-def train(work: Work, world_size: int) -> tuple[TorchEngine, list[float], list[float]]:
+def train(work: Work, world_size: int) -> tuple[Engine, list[float], list[float]]:
     """Train; returns the engine, the losses and the gradient norms."""
     engine = build(work, world_size)
     curve = [step(engine, work, number) for number in range(work.first_step, work.first_step + work.steps)]

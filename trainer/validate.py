@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,8 +14,9 @@ from ..config.checkpoint import checkpoint_problems
 from ..config.problems import ConfigError, Problem
 from ..config.validate import config_problems
 from ..optim.build import build_schedule
+from ..parallel.engines import engine_problems
 from ..parallel.layout import Layout, layout_problems
-from .build import Parts, build_data, build_horizon
+from .build import Parts, build_data, build_horizon, optimizer_factory
 
 
 def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
@@ -26,6 +28,9 @@ def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
     if world_size > 0:
         layout = layout_problems(parts.parallel, world_size)
         problems += layout or batch_problems(config.batch, Layout.plan(parts.parallel, world_size).data_size)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        make = optimizer_factory(config)
+        problems += _asked("optim", lambda: engine_problems(parts.parallel, config.precision, world_size, device, make))
     problems += checkpoint_problems(parts.checkpoint)
     problems += _asked("data", lambda: build_data(config).problems())
     if not any(problem.key.startswith(("trainer.", "data.")) for problem in problems):

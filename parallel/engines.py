@@ -1,0 +1,70 @@
+"""Which engine: the one place that knows there are two. Above it everything speaks `engine.Engine`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+from ..config.parallel import ParallelConfig
+from ..config.problems import Problem
+from ..models.llama import Llama
+from .deepspeed_config import deepspeed_problems
+from .deepspeed_engine import DeepSpeedEngine
+from .deepspeed_optimizer import OptimizerFactory, optimizer_problems
+from .engine import Engine
+from .mesh import Mesh
+from .torch_engine import TorchEngine
+
+ENGINES = ("torch", "deepspeed")
+
+
+def engine_problems(
+    parallel: ParallelConfig, precision: str, world_size: int, device_type: str, make_optimizer: OptimizerFactory
+) -> list[Problem]:
+    """Everything about the engine that can't be, before anything is started."""
+    if parallel.engine not in ENGINES:
+        return [Problem("parallel.engine", f"there is no '{parallel.engine}'", f"use {' or '.join(ENGINES)}")]
+    if parallel.engine == "torch":
+        return list(_torch_problems(parallel))
+    problems = deepspeed_problems(parallel, precision, world_size, device_type)
+    if importlib.util.find_spec("deepspeed") is None:
+        fix = "pip install 'meshloom[deepspeed]', or use parallel.engine=torch"
+        problems.append(Problem("parallel.engine", "DeepSpeed is not installed", fix))
+    return problems + optimizer_problems(make_optimizer)
+
+
+def _torch_problems(parallel: ParallelConfig) -> Iterator[Problem]:
+    if parallel.offload not in ("none", "cpu"):
+        fix = "use none or cpu, or parallel.engine=deepspeed for nvme"
+        yield Problem("parallel.offload", f"the torch engine can't offload to '{parallel.offload}'", fix)
+    if parallel.offload_weights != "none":
+        fix = "parallel.offload=cpu takes them along; or use parallel.engine=deepspeed"
+        yield Problem("parallel.offload_weights", "the torch engine does not offload weights apart", fix)
+    if parallel.deepspeed.config or parallel.deepspeed.cpu_adam:
+        yield Problem("parallel.deepspeed", "parallel.engine=torch does not read it", "use parallel.engine=deepspeed")
+
+
+def make_engine(
+    model: Llama,
+    mesh: Mesh,
+    make_optimizer: OptimizerFactory,
+    *,
+    parallel: ParallelConfig,
+    seed: int,
+    precision: str,
+    activation: str = "none",
+    compile_blocks: bool = False,
+    seq_len: int = 0,
+) -> Engine:
+    """The engine of `parallel.engine`, holding the model (which comes on the meta device) with its initial weights."""
+    settings: dict[str, Any] = {
+        "parallel": parallel,
+        "seed": seed,
+        "precision": precision,
+        "activation": activation,
+        "compile_blocks": compile_blocks,
+    }
+    if parallel.engine == "deepspeed":
+        return DeepSpeedEngine(model, mesh, make_optimizer, **settings)
+    return TorchEngine(model, mesh, make_optimizer, seq_len=seq_len, **settings)
