@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, task_overrides
+from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, register_schemas, task_overrides
 from ..config.problems import ConfigError, Problem
 
 BAD_CONFIG = 2
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as this command line says. Returns the exit code: 0 only if every run ended as asked, 2 for a bad config."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     switches = get_args_parser().parse_args(arguments)
+    register_schemas()
     try:
         _check(switches)
     except ConfigError as error:
@@ -34,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     codes: list[int] = []
 
     def task(config: DictConfig) -> None:
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a failed run shows where it failed
         codes.append(_run(config, switches))
 
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a failed run shows where it failed
     sys.argv = ["meshloom train", *arguments]
     hydra.main(version_base=HYDRA_VERSION, config_path=RECIPES, config_name=ROOT)(task)()
     failed = [number for number, code in enumerate(codes) if code]
@@ -47,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(switches: argparse.Namespace) -> None:
     """Refuse every job of this command line that can't be composed or, if it is to run, can't run."""
+    modes = {"--run": switches.run, "-m": switches.multirun, "--cfg": switches.cfg, "--info": switches.info}
+    chosen = [name for name, value in modes.items() if value]
+    if len(chosen) > 1:
+        raise ConfigError([Problem(" ".join(chosen), "exclude one another", "give one of them")])
     if switches.help or switches.hydra_help or switches.shell_completion or switches.experimental_rerun:
         return
     composer = Composer(switches.config_dir)
@@ -58,7 +63,7 @@ def _check(switches: argparse.Namespace) -> None:
         if switches.cfg is None and switches.info is None:
             from ..trainer.validate import run_problems
 
-            found = [*found, *run_problems(composition.config, processes(composition.config))]
+            found = [*found, *run_problems(composition.config, processes(composition.config)), *_machine(composition.config)]
         problems += [problem for problem in found if problem not in problems]
     if problems:
         raise ConfigError(problems)
@@ -88,6 +93,20 @@ def processes(config: DictConfig) -> int:
 
         return max(1, torch.cuda.device_count())
     return asked if isinstance(asked, int) and not isinstance(asked, bool) else 0
+
+
+def _machine(config: DictConfig) -> Iterator[Problem]:
+    """What this machine can't do."""
+    import torch
+
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else processes(config)
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < local:
+        fix = f"start at most {gpus}, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        yield Problem("launch.nproc", f"{local} processes for {gpus} GPU{'s' * (gpus > 1)}", fix)
+    if not under_torchrun() and config.launch.nodes != 1:
+        fix = "use `meshloom slurm`, or start torchrun on every node"
+        yield Problem("launch.nodes", "`meshloom train` starts the processes of one node", fix)
 
 
 def _run(config: DictConfig, switches: argparse.Namespace) -> int:

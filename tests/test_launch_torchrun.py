@@ -1,0 +1,75 @@
+"""The wrapper around torchrun: exit codes come through, and the cluster's signals reach the workers instead of killing them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from meshloom.launch.torchrun import environment
+
+WORKER = """
+import os, signal, sys, time
+folder, mode = sys.argv[1:]
+rank = os.environ["RANK"]
+if mode == "fail":
+    sys.exit(7 if rank == "1" else 0)
+asked = []
+signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+open(f"{folder}/ready-{rank}", "w").close()
+deadline = time.monotonic() + 60
+while not asked and time.monotonic() < deadline:
+    time.sleep(0.05)
+time.sleep(0.3)  # the save
+open(f"{folder}/saved-{rank}", "w").close()
+sys.exit(0 if asked else 1)
+"""
+
+
+def start(folder: Path, mode: str) -> subprocess.Popen[str]:
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    command = [
+        sys.executable,
+        "-m",
+        "meshloom.launch.torchrun",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+        str(folder),
+        mode,
+    ]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def test_exit_code_of_the_failed_worker(tmp_path: Path) -> None:
+    process = start(tmp_path, "fail")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 7, errors
+
+
+def test_sigterm_lets_the_workers_save_and_end(tmp_path: Path) -> None:
+    process = start(tmp_path, "wait")
+    deadline = time.monotonic() + 90
+    while len(list(tmp_path.glob("ready-*"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+def test_environment_shares_the_cores_and_isolates_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    plain = environment(["--nproc-per-node=1", "--max-restarts=0", "-m", "x"])
+    restarting = environment([f"--nproc-per-node={cores}", "--max-restarts=3"])
+    assert plain["OMP_NUM_THREADS"] == str(cores) and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in plain
+    assert restarting["OMP_NUM_THREADS"] == "1" and restarting["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
