@@ -50,6 +50,7 @@ setup(
         "parquet": ["pyarrow>=15"],
         "zstd": ["zstandard>=0.22"],
         "plots": ["matplotlib>=3.8"],
+        "fit": ["scipy>=1.12"],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
