@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ..models.attention import attend_documents
+from .ring import ring_forward
+
 POLICIES = ("none", "selective", "full", "offload")
 
 # The results of these are dear to compute and cheap to keep; everything else is computed again.
@@ -19,6 +22,8 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    attend_documents._opoverload,
+    ring_forward._opoverload,
 }
 
 

@@ -14,6 +14,7 @@ batch (rule R2): no factor depends on how the batch was cut.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
@@ -29,10 +30,12 @@ from ..models.llama import Llama
 from ..optim.parameters import NamedParameter, Shards
 from ..optim.statistics import GradientStatistics
 from .activation import apply_policy
+from .context import ContextParallel
 from .cost import balanced_stages
 from .engine import StepLoss
 from .fragment import Fragment
 from .mesh import Mesh
+from .moments import GradientMoments, Measure
 from .pipeline import Pipeline, StageInputs, TiedHead
 from .shards import MeshShards, Placed, local
 from .stages import carve, schedule_of
@@ -57,10 +60,12 @@ class TorchEngine:
         activation: str = "none",
         compile_blocks: bool = False,
         seq_len: int = 0,
+        measures: bool = False,
     ) -> None:
         """model: on the meta device; it is sharded, given storage and its initial weights here (rule R3).
 
         seq_len: positions per sample, for the balance of pipeline stages; 0: attention's cost is left out of it.
+        measures: whether steps may be asked for gradient statistics.
         """
         self.mesh = mesh
         self._zero = mesh.layout.zero
@@ -77,7 +82,10 @@ class TorchEngine:
         stages = list(self._stages.values())
         self.module: nn.Module = stages[0] if len(stages) == 1 else nn.ModuleList(stages)
         self._groups: list[FSDPModule] = []
+        self._context = ContextParallel(mesh, parallel.cp_kind) if mesh.layout.cp > 1 else None
         for stage in stages:
+            if self._context is not None:
+                self._context.apply(stage)
             if mesh.layout.tp > 1:
                 apply_tensor_parallelism(stage, mesh.axes["tp"], parallel.sequence_parallel)
             blocks = list(stage.layers.values())
@@ -112,9 +120,13 @@ class TorchEngine:
             )
             for name, placed in self._placed.items()
         ]
-        self.optimizer = make_optimizer(self._parameters, MeshShards(mesh, self._placed))
+        self._shards = MeshShards(mesh, self._placed)
+        self.optimizer = make_optimizer(self._parameters, self._shards)
         copies = torch.tensor([placed.copies for placed in self._placed.values()], dtype=torch.float64)
         self._per_copy = (1 / copies).to(mesh.device)
+        self._moments = GradientMoments(mesh, self._placed, stages) if measures else None
+        self._measured: torch.Tensor | None = None
+        self._measure = Measure.NOTHING
 
     def _shard(self, model: Llama, compute: torch.dtype) -> None:
         if compute == torch.bfloat16:
@@ -145,26 +157,42 @@ class TorchEngine:
         else:
             root.set_requires_all_reduce(last)
 
+    def _own(self, micro_batch: MicroBatch) -> tuple[MicroBatch, torch.Tensor | None]:
+        """This rank's part of a micro-batch, on its device, and the positions where those can't be told from it."""
+        if self._context is None:
+            return micro_batch.to(self.mesh.device), None
+        own = self._context.cut(micro_batch)
+        return own.micro_batch.to(self.mesh.device), own.positions_BT.to(self.mesh.device, non_blocking=True)
+
     def _stage_inputs(self, micro_batch: MicroBatch) -> StageInputs:
-        micro_batch = micro_batch.to(self.mesh.device)
+        micro_batch, positions_BS = self._own(micro_batch)
         documents = micro_batch.documents_BS
         shared = {} if documents is None else {"documents_BS": documents}
         batch, length = micro_batch.tokens_BS.shape
         if self._slices_sequences:
             # What passes between stages is a rank's slice, from whose length a stage can't tell the positions.
-            plain = torch.arange(length, device=self.mesh.device).expand(batch, length)
-            shared["positions_BS"] = plain if documents is None else positions(documents)
+            if positions_BS is None:
+                plain = torch.arange(length, device=self.mesh.device).expand(batch, length)
+                positions_BS = plain if documents is None else positions(documents)
             length //= self.mesh.layout.tp
+        if positions_BS is not None:
+            shared["positions_BS"] = positions_BS
         hidden = (batch, length, self._width)
         return StageInputs(micro_batch.tokens_BS, micro_batch.targets_BS, shared, hidden)
 
     def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:
-        micro_batch = micro_batch.to(self.mesh.device)
-        return self.module(micro_batch.tokens_BS, micro_batch.targets_BS, micro_batch.documents_BS)
+        micro_batch, positions_BS = self._own(micro_batch)
+        return self.module(micro_batch.tokens_BS, micro_batch.targets_BS, micro_batch.documents_BS, positions_BS)
 
-    def accumulate(self, micro_batches: Sequence[MicroBatch], global_tokens: torch.Tensor) -> StepLoss:
+    def accumulate(
+        self, micro_batches: Sequence[MicroBatch], global_tokens: torch.Tensor, measure: Measure = Measure.NOTHING
+    ) -> StepLoss:
         """Forward and backward of this rank's share."""
         assert micro_batches, "a rank without a micro-batch would leave its peers waiting in a collective"
+        self._measure = measure
+        if measure is not Measure.NOTHING:
+            assert self._moments is not None, "this engine was built without `measures`"
+            self._moments.begin(measure, [batch.valid_tokens for batch in micro_batches], global_tokens)
         if self._tied is not None:
             self._tied.fetch()
         if self._pipeline is not None:
@@ -197,7 +225,11 @@ class TorchEngine:
         norms = torch.stack(torch._foreach_norm(self._gradients())).double()
         present = torch.tensor([p.tensor.grad is not None for p in self._parameters])
         squares = (norms.square() * self._per_copy[present.to(self._per_copy.device)]).sum()
-        return self.mesh.sum(squares).sqrt()
+        if self._moments is None or self._measure is Measure.NOTHING:
+            return self.mesh.sum(squares).sqrt()
+        sums = self.mesh.sum(torch.stack([squares, self._moments.squares()]))  # one collective for both
+        self._measured = sums
+        return sums[0].sqrt()
 
     @torch.no_grad()
     def clip(self, max_norm: float, norm: torch.Tensor) -> None:
@@ -205,9 +237,21 @@ class TorchEngine:
         gradients = self._gradients()
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].dtype))
 
-    def gradient_statistics(self) -> GradientStatistics | None:
-        """Not estimated by this engine's plain accumulation."""
-        return None
+    @torch.no_grad()
+    def gradient_statistics(self, samples: int) -> GradientStatistics | None:
+        """The measured moments. Waits for the device: a controller must know them before the next step begins."""
+        if self._moments is None or self._measured is None:
+            return None
+        square, moments = self._measured.tolist()
+        self._measured = None
+        projection = None
+        if self._measure is Measure.PROJECTIONS:
+            gathers = [functools.partial(self._shards.gather, p, cast(torch.Tensor, p.tensor.grad)) for p in self._parameters]
+            projection = float(self._moments.projection_square(gathers))
+        workers = self._moments.workers
+        if workers < 2:
+            return None
+        return GradientStatistics(moments, square, workers, samples / workers, projection)
 
     def update(self, lr: float) -> None:
         """One optimizer step."""
@@ -235,7 +279,8 @@ class TorchEngine:
         # Without a backward pass nobody frees the gathered weights, and the next step would use them, stale.
         for group in self._groups:
             group.reshard()
-        return StepLoss(self._over_batch(total), self.mesh.sum(tokens, "data"), {})
+        # The ranks that share samples have each counted the whole of them.
+        return StepLoss(self._over_batch(total), self.mesh.sum(tokens, "data") / self.mesh.layout.cp, {})
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's boxes of weights and of the optimizer's tensors that have a weight's shape."""

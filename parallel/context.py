@@ -1,0 +1,125 @@
+"""Context parallelism: every sample cut over the `cp` ranks, which find each other again inside attention.
+
+    parallel.cp_kind  a rank holds                            attention
+    ring              two parts, zig-zag (`ring_plan.held`)   keys travel between ranks (`ring.py`)
+    ulysses           one contiguous part                     heads are exchanged for positions (`ulysses.py`)
+
+Everything but attention works on a rank's own positions, and the loss is a sum over tokens, so the ranks' losses and
+gradients add up to the whole samples' (rule R2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from ..config.parallel import ParallelConfig
+from ..config.problems import Problem
+from ..data.batch import MicroBatch
+from ..models.attention import attend, positions
+from ..models.llama import Llama
+from .mesh import Mesh
+from .ring import Ring, ring_attend
+from .ring_plan import held
+from .ulysses import ulysses_attend
+
+KINDS = ("ring", "ulysses")
+
+
+class Shape(Protocol):
+    """What must divide: the fields of `LlamaConfig` and of `Llama`."""
+
+    heads: int
+    kv_heads: int
+
+
+def context_problems(shape: Shape, parallel: ParallelConfig, seq_len: int) -> list[Problem]:
+    """Everything that keeps samples of `seq_len` positions from being cut `parallel.cp` ways."""
+    kind, cp = parallel.cp_kind, parallel.cp
+    if kind not in KINDS:
+        return [Problem("parallel.cp_kind", f"{kind!r} does not exist", f"use {' or '.join(KINDS)}")]
+    if cp < 2:
+        return []
+    problems: list[Problem] = []
+    unit = 2 * cp if kind == "ring" else cp
+    if seq_len % unit:
+        longer = -(-seq_len // unit) * unit
+        message = f"samples of {seq_len} positions (data.seq_len) can't be cut into {unit} equal parts"
+        problems.append(Problem("parallel.cp", message, f"use data.seq_len={longer}, or another parallel.cp"))
+    heads = shape.heads // parallel.tp
+    if kind == "ulysses" and heads % cp:
+        legal = [n for n in range(1, heads + 1) if heads % n == 0]
+        after = f" that parallel.tp={parallel.tp} leaves on a rank" if parallel.tp > 1 else ""
+        message = f"{heads} attention heads (model.heads){after} can't be dealt to {cp} ranks"
+        fix = f"use parallel.cp_kind=ring, or parallel.cp={' or '.join(map(str, legal))}"
+        problems.append(Problem("parallel.cp_kind", message, fix))
+    return problems
+
+
+@dataclass(frozen=True)
+class ContextSlice:
+    """A rank's part of a micro-batch: T = S / cp positions.
+
+    micro_batch   tokens and targets (B, T); `documents_BS` still of the whole rows, (B, S), for attention needs them
+    positions_BT  int64: where each position lies in its document (its sample, without documents)
+    """
+
+    micro_batch: MicroBatch
+    positions_BT: torch.Tensor
+
+
+class ContextParallel:
+    """Cuts micro-batches over the cp axis of a mesh, and gives the model the attention that knows of it."""
+
+    def __init__(self, mesh: Mesh, kind: str) -> None:
+        """Every rank of the cp axis makes one at the same time: the first message needs all of them."""
+        assert kind in KINDS, kind
+        self._kind, self._size, self._index = kind, mesh.layout.cp, mesh.coordinates["cp"]
+        self._group = mesh.group("cp")
+        self._ring = Ring(tuple(dist.get_process_group_ranks(self._group)), self._index, self._group)
+        mesh.sum(torch.zeros((), device=mesh.device), "cp")
+
+    def apply(self, model: Llama) -> None:
+        """Put the attention into every block of a model or pipeline stage."""
+        for block in model.layers.values():
+            block.attention.attend = self.attend  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+
+    def attend(
+        self,
+        q_BTHD: torch.Tensor,
+        k_BTKD: torch.Tensor,
+        v_BTKD: torch.Tensor,
+        documents_BS: torch.Tensor | None = None,
+        *,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """Causal attention of this rank's positions over the whole samples; documents are those of the whole samples."""
+        if self._kind == "ulysses":
+            group = self._group
+            return ulysses_attend(q_BTHD, k_BTKD, v_BTKD, documents_BS, group=group, attend=attend, scale=scale)
+        length = q_BTHD.shape[1] * self._size
+        return ring_attend(q_BTHD, k_BTKD, v_BTKD, documents_BS, length=length, ring=self._ring, scale=scale)
+
+    def cut(self, micro_batch: MicroBatch) -> ContextSlice:
+        """This rank's part. Copies just that; call it before the micro-batch goes to the device."""
+        length = micro_batch.tokens_BS.shape[1]
+        documents_BS = micro_batch.documents_BS
+        if documents_BS is None:
+            positions_BS = torch.arange(length, device=micro_batch.tokens_BS.device).expand_as(micro_batch.tokens_BS)
+        else:
+            positions_BS = positions(documents_BS)
+        if self._kind == "ring":
+            parts = held(length, self._size, self._index)
+        else:
+            share = length // self._size
+            parts = [range(self._index * share, (self._index + 1) * share)]
+
+        def cut(x_BS: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x_BS[:, part.start : part.stop] for part in parts], dim=1)
+
+        return ContextSlice(
+            MicroBatch(cut(micro_batch.tokens_BS), cut(micro_batch.targets_BS), documents_BS), cut(positions_BS)
+        )
