@@ -87,6 +87,8 @@ class Save:
         self._ended = threading.Event()
         self._arena: Arena | None = None
         self._token = ""
+        self._layouts: list[FileLayout] = []  # of all ranks, and the arrays: this save's, whatever later saves plan
+        self._arrays: dict[str, StoredArray] = {}
 
     @property
     def ended(self) -> bool:
@@ -155,7 +157,7 @@ class Save:
         reach("report.before")
         self.talk.post("report", json.dumps(message).encode())
         if self.talk.control.rank == 0:
-            manifest = self._manifest(plans)
+            manifest = self._manifest()
             tools.target.commit(manifest, self._token)
             verdict = {"bytes": manifest.bytes, "pruned": self._prune(tools)}
             self.talk.announce("verdict", json.dumps(verdict).encode())
@@ -194,6 +196,7 @@ class Save:
             for rank, pieces in enumerate(plan.pieces):
                 rows = [[piece.source, piece.box.offsets, piece.box.shape] for piece in pieces]
                 self.talk.announce(f"pieces/{rank}", json.dumps(rows, separators=(",", ":")).encode())
+        self._layouts, self._arrays = plans.layouts, plans.arrays
         token = new_token()
         tools.target.begin(self.step, token)
         self._token = token
@@ -203,16 +206,16 @@ class Save:
     def _own_pieces(self) -> list[tuple[int, list[int], list[int]]]:
         return json.loads(self.talk.hear(f"pieces/{self.talk.control.rank}"))
 
-    def _manifest(self, plans: Plans) -> Manifest:
+    def _manifest(self) -> Manifest:
         """Stage 5, the coordinator's part: what the ranks say they wrote must be what the plan says."""
         messages: list[dict[str, Any]] = [json.loads(text) for text in self.talk.collect("report")]
         files: list[StoredFile] = []
-        for rank, (message, layout) in enumerate(zip(messages, plans.layouts, strict=True)):
+        for rank, (message, layout) in enumerate(zip(messages, self._layouts, strict=True)):
             if message.get("bytes", 0) != layout.bytes:
                 raise CheckpointError(f"rank {rank} wrote {message.get('bytes', 0)} bytes, the plan has {layout.bytes} for it")
             if message:
                 files.append(StoredFile(message["name"], message["bytes"], message["leaves"], message["blocks"]))
-        return Manifest(self.step, len(messages), self.state, files, plans.arrays)
+        return Manifest(self.step, len(messages), self.state, files, self._arrays)
 
     def _prune(self, tools: Tools) -> list[str]:
         """Retention comes after the commit and can't undo it."""

@@ -1,0 +1,304 @@
+"""A save becomes a checkpoint all at once or not at all; the newest complete one is found; failures are said and counted."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_worlds import fragments, holds, make_arrays, together
+
+from meshloom.checkpoint import faults
+from meshloom.checkpoint.checkpointer import Checkpointer
+from meshloom.checkpoint.control import Control
+from meshloom.checkpoint.errors import CheckpointError, DamageError
+from meshloom.checkpoint.files import open_files
+from meshloom.checkpoint.folder import find_latest, steps_newest_first
+from meshloom.checkpoint.restore import restore
+from meshloom.config.checkpoint import CheckpointConfig
+from meshloom.config.problems import ConfigError
+from meshloom.parallel.fragment import Box, Fragment
+
+
+@pytest.fixture(autouse=True)
+def no_faults_left() -> Iterator[None]:
+    yield
+    faults.install(None)
+
+
+def open_run(folder: Path, **config: object) -> Checkpointer:
+    return Checkpointer(folder, Control.alone(), CheckpointConfig(**{"mode": "sync", "keep": 0, "timeout": 20.0, **config}))
+
+
+def save_steps(folder: Path, *steps: int, **config: object) -> None:
+    run = open_run(folder, **config)
+    for step in steps:
+        run.save(step, fragments(make_arrays(step), 1, 0)[0], {"step": step}, required=True)
+        run.before_update()
+    run.finish()
+
+
+def restored_step(folder: Path) -> int:
+    ranks = fragments(make_arrays(), 1, 0, blank=True)
+    report = restore(folder, ranks[0], Control.alone())
+    assert holds(ranks, make_arrays(report.step))
+    return report.step
+
+
+def test_the_newest_complete_step_is_found_and_the_rest_ignored(tmp_path: Path) -> None:
+    assert find_latest(tmp_path) is None
+    assert find_latest(tmp_path / "absent") is None
+    save_steps(tmp_path, 1, 2, 3)
+    assert find_latest(tmp_path) == tmp_path / "step-00000003"
+    (tmp_path / "step-00000009.tmp-abcdef").mkdir()
+    (tmp_path / "step-00000008").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    assert find_latest(tmp_path) == tmp_path / "step-00000003"
+    assert (tmp_path / "LATEST").read_text() == "step-00000003\n"
+    (tmp_path / "LATEST").unlink()
+    assert find_latest(tmp_path) == tmp_path / "step-00000003"
+    (tmp_path / "step-00000003/rank-00000.safetensors").unlink()
+    assert find_latest(tmp_path) == tmp_path / "step-00000002"
+
+
+def test_a_run_that_was_set_back_goes_on_from_where_it_was_last(tmp_path: Path) -> None:
+    save_steps(tmp_path, 10, 20, 30)
+    save_steps(tmp_path, 15)
+    assert steps_newest_first(open_files(tmp_path))[0] == "step-00000015"
+    save_steps(tmp_path, 20)
+    assert restored_step(tmp_path) == 20
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save_steps(tmp_path, 5)
+    run = open_run(tmp_path)
+    run.save(5, fragments(make_arrays(77), 1, 0)[0], {"again": True})
+    run.finish()
+    ranks = fragments(make_arrays(), 1, 0, blank=True)
+    assert restore(tmp_path, ranks[0], Control.alone()).state == {"again": True}
+    assert holds(ranks, make_arrays(77))
+    assert sorted(path.name for path in tmp_path.iterdir() if "step" in path.name) == ["step-00000005"]
+
+
+def test_retention_keeps_the_newest_and_never_the_last_good_one_alone(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2, 3, 4, keep=2)
+    assert steps_newest_first(open_files(tmp_path)) == ["step-00000004", "step-00000003"]
+    (tmp_path / "step-00000004/rank-00000.safetensors").write_bytes(b"short")
+    save_steps(tmp_path, 5, keep=2)
+    assert steps_newest_first(open_files(tmp_path)) == ["step-00000005", "step-00000004", "step-00000003"]
+
+
+def test_two_runs_on_one_folder_are_refused(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    with pytest.raises(CheckpointError, match="another run is saving into this folder"):
+        open_run(tmp_path)
+    run.close()
+    open_run(tmp_path).close()
+
+
+def test_leftovers_of_crashed_saves_are_cleared_and_a_half_done_exchange_is_undone(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "step-00000003.tmp-0123456789ab").mkdir()
+    (tmp_path / "step-00000001.deleted-01234567").mkdir()
+    (tmp_path / "step-00000002").rename(tmp_path / "step-00000002.replaced-01234567")
+    open_run(tmp_path).close()
+    assert sorted(path.name for path in tmp_path.iterdir() if "step" in path.name) == ["step-00000001", "step-00000002"]
+
+
+def test_a_full_disk_aborts_the_save_on_every_rank_and_training_goes_on(tmp_path: Path) -> None:
+    def full(boundary: str, amount: int) -> int:
+        if boundary == "data.write.before":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return amount
+
+    ranks = fragments(make_arrays(), 2, 1)
+
+    def body(control: Control) -> list[str]:
+        run = Checkpointer(tmp_path, control, CheckpointConfig(mode="sync", timeout=20))
+        run.save(1, ranks[control.rank], {})
+        if control.rank == 0:
+            faults.install(full)
+        together_again(control)
+        run.save(2, ranks[control.rank], {})
+        together_again(control)
+        faults.install(None)
+        run.save(3, ranks[control.rank], {})
+        return [report.outcome for report in run.poll()] + [report.outcome for report in run.finish()]
+
+    def together_again(control: Control) -> None:
+        talk = control.begin("test", 20)
+        talk.post("here")
+        if control.rank == 0:
+            talk.collect("here")
+            talk.announce("go", b"")
+        talk.hear("go")
+
+    assert together(2, body) == [["committed", "failed", "committed"]] * 2
+    assert steps_newest_first(open_files(tmp_path)) == ["step-00000003", "step-00000001"]
+    assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
+
+
+def test_failures_in_a_row_stop_the_run_and_a_failed_last_save_is_never_success(tmp_path: Path) -> None:
+    def broken(boundary: str, amount: int) -> int:
+        if boundary == "manifest.write.before":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return amount
+
+    run = open_run(tmp_path, failures=2)
+    faults.install(broken)
+    ranks = fragments(make_arrays(), 1, 0)
+    run.save(1, ranks[0], {})
+    assert [report.outcome for report in run.poll()] == ["failed"]
+    run.save(2, ranks[0], {})
+    with pytest.raises(CheckpointError, match="2 saves in a row failed"):
+        run.poll()
+    with pytest.raises(CheckpointError, match="the last save, at step 2, failed"):
+        run.finish()
+
+
+def test_a_silent_rank_ends_the_save_of_the_others_by_time_out(tmp_path: Path) -> None:
+    ranks = fragments(make_arrays(), 2, 1)
+
+    def body(control: Control) -> str:
+        run = Checkpointer(tmp_path, control, CheckpointConfig(mode="sync", timeout=0.3))
+        if control.rank == 1:
+            run.close()
+            return "silent"
+        run.save(1, ranks[0], {})
+        reason = run.poll()[0].reason
+        run.close()
+        return reason
+
+    assert "missing: rank 1" in together(2, body)[0]
+    assert find_latest(tmp_path) is None
+
+
+def test_holes_and_contradictions_between_ranks_are_refused(tmp_path: Path) -> None:
+    def outcome(ranks: list[list[Fragment]]) -> str:
+        def body(control: Control) -> str:
+            run = Checkpointer(tmp_path, control, CheckpointConfig(mode="sync", timeout=20))
+            run.save(1, ranks[control.rank], {})
+            report = run.poll()[0]
+            run.close()
+            return report.outcome + " " + report.reason
+
+        return together(2, body)[0]
+
+    def part(low: int, high: int, shape: tuple[int, ...] = (8, 2), dtype: torch.dtype = torch.float32) -> Fragment:
+        return Fragment("w", "weight", shape, Box((low, 0), (high - low, 2)), torch.zeros(high - low, 2, dtype=dtype))
+
+    assert outcome([[part(0, 4)], [part(4, 8)]]).startswith("committed")
+    assert "weight/w" in outcome([[part(0, 4)], [part(5, 8)]])
+    assert "rank 1 holds it as" in outcome([[part(0, 4)], [part(4, 8, dtype=torch.float64)]])
+    assert outcome([[part(0, 5)], [part(0, 8)]]).startswith("committed")  # overlapping, but one of them is enough
+
+
+def test_the_plan_is_made_anew_when_only_one_rank_changes(tmp_path: Path) -> None:
+    arrays = make_arrays()
+    first, second = fragments(arrays, 2, 1), fragments(make_arrays(1), 2, 1)
+    extra = torch.randn(3)
+    second[1].append(Fragment("late", "weight", (3,), Box.whole((3,)), extra))
+
+    def body(control: Control) -> None:
+        run = Checkpointer(tmp_path, control, CheckpointConfig(mode="async", timeout=20))
+        for step, ranks in ((1, first), (2, second), (3, first)):
+            run.save(step, ranks[control.rank], {}, required=True)
+            run.before_update()
+        run.finish()
+
+    together(2, body)
+    back = torch.zeros(3)
+    report = restore(
+        tmp_path / "step-00000002", [Fragment("late", "weight", (3,), Box.whole((3,)), back)], Control.alone(), strict=False
+    )
+    assert torch.equal(back, extra)
+    assert len(report.unused) == len(arrays)
+
+
+@pytest.mark.parametrize("what", ["flip", "cut", "zero", "missing", "leaves", "manifest"])
+def test_damage_is_named_and_an_older_step_is_taken(tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture) -> None:
+    save_steps(tmp_path, 1, 2)
+    step = tmp_path / "step-00000002"
+    data = step / "rank-00000.safetensors"
+    size = data.stat().st_size
+    if what == "flip":
+        content = bytearray(data.read_bytes())
+        content[-100] ^= 4
+        data.write_bytes(content)
+    elif what == "cut":
+        os.truncate(data, size - 1)
+    elif what == "zero":
+        data.write_bytes(data.read_bytes()[:-500] + bytes(500))
+    elif what == "missing":
+        data.unlink()
+    elif what == "leaves":
+        leaves = bytearray((step / "rank-00000.leaves").read_bytes())
+        leaves[0] ^= 1
+        (step / "rank-00000.leaves").write_bytes(leaves)
+    else:
+        (step / "manifest.json").write_text((step / "manifest.json").read_text().replace('"step": 2', '"step": 3'))
+    ranks = fragments(make_arrays(), 1, 0, blank=True)
+    with pytest.raises(DamageError, match="manifest.json" if what == "manifest" else "rank-00000"):
+        restore(step, ranks[0], Control.alone())
+    assert all(bool((f.tensor == 77).all()) for f in ranks[0])
+    assert restored_step(tmp_path) == 1
+    assert "is passed over" in caplog.text
+
+
+def test_a_slow_disk_skips_saves_within_the_memory_given_but_never_a_required_one(tmp_path: Path) -> None:
+    def slow(boundary: str, amount: int) -> int:
+        if boundary == "report.before":
+            time.sleep(0.15)
+        return amount
+
+    faults.install(slow)
+    run = open_run(tmp_path, mode="async", host_memory_gib=2.1 / 1024)
+    ranks = fragments(make_arrays(), 1, 0)
+    outcomes: list[str] = []
+    for step in range(1, 6):
+        run.save(step, ranks[0], {})
+        run.before_update()
+        outcomes += [report.outcome for report in run.poll()]
+    run.save(6, ranks[0], {}, required=True)
+    run.before_update()
+    reports = run.finish()
+    outcomes += [report.outcome for report in reports]
+    assert "skipped" in outcomes
+    assert outcomes[0] == "committed"
+    assert reports[-1].step == 6
+    assert reports[-1].outcome == "committed"
+    assert max(report.host_memory_bytes for report in reports) <= 2.1 * 2**20
+
+
+def test_a_snapshot_larger_than_the_memory_given_is_refused_with_the_key(tmp_path: Path) -> None:
+    run = open_run(tmp_path, host_memory_gib=1e-6)
+    run.save(1, fragments(make_arrays(), 1, 0)[0], {})
+    assert "checkpoint.host_memory_gib" in run.poll()[0].reason
+    run.close()
+
+
+def test_a_snapshot_is_of_the_values_before_the_update(tmp_path: Path) -> None:
+    run = open_run(tmp_path, mode="async")
+    ranks = fragments(make_arrays(), 1, 0)
+    for step in (1, 2, 3):
+        for fragment in ranks[0]:
+            fragment.tensor.fill_(step)
+        run.save(step, ranks[0], {}, required=True)
+        run.before_update()
+        for fragment in ranks[0]:
+            fragment.tensor.fill_(99)
+    run.finish()
+    for step in (1, 2, 3):
+        back = fragments(make_arrays(), 1, 0, blank=True)
+        restore(tmp_path / f"step-{step:08d}", back[0], Control.alone())
+        assert all(bool((f.tensor == step).all()) for f in back[0])
+
+
+def test_a_bad_config_names_its_keys(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        open_run(tmp_path, mode="later", keep=-1)
+    assert {problem.key for problem in error.value.problems} == {"checkpoint.mode", "checkpoint.keep"}
