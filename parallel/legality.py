@@ -1,0 +1,208 @@
+"""Whether a layout can run a model at all, asked before anything is started, and which ones near it can."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..config.parallel import ParallelConfig
+from ..config.problems import Problem
+from .context import KINDS, context_problems
+from .layout import Layout, layout_problems
+from .stages import SCHEDULES, legal_micro_batches, near_micro_batches, schedule_of, stage_count
+from .tensor import tensor_problems
+
+
+@dataclass
+class Work:
+    """What a layout has to carry: the model's shape, the batch, and what the blocks do about memory and speed.
+
+    samples     global batch; None: it changes during the run, and its controller keeps to legal sizes
+    vocabulary  None: the data's tokenizer will say
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn_dim: int
+    vocabulary: int | None
+    seq_len: int
+    micro: int
+    samples: int | None
+    activation: str = "none"
+    compile: bool = False
+
+
+def layout_and_model_problems(parallel: ParallelConfig, work: Work, world_size: int) -> list[Problem]:
+    """Everything that keeps the torch engine from running this work in this layout on this many processes.
+
+    Where something does, the last problem names the nearest layouts that can.
+    """
+    problems = list(_problems(parallel, work, world_size))
+    if problems:
+        near = near_layouts(parallel, work, world_size)
+        if near:
+            problems.append(Problem("parallel", "other layouts can run this work", f"nearest: {'; or '.join(near)}"))
+    return problems
+
+
+def _problems(parallel: ParallelConfig, work: Work, world_size: int) -> Iterator[Problem]:
+    sizes = layout_problems(parallel, world_size)
+    if sizes:
+        yield from sizes
+        return
+    yield from tensor_problems(work, parallel, work.seq_len)
+    yield from context_problems(work, parallel, work.seq_len)
+    stages = list(_stage_problems(parallel, work.layers))
+    yield from stages
+    if parallel.pp > 1 and not stages:
+        yield from _schedule_problems(parallel, work, Layout.plan(parallel, world_size).data_size)
+
+
+def _stage_problems(parallel: ParallelConfig, layers: int) -> Iterator[Problem]:
+    """What is wrong with the pipeline's schedule, stages and their layers."""
+    if parallel.schedule not in SCHEDULES:
+        near = difflib.get_close_matches(parallel.schedule, SCHEDULES, 1)
+        fix = f"did you mean {near[0]}?" if near else f"use {', '.join(SCHEDULES)}"
+        yield Problem("parallel.schedule", f"there is no '{parallel.schedule}'", fix)
+        return
+    if parallel.pp == 1:
+        for key in ("stages_per_rank", "stage_layers"):
+            if getattr(parallel, key) is not None:
+                yield Problem(f"parallel.{key}", "there are no stages with parallel.pp=1", "leave it null, or set parallel.pp")
+        return
+    chosen, per_rank = schedule_of(parallel), parallel.stages_per_rank
+    if per_rank is not None and (per_rank < 1 or (chosen.fixed and per_rank != chosen.stages_per_rank)):
+        told = f"exactly {chosen.stages_per_rank}" if chosen.fixed else "at least 1"
+        message = f"{parallel.schedule} takes {told} per rank, not {per_rank}"
+        other = "interleaved or zb" if chosen.fixed else "1f1b"
+        fix = f"leave it null, or use parallel.schedule={other}"
+        yield Problem("parallel.stages_per_rank", message, fix)
+        return
+    if parallel.schedule == "interleaved" and per_rank == 1:
+        yield Problem("parallel.stages_per_rank", "one stage per rank has nothing to interleave", "use parallel.schedule=1f1b")
+        return
+    stages = stage_count(parallel)
+    if stages > layers:
+        most = layers // (stages // parallel.pp)
+        fix = f"use parallel.pp={most} or less" if most else "use parallel.schedule=1f1b"
+        yield Problem("parallel.pp", f"{layers} layers (model.layers) can't fill {stages} stages of {parallel.schedule}", fix)
+    elif parallel.stage_layers is not None:
+        given = list(parallel.stage_layers)
+        if len(given) != stages:
+            message = f"names {len(given)} stages, but {parallel.schedule} on {parallel.pp} ranks has {stages}"
+            yield Problem("parallel.stage_layers", message, f"give {stages} numbers, or null to balance them by cost")
+        elif min(given) < 1:
+            yield Problem("parallel.stage_layers", f"{given} leaves a stage without a layer", "give every stage 1 or more")
+        elif sum(given) != layers:
+            message = f"{given} adds up to {sum(given)} layers, but model.layers={layers}"
+            yield Problem("parallel.stage_layers", message, "make them add up, or null to balance them by cost")
+
+
+def _schedule_problems(parallel: ParallelConfig, work: Work, data_size: int) -> Iterator[Problem]:
+    """What the schedule can't do with this work."""
+    other = "use parallel.schedule=1f1b or interleaved"
+    if schedule_of(parallel).splits_backward:
+        halves = f"{parallel.schedule} runs the backward pass in two halves"
+        if work.compile:
+            yield Problem("trainer.compile", f"{halves}, and compiled blocks can't", f"set it to false, or {other}")
+        if work.activation == "selective":
+            message = f"{halves}, and selective checkpointing allows one"
+            yield Problem("trainer.activation", message, f"use none, full or offload, or {other}")
+    if work.samples is None or work.samples % (work.micro * data_size):
+        return
+    count = work.samples // (work.micro * data_size)
+    if not legal_micro_batches(parallel, count):
+        near = near_micro_batches(parallel, count)
+        sizes = " or ".join(str(number * work.micro * data_size) for number in near)
+        smaller = next((m for m in range(work.micro - 1, 0, -1) if _counts(parallel, work, data_size, m)), None)
+        finer = f", or batch.micro={smaller}" if smaller else ""
+        message = (
+            f"gives every rank {count} micro-batches, which {parallel.schedule} can't run on {stage_count(parallel)} stages"
+        )
+        yield Problem(f"batch.samples={work.samples}", message, f"use {sizes}{finer}")
+
+
+def _counts(parallel: ParallelConfig, work: Work, data_size: int, micro: int) -> bool:
+    """Whether batch.micro=`micro` cuts the batch into whole micro-batches whose number the schedule can run."""
+    assert work.samples is not None
+    count, rest = divmod(work.samples, micro * data_size)
+    return not rest and legal_micro_batches(parallel, count)
+
+
+def micro_batch_unit(parallel: ParallelConfig) -> int:
+    """A number whose every multiple is a legal number of micro-batches: what a changing batch size must keep to."""
+    if parallel.pp == 1 or parallel.schedule in ("gpipe", "zbv"):
+        return 1
+    return stage_count(parallel) if parallel.schedule == "dualpipev" else parallel.pp
+
+
+def near_layouts(parallel: ParallelConfig, work: Work, world_size: int, most: int = 3) -> list[str]:
+    """The overrides of the legal layouts nearest to an illegal one, nearest first; empty where none is legal.
+
+    Distance: doublings of tp, pp, cp and replicate, and 1 for every other key changed.
+    """
+    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    legal: list[tuple[float, dict[str, str]]] = []
+    for tp, pp, cp in itertools.product(divisors, repeat=3):
+        if world_size % (tp * pp * cp):
+            continue
+        for candidate in _variants(replace(parallel, tp=tp, pp=pp, cp=cp), world_size // (tp * pp * cp)):
+            if next(_problems(candidate, work, world_size), None) is None and _deals(candidate, work, world_size):
+                legal.append((_distance(parallel, candidate), _changes(parallel, candidate)))
+    chosen: list[dict[str, str]] = []
+    for _, changes in sorted(legal, key=lambda found: found[0]):
+        # One that changes what a nearer one does, and more besides, has nothing to offer.
+        if len(chosen) < most and not any(nearer.items() <= changes.items() for nearer in chosen):
+            chosen.append(changes)
+    return [" ".join(f"{key}={value}" for key, value in changes.items()) for changes in chosen]
+
+
+def _deals(parallel: ParallelConfig, work: Work, world_size: int) -> bool:
+    unit = work.micro * Layout.plan(parallel, world_size).data_size
+    return work.samples is None or work.samples % unit == 0
+
+
+def _variants(sized: ParallelConfig, data: int) -> Iterator[ParallelConfig]:
+    """Layouts of these sizes: as asked, and with other values of the keys that may stand in the way."""
+    options: dict[str, list[Any]] = {
+        "zero": [sized.zero if sized.zero in (0, 1, 2, 3) else 3],
+        "replicate": [n for n in (sized.replicate, 1) if n > 0 and data % n == 0],
+        "schedule": [name for name in (sized.schedule, "1f1b", "interleaved", "gpipe") if name in SCHEDULES],
+        "cp_kind": [kind for kind in (sized.cp_kind, "ring") if kind in KINDS],
+        "sequence_parallel": [sized.sequence_parallel, False],
+        "stages_per_rank": [sized.stages_per_rank, None],
+        "stage_layers": [sized.stage_layers, None],
+    }
+    if sized.pp == 1 and sized.schedule in SCHEDULES:
+        options["schedule"] = [sized.schedule]
+    if sized.cp == 1 and sized.cp_kind in KINDS:
+        options["cp_kind"] = [sized.cp_kind]
+    if sized.tp == 1:
+        options["sequence_parallel"] = [sized.sequence_parallel]
+    distinct = [[value for at, value in enumerate(values) if value not in values[:at]] for values in options.values()]
+    for values in itertools.product(*distinct):
+        yield replace(sized, **dict(zip(options, values, strict=True)))
+
+
+_SIZES = ("tp", "pp", "cp", "replicate")
+_OTHERS = ("zero", "schedule", "cp_kind", "sequence_parallel", "stages_per_rank", "stage_layers")
+
+
+def _distance(asked: ParallelConfig, given: ParallelConfig) -> float:
+    sizes = sum(abs(math.log2(max(1, getattr(asked, key))) - math.log2(getattr(given, key))) for key in _SIZES)
+    return sizes + sum(getattr(asked, key) != getattr(given, key) for key in _OTHERS)
+
+
+def _changes(asked: ParallelConfig, given: ParallelConfig) -> dict[str, str]:
+    """The overrides that turn one into the other."""
+
+    def written(value: object) -> str:
+        return "null" if value is None else str(value).lower()
+
+    changed = [key for key in (*_SIZES, *_OTHERS) if getattr(asked, key) != getattr(given, key)]
+    return {f"parallel.{key}": written(getattr(given, key)) for key in changed}
