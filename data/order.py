@@ -12,10 +12,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config.hashing import hash64, mix64, mix64_array
+from ..config.hashing import hash64, mix64, mix64_array, stream64
 from .batch import Sample
 
 _ROUNDS = 8
+_TABLE = 4096  # sets up to this size are sorted by hash: a network over so few values reaches only some of their orders
 
 
 class Permutation:
@@ -24,6 +25,7 @@ class Permutation:
     A generalised Feistel network (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, method 3) over
     Z_a × Z_b with a·b ≥ size, a ≈ b ≈ √size: rounds add a hash of one half to the other half, by turns. What falls
     outside [0, size) is sent through again (cycle walking); a·b − size < √size + 1, so that hardly ever happens.
+    Small sets have a table instead, of at most 32 KiB.
     """
 
     def __init__(self, size: int, key: int) -> None:
@@ -31,7 +33,8 @@ class Permutation:
             raise ValueError(f"a permutation of {size} items; at least 1 is needed")
         self.size = size
         self.key = key
-        self._rows = max(1, math.isqrt(size))
+        self._table = np.argsort(stream64(hash64(key), size), kind="stable") if size <= _TABLE else None
+        self._rows = math.isqrt(size)
         self._columns = -(-size // self._rows)
         self._keys = [hash64(key, number) for number in range(_ROUNDS)]
 
@@ -39,6 +42,8 @@ class Permutation:
         """Where `index` in [0, size) goes."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is outside [0, {self.size})")
+        if self._table is not None:
+            return int(self._table[index])
         rows, columns = self._rows, self._columns
         while True:
             row, column = divmod(index, columns)
@@ -54,6 +59,8 @@ class Permutation:
         found = np.array(indices, dtype=np.uint64).ravel()
         if found.size and int(found.max()) >= self.size:
             raise IndexError(f"an index is outside [0, {self.size})")
+        if self._table is not None:
+            return self._table[found].reshape(np.shape(indices))
         rows, columns = np.uint64(self._rows), np.uint64(self._columns)
         walking = np.arange(found.size)
         while walking.size:

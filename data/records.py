@@ -167,7 +167,7 @@ class HuggingFace:
         """A data set must be named, and the library must be there."""
         found = _missing("datasets", "hf", key, "data=hf")
         if not self.path:
-            found.append(Problem(f"{key}.path", "no data set is named", f"give {key}.path=<owner/name, or a folder>"))
+            found.append(Problem(f"{key}.path", "no data set is named", "give owner/name, or a folder"))
         return found
 
     def identity(self, memo: Path) -> str:

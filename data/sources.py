@@ -82,7 +82,7 @@ class FileSource(ABC):
     def problems(self, key: str) -> list[Problem]:
         """Every pattern must match a file."""
         if not self.input:
-            return [Problem(f"{key}.input", "no file is named", f"give {key}.input=<path, glob pattern or folder>")]
+            return [Problem(f"{key}.input", "no file is named", "give a path, a glob pattern or a folder")]
         return [
             Problem(f"{key}.input", f"'{pattern}' matches no file", "give a path, a glob pattern or a folder that has some")
             for pattern in self.input

@@ -1,0 +1,157 @@
+"""`meshloom data tokenize` and `meshloom data verify`: make token shards once, use them from any run; see what is in them."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config.problems import ConfigError, Problem
+from .arguments import describe, parse
+
+_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".gz": "jsonl", ".zst": "jsonl", ".parquet": "parquet"}
+
+
+@dataclass
+class TokenizeArguments:
+    """Turn documents into token shards: `output/train` and `output/validation`, for data=shards data.path=<output>.
+
+    input             a path, glob pattern or folder (then give kind, too); hf: a data set's name; stdlib: leave it out
+    output            the folder to write; it must not exist
+    kind              text, jsonl, parquet, hf or stdlib; auto: by the ending of `input`, text if it is none of the others
+    field             the member or column with the text (jsonl, parquet, hf)
+    separator         text between documents of a file (text); null: a file is a document
+    subset, split, revision   of a Hugging Face data set
+    tokenizer         bpe: trained on these documents; bytes; or the path of a tokenizer.json
+    vocabulary        of a trained tokenizer
+    tokenizer_sample  characters it is trained on, at most
+    end_of_document   the token that ends a document in a tokenizer.json; null: the well-known names are tried
+    validation        fraction of the documents held out
+    shard_tokens      a new file is begun after so many
+    """
+
+    output: str
+    input: str | None = None
+    kind: str = "auto"
+    field: str = "text"
+    separator: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    tokenizer: str = "bpe"
+    vocabulary: int = 32_000
+    tokenizer_sample: int = 100_000_000
+    end_of_document: str | None = None
+    validation: float = 0.01
+    shard_tokens: int = 1 << 30
+
+
+@dataclass
+class VerifyArguments:
+    """Read token shards once, compare every digest, and say what they hold.
+
+    path  a shard folder, or one with `train/` and `validation/`
+    """
+
+    path: str
+
+
+def tokenize(arguments: TokenizeArguments) -> Path:
+    """Write the shards. Returns the folder. Raises ConfigError for arguments, ValueError for documents that can't be read."""
+    from ..data.cache import build_once, cache_folder
+    from ..data.corpus import TokenizerSettings
+    from ..data.prepare import write_corpus
+    from ..data.records import HuggingFace, JsonLines, ParquetFiles
+    from ..data.sources import StandardLibrary, TextFiles
+
+    given, field = arguments.input, arguments.field
+    kind = arguments.kind if arguments.kind != "auto" else _KINDS.get(Path(given or "").suffix, "text")
+    sources = {
+        "text": lambda: TextFiles(given, arguments.separator),
+        "jsonl": lambda: JsonLines(given, field),
+        "parquet": lambda: ParquetFiles(given, field),
+        "hf": lambda: HuggingFace(given, arguments.subset, arguments.split, field, arguments.revision),
+        "stdlib": StandardLibrary,
+    }
+    settings = TokenizerSettings(
+        arguments.tokenizer, arguments.vocabulary, arguments.tokenizer_sample, arguments.end_of_document
+    )
+    # The keys of a data node are data.<key>; here they stand alone.
+    problems = [Problem(problem.key.removeprefix("."), problem.message, problem.fix) for problem in settings.problems("")]
+    if kind not in sources:
+        problems.append(Problem("kind", f"'{kind}' is unknown", f"use auto, {', '.join(sources)}"))
+    else:
+        found = sources[kind]().problems("")
+        problems += [Problem(problem.key.removeprefix(".") or "kind", problem.message, problem.fix) for problem in found]
+    if not 0 <= arguments.validation < 1:
+        problems.append(Problem("validation", f"{arguments.validation} is not a fraction", "use 0 up to less than 1"))
+    if arguments.shard_tokens < 1:
+        problems.append(Problem("shard_tokens", f"{arguments.shard_tokens} is no size", "use 1 or more"))
+    output = Path(arguments.output).expanduser()
+    if output.exists():
+        problems.append(Problem("output", f"'{output}' exists already", "remove it, or write elsewhere"))
+    if problems:
+        raise ConfigError(problems)
+    source = sources[kind]()
+    tokenizer = settings.make([source], cache_folder(None))
+    build_once(
+        output.absolute(),
+        lambda folder: write_corpus(source, tokenizer, arguments.validation, folder, arguments.shard_tokens),
+    )
+    return output
+
+
+def verified(path: Path) -> list[str]:
+    """One line for every shard folder at `path`. Raises ShardError naming the file that is damaged."""
+    from ..data.reader import TokenShards
+    from ..data.shards import MANIFEST
+
+    folders = (
+        [path]
+        if (path / MANIFEST).is_file()
+        else [folder for folder in (path / "train", path / "validation") if folder.exists()]
+    )
+    if not folders:
+        raise ConfigError([Problem("path", f"'{path}' holds no token shards", "give the output of 'meshloom data tokenize'")])
+    opened = [TokenShards(folder, verify=True) for folder in folders]
+    return [
+        f"{shards.folder}: {shards.tokens:,} tokens in {shards.documents:,} documents and {len(shards.manifest.shards)} files, "
+        f"vocabulary {shards.vocabulary:,}, fingerprint {shards.fingerprint}"
+        for shards in opened
+    ]
+
+
+_COMMANDS: dict[str, type] = {"tokenize": TokenizeArguments, "verify": VerifyArguments}
+
+
+def usage() -> str:
+    """What `meshloom data --help` prints."""
+    parts = [
+        f"meshloom data {name} key=value …\n\n{describe(kind)}\n\n{inspect.getdoc(kind)}" for name, kind in _COMMANDS.items()
+    ]
+    return "\n\n\n".join(parts)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `tokenize` or `verify`. Returns 0, 2 for bad arguments, 1 for data that can't be read."""
+    if not argv or argv[0] not in _COMMANDS:
+        print(usage(), file=sys.stdout if argv and argv[0] in ("-h", "--help") else sys.stderr)
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    if any(word in ("-h", "--help") for word in argv):
+        print(usage())
+        return 0
+    try:
+        if argv[0] == "verify":
+            lines = verified(Path(parse(VerifyArguments, argv[1:]).path).expanduser())
+        else:
+            lines = verified(tokenize(parse(TokenizeArguments, argv[1:])))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"meshloom data {argv[0]}: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(lines))
+    return 0

@@ -1,0 +1,146 @@
+"""Packing, held to a naive best-fit decreasing, to the published example, and to the documents that went in."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshloom.data.batch import IGNORED, MicroBatch
+from meshloom.data.packing import BestFit, Concatenated, best_fit
+from meshloom.data.reader import TokenShards
+from meshloom.data.shards import ShardWriter
+
+
+def bins_of(lengths: list[int], capacity: int) -> list[list[int]]:
+    order, starts = best_fit(np.array(lengths, np.int64), capacity)
+    assert sorted(order.tolist()) == list(range(len(lengths)))
+    return [[lengths[piece] for piece in order[low:high]] for low, high in pairwise(starts)]
+
+
+def naive_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    bins: list[list[int]] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [bin for bin in bins if sum(bin) + length <= capacity]
+        if fitting:
+            max(fitting, key=sum).append(length)
+        else:
+            bins.append([length])
+    return bins
+
+
+def test_published_example():
+    """ALGORITHMS 7.6."""
+    assert bins_of([7, 6, 5, 4, 3, 3, 2], 10) == [[7, 3], [6, 4], [5, 3, 2]]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.integers(1, 24).flatmap(
+        lambda capacity: st.tuples(st.just(capacity), st.lists(st.integers(1, capacity), min_size=1, max_size=40))
+    )
+)
+def test_equals_naive_best_fit_decreasing(case: tuple[int, list[int]]):
+    capacity, lengths = case
+    # Which of several equally full bins takes a piece is free: compare how full they end up.
+    assert sorted(map(sum, bins_of(lengths, capacity))) == sorted(map(sum, naive_best_fit(lengths, capacity)))
+
+
+def test_within_the_bound_of_best_fit_decreasing():
+    """At most 11/9 of the optimum + 6/9, where the optimum is known: pieces cut out of full bins."""
+    numbers = np.random.default_rng(0)
+    for _ in range(20):
+        capacity, optimum = 100, 40
+        pieces: list[int] = []
+        for _ in range(optimum):
+            cuts = np.sort(numbers.choice(np.arange(1, capacity), size=3, replace=False))
+            pieces += np.diff([0, *cuts, capacity]).tolist()
+        assert optimum <= len(bins_of(pieces, capacity)) <= 11 / 9 * optimum + 6 / 9
+
+
+@pytest.fixture(params=[1 << 30, 25])
+def corpus(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[TokenShards, list[np.ndarray]]:
+    """Documents of 1 to 40 tokens that end with 0, in one shard or in many."""
+    numbers = np.random.default_rng(1)
+    documents = [np.append(numbers.integers(1, 1000, length - 1), 0) for length in numbers.integers(1, 41, 60)]
+    with ShardWriter(tmp_path / "corpus", 1000, 0, shard_tokens=request.param) as writer:
+        for document in documents:
+            writer.add(document)
+    return TokenShards(tmp_path / "corpus"), documents
+
+
+def test_concatenation_reads_the_stream(corpus: tuple[TokenShards, list[np.ndarray]]):
+    shards, documents = corpus
+    stream = np.concatenate(documents)
+    samples = Concatenated(shards, 16)
+    assert len(samples) == (len(stream) - 1) // 16
+    for index in range(len(samples)):
+        sample = samples[index]
+        assert np.array_equal(sample.tokens, stream[index * 16 : index * 16 + 16])
+        assert np.array_equal(sample.targets, stream[index * 16 + 1 : index * 16 + 17])
+        assert sample.documents is None
+    with pytest.raises(IndexError):
+        samples[len(samples)]
+
+
+def test_concatenation_with_documents_stops_at_their_ends(corpus: tuple[TokenShards, list[np.ndarray]]):
+    shards, documents = corpus
+    stream = np.concatenate(documents)
+    owner = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
+    samples = Concatenated(shards, 16, document_mask=True)
+    for index in range(len(samples)):
+        here = np.arange(index * 16, index * 16 + 16)
+        sample = samples[index]
+        assert sample.documents is not None
+        assert np.array_equal(sample.documents, owner[here] - owner[here[0]])
+        same = owner[here] == owner[here + 1]
+        assert np.array_equal(sample.targets, np.where(same, stream[here + 1], IGNORED))
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_best_fit_keeps_every_document_whole(corpus: tuple[TokenShards, list[np.ndarray]], tmp_path: Path, document_mask: bool):
+    """Every (token, next token) pair of every document is learned exactly once, and nothing else is."""
+    shards, documents = corpus
+    samples = BestFit(shards, 16, document_mask, tmp_path / "cache")
+    expected = sorted(
+        pair for document in documents for pair in zip(document[:-1].tolist(), document[1:].tolist(), strict=True)
+    )
+    learned: list[tuple[int, int]] = []
+    pieces: list[tuple[int, ...]] = []
+    for index in range(len(samples)):
+        sample = samples[index]
+        carries = sample.targets != IGNORED
+        learned += zip(sample.tokens[carries].tolist(), sample.targets[carries].tolist(), strict=True)
+        assert (sample.documents is not None) == document_mask
+        if sample.documents is not None:
+            for number in np.unique(sample.documents):
+                pieces.append(tuple(sample.tokens[sample.documents == number].tolist()))
+    assert sorted(learned) == expected
+    for document in documents if document_mask else []:
+        if len(document) <= 16:
+            assert tuple(document.tolist()) in pieces
+        else:
+            assert tuple(document[:16].tolist()) in pieces and tuple(document[-(len(document) % 16 or 16) :].tolist()) in pieces
+    lengths = [part for document in documents for part in [16] * (len(document) // 16) + [len(document) % 16] if part]
+    assert len(samples) == len(naive_best_fit(lengths, 16))
+
+
+def test_best_fit_table_is_built_once(
+    corpus: tuple[TokenShards, list[np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = BestFit(corpus[0], 16, True, tmp_path / "cache")[3]
+    monkeypatch.setattr("meshloom.data.packing.best_fit", None)
+    again = BestFit(corpus[0], 16, True, tmp_path / "cache")[3]
+    assert np.array_equal(first.tokens, again.tokens)
+    batch = MicroBatch.collate([first, again])
+    assert batch.documents_BS is not None and batch.tokens_BS.shape == (2, 16)
+
+
+def test_too_small_a_corpus_is_refused(corpus: tuple[TokenShards, list[np.ndarray]]):
+    with pytest.raises(ValueError, match=r"data\.seq_len.*corpus has"):
+        Concatenated(corpus[0], corpus[0].tokens)
+    assert len(Concatenated(corpus[0], corpus[0].tokens - 1)) == 1
