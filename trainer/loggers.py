@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ class WandB(Hook):
 
     def on_run_begin(self, loop: Loop) -> None:
         """Start the wandb run, or go on in the one that the checkpoint names."""
-        self._id = self._id or str(self._wandb.util.generate_id())
+        self._id = self._id or uuid.uuid4().hex[:12]
         self._run = self._wandb.init(
             project=self._project,
             id=self._id,

@@ -1,0 +1,137 @@
+"""Metrics on disk, on screen, in TensorBoard and wandb; and what a resume does to each."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from meshloom.config import LoggingConfig
+from meshloom.config.duration import Duration, Unit
+from meshloom.optim.horizon import Horizon
+from meshloom.optim.progress import Progress
+from meshloom.parallel.layout import Layout
+from meshloom.trainer.loggers import MetricsFile, ProgressLine, TensorBoard, WandB, default_loggers
+
+
+def loop_at(step: int, folder: Path, total: int = 10) -> Any:
+    return SimpleNamespace(
+        progress=Progress(step, 4 * step, 64 * step, 4),
+        horizon=Horizon(Duration(total, Unit.STEPS), 16, 4),
+        mesh=SimpleNamespace(layout=Layout()),
+        output_dir=folder,
+        finished=step >= total,
+    )
+
+
+def row(step: int) -> dict[str, Any]:
+    return {"step": step, "loss": 8.0 - step, "lr": 1e-3, "tokens": 64 * step, "samples": 4 * step, "tokens_per_second": 100.0}
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def write(path: Path, first: int, last: int, every: int = 1) -> None:
+    hook = MetricsFile(path, every)
+    hook.on_run_begin(loop_at(first - 1, path.parent))
+    for step in range(first, last + 1):
+        hook.on_metrics(loop_at(step, path.parent), row(step))
+    hook.on_evaluate(loop_at(last, path.parent), {"step": last, "eval_loss": 2.0, "tokens": 64 * last})
+    hook.close()
+
+
+def test_metrics_file_drops_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 1, 5)
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')  # cut short by a crash
+    write(path, 4, 6)
+    assert steps_in(path) == [1, 2, 3, 4, 5, 6, 6]
+    assert json.loads(path.read_text().splitlines()[-1])["eval_loss"] == 2.0
+
+
+def test_a_run_from_the_beginning_starts_the_file_anew(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 1, 5)
+    write(path, 1, 2)
+    assert steps_in(path) == [1, 2, 2]
+
+
+def test_every_thins_the_steps_but_not_the_evaluations(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 1, 7, every=3)
+    assert steps_in(path) == [1, 3, 6, 7]
+
+
+def test_progress_line_says_where_the_run_is(tmp_path: Path) -> None:
+    out = io.StringIO()
+    hook = ProgressLine(Console(file=out, width=200))
+    hook.on_run_begin(loop_at(0, tmp_path))
+    hook.on_metrics(loop_at(1, tmp_path), {**row(1), "mfu": 0.415})
+    hook.on_metrics(loop_at(2, tmp_path), row(2))  # too soon for another line
+    hook.on_evaluate(loop_at(10, tmp_path), {"step": 10, "eval_loss": 3.25})
+    hook.on_metrics(loop_at(10, tmp_path), row(10))
+    hook.on_run_end(loop_at(10, tmp_path), tmp_path)
+    text = out.getvalue()
+    assert "step 1  10%  loss 7.0000  lr 1.00e-03  100 tokens/s  MFU 41.5%  ETA" in text
+    assert "step 2 " not in text
+    assert "step 10: validation loss 3.2500" in text
+    assert "ETA 0:00:00" in text
+    assert str(tmp_path) in text.splitlines()[-1] and "validation loss 3.2500" in text.splitlines()[-1]
+
+
+def test_progress_line_on_a_terminal_stays_in_place(tmp_path: Path) -> None:
+    out = io.StringIO()
+    hook = ProgressLine(Console(file=out, width=120, force_terminal=True))
+    hook.on_run_begin(loop_at(0, tmp_path))
+    for step in (1, 2):
+        hook.on_metrics(loop_at(step, tmp_path), row(step))
+    hook.close()
+    hook.close()
+    assert "step 2" in out.getvalue()
+
+
+def test_tensorboard_holds_the_numbers(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    hook = TensorBoard(tmp_path / "tensorboard", 1)
+    hook.on_run_begin(loop_at(0, tmp_path))
+    for step in (1, 2, 3):
+        hook.on_metrics(loop_at(step, tmp_path), row(step))
+    hook.on_evaluate(loop_at(3, tmp_path), {"step": 3, "eval_loss": 2.5})
+    hook.close()
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 7.0), (2, 6.0), (3, 5.0)]
+    assert events.Scalars("eval_loss")[0].value == 2.5
+
+
+def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    calls: list[dict[str, Any]] = []
+    logged: list[dict[str, Any]] = []
+    run = SimpleNamespace(define_metric=lambda *_, **__: None, log=logged.append, finish=lambda: None)
+    monkeypatch.setattr(wandb, "init", lambda **settings: calls.append(settings) or run)
+    first = WandB("project", tmp_path, OmegaConf.create({"recipe": "r", "seed": 1}), 1)
+    first.on_run_begin(loop_at(0, tmp_path))
+    first.on_metrics(loop_at(1, tmp_path), row(1))
+    first.close()
+    second = WandB("project", tmp_path, OmegaConf.create({"recipe": "r", "seed": 1}), 1)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    second.on_run_begin(loop_at(1, tmp_path))
+    assert calls[0]["id"] == calls[1]["id"] and calls[1]["resume"] == "allow"
+    assert calls[0]["config"] == {"recipe": "r", "seed": 1}
+    assert logged == [row(1)]
+
+
+def test_logging_config_chooses_the_hooks(tmp_path: Path) -> None:
+    kinds = [type(hook) for hook in default_loggers(LoggingConfig(progress=False), tmp_path, OmegaConf.create({}))]
+    assert kinds == [MetricsFile]
+    config = LoggingConfig(tensorboard=True, wandb=True)
+    kinds = [type(hook) for hook in default_loggers(config, tmp_path, OmegaConf.create({}))]
+    assert kinds == [MetricsFile, ProgressLine, TensorBoard, WandB]
