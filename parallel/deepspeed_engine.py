@@ -35,6 +35,7 @@ from .deepspeed_state import state_of, whole_shape
 from .engine import StepLoss
 from .fragment import Fragment
 from .mesh import Mesh
+from .moments import Measure
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -99,7 +100,9 @@ class DeepSpeedEngine:
         micro_batch = micro_batch.to(self.mesh.device)
         return self._engine(micro_batch.tokens_BS, micro_batch.targets_BS, micro_batch.documents_BS)
 
-    def accumulate(self, micro_batches: Sequence[MicroBatch], global_tokens: torch.Tensor) -> StepLoss:
+    def accumulate(
+        self, micro_batches: Sequence[MicroBatch], global_tokens: torch.Tensor, measure: Measure = Measure.NOTHING
+    ) -> StepLoss:
         """Forward and backward of this rank's share."""
         assert micro_batches, "a rank without a micro-batch would leave its peers waiting in a collective"
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -122,7 +125,7 @@ class DeepSpeedEngine:
         """Scale by min(1, max_norm / (norm + 1e-6))."""
         self._state.clip_gradients(max_norm, norm)
 
-    def gradient_statistics(self) -> GradientStatistics | None:
+    def gradient_statistics(self, samples: int) -> GradientStatistics | None:
         """Not estimated by this engine's plain accumulation."""
         return None
 

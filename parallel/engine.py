@@ -14,6 +14,7 @@ import torch
 from ..data.batch import MicroBatch
 from ..optim.statistics import GradientStatistics
 from .fragment import Fragment
+from .moments import Measure
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,13 @@ class Engine(Protocol):
 
     module: torch.nn.Module
 
-    def accumulate(self, micro_batches: Sequence[MicroBatch], global_tokens: torch.Tensor) -> StepLoss:
+    def accumulate(
+        self, micro_batches: Sequence[MicroBatch], global_tokens: torch.Tensor, measure: Measure = Measure.NOTHING
+    ) -> StepLoss:
         """Forward and backward of this rank's share; gradients of `total / global_tokens` are ready afterwards.
 
         global_tokens: valid positions of the whole global batch, a scalar on the device.
+        measure: what `gradient_statistics` will be asked for.
         """
         ...
 
@@ -54,8 +58,11 @@ class Engine(Protocol):
         """Scale the gradient by min(1, max_norm / (norm + 1e-6))."""
         ...
 
-    def gradient_statistics(self) -> GradientStatistics | None:
-        """Statistics of the gradient just accumulated, before clipping; None when they can't be estimated."""
+    def gradient_statistics(self, samples: int) -> GradientStatistics | None:
+        """Statistics of the gradient just accumulated from a global batch of so many samples, before clipping.
+
+        To be asked after `gradient_norm`, where `accumulate` was told to measure. None when they can't be estimated.
+        """
         ...
 
     def update(self, lr: float) -> None:

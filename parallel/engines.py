@@ -20,14 +20,20 @@ ENGINES = ("torch", "deepspeed")
 
 
 def engine_problems(
-    parallel: ParallelConfig, precision: str, world_size: int, device_type: str, make_optimizer: OptimizerFactory
+    parallel: ParallelConfig,
+    make_optimizer: OptimizerFactory,
+    *,
+    precision: str,
+    activation: str,
+    world_size: int,
+    device_type: str,
 ) -> list[Problem]:
     """Everything about the engine that can't be, before anything is started."""
     if parallel.engine not in ENGINES:
         return [Problem("parallel.engine", f"there is no '{parallel.engine}'", f"use {' or '.join(ENGINES)}")]
     if parallel.engine == "torch":
         return list(_torch_problems(parallel))
-    problems = deepspeed_problems(parallel, precision, world_size, device_type)
+    problems = deepspeed_problems(parallel, precision, world_size, device_type, activation)
     if importlib.util.find_spec("deepspeed") is None:
         fix = "pip install 'meshloom[deepspeed]', or use parallel.engine=torch"
         problems.append(Problem("parallel.engine", "DeepSpeed is not installed", fix))
@@ -56,6 +62,7 @@ def make_engine(
     activation: str = "none",
     compile_blocks: bool = False,
     seq_len: int = 0,
+    measures: bool = False,
 ) -> Engine:
     """The engine of `parallel.engine`, holding the model (which comes on the meta device) with its initial weights."""
     settings: dict[str, Any] = {
@@ -67,4 +74,4 @@ def make_engine(
     }
     if parallel.engine == "deepspeed":
         return DeepSpeedEngine(model, mesh, make_optimizer, **settings)
-    return TorchEngine(model, mesh, make_optimizer, seq_len=seq_len, **settings)
+    return TorchEngine(model, mesh, make_optimizer, seq_len=seq_len, measures=measures, **settings)

@@ -57,7 +57,7 @@ def sample(index: int, documents: bool = False) -> Sample:
     return Sample(tokens[:-1], targets, borders)
 
 
-def build(work: Work, world_size: int) -> Engine:
+def build(work: Work, world_size: int, measures: bool = False) -> Engine:
     """An engine for this process of a run over `world_size`."""
     mesh = Mesh.connect(Layout.plan(work.parallel, world_size), torch.device("cpu"))
 
@@ -74,6 +74,7 @@ def build(work: Work, world_size: int) -> Engine:
         precision=work.precision,
         activation=work.activation,
         parallel=work.parallel,
+        measures=measures,
     )
 
 

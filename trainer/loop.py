@@ -11,49 +11,37 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
-from ..data.batch import GlobalBatch, MicroBatch
+from ..data.batch import GlobalBatch
+from ..data.loader import Loader
+from ..optim.batch import Controller
 from ..optim.horizon import Horizon
 from ..optim.progress import Progress
-from ..optim.statistics import GradientStatistics
+from ..optim.schedule import Schedule
 from ..parallel.engine import Engine
 from ..parallel.mesh import Mesh
+from ..parallel.moments import Measure
 from .deferred import Deferred
 from .hooks import Hook
 from .signals import StopRequest
 
 
-class Controller(Protocol):
-    """Says how many samples the next step takes (`optim/batch.py`)."""
-
-    needs_statistics: bool
-
-    def next_batch(self, progress: Progress) -> int: ...
-
-    def observe(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Schedule(Protocol):
-    """Learning rate as a pure function of the counters (`optim/schedule.py`)."""
-
-    def lr(self, progress: Progress) -> float: ...
-
-
-class Batches(Protocol):
-    """Gives this rank's share of a global batch (`data/loader.py`)."""
-
-    def load(self, batch: GlobalBatch, micro: int) -> list[MicroBatch]: ...
-
-
 class TrainingDiverged(RuntimeError):
     """The loss or the gradient is no longer a number."""
+
+
+@dataclass
+class Pending:
+    """A step that is done but for its numbers, which are still on the device. tokens: of its global batch, with padding."""
+
+    progress: Progress
+    lr: float
+    tokens: int
+    seconds: float
+    numbers: Deferred
+    extras: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,7 +50,7 @@ class Loop:
 
     mesh: Mesh
     engine: Engine
-    batches: Batches
+    batches: Loader
     controller: Controller
     schedule: Schedule
     horizon: Horizon
@@ -73,7 +61,7 @@ class Loop:
     hooks: Sequence[Hook] = ()
     progress: Progress = field(default_factory=Progress)
     stopping: bool = False
-    _pending: list[tuple[Progress, float, int, float, Deferred]] = field(default_factory=list)
+    _pending: list[Pending] = field(default_factory=list)
     _step_began: float = 0.0
     _last_loss: float = math.nan
 
@@ -103,9 +91,10 @@ class Loop:
         micro_batches = self.batches.load(GlobalBatch(before.samples, count), self.micro)
         tokens, stops = self._agree(sum(batch.valid_tokens for batch in micro_batches), stop_requested)
 
-        loss = self.engine.accumulate(micro_batches, tokens)
-        statistics = self.engine.gradient_statistics() if self.controller.needs_statistics else None
+        measure = self._measure(before)
+        loss = self.engine.accumulate(micro_batches, tokens, measure)
         norm = self.engine.gradient_norm()
+        statistics = None if measure is Measure.NOTHING else self.engine.gradient_statistics(count)
         if self.max_grad_norm is not None:
             self.engine.clip(self.max_grad_norm, norm)
         for hook in self.hooks:
@@ -117,13 +106,21 @@ class Loop:
         self.progress = before.after(count, count * self.horizon.seq_len)
         scalars = {"loss": loss.mean, "grad_norm": norm, "stops": stops, **loss.extras}
         now = time.perf_counter()
-        self._pending.append((self.progress, lr, count * self.horizon.seq_len, now - self._step_began, Deferred(scalars)))
+        pending = Pending(self.progress, lr, count * self.horizon.seq_len, now - self._step_began, Deferred(scalars))
         self._step_began = now
-        if self.controller.needs_statistics:
-            self.deliver_metrics(keep=0)
+        if statistics is not None:
+            pending.extras.update(statistics.metrics())
+        self._pending.append(pending)
+        must_know = self.controller.needs_loss or statistics is not None
+        self.deliver_metrics(keep=0 if must_know else 1)
+        if must_know:
             self.controller.observe(statistics, self._last_loss, self.progress)
-        else:
-            self.deliver_metrics(keep=1)
+
+    def _measure(self, before: Progress) -> Measure:
+        """What the controller wants to know of the step about to be taken."""
+        if not self.controller.measures(before):
+            return Measure.NOTHING
+        return Measure.PROJECTIONS if self.controller.needs_projections else Measure.SQUARES
 
     def _agree(self, valid_tokens: int, stop_requested: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Valid tokens of the whole global batch, and on how many processes a stop was requested: one collective.
@@ -142,8 +139,8 @@ class Loop:
     def deliver_metrics(self, keep: int) -> None:
         """Hand the numbers of finished steps to the hooks, all but the newest `keep`: those may still be computing."""
         while len(self._pending) > keep:
-            progress, lr, tokens, seconds, deferred = self._pending.pop(0)
-            numbers = deferred.read()
+            done = self._pending.pop(0)
+            progress, rate, numbers = done.progress, done.tokens / done.seconds, done.numbers.read()
             self.stopping = self.stopping or numbers.pop("stops") > 0
             self._last_loss = numbers["loss"]
             if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
@@ -155,15 +152,16 @@ class Loop:
             row = {
                 "step": progress.step,
                 "loss": numbers.pop("loss"),
-                "lr": lr,
+                "lr": done.lr,
                 "grad_norm": numbers.pop("grad_norm"),
                 "tokens": progress.tokens,
                 "samples": progress.samples,
                 "batch_samples": progress.batch,
-                "step_seconds": seconds,
-                "tokens_per_second": tokens / seconds,
+                "step_seconds": done.seconds,
+                "tokens_per_second": rate,
                 **numbers,
-                **self._device_numbers(tokens / seconds),
+                **done.extras,
+                **self._device_numbers(rate),
             }
             for hook in self.hooks:
                 hook.on_metrics(self, row)

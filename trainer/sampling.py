@@ -10,7 +10,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..checkpoint import Control, find_latest, restore
+from ..checkpoint.control import Control
+from ..checkpoint.folder import find_latest
+from ..checkpoint.restore import restore
 from ..parallel.fragment import Box, Fragment
 from .hooks import Hook
 from .loop import Loop
@@ -90,7 +92,7 @@ def generate(
     return prompt + codec.decode(added)
 
 
-def load_plain(model: nn.Module, checkpoint: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_plain(model: nn.Module, checkpoint: Path | str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Give a model on the meta device the weights of a checkpoint, whole, on one device; whatever layout saved them."""
     names: dict[int, str] = {}
     ties: list[tuple[str, str]] = []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..checkpoint import Checkpointer
+from ..checkpoint.checkpointer import Checkpointer
+from ..checkpoint.report import SaveReport
 from .hooks import Hook
 from .loop import Loop
 
@@ -44,21 +45,21 @@ class Saving(Hook):
         """Start a save when it is time to, and report those that have ended."""
         if self._every and loop.progress.step % self._every == 0:
             self._save(loop)
-        self._report(loop)
+        self._report(loop, self._checkpointer.poll())
 
-    def _save(self, loop: Loop) -> None:
+    def _save(self, loop: Loop, required: bool = False) -> None:
         loop.deliver_metrics(keep=0)  # a step whose loss is not a number must raise before it is saved
         self._last_step = loop.progress.step
-        self._checkpointer.save(loop.progress.step, loop.engine.fragments(), run_state(loop, self._fixed))
+        self._checkpointer.save(loop.progress.step, loop.engine.fragments(), run_state(loop, self._fixed), required=required)
 
-    def _report(self, loop: Loop) -> None:
-        for report in self._checkpointer.poll():
+    def _report(self, loop: Loop, reports: list[SaveReport]) -> None:
+        for report in reports:
+            row = {"checkpoint_step": report.step, "checkpoint_saved": report.outcome == "committed", **report.metrics()}
             for hook in loop.hooks:
-                hook.on_checkpoint(loop, report.row())
+                hook.on_checkpoint(loop, row)
 
     def finish(self, loop: Loop) -> None:
         """The last save, waited for. Raises CheckpointError if it failed: a run must not end well without it."""
         if loop.progress.step != self._last_step:
-            self._save(loop)
-        self._checkpointer.finish()
-        self._report(loop)
+            self._save(loop, required=True)
+        self._report(loop, self._checkpointer.finish())

@@ -28,9 +28,7 @@ def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
     if world_size > 0:
         layout = layout_problems(parts.parallel, world_size)
         problems += layout or batch_problems(config.batch, Layout.plan(parts.parallel, world_size).data_size)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        make = optimizer_factory(config)
-        problems += _asked("optim", lambda: engine_problems(parts.parallel, config.precision, world_size, device, make))
+        problems += _asked("optim", lambda: _engine_problems(config, parts, world_size))
     problems += checkpoint_problems(parts.checkpoint)
     problems += _asked("data", lambda: build_data(config).problems())
     if not any(problem.key.startswith(("trainer.", "data.")) for problem in problems):
@@ -62,6 +60,17 @@ def batch_problems(batch: Any, data_size: int) -> list[Problem]:
 def _schedule_problems(config: DictConfig) -> list[Problem]:
     horizon = build_horizon(config, config.data.seq_len)
     return build_schedule(config.schedule, config.optim.lr, horizon).problems()
+
+
+def _engine_problems(config: DictConfig, parts: Parts, world_size: int) -> list[Problem]:
+    return engine_problems(
+        parts.parallel,
+        optimizer_factory(config),
+        precision=config.precision,
+        activation=parts.trainer.activation,
+        world_size=world_size,
+        device_type="cuda" if torch.cuda.is_available() else "cpu",
+    )
 
 
 def _asked(group: str, question: Callable[[], Iterable[Problem]]) -> list[Problem]:

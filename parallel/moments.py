@@ -1,0 +1,153 @@
+"""Second moments of a step's gradient, seen while it is made: what the batch-size controllers decide from.
+
+The workers are the micro-batches of the whole global batch, on whichever rank they run, so the numbers depend on
+batch.micro alone and not on the layout. A hook on every unsharded weight sees the gradient of one micro-batch before
+anything is added to it or reduced: that is DDP-Norm's and FSDP-Norm's quantity (arXiv 2412.21124) for every ZeRO stage,
+one kernel per weight and micro-batch, and one number per rank in the collective that the gradient's norm needs anyway.
+
+Not seen: context parallelism (a rank has only a slice's part of a micro-batch's gradient) and a tied embedding cut by a
+pipeline (its two parts add up on neither rank). `moments_problems` refuses both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from ..config.parallel import ParallelConfig
+from ..config.problems import Problem
+from .mesh import Mesh
+from .shards import Placed
+
+
+class Measure(Enum):
+    """What a step is asked to measure: nothing; Σ‖L_j‖²; or also the products with the whole gradient."""
+
+    NOTHING = 0
+    SQUARES = 1
+    PROJECTIONS = 2
+
+
+def moments_problems(parallel: ParallelConfig, tied: bool, projections: bool) -> list[Problem]:
+    """Layouts under which a controller that measures can't have its numbers."""
+    problems: list[Problem] = []
+    fix = "choose batch=fixed, stages, ramp or critical_loss, or"
+    if parallel.engine != "torch":
+        problems.append(
+            Problem("batch", f"the {parallel.engine} engine can't measure gradients", f"{fix} parallel.engine=torch")
+        )
+    if parallel.cp > 1:
+        problems.append(Problem("batch", "gradients can't be measured under context parallelism", f"{fix} parallel.cp=1"))
+    if parallel.pp > 1 and tied:
+        problems.append(
+            Problem("batch", "the gradient of a tied embedding can't be measured in a pipeline", f"{fix} model.tied=false")
+        )
+    if parallel.tp > 1 and projections:
+        problems.append(Problem("batch", "projections can't be measured under tensor parallelism", f"{fix} batch=norm_test"))
+    return problems
+
+
+def _whole_over_tp(gradient: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor-parallel gradient, pending sums done."""
+    if not isinstance(gradient, DTensor):
+        return gradient
+    if any(isinstance(kind, Partial) for kind in gradient.placements):
+        done = [Replicate() if isinstance(kind, Partial) else kind for kind in gradient.placements]
+        gradient = gradient.redistribute(placements=done)
+    return gradient.to_local()
+
+
+class GradientMoments:
+    """Watches the weights of FSDP groups. One `begin` before a step's first forward, one `squares` after its last backward."""
+
+    def __init__(self, mesh: Mesh, placed: Mapping[str, Placed], stages: Sequence[nn.Module]) -> None:
+        self._mesh = mesh
+        self._index = {name: number for number, name in enumerate(placed)}
+        repeats = [self._copies_over_tp(each.parameter) for each in placed.values()]
+        self._per_copy = 1 / torch.tensor(repeats, dtype=torch.float64, device=mesh.device)
+        self._watched: set[nn.Parameter] = set()
+        self._measure = Measure.NOTHING
+        for stage in stages:
+            groups = [(prefix, module) for prefix, module in stage.named_modules() if isinstance(module, FSDPModule)]
+            for prefix, group in cast(list[tuple[str, nn.Module]], groups):
+                group.register_forward_pre_hook(self._watching(group, prefix))
+
+    def _copies_over_tp(self, parameter: nn.Parameter) -> int:
+        size = self._mesh.size("tp")
+        if size == 1 or not isinstance(parameter, DTensor):
+            return size
+        names = parameter.device_mesh.mesh_dim_names or ()
+        sharded = "tp" in names and isinstance(parameter.placements[names.index("tp")], Shard)
+        return 1 if sharded else size
+
+    def _watching(self, group: nn.Module, prefix: str) -> Callable[[nn.Module, object], None]:
+        """A forward hook that runs when FSDP2 has put the unsharded weights in place; it finds each of them once."""
+        owners: list[tuple[nn.Module, str, str]] = []
+
+        def collect(module: nn.Module, path: str) -> None:
+            for attribute in module._parameters:
+                owners.append((module, attribute, f"{path}{attribute}"))
+            for name, child in module.named_children():
+                if not isinstance(child, FSDPModule):
+                    collect(child, f"{path}{name}.")
+
+        collect(group, f"{prefix}." if prefix else "")
+
+        def watch(_module: nn.Module, _inputs: object) -> None:
+            for owner, attribute, name in owners:
+                weight = owner._parameters[attribute]
+                if weight is not None and weight not in self._watched and name in self._index:
+                    self._watched.add(weight)
+                    weight.register_hook(self._seen(self._index[name]))
+
+        return cast(Callable[[nn.Module, object], None], torch.compiler.disable(watch))
+
+    def _seen(self, index: int) -> Callable[[torch.Tensor], None]:
+        @torch.no_grad()
+        def hook(gradient: torch.Tensor) -> None:
+            if self._measure is Measure.NOTHING:
+                return
+            mine = _whole_over_tp(gradient)
+            exact = torch.float64 if mine.dtype == torch.float64 else torch.float32
+            self._norms[index].append(torch.linalg.vector_norm(mine, dtype=exact))
+            if self._measure is Measure.PROJECTIONS:
+                self._kept[index].append(mine.to("cpu", exact, copy=True))
+
+        return hook
+
+    def begin(self, measure: Measure, tokens: Sequence[int], global_tokens: torch.Tensor) -> None:
+        """tokens: valid ones of each of this rank's micro-batches, in the order in which they are passed back."""
+        self._measure = measure
+        self._norms: list[list[torch.Tensor]] = [[] for _ in self._index]
+        self._kept: list[list[torch.Tensor]] = [[] for _ in self._index]
+        shares = torch.tensor(tokens, dtype=torch.float64, device=self._mesh.device) / global_tokens
+        # A micro-batch without a target has no gradient: its square of 0 is to be divided by anything but 0.
+        self._shares_K = torch.where(shares > 0, shares, 1.0)
+        self.workers = len(tokens) * self._mesh.layout.data_size
+
+    def squares(self) -> torch.Tensor:
+        """This rank's part of Σ_j ‖L_j‖² / w_j over all ranks' micro-batches: add it up over all processes."""
+        self._measure = Measure.NOTHING
+        assert all(len(norms) == len(self._shares_K) for norms in self._norms), "a weight's gradient went unseen"
+        norms_PK = torch.stack([torch.stack(norms) for norms in self._norms]).double()
+        return (norms_PK.square() * self._per_copy.unsqueeze(1) / self._shares_K).sum()
+
+    def projection_square(self, whole_gradients: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
+        """Σ_j ⟨L_j, g⟩² / w_j over the whole global batch.
+
+        whole_gradients: for every weight a call that gathers g, made once and in order; only one is in memory at a time.
+        """
+        products_K = torch.zeros(len(self._shares_K), dtype=torch.float64, device=self._mesh.device)
+        for kept, gather in zip(self._kept, whole_gradients, strict=True):
+            whole = gather()
+            for number, part in enumerate(kept):
+                products_K[number] += torch.sum(part.to(whole.device, whole.dtype) * whole, dtype=torch.float64)
+            kept.clear()
+        self._mesh.sum(products_K, "pp")
+        return self._mesh.sum((products_K.square() / self._shares_K).sum(), "data")

@@ -1,0 +1,191 @@
+"""From a config to a run: every object of `Loop`, built in the order in which they need one another."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from ..checkpoint.checkpointer import Checkpointer
+from ..checkpoint.control import Control
+from ..config import CheckpointConfig, LoggingConfig, ParallelConfig, TrainerConfig
+from ..config.duration import Duration, Unit
+from ..data.loader import Loader
+from ..data.node import DataNode
+from ..models.llama import Llama
+from ..optim.build import build_controller, build_optimizer, build_schedule
+from ..optim.horizon import Horizon
+from ..optim.parameters import NamedParameter, Shards
+from ..parallel.deepspeed_optimizer import OptimizerFactory
+from ..parallel.engine import Engine
+from ..parallel.engines import make_engine
+from ..parallel.mesh import Mesh
+from .evaluate import Evaluation, share_of_validation
+from .hooks import Hook
+from .loggers import default_loggers
+from .loop import Loop
+from .sampling import SampleText
+from .saving import Saving
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The typed groups of a config; the others are built by their `_target_`."""
+
+    trainer: TrainerConfig
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+
+    @classmethod
+    def of(cls, config: DictConfig) -> Parts:
+        """Read them off the whole config."""
+        return cls(**{name: cast(Any, OmegaConf.to_object(config[name])) for name in cls.__dataclass_fields__})
+
+
+def build_data(config: DictConfig) -> DataNode:
+    """The data of `config.data`; a synthetic one takes the model's vocabulary where it has none of its own."""
+    node = {key: value for key, value in cast(Any, OmegaConf.to_container(config.data, resolve=True)).items() if key != "name"}
+    if node.get("vocabulary", 0) is None:
+        node["vocabulary"] = config.model.vocabulary
+    return instantiate({**node, "_convert_": "all"}, seed=config.seed)
+
+
+def build_model(config: DictConfig, vocabulary: int) -> Llama:
+    """The model on the meta device: shapes without storage. Its vocabulary is the data's where the config leaves it open."""
+    node = {key: value for key, value in cast(Any, OmegaConf.to_container(config.model, resolve=True)).items() if key != "name"}
+    node["vocabulary"] = node.get("vocabulary") or vocabulary
+    with torch.device("meta"):
+        return instantiate({**node, "_convert_": "all"})
+
+
+def run_length(trainer: TrainerConfig) -> Duration:
+    """The horizon that `trainer.steps` or `trainer.tokens` sets."""
+    if trainer.steps is not None:
+        return Duration(trainer.steps, Unit.STEPS)
+    assert trainer.tokens is not None
+    return Duration(trainer.tokens, Unit.TOKENS)
+
+
+def build_horizon(config: DictConfig, seq_len: int) -> Horizon:
+    """Length of the run and what its steps are worth in tokens."""
+    fixed = config.batch.samples if config.batch.name == "fixed" else None
+    return Horizon(run_length(Parts.of(config).trainer), seq_len, fixed)
+
+
+def checkpoint_folder(config: DictConfig) -> str:
+    """Where the run's checkpoints are: a path or an fsspec URL."""
+    return str(config.checkpoint.folder or Path(config.output_dir) / "checkpoints")
+
+
+def build_control(mesh: Mesh, name: str) -> Control:
+    """Who saves and restores together: a client of the run's store of its own, under names that a restart does not share."""
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Control(mesh.rank, mesh.layout.world_size, mesh.store(f"{name}-{restart}"))
+
+
+def optimizer_factory(config: DictConfig) -> OptimizerFactory:
+    """Builds the optimizer of `config.optim` over the parameters that an engine has."""
+
+    def make(parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
+        return build_optimizer(config.optim, parameters, shards)
+
+    return make
+
+
+def build_engine(config: DictConfig, model: Llama, mesh: Mesh, seq_len: int, measures: bool) -> Engine:
+    """The engine of `parallel.engine`, holding the model with its initial weights.
+
+    seq_len: positions per sample; measures: whether the batch-size controller wants gradient statistics.
+    """
+    parts = Parts.of(config)
+    return make_engine(
+        model,
+        mesh,
+        optimizer_factory(config),
+        parallel=parts.parallel,
+        seed=config.seed,
+        precision=config.precision,
+        activation=parts.trainer.activation,
+        compile_blocks=parts.trainer.compile,
+        seq_len=seq_len,
+        measures=measures,
+    )
+
+
+@dataclass
+class Run:
+    """A loop, and what has to be closed or finished around it."""
+
+    loop: Loop
+    saving: Saving | None
+    loader: Loader
+    data_fingerprint: str
+
+    def close(self) -> None:
+        """Release threads, files and connections."""
+        for hook in self.loop.hooks:
+            hook.close()
+        if self.saving is not None:
+            self.saving.close()
+        self.loader.close()
+
+
+def build_run(config: DictConfig, mesh: Mesh) -> Run:
+    """Everything of a run, with fresh weights; `resume.py` then puts a checkpoint's state into it."""
+    parts = Parts.of(config)
+    output_dir = Path(config.output_dir)
+    data = build_data(config)
+    data.prepare()
+    model = build_model(config, data.vocabulary)
+    flops = model.flops_per_token(data.seq_len)
+    horizon = build_horizon(config, data.seq_len)
+    controller = build_controller(config.batch, horizon, mesh.layout.data_size * config.batch.micro)
+    engine = build_engine(config, model, mesh, data.seq_len, controller.needs_statistics)
+    loader = Loader(data.train(), mesh.data_rank, mesh.layout.data_size, pin=mesh.device.type == "cuda")
+
+    hooks: list[Hook] = [cast(Hook, instantiate(node)) for node in parts.trainer.hooks]
+    validation = data.validation()
+    if validation is not None and parts.trainer.eval_every != 0:
+        count = min(parts.trainer.eval_samples, len(validation))
+        share = share_of_validation(validation, count, mesh.data_rank, mesh.layout.data_size, config.batch.micro)
+        hooks.append(Evaluation(share, parts.trainer.eval_every))
+    saving = None
+    if parts.checkpoint.every != 0:
+        fixed = {
+            "config": OmegaConf.to_container(config, resolve=False),
+            "data_fingerprint": data.fingerprint,
+            "vocabulary": model.vocabulary,
+            "layout": mesh.layout.describe(),
+        }
+        checkpointer = Checkpointer(checkpoint_folder(config), build_control(mesh, "save"), parts.checkpoint)
+        saving = Saving(checkpointer, parts.checkpoint.every, fixed)
+        hooks.append(saving)
+    if mesh.is_main:
+        hooks += default_loggers(parts.logging, output_dir, config)
+        if parts.trainer.sample_prompt is not None:
+            build = functools.partial(build_model, config, model.vocabulary)
+            prompt, tokens = parts.trainer.sample_prompt, parts.trainer.sample_tokens
+            hooks.append(SampleText(prompt, tokens, build, data.tokenizer, config.seed))
+
+    loop = Loop(
+        mesh=mesh,
+        engine=engine,
+        batches=loader,
+        controller=controller,
+        schedule=build_schedule(config.schedule, config.optim.lr, horizon),
+        horizon=horizon,
+        micro=config.batch.micro,
+        flops_per_token=flops,
+        output_dir=output_dir,
+        max_grad_norm=parts.trainer.max_grad_norm,
+        hooks=hooks,
+    )
+    return Run(loop, saving, loader, data.fingerprint)

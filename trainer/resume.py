@@ -1,0 +1,57 @@
+"""Going on from a checkpoint: which one, under which config, and the state put back."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ..checkpoint.folder import find_latest
+from ..checkpoint.restore import read_state, restore
+from ..config.compose import differences, resumed, task_overrides
+from ..config.problems import ConfigError, Problem
+from ..optim.progress import Progress
+from .build import Run, build_control, checkpoint_folder
+
+log = logging.getLogger(__name__)
+
+
+def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
+    """The checkpoint that `resume` names: "auto" is the newest complete one of the run, or none yet; "none" is none.
+
+    Raises ConfigError if a path was given that holds no complete checkpoint.
+    """
+    if config.resume == "none":
+        return None
+    if config.resume == "auto":
+        return find_latest(checkpoint_folder(config))
+    path = Path(config.resume)
+    found = path if (path / "manifest.json").is_file() else find_latest(path) or find_latest(path / "checkpoints")
+    if found is None:
+        raise ConfigError([Problem("resume", f"'{path}' holds no complete checkpoint", "give a step-… folder, or resume=auto")])
+    return found
+
+
+def config_of_resumed(config: DictConfig, checkpoint: Path | str) -> DictConfig:
+    """The checkpoint's config with this command line's overrides on top."""
+    saved = read_state(checkpoint)["config"]
+    merged = resumed(saved, config, task_overrides())
+    for line in differences(saved, config, merged):
+        log.warning("resumed run keeps %s", line)
+    return merged
+
+
+def restore_run(run: Run, checkpoint: Path | str) -> None:
+    """Put a checkpoint's arrays and counters into a freshly built run."""
+    loop = run.loop
+    loop.engine.prepare_restore()
+    state = restore(checkpoint, list(loop.engine.fragments()), build_control(loop.mesh, "restore")).state
+    if state["data_fingerprint"] != run.data_fingerprint:
+        samples = state["progress"]["samples"]
+        log.warning("the data differs from the checkpoint's: the run goes on at sample %d of the new data", samples)
+    loop.engine.load_counters(state["counters"])
+    loop.progress = Progress(**state["progress"])
+    loop.controller.load_state_dict(state["controller"])
+    for hook in loop.hooks:
+        hook.load_state_dict(state["hooks"].get(type(hook).__name__, {}))
