@@ -1,0 +1,243 @@
+"""The DeepSpeed engine trains as the PyTorch engine does, and its state goes from stage to stage and engine to engine.
+
+DeepSpeed keeps fp32 masters, so these runs are held to the float64 oracle in fp32: TOLERANCE is 1e-5 relative on the loss
+of each of 5 steps (the rounding of one step is 6e-8; both engines stay below 1e-6), where a wrong factor shows as 1e-2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("deepspeed", reason="needs the extra: pip install 'meshloom[deepspeed]'")
+
+# Imported here so that the ranks, which are forked from this process, need not.
+import deepspeed.runtime.bf16_optimizer
+import deepspeed.runtime.zero.muon.original_muon
+import deepspeed.runtime.zero.stage3
+import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
+
+from meshloom.config.deepspeed import DeepSpeedConfig
+from meshloom.config.parallel import ParallelConfig
+from meshloom.data.batch import MicroBatch
+from meshloom.parallel.engine import Engine
+from meshloom.parallel.fragment import Box
+from parity import Work, build, curves, plain_curve, sample, step, train
+from ranks import run_ranks
+
+TOLERANCE = 1e-5
+
+Arrays = dict[str, list[tuple[tuple[int, ...], Box, torch.Tensor]]]
+
+
+def ds(zero: int, **settings: object) -> ParallelConfig:
+    return ParallelConfig(engine="deepspeed", zero=zero, **settings)  # type: ignore[arg-type]
+
+
+def zeros(zero: int, **keys: object) -> ParallelConfig:
+    """With keys of DeepSpeed's own zero_optimization."""
+    return ds(zero, deepspeed=DeepSpeedConfig(config={"zero_optimization": keys}))
+
+
+SHORT = {"precision": "fp32", "steps": 5}
+TABLE = [
+    *[(1, Work(ds(zero), micro=4, **SHORT)) for zero in (0, 1, 2, 3)],
+    *[(2, Work(ds(zero), micro=1, **SHORT)) for zero in (0, 1, 2, 3)],
+    *[(4, Work(ds(zero), micro=1, **SHORT)) for zero in (0, 1, 2, 3)],
+    *[(ranks, Work(ParallelConfig(zero=3), micro=1, **SHORT)) for ranks in (1, 2, 4)],
+    *[(2, Work(ds(zero, offload="cpu"), micro=2, **SHORT)) for zero in (1, 2, 3)],
+    (2, Work(ds(3, offload="cpu", offload_weights="cpu"), micro=2, **SHORT)),
+    (4, Work(zeros(3, zero_hpz_partition_size=2), micro=1, **SHORT)),
+    (2, Work(zeros(3, stage3_param_persistence_threshold=0, sub_group_size=1000), micro=2, **SHORT)),
+    (2, Work(zeros(2, reduce_bucket_size=500, allgather_bucket_size=500), micro=2, **SHORT)),
+    (2, Work(ds(3), micro=2, model=(("tied", True),), activation="full", **SHORT)),
+    (2, Work(ds(1), micro=2, model=(("tied", True),), documents=True, **SHORT)),
+    (2, Work(ds(3), micro=4, activation="offload", **SHORT)),
+    (2, Work(ds(2), micro=2, model=(("mup_base", 8), ("mup_residual", 0.22)), activation="selective", **SHORT)),
+]
+
+
+def case(value: object) -> str:
+    if not isinstance(value, Work):
+        return str(value)
+    axes = value.parallel
+    words = [axes.engine, f"zero{axes.zero}", f"micro{value.micro}", axes.offload, axes.offload_weights, value.activation]
+    words += [key for key, _ in value.model] + ["docs" * value.documents]
+    words += list(axes.deepspeed.config.get("zero_optimization", {}))
+    return "-".join(word for word in words if word and word != "none")
+
+
+@pytest.mark.parametrize(("ranks", "work"), TABLE, ids=case)
+def test_losses_and_norms_are_those_of_a_bare_loop(ranks: int, work: Work) -> None:
+    losses, norms = plain_curve(work)
+    for rank_losses, rank_norms in run_ranks(ranks, curves, work):
+        assert rank_losses == pytest.approx(losses, rel=TOLERANCE)
+        assert rank_norms == pytest.approx(norms, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [ds(1), ds(2), ds(3), ds(2, offload="cpu"), ds(3, offload="cpu"), zeros(3, zero_hpz_partition_size=2)],
+    ids=lambda axes: case(Work(axes)),
+)
+def test_bf16_with_fp32_masters_is_the_torch_engines(parallel: ParallelConfig) -> None:
+    """With the batch cut alike both engines round in the same places: what differs is the order of fp32 sums."""
+    work = Work(parallel, precision="bf16", steps=4, micro=2)
+    losses, norms = run_ranks(2, curves, replace(work, parallel=ParallelConfig(zero=3)))[0]
+    for rank_losses, rank_norms in run_ranks(2, curves, work):
+        assert rank_losses == pytest.approx(losses, rel=1e-4)
+        assert rank_norms == pytest.approx(norms, rel=1e-3)
+
+
+def snapshot(engine: Engine) -> Arrays:
+    """Copies of this rank's boxes."""
+    arrays: Arrays = {}
+    for fragment in engine.fragments():
+        arrays.setdefault(fragment.key, []).append((fragment.global_shape, fragment.box, fragment.tensor.clone()))
+    return arrays
+
+
+def whole(ranks: list[Arrays]) -> dict[str, torch.Tensor]:
+    """The global arrays behind all ranks' boxes; every element must be there, and the same wherever it is held twice."""
+    arrays: dict[str, torch.Tensor] = {}
+    for held in ranks:
+        for key, boxes in held.items():
+            for shape, box, tensor in boxes:
+                array = arrays.setdefault(key, torch.full(shape, torch.nan))
+                there = array[box.slices()]
+                assert torch.equal(there[~there.isnan()], tensor[~there.isnan()]), f"{key}: copies differ"
+                array[box.slices()] = tensor
+    assert not any(array.isnan().any() for array in arrays.values())
+    return arrays
+
+
+def write(engine: Engine, arrays: dict[str, torch.Tensor], counters: dict[str, float]) -> None:
+    """What a restore does."""
+    engine.prepare_restore()
+    for fragment in engine.fragments():
+        fragment.tensor.copy_(arrays[fragment.key][fragment.box.slices()])
+    engine.load_counters(counters)
+
+
+def start(rank: int, world_size: int, work: Work) -> Arrays:
+    return snapshot(build(work, world_size))
+
+
+@pytest.mark.parametrize(("ranks", "precision", "parallel"), [(1, "fp32", ds(0)), (2, "bf16", ds(1)), (3, "bf16", ds(3))])
+def test_initial_weights_are_the_torch_engines(ranks: int, precision: str, parallel: ParallelConfig) -> None:
+    expected = whole(run_ranks(1, start, Work(ParallelConfig(zero=0), precision="fp32")))
+    found = whole(run_ranks(ranks, start, Work(parallel, precision=precision)))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def leg(
+    rank: int, world_size: int, work: Work, arrays: dict[str, torch.Tensor] | None, counters: dict[str, float]
+) -> tuple[Arrays, Arrays, dict[str, float], list[float]]:
+    """Some steps from given arrays (None: from the start): the state before and after, and the losses."""
+    engine = build(work, world_size)
+    if arrays is not None:
+        write(engine, arrays, counters)
+    before = snapshot(engine)
+    losses = [step(engine, work, number)[0] for number in range(work.first_step, work.first_step + work.steps)]
+    return before, snapshot(engine), engine.counters(), losses
+
+
+ROUTES = {
+    "across stages": [(2, ds(1)), (3, ds(3)), (1, ds(0)), (2, ds(2)), (2, ds(3, offload="cpu")), (2, ds(1, offload="cpu"))],
+    "across engines": [
+        (4, ParallelConfig(zero=3)),
+        (2, ds(1)),
+        (4, ds(3, offload="cpu")),
+        (2, ParallelConfig(zero=1)),
+    ],
+}
+
+
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES.keys())
+def test_state_moves_bitwise_and_the_curve_goes_on(route: list[tuple[int, ParallelConfig]]) -> None:
+    steps = 2
+    uninterrupted, _ = plain_curve(Work(samples=12, steps=steps * len(route), lr=1e-2))
+    arrays: dict[str, torch.Tensor] | None = None
+    counters: dict[str, float] = {}
+    losses: list[float] = []
+    for number, (ranks, parallel) in enumerate(route):
+        work = Work(parallel, precision="fp32", samples=12, micro=2, steps=steps, first_step=steps * number)
+        results = run_ranks(ranks, leg, work, arrays, counters)
+        if arrays is not None:
+            before = whole([result[0] for result in results])
+            assert before.keys() == arrays.keys()
+            assert all(torch.equal(before[key], arrays[key]) for key in arrays)
+        arrays, counters = whole([result[1] for result in results]), results[0][2]
+        losses += results[0][3]
+    assert counters == {"step": steps * len(route)}
+    assert losses == pytest.approx(uninterrupted, rel=TOLERANCE)
+
+
+def stopped_and_not(rank: int, world_size: int, work: Work, resumed: ParallelConfig) -> tuple[Arrays, Arrays]:
+    """bf16 state after 2 + 2 steps: under the stage that it began with, and carried to another one half-way."""
+    engine = build(work, world_size)
+    for number in (0, 1):
+        step(engine, work, number)
+    gathered: list[Any] = [None] * world_size
+    dist.all_gather_object(gathered, snapshot(engine))
+    counters = engine.counters()
+    for number in (2, 3):
+        step(engine, work, number)
+    expected = snapshot(engine)
+    other = replace(work, parallel=resumed)
+    engine = build(other, world_size)
+    write(engine, whole(gathered), counters)
+    for number in (2, 3):
+        step(engine, other, number)
+    return expected, snapshot(engine)
+
+
+@pytest.mark.parametrize(("began", "resumed"), [(ds(1), ds(3)), (ds(3), ds(2)), (ds(2), ds(1))])
+def test_training_on_in_another_stage_differs_by_nothing(began: ParallelConfig, resumed: ParallelConfig) -> None:
+    """Not only is the state the same, the low-precision weights made from it are: 0.0 after two more steps."""
+    results = run_ranks(2, stopped_and_not, Work(began, precision="bf16", micro=2, max_norm=None), resumed)
+    expected, found = whole([result[0] for result in results]), whole([result[1] for result in results])
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def dropped_gradient(rank: int, world_size: int, work: Work) -> tuple[list[float], list[float]]:
+    """A curve with a gradient thrown away before each step, whose number of micro-batches changes from step to step."""
+    engine = build(work, world_size)
+    losses, norms = [], []
+    for number in range(work.steps):
+        engine.accumulate([MicroBatch.collate([sample(1000 + rank)])] * 3, torch.tensor(1.0, dtype=torch.float64))
+        engine.zero_grad()
+        loss, norm = step(engine, replace(work, micro=(1, 4, 2)[number % 3]), number)
+        losses.append(loss)
+        norms.append(norm)
+    return losses, norms
+
+
+@pytest.mark.parametrize(
+    "parallel", [ds(0), ds(1), ds(2), ds(3), ds(2, offload="cpu"), ds(3, offload="cpu")], ids=lambda axes: case(Work(axes))
+)
+def test_a_dropped_gradient_leaves_nothing_and_the_micro_batches_may_change(parallel: ParallelConfig) -> None:
+    work = Work(parallel, precision="fp32", steps=3)
+    losses, norms = plain_curve(work)
+    for rank_losses, rank_norms in run_ranks(2, dropped_gradient, work):
+        assert rank_losses == pytest.approx(losses, rel=TOLERANCE)
+        assert rank_norms == pytest.approx(norms, rel=TOLERANCE)
+
+
+def evaluated(rank: int, world_size: int, work: Work) -> tuple[float, float, float]:
+    engine, _, _ = train(work, world_size)
+    loss = engine.evaluate([MicroBatch.collate([sample(100 + rank), sample(200 + rank)])])
+    return float(loss.mean), float(loss.tokens), step(engine, work, work.steps)[0]
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_evaluation_between_steps(zero: int) -> None:
+    work = Work(precision="fp32", steps=2)
+    expected = run_ranks(2, evaluated, replace(work, parallel=ParallelConfig(zero=3)))[0]
+    for found in run_ranks(2, evaluated, replace(work, parallel=ds(zero))):
+        assert found == pytest.approx(expected, rel=TOLERANCE)
