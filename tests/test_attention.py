@@ -106,3 +106,44 @@ def test_positions_restart_at_each_document() -> None:
     documents = torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [3, 3, 0, 0, 3, 3]])
     expected = [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 0, 1]]
     assert positions(documents).tolist() == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_fused_blocks_on_a_gpu_equal_the_formula(kernel: str, causal: bool, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision against float32 on the same rounded inputs; gradients given a larger row's output and log-sum-exp."""
+    generator = torch.Generator("cuda").manual_seed(dim)
+
+    def draw(length: int, heads: int) -> torch.Tensor:
+        return torch.randn(2, length, heads, dim, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    q, dout, k, v = draw(256, 8), draw(256, 8), draw(256 if causal else 384, 2), draw(256 if causal else 384, 2)
+    single = [x.float() for x in (q, k, v)]
+    out, lse = attention_kernels.block_forward(*single, causal=causal, scale=0.2)
+    out, lse = out.bfloat16(), lse + 0.5  # as if half as many keys again had been merged in
+    expected = attention_kernels.block_backward(dout.float(), *single, out.float(), lse, causal=causal, scale=0.2)
+    monkeypatch.setattr(attention_kernels, "dense_kernel", kernel)
+    got_out, got_lse = attention_kernels.block_forward(q, k, v, causal=causal, scale=0.2)
+    torch.testing.assert_close(got_out.float(), out.float(), rtol=0.02, atol=0.01)
+    torch.testing.assert_close(got_lse, lse - 0.5, rtol=0, atol=1e-3)
+    got = attention_kernels.block_backward(dout, q, k, v, out, lse, causal=causal, scale=0.2)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=0.05, atol=0.05 * float(other.std()))
+
+
+@pytest.mark.gpu
+def test_documents_on_a_gpu_equal_those_on_the_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    documents = random_documents(2, 256, generator)
+    inputs = [torch.randn(2, 256, heads, 64, generator=generator).bfloat16() for heads in (8, 2, 2)]
+    dout = torch.randn(2, 256, 8, 64, generator=generator).bfloat16()
+    results: list[list[torch.Tensor]] = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
+        out = attend(leaves[0], leaves[1], leaves[2], documents.to(device))
+        grads = torch.autograd.grad(out, leaves, dout.to(device, dtype))
+        results.append([x.detach().float().cpu() for x in (out, *grads)])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * float(want.std()))
