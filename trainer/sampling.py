@@ -107,7 +107,7 @@ def load_plain(model: nn.Module, checkpoint: Path | str, device: torch.device, d
         Fragment(name, "weight", tuple(parameter.shape), Box.whole(parameter.shape), parameter.detach())
         for name, parameter in model.named_parameters()
     ]
-    restore(checkpoint, fragments, Control.alone())
+    restore(checkpoint, fragments, Control.alone(), strict=False)
     return model.eval()
 
 
