@@ -26,6 +26,7 @@ from ..optim.parameters import NamedParameter, Shards
 from ..parallel.deepspeed_optimizer import OptimizerFactory
 from ..parallel.engine import Engine
 from ..parallel.engines import make_engine
+from ..parallel.legality import micro_batch_unit
 from ..parallel.mesh import Mesh
 from .evaluate import Evaluation, share_of_validation
 from .hooks import Hook
@@ -147,7 +148,8 @@ def build_run(config: DictConfig, mesh: Mesh) -> Run:
     model = build_model(config, data.vocabulary)
     flops = model.flops_per_token(data.seq_len)
     horizon = build_horizon(config, data.seq_len)
-    controller = build_controller(config.batch, horizon, mesh.layout.data_size * config.batch.micro)
+    unit = 1 if config.batch.name == "fixed" else micro_batch_unit(parts.parallel)  # a pipeline can't run any number
+    controller = build_controller(config.batch, horizon, mesh.layout.data_size * config.batch.micro * unit)
     engine = build_engine(config, model, mesh, data.seq_len, controller.needs_statistics)
     loader = Loader(data.train(), mesh.data_rank, mesh.layout.data_size, pin=mesh.device.type == "cuda")
 

@@ -16,6 +16,7 @@ from ..config.validate import config_problems
 from ..optim.build import build_schedule
 from ..parallel.engines import engine_problems
 from ..parallel.layout import Layout, layout_problems
+from ..parallel.legality import Work, layout_and_model_problems
 from .build import Parts, build_data, build_horizon, optimizer_factory
 
 
@@ -26,7 +27,10 @@ def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
         return problems
     parts = Parts.of(config)
     if world_size > 0:
-        layout = layout_problems(parts.parallel, world_size)
+        work = layout_work(config, parts) if parts.parallel.engine == "torch" and not problems else None
+        layout = (
+            layout_and_model_problems(parts.parallel, work, world_size) if work else layout_problems(parts.parallel, world_size)
+        )
         problems += layout or batch_problems(config.batch, Layout.plan(parts.parallel, world_size).data_size)
         problems += _asked("optim", lambda: _engine_problems(config, parts, world_size))
     problems += checkpoint_problems(parts.checkpoint)
@@ -34,6 +38,23 @@ def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
     if not any(problem.key.startswith(("trainer.", "data.")) for problem in problems):
         problems += _asked("schedule", lambda: _schedule_problems(config))
     return problems
+
+
+def layout_work(config: DictConfig, parts: Parts) -> Work | None:
+    """What the layout has to carry; None where a model or data of the user's own does not say it by Llama's keys."""
+    shape = {key: config.model.get(key) for key in ("layers", "heads", "kv_heads", "ffn_dim")}
+    seq_len, micro = config.data.get("seq_len"), config.batch.get("micro")
+    if not all(isinstance(size, int) for size in (*shape.values(), seq_len, micro)):
+        return None
+    return Work(
+        **shape,
+        vocabulary=config.model.get("vocabulary"),
+        seq_len=seq_len,
+        micro=micro,
+        samples=config.batch.samples if config.batch.name == "fixed" else None,
+        activation=parts.trainer.activation,
+        compile=parts.trainer.compile,
+    )
 
 
 def batch_problems(batch: Any, data_size: int) -> list[Problem]:
