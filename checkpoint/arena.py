@@ -1,7 +1,8 @@
-"""Reused shared memory in which a rank's file is put together before it is written."""
+"""Reused shared memory in which a rank's file is put together before, and while, it is written."""
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
@@ -14,18 +15,25 @@ import torch
 from .dtypes import TORCH_DTYPES
 from .errors import CheckpointError
 from .plan import FileLayout
+from .watermark import TRAILER, Watermark
 
-PAGE = 2 * 1024 * 1024  # sizes are rounded up to this: whole pages, of either kind
+HUGE_PAGE = 2 * 1024 * 1024
 
 
 class Arena:
-    """One mapping of anonymous shared memory that the writer process maps too, by its descriptor."""
+    """One mapping of anonymous shared memory that the writer process maps too, by its descriptor.
+
+    A page at the end says how much of the file is in place, so that the writer can follow the copy.
+    """
 
     def __init__(self, size: int, pin: bool) -> None:
         self.size = rounded(size)
         self.descriptor = os.memfd_create("meshloom-checkpoint", os.MFD_CLOEXEC)
-        os.ftruncate(self.descriptor, self.size)
-        self.memory = mmap.mmap(self.descriptor, self.size)
+        os.posix_fallocate(self.descriptor, 0, self.size)  # a shortage of memory shows here, not as SIGBUS in the copy
+        self.memory = mmap.mmap(self.descriptor, self.size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        with contextlib.suppress(OSError):  # where the system allows it for shared memory
+            self.memory.madvise(mmap.MADV_HUGEPAGE)
+        self.watermark = Watermark(memoryview(self.memory))
         self._pinned = False
         if pin:
             self._pin()
@@ -34,11 +42,13 @@ class Arena:
 
     def _pin(self) -> None:
         """Lock the pages for the GPU's copy engines; without it copies would block the thread that asks for them."""
-        pointer = torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr()
-        error = _cuda().cudaHostRegister(pointer, self.size, 0)
+        error = _cuda().cudaHostRegister(self._address(), self.size, 0)
         if int(error) != 0:
             raise CheckpointError(f"pinning {self.size} bytes of memory failed ({error}); lower checkpoint.host_memory_gib")
         self._pinned = True
+
+    def _address(self) -> int:
+        return torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr()
 
     def views(self, layout: FileLayout) -> list[torch.Tensor]:
         """One tensor per piece, in the memory where the file's bytes are put together; the header is in place."""
@@ -63,8 +73,7 @@ class Arena:
     def close(self) -> None:
         """Give the memory back."""
         if self._pinned:
-            pointer = torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr()
-            _cuda().cudaHostUnregister(pointer)
+            _cuda().cudaHostUnregister(self._address())
         self._views = []
         os.close(self.descriptor)
 
@@ -86,6 +95,14 @@ class ArenaPool:
         """Host memory taken now."""
         return sum(arena.size for arena in [*self._free, *self._lent])
 
+    def reserve(self, size: int) -> None:
+        """Make the arenas that saves of this size will use now, as many as two where the limit allows."""
+        arenas = [self.lend(size, 0.0)]
+        if self.has_room(size):
+            arenas.append(self.lend(size, 0.0))
+        for arena in arenas:
+            self.take_back(arena)
+
     def has_room(self, size: int) -> bool:
         """Whether an arena of this size could be lent at once."""
         with self._changed:
@@ -95,21 +112,21 @@ class ArenaPool:
         """An arena of at least this size; waits for one to come back. Raises CheckpointError if it never can fit."""
         if self.limit is not None and rounded(size) > self.limit:
             raise CheckpointError(
-                f"a snapshot takes {size / 2**30:.2f} GiB of host memory, more than checkpoint.host_memory_gib="
-                f"{self.limit / 2**30:.2f}; raise it"
+                f"a snapshot takes {rounded(size) / 2**30:.3f} GiB of host memory, more than checkpoint.host_memory_gib="
+                f"{self.limit / 2**30:.3f}; raise it"
             )
         deadline = time.monotonic() + timeout
         with self._changed:
             while not self._fits(size):
                 if not self._changed.wait(max(0.0, deadline - time.monotonic())):
                     raise CheckpointError(f"no snapshot memory became free within {timeout:g} s: the disk is too slow or stuck")
-            arena = next((arena for arena in self._free if arena.size >= size), None)
+            arena = next((arena for arena in self._free if arena.size >= rounded(size)), None)
             if arena is not None:
                 self._free.remove(arena)
             else:
-                for useless in self._free:
-                    useless.close()
-                self._free.clear()
+                for outgrown in [arena for arena in self._free if arena.size < rounded(size)]:
+                    self._free.remove(outgrown)
+                    outgrown.close()
                 arena = Arena(size, self.pin)
             self._lent.append(arena)
             return arena
@@ -129,7 +146,7 @@ class ArenaPool:
             self._free.clear()
 
     def _fits(self, size: int) -> bool:
-        if any(arena.size >= size for arena in self._free):
+        if any(arena.size >= rounded(size) for arena in self._free):
             return True
         lent = sum(arena.size for arena in self._lent)
         return len(self._lent) < 2 if self.limit is None else lent + rounded(size) <= self.limit
@@ -141,5 +158,5 @@ def _cuda() -> Any:
 
 
 def rounded(size: int) -> int:
-    """The memory an arena for so many bytes takes."""
-    return -(-max(size, 1) // PAGE) * PAGE
+    """The memory that an arena for so many bytes takes: with its trailer, in whole pages of either kind."""
+    return -(-(size + TRAILER) // HUGE_PAGE) * HUGE_PAGE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -19,9 +20,9 @@ from .commit import open_target
 from .control import Control
 from .errors import CheckpointError
 from .manifest import state_fault
-from .plan import declare
+from .planner import Planner
 from .report import SaveReport
-from .save import Plans, Save, Tools
+from .save import Save, Tools
 from .writer import InlineWriter, ProcessWriter
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Checkpointer:
             target=self._target,
             pool=ArenaPool(limit, pin=torch.cuda.is_available()),
             writer=ProcessWriter() if self._asynchronous else InlineWriter(),
-            plans=Plans(),
+            planner=Planner(),
             stream=None,
             config=config,
         )
@@ -62,6 +63,27 @@ class Checkpointer:
         self._last_report: SaveReport | None = None
         self._failures = 0
 
+    def prepare(self, fragments: Iterable[Fragment]) -> None:
+        """Make the plan and the snapshot memory now, so that the first save costs no more than the others. Optional.
+
+        Raises CheckpointError where a save of these fragments would fail for its plan or its memory.
+        """
+        held = list(fragments)
+        talk = self.control.begin("prepare", self.config.timeout)
+        planner = self._tools.planner
+        try:
+            planner.vote(talk, held, busy=False)
+            if self.control.rank == 0:
+                talk.announce("decision", json.dumps(planner.decide(talk)[1]).encode())
+            if json.loads(talk.hear("decision")):
+                planner.adopt(talk)
+            if planner.layout.bytes:
+                self._tools.pool.reserve(planner.layout.bytes)
+        except BaseException as error:
+            talk.abort(str(error))
+            planner.forget()
+            raise
+
     def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any], *, required: bool = False) -> None:
         """Start saving. Only rank 0's state is stored.
 
@@ -69,7 +91,7 @@ class Checkpointer:
         change. If no snapshot memory is free because the disk is slower than the schedule, the save is skipped by all
         ranks and reported so; `required` (a final save) waits instead.
 
-        Raises CheckpointError for a state that is not plain JSON or a tensor that can't be stored.
+        Raises CheckpointError for a state that is not plain JSON; whatever else goes wrong is in the save's report.
         """
         self._wait_for_update()  # a caller that never updates must not have two snapshots of the same tensors under way
         held = list(fragments)
@@ -79,7 +101,7 @@ class Checkpointer:
         if self._tools.stream is None and any(fragment.tensor.is_cuda for fragment in held):
             self._tools.stream = torch.cuda.Stream()
         talk = self.control.begin("save", self.config.timeout)
-        save = Save(step, held, declare(held), state, required, talk, self._newest)
+        save = Save(step, held, state, required, talk, self._newest)
         self._saves.append(save)
         self._newest = save
         start = time.perf_counter()
@@ -128,8 +150,8 @@ class Checkpointer:
 
     def close(self) -> None:
         """Give back memory, processes and the folder's lock, whatever the state of the saves. May be called twice."""
-        for save in self._saves:
-            save.join()
+        if self._newest is not None:
+            self._newest.leave()
         self._tools.writer.close()
         self._tools.pool.close()
         self._target.close()

@@ -23,7 +23,7 @@ from .disk import delete_folder, move_into_place, replace_small, sync_folder, wr
 from .errors import CheckpointError
 from .faults import reach
 from .files import LocalFiles, RemoteFiles, open_files
-from .folder import LATEST, open_step, step_name, steps_newest_first
+from .folder import LATEST, check_lengths, load_manifest, step_name, steps_newest_first
 from .manifest import MANIFEST, Manifest
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ class Target(Protocol):
         """Coordinator: make that folder."""
         ...
 
-    def commit(self, manifest: Manifest, token: str) -> None:
-        """Coordinator: turn the files that all ranks have made durable into a checkpoint."""
+    def commit(self, manifest: Manifest, text: bytes, token: str) -> None:
+        """Coordinator: turn the files that all ranks have made durable into a checkpoint. `text`: the manifest encoded."""
         ...
 
     def discard(self, step: int, token: str) -> None:
@@ -102,11 +102,11 @@ class LocalTarget:
         """See Target."""
         Path(self.place(step, token)).mkdir()
 
-    def commit(self, manifest: Manifest, token: str) -> None:
+    def commit(self, manifest: Manifest, text: bytes, token: str) -> None:
         """See Target."""
         fresh, final = Path(self.place(manifest.step, token)), self.path / step_name(manifest.step)
         _check_files(LocalFiles(fresh), manifest)
-        write_small(fresh / MANIFEST, manifest.encode(), "manifest")
+        write_small(fresh / MANIFEST, text, "manifest")
         sync_folder(fresh, "manifest.folder")
         replaced = move_into_place(fresh, final)
         sync_folder(self.path, "commit.folder")
@@ -170,13 +170,13 @@ class RemoteTarget:
         """See Target."""
         self.files.system.makedirs(self.files.child(step_name(step)).label(), exist_ok=True)
 
-    def commit(self, manifest: Manifest, token: str) -> None:
+    def commit(self, manifest: Manifest, text: bytes, token: str) -> None:
         """See Target."""
         folder = self.files.child(step_name(manifest.step))
         assert isinstance(folder, RemoteFiles)
         _check_files(folder, manifest)
         reach("manifest.put.before")
-        folder.write(MANIFEST, manifest.encode())
+        folder.write(MANIFEST, text)
         reach("manifest.put.after")
         self.files.write(LATEST, f"{step_name(manifest.step)}\n".encode())
         reach("latest.put.after")
@@ -224,7 +224,7 @@ def steps_to_prune(files: LocalFiles | RemoteFiles, keep: int) -> list[str]:
             doomed.append(name)
             continue
         try:
-            open_step(files.child(name))
+            check_lengths(files.child(name), load_manifest(files.child(name)))
         except CheckpointError as error:
             log.warning("retention: %s does not count as kept: %s", name, error)
             continue
@@ -234,7 +234,6 @@ def steps_to_prune(files: LocalFiles | RemoteFiles, keep: int) -> list[str]:
 
 def _check_files(folder: LocalFiles | RemoteFiles, manifest: Manifest) -> None:
     """The coordinator must see every rank's file; it would not if the folder were on a disk of one node alone."""
-    manifest.prove_coverage(folder.label(MANIFEST))
     for file in manifest.files:
         size = folder.size(file.name)
         if size != file.bytes:

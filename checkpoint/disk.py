@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,9 @@ PAGE = 4096
 CHUNK = 8 * 1024 * 1024
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
+
+
+Ready = Callable[[int], None]
 
 
 @dataclass
@@ -35,12 +39,13 @@ class Written:
     direct: bool
 
 
-def write_image(image: memoryview, path: Path, leaves_path: Path) -> Written:
+def write_image(image: memoryview, path: Path, leaves_path: Path, ready: Ready) -> Written:
     """Write `image` to a new file and its leaves' digests beside it; both are on the disk when this returns.
 
     The digests are computed by a second thread while this one writes. `image` starts on a page boundary and is followed
     by readable memory up to the next page boundary, so that O_DIRECT may write whole pages; the file is cut to length.
-    Where the file system refuses O_DIRECT, the same bytes go through the page cache.
+    Where the file system refuses O_DIRECT, the same bytes go through the page cache. Both threads follow the copy into
+    `image`: `ready(n)` returns when its first n bytes are in place.
     """
     outcome: queue.SimpleQueue[tuple[bytes, float] | BaseException] = queue.SimpleQueue()
 
@@ -48,7 +53,10 @@ def write_image(image: memoryview, path: Path, leaves_path: Path) -> Written:
         try:
             start = time.perf_counter()
             reach("hash.before")
-            parts = [leaf_digests(image[at : at + BLOCK_BYTES]) for at in range(0, len(image), BLOCK_BYTES)]
+            parts: list[bytes] = []
+            for at in range(0, len(image), BLOCK_BYTES):
+                ready(min(at + BLOCK_BYTES, len(image)))
+                parts.append(leaf_digests(image[at : at + BLOCK_BYTES]))
             reach("hash.after")
             outcome.put((b"".join(parts), time.perf_counter() - start))
         except BaseException as error:
@@ -58,7 +66,7 @@ def write_image(image: memoryview, path: Path, leaves_path: Path) -> Written:
     hasher.start()
     start = time.perf_counter()
     try:
-        direct = _write_data(image, path)
+        direct = _write_data(image, path, ready)
     finally:
         hasher.join()
     result = outcome.get()
@@ -70,7 +78,7 @@ def write_image(image: memoryview, path: Path, leaves_path: Path) -> Written:
     return Written(len(image), block_digests(leaves), hashing, time.perf_counter() - start, direct)
 
 
-def _write_data(image: memoryview, path: Path) -> bool:
+def _write_data(image: memoryview, path: Path, ready: Ready) -> bool:
     reach("data.open.before")
     descriptor, direct = _open(path)
     try:
@@ -80,6 +88,7 @@ def _write_data(image: memoryview, path: Path) -> bool:
         at = 0
         while at < len(whole):
             part = whole[at : at + CHUNK]
+            ready(min(at + CHUNK, size))
             allowed = reach("data.write.before", len(part))
             try:
                 done = os.pwrite(descriptor, part[:allowed], at)

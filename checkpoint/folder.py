@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .errors import CheckpointError, DamageError
 from .files import Files, LocalFiles, is_remote, open_files
-from .manifest import MANIFEST, Manifest
+from .manifest import MANIFEST, Manifest, prove_coverage
 
 LATEST = "LATEST"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -40,7 +40,13 @@ def open_step(files: Files) -> Manifest:
     Raises DamageError naming the file.
     """
     manifest = load_manifest(files)
-    manifest.prove_coverage(files.label(MANIFEST))
+    prove_coverage(manifest.arrays, [file.bytes for file in manifest.files], files.label(MANIFEST))
+    check_lengths(files, manifest)
+    return manifest
+
+
+def check_lengths(files: Files, manifest: Manifest) -> None:
+    """Check that every file is there with its length. Raises DamageError naming the file."""
     for file in manifest.files:
         for name, expected in ((file.name, file.bytes), (file.leaves, -(-file.bytes // manifest.leaf_bytes) * 16)):
             size = files.size(name)
@@ -48,7 +54,6 @@ def open_step(files: Files) -> Manifest:
                 raise DamageError(files.label(name), "the file is missing")
             if size != expected:
                 raise DamageError(files.label(name), f"the file has {size} bytes, not {expected}")
-    return manifest
 
 
 def steps_newest_first(files: Files) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,21 +88,11 @@ class Manifest:
         """Total size of the data files."""
         return sum(file.bytes for file in self.files)
 
-    def prove_coverage(self, where: str) -> None:
-        """Check that the boxes of every array tile it and lie inside their files. Raises DamageError naming the array."""
-        for key, array in self.arrays.items():
-            fault = tiling_fault(array.shape, [stored.box for stored in array.boxes])
-            if fault is not None:
-                raise DamageError(where, f"array {key}: {fault}")
-            for stored in array.boxes:
-                if not 0 <= stored.file < len(self.files):
-                    raise DamageError(where, f"array {key}: there is no file number {stored.file}")
-                size = stored.box.numel * array.item_bytes
-                if stored.start < 0 or stored.stop - stored.start != size or stored.stop > self.files[stored.file].bytes:
-                    raise DamageError(where, f"array {key}: bytes {stored.start}–{stored.stop} can't hold {size} bytes")
+    def encode(self, arrays_text: str | None = None) -> bytes:
+        """The manifest as text: one line per file and array, and at the end the digest of all lines before it.
 
-    def encode(self) -> bytes:
-        """The manifest as text: one line per file and array, and at the end the digest of all lines before it."""
+        arrays_text: what `encode_arrays` gave for these arrays, where it is kept from save to save.
+        """
         lines = [
             "{",
             f'"format": {json.dumps(FORMAT)},',
@@ -118,7 +109,7 @@ class Manifest:
             ),
             "],",
             '"arrays": {',
-            ",\n".join(f"{json.dumps(key)}: {_compact(_array_to_json(a))}" for key, a in sorted(self.arrays.items())),
+            encode_arrays(self.arrays) if arrays_text is None else arrays_text,
             "},",
         ]
         body = ("\n".join(lines) + "\n").encode()
@@ -150,6 +141,25 @@ class Manifest:
             leaf_bytes=content["leaf_bytes"],
             block_bytes=content["block_bytes"],
         )
+
+
+def prove_coverage(arrays: dict[str, StoredArray], file_bytes: Sequence[int], where: str) -> None:
+    """Check that the boxes of every array tile it and lie inside their files. Raises DamageError naming the array."""
+    for key, array in arrays.items():
+        fault = tiling_fault(array.shape, [stored.box for stored in array.boxes])
+        if fault is not None:
+            raise DamageError(where, f"array {key}: {fault}")
+        for stored in array.boxes:
+            if not 0 <= stored.file < len(file_bytes):
+                raise DamageError(where, f"array {key}: there is no file number {stored.file}")
+            size = stored.box.numel * array.item_bytes
+            if stored.start < 0 or stored.stop - stored.start != size or stored.stop > file_bytes[stored.file]:
+                raise DamageError(where, f"array {key}: bytes {stored.start}–{stored.stop} can't hold {size} bytes")
+
+
+def encode_arrays(arrays: dict[str, StoredArray]) -> str:
+    """The lines of the manifest about the arrays."""
+    return ",\n".join(f"{json.dumps(key)}: {_compact(_array_to_json(array))}" for key, array in sorted(arrays.items()))
 
 
 def state_fault(state: dict[str, Any]) -> str | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 from .digest import BLOCK_BYTES, block_digests, leaf_digests
-from .disk import Written
+from .disk import Ready, Written
 from .faults import reach
 
 
-def write_image_remote(image: memoryview, folder: str, name: str, leaves: str) -> Written:
+def write_image_remote(image: memoryview, folder: str, name: str, leaves: str, ready: Ready) -> Written:
     """Upload `image` and its leaves' digests; each block is hashed just before it is sent."""
     import fsspec  # only where it is used: importing it costs a tenth of a second
 
@@ -21,6 +21,7 @@ def write_image_remote(image: memoryview, folder: str, name: str, leaves: str) -
     with system.open(f"{path}/{name}", "wb") as file:
         for at in range(0, len(image), BLOCK_BYTES):
             block = image[at : at + BLOCK_BYTES]
+            ready(at + len(block))
             before = time.perf_counter()
             digests.append(leaf_digests(block))
             hashing += time.perf_counter() - before

@@ -30,7 +30,6 @@ class SaveReport:
     total_bytes: int = 0
     host_memory_bytes: int = 0
     direct: bool = False
-    pruned: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def gigabytes_per_second(self) -> float:

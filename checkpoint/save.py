@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..config.checkpoint import CheckpointConfig
-from ..parallel.fragment import Box, Fragment
+from ..parallel.fragment import Fragment
 from .arena import Arena, ArenaPool
 from .commit import Target, new_token
 from .control import Round
 from .errors import CheckpointError
 from .faults import reach
 from .manifest import Manifest, StoredArray, StoredFile
-from .plan import Declaration, FileLayout, Piece, fill_boxes, lay_out, make_plan, pack, signature, unpack
+from .plan import FileLayout
+from .planner import Planner
 from .report import SaveReport
 from .snapshot import Snapshot
-from .writer import Writer
+from .writer import Request, Writer
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Plans:
-    """The plan in force, kept from save to save. The lower half is the coordinator's."""
-
-    signature: str = ""
-    layout: FileLayout = field(default_factory=lambda: FileLayout(b"", (), 0))
-    declared: list[tuple[Declaration, ...]] = field(default_factory=list)
-    signatures: list[str] = field(default_factory=list)
-    layouts: list[FileLayout] = field(default_factory=list)
-    arrays: dict[str, StoredArray] = field(default_factory=dict)
 
 
 @dataclass
@@ -47,7 +37,7 @@ class Tools:
     target: Target
     pool: ArenaPool
     writer: Writer
-    plans: Plans
+    planner: Planner
     stream: torch.cuda.Stream | None
     config: CheckpointConfig
 
@@ -68,14 +58,12 @@ class Save:
         self,
         step: int,
         fragments: Sequence[Fragment],
-        declarations: tuple[Declaration, ...],
         state: dict[str, Any],
         required: bool,
         talk: Round,
         previous: Save | None,
     ) -> None:
         self.step = step
-        self.declarations = declarations
         self.state = state
         self.required = required
         self.talk = talk
@@ -85,10 +73,12 @@ class Save:
         self.thread: threading.Thread | None = None
         self._staged = threading.Event()
         self._ended = threading.Event()
+        self._left = threading.Event()
         self._arena: Arena | None = None
         self._token = ""
         self._layouts: list[FileLayout] = []  # of all ranks, and the arrays: this save's, whatever later saves plan
         self._arrays: dict[str, StoredArray] = {}
+        self._arrays_text = ""
 
     @property
     def ended(self) -> bool:
@@ -98,6 +88,10 @@ class Save:
     def join(self) -> None:
         """Wait for the verdict."""
         self._ended.wait()
+
+    def leave(self) -> None:
+        """Wait until the save's thread touches nothing any more: also the deletion of old steps is over."""
+        self._left.wait()
 
     def run(self, tools: Tools) -> None:
         """Do it. Never raises: the report says what happened."""
@@ -116,95 +110,100 @@ class Save:
                 tools.pool.take_back(self._arena)
             report.host_memory_bytes = tools.pool.bytes
             report.total_seconds = time.perf_counter() - start
-            self.snapshot.release()
-            self._staged.set()
-            if self.previous is not None:
-                self.previous.join()
-                if self.previous.previous is not None:
-                    self.previous.previous.talk.forget()
-                    self.previous.previous = None
+            self._mark_staged()
+            self._wait_for_previous()
+            if self.previous is not None and self.previous.previous is not None:
+                self.previous.previous.talk.forget()  # whoever votes on this save has ended that one
+                self.previous.previous = None
             self._ended.set()
+            if report.outcome == "committed" and self.talk.control.rank == 0:
+                self._prune(tools)
+            self._left.set()
 
     def _run(self, tools: Tools) -> None:
-        report, plans = self.report, tools.plans
+        report, talk, coordinator = self.report, self.talk, self.talk.control.rank == 0
         decision = self._agree(tools)
         if "skip" in decision:
             report.outcome, report.reason = "skipped", decision["skip"]
             return
         self._token = decision["token"]
         if decision["new"]:
-            pieces = [Piece(source, Box(tuple(offsets), tuple(shape))) for source, offsets, shape in self._own_pieces()]
-            plans.layout = lay_out(self.declarations, pieces)
-            plans.signature = signature(self.declarations)
-        layout = plans.layout
-        if layout.bytes:
-            self._arena = tools.pool.lend(layout.bytes, tools.config.timeout)
-            self.snapshot.copy(self._arena, layout, tools.stream)
-            report.staging_seconds = self.snapshot.seconds
-        self.snapshot.release()
-        self._staged.set()
-        if self.previous is not None:
-            self.previous.join()
-        message: dict[str, Any] = {}
-        if self._arena is not None:
-            name, leaves = tools.target.data_names(self.talk.control.rank, self._token)
-            folder = tools.target.place(self.step, self._token)
-            written = tools.writer.write(self._arena, layout.bytes, folder, name, leaves)
-            report.hashing_seconds, report.writing_seconds = written.hashing, written.writing
-            report.bytes, report.direct = written.bytes, written.direct
-            message = {"name": name, "bytes": written.bytes, "leaves": leaves, "blocks": written.blocks}
+            tools.planner.adopt(talk)
+        message = self._stage_and_write(tools, tools.planner.layout)
         written_at = time.perf_counter()
         reach("report.before")
-        self.talk.post("report", json.dumps(message).encode())
-        if self.talk.control.rank == 0:
+        talk.post("report", json.dumps(message).encode())
+        if coordinator:
             manifest = self._manifest()
-            tools.target.commit(manifest, self._token)
-            verdict = {"bytes": manifest.bytes, "pruned": self._prune(tools)}
-            self.talk.announce("verdict", json.dumps(verdict).encode())
-        verdict = json.loads(self.talk.hear("verdict"))
+            tools.target.commit(manifest, manifest.encode(self._arrays_text), self._token)
+            talk.announce("verdict", json.dumps({"bytes": manifest.bytes}).encode())
+        report.total_bytes = json.loads(talk.hear("verdict"))["bytes"]
         report.commit_seconds = time.perf_counter() - written_at
-        report.total_bytes, report.pruned, report.outcome = verdict["bytes"], verdict["pruned"], "committed"
+        report.outcome = "committed"
 
     def _agree(self, tools: Tools) -> dict[str, Any]:
         """Stages 1 and 2. Returns the decision: {"skip": why} or {"token": …, "new": whether there is a new plan}."""
-        plans, talk = tools.plans, self.talk
-        mine = signature(self.declarations)
-        changed = mine != plans.signature
-        busy = not changed and bool(plans.layout.bytes) and not tools.pool.has_room(plans.layout.bytes) and not self.required
+        planner, talk = tools.planner, self.talk
+        size = planner.layout.bytes
+        busy = size > 0 and not self.required and not tools.pool.has_room(size)
         reach("vote.before")
-        talk.post("vote", mine.encode() + (b"B" if busy else b"F") + (pack(self.declarations) if changed else b""))
+        planner.vote(talk, self.snapshot.fragments, busy)
         if talk.control.rank == 0:
-            talk.announce("decision", json.dumps(self._decide(tools, talk.collect("vote"))).encode())
+            talk.announce("decision", json.dumps(self._decide(tools)).encode())
         return json.loads(talk.hear("decision"))
 
-    def _decide(self, tools: Tools, votes: list[bytes]) -> dict[str, Any]:
-        plans = tools.plans
-        busy = [rank for rank, vote in enumerate(votes) if vote[32:33] == b"B"]
+    def _decide(self, tools: Tools) -> dict[str, Any]:
+        planner = tools.planner
+        busy, new = planner.decide(self.talk)
         if busy:
-            memory = f"{tools.pool.bytes / 2**30:.2f} GiB on rank 0"
-            return {
-                "skip": f"the disk is slower than the schedule: rank {busy[0]} has no snapshot memory free ({memory} in use)"
-            }
-        signatures = [vote[:32].decode() for vote in votes]
-        new = signatures != plans.signatures
-        if new:
-            declared = [unpack(vote[33:]) if len(vote) > 33 else plans.declared[rank] for rank, vote in enumerate(votes)]
-            plan = make_plan(declared)
-            plans.declared, plans.signatures = declared, signatures
-            plans.layouts = [lay_out(d, p) for d, p in zip(declared, plan.pieces, strict=True)]
-            plans.arrays = fill_boxes(plan.arrays, plans.layouts)
-            for rank, pieces in enumerate(plan.pieces):
-                rows = [[piece.source, piece.box.offsets, piece.box.shape] for piece in pieces]
-                self.talk.announce(f"pieces/{rank}", json.dumps(rows, separators=(",", ":")).encode())
-        self._layouts, self._arrays = plans.layouts, plans.arrays
+            memory = f"rank {busy[0]} has no snapshot memory free, {tools.pool.bytes / 2**30:.2f} GiB in use on rank 0"
+            return {"skip": f"the disk is slower than the schedule: {memory}"}
+        self._layouts, self._arrays, self._arrays_text = planner.layouts, planner.arrays, planner.arrays_text
         token = new_token()
         tools.target.begin(self.step, token)
         self._token = token
         reach("decision.before")
         return {"token": token, "new": new}
 
-    def _own_pieces(self) -> list[tuple[int, list[int], list[int]]]:
-        return json.loads(self.talk.hear(f"pieces/{self.talk.control.rank}"))
+    def _stage_and_write(self, tools: Tools, layout: FileLayout) -> dict[str, Any]:
+        """Stages 3 and 4. The writing follows the copy, unless the writer is still at an earlier save."""
+        report = self.report
+        if not layout.bytes:
+            self._mark_staged()
+            self._wait_for_previous()
+            return {}
+        arena = self._arena = tools.pool.lend(layout.bytes, tools.config.timeout)
+        arena.watermark.set(0)
+        name, leaves = tools.target.data_names(self.talk.control.rank, self._token)
+        request = Request(arena, layout.bytes, tools.target.place(self.step, self._token), name, leaves)
+        follow = self.previous is None or self.previous.ended
+        if follow:
+            tools.writer.begin(request)
+        try:
+            self.snapshot.copy(arena, layout, tools.stream)
+        except BaseException:
+            arena.watermark.abandon()
+            if follow:
+                with contextlib.suppress(CheckpointError, OSError):
+                    tools.writer.end()
+            raise
+        report.staging_seconds = self.snapshot.seconds
+        self._mark_staged()
+        self._wait_for_previous()
+        if not follow:
+            tools.writer.begin(request)
+        written = tools.writer.end()
+        report.hashing_seconds, report.writing_seconds = written.hashing, written.writing
+        report.bytes, report.direct = written.bytes, written.direct
+        return {"name": name, "bytes": written.bytes, "leaves": leaves, "blocks": written.blocks}
+
+    def _mark_staged(self) -> None:
+        self.snapshot.release()
+        self._staged.set()
+
+    def _wait_for_previous(self) -> None:
+        if self.previous is not None:
+            self.previous.join()
 
     def _manifest(self) -> Manifest:
         """Stage 5, the coordinator's part: what the ranks say they wrote must be what the plan says."""
@@ -217,13 +216,12 @@ class Save:
                 files.append(StoredFile(message["name"], message["bytes"], message["leaves"], message["blocks"]))
         return Manifest(self.step, len(messages), self.state, files, self._arrays)
 
-    def _prune(self, tools: Tools) -> list[str]:
+    def _prune(self, tools: Tools) -> None:
         """Retention comes after the commit and can't undo it."""
         try:
-            return tools.target.prune(tools.config.keep)
+            tools.target.prune(tools.config.keep)
         except OSError as error:
             log.warning("old checkpoints could not be deleted: %s", error)
-            return []
 
     def _give_up(self, tools: Tools) -> None:
         """Tell the others, forget the plan (they may not have got it) and delete what was written."""
@@ -231,7 +229,6 @@ class Save:
             self.talk.abort(self.report.reason)
         except Exception as error:  # the store is gone: the others' time-outs have to do
             log.warning("the other ranks could not be told: %s", error)
-        tools.plans.signature = ""
-        tools.plans.signatures = []
+        tools.planner.forget()
         if self.talk.control.rank == 0 and self._token:
             tools.target.discard(self.step, self._token)

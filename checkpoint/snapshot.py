@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -14,10 +15,10 @@ from ..parallel.fragment import Box, Fragment
 from .arena import Arena
 from .errors import CheckpointError
 from .faults import reach
-from .plan import FileLayout
+from .plan import FileLayout, Placed
 
-# Pieces copied by one call; between calls other threads get the interpreter.
-BATCH = 256
+# Copied by one call, after which the writer may have it.
+BATCH_BYTES = 16 * 2**20
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -41,26 +42,35 @@ class Snapshot:
             self._begun.record(torch.cuda.current_stream(self._device))
 
     def copy(self, arena: Arena, layout: FileLayout, stream: torch.cuda.Stream | None) -> None:
-        """Fill the arena and return when it is full. Called from the save's thread, once."""
+        """Fill the arena and return when it is full; its watermark follows. Called from the save's thread, once."""
         start = time.perf_counter()
         reach("stage.before")
-        sources = [_slice(self.fragments[placed.source], placed.box) for placed in layout.placed]
         targets = arena.views(layout)
+        batches = _batches(layout.placed)
         if self._device is None:
-            _copy_on_host(targets, sources)
+            for low, high in batches:
+                _copy_on_host(targets[low:high], self._sources(layout.placed[low:high]))
+                arena.watermark.set(layout.placed[high - 1].stop)
         else:
             assert stream is not None and self._begun is not None
+            events: list[torch.cuda.Event] = []
             with torch.cuda.device(self._device), torch.cuda.stream(stream):
                 stream.wait_event(self._begun)
-                _copy_from_device(targets, sources)
-                copied = torch.cuda.Event()
-                copied.record(stream)
-            self._copied = copied
-            self._issued.set()
-            copied.synchronize()
+                for low, high in batches:
+                    _copy_from_device(targets[low:high], self._sources(layout.placed[low:high]))
+                    events.append(torch.cuda.Event())
+                    events[-1].record(stream)
+            self._copied = events[-1]
+            self._issued.set()  # from here on the trainer's stream can wait by itself
+            for (_, high), event in zip(batches, events, strict=True):
+                event.synchronize()
+                arena.watermark.set(layout.placed[high - 1].stop)
         reach("stage.after")
         self.seconds = time.perf_counter() - start
         self.release()
+
+    def _sources(self, placed: Sequence[Placed]) -> list[torch.Tensor]:
+        return [_slice(self.fragments[piece.source], piece.box) for piece in placed]
 
     def release(self) -> None:
         """Let the update go on: the copy is complete, or it will not be made."""
@@ -105,5 +115,15 @@ def _copy_on_host(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> N
 def _copy_from_device(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     foreach_copy: Any = vars(torch)["_foreach_copy_"]  # one call for many copies: the interpreter is free meanwhile
     with torch.no_grad():
-        for at in range(0, len(targets), BATCH):
-            foreach_copy(targets[at : at + BATCH], sources[at : at + BATCH], non_blocking=True)
+        foreach_copy(targets, sources, non_blocking=True)
+
+
+def _batches(placed: Sequence[Placed]) -> list[tuple[int, int]]:
+    """Runs of pieces `[low, high)` that are copied by one call, each of about BATCH_BYTES."""
+    edges = [0]
+    start = 0
+    for index, piece in enumerate(placed):
+        if piece.stop - start >= BATCH_BYTES or index == len(placed) - 1:
+            edges.append(index + 1)
+            start = piece.stop
+    return list(itertools.pairwise(edges))

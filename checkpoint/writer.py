@@ -13,12 +13,14 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from .disk import Written, write_image
+from .disk import Ready, Written, write_image
 from .errors import CheckpointError
 from .remote_write import write_image_remote
+from .watermark import Watermark
 
 
 class SharedMemory(Protocol):
@@ -26,17 +28,33 @@ class SharedMemory(Protocol):
 
     descriptor: int
     size: int
+    watermark: Watermark
 
     def image(self, size: int) -> memoryview:
         """The first bytes of the memory."""
         ...
 
 
-class Writer(Protocol):
-    """Makes one file out of the first bytes of an arena."""
+@dataclass(frozen=True)
+class Request:
+    """Make files `name` and `leaves` in `folder` (a path or URL) out of the first `size` bytes of an arena."""
 
-    def write(self, memory: SharedMemory, size: int, folder: str, name: str, leaves: str) -> Written:
-        """Write, and return when everything is durable. Raises OSError or CheckpointError."""
+    memory: SharedMemory
+    size: int
+    folder: str
+    name: str
+    leaves: str
+
+
+class Writer(Protocol):
+    """Makes files out of arenas, one after the other."""
+
+    def begin(self, request: Request) -> None:
+        """Start; the writing follows the arena's watermark. Every `begin` needs an `end`."""
+        ...
+
+    def end(self) -> Written:
+        """Return when everything is durable. Raises OSError or CheckpointError."""
         ...
 
     def close(self) -> None:
@@ -44,19 +62,33 @@ class Writer(Protocol):
         ...
 
 
-def write_anywhere(image: memoryview, folder: str, name: str, leaves: str) -> Written:
+def write_anywhere(image: memoryview, folder: str, name: str, leaves: str, ready: Ready) -> Written:
     """Write to a local folder or an fsspec URL."""
     if "://" in folder:
-        return write_image_remote(image, folder, name, leaves)
-    return write_image(image, Path(folder) / name, Path(folder) / leaves)
+        return write_image_remote(image, folder, name, leaves, ready)
+    return write_image(image, Path(folder) / name, Path(folder) / leaves, ready)
 
 
 class InlineWriter:
     """Writes in this process: for the synchronous mode, where training waits anyway."""
 
-    def write(self, memory: SharedMemory, size: int, folder: str, name: str, leaves: str) -> Written:
+    def __init__(self) -> None:
+        self._request: Request | None = None
+
+    def begin(self, request: Request) -> None:
         """See Writer."""
-        return write_anywhere(memory.image(size), folder, name, leaves)
+        self._request = request
+
+    def end(self) -> Written:
+        """See Writer."""
+        assert self._request is not None
+        r = self._request
+        self._request = None
+
+        def ready(value: int) -> None:
+            r.memory.watermark.wait(value, lambda: False)
+
+        return write_anywhere(r.memory.image(r.size), r.folder, r.name, r.leaves, ready)
 
     def close(self) -> None:
         """See Writer."""
@@ -69,6 +101,7 @@ class ProcessWriter:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._known: dict[int, int] = {}
+        self._target = ""
         self._start()
 
     def _start(self) -> None:
@@ -83,30 +116,40 @@ class ProcessWriter:
         self._socket = here
         self._known = {}
 
-    def write(self, memory: SharedMemory, size: int, folder: str, name: str, leaves: str) -> Written:
+    def begin(self, request: Request) -> None:
         """See Writer."""
         if self._process is None or self._process.poll() is not None:
             self._start()
-        assert self._socket is not None and self._process is not None
-        fresh = self._known.get(memory.descriptor) != os.fstat(memory.descriptor).st_ino
-        request = {
+        assert self._socket is not None
+        self._target = f"{request.folder}/{request.name}"
+        memory = request.memory
+        inode = os.fstat(memory.descriptor).st_ino
+        fresh = self._known.get(memory.descriptor) != inode
+        message = {
             "memory": memory.descriptor,
             "length": memory.size if fresh else 0,
-            "size": size,
-            "folder": folder,
-            "name": name,
-            "leaves": leaves,
+            "size": request.size,
+            "folder": request.folder,
+            "name": request.name,
+            "leaves": request.leaves,
         }
         try:
-            socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], [memory.descriptor] if fresh else [])
+            socket.send_fds(self._socket, [json.dumps(message).encode() + b"\n"], [memory.descriptor] if fresh else [])
+        except OSError:  # it died just now: `end` says how
+            return
+        self._known[memory.descriptor] = inode
+
+    def end(self) -> Written:
+        """See Writer."""
+        assert self._socket is not None and self._process is not None
+        try:
             answer = read_line(self._socket)
         except OSError:
             answer = b""
         if not answer:
             code = self._process.wait()
             self._socket.close()
-            raise CheckpointError(f"the writer process died ({_how(code)}) while writing {folder}/{name}")
-        self._known[memory.descriptor] = os.fstat(memory.descriptor).st_ino
+            raise CheckpointError(f"the writer process died ({_how(code)}) while writing {self._target}")
         reply = json.loads(answer)
         if "error" in reply:
             raise CheckpointError(reply["error"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import os
@@ -10,12 +11,14 @@ import socket
 import sys
 
 from .faults import install_from_environment
+from .watermark import Watermark
 from .writer import answer_of, write_anywhere
 
 
 def serve(link: socket.socket) -> None:
     """Answer requests until the other side is gone."""
     known: dict[int, mmap.mmap] = {}
+    parent = os.getppid()
     while True:
         line, descriptors, _, _ = socket.recv_fds(link, 65536, 1)
         if not line:
@@ -30,8 +33,10 @@ def serve(link: socket.socket) -> None:
             if descriptors:
                 known[request["memory"]] = mmap.mmap(descriptors[0], request["length"])
                 os.close(descriptors[0])
-            image = memoryview(known[request["memory"]])[: request["size"]]
-            reply = answer_of(write_anywhere(image, request["folder"], request["name"], request["leaves"]))
+            whole = memoryview(known[request["memory"]])
+            ready = functools.partial(Watermark(whole).wait, alive=lambda: os.getppid() == parent)
+            image = whole[: request["size"]]
+            reply = answer_of(write_anywhere(image, request["folder"], request["name"], request["leaves"], ready))
         except Exception as error:  # the trainer decides what a failure means
             reply = json.dumps({"error": f"writing {request['name']}: {type(error).__name__}: {error}"}).encode() + b"\n"
         link.sendall(reply)
