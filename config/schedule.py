@@ -50,7 +50,7 @@ class WSDConfig(ScheduleConfig):
 
     _target_: str = "meshloom.optim.wsd.WSD"
     name: str = "wsd"
-    decay: int | float | str = "10%"
+    decay: int | float | str = "20%"
     decay_form: str = "1-sqrt"
     decay_start: int | float | str | None = None
     final: float = 0.0
@@ -63,6 +63,7 @@ class PowerConfig(WSDConfig):
 
     _target_: str = "meshloom.optim.wsd.Power"
     name: str = "power"
+    decay: int | float | str = "10%"
     decay_form: str = "exponential_to_zero"
     a: float = 4.0
     b: float = -0.51

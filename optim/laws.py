@@ -6,7 +6,8 @@ differs between papers: see each law. Fits of one's own are in fitting.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from .wsd import REFERENCE_LENGTH
 
@@ -18,23 +19,23 @@ class Law:
     formula  as the paper writes it, with its constants
     unit     of its value
     source   where it comes from
-    fitted   the range of its arguments that it was fitted on, in words
-    lowest, highest   that range for the argument named `argument`, for checks; None: not known
+    fitted   what it was fitted on, in words
+    ranges   argument → lowest and highest value it was fitted on, where that is known
     """
 
     formula: str
     unit: str
     source: str
     fitted: str
-    argument: str = ""
-    lowest: float | None = None
-    highest: float | None = None
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
 
-    def covers(self, value: float) -> bool | None:
-        """Whether the law was fitted around this value of its argument; None where the range isn't known."""
-        if self.lowest is None or self.highest is None:
-            return None
-        return self.lowest <= value <= self.highest
+    def extrapolated(self, **arguments: float) -> list[str]:
+        """The names of those arguments that lie outside of what the law was fitted on."""
+        return [
+            name
+            for name, value in arguments.items()
+            if name in self.ranges and not self.ranges[name][0] <= value <= self.ranges[name][1]
+        ]
 
 
 STEP_LR = Law(
@@ -42,27 +43,21 @@ STEP_LR = Law(
     "peak learning rate (AdamW, cosine-like schedule down to a fixed 1e-5)",
     "step law, arXiv 2503.04715",
     "N (without embeddings) 6e7 to 1.1e9, D 2e9 to 1e11, sequences of 2,048",
-    "N",
-    6e7,
-    1.1e9,
+    {"N": (6e7, 1.1e9), "D": (2e9, 1e11)},
 )
 STEP_BATCH = Law(
     "0.58 · D^0.571",
     "tokens",
     "step law, arXiv 2503.04715",
     "N (without embeddings) 6e7 to 1.1e9, D 2e9 to 1e11, sequences of 2,048",
-    "D",
-    2e9,
-    1e11,
+    {"N": (6e7, 1.1e9), "D": (2e9, 1e11)},
 )
 POWER_LR = Law(
     "4.6 · β · D^−0.51, at most 0.02; β: batch in sequences of 4,096 tokens",
     "learning rate of WSD's stable phase (under muP)",
     "power scheduler, arXiv 2408.13359",
     "D 2e9 to 2.56e11, β 16 to 512, N 1.2e7 to 1.21e8",
-    "D",
-    2e9,
-    2.56e11,
+    {"N": (1.2e7, 1.21e8), "D": (2e9, 2.56e11), "β": (16, 512)},
 )
 MINICPM_BATCH = Law(
     "1.21e9 / L^6.24",
@@ -75,18 +70,14 @@ CRITICAL_BATCH = Law(
     "tokens",
     "Kaplan et al., arXiv 2001.08361",
     "L 2.3 to 6, WebText2 with GPT-2's tokenizer",
-    "L",
-    2.3,
-    6.0,
+    {"L": (2.3, 6.0)},
 )
 CHINCHILLA_LOSS = Law(
     "1.69 + 406.4 / N^0.34 + 410.7 / D^0.28",
     "nats per token",
     "Hoffmann et al., arXiv 2203.15556, approach 3",
     "N 7e7 to 1.6e10, D 5e9 to 5e11, MassiveText",
-    "N",
-    7e7,
-    1.6e10,
+    {"N": (7e7, 1.6e10), "D": (5e9, 5e11)},
 )
 
 

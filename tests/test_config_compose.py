@@ -46,7 +46,7 @@ def test_command_line_wins_over_recipe_and_recipe_over_schema(composer: Composer
     assert config.schedule.name == "power"
     assert config.optim.lr == 0.5
     assert config.precision == "fp32"  # the recipe's; the schema says bf16
-    assert config.schedule.decay == "25%"  # what the recipe says of schedules holds for the chosen one
+    assert config.schedule.warmup == 10  # what the recipe says of schedules holds for the chosen one
 
 
 def test_every_fault_is_named_at_once_with_a_fix(composer: Composer) -> None:

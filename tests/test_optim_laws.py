@@ -72,8 +72,9 @@ def test_automatic_values_and_their_units() -> None:
 
 
 def test_ranges() -> None:
-    assert laws.STEP_LR.covers(1e8) is True and laws.STEP_LR.covers(7e9) is False
-    assert laws.MINICPM_BATCH.covers(3.0) is None
+    assert laws.STEP_LR.extrapolated(N=1e8, D=1e10) == []
+    assert laws.STEP_LR.extrapolated(N=7e9, D=1e12) == ["N", "D"]
+    assert laws.MINICPM_BATCH.extrapolated(L=3.0) == [], "nothing is known"
 
 
 # Fits.
