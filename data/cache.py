@@ -6,6 +6,7 @@ together, on one node or on several that share the cache, let one of them build 
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import shutil
@@ -28,8 +29,7 @@ def cache_folder(configured: str | None) -> Path:
 def build_once(target: Path, build: Callable[[Path], None]) -> None:
     """Make sure that the folder `target` exists, calling `build(empty folder)` in one process only.
 
-    The lock ends with the process that holds it. On a file system without locks several may build; the first to finish
-    is taken.
+    The lock ends with the process that holds it; what a killed one left is removed by the next that builds.
     """
     if target.exists():
         return
@@ -43,16 +43,14 @@ def build_once(target: Path, build: Callable[[Path], None]) -> None:
     try:
         if target.exists():
             return
+        for left in target.parent.glob(f".{glob.escape(target.name)}.building-*"):
+            shutil.rmtree(left, ignore_errors=True)
         building = target.with_name(f".{target.name}.building-{uuid.uuid4().hex[:12]}")
         building.mkdir()
         try:
             build(building)
             sync_folder(building)
-            try:
-                building.rename(target)
-            except OSError:
-                if not target.exists():
-                    raise
+            building.rename(target)
             sync_folder(target.parent)
         finally:
             shutil.rmtree(building, ignore_errors=True)

@@ -30,10 +30,11 @@ def _progress(what: str, total: int | None) -> Generator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(what, total=total)
         yield lambda amount: progress.advance(task, amount)
+        progress.update(task, total=1, completed=1)  # the total was a guess
 
 
 def _content_hash(text: str) -> int:
-    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
+    return xxhash.xxh3_64_intdigest(text.encode())
 
 
 def uniform_sample(documents: Iterable[str], characters: int) -> list[str]:

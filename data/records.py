@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import importlib
-import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -73,7 +72,12 @@ class JsonLines(FileSource):
     def _text(self, record: Any) -> str:
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
-        return field_text(record, self.field)
+        text = field_text(record, self.field)
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no tokenizer takes
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text
 
 
 def field_text(record: dict[str, Any], field: str) -> str:
@@ -86,21 +90,45 @@ def field_text(record: dict[str, Any], field: str) -> str:
     return text or ""
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a file, decompressed. Raises ValueError naming a file that is damaged, cut short or not UTF-8."""
-    library: Any = gzip if path.suffix == ".gz" else io
-    damage: tuple[type[Exception], ...] = (OSError, EOFError, UnicodeDecodeError, zlib.error)
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, decompressed. Raises ValueError naming a file that is damaged or cut short."""
+    damage: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     if path.suffix == ".zst":
         library = _extra("zstandard", "zstd", f"reading {path}")
+        lines = _zstd_lines(path, library)
         damage = (*damage, library.ZstdError)
+    else:
+        lines = _opened_lines(path)
     number = 0
     try:
-        with library.open(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                yield line
-                number += 1
+        for line in lines:
+            yield line
+            number += 1
     except damage as problem:
         raise ValueError(f"{path}: damaged behind line {number} ({problem})") from problem
+
+
+def _opened_lines(path: Path) -> Iterator[bytes]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        yield from file
+
+
+def _zstd_lines(path: Path, library: Any) -> Iterator[bytes]:
+    """The library's own readers take a file that is cut short for a complete one: look for the end of the last frame."""
+    frame: Any = None
+    rest = b""
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            while block:
+                if frame is None or frame.eof:
+                    frame = library.ZstdDecompressor().decompressobj()
+                *lines, rest = (rest + frame.decompress(block)).split(b"\n")
+                yield from lines
+                block = frame.unused_data
+    if rest:
+        yield rest
+    if frame is not None and not frame.eof:
+        raise EOFError("the compressed stream is cut short")
 
 
 class ParquetFiles(FileSource):

@@ -1,0 +1,229 @@
+"""Document sources: every kind gives the documents that were put in, and names the place that can't be read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from meshloom.data.records import HuggingFace, JsonLines, ParquetFiles
+from meshloom.data.sources import FileSource, StandardLibrary, TextFiles
+
+TEXTS = ["first", "zweites Dokument: Füße", "third\nwith two lines"]
+
+
+def write_lines(path: Path, texts: list[Any], field: str = "text") -> Path:
+    lines = "".join(json.dumps({"id": number, field: text}) + "\n" for number, text in enumerate(texts)) + "\n"
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif path.suffix == ".zst":
+        path.write_bytes(zstandard.compress(lines.encode()))
+    else:
+        path.write_text(lines)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_json_lines(tmp_path: Path, name: str):
+    path = write_lines(tmp_path / name, [*TEXTS, "", None])
+    source = JsonLines(str(path))
+    assert source.problems("data") == []
+    assert list(source.documents()) == list(source.documents()) == TEXTS
+    assert (source.size() is None) == (path.suffix != ".jsonl")
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x\\ud83d y \\ud83d\\ude00"}\n')
+    assert list(JsonLines(str(tmp_path)).documents()) == ["x� y 😀"]
+
+
+def test_zstd_frames_one_behind_the_other(tmp_path: Path):
+    """What `cat a.zst b.zst` gives; a frame may end within a line."""
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(zstandard.compress(lines[at : at + 25]) for at in range(0, len(lines), 25)))
+    assert list(JsonLines(str(tmp_path)).documents()) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "ok"', r"a\.jsonl, line 2: .*delimiter"),
+        ("[1]", r"line 2: not a JSON object"),
+        ('{"body": "x", "id": 1}', r"line 2: no field 'text' \(data\.field\) among body, id"),
+        ('{"text": 3}', r"line 2: field 'text' \(data\.field\) is not text but int"),
+    ],
+)
+def test_bad_json_lines_are_named(tmp_path: Path, line: str, said: str):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=said):
+        list(JsonLines(str(tmp_path)).documents())
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("fault", ["cut", "flipped"])
+def test_damaged_archives_are_named(tmp_path: Path, name: str, fault: str):
+    path = write_lines(tmp_path / name, [f"document {number} of many" for number in range(500)])
+    content = bytearray(path.read_bytes())
+    if fault == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        content[3] ^= 255
+        content[len(content) // 2] ^= 255
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}(: damaged behind line \d+|, line \d+)"):
+        list(JsonLines(str(path)).documents())
+
+
+def test_parquet(tmp_path: Path):
+    table = pa.table({"id": [1, 2, 3, 4, 5], "body": [*TEXTS, "", None]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    source = ParquetFiles(str(tmp_path), field="body")
+    assert source.problems("data") == []
+    assert list(source.documents()) == TEXTS
+    with pytest.raises(ValueError, match=r"a\.parquet: no column 'text' \(data\.field\) among id, body"):
+        list(ParquetFiles(str(tmp_path)).documents())
+    with pytest.raises(ValueError, match=r"field 'id' \(data\.field\) is not text but int"):
+        list(ParquetFiles(str(tmp_path), field="id").documents())
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"a\.parquet"):
+        list(ParquetFiles(str(tmp_path), field="body").documents())
+
+
+def test_text_folder_pattern_file_and_list(tmp_path: Path):
+    for name, text in {
+        "b.txt": "2",
+        "a.txt": "1",
+        "c.md": "3",
+        "sub/d.txt": "4",
+        ".hidden/e.txt": "5",
+        "empty.txt": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert "".join(TextFiles(str(tmp_path)).documents()) == "1234"
+    assert "".join(TextFiles(f"{tmp_path}/**/*.txt").documents()) == "124"
+    assert "".join(TextFiles([f"{tmp_path}/c.md", f"{tmp_path}/a.txt", f"{tmp_path}/*.md"]).documents()) == "13"
+    problems = TextFiles([f"{tmp_path}/a.txt", f"{tmp_path}/*.rst"]).problems("data")
+    assert [problem.key for problem in problems] == ["data.input"] and "*.rst' matches no file" in str(problems[0])
+    assert "no file is named" in str(TextFiles(None).problems("data")[0])
+
+
+def test_text_separator_and_encoding(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\n\n\nthree")
+    assert list(TextFiles(str(tmp_path), separator="\n\n").documents()) == ["one", "two", "three"]
+    (tmp_path / "a.txt").write_bytes("Füße".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt: not UTF-8 text .* at byte 1"):
+        list(TextFiles(str(tmp_path)).documents())
+
+
+def test_standard_library():
+    source = StandardLibrary()
+    files = source.files()
+    assert source.problems("data") == []
+    assert {"argparse.py", "typing.py", "dataclasses.py"} <= {path.name for path in files}
+    assert not any(part in ("site-packages", "dist-packages") for path in files for part in path.parts)
+    assert files == sorted(files) and len(files) == len(set(files))
+    assert next(source.documents()) == next(text for path in files if (text := path.read_text()))
+
+
+def test_standard_library_passes_over_what_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "good.py").write_text("x = 1")
+    (tmp_path / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\n# \xfc\n")
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages/other.py").write_text("y = 2")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert list(StandardLibrary().documents()) == ["x = 1"]
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "none"))
+    assert "use data=text" in str(StandardLibrary().problems("data")[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: TextFiles(folder),
+        lambda folder: TextFiles(folder, separator="\n"),
+        lambda folder: JsonLines(folder),
+        lambda folder: JsonLines(folder, field="body"),
+    ],
+)
+def test_identity_is_that_of_contents_and_settings(tmp_path: Path, make: Callable[[str], FileSource]):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write_lines(tmp_path / folder / "a.jsonl", TEXTS)
+    memo = tmp_path / "memo"
+    first, second = (make(str(tmp_path / folder)) for folder in ("one", "two"))
+    assert first.identity(memo) == second.identity(memo) == first.identity(memo)
+    write_lines(tmp_path / "two/a.jsonl", [*TEXTS, "more"])
+    assert first.identity(memo) != second.identity(memo)
+    others = [TextFiles(str(tmp_path / "one"), separator="."), ParquetFiles(str(tmp_path / "one/a.jsonl"))]
+    assert first.identity(memo) not in [other.identity(memo) for other in others]
+
+
+def test_identity_reads_unchanged_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_lines(tmp_path / "a.jsonl", TEXTS)
+    identity = JsonLines(str(tmp_path)).identity(tmp_path / ".memo")
+    monkeypatch.setattr("meshloom.data.sources.digest_file", None)
+    assert JsonLines(str(tmp_path)).identity(tmp_path / ".memo") == identity
+
+
+def test_hugging_face(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    asked: list[Any] = []
+
+    def load_dataset(*arguments: Any, **options: Any) -> Iterator[dict[str, Any]]:
+        asked.append((arguments, options))
+        if arguments[0] == "gone":
+            raise FileNotFoundError("Dataset 'gone' doesn't exist on the Hub")
+        return iter([{"text": text, "n": 1} for text in [*TEXTS, None]])
+
+    library = types.ModuleType("datasets")
+    library.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    library.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    source = HuggingFace("owner/name", subset="en", split="train", revision="abc")
+    assert source.problems("data") == []
+    assert list(source.documents()) == TEXTS
+    assert asked == [(("owner/name", "en"), {"split": "train", "revision": "abc", "streaming": True})]
+    with pytest.raises(ValueError, match=r"owner/name \(train\), row 0: no field 'body'"):
+        list(HuggingFace("owner/name", field="body").documents())
+    with pytest.raises(ValueError, match=r"gone \(train\) can't be opened: Dataset 'gone' doesn't exist"):
+        list(HuggingFace("gone").documents())
+    assert source.identity(tmp_path) != HuggingFace("owner/name", subset="en", revision="abd").identity(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "extra"),
+    [
+        (HuggingFace("owner/name"), "datasets", "hf"),
+        (ParquetFiles("a.parquet"), "pyarrow", "parquet"),
+        (JsonLines("a.jsonl.zst"), "zstandard", "zstd"),
+    ],
+)
+def test_a_missing_library_is_a_problem_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: Any, module: str, extra: str
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.parquet", "a.jsonl.zst"):
+        (tmp_path / name).write_bytes(b"")
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("meshloom.data.records.find_spec", lambda name: None)
+    (problem,) = source.problems("data")
+    assert f"needs {module}, which is not installed; pip install 'meshloom[{extra}]'" in str(problem)
+    with pytest.raises(ValueError, match=rf"needs {module}.*pip install 'meshloom\[{extra}\]'"):
+        list(source.documents())
+
+
+def test_hugging_face_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_lines(tmp_path / "train.jsonl", TEXTS)
+    assert list(HuggingFace(str(tmp_path)).documents()) == TEXTS
