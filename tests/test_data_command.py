@@ -1,0 +1,98 @@
+"""`meshloom data`: from files to shards that a run reads, with exit codes that can be believed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from meshloom.data.nodes import Shards
+from meshloom.launch.cli import main as meshloom
+from meshloom.launch.data import main
+
+TEXTS = [f"document {number} of the corpus" for number in range(100)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESHLOOM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "a.txt").write_text("\n\n".join(TEXTS))
+    pyarrow.parquet.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "keys", [["input=a.jsonl.gz"], ["input=a.parquet"], ["input=a.txt", "separator=\n\n"], ["input=.", "kind=jsonl"]]
+)
+def test_every_kind_gives_the_same_shards(
+    inputs: Path, keys: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(inputs)
+    code = meshloom(["data", "tokenize", *keys, "output=out/shards", "vocabulary=280", "validation=0.2", "shard_tokens=300"])
+    said = capsys.readouterr().out.splitlines()
+    assert code == 0 and len(said) == 2 and "vocabulary 280" in said[0] and " files" in said[0]
+    node = Shards(1, "out/shards", seq_len=8)
+    assert node.problems() == []
+    node.prepare()
+    held = node.validation()
+    assert node.tokenizer is not None and held is not None and node.vocabulary == 280
+    shards = node.stored._shards  # type: ignore[attr-defined]
+    assert len(shards.manifest.shards) > 1
+    assert "of the corpus" in node.tokenizer.decode(shards.read(0, 60))
+    assert main(["verify", "path=out/shards"]) == 0
+    assert capsys.readouterr().out.splitlines() == said
+    assert main(["verify", "path=out/shards/train"]) == 0
+    single = Shards(1, "out/shards/train", "out/shards/validation", seq_len=8)
+    assert single.problems() == []
+    single.prepare()
+    assert single.fingerprint == node.fingerprint
+    alone = Shards(1, "out/shards/train", seq_len=8)
+    alone.prepare()
+    assert alone.validation() is None
+
+
+def test_bad_arguments_are_named_together_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "there").mkdir()
+    bad = ["input=gone.jsonl", f"output={tmp_path}/there", "vocabulary=3", "validation=1", "shard_tokens=0"]
+    assert main(["tokenize", *bad]) == 2
+    said = capsys.readouterr().err
+    for key in ("input: 'gone.jsonl' matches no file", "output: ", "vocabulary: 3", "validation: 1.0", "shard_tokens: 0"):
+        assert f"- {key}" in said
+    assert main(["tokenize", "input=a", f"output={tmp_path}/new", "kind=pdf"]) == 2
+    assert main(["tokenize", "outputs=x"]) == 2
+    assert "kind: 'pdf' is unknown" in (said := capsys.readouterr().err) and "did you mean output?" in said
+    assert main([]) == main(["forget"]) == main(["verify", f"path={tmp_path}"]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+
+
+def test_unreadable_documents_and_damaged_shards_end_with_1(inputs: Path, capsys: pytest.CaptureFixture[str]):
+    content = (inputs / "a.jsonl.gz").read_bytes()
+    (inputs / "cut.jsonl.gz").write_bytes(content[: len(content) // 2])
+    out = inputs / "shards"
+    assert main(["tokenize", f"input={inputs}/cut.jsonl.gz", f"output={out}", "tokenizer=bytes"]) == 1
+    assert "cut.jsonl.gz: damaged behind line" in capsys.readouterr().err
+    assert not out.exists() and not list(inputs.glob(".shards.building-*"))
+    assert main(["tokenize", f"input={inputs}/a.jsonl.gz", f"output={out}", "tokenizer=bytes", "validation=0"]) == 0
+    path = out / "train/tokens-00000.bin"
+    damaged = bytearray(path.read_bytes())
+    damaged[10] ^= 1
+    path.write_bytes(damaged)
+    capsys.readouterr()
+    assert main(["verify", f"path={out}"]) == 1
+    assert "tokens-00000.bin: damaged" in capsys.readouterr().err
+
+
+def test_help_names_every_key(capsys: pytest.CaptureFixture[str]):
+    assert main(["--help"]) == main(["tokenize", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "output=<text>" in said and "shard_tokens=" in said and "meshloom data verify" in said
