@@ -5,7 +5,7 @@ t places before it while those of step t + 1 are under way, and merges what it f
 attention (arXiv 2310.01889) hands whole key blocks round, here the holder sends straight to the member that needs them, and
 just the span it will use: under a causal mask that is three quarters of the volume, in packed rows of short documents next
 to nothing. In the backward pass the keys travel again, and their gradients go straight back to the holder, which adds them
-in fp32. Grouped-query attention makes keys cheaper to move than queries (ALGORITHMS 4.3).
+in fp32. With grouped-query attention keys are cheaper to move than queries, which TokenRing (arXiv 2412.20501) sends.
 
 The members are a plain list of ranks, given with each call: no process group is made per set of ranks. All messages go over
 one group that contains them.
@@ -103,7 +103,7 @@ def ring_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients (dq, dk, dv) of `ring_forward`, each member's for what it holds."""
     call = _Call.of(q_BTHD, documents_BS, length, ranks, index, group, scale)
-    dout, q, k, v, out = map(call.rows, (dout_BTHD, q_BTHD, k_BTKD, v_BTKD, out_BTHD))
+    dout, q, k, v, out = map(call.rows, (dout_BTHD.contiguous(), q_BTHD, k_BTKD, v_BTKD, out_BTHD))
     dq, dk, dv = _backward(dout, q, k, v, out, lse, call)
     return (
         dq.to(q.dtype).reshape(q_BTHD.shape).contiguous(),

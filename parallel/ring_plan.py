@@ -1,7 +1,7 @@
 """Who holds what in a zig-zag ring, and which blocks of attention each pair of its members has between them. No ranks here.
 
 A row of `length` positions is cut into 2N parts; member i of N holds parts i and 2N − 1 − i, so that under a causal mask
-every member has the same area to compute (zig-zag, ALGORITHMS 4.1: "dist-attention with packing"). Sequences (documents)
+every member has the same area to compute (zig-zag; ByteScale, arXiv 2502.21231, "dist-attention"). Sequences (documents)
 may begin and end anywhere in a row. Two different parts then share at most one sequence, and what the later part sees of
 the earlier one is a full rectangle: the end of the earlier part by the beginning of the later one. So no block between
 members ever needs a mask, and a member's own share is plain causal attention inside each sequence.
