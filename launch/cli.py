@@ -12,6 +12,7 @@ COMMANDS = {
     "train": ("train", "train a model; `meshloom train --help` lists recipes and keys"),
     "slurm": ("slurm", "print a complete sbatch script for a run"),
     "generate": ("generate", "continue a prompt with a checkpoint's model"),
+    "hparams": ("hparams", "what the laws of scale recommend for a model and a number of tokens"),
     "data": ("data", "tokenize text into shards, and look into them"),
 }
 

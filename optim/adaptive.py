@@ -60,7 +60,7 @@ class Adaptive(Controller):
 
     def next_batch(self, progress: Progress) -> int:
         """The target, as a legal size."""
-        return self.rounded(self._target)
+        return self.rounded(max(self._target, self.samples))
 
     def observe(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> None:
         """Smooth the measurement and, every `interval` steps, move the target."""
@@ -81,12 +81,13 @@ class Adaptive(Controller):
 
     def state_dict(self) -> dict[str, Any]:
         """The target before rounding, so that a resume on another layout rounds the same number, and the moving means."""
-        return {"target": self._target, "means": self._means.state_dict()}
+        return {"kind": type(self).__name__, "target": self._target, "means": self._means.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
-        self._target = float(state["target"])
-        self._means.load_state_dict(state["means"])
+        """Put back what `state_dict` gave. A controller of another kind leaves the size that it had come to, if it had one."""
+        self._target = float(state.get("target", self.samples))
+        if state.get("kind") == type(self).__name__:
+            self._means.load_state_dict(state["means"])
 
 
 class FromStatistics(Adaptive):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshloom.config.duration import Duration
@@ -157,8 +157,8 @@ def statistics(variance: float, square: float, workers: int = 4, m: float = 8) -
     return GradientStatistics(square + variance * (workers - 1) / (m * workers), square, workers, m)
 
 
-def norm_test(**settings: Any) -> NormTest:
-    return NormTest(**{"horizon": HORIZON, "divisor": 8, "samples": 32, "max": 1000, "eta": 0.5, "growth": None} | settings)
+def norm_test(**options: Any) -> NormTest:
+    return NormTest(**{"horizon": HORIZON, "divisor": 8, "samples": 32, "max": 1000, "eta": 0.5, "growth": None} | options)
 
 
 def test_norm_test_asks_for_the_smallest_batch_that_passes() -> None:
@@ -273,15 +273,16 @@ ADAPTIVE: list[tuple[type[Adaptive], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "settings"), ADAPTIVE)
+@pytest.mark.parametrize(("kind", "options"), ADAPTIVE)
 @given(cut=st.integers(0, 30), seed=st.integers(0, 1000))
+@settings(deadline=None)
 def test_a_resumed_controller_goes_on_as_if_nothing_had_happened(
-    kind: type[Adaptive], settings: dict[str, Any], cut: int, seed: int
+    kind: type[Adaptive], options: dict[str, Any], cut: int, seed: int
 ) -> None:
     """Stopped anywhere, saved as JSON, loaded into a new one: the same sizes; and any size is legal."""
 
     def new() -> Adaptive:
-        return kind(horizon=HORIZON, divisor=8, samples=16, max=500, **settings)
+        return kind(horizon=HORIZON, divisor=8, samples=16, max=500, **options)
 
     random = np.random.default_rng(seed)
     records = [of_workers(random.normal(0.5, 1, (4, 6)), 4) for _ in range(30)]
@@ -312,3 +313,17 @@ def test_a_multiple_of_the_recipes_own_makes_sizes_independent_of_the_layout() -
             controller.observe(statistics(101, 2), 0.0, at(step=1))
             sizes[multiple].add(controller.next_batch(at()))
     assert sizes == {None: {208, 204}, 48: {240}}
+
+
+def test_a_resume_under_another_controller_keeps_the_size_reached() -> None:
+    """The new kind's own means start afresh; a size below its own start, or a controller that had none, gives its start."""
+    first = norm_test()
+    first.observe(statistics(100, 2), 0.0, at(step=1))
+    second = CriticalLoss(HORIZON, 8, 32, 1000)
+    second.load_state_dict(first.state_dict())
+    assert second.next_batch(at()) == 200 and second.noise_scale is None
+    larger = NoiseScale(HORIZON, 8, 256, 1000)
+    larger.load_state_dict(first.state_dict())
+    assert larger.next_batch(at()) == 256
+    larger.load_state_dict(Fixed(HORIZON, 8, 32).state_dict())
+    assert larger.next_batch(at()) == 256

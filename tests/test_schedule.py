@@ -6,7 +6,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshloom.config.duration import Duration
@@ -102,6 +102,7 @@ def test_a_stable_run_is_brought_down_from_a_new_start() -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**9), st.integers(1, 10**5))
+@settings(deadline=None)
 def test_the_rate_is_a_function_of_progress_alone(step: int, samples: int, batch: int) -> None:
     """Rule R5: asked in any order, any number of times, after any history, the answer is the same."""
     progress = Progress(step, samples, samples * 16, batch)
@@ -186,7 +187,7 @@ def test_every_problem_is_reported_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "key"),
+    ("options", "key"),
     [
         ({"decay": 1001}, "schedule.decay"),
         ({"decay_start": 1001}, "schedule.decay_start"),
@@ -197,8 +198,8 @@ def test_every_problem_is_reported_at_once() -> None:
         ({"decay_form": "linear", "half_life": 10}, "schedule.half_life"),
     ],
 )
-def test_impossible_decays(settings: dict[str, object], key: str) -> None:
-    found = WSD(PEAK, horizon(), **settings).problems()  # type: ignore[arg-type]
+def test_impossible_decays(options: dict[str, object], key: str) -> None:
+    found = WSD(PEAK, horizon(), **options).problems()  # type: ignore[arg-type]
     assert [problem.key for problem in found] == [key]
     assert found[0].fix
 

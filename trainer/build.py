@@ -20,7 +20,9 @@ from ..config.duration import Duration, Unit
 from ..data.loader import Loader
 from ..data.node import DataNode
 from ..models.llama import Llama
+from ..optim.batch import Controller
 from ..optim.build import build_controller, build_optimizer, build_schedule
+from ..optim.coupling import Coupling
 from ..optim.horizon import Horizon
 from ..optim.parameters import NamedParameter, Shards
 from ..parallel.deepspeed_optimizer import OptimizerFactory
@@ -121,6 +123,17 @@ def build_engine(config: DictConfig, model: Llama, mesh: Mesh, seq_len: int, mea
     )
 
 
+def batch_divisor(config: DictConfig, data_size: int) -> int:
+    """What the layout asks every global batch to be a multiple of: whole micro-batches for every data-parallel process."""
+    unit = 1 if config.batch.name == "fixed" else micro_batch_unit(Parts.of(config).parallel)  # a pipeline can't run any number
+    return data_size * config.batch.micro * unit
+
+
+def build_coupling(config: DictConfig, controller: Controller) -> Coupling:
+    """How the learning rate follows the batch; `optim.lr` is meant for the batch that the run starts with."""
+    return Coupling(config.optim.get("lr_coupling", "none"), controller.samples)
+
+
 @dataclass
 class Run:
     """A loop, and what has to be closed or finished around it."""
@@ -148,8 +161,7 @@ def build_run(config: DictConfig, mesh: Mesh) -> Run:
     model = build_model(config, data.vocabulary)
     flops = model.flops_per_token(data.seq_len)
     horizon = build_horizon(config, data.seq_len)
-    unit = 1 if config.batch.name == "fixed" else micro_batch_unit(parts.parallel)  # a pipeline can't run any number
-    controller = build_controller(config.batch, horizon, mesh.layout.data_size * config.batch.micro * unit)
+    controller = build_controller(config.batch, horizon, batch_divisor(config, mesh.layout.data_size))
     engine = build_engine(config, model, mesh, data.seq_len, controller.needs_statistics)
     loader = Loader(data.train(), mesh.data_rank, mesh.layout.data_size, pin=mesh.device.type == "cuda")
 
@@ -183,6 +195,7 @@ def build_run(config: DictConfig, mesh: Mesh) -> Run:
         batches=loader,
         controller=controller,
         schedule=build_schedule(config.schedule, config.optim.lr, horizon),
+        coupling=build_coupling(config, controller),
         horizon=horizon,
         micro=config.batch.micro,
         flops_per_token=flops,

@@ -17,6 +17,7 @@ import torch
 from ..data.batch import GlobalBatch
 from ..data.loader import Loader
 from ..optim.batch import Controller
+from ..optim.coupling import Coupling
 from ..optim.horizon import Horizon
 from ..optim.progress import Progress
 from ..optim.schedule import Schedule
@@ -53,6 +54,7 @@ class Loop:
     batches: Loader
     controller: Controller
     schedule: Schedule
+    coupling: Coupling
     horizon: Horizon
     micro: int
     flops_per_token: float
@@ -99,7 +101,7 @@ class Loop:
             self.engine.clip(self.max_grad_norm, norm)
         for hook in self.hooks:
             hook.before_update(self)
-        lr = self.schedule.lr(before)
+        lr = self.schedule.lr(before) * self.coupling.factor(count, self.controller.noise_scale)
         self.engine.update(lr)
         self.engine.zero_grad()
 

@@ -13,30 +13,40 @@ from omegaconf.errors import OmegaConfBaseException
 from ..config.checkpoint import checkpoint_problems
 from ..config.problems import ConfigError, Problem
 from ..config.validate import config_problems
-from ..optim.build import build_schedule
+from ..optim.build import build_controller, build_schedule
 from ..parallel.engines import engine_problems
 from ..parallel.layout import Layout, layout_problems
 from ..parallel.legality import Work, layout_and_model_problems
-from .build import Parts, build_data, build_horizon, optimizer_factory
+from .automatic import resolve_automatic
+from .build import Parts, batch_divisor, build_coupling, build_data, build_horizon, optimizer_factory
 
 
 def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
-    """Every problem of a config on this many processes. Nothing is built that takes memory, reads data or writes."""
+    """Every problem of a config on this many processes. Nothing is built that takes memory, reads data or writes.
+
+    Values that `config` leaves to a law (auto:…) are replaced by their numbers, in place.
+    """
     problems = config_problems(config)
     if OmegaConf.missing_keys(config):
         return problems
     parts = Parts.of(config)
+    planned = world_size > 0 and not layout_problems(parts.parallel, world_size)
+    data_size = Layout.plan(parts.parallel, world_size).data_size if planned else 1
+    unanswered = resolve_automatic(config, data_size)
+    if unanswered:  # what depends on the missing numbers can't be judged
+        return [*problems, *unanswered]
     if world_size > 0:
         work = layout_work(config, parts) if parts.parallel.engine == "torch" and not problems else None
         layout = (
             layout_and_model_problems(parts.parallel, work, world_size) if work else layout_problems(parts.parallel, world_size)
         )
-        problems += layout or batch_problems(config.batch, Layout.plan(parts.parallel, world_size).data_size)
+        problems += layout or batch_problems(config.batch, data_size)
         problems += _asked("optim", lambda: _engine_problems(config, parts, world_size))
     problems += checkpoint_problems(parts.checkpoint)
     problems += _asked("data", lambda: build_data(config).problems())
     if not any(problem.key.startswith(("trainer.", "data.")) for problem in problems):
         problems += _asked("schedule", lambda: _schedule_problems(config))
+        problems += _asked("batch", lambda: _controller_problems(config, data_size))
     return problems
 
 
@@ -58,14 +68,14 @@ def layout_work(config: DictConfig, parts: Parts) -> Work | None:
 
 
 def batch_problems(batch: Any, data_size: int) -> list[Problem]:
-    """Whether a global batch can be dealt in whole micro-batches to the data-parallel processes."""
+    """Whether a fixed global batch can be dealt in whole micro-batches to the data-parallel processes."""
     problems = [
         Problem(f"batch.{key}", f"{batch[key]} is not a number of samples", "use 1 or more")
         for key in ("samples", "micro")
         if key in batch and isinstance(batch[key], int) and batch[key] < 1
     ]
-    if problems or "samples" not in batch or not isinstance(batch.micro, int):
-        return problems
+    if problems or batch.name != "fixed" or not isinstance(batch.micro, int):
+        return problems  # the other controllers answer for themselves
     unit = batch.micro * data_size
     if batch.samples % unit:
         below = batch.samples // unit * unit
@@ -81,6 +91,16 @@ def batch_problems(batch: Any, data_size: int) -> list[Problem]:
 def _schedule_problems(config: DictConfig) -> list[Problem]:
     horizon = build_horizon(config, config.data.seq_len)
     return build_schedule(config.schedule, config.optim.lr, horizon).problems()
+
+
+def _controller_problems(config: DictConfig, data_size: int) -> list[Problem]:
+    if not isinstance(config.batch.micro, int) or config.batch.micro < 1:
+        return []  # already said
+    horizon = build_horizon(config, config.data.seq_len)
+    controller = build_controller(config.batch, horizon, batch_divisor(config, data_size))
+    measures = controller.needs_statistics or controller.needs_loss
+    found = build_coupling(config, controller).problems(measures, config.schedule.get("name", ""))
+    return found if config.batch.name == "fixed" else [*controller.problems(), *found]
 
 
 def _engine_problems(config: DictConfig, parts: Parts, world_size: int) -> list[Problem]:
