@@ -59,24 +59,20 @@ def sliced_cross_entropy(
 
 def _statistics(logits_CV: torch.Tensor, columns_C: torch.Tensor, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-sum-exp of each row and its logit in column `columns_C`, −inf for a column that is not there."""
+    # Written so that the compiler sees one online pass over the logits: both reductions keep their dim.
     x_CV = logits_CV.to(wide)
     peak_C1 = x_CV.amax(1, keepdim=True)
-    log_sum_C = (x_CV - peak_C1).exp().sum(1).log() + peak_C1.squeeze(1)
+    log_sum_C1 = (x_CV - peak_C1).exp().sum(1, keepdim=True).log() + peak_C1
     inside_C = (columns_C >= 0) & (columns_C < logits_CV.shape[1])
     picked_C = logits_CV.gather(1, torch.where(inside_C, columns_C, 0).unsqueeze(1)).squeeze(1).to(wide)
-    return log_sum_C, torch.where(inside_C, picked_C, -torch.inf)
+    return log_sum_C1.squeeze(1), torch.where(inside_C, picked_C, -torch.inf)
 
 
 def _differentiate(logits_CV: torch.Tensor, log_sum_C: torch.Tensor, columns_C: torch.Tensor, valid_C: torch.Tensor) -> None:
     """Overwrite logits by the gradient of the summed loss with respect to them: softmax − one-hot, zero where not valid."""
-    wide = log_sum_C.dtype
-    inside_C = (columns_C >= 0) & (columns_C < logits_CV.shape[1])
-    index_C1 = torch.where(inside_C, columns_C, 0).unsqueeze(1)
-    picked_C1 = logits_CV.gather(1, index_C1).to(wide) - log_sum_C.unsqueeze(1)
-    # expm1: a target's p − 1 keeps its digits where p is nearly 1
-    at_C1 = torch.where(inside_C.unsqueeze(1), picked_C1.expm1(), picked_C1.exp()) * valid_C.unsqueeze(1)
-    softmax_CV = (logits_CV.to(wide) - log_sum_C.unsqueeze(1)).exp_().mul_(valid_C.unsqueeze(1))
-    logits_CV.copy_(softmax_CV).scatter_(1, index_C1, at_C1.to(logits_CV.dtype))
+    softmax_CV = (logits_CV.to(log_sum_C.dtype) - log_sum_C.unsqueeze(1)).exp_()
+    hot_CV = (torch.arange(logits_CV.shape[1], device=logits_CV.device) == columns_C.unsqueeze(1)).to(torch.uint8)
+    logits_CV.copy_(softmax_CV.sub_(hot_CV).mul_(valid_C.unsqueeze(1)))
 
 
 @cache

@@ -6,6 +6,9 @@ sequence (arXiv 2205.05198). Embedding and head are cut by vocabulary.
 
 The residual stream is a plain local tensor; a norm turns it into a DTensor, the projections behind it into plain tensors
 again, so that attention and everything elementwise sees ordinary tensors of this rank's heads.
+
+What lies between the collectives works on each token alone, so sequence parallelism may cut a batch of B sequences anywhere:
+it cuts between sequences where B divides by the ranks (the collectives then move contiguous memory), otherwise inside them.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +29,9 @@ from ..config.parallel import ParallelConfig
 from ..config.problems import Problem
 from ..models.llama import Llama
 from .vocabulary import VocabularyParallelLoss
+
+STREAM: Literal["stream"] = "stream"  # where the residual stream lies; it depends on the batch
+Where = Placement | Literal["stream"]
 
 
 @dataclass(frozen=True)
@@ -39,28 +45,49 @@ class Place:
     """
 
     weight: Placement
-    takes: Placement
-    gives: Placement
+    takes: Where
+    gives: Where
     plain: bool = True
 
 
-def llama_places(sequence_parallel: bool) -> dict[str, Place]:
-    """The table: module name pattern → place. Sequences are dim 1 of the residual stream."""
-    stream = Shard(1) if sequence_parallel else Replicate()
-    norm = Place(weight=Replicate(), takes=stream, gives=Replicate(), plain=False)
-    column = Place(weight=Shard(0), takes=Replicate(), gives=Shard(-1))
-    row = Place(weight=Shard(1), takes=Shard(-1), gives=stream)
-    return {
-        "embed": Place(weight=Shard(0), takes=Replicate(), gives=stream),
-        "layers.*.attention_norm": norm,
-        "layers.*.attention.w[qkv]": column,
-        "layers.*.attention.wo": row,
-        "layers.*.ffn_norm": norm,
-        "layers.*.ffn.w[13]": column,
-        "layers.*.ffn.w2": row,
-        "norm": norm,
-        "head": Place(weight=Shard(0), takes=Replicate(), gives=Replicate()),
-    }
+_NORM = Place(weight=Replicate(), takes=STREAM, gives=Replicate(), plain=False)
+_COLUMN = Place(weight=Shard(0), takes=Replicate(), gives=Shard(-1))
+_ROW = Place(weight=Shard(1), takes=Shard(-1), gives=STREAM)
+LLAMA_PLACES = {
+    "embed": Place(weight=Shard(0), takes=Replicate(), gives=STREAM),
+    "layers.*.attention_norm": _NORM,
+    "layers.*.attention.w[qkv]": _COLUMN,
+    "layers.*.attention.wo": _ROW,
+    "layers.*.ffn_norm": _NORM,
+    "layers.*.ffn.w[13]": _COLUMN,
+    "layers.*.ffn.w2": _ROW,
+    "norm": _NORM,
+    "head": Place(weight=Shard(0), takes=Replicate(), gives=Replicate()),
+}
+"""The table: pattern of a module's name in `Llama` → its place."""
+
+
+def stream_dim(batch: int, length: int, tp: int) -> int | None:
+    """The dim along which sequence parallelism cuts the residual stream of (batch, length) tokens: 0, 1, or None: it can't."""
+    return 0 if batch % tp == 0 else 1 if length % tp == 0 else None
+
+
+class Stream:
+    """The present placement of the residual stream, set before every forward pass."""
+
+    def __init__(self, tp: int, sequence_parallel: bool) -> None:
+        self._tp, self._sequence_parallel = tp, sequence_parallel
+        self.placement: Placement = Replicate()
+
+    def fit(self, batch: int, length: int) -> bool:
+        """Choose the placement for (batch, length) tokens; False where they can't be cut."""
+        dim = stream_dim(batch, length, self._tp) if self._sequence_parallel else None
+        self.placement = Replicate() if dim is None else Shard(dim)
+        return dim is not None or not self._sequence_parallel
+
+    def at(self, where: Where) -> list[Placement]:
+        """A place of the table as DTensor placements."""
+        return [self.placement if isinstance(where, str) else where]
 
 
 class Shape(Protocol):
@@ -115,23 +142,23 @@ def apply_tensor_parallelism(model: Llama, mesh: DeviceMesh, sequence_parallel: 
     """
     assert not any(isinstance(parameter, DTensor) for parameter in model.parameters()), "the model is cut already"
     tied = model.tied and model.embed is not None and model.head is not None
-    for name, module, place in _placed_modules(model, llama_places(sequence_parallel)):
+    stream = Stream(mesh.size(), sequence_parallel)
+    for name, module, place in _placed_modules(model):
         if name == "head" and tied:
             assert model.embed is not None and model.head is not None
             model.head.weight = model.embed.weight  # the embedding comes first: its DTensor is the head's too
         if name.endswith(("wk", "wv")) and model.kv_heads < mesh.size():
             _share_heads(module, mesh, model)
         else:
-            _place(module, mesh, place)
+            _place(module, mesh, place, stream)
     if model.head is not None:
         model.token_loss = VocabularyParallelLoss(mesh)
-    if sequence_parallel:
-        model.forward = functools.partial(_any_length, model.forward, mesh.size())
+    model.forward = functools.partial(_forward, model.forward, stream, mesh.size())
 
 
-def _placed_modules(model: nn.Module, places: dict[str, Place]) -> Iterator[tuple[str, Any, Place]]:
+def _placed_modules(model: nn.Module) -> Iterator[tuple[str, Any, Place]]:
     for name, module in model.named_modules():
-        found = [place for pattern, place in places.items() if fnmatch(name, pattern)]
+        found = [place for pattern, place in LLAMA_PLACES.items() if fnmatch(name, pattern)]
         assert len(found) <= 1, f"{name} matches several places"
         assert found or not list(module.parameters(recurse=False)), f"no place is known for the parameters of {name}"
         if found:
@@ -145,14 +172,14 @@ def _cut(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
             module.register_parameter(key, nn.Parameter(cut, requires_grad=parameter.requires_grad))
 
 
-def _place(module: nn.Module, mesh: DeviceMesh, place: Place) -> None:
+def _place(module: nn.Module, mesh: DeviceMesh, place: Place, stream: Stream) -> None:
     def enter(_module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         (x,) = inputs
-        return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [place.takes], run_check=False)
+        return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, stream.at(place.takes), run_check=False)
 
     def leave(_module: nn.Module, _inputs: Any, output: DTensor) -> torch.Tensor:
         # Waits for the collective: a tensor still on its way must not enter a compiled block.
-        output = output.redistribute(placements=[place.gives])
+        output = output.redistribute(placements=stream.at(place.gives))
         return output.to_local() if place.plain else output
 
     _cut(module, mesh, place.weight)
@@ -177,20 +204,26 @@ def _share_heads(module: nn.Module, mesh: DeviceMesh, model: Llama) -> None:
     module.forward = project
 
 
-def _any_length(
+def _forward(
     forward: Any,
+    stream: Stream,
     tp: int,
     inputs: torch.Tensor,
     targets_BS: torch.Tensor | None = None,
     documents_BS: torch.Tensor | None = None,
     positions_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Without targets (generation) sequences come in any length: pad to one that can be cut, and drop the padding's logits.
+    """`Llama.forward` of a cut model: says where the stream lies first.
 
+    A stage without embedding sees a slice and must be given the positions of the whole sequences. Without targets
+    (generation) sequences come in any length: they are padded to one that can be cut, and the padding's logits dropped.
     Padding follows the text, so causal attention never looks at it.
     """
-    padding = -inputs.shape[1] % tp
-    if targets_BS is not None or not padding or inputs.is_floating_point():
+    batch, length = inputs.shape[:2] if positions_BS is None else positions_BS.shape
+    if stream.fit(batch, length):
         return forward(inputs, targets_BS, documents_BS, positions_BS)
+    assert targets_BS is None and not inputs.is_floating_point(), f"({batch}, {length}) tokens can't be cut {tp} ways"
+    padding = -length % tp
+    stream.fit(batch, length + padding)
     padded = [None if x is None else F.pad(x, (0, padding)) for x in (inputs, documents_BS, positions_BS)]
     return forward(padded[0], None, padded[1], padded[2])[:, :-padding]

@@ -39,7 +39,7 @@ from .moments import GradientMoments, Measure
 from .pipeline import Pipeline, StageInputs, TiedHead
 from .shards import MeshShards, Placed, local
 from .stages import carve, schedule_of
-from .tensor import apply_tensor_parallelism
+from .tensor import apply_tensor_parallelism, stream_dim
 
 OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -174,7 +174,10 @@ class TorchEngine:
             if positions_BS is None:
                 plain = torch.arange(length, device=self.mesh.device).expand(batch, length)
                 positions_BS = plain if documents is None else positions(documents)
-            length //= self.mesh.layout.tp
+            if stream_dim(batch, length, self.mesh.layout.tp) == 0:
+                batch //= self.mesh.layout.tp
+            else:
+                length //= self.mesh.layout.tp
         if positions_BS is not None:
             shared["positions_BS"] = positions_BS
         hidden = (batch, length, self._width)
