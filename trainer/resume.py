@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import cast
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint.folder import find_latest
 from ..checkpoint.restore import read_state, restore
+from ..config import RunConfig
 from ..config.compose import differences, resumed, task_overrides
 from ..config.problems import ConfigError, Problem
 from ..optim.progress import Progress
@@ -36,7 +38,8 @@ def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
 def config_of_resumed(config: DictConfig, checkpoint: Path | str) -> DictConfig:
     """The checkpoint's config with this command line's overrides on top."""
     saved = read_state(checkpoint)["config"]
-    merged = resumed(saved, config, task_overrides())
+    typed = OmegaConf.structured(RunConfig)
+    merged = cast(DictConfig, OmegaConf.merge(typed, resumed(saved, config, task_overrides())))
     for line in differences(saved, config, merged):
         log.warning("resumed run keeps %s", line)
     return merged
