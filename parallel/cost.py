@@ -1,10 +1,22 @@
-"""What a layout costs each rank, by arithmetic alone: FLOPs of each stage, and bytes by what holds them."""
+"""What a layout costs each rank, by arithmetic alone: FLOPs, and bytes by what holds them.
+
+Weights, gradients and optimizer state are counted exactly, from the shapes of the parameters and how they are cut.
+Activations are estimated from what the operations of a block keep for its backward pass; so are working memory and the
+rest of what lives for moments. What CUDA, NCCL and a fragmented allocator take (some GiB) is not counted.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+
 from ..config.parallel import ParallelConfig
 from ..models.llama import Llama
-from .stages import StagePlan
+from .layout import Layout
+from .memory import BYTES, Job, OptimizerFactory, block_bytes, loss_bytes, optimizer_bytes, pieces
+from .stages import StagePlan, carve, schedule_of
+from .timeline import Costs, Timeline, simulate, torch_order
 
 BALANCE = 165.0
 """FLOPs that an accelerator computes while it moves one byte (H200: 790 TFLOP/s measured, 4.8 TB/s), for lookups."""
@@ -35,3 +47,129 @@ def balanced_stages(model: Llama, parallel: ParallelConfig, seq_len: int, activa
     passes = 4.0 if activation == "full" else 3.0
     costs = [passes * layer_flops(model, seq_len)] * model.depth
     return StagePlan.of(parallel, costs, first=3.0 * embedding_flops(model), last=3.0 * head_flops(model))
+
+
+@dataclass(frozen=True)
+class RankCost:
+    """One pipeline coordinate's costs: those of its ranks with the largest shards. Bytes, but for the first three.
+
+    layers      layers of each of its stages
+    elements    parameters that it holds the master of
+    flops       forward and backward, recomputation included, per step
+    weights     its shards of the weights, in training precision
+    gathered    weights in the precision of the computation, at most at once
+    gradients   at most at once
+    optimizer   state of the optimizer; None where it can't be known before it runs
+    activations kept for backward passes, at most at once
+    working     what lives for moments: the loss's logits, one block's backward pass, buffers between stages
+    """
+
+    layers: list[range]
+    elements: int
+    flops: float
+    weights: int
+    gathered: int
+    gradients: int
+    optimizer: int | None
+    activations: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """Bytes at most at once, by this account."""
+        return self.weights + self.gathered + self.gradients + (self.optimizer or 0) + self.activations + self.working
+
+
+@dataclass(frozen=True)
+class LayoutCost:
+    """A layout's costs.
+
+    ranks      by pipeline coordinate
+    timeline   of the pipeline, in FLOPs of one micro-batch; None without a pipeline
+    model_flops  of the whole step over all ranks, by the convention of `Llama.flops_per_token`
+    """
+
+    plan: StagePlan
+    ranks: list[RankCost]
+    timeline: Timeline | None
+    model_flops: float
+
+
+def layout_cost(model: Llama, parallel: ParallelConfig, layout: Layout, job: Job, make: OptimizerFactory) -> LayoutCost:
+    """The costs of a legal layout. model: on the meta device."""
+    plan = balanced_stages(model, parallel, job.seq_len, job.activation)
+    timeline = None
+    if plan.count > 1:
+        timeline = simulate(torch_order(parallel, job.micro_batches), stage_costs(model, plan, job))
+    stages = [carve(model, layers, first=at == 0, last=at == plan.count - 1) for at, layers in enumerate(plan.layers)]
+    ranks = [_rank_cost(rank, model, stages, plan, parallel, layout, job, timeline, make) for rank in range(parallel.pp)]
+    samples = job.micro * job.micro_batches * layout.data_size
+    return LayoutCost(plan, ranks, timeline, model.flops_per_token(job.seq_len) * samples * job.seq_len)
+
+
+def stage_costs(model: Llama, plan: StagePlan, job: Job) -> list[Costs]:
+    """FLOPs per token of each stage's actions: gradients of inputs and of weights cost a forward pass each."""
+    costs: list[Costs] = []
+    for at, layers in enumerate(plan.layers):
+        blocks = len(layers) * layer_flops(model, job.seq_len)
+        ends = (embedding_flops(model) if at == 0 else 0.0) + (head_flops(model) if at == plan.count - 1 else 0.0)
+        again = blocks if job.activation == "full" else 0.0
+        costs.append(Costs(blocks + ends, blocks + ends + again, blocks + ends))
+    return costs
+
+
+def _rank_cost(
+    rank: int,
+    model: Llama,
+    stages: list[Llama],
+    plan: StagePlan,
+    parallel: ParallelConfig,
+    layout: Layout,
+    job: Job,
+    timeline: Timeline | None,
+    make: OptimizerFactory,
+) -> RankCost:
+    unit, exact = BYTES[job.precision], 8 if job.precision == "fp64" else 4
+    mine = plan.held_by(rank)
+    last = plan.count - 1
+    held = [piece for stage in mine for piece in pieces(stages[stage], layout)]
+    # A tied head that is not beside its embedding is borrowed: it has a shard and a gradient, but no optimizer state.
+    own = [piece for piece in held if not (plan.count > 1 and model.tied and piece.name == "head.weight")]
+    whole = sum(piece.whole for piece in held)
+    groups: dict[str, int] = {}
+    for piece in held:
+        groups[piece.group] = groups.get(piece.group, 0) + piece.whole
+    blocks = [count for group, count in groups.items() if group.startswith("layers.")]
+    reshards = layout.zero == 3 and not (parallel.pp > 1 and schedule_of(parallel).splits_backward)
+    # One block computes while the next is on its way; what is not in a block stays.
+    at_once = sum(groups.values()) - sum(blocks) + sum(sorted(blocks)[-2:]) if reshards else whole
+    accumulates = job.micro_batches > 1 and (layout.zero < 2 or parallel.pp > 1)
+    shards = sum(piece.padded for piece in held) * exact
+    in_flight = whole * exact if accumulates else max(groups.values()) * (unit + exact)
+
+    block = block_bytes(model, job, parallel, job.activation)
+    sizes = {stage: len(plan.layers[stage]) * block for stage in mine}
+    kept = timeline.peak(rank, lambda stage: sizes[stage]) if timeline else sum(sizes.values())
+    # A block's backward pass holds what policy "none" keeps (computed again or fetched), and gradients of about as much.
+    working = block_bytes(model, job, parallel, "none") * (1 if job.activation in ("none", "selective") else 2)
+    if last in mine:
+        working = max(working, loss_bytes(model, job, parallel))
+    if plan.count > 1:
+        stream = parallel.tp if parallel.sequence_parallel else 1
+        hidden = job.micro * job.seq_len // parallel.cp // stream * model.dim * unit
+        working += hidden * job.micro_batches * sum((stage > 0) + (stage < last) for stage in mine)
+
+    costs = stage_costs(model, plan, job)
+    tokens = job.micro * job.micro_batches * job.seq_len / parallel.cp / parallel.tp
+    state = optimizer_bytes(make, own, model, torch.float64 if job.precision == "fp64" else torch.float32)
+    return RankCost(
+        layers=[plan.layers[stage] for stage in mine],
+        elements=sum(torch.Size(piece.shape).numel() for piece in own),
+        flops=tokens * sum(costs[stage].forward + costs[stage].of("B") for stage in mine),
+        weights=shards,
+        gathered=at_once * unit,
+        gradients=shards + in_flight,
+        optimizer=state,
+        activations=round(kept),
+        working=working,
+    )

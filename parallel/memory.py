@@ -1,0 +1,135 @@
+"""Bytes by arithmetic: how parameters are cut, what an optimizer keeps of them, what blocks keep for their backward pass."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import Shard
+
+from ..config.parallel import ParallelConfig
+from ..models.llama import Llama
+from ..models.loss import CHUNK
+from ..optim.parameters import NamedParameter, Shards, Unsharded
+from .layout import Layout
+from .tensor import LLAMA_PLACES
+
+BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, besides the model and the layout.
+
+    seq_len, micro    positions per sample, samples per micro-batch
+    micro_batches     per rank and step
+    precision         bf16, fp32 or fp64
+    activation        none, selective, full or offload; compiled: whether blocks are compiled
+    """
+
+    seq_len: int
+    micro: int
+    micro_batches: int
+    precision: str
+    activation: str
+    compiled: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One parameter of a stage, for the rank with the largest shard.
+
+    group   the module whose weights are gathered together
+    whole   elements after tensor parallelism, as the computation uses them
+    padded  elements that storage is kept for; shape: of the shard itself
+    """
+
+    name: str
+    group: str
+    whole: int
+    padded: int
+    shape: tuple[int, ...]
+
+
+def pieces(stage: nn.Module, layout: Layout) -> list[Piece]:
+    """How FSDP2 over tensor-parallel parameters cuts a stage: along dim 0, into chunks of equal size but for the last."""
+    ways = layout.shard * layout.cp if layout.zero else 1
+    found: list[Piece] = []
+    for name, parameter in stage.named_parameters():
+        shape = list(parameter.shape)
+        module = name.rpartition(".")[0]
+        place = next(place for pattern, place in LLAMA_PLACES.items() if fnmatch.fnmatch(module, pattern))
+        few_heads = module.endswith((".wk", ".wv")) and isinstance(stage, Llama) and stage.kv_heads < layout.tp
+        if isinstance(place.weight, Shard) and not few_heads:
+            shape[place.weight.dim] = -(-shape[place.weight.dim] // layout.tp)
+        rows = -(-shape[0] // ways)
+        row = torch.Size(shape[1:]).numel()
+        group = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name.split(".")[0]
+        found.append(Piece(name, group, shape[0] * row, rows * row, (rows, *shape[1:])))
+    return found
+
+
+def optimizer_bytes(make: OptimizerFactory, own: Sequence[Piece], model: Llama, dtype: torch.dtype) -> int | None:
+    """State of this optimizer over these shards, by taking a step on tensors without storage; None where it can't."""
+    try:
+        with torch.device("meta"):
+            parameters = [
+                NamedParameter(
+                    piece.name,
+                    nn.Parameter(torch.empty(piece.shape, dtype=dtype)),
+                    piece.shape,
+                    model.decays(piece.name),
+                    model.lr_scale(piece.name),
+                )
+                for piece in own
+            ]
+            for parameter in parameters:
+                parameter.tensor.grad = torch.empty_like(parameter.tensor)
+            optimizer = make(parameters, Unsharded())
+            optimizer.step()
+    except (RuntimeError, NotImplementedError):  # an optimizer whose step asks for numbers
+        return None
+    values = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return sum(value.numel() * value.element_size() for value in values if value.dim())
+
+
+def block_bytes(model: Llama, job: Job, parallel: ParallelConfig, policy: str) -> int:
+    """What one block keeps of one micro-batch for its backward pass, under an activation policy.
+
+    Counted tensor by tensor as in arXiv 2205.05198, for RMSNorm, rotary positions, fused attention and SwiGLU. With D the
+    width, K that of all key heads, F the feed-forward's, t and s the tensor-parallel cuts of features and of the stream:
+    norms' inputs 2 D/s and outputs 2 D; q, k, v and attention's output (2 D + 2 K)/t; SwiGLU 4 F/t. A compiled block
+    computes norms' outputs and SwiGLU's products again. Norms and softmax keep a few fp32 numbers per position besides.
+    """
+    tokens = job.micro * job.seq_len // parallel.cp
+    unit, exact = BYTES[job.precision], 8 if job.precision == "fp64" else 4
+    tp = parallel.tp
+    stream = model.dim / (tp if parallel.sequence_parallel else 1)
+    kv_dim = model.kv_heads * model.head_dim
+    heads = (2 * model.dim + 2 * max(kv_dim, model.head_dim * tp)) / tp
+    statistics = exact * (model.heads / tp + 2 / (tp if parallel.sequence_parallel else 1))
+    if policy == "full":
+        per_token = unit * stream
+    elif policy == "offload":
+        per_token = 0.0
+    elif policy == "selective":
+        per_token = unit * (stream + 2 * model.dim + heads + 2 * model.ffn_dim / tp) + exact * model.heads / tp
+    elif job.compiled:
+        per_token = unit * (2 * stream + heads + 2 * model.ffn_dim / tp) + statistics
+    else:
+        per_token = unit * (2 * stream + 2 * model.dim + heads + 4 * model.ffn_dim / tp) + statistics
+    return round(tokens * per_token)
+
+
+def loss_bytes(model: Llama, job: Job, parallel: ParallelConfig) -> int:
+    """What final norm, head and loss hold of one micro-batch: its states and their gradient, the head's, a chunk of logits."""
+    tokens = job.micro * job.seq_len // parallel.cp
+    unit, exact = BYTES[job.precision], 8 if job.precision == "fp64" else 4
+    rows = -(-model.vocabulary // parallel.tp)
+    states = tokens * model.dim * unit * 3
+    head = rows * model.dim * (exact + unit)
+    return states + head + min(CHUNK, tokens) * rows * (unit + exact)
