@@ -35,7 +35,8 @@ from .deepspeed_state import state_of, whole_shape
 from .engine import StepLoss
 from .fragment import Fragment
 from .mesh import Mesh
-from .moments import Measure
+from .moments import GradientMoments, Measure
+from .shards import Placed
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -54,8 +55,12 @@ class DeepSpeedEngine:
         precision: str = "bf16",
         activation: str = "none",
         compile_blocks: bool = False,
+        measures: bool = False,
     ) -> None:
-        """model: on the meta device. parallel: without problems (`deepspeed_parallel.deepspeed_problems`)."""
+        """model: on the meta device. parallel: without problems (`deepspeed_config.deepspeed_problems`).
+
+        measures: whether steps may be asked for gradient statistics.
+        """
         deepspeed = import_deepspeed(mesh.device.type)
         self.module: nn.Module = model
         self.mesh = mesh
@@ -95,6 +100,14 @@ class DeepSpeedEngine:
                 offsets=fragment.box.offsets,
             )
         self._state.commit()
+        self._moments: GradientMoments | None = None
+        self._measured: torch.Tensor | None = None
+        self._measure = Measure.NOTHING
+        if measures:
+            named = dict(model.named_parameters())
+            self._moments = GradientMoments(mesh, {name: Placed.of(weight, mesh) for name, weight in named.items()}, [])
+            for name, weight in named.items():
+                self._moments.watch(name, weight)
 
     def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:
         micro_batch = micro_batch.to(self.mesh.device)
@@ -105,6 +118,10 @@ class DeepSpeedEngine:
     ) -> StepLoss:
         """Forward and backward of this rank's share."""
         assert micro_batches, "a rank without a micro-batch would leave its peers waiting in a collective"
+        self._measure = measure
+        if measure is not Measure.NOTHING:
+            assert self._moments is not None, "this engine was built without `measures`"
+            self._moments.begin(measure, [batch.valid_tokens for batch in micro_batches], global_tokens)
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         self._pending = True
         for index, micro_batch in enumerate(micro_batches):
@@ -116,18 +133,31 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def gradient_norm(self) -> torch.Tensor:
-        """From this rank's pieces of the reduced gradient; where every rank holds all of it, without communication."""
+        """From this rank's pieces of the reduced gradient; where every rank holds all of it, each stands for its share."""
         squares = self._state.gradient_squares().to(self.mesh.device)
-        return (squares if self._state.replicated else self.mesh.sum(squares)).sqrt()
+        if self._state.replicated:
+            squares = squares / self._ranks
+        if self._moments is None or self._measure is Measure.NOTHING:
+            return self.mesh.sum(squares).sqrt()
+        # What the hooks saw is the gradient times the number of ranks, which DeepSpeed's mean takes away again.
+        moments = self._moments.squares() / self._ranks**2
+        self._measured = self.mesh.sum(torch.stack([squares, moments]))  # one collective for both
+        return self._measured[0].sqrt()
 
     @torch.no_grad()
     def clip(self, max_norm: float, norm: torch.Tensor) -> None:
         """Scale by min(1, max_norm / (norm + 1e-6))."""
         self._state.clip_gradients(max_norm, norm)
 
+    @torch.no_grad()
     def gradient_statistics(self, samples: int) -> GradientStatistics | None:
-        """Not estimated by this engine's plain accumulation."""
-        return None
+        """The measured moments, without projections. Waits for the device."""
+        if self._moments is None or self._measured is None:
+            return None
+        square, moments = self._measured.tolist()
+        self._measured = None
+        workers = self._moments.workers
+        return GradientStatistics(moments, square, workers, samples / workers) if workers > 1 else None
 
     def update(self, lr: float) -> None:
         """One optimizer step."""

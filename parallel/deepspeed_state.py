@@ -314,10 +314,14 @@ class ShardedState(EngineState):
         wrapper.invalidate_secondary_tensor()
 
     def discard_gradients(self) -> None:
-        """What DeepSpeed's step does when it refuses a gradient."""
-        self._optimizer._pre_step()
-        self._optimizer._partition_all_parameters()
-        self._optimizer._overflow_clean_up(1.0)
+        """As DeepSpeed's step does when it refuses a gradient, but for the weights: those it leaves out of step."""
+        wrapper = self._optimizer
+        wrapper._pre_step()
+        wrapper.zero_grad()
+        if wrapper.offload_optimizer:
+            wrapper.reset_cpu_buffers()
+        else:
+            wrapper.averaged_gradients = {}
 
     def release(self) -> None:
         """Forget the host copies of groups on NVMe, and how the last gradient was clipped."""

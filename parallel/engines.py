@@ -71,7 +71,8 @@ def make_engine(
         "precision": precision,
         "activation": activation,
         "compile_blocks": compile_blocks,
+        "measures": measures,
     }
     if parallel.engine == "deepspeed":
         return DeepSpeedEngine(model, mesh, make_optimizer, **settings)
-    return TorchEngine(model, mesh, make_optimizer, seq_len=seq_len, measures=measures, **settings)
+    return TorchEngine(model, mesh, make_optimizer, seq_len=seq_len, **settings)

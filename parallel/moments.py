@@ -38,9 +38,9 @@ def moments_problems(parallel: ParallelConfig, tied: bool, projections: bool) ->
     """Layouts under which a controller that measures can't have its numbers."""
     problems: list[Problem] = []
     fix = "choose batch=fixed, stages, ramp or critical_loss, or"
-    if parallel.engine != "torch":
+    if parallel.engine != "torch" and projections:
         problems.append(
-            Problem("batch", f"the {parallel.engine} engine can't measure gradients", f"{fix} parallel.engine=torch")
+            Problem("batch", f"the {parallel.engine} engine has no whole gradient to project on", "use batch=norm_test")
         )
     if parallel.cp > 1:
         problems.append(Problem("batch", "gradients can't be measured under context parallelism", f"{fix} parallel.cp=1"))
@@ -102,11 +102,16 @@ class GradientMoments:
         def watch(_module: nn.Module, _inputs: object) -> None:
             for owner, attribute, name in owners:
                 weight = owner._parameters[attribute]
-                if weight is not None and weight not in self._watched and name in self._index:
-                    self._watched.add(weight)
-                    weight.register_hook(self._seen(self._index[name]))
+                if weight is not None and name in self._index:
+                    self.watch(name, weight)
 
         return cast(Callable[[nn.Module, object], None], torch.compiler.disable(watch))
+
+    def watch(self, name: str, weight: nn.Parameter) -> None:
+        """See every gradient of this unsharded weight; once per weight."""
+        if weight not in self._watched:
+            self._watched.add(weight)
+            weight.register_hook(self._seen(self._index[name]))
 
     def _seen(self, index: int) -> Callable[[torch.Tensor], None]:
         @torch.no_grad()

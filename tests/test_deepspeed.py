@@ -7,11 +7,9 @@ of each of 5 steps (the rounding of one step is 6e-8; both engines stay below 1e
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("deepspeed", reason="needs the extra: pip install 'meshloom[deepspeed]'")
 
@@ -23,9 +21,10 @@ import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
 
 from meshloom.config.deepspeed import DeepSpeedConfig
 from meshloom.config.parallel import ParallelConfig
-from meshloom.data.batch import MicroBatch
+from meshloom.data.batch import GlobalBatch, MicroBatch, deal
 from meshloom.parallel.engine import Engine
 from meshloom.parallel.fragment import Box
+from meshloom.parallel.moments import Measure
 from parity import Work, build, curves, plain_curve, sample, step, train
 from ranks import run_ranks
 
@@ -178,31 +177,22 @@ def test_state_moves_bitwise_and_the_curve_goes_on(route: list[tuple[int, Parall
     assert losses == pytest.approx(uninterrupted, rel=TOLERANCE)
 
 
-def stopped_and_not(rank: int, world_size: int, work: Work, resumed: ParallelConfig) -> tuple[Arrays, Arrays]:
-    """bf16 state after 2 + 2 steps: under the stage that it began with, and carried to another one half-way."""
-    engine = build(work, world_size)
-    for number in (0, 1):
-        step(engine, work, number)
-    gathered: list[Any] = [None] * world_size
-    dist.all_gather_object(gathered, snapshot(engine))
-    counters = engine.counters()
-    for number in (2, 3):
-        step(engine, work, number)
-    expected = snapshot(engine)
-    other = replace(work, parallel=resumed)
-    engine = build(other, world_size)
-    write(engine, whole(gathered), counters)
-    for number in (2, 3):
-        step(engine, other, number)
-    return expected, snapshot(engine)
+@pytest.mark.parametrize(("began", "resumed"), [(ds(1), ds(3)), (ds(3), ds(2)), (ds(2), ds(1, offload="cpu"))])
+def test_training_on_in_another_stage_changes_nothing(began: ParallelConfig, resumed: ParallelConfig) -> None:
+    """Not only is the state the same, so are the bf16 weights made from it: stale ones would show as 1e-3.
 
-
-@pytest.mark.parametrize(("began", "resumed"), [(ds(1), ds(3)), (ds(3), ds(2)), (ds(2), ds(1))])
-def test_training_on_in_another_stage_differs_by_nothing(began: ParallelConfig, resumed: ParallelConfig) -> None:
-    """Not only is the state the same, the low-precision weights made from it are: 0.0 after two more steps."""
-    results = run_ranks(2, stopped_and_not, Work(began, precision="bf16", micro=2, max_norm=None), resumed)
-    expected, found = whole([result[0] for result in results]), whole([result[1] for result in results])
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    Between stages 1 and 2 no bit differs; stage 3 lays the elements out otherwise, and Adam's vectorised loop rounds the
+    odd one at another place.
+    """
+    work = Work(began, precision="bf16", micro=2, max_norm=None, steps=4)
+    straight = whole([result[1] for result in run_ranks(2, leg, work, None, {})])
+    first = run_ranks(2, leg, replace(work, steps=2), None, {})
+    arrays, counters = whole([result[1] for result in first]), first[0][2]
+    second = run_ranks(2, leg, replace(work, parallel=resumed, steps=2, first_step=2), arrays, counters)
+    found = whole([result[1] for result in second])
+    assert found.keys() == straight.keys()
+    for key in straight:
+        torch.testing.assert_close(found[key], straight[key], rtol=1e-6, atol=1e-9, msg=key)
 
 
 def dropped_gradient(rank: int, world_size: int, work: Work) -> tuple[list[float], list[float]]:
@@ -240,4 +230,24 @@ def test_evaluation_between_steps(zero: int) -> None:
     work = Work(precision="fp32", steps=2)
     expected = run_ranks(2, evaluated, replace(work, parallel=ParallelConfig(zero=3)))[0]
     for found in run_ranks(2, evaluated, replace(work, parallel=ds(zero))):
+        assert found == pytest.approx(expected, rel=TOLERANCE)
+
+
+def moments(rank: int, world_size: int, work: Work) -> tuple[float, float, int, float]:
+    engine = build(work, world_size, measures=True)
+    shares = deal(GlobalBatch(0, work.samples), rank, world_size, work.micro)
+    batches = [MicroBatch.collate([sample(index) for index in indices]) for indices in shares]
+    valid = torch.tensor(float(sum(batch.valid_tokens for batch in batches)), dtype=torch.float64)
+    engine.accumulate(batches, engine.mesh.sum(valid), Measure.SQUARES)
+    engine.gradient_norm()
+    statistics = engine.gradient_statistics(work.samples)
+    assert statistics is not None and engine.gradient_statistics(work.samples) is None
+    return statistics.worker_square, statistics.batch_square, statistics.workers, statistics.worker_samples
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), [(1, ds(0)), (2, ds(0)), (2, ds(1)), (4, ds(2)), (2, ds(3))])
+def test_gradient_statistics_are_the_torch_engines(ranks: int, parallel: ParallelConfig) -> None:
+    work = Work(ParallelConfig(zero=0), micro=2, precision="fp64")
+    expected = run_ranks(1, moments, work)[0]
+    for found in run_ranks(ranks, moments, replace(work, parallel=parallel, precision="fp32")):
         assert found == pytest.approx(expected, rel=TOLERANCE)
