@@ -11,8 +11,10 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("train", "train a model; `meshloom train --help` lists recipes and keys"),
     "slurm": ("slurm", "print a complete sbatch script for a run"),
+    "checkpoint": ("checkpoint", "list, inspect, verify, compare, prune and export checkpoints"),
     "generate": ("generate", "continue a prompt with a checkpoint's model"),
     "hparams": ("hparams", "what the laws of scale recommend for a model and a number of tokens"),
+    "fit": ("fit", "fit the laws of scale to finished runs, and draw the fits"),
     "data": ("data", "tokenize text into shards, and look into them"),
 }
 
