@@ -15,7 +15,8 @@ class Problem:
     fix: str = ""
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.message}" + (f"; {self.fix}" if self.fix else "")
+        named = self.message if self.message.startswith(self.key) else f"{self.key}: {self.message}"
+        return named + (f"; {self.fix}" if self.fix else "")
 
 
 class ConfigError(ValueError):

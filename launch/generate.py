@@ -74,16 +74,13 @@ def continued(arguments: Arguments) -> str:
     import torch
     from omegaconf import DictConfig
 
-    from ..checkpoint import find_latest, read_state
+    from ..checkpoint.restore import read_state
     from ..parallel.mesh import pick_device
     from ..trainer.build import build_model
+    from ..trainer.resume import find_checkpoint
     from ..trainer.sampling import generate, load_plain
 
-    folder = Path(arguments.checkpoint)
-    checkpoint = folder if (folder / "manifest.json").is_file() else find_latest(folder) or find_latest(folder / "checkpoints")
-    if checkpoint is None:
-        fix = "give a step-… folder, or the folder of a run that has saved one"
-        raise ConfigError([Problem("checkpoint", f"'{folder}' holds no complete checkpoint", fix)])
+    checkpoint = find_checkpoint(arguments.checkpoint, "checkpoint")
     state = read_state(checkpoint)
     config = DictConfig(state["config"])
     model = load_plain(build_model(config, state["vocabulary"]), checkpoint, pick_device(), torch.float32)
@@ -99,14 +96,15 @@ def continued(arguments: Arguments) -> str:
     )
 
 
-def _tokenizer(checkpoint: Path, config: DictConfig, fingerprint: str) -> Tokenizer:
+def _tokenizer(checkpoint: Path | str, config: DictConfig, fingerprint: str) -> Tokenizer:
     """The tokenizer that the run left beside its checkpoints; otherwise that of the data, built again."""
     from ..data.tokenizer import Tokenizer
     from ..trainer.build import build_data
 
-    for folder in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
-        if (folder / "tokenizer.json").is_file():
-            return Tokenizer.load(folder / "tokenizer.json")
+    if isinstance(checkpoint, Path):
+        for folder in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
+            if (folder / "tokenizer.json").is_file():
+                return Tokenizer.load(folder / "tokenizer.json", config.data.get("end_of_document"))
     data = build_data(config)
     data.prepare()
     if data.tokenizer is None:

@@ -183,11 +183,14 @@ def build_run(config: DictConfig, mesh: Mesh) -> Run:
         saving = Saving(checkpointer, parts.checkpoint.every, fixed)
         hooks.append(saving)
     if mesh.is_main:
-        hooks += default_loggers(parts.logging, output_dir, config)
+        if data.tokenizer is not None:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            data.tokenizer.save(output_dir / "tokenizer.json")  # for `meshloom generate`, wherever the checkpoints go
         if parts.trainer.sample_prompt is not None:
             build = functools.partial(build_model, config, model.vocabulary)
             prompt, tokens = parts.trainer.sample_prompt, parts.trainer.sample_tokens
-            hooks.append(SampleText(prompt, tokens, build, data.tokenizer, config.seed))
+            hooks.append(SampleText(prompt, tokens, build, data.tokenizer, config.seed, checkpoint_folder(config)))
+        hooks += default_loggers(parts.logging, output_dir, config)
 
     loop = Loop(
         mesh=mesh,

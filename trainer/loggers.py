@@ -94,7 +94,7 @@ class ProgressLine(Hook):
     """One line that shows where the run is; on a terminal it stays in place, elsewhere it is printed now and then."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(file=sys.stdout, highlight=False)
+        self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._began = 0.0
         self._begin = 0.0
@@ -117,7 +117,7 @@ class ProgressLine(Hook):
         if self._live is not None:
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
         elif loop.finished or row["step"] == 1 or time.monotonic() - self._shown >= PLAIN_SECONDS:
-            self._console.print(line, soft_wrap=True)
+            self._console.print(line)
             self._shown = time.monotonic()
 
     def on_evaluate(self, loop: Loop, row: dict[str, Any]) -> None:

@@ -8,7 +8,9 @@ from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from ..checkpoint.files import is_remote, open_files
 from ..checkpoint.folder import find_latest
+from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.restore import read_state, restore
 from ..config import RunConfig
 from ..config.compose import differences, resumed, task_overrides
@@ -28,10 +30,20 @@ def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
         return None
     if config.resume == "auto":
         return find_latest(checkpoint_folder(config))
-    path = Path(config.resume)
-    found = path if (path / "manifest.json").is_file() else find_latest(path) or find_latest(path / "checkpoints")
+    return find_checkpoint(str(config.resume), "resume")
+
+
+def find_checkpoint(location: str, key: str) -> Path | str:
+    """The checkpoint that a user named by a step's folder, a folder of steps or a run's folder (path or URL), as `key`.
+
+    Raises ConfigError if none there is complete.
+    """
+    if open_files(location).size(MANIFEST) is not None:
+        return location if is_remote(location) else Path(location)
+    found = find_latest(location) or find_latest(f"{location.rstrip('/')}/checkpoints")
     if found is None:
-        raise ConfigError([Problem("resume", f"'{path}' holds no complete checkpoint", "give a step-… folder, or resume=auto")])
+        fix = "give a step-… folder, or the folder of a run that has saved one"
+        raise ConfigError([Problem(key, f"'{location}' holds no complete checkpoint", fix)])
     return found
 
 

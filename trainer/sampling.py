@@ -115,19 +115,23 @@ class SampleText(Hook):
     """At the end of the run, continue a prompt and write the text to sample.txt. For one process.
 
     It reads the weights back from the run's last checkpoint, so it needs no other process and works under any layout.
-    build  makes the model on the meta device
+    build        makes the model on the meta device
+    checkpoints  the folder of the run's checkpoints
     """
 
-    def __init__(self, prompt: str, tokens: int, build: Callable[[], nn.Module], codec: TextCodec | None, seed: int) -> None:
+    def __init__(
+        self, prompt: str, tokens: int, build: Callable[[], nn.Module], codec: TextCodec | None, seed: int, checkpoints: str
+    ) -> None:
         self._prompt = prompt
         self._tokens = tokens
+        self._checkpoints = checkpoints
         self._build = build
         self._codec = codec
         self._seed = seed
 
     def on_run_end(self, loop: Loop, output_dir: Path) -> None:
         """Generate, show and write."""
-        checkpoint = find_latest(output_dir / "checkpoints")
+        checkpoint = find_latest(self._checkpoints)
         if self._codec is None or checkpoint is None:
             missing = "data without text" if self._codec is None else "no checkpoint"
             log.warning("trainer.sample_prompt: no sample, because there is %s", missing)

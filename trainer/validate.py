@@ -83,8 +83,8 @@ def batch_problems(batch: Any, data_size: int) -> list[Problem]:
         share = batch.samples // data_size
         smaller = max((n for n in range(1, batch.micro) if share % n == 0), default=0) if batch.samples % data_size == 0 else 0
         fix = f"use {fits}" + (f", or batch.micro={smaller}" if smaller else "")
-        text = f"is not a multiple of batch.micro × data-parallel size = {unit}"
-        problems.append(Problem(f"batch.samples={batch.samples}", text, fix))
+        text = f"batch.samples={batch.samples} is not a multiple of batch.micro × data-parallel size = {unit}"
+        problems.append(Problem("batch.samples", text, fix))
     return problems
 
 

@@ -1,0 +1,130 @@
+"""The command line: subcommands, near misses, exit codes, and Hydra's switches; every word as a user types it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshloom.config.problems import ConfigError
+from meshloom.launch import cli, train
+from meshloom.launch.arguments import parse
+from meshloom.launch.generate import Arguments
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run in an empty folder, and give the arguments back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    return tmp_path
+
+
+def test_help_lists_the_commands_and_imports_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in cli.COMMANDS)
+
+
+def test_every_listed_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in cli.COMMANDS:
+        try:
+            code = cli.main([name, "--help"])
+        except SystemExit as end:  # argparse and Hydra end by themselves
+            code = end.code
+        assert code == 0, name
+        assert capsys.readouterr().out
+
+
+def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    assert "did you mean train?" in capsys.readouterr().err
+
+
+def test_cfg_prints_the_config(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+    assert cli.main(["train", "recipe=llama_8b", "optim.lr=0.25", "--cfg", "job"]) == 0
+    out = capsys.readouterr().out
+    assert "ffn_dim: 14336" in out and "lr: 0.25" in out
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_bad_config_exits_2_naming_everything_and_touching_nothing(
+    capsys: pytest.CaptureFixture[str], elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    bad = ["batch.samples=10", "batch.micro=2", "optim.lrr=1", "precision=half", "parallel.zero=7", "schedule.decay=200%"]
+    assert cli.main(["train", "recipe=quickstart", *bad]) == 2
+    errors = capsys.readouterr().err
+    for key in ("optim.lrr", "precision", "parallel.zero", "schedule.decay"):
+        assert f"- {key}: " in errors
+    assert cli.main(["train", "recipe=quickstart", "batch.samples=10", "batch.micro=2"]) == 2
+    expected = "batch.samples=10 is not a multiple of batch.micro × data-parallel size = 8; use 8 or 16"
+    assert expected in capsys.readouterr().err
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_only_rank_0_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main(["seed=x"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """torchrun's arguments, instead of torchrun."""
+    calls: list[list[str]] = []
+    monkeypatch.setattr("meshloom.launch.torchrun.main", lambda arguments: calls.append(list(arguments)) or 0)
+    return calls
+
+
+def test_several_processes_are_started_by_torchrun_with_the_same_overrides(started: list[list[str]]) -> None:
+    assert cli.main(["train", "recipe=quickstart", "launch.nproc=4", "optim.lr=3e-3"]) == 0
+    (arguments,) = started
+    assert arguments[:3] == ["--standalone", "--nproc-per-node=4", "--max-restarts=0"]
+    assert arguments[3:5] == ["-m", "meshloom.launch.train"]
+    assert arguments[5:] == ["recipe=quickstart", "launch.nproc=4", "optim.lr=3e-3", "output_dir='outputs/quickstart'"]
+
+
+def test_jobs_of_a_sweep_get_folders_of_their_own(started: list[list[str]]) -> None:
+    line = ["train", "-m", "recipe=quickstart", "launch.nproc=2", "optim.lr=0.001,0.003", "output_dir=there"]
+    assert cli.main(line) == 0
+    folders = [arguments[-1] for arguments in started]
+    assert folders == [f"output_dir='there/sweep/launch.nproc=2_optim.lr={lr}'" for lr in ("0.001", "0.003")]
+
+
+def test_a_failed_job_fails_the_sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    codes = iter([0, 7])
+    monkeypatch.setattr("meshloom.launch.torchrun.main", lambda _: next(codes))
+    assert cli.main(["train", "-m", "recipe=quickstart", "launch.nproc=2", "seed=1,2"]) == 7
+    assert "1 of 2 runs" in capsys.readouterr().err
+
+
+def test_one_process_runs_here_with_everything_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("meshloom.trainer.run.run", lambda config: seen.append(config) or 5)
+    assert cli.main(["train", "recipe=quickstart", "launch.nproc=1", "seed=9"]) == 5
+    assert seen[0].seed == 9 and seen[0].output_dir == "outputs/quickstart"
+
+
+def test_more_processes_than_gpus_are_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert cli.main(["train", "recipe=quickstart", "launch.nproc=4"]) == 2
+    assert "launch.nproc: 4 processes for 2 GPUs" in capsys.readouterr().err
+
+
+def test_several_nodes_need_slurm_or_torchrun(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "recipe=quickstart", "launch.nodes=2"]) == 2
+    assert "meshloom slurm" in capsys.readouterr().err
+
+
+def test_arguments_are_typed_and_all_mistakes_are_named() -> None:
+    arguments = parse(Arguments, ["checkpoint=a=b", "prompt=def [x] ", "tokens=3", "top_k=null", "temperature=0"])
+    assert arguments == Arguments(checkpoint="a=b", prompt="def [x] ", tokens=3, top_k=None, temperature=0.0)
+    with pytest.raises(ConfigError) as caught:
+        parse(Arguments, ["tokns=3", "seed=x", "loose"])
+    assert [problem.key for problem in caught.value.problems] == ["tokns", "seed", "loose", "checkpoint"]
+    assert "did you mean tokens?" in str(caught.value)
