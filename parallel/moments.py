@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from ..config.parallel import ParallelConfig
 from ..config.problems import Problem
@@ -53,14 +53,15 @@ def moments_problems(parallel: ParallelConfig, tied: bool, projections: bool) ->
     return problems
 
 
-def _whole_over_tp(gradient: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor-parallel gradient, pending sums done."""
+def _own_part(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a gradient: of a tensor-parallel weight, what lies where the rank's part of the weight does.
+
+    Autograd gives a weight's gradient in any placement: sums still pending, or whole on every rank (an embedding's).
+    """
     if not isinstance(gradient, DTensor):
         return gradient
-    if any(isinstance(kind, Partial) for kind in gradient.placements):
-        done = [Replicate() if isinstance(kind, Partial) else kind for kind in gradient.placements]
-        gradient = gradient.redistribute(placements=done)
-    return gradient.to_local()
+    assert isinstance(weight, DTensor)
+    return gradient.redistribute(placements=weight.placements).to_local()
 
 
 class GradientMoments:
@@ -111,14 +112,14 @@ class GradientMoments:
         """See every gradient of this unsharded weight; once per weight."""
         if weight not in self._watched:
             self._watched.add(weight)
-            weight.register_hook(self._seen(self._index[name]))
+            weight.register_hook(self._seen(self._index[name], weight))
 
-    def _seen(self, index: int) -> Callable[[torch.Tensor], None]:
+    def _seen(self, index: int, weight: nn.Parameter) -> Callable[[torch.Tensor], None]:
         @torch.no_grad()
         def hook(gradient: torch.Tensor) -> None:
             if self._measure is Measure.NOTHING:
                 return
-            mine = _whole_over_tp(gradient)
+            mine = _own_part(gradient, weight)
             exact = torch.float64 if mine.dtype == torch.float64 else torch.float32
             self._norms[index].append(torch.linalg.vector_norm(mine, dtype=exact))
             if self._measure is Measure.PROJECTIONS:
