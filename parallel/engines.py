@@ -44,6 +44,9 @@ def _torch_problems(parallel: ParallelConfig) -> Iterator[Problem]:
     if parallel.offload not in ("none", "cpu"):
         fix = "use none or cpu, or parallel.engine=deepspeed for nvme"
         yield Problem("parallel.offload", f"the torch engine can't offload to '{parallel.offload}'", fix)
+    if parallel.offload == "cpu" and max(parallel.tp, parallel.pp, parallel.cp) > 1:
+        fix = "use parallel.tp=1, parallel.pp=1 and parallel.cp=1, or parallel.offload=none"
+        yield Problem("parallel.offload", "the torch engine offloads under data parallelism only", fix)
     if parallel.offload_weights != "none":
         fix = "parallel.offload=cpu takes them along; or use parallel.engine=deepspeed"
         yield Problem("parallel.offload_weights", "the torch engine does not offload weights apart", fix)

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from ..config.parallel import ParallelConfig
 from ..data.batch import MicroBatch
@@ -71,6 +71,8 @@ class TorchEngine:
         self._zero = mesh.layout.zero
         self._parallel = parallel
         self._width = model.dim
+        # Where shards, gradients and optimizer state live: with CPU offload, FSDP2 copies to and from it.
+        self._home = torch.device("cpu") if parallel.offload == "cpu" else mesh.device
         self._slices_sequences = mesh.layout.tp > 1 and parallel.sequence_parallel
         compute = PRECISIONS[precision]
         model.to(torch.float64 if compute == torch.float64 else torch.float32)
@@ -94,7 +96,7 @@ class TorchEngine:
                 for block in blocks:
                     block.compile()
             self._shard(stage, compute)
-            stage.to_empty(device=mesh.device)
+            stage.to_empty(device=self._home)
         named = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
         self._pipeline: Pipeline | None = None
         self._tied: TiedHead | None = None
@@ -123,7 +125,7 @@ class TorchEngine:
         self._shards = MeshShards(mesh, self._placed)
         self.optimizer = make_optimizer(self._parameters, self._shards)
         copies = torch.tensor([placed.copies for placed in self._placed.values()], dtype=torch.float64)
-        self._per_copy = (1 / copies).to(mesh.device)
+        self._per_copy = (1 / copies).to(self._home)
         self._moments = GradientMoments(mesh, self._placed, stages) if measures else None
         self._measured: torch.Tensor | None = None
         self._measure = Measure.NOTHING
@@ -135,12 +137,15 @@ class TorchEngine:
             policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         # Resharding between the two halves of a zero-bubble backward pass gives wrong gradients without a word.
         keep = self._zero < 3 or (self._parallel.pp > 1 and schedule_of(self._parallel).splits_backward)
+        pinned = self.mesh.device.type == "cuda"
+        place = CPUOffloadPolicy(pin_memory=pinned) if self._parallel.offload == "cpu" else OffloadPolicy()
+        settings: dict[str, Any] = {"mesh": self.mesh.weights, "mp_policy": policy, "offload_policy": place}
         for block in model.layers.values():
-            fully_shard(block, mesh=self.mesh.weights, mp_policy=policy, reshard_after_forward=not keep)
+            fully_shard(block, reshard_after_forward=not keep, **settings)
         if model.embed is not None and not model.tied:
-            fully_shard(model.embed, mesh=self.mesh.weights, mp_policy=policy, reshard_after_forward=not keep)
+            fully_shard(model.embed, reshard_after_forward=not keep, **settings)
         # What is left (norm, head, a tied embedding) is gathered at the root, where the loss reads the head's weight.
-        fully_shard(model, mesh=self.mesh.weights, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(model, reshard_after_forward=False, **settings)
         groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._groups += groups
         for group in groups:
@@ -227,7 +232,7 @@ class TorchEngine:
         """Each rank's squares, divided by the number of copies of each element, add up to every element counted once."""
         norms = torch.stack(torch._foreach_norm(self._gradients())).double()
         present = torch.tensor([p.tensor.grad is not None for p in self._parameters])
-        squares = (norms.square() * self._per_copy[present.to(self._per_copy.device)]).sum()
+        squares = (norms.square() * self._per_copy[present.to(self._per_copy.device)]).sum().to(self.mesh.device)
         if self._moments is None or self._measure is Measure.NOTHING:
             return self.mesh.sum(squares).sqrt()
         sums = self.mesh.sum(torch.stack([squares, self._moments.squares()]))  # one collective for both
@@ -238,7 +243,7 @@ class TorchEngine:
     def clip(self, max_norm: float, norm: torch.Tensor) -> None:
         """Scale by min(1, max_norm / (norm + 1e-6)), PyTorch's convention, without asking the device what the norm is."""
         gradients = self._gradients()
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].dtype))
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0]))
 
     @torch.no_grad()
     def gradient_statistics(self, samples: int) -> GradientStatistics | None:

@@ -1,0 +1,210 @@
+"""What either engine refuses, before anything is started; DeepSpeed's derived configuration; offloading by FSDP2."""
+
+from __future__ import annotations
+
+import builtins
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from meshloom.config.deepspeed import DeepSpeedConfig
+from meshloom.config.parallel import ParallelConfig
+from meshloom.config.problems import ConfigError
+from meshloom.optim.adamw import AdamW
+from meshloom.optim.parameters import NamedParameter, Shards
+from meshloom.parallel.deepspeed_config import derive, lossy_features
+from meshloom.parallel.deepspeed_optimizer import cpu_adam, optimizer_problems, updates_elementwise
+from meshloom.parallel.deepspeed_setup import import_deepspeed
+from meshloom.parallel.engines import engine_problems
+from parity import Work, curves, plain_curve
+from ranks import run_ranks
+
+
+def adamw(parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
+    return AdamW(parameters=parameters, shards=shards, lr=1e-2)
+
+
+def problems(precision: str = "bf16", world_size: int = 8, activation: str = "none", **settings: object) -> dict[str, str]:
+    """Key → message of everything wrong with a DeepSpeed recipe, apart from DeepSpeed itself being there."""
+    parallel = ParallelConfig(**{"engine": "deepspeed", **settings})  # type: ignore[arg-type]
+    found = engine_problems(
+        parallel, adamw, precision=precision, activation=activation, world_size=world_size, device_type="cpu"
+    )
+    return {problem.key: str(problem) for problem in found if problem.message != "DeepSpeed is not installed"}
+
+
+def extra(tree: dict[str, object], **settings: object) -> dict[str, str]:
+    return problems(deepspeed=DeepSpeedConfig(config=tree), **settings)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_what_works_is_not_refused(zero: int) -> None:
+    assert problems(zero=zero) == {}
+    assert problems(zero=zero, offload="cpu") == {}
+    assert problems("fp32", zero=0) == {}
+    assert problems(zero=3, offload="nvme", offload_weights="nvme", offload_path="/fast") == {}
+    assert (
+        extra({"zero_optimization": {"zero_hpz_partition_size": 4, "reduce_bucket_size": 1000}, "aio": {"queue_depth": 8}})
+        == {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"tp": 2}, "parallel.tp"),
+        ({"pp": 2}, "parallel.pp"),
+        ({"cp": 2}, "parallel.cp"),
+        ({"replicate": 2}, "parallel.replicate"),
+        ({"precision": "fp64"}, "precision"),
+        ({"zero": 0}, "parallel.zero"),
+        ({"activation": "selective"}, "trainer.activation"),
+        ({"offload": "disk"}, "parallel.offload"),
+        ({"offload": "nvme"}, "parallel.offload_path"),
+        ({"offload": "nvme", "offload_path": "/fast", "zero": 2}, "parallel.offload"),
+        ({"offload": "cpu", "zero": 0, "precision": "fp32"}, "parallel.offload"),
+        ({"offload_weights": "cpu"}, "parallel.offload_weights"),
+        ({"offload": "cpu", "offload_weights": "cpu", "zero": 2}, "parallel.offload_weights"),
+        ({"deepspeed": DeepSpeedConfig(cpu_adam=True)}, "parallel.deepspeed.cpu_adam"),
+        ({"engine": "jax"}, "parallel.engine"),
+        ({"engine": "torch", "offload": "nvme"}, "parallel.offload"),
+        ({"engine": "torch", "offload": "cpu", "tp": 2}, "parallel.offload"),
+        ({"engine": "torch", "offload_weights": "cpu"}, "parallel.offload_weights"),
+        ({"engine": "torch", "deepspeed": DeepSpeedConfig(config={"aio": {}})}, "parallel.deepspeed"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_its_key(settings: dict[str, object], key: str) -> None:
+    assert key in problems(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tree", "path", "says"),
+    [
+        ({"train_batch_size": 8}, "train_batch_size", "batch.samples"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping", "trainer.max_grad_norm"),
+        ({"optimizer": {"type": "Adam", "params": {"lr": 1}}}, "optimizer.params.lr", "optim"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled", "precision"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage", "parallel.zero"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.offload_optimizer.device",
+            "parallel.offload",
+        ),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "zero_optimization.round_robin_gradients", "corrupts"),
+        ({"zero_optimization": {"mics_shard_size": 2}}, "zero_optimization.mics_shard_size", "removed"),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_optimization.zero_quantized_weights", "GPU"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 3}}, "zero_optimization.zero_hpz_partition_size", "divides"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size", "parallel.cp"),
+        ({"reduce_bukket_size": 5}, "reduce_bukket_size", "does not read"),
+    ],
+)
+def test_conflicts_of_the_escape_hatch_are_named(tree: dict[str, object], path: str, says: str) -> None:
+    assert says in extra(tree)[f"parallel.deepspeed.config.{path}"]
+
+
+def test_all_problems_come_at_once() -> None:
+    assert len(extra({"seed": 1, "elasticity": {"enabled": True}}, tp=2, offload="nvme")) == 4
+
+
+def test_the_derived_configuration_says_what_the_recipe_says() -> None:
+    """Given as Hydra gives it; the user's keys join the derived ones, below them too."""
+    keys = OmegaConf.create({"zero_optimization": {"offload_optimizer": {"buffer_count": 7}}, "steps_per_print": 10})
+    parallel = ParallelConfig(zero=3, offload="nvme", offload_path="/fast", deepspeed=DeepSpeedConfig(config=keys))  # type: ignore[arg-type]
+    tree = derive(parallel, "bf16", pin_memory=True)
+    assert tree["zero_optimization"]["stage"] == 3
+    assert tree["zero_optimization"]["offload_optimizer"] == {
+        "device": "nvme",
+        "nvme_path": "/fast",
+        "pin_memory": True,
+        "buffer_count": 7,
+    }
+    assert "offload_param" not in tree["zero_optimization"]
+    assert tree["bf16"]["enabled"] and tree["data_types"]["grad_accum_dtype"] == tree["communication_data_type"] == "fp32"
+    assert tree["gradient_clipping"] == 0.0 and tree["steps_per_print"] == 10
+    assert not derive(ParallelConfig(zero=1), "fp32", pin_memory=False)["bf16"]["enabled"]
+
+
+def test_exceptions_to_the_rules_are_reported() -> None:
+    keys = {"zero_optimization": {"zero_quantized_gradients": True, "zero_quantized_weights": False}}
+    assert len(lossy_features(ParallelConfig(deepspeed=DeepSpeedConfig(config=keys)))) == 1
+    assert lossy_features(ParallelConfig()) == []
+
+
+class Rows(torch.optim.Optimizer):
+    """Normalises each row: not elementwise, and it would not notice flat pieces."""
+
+    def __init__(self, parameters: Sequence[NamedParameter], shards: Shards) -> None:
+        super().__init__([{"params": [p.tensor for p in parameters], "lr": 0.1}], {})
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data -= group["lr"] * p.grad / p.grad.norm(dim=-1, keepdim=True)
+
+
+class Asks(Rows):
+    """Asks for sums over whole parameters."""
+
+    def __init__(self, parameters: Sequence[NamedParameter], shards: Shards) -> None:
+        super().__init__(parameters, shards)
+        shards.sum(torch.zeros(len(parameters)), parameters)
+
+
+class Holds(Rows):
+    """Remembers its parameters' shapes."""
+
+    def __init__(self, parameters: Sequence[NamedParameter], shards: Shards) -> None:
+        super().__init__(parameters, shards)
+        self.shapes = {p.tensor: p.global_shape for p in parameters}
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data -= p.grad.view(self.shapes[p])
+
+
+def test_elementwise_optimizers_pass_and_others_are_refused() -> None:
+    assert updates_elementwise(adamw)
+    assert updates_elementwise(lambda p, s: torch.optim.SGD([{"params": [q.tensor for q in p]}], lr=0.1, momentum=0.9))
+    assert not updates_elementwise(Rows)
+    assert "neighbours" in str(optimizer_problems(Rows)[0])
+    assert "asks for sums" in str(optimizer_problems(Asks)[0])
+    assert "fails on flat pieces" in str(optimizer_problems(Holds)[0])
+
+
+def test_cpu_adam_is_for_adamw_only() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.deepspeed\.cpu_adam"):
+        cpu_adam(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
+
+
+def test_without_the_extra_everything_imports_and_the_message_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's own modules are imported by the lines above, whether DeepSpeed is there or not."""
+    real = builtins.__import__
+
+    def no_deepspeed(name: str, *args: object, **kwargs: object) -> object:
+        if name.split(".")[0] == "deepspeed":
+            raise ModuleNotFoundError("No module named 'deepspeed'")
+        return real(name, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", no_deepspeed)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    with pytest.raises(ConfigError, match=r"meshloom\[deepspeed\]"):
+        import_deepspeed("cpu")
+    found = engine_problems(
+        ParallelConfig(engine="deepspeed"), adamw, precision="bf16", activation="none", world_size=1, device_type="cpu"
+    )
+    assert [problem.key for problem in found] == ["parallel.engine"]
+
+
+@pytest.mark.parametrize(("ranks", "zero"), [(1, 0), (2, 1), (2, 3)])
+def test_fsdp2_offloading_trains_the_same(ranks: int, zero: int) -> None:
+    work = Work(ParallelConfig(zero=zero, offload="cpu"), micro=2, steps=4)
+    losses, norms = plain_curve(work)
+    for rank_losses, rank_norms in run_ranks(ranks, curves, work):
+        assert rank_losses == pytest.approx(losses, rel=1e-9)
+        assert rank_norms == pytest.approx(norms, rel=1e-9)
