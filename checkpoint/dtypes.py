@@ -36,6 +36,19 @@ def name_of(dtype: torch.dtype) -> str:
     return NAMES[dtype]
 
 
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers, which NumPy knows for every size and which compare bit for bit."""
+    return tensor.view(INTEGERS[tensor.element_size()])
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A CPU tensor's values in row-major order as bytes; copied only if it is not contiguous."""
+    return memoryview(same_bits(tensor.detach().contiguous()).reshape(-1).view(torch.uint8).numpy().data)
+
+
 def as_tensor(raw: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
     """The tensor whose bits are these integers, sharing their memory."""
     return torch.from_numpy(raw.reshape(-1)).view(TORCH_DTYPES[dtype]).reshape(raw.shape)

@@ -13,13 +13,13 @@ import torch
 
 from ..parallel.fragment import Box, Fragment
 from .arena import Arena
+from .dtypes import same_bits
 from .errors import CheckpointError
 from .faults import reach
 from .plan import FileLayout, Placed
 
 # Copied by one call, after which the writer may have it.
 BATCH_BYTES = 16 * 2**20
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Snapshot:
@@ -108,8 +108,7 @@ def _slice(fragment: Fragment, box: Box) -> torch.Tensor:
 def _copy_on_host(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """By NumPy, in this thread alone: PyTorch would spread each copy over the threads that are busy with the next step."""
     for target, source in zip(targets, sources, strict=True):
-        same_bits = INTEGERS[source.element_size()]
-        np.copyto(target.view(same_bits).numpy(), source.view(same_bits).numpy())
+        np.copyto(same_bits(target).numpy(), same_bits(source).numpy())
 
 
 def _copy_from_device(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

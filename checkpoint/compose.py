@@ -1,0 +1,131 @@
+"""Make a checkpoint out of arrays that come from elsewhere, one at a time: for imports and in-memory recovery."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..parallel.fragment import Box
+from .commit import new_token, open_target
+from .digest import LEAF_BYTES, block_digests, leaf_digests
+from .disk import sync_folder, write_small
+from .dtypes import bytes_of, name_of
+from .errors import CheckpointError
+from .files import is_remote
+from .folder import step_name
+from .manifest import Manifest, StoredArray, StoredFile, state_fault
+from .plan import Declaration, fill_boxes, lay_out, make_plan
+
+
+@dataclass(frozen=True)
+class Source:
+    """A whole array that can be had when its turn comes; `read` must give `dtype` and `shape`."""
+
+    name: str
+    role: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+    splits: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Name of the array in a checkpoint."""
+        return f"{self.role}/{self.name}"
+
+
+def compose(folder: str | Path, step: int, sources: Sequence[Source], state: dict[str, Any]) -> Path:
+    """Write and commit a step with these arrays. Host memory holds one array at a time. Returns the step's folder.
+
+    Raises CheckpointError for a state that is not plain JSON, a type that can't be stored, or a folder in use.
+    """
+    if is_remote(folder):
+        raise CheckpointError(f"{folder}: imports are written to a mounted folder; copy it to the object store afterwards")
+    fault = state_fault(state)
+    if fault is not None:
+        raise CheckpointError(fault)
+    declarations = [Declaration(s.name, s.role, name_of(s.dtype), s.shape, s.splits, Box.whole(s.shape)) for s in sources]
+    plan = make_plan([declarations])
+    layout = lay_out(declarations, plan.pieces[0])
+    token = new_token()
+    target = open_target(folder, coordinator=True)
+    try:
+        target.begin(step, token)
+        try:
+            place = Path(target.place(step, token))
+            name, leaves = target.data_names(0, token)
+            output = _Output(place / name)
+            try:
+                output.write(memoryview(layout.header))
+                current, values = -1, torch.empty(0)
+                for placed in layout.placed:
+                    if placed.source != current:
+                        current, values = placed.source, _checked(sources[placed.source])
+                    output.write(bytes_of(values[placed.box.slices()]))
+                output.finish()
+            finally:
+                output.close()
+            write_small(place / leaves, bytes(output.digests), "leaves")
+            sync_folder(place, "data.folder")
+            files = [StoredFile(name, layout.bytes, leaves, block_digests(bytes(output.digests)))] if layout.bytes else []
+            arrays: dict[str, StoredArray] = fill_boxes(plan.arrays, [layout])
+            manifest = Manifest(step, 1, state, files, arrays)
+            target.commit(manifest, manifest.encode(), token)
+        except BaseException:
+            target.discard(step, token)
+            raise
+    finally:
+        target.close()
+    return Path(folder) / step_name(step)
+
+
+def _checked(source: Source) -> torch.Tensor:
+    values = source.read().detach().cpu()
+    if tuple(values.shape) != source.shape or values.dtype != source.dtype:
+        found = f"{values.dtype}{list(values.shape)}"
+        raise CheckpointError(f"{source.key}: expected {source.dtype}{list(source.shape)}, the source holds {found}")
+    return values
+
+
+class _Output:
+    """A file that is hashed leaf by leaf while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._pending = bytearray()
+        self.digests = bytearray()
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes."""
+        rest = data
+        if self._pending:
+            missing = LEAF_BYTES - len(self._pending)
+            self._pending += rest[:missing]
+            rest = rest[missing:]
+            if len(self._pending) < LEAF_BYTES:
+                return
+            self._flush(memoryview(bytes(self._pending)))
+            self._pending.clear()
+        whole = len(rest) // LEAF_BYTES * LEAF_BYTES
+        self._flush(rest[:whole])
+        self._pending += rest[whole:]
+
+    def finish(self) -> None:
+        """Write the last, shorter leaf and make everything durable."""
+        self._flush(memoryview(bytes(self._pending)))
+        self._pending.clear()
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def _flush(self, data: memoryview) -> None:
+        self.digests += leaf_digests(data)
+        while data:
+            data = data[os.write(self._descriptor, data) :]

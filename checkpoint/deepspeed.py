@@ -1,0 +1,224 @@
+"""Import from a DeepSpeed ZeRO folder (stages 1–3) or universal folder. Needs no DeepSpeed; runs no code from the files.
+
+A ZeRO rank file holds flat slices. Stages 1 and 2: each parameter group is one flat array, its parameters one after the
+other, cut into equal slices, one per rank. Stage 3: each parameter is flattened, padded and cut into equal shares; a rank's
+flat array has its share of each parameter, one after the other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .compose import Source, compose
+from .errors import CheckpointError
+from .foreign import load_mapped
+
+_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+Cut = list[tuple[torch.Tensor, int, int]]  # pieces of a flattened parameter, in order: (flat array, start, length)
+
+
+def import_deepspeed(source: Path, folder: str | Path) -> Path:
+    """Make a checkpoint out of a DeepSpeed folder (the run's, or one tag's). Files are mapped, one array is held at a time.
+
+    The fp32 master weights become role "weight", optimizer tensors a role by their name. The optimizer's step count goes
+    into the state, under `imported_from`. Raises CheckpointError for what can't be told apart by name: model or pipeline
+    parallel ranks (convert to universal first), frozen parameters, `round_robin_gradients`.
+    """
+    tag = _tag(source)
+    number = re.search(r"(\d+)\D*$", tag.name)
+    step = int(number[1]) if number else 0
+    if (tag / "zero").is_dir():
+        sources, counters = _universal(tag / "zero")
+        state = {"imported_from": {"format": "deepspeed universal", "counters": counters}}
+        return compose(folder, step, sources, state)
+    ranks = _rank_files(tag)
+    optimizers = [load_mapped(path)["optimizer_state_dict"] for path in ranks]
+    stage = int(_plain(optimizers[0].get("zero_stage"), 3 if "fp32_flat_groups" in optimizers[0] else 2))
+    shapes = _shapes(tag, stage)
+    flats, counters = (_flats_of_stage_3 if stage == 3 else _flats_of_groups)(optimizers)
+    sources: list[Source] = []
+    for role, by_group in flats.items():
+        cuts = _cut_stage_3(by_group, shapes) if stage == 3 else _cut_groups(by_group, shapes)
+        for name, shape, cut in cuts:
+            sources.append(Source(name, role, cut[0][0].dtype, shape, _joiner(cut, shape)))
+    state = {"imported_from": {"format": f"deepspeed zero {stage}", "ranks": len(ranks), "counters": counters}}
+    return compose(folder, step, sources, state)
+
+
+def _tag(source: Path) -> Path:
+    for pointer in ("latest_universal", "latest"):
+        if (source / pointer).is_file():
+            tag = source / (source / pointer).read_text().strip()
+            if not tag.is_dir():
+                raise CheckpointError(f"{source / pointer} names {tag.name}, which is not there")
+            return tag
+    return source
+
+
+def _rank_files(tag: Path) -> list[Path]:
+    found: dict[int, Path] = {}
+    for path in tag.glob("*_optim_states.pt"):
+        match = _RANK.search(path.name)
+        if match is None or int(match[2]) != 0:
+            raise CheckpointError(f"{path}: model or pipeline parallel ranks; convert the folder with ds_to_universal first")
+        found[int(match[1])] = path
+    missing = set(range(max(found, default=0) + 1)) - set(found)
+    if missing:
+        raise CheckpointError(f"{tag}: the optimizer file of rank {min(missing)} is missing")
+    return [found[rank] for rank in sorted(found)]
+
+
+def _plain(value: Any, otherwise: int) -> int:
+    return value if isinstance(value, int) else otherwise
+
+
+def _shapes(tag: Path, stage: int) -> list[dict[str, tuple[int, ...]]]:
+    """Parameter name → shape for each parameter group, in the order of the flat arrays."""
+    name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+    model = load_mapped(tag / name)
+    if model.get("frozen_param_shapes"):
+        raise CheckpointError(f"{tag / name}: frozen parameters can't be imported")
+    groups: Any = model["param_shapes"]
+    return [{key: tuple(shape) for key, shape in group.items()} for group in groups]
+
+
+def _flats_of_groups(optimizers: list[Any]) -> tuple[dict[str, list[list[torch.Tensor]]], dict[str, float]]:
+    """Stages 1 and 2: role → group → the ranks' slices."""
+    roles: dict[str, list[list[torch.Tensor]]] = {}
+    counters: dict[str, float] = {}
+    for optimizer in optimizers:
+        masters: Any = optimizer["single_partition_of_fp32_groups"]
+        base: Any = optimizer["base_optimizer_state"]
+        states: Any = base["state"] if isinstance(base, dict) else dict(enumerate(base))
+        for group, master in enumerate(masters):
+            _add(roles, "weight", group, master)
+            for key, value in dict(states.get(group, {})).items():
+                _add_or_count(roles, counters, key, group, value)
+    return roles, counters
+
+
+def _flats_of_stage_3(optimizers: list[Any]) -> tuple[dict[str, list[list[torch.Tensor]]], dict[str, float]]:
+    """Stage 3: role → sub-group → the ranks' flat arrays."""
+    roles: dict[str, list[list[torch.Tensor]]] = {}
+    counters: dict[str, float] = {}
+    for optimizer in optimizers:
+        states: Any = optimizer["optimizer_state_dict"]["state"]
+        for group, master in enumerate(optimizer["fp32_flat_groups"]):
+            _add(roles, "weight", group, master)
+            for key, value in dict(states.get(group, {})).items():
+                _add_or_count(roles, counters, key, group, value)
+    return roles, counters
+
+
+def _add_or_count(roles: dict[str, Any], counters: dict[str, float], key: str, group: int, value: Any) -> None:
+    if isinstance(value, torch.Tensor) and value.numel() > 1:
+        _add(roles, key, group, value)
+    elif isinstance(value, torch.Tensor | int | float):
+        counters[key] = float(value)
+
+
+def _add(roles: dict[str, list[list[torch.Tensor]]], role: str, group: int, value: torch.Tensor) -> None:
+    groups = roles.setdefault(role, [])
+    while len(groups) <= group:
+        groups.append([])
+    groups[group].append(value.detach().reshape(-1))
+
+
+def _cut_groups(
+    groups: list[list[torch.Tensor]], shapes: list[dict[str, tuple[int, ...]]]
+) -> Iterator[tuple[str, tuple[int, ...], Cut]]:
+    for slices, parameters in zip(groups, shapes, strict=True):
+        at = 0
+        for name, shape in parameters.items():
+            count = _count(shape)
+            yield name, shape, _window(slices, at, count, name)
+            at += count
+
+
+def _window(slices: list[torch.Tensor], at: int, count: int, name: str) -> Cut:
+    """Elements `[at, at + count)` of the slices put one after the other."""
+    cut: Cut = []
+    base = 0
+    for flat in slices:
+        low, high = max(at, base), min(at + count, base + flat.numel())
+        if low < high:
+            cut.append((flat, low - base, high - low))
+        base += flat.numel()
+    if sum(length for _, _, length in cut) != count:
+        raise CheckpointError(f"{name}: the rank files hold fewer elements than its shape needs")
+    return cut
+
+
+def _cut_stage_3(
+    groups: list[list[torch.Tensor]], shapes: list[dict[str, tuple[int, ...]]]
+) -> Iterator[tuple[str, tuple[int, ...], Cut]]:
+    world = len(groups[0])
+    positions = [(0, 0)] * world  # of each rank: sub-group, and element in it
+    for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
+        count = _count(shape)
+        share = -(-count // world)
+        cut: Cut = []
+        for rank in range(world):
+            group, at = positions[rank]
+            if at == groups[group][rank].numel():
+                group, at = group + 1, 0
+            if group >= len(groups) or at + share > groups[group][rank].numel():
+                raise CheckpointError(f"{name}: rank {rank}'s flat arrays end before its share")
+            wanted = max(0, min(share, count - rank * share))
+            if wanted:
+                cut.append((groups[group][rank], at, wanted))
+            positions[rank] = (group, at + share)
+        yield name, shape, cut
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _joiner(cut: Cut, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+    return lambda: torch.cat([flat[start : start + length] for flat, start, length in cut]).reshape(shape)
+
+
+def _universal(zero: Path) -> tuple[list[Source], dict[str, float]]:
+    """One folder per parameter, one file per role; stages 1 and 2 store {"param": …}, stage 3 flat tensors."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(zero.parent.glob("*model_states.pt")):
+        for group in load_mapped(path).get("param_shapes", []):
+            shapes |= {key: tuple(shape) for key, shape in group.items()}
+    sources: list[Source] = []
+    counters: dict[str, float] = {}
+    for parameter in sorted(path for path in zero.iterdir() if path.is_dir()):
+        name = parameter.name
+        for file in sorted(parameter.glob("*.pt")):
+            value = _universal_value(file)
+            if value is None or value.numel() == 1:
+                counters[file.stem] = float(value if value is not None else load_mapped(file))
+                continue
+            shape = shapes.get(name, tuple(value.shape))
+            if value.numel() < _count(shape):
+                raise CheckpointError(f"{file}: {value.numel()} elements for an array of shape {list(shape)}")
+            role = "weight" if file.stem == "fp32" else file.stem
+            sources.append(Source(name, role, value.dtype, shape, _universal_getter(file, shape)))
+    if not sources:
+        raise CheckpointError(f"{zero}: there are no parameters in it")
+    return sources, counters
+
+
+def _universal_value(file: Path) -> torch.Tensor | None:
+    content = load_mapped(file)
+    value = content["param"] if isinstance(content, dict) else content
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _universal_getter(file: Path, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+    def read() -> torch.Tensor:
+        value = _universal_value(file)
+        assert value is not None
+        return value.reshape(-1)[: _count(shape)].reshape(shape)
+
+    return read

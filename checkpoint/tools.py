@@ -1,0 +1,190 @@
+"""What one can ask of finished checkpoints: which there are, what is in them, whether every bit is right, how two differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..parallel.fragment import Box
+from .commit import SAVES, open_target
+from .coverage import describe
+from .digest import block_digests, leaf_digests
+from .dtypes import as_tensor, same_bits
+from .errors import CheckpointError, DamageError
+from .files import Files, open_files
+from .folder import load_manifest, open_step, step_of, steps_newest_first
+from .manifest import MANIFEST, Manifest, StoredArray
+from .plan import cut_rows
+from .reader import Reader
+
+# Host memory for one part of an array that is read, compared or exported.
+PART_BYTES = 64 * 2**20
+
+
+def step_folders(location: str | Path) -> list[Files]:
+    """The step at a location, or all finished steps in a folder of checkpoints (or of a run), newest first.
+
+    Raises CheckpointError if there is none.
+    """
+    files = open_files(location)
+    if files.size(MANIFEST) is not None or step_of(files.label().rpartition("/")[2]) is not None:
+        return [files]
+    for folder in (files, files.child("checkpoints")):
+        names = steps_newest_first(folder)
+        if names:
+            return [folder.child(name) for name in names]
+    raise CheckpointError(f"{files.label()}: there is no checkpoint here; give a step-… folder or a folder of them")
+
+
+def verify(files: Files) -> Iterator[DamageError | int]:
+    """Read every byte of a step. Yields the number of bytes of each good block, and an error for each bad thing found."""
+    try:
+        manifest = open_step(files)
+    except DamageError as error:
+        yield error
+        return
+    for file in manifest.files:
+        good = True
+        buffer = bytearray(manifest.block_bytes)
+        with files.reader(file.name) as reader:
+            for block, at in enumerate(range(0, file.bytes, manifest.block_bytes)):
+                view = memoryview(buffer)[: min(manifest.block_bytes, file.bytes - at)]
+                try:
+                    reader.fill(view, at)
+                except DamageError as error:
+                    yield error
+                    return
+                if block_digests(leaf_digests(view)) == [file.blocks[block]]:
+                    yield len(view)
+                else:
+                    good = False
+                    yield DamageError(files.label(file.name), "its bytes do not match the manifest", block)
+        if block_digests(files.read(file.leaves)) != file.blocks:
+            yield DamageError(files.label(file.leaves), f"it does not hold the digests of {file.name}")
+        if good:
+            yield from _verify_header(files, manifest, file.name)
+
+
+def _verify_header(files: Files, manifest: Manifest, name: str) -> Iterator[DamageError]:
+    """The safetensors header must say of every box what the manifest says."""
+    number = next(index for index, file in enumerate(manifest.files) if file.name == name)
+    with files.reader(name) as reader:
+        length = bytearray(8)
+        reader.fill(memoryview(length), 0)
+        size = int.from_bytes(length, "little")
+        if size > manifest.files[number].bytes - 8:
+            yield DamageError(files.label(name), f"its header claims {size} bytes")
+            return
+        text = bytearray(size)
+        reader.fill(memoryview(text), 8)
+    said = json.loads(text)
+    said.pop("__metadata__", None)
+    expected = {
+        f"{key}@{','.join(map(str, stored.box.offsets))}": {
+            "dtype": array.dtype,
+            "shape": list(stored.box.shape),
+            "data_offsets": [stored.start - 8 - size, stored.stop - 8 - size],
+        }
+        for key, array in manifest.arrays.items()
+        for stored in array.boxes
+        if stored.file == number
+    }
+    if said != expected:
+        yield DamageError(files.label(name), "its header and the manifest disagree")
+
+
+def parts(array: StoredArray, limit: int = PART_BYTES) -> list[Box]:
+    """Boxes of at most about `limit` bytes that make up an array, in row-major order."""
+    return cut_rows(Box.whole(array.shape), array.item_bytes, limit)
+
+
+def read_array(files: Files, manifest: Manifest, key: str) -> torch.Tensor:
+    """One whole array, checked."""
+    array = manifest.arrays[key]
+    return as_tensor(Reader(files, manifest).read([(array, Box.whole(array.shape))])[0], array.dtype)
+
+
+@dataclass
+class Difference:
+    """How one array of a step differs from another's. `largest`: largest absolute difference of two values."""
+
+    key: str
+    what: str
+    elements: int = 0
+    largest: float = 0.0
+
+
+def diff(one: Files, other: Files) -> Iterator[Difference]:
+    """The arrays in which two steps differ, bit for bit. Host memory stays within a few parts of an array."""
+    first, second = open_step(one), open_step(other)
+    readers = Reader(one, first), Reader(other, second)
+    for key in sorted({*first.arrays, *second.arrays}):
+        a, b = first.arrays.get(key), second.arrays.get(key)
+        if a is None or b is None:
+            yield Difference(key, f"only in {(other if a is None else one).label()}")
+        elif (a.dtype, a.shape) != (b.dtype, b.shape):
+            yield Difference(key, f"{a.dtype}{list(a.shape)} became {b.dtype}{list(b.shape)}")
+        else:
+            found = Difference(key, "")
+            for box in parts(a):
+                x, y = (as_tensor(r.read([(v, box)])[0], v.dtype) for r, v in zip(readers, (a, b), strict=True))
+                _compare(found, x, y, box)
+            if found.elements:
+                yield found
+
+
+def _compare(found: Difference, x: torch.Tensor, y: torch.Tensor, box: Box) -> None:
+    unequal = same_bits(x) != same_bits(y)
+    count = int(unequal.sum())
+    if not count:
+        return
+    if not found.elements:
+        found.what = f"differs, first in {describe(box)}"
+    found.elements += count
+    if x.is_floating_point():
+        gap = (x[unequal].double() - y[unequal].double()).abs().nan_to_num(nan=float("inf"))
+        found.largest = max(found.largest, float(gap.max()))
+
+
+def prune(location: str | Path, keep: int) -> list[str]:
+    """Delete complete steps beyond the newest `keep`. Raises CheckpointError if a run is saving there, or keep is 0."""
+    if keep < 1:
+        raise CheckpointError("prune: keep at least 1 step")
+    target = open_target(location, coordinator=True)
+    try:
+        return target.prune(keep)
+    finally:
+        target.close()
+
+
+def saves(location: str | Path) -> list[dict[str, object]]:
+    """The log of saves of a folder of checkpoints, oldest first. Raises CheckpointError if there is none."""
+    files = open_files(location)
+    for folder in (files, files.child("checkpoints")):
+        if folder.size(SAVES) is not None:
+            return [json.loads(line) for line in folder.read(SAVES).decode().splitlines()]
+    raise CheckpointError(f"{files.label()}: there is no {SAVES} here; it is written by runs that save to a mounted folder")
+
+
+def summary(files: Files) -> dict[str, object]:
+    """What `inspect` shows of a step: counts and bytes by role, types, files, and the keys of its state."""
+    manifest = load_manifest(files)
+    roles: dict[str, dict[str, int]] = {}
+    for array in manifest.arrays.values():
+        role = roles.setdefault(array.role, {"arrays": 0, "elements": 0, "bytes": 0})
+        role["arrays"] += 1
+        role["elements"] += Box.whole(array.shape).numel
+        role["bytes"] += array.bytes
+    return {
+        "path": files.label(),
+        "step": manifest.step,
+        "saved_by_ranks": manifest.world_size,
+        "bytes": manifest.bytes,
+        "files": {file.name: file.bytes for file in manifest.files},
+        "roles": roles,
+        "state": manifest.state,
+    }

@@ -1,0 +1,189 @@
+"""`meshloom checkpoint`: look at checkpoints, check them, compare them, delete old ones, and bring them in and out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.errors import CheckpointError
+
+
+def main(argv: list[str]) -> int:
+    """Run a subcommand. Returns 0 when all is well, 1 when something is damaged, different or impossible, 2 for a misuse."""
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as exit_request:
+        return int(exit_request.code or 0)
+    try:
+        return int(arguments.run(arguments))
+    except (CheckpointError, OSError) as error:
+        print(f"meshloom checkpoint {arguments.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="meshloom checkpoint", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, run: Any, what: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=what, description=what)
+        made.set_defaults(run=run)
+        return made
+
+    listing = command("list", _list, "the finished steps of a run, the one to resume from first")
+    listing.add_argument("path", help="a folder of checkpoints or of a run, or a step's; a path or an fsspec URL")
+    inspect = command("inspect", _inspect, "what a step holds: arrays by role, files, state")
+    inspect.add_argument("path")
+    inspect.add_argument("--arrays", action="store_true", help="list every array")
+    inspect.add_argument("--state", action="store_true", help="print the saved state as JSON")
+    verify = command("verify", _verify, "read every byte and check it; exit code 0 only if every block is as written")
+    verify.add_argument("path")
+    diff = command("diff", _diff, "the arrays in which two steps differ; exit code 1 if any do")
+    diff.add_argument("one")
+    diff.add_argument("other")
+    prune = command("prune", _prune, "delete all complete steps but the newest")
+    prune.add_argument("path")
+    prune.add_argument("--keep", type=int, required=True, help="how many complete steps stay")
+    stats = command("stats", _stats, "how long the saves of a run took, and what for")
+    stats.add_argument("path")
+    export = command("export", _export, "write the weights as a Hugging Face model folder")
+    export.add_argument("path", help="a step, or a run (its newest step)")
+    export.add_argument("output", type=Path)
+    export.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="convert the weights (default: as stored)")
+    export.add_argument("--tokenizer", type=Path, help="a tokenizer.json, or a folder with one")
+    bring = command("import", _import, "make a checkpoint out of a Hugging Face, DeepSpeed or PyTorch DCP folder")
+    bring.add_argument("source", type=Path)
+    bring.add_argument("output", help="a folder of checkpoints; the new one becomes its newest step")
+    bring.add_argument("--format", choices=["hf", "deepspeed", "dcp"], help="default: told by the files in the folder")
+    return parser
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from ..checkpoint.folder import open_step
+    from ..checkpoint.tools import step_folders
+
+    damaged = 0
+    for files in step_folders(arguments.path):
+        try:
+            manifest = open_step(files)
+            print(f"{files.label()}  step {manifest.step}  {_size(manifest.bytes)}  {manifest.world_size} ranks")
+        except CheckpointError as error:
+            damaged += 1
+            print(f"{files.label()}  damaged: {error}")
+    return 1 if damaged else 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from ..checkpoint.folder import load_manifest
+    from ..checkpoint.tools import step_folders, summary
+
+    files = step_folders(arguments.path)[0]
+    found: Any = summary(files)
+    if arguments.state:
+        print(json.dumps(found["state"], indent=2))
+        return 0
+    print(f"{found['path']}: step {found['step']}, {_size(found['bytes'])}, saved by {found['saved_by_ranks']} ranks")
+    for name, size in found["files"].items():
+        print(f"  {name}  {_size(size)}")
+    for role, counts in sorted(found["roles"].items()):
+        print(f"  {role}: {counts['arrays']} arrays, {counts['elements']:,} elements, {_size(counts['bytes'])}")
+    print(f"  state: {', '.join(sorted(found['state']))}")
+    if arguments.arrays:
+        for key, array in load_manifest(files).arrays.items():
+            print(f"  {key}  {array.dtype}{list(array.shape)}  {len(array.boxes)} boxes")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from ..checkpoint.tools import step_folders, verify
+
+    bad = 0
+    for files in step_folders(arguments.path):
+        start, blocks, count, faults = time.perf_counter(), 0, 0, 0
+        for found in verify(files):
+            if isinstance(found, int):
+                blocks, count = blocks + 1, count + found
+            else:
+                faults += 1
+                print(f"DAMAGED {found}")
+        took = time.perf_counter() - start
+        verdict = f"{faults} faults" if faults else "every block is as written"
+        print(f"{files.label()}: {blocks} blocks, {_size(count)} good in {took:.1f} s; {verdict}")
+        bad += faults
+    return 1 if bad else 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from ..checkpoint.tools import diff, step_folders
+
+    count = 0
+    for found in diff(step_folders(arguments.one)[0], step_folders(arguments.other)[0]):
+        count += 1
+        detail = f": {found.elements:,} elements, by up to {found.largest:.6g}" if found.elements else ""
+        print(f"{found.key}  {found.what}{detail}")
+    print(f"{count} arrays differ" if count else "no array differs")
+    return 1 if count else 0
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    from ..checkpoint.tools import prune
+
+    for name in prune(arguments.path, arguments.keep):
+        print(f"deleted {name}")
+    return 0
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    from ..checkpoint.tools import saves
+
+    columns = {
+        "stall_seconds": "stall s",
+        "staging_seconds": "staging s",
+        "hashing_seconds": "hashing s",
+        "writing_seconds": "writing s",
+        "commit_seconds": "commit s",
+        "total_seconds": "total s",
+    }
+    print(f"{'step':>9} {'outcome':<9} " + " ".join(f"{title:>9}" for title in columns.values()) + f" {'GB/s':>6} {'GiB':>8}")
+    for save in saves(arguments.path):
+        values: Any = save
+        times = " ".join(f"{values[key]:>9.3f}" for key in columns)
+        tail = f" {values['gigabytes_per_second']:>6.2f} {values['total_bytes'] / 2**30:>8.3f}"
+        print(
+            f"{values['step']:>9} {values['outcome']:<9} {times}{tail}" + (f"  {values['reason']}" if values["reason"] else "")
+        )
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from ..checkpoint.hf import export
+    from ..checkpoint.tools import step_folders
+
+    files = step_folders(arguments.path)[0]
+    folder = export(files, arguments.output, dtype=arguments.dtype, tokenizer=arguments.tokenizer)
+    print(f"{files.label()} → {folder}")
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from ..checkpoint.foreign import bring_in
+
+    print(f"{arguments.source} → {bring_in(arguments.source, arguments.output, arguments.format)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
