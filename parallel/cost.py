@@ -148,16 +148,18 @@ def _rank_cost(
     in_flight = whole * exact if accumulates else max(groups.values()) * (unit + exact)
 
     block = block_bytes(model, job, parallel, job.activation)
-    sizes = {stage: len(plan.layers[stage]) * block for stage in mine}
+    hidden = job.micro * job.seq_len // parallel.cp * model.dim * unit // (parallel.tp if parallel.sequence_parallel else 1)
+    # A stage holds what it sent, too, until the micro-batch's backward pass.
+    sizes = {stage: len(plan.layers[stage]) * block + (hidden if stage < last else 0) for stage in mine}
     kept = timeline.peak(rank, lambda stage: sizes[stage]) if timeline else sum(sizes.values())
     # A block's backward pass holds what policy "none" keeps (computed again or fetched), and gradients of about as much.
     working = block_bytes(model, job, parallel, "none") * (1 if job.activation in ("none", "selective") else 2)
     if last in mine:
         working = max(working, loss_bytes(model, job, parallel))
-    if plan.count > 1:
-        stream = parallel.tp if parallel.sequence_parallel else 1
-        hidden = job.micro * job.seq_len // parallel.cp // stream * model.dim * unit
-        working += hidden * job.micro_batches * sum((stage > 0) + (stage < last) for stage in mine)
+    if plan.count > parallel.pp:
+        # These schedules of torch wait for their sends when the step ends, and hold what was sent until then.
+        away = sum(plan.ranks[other] != rank for stage in mine for other in (stage - 1, stage + 1) if 0 <= other <= last)
+        working += hidden * job.micro_batches * away
 
     costs = stage_costs(model, plan, job)
     tokens = job.micro * job.micro_batches * job.seq_len / parallel.cp / parallel.tp

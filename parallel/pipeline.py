@@ -14,10 +14,10 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from ..config.parallel import ParallelConfig
+from .lean_stage import LeanStage
 from .mesh import Mesh
 from .shards import local
 from .stages import StagePlan, legal_micro_batches, near_micro_batches, schedule_of
@@ -94,11 +94,11 @@ class Pipeline:
             return torch.empty(like.hidden, dtype=self._compute, device="meta", requires_grad=True)
 
         exact = torch.float64 if self._compute == torch.float64 else torch.float32
-        stages: list[PipelineStage] = []
+        stages: list[LeanStage] = []
         for index, module in self._modules.items():
             last = index == self._plan.count - 1
             stages.append(
-                PipelineStage(
+                LeanStage(
                     module,
                     index,
                     self._plan.count,

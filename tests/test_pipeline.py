@@ -100,3 +100,18 @@ def test_number_of_micro_batches_may_change_and_evaluation_changes_nothing(sched
     (expected,) = run_ranks(1, changing, alone)
     for curve in run_ranks(2, changing, case):
         assert curve == pytest.approx(expected, rel=TOLERANCE)
+
+
+def stored_buffers(rank: int, world_size: int, case: Work) -> int:
+    engine = build(case, world_size)
+    step(engine, case, 0)
+    assert engine._pipeline is not None and engine._pipeline._built is not None
+    stages = engine._pipeline._built[1]._stages
+    infos = [info for stage in stages for table in (stage.args_recv_info, stage.grad_recv_info) for info in table.values()]
+    buffers = [getattr(part, "buffer", None) for info in infos for part in info]
+    return sum(buffer is not None and not buffer.is_meta for buffer in buffers)
+
+
+def test_no_receive_buffer_outlives_its_micro_batch() -> None:
+    for schedule in ("interleaved", "zbv"):
+        assert run_ranks(2, stored_buffers, work(schedule)) == [0, 0]

@@ -1,0 +1,156 @@
+"""`meshloom plan`: what a run would ask of its processes, by arithmetic. Starts no process and touches no GPU.
+
+meshloom plan recipe=llama_8b launch.nproc=8 parallel.tp=2 parallel.pp=2 --draw-pipeline pipeline.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from ..config import ParallelConfig
+from ..config.compose import Composer
+from ..config.problems import ConfigError, Problem
+from ..parallel.cost import LayoutCost, layout_cost
+from ..parallel.layout import Layout
+from ..parallel.memory import Job
+from ..trainer.build import Parts, build_model, optimizer_factory
+from ..trainer.validate import run_problems
+from .draw import pipeline_svg
+from .tables import plan_tables
+from .train import BAD_CONFIG, processes
+
+WIDTH = 120  # columns, where no terminal says
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on paper.
+
+    samples  global batch, at its start where it changes
+    notes    what whoever reads the figures should know about them
+    """
+
+    parallel: ParallelConfig
+    layout: Layout
+    job: Job
+    cost: LayoutCost
+    samples: int
+    notes: list[str]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan of this command line's run. Returns 0, or 2 for one that can't run."""
+    parser = argparse.ArgumentParser("meshloom plan", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("overrides", nargs="*", help="recipe=… and key=value, as for `meshloom train`")
+    parser.add_argument("--draw-pipeline", metavar="FILE.svg", type=Path, help="draw the pipeline's schedule")
+    parser.add_argument("--config-dir", help="folder of further recipes")
+    arguments = parser.parse_intermixed_args(list(argv))
+    try:
+        plan = make_plan(arguments.overrides, arguments.config_dir)
+        if arguments.draw_pipeline is not None and plan.cost.timeline is None:
+            fix = "set parallel.pp to 2 or more, or leave --draw-pipeline out"
+            raise ConfigError([Problem("--draw-pipeline", "there is no pipeline with parallel.pp=1", fix)])
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return BAD_CONFIG
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    for table in plan_tables(plan.parallel, plan.layout, plan.job, plan.cost, plan.samples):
+        console.print(table)
+    for note in plan.notes:
+        console.print(f"· {note}", style="dim", highlight=False)
+    if arguments.draw_pipeline is not None:
+        assert plan.cost.timeline is not None
+        title = f"{plan.parallel.schedule} on {plan.parallel.pp} ranks, {plan.job.micro_batches} micro-batches"
+        arguments.draw_pipeline.write_text(pipeline_svg(plan.cost.timeline, title), encoding="utf-8")
+        console.print(f"drew {arguments.draw_pipeline}")
+    return 0
+
+
+def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
+    """The plan of a run. Raises ConfigError with everything that keeps it from running.
+
+    Data that are not on this machine do not matter here: they become a note.
+    """
+    composition = Composer(config_dir).compose(overrides)
+    config = composition.config
+    world_size = planned_processes(config)
+    found = [*composition.problems, *run_problems(config, world_size)]
+    problems = [problem for problem in found if problem.key.partition(".")[0] != "data"]
+    notes = [str(problem) for problem in found if problem not in problems]
+    if not problems:
+        problems += _unplanned(config)
+    if problems:
+        raise ConfigError(problems)
+    parts = Parts.of(config)
+    layout = Layout.plan(parts.parallel, world_size)
+    vocabulary = config.model.get("vocabulary") or config.data.get("vocabulary")
+    if not config.model.get("vocabulary"):
+        notes.append(f"a vocabulary of {vocabulary:,} tokens, as data.vocabulary asks for; the tokenizer has the last word")
+    if config.batch.name != "fixed":
+        notes.append(
+            f"the batch size changes during the run; these are the figures of its start, {config.batch.samples} samples"
+        )
+    if parts.parallel.offload != "none":
+        notes.append("parallel.offload moves weights, gradients and optimizer state of this account to the host")
+    model = build_model(config, vocabulary)
+    job = Job(
+        seq_len=config.data.seq_len,
+        micro=config.batch.micro,
+        micro_batches=max(1, config.batch.samples // (layout.data_size * config.batch.micro)),
+        precision=config.precision,
+        activation=parts.trainer.activation,
+        compiled=parts.trainer.compile,
+    )
+    cost = layout_cost(model, parts.parallel, layout, job, optimizer_factory(config))
+    notes += [
+        "weights, gradients and optimizer state are exact; activations and working memory are estimates, and what CUDA,"
+        " NCCL and the allocator take is not in them",
+        *_caveats(parts.parallel),
+    ]
+    return Plan(parts.parallel, layout, job, cost, config.batch.samples, notes)
+
+
+def planned_processes(config: DictConfig) -> int:
+    """Processes of the whole run: those of a node, times launch.nodes. 0 for a `launch.nproc` that is no number."""
+    nodes = config.launch.nodes
+    per_node = config.launch.gpus_per_node if config.launch.nproc == "auto" and nodes > 1 else processes(config)
+    return per_node * nodes
+
+
+def _unplanned(config: DictConfig) -> list[Problem]:
+    """What runs, but is not known well enough to be planned."""
+    problems: list[Problem] = []
+    if config.parallel.engine != "torch":
+        problems.append(Problem("parallel.engine", "only the torch engine's memory is known", "use parallel.engine=torch"))
+    if config.model.get("_target_") != "meshloom.models.llama.Llama":
+        problems.append(Problem("model", "only Llama's costs are known", "plan with a model of the recipes"))
+    sizes: dict[str, Any] = {
+        "data.seq_len": config.data.get("seq_len"),
+        "batch.samples": config.batch.get("samples"),
+        "batch.micro": config.batch.get("micro"),
+        "model.vocabulary": config.model.get("vocabulary") or config.data.get("vocabulary"),
+    }
+    problems += [
+        Problem(key, "is not known before the run", f"give a number as {key}=…") for key, size in sizes.items() if not size
+    ]
+    return problems
+
+
+def _caveats(parallel: ParallelConfig) -> list[str]:
+    """What this layout does not do although its name promises it."""
+    if parallel.pp == 1 or parallel.zero < 2:
+        return []
+    whole = "gradients are reduced once, at the end of a step: through a pipeline ZeRO-2 needs what ZeRO-1 needs"
+    if parallel.zero == 3 and parallel.schedule in ("zb", "zbv", "dualpipev"):
+        return [whole, f"{parallel.schedule} keeps weights gathered during a step: ZeRO-3 shards them only between steps"]
+    return [whole]

@@ -1,0 +1,141 @@
+"""The tables of `meshloom plan`: the mesh, who holds what, memory, and the step's work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.table import Column, Table
+from rich.text import Text
+
+from ..config import ParallelConfig
+from ..parallel.cost import LayoutCost, RankCost
+from ..parallel.layout import AXES, Layout
+from ..parallel.memory import Job
+
+GIB = 2**30
+MEANING = {
+    "pp": "pipeline: stages of the model",
+    "replicate": "copies of the sharded model",
+    "shard": "data parallel, sharded by ZeRO",
+    "cp": "context parallel: parts of the same samples",
+    "tp": "tensor parallel: parts of the same matrices",
+}
+
+
+def right(header: str) -> Column:
+    """A column of numbers."""
+    return Column(header, justify="right")
+
+
+def plan_tables(parallel: ParallelConfig, layout: Layout, job: Job, cost: LayoutCost, samples: int) -> Iterator[Table | Text]:
+    """Everything to print, in order."""
+    yield Text(f"\n{layout.world_size} processes: {layout.describe()}", style="bold")
+    if layout.world_size > 1:
+        yield mesh_table(layout)
+    yield holders_table(layout, cost)
+    yield memory_table(cost)
+    yield step_table(parallel, layout, job, cost, samples)
+
+
+def axis_groups(layout: Layout, axis: str) -> list[list[int]]:
+    """The groups of ranks that differ along this axis alone, in order of their first rank."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(layout.world_size):
+        at = layout.coordinates(rank)
+        groups.setdefault(tuple(at[other] for other in AXES if other != axis), []).append(rank)
+    return list(groups.values())
+
+
+def written_ranks(ranks: Sequence[int]) -> str:
+    """Ranks in few words: `0–3`, `0, 4, 8, …, 60`."""
+    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
+        return f"{ranks[0]}–{ranks[-1]}"
+    if len(ranks) > 5:
+        return f"{', '.join(map(str, ranks[:3]))}, …, {ranks[-1]}"
+    return ", ".join(map(str, ranks))
+
+
+def mesh_table(layout: Layout) -> Table:
+    """The axes larger than one, outermost first, with the ranks that talk along each."""
+    table = Table("axis", right("size"), "meaning", "ranks that talk", title="Mesh", title_justify="left", box=box.SIMPLE)
+    for axis in AXES:
+        size = layout.sizes[axis]
+        if size == 1:
+            continue
+        groups = axis_groups(layout, axis)
+        shown = " | ".join(written_ranks(group) for group in groups[:3])
+        rest = f" | … {len(groups)} groups" if len(groups) > 3 else ""
+        meaning = "copies of the model" if axis == "replicate" and layout.zero == 0 else MEANING[axis]
+        table.add_row(axis, str(size), meaning, shown + rest)
+    return table
+
+
+def holders_table(layout: Layout, cost: LayoutCost) -> Table:
+    """Which ranks hold which part of the model, and how much of it each."""
+    table = Table("ranks", "holds", right("parameters per rank"), title="Who holds what", title_justify="left", box=box.SIMPLE)
+    per_stage = layout.world_size // layout.pp
+    for pp, rank in enumerate(cost.ranks):
+        ranks = range(pp * per_stage, (pp + 1) * per_stage)
+        table.add_row(written_ranks(ranks), parts_held(cost, pp), f"{rank.elements:,}")
+    return table
+
+
+def parts_held(cost: LayoutCost, pp: int) -> str:
+    """The parts of the model on a pipeline coordinate: `embedding, layers 0–9 + layers 20–29`."""
+    written: list[str] = []
+    for stage in cost.plan.held_by(pp):
+        layers = cost.plan.layers[stage]
+        parts = ["embedding"] if stage == 0 else []
+        parts.append(f"layers {layers[0]}–{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}")
+        parts += ["norm and head"] if stage == cost.plan.count - 1 else []
+        written.append(", ".join(parts))
+    return " + ".join(written)
+
+
+def memory_table(cost: LayoutCost) -> Table:
+    """GiB per rank by what holds them, at most at once."""
+    kinds = ["weights", "gathered", "gradients", "optimizer", "activations", "working"]
+    columns = [right(kind) for kind in (*kinds, "together")]
+    table = Table("pp", *columns, title="Memory per rank, GiB", title_justify="left", box=box.SIMPLE)
+    for pp, rank in enumerate(cost.ranks):
+        values = [getattr(rank, kind) for kind in kinds]
+        cells = ["unknown" if value is None else gib(value) for value in values]
+        table.add_row(str(pp), *cells, Text(gib(rank.total) + ("+" if rank.optimizer is None else ""), style="bold"))
+    return table
+
+
+def gib(count: float) -> str:
+    """Bytes in GiB, with as many digits as tell something."""
+    value = count / GIB
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.4f}"
+
+
+def step_table(parallel: ParallelConfig, layout: Layout, job: Job, cost: LayoutCost, samples: int) -> Table:
+    """The work of one step."""
+    table = Table(show_header=False, title="One step", title_justify="left", box=box.SIMPLE)
+    tokens = samples * job.seq_len
+    table.add_row("global batch", f"{samples:,} samples × {job.seq_len:,} positions = {tokens:,} tokens")
+    table.add_row("each rank", f"{job.micro_batches} micro-batches of {job.micro} samples")
+    table.add_row("model FLOPs", f"{cost.model_flops:.3g} (6 per parameter and token, and full attention)")
+    work = [rank.flops for rank in cost.ranks]
+    table.add_row("computed per rank", " / ".join(f"{flops:.3g}" for flops in distinct(cost.ranks)) + " FLOPs")
+    if cost.timeline is not None:
+        table.add_row("dearest pipeline rank", f"{max(work) / (sum(work) / len(work)) - 1:.1%} above the mean")
+        closed = closed_form(parallel, cost.plan.count, job.micro_batches)
+        even = f"; {closed:.1%} were its stages even" if closed is not None else ""
+        table.add_row("pipeline bubble", f"{cost.timeline.bubble:.1%} of the ranks' time{even}")
+    return table
+
+
+def distinct(ranks: Sequence[RankCost]) -> list[float]:
+    """FLOPs of the pipeline ranks, once where all compute as much."""
+    work = [rank.flops for rank in ranks]
+    return work[:1] if len(set(work)) == 1 else work
+
+
+def closed_form(parallel: ParallelConfig, stages: int, micro_batches: int) -> float | None:
+    """(p − 1) / (v·m + p − 1) of the wall time (arXiv 2104.04473), for the schedules that it is about."""
+    if parallel.schedule not in ("gpipe", "1f1b", "interleaved"):
+        return None
+    return (parallel.pp - 1) / (stages // parallel.pp * micro_batches + parallel.pp - 1)

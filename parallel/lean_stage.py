@@ -1,0 +1,64 @@
+"""torch's PipelineStage, without a receive buffer for every micro-batch of the step.
+
+torch allocates them all before the first step and keeps them: at 128 micro-batches of 64 MiB that is 8 GiB for each
+neighbour. A tensor that has been received is needed from its arrival to its micro-batch's backward pass, and a gradient
+for a moment. So here the buffers that torch makes have no storage (they are on the meta device), real ones take their
+place when a receive is posted, and are let go where they are used.
+"""
+
+# pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
+# The methods overridden here are torch's own internals; their signatures differ between versions, and are passed on.
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.distributed.pipelining import PipelineStage
+
+
+class LeanStage(PipelineStage):
+    """A drop-in PipelineStage with static shapes; see the module's docstring."""
+
+    @contextmanager
+    def _without_storage(self) -> Generator[None]:
+        real, self.device = self.device, torch.device("meta")
+        try:
+            yield
+        finally:
+            self.device = real
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_storage():
+            return super()._prepare_forward_infra(*args, **kwargs)
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_storage():
+            return super()._prepare_backward_infra(*args, **kwargs)
+
+    def _get_recv_ops(self, recv_infos: Sequence[Any]) -> Any:
+        for info in recv_infos:
+            buffer = getattr(info, "buffer", None)
+            if buffer is not None:
+                info.buffer = torch.empty_like(buffer, device=self.device).requires_grad_(buffer.requires_grad)
+        return super()._get_recv_ops(tuple(recv_infos))
+
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
+        received = super()._retrieve_recv_activations(fwd_chunk_id)
+        _let_go(self.args_recv_info[fwd_chunk_id])
+        return received
+
+    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
+        received = super()._retrieve_recv_grads(bwd_chunk_id)
+        _let_go(self.grad_recv_info[bwd_chunk_id])
+        return received
+
+
+def _let_go(recv_infos: Sequence[Any]) -> None:
+    """Put empty placeholders in the place of buffers; whoever took them holds them as long as they are needed."""
+    for info in recv_infos:
+        buffer = getattr(info, "buffer", None)
+        if buffer is not None:
+            info.buffer = torch.empty_like(buffer, device="meta").requires_grad_(buffer.requires_grad)
