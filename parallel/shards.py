@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -20,13 +22,26 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A dim of this extent, cut over an axis of the parameter's mesh into equal pieces, the last ones shorter or empty."""
+
+    axis: int
+    dim: int
+    extent: int
+
+
+@dataclass(frozen=True)
 class Placed:
-    """One parameter's place: its whole shape, this rank's box, and how many ranks of a pipeline stage hold each element."""
+    """One parameter's place: its whole shape, this rank's box, and how many ranks of a pipeline stage hold each element.
+
+    cuts: what was done to the whole, in order, until this box was left
+    """
 
     parameter: torch.nn.Parameter
     global_shape: tuple[int, ...]
     box: Box
     copies: int
+    cuts: tuple[Cut, ...] = ()
 
     @classmethod
     def of(cls, parameter: torch.nn.Parameter, mesh: Mesh) -> Placed:
@@ -42,7 +57,9 @@ class Placed:
         coordinate = parameter.device_mesh.get_coordinate()
         assert coordinate is not None
         extent, offsets, sharded = list(shape), [0] * len(shape), 1
+        cuts: list[Cut] = []
         for axis, kind in axes:
+            cuts.append(Cut(axis, kind.dim, extent[kind.dim]))
             size = parameter.device_mesh.size(axis)
             piece = -(-extent[kind.dim] // size)
             start = min(coordinate[axis] * piece, extent[kind.dim])
@@ -50,7 +67,7 @@ class Placed:
             offsets[kind.dim] += start
             sharded *= size
         assert tuple(local(parameter).shape) == tuple(extent), f"{tuple(local(parameter).shape)} held, {extent} expected"
-        return cls(parameter, shape, Box(tuple(offsets), tuple(extent)), stage // sharded)
+        return cls(parameter, shape, Box(tuple(offsets), tuple(extent)), stage // sharded, tuple(cuts))
 
 
 class MeshShards:
@@ -72,14 +89,18 @@ class MeshShards:
 
     def gather(self, parameter: NamedParameter, local: torch.Tensor) -> torch.Tensor:
         """The whole array of which `local` is this rank's shard."""
-        sharded = self._placed[parameter.name].parameter
-        if not isinstance(sharded, DTensor):
-            return local
-        stride = sharded.stride()
-        whole = DTensor.from_local(
-            local, sharded.device_mesh, sharded.placements, run_check=False, shape=sharded.shape, stride=stride
-        )
-        return whole.full_tensor()
+        placed = self._placed[parameter.name]
+        whole = local
+        for cut in reversed(placed.cuts):
+            mesh = cast(DTensor, placed.parameter).device_mesh
+            shape = list(whole.shape)
+            shape[cut.dim] = -(-cut.extent // mesh.size(cut.axis))
+            mine = whole.new_zeros(shape)
+            mine.narrow(cut.dim, 0, whole.shape[cut.dim]).copy_(whole)
+            pieces = [torch.empty_like(mine) for _ in range(mesh.size(cut.axis))]
+            dist.all_gather(pieces, mine, mesh.get_group(cut.axis))
+            whole = torch.cat(pieces, cut.dim).narrow(cut.dim, 0, cut.extent)
+        return whole
 
     def scatter(self, parameter: NamedParameter, whole: torch.Tensor) -> torch.Tensor:
         """This rank's shard of a whole array."""
