@@ -51,13 +51,16 @@ def fill(template: str, config: DictConfig, command_line: str) -> str:
     """The template with the run's values. Options of sbatch that are not set disappear with their line."""
     launch = config.launch
     optional = {"partition": launch.partition, "account": launch.account, "cpus-per-task": launch.cpus_per_task}
+    given = {name: shlex.quote(str(value)) for name, value in optional.items() if value is not None}
     return string.Template(template).substitute(
-        job_name=launch.job_name,
+        job_name=shlex.quote(launch.job_name),
         nodes=launch.nodes,
         gpus=launch.gpus_per_node,
         time=launch.time,
         signal_seconds=launch.signal_seconds,
-        optional="".join(f"#SBATCH --{name}={value}\n" for name, value in optional.items() if value is not None),
+        optional="".join(
+            f"#SBATCH --{name}={shlex.quote(str(value))}\n" for name, value in optional.items() if value is not None
+        ),
         max_restarts=launch.max_restarts,
         python=shlex.quote(sys.executable),
         command_line=command_line,
