@@ -16,6 +16,7 @@ COMMANDS = {
     "hparams": ("hparams", "what the laws of scale recommend for a model and a number of tokens"),
     "fit": ("fit", "fit the laws of scale to finished runs, and draw the fits"),
     "data": ("data", "tokenize text into shards, and look into them"),
+    "checkpoint": ("checkpoint", "list, inspect, verify, diff, prune, export and import checkpoints"),
 }
 
 
