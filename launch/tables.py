@@ -30,7 +30,8 @@ def right(header: str) -> Column:
 
 def plan_tables(parallel: ParallelConfig, layout: Layout, job: Job, cost: LayoutCost, samples: int) -> Iterator[Table | Text]:
     """Everything to print, in order."""
-    yield Text(f"\n{layout.world_size} processes: {layout.describe()}", style="bold")
+    count = f"{layout.world_size} processes: " if layout.world_size > 1 else ""
+    yield Text(f"\n{count}{layout.describe()}", style="bold")
     if layout.world_size > 1:
         yield mesh_table(layout)
     yield holders_table(layout, cost)

@@ -40,13 +40,12 @@ def embedding_flops(model: Llama) -> float:
 
 
 def balanced_stages(model: Llama, parallel: ParallelConfig, seq_len: int, activation: str = "none") -> StagePlan:
-    """Layers per stage by `parallel.stage_layers`, or so that the slowest stage is as fast as can be.
+    """Layers per stage by `parallel.stage_layers`, or so that the slowest rank is as fast as can be.
 
     A backward pass costs two forward passes, and a third where the layer's activations are computed again.
     """
-    passes = 4.0 if activation == "full" else 3.0
-    costs = [passes * layer_flops(model, seq_len)] * model.depth
-    return StagePlan.of(parallel, costs, first=3.0 * embedding_flops(model), last=3.0 * head_flops(model))
+    layer = (4.0 if activation == "full" else 3.0) * layer_flops(model, seq_len)
+    return StagePlan.of(parallel, model.depth, layer, 3.0 * embedding_flops(model), 3.0 * head_flops(model))
 
 
 @dataclass(frozen=True)

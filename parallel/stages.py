@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from itertools import count as naturals
-from math import inf
 
 from ..config.parallel import ParallelConfig
 from ..models.llama import Llama
@@ -81,43 +80,20 @@ def near_micro_batches(parallel: ParallelConfig, count: int) -> list[int]:
     return sorted({n for n in (below, above) if n is not None})
 
 
-def stage_split(costs: Sequence[float], stages: int, first: float = 0.0, last: float = 0.0) -> list[Layers]:
-    """Cut a row of layers into consecutive stages so that the dearest stage is as cheap as can be.
+def stage_split(layers: int, cost: float, ends: Sequence[float], ranks: Sequence[int]) -> list[Layers]:
+    """Cut a row of equal layers into consecutive stages so that the dearest rank is as cheap as can be.
 
-    costs: of each layer; first and last: what the first and the last stage cost besides their layers (embedding, head).
-    Every stage gets at least one layer. Among the splits with the cheapest dearest stage, the one with the least sum of
-    squares: the others are level too. Exact, by dynamic programming over (stage, layers used), twice.
+    cost: of a layer; ends: what each stage costs besides its layers (embedding, head); ranks: who holds each stage.
+    Every stage gets one layer at least. The others go one by one to the rank that is cheapest with one more, which is
+    optimal for equal items, there to its cheapest stage; of equals the last, for schedules keep less alive there.
     """
-    count = len(costs)
-    assert 1 <= stages <= count, f"{count} layers can't fill {stages} stages"
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-
-    def price(stage: int, start: int, stop: int) -> float:
-        extra = (first if stage == 0 else 0.0) + (last if stage == stages - 1 else 0.0)
-        return sums[stop] - sums[start] + extra
-
-    def bounds(score: Callable[[float, float], float], level: float) -> tuple[float, list[int]]:
-        """The split of least score whose stages cost at most `level`: its score, and where its stages begin and end."""
-        # rows[stage][stop] = (score of the stages so far over the first `stop` layers, where the newest begins)
-        rows = [[(0.0, 0)] + [(inf, 0)] * count]
-        for stage in range(stages):
-            row = [(inf, 0)] * (count + 1)
-            for stop in range(stage + 1, count + 1):
-                for start in range(stage, stop):
-                    cost = price(stage, start, stop)
-                    if cost <= level:
-                        row[stop] = min(row[stop], (score(rows[-1][start][0], cost), start))
-            rows.append(row)
-        cuts = [count]
-        for row in reversed(rows[1:]):
-            cuts.append(row[cuts[-1]][1])
-        return rows[-1][count][0], cuts[::-1]
-
-    dearest, _ = bounds(max, inf)
-    _, cuts = bounds(lambda before, cost: before + cost * cost, dearest * (1 + 1e-12))
-    return [range(start, stop) for start, stop in pairwise(cuts)]
+    assert 1 <= len(ends) <= layers, f"{layers} layers can't fill {len(ends)} stages"
+    counts = [1] * len(ends)
+    for _ in range(layers - len(ends)):
+        of_stage = [end + cost * count for end, count in zip(ends, counts, strict=True)]
+        of_rank = [sum(price for price, holder in zip(of_stage, ranks, strict=True) if holder == rank) for rank in ranks]
+        counts[min(reversed(range(len(ends))), key=lambda stage: (of_rank[stage], of_stage[stage]))] += 1
+    return [range(start, stop) for start, stop in pairwise([0, *accumulate(counts)])]
 
 
 @dataclass(frozen=True)
@@ -137,12 +113,15 @@ class StagePlan:
         return [stage for stage, holder in enumerate(self.ranks) if holder == rank]
 
     @classmethod
-    def of(cls, parallel: ParallelConfig, costs: Sequence[float], first: float = 0.0, last: float = 0.0) -> StagePlan:
-        """By `parallel.stage_layers`, or balanced by these costs (see `stage_split`)."""
+    def of(cls, parallel: ParallelConfig, layers: int, cost: float, first: float, last: float) -> StagePlan:
+        """By `parallel.stage_layers`, or balanced: a layer costs `cost`, embedding and head cost `first` and `last`."""
+        ranks = stage_ranks(parallel)
         if parallel.stage_layers is None:
-            return cls(stage_split(costs, stage_count(parallel), first, last), stage_ranks(parallel))
-        cuts = [0, *accumulate(parallel.stage_layers)]
-        return cls([range(start, stop) for start, stop in pairwise(cuts)], stage_ranks(parallel))
+            ends = [0.0] * len(ranks)
+            ends[0] += first
+            ends[-1] += last
+            return cls(stage_split(layers, cost, ends, ranks), ranks)
+        return cls([range(start, stop) for start, stop in pairwise([0, *accumulate(parallel.stage_layers)])], ranks)
 
 
 def carve(model: Llama, layers: Layers, *, first: bool, last: bool) -> Llama:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -17,7 +18,7 @@ from meshloom.parallel.cost import balanced_stages, layout_cost
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.legality import micro_batch_unit
 from meshloom.parallel.memory import Job, block_bytes
-from meshloom.parallel.stages import SCHEDULES, stage_count, stage_split
+from meshloom.parallel.stages import SCHEDULES, stage_count, stage_ranks, stage_split
 from meshloom.parallel.timeline import Costs, Timeline, simulate, torch_order
 from parity import SEQ_LEN, Work, build, step
 from ranks import run_ranks
@@ -110,27 +111,35 @@ def test_less_is_kept_from_policy_to_policy_and_by_cutting() -> None:
     assert block_bytes(model, replace(job, compiled=True), ParallelConfig(), "none") < whole[0]
 
 
-def brute_force(costs: list[float], stages: int, first: float, last: float) -> tuple[float, float]:
-    """Dearest stage and sum of squares of the best of all splits."""
-    best = (float("inf"), float("inf"))
-    for cuts in itertools.combinations(range(1, len(costs)), stages - 1):
-        bounds = [0, *cuts, len(costs)]
-        prices = [sum(costs[a:b]) for a, b in itertools.pairwise(bounds)]
-        prices[0] += first
-        prices[-1] += last
-        best = min(best, (round(max(prices), 9), round(sum(p * p for p in prices), 6)))
-    return best
+def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write `total` as a sum of `parts` positive numbers, in order."""
+    for cuts in itertools.combinations(range(1, total), parts - 1):
+        yield tuple(b - a for a, b in itertools.pairwise([0, *cuts, total]))
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 9), st.integers(0, 20), st.integers(0, 20))
-def test_stages_are_split_as_the_best_of_all_splits(costs: list[int], stages: int, first: int, last: int) -> None:
-    assume(stages <= len(costs))
-    split = stage_split([float(cost) for cost in costs], stages, first, last)
-    assert [layer for part in split for layer in part] == list(range(len(costs))) and all(split)
-    prices = [float(sum(costs[layer] for layer in part)) for part in split]
-    prices[0] += first
-    prices[-1] += last
-    assert (max(prices), sum(p * p for p in prices)) == brute_force([float(c) for c in costs], stages, first, last)
+@given(
+    st.sampled_from(["1f1b", "interleaved", "zbv"]),
+    st.integers(1, 4),
+    st.integers(1, 11),
+    st.integers(0, 30),
+    st.integers(0, 30),
+)
+def test_the_dearest_rank_is_as_cheap_as_in_the_best_of_all_splits(
+    schedule: str, pp: int, layers: int, first: int, last: int
+) -> None:
+    ranks = stage_ranks(ParallelConfig(pp=pp, schedule=schedule))
+    assume(len(ranks) <= layers)
+    ends = [0] * len(ranks)
+    ends[0] += first
+    ends[-1] += last
+
+    def dearest(counts: Sequence[int]) -> int:
+        prices = [5 * count + end for count, end in zip(counts, ends, strict=True)]
+        return max(sum(price for price, holder in zip(prices, ranks, strict=True) if holder == rank) for rank in ranks)
+
+    split = stage_split(layers, 5, ends, ranks)
+    assert [layer for part in split for layer in part] == list(range(layers)) and all(split)
+    assert dearest([len(part) for part in split]) == min(map(dearest, compositions(layers, len(ranks))))
 
 
 def test_the_head_makes_the_last_stage_shorter() -> None:
