@@ -1,0 +1,161 @@
+"""Tensor and sequence parallelism: a bare loop's losses under every ZeRO stage, one process's gradients, clear refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from meshloom.config.parallel import ParallelConfig
+from meshloom.models.llama import Llama
+from meshloom.optim.parameters import NamedParameter
+from meshloom.parallel.shards import MeshShards
+from meshloom.parallel.tensor import apply_tensor_parallelism, stream_dim, tensor_problems
+from parity import VOCABULARY, Work, build, curves, gradients, plain_curve
+from ranks import run_ranks
+
+TOLERANCE = 1e-9
+ONE_KV: tuple[tuple[str, Any], ...] = (("kv_heads", 1),)
+TIED: tuple[tuple[str, Any], ...] = (("tied", True), ("mup_base", 12), ("mup_residual", 0.5))
+
+
+def work(micro: int = 1, model: tuple[tuple[str, Any], ...] = (), **settings: Any) -> Work:
+    return Work(ParallelConfig(**settings), micro=micro, model=model)
+
+
+# micro 1 makes sequence parallelism cut inside sequences, micro 2 between them; the vocabulary of 61 is never cut evenly
+TABLE = {
+    "tp2": (2, work(tp=2)),
+    "tp2 cut between sequences": (2, work(tp=2, micro=2)),
+    "tp2 whole stream": (2, work(tp=2, sequence_parallel=False)),
+    "tp2 tied, muP": (2, work(tp=2, micro=2, model=TIED)),
+    "tp4 shared kv heads": (4, work(tp=4)),
+    "tp2 zero0": (4, work(tp=2, zero=0)),
+    "tp2 zero1 cut between sequences": (4, work(tp=2, zero=1, micro=2)),
+    "tp2 zero2 whole stream, one kv head": (4, work(tp=2, zero=2, sequence_parallel=False, model=ONE_KV)),
+    "tp2 zero3": (4, work(tp=2, zero=3)),
+    "tp2 zero3 tied, muP": (4, work(tp=2, zero=3, model=TIED)),
+    "tp2 HSDP": (8, work(tp=2, zero=2, replicate=2)),
+    "tp4 zero3": (8, work(tp=4, zero=3)),
+}
+
+
+def both(rank: int, world_size: int, case: Work) -> tuple[Any, Any]:
+    first = gradients(rank, world_size, dataclasses.replace(case, betas=(0.0, 0.0), max_norm=None))
+    return first, curves(rank, world_size, case)
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Any:
+    """Per model: losses and norms of the bare loop, and the whole gradients of one process."""
+    known: dict[Any, Any] = {}
+
+    def find(model: tuple[tuple[str, Any], ...]) -> Any:
+        if model not in known:
+            one = work(model=model)
+            found = run_ranks(1, gradients, dataclasses.replace(one, betas=(0.0, 0.0), max_norm=None))[0]
+            known[model] = plain_curve(one), {key.split(" ")[0]: tensor for key, (_, tensor) in found.items()}
+        return known[model]
+
+    return find
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_losses_norms_and_gradients_are_those_of_one_process(name: str, oracle: Any) -> None:
+    ranks, case = TABLE[name]
+    (losses, norms), whole = oracle(case.model)
+    covered = {key: torch.zeros_like(tensor) for key, tensor in whole.items()}
+    for found, (rank_losses, rank_norms) in run_ranks(ranks, both, case):
+        assert rank_losses == pytest.approx(losses, rel=TOLERANCE)
+        assert rank_norms == pytest.approx(norms, rel=TOLERANCE)
+        for key, ((_, box), tensor) in found.items():
+            parameter = key.split(" ")[0]
+            torch.testing.assert_close(tensor, whole[parameter][box.slices()], rtol=1e-9, atol=1e-14, msg=key)
+            covered[parameter][box.slices()] = 1
+    assert all(bool(seen.all()) for seen in covered.values()), "the ranks' boxes cover every parameter"
+
+
+def gathered(rank: int, world_size: int, case: Work) -> bool:
+    engine = build(case, world_size)
+    shards = MeshShards(engine.mesh, engine._placed)
+    for name, placed in engine._placed.items():
+        whole = torch.arange(torch.Size(placed.global_shape).numel()).view(placed.global_shape)
+        parameter = NamedParameter(name, placed.parameter, placed.global_shape)
+        assert torch.equal(shards.gather(parameter, shards.scatter(parameter, whole)), whole), name
+    return True
+
+
+def test_rows_cut_by_two_axes_unevenly_are_gathered() -> None:
+    assert all(run_ranks(8, gathered, work(tp=4, zero=3)))
+
+
+def generate(rank: int, world_size: int, shape: tuple[int, int], documents: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    model = Llama(**work().llama()).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 4)
+        tokens = torch.randint(0, VOCABULARY, shape, generator=generator)
+        borders = (torch.arange(shape[1]) // 3).expand(shape) if documents else None
+        expected = model(tokens, None, borders)
+        apply_tensor_parallelism(model, init_device_mesh("cpu", (world_size,)), sequence_parallel=True)
+        return model(tokens, None, borders), expected
+
+
+@pytest.mark.parametrize(("shape", "documents"), [((1, 7), False), ((4, 7), False), ((3, 9), True)])
+def test_logits_of_any_length(shape: tuple[int, int], documents: bool) -> None:
+    for found, expected in run_ranks(4, generate, shape, documents):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def bytes_held(rank: int, world_size: int) -> dict[str, int]:
+    engine = build(work(tp=world_size), world_size)
+    held = {name: placed.box.numel for name, placed in engine._placed.items()}
+    dist.barrier()
+    return held
+
+
+def test_matrices_are_cut_and_only_norms_and_shared_heads_repeat() -> None:
+    with torch.device("meta"):
+        sizes = {name: parameter.numel() for name, parameter in Llama(**work().llama()).named_parameters()}
+    held = run_ranks(4, bytes_held)
+    for name, size in sizes.items():
+        copies = 4 if name.endswith(("norm.weight", "wk.weight", "wv.weight")) else 1
+        assert sum(rank[name] for rank in held) == copies * size, name
+
+
+SHAPE = {"heads": 12, "kv_heads": 4, "ffn_dim": 96, "vocabulary": 1000}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parallel", "seq_len", "keys", "said"),
+    [
+        ({}, {"tp": 1}, 15, [], ""),
+        ({}, {"tp": 4}, 16, [], ""),
+        ({"kv_heads": 2}, {"tp": 4}, 16, [], ""),
+        ({"vocabulary": None}, {"tp": 2}, 16, [], ""),
+        ({}, {"tp": 5}, 20, ["parallel.tp", "parallel.tp"], "12 attention heads"),
+        ({}, {"tp": 6}, 18, ["parallel.tp"], "4 key/value heads"),
+        ({"ffn_dim": 94}, {"tp": 4}, 16, ["parallel.tp"], "model.ffn_dim=94"),
+        ({"vocabulary": 9}, {"tp": 4}, 16, ["parallel.tp"], "vocabulary of 9"),
+        ({}, {"tp": 4}, 18, ["parallel.sequence_parallel"], "18 positions"),
+        ({}, {"tp": 4, "cp": 2}, 36, ["parallel.sequence_parallel"], "18 positions"),
+        ({}, {"tp": 4, "sequence_parallel": False}, 18, [], ""),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(
+    changes: dict[str, Any], parallel: dict[str, Any], seq_len: int, keys: list[str], said: str
+) -> None:
+    problems = tensor_problems(SimpleNamespace(**{**SHAPE, **changes}), ParallelConfig(**parallel), seq_len)
+    assert [problem.key for problem in problems] == keys
+    assert not keys or said in problems[0].message
+    assert all("use " in problem.fix for problem in problems)
+
+
+def test_the_stream_is_cut_between_sequences_where_it_can_be() -> None:
+    assert [stream_dim(*sizes) for sizes in ((4, 7, 2), (3, 8, 2), (3, 7, 2))] == [0, 1, None]
