@@ -21,7 +21,7 @@ class BatchConfig:
 
 @dataclass
 class StagesConfig:
-    """stages: "0:768 250B:1536", sizes by tokens consumed; samples: the start, where stages doesn't begin with 0."""
+    """stages: "0:768 250B:1536", sizes by tokens consumed; samples: the start, read where stages doesn't begin with 0."""
 
     _target_: str = "meshloom.optim.batch.Stages"
     name: str = "stages"

@@ -8,12 +8,16 @@ It asks one thing of the engine, at the steps where `wants_halves`: after the gr
 `observe_halves(first)` with the part of each gradient that came from one half of the batch, in the order of the parameters
 and sharded and scaled as `.grad` is. Where each rank accumulates over micro-batches that is a copy of the (reduced)
 gradient after the first half of them; the other half is the difference.
+
+An exception to the promise that a run is a function of its recipe alone: which samples make up a half depends on how the
+batch is dealt to ranks, so the measured disagreements, and with them the learning rates, differ a little between layouts.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -70,15 +74,21 @@ class AGVM(AdamW):
         self._eps = eps
         super().__init__(parameters, shards, lr, weight_decay, betas, eps, fused, label=self._label)
 
-    def wants_halves(self, step: int) -> bool:
-        """Whether the step that begins when `step` updates are done should be measured."""
-        return step >= max(1, self._begin) and step % self._interval == 0
+    @property
+    def wants_halves(self) -> bool:
+        """Whether the step about to be taken should be measured; never the first, before there are second moments."""
+        updates = int(self._counters.get("updates", 0))
+        return updates >= max(1, self._begin) and updates % self._interval == 0
 
     @property
     def scales(self) -> dict[str, float]:
         """s_i of each module."""
-        state = self.state[self._parameters[0].tensor]
-        return {name: float(state.get(f"scale.{name}", 1.0)) for name in self._names}
+        return {name: float(self._counters.get(f"scale.{name}", 1.0)) for name in self._names}
+
+    @property
+    def _counters(self) -> dict[str, Any]:
+        """Any parameter's state: counters are the same in all."""
+        return self.state[self._parameters[0].tensor]
 
     @torch.no_grad()
     def observe_halves(self, first: Sequence[torch.Tensor]) -> None:
@@ -101,21 +111,22 @@ class AGVM(AdamW):
             if there == there and measure == measure:  # a module of no parameters, or without gradient, keeps its scale
                 ratio = min(10.0, max(0.5, (measure + FLOOR) / (there + FLOOR)))
                 scales[name] = self._smoothing * scales[name] + (1 - self._smoothing) * ratio**0.5
-        self._store(scales)
+        self._store(scales, int(self._counters.get("updates", 0)))
 
-    def _store(self, scales: Mapping[str, float]) -> None:
+    def _store(self, scales: Mapping[str, float], updates: int) -> None:
         for parameter in self._parameters:
-            self.state[parameter.tensor].update({f"scale.{name}": scale for name, scale in scales.items()})
+            state = self.state[parameter.tensor]
+            state.update({f"scale.{name}": scale for name, scale in scales.items()}, updates=updates)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update, each module at its own rate."""
         assert closure is None
-        scales = self.scales
+        scales, updates = self.scales, int(self._counters.get("updates", 0))
         rates = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
             group["lr"] *= scales[group["label"]]
         super().step()
         for group, rate in zip(self.param_groups, rates, strict=True):
             group["lr"] = rate
-        self._store(scales)
+        self._store(scales, updates + 1)

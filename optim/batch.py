@@ -121,21 +121,19 @@ class Stages(Controller):
 
     stages   "0:768 250B:1536": from each point on, that many samples. A bare number counts tokens; any other duration is
              understood if it is written without spaces ("10%:64", "2000steps:64")
-    samples  the size before the first point, which may be left out if that is 0
+    samples  the size before the first point; where that is 0 it is not needed, and not read
     """
 
     def __init__(self, horizon: Horizon, divisor: int, stages: str, samples: int | None = None) -> None:
         parts = [self._read(written) for written in re.split(r"[\s,]+", stages.strip()) if written]
         self._stages = [part for part in parts if part is not None]
         first = next((size for start, size in self._stages if start.value == 0), None)
-        super().__init__(horizon, divisor, samples if samples is not None else first if first is not None else divisor)
+        start = samples if first is None else first
+        super().__init__(horizon, divisor, divisor if start is None else start)
         if not parts or None in parts:
             self._problem("batch.stages", f"can't read '{stages}'", "write it as '0:768 250B:1536', points in tokens")
-        if samples is None and first is None:
+        if start is None:
             self._problem("batch.samples", "how the run starts is not said", "set it, or begin batch.stages with 0:<samples>")
-        if samples is not None and first is not None and samples != first:
-            message = f"{samples} contradicts batch.stages, which begins with 0:{first}"
-            self._problem("batch.samples", message, "leave one of them out")
         for _, size in self._stages:
             if size != first:
                 self._check_size("batch.stages", size)

@@ -108,6 +108,11 @@ def test_stages() -> None:
     assert sizes == [768, 768, 1536, 1536]
 
 
+def test_a_first_point_at_zero_wins_over_the_recipes_samples() -> None:
+    controller = Stages(HORIZON, 8, "0:16 5B:24", samples=10)
+    assert problems(controller) == [] and controller.next_batch(at()) == 16
+
+
 def test_stages_understand_other_durations_and_a_start_of_their_own() -> None:
     controller = Stages(HORIZON, 8, "25%:16 2000steps:24", samples=8)
     assert problems(controller) == []
@@ -120,7 +125,6 @@ def test_stages_understand_other_durations_and_a_start_of_their_own() -> None:
         ("0:768;250B:1536", None, "batch.stages"),
         ("", 8, "batch.stages"),
         ("5B:16", None, "batch.samples"),
-        ("0:16", 8, "batch.samples"),
         ("0:16 5B:20", None, "batch.stages"),
         ("0:16 5B:24 4B:32", None, "batch.stages"),
     ],

@@ -190,9 +190,21 @@ def test_agvm_keeps_its_scales_as_counters_and_its_rates_as_they_were() -> None:
     for parameter in parameters:
         state = optimizer.state[parameter.tensor]
         assert {k: float(v) for k, v in state.items() if k.startswith("scale.")} == {f"scale.{k}": v for k, v in scales.items()}
-    assert [step for step in range(25) if optimizer.wants_halves(step)] == [10, 20]
+    assert float(optimizer.state[parameters[-1].tensor]["updates"]) == 2
     with pytest.raises(ValueError, match=r"optim\.anchor='backbone'"):
         AGVM(parameters, Unsharded(), anchor="backbone")
+
+
+def test_agvm_measures_every_tenth_step_from_its_beginning_on() -> None:
+    for begin, expected in ((0, [10, 20]), (15, [20])):
+        parameters = named(whole(0))
+        optimizer = AGVM(parameters, Unsharded(), begin=begin)
+        wanted: list[int] = []
+        for step in range(25):
+            if optimizer.wants_halves:
+                wanted.append(step)
+            give(optimizer, parameters, whole(1))
+        assert wanted == expected
 
 
 # Sharded equals whole.
