@@ -58,9 +58,7 @@ def fill(template: str, config: DictConfig, command_line: str) -> str:
         gpus=launch.gpus_per_node,
         time=launch.time,
         signal_seconds=launch.signal_seconds,
-        optional="".join(
-            f"#SBATCH --{name}={shlex.quote(str(value))}\n" for name, value in optional.items() if value is not None
-        ),
+        optional="".join(f"#SBATCH --{name}={value}\n" for name, value in given.items()),
         max_restarts=launch.max_restarts,
         python=shlex.quote(sys.executable),
         command_line=command_line,

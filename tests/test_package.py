@@ -29,10 +29,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_contains_every_module_and_recipe(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if name.startswith("meshloom/")}
-    packages = ["config", "models", "optim", "data", "parallel", "checkpoint", "trainer", "launch", "recipes"]
-    wanted = {ROOT / "__init__.py", ROOT / "py.typed", ROOT / "launch" / "slurm.sbatch"}
-    wanted |= {path for package in packages for kind in ("*.py", "*.yaml") for path in (ROOT / package).rglob(kind)}
-    assert {f"meshloom/{path.relative_to(ROOT)}" for path in wanted} <= inside
+    tree = wheel.parent / "tree"
+    packages = [path.parent for path in tree.glob("*/__init__.py")]
+    assert len(packages) >= 9
+    wanted = {tree / "__init__.py", tree / "py.typed", tree / "launch" / "slurm.sbatch"}
+    wanted |= {path for package in packages for kind in ("*.py", "*.yaml") for path in package.rglob(kind)}
+    assert {f"meshloom/{path.relative_to(tree)}" for path in wanted} <= inside
     assert not any(name.startswith("meshloom/tests/") for name in inside)
 
 
