@@ -73,7 +73,7 @@ def trained_tokenizer(sources: Sequence[DocumentSource], vocabulary: int, charac
 class HeldOut:
     """Which documents are validation data: those whose content hash falls below `fraction` of its range.
 
-    Copies of a document land on one side. At least one document is held out, and of a corpus of one document its end.
+    Copies of a document land on one side, whatever the order of the files.
     """
 
     fraction: float
@@ -97,6 +97,7 @@ def write_corpus(
 ) -> None:
     """Tokenise a source into `folder/train` and, where a fraction is held out, `folder/validation`.
 
+    Where the hash holds out nothing, the first document is held out, and of a corpus of one document its end.
     Raises ValueError for an empty corpus.
     """
     with (

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import uuid
+from array import array
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -191,7 +192,7 @@ class ShardWriter:
         self._shards: list[ShardEntry] = []
         self._open: tuple[_DigestedFile, _DigestedFile] | None = None
         self._in_shard = 0
-        self._ends_in_shard: list[int] = []
+        self._ends_in_shard = array("Q")
         self.tokens = 0
         self.documents = 0
 
@@ -227,7 +228,7 @@ class ShardWriter:
         tokens, documents = self._open
         documents.write(np.array(self._ends_in_shard, dtype=DOCUMENT_TYPE).tobytes())
         self._shards.append(ShardEntry(tokens.close(), documents.close(), self._in_shard, len(self._ends_in_shard)))
-        self._open, self._in_shard, self._ends_in_shard = None, 0, []
+        self._open, self._in_shard, self._ends_in_shard = None, 0, array("Q")
 
     def commit(self) -> Manifest:
         """Force everything to disk and give the folder its name. Raises ValueError for a corpus without a token."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 import sysconfig
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -117,7 +117,7 @@ def _remembered(path: Path, compute: Callable[[], str]) -> str:
     except FileNotFoundError:
         value = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     temporary.write_text(value)
     temporary.replace(path)
     return value
