@@ -19,14 +19,16 @@ from pathlib import Path
 
 import torch
 
+from meshloom.config.deepspeed import DeepSpeedConfig
 from meshloom.config.parallel import ParallelConfig
 from meshloom.data.batch import MicroBatch
 from meshloom.models.llama import Llama
 from meshloom.optim.adamw import AdamW
 from meshloom.optim.parameters import NamedParameter, Shards
+from meshloom.parallel.engine import Engine
+from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, environment_world_size, pick_device
-from meshloom.parallel.torch_engine import TorchEngine
 
 MODELS = {
     "tiny": {"dim": 256, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 512},
@@ -40,6 +42,7 @@ MODELS = {
 class Settings:
     """One measurement. batch: sequences per data rank and step; micro: of these, how many at once (0: all)."""
 
+    engine: str = "torch"
     model: str = "1B"
     batch: int = 4
     micro: int = 0
@@ -51,6 +54,10 @@ class Settings:
     cp: int = 1
     schedule: str = "1f1b"
     cp_kind: str = "ring"
+    offload: str = "none"
+    offload_weights: str = "none"
+    offload_path: str = ""
+    cpu_adam: int = 0
     activation: str = "none"
     compile: int = 1
     precision: str = "bf16"
@@ -69,15 +76,20 @@ class Settings:
         return settings
 
 
-def build(settings: Settings) -> TorchEngine:
-    """The engine for this process."""
+def build(settings: Settings) -> tuple[Engine, Mesh]:
+    """The engine for this process, and its place in the layout."""
     parallel = ParallelConfig(
+        engine=settings.engine,
         zero=settings.zero,
         tp=settings.tp,
         pp=settings.pp,
         cp=settings.cp,
         schedule=settings.schedule,
         cp_kind=settings.cp_kind,
+        offload=settings.offload,
+        offload_weights=settings.offload_weights,
+        offload_path=settings.offload_path or None,
+        deepspeed=DeepSpeedConfig(cpu_adam=bool(settings.cpu_adam)),
     )
     mesh = Mesh.connect(Layout.plan(parallel, environment_world_size()), pick_device())
 
@@ -86,7 +98,7 @@ def build(settings: Settings) -> TorchEngine:
 
     with torch.device("meta"):
         model = Llama(vocabulary=settings.vocabulary, **MODELS[settings.model])  # type: ignore[arg-type]
-    return TorchEngine(
+    engine = make_engine(
         model,
         mesh,
         optimizer,
@@ -96,14 +108,14 @@ def build(settings: Settings) -> TorchEngine:
         activation=settings.activation,
         compile_blocks=bool(settings.compile),
     )
+    return engine, mesh
 
 
 def main() -> None:
     """Measure once and print the result."""
     began = time.perf_counter()
     settings = Settings.parse(sys.argv[1:])
-    engine = build(settings)
-    mesh = engine.mesh
+    engine, mesh = build(settings)
     micro = settings.micro or settings.batch
     draw = torch.Generator().manual_seed(mesh.data_rank)
 

@@ -69,10 +69,12 @@ def fill(
     name: str,
     global_shape: tuple[int, ...],
     offsets: tuple[int, ...],
+    on: torch.device | None = None,
 ) -> None:
     """Fill a local box of a parameter with its initial values, in place.
 
     tensor lies at `offsets` in the parameter called `name` of shape `global_shape`. Computed in fp64, then rounded.
+    on: the device that draws, where it is not the tensor's own (a GPU for what is offloaded to the host).
     """
     if isinstance(rule, Constant):
         tensor.fill_(rule.value)
@@ -80,17 +82,18 @@ def fill(
     if tensor.numel() == 0:
         return
     key = xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode())
+    device = on or tensor.device
     shape = tensor.shape if tensor.dim() else torch.Size([1])
     row = math.prod(shape[1:])
     rows_at_once = max(1, _CHUNK // max(1, row))
     flat = tensor.reshape(shape)
     for start in range(0, shape[0], rows_at_once):
         part = flat[start : start + rows_at_once]
-        index = torch.zeros((1,) * len(shape), dtype=torch.int64, device=tensor.device)
+        index = torch.zeros((1,) * len(shape), dtype=torch.int64, device=device)
         stride = 1
         for dim in reversed(range(tensor.dim())):
             first = offsets[dim] + (start if dim == 0 else 0)
-            along = torch.arange(first, first + part.shape[dim], device=tensor.device, dtype=torch.int64) * stride
+            along = torch.arange(first, first + part.shape[dim], device=device, dtype=torch.int64) * stride
             index = index + along.view([-1 if d == dim else 1 for d in range(len(shape))])
             stride *= global_shape[dim]
         part.copy_(_normals(key, index) * rule.std)

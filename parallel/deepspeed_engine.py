@@ -98,6 +98,7 @@ class DeepSpeedEngine:
                 name=fragment.name,
                 global_shape=fragment.global_shape,
                 offsets=fragment.box.offsets,
+                on=mesh.device,
             )
         self._state.commit()
         self._moments: GradientMoments | None = None
