@@ -10,8 +10,8 @@ from collections.abc import Sequence
 # name → (module with `main(argv) -> int`, what it does)
 COMMANDS = {
     "train": ("train", "train a model; `meshloom train --help` lists recipes and keys"),
+    "plan": ("plan", "what a run would ask of its processes: mesh, memory, pipeline; starts nothing"),
     "slurm": ("slurm", "print a complete sbatch script for a run"),
-    "checkpoint": ("checkpoint", "list, inspect, verify, compare, prune and export checkpoints"),
     "generate": ("generate", "continue a prompt with a checkpoint's model"),
     "hparams": ("hparams", "what the laws of scale recommend for a model and a number of tokens"),
     "fit": ("fit", "fit the laws of scale to finished runs, and draw the fits"),

@@ -105,7 +105,7 @@ def test_a_failed_job_fails_the_sweep(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_one_process_runs_here_with_everything_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("meshloom.trainer.run.run", lambda config: seen.append(config) or 5)
+    monkeypatch.setattr("meshloom.trainer.run.run", lambda config, _: seen.append(config) or 5)
     assert cli.main(["train", "recipe=quickstart", "launch.nproc=1", "seed=9"]) == 5
     assert seen[0].seed == 9 and seen[0].output_dir == "outputs/quickstart"
 
