@@ -1,0 +1,94 @@
+"""`meshloom plan` from the command line: its tables, its refusals, its drawing. No process group is ever made."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from meshloom.launch.cli import main
+from meshloom.launch.draw import pipeline_svg
+from meshloom.launch.plan import make_plan
+from meshloom.launch.tables import axis_groups, written_ranks
+from meshloom.parallel.layout import Layout
+
+LLAMA = ["recipe=llama_1b", "batch.samples=64"]
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = main(["plan", *words])
+    printed = capsys.readouterr()
+    assert not dist.is_initialized()
+    return code, printed.out, printed.err
+
+
+def test_says_who_holds_what_and_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = planned(capsys, *LLAMA, "launch.nproc=8", "parallel.tp=2", "parallel.pp=2")
+    assert code == 0
+    assert "8 processes: pp 2 × shard 2 × tp 2, ZeRO-3" in out
+    assert "0, 4 | 1, 5 | 2, 6 | … 4 groups" in out
+    assert "embedding, layers 0–9" in out and "layers 10–15, norm and head" in out
+    assert "64 samples × 8,192 positions = 524,288 tokens" in out
+    assert "through a pipeline ZeRO-2 needs what ZeRO-1 needs" in out
+
+
+def test_figures_are_those_of_arithmetic() -> None:
+    plan = make_plan([*LLAMA, "launch.nproc=8", "parallel.zero=1"])
+    parameters = 1_498_482_688
+    (rank,) = plan.cost.ranks
+    assert rank.elements == pytest.approx(parameters / 8, rel=1e-3)
+    assert rank.weights == rank.elements * 4 and rank.optimizer == rank.elements * 8
+    assert rank.gathered == parameters * 2
+    assert rank.gradients == parameters * 4 + rank.weights, "two micro-batches are added up unsharded, in fp32"
+    assert plan.cost.model_flops == pytest.approx(64 * 8192 * (6 * (parameters - 128256 * 2048) + 12 * 16 * 2048 * 8192))
+
+
+def test_every_problem_is_named_with_a_way_out_and_nothing_is_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    svg = tmp_path / "out.svg"
+    words = ["launch.nproc=8", "parallel.tp=3", "trainer.activation=some", "parallel.pq=2", f"--draw-pipeline={svg}"]
+    code, out, err = planned(capsys, *LLAMA, *words)
+    assert code == 2 and not out and not svg.exists()
+    assert "trainer.activation: there is no 'some'" in err
+    assert "did you mean parallel.tp or parallel.pp?" in err
+    code, _, err = planned(capsys, *LLAMA, "launch.nproc=8", "parallel.tp=3")
+    assert code == 2 and "nearest: parallel.tp=4; or parallel.tp=2; or parallel.tp=8" in err
+    code, _, err = planned(capsys, *LLAMA, "launch.nproc=1", f"--draw-pipeline={svg}")
+    assert code == 2 and "there is no pipeline with parallel.pp=1" in err
+
+
+def test_data_that_is_not_here_is_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = planned(capsys, *LLAMA, "launch.nproc=1", "data=text", "data.input=/nowhere/at/all")
+    assert code == 0 and "/nowhere/at/all" in out
+
+
+def test_nodes_count(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = planned(capsys, *LLAMA, "launch.nproc=8", "launch.nodes=2", "parallel.replicate=2")
+    assert code == 0 and "16 processes: replicate 2 × shard 8, ZeRO-3" in out
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "dualpipev"])
+def test_the_drawing_shows_every_action(capsys: pytest.CaptureFixture[str], tmp_path: Path, schedule: str) -> None:
+    svg = tmp_path / "out.svg"
+    words = [*LLAMA, "launch.nproc=4", "parallel.pp=4", f"parallel.schedule={schedule}", "trainer.compile=false"]
+    code, out, _ = planned(capsys, *words, "--draw-pipeline", str(svg))
+    assert code == 0 and f"drew {svg}" in out.replace("\n", "")
+    timeline = make_plan(words).cost.timeline
+    assert timeline is not None
+    root = ElementTree.fromstring(svg.read_text())
+    boxes = [box for box in root.iter("{http://www.w3.org/2000/svg}rect") if len(box)]
+    assert len(boxes) == sum(len(row) for row in timeline.spans)
+    assert f"bubble {timeline.bubble:.1%}" in svg.read_text()
+    assert svg.read_text() == pipeline_svg(timeline, f"{schedule} on 4 ranks, 16 micro-batches")
+
+
+def test_ranks_in_few_words() -> None:
+    assert [written_ranks(ranks) for ranks in ([3], [0, 1], [0, 4], range(8), range(0, 64, 8))] == [
+        "3",
+        "0, 1",
+        "0, 4",
+        "0–7",
+        "0, 8, 16, …, 56",
+    ]
+    assert axis_groups(Layout(pp=2, shard=2, tp=2), "pp") == [[0, 4], [1, 5], [2, 6], [3, 7]]
