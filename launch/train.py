@@ -7,6 +7,7 @@ torchrun --nproc-per-node 4 -m meshloom.launch.train recipe=quickstart
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -61,9 +62,11 @@ def _check(switches: argparse.Namespace) -> None:
         composition = composer.compose(overrides)
         found = composition.problems
         if switches.cfg is None and switches.info is None:
+            from ..trainer.resume import effective
             from ..trainer.validate import run_problems
 
-            found = [*found, *run_problems(composition.config, processes(composition.config)), *_machine(composition.config)]
+            config = composition.config if found else effective(composition.config, overrides)[0]
+            found = [*found, *run_problems(config, processes(config)), *_machine(config)]
         problems += [problem for problem in found if problem not in problems]
     if problems:
         raise ConfigError(problems)
@@ -107,6 +110,14 @@ def _machine(config: DictConfig) -> Iterator[Problem]:
     if not under_torchrun() and config.launch.nodes != 1:
         fix = "use `meshloom slurm`, or start torchrun on every node"
         yield Problem("launch.nodes", "`meshloom train` starts the processes of one node", fix)
+    if not under_torchrun() and config.launch.max_restarts and config.resume != "auto":
+        from ..checkpoint.folder import find_latest
+        from ..trainer.build import checkpoint_folder
+
+        earlier = find_latest(checkpoint_folder(config))
+        if earlier is not None:  # a restart before the first save could not tell them from its own
+            message = f"restarted processes would go on from '{earlier}', which an earlier run saved"
+            yield Problem("launch.max_restarts", message, "use resume=auto to go on with it, or another output_dir")
 
 
 def _run(config: DictConfig, switches: argparse.Namespace) -> int:
@@ -119,10 +130,21 @@ def _run(config: DictConfig, switches: argparse.Namespace) -> int:
         return _start_torchrun(config, count, switches)
     from ..trainer.run import run
 
+    _configure_log()
     try:
-        return run(config)
+        return run(config, task_overrides())
     except ConfigError as error:
         return _refuse(error)
+
+
+def _configure_log() -> None:
+    """Meshloom's own messages go to stderr as they are: all of rank 0's, warnings of the others."""
+    log = logging.getLogger("meshloom")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
 def _start_torchrun(config: DictConfig, count: int, switches: argparse.Namespace) -> int:

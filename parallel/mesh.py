@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +104,12 @@ class Mesh:
         """Whether the flag is set on some process. Waits for all of them."""
         votes = torch.tensor([int(flag)], device=self.device)
         return bool(self.sum(votes).item())
+
+    def differ(self, text: str) -> bool:
+        """Whether some process has another text than this one's peers. Waits for all of them."""
+        codes = torch.zeros(self.layout.world_size, dtype=torch.int64, device=self.device)
+        codes[self.rank] = zlib.crc32(text.encode())
+        return bool((self.sum(codes) != zlib.crc32(text.encode())).any())
 
     def store(self, name: str) -> dist.Store:
         """A key-value store of all processes, under a name of its own: agreement without a collective."""

@@ -152,12 +152,10 @@ class Run:
         self.loader.close()
 
 
-def build_run(config: DictConfig, mesh: Mesh) -> Run:
-    """Everything of a run, with fresh weights; `resume.py` then puts a checkpoint's state into it."""
+def build_run(config: DictConfig, data: DataNode, mesh: Mesh) -> Run:
+    """Everything of a run on prepared data, with fresh weights; `resume.py` then puts a checkpoint's state into it."""
     parts = Parts.of(config)
     output_dir = Path(config.output_dir)
-    data = build_data(config)
-    data.prepare()
     model = build_model(config, data.vocabulary)
     flops = model.flops_per_token(data.seq_len)
     horizon = build_horizon(config, data.seq_len)

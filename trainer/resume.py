@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +15,7 @@ from ..checkpoint.folder import find_latest
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.restore import read_state, restore
 from ..config import RunConfig
-from ..config.compose import differences, resumed, task_overrides
+from ..config.compose import differences, resumed
 from ..config.problems import ConfigError, Problem
 from ..optim.progress import Progress
 from .build import Run, build_control, checkpoint_folder
@@ -24,12 +26,15 @@ log = logging.getLogger(__name__)
 def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
     """The checkpoint that `resume` names: "auto" is the newest complete one of the run, or none yet; "none" is none.
 
+    Processes that torchrun has restarted go on from what the run itself saved, whatever it began from.
     Raises ConfigError if a path was given that holds no complete checkpoint.
     """
+    if config.resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        newest = find_latest(checkpoint_folder(config))
+        if newest is not None or config.resume == "auto":
+            return newest
     if config.resume == "none":
         return None
-    if config.resume == "auto":
-        return find_latest(checkpoint_folder(config))
     return find_checkpoint(str(config.resume), "resume")
 
 
@@ -47,14 +52,20 @@ def find_checkpoint(location: str, key: str) -> Path | str:
     return found
 
 
-def config_of_resumed(config: DictConfig, checkpoint: Path | str) -> DictConfig:
-    """The checkpoint's config with this command line's overrides on top."""
+def effective(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Path | str | None]:
+    """What a command line really asks for: the config to run, and the checkpoint to go on from (None: a fresh start).
+
+    config: composed of the recipe and the overrides. A resumed run has its checkpoint's config with the overrides on top.
+    """
+    checkpoint = checkpoint_to_resume(config)
+    if checkpoint is None:
+        return config, None
     saved = read_state(checkpoint)["config"]
     typed = OmegaConf.structured(RunConfig)
-    merged = cast(DictConfig, OmegaConf.merge(typed, resumed(saved, config, task_overrides())))
+    merged = cast(DictConfig, OmegaConf.merge(typed, resumed(saved, config, overrides)))
     for line in differences(saved, config, merged):
-        log.warning("resumed run keeps %s", line)
-    return merged
+        log.info("resumed run keeps %s", line)
+    return merged, checkpoint
 
 
 def restore_run(run: Run, checkpoint: Path | str) -> None:

@@ -3,38 +3,46 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from ..config.problems import ConfigError
+from ..data.node import DataNode
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, environment_world_size, pick_device
-from .build import Parts, build_run
+from .build import Parts, build_data, build_run
 from .loop import TrainingDiverged
-from .resume import checkpoint_to_resume, config_of_resumed, restore_run
+from .resume import effective, restore_run
 from .signals import StopRequest
 from .validate import run_problems
 
 log = logging.getLogger(__name__)
 
 
-def run(config: DictConfig) -> int:
+def run(config: DictConfig, overrides: Sequence[str] = ()) -> int:
     """Train as `config` says, on the processes that this one was started among. Returns the exit code.
 
     0 if the run reached its end, or was asked to stop (SIGTERM, SIGUSR1) and saved its state; 1 if it diverged. Raises
     ConfigError, before anything is touched, for a config that can't run, and whatever else makes a run fail.
+
+    overrides: those of the command line that `config` was composed of; a resumed run applies them to its saved config.
     """
-    checkpoint = checkpoint_to_resume(config)
-    if checkpoint is not None:
-        config = config_of_resumed(config, checkpoint)
+    config, checkpoint = effective(config, overrides)
     problems = run_problems(config, environment_world_size())
     if problems:
         raise ConfigError(problems)
+    data = build_data(config)
+    data.prepare()  # before the process groups: building a large corpus may take longer than their time-out
     parallel = Parts.of(config).parallel
     mesh = Mesh.connect(Layout.plan(parallel, environment_world_size()), pick_device(), parallel.timeout)
     try:
-        return _train(config, mesh, checkpoint)
+        if mesh.differ(str(checkpoint)):
+            raise RuntimeError(f"processes see different newest checkpoints (this one {checkpoint}): is the folder shared?")
+        if mesh.differ(data.fingerprint):
+            raise RuntimeError("processes see different data: give all of them the same files (and, for stdlib, one Python)")
+        return _train(config, data, mesh, checkpoint)
     except TrainingDiverged as error:
         log.error("%s", error)
         return 1
@@ -42,12 +50,12 @@ def run(config: DictConfig) -> int:
         mesh.close()
 
 
-def _train(config: DictConfig, mesh: Mesh, checkpoint: Path | str | None) -> int:
+def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None) -> int:
     output_dir = Path(config.output_dir)
     if mesh.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
-    current = build_run(config, mesh)
+    current = build_run(config, data, mesh)
     try:
         if checkpoint is not None:
             restore_run(current, checkpoint)

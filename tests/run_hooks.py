@@ -1,0 +1,36 @@
+"""Hooks that tests put into a run by their `_target_`."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import torch
+
+from meshloom.trainer.hooks import Hook
+from meshloom.trainer.loop import Loop
+
+
+class Signal(Hook):
+    """Sends a signal to its own process, on one rank only."""
+
+    def __init__(self, step: int, rank: int, name: str) -> None:
+        self.step, self.rank, self.number = step, rank, signal.Signals[name]
+
+    def on_step_end(self, loop: Loop) -> None:
+        if loop.progress.step == self.step and loop.mesh.rank == self.rank:
+            os.kill(os.getpid(), self.number)
+
+
+class Poison(Hook):
+    """Makes a weight NaN before a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    @torch.no_grad()
+    def on_step_begin(self, loop: Loop) -> None:
+        if loop.progress.step + 1 == self.step:
+            for fragment in loop.engine.fragments():
+                if fragment.name == "norm.weight" and fragment.role == "weight":
+                    fragment.tensor.fill_(float("nan"))

@@ -1,0 +1,121 @@
+"""Whole runs: stopped and resumed, on the same and on other layouts, by signal, and by a loss that is no number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from meshloom.checkpoint.folder import find_latest
+from meshloom.config.compose import Composer
+from meshloom.trainer.run import run
+from ranks import run_ranks
+
+TINY = [
+    "recipe=quickstart",
+    "data=synthetic",
+    "data.vocabulary=61",
+    "data.seq_len=16",
+    "data.validation_samples=12",
+    "model.dim=16",
+    "model.layers=2",
+    "model.heads=2",
+    "model.kv_heads=1",
+    "model.ffn_dim=24",
+    "batch.samples=8",
+    "batch.micro=2",
+    "precision=fp64",
+    "schedule=constant",
+    "schedule.warmup=2",
+    "checkpoint.mode=sync",
+    "checkpoint.keep=0",
+    "trainer.eval_every=4",
+    "trainer.eval_samples=10",
+    "trainer.sample_prompt=null",
+    "logging.progress=false",
+]
+
+
+def body(rank: int, world_size: int, overrides: list[str]) -> int:
+    composition = Composer().compose([*TINY, *overrides])
+    assert not composition.problems, composition.problems
+    return run(composition.config, overrides)
+
+
+def go(ranks: int, folder: Path, *overrides: str) -> None:
+    codes = run_ranks(ranks, body, [f"output_dir={folder}", *overrides])
+    assert codes == [0] * ranks
+
+
+def rows(folder: Path, key: str) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def digest(step: Path) -> str:
+    """Of every array file of a step."""
+    files = sorted(step.glob("*.safetensors"))
+    assert files
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stopping_and_resuming_on_the_same_layout_changes_no_bit(tmp_path: Path, ranks: int) -> None:
+    go(ranks, tmp_path / "whole", "trainer.steps=8")
+    go(
+        ranks,
+        tmp_path / "cut",
+        "trainer.steps=8",
+        "checkpoint.every=3",
+        "trainer.hooks=[{_target_:run_hooks.Signal,step:3,rank:0,name:SIGTERM}]",
+    )
+    stopped = rows(tmp_path / "cut", "loss")
+    assert max(stopped) < 8
+    go(ranks, tmp_path / "cut", "trainer.steps=8", "resume=auto")
+    assert rows(tmp_path / "cut", "loss") == rows(tmp_path / "whole", "loss")
+    assert rows(tmp_path / "cut", "eval_loss")[8] == rows(tmp_path / "whole", "eval_loss")[8]
+    steps = [folder / "checkpoints" / "step-00000008" for folder in (tmp_path / "whole", tmp_path / "cut")]
+    assert digest(steps[0]) == digest(steps[1])
+
+
+def test_four_then_two_then_one_process_go_on_as_one_run(tmp_path: Path) -> None:
+    go(1, tmp_path / "whole", "trainer.steps=9")
+    go(4, tmp_path / "hops", "trainer.steps=3", "parallel.zero=3")
+    for ranks, steps, zero in ((2, 6, 1), (1, 9, 0)):
+        go(ranks, tmp_path / "hops", f"trainer.steps={steps}", "resume=auto", f"parallel.zero={zero}")
+    expected = rows(tmp_path / "whole", "loss")
+    assert rows(tmp_path / "hops", "loss") == pytest.approx(expected, rel=1e-9)
+    assert rows(tmp_path / "hops", "eval_loss")[9] == pytest.approx(rows(tmp_path / "whole", "eval_loss")[9], rel=1e-9)
+
+
+def test_a_batch_size_that_changes_loses_and_repeats_no_sample(tmp_path: Path) -> None:
+    go(1, tmp_path / "run", "trainer.steps=8", "batch=stages", "batch.stages='0:8 512:16'", "batch.micro=2")
+    sizes = rows(tmp_path / "run", "batch_samples")
+    samples = rows(tmp_path / "run", "samples")
+    assert sizes == {1: 8, 2: 8, 3: 8, 4: 8, 5: 16, 6: 16, 7: 16, 8: 16}
+    assert [samples[step] for step in range(1, 9)] == [8, 16, 24, 32, 48, 64, 80, 96]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(tmp_path: Path, name: str) -> None:
+    hook = f"trainer.hooks=[{{_target_:run_hooks.Signal,step:2,rank:1,name:{name}}}]"
+    go(2, tmp_path, "trainer.steps=50", hook)
+    last = max(rows(tmp_path, "loss"))
+    assert last < 8
+    found = find_latest(tmp_path / "checkpoints")
+    assert found is not None and Path(found).name == f"step-{last:08d}"
+
+
+def diverging(rank: int, world_size: int, overrides: list[str]) -> tuple[int, bool]:
+    code = body(rank, world_size, overrides)
+    return code, (Path(overrides[0].partition("=")[2]) / "checkpoints" / "step-00000004").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(tmp_path: Path) -> None:
+    hook = "trainer.hooks=[{_target_:run_hooks.Poison,step:4}]"
+    results = run_ranks(2, diverging, [f"output_dir={tmp_path}", "trainer.steps=9", "checkpoint.every=2", hook])
+    assert results == [(1, False), (1, False)]
+    found = find_latest(tmp_path / "checkpoints")
+    assert found is not None and Path(found).name == "step-00000002"
