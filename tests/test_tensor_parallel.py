@@ -24,16 +24,16 @@ ONE_KV: tuple[tuple[str, Any], ...] = (("kv_heads", 1),)
 TIED: tuple[tuple[str, Any], ...] = (("tied", True), ("mup_base", 12), ("mup_residual", 0.5))
 
 
-def work(micro: int = 1, model: tuple[tuple[str, Any], ...] = (), **settings: Any) -> Work:
+def work(micro: int = 3, model: tuple[tuple[str, Any], ...] = (), **settings: Any) -> Work:
     return Work(ParallelConfig(**settings), micro=micro, model=model)
 
 
-# micro 1 makes sequence parallelism cut inside sequences, micro 2 between them; the vocabulary of 61 is never cut evenly
+# Three sequences are cut inside, two or four between sequences, so most cases do both; a vocabulary of 61 is never cut evenly
 TABLE = {
     "tp2": (2, work(tp=2)),
-    "tp2 cut between sequences": (2, work(tp=2, micro=2)),
+    "tp2 cut between sequences": (2, work(tp=2, micro=4)),
     "tp2 whole stream": (2, work(tp=2, sequence_parallel=False)),
-    "tp2 tied, muP": (2, work(tp=2, micro=2, model=TIED)),
+    "tp2 tied, muP": (2, work(tp=2, model=TIED)),
     "tp4 shared kv heads": (4, work(tp=4)),
     "tp2 zero0": (4, work(tp=2, zero=0)),
     "tp2 zero1 cut between sequences": (4, work(tp=2, zero=1, micro=2)),
@@ -41,7 +41,7 @@ TABLE = {
     "tp2 zero3": (4, work(tp=2, zero=3)),
     "tp2 zero3 tied, muP": (4, work(tp=2, zero=3, model=TIED)),
     "tp2 HSDP": (8, work(tp=2, zero=2, replicate=2)),
-    "tp4 zero3": (8, work(tp=4, zero=3)),
+    "tp4 zero3": (8, dataclasses.replace(work(tp=4, zero=3), steps=3)),
 }
 
 
@@ -71,8 +71,8 @@ def test_losses_norms_and_gradients_are_those_of_one_process(name: str, oracle: 
     (losses, norms), whole = oracle(case.model)
     covered = {key: torch.zeros_like(tensor) for key, tensor in whole.items()}
     for found, (rank_losses, rank_norms) in run_ranks(ranks, both, case):
-        assert rank_losses == pytest.approx(losses, rel=TOLERANCE)
-        assert rank_norms == pytest.approx(norms, rel=TOLERANCE)
+        assert rank_losses == pytest.approx(losses[: case.steps], rel=TOLERANCE)
+        assert rank_norms == pytest.approx(norms[: case.steps], rel=TOLERANCE)
         for key, ((_, box), tensor) in found.items():
             parameter = key.split(" ")[0]
             torch.testing.assert_close(tensor, whole[parameter][box.slices()], rtol=1e-9, atol=1e-14, msg=key)
