@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -32,6 +32,7 @@ class NamedParameter:
     global_shape  shape of the whole parameter
     decay         whether weight decay applies (matrices yes; norms, biases and embeddings no)
     lr_scale      factor on the learning rate (muP); 1 otherwise
+    computed      the copy of the shard that the forward pass reads, where that is a tensor of its own (of lower precision)
     """
 
     name: str
@@ -39,6 +40,20 @@ class NamedParameter:
     global_shape: tuple[int, ...]
     decay: bool = True
     lr_scale: float = 1.0
+    computed: torch.Tensor | None = None
+
+
+@runtime_checkable
+class OnePass(Protocol):
+    """An optimizer whose `step()` can do on the way what an engine would spend passes over memory on before and after it."""
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether `step()` takes gradients of lower precision, scales them, and writes every `computed`."""
+        ...
+
+    gradient_scale: torch.Tensor | None
+    """One number on the device that the next `step()`, and only that, multiplies gradients by; None: 1."""
 
 
 class Shards(Protocol):

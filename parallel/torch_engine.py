@@ -8,6 +8,8 @@ All ZeRO stages are one mechanism, FSDP2, told when to communicate (counts per s
     2      once                    M times               (shards)
     3      2 M times               M times               (shards)
 
+A single process has nothing to gather or reduce: there no stage shards anything (`unsharded.py`).
+
 Gradients are *summed* over ranks, because each micro-batch's loss is already divided by the tokens of the whole global
 batch (rule R2): no factor depends on how the batch was cut.
 """
@@ -27,7 +29,7 @@ from ..data.batch import MicroBatch
 from ..models.attention import positions
 from ..models.init import fill
 from ..models.llama import Llama
-from ..optim.parameters import NamedParameter, Shards
+from ..optim.parameters import NamedParameter, OnePass, Shards
 from ..optim.statistics import GradientStatistics
 from .activation import apply_policy
 from .context import ContextParallel
@@ -40,6 +42,7 @@ from .pipeline import Pipeline, StageInputs, TiedHead
 from .shards import MeshShards, Placed, local
 from .stages import carve, schedule_of
 from .tensor import apply_tensor_parallelism, stream_dim
+from .unsharded import MasterWeights, materialize
 
 OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -74,6 +77,7 @@ class TorchEngine:
         # Where shards, gradients and optimizer state live: with CPU offload, FSDP2 copies to and from it.
         self._home = torch.device("cpu") if parallel.offload == "cpu" else mesh.device
         self._slices_sequences = mesh.layout.tp > 1 and parallel.sequence_parallel
+        self._sharded = mesh.layout.world_size > 1 or parallel.offload == "cpu"
         compute = PRECISIONS[precision]
         model.to(torch.float64 if compute == torch.float64 else torch.float32)
         plan = balanced_stages(model, parallel, seq_len, activation)
@@ -95,8 +99,11 @@ class TorchEngine:
             if compile_blocks:
                 for block in blocks:
                     block.compile()
-            self._shard(stage, compute)
-            stage.to_empty(device=self._home)
+            if self._sharded:
+                self._shard(stage, compute)
+                stage.to_empty(device=self._home)
+            else:
+                materialize(stage, compute, mesh.device)
         named = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
         self._pipeline: Pipeline | None = None
         self._tied: TiedHead | None = None
@@ -105,28 +112,38 @@ class TorchEngine:
             if model.tied:
                 self._tied = TiedHead(mesh, plan, named.get("embed.weight"), named.pop("head.weight", None))
         self._placed = {name: Placed.of(parameter, mesh) for name, parameter in named.items()}
+        self._masters = MasterWeights(named) if not self._sharded and compute == torch.bfloat16 else None
+        weights = named if self._masters is None else self._masters.masters
         for name, placed in self._placed.items():
             fill(
-                local(placed.parameter),
+                local(weights[name]),
                 model.initial(name),
                 seed=seed,
                 name=name,
                 global_shape=placed.global_shape,
                 offsets=placed.box.offsets,
+                on=mesh.device,
             )
         # The optimizer works on plain local tensors that share the shards' storage: every elementwise optimizer is
         # right as it is, at none of DTensor's dispatch cost, and the others ask through MeshShards.
         self._parameters = [
             NamedParameter(
-                name, nn.Parameter(local(placed.parameter)), placed.global_shape, model.decays(name), model.lr_scale(name)
+                *(name, nn.Parameter(local(named[name])) if self._masters is None else self._masters.masters[name]),
+                *(placed.global_shape, model.decays(name), model.lr_scale(name)),
+                computed=None if self._masters is None else local(named[name]),
             )
             for name, placed in self._placed.items()
         ]
         self._shards = MeshShards(mesh, self._placed)
         self.optimizer = make_optimizer(self._parameters, self._shards)
+        folding = isinstance(self.optimizer, OnePass) and self.optimizer.one_pass
+        self._one_pass = cast(OnePass, self.optimizer) if folding else None
         copies = torch.tensor([placed.copies for placed in self._placed.values()], dtype=torch.float64)
         self._per_copy = (1 / copies).to(self._home)
         self._moments = GradientMoments(mesh, self._placed, stages) if measures else None
+        if self._moments is not None and not self._sharded:
+            for name, parameter in named.items():
+                self._moments.watch(name, parameter)
         self._measured: torch.Tensor | None = None
         self._measure = Measure.NOTHING
 
@@ -154,6 +171,8 @@ class TorchEngine:
 
     def _communicate(self, last: bool) -> None:
         """Tell FSDP2 which collectives this micro-batch needs (table in the module's docstring)."""
+        if not self._sharded:
+            return
         root = cast(FSDPModule, self.module)
         if self._zero < 3:
             root.set_reshard_after_backward(last)
@@ -203,6 +222,8 @@ class TorchEngine:
             self._moments.begin(measure, [batch.valid_tokens for batch in micro_batches], global_tokens)
         if self._tied is not None:
             self._tied.fetch()
+        if self._masters is not None:
+            self._masters.begin(narrow=len(micro_batches) == 1 and self._one_pass is not None)
         if self._pipeline is not None:
             total = self._pipeline.accumulate([self._stage_inputs(batch) for batch in micro_batches], global_tokens)
         else:
@@ -214,9 +235,10 @@ class TorchEngine:
                 total += loss.detach()
         if self._tied is not None:
             self._tied.give_gradient()
-        for parameter, placed in zip(self._parameters, self._placed.values(), strict=True):
-            gradient = placed.parameter.grad
-            parameter.tensor.grad = None if gradient is None else local(gradient)
+        if self._masters is None:
+            for parameter, placed in zip(self._parameters, self._placed.values(), strict=True):
+                gradient = placed.parameter.grad
+                parameter.tensor.grad = None if gradient is None else local(gradient)
         return StepLoss(self._over_batch(total), global_tokens, {})
 
     def _over_batch(self, total: torch.Tensor) -> torch.Tensor:
@@ -230,7 +252,8 @@ class TorchEngine:
     @torch.no_grad()
     def gradient_norm(self) -> torch.Tensor:
         """Each rank's squares, divided by the number of copies of each element, add up to every element counted once."""
-        norms = torch.stack(torch._foreach_norm(self._gradients())).double()
+        exact = self._parameters[0].tensor.dtype
+        norms = torch.stack(torch._foreach_norm(self._gradients(), 2, exact)).double()
         present = torch.tensor([p.tensor.grad is not None for p in self._parameters])
         squares = (norms.square() * self._per_copy[present.to(self._per_copy.device)]).sum().to(self.mesh.device)
         if self._moments is None or self._measure is Measure.NOTHING:
@@ -242,8 +265,11 @@ class TorchEngine:
     @torch.no_grad()
     def clip(self, max_norm: float, norm: torch.Tensor) -> None:
         """Scale by min(1, max_norm / (norm + 1e-6)), PyTorch's convention, without asking the device what the norm is."""
-        gradients = self._gradients()
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0]))
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(self._parameters[0].tensor)
+        if self._one_pass is not None:
+            self._one_pass.gradient_scale = scale
+        else:
+            torch._foreach_mul_(self._gradients(), scale)
 
     @torch.no_grad()
     def gradient_statistics(self, samples: int) -> GradientStatistics | None:
@@ -254,7 +280,8 @@ class TorchEngine:
         self._measured = None
         projection = None
         if self._measure is Measure.PROJECTIONS:
-            gathers = [functools.partial(self._shards.gather, p, cast(torch.Tensor, p.tensor.grad)) for p in self._parameters]
+            gradients = [(p, cast(torch.Tensor, p.tensor.grad)) for p in self._parameters]
+            gathers = [functools.partial(self._shards.gather, p, gradient.to(p.tensor.dtype)) for p, gradient in gradients]
             projection = float(self._moments.projection_square(gathers))
         workers = self._moments.workers
         if workers < 2:
@@ -266,6 +293,8 @@ class TorchEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.step()
+        if self._masters is not None:
+            self._masters.updated(copied=self._one_pass is not None)
 
     def zero_grad(self) -> None:
         """Forget the gradient."""
@@ -277,6 +306,8 @@ class TorchEngine:
         """Loss without gradients, over all ranks."""
         if self._tied is not None:
             self._tied.fetch()
+        if self._masters is not None:
+            self._masters.refresh()
         tokens = torch.tensor(sum(batch.valid_tokens for batch in micro_batches), dtype=torch.float64, device=self.mesh.device)
         if self._pipeline is not None:
             total = self._pipeline.evaluate([self._stage_inputs(batch) for batch in micro_batches])
