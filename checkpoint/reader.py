@@ -101,6 +101,7 @@ class Reader:
                 number = batch[0].file
                 if number not in opened:
                     opened[number] = stack.enter_context(self.files.reader(self.manifest.files[number].name))
+                    self._check_header(number, opened[number])
                 leaf = self.manifest.leaf_bytes
                 base = batch[0].start // leaf * leaf
                 stop = min(-(-max(unit.stop for unit in batch) // leaf) * leaf, self.manifest.files[number].bytes)
@@ -124,6 +125,16 @@ class Reader:
             batch.append(unit)
         if batch:
             yield batch
+
+    def _check_header(self, number: int, reader: RangeReader) -> None:
+        """The manifest alone says where everything is, but a damaged header is damage all the same."""
+        leaf, size = self.manifest.leaf_bytes, self.manifest.files[number].bytes
+        first = np.empty(min(leaf, size), np.uint8)
+        self._read_checked(number, reader, 0, len(first), np.ones(1, np.bool_), first)
+        length = min(-(-(8 + int.from_bytes(first[:8].tobytes(), "little")) // leaf) * leaf, size)
+        if length > leaf:
+            rest = np.empty(length - leaf, np.uint8)
+            self._read_checked(number, reader, leaf, length, np.ones(-(-len(rest) // leaf), np.bool_), rest)
 
     def _read_checked(
         self, number: int, reader: RangeReader, base: int, stop: int, needed: np.ndarray[Any, np.dtype[np.bool_]], buffer: Any
