@@ -105,7 +105,12 @@ def tensor_problems(shape: Shape, parallel: ParallelConfig, seq_len: int) -> lis
     if tp == 1:
         return []
     problems: list[Problem] = []
-    legal = [n for n in range(1, shape.heads + 1) if _cuts(shape.heads, shape.kv_heads, n) and shape.ffn_dim % n == 0]
+    vocabulary = shape.vocabulary
+    legal = [
+        n
+        for n in range(1, shape.heads + 1)
+        if _cuts(shape.heads, shape.kv_heads, n) and shape.ffn_dim % n == 0 and not _idle(vocabulary, n)
+    ]
     fix = f"use parallel.tp={' or '.join(map(str, legal))}"
     if shape.heads % tp:
         said = f"{shape.heads} attention heads (model.heads) can't be dealt to {tp} ranks"
@@ -115,8 +120,7 @@ def tensor_problems(shape: Shape, parallel: ParallelConfig, seq_len: int) -> lis
         problems.append(Problem("parallel.tp", said, fix))
     if shape.ffn_dim % tp:
         problems.append(Problem("parallel.tp", f"model.ffn_dim={shape.ffn_dim} can't be cut into {tp} equal parts", fix))
-    vocabulary = shape.vocabulary
-    if vocabulary is not None and -(-vocabulary // tp) * (tp - 1) >= vocabulary:
+    if _idle(vocabulary, tp):
         problems.append(Problem("parallel.tp", f"a vocabulary of {vocabulary} leaves some of {tp} ranks without a row", fix))
     if parallel.sequence_parallel and (seq_len // parallel.cp) % tp:
         problems.append(
@@ -127,6 +131,11 @@ def tensor_problems(shape: Shape, parallel: ParallelConfig, seq_len: int) -> lis
             )
         )
     return problems
+
+
+def _idle(vocabulary: int | None, tp: int) -> bool:
+    """Whether a vocabulary cut into slices of equal length, but for the last, leaves a rank without a row."""
+    return vocabulary is not None and -(-vocabulary // tp) * (tp - 1) >= vocabulary
 
 
 def _cuts(heads: int, kv_heads: int, tp: int) -> bool:
