@@ -59,13 +59,14 @@ def sliced_cross_entropy(
 
 def _statistics(logits_CV: torch.Tensor, columns_C: torch.Tensor, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-sum-exp of each row and its logit in column `columns_C`, −inf for a column that is not there."""
-    # Written so that the compiler sees one online pass over the logits: both reductions keep their dim.
+    # Two passes, of which the second finds rows in the cache. Were both reductions to keep their dim, the compiler would see a
+    # softmax and make one online pass of them, which is slower (H200, 4096 × 128,256: 0.70 ms against 0.58).
     x_CV = logits_CV.to(wide)
     peak_C1 = x_CV.amax(1, keepdim=True)
-    log_sum_C1 = (x_CV - peak_C1).exp().sum(1, keepdim=True).log() + peak_C1
+    log_sum_C = (x_CV - peak_C1).exp().sum(1).log() + peak_C1.squeeze(1)
     inside_C = (columns_C >= 0) & (columns_C < logits_CV.shape[1])
     picked_C = logits_CV.gather(1, torch.where(inside_C, columns_C, 0).unsqueeze(1)).squeeze(1).to(wide)
-    return log_sum_C1.squeeze(1), torch.where(inside_C, picked_C, -torch.inf)
+    return log_sum_C, torch.where(inside_C, picked_C, -torch.inf)
 
 
 def _differentiate(logits_CV: torch.Tensor, log_sum_C: torch.Tensor, columns_C: torch.Tensor, valid_C: torch.Tensor) -> None:
