@@ -141,11 +141,11 @@ def _rank(
 
 def boundaries(folder: Path, mode: str, work: Path) -> dict[tuple[str, int], list[str]]:
     """(process, rank) → the names of the boundaries that it passes in a run without a fault."""
-    run(folder, mode=mode, log=work / "log")
+    run(folder, mode=mode, log=work / f"log-{mode}")
     found: dict[tuple[str, int], list[str]] = {}
     for process in ("rank", "writer"):
         for rank in range(WORLD):
-            path = work / f"log.{process}.{rank}"
+            path = work / f"log-{mode}.{process}.{rank}"
             if path.exists():
                 found[process, rank] = [line.split()[0] for line in path.read_text().splitlines()]
     return found
