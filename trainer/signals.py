@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: the cluster asks the run to stop. The loop agrees on it, saves once, and ends cleanly."""
+"""SIGTERM, SIGUSR1, Ctrl-C: the run is asked to stop. The loop agrees on it, saves once, and ends cleanly."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from typing import Any
 
 
 class StopRequest:
-    """Remembers that a signal came. A context manager: the previous handlers come back afterwards."""
+    """Remembers that a signal came. A context manager: the previous handlers come back afterwards.
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    A second Ctrl-C raises KeyboardInterrupt: the person does not want to wait.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
         self.requested = False
         self._previous: dict[signal.Signals, Any] = {}
 
-    def _remember(self, _number: int, _frame: FrameType | None) -> None:
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt
         self.requested = True
 
     def __enter__(self) -> StopRequest:
