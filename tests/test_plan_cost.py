@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 
 from meshloom.config.parallel import ParallelConfig
 from meshloom.models.llama import Llama
-from meshloom.parallel.activation import apply_policy
+from meshloom.parallel.activation import apply_policies
 from meshloom.parallel.cost import balanced_stages, layout_cost
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.legality import micro_batch_unit
@@ -92,7 +92,7 @@ def test_what_a_block_keeps_is_what_autograd_keeps(policy: str) -> None:
     models = [Llama(**shape, layers=layers) for layers in (2, 3)]
     tokens = torch.randint(0, 500, (2, 64))
     for model in models:
-        apply_policy(list(model.layers.values()), policy)
+        apply_policies(list(model.layers.values()), [policy] * model.depth)
     per_block = kept(models[1], tokens) - kept(models[0], tokens)
     job = Job(seq_len=64, micro=2, micro_batches=1, precision="fp32", activation=policy, compiled=False)
     # On the CPU RMSNorm is made of simple operations, and keeps its normalised input too; the GPU's kernel does not.
