@@ -27,7 +27,7 @@ from ..models.init import fill
 from ..models.llama import Llama
 from ..optim.parameters import NamedParameter
 from ..optim.statistics import GradientStatistics
-from .activation import apply_policy
+from .activation import apply_policies
 from .deepspeed_config import derive
 from .deepspeed_optimizer import FlatPieces, OptimizerFactory, cpu_adam, require_op
 from .deepspeed_setup import import_deepspeed, materialise, quiet, swap_folder
@@ -72,10 +72,7 @@ class DeepSpeedEngine:
             parallel = replace(parallel, offload_path=swap_folder(parallel.offload_path, mesh.rank))
         settings = derive(parallel, precision, pin_memory=mesh.device.type == "cuda")
         blocks = list(model.layers.values())
-        apply_policy(blocks, activation)
-        if compile_blocks:
-            for block in blocks:
-                block.compile()
+        apply_policies(blocks, [activation] * len(blocks), compiled=compile_blocks)
         materialise(model, mesh.device, PRECISIONS[precision], settings if parallel.zero == 3 else None)
         parameters = [
             NamedParameter(name, parameter, whole_shape(parameter), model.decays(name), model.lr_scale(name))

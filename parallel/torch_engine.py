@@ -31,7 +31,7 @@ from ..models.init import fill
 from ..models.llama import Llama
 from ..optim.parameters import NamedParameter, OnePass, Shards
 from ..optim.statistics import GradientStatistics
-from .activation import apply_policy
+from .activation import apply_policies
 from .context import ContextParallel
 from .cost import balanced_stages
 from .engine import StepLoss
@@ -95,10 +95,7 @@ class TorchEngine:
             if mesh.layout.tp > 1:
                 apply_tensor_parallelism(stage, mesh.axes["tp"], parallel.sequence_parallel)
             blocks = list(stage.layers.values())
-            apply_policy(blocks, activation)
-            if compile_blocks:
-                for block in blocks:
-                    block.compile()
+            apply_policies(blocks, [activation] * len(blocks), compiled=compile_blocks)
             if self._sharded:
                 self._shard(stage, compute)
                 stage.to_empty(device=self._home)
