@@ -59,11 +59,7 @@ def sliced_cross_entropy(
 
 def _statistics(logits_CV: torch.Tensor, columns_C: torch.Tensor, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-sum-exp of each row and its logit in column `columns_C`, −inf for a column that is not there."""
-    # Two passes, of which the second finds rows in the cache. Were both reductions to keep their dim, the compiler would see a
-    # softmax and make one online pass of them, which is slower (H200, 4096 × 128,256: 0.70 ms against 0.58).
-    x_CV = logits_CV.to(wide)
-    peak_C1 = x_CV.amax(1, keepdim=True)
-    log_sum_C = (x_CV - peak_C1).exp().sum(1).log() + peak_C1.squeeze(1)
+    log_sum_C = logits_CV.to(wide).logsumexp(1)
     inside_C = (columns_C >= 0) & (columns_C < logits_CV.shape[1])
     picked_C = logits_CV.gather(1, torch.where(inside_C, columns_C, 0).unsqueeze(1)).squeeze(1).to(wide)
     return log_sum_C, torch.where(inside_C, picked_C, -torch.inf)
@@ -77,11 +73,31 @@ def _differentiate(logits_CV: torch.Tensor, log_sum_C: torch.Tensor, columns_C: 
 
 
 @cache
-def _kernels(device: str) -> tuple[Callable[..., tuple[torch.Tensor, torch.Tensor]], Callable[..., None]]:
-    """The two passes over a chunk's logits, each fused into one kernel where a compiler for the device is at hand."""
-    if device == "cuda" and importlib.util.find_spec("triton") is not None:
-        return torch.compile(_statistics), torch.compile(_differentiate)
-    return _statistics, _differentiate
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _softmax(
+    logits_CV: torch.Tensor, targets_C: torch.Tensor, merge: Merge | None, first: int, ignored: int, differentiate: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's log-sum-exp and target logit over the whole vocabulary. Turns logits into their gradient on request."""
+    if logits_CV.is_cuda and logits_CV.dtype != torch.float64 and _has_triton():
+        from .loss_kernel import softmax_rows
+
+        at_once = differentiate and merge is None
+        log_sum_C, picked_C = softmax_rows(logits_CV, targets_C, first, ignored, differentiate=at_once)
+        if merge is not None:
+            log_sum_C, picked_C = merge(log_sum_C, picked_C)
+            if differentiate:
+                softmax_rows(logits_CV, targets_C, first, ignored, log_sum_C=log_sum_C)
+        return log_sum_C, picked_C
+    columns_C = targets_C - first
+    log_sum_C, picked_C = _statistics(logits_CV, columns_C, torch.promote_types(logits_CV.dtype, torch.float32))
+    if merge is not None:
+        log_sum_C, picked_C = merge(log_sum_C, picked_C)
+    if differentiate:
+        _differentiate(logits_CV, log_sum_C, columns_C, targets_C != ignored)
+    return log_sum_C, picked_C
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -102,22 +118,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         to_hidden, to_head = (recording and needed for needed in ctx.needs_input_grad[:2])
         hidden_grad_TD = torch.empty_like(hidden_TD) if to_hidden else None
         head_grad_VD = torch.zeros_like(head_VD, dtype=wide) if to_head else None
-        statistics, differentiate = _kernels(hidden_TD.device.type)
+        differentiate = hidden_grad_TD is not None or head_grad_VD is not None
         stride = -(-vocabulary // _ALIGNMENT) * _ALIGNMENT
         buffer = hidden_TD.new_empty(min(chunk, tokens), stride)[:, :vocabulary]
         total = hidden_TD.new_zeros((), dtype=wide)
         for start in range(0, tokens, chunk):
             part = slice(start, start + chunk)
             hidden_CD, targets_C = hidden_TD[part], targets_T[part]
-            valid_C, columns_C = targets_C != ignored, targets_C - first
             logits_CV = torch.mm(hidden_CD, head_VD.t(), out=buffer[: hidden_CD.shape[0]])
-            log_sum_C, picked_C = statistics(logits_CV, columns_C, wide)
-            if merge is not None:
-                log_sum_C, picked_C = merge(log_sum_C, picked_C)
-            total += torch.where(valid_C, log_sum_C - picked_C, 0).sum()
-            if hidden_grad_TD is None and head_grad_VD is None:
-                continue
-            differentiate(logits_CV, log_sum_C, columns_C, valid_C)
+            log_sum_C, picked_C = _softmax(logits_CV, targets_C, merge, first, ignored, differentiate)
+            total += torch.where(targets_C != ignored, log_sum_C - picked_C, 0).sum()
             if hidden_grad_TD is not None:
                 torch.mm(logits_CV, head_VD, out=hidden_grad_TD[part])
             if head_grad_VD is not None:
