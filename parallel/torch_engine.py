@@ -29,6 +29,7 @@ from ..data.batch import MicroBatch
 from ..models.attention import positions
 from ..models.init import fill
 from ..models.llama import Llama
+from ..optim.agvm import AGVM
 from ..optim.parameters import NamedParameter, OnePass, Shards
 from ..optim.statistics import GradientStatistics
 from .activation import apply_policies
@@ -221,22 +222,36 @@ class TorchEngine:
             self._tied.fetch()
         if self._masters is not None:
             self._masters.begin(narrow=len(micro_batches) == 1 and self._one_pass is not None)
+        halved = self.optimizer if isinstance(self.optimizer, AGVM) and self.optimizer.wants_halves else None
+        half = len(micro_batches) // 2 - 1 if halved is not None else -1
+        first_half: list[torch.Tensor] = []
         if self._pipeline is not None:
             total = self._pipeline.accumulate([self._stage_inputs(batch) for batch in micro_batches], global_tokens)
         else:
             total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
             for index, micro_batch in enumerate(micro_batches):
-                self._communicate(last=index == len(micro_batches) - 1)
+                self._communicate(last=index in (half, len(micro_batches) - 1))
                 loss = self._forward(micro_batch)
                 (loss / global_tokens).backward()
                 total += loss.detach()
+                if index == half:
+                    first_half = [gradient.clone() for gradient in self._reduced()]
         if self._tied is not None:
             self._tied.give_gradient()
         if self._masters is None:
             for parameter, placed in zip(self._parameters, self._placed.values(), strict=True):
                 gradient = placed.parameter.grad
                 parameter.tensor.grad = None if gradient is None else local(gradient)
+        if halved is not None:
+            assert first_half, "AGVM needs two micro-batches on every rank, and no pipeline"
+            halved.observe_halves(first_half)
         return StepLoss(self._over_batch(total), global_tokens, {})
+
+    def _reduced(self) -> list[torch.Tensor]:
+        """Every parameter's gradient as it stands after a micro-batch that communicated."""
+        if self._masters is not None:
+            return self._gradients()
+        return [local(placed.parameter.grad) for placed in self._placed.values() if placed.parameter.grad is not None]
 
     def _over_batch(self, total: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that hold different parts of the global batch, known to every stage's ranks afterwards."""

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config.checkpoint import checkpoint_problems
 from ..config.problems import ConfigError, Problem
 from ..config.validate import config_problems
+from ..optim.agvm import AGVM
 from ..optim.build import build_controller, build_schedule
 from ..parallel.engines import engine_problems
 from ..parallel.layout import Layout, layout_problems
@@ -100,6 +102,13 @@ def _controller_problems(config: DictConfig, data_size: int) -> list[Problem]:
     controller = build_controller(config.batch, horizon, batch_divisor(config, data_size))
     measures = controller.needs_statistics or controller.needs_loss
     found = build_coupling(config, controller).problems(measures, config.schedule.get("name", ""))
+    if issubclass(get_class(config.optim._target_), AGVM):
+        if config.parallel.pp > 1:
+            fix = "use parallel.pp=1, or another optimizer"
+            found.append(Problem("optim", "AGVM compares halves of each rank's micro-batches, which a pipeline mixes", fix))
+        if controller.samples < 2 * config.batch.micro * data_size:
+            fix = "halve batch.micro or double batch.samples"
+            found.append(Problem("batch.micro", "AGVM needs two micro-batches or more on every rank", fix))
     return found if config.batch.name == "fixed" else [*controller.problems(), *found]
 
 
