@@ -20,7 +20,7 @@ from ..config.compose import Composer
 from ..config.problems import ConfigError, Problem
 from ..parallel.cost import LayoutCost, layout_cost
 from ..parallel.layout import Layout
-from ..parallel.memory import Job
+from ..parallel.memory import Job, block_policies
 from ..trainer.build import Parts, build_model, optimizer_factory
 from ..trainer.validate import run_problems
 from .draw import pipeline_svg
@@ -103,13 +103,20 @@ def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
     if parts.parallel.offload != "none":
         notes.append("parallel.offload moves weights, gradients and optimizer state of this account to the host")
     model = build_model(config, vocabulary)
+    trainer = parts.trainer
+    try:
+        policies = block_policies(
+            *(model, parts.parallel, config.precision, trainer.activation, trainer.activation_budget), compiled=trainer.compile
+        )
+    except ValueError as error:
+        raise ConfigError([Problem("trainer.activation_budget", str(error), "give it more")]) from error
     job = Job(
         seq_len=config.data.seq_len,
         micro=config.batch.micro,
         micro_batches=max(1, config.batch.samples // (layout.data_size * config.batch.micro)),
         precision=config.precision,
-        activation=parts.trainer.activation,
-        compiled=parts.trainer.compile,
+        policies=policies,
+        compiled=trainer.compile,
     )
     cost = layout_cost(model, parts.parallel, layout, job, optimizer_factory(config))
     notes += [

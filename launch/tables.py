@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from rich import box
@@ -118,6 +119,8 @@ def step_table(parallel: ParallelConfig, layout: Layout, job: Job, cost: LayoutC
     tokens = samples * job.seq_len
     table.add_row("global batch", f"{samples:,} samples × {job.seq_len:,} positions = {tokens:,} tokens")
     table.add_row("each rank", f"{job.micro_batches} micro-batches of {job.micro} samples")
+    counts = Counter(job.policies)
+    table.add_row("activations", ", ".join(f"{policy} in {count} blocks" for policy, count in counts.items()))
     table.add_row("model FLOPs", f"{cost.model_flops:.3g} (6 per parameter and token, and full attention)")
     work = [rank.flops for rank in cost.ranks]
     table.add_row("computed per rank", " / ".join(f"{flops:.3g}" for flops in distinct(cost.ranks)) + " FLOPs")

@@ -96,7 +96,8 @@ class LayoutCost:
 
 def layout_cost(model: Llama, parallel: ParallelConfig, layout: Layout, job: Job, make: OptimizerFactory) -> LayoutCost:
     """The costs of a legal layout. model: on the meta device."""
-    plan = balanced_stages(model, parallel, job.seq_len, job.activation)
+    again = "full" if set(job.policies) == {"full"} else "none"
+    plan = balanced_stages(model, parallel, job.seq_len, again)
     timeline = None
     if plan.count > 1:
         timeline = simulate(torch_order(parallel, job.micro_batches), stage_costs(model, plan, job))
@@ -112,7 +113,7 @@ def stage_costs(model: Llama, plan: StagePlan, job: Job) -> list[Costs]:
     for at, layers in enumerate(plan.layers):
         blocks = len(layers) * layer_flops(model, job.seq_len)
         ends = (embedding_flops(model) if at == 0 else 0.0) + (head_flops(model) if at == plan.count - 1 else 0.0)
-        again = blocks if job.activation == "full" else 0.0
+        again = sum(job.policies[layer] == "full" for layer in layers) * layer_flops(model, job.seq_len)
         costs.append(Costs(blocks + ends, blocks + ends + again, blocks + ends))
     return costs
 
@@ -146,13 +147,14 @@ def _rank_cost(
     shards = sum(piece.padded for piece in held) * exact
     in_flight = whole * exact if accumulates else max(groups.values()) * (unit + exact)
 
-    block = block_bytes(model, job, parallel, job.activation)
+    blocks_keep = [block_bytes(model, job, parallel, policy) for policy in job.policies]
     hidden = job.micro * job.seq_len // parallel.cp * model.dim * unit // (parallel.tp if parallel.sequence_parallel else 1)
     # A stage holds what it sent, too, until the micro-batch's backward pass.
-    sizes = {stage: len(plan.layers[stage]) * block + (hidden if stage < last else 0) for stage in mine}
+    sizes = {stage: sum(blocks_keep[layer] for layer in plan.layers[stage]) + (hidden if stage < last else 0) for stage in mine}
     kept = timeline.peak(rank, lambda stage: sizes[stage]) if timeline else sum(sizes.values())
     # A block's backward pass holds what policy "none" keeps (computed again or fetched), and gradients of about as much.
-    working = block_bytes(model, job, parallel, "none") * (1 if job.activation in ("none", "selective") else 2)
+    computed_again = bool({"full", "offload"} & set(job.policies))
+    working = block_bytes(model, job, parallel, "none") * (2 if computed_again else 1)
     if last in mine:
         working = max(working, loss_bytes(model, job, parallel))
     if plan.count > parallel.pp:

@@ -14,7 +14,9 @@ from ..config.parallel import ParallelConfig
 from ..models.llama import Llama
 from ..models.loss import CHUNK
 from ..optim.parameters import NamedParameter, Shards, Unsharded
+from .activation import LADDER, mixed_policies
 from .layout import Layout
+from .stages import schedule_of
 from .tensor import LLAMA_PLACES
 
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
@@ -28,14 +30,14 @@ class Job:
     seq_len, micro    positions per sample, samples per micro-batch
     micro_batches     per rank and step
     precision         bf16, fp32 or fp64
-    activation        none, selective, full or offload; compiled: whether blocks are compiled
+    policies          of each block: none, selective, full or offload; compiled: whether blocks are compiled
     """
 
     seq_len: int
     micro: int
     micro_batches: int
     precision: str
-    activation: str
+    policies: list[str]
     compiled: bool
 
 
@@ -123,6 +125,23 @@ def block_bytes(model: Llama, job: Job, parallel: ParallelConfig, policy: str) -
     else:
         per_token = unit * (2 * stream + 2 * model.dim + heads + 4 * model.ffn_dim / tp) + statistics
     return round(tokens * per_token)
+
+
+def block_policies(
+    model: Llama, parallel: ParallelConfig, precision: str, activation: str, budget: float | None, *, compiled: bool
+) -> list[str]:
+    """The activation policy of every block: `trainer.activation`, or what `trainer.activation_budget` leaves to choose.
+
+    Raises ValueError for a budget that no choice keeps to.
+    """
+    if budget is None:
+        return [activation] * model.depth
+    ladder = [
+        policy for policy in LADDER if policy != "selective" or parallel.pp == 1 or not schedule_of(parallel).splits_backward
+    ]
+    # What blocks keep is in proportion to their tokens, so any number of them will do.
+    job = Job(1024 * parallel.cp, 1, 1, precision, [], compiled)
+    return mixed_policies(model.depth, budget, {policy: block_bytes(model, job, parallel, policy) for policy in ladder}, ladder)
 
 
 def loss_bytes(model: Llama, job: Job, parallel: ParallelConfig) -> int:

@@ -39,7 +39,7 @@ def planned(work: Work, world_size: int) -> list[tuple[int, int | None, int]]:
         model = Llama(**work.llama())
     layout = Layout.plan(work.parallel, world_size)
     micro_batches = work.samples // layout.data_size // work.micro
-    job = Job(SEQ_LEN, work.micro, micro_batches, "fp64", "none", compiled=False)
+    job = Job(SEQ_LEN, work.micro, micro_batches, "fp64", ["none"] * 4, compiled=False)
     make = lambda parameters, shards: torch.optim.AdamW([p.tensor for p in parameters])  # noqa: E731
     return [(r.weights, r.optimizer, r.elements) for r in layout_cost(model, work.parallel, layout, job, make).ranks]
 
@@ -94,7 +94,7 @@ def test_what_a_block_keeps_is_what_autograd_keeps(policy: str) -> None:
     for model in models:
         apply_policies(list(model.layers.values()), [policy] * model.depth)
     per_block = kept(models[1], tokens) - kept(models[0], tokens)
-    job = Job(seq_len=64, micro=2, micro_batches=1, precision="fp32", activation=policy, compiled=False)
+    job = Job(seq_len=64, micro=2, micro_batches=1, precision="fp32", policies=[policy], compiled=False)
     # On the CPU RMSNorm is made of simple operations, and keeps its normalised input too; the GPU's kernel does not.
     on_cpu = 2 * tokens.numel() * 128 * 4 if policy == "none" else 0
     assert per_block - on_cpu == block_bytes(models[0], job, ParallelConfig(), policy)
@@ -103,7 +103,7 @@ def test_what_a_block_keeps_is_what_autograd_keeps(policy: str) -> None:
 def test_less_is_kept_from_policy_to_policy_and_by_cutting() -> None:
     with torch.device("meta"):
         model = Llama(dim=2048, layers=16, heads=32, kv_heads=8, ffn_dim=8192, vocabulary=128256)
-    job = Job(8192, 4, 8, "bf16", "none", compiled=False)
+    job = Job(8192, 4, 8, "bf16", [], compiled=False)
     whole = [block_bytes(model, job, ParallelConfig(), policy) for policy in ("none", "selective", "full", "offload")]
     assert whole == sorted(whole, reverse=True) and whole[-1] == 0
     assert block_bytes(model, job, ParallelConfig(cp=2), "none") * 2 == whole[0]
