@@ -15,6 +15,8 @@ class TrainerConfig:
     eval_every      evaluate every so many steps; null: only at the end; 0: never
     eval_samples    samples of the validation set per evaluation
     activation      what the forward pass keeps for the backward pass: none (keep all), selective, full, offload
+    activation_budget  with activation=none: share of it, in (0, 1], that may be kept; the rest is computed again, as little
+                    as can be (selectively in some blocks, then fully in some); null: all
     compile         torch.compile each block
     hooks           the user's own hooks, each a node with a `_target_`
     sample_prompt   text the model continues at the end of the run; null: none
@@ -27,6 +29,7 @@ class TrainerConfig:
     eval_every: int | None = 100
     eval_samples: int = 64
     activation: str = "none"
+    activation_budget: float | None = None
     compile: bool = False
     hooks: list[Any] = field(default_factory=list)
     sample_prompt: str | None = None

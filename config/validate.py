@@ -60,6 +60,12 @@ def _trainer_problems(trainer: DictConfig) -> Iterator[Problem]:
         yield Problem("trainer.sample_tokens", f"{trainer.sample_tokens} is no text", "use trainer.sample_prompt=null for none")
     if trainer.activation not in ACTIVATIONS:
         yield Problem("trainer.activation", f"there is no '{trainer.activation}'", f"use {', '.join(ACTIVATIONS)}")
+    budget = trainer.activation_budget
+    if budget is not None and not 0 < budget <= 1:
+        yield Problem("trainer.activation_budget", f"{budget} is not a share", "use a number in (0, 1], or null")
+    elif budget is not None and trainer.activation != "none":
+        fix = "use trainer.activation=none: the budget chooses among the others"
+        yield Problem("trainer.activation_budget", f"trainer.activation={trainer.activation} leaves nothing to choose", fix)
 
 
 def _model_problems(model: Any) -> Iterator[Problem]:

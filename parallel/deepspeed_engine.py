@@ -34,6 +34,7 @@ from .deepspeed_setup import import_deepspeed, materialise, quiet, swap_folder
 from .deepspeed_state import state_of, whole_shape
 from .engine import StepLoss
 from .fragment import Fragment
+from .memory import block_policies
 from .mesh import Mesh
 from .moments import GradientMoments, Measure
 from .shards import Placed
@@ -54,6 +55,7 @@ class DeepSpeedEngine:
         seed: int,
         precision: str = "bf16",
         activation: str = "none",
+        activation_budget: float | None = None,
         compile_blocks: bool = False,
         measures: bool = False,
     ) -> None:
@@ -72,7 +74,8 @@ class DeepSpeedEngine:
             parallel = replace(parallel, offload_path=swap_folder(parallel.offload_path, mesh.rank))
         settings = derive(parallel, precision, pin_memory=mesh.device.type == "cuda")
         blocks = list(model.layers.values())
-        apply_policies(blocks, [activation] * len(blocks), compiled=compile_blocks)
+        policies = block_policies(model, parallel, precision, activation, activation_budget, compiled=compile_blocks)
+        apply_policies(blocks, policies, compiled=compile_blocks)
         materialise(model, mesh.device, PRECISIONS[precision], settings if parallel.zero == 3 else None)
         parameters = [
             NamedParameter(name, parameter, whole_shape(parameter), model.decays(name), model.lr_scale(name))

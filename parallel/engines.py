@@ -63,6 +63,7 @@ def make_engine(
     seed: int,
     precision: str,
     activation: str = "none",
+    activation_budget: float | None = None,
     compile_blocks: bool = False,
     seq_len: int = 0,
     measures: bool = False,
@@ -73,6 +74,7 @@ def make_engine(
         "seed": seed,
         "precision": precision,
         "activation": activation,
+        "activation_budget": activation_budget,
         "compile_blocks": compile_blocks,
         "measures": measures,
     }

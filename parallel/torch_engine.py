@@ -37,6 +37,7 @@ from .context import ContextParallel
 from .cost import balanced_stages
 from .engine import StepLoss
 from .fragment import Fragment
+from .memory import block_policies
 from .mesh import Mesh
 from .moments import GradientMoments, Measure
 from .pipeline import Pipeline, StageInputs, TiedHead
@@ -62,6 +63,7 @@ class TorchEngine:
         parallel: ParallelConfig,
         precision: str = "bf16",
         activation: str = "none",
+        activation_budget: float | None = None,
         compile_blocks: bool = False,
         seq_len: int = 0,
         measures: bool = False,
@@ -87,6 +89,7 @@ class TorchEngine:
             for index in plan.held_by(mesh.coordinates["pp"])
         }
         stages = list(self._stages.values())
+        policies = block_policies(model, parallel, precision, activation, activation_budget, compiled=compile_blocks)
         self.module: nn.Module = stages[0] if len(stages) == 1 else nn.ModuleList(stages)
         self._groups: list[FSDPModule] = []
         self._context = ContextParallel(mesh, parallel.cp_kind) if mesh.layout.cp > 1 else None
@@ -96,7 +99,7 @@ class TorchEngine:
             if mesh.layout.tp > 1:
                 apply_tensor_parallelism(stage, mesh.axes["tp"], parallel.sequence_parallel)
             blocks = list(stage.layers.values())
-            apply_policies(blocks, [activation] * len(blocks), compiled=compile_blocks)
+            apply_policies(blocks, [policies[int(name)] for name in stage.layers], compiled=compile_blocks)
             if self._sharded:
                 self._shard(stage, compute)
                 stage.to_empty(device=self._home)

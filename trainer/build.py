@@ -117,6 +117,7 @@ def build_engine(config: DictConfig, model: Llama, mesh: Mesh, seq_len: int, mea
         seed=config.seed,
         precision=config.precision,
         activation=parts.trainer.activation,
+        activation_budget=parts.trainer.activation_budget,
         compile_blocks=parts.trainer.compile,
         seq_len=seq_len,
         measures=measures,
