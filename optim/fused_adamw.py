@@ -8,11 +8,9 @@ Imported only where Triton is at hand.
 
 # Triton comes with torch's CUDA builds alone, and a checker does not see what its decorator makes of a function.
 # pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false
-# pyright: reportUnknownParameterType=false, reportIndexIssue=false
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportIndexIssue=false
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -23,23 +21,23 @@ _BLOCK = 2048
 
 @triton.jit
 def _adamw(
-    weight: Any,
-    gradient: Any,
-    first: Any,
-    second: Any,
-    copy: Any,
-    scale: Any,
-    size: Any,
-    keep: Any,
-    rate_first: Any,
-    rate_second: Any,
-    step_size: Any,
-    root_correction: Any,
-    eps: Any,
+    weight,
+    gradient,
+    first,
+    second,
+    copy,
+    scale,
+    size,
+    keep,
+    rate_first,
+    rate_second,
+    step_size,
+    root_correction,
+    eps,
     SCALED: tl.constexpr,
     COPIED: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
