@@ -49,6 +49,7 @@ setup(
         "hf": ["datasets>=2.19", "transformers>=4.45"],
         "parquet": ["pyarrow>=15"],
         "zstd": ["zstandard>=0.22"],
+        "float8": ["torchao>=0.15"],
         "plots": ["matplotlib>=3.8"],
         "fit": ["scipy>=1.12"],
         "dev": [
@@ -59,6 +60,7 @@ setup(
             "pyright>=1.1.380",
             "import-linter>=2.0",
             "pre-commit>=3.7",
+            "setuptools>=70.1",
             "pyarrow>=15",
             "zstandard>=0.22",
             "tensorboard>=2.16",

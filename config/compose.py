@@ -25,6 +25,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from xxhash import xxh3_64_hexdigest
 
 from . import RunConfig, batch, data, model, optim, schedule
 from .problems import ConfigError, Problem
@@ -32,6 +33,7 @@ from .problems import ConfigError, Problem
 RECIPES = "pkg://meshloom.recipes"
 ROOT = "config"
 HYDRA_VERSION = "1.3"
+LONGEST_NAME = 200  # bytes; file systems take 255
 NEVER_SAVED = ("launch", "resume", "output_dir")  # belong to an invocation, not to the run it continues
 
 
@@ -174,6 +176,20 @@ def near_miss(key: str, known: Iterable[str]) -> str:
 def task_overrides() -> list[str]:
     """The overrides of the command line that this process was started with; none outside of `hydra.main`."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def sweep_folder(overrides: Sequence[str], job: Sequence[str]) -> str:
+    """Name of a sweep job's folder: the overrides of the job whose values the sweep's command line varies.
+
+    It stays the same however the sweep is extended later, so that its jobs can be resumed.
+    """
+    parser = OverridesParser.create()
+    swept = {override.get_key_element() for override in parser.parse_overrides(list(overrides)) if override.is_sweep_override()}
+    lines = [override for override in parser.parse_overrides(list(job)) if override.get_key_element() in swept]
+    name = "_".join(f"{line.get_key_element()}={line.get_value_element_as_str()}" for line in lines).replace("/", "-") or "job"
+    if len(name.encode()) > LONGEST_NAME:
+        name = f"{name.encode()[: LONGEST_NAME - 20].decode(errors='ignore')}_{xxh3_64_hexdigest(name.encode())}"
+    return name
 
 
 def resumed(saved: Mapping[str, Any], fresh: DictConfig, overrides: Sequence[str]) -> DictConfig:

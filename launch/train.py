@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, register_schemas, task_overrides
+from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, register_schemas, sweep_folder, task_overrides
 from ..config.problems import ConfigError, Problem
 
 BAD_CONFIG = 2
@@ -122,8 +122,7 @@ def _machine(config: DictConfig) -> Iterator[Problem]:
 
 def _run(config: DictConfig, switches: argparse.Namespace) -> int:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        job = HydraConfig.get().job.override_dirname.replace("/", "_") or "job"
-        config.output_dir = f"{config.output_dir}/sweep/{job}"
+        config.output_dir = f"{config.output_dir}/sweep/{sweep_folder(switches.overrides, task_overrides())}"
     OmegaConf.resolve(config)
     count = processes(config)
     if count > 1 and not under_torchrun():

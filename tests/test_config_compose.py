@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from meshloom.config.compose import Composer, differences, resumed
+from meshloom.config.compose import Composer, differences, resumed, sweep_folder
 from meshloom.config.problems import ConfigError
 
 
@@ -46,7 +46,7 @@ def test_command_line_wins_over_recipe_and_recipe_over_schema(composer: Composer
     assert config.schedule.name == "power"
     assert config.optim.lr == 0.5
     assert config.precision == "fp32"  # the recipe's; the schema says bf16
-    assert config.schedule.warmup == 10  # what the recipe says of schedules holds for the chosen one
+    assert config.schedule.warmup == "5%"  # what the recipe says of schedules holds for the chosen one
 
 
 def test_every_fault_is_named_at_once_with_a_fix(composer: Composer) -> None:
@@ -108,6 +108,16 @@ def test_sweep_expands_into_jobs(composer: Composer) -> None:
         for lr in ("0.001", "0.003")
         for schedule in ("wsd", "power")
     ]
+
+
+def test_sweep_folders_are_named_by_what_is_swept() -> None:
+    line = ["recipe=quickstart", "data.input=a/b", "optim.lr=1e-3,3e-3", "trainer.sample_prompt=x/y,z"]
+    assert sweep_folder(line, ["data.input=a/b", "optim.lr=0.001", "trainer.sample_prompt=x/y"]) == (
+        "optim.lr=0.001_trainer.sample_prompt=x-y"
+    )
+    assert sweep_folder(["seed=1"], ["seed=1"]) == "job"
+    long = [sweep_folder(["trainer.sample_prompt=a,b"], [f"trainer.sample_prompt={'e' * 300}{end}"]) for end in "xy"]
+    assert long[0] != long[1] and all(len(name.encode()) <= 200 for name in long)
 
 
 def saved_run(composer: Composer, *overrides: str) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def test_jobs_of_a_sweep_get_folders_of_their_own(started: list[list[str]]) -> N
     line = ["train", "-m", "recipe=quickstart", "launch.nproc=2", "optim.lr=0.001,0.003", "output_dir=there"]
     assert cli.main(line) == 0
     folders = [arguments[-1] for arguments in started]
-    assert folders == [f"output_dir='there/sweep/launch.nproc=2_optim.lr={lr}'" for lr in ("0.001", "0.003")]
+    assert folders == [f"output_dir='there/sweep/optim.lr={lr}'" for lr in ("0.001", "0.003")]
 
 
 def test_a_failed_job_fails_the_sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,3 +62,40 @@ def test_train_resume_and_generate(tmp_path: Path) -> None:
     assert third.returncode == 0, third.stderr
     assert third.stdout.startswith("the ")
     assert meshloom(tmp_path, "generate", *asked).stdout == third.stdout
+
+
+@pytest.mark.slow
+def test_sweep_trains_every_job_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("".join(f"the number after {n} is {n + 1}.\n" for n in range(300)))
+    done = meshloom(tmp_path, "train", "-m", *SMALL, "trainer.steps=2", "trainer.sample_prompt=null", "optim.lr=1e-3,3e-3")
+    assert done.returncode == 0, done.stderr
+    folders = list((tmp_path / "run" / "sweep").glob("optim.lr=*"))
+    rates = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["lr"] for folder in folders]
+    assert sorted(rates) == pytest.approx([1e-3, 3e-3])  # a warm-up of 5% of two steps is over after the first
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["sweep"]
+
+
+CRASH_ONCE = """
+import os
+from meshloom.trainer.hooks import Hook
+
+class CrashOnce(Hook):
+    def on_step_end(self, loop):
+        if loop.progress.step == 5 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and loop.mesh.rank == 1:
+            os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+def test_restarted_processes_go_on_from_what_the_run_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "corpus.txt").write_text("".join(f"the number after {n} is {n + 1}.\n" for n in range(300)))
+    (tmp_path / "crash_once.py").write_text(CRASH_ONCE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    more = ["trainer.steps=6", "trainer.hooks=[{_target_:crash_once.CrashOnce}]", "checkpoint.mode=sync", "parallel.timeout=30"]
+    done = meshloom(tmp_path, "train", *SMALL, *more, "launch.nproc=2", "launch.max_restarts=1")
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 4" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    again = meshloom(tmp_path, "train", *SMALL, *more, "launch.nproc=2", "launch.max_restarts=1")
+    assert again.returncode == 2 and "launch.max_restarts" in again.stderr
