@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from ..config.parallel import ParallelConfig
 from ..config.problems import Problem
 from .mesh import Mesh
-from .shards import Placed
+from .shards import Placed, own_part
 
 
 class Measure(Enum):
@@ -51,17 +51,6 @@ def moments_problems(parallel: ParallelConfig, tied: bool, projections: bool) ->
     if parallel.tp > 1 and projections:
         problems.append(Problem("batch", "projections can't be measured under tensor parallelism", f"{fix} batch=norm_test"))
     return problems
-
-
-def _own_part(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a gradient: of a tensor-parallel weight, what lies where the rank's part of the weight does.
-
-    Autograd gives a weight's gradient in any placement: sums still pending, or whole on every rank (an embedding's).
-    """
-    if not isinstance(gradient, DTensor):
-        return gradient
-    assert isinstance(weight, DTensor)
-    return gradient.redistribute(placements=weight.placements).to_local()
 
 
 class GradientMoments:
@@ -119,7 +108,7 @@ class GradientMoments:
         def hook(gradient: torch.Tensor) -> None:
             if self._measure is Measure.NOTHING:
                 return
-            mine = _own_part(gradient, weight)
+            mine = own_part(gradient, weight)
             exact = torch.float64 if mine.dtype == torch.float64 else torch.float32
             self._norms[index].append(torch.linalg.vector_norm(mine, dtype=exact))
             if self._measure is Measure.PROJECTIONS:

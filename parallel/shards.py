@@ -21,6 +21,18 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor.detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def own_part(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a gradient: of a tensor-parallel weight, what lies where the rank's part of the weight does.
+
+    Autograd gives a weight's gradient in any placement: sums still pending (a norm's under sequence parallelism), or whole
+    on every rank (an embedding's). Where the placements differ this is a collective.
+    """
+    if isinstance(gradient, DTensor) and isinstance(weight, DTensor) and gradient.placements != weight.placements:
+        with torch.no_grad():
+            gradient = gradient.redistribute(placements=weight.placements)
+    return local(gradient)
+
+
 @dataclass(frozen=True)
 class Cut:
     """A dim of this extent, cut over an axis of the parameter's mesh into equal pieces, the last ones shorter or empty."""

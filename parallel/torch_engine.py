@@ -8,7 +8,7 @@ All ZeRO stages are one mechanism, FSDP2, told when to communicate (counts per s
     2      once                    M times               (shards)
     3      2 M times               M times               (shards)
 
-A single process has nothing to gather or reduce: there no stage shards anything (`unsharded.py`).
+A single data-parallel rank has nothing to gather or reduce: there no stage shards anything (`unsharded.py`).
 
 Gradients are *summed* over ranks, because each micro-batch's loss is already divided by the tokens of the whole global
 batch (rule R2): no factor depends on how the batch was cut.
@@ -36,12 +36,13 @@ from .activation import apply_policies
 from .context import ContextParallel
 from .cost import balanced_stages
 from .engine import StepLoss
+from .float8 import use_float8
 from .fragment import Fragment
 from .memory import block_policies
 from .mesh import Mesh
 from .moments import GradientMoments, Measure
 from .pipeline import Pipeline, StageInputs, TiedHead
-from .shards import MeshShards, Placed, local
+from .shards import MeshShards, Placed, local, own_part
 from .stages import carve, schedule_of
 from .tensor import apply_tensor_parallelism, stream_dim
 from .unsharded import MasterWeights, materialize
@@ -65,6 +66,7 @@ class TorchEngine:
         activation: str = "none",
         activation_budget: float | None = None,
         compile_blocks: bool = False,
+        float8: str = "none",
         seq_len: int = 0,
         measures: bool = False,
     ) -> None:
@@ -80,7 +82,7 @@ class TorchEngine:
         # Where shards, gradients and optimizer state live: with CPU offload, FSDP2 copies to and from it.
         self._home = torch.device("cpu") if parallel.offload == "cpu" else mesh.device
         self._slices_sequences = mesh.layout.tp > 1 and parallel.sequence_parallel
-        self._sharded = mesh.layout.world_size > 1 or parallel.offload == "cpu"
+        self._sharded = mesh.layout.world_size > mesh.layout.tp or parallel.offload == "cpu"
         compute = PRECISIONS[precision]
         model.to(torch.float64 if compute == torch.float64 else torch.float32)
         plan = balanced_stages(model, parallel, seq_len, activation)
@@ -96,6 +98,8 @@ class TorchEngine:
         for stage in stages:
             if self._context is not None:
                 self._context.apply(stage)
+            if float8 != "none":
+                use_float8(stage.layers.values(), float8, mesh.device)
             if mesh.layout.tp > 1:
                 apply_tensor_parallelism(stage, mesh.axes["tp"], parallel.sequence_parallel)
             blocks = list(stage.layers.values())
@@ -244,7 +248,7 @@ class TorchEngine:
         if self._masters is None:
             for parameter, placed in zip(self._parameters, self._placed.values(), strict=True):
                 gradient = placed.parameter.grad
-                parameter.tensor.grad = None if gradient is None else local(gradient)
+                parameter.tensor.grad = None if gradient is None else own_part(gradient, placed.parameter)
         if halved is not None:
             assert first_half, "AGVM needs two micro-batches on every rank, and no pipeline"
             halved.observe_halves(first_half)
@@ -254,7 +258,8 @@ class TorchEngine:
         """Every parameter's gradient as it stands after a micro-batch that communicated."""
         if self._masters is not None:
             return self._gradients()
-        return [local(placed.parameter.grad) for placed in self._placed.values() if placed.parameter.grad is not None]
+        places = [placed.parameter for placed in self._placed.values()]
+        return [own_part(place.grad, place) for place in places if place.grad is not None]
 
     def _over_batch(self, total: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that hold different parts of the global batch, known to every stage's ranks afterwards."""

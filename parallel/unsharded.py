@@ -1,9 +1,9 @@
-"""Weights that are whole on the only process: compute in low precision beside fp32 masters, with nothing to communicate.
+"""Weights of one data-parallel rank: compute in low precision beside fp32 masters, with nothing to gather or reduce.
 
 FSDP2 casts every weight anew in each pass, copies gradients into its buffers and widens them to fp32 before it reduces them.
-One process has nobody to reduce with: its forward pass reads low-precision weights that change once per update, and a
-gradient goes to the optimizer as the backward pass made it. The numbers are FSDP2's: widening a gradient changes none, and
-micro-batches are summed in fp32.
+One rank has nobody to reduce with (tensor parallelism adds up what it must by itself): its forward pass reads low-precision
+weights that change once per update, and a gradient goes to the optimizer as the backward pass made it. The numbers are
+FSDP2's: widening a gradient changes none, and micro-batches are summed in fp32.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..models.llama import Llama
+from .shards import local, own_part
 
 
 def materialize(model: Llama, dtype: torch.dtype, device: torch.device) -> None:
@@ -25,16 +26,16 @@ def materialize(model: Llama, dtype: torch.dtype, device: torch.device) -> None:
 
 
 class MasterWeights:
-    """fp32 masters of low-precision parameters, by name: what optimizers and checkpoints see.
+    """fp32 masters of this rank's parts of low-precision parameters, by name: what optimizers and checkpoints see.
 
     A gradient moves to its master, in the middle of the backward pass, as soon as it is complete.
     """
 
     def __init__(self, computed: Mapping[str, nn.Parameter]) -> None:
         """computed: the model's parameters in the dtype of the compute, on their device; their values don't matter."""
-        self._computed = dict(computed)
+        self._computed = {name: local(parameter) for name, parameter in computed.items()}
         self.masters = {
-            name: nn.Parameter(torch.empty_like(parameter, dtype=torch.float32)) for name, parameter in computed.items()
+            name: nn.Parameter(torch.empty_like(local(parameter), dtype=torch.float32)) for name, parameter in computed.items()
         }
         self._copied = dict.fromkeys(computed, -1)  # version of each master when it was last copied; −1: to be copied
         self._narrow = False
@@ -46,8 +47,8 @@ class MasterWeights:
     def _delivery(self, master: nn.Parameter) -> Callable[[torch.Tensor], None]:
         @torch.no_grad()
         def deliver(computed: torch.Tensor) -> None:
-            gradient, computed.grad = computed.grad, None
-            assert gradient is not None
+            assert computed.grad is not None
+            gradient, computed.grad = own_part(computed.grad, computed), None
             if master.grad is not None:
                 master.grad += gradient
             else:
