@@ -64,6 +64,7 @@ class Settings:
     cpu_adam: int = 0
     activation: str = "none"
     compile: int = 1
+    float8: str = "none"
     precision: str = "bf16"
     steps: int = 20
     warmup: int = 5
@@ -111,6 +112,7 @@ def build(settings: Settings) -> tuple[Engine, Mesh]:
         precision=settings.precision,
         activation=settings.activation,
         compile_blocks=bool(settings.compile),
+        float8=settings.float8,
     )
     return engine, mesh
 

@@ -18,6 +18,7 @@ class TrainerConfig:
     activation_budget  with activation=none: share of it, in (0, 1], that may be kept; the rest is computed again, as little
                     as can be (selectively in some blocks, then fully in some); null: all
     compile         torch.compile each block
+    float8          matrix products of the blocks in float8 with scales per tensor (tensorwise) or per row and column (rowwise)
     hooks           the user's own hooks, each a node with a `_target_`
     sample_prompt   text the model continues at the end of the run; null: none
     sample_tokens   how many tokens it adds
@@ -31,6 +32,7 @@ class TrainerConfig:
     activation: str = "none"
     activation_budget: float | None = None
     compile: bool = False
+    float8: str = "none"
     hooks: list[Any] = field(default_factory=list)
     sample_prompt: str | None = None
     sample_tokens: int = 200

@@ -13,6 +13,7 @@ from .deepspeed_config import deepspeed_problems
 from .deepspeed_engine import DeepSpeedEngine
 from .deepspeed_optimizer import OptimizerFactory, optimizer_problems
 from .engine import Engine
+from .float8 import float8_problems
 from .mesh import Mesh
 from .torch_engine import TorchEngine
 
@@ -27,13 +28,15 @@ def engine_problems(
     activation: str,
     world_size: int,
     device_type: str,
+    float8: str = "none",
 ) -> list[Problem]:
     """Everything about the engine that can't be, before anything is started."""
     if parallel.engine not in ENGINES:
         return [Problem("parallel.engine", f"there is no '{parallel.engine}'", f"use {' or '.join(ENGINES)}")]
+    problems = list(float8_problems(float8, parallel, precision))
     if parallel.engine == "torch":
-        return list(_torch_problems(parallel))
-    problems = deepspeed_problems(parallel, precision, world_size, device_type, activation)
+        return [*problems, *_torch_problems(parallel)]
+    problems += deepspeed_problems(parallel, precision, world_size, device_type, activation)
     if importlib.util.find_spec("deepspeed") is None:
         fix = "pip install 'meshloom[deepspeed]', or use parallel.engine=torch"
         problems.append(Problem("parallel.engine", "DeepSpeed is not installed", fix))
@@ -65,6 +68,7 @@ def make_engine(
     activation: str = "none",
     activation_budget: float | None = None,
     compile_blocks: bool = False,
+    float8: str = "none",
     seq_len: int = 0,
     measures: bool = False,
 ) -> Engine:
@@ -80,4 +84,4 @@ def make_engine(
     }
     if parallel.engine == "deepspeed":
         return DeepSpeedEngine(model, mesh, make_optimizer, **settings)
-    return TorchEngine(model, mesh, make_optimizer, seq_len=seq_len, **settings)
+    return TorchEngine(model, mesh, make_optimizer, seq_len=seq_len, float8=float8, **settings)

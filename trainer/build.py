@@ -119,6 +119,7 @@ def build_engine(config: DictConfig, model: Llama, mesh: Mesh, seq_len: int, mea
         activation=parts.trainer.activation,
         activation_budget=parts.trainer.activation_budget,
         compile_blocks=parts.trainer.compile,
+        float8=parts.trainer.float8,
         seq_len=seq_len,
         measures=measures,
     )
