@@ -1,0 +1,81 @@
+"""A run whose batch size follows its gradients: the same on other layouts, and stopped and resumed on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshloom.config.compose import Composer
+from meshloom.launch.train import main
+from meshloom.trainer.run import run
+from ranks import run_ranks
+
+TINY = [
+    "recipe=quickstart",
+    "data=synthetic",
+    "data.seq_len=16",
+    "precision=fp64",
+    *("model.vocabulary=64", "model.dim=16", "model.layers=2", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=32"),
+    *("trainer.steps=null", "trainer.eval_every=0", "trainer.sample_prompt=null", "logging.progress=false"),
+    *("schedule=constant", "schedule.warmup=512 tokens", "optim.lr_coupling=sqrt_saturating"),
+    *("batch=norm_test", "batch.samples=8", "batch.micro=2", "batch.multiple=8", "batch.max=64", "batch.eta=0.6"),
+    *("batch.ema=0.5", "batch.growth=1.2", "batch.interval=3"),
+]
+ROW = ("step", "loss", "lr", "grad_norm", "samples", "batch_samples", "gradient_variance", "gradient_norm_squared")
+
+
+def trained(rank: int, world_size: int, folder: str, tokens: int, extra: list[str]) -> list[dict[str, Any]]:
+    assert run(Composer().compose([*TINY, f"output_dir={folder}", f"trainer.tokens={tokens}", *extra]).config) == 0
+    return rows_of(folder)
+
+
+def resumed(rank: int, world_size: int, folder: str, tokens: int) -> list[dict[str, Any]]:
+    """By the command, whose overrides are laid over the checkpoint's config."""
+    assert main([*TINY, f"output_dir={folder}", f"trainer.tokens={tokens}", "resume=auto"]) == 0
+    return rows_of(folder)
+
+
+def rows_of(folder: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in ROW} for row in rows if "loss" in row]
+
+
+LONG = 16 * 8 * 30
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """One process, uninterrupted."""
+    return run_ranks(1, trained, str(tmp_path_factory.mktemp("alone")), LONG, [])[0]
+
+
+def same(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    assert [row["batch_samples"] for row in rows] == [row["batch_samples"] for row in others]
+    for row, other in zip(rows, others, strict=True):
+        assert row == pytest.approx(other, rel=1e-9)
+
+
+def test_the_batch_grows_and_the_rate_with_it(alone: list[dict[str, Any]]) -> None:
+    sizes = [row["batch_samples"] for row in alone]
+    assert sizes[0] == 8 and sizes[-1] > 16 and sizes == sorted(sizes)
+    assert [row["samples"] for row in alone] == [sum(sizes[: n + 1]) for n in range(len(sizes))], "no sample lost or repeated"
+    assert alone[-1]["lr"] > alone[4]["lr"]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [(2, ["parallel.zero=1"]), (4, ["parallel.zero=3"]), (4, ["parallel.zero=2", "parallel.replicate=2"])],
+)
+def test_other_layouts_measure_and_grow_alike(
+    alone: list[dict[str, Any]], tmp_path: Path, world_size: int, layout: list[str]
+) -> None:
+    same(run_ranks(world_size, trained, str(tmp_path), LONG, layout)[0], alone)
+
+
+def test_stopped_and_resumed_on_another_layout(alone: list[dict[str, Any]], tmp_path: Path) -> None:
+    first = run_ranks(4, trained, str(tmp_path), LONG // 2, ["parallel.zero=3"])[0]
+    assert 8 < first[-1]["batch_samples"] < alone[-1]["batch_samples"], "stopped while growing"
+    same(run_ranks(1, resumed, str(tmp_path), LONG)[0], alone)
