@@ -37,6 +37,8 @@ from .loop import Loop
 from .sampling import SampleText
 from .saving import Saving
 
+UNTOLD_VOCABULARY = 32_000  # of synthetic data where the model leaves it to the data as well
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -57,7 +59,7 @@ def build_data(config: DictConfig) -> DataNode:
     """The data of `config.data`; a synthetic one takes the model's vocabulary where it has none of its own."""
     node = {key: value for key, value in cast(Any, OmegaConf.to_container(config.data, resolve=True)).items() if key != "name"}
     if node.get("vocabulary", 0) is None:
-        node["vocabulary"] = config.model.vocabulary
+        node["vocabulary"] = config.model.get("vocabulary") or UNTOLD_VOCABULARY
     return instantiate({**node, "_convert_": "all"}, seed=config.seed)
 
 

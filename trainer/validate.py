@@ -16,11 +16,12 @@ from ..config.problems import ConfigError, Problem
 from ..config.validate import config_problems
 from ..optim.agvm import AGVM
 from ..optim.build import build_controller, build_schedule
+from ..optim.parameters import NamedParameter, Unsharded
 from ..parallel.engines import engine_problems
 from ..parallel.layout import Layout, layout_problems
 from ..parallel.legality import Work, layout_and_model_problems
 from .automatic import resolve_automatic
-from .build import Parts, batch_divisor, build_coupling, build_data, build_horizon, optimizer_factory
+from .build import Parts, batch_divisor, build_coupling, build_data, build_horizon, build_model, optimizer_factory
 
 
 def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
@@ -46,7 +47,10 @@ def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
         problems += _asked("optim", lambda: _engine_problems(config, parts, world_size))
     problems += checkpoint_problems(parts.checkpoint)
     problems += _asked("data", lambda: build_data(config).problems())
-    if not any(problem.key.startswith(("trainer.", "data.")) for problem in problems):
+    problems += _asked("optim", lambda: _optimizer_problems(config))
+    if not any(problem.key.startswith("model") for problem in problems):
+        problems += _asked("model", lambda: _model_problems(config))
+    if not any(problem.key.startswith(("trainer.", "data", "optim")) for problem in problems):
         problems += _asked("schedule", lambda: _schedule_problems(config))
         problems += _asked("batch", lambda: _controller_problems(config, data_size))
     return problems
@@ -112,6 +116,19 @@ def _controller_problems(config: DictConfig, data_size: int) -> list[Problem]:
     return found if config.batch.name == "fixed" else [*controller.problems(), *found]
 
 
+def _optimizer_problems(config: DictConfig) -> list[Problem]:
+    """Whether the optimizer takes its keys: it is built over one small parameter."""
+    parameter = NamedParameter("probe.weight", torch.nn.Parameter(torch.zeros(2, 2)), (2, 2))
+    optimizer_factory(config)([parameter], Unsharded())
+    return []
+
+
+def _model_problems(config: DictConfig) -> list[Problem]:
+    """Whether the model takes its keys: it is built on the meta device."""
+    build_model(config, vocabulary=2)
+    return []
+
+
 def _engine_problems(config: DictConfig, parts: Parts, world_size: int) -> list[Problem]:
     return engine_problems(
         parts.parallel,
@@ -134,5 +151,5 @@ def _asked(group: str, question: Callable[[], Iterable[Problem]]) -> list[Proble
         cause = error.__cause__ or error
         reason = next(iter(str(cause).splitlines()), type(cause).__name__)
         return [Problem(group, f"can't be built: {reason}", f"check {group}._target_ and the keys of its node")]
-    except (TypeError, ValueError, KeyError, OmegaConfBaseException) as error:
+    except (ImportError, TypeError, ValueError, KeyError, OmegaConfBaseException) as error:
         return [Problem(group, f"can't be built: {error}", f"check the keys of {group}")]

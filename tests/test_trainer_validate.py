@@ -1,0 +1,108 @@
+"""All of a run's problems are found before anything starts, whichever floor knows of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from meshloom.config.compose import Composer
+from meshloom.trainer.validate import run_problems
+
+
+@pytest.fixture(scope="module")
+def composer() -> Composer:
+    return Composer()
+
+
+def problems_of(composer: Composer, world_size: int, *overrides: str) -> dict[str, str]:
+    composition = composer.compose(["recipe=quickstart", *overrides])
+    assert composition.problems == []
+    return {problem.key: str(problem) for problem in run_problems(composition.config, world_size)}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "world_size"),
+    [("quickstart", 1), ("quickstart", 4), ("llama_1b", 1), ("llama_3b", 8), ("llama_8b", 2), ("llama_70b", 64)],
+)
+def test_recipes_run_on_the_machines_they_are_for(composer: Composer, recipe: str, world_size: int) -> None:
+    assert problems_of(composer, world_size, f"recipe={recipe}") == {}
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "llama_1b", "llama_70b"])
+def test_synthetic_data_fits_any_recipe(composer: Composer, recipe: str) -> None:
+    assert problems_of(composer, 8, f"recipe={recipe}", "data=synthetic") == {}
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "wsd", "power"])
+def test_every_schedule_fits_quickstart(composer: Composer, schedule: str) -> None:
+    assert problems_of(composer, 1, f"schedule={schedule}") == {}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "message"),
+    [
+        (
+            4,
+            ["batch.samples=10", "batch.micro=2"],
+            "batch.samples=10 is not a multiple of batch.micro × data-parallel size = 8; use 8 or 16",
+        ),
+        (2, ["batch.samples=6", "batch.micro=2"], "data-parallel size = 4; use 4 or 8, or batch.micro=1"),
+        (4, ["batch.samples=2", "batch.micro=1"], "data-parallel size = 4; use 4"),
+        (1, ["batch.samples=0"], "0 is not a number of samples"),
+    ],
+)
+def test_a_batch_that_can_not_be_dealt_says_which_could(
+    composer: Composer, world_size: int, overrides: list[str], message: str
+) -> None:
+    assert message in problems_of(composer, world_size, *overrides)["batch.samples"]
+
+
+def test_every_floor_is_asked_at_once(composer: Composer) -> None:
+    found = problems_of(
+        composer,
+        4,
+        "precision=half",
+        "parallel.zero=7",
+        "checkpoint.keep=-1",
+        "data.packing=loose",
+        "schedule.warmup=500",
+        "model.kv_heads=3",
+        "trainer.activation=some",
+        "launch.nproc=0",
+    )
+    assert {
+        "precision",
+        "parallel.zero",
+        "checkpoint.keep",
+        "data.packing",
+        "model.kv_heads",
+        "trainer.activation",
+        "launch.nproc",
+    } <= set(found)
+
+
+@pytest.mark.parametrize("group", ["model", "data", "schedule", "batch", "optim"])
+def test_a_class_that_is_not_there_is_a_problem_of_its_group(composer: Composer, group: str) -> None:
+    found = problems_of(composer, 1, f"{group}._target_=nowhere.Nothing")
+    assert any(key.startswith(group) and "nowhere" in said for key, said in found.items()), found
+
+
+def test_nothing_is_instantiated_that_is_missing(composer: Composer) -> None:
+    config: Any = composer.compose(["recipe=quickstart", "data.seq_len='???'"]).config
+    assert [str(problem) for problem in run_problems(config, 1)] == ["data.seq_len: is not set; give it as data.seq_len=…"]
+
+
+@pytest.mark.parametrize(
+    ("override", "group", "reason"),
+    [("optim.betas=[2,0.9]", "optim", "beta"), ("+model.depth=3", "model", "depth"), ("+data.size=3", "data", "size")],
+)
+def test_keys_that_a_class_refuses_are_a_problem_of_its_group(
+    composer: Composer, override: str, group: str, reason: str
+) -> None:
+    composition = composer.compose(["recipe=quickstart", override])
+    if composition.problems:  # the schema knows already
+        found = [str(problem) for problem in composition.problems]
+    else:
+        found = [str(problem) for problem in run_problems(composition.config, 1)]
+    assert len(found) == 1 and found[0].startswith(group) and reason in found[0]
