@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
@@ -17,12 +16,10 @@ from ..models.attention import attend_documents
 from .ring import ring_forward
 
 POLICIES = ("none", "selective", "full", "offload")
-LADDER = ("none", "selective", "full")
-"""Policies that a budget mixes, from the one that keeps most to the one that computes most again."""
+MIXED = ("none", "selective", "full")
+"""Policies that a budget mixes."""
 
-# The results of these are dear to compute and cheap to keep; everything else is computed again.
-_KEPT = {
-    torch.ops.aten.mm.default,
+_ATTENTION = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -30,27 +27,46 @@ _KEPT = {
     attend_documents._opoverload,
     ring_forward._opoverload,
 }
+# Of a block's seven matrix products (q, k, v, attention's output, SwiGLU's two, the last) these come first. What the sixth
+# gives is as large as it is dear, and the seventh's nobody asks for again.
+_PRODUCTS_KEPT = 5
 _SMALL = 1 << 16  # bytes: a smaller tensor is not worth a copy to the host
 
 
-def _keep_dear(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _selection() -> Any:
+    """Contexts of one selective checkpoint: attention and the first matrix products are kept, the rest is computed again."""
+    products = {False: 0, True: 0}  # so far, in the forward pass and when it is computed again
+
+    def keep(context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        kept = operation in _ATTENTION
+        if operation is torch.ops.aten.mm.default:
+            kept = products[context.is_recompute] < _PRODUCTS_KEPT
+            products[context.is_recompute] += 1
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(keep)
 
 
-def mixed_policies(layers: int, budget: float, kept: Mapping[str, float], ladder: Sequence[str] = LADDER) -> list[str]:
+def mixed_policies(layers: int, budget: float, kept: Mapping[str, float], again: Mapping[str, float]) -> list[str]:
     """A policy for each block such that together they keep at most `budget` of what policy "none" keeps of all of them.
 
-    kept: what a block keeps under each policy, in any unit. As few blocks as can be go down the ladder, one rung after the
-    other: a rung's saving costs less computation per byte than the next one's. They are spread evenly over the layers.
-    Raises ValueError if even the last rung keeps more than the budget.
+    kept, again: what a block keeps, and what it computes again, under each policy that may be used, in any unit. The mix
+    computes as little again as can be, by trying all; the policies are spread evenly over the layers.
+    Raises ValueError if nothing keeps to the budget.
     """
-    limit = budget * layers * kept["none"]
-    for higher, lower in pairwise(ladder):
-        moved = max(0, math.ceil((layers * kept[higher] - limit) / (kept[higher] - kept[lower]) - 1e-9))
-        if moved <= layers:
-            return [lower if (at + 1) * moved // layers > at * moved // layers else higher for at in range(layers)]
-    least = kept[ladder[-1]] / kept["none"]
-    raise ValueError(f"blocks can't keep {budget:g} of what they would; policy '{ladder[-1]}' keeps {least:.3f} of it")
+    limit = budget * layers * kept["none"] * (1 + 1e-9)
+    mixes = [Counter(mix) for mix in combinations_with_replacement(kept, layers)]
+    fitting = [mix for mix in mixes if sum(kept[policy] * count for policy, count in mix.items()) <= limit]
+    if not fitting:
+        least = min(kept, key=lambda policy: kept[policy])
+        share = kept[least] / kept["none"]
+        raise ValueError(f"blocks can't keep {budget:g} of what they would; policy '{least}' keeps {share:.3f} of it")
+    best = min(fitting, key=lambda mix: sum(again[policy] * count for policy, count in mix.items()))
+    given: list[str] = []
+    for at in range(1, layers + 1):
+        so_far = Counter(given)
+        given.append(max(best, key=lambda policy: best[policy] * at / layers - so_far[policy]))
+    return given
 
 
 def _checkpointed(forward: Callable[..., Any], selectively: bool) -> Callable[..., Any]:
@@ -59,11 +75,10 @@ def _checkpointed(forward: Callable[..., Any], selectively: bool) -> Callable[..
     A function of our own around torch's, because the compiler begins at the first frame that is not torch's: it would pass
     a partial of `checkpoint` by, and everything inside of it, without a word.
     """
-    contexts = functools.partial(create_selective_checkpoint_contexts, _keep_dear)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if selectively:
-            return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=_selection, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return run
@@ -114,7 +129,7 @@ def apply_policies(blocks: Sequence[nn.Module], policies: Sequence[str], *, comp
     The blocks' `forward` is replaced, so parameter names stay as they are.
 
     none       keep every intermediate result
-    selective  keep matrix products and attention, compute the rest again
+    selective  keep attention and all but two of the matrix products, compute the rest again
     full       keep only the block's input
     offload    keep everything, in host memory
 

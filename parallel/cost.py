@@ -14,19 +14,22 @@ import torch
 from ..config.parallel import ParallelConfig
 from ..models.llama import Llama
 from .layout import Layout
-from .memory import BYTES, Job, OptimizerFactory, block_bytes, loss_bytes, optimizer_bytes, pieces
+from .memory import (
+    BYTES,
+    Job,
+    OptimizerFactory,
+    block_bytes,
+    layer_flops,
+    loss_bytes,
+    optimizer_bytes,
+    pieces,
+    recomputed_flops,
+)
 from .stages import StagePlan, carve, schedule_of
 from .timeline import Costs, Timeline, simulate, torch_order
 
 BALANCE = 165.0
 """FLOPs that an accelerator computes while it moves one byte (H200: 790 TFLOP/s measured, 4.8 TB/s), for lookups."""
-
-
-def layer_flops(model: Llama, seq_len: int) -> float:
-    """Forward FLOPs of one block per token: 2 per matrix parameter, and the half of attention that causality leaves."""
-    kv_dim = model.kv_heads * model.head_dim
-    matrices = 2 * model.dim * model.dim + 2 * model.dim * kv_dim + 3 * model.dim * model.ffn_dim
-    return 2.0 * matrices + 2.0 * model.dim * seq_len
 
 
 def head_flops(model: Llama) -> float:
@@ -113,7 +116,7 @@ def stage_costs(model: Llama, plan: StagePlan, job: Job) -> list[Costs]:
     for at, layers in enumerate(plan.layers):
         blocks = len(layers) * layer_flops(model, job.seq_len)
         ends = (embedding_flops(model) if at == 0 else 0.0) + (head_flops(model) if at == plan.count - 1 else 0.0)
-        again = sum(job.policies[layer] == "full" for layer in layers) * layer_flops(model, job.seq_len)
+        again = sum(recomputed_flops(model, job.policies[layer], job.seq_len) for layer in layers)
         costs.append(Costs(blocks + ends, blocks + ends + again, blocks + ends))
     return costs
 

@@ -1,4 +1,4 @@
-"""Bytes by arithmetic: how parameters are cut, what an optimizer keeps of them, what blocks keep for their backward pass."""
+"""What a layout holds, by arithmetic: parts of parameters, what an optimizer keeps of them, what blocks keep and compute."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..config.parallel import ParallelConfig
 from ..models.llama import Llama
 from ..models.loss import CHUNK
 from ..optim.parameters import NamedParameter, Shards, Unsharded
-from .activation import LADDER, mixed_policies
+from .activation import MIXED, mixed_policies
 from .layout import Layout
 from .stages import schedule_of
 from .tensor import LLAMA_PLACES
@@ -106,6 +106,7 @@ def block_bytes(model: Llama, job: Job, parallel: ParallelConfig, policy: str) -
     width, K that of all key heads, F the feed-forward's, t and s the tensor-parallel cuts of features and of the stream:
     norms' inputs 2 D/s and outputs 2 D; q, k, v and attention's output (2 D + 2 K)/t; SwiGLU 4 F/t. A compiled block
     computes norms' outputs and SwiGLU's products again. Norms and softmax keep a few fp32 numbers per position besides.
+    Selectively: the block's input, q, k, v, attention's output and its projection, and one of SwiGLU's two factors.
     """
     tokens = job.micro * job.seq_len // parallel.cp
     unit, exact = BYTES[job.precision], 8 if job.precision == "fp64" else 4
@@ -119,12 +120,24 @@ def block_bytes(model: Llama, job: Job, parallel: ParallelConfig, policy: str) -
     elif policy == "offload":
         per_token = 0.0
     elif policy == "selective":
-        per_token = unit * (stream + 2 * model.dim + heads + 2 * model.ffn_dim / tp) + exact * model.heads / tp
+        per_token = unit * (stream + heads + model.dim + model.ffn_dim / tp) + exact * model.heads / tp
     elif job.compiled:
         per_token = unit * (2 * stream + heads + 2 * model.ffn_dim / tp) + statistics
     else:
         per_token = unit * (2 * stream + 2 * model.dim + heads + 4 * model.ffn_dim / tp) + statistics
     return round(tokens * per_token)
+
+
+def layer_flops(model: Llama, seq_len: int) -> float:
+    """Forward FLOPs of one block per token: 2 per matrix parameter, and the half of attention that causality leaves."""
+    kv_dim = model.kv_heads * model.head_dim
+    matrices = 2 * model.dim * model.dim + 2 * model.dim * kv_dim + 3 * model.dim * model.ffn_dim
+    return 2.0 * matrices + 2.0 * model.dim * seq_len
+
+
+def recomputed_flops(model: Llama, policy: str, seq_len: int) -> float:
+    """FLOPs per token that a block's backward pass spends on computing activations again."""
+    return {"full": layer_flops(model, seq_len), "selective": 2.0 * model.dim * model.ffn_dim}.get(policy, 0.0)
 
 
 def block_policies(
@@ -136,12 +149,11 @@ def block_policies(
     """
     if budget is None:
         return [activation] * model.depth
-    ladder = [
-        policy for policy in LADDER if policy != "selective" or parallel.pp == 1 or not schedule_of(parallel).splits_backward
-    ]
+    halves = parallel.pp > 1 and schedule_of(parallel).splits_backward
     # What blocks keep is in proportion to their tokens, so any number of them will do.
     job = Job(1024 * parallel.cp, 1, 1, precision, [], compiled)
-    return mixed_policies(model.depth, budget, {policy: block_bytes(model, job, parallel, policy) for policy in ladder}, ladder)
+    kept = {policy: block_bytes(model, job, parallel, policy) for policy in MIXED if not (halves and policy == "selective")}
+    return mixed_policies(model.depth, budget, kept, {policy: recomputed_flops(model, policy, 0) for policy in kept})
 
 
 def loss_bytes(model: Llama, job: Job, parallel: ParallelConfig) -> int:

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 from meshloom.models.llama import Llama
 from meshloom.parallel import activation
-from meshloom.parallel.activation import LADDER, POLICIES, apply_policies, mixed_policies
+from meshloom.parallel.activation import MIXED, POLICIES, apply_policies, mixed_policies
 
 TOKENS = torch.arange(128).view(2, 64) * 7 % 100
 
@@ -64,11 +64,11 @@ def test_a_budget_is_kept_and_little_is_computed_again(layers: int, budget: floa
     again = {"none": 0.0, "selective": 0.1, "full": 1.0}
     options = [
         mix
-        for mix in itertools.combinations_with_replacement(LADDER, layers)
+        for mix in itertools.combinations_with_replacement(MIXED, layers)
         if sum(kept[policy] for policy in mix) <= budget * layers * 100 + 1e-6
     ]
     assert options, "policy full alone keeps to every budget here"
-    found = mixed_policies(layers, budget, kept)
+    found = mixed_policies(layers, budget, kept, again)
     assert sum(kept[policy] for policy in found) <= budget * layers * 100 + 1e-6
     least = min(sum(again[policy] for policy in mix) for mix in options)
     assert sum(again[policy] for policy in found) == pytest.approx(least)
@@ -76,9 +76,10 @@ def test_a_budget_is_kept_and_little_is_computed_again(layers: int, budget: floa
 
 def test_a_budget_is_spread_over_the_layers_and_may_be_too_small() -> None:
     kept = {"none": 10.0, "selective": 5.0, "full": 1.0}
-    assert mixed_policies(4, 1.0, kept) == ["none"] * 4
-    assert mixed_policies(4, 0.75, kept) == ["none", "selective"] * 2
-    assert mixed_policies(4, 0.3, kept) == ["selective", "full"] * 2
-    assert mixed_policies(2, 0.6, kept, ("none", "full")) == ["none", "full"]
+    again = {"none": 0.0, "selective": 0.3, "full": 1.0}
+    assert mixed_policies(4, 1.0, kept, again) == ["none"] * 4
+    assert mixed_policies(4, 0.75, kept, again) == ["none", "selective"] * 2
+    assert mixed_policies(4, 0.3, kept, again) == ["selective", "full"] * 2
+    assert mixed_policies(2, 0.6, {"none": 10.0, "full": 1.0}, again) == ["none", "full"]
     with pytest.raises(ValueError, match=r"can't keep 0.05 of what they would; policy 'full' keeps 0.100"):
-        mixed_policies(4, 0.05, kept)
+        mixed_policies(4, 0.05, kept, again)
