@@ -8,7 +8,13 @@ from typing import Any
 
 @dataclass
 class LaunchConfig:
-    """nproc: processes per node ("auto": one per GPU, or one on a CPU machine); nodes and the rest: for `meshloom slurm`."""
+    """How `meshloom train` starts its processes, and what `meshloom slurm` asks the cluster for.
+
+    nproc           processes that `meshloom train` starts on this machine; auto: one per GPU, or one where there is none
+    max_restarts    how often torchrun starts all processes again after one has failed; they go on from the last checkpoint
+    nodes, gpus_per_node, cpus_per_task, time, partition, account, job_name   of the SLURM job; null: the cluster's default
+    signal_seconds  how long before its time limit the SLURM job saves, stops and queues itself again
+    """
 
     nproc: Any = "auto"
     nodes: int = 1

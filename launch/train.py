@@ -125,7 +125,7 @@ def _run(config: DictConfig, switches: argparse.Namespace) -> int:
         config.output_dir = f"{config.output_dir}/sweep/{sweep_folder(switches.overrides, task_overrides())}"
     OmegaConf.resolve(config)
     count = processes(config)
-    if count > 1 and not under_torchrun():
+    if (count > 1 or config.launch.max_restarts) and not under_torchrun():
         return _start_torchrun(config, count, switches)
     from ..trainer.run import run
 

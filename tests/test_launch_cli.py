@@ -89,6 +89,11 @@ def test_several_processes_are_started_by_torchrun_with_the_same_overrides(start
     assert arguments[5:] == ["recipe=quickstart", "launch.nproc=4", "optim.lr=3e-3", "output_dir='outputs/quickstart'"]
 
 
+def test_one_process_that_may_be_restarted_needs_torchrun_too(started: list[list[str]]) -> None:
+    assert cli.main(["train", "recipe=quickstart", "launch.nproc=1", "launch.max_restarts=2"]) == 0
+    assert started[0][1:3] == ["--nproc-per-node=1", "--max-restarts=2"]
+
+
 def test_jobs_of_a_sweep_get_folders_of_their_own(started: list[list[str]]) -> None:
     line = ["train", "-m", "recipe=quickstart", "launch.nproc=2", "optim.lr=0.001,0.003", "output_dir=there"]
     assert cli.main(line) == 0
