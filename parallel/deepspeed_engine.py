@@ -13,6 +13,7 @@ An optimizer gets flat pieces of parameters, so it must update every element by 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ from ..models.llama import Llama
 from ..optim.parameters import NamedParameter
 from ..optim.statistics import GradientStatistics
 from .activation import apply_policies
-from .deepspeed_config import derive
+from .deepspeed_config import derive, lossy_features
 from .deepspeed_optimizer import FlatPieces, OptimizerFactory, cpu_adam, require_op
 from .deepspeed_setup import import_deepspeed, materialise, quiet, swap_folder
 from .deepspeed_state import state_of, whole_shape
@@ -39,6 +40,7 @@ from .mesh import Mesh
 from .moments import GradientMoments, Measure
 from .shards import Placed
 
+log = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -64,6 +66,8 @@ class DeepSpeedEngine:
         measures: whether steps may be asked for gradient statistics.
         """
         deepspeed = import_deepspeed(mesh.device.type)
+        for exception in lossy_features(parallel) if mesh.is_main else ():
+            log.warning("parallel.deepspeed.config.%s: losses depend on the number of processes", exception)
         self.module: nn.Module = model
         self.mesh = mesh
         self._ranks = mesh.layout.world_size
