@@ -34,6 +34,7 @@ TABLE = {
     "tp2 cut between sequences": (2, work(tp=2, micro=4)),
     "tp2 whole stream": (2, work(tp=2, sequence_parallel=False)),
     "tp2 tied, muP": (2, work(tp=2, model=TIED)),
+    "tp2 selective checkpointing": (2, dataclasses.replace(work(tp=2), activation="selective")),
     "tp4 shared kv heads": (4, work(tp=4)),
     "tp2 zero0": (4, work(tp=2, zero=0)),
     "tp2 zero1 cut between sequences": (4, work(tp=2, zero=1, micro=2)),
