@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from meshloom.models.loss import IGNORED, linear_cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from meshloom.models.loss import IGNORED, linear_cross_entropy
 
 
 def problem(tokens: int, dim: int, vocabulary: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Any:
