@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from torch._dynamo.testing import CompileCounter
 
 from meshloom.models.llama import Llama
@@ -59,6 +59,7 @@ def test_what_is_offloaded_leaves_the_device_once_and_weights_do_not(monkeypatch
 
 
 @given(st.integers(1, 12), st.floats(0.05, 1.0), st.integers(5, 60), st.integers(1, 4))
+@settings(deadline=None)
 def test_a_budget_is_kept_and_little_is_computed_again(layers: int, budget: float, selective: int, full: int) -> None:
     kept = {"none": 100.0, "selective": float(selective), "full": float(full)}
     again = {"none": 0.0, "selective": 0.1, "full": 1.0}

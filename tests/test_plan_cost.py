@@ -124,6 +124,7 @@ def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
     st.integers(0, 30),
     st.integers(0, 30),
 )
+@settings(deadline=None)
 def test_the_dearest_rank_is_as_cheap_as_in_the_best_of_all_splits(
     schedule: str, pp: int, layers: int, first: int, last: int
 ) -> None:
