@@ -80,14 +80,16 @@ class Arena:
 
 @dataclass
 class ArenaPool:
-    """At most `limit` bytes of arenas (None: room for two), lent one at a time and reused."""
+    """At most `limit` bytes of arenas (None: room for `count`), lent one at a time and reused."""
 
     limit: int | None
     pin: bool
+    count: int = 2
 
     def __post_init__(self) -> None:
         self._free: list[Arena] = []
         self._lent: list[Arena] = []
+        self._holders: dict[int, int] = {}
         self._changed = threading.Condition()
 
     @property
@@ -96,9 +98,9 @@ class ArenaPool:
         return sum(arena.size for arena in [*self._free, *self._lent])
 
     def reserve(self, size: int) -> None:
-        """Make the arenas that saves of this size will use now, as many as two where the limit allows."""
+        """Make the arenas that saves of this size will use now, as many as the limit allows."""
         arenas = [self.lend(size, 0.0)]
-        if self.has_room(size):
+        while len(arenas) < self.count and self.has_room(size):
             arenas.append(self.lend(size, 0.0))
         for arena in arenas:
             self.take_back(arena)
@@ -129,11 +131,20 @@ class ArenaPool:
                     outgrown.close()
                 arena = Arena(size, self.pin)
             self._lent.append(arena)
+            self._holders[id(arena)] = 1
             return arena
 
-    def take_back(self, arena: Arena) -> None:
-        """End of a loan."""
+    def share(self, arena: Arena) -> None:
+        """One more holder of a loan; it ends when all have given it back."""
         with self._changed:
+            self._holders[id(arena)] += 1
+
+    def take_back(self, arena: Arena) -> None:
+        """A holder's end of a loan."""
+        with self._changed:
+            self._holders[id(arena)] -= 1
+            if self._holders[id(arena)]:
+                return
             self._lent.remove(arena)
             self._free.append(arena)
             self._changed.notify_all()
@@ -149,7 +160,7 @@ class ArenaPool:
         if any(arena.size >= rounded(size) for arena in self._free):
             return True
         lent = sum(arena.size for arena in self._lent)
-        return len(self._lent) < 2 if self.limit is None else lent + rounded(size) <= self.limit
+        return len(self._lent) < self.count if self.limit is None else lent + rounded(size) <= self.limit
 
 
 def _cuda() -> Any:

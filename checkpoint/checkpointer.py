@@ -13,16 +13,17 @@ from typing import Any
 import torch
 
 from ..config.checkpoint import CheckpointConfig, checkpoint_problems
-from ..config.problems import ConfigError
+from ..config.problems import ConfigError, Problem
 from ..parallel.fragment import Fragment
 from .arena import ArenaPool
-from .commit import open_target
+from .commit import LocalTarget, open_target
 from .control import Control
 from .errors import CheckpointError
 from .manifest import state_fault
+from .memory import MemoryTier
 from .planner import Planner
 from .report import SaveReport
-from .save import Save, Tools
+from .save import Order, Save, Tools
 from .writer import InlineWriter, ProcessWriter
 
 log = logging.getLogger(__name__)
@@ -50,16 +51,20 @@ class Checkpointer:
         self._asynchronous = config.mode == "async"
         self._target = open_target(folder, control.rank == 0)
         limit = None if config.host_memory_gib is None else int(config.host_memory_gib * 2**30)
+        in_memory = config.memory_every is not None
+        if in_memory and not isinstance(self._target, LocalTarget):
+            raise ConfigError([Problem("checkpoint.memory_every", "needs a mounted folder to find the keepers by", "use null")])
+        pool = ArenaPool(limit, pin=torch.cuda.is_available(), count=3 if in_memory else 2)
         self._tools = Tools(
             target=self._target,
-            pool=ArenaPool(limit, pin=torch.cuda.is_available()),
+            pool=pool,
             writer=ProcessWriter() if self._asynchronous else InlineWriter(),
             planner=Planner(),
-            stream=None,
+            memory=MemoryTier(Path(folder), control.rank, config.memory_group, pool) if in_memory else None,
             config=config,
         )
         self._saves: list[Save] = []
-        self._newest: Save | None = None
+        self._order = Order()
         self._last_report: SaveReport | None = None
         self._failures = 0
 
@@ -84,8 +89,12 @@ class Checkpointer:
             planner.forget()
             raise
 
-    def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any], *, required: bool = False) -> None:
+    def save(
+        self, step: int, fragments: Iterable[Fragment], state: dict[str, Any], *, required: bool = False, disk: bool = True
+    ) -> None:
         """Start saving. Only rank 0's state is stored.
+
+        With `checkpoint.memory_every` set the snapshot also goes into the in-memory tier; `disk=False`: only there.
 
         In mode async the tensors are still being copied when this returns: `before_update` must be called before they
         change. If no snapshot memory is free because the disk is slower than the schedule, the save is skipped by all
@@ -100,10 +109,15 @@ class Checkpointer:
             raise CheckpointError(fault)
         if self._tools.stream is None and any(fragment.tensor.is_cuda for fragment in held):
             self._tools.stream = torch.cuda.Stream()
+        memory = self._tools.memory is not None
+        assert disk or memory, "a save that goes nowhere: checkpoint.memory_every is not set"
+        self._tools.rounds = [talk for talk in self._tools.rounds if not talk.forget()]
         talk = self.control.begin("save", self.config.timeout)
-        save = Save(step, held, state, required, talk, self._newest)
+        self._tools.rounds.append(talk)
+        save = Save(step, held, state, disk=disk, memory=memory, required=required, talk=talk, after=self._order)
         self._saves.append(save)
-        self._newest = save
+        before = self._order
+        self._order = Order(save, save if disk else before.disk, save if memory else before.memory)
         start = time.perf_counter()
         if self._asynchronous:
             save.thread = threading.Thread(target=save.run, args=(self._tools,), name=f"checkpoint-{step}", daemon=True)
@@ -117,13 +131,14 @@ class Checkpointer:
         return self._wait_for_update()
 
     def poll(self) -> list[SaveReport]:
-        """Saves that ended since the last call, oldest first.
+        """Saves that ended since the last call. A skipped save may be among them before an earlier one that is still written.
 
         Raises CheckpointError when `config.failures` saves in a row have failed.
         """
         reports: list[SaveReport] = []
-        while self._saves and self._saves[0].ended:
-            reports.append(self._deliver(self._saves.pop(0)))
+        for save in [save for save in self._saves if save.ended]:
+            self._saves.remove(save)
+            reports.append(self._deliver(save))
         if self._failures >= self.config.failures:
             assert self._last_report is not None
             raise CheckpointError(
@@ -150,17 +165,22 @@ class Checkpointer:
 
     def close(self) -> None:
         """Give back memory, processes and the folder's lock, whatever the state of the saves. May be called twice."""
-        if self._newest is not None:
-            self._newest.leave()
+        for save in (self._order.any, self._order.disk, self._order.memory):
+            if save is not None:
+                save.leave()
+        well = self._last_report is not None and self._last_report.outcome == "committed"
+        if self._tools.memory is not None:
+            self._tools.memory.close(keep=not well)
         self._tools.writer.close()
         self._tools.pool.close()
         self._target.close()
 
     def _wait_for_update(self) -> float:
-        if self._newest is None:
+        newest = self._order.any
+        if newest is None:
             return 0.0
-        stalled = self._newest.snapshot.wait(self.config.timeout)
-        self._newest.report.stall_seconds += stalled
+        stalled = newest.snapshot.wait(self.config.timeout)
+        newest.report.stall_seconds += stalled
         return stalled
 
     def _deliver(self, save: Save) -> SaveReport:
@@ -172,9 +192,9 @@ class Checkpointer:
             log.error("saving step %d failed: %s", report.step, report.reason)
         elif report.outcome == "committed":
             self._failures = 0
-        else:
+        elif report.reason:
             log.warning("step %d was not saved: %s", report.step, report.reason)
-        if report.outcome != "skipped":
+        if report.outcome in ("committed", "failed"):
             self._last_report = report
         if self.control.rank == 0:
             try:

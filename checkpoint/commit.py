@@ -92,7 +92,7 @@ class LocalTarget:
 
     def data_names(self, rank: int, token: str) -> tuple[str, str]:
         """See Target."""
-        return f"rank-{rank:05d}.safetensors", f"rank-{rank:05d}.leaves"
+        return file_names(rank)
 
     def place(self, step: int, token: str) -> str:
         """See Target."""
@@ -271,6 +271,11 @@ def _lock_folder(path: Path) -> int:
     os.pwrite(descriptor, f"{socket.gethostname()} process {os.getpid()}".encode(), 0)
     _locked.add(resolved)
     return descriptor
+
+
+def file_names(rank: int) -> tuple[str, str]:
+    """Names of a rank's data file and of its leaves' digests, where they need not be unique to a save."""
+    return f"rank-{rank:05d}.safetensors", f"rank-{rank:05d}.leaves"
 
 
 def new_token() -> str:

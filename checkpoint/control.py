@@ -84,11 +84,19 @@ class Round:
         if not self.control.store.check([f"{self._prefix}/abort"]):
             self._set("abort", f"rank {self.control.rank}: {reason}".encode())
 
-    def forget(self) -> None:
-        """Delete what this rank wrote. Only when no rank can still be reading, such as two rounds later."""
+    def leave(self) -> None:
+        """Say that this rank will read nothing more of this round."""
+        self.post("left")
+
+    def forget(self) -> bool:
+        """Delete what this rank wrote, if all ranks have left; whether they have."""
+        last = f"{self._prefix}/left/all"
+        if not self.control.store.check([last]):
+            return False
         for key in self._written:
-            self.control.store.delete_key(key)
-        self._written.clear()
+            if key != last:
+                self.control.store.delete_key(key)
+        return True
 
     def _set(self, key: str, payload: bytes) -> None:
         store: Any = self.control.store  # its stub knows text values only

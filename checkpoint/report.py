@@ -11,9 +11,11 @@ from typing import Any
 class SaveReport:
     """One save as this rank saw it. Times in seconds; `bytes` of this rank, `total_bytes` of all ranks (committed saves).
 
-    outcome    committed, failed or skipped; `reason` says why it is not committed
+    outcome    committed (on the disk), kept (in memory only), skipped (the disk was busy), failed, or unkept (a snapshot for
+               memory alone failed); `reason` says why it is not what was asked for
     stall      what training waited for: the call to save, the wait before the update, the GPU's wait for the copies
     staging    copying into host memory; hashing and writing run side by side, after it
+    keeping    hashing and exchanging parity in the keepers
     commit     from the end of this rank's writing to the verdict: the other ranks, manifest, renames
     """
 
@@ -22,6 +24,7 @@ class SaveReport:
     reason: str = ""
     stall_seconds: float = 0.0
     staging_seconds: float = 0.0
+    keeping_seconds: float = 0.0
     hashing_seconds: float = 0.0
     writing_seconds: float = 0.0
     commit_seconds: float = 0.0

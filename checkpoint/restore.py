@@ -19,9 +19,11 @@ from .errors import CheckpointError, DamageError
 from .files import Files, is_remote, open_files
 from .folder import load_manifest, open_step, step_of, steps_newest_first
 from .manifest import MANIFEST, Manifest, StoredArray
+from .memory import find_recovery, open_recovery
 from .reader import Raw, Reader
 
 log = logging.getLogger(__name__)
+_IN_MEMORY = "keepers:"
 
 
 @dataclass
@@ -55,6 +57,8 @@ def restore(
 ) -> RestoreReport:
     """Fill the fragments' tensors from a step's folder, or from the newest good step of a folder of checkpoints.
 
+    A version in the memory of keepers that a crashed run left (`checkpoint.memory_every`) counts as a step of the folder.
+
     All ranks call this together. Manifest, coverage and the digest of every byte needed are checked on every rank before
     the first tensor is touched on any. When a folder of checkpoints is given, a damaged step is passed over with a
     warning, by all ranks alike; when a step is given, it is restored or refused.
@@ -70,13 +74,13 @@ def restore(
     skipped: list[str] = []
     for attempt, candidate in enumerate(_candidates(location, talk)):
         try:
-            prepared, answer = _prepare(open_files(candidate), mine, strict)
+            prepared, answer = _prepare(_open(candidate, location, talk, attempt), mine, strict)
         except DamageError as error:
             prepared, answer = None, {"damaged": [error.file, error.what, error.block]}
         except CheckpointError as error:
             prepared, answer = None, {"refused": str(error)}
         except BaseException as error:
-            talk.abort(f"restoring {candidate} failed: {type(error).__name__}: {error}")
+            talk.abort(f"restoring from {location} failed: {type(error).__name__}: {error}")
             raise
         verdict = _agree(talk, attempt, answer, strict)
         if "refused" in verdict:
@@ -92,8 +96,8 @@ def restore(
         damage = DamageError(*verdict["damaged"])
         if _is_step(location):
             raise damage
-        skipped.append(f"{candidate}: {damage}")
-        log.warning("checkpoint %s is passed over: %s", candidate, damage)
+        skipped.append(str(damage))
+        log.warning("a checkpoint is passed over: %s", damage)
     reasons = "".join(f"\n  {reason}" for reason in skipped)
     raise CheckpointError(f"{location}: there is no complete checkpoint to restore{reasons}")
 
@@ -114,14 +118,29 @@ def _is_step(location: str | Path) -> bool:
     return named or open_files(location).size(MANIFEST) is not None
 
 
-def _candidates(location: str | Path, talk: Round) -> list[str | Path]:
-    """The steps to try, in order: the coordinator's view of the folder, so that all ranks try the same."""
+def _candidates(location: str | Path, talk: Round) -> list[str]:
+    """The steps to try, in order: the coordinator's view of the folder, so that all ranks try the same.
+
+    A version in the keepers' memory comes first, unless the disk has a newer one.
+    """
     if talk.control.rank == 0:
         base = str(location).rstrip("/")
-        steps = [base] if _is_step(location) else [f"{base}/{name}" for name in steps_newest_first(open_files(location))]
-        talk.announce("candidates", json.dumps(steps).encode())
-    names: list[str] = json.loads(talk.hear("candidates"))
-    return [name if is_remote(name) else Path(name) for name in names]
+        if _is_step(location):
+            found = [base]
+        else:
+            names = steps_newest_first(open_files(location))
+            found = [f"{base}/{name}" for name in names]
+            in_memory = None if is_remote(location) else find_recovery(Path(location))
+            if in_memory is not None and in_memory.step >= max((step_of(name) or 0 for name in names[:1]), default=0):
+                found.insert(0, _IN_MEMORY + in_memory.encode())
+        talk.announce("candidates", json.dumps(found).encode())
+    return json.loads(talk.hear("candidates"))
+
+
+def _open(candidate: str, location: str | Path, talk: Round, attempt: int) -> Files:
+    if candidate.startswith(_IN_MEMORY):
+        return open_recovery(candidate.removeprefix(_IN_MEMORY), Path(location), talk, attempt)
+    return open_files(candidate)
 
 
 def _prepare(files: Files, fragments: Sequence[Fragment], strict: bool) -> tuple[_Prepared, dict[str, Any]]:

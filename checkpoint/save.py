@@ -7,8 +7,9 @@ import json
 import logging
 import threading
 import time
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ import torch
 from ..config.checkpoint import CheckpointConfig
 from ..parallel.fragment import Fragment
 from .arena import Arena, ArenaPool
-from .commit import Target, new_token
+from .commit import Target, file_names, new_token
 from .control import Round
 from .errors import CheckpointError
 from .faults import reach
 from .manifest import Manifest, StoredArray, StoredFile
+from .memory import MemoryTier
 from .plan import FileLayout
 from .planner import Planner
 from .report import SaveReport
@@ -38,18 +40,30 @@ class Tools:
     pool: ArenaPool
     writer: Writer
     planner: Planner
-    stream: torch.cuda.Stream | None
+    memory: MemoryTier | None
     config: CheckpointConfig
+    stream: torch.cuda.Stream | None = None
+    rounds: list[Round] = field(default_factory=list[Round])
+
+
+@dataclass(frozen=True)
+class Order:
+    """The saves that a save comes after: of any kind, to the disk, and into memory."""
+
+    any: Save | None = None
+    disk: Save | None = None
+    memory: Save | None = None
 
 
 class Save:
     """A save under way. `run` does it all, in a thread of its own or in the caller's; saves go through each stage in order.
 
     1. vote      every rank says whether its fragments are those of the plan in force, and whether it has memory
-    2. decision  the coordinator (rank 0) says: skip, go on with the plan, or here is a new one
+    2. decision  the coordinator (rank 0) says: skip, go on with the plan, or here is a new one; to the disk, into memory
     3. stage     copy into the arena — the only part during which the tensors must not change
-    4. write     the rank's file and its digests, durable
-    5. report    every rank's digests to the coordinator, which proves coverage, commits, and announces the verdict
+    4. keep      (into memory) give the arena to the keeper; complete when every rank's keeper has it and its parity
+    5. write     (to the disk) the rank's file and its digests, durable; it follows the copy
+    6. report    every rank's digests to the coordinator, which commits what the plan has proved, and announces the verdict
 
     Any rank's error or silence ends the round for all of them; the coordinator deletes what there is.
     """
@@ -59,19 +73,26 @@ class Save:
         step: int,
         fragments: Sequence[Fragment],
         state: dict[str, Any],
+        *,
+        disk: bool,
+        memory: bool,
         required: bool,
         talk: Round,
-        previous: Save | None,
+        after: Order,
     ) -> None:
         self.step = step
         self.state = state
+        self.disk = disk
+        self.memory = memory
         self.required = required
         self.talk = talk
-        self.previous = previous
+        self.after = after
         self.snapshot = Snapshot(fragments)
         self.report = SaveReport(step)
         self.thread: threading.Thread | None = None
         self._staged = threading.Event()
+        self._kept = threading.Event()
+        self._written = threading.Event()
         self._ended = threading.Event()
         self._left = threading.Event()
         self._arena: Arena | None = None
@@ -98,11 +119,11 @@ class Save:
         start = time.perf_counter()
         report = self.report
         try:
-            if self.previous is not None:
-                self.previous._staged.wait()
+            if self.after.any is not None:
+                self.after.any._staged.wait()
             self._run(tools)
         except Exception as error:
-            report.outcome = "failed"
+            report.outcome = "failed" if self.disk else "unkept"
             report.reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
             self._give_up(tools)
         finally:
@@ -111,17 +132,18 @@ class Save:
             report.host_memory_bytes = tools.pool.bytes
             report.total_seconds = time.perf_counter() - start
             self._mark_staged()
-            self._wait_for_previous()
-            if self.previous is not None and self.previous.previous is not None:
-                self.previous.previous.talk.forget()  # whoever votes on this save has ended that one
-                self.previous.previous = None
+            self._kept.set()
+            self._written.set()
+            self.after = Order()
             self._ended.set()
             if report.outcome == "committed" and self.talk.control.rank == 0:
                 self._prune(tools)
+            with contextlib.suppress(Exception):  # the store may be gone
+                self.talk.leave()
             self._left.set()
 
     def _run(self, tools: Tools) -> None:
-        report, talk, coordinator = self.report, self.talk, self.talk.control.rank == 0
+        report, talk = self.report, self.talk
         decision = self._agree(tools)
         if "skip" in decision:
             report.outcome, report.reason = "skipped", decision["skip"]
@@ -129,24 +151,27 @@ class Save:
         self._token = decision["token"]
         if decision["new"]:
             tools.planner.adopt(talk)
-        message = self._stage_and_write(tools, tools.planner.layout)
-        written_at = time.perf_counter()
-        reach("report.before")
-        talk.post("report", json.dumps(message).encode())
-        if coordinator:
-            manifest = self._manifest()
-            tools.target.commit(manifest, manifest.encode(self._arrays_text), self._token)
-            talk.announce("verdict", json.dumps({"bytes": manifest.bytes}).encode())
-        report.total_bytes = json.loads(talk.hear("verdict"))["bytes"]
-        report.commit_seconds = time.perf_counter() - written_at
-        report.outcome = "committed"
+        self.disk, report.reason = decision["disk"], decision["reason"]
+        request = self._stage(tools, tools.planner.layout)
+        report.outcome = "skipped"
+        if self.memory:
+            self._keep(tools, json.loads(talk.hear(f"place/{talk.control.rank}")))
+        self._kept.set()
+        if self.disk:
+            self._write(tools, request)
 
     def _agree(self, tools: Tools) -> dict[str, Any]:
-        """Stages 1 and 2. Returns the decision: {"skip": why} or {"token": …, "new": whether there is a new plan}."""
+        """Stages 1 and 2. Returns the decision: {"skip": why}, or what to do."""
         planner, talk = tools.planner, self.talk
         size = planner.layout.bytes
-        busy = size > 0 and not self.required and not tools.pool.has_room(size)
         reach("vote.before")
+        if tools.memory is not None:
+            earlier = self.after.disk
+            busy = self.disk and not self.required and earlier is not None and not earlier._written.is_set()
+        else:
+            busy = size > 0 and not self.required and not tools.pool.has_room(size)
+        if tools.memory is not None and self.memory:
+            tools.memory.introduce(talk)
         planner.vote(talk, self.snapshot.fragments, busy)
         if talk.control.rank == 0:
             talk.announce("decision", json.dumps(self._decide(tools)).encode())
@@ -155,64 +180,122 @@ class Save:
     def _decide(self, tools: Tools) -> dict[str, Any]:
         planner = tools.planner
         busy, new = planner.decide(self.talk)
+        disk, reason = self.disk, ""
         if busy:
-            memory = f"rank {busy[0]} has no snapshot memory free, {tools.pool.bytes / 2**30:.2f} GiB in use on rank 0"
-            return {"skip": f"the disk is slower than the schedule: {memory}"}
+            taken = f"{tools.pool.bytes / 2**30:.2f} GiB of snapshots in use on rank 0"
+            reason = f"the disk is slower than the schedule: rank {busy[0]} is still at an earlier save, {taken}"
+            if not self.memory:
+                return {"skip": reason}
+            disk = False
         self._layouts, self._arrays, self._arrays_text = planner.layouts, planner.arrays, planner.arrays_text
         token = new_token()
-        tools.target.begin(self.step, token)
+        if disk:
+            tools.target.begin(self.step, token)
         self._token = token
+        if tools.memory is not None and self.memory:
+            for rank, place in enumerate(tools.memory.arrange(self.talk, [layout.bytes for layout in self._layouts])):
+                self.talk.announce(f"place/{rank}", json.dumps(place).encode())
         reach("decision.before")
-        return {"token": token, "new": new}
+        return {"token": token, "new": new, "disk": disk, "reason": reason}
 
-    def _stage_and_write(self, tools: Tools, layout: FileLayout) -> dict[str, Any]:
-        """Stages 3 and 4. The writing follows the copy, unless the writer is still at an earlier save."""
-        report = self.report
-        if not layout.bytes:
+    def _stage(self, tools: Tools, layout: FileLayout) -> Request | None:
+        """Stage 3. The writer, if it is free, begins at once and follows the copy; returns its request."""
+        if not layout.bytes and not self.memory:
             self._mark_staged()
-            self._wait_for_previous()
-            return {}
+            return None
         arena = self._arena = tools.pool.lend(layout.bytes, tools.config.timeout)
         arena.watermark.set(0)
-        name, leaves = tools.target.data_names(self.talk.control.rank, self._token)
-        request = Request(arena, layout.bytes, tools.target.place(self.step, self._token), name, leaves)
-        follow = self.previous is None or self.previous.ended
-        if follow:
+        request = None
+        if self.disk and layout.bytes:
+            name, leaves = tools.target.data_names(self.talk.control.rank, self._token)
+            request = Request(arena, layout.bytes, tools.target.place(self.step, self._token), name, leaves)
+        earlier = self.after.disk
+        follow = request is not None and (earlier is None or earlier._written.is_set())
+        if follow and request is not None:
             tools.writer.begin(request)
         try:
-            self.snapshot.copy(arena, layout, tools.stream)
+            if layout.bytes:
+                self.snapshot.copy(arena, layout, tools.stream)
         except BaseException:
             arena.watermark.abandon()
             if follow:
                 with contextlib.suppress(CheckpointError, OSError):
                     tools.writer.end()
             raise
-        report.staging_seconds = self.snapshot.seconds
+        self.report.staging_seconds = self.snapshot.seconds
         self._mark_staged()
-        self._wait_for_previous()
-        if not follow:
+        if request is not None and not follow and earlier is not None:
+            earlier._written.wait()
             tools.writer.begin(request)
-        written = tools.writer.end()
-        report.hashing_seconds, report.writing_seconds = written.hashing, written.writing
-        report.bytes, report.direct = written.bytes, written.direct
-        return {"name": name, "bytes": written.bytes, "leaves": leaves, "blocks": written.blocks}
+        return request
+
+    def _keep(self, tools: Tools, place: dict[str, Any]) -> None:
+        """Stage 4. A failure here is reported and costs nothing but this version."""
+        assert tools.memory is not None and self._arena is not None
+        talk, config, layout = self.talk, tools.config, tools.planner.layout
+        start = time.perf_counter()
+        if self.after.memory is not None:
+            self.after.memory._kept.wait()
+        try:
+            blocks = tools.memory.hold(self._arena, layout.bytes, self._token, self.step, place, config.timeout)
+            name, leaves = file_names(talk.control.rank)
+            message: dict[str, Any] = {"name": name, "bytes": layout.bytes, "leaves": leaves, "blocks": blocks}
+        except CheckpointError as error:
+            message = {"error": str(error)}
+        talk.post("kept", json.dumps(message).encode())
+        if talk.control.rank == 0:
+            messages: list[dict[str, Any]] = [json.loads(text) for text in talk.collect("kept")]
+            fault = next((m["error"] for m in messages if "error" in m), None)
+            text = b"" if fault else zlib.compress(self._manifest(messages).encode(self._arrays_text), 1)
+            talk.announce("kept-verdict", json.dumps({"error": fault}).encode() + b"\n" + text)
+        verdict, _, manifest = talk.hear("kept-verdict").partition(b"\n")
+        fault = json.loads(verdict)["error"]
+        if fault is None:
+            tools.memory.complete(self._arena, self._token, manifest)
+            self.report.outcome = "kept"
+        else:
+            log.warning("step %d is not kept in memory: %s", self.step, fault)
+            self.report.reason = f"not kept in memory: {fault}"
+            with contextlib.suppress(CheckpointError):
+                tools.memory.drop(self._token)
+            if not self.disk:
+                self.report.outcome = "unkept"
+        self.report.keeping_seconds = time.perf_counter() - start
+
+    def _write(self, tools: Tools, request: Request | None) -> None:
+        """Stages 5 and 6."""
+        report, talk = self.report, self.talk
+        message: dict[str, Any] = {}
+        if request is not None:
+            written = tools.writer.end()
+            report.hashing_seconds, report.writing_seconds = written.hashing, written.writing
+            report.bytes, report.direct = written.bytes, written.direct
+            message = {"name": request.name, "bytes": written.bytes, "leaves": request.leaves, "blocks": written.blocks}
+        if self.after.disk is not None:
+            self.after.disk._ended.wait()
+        self._written.set()
+        written_at = time.perf_counter()
+        reach("report.before")
+        talk.post("report", json.dumps(message).encode())
+        if talk.control.rank == 0:
+            manifest = self._manifest([json.loads(text) for text in talk.collect("report")])
+            tools.target.commit(manifest, manifest.encode(self._arrays_text), self._token)
+            talk.announce("verdict", json.dumps({"bytes": manifest.bytes}).encode())
+        report.total_bytes = json.loads(talk.hear("verdict"))["bytes"]
+        report.commit_seconds = time.perf_counter() - written_at
+        report.outcome = "committed"
 
     def _mark_staged(self) -> None:
         self.snapshot.release()
         self._staged.set()
 
-    def _wait_for_previous(self) -> None:
-        if self.previous is not None:
-            self.previous.join()
-
-    def _manifest(self) -> Manifest:
-        """Stage 5, the coordinator's part: what the ranks say they wrote must be what the plan says."""
-        messages: list[dict[str, Any]] = [json.loads(text) for text in self.talk.collect("report")]
+    def _manifest(self, messages: list[dict[str, Any]]) -> Manifest:
+        """The coordinator's part: what the ranks say they wrote must be what the plan says."""
         files: list[StoredFile] = []
         for rank, (message, layout) in enumerate(zip(messages, self._layouts, strict=True)):
             if message.get("bytes", 0) != layout.bytes:
                 raise CheckpointError(f"rank {rank} wrote {message.get('bytes', 0)} bytes, the plan has {layout.bytes} for it")
-            if message:
+            if layout.bytes:
                 files.append(StoredFile(message["name"], message["bytes"], message["leaves"], message["blocks"]))
         return Manifest(self.step, len(messages), self.state, files, self._arrays)
 

@@ -268,7 +268,7 @@ def test_a_slow_disk_skips_saves_within_the_memory_given_but_never_a_required_on
     reports = run.finish()
     outcomes += [report.outcome for report in reports]
     assert "skipped" in outcomes
-    assert outcomes[0] == "committed"
+    assert outcomes.count("committed") >= 2
     assert reports[-1].step == 6
     assert reports[-1].outcome == "committed"
     assert max(report.host_memory_bytes for report in reports) <= 2.1 * 2**20

@@ -1,0 +1,141 @@
+"""A trainer's side of its keeper, the process in whose memory snapshots outlive the trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from .arena import Arena
+from .errors import CheckpointError
+from .wire import Address, Connection, receive_line, send
+
+REGISTRY = ".memory"
+PATIENCE_HOURS = 1.0
+
+
+class Keeper:
+    """Starts the process and announces it in the registry, the folder in which recovering trainers look for keepers."""
+
+    def __init__(self, folder: Path, slot: int) -> None:
+        secret = secrets.token_hex(8)
+        here, there = socket.socketpair()
+        arguments = [str(there.fileno()), str(slot), secret, str(PATIENCE_HOURS)]
+        # It is deliberately not waited for: it goes on when this process ends.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "meshloom.checkpoint.keeper_main", *arguments],
+            pass_fds=[there.fileno()],
+            stdin=subprocess.DEVNULL,  # nor may it hold the launcher's pipes open
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        there.close()
+        self._link = here
+        self._known: dict[int, int] = {}
+        hello = receive_line(here)
+        if hello is None:
+            raise CheckpointError(f"the keeper process of rank {slot} did not start (exit code {self._process.wait()})")
+        self.address = Address(hello["host"], hello["port"], secret, slot)
+        self._entry = folder / REGISTRY / f"{slot:05d}-{secrets.token_hex(4)}.json"
+        self._entry.parent.mkdir(exist_ok=True)
+        fresh = self._entry.with_suffix(".new")
+        fresh.touch(mode=0o600)
+        fresh.write_text(json.dumps(self.address.as_dict()))
+        fresh.rename(self._entry)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.poll() is None
+
+    def hold(
+        self, arena: Arena, size: int, version: str, step: int, group: list[dict[str, Any]], block: int, timeout: float
+    ) -> dict[str, Any]:
+        """Keep the first `size` bytes of an arena; returns the blocks' digests once the group has its parity.
+
+        group: the addresses of its members, this keeper among them; block: length of a parity block.
+        """
+        inode = os.fstat(arena.descriptor).st_ino
+        fresh = self._known.get(arena.descriptor) != inode
+        message = {
+            "do": "hold",
+            "memory": arena.descriptor,
+            "length": arena.size,
+            "size": size,
+            "version": version,
+            "step": step,
+            "group": group,
+            "block": block,
+            "timeout": timeout,
+        }
+        line = json.dumps(message).encode() + b"\n"
+        try:
+            socket.send_fds(self._link, [line], [arena.descriptor] if fresh else [])
+        except OSError as error:
+            raise CheckpointError(f"the keeper process is gone: {error}") from error
+        self._known[arena.descriptor] = inode
+        return self._reply()
+
+    def complete(self, version: str, manifest: bytes) -> None:
+        """Every rank keeps this version: older ones may go."""
+        self._send({"do": "complete", "version": version, "manifest": len(manifest)})
+        self._reply()
+        self._link.sendall(manifest)
+        self._reply()
+
+    def drop(self, version: str) -> None:
+        """Some rank could not keep this version."""
+        self._send({"do": "drop", "version": version})
+        self._reply()
+
+    def exit(self) -> None:
+        """End the process: what it keeps is not needed any more."""
+        with contextlib.suppress(CheckpointError):
+            self._send({"do": "exit"})
+        self._link.close()
+        self._process.wait()
+        self._entry.unlink(missing_ok=True)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            send(self._link, message)
+        except OSError as error:
+            raise CheckpointError(f"the keeper process is gone: {error}") from error
+
+    def _reply(self) -> dict[str, Any]:
+        try:
+            reply = receive_line(self._link)
+        except OSError:
+            reply = None
+        if reply is None:
+            raise CheckpointError(f"the keeper process of rank {self.address.slot} died")
+        if "error" in reply:
+            raise CheckpointError(f"the keeper of rank {self.address.slot}: {reply['error']}")
+        return reply
+
+
+def registered(folder: Path) -> dict[Path, Address]:
+    """Every keeper announced in a folder of checkpoints: entry of the registry → address."""
+    found: dict[Path, Address] = {}
+    for entry in sorted((folder / REGISTRY).glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found[entry] = Address(**json.loads(entry.read_text()))
+    return found
+
+
+def dismiss(entry: Path, address: Address) -> None:
+    """End a keeper of an earlier run, if it can be reached, and take it off the registry."""
+    with contextlib.suppress(CheckpointError):
+        link = Connection(address, 2.0)
+        try:
+            link.ask({"do": "exit"})
+        finally:
+            link.close()
+    entry.unlink(missing_ok=True)

@@ -1,0 +1,224 @@
+"""The keeper process: `python -m meshloom.checkpoint.keeper_main <socket> <slot> <secret> <hours>`. Imports no torch.
+
+It maps the memory that its trainer gives it and keeps it when the trainer dies. Other keepers send it their blocks for its
+stripe of parity; recovering trainers fetch what they need. It ends when told to, or after some hours without a trainer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .digest import block_digests, leaf_digests
+from .faults import install_from_environment, reach
+from .parity import span_of
+from .wire import PIECE, Address, Connection, own_host, receive_into, receive_line, send
+
+
+@dataclass
+class Version:
+    """One snapshot. `members`: ranks of its parity group in order; `received`: members whose block is in the parity."""
+
+    step: int = -1
+    image: memoryview = field(default_factory=lambda: memoryview(b""))
+    leaves: bytes = b""
+    parity: bytearray = field(default_factory=bytearray)
+    received: set[int] = field(default_factory=set[int])
+    members: list[int] = field(default_factory=list[int])
+    block: int = 0
+    held: bool = False
+    manifest: bytes = b""
+
+
+class KeeperServer:
+    """The versions, and what can be asked about them."""
+
+    def __init__(self, slot: int, secret: str) -> None:
+        self.slot = slot
+        self.secret = secret
+        self.versions: dict[str, Version] = {}
+        self.ended = threading.Event()
+        self._memory: dict[int, mmap.mmap] = {}
+        self._changed = threading.Condition()
+        self._listener = socket.create_server(("", 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while True:
+            link, _ = self._listener.accept()
+            threading.Thread(target=self._serve, args=(link,), daemon=True).start()
+
+    def _serve(self, link: socket.socket) -> None:
+        with link, contextlib.suppress(OSError):
+            while (request := receive_line(link)) is not None:
+                if request.get("secret") != self.secret:
+                    send(link, {"error": "wrong secret"})
+                    return
+                try:
+                    self._answer(link, request)
+                except (KeyError, ValueError) as error:
+                    send(link, {"error": f"{type(error).__name__}: {error}"})
+
+    def _answer(self, link: socket.socket, request: dict[str, Any]) -> None:
+        if request["do"] == "xor":
+            self._take_block(link, request)
+            send(link, {})
+        elif request["do"] == "get":
+            version = self.versions[request["version"]]
+            source: Any = getattr(version, request["what"])
+            view = memoryview(source)[request["start"] : request["stop"]]
+            send(link, {"bytes": len(view)}, view)
+        elif request["do"] == "status":
+            send(link, {"slot": self.slot, "versions": self._status()})
+        elif request["do"] == "exit":
+            send(link, {})
+            self.ended.set()
+        else:
+            send(link, {"error": f"unknown request {request['do']!r}"})
+
+    def _status(self) -> list[dict[str, Any]]:
+        with self._changed:
+            return [
+                {
+                    "version": token,
+                    "step": version.step,
+                    "size": len(version.image),
+                    "members": version.members,
+                    "block": version.block,
+                    "manifest": len(version.manifest),
+                }
+                for token, version in self.versions.items()
+                if version.held
+            ]
+
+    def _take_block(self, link: socket.socket, request: dict[str, Any]) -> None:
+        """XOR another member's block into the parity, piece by piece as it comes."""
+        with self._changed:
+            version = self.versions.setdefault(request["version"], Version())
+            if not version.parity:
+                version.parity = bytearray(request["block"])
+        piece = bytearray(min(PIECE, max(request["bytes"], 1)))
+        for at in range(0, request["bytes"], PIECE):
+            part = memoryview(piece)[: min(PIECE, request["bytes"] - at)]
+            receive_into(link, part)
+            with self._changed:  # several members' blocks meet in the same parity
+                target = np.frombuffer(version.parity, np.uint8)[at : at + len(part)]
+                np.bitwise_xor(target, np.frombuffer(part, np.uint8), out=target)
+        with self._changed:
+            version.received.add(request["from"])
+            self._changed.notify_all()
+
+    def hold(self, request: dict[str, Any], descriptor: int | None) -> dict[str, Any]:
+        """Keep a snapshot: hash it, give the group its blocks, and wait for theirs."""
+        start = time.perf_counter()
+        if descriptor is not None:
+            self._memory[request["memory"]] = mmap.mmap(descriptor, request["length"])
+            os.close(descriptor)
+        image = memoryview(self._memory[request["memory"]])[: request["size"]]
+        members: list[int] = [member["slot"] for member in request["group"]]
+        with self._changed:
+            version = self.versions.setdefault(request["version"], Version())
+            version.step, version.image, version.members, version.block = request["step"], image, members, request["block"]
+        reach("hold.before")
+        with ThreadPoolExecutor(max(1, len(members))) as pool:
+            sends = [
+                pool.submit(self._give_block, request, image, members.index(self.slot), stripe, Address(**member))
+                for stripe, member in enumerate(request["group"])
+                if member["slot"] != self.slot
+            ]
+            version.leaves = leaf_digests(image)
+            for sent in sends:
+                sent.result()
+        reach("hold.sent")
+        deadline = time.monotonic() + request["timeout"]
+        with self._changed:
+            while len(version.received) < len(members) - 1:
+                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                    missing = sorted(set(members) - version.received - {self.slot})
+                    raise TimeoutError(f"no parity block from rank {', '.join(map(str, missing))}")
+            version.held = True
+        reach("hold.after")
+        return {"blocks": block_digests(version.leaves), "seconds": time.perf_counter() - start}
+
+    def _give_block(self, request: dict[str, Any], image: memoryview, me: int, stripe: int, to: Address) -> None:
+        low, high = span_of(me, stripe, request["block"], len(image))
+        link = Connection(to, request["timeout"])
+        try:
+            message = {"do": "xor", "version": request["version"], "block": request["block"], "from": self.slot}
+            link.ask(message, image[low:high])
+        finally:
+            link.close()
+
+    def complete(self, token: str, manifest: bytes) -> None:
+        """The snapshot is kept by all ranks: it becomes the version to recover, and the older ones go."""
+        with self._changed:
+            self.versions[token].manifest = manifest
+            names = list(self.versions)  # in the order of their first sign of life; a faster member may be ahead of us
+            for other in names[: names.index(token)]:
+                del self.versions[other]
+
+    def drop(self, token: str) -> None:
+        """A snapshot that some rank could not keep."""
+        with self._changed:
+            self.versions.pop(token, None)
+
+
+def serve_trainer(server: KeeperServer, link: socket.socket, patience: float) -> None:
+    """Do what the trainer says; when it is gone, wait for someone to fetch what is kept, for so many seconds."""
+    while not server.ended.is_set():
+        readable, _, _ = select.select([link], [], [], 0.2)
+        if not readable:
+            continue
+        line, descriptors, _, _ = socket.recv_fds(link, 1 << 20, 1)
+        if not line:
+            break
+        while not line.endswith(b"\n"):
+            line += link.recv(1 << 20)
+        request = json.loads(line)
+        try:
+            if request["do"] == "hold":
+                reply = server.hold(request, descriptors[0] if descriptors else None)
+            elif request["do"] == "complete":
+                manifest = bytearray(request["manifest"])
+                send(link, {})  # now it may come: after a line nothing else may be in the socket
+                receive_into(link, memoryview(manifest))
+                server.complete(request["version"], bytes(manifest))
+                reply = {}
+            elif request["do"] == "drop":
+                server.drop(request["version"])
+                reply = {}
+            else:
+                return  # exit
+        except Exception as error:  # the trainer decides what a failure means
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        send(link, reply)
+    server.ended.wait(patience)
+
+
+def main() -> None:
+    """Entry point."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    install_from_environment()
+    link, slot, secret, hours = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
+    server = KeeperServer(slot, secret)
+    send(link, {"host": own_host(), "port": server.port})
+    serve_trainer(server, link, hours * 3600)
+
+
+if __name__ == "__main__":
+    main()

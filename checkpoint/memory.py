@@ -1,0 +1,336 @@
+"""The in-memory tier: snapshots in the keepers' memory, and recovery from them without reading a disk.
+
+A version is *complete* when every rank's keeper holds its file and its group's parity; then each keeper gets the manifest.
+To recover, the coordinator asks every keeper in the registry. A version can be had if some keeper has its manifest and no
+group has lost more than one member; the files of lost members are made again from parity, and everything is checked by the
+manifest's digests like a checkpoint on a disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import zlib
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .arena import Arena, ArenaPool
+from .commit import file_names
+from .control import Round
+from .digest import DIGEST_BYTES, LEAF_BYTES
+from .errors import CheckpointError, DamageError
+from .files import Files, RangeReader
+from .keeper import Keeper, dismiss, registered
+from .manifest import MANIFEST
+from .parity import block_bytes, make_groups, span_of
+from .wire import Address, Connection
+
+DOMAIN_VARIABLE = "MESHLOOM_FAILURE_DOMAIN"
+ASK_SECONDS = 5.0
+
+
+class MemoryTier:
+    """This rank's part in keeping snapshots: its keeper, and the arena that the keeper holds."""
+
+    def __init__(self, folder: Path, rank: int, group: int, pool: ArenaPool) -> None:
+        self._folder = folder
+        self._rank = rank
+        self._group = group
+        self._pool = pool
+        self._keeper: Keeper | None = None
+        self._held: Arena | None = None
+        self._old = registered(folder) if rank == 0 else {}
+
+    def introduce(self, talk: Round) -> None:
+        """Tell the coordinator where this rank's keeper is and what fails together with it."""
+        if self._keeper is None or not self._keeper.alive:
+            if self._keeper is not None:
+                self._keeper.exit()
+            self._keeper = Keeper(self._folder, self._rank)
+        domain = os.environ.get(DOMAIN_VARIABLE, socket.gethostname())
+        talk.post("keeper", json.dumps({"address": self._keeper.address.as_dict(), "domain": domain}).encode())
+
+    def arrange(self, talk: Round, sizes: list[int]) -> list[dict[str, Any]]:
+        """The coordinator's part: for each rank its group's addresses and the length of a parity block."""
+        known: list[dict[str, Any]] = [json.loads(text) for text in talk.collect("keeper")]
+        arranged: list[dict[str, Any]] = [{} for _ in known]
+        for group in make_groups([entry["domain"] for entry in known], self._group):
+            block = block_bytes([sizes[rank] for rank in group]) if len(group) > 1 else 0
+            for rank in group:
+                arranged[rank] = {"group": [known[member]["address"] for member in group], "block": block}
+        return arranged
+
+    def hold(self, arena: Arena, size: int, version: str, step: int, place: dict[str, Any], timeout: float) -> list[str]:
+        """Give a snapshot to the keeper; returns the digests of its blocks."""
+        assert self._keeper is not None
+        return self._keeper.hold(arena, size, version, step, place["group"], place["block"], timeout)["blocks"]
+
+    def complete(self, arena: Arena, version: str, manifest: bytes) -> None:
+        """All ranks hold this version: the arena of the one before is free again."""
+        assert self._keeper is not None
+        self._keeper.complete(version, manifest)
+        self._pool.share(arena)
+        if self._held is not None:
+            self._pool.take_back(self._held)
+        self._held = arena
+        for entry, address in self._old.items():  # what an earlier run left is not needed any more
+            dismiss(entry, address)
+        self._old = {}
+
+    def drop(self, version: str) -> None:
+        """Not all ranks hold this version."""
+        if self._keeper is not None:
+            self._keeper.drop(version)
+
+    def close(self, keep: bool) -> None:
+        """End the keeper, unless what it keeps may be needed: after a run that did not end well."""
+        if self._keeper is not None and not keep:
+            self._keeper.exit()
+        if self._held is not None:
+            self._pool.take_back(self._held)
+        self._keeper = self._held = None
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How to get at a version. `holders`: rank of the saving run → (its keeper, length of its file); `lost`: rank → group."""
+
+    version: str
+    step: int
+    holders: dict[int, tuple[Address, int]]
+    lost: dict[int, dict[str, Any]]
+    manifest_at: Address
+    manifest_bytes: int
+
+    def encode(self) -> str:
+        """As text for the other ranks."""
+        holders = {slot: [address.as_dict(), size] for slot, (address, size) in self.holders.items()}
+        at = self.manifest_at.as_dict()
+        return json.dumps([self.version, self.step, holders, self.lost, at, self.manifest_bytes])
+
+    @classmethod
+    def decode(cls, text: str) -> Recovery:
+        """From the coordinator's text."""
+        version, step, holders, lost, at, size = json.loads(text)
+        return cls(
+            version,
+            step,
+            {int(slot): (Address(**address), length) for slot, (address, length) in holders.items()},
+            {int(slot): group for slot, group in lost.items()},
+            Address(**at),
+            size,
+        )
+
+
+def find_recovery(folder: Path) -> Recovery | None:
+    """The newest version that can be had from the keepers registered in a folder of checkpoints; None if there is none."""
+    entries = registered(folder)
+    if not entries:
+        return None
+    with ThreadPoolExecutor(32) as pool:
+        statuses = [status for status in pool.map(_status, entries.values()) if status is not None]
+    return choose(statuses)
+
+
+def _status(address: Address) -> tuple[Address, list[dict[str, Any]]] | None:
+    with contextlib.suppress(CheckpointError):
+        link = Connection(address, ASK_SECONDS)
+        try:
+            return address, link.ask({"do": "status"})["versions"]
+        finally:
+            link.close()
+    return None
+
+
+def choose(statuses: Iterable[tuple[Address, list[dict[str, Any]]]]) -> Recovery | None:
+    """The newest recoverable version among what the keepers say they hold."""
+    by_version: dict[str, dict[int, tuple[Address, dict[str, Any]]]] = {}
+    for address, versions in statuses:
+        for info in versions:
+            by_version.setdefault(info["version"], {})[address.slot] = (address, info)
+    for version, held in sorted(by_version.items(), key=lambda entry: -max(info["step"] for _, info in entry[1].values())):
+        with_manifest = next(((a, info) for a, info in held.values() if info["manifest"]), None)
+        if with_manifest is None:
+            continue
+        groups = {tuple(info["members"]): info["block"] for _, info in held.values()}
+        lost: dict[int, dict[str, Any]] = {}
+        missing = [[slot for slot in members if slot not in held] for members in groups]
+        if any(len(slots) > 1 for slots in missing):
+            continue
+        for members, block in groups.items():
+            lost |= {slot: {"members": list(members), "block": block} for slot in members if slot not in held}
+        holders = {slot: (address, int(info["size"])) for slot, (address, info) in held.items()}
+        at, info = with_manifest
+        found = Recovery(version, info["step"], holders, lost, at, info["manifest"])
+        if _world_size(found) == len(holders) + len(lost):
+            return found
+    return None
+
+
+def _world_size(recovery: Recovery) -> int | None:
+    """Number of ranks that saved a version; a group that is lost as a whole shows as a difference."""
+    with contextlib.suppress(CheckpointError):
+        return int(json.loads(_manifest_of(recovery))["world_size"])
+    return None
+
+
+def _manifest_of(recovery: Recovery) -> bytes:
+    data = bytearray(recovery.manifest_bytes)
+    link = Connection(recovery.manifest_at, ASK_SECONDS)
+    try:
+        link.fetch(recovery.version, "manifest", memoryview(data), 0)
+    finally:
+        link.close()
+    return zlib.decompress(bytes(data))
+
+
+def open_recovery(text: str, folder: Path, talk: Round, attempt: int) -> MemoryFiles:
+    """All ranks together: make lost files again, each by one rank, and return the version as a folder of files.
+
+    Raises DamageError if some keeper has gone in the meantime.
+    """
+    recovery = Recovery.decode(text)
+    control = talk.control
+    made: dict[int, Any] = {}
+    try:
+        for slot, group in sorted(recovery.lost.items()):
+            if slot % control.world_size == control.rank:
+                address, size = _make_again(recovery, slot, group, folder, talk.timeout)
+                made[slot] = [address.as_dict(), size]
+        message: dict[str, Any] = {"made": made}
+    except CheckpointError as error:
+        message = {"error": str(error)}
+    talk.post(f"made/{attempt}", json.dumps(message).encode())
+    if control.rank == 0:
+        messages: list[dict[str, Any]] = [json.loads(answer) for answer in talk.collect(f"made/{attempt}")]
+        verdict = next((m for m in messages if "error" in m), None)
+        if verdict is None:
+            verdict = {"made": {slot: entry for m in messages for slot, entry in m["made"].items()}}
+        talk.announce(f"all-made/{attempt}", json.dumps(verdict).encode())
+    verdict = json.loads(talk.hear(f"all-made/{attempt}"))
+    if "error" in verdict:
+        raise DamageError(f"memory of step {recovery.step}", verdict["error"])
+    extra = {int(slot): (Address(**address), size) for slot, (address, size) in verdict["made"].items()}
+    return MemoryFiles(recovery, {**recovery.holders, **extra})
+
+
+def _make_again(recovery: Recovery, slot: int, group: dict[str, Any], folder: Path, timeout: float) -> tuple[Address, int]:
+    """Rebuild a lost rank's file out of its group's parity and give it to a keeper of its own."""
+    members: list[int] = group["members"]
+    block: int = group["block"]
+    me = members.index(slot)
+    manifest = json.loads(_manifest_of(recovery))
+    name = file_names(slot)[0]
+    size = next((int(file["bytes"]) for file in manifest["files"] if file["name"] == name), 0)
+    arena = Arena(size, pin=False)
+    image = arena.image(size)
+    links = {member: Connection(recovery.holders[member][0], timeout) for member in members if member != slot}
+    try:
+        for stripe, keeper in enumerate(members):
+            if stripe == me:
+                continue
+            low, high = span_of(me, stripe, block, size)
+            if low == high:
+                continue
+            value = np.zeros(block, np.uint8)
+            links[keeper].fetch(recovery.version, "parity", value.data, 0)
+            for index, member in enumerate(members):
+                if index in (me, stripe):
+                    continue
+                start, stop = span_of(index, stripe, block, recovery.holders[member][1])
+                part = np.empty(stop - start, np.uint8)
+                links[member].fetch(recovery.version, "image", part.data, start)
+                np.bitwise_xor(value[: len(part)], part, out=value[: len(part)])
+            image[low:high] = value.data[: high - low]
+    finally:
+        for link in links.values():
+            link.close()
+    keeper_process = Keeper(folder, slot)
+    address = keeper_process.address
+    keeper_process.hold(arena, size, recovery.version, recovery.step, [address.as_dict()], 0, timeout)
+    arena.close()  # the keeper has mapped it
+    return address, size
+
+
+class MemoryFiles:
+    """A version in the keepers' memory, read like a step's folder."""
+
+    def __init__(self, recovery: Recovery, holders: dict[int, tuple[Address, int]]) -> None:
+        self._recovery = recovery
+        self._holders = holders
+
+    def label(self, name: str = "") -> str:
+        """See Files."""
+        return f"memory of step {self._recovery.step}" + (f"/{name}" if name else "")
+
+    def names(self) -> list[str]:
+        """See Files."""
+        return [MANIFEST, *(file_names(slot)[0] for slot in sorted(self._holders))]
+
+    def child(self, name: str) -> Files:
+        """See Files."""
+        raise AssertionError("a version has no folders inside")
+
+    def size(self, name: str) -> int | None:
+        """See Files."""
+        slot = _slot_of(name)
+        if slot not in self._holders:
+            return None
+        length = self._holders[slot][1]
+        return length if name.endswith(".safetensors") else -(-length // LEAF_BYTES) * DIGEST_BYTES
+
+    def read(self, name: str) -> bytes:
+        """See Files."""
+        try:
+            if name == MANIFEST:
+                return _manifest_of(self._recovery)
+            size = self.size(name)
+            if size is None:
+                raise FileNotFoundError(name)
+            data = bytearray(size)
+            link = Connection(self._holders[_slot_of(name)][0], ASK_SECONDS)
+            try:
+                link.fetch(self._recovery.version, "leaves", memoryview(data), 0)
+            finally:
+                link.close()
+            return bytes(data)
+        except CheckpointError as error:
+            raise DamageError(self.label(name), str(error)) from error
+
+    @contextlib.contextmanager
+    def reader(self, name: str) -> Generator[RangeReader]:
+        """See Files."""
+        slot = _slot_of(name)
+        try:
+            link = Connection(self._holders[slot][0], ASK_SECONDS)
+        except (CheckpointError, KeyError) as error:
+            raise DamageError(self.label(name), f"can't be reached: {error}") from error
+        try:
+            yield _MemoryReader(link, self._recovery.version, self.label(name))
+        finally:
+            link.close()
+
+
+class _MemoryReader:
+    def __init__(self, link: Connection, version: str, label: str) -> None:
+        self._link = link
+        self._version = version
+        self._label = label
+
+    def fill(self, target: memoryview, offset: int) -> None:
+        """See RangeReader."""
+        try:
+            self._link.fetch(self._version, "image", target, offset)
+        except CheckpointError as error:
+            raise DamageError(self._label, str(error)) from error
+
+
+def _slot_of(name: str) -> int:
+    return int(name.removeprefix("rank-").partition(".")[0])

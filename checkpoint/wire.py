@@ -1,0 +1,108 @@
+"""What keepers say to each other and to trainers: a line of JSON, then as many raw bytes as it announces. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .errors import CheckpointError
+
+PIECE = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a keeper listens, the secret that it asks for, and whose file it keeps."""
+
+    host: str
+    port: int
+    secret: str
+    slot: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return asdict(self)
+
+
+class Connection:
+    """A line to a keeper. One request at a time."""
+
+    def __init__(self, address: Address, timeout: float) -> None:
+        self.address = address
+        try:
+            self._socket = socket.create_connection((address.host, address.port), timeout)
+        except OSError as error:
+            raise CheckpointError(f"the keeper of rank {address.slot} at {address.host}:{address.port}: {error}") from error
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def ask(self, request: dict[str, Any], payload: memoryview | None = None) -> dict[str, Any]:
+        """Send a request with its payload; returns the answer. Raises CheckpointError if the keeper refuses or is gone."""
+        try:
+            send(self._socket, {**request, "secret": self.address.secret, "bytes": len(payload or b"")}, payload)
+            answer = receive_line(self._socket)
+        except OSError as error:
+            raise CheckpointError(f"the keeper of rank {self.address.slot} is gone: {error}") from error
+        if answer is None:
+            raise CheckpointError(f"the keeper of rank {self.address.slot} is gone")
+        if "error" in answer:
+            raise CheckpointError(f"the keeper of rank {self.address.slot}: {answer['error']}")
+        return answer
+
+    def fetch(self, version: str, what: str, target: memoryview, start: int) -> None:
+        """Fill `target` from byte `start` of a version's image, leaves, parity or manifest."""
+        answer = self.ask({"do": "get", "version": version, "what": what, "start": start, "stop": start + len(target)})
+        try:
+            receive_into(self._socket, target[: answer["bytes"]])
+        except OSError as error:
+            raise CheckpointError(f"the keeper of rank {self.address.slot} is gone: {error}") from error
+        if answer["bytes"] != len(target):
+            raise CheckpointError(f"the keeper of rank {self.address.slot} has only {answer['bytes']} of {len(target)} bytes")
+
+    def close(self) -> None:
+        """Hang up."""
+        self._socket.close()
+
+
+def send(link: socket.socket, header: dict[str, Any], payload: memoryview | None = None) -> None:
+    """Send a line and its bytes."""
+    link.sendall(json.dumps(header).encode() + b"\n")
+    if payload is not None:
+        for at in range(0, len(payload), PIECE):
+            link.sendall(payload[at : at + PIECE])
+
+
+def receive_line(link: socket.socket) -> dict[str, Any] | None:
+    """A line; None when the other side has hung up."""
+    line = b""
+    while not line.endswith(b"\n"):
+        # One byte at a time after a look ahead: what follows the line is payload and must stay in the socket.
+        ahead = link.recv(65536, socket.MSG_PEEK)
+        if not ahead:
+            return None
+        end = ahead.find(b"\n")
+        line += link.recv(len(ahead) if end < 0 else end + 1)
+    return json.loads(line)
+
+
+def receive_into(link: socket.socket, target: memoryview) -> None:
+    """Fill a piece of memory. Raises ConnectionError if the other side hangs up before."""
+    done = 0
+    while done < len(target):
+        count = link.recv_into(target[done:])
+        if count == 0:
+            raise ConnectionError("the other side hung up")
+        done += count
+
+
+def own_host() -> str:
+    """The address under which other nodes reach this one: of the interface that leads to MASTER_ADDR."""
+    master = os.environ.get("MASTER_ADDR", "localhost")
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((master, 9))  # nothing is sent
+            return probe.getsockname()[0]
+    except OSError:
+        return "127.0.0.1"

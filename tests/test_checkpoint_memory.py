@@ -1,0 +1,230 @@
+"""The in-memory tier: trainers die, whole nodes die, and the run goes on from the keepers' memory, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoint_worlds import fragments, holds, make_arrays, together
+from torch.distributed import FileStore
+
+from meshloom.checkpoint.checkpointer import Checkpointer
+from meshloom.checkpoint.control import Control
+from meshloom.checkpoint.errors import CheckpointError
+from meshloom.checkpoint.keeper import dismiss, registered
+from meshloom.checkpoint.memory import DOMAIN_VARIABLE
+from meshloom.checkpoint.parity import block_bytes, block_of, make_groups, span_of
+from meshloom.checkpoint.restore import restore
+from meshloom.checkpoint.wire import Connection
+from meshloom.config.checkpoint import CheckpointConfig
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder of checkpoints; its keepers are ended afterwards."""
+    yield tmp_path / "checkpoints"
+    for entry, address in registered(tmp_path / "checkpoints").items():
+        dismiss(entry, address)
+
+
+def crashed_run(folder: Path, world: int, *, steps: int = 3, group: int = 2, nodes: int = 2, disk_step: int = 0) -> None:
+    """Ranks that keep every step in memory (and one on the disk), and then are all killed at once."""
+    marks = folder.parent
+    children: list[int] = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            try:
+                os.environ[DOMAIN_VARIABLE] = f"node {rank * nodes // world}"
+                control = Control(rank, world, FileStore(str(marks / "store"), world))
+                config = CheckpointConfig(memory_every=1, memory_group=group, timeout=30, keep=0)
+                checkpointer = Checkpointer(folder, control, config)
+                for step in range(1, steps + 1):
+                    held = fragments(make_arrays(step), world, 5)[rank]
+                    checkpointer.save(step, held, {"step": step}, disk=step == disk_step, required=True)
+                    checkpointer.before_update()
+                done = 0
+                while done < steps:
+                    done += len([report for report in checkpointer.poll() if report.outcome in ("kept", "committed")])
+                    time.sleep(0.005)
+                (marks / f"done{rank}").touch()
+                time.sleep(60)
+            finally:
+                os._exit(1)
+        children.append(child)
+    deadline = time.monotonic() + 40
+    while not all((marks / f"done{rank}").exists() for rank in range(world)):
+        assert time.monotonic() < deadline, "the run did not get that far"
+        time.sleep(0.01)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def lose_keepers(folder: Path, slots: set[int]) -> None:
+    """What a node takes with it: the keepers of its ranks. Their entries in the registry stay behind."""
+    for address in registered(folder).values():
+        if address.slot in slots:
+            link = Connection(address, 5.0)
+            link.ask({"do": "exit"})
+            link.close()
+    time.sleep(0.3)
+
+
+def recovered(folder: Path, world: int, expected: int) -> list[str]:
+    """Restore on so many ranks; everything must be as it was at that step. Returns where it came from."""
+    ranks = fragments(make_arrays(), world, 77, blank=True)
+    reports = together(world, lambda control: restore(folder, ranks[control.rank], control, timeout=30))
+    assert {report.step for report in reports} == {expected}
+    assert reports[0].state == {"step": expected}
+    assert holds(ranks, make_arrays(expected))
+    return [report.source for report in reports]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_killed_trainers_go_on_from_memory_on_any_number_of_ranks(folder: Path, world: int) -> None:
+    crashed_run(folder, 2)
+    assert recovered(folder, world, 3) == ["memory of step 3"] * world
+    assert not list(folder.glob("step-*"))
+
+
+def test_a_lost_node_is_made_again_from_the_mirror(folder: Path) -> None:
+    crashed_run(folder, 4)
+    lose_keepers(folder, {0, 1})
+    assert recovered(folder, 4, 3) == ["memory of step 3"] * 4
+
+
+def test_a_lost_member_is_made_again_from_xor_parity_of_four(folder: Path) -> None:
+    crashed_run(folder, 4, group=4, nodes=4)
+    lose_keepers(folder, {2})
+    assert recovered(folder, 2, 3) == ["memory of step 3"] * 2
+
+
+def test_two_losses_in_a_group_fall_back_to_the_disk(folder: Path) -> None:
+    crashed_run(folder, 4, group=4, nodes=4, disk_step=2)
+    lose_keepers(folder, {0, 3})
+    assert recovered(folder, 2, 2)[0].endswith("step-00000002")
+
+
+def test_a_newer_step_on_the_disk_is_preferred(folder: Path) -> None:
+    crashed_run(folder, 2)
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync"))
+    checkpointer.save(9, fragments(make_arrays(9), 1, 0)[0], {"step": 9})
+    checkpointer.finish()
+    assert recovered(folder, 1, 9)[0].endswith("step-00000009")
+
+
+def test_the_next_run_takes_over_and_a_run_that_ends_well_leaves_no_keeper(folder: Path) -> None:
+    crashed_run(folder, 2)
+    old = set(registered(folder))
+    assert len(old) == 2
+
+    def body(control: Control) -> None:
+        config = CheckpointConfig(mode="sync", memory_every=1, timeout=30)
+        checkpointer = Checkpointer(folder, control, config)
+        held = fragments(make_arrays(4), 2, 5)[control.rank]
+        checkpointer.save(4, held, {"step": 4}, disk=False)
+        assert [report.outcome for report in checkpointer.poll()] == ["kept"]
+        checkpointer.save(5, fragments(make_arrays(5), 2, 5)[control.rank], {"step": 5})
+        assert [report.outcome for report in checkpointer.finish()] == ["committed"]
+
+    together(2, body)
+    assert not registered(folder)
+    assert recovered(folder, 1, 5)[0].endswith("step-00000005")
+
+
+def test_a_dead_keeper_costs_a_version_and_is_replaced(folder: Path) -> None:
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=30))
+    held = fragments(make_arrays(1), 1, 0)[0]
+    checkpointer.save(1, held, {"step": 1}, disk=False)
+    assert checkpointer._tools.memory is not None
+    assert checkpointer._tools.memory._keeper is not None
+    checkpointer._tools.memory._keeper._process.kill()
+    checkpointer._tools.memory._keeper._process.wait()
+    checkpointer.save(2, held, {"step": 2}, disk=False)
+    assert [report.outcome for report in checkpointer.poll()] == ["kept", "kept"]
+    checkpointer.save(3, held, {"step": 3})
+    checkpointer.finish()
+    assert not registered(folder)
+
+
+def test_where_the_disk_is_busy_the_snapshot_stays_in_memory(folder: Path) -> None:
+    from meshloom.checkpoint import faults
+
+    def slow(boundary: str, amount: int) -> int:
+        if boundary == "commit.rename.before":
+            time.sleep(0.5)
+        return amount
+
+    faults.install(slow)
+    try:
+        checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(memory_every=1, timeout=30, keep=0))
+        for step in range(1, 6):
+            checkpointer.save(step, fragments(make_arrays(step), 1, 0)[0], {"step": step})
+            checkpointer.before_update()
+            time.sleep(0.05)
+        reports = checkpointer.finish()
+    finally:
+        faults.install(None)
+    outcomes = {report.step: report.outcome for report in reports}
+    assert "kept" in outcomes.values()
+    assert any("slower than the schedule" in report.reason for report in reports if report.outcome == "kept")
+    assert max(report.host_memory_bytes for report in reports) <= 3 * 2 * 2**20
+
+
+def test_parity_makes_any_member_again() -> None:
+    rng = random.Random(0)
+    for count in (2, 3, 4, 7):
+        files = [np.frombuffer(rng.randbytes(rng.randrange(0, 5000)), np.uint8) for _ in range(count)]
+        files[0] = np.frombuffer(rng.randbytes(4097), np.uint8)
+        block = block_bytes([len(file) for file in files])
+
+        def part(member: int, stripe: int, files=files, block=block) -> np.ndarray:
+            low, high = span_of(member, stripe, block, len(files[member]))
+            return np.pad(files[member][low:high], (0, block - (high - low)))
+
+        parity = [
+            np.bitwise_xor.reduce([part(member, stripe) for member in range(count) if member != stripe])
+            for stripe in range(count)
+        ]
+        for lost in range(count):
+            blocks: dict[int, np.ndarray] = {}
+            for stripe in range(count):
+                if stripe != lost:
+                    others = [part(member, stripe) for member in range(count) if member not in (lost, stripe)]
+                    blocks[block_of(lost, stripe)] = np.bitwise_xor.reduce([parity[stripe], *others])
+            again = np.concatenate([blocks[index] for index in range(count - 1)])[: len(files[lost])]
+            assert np.array_equal(again, files[lost])
+
+
+def test_groups_spread_over_failure_domains() -> None:
+    for nodes, local, size in itertools.product((1, 2, 3, 4, 8), (1, 2, 4), (2, 4)):
+        domains = [f"node{rank // local}" for rank in range(nodes * local)]
+        groups = make_groups(domains, size)
+        assert sorted(rank for group in groups for rank in group) == list(range(nodes * local))
+        if nodes * local > 1:
+            assert min(map(len, groups)) >= 2
+        if nodes >= size and nodes % size == 0:
+            for group in groups:
+                assert len({domains[rank] for rank in group}) == len(group), (nodes, local, size, groups)
+
+
+def test_the_keeper_asks_for_its_secret(folder: Path) -> None:
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=30))
+    checkpointer.save(1, fragments(make_arrays(1), 1, 0)[0], {"step": 1})
+    (entry, address), *_ = registered(folder).items()
+    assert entry.stat().st_mode & 0o077 == 0
+    from dataclasses import replace
+
+    link = Connection(replace(address, secret="guess"), 5.0)
+    with pytest.raises(CheckpointError, match="wrong secret"):
+        link.ask({"do": "status"})
+    link.close()
+    checkpointer.finish()
