@@ -165,12 +165,11 @@ def near_miss(key: str, known: Iterable[str]) -> str:
     parent, _, leaf = key.rpartition(".")
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
     near = [siblings[match] for match in difflib.get_close_matches(leaf, siblings, 2)]
-    near = near or difflib.get_close_matches(key, known, 2) or [name for name in known if name.rpartition(".")[2] == leaf]
-    if near:
-        return f"did you mean {' or '.join(near[:2])}?"
-    if parent and siblings:
+    near = near or [name for name in known if name.rpartition(".")[2] == leaf]
+    if not near and parent and siblings:
         return f"{parent} has: {', '.join(siblings)}"
-    return "see `meshloom train --cfg job` for every key"
+    near = near or difflib.get_close_matches(key, known, 2)
+    return f"did you mean {' or '.join(near[:2])}?" if near else "see `meshloom train --cfg job` for every key"
 
 
 def task_overrides() -> list[str]:

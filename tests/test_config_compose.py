@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from meshloom.config.compose import Composer, differences, resumed, sweep_folder
+from meshloom.config.compose import Composer, differences, near_miss, resumed, sweep_folder
 from meshloom.config.problems import ConfigError
 
 
@@ -82,6 +82,20 @@ def test_every_fault_is_named_at_once_with_a_fix(composer: Composer) -> None:
     assert "-m" in said["optim.lr"]
     assert composition.config.seed == 7
     assert composition.config.schedule.a == 3  # judged under the schedule that was meant
+
+
+@pytest.mark.parametrize(
+    ("key", "fix"),
+    [
+        ("optim.lrr", "did you mean optim.lr?"),
+        ("optim.steps", "did you mean trainer.steps?"),  # the right word in the wrong place
+        ("optim.colour", "optim has: lr, betas"),
+        ("trianer.steps", "did you mean trainer.steps?"),
+        ("colour", "see `meshloom train --cfg job` for every key"),
+    ],
+)
+def test_near_misses(key: str, fix: str) -> None:
+    assert near_miss(key, ["optim", "optim.lr", "optim.betas", "trainer", "trainer.steps"]) == fix
 
 
 def test_user_folder_joins_and_its_faults_name_the_file(tmp_path: Path) -> None:
