@@ -95,8 +95,12 @@ class Block(nn.Module):
         self, x_BSD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], documents_BS: torch.Tensor | None
     ) -> torch.Tensor:
         """x_BSD → (B, S, D)."""
-        x_BSD = x_BSD + self.residual * self.attention(self.attention_norm(x_BSD), rotary, documents_BS)
-        return x_BSD + self.residual * self.ffn(self.ffn_norm(x_BSD))
+        x_BSD = self._add(x_BSD, self.attention(self.attention_norm(x_BSD), rotary, documents_BS))
+        return self._add(x_BSD, self.ffn(self.ffn_norm(x_BSD)))
+
+    def _add(self, x_BSD: torch.Tensor, y_BSD: torch.Tensor) -> torch.Tensor:
+        # A compiler does not know that a product with 1 is nothing: its gradient would be a pass over memory.
+        return x_BSD + y_BSD if self.residual == 1.0 else x_BSD + self.residual * y_BSD
 
 
 class Llama(nn.Module):

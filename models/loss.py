@@ -77,11 +77,15 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _runs_triton(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and tensor.dtype != torch.float64 and _has_triton()
+
+
 def _softmax(
     logits_CV: torch.Tensor, targets_C: torch.Tensor, merge: Merge | None, first: int, ignored: int, differentiate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's log-sum-exp and target logit over the whole vocabulary. Turns logits into their gradient on request."""
-    if logits_CV.is_cuda and logits_CV.dtype != torch.float64 and _has_triton():
+    if _runs_triton(logits_CV):
         from .loss_kernel import softmax_rows
 
         at_once = differentiate and merge is None
@@ -139,11 +143,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        def scaled(saved: torch.Tensor | None) -> torch.Tensor | None:
-            # one element, not none: a 0-dim factor would be rounded to the gradient's dtype before it multiplies
-            return saved if saved is None else torch.mul(saved, gradient.view(1), out=torch.empty_like(saved, dtype=ctx.dtype))
+        saved_tensors = (None if saved is None else _scaled(saved, gradient, ctx.dtype) for saved in ctx.saved_tensors)
+        return *saved_tensors, *[None] * 6
 
-        return *(scaled(saved) for saved in ctx.saved_tensors), *[None] * 6
+
+def _scaled(saved: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if _runs_triton(saved):
+        from .loss_kernel import scaled
+
+        return scaled(saved, factor, dtype)
+    # one element, not none: a 0-dim factor would be rounded to the gradient's dtype before it multiplies
+    return torch.mul(saved, factor.view(1), out=torch.empty_like(saved, dtype=dtype))
 
 
 def _accumulate(sum_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor) -> None:

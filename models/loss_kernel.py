@@ -69,6 +69,22 @@ def _softmax_row(
             tl.store(logits + here, gradient.to(logits.dtype.element_ty), mask=here < columns, eviction_policy="evict_first")
 
 
+@triton.jit
+def _scale(out, values, factor, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(values + at, mask=at < size).to(tl.float32) * tl.load(factor).to(tl.float32)
+    tl.store(out + at, x.to(out.dtype.element_ty), mask=at < size)
+
+
+def scaled(values: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """values (contiguous, not fp64) times a factor of one element, computed in fp32 and rounded to `dtype`, in one pass."""
+    assert values.is_contiguous()
+    out = torch.empty_like(values, dtype=dtype)
+    if values.numel():
+        _scale[(triton.cdiv(values.numel(), 1024),)](out, values, factor, values.numel(), BLOCK=1024, num_warps=4)
+    return out
+
+
 def softmax_rows(
     logits_CV: torch.Tensor,
     targets_C: torch.Tensor,

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 2048
+_BLOCK = 1024
 
 
 @triton.jit
@@ -88,5 +88,5 @@ def adamw_update(
         SCALED=scale is not None,
         COPIED=copy is not None,
         BLOCK=_BLOCK,
-        num_warps=8,
+        num_warps=4,
     )
