@@ -1,0 +1,98 @@
+"""Object stores through fsspec: no renames there, so the manifest comes last and files have names of their own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from checkpoint_worlds import fragments, holds, make_arrays, together
+
+from meshloom.checkpoint import faults
+from meshloom.checkpoint.checkpointer import Checkpointer
+from meshloom.checkpoint.control import Control
+from meshloom.checkpoint.errors import DamageError
+from meshloom.checkpoint.folder import find_latest
+from meshloom.checkpoint.restore import read_state, restore
+from meshloom.config.checkpoint import CheckpointConfig
+from meshloom.config.problems import ConfigError
+from meshloom.launch.checkpoint import main
+
+
+@pytest.fixture(params=["memory", "local"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A folder of fsspec's in-memory file system, which only this process has, and one that other processes share."""
+    yield f"memory://{uuid.uuid4().hex}/run" if request.param == "memory" else f"local://{tmp_path}/run"
+    faults.install(None)
+
+
+def save(url: str, *steps: int, world: int = 2, keep: int = 0, seed: int = 0) -> list[str]:
+    mode = "async" if url.startswith("local") else "sync"
+
+    def body(control: Control) -> list[str]:
+        checkpointer = Checkpointer(url, control, CheckpointConfig(mode=mode, keep=keep, timeout=20, failures=9))
+        outcomes: list[str] = []
+        for step in steps:
+            held = fragments(make_arrays(step + seed), world, 3)[control.rank]
+            checkpointer.save(step, held, {"step": step, "seed": seed}, required=True)
+            checkpointer.before_update()
+        while len(outcomes) < len(steps):
+            outcomes += [report.outcome for report in checkpointer.poll()]
+        checkpointer.close()
+        return outcomes
+
+    return together(world, body)[0]
+
+
+def restored(url: str, world: int = 3) -> int:
+    ranks = fragments(make_arrays(), world, 8, blank=True)
+    report = together(world, lambda control: restore(url, ranks[control.rank], control, timeout=20))[0]
+    assert holds(ranks, make_arrays(report.step + report.state["seed"]))
+    return report.step
+
+
+def test_save_restore_prune_verify(url: str) -> None:
+    assert find_latest(url) is None
+    assert save(url, 1, 2, 3, keep=2) == ["committed"] * 3
+    assert find_latest(url) == f"{url}/step-00000003"
+    assert read_state(f"{url}/step-00000003") == {"step": 3, "seed": 0}
+    assert restored(url) == 3
+    assert main(["verify", f"{url}/step-00000002"]) == 0
+    assert main(["verify", f"{url}/step-00000001"]) == 1
+
+
+def test_a_step_saved_again_replaces_the_old_in_one_move(url: str) -> None:
+    save(url, 5)
+    save(url, 5, seed=100)
+    assert restored(url) == 5
+    system, path = fsspec.core.url_to_fs(url)
+    assert len(system.ls(f"{path}/step-00000005", detail=False)) == 5  # two ranks' data and leaves, the manifest
+
+
+def test_without_its_manifest_a_step_is_not_there(url: str) -> None:
+    save(url, 1)
+
+    def broken(boundary: str, amount: int) -> int:
+        if boundary == "manifest.put.before":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return amount
+
+    faults.install(broken)
+    assert save(url, 2) == ["failed"]
+    faults.install(None)
+    assert restored(url) == 1
+    system, path = fsspec.core.url_to_fs(url)
+    names = [name.rpartition("/")[2] for name in system.ls(f"{path}/step-00000001", detail=False)]
+    system.rm(f"{path}/step-00000001/{next(name for name in names if name.endswith('.safetensors'))}")
+    ranks = fragments(make_arrays(), 1, 8, blank=True)
+    with pytest.raises(DamageError, match="missing"):
+        restore(f"{url}/step-00000001", ranks[0], Control.alone())
+
+
+def test_the_memory_tier_needs_a_mounted_folder(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint\.memory_every"):
+        Checkpointer(url, Control.alone(), CheckpointConfig(memory_every=1))
