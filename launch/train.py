@@ -73,6 +73,7 @@ def _check(switches: argparse.Namespace) -> None:
 
 
 def _refuse(error: ConfigError) -> int:
+    """Print problems that every process finds in the same way."""
     if os.environ.get("RANK", "0") == "0":
         print(error, file=sys.stderr)
     return BAD_CONFIG
@@ -132,8 +133,9 @@ def _run(config: DictConfig, switches: argparse.Namespace) -> int:
     _configure_log()
     try:
         return run(config, task_overrides())
-    except ConfigError as error:
-        return _refuse(error)
+    except ConfigError as error:  # what only the data or this very process could show: every process speaks for itself
+        print(f"rank {os.environ['RANK']}: {error}" if under_torchrun() else error, file=sys.stderr)
+        return BAD_CONFIG
 
 
 def _configure_log() -> None:

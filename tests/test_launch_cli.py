@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from meshloom.config.problems import ConfigError
+from meshloom.config.problems import ConfigError, Problem
 from meshloom.launch import cli, train
 from meshloom.launch.arguments import parse
 from meshloom.launch.generate import Arguments
@@ -133,3 +133,16 @@ def test_arguments_are_typed_and_all_mistakes_are_named() -> None:
         parse(Arguments, ["tokns=3", "seed=x", "loose"])
     assert [problem.key for problem in caught.value.problems] == ["tokns", "seed", "loose", "checkpoint"]
     assert "did you mean tokens?" in str(caught.value)
+
+
+def test_a_problem_that_only_the_run_could_find_is_said_by_every_rank(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: Any) -> int:
+        raise ConfigError([Problem("data.input", "no file of this node matches")])
+
+    monkeypatch.setattr("meshloom.trainer.run.run", run)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert cli.main(["train", "recipe=quickstart"]) == 2
+    assert "rank 3: 1 problem" in capsys.readouterr().err
