@@ -113,6 +113,7 @@ def build(settings: Settings) -> tuple[Engine, Mesh]:
         activation=settings.activation,
         compile_blocks=bool(settings.compile),
         float8=settings.float8,
+        seq_len=settings.seq,
     )
     return engine, mesh
 

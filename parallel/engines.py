@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch.nn.attention import restore_flash_attention_impl
+
 from ..config.parallel import ParallelConfig
 from ..config.problems import Problem
+from ..models import attention_choice
 from ..models.llama import Llama
 from .deepspeed_config import deepspeed_problems
 from .deepspeed_engine import DeepSpeedEngine
@@ -17,6 +22,8 @@ from .float8 import float8_problems
 from .mesh import Mesh
 from .torch_engine import TorchEngine
 
+log = logging.getLogger(__name__)
+
 ENGINES = ("torch", "deepspeed")
 
 
@@ -25,7 +32,6 @@ def engine_problems(
     make_optimizer: OptimizerFactory,
     *,
     precision: str,
-    activation: str,
     world_size: int,
     device_type: str,
     float8: str = "none",
@@ -36,7 +42,7 @@ def engine_problems(
     problems = list(float8_problems(float8, parallel, precision))
     if parallel.engine == "torch":
         return [*problems, *_torch_problems(parallel)]
-    problems += deepspeed_problems(parallel, precision, world_size, device_type, activation)
+    problems += deepspeed_problems(parallel, precision, world_size, device_type)
     if importlib.util.find_spec("deepspeed") is None:
         fix = "pip install 'meshloom[deepspeed]', or use parallel.engine=torch"
         problems.append(Problem("parallel.engine", "DeepSpeed is not installed", fix))
@@ -57,6 +63,24 @@ def _torch_problems(parallel: ParallelConfig) -> Iterator[Problem]:
         yield Problem("parallel.deepspeed", "parallel.engine=torch does not read it", "use parallel.engine=deepspeed")
 
 
+def _choose_attention(model: Llama, mesh: Mesh, seq_len: int) -> None:
+    """The same kernel on every rank: the one that is fastest for all together."""
+    newer = attention_choice.use_newer_flash()
+    tp = mesh.layout.tp
+    shape = attention_choice.Shape(seq_len, max(1, model.heads // tp), max(1, model.kv_heads // tp), model.head_dim)
+    mine = [attention_choice.seconds(kernel, shape, mesh.device) for kernel in attention_choice.KERNELS]
+    times = mesh.sum(torch.tensor(mine, dtype=torch.float64, device=mesh.device)).tolist()
+    chosen = attention_choice.prefer(dict(zip(attention_choice.KERNELS, times, strict=True)))
+    if newer is not None and chosen != "flash":
+        restore_flash_attention_impl()
+    if mesh.is_main:
+        named = ", ".join(
+            f"{kernel} {1000 * time / mesh.layout.world_size:.2f} ms"
+            for kernel, time in zip(attention_choice.KERNELS, times, strict=True)
+        )
+        log.info("attention by %s (flash is %s; %s)", chosen, newer or "PyTorch's own", named)
+
+
 def make_engine(
     model: Llama,
     mesh: Mesh,
@@ -73,6 +97,8 @@ def make_engine(
     measures: bool = False,
 ) -> Engine:
     """The engine of `parallel.engine`, holding the model (which comes on the meta device) with its initial weights."""
+    if mesh.device.type == "cuda" and precision == "bf16" and seq_len:
+        _choose_attention(model, mesh, seq_len)
     settings: dict[str, Any] = {
         "parallel": parallel,
         "seed": seed,
