@@ -24,6 +24,8 @@ DEAL_BYTES = 32 * 2**20
 # tensor-parallel layout) is as sequential as reading a slice of the rows.
 PANEL_BOX_BYTES = 8 * 2**20
 PANELS = 8
+# In a huge checkpoint only boxes above this fraction of it are cut, so that the manifest stays readable.
+PANEL_FRACTION = 2**15
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,13 @@ def make_plan(declared: Sequence[Sequence[Declaration]]) -> Plan:
         rank, index = min(who, key=lambda holder: load[holder[0]])
         pieces[rank].append(Piece(index, part))
         load[rank] += size
+    panel_limit = max(PANEL_BOX_BYTES, sum(array.bytes for array in arrays.values()) // PANEL_FRACTION)
     for rank, mine in enumerate(pieces):
         items = [declared[rank][piece.source].item_bytes for piece in mine]
         pieces[rank] = [
-            Piece(piece.source, part) for piece, item in zip(mine, items, strict=True) for part in cut_panels(piece.box, item)
+            Piece(piece.source, part)
+            for piece, item in zip(mine, items, strict=True)
+            for part in cut_panels(piece.box, item, panel_limit)
         ]
     return Plan(arrays, pieces)
 
@@ -170,9 +175,9 @@ def cut_rows(box: Box, item_bytes: int, limit: int) -> list[Box]:
     return [_part(box, dim, at, min(rows, box.shape[dim] - at)) for at in range(0, box.shape[dim], rows)]
 
 
-def cut_panels(box: Box, item_bytes: int) -> list[Box]:
-    """Cut a large box of at least two dims along its last one into panels of nearly equal width."""
-    if len(box.shape) < 2 or box.numel * item_bytes < PANEL_BOX_BYTES or box.shape[-1] < PANELS:
+def cut_panels(box: Box, item_bytes: int, limit: int) -> list[Box]:
+    """Cut a box of at least `limit` bytes and two dims along its last one into panels of nearly equal width."""
+    if len(box.shape) < 2 or box.numel * item_bytes < limit or box.shape[-1] < PANELS:
         return [box]
     width = box.shape[-1]
     edges = [width * index // PANELS for index in range(PANELS + 1)]

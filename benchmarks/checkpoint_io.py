@@ -1,0 +1,238 @@
+"""How fast a checkpoint reaches the disk, side by side: raw O_DIRECT, safetensors, torch DCP in its modes, Meshloom.
+
+    python benchmarks/checkpoint_io.py [--gib 1] [--tensors 64 4096] [--rounds 5] [--folder .]
+
+One process, fp32, everything fsynced. Rounds are interleaved and medians printed, since disks and neighbours are not
+constant. "blocks": until the trainer may go on (for Meshloom async: the call; "staged": until it may change the tensors).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import mmap
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+from meshloom.checkpoint.checkpointer import Checkpointer
+from meshloom.checkpoint.control import Control
+from meshloom.checkpoint.restore import restore
+from meshloom.config.checkpoint import CheckpointConfig
+from meshloom.parallel.fragment import Box, Fragment
+
+Times = dict[str, float]  # blocks, staged, total: seconds
+
+
+@dataclass
+class Bench:
+    """One number of tensors: the modes, and what they took."""
+
+    tensors: list[torch.Tensor]
+    folder: Path
+    took: dict[str, list[Times]] = field(default_factory=dict)
+
+    def fragments(self) -> list[Fragment]:
+        """The tensors as Meshloom sees them."""
+        return [Fragment(f"t{i}", "weight", tuple(t.shape), Box.whole(t.shape), t) for i, t in enumerate(self.tensors)]
+
+    def state(self) -> dict[str, Any]:
+        """The tensors as DCP sees them."""
+        return {f"t{i}": tensor for i, tensor in enumerate(self.tensors)}
+
+    def fresh(self) -> Path:
+        """A folder that did not exist."""
+        path = self.folder / "save"
+        shutil.rmtree(path, ignore_errors=True)
+        return path
+
+
+def raw(bench: Bench, memory: mmap.mmap) -> Times:
+    """The floor: the bytes of a page-aligned buffer with O_DIRECT, then fsync."""
+    path = bench.fresh()
+    start = time.perf_counter()
+    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_DIRECT)
+    view = memoryview(memory)
+    for at in range(0, len(view), 8 << 20):
+        os.pwrite(descriptor, view[at : at + (8 << 20)], at)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    took = time.perf_counter() - start
+    path.unlink()
+    return {"blocks": took, "total": took}
+
+
+def sync_tree(path: Path) -> None:
+    """fsync a file, or the files of a folder and the folder."""
+    for entry in [*(path.rglob("*") if path.is_dir() else ()), path]:
+        descriptor = os.open(entry, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def with_safetensors(bench: Bench) -> Times:
+    """safetensors' own writer, then fsync."""
+    path = bench.fresh()
+    start = time.perf_counter()
+    save_file(bench.state(), path)
+    sync_tree(path)
+    took = time.perf_counter() - start
+    path.unlink()
+    return {"blocks": took, "total": took}
+
+
+def dcp_save(bench: Bench, threads: int) -> Times:
+    """DCP, synchronous (its writer fsyncs)."""
+    start = time.perf_counter()
+    dcp.save(bench.state(), storage_writer=dcp.FileSystemWriter(bench.fresh(), thread_count=threads))
+    took = time.perf_counter() - start
+    return {"blocks": took, "total": took}
+
+
+def dcp_async(bench: Bench, kind: AsyncCheckpointerType, stager: DefaultStager | None) -> Times:
+    """DCP's async_save; with a stager that stages in the background, `staged` is when it is done."""
+    start = time.perf_counter()
+    writer = dcp.FileSystemWriter(bench.fresh())
+    response: Any = dcp.async_save(
+        bench.state(), storage_writer=writer, async_checkpointer_type=kind, **({"async_stager": stager} if stager else {})
+    )
+    blocks = time.perf_counter() - start
+    staged = blocks
+    if hasattr(response, "staging_completion"):
+        response.staging_completion.result()
+        staged = time.perf_counter() - start
+        response.upload_completion.result()
+    else:
+        response.result()
+    return {"blocks": blocks, "staged": staged, "total": time.perf_counter() - start}
+
+
+def ours(bench: Bench, checkpointer: Checkpointer) -> Times:
+    """Meshloom, hashing included, until the commit."""
+    held = bench.fragments()
+    start = time.perf_counter()
+    checkpointer.save(1, held, {"step": 1}, required=True)
+    blocks = time.perf_counter() - start
+    checkpointer.before_update()
+    staged = time.perf_counter() - start
+    while not (reports := checkpointer.poll()):
+        time.sleep(0.001)
+    total = time.perf_counter() - start
+    assert reports[0].outcome == "committed", reports[0].reason
+    return {"blocks": blocks, "staged": staged, "total": total}
+
+
+def measure(bench: Bench, rounds: int, memory: mmap.mmap) -> None:
+    """All modes, interleaved; the first round warms up and does not count."""
+    in_background = StagingOptions(False, True, True, False)  # pinned memory needs a GPU
+    reused = DefaultStager(StagingOptions(False, False, False, False))
+    shared = DefaultStager(in_background)
+    thread, process = AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS
+    mine = {mode: Checkpointer(bench.folder / mode, Control.alone(), CheckpointConfig(mode=mode, keep=1)) for mode in MODES}
+    for checkpointer in mine.values():
+        checkpointer.prepare(bench.fragments())
+    modes: dict[str, Callable[[], Times]] = {
+        "raw O_DIRECT + fsync": lambda: raw(bench, memory),
+        "safetensors + fsync": lambda: with_safetensors(bench),
+        "DCP save": lambda: dcp_save(bench, 1),
+        "DCP save, 2 threads": lambda: dcp_save(bench, 2),
+        "DCP async, thread": lambda: dcp_async(bench, thread, None),
+        "DCP async, thread, reused stager": lambda: dcp_async(bench, thread, reused),
+        "DCP async, process": lambda: dcp_async(bench, process, None),
+        "DCP async, process, shared memory": lambda: dcp_async(bench, process, shared),
+        "Meshloom sync": lambda: ours(bench, mine["sync"]),
+        "Meshloom async": lambda: ours(bench, mine["async"]),
+    }
+    for number in range(rounds + 1):
+        for name, mode in modes.items():
+            os.sync()
+            try:
+                took = mode()
+            except Exception as error:
+                print(f"{name}: {type(error).__name__}: {str(error)[:100]}", flush=True)
+                continue
+            if number:
+                bench.took.setdefault(name, []).append(took)
+    for checkpointer in mine.values():
+        checkpointer.finish()
+
+
+MODES = ("sync", "async")
+
+
+def report(bench: Bench) -> None:
+    """The table."""
+    floor = statistics.median(took["total"] for took in bench.took["raw O_DIRECT + fsync"])
+    print(f"\n| {len(bench.tensors)} tensors | blocks s | staged s | total s | × raw |\n|---|---:|---:|---:|---:|")
+    for name, runs in bench.took.items():
+        blocks, staged, total = (
+            statistics.median(run.get(key, run["blocks"]) for run in runs) for key in ("blocks", "staged", "total")
+        )
+        print(f"| {name} | {blocks:.3f} | {staged:.3f} | {total:.2f} | {total / floor:.2f} |")
+
+
+def partial_reads(bench: Bench) -> None:
+    """Restoring one eighth: what is read, digests of the leaves included, over what is needed."""
+    folder = bench.folder / "partial"
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync"))
+    checkpointer.save(1, bench.fragments(), {"step": 1})
+    checkpointer.finish()
+    print("\n| one eighth of | needed MiB | read MiB | ratio | s |\n|---|---:|---:|---:|---:|")
+    for what, dim in (("the rows", 0), ("every row", 1)):
+        wanted: list[Fragment] = []
+        for index, tensor in enumerate(bench.tensors):
+            offsets, shape = [0, 0], list(tensor.shape)
+            shape[dim] //= 8
+            offsets[dim] = 3 * shape[dim]
+            box = Box(tuple(offsets), tuple(shape))
+            wanted.append(Fragment(f"t{index}", "weight", tuple(tensor.shape), box, torch.empty(shape)))
+        found = restore(folder, wanted, Control.alone())
+        assert all(torch.equal(f.tensor, bench.tensors[i][f.box.slices()]) for i, f in enumerate(wanted))
+        ratio = found.bytes_read / found.bytes_wanted
+        sizes = f"{found.bytes_wanted / 2**20:.0f} | {found.bytes_read / 2**20:.0f} | {ratio:.2f} | {found.seconds:.2f}"
+        print(f"| {what}, {len(bench.tensors)} tensors | {sizes} |")
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=1.0)
+    parser.add_argument("--tensors", type=int, nargs="+", default=[64, 4096])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path())
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    machine = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, {platform.release()}"
+    print(f"{arguments.gib} GiB, {machine}")
+    for count in arguments.tensors:
+        side = int((arguments.gib * 2**28 / count) ** 0.5)
+        with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="checkpoint-io-") as name:
+            bench = Bench([torch.randn(side, side) for _ in range(count)], Path(name))
+            memory = mmap.mmap(-1, sum(tensor.numel() * 4 for tensor in bench.tensors) // 4096 * 4096)
+            memory[:] = os.urandom(1 << 20) * (len(memory) // (1 << 20)) + bytes(len(memory) % (1 << 20))
+            measure(bench, arguments.rounds, memory)
+            report(bench)
+            partial_reads(bench)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

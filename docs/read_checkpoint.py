@@ -1,0 +1,81 @@
+"""Read a Meshloom checkpoint with nothing but `numpy` and `safetensors`: a second reader of docs/checkpoint.md, format 1.
+
+    python read_checkpoint.py step-00000200                       # what is in it
+    python read_checkpoint.py step-00000200 weight/norm.weight    # one array, put together from its boxes
+    from read_checkpoint import Checkpoint; Checkpoint("step-00000200")["weight/norm.weight"]
+
+It checks that the manifest is complete, that files are there with their lengths, and that the safetensors headers say what
+the manifest says. It does not check digests (that takes `xxhash`): `meshloom checkpoint verify` does.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "C64": "<c8"}
+DTYPES |= {"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}
+
+
+class Checkpoint:
+    """Arrays by key `<role>/<name>`. BF16 is widened to float32, exactly; float8 comes as the bytes it is."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        text = (self.folder / "manifest.json").read_text()
+        if not text.endswith('"\n}\n') or '\n"digest": "' not in text:
+            raise ValueError(f"{self.folder}: the manifest is cut off")
+        self.manifest = json.loads(text)
+        if self.manifest["format"] != "meshloom-checkpoint" or self.manifest["version"] != 1:
+            raise ValueError(f"{self.folder}: not a meshloom-checkpoint of version 1")
+        self.step, self.state, self.arrays = (self.manifest[key] for key in ("step", "state", "arrays"))
+        for file in self.manifest["files"]:
+            if (self.folder / file["name"]).stat().st_size != file["bytes"]:
+                raise ValueError(f"{file['name']}: wrong length")
+            self._check_header(file["name"])
+
+    def _check_header(self, name):
+        """What the safetensors library sees in a file is what the manifest says of it."""
+        number = [file["name"] for file in self.manifest["files"]].index(name)
+        boxes = {
+            f"{key}@{','.join(map(str, box['offsets']))}": (array["dtype"], box["shape"])
+            for key, array in self.arrays.items()
+            for box in array["boxes"]
+            if box["file"] == number
+        }
+        with safe_open(self.folder / name, "np") as file:
+            parts = {key: file.get_slice(key) for key in list(file.keys())}
+            found = {key: (part.get_dtype(), part.get_shape()) for key, part in parts.items()}
+        if found != boxes:
+            raise ValueError(f"{name}: its header and the manifest disagree")
+
+    def __getitem__(self, key):
+        """One array, whole."""
+        array = self.arrays[key]
+        whole = np.empty(array["shape"], DTYPES[array["dtype"]])
+        for box in array["boxes"]:
+            path = self.folder / self.manifest["files"][box["file"]]["name"]
+            count = (box["range"][1] - box["range"][0]) // whole.itemsize
+            values = np.fromfile(path, whole.dtype, count, offset=box["range"][0])
+            where = tuple(slice(start, start + extent) for start, extent in zip(box["offsets"], box["shape"], strict=True))
+            whole[(*where, ...)] = values.reshape(box["shape"])
+        if array["dtype"] == "BF16":
+            return (whole.astype("<u4") << 16).view("<f4")
+        return whole
+
+
+def main():
+    """Print a list of the arrays, or one of them."""
+    checkpoint = Checkpoint(sys.argv[1])
+    if len(sys.argv) > 2:
+        print(checkpoint[sys.argv[2]])
+        return
+    print(f"step {checkpoint.step}, saved by {checkpoint.manifest['world_size']} ranks; state: {sorted(checkpoint.state)}")
+    for key, array in checkpoint.arrays.items():
+        print(f"{key}  {array['dtype']}{array['shape']}  {len(array['boxes'])} boxes")
+
+
+if __name__ == "__main__":
+    main()
