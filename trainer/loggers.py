@@ -15,8 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.live import Live
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from ..config import LoggingConfig
 from .hooks import Hook
@@ -91,11 +91,11 @@ def _step(line: str) -> float:
 
 
 class ProgressLine(Hook):
-    """One line that shows where the run is; on a terminal it stays in place, elsewhere it is printed now and then."""
+    """One line that shows where the run is: on a terminal in place, behind a bar; elsewhere printed now and then."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self._live: Live | None = None
+        self._bar: Progress | None = None
         self._began = 0.0
         self._begin = 0.0
         self._shown = 0.0
@@ -108,14 +108,17 @@ class ProgressLine(Hook):
             self._console.print(f"going on from step {loop.progress.step}")
         self._began, self._begin = time.monotonic(), loop.horizon.position(loop.progress, loop.horizon.unit)
         if self._console.is_terminal:
-            self._live = Live(Text(""), console=self._console, refresh_per_second=4, transient=False)
-            self._live.start()
+            line = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+            self._bar = Progress(BarColumn(bar_width=12), line, console=self._console, refresh_per_second=4)
+            self._bar.add_task("", total=loop.horizon.total, completed=round(self._begin))
+            self._bar.start()
 
     def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
         """Show the newest step."""
-        line = self._line(loop, row)
-        if self._live is not None:
-            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+        done = {"steps": row["step"], "tokens": row["tokens"], "samples": row["samples"]}[loop.horizon.unit.value]
+        line = self._line(loop, row, done)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, description=line)
         elif loop.finished or row["step"] == 1 or time.monotonic() - self._shown >= PLAIN_SECONDS:
             self._console.print(line)
             self._shown = time.monotonic()
@@ -136,16 +139,15 @@ class ProgressLine(Hook):
         self._stop()
 
     def _stop(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
-    def _line(self, loop: Loop, row: dict[str, Any]) -> str:
-        horizon = loop.horizon
-        done = {"steps": row["step"], "tokens": row["tokens"], "samples": row["samples"]}[horizon.unit.value]
+    def _line(self, loop: Loop, row: dict[str, Any], done: float) -> str:
+        total = loop.horizon.total
         parts = [
             f"step {row['step']}",
-            f"{min(1.0, done / horizon.total):.0%}",
+            f"{min(1.0, done / total):.0%}",
             f"loss {row['loss']:.4f}",
             f"lr {row['lr']:.2e}",
             f"{row['tokens_per_second']:,.0f} tokens/s",
@@ -154,7 +156,7 @@ class ProgressLine(Hook):
             parts.append(f"MFU {row['mfu']:.1%}")
         elapsed, covered = time.monotonic() - self._began, done - self._begin
         if covered > 0:
-            parts.append(f"ETA {_clock(elapsed / covered * max(0.0, horizon.total - done))}")
+            parts.append(f"ETA {_clock(elapsed / covered * max(0.0, total - done))}")
         return "  ".join(parts)
 
 
