@@ -31,6 +31,7 @@ from ..parallel.engines import make_engine
 from ..parallel.legality import micro_batch_unit
 from ..parallel.mesh import Mesh
 from .evaluate import Evaluation, share_of_validation
+from .garbage import CollectGarbage
 from .hooks import Hook
 from .loggers import default_loggers
 from .loop import Loop
@@ -167,7 +168,7 @@ def build_run(config: DictConfig, data: DataNode, mesh: Mesh) -> Run:
     engine = build_engine(config, model, mesh, data.seq_len, controller.needs_statistics)
     loader = Loader(data.train(), mesh.data_rank, mesh.layout.data_size, pin=mesh.device.type == "cuda")
 
-    hooks: list[Hook] = [cast(Hook, instantiate(node)) for node in parts.trainer.hooks]
+    hooks: list[Hook] = [CollectGarbage(), *(cast(Hook, instantiate(node)) for node in parts.trainer.hooks)]
     validation = data.validation()
     if validation is not None and parts.trainer.eval_every != 0:
         count = min(parts.trainer.eval_samples, len(validation))
