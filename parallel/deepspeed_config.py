@@ -136,9 +136,7 @@ def _extra_problems(extra: Tree) -> Iterator[Problem]:
             )
 
 
-def deepspeed_problems(
-    config: ParallelConfig, precision: str, world_size: int, device: str, activation: str = "none"
-) -> list[Problem]:
+def deepspeed_problems(config: ParallelConfig, precision: str, world_size: int, device: str) -> list[Problem]:
     """Everything in a recipe with parallel.engine=deepspeed that can't be, on this many processes of this device type."""
     problems: list[Problem] = []
     use_torch = "use parallel.engine=torch"
@@ -162,14 +160,6 @@ def deepspeed_problems(
                 "parallel.zero",
                 "with stage 0 in bf16 DeepSpeed takes a phantom optimizer step at start-up",
                 "use parallel.zero=1 (the same memory for weights, less for the optimizer) or parallel.engine=torch",
-            )
-        )
-    if activation == "selective" and config.zero == 3:
-        problems.append(
-            Problem(
-                "trainer.activation",
-                "DeepSpeed's ZeRO-3 gathers weights inside the block, which selective recomputation takes for its own work",
-                "use full or none, or parallel.engine=torch",
             )
         )
     problems += _offload_problems(config)

@@ -85,6 +85,10 @@ class DeepSpeedEngine:
             NamedParameter(name, parameter, whole_shape(parameter), model.decays(name), model.lr_scale(name))
             for name, parameter in model.named_parameters()
         ]
+        if parallel.zero == 3:
+            # A block's weights are gathered together, before the block: inside it there is nothing for a compiler to
+            # break at, nor for selective recomputation to stumble over.
+            deepspeed.utils.set_z3_leaf_modules(model, [type(block) for block in blocks])
         self.optimizer = make_optimizer(parameters, FlatPieces())
         if parallel.deepspeed.cpu_adam:
             self.optimizer = cpu_adam(self.optimizer)

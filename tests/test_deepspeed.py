@@ -59,6 +59,7 @@ TABLE = [
     (2, Work(ds(3), micro=2, model=(("tied", True),), activation="full", **SHORT)),
     (2, Work(ds(1), micro=2, model=(("tied", True),), documents=True, **SHORT)),
     (2, Work(ds(3), micro=4, activation="offload", **SHORT)),
+    (2, Work(ds(3), micro=2, activation="selective", **SHORT)),
     (2, Work(ds(2), micro=2, model=(("mup_base", 8), ("mup_residual", 0.22)), activation="selective", **SHORT)),
 ]
 

@@ -28,12 +28,10 @@ def adamw(parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.O
     return AdamW(parameters=parameters, shards=shards, lr=1e-2)
 
 
-def problems(precision: str = "bf16", world_size: int = 8, activation: str = "none", **settings: object) -> dict[str, str]:
+def problems(precision: str = "bf16", world_size: int = 8, **settings: object) -> dict[str, str]:
     """Key → message of everything wrong with a DeepSpeed recipe, apart from DeepSpeed itself being there."""
     parallel = ParallelConfig(**{"engine": "deepspeed", **settings})  # type: ignore[arg-type]
-    found = engine_problems(
-        parallel, adamw, precision=precision, activation=activation, world_size=world_size, device_type="cpu"
-    )
+    found = engine_problems(parallel, adamw, precision=precision, world_size=world_size, device_type="cpu")
     return {problem.key: str(problem) for problem in found if problem.message != "DeepSpeed is not installed"}
 
 
@@ -62,7 +60,6 @@ def test_what_works_is_not_refused(zero: int) -> None:
         ({"replicate": 2}, "parallel.replicate"),
         ({"precision": "fp64"}, "precision"),
         ({"zero": 0}, "parallel.zero"),
-        ({"activation": "selective"}, "trainer.activation"),
         ({"offload": "disk"}, "parallel.offload"),
         ({"offload": "nvme"}, "parallel.offload_path"),
         ({"offload": "nvme", "offload_path": "/fast", "zero": 2}, "parallel.offload"),
@@ -195,9 +192,7 @@ def test_without_the_extra_everything_imports_and_the_message_names_it(monkeypat
     monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
     with pytest.raises(ConfigError, match=r"meshloom\[deepspeed\]"):
         import_deepspeed("cpu")
-    found = engine_problems(
-        ParallelConfig(engine="deepspeed"), adamw, precision="bf16", activation="none", world_size=1, device_type="cpu"
-    )
+    found = engine_problems(ParallelConfig(engine="deepspeed"), adamw, precision="bf16", world_size=1, device_type="cpu")
     assert [problem.key for problem in found] == ["parallel.engine"]
 
 
