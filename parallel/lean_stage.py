@@ -38,6 +38,10 @@ class LeanStage(PipelineStage):
         with self._without_storage():
             return super()._prepare_backward_infra(*args, **kwargs)
 
+    def _get_init_p2p_neighbors_ops(self) -> Any:
+        """torch 2.11 greets a neighbouring stage on the same rank by a message, too, which gloo can't deliver."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
     def _get_recv_ops(self, recv_infos: Sequence[Any]) -> Any:
         for info in recv_infos:
             buffer = getattr(info, "buffer", None)

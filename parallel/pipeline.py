@@ -15,12 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining.schedules import get_schedule_class
+from torch.torch_version import TorchVersion
 
 from ..config.parallel import ParallelConfig
 from .lean_stage import LeanStage
 from .mesh import Mesh
 from .shards import local
 from .stages import StagePlan, legal_micro_batches, near_micro_batches, schedule_of
+
+SPLITS_THE_LOSS = TorchVersion(torch.__version__) >= "2.13"
+"""Whether torch can run the backward pass of an `autograd.Function` (our loss) in two halves; before, it raises."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Pipeline:
             return torch.empty(like.hidden, dtype=self._compute, device="meta", requires_grad=True)
 
         exact = torch.float64 if self._compute == torch.float64 else torch.float32
+        chosen = schedule_of(self._parallel)
         stages: list[LeanStage] = []
         for index, module in self._modules.items():
             last = index == self._plan.count - 1
@@ -106,9 +111,9 @@ class Pipeline:
                     input_args=passed() if index else like.tokens.to("meta"),
                     output_args=torch.empty((), dtype=exact, device="meta", requires_grad=True) if last else passed(),
                     group=self._group,
+                    dw_builder=_nothing_left if last and chosen.splits_backward and not SPLITS_THE_LOSS else None,
                 )
             )
-        chosen = schedule_of(self._parallel)
         make = cast(Callable[..., Any], get_schedule_class(chosen.torch_name))
         single = chosen.stages_per_rank == 1 and chosen.fixed
         return make(stages[0] if single else stages, count, loss_fn=self._loss, scale_grads=False)
@@ -149,6 +154,11 @@ class Pipeline:
         for _, work in sends:
             work.wait()
         return total
+
+
+def _nothing_left() -> Callable[[], None]:
+    """What the second half of a stage's backward pass is where the first did everything (a `dw_builder` of torch)."""
+    return lambda: None
 
 
 class TiedHead:
