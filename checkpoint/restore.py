@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from ..parallel.fragment import Fragment
 from .control import Control, Round
@@ -21,6 +22,7 @@ from .folder import load_manifest, open_step, step_of, steps_newest_first
 from .manifest import MANIFEST, Manifest, StoredArray
 from .memory import find_recovery, open_recovery
 from .reader import Raw, Reader
+from .shared_reader import SharedReader
 
 log = logging.getLogger(__name__)
 _IN_MEMORY = "keepers:"
@@ -53,7 +55,13 @@ class RestoreReport:
 
 
 def restore(
-    location: str | Path, fragments: Iterable[Fragment], control: Control, *, strict: bool = True, timeout: float = 600.0
+    location: str | Path,
+    fragments: Iterable[Fragment],
+    control: Control,
+    *,
+    strict: bool = True,
+    timeout: float = 600.0,
+    group: ProcessGroup | None = None,
 ) -> RestoreReport:
     """Fill the fragments' tensors from a step's folder, or from the newest good step of a folder of checkpoints.
 
@@ -66,6 +74,9 @@ def restore(
     strict: refuse if a fragment has no stored array of its shape, or if a stored array is wanted by no rank. Otherwise
     what fits is restored and the rest is reported. Element types may always differ; the values are converted.
 
+    group: a process group of the same ranks, with a CPU backend, that nothing else uses meanwhile. With it each byte that
+    several ranks need is read by one of them and passed on.
+
     Raises DamageError (file and block named) or CheckpointError; no tensor has been changed then.
     """
     began = time.perf_counter()
@@ -73,15 +84,23 @@ def restore(
     talk = control.begin("restore", timeout)
     skipped: list[str] = []
     for attempt, candidate in enumerate(_candidates(location, talk)):
+        prepared = match = None
         try:
-            prepared, answer = _prepare(_open(candidate, location, talk, attempt), mine, strict)
+            step = _open(candidate, location, talk, attempt)
+            match = _match(step, mine, strict)
+            if group is None or _all_matched(talk, attempt, True):
+                prepared, answer = _read(match, step, group)
+            else:
+                answer = {"used": [], "stored": []}
         except DamageError as error:
-            prepared, answer = None, {"damaged": [error.file, error.what, error.block]}
+            answer = {"damaged": [error.file, error.what, error.block]}
         except CheckpointError as error:
-            prepared, answer = None, {"refused": str(error)}
+            answer = {"refused": str(error)}
         except BaseException as error:
             talk.abort(f"restoring from {location} failed: {type(error).__name__}: {error}")
             raise
+        if group is not None and match is None:
+            _all_matched(talk, attempt, False)
         verdict = _agree(talk, attempt, answer, strict)
         if "refused" in verdict:
             raise CheckpointError(verdict["refused"])
@@ -143,8 +162,17 @@ def _open(candidate: str, location: str | Path, talk: Round, attempt: int) -> Fi
     return open_files(candidate)
 
 
-def _prepare(files: Files, fragments: Sequence[Fragment], strict: bool) -> tuple[_Prepared, dict[str, Any]]:
-    """Check the step and read this rank's values into fresh memory. Returns them, and what the others should know."""
+@dataclass
+class _Match:
+    """Which stored arrays go into which fragments."""
+
+    manifest: Manifest
+    report: RestoreReport
+    wanted: list[tuple[Fragment, StoredArray]]
+
+
+def _match(files: Files, fragments: Sequence[Fragment], strict: bool) -> _Match:
+    """Check what can be checked without the data."""
     manifest = open_step(files)
     report = RestoreReport(files.label(), manifest.step, manifest.state)
     wanted: list[tuple[Fragment, StoredArray]] = []
@@ -161,12 +189,26 @@ def _prepare(files: Files, fragments: Sequence[Fragment], strict: bool) -> tuple
                 report.converted[fragment.key] = f"{array.dtype} → {live}"
     if strict:
         _refuse_misfits(files, manifest, fragments, report)
-    reader = Reader(files, manifest)
+    return _Match(manifest, report, wanted)
+
+
+def _read(match: _Match, files: Files, group: ProcessGroup | None) -> tuple[_Prepared, dict[str, Any]]:
+    """Read this rank's values into fresh memory, all of them checked. Returns them, and what the others should know."""
+    report, wanted = match.report, match.wanted
+    reader = Reader(files, match.manifest) if group is None else SharedReader(files, match.manifest, group)
     arrays: list[Raw] = reader.read((array, fragment.box) for fragment, array in wanted)
     report.bytes_wanted, report.bytes_read = reader.traffic.wanted, reader.traffic.read
     values = [(fragment.tensor, as_tensor(raw, array.dtype)) for (fragment, array), raw in zip(wanted, arrays, strict=True)]
     used = sorted({array.key for _, array in wanted})
-    return _Prepared(report, values), {"used": used, "stored": sorted(manifest.arrays), "source": files.label()}
+    return _Prepared(report, values), {"used": used, "stored": sorted(match.manifest.arrays), "source": files.label()}
+
+
+def _all_matched(talk: Round, attempt: int, mine: bool) -> bool:
+    """Whether every rank has come as far as reading, which they then do together."""
+    talk.post(f"matched/{attempt}", b"1" if mine else b"0")
+    if talk.control.rank == 0:
+        talk.announce(f"all-matched/{attempt}", b"1" if all(a == b"1" for a in talk.collect(f"matched/{attempt}")) else b"0")
+    return talk.hear(f"all-matched/{attempt}") == b"1"
 
 
 def _refuse_misfits(files: Files, manifest: Manifest, fragments: Sequence[Fragment], report: RestoreReport) -> None:

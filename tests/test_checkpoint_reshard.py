@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+import torch.distributed as dist
 from checkpoint_worlds import fragments, holds, make_arrays, same_bits, together
 
+from meshloom.checkpoint import shared_reader
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError
@@ -19,6 +21,7 @@ from meshloom.checkpoint.folder import find_latest, load_manifest
 from meshloom.checkpoint.restore import read_state, restore
 from meshloom.config.checkpoint import CheckpointConfig
 from meshloom.parallel.fragment import Box, Fragment
+from ranks import run_ranks
 
 
 def save(folder: Path, ranks: list[list[Fragment]], step: int = 1, mode: str = "sync", state: dict | None = None) -> None:
@@ -148,3 +151,43 @@ def test_a_smaller_run_must_not_silently_drop_what_another_rank_held(tmp_path: P
     some = [f for f in fragments(make_arrays(), 1, 0, blank=True)[0] if f.role == "weight"]
     with pytest.raises(CheckpointError, match=r"exp_avg/embed\.weight"):
         restore(tmp_path, some, Control.alone())
+
+
+def _restore_in_group(rank: int, world: int, folder: str, seed: int) -> tuple[bool, int, int]:
+    if seed % 2:
+        shared_reader.WINDOW_BYTES = 2**20  # many windows to a file, and arrays that lie in several
+    arrays = make_arrays(seed, large=True)
+    ranks = fragments(arrays, world, 300 + seed, blank=True)
+    control = Control(rank, world, dist.FileStore(f"{folder}/store{seed}", world))
+    report = restore(folder, ranks[rank], control, timeout=20, group=dist.group.WORLD)
+    return holds([ranks[rank]], arrays), report.bytes_read, report.bytes_wanted
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_a_process_group_every_byte_is_read_by_one_rank(tmp_path: Path, seed: int) -> None:
+    arrays = make_arrays(seed, large=True)
+    save(tmp_path, fragments(arrays, 2, 200 + seed))
+    results = run_ranks(3, _restore_in_group, str(tmp_path), seed)
+    assert all(right for right, _, _ in results)
+    stored = sum(file.bytes for file in load_manifest(open_files(find_latest(tmp_path))).files)
+    # Leaves at the edges, headers and the digests of the leaves may be read by more than one.
+    assert sum(read for _, read, _ in results) <= 1.02 * stored + 3 * 2 * 2**16
+
+
+def _damaged_in_group(rank: int, world: int, folder: str) -> str:
+    ranks = fragments(make_arrays(0, large=True), world, 4, blank=True)
+    control = Control(rank, world, dist.FileStore(f"{folder}/store", world))
+    report = restore(folder, ranks[rank], control, timeout=20, group=dist.group.WORLD)
+    return f"{report.step} {report.skipped}"
+
+
+def test_damage_that_one_rank_reads_for_the_others_sends_all_to_the_older_step(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, fragments(make_arrays(0, large=True), 2, 9), step)
+    data = tmp_path / "step-00000002/rank-00000.safetensors"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    for result in run_ranks(3, _damaged_in_group, str(tmp_path)):
+        assert result.startswith("1 ")
+        assert "rank-00000.safetensors" in result

@@ -1,0 +1,155 @@
+"""Reading by many ranks at once: each byte that several of them need is read and checked by one, and passed to the others.
+
+All ranks go through the files in the same order, window by window. In each window the leaves that several ranks need are
+dealt out among them; what a rank reads for others it sends, one message per pair and window. So a restore on any number of
+ranks reads each needed byte of the checkpoint once, however the boxes lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from .errors import DamageError
+from .files import Files
+from .manifest import Manifest
+from .reader import BATCH_BYTES, Reader, Unit
+
+WINDOW_BYTES = 4 * BATCH_BYTES
+Leaves = np.ndarray[Any, np.dtype[np.bool_]]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class SharedReader(Reader):
+    """A Reader of all ranks of a process group, whose `read` they call together. The group must be able to use the CPU."""
+
+    def __init__(self, files: Files, manifest: Manifest, group: dist.ProcessGroup) -> None:
+        super().__init__(files, manifest)
+        self.group = group
+        self._fault: DamageError | None = None
+
+    def fetch(self, units: list[Unit]) -> Iterator[tuple[Unit, Bytes, int]]:
+        """See Reader. A rank that meets damage goes on serving the others, which learn of it, and raises at the end."""
+        mine = self._needs(units)
+        everyone: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(everyone, {number: np.packbits(leaves) for number, leaves in mine.items()}, group=self.group)
+        units = sorted(units, key=lambda unit: (unit.file, unit.stop))
+        at = 0
+        for number in sorted({number for needs in everyone for number in needs}):
+            size = self.manifest.files[number].bytes
+            count = -(-size // self.manifest.leaf_bytes)
+            needs = [np.unpackbits(n[number], count=count).astype(bool) if number in n else None for n in everyone]
+            me = self.group.rank()
+            involved = needs[me] is not None
+            with self.files.reader(self.manifest.files[number].name) as reader:
+                if involved:
+                    self._try(self._check_header, number, reader)
+                # The tail before the window keeps what units that end in it began with.
+                buffer = np.empty(min(BATCH_BYTES + WINDOW_BYTES, size + BATCH_BYTES), np.uint8)
+                for start in range(0, size if involved else 0, WINDOW_BYTES):
+                    stop = min(start + WINDOW_BYTES, size)
+                    buffer[:BATCH_BYTES] = buffer[WINDOW_BYTES : WINDOW_BYTES + BATCH_BYTES] if start else 0
+                    self._exchange(number, reader, start, stop, needs, buffer[BATCH_BYTES:])
+                    while at < len(units) and units[at].file == number and units[at].stop <= stop:
+                        unit = units[at]
+                        self.traffic.wanted += len(unit.run_starts) * unit.run_bytes
+                        if self._fault is None:
+                            yield unit, buffer, start - BATCH_BYTES
+                        at += 1
+        if self._fault is not None:
+            raise self._fault
+
+    def _needs(self, units: list[Unit]) -> dict[int, Leaves]:
+        """For each file, which leaves this rank needs."""
+        leaf = self.manifest.leaf_bytes
+        edges: dict[int, Any] = {}
+        for unit in units:
+            if unit.file not in edges:
+                edges[unit.file] = np.zeros(-(-self.manifest.files[unit.file].bytes // leaf) + 1, np.int32)
+            first = (unit.start + unit.run_starts) // leaf
+            last = (unit.start + unit.run_starts + unit.run_bytes - 1) // leaf
+            np.add.at(edges[unit.file], first, 1)
+            np.add.at(edges[unit.file], last + 1, -1)
+        return {number: np.cumsum(edge[:-1]) > 0 for number, edge in edges.items()}
+
+    def _exchange(self, number: int, reader: Any, start: int, stop: int, needs: list[Leaves | None], window: Bytes) -> None:
+        """Fill the leaves of this window that this rank needs, by reading or from others."""
+        leaf, me = self.manifest.leaf_bytes, self.group.rank()
+        low, high = start // leaf, -(-stop // leaf)
+        wanted = np.stack([n[low:high] if n is not None else np.zeros(high - low, bool) for n in needs])
+        readers = deal(wanted)
+        own = readers == me
+        self._try(self._read_checked, number, reader, start, stop, own, window)
+        works: list[Any] = []
+        arrivals: list[tuple[Leaves, torch.Tensor]] = []
+        for other in range(len(needs)):
+            if other == me:
+                continue
+            give, take = own & wanted[other], (readers == other) & wanted[me]
+            if give.any():
+                message = torch.from_numpy(np.concatenate([_gather(window, give, leaf, stop - start), self._flag()]))
+                works.append(self.group.send([message], other, 0))
+            if take.any():
+                message = torch.empty(int(_lengths(take, leaf, stop - start).sum()) + 1, dtype=torch.uint8)
+                arrivals.append((take, message))
+                works.append(self.group.recv([message], other, 0))
+        for work in works:
+            work.wait()
+        for take, message in arrivals:
+            data = message.numpy()
+            if data[-1]:
+                self._fault = self._fault or DamageError(
+                    self.files.label(self.manifest.files[number].name), "the rank that read it for the others found damage"
+                )
+            _scatter(window, take, leaf, stop - start, data[:-1])
+
+    def _flag(self) -> Bytes:
+        return np.array([self._fault is not None], np.uint8)
+
+    def _try(self, action: Callable[..., None], *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except DamageError as error:
+            self._fault = self._fault or error
+
+
+def deal(wanted: Leaves) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Who reads each leaf of a window: one of those that want it, in turn by runs of leaves; −1 where nobody does.
+
+    wanted: (ranks, leaves). Every rank computes the same.
+    """
+    readers = np.full(wanted.shape[1], -1, np.int64)
+    load = np.zeros(wanted.shape[0], np.int64)
+    if not wanted.shape[1]:
+        return readers
+    changes = np.flatnonzero((wanted[:, 1:] != wanted[:, :-1]).any(axis=0)) + 1
+    for run in np.split(np.arange(wanted.shape[1]), changes):
+        who = np.flatnonzero(wanted[:, run[0]])
+        if not len(who):
+            continue
+        for part in np.array_split(run, min(len(who), len(run))):
+            chosen = who[np.argmin(load[who])]
+            readers[part] = chosen
+            load[chosen] += len(part)
+    return readers
+
+
+def _lengths(leaves: Leaves, leaf: int, size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Bytes of each chosen leaf of a window of `size` bytes; the last leaf of a file may be shorter."""
+    return np.minimum((np.flatnonzero(leaves) + 1) * leaf, size) - np.flatnonzero(leaves) * leaf
+
+
+def _gather(window: Bytes, leaves: Leaves, leaf: int, size: int) -> Bytes:
+    return np.concatenate([window[at * leaf : min((at + 1) * leaf, size)] for at in np.flatnonzero(leaves).tolist()])
+
+
+def _scatter(window: Bytes, leaves: Leaves, leaf: int, size: int, data: Bytes) -> None:
+    position = 0
+    for at in np.flatnonzero(leaves).tolist():
+        part = window[at * leaf : min((at + 1) * leaf, size)]
+        part[...] = data[position : position + len(part)]
+        position += len(part)
