@@ -33,7 +33,7 @@ from .problems import ConfigError, Problem
 RECIPES = "pkg://meshloom.recipes"
 ROOT = "config"
 HYDRA_VERSION = "1.3"
-LONGEST_NAME = 200  # bytes; file systems take 255
+LONGEST_NAME = 200  # file systems take 255
 NEVER_SAVED = ("launch", "resume", "output_dir")  # belong to an invocation, not to the run it continues
 
 
@@ -185,10 +185,9 @@ def sweep_folder(overrides: Sequence[str], job: Sequence[str]) -> str:
     parser = OverridesParser.create()
     swept = {override.get_key_element() for override in parser.parse_overrides(list(overrides)) if override.is_sweep_override()}
     lines = [override for override in parser.parse_overrides(list(job)) if override.get_key_element() in swept]
-    name = "_".join(f"{line.get_key_element()}={line.get_value_element_as_str()}" for line in lines).replace("/", "-") or "job"
-    if len(name.encode()) > LONGEST_NAME:
-        name = f"{name.encode()[: LONGEST_NAME - 20].decode(errors='ignore')}_{xxh3_64_hexdigest(name.encode())}"
-    return name
+    name = "_".join(f"{line.get_key_element()}={line.get_value_element_as_str()}" for line in lines) or "job"
+    plain = re.sub(r"[^A-Za-z0-9.,=+_\[\]-]+", "-", name)[:LONGEST_NAME]
+    return plain if plain == name else f"{plain}_{xxh3_64_hexdigest(name.encode())}"  # two names must not become one
 
 
 def resumed(saved: Mapping[str, Any], fresh: DictConfig, overrides: Sequence[str]) -> DictConfig:

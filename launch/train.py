@@ -151,6 +151,7 @@ def _configure_log() -> None:
 def _start_torchrun(config: DictConfig, count: int, switches: argparse.Namespace) -> int:
     from .torchrun import main as torchrun
 
+    output_dir = str(config.output_dir).replace("'", "\\'")  # as Hydra's quoted strings want it
     folder = [f"--config-dir={switches.config_dir}"] if switches.config_dir else []
     overrides = [line for line in task_overrides() if not line.startswith("output_dir=")]
     return torchrun(
@@ -162,7 +163,7 @@ def _start_torchrun(config: DictConfig, count: int, switches: argparse.Namespace
             "meshloom.launch.train",
             *folder,
             *overrides,
-            f"output_dir='{config.output_dir}'",
+            f"output_dir='{output_dir}'",
         ]
     )
 

@@ -125,13 +125,13 @@ def test_sweep_expands_into_jobs(composer: Composer) -> None:
 
 
 def test_sweep_folders_are_named_by_what_is_swept() -> None:
-    line = ["recipe=quickstart", "data.input=a/b", "optim.lr=1e-3,3e-3", "trainer.sample_prompt=x/y,z"]
-    assert sweep_folder(line, ["data.input=a/b", "optim.lr=0.001", "trainer.sample_prompt=x/y"]) == (
-        "optim.lr=0.001_trainer.sample_prompt=x-y"
-    )
+    line = ["recipe=quickstart", "data.input=a/b", "optim.lr=1e-3,3e-3", "optim.betas=[0.9,0.95],[0.8,0.9]"]
+    job = ["data.input=a/b", "optim.lr=0.001", "optim.betas=[0.9,0.95]"]
+    assert sweep_folder(line, job) == "optim.lr=0.001_optim.betas=[0.9,0.95]"
     assert sweep_folder(["seed=1"], ["seed=1"]) == "job"
-    long = [sweep_folder(["trainer.sample_prompt=a,b"], [f"trainer.sample_prompt={'e' * 300}{end}"]) for end in "xy"]
-    assert long[0] != long[1] and all(len(name.encode()) <= 200 for name in long)
+    awkward = [f"trainer.sample_prompt={value}" for value in ("x/y", "x:y", "'x\\'y'", "e" * 300 + "1", "e" * 300 + "2")]
+    names = [sweep_folder(["trainer.sample_prompt=a,b"], [override]) for override in awkward]
+    assert len(set(names)) == 5 and all(len(name) < 230 and not set(name) & set("/:' ") for name in names)
 
 
 def saved_run(composer: Composer, *overrides: str) -> dict[str, Any]:
