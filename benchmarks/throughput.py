@@ -35,7 +35,7 @@ from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, environment_world_size, pick_device
 
 MODELS = {
-    "tiny": {"dim": 256, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 512},
+    "tiny": {"dim": 256, "layers": 4, "heads": 4, "kv_heads": 2, "ffn_dim": 512},
     "1B": {"dim": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "ffn_dim": 8192},
     "3B": {"dim": 3072, "layers": 28, "heads": 24, "kv_heads": 8, "ffn_dim": 8192},
     "8B": {"dim": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "ffn_dim": 14336},

@@ -108,7 +108,7 @@ class Pipeline:
                     index,
                     self._plan.count,
                     self._mesh.device,
-                    input_args=passed() if index else like.tokens.to("meta"),
+                    input_args=passed() if index else torch.empty(like.tokens.shape, dtype=like.tokens.dtype, device="meta"),
                     output_args=torch.empty((), dtype=exact, device="meta", requires_grad=True) if last else passed(),
                     group=self._group,
                     dw_builder=_nothing_left if last and chosen.splits_backward and not SPLITS_THE_LOSS else None,
