@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -33,6 +34,7 @@ from .problems import ConfigError, Problem
 RECIPES = "pkg://meshloom.recipes"
 ROOT = "config"
 HYDRA_VERSION = "1.3"
+FAULTS = (HydraException, yaml.YAMLError, ValueError)  # what composition raises for bad overrides and bad files
 LONGEST_NAME = 200  # file systems take 255
 NEVER_SAVED = ("launch", "resume", "output_dir")  # belong to an invocation, not to the run it continues
 
@@ -81,7 +83,7 @@ class Composer:
         parsed = [*_parse(overrides, problems)]
         try:
             return Composition(self._load([override.input_line or "" for override in parsed]), problems)
-        except (HydraException, ConfigError):
+        except FAULTS:
             return self._without_faults(parsed, problems)
 
     def expand(self, overrides: Sequence[str]) -> list[list[str]]:
@@ -105,21 +107,21 @@ class Composer:
         good: list[str] = []
         try:
             config = self._load(good)
-        except HydraException as error:
+        except FAULTS as error:
             raise ConfigError([*problems, Problem("recipes", *_reason(error))]) from error
         for override in [*choices, *(override for override in overrides if override not in choices)]:
             line = override.input_line or ""
             try:
                 config = self._load([*good, line])
                 good.append(line)
-            except HydraException as error:
+            except FAULTS as error:
                 problem, repaired = self._diagnose(override, error, config)
                 problems.append(problem)
                 if repaired is not None:  # so that what depends on this choice is judged as it was meant
                     try:
                         config = self._load([*good, repaired])
                         good.append(repaired)
-                    except HydraException:
+                    except FAULTS:
                         continue
         return Composition(config, problems)
 
@@ -261,6 +263,8 @@ def _reason(error: BaseException) -> tuple[str, str]:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, yaml.MarkedYAMLError):
+        return f"bad YAML: {' '.join(lines)}", "correct the file"
     framed = re.match(r"In '(.+)': \w+ raised while composing config:", lines[0])
     if framed and len(lines) > 1:
         key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")

@@ -111,6 +111,9 @@ def test_user_folder_joins_and_its_faults_name_the_file(tmp_path: Path) -> None:
     assert config.model == {"_target_": "my.Model", "width": 3} and config.recipe == "good" and config.trainer.steps == 200
     (problem,) = composer.compose(["recipe=bad"]).problems
     assert problem.key == "recipe=bad" and "trainer.step" in str(problem) and "recipe/bad.yaml" in str(problem)
+    (tmp_path / "recipe" / "broken.yaml").write_text("# @package _global_\nrecipe: [broken\n")
+    (problem,) = Composer(str(tmp_path)).compose(["recipe=broken", "seed=3"]).problems
+    assert problem.key == "recipe=broken" and "broken.yaml" in str(problem) and "line" in str(problem)
     with pytest.raises(ConfigError, match="--config-dir"):
         Composer(str(tmp_path / "nowhere"))
 
