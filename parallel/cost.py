@@ -148,7 +148,10 @@ def _rank_cost(
     at_once = sum(groups.values()) - sum(blocks) + sum(sorted(blocks)[-2:]) if reshards else whole
     accumulates = job.micro_batches > 1 and (layout.zero < 2 or parallel.pp > 1)
     shards = sum(piece.padded for piece in held) * exact
-    in_flight = whole * exact if accumulates else max(groups.values()) * (unit + exact)
+    gathered, gradients = at_once * unit, shards + (whole * exact if accumulates else max(groups.values()) * (unit + exact))
+    if layout.world_size == layout.tp and parallel.offload == "none":
+        # Nobody to share with: bf16 weights lie beside their fp32 masters, others are computed with as they are.
+        gathered, gradients = whole * unit if unit != exact else 0, whole * exact + max(groups.values()) * unit
 
     blocks_keep = [block_bytes(model, job, parallel, policy) for policy in job.policies]
     hidden = job.micro * job.seq_len // parallel.cp * model.dim * unit // (parallel.tp if parallel.sequence_parallel else 1)
@@ -173,8 +176,8 @@ def _rank_cost(
         elements=sum(torch.Size(piece.shape).numel() for piece in own),
         flops=tokens * sum(costs[stage].forward + costs[stage].of("B") for stage in mine),
         weights=shards,
-        gathered=at_once * unit,
-        gradients=shards + in_flight,
+        gathered=gathered,
+        gradients=gradients,
         optimizer=state,
         activations=round(kept),
         working=working,
