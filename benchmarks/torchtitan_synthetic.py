@@ -1,7 +1,8 @@
 """torchtitan 0.2.2 on synthetic tokens: the peer that `throughput.py` is compared with, same shapes, same machine.
 
     torchrun --standalone --nproc-per-node 1 benchmarks/torchtitan_synthetic.py --training.steps 16 --metrics.log_freq 4 \
-        --model.flavor 1B --training.local_batch_size 4 --training.seq_len 8192 --compile.enable --activation_checkpoint.mode none
+        --model.flavor 1B --training.local_batch_size 4 --training.seq_len 8192 --compile.enable \
+        --activation_checkpoint.mode none
 
 Flavors 1B, 3B and 8B have the shapes of the recipes llama_1b, llama_3b and llama_8b (vocabulary 128,256, untied). Needs
 torchtitan==0.2.2 and what it needs. It prints tps: tokens per second per GPU.
