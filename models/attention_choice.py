@@ -43,16 +43,31 @@ class Shape:
 
 def use_newer_flash() -> str | None:
     """Put the newest FlashAttention that is installed in the place of PyTorch's own; its name, or None for PyTorch's own."""
-    from torch.nn.attention import activate_flash_attention_impl
-
     for name, module in NEWER_FLASH.items():
+        if not _installed(module):
+            continue
         try:
-            if importlib.util.find_spec(module) is not None:
-                activate_flash_attention_impl(name)  # pyright: ignore[reportArgumentType]
-                return name
-        except (ImportError, ValueError, RuntimeError) as error:  # not for this GPU or this PyTorch
+            from torch.nn.attention import activate_flash_attention_impl
+
+            activate_flash_attention_impl(name)  # pyright: ignore[reportArgumentType]
+            return name
+        except Exception as error:  # a package that is not for this GPU or this PyTorch may fail in any way
             log.warning("%s is installed and can't be used: %s", name, error)
     return None
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it would be in
+        return False
+
+
+def use_own_flash() -> None:
+    """Undo `use_newer_flash`."""
+    from torch.nn.attention import restore_flash_attention_impl
+
+    restore_flash_attention_impl()
 
 
 def seconds(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device) -> float:
@@ -60,10 +75,11 @@ def seconds(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device
     draw = torch.Generator(device).manual_seed(0)
 
     def random(heads: int) -> torch.Tensor:
-        size = (1, heads, shape.seq_len, shape.head_dim)
-        return torch.randn(size, device=device, dtype=torch.bfloat16, generator=draw)
+        size = (1, shape.seq_len, heads, shape.head_dim)  # positions first, as the projections leave them
+        return torch.randn(size, device=device, dtype=torch.bfloat16, generator=draw).transpose(1, 2)
 
     q, k, v = (random(heads).requires_grad_() for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
+    grouped = shape.heads != shape.kv_heads
     gradient = random(shape.heads)
     times: list[float] = []
     try:
@@ -71,7 +87,6 @@ def seconds(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             with sdpa_kernel([KERNELS[kernel]]):
-                grouped = shape.heads != shape.kv_heads
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
             torch.autograd.grad(out, (q, k, v), gradient)
             stop.record()

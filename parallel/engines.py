@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.nn.attention import restore_flash_attention_impl
 
 from ..config.parallel import ParallelConfig
 from ..config.problems import Problem
 from ..models import attention_choice
+from ..models.attention_kernels import Kernel
 from ..models.llama import Llama
 from .deepspeed_config import deepspeed_problems
 from .deepspeed_engine import DeepSpeedEngine
@@ -65,20 +65,22 @@ def _torch_problems(parallel: ParallelConfig) -> Iterator[Problem]:
 
 def _choose_attention(model: Llama, mesh: Mesh, seq_len: int) -> None:
     """The same kernel on every rank: the one that is fastest for all together."""
-    newer = attention_choice.use_newer_flash()
     tp = mesh.layout.tp
     shape = attention_choice.Shape(seq_len, max(1, model.heads // tp), max(1, model.kv_heads // tp), model.head_dim)
-    mine = [attention_choice.seconds(kernel, shape, mesh.device) for kernel in attention_choice.KERNELS]
-    times = mesh.sum(torch.tensor(mine, dtype=torch.float64, device=mesh.device)).tolist()
-    chosen = attention_choice.prefer(dict(zip(attention_choice.KERNELS, times, strict=True)))
+
+    def measure() -> dict[Kernel, float]:
+        mine = [attention_choice.seconds(kernel, shape, mesh.device) for kernel in attention_choice.KERNELS]
+        sums = mesh.sum(torch.tensor(mine, dtype=torch.float64, device=mesh.device)) / mesh.layout.world_size
+        return dict(zip(attention_choice.KERNELS, sums.tolist(), strict=True))
+
+    newer = attention_choice.use_newer_flash()
+    times = measure()
+    chosen = attention_choice.prefer(times)
     if newer is not None and chosen != "flash":
-        restore_flash_attention_impl()
+        attention_choice.use_own_flash()  # it stays the next to be tried, and that is the safer one
     if mesh.is_main:
-        named = ", ".join(
-            f"{kernel} {1000 * time / mesh.layout.world_size:.2f} ms"
-            for kernel, time in zip(attention_choice.KERNELS, times, strict=True)
-        )
-        log.info("attention by %s (flash is %s; %s)", chosen, newer or "PyTorch's own", named)
+        named = ", ".join(f"{kernel} {1000 * time:.2f} ms" for kernel, time in times.items())
+        log.info("attention by %s (%s; flash is %s)", chosen, named, newer or "PyTorch's own")
 
 
 def make_engine(

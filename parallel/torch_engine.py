@@ -318,6 +318,8 @@ class TorchEngine:
 
     def zero_grad(self) -> None:
         """Forget the gradient."""
+        if self._one_pass is not None:
+            self._one_pass.gradient_scale = None
         for parameter, placed in zip(self._parameters, self._placed.values(), strict=True):
             parameter.tensor.grad = placed.parameter.grad = None
 

@@ -32,6 +32,12 @@ def test_the_fastest_comes_first_and_the_rest_stay(cudnn: float, flash: float, c
     assert attention_kernels.dense_kernel == chosen
 
 
+def test_a_newer_flash_that_is_not_there_or_fails_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert attention_choice.use_newer_flash() is None
+    monkeypatch.setattr(attention_choice, "NEWER_FLASH", {"no such name": "json"})
+    assert attention_choice.use_newer_flash() is None
+
+
 @pytest.mark.gpu
 def test_kernels_are_timed_and_what_cant_run_takes_forever() -> None:
     device = torch.device("cuda")
