@@ -19,7 +19,7 @@ class OptimConfig:
 
     _target_: str = MISSING
     name: str = MISSING
-    lr: float | str = 3e-4
+    lr: int | float | str = 3e-4
     weight_decay: float = 0.1
     lr_coupling: str = "none"
 
@@ -54,7 +54,7 @@ class LAMBConfig(OptimConfig):
 
     _target_: str = "meshloom.optim.layerwise.LAMB"
     name: str = "lamb"
-    lr: float | str = 2e-3
+    lr: int | float | str = 2e-3
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-6
@@ -68,7 +68,7 @@ class LARSConfig(OptimConfig):
 
     _target_: str = "meshloom.optim.layerwise.LARS"
     name: str = "lars"
-    lr: float | str = 1.0
+    lr: int | float | str = 1.0
     weight_decay: float = 1e-4
     momentum: float = 0.9
     trust: float = 1e-3
@@ -80,7 +80,7 @@ class AdaGradConfig(OptimConfig):
 
     _target_: str = "meshloom.optim.adagrad.AdaGrad"
     name: str = "adagrad"
-    lr: float | str = 1e-2
+    lr: int | float | str = 1e-2
     weight_decay: float = 0.0
     eps: float = 1e-10
     initial: float = 1e-2
@@ -92,7 +92,7 @@ class AdaGradNormConfig(OptimConfig):
 
     _target_: str = "meshloom.optim.adagrad.AdaGradNorm"
     name: str = "adagrad_norm"
-    lr: float | str = 1.0
+    lr: int | float | str = 1.0
     weight_decay: float = 0.0
     initial: float = 1e-2
 
