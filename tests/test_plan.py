@@ -49,11 +49,11 @@ def test_figures_are_those_of_arithmetic() -> None:
 
 def test_every_problem_is_named_with_a_way_out_and_nothing_is_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     svg = tmp_path / "out.svg"
-    words = ["launch.nproc=8", "parallel.tp=3", "trainer.activation=some", "parallel.pq=2", f"--draw-pipeline={svg}"]
+    words = ["launch.nproc=8", "parallel.tp=3", "trainer.activation=some", "parallel.shedule=zb", f"--draw-pipeline={svg}"]
     code, out, err = planned(capsys, *LLAMA, *words)
     assert code == 2 and not out and not svg.exists()
     assert "trainer.activation: there is no 'some'" in err
-    assert "did you mean parallel.tp or parallel.pp?" in err
+    assert "did you mean parallel.schedule?" in err
     code, _, err = planned(capsys, *LLAMA, "launch.nproc=8", "parallel.tp=3")
     assert code == 2 and "nearest: parallel.tp=4; or parallel.tp=2; or parallel.tp=8" in err
     code, _, err = planned(capsys, *LLAMA, "launch.nproc=1", f"--draw-pipeline={svg}")
