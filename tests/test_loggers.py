@@ -17,7 +17,7 @@ from meshloom.config.duration import Duration, Unit
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.progress import Progress
 from meshloom.parallel.layout import Layout
-from meshloom.trainer.loggers import MetricsFile, ProgressLine, TensorBoard, WandB, default_loggers
+from meshloom.trainer.loggers import MetricsFile, ProgressLine, TensorBoard, WandB, default_loggers, logging_problems
 
 
 def loop_at(step: int, folder: Path, total: int = 10) -> Any:
@@ -135,3 +135,10 @@ def test_logging_config_chooses_the_hooks(tmp_path: Path) -> None:
     config = LoggingConfig(tensorboard=True, wandb=True)
     kinds = [type(hook) for hook in default_loggers(config, tmp_path, OmegaConf.create({}))]
     assert kinds == [MetricsFile, ProgressLine, TensorBoard, WandB]
+
+
+def test_a_logger_that_is_not_installed_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = LoggingConfig(wandb=True, tensorboard=True)
+    assert [problem.key for problem in logging_problems(config)] == ["logging.wandb", "logging.tensorboard"]
+    assert logging_problems(LoggingConfig()) == []

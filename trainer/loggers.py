@@ -6,6 +6,7 @@ these hooks belong to one process, rank 0.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from ..config import LoggingConfig
+from ..config.problems import Problem
 from .hooks import Hook
 from .loop import Loop
 
@@ -35,6 +37,15 @@ def default_loggers(config: LoggingConfig, output_dir: Path, run_config: DictCon
     if config.wandb:
         loggers.append(WandB(config.project, output_dir, run_config, config.every))
     return loggers
+
+
+def logging_problems(config: LoggingConfig) -> list[Problem]:
+    """Loggers whose library is not installed."""
+    return [
+        Problem(f"logging.{name}", f"{name} is not installed", f"pip install 'meshloom[{name}]', or logging.{name}=false")
+        for name in ("wandb", "tensorboard")
+        if getattr(config, name) and importlib.util.find_spec(name) is None
+    ]
 
 
 class MetricsFile(Hook):

@@ -22,6 +22,7 @@ from ..parallel.layout import Layout, layout_problems
 from ..parallel.legality import Work, layout_and_model_problems
 from .automatic import resolve_automatic
 from .build import Parts, batch_divisor, build_coupling, build_data, build_horizon, build_model, optimizer_factory
+from .loggers import logging_problems
 
 
 def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
@@ -46,6 +47,7 @@ def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
         problems += layout or batch_problems(config.batch, data_size)
         problems += _asked("optim", lambda: _engine_problems(config, parts, world_size))
     problems += checkpoint_problems(parts.checkpoint)
+    problems += logging_problems(parts.logging)
     problems += _asked("data", lambda: build_data(config).problems())
     problems += _asked("optim", lambda: _optimizer_problems(config))
     if not any(problem.key.startswith("model") for problem in problems):
