@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,6 +19,7 @@ from ..config.compose import differences, resumed
 from ..config.problems import ConfigError, Problem
 from ..optim.progress import Progress
 from .build import Run, build_control, checkpoint_folder
+from .loop import Loop
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +56,16 @@ def find_checkpoint(location: str, key: str) -> Path | str:
 def effective(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Path | str | None]:
     """What a command line really asks for: the config to run, and the checkpoint to go on from (None: a fresh start).
 
-    config: composed of the recipe and the overrides. A resumed run has its checkpoint's config with the overrides on top.
+    config: composed of the recipe and the overrides. A resumed run has its checkpoint's config with the overrides on top;
+    one that begins from imported weights has its own.
     """
     checkpoint = checkpoint_to_resume(config)
     if checkpoint is None:
         return config, None
-    saved = read_state(checkpoint)["config"]
+    state = read_state(checkpoint)
+    if _is_import(state):
+        return config, checkpoint
+    saved = state["config"]
     typed = OmegaConf.structured(RunConfig)
     merged = cast(DictConfig, OmegaConf.merge(typed, resumed(saved, config, overrides)))
     for line in differences(saved, config, merged):
@@ -69,8 +74,11 @@ def effective(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig,
 
 
 def restore_run(run: Run, checkpoint: Path | str) -> None:
-    """Put a checkpoint's arrays and counters into a freshly built run."""
+    """Put a checkpoint's arrays and counters into a freshly built run; of imported ones (fine-tuning), the weights alone."""
     loop = run.loop
+    if _is_import(read_state(checkpoint)):
+        _restore_weights(loop, checkpoint)
+        return
     loop.engine.prepare_restore()
     state = restore(checkpoint, list(loop.engine.fragments()), build_control(loop.mesh, "restore")).state
     if state["data_fingerprint"] != run.data_fingerprint:
@@ -81,3 +89,20 @@ def restore_run(run: Run, checkpoint: Path | str) -> None:
     loop.controller.load_state_dict(state["controller"])
     for hook in loop.hooks:
         hook.load_state_dict(state["hooks"].get(type(hook).__name__, {}))
+
+
+def _is_import(state: dict[str, Any]) -> bool:
+    """Whether a checkpoint was not saved by a run (`meshloom checkpoint import`): it has no progress to go on from."""
+    return "progress" not in state
+
+
+def _restore_weights(loop: Loop, checkpoint: Path | str) -> None:
+    """Begin a run from imported weights: step 0, fresh optimizer state. Raises ConfigError on all ranks if some don't fit."""
+    weights = [fragment for fragment in loop.engine.fragments() if fragment.role == "weight"]
+    report = restore(checkpoint, weights, build_control(loop.mesh, "restore"), strict=False)
+    absent = sorted({*report.missing, *report.mismatched})
+    if loop.mesh.any(bool(absent)):
+        named = f" ({', '.join(absent[:4])}{', …' if len(absent) > 4 else ''})" if absent else ""
+        fix = "choose the model whose weights were imported"
+        raise ConfigError([Problem("resume", f"'{checkpoint}' does not have this model's weights{named}", fix)])
+    loop.engine.load_counters(loop.engine.counters())
