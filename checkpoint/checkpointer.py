@@ -24,7 +24,7 @@ from .memory import MemoryTier
 from .planner import Planner
 from .report import SaveReport
 from .save import Order, Save, Tools
-from .writer import InlineWriter, ProcessWriter
+from .writer import ProcessWriter, ThreadWriter
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Checkpointer:
         self._tools = Tools(
             target=self._target,
             pool=pool,
-            writer=ProcessWriter() if self._asynchronous else InlineWriter(),
+            writer=ProcessWriter() if self._asynchronous else ThreadWriter(),
             planner=Planner(),
             memory=MemoryTier(Path(folder), control.rank, config.memory_group, pool) if in_memory else None,
             config=config,
@@ -147,17 +147,20 @@ class Checkpointer:
             )
         return reports
 
+    def wait(self) -> list[SaveReport]:
+        """Wait for all saves. Returns the reports that `poll` has not given yet."""
+        self._wait_for_update()
+        reports: list[SaveReport] = []
+        while self._saves:
+            reports.append(self._deliver(self._saves.pop(0)))
+        return reports
+
     def finish(self) -> list[SaveReport]:
         """Wait for all saves and give back memory and processes. Returns the reports that `poll` has not given yet.
 
         Raises CheckpointError if the last save failed.
         """
-        self._wait_for_update()
-        reports: list[SaveReport] = []
-        for save in self._saves:
-            save.join()
-            reports.append(self._deliver(save))
-        self._saves.clear()
+        reports = self.wait()
         self.close()
         if self._last_report is not None and self._last_report.outcome == "failed":
             raise CheckpointError(f"the last save, at step {self._last_report.step}, failed: {self._last_report.reason}")

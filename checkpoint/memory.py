@@ -28,7 +28,7 @@ from .digest import DIGEST_BYTES, LEAF_BYTES
 from .errors import CheckpointError, DamageError
 from .files import Files, RangeReader
 from .keeper import Keeper, dismiss, registered
-from .manifest import MANIFEST
+from .manifest import MANIFEST, Manifest
 from .parity import block_bytes, make_groups, span_of
 from .wire import Address, Connection
 
@@ -189,6 +189,12 @@ def _manifest_of(recovery: Recovery) -> bytes:
     finally:
         link.close()
     return zlib.decompress(bytes(data))
+
+
+def manifest_of(text: str) -> Manifest:
+    """The manifest of a version, from a keeper. Raises CheckpointError if it can't be had or is damaged."""
+    recovery = Recovery.decode(text)
+    return Manifest.decode(_manifest_of(recovery), f"memory of step {recovery.step}/{MANIFEST}")
 
 
 def open_recovery(text: str, folder: Path, talk: Round, attempt: int) -> MemoryFiles:

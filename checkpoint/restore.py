@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -20,7 +21,7 @@ from .errors import CheckpointError, DamageError
 from .files import Files, is_remote, open_files
 from .folder import load_manifest, open_step, step_of, steps_newest_first
 from .manifest import MANIFEST, Manifest, StoredArray
-from .memory import find_recovery, open_recovery
+from .memory import find_recovery, manifest_of, open_recovery
 from .reader import Raw, Reader
 from .shared_reader import SharedReader
 
@@ -122,8 +123,19 @@ def restore(
 
 
 def read_state(location: str | Path) -> dict[str, Any]:
-    """The JSON state of a step's folder, without its arrays. Raises DamageError if the manifest is not as written."""
-    return load_manifest(open_files(location)).state
+    """The JSON state of a step's folder, or of the step that `restore` would try first in a folder of checkpoints.
+
+    For one process, or each for itself. Raises DamageError if a step's manifest is not as written, CheckpointError if a
+    folder has no complete step.
+    """
+    if _is_step(location):
+        return load_manifest(open_files(location)).state
+    for candidate in _found_in(location):
+        with contextlib.suppress(CheckpointError):
+            if candidate.startswith(_IN_MEMORY):
+                return manifest_of(candidate.removeprefix(_IN_MEMORY)).state
+            return open_step(open_files(candidate)).state
+    raise CheckpointError(f"{location}: there is no complete checkpoint here")
 
 
 @dataclass
@@ -143,17 +155,20 @@ def _candidates(location: str | Path, talk: Round) -> list[str]:
     A version in the keepers' memory comes first, unless the disk has a newer one.
     """
     if talk.control.rank == 0:
-        base = str(location).rstrip("/")
-        if _is_step(location):
-            found = [base]
-        else:
-            names = steps_newest_first(open_files(location))
-            found = [f"{base}/{name}" for name in names]
-            in_memory = None if is_remote(location) else find_recovery(Path(location))
-            if in_memory is not None and in_memory.step >= max((step_of(name) or 0 for name in names[:1]), default=0):
-                found.insert(0, _IN_MEMORY + in_memory.encode())
-        talk.announce("candidates", json.dumps(found).encode())
+        talk.announce("candidates", json.dumps(_found_in(location)).encode())
     return json.loads(talk.hear("candidates"))
+
+
+def _found_in(location: str | Path) -> list[str]:
+    base = str(location).rstrip("/")
+    if _is_step(location):
+        return [base]
+    names = steps_newest_first(open_files(location))
+    found = [f"{base}/{name}" for name in names]
+    in_memory = None if is_remote(location) else find_recovery(Path(location))
+    if in_memory is not None and in_memory.step >= max((step_of(name) or 0 for name in names[:1]), default=0):
+        found.insert(0, _IN_MEMORY + in_memory.encode())
+    return found
 
 
 def _open(candidate: str, location: str | Path, talk: Round, attempt: int) -> Files:

@@ -96,6 +96,7 @@ class Save:
         self._ended = threading.Event()
         self._left = threading.Event()
         self._arena: Arena | None = None
+        self._writing = False
         self._token = ""
         self._layouts: list[FileLayout] = []  # of all ranks, and the arrays: this save's, whatever later saves plan
         self._arrays: dict[str, StoredArray] = {}
@@ -212,20 +213,15 @@ class Save:
         earlier = self.after.disk
         follow = request is not None and (earlier is None or earlier._written.is_set())
         if follow and request is not None:
+            self._writing = True
             tools.writer.begin(request)
-        try:
-            if layout.bytes:
-                self.snapshot.copy(arena, layout, tools.stream)
-        except BaseException:
-            arena.watermark.abandon()
-            if follow:
-                with contextlib.suppress(CheckpointError, OSError):
-                    tools.writer.end()
-            raise
+        if layout.bytes:
+            self.snapshot.copy(arena, layout, tools.stream)
         self.report.staging_seconds = self.snapshot.seconds
         self._mark_staged()
         if request is not None and not follow and earlier is not None:
             earlier._written.wait()
+            self._writing = True
             tools.writer.begin(request)
         return request
 
@@ -267,6 +263,7 @@ class Save:
         report, talk = self.report, self.talk
         message: dict[str, Any] = {}
         if request is not None:
+            self._writing = False
             written = tools.writer.end()
             report.hashing_seconds, report.writing_seconds = written.hashing, written.writing
             report.bytes, report.direct = written.bytes, written.direct
@@ -307,7 +304,11 @@ class Save:
             log.warning("old checkpoints could not be deleted: %s", error)
 
     def _give_up(self, tools: Tools) -> None:
-        """Tell the others, forget the plan (they may not have got it) and delete what was written."""
+        """Tell the others, forget the plan (they may not have got it), stop the writer and delete what was written."""
+        if self._writing and self._arena is not None:
+            self._arena.watermark.abandon()
+            with contextlib.suppress(CheckpointError, OSError):
+                tools.writer.end()
         try:
             self.talk.abort(self.report.reason)
         except Exception as error:  # the store is gone: the others' time-outs have to do

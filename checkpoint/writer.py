@@ -13,6 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -69,26 +71,32 @@ def write_anywhere(image: memoryview, folder: str, name: str, leaves: str, ready
     return write_image(image, Path(folder) / name, Path(folder) / leaves, ready)
 
 
-class InlineWriter:
-    """Writes in this process: for the synchronous mode, where training waits anyway."""
+class ThreadWriter:
+    """Writes in a thread of this process: for the synchronous mode, where training waits anyway."""
 
     def __init__(self) -> None:
-        self._request: Request | None = None
+        self._outcome: Future[Written] = Future()
 
     def begin(self, request: Request) -> None:
         """See Writer."""
-        self._request = request
+        outcome: Future[Written] = Future()
+        self._outcome = outcome
+
+        def write() -> None:
+            def ready(value: int) -> None:
+                request.memory.watermark.wait(value, lambda: True)
+
+            try:
+                image = request.memory.image(request.size)
+                outcome.set_result(write_anywhere(image, request.folder, request.name, request.leaves, ready))
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        threading.Thread(target=write, name="checkpoint-writer", daemon=True).start()
 
     def end(self) -> Written:
         """See Writer."""
-        assert self._request is not None
-        r = self._request
-        self._request = None
-
-        def ready(value: int) -> None:
-            r.memory.watermark.wait(value, lambda: False)
-
-        return write_anywhere(r.memory.image(r.size), r.folder, r.name, r.leaves, ready)
+        return self._outcome.result()
 
     def close(self) -> None:
         """See Writer."""

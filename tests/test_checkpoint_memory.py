@@ -21,7 +21,7 @@ from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.keeper import dismiss, registered
 from meshloom.checkpoint.memory import DOMAIN_VARIABLE
 from meshloom.checkpoint.parity import block_bytes, block_of, make_groups, span_of
-from meshloom.checkpoint.restore import restore
+from meshloom.checkpoint.restore import read_state, restore
 from meshloom.checkpoint.wire import Connection
 from meshloom.config.checkpoint import CheckpointConfig
 
@@ -91,6 +91,7 @@ def recovered(folder: Path, world: int, expected: int) -> list[str]:
 @pytest.mark.parametrize("world", [1, 3])
 def test_killed_trainers_go_on_from_memory_on_any_number_of_ranks(folder: Path, world: int) -> None:
     crashed_run(folder, 2)
+    assert read_state(folder) == {"step": 3}
     assert recovered(folder, world, 3) == ["memory of step 3"] * world
     assert not list(folder.glob("step-*"))
 
