@@ -1,4 +1,4 @@
-"""On a GPU: the snapshot is taken on a stream of its own, of the values before the update, with the trainer's stream waiting."""
+"""On a GPU: the snapshot runs on a stream of its own and has the values before the update; the trainer's stream waits."""
 
 from __future__ import annotations
 
