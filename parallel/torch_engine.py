@@ -43,7 +43,7 @@ from .mesh import Mesh
 from .moments import GradientMoments, Measure
 from .pipeline import Pipeline, StageInputs, TiedHead
 from .shards import MeshShards, Placed, local, own_part
-from .stages import carve, schedule_of
+from .stages import carve
 from .tensor import apply_tensor_parallelism, stream_dim
 from .unsharded import MasterWeights, materialize
 
@@ -157,8 +157,9 @@ class TorchEngine:
             policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
         else:
             policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        # Resharding between the two halves of a zero-bubble backward pass gives wrong gradients without a word.
-        keep = self._zero < 3 or (self._parallel.pp > 1 and schedule_of(self._parallel).splits_backward)
+        # A pipeline gathers weights once per step. Its backward passes would keep them gathered anyway, and resharding
+        # between the two halves of a zero-bubble backward pass gives wrong gradients without a word.
+        keep = self._zero < 3 or self._parallel.pp > 1
         pinned = self.mesh.device.type == "cuda"
         place = CPUOffloadPolicy(pin_memory=pinned) if self._parallel.offload == "cpu" else OffloadPolicy()
         settings: dict[str, Any] = {"mesh": self.mesh.weights, "mp_policy": policy, "offload_policy": place}
