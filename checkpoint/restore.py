@@ -138,6 +138,11 @@ def read_state(location: str | Path) -> dict[str, Any]:
     raise CheckpointError(f"{location}: there is no complete checkpoint here")
 
 
+def holds_checkpoint(folder: str | Path) -> bool:
+    """Whether there is a finished step in a folder of checkpoints, or a version in its keepers' memory."""
+    return bool(_found_in(folder))
+
+
 @dataclass
 class _Prepared:
     report: RestoreReport

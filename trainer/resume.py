@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..checkpoint.files import is_remote, open_files
 from ..checkpoint.folder import find_latest
 from ..checkpoint.manifest import MANIFEST
-from ..checkpoint.restore import read_state, restore
+from ..checkpoint.restore import holds_checkpoint, read_state, restore
 from ..config import RunConfig
 from ..config.compose import differences, resumed
 from ..config.problems import ConfigError, Problem
@@ -25,15 +25,17 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
-    """The checkpoint that `resume` names: "auto" is the newest complete one of the run, or none yet; "none" is none.
+    """The checkpoint that `resume` names: "auto" is the run's folder of them, or none yet; "none" is none.
 
     Processes that torchrun has restarted go on from what the run itself saved, whatever it began from.
     Raises ConfigError if a path was given that holds no complete checkpoint.
     """
     if config.resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        newest = find_latest(checkpoint_folder(config))
-        if newest is not None or config.resume == "auto":
-            return newest
+        folder = checkpoint_folder(config)  # not a step: `restore` passes over a damaged one, and asks the keepers' memory
+        if holds_checkpoint(folder):
+            return folder
+        if config.resume == "auto":
+            return None
     if config.resume == "none":
         return None
     return find_checkpoint(str(config.resume), "resume")

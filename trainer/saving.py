@@ -30,12 +30,14 @@ class Saving(Hook):
     def __init__(self, checkpointer: Checkpointer, every: int | None, fixed: dict[str, Any]) -> None:
         self._checkpointer = checkpointer
         self._every = every
+        self._memory_every = checkpointer.config.memory_every
         self._fixed = fixed
-        self._last_step = -1
+        self._saved_step = -1
+        self._prepared = False
 
     def on_run_begin(self, loop: Loop) -> None:
         """A run that begins where a checkpoint is has nothing to save yet."""
-        self._last_step = loop.progress.step
+        self._saved_step = loop.progress.step
 
     def before_update(self, loop: Loop) -> None:
         """The one wait: a snapshot still being copied must not see the weights change."""
@@ -43,23 +45,30 @@ class Saving(Hook):
 
     def on_step_end(self, loop: Loop) -> None:
         """Start a save when it is time to, and report those that have ended."""
-        if self._every and loop.progress.step % self._every == 0:
-            self._save(loop)
+        if not self._prepared:  # after a step the optimizer's state is there
+            self._checkpointer.prepare(loop.engine.fragments())
+            self._prepared = True
+        to_disk, in_memory = (bool(every) and loop.progress.step % every == 0 for every in (self._every, self._memory_every))
+        if to_disk or in_memory:
+            self._save(loop, disk=to_disk)
         self._report(loop, self._checkpointer.poll())
 
-    def _save(self, loop: Loop, required: bool = False) -> None:
+    def _save(self, loop: Loop, *, disk: bool = True, required: bool = False) -> None:
         loop.deliver_metrics(keep=0)  # a step whose loss is not a number must raise before it is saved
-        self._last_step = loop.progress.step
-        self._checkpointer.save(loop.progress.step, loop.engine.fragments(), run_state(loop, self._fixed), required=required)
+        state = run_state(loop, self._fixed)
+        self._checkpointer.save(loop.progress.step, loop.engine.fragments(), state, required=required, disk=disk)
 
     def _report(self, loop: Loop, reports: list[SaveReport]) -> None:
         for report in reports:
+            if report.outcome == "committed":
+                self._saved_step = report.step
             row = {"checkpoint_step": report.step, "checkpoint_saved": report.outcome == "committed", **report.metrics()}
             for hook in loop.hooks:
                 hook.on_checkpoint(loop, row)
 
     def finish(self, loop: Loop) -> None:
         """The last save, waited for. Raises CheckpointError if it failed: a run must not end well without it."""
-        if loop.progress.step != self._last_step:
+        self._report(loop, self._checkpointer.wait())
+        if loop.progress.step != self._saved_step:  # not its turn, skipped, or failed
             self._save(loop, required=True)
         self._report(loop, self._checkpointer.finish())
