@@ -1,14 +1,19 @@
-"""torchtitan 0.2.2 on synthetic tokens: the peer that `throughput.py` is compared with, same shapes, same machine.
+"""torchtitan 0.2.2 on random tokens, with the shapes of the recipes llama_1b, llama_3b and llama_8b, to compare with.
 
-    torchrun --standalone --nproc-per-node 1 benchmarks/torchtitan_synthetic.py --training.steps 16 --metrics.log_freq 4 \
-        --model.flavor 1B --training.local_batch_size 4 --training.seq_len 8192 --compile.enable \
+    torchrun --standalone --nproc-per-node 1 benchmarks/torchtitan_synthetic.py --model.flavor 1B --training.steps 32 \
+        --training.local_batch_size 4 --training.seq_len 8192 --metrics.log_freq 4 --compile.enable \
         --activation_checkpoint.mode none
 
-Flavors 1B, 3B and 8B have the shapes of the recipes llama_1b, llama_3b and llama_8b (vocabulary 128,256, untied). Needs
-torchtitan==0.2.2 and what it needs. It prints tps: tokens per second per GPU.
+It needs the packages torchtitan==0.2.2, torchdata, tyro and datasets, and torchao for float8:
+
+    --model.converters quantize.linear.float8 --quantize.linear.float8.enable_fsdp_float8_all_gather \
+    --quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp --quantize.linear.float8.filter_fqns output
 """
 
-import os
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torchtitan.protocols.train_spec as train_spec
@@ -16,43 +21,43 @@ import torchtitan.train as titan
 from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
 
 VOCABULARY = 128_256
-COMMON = {"n_kv_heads": 8, "rope_theta": 500_000, "vocab_size": VOCABULARY}
-llama3_args["1B"] = TransformerModelArgs(dim=2048, n_layers=16, n_heads=32, ffn_dim_multiplier=1.5, multiple_of=1024, **COMMON)
-llama3_args["3B"] = TransformerModelArgs(dim=3072, n_layers=28, n_heads=24, ffn_dim_multiplier=1.0, multiple_of=1024, **COMMON)
+COMMON = {"n_kv_heads": 8, "rope_theta": 500_000, "vocab_size": VOCABULARY, "multiple_of": 1024}
+llama3_args["1B"] = TransformerModelArgs(dim=2048, n_layers=16, n_heads=32, ffn_dim_multiplier=1.5, **COMMON)
+llama3_args["3B"] = TransformerModelArgs(dim=3072, n_layers=28, n_heads=24, ffn_dim_multiplier=1.0, **COMMON)
 llama3_args["8B"].vocab_size = VOCABULARY
 
+original_spec = train_spec.get_train_spec
 
-class SyntheticTokens:
-    """Seeded random tokens per data-parallel rank, in the form that torchtitan's trainer reads."""
 
-    def __init__(self, dp_world_size, dp_rank, tokenizer, job_config):
-        self.shape = (job_config.training.local_batch_size, job_config.training.seq_len + 1)
-        self.generator = torch.Generator().manual_seed(dp_rank)
+class RandomTokens:
+    """torchtitan's data loader: the same tokens for each data-parallel rank in every run."""
 
-    def __iter__(self):
+    def __init__(self, dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: Any) -> None:
+        self._shape = (job_config.training.local_batch_size, job_config.training.seq_len + 1)
+        self._draw = torch.Generator().manual_seed(dp_rank)
+
+    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         while True:
-            tokens = torch.randint(0, VOCABULARY, self.shape, generator=self.generator)
+            tokens = torch.randint(0, VOCABULARY, self._shape, generator=self._draw)
             yield {"input": tokens[:, :-1].contiguous()}, tokens[:, 1:].contiguous()
 
-    def state_dict(self):
-        """Nothing to save."""
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep."""
         return {}
 
-    def load_state_dict(self, state):
-        """Nothing to restore."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing was kept."""
 
 
-def synthetic_spec(name, original=train_spec.get_train_spec):
-    """The model's spec with synthetic tokens in place of tokenizer and data."""
-    spec = original(name)
+def synthetic(name: str) -> Any:
+    """torchtitan's spec of a model, without tokenizer and files."""
+    spec = original_spec(name)
     spec.build_tokenizer_fn = None
-    spec.build_dataloader_fn = SyntheticTokens
+    spec.build_dataloader_fn = RandomTokens
     return spec
 
 
-titan.train_spec_module.get_train_spec = synthetic_spec
+titan.train_spec_module.get_train_spec = synthetic
 
-if __name__ == "__main__":  # its process-based checkpoint saver imports this file again
+if __name__ == "__main__":
     titan.main(titan.Trainer)
-    if os.environ.get("RANK", "0") == "0":
-        print("peak GiB", torch.cuda.max_memory_allocated() / 2**30)
