@@ -101,6 +101,8 @@ def make_engine(
     """The engine of `parallel.engine`, holding the model (which comes on the meta device) with its initial weights."""
     if mesh.device.type == "cuda" and precision == "bf16" and seq_len:
         _choose_attention(model, mesh, seq_len)
+    if float8 != "none" and mesh.is_main:
+        log.warning("trainer.float8=%s: losses of different layouts differ by float8's rounding", float8)
     settings: dict[str, Any] = {
         "parallel": parallel,
         "seed": seed,
