@@ -70,7 +70,7 @@ def adamw_update(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One update in place. All tensors contiguous, of one shape and on one GPU; weight and moments fp32.
+    """One update in place. All tensors of one shape and on one GPU, weight, moments and copy contiguous; weight and moments fp32.
 
     gradient, copy  of any floating type; the copy is overwritten by the new weight
     scale           one number on the device that the gradient is multiplied by; None: 1
@@ -79,7 +79,8 @@ def adamw_update(
     size = weight.numel()
     if size == 0:
         return
-    assert all(t.is_contiguous() for t in (weight, gradient, first, second)), "elements are matched by their place in memory"
+    gradient = gradient.contiguous()
+    assert all(t.is_contiguous() for t in (weight, first, second)), "elements are matched by their place in memory"
     beta_first, beta_second = betas
     _adamw[(triton.cdiv(size, _BLOCK),)](
         *(weight, gradient, first, second, weight if copy is None else copy, weight if scale is None else scale, size),
