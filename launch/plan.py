@@ -158,6 +158,6 @@ def _caveats(parallel: ParallelConfig) -> list[str]:
     if parallel.pp == 1 or parallel.zero < 2:
         return []
     whole = "gradients are reduced once, at the end of a step: through a pipeline ZeRO-2 needs what ZeRO-1 needs"
-    if parallel.zero == 3 and parallel.schedule in ("zb", "zbv", "dualpipev"):
-        return [whole, f"{parallel.schedule} keeps weights gathered during a step: ZeRO-3 shards them only between steps"]
+    if parallel.zero == 3:
+        return [whole, "and weights are gathered once: ZeRO-3 shards them between steps only"]
     return [whole]

@@ -25,7 +25,7 @@ from .memory import (
     pieces,
     recomputed_flops,
 )
-from .stages import StagePlan, carve, schedule_of
+from .stages import StagePlan, carve
 from .timeline import Costs, Timeline, simulate, torch_order
 
 BALANCE = 165.0
@@ -143,9 +143,8 @@ def _rank_cost(
     for piece in held:
         groups[piece.group] = groups.get(piece.group, 0) + piece.whole
     blocks = [count for group, count in groups.items() if group.startswith("layers.")]
-    reshards = layout.zero == 3 and not (parallel.pp > 1 and schedule_of(parallel).splits_backward)
-    # One block computes while the next is on its way; what is not in a block stays.
-    at_once = sum(groups.values()) - sum(blocks) + sum(sorted(blocks)[-2:]) if reshards else whole
+    # One block computes while the next is on its way; what is not in a block stays, and through a pipeline everything.
+    at_once = whole - sum(blocks) + sum(sorted(blocks)[-2:]) if layout.zero == 3 and parallel.pp == 1 else whole
     accumulates = job.micro_batches > 1 and (layout.zero < 2 or parallel.pp > 1)
     shards = sum(piece.padded for piece in held) * exact
     gathered, gradients = at_once * unit, shards + (whole * exact if accumulates else max(groups.values()) * (unit + exact))
