@@ -34,6 +34,7 @@ from .problems import ConfigError, Problem
 RECIPES = "pkg://meshloom.recipes"
 ROOT = "config"
 HYDRA_VERSION = "1.3"
+OPEN_NODE = "parallel.deepspeed.config."
 FAULTS = (HydraException, yaml.YAMLError, ValueError)  # what composition raises for bad overrides and bad files
 LONGEST_NAME = 200  # file systems take 255
 NEVER_SAVED = ("launch", "resume", "output_dir")  # belong to an invocation, not to the run it continues
@@ -174,6 +175,11 @@ def near_miss(key: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near[:2])}?" if near else "see `meshloom train --cfg job` for every key"
 
 
+def opened(argument: str) -> str:
+    """An argument of the command line; keys of another library, which no schema lists, need no "+" from the user."""
+    return f"++{argument}" if argument.startswith(OPEN_NODE) else argument
+
+
 def task_overrides() -> list[str]:
     """The overrides of the command line that this process was started with; none outside of `hydra.main`."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
@@ -240,7 +246,7 @@ def _parse(overrides: Sequence[str], problems: list[Problem]) -> Iterator[Overri
     parser = OverridesParser.create()
     for line in overrides:
         try:
-            yield from parser.parse_overrides([line])
+            yield from parser.parse_overrides([opened(line)])
         except OverrideParseException:
             fix = "write key=value, and quote what holds spaces, commas or brackets: 'key=\"a, b\"'"
             problems.append(Problem(line, "can't be read", fix))

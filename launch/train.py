@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, register_schemas, sweep_folder, task_overrides
+from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, opened, register_schemas, sweep_folder, task_overrides
 from ..config.problems import ConfigError, Problem
 
 BAD_CONFIG = 2
@@ -26,7 +26,7 @@ BAD_CONFIG = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as this command line says. Returns the exit code: 0 only if every run ended as asked, 2 for a bad config."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [opened(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     switches = get_args_parser().parse_args(arguments)
     register_schemas()
     try:

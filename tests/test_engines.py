@@ -11,6 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from meshloom.config.compose import Composer
 from meshloom.config.deepspeed import DeepSpeedConfig
 from meshloom.config.parallel import ParallelConfig
 from meshloom.config.problems import ConfigError
@@ -101,6 +102,13 @@ def test_what_cannot_be_is_refused_by_its_key(settings: dict[str, object], key: 
 )
 def test_conflicts_of_the_escape_hatch_are_named(tree: dict[str, object], path: str, says: str) -> None:
     assert says in extra(tree)[f"parallel.deepspeed.config.{path}"]
+
+
+def test_any_key_of_deepspeeds_is_taken_from_the_command_line() -> None:
+    line = "parallel.deepspeed.config.zero_optimization.reduce_bucket_size=1000"
+    composition = Composer().compose([line, "parallel.deepspeed.konfig=1"])
+    assert composition.config.parallel.deepspeed.config == {"zero_optimization": {"reduce_bucket_size": 1000}}
+    assert [problem.key for problem in composition.problems] == ["parallel.deepspeed.konfig"]
 
 
 def test_all_problems_come_at_once() -> None:
