@@ -144,15 +144,24 @@ class KeeperServer:
             for sent in sends:
                 sent.result()
         reach("hold.sent")
-        deadline = time.monotonic() + request["timeout"]
-        with self._changed:
-            while len(version.received) < len(members) - 1:
-                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
-                    missing = sorted(set(members) - version.received - {self.slot})
-                    raise TimeoutError(f"no parity block from rank {', '.join(map(str, missing))}")
-            version.held = True
+        self._await_group(version, request)
         reach("hold.after")
         return {"blocks": block_digests(version.leaves), "seconds": time.perf_counter() - start}
+
+    def _await_group(self, version: Version, request: dict[str, Any]) -> None:
+        """Wait for the other members' blocks; a member that is late is asked whether it is alive."""
+        others = {member["slot"]: Address(**member) for member in request["group"] if member["slot"] != self.slot}
+        deadline = time.monotonic() + request["timeout"]
+        while True:
+            with self._changed:
+                if self._changed.wait_for(lambda: version.received >= set(others), 1.0):
+                    version.held = True
+                    return
+                missing = sorted(set(others) - version.received)
+            for slot in missing:
+                Connection(others[slot], 5.0).close()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no parity block from rank {', '.join(map(str, missing))}")
 
     def _give_block(self, request: dict[str, Any], image: memoryview, me: int, stripe: int, to: Address) -> None:
         low, high = span_of(me, stripe, request["block"], len(image))

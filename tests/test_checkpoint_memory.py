@@ -156,6 +156,36 @@ def test_a_dead_keeper_costs_a_version_and_is_replaced(folder: Path) -> None:
     assert not registered(folder)
 
 
+@pytest.mark.parametrize("boundary", [4, 5, 6])
+def test_a_keeper_killed_while_it_takes_a_version_costs_no_more_than_that(folder: Path, boundary: int) -> None:
+    """Three boundaries a version: before the exchange, after its own blocks are sent, after the others' have come."""
+    from meshloom.checkpoint import faults
+
+    def body(control: Control) -> list[str]:
+        os.environ.pop(faults.VARIABLE, None)
+        if control.rank == 0:
+            os.environ[faults.VARIABLE] = f"kill:{boundary}"
+        checkpointer = Checkpointer(folder, control, CheckpointConfig(mode="sync", memory_every=1, timeout=30))
+        outcomes: list[str] = []
+        for step in (1, 2):
+            held = fragments(make_arrays(step), 2, 5)[control.rank]
+            checkpointer.save(step, held, {"step": step}, disk=False)
+            outcomes += [report.outcome for report in checkpointer.poll()]
+        os._exit(0 if outcomes == ["kept", "unkept"] else 3)
+
+    children: list[int] = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            try:
+                body(Control(rank, 2, FileStore(str(folder.parent / "store"), 2)))
+            finally:
+                os._exit(4)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    assert recovered(folder, 1, 1) == ["memory of step 1"]
+
+
 def test_where_the_disk_is_busy_the_snapshot_stays_in_memory(folder: Path) -> None:
     from meshloom.checkpoint import faults
 
