@@ -70,7 +70,7 @@ def adamw_update(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One update in place. All tensors of one shape and on one GPU, weight, moments and copy contiguous; weight and moments fp32.
+    """One update in place. Tensors of one shape on one GPU, all but the gradient contiguous; weight and moments fp32.
 
     gradient, copy  of any floating type; the copy is overwritten by the new weight
     scale           one number on the device that the gradient is multiplied by; None: 1

@@ -72,3 +72,4 @@ class MasterWeights:
     def updated(self, copied: bool) -> None:
         """After an update, which fused kernels leave no trace of. copied: it wrote the low-precision weights too."""
         self._copied = {name: master._version if copied else -1 for name, master in self.masters.items()}
+        self.refresh()
