@@ -13,13 +13,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..config.checkpoint import checkpoint_problems
 from ..config.problems import ConfigError, Problem
-from ..config.validate import config_problems
+from ..config.validate import PRECISIONS, config_problems
 from ..optim.agvm import AGVM
 from ..optim.build import build_controller, build_schedule
 from ..optim.parameters import NamedParameter, Unsharded
 from ..parallel.engines import engine_problems
 from ..parallel.layout import Layout, layout_problems
 from ..parallel.legality import Work, layout_and_model_problems
+from ..parallel.memory import block_policies
+from ..parallel.stages import SCHEDULES
 from .automatic import resolve_automatic
 from .build import Parts, batch_divisor, build_coupling, build_data, build_horizon, build_model, optimizer_factory
 from .loggers import logging_problems
@@ -126,8 +128,16 @@ def _optimizer_problems(config: DictConfig) -> list[Problem]:
 
 
 def _model_problems(config: DictConfig) -> list[Problem]:
-    """Whether the model takes its keys: it is built on the meta device."""
-    build_model(config, vocabulary=2)
+    """Whether the model takes its keys: it is built on the meta device. Then, whether its blocks can keep to their budget."""
+    model = build_model(config, vocabulary=2)
+    parts = Parts.of(config)
+    budget, parallel = parts.trainer.activation_budget, parts.parallel
+    if budget is None or not 0 < budget <= 1 or parallel.schedule not in SCHEDULES or config.precision not in PRECISIONS:
+        return []
+    try:
+        block_policies(model, parallel, config.precision, parts.trainer.activation, budget, compiled=parts.trainer.compile)
+    except ValueError as error:
+        return [Problem("trainer.activation_budget", str(error), "give it more")]
     return []
 
 
