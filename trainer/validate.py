@@ -42,7 +42,8 @@ def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
     if unanswered:  # what depends on the missing numbers can't be judged
         return [*problems, *unanswered]
     if world_size > 0:
-        work = layout_work(config, parts) if parts.parallel.engine == "torch" and not problems else None
+        judged = parts.parallel.engine == "torch" and not any(p.key.startswith(("model.", "data.", "batch.")) for p in problems)
+        work = layout_work(config, parts) if judged else None
         layout = (
             layout_and_model_problems(parts.parallel, work, world_size) if work else layout_problems(parts.parallel, world_size)
         )
