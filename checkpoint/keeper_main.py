@@ -188,34 +188,41 @@ class KeeperServer:
 
 def serve_trainer(server: KeeperServer, link: socket.socket, patience: float) -> None:
     """Do what the trainer says; when it is gone, wait for someone to fetch what is kept, for so many seconds."""
-    while not server.ended.is_set():
-        readable, _, _ = select.select([link], [], [], 0.2)
-        if not readable:
-            continue
-        line, descriptors, _, _ = socket.recv_fds(link, 1 << 20, 1)
-        if not line:
-            break
-        while not line.endswith(b"\n"):
-            line += link.recv(1 << 20)
-        request = json.loads(line)
-        try:
-            if request["do"] == "hold":
-                reply = server.hold(request, descriptors[0] if descriptors else None)
-            elif request["do"] == "complete":
-                manifest = bytearray(request["manifest"])
-                send(link, {})  # now it may come: after a line nothing else may be in the socket
-                receive_into(link, memoryview(manifest))
-                server.complete(request["version"], bytes(manifest))
-                reply = {}
-            elif request["do"] == "drop":
-                server.drop(request["version"])
-                reply = {}
-            else:
-                return  # exit
-        except Exception as error:  # the trainer decides what a failure means
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        send(link, reply)
+    with contextlib.suppress(OSError):  # however the trainer died, and whatever it left unread
+        while not server.ended.is_set():
+            readable, _, _ = select.select([link], [], [], 0.2)
+            if readable and not _obey(server, link):
+                return
     server.ended.wait(patience)
+
+
+def _obey(server: KeeperServer, link: socket.socket) -> bool:
+    """One request of the trainer; False when it says to end. Raises OSError when the trainer is gone."""
+    line, descriptors, _, _ = socket.recv_fds(link, 1 << 20, 1)
+    while not line.endswith(b"\n"):
+        part = link.recv(1 << 20) if line else b""
+        if not part:
+            raise ConnectionError("the trainer is gone")
+        line += part
+    request = json.loads(line)
+    reply: dict[str, Any] = {}
+    try:
+        if request["do"] == "hold":
+            reply = server.hold(request, descriptors[0] if descriptors else None)
+        elif request["do"] == "complete":
+            manifest = bytearray(request["manifest"])
+            send(link, {})  # now it may come: after a line nothing else may be in the socket
+            receive_into(link, memoryview(manifest))
+            server.complete(request["version"], bytes(manifest))
+        elif request["do"] == "drop":
+            server.drop(request["version"])
+        else:
+            assert request["do"] == "exit", request
+            return False
+    except Exception as error:  # the trainer decides what a failure means
+        reply = {"error": f"{type(error).__name__}: {error}"}
+    send(link, reply)
+    return True
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import mmap
@@ -48,7 +49,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the trainer's final save still needs this process
     os.nice(5)
     install_from_environment()
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    with contextlib.suppress(OSError):  # the trainer is gone, and with it the use of this process
+        serve(socket.socket(fileno=int(sys.argv[1])))
 
 
 if __name__ == "__main__":

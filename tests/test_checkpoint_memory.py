@@ -186,6 +186,21 @@ def test_a_keeper_killed_while_it_takes_a_version_costs_no_more_than_that(folder
     assert recovered(folder, 1, 1) == ["memory of step 1"]
 
 
+def test_a_trainer_that_dies_while_its_keeper_answers_leaves_the_keeper_alive(folder: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=30))
+        checkpointer.save(1, fragments(make_arrays(1), 1, 0)[0], {"step": 1}, disk=False)
+        memory = checkpointer._tools.memory
+        assert memory is not None and memory._keeper is not None and memory._held is not None
+        group = [memory._keeper.address.as_dict()]
+        memory._keeper._reply = lambda: os._exit(0)  # type: ignore[method-assign,return-value]
+        memory._keeper.hold(memory._held, 100, "next", 2, group, 0, 5.0)
+    os.waitpid(child, 0)
+    time.sleep(0.5)
+    assert recovered(folder, 1, 1) == ["memory of step 1"]
+
+
 def test_where_the_disk_is_busy_the_snapshot_stays_in_memory(folder: Path) -> None:
     from meshloom.checkpoint import faults
 
