@@ -42,7 +42,7 @@ class Arena:
 
     def _pin(self) -> None:
         """Lock the pages for the GPU's copy engines; without it copies would block the thread that asks for them."""
-        error = _cuda().cudaHostRegister(self._address(), self.size, 0)
+        error = _cuda().cudaHostRegister(self._address(), self.size, 1)  # 1: for all of the process's devices
         if int(error) != 0:
             raise CheckpointError(f"pinning {self.size} bytes of memory failed ({error}); lower checkpoint.host_memory_gib")
         self._pinned = True
@@ -80,11 +80,14 @@ class Arena:
 
 @dataclass
 class ArenaPool:
-    """At most `limit` bytes of arenas (None: room for `count`), lent one at a time and reused."""
+    """At most `limit` bytes of arenas (None: room for `count`), lent one at a time and reused.
+
+    pin: lock new arenas for the GPU's copy engines.
+    """
 
     limit: int | None
-    pin: bool
     count: int = 2
+    pin: bool = False
 
     def __post_init__(self) -> None:
         self._free: list[Arena] = []

@@ -54,7 +54,7 @@ class Checkpointer:
         in_memory = config.memory_every is not None
         if in_memory and not isinstance(self._target, LocalTarget):
             raise ConfigError([Problem("checkpoint.memory_every", "needs a mounted folder to find the keepers by", "use null")])
-        pool = ArenaPool(limit, pin=torch.cuda.is_available(), count=3 if in_memory else 2)
+        pool = ArenaPool(limit, count=3 if in_memory else 2)
         self._tools = Tools(
             target=self._target,
             pool=pool,
@@ -74,6 +74,7 @@ class Checkpointer:
         Raises CheckpointError where a save of these fragments would fail for its plan or its memory.
         """
         held = list(fragments)
+        self._meet_device(held)
         talk = self.control.begin("prepare", self.config.timeout)
         planner = self._tools.planner
         try:
@@ -107,8 +108,7 @@ class Checkpointer:
         fault = state_fault(state)
         if fault is not None:
             raise CheckpointError(fault)
-        if self._tools.stream is None and any(fragment.tensor.is_cuda for fragment in held):
-            self._tools.stream = torch.cuda.Stream()
+        self._meet_device(held)
         memory = self._tools.memory is not None
         assert disk or memory, "a save that goes nowhere: checkpoint.memory_every is not set"
         self._tools.rounds = [talk for talk in self._tools.rounds if not talk.forget()]
@@ -177,6 +177,13 @@ class Checkpointer:
         self._tools.writer.close()
         self._tools.pool.close()
         self._target.close()
+
+    def _meet_device(self, held: list[Fragment]) -> None:
+        """The first time that tensors are on a GPU: a stream for the copies, and pinned memory to copy to."""
+        device = next((fragment.tensor.device for fragment in held if fragment.tensor.is_cuda), None)
+        if device is not None and self._tools.stream is None:
+            self._tools.stream = torch.cuda.Stream(device)
+            self._tools.pool.pin = True
 
     def _wait_for_update(self) -> float:
         newest = self._order.any

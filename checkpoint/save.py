@@ -120,6 +120,8 @@ class Save:
         start = time.perf_counter()
         report = self.report
         try:
+            if tools.stream is not None:
+                torch.cuda.set_device(tools.stream.device)  # a thread begins on device 0, whichever its process uses
             if self.after.any is not None:
                 self.after.any._staged.wait()
             self._run(tools)
