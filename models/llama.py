@@ -33,7 +33,7 @@ def rotary_table(positions_S: torch.Tensor, head_dim: int, theta: float) -> tupl
 
 
 def rotate(x_BSHE: torch.Tensor, cos_SE: torch.Tensor, sin_SE: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs (i, i + E/2), the "rotate half" convention of Hugging Face checkpoints. Tables are (S, E/2) or (B, S, E/2)."""
+    """Rotate pairs (i, i + E/2), the "rotate half" convention of Hugging Face. Tables are (S, E/2) or (B, S, E/2)."""
     cos, sin = cos_SE.unsqueeze(-2), sin_SE.unsqueeze(-2)
     first, second = x_BSHE.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSHE.dtype)
@@ -196,7 +196,7 @@ class Llama(nn.Module):
         return 1 / self.width if name.startswith("layers.") and not name.endswith("norm.weight") else 1.0
 
     def parameter_count(self, *, embedding: bool = True) -> int:
-        """Number of parameters of the whole model, from its shape alone; without the embedding's (not the head's) on request."""
+        """Number of parameters of the whole model, from its shape alone; on request without the embedding (not the head)."""
         kv_dim = self.kv_heads * self.head_dim
         block = 2 * self.dim * self.dim + 2 * self.dim * kv_dim + 3 * self.dim * self.ffn_dim + 2 * self.dim
         tables = self.vocabulary * self.dim * (1 if self.tied else 2)
