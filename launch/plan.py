@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..config import ParallelConfig
 from ..config.compose import Composer
 from ..config.problems import ConfigError, Problem
 from ..parallel.cost import LayoutCost, layout_cost
+from ..parallel.deepspeed_memory import deepspeed_cost, describe
 from ..parallel.layout import Layout
 from ..parallel.memory import Job, block_policies
 from ..trainer.build import Parts, build_model, optimizer_factory
@@ -100,7 +101,7 @@ def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
         notes.append(
             f"the batch size changes during the run; these are the figures of its start, {config.batch.samples} samples"
         )
-    if parts.parallel.offload != "none":
+    if parts.parallel.engine == "torch" and parts.parallel.offload != "none":
         notes.append("parallel.offload moves weights, gradients and optimizer state of this account to the host")
     model = build_model(config, vocabulary)
     trainer = parts.trainer
@@ -119,6 +120,10 @@ def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
         compiled=trainer.compile,
     )
     cost = layout_cost(model, parts.parallel, layout, job, optimizer_factory(config))
+    if parts.parallel.engine == "deepspeed":
+        rank, away = deepspeed_cost(cost.ranks[0], model.parameter_count(), parts.parallel, config.precision, world_size)
+        cost = replace(cost, ranks=[rank])
+        notes += describe(away, job.micro_batches)
     notes += [
         "weights, gradients and optimizer state are exact; activations and working memory are estimates, and what CUDA,"
         " NCCL and the allocator take is not in them",
@@ -137,8 +142,6 @@ def planned_processes(config: DictConfig) -> int:
 def _unplanned(config: DictConfig) -> list[Problem]:
     """What runs, but is not known well enough to be planned."""
     problems: list[Problem] = []
-    if config.parallel.engine != "torch":
-        problems.append(Problem("parallel.engine", "only the torch engine's memory is known", "use parallel.engine=torch"))
     if config.model.get("_target_") != "meshloom.models.llama.Llama":
         problems.append(Problem("model", "only Llama's costs are known", "plan with a model of the recipes"))
     sizes: dict[str, Any] = {
