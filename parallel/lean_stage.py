@@ -1,4 +1,4 @@
-"""torch's PipelineStage, without a receive buffer for every micro-batch of the step.
+"""torch's PipelineStage, without a receive buffer for every micro-batch of the step, and with sums of gradients in fp32.
 
 torch allocates them all before the first step and keeps them: at 128 micro-batches of 64 MiB that is 8 GiB for each
 neighbour. A tensor that has been received is needed from its arrival to its micro-batch's backward pass, and a gradient
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
 
@@ -58,6 +59,20 @@ class LeanStage(PipelineStage):
         received = super()._retrieve_recv_grads(bwd_chunk_id)
         _let_go(self.grad_recv_info[bwd_chunk_id])
         return received
+
+    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> None:
+        """The second half of a zero-bubble backward pass adds to `.grad` in the computation's precision.
+
+        FSDP2 widens gradients for accumulation in the hooks of a backward pass, which this half does not run.
+        """
+        super().backward_weight_one_chunk(*args, **kwargs)
+        for module in self.submod.modules():
+            if isinstance(module, FSDPModule):
+                state = module._get_fsdp_state()
+                groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+                for parameter in (parameter for group in groups if group is not None for parameter in group.fsdp_params):
+                    parameter.accumulate_unsharded_grad_if_needed()
+                    parameter.to_accumulated_grad_if_needed()
 
 
 def _let_go(recv_infos: Sequence[Any]) -> None:
