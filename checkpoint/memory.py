@@ -134,7 +134,7 @@ def find_recovery(folder: Path) -> Recovery | None:
     entries = registered(folder)
     if not entries:
         return None
-    with ThreadPoolExecutor(32) as pool:
+    with ThreadPoolExecutor(128) as pool:
         statuses = [status for status in pool.map(_status, entries.values()) if status is not None]
     return choose(statuses)
 
@@ -211,7 +211,7 @@ def open_recovery(text: str, folder: Path, talk: Round, attempt: int) -> MemoryF
                 address, size = _make_again(recovery, slot, group, folder, talk.timeout)
                 made[slot] = [address.as_dict(), size]
         message: dict[str, Any] = {"made": made}
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         message = {"error": str(error)}
     talk.post(f"made/{attempt}", json.dumps(message).encode())
     if control.rank == 0:

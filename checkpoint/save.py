@@ -155,10 +155,11 @@ class Save:
         if decision["new"]:
             tools.planner.adopt(talk)
         self.disk, report.reason = decision["disk"], decision["reason"]
-        request = self._stage(tools, tools.planner.layout)
+        layout = tools.planner.layout  # this save's, whatever later saves plan
+        request = self._stage(tools, layout)
         report.outcome = "skipped"
         if self.memory:
-            self._keep(tools, json.loads(talk.hear(f"place/{talk.control.rank}")))
+            self._keep(tools, layout, json.loads(talk.hear(f"place/{talk.control.rank}")))
         self._kept.set()
         if self.disk:
             self._write(tools, request)
@@ -227,10 +228,10 @@ class Save:
             tools.writer.begin(request)
         return request
 
-    def _keep(self, tools: Tools, place: dict[str, Any]) -> None:
+    def _keep(self, tools: Tools, layout: FileLayout, place: dict[str, Any]) -> None:
         """Stage 4. A failure here is reported and costs nothing but this version."""
         assert tools.memory is not None and self._arena is not None
-        talk, config, layout = self.talk, tools.config, tools.planner.layout
+        talk, config = self.talk, tools.config
         start = time.perf_counter()
         if self.after.memory is not None:
             self.after.memory._kept.wait()
@@ -307,14 +308,14 @@ class Save:
 
     def _give_up(self, tools: Tools) -> None:
         """Tell the others, forget the plan (they may not have got it), stop the writer and delete what was written."""
-        if self._writing and self._arena is not None:
-            self._arena.watermark.abandon()
-            with contextlib.suppress(CheckpointError, OSError):
-                tools.writer.end()
         try:
             self.talk.abort(self.report.reason)
         except Exception as error:  # the store is gone: the others' time-outs have to do
             log.warning("the other ranks could not be told: %s", error)
+        if self._writing and self._arena is not None:
+            self._arena.watermark.abandon()
+            with contextlib.suppress(CheckpointError, OSError):
+                tools.writer.end()
         tools.planner.forget()
         if self.talk.control.rank == 0 and self._token:
             tools.target.discard(self.step, self._token)
