@@ -63,7 +63,7 @@ def measure(micro: int, fused: bool, compiled: bool) -> dict[str, Any]:
 def test_one_pass_updates_train_as_torch_does(micro: int) -> None:
     ours, theirs = measure(micro, fused=True, compiled=False), measure(micro, fused=False, compiled=False)
     assert (ours["one_pass"], theirs["one_pass"]) == (True, False)
-    assert ours["losses"] == pytest.approx(theirs["losses"], rel=5e-3)
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-2)
     assert ours["losses"][-1] < ours["losses"][0] - 1
     assert ours["different"] == theirs["different"] == []
 
