@@ -145,7 +145,7 @@ def _rank_cost(
     blocks = [count for group, count in groups.items() if group.startswith("layers.")]
     # One block computes while the next is on its way; what is not in a block stays, and through a pipeline everything.
     at_once = whole - sum(blocks) + sum(sorted(blocks)[-2:]) if layout.zero == 3 and parallel.pp == 1 else whole
-    accumulates = job.micro_batches > 1 and (layout.zero < 2 or parallel.pp > 1)
+    accumulates = parallel.pp > 1 or (job.micro_batches > 1 and layout.zero < 2)
     shards = sum(piece.padded for piece in held) * exact
     gathered, gradients = at_once * unit, shards + (whole * exact if accumulates else max(groups.values()) * (unit + exact))
     if layout.world_size == layout.tp and parallel.offload == "none":
