@@ -47,7 +47,6 @@ def main() -> None:
     """Entry point."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the trainer's final save still needs this process
-    os.nice(5)
     install_from_environment()
     with contextlib.suppress(OSError):  # the trainer is gone, and with it the use of this process
         serve(socket.socket(fileno=int(sys.argv[1])))
