@@ -49,8 +49,8 @@ SHORT = {"precision": "fp32", "steps": 5}
 TABLE = [
     *[(1, Work(ds(zero), micro=4, **SHORT)) for zero in (0, 2, 3)],
     *[(2, Work(ds(zero), micro=1, **SHORT)) for zero in (0, 1, 2, 3)],
-    *[(4, Work(ds(zero), micro=1, **SHORT)) for zero in (0, 1, 2, 3)],
-    *[(ranks, Work(ParallelConfig(zero=3), micro=1, **SHORT)) for ranks in (1, 2, 4)],
+    *[(4, Work(ds(zero), micro=1, **SHORT)) for zero in (1, 3)],
+    (4, Work(ParallelConfig(zero=3), micro=1, **SHORT)),
     *[(2, Work(ds(zero, offload="cpu"), micro=2, **SHORT)) for zero in (1, 2, 3)],
     (2, Work(ds(3, offload="cpu", offload_weights="cpu"), micro=2, **SHORT)),
     (4, Work(zeros(3, zero_hpz_partition_size=2), micro=1, **SHORT)),
@@ -84,7 +84,7 @@ def test_losses_and_norms_are_those_of_a_bare_loop(ranks: int, work: Work) -> No
 
 @pytest.mark.parametrize(
     "parallel",
-    [ds(1), ds(2), ds(3), ds(2, offload="cpu"), ds(3, offload="cpu"), zeros(3, zero_hpz_partition_size=2)],
+    [ds(1), ds(2), ds(3), ds(2, offload="cpu")],
     ids=lambda axes: case(Work(axes)),
 )
 def test_bf16_with_fp32_masters_is_the_torch_engines(parallel: ParallelConfig) -> None:
