@@ -38,6 +38,7 @@ def meshloom(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # minutes where the cores are shared, half a minute where they are not
 def test_train_resume_and_generate(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("".join(f"the number after {n} is {n + 1}.\n" for n in range(300)))
 
@@ -65,6 +66,7 @@ def test_train_resume_and_generate(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # minutes where the cores are shared, half a minute where they are not
 def test_sweep_trains_every_job_in_a_folder_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("".join(f"the number after {n} is {n + 1}.\n" for n in range(300)))
     done = meshloom(tmp_path, "train", "-m", *SMALL, "trainer.steps=2", "trainer.sample_prompt=null", "optim.lr=1e-3,3e-3")
@@ -87,6 +89,7 @@ class CrashOnce(Hook):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # minutes where the cores are shared, half a minute where they are not
 def test_restarted_processes_go_on_from_what_the_run_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "corpus.txt").write_text("".join(f"the number after {n} is {n + 1}.\n" for n in range(300)))
     (tmp_path / "crash_once.py").write_text(CRASH_ONCE)
