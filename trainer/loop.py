@@ -143,7 +143,7 @@ class Loop:
         while len(self._pending) > keep:
             done = self._pending.pop(0)
             progress, rate, numbers = done.progress, done.tokens / done.seconds, done.numbers.read()
-            self.stopping = self.stopping or numbers.pop("stops") > 0
+            self.stopping |= numbers.pop("stops") > 0
             self._last_loss = numbers["loss"]
             if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
                 raise TrainingDiverged(
