@@ -13,8 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -71,32 +69,26 @@ def write_anywhere(image: memoryview, folder: str, name: str, leaves: str, ready
     return write_image(image, Path(folder) / name, Path(folder) / leaves, ready)
 
 
-class ThreadWriter:
-    """Writes in a thread of this process: for the synchronous mode, where training waits anyway."""
+class InlineWriter:
+    """Writes in this process, after the copy: for the synchronous mode, where training waits anyway."""
 
     def __init__(self) -> None:
-        self._outcome: Future[Written] = Future()
+        self._request: Request | None = None
 
     def begin(self, request: Request) -> None:
         """See Writer."""
-        outcome: Future[Written] = Future()
-        self._outcome = outcome
-
-        def write() -> None:
-            def ready(value: int) -> None:
-                request.memory.watermark.wait(value, lambda: True)
-
-            try:
-                image = request.memory.image(request.size)
-                outcome.set_result(write_anywhere(image, request.folder, request.name, request.leaves, ready))
-            except BaseException as error:
-                outcome.set_exception(error)
-
-        threading.Thread(target=write, name="checkpoint-writer", daemon=True).start()
+        self._request = request
 
     def end(self) -> Written:
         """See Writer."""
-        return self._outcome.result()
+        request = self._request
+        assert request is not None
+        self._request = None
+
+        def ready(value: int) -> None:
+            request.memory.watermark.wait(value, lambda: False)
+
+        return write_anywhere(request.memory.image(request.size), request.folder, request.name, request.leaves, ready)
 
     def close(self) -> None:
         """See Writer."""
