@@ -79,7 +79,12 @@ class DeepSpeedEngine:
         settings = derive(parallel, precision, pin_memory=mesh.device.type == "cuda")
         blocks = list(model.layers.values())
         policies = block_policies(model, parallel, precision, activation, activation_budget, compiled=compile_blocks)
-        apply_policies(blocks, policies, compiled=compile_blocks)
+        for block, policy in zip(blocks, policies, strict=True):
+            # ZeRO-3's hooks around a block gather its weights and are no business of the compiler's.
+            hooked = compile_blocks and parallel.zero == 3 and policy != "offload"
+            apply_policies([block], [policy], compiled=compile_blocks and not hooked)
+            if hooked:
+                block.forward = torch.compile(block.forward)
         materialise(model, mesh.device, PRECISIONS[precision], settings if parallel.zero == 3 else None)
         parameters = [
             NamedParameter(name, parameter, whole_shape(parameter), model.decays(name), model.lr_scale(name))
