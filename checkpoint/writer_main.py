@@ -7,6 +7,7 @@ import functools
 import json
 import mmap
 import os
+import select
 import signal
 import socket
 import sys
@@ -21,6 +22,9 @@ def serve(link: socket.socket) -> None:
     known: dict[int, mmap.mmap] = {}
     parent = os.getppid()
     while True:
+        while not select.select([link], [], [], 1.0)[0]:
+            if os.getppid() != parent:  # a child of the trainer may still hold its end of the socket
+                return
         line, descriptors, _, _ = socket.recv_fds(link, 65536, 1)
         if not line:
             return
