@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-PACKAGES = ["config", "models", "optim", "data", "parallel", "checkpoint", "trainer", "launch"]
+FLOORS = ["config", "models", "optim", "data", "parallel", "checkpoint", "trainer", "launch"]
 
 
 def version() -> str:
@@ -21,13 +21,19 @@ def recipes() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "recipes").rglob("*.yaml"))]
 
 
+def packages() -> list[str]:
+    """Every package of every floor, by its name under the root."""
+    found = (path.parent.relative_to(ROOT) for floor in FLOORS for path in (ROOT / floor).rglob("__init__.py"))
+    return sorted(".".join(path.parts) for path in found)
+
+
 setup(
     name="meshloom",
     version=version(),
     description="Pre-training of language models on changing clusters: a run is a function of its recipe, not its topology",
     python_requires=">=3.11",
     package_dir={"meshloom": "."},
-    packages=["meshloom", "meshloom.recipes", *(f"meshloom.{name}" for name in PACKAGES)],
+    packages=["meshloom", "meshloom.recipes", *(f"meshloom.{name}" for name in packages())],
     package_data={"meshloom": ["py.typed", "launch/slurm.sbatch", *recipes()]},
     install_requires=[
         "torch>=2.11",

@@ -24,7 +24,7 @@ from meshloom.config.parallel import ParallelConfig
 from meshloom.data.batch import MicroBatch
 from meshloom.models import attention_kernels
 from meshloom.models.attention import attend
-from meshloom.parallel.context import ContextParallel
+from meshloom.parallel.context.split import ContextParallel
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, environment_world_size, pick_device
 

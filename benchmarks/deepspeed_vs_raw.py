@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE))
 from throughput import MODELS, Settings  # noqa: E402
 
 from meshloom.models.llama import Llama  # noqa: E402
-from meshloom.parallel.deepspeed_setup import import_deepspeed  # noqa: E402
+from meshloom.parallel.deepspeed.setup import import_deepspeed  # noqa: E402
 
 OURS = ("deepspeed", "torch")
 RAW = ("raw", "raw-fp32-gradients")

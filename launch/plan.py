@@ -19,7 +19,7 @@ from ..config import ParallelConfig
 from ..config.compose import Composer
 from ..config.problems import ConfigError, Problem
 from ..parallel.cost import LayoutCost, layout_cost
-from ..parallel.deepspeed_memory import deepspeed_cost, describe
+from ..parallel.deepspeed.memory import deepspeed_cost, describe
 from ..parallel.layout import Layout
 from ..parallel.memory import Job, block_policies
 from ..trainer.build import Parts, build_model, optimizer_factory

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..models.attention import attend_documents
-from .ring import ring_forward
+from .context.ring import ring_forward
 
 POLICIES = ("none", "selective", "full", "offload")
 MIXED = ("none", "selective", "full")

@@ -25,8 +25,8 @@ from .memory import (
     pieces,
     recomputed_flops,
 )
-from .stages import StagePlan, carve
-from .timeline import Costs, Timeline, simulate, torch_order
+from .pipeline.stages import StagePlan, carve
+from .pipeline.timeline import Costs, Timeline, simulate, torch_order
 
 BALANCE = 165.0
 """FLOPs that an accelerator computes while it moves one byte (H200: 790 TFLOP/s measured, 4.8 TB/s), for lookups."""

@@ -14,9 +14,9 @@ from ..config.problems import Problem
 from ..models import attention_choice
 from ..models.attention_kernels import Kernel
 from ..models.llama import Llama
-from .deepspeed_config import deepspeed_problems
-from .deepspeed_engine import DeepSpeedEngine
-from .deepspeed_optimizer import OptimizerFactory, optimizer_problems
+from .deepspeed.config import deepspeed_problems
+from .deepspeed.engine import DeepSpeedEngine
+from .deepspeed.optimizer import OptimizerFactory, optimizer_problems
 from .engine import Engine
 from .float8 import float8_problems
 from .mesh import Mesh

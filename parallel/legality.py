@@ -11,10 +11,10 @@ from typing import Any
 
 from ..config.parallel import ParallelConfig
 from ..config.problems import Problem
-from .context import KINDS, context_problems
+from .context.split import KINDS, context_problems
 from .layout import Layout, layout_problems
-from .stages import SCHEDULES, legal_micro_batches, near_micro_batches, schedule_of, stage_count
-from .tensor import tensor_problems
+from .pipeline.stages import SCHEDULES, legal_micro_batches, near_micro_batches, schedule_of, stage_count
+from .tensor.placements import tensor_problems
 
 
 @dataclass

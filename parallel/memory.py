@@ -16,8 +16,8 @@ from ..models.loss import CHUNK
 from ..optim.parameters import NamedParameter, Shards, Unsharded
 from .activation import MIXED, mixed_policies
 from .layout import Layout
-from .stages import schedule_of
-from .tensor import LLAMA_PLACES
+from .pipeline.stages import schedule_of
+from .tensor.placements import LLAMA_PLACES
 
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]

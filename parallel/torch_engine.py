@@ -33,7 +33,7 @@ from ..optim.agvm import AGVM
 from ..optim.parameters import NamedParameter, OnePass, Shards
 from ..optim.statistics import GradientStatistics
 from .activation import apply_policies
-from .context import ContextParallel
+from .context.split import ContextParallel
 from .cost import balanced_stages
 from .engine import StepLoss
 from .float8 import use_float8
@@ -41,10 +41,10 @@ from .fragment import Fragment
 from .memory import block_policies
 from .mesh import Mesh
 from .moments import GradientMoments, Measure
-from .pipeline import Pipeline, StageInputs, TiedHead
+from .pipeline.run import Pipeline, StageInputs, TiedHead
+from .pipeline.stages import carve
 from .shards import MeshShards, Placed, local, own_part
-from .stages import carve
-from .tensor import apply_tensor_parallelism, stream_dim
+from .tensor.placements import apply_tensor_parallelism, stream_dim
 from .unsharded import MasterWeights, materialize
 
 OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]

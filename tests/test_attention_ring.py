@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshloom.models.attention import attend
-from meshloom.parallel.ring import Ring, ring_attend
-from meshloom.parallel.ring_plan import held, plan_ring
+from meshloom.parallel.context.ring import Ring, ring_attend
+from meshloom.parallel.context.ring_plan import held, plan_ring
 from ranks import run_ranks
 
 ROWS, HEADS, DIM = 2, 4, 8

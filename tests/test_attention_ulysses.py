@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from meshloom.models.attention import attend
-from meshloom.parallel.ulysses import ulysses_attend
+from meshloom.parallel.context.ulysses import ulysses_attend
 from ranks import run_ranks
 
 ROWS, LENGTH, HEADS, DIM = 2, 24, 12, 8

@@ -130,7 +130,7 @@ def _train_with_deepspeed(rank: int, world: int, folder: str, stage: int) -> dic
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    from meshloom.parallel.deepspeed_setup import quiet
+    from meshloom.parallel.deepspeed.setup import quiet
 
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 5))
@@ -158,7 +158,7 @@ def _train_with_deepspeed(rank: int, world: int, folder: str, stage: int) -> dic
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_deepspeed_zero_folder_comes_in_as_deepspeed_itself_sees_it(tmp_path: Path, stage: int) -> None:
     pytest.importorskip("deepspeed", reason="needs the extra: pip install 'meshloom[deepspeed]'")
-    from meshloom.parallel.deepspeed_setup import import_deepspeed
+    from meshloom.parallel.deepspeed.setup import import_deepspeed
     from ranks import run_ranks
 
     import_deepspeed("cpu")

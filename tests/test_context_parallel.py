@@ -11,7 +11,7 @@ from meshloom.config.model import LlamaConfig
 from meshloom.config.parallel import ParallelConfig
 from meshloom.data.batch import MicroBatch
 from meshloom.models.attention import positions
-from meshloom.parallel.context import ContextParallel, context_problems
+from meshloom.parallel.context.split import ContextParallel, context_problems
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from parity import Work, build, curves, gradients, plain_curve, sample

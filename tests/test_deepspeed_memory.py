@@ -11,7 +11,7 @@ from meshloom.config.parallel import ParallelConfig
 from meshloom.models.llama import Llama
 from meshloom.optim.adamw import AdamW
 from meshloom.parallel.cost import RankCost, layout_cost
-from meshloom.parallel.deepspeed_memory import OffloadAccount, deepspeed_cost, describe
+from meshloom.parallel.deepspeed.memory import OffloadAccount, deepspeed_cost, describe
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.memory import Job
 from parity import SEQ_LEN, Work, build, step

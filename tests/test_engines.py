@@ -17,9 +17,9 @@ from meshloom.config.parallel import ParallelConfig
 from meshloom.config.problems import ConfigError
 from meshloom.optim.adamw import AdamW
 from meshloom.optim.parameters import NamedParameter, Shards
-from meshloom.parallel.deepspeed_config import derive, lossy_features
-from meshloom.parallel.deepspeed_optimizer import cpu_adam, optimizer_problems, updates_elementwise
-from meshloom.parallel.deepspeed_setup import import_deepspeed
+from meshloom.parallel.deepspeed.config import derive, lossy_features
+from meshloom.parallel.deepspeed.optimizer import cpu_adam, optimizer_problems, updates_elementwise
+from meshloom.parallel.deepspeed.setup import import_deepspeed
 from meshloom.parallel.engines import engine_problems
 from parity import Work, curves, plain_curve
 from ranks import run_ranks

@@ -17,7 +17,7 @@ from meshloom.config.parallel import ParallelConfig
 from meshloom.config.problems import ConfigError
 from meshloom.parallel.layout import AXES, Layout
 from meshloom.parallel.legality import Work, layout_and_model_problems, micro_batch_unit, near_layouts
-from meshloom.parallel.stages import SCHEDULES, legal_micro_batches, near_micro_batches, stage_count, stage_ranks
+from meshloom.parallel.pipeline.stages import SCHEDULES, legal_micro_batches, near_micro_batches, stage_count, stage_ranks
 from ranks import run_ranks
 
 LLAMA_1B = Work(
@@ -55,7 +55,7 @@ def test_stages_lie_on_ranks_in_rows_or_folded(schedule: str, ranks: list[int]) 
 @given(st.sampled_from([*SCHEDULES]), st.integers(2, 6), st.integers(1, 40))
 @settings(deadline=None)
 def test_legal_numbers_of_micro_batches_are_those_that_torch_takes(schedule: str, pp: int, count: int) -> None:
-    from meshloom.parallel.timeline import torch_order
+    from meshloom.parallel.pipeline.timeline import torch_order
 
     parallel = ParallelConfig(pp=pp, schedule=schedule)
     try:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshloom.models.loss import IGNORED
-from meshloom.parallel.vocabulary import VocabularyParallelLoss
+from meshloom.parallel.tensor.vocabulary import VocabularyParallelLoss
 from ranks import run_ranks
 
 TOKENS, DIM = 30, 8

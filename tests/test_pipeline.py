@@ -10,7 +10,7 @@ import torch
 
 from meshloom.config.parallel import ParallelConfig
 from meshloom.data.batch import MicroBatch
-from meshloom.parallel.stages import SCHEDULES
+from meshloom.parallel.pipeline.stages import SCHEDULES
 from parity import Work, build, curves, gradients, plain_curve, sample, step
 from ranks import run_ranks
 

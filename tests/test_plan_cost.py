@@ -18,8 +18,8 @@ from meshloom.parallel.cost import balanced_stages, layout_cost
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.legality import micro_batch_unit
 from meshloom.parallel.memory import Job, block_bytes
-from meshloom.parallel.stages import SCHEDULES, stage_count, stage_ranks, stage_split
-from meshloom.parallel.timeline import Costs, Timeline, simulate, torch_order
+from meshloom.parallel.pipeline.stages import SCHEDULES, stage_count, stage_ranks, stage_split
+from meshloom.parallel.pipeline.timeline import Costs, Timeline, simulate, torch_order
 from parity import SEQ_LEN, Work, build, step
 from ranks import run_ranks
 

@@ -15,7 +15,7 @@ from meshloom.config.parallel import ParallelConfig
 from meshloom.models.llama import Llama
 from meshloom.optim.parameters import NamedParameter
 from meshloom.parallel.shards import MeshShards
-from meshloom.parallel.tensor import apply_tensor_parallelism, stream_dim, tensor_problems
+from meshloom.parallel.tensor.placements import apply_tensor_parallelism, stream_dim, tensor_problems
 from parity import VOCABULARY, Work, build, curves, gradients, plain_curve
 from ranks import run_ranks
 

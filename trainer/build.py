@@ -25,7 +25,7 @@ from ..optim.build import build_controller, build_optimizer, build_schedule
 from ..optim.coupling import Coupling
 from ..optim.horizon import Horizon
 from ..optim.parameters import NamedParameter, Shards
-from ..parallel.deepspeed_optimizer import OptimizerFactory
+from ..parallel.deepspeed.optimizer import OptimizerFactory
 from ..parallel.engine import Engine
 from ..parallel.engines import make_engine
 from ..parallel.legality import micro_batch_unit

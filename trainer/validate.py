@@ -21,7 +21,7 @@ from ..parallel.engines import engine_problems
 from ..parallel.layout import Layout, layout_problems
 from ..parallel.legality import Work, layout_and_model_problems
 from ..parallel.memory import block_policies
-from ..parallel.stages import SCHEDULES
+from ..parallel.pipeline.stages import SCHEDULES
 from .automatic import resolve_automatic
 from .build import Parts, batch_divisor, build_coupling, build_data, build_horizon, build_model, optimizer_factory
 from .loggers import logging_problems

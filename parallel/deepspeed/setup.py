@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config.problems import ConfigError, Problem
+from ...config.problems import ConfigError, Problem
 
 
 def import_deepspeed(device_type: str) -> Any:

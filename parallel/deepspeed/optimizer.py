@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config.problems import ConfigError, Problem
-from ..optim.parameters import NamedParameter, Shards
+from ...config.problems import ConfigError, Problem
+from ...optim.parameters import NamedParameter, Shards
 
 OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .fragment import Fragment, boxes_of_flat_range
+from ..fragment import Fragment, boxes_of_flat_range
 
 foreach: Any = torch  # the _foreach functions have no types
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..config.parallel import ParallelConfig
-from .cost import RankCost
-from .deepspeed_config import plain
+from ...config.parallel import ParallelConfig
+from ..cost import RankCost
+from .config import plain
 
 BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size, elements
 

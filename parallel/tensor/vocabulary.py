@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from ..models.loss import CHUNK, IGNORED, Merge, sliced_cross_entropy
+from ...models.loss import CHUNK, IGNORED, Merge, sliced_cross_entropy
 
 
 def merge_over(group: dist.ProcessGroup) -> Merge:

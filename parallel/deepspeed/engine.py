@@ -22,23 +22,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config.parallel import ParallelConfig
-from ..data.batch import MicroBatch
-from ..models.init import fill
-from ..models.llama import Llama
-from ..optim.parameters import NamedParameter
-from ..optim.statistics import GradientStatistics
-from .activation import apply_policies
-from .deepspeed_config import derive, lossy_features
-from .deepspeed_optimizer import FlatPieces, OptimizerFactory, cpu_adam, require_op
-from .deepspeed_setup import import_deepspeed, materialise, quiet, swap_folder
-from .deepspeed_state import state_of, whole_shape
-from .engine import StepLoss
-from .fragment import Fragment
-from .memory import block_policies
-from .mesh import Mesh
-from .moments import GradientMoments, Measure
-from .shards import Placed
+from ...config.parallel import ParallelConfig
+from ...data.batch import MicroBatch
+from ...models.init import fill
+from ...models.llama import Llama
+from ...optim.parameters import NamedParameter
+from ...optim.statistics import GradientStatistics
+from ..activation import apply_policies
+from ..engine import StepLoss
+from ..fragment import Fragment
+from ..memory import block_policies
+from ..mesh import Mesh
+from ..moments import GradientMoments, Measure
+from ..shards import Placed
+from .config import derive, lossy_features
+from .optimizer import FlatPieces, OptimizerFactory, cpu_adam, require_op
+from .setup import import_deepspeed, materialise, quiet, swap_folder
+from .state import state_of, whole_shape
 
 log = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -61,7 +61,7 @@ class DeepSpeedEngine:
         compile_blocks: bool = False,
         measures: bool = False,
     ) -> None:
-        """model: on the meta device. parallel: without problems (`deepspeed_config.deepspeed_problems`).
+        """model: on the meta device. parallel: without problems (`deepspeed.config.deepspeed_problems`).
 
         measures: whether steps may be asked for gradient statistics.
         """

@@ -17,10 +17,10 @@ from torch import nn
 from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.torch_version import TorchVersion
 
-from ..config.parallel import ParallelConfig
+from ...config.parallel import ParallelConfig
+from ..mesh import Mesh
+from ..shards import local
 from .lean_stage import LeanStage
-from .mesh import Mesh
-from .shards import local
 from .stages import StagePlan, legal_micro_batches, near_micro_batches, schedule_of
 
 SPLITS_THE_LOSS = TorchVersion(torch.__version__) >= "2.13"

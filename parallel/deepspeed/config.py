@@ -12,8 +12,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.parallel import ParallelConfig
-from ..config.problems import Problem
+from ...config.parallel import ParallelConfig
+from ...config.problems import Problem
 
 Tree = dict[str, Any]
 

@@ -1,0 +1,1 @@
+"""Context parallelism: samples cut over ranks, ring and Ulysses attention."""
