@@ -12,7 +12,7 @@ class TrainerConfig:
 
     steps, tokens   end of the run: give one
     max_grad_norm   clip the global gradient norm to this; null: never
-    eval_every      evaluate every so many steps; null: only at the end; 0: never
+    eval_every      evaluate every so many steps, or after any duration ('4k samples', '5%'); null: only at the end; 0: never
     eval_samples    samples of the validation set per evaluation
     activation      what the forward pass keeps for the backward pass: none (keep all), selective, full, offload
     activation_budget  with activation=none: share of it, in (0, 1], that may be kept; the rest is computed again, as little
@@ -27,7 +27,7 @@ class TrainerConfig:
     steps: int | None = None
     tokens: int | None = None
     max_grad_norm: float | None = 1.0
-    eval_every: int | None = 100
+    eval_every: int | float | str | None = 100
     eval_samples: int = 64
     activation: str = "none"
     activation_budget: float | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from .duration import Duration
 from .problems import Problem
 
 PRECISIONS = ("fp32", "bf16", "fp64")
@@ -52,8 +53,8 @@ def _trainer_problems(trainer: DictConfig) -> Iterator[Problem]:
             yield Problem(f"trainer.{key}", f"{trainer[key]} is not a length", "use 1 or more")
     if trainer.max_grad_norm is not None and not trainer.max_grad_norm > 0:
         yield Problem("trainer.max_grad_norm", f"{trainer.max_grad_norm} stops all learning", "use null to never clip")
-    if trainer.eval_every is not None and trainer.eval_every < 0:
-        yield Problem("trainer.eval_every", f"{trainer.eval_every} is negative", "use 0 for never, null for at the end")
+    if trainer.eval_every is not None:
+        yield from _eval_every_problems(trainer.eval_every)
     if trainer.eval_samples < 1:
         yield Problem("trainer.eval_samples", f"{trainer.eval_samples} evaluates nothing", "use trainer.eval_every=0 for never")
     if trainer.sample_tokens < 1:
@@ -66,6 +67,18 @@ def _trainer_problems(trainer: DictConfig) -> Iterator[Problem]:
     elif budget is not None and trainer.activation != "none":
         fix = "use trainer.activation=none: the budget chooses among the others"
         yield Problem("trainer.activation_budget", f"trainer.activation={trainer.activation} leaves nothing to choose", fix)
+
+
+def _eval_every_problems(written: Any) -> Iterator[Problem]:
+    fix = "use 0 for never, null for at the end"
+    try:
+        length = Duration.parse(written)
+    except ValueError as error:
+        reason, _, forms = str(error).partition("; ")
+        yield Problem("trainer.eval_every", reason, f"{forms}; {fix}" if forms else fix)
+        return
+    if length.value == 0 and written != 0:
+        yield Problem("trainer.eval_every", f"'{written}' is no length", fix)
 
 
 def _model_problems(model: Any) -> Iterator[Problem]:

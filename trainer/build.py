@@ -173,7 +173,8 @@ def build_run(config: DictConfig, data: DataNode, mesh: Mesh) -> Run:
     if validation is not None and parts.trainer.eval_every != 0:
         count = min(parts.trainer.eval_samples, len(validation))
         share = share_of_validation(validation, count, mesh.data_rank, mesh.layout.data_size, config.batch.micro)
-        hooks.append(Evaluation(share, parts.trainer.eval_every))
+        every = parts.trainer.eval_every
+        hooks.append(Evaluation(share, None if every is None else Duration.parse(every)))
     saving = None
     if parts.checkpoint.every != 0:
         fixed = {

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config.duration import Duration, Unit
 from ..data.batch import IGNORED, MicroBatch, Sample, Samples
 from .hooks import Hook
 from .loop import Loop
@@ -25,20 +26,18 @@ def share_of_validation(samples: Samples, count: int, data_rank: int, data_size:
 
 
 class Evaluation(Hook):
-    """Looks at the validation set every so many steps, and once at the end.
+    """Looks at the validation set every so often, and once at the end.
 
-    every  steps between evaluations; None: only at the end
+    every  from one evaluation to the next: after the step that reaches or passes a multiple of it; None: only at the end
     """
 
-    def __init__(self, micro_batches: list[MicroBatch], every: int | None) -> None:
+    def __init__(self, micro_batches: list[MicroBatch], every: Duration | None) -> None:
         self._micro_batches = micro_batches
         self._every = every
-        self._last_step = -1
 
     def _evaluate(self, loop: Loop) -> None:
         loop.deliver_metrics(keep=0)
         loss = loop.engine.evaluate(self._micro_batches)
-        self._last_step = loop.progress.step
         row: dict[str, Any] = {"step": loop.progress.step, "eval_loss": float(loss.mean), "tokens": loop.progress.tokens}
         for hook in loop.hooks:
             hook.on_evaluate(loop, row)
@@ -46,6 +45,14 @@ class Evaluation(Hook):
 
     def on_step_end(self, loop: Loop) -> None:
         """Evaluate when it is time to; the last step always is."""
-        due = self._every is not None and loop.progress.step % self._every == 0
-        if due or loop.finished:
+        if loop.finished or (self._every is not None and _passed(self._every, loop)):
             self._evaluate(loop)
+
+
+def _passed(every: Duration, loop: Loop) -> bool:
+    """Whether the step just done reached or passed a multiple of `every`. A function of the counters alone (rule R5)."""
+    unit = loop.horizon.unit if every.unit is Unit.FRACTION else every.unit
+    length = loop.horizon.amount(every, unit)
+    now = loop.horizon.position(loop.progress, unit)
+    before = now - loop.horizon.stride(loop.progress, unit)
+    return now // length > before // length
