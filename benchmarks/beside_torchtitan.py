@@ -5,8 +5,9 @@
     python benchmarks/beside_torchtitan.py model=8B batch=2 gpus=2 ours="float8=tensorwise" theirs="…" logs=folder
 
 `ours` are more arguments of throughput.py, `theirs` of torchtitan; both sides take `batch` sequences of 8,192 tokens per GPU
-and step. Every run starts with an empty compile cache. Prints a row per run as JSON (rate, memory, seconds from the start of
-torchrun to the first loss, and the median clock and power of the busiest GPU while it ran) and the table's row at the end.
+and step. The first run of each system starts with an empty compile cache, which the later ones find filled. Prints a row per
+run as JSON (rate, memory, seconds from the start of torchrun to the first loss, and the median clock and power of the busiest
+GPU while it ran) and the table's row at the end.
 """
 
 from __future__ import annotations
@@ -84,23 +85,22 @@ class Watch:
         return statistics.median(clock for clock, _ in busy), statistics.median(power for _, power in busy)
 
 
-def run(system: str, settings: Settings, number: int) -> Measured:
-    """One run of one system, in processes of its own."""
-    with tempfile.TemporaryDirectory() as cache:
-        torchrun = ["torchrun", "--standalone", "--nproc-per-node", str(settings.gpus)]
-        environment = {
-            **os.environ,
-            "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
-            "TRITON_CACHE_DIR": f"{cache}/triton",
-            "PYTHONUNBUFFERED": "1",
-        }
-        watch, began = Watch(), time.perf_counter()
-        command = [*torchrun, *(our_command(settings) if system == "meshloom" else their_command(settings))]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert process.stdout is not None
-        lines = [(time.perf_counter() - began, COLOUR.sub("", line)) for line in process.stdout]
-        code = process.wait()
-        clock, power = watch.stop()
+def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
+    """One run of one system, in processes of its own. cache: the folder of what either system compiles."""
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node", str(settings.gpus)]
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / system / "inductor"),
+        "TRITON_CACHE_DIR": str(cache / system / "triton"),
+        "PYTHONUNBUFFERED": "1",
+    }
+    watch, began = Watch(), time.perf_counter()
+    command = [*torchrun, *(our_command(settings) if system == "meshloom" else their_command(settings))]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    lines = [(time.perf_counter() - began, COLOUR.sub("", line)) for line in process.stdout]
+    code = process.wait()
+    clock, power = watch.stop()
     text = "".join(f"{seconds:8.2f} {line}" for seconds, line in lines)
     if settings.logs:
         Path(settings.logs).mkdir(parents=True, exist_ok=True)
@@ -144,13 +144,13 @@ def read_theirs(lines: Sequence[tuple[float, str]]) -> Measured:
 
 
 def row(settings: Settings, results: Sequence[Measured]) -> str:
-    """Medians over the rounds, with the least and the most of any."""
+    """Medians over the rounds, with the least and the most of any; the first loss is the first run's, with a cold cache."""
 
     def cell(system: str) -> tuple[str, Measured]:
         mine = [result for result in results if result.system == system]
-        middle = {field: statistics.median(getattr(each, field) for each in mine) for field in ("rate", "memory", "first_step")}
+        middle = {field: statistics.median(getattr(each, field) for each in mine) for field in ("rate", "memory")}
         least, most = min(each.least for each in mine), max(each.most for each in mine)
-        whole = Measured(system, middle["rate"], least, most, middle["memory"], middle["first_step"], mine[0].first_loss)
+        whole = Measured(system, middle["rate"], least, most, middle["memory"], mine[0].first_step, mine[0].first_loss)
         text = (
             f"{whole.rate:,.0f} ({least:,.0f}–{most:,.0f}), {whole.memory:.1f} GiB, first loss after {whole.first_step:.1f} s"
         )
@@ -172,10 +172,11 @@ def main() -> None:
             raise SystemExit(f"there is no '{key}'; arguments are {', '.join(f.name for f in dataclasses.fields(settings))}")
         setattr(settings, key, type(getattr(settings, key))(value))
     results: list[Measured] = []
-    for number in range(settings.rounds):
-        for system in ("torchtitan", "meshloom"):
-            results.append(run(system, settings, number))
-            print(json.dumps(dataclasses.asdict(results[-1])), flush=True)
+    with tempfile.TemporaryDirectory() as cache:
+        for number in range(settings.rounds):
+            for system in ("torchtitan", "meshloom"):
+                results.append(run(system, settings, number, Path(cache)))
+                print(json.dumps(dataclasses.asdict(results[-1])), flush=True)
     print(row(settings, results))
 
 
