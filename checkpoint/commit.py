@@ -59,7 +59,7 @@ class Target(Protocol):
         ...
 
     def prune(self, keep: int) -> list[str]:
-        """Coordinator: delete complete steps beyond the newest `keep` (0: none). Returns their names."""
+        """Coordinator: delete what commits replaced, and complete steps beyond the newest `keep` (0: none). Returns their names."""
         ...
 
     def record(self, line: dict[str, object]) -> None:
@@ -85,6 +85,7 @@ class LocalTarget:
     def __init__(self, path: Path, coordinator: bool) -> None:
         self.path = path
         self._lock: int | None = None
+        self._replaced: list[Path] = []
         if coordinator:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock_folder(path)
@@ -112,7 +113,7 @@ class LocalTarget:
         sync_folder(self.path, "commit.folder")
         replace_small(self.path / LATEST, f"{final.name}\n".encode(), "latest")
         if replaced is not None:
-            delete_folder(replaced, "replaced")
+            self._replaced.append(replaced)  # deleting takes time, which `prune` has and a commit has not
 
     def discard(self, step: int, token: str) -> None:
         """See Target."""
@@ -121,6 +122,8 @@ class LocalTarget:
 
     def prune(self, keep: int) -> list[str]:
         """See Target."""
+        while self._replaced:
+            delete_folder(self._replaced.pop(), "replaced")
         doomed = steps_to_prune(LocalFiles(self.path), keep)
         for name in doomed:
             delete_folder(self.path / name, "prune")
