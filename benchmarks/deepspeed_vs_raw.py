@@ -1,21 +1,26 @@
 """Our training step on DeepSpeed against raw DeepSpeed, and against our PyTorch engine: same model, batch and machine.
 
-    python benchmarks/deepspeed_vs_raw.py model=1B batch=4 zero=1            # on all GPUs of this machine
-    python benchmarks/deepspeed_vs_raw.py model=tiny batch=2 seq=64 vocabulary=512 compile=0 nproc=2
+    python benchmarks/deepspeed_vs_raw.py model=1B batch=4 zero=1 rounds=2            # on all GPUs of this machine
+    python benchmarks/deepspeed_vs_raw.py model=tiny batch=2 seq=64 vocabulary=512 compile=0 nproc=2 steps=4
 
-Raw is what DeepSpeed's guide shows (`initialize`, `backward`, `step`) around the same blocks, with DeepSpeed's own clipping,
-once with DeepSpeed's default precisions (gradients in bf16) and once with ours (accumulated and reduced in fp32). Every
-variant is a process group of its own. Prints one JSON line each: tokens/s/GPU (median of the timed steps), peak memory.
+Raw is what DeepSpeed's guide shows (`initialize`, `backward`, `step`) around the same blocks, with DeepSpeed's own clipping:
+`raw` with DeepSpeed's own precisions (gradients in bf16), `raw-fp32` with ours (accumulated and reduced in fp32). It gets the
+same fused AdamW, the attention kernel that is fastest here, compiled blocks, a resting garbage collector, and steps that are
+timed by events on the device with no waiting between them, as ours.
+
+Every variant is a process group of its own; they take turns, `rounds` times, the second time in reverse. Other arguments are
+throughput.py's. Prints one JSON line for each run and a table: tokens/s/GPU (median of the rounds' medians, least and most of
+them), peak memory, and the ratio to raw-fp32.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +29,15 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from throughput import MODELS, Settings  # noqa: E402
+from throughput import MODELS, Clock, Settings  # noqa: E402
 
+from meshloom.models import attention_choice  # noqa: E402
 from meshloom.models.llama import Llama  # noqa: E402
 from meshloom.parallel.deepspeed.setup import import_deepspeed  # noqa: E402
 
-OURS = ("deepspeed", "torch")
-RAW = ("raw", "raw-fp32-gradients")
+OURS = {"ours": "deepspeed", "torch": "torch"}
+VARIANTS = (*OURS, "raw-fp32", "raw")
+LIMIT = 120  # seconds for one run
 
 
 def raw(settings: Settings, label: str) -> None:
@@ -48,11 +55,15 @@ def raw(settings: Settings, label: str) -> None:
         "zero_optimization": {"stage": settings.zero},
         "zero_allow_untested_optimizer": True,
     }
-    if label == "raw-fp32-gradients":
+    if label == "raw-fp32":
         config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     with torch.device(device):
         model = Llama(vocabulary=settings.vocabulary, **MODELS[settings.model]).to(dtype)  # type: ignore[arg-type]
+    if device.type == "cuda" and settings.precision == "bf16":
+        shape = attention_choice.Shape(settings.seq, model.heads, model.kv_heads, model.head_dim)
+        kernels = attention_choice.KERNELS
+        attention_choice.prefer({kernel: attention_choice.seconds(kernel, shape, device) for kernel in kernels})
     if settings.compile:
         for block in model.layers.values():
             block.compile()
@@ -70,44 +81,81 @@ def raw(settings: Settings, label: str) -> None:
 
     for number in range(settings.warmup):
         step(number)
-    seconds: list[float] = []
-    for number in range(settings.steps):
-        _wait(device)
-        began = time.perf_counter()
-        step(number)
-        _wait(device)
-        seconds.append(time.perf_counter() - began)
-    if os.environ["RANK"] == "0":
-        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-        rate = settings.batch * settings.seq / statistics.median(seconds)
-        print(
-            json.dumps({"label": label, "tokens_per_second_per_gpu": round(rate, 1), "memory_gib": round(peak, 2)}), flush=True
-        )
-
-
-def _wait(device: torch.device) -> None:
+    gc.collect()
+    gc.disable()
     if device.type == "cuda":
         torch.cuda.synchronize()
+    clock = Clock(device)
+    for number in range(settings.steps):
+        step(number)
+        clock.tick()
+    seconds = clock.seconds()
+    if os.environ["RANK"] == "0":
+        tokens = settings.batch * settings.seq
+        result = {
+            "tokens_per_second_per_gpu": round(tokens / statistics.median(seconds)),
+            "least": round(tokens / max(seconds)),
+            "most": round(tokens / min(seconds)),
+            "step_ms": round(1000 * statistics.median(seconds), 1),
+            "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if device.type == "cuda" else None,
+        }
+        print(json.dumps(result), flush=True)
+
+
+def measure(variant: str, processes: str, arguments: list[str]) -> dict[str, Any] | None:
+    """One run of a variant in processes of its own; None, and its last words on the screen, where it failed."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    if variant in OURS:
+        command = [*start, str(HERE / "throughput.py"), f"engine={OURS[variant]}", *arguments]
+    else:
+        command = [*start, str(HERE / "deepspeed_vs_raw.py"), variant, *arguments]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        print(f"FAILED {variant}: it took longer than {LIMIT} s", flush=True)
+        return None
+    lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        print(f"FAILED {variant}:\n{result.stderr[-2000:]}", flush=True)
+        return None
+    kept = ("tokens_per_second_per_gpu", "least", "most", "step_ms", "memory_gib")
+    found = json.loads(lines[-1])
+    row = {"variant": variant, **{key: found[key] for key in kept}}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line per variant: median of the rounds' medians, their spread, memory, and the ratio to raw-fp32."""
+    rates = {name: [row["tokens_per_second_per_gpu"] for row in rows if row["variant"] == name] for name in VARIANTS}
+    base = statistics.median(rates["raw-fp32"]) if rates["raw-fp32"] else None
+    lines = [f"{'variant':<10}{'tokens/s/GPU':>14}{'rounds':>20}{'GiB':>8}{'ratio':>8}"]
+    for name, values in rates.items():
+        if values:
+            middle = statistics.median(values)
+            memory = max(row["memory_gib"] or 0.0 for row in rows if row["variant"] == name)
+            ratio = f"{middle / base:.3f}" if base else "–"
+            lines.append(f"{name:<10}{middle:>14.0f}{f'{min(values)}–{max(values)}':>20}{memory:>8.1f}{ratio:>8}")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Run every variant, or (inside torchrun) one raw one."""
+    """Run every variant in turns, or (inside torchrun) one raw one."""
     if "RANK" in os.environ:
         label, *arguments = sys.argv[1:]
         raw(Settings.parse(arguments), label)
         return
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith(("nproc=", "variants="))]
-    chosen = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    processes = chosen.get("nproc", str(max(1, torch.cuda.device_count())))
-    for variant in chosen.get("variants", ",".join((*OURS, *RAW))).split(","):
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        if variant in OURS:
-            command = [*start, str(HERE / "throughput.py"), f"engine={variant}", f"label=ours on {variant}", *arguments]
-        else:
-            command = [*start, str(HERE / "deepspeed_vs_raw.py"), variant, *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
-        print("\n".join(lines) or f"{variant} failed:\n{result.stderr[-2000:]}", flush=True)
+    own = {"nproc": str(max(1, torch.cuda.device_count())), "variants": ",".join(VARIANTS), "rounds": "2"}
+    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    own |= {key: value for key, value in given.items() if key in own}
+    arguments = [f"{key}={value}" for key, value in given.items() if key not in own]
+    names = own["variants"].split(",")
+    rows: list[dict[str, Any]] = []
+    for number in range(int(own["rounds"])):
+        for variant in reversed(names) if number % 2 else names:
+            row = measure(variant, own["nproc"], arguments)
+            rows += [row] if row else []
+    print(table(rows))
 
 
 if __name__ == "__main__":
