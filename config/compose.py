@@ -2,11 +2,15 @@
 
 Hydra stops at the first override that it can't take. `compose` finds all of them: it adds the overrides one by one, group
 choices first, and leaves out those that fail.
+
+Of Hydra only public parts are used: `initialize_config_module`, the loader that it sets up, `hydra.searchpath` for a user's
+folder, and the parser of overrides.
 """
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import version
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
+from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -31,7 +32,8 @@ from xxhash import xxh3_64_hexdigest
 from . import RunConfig, batch, data, model, optim, schedule
 from .problems import ConfigError, Problem
 
-RECIPES = "pkg://meshloom.recipes"
+RECIPES_MODULE = "meshloom.recipes"
+RECIPES = f"pkg://{RECIPES_MODULE}"
 ROOT = "config"
 HYDRA_VERSION = "1.3"
 OPEN_NODE = "parallel.deepspeed.config."
@@ -65,17 +67,18 @@ class Composer:
 
     def __init__(self, config_dir: str | None = None) -> None:
         """config_dir: folder of further recipes (`--config-dir`). Raises ConfigError when it does not exist."""
-        version.setbase(HYDRA_VERSION)
         register_schemas()
-        path = create_config_search_path(RECIPES)
+        self._joined: list[str] = []  # the override that makes Hydra look into the user's folder, too
         if config_dir is not None:
             folder = Path(config_dir).resolve()
             if not folder.is_dir():
                 raise ConfigError(
                     [Problem("--config-dir", f"'{folder}' is not a folder", "give the folder that holds recipe/")]
                 )
-            path.prepend(provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
-        self.loader = ConfigLoaderImpl(config_search_path=path)
+            escaped = str(folder).replace("'", "\\'")
+            self._joined = [f"hydra.searchpath=['file://{escaped}']"]
+        with initialize_config_module(RECIPES_MODULE, version_base=HYDRA_VERSION):
+            self._loader = GlobalHydra.instance().config_loader()
         self._known_options: dict[str, list[str]] = {}
 
     def compose(self, overrides: Sequence[str]) -> Composition:
@@ -91,14 +94,19 @@ class Composer:
         """The overrides of each job of a sweep (`-m`); one job where nothing is swept."""
         problems: list[Problem] = []
         parsed = [*_parse(overrides, problems)]
+        problems += [
+            Problem(override.get_key_element(), "an interval has no list of values", "write them: key=1,2,3 or key=range(1,4)")
+            for override in parsed
+            if override.is_interval_sweep()
+        ]
         if problems:
             raise ConfigError(problems)
         hydra = [override.input_line or "" for override in parsed if override.is_hydra_override()]
         task = [override for override in parsed if not override.is_hydra_override()]
-        return [[*hydra, *job] for batch in BasicSweeper.split_arguments(task, None) for job in batch]
+        return [[*hydra, *job] for job in itertools.product(*map(_values, task))]
 
     def _load(self, overrides: list[str]) -> DictConfig:
-        config = self.loader.load_configuration(ROOT, overrides, RunMode.RUN)
+        config = self._loader.load_configuration(ROOT, [*self._joined, *overrides], RunMode.RUN)
         with open_dict(config):
             del config["hydra"]
         return config
@@ -129,7 +137,7 @@ class Composer:
     def _options(self, override: Override) -> list[str]:
         group = override.key_or_group
         if group not in self._known_options:
-            options = self.loader.get_group_options(group)
+            options = self._loader.get_group_options(group, config_name=ROOT, overrides=self._joined)
             self._known_options[group] = [name for name in options if not name.startswith("base_")]
         return self._known_options[group]
 
@@ -250,6 +258,13 @@ def _parse(overrides: Sequence[str], problems: list[Problem]) -> Iterator[Overri
         except OverrideParseException:
             fix = "write key=value, and quote what holds spaces, commas or brackets: 'key=\"a, b\"'"
             problems.append(Problem(line, "can't be read", fix))
+
+
+def _values(override: Override) -> list[str]:
+    """An override as written, or where it sweeps over several values, one override for each."""
+    if not override.is_discrete_sweep():
+        return [override.input_line or ""]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def _keys(config: DictConfig) -> Iterator[str]:

@@ -21,6 +21,7 @@ from ..optim.coupling import Coupling
 from ..optim.horizon import Horizon
 from ..optim.progress import Progress
 from ..optim.schedule import Schedule
+from ..optim.statistics import GradientStatistics
 from ..parallel.engine import Engine
 from ..parallel.mesh import Mesh
 from ..parallel.moments import Measure
@@ -42,7 +43,7 @@ class Pending:
     tokens: int
     seconds: float
     numbers: Deferred
-    extras: dict[str, float] = field(default_factory=dict)
+    extras: dict[str, float]
 
 
 @dataclass
@@ -106,17 +107,7 @@ class Loop:
         self.engine.zero_grad()
 
         self.progress = before.after(count, count * self.horizon.seq_len)
-        scalars = {"loss": loss.mean, "grad_norm": norm, "stops": stops, **loss.extras}
-        now = time.perf_counter()
-        pending = Pending(self.progress, lr, count * self.horizon.seq_len, now - self._step_began, Deferred(scalars))
-        self._step_began = now
-        if statistics is not None:
-            pending.extras.update(statistics.metrics())
-        self._pending.append(pending)
-        must_know = self.controller.needs_loss or statistics is not None
-        self.deliver_metrics(keep=0 if must_know else 1)
-        if must_know:
-            self.controller.observe(statistics, self._last_loss, self.progress)
+        self._record(lr, {"loss": loss.mean, "grad_norm": norm, "stops": stops, **loss.extras}, statistics)
 
     def _measure(self, before: Progress) -> Measure:
         """What the controller wants to know of the step about to be taken."""
@@ -129,10 +120,26 @@ class Loop:
 
         Every process of a data rank (pipeline, context and tensor peers) counts the same tokens.
         """
-        layout = self.mesh.layout
-        sums = torch.tensor([valid_tokens, int(stop_requested)], dtype=torch.float64, device=self.mesh.device)
-        self.mesh.sum(sums)
+        layout, device = self.mesh.layout, self.mesh.device
+        # From pinned memory: any other copy to a GPU waits until it has done all that was queued before.
+        counted = torch.tensor([valid_tokens, stop_requested], dtype=torch.float64, pin_memory=device.type == "cuda")
+        sums = self.mesh.sum(counted.to(device, non_blocking=True))
         return sums[0] / (layout.pp * layout.cp * layout.tp), sums[1]
+
+    def _record(self, lr: float, scalars: dict[str, torch.Tensor], statistics: GradientStatistics | None) -> None:
+        """Put the numbers of the step just done on their way; those of the step before have arrived and go to the hooks.
+
+        A controller that decides by them is the exception: it, and the next step with it, waits.
+        """
+        now = time.perf_counter()
+        tokens = self.progress.batch * self.horizon.seq_len
+        extras = {} if statistics is None else statistics.metrics()
+        self._pending.append(Pending(self.progress, lr, tokens, now - self._step_began, Deferred(scalars), extras))
+        self._step_began = now
+        must_know = self.controller.needs_loss or statistics is not None
+        self.deliver_metrics(keep=0 if must_know else 1)
+        if must_know:
+            self.controller.observe(statistics, self._last_loss, self.progress)
 
     def restart_clock(self) -> None:
         """Leave what was done since the last step (an evaluation, a wait for a save) out of the next step's seconds."""

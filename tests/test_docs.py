@@ -1,0 +1,141 @@
+"""What the documents name exists: files, commands, config keys, and the command lines themselves compose."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+from meshloom.config.compose import Composer
+from meshloom.launch.cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+FILE = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|md|yaml|sh|sbatch|toml)|(?:[\w-]+/)+")
+THE_USERS = ("my/", "mine/", "outputs/")  # folders that the examples make
+GROUPS = ("model", "data", "optim", "schedule", "batch")
+
+
+def named_in(text: str) -> Iterator[str]:
+    """What stands in backticks, and the targets of links."""
+    yield from re.findall(r"`([^`\n]+)`", text)
+    yield from (target for target in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in target)
+
+
+@cache
+def tracked() -> list[str]:
+    """Every file of the tree; folders end in a slash."""
+    files = [path.relative_to(ROOT) for path in ROOT.rglob("*") if not any(part.startswith(".") for part in path.parts)]
+    return [f"{path}/" if (ROOT / path).is_dir() else str(path) for path in files]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_are_named_exist(document: Path) -> None:
+    text = document.read_text()
+    named = {name for name in named_in(text) if FILE.fullmatch(name) and not name.startswith(THE_USERS)}
+    known = tracked()
+    folder = document.parent.relative_to(ROOT)
+    absent = [
+        name
+        for name in sorted(named)
+        # From the root, or beside the document; a name alone, or a folder's tail, may lie anywhere.
+        if not (ROOT / folder / name).exists() and not any(f"/{path}".endswith(f"/{name}") for path in known)
+    ]
+    assert absent == []
+
+
+def command_lines(document: Path) -> Iterator[str]:
+    """`meshloom …` as a person would type it: in blocks and in backticks, without comments, continued lines joined."""
+    text = document.read_text().replace("\\\n", " ")
+    for line in text.splitlines():
+        typed = re.match(r"(?:    |\$ )*(meshloom [a-z].*?)(?:\s{2,}.*|\s+#.*|\s*>.*)?$", line)
+        if typed:
+            yield typed[1]
+    yield from (name for name in named_in(text) if name.startswith("meshloom "))
+
+
+LINES = [
+    pytest.param(line, id=f"{document.name}: {line[:70]}")
+    for document in DOCUMENTS
+    for line in dict.fromkeys(command_lines(document))
+    if not re.search(r"[<…]|PATH", line)
+]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_commands_exist_and_their_configs_compose(line: str, tmp_path: Path) -> None:
+    _, command, *words = shlex.split(line)
+    if command.startswith("--"):
+        return
+    assert command in COMMANDS
+    refused = "optim.lrr" in line  # the README's own example of a config that is refused
+    if command not in ("train", "plan", "slurm") or "--config-dir" in words or refused:
+        return
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    composer = Composer()
+    for job in composer.expand(overrides):
+        assert composer.compose(job).problems == []
+
+
+def test_subcommands_that_are_named_exist(capfd: pytest.CaptureFixture[str]) -> None:
+    """`meshloom checkpoint …` and `meshloom data …` have subcommands of their own; their help lists them."""
+    from meshloom.launch import checkpoint, data
+
+    texts = " ".join(document.read_text() for document in DOCUMENTS)
+    for name, module in (("checkpoint", checkpoint), ("data", data)):
+        assert module.main(["--help"]) == 0
+        help_text = capfd.readouterr().out
+        named = set(re.findall(rf"meshloom {name} ([a-z]+)", texts))
+        assert named and all(re.search(rf"\b{subcommand}\b", help_text) for subcommand in named)
+
+
+@cache
+def every_key() -> frozenset[str]:
+    """Every config key of any option of any group."""
+    composer = Composer()
+    keys: set[str] = set()
+
+    def walk(node: DictConfig, prefix: str) -> None:
+        for name, value in node.items_ex(resolve=False):
+            keys.add(f"{prefix}{name}")
+            if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
+                walk(value, f"{prefix}{name}.")
+
+    walk(composer.compose([]).config, "")
+    for group in GROUPS:
+        for option in (path.stem for path in (ROOT / "recipes" / group).glob("*.yaml")):
+            walk(composer.compose([f"{group}={option}"]).config, "")
+    return frozenset(keys)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_keys_that_are_named_exist(document: Path) -> None:
+    known = every_key()
+    groups = {key.partition(".")[0] for key in known}
+    words = {word for name in named_in(document.read_text()) for word in re.split(r"[\s,]+", name)}
+    keys = {match[1] for word in words if (match := re.fullmatch(r"((?:\w+\.)+\w+)(=.*)?", word))}
+    named = {key for key in keys if key.partition(".")[0] in groups and not FILE.fullmatch(key)}
+    absent = {key for key in named if key not in known and not key.startswith("parallel.deepspeed.config.")}
+    assert absent == set()
+
+
+def test_make_targets_that_are_named_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    texts = "\n".join(document.read_text() for document in DOCUMENTS)
+    named = set(re.findall(r"(?:`|^ {4})make ([a-z]+)", texts, re.M))
+    assert named and named <= targets
+
+
+def test_scripts_that_are_shown_say_how_they_are_called() -> None:
+    """A script of benchmarks/ stands in its README's table, and the other way round."""
+    table = set(re.findall(r"^\| `([\w.]+)` \|", (ROOT / "benchmarks" / "README.md").read_text(), re.M))
+    files = subprocess.run(["git", "ls-files", "benchmarks"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    scripts = {Path(name).name for name in files.splitlines() if not name.endswith(".md")}
+    if scripts:  # a checkout; a plain copy of the tree can't tell
+        assert table == scripts
