@@ -100,11 +100,13 @@ def saving_phase(loop: Loop, folder: Path, config: CheckpointConfig, steps: int)
         assert config.every is not None
         start = time.perf_counter()
         timed(loop, 1 + -(loop.progress.step + 1) % config.every)  # the plan and the memory, and the first save, uncounted
+        loop.deliver_metrics(keep=0)
         for report in checkpointer.wait():
             rows.on_checkpoint(loop, {"checkpoint_step": report.step, **report.metrics()})
         warm = time.perf_counter() - start
         first, rows.rows = rows.rows, []
         seconds = timed(loop, steps)
+        loop.deliver_metrics(keep=0)
         for report in checkpointer.wait():
             rows.on_checkpoint(loop, {"checkpoint_step": report.step, **report.metrics(), "outcome": report.outcome})
     finally:
@@ -170,22 +172,19 @@ def main() -> None:
 def report(phase: str, found: dict[str, Any], phases: list[dict[str, Any]], world: int, loop: Loop) -> None:
     """A phase's rows."""
     bare = statistics.median(second for other in phases if other["phase"] == "none" for second in other["seconds"])
-    mean = statistics.mean(found["seconds"])
-    tokens = loop.progress.batch * loop.horizon.seq_len / world
-    longest = " ".join(f"{1000 * second:.0f}" for second in found["seconds"])
+    mean, median = statistics.mean(found["seconds"]), statistics.median(found["seconds"])
+    rate = loop.progress.batch * loop.horizon.seq_len / world / mean
     print(
-        f"\n{phase}: {tokens / mean:,.0f} tokens/s/GPU (mean), median step {1000 * statistics.median(found['seconds']):.1f} ms, ",
-        end="",
+        f"\n{phase}: {rate:,.0f} tokens/s/GPU, median step {1000 * median:.1f} ms, mean {100 * (mean / bare - 1):+.2f} % of the"
     )
-    print(f"lost against the median step without saves {100 * (mean / bare - 1):.2f} %\n  steps, ms: {longest}", flush=True)
+    print("  median step without saves; steps, ms:", *(f"{1000 * second:.0f}" for second in found["seconds"]), flush=True)
     for row in found["saves"]:
         values = {key.removeprefix("checkpoint/"): value for key, value in row.items()}
         shown = " ".join(f"{key} {values[key]:.4g}" for key in SHOWN if values.get(key))
         print(f"  save of step {row['checkpoint_step']}: {shown}", flush=True)
     if "warm_up" in found:
-        print(
-            f"  before: {found['warm_up']:.1f} s for plan, memory and a first save {[row['checkpoint_step'] for row in found['first']]}"
-        )
+        first = [row["checkpoint_step"] for row in found["first"]]
+        print(f"  before: {found['warm_up']:.1f} s for plan, memory and a first save of step {first}", flush=True)
 
 
 SHOWN = [

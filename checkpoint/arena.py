@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import logging
 import mmap
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +21,11 @@ from .errors import CheckpointError
 from .plan import FileLayout
 from .watermark import TRAILER, Watermark
 
+log = logging.getLogger(__name__)
+
 HUGE_PAGE = 2 * 1024 * 1024
+POPULATE_WRITE = 23  # madvise: make the pages now, or say that there are none left (Linux 5.14)
+SLICE_BYTES = 512 * 2**20  # the least that is worth a thread of its own
 
 
 class Arena:
@@ -29,10 +37,11 @@ class Arena:
     def __init__(self, size: int, pin: bool) -> None:
         self.size = rounded(size)
         self.descriptor = os.memfd_create("meshloom-checkpoint", os.MFD_CLOEXEC)
-        os.posix_fallocate(self.descriptor, 0, self.size)  # a shortage of memory shows here, not as SIGBUS in the copy
-        self.memory = mmap.mmap(self.descriptor, self.size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        os.ftruncate(self.descriptor, self.size)
+        self.memory = mmap.mmap(self.descriptor, self.size, mmap.MAP_SHARED)
         with contextlib.suppress(OSError):  # where the system allows it for shared memory
             self.memory.madvise(mmap.MADV_HUGEPAGE)
+        self._populate()
         self.watermark = Watermark(memoryview(self.memory))
         self._pinned = False
         if pin:
@@ -40,28 +49,63 @@ class Arena:
         self._layout: FileLayout | None = None
         self._views: list[torch.Tensor] = []
 
+    def _populate(self) -> None:
+        """Make all pages now, many at once: a shortage of memory must show here, not as SIGBUS in the copy."""
+        threads = max(1, min(len(os.sched_getaffinity(0)), self.size // SLICE_BYTES))
+        step = -(-self.size // threads // HUGE_PAGE) * HUGE_PAGE
+        address = self._address()
+        libc = ctypes.CDLL(None, use_errno=True)
+
+        def make(at: int) -> int:
+            length = min(step, self.size - at)
+            failed = libc.madvise(ctypes.c_void_p(address + at), ctypes.c_size_t(length), POPULATE_WRITE)
+            return ctypes.get_errno() if failed else 0
+
+        with ThreadPoolExecutor(threads) as pool:
+            faults = [code for code in pool.map(make, range(0, self.size, step)) if code]
+        if errno.EINVAL in faults:  # an older kernel: one thread, and no more than that
+            os.posix_fallocate(self.descriptor, 0, self.size)
+        elif faults:
+            raise CheckpointError(f"{self.size / 2**30:.3f} GiB of memory for a snapshot: {os.strerror(faults[0])}")
+
     def _pin(self) -> None:
-        """Lock the pages for the GPU's copy engines; without it copies would block the thread that asks for them."""
-        error = _cuda().cudaHostRegister(self._address(), self.size, 1)  # 1: for all of the process's devices
-        if int(error) != 0:
-            raise CheckpointError(f"pinning {self.size} bytes of memory failed ({error}); lower checkpoint.host_memory_gib")
-        self._pinned = True
+        """Lock the pages for the GPU's copy engines.
+
+        Where that is refused (a limit of the system) snapshots are slower, since every copy goes through the driver's own
+        buffers, but right all the same.
+        """
+        device = torch.cuda.current_device()
+
+        def register() -> int:
+            torch.cuda.set_device(device)  # a new thread begins on device 0
+            return int(_cuda().cudaHostRegister(self._address(), self.size, 1))  # 1: for all of the process's devices
+
+        with ThreadPoolExecutor(1) as pool:  # CUDA keeps a failure as the last error of its thread; here it ends with it
+            code = pool.submit(register).result()
+        self._pinned = code == 0
+        if code:
+            log.warning(
+                "page-locking %.3f GiB for snapshots failed (CUDA error %d): they will be copied more slowly; fewer or smaller "
+                "ones (checkpoint.host_memory_gib) may fit",
+                self.size / 2**30,
+                code,
+            )
 
     def _address(self) -> int:
         return torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr()
 
     def views(self, layout: FileLayout) -> list[torch.Tensor]:
-        """One tensor per piece, in the memory where the file's bytes are put together; the header is in place."""
+        """One tensor per copy, shaped (panels, *one panel's shape), in the file being put together, header included."""
         if layout is not self._layout:
             self.memory[: len(layout.header)] = layout.header
             self._views = [
                 torch.frombuffer(
                     self.memory,
-                    dtype=TORCH_DTYPES[placed.dtype],
-                    count=placed.box.numel,
-                    offset=placed.start,
-                ).view(placed.box.shape)
-                for placed in layout.placed
+                    dtype=TORCH_DTYPES[copy.dtype],
+                    count=copy.box.numel,
+                    offset=copy.start,
+                ).view(copy.panels, *copy.box.shape[:-1], *(extent // copy.panels for extent in copy.box.shape[-1:]))
+                for copy in layout.copies
             ]
             self._layout = layout
         return self._views
@@ -71,9 +115,12 @@ class Arena:
         return memoryview(self.memory)[:size]
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give the memory back. No copy into it may be under way."""
         if self._pinned:
-            _cuda().cudaHostUnregister(self._address())
+            self._pinned = False
+            code = int(_cuda().cudaHostUnregister(self._address()))
+            if code:
+                log.warning("memory of snapshots could not be unlocked (CUDA error %d)", code)
         self._views = []
         os.close(self.descriptor)
 

@@ -21,7 +21,7 @@ from .control import Control
 from .errors import CheckpointError
 from .manifest import state_fault
 from .memory import MemoryTier
-from .planner import Planner
+from .planner import FREE, Planner
 from .report import SaveReport
 from .save import Order, Save, Tools
 from .writer import InlineWriter, ProcessWriter
@@ -78,7 +78,7 @@ class Checkpointer:
         talk = self.control.begin("prepare", self.config.timeout)
         planner = self._tools.planner
         try:
-            planner.vote(talk, held, busy=False)
+            planner.vote(talk, held, FREE)
             if self.control.rank == 0:
                 talk.announce("decision", json.dumps(planner.decide(talk)[1]).encode())
             if json.loads(talk.hear("decision")):
@@ -91,7 +91,14 @@ class Checkpointer:
             raise
 
     def save(
-        self, step: int, fragments: Iterable[Fragment], state: dict[str, Any], *, required: bool = False, disk: bool = True
+        self,
+        step: int,
+        fragments: Iterable[Fragment],
+        state: dict[str, Any],
+        *,
+        required: bool = False,
+        disk: bool = True,
+        hold: bool = False,
     ) -> None:
         """Start saving. Only rank 0's state is stored.
 
@@ -101,30 +108,43 @@ class Checkpointer:
         change. If no snapshot memory is free because the disk is slower than the schedule, the save is skipped by all
         ranks and reported so; `required` (a final save) waits instead.
 
+        hold: (mode async) it does not become a checkpoint before `confirm` is called for its step; `wait` and `close` give
+        up a save that never was.
+
         Raises CheckpointError for a state that is not plain JSON; whatever else goes wrong is in the save's report.
         """
         self._wait_for_update()  # a caller that never updates must not have two snapshots of the same tensors under way
+        start = time.perf_counter()
         held = list(fragments)
         fault = state_fault(state)
         if fault is not None:
             raise CheckpointError(fault)
         self._meet_device(held)
         memory = self._tools.memory is not None
+        assert not hold or self._asynchronous, "in mode sync nothing is left to do when this returns"
         assert disk or memory, "a save that goes nowhere: checkpoint.memory_every is not set"
         self._tools.rounds = [talk for talk in self._tools.rounds if not talk.forget()]
         talk = self.control.begin("save", self.config.timeout)
         self._tools.rounds.append(talk)
         save = Save(step, held, state, disk=disk, memory=memory, required=required, talk=talk, after=self._order)
+        if not hold:
+            save.confirm()
         self._saves.append(save)
         before = self._order
         self._order = Order(save, save if disk else before.disk, save if memory else before.memory)
-        start = time.perf_counter()
         if self._asynchronous:
             save.thread = threading.Thread(target=save.run, args=(self._tools,), name=f"checkpoint-{step}", daemon=True)
             save.thread.start()
         else:
             save.run(self._tools)
-        save.report.stall_seconds += time.perf_counter() - start
+        if save.snapshot.starves():
+            save.report.stall_seconds += time.perf_counter() - start
+
+    def confirm(self, step: int) -> None:
+        """The step is known to be good: its save, if one is held, may be committed."""
+        for save in self._saves:
+            if save.step == step:
+                save.confirm()
 
     def before_update(self) -> float:
         """Wait until no snapshot needs the tensors as they are. Returns the seconds that this took on the host."""
@@ -150,6 +170,7 @@ class Checkpointer:
     def wait(self) -> list[SaveReport]:
         """Wait for all saves. Returns the reports that `poll` has not given yet."""
         self._wait_for_update()
+        self._give_up_held()
         reports: list[SaveReport] = []
         while self._saves:
             reports.append(self._deliver(self._saves.pop(0)))
@@ -168,6 +189,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Give back memory, processes and the folder's lock, whatever the state of the saves. May be called twice."""
+        self._give_up_held()
         for save in (self._order.any, self._order.disk, self._order.memory):
             if save is not None:
                 save.leave()
@@ -177,6 +199,10 @@ class Checkpointer:
         self._tools.writer.close()
         self._tools.pool.close()
         self._target.close()
+
+    def _give_up_held(self) -> None:
+        for save in self._saves:
+            save.confirm("the run ended before this step was known to be good")
 
     def _meet_device(self, held: list[Fragment]) -> None:
         """The first time that tensors are on a GPU: a stream for the copies, and pinned memory to copy to."""
@@ -190,7 +216,8 @@ class Checkpointer:
         if newest is None:
             return 0.0
         stalled = newest.snapshot.wait(self.config.timeout)
-        newest.report.stall_seconds += stalled
+        if newest.snapshot.starves():
+            newest.report.stall_seconds += stalled
         return stalled
 
     def _deliver(self, save: Save) -> SaveReport:

@@ -59,7 +59,7 @@ class Target(Protocol):
         ...
 
     def prune(self, keep: int) -> list[str]:
-        """Coordinator: delete what commits replaced, and complete steps beyond the newest `keep` (0: none). Returns their names."""
+        """Coordinator: delete what was replaced, and complete steps beyond the newest `keep` (0: none). Returns their names."""
         ...
 
     def record(self, line: dict[str, object]) -> None:

@@ -5,6 +5,7 @@ The plan depends on the declarations alone, so it is made once and kept until so
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import zlib
@@ -24,6 +25,8 @@ DEAL_BYTES = 32 * 2**20
 # tensor-parallel layout) is as sequential as reading a slice of the rows.
 PANEL_BOX_BYTES = 8 * 2**20
 PANELS = 8
+# Panels side by side are copied by one call up to this size; a GPU puts them in order in a temporary of its own first.
+COPY_BYTES = 32 * 2**20
 # In a huge checkpoint only boxes above this fraction of it are cut, so that the manifest stays readable.
 PANEL_FRACTION = 2**15
 
@@ -205,12 +208,49 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """Pieces of a fragment that one copy brings to bytes `[start, stop)` of the file: equal `panels` that make up `box`."""
+
+    source: int
+    dtype: str
+    box: Box
+    panels: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class FileLayout:
     """One rank's safetensors file, byte for byte, except the arrays' values. Without pieces there is no file."""
 
     header: bytes
     placed: tuple[Placed, ...]
     bytes: int
+
+    @functools.cached_property
+    def copies(self) -> tuple[Copy, ...]:
+        """How the file is filled: piece by piece, but neighbouring panels by one copy."""
+        copies: list[Copy] = []
+        for piece in self.placed:
+            joined = _join(copies[-1], piece) if copies else None
+            if joined is None:
+                copies.append(Copy(piece.source, piece.dtype, piece.box, 1, piece.start, piece.stop))
+            else:
+                copies[-1] = joined
+        return tuple(copies)
+
+
+def _join(copy: Copy, piece: Placed) -> Copy | None:
+    """The copy with one more panel, if the piece is one and the whole does not get long."""
+    box, more = copy.box, piece.box
+    if piece.source != copy.source or not box.shape or piece.stop - copy.start > COPY_BYTES:
+        return None
+    width = more.shape[-1]
+    beside = (*box.offsets[:-1], box.offsets[-1] + box.shape[-1]) == more.offsets
+    if not beside or box.shape[:-1] != more.shape[:-1] or box.shape[-1] != copy.panels * width:
+        return None
+    wider = Box(box.offsets, (*box.shape[:-1], box.shape[-1] + width))
+    return Copy(copy.source, copy.dtype, wider, copy.panels + 1, copy.start, piece.stop)
 
 
 def lay_out(declarations: Sequence[Declaration], pieces: Sequence[Piece]) -> FileLayout:

@@ -12,6 +12,8 @@ from .manifest import StoredArray, encode_arrays, prove_coverage
 from .plan import Declaration, FileLayout, Piece, declare, fill_boxes, lay_out, make_plan, pack, signature, unpack
 
 EMPTY = FileLayout(b"", (), 0)
+# What a rank says beside what it holds: nothing is in the way; the disk is still at an earlier save; no memory is free.
+FREE, DISK_BUSY, NO_MEMORY = b"F", b"D", b"M"
 
 
 class Planner:
@@ -30,23 +32,22 @@ class Planner:
         self.arrays: dict[str, StoredArray] = {}
         self.arrays_text = ""
 
-    def vote(self, talk: Round, fragments: Sequence[Fragment], busy: bool) -> None:
-        """Tell the coordinator what this rank holds, and whether it has no memory for another snapshot."""
+    def vote(self, talk: Round, fragments: Sequence[Fragment], note: bytes) -> None:
+        """Tell the coordinator what this rank holds, and what is in the way of another snapshot of it."""
         mine = self._declare(fragments)
         changed = mine != self._signature
-        note = b"B" if busy and not changed else b"F"
         talk.post("vote", mine.encode() + note + (pack(self._declarations) if changed else b""))
 
-    def decide(self, talk: Round) -> tuple[list[int], bool]:
-        """The coordinator's part: the ranks without memory, and whether there is a new plan (made unless some are).
+    def decide(self, talk: Round) -> tuple[list[bytes], bool]:
+        """The coordinator's part: the ranks' notes, and whether there is a new plan (none is made where memory is missing).
 
         Raises CheckpointError when the ranks' boxes contradict each other or leave a hole.
         """
         votes = talk.collect("vote")
-        busy = [rank for rank, vote in enumerate(votes) if vote[32:33] == b"B"]
+        notes = [vote[32:33] for vote in votes]
         signatures = [vote[:32].decode() for vote in votes]
-        if busy or signatures == self._signatures:
-            return busy, False
+        if NO_MEMORY in notes or signatures == self._signatures:
+            return notes, False
         declared = [unpack(vote[33:]) if len(vote) > 33 else self._declared[rank] for rank, vote in enumerate(votes)]
         plan = make_plan(declared)
         layouts = [lay_out(d, pieces) for d, pieces in zip(declared, plan.pieces, strict=True)]
@@ -57,7 +58,7 @@ class Planner:
         for rank, pieces in enumerate(plan.pieces):
             rows = [[piece.source, piece.box.offsets, piece.box.shape] for piece in pieces]
             talk.announce(f"pieces/{rank}", json.dumps(rows, separators=(",", ":")).encode())
-        return [], True
+        return notes, True
 
     def adopt(self, talk: Round) -> None:
         """Take over this rank's share of a new plan."""

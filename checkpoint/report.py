@@ -13,7 +13,8 @@ class SaveReport:
 
     outcome    committed (on the disk), kept (in memory only), skipped (the disk was busy), failed, or unkept (a snapshot for
                memory alone failed); `reason` says why it is not what was asked for
-    stall      what training waited for: the call to save, the wait before the update, the GPU's wait for the copies
+    stall      what training waited for: the call to save and the wait before the update (on a GPU, only where it had run out
+               of queued work at their end), and the GPU's wait for the copies
     staging    copying into host memory; hashing and writing run side by side, after it
     keeping    hashing and exchanging parity in the keepers
     commit     from the end of this rank's writing to the verdict: the other ranks, manifest, renames

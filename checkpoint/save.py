@@ -24,7 +24,7 @@ from .faults import reach
 from .manifest import Manifest, StoredArray, StoredFile
 from .memory import MemoryTier
 from .plan import FileLayout
-from .planner import Planner
+from .planner import DISK_BUSY, FREE, NO_MEMORY, Planner
 from .report import SaveReport
 from .snapshot import Snapshot
 from .writer import Request, Writer
@@ -90,6 +90,8 @@ class Save:
         self.snapshot = Snapshot(fragments)
         self.report = SaveReport(step)
         self.thread: threading.Thread | None = None
+        self._confirmed = threading.Event()
+        self._doubt = ""
         self._staged = threading.Event()
         self._kept = threading.Event()
         self._written = threading.Event()
@@ -106,6 +108,12 @@ class Save:
     def ended(self) -> bool:
         """Whether the verdict is in."""
         return self._ended.is_set()
+
+    def confirm(self, doubt: str = "") -> None:
+        """Let the save become a checkpoint or, if there is a doubt about its step, give it up. The first word stands."""
+        if not self._confirmed.is_set():
+            self._doubt = doubt
+            self._confirmed.set()
 
     def join(self) -> None:
         """Wait for the verdict."""
@@ -157,6 +165,9 @@ class Save:
         self.disk, report.reason = decision["disk"], decision["reason"]
         layout = tools.planner.layout  # this save's, whatever later saves plan
         request = self._stage(tools, layout)
+        self._confirmed.wait()
+        if self._doubt:
+            raise CheckpointError(self._doubt)
         report.outcome = "skipped"
         if self.memory:
             self._keep(tools, layout, json.loads(talk.hear(f"place/{talk.control.rank}")))
@@ -169,27 +180,29 @@ class Save:
         planner, talk = tools.planner, self.talk
         size = planner.layout.bytes
         reach("vote.before")
-        if tools.memory is not None:
-            earlier = self.after.disk
-            busy = self.disk and not self.required and earlier is not None and not earlier._written.is_set()
-        else:
-            busy = size > 0 and not self.required and not tools.pool.has_room(size)
+        note, earlier = FREE, self.after.disk
+        if not self.required:
+            if self.memory and self.disk and earlier is not None and not earlier._written.is_set():
+                note = DISK_BUSY
+            if size > 0 and not tools.pool.has_room(size):
+                note = NO_MEMORY
         if tools.memory is not None and self.memory:
             tools.memory.introduce(talk)
-        planner.vote(talk, self.snapshot.fragments, busy)
+        planner.vote(talk, self.snapshot.fragments, note)
         if talk.control.rank == 0:
             talk.announce("decision", json.dumps(self._decide(tools)).encode())
         return json.loads(talk.hear("decision"))
 
     def _decide(self, tools: Tools) -> dict[str, Any]:
         planner = tools.planner
-        busy, new = planner.decide(self.talk)
+        notes, new = planner.decide(self.talk)
         disk, reason = self.disk, ""
-        if busy:
-            taken = f"{tools.pool.bytes / 2**30:.2f} GiB of snapshots in use on rank 0"
-            reason = f"the disk is slower than the schedule: rank {busy[0]} is still at an earlier save, {taken}"
-            if not self.memory:
-                return {"skip": reason}
+        taken = f"{tools.pool.bytes / 2**30:.2f} GiB of snapshots in use on rank 0"
+        if NO_MEMORY in notes:
+            slow = "disk or the keepers are" if self.memory else "disk is"
+            return {"skip": f"the {slow} slower than the schedule: rank {notes.index(NO_MEMORY)} has no memory free, {taken}"}
+        if DISK_BUSY in notes:
+            reason = f"the disk is slower than the schedule: rank {notes.index(DISK_BUSY)} is still at an earlier save, {taken}"
             disk = False
         self._layouts, self._arrays, self._arrays_text = planner.layouts, planner.arrays, planner.arrays_text
         token = new_token()

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..parallel.fragment import Box, Fragment
+from ..parallel.fragment import Fragment
 from .arena import Arena
 from .dtypes import same_bits
 from .errors import CheckpointError
 from .faults import reach
-from .plan import FileLayout, Placed
+from .plan import Copy, FileLayout
 
 # Copied by one call, after which the writer may have it.
 BATCH_BYTES = 16 * 2**20
@@ -46,31 +46,32 @@ class Snapshot:
         start = time.perf_counter()
         reach("stage.before")
         targets = arena.views(layout)
-        batches = _batches(layout.placed)
+        copies = layout.copies
+        batches = _batches(copies)
         if self._device is None:
             for low, high in batches:
-                _copy_on_host(targets[low:high], self._sources(layout.placed[low:high]))
-                arena.watermark.set(layout.placed[high - 1].stop)
+                _copy_on_host(targets[low:high], self._sources(copies[low:high]))
+                arena.watermark.set(copies[high - 1].stop)
         else:
             assert stream is not None and self._begun is not None
             events: list[torch.cuda.Event] = []
             with torch.cuda.device(self._device), torch.cuda.stream(stream):
                 stream.wait_event(self._begun)
                 for low, high in batches:
-                    _copy_from_device(targets[low:high], self._sources(layout.placed[low:high]))
+                    _copy_from_device(targets[low:high], self._sources(copies[low:high]))
                     events.append(torch.cuda.Event())
                     events[-1].record(stream)
             self._copied = events[-1]
             self._issued.set()  # from here on the trainer's stream can wait by itself
             for (_, high), event in zip(batches, events, strict=True):
                 event.synchronize()
-                arena.watermark.set(layout.placed[high - 1].stop)
+                arena.watermark.set(copies[high - 1].stop)
         reach("stage.after")
         self.seconds = time.perf_counter() - start
         self.release()
 
-    def _sources(self, placed: Sequence[Placed]) -> list[torch.Tensor]:
-        return [_slice(self.fragments[piece.source], piece.box) for piece in placed]
+    def _sources(self, copies: Sequence[Copy]) -> list[torch.Tensor]:
+        return [_source(self.fragments[copy.source], copy) for copy in copies]
 
     def release(self) -> None:
         """Let the update go on: the copy is complete, or it will not be made."""
@@ -91,6 +92,10 @@ class Snapshot:
             self._waits.append((before, after))
         return time.perf_counter() - start
 
+    def starves(self) -> bool:
+        """Whether time that the host spends now is lost: not while the GPU has work queued."""
+        return self._device is None or torch.cuda.current_stream(self._device).query()
+
     def device_stall(self) -> float:
         """Seconds that the trainer's stream stood still for the copy. Waits for the stream to get past that point."""
         total = 0.0
@@ -100,9 +105,14 @@ class Snapshot:
         return total
 
 
-def _slice(fragment: Fragment, box: Box) -> torch.Tensor:
-    tensor = fragment.tensor.detach()
-    return tensor if box == fragment.box else tensor[box.slices(fragment.box.offsets)]
+def _source(fragment: Fragment, copy: Copy) -> torch.Tensor:
+    """A view of the live values in the order in which the file has them: panel by panel."""
+    tensor, box = fragment.tensor.detach(), copy.box
+    if box != fragment.box:
+        tensor = tensor[box.slices(fragment.box.offsets)]
+    if copy.panels == 1:
+        return tensor.unsqueeze(0)
+    return tensor.unflatten(-1, (copy.panels, -1)).movedim(-2, 0)
 
 
 def _copy_on_host(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
@@ -117,12 +127,12 @@ def _copy_from_device(targets: list[torch.Tensor], sources: list[torch.Tensor]) 
         foreach_copy(targets, sources, non_blocking=True)
 
 
-def _batches(placed: Sequence[Placed]) -> list[tuple[int, int]]:
-    """Runs of pieces `[low, high)` that are copied by one call, each of about BATCH_BYTES."""
+def _batches(copies: Sequence[Copy]) -> list[tuple[int, int]]:
+    """Runs of copies `[low, high)` that are made by one call, each of about BATCH_BYTES."""
     edges = [0]
     start = 0
-    for index, piece in enumerate(placed):
-        if piece.stop - start >= BATCH_BYTES or index == len(placed) - 1:
+    for index, copy in enumerate(copies):
+        if copy.stop - start >= BATCH_BYTES or index == len(copies) - 1:
             edges.append(index + 1)
-            start = piece.stop
+            start = copy.stop
     return list(itertools.pairwise(edges))

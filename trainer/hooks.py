@@ -47,5 +47,10 @@ class Hook:
         """Plain JSON that the next run of this recipe needs to go on."""
         return {}
 
+    @property
+    def waits_for_rows(self) -> bool:
+        """Whether its state depends on the rows of `on_metrics`: a save then waits for the newest. Default: it has both."""
+        return type(self).on_metrics is not Hook.on_metrics and type(self).state_dict is not Hook.state_dict
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave; called before `on_run_begin`."""

@@ -254,6 +254,10 @@ class WandB(Hook):
         """Send the evaluation."""
         self._run.log(row)
 
+    def on_checkpoint(self, loop: Loop, row: dict[str, Any]) -> None:
+        """Send how a save went, under the step it saved."""
+        self._run.log({"step": row["checkpoint_step"], **row})
+
     def close(self) -> None:
         """Finish the wandb run; what is left is sent."""
         if self._run is not None:
@@ -263,6 +267,11 @@ class WandB(Hook):
     def state_dict(self) -> dict[str, Any]:
         """Which wandb run this is."""
         return {"id": self._id}
+
+    @property
+    def waits_for_rows(self) -> bool:
+        """The run's name does not depend on what it logs."""
+        return False
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on in that one."""

@@ -43,6 +43,10 @@ class Saving(Hook):
         """The one wait: a snapshot still being copied must not see the weights change."""
         self._checkpointer.before_update()
 
+    def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
+        """A step's loss is a number: a save of it may become a checkpoint."""
+        self._checkpointer.confirm(row["step"])
+
     def on_step_end(self, loop: Loop) -> None:
         """Start a save when it is time to, and report those that have ended."""
         if not self._prepared:  # after a step the optimizer's state is there
@@ -54,9 +58,15 @@ class Saving(Hook):
         self._report(loop, self._checkpointer.poll())
 
     def _save(self, loop: Loop, *, disk: bool = True, required: bool = False) -> None:
-        loop.deliver_metrics(keep=0)  # a step whose loss is not a number must raise before it is saved
+        # A step whose loss is not a number must not become a checkpoint, but asking for its loss now would stop the GPU
+        # until the next step is queued. So the save begins, and is held until the numbers arrive of themselves.
+        hold = self._checkpointer.config.mode == "async" and not required
+        if not hold or any(hook.waits_for_rows for hook in loop.hooks):
+            loop.deliver_metrics(keep=0)
+            hold = False
         state = run_state(loop, self._fixed)
-        self._checkpointer.save(loop.progress.step, loop.engine.fragments(), state, required=required, disk=disk)
+        step, fragments = loop.progress.step, loop.engine.fragments()
+        self._checkpointer.save(step, fragments, state, required=required, disk=disk, hold=hold)
 
     def _report(self, loop: Loop, reports: list[SaveReport]) -> None:
         for report in reports:
