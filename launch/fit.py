@@ -127,8 +127,9 @@ def _read(folder: Path) -> FinishedRun:
     evaluations = [row for row in rows if "eval_loss" in row]
     if not steps:
         raise ValueError("metrics.jsonl has no steps")
+    last = max(steps + evaluations, key=lambda row: row["step"])  # with logging.every=10 the last step may have no row
     unit = "tokens" if config.trainer.steps is None else "steps"
-    length, reached = config.trainer[unit], steps[-1]["tokens" if config.trainer.steps is None else "step"]
+    length, reached = config.trainer[unit], last["tokens" if config.trainer.steps is None else "step"]
     if reached < length:
         raise ValueError(f"it stopped at {reached} of {length} {unit}")
     batches = {row["batch_samples"] for row in steps}
@@ -141,7 +142,7 @@ def _read(folder: Path) -> FinishedRun:
     return FinishedRun(
         folder=folder,
         parameters=hidden_parameters(config),
-        tokens=float(steps[-1]["tokens"]),
+        tokens=float(last["tokens"]),
         batch=batches.pop() * float(config.data.seq_len) if len(batches) == 1 else None,
         lr=float(config.optim.lr),
         loss=float(evaluations[-1]["eval_loss"] if evaluations else train[-tail:].mean()),
