@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import attention_kernels
 from .attention_kernels import Segments, segments_backward, segments_forward
+from .flash4 import flash4_attend
 
 CUDA_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Order in which kernels are tried on a GPU; the first that can run the given shapes and types does."""
@@ -65,6 +67,9 @@ def positions(documents_BS: torch.Tensor) -> torch.Tensor:
 
 
 def _attend_causal(q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, scale: float | None) -> torch.Tensor:
+    if attention_kernels.kernel_for(q_BSHD) == "flash4":
+        out_BSHD, _ = flash4_attend(q_BSHD, k_BSKD, v_BSKD, q_BSHD.shape[-1] ** -0.5 if scale is None else scale)
+        return out_BSHD
     q_BHSD, k_BKSD, v_BKSD = q_BSHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
     grouped = q_BHSD.shape[1] != k_BKSD.shape[1]
     if q_BSHD.is_cuda:

@@ -1,12 +1,11 @@
 """Which attention kernel is the fastest on this machine: measured when a run begins, on the shapes that it will compute.
 
-PyTorch offers cuDNN's kernels and FlashAttention 2 in one switch, and lets FlashAttention 3 or 4 take the latter's place where
-that package is installed (pip install flash-attn-4). Which wins differs between GPUs, head widths and versions.
+PyTorch offers cuDNN's kernels and FlashAttention 2 in one switch; FlashAttention 4 is used where it is installed
+(`flash4.py`). Which wins differs between GPUs, head widths and versions.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import statistics
 from collections.abc import Mapping
@@ -16,16 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import attention, attention_kernels
+from . import attention, attention_kernels, flash4
 
 log = logging.getLogger(__name__)
 
-KERNELS: Mapping[attention_kernels.Kernel, SDPBackend] = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-}
-NEWER_FLASH = {"FA4": "flash_attn.cute", "FA3": "flash_attn_interface"}
-"""PyTorch's name of a FlashAttention that it can switch to, and the module that must be there."""
+KERNELS: tuple[attention_kernels.Kernel, ...] = ("cudnn", "flash", "flash4")
+SWITCH = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+"""The kernels that PyTorch's own operator offers."""
 
 _WORTH = 0.97  # a kernel replaces an earlier one of KERNELS at this share of its time: noise shall not choose
 _REPEATS = 5
@@ -41,54 +37,25 @@ class Shape:
     head_dim: int
 
 
-def use_newer_flash() -> str | None:
-    """Put the newest FlashAttention that is installed in the place of PyTorch's own; its name, or None for PyTorch's own."""
-    for name, module in NEWER_FLASH.items():
-        if not _installed(module):
-            continue
-        try:
-            from torch.nn.attention import activate_flash_attention_impl
-
-            activate_flash_attention_impl(name)  # pyright: ignore[reportArgumentType]
-            return name
-        except Exception as error:  # a package that is not for this GPU or this PyTorch may fail in any way
-            log.warning("%s is installed and can't be used: %s", name, error)
-    return None
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it would be in
-        return False
-
-
-def use_own_flash() -> None:
-    """Undo `use_newer_flash`."""
-    from torch.nn.attention import restore_flash_attention_impl
-
-    restore_flash_attention_impl()
-
-
 def seconds(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device) -> float:
     """Median time of a causal forward and backward pass in bf16; infinite where the kernel can't run the shape."""
     draw = torch.Generator(device).manual_seed(0)
 
     def random(heads: int) -> torch.Tensor:
         size = (1, shape.seq_len, heads, shape.head_dim)  # positions first, as the projections leave them
-        return torch.randn(size, device=device, dtype=torch.bfloat16, generator=draw).transpose(1, 2)
+        return torch.randn(size, device=device, dtype=torch.bfloat16, generator=draw)
 
     q, k, v = (random(heads).requires_grad_() for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
-    grouped = shape.heads != shape.kv_heads
     gradient = random(shape.heads)
     times: list[float] = []
+    if kernel == "flash4" and (reason := flash4.why_not()):
+        log.info("FlashAttention 4 is not used: %s", reason)
+        return float("inf")
     try:
         for _ in range(_REPEATS + 1):
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            with sdpa_kernel([KERNELS[kernel]]):
-                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-            torch.autograd.grad(out, (q, k, v), gradient)
+            torch.autograd.grad(_attend(kernel, q, k, v), (q, k, v), gradient)
             stop.record()
             torch.cuda.synchronize(device)
             times.append(start.elapsed_time(stop) / 1000)
@@ -98,13 +65,28 @@ def seconds(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device
     return statistics.median(times[1:])  # the first also compiles and loads
 
 
+def _attend(kernel: attention_kernels.Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    if kernel == "flash4":
+        return flash4.flash4_attend(q, k, v, q.shape[-1] ** -0.5)[0]
+    grouped = q.shape[2] != k.shape[2]
+    with sdpa_kernel([SWITCH[kernel]]):
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=grouped
+        )
+    return out.transpose(1, 2)
+
+
 def prefer(times: Mapping[attention_kernels.Kernel, float]) -> attention_kernels.Kernel:
     """The kernel for these times, and from now on the first that attention tries."""
-    best: attention_kernels.Kernel = "cudnn"
-    for kernel in KERNELS:
-        if times[kernel] < _WORTH * times[best]:
-            best = kernel
-    first = KERNELS[best]
+
+    def best_of(kernels: tuple[attention_kernels.Kernel, ...]) -> attention_kernels.Kernel:
+        best = kernels[0]
+        for kernel in kernels:
+            if times[kernel] < _WORTH * times[best]:
+                best = kernel
+        return best
+
+    first = SWITCH[best_of(("cudnn", "flash"))]
     attention.CUDA_BACKENDS.sort(key=lambda backend: backend is not first)
-    attention_kernels.dense_kernel = best
-    return best
+    attention_kernels.dense_kernel = best_of(KERNELS)
+    return attention_kernels.dense_kernel

@@ -17,12 +17,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from . import flash4
+
 aten = torch.ops.aten
 
-Kernel = Literal["cudnn", "flash"]
+Kernel = Literal["cudnn", "flash", "flash4"]
 
 dense_kernel: Kernel = "cudnn"
-"""Kernel for rectangular blocks of half precision on a GPU. cuDNN's is the fastest on Hopper; flash runs everywhere."""
+"""Kernel for half precision on a GPU; `attention_choice.py` sets it. cuDNN's is fast on Hopper; flash runs everywhere."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def block_forward(
     Returns the output (B, Q, H, D) in the inputs' type and the log-sum-exp (B, H, Q).
     """
     assert not causal or q_BQHD.shape[1] == k_BTKD.shape[1], "a causal block is square"
-    match _kernel_for(q_BQHD):
+    match kernel_for(q_BQHD):
         case "math":
             return _math_forward(q_BQHD, k_BTKD, v_BTKD, causal, scale)
         case "flash":
@@ -59,6 +61,8 @@ def block_forward(
                 q_BQHD, k_BTKD, v_BTKD, None, None, q_len, k_len, 0.0, causal, False, scale=scale
             )
             return out_BQHD, lse_BHQ
+        case "flash4":
+            return flash4.forward(q_BQHD, k_BTKD, v_BTKD, causal=causal, scale=scale)
         case "cudnn":
             out_BHQD, lse_BHQ1, *_ = aten._scaled_dot_product_cudnn_attention(
                 *_heads_first(q_BQHD, k_BTKD, v_BTKD), None, True, 0.0, causal, False, scale=scale
@@ -87,7 +91,7 @@ def block_backward(
     out_BQHD, lse_BHQ: of the whole rows, that is merged over every block of keys, not only this one.
     """
     lse_BHQ = lse_BHQ.contiguous()
-    match _kernel_for(q_BQHD):
+    match kernel_for(q_BQHD):
         case "math":
             return _math_backward(dout_BQHD, q_BQHD, k_BTKD, v_BTKD, out_BQHD, lse_BHQ, causal, scale)
         case "flash":
@@ -98,6 +102,8 @@ def block_backward(
                 *(0.0, causal, random_state, unused),
                 scale=scale,
             )
+        case "flash4":
+            return flash4.backward(dout_BQHD, q_BQHD, k_BTKD, v_BTKD, out_BQHD, lse_BHQ, causal=causal, scale=scale)
         case "cudnn":
             seed = torch.zeros((), dtype=torch.int64, device=q_BQHD.device)
             dout_BHQD, q_BHQD, k_BKTD, v_BKTD, out_BHQD = _heads_first(dout_BQHD, q_BQHD, k_BTKD, v_BTKD, out_BQHD)
@@ -120,8 +126,12 @@ def segments_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention inside each segment of the only row (B = 1). Returns (1, T, H, D) and the log-sum-exp (1, H, T)."""
     assert q_BTHD.shape[0] == 1, "segments lie in one row"
-    if _kernel_for(q_BTHD) in ("flash", "cudnn"):
-        longest = max(segments.lengths)
+    longest = max(segments.lengths)
+    if kernel_for(q_BTHD) == "flash4":
+        row = (q_BTHD[0], k_BTKD[0], v_BTKD[0])
+        out_THD, lse_HT = flash4.forward(*row, causal=True, scale=scale, bounds=segments.bounds, longest=longest)
+        return out_THD[None], lse_HT[None]
+    if kernel_for(q_BTHD) in ("flash", "cudnn"):
         out_THD, lse_HT, *_ = aten._flash_attention_forward(
             *(q_BTHD[0], k_BTKD[0], v_BTKD[0], segments.bounds, segments.bounds, longest, longest, 0.0, True, False),
             scale=scale,
@@ -146,8 +156,13 @@ def segments_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients (dq, dk, dv) of `segments_forward`; `out_BTHD` and `lse_BHT` of the whole rows, as in `block_backward`."""
-    if _kernel_for(q_BTHD) in ("flash", "cudnn"):
-        longest = max(segments.lengths)
+    longest = max(segments.lengths)
+    if kernel_for(q_BTHD) == "flash4":
+        row = (dout_BTHD[0], q_BTHD[0], k_BTKD[0], v_BTKD[0], out_BTHD[0], lse_BHT[0])
+        grads = flash4.backward(*row, causal=True, scale=scale, bounds=segments.bounds, longest=longest)
+        dq, dk, dv = (grad[None] for grad in grads)
+        return dq, dk, dv
+    if kernel_for(q_BTHD) in ("flash", "cudnn"):
         random_state, unused = _no_dropout(q_BTHD)
         dq, dk, dv = aten._flash_attention_backward(
             *(dout_BTHD[0].contiguous(), q_BTHD[0], k_BTKD[0], v_BTKD[0], out_BTHD[0], lse_BHT[0].contiguous()),
@@ -164,14 +179,14 @@ def segments_backward(
     return dq, dk, dv
 
 
-def _kernel_for(q: torch.Tensor) -> Literal["cpu", "cudnn", "flash", "math"]:
-    """Fused kernels on a GPU know half precision and head dims that are multiples of 8, cuDNN's backward only up to 128."""
+def kernel_for(q: torch.Tensor) -> Literal["cpu", "cudnn", "flash", "flash4", "math"]:
+    """Fused kernels on a GPU know half precision and head dims that are multiples of 8, most only up to 128."""
     if q.device.type == "cpu":
         return "cpu"
     dim = q.shape[-1]
     if q.dtype not in (torch.bfloat16, torch.float16) or dim % 8 or dim > 256:
         return "math"
-    return "flash" if dim > 128 else dense_kernel
+    return "flash" if dim > flash4.LARGEST_HEAD else dense_kernel
 
 
 def _exact(q: torch.Tensor) -> torch.dtype:

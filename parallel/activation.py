@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..models.attention import attend_documents
+from ..models.flash4 import flash4_attend
 from .context.ring import ring_forward
 
 POLICIES = ("none", "selective", "full", "offload")
@@ -25,6 +26,7 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     attend_documents._opoverload,
+    flash4_attend._opoverload,
     ring_forward._opoverload,
 }
 # Of a block's seven matrix products (q, k, v, attention's output, SwiGLU's two, the last) these come first. What the sixth

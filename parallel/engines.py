@@ -73,14 +73,10 @@ def _choose_attention(model: Llama, mesh: Mesh, seq_len: int) -> None:
         sums = mesh.sum(torch.tensor(mine, dtype=torch.float64, device=mesh.device)) / mesh.layout.world_size
         return dict(zip(attention_choice.KERNELS, sums.tolist(), strict=True))
 
-    newer = attention_choice.use_newer_flash()
     times = measure()
     chosen = attention_choice.prefer(times)
-    if newer is not None and chosen != "flash":
-        attention_choice.use_own_flash()  # it stays the next to be tried, and that is the safer one
     if mesh.is_main:
-        named = ", ".join(f"{kernel} {1000 * time:.2f} ms" for kernel, time in times.items())
-        log.info("attention by %s (%s; flash is %s)", chosen, named, newer or "PyTorch's own")
+        log.info("attention by %s: %s", chosen, ", ".join(f"{kernel} {1000 * time:.2f} ms" for kernel, time in times.items()))
 
 
 def make_engine(
