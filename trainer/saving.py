@@ -32,7 +32,7 @@ class Saving(Hook):
         self._every = every
         self._memory_every = checkpointer.config.memory_every
         self._fixed = fixed
-        self._saved_step = -1
+        self._saved_step = self._good_step = -1
         self._prepared = False
 
     def on_run_begin(self, loop: Loop) -> None:
@@ -45,6 +45,7 @@ class Saving(Hook):
 
     def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
         """A step's loss is a number: a save of it may become a checkpoint."""
+        self._good_step = row["step"]
         self._checkpointer.confirm(row["step"])
 
     def on_step_end(self, loop: Loop) -> None:
@@ -60,7 +61,9 @@ class Saving(Hook):
     def _save(self, loop: Loop, *, disk: bool = True, required: bool = False) -> None:
         # A step whose loss is not a number must not become a checkpoint, but asking for its loss now would stop the GPU
         # until the next step is queued. So the save begins, and is held until the numbers arrive of themselves.
-        hold = self._checkpointer.config.mode == "async" and not required
+        # They have, where the step was evaluated.
+        known = loop.progress.step <= self._good_step
+        hold = self._checkpointer.config.mode == "async" and not required and not known
         if not hold or any(hook.waits_for_rows for hook in loop.hooks):
             loop.deliver_metrics(keep=0)
             hold = False
