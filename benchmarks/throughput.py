@@ -29,7 +29,7 @@ from meshloom.data.batch import MicroBatch
 from meshloom.models.llama import Llama
 from meshloom.optim.adamw import AdamW
 from meshloom.optim.parameters import NamedParameter, Shards
-from meshloom.parallel.engine import Engine
+from meshloom.parallel.engine import Engine, EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, environment_world_size, pick_device
@@ -103,19 +103,15 @@ def build(settings: Settings) -> tuple[Engine, Mesh]:
 
     with torch.device("meta"):
         model = Llama(vocabulary=settings.vocabulary, **MODELS[settings.model])  # type: ignore[arg-type]
-    engine = make_engine(
-        model,
-        mesh,
-        optimizer,
+    how = EngineSettings(
         seed=1,
-        parallel=parallel,
         precision=settings.precision,
         activation=settings.activation,
-        compile_blocks=bool(settings.compile),
+        compile=bool(settings.compile),
         float8=settings.float8,
         seq_len=settings.seq,
     )
-    return engine, mesh
+    return make_engine(model, mesh, optimizer, parallel, how), mesh
 
 
 class Clock:

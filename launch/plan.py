@@ -22,7 +22,7 @@ from ..parallel.cost import LayoutCost, layout_cost
 from ..parallel.deepspeed.memory import deepspeed_cost, describe
 from ..parallel.layout import Layout
 from ..parallel.memory import Job, block_policies
-from ..trainer.build import Parts, build_model, optimizer_factory
+from ..trainer.build import Parts, build_model, engine_settings, optimizer_factory
 from ..trainer.validate import run_problems
 from .draw import pipeline_svg
 from .tables import plan_tables
@@ -104,11 +104,8 @@ def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
     if parts.parallel.engine == "torch" and parts.parallel.offload != "none":
         notes.append("parallel.offload moves weights, gradients and optimizer state of this account to the host")
     model = build_model(config, vocabulary)
-    trainer = parts.trainer
     try:
-        policies = block_policies(
-            *(model, parts.parallel, config.precision, trainer.activation, trainer.activation_budget), compiled=trainer.compile
-        )
+        policies = block_policies(model, parts.parallel, engine_settings(config))
     except ValueError as error:
         raise ConfigError([Problem("trainer.activation_budget", str(error), "give it more")]) from error
     job = Job(
@@ -117,7 +114,7 @@ def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
         micro_batches=max(1, config.batch.samples // (layout.data_size * config.batch.micro)),
         precision=config.precision,
         policies=policies,
-        compiled=trainer.compile,
+        compiled=parts.trainer.compile,
     )
     cost = layout_cost(model, parts.parallel, layout, job, optimizer_factory(config))
     if parts.parallel.engine == "deepspeed":

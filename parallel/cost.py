@@ -13,11 +13,11 @@ import torch
 
 from ..config.parallel import ParallelConfig
 from ..models.llama import Llama
+from .engine import OptimizerFactory
 from .layout import Layout
 from .memory import (
     BYTES,
     Job,
-    OptimizerFactory,
     block_bytes,
     layer_flops,
     loss_bytes,

@@ -5,16 +5,58 @@ The trainer never asks which engine it has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from ..data.batch import MicroBatch
+from ..optim.parameters import NamedParameter, Shards
 from ..optim.statistics import GradientStatistics
 from .fragment import Fragment
 from .moments import Measure
+
+OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]
+"""Builds the run's optimizer over the parameters as a rank holds them."""
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+"""What the forward and backward pass may be computed in, by the name of the config's `precision`."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How an engine computes, apart from the layout: what of the config engines read, and all that they read of it.
+
+    seed               of the initial weights
+    precision          one of PRECISIONS
+    activation         what blocks keep for their backward pass (`activation.POLICIES`)
+    activation_budget  share of it that may be kept, where `activation` is "none"; None: all
+    compile            whether blocks are compiled
+    float8             recipe for the blocks' matrix products (`float8.RECIPES`)
+    seq_len            positions per sample: for the balance of pipeline stages and the choice of attention's kernel; 0: they
+                       do without
+    measures           whether steps may be asked for gradient statistics
+    """
+
+    seed: int = 0
+    precision: str = "bf16"
+    activation: str = "none"
+    activation_budget: float | None = None
+    compile: bool = False
+    float8: str = "none"
+    seq_len: int = 0
+    measures: bool = False
+
+    @property
+    def compute(self) -> torch.dtype:
+        """What the forward and backward pass are computed in."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def storage(self) -> torch.dtype:
+        """What weights are updated and saved in: at least fp32."""
+        return torch.promote_types(self.compute, torch.float32)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -16,8 +15,8 @@ from ..models.attention_kernels import Kernel
 from ..models.llama import Llama
 from .deepspeed.config import deepspeed_problems
 from .deepspeed.engine import DeepSpeedEngine
-from .deepspeed.optimizer import OptimizerFactory, optimizer_problems
-from .engine import Engine
+from .deepspeed.optimizer import optimizer_problems
+from .engine import Engine, EngineSettings, OptimizerFactory
 from .float8 import float8_problems
 from .mesh import Mesh
 from .torch_engine import TorchEngine
@@ -80,34 +79,12 @@ def _choose_attention(model: Llama, mesh: Mesh, seq_len: int) -> None:
 
 
 def make_engine(
-    model: Llama,
-    mesh: Mesh,
-    make_optimizer: OptimizerFactory,
-    *,
-    parallel: ParallelConfig,
-    seed: int,
-    precision: str,
-    activation: str = "none",
-    activation_budget: float | None = None,
-    compile_blocks: bool = False,
-    float8: str = "none",
-    seq_len: int = 0,
-    measures: bool = False,
+    model: Llama, mesh: Mesh, make_optimizer: OptimizerFactory, parallel: ParallelConfig, settings: EngineSettings
 ) -> Engine:
     """The engine of `parallel.engine`, holding the model (which comes on the meta device) with its initial weights."""
-    if mesh.device.type == "cuda" and precision == "bf16" and seq_len:
-        _choose_attention(model, mesh, seq_len)
-    if float8 != "none" and mesh.is_main:
-        log.warning("trainer.float8=%s: losses of different layouts differ by float8's rounding", float8)
-    settings: dict[str, Any] = {
-        "parallel": parallel,
-        "seed": seed,
-        "precision": precision,
-        "activation": activation,
-        "activation_budget": activation_budget,
-        "compile_blocks": compile_blocks,
-        "measures": measures,
-    }
-    if parallel.engine == "deepspeed":
-        return DeepSpeedEngine(model, mesh, make_optimizer, **settings)
-    return TorchEngine(model, mesh, make_optimizer, seq_len=seq_len, float8=float8, **settings)
+    if mesh.device.type == "cuda" and settings.precision == "bf16" and settings.seq_len:
+        _choose_attention(model, mesh, settings.seq_len)
+    if settings.float8 != "none" and mesh.is_main:
+        log.warning("trainer.float8=%s: losses of different layouts differ by float8's rounding", settings.float8)
+    make = DeepSpeedEngine if parallel.engine == "deepspeed" else TorchEngine
+    return make(model, mesh, make_optimizer, parallel, settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +13,14 @@ from torch.distributed.tensor import Shard
 from ..config.parallel import ParallelConfig
 from ..models.llama import Llama
 from ..models.loss import CHUNK
-from ..optim.parameters import NamedParameter, Shards, Unsharded
+from ..optim.parameters import NamedParameter, Unsharded
 from .activation import MIXED, mixed_policies
+from .engine import EngineSettings, OptimizerFactory
 from .layout import Layout
 from .pipeline.stages import schedule_of
 from .tensor.placements import LLAMA_PLACES
 
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
-OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -140,20 +140,19 @@ def recomputed_flops(model: Llama, policy: str, seq_len: int) -> float:
     return {"full": layer_flops(model, seq_len), "selective": 2.0 * model.dim * model.ffn_dim}.get(policy, 0.0)
 
 
-def block_policies(
-    model: Llama, parallel: ParallelConfig, precision: str, activation: str, budget: float | None, *, compiled: bool
-) -> list[str]:
+def block_policies(model: Llama, parallel: ParallelConfig, settings: EngineSettings) -> list[str]:
     """The activation policy of every block: `trainer.activation`, or what `trainer.activation_budget` leaves to choose.
 
     Raises ValueError for a budget that no choice keeps to.
     """
-    if budget is None:
-        return [activation] * model.depth
+    if settings.activation_budget is None:
+        return [settings.activation] * model.depth
     halves = parallel.pp > 1 and schedule_of(parallel).splits_backward
     # What blocks keep is in proportion to their tokens, so any number of them will do.
-    job = Job(1024 * parallel.cp, 1, 1, precision, [], compiled)
+    job = Job(1024 * parallel.cp, 1, 1, settings.precision, [], settings.compile)
     kept = {policy: block_bytes(model, job, parallel, policy) for policy in MIXED if not (halves and policy == "selective")}
-    return mixed_policies(model.depth, budget, kept, {policy: recomputed_flops(model, policy, 0) for policy in kept})
+    again = {policy: recomputed_flops(model, policy, 0) for policy in kept}
+    return mixed_policies(model.depth, settings.activation_budget, kept, again)
 
 
 def loss_bytes(model: Llama, job: Job, parallel: ParallelConfig) -> int:

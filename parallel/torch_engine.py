@@ -1,191 +1,119 @@
 """TorchEngine: FSDP2 and DTensor behind the Engine protocol.
 
-All ZeRO stages are one mechanism, FSDP2, told when to communicate (counts per step with M micro-batches, per group):
-
-    stage  weights gathered        gradient reduced      mesh of a weight
-    0      never (M local copies)  all-reduced once      (copies, 1)
-    1      once                    once                  (shards)
-    2      once                    M times               (shards)
-    3      2 M times               M times               (shards)
-
-A single data-parallel rank has nothing to gather or reduce: there no stage shards anything (`unsharded.py`).
-
-Gradients are *summed* over ranks, because each micro-batch's loss is already divided by the tokens of the whole global
-batch (rule R2): no factor depends on how the batch was cut.
+What weights and gradients do between ranks under each ZeRO stage is told in `zero.py`. A single data-parallel rank has
+nothing to gather or reduce: there no stage shards anything (`unsharded.py`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from ..config.parallel import ParallelConfig
 from ..data.batch import MicroBatch
 from ..models.attention import positions
-from ..models.init import fill
 from ..models.llama import Llama
 from ..optim.agvm import AGVM
-from ..optim.parameters import NamedParameter, OnePass, Shards
+from ..optim.parameters import NamedParameter, OnePass
 from ..optim.statistics import GradientStatistics
-from .activation import apply_policies
+from .assembly import apply_forms, fill_weights, own_stages
 from .context.split import ContextParallel
 from .cost import balanced_stages
-from .engine import StepLoss
-from .float8 import use_float8
+from .engine import EngineSettings, OptimizerFactory, StepLoss
 from .fragment import Fragment
 from .memory import block_policies
 from .mesh import Mesh
 from .moments import GradientMoments, Measure
 from .pipeline.run import Pipeline, StageInputs, TiedHead
-from .pipeline.stages import carve
 from .shards import MeshShards, Placed, local, own_part
-from .tensor.placements import apply_tensor_parallelism, stream_dim
+from .tensor.placements import stream_dim
 from .unsharded import MasterWeights, materialize
-
-OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+from .zero import ZeroGroups
 
 
 class TorchEngine:
     """See the module's docstring; methods are documented in `engine.Engine`."""
 
     def __init__(
-        self,
-        model: Llama,
-        mesh: Mesh,
-        make_optimizer: OptimizerFactory,
-        *,
-        seed: int,
-        parallel: ParallelConfig,
-        precision: str = "bf16",
-        activation: str = "none",
-        activation_budget: float | None = None,
-        compile_blocks: bool = False,
-        float8: str = "none",
-        seq_len: int = 0,
-        measures: bool = False,
+        self, model: Llama, mesh: Mesh, make_optimizer: OptimizerFactory, parallel: ParallelConfig, settings: EngineSettings
     ) -> None:
-        """model: on the meta device; it is sharded, given storage and its initial weights here (rule R3).
-
-        seq_len: positions per sample, for the balance of pipeline stages; 0: attention's cost is left out of it.
-        measures: whether steps may be asked for gradient statistics.
-        """
+        """model: on the meta device; it is cut, given storage and its initial weights here."""
         self.mesh = mesh
-        self._zero = mesh.layout.zero
-        self._parallel = parallel
+        self._parallel, self._settings = parallel, settings
         self._width = model.dim
+        self._slices_sequences = mesh.layout.tp > 1 and parallel.sequence_parallel
         # Where shards, gradients and optimizer state live: with CPU offload, FSDP2 copies to and from it.
         self._home = torch.device("cpu") if parallel.offload == "cpu" else mesh.device
-        self._slices_sequences = mesh.layout.tp > 1 and parallel.sequence_parallel
-        self._sharded = mesh.layout.world_size > mesh.layout.tp or parallel.offload == "cpu"
-        compute = PRECISIONS[precision]
-        model.to(torch.float64 if compute == torch.float64 else torch.float32)
-        plan = balanced_stages(model, parallel, seq_len, activation)
-        self._stages = {
-            index: carve(model, plan.layers[index], first=index == 0, last=index == plan.count - 1)
-            for index in plan.held_by(mesh.coordinates["pp"])
-        }
-        stages = list(self._stages.values())
-        policies = block_policies(model, parallel, precision, activation, activation_budget, compiled=compile_blocks)
-        self.module: nn.Module = stages[0] if len(stages) == 1 else nn.ModuleList(stages)
-        self._groups: list[FSDPModule] = []
+        shares = mesh.layout.world_size > mesh.layout.tp or parallel.offload == "cpu"
+
+        model.to(settings.storage)
+        plan = balanced_stages(model, parallel, settings.seq_len, settings.activation)
+        self._stages = own_stages(model, plan, mesh.coordinates["pp"])
         self._context = ContextParallel(mesh, parallel.cp_kind) if mesh.layout.cp > 1 else None
-        for stage in stages:
-            if self._context is not None:
-                self._context.apply(stage)
-            if float8 != "none":
-                use_float8(stage.layers.values(), float8, mesh.device)
-            if mesh.layout.tp > 1:
-                apply_tensor_parallelism(stage, mesh.axes["tp"], parallel.sequence_parallel)
-            blocks = list(stage.layers.values())
-            apply_policies(blocks, [policies[int(name)] for name in stage.layers], compiled=compile_blocks)
-            if self._sharded:
-                self._shard(stage, compute)
-                stage.to_empty(device=self._home)
-            else:
-                materialize(stage, compute, mesh.device)
+        self._zero = ZeroGroups(mesh, parallel, settings.compute) if shares else None
+        policies = block_policies(model, parallel, settings)
+        for stage in self._stages.values():
+            apply_forms(stage, policies, mesh, self._context, parallel, settings)
+            self._give_storage(stage)
+        stages = list(self._stages.values())
+        self.module: nn.Module = stages[0] if len(stages) == 1 else nn.ModuleList(stages)
         named = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
-        self._pipeline: Pipeline | None = None
+        self._pipeline = Pipeline(self._stages, plan, parallel, mesh, settings.compute) if plan.count > 1 else None
         self._tied: TiedHead | None = None
-        if plan.count > 1:
-            self._pipeline = Pipeline(self._stages, plan, parallel, mesh, compute)
-            if model.tied:
-                self._tied = TiedHead(mesh, plan, named.get("embed.weight"), named.pop("head.weight", None))
+        if plan.count > 1 and model.tied:
+            self._tied = TiedHead(mesh, plan, named.get("embed.weight"), named.pop("head.weight", None))
+
         self._placed = {name: Placed.of(parameter, mesh) for name, parameter in named.items()}
-        self._masters = MasterWeights(named) if not self._sharded and compute == torch.bfloat16 else None
+        copies = torch.tensor([placed.copies for placed in self._placed.values()], dtype=torch.float64)
+        self._per_copy = (1 / copies).to(self._home)
+        self._masters = MasterWeights(named) if self._zero is None and settings.compute == torch.bfloat16 else None
         weights = named if self._masters is None else self._masters.masters
-        for name, placed in self._placed.items():
-            fill(
-                local(weights[name]),
-                model.initial(name),
-                seed=seed,
-                name=name,
-                global_shape=placed.global_shape,
-                offsets=placed.box.offsets,
-                on=mesh.device,
-            )
-        # The optimizer works on plain local tensors that share the shards' storage: every elementwise optimizer is
-        # right as it is, at none of DTensor's dispatch cost, and the others ask through MeshShards.
-        self._parameters = [
-            NamedParameter(
-                *(name, nn.Parameter(local(named[name])) if self._masters is None else self._masters.masters[name]),
-                *(placed.global_shape, model.decays(name), model.lr_scale(name)),
-                computed=None if self._masters is None else local(named[name]),
-            )
-            for name, placed in self._placed.items()
-        ]
+        fill_weights(weights, self._placed, model, settings.seed, mesh.device)
+
+        self._parameters = self._named_parameters(model, named)
         self._shards = MeshShards(mesh, self._placed)
         self.optimizer = make_optimizer(self._parameters, self._shards)
         folding = isinstance(self.optimizer, OnePass) and self.optimizer.one_pass
         self._one_pass = cast(OnePass, self.optimizer) if folding else None
-        copies = torch.tensor([placed.copies for placed in self._placed.values()], dtype=torch.float64)
-        self._per_copy = (1 / copies).to(self._home)
-        self._moments = GradientMoments(mesh, self._placed, stages) if measures else None
-        if self._moments is not None and not self._sharded:
-            for name, parameter in named.items():
-                self._moments.watch(name, parameter)
+
+        self._moments = self._watch(named) if settings.measures else None
         self._measured: torch.Tensor | None = None
         self._measure = Measure.NOTHING
 
-    def _shard(self, model: Llama, compute: torch.dtype) -> None:
-        if compute == torch.bfloat16:
-            policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    def _give_storage(self, stage: Llama) -> None:
+        """Cut a stage's weights over the ranks that share them, and give this rank's part memory."""
+        if self._zero is None:
+            materialize(stage, self._settings.compute, self.mesh.device)
         else:
-            policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        # A pipeline gathers weights once per step. Its backward passes would keep them gathered anyway, and resharding
-        # between the two halves of a zero-bubble backward pass gives wrong gradients without a word.
-        keep = self._zero < 3 or self._parallel.pp > 1
-        pinned = self.mesh.device.type == "cuda"
-        place = CPUOffloadPolicy(pin_memory=pinned) if self._parallel.offload == "cpu" else OffloadPolicy()
-        settings: dict[str, Any] = {"mesh": self.mesh.weights, "mp_policy": policy, "offload_policy": place}
-        for block in model.layers.values():
-            fully_shard(block, reshard_after_forward=not keep, **settings)
-        if model.embed is not None and not model.tied:
-            fully_shard(model.embed, reshard_after_forward=not keep, **settings)
-        # What is left (norm, head, a tied embedding) is gathered at the root, where the loss reads the head's weight.
-        fully_shard(model, reshard_after_forward=False, **settings)
-        groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self._groups += groups
-        for group in groups:
-            group.set_gradient_divide_factor(1.0)
-            group.set_force_sum_reduction_for_comms(True)
+            self._zero.shard(stage)
+            stage.to_empty(device=self._home)
 
-    def _communicate(self, last: bool) -> None:
-        """Tell FSDP2 which collectives this micro-batch needs (table in the module's docstring)."""
-        if not self._sharded:
-            return
-        root = cast(FSDPModule, self.module)
-        if self._zero < 3:
-            root.set_reshard_after_backward(last)
-        if self._zero < 2:
-            root.set_requires_gradient_sync(last)
-        else:
-            root.set_requires_all_reduce(last)
+    def _named_parameters(self, model: Llama, named: Mapping[str, nn.Parameter]) -> list[NamedParameter]:
+        """The parameters as the optimizer sees them: plain local tensors that share the shards' storage.
+
+        So every elementwise optimizer is right as it is, at none of DTensor's dispatch cost; others ask through MeshShards.
+        """
+        masters = None if self._masters is None else self._masters.masters
+        return [
+            NamedParameter(
+                *(name, nn.Parameter(local(named[name])) if masters is None else masters[name]),
+                *(placed.global_shape, model.decays(name), model.lr_scale(name)),
+                computed=None if masters is None else local(named[name]),
+            )
+            for name, placed in self._placed.items()
+        ]
+
+    def _watch(self, named: Mapping[str, nn.Parameter]) -> GradientMoments:
+        """See every micro-batch's gradient of every weight: as FSDP2 gathers them, or where nothing is gathered at once."""
+        moments = GradientMoments(self.mesh, self._placed, list(self._stages.values()))
+        if self._zero is None:
+            for name, parameter in named.items():
+                moments.watch(name, parameter)
+        return moments
 
     def _own(self, micro_batch: MicroBatch) -> tuple[MicroBatch, torch.Tensor | None]:
         """This rank's part of a micro-batch, on its device, and the positions where those can't be told from it."""
@@ -238,7 +166,8 @@ class TorchEngine:
         else:
             total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
             for index, micro_batch in enumerate(micro_batches):
-                self._communicate(last=index in (half, len(micro_batches) - 1))
+                if self._zero is not None:
+                    self._zero.expect(self.module, last=index in (half, len(micro_batches) - 1))
                 loss = self._forward(micro_batch)
                 (loss / global_tokens).backward()
                 total += loss.detach()
@@ -275,8 +204,10 @@ class TorchEngine:
         """Each rank's squares, divided by the number of copies of each element, add up to every element counted once."""
         exact = self._parameters[0].tensor.dtype
         norms = torch.stack(torch._foreach_norm(self._gradients(), 2, exact)).double()
-        present = torch.tensor([p.tensor.grad is not None for p in self._parameters])
-        squares = (norms.square() * self._per_copy[present.to(self._per_copy.device)]).sum().to(self.mesh.device)
+        present = [index for index, p in enumerate(self._parameters) if p.tensor.grad is not None]
+        # The rule is that all have one, and then no index has to reach the device, which the host would wait for.
+        per_copy = self._per_copy if len(present) == len(self._parameters) else self._per_copy[present]
+        squares = (norms.square() * per_copy).sum().to(self.mesh.device)
         if self._moments is None or self._measure is Measure.NOTHING:
             return self.mesh.sum(squares).sqrt()
         sums = self.mesh.sum(torch.stack([squares, self._moments.squares()]))  # one collective for both
@@ -338,9 +269,8 @@ class TorchEngine:
             total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
             for micro_batch in micro_batches:
                 total += self._forward(micro_batch)
-        # Without a backward pass nobody frees the gathered weights, and the next step would use them, stale.
-        for group in self._groups:
-            group.reshard()
+        if self._zero is not None:
+            self._zero.reshard()
         # The ranks that share samples have each counted the whole of them.
         return StepLoss(self._over_batch(total), self.mesh.sum(tokens, "data") / self.mesh.layout.cp, {})
 

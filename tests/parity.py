@@ -1,11 +1,13 @@
-"""The backbone of the tests: train a tiny float64 model on some layout, and compare with one process.
+"""The backbone of the tests: train a tiny float64 model on some layout, and compare with a bare PyTorch loop in one process.
 
-result = train(ParallelConfig(zero=2), steps=10)      # inside run_ranks
+(found,) = differences(4, [Work(ParallelConfig(zero=2, tp=2))])
+assert found.worst < 1e-9
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,12 @@ from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch, Sample, deal
 from meshloom.models.llama import Llama
 from meshloom.optim.adamw import AdamW
 from meshloom.optim.parameters import NamedParameter, Shards
-from meshloom.parallel.engine import Engine
+from meshloom.parallel.engine import Engine, EngineSettings
 from meshloom.parallel.engines import make_engine
+from meshloom.parallel.fragment import Box
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
+from ranks import run_ranks
 
 VOCABULARY, SEQ_LEN = 61, 16
 
@@ -66,16 +70,8 @@ def build(work: Work, world_size: int, measures: bool = False) -> Engine:
 
     with torch.device("meta"):
         model = Llama(**work.llama())
-    return make_engine(
-        model,
-        mesh,
-        optimizer,
-        seed=7,
-        precision=work.precision,
-        activation=work.activation,
-        parallel=work.parallel,
-        measures=measures,
-    )
+    settings = EngineSettings(seed=7, precision=work.precision, activation=work.activation, measures=measures)
+    return make_engine(model, mesh, optimizer, work.parallel, settings)
 
 
 def step(engine: Engine, work: Work, number: int) -> tuple[float, float]:
@@ -97,8 +93,12 @@ def step(engine: Engine, work: Work, number: int) -> tuple[float, float]:
 def train(work: Work, world_size: int) -> tuple[Engine, list[float], list[float]]:
     """Train; returns the engine, the losses and the gradient norms."""
     engine = build(work, world_size)
-    curve = [step(engine, work, number) for number in range(work.first_step, work.first_step + work.steps)]
+    curve = [step(engine, work, number) for number in _steps(work)]
     return engine, [loss for loss, _ in curve], [norm for _, norm in curve]
+
+
+def _steps(work: Work) -> range:
+    return range(work.first_step, work.first_step + work.steps)
 
 
 def curves(rank: int, world_size: int, work: Work) -> tuple[list[float], list[float]]:
@@ -107,11 +107,33 @@ def curves(rank: int, world_size: int, work: Work) -> tuple[list[float], list[fl
     return losses, norms
 
 
-def plain_curve(work: Work) -> tuple[list[float], list[float]]:
+@dataclass(frozen=True)
+class Run:
+    """Losses and norms of every step, and by parameter the boxes of Adam's first moment after the first of them.
+
+    That is the first step's clipped gradient times one minus the first beta.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    moments: list[tuple[str, Box, torch.Tensor]]
+
+
+def plain_run(work: Work) -> Run:
     """The oracle: the same model in a bare PyTorch loop on whole batches: no engine, no sharding, no accumulation.
 
     The loss is `F.cross_entropy` over whole logits, the optimizer and the clipping are PyTorch's own.
     """
+    same = replace(work, parallel=ParallelConfig(), micro=1, activation="none", precision="fp64")
+    if repr(same) not in _known:
+        _known[repr(same)] = _plain_run(same)
+    return _known[repr(same)]
+
+
+_known: dict[str, Run] = {}
+
+
+def _plain_run(work: Work) -> Run:
     from meshloom.models.init import fill
 
     model = Llama(**work.llama()).double()
@@ -123,27 +145,88 @@ def plain_curve(work: Work) -> tuple[list[float], list[float]]:
         for n, p in model.named_parameters()
     ]
     optimizer = torch.optim.AdamW(groups, betas=work.betas, eps=1e-8)
-    losses: list[float] = []
-    norms: list[float] = []
-    for number in range(work.first_step, work.first_step + work.steps):
+    run = Run([], [], [])
+    for number in _steps(work):
         indices = range(number * work.samples, (number + 1) * work.samples)
         batch = MicroBatch.collate([sample(index, work.documents) for index in indices])
         logits = model(batch.tokens_BS, None, batch.documents_BS)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets_BS.flatten(), ignore_index=IGNORED)
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), work.max_norm or torch.inf)))
-        losses.append(loss.item())
+        run.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), work.max_norm or torch.inf)))
+        run.losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-    return losses, norms
+        if number == work.first_step:
+            for name, parameter in model.named_parameters():
+                run.moments.append((name, Box.whole(parameter.shape), optimizer.state[parameter]["exp_avg"].clone()))
+    return run
 
 
-def gradients(rank: int, world_size: int, work: Work) -> dict[str, tuple[Any, torch.Tensor]]:
-    """Body for `run_ranks`: this rank's boxes of the first step's gradient, read as Adam's first moment with betas of 0."""
-    engine = build(work, world_size)
-    step(engine, work, 0)
-    return {
-        f"{fragment.name} {fragment.box.offsets}": ((fragment.global_shape, fragment.box), fragment.tensor.clone())
-        for fragment in engine.fragments()
-        if fragment.role == "exp_avg"
-    }
+def plain_curve(work: Work) -> tuple[list[float], list[float]]:
+    """Losses and norms of `plain_run`."""
+    run = plain_run(work)
+    return run.losses, run.norms
+
+
+def runs(rank: int, world_size: int, works: Sequence[Work]) -> list[Run]:
+    """Body for `run_ranks`: this rank's part of each run. Works share their processes, which saves starting them."""
+    found: list[Run] = []
+    for work in works:
+        try:
+            engine = build(work, world_size)
+            run = Run([], [], [])
+            for number in _steps(work):
+                loss, norm = step(engine, work, number)
+                run.losses.append(loss)
+                run.norms.append(norm)
+                if number == work.first_step:
+                    moments = [fragment for fragment in engine.fragments() if fragment.role == "exp_avg"]
+                    run.moments.extend((each.name, each.box, each.tensor.clone()) for each in moments)
+            found.append(run)
+        except Exception as error:
+            error.add_note(f"in {work}")
+            raise
+    return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest relative differences from the bare loop, over steps and ranks.
+
+    gradient: of the first step, over parameters, each relative to its largest element
+    """
+
+    loss: float
+    norm: float
+    gradient: float
+
+    @property
+    def worst(self) -> float:
+        """The largest of them."""
+        return max(self.loss, self.norm, self.gradient)
+
+
+def differences(ranks: int, works: Sequence[Work], timeout: float = 60.0) -> list[Difference]:
+    """How far these works, on this many processes, are from the bare loop. Every element must be on some rank."""
+    expected = [plain_run(work) for work in works]
+    results = run_ranks(ranks, runs, works, timeout=timeout)
+    return [_difference(oracle, [rank[at] for rank in results]) for at, oracle in enumerate(expected)]
+
+
+def _difference(oracle: Run, found: Sequence[Run]) -> Difference:
+    whole = {name: tensor for name, _, tensor in oracle.moments}
+    missing = {name: torch.ones_like(tensor, dtype=torch.bool) for name, tensor in whole.items()}
+
+    def relative(got: list[float], want: list[float]) -> Iterator[float]:
+        return (abs(one - other) / abs(other) for one, other in zip(got, want, strict=True))
+
+    gradient = 0.0
+    for run in found:
+        for name, box, tensor in run.moments:
+            expected = whole[name]
+            gradient = max(gradient, float((tensor - expected[box.slices()]).abs().max() / expected.abs().max()))
+            missing[name][box.slices()] = False
+    assert not any(bool(where.any()) for where in missing.values()), "the ranks' boxes cover every parameter"
+    losses = max(difference for run in found for difference in relative(run.losses, oracle.losses))
+    norms = max(difference for run in found for difference in relative(run.norms, oracle.norms))
+    return Difference(losses, norms, gradient)

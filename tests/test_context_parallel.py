@@ -1,4 +1,4 @@
-"""Context parallelism: slices, problems, and whole training runs held to a bare loop in one process, in float64."""
+"""Context parallelism beside the parity table: slices, problems, evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from meshloom.models.attention import positions
 from meshloom.parallel.context.split import ContextParallel, context_problems
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
-from parity import Work, build, curves, gradients, plain_curve, sample
+from parity import Work, build, sample
 from ranks import run_ranks
 
 TOLERANCE = 1e-9
@@ -22,50 +22,6 @@ TOLERANCE = 1e-9
 
 def layout(cp: int, kind: str, **settings: object) -> ParallelConfig:
     return ParallelConfig(cp=cp, cp_kind=kind, **settings)  # type: ignore[arg-type]
-
-
-def name(case: object) -> str:
-    if not isinstance(case, Work):
-        return str(case)
-    sizes = "-".join(f"{key}{getattr(case.parallel, key)}" for key in ("cp", "tp", "pp", "replicate", "zero"))
-    return (
-        f"{case.parallel.cp_kind}-{sizes}-{case.activation}{'-docs' * case.documents}{'-sp' * case.parallel.sequence_parallel}"
-    )
-
-
-TABLE = [
-    *[(2, Work(layout(2, "ring", zero=zero), micro=2, documents=zero % 2 == 1)) for zero in (0, 1, 2, 3)],
-    *[(2, Work(layout(2, "ulysses", zero=zero), micro=2, documents=zero % 2 == 0)) for zero in (0, 1, 2, 3)],
-    *[(4, Work(layout(2, kind, zero=3), documents=True)) for kind in ("ring", "ulysses")],
-    *[(4, Work(layout(2, kind, zero=3, replicate=2), micro=4)) for kind in ("ring", "ulysses")],
-    (4, Work(layout(4, "ring"), micro=4, documents=True)),
-    (4, Work(layout(4, "ulysses"), micro=4, documents=True)),  # fewer key/value heads than ranks
-    *[(2, Work(layout(2, "ring"), micro=4, documents=True, activation=policy)) for policy in ("selective", "full", "offload")],
-    *[(4, Work(layout(2, kind, tp=2, zero=3), micro=4, documents=True)) for kind in ("ring", "ulysses")],
-    (4, Work(layout(2, "ring", tp=2, zero=1, sequence_parallel=False), micro=4)),
-    *[(4, Work(layout(2, kind, pp=2, zero=2), micro=2, documents=True)) for kind in ("ring", "ulysses")],
-    (8, Work(layout(2, "ring", tp=2, pp=2, zero=1, schedule="zb"), micro=2, documents=True, model=(("layers", 4),))),
-]
-
-
-@pytest.mark.parametrize(("ranks", "work"), TABLE, ids=name)
-def test_losses_and_norms_are_those_of_a_bare_loop(ranks: int, work: Work) -> None:
-    work = replace(work, steps=3)
-    losses, norms = plain_curve(work)
-    for rank_losses, rank_norms in run_ranks(ranks, curves, work):
-        assert rank_losses == pytest.approx(losses, rel=TOLERANCE)
-        assert rank_norms == pytest.approx(norms, rel=TOLERANCE)
-
-
-@pytest.mark.parametrize("kind", ["ring", "ulysses"])
-def test_gradients_of_every_parameter_agree(kind: str) -> None:
-    work = Work(layout(2, kind, zero=2), betas=(0.0, 0.0), max_norm=None, documents=True)
-    single = replace(work, parallel=ParallelConfig(zero=0))
-    whole = {key.split(" ")[0]: tensor for key, (_, tensor) in run_ranks(1, gradients, single)[0].items()}
-    for found in run_ranks(4, gradients, work):
-        assert found
-        for key, ((_shape, box), tensor) in found.items():
-            torch.testing.assert_close(tensor, whole[key.split(" ")[0]][box.slices()], rtol=1e-10, atol=1e-14)
 
 
 def _evaluated(rank: int, size: int, work: Work) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from meshloom.optim.adagrad import AdaGrad, AdaGradNorm
 from meshloom.optim.adamw import AdamW
 from meshloom.optim.agvm import AGVM
 from meshloom.optim.layerwise import LAMB, LARS
-from meshloom.parallel.engine import Engine
+from meshloom.parallel.engine import Engine, EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
@@ -31,7 +31,7 @@ def build(parallel: ParallelConfig, world_size: int, make: Callable[..., torch.o
     with torch.device("meta"):
         model = Llama(**Work().llama())
     optimizer = functools.partial(make, lr=0.01, **options)
-    return make_engine(model, mesh, optimizer, seed=7, precision="fp64", parallel=parallel)
+    return make_engine(model, mesh, optimizer, parallel, EngineSettings(seed=7, precision="fp64"))
 
 
 def train(engine: Engine, first: int, last: int, micro: int = 1) -> list[float]:

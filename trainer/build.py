@@ -25,8 +25,7 @@ from ..optim.build import build_controller, build_optimizer, build_schedule
 from ..optim.coupling import Coupling
 from ..optim.horizon import Horizon
 from ..optim.parameters import NamedParameter, Shards
-from ..parallel.deepspeed.optimizer import OptimizerFactory
-from ..parallel.engine import Engine
+from ..parallel.engine import EngineSettings, OptimizerFactory
 from ..parallel.engines import make_engine
 from ..parallel.legality import micro_batch_unit
 from ..parallel.mesh import Mesh
@@ -106,23 +105,19 @@ def optimizer_factory(config: DictConfig) -> OptimizerFactory:
     return make
 
 
-def build_engine(config: DictConfig, model: Llama, mesh: Mesh, seq_len: int, measures: bool) -> Engine:
-    """The engine of `parallel.engine`, holding the model with its initial weights.
+def engine_settings(config: DictConfig, seq_len: int = 0, measures: bool = False) -> EngineSettings:
+    """What engines read of a config.
 
     seq_len: positions per sample; measures: whether the batch-size controller wants gradient statistics.
     """
-    parts = Parts.of(config)
-    return make_engine(
-        model,
-        mesh,
-        optimizer_factory(config),
-        parallel=parts.parallel,
+    trainer = Parts.of(config).trainer
+    return EngineSettings(
         seed=config.seed,
         precision=config.precision,
-        activation=parts.trainer.activation,
-        activation_budget=parts.trainer.activation_budget,
-        compile_blocks=parts.trainer.compile,
-        float8=parts.trainer.float8,
+        activation=trainer.activation,
+        activation_budget=trainer.activation_budget,
+        compile=trainer.compile,
+        float8=trainer.float8,
         seq_len=seq_len,
         measures=measures,
     )
@@ -165,7 +160,8 @@ def build_run(config: DictConfig, data: DataNode, mesh: Mesh) -> Run:
     flops = model.flops_per_token(data.seq_len)
     horizon = build_horizon(config, data.seq_len)
     controller = build_controller(config.batch, horizon, batch_divisor(config, mesh.layout.data_size))
-    engine = build_engine(config, model, mesh, data.seq_len, controller.needs_statistics)
+    settings = engine_settings(config, data.seq_len, controller.needs_statistics)
+    engine = make_engine(model, mesh, optimizer_factory(config), parts.parallel, settings)
     loader = Loader(data.train(), mesh.data_rank, mesh.layout.data_size, pin=mesh.device.type == "cuda")
 
     hooks: list[Hook] = [CollectGarbage(), *(cast(Hook, instantiate(node)) for node in parts.trainer.hooks)]

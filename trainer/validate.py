@@ -23,7 +23,16 @@ from ..parallel.legality import Work, layout_and_model_problems
 from ..parallel.memory import block_policies
 from ..parallel.pipeline.stages import SCHEDULES
 from .automatic import resolve_automatic
-from .build import Parts, batch_divisor, build_coupling, build_data, build_horizon, build_model, optimizer_factory
+from .build import (
+    Parts,
+    batch_divisor,
+    build_coupling,
+    build_data,
+    build_horizon,
+    build_model,
+    engine_settings,
+    optimizer_factory,
+)
 from .loggers import logging_problems
 
 
@@ -136,7 +145,7 @@ def _model_problems(config: DictConfig) -> list[Problem]:
     if budget is None or not 0 < budget <= 1 or parallel.schedule not in SCHEDULES or config.precision not in PRECISIONS:
         return []
     try:
-        block_policies(model, parallel, config.precision, parts.trainer.activation, budget, compiled=parts.trainer.compile)
+        block_policies(model, parallel, engine_settings(config))
     except ValueError as error:
         return [Problem("trainer.activation_budget", str(error), "give it more")]
     return []

@@ -16,7 +16,7 @@ stacked, (2, B, t, K, D).
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...models.attention import segments_of
 from ...models.attention_kernels import Segments, block_backward, block_forward, segments_backward, segments_forward
-from .ring_plan import RingPlan, Span, plan_ring, plan_whole
+from .ring_plan import RingPlan, Step, plan_ring, plan_whole
 
 
 @dataclass(frozen=True)
@@ -186,24 +186,41 @@ class _Mail:
             work.wait()
 
 
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """In each round the keys of one step travel while those of the step before are computed on."""
-    steps = call.plan.steps
-    out, lse, arrived = q, q, k  # round 0 replaces them
-    for number in range(len(steps) + 1):
-        sends, receives = _messages_of_keys(call, number, k, v)
+def _rounds(k: torch.Tensor, v: torch.Tensor, call: _Call) -> Iterator[tuple[Step | None, torch.Tensor]]:
+    """(None, k) for the member's own keys, then each step of the plan with the keys that arrived for it.
+
+    While the caller computes on a step's keys, those of the next are under way.
+    """
+    step, kv = None, k
+    for coming in (*call.plan.steps, None):
+        sends, receives = _messages_of_keys(coming, k, v)
         mail = _Mail(call, sends, receives)
-        if number == 0:
-            out, lse = _own_forward(q, k, v, call)
-            if any(step.blocks for step in steps):
-                out = out.to(lse.dtype)
-        else:
-            for block in steps[number - 1].blocks:
-                queries, keys = slice(*block.queries), slice(*block.keys)
-                found = block_forward(q[:, queries], arrived[0][:, keys], arrived[1][:, keys], causal=False, scale=call.scale)
-                _merge(out[:, queries], lse[:, :, queries], *found)
+        yield step, kv
         mail.wait()
-        arrived = receives[0].tensor if receives else arrived
+        step, kv = coming, receives[0].tensor if receives else k
+
+
+def _messages_of_keys(step: Step | None, k: torch.Tensor, v: torch.Tensor) -> tuple[list[_Message], list[_Message]]:
+    """What to send in a step, and room for what comes; nothing past the last one."""
+    if step is None:
+        return [], []
+    kv_spans = [torch.stack((k[:, start:stop], v[:, start:stop])) for start, stop in step.keys]
+    sends = [_Message(kv_spans[0] if len(kv_spans) == 1 else torch.cat(kv_spans, dim=2), step.target)] if kv_spans else []
+    return sends, [_Message(_room(k, step.received), step.source)]
+
+
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = q, q  # the first round replaces them
+    for step, kv in _rounds(k, v, call):
+        if step is None:
+            out, lse = _own_forward(q, k, v, call)
+            if any(each.blocks for each in call.plan.steps):
+                out = out.to(lse.dtype)
+            continue
+        for block in step.blocks:
+            queries, keys = slice(*block.queries), slice(*block.keys)
+            found = block_forward(q[:, queries], kv[0][:, keys], kv[1][:, keys], causal=False, scale=call.scale)
+            _merge(out[:, queries], lse[:, :, queries], *found)
     return out.to(q.dtype), lse
 
 
@@ -216,64 +233,55 @@ def _backward(
     lse: torch.Tensor,
     call: _Call,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `_forward`, and the gradients of a step's keys go home in the round after they were computed."""
-    steps = call.plan.steps
-    dq, dk, dv, arrived = q, k, v, k  # round 0 replaces them
-    dkv_found = k  # gradients of the keys that arrived last
-    for number in range(len(steps) + 2):
-        sends, receives = _messages_of_keys(call, number, k, v)
-        home: list[_Message] = []
-        if number >= 2:
-            step = steps[number - 2]
-            home.append(_Message(_room(k, sum(stop - start for start, stop in step.keys)), step.target))
-            mail = _Mail(call, [*sends, _Message(dkv_found, step.source)], [*receives, *home])
-        else:
-            mail = _Mail(call, sends, receives)
-        if number == 0:
+    """As `_forward`; the gradients of a step's keys go home while the next step is computed."""
+    dq, dk, dv = q, k, v  # the first round replaces them
+    coming_home: _Homecoming | None = None
+    for step, kv in _rounds(k, v, call):
+        if step is None:
             dq, dk, dv = _own_backward(dout, q, k, v, out, lse, call)
-            if any(step.blocks for step in steps):
+            if any(each.blocks for each in call.plan.steps):
                 dq = dq.to(lse.dtype)
-            if any(step.keys for step in steps):
+            if any(each.keys for each in call.plan.steps):
                 dk, dv = dk.to(lse.dtype), dv.to(lse.dtype)
-        elif number <= len(steps):
-            dkv_found = torch.empty_like(arrived)
-            for block in steps[number - 1].blocks:
-                queries, keys = slice(*block.queries), slice(*block.keys)
-                dq_part, dkv_found[0][:, keys], dkv_found[1][:, keys] = block_backward(
-                    *(dout[:, queries], q[:, queries], arrived[0][:, keys], arrived[1][:, keys]),
-                    *(out[:, queries], lse[:, :, queries]),
-                    causal=False,
-                    scale=call.scale,
-                )
-                dq[:, queries] += dq_part
-        mail.wait()
-        arrived = receives[0].tensor if receives else arrived
-        for message in home:
-            _add_spans(dk, dv, message.tensor, steps[number - 2].keys)
+            continue
+        dkv_found = torch.empty_like(kv)
+        for block in step.blocks:
+            queries, keys = slice(*block.queries), slice(*block.keys)
+            dq_part, dkv_found[0][:, keys], dkv_found[1][:, keys] = block_backward(
+                *(dout[:, queries], q[:, queries], kv[0][:, keys], kv[1][:, keys], out[:, queries], lse[:, :, queries]),
+                causal=False,
+                scale=call.scale,
+            )
+            dq[:, queries] += dq_part
+        before, coming_home = coming_home, _Homecoming(call, step, dkv_found, k)
+        if before is not None:
+            before.add_to(dk, dv)
+    if coming_home is not None:
+        coming_home.add_to(dk, dv)
     return dq, dk, dv
 
 
-def _messages_of_keys(call: _Call, number: int, k: torch.Tensor, v: torch.Tensor) -> tuple[list[_Message], list[_Message]]:
-    """The keys of a step of the plan: what to send, and room for what comes; nothing past the last step."""
-    if number >= len(call.plan.steps):
-        return [], []
-    step = call.plan.steps[number]
-    kv_spans = [torch.stack((k[:, start:stop], v[:, start:stop])) for start, stop in step.keys]
-    sends = [_Message(kv_spans[0] if len(kv_spans) == 1 else torch.cat(kv_spans, dim=2), step.target)] if kv_spans else []
-    return sends, [_Message(_room(k, step.received), step.source)]
+class _Homecoming:
+    """Gradients of keys on their way to the members that hold the keys: those found here, and those of this member's own."""
+
+    def __init__(self, call: _Call, step: Step, dkv_found: torch.Tensor, k: torch.Tensor) -> None:
+        self._spans = step.keys
+        self._dkv = _room(k, sum(stop - start for start, stop in step.keys))
+        self._mail = _Mail(call, [_Message(dkv_found, step.source)], [_Message(self._dkv, step.target)])
+
+    def add_to(self, dk: torch.Tensor, dv: torch.Tensor) -> None:
+        """Wait for this member's, and add them where their keys lie."""
+        self._mail.wait()
+        at = 0
+        for start, stop in self._spans:
+            dk[:, start:stop] += self._dkv[0][:, at : at + stop - start]
+            dv[:, start:stop] += self._dkv[1][:, at : at + stop - start]
+            at += stop - start
 
 
 def _room(k: torch.Tensor, length: int) -> torch.Tensor:
     """A message of keys and values to come, (2, B, length, K, D)."""
     return k.new_empty(2, k.shape[0], length, *k.shape[2:])
-
-
-def _add_spans(dk: torch.Tensor, dv: torch.Tensor, dkv: torch.Tensor, spans: Sequence[Span]) -> None:
-    at = 0
-    for start, stop in spans:
-        dk[:, start:stop] += dkv[0][:, at : at + stop - start]
-        dv[:, start:stop] += dkv[1][:, at : at + stop - start]
-        at += stop - start
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, found_out: torch.Tensor, found_lse: torch.Tensor) -> None:

@@ -29,19 +29,18 @@ from ...models.llama import Llama
 from ...optim.parameters import NamedParameter
 from ...optim.statistics import GradientStatistics
 from ..activation import apply_policies
-from ..engine import StepLoss
+from ..engine import EngineSettings, OptimizerFactory, StepLoss
 from ..fragment import Fragment
 from ..memory import block_policies
 from ..mesh import Mesh
 from ..moments import GradientMoments, Measure
 from ..shards import Placed
 from .config import derive, lossy_features
-from .optimizer import FlatPieces, OptimizerFactory, cpu_adam, require_op
+from .optimizer import FlatPieces, cpu_adam, require_op
 from .setup import import_deepspeed, materialise, quiet, swap_folder
 from .state import state_of, whole_shape
 
 log = logging.getLogger(__name__)
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class DeepSpeedEngine:
@@ -52,19 +51,10 @@ class DeepSpeedEngine:
         model: Llama,
         mesh: Mesh,
         make_optimizer: OptimizerFactory,
-        *,
         parallel: ParallelConfig,
-        seed: int,
-        precision: str = "bf16",
-        activation: str = "none",
-        activation_budget: float | None = None,
-        compile_blocks: bool = False,
-        measures: bool = False,
+        settings: EngineSettings,
     ) -> None:
-        """model: on the meta device. parallel: without problems (`deepspeed.config.deepspeed_problems`).
-
-        measures: whether steps may be asked for gradient statistics.
-        """
+        """model: on the meta device. parallel: without problems (`deepspeed.config.deepspeed_problems`)."""
         deepspeed = import_deepspeed(mesh.device.type)
         for exception in lossy_features(parallel) if mesh.is_main else ():
             log.warning("parallel.deepspeed.config.%s: losses depend on the number of processes", exception)
@@ -76,16 +66,16 @@ class DeepSpeedEngine:
             assert parallel.offload_path is not None
             require_op("AsyncIOBuilder", "parallel.offload", "use parallel.offload=cpu")
             parallel = replace(parallel, offload_path=swap_folder(parallel.offload_path, mesh.rank))
-        settings = derive(parallel, precision, pin_memory=mesh.device.type == "cuda")
+        derived = derive(parallel, settings.precision, pin_memory=mesh.device.type == "cuda")
         blocks = list(model.layers.values())
-        policies = block_policies(model, parallel, precision, activation, activation_budget, compiled=compile_blocks)
+        policies = block_policies(model, parallel, settings)
         for block, policy in zip(blocks, policies, strict=True):
             # ZeRO-3's hooks around a block gather its weights and are no business of the compiler's.
-            hooked = compile_blocks and parallel.zero == 3 and policy != "offload"
-            apply_policies([block], [policy], compiled=compile_blocks and not hooked)
+            hooked = settings.compile and parallel.zero == 3 and policy != "offload"
+            apply_policies([block], [policy], compiled=settings.compile and not hooked)
             if hooked:
                 block.forward = torch.compile(block.forward)
-        materialise(model, mesh.device, PRECISIONS[precision], settings if parallel.zero == 3 else None)
+        materialise(model, mesh.device, settings.compute, derived if parallel.zero == 3 else None)
         parameters = [
             NamedParameter(name, parameter, whole_shape(parameter), model.decays(name), model.lr_scale(name))
             for name, parameter in model.named_parameters()
@@ -99,7 +89,7 @@ class DeepSpeedEngine:
             self.optimizer = cpu_adam(self.optimizer)
         with quiet():
             self._engine: Any = deepspeed.initialize(
-                model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
+                model=model, optimizer=self.optimizer, config=derived, dist_init_required=False
             )[0]
         self._state = state_of(self._engine, self.optimizer, parallel.zero)
         self._pending = False  # whether a gradient waits for an update
@@ -107,7 +97,7 @@ class DeepSpeedEngine:
             fill(
                 fragment.tensor,
                 model.initial(fragment.name),
-                seed=seed,
+                seed=settings.seed,
                 name=fragment.name,
                 global_shape=fragment.global_shape,
                 offsets=fragment.box.offsets,
@@ -117,7 +107,7 @@ class DeepSpeedEngine:
         self._moments: GradientMoments | None = None
         self._measured: torch.Tensor | None = None
         self._measure = Measure.NOTHING
-        if measures:
+        if settings.measures:
             named = dict(model.named_parameters())
             self._moments = GradientMoments(mesh, {name: Placed.of(weight, mesh) for name, weight in named.items()}, [])
             for name, weight in named.items():

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...config.problems import ConfigError, Problem
-from ...optim.parameters import NamedParameter, Shards
-
-OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]
+from ...optim.parameters import NamedParameter
+from ..engine import OptimizerFactory
 
 
 class FlatPieces:

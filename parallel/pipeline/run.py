@@ -26,6 +26,9 @@ from .stages import StagePlan, legal_micro_batches, near_micro_batches, schedule
 SPLITS_THE_LOSS = TorchVersion(torch.__version__) >= "2.13"
 """Whether torch can run the backward pass of an `autograd.Function` (our loss) in two halves; before, it raises."""
 
+EVALUATED_AT_ONCE = 4
+"""Micro-batches per rank that an evaluation passes on before it waits: enough to keep ranks busy, and a bound on memory."""
+
 
 @dataclass(frozen=True)
 class StageInputs:
@@ -120,7 +123,15 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[StageInputs]) -> torch.Tensor:
-        """Forward only, any number of micro-batches of any shapes. Returns the sum of token losses, as `accumulate` does.
+        """Forward only, any number of micro-batches of any shapes. Returns the sum of token losses, as `accumulate` does."""
+        total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        at_once = EVALUATED_AT_ONCE * self._parallel.pp
+        for start in range(0, len(batches), at_once):
+            total += self._pass(batches[start : start + at_once])
+        return total
+
+    def _pass(self, batches: Sequence[StageInputs]) -> torch.Tensor:
+        """These micro-batches through all stages.
 
         A stage posts all its receives before its first send: two ranks that send to each other over one channel
         (the ends of an interleaved pipeline of two ranks) then never wait for each other.

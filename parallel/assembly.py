@@ -1,0 +1,67 @@
+"""From a model on the meta device to this rank's stages of it: carved, their blocks and seams in their parallel forms, and
+filled with initial weights. `torch_engine.py` calls these in order; sharding and storage come between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ..config.parallel import ParallelConfig
+from ..models.init import fill
+from ..models.llama import Llama
+from .activation import apply_policies
+from .context.split import ContextParallel
+from .engine import EngineSettings
+from .float8 import use_float8
+from .mesh import Mesh
+from .pipeline.stages import StagePlan, carve
+from .shards import Placed, local
+from .tensor.placements import apply_tensor_parallelism
+
+
+def own_stages(model: Llama, plan: StagePlan, rank: int) -> dict[int, Llama]:
+    """This pipeline rank's stages by their index; the model itself where it is not cut."""
+    return {
+        index: carve(model, plan.layers[index], first=index == 0, last=index == plan.count - 1) for index in plan.held_by(rank)
+    }
+
+
+def apply_forms(
+    stage: Llama,
+    policies: Sequence[str],
+    mesh: Mesh,
+    context: ContextParallel | None,
+    parallel: ParallelConfig,
+    settings: EngineSettings,
+) -> None:
+    """Put into a stage what acts inside of it, in the only order that works: each takes what the ones before have made.
+
+    policies: the activation policy of every block of the whole model.
+    """
+    if context is not None:
+        context.apply(stage)
+    if settings.float8 != "none":
+        use_float8(stage.layers.values(), settings.float8, mesh.device)
+    if mesh.layout.tp > 1:
+        apply_tensor_parallelism(stage, mesh.axes["tp"], parallel.sequence_parallel)
+    own = [policies[int(name)] for name in stage.layers]
+    apply_policies(list(stage.layers.values()), own, compiled=settings.compile)
+
+
+def fill_weights(
+    weights: Mapping[str, nn.Parameter], placed: Mapping[str, Placed], model: Llama, seed: int, on: torch.device
+) -> None:
+    """Initial values by name and place (rule R3). on: the device that draws them."""
+    for name, place in placed.items():
+        fill(
+            local(weights[name]),
+            model.initial(name),
+            seed=seed,
+            name=name,
+            global_shape=place.global_shape,
+            offsets=place.box.offsets,
+            on=on,
+        )
