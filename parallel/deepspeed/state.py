@@ -16,6 +16,8 @@ write-back across stages guards an upgrade.
 
 from __future__ import annotations
 
+import itertools
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,7 +56,7 @@ class EngineState(ABC):
 
     @abstractmethod
     def masters(self) -> list[torch.Tensor]:
-        """The flat fp32 groups. A group that is swapped out is an empty tensor until `swapped_in` brings it back."""
+        """The flat fp32 groups. One that lies on NVMe is an empty tensor until it is swapped in."""
 
     @abstractmethod
     def gradients(self) -> list[torch.Tensor]:
@@ -93,8 +95,10 @@ class EngineState(ABC):
 
     def fragments(self) -> Iterator[Fragment]:
         """Live boxes of every share."""
-        for share in self.shares:
-            yield from _boxes(share, self.arrays(share.group))
+        for group, shares in itertools.groupby(sorted(self.shares, key=lambda share: share.group), lambda share: share.group):
+            arrays = self.arrays(group)
+            for share in shares:
+                yield from _boxes(share, arrays)
 
     def counters(self) -> dict[str, float]:
         """The optimizer's scalars by name, the same for every group; {} before its first update."""
@@ -140,7 +144,7 @@ class EngineState(ABC):
         return index
 
     def release(self) -> None:  # noqa: B027 - most have nothing to forget
-        """Forget copies that `fragments` made, where it had to make any."""
+        """To be called after DeepSpeed's step: what was set for that step alone is forgotten."""
 
 
 def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
@@ -250,11 +254,15 @@ class SlicedState(EngineState):
 
 
 class ShardedState(EngineState):
-    """Stage 3: every parameter cut into one shard per rank. Groups may be swapped out to NVMe."""
+    """Stage 3: every parameter cut into one shard per rank. Groups may be swapped out to NVMe.
+
+    A swapped group's arrays are its files, mapped: reading and writing them takes no memory that the system could not take
+    back, however large the state is. DeepSpeed reads and writes the same files past the page cache, which the kernel keeps
+    in step (`commit` writes what is dirty out first).
+    """
 
     def __init__(self, engine: Any, base: torch.optim.Optimizer) -> None:
         self._optimizer = engine.optimizer
-        self._staged: dict[int, dict[str, torch.Tensor]] = {}
         super().__init__(engine, base)
 
     def masters(self) -> list[torch.Tensor]:
@@ -284,30 +292,25 @@ class ShardedState(EngineState):
         else:
             super().clip_gradients(max_norm, norm)
 
-    def fragments(self) -> Iterator[Fragment]:
-        """Live boxes; of a group on NVMe, boxes of a copy in host memory, which `commit` writes back."""
-        for index in range(len(self.masters())):
-            if self._swapped(index) and index not in self._staged:
-                self._swap_in(index)
-                self._staged[index] = {role: flat.clone() for role, flat in self.arrays(index).items()}
-                self._optimizer._release_swap_buffers(index)
-        for share in self.shares:
-            yield from _boxes(share, self._staged.get(share.group) or self.arrays(share.group))
+    def arrays(self, group: int) -> dict[str, torch.Tensor]:
+        """Role → flat tensor of a group: in memory, or a mapping of the file on NVMe."""
+        if not self._swapped(group):
+            return super().arrays(group)
+        count, dtype = self._swap_info(group).numel(), self.masters()[group].dtype
+        return {role: torch.from_file(path, shared=True, size=count, dtype=dtype) for role, path in self._files(group)}
 
     def commit(self) -> None:
-        """Write staged copies back, cast the masters into the model's shards, and gather anew what stays gathered."""
+        """Cast the masters into the model's shards, and gather anew what stays gathered."""
         wrapper = self._optimizer
         for index in range(len(self.masters())):
             swapped = self._swapped(index)
             if swapped:
+                for _, path in self._files(index):
+                    _write_out(path)
                 self._swap_in(index)
-                for role, flat in self.arrays(index).items():
-                    if index in self._staged:
-                        flat.copy_(self._staged[index][role])
             wrapper._reassign_or_swap_out_partitioned_parameters(index)
             if swapped:
-                wrapper._optimizer_states_and_gradient_swap_out(index)
-        self.release()
+                wrapper._release_swap_buffers(index)
         if wrapper.persistent_parameters:
             wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
             wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
@@ -324,8 +327,7 @@ class ShardedState(EngineState):
             wrapper.averaged_gradients = {}
 
     def release(self) -> None:
-        """Forget the host copies of groups on NVMe, and how the last gradient was clipped."""
-        self._staged = {}
+        """Forget how the last gradient was clipped."""
         self._optimizer.clip_grad = 0.0
 
     def _swapped(self, index: int) -> bool:
@@ -333,6 +335,20 @@ class ShardedState(EngineState):
 
     def _swap_in(self, index: int) -> None:
         self._optimizer._optimizer_states_and_gradient_swap_in(index)
+
+    def _swap_info(self, index: int) -> Any:
+        """DeepSpeed's notes on a swapped group, with all that it has written of it on the disk."""
+        swapper = self._optimizer.optimizer_swapper
+        if getattr(swapper, "swap_ops", {}).get("async_swap_out"):  # offload_optimizer.pipeline_write leaves one under way
+            swapper._complete_swap_out("async_swap_out")
+        return swapper._get_param_swap_info(self.masters()[index])
+
+    def _files(self, index: int) -> list[tuple[str, str]]:
+        """Role and file of each of a swapped group's arrays; DeepSpeed names state tensors by role and master."""
+        master, *states = self._swap_info(index).tensors
+        ending = f"-{self.masters()[index].ds_id}"
+        named = [(state.compute_tensor.ds_id.removesuffix(ending), state.swap_path) for state in states]
+        return [("weight", master.swap_path), *named]
 
     def _with_group(self, index: int, master: torch.Tensor, act: Any) -> None:
         if self._swapped(index):
@@ -353,6 +369,15 @@ class ShardedState(EngineState):
             start = min(wrapper._get_param_partition_rank(parameter) * shard, whole)
             group, offset, _ = wrapper.grad_position[wrapper.get_param_id(parameter)]
             yield Share(name, shape, start, min(shard, whole - start), group, offset)
+
+
+def _write_out(path: str) -> None:
+    """Have what was written into a mapping of this file on the disk, where DeepSpeed reads it."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def state_of(engine: Any, base: torch.optim.Optimizer, stage: int) -> EngineState:
