@@ -59,6 +59,7 @@ setup(
         "flash4": ["flash-attn-4>=4.0.0b36", "nvidia-cutlass-dsl[cu13]>=4.6.2"],
         "plots": ["matplotlib>=3.8"],
         "fit": ["scipy>=1.12"],
+        "submitit": ["hydra-submitit-launcher>=1.2"],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",

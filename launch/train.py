@@ -11,9 +11,10 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import hydra
-from hydra._internal.utils import get_args_parser
+from hydra._internal.utils import get_args_parser  # private, but the one that hydra.main itself reads its switches with
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -34,10 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _refuse(error)
     codes: list[int] = []
+    launcher = os.getpid()
 
     def task(config: DictConfig) -> None:
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a failed run shows where it failed
-        codes.append(_run(config, switches))
+        code = _run(config, switches)
+        if code and os.getpid() != launcher:  # Hydra's submitit launcher: of what a job does only an exception comes back
+            raise RuntimeError(f"the run in {config.output_dir} ended with exit code {code}")
+        codes.append(code)
 
     sys.argv = ["meshloom train", *arguments]
     hydra.main(version_base=HYDRA_VERSION, config_path=RECIPES, config_name=ROOT)(task)()
@@ -108,6 +113,10 @@ def _machine(config: DictConfig) -> Iterator[Problem]:
     if 0 < gpus < local:
         fix = f"start at most {gpus}, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         yield Problem("launch.nproc", f"{local} processes for {gpus} GPU{'s' * (gpus > 1)}", fix)
+    if os.environ.get("RANK", "0") == "0":  # the process that writes
+        yield from _unwritable("output_dir", config.output_dir)
+        if config.checkpoint.folder is not None and "://" not in config.checkpoint.folder:
+            yield from _unwritable("checkpoint.folder", config.checkpoint.folder)
     if not under_torchrun() and config.launch.nodes != 1:
         fix = "use `meshloom slurm`, or start torchrun on every node"
         yield Problem("launch.nodes", "`meshloom train` starts the processes of one node", fix)
@@ -121,6 +130,17 @@ def _machine(config: DictConfig) -> Iterator[Problem]:
             yield Problem("launch.max_restarts", message, "use resume=auto to go on with it, or another output_dir")
 
 
+def _unwritable(key: str, folder: str) -> Iterator[Problem]:
+    """Whether a folder, or the one that it would be made in, can't be written to."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        yield Problem(key, f"'{place}' is not a folder", "give a folder, or the name of a new one")
+    elif not os.access(place, os.W_OK | os.X_OK):
+        yield Problem(key, f"'{place}' can't be written to", "give a folder of your own")
+
+
 def _run(config: DictConfig, switches: argparse.Namespace) -> int:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         config.output_dir = f"{config.output_dir}/sweep/{sweep_folder(switches.overrides, task_overrides())}"
@@ -128,14 +148,17 @@ def _run(config: DictConfig, switches: argparse.Namespace) -> int:
     count = processes(config)
     if (count > 1 or config.launch.max_restarts) and not under_torchrun():
         return _start_torchrun(config, count, switches)
+    from ..checkpoint.errors import CheckpointError
+    from ..data.shards import ShardError
     from ..trainer.run import run
 
     _configure_log()
     try:
         return run(config, task_overrides())
-    except ConfigError as error:  # what only the data or this very process could show: every process speaks for itself
+    except (ConfigError, CheckpointError, ShardError) as error:
+        # What only the data or this very process could show, so every process speaks for itself.
         print(f"rank {os.environ['RANK']}: {error}" if under_torchrun() else error, file=sys.stderr)
-        return BAD_CONFIG
+        return BAD_CONFIG if isinstance(error, ConfigError) else 1
 
 
 def _configure_log() -> None:
