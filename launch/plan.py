@@ -19,9 +19,10 @@ from ..config import ParallelConfig
 from ..config.compose import Composer
 from ..config.problems import ConfigError, Problem
 from ..parallel.cost import LayoutCost, layout_cost
-from ..parallel.deepspeed.memory import deepspeed_cost, describe
+from ..parallel.engines import engine_cost
 from ..parallel.layout import Layout
 from ..parallel.memory import Job, block_policies
+from ..parallel.offload import describe
 from ..trainer.build import Parts, build_model, engine_settings, optimizer_factory
 from ..trainer.validate import run_problems
 from .draw import pipeline_svg
@@ -101,8 +102,6 @@ def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
         notes.append(
             f"the batch size changes during the run; these are the figures of its start, {config.batch.samples} samples"
         )
-    if parts.parallel.engine == "torch" and parts.parallel.offload != "none":
-        notes.append("parallel.offload moves weights, gradients and optimizer state of this account to the host")
     model = build_model(config, vocabulary)
     try:
         policies = block_policies(model, parts.parallel, engine_settings(config))
@@ -117,10 +116,9 @@ def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
         compiled=parts.trainer.compile,
     )
     cost = layout_cost(model, parts.parallel, layout, job, optimizer_factory(config))
-    if parts.parallel.engine == "deepspeed":
-        rank, away = deepspeed_cost(cost.ranks[0], model.parameter_count(), parts.parallel, config.precision, world_size)
-        cost = replace(cost, ranks=[rank])
-        notes += describe(away, job.micro_batches)
+    ranks, away = zip(*(engine_cost(rank, model, parts.parallel, layout, job) for rank in cost.ranks), strict=True)
+    cost = replace(cost, ranks=list(ranks))
+    notes += describe(away[0])  # a pipeline offloads nothing, so its ranks do not differ in it
     notes += [
         "weights, gradients and optimizer state are exact; activations and working memory are estimates, and what CUDA,"
         " NCCL and the allocator take is not in them",

@@ -13,12 +13,17 @@ from ..config.problems import Problem
 from ..models import attention_choice
 from ..models.attention_kernels import Kernel
 from ..models.llama import Llama
+from .cost import RankCost
 from .deepspeed.config import deepspeed_problems
 from .deepspeed.engine import DeepSpeedEngine
+from .deepspeed.memory import deepspeed_cost
 from .deepspeed.optimizer import optimizer_problems
 from .engine import Engine, EngineSettings, OptimizerFactory
 from .float8 import float8_problems
+from .layout import Layout
+from .memory import Job, pieces
 from .mesh import Mesh
+from .offload import OffloadAccount, torch_offload_cost
 from .torch_engine import TorchEngine
 
 log = logging.getLogger(__name__)
@@ -88,3 +93,17 @@ def make_engine(
         log.warning("trainer.float8=%s: losses of different layouts differ by float8's rounding", settings.float8)
     make = DeepSpeedEngine if parallel.engine == "deepspeed" else TorchEngine
     return make(model, mesh, make_optimizer, parallel, settings)
+
+
+def engine_cost(
+    rank: RankCost, model: Llama, parallel: ParallelConfig, layout: Layout, job: Job
+) -> tuple[RankCost, OffloadAccount]:
+    """What the engine makes of a rank's account: what its GPU holds, what is elsewhere, and what a step moves between them.
+
+    rank: as `cost.layout_cost` gives it for this `parallel`.
+    """
+    if parallel.engine == "deepspeed":
+        return deepspeed_cost(rank, model, parallel, job, layout.world_size)
+    if parallel.offload != "none":
+        return torch_offload_cost(rank, pieces(model, layout), layout.zero, job)
+    return rank, OffloadAccount()

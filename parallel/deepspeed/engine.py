@@ -27,13 +27,12 @@ from ...data.batch import MicroBatch
 from ...models.init import fill
 from ...models.llama import Llama
 from ...optim.parameters import NamedParameter
-from ...optim.statistics import GradientStatistics
 from ..activation import apply_policies
 from ..engine import EngineSettings, OptimizerFactory, StepLoss
 from ..fragment import Fragment
 from ..memory import block_policies
 from ..mesh import Mesh
-from ..moments import GradientMoments, Measure
+from ..moments import GradientMoments, Measure, Moments
 from ..shards import Placed
 from .config import derive, lossy_features
 from .optimizer import FlatPieces, cpu_adam, require_op
@@ -154,21 +153,19 @@ class DeepSpeedEngine:
         self._state.clip_gradients(max_norm, norm)
 
     @torch.no_grad()
-    def gradient_statistics(self, samples: int) -> GradientStatistics | None:
-        """The measured moments, without projections. Waits for the device."""
+    def gradient_moments(self, samples: int) -> Moments | None:
+        """What `gradient_norm` summed up; no projections."""
         if self._moments is None or self._measured is None:
             return None
-        square, moments = self._measured.tolist()
-        self._measured = None
-        workers = self._moments.workers
-        return GradientStatistics(moments, square, workers, samples / workers) if workers > 1 else None
+        sums, self._measured = self._measured, None
+        return self._moments.of(samples, sums)
 
     def update(self, lr: float) -> None:
         """One optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._engine.step()
-        self._state.release()
+        self._state.updated()
         self._pending = False
 
     def zero_grad(self) -> None:

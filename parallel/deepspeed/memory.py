@@ -1,106 +1,145 @@
 """What a rank's state takes under DeepSpeed, and where: the torch engine's account of a layout, changed to DeepSpeed's.
 
 Read off DeepSpeed 0.19.8; activations and the loss are the same under both engines. n parameters on W ranks, u bytes an
-element in the precision of the computation:
+element in the precision of the computation, on the GPU:
 
     stage  masters and optimizer   weights                gradient
     0      (the weights) + 8n      4n                     4n
     1      12n / W                 u n                    4n, and u n beside them in bf16
-    2      12n / W                 u n                    4n / W and a bucket
-    3      12n / W                 u n / W and what is    4n / W and a bucket
+    2      12n / W                 u n                    4n / W and a bucket, as much again while it is updated
+    3      12n / W                 u n / W and what is    4n / W and a bucket, a sub-group again while it is updated
                                    gathered at once
 
-(8n and 12n are Adam's.) Offloading moves the first column, with a copy of the fp32 gradient's shard, to the host or disk.
+(8n and 12n are Adam's.) With the optimizer's state on the host or disk:
+
+    1, 2   host 16n / W and u n / W to cast the weights in. The gradient is added up on the GPU.
+    3      host 20n / W: the gradient is added up on the host, apart from the one that the optimizer reads. The GPU keeps
+           the bucket only. Weights on the host: u n / W there.
+    3      on disk 16n / W, host 4n / W and four buffers of the largest sub-group.
+
+What is to be copied from and to the GPU is locked in memory, in buffers of a power of two of bytes (`offload.pinned`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 from ...config.parallel import ParallelConfig
+from ...models.llama import Llama
 from ..cost import RankCost
+from ..memory import Job
+from ..offload import OffloadAccount, pinned
 from .config import plain
 
-BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size, elements
+BUCKET = 500_000_000  # DeepSpeed's defaults, elements: reduce_bucket_size
+SUB_GROUP = 1_000_000_000  # sub_group_size
+LIVE = 1_000_000_000  # stage3_max_live_parameters
+SWAP_BUFFERS = 4  # offload_optimizer.buffer_count
+WEIGHTS_IN_HOST = 1_000_000_000  # offload_param.max_in_cpu
+WEIGHT_BUFFERS = 5 * 100_000_000  # offload_param.buffer_count times buffer_size
 
 
-@dataclass(frozen=True)
-class OffloadAccount:
-    """Bytes of a rank's state away from its GPU, and bytes that it moves in a step.
+class _Sizes:
+    """Elements of one rank's share, by DeepSpeed's groups."""
 
-    passes  bytes fetched from the host or disk for the weights of one forward and backward pass of a micro-batch, each
-    """
-
-    host: int = 0
-    disk: int = 0
-    to_host: int = 0
-    from_host: int = 0
-    disk_read: int = 0
-    disk_written: int = 0
-    passes: int = 0
+    def __init__(self, model: Llama, ranks: int, limit: int) -> None:
+        self.largest = max(parameter.numel() for parameter in model.parameters())
+        by_group: dict[tuple[bool, float], list[int]] = {}
+        for name, parameter in model.named_parameters():
+            share = -(-parameter.numel() // ranks)
+            by_group.setdefault((model.decays(name), model.lr_scale(name)), []).append(share)
+        self.groups = [sum(shares) for shares in by_group.values()]
+        self.shard = sum(self.groups)
+        self.sub_groups: list[int] = []
+        for shares in by_group.values():
+            filled = 0
+            for share in shares:
+                filled += share
+                if filled >= limit:
+                    self.sub_groups.append(filled)
+                    filled = 0
+            if filled:
+                self.sub_groups.append(filled)
 
 
 def deepspeed_cost(
-    rank: RankCost, parameters: int, parallel: ParallelConfig, precision: str, ranks: int
+    rank: RankCost, model: Llama, parallel: ParallelConfig, job: Job, ranks: int
 ) -> tuple[RankCost, OffloadAccount]:
     """The account under DeepSpeed, on the GPU and away from it.
 
-    rank: the torch engine's, data-parallel; parameters: of the whole model.
+    rank: the torch engine's for the same model without offloading, data-parallel.
     """
-    unit, n, stage = 2 if precision == "bf16" else 4, parameters, parallel.zero
-    shard = -(-n // ranks)
-    zero = plain(parallel.deepspeed.config).get("zero_optimization") or {}
-    bucket = 4 * min(n, int(zero.get("reduce_bucket_size", BUCKET)))
-    own = 4 * shard if stage else 0  # masters; without ZeRO and under ZeRO-3 in fp32 the weights are their own masters
+    unit, stage = 2 if job.precision == "bf16" else 4, parallel.zero
+    keys: dict[str, Any] = plain(parallel.deepspeed.config).get("zero_optimization") or {}
+    limit = int(keys.get("sub_group_size", SUB_GROUP))
+    bucket = 4 * int(keys.get("reduce_bucket_size", BUCKET))
+    sizes = _Sizes(model, ranks, limit)
+    whole, shard = sum(parameter.numel() for parameter in model.parameters()), sizes.shard
+    away = OffloadAccount()
+    weights, own, working = unit * (shard if stage == 3 else whole), 4 * shard if stage else 0, rank.working
     if stage == 3 and unit == 4 and parallel.offload == "none":
-        own = 0
-    weights = unit * (shard if stage == 3 else n)
-    gathered = rank.gathered if stage == 3 and (ranks > 1 or parallel.offload_weights != "none") else 0
+        own = 0  # under ZeRO-3 in fp32 the weights are their own masters
+    gathered = 0
+    if stage == 3 and (ranks > 1 or parallel.offload_weights != "none"):
+        live = int(keys.get("stage3_max_live_parameters", LIVE))
+        gathered = max(rank.gathered, unit * min(whole, live))
+    optimizer = rank.optimizer
     if stage == 0:
-        gradients = 4 * n
+        gradients = 4 * whole
+    elif parallel.offload != "none":
+        gradients = bucket + (4 * shard + unit * sizes.largest if stage < 3 else 0)
+        away = _optimizer_away(parallel, sizes, own + (optimizer or 0), unit, job.micro_batches, keys)
+        own, optimizer = 0, None if optimizer is None else 0
     elif stage == 1:
-        gradients = 4 * n + (unit * n if unit == 2 else 4 * shard)
+        gradients = 4 * whole + (unit * whole if unit == 2 else 4 * shard)
     else:
         gradients = 4 * shard + bucket
-    optimizer = rank.optimizer
-    away = OffloadAccount()
-    if parallel.offload != "none":
-        state = own + (optimizer or 0)
-        away = OffloadAccount(
-            host=state + 4 * shard if parallel.offload == "cpu" else 0,
-            disk=state + 4 * shard if parallel.offload == "nvme" else 0,
-            to_host=4 * shard,
-            from_host=unit * shard,
-            disk_read=state + 4 * shard if parallel.offload == "nvme" else 0,
-            disk_written=state + 4 * shard if parallel.offload == "nvme" else 0,
-        )
-        own, optimizer = 0, 0 if optimizer is not None else None
+        # The update comes when activations are gone.
+        working = max(working, 4 * min(shard, max(sizes.sub_groups if stage == 3 else sizes.groups)) - rank.activations)
     if parallel.offload_weights != "none":
-        on_host = parallel.offload_weights == "cpu"
-        away = replace(
-            away,
-            host=away.host + (weights if on_host else 0),
-            disk=away.disk + (0 if on_host else weights),
-            disk_written=away.disk_written + (0 if on_host else weights),
-            passes=weights,
-        )
+        away = _weights_away(away, parallel, sizes, unit, job.micro_batches, keys)
         weights = 0
-    return replace(rank, weights=own, gathered=weights + gathered, gradients=gradients, optimizer=optimizer), away
+    cost = replace(rank, weights=own, gathered=weights + gathered, gradients=gradients, optimizer=optimizer, working=working)
+    return cost, away
 
 
-def describe(away: OffloadAccount, micro_batches: int) -> list[str]:
-    """Sentences for a plan: where the rest is, and what a step moves. Empty when nothing is offloaded."""
-    if away == OffloadAccount():
-        return []
+def _optimizer_away(
+    parallel: ParallelConfig, sizes: _Sizes, state: int, unit: int, micro_batches: int, keys: dict[str, Any]
+) -> OffloadAccount:
+    """state: bytes of masters and moments."""
+    gradient = 4 * sizes.shard
+    back = unit * sizes.shard if parallel.offload_weights == "none" else 0  # the updated weights
+    if parallel.zero < 3:
+        masters = 4 * sizes.shard
+        locked = sum(2 * pinned(4 * size) + pinned(unit * size) for size in sizes.groups) + pinned(unit * sizes.largest)
+        return OffloadAccount(host=state - masters + locked, to_host=gradient, from_host=back)
+    moved = {"to_host": gradient * (micro_batches + 1), "from_host": gradient * micro_batches + back}
+    if parallel.offload == "cpu":
+        locked = pinned(gradient) + sum(pinned(4 * size) for size in sizes.sub_groups)
+        return OffloadAccount(host=state + locked, **moved)
+    buffers = int((keys.get("offload_optimizer") or {}).get("buffer_count", SWAP_BUFFERS)) * 4 * max(sizes.sub_groups)
+    traffic = state + gradient
+    return OffloadAccount(pinned(gradient) + buffers, traffic, disk_read=traffic, disk_written=traffic, **moved)
 
-    def gib(count: int) -> str:
-        return f"{count / 2**30:.3g} GiB"
 
-    places = [f"{gib(count)} {where}" for count, where in ((away.host, "in host memory"), (away.disk, "on disk")) if count]
-    lines = [f"each process keeps {' and '.join(places)}, beside the table's figures, which are the GPU's"]
-    moved = [f"{gib(away.to_host)} of gradient to the host, {gib(away.from_host)} of weights back"]
-    if away.disk_read:
-        moved.append(f"{gib(away.disk_read)} read from and {gib(away.disk_written)} written to disk")
-    if away.passes:
-        moved.append(f"{gib(2 * micro_batches * away.passes)} of weights fetched for {micro_batches} micro-batches")
-    return [*lines, f"each step moves per process {'; '.join(moved)}"]
+def _weights_away(
+    away: OffloadAccount, parallel: ParallelConfig, sizes: _Sizes, unit: int, micro_batches: int, keys: dict[str, Any]
+) -> OffloadAccount:
+    """A forward and a backward pass each fetch the weights."""
+    total = unit * sizes.shard
+    passes = 2 * micro_batches * total
+    if parallel.offload_weights == "cpu":
+        kept = sum(pinned(unit * size) for size in sizes.groups)
+        return replace(away, host=away.host + kept, from_host=away.from_host + passes)
+    there = keys.get("offload_param") or {}
+    in_host = min(total, unit * int(there.get("max_in_cpu", WEIGHTS_IN_HOST)))
+    on_disk = total - in_host
+    return replace(
+        away,
+        host=away.host + pinned(in_host) + unit * WEIGHT_BUFFERS,
+        disk=away.disk + on_disk,
+        from_host=away.from_host + passes,
+        disk_read=away.disk_read + 2 * micro_batches * on_disk,
+        disk_written=away.disk_written + on_disk,
+    )

@@ -143,7 +143,7 @@ class EngineState(ABC):
         """Which of the optimizer's parameter groups a flat group belongs to."""
         return index
 
-    def release(self) -> None:  # noqa: B027 - most have nothing to forget
+    def updated(self) -> None:  # noqa: B027 - most have nothing to forget
         """To be called after DeepSpeed's step: what was set for that step alone is forgotten."""
 
 
@@ -326,7 +326,7 @@ class ShardedState(EngineState):
         else:
             wrapper.averaged_gradients = {}
 
-    def release(self) -> None:
+    def updated(self) -> None:
         """Forget how the last gradient was clipped."""
         self._optimizer.clip_grad = 0.0
 

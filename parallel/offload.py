@@ -1,0 +1,60 @@
+"""What a rank keeps away from its GPU and moves to and fro in a step: the account that both engines' offloading is told in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .cost import RankCost
+from .memory import Job, Piece
+
+
+@dataclass(frozen=True)
+class OffloadAccount:
+    """Bytes of one rank: held on the host and on disk, and moved in one step between GPU, host and disk."""
+
+    host: int = 0
+    disk: int = 0
+    to_host: int = 0
+    from_host: int = 0
+    disk_read: int = 0
+    disk_written: int = 0
+
+
+def pinned(size: int) -> int:
+    """Bytes that PyTorch locks for a buffer of this size that the GPU copies to or from: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def torch_offload_cost(rank: RankCost, pieces: Sequence[Piece], zero: int, job: Job) -> tuple[RankCost, OffloadAccount]:
+    """FSDP2 with its state on the host: fp32 shards of weights and gradients, each locked, and the optimizer's beside them.
+
+    rank: the account of the layout with `parallel.offload=cpu`, of which this takes away what is on the host. The GPU
+    fetches the fp32 shards for each forward and backward pass under ZeRO-3, for each step below; a gradient goes back where
+    it is reduced: with every micro-batch under ZeRO-2 and 3, once a step below. Under ZeRO-2 and 3 the host adds up.
+    """
+    exact = 8 if job.precision == "fp64" else 4
+    locked = sum(pinned(piece.padded * exact) for piece in pieces)
+    away = OffloadAccount(
+        host=2 * locked + (rank.optimizer or 0),
+        to_host=rank.weights * (job.micro_batches if zero >= 2 else 1),
+        from_host=rank.weights * (2 * job.micro_batches if zero == 3 else 1),
+    )
+    kept = rank.gradients - rank.weights
+    return replace(rank, weights=0, gradients=kept, optimizer=None if rank.optimizer is None else 0), away
+
+
+def describe(away: OffloadAccount) -> list[str]:
+    """Sentences for a plan: where the rest is, and what a step moves. Empty when nothing is offloaded."""
+    if away == OffloadAccount():
+        return []
+
+    def gib(count: int) -> str:
+        return f"{count / 2**30:.3g} GiB"
+
+    places = [f"{gib(count)} {where}" for count, where in ((away.host, "in host memory"), (away.disk, "on disk")) if count]
+    lines = [f"each process keeps {' and '.join(places)}, beside the table's figures, which are the GPU's"]
+    moved = [f"{gib(away.to_host)} from the GPU to the host, {gib(away.from_host)} back"]
+    if away.disk_read or away.disk_written:
+        moved.append(f"{gib(away.disk_read)} read from disk, {gib(away.disk_written)} written")
+    return [*lines, f"each step moves per process {'; '.join(moved)}"]
