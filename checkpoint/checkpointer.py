@@ -24,7 +24,7 @@ from .memory import MemoryTier
 from .planner import FREE, Planner
 from .report import SaveReport
 from .save import Order, Save, Tools
-from .writer import InlineWriter, ProcessWriter
+from .writer import ProcessWriter, ThreadWriter
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Checkpointer:
         self._tools = Tools(
             target=self._target,
             pool=pool,
-            writer=ProcessWriter() if self._asynchronous else InlineWriter(),
+            writer=ProcessWriter() if self._asynchronous else ThreadWriter(),
             planner=Planner(),
             memory=MemoryTier(Path(folder), control.rank, config.memory_group, pool) if in_memory else None,
             config=config,

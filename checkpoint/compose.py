@@ -14,7 +14,7 @@ from ..parallel.fragment import Box
 from .commit import new_token, open_target
 from .digest import LEAF_BYTES, block_digests, leaf_digests
 from .disk import sync_folder, write_small
-from .dtypes import bytes_of, name_of
+from .dtypes import bytes_of, in_panels, name_of
 from .errors import CheckpointError
 from .files import is_remote
 from .folder import step_name
@@ -66,7 +66,7 @@ def compose(folder: str | Path, step: int, sources: Sequence[Source], state: dic
                 for placed in layout.placed:
                     if placed.source != current:
                         current, values = placed.source, _checked(sources[placed.source])
-                    output.write(bytes_of(values[placed.box.slices()]))
+                    output.write(bytes_of(in_panels(values[placed.box.slices()], placed.panels)))
                 output.finish()
             finally:
                 output.close()

@@ -1,6 +1,6 @@
 """Digests of a file, in two layers, so that a part can be checked without reading the whole.
 
-A *leaf* is 16 KiB of the file (the last one may be shorter) and has an xxh3-128 digest of its bytes. A *block* is 1,024
+A *leaf* is 4 KiB of the file (the last one may be shorter) and has an xxh3-128 digest of its bytes. A *block* is 4,096
 leaves (16 MiB) and its digest is the xxh3-128 of its leaves' digests, one after the other. The manifest carries the
 blocks' digests; the leaves' lie beside the data in a file of their own, which proves itself by hashing to the blocks'.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import xxhash
 
-LEAF_BYTES = 16 * 1024
+LEAF_BYTES = 4 * 1024
 BLOCK_BYTES = 16 * 1024 * 1024
 DIGEST_BYTES = 16
 HASH_NAME = "xxh3-128"

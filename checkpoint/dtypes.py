@@ -44,6 +44,11 @@ def same_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(INTEGERS[tensor.element_size()])
 
 
+def in_panels(tensor: torch.Tensor, panels: int) -> torch.Tensor:
+    """A view shaped (panels, *shape of one): the columns (last dim) in so many equal shares, one after the other."""
+    return tensor.unsqueeze(0) if panels == 1 else tensor.unflatten(-1, (panels, -1)).movedim(-2, 0)
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """A CPU tensor's values in row-major order as bytes; copied only if it is not contiguous."""
     return memoryview(same_bits(tensor.detach().contiguous()).reshape(-1).view(torch.uint8).numpy().data)

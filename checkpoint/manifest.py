@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,8 @@ from .digest import BLOCK_BYTES, HASH_NAME, LEAF_BYTES, text_digest
 from .errors import CheckpointError, DamageError
 
 FORMAT = "meshloom-checkpoint"
-VERSION = 1
+VERSION = 2
+KNOWN = (1, 2)  # version 1 had no panels: what it would have stored as panels were boxes of their own
 MANIFEST = "manifest.json"
 _DIGEST_LINE = b'"digest": "'
 
@@ -26,12 +27,32 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class StoredBox:
-    """One box of an array: bytes `[start, stop)` of `files[file]` hold it in row-major order."""
+    """One box of an array: bytes `[start, stop)` of `files[file]` hold it, panel after panel, each in row-major order.
+
+    A panel is an equal share of the box's columns (its last dim); with one panel the box is simply row-major.
+    """
 
     box: Box
     file: int
     start: int
     stop: int
+    panels: int = 1
+
+    def parts(self) -> Iterator[StoredBox]:
+        """The panels, as boxes stored row-major."""
+        if self.panels == 1:
+            yield self
+            return
+        width, size = self.box.shape[-1] // self.panels, (self.stop - self.start) // self.panels
+        shape = (*self.box.shape[:-1], width)
+        for index in range(self.panels):
+            box = Box((*self.box.offsets[:-1], self.box.offsets[-1] + index * width), shape)
+            yield StoredBox(box, self.file, self.start + index * size, self.start + (index + 1) * size)
+
+
+def entry_shape(box: Box, panels: int) -> tuple[int, ...]:
+    """Shape of a box's entry in its safetensors file: (panels, …, columns of a panel), or the box's own."""
+    return box.shape if panels == 1 else (panels, *box.shape[:-1], box.shape[-1] // panels)
 
 
 @dataclass
@@ -127,10 +148,10 @@ class Manifest:
         content = json.loads(data)
         if content.get("format") != FORMAT:
             raise CheckpointError(f"{where}: this is not a {FORMAT}")
-        if content["version"] != VERSION or content["hash"] != HASH_NAME:
+        if content["version"] not in KNOWN or content["hash"] != HASH_NAME:
             raise CheckpointError(
                 f"{where}: format version {content['version']} with {content['hash']} is not known here; "
-                f"this Meshloom reads version {VERSION} with {HASH_NAME}"
+                f"this Meshloom reads versions {KNOWN[0]} to {KNOWN[-1]} with {HASH_NAME}"
             )
         return cls(
             step=content["step"],
@@ -155,6 +176,8 @@ def prove_coverage(arrays: dict[str, StoredArray], file_bytes: Sequence[int], wh
             size = stored.box.numel * array.item_bytes
             if stored.start < 0 or stored.stop - stored.start != size or stored.stop > file_bytes[stored.file]:
                 raise DamageError(where, f"array {key}: bytes {stored.start}–{stored.stop} can't hold {size} bytes")
+            if stored.panels != 1 and (stored.panels < 1 or not stored.box.shape or stored.box.shape[-1] % stored.panels):
+                raise DamageError(where, f"array {key}: {list(stored.box.shape)} can't be cut into {stored.panels} panels")
 
 
 def encode_arrays(arrays: dict[str, StoredArray]) -> str:
@@ -185,7 +208,9 @@ def _array_to_json(array: StoredArray) -> dict[str, Any]:
         "shape": array.shape,
         "splits": array.splits,
         "boxes": [
-            {"offsets": s.box.offsets, "shape": s.box.shape, "file": s.file, "range": (s.start, s.stop)} for s in array.boxes
+            {"offsets": s.box.offsets, "shape": s.box.shape, "file": s.file, "range": (s.start, s.stop)}
+            | ({"panels": s.panels} if s.panels > 1 else {})
+            for s in array.boxes
         ],
     }
 
@@ -198,7 +223,7 @@ def _array_from_json(entry: dict[str, Any]) -> StoredArray:
         shape=tuple(entry["shape"]),
         splits=tuple(entry["splits"]),
         boxes=[
-            StoredBox(Box(tuple(b["offsets"]), tuple(b["shape"])), b["file"], b["range"][0], b["range"][1])
+            StoredBox(Box(tuple(b["offsets"]), tuple(b["shape"])), b["file"], b["range"][0], b["range"][1], b.get("panels", 1))
             for b in entry["boxes"]
         ],
     )

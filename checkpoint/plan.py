@@ -6,10 +6,9 @@ The plan depends on the declarations alone, so it is made once and kept until so
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..parallel.fragment import Box, Fragment
@@ -17,18 +16,17 @@ from .coverage import describe, tiling_fault
 from .digest import LEAF_BYTES, text_digest
 from .dtypes import name_of
 from .errors import CheckpointError
-from .manifest import ITEM_BYTES, StoredArray, StoredBox
+from .manifest import FORMAT, ITEM_BYTES, VERSION, StoredArray, StoredBox, entry_shape
 
 # A box that several ranks hold is dealt out among them in pieces of about this size, so that the shares come out even.
 DEAL_BYTES = 32 * 2**20
-# A box of at least this size is stored as this many panels of columns, so that reading a slice of the columns (another
-# tensor-parallel layout) is as sequential as reading a slice of the rows.
-PANEL_BOX_BYTES = 8 * 2**20
+# A box of at least this size is stored as so many panels of columns, each not narrower than that, so that reading a slice
+# of the columns (another tensor-parallel layout) is as sequential as reading a slice of the rows.
+PANEL_BOX_BYTES = 256 * 2**10
 PANELS = 8
+PANEL_ROW_BYTES = 64
 # Panels side by side are copied by one call up to this size; a GPU puts them in order in a temporary of its own first.
 COPY_BYTES = 32 * 2**20
-# In a huge checkpoint only boxes above this fraction of it are cut, so that the manifest stays readable.
-PANEL_FRACTION = 2**15
 
 
 @dataclass(frozen=True)
@@ -87,10 +85,11 @@ def signature(declarations: Sequence[Declaration]) -> str:
 
 @dataclass(frozen=True)
 class Piece:
-    """A box that one rank writes, out of its fragment number `source`."""
+    """A box that one rank writes, out of its fragment number `source`, in so many panels."""
 
     source: int
     box: Box
+    panels: int = 1
 
 
 @dataclass(frozen=True)
@@ -136,14 +135,8 @@ def make_plan(declared: Sequence[Sequence[Declaration]]) -> Plan:
         rank, index = min(who, key=lambda holder: load[holder[0]])
         pieces[rank].append(Piece(index, part))
         load[rank] += size
-    panel_limit = max(PANEL_BOX_BYTES, sum(array.bytes for array in arrays.values()) // PANEL_FRACTION)
     for rank, mine in enumerate(pieces):
-        items = [declared[rank][piece.source].item_bytes for piece in mine]
-        pieces[rank] = [
-            Piece(piece.source, part)
-            for piece, item in zip(mine, items, strict=True)
-            for part in cut_panels(piece.box, item, panel_limit)
-        ]
+        pieces[rank] = [Piece(p.source, p.box, panels_for(p.box, declared[rank][p.source].item_bytes)) for p in mine]
     return Plan(arrays, pieces)
 
 
@@ -178,14 +171,13 @@ def cut_rows(box: Box, item_bytes: int, limit: int) -> list[Box]:
     return [_part(box, dim, at, min(rows, box.shape[dim] - at)) for at in range(0, box.shape[dim], rows)]
 
 
-def cut_panels(box: Box, item_bytes: int, limit: int) -> list[Box]:
-    """Cut a box of at least `limit` bytes and two dims along its last one into panels of nearly equal width."""
-    if len(box.shape) < 2 or box.numel * item_bytes < limit or box.shape[-1] < PANELS:
-        return [box]
-    width = box.shape[-1]
-    edges = [width * index // PANELS for index in range(PANELS + 1)]
-    dim = len(box.shape) - 1
-    return [_part(box, dim, low, high - low) for low, high in itertools.pairwise(edges)]
+def panels_for(box: Box, item_bytes: int) -> int:
+    """Into how many panels of columns a box is best cut."""
+    if len(box.shape) < 2 or box.numel * item_bytes < PANEL_BOX_BYTES:
+        return 1
+    columns = box.shape[-1]
+    panels = next(count for count in range(PANELS, 0, -1) if columns % count == 0)
+    return panels if columns // panels * item_bytes >= PANEL_ROW_BYTES else 1
 
 
 def _part(box: Box, dim: int, at: int, length: int) -> Box:
@@ -203,13 +195,14 @@ class Placed:
     key: str
     dtype: str
     box: Box
+    panels: int
     start: int
     stop: int
 
 
 @dataclass(frozen=True)
 class Copy:
-    """Pieces of a fragment that one copy brings to bytes `[start, stop)` of the file: equal `panels` that make up `box`."""
+    """What one copy brings to bytes `[start, stop)` of the file: `panels` of a piece, side by side, that make up `box`."""
 
     source: int
     dtype: str
@@ -229,40 +222,39 @@ class FileLayout:
 
     @functools.cached_property
     def copies(self) -> tuple[Copy, ...]:
-        """How the file is filled: piece by piece, but neighbouring panels by one copy."""
-        copies: list[Copy] = []
-        for piece in self.placed:
-            joined = _join(copies[-1], piece) if copies else None
-            if joined is None:
-                copies.append(Copy(piece.source, piece.dtype, piece.box, 1, piece.start, piece.stop))
-            else:
-                copies[-1] = joined
-        return tuple(copies)
+        """How the file is filled: piece by piece, and large ones panel by panel."""
+        return tuple(copy for piece in self.placed for copy in _copies_of(piece))
 
 
-def _join(copy: Copy, piece: Placed) -> Copy | None:
-    """The copy with one more panel, if the piece is one and the whole does not get long."""
-    box, more = copy.box, piece.box
-    if piece.source != copy.source or not box.shape or piece.stop - copy.start > COPY_BYTES:
-        return None
-    width = more.shape[-1]
-    beside = (*box.offsets[:-1], box.offsets[-1] + box.shape[-1]) == more.offsets
-    if not beside or box.shape[:-1] != more.shape[:-1] or box.shape[-1] != copy.panels * width:
-        return None
-    wider = Box(box.offsets, (*box.shape[:-1], box.shape[-1] + width))
-    return Copy(copy.source, copy.dtype, wider, copy.panels + 1, copy.start, piece.stop)
+def _copies_of(piece: Placed) -> Iterator[Copy]:
+    if piece.panels == 1:
+        yield Copy(piece.source, piece.dtype, piece.box, 1, piece.start, piece.stop)
+        return
+    panel_bytes = (piece.stop - piece.start) // piece.panels
+    width = piece.box.shape[-1] // piece.panels
+    together = min(piece.panels, max(1, COPY_BYTES // panel_bytes))
+    for first in range(0, piece.panels, together):
+        count = min(together, piece.panels - first)
+        box = _part(piece.box, len(piece.box.shape) - 1, first * width, count * width)
+        start = piece.start + first * panel_bytes
+        yield Copy(piece.source, piece.dtype, box, count, start, start + count * panel_bytes)
 
 
 def lay_out(declarations: Sequence[Declaration], pieces: Sequence[Piece]) -> FileLayout:
     """Where each piece lies in its rank's file.
 
-    Wider types come first, so that every array is aligned to its elements without a hole, which safetensors forbids. The
-    header is padded with spaces to whole leaves, so that the data start on a page.
+    Pieces of whole leaves come first, so that reading one reads no leaf of another; then wider types before narrower ones,
+    so that every array is aligned to its elements without a hole, which safetensors forbids. The header is padded with
+    spaces to whole leaves, so that the data start on a page.
     """
-    order = sorted(
-        pieces, key=lambda p: (-declarations[p.source].item_bytes, declarations[p.source].key, p.box.offsets, p.box.shape)
-    )
-    entries: dict[str, object] = {"__metadata__": {"format": "pt", "written_by": "meshloom-checkpoint version 1"}}
+
+    def position(piece: Piece) -> tuple[bool, int, str, tuple[int, ...], tuple[int, ...]]:
+        declaration = declarations[piece.source]
+        odd = piece.box.numel * declaration.item_bytes % LEAF_BYTES != 0
+        return odd, -declaration.item_bytes, declaration.key, piece.box.offsets, piece.box.shape
+
+    order = sorted(pieces, key=position)
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", "written_by": f"{FORMAT} version {VERSION}"}}
     spans: list[tuple[Piece, Declaration, int, int]] = []
     at = 0
     for piece in order:
@@ -270,7 +262,7 @@ def lay_out(declarations: Sequence[Declaration], pieces: Sequence[Piece]) -> Fil
         size = piece.box.numel * declaration.item_bytes
         entries[f"{declaration.key}@{','.join(map(str, piece.box.offsets))}"] = {
             "dtype": declaration.dtype,
-            "shape": piece.box.shape,
+            "shape": entry_shape(piece.box, piece.panels),
             "data_offsets": (at, at + size),
         }
         spans.append((piece, declaration, at, at + size))
@@ -281,7 +273,7 @@ def lay_out(declarations: Sequence[Declaration], pieces: Sequence[Piece]) -> Fil
     length = -(-(8 + len(text)) // LEAF_BYTES) * LEAF_BYTES - 8
     header = length.to_bytes(8, "little") + text.ljust(length)
     placed = tuple(
-        Placed(piece.source, d.key, d.dtype, piece.box, len(header) + start, len(header) + stop)
+        Placed(piece.source, d.key, d.dtype, piece.box, piece.panels, len(header) + start, len(header) + stop)
         for piece, d, start, stop in spans
     )
     return FileLayout(header, placed, len(header) + at)
@@ -293,7 +285,7 @@ def fill_boxes(arrays: dict[str, StoredArray], layouts: Sequence[FileLayout]) ->
     number = 0
     for layout in layouts:
         for placed in layout.placed:
-            filled[placed.key].boxes.append(StoredBox(placed.box, number, placed.start, placed.stop))
+            filled[placed.key].boxes.append(StoredBox(placed.box, number, placed.start, placed.stop, placed.panels))
         number += bool(layout.placed)
     for array in filled.values():
         array.boxes.sort(key=lambda stored: stored.box)

@@ -56,14 +56,14 @@ class Planner:
         self._declared, self._signatures = declared, signatures
         self.layouts, self.arrays, self.arrays_text = layouts, arrays, encode_arrays(arrays)
         for rank, pieces in enumerate(plan.pieces):
-            rows = [[piece.source, piece.box.offsets, piece.box.shape] for piece in pieces]
+            rows = [[piece.source, piece.box.offsets, piece.box.shape, piece.panels] for piece in pieces]
             talk.announce(f"pieces/{rank}", json.dumps(rows, separators=(",", ":")).encode())
         return notes, True
 
     def adopt(self, talk: Round) -> None:
         """Take over this rank's share of a new plan."""
         rows: list[Any] = json.loads(talk.hear(f"pieces/{talk.control.rank}"))
-        pieces = [Piece(source, Box(tuple(offsets), tuple(shape))) for source, offsets, shape in rows]
+        pieces = [Piece(source, Box(tuple(offsets), tuple(shape)), panels) for source, offsets, shape, panels in rows]
         self.layout = lay_out(self._declarations, pieces)
         self._signature = self._declared_signature
 

@@ -193,10 +193,13 @@ def units_of(array: StoredArray, box: Box, target: Raw) -> list[Unit]:
     units: list[Unit] = []
     if len(box.shape) != len(array.shape) or any(end > size for end, size in zip(box.ends, array.shape, strict=True)):
         raise CheckpointError(f"{array.key}: {box} is outside of the stored shape {list(array.shape)}")
-    for stored in array.boxes:
-        part = stored.box.intersect(box) if box.shape else box
-        if part is not None:
-            units += _split(array, stored, part, target, box.offsets)
+    for whole in array.boxes:
+        if box.shape and whole.box.intersect(box) is None:
+            continue
+        for stored in whole.parts():
+            part = stored.box.intersect(box) if box.shape else box
+            if part is not None:
+                units += _split(array, stored, part, target, box.offsets)
     return units
 
 

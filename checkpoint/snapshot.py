@@ -13,7 +13,7 @@ import torch
 
 from ..parallel.fragment import Fragment
 from .arena import Arena
-from .dtypes import same_bits
+from .dtypes import in_panels, same_bits
 from .errors import CheckpointError
 from .faults import reach
 from .plan import Copy, FileLayout
@@ -110,9 +110,7 @@ def _source(fragment: Fragment, copy: Copy) -> torch.Tensor:
     tensor, box = fragment.tensor.detach(), copy.box
     if box != fragment.box:
         tensor = tensor[box.slices(fragment.box.offsets)]
-    if copy.panels == 1:
-        return tensor.unsqueeze(0)
-    return tensor.unflatten(-1, (copy.panels, -1)).movedim(-2, 0)
+    return in_panels(tensor, copy.panels)
 
 
 def _copy_on_host(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

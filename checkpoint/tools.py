@@ -17,7 +17,7 @@ from .dtypes import as_tensor, same_bits
 from .errors import CheckpointError, DamageError
 from .files import Files, open_files
 from .folder import load_manifest, open_step, step_of, steps_newest_first
-from .manifest import MANIFEST, Manifest, StoredArray
+from .manifest import MANIFEST, Manifest, StoredArray, entry_shape
 from .plan import cut_rows
 from .reader import Reader
 
@@ -86,7 +86,7 @@ def _verify_header(files: Files, manifest: Manifest, name: str) -> Iterator[Dama
     expected = {
         f"{key}@{','.join(map(str, stored.box.offsets))}": {
             "dtype": array.dtype,
-            "shape": list(stored.box.shape),
+            "shape": list(entry_shape(stored.box, stored.panels)),
             "data_offsets": [stored.start - 8 - size, stored.stop - 8 - size],
         }
         for key, array in manifest.arrays.items()

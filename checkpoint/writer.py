@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +22,9 @@ from .disk import Ready, Written, write_image
 from .errors import CheckpointError
 from .remote_write import write_image_remote
 from .watermark import Watermark
+
+# While a save is hashed the thread that feeds the disk must not wait for the interpreter: a write takes 2 ms or so.
+SWITCH_SECONDS = 0.0002
 
 
 class SharedMemory(Protocol):
@@ -69,26 +73,42 @@ def write_anywhere(image: memoryview, folder: str, name: str, leaves: str, ready
     return write_image(image, Path(folder) / name, Path(folder) / leaves, ready)
 
 
-class InlineWriter:
-    """Writes in this process, after the copy: for the synchronous mode, where training waits anyway."""
+class ThreadWriter:
+    """Writes in a thread of this process: for the synchronous mode, where training waits anyway."""
 
     def __init__(self) -> None:
-        self._request: Request | None = None
+        self._thread: threading.Thread | None = None
+        self._outcome: Written | BaseException | None = None
+        self._interval = 0.0
 
     def begin(self, request: Request) -> None:
         """See Writer."""
-        self._request = request
+
+        def ready(value: int) -> None:
+            request.memory.watermark.wait(value, lambda: True)
+
+        def write() -> None:
+            image = request.memory.image(request.size)
+            try:
+                self._outcome = write_anywhere(image, request.folder, request.name, request.leaves, ready)
+            except BaseException as error:
+                self._outcome = error
+
+        self._interval = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_SECONDS)
+        self._thread = threading.Thread(target=write, name="checkpoint-write", daemon=True)
+        self._thread.start()
 
     def end(self) -> Written:
         """See Writer."""
-        request = self._request
-        assert request is not None
-        self._request = None
-
-        def ready(value: int) -> None:
-            request.memory.watermark.wait(value, lambda: False)
-
-        return write_anywhere(request.memory.image(request.size), request.folder, request.name, request.leaves, ready)
+        assert self._thread is not None
+        self._thread.join()
+        sys.setswitchinterval(self._interval)
+        outcome = self._outcome
+        if isinstance(outcome, BaseException):
+            raise outcome
+        assert outcome is not None
+        return outcome
 
     def close(self) -> None:
         """See Writer."""

@@ -14,10 +14,7 @@ import sys
 
 from .faults import install_from_environment
 from .watermark import Watermark
-from .writer import answer_of, write_anywhere
-
-# The thread that hashes must not keep the one that feeds the disk waiting for the interpreter: a write takes 2 ms or so.
-SWITCH_SECONDS = 0.0002
+from .writer import SWITCH_SECONDS, answer_of, write_anywhere
 
 
 def serve(link: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""Read a Meshloom checkpoint with nothing but `numpy` and `safetensors`: a second reader of docs/checkpoint.md, format 1.
+"""Read a Meshloom checkpoint with nothing but `numpy` and `safetensors`: a second reader of docs/checkpoint.md, formats 1 and 2.
 
     python read_checkpoint.py step-00000200                       # what is in it
     python read_checkpoint.py step-00000200 weight/norm.weight    # one array, put together from its boxes
@@ -19,6 +19,12 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", 
 DTYPES |= {"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}
 
 
+def stored_shape(box):
+    """A box is stored row-major or, with `panels`, as so many equal shares of its columns, one after the other."""
+    panels, shape = box.get("panels"), box["shape"]
+    return [panels, *shape[:-1], shape[-1] // panels] if panels else shape
+
+
 class Checkpoint:
     """Arrays by key `<role>/<name>`. BF16 is widened to float32, exactly; float8 comes as the bytes it is."""
 
@@ -28,8 +34,8 @@ class Checkpoint:
         if not text.endswith('"\n}\n') or '\n"digest": "' not in text:
             raise ValueError(f"{self.folder}: the manifest is cut off")
         self.manifest = json.loads(text)
-        if self.manifest["format"] != "meshloom-checkpoint" or self.manifest["version"] != 1:
-            raise ValueError(f"{self.folder}: not a meshloom-checkpoint of version 1")
+        if self.manifest["format"] != "meshloom-checkpoint" or self.manifest["version"] > 2:
+            raise ValueError(f"{self.folder}: not a meshloom-checkpoint of version 1 or 2")
         self.step, self.state, self.arrays = (self.manifest[key] for key in ("step", "state", "arrays"))
         for file in self.manifest["files"]:
             if (self.folder / file["name"]).stat().st_size != file["bytes"]:
@@ -40,7 +46,7 @@ class Checkpoint:
         """What the safetensors library sees in a file is what the manifest says of it."""
         number = [file["name"] for file in self.manifest["files"]].index(name)
         boxes = {
-            f"{key}@{','.join(map(str, box['offsets']))}": (array["dtype"], box["shape"])
+            f"{key}@{','.join(map(str, box['offsets']))}": (array["dtype"], stored_shape(box))
             for key, array in self.arrays.items()
             for box in array["boxes"]
             if box["file"] == number
@@ -60,7 +66,8 @@ class Checkpoint:
             count = (box["range"][1] - box["range"][0]) // whole.itemsize
             values = np.fromfile(path, whole.dtype, count, offset=box["range"][0])
             where = tuple(slice(start, start + extent) for start, extent in zip(box["offsets"], box["shape"], strict=True))
-            whole[(*where, ...)] = values.reshape(box["shape"])
+            values = values.reshape(stored_shape(box))
+            whole[(*where, ...)] = np.concatenate(list(values), -1) if "panels" in box else values
         if array["dtype"] == "BF16":
             return (whole.astype("<u4") << 16).view("<f4")
         return whole

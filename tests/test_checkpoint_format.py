@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from checkpoint_worlds import fragments, make_arrays, shares, together
+from checkpoint_worlds import fragments, holds, make_arrays, shares, together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +23,8 @@ from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.coverage import tiling_fault
 from meshloom.checkpoint.digest import block_digests, leaf_digests
+from meshloom.checkpoint.errors import CheckpointError
+from meshloom.checkpoint.restore import restore
 from meshloom.config.checkpoint import CheckpointConfig
 from meshloom.parallel.fragment import Box
 
@@ -87,11 +89,36 @@ def test_digests_are_computed_as_the_specification_says(step: Path) -> None:
     assert manifest["digest"] == xxhash.xxh3_128_hexdigest(body)
     for file in manifest["files"]:
         data = (step / file["name"]).read_bytes()
-        leaves = b"".join(xxhash.xxh3_128_digest(data[at : at + 16384]) for at in range(0, len(data), 16384))
+        leaves = b"".join(xxhash.xxh3_128_digest(data[at : at + 4096]) for at in range(0, len(data), 4096))
         assert (step / file["leaves"]).read_bytes() == leaves
-        assert file["blocks"] == [xxhash.xxh3_128_hexdigest(leaves[at : at + 16384]) for at in range(0, len(leaves), 16384)]
+        assert file["blocks"] == [xxhash.xxh3_128_hexdigest(leaves[at : at + 65536]) for at in range(0, len(leaves), 65536)]
         (header,) = struct.unpack("<Q", data[:8])
-        assert (8 + header) % 16384 == 0
+        assert (8 + header) % 4096 == 0
+
+
+@pytest.mark.parametrize(("version", "known"), [(1, True), (2, True), (3, False)])
+def test_versions_up_to_this_one_are_read_and_later_ones_refused(tmp_path: Path, version: int, known: bool) -> None:
+    arrays = make_arrays()  # small: no panels, as in version 1
+    (held,) = fragments(arrays, 1, 0)
+    checkpointer = Checkpointer(tmp_path, Control.alone(), CheckpointConfig(mode="sync"))
+    checkpointer.save(1, held, {})
+    checkpointer.finish()
+    path = tmp_path / "step-00000001/manifest.json"
+    text = path.read_bytes().replace(b'"version": 2', f'"version": {version}'.encode())
+    body = text[: text.rfind(b'"digest": "')]
+    path.write_bytes(body + f'"digest": "{xxhash.xxh3_128_hexdigest(body)}"\n}}\n'.encode())
+    (blank,) = fragments(arrays, 1, 0, blank=True)
+    if known:
+        restore(path.parent, blank, Control.alone())
+        assert holds([blank], arrays)
+        assert np.array_equal(
+            second_reader().Checkpoint(path.parent)["weight/norm.weight"], arrays["weight/norm.weight"].numpy()
+        )
+        return
+    with pytest.raises(CheckpointError, match="version 3"):
+        restore(path.parent, blank, Control.alone())
+    with pytest.raises(ValueError, match="version"):
+        second_reader().Checkpoint(path.parent)
 
 
 def test_xxh3_of_the_empty_input_is_the_published_value() -> None:
