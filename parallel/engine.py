@@ -13,9 +13,8 @@ import torch
 
 from ..data.batch import MicroBatch
 from ..optim.parameters import NamedParameter, Shards
-from ..optim.statistics import GradientStatistics
 from .fragment import Fragment
-from .moments import Measure
+from .moments import Measure, Moments
 
 OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]
 """Builds the run's optimizer over the parameters as a rank holds them."""
@@ -88,7 +87,7 @@ class Engine(Protocol):
         """Forward and backward of this rank's share; gradients of `total / global_tokens` are ready afterwards.
 
         global_tokens: valid positions of the whole global batch, a scalar on the device.
-        measure: what `gradient_statistics` will be asked for.
+        measure: what `gradient_moments` will be asked for.
         """
         ...
 
@@ -100,10 +99,10 @@ class Engine(Protocol):
         """Scale the gradient by min(1, max_norm / (norm + 1e-6))."""
         ...
 
-    def gradient_statistics(self, samples: int) -> GradientStatistics | None:
-        """Statistics of the gradient just accumulated from a global batch of so many samples, before clipping.
+    def gradient_moments(self, samples: int) -> Moments | None:
+        """Moments of the gradient just accumulated from a global batch of so many samples, before clipping, on the device.
 
-        To be asked after `gradient_norm`, where `accumulate` was told to measure. None when they can't be estimated.
+        To be asked once, after `gradient_norm`, where `accumulate` was told to measure. None when they can't be estimated.
         """
         ...
 

@@ -12,6 +12,7 @@ pipeline (its two parts add up on neither rank). `moments_problems` refuses both
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import cast
 
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..config.parallel import ParallelConfig
 from ..config.problems import Problem
+from ..optim.statistics import GradientStatistics
 from .mesh import Mesh
 from .shards import Placed, own_part
 
@@ -32,6 +34,28 @@ class Measure(Enum):
     NOTHING = 0
     SQUARES = 1
     PROJECTIONS = 2
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a step measured, still on the device: it travels to the host with the step's loss, in the shade of the update.
+
+    samples  of the global batch; workers: micro-batches it was cut into, on all ranks
+    scalars  the moments, by their names in `GradientStatistics`
+    """
+
+    samples: int
+    workers: int
+    scalars: Mapping[str, torch.Tensor]
+
+    def statistics(self, numbers: Mapping[str, float]) -> GradientStatistics:
+        """The record, from numbers among which those of `scalars` are found by name."""
+        own = {name: numbers[name] for name in self.scalars}
+        return GradientStatistics(**own, workers=self.workers, worker_samples=self.samples / self.workers)
+
+    def read(self) -> GradientStatistics:
+        """The record. Waits for the device."""
+        return self.statistics({name: float(scalar) for name, scalar in self.scalars.items()})
 
 
 def moments_problems(parallel: ParallelConfig, tied: bool, projections: bool) -> list[Problem]:
@@ -121,10 +145,18 @@ class GradientMoments:
         self._measure = measure
         self._norms: list[list[torch.Tensor]] = [[] for _ in self._index]
         self._kept: list[list[torch.Tensor]] = [[] for _ in self._index]
-        shares = torch.tensor(tokens, dtype=torch.float64, device=self._mesh.device) / global_tokens
+        # From pinned memory: any other copy to a GPU waits until it has done all that was queued before.
+        counted = torch.tensor(tokens, dtype=torch.float64, pin_memory=self._mesh.device.type == "cuda")
+        shares = counted.to(self._mesh.device, non_blocking=True) / global_tokens
         # A micro-batch without a target has no gradient: its square of 0 is to be divided by anything but 0.
         self._shares_K = torch.where(shares > 0, shares, 1.0)
         self.workers = len(tokens) * self._mesh.layout.data_size
+
+    def of(self, samples: int, sums: torch.Tensor) -> Moments | None:
+        """sums: ‖g‖² and what `squares` adds up to. None where a single worker leaves nothing to compare."""
+        if self.workers < 2:
+            return None
+        return Moments(samples, self.workers, {"batch_square": sums[0], "worker_square": sums[1]})
 
     def squares(self) -> torch.Tensor:
         """This rank's part of Σ_j ‖L_j‖² / w_j over all ranks' micro-batches: add it up over all processes."""

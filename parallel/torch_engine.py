@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -19,7 +20,6 @@ from ..models.attention import positions
 from ..models.llama import Llama
 from ..optim.agvm import AGVM
 from ..optim.parameters import NamedParameter, OnePass
-from ..optim.statistics import GradientStatistics
 from .assembly import apply_forms, fill_weights, own_stages
 from .context.split import ContextParallel
 from .cost import balanced_stages
@@ -27,7 +27,7 @@ from .engine import EngineSettings, OptimizerFactory, StepLoss
 from .fragment import Fragment
 from .memory import block_policies
 from .mesh import Mesh
-from .moments import GradientMoments, Measure
+from .moments import GradientMoments, Measure, Moments
 from .pipeline.run import Pipeline, StageInputs, TiedHead
 from .shards import MeshShards, Placed, local, own_part
 from .tensor.placements import stream_dim
@@ -224,21 +224,18 @@ class TorchEngine:
             torch._foreach_mul_(self._gradients(), scale)
 
     @torch.no_grad()
-    def gradient_statistics(self, samples: int) -> GradientStatistics | None:
-        """The measured moments. Waits for the device: a controller must know them before the next step begins."""
+    def gradient_moments(self, samples: int) -> Moments | None:
+        """What `gradient_norm` summed up and, where asked for, the projections on the whole gradient."""
         if self._moments is None or self._measured is None:
             return None
-        square, moments = self._measured.tolist()
+        found = self._moments.of(samples, self._measured)
         self._measured = None
-        projection = None
-        if self._measure is Measure.PROJECTIONS:
-            gradients = [(p, cast(torch.Tensor, p.tensor.grad)) for p in self._parameters]
-            gathers = [functools.partial(self._shards.gather, p, gradient.to(p.tensor.dtype)) for p, gradient in gradients]
-            projection = float(self._moments.projection_square(gathers))
-        workers = self._moments.workers
-        if workers < 2:
-            return None
-        return GradientStatistics(moments, square, workers, samples / workers, projection)
+        if found is None or self._measure is not Measure.PROJECTIONS:
+            return found
+        gradients = [(p, cast(torch.Tensor, p.tensor.grad)) for p in self._parameters]
+        gathers = [functools.partial(self._shards.gather, p, gradient.to(p.tensor.dtype)) for p, gradient in gradients]
+        projection = self._moments.projection_square(gathers)
+        return replace(found, scalars={**found.scalars, "projection_square": projection})
 
     def update(self, lr: float) -> None:
         """One optimizer step."""

@@ -263,8 +263,9 @@ def moments(rank: int, world_size: int, work: Work) -> tuple[float, float, int, 
     valid = torch.tensor(float(sum(batch.valid_tokens for batch in batches)), dtype=torch.float64)
     engine.accumulate(batches, engine.mesh.sum(valid), Measure.SQUARES)
     engine.gradient_norm()
-    statistics = engine.gradient_statistics(work.samples)
-    assert statistics is not None and engine.gradient_statistics(work.samples) is None
+    found = engine.gradient_moments(work.samples)
+    assert found is not None and engine.gradient_moments(work.samples) is None
+    statistics = found.read()
     return statistics.worker_square, statistics.batch_square, statistics.workers, statistics.worker_samples
 
 

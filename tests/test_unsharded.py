@@ -74,8 +74,10 @@ def moments(rank: int, world_size: int, parallel: ParallelConfig) -> tuple[float
     batches = [MicroBatch.collate([sample(index) for index in (first, first + 1)]) for first in (0, 2)]
     engine.accumulate(batches, torch.tensor(float(sum(b.valid_tokens for b in batches))), Measure.PROJECTIONS)
     engine.gradient_norm()
-    statistics = engine.gradient_statistics(4)
-    assert statistics is not None and statistics.projection_square is not None
+    found = engine.gradient_moments(4)
+    assert found is not None
+    statistics = found.read()
+    assert statistics.projection_square is not None
     return statistics.worker_square, statistics.projection_square
 
 

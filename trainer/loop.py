@@ -24,7 +24,7 @@ from ..optim.schedule import Schedule
 from ..optim.statistics import GradientStatistics
 from ..parallel.engine import Engine
 from ..parallel.mesh import Mesh
-from ..parallel.moments import Measure
+from ..parallel.moments import Measure, Moments
 from .deferred import Deferred
 from .hooks import Hook
 from .signals import StopRequest
@@ -36,14 +36,17 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass
 class Pending:
-    """A step that is done but for its numbers, which are still on the device. tokens: of its global batch, with padding."""
+    """A step that is done but for its numbers, which are still on the device.
+
+    tokens: of its global batch, with padding; moments: what it measured, if it did, whose values are among the numbers
+    """
 
     progress: Progress
     lr: float
     tokens: int
     seconds: float
     numbers: Deferred
-    extras: dict[str, float]
+    moments: Moments | None
 
 
 @dataclass
@@ -67,6 +70,7 @@ class Loop:
     _pending: list[Pending] = field(default_factory=list)
     _step_began: float = 0.0
     _last_loss: float = math.nan
+    _last_statistics: GradientStatistics | None = None
 
     def run(self, stop: StopRequest) -> bool:
         """Train until the horizon, or until a process was asked to stop. Returns whether the horizon was reached."""
@@ -97,7 +101,10 @@ class Loop:
         measure = self._measure(before)
         loss = self.engine.accumulate(micro_batches, tokens, measure)
         norm = self.engine.gradient_norm()
-        statistics = None if measure is Measure.NOTHING else self.engine.gradient_statistics(count)
+        moments = None if measure is Measure.NOTHING else self.engine.gradient_moments(count)
+        scalars = {"loss": loss.mean, "grad_norm": norm, "stops": stops, **loss.extras}
+        # On their way before the update, so that a controller which must know them does not wait for that.
+        numbers = Deferred(scalars if moments is None else {**scalars, **moments.scalars})
         if self.max_grad_norm is not None:
             self.engine.clip(self.max_grad_norm, norm)
         for hook in self.hooks:
@@ -107,7 +114,7 @@ class Loop:
         self.engine.zero_grad()
 
         self.progress = before.after(count, count * self.horizon.seq_len)
-        self._record(lr, {"loss": loss.mean, "grad_norm": norm, "stops": stops, **loss.extras}, statistics)
+        self._record(lr, numbers, moments)
 
     def _measure(self, before: Progress) -> Measure:
         """What the controller wants to know of the step about to be taken."""
@@ -126,20 +133,19 @@ class Loop:
         sums = self.mesh.sum(counted.to(device, non_blocking=True))
         return sums[0] / (layout.pp * layout.cp * layout.tp), sums[1]
 
-    def _record(self, lr: float, scalars: dict[str, torch.Tensor], statistics: GradientStatistics | None) -> None:
-        """Put the numbers of the step just done on their way; those of the step before have arrived and go to the hooks.
+    def _record(self, lr: float, numbers: Deferred, moments: Moments | None) -> None:
+        """Note the step just done, whose numbers are on their way; those of the step before have arrived and go to the hooks.
 
         A controller that decides by them is the exception: it, and the next step with it, waits.
         """
         now = time.perf_counter()
         tokens = self.progress.batch * self.horizon.seq_len
-        extras = {} if statistics is None else statistics.metrics()
-        self._pending.append(Pending(self.progress, lr, tokens, now - self._step_began, Deferred(scalars), extras))
+        self._pending.append(Pending(self.progress, lr, tokens, now - self._step_began, numbers, moments))
         self._step_began = now
-        must_know = self.controller.needs_loss or statistics is not None
+        must_know = self.controller.needs_loss or moments is not None
         self.deliver_metrics(keep=0 if must_know else 1)
         if must_know:
-            self.controller.observe(statistics, self._last_loss, self.progress)
+            self.controller.observe(self._last_statistics, self._last_loss, self.progress)
 
     def restart_clock(self) -> None:
         """Leave what was done since the last step (an evaluation, a wait for a save) out of the next step's seconds."""
@@ -152,6 +158,10 @@ class Loop:
             progress, rate, numbers = done.progress, done.tokens / done.seconds, done.numbers.read()
             self.stopping |= numbers.pop("stops") > 0
             self._last_loss = numbers["loss"]
+            self._last_statistics = None
+            if done.moments is not None:
+                self._last_statistics = done.moments.statistics(numbers)
+                numbers = {name: number for name, number in numbers.items() if name not in done.moments.scalars}
             if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
                 raise TrainingDiverged(
                     f"step {progress.step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}. "
@@ -169,7 +179,7 @@ class Loop:
                 "step_seconds": done.seconds,
                 "tokens_per_second": rate,
                 **numbers,
-                **done.extras,
+                **(self._last_statistics.metrics() if self._last_statistics is not None else {}),
                 **self._device_numbers(rate),
             }
             for hook in self.hooks:
