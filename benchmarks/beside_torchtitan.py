@@ -6,8 +6,8 @@
 
 `ours` are more arguments of throughput.py, `theirs` of torchtitan; both sides take `batch` sequences of 8,192 tokens per GPU
 and step. The first run of each system starts with an empty compile cache, which the later ones find filled. Prints a row per
-run as JSON (rate, memory, seconds from the start of torchrun to the first loss, and the median clock and power of the busiest
-GPU while it ran) and the table's row at the end.
+run as JSON (rate, memory, seconds from the start of the launcher to the first loss, and the median clock and power of
+the busiest GPU while it ran) and the table's row at the end.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class Watch:
 
 def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
     """One run of one system, in processes of its own. cache: the folder of what either system compiles."""
-    torchrun = ["torchrun", "--standalone", "--nproc-per-node", str(settings.gpus)]
+    launcher = ["torchrun", "--standalone", "--nproc-per-node", str(settings.gpus)]
+    if system == "meshloom" and settings.gpus == 1:
+        launcher = [sys.executable]  # as `meshloom train` does; torchtitan has no other way than torchrun
     environment = {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(cache / system / "inductor"),
@@ -95,7 +97,7 @@ def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
         "PYTHONUNBUFFERED": "1",
     }
     watch, began = Watch(), time.perf_counter()
-    command = [*torchrun, *(our_command(settings) if system == "meshloom" else their_command(settings))]
+    command = [*launcher, *(our_command(settings) if system == "meshloom" else their_command(settings))]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     lines = [(time.perf_counter() - began, COLOUR.sub("", line)) for line in process.stdout]
