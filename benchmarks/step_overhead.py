@@ -2,6 +2,7 @@
 
     python benchmarks/step_overhead.py                              # GPU: Llama 1B, 2 × 8,192 tokens; CPU: a small model
     python benchmarks/step_overhead.py size=small rounds=9 steps=20 # GPU: a step of some milliseconds, where overhead shows
+    python benchmarks/step_overhead.py against=same                 # GPU: one of the two loops by hand alone
     python benchmarks/step_overhead.py syncs=1                      # GPU: and every place of a step that waits for the device
 
 Three loops take turns in one process, each on a model of its own with the same initial weights:
@@ -211,7 +212,13 @@ def main() -> None:
     """Measure and print one JSON line."""
     device = pick_device()
     gpu = device.type == "cuda"
-    settings = {"size": "1B" if gpu else "tiny", "rounds": "7", "steps": "5", "syncs": "0"}
+    settings = {
+        "size": "1B" if gpu else "tiny",
+        "rounds": "7",
+        "steps": "5",
+        "syncs": "0",
+        "against": "plain,same" if gpu else "plain",
+    }
     settings.update(argument.split("=", 1) for argument in sys.argv[1:])
     rounds, steps = int(settings["rounds"]), int(settings["steps"])
     with tempfile.TemporaryDirectory() as folder:
@@ -220,8 +227,9 @@ def main() -> None:
         weights = {f.name: f.tensor.clone() for f in loop.engine.fragments() if f.role == "weight"}
         batches = [micro.to(device) for micro in loop.batches.load(GlobalBatch(0, loop.controller.samples), loop.micro)]
         loops = {"trainer": by_trainer(run)}
-        loops["plain"] = by_hand_plain(materialized(shape(), weights, torch.float32, gpu), batches, half=gpu)
-        if gpu:
+        if "plain" in settings["against"]:
+            loops["plain"] = by_hand_plain(materialized(shape(), weights, torch.float32, gpu), batches, half=gpu)
+        if "same" in settings["against"]:
             loops["same"] = by_hand_same(materialized(shape(), weights, torch.bfloat16, gpu), weights, batches)
         first = {name: round(float(step()), 5) for name, step in loops.items() if name != "trainer"}
         loops["trainer"]()

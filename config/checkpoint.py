@@ -51,10 +51,10 @@ def checkpoint_problems(config: CheckpointConfig) -> list[Problem]:
         refuse("memory_every", f"{config.memory_every} is not a number of steps", "use null to switch the memory tier off")
     if config.memory_group < 2:
         refuse("memory_group", f"a group of {config.memory_group} protects nobody", "use 2 for a mirror, 4 for XOR over four")
-    if config.host_memory_gib is not None and config.host_memory_gib <= 0:
+    if config.host_memory_gib is not None and not config.host_memory_gib > 0:
         refuse("host_memory_gib", f"{config.host_memory_gib} leaves no room", "use null for room for two snapshots")
     if config.failures < 1:
         refuse("failures", f"{config.failures} failures can't be waited for", "use 1 to stop at the first")
-    if config.timeout <= 0:
+    if not config.timeout > 0:
         refuse("timeout", f"{config.timeout} is not a time", "use for example 600")
     return problems

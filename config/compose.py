@@ -290,4 +290,4 @@ def _reason(error: BaseException) -> tuple[str, str]:
     if framed and len(lines) > 1:
         key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
         return f"{lines[1]}{f' ({key})' if key else ''}", f"correct recipes file {framed[1]}.yaml"
-    return lines[0], ""
+    return lines[0].rstrip("."), ""

@@ -10,7 +10,7 @@ class LoggingConfig:
     """metrics.jsonl and the progress line are always there; these are more of the same.
 
     every        steps between rows of metrics (evaluations always write theirs)
-    progress     show the progress line on rank 0 (auto: only on a terminal, plain lines elsewhere)
+    progress     show the progress line on rank 0: in place on a terminal, plain lines elsewhere
     wandb        send metrics to Weights & Biases; WANDB_MODE=offline works without a network
     project      wandb project
     tensorboard  write TensorBoard events into <output_dir>/tensorboard

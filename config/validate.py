@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -33,12 +34,17 @@ def config_problems(config: DictConfig) -> list[Problem]:
 def _run_problems(config: DictConfig) -> Iterator[Problem]:
     if config.precision not in PRECISIONS:
         yield Problem("precision", f"there is no '{config.precision}'", f"use {', '.join(PRECISIONS)}")
-    if config.seed < 0:
-        yield Problem("seed", f"{config.seed} is negative", "use 0 or more")
+    if not 0 <= config.seed < 2**63:
+        yield Problem("seed", f"{config.seed} is no seed", "use 0 up to less than 2^63")
     if not str(config.output_dir).strip():
         yield Problem("output_dir", "is empty", "give a folder")
     if not config.resume:
         yield Problem("resume", "is empty", "use auto, none, or the path of a checkpoint")
+    lr = config.optim.get("lr")
+    if isinstance(lr, float) and not math.isfinite(lr):
+        yield Problem("optim.lr", f"{lr} is not a learning rate", "use a number, or auto:step_law")
+    if not config.parallel.timeout > 0:
+        yield Problem("parallel.timeout", f"{config.parallel.timeout} is not a time", "use seconds, for example 600")
     if config.logging.every < 1:
         yield Problem("logging.every", f"{config.logging.every} is not a number of steps", "use 1 for a row every step")
 
@@ -88,6 +94,10 @@ def _model_problems(model: Any) -> Iterator[Problem]:
     for key, size in numbers.items():
         if size < 1:
             yield Problem(f"model.{key}", f"{size} is not a size", "use 1 or more")
+    for key in ("norm_eps", "rope_theta", "init_std", "mup_base"):
+        value = model.get(key)
+        if isinstance(value, int | float) and not 0 < value < math.inf:
+            yield Problem(f"model.{key}", f"{value} can't be", "use a number above 0")
     if any(size < 1 for size in numbers.values()):
         return
     if "dim" in numbers and "heads" in numbers:

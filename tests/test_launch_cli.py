@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,13 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_help_lists_the_commands_and_imports_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--help"]) == 0
-    out = capsys.readouterr().out
+def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from meshloom.launch import cli; cli.main(['--help']); print(sorted({'torch', 'hydra'} & {*sys.modules}))"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert all(name in out for name in cli.COMMANDS)
+    assert out.splitlines()[-1] == "[]"
 
 
 def test_every_listed_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,6 +123,18 @@ def test_more_processes_than_gpus_are_refused(capsys: pytest.CaptureFixture[str]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert cli.main(["train", "recipe=quickstart", "launch.nproc=4"]) == 2
     assert "launch.nproc: 4 processes for 2 GPUs" in capsys.readouterr().err
+
+
+def test_a_folder_that_can_not_be_written_to_is_refused(
+    capsys: pytest.CaptureFixture[str], elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (elsewhere / "file").write_text("")
+    assert train.main(["output_dir=file/run", "checkpoint.folder=file"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("is not a folder") == 2 and "output_dir: " in errors and "checkpoint.folder: " in errors
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    assert train.main(["output_dir=new/run"]) == 2
+    assert f"output_dir: '{elsewhere}' can't be written to" in capsys.readouterr().err
 
 
 def test_several_nodes_need_slurm_or_torchrun(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from meshloom.config import LoggingConfig
 from meshloom.config.duration import Duration, Unit
+from meshloom.config.problems import ConfigError
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.progress import Progress
 from meshloom.parallel.layout import Layout
@@ -127,6 +128,19 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert calls[0]["id"] == calls[1]["id"] and calls[1]["resume"] == "allow"
     assert calls[0]["config"] == {"recipe": "r", "seed": 1}
     assert logged == [row(1)]
+
+
+def test_wandb_that_can_not_begin_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def fail(**_: Any) -> None:
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    hook = WandB("project", tmp_path, OmegaConf.create({"recipe": "r"}), 1)
+    with pytest.raises(ConfigError, match=r"logging\.wandb: can't begin: No API key configured\.; .*WANDB_MODE=offline"):
+        hook.on_run_begin(loop_at(0, tmp_path))
+    hook.close()
 
 
 def test_logging_config_chooses_the_hooks(tmp_path: Path) -> None:

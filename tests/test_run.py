@@ -10,15 +10,13 @@ import pytest
 
 from meshloom.checkpoint.folder import find_latest
 from meshloom.config.compose import Composer
+from meshloom.config.problems import ConfigError
 from meshloom.trainer.run import run
 from ranks import run_ranks
 
+SYNTHETIC = ["data=synthetic", "data.vocabulary=61", "data.seq_len=16", "data.validation_samples=12"]
 TINY = [
     "recipe=quickstart",
-    "data=synthetic",
-    "data.vocabulary=61",
-    "data.seq_len=16",
-    "data.validation_samples=12",
     "model.dim=16",
     "model.layers=2",
     "model.heads=2",
@@ -39,7 +37,8 @@ TINY = [
 
 
 def body(rank: int, world_size: int, overrides: list[str]) -> int:
-    composition = Composer().compose([*TINY, *overrides])
+    data = () if any(override.startswith("data=") for override in overrides) else SYNTHETIC
+    composition = Composer().compose([*TINY, *data, *overrides])
     assert not composition.problems, composition.problems
     return run(composition.config, overrides)
 
@@ -106,6 +105,53 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(tmp_path: 
     assert last < 8
     found = find_latest(tmp_path / "checkpoints")
     assert found is not None and Path(found).name == f"step-{last:08d}"
+
+
+def test_a_step_that_is_evaluated_and_saved_is_both(tmp_path: Path) -> None:
+    go(1, tmp_path, "trainer.steps=6", "trainer.eval_every=2", "checkpoint.every=2", "checkpoint.mode=async")
+    assert set(rows(tmp_path, "eval_loss")) == {2, 4, 6}
+    assert rows(tmp_path, "checkpoint_saved") == {2: True, 4: True, 6: True}
+
+
+def refused(rank: int, world_size: int, overrides: list[str]) -> str:
+    try:
+        body(rank, world_size, overrides)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+TEXT = ["data=text", "data.vocabulary=270", "data.seq_len=8", "data.validation=0.3", "data.separator='\n'", "trainer.steps=2"]
+
+
+def on_text(tmp_path: Path, words: str, *overrides: str) -> list[str]:
+    (tmp_path / "corpus.txt").write_text("\n".join(f"{words} {number} times over" for number in range(90)))
+    return [f"output_dir={tmp_path}/run", f"data.input={tmp_path}/corpus.txt", f"data.cache_dir={tmp_path}", *TEXT, *overrides]
+
+
+def test_going_on_with_other_tokens_is_refused(tmp_path: Path) -> None:
+    """The same size of vocabulary, trained on other text: every id would mean something else, and nothing would say so."""
+    go(1, tmp_path / "run", *on_text(tmp_path, "green eggs and ham"))
+    changed = on_text(tmp_path, "the cat in the hat", "resume=auto", "trainer.steps=3")
+    (said,) = run_ranks(1, refused, changed)
+    assert "data.tokenizer: " in said and "tokenizer.json" in said
+    own = f"data.tokenizer={tmp_path}/run/tokenizer.json"
+    assert run_ranks(1, refused, [*changed, own]) == [""]
+    assert set(rows(tmp_path / "run", "loss")) == {1, 2, 3}
+
+
+def test_a_model_that_knows_fewer_tokens_than_the_data_has_is_refused(tmp_path: Path) -> None:
+    (said,) = run_ranks(1, refused, on_text(tmp_path, "green eggs", "model.vocabulary=200"))
+    assert "model.vocabulary: the model knows 200 tokens, and the data has 2" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_can_not_be_read_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"text": "well"}\nno json\n')
+    line = ["data=jsonl", f"data.input={tmp_path}/broken.jsonl", f"data.cache_dir={tmp_path}", f"output_dir={tmp_path}/run"]
+    (said,) = run_ranks(1, refused, [*line, "trainer.steps=2"])
+    assert f"data: {tmp_path}/broken.jsonl, line 2: " in said
+    assert not (tmp_path / "run").exists()
 
 
 def diverging(rank: int, world_size: int, overrides: list[str]) -> tuple[int, bool]:

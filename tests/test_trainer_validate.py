@@ -106,3 +106,18 @@ def test_keys_that_a_class_refuses_are_a_problem_of_its_group(
     else:
         found = [str(problem) for problem in run_problems(composition.config, 1)]
     assert len(found) == 1 and found[0].startswith(group) and reason in found[0]
+
+
+@pytest.mark.parametrize(
+    ("hook", "says"),
+    [
+        ("banana", "names no class"),
+        ("{_target_: nowhere.Hook}", "can't be imported"),
+        ("{_target_: builtins.dict}", "is no hook"),
+        ("{_target_: meshloom.trainer.garbage.CollectGarbage, evry: 3}", "evry"),
+    ],
+)
+def test_what_is_no_hook_is_refused(composer: Composer, hook: str, says: str) -> None:
+    good = "{_target_: meshloom.trainer.garbage.CollectGarbage, every: 3}"
+    found = problems_of(composer, 1, f"trainer.hooks=[{good}, {hook}]")
+    assert list(found) == ["trainer.hooks[1]"] and says in found["trainer.hooks[1]"]

@@ -141,7 +141,7 @@ class Run:
     loop: Loop
     saving: Saving | None
     loader: Loader
-    data_fingerprint: str
+    data: DataNode
 
     def close(self) -> None:
         """Release threads, files and connections."""
@@ -177,15 +177,13 @@ def build_run(config: DictConfig, data: DataNode, mesh: Mesh) -> Run:
             "config": OmegaConf.to_container(config, resolve=False),
             "data_fingerprint": data.fingerprint,
             "vocabulary": model.vocabulary,
+            "tokenizer": data.tokenizer.fingerprint if data.tokenizer is not None else None,
             "layout": mesh.layout.describe(),
         }
         checkpointer = Checkpointer(checkpoint_folder(config), build_control(mesh, "save"), parts.checkpoint)
         saving = Saving(checkpointer, parts.checkpoint.every, fixed)
         hooks.append(saving)
     if mesh.is_main:
-        if data.tokenizer is not None:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            data.tokenizer.save(output_dir / "tokenizer.json")  # for `meshloom generate`, wherever the checkpoints go
         if parts.trainer.sample_prompt is not None:
             build = functools.partial(build_model, config, model.vocabulary)
             prompt, tokens = parts.trainer.sample_prompt, parts.trainer.sample_tokens
@@ -206,4 +204,4 @@ def build_run(config: DictConfig, data: DataNode, mesh: Mesh) -> Run:
         max_grad_norm=parts.trainer.max_grad_norm,
         hooks=hooks,
     )
-    return Run(loop, saving, loader, data.fingerprint)
+    return Run(loop, saving, loader, data)

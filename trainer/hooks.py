@@ -6,8 +6,14 @@ it does so on all ranks.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hydra.utils import get_object
+
+from ..config.problems import Problem
 
 if TYPE_CHECKING:
     from .loop import Loop
@@ -54,3 +60,24 @@ class Hook:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave; called before `on_run_begin`."""
+
+
+def hook_problems(nodes: Sequence[Any]) -> Iterator[Problem]:
+    """What keeps the nodes of `trainer.hooks` from becoming hooks, found without building one: it may open files."""
+    for number, node in enumerate(nodes):
+        key = f"trainer.hooks[{number}]"
+        if not isinstance(node, Mapping) or "_target_" not in node:
+            yield Problem(key, f"{node!r} names no class", "write {_target_: my_package.MyHook, …}")
+            continue
+        try:
+            target = get_object(str(node["_target_"]))
+        except Exception as error:  # whatever the import of a user's module raises
+            yield Problem(key, f"can't be imported: {str(error).splitlines()[0]}", "is its package installed or on PYTHONPATH?")
+            continue
+        if not callable(target) or (inspect.isclass(target) and not issubclass(target, Hook)):
+            yield Problem(key, f"{node['_target_']} is no hook", "derive it from meshloom.trainer.hooks.Hook")
+            continue
+        try:
+            inspect.signature(target).bind(**{str(name): None for name in node if not str(name).startswith("_")})
+        except TypeError as error:
+            yield Problem(key, f"{node['_target_']}: {error}", "give it the arguments of its constructor")

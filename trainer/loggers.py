@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from ..config import LoggingConfig
-from ..config.problems import Problem
+from ..config.problems import ConfigError, Problem
 from .hooks import Hook
 from .loop import Loop
 
@@ -233,15 +233,19 @@ class WandB(Hook):
     def on_run_begin(self, loop: Loop) -> None:
         """Start the wandb run, or go on in the one that the checkpoint names."""
         self._id = self._id or uuid.uuid4().hex[:12]
-        self._run = self._wandb.init(
-            project=self._project,
-            id=self._id,
-            name=self._name,
-            resume="allow",
-            dir=str(self._output_dir),
-            config=self._config,
-            settings=self._wandb.Settings(silent=True),
-        )
+        try:
+            self._run = self._wandb.init(
+                project=self._project,
+                id=self._id,
+                name=self._name,
+                resume="allow",
+                dir=str(self._output_dir),
+                config=self._config,
+                settings=self._wandb.Settings(silent=True),
+            )
+        except self._wandb.Error as error:  # no key, no network
+            fix = "run `wandb login`, or set WANDB_MODE=offline, or logging.wandb=false"
+            raise ConfigError([Problem("logging.wandb", f"can't begin: {error}", fix)]) from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

@@ -17,6 +17,7 @@ from ..checkpoint.restore import holds_checkpoint, read_state, restore
 from ..config import RunConfig
 from ..config.compose import differences, resumed
 from ..config.problems import ConfigError, Problem
+from ..data.node import DataNode
 from ..optim.progress import Progress
 from .build import Run, build_control, checkpoint_folder
 from .loop import Loop
@@ -78,12 +79,14 @@ def effective(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig,
 def restore_run(run: Run, checkpoint: Path | str) -> None:
     """Put a checkpoint's arrays and counters into a freshly built run; of imported ones (fine-tuning), the weights alone."""
     loop = run.loop
-    if _is_import(read_state(checkpoint)):
+    stated = read_state(checkpoint)
+    if _is_import(stated):
         _restore_weights(loop, checkpoint)
         return
+    _same_tokens(stated, run.data, checkpoint)
     loop.engine.prepare_restore()
     state = restore(checkpoint, list(loop.engine.fragments()), build_control(loop.mesh, "restore")).state
-    if state["data_fingerprint"] != run.data_fingerprint:
+    if state["data_fingerprint"] != run.data.fingerprint:
         samples = state["progress"]["samples"]
         log.warning("the data differs from the checkpoint's: the run goes on at sample %d of the new data", samples)
     loop.engine.load_counters(state["counters"])
@@ -91,6 +94,16 @@ def restore_run(run: Run, checkpoint: Path | str) -> None:
     loop.controller.load_state_dict(state["controller"])
     for hook in loop.hooks:
         hook.load_state_dict(state["hooks"].get(type(hook).__name__, {}))
+
+
+def _same_tokens(state: dict[str, Any], data: DataNode, checkpoint: Path | str) -> None:
+    """Raise ConfigError where a token id would now mean another piece of text than the model has learnt."""
+    saved, now = state.get("tokenizer"), None if data.tokenizer is None else data.tokenizer.fingerprint
+    if saved is None or now is None or saved == now:
+        return
+    message = f"the text is cut into other tokens than '{checkpoint}' was trained on"
+    fix = "keep the run's own with data.tokenizer=<its output_dir>/tokenizer.json, or go on with the data it had"
+    raise ConfigError([Problem("data.tokenizer", message, fix)])
 
 
 def _is_import(state: dict[str, Any]) -> bool:

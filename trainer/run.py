@@ -8,11 +8,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.problems import ConfigError
+from ..config.problems import ConfigError, Problem
 from ..data.node import DataNode
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, environment_world_size, pick_device
 from .build import Parts, build_data, build_run
+from .exceptions import bent_rules
 from .loop import TrainingDiverged
 from .resume import effective, restore_run
 from .signals import StopRequest
@@ -33,8 +34,7 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> int:
     problems = run_problems(config, environment_world_size())
     if problems:
         raise ConfigError(problems)
-    data = build_data(config)
-    data.prepare()  # before the process groups: building a large corpus may take longer than their time-out
+    data = prepared_data(config)  # before the process groups: building a large corpus may take longer than their time-out
     parallel = Parts.of(config).parallel
     mesh = Mesh.connect(Layout.plan(parallel, environment_world_size()), pick_device(), parallel.timeout)
     try:
@@ -50,15 +50,34 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> int:
         mesh.close()
 
 
+def prepared_data(config: DictConfig) -> DataNode:
+    """The data of a run, ready to be read. Raises ConfigError for data that can't be: its message names file and place."""
+    data = build_data(config)
+    try:
+        data.prepare()
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
+        raise ConfigError([Problem("data", str(error))]) from error
+    known = config.model.get("vocabulary")
+    if isinstance(known, int) and known < data.vocabulary:
+        message = f"the model knows {known} tokens, and the data has {data.vocabulary}"
+        raise ConfigError([Problem("model.vocabulary", message, f"use {data.vocabulary} or more, or null for the data's own")])
+    return data
+
+
 def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None) -> int:
     output_dir = Path(config.output_dir)
     if mesh.is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
-    current = build_run(config, data, mesh)
+        _make_folder(output_dir)
+        if checkpoint is None and (output_dir / "metrics.jsonl").exists():
+            log.warning("%s holds an earlier run: this one begins anew and writes over it (resume=auto goes on)", output_dir)
+    current = build_run(config, data, mesh)  # takes the lock on the folder of checkpoints
     try:
         if checkpoint is not None:
             restore_run(current, checkpoint)
+        if mesh.is_main:  # nothing is in the way any more: what an earlier run left here may be replaced
+            _describe(config, data, output_dir)
         with StopRequest() as stop:
             reached = current.loop.run(stop)
             if current.saving is not None:
@@ -67,7 +86,26 @@ def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | st
             for hook in current.loop.hooks:
                 hook.on_run_end(current.loop, output_dir)
         elif mesh.is_main:
-            log.warning("asked to stop at step %d; the run goes on with resume=auto", current.loop.progress.step)
+            on = "the run goes on with resume=auto" if current.saving is not None else "nothing was saved (checkpoint.every=0)"
+            log.warning("asked to stop at step %d; %s", current.loop.progress.step, on)
         return 0
     finally:
         current.close()
+
+
+def _describe(config: DictConfig, data: DataNode, output_dir: Path) -> None:
+    """Leave the whole config and the tokenizer with the run, and say which rules it can't keep."""
+    (output_dir / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    if data.tokenizer is not None:
+        data.tokenizer.save(output_dir / "tokenizer.json")  # for `meshloom generate`, wherever the checkpoints go
+    for exception in bent_rules(config):
+        log.warning("%s", exception)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            [Problem("output_dir", f"'{path}' can't be made: {error.strerror}", "give a folder to write to")]
+        ) from error

@@ -33,6 +33,7 @@ from .build import (
     engine_settings,
     optimizer_factory,
 )
+from .hooks import hook_problems
 from .loggers import logging_problems
 
 
@@ -60,6 +61,7 @@ def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
         problems += _asked("optim", lambda: _engine_problems(config, parts, world_size))
     problems += checkpoint_problems(parts.checkpoint)
     problems += logging_problems(parts.logging)
+    problems += hook_problems(parts.trainer.hooks)
     problems += _asked("data", lambda: build_data(config).problems())
     problems += _asked("optim", lambda: _optimizer_problems(config))
     if not any(problem.key.startswith("model") for problem in problems):
