@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 from hydra import initialize_config_module
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -62,6 +63,19 @@ class Composition:
     problems: list[Problem]
 
 
+def _config_loader() -> ConfigLoader:
+    """Hydra's loader for Meshloom's recipes; a program that is in the middle of a Hydra run of its own is left there."""
+    state = GlobalHydra.instance()
+    outer = state.hydra
+    state.clear()
+    try:
+        with initialize_config_module(RECIPES_MODULE, version_base=HYDRA_VERSION):
+            return GlobalHydra.instance().config_loader()
+    finally:
+        if outer is not None:
+            GlobalHydra.instance().initialize(outer)
+
+
 class Composer:
     """Composes configs from Meshloom's recipes and, in front of the built-in schemas, a user's own folder."""
 
@@ -77,14 +91,13 @@ class Composer:
                 )
             escaped = str(folder).replace("'", "\\'")
             self._joined = [f"hydra.searchpath=['file://{escaped}']"]
-        with initialize_config_module(RECIPES_MODULE, version_base=HYDRA_VERSION):
-            self._loader = GlobalHydra.instance().config_loader()
+        self._loader = _config_loader()
         self._known_options: dict[str, list[str]] = {}
 
     def compose(self, overrides: Sequence[str]) -> Composition:
         """The config of these overrides. Raises ConfigError when the recipe itself can't be composed."""
         problems: list[Problem] = []
-        parsed = [*_parse(overrides, problems)]
+        parsed = [*_parse(overrides, self._loader, problems)]
         try:
             return Composition(self._load([override.input_line or "" for override in parsed]), problems)
         except FAULTS:
@@ -93,7 +106,7 @@ class Composer:
     def expand(self, overrides: Sequence[str]) -> list[list[str]]:
         """The overrides of each job of a sweep (`-m`); one job where nothing is swept."""
         problems: list[Problem] = []
-        parsed = [*_parse(overrides, problems)]
+        parsed = [*_parse(overrides, self._loader, problems)]
         problems += [
             Problem(override.get_key_element(), "an interval has no list of values", "write them: key=1,2,3 or key=range(1,4)")
             for override in parsed
@@ -250,8 +263,8 @@ def _copy(source: DictConfig, target: DictConfig, key: str) -> None:
         del node[leaf]
 
 
-def _parse(overrides: Sequence[str], problems: list[Problem]) -> Iterator[Override]:
-    parser = OverridesParser.create()
+def _parse(overrides: Sequence[str], loader: ConfigLoader, problems: list[Problem]) -> Iterator[Override]:
+    parser = OverridesParser.create(loader)  # which knows what a glob(*) of a sweep stands for
     for line in overrides:
         try:
             yield from parser.parse_overrides([opened(line)])

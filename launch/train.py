@@ -60,6 +60,9 @@ def _check(switches: argparse.Namespace) -> None:
         raise ConfigError([Problem(" ".join(chosen), "exclude one another", "give one of them")])
     if switches.help or switches.hydra_help or switches.shell_completion or switches.experimental_rerun:
         return
+    if switches.config_name or switches.config_path:
+        fix = "name a recipe of your own with --config-dir and recipe=…"
+        raise ConfigError([Problem("--config-name, --config-path", "the root of every config is Meshloom's", fix)])
     composer = Composer(switches.config_dir)
     jobs = composer.expand(switches.overrides) if switches.multirun else [switches.overrides]
     problems: list[Problem] = []

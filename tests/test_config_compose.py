@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from meshloom.config.compose import Composer, differences, near_miss, resumed, sweep_folder
@@ -125,6 +127,22 @@ def test_sweep_expands_into_jobs(composer: Composer) -> None:
         for lr in ("0.001", "0.003")
         for schedule in ("wsd", "power")
     ]
+
+
+def test_sweep_over_what_a_group_offers_and_over_no_list(composer: Composer) -> None:
+    jobs = composer.expand(["schedule=glob(w*)", "seed=range(1,3)"])
+    assert jobs == [["schedule=wsd", "seed=1"], ["schedule=wsd", "seed=2"]]
+    with pytest.raises(ConfigError, match="seed: an interval has no list of values"):
+        composer.expand(["seed=interval(0,1)"])
+
+
+def test_composing_leaves_hydra_as_it_was(composer: Composer) -> None:
+    """A program that uses Hydra itself may ask for a config in the middle of its own run."""
+    with initialize_config_module("meshloom.recipes", version_base="1.3"):
+        theirs = GlobalHydra.instance().hydra
+        assert config_of(Composer(), "recipe=llama_1b").recipe == "llama_1b"
+        assert GlobalHydra.instance().hydra is theirs
+    assert not GlobalHydra.instance().is_initialized()
 
 
 def test_sweep_folders_are_named_by_what_is_swept() -> None:

@@ -137,6 +137,11 @@ def test_a_folder_that_can_not_be_written_to_is_refused(
     assert f"output_dir: '{elsewhere}' can't be written to" in capsys.readouterr().err
 
 
+def test_another_root_config_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--config-name", "mine"]) == 2
+    assert "--config-dir and recipe=" in capsys.readouterr().err
+
+
 def test_several_nodes_need_slurm_or_torchrun(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "recipe=quickstart", "launch.nodes=2"]) == 2
     assert "meshloom slurm" in capsys.readouterr().err

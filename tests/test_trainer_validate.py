@@ -121,3 +121,7 @@ def test_what_is_no_hook_is_refused(composer: Composer, hook: str, says: str) ->
     good = "{_target_: meshloom.trainer.garbage.CollectGarbage, every: 3}"
     found = problems_of(composer, 1, f"trainer.hooks=[{good}, {hook}]")
     assert list(found) == ["trainer.hooks[1]"] and says in found["trainer.hooks[1]"]
+
+
+def test_a_url_that_nothing_can_read_is_refused(composer: Composer) -> None:
+    assert "nosuch" in problems_of(composer, 1, "checkpoint.folder='nosuch://bucket/run'")["checkpoint.folder"]

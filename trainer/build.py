@@ -15,8 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint.checkpointer import Checkpointer
 from ..checkpoint.control import Control
+from ..checkpoint.files import open_files
 from ..config import CheckpointConfig, LoggingConfig, ParallelConfig, TrainerConfig
 from ..config.duration import Duration, Unit
+from ..config.problems import ConfigError, Problem
 from ..data.loader import Loader
 from ..data.node import DataNode
 from ..models.llama import Llama
@@ -86,8 +88,14 @@ def build_horizon(config: DictConfig, seq_len: int) -> Horizon:
 
 
 def checkpoint_folder(config: DictConfig) -> str:
-    """Where the run's checkpoints are: a path or an fsspec URL."""
-    return str(config.checkpoint.folder or Path(config.output_dir) / "checkpoints")
+    """Where the run's checkpoints are: a path or an fsspec URL. Raises ConfigError for a URL that nothing here can read."""
+    folder = str(config.checkpoint.folder or Path(config.output_dir) / "checkpoints")
+    try:
+        open_files(folder)
+    except (ValueError, ImportError) as error:
+        fix = "give a path, or a URL whose fsspec library is installed"
+        raise ConfigError([Problem("checkpoint.folder", f"'{folder}': {error}", fix)]) from error
+    return folder
 
 
 def build_control(mesh: Mesh, name: str) -> Control:

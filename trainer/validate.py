@@ -30,6 +30,7 @@ from .build import (
     build_data,
     build_horizon,
     build_model,
+    checkpoint_folder,
     engine_settings,
     optimizer_factory,
 )
@@ -59,7 +60,7 @@ def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
         )
         problems += layout or batch_problems(config.batch, data_size)
         problems += _asked("optim", lambda: _engine_problems(config, parts, world_size))
-    problems += checkpoint_problems(parts.checkpoint)
+    problems += [*checkpoint_problems(parts.checkpoint), *_asked("checkpoint", lambda: _folder_problems(config))]
     problems += logging_problems(parts.logging)
     problems += hook_problems(parts.trainer.hooks)
     problems += _asked("data", lambda: build_data(config).problems())
@@ -130,6 +131,12 @@ def _controller_problems(config: DictConfig, data_size: int) -> list[Problem]:
             fix = "halve batch.micro or double batch.samples"
             found.append(Problem("batch.micro", "AGVM needs two micro-batches or more on every rank", fix))
     return found if config.batch.name == "fixed" else [*controller.problems(), *found]
+
+
+def _folder_problems(config: DictConfig) -> list[Problem]:
+    """Whether the place for checkpoints is one that can be spoken to."""
+    checkpoint_folder(config)
+    return []
 
 
 def _optimizer_problems(config: DictConfig) -> list[Problem]:
