@@ -1,4 +1,5 @@
 """Import from a DeepSpeed ZeRO folder (stages 1–3) or universal folder. Needs no DeepSpeed; runs no code from the files.
+`deepspeed_export.py` is the way back.
 
 A ZeRO rank file holds flat slices. Stages 1 and 2: each parameter group is one flat array, its parameters one after the
 other, cut into equal slices, one per rank. Stage 3: each parameter is flattened, padded and cut into equal shares; a rank's
@@ -7,6 +8,7 @@ flat array has its share of each parameter, one after the other.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +17,10 @@ from typing import Any
 import torch
 
 from .compose import Source, compose
+from .deepspeed_export import STATE
 from .errors import CheckpointError
 from .foreign import load_mapped
+from .manifest import state_fault
 
 _RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 Cut = list[tuple[torch.Tensor, int, int]]  # pieces of a flattened parameter, in order: (flat array, start, length)
@@ -25,17 +29,18 @@ Cut = list[tuple[torch.Tensor, int, int]]  # pieces of a flattened parameter, in
 def import_deepspeed(source: Path, folder: str | Path) -> Path:
     """Make a checkpoint out of a DeepSpeed folder (the run's, or one tag's). Files are mapped, one array is held at a time.
 
-    The fp32 master weights become role "weight", optimizer tensors a role by their name. The optimizer's step count goes
-    into the state, under `imported_from`. Raises CheckpointError for what can't be told apart by name: model or pipeline
-    parallel ranks (convert to universal first), frozen parameters, `round_robin_gradients`.
+    The fp32 master weights become role "weight", optimizer tensors a role by their name. The optimizer's step count, parameter
+    groups and hyper-parameters go into the state, under `imported_from`; what was exported from here and not trained on since
+    has its own state again. Raises CheckpointError for what can't be told apart by name: model or pipeline parallel ranks
+    (convert to universal first), frozen parameters, `round_robin_gradients`.
     """
     tag = _tag(source)
     number = re.search(r"(\d+)\D*$", tag.name)
     step = int(number[1]) if number else 0
     if (tag / "zero").is_dir():
-        sources, counters = _universal(tag / "zero")
-        state = {"imported_from": {"format": "deepspeed universal", "counters": counters}}
-        return compose(folder, step, sources, state)
+        sources, counters, groups = _universal(tag / "zero")
+        state = {"imported_from": {"format": "deepspeed universal", "counters": counters, "groups": groups}}
+        return compose(folder, step, sources, _own_state(tag, step) or state)
     ranks = _rank_files(tag)
     optimizers = [load_mapped(path)["optimizer_state_dict"] for path in ranks]
     stage = int(_plain(optimizers[0].get("zero_stage"), 3 if "fp32_flat_groups" in optimizers[0] else 2))
@@ -46,8 +51,48 @@ def import_deepspeed(source: Path, folder: str | Path) -> Path:
         cuts = _cut_stage_3(by_group, shapes) if stage == 3 else _cut_groups(by_group, shapes)
         for name, shape, cut in cuts:
             sources.append(Source(name, role, cut[0][0].dtype, shape, _joiner(cut, shape)))
-    state = {"imported_from": {"format": f"deepspeed zero {stage}", "ranks": len(ranks), "counters": counters}}
-    return compose(folder, step, sources, state)
+    base: Any = optimizers[0]["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
+    hyper = base.get("param_groups", []) if isinstance(base, dict) else []
+    state = {
+        "imported_from": {
+            "format": f"deepspeed zero {stage}",
+            "ranks": len(ranks),
+            "counters": counters,
+            "groups": _groups([list(group) for group in shapes], hyper),
+        }
+    }
+    return compose(folder, step, sources, _own_state(tag, step) or state)
+
+
+def _groups(flats: list[list[str]], hyper: list[Any]) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups: names in its order, and those of its settings that are plain values.
+
+    flats: names in each flat array; a group of the optimizer's may have several (stage 3's sub-groups).
+    """
+    found: list[dict[str, Any]] = []
+    for number, group in enumerate(hyper or [{} for _ in flats]):
+        members = [name for flat in group.get("params", [number]) for name in flats[flat]]
+        settings = {key: list(value) if isinstance(value, tuple) else value for key, value in group.items() if key != "params"}
+        found.append({"names": members, "settings": {key: value for key, value in settings.items() if _is_plain(value)}})
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(one, int | float) for one in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _own_state(tag: Path, step: int) -> dict[str, Any] | None:
+    """The state of the run that this folder was exported from, if no step was taken since; None for anybody else's."""
+    for path in sorted(tag.glob("*mp_rank_00_model_states.pt")):
+        model = load_mapped(path)
+        text = model.get(STATE)
+        if not isinstance(text, str) or model.get("global_steps") != step:
+            return None
+        state = json.loads(text)
+        return state if isinstance(state, dict) and state_fault(state) is None else None
+    return None
 
 
 def _tag(source: Path) -> Path:
@@ -116,7 +161,7 @@ def _flats_of_stage_3(optimizers: list[Any]) -> tuple[dict[str, list[list[torch.
 
 
 def _add_or_count(roles: dict[str, Any], counters: dict[str, float], key: str, group: int, value: Any) -> None:
-    if isinstance(value, torch.Tensor) and value.numel() > 1:
+    if isinstance(value, torch.Tensor) and value.dim():
         _add(roles, key, group, value)
     elif isinstance(value, torch.Tensor | int | float):
         counters[key] = float(value)
@@ -184,19 +229,24 @@ def _joiner(cut: Cut, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
     return lambda: torch.cat([flat[start : start + length] for flat, start, length in cut]).reshape(shape)
 
 
-def _universal(zero: Path) -> tuple[list[Source], dict[str, float]]:
+def _universal(zero: Path) -> tuple[list[Source], dict[str, float], list[dict[str, Any]]]:
     """One folder per parameter, one file per role; stages 1 and 2 store {"param": …}, stage 3 flat tensors."""
     shapes: dict[str, tuple[int, ...]] = {}
+    names: list[list[str]] = []
     for path in sorted(zero.parent.glob("*model_states.pt")):
-        for group in load_mapped(path).get("param_shapes", []):
+        groups: list[Any] = load_mapped(path).get("param_shapes") or []
+        for group in groups:
             shapes |= {key: tuple(shape) for key, shape in group.items()}
+        names = names or [list(group) for group in groups]
+    settings = zero / "optimizer_state.pt"
+    hyper = load_mapped(settings).get("param_groups", []) if settings.is_file() else []
     sources: list[Source] = []
     counters: dict[str, float] = {}
     for parameter in sorted(path for path in zero.iterdir() if path.is_dir()):
         name = parameter.name
         for file in sorted(parameter.glob("*.pt")):
             value = _universal_value(file)
-            if value is None or value.numel() == 1:
+            if value is None or not value.dim():
                 counters[file.stem] = float(value if value is not None else load_mapped(file))
                 continue
             shape = shapes.get(name, tuple(value.shape))
@@ -206,7 +256,7 @@ def _universal(zero: Path) -> tuple[list[Source], dict[str, float]]:
             sources.append(Source(name, role, value.dtype, shape, _universal_getter(file, shape)))
     if not sources:
         raise CheckpointError(f"{zero}: there are no parameters in it")
-    return sources, counters
+    return sources, counters, _groups(names, hyper)
 
 
 def _universal_value(file: Path) -> torch.Tensor | None:

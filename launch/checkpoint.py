@@ -51,10 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--keep", type=int, required=True, help="how many complete steps stay")
     stats = command("stats", _stats, "how long the saves of a run took, and what for")
     stats.add_argument("path")
-    export = command("export", _export, "write the weights as a Hugging Face model folder")
+    export = command("export", _export, "write a Hugging Face model folder, or DeepSpeed's rank files or universal folder")
     export.add_argument("path", help="a step, or a run (its newest step)")
     export.add_argument("output", type=Path)
-    export.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="convert the weights (default: as stored)")
+    kinds = ["hf", "deepspeed", "universal"]
+    export.add_argument("--format", choices=kinds, default="hf", help="hf: the weights; the others: the optimizer's state too")
+    export.add_argument("--zero", type=int, choices=[1, 2, 3], help="deepspeed: the ZeRO stage that will load it")
+    export.add_argument("--ranks", type=int, help="deepspeed: the number of processes that will load it")
+    export.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="of the weights (hf: default as stored)")
     export.add_argument("--tokenizer", type=Path, help="a tokenizer.json, or a folder with one")
     bring = command("import", _import, "make a checkpoint out of a Hugging Face, DeepSpeed or PyTorch DCP folder")
     bring.add_argument("source", type=Path)
@@ -169,11 +173,25 @@ def _stats(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from ..checkpoint.deepspeed_export import export_ranks, export_universal
     from ..checkpoint.hf import export
     from ..checkpoint.tools import step_folders
 
     files = step_folders(arguments.path)[0]
-    folder = export(files, arguments.output, dtype=arguments.dtype, tokenizer=arguments.tokenizer)
+    ranks, zero = arguments.ranks, arguments.zero
+    given = [value for value in (ranks, zero) if value is not None]
+    if len(given) != (2 if arguments.format == "deepspeed" else 0):
+        raise CheckpointError("--zero and --ranks go with --format deepspeed, both: rank files are for one stage and number")
+    if arguments.tokenizer is not None and arguments.format != "hf":
+        raise CheckpointError("--tokenizer goes with --format hf")
+    if arguments.dtype is not None and arguments.format == "universal":
+        raise CheckpointError("--dtype does not go with --format universal, which holds fp32 alone")
+    if arguments.format == "universal":
+        folder = export_universal(files, arguments.output)
+    elif arguments.format == "deepspeed":
+        folder = export_ranks(files, arguments.output, stage=zero, ranks=ranks, dtype=arguments.dtype)
+    else:
+        folder = export(files, arguments.output, dtype=arguments.dtype, tokenizer=arguments.tokenizer)
     print(f"{files.label()} → {folder}")
     return 0
 

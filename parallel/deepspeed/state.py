@@ -346,7 +346,7 @@ class ShardedState(EngineState):
     def _files(self, index: int) -> list[tuple[str, str]]:
         """Role and file of each of a swapped group's arrays; DeepSpeed names state tensors by role and master."""
         master, *states = self._swap_info(index).tensors
-        ending = f"-{self.masters()[index].ds_id}"
+        ending = f"-{master.compute_tensor.ds_id}"
         named = [(state.compute_tensor.ds_id.removesuffix(ending), state.swap_path) for state in states]
         return [("weight", master.swap_path), *named]
 
