@@ -21,23 +21,27 @@ class BatchConfig:
 
 @dataclass
 class StagesConfig:
-    """stages: "0:768 250B:1536", sizes by tokens consumed; samples: the start, read where stages doesn't begin with 0."""
+    """stages: "0:768 250B:1536", sizes by tokens consumed; samples: the start, read where stages doesn't begin with 0;
+    micro_max: see AdaptiveConfig."""
 
     _target_: str = "meshloom.optim.batch.Stages"
     name: str = "stages"
     samples: int | None = None
     micro: int = 8
+    micro_max: int | None = None
     stages: str = MISSING
 
 
 @dataclass
 class RampConfig:
-    """From samples to max in equal steps of `multiple` (null: micro × data-parallel size) over a duration."""
+    """From samples to max in equal steps of `multiple` (null: micro × data-parallel size) over a duration; micro_max: see
+    AdaptiveConfig."""
 
     _target_: str = "meshloom.optim.batch.Ramp"
     name: str = "ramp"
     samples: int | str = 32
     micro: int = 8
+    micro_max: int | None = None
     max: int = MISSING
     over: int | float | str = "10%"
     multiple: int | None = None
@@ -55,12 +59,14 @@ class AdaptiveConfig:
     growth    largest factor of one change; null: no limit
     shrink    whether the size may fall again
     multiple  sizes are multiples of this; null: of micro × data-parallel size
+    micro_max a micro-batch doubles up to this size while every rank still has four or more; null: it stays at micro
     """
 
     _target_: str = MISSING
     name: str = MISSING
     samples: int | str = 32
     micro: int = 8
+    micro_max: int | None = None
     max: int = MISSING
     eta: float = 0.2
     interval: int = 1

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NotRequired, TypedDict, Unpack
 
 from .batch import Controller
 from .horizon import Horizon
 from .progress import Progress
 from .statistics import GradientStatistics, MovingMeans
+
+
+class AdaptiveOptions(TypedDict):
+    """Keys of every measuring controller: see `Adaptive` for what they mean, and for the defaults where not said."""
+
+    samples: int
+    max: int
+    interval: NotRequired[int]
+    ema: NotRequired[float]
+    growth: NotRequired[float | None]
+    shrink: NotRequired[bool]
+    multiple: NotRequired[int | None]
+    micro_growth: NotRequired[float]
 
 
 class Adaptive(Controller):
@@ -18,9 +31,9 @@ class Adaptive(Controller):
     max       the largest size
     interval  steps between decisions; with no smoothing, only those steps are measured
     ema       weight of the past in the moving means that decisions are taken from; 0: the newest measurement alone
-    growth    a decision changes the size at most by this factor; None: no limit
+    growth    a decision changes the size at most by this factor, up to rounding; None: no limit
     shrink    whether the size may fall again
-    multiple  see `Controller`
+    multiple, micro_growth  see `Controller`
     """
 
     def __init__(
@@ -34,8 +47,9 @@ class Adaptive(Controller):
         growth: float | None = 2.0,
         shrink: bool = False,
         multiple: int | None = None,
+        micro_growth: float = 1,
     ) -> None:
-        super().__init__(horizon, divisor, samples, max, multiple)
+        super().__init__(horizon, divisor, samples, max, multiple, micro_growth)
         self.interval, self.growth, self.shrink = interval, growth, shrink
         self._means = MovingMeans(ema)
         self._target = float(samples)
@@ -45,6 +59,12 @@ class Adaptive(Controller):
             self._problem("batch.ema", f"{ema:g} is not a weight of the past", "use a number in [0, 1)")
         if growth is not None and growth <= 1:
             self._problem("batch.growth", f"a factor of {growth:g} lets nothing grow", "use more than 1, or null")
+
+    def _must_be_positive(self, **settings: float) -> None:
+        """Thresholds and constants at which a test would ask for no batch at all."""
+        for key, value in settings.items():
+            if value <= 0:
+                self._problem(f"batch.{key}", f"{value:g} gives no batch", "use a positive number")
 
     def wanted(self) -> float | None:
         """The size that the measurements so far ask for (infinity: more than any); None: they say nothing yet."""
@@ -128,6 +148,11 @@ def _ratio(noise: float, signal: float) -> float:
     return noise / signal if signal > 0 else math.inf
 
 
+def _smoothed(options: AdaptiveOptions) -> AdaptiveOptions:
+    """The options with defaults for following a number that is very noisy from step to step."""
+    return {"interval": 10, "ema": 0.95, "growth": 1.25, **options}
+
+
 class NormTest(FromStatistics):
     """The norm test of AdAdaGrad (arXiv 2402.11215), from workers' gradients as in DDP-Norm and FSDP-Norm (2412.21124).
 
@@ -143,21 +168,14 @@ class NormTest(FromStatistics):
         self,
         horizon: Horizon,
         divisor: int,
-        samples: int,
-        max: int,
         eta: float = 0.2,
         unbiased: bool = False,
         literal: bool = False,
-        interval: int = 1,
-        ema: float = 0.0,
-        growth: float | None = 2.0,
-        shrink: bool = False,
-        multiple: int | None = None,
+        **options: Unpack[AdaptiveOptions],
     ) -> None:
-        super().__init__(horizon, divisor, samples, max, interval, ema, growth, shrink, multiple)
+        super().__init__(horizon, divisor, **options)
         self.eta, self.unbiased, self.literal = eta, unbiased, literal
-        if eta <= 0:
-            self._problem("batch.eta", f"{eta:g} allows no batch at all", "use a number such as 0.2")
+        self._must_be_positive(eta=eta)
 
     def wanted(self) -> float | None:
         """tr Σ / (η² ‖g‖²)."""
@@ -174,23 +192,10 @@ class InnerProduct(FromStatistics):
 
     needs_projections = True
 
-    def __init__(
-        self,
-        horizon: Horizon,
-        divisor: int,
-        samples: int,
-        max: int,
-        eta: float = 0.5,
-        interval: int = 1,
-        ema: float = 0.0,
-        growth: float | None = 2.0,
-        shrink: bool = False,
-        multiple: int | None = None,
-    ) -> None:
-        super().__init__(horizon, divisor, samples, max, interval, ema, growth, shrink, multiple)
+    def __init__(self, horizon: Horizon, divisor: int, eta: float = 0.5, **options: Unpack[AdaptiveOptions]) -> None:
+        super().__init__(horizon, divisor, **options)
         self.eta = eta
-        if eta <= 0:
-            self._problem("batch.eta", f"{eta:g} allows no batch at all", "use a number such as 0.5")
+        self._must_be_positive(eta=eta)
 
     def wanted(self) -> float | None:
         """Var⟨g_i, g⟩ / (η² ‖g‖⁴)."""
@@ -204,23 +209,11 @@ class Augmented(InnerProduct):
     """
 
     def __init__(
-        self,
-        horizon: Horizon,
-        divisor: int,
-        samples: int,
-        max: int,
-        eta: float = 0.5,
-        nu: float = 1.0,
-        interval: int = 1,
-        ema: float = 0.0,
-        growth: float | None = 2.0,
-        shrink: bool = False,
-        multiple: int | None = None,
+        self, horizon: Horizon, divisor: int, eta: float = 0.5, nu: float = 1.0, **options: Unpack[AdaptiveOptions]
     ) -> None:
-        super().__init__(horizon, divisor, samples, max, eta, interval, ema, growth, shrink, multiple)
+        super().__init__(horizon, divisor, eta, **options)
         self.nu = nu
-        if nu <= 0:
-            self._problem("batch.nu", f"{nu:g} allows no batch at all", "use a number such as 1.0")
+        self._must_be_positive(nu=nu)
 
     def wanted(self) -> float | None:
         """The larger of what the two tests ask for."""
@@ -232,25 +225,14 @@ class NoiseScale(FromStatistics):
     """The batch follows the simple noise scale tr Σ / ‖E g‖² (McCandlish et al., arXiv 1812.06162).
 
     eta  the size, as a multiple of the noise scale: at 1 a step makes half the progress that an infinite batch would
+
+    Smoothed unless told otherwise: interval 10, ema 0.95, growth 1.25.
     """
 
-    def __init__(
-        self,
-        horizon: Horizon,
-        divisor: int,
-        samples: int,
-        max: int,
-        eta: float = 1.0,
-        interval: int = 10,
-        ema: float = 0.95,
-        growth: float | None = 1.25,
-        shrink: bool = False,
-        multiple: int | None = None,
-    ) -> None:
-        super().__init__(horizon, divisor, samples, max, interval, ema, growth, shrink, multiple)
+    def __init__(self, horizon: Horizon, divisor: int, eta: float = 1.0, **options: Unpack[AdaptiveOptions]) -> None:
+        super().__init__(horizon, divisor, **_smoothed(options))
         self.eta = eta
-        if eta <= 0:
-            self._problem("batch.eta", f"{eta:g} times the noise scale is no batch", "use a number such as 1.0")
+        self._must_be_positive(eta=eta)
 
     def wanted(self) -> float | None:
         """η × noise scale."""
@@ -265,6 +247,8 @@ class CriticalLoss(Adaptive):
     eta     the size, as a multiple of the critical batch
     tokens  B_*, in tokens: depends on data and tokenizer, and is best fitted to runs of one's own (`meshloom fit`)
     alpha   α_B
+
+    Smoothed unless told otherwise: interval 10, ema 0.95, growth 1.25.
     """
 
     needs_loss = True
@@ -273,22 +257,14 @@ class CriticalLoss(Adaptive):
         self,
         horizon: Horizon,
         divisor: int,
-        samples: int,
-        max: int,
         eta: float = 1.0,
         tokens: float = 2.1e8,
         alpha: float = 0.21,
-        interval: int = 10,
-        ema: float = 0.95,
-        growth: float | None = 1.25,
-        shrink: bool = False,
-        multiple: int | None = None,
+        **options: Unpack[AdaptiveOptions],
     ) -> None:
-        super().__init__(horizon, divisor, samples, max, interval, ema, growth, shrink, multiple)
+        super().__init__(horizon, divisor, **_smoothed(options))
         self.eta, self.tokens, self.alpha = eta, tokens, alpha
-        for key, value in (("eta", eta), ("tokens", tokens), ("alpha", alpha)):
-            if value <= 0:
-                self._problem(f"batch.{key}", f"{value:g} gives no batch", "use a positive number")
+        self._must_be_positive(eta=eta, tokens=tokens, alpha=alpha)
 
     def measure(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> dict[str, float] | None:
         """The loss."""

@@ -6,6 +6,9 @@ answer is a function of progress and of its saved state, so every rank and every
 Sizes are multiples of `multiple`. Left to itself that is what the layout asks for (batch.micro × data-parallel size), and
 then a run's sizes depend, through rounding, on its layout; with `batch.multiple` set they don't, as long as every layout
 that the run sees can cut it.
+
+A larger batch is accumulated from more micro-batches. With `batch.micro_max` the micro-batch grows too, by doublings, once
+every rank has enough of them: fewer and larger ones cost less time, at the price of memory.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from .horizon import Horizon
 from .progress import Progress
 from .statistics import GradientStatistics
 
+ENOUGH = 4
+"""A micro-batch is doubled only where a rank is left with so many: what is measured is how they differ."""
+
 
 class Controller:
     """The base: a size that never changes.
@@ -29,6 +35,7 @@ class Controller:
     samples   the size at the start
     max       no size is larger
     multiple  sizes are multiples of this: None: of `divisor`
+    micro_growth  how many times batch.micro a micro-batch may become: batch.micro_max / batch.micro, a power of two
 
     needs_loss         whether `observe` must be called with the step's loss
     needs_statistics   whether `observe` must be given a `GradientStatistics`, at steps where `measures` says so
@@ -40,7 +47,13 @@ class Controller:
     needs_projections = False
 
     def __init__(
-        self, horizon: Horizon, divisor: int, samples: int, max: int | None = None, multiple: int | None = None
+        self,
+        horizon: Horizon,
+        divisor: int,
+        samples: int,
+        max: int | None = None,
+        multiple: int | None = None,
+        micro_growth: float = 1,
     ) -> None:
         self.horizon = horizon
         self.samples = samples
@@ -58,6 +71,11 @@ class Controller:
             self.multiple = divisor
         if max is not None and max < samples:
             self._problem("batch.max", f"{max} is less than batch.samples={samples}", "raise it")
+        self._micro_growth = micro_growth
+        if micro_growth < 1 or not math.log2(micro_growth).is_integer():
+            what = f"is {micro_growth:g} times batch.micro, which doublings don't reach"
+            self._problem("batch.micro_max", what, "use 2, 4, 8 … times batch.micro, or leave it out")
+            self._micro_growth = 1
 
     def problems(self) -> list[Problem]:
         """What a user must change before this controller can be used; empty if nothing."""
@@ -87,9 +105,20 @@ class Controller:
         """Put back what `state_dict` gave."""
 
     def rounded(self, size: float) -> int:
-        """The smallest legal size of at least `size`, or the largest legal one."""
-        most = math.inf if self.max is None else max(self.multiple, self.max // self.multiple * self.multiple)
-        return int(min(most, max(1, math.ceil(min(size, most) / self.multiple)) * self.multiple))
+        """The smallest legal size of at least `size`, or the largest legal one.
+
+        Where micro-batches may grow, a legal size can be cut into such as are large for it.
+        """
+        size = size if self.max is None else min(size, self.max)
+        unit = self.multiple * _doublings(self._micro_growth, size / self.multiple)
+        most = math.inf if self.max is None else max(unit, self.max // unit * unit)
+        return int(min(most, max(1, math.ceil(size / unit)) * unit))
+
+    def micro_factor(self, size: int) -> int:
+        """How many times batch.micro the micro-batches of a step of so many samples have."""
+        count, rest = divmod(size, self._divisor)
+        whole = math.gcd(count, 2**30) if not rest else 1  # the doublings that cut it evenly
+        return min(whole, _doublings(self._micro_growth, count))
 
     def _problem(self, key: str, message: str, fix: str) -> None:
         self._problems.append(Problem(key, message, fix))
@@ -101,6 +130,14 @@ class Controller:
         elif size % self._divisor:
             message = f"{size} is not a multiple of batch.micro × data-parallel size = {self._divisor}"
             self._problem(key, message, f"use {_around(size, self._divisor)}")
+
+
+def _doublings(most: float, count: float) -> int:
+    """The largest power of two, at most `most`, that leaves ENOUGH of `count` micro-batches."""
+    factor = 1
+    while 2 * factor <= most and 2 * factor * ENOUGH <= count:
+        factor *= 2
+    return factor
 
 
 def _around(size: int, divisor: int) -> str:
@@ -124,12 +161,14 @@ class Stages(Controller):
     samples  the size before the first point; where that is 0 it is not needed, and not read
     """
 
-    def __init__(self, horizon: Horizon, divisor: int, stages: str, samples: int | None = None) -> None:
+    def __init__(
+        self, horizon: Horizon, divisor: int, stages: str, samples: int | None = None, micro_growth: float = 1
+    ) -> None:
         parts = [self._read(written) for written in re.split(r"[\s,]+", stages.strip()) if written]
         self._stages = [part for part in parts if part is not None]
         first = next((size for start, size in self._stages if start.value == 0), None)
         start = samples if first is None else first
-        super().__init__(horizon, divisor, divisor if start is None else start)
+        super().__init__(horizon, divisor, divisor if start is None else start, micro_growth=micro_growth)
         if not parts or None in parts:
             self._problem("batch.stages", f"can't read '{stages}'", "write it as '0:768 250B:1536', points in tokens")
         if start is None:
@@ -170,9 +209,16 @@ class Ramp(Controller):
     """
 
     def __init__(
-        self, horizon: Horizon, divisor: int, samples: int, max: int, over: str | int | float, multiple: int | None = None
+        self,
+        horizon: Horizon,
+        divisor: int,
+        samples: int,
+        max: int,
+        over: str | int | float,
+        multiple: int | None = None,
+        micro_growth: float = 1,
     ) -> None:
-        super().__init__(horizon, divisor, samples, max, multiple)
+        super().__init__(horizon, divisor, samples, max, multiple, micro_growth)
         self._check_size("batch.max", max)
         self._over = Duration(1, Unit.STEPS)
         try:

@@ -39,4 +39,5 @@ def build_optimizer(node: Any, parameters: Sequence[NamedParameter], shards: Sha
 
 def build_controller(node: Any, horizon: Horizon, divisor: int) -> Controller:
     """The batch-size controller of `config.batch`. divisor: batch.micro × data-parallel size. Ask its `problems()` first."""
-    return _call(node, ("name", "micro"), horizon=horizon, divisor=divisor)
+    grows = {} if node.get("micro_max") is None else {"micro_growth": node["micro_max"] / node["micro"]}
+    return _call(node, ("name", "micro", "micro_max"), horizon=horizon, divisor=divisor, **grows)

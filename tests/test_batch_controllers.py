@@ -56,7 +56,7 @@ def test_estimators_on_gaussian_gradients() -> None:
     assert variance == pytest.approx(100, abs=3 * 100 * math.sqrt(2 / 7000 / draws))
     assert signal == pytest.approx(1, abs=0.02)
     assert square == pytest.approx(4.125, abs=0.02)
-    controller = NormTest(HORIZON, 1, 32, 10_000, eta=0.5, unbiased=True, growth=None, ema=0.99999, shrink=True)
+    controller = NormTest(HORIZON, 1, samples=32, max=10_000, eta=0.5, unbiased=True, growth=None, ema=0.99999, shrink=True)
     for statistics in found:
         controller.observe(statistics, 0.0, at(step=1))
     assert controller.next_batch(at()) == pytest.approx(400, rel=0.02)
@@ -96,6 +96,52 @@ def test_moving_means_forget_their_start() -> None:
     assert means["x"] == 5.0
     means.update({"x": 1.0})
     assert means["x"] == pytest.approx((0.9 * 5 + 1) / 1.9)
+
+
+# Micro-batches that grow.
+
+
+def growing(multiple: int | None = None) -> NormTest:
+    options = {"samples": 16, "max": 1000, "multiple": multiple, "micro_growth": 8}
+    return NormTest(HORIZON, 8, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "size", "factor"),
+    [
+        (16, 16, 1),  # two micro-batches
+        (57, 64, 2),  # eight of eight samples, which are four of sixteen
+        (40, 40, 1),
+        (65, 80, 2),
+        (128, 128, 4),
+        (250, 256, 8),
+        (256, 256, 8),  # four of 64, the largest allowed
+        (950, 960, 8),
+        (10**6, 960, 8),  # 1,000 is no multiple of 64
+    ],
+)
+def test_sizes_can_be_cut_into_the_micro_batches_that_they_have_earned(wanted: int, size: int, factor: int) -> None:
+    assert growing().rounded(wanted) == size and growing().micro_factor(size) == factor
+
+
+@given(st.floats(1, 1e4), st.sampled_from([None, 8, 24, 64]))
+def test_whatever_is_asked_every_rank_has_enough_micro_batches(wanted: float, multiple: int | None) -> None:
+    size = growing(multiple).rounded(wanted)
+    factor = growing(multiple).micro_factor(size)
+    assert size % (multiple or 8) == 0 and size % (8 * factor) == 0
+    assert factor in (1, 2, 4, 8) and (factor == 1 or size // (8 * factor) >= 4)
+
+
+def test_with_a_multiple_sizes_do_not_depend_on_the_layout() -> None:
+    wide, narrow = (NormTest(HORIZON, divisor, samples=64, max=1000, multiple=64, micro_growth=4) for divisor in (32, 8))
+    assert [wide.rounded(n) for n in range(1, 1200, 7)] == [narrow.rounded(n) for n in range(1, 1200, 7)]
+
+
+def test_a_micro_batch_stays_where_it_is_not_to_grow_and_where_doublings_do_not_fit() -> None:
+    assert NormTest(HORIZON, 8, samples=16, max=1000).micro_factor(512) == 1
+    assert growing().micro_factor(8 * 33) == 1, "an odd number of micro-batches"
+    (problem,) = problems(NormTest(HORIZON, 8, samples=16, max=1000, micro_growth=3))
+    assert "batch.micro_max" in problem
 
 
 # Planned controllers.
@@ -149,7 +195,7 @@ def test_a_size_the_layout_cannot_cut_is_refused_with_a_way_out() -> None:
         "batch.samples: 10 is not a multiple of batch.micro × data-parallel size = 8; use 8 or 16"
     ]
     assert problems(Fixed(HORIZON, 8, 3))[0].endswith("use 8")
-    found = NormTest(HORIZON, 8, 32, 16, eta=0, interval=0, ema=1.0, growth=1.0, multiple=12).problems()
+    found = NormTest(HORIZON, 8, samples=32, max=16, eta=0, interval=0, ema=1.0, growth=1.0, multiple=12).problems()
     assert [p.key.removeprefix("batch.") for p in found] == ["multiple", "max", "interval", "ema", "growth", "eta"]
 
 
@@ -224,7 +270,7 @@ def test_means_are_averaged_not_ratios() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_step_that_diverged_changes_nothing(bad: float) -> None:
-    controller, loss = norm_test(), CriticalLoss(HORIZON, 8, 32, 1000)
+    controller, loss = norm_test(), CriticalLoss(HORIZON, 8, samples=32, max=1000)
     before = controller.state_dict(), loss.state_dict()
     controller.observe(statistics(bad, 2), 0.0, at(step=1))
     controller.observe(None, 0.0, at(step=2))
@@ -238,8 +284,8 @@ def with_projection(s: float) -> GradientStatistics:
 
 def test_inner_product_and_augmented_tests() -> None:
     """(S − N²) m J / (J − 1) = (4.3 − 4) · 32 / 3 = 3.2 along, (A − S / N) · 32 / 3 = 83.73 across; N = 2."""
-    inner = InnerProduct(HORIZON, 1, 1, 10**6, eta=0.1, growth=None)
-    augmented = Augmented(HORIZON, 1, 1, 10**6, eta=0.1, nu=0.5, growth=None)
+    inner = InnerProduct(HORIZON, 1, samples=1, max=10**6, eta=0.1, growth=None)
+    augmented = Augmented(HORIZON, 1, samples=1, max=10**6, eta=0.1, nu=0.5, growth=None)
     for controller in (inner, augmented):
         controller.observe(with_projection(4.3), 0.0, at(step=1))
     assert inner.next_batch(at()) == math.ceil(3.2 / (0.01 * 4))
@@ -250,7 +296,7 @@ def test_inner_product_and_augmented_tests() -> None:
 
 def test_noise_scale_controller() -> None:
     """‖E g‖² = N − tr Σ / b: with tr Σ = 64, N = 4, b = 32 the signal is 2 and the scale 32; η = 2 wants 64."""
-    controller = NoiseScale(HORIZON, 1, 8, 1000, eta=2.0, growth=None, interval=1, ema=0.0)
+    controller = NoiseScale(HORIZON, 1, samples=8, max=1000, eta=2.0, growth=None, interval=1, ema=0.0)
     assert controller.noise_scale is None
     controller.observe(statistics(64, 4), 0.0, at(step=1))
     assert controller.noise_scale == pytest.approx(32)
@@ -262,7 +308,7 @@ def test_noise_scale_controller() -> None:
 @pytest.mark.parametrize(("loss", "tokens"), [(4.0, 2.853e5), (3.0, 1.1226e6), (2.5, 2.675e6), (2.0, 7.740e6)])
 def test_critical_batch_of_a_loss(loss: float, tokens: float) -> None:
     """Kaplan's B_crit (ALGORITHMS 1.4)."""
-    controller = CriticalLoss(HORIZON, 1, 8, 10**6, growth=None, interval=1, ema=0.0)
+    controller = CriticalLoss(HORIZON, 1, samples=8, max=10**6, growth=None, interval=1, ema=0.0)
     assert controller.needs_loss and not controller.needs_statistics
     controller.observe(None, loss, at(step=1))
     assert controller.next_batch(at()) == pytest.approx(tokens / HORIZON.seq_len, rel=3e-3)
@@ -323,10 +369,10 @@ def test_a_resume_under_another_controller_keeps_the_size_reached() -> None:
     """The new kind's own means start afresh; a size below its own start, or a controller that had none, gives its start."""
     first = norm_test()
     first.observe(statistics(100, 2), 0.0, at(step=1))
-    second = CriticalLoss(HORIZON, 8, 32, 1000)
+    second = CriticalLoss(HORIZON, 8, samples=32, max=1000)
     second.load_state_dict(first.state_dict())
     assert second.next_batch(at()) == 200 and second.noise_scale is None
-    larger = NoiseScale(HORIZON, 8, 256, 1000)
+    larger = NoiseScale(HORIZON, 8, samples=256, max=1000)
     larger.load_state_dict(first.state_dict())
     assert larger.next_batch(at()) == 256
     larger.load_state_dict(Fixed(HORIZON, 8, 32).state_dict())

@@ -11,16 +11,21 @@ import pytest
 from meshloom.config.compose import Composer
 from meshloom.launch.train import main
 from meshloom.trainer.run import run
+from meshloom.trainer.validate import run_problems
 from ranks import run_ranks
 
-TINY = [
+PLAIN = [
     "recipe=quickstart",
     "data=synthetic",
     "data.seq_len=16",
     "precision=fp64",
     *("model.vocabulary=64", "model.dim=16", "model.layers=2", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=32"),
     *("trainer.steps=null", "trainer.eval_every=0", "trainer.sample_prompt=null", "logging.progress=false"),
-    *("schedule=constant", "schedule.warmup=512 tokens", "optim.lr_coupling=sqrt_saturating"),
+    *("schedule=constant", "schedule.warmup=512 tokens"),
+]
+TINY = [
+    *PLAIN,
+    "optim.lr_coupling=sqrt_saturating",
     *("batch=norm_test", "batch.samples=8", "batch.micro=2", "batch.multiple=8", "batch.max=64", "batch.eta=0.6"),
     *("batch.ema=0.5", "batch.growth=1.2", "batch.interval=3"),
 ]
@@ -79,3 +84,54 @@ def test_stopped_and_resumed_on_another_layout(alone: list[dict[str, Any]], tmp_
     first = run_ranks(4, trained, str(tmp_path), LONG // 2, ["parallel.zero=3"])[0]
     assert 8 < first[-1]["batch_samples"] < alone[-1]["batch_samples"], "stopped while growing"
     same(run_ranks(1, resumed, str(tmp_path), LONG)[0], alone)
+
+
+STAGED = ["batch=stages", "batch.stages='0:8 512:16 2048:32'", "batch.micro=2", "optim.lr_coupling=sqrt"]
+
+
+def counted(rank: int, world_size: int, folder: str, tokens: int, extra: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a run, and how many micro-batches each step of this rank had."""
+    from meshloom.parallel.torch_engine import TorchEngine
+
+    counts: list[int] = []
+    accumulate = TorchEngine.accumulate
+
+    def noting(engine: TorchEngine, batches: Any, *others: Any) -> Any:
+        counts.append(len(batches))
+        return accumulate(engine, batches, *others)
+
+    TorchEngine.accumulate = noting  # the rank is a process of its own
+    config = Composer().compose([*PLAIN, *STAGED, f"output_dir={folder}", f"trainer.tokens={tokens}", *extra]).config
+    assert run(config) == 0
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in ROW if key in row} for row in rows if "loss" in row], counts
+
+
+def test_micro_batches_grow_without_changing_the_run(tmp_path: Path) -> None:
+    """Sizes 8, 16, 32 in micro-batches of 2: with micro_max they become fewer and larger ones, and losses stay."""
+    plain, ones = run_ranks(1, counted, str(tmp_path / "plain"), 16 * 8 * 30, [])[0]
+    grown, fewer = run_ranks(1, counted, str(tmp_path / "grown"), 16 * 8 * 30, ["batch.micro_max=4"])[0]
+    assert sorted(set(ones)) == [4, 8, 16] and sorted(set(fewer)) == [4, 8], "8 / 2, 16 / 4, 32 / 4"
+    same(grown, plain)
+    spread, counts = run_ranks(2, counted, str(tmp_path / "spread"), 16 * 8 * 30, ["batch.micro_max=4", "parallel.zero=3"])[0]
+    assert sorted(set(counts)) == [2, 4], "of a rank's 4, 8 and 16 samples: 2 and 4 of two, 4 of four"
+    same(spread, plain)
+
+
+def test_a_measured_batch_with_micro_batches_that_grow(tmp_path: Path) -> None:
+    """What is measured stays an estimate of the same thing, so the batch grows as before, nearly."""
+    rows = run_ranks(1, trained, str(tmp_path), LONG, ["batch.micro_max=8"])[0]
+    sizes = [row["batch_samples"] for row in rows]
+    assert sizes[-1] > 16 and sizes == sorted(sizes) and all("gradient_variance" in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["batch.micro_max=6"], "3 times batch.micro, which doublings don't reach"),
+        (["batch.micro_max=8", "parallel.pp=2", "batch.multiple=null"], "a pipeline's micro-batches are of one size"),
+    ],
+)
+def test_micro_batches_that_can_not_grow_are_refused(overrides: list[str], message: str) -> None:
+    config = Composer().compose([*TINY, "trainer.tokens=10000", *overrides]).config
+    assert message in {problem.key: problem.message for problem in run_problems(config, 2)}["batch.micro_max"]

@@ -95,7 +95,8 @@ class Loop:
             hook.on_step_begin(self)
         count = self.controller.next_batch(self.progress)
         before = Progress(self.progress.step, self.progress.samples, self.progress.tokens, count)
-        micro_batches = self.batches.load(GlobalBatch(before.samples, count), self.micro)
+        micro = self.micro * self.controller.micro_factor(count)
+        micro_batches = self.batches.load(GlobalBatch(before.samples, count), micro)
         tokens, stops = self._agree(sum(batch.valid_tokens for batch in micro_batches), stop_requested)
 
         measure = self._measure(before)

@@ -76,7 +76,7 @@ def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
 def layout_work(config: DictConfig, parts: Parts) -> Work | None:
     """What the layout has to carry; None where a model or data of the user's own does not say it by Llama's keys."""
     shape = {key: config.model.get(key) for key in ("layers", "heads", "kv_heads", "ffn_dim")}
-    seq_len, micro = config.data.get("seq_len"), config.batch.get("micro")
+    seq_len, micro = config.data.get("seq_len"), config.batch.get("micro_max") or config.batch.get("micro")
     if not all(isinstance(size, int) for size in (*shape.values(), seq_len, micro)):
         return None
     return Work(
@@ -122,6 +122,9 @@ def _controller_problems(config: DictConfig, data_size: int) -> list[Problem]:
     horizon = build_horizon(config, config.data.seq_len)
     controller = build_controller(config.batch, horizon, batch_divisor(config, data_size))
     measures = controller.needs_statistics or controller.needs_loss
+    if config.batch.get("micro_max") is not None and config.parallel.pp > 1:
+        fix = "leave it out, or use parallel.pp=1"
+        return [Problem("batch.micro_max", "a pipeline's micro-batches are of one size", fix)]
     found = build_coupling(config, controller).problems(measures, config.schedule.get("name", ""))
     if issubclass(get_class(config.optim._target_), AGVM):
         if config.parallel.pp > 1:
