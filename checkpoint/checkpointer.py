@@ -10,14 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..config.checkpoint import CheckpointConfig, checkpoint_problems
 from ..config.problems import ConfigError, Problem
 from ..parallel.fragment import Fragment
 from .arena import ArenaPool
 from .commit import LocalTarget, open_target
 from .control import Control
+from .device import Device
 from .errors import CheckpointError
 from .manifest import state_fault
 from .memory import MemoryTier
@@ -205,10 +204,10 @@ class Checkpointer:
             save.confirm("the run ended before this step was known to be good")
 
     def _meet_device(self, held: list[Fragment]) -> None:
-        """The first time that tensors are on a GPU: a stream for the copies, and pinned memory to copy to."""
+        """The first time that tensors are on a GPU: streams for the copies, and pinned memory to copy to."""
         device = next((fragment.tensor.device for fragment in held if fragment.tensor.is_cuda), None)
-        if device is not None and self._tools.stream is None:
-            self._tools.stream = torch.cuda.Stream(device)
+        if device is not None and self._tools.device is None:
+            self._tools.device = Device(device)
             self._tools.pool.pin = True
 
     def _wait_for_update(self) -> float:
@@ -223,7 +222,10 @@ class Checkpointer:
     def _deliver(self, save: Save) -> SaveReport:
         save.join()
         report = save.report
-        report.stall_seconds += save.snapshot.device_stall()
+        held_up = save.snapshot.device_stall()
+        report.stall_seconds += held_up
+        if self._tools.device is not None and held_up:
+            self._tools.device.learn(held_up, save.snapshot.bytes_per_second, save.snapshot.bytes)
         if report.outcome == "failed":
             self._failures += 1
             log.error("saving step %d failed: %s", report.step, report.reason)

@@ -19,6 +19,7 @@ from ..parallel.fragment import Fragment
 from .arena import Arena, ArenaPool
 from .commit import Target, file_names, new_token
 from .control import Round
+from .device import Device
 from .errors import CheckpointError
 from .faults import reach
 from .manifest import Manifest, StoredArray, StoredFile
@@ -42,7 +43,7 @@ class Tools:
     planner: Planner
     memory: MemoryTier | None
     config: CheckpointConfig
-    stream: torch.cuda.Stream | None = None
+    device: Device | None = None
     rounds: list[Round] = field(default_factory=list[Round])
 
 
@@ -128,8 +129,8 @@ class Save:
         start = time.perf_counter()
         report = self.report
         try:
-            if tools.stream is not None:
-                torch.cuda.set_device(tools.stream.device)  # a thread begins on device 0, whichever its process uses
+            if tools.device is not None:
+                torch.cuda.set_device(tools.device.device)  # a thread begins on device 0, whichever its process uses
             if self.after.any is not None:
                 self.after.any._staged.wait()
             self._run(tools)
@@ -232,7 +233,7 @@ class Save:
             self._writing = True
             tools.writer.begin(request)
         if layout.bytes:
-            self.snapshot.copy(arena, layout, tools.stream)
+            self.snapshot.copy(arena, layout, tools.device)
         self.report.staging_seconds = self.snapshot.seconds
         self._mark_staged()
         if request is not None and not follow and earlier is not None:

@@ -13,6 +13,7 @@ import torch
 
 from ..parallel.fragment import Fragment
 from .arena import Arena
+from .device import Device, set_aside
 from .dtypes import in_panels, same_bits
 from .errors import CheckpointError
 from .faults import reach
@@ -25,50 +26,80 @@ BATCH_BYTES = 16 * 2**20
 class Snapshot:
     """One copy of a rank's pieces into an arena.
 
-    On a GPU the copies run on a stream of their own, after the work that was queued when the save began; the trainer's
-    stream waits for them just before the update, on the device, without holding up the host.
+    On a GPU the copies run on streams of their own, after the work that was queued when the save began; the trainer's
+    stream waits, on the device and just before the update, until they have left the tensors: for the host, or for the
+    GPU's spare memory. The host is not held up.
     """
 
     def __init__(self, fragments: Sequence[Fragment]) -> None:
         self.fragments = fragments
         self.seconds = 0.0
+        self.bytes = 0
+        self.bytes_per_second = 0.0
         self._issued = threading.Event()
         self._device = next((f.tensor.device for f in fragments if f.tensor.is_cuda), None)
         self._begun: torch.cuda.Event | None = None
-        self._copied: torch.cuda.Event | None = None
+        self._left: list[torch.cuda.Event] = []
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         if self._device is not None:
             self._begun = torch.cuda.Event()
             self._begun.record(torch.cuda.current_stream(self._device))
 
-    def copy(self, arena: Arena, layout: FileLayout, stream: torch.cuda.Stream | None) -> None:
+    def copy(self, arena: Arena, layout: FileLayout, device: Device | None) -> None:
         """Fill the arena and return when it is full; its watermark follows. Called from the save's thread, once."""
         start = time.perf_counter()
         reach("stage.before")
         targets = arena.views(layout)
-        copies = layout.copies
-        batches = _batches(copies)
         if self._device is None:
-            for low, high in batches:
-                _copy_on_host(targets[low:high], self._sources(copies[low:high]))
-                arena.watermark.set(copies[high - 1].stop)
+            for low, high in _batches(layout.copies):
+                _copy_on_host(targets[low:high], self._sources(layout.copies[low:high]))
+                arena.watermark.set(layout.copies[high - 1].stop)
         else:
-            assert stream is not None and self._begun is not None
-            events: list[torch.cuda.Event] = []
-            with torch.cuda.device(self._device), torch.cuda.stream(stream):
-                stream.wait_event(self._begun)
-                for low, high in batches:
-                    _copy_from_device(targets[low:high], self._sources(copies[low:high]))
-                    events.append(torch.cuda.Event())
-                    events[-1].record(stream)
-            self._copied = events[-1]
-            self._issued.set()  # from here on the trainer's stream can wait by itself
-            for (_, high), event in zip(batches, events, strict=True):
-                event.synchronize()
-                arena.watermark.set(copies[high - 1].stop)
+            assert device is not None and self._begun is not None
+            device.make_room()
+            self._copy_from(device, arena, layout.copies, targets, self._begun)
         reach("stage.after")
         self.seconds = time.perf_counter() - start
+        self.bytes, self.bytes_per_second = layout.bytes, layout.bytes / self.seconds
         self.release()
+
+    def _copy_from(
+        self, device: Device, arena: Arena, copies: Sequence[Copy], targets: list[torch.Tensor], begun: torch.cuda.Event
+    ) -> None:
+        """The copies of the file's first part go straight to the host, those of the rest through spare memory."""
+        first, places = set_aside([copy.stop - copy.start for copy in copies], [part.numel() for part in device.spare])
+        for event in [begun, *(_mark(stream) for stream in device.streams)]:  # a save that failed may have left copies behind
+            for stream in device.streams:
+                stream.wait_event(event)
+        aside = [
+            device.spare[room][at : at + copy.stop - copy.start].view(target.dtype).view(target.shape)
+            for (room, at), copy, target in zip(places, copies[first:], targets[first:], strict=True)
+        ]
+        with torch.cuda.stream(device.streams[0]):
+            if aside:
+                _copy_on_device(aside, self._sources(copies[first:]))
+        is_aside = _mark(device.streams[0])
+        done = [
+            (high, self._queue(device, turn, targets[low:high], self._sources(copies[low:high])))
+            for turn, (low, high) in enumerate(_batches(copies[:first]))
+        ]
+        self._left = [_mark(stream) for stream in device.streams]
+        self._issued.set()  # from here on the trainer's stream can wait by itself
+        for stream in device.streams[1:]:
+            stream.wait_event(is_aside)
+        done += [
+            (first + high, self._queue(device, turn, targets[first + low : first + high], aside[low:high]))
+            for turn, (low, high) in enumerate(_batches(copies[first:]))
+        ]
+        for high, event in done:
+            event.synchronize()
+            arena.watermark.set(copies[high - 1].stop)
+
+    def _queue(self, device: Device, turn: int, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> torch.cuda.Event:
+        stream = device.streams[turn % len(device.streams)]
+        with torch.cuda.stream(stream):
+            _copy_on_device(targets, sources)
+        return _mark(stream)
 
     def _sources(self, copies: Sequence[Copy]) -> list[torch.Tensor]:
         return [_source(self.fragments[copy.source], copy) for copy in copies]
@@ -83,11 +114,12 @@ class Snapshot:
         start = time.perf_counter()
         if not self._issued.wait(timeout):
             raise CheckpointError(f"a snapshot did not finish within {timeout:g} s")
-        if self._copied is not None and not self._copied.query():
+        if not all(event.query() for event in self._left):
             stream = torch.cuda.current_stream(self._device)
             before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             before.record(stream)
-            stream.wait_event(self._copied)
+            for event in self._left:
+                stream.wait_event(event)
             after.record(stream)
             self._waits.append((before, after))
         return time.perf_counter() - start
@@ -119,16 +151,22 @@ def _copy_on_host(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> N
         np.copyto(same_bits(target).numpy(), same_bits(source).numpy())
 
 
-def _copy_from_device(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+def _copy_on_device(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     foreach_copy: Any = vars(torch)["_foreach_copy_"]  # one call for many copies: the interpreter is free meanwhile
     with torch.no_grad():
         foreach_copy(targets, sources, non_blocking=True)
 
 
+def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event
+
+
 def _batches(copies: Sequence[Copy]) -> list[tuple[int, int]]:
     """Runs of copies `[low, high)` that are made by one call, each of about BATCH_BYTES."""
     edges = [0]
-    start = 0
+    start = copies[0].start if copies else 0
     for index, copy in enumerate(copies):
         if copy.stop - start >= BATCH_BYTES or index == len(copies) - 1:
             edges.append(index + 1)
