@@ -125,6 +125,13 @@ def test_keys_that_are_named_exist(document: Path) -> None:
     assert absent == set()
 
 
+def test_the_readme_lists_every_extra() -> None:
+    table = re.search(r"extras_require=\{(.*?)\n    \}", (ROOT / "setup.py").read_text(), re.S)
+    assert table is not None
+    extras = set(re.findall(r'^        "(\w+)": \[', table[1], re.M))
+    assert extras and extras == set(re.findall(r"`\[(\w+)\]`", (ROOT / "README.md").read_text()))
+
+
 def test_make_targets_that_are_named_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     texts = "\n".join(document.read_text() for document in DOCUMENTS)

@@ -70,13 +70,13 @@ def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | st
     output_dir = Path(config.output_dir)
     if mesh.is_main:
         _make_folder(output_dir)
-        if checkpoint is None and (output_dir / "metrics.jsonl").exists():
-            log.warning("%s holds an earlier run: this one begins anew and writes over it (resume=auto goes on)", output_dir)
     current = build_run(config, data, mesh)  # takes the lock on the folder of checkpoints
     try:
         if checkpoint is not None:
             restore_run(current, checkpoint)
         if mesh.is_main:  # nothing is in the way any more: what an earlier run left here may be replaced
+            if checkpoint is None and (output_dir / "metrics.jsonl").exists():
+                log.warning("%s holds an earlier run, which this one replaces (resume=auto would go on with it)", output_dir)
             _describe(config, data, output_dir)
         with StopRequest() as stop:
             reached = current.loop.run(stop)
