@@ -17,6 +17,7 @@ from meshloom.config.parallel import ParallelConfig
 from meshloom.config.problems import ConfigError
 from meshloom.optim.adamw import AdamW
 from meshloom.optim.parameters import NamedParameter, Shards
+from meshloom.parallel.deepspeed import keys
 from meshloom.parallel.deepspeed.config import derive, lossy_features
 from meshloom.parallel.deepspeed.optimizer import cpu_adam, optimizer_problems, updates_elementwise
 from meshloom.parallel.deepspeed.setup import import_deepspeed
@@ -98,10 +99,35 @@ def test_what_cannot_be_is_refused_by_its_key(settings: dict[str, object], key: 
         ({"zero_optimization": {"zero_hpz_partition_size": 3}}, "zero_optimization.zero_hpz_partition_size", "divides"),
         ({"sequence_parallel_size": 2}, "sequence_parallel_size", "parallel.cp"),
         ({"reduce_bukket_size": 5}, "reduce_bukket_size", "does not read"),
+        ({"zero_optimization": {"reduce_bukket_size": 5}}, "zero_optimization.reduce_bukket_size", "reduce_bucket_size"),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size", "not a count"),
+        ({"zero_optimization": {"sub_group_size": -1}}, "zero_optimization.sub_group_size", "not a count"),
+        ({"zero_optimization": 3}, "zero_optimization", "does not read"),
+        ({"zero_optimization": {"parameter_alignment": True}}, "zero_optimization.parameter_alignment", "pads"),
+        ({"zero_optimization": {"offload_param": {"buffer": 1}}}, "zero_optimization.offload_param.buffer", "does not read"),
     ],
 )
 def test_conflicts_of_the_escape_hatch_are_named(tree: dict[str, object], path: str, says: str) -> None:
     assert says in extra(tree)[f"parallel.deepspeed.config.{path}"]
+
+
+def test_the_keys_are_those_that_deepspeed_reads() -> None:
+    """Every field of its configuration of ZeRO is decided, refused or open here, and nothing else is."""
+    pytest.importorskip("deepspeed", reason="needs the extra: pip install 'meshloom[deepspeed]'")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+
+    places = {"": DeepSpeedZeroConfig, "offload_optimizer.": DeepSpeedZeroOffloadOptimizerConfig}
+    places["offload_param."] = DeepSpeedZeroOffloadParamConfig
+    theirs = {
+        f"{place}{field.alias or name}"
+        for place, kind in places.items()
+        for name, field in kind.model_fields.items()
+        if not (field.json_schema_extra or {}).get("deprecated") and f"{name}." not in places
+    }
+    ours = {path.removeprefix("zero_optimization.") for path in (*keys.DECIDED, *keys.REFUSED) if "zero_optimization." in path}
+    assert theirs <= ours | {*keys.ZERO_NUMBERS, *keys.ZERO_OTHERS}
+    assert {*keys.ZERO_NUMBERS, *keys.ZERO_OTHERS} <= theirs
 
 
 def test_any_key_of_deepspeeds_is_taken_from_the_command_line() -> None:

@@ -14,88 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ...config.parallel import ParallelConfig
 from ...config.problems import Problem
+from .keys import DECIDED, LOSSY, OPEN, REFUSED, ZERO_NUMBERS, ZERO_OTHERS
 
 Tree = dict[str, Any]
-
-# Keys of DeepSpeed's configuration that the recipe decides, and the recipe's key.
-DECIDED = {
-    "train_batch_size": "batch.samples",
-    "train_micro_batch_size_per_gpu": "batch.micro",
-    "gradient_accumulation_steps": "batch.samples and batch.micro",
-    "managed_gradient_accumulation": "batch.samples and batch.micro",
-    "gradient_clipping": "trainer.max_grad_norm",
-    "optimizer": "optim",
-    "scheduler": "schedule",
-    "bf16": "precision",
-    "bfloat16": "precision",
-    "fp16": "precision",
-    "data_types": "precision",
-    "torch_autocast": "precision",
-    "communication_data_type": "precision",
-    "zero_allow_untested_optimizer": "optim",
-    "zero_force_ds_cpu_optimizer": "parallel.deepspeed.cpu_adam",
-    "activation_checkpointing": "trainer.activation",
-    "compile": "trainer.compile",
-    "tensor_parallel": "parallel.tp",
-    "pipeline": "parallel.pp",
-    "sequence_parallel_size": "parallel.cp",
-    "checkpoint": "checkpoint",
-    "seed": "seed",
-    "zero_optimization.stage": "parallel.zero",
-    "zero_optimization.offload_optimizer.device": "parallel.offload",
-    "zero_optimization.offload_optimizer.nvme_path": "parallel.offload_path",
-    "zero_optimization.offload_param.device": "parallel.offload_weights",
-    "zero_optimization.offload_param.nvme_path": "parallel.offload_path",
-    "zero_optimization.cpu_offload": "parallel.offload",
-    "zero_optimization.cpu_offload_param": "parallel.offload_weights",
-    "zero_optimization.compute_grad_norm": "trainer.max_grad_norm",
-}
-
-# Keys that would break a rule of this framework, or that DeepSpeed 0.19.8 refuses or gets wrong.
-REFUSED = {
-    "prescale_gradients": "it moves the division by the number of ranks, on which the token-weighted loss (R2) relies",
-    "gradient_predivide_factor": "it moves the division by the number of ranks, on which the token-weighted loss (R2) relies",
-    "gradient_allreduce_op": "the token-weighted loss (R2) relies on the mean over ranks",
-    "sparse_gradients": "sparse gradients can't be clipped or checkpointed by name",
-    "elasticity": "DeepSpeed removed it; a run changes its number of processes by resuming",
-    "compression_training": "it changes the model that the recipe names",
-    "data_efficiency": "the recipe's data order is the only one (R1)",
-    "curriculum_learning": "the recipe's data order is the only one (R1)",
-    "expert_parallel": "DeepSpeed names experts by rank, so a checkpoint could not tell them apart (R6)",
-    "zero_optimization.round_robin_gradients": "in DeepSpeed 0.19.8 it corrupts resharded state silently",
-    "zero_optimization.mics_shard_size": "DeepSpeed removed MiCS; zero_hpz_partition_size keeps the weights' second copy near",
-    "zero_optimization.mics_hierarchical_params_gather": "DeepSpeed removed MiCS",
-    "zero_optimization.zeropp_loco_param": "DeepSpeed removed LoCo",
-    "zero_optimization.zenflow": "it updates some weights a step late, so the losses would not be the recipe's",
-    "zero_optimization.memory_efficient_linear": "it replaces torch.nn.functional.linear in the whole process",
-    "zero_optimization.offload_optimizer.ratio": "it splits the update over two optimizers of different arithmetic",
-    "zero_optimization.offload_optimizer.super_offload": "it is an optimizer of its own that can't be read by name",
-    "zero_optimization.zero_quantized_nontrainable_weights": "no parameter is frozen here",
-    "zero_optimization.elastic_checkpoint": "checkpoints are this framework's own",
-}
-
-# Keys that keep no rule exactly but are asked for knowingly: an exception that start-up reports.
-LOSSY = {
-    "zero_optimization.zero_quantized_weights": "weights are quantised to int8 on the wire (ZeRO++ qwZ)",
-    "zero_optimization.zero_quantized_gradients": "gradients are quantised to int4 on the wire (ZeRO++ qgZ)",
-}
-
-# Top-level keys that DeepSpeed 0.19.8 reads and this engine leaves to the user. It ignores others without a word.
-OPEN = (
-    "zero_optimization",
-    "aio",
-    "comms_logger",
-    "csv_monitor",
-    "disable_allgather",
-    "disable_python_gc",
-    "dump_state",
-    "flops_profiler",
-    "log_level",
-    "memory_breakdown",
-    "steps_per_print",
-    "timers",
-    "wall_clock_breakdown",
-)
 
 
 def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -125,15 +46,21 @@ def _covering(path: str, table: dict[str, str]) -> str | None:
 def _extra_problems(extra: Tree) -> Iterator[Problem]:
     here = "parallel.deepspeed.config"
     for path, value in leaves(extra):
+        top, _, below = path.partition(".")
         if decided := _covering(path, DECIDED):
             yield Problem(f"{here}.{path}", f"the recipe decides it with {DECIDED[decided]}", f"set {DECIDED[decided]} instead")
         elif refused := _covering(path, REFUSED):
             if value:
                 yield Problem(f"{here}.{path}", f"can't be used here: {REFUSED[refused]}", "leave it out")
-        elif path.split(".")[0] not in OPEN:
-            yield Problem(
-                f"{here}.{path}", "DeepSpeed 0.19.8 does not read this key", f"the keys open to you are {', '.join(OPEN)}"
-            )
+        elif top not in OPEN:
+            fix = f"the keys open to you are {', '.join(OPEN)}"
+            yield Problem(f"{here}.{path}", "DeepSpeed 0.19.8 does not read this key", fix)
+        elif top == "zero_optimization" and below in ZERO_NUMBERS:
+            if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 0:
+                yield Problem(f"{here}.{path}", f"{value!r} is not a count", "give a whole number, 0 or more")
+        elif top == "zero_optimization" and below not in ZERO_OTHERS:
+            fix = f"the keys open to you there are {', '.join(sorted(ZERO_NUMBERS + ZERO_OTHERS))}"
+            yield Problem(f"{here}.{path}", "DeepSpeed 0.19.8 does not read this key", fix)
 
 
 def deepspeed_problems(config: ParallelConfig, precision: str, world_size: int, device: str) -> list[Problem]:
@@ -164,7 +91,9 @@ def deepspeed_problems(config: ParallelConfig, precision: str, world_size: int, 
         )
     problems += _offload_problems(config)
     extra = plain(config.deepspeed.config)
-    problems += _extra_problems(extra)
+    wrong = list(_extra_problems(extra))
+    if wrong:
+        return problems + wrong
     zero: Tree = extra.get("zero_optimization") or {}
     near = int(zero.get("zero_hpz_partition_size") or 1)
     if near > 1 and (config.zero != 3 or world_size % near):

@@ -1,0 +1,132 @@
+"""The keys of DeepSpeed 0.19.8's own configuration: which the recipe decides, which are refused and why, which are open.
+
+DeepSpeed ignores top-level keys that it does not know, and reports others only when it starts; here both are told beforehand.
+"""
+
+from __future__ import annotations
+
+# Keys of DeepSpeed's configuration that the recipe decides, and the recipe's key.
+DECIDED = {
+    "train_batch_size": "batch.samples",
+    "train_micro_batch_size_per_gpu": "batch.micro",
+    "gradient_accumulation_steps": "batch.samples and batch.micro",
+    "managed_gradient_accumulation": "batch.samples and batch.micro",
+    "gradient_clipping": "trainer.max_grad_norm",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "bf16": "precision",
+    "bfloat16": "precision",
+    "fp16": "precision",
+    "data_types": "precision",
+    "torch_autocast": "precision",
+    "communication_data_type": "precision",
+    "zero_allow_untested_optimizer": "optim",
+    "zero_force_ds_cpu_optimizer": "parallel.deepspeed.cpu_adam",
+    "activation_checkpointing": "trainer.activation",
+    "compile": "trainer.compile",
+    "tensor_parallel": "parallel.tp",
+    "pipeline": "parallel.pp",
+    "sequence_parallel_size": "parallel.cp",
+    "checkpoint": "checkpoint",
+    "seed": "seed",
+    "zero_optimization.stage": "parallel.zero",
+    "zero_optimization.offload_optimizer.device": "parallel.offload",
+    "zero_optimization.offload_optimizer.nvme_path": "parallel.offload_path",
+    "zero_optimization.offload_param.device": "parallel.offload_weights",
+    "zero_optimization.offload_param.nvme_path": "parallel.offload_path",
+    "zero_optimization.cpu_offload": "parallel.offload",
+    "zero_optimization.cpu_offload_param": "parallel.offload_weights",
+    "zero_optimization.compute_grad_norm": "trainer.max_grad_norm",
+}
+
+# Keys that would break a rule of this framework, or that DeepSpeed 0.19.8 refuses or gets wrong.
+REFUSED = {
+    "prescale_gradients": "it moves the division by the number of ranks, on which the token-weighted loss (R2) relies",
+    "gradient_predivide_factor": "it moves the division by the number of ranks, on which the token-weighted loss (R2) relies",
+    "gradient_allreduce_op": "the token-weighted loss (R2) relies on the mean over ranks",
+    "sparse_gradients": "sparse gradients can't be clipped or checkpointed by name",
+    "elasticity": "DeepSpeed removed it; a run changes its number of processes by resuming",
+    "compression_training": "it changes the model that the recipe names",
+    "data_efficiency": "the recipe's data order is the only one (R1)",
+    "curriculum_learning": "the recipe's data order is the only one (R1)",
+    "expert_parallel": "DeepSpeed names experts by rank, so a checkpoint could not tell them apart (R6)",
+    "zero_optimization.round_robin_gradients": "in DeepSpeed 0.19.8 it corrupts resharded state silently",
+    "zero_optimization.mics_shard_size": "DeepSpeed removed MiCS; zero_hpz_partition_size keeps the weights' second copy near",
+    "zero_optimization.mics_hierarchical_params_gather": "DeepSpeed removed MiCS",
+    "zero_optimization.zeropp_loco_param": "DeepSpeed removed LoCo",
+    "zero_optimization.zenflow": "it updates some weights a step late, so the losses would not be the recipe's",
+    "zero_optimization.memory_efficient_linear": "it replaces torch.nn.functional.linear in the whole process",
+    "zero_optimization.offload_optimizer.ratio": "it splits the update over two optimizers of different arithmetic",
+    "zero_optimization.offload_optimizer.super_offload": "it is an optimizer of its own that can't be read by name",
+    "zero_optimization.zero_quantized_nontrainable_weights": "no parameter is frozen here",
+    "zero_optimization.elastic_checkpoint": "checkpoints are this framework's own",
+    "zero_optimization.pipeline_loading_checkpoint": "checkpoints are this framework's own",
+    "zero_optimization.legacy_stage1": "it is DeepSpeed 0.3's ZeRO-1",
+    "zero_optimization.save_muon_momentum_buffer_in_memory": "it is for Muon, which needs whole matrices",
+    "zero_optimization.parameter_alignment": "it pads parameters inside the flat groups, which are read by name here (R6)",
+    "zero_optimization.leaf_module": "blocks are the leaves here: their weights are gathered together",
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": "it belongs to SuperOffload",
+}
+
+# Keys that keep no rule exactly but are asked for knowingly: an exception that start-up reports.
+LOSSY = {
+    "zero_optimization.zero_quantized_weights": "weights are quantised to int8 on the wire (ZeRO++ qwZ)",
+    "zero_optimization.zero_quantized_gradients": "gradients are quantised to int4 on the wire (ZeRO++ qgZ)",
+}
+
+# Top-level keys that DeepSpeed 0.19.8 reads and this engine leaves to the user. It ignores others without a word.
+OPEN = (
+    "zero_optimization",
+    "aio",
+    "comms_logger",
+    "csv_monitor",
+    "disable_allgather",
+    "disable_python_gc",
+    "dump_state",
+    "flops_profiler",
+    "log_level",
+    "memory_breakdown",
+    "steps_per_print",
+    "timers",
+    "wall_clock_breakdown",
+)
+
+# Those below `zero_optimization`: numbers, and the others.
+ZERO_NUMBERS = (
+    "allgather_bucket_size",
+    "reduce_bucket_size",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_model_persistence_threshold",
+    "stage3_module_granularity_threshold",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+    "sub_group_size",
+    "zero_hpz_partition_size",
+    "offload_optimizer.buffer_count",
+    "offload_param.buffer_count",
+    "offload_param.buffer_size",
+    "offload_param.max_in_cpu",
+)
+ZERO_OTHERS = (
+    "allgather_partitions",
+    "contiguous_gradients",
+    "enable_sanity_checks",
+    "ignore_unused_parameters",
+    "load_from_fp32_weights",
+    "log_trace_cache_warnings",
+    "overlap_comm",
+    "override_module_apply",
+    "reduce_scatter",
+    "stage3_allgather_sequential",
+    "stage3_gather_16bit_weights_on_model_save",
+    "stage3_use_all_reduce_for_fetch_params",
+    "use_multi_rank_bucket_allreduce",
+    "zero_quantized_gradients",
+    "zero_quantized_weights",
+    "offload_optimizer.fast_init",
+    "offload_optimizer.pin_memory",
+    "offload_optimizer.pipeline_read",
+    "offload_optimizer.pipeline_write",
+    "offload_param.pin_memory",
+)
