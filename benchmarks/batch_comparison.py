@@ -18,19 +18,25 @@ import dataclasses
 import json
 import math
 import statistics
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from many_runs import FINISHED, run_all
 
 SETTLING = 5  # first steps, in which kernels are compiled: their seconds are not counted
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A size of the experiment. samples: of every run; small, large: constant batches; etas: of the norm test."""
+    """A size of the experiment.
+
+    samples        of every run
+    small, large   constant batches; staged and measured ones begin at `small` and end at `large`, at most
+    rate           learning rate of the small batch
+    largest_micro  most samples in one pass
+    etas           thresholds of the norm test; measured: its other settings
+    """
 
     common: tuple[str, ...]
     samples: int
@@ -38,6 +44,7 @@ class Scale:
     small: int
     large: int
     rate: float
+    largest_micro: int
     etas: tuple[float, ...]
     measured: tuple[str, ...]
 
@@ -51,28 +58,30 @@ SCALES = {
     "cpu": Scale(
         common=(
             *("model.dim=64", "model.layers=2", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=192"),
-            *("data.seq_len=128", "data.vocabulary=1024", "precision=fp32", "batch.micro=4", "trainer.eval_samples=512"),
+            *("data.seq_len=128", "data.vocabulary=1024", "precision=fp32", "trainer.eval_samples=512"),
         ),
         samples=32_768,
         seq_len=128,
         small=8,
         large=256,
         rate=3e-3,
+        largest_micro=32,
         etas=(0.5, 0.7, 0.9),
-        measured=("batch.ema=0.9", "batch.growth=1.5", "batch.interval=4"),
+        measured=("batch.ema=0.9", "batch.growth=1.5", "batch.interval=4", "batch.shrink=true"),
     ),
     "gpu": Scale(
         common=(
             *("model.dim=768", "model.layers=12", "model.heads=12", "model.kv_heads=12", "model.ffn_dim=2048"),
-            *("data.seq_len=512", "precision=bf16", "trainer.compile=true", "batch.micro=8", "trainer.eval_samples=256"),
+            *("data.seq_len=512", "precision=bf16", "trainer.compile=true", "trainer.eval_samples=128"),
         ),
         samples=16_384,
         seq_len=512,
-        small=16,
+        small=8,
         large=256,
-        rate=1e-3,
+        rate=7e-4,
+        largest_micro=64,
         etas=(0.5, 0.7, 0.9),
-        measured=("batch.ema=0.9", "batch.growth=1.5", "batch.interval=4"),
+        measured=("batch.ema=0.9", "batch.growth=1.5", "batch.interval=4", "batch.shrink=true"),
     ),
 }
 
@@ -81,14 +90,19 @@ def recipes(scale: Scale) -> dict[str, list[str]]:
     """Name of a run → its overrides."""
     small, large = scale.small, scale.large
     follow = f"optim.lr={scale.rate}", "optim.lr_coupling=sqrt"
+    grows = f"batch.micro_max={scale.largest_micro}"
     runs = {
-        "small": ["batch=fixed", f"batch.samples={small}", f"optim.lr={scale.rate}"],
-        "large": ["batch=fixed", f"batch.samples={large}", f"optim.lr={scale.rate * math.sqrt(large / small)}"],
-        "staged": ["batch=stages", f"batch.stages={_stages(small, large)}", *follow],
+        "small": ["batch=fixed", f"batch.samples={small}", f"batch.micro={small}", f"optim.lr={scale.rate}"],
+        "large": [
+            *("batch=fixed", f"batch.samples={large}", f"batch.micro={scale.largest_micro}"),
+            f"optim.lr={scale.rate * math.sqrt(large / small)}",
+        ],
+        "staged": ["batch=stages", f"batch.stages={_stages(small, large)}", f"batch.micro={small}", grows, *follow],
     }
     for eta in scale.etas:
         test = ["batch=norm_test", f"batch.samples={small}", f"batch.max={large}", f"batch.eta={eta}"]
-        runs[f"norm-{eta:g}"] = [*test, *scale.measured, *follow]
+        two = f"batch.micro={small // 2}"  # the least that there is something to compare in
+        runs[f"norm-{eta:g}"] = [*test, two, grows, *scale.measured, *follow]
     return runs
 
 
@@ -99,15 +113,11 @@ def _stages(small: int, large: int) -> str:
     return "'" + " ".join(f"{start}:{size}" for start, size in zip(starts, sizes, strict=True)) + "'"
 
 
-def train(name: str, overrides: list[str], scale: Scale, folder: Path) -> None:
-    """One run in a process of its own. Raises CalledProcessError where it fails."""
-    base, _, seed = name.partition(":")
-    length = scale.samples * scale.seq_len
-    command = [sys.executable, "-m", "meshloom.launch.train", *COMMON, *scale.common, *overrides]
-    command += [f"trainer.tokens={length}", f"seed={seed or 1}", f"output_dir={folder}"]
-    began = time.perf_counter()
-    subprocess.run(command, check=True)
-    (folder / "finished").write_text(f"{base} {time.perf_counter() - began:.1f} s\n")
+def command_line(name: str, overrides: list[str], scale: Scale, folder: Path) -> list[str]:
+    """Behind `meshloom train`, for the run of this name."""
+    length = f"trainer.tokens={scale.samples * scale.seq_len}"
+    seed = name.partition(":")[2] or "1"
+    return [*COMMON, *scale.common, *overrides, length, f"seed={seed}", f"output_dir={folder}"]
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -206,6 +216,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/batch"))
     parser.add_argument("--runs", help="names, separated by commas (default: all)")
     parser.add_argument("--draw", type=Path, metavar="SUMMARY", help="only draw what a summary.json says")
+    parser.add_argument("--processes", type=int, default=1, help="runs at once; what a step takes is then not its own")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides, for all runs")
     parser.add_argument("--samples", type=int, help="of every run (default: the scale's)")
     arguments = parser.parse_args()
@@ -215,18 +226,16 @@ def main() -> None:
     scale = SCALES[arguments.scale]
     scale = dataclasses.replace(scale, samples=arguments.samples or scale.samples)
     known = recipes(scale)
-    summary: dict[str, Any] = {"scale": arguments.scale, "samples": scale.samples, "seq_len": scale.seq_len, "runs": {}}
-    for name in arguments.runs.split(",") if arguments.runs else known:
-        folder = arguments.output / name.replace(":", "-seed-")
-        if not (folder / "finished").exists():
-            try:
-                train(name, [*known[name.partition(":")[0]], *arguments.set], scale, folder)
-            except subprocess.CalledProcessError as error:
-                print(f"FAILED {name}: exit code {error.returncode}", flush=True)
-                continue
-        summary["runs"][name] = read(folder)
-        (arguments.output / "summary.json").write_text(json.dumps(summary))
-        print(f"{name}: {(folder / 'finished').read_text().strip()}", flush=True)
+    names = arguments.runs.split(",") if arguments.runs else list(known)
+    folders = {name: arguments.output / name.replace(":", "-seed-") for name in names}
+    lines = [command_line(name, [*known[name.partition(":")[0]], *arguments.set], scale, folders[name]) for name in names]
+    run_all([lines[start :: arguments.processes] for start in range(arguments.processes)], arguments.output)
+    finished = {name: read(folder) for name, folder in folders.items() if (folder / FINISHED).exists()}
+    summary = {"scale": arguments.scale, "samples": scale.samples, "seq_len": scale.seq_len, "runs": finished}
+    (arguments.output / "summary.json").write_text(json.dumps(summary))
+    for name in names:
+        if name not in finished:
+            print(f"FAILED {name}: see {arguments.output}/work-*.log")
     if "small" in summary["runs"]:
         (arguments.output / "table.md").write_text(table(summary) + "\n")
         print(table(summary))

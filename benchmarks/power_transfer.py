@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from many_runs import FINISHED, run_all
 
 SEQ_LEN = 256
 TOKENS = (2**19, 2**21, 2**23)
@@ -42,8 +42,6 @@ def jobs(output: Path, tokens: list[int], extra: list[str]) -> dict[int, list[li
     for length, (batch, lowest), size in itertools.product(sorted(tokens, reverse=True), RATES.items(), range(SIZES)):
         rate = lowest * 2**size
         folder = output / "runs" / f"batch-{batch}" / f"tokens-{length}" / f"lr-{rate:g}"
-        if (folder / "finished").exists():
-            continue
         line = [*COMMON, f"batch.samples={batch}", f"batch.micro={MICRO[batch]}", f"trainer.tokens={length}"]
         lines.setdefault(MICRO[batch], []).append([*line, f"optim.lr={rate:g}", *extra, f"output_dir={folder}"])
     return lines
@@ -58,34 +56,11 @@ def dealt(lines: dict[int, list[list[str]]], processes: int) -> list[list[list[s
     return shares
 
 
-def work(path: Path) -> None:
-    """A process of its own: run one command line after another."""
-    from meshloom.launch.train import main as train
-
-    for line in json.loads(path.read_text()):
-        folder = Path(line[-1].partition("=")[2])
-        if train(line) == 0:
-            (folder / "finished").touch()
-
-
-def run(output: Path, processes: int, tokens: list[int], extra: list[str]) -> None:
-    """Deal the runs out and wait for all."""
-    output.mkdir(parents=True, exist_ok=True)
-    started: list[subprocess.Popen[bytes]] = []
-    for number, share in enumerate(dealt(jobs(output, tokens, extra), processes)):
-        path = output / f"work-{number}.json"
-        path.write_text(json.dumps(share))
-        with (output / f"work-{number}.log").open("w") as log:
-            started.append(subprocess.Popen([sys.executable, __file__, "--work", str(path)], stdout=log, stderr=log))
-    for process in started:
-        process.wait()
-
-
 def collect(output: Path) -> dict[str, Any]:
     """The sweeps of the finished runs and the law through their best rates, as plain JSON; summary.json."""
     from meshloom.launch.fit import fit_all, read_runs
 
-    fits = fit_all(read_runs(sorted({path.parent for path in (output / "runs").rglob("finished")})))
+    fits = fit_all(read_runs(sorted({path.parent for path in (output / "runs").rglob(FINISHED)})))
     sweeps = [
         {
             **{"batch": sweep.at["B"], "tokens": sweep.at["D"], "rates": sweep.values, "losses": sweep.losses},
@@ -172,16 +147,13 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides, for all runs")
     parser.add_argument("--draw", action="store_true", help="only draw what summary.json says")
     parser.add_argument("--collect", action="store_true", help="only fit what has finished")
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.work is not None:
-        work(arguments.work)
-        return
     if arguments.draw:
         draw(json.loads((arguments.output / "summary.json").read_text()), arguments.output)
         return
     if not arguments.collect:
-        run(arguments.output, arguments.processes, arguments.tokens, arguments.set)
+        lines = jobs(arguments.output, arguments.tokens, arguments.set)
+        run_all(dealt(lines, arguments.processes), arguments.output)
     print(table(collect(arguments.output)))
 
 

@@ -59,7 +59,7 @@ class AdaptiveConfig:
     growth    largest factor of one change; null: no limit
     shrink    whether the size may fall again
     multiple  sizes are multiples of this; null: of micro × data-parallel size
-    micro_max a micro-batch doubles up to this size while every rank still has four or more; null: it stays at micro
+    micro_max a micro-batch doubles up to this size while every rank still has two or more; null: it stays at micro
     """
 
     _target_: str = MISSING

@@ -23,7 +23,7 @@ from .horizon import Horizon
 from .progress import Progress
 from .statistics import GradientStatistics
 
-ENOUGH = 4
+ENOUGH = 2
 """A micro-batch is doubled only where a rank is left with so many: what is measured is how they differ."""
 
 

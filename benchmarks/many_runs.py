@@ -1,0 +1,60 @@
+"""Many runs of `meshloom train` in a few processes, one after another in each: what the comparisons of runs are made with.
+
+A process that has trained once has its libraries loaded and its kernels compiled for the next run.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+FINISHED = "finished"
+"""A file in the folder of a run that ended well: how many seconds it took."""
+
+
+def run_all(shares: Sequence[Sequence[Sequence[str]]], folder: Path) -> None:
+    """Start a process for each share, a list of command lines behind `meshloom train`, and wait for all.
+
+    A line's last argument is its output_dir; lines whose run has finished are left out. Output: work-<number>.log in `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    started: list[subprocess.Popen[bytes]] = []
+    for number, share in enumerate(shares):
+        path = folder / f"work-{number}.json"
+        path.write_text(json.dumps([list(line) for line in share if not (output(line) / FINISHED).exists()]))
+        with (folder / f"work-{number}.log").open("w") as log:
+            started.append(subprocess.Popen([sys.executable, __file__, str(path)], stdout=log, stderr=log))
+    for process in started:
+        process.wait()
+
+
+def output(line: Sequence[str]) -> Path:
+    """The folder of a command line's run."""
+    key, _, folder = line[-1].partition("=")
+    assert key == "output_dir"
+    return Path(folder)
+
+
+def work(path: Path) -> None:
+    """One process: its command lines, one after another. A run that fails does not keep the others from their turn."""
+    from meshloom.launch.train import main as train
+
+    for line in json.loads(path.read_text()):
+        began = time.perf_counter()
+        try:
+            code = train(line)
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        if code == 0:
+            (output(line) / FINISHED).write_text(f"{time.perf_counter() - began:.1f} s\n")
+        print(f"{output(line).name}: exit code {code}, {time.perf_counter() - began:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
