@@ -99,7 +99,7 @@ def saving_phase(loop: Loop, folder: Path, config: CheckpointConfig, steps: int)
     try:
         assert config.every is not None
         start = time.perf_counter()
-        timed(loop, 1 + -(loop.progress.step + 1) % config.every)  # the plan and the memory, and the first save, uncounted
+        timed(loop, 3 + -(loop.progress.step + 1) % config.every)  # the plan and the memory, and the first save, uncounted
         loop.deliver_metrics(keep=0)
         for report in checkpointer.wait():
             rows.on_checkpoint(loop, {"checkpoint_step": report.step, **report.metrics()})
@@ -115,7 +115,8 @@ def saving_phase(loop: Loop, folder: Path, config: CheckpointConfig, steps: int)
         loop.mesh.barrier()
         if loop.mesh.is_main:
             shutil.rmtree(folder, ignore_errors=True)
-    return {"seconds": seconds, "saves": rows.rows, "first": first, "warm_up": warm}
+    spare = checkpointer._tools.device.spare_bytes if checkpointer._tools.device is not None else 0
+    return {"spare_bytes": spare, "seconds": seconds, "saves": rows.rows, "first": first, "warm_up": warm}
 
 
 def main() -> None:
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="1B")
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warm-up", type=int, default=8)
     parser.add_argument("--folder", type=Path, default=Path())
     parser.add_argument("--raw-gib", type=float, default=4.0)
     parser.add_argument("--phases", default="none disk none memory none")
@@ -147,7 +149,7 @@ def main() -> None:
         result["raw_gigabytes_per_second"] = disk_rate(folder, arguments.raw_gib)
     for hook in loop.hooks:
         hook.on_run_begin(loop)
-    timed(loop, 8)  # compile and warm up
+    timed(loop, arguments.warm_up)  # compile, too
     every = arguments.every
     plans = {
         "disk": CheckpointConfig(every=every, keep=1),
@@ -183,8 +185,10 @@ def report(phase: str, found: dict[str, Any], phases: list[dict[str, Any]], worl
         shown = " ".join(f"{key} {values[key]:.4g}" for key in SHOWN if values.get(key))
         print(f"  save of step {row['checkpoint_step']}: {shown}", flush=True)
     if "warm_up" in found:
-        first = [row["checkpoint_step"] for row in found["first"]]
-        print(f"  before: {found['warm_up']:.1f} s for plan, memory and a first save of step {first}", flush=True)
+        values = {key.removeprefix("checkpoint/"): value for row in found["first"] for key, value in row.items()}
+        first = " ".join(f"{key} {values[key]:.4g}" for key in SHOWN if values.get(key))
+        print(f"  before: {found['warm_up']:.1f} s for plan, memory and a first save: {first}")
+        print(f"  spare GPU memory {found['spare_bytes'] / 2**30:.2f} GiB", flush=True)
 
 
 SHOWN = [

@@ -23,6 +23,7 @@ from .memory import MemoryTier
 from .planner import FREE, Planner
 from .report import SaveReport
 from .save import Order, Save, Tools
+from .snapshot import Snapshot
 from .writer import ProcessWriter, ThreadWriter
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Checkpointer:
             config=config,
         )
         self._saves: list[Save] = []
+        self._unlearned: list[Snapshot] = []
         self._order = Order()
         self._last_report: SaveReport | None = None
         self._failures = 0
@@ -119,6 +121,7 @@ class Checkpointer:
         if fault is not None:
             raise CheckpointError(fault)
         self._meet_device(held)
+        self._learn()
         memory = self._tools.memory is not None
         assert not hold or self._asynchronous, "in mode sync nothing is left to do when this returns"
         assert disk or memory, "a save that goes nowhere: checkpoint.memory_every is not set"
@@ -129,6 +132,7 @@ class Checkpointer:
         if not hold:
             save.confirm()
         self._saves.append(save)
+        self._unlearned.append(save.snapshot)
         before = self._order
         self._order = Order(save, save if disk else before.disk, save if memory else before.memory)
         if self._asynchronous:
@@ -168,6 +172,7 @@ class Checkpointer:
 
     def wait(self) -> list[SaveReport]:
         """Wait for all saves. Returns the reports that `poll` has not given yet."""
+        self._unlearned.clear()  # what this wait costs says nothing about updates
         self._wait_for_update()
         self._give_up_held()
         reports: list[SaveReport] = []
@@ -210,6 +215,13 @@ class Checkpointer:
             self._tools.device = Device(device)
             self._tools.pool.pin = True
 
+    def _learn(self) -> None:
+        """Let the GPU's spare memory follow what the last saves cost, as far as that is known by now."""
+        for snapshot in [snapshot for snapshot in self._unlearned if snapshot.settled]:
+            self._unlearned.remove(snapshot)
+            if self._tools.device is not None:
+                self._tools.device.learn(snapshot.device_stall(), snapshot.bytes_per_second, snapshot.bytes)
+
     def _wait_for_update(self) -> float:
         newest = self._order.any
         if newest is None:
@@ -222,10 +234,7 @@ class Checkpointer:
     def _deliver(self, save: Save) -> SaveReport:
         save.join()
         report = save.report
-        held_up = save.snapshot.device_stall()
-        report.stall_seconds += held_up
-        if self._tools.device is not None and held_up:
-            self._tools.device.learn(held_up, save.snapshot.bytes_per_second, save.snapshot.bytes)
+        report.stall_seconds += save.snapshot.device_stall()
         if report.outcome == "failed":
             self._failures += 1
             log.error("saving step %d failed: %s", report.step, report.reason)

@@ -124,6 +124,11 @@ class Snapshot:
             self._waits.append((before, after))
         return time.perf_counter() - start
 
+    @property
+    def settled(self) -> bool:
+        """Whether the snapshot is complete and the trainer's stream has got past it."""
+        return not self.fragments and all(after.query() for _, after in self._waits)
+
     def starves(self) -> bool:
         """Whether time that the host spends now is lost: not while the GPU has work queued."""
         return self._device is None or torch.cuda.current_stream(self._device).query()

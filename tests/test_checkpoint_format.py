@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import mmap
 import random
 import struct
 import subprocess
@@ -19,6 +20,7 @@ from checkpoint_worlds import fragments, holds, make_arrays, shares, together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshloom.checkpoint import digest
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.coverage import tiling_fault
@@ -119,6 +121,16 @@ def test_versions_up_to_this_one_are_read_and_later_ones_refused(tmp_path: Path,
         restore(path.parent, blank, Control.alone())
     with pytest.raises(ValueError, match="version"):
         second_reader().Checkpoint(path.parent)
+
+
+def test_many_processes_hash_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digest, "SHARE_BYTES", 4096)
+    with mmap.mmap(-1, 100_000) as memory:
+        memory[:] = random.Random(1).randbytes(100_000)
+        with memoryview(memory) as view:
+            for size in (0, 1, 4096, 8192, 20_000, 99_999, 100_000):
+                for workers in (0, 1, 2, 3, 7):
+                    assert digest.leaf_digests_by_many(view[:size], workers) == leaf_digests(view[:size])
 
 
 def test_xxh3_of_the_empty_input_is_the_published_value() -> None:

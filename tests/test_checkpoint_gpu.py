@@ -20,14 +20,18 @@ def held(tensors: list[torch.Tensor]) -> list[Fragment]:
     return [Fragment(f"t{i}", "weight", tuple(t.shape), Box.whole(t.shape), t) for i, t in enumerate(tensors)]
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
-def test_a_snapshot_is_not_torn_by_the_update_that_follows(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "late"), [("sync", 0.0), ("async", 0.0), ("async", 0.05), ("async", 1.0)])
+def test_a_snapshot_is_not_torn_by_the_update_that_follows(tmp_path: Path, mode: str, late: float) -> None:
+    """late: seconds that an earlier save is said to have held up the update, so that spare memory takes a part, or all."""
     device = torch.device("cuda")
     tensors = [torch.zeros(4096, 4096, device=device), torch.zeros(1000, 7, device=device, dtype=torch.bfloat16)]
     tensors += [torch.zeros(513, 257, device=device).t(), torch.zeros((), device=device, dtype=torch.float64)]
     work = torch.randn(4096, 4096, device=device)
     checkpointer = Checkpointer(tmp_path, Control.alone(), CheckpointConfig(mode=mode, keep=0))
     checkpointer.prepare(held(tensors))
+    gpu = checkpointer._tools.device
+    assert gpu is not None
+    gpu.learn(late, 1e9, 10**9)
     outcomes: list[str] = []
     for step in range(1, 9):
         checkpointer.save(step, held(tensors), {"value": step - 1}, required=True)
@@ -39,6 +43,7 @@ def test_a_snapshot_is_not_torn_by_the_update_that_follows(tmp_path: Path, mode:
         outcomes += [report.outcome for report in checkpointer.poll()]
     outcomes += [report.outcome for report in checkpointer.finish()]
     assert outcomes == ["committed"] * 8
+    assert (gpu.spare_bytes > 0) == (late > 0)
     for step in range(1, 9):
         back = [torch.full_like(tensor, -1) for tensor in tensors]
         report = restore(tmp_path / f"step-{step:08d}", held(back), Control.alone())
