@@ -6,7 +6,7 @@ assert found.worst < 1e-9
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,6 +43,7 @@ class Work:
     max_norm: float | None = 0.5
     precision: str = "fp64"
     activation: str = "none"
+    compile: bool = False
     model: tuple[tuple[str, Any], ...] = ()
 
     def llama(self) -> dict[str, Any]:
@@ -70,15 +71,22 @@ def build(work: Work, world_size: int, measures: bool = False) -> Engine:
 
     with torch.device("meta"):
         model = Llama(**work.llama())
-    settings = EngineSettings(seed=7, precision=work.precision, activation=work.activation, measures=measures)
+    settings = EngineSettings(
+        seed=7, precision=work.precision, activation=work.activation, compile=work.compile, measures=measures
+    )
     return make_engine(model, mesh, optimizer, work.parallel, settings)
+
+
+def share(mesh: Mesh, work: Work, first: int) -> list[MicroBatch]:
+    """This rank's micro-batches of the global batch that begins with a sample."""
+    shares = deal(GlobalBatch(first, work.samples), mesh.data_rank, mesh.layout.data_size, work.micro)
+    return [MicroBatch.collate([sample(index, work.documents) for index in indices]) for indices in shares]
 
 
 def step(engine: Engine, work: Work, number: int) -> tuple[float, float]:
     """One step on the samples that this step number has in every layout: (loss, gradient norm)."""
     mesh = engine.mesh
-    shares = deal(GlobalBatch(number * work.samples, work.samples), mesh.data_rank, mesh.layout.data_size, work.micro)
-    batches = [MicroBatch.collate([sample(index, work.documents) for index in indices]) for indices in shares]
+    batches = share(mesh, work, number * work.samples)
     valid = torch.tensor(float(sum(batch.valid_tokens for batch in batches)), dtype=torch.float64)
     model_ranks = mesh.layout.pp * mesh.layout.cp * mesh.layout.tp
     loss = engine.accumulate(batches, mesh.sum(valid) / model_ranks)
@@ -111,7 +119,7 @@ def curves(rank: int, world_size: int, work: Work) -> tuple[list[float], list[fl
 class Run:
     """Losses and norms of every step, and by parameter the boxes of Adam's first moment after the first of them.
 
-    That is the first step's clipped gradient times one minus the first beta.
+    That is the first step's clipped gradient times one minus the first beta. The last loss is that of an evaluation.
     """
 
     losses: list[float]
@@ -124,12 +132,13 @@ def plain_run(work: Work) -> Run:
 
     The loss is `F.cross_entropy` over whole logits, the optimizer and the clipping are PyTorch's own.
     """
-    same = replace(work, parallel=ParallelConfig(), micro=1, activation="none", precision="fp64")
+    same = replace(work, parallel=ParallelConfig(), micro=1, activation="none", compile=False, precision="fp64")
     if repr(same) not in _known:
         _known[repr(same)] = _plain_run(same)
     return _known[repr(same)]
 
 
+HELD_OUT = 10_000  # the first sample of evaluations
 _known: dict[str, Run] = {}
 
 
@@ -146,11 +155,14 @@ def _plain_run(work: Work) -> Run:
     ]
     optimizer = torch.optim.AdamW(groups, betas=work.betas, eps=1e-8)
     run = Run([], [], [])
-    for number in _steps(work):
-        indices = range(number * work.samples, (number + 1) * work.samples)
-        batch = MicroBatch.collate([sample(index, work.documents) for index in indices])
+
+    def loss_from(first: int) -> torch.Tensor:
+        batch = MicroBatch.collate([sample(index, work.documents) for index in range(first, first + work.samples)])
         logits = model(batch.tokens_BS, None, batch.documents_BS)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets_BS.flatten(), ignore_index=IGNORED)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets_BS.flatten(), ignore_index=IGNORED)
+
+    for number in _steps(work):
+        loss = loss_from(number * work.samples)
         loss.backward()
         run.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), work.max_norm or torch.inf)))
         run.losses.append(loss.item())
@@ -159,13 +171,14 @@ def _plain_run(work: Work) -> Run:
         if number == work.first_step:
             for name, parameter in model.named_parameters():
                 run.moments.append((name, Box.whole(parameter.shape), optimizer.state[parameter]["exp_avg"].clone()))
+    run.losses.append(loss_from(HELD_OUT).item())
     return run
 
 
 def plain_curve(work: Work) -> tuple[list[float], list[float]]:
     """Losses and norms of `plain_run`."""
     run = plain_run(work)
-    return run.losses, run.norms
+    return run.losses[:-1], run.norms
 
 
 def runs(rank: int, world_size: int, works: Sequence[Work]) -> list[Run]:
@@ -182,6 +195,7 @@ def runs(rank: int, world_size: int, works: Sequence[Work]) -> list[Run]:
                 if number == work.first_step:
                     moments = [fragment for fragment in engine.fragments() if fragment.role == "exp_avg"]
                     run.moments.extend((each.name, each.box, each.tensor.clone()) for each in moments)
+            run.losses.append(float(engine.evaluate(share(engine.mesh, work, HELD_OUT)).mean))
             found.append(run)
         except Exception as error:
             error.add_note(f"in {work}")
@@ -193,6 +207,7 @@ def runs(rank: int, world_size: int, works: Sequence[Work]) -> list[Run]:
 class Difference:
     """Largest relative differences from the bare loop, over steps and ranks.
 
+    loss: of steps and of an evaluation after them
     gradient: of the first step, over parameters, each relative to its largest element
     """
 
@@ -206,10 +221,13 @@ class Difference:
         return max(self.loss, self.norm, self.gradient)
 
 
-def differences(ranks: int, works: Sequence[Work], timeout: float = 60.0) -> list[Difference]:
+Body = Callable[[int, int, Sequence[Work]], list[Run]]
+
+
+def differences(ranks: int, works: Sequence[Work], timeout: float = 60.0, body: Body = runs) -> list[Difference]:
     """How far these works, on this many processes, are from the bare loop. Every element must be on some rank."""
     expected = [plain_run(work) for work in works]
-    results = run_ranks(ranks, runs, works, timeout=timeout)
+    results = run_ranks(ranks, body, works, timeout=timeout)
     return [_difference(oracle, [rank[at] for rank in results]) for at, oracle in enumerate(expected)]
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
+from meshloom.config.parallel import ParallelConfig
 from meshloom.models.llama import Llama
 from meshloom.parallel import activation
 from meshloom.parallel.activation import MIXED, POLICIES, apply_policies, mixed_policies
+from parity import Run, Work, differences, runs
 
 TOKENS = torch.arange(128).view(2, 64) * 7 % 100
 
@@ -84,3 +88,30 @@ def test_a_budget_is_spread_over_the_layers_and_may_be_too_small() -> None:
     assert mixed_policies(2, 0.6, {"none": 10.0, "full": 1.0}, again) == ["none", "full"]
     with pytest.raises(ValueError, match=r"can't keep 0.05 of what they would; policy 'full' keeps 0.100"):
         mixed_policies(4, 0.05, kept, again)
+
+
+def compiled_runs(rank: int, world_size: int, works: Sequence[Work]) -> list[Run]:
+    """Traced and differentiated as for a GPU; only the code that comes out of it is not generated, to save time."""
+    found: list[Run] = []
+    compile_function = torch.compile
+    for work in works:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        torch.compile = lambda function, backend=counter: compile_function(function, backend=backend)  # type: ignore[assignment]
+        found += runs(rank, world_size, [work])
+        assert counter.frame_count > 0, work
+    return found
+
+
+def test_compiled_blocks_train_the_same_under_every_way_of_cutting() -> None:
+    layers = (("layers", 4),)
+    works = [
+        Work(ParallelConfig(zero=3), 2, activation="selective"),
+        Work(ParallelConfig(tp=2), 2),
+        Work(ParallelConfig(cp=2), 4, documents=True, activation="full"),
+        Work(ParallelConfig(cp=2, cp_kind="ulysses"), 4),
+        Work(ParallelConfig(pp=2, schedule="interleaved"), 2, activation="offload", model=layers),
+    ]
+    works = [dataclasses.replace(work, compile=True, steps=2) for work in works]
+    for work, found in zip(works, differences(2, works, timeout=200.0, body=compiled_runs), strict=True):
+        assert found.worst < 1e-9, (work, found)

@@ -14,6 +14,7 @@ it cuts between sequences where B divides by the ranks (the collectives then mov
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -150,6 +151,8 @@ def apply_tensor_parallelism(model: Llama, mesh: DeviceMesh, sequence_parallel: 
     divide are refused by `tensor_problems`.
     """
     assert not any(isinstance(parameter, DTensor) for parameter in model.parameters()), "the model is cut already"
+    # The embedding's output is a DTensor's local tensor. FSDP warns of views, for somebody might write into one; nobody does.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPEmbedding\) returned a view tensor")
     tied = model.tied and model.embed is not None and model.head is not None
     stream = Stream(mesh.size(), sequence_parallel)
     for name, module, place in _placed_modules(model):
