@@ -29,7 +29,8 @@ def cache_folder(configured: str | None) -> Path:
 def build_once(target: Path, build: Callable[[Path], None]) -> None:
     """Make sure that the folder `target` exists, calling `build(empty folder)` in one process only.
 
-    The lock ends with the process that holds it; what a killed one left is removed by the next that builds.
+    The lock ends with the process that holds it; what a killed one left is removed by the next that builds. The file of the
+    lock goes once the folder is there: whoever still waits for it, or makes it anew, finds the folder.
     """
     if target.exists():
         return
@@ -52,6 +53,7 @@ def build_once(target: Path, build: Callable[[Path], None]) -> None:
             sync_folder(building)
             building.rename(target)
             sync_folder(target.parent)
+            Path(lock.lock_file).unlink(missing_ok=True)
         finally:
             shutil.rmtree(building, ignore_errors=True)
     finally:

@@ -7,6 +7,7 @@ it does so on all ranks.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,17 @@ class Hook:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave; called before `on_run_begin`."""
+
+
+def named(hooks: Sequence[Hook]) -> dict[str, Hook]:
+    """Hooks by the names that their state is saved under: the class's, and from the second of a class on its number, too."""
+    found: dict[str, Hook] = {}
+    seen: Counter[str] = Counter()
+    for hook in hooks:
+        name = type(hook).__name__
+        seen[name] += 1
+        found[name if seen[name] == 1 else f"{name} {seen[name]}"] = hook
+    return found
 
 
 def hook_problems(nodes: Sequence[Any]) -> Iterator[Problem]:

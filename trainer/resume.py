@@ -20,6 +20,7 @@ from ..config.problems import ConfigError, Problem
 from ..data.node import DataNode
 from ..optim.progress import Progress
 from .build import Run, build_control, checkpoint_folder
+from .hooks import named
 from .loop import Loop
 
 log = logging.getLogger(__name__)
@@ -92,8 +93,8 @@ def restore_run(run: Run, checkpoint: Path | str) -> None:
     loop.engine.load_counters(state["counters"])
     loop.progress = Progress(**state["progress"])
     loop.controller.load_state_dict(state["controller"])
-    for hook in loop.hooks:
-        hook.load_state_dict(state["hooks"].get(type(hook).__name__, {}))
+    for name, hook in named(loop.hooks).items():
+        hook.load_state_dict(state["hooks"].get(name, {}))
 
 
 def _same_tokens(state: dict[str, Any], data: DataNode, checkpoint: Path | str) -> None:

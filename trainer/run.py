@@ -10,9 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..config.problems import ConfigError, Problem
 from ..data.node import DataNode
+from ..data.order import Shuffled
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, environment_world_size, pick_device
-from .build import Parts, build_data, build_run
+from .build import Parts, Run, build_data, build_run
 from .exceptions import bent_rules
 from .loop import TrainingDiverged
 from .resume import effective, restore_run
@@ -78,6 +79,7 @@ def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | st
             if checkpoint is None and (output_dir / "metrics.jsonl").exists():
                 log.warning("%s holds an earlier run, which this one replaces (resume=auto would go on with it)", output_dir)
             _describe(config, data, output_dir)
+            _warn_of_repetition(current)
         with StopRequest() as stop:
             reached = current.loop.run(stop)
             if current.saving is not None:
@@ -100,6 +102,12 @@ def _describe(config: DictConfig, data: DataNode, output_dir: Path) -> None:
         data.tokenizer.save(output_dir / "tokenizer.json")  # for `meshloom generate`, wherever the checkpoints go
     for exception in bent_rules(config):
         log.warning("%s", exception)
+
+
+def _warn_of_repetition(run: Run) -> None:
+    samples, batch = run.loader.samples, run.loop.controller.samples
+    if isinstance(samples, Shuffled) and samples.epoch_size < batch:
+        log.warning("the data has %d samples, fewer than a batch of %d: every step repeats some", samples.epoch_size, batch)
 
 
 def _make_folder(path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..checkpoint.checkpointer import Checkpointer
 from ..checkpoint.report import SaveReport
-from .hooks import Hook
+from .hooks import Hook, named
 from .loop import Loop
 
 
@@ -20,7 +20,7 @@ def run_state(loop: Loop, fixed: dict[str, Any]) -> dict[str, Any]:
         "progress": loop.progress.state_dict(),
         "counters": loop.engine.counters(),
         "controller": loop.controller.state_dict(),
-        "hooks": {type(hook).__name__: hook.state_dict() for hook in loop.hooks if hook.state_dict()},
+        "hooks": {name: state for name, hook in named(loop.hooks).items() if (state := hook.state_dict())},
     }
 
 
