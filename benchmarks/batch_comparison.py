@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument("--draw", type=Path, metavar="SUMMARY", help="only draw what a summary.json says")
     parser.add_argument("--processes", type=int, default=1, help="runs at once; what a step takes is then not its own")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides, for all runs")
+    parser.add_argument("--seconds", type=float, help="what has not finished by then is left out")
     parser.add_argument("--samples", type=int, help="of every run (default: the scale's)")
     arguments = parser.parse_args()
     if arguments.draw is not None:
@@ -229,7 +230,7 @@ def main() -> None:
     names = arguments.runs.split(",") if arguments.runs else list(known)
     folders = {name: arguments.output / name.replace(":", "-seed-") for name in names}
     lines = [command_line(name, [*known[name.partition(":")[0]], *arguments.set], scale, folders[name]) for name in names]
-    run_all([lines[start :: arguments.processes] for start in range(arguments.processes)], arguments.output)
+    run_all([lines[start :: arguments.processes] for start in range(arguments.processes)], arguments.output, arguments.seconds)
     finished = {name: read(folder) for name, folder in folders.items() if (folder / FINISHED).exists()}
     summary = {"scale": arguments.scale, "samples": scale.samples, "seq_len": scale.seq_len, "runs": finished}
     (arguments.output / "summary.json").write_text(json.dumps(summary))

@@ -17,11 +17,13 @@ FINISHED = "finished"
 """A file in the folder of a run that ended well: how many seconds it took."""
 
 
-def run_all(shares: Sequence[Sequence[Sequence[str]]], folder: Path) -> None:
+def run_all(shares: Sequence[Sequence[Sequence[str]]], folder: Path, seconds: float | None = None) -> None:
     """Start a process for each share, a list of command lines behind `meshloom train`, and wait for all.
 
     A line's last argument is its output_dir; lines whose run has finished are left out. Output: work-<number>.log in `folder`.
+    seconds: what is still running after so many is ended.
     """
+    end = None if seconds is None else time.monotonic() + seconds
     folder.mkdir(parents=True, exist_ok=True)
     started: list[subprocess.Popen[bytes]] = []
     for number, share in enumerate(shares):
@@ -30,7 +32,11 @@ def run_all(shares: Sequence[Sequence[Sequence[str]]], folder: Path) -> None:
         with (folder / f"work-{number}.log").open("w") as log:
             started.append(subprocess.Popen([sys.executable, __file__, str(path)], stdout=log, stderr=log))
     for process in started:
-        process.wait()
+        try:
+            process.wait(None if end is None else max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()  # asked kindly it would call the run finished
+            process.wait()
 
 
 def output(line: Sequence[str]) -> Path:

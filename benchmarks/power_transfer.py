@@ -21,11 +21,11 @@ from typing import Any
 from many_runs import FINISHED, run_all
 
 SEQ_LEN = 256
-TOKENS = (2**19, 2**21, 2**23)
-RATES = {16: 2.5e-4, 64: 5e-4, 256: 1e-3}
+TOKENS = (2**19, 3 * 2**19, 2**22)
+RATES = {16: 2.5e-4, 64: 5e-4, 128: 7e-4}
 """Batch in samples → the lowest learning rate tried; the others are 2, 4, … 64 times it."""
 SIZES = 7
-MICRO = {16: 16, 64: 64, 256: 64}
+MICRO = {16: 16, 64: 64, 128: 64}
 LAW = (4.6, 1.0, -0.51)
 
 COMMON = [
@@ -143,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/power"))
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seconds", type=float, help="what has not finished by then is left out")
     parser.add_argument("--tokens", type=int, nargs="*", default=list(TOKENS))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides, for all runs")
     parser.add_argument("--draw", action="store_true", help="only draw what summary.json says")
@@ -153,7 +154,7 @@ def main() -> None:
         return
     if not arguments.collect:
         lines = jobs(arguments.output, arguments.tokens, arguments.set)
-        run_all(dealt(lines, arguments.processes), arguments.output)
+        run_all(dealt(lines, arguments.processes), arguments.output, arguments.seconds)
     print(table(collect(arguments.output)))
 
 

@@ -107,11 +107,12 @@ def main() -> None:
         for at in range(rounds):
             for measuring in (True, False) if at % 2 else (False, True):
                 times[measuring].append(seconds(loop, measuring, steps))
+            print(json.dumps({"round": at, **{f"measuring={key}": value[-1] for key, value in times.items()}}), flush=True)
         ratios = [on / off - 1 for on, off in zip(times[True], times[False], strict=True)]
 
         graphs = counters["stats"]["unique_graphs"]
         torch._dynamo.config.error_on_recompile = True
-        sizes = [micro * count for count in (4, 8, 2, 3, 16, 5, 7, 1, 12, 6)]
+        sizes = [micro * count for count in (4, 8, 2, 3, 1, 6)]
         for size in sizes:
             controller.samples = size
             seconds(loop, size > micro, 1)
