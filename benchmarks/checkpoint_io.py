@@ -9,6 +9,7 @@ constant. "blocks": until the trainer may go on (for Meshloom async: the call; "
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import mmap
 import os
@@ -32,6 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.control import Control
+from meshloom.checkpoint.folder import step_name
 from meshloom.checkpoint.restore import restore
 from meshloom.config.checkpoint import CheckpointConfig
 from meshloom.parallel.fragment import Box, Fragment
@@ -122,11 +124,11 @@ def dcp_async(bench: Bench, kind: AsyncCheckpointerType, stager: DefaultStager |
     return {"blocks": blocks, "staged": staged, "total": time.perf_counter() - start}
 
 
-def ours(bench: Bench, checkpointer: Checkpointer) -> Times:
-    """Meshloom, hashing included, until the commit."""
+def ours(bench: Bench, checkpointer: Checkpointer, step: int) -> Times:
+    """Meshloom, hashing included, until the commit; the step is deleted out of the time, as the others' files are."""
     held = bench.fragments()
     start = time.perf_counter()
-    checkpointer.save(1, held, {"step": 1}, required=True)
+    checkpointer.save(step, held, {"step": step}, required=True)
     blocks = time.perf_counter() - start
     checkpointer.before_update()
     staged = time.perf_counter() - start
@@ -134,6 +136,7 @@ def ours(bench: Bench, checkpointer: Checkpointer) -> Times:
         time.sleep(0.001)
     total = time.perf_counter() - start
     assert reports[0].outcome == "committed", reports[0].reason
+    shutil.rmtree(bench.folder / checkpointer.config.mode / step_name(step))
     return {"blocks": blocks, "staged": staged, "total": total}
 
 
@@ -142,8 +145,9 @@ def measure(bench: Bench, rounds: int, memory: mmap.mmap) -> None:
     in_background = StagingOptions(False, True, True, False)  # pinned memory needs a GPU
     reused = DefaultStager(StagingOptions(False, False, False, False))
     shared = DefaultStager(in_background)
+    steps = itertools.count(1)
     thread, process = AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS
-    mine = {mode: Checkpointer(bench.folder / mode, Control.alone(), CheckpointConfig(mode=mode, keep=1)) for mode in MODES}
+    mine = {mode: Checkpointer(bench.folder / mode, Control.alone(), CheckpointConfig(mode=mode, keep=0)) for mode in MODES}
     for checkpointer in mine.values():
         checkpointer.prepare(bench.fragments())
     modes: dict[str, Callable[[], Times]] = {
@@ -155,8 +159,8 @@ def measure(bench: Bench, rounds: int, memory: mmap.mmap) -> None:
         "DCP async, thread, reused stager": lambda: dcp_async(bench, thread, reused),
         "DCP async, process": lambda: dcp_async(bench, process, None),
         "DCP async, process, shared memory": lambda: dcp_async(bench, process, shared),
-        "Meshloom sync": lambda: ours(bench, mine["sync"]),
-        "Meshloom async": lambda: ours(bench, mine["async"]),
+        "Meshloom sync": lambda: ours(bench, mine["sync"], next(steps)),
+        "Meshloom async": lambda: ours(bench, mine["async"], next(steps)),
     }
     for number in range(rounds + 1):
         for name, mode in modes.items():
