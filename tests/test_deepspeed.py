@@ -1,7 +1,8 @@
 """The DeepSpeed engine trains as the PyTorch engine does, and its state goes from stage to stage and engine to engine.
 
-DeepSpeed keeps fp32 masters, so these runs are held to the float64 oracle in fp32: TOLERANCE is 1e-5 relative on the loss
-of each of 5 steps (the rounding of one step is 6e-8; both engines stay below 1e-6), where a wrong factor shows as 1e-2.
+DeepSpeed keeps fp32 masters, so these runs are held to the float64 oracle in fp32: TOLERANCE is 5e-6 relative on loss and
+gradient norm of each of 5 steps. One rounding is 6e-8, both engines stay within 2e-6 (1e-7 in benchmarks/engine_parity.py), and
+a mean of means in place of the mean over tokens is 3e-4 off in the loss and 1e-2 in the norm.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from meshloom.parallel.moments import Measure
 from parity import Work, build, curves, plain_curve, sample, step, train
 from ranks import run_ranks
 
-TOLERANCE = 1e-5
+TOLERANCE = 5e-6
 
 Arrays = dict[str, list[tuple[tuple[int, ...], Box, torch.Tensor]]]
 
@@ -47,15 +48,17 @@ def zeros(zero: int, **keys: object) -> ParallelConfig:
 
 SHORT = {"precision": "fp32", "steps": 5}
 TABLE = [
-    *[(1, Work(ds(zero), micro=4, **SHORT)) for zero in (0, 2, 3)],
+    *[(1, Work(ds(zero), micro=4, **SHORT)) for zero in (0, 1, 2, 3)],
     *[(2, Work(ds(zero), micro=1, **SHORT)) for zero in (0, 1, 2, 3)],
-    *[(4, Work(ds(zero), micro=1, **SHORT)) for zero in (1, 3)],
+    *[(4, Work(ds(zero), micro=1, **SHORT)) for zero in (0, 1, 2, 3)],
     (4, Work(ParallelConfig(zero=3), micro=1, **SHORT)),
     *[(2, Work(ds(zero, offload="cpu"), micro=2, **SHORT)) for zero in (1, 2, 3)],
     (2, Work(ds(3, offload="cpu", offload_weights="cpu"), micro=2, **SHORT)),
     (4, Work(zeros(3, zero_hpz_partition_size=2), micro=1, **SHORT)),
     (2, Work(zeros(3, stage3_param_persistence_threshold=0, sub_group_size=1000), micro=2, **SHORT)),
     (2, Work(zeros(2, reduce_bucket_size=500, allgather_bucket_size=500), micro=2, **SHORT)),
+    (2, Work(zeros(1, contiguous_gradients=False, overlap_comm=True, reduce_scatter=False), micro=2, **SHORT)),
+    (2, Work(zeros(3, contiguous_gradients=False, overlap_comm=False, stage3_allgather_sequential=True), micro=2, **SHORT)),
     (2, Work(ds(3), micro=2, model=(("tied", True),), activation="full", **SHORT)),
     (2, Work(ds(1), micro=2, model=(("tied", True),), documents=True, **SHORT)),
     (2, Work(ds(3), micro=4, activation="offload", **SHORT)),
@@ -84,16 +87,18 @@ def test_losses_and_norms_are_those_of_a_bare_loop(ranks: int, work: Work) -> No
 
 @pytest.mark.parametrize(
     "parallel",
-    [ds(1), ds(2), ds(3), ds(2, offload="cpu")],
+    [ds(1), ds(2), ds(3), *[ds(zero, offload="cpu") for zero in (1, 2, 3)]],
     ids=lambda axes: case(Work(axes)),
 )
 def test_bf16_with_fp32_masters_is_the_torch_engines(parallel: ParallelConfig) -> None:
-    """With the batch cut alike both engines round in the same places: what differs is the order of fp32 sums."""
+    """With the batch cut alike both engines round in the same places: what differs is the order of fp32 sums. A gradient
+    that was added up in bf16 somewhere would show as 1e-3 in the norm.
+    """
     work = Work(parallel, precision="bf16", steps=4, micro=2)
     losses, norms = run_ranks(2, curves, replace(work, parallel=ParallelConfig(zero=3)))[0]
     for rank_losses, rank_norms in run_ranks(2, curves, work):
-        assert rank_losses == pytest.approx(losses, rel=1e-4)
-        assert rank_norms == pytest.approx(norms, rel=1e-3)
+        assert rank_losses == pytest.approx(losses, rel=TOLERANCE)
+        assert rank_norms == pytest.approx(norms, rel=TOLERANCE)
 
 
 def snapshot(engine: Engine) -> Arrays:
@@ -161,7 +166,12 @@ ROUTES = {
 }
 
 
-def take(route: list[tuple[int, ParallelConfig]], lr: float = 1e-2, model: tuple[tuple[str, Any], ...] = ()) -> None:
+def take(
+    route: list[tuple[int, ParallelConfig]],
+    lr: float = 1e-2,
+    model: tuple[tuple[str, Any], ...] = (),
+    tolerance: float = TOLERANCE,
+) -> None:
     """Train along a route, two steps in each place; every array must arrive as it left, and the curve be the oracle's."""
     steps = 2
     uninterrupted, _ = plain_curve(Work(samples=12, steps=steps * len(route), lr=lr, model=model))
@@ -179,7 +189,7 @@ def take(route: list[tuple[int, ParallelConfig]], lr: float = 1e-2, model: tuple
         arrays, counters = whole([result[1] for result in results]), results[0][2]
         losses += results[0][3]
     assert counters == {"step": steps * len(route)}
-    assert losses == pytest.approx(uninterrupted, rel=TOLERANCE)
+    assert losses == pytest.approx(uninterrupted, rel=tolerance)
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES.keys())
@@ -195,10 +205,20 @@ def asynchronous_io_is_built() -> bool:
 
 @pytest.mark.skipif(not asynchronous_io_is_built(), reason="DeepSpeed's async_io has not been built on this machine")
 def test_state_on_nvme_moves_bitwise_and_the_curve_goes_on(tmp_path: Path) -> None:
-    """Shards under 1 MiB stay in memory, so this model is larger than the others."""
+    """Shards under 1 MiB stay in memory, so this model is wider than the others, and its fp32 losses of either engine are
+    2e-6 from float64 after a few steps. Several sub-groups; and with DeepSpeed's reading and writing ahead.
+    """
     nvme = {"offload": "nvme", "offload_path": str(tmp_path)}
-    route = [(2, ds(2)), (2, ds(3, **nvme)), (1, ds(3, offload_weights="nvme", **nvme)), (2, ds(1))]
-    take(route, lr=1e-3, model=(("dim", 192), ("ffn_dim", 512)))
+    ahead = {"pipeline_read": True, "pipeline_write": True}
+    groups = DeepSpeedConfig(config={"zero_optimization": {"sub_group_size": 300_000, "offload_optimizer": ahead}})
+    route = [
+        (2, ds(2)),
+        (2, ds(3, **nvme)),
+        (2, ds(3, deepspeed=groups, **nvme)),
+        (1, ds(3, offload_weights="nvme", **nvme)),
+        (2, ds(1)),
+    ]
+    take(route, lr=1e-3, model=(("dim", 192), ("ffn_dim", 512)), tolerance=1e-5)
 
 
 @pytest.mark.parametrize(("began", "resumed"), [(ds(1), ds(3)), (ds(3), ds(2)), (ds(2), ds(1, offload="cpu"))])

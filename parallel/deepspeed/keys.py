@@ -65,6 +65,7 @@ REFUSED = {
     "zero_optimization.save_muon_momentum_buffer_in_memory": "it is for Muon, which needs whole matrices",
     "zero_optimization.parameter_alignment": "it pads parameters inside the flat groups, which are read by name here (R6)",
     "zero_optimization.leaf_module": "blocks are the leaves here: their weights are gathered together",
+    "zero_optimization.stage3_module_granularity_threshold": "blocks are the leaves here: their weights are gathered together",
     "zero_optimization.offload_optimizer.cpuadam_cores_perc": "it belongs to SuperOffload",
 }
 
@@ -98,7 +99,6 @@ ZERO_NUMBERS = (
     "stage3_max_live_parameters",
     "stage3_max_reuse_distance",
     "stage3_model_persistence_threshold",
-    "stage3_module_granularity_threshold",
     "stage3_param_persistence_threshold",
     "stage3_prefetch_bucket_size",
     "sub_group_size",
