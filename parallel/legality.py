@@ -11,10 +11,11 @@ from typing import Any
 
 from ..config.parallel import ParallelConfig
 from ..config.problems import Problem
+from ..models.llama import Llama
 from .context.split import KINDS, context_problems
 from .layout import Layout, layout_problems
 from .pipeline.stages import SCHEDULES, legal_micro_batches, near_micro_batches, schedule_of, stage_count
-from .tensor.placements import tensor_problems
+from .tensor.placements import tensor_problems, unplaced_modules
 
 
 @dataclass
@@ -48,6 +49,18 @@ def layout_and_model_problems(parallel: ParallelConfig, work: Work, world_size: 
         if near:
             problems.append(Problem("parallel", "other layouts can run this work", f"nearest: {'; or '.join(near)}"))
     return problems
+
+
+def model_problems(model: object, parallel: ParallelConfig) -> list[Problem]:
+    """What keeps a model of the user's own class from being trained in a layout: engines know a `Llama`'s parts by name."""
+    if not isinstance(model, Llama):
+        fix = "derive it from meshloom.models.llama.Llama"
+        return [Problem("model", f"{type(model).__name__} is no Llama, and its parts are not known", fix)]
+    unknown = unplaced_modules(model) if parallel.tp > 1 else []
+    if unknown:
+        text = f"nobody knows how to cut the parameters of {unknown[0]} over tensor-parallel ranks"
+        return [Problem("parallel.tp", text, "use parallel.tp=1")]
+    return []
 
 
 def _problems(parallel: ParallelConfig, work: Work, world_size: int) -> Iterator[Problem]:

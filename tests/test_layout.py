@@ -10,13 +10,15 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 
 import parity
 from meshloom.config.parallel import ParallelConfig
 from meshloom.config.problems import ConfigError
+from meshloom.models.llama import Llama
 from meshloom.parallel.layout import AXES, Layout
-from meshloom.parallel.legality import Work, layout_and_model_problems, micro_batch_unit, near_layouts
+from meshloom.parallel.legality import Work, layout_and_model_problems, micro_batch_unit, model_problems, near_layouts
 from meshloom.parallel.pipeline.stages import SCHEDULES, legal_micro_batches, near_micro_batches, stage_count, stage_ranks
 
 LLAMA_1B = Work(
@@ -312,6 +314,23 @@ def test_any_layout_is_either_legal_or_refused_with_legal_neighbours(
     assert all(problem.key and problem.message and problem.fix for problem in problems)
     for words in near_layouts(parallel, work, world_size):
         assert not layout_and_model_problems(changed(parallel, words), work, world_size), words
+
+
+class Wider(Llama):
+    """A Llama with one part that is not in any table."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.adapter = torch.nn.Linear(4, 4)
+
+
+def test_a_model_whose_parts_are_not_known_is_refused() -> None:
+    shape = parity.Work().llama()
+    assert model_problems(Llama(**shape), ParallelConfig(tp=2)) == model_problems(Wider(**shape), ParallelConfig(pp=2)) == []
+    (cut,) = model_problems(Wider(**shape), ParallelConfig(tp=2))
+    assert cut.key == "parallel.tp" and "adapter" in cut.message
+    (other,) = model_problems(torch.nn.Linear(1, 1), ParallelConfig())
+    assert other.key == "model" and "Llama" in other.fix
 
 
 def test_a_layout_that_does_not_fit_raises_with_every_problem() -> None:

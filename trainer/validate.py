@@ -19,7 +19,7 @@ from ..optim.build import build_controller, build_schedule
 from ..optim.parameters import NamedParameter, Unsharded
 from ..parallel.engines import engine_problems
 from ..parallel.layout import Layout, layout_problems
-from ..parallel.legality import Work, layout_and_model_problems
+from ..parallel.legality import Work, layout_and_model_problems, model_problems
 from ..parallel.memory import block_policies
 from ..parallel.pipeline.stages import SCHEDULES
 from .automatic import resolve_automatic
@@ -150,9 +150,12 @@ def _optimizer_problems(config: DictConfig) -> list[Problem]:
 
 
 def _model_problems(config: DictConfig) -> list[Problem]:
-    """Whether the model takes its keys: it is built on the meta device. Then, whether its blocks can keep to their budget."""
+    """Whether the model takes its keys (it is built on the meta device), can be cut, and its blocks keep to their budget."""
     model = build_model(config, vocabulary=2)
     parts = Parts.of(config)
+    unknown = model_problems(model, parts.parallel)
+    if unknown:
+        return unknown
     budget, parallel = parts.trainer.activation_budget, parts.parallel
     if budget is None or not 0 < budget <= 1 or parallel.schedule not in SCHEDULES or config.precision not in PRECISIONS:
         return []
