@@ -1,6 +1,6 @@
 """The whole crash matrix: at least 1,000 injected faults, none of which may go unnoticed or cost a committed step.
 
-    python benchmarks/checkpoint_crash.py [--quick]
+    python benchmarks/checkpoint_crash.py [--quick] [--tier disk|memory]
 
 Prints a table: kind of fault, where, how often, and what came of it. Exit code 1 if any fault broke the invariant.
 """
@@ -15,12 +15,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import crash
+import crash_memory
 from crash import Damage, Fault
 
 FILES = ("manifest.json", "rank-00000.safetensors", "rank-00001.safetensors", "rank-00000.leaves", "rank-00001.leaves")
@@ -56,11 +57,65 @@ def damages(count: int) -> list[Damage]:
     return made
 
 
+Case = tuple[str, str, Callable[[Path], str]]
+
+
+def disk_cases(work: Path, every: int) -> Iterator[Case]:
+    """Faults of saves to the disk, and damage done to it: the row of the table, what it is, and what does it in a folder."""
+    base, finished = work / "base", work / "finished"
+    crash.prepare(base)
+    shutil.copytree(base, finished)
+    crash.run(finished)
+    for mode in ("sync", "async"):
+        shutil.copytree(base, work / mode)
+        for row, fault in faults_of(mode, crash.boundaries(work / mode, mode, work), every):
+
+            def strike(folder: Path, fault: Fault = fault, mode: str = mode) -> str:
+                shutil.copytree(base, folder)
+                return crash.judge(folder, crash.run(folder, fault, mode=mode), go_on=fault.boundary % 5 == 0)
+
+            yield row, repr(fault), strike
+    for damage in damages(100 // every):
+
+        def spoil(folder: Path, damage: Damage = damage) -> str:
+            shutil.copytree(finished, folder)
+            return crash.judge_damage(folder, damage)
+
+        yield damage.name, damage.name, spoil
+    for locked in (True, False):
+        row = "two runs on one folder" + ("" if locked else ", no locks")
+
+        def run_twice(folder: Path, locked: bool = locked) -> str:
+            shutil.copytree(base, folder)
+            crash.two_runs(folder, locked)
+            return "whole"
+
+        for _ in range(20 // every):
+            yield row, row, run_twice
+
+
+def memory_cases(work: Path, every: int) -> Iterator[Case]:
+    """Deaths of trainers, keepers and nodes while a run saves into memory."""
+    passed = crash_memory.boundaries(work / "log" / "checkpoints", work)
+    for fault in list(crash_memory.all_faults(passed))[::every]:
+
+        def strike(folder: Path, fault: crash_memory.Fault = fault) -> str:
+            kept = crash_memory.run(folder, fault)
+            try:
+                return crash_memory.judge(folder, kept)
+            finally:
+                crash_memory.end_keepers(folder)
+
+        yield f"in-memory tier, {fault.what} killed", repr(fault), strike
+
+
 def main() -> int:
     """Run the matrix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of it")
-    every = 10 if parser.parse_args().quick else 1
+    parser.add_argument("--tier", choices=["disk", "memory"], help="half of it")
+    arguments = parser.parse_args()
+    every = 10 if arguments.quick else 1
     logging.disable(logging.CRITICAL)
     memory = Path("/dev/shm")
     table: Counter[tuple[str, str]] = Counter()
@@ -69,28 +124,10 @@ def main() -> int:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
         work = Path(name)
-        base, finished = work / "base", work / "finished"
-        crash.prepare(base)
-        shutil.copytree(base, finished)
-        crash.run(finished)
-        cases: list[tuple[str, str, Path, Callable[[Path], str]]] = []
-        for mode in ("sync", "async"):
-            shutil.copytree(base, work / mode)
-            for row, fault in faults_of(mode, crash.boundaries(work / mode, mode, work), every):
-
-                def strike(folder: Path, fault: Fault = fault, mode: str = mode) -> str:
-                    return crash.judge(folder, crash.run(folder, fault, mode=mode), go_on=fault.boundary % 5 == 0)
-
-                cases.append((row, repr(fault), base, strike))
-        for damage in damages(100 // every):
-            cases.append((damage.name, damage.name, finished, lambda folder, damage=damage: crash.judge_damage(folder, damage)))
-        for locked in (True, False):
-            for _ in range(20 // every):
-                row = "two runs on one folder" + ("" if locked else ", no locks")
-                cases.append((row, row, base, lambda folder, locked=locked: "whole" if crash.two_runs(folder, locked) else ""))
-        for number, (row, what, origin, act) in enumerate(cases):
+        tiers = {"disk": disk_cases, "memory": memory_cases}
+        chosen = [tiers[arguments.tier]] if arguments.tier else list(tiers.values())
+        for number, (row, what, act) in enumerate(case for tier in chosen for case in tier(work, every)):
             folder = work / f"case{number}"
-            shutil.copytree(origin, folder)
             began = time.perf_counter()
             try:
                 table[row, act(folder)] += 1

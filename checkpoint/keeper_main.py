@@ -179,11 +179,13 @@ class KeeperServer:
 
     def complete(self, token: str, manifest: bytes) -> None:
         """The snapshot is kept by all ranks: it becomes the version to recover, and the older ones go."""
+        reach("complete.before")
         with self._changed:
             self.versions[token].manifest = manifest
             names = list(self.versions)  # in the order of their first sign of life; a faster member may be ahead of us
             for other in names[: names.index(token)]:
                 del self.versions[other]
+        reach("complete.after")
 
     def drop(self, token: str) -> None:
         """A snapshot that some rank could not keep."""

@@ -255,6 +255,7 @@ class Save:
             message: dict[str, Any] = {"name": name, "bytes": layout.bytes, "leaves": leaves, "blocks": blocks}
         except CheckpointError as error:
             message = {"error": str(error)}
+        reach("keep.posted.before")
         talk.post("kept", json.dumps(message).encode())
         if talk.control.rank == 0:
             messages: list[dict[str, Any]] = [json.loads(text) for text in talk.collect("kept")]
@@ -264,7 +265,9 @@ class Save:
         verdict, _, manifest = talk.hear("kept-verdict").partition(b"\n")
         fault = json.loads(verdict)["error"]
         if fault is None:
+            reach("keep.complete.before")
             tools.memory.complete(self._arena, self._token, manifest)
+            reach("keep.complete.after")
             self.report.outcome = "kept"
         else:
             log.warning("step %d is not kept in memory: %s", self.step, fault)

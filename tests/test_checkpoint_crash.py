@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import crash
+import crash_memory
 import pytest
 from crash import Fault
 
@@ -97,3 +98,16 @@ def test_two_runs_on_one_folder(base: Path, tmp_path: Path) -> None:
     crash.two_runs(copy(base, tmp_path, 1), locked=True)
     for number in range(2, 4):
         crash.two_runs(copy(base, tmp_path, number), locked=False)
+
+
+def test_trainers_keepers_and_nodes_that_die_cost_no_kept_snapshot(tmp_path: Path) -> None:
+    passed = crash_memory.boundaries(tmp_path / "log" / "checkpoints", tmp_path)
+    assert min(len(names) for names in passed.values()) >= 15
+    faults = list(crash_memory.all_faults(passed))
+    for number, fault in enumerate(faults[5 :: len(faults) // 4]):
+        folder = tmp_path / f"run{number}" / "checkpoints"
+        kept = crash_memory.run(folder, fault)
+        try:
+            crash_memory.judge(folder, kept)
+        finally:
+            crash_memory.end_keepers(folder)
