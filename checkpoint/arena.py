@@ -8,10 +8,12 @@ import errno
 import logging
 import mmap
 import os
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,16 +34,22 @@ class Arena:
     """One mapping of anonymous shared memory that the writer process maps too, by its descriptor.
 
     A page at the end says how much of the file is in place, so that the writer can follow the copy.
+    folder: where a file without a name takes the place of memory (`checkpoint.snapshot_folder`); it is never pinned.
     """
 
-    def __init__(self, size: int, pin: bool) -> None:
+    def __init__(self, size: int, pin: bool, folder: str | None = None) -> None:
         self.size = rounded(size)
-        self.descriptor = os.memfd_create("meshloom-checkpoint", os.MFD_CLOEXEC)
-        os.ftruncate(self.descriptor, self.size)
+        if folder is None:
+            self.descriptor = os.memfd_create("meshloom-checkpoint", os.MFD_CLOEXEC)
+            os.ftruncate(self.descriptor, self.size)
+        else:
+            self.descriptor = _nameless_file(folder, self.size)
+            pin = False
         self.memory = mmap.mmap(self.descriptor, self.size, mmap.MAP_SHARED)
-        with contextlib.suppress(OSError):  # where the system allows it for shared memory
-            self.memory.madvise(mmap.MADV_HUGEPAGE)
-        self._populate()
+        if folder is None:
+            with contextlib.suppress(OSError):  # where the system allows it for shared memory
+                self.memory.madvise(mmap.MADV_HUGEPAGE)
+            self._populate()
         self.watermark = Watermark(memoryview(self.memory))
         self._pinned = False
         if pin:
@@ -129,12 +137,13 @@ class Arena:
 class ArenaPool:
     """At most `limit` bytes of arenas (None: room for `count`), lent one at a time and reused.
 
-    pin: lock new arenas for the GPU's copy engines.
+    pin: lock new arenas for the GPU's copy engines. folder: of their files, where they are not to be in memory.
     """
 
     limit: int | None
     count: int = 2
     pin: bool = False
+    folder: str | None = None
 
     def __post_init__(self) -> None:
         self._free: list[Arena] = []
@@ -179,7 +188,7 @@ class ArenaPool:
                 for outgrown in [arena for arena in self._free if arena.size < rounded(size)]:
                     self._free.remove(outgrown)
                     outgrown.close()
-                arena = Arena(size, self.pin)
+                arena = Arena(size, self.pin, self.folder)
             self._lent.append(arena)
             self._holders[id(arena)] = 1
             return arena
@@ -211,6 +220,19 @@ class ArenaPool:
             return True
         lent = sum(arena.size for arena in self._lent)
         return len(self._lent) < self.count if self.limit is None else lent + rounded(size) <= self.limit
+
+
+def _nameless_file(folder: str, size: int) -> int:
+    """The descriptor of a file of this size, all of its room taken, that is gone when it is closed."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return os.dup(file.fileno())
+    except OSError as error:
+        raise CheckpointError(
+            f"{size / 2**30:.3f} GiB for a snapshot in checkpoint.snapshot_folder={folder}: {error}"
+        ) from error
 
 
 def _cuda() -> Any:

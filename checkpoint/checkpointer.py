@@ -54,7 +54,8 @@ class Checkpointer:
         in_memory = config.memory_every is not None
         if in_memory and not isinstance(self._target, LocalTarget):
             raise ConfigError([Problem("checkpoint.memory_every", "needs a mounted folder to find the keepers by", "use null")])
-        pool = ArenaPool(limit, count=3 if in_memory else 2)
+        on_disk = config.snapshot_folder is not None
+        pool = ArenaPool(limit, count=3 if in_memory else 1 if on_disk else 2, folder=config.snapshot_folder)
         self._tools = Tools(
             target=self._target,
             pool=pool,
