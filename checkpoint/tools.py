@@ -151,10 +151,16 @@ def _compare(found: Difference, x: torch.Tensor, y: torch.Tensor, box: Box) -> N
 
 
 def prune(location: str | Path, keep: int) -> list[str]:
-    """Delete complete steps beyond the newest `keep`. Raises CheckpointError if a run is saving there, or keep is 0."""
+    """Delete complete steps beyond the newest `keep` of a folder of checkpoints, or of a run. Returns their names.
+
+    Raises CheckpointError if there are none, if a run is saving there, or keep is 0.
+    """
     if keep < 1:
         raise CheckpointError("prune: keep at least 1 step")
-    target = open_target(location, coordinator=True)
+    if open_files(location).size(MANIFEST) is not None:
+        raise CheckpointError(f"{location}: this is a step; give the folder of all of them")
+    in_run = not steps_newest_first(open_files(location)) and bool(step_folders(location))
+    target = open_target(f"{str(location).rstrip('/')}/checkpoints" if in_run else location, coordinator=True)
     try:
         return target.prune(keep)
     finally:

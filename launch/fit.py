@@ -95,7 +95,12 @@ def main(argv: Sequence[str]) -> int:
 
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "fit.json").write_text(json.dumps(as_json(fits), indent=2) + "\n")
-        for path in draw(fits, arguments.output):
+        try:
+            drawn = draw(fits, arguments.output)
+        except ModuleNotFoundError as error:
+            print(f"meshloom fit: {error}", file=sys.stderr)
+            return 1
+        for path in drawn:
             print(f"drawn: {path}")
     return 0 if any((fits.lr, fits.batch, fits.loss, fits.critical)) else 1
 

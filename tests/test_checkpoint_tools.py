@@ -85,7 +85,11 @@ def test_prune_and_stats(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stats", str(run)]) == 0
     assert capsys.readouterr().out.count("committed") == 2
     assert main(["prune", str(run / "checkpoints"), "--keep", "0"]) == 1
-    assert main(["prune", str(run / "checkpoints"), "--keep", "1"]) == 0
+    assert main(["prune", str(step(run, 2)), "--keep", "1"]) == 1
+    assert main(["prune", str(run.parent / "nowhere"), "--keep", "1"]) == 1
+    assert not (run.parent / "nowhere").exists() and step(run, 1).exists()
+    assert main(["prune", str(run), "--keep", "1"]) == 0  # a run's folder does, as for the other commands
+    assert capsys.readouterr().out == "deleted step-00000001\n"
     assert not step(run, 1).exists()
     assert step(run, 2).exists()
 
