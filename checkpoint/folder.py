@@ -24,13 +24,16 @@ def step_of(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def load_manifest(files: Files) -> Manifest:
-    """The manifest of a step's folder, with its digest checked. Raises DamageError if there is none, or not as written."""
+def load_manifest(files: Files, *, arrays: bool = True) -> Manifest:
+    """The manifest of a step's folder, with its digest checked; arrays=False: without them, which is faster.
+
+    Raises DamageError if there is none, or not as written.
+    """
     try:
         data = files.read(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         raise DamageError(files.label(MANIFEST), "the manifest is missing: this is not a finished checkpoint") from None
-    return Manifest.decode(data, files.label(MANIFEST))
+    return Manifest.decode(data, files.label(MANIFEST), arrays=arrays)
 
 
 def open_step(files: Files) -> Manifest:

@@ -16,6 +16,7 @@ FORMAT = "meshloom-checkpoint"
 VERSION = 2
 KNOWN = (1, 2)  # version 1 had no panels: what it would have stored as panels were boxes of their own
 MANIFEST = "manifest.json"
+_ARRAYS_LINE = b'\n"arrays": {'
 _DIGEST_LINE = b'"digest": "'
 
 # Names of element types as in safetensors, and their sizes in bytes.
@@ -137,15 +138,19 @@ class Manifest:
         return body + _DIGEST_LINE + text_digest(body).encode() + b'"\n}\n'
 
     @classmethod
-    def decode(cls, data: bytes, where: str) -> Manifest:
-        """Read a manifest's text. Raises DamageError if it is not as written, CheckpointError if its version is unknown."""
+    def decode(cls, data: bytes, where: str, *, arrays: bool = True) -> Manifest:
+        """Read a manifest's text. Raises DamageError if it is not as written, CheckpointError if its version is unknown.
+
+        arrays=False: all but the arrays, whose lines, most of the text, are not looked at.
+        """
         at = data.rfind(_DIGEST_LINE)
         if at < 0 or not data.endswith(b'"\n}\n'):
             raise DamageError(where, "the manifest is cut off: it does not end with its digest")
         said = data[at + len(_DIGEST_LINE) : -len(b'"\n}\n')].decode(errors="replace")
         if text_digest(data[:at]) != said:
             raise DamageError(where, "the manifest's digest does not match its text")
-        content = json.loads(data)
+        start = -1 if arrays else data.find(_ARRAYS_LINE)
+        content = json.loads(data if start < 0 else data[: start + len(_ARRAYS_LINE)] + b"}}")
         if content.get("format") != FORMAT:
             raise CheckpointError(f"{where}: this is not a {FORMAT}")
         if content["version"] not in KNOWN or content["hash"] != HASH_NAME:

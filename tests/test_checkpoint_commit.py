@@ -298,6 +298,32 @@ def test_a_snapshot_is_of_the_values_before_the_update(tmp_path: Path) -> None:
         assert all(bool((f.tensor == step).all()) for f in back[0])
 
 
+def test_a_held_save_becomes_a_checkpoint_when_it_is_confirmed_and_never_before(tmp_path: Path) -> None:
+    run = open_run(tmp_path, mode="async")
+    for step in (1, 2):
+        run.save(step, fragments(make_arrays(step), 1, 0)[0], {}, hold=True)
+        run.before_update()
+    time.sleep(0.4)
+    assert not run.poll() and not list(tmp_path.glob("step-????????"))
+    run.confirm(2)
+    time.sleep(0.1)
+    assert not list(tmp_path.glob("step-????????")), "saves are committed in order"
+    run.confirm(1)
+    assert [report.outcome for report in run.wait()] == ["committed", "committed"]
+    run.save(3, fragments(make_arrays(3), 1, 0)[0], {}, hold=True)
+    run.before_update()
+    run.close()
+    assert restored_step(tmp_path) == 2
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000002"]
+
+
+def test_a_save_that_was_never_confirmed_is_a_failed_one(tmp_path: Path) -> None:
+    run = open_run(tmp_path, mode="async")
+    run.save(1, fragments(make_arrays(1), 1, 0)[0], {}, hold=True)
+    with pytest.raises(CheckpointError, match="known to be good"):
+        run.finish()
+
+
 def test_a_bad_config_names_its_keys(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         open_run(tmp_path, mode="later", keep=-1)

@@ -9,6 +9,7 @@ import random
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -26,6 +27,7 @@ from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.coverage import tiling_fault
 from meshloom.checkpoint.digest import block_digests, leaf_digests
 from meshloom.checkpoint.errors import CheckpointError
+from meshloom.checkpoint.manifest import Manifest
 from meshloom.checkpoint.restore import restore
 from meshloom.config.checkpoint import CheckpointConfig
 from meshloom.parallel.fragment import Box
@@ -121,6 +123,13 @@ def test_versions_up_to_this_one_are_read_and_later_ones_refused(tmp_path: Path,
         restore(path.parent, blank, Control.alone())
     with pytest.raises(ValueError, match="version"):
         second_reader().Checkpoint(path.parent)
+
+
+def test_a_manifest_can_be_read_without_its_arrays(step: Path) -> None:
+    text = (step / "manifest.json").read_bytes()
+    whole, short = (Manifest.decode(text, "here", arrays=arrays) for arrays in (True, False))
+    assert whole.arrays and not short.arrays
+    assert replace(whole, arrays={}) == short
 
 
 def test_many_processes_hash_as_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,6 +225,55 @@ def test_where_the_disk_is_busy_the_snapshot_stays_in_memory(folder: Path) -> No
     assert max(report.host_memory_bytes for report in reports) <= 3 * 2 * 2**20
 
 
+def test_a_plan_that_changes_while_the_disk_is_busy_is_made_anew_for_the_snapshot_in_memory(folder: Path) -> None:
+    from meshloom.checkpoint import faults
+
+    def slow(boundary: str, amount: int) -> int:
+        if boundary == "commit.rename.before":
+            time.sleep(0.7)
+        return amount
+
+    def body(control: Control) -> list[str]:
+        checkpointer = Checkpointer(folder, control, CheckpointConfig(memory_every=1, timeout=30, keep=0))
+        for step in (1, 2):  # the second time each rank holds other boxes
+            checkpointer.save(step, fragments(make_arrays(step), 2, step)[control.rank], {"step": step})
+            checkpointer.before_update()
+        outcomes = [report.outcome for report in checkpointer.wait()]
+        checkpointer._tools.memory.close(keep=True)  # type: ignore[union-attr]
+        return outcomes
+
+    faults.install(slow)
+    try:
+        outcomes = together(2, body)
+    finally:
+        faults.install(None)
+    assert outcomes == [["committed", "kept"]] * 2
+    assert recovered(folder, 1, 2) == ["memory of step 2"]
+
+
+def test_keepers_that_are_too_slow_skip_a_snapshot_instead_of_holding_up_training(folder: Path) -> None:
+    from meshloom.checkpoint import faults
+
+    def slow(boundary: str, amount: int) -> int:
+        if boundary == "keep.posted.before":
+            time.sleep(1.0)
+        return amount
+
+    faults.install(slow)
+    try:
+        checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(memory_every=1, timeout=30, keep=0))
+        checkpointer.prepare(fragments(make_arrays(1), 1, 0)[0])
+        for step in range(1, 6):
+            checkpointer.save(step, fragments(make_arrays(step), 1, 0)[0], {"step": step}, disk=False)
+            checkpointer.before_update()
+        reports = {report.step: report for report in checkpointer.wait()}
+    finally:
+        faults.install(None)
+    checkpointer.close()
+    assert "kept" in [report.outcome for report in reports.values()]
+    assert "no memory free" in reports[5].reason and reports[5].outcome == "skipped"
+
+
 def test_parity_makes_any_member_again() -> None:
     rng = random.Random(0)
     for count in (2, 3, 4, 7):

@@ -159,9 +159,10 @@ def diverging(rank: int, world_size: int, overrides: list[str]) -> tuple[int, bo
     return code, (Path(overrides[0].partition("=")[2]) / "checkpoints" / "step-00000004").exists()
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(tmp_path: Path) -> None:
-    hook = "trainer.hooks=[{_target_:run_hooks.Poison,step:4}]"
-    results = run_ranks(2, diverging, [f"output_dir={tmp_path}", "trainer.steps=9", "checkpoint.every=2", hook])
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(tmp_path: Path, mode: str) -> None:
+    overrides = ["trainer.hooks=[{_target_:run_hooks.Poison,step:4}]", f"checkpoint.mode={mode}"]
+    results = run_ranks(2, diverging, [f"output_dir={tmp_path}", "trainer.steps=9", "checkpoint.every=2", *overrides])
     assert results == [(1, False), (1, False)]
     found = find_latest(tmp_path / "checkpoints")
     assert found is not None and Path(found).name == "step-00000002"

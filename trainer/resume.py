@@ -8,17 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint.files import is_remote, open_files
 from ..checkpoint.folder import find_latest
 from ..checkpoint.manifest import MANIFEST
-from ..checkpoint.restore import holds_checkpoint, read_state, restore
+from ..checkpoint.restore import RestoreReport, holds_checkpoint, read_state, restore
 from ..config import RunConfig
 from ..config.compose import differences, resumed
 from ..config.problems import ConfigError, Problem
 from ..data.node import DataNode
 from ..optim.progress import Progress
+from ..parallel.fragment import Fragment
 from .build import Run, build_control, checkpoint_folder
 from .hooks import named
 from .loop import Loop
@@ -86,7 +88,7 @@ def restore_run(run: Run, checkpoint: Path | str) -> None:
         return
     _same_tokens(stated, run.data, checkpoint)
     loop.engine.prepare_restore()
-    state = restore(checkpoint, list(loop.engine.fragments()), build_control(loop.mesh, "restore")).state
+    state = _restore(loop, checkpoint, list(loop.engine.fragments())).state
     if state["data_fingerprint"] != run.data.fingerprint:
         samples = state["progress"]["samples"]
         log.warning("the data differs from the checkpoint's: the run goes on at sample %d of the new data", samples)
@@ -107,6 +109,17 @@ def _same_tokens(state: dict[str, Any], data: DataNode, checkpoint: Path | str) 
     raise ConfigError([Problem("data.tokenizer", message, fix)])
 
 
+def _restore(loop: Loop, checkpoint: Path | str, fragments: list[Fragment], *, strict: bool = True) -> RestoreReport:
+    """Restore on all ranks, each byte read by one of them. The others get it through a process group that lives for this."""
+    group = dist.new_group(backend="gloo") if loop.mesh.layout.world_size > 1 else None
+    assert not isinstance(group, int), "every process is a member"
+    try:
+        return restore(checkpoint, fragments, build_control(loop.mesh, "restore"), strict=strict, group=group)
+    finally:
+        if group is not None:
+            dist.destroy_process_group(group)
+
+
 def _is_import(state: dict[str, Any]) -> bool:
     """Whether a checkpoint was not saved by a run (`meshloom checkpoint import`): it has no progress to go on from."""
     return "progress" not in state
@@ -115,7 +128,7 @@ def _is_import(state: dict[str, Any]) -> bool:
 def _restore_weights(loop: Loop, checkpoint: Path | str) -> None:
     """Begin a run from imported weights: step 0, fresh optimizer state. Raises ConfigError on all ranks if some don't fit."""
     weights = [fragment for fragment in loop.engine.fragments() if fragment.role == "weight"]
-    report = restore(checkpoint, weights, build_control(loop.mesh, "restore"), strict=False)
+    report = _restore(loop, checkpoint, weights, strict=False)
     absent = sorted({*report.missing, *report.mismatched})
     if loop.mesh.any(bool(absent)):
         named = f" ({', '.join(absent[:4])}{', …' if len(absent) > 4 else ''})" if absent else ""

@@ -50,7 +50,7 @@ class Saving(Hook):
 
     def on_step_end(self, loop: Loop) -> None:
         """Start a save when it is time to, and report those that have ended."""
-        if not self._prepared:  # after a step the optimizer's state is there
+        if not self._prepared and (self._every or self._memory_every):  # after a step the optimizer's state is there
             self._checkpointer.prepare(loop.engine.fragments())
             self._prepared = True
         to_disk, in_memory = (bool(every) and loop.progress.step % every == 0 for every in (self._every, self._memory_every))
