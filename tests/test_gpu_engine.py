@@ -41,12 +41,17 @@ class Case:
     large: bool = False
     steps: int = 8
 
+    @property
+    def rate(self) -> float:
+        """Learning rate; a large model at the small one's shows the last bit of every product within four steps."""
+        return 1e-3 if self.large else 1e-2
+
 
 def run(mesh: Mesh, case: Case) -> dict[str, Any]:
     """Its losses, what its first forward pass left in memory (MiB), and weights that are not their masters' rounded values."""
 
     def optimizer(parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
-        return AdamW(parameters=parameters, shards=shards, lr=1e-2, fused=case.fused)
+        return AdamW(parameters=parameters, shards=shards, lr=case.rate, fused=case.fused)
 
     shape = (512, 4, 8, 4, 1536) if case.large else (128, 2, 2, 1, 256)
     length = 1024 if case.large else 256
@@ -66,7 +71,7 @@ def run(mesh: Mesh, case: Case) -> dict[str, Any]:
         loss = engine.accumulate(batches, torch.tensor(4.0 * length, device=mesh.device))
         peak = (torch.cuda.max_memory_allocated() - before) / 2**20
         engine.clip(0.5, engine.gradient_norm())
-        engine.update(1e-2)
+        engine.update(case.rate)
         engine.zero_grad()
         curve.append(float(loss.mean))
     weights = {fragment.name: fragment.tensor for fragment in engine.fragments() if fragment.role == "weight"}
@@ -93,7 +98,7 @@ def test_one_pass_updates_train_as_torch_does() -> None:
     for ours, theirs in zip(*[iter(measure(*cases))] * 2, strict=True):
         assert (ours["one_pass"], theirs["one_pass"]) == (True, False)
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-2)
-        assert ours["losses"][-1] < ours["losses"][0] - 1
+        assert ours["losses"][-1] < ours["losses"][0] - 0.5
         assert ours["different"] == theirs["different"] == []
 
 
