@@ -14,7 +14,7 @@ from ..config.compose import Composer
 from ..config.duration import Duration, Unit
 from ..config.problems import ConfigError, Problem
 from ..optim import laws
-from ..optim.laws import Law, MuP
+from ..optim.laws import Law, LossLaw, MuP
 from .arguments import describe, parse
 
 
@@ -108,6 +108,7 @@ def recommend(arguments: Arguments) -> Recommendation:
     step_lr = laws.step_law_lr(hidden, tokens)
     power_lr = laws.power_law_lr(batch * seq_len, tokens)
     batch_law, critical = laws.step_law_batch(tokens), laws.critical_batch(loss)
+    at_batch = LossLaw().loss(hidden, tokens / (batch * seq_len), batch * seq_len)
     step = {"N": float(hidden), "D": tokens}
     power = {"N": float(hidden), "D": tokens, "β": batch * seq_len / laws.REFERENCE_LENGTH}
     rows = [
@@ -115,6 +116,7 @@ def recommend(arguments: Arguments) -> Recommendation:
         Row("batch", f"{_count(batch_law)} tokens\n{step_batch} sequences", laws.STEP_BATCH, step),
         Row(f"learning rate\nat batch {batch}", f"{power_lr:.3e}", laws.POWER_LR, power),
         Row("loss", f"{laws.chinchilla_loss(total, tokens):.3f}", laws.CHINCHILLA_LOSS, {"N": float(total), "D": tokens}),
+        Row(f"loss\nat batch {batch}", f"{at_batch:.3f}", laws.LOSS_AT_BATCH, {}),
         Row(f"batch\nat loss {loss:.3f}", _batch(laws.minicpm_batch(loss), seq_len), laws.MINICPM_BATCH, {}),
         Row(f"critical batch\nat loss {loss:.3f}", _batch(critical, seq_len), laws.CRITICAL_BATCH, {"L": loss}),
     ]

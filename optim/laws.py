@@ -81,6 +81,14 @@ CHINCHILLA_LOSS = Law(
 )
 
 
+LOSS_AT_BATCH = Law(
+    "(1.5e14 / N)^0.076 + (2.6e3 / S_min)^0.67, S_min = S / (1 + B_crit / B), B_crit = 1.7e8 / L^(1/0.205)",
+    "nats per token",
+    "“Unraveling the Mystery of Scaling Laws: Part I”, arXiv 2403.06563",
+    "C4; constants from memory, not held against the paper: fit your own",
+)
+
+
 def step_law_lr(parameters: float, tokens: float) -> float:
     """Peak learning rate. parameters: N without embeddings (neither input table nor head); tokens: D of the whole run."""
     return 1.79 * parameters**-0.713 * tokens**0.307

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypedDict, Unpack
 
 from ..config.duration import Duration, Unit
 from .decay import WINDOWED, halving
@@ -15,6 +16,17 @@ FORMS = ("exponential", *WINDOWED)
 
 REFERENCE_LENGTH = 4096
 """Tokens of a sequence in the power schedule's paper: its batch size counts sequences of this length."""
+
+
+class DecayOptions(TypedDict, total=False):
+    """Keys of every schedule that ends in a decay: see `Decaying`."""
+
+    warmup: Written
+    decay: Written
+    decay_form: str
+    final: float
+    decay_start: Written | None
+    half_life: Written | None
 
 
 class Decaying(Schedule):
@@ -33,12 +45,12 @@ class Decaying(Schedule):
         self,
         peak: float,
         horizon: Horizon,
-        warmup: Written,
-        decay: Written,
-        decay_form: str,
-        final: float,
-        decay_start: Written | None,
-        half_life: Written | None,
+        warmup: Written = 0,
+        decay: Written = "10%",
+        decay_form: str = "1-sqrt",
+        final: float = 0.0,
+        decay_start: Written | None = None,
+        half_life: Written | None = None,
     ) -> None:
         super().__init__(peak, horizon, warmup)
         self.final = self._final(final)
@@ -99,19 +111,6 @@ class Decaying(Schedule):
 class WSD(Decaying):
     """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): see `Decaying` for the settings of the decay."""
 
-    def __init__(
-        self,
-        peak: float,
-        horizon: Horizon,
-        warmup: Written = 0,
-        decay: Written = "10%",
-        decay_form: str = "1-sqrt",
-        final: float = 0.0,
-        decay_start: Written | None = None,
-        half_life: Written | None = None,
-    ) -> None:
-        super().__init__(peak, horizon, warmup, decay, decay_form, final, decay_start, half_life)
-
     def settled(self, progress: Progress) -> float:
         """See the class."""
         return self.peak * self.decayed(progress)
@@ -128,19 +127,10 @@ class Power(Decaying):
     """
 
     def __init__(
-        self,
-        peak: float,
-        horizon: Horizon,
-        warmup: Written = 0,
-        decay: Written = "10%",
-        decay_form: str = "exponential_to_zero",
-        final: float = 0.0,
-        decay_start: Written | None = None,
-        half_life: Written | None = None,
-        a: float = 4.0,
-        b: float = -0.51,
+        self, peak: float, horizon: Horizon, a: float = 4.0, b: float = -0.51, **options: Unpack[DecayOptions]
     ) -> None:
-        super().__init__(peak, horizon, warmup, decay, decay_form, final, decay_start, half_life)
+        settings: DecayOptions = {"decay_form": "exponential_to_zero", **options}
+        super().__init__(peak, horizon, **settings)
         self.a, self.b = a, b
         self._first = self._amount("warmup", self.warmup, Unit.TOKENS)
         start = Duration(max(0.0, self.decay_start), horizon.unit)
