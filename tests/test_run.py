@@ -15,7 +15,7 @@ from meshloom.trainer.run import run
 from ranks import run_ranks
 
 SYNTHETIC = ["data=synthetic", "data.vocabulary=61", "data.seq_len=16", "data.validation_samples=12"]
-TINY = [
+ANY_DATA = [
     "recipe=quickstart",
     "model.dim=16",
     "model.layers=2",
@@ -34,11 +34,12 @@ TINY = [
     "trainer.sample_prompt=null",
     "logging.progress=false",
 ]
+TINY = [*ANY_DATA, *SYNTHETIC]
 
 
 def body(rank: int, world_size: int, overrides: list[str]) -> int:
-    data = () if any(override.startswith("data=") for override in overrides) else SYNTHETIC
-    composition = Composer().compose([*TINY, *data, *overrides])
+    base = ANY_DATA if any(override.startswith("data=") for override in overrides) else TINY
+    composition = Composer().compose([*base, *overrides])
     assert not composition.problems, composition.problems
     return run(composition.config, overrides)
 
