@@ -20,10 +20,10 @@ SHARE_BYTES = 256 * 1024 * 1024  # the least that is worth a process of its own
 HASH_NAME = "xxh3-128"
 
 
-def leaf_digests(data: memoryview) -> bytes:
+def leaf_digests(data: memoryview, leaf_bytes: int = LEAF_BYTES) -> bytes:
     """Digests of the leaves of `data`, which starts at a leaf boundary of its file, joined."""
     digest = xxhash.xxh3_128_digest
-    return b"".join([digest(data[at : at + LEAF_BYTES]) for at in range(0, len(data), LEAF_BYTES)])
+    return b"".join([digest(data[at : at + leaf_bytes]) for at in range(0, len(data), leaf_bytes)])
 
 
 def leaf_digests_by_many(data: memoryview, workers: int) -> bytes:

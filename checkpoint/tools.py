@@ -47,6 +47,7 @@ def verify(files: Files) -> Iterator[DamageError | int]:
     except DamageError as error:
         yield error
         return
+    leaf, span = manifest.leaf_bytes, manifest.block_bytes
     for file in manifest.files:
         good = True
         buffer = bytearray(manifest.block_bytes)
@@ -58,12 +59,12 @@ def verify(files: Files) -> Iterator[DamageError | int]:
                 except DamageError as error:
                     yield error
                     return
-                if block_digests(leaf_digests(view)) == [file.blocks[block]]:
+                if block_digests(leaf_digests(view, leaf), leaf, span) == [file.blocks[block]]:
                     yield len(view)
                 else:
                     good = False
                     yield DamageError(files.label(file.name), "its bytes do not match the manifest", block)
-        if block_digests(files.read(file.leaves)) != file.blocks:
+        if block_digests(files.read(file.leaves), leaf, span) != file.blocks:
             yield DamageError(files.label(file.leaves), f"it does not hold the digests of {file.name}")
         if good:
             yield from _verify_header(files, manifest, file.name)

@@ -27,8 +27,10 @@ from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.coverage import tiling_fault
 from meshloom.checkpoint.digest import block_digests, leaf_digests
 from meshloom.checkpoint.errors import CheckpointError
+from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.manifest import Manifest
 from meshloom.checkpoint.restore import restore
+from meshloom.checkpoint.tools import verify
 from meshloom.config.checkpoint import CheckpointConfig
 from meshloom.parallel.fragment import Box
 
@@ -109,12 +111,20 @@ def test_versions_up_to_this_one_are_read_and_later_ones_refused(tmp_path: Path,
     checkpointer.finish()
     path = tmp_path / "step-00000001/manifest.json"
     text = path.read_bytes().replace(b'"version": 2', f'"version": {version}'.encode())
+    if version == 1:  # its leaves were of 16 KiB
+        data = (path.parent / "rank-00000.safetensors").read_bytes()
+        leaves = b"".join(xxhash.xxh3_128_digest(data[at : at + 16384]) for at in range(0, len(data), 16384))
+        (old,) = json.loads(text)["files"][0]["blocks"]
+        (path.parent / "rank-00000.leaves").write_bytes(leaves)
+        text = text.replace(old.encode(), xxhash.xxh3_128_hexdigest(leaves).encode())
+        text = text.replace(b'"leaf_bytes": 4096', b'"leaf_bytes": 16384')
     body = text[: text.rfind(b'"digest": "')]
     path.write_bytes(body + f'"digest": "{xxhash.xxh3_128_hexdigest(body)}"\n}}\n'.encode())
     (blank,) = fragments(arrays, 1, 0, blank=True)
     if known:
         restore(path.parent, blank, Control.alone())
         assert holds([blank], arrays)
+        assert all(isinstance(found, int) for found in verify(open_files(path.parent)))
         assert np.array_equal(
             second_reader().Checkpoint(path.parent)["weight/norm.weight"], arrays["weight/norm.weight"].numpy()
         )
