@@ -162,7 +162,8 @@ class GradientMoments:
         """This rank's part of Σ_j ‖L_j‖² / w_j over all ranks' micro-batches: add it up over all processes."""
         self._measure = Measure.NOTHING
         assert all(len(norms) == len(self._shares_K) for norms in self._norms), "a weight's gradient went unseen"
-        norms_PK = torch.stack([torch.stack(norms) for norms in self._norms]).double()
+        together = torch.stack([norm for norms in self._norms for norm in norms])  # a stack each would be a kernel each
+        norms_PK = together.view(len(self._norms), -1).double()
         return (norms_PK.square() * self._per_copy.unsqueeze(1) / self._shares_K).sum()
 
     def projection_square(self, whole_gradients: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
