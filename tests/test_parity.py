@@ -99,7 +99,7 @@ TABLE: dict[str, tuple[int, Work]] = {
     "cp 2, ring × tp 2, whole stream": (4, work(4, FEW, cp=2, tp=2, zero=1, sequence_parallel=False)),
     **{f"pp 2 × cp 2, {kind}, documents": (4, work(2, pp=2, cp=2, cp_kind=kind, zero=2, documents=True)) for kind in KINDS},
     "pp 2 × tp 2, interleaved, tied head": (4, work(2, FEW, pp=2, tp=2, schedule="interleaved", **TIED)),
-    **{f"pp 2 × tp 2 × ZeRO-{zero}": (8, work(2, pp=2, tp=2, zero=zero)) for zero in (1, 2, 3)},
+    **{f"pp 2 × tp 2 × ZeRO-{zero}": (8, work(2, pp=2, tp=2, zero=zero, layers=2)) for zero in (1, 2, 3)},
     "pp 2 × tp 2 × ZeRO-3, zbv, tied head, documents": (8, work(steps=FEW, pp=2, tp=2, schedule="zbv", documents=True, **TIED)),
     "HSDP × tp 2": (8, work(2, tp=2, zero=2, replicate=2)),
     "HSDP × pp 2, zb": (8, work(steps=FEW, pp=2, schedule="zb", zero=1, replicate=2)),
