@@ -57,19 +57,30 @@ def sliced_cross_entropy(
     return total
 
 
-def _statistics(logits_CV: torch.Tensor, columns_C: torch.Tensor, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-sum-exp of each row and its logit in column `columns_C`, −inf for a column that is not there."""
-    log_sum_C = logits_CV.to(wide).logsumexp(1)
-    inside_C = (columns_C >= 0) & (columns_C < logits_CV.shape[1])
-    picked_C = logits_CV.gather(1, torch.where(inside_C, columns_C, 0).unsqueeze(1)).squeeze(1).to(wide)
-    return log_sum_C, torch.where(inside_C, picked_C, -torch.inf)
-
-
-def _differentiate(logits_CV: torch.Tensor, log_sum_C: torch.Tensor, columns_C: torch.Tensor, valid_C: torch.Tensor) -> None:
-    """Overwrite logits by the gradient of the summed loss with respect to them: softmax − one-hot, zero where not valid."""
-    softmax_CV = (logits_CV.to(log_sum_C.dtype) - log_sum_C.unsqueeze(1)).exp_()
-    hot_CV = (torch.arange(logits_CV.shape[1], device=logits_CV.device) == columns_C.unsqueeze(1)).to(torch.uint8)
-    logits_CV.copy_(softmax_CV.sub_(hot_CV).mul_(valid_C.unsqueeze(1)))
+def _plain_softmax(
+    logits_CV: torch.Tensor, targets_C: torch.Tensor, merge: Merge | None, first: int, ignored: int, differentiate: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_softmax` in torch's own operations: one exponential an element, in the logits' place where they are wide enough."""
+    rows_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    columns_C = targets_C - first
+    inside_C = (columns_C >= 0) & (columns_C < rows_CV.shape[1])
+    columns_C1 = torch.where(inside_C, columns_C, 0).unsqueeze(1)
+    picked_C = torch.where(inside_C, rows_CV.gather(1, columns_C1).squeeze(1), -torch.inf)
+    if not differentiate:
+        log_sum_C = rows_CV.logsumexp(1)
+        return (log_sum_C, picked_C) if merge is None else merge(log_sum_C, picked_C)
+    most_C = rows_CV.amax(1)
+    powers_CV = rows_CV.sub_(most_C.unsqueeze(1)).exp_()
+    log_sum_C = most_C + powers_CV.sum(1).log()
+    if merge is not None:
+        log_sum_C, picked_C = merge(log_sum_C, picked_C)
+    # The gradient of the summed loss: softmax − one-hot, zero where not valid.
+    valid_C = targets_C != ignored
+    powers_CV.mul_(torch.where(valid_C, (most_C - log_sum_C).exp(), 0).unsqueeze(1))
+    powers_CV.scatter_add_(1, columns_C1, -(inside_C & valid_C).to(powers_CV.dtype).unsqueeze(1))
+    if powers_CV is not logits_CV:
+        logits_CV.copy_(powers_CV)
+    return log_sum_C, picked_C
 
 
 @cache
@@ -95,13 +106,7 @@ def _softmax(
             if differentiate:
                 softmax_rows(logits_CV, targets_C, first, ignored, log_sum_C=log_sum_C)
         return log_sum_C, picked_C
-    columns_C = targets_C - first
-    log_sum_C, picked_C = _statistics(logits_CV, columns_C, torch.promote_types(logits_CV.dtype, torch.float32))
-    if merge is not None:
-        log_sum_C, picked_C = merge(log_sum_C, picked_C)
-    if differentiate:
-        _differentiate(logits_CV, log_sum_C, columns_C, targets_C != ignored)
-    return log_sum_C, picked_C
+    return _plain_softmax(logits_CV, targets_C, merge, first, ignored, differentiate)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
