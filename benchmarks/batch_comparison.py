@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -145,33 +146,33 @@ def _thinned(steps: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Markdown: each run beside the constant small batch."""
+    """Markdown: each run beside the constant small batch, after as many samples and at the loss that it came down to."""
     runs = summary["runs"]
     reference = runs["small"]["evaluations"]
     lines = [
-        "| batch | steps | steps of small ÷ these | last batch | final validation loss | against small | widest gap "
+        "| batch | steps | last batch | validation loss | small's steps ÷ these | at equal loss | samples for it ÷ small's "
         "| seconds of steps |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, run in runs.items():
         last = run["evaluations"][-1]
-        later = reference[len(reference) // 5 :]
-        gap = max(abs(_at(run["evaluations"], point["samples"]) - point["eval_loss"]) for point in later)
+        same = _reached(reference, last["eval_loss"])
+        equal = "| – | – " if same is None else f"| {same[0] / last['step']:.1f} | {last['samples'] / same[1]:.2f} "
         lines.append(
-            f"| {name} | {last['step']} | {reference[-1]['step'] / last['step']:.1f} | {last['batch_samples']} "
-            f"| {last['eval_loss']:.4f} | {last['eval_loss'] - reference[-1]['eval_loss']:+.4f} | {gap:.3f} "
-            f"| {last['seconds']:.1f} |"
+            f"| {name} | {last['step']} | {last['batch_samples']} | {last['eval_loss']:.3f} "
+            f"| {reference[-1]['step'] / last['step']:.1f} {equal}| {last['seconds']:.0f} |"
         )
     return "\n".join(lines)
 
 
-def _at(evaluations: list[dict[str, Any]], samples: int) -> float:
-    """Validation loss at a number of samples, between evaluations linearly."""
-    before = max((e for e in evaluations if e["samples"] <= samples), key=lambda e: e["samples"], default=evaluations[0])
-    after = min((e for e in evaluations if e["samples"] >= samples), key=lambda e: e["samples"], default=evaluations[-1])
-    width = after["samples"] - before["samples"]
-    part = (samples - before["samples"]) / width if width else 0.0
-    return before["eval_loss"] + part * (after["eval_loss"] - before["eval_loss"])
+def _reached(evaluations: list[dict[str, Any]], loss: float) -> tuple[float, float] | None:
+    """Steps and samples after which the validation loss first was so low, between evaluations linearly; None: never."""
+    for before, after in itertools.pairwise(evaluations):
+        if after["eval_loss"] <= loss:
+            part = (before["eval_loss"] - loss) / (before["eval_loss"] - after["eval_loss"])
+            step, samples = (before[key] + part * (after[key] - before[key]) for key in ("step", "samples"))
+            return step, samples
+    return None
 
 
 def draw(summary: dict[str, Any], folder: Path) -> None:
@@ -222,7 +223,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="of every run (default: the scale's)")
     arguments = parser.parse_args()
     if arguments.draw is not None:
-        draw(json.loads(arguments.draw.read_text()), arguments.draw.parent)
+        summary = json.loads(arguments.draw.read_text())
+        draw(summary, arguments.draw.parent)
+        print(table(summary))
         return
     scale = SCALES[arguments.scale]
     scale = dataclasses.replace(scale, samples=arguments.samples or scale.samples)

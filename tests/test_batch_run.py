@@ -45,7 +45,7 @@ def resumed(rank: int, world_size: int, folder: str, tokens: int) -> list[dict[s
 
 def rows_of(folder: str) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in ROW} for row in rows if "loss" in row]
+    return [{key: row[key] for key in ROW if key in row} for row in rows if "loss" in row]
 
 
 LONG = 16 * 8 * 30
@@ -123,6 +123,12 @@ def test_a_measured_batch_with_micro_batches_that_grow(tmp_path: Path) -> None:
     rows = run_ranks(1, trained, str(tmp_path), LONG, ["batch.micro_max=8"])[0]
     sizes = [row["batch_samples"] for row in rows]
     assert sizes[-1] > 16 and sizes == sorted(sizes) and all("gradient_variance" in row for row in rows)
+
+
+def test_a_measured_batch_goes_on_from_the_size_that_a_planned_one_reached(tmp_path: Path) -> None:
+    run_ranks(1, counted, str(tmp_path), 16 * 32 * 5, [])
+    rows = run_ranks(1, resumed, str(tmp_path), 16 * 32 * 9)[0]  # batch.samples=8
+    assert [row["batch_samples"] for row in rows][-3:] >= [32] * 3
 
 
 @pytest.mark.parametrize(

@@ -60,3 +60,10 @@ def test_automatic_values_that_have_no_answer() -> None:
     ]
     config.optim.lr = "fast"
     assert str(resolve_automatic(config, 1)[0]) == "optim.lr: 'fast' is not a number; write one, or auto:step_law"
+
+
+def test_the_power_schedule_is_not_given_the_power_laws_rate_as_its_cap() -> None:
+    length = ["trainer.steps=null", "trainer.tokens=1000000000", "optim.lr=auto:power", "data=synthetic"]
+    (problem,) = resolve_automatic(Composer().compose([*length, "schedule=power"]).config, 1)
+    assert problem.key == "optim.lr" and "0.02" in problem.fix
+    assert resolve_automatic(Composer().compose(length).config, 1) == []

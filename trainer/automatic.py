@@ -50,6 +50,8 @@ def resolve_automatic(config: DictConfig, data_size: int) -> list[Problem]:
     batch_tokens = batch * seq_len if isinstance(batch, int) else 0
 
     def lr(law: str) -> float:
+        if law == "power" and config.schedule.get("name") == "power":
+            raise ValueError("schedule=power follows that law by itself, under optim.lr as a cap; set optim.lr to 0.02")
         if law == "power" and not batch_tokens:
             raise ValueError("auto:power needs the batch; set batch.samples")
         return float(f"{automatic_lr(law, hidden_parameters(config), tokens, batch_tokens):.4g}")

@@ -94,7 +94,8 @@ def restore_run(run: Run, checkpoint: Path | str) -> None:
         log.warning("the data differs from the checkpoint's: the run goes on at sample %d of the new data", samples)
     loop.engine.load_counters(state["counters"])
     loop.progress = Progress(**state["progress"])
-    loop.controller.load_state_dict(state["controller"])
+    # A run that goes on under a measuring controller keeps the size it had come to, whatever had chosen that.
+    loop.controller.load_state_dict({"target": loop.progress.batch, **state["controller"]})
     for name, hook in named(loop.hooks).items():
         hook.load_state_dict(state["hooks"].get(name, {}))
 
