@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from meshloom.config.compose import Composer
+from meshloom.trainer.exceptions import bent_rules
 from meshloom.trainer.validate import run_problems
 
 
@@ -125,3 +126,18 @@ def test_what_is_no_hook_is_refused(composer: Composer, hook: str, says: str) ->
 
 def test_a_url_that_nothing_can_read_is_refused(composer: Composer) -> None:
     assert "nosuch" in problems_of(composer, 1, "checkpoint.folder='nosuch://bucket/run'")["checkpoint.folder"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ((), []),
+        (("optim=agvm",), ["optim=agvm"]),
+        (("batch=norm_test",), ["batch.multiple"]),
+        (("batch=norm_test", "batch.multiple=64"), []),
+        (("batch=stages", "batch.stages='0:32'"), []),
+    ],
+)
+def test_rules_that_bend_are_said(composer: Composer, overrides: tuple[str, ...], said: list[str]) -> None:
+    lines = list(bent_rules(composer.compose(overrides).config))
+    assert len(lines) == len(said) and all(line.startswith(start) for line, start in zip(lines, said, strict=True))
