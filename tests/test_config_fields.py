@@ -22,16 +22,20 @@ CODE = ["models", "optim", "data", "parallel", "checkpoint", "trainer", "launch"
 OWN = {"_target_", "_recursive_", "name"}  # Hydra's; `name` tells options apart for people and for the checkpoint
 
 
+# Where a function is given one group alone it calls it `config`.
+GIVEN_ALONE = {"checkpoint": "checkpoint/", "logging": "trainer/loggers.py", "parallel": "parallel/layout.py"}
+
+
 @cache
-def attributes_read() -> frozenset[tuple[str, str]]:
-    """(what it is read of, attribute), for every attribute that the code outside of config/ reads, in their last names."""
-    found: set[tuple[str, str]] = set()
+def attributes_read() -> frozenset[tuple[str, str, str]]:
+    """(file, what it is read of, attribute), for every attribute that the code outside of config/ reads; last names alone."""
+    found: set[tuple[str, str, str]] = set()
     for path in (path for folder in CODE for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 owner = node.value
                 last = owner.attr if isinstance(owner, ast.Attribute) else owner.id if isinstance(owner, ast.Name) else ""
-                found.add((last.lstrip("_"), node.attr))
+                found.add((str(path.relative_to(ROOT)), last.lstrip("_"), node.attr))
     return frozenset(found)
 
 
@@ -53,13 +57,16 @@ TYPED = {
 
 @pytest.mark.parametrize(("group", "field"), sorted(TYPED), ids=lambda value: value)
 def test_every_key_of_a_typed_group_is_read(group: str, field: str) -> None:
-    # `config` and `settings` are what a function calls the one group that it is given.
-    assert any((owner, field) in attributes_read() for owner in (group, "config", "settings"))
+    alone = GIVEN_ALONE.get(group)
+    assert any(
+        name == field and (owner == group or (alone is not None and owner == "config" and file.startswith(alone)))
+        for file, owner, name in attributes_read()
+    )
 
 
 def test_every_key_of_the_run_is_read() -> None:
     fields = {field.name for field in dataclasses.fields(RunConfig)}
-    read = {attribute for owner, attribute in attributes_read() if owner in ("config", "parts")}
+    read = {attribute for _, owner, attribute in attributes_read() if owner in ("config", "parts")}
     assert fields - read == {"recipe"}  # the name of the run, in the default of output_dir
 
 
@@ -89,4 +96,4 @@ def test_every_key_of_an_option_is_an_argument_of_its_class(schema: type) -> Non
     keys = {field.name for field in dataclasses.fields(schema)} - OWN
     taken = parameters(get_class(typing.cast(str, target)))
     # What the class does not take is read from the node before the class is built.
-    assert keys - taken <= {name for _, name in attributes_read()} | words()
+    assert keys - taken <= {name for _, _, name in attributes_read()} | words()
