@@ -35,7 +35,9 @@ HOPS = {
 
 
 def train(folder: Path, steps: int, processes: int, *words: str) -> None:
-    """One `meshloom train`. Raises where it fails."""
+    """One `meshloom train`, unless the folder has got that far. Raises where it fails."""
+    if (folder / "metrics.jsonl").is_file() and max(curve(folder, "loss"), default=0) >= steps:
+        return
     own = [f"output_dir={folder}", f"trainer.steps={steps}", f"launch.nproc={processes}"]
     subprocess.run([sys.executable, "-m", "meshloom.launch.cli", "train", *RUN, *own, *words], check=True)
 

@@ -63,8 +63,6 @@ def _torch_problems(parallel: ParallelConfig) -> Iterator[Problem]:
     if parallel.offload_weights != "none":
         fix = "parallel.offload=cpu takes them along; or use parallel.engine=deepspeed"
         yield Problem("parallel.offload_weights", "the torch engine does not offload weights apart", fix)
-    if parallel.deepspeed.config or parallel.deepspeed.cpu_adam:
-        yield Problem("parallel.deepspeed", "parallel.engine=torch does not read it", "use parallel.engine=deepspeed")
 
 
 def _choose_attention(model: Llama, mesh: Mesh, seq_len: int) -> None:
@@ -91,6 +89,8 @@ def make_engine(
         _choose_attention(model, mesh, settings.seq_len)
     if settings.float8 != "none" and mesh.is_main:
         log.warning("trainer.float8=%s: losses of different layouts differ by float8's rounding", settings.float8)
+    if parallel.engine == "torch" and (parallel.deepspeed.config or parallel.deepspeed.cpu_adam) and mesh.is_main:
+        log.warning("parallel.engine=torch does not read parallel.deepspeed")  # a resumed run may still have it
     make = DeepSpeedEngine if parallel.engine == "deepspeed" else TorchEngine
     return make(model, mesh, make_optimizer, parallel, settings)
 

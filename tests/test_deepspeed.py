@@ -26,6 +26,8 @@ import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
 from meshloom.config.deepspeed import DeepSpeedConfig
 from meshloom.config.parallel import ParallelConfig
 from meshloom.data.batch import GlobalBatch, MicroBatch, deal
+from meshloom.parallel.deepspeed.optimizer import require_op
+from meshloom.parallel.deepspeed.setup import import_deepspeed
 from meshloom.parallel.engine import Engine
 from meshloom.parallel.fragment import Box
 from meshloom.parallel.moments import Measure
@@ -208,6 +210,8 @@ def test_state_on_nvme_moves_bitwise_and_the_curve_goes_on(tmp_path: Path) -> No
     """Shards under 1 MiB stay in memory, so this model is wider than the others, and its fp32 losses of either engine are
     2e-6 from float64 after a few steps. Several sub-groups; and with DeepSpeed's reading and writing ahead.
     """
+    import_deepspeed("cpu")
+    require_op("AsyncIOBuilder", "", "")  # here, so that the ranks find it loaded
     nvme = {"offload": "nvme", "offload_path": str(tmp_path)}
     ahead = {"pipeline_read": True, "pipeline_write": True}
     groups = DeepSpeedConfig(config={"zero_optimization": {"sub_group_size": 300_000, "offload_optimizer": ahead}})

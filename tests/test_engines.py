@@ -46,6 +46,7 @@ def test_what_works_is_not_refused(zero: int) -> None:
     assert problems(zero=zero) == {}
     assert problems(zero=zero, offload="cpu") == {}
     assert problems("fp32", zero=0) == {}
+    assert problems("fp32", engine="torch", zero=0, deepspeed=DeepSpeedConfig(config={"aio": {"queue_depth": 8}})) == {}
     assert problems(zero=3, offload="nvme", offload_weights="nvme", offload_path="/fast") == {}
     assert (
         extra({"zero_optimization": {"zero_hpz_partition_size": 4, "reduce_bucket_size": 1000}, "aio": {"queue_depth": 8}})
@@ -73,7 +74,6 @@ def test_what_works_is_not_refused(zero: int) -> None:
         ({"engine": "torch", "offload": "nvme"}, "parallel.offload"),
         ({"engine": "torch", "offload": "cpu", "tp": 2}, "parallel.offload"),
         ({"engine": "torch", "offload_weights": "cpu"}, "parallel.offload_weights"),
-        ({"engine": "torch", "deepspeed": DeepSpeedConfig(config={"aio": {}})}, "parallel.deepspeed"),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_key(settings: dict[str, object], key: str) -> None:
@@ -154,6 +154,7 @@ def test_the_derived_configuration_says_what_the_recipe_says() -> None:
         "buffer_count": 7,
     }
     assert "offload_param" not in tree["zero_optimization"]
+    assert tree["zero_optimization"]["sub_group_size"] == 10**8
     assert tree["bf16"]["enabled"] and tree["data_types"]["grad_accum_dtype"] == tree["communication_data_type"] == "fp32"
     assert tree["gradient_clipping"] == 0.0 and tree["steps_per_print"] == 10
     assert not derive(ParallelConfig(zero=1), "fp32", pin_memory=False)["bf16"]["enabled"]

@@ -30,7 +30,7 @@ from ...models.llama import Llama
 from ..cost import RankCost
 from ..memory import Job
 from ..offload import OffloadAccount, pinned
-from .config import plain
+from .config import NVME_SUB_GROUP, plain
 
 BUCKET = 500_000_000  # DeepSpeed's defaults, elements: reduce_bucket_size
 SUB_GROUP = 1_000_000_000  # sub_group_size
@@ -72,7 +72,7 @@ def deepspeed_cost(
     """
     unit, stage = 2 if job.precision == "bf16" else 4, parallel.zero
     keys: dict[str, Any] = plain(parallel.deepspeed.config).get("zero_optimization") or {}
-    limit = int(keys.get("sub_group_size", SUB_GROUP))
+    limit = int(keys.get("sub_group_size", NVME_SUB_GROUP if parallel.offload == "nvme" else SUB_GROUP))
     bucket = 4 * int(keys.get("reduce_bucket_size", BUCKET))
     sizes = _Sizes(model, ranks, limit)
     whole, shard = sum(parameter.numel() for parameter in model.parameters()), sizes.shard
