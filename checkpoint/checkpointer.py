@@ -213,7 +213,8 @@ class Checkpointer:
         """The first time that tensors are on a GPU: streams for the copies, and pinned memory to copy to."""
         device = next((fragment.tensor.device for fragment in held if fragment.tensor.is_cuda), None)
         if device is not None and self._tools.device is None:
-            self._tools.device = Device(device)
+            most = self.config.device_memory_gib
+            self._tools.device = Device(device, None if most is None else int(most * 2**30))
             self._tools.pool.pin = True
 
     def _learn(self) -> None:

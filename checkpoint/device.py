@@ -23,10 +23,13 @@ class Device:
     A snapshot must have left the tensors before the next update. What the link to the host can't carry by then is first
     set aside in spare memory of the GPU, forty times as fast, and goes to the host from there. How much that has to be is
     learned from what earlier saves cost; it is never more than half of the memory that is free when it is taken.
+
+    limit: most bytes of spare memory; None: as much as that.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, limit: int | None = None) -> None:
         self.device = device
+        self.limit = limit
         self.streams = [torch.cuda.Stream(device, priority=HIGH_PRIORITY) for _ in range(STREAMS)]
         self.spare: list[torch.Tensor] = []
         self._wanted = 0
@@ -48,7 +51,10 @@ class Device:
         missing = self._wanted - self.spare_bytes
         if missing <= 0 or self._short:
             return
-        size = min(missing, torch.cuda.mem_get_info(self.device)[0] // 2) // SPARE_UNIT * SPARE_UNIT
+        allowed = torch.cuda.mem_get_info(self.device)[0] // 2
+        if self.limit is not None:
+            allowed = min(allowed, self.limit - self.spare_bytes)
+        size = min(missing, allowed) // SPARE_UNIT * SPARE_UNIT
         self._short = size < missing
         try:
             if size:
@@ -58,7 +64,8 @@ class Device:
             self._short = True
         if self._short:
             log.warning(
-                "each save holds up the update: %.2f GiB more of GPU memory would avoid it, and are not free",
+                "each save holds up the update: %.2f GiB more of GPU memory would avoid it, and are not free or not allowed "
+                "(checkpoint.device_memory_gib)",
                 (self._wanted - self.spare_bytes) / 2**30,
             )
 

@@ -19,6 +19,8 @@ class CheckpointConfig:
     folder           where to save: a path or an fsspec URL such as s3://bucket/run (null: <output_dir>/checkpoints)
     host_memory_gib  most host memory one rank may use for snapshots; when the disk is slower than the schedule and all of
                      it is taken, the save is skipped and said so (null: room for two snapshots)
+    device_memory_gib  most GPU memory of one rank that may hold parts of a snapshot on their way to the host, so that the
+                     update need not wait for them (null: up to half of what is free; 0: none)
     snapshot_folder  folder on a local disk where a snapshot is put together, instead of in host memory: for state that memory
                      can't hold (parallel.offload=nvme). It takes as much room as the state, and the copy goes at the disk's
                      speed (null: in memory)
@@ -33,6 +35,7 @@ class CheckpointConfig:
     memory_group: int = 2
     folder: str | None = None
     host_memory_gib: float | None = None
+    device_memory_gib: float | None = None
     snapshot_folder: str | None = None
     failures: int = 3
     timeout: float = 600.0
@@ -57,6 +60,8 @@ def checkpoint_problems(config: CheckpointConfig) -> list[Problem]:
         refuse("memory_group", f"a group of {config.memory_group} protects nobody", "use 2 for a mirror, 4 for XOR over four")
     if config.host_memory_gib is not None and not config.host_memory_gib > 0:
         refuse("host_memory_gib", f"{config.host_memory_gib} leaves no room", "use null for room for two snapshots")
+    if config.device_memory_gib is not None and not config.device_memory_gib >= 0:
+        refuse("device_memory_gib", f"{config.device_memory_gib} is no amount of memory", "use 0 for none")
     if config.snapshot_folder is not None and config.memory_every is not None:
         refuse(
             "snapshot_folder", "the in-memory tier (checkpoint.memory_every) keeps its snapshots in memory", "use one of them"

@@ -194,6 +194,18 @@ def test_spare_memory_follows_what_saves_cost_and_what_is_free(gpu: Any, caplog:
     assert len(caplog.records) == 1 and "GPU memory" in caplog.text
 
 
+def test_spare_memory_keeps_to_the_limit_given(gpu: Any, caplog: pytest.LogCaptureFixture) -> None:
+    gpu(0).free = 100 * SPARE_UNIT
+    for limit, expected in ((0, 0), (3 * SPARE_UNIT, 3 * SPARE_UNIT)):
+        device = Device(torch.device("cpu"), limit)
+        for _ in range(4):
+            device.learn(stall=1.0, rate=2.0 * SPARE_UNIT, size=10**9)
+            device.make_room()
+        assert device.spare_bytes == expected
+        assert "checkpoint.device_memory_gib" in caplog.text
+        caplog.clear()
+
+
 def test_what_is_set_aside_is_the_end_of_the_file_and_nothing_overlaps() -> None:
     rng = random.Random(3)
     for _ in range(200):
