@@ -167,7 +167,7 @@ def draw(summary: dict[str, Any], folder: Path) -> None:
         for axes in row:
             axes.grid(alpha=0.3)
     for ending in ("svg", "png"):
-        figure.savefig(folder / f"adadagrad.{ending}", dpi=110)
+        figure.savefig(folder / f"adadagrad.{ending}", dpi=80)
 
 
 def main() -> None:

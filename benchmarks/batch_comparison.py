@@ -207,7 +207,7 @@ def draw(summary: dict[str, Any], folder: Path) -> None:
     grid[1, 1].set_ylabel("batch, samples")
     grid[0, 0].legend(fontsize=8)
     for ending in ("svg", "png"):
-        figure.savefig(folder / f"batch.{ending}", dpi=110)
+        figure.savefig(folder / f"batch.{ending}", dpi=80)
 
 
 def main() -> None:

@@ -135,7 +135,7 @@ def draw(summary: dict[str, Any], folder: Path) -> None:
     left.set(xlabel="learning rate", ylabel="validation loss")
     right.set(xlabel="tokens of the run", ylabel="best learning rate")
     for ending in ("svg", "png"):
-        figure.savefig(folder / f"power.{ending}", dpi=110)
+        figure.savefig(folder / f"power.{ending}", dpi=80)
 
 
 def main() -> None:

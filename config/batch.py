@@ -78,7 +78,7 @@ class AdaptiveConfig:
 
 @dataclass
 class NormTestConfig(AdaptiveConfig):
-    """Gradient noise at most eta × the gradient's norm; unbiased, literal: see optim/adaptive.py."""
+    """Gradient noise at most eta × the gradient's norm; unbiased, literal: see optim/adaptive.py. The recipe says more."""
 
     _target_: str = "meshloom.optim.adaptive.NormTest"
     name: str = "norm_test"

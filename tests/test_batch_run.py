@@ -27,7 +27,7 @@ TINY = [
     *PLAIN,
     "optim.lr_coupling=sqrt_saturating",
     *("batch=norm_test", "batch.samples=8", "batch.micro=2", "batch.multiple=8", "batch.max=64", "batch.eta=0.6"),
-    *("batch.ema=0.5", "batch.growth=1.2", "batch.interval=3"),
+    *("batch.ema=0.5", "batch.growth=1.2", "batch.interval=3", "batch.shrink=false"),
 ]
 ROW = ("step", "loss", "lr", "grad_norm", "samples", "batch_samples", "gradient_variance", "gradient_norm_squared")
 
