@@ -235,11 +235,14 @@ def search_level(search: Search, level: str, deadline: float) -> list[dict[str, 
             return "disk", said
         return ("gpu" if gpu and cost.total + TAKEN > gpu else ""), said
 
-    over = 2
-    while not verdict(over)[0]:
-        over *= 2
-    fits = bisect.bisect_left(range(over + 1), True, lo=1, key=lambda layers: bool(verdict(layers)[0])) - 1
-    fits = max(1, fits)
+    if not gpu:
+        raise SystemExit("there is no GPU here: say how much memory to reckon with, as gpu=<GiB>")
+    fits = search.layers
+    if not fits:
+        over = 2
+        while not verdict(over)[0]:
+            over *= 2
+        fits = max(1, bisect.bisect_left(range(over + 1), True, lo=1, key=lambda layers: bool(verdict(layers)[0])) - 1)
     rows: list[dict[str, Any]] = []
     layers = search.layers or max(1, fits - search.below * search.step)
     if not search.tries:
