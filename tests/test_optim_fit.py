@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from meshloom.config.compose import Composer
+from meshloom.config.problems import ConfigError
 from meshloom.launch.fit import fit_all, main, read_runs
 from meshloom.optim import laws
 from meshloom.trainer.automatic import hidden_parameters
@@ -101,3 +102,16 @@ def test_an_optimum_at_the_edge_is_not_used(tmp_path: Path, plain: Any) -> None:
         write(tmp_path / str(number), plain, [3.0 - number] * 4, 8, optim__lr=rate)
     fits = fit_all(read_runs([tmp_path]))
     assert fits.lr is None and "at an edge" in fits.missing["learning rate"]
+
+
+def test_a_run_whose_last_step_has_no_row_is_finished(tmp_path: Path, plain: Any) -> None:
+    """With logging.every=10 only the evaluation knows of the last steps; without one the run counts as stopped."""
+    folder = write(tmp_path / "run", plain, [5.0] * 25, 8)
+    kept = (folder / "metrics.jsonl").read_text().splitlines()[9::10]
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in kept))
+    with pytest.raises(ConfigError, match="it stopped at 20 of 25 steps"):
+        read_runs([tmp_path])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 25, "eval_loss": 4.5, "tokens": 25 * 8 * SEQ_LEN}) + "\n")
+    (run,) = read_runs([tmp_path])
+    assert run.tokens == 25 * 8 * SEQ_LEN and run.loss == 4.5
