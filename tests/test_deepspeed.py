@@ -299,3 +299,26 @@ def test_gradient_statistics_are_the_torch_engines(ranks: int, parallel: Paralle
     expected = run_ranks(1, moments, work)[0]
     for found in run_ranks(ranks, moments, replace(work, parallel=parallel, precision="fp32")):
         assert found == pytest.approx(expected, rel=TOLERANCE)
+
+
+def compiled(rank: int, world_size: int, work: Work) -> tuple[list[float], list[float], int]:
+    """Losses and norms with compiled blocks, and how many graphs there were. What runs them is PyTorch without optimisation."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter, compile_function = CompileCounter(), torch.compile
+    torch.compile = lambda function: compile_function(function, backend=counter)  # type: ignore[assignment]
+    return *curves(rank, world_size, work), counter.frame_count
+
+
+@pytest.mark.parametrize(
+    "parallel", [ds(1), ds(3), ds(3, offload="cpu", offload_weights="cpu")], ids=lambda axes: case(Work(axes))
+)
+def test_blocks_are_compiled_whole(parallel: ParallelConfig) -> None:
+    """As many graphs as under the torch engine: DeepSpeed's hooks break none, and the losses are the oracle's."""
+    work = Work(parallel, precision="fp32", steps=3, micro=2, compile=True)
+    losses, norms = plain_curve(replace(work, compile=False))
+    expected = run_ranks(2, compiled, replace(work, parallel=ParallelConfig(zero=3)))[0][2]
+    for rank_losses, rank_norms, graphs in run_ranks(2, compiled, work):
+        assert rank_losses == pytest.approx(losses, rel=TOLERANCE)
+        assert rank_norms == pytest.approx(norms, rel=TOLERANCE)
+        assert 0 < graphs <= expected
