@@ -15,7 +15,7 @@ class SaveReport:
                memory alone failed); `reason` says why it is not what was asked for
     stall      what training waited for: the call to save and the wait before the update (on a GPU, only where it had run out
                of queued work at their end), and the GPU's wait for the copies
-    staging    copying into host memory; hashing and writing run side by side, after it
+    staging    copying into host memory, from the first copy to the last; hashing and writing follow it
     keeping    hashing and exchanging parity in the keepers
     commit     from the end of this rank's writing to the verdict: the other ranks, manifest, renames
     """

@@ -47,30 +47,35 @@ class Snapshot:
 
     def copy(self, arena: Arena, layout: FileLayout, device: Device | None) -> None:
         """Fill the arena and return when it is full; its watermark follows. Called from the save's thread, once."""
-        start = time.perf_counter()
         reach("stage.before")
         targets = arena.views(layout)
         if self._device is None:
+            start = time.perf_counter()
             for low, high in _batches(layout.copies):
                 _copy_on_host(targets[low:high], self._sources(layout.copies[low:high]))
                 arena.watermark.set(layout.copies[high - 1].stop)
+            self.seconds = time.perf_counter() - start
         else:
             assert device is not None and self._begun is not None
             device.make_room()
-            self._copy_from(device, arena, layout.copies, targets, self._begun)
+            self.seconds = self._copy_from(device, arena, layout.copies, targets, self._begun)
         reach("stage.after")
-        self.seconds = time.perf_counter() - start
-        self.bytes, self.bytes_per_second = layout.bytes, layout.bytes / self.seconds
+        self.bytes, self.bytes_per_second = layout.bytes, layout.bytes / max(self.seconds, 1e-9)
         self.release()
 
     def _copy_from(
         self, device: Device, arena: Arena, copies: Sequence[Copy], targets: list[torch.Tensor], begun: torch.cuda.Event
-    ) -> None:
-        """The copies of the file's first part go straight to the host, those of the rest through spare memory."""
+    ) -> float:
+        """The copies of the file's first part go straight to the host, those of the rest through spare memory.
+
+        Returns the seconds from the first to the last of them. They begin when the GPU has done what was queued before the
+        save; the host is about a step ahead of it, so that its own clock would count most of that step.
+        """
         first, places = set_aside([copy.stop - copy.start for copy in copies], [part.numel() for part in device.spare])
         for event in [begun, *(_mark(stream) for stream in device.streams)]:  # a save that failed may have left copies behind
             for stream in device.streams:
                 stream.wait_event(event)
+        started = _mark(device.streams[0], timed=True)
         aside = [
             device.spare[room][at : at + copy.stop - copy.start].view(target.dtype).view(target.shape)
             for (room, at), copy, target in zip(places, copies[first:], targets[first:], strict=True)
@@ -91,9 +96,13 @@ class Snapshot:
             (first + high, self._queue(device, turn, targets[first + low : first + high], aside[low:high]))
             for turn, (low, high) in enumerate(_batches(copies[first:]))
         ]
+        ended = [_mark(stream, timed=True) for stream in device.streams]
         for high, event in done:
             event.synchronize()
             arena.watermark.set(copies[high - 1].stop)
+        for event in ended:
+            event.synchronize()
+        return max(started.elapsed_time(event) for event in ended) / 1000
 
     def _queue(self, device: Device, turn: int, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> torch.cuda.Event:
         stream = device.streams[turn % len(device.streams)]
@@ -162,8 +171,8 @@ def _copy_on_device(targets: list[torch.Tensor], sources: list[torch.Tensor]) ->
         foreach_copy(targets, sources, non_blocking=True)
 
 
-def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    event = torch.cuda.Event()
+def _mark(stream: torch.cuda.Stream, timed: bool = False) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=timed)
     event.record(stream)
     return event
 
