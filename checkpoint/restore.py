@@ -237,7 +237,7 @@ def _refuse_misfits(files: Files, manifest: Manifest, fragments: Sequence[Fragme
     wrong += [f"{key} is not in it" for key in report.missing]
     if wrong:
         raise CheckpointError(
-            f"{files.label()} does not fit this run: {_some(wrong)}. Restore with strict=False to load what fits"
+            f"{files.label()} does not fit this run: {_some(wrong)}. With checkpoint.strict=false what fits is loaded"
         )
 
 
@@ -253,7 +253,8 @@ def _agree(talk: Round, attempt: int, answer: dict[str, Any], strict: bool) -> d
         if strict and unused:
             where = answer.get("source")
             verdict = {
-                "refused": f"{where} holds arrays that this run does not have: {_some(unused)}. Restore with strict=False"
+                "refused": f"{where} holds arrays that this run does not have: {_some(unused)}. "
+                "With checkpoint.strict=false they are left out"
             }
         for kind in ("damaged", "refused"):
             verdict = next(({kind: given[kind]} for given in answers if kind in given), verdict)

@@ -24,6 +24,8 @@ class CheckpointConfig:
     snapshot_folder  folder on a local disk where a snapshot is put together, instead of in host memory: for state that memory
                      can't hold (parallel.offload=nvme). It takes as much room as the state, and the copy goes at the disk's
                      speed (null: in memory)
+    strict           resuming from a checkpoint with state that does not fit is refused; false: what fits is loaded and the rest
+                     reported, as when the optimizer is another one. Weights must always fit
     failures         failed saves in a row after which the run stops
     timeout          seconds without news from another rank after which a save is given up
     """
@@ -37,6 +39,7 @@ class CheckpointConfig:
     host_memory_gib: float | None = None
     device_memory_gib: float | None = None
     snapshot_folder: str | None = None
+    strict: bool = True
     failures: int = 3
     timeout: float = 600.0
 

@@ -90,6 +90,17 @@ def test_four_then_two_then_one_process_go_on_as_one_run(tmp_path: Path) -> None
     assert rows(tmp_path / "hops", "eval_loss")[9] == pytest.approx(rows(tmp_path / "whole", "eval_loss")[9], rel=1e-9)
 
 
+def test_another_optimizer_goes_on_with_the_weights_when_asked_to(tmp_path: Path) -> None:
+    go(1, tmp_path / "whole", "trainer.steps=4")
+    go(1, tmp_path / "run", "trainer.steps=3")
+    other = ["trainer.steps=4", "resume=auto", "optim=adagrad"]
+    with pytest.raises(AssertionError, match=r"CheckpointError: .*does not fit this run: sum.*checkpoint\.strict=false"):
+        go(1, tmp_path / "run", *other)
+    go(1, tmp_path / "run", *other, "checkpoint.strict=false")
+    # A step's loss is that of the weights before its update: the same as if nothing had changed.
+    assert rows(tmp_path / "run", "loss")[4] == pytest.approx(rows(tmp_path / "whole", "loss")[4], rel=1e-12)
+
+
 def test_a_batch_size_that_changes_loses_and_repeats_no_sample(tmp_path: Path) -> None:
     go(1, tmp_path / "run", "trainer.steps=8", "batch=stages", "batch.stages='0:8 512:16'", "batch.micro=2")
     sizes = rows(tmp_path / "run", "batch_samples")

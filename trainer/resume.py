@@ -79,8 +79,11 @@ def effective(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig,
     return merged, checkpoint
 
 
-def restore_run(run: Run, checkpoint: Path | str) -> None:
-    """Put a checkpoint's arrays and counters into a freshly built run; of imported ones (fine-tuning), the weights alone."""
+def restore_run(run: Run, checkpoint: Path | str, *, strict: bool) -> None:
+    """Put a checkpoint's arrays and counters into a freshly built run; of imported ones (fine-tuning), the weights alone.
+
+    strict: refuse optimizer state that does not fit (CheckpointError). Otherwise what fits is loaded and the rest reported.
+    """
     loop = run.loop
     stated = read_state(checkpoint)
     if _is_import(stated):
@@ -88,11 +91,18 @@ def restore_run(run: Run, checkpoint: Path | str) -> None:
         return
     _same_tokens(stated, run.data, checkpoint)
     loop.engine.prepare_restore()
-    state = _restore(loop, checkpoint, list(loop.engine.fragments())).state
+    report = _restore(loop, checkpoint, list(loop.engine.fragments()), strict=strict)
+    _refuse_other_weights(loop, checkpoint, report)
+    if loop.mesh.is_main and (lost := [*report.missing, *report.mismatched, *report.unused]):
+        log.warning(
+            "begun anew or left out, because it does not fit: %s", ", ".join(sorted({key.split("/")[0] for key in lost}))
+        )
+    state = report.state
     if state["data_fingerprint"] != run.data.fingerprint:
         samples = state["progress"]["samples"]
         log.warning("the data differs from the checkpoint's: the run goes on at sample %d of the new data", samples)
-    loop.engine.load_counters(state["counters"])
+    known = loop.engine.counters()
+    loop.engine.load_counters({name: value for name, value in state["counters"].items() if name in known})
     loop.progress = Progress(**state["progress"])
     # A run that goes on under a measuring controller keeps the size it had come to, whatever had chosen that.
     loop.controller.load_state_dict({"target": loop.progress.batch, **state["controller"]})
@@ -110,7 +120,7 @@ def _same_tokens(state: dict[str, Any], data: DataNode, checkpoint: Path | str) 
     raise ConfigError([Problem("data.tokenizer", message, fix)])
 
 
-def _restore(loop: Loop, checkpoint: Path | str, fragments: list[Fragment], *, strict: bool = True) -> RestoreReport:
+def _restore(loop: Loop, checkpoint: Path | str, fragments: list[Fragment], *, strict: bool) -> RestoreReport:
     """Restore on all ranks, each byte read by one of them. The others get it through a process group that lives for this."""
     group = dist.new_group(backend="gloo") if loop.mesh.layout.world_size > 1 else None
     assert not isinstance(group, int), "every process is a member"
@@ -129,10 +139,14 @@ def _is_import(state: dict[str, Any]) -> bool:
 def _restore_weights(loop: Loop, checkpoint: Path | str) -> None:
     """Begin a run from imported weights: step 0, fresh optimizer state. Raises ConfigError on all ranks if some don't fit."""
     weights = [fragment for fragment in loop.engine.fragments() if fragment.role == "weight"]
-    report = _restore(loop, checkpoint, weights, strict=False)
-    absent = sorted({*report.missing, *report.mismatched})
+    _refuse_other_weights(loop, checkpoint, _restore(loop, checkpoint, weights, strict=False))
+    loop.engine.load_counters(loop.engine.counters())
+
+
+def _refuse_other_weights(loop: Loop, checkpoint: Path | str, report: RestoreReport) -> None:
+    """Raise ConfigError on all ranks if some rank has a weight that the checkpoint has not, or in another shape."""
+    absent = sorted(key for key in {*report.missing, *report.mismatched} if key.startswith("weight/"))
     if loop.mesh.any(bool(absent)):
         named = f" ({', '.join(absent[:4])}{', …' if len(absent) > 4 else ''})" if absent else ""
-        fix = "choose the model whose weights were imported"
+        fix = "choose the model whose weights they are"
         raise ConfigError([Problem("resume", f"'{checkpoint}' does not have this model's weights{named}", fix)])
-    loop.engine.load_counters(loop.engine.counters())

@@ -74,7 +74,7 @@ def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | st
     current = build_run(config, data, mesh)  # takes the lock on the folder of checkpoints
     try:
         if checkpoint is not None:
-            restore_run(current, checkpoint)
+            restore_run(current, checkpoint, strict=Parts.of(config).checkpoint.strict)
         if mesh.is_main:  # nothing is in the way any more: what an earlier run left here may be replaced
             if checkpoint is None and (output_dir / "metrics.jsonl").exists():
                 log.warning("%s holds an earlier run, which this one replaces (resume=auto would go on with it)", output_dir)
