@@ -177,6 +177,9 @@ class Composer:
         if override.is_delete():
             return Problem(key, "can't be deleted", f"switch it off with {key}=null where it may be null"), None
         message, fix = _reason(error)
+        whole = re.match(r"Value '(\d[\d.e+]*)' of type 'float' could not be converted to Integer", message)
+        if whole and float(whole[1]).is_integer():
+            fix = f"write a whole number in full: {key}={int(float(whole[1])):_}"
         return Problem(key, message, fix or f"here it is {OmegaConf.to_yaml(OmegaConf.create([current]))[2:].strip()}"), None
 
 

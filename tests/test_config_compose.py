@@ -63,6 +63,7 @@ def test_every_fault_is_named_at_once_with_a_fix(composer: Composer) -> None:
             "no equals sign",
             "~trainer.steps",
             "optim.lr=1,2",
+            "trainer.tokens=2e9",
             "seed=7",
         ]
     )
@@ -75,8 +76,10 @@ def test_every_fault_is_named_at_once_with_a_fix(composer: Composer) -> None:
         "schedule",
         "no equals sign",
         "trainer.steps",
+        "trainer.tokens",
         "optim.lr",
     }
+    assert "trainer.tokens=2_000_000_000" in said["trainer.tokens"]
     assert "recipe=quickstart" in said["recipe"]
     assert "optim.lr?" in said["optim.lrr"]
     assert "trainer.steps" in said["trainer.step"]
