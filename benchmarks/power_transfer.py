@@ -58,7 +58,7 @@ def dealt(lines: dict[int, list[list[str]]], processes: int) -> list[list[list[s
 
 def collect(output: Path) -> dict[str, Any]:
     """The sweeps of the finished runs and the law through their best rates, as plain JSON; summary.json."""
-    from meshloom.launch.fit import fit_all, read_runs
+    from meshloom.launch.fit_runs import fit_all, read_runs
 
     fits = fit_all(read_runs(sorted({path.parent for path in (output / "runs").rglob(FINISHED)})))
     sweeps = [

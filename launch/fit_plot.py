@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .fit import Fits, Sweep
+from .fit_runs import Fits, Sweep
 
 
 def draw(fits: Fits, folder: Path) -> list[Path]:

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from meshloom.config.compose import Composer
 from meshloom.config.problems import ConfigError
-from meshloom.launch.fit import fit_all, main, read_runs
+from meshloom.launch.fit import main
+from meshloom.launch.fit_runs import fit_all, read_runs
 from meshloom.optim import laws
 from meshloom.trainer.automatic import hidden_parameters
 
