@@ -194,13 +194,14 @@ class KeeperServer:
 
 
 def serve_trainer(server: KeeperServer, link: socket.socket, patience: float) -> None:
-    """Do what the trainer says; when it is gone, wait for someone to fetch what is kept, for so many seconds."""
+    """Do what the trainer says; when it is gone, wait so many seconds for someone to fetch what is kept, if anything is."""
     with contextlib.suppress(OSError):  # however the trainer died, and whatever it left unread
         while not server.ended.is_set():
             readable, _, _ = select.select([link], [], [], 0.2)
             if readable and not _obey(server, link):
                 return
-    server.ended.wait(patience)
+    if any(version.held for version in list(server.versions.values())):
+        server.ended.wait(patience)
 
 
 def _obey(server: KeeperServer, link: socket.socket) -> bool:

@@ -127,7 +127,7 @@ class ProcessWriter:
     def _start(self) -> None:
         here, there = socket.socketpair()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "meshloom.checkpoint.writer_main", str(there.fileno())],
+            [sys.executable, "-m", "meshloom.checkpoint.writer_main", str(there.fileno()), str(os.getpid())],
             pass_fds=[there.fileno()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # a signal to the trainer's group must not end a save half-way

@@ -1,4 +1,4 @@
-"""The writer process: `python -m meshloom.checkpoint.writer_main <descriptor of its socket>`. Imports no torch."""
+"""The writer process: `python -m meshloom.checkpoint.writer_main <descriptor of its socket> <pid of its trainer>`. No torch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from .watermark import Watermark
 from .writer import SWITCH_SECONDS, answer_of, write_anywhere
 
 
-def serve(link: socket.socket) -> None:
-    """Answer requests until the other side is gone."""
+def serve(link: socket.socket, parent: int) -> None:
+    """Answer requests until the trainer, whose process id is `parent`, is gone."""
     known: dict[int, mmap.mmap] = {}
-    parent = os.getppid()
     while True:
         while not select.select([link], [], [], 1.0)[0]:
             if os.getppid() != parent:  # a child of the trainer may still hold its end of the socket
@@ -54,7 +53,7 @@ def main() -> None:
     install_from_environment()
     sys.setswitchinterval(SWITCH_SECONDS)
     with contextlib.suppress(OSError):  # the trainer is gone, and with it the use of this process
-        serve(socket.socket(fileno=int(sys.argv[1])))
+        serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
 
 
 if __name__ == "__main__":
