@@ -21,7 +21,7 @@ import torch
 from .dtypes import TORCH_DTYPES
 from .errors import CheckpointError
 from .plan import FileLayout
-from .watermark import TRAILER, Watermark
+from .writing.watermark import TRAILER, Watermark
 
 log = logging.getLogger(__name__)
 

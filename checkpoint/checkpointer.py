@@ -19,12 +19,12 @@ from .control import Control
 from .device import Device
 from .errors import CheckpointError
 from .manifest import state_fault
-from .memory import MemoryTier
+from .memory.tier import MemoryTier
 from .planner import FREE, Planner
 from .report import SaveReport
 from .save import Order, Save, Tools
 from .snapshot import Snapshot
-from .writer import ProcessWriter, ThreadWriter
+from .writing.writer import ProcessWriter, ThreadWriter
 
 log = logging.getLogger(__name__)
 

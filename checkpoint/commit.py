@@ -19,12 +19,12 @@ import uuid
 from pathlib import Path
 from typing import Protocol
 
-from .disk import delete_folder, move_into_place, replace_small, sync_folder, write_small
 from .errors import CheckpointError
 from .faults import reach
 from .files import LocalFiles, RemoteFiles, open_files
 from .folder import LATEST, check_lengths, load_manifest, step_name, steps_newest_first
 from .manifest import MANIFEST, Manifest
+from .writing.disk import delete_folder, move_into_place, replace_small, sync_folder, write_small
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ import torch
 from ..parallel.fragment import Box
 from .commit import new_token, open_target
 from .digest import LEAF_BYTES, block_digests, leaf_digests
-from .disk import sync_folder, write_small
 from .dtypes import bytes_of, in_panels, name_of
 from .errors import CheckpointError
 from .files import is_remote
 from .folder import step_name
 from .manifest import Manifest, StoredArray, StoredFile, state_fault
 from .plan import Declaration, fill_boxes, lay_out, make_plan
+from .writing.disk import sync_folder, write_small
 
 
 @dataclass(frozen=True)

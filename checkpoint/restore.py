@@ -21,7 +21,7 @@ from .errors import CheckpointError, DamageError
 from .files import Files, is_remote, open_files
 from .folder import load_manifest, open_step, step_of, steps_newest_first
 from .manifest import MANIFEST, Manifest, StoredArray
-from .memory import find_recovery, manifest_of, open_recovery
+from .memory.tier import find_recovery, manifest_of, open_recovery
 from .reader import Raw, Reader
 from .shared_reader import SharedReader
 

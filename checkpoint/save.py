@@ -23,12 +23,12 @@ from .device import Device
 from .errors import CheckpointError
 from .faults import reach
 from .manifest import Manifest, StoredArray, StoredFile
-from .memory import MemoryTier
+from .memory.tier import MemoryTier
 from .plan import FileLayout
 from .planner import DISK_BUSY, FREE, NO_MEMORY, Planner
 from .report import SaveReport
 from .snapshot import Snapshot
-from .writer import Request, Writer
+from .writing.writer import Request, Writer
 
 log = logging.getLogger(__name__)
 

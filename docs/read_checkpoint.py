@@ -1,4 +1,4 @@
-"""Read a Meshloom checkpoint with nothing but `numpy` and `safetensors`: a second reader of docs/checkpoint.md, formats 1 and 2.
+"""Read a Meshloom checkpoint with `numpy` and `safetensors` alone: a second reader of docs/checkpoint.md, formats 1 and 2.
 
     python read_checkpoint.py step-00000200                       # what is in it
     python read_checkpoint.py step-00000200 weight/norm.weight    # one array, put together from its boxes

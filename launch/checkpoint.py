@@ -173,8 +173,8 @@ def _stats(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from ..checkpoint.deepspeed_export import export_ranks, export_universal
-    from ..checkpoint.hf import export
+    from ..checkpoint.foreign.deepspeed_export import export_ranks, export_universal
+    from ..checkpoint.foreign.hf import export
     from ..checkpoint.tools import step_folders
 
     files = step_folders(arguments.path)[0]
@@ -197,7 +197,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from ..checkpoint.foreign import bring_in
+    from ..checkpoint.foreign.detect import bring_in
 
     print(f"{arguments.source} → {bring_in(arguments.source, arguments.output, arguments.format)}")
     return 0

@@ -22,7 +22,7 @@ from pathlib import Path
 from checkpoint_worlds import Arrays, fragments, holds, make_arrays
 from torch.distributed import FileStore
 
-from meshloom.checkpoint import commit, disk, faults
+from meshloom.checkpoint import commit, faults
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError, DamageError
@@ -30,6 +30,7 @@ from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import step_of
 from meshloom.checkpoint.restore import restore
 from meshloom.checkpoint.tools import verify
+from meshloom.checkpoint.writing import disk
 from meshloom.config.checkpoint import CheckpointConfig
 
 WORLD = 2

@@ -25,8 +25,8 @@ from meshloom.checkpoint import faults
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError
-from meshloom.checkpoint.keeper import dismiss, registered
-from meshloom.checkpoint.memory import DOMAIN_VARIABLE
+from meshloom.checkpoint.memory.keeper import dismiss, registered
+from meshloom.checkpoint.memory.tier import DOMAIN_VARIABLE
 from meshloom.checkpoint.restore import restore
 from meshloom.config.checkpoint import CheckpointConfig
 

@@ -18,8 +18,8 @@ from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
-from meshloom.checkpoint.foreign import load_mapped
-from meshloom.checkpoint.hf import export
+from meshloom.checkpoint.foreign.hf import export
+from meshloom.checkpoint.foreign.pickles import load_mapped
 from meshloom.checkpoint.tools import read_array
 from meshloom.config.checkpoint import CheckpointConfig
 from meshloom.launch.checkpoint import main

@@ -18,11 +18,11 @@ from torch.distributed import FileStore
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError
-from meshloom.checkpoint.keeper import dismiss, registered
-from meshloom.checkpoint.memory import DOMAIN_VARIABLE
-from meshloom.checkpoint.parity import block_bytes, block_of, make_groups, span_of
+from meshloom.checkpoint.memory.keeper import dismiss, registered
+from meshloom.checkpoint.memory.parity import block_bytes, block_of, make_groups, span_of
+from meshloom.checkpoint.memory.tier import DOMAIN_VARIABLE
+from meshloom.checkpoint.memory.wire import Connection
 from meshloom.checkpoint.restore import read_state, restore
-from meshloom.checkpoint.wire import Connection
 from meshloom.config.checkpoint import CheckpointConfig
 
 

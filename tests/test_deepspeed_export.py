@@ -21,10 +21,10 @@ import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
 
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.control import Control
-from meshloom.checkpoint.deepspeed_export import export_ranks
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
+from meshloom.checkpoint.foreign.deepspeed_export import export_ranks
 from meshloom.checkpoint.tools import diff
 from meshloom.config.checkpoint import CheckpointConfig
 from meshloom.launch.checkpoint import main

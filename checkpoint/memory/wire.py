@@ -8,7 +8,7 @@ import socket
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 PIECE = 4 * 2**20
 

@@ -1,6 +1,6 @@
 """Export to DeepSpeed's own formats: a ZeRO folder of rank files, or a universal folder. DeepSpeed loads both by itself.
 
-Rank files are for one number of processes, one ZeRO stage and one precision; `checkpoint/deepspeed.py` says how they lie. A
+Rank files are for one number of processes, one ZeRO stage and one precision; `deepspeed.py` says how they lie. A
 universal folder is for any number and stage (`"checkpoint": {"load_universal": true}` in DeepSpeed's config).
 
 Whoever loads them builds the model with the same parameter names and gives DeepSpeed an AdamW over the same parameter groups:
@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from ..models.llama import Llama
-from ..parallel.fragment import boxes_of_flat_range
-from .dtypes import as_tensor
-from .errors import CheckpointError
-from .files import Files
-from .folder import open_step
-from .manifest import Manifest
-from .reader import Reader
+from ...models.llama import Llama
+from ...parallel.fragment import boxes_of_flat_range
+from ..dtypes import as_tensor
+from ..errors import CheckpointError
+from ..files import Files
+from ..folder import open_step
+from ..manifest import Manifest
+from ..reader import Reader
 
 VERSION = "0.19.8"  # of DeepSpeed, whose format this is
 ROLES = {"weight": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # ours → universal's

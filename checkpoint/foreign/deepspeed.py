@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from .compose import Source, compose
+from ..compose import Source, compose
+from ..errors import CheckpointError
+from ..manifest import state_fault
 from .deepspeed_export import STATE
-from .errors import CheckpointError
-from .foreign import load_mapped
-from .manifest import state_fault
+from .pickles import load_mapped
 
 _RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 Cut = list[tuple[torch.Tensor, int, int]]  # pieces of a flattened parameter, in order: (flat array, start, length)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as torch_dcp
 
-from .compose import Source, compose
-from .errors import CheckpointError
+from ..compose import Source, compose
+from ..errors import CheckpointError
 
 log = logging.getLogger(__name__)
 

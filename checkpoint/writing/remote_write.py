@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from .digest import BLOCK_BYTES, block_digests, leaf_digests
+from ..digest import BLOCK_BYTES, block_digests, leaf_digests
+from ..faults import reach
 from .disk import Ready, Written
-from .faults import reach
 
 
 def write_image_remote(image: memoryview, folder: str, name: str, leaves: str, ready: Ready) -> Written:

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .digest import BLOCK_BYTES, block_digests, leaf_digests
-from .faults import reach
+from ..digest import BLOCK_BYTES, block_digests, leaf_digests
+from ..faults import reach
 
 PAGE = 4096
 CHUNK = 8 * 1024 * 1024

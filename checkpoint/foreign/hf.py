@@ -16,13 +16,13 @@ from typing import Any
 import safetensors
 import torch
 
-from .compose import Source, compose
-from .dtypes import TORCH_DTYPES, bytes_of
-from .errors import CheckpointError
-from .files import Files
-from .folder import open_step
-from .manifest import ITEM_BYTES, Manifest
-from .tools import read_array
+from ..compose import Source, compose
+from ..dtypes import TORCH_DTYPES, bytes_of
+from ..errors import CheckpointError
+from ..files import Files
+from ..folder import open_step
+from ..manifest import ITEM_BYTES, Manifest
+from ..tools import read_array
 
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .arena import Arena
-from .errors import CheckpointError
+from ..arena import Arena
+from ..errors import CheckpointError
 from .wire import Address, Connection, receive_line, send
 
 REGISTRY = ".memory"
@@ -29,7 +29,7 @@ class Keeper:
         arguments = [str(there.fileno()), str(slot), secret, str(PATIENCE_HOURS)]
         # It is deliberately not waited for: it goes on when this process ends.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "meshloom.checkpoint.keeper_main", *arguments],
+            [sys.executable, "-m", "meshloom.checkpoint.memory.keeper_main", *arguments],
             pass_fds=[there.fileno()],
             stdin=subprocess.DEVNULL,  # nor may it hold the launcher's pipes open
             stdout=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""The keeper process: `python -m meshloom.checkpoint.keeper_main <socket> <slot> <secret> <hours>`. Imports no torch.
+"""The keeper process: `python -m meshloom.checkpoint.memory.keeper_main <socket> <slot> <secret> <hours>`. Imports no torch.
 
 It maps the memory that its trainer gives it and keeps it when the trainer dies. Other keepers send it their blocks for its
 stripe of parity; recovering trainers fetch what they need. It ends when told to, or after some hours without a trainer.
@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from .digest import block_digests, leaf_digests_by_many
-from .faults import install_from_environment, reach
+from ..digest import block_digests, leaf_digests_by_many
+from ..faults import install_from_environment, reach
 from .parity import span_of
 from .wire import PIECE, Address, Connection, own_host, receive_into, receive_line, send
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from ..errors import CheckpointError
 from .disk import Ready, Written, write_image
-from .errors import CheckpointError
 from .remote_write import write_image_remote
 from .watermark import Watermark
 
@@ -127,7 +127,7 @@ class ProcessWriter:
     def _start(self) -> None:
         here, there = socket.socketpair()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "meshloom.checkpoint.writer_main", str(there.fileno()), str(os.getpid())],
+            [sys.executable, "-m", "meshloom.checkpoint.writing.writer_main", str(there.fileno()), str(os.getpid())],
             pass_fds=[there.fileno()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # a signal to the trainer's group must not end a save half-way

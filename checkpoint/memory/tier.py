@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from .arena import Arena, ArenaPool
-from .commit import file_names
-from .control import Round
-from .digest import DIGEST_BYTES, LEAF_BYTES
-from .errors import CheckpointError, DamageError
-from .files import Files, RangeReader
+from ..arena import Arena, ArenaPool
+from ..commit import file_names
+from ..control import Round
+from ..digest import DIGEST_BYTES, LEAF_BYTES
+from ..errors import CheckpointError, DamageError
+from ..files import Files, RangeReader
+from ..manifest import MANIFEST, Manifest
 from .keeper import Keeper, dismiss, registered
-from .manifest import MANIFEST, Manifest
 from .parity import block_bytes, make_groups, span_of
 from .wire import Address, Connection
 

@@ -1,4 +1,7 @@
-"""The writer process: `python -m meshloom.checkpoint.writer_main <descriptor of its socket> <pid of its trainer>`. No torch."""
+"""The writer process: `python -m meshloom.checkpoint.writing.writer_main <descriptor of its socket> <pid of its trainer>`.
+
+It imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import signal
 import socket
 import sys
 
-from .faults import install_from_environment
+from ..faults import install_from_environment
 from .watermark import Watermark
 from .writer import SWITCH_SECONDS, answer_of, write_anywhere
 

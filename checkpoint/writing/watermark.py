@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 TRAILER = 4096
 ABANDONED = 2**64 - 1

@@ -1,4 +1,4 @@
-"""Bring in checkpoints that other programs wrote. Which program it was is told by the files."""
+"""Files that `torch.save` wrote, read without running any code that is in them."""
 
 from __future__ import annotations
 
@@ -8,37 +8,7 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError
-
-
-def bring_in(source: Path, folder: str | Path, kind: str | None = None) -> Path:
-    """Make a checkpoint out of a folder of kind hf, deepspeed or dcp (None: find out). Returns the step's folder."""
-    if not source.is_dir():
-        raise CheckpointError(f"{source} is not a folder")
-    kind = kind or kind_of(source)
-    if kind == "hf":
-        from .hf import import_hf
-
-        return import_hf(source, folder)
-    if kind == "deepspeed":
-        from .deepspeed import import_deepspeed
-
-        return import_deepspeed(source, folder)
-    from .dcp import import_dcp
-
-    return import_dcp(source, folder)
-
-
-def kind_of(source: Path) -> str:
-    """hf, deepspeed or dcp. Raises CheckpointError if it is none of them."""
-    if (source / "config.json").is_file():
-        return "hf"
-    if (source / ".metadata").is_file():
-        return "dcp"
-    marks = ("latest", "latest_universal", "zero")
-    if any((source / mark).exists() for mark in marks) or list(source.glob("*_optim_states.pt")):
-        return "deepspeed"
-    raise CheckpointError(f"{source}: no config.json (hf), .metadata (dcp), latest or *_optim_states.pt (deepspeed) in it")
+from ..errors import CheckpointError
 
 
 class _Stranger:

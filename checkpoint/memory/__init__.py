@@ -1,0 +1,1 @@
+"""The in-memory tier: keepers, parity over groups of ranks, recovery."""
