@@ -44,17 +44,23 @@ def account(parallel: ParallelConfig, precision: str, micro_batches: int, ranks:
 
 
 def held(rank: int, world_size: int, work: Work) -> int:
-    """Bytes of all tensors that are alive between two steps, each storage once."""
+    """Bytes of all tensors that are alive between two steps, each storage once, but those that were there before."""
+    before = storages()  # held, so that none of their addresses is given to another
     engine = build(work, world_size)
     for number in range(2):
         step(engine, work, number)
-    storages: dict[int, int] = {}
-    for found in gc.get_objects():
-        if isinstance(found, torch.Tensor) and found.device.type == "cpu":
-            found = found.to_local() if isinstance(found, DTensor) else found
-            found = getattr(found, "ds_tensor", found)
-            storages[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
-    return sum(storages.values())
+    return sum(storage.nbytes() for address, storage in storages().items() if address not in before)
+
+
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Every tensor's storage, by address. The compiler's kinds of tensor, which earlier tests leave, have none."""
+    found: dict[int, torch.UntypedStorage] = {}
+    for tensor in gc.get_objects():
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter, DTensor) and tensor.device.type == "cpu":
+            tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            storage = getattr(tensor, "ds_tensor", tensor).untyped_storage()
+            found[storage.data_ptr()] = storage
+    return found
 
 
 NOTHING: dict[str, str] = {}
