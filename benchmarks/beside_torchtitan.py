@@ -25,6 +25,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from arguments import read
+
 HERE = Path(__file__).parent
 WARM_UP = 8  # steps; torchtitan's first averages hold compilation
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -167,12 +169,7 @@ def row(settings: Settings, results: Sequence[Measured]) -> str:
 
 def main() -> None:
     """Run both in turns and print."""
-    settings = Settings()
-    for argument in sys.argv[1:]:
-        key, _, value = argument.partition("=")
-        if key not in {field.name for field in dataclasses.fields(settings)}:
-            raise SystemExit(f"there is no '{key}'; arguments are {', '.join(f.name for f in dataclasses.fields(settings))}")
-        setattr(settings, key, type(getattr(settings, key))(value))
+    settings = read(Settings(), sys.argv[1:])
     results: list[Measured] = []
     with tempfile.TemporaryDirectory() as cache:
         for number in range(settings.rounds):

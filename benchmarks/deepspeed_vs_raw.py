@@ -29,6 +29,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from arguments import read  # noqa: E402
 from throughput import MODELS, Clock, Settings  # noqa: E402
 
 from meshloom.models import attention_choice  # noqa: E402
@@ -143,7 +144,7 @@ def main() -> None:
     """Run every variant in turns, or (inside torchrun) one raw one."""
     if "RANK" in os.environ:
         label, *arguments = sys.argv[1:]
-        raw(Settings.parse(arguments), label)
+        raw(read(Settings(), arguments), label)
         return
     own = {"nproc": str(max(1, torch.cuda.device_count())), "variants": ",".join(VARIANTS), "rounds": "2"}
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])

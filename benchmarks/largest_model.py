@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import read
 
 from meshloom.config.deepspeed import DeepSpeedConfig
 from meshloom.config.parallel import ParallelConfig
@@ -81,15 +82,6 @@ class Search:
     dim: int = 4096
     sub_group: int = 100_000_000
     bucket: int = 50_000_000
-
-    @classmethod
-    def parse(cls, arguments: list[str]) -> Search:
-        """Read key=value arguments; the default's type says how."""
-        search = cls()
-        for argument in arguments:
-            key, _, value = argument.partition("=")
-            setattr(search, key, type(getattr(search, key))(value))
-        return search
 
     def shape(self, layers: int) -> dict[str, int]:
         """Llama 8B's block, scaled by the width."""
@@ -288,7 +280,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Search, or (in a child) train one model."""
-    search = Search.parse(sys.argv[1:])
+    search = read(Search(), sys.argv[1:])
     if "RANK" in os.environ:
         train(search)
         return

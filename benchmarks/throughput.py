@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from arguments import read
 
 from meshloom.config.deepspeed import DeepSpeedConfig
 from meshloom.config.parallel import ParallelConfig
@@ -70,15 +71,6 @@ class Settings:
     warmup: int = 5
     trace: str = ""
     label: str = ""
-
-    @classmethod
-    def parse(cls, arguments: Sequence[str]) -> Settings:
-        """Read key=value arguments; the default's type says how."""
-        settings = cls()
-        for argument in arguments:
-            key, _, value = argument.partition("=")
-            setattr(settings, key, type(getattr(settings, key))(value))
-        return settings
 
 
 def build(settings: Settings) -> tuple[Engine, Mesh]:
@@ -154,7 +146,7 @@ def kernels(profiler: torch.profiler.profile) -> str:
 def main() -> None:
     """Measure once and print the result."""
     began = time.perf_counter()
-    settings = Settings.parse(sys.argv[1:])
+    settings = read(Settings(), sys.argv[1:])
     engine, mesh = build(settings)
     micro = settings.micro or settings.batch
     draw = torch.Generator().manual_seed(mesh.data_rank)

@@ -68,7 +68,7 @@ def run(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     children = [_fork(lambda rank=rank: _rank(rank, folder, work, fault, steps, mode, log)) for rank in range(WORLD)]
-    _wait(children)
+    wait(children)
     outcomes: list[dict[int, str]] = []
     for rank in range(WORLD):
         path = work / f"outcome.{rank}"
@@ -91,8 +91,8 @@ def _fork(body: Callable[[], None]) -> int:
     return child
 
 
-def _wait(children: list[int]) -> None:
-    """Until all have ended; a killed one takes the others with it, as a launcher would see to."""
+def wait(children: list[int], notice: float = 0.0) -> None:
+    """Until all have ended; a killed one takes the others with it, as a launcher does `notice` seconds later."""
     left = set(children)
     deadline = time.monotonic() + 60
     while left:
@@ -102,6 +102,7 @@ def _wait(children: list[int]) -> None:
                 continue
             left.discard(child)
             if os.WIFSIGNALED(status):
+                time.sleep(notice)
                 for other in left:
                     os.kill(other, signal.SIGKILL)
         if time.monotonic() > deadline:
@@ -314,7 +315,7 @@ def two_runs(folder: Path, locked: bool) -> str:
         checkpointer.poll()
         checkpointer.close()
 
-    _wait([_fork(lambda number=number: body(number)) for number in range(2)])
+    wait([_fork(lambda number=number: body(number)) for number in range(2)])
     told = sorted(mark.read_text() for mark in marks if mark.exists())
     for mark in marks:
         mark.unlink(missing_ok=True)

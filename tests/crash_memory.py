@@ -13,12 +13,12 @@ import contextlib
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint_worlds import fragments, holds, make_arrays
+from crash import wait
 from torch.distributed import FileStore
 
 from meshloom.checkpoint import faults
@@ -54,7 +54,7 @@ def run(folder: Path, fault: Fault | None = None, log: Path | None = None) -> li
     work = folder.parent / f"{folder.name}.work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    children: dict[int, int] = {}
+    children: list[int] = []
     for rank in range(WORLD):
         child = os.fork()
         if child == 0:
@@ -64,32 +64,12 @@ def run(folder: Path, fault: Fault | None = None, log: Path | None = None) -> li
                 os._exit(0)
             finally:
                 os._exit(3)
-        children[rank] = child
-    _wait(set(children.values()))
+        children.append(child)
+    wait(children, notice=0.1)
     told = [work / f"kept.{rank}" for rank in range(WORLD)]
     newest = [max(map(int, path.read_text().split()), default=0) if path.exists() else 0 for path in told]
     shutil.rmtree(work)
     return newest
-
-
-def _wait(left: set[int]) -> None:
-    """Until all have ended; when one is killed the others are, as a launcher does once it has noticed."""
-    deadline = time.monotonic() + 60
-    while left:
-        for child in list(left):
-            done, status = os.waitpid(child, os.WNOHANG)
-            if not done:
-                continue
-            left.discard(child)
-            if os.WIFSIGNALED(status):
-                time.sleep(0.1)
-                for other in left:
-                    os.kill(other, signal.SIGKILL)
-        if time.monotonic() > deadline:
-            for other in left:
-                os.kill(other, signal.SIGKILL)
-            raise AssertionError("a run of the crash lab hangs")
-        time.sleep(0.005)
 
 
 def _rank(rank: int, folder: Path, work: Path, fault: Fault | None, log: Path | None) -> None:
