@@ -57,9 +57,9 @@ def forward(
     (B, Q, H, D) on (B, T, K, D), with (B, H, Q) log-sum-exps; or with `bounds` (segments + 1,) int32, sequences of at most
     `longest` laid end to end: (T, H, D) on (T, K, D), with (H, T).
     """
-    varied: dict[str, Any] = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out, log_sum, *_ = _package()._flash_attn_fwd(q, k, v, softmax_scale=scale, causal=causal, return_lse=True, **varied)
+    how = _how(causal, scale, bounds, longest)
+    out, log_sum, *_ = _package()._flash_attn_fwd(q, k, v, return_lse=True, **how)
     return out, log_sum
 
 
@@ -77,9 +77,14 @@ def backward(
     longest: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients (dq, dk, dv), contiguous, for tensors shaped as in `forward`."""
-    varied: dict[str, Any] = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
     dout, q, k, v, out, log_sum = (tensor.contiguous() for tensor in (dout, q, k, v, out, log_sum))
-    return _package()._flash_attn_bwd(q, k, v, out, dout, log_sum, softmax_scale=scale, causal=causal, **varied)
+    return _package()._flash_attn_bwd(q, k, v, out, dout, log_sum, **_how(causal, scale, bounds, longest))
+
+
+def _how(causal: bool, scale: float, bounds: torch.Tensor | None, longest: int | None) -> dict[str, Any]:
+    """What both of the package's functions are told: queries and keys are cut alike."""
+    ends = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    return {"softmax_scale": scale, "causal": causal, **ends}
 
 
 @torch.library.custom_op("meshloom::flash4_attend", mutates_args=())
