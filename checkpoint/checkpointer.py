@@ -19,7 +19,7 @@ from .control import Control
 from .device import Device
 from .errors import CheckpointError
 from .manifest import state_fault
-from .memory.tier import MemoryTier
+from .memory.tier import MemoryTier, Predecessors
 from .planner import FREE, Planner
 from .report import SaveReport
 from .save import Order, Save, Tools
@@ -52,7 +52,8 @@ class Checkpointer:
         self._target = open_target(folder, control.rank == 0)
         limit = None if config.host_memory_gib is None else int(config.host_memory_gib * 2**30)
         in_memory = config.memory_every is not None
-        if in_memory and not isinstance(self._target, LocalTarget):
+        local = self._target.path if isinstance(self._target, LocalTarget) else None
+        if in_memory and local is None:
             raise ConfigError([Problem("checkpoint.memory_every", "needs a mounted folder to find the keepers by", "use null")])
         on_disk = config.snapshot_folder is not None
         pool = ArenaPool(limit, count=3 if in_memory else 1 if on_disk else 2, folder=config.snapshot_folder)
@@ -61,13 +62,15 @@ class Checkpointer:
             pool=pool,
             writer=ProcessWriter() if self._asynchronous else ThreadWriter(),
             planner=Planner(),
-            memory=MemoryTier(Path(folder), control.rank, config.memory_group, pool) if in_memory else None,
+            memory=MemoryTier(local, control.rank, config.memory_group, pool) if in_memory and local is not None else None,
+            predecessors=None if local is None else Predecessors(local),
             config=config,
         )
         self._saves: list[Save] = []
         self._unlearned: list[Snapshot] = []
         self._order = Order()
         self._last_report: SaveReport | None = None
+        self._newest = ""  # outcome of the last save that holds anything
         self._failures = 0
 
     def prepare(self, fragments: Iterable[Fragment]) -> None:
@@ -193,14 +196,18 @@ class Checkpointer:
         return reports
 
     def close(self) -> None:
-        """Give back memory, processes and the folder's lock, whatever the state of the saves. May be called twice."""
+        """Give back memory, processes and the folder's lock, whatever the state of the saves. May be called twice.
+
+        A snapshot that is newer than the last checkpoint on the disk stays in the keepers' memory for the next run.
+        """
         self._give_up_held()
         for save in (self._order.any, self._order.disk, self._order.memory):
             if save is not None:
                 save.leave()
-        well = self._last_report is not None and self._last_report.outcome == "committed"
+        for save in self._saves:
+            self._note(save.report)
         if self._tools.memory is not None:
-            self._tools.memory.close(keep=not well)
+            self._tools.memory.close(keep=self._newest != "committed")
         self._tools.writer.close()
         self._tools.pool.close()
         self._target.close()
@@ -233,9 +240,14 @@ class Checkpointer:
             newest.report.stall_seconds += stalled
         return stalled
 
+    def _note(self, report: SaveReport) -> None:
+        if report.outcome not in ("skipped", "unkept"):
+            self._newest = report.outcome
+
     def _deliver(self, save: Save) -> SaveReport:
         save.join()
         report = save.report
+        self._note(report)
         report.stall_seconds += save.snapshot.device_stall()
         if report.outcome == "failed":
             self._failures += 1

@@ -24,14 +24,14 @@ from .faults import reach
 from .files import LocalFiles, RemoteFiles, open_files
 from .folder import LATEST, check_lengths, load_manifest, step_name, steps_newest_first
 from .manifest import MANIFEST, Manifest
-from .writing.disk import delete_folder, move_into_place, replace_small, sync_folder, write_small
+from .writing.disk import delete_folder, hide_folder, move_into_place, replace_small, sync_folder, write_small
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 SAVES = "saves.jsonl"
 LOCK_SECONDS = 120.0
-_LEFTOVER = re.compile(r"(step-\d{8,})\.(tmp|replaced|deleted)-[0-9a-f]+")
+_LEFTOVER = re.compile(r"(step-\d{8,})\.(?:.+\.)?(tmp|replaced|deleted)-[0-9a-f]+")  # the last suffix says what it is
 _locked: set[Path] = set()
 
 
@@ -59,7 +59,10 @@ class Target(Protocol):
         ...
 
     def prune(self, keep: int) -> list[str]:
-        """Coordinator: delete what was replaced, and complete steps beyond the newest `keep` (0: none). Returns their names."""
+        """Coordinator: delete what was replaced, and complete steps beyond the newest `keep` (0: none). Returns their names.
+
+        Raises OSError, once everything else is gone, if something could not be deleted; the next call tries it again.
+        """
         ...
 
     def record(self, line: dict[str, object]) -> None:
@@ -85,7 +88,7 @@ class LocalTarget:
     def __init__(self, path: Path, coordinator: bool) -> None:
         self.path = path
         self._lock: int | None = None
-        self._replaced: list[Path] = []
+        self._leftovers: list[Path] = []  # under names that no step has
         if coordinator:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock_folder(path)
@@ -113,7 +116,7 @@ class LocalTarget:
         sync_folder(self.path, "commit.folder")
         replace_small(self.path / LATEST, f"{final.name}\n".encode(), "latest")
         if replaced is not None:
-            self._replaced.append(replaced)  # deleting takes time, which `prune` has and a commit has not
+            self._leftovers.append(replaced)  # deleting takes time, which `prune` has and a commit has not
 
     def discard(self, step: int, token: str) -> None:
         """See Target."""
@@ -122,14 +125,25 @@ class LocalTarget:
 
     def prune(self, keep: int) -> list[str]:
         """See Target."""
-        while self._replaced:
-            delete_folder(self._replaced.pop(), "replaced")
         doomed = steps_to_prune(LocalFiles(self.path), keep)
-        for name in doomed:
-            delete_folder(self.path / name, "prune")
+        self._leftovers += [hide_folder(self.path / name, "prune") for name in doomed]
+        fault = self._delete_leftovers("prune")
         if doomed:
             sync_folder(self.path, "prune.folder")
+        if fault is not None:
+            raise fault
         return doomed
+
+    def _delete_leftovers(self, boundary: str) -> OSError | None:
+        """Returns what was in the way of one of them; it stays in the list."""
+        fault = None
+        for folder in list(self._leftovers):
+            try:
+                delete_folder(folder, boundary)
+                self._leftovers.remove(folder)
+            except OSError as error:
+                fault = error
+        return fault
 
     def record(self, line: dict[str, object]) -> None:
         """See Target."""
@@ -152,7 +166,10 @@ class LocalTarget:
             if match.group(2) == "replaced" and not final.exists():
                 entry.rename(final)  # a crash between the two renames of a file system that can't exchange names
             else:
-                delete_folder(entry, "clear")
+                self._leftovers.append(entry)
+        fault = self._delete_leftovers("clear")
+        if fault is not None:
+            log.warning("what crashed saves left could not be deleted: %s", fault)
 
 
 class RemoteTarget:

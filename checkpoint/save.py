@@ -23,7 +23,7 @@ from .device import Device
 from .errors import CheckpointError
 from .faults import reach
 from .manifest import Manifest, StoredArray, StoredFile
-from .memory.tier import MemoryTier
+from .memory.tier import MemoryTier, Predecessors
 from .plan import FileLayout
 from .planner import DISK_BUSY, FREE, NO_MEMORY, Planner
 from .report import SaveReport
@@ -42,6 +42,7 @@ class Tools:
     writer: Writer
     planner: Planner
     memory: MemoryTier | None
+    predecessors: Predecessors | None
     config: CheckpointConfig
     device: Device | None = None
     rounds: list[Round] = field(default_factory=list[Round])
@@ -148,8 +149,8 @@ class Save:
             self._written.set()
             self.after = Order()
             self._ended.set()
-            if report.outcome == "committed" and self.talk.control.rank == 0:
-                self._prune(tools)
+            if self.talk.control.rank == 0:
+                self._tidy(tools)
             with contextlib.suppress(Exception):  # the store may be gone
                 self.talk.leave()
             self._left.set()
@@ -211,7 +212,9 @@ class Save:
             tools.target.begin(self.step, token)
         self._token = token
         if tools.memory is not None and self.memory:
-            for rank, place in enumerate(tools.memory.arrange(self.talk, [layout.bytes for layout in self._layouts])):
+            assert tools.predecessors is not None
+            sizes = [layout.bytes for layout in self._layouts]
+            for rank, place in enumerate(tools.memory.arrange(self.talk, sizes, tools.predecessors)):
                 self.talk.announce(f"place/{rank}", json.dumps(place).encode())
         reach("decision.before")
         return {"token": token, "new": new, "disk": disk, "reason": reason}
@@ -316,12 +319,15 @@ class Save:
                 files.append(StoredFile(message["name"], message["bytes"], message["leaves"], message["blocks"]))
         return Manifest(self.step, len(messages), self.state, files, self._arrays)
 
-    def _prune(self, tools: Tools) -> None:
-        """Retention comes after the commit and can't undo it."""
+    def _tidy(self, tools: Tools) -> None:
+        """What earlier saves and runs have left goes after this one is safe, and can't undo it, whatever happens."""
         try:
-            tools.target.prune(tools.config.keep)
-        except OSError as error:
-            log.warning("old checkpoints could not be deleted: %s", error)
+            if self.report.outcome == "committed":
+                tools.target.prune(tools.config.keep)
+            if self.report.outcome in ("committed", "kept") and tools.predecessors is not None:
+                tools.predecessors.dismiss()
+        except Exception as error:  # also those that libraries of object stores have of their own
+            log.warning("old checkpoints could not be deleted: %s: %s", type(error).__name__, error)
 
     def _give_up(self, tools: Tools) -> None:
         """Tell the others, forget the plan (they may not have got it), stop the writer and delete what was written."""
@@ -335,4 +341,7 @@ class Save:
                 tools.writer.end()
         tools.planner.forget()
         if self.talk.control.rank == 0 and self._token:
-            tools.target.discard(self.step, self._token)
+            try:
+                tools.target.discard(self.step, self._token)
+            except Exception as error:
+                log.warning("what is left of step %d could not be deleted: %s: %s", self.step, type(error).__name__, error)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,9 +106,52 @@ def test_leftovers_of_crashed_saves_are_cleared_and_a_half_done_exchange_is_undo
     save_steps(tmp_path, 1, 2)
     (tmp_path / "step-00000003.tmp-0123456789ab").mkdir()
     (tmp_path / "step-00000001.deleted-01234567").mkdir()
+    (tmp_path / "step-00000001.tmp-0123456789ab.deleted-01234567").mkdir()  # as they were once named
+    (tmp_path / "step-00000003.replaced-01234567.deleted-01234567").mkdir()
     (tmp_path / "step-00000002").rename(tmp_path / "step-00000002.replaced-01234567")
     open_run(tmp_path).close()
     assert sorted(path.name for path in tmp_path.iterdir() if "step" in path.name) == ["step-00000001", "step-00000002"]
+
+
+def test_what_can_not_be_deleted_is_tried_again_and_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    delete = shutil.rmtree
+    busy = True
+
+    def rmtree(path: Path) -> None:
+        if busy and ("step-00000001" in path.name or "step-00000003" in path.name):
+            raise OSError(errno.ENOTEMPTY, "somebody reads it")
+        delete(path)
+
+    def names() -> list[str]:
+        return [path.name.partition("deleted")[0] for path in sorted(tmp_path.iterdir()) if "step" in path.name]
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    save_steps(tmp_path, 1, 2, 3, 3, 4, keep=1)
+    left = ["step-00000001.", "step-00000003.", "step-00000003.replaced-", "step-00000004"]
+    assert [name[: len(want)] for name, want in zip(names(), left, strict=True)] == left
+    assert "somebody reads it" in caplog.text
+    run = open_run(tmp_path, keep=1)
+    busy = False
+    run.save(5, fragments(make_arrays(5), 1, 0)[0], {})
+    run.finish()
+    assert names() == ["step-00000005"]
+
+
+def test_an_error_of_whatever_kind_after_the_commit_does_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = open_run(tmp_path, mode="async")
+    monkeypatch.setattr(run._target, "prune", lambda keep: {}["a library's own error"])
+    run.save(1, fragments(make_arrays(1), 1, 0)[0], {})
+    run.before_update()
+    ending = threading.Thread(target=run.finish, daemon=True)
+    ending.start()
+    ending.join(20)
+    assert not ending.is_alive()
+    assert "a library's own error" in caplog.text
+    assert restored_step(tmp_path) == 1
 
 
 def test_a_full_disk_aborts_the_save_on_every_rank_and_training_goes_on(tmp_path: Path) -> None:

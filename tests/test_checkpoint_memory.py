@@ -141,6 +141,37 @@ def test_the_next_run_takes_over_and_a_run_that_ends_well_leaves_no_keeper(folde
     assert recovered(folder, 1, 5)[0].endswith("step-00000005")
 
 
+def test_a_run_without_the_tier_ends_the_keepers_of_a_past_that_it_did_not_go_on_from(folder: Path) -> None:
+    crashed_run(folder, 2)
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync"))
+    for step in (1, 2):
+        checkpointer.save(step, fragments(make_arrays(step), 1, 0)[0], {"step": step})
+    checkpointer.finish()
+    assert recovered(folder, 1, 2)[0].endswith("step-00000002")
+    assert not registered(folder)
+
+
+def test_keepers_that_a_recovery_made_go_with_those_it_recovered_from(folder: Path) -> None:
+    crashed_run(folder, 2)
+    lose_keepers(folder, {0})
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=30))
+    assert recovered(folder, 1, 3) == ["memory of step 3"]
+    checkpointer.save(4, fragments(make_arrays(4), 1, 0)[0], {"step": 4}, disk=False)
+    assert [address.slot for address in registered(folder).values()] == [0]
+    checkpointer.save(5, fragments(make_arrays(5), 1, 0)[0], {"step": 5})
+    checkpointer.finish()
+    assert not registered(folder)
+
+
+def test_closing_leaves_a_snapshot_that_is_newer_than_the_disk(folder: Path) -> None:
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=30))
+    for step in (1, 2):
+        checkpointer.save(step, fragments(make_arrays(step), 1, 0)[0], {"step": step}, disk=step == 1)
+    checkpointer.poll()
+    checkpointer.close()
+    assert recovered(folder, 1, 2) == ["memory of step 2"]
+
+
 def test_a_dead_keeper_costs_a_version_and_is_replaced(folder: Path) -> None:
     checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=30))
     held = fragments(make_arrays(1), 1, 0)[0]

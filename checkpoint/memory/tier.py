@@ -46,7 +46,6 @@ class MemoryTier:
         self._pool = pool
         self._keeper: Keeper | None = None
         self._held: Arena | None = None
-        self._old = registered(folder) if rank == 0 else {}
 
     def introduce(self, talk: Round) -> None:
         """Tell the coordinator where this rank's keeper is and what fails together with it."""
@@ -57,9 +56,10 @@ class MemoryTier:
         domain = os.environ.get(DOMAIN_VARIABLE, socket.gethostname())
         talk.post("keeper", json.dumps({"address": self._keeper.address.as_dict(), "domain": domain}).encode())
 
-    def arrange(self, talk: Round, sizes: list[int]) -> list[dict[str, Any]]:
+    def arrange(self, talk: Round, sizes: list[int], left: Predecessors) -> list[dict[str, Any]]:
         """The coordinator's part: for each rank its group's addresses and the length of a parity block."""
         known: list[dict[str, Any]] = [json.loads(text) for text in talk.collect("keeper")]
+        left.find({Address(**entry["address"]) for entry in known})
         arranged: list[dict[str, Any]] = [{} for _ in known]
         for group in make_groups([entry["domain"] for entry in known], self._group):
             block = block_bytes([sizes[rank] for rank in group]) if len(group) > 1 else 0
@@ -80,9 +80,6 @@ class MemoryTier:
         if self._held is not None:
             self._pool.take_back(self._held)
         self._held = arena
-        for entry, address in self._old.items():  # what an earlier run left is not needed any more
-            dismiss(entry, address)
-        self._old = {}
 
     def drop(self, version: str) -> None:
         """Not all ranks hold this version."""
@@ -96,6 +93,31 @@ class MemoryTier:
         if self._held is not None:
             self._pool.take_back(self._held)
         self._keeper = self._held = None
+
+
+class Predecessors:
+    """The keepers that earlier runs have left in a folder of checkpoints, for the coordinator.
+
+    They go as soon as this run has saved something of its own: from then on their steps, be they newer, are of a past that
+    it has not gone on from.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._left: dict[Path, Address] | None = None
+
+    def find(self, own: set[Address]) -> None:
+        """Take down who there is besides this run's own keepers. The first time counts."""
+        if self._left is None:
+            self._left = {entry: address for entry, address in registered(self._folder).items() if address not in own}
+
+    def dismiss(self) -> None:
+        """End them."""
+        self.find(set())
+        if self._left:
+            with ThreadPoolExecutor(64) as pool:  # one whose node is gone takes seconds
+                list(pool.map(dismiss, self._left.keys(), self._left.values()))
+        self._left = {}
 
 
 @dataclass(frozen=True)

@@ -217,13 +217,18 @@ def _exchange(first: Path, second: Path) -> bool:
     return renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0
 
 
-def delete_folder(folder: Path, boundary: str) -> None:
-    """Take a folder's name away first, so that a crash half-way leaves no half folder under a good name; then delete."""
+def hide_folder(folder: Path, boundary: str) -> Path:
+    """Take a step's name away before it is deleted, so that a crash half-way leaves no half folder under a good name."""
     reach(f"{boundary}.rename.before")
-    doomed = folder
-    if ".deleted-" not in folder.name:
-        doomed = folder.with_name(f"{folder.name}.deleted-{uuid.uuid4().hex[:8]}")
-        folder.rename(doomed)
+    hidden = folder
+    if "." not in folder.name:  # as in .tmp-…, .replaced-…
+        hidden = folder.with_name(f"{folder.name}.deleted-{uuid.uuid4().hex[:8]}")
+        folder.rename(hidden)
     reach(f"{boundary}.rename.after")
-    shutil.rmtree(doomed)
+    return hidden
+
+
+def delete_folder(folder: Path, boundary: str) -> None:
+    """Hide a folder, and delete it."""
+    shutil.rmtree(hide_folder(folder, boundary))
     reach(f"{boundary}.after")
