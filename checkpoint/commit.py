@@ -22,7 +22,7 @@ from typing import Protocol
 from .errors import CheckpointError
 from .faults import reach
 from .files import LocalFiles, RemoteFiles, open_files
-from .folder import LATEST, check_lengths, load_manifest, step_name, steps_newest_first
+from .folder import LATEST, check_lengths, load_manifest, step_name, step_of, steps_newest_first
 from .manifest import MANIFEST, Manifest
 from .writing.disk import delete_folder, hide_folder, move_into_place, replace_small, sync_folder, write_small
 
@@ -32,6 +32,7 @@ LOCK = ".lock"
 SAVES = "saves.jsonl"
 LOCK_SECONDS = 120.0
 _LEFTOVER = re.compile(r"(step-\d{8,})\.(?:.+\.)?(tmp|replaced|deleted)-[0-9a-f]+")  # the last suffix says what it is
+_TOKENED = re.compile(r"rank-\d{5,}-[0-9a-f]{12}\.(safetensors|leaves)")
 _locked: set[Path] = set()
 
 
@@ -177,6 +178,8 @@ class RemoteTarget:
 
     def __init__(self, files: RemoteFiles) -> None:
         self.files = files
+        self._committed: Manifest | None = None
+        self._first = True
 
     def data_names(self, rank: int, token: str) -> tuple[str, str]:
         """See Target."""
@@ -199,23 +202,42 @@ class RemoteTarget:
         folder.write(MANIFEST, text)
         reach("manifest.put.after")
         self.files.write(LATEST, f"{step_name(manifest.step)}\n".encode())
+        self._committed = manifest
         reach("latest.put.after")
-        named = {MANIFEST, *(file.name for file in manifest.files), *(file.leaves for file in manifest.files)}
-        for name in folder.names():
-            if name not in named:  # of an earlier save of this step, or of one that crashed
-                folder.delete(name)
 
     def discard(self, step: int, token: str) -> None:
-        """See Target."""
+        """See Target. A save that failed after its manifest was put stands."""
         folder = self.files.child(step_name(step))
         assert isinstance(folder, RemoteFiles)
         with contextlib.suppress(OSError):
+            if folder.size(MANIFEST) is not None and f"-{token}.".encode() in folder.read(MANIFEST):
+                return
             for name in folder.names():
                 if f"-{token}." in name:
                     folder.delete(name)
 
+    def _clear(self, manifest: Manifest) -> None:
+        """Delete what earlier saves of this step left and, once, what crashed saves of earlier steps did."""
+        named = {name for file in manifest.files for name in (file.name, file.leaves)}
+        folders = {step_name(manifest.step): named}
+        if self._first:
+            past = [name for name in self.files.names() if (step_of(name) or manifest.step) < manifest.step]
+            folders |= {name: set[str]() for name in past if self.files.size(f"{name}/{MANIFEST}") is None}
+        for step, kept in folders.items():
+            folder = self.files.child(step)
+            assert isinstance(folder, RemoteFiles)
+            for name in folder.names():
+                if _TOKENED.fullmatch(name) and name not in kept:
+                    folder.delete(name)
+            if not kept and not folder.names():
+                self.files.delete(step)  # where there are folders
+        self._first = False
+
     def prune(self, keep: int) -> list[str]:
         """See Target."""
+        if self._committed is not None:
+            self._clear(self._committed)
+            self._committed = None
         doomed = steps_to_prune(self.files, keep)
         for name in doomed:
             self.files.delete(f"{name}/{MANIFEST}")  # first: without it the rest is no checkpoint

@@ -137,8 +137,10 @@ class RemoteFiles:
 
     def size(self, name: str) -> int | None:
         """See Files."""
+        path = self._join(name)
+        self.system.invalidate_cache(path)  # another rank may have written since a folder was listed here
         try:
-            return int(self.system.size(self._join(name)))
+            return int(self.system.size(path))
         except FileNotFoundError:
             return None
 

@@ -16,6 +16,7 @@ from meshloom.checkpoint import faults
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import DamageError
+from meshloom.checkpoint.files import RemoteFiles
 from meshloom.checkpoint.folder import find_latest
 from meshloom.checkpoint.restore import read_state, restore
 from meshloom.config.checkpoint import CheckpointConfig
@@ -91,6 +92,68 @@ def test_without_its_manifest_a_step_is_not_there(url: str) -> None:
     ranks = fragments(make_arrays(), 1, 8, blank=True)
     with pytest.raises(DamageError, match="missing"):
         restore(f"{url}/step-00000001", ranks[0], Control.alone())
+
+
+def failing_at(name: str) -> faults.Hook:
+    def hook(boundary: str, amount: int) -> int:
+        if boundary == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return amount
+
+    return hook
+
+
+@pytest.mark.parametrize("boundary", ["manifest.put.after", "latest.put.after"])
+def test_what_the_manifest_names_is_not_deleted_when_something_fails_after_it(url: str, boundary: str) -> None:
+    assert save(url, 1, 2) == ["committed"] * 2
+    faults.install(failing_at(boundary))
+    assert save(url, 2, seed=100) == ["failed"]
+    faults.install(None)
+    assert main(["verify", url]) == 0
+    assert restored(url) == 2
+    assert save(url, 3) == ["committed"]
+
+
+def test_what_crashed_saves_left_goes_with_the_next_commit(url: str) -> None:
+    system, path = fsspec.core.url_to_fs(url)
+    save(url, 1)
+    for step in (2, 9):  # one of the past, and one that somebody may still be writing
+        system.makedirs(f"{path}/step-0000000{step}")
+        system.pipe_file(f"{path}/step-0000000{step}/rank-00000-0123456789ab.safetensors", b"half of it")
+    save(url, 3)
+    found = sorted(name.rpartition("/")[2] for name in system.ls(path, detail=False) if "step-" in name)
+    assert found == ["step-00000001", "step-00000003", "step-00000009"]
+
+
+class Remembering(fsspec.get_filesystem_class("memory")):
+    """A store whose client believes its last listing of a folder, as those of S3 and GCS do."""
+
+    cachable = False
+    believed: dict[str, list[str]] = {}
+
+    def ls(self, path: str, detail: bool = True, **kwargs: object) -> list[str]:
+        path = self._strip_protocol(path)
+        return self.believed.setdefault(path, super().ls(path, detail=False, **kwargs))
+
+    def size(self, path: str) -> int:
+        path = self._strip_protocol(path)
+        if path not in self.believed.get(self._parent(path), [path]):
+            raise FileNotFoundError(path)
+        return super().size(path)
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        while path and path != "/":
+            self.believed.pop(path, None)
+            path = self._parent(path)
+
+
+def test_a_file_that_another_rank_has_just_written_is_seen() -> None:
+    system = Remembering()
+    files = RemoteFiles(system, f"/{uuid.uuid4().hex}")
+    files.write("one", b"1")
+    assert files.names() == ["one"]
+    files.write("other", b"22")
+    assert (files.size("other"), files.size("absent")) == (2, None)
 
 
 def test_the_memory_tier_needs_a_mounted_folder(url: str) -> None:
