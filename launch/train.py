@@ -7,6 +7,7 @@ torchrun --nproc-per-node 4 -m meshloom.launch.train recipe=quickstart
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -23,6 +24,8 @@ from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, opened, reg
 from ..config.problems import ConfigError, Problem
 
 BAD_CONFIG = 2
+# What a disk, a quota or a file server answers; where in the program that came up tells nobody anything.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,6 +120,10 @@ def _machine(config: DictConfig) -> Iterator[Problem]:
         fix = f"start at most {gpus}, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         yield Problem("launch.nproc", f"{local} processes for {gpus} GPU{'s' * (gpus > 1)}", fix)
     if os.environ.get("RANK", "0") == "0":  # the process that writes
+        if config.logging.wandb:
+            from ..trainer.weights_and_biases import wandb_problems
+
+            yield from wandb_problems()
         yield from _unwritable("output_dir", config.output_dir)
         if config.checkpoint.folder is not None and "://" not in config.checkpoint.folder:
             yield from _unwritable("checkpoint.folder", config.checkpoint.folder)
@@ -159,9 +166,14 @@ def _run(config: DictConfig, switches: argparse.Namespace) -> int:
     try:
         return run(config, task_overrides())
     except (ConfigError, CheckpointError, ShardError) as error:
-        # What only the data or this very process could show, so every process speaks for itself.
-        print(f"rank {os.environ['RANK']}: {error}" if under_torchrun() else error, file=sys.stderr)
-        return BAD_CONFIG if isinstance(error, ConfigError) else 1
+        code, message = BAD_CONFIG if isinstance(error, ConfigError) else 1, str(error)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        code, message = 1, f"{error.filename or config.output_dir}: {error.strerror}"
+    # What only the data or this very process could show, so every process speaks for itself.
+    print(f"rank {os.environ['RANK']}: {message}" if under_torchrun() else message, file=sys.stderr)
+    return code
 
 
 def _configure_log() -> None:

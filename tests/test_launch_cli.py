@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -167,3 +168,34 @@ def test_a_problem_that_only_the_run_could_find_is_said_by_every_rank(
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert cli.main(["train", "recipe=quickstart"]) == 2
     assert "rank 3: 1 problem" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_a_message_and_other_faults_keep_their_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = OSError(errno.ENOSPC, "No space left on device", "runs/sample.txt")
+
+    def run(*_: object) -> int:
+        raise fault
+
+    monkeypatch.setattr("meshloom.trainer.run.run", run)
+    assert cli.main(["train", "recipe=quickstart", "data=synthetic"]) == 1
+    assert capsys.readouterr().err == "runs/sample.txt: No space left on device\n"
+    fault = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+    with pytest.raises(ConnectionResetError):
+        cli.main(["train", "recipe=quickstart", "data=synthetic"])
+
+
+def test_a_missing_wandb_key_is_refused_by_the_process_that_logs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    told = Problem("logging.wandb", "there is no API key", "run `wandb login`")
+    monkeypatch.setattr("meshloom.trainer.weights_and_biases.wandb_problems", lambda: [told])
+    monkeypatch.setattr("meshloom.trainer.run.run", lambda *_: 0)
+    assert cli.main(["train", "recipe=quickstart", "data=synthetic", "logging.wandb=true"]) == 2
+    assert str(told) in capsys.readouterr().err
+    assert cli.main(["train", "recipe=quickstart", "data=synthetic"]) == 0
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train", "recipe=quickstart", "data=synthetic", "logging.wandb=true"]) == 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +21,10 @@ from meshloom.config.problems import ConfigError
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.progress import Progress
 from meshloom.parallel.layout import Layout
-from meshloom.trainer.loggers import MetricsFile, ProgressLine, TensorBoard, WandB, default_loggers, logging_problems
+from meshloom.trainer.loggers import TensorBoard, default_loggers, logging_problems
+from meshloom.trainer.metrics_file import MetricsFile
+from meshloom.trainer.progress_line import ProgressLine
+from meshloom.trainer.weights_and_biases import WandB, wandb_problems
 
 
 def loop_at(step: int, folder: Path, total: int = 10) -> Any:
@@ -69,6 +75,82 @@ def test_every_thins_the_steps_but_not_the_evaluations(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 1, 7, every=3)
     assert steps_in(path) == [1, 3, 6, 7]
+
+
+class Disk:
+    """Stands for `os.write` on a disk with room for so many bytes more; what does not fit is cut, as a disk does it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room: float = math.inf
+        self._write = os.write
+        monkeypatch.setattr(os, "write", self.write)
+
+    def write(self, descriptor: int, data: Any) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        count = self._write(descriptor, data[: int(min(self.room, len(data)))])
+        self.room -= count
+        return count
+
+
+def test_a_full_disk_costs_no_row_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk, path = Disk(monkeypatch), tmp_path / "metrics.jsonl"
+    hook = MetricsFile(path, 1)
+    hook.on_run_begin(loop_at(0, tmp_path))
+    hook.on_metrics(loop_at(1, tmp_path), row(1))
+    assert not hook.waits_for_rows and not hook.state_dict()
+    disk.room = 20
+    for step in (2, 3):
+        hook.on_metrics(loop_at(step, tmp_path), row(step))
+    assert steps_in(path) == [1], "a line that did not fit is taken back"
+    assert hook.waits_for_rows, "a checkpoint saved now has to carry the newest row too"
+    disk.room = math.inf
+    hook.on_metrics(loop_at(4, tmp_path), row(4))
+    assert steps_in(path) == [1, 2, 3, 4]
+    hook.on_run_end(loop_at(4, tmp_path), tmp_path)
+    hook.close()
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"], "said once, and once that it is over"
+    assert "No space left on device" in caplog.text
+
+
+def test_rows_that_no_disk_took_go_on_with_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, path = Disk(monkeypatch), tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, 1)
+    first.on_run_begin(loop_at(0, tmp_path))
+    first.on_metrics(loop_at(1, tmp_path), row(1))
+    disk.room = 0
+    for step in (2, 3):
+        first.on_metrics(loop_at(step, tmp_path), row(step))
+    with pytest.raises(OSError, match="2 rows could not be written: No space left on device"):
+        first.on_run_end(loop_at(3, tmp_path), tmp_path)
+    state = json.loads(json.dumps(first.state_dict()))
+    first.close()
+    disk.room = math.inf
+    second = MetricsFile(path, 1)
+    second.load_state_dict(state)
+    second.on_run_begin(loop_at(3, tmp_path))
+    second.on_metrics(loop_at(4, tmp_path), row(4))
+    second.close()
+    assert steps_in(path) == [1, 2, 3, 4]
+
+
+def test_tensorboard_ends_without_the_run_when_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("tensorboard")
+    hook = TensorBoard(tmp_path / "tensorboard", 1)
+    hook.on_run_begin(loop_at(0, tmp_path))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(hook._writer, "add_scalar", full)
+    for step in (1, 2):
+        hook.on_metrics(loop_at(step, tmp_path), row(step))
+    hook.close()
+    assert caplog.text.count("TensorBoard gets no more of this run") == 1
 
 
 def test_progress_line_says_where_the_run_is(tmp_path: Path) -> None:
@@ -141,6 +223,60 @@ def test_wandb_that_can_not_begin_says_what_to_do(tmp_path: Path, monkeypatch: p
     with pytest.raises(ConfigError, match=r"logging\.wandb: can't begin: No API key configured\.; .*WANDB_MODE=offline"):
         hook.on_run_begin(loop_at(0, tmp_path))
     hook.close()
+
+
+@pytest.fixture
+def no_wandb_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An environment and a home in which the library finds nothing. Returns the working folder."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said() -> list[str]:
+    return [str(problem) for problem in wandb_problems()]
+
+
+def test_a_missing_wandb_key_is_told_before_the_run(no_wandb_key: Path) -> None:
+    assert said() == [
+        "logging.wandb: there is no API key of Weights & Biases; "
+        "run `wandb login`, or set WANDB_MODE=offline, or logging.wandb=false"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variables", "files"),
+    [
+        ({"WANDB_API_KEY": "k" * 40}, {}),
+        ({"WANDB_IDENTITY_TOKEN_FILE": "token"}, {}),
+        ({"WANDB_MODE": "offline"}, {}),
+        ({"WANDB_MODE": "disabled"}, {}),
+        ({}, {"netrc": "machine api.wandb.ai login user password k"}),
+        ({"WANDB_BASE_URL": "https://metrics.example.org"}, {"netrc": "machine metrics.example.org login user password k"}),
+        ({}, {"wandb/settings": "[default]\nmode = offline\n"}),
+        ({}, {"config/settings": "[default]\nmode = offline\n"}),
+        ({}, {"config/settings": "[default]\napi_key = k\n"}),
+    ],
+)
+def test_a_wandb_run_that_can_begin_is_not_refused(
+    no_wandb_key: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], files: dict[str, str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for name, text in files.items():
+        (no_wandb_key / name).parent.mkdir(exist_ok=True)
+        (no_wandb_key / name).write_text(text)
+    assert said() == []
+
+
+def test_a_key_of_another_server_and_a_misspelt_mode_are_refused(no_wandb_key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (no_wandb_key / "netrc").write_text("machine example.com login user password k")
+    assert "no API key" in said()[0]
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    assert said() == ["logging.wandb: WANDB_MODE=ofline is no mode; use online, offline or disabled"]
 
 
 def test_logging_config_chooses_the_hooks(tmp_path: Path) -> None:
