@@ -14,7 +14,7 @@ import torch
 from ..config.parallel import ParallelConfig
 from ..models.llama import Llama
 from .engine import OptimizerFactory
-from .layout import Layout
+from .layout import Layout, uses_fsdp
 from .memory import (
     BYTES,
     Job,
@@ -148,9 +148,13 @@ def _rank_cost(
     accumulates = parallel.pp > 1 or (job.micro_batches > 1 and layout.zero < 2)
     shards = sum(piece.padded for piece in held) * exact
     gathered, gradients = at_once * unit, shards + (whole * exact if accumulates else max(groups.values()) * (unit + exact))
-    if layout.world_size == layout.tp and parallel.offload == "none":
-        # Nobody to share with: bf16 weights lie beside their fp32 masters, others are computed with as they are.
-        gathered, gradients = whole * unit if unit != exact else 0, whole * exact + max(groups.values()) * unit
+    if not uses_fsdp(parallel, layout):
+        # Whole weights lie beside their masters; of one dtype, the masters are a part of them. Gradients are added up whole.
+        # While a group's are on their way, as they were sent and as they are received, the next one's are computed.
+        shared = layout.data_size * layout.cp > 1
+        gathered = whole * unit if unit != exact else max(0, whole * exact - shards)
+        moving = max(groups.values()) * ((2 * exact if accumulates else 3 * unit) if shared else unit)
+        gradients = shards + (whole * exact if accumulates and shared else 0) + moving
 
     blocks_keep = [block_bytes(model, job, parallel, policy) for policy in job.policies]
     hidden = job.micro * job.seq_len // parallel.cp * model.dim * unit // (parallel.tp if parallel.sequence_parallel else 1)

@@ -79,6 +79,12 @@ class Layout:
         return cls(config.pp, replicate, data // replicate, config.cp, config.tp, config.zero)
 
 
+def uses_fsdp(parallel: ParallelConfig, layout: Layout) -> bool:
+    """Whether FSDP2 holds the torch engine's weights; otherwise they lie whole beside their masters (`masters.py`)."""
+    shared = layout.data_size * layout.cp > 1
+    return parallel.pp > 1 or parallel.offload == "cpu" or (layout.zero >= 2 and shared)
+
+
 def layout_problems(config: ParallelConfig, world_size: int) -> list[Problem]:
     """Everything about the axis sizes that can't be, on this many processes."""
     problems: list[Problem] = []

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -33,11 +33,18 @@ def own_part(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return local(gradient)
 
 
+def chunk(extent: int, ways: int, rank: int) -> tuple[int, int]:
+    """(start, length) of a rank's part of a dim: equal parts, the last ones shorter or empty."""
+    piece = -(-extent // ways)
+    start = min(rank * piece, extent)
+    return start, min(piece, extent - start)
+
+
 @dataclass(frozen=True)
 class Cut:
-    """A dim of this extent, cut over an axis of the parameter's mesh into equal pieces, the last ones shorter or empty."""
+    """A dim of this extent, dealt to the ranks of a group by `chunk`."""
 
-    axis: int
+    group: dist.ProcessGroup
     dim: int
     extent: int
 
@@ -58,28 +65,29 @@ class Placed:
     @classmethod
     def of(cls, parameter: torch.nn.Parameter, mesh: Mesh) -> Placed:
         """Read the place off the DTensor's placements; a plain tensor is whole on every rank."""
-        stage = mesh.size("stage")
         shape = tuple(parameter.shape)
+        place = cls(parameter, shape, Box.whole(shape), mesh.size("stage"))
         if not isinstance(parameter, DTensor):
-            return cls(parameter, shape, Box.whole(shape), stage)
+            return place
         axes = [(axis, kind) for axis, kind in enumerate(parameter.placements) if isinstance(kind, (Shard, _StridedShard))]
         # FSDP cuts what tensor parallelism left of a dim: DTensor says so by a strided shard, an outer axis cut last. Its own
         # arithmetic for such offsets holds only where everything divides.
         axes.sort(key=lambda each: isinstance(each[1], _StridedShard))
-        coordinate = parameter.device_mesh.get_coordinate()
-        assert coordinate is not None
-        extent, offsets, sharded = list(shape), [0] * len(shape), 1
-        cuts: list[Cut] = []
         for axis, kind in axes:
-            cuts.append(Cut(axis, kind.dim, extent[kind.dim]))
-            size = parameter.device_mesh.size(axis)
-            piece = -(-extent[kind.dim] // size)
-            start = min(coordinate[axis] * piece, extent[kind.dim])
-            extent[kind.dim] = min(piece, extent[kind.dim] - start)
-            offsets[kind.dim] += start
-            sharded *= size
-        assert tuple(local(parameter).shape) == tuple(extent), f"{tuple(local(parameter).shape)} held, {extent} expected"
-        return cls(parameter, shape, Box(tuple(offsets), tuple(extent)), stage // sharded, tuple(cuts))
+            place = place.cut(parameter.device_mesh, axis, kind.dim)
+        held = tuple(local(parameter).shape)
+        assert held == place.box.shape, f"{held} held, {place.box.shape} expected"
+        return place
+
+    def cut(self, mesh: DeviceMesh, axis: int = 0, dim: int = 0) -> Placed:
+        """The place of this rank's part when a dim of the box is dealt to the ranks along an axis of a mesh."""
+        ways = mesh.size(axis)
+        start, length = chunk(self.box.shape[dim], ways, mesh.get_local_rank(axis))
+        offsets, extent = list(self.box.offsets), list(self.box.shape)
+        offsets[dim] += start
+        extent[dim] = length
+        cuts = (*self.cuts, Cut(mesh.get_group(axis), dim, self.box.shape[dim]))
+        return replace(self, box=Box(tuple(offsets), tuple(extent)), copies=self.copies // ways, cuts=cuts)
 
 
 class MeshShards:
@@ -104,13 +112,13 @@ class MeshShards:
         placed = self._placed[parameter.name]
         whole = local
         for cut in reversed(placed.cuts):
-            mesh = cast(DTensor, placed.parameter).device_mesh
+            ways = cut.group.size()
             shape = list(whole.shape)
-            shape[cut.dim] = -(-cut.extent // mesh.size(cut.axis))
+            shape[cut.dim] = -(-cut.extent // ways)
             mine = whole.new_zeros(shape)
             mine.narrow(cut.dim, 0, whole.shape[cut.dim]).copy_(whole)
-            pieces = [torch.empty_like(mine) for _ in range(mesh.size(cut.axis))]
-            dist.all_gather(pieces, mine, mesh.get_group(cut.axis))
+            pieces = [torch.empty_like(mine) for _ in range(ways)]
+            dist.all_gather(pieces, mine, cut.group)
             whole = torch.cat(pieces, cut.dim).narrow(cut.dim, 0, cut.extent)
         return whole
 

@@ -1,7 +1,7 @@
-"""TorchEngine: FSDP2 and DTensor behind the Engine protocol.
+"""TorchEngine: DTensor, FSDP2 and whole weights behind the Engine protocol.
 
-What weights and gradients do between ranks under each ZeRO stage is told in `zero.py`. A single data-parallel rank has
-nothing to gather or reduce: there no stage shards anything (`unsharded.py`).
+Weights that every data-parallel rank holds whole are kept as `masters.py` tells: ZeRO-0 and 1, and any stage where there is
+only one such rank. FSDP2 does the rest (`zero.py`): ZeRO-2 and 3, offload, and every stage of a pipeline.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from .context.split import ContextParallel
 from .cost import balanced_stages
 from .engine import EngineSettings, OptimizerFactory, StepLoss
 from .fragment import Fragment
+from .layout import uses_fsdp
+from .masters import MasterWeights, materialize
 from .memory import block_policies
 from .mesh import Mesh
 from .moments import GradientMoments, Measure, Moments
 from .pipeline.run import Pipeline, StageInputs, TiedHead
 from .shards import MeshShards, Placed, local, own_part
 from .tensor.placements import stream_dim
-from .unsharded import MasterWeights, materialize
 from .zero import ZeroGroups
 
 
@@ -48,13 +49,12 @@ class TorchEngine:
         self._slices_sequences = mesh.layout.tp > 1 and parallel.sequence_parallel
         # Where shards, gradients and optimizer state live: with CPU offload, FSDP2 copies to and from it.
         self._home = torch.device("cpu") if parallel.offload == "cpu" else mesh.device
-        shares = mesh.layout.world_size > mesh.layout.tp or parallel.offload == "cpu"
 
         model.to(settings.storage)
         plan = balanced_stages(model, parallel, settings.seq_len, settings.activation)
         self._stages = own_stages(model, plan, mesh.coordinates["pp"])
         self._context = ContextParallel(mesh, parallel.cp_kind) if mesh.layout.cp > 1 else None
-        self._zero = ZeroGroups(mesh, parallel, settings.compute) if shares else None
+        self._zero = ZeroGroups(mesh, parallel, settings.compute) if uses_fsdp(parallel, mesh.layout) else None
         policies = block_policies(model, parallel, settings)
         for stage in self._stages.values():
             apply_forms(stage, policies, mesh, self._context, parallel, settings)
@@ -68,9 +68,12 @@ class TorchEngine:
             self._tied = TiedHead(mesh, plan, named.get("embed.weight"), named.pop("head.weight", None))
 
         self._placed = {name: Placed.of(parameter, mesh) for name, parameter in named.items()}
+        self._masters: MasterWeights | None = None
+        if self._zero is None:
+            self._masters = MasterWeights(stages, named, mesh, settings.storage)
+            self._placed = {name: placed.cut(mesh.axes["weights"]) for name, placed in self._placed.items()}
         copies = torch.tensor([placed.copies for placed in self._placed.values()], dtype=torch.float64)
         self._per_copy = (1 / copies).to(self._home)
-        self._masters = MasterWeights(named) if self._zero is None and settings.compute == torch.bfloat16 else None
         weights = named if self._masters is None else self._masters.masters
         fill_weights(weights, self._placed, model, settings.seed, mesh.device)
 
@@ -97,15 +100,14 @@ class TorchEngine:
 
         So every elementwise optimizer is right as it is, at none of DTensor's dispatch cost; others ask through MeshShards.
         """
-        masters = None if self._masters is None else self._masters.masters
-        return [
-            NamedParameter(
-                *(name, nn.Parameter(local(named[name])) if masters is None else masters[name]),
-                *(placed.global_shape, model.decays(name), model.lr_scale(name)),
-                computed=None if masters is None else local(named[name]),
-            )
-            for name, placed in self._placed.items()
-        ]
+        masters = self._masters
+
+        def seen(name: str, placed: Placed) -> NamedParameter:
+            tensor = nn.Parameter(local(named[name])) if masters is None else masters.masters[name]
+            computed = masters.own[name] if masters is not None and masters.separate else None
+            return NamedParameter(name, tensor, placed.global_shape, model.decays(name), model.lr_scale(name), computed)
+
+        return [seen(name, placed) for name, placed in self._placed.items()]
 
     def _watch(self, named: Mapping[str, nn.Parameter]) -> GradientMoments:
         """See every micro-batch's gradient of every weight: as FSDP2 gathers them, or where nothing is gathered at once."""
@@ -157,7 +159,7 @@ class TorchEngine:
         if self._tied is not None:
             self._tied.fetch()
         if self._masters is not None:
-            self._masters.begin(narrow=len(micro_batches) == 1 and self._one_pass is not None)
+            self._masters.begin(len(micro_batches), one_pass=self._one_pass is not None)
         halved = self.optimizer if isinstance(self.optimizer, AGVM) and self.optimizer.wants_halves else None
         half = len(micro_batches) // 2 - 1 if halved is not None else -1
         first_half: list[torch.Tensor] = []
@@ -166,8 +168,11 @@ class TorchEngine:
         else:
             total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
             for index, micro_batch in enumerate(micro_batches):
+                last = index in (half, len(micro_batches) - 1)
                 if self._zero is not None:
-                    self._zero.expect(self.module, last=index in (half, len(micro_batches) - 1))
+                    self._zero.expect(self.module, last)
+                if self._masters is not None:
+                    self._masters.expect(last)
                 loss = self._forward(micro_batch)
                 (loss / global_tokens).backward()
                 total += loss.detach()
@@ -175,7 +180,9 @@ class TorchEngine:
                     first_half = [gradient.clone() for gradient in self._reduced()]
         if self._tied is not None:
             self._tied.give_gradient()
-        if self._masters is None:
+        if self._masters is not None:
+            self._masters.complete()
+        else:
             for parameter, placed in zip(self._parameters, self._placed.values(), strict=True):
                 gradient = placed.parameter.grad
                 parameter.tensor.grad = None if gradient is None else own_part(gradient, placed.parameter)
@@ -187,6 +194,7 @@ class TorchEngine:
     def _reduced(self) -> list[torch.Tensor]:
         """Every parameter's gradient as it stands after a micro-batch that communicated."""
         if self._masters is not None:
+            self._masters.complete()
             return self._gradients()
         places = [placed.parameter for placed in self._placed.values()]
         return [own_part(place.grad, place) for place in places if place.grad is not None]
@@ -239,6 +247,8 @@ class TorchEngine:
 
     def update(self, lr: float) -> None:
         """One optimizer step."""
+        if self._masters is not None:
+            self._masters.settle()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.step()
@@ -273,6 +283,8 @@ class TorchEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's boxes of weights and of the optimizer's tensors that have a weight's shape."""
+        if self._masters is not None:
+            self._masters.settle()
         for parameter, (name, placed) in zip(self._parameters, self._placed.items(), strict=True):
             if not placed.box.numel:
                 continue
@@ -306,3 +318,5 @@ class TorchEngine:
                     state[role].fill_(value)
                 else:
                     state[role] = type(state[role])(value)
+        if self._masters is not None:
+            self._masters.written()

@@ -3,8 +3,8 @@
 Counts per step with M micro-batches, per group of weights (a block, the embedding, what is left):
 
     stage  weights gathered        gradient reduced      mesh of a weight
-    0      never (M local copies)  all-reduced once      (copies, 1)
-    1      once                    once                  (shards)
+    0      never (M local copies)  all-reduced once      (copies, 1)      in pipelines; elsewhere by `masters.py`
+    1      once                    once                  (shards)         in pipelines; elsewhere by `masters.py`
     2      once                    M times               (shards)
     3      2 M times               M times               (shards)
 

@@ -26,6 +26,9 @@ pytestmark = pytest.mark.gpu
 
 LENGTH, VOCABULARY, SAMPLES, STEPS = 256, 1001, 8, 4
 LAYOUTS = {
+    "ZeRO-0": ParallelConfig(zero=0),
+    "ZeRO-1": ParallelConfig(zero=1),
+    "ZeRO-1, one micro-batch": ParallelConfig(zero=1),
     "ZeRO-3": ParallelConfig(zero=3),
     "tp 2": ParallelConfig(tp=2),
     "tp 2, whole stream": ParallelConfig(tp=2, sequence_parallel=False),
@@ -57,7 +60,9 @@ def micro_batch(indices: Sequence[int], documents: bool) -> MicroBatch:
     return MicroBatch(torch.cat([part.tokens_BS for part in parts]), torch.cat([part.targets_BS for part in parts]), borders)
 
 
-def curve_of(parallel: ParallelConfig, precision: str, tied: bool = False, documents: bool = False) -> list[float]:
+def curve_of(
+    parallel: ParallelConfig, precision: str, tied: bool = False, documents: bool = False, micro: int = 1
+) -> list[float]:
     """Losses and norms of the steps, with an evaluation after each second one."""
     mesh = Mesh.connect(Layout.plan(parallel, environment_world_size()), pick_device())
 
@@ -69,7 +74,7 @@ def curve_of(parallel: ParallelConfig, precision: str, tied: bool = False, docum
     engine = make_engine(model, mesh, optimizer, parallel, EngineSettings(seed=3, precision=precision))
     curve: list[float] = []
     for number in range(STEPS):
-        shares = deal(GlobalBatch(number * SAMPLES, SAMPLES), mesh.data_rank, mesh.layout.data_size, 1)
+        shares = deal(GlobalBatch(number * SAMPLES, SAMPLES), mesh.data_rank, mesh.layout.data_size, micro)
         batches = [micro_batch(indices, documents) for indices in shares]
         tokens = torch.tensor(float(sum(batch.valid_tokens for batch in batches)), dtype=torch.float64, device=mesh.device)
         tokens = mesh.sum(tokens) / (mesh.layout.pp * mesh.layout.cp * mesh.layout.tp)
@@ -123,7 +128,8 @@ def main() -> None:
     for name in json.loads(sys.argv[1]):
         for variant, settings in VARIANTS.items():
             parallel = LAYOUTS.get(name, ParallelConfig(zero=0))
-            results[f"{name}, {variant}"] = curve_of(parallel, **settings)
+            micro = SAMPLES // 2 if name.endswith("one micro-batch") else 1
+            results[f"{name}, {variant}"] = curve_of(parallel, micro=micro, **settings)
             gc.collect()
     if torch.distributed.get_rank() == 0:
         print(json.dumps(results), flush=True)

@@ -28,7 +28,11 @@ def held(rank: int, world_size: int, work: Work) -> tuple[int, int, int, int]:
     """What this rank of an engine really holds: pipeline coordinate, weights' and optimizer's bytes, elements."""
     engine = build(work, world_size)
     step(engine, work, 0)
-    weights = sum(p._local_tensor.untyped_storage().nbytes() for p in engine.module.parameters())  # type: ignore[attr-defined]
+    masters = engine._masters  # type: ignore[attr-defined]
+    if masters is None:
+        weights = sum(p._local_tensor.untyped_storage().nbytes() for p in engine.module.parameters())  # type: ignore[attr-defined]
+    else:
+        weights = sum(own.nbytes for own in masters.own.values())
     states = [value for state in engine.optimizer.state.values() for value in state.values() if value.dim()]
     elements = sum(fragment.box.numel for fragment in engine.fragments() if fragment.role == "weight")
     return engine.mesh.coordinates["pp"], weights, sum(value.untyped_storage().nbytes() for value in states), elements

@@ -1,0 +1,279 @@
+"""ZeRO-0 and 1, and a single data-parallel rank: every rank computes with whole weights and updates its part of their masters.
+
+Weights lie whole in the dtype of the compute. Beside them are the masters, in at least fp32, of the part that this rank
+updates: rows of each weight under ZeRO-1, all of it otherwise. Where both have one dtype the masters are those very rows.
+
+A step communicates once. A gradient stays as the backward pass made it (micro-batches are added up in the masters' dtype);
+when a block's are complete, each rank sends every other the rows that are its own to update, in whatever dtype they have,
+and the owner adds up what it got in the masters' dtype. A bf16 gradient so costs half the bytes of a reduction in fp32 and
+loses nothing on the way. Copies of the same rows (HSDP, ZeRO-0) add up their sums. After the update the rows are gathered
+into the whole weights, and a block waits for its own only when it is called. FSDP2 would cast and copy all weights in each
+pass, and widen gradients before it sends them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..models.llama import Llama
+from .mesh import Mesh
+from .shards import chunk, local, own_part
+
+_gather_rows: Callable[..., Any] = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor")  # noqa: B009
+"""torch 2.13 has given it another name than 2.11."""
+
+
+def materialize(model: Llama, dtype: torch.dtype, device: torch.device) -> None:
+    """Give a model on the meta device storage without values. A tied head stays tied."""
+    model.to(dtype)
+    model.to_empty(device=device)
+    if model.tied and model.head is not None and model.embed is not None:
+        model.head.weight = model.embed.weight
+
+
+@dataclass
+class _Weight:
+    """whole: what is computed with; rows: of each rank's part, the last ones' fewer; own: this rank's part of `whole`."""
+
+    whole: torch.Tensor
+    rows: int
+    own: torch.Tensor
+    master: nn.Parameter
+
+    @property
+    def room(self) -> int:
+        """Elements of a part that is not cut short."""
+        return self.rows * self.whole[0].numel()
+
+
+@dataclass
+class _Group:
+    """Weights whose gradients are sent together, and which are gathered before the same modules are called.
+
+    taken    gradients so far, of the micro-batches since the last exchange
+    missing  how many of them the micro-batch that completes them has not brought yet
+    """
+
+    weights: list[_Weight]
+    mesh: Mesh
+    taken: list[torch.Tensor | None] = field(init=False)
+    missing: int = field(init=False)
+    received: torch.Tensor | None = None
+    sending: Any = None
+    gathering: list[tuple[Any, Sequence[tuple[torch.Tensor, torch.Tensor]]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the gradients that were taken or are on their way."""
+        self.taken = [None] * len(self.weights)
+        self.missing, self.received, self.sending = len(self.weights), None, None
+
+    def add(self, index: int, gradient: torch.Tensor, keep_dtype: bool) -> None:
+        """One micro-batch's gradient of a weight. keep_dtype: it may stay in the one it has if it is the only one."""
+        before = self.taken[index]
+        if before is not None:
+            before += gradient
+        else:
+            self.taken[index] = gradient if keep_dtype else gradient.to(self.weights[index].master.dtype)
+
+    def send(self) -> None:
+        """Begin to send every rank its rows of the gradients, which are complete here."""
+        ways, shared = self.mesh.size("weights"), self.mesh.size("data") > 1
+        gradients = [gradient for gradient in self.taken if gradient is not None]
+        self.clear()
+        if not shared:
+            for weight, gradient in zip(self.weights, gradients, strict=True):
+                _give(weight.master, gradient)
+            return
+        parts = torch._chunk_cat([gradient.contiguous() for gradient in gradients], 0, ways)  # (ways, all rows of a rank)
+        self.received = parts
+        if ways > 1:
+            self.received = torch.empty_like(parts)
+            self.sending = dist.all_to_all_single(self.received, parts, group=self.mesh.group("weights"), async_op=True)
+
+    def receive(self) -> None:
+        """Add up what the ranks have sent, into the masters' gradients. Does nothing where nothing is on its way."""
+        if self.received is None:
+            return
+        if self.sending is not None:
+            self.sending.wait()
+        total = self.mesh.sum(self.received.sum(0, dtype=self.weights[0].master.dtype), "copies")
+        at = 0
+        for weight in self.weights:
+            _give(weight.master, total[at : at + weight.own.numel()].view_as(weight.own))
+            at += weight.room
+        self.received = self.sending = None
+
+    def gather(self) -> None:
+        """Begin to bring all ranks' rows together in the whole weights."""
+        ways, rank, group = self.mesh.size("weights"), self.mesh.axes["weights"].get_local_rank(), self.mesh.group("weights")
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        uneven: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for weight in self.weights:
+            whole, own = weight.whole, weight.own
+            if len(whole) != ways * weight.rows:
+                whole = whole.new_empty(ways * weight.rows, *whole.shape[1:])
+                uneven.append((weight.whole, whole))
+                own = whole.narrow(0, rank * weight.rows, weight.rows)
+                own[: len(weight.own)].copy_(weight.own)
+            pairs.append((whole, own))
+        if self.mesh.device.type == "cuda":
+            with dist._coalescing_manager(group, async_ops=True) as together:
+                for whole, own in pairs:
+                    _gather_rows(whole, own, group=group)
+            self.gathering = [(together, uneven)]
+        else:
+            works = [_gather_rows(whole, own, group=group, async_op=True) for whole, own in pairs]
+            self.gathering = [*((work, ()) for work in works[:-1]), (works[-1], uneven)]
+
+    def wait(self, obsolete: bool = False) -> None:
+        """Until the weights are whole again. obsolete: rows have changed since, and will be gathered anew."""
+        for work, uneven in self.gathering:
+            work.wait()
+            for whole, padded in () if obsolete else uneven:
+                whole.copy_(padded[: len(whole)])
+        self.gathering = []
+
+
+def _give(master: nn.Parameter, gradient: torch.Tensor) -> None:
+    if master.grad is None:
+        master.grad = gradient
+    else:
+        master.grad += gradient
+
+
+class MasterWeights:
+    """The masters of this rank, by name: what optimizers and checkpoints see. Their gradients come in the backward pass.
+
+    own       by name, the rows of the whole weights that the masters are of
+    separate  whether masters are tensors of their own; otherwise they are those very rows
+    """
+
+    def __init__(self, stages: Iterable[Llama], named: Mapping[str, nn.Parameter], mesh: Mesh, exact: torch.dtype) -> None:
+        """named: the stages' parameters on their device, whole but for tensor parallelism; exact: dtype of the masters."""
+        self._mesh = mesh
+        self._narrow = self._completes = False
+        self._current = False  # whether weights are their masters' values, or on the way to be
+        self._sending: _Group | None = None
+        self.masters: dict[str, nn.Parameter] = {}
+        self.own: dict[str, torch.Tensor] = {}
+        self._groups: list[_Group] = []
+        names = {parameter: name for name, parameter in named.items()}
+        for stage in stages:
+            for modules, parameters in _together(stage):
+                group = _Group([self._weight(names[parameter], parameter, exact) for parameter in parameters], mesh)
+                self._groups.append(group)
+                for index, parameter in enumerate(parameters):
+                    parameter.register_post_accumulate_grad_hook(self._delivery(group, index))
+                if mesh.size("weights") > 1:
+                    for module in modules:
+                        module.register_forward_pre_hook(_waiting(group))
+        self.separate = any(own.dtype != exact for own in self.own.values())
+
+    def _weight(self, name: str, parameter: nn.Parameter, exact: torch.dtype) -> _Weight:
+        whole, ways = local(parameter), self._mesh.size("weights")
+        own = whole.narrow(0, *chunk(len(whole), ways, self._mesh.axes["weights"].get_local_rank()))
+        master = nn.Parameter(own if own.dtype == exact else torch.empty_like(own, dtype=exact))
+        master.grad_dtype = None  # any will do
+        self.masters[name], self.own[name] = master, own
+        return _Weight(whole, -(-len(whole) // ways), own, master)
+
+    def _delivery(self, group: _Group, index: int) -> Callable[[torch.Tensor], None]:
+        @torch.no_grad()
+        def deliver(computed: torch.Tensor) -> None:
+            assert computed.grad is not None
+            gradient, computed.grad = own_part(computed.grad, computed), None
+            group.add(index, gradient, self._narrow)
+            group.missing -= self._completes
+            if group.missing:
+                return
+            # The next block's gradients are computed while this one's travel; then the latter have arrived.
+            if self._sending is not None:
+                self._sending.receive()
+            group.send()
+            self._sending = group
+
+        return deliver
+
+    def begin(self, micro_batches: int, one_pass: bool) -> None:
+        """Before a step's first forward pass. one_pass: the optimizer takes gradients in the dtype of the compute."""
+        self._sending = None
+        for group in self._groups:
+            group.clear()
+        # What is sent is added up in the masters' dtype by whoever gets it, so nothing has to be widened before.
+        self._narrow = micro_batches == 1 and (one_pass or self._mesh.size("data") > 1)
+        self.refresh()
+
+    def expect(self, last: bool) -> None:
+        """Before a micro-batch's forward pass. last: gradients must be complete after it."""
+        self._completes = last
+
+    @torch.no_grad()
+    def complete(self) -> None:
+        """After a micro-batch that completes the gradients: until all have arrived."""
+        if self._sending is not None:
+            self._sending.receive()
+        self._sending = None
+
+    def refresh(self) -> None:
+        """Bring the whole weights up to date with the masters, where somebody else than the optimizer wrote to those."""
+        if not self._current:
+            self._spread(copied=False)
+
+    def written(self) -> None:
+        """Somebody other than the optimizer wrote to the masters, on every rank."""
+        self._current = False
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Before anybody reads or writes masters other than by an update: until no gathering touches them any more."""
+        if not self.separate:
+            for group in self._groups:
+                group.wait()
+
+    def updated(self, copied: bool) -> None:
+        """After an update. copied: it wrote the rows that are computed with, too."""
+        self._spread(copied)
+
+    @torch.no_grad()
+    def _spread(self, copied: bool) -> None:
+        if self.separate and not copied:
+            torch._foreach_copy_(list(self.own.values()), list(self.masters.values()))
+        if self._mesh.size("weights") > 1:
+            for group in self._groups:
+                group.wait(obsolete=True)  # in case nobody has asked for what came before
+                group.gather()
+        self._current = True
+
+
+def _waiting(group: _Group) -> Callable[[nn.Module, object], None]:
+    def wait(_module: nn.Module, _inputs: object) -> None:
+        if group.gathering:
+            group.wait()
+
+    return cast(Callable[[nn.Module, object], None], torch.compiler.disable(wait))
+
+
+def _together(stage: Llama) -> Iterator[tuple[list[nn.Module], list[nn.Parameter]]]:
+    """The stage's groups in the order of the forward pass: weights, and the modules before whose call they must be whole."""
+    rest = dict.fromkeys(stage.parameters())
+    parts: list[nn.Module] = [*([stage.embed] if stage.embed is not None and not stage.tied else []), *stage.layers.values()]
+    for part in parts:
+        own = list(part.parameters())
+        for parameter in own:
+            del rest[parameter]
+        yield [part], own
+    if rest:
+        # The norm, and the head, whose weight the loss reads behind the norm; a tied one is read at the beginning, too.
+        readers: list[nn.Module] = [
+            module for module in (stage.embed if stage.tied else None, stage.norm) if module is not None
+        ]
+        yield readers, list(rest)
