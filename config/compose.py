@@ -147,21 +147,21 @@ class Composer:
                         continue
         return Composition(config, problems)
 
-    def _options(self, override: Override) -> list[str]:
-        group = override.key_or_group
+    def options(self, group: str) -> list[str]:
+        """The options of a recipe group, without the schemas behind them; none for what is not a group."""
         if group not in self._known_options:
             options = self._loader.get_group_options(group, config_name=ROOT, overrides=self._joined)
             self._known_options[group] = [name for name in options if not name.startswith("base_")]
         return self._known_options[group]
 
     def _is_choice(self, override: Override) -> bool:
-        return bool(self._options(override)) and isinstance(override.value(), str | None)
+        return bool(self.options(override.key_or_group)) and isinstance(override.value(), str | None)
 
     def _diagnose(self, override: Override, error: Exception, config: DictConfig) -> tuple[Problem, str | None]:
         """What is wrong with an override that config (the composition without it) could not take; and its likely repair."""
         key = override.get_key_element().lstrip("+~")
         if self._is_choice(override):
-            options, value = self._options(override), str(override.value())
+            options, value = self.options(override.key_or_group), str(override.value())
             if value in options:
                 return Problem(f"{key}={value}", *_reason(error)), None
             near = difflib.get_close_matches(value, options, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,22 +23,25 @@ from .arguments import describe, parse
 class Arguments:
     """The keys of the command line."""
 
-    model: str
     tokens: str
-    seq_len: int = 4096
+    recipe: str | None = None
+    model: str | None = None
+    seq_len: int | None = None
     batch: int | None = None
     loss: float | None = None
-    multiple: int = 8
+    multiple: int | None = None
     mup_base: int = 256
     config_dir: str | None = None
 
 
 NOTES = """
-  model     a model of the recipes, as in model=llama_1b
   tokens    length of the run: 100B, 1.5e12
+  recipe    the recipe to start from, as in recipe=llama_1b; null: the one that is called like the model, or else quickstart
+  model     another model than the recipe's, as in model=llama_1b
+  seq_len   positions of a sequence; null: the recipe's
   batch     global batch in sequences; null: what the step law gives
   loss      the loss to be reached, in nats per token; null: what Chinchilla's law predicts
-  multiple  batches are rounded to multiples of this (batch.micro × data-parallel size)
+  multiple  batches are rounded to multiples of this (batch.micro × data-parallel size); null: of 8 and the recipe's batch.micro
   mup_base  width at which muP's hyper-parameters were tuned"""
 
 
@@ -58,8 +62,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Everything that is printed: the run's sizes, the laws' values, muP's multipliers, and overrides to paste."""
+    """Everything that is printed: the run's sizes, the laws' values, muP's multipliers, and overrides to paste.
 
+    base     what chooses recipe and model, before the overrides
+    setting  what the base says besides, that the overrides leave as it is
+    """
+
+    base: list[str]
+    setting: str
     parameters: int
     hidden: int
     tokens: float
@@ -72,7 +82,7 @@ class Recommendation:
 def main(argv: Sequence[str]) -> int:
     """Print the recommendations. Returns 0, or 2 for arguments that can't be read."""
     if any(word in ("-h", "--help") for word in argv):
-        print(f"usage: meshloom hparams model=llama_1b tokens=100B [key=value …]\n\nkeys:\n{describe(Arguments)}\n{NOTES}")
+        print(f"usage: meshloom hparams recipe=llama_1b tokens=100B [key=value …]\n\nkeys:\n{describe(Arguments)}\n{NOTES}")
         return 0
     try:
         arguments = parse(Arguments, argv)
@@ -85,23 +95,29 @@ def main(argv: Sequence[str]) -> int:
 
 
 def recommend(arguments: Arguments) -> Recommendation:
-    """Ask every law. Raises ConfigError for a model or a length that there isn't."""
+    """Ask every law. Raises ConfigError for a recipe, a model or a length that there isn't."""
     problems: list[Problem] = []
     tokens = _tokens(arguments.tokens, problems)
-    for key in ("seq_len", "multiple", "mup_base"):
-        if getattr(arguments, key) < 1:
-            problems.append(Problem(key, f"{getattr(arguments, key)} is not positive", "use 1 or more"))
-    composition = Composer(arguments.config_dir).compose([f"model={arguments.model}"])
+    for key in ("seq_len", "batch", "loss", "multiple", "mup_base"):
+        value = getattr(arguments, key)
+        if value is not None and not 0 < value < math.inf:
+            problems.append(Problem(key, f"{value} is not positive", "use a number above 0"))
+    composer = Composer(arguments.config_dir)
+    base = _base(arguments, composer)
+    composition = composer.compose(base)
+    config = composition.config
     problems += composition.problems
+    if not composition.problems and "dim" not in config.model:
+        problems.append(Problem("model", "the laws are about Llama-like models", "name one that has model.dim"))
     if problems:
         raise ConfigError(problems)
     from ..trainer.automatic import hidden_parameters
     from ..trainer.build import build_model
 
-    config = composition.config
     hidden = hidden_parameters(config)
     total = build_model(config, vocabulary=config.model.vocabulary or 1).parameter_count()
-    seq_len, multiple = arguments.seq_len, arguments.multiple
+    seq_len = arguments.seq_len or config.data.seq_len
+    multiple = arguments.multiple or math.lcm(8, config.batch.micro)
     loss = arguments.loss or laws.chinchilla_loss(total, tokens)
     step_batch = laws.automatic_batch("step_law", tokens, seq_len, multiple)
     batch = arguments.batch or step_batch
@@ -123,6 +139,8 @@ def recommend(arguments: Arguments) -> Recommendation:
     length = ["trainer.steps=null", f"trainer.tokens={int(tokens)}", f"data.seq_len={seq_len}"]
     mup = MuP.of(config.model.dim, arguments.mup_base)
     return Recommendation(
+        base=base,
+        setting=f"precision={config.precision} batch.micro={config.batch.micro} data={config.data.name}",
         parameters=total,
         hidden=hidden,
         tokens=tokens,
@@ -148,10 +166,21 @@ def recommend(arguments: Arguments) -> Recommendation:
     )
 
 
+def _base(arguments: Arguments, composer: Composer) -> list[str]:
+    """The group choices that the overrides are pasted behind. Raises ConfigError where neither recipe nor model is named."""
+    recipe, model = arguments.recipe, arguments.model
+    if recipe is None and model is None:
+        raise ConfigError([Problem("recipe", "is not given", "write recipe=llama_1b, or model=… as in `meshloom train`")])
+    if recipe is None:
+        recipe = model if model in composer.options("recipe") else "quickstart"
+    return [f"recipe={recipe}", *([f"model={model}"] if model not in (None, recipe) else [])]
+
+
 def show(found: Recommendation, arguments: Arguments, console: Console) -> None:
     """Print it."""
+    base = " ".join(found.base)
     console.print(
-        f"{arguments.model}: {_count(found.parameters)} parameters, {_count(found.hidden)} of them neither embedding nor head; "
+        f"{base}: {_count(found.parameters)} parameters, {_count(found.hidden)} of them neither embedding nor head; "
         f"{_count(found.tokens)} tokens\n"
     )
     table = Table(show_lines=True)
@@ -171,8 +200,23 @@ def show(found: Recommendation, arguments: Arguments, console: Console) -> None:
     )
     console.print(table)
     for name, overrides in (("the step law", found.step_overrides), ("the power schedule", found.power_overrides)):
-        console.print(f"\nOverrides for {name}, to paste behind `meshloom train model={arguments.model}`:")
-        console.print(" ".join(overrides), style="green", highlight=False)
+        console.print(f"\nFor {name}:")
+        console.print(f"meshloom train {base} {' '.join(overrides)}", style="green", highlight=False)
+        for problem in _unfit([*found.base, *overrides], arguments.config_dir):
+            console.print(f"· {problem}", style="yellow", highlight=False)
+    console.print(f"\nWhat {base} says besides: {found.setting}", highlight=False)
+
+
+def _unfit(overrides: Sequence[str], config_dir: str | None) -> list[Problem]:
+    """What keeps the recommended run from running, such as a recipe's warm-up that is longer than a short run.
+
+    Data and machine are not looked at: they need not be here.
+    """
+    from ..trainer.validate import run_problems
+
+    composition = Composer(config_dir).compose(overrides)
+    found = [*composition.problems, *run_problems(composition.config, world_size=0)]
+    return [problem for problem in found if problem.key.startswith(("schedule", "batch", "optim", "trainer", "model"))]
 
 
 def _tokens(written: str, problems: list[Problem]) -> float:

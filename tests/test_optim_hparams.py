@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from meshloom.config.compose import Composer
 from meshloom.launch.hparams import Arguments, main, recommend
 from meshloom.trainer.automatic import hidden_parameters, resolve_automatic
+from meshloom.trainer.validate import run_problems
 
 
 def test_recommendations_for_llama_1b() -> None:
     """Llama 1B: 16 layers of 2·2048² (q, o) + 2·2048·512 (k, v) + 3·2048·8192 and two norms; and the final norm."""
-    found = recommend(Arguments(model="llama_1b", tokens="100B"))
+    found = recommend(Arguments(model="llama_1b", tokens="100B", seq_len=4096))
     assert found.hidden == 16 * (2 * 2048**2 + 2 * 2048 * 512 + 3 * 2048 * 8192 + 2 * 2048) + 2048
     assert found.parameters == found.hidden + 2 * 128_256 * 2048
     assert found.rows[0].value == f"{1.79 * found.hidden**-0.713 * 1e11**0.307:.3e}"
@@ -22,22 +25,60 @@ def test_recommendations_for_llama_1b() -> None:
 
 
 @pytest.mark.parametrize("name", ["step_overrides", "power_overrides"])
-def test_overrides_can_be_pasted(name: str) -> None:
-    overrides = getattr(recommend(Arguments(model="llama_1b", tokens="2B", seq_len=1024)), name)
-    composition = Composer().compose(["model=llama_1b", *overrides])
+@pytest.mark.parametrize("asked", [Arguments(recipe="llama_8b", tokens="200B"), Arguments(model="llama_tiny", tokens="2B")])
+def test_what_is_printed_runs_as_it_stands(name: str, asked: Arguments) -> None:
+    found = recommend(asked)
+    composition = Composer().compose([*found.base, *getattr(found, name)])
     assert composition.problems == []
-    assert composition.config.trainer.tokens == 2_000_000_000
+    assert run_problems(composition.config, world_size=1) == []
+    assert composition.config.trainer.tokens == (200_000_000_000 if asked.recipe else 2_000_000_000)
     assert composition.config.batch.samples % 8 == 0
 
 
+def test_overrides_sit_on_the_recipe_that_is_named() -> None:
+    """Its precision, micro-batch and length of sequences are the run's, so they are what the numbers are meant for."""
+    found = recommend(Arguments(recipe="llama_3b", tokens="100B"))
+    assert found.base == ["recipe=llama_3b"]
+    assert "precision=bf16 batch.micro=2" in found.setting
+    assert "data.seq_len=8192" in found.step_overrides
+    assert recommend(Arguments(model="llama_3b", tokens="100B")).base == ["recipe=llama_3b"]
+    assert recommend(Arguments(model="llama_tiny", tokens="1B")).base == ["recipe=quickstart", "model=llama_tiny"]
+    assert recommend(Arguments(recipe="llama_1b", model="llama_3b", tokens="1B")).base == ["recipe=llama_1b", "model=llama_3b"]
+
+
+def test_a_recipe_of_ones_own_is_built_on(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    own = "# @package _global_\ndefaults:\n  - /recipe/llama_1b\n  - _self_\nrecipe: mine\nbatch:\n  micro: 3\n"
+    (tmp_path / "recipe" / "mine.yaml").write_text(own)
+    found = recommend(Arguments(recipe="mine", tokens="100B", config_dir=str(tmp_path)))
+    samples = next(int(word.partition("=")[2]) for word in found.step_overrides if word.startswith("batch.samples="))
+    assert samples % 24 == 0
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["model=llama_1b", "tokens=100B", "loss=2.5"]) == 0
+    assert main(["model=llama_1b", "tokens=100B", "loss=2.5", "seq_len=4096"]) == 0
     printed = capsys.readouterr().out
-    for text in ("1.664e-03", "arXiv 2503.04715", "2.675 M tokens", "optim.lr=1.664e-03", "m_width 8"):
+    for text in (
+        "1.664e-03",
+        "arXiv 2503.04715",
+        "2.675 M tokens",
+        "meshloom train recipe=llama_1b optim.lr=1.664e-03",
+        "m_width 8",
+    ):
         assert text in printed
     assert main(["model=llama_1", "tokens=1 mile", "seq_len=0"]) == 2
     refused = capsys.readouterr().err
     assert all(text in refused for text in ("3 problems", "model=llama_1b?", "tokens: '1 mile'", "seq_len: 0"))
+    assert main(["model=llama_1b", "tokens=1B", "batch=0", "loss=-1"]) == 2
+    refused = capsys.readouterr().err
+    assert "batch: 0 is not positive" in refused and "loss: -1.0 is not positive" in refused
+    assert main(["tokens=1B"]) == 2
+    assert "recipe: is not given" in capsys.readouterr().err
+
+
+def test_a_recommendation_that_can_not_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe=llama_1b", "tokens=100M"]) == 0
+    assert "schedule.warmup: 2000 steps is longer than the run" in capsys.readouterr().out
 
 
 def test_automatic_values_become_numbers() -> None:
