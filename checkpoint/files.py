@@ -27,15 +27,15 @@ class Files(Protocol):
         ...
 
     def size(self, name: str) -> int | None:
-        """Length of a file in bytes; None if there is none."""
+        """Length of a file in bytes; None if there is none. Raises DamageError if that can't be told."""
         ...
 
     def read(self, name: str) -> bytes:
-        """A whole small file. Raises FileNotFoundError."""
+        """A whole small file. Raises FileNotFoundError, or DamageError if it is there and can't be read."""
         ...
 
     def reader(self, name: str) -> contextlib.AbstractContextManager[RangeReader]:
-        """Open a file for reading ranges. Raises DamageError if it is missing."""
+        """Open a file for reading ranges. Raises DamageError if it is missing or can't be read."""
         ...
 
 
@@ -72,12 +72,19 @@ class LocalFiles:
         """See Files."""
         try:
             return (self.path / name).stat().st_size
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise DamageError(self.label(name), f"asking for its length failed: {error}") from error
 
     def read(self, name: str) -> bytes:
         """See Files."""
-        return (self.path / name).read_bytes()
+        try:
+            return (self.path / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(self.label(name)) from None
+        except OSError as error:
+            raise DamageError(self.label(name), f"reading it failed: {error}") from error
 
     @contextlib.contextmanager
     def reader(self, name: str) -> Generator[RangeReader]:
@@ -86,6 +93,8 @@ class LocalFiles:
             descriptor = os.open(self.path / name, os.O_RDONLY)
         except FileNotFoundError:
             raise DamageError(self.label(name), "the file is missing") from None
+        except OSError as error:
+            raise DamageError(self.label(name), f"opening it failed: {error}") from error
         try:
             # Only what is asked for: the kernel's read-ahead would fetch the neighbours of every small range.
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
@@ -141,12 +150,19 @@ class RemoteFiles:
         self.system.invalidate_cache(path)  # another rank may have written since a folder was listed here
         try:
             return int(self.system.size(path))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise DamageError(self.label(name), f"asking for its length failed: {error}") from error
 
     def read(self, name: str) -> bytes:
         """See Files."""
-        return self.system.cat_file(self._join(name))
+        try:
+            return self.system.cat_file(self._join(name))
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(self.label(name)) from None
+        except OSError as error:
+            raise DamageError(self.label(name), f"reading it failed: {error}") from error
 
     @contextlib.contextmanager
     def reader(self, name: str) -> Generator[RangeReader]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from .digest import DIGEST_BYTES
 from .errors import CheckpointError, DamageError
 from .files import Files, LocalFiles, is_remote, open_files
-from .manifest import MANIFEST, Manifest, prove_coverage
+from .manifest import MANIFEST, Manifest, StoredFile, prove_coverage
+
+log = logging.getLogger(__name__)
 
 LATEST = "LATEST"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -31,7 +36,7 @@ def load_manifest(files: Files, *, arrays: bool = True) -> Manifest:
     """
     try:
         data = files.read(MANIFEST)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         raise DamageError(files.label(MANIFEST), "the manifest is missing: this is not a finished checkpoint") from None
     return Manifest.decode(data, files.label(MANIFEST), arrays=arrays)
 
@@ -42,21 +47,37 @@ def open_step(files: Files) -> Manifest:
     Checks the manifest's digest, that every array is covered, and that every file is there with its length.
     Raises DamageError naming the file.
     """
+    manifest = open_manifest(files)
+    check_lengths(files, manifest)
+    return manifest
+
+
+def open_manifest(files: Files) -> Manifest:
+    """The manifest of a step, whose digest and coverage are right. Raises DamageError."""
     manifest = load_manifest(files)
     prove_coverage(manifest.arrays, [file.bytes for file in manifest.files], files.label(MANIFEST))
-    check_lengths(files, manifest)
     return manifest
 
 
 def check_lengths(files: Files, manifest: Manifest) -> None:
     """Check that every file is there with its length. Raises DamageError naming the file."""
     for file in manifest.files:
-        for name, expected in ((file.name, file.bytes), (file.leaves, -(-file.bytes // manifest.leaf_bytes) * 16)):
+        for fault in length_faults(files, manifest, file):
+            raise fault
+
+
+def length_faults(files: Files, manifest: Manifest, file: StoredFile) -> Iterator[DamageError]:
+    """What is wrong with the lengths of a data file and of the file with its digests."""
+    for name, expected in ((file.name, file.bytes), (file.leaves, -(-file.bytes // manifest.leaf_bytes) * DIGEST_BYTES)):
+        try:
             size = files.size(name)
-            if size is None:
-                raise DamageError(files.label(name), "the file is missing")
-            if size != expected:
-                raise DamageError(files.label(name), f"the file has {size} bytes, not {expected}")
+        except DamageError as error:
+            yield error
+            continue
+        if size is None:
+            yield DamageError(files.label(name), "the file is missing")
+        elif size != expected:
+            yield DamageError(files.label(name), f"the file has {size} bytes, not {expected}")
 
 
 def steps_newest_first(files: Files) -> list[str]:
@@ -65,7 +86,7 @@ def steps_newest_first(files: Files) -> list[str]:
     `LATEST` names the last one committed. A step that was committed after it (a crash came before `LATEST` was replaced)
     goes before it; then come the older steps, then the later steps that a run had reached before it was set back.
     """
-    names = [name for name in files.names() if step_of(name) is not None and files.size(f"{name}/{MANIFEST}") is not None]
+    names = [name for name in files.names() if step_of(name) is not None and _is_finished(files, name)]
     names.sort(key=lambda name: step_of(name) or 0, reverse=True)
     latest = _latest(files)
     if latest not in names:
@@ -91,10 +112,20 @@ def find_latest(folder: str | Path) -> Path | str | None:
     return None
 
 
+def _is_finished(files: Files, name: str) -> bool:
+    try:
+        return files.size(f"{name}/{MANIFEST}") is not None
+    except DamageError:
+        return True  # whoever opens it is told what is wrong with it
+
+
 def _latest(files: Files) -> str | None:
     try:
         return files.read(LATEST).decode(errors="replace").strip()
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
+        return None
+    except DamageError as error:
+        log.warning("the newest step is told by its number: %s", error)
         return None
 
 

@@ -21,6 +21,9 @@ from .manifest import Manifest, StoredArray, StoredBox
 BATCH_BYTES = 16 * 2**20
 # Neighbouring needs closer than this are fetched by one read.
 GAP_BYTES = 64 * 2**10
+# Leaves' digests are read and proved for so many blocks at once, and those read last are kept for the next boxes.
+PROOF_BLOCKS = 4
+PROOFS_KEPT = 8
 
 Raw = np.ndarray[Any, np.dtype[Any]]
 
@@ -63,7 +66,7 @@ class Reader:
     traffic: Traffic = field(default_factory=Traffic)
 
     def __post_init__(self) -> None:
-        self._leaves: dict[int, bytes] = {}
+        self._proved: dict[tuple[int, int], bytes] = {}
 
     def read(self, wanted: Iterable[tuple[StoredArray, Box]]) -> list[Raw]:
         """The values of each wanted box, as unsigned integers of the element's size.
@@ -96,18 +99,19 @@ class Reader:
         units = sorted(units, key=lambda unit: (unit.file, unit.start))
         buffer = np.empty(0, np.uint8)
         with contextlib.ExitStack() as stack:
-            opened: dict[int, RangeReader] = {}
+            opened: tuple[int, RangeReader] | None = None
             for batch in self._batches(units):
                 number = batch[0].file
-                if number not in opened:
-                    opened[number] = stack.enter_context(self.files.reader(self.manifest.files[number].name))
-                    self._check_header(number, opened[number])
+                if opened is None or opened[0] != number:
+                    stack.close()  # of thousands of ranks' files one is open at a time
+                    opened = number, stack.enter_context(self.files.reader(self.manifest.files[number].name))
+                    self._check_header(*opened)
                 leaf = self.manifest.leaf_bytes
                 base = batch[0].start // leaf * leaf
                 stop = min(-(-max(unit.stop for unit in batch) // leaf) * leaf, self.manifest.files[number].bytes)
                 if len(buffer) < stop - base:
                     buffer = np.empty(max(stop - base, min(BATCH_BYTES, self.manifest.files[number].bytes)), np.uint8)
-                self._read_checked(number, opened[number], base, stop, needed_leaves(batch, base, stop, leaf), buffer)
+                self._read_checked(*opened, base, stop, needed_leaves(batch, base, stop, leaf), buffer)
                 for unit in batch:
                     self.traffic.wanted += len(unit.run_starts) * unit.run_bytes
                     yield unit, buffer, base
@@ -140,37 +144,42 @@ class Reader:
         self, number: int, reader: RangeReader, base: int, stop: int, needed: np.ndarray[Any, np.dtype[np.bool_]], buffer: Any
     ) -> None:
         leaf = self.manifest.leaf_bytes
-        digests = self.leaves(number)
+        proof_leaves = PROOF_BLOCKS * (self.manifest.block_bytes // leaf)
         view = memoryview(buffer)
         edges = np.flatnonzero(np.diff(np.concatenate(([False], needed, [False])).astype(np.int8)))
         for first, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
             low, high = first * leaf, min(last * leaf, stop - base)
             reader.fill(view[low:high], base + low)
             self.traffic.read += high - low
+            digests, known = b"", -1
             for at in range(low, high, leaf):
-                position = (base + at) // leaf * DIGEST_BYTES
-                if xxhash.xxh3_128_digest(view[at : min(at + leaf, high)]) != digests[position : position + DIGEST_BYTES]:
+                proof, index = divmod((base + at) // leaf, proof_leaves)
+                if proof != known:
+                    digests, known = self._prove(number, proof), proof
+                said = digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+                if xxhash.xxh3_128_digest(view[at : min(at + leaf, high)]) != said:
                     raise self._damage(number, base + at, "its bytes do not match their digest")
 
-    def leaves(self, number: int) -> bytes:
-        """The digests of a file's leaves, proved by the manifest's digests of the blocks."""
-        if number not in self._leaves:
+    def _prove(self, number: int, proof: int) -> bytes:
+        """The digests of the leaves of the next PROOF_BLOCKS blocks of a file, proved by the manifest's digests of these."""
+        if (number, proof) not in self._proved:
             file = self.manifest.files[number]
-            try:
-                data = self.files.read(file.leaves)
-            except FileNotFoundError:
-                raise DamageError(self.files.label(file.leaves), "the file is missing") from None
-            self.traffic.read += len(data)
+            first = proof * PROOF_BLOCKS
+            blocks = file.blocks[first : first + PROOF_BLOCKS]
             span = self.manifest.block_bytes // self.manifest.leaf_bytes * DIGEST_BYTES
-            for block, expected in enumerate(file.blocks):
+            whole = -(-file.bytes // self.manifest.leaf_bytes) * DIGEST_BYTES
+            data = bytearray(min(len(blocks) * span, whole - first * span))
+            with self.files.reader(file.leaves) as reader:
+                reader.fill(memoryview(data), first * span)
+            self.traffic.read += len(data)
+            for block, expected in enumerate(blocks):
                 if xxhash.xxh3_128_hexdigest(data[block * span : (block + 1) * span]) != expected:
-                    raise DamageError(
-                        self.files.label(file.leaves), f"the digests of {file.name} do not match the manifest", block
-                    )
-            if len(data) != -(-file.bytes // self.manifest.leaf_bytes) * DIGEST_BYTES:
-                raise DamageError(self.files.label(file.leaves), f"{len(data)} bytes of digests for a file of {file.bytes}")
-            self._leaves[number] = data
-        return self._leaves[number]
+                    what = f"the digests of {file.name} do not match the manifest"
+                    raise DamageError(self.files.label(file.leaves), what, first + block)
+            while len(self._proved) >= PROOFS_KEPT:
+                del self._proved[next(iter(self._proved))]
+            self._proved[number, proof] = bytes(data)
+        return self._proved[number, proof]
 
     def _damage(self, number: int, offset: int, what: str) -> DamageError:
         file = self.manifest.files[number]

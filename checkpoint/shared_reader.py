@@ -7,6 +7,7 @@ ranks reads each needed byte of the checkpoint once, however the boxes lie.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import DamageError
-from .files import Files
+from .files import Files, RangeReader
 from .manifest import Manifest
 from .reader import BATCH_BYTES, Reader, Unit
 
@@ -44,13 +45,14 @@ class SharedReader(Reader):
             count = -(-size // self.manifest.leaf_bytes)
             needs = [np.unpackbits(n[number], count=count).astype(bool) if number in n else None for n in everyone]
             me = self.group.rank()
-            involved = needs[me] is not None
-            with self.files.reader(self.manifest.files[number].name) as reader:
-                if involved:
-                    self._try(self._check_header, number, reader)
+            if needs[me] is None:
+                continue
+            with contextlib.ExitStack() as stack:
+                reader = self._open(stack, self.manifest.files[number].name)
+                self._try(self._check_header, number, reader)
                 # The tail before the window keeps what units that end in it began with.
                 buffer = np.empty(min(BATCH_BYTES + WINDOW_BYTES, size + BATCH_BYTES), np.uint8)
-                for start in range(0, size if involved else 0, WINDOW_BYTES):
+                for start in range(0, size, WINDOW_BYTES):
                     stop = min(start + WINDOW_BYTES, size)
                     buffer[:BATCH_BYTES] = buffer[WINDOW_BYTES : WINDOW_BYTES + BATCH_BYTES] if start else 0
                     self._exchange(number, reader, start, stop, needs, buffer[BATCH_BYTES:])
@@ -107,6 +109,13 @@ class SharedReader(Reader):
                 )
             _scatter(window, take, leaf, stop - start, data[:-1])
 
+    def _open(self, stack: contextlib.ExitStack, name: str) -> RangeReader:
+        """A file, or what raises when it is read: the others wait for this rank's part all the same."""
+        try:
+            return stack.enter_context(self.files.reader(name))
+        except DamageError as error:
+            return _Unreadable(error)
+
     def _flag(self) -> Bytes:
         return np.array([self._fault is not None], np.uint8)
 
@@ -115,6 +124,15 @@ class SharedReader(Reader):
             action(*arguments)
         except DamageError as error:
             self._fault = self._fault or error
+
+
+class _Unreadable:
+    def __init__(self, error: DamageError) -> None:
+        self._error = error
+
+    def fill(self, target: memoryview, offset: int) -> None:
+        """See RangeReader."""
+        raise self._error
 
 
 def deal(wanted: Leaves) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -16,7 +16,7 @@ from .digest import block_digests, leaf_digests
 from .dtypes import as_tensor, same_bits
 from .errors import CheckpointError, DamageError
 from .files import Files, open_files
-from .folder import load_manifest, open_step, step_of, steps_newest_first
+from .folder import length_faults, load_manifest, open_manifest, open_step, step_of, steps_newest_first
 from .manifest import MANIFEST, Manifest, StoredArray, entry_shape
 from .plan import cut_rows
 from .reader import Reader
@@ -43,31 +43,34 @@ def step_folders(location: str | Path) -> list[Files]:
 def verify(files: Files) -> Iterator[DamageError | int]:
     """Read every byte of a step. Yields the number of bytes of each good block, and an error for each bad thing found."""
     try:
-        manifest = open_step(files)
+        manifest = open_manifest(files)
     except DamageError as error:
         yield error
         return
     leaf, span = manifest.leaf_bytes, manifest.block_bytes
     for file in manifest.files:
-        good = True
-        buffer = bytearray(manifest.block_bytes)
-        with files.reader(file.name) as reader:
-            for block, at in enumerate(range(0, file.bytes, manifest.block_bytes)):
-                view = memoryview(buffer)[: min(manifest.block_bytes, file.bytes - at)]
-                try:
+        faults = {fault.file: fault for fault in length_faults(files, manifest, file)}
+        yield from faults.values()
+        if files.label(file.name) in faults:
+            continue
+        try:
+            good = True
+            buffer = bytearray(manifest.block_bytes)
+            with files.reader(file.name) as reader:
+                for block, at in enumerate(range(0, file.bytes, manifest.block_bytes)):
+                    view = memoryview(buffer)[: min(manifest.block_bytes, file.bytes - at)]
                     reader.fill(view, at)
-                except DamageError as error:
-                    yield error
-                    return
-                if block_digests(leaf_digests(view, leaf), leaf, span) == [file.blocks[block]]:
-                    yield len(view)
-                else:
-                    good = False
-                    yield DamageError(files.label(file.name), "its bytes do not match the manifest", block)
-        if block_digests(files.read(file.leaves), leaf, span) != file.blocks:
-            yield DamageError(files.label(file.leaves), f"it does not hold the digests of {file.name}")
-        if good:
-            yield from _verify_header(files, manifest, file.name)
+                    if block_digests(leaf_digests(view, leaf), leaf, span) == [file.blocks[block]]:
+                        yield len(view)
+                    else:
+                        good = False
+                        yield DamageError(files.label(file.name), "its bytes do not match the manifest", block)
+            if files.label(file.leaves) not in faults and block_digests(files.read(file.leaves), leaf, span) != file.blocks:
+                yield DamageError(files.label(file.leaves), f"it does not hold the digests of {file.name}")
+            if good:
+                yield from _verify_header(files, manifest, file.name)
+        except DamageError as error:  # a disk that can't read it, or a file that is gone by now
+            yield error
 
 
 def _verify_header(files: Files, manifest: Manifest, name: str) -> Iterator[DamageError]:

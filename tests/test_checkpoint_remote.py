@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pytest
@@ -129,7 +130,7 @@ class Remembering(fsspec.get_filesystem_class("memory")):
     """A store whose client believes its last listing of a folder, as those of S3 and GCS do."""
 
     cachable = False
-    believed: dict[str, list[str]] = {}
+    believed: ClassVar[dict[str, list[str]]] = {}
 
     def ls(self, path: str, detail: bool = True, **kwargs: object) -> list[str]:
         path = self._strip_protocol(path)

@@ -341,21 +341,23 @@ class MemoryFiles:
         except (CheckpointError, KeyError) as error:
             raise DamageError(self.label(name), f"can't be reached: {error}") from error
         try:
-            yield _MemoryReader(link, self._recovery.version, self.label(name))
+            what = "image" if name.endswith(".safetensors") else "leaves"
+            yield _MemoryReader(link, self._recovery.version, what, self.label(name))
         finally:
             link.close()
 
 
 class _MemoryReader:
-    def __init__(self, link: Connection, version: str, label: str) -> None:
+    def __init__(self, link: Connection, version: str, what: str, label: str) -> None:
         self._link = link
         self._version = version
+        self._what = what
         self._label = label
 
     def fill(self, target: memoryview, offset: int) -> None:
         """See RangeReader."""
         try:
-            self._link.fetch(self._version, "image", target, offset)
+            self._link.fetch(self._version, self._what, target, offset)
         except CheckpointError as error:
             raise DamageError(self._label, str(error)) from error
 
