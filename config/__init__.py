@@ -28,7 +28,11 @@ __all__ = [
 
 @dataclass
 class RunConfig:
-    """Everything a run is a function of. Groups of type Any may be replaced by a user's own class (`_target_`)."""
+    """Everything a run is a function of. Groups of type Any may be replaced by a user's own class (`_target_`).
+
+    resume  none; auto: go on from the newest complete checkpoint of the run, if there is one; the path of any checkpoint;
+            auto:<path>: as auto, and where the run has saved nothing yet, from that path
+    """
 
     recipe: str = MISSING
     output_dir: str = "outputs/${recipe}"

@@ -44,7 +44,7 @@ def script(overrides: Sequence[str], config_dir: str | None = None) -> str:
     problems = [*composition.problems, *run_problems(config, config.launch.nodes * config.launch.gpus_per_node)]
     if problems:
         raise ConfigError(problems)
-    return fill(TEMPLATE.read_text(), config, _command_line(overrides, config_dir))
+    return fill(TEMPLATE.read_text(), config, _command_line(overrides, config_dir, str(config.resume)))
 
 
 def fill(template: str, config: DictConfig, command_line: str) -> str:
@@ -65,7 +65,13 @@ def fill(template: str, config: DictConfig, command_line: str) -> str:
     )
 
 
-def _command_line(overrides: Sequence[str], config_dir: str | None) -> str:
+def _command_line(overrides: Sequence[str], config_dir: str | None, resume: str) -> str:
+    """What the job says every time that it is started: it goes on with its own run, which may begin from `resume`."""
+    from ..trainer.resume import FROM, goes_on
+
     folder = [f"--config-dir={Path(config_dir).resolve()}"] if config_dir else []
     kept = [override for override in overrides if not override.startswith("resume=")]
-    return " ".join(shlex.quote(word) for word in [*folder, *kept, "resume=auto"])
+    again = "auto" if resume == "none" else resume if goes_on(resume) else f"{FROM}{resume}"
+    if again != "auto":
+        again = "'" + again.replace("'", "\\'") + "'"  # as Hydra's quoted strings want it
+    return " ".join(shlex.quote(word) for word in [*folder, *kept, f"resume={again}"])

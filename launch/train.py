@@ -130,7 +130,9 @@ def _machine(config: DictConfig) -> Iterator[Problem]:
     if not under_torchrun() and config.launch.nodes != 1:
         fix = "use `meshloom slurm`, or start torchrun on every node"
         yield Problem("launch.nodes", "`meshloom train` starts the processes of one node", fix)
-    if not under_torchrun() and config.launch.max_restarts and config.resume != "auto":
+    from ..trainer.resume import goes_on
+
+    if not under_torchrun() and config.launch.max_restarts and not goes_on(str(config.resume)):
         from ..checkpoint.folder import find_latest
         from ..trainer.build import checkpoint_folder
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from meshloom.config.compose import Composer
 from meshloom.launch import slurm
 
 # Starts the task once per node, as srun does with --ntasks-per-node=1, and passes signals on to the tasks.
@@ -104,6 +105,22 @@ def test_script_is_valid_bash_and_asks_for_what_the_config_says(tmp_path: Path) 
         "resume=auto",
     ]
     assert "resume=auto" in text and "resume=none" not in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "written"),
+    [
+        ("resume=imported", "resume='auto:imported'"),
+        ("resume=autosaves/step-00000002", "resume='auto:autosaves/step-00000002'"),
+        ("resume=auto:imported", "resume='auto:imported'"),
+        ("resume=auto", "resume=auto"),
+    ],
+)
+def test_what_the_run_begins_from_is_not_lost_when_it_is_queued_again(asked: str, written: str) -> None:
+    (line,) = [line for line in slurm.script(["recipe=llama_1b", asked]).splitlines() if line.startswith("' meshloom ")]
+    assert shlex.split(line[1:].rstrip("&"))[-1] == written
+    value = Composer().compose(["recipe=llama_1b", written]).config.resume
+    assert value == written.removeprefix("resume=").strip("'"), "Hydra reads what the script says"
 
 
 def test_bad_config_prints_problems_and_no_script(capsys: pytest.CaptureFixture[str]) -> None:

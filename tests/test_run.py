@@ -11,6 +11,7 @@ import pytest
 from meshloom.checkpoint.folder import find_latest
 from meshloom.config.compose import Composer
 from meshloom.config.problems import ConfigError
+from meshloom.trainer.resume import effective
 from meshloom.trainer.run import run
 from ranks import run_ranks
 
@@ -123,6 +124,24 @@ def test_a_step_that_is_evaluated_and_saved_is_both(tmp_path: Path) -> None:
     go(1, tmp_path, "trainer.steps=6", "trainer.eval_every=2", "checkpoint.every=2", "checkpoint.mode=async")
     assert set(rows(tmp_path, "eval_loss")) == {2, 4, 6}
     assert rows(tmp_path, "checkpoint_saved") == {2: True, 4: True, 6: True}
+
+
+def test_a_job_that_is_started_again_begins_where_it_was_told_only_once(tmp_path: Path) -> None:
+    """`resume=auto:<path>`: first from another run's checkpoint, then from its own."""
+    go(1, tmp_path / "trunk", "trainer.steps=2")
+    branch = [f"resume=auto:{tmp_path / 'trunk'}", "checkpoint.every=2"]
+    go(1, tmp_path / "branch", *branch, "trainer.steps=4")
+    assert sorted(rows(tmp_path / "branch", "loss")) == [3, 4]
+    go(1, tmp_path / "branch", *branch, "trainer.steps=6")
+    assert sorted(rows(tmp_path / "branch", "loss")) == [3, 4, 5, 6]
+
+
+def test_a_checkpoint_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for where in (tmp_path / "file", "auto:nowhere", "s4://bucket/run"):
+        with pytest.raises(ConfigError) as caught:
+            effective(Composer().compose([*TINY, f"output_dir={tmp_path / 'out'}", f"resume={where}"]).config, [])
+        assert [problem.key for problem in caught.value.problems] == ["resume"]
 
 
 def refused(rank: int, world_size: int, overrides: list[str]) -> str:

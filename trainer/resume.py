@@ -28,21 +28,29 @@ from .loop import Loop
 log = logging.getLogger(__name__)
 
 
+FROM = "auto:"
+
+
+def goes_on(resume: str) -> bool:
+    """Whether a run with this `resume` goes on with what it has saved itself, whenever there is something."""
+    return resume == "auto" or resume.startswith(FROM)
+
+
 def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
-    """The checkpoint that `resume` names: "auto" is the run's folder of them, or none yet; "none" is none.
+    """The checkpoint that `resume` names.
+
+    "none" is none; "auto" the run's own folder of them, or none yet; "auto:<path>" that folder too, but where the run has saved
+    nothing yet, it begins from the path: what a job that is queued again and again says, when it fine-tunes or branches off.
 
     Processes that torchrun has restarted go on from what the run itself saved, whatever it began from.
     Raises ConfigError if a path was given that holds no complete checkpoint.
     """
-    if config.resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+    wanted = str(config.resume)
+    if goes_on(wanted) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         folder = checkpoint_folder(config)  # not a step: `restore` passes over a damaged one, and asks the keepers' memory
         if holds_checkpoint(folder):
             return folder
-        if config.resume == "auto":
-            return None
-    if config.resume == "none":
-        return None
-    return find_checkpoint(str(config.resume), "resume")
+    return None if wanted in ("auto", "none") else find_checkpoint(wanted.removeprefix(FROM), "resume")
 
 
 def find_checkpoint(location: str, key: str) -> Path | str:
@@ -50,11 +58,18 @@ def find_checkpoint(location: str, key: str) -> Path | str:
 
     Raises ConfigError if none there is complete.
     """
-    if open_files(location).size(MANIFEST) is not None:
-        return location if is_remote(location) else Path(location)
-    found = find_latest(location) or find_latest(f"{location.rstrip('/')}/checkpoints")
+    fix = "give a step-… folder, or the folder of a run that has saved one"
+    try:
+        if open_files(location).size(MANIFEST) is not None:
+            return location if is_remote(location) else Path(location)
+        found = find_latest(location) or find_latest(f"{location.rstrip('/')}/checkpoints")
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+    ) as error:  # a file, somebody else's folder, an unknown protocol
+        raise ConfigError([Problem(key, f"'{location}' can't be read: {error}", fix)]) from error
     if found is None:
-        fix = "give a step-… folder, or the folder of a run that has saved one"
         raise ConfigError([Problem(key, f"'{location}' holds no complete checkpoint", fix)])
     return found
 
