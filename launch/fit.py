@@ -22,7 +22,7 @@ from .fit_runs import UNITS, FinishedRun, Fits, fit_all, read_runs
 
 
 def main(argv: Sequence[str]) -> int:
-    """Fit, print and draw. Returns 0; 1 when no law could be fitted; 2 when there are no runs to read."""
+    """Fit, print and draw. Returns 0; 1 when no law could be fitted or nothing drawn; 2 when there are no runs to read."""
     parser = argparse.ArgumentParser(prog="meshloom fit", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold some")
     parser.add_argument("--output", type=Path, help="folder for fit.png, fit.svg and fit.json (default: nothing is written)")
@@ -33,15 +33,18 @@ def main(argv: Sequence[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"meshloom fit: {error}", file=sys.stderr)
+        return 1
     print("\n".join(describe(runs, fits)))
     if arguments.output is not None:
         from .fit_plot import draw
 
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "fit.json").write_text(json.dumps(as_json(fits), indent=2) + "\n")
         try:
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            (arguments.output / "fit.json").write_text(json.dumps(as_json(fits), indent=2) + "\n")
             drawn = draw(fits, arguments.output)
-        except ModuleNotFoundError as error:
+        except (ModuleNotFoundError, OSError) as error:
             print(f"meshloom fit: {error}", file=sys.stderr)
             return 1
         for path in drawn:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from ..config.problems import ConfigError, Problem
 from ..optim import fitting
@@ -79,7 +81,7 @@ def read_runs(paths: Iterable[Path]) -> list[FinishedRun]:
         for folder in folders:
             try:
                 runs.append(_read(folder))
-            except (OSError, ValueError, KeyError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLError, InstantiationException) as error:
                 problems.append(Problem(str(folder), f"can't be read as a finished run: {error}", "leave it out"))
     if problems:
         raise ConfigError(problems)

@@ -26,7 +26,7 @@ class Arguments:
     tokens       most tokens to add; the text ends earlier where the model ends the document
     temperature  0 always takes the likeliest token
     top_k        draw among so many of the likeliest tokens; null: among all
-    context      tokens the model looks back at; null: the length it was trained with
+    context      tokens the model looks back at; null: the length it was trained with, which an imported model does not say
     """
 
     checkpoint: str
@@ -52,7 +52,7 @@ class Arguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the prompt with its continuation. Returns 0, or 2 for bad arguments."""
+    """Print the prompt with its continuation. Returns 0, 2 for bad arguments, 1 for a checkpoint or data that can't be read."""
     if any(word in ("-h", "--help") for word in argv):
         print(f"usage: meshloom generate checkpoint=<folder> [key=value …]\n\n{describe(Arguments)}\n")
         print(inspect.getdoc(Arguments))
@@ -62,7 +62,13 @@ def main(argv: Sequence[str]) -> int:
         problems = arguments.problems()
         if problems:
             raise ConfigError(problems)
-        print(continued(arguments))
+        from ..checkpoint.errors import CheckpointError
+
+        try:
+            print(continued(arguments))
+        except CheckpointError as error:
+            print(f"meshloom generate: {error}", file=sys.stderr)
+            return 1
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -70,7 +76,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def continued(arguments: Arguments) -> str:
-    """The prompt and its continuation. Raises ConfigError where there is no such checkpoint or its data has no text."""
+    """The prompt and its continuation.
+
+    Raises ConfigError where there is no such checkpoint, or no tokenizer for it, and CheckpointError for a damaged one.
+    """
     import torch
     from omegaconf import DictConfig
 
@@ -82,35 +91,53 @@ def continued(arguments: Arguments) -> str:
 
     checkpoint = find_checkpoint(arguments.checkpoint, "checkpoint")
     state = read_state(checkpoint)
-    config = DictConfig(state["config"])
-    model = load_plain(build_model(config, state["vocabulary"]), checkpoint, pick_device(), torch.float32)
+    config = DictConfig(state.get("config") or {})
+    if "model" not in config:
+        message = f"'{checkpoint}' was imported from files that don't say what model their weights belong to"
+        raise ConfigError([Problem("checkpoint", message, "train from it (resume=…), and take the run's checkpoint")])
+    context = arguments.context or (config.data.seq_len if "data" in config else None)
+    if context is None:
+        fix = "give the length that it was trained with as context=…"
+        raise ConfigError(
+            [Problem("context", f"'{checkpoint}' was imported and does not say how far its model looks back", fix)]
+        )
+    tokenizer = _tokenizer(checkpoint, config, state.get("data_fingerprint", ""))
+    vocabulary = state.get("vocabulary") or config.model.vocabulary
     return generate(
-        model,
-        _tokenizer(checkpoint, config, state["data_fingerprint"]),
+        load_plain(build_model(config, vocabulary), checkpoint, pick_device(), torch.float32),
+        tokenizer,
         arguments.prompt,
         tokens=arguments.tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         seed=arguments.seed,
-        context=arguments.context or config.data.seq_len,
+        context=context,
     )
 
 
 def _tokenizer(checkpoint: Path | str, config: DictConfig, fingerprint: str) -> Tokenizer:
     """The tokenizer that the run left beside its checkpoints; otherwise that of the data, built again."""
     from ..data.tokenizer import Tokenizer
-    from ..trainer.build import build_data
+    from ..trainer.run import prepared_data
 
+    beside = "put the model's tokenizer.json beside the checkpoint"
     if isinstance(checkpoint, Path):
         for folder in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
             if (folder / "tokenizer.json").is_file():
-                return Tokenizer.load(folder / "tokenizer.json", config.data.get("end_of_document"))
-    data = build_data(config)
-    data.prepare()
+                end = config.data.get("end_of_document") if "data" in config else None
+                try:
+                    return Tokenizer.load(folder / "tokenizer.json", end)
+                except ValueError as error:
+                    raise ConfigError([Problem("checkpoint", str(error), beside)]) from error
+    if "data" not in config:
+        raise ConfigError(
+            [Problem("checkpoint", f"'{checkpoint}' was imported without a tokenizer", beside.replace("run", "model"))]
+        )
+    data = prepared_data(config)
     if data.tokenizer is None:
         message = f"'{checkpoint}' was trained on data={config.data.name}, which has no text"
         raise ConfigError([Problem("checkpoint", message, "take a checkpoint of a run on text")])
     if data.fingerprint != fingerprint:
         message = f"the data={config.data.name} of this machine is not what '{checkpoint}' was trained on"
-        raise ConfigError([Problem("checkpoint", message, "put the run's tokenizer.json beside the checkpoint")])
+        raise ConfigError([Problem("checkpoint", message, beside)])
     return data.tokenizer

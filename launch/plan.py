@@ -25,8 +25,8 @@ from ..parallel.memory import Job, block_policies
 from ..parallel.offload import describe
 from ..trainer.build import Parts, build_model, engine_settings, optimizer_factory
 from ..trainer.validate import run_problems
-from .draw import pipeline_svg
-from .tables import plan_tables
+from .plan_drawing import pipeline_svg
+from .plan_tables import plan_tables
 from .train import BAD_CONFIG, processes
 
 WIDTH = 120  # columns, where no terminal says
@@ -49,7 +49,7 @@ class Plan:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the plan of this command line's run. Returns 0, or 2 for one that can't run."""
+    """Print the plan of this command line's run. Returns 0, 2 for one that can't run, 1 if the drawing can't be written."""
     parser = argparse.ArgumentParser("meshloom plan", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("overrides", nargs="*", help="recipe=… and key=value, as for `meshloom train`")
     parser.add_argument("--draw-pipeline", metavar="FILE.svg", type=Path, help="draw the pipeline's schedule")
@@ -73,7 +73,11 @@ def main(argv: Sequence[str]) -> int:
     if arguments.draw_pipeline is not None:
         assert plan.cost.timeline is not None
         title = f"{plan.parallel.schedule} on {plan.parallel.pp} ranks, {plan.job.micro_batches} micro-batches"
-        arguments.draw_pipeline.write_text(pipeline_svg(plan.cost.timeline, title), encoding="utf-8")
+        try:
+            arguments.draw_pipeline.write_text(pipeline_svg(plan.cost.timeline, title), encoding="utf-8")
+        except OSError as error:
+            print(f"meshloom plan: {arguments.draw_pipeline}: {error.strerror}", file=sys.stderr)
+            return 1
         console.print(f"drew {arguments.draw_pipeline}")
     return 0
 

@@ -96,6 +96,10 @@ def test_runs_that_cannot_be_read_are_named(tmp_path: Path, plain: Any, capsys: 
     assert "short: can't be read as a finished run: it stopped at 2 of 9 steps" in refused
     assert "broken: can't be read" in refused and "empty: holds no run" in refused and "3 problems" in refused
     assert main([str(good)]) == 1, "one run fits nothing"
+    (short / "config.yaml").write_text("trainer: [")
+    assert main([str(short)]) == 2, "a file that is no YAML"
+    assert main([str(good), "--output", str(broken / "metrics.jsonl")]) == 1, "a file where the folder should be"
+    assert "meshloom fit: " in capsys.readouterr().err
 
 
 def test_an_optimum_at_the_edge_is_not_used(tmp_path: Path, plain: Any) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch.distributed as dist
 
 from meshloom.launch.cli import main
-from meshloom.launch.draw import pipeline_svg
 from meshloom.launch.plan import make_plan
-from meshloom.launch.tables import axis_groups, written_ranks
+from meshloom.launch.plan_drawing import pipeline_svg
+from meshloom.launch.plan_tables import axis_groups, written_ranks
 from meshloom.parallel.layout import Layout
 
 LLAMA = ["recipe=llama_1b", "batch.samples=64"]
@@ -46,6 +46,13 @@ def test_figures_are_those_of_arithmetic() -> None:
     (alone,) = make_plan([*LLAMA, "launch.nproc=1"]).cost.ranks
     assert (alone.weights, alone.gathered, alone.optimizer) == (parameters * 4, parameters * 2, parameters * 8)
     assert plan.cost.model_flops == pytest.approx(64 * 8192 * (6 * (parameters - 128256 * 2048) + 12 * 16 * 2048 * 8192))
+
+
+def test_a_drawing_that_can_not_be_written_is_a_message(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["launch.nproc=2", "parallel.pp=2", f"--draw-pipeline={tmp_path / 'nowhere' / 'out.svg'}"]
+    code, out, err = planned(capsys, *LLAMA, *words)
+    assert code == 1 and "2 processes" in out
+    assert err == f"meshloom plan: {tmp_path / 'nowhere' / 'out.svg'}: No such file or directory\n"
 
 
 def test_every_problem_is_named_with_a_way_out_and_nothing_is_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

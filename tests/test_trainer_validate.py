@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from meshloom.config.compose import Composer
-from meshloom.trainer.exceptions import bent_rules
+from meshloom.trainer.bent_rules import bent_rules
 from meshloom.trainer.validate import run_problems
 
 

@@ -13,8 +13,8 @@ from ..data.node import DataNode
 from ..data.order import Shuffled
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, environment_world_size, pick_device
+from .bent_rules import bent_rules
 from .build import Parts, Run, build_data, build_run
-from .exceptions import bent_rules
 from .loop import TrainingDiverged
 from .resume import effective, restore_run
 from .signals import StopRequest
