@@ -45,11 +45,15 @@ class Arena:
         else:
             self.descriptor = _nameless_file(folder, self.size)
             pin = False
-        self.memory = mmap.mmap(self.descriptor, self.size, mmap.MAP_SHARED)
-        if folder is None:
-            with contextlib.suppress(OSError):  # where the system allows it for shared memory
-                self.memory.madvise(mmap.MADV_HUGEPAGE)
-            self._populate()
+        try:
+            self.memory = mmap.mmap(self.descriptor, self.size, mmap.MAP_SHARED)
+            if folder is None:
+                with contextlib.suppress(OSError):  # where the system allows it for shared memory
+                    self.memory.madvise(mmap.MADV_HUGEPAGE)
+                self._populate()
+        except BaseException:
+            os.close(self.descriptor)  # or the pages that there were would stay taken
+            raise
         self.watermark = Watermark(memoryview(self.memory))
         self._pinned = False
         if pin:
@@ -185,9 +189,7 @@ class ArenaPool:
             if arena is not None:
                 self._free.remove(arena)
             else:
-                for outgrown in [arena for arena in self._free if arena.size < rounded(size)]:
-                    self._free.remove(outgrown)
-                    outgrown.close()
+                self._drop_free()  # before the new one is made: the limit is for both
                 arena = Arena(size, self.pin, self.folder)
             self._lent.append(arena)
             self._holders[id(arena)] = 1
@@ -211,9 +213,11 @@ class ArenaPool:
     def close(self) -> None:
         """Give all memory back; nothing may be lent any more."""
         with self._changed:
-            for arena in self._free:
-                arena.close()
-            self._free.clear()
+            self._drop_free()
+
+    def _drop_free(self) -> None:
+        while self._free:
+            self._free.pop().close()
 
     def _fits(self, size: int) -> bool:
         if any(arena.size >= rounded(size) for arena in self._free):

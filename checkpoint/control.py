@@ -89,13 +89,16 @@ class Round:
         self.post("left")
 
     def forget(self) -> bool:
-        """Delete what this rank wrote, if all ranks have left; whether they have."""
-        last = f"{self._prefix}/left/all"
-        if not self.control.store.check([last]):
+        """Delete what this rank wrote, if all ranks have left; whether they have. The last to do so leaves nothing."""
+        store, last, forgotten = self.control.store, f"{self._prefix}/left/all", f"{self._prefix}/forgotten"
+        if not store.check([last]):
             return False
         for key in self._written:
             if key != last:
-                self.control.store.delete_key(key)
+                store.delete_key(key)
+        if store.add(forgotten, 1) == self.control.world_size:
+            store.delete_key(last)
+            store.delete_key(forgotten)
         return True
 
     def _set(self, key: str, payload: bytes) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 
 Hook = Callable[[str, int], int]
@@ -32,9 +33,11 @@ def install(hook: Hook | None) -> None:
 
 
 def scripted(script: str) -> Hook:
-    """The hook that a text asks for: `<kind>:<n>` acts at the n-th boundary, `log:<path>` only writes their names down.
+    """The hook that a text asks for.
 
-    Kinds: kill (SIGKILL), enospc, eio (OSError), short (half of the bytes are written, once).
+    `<kind>:<n>` acts at the n-th boundary, `<kind>:<name>` at the first of that name; `log:<path>` writes their names down.
+
+    Kinds: kill (SIGKILL), enospc, eio (OSError), short (half of the bytes are written, once), hang (for an hour).
     """
     kind, _, rest = script.partition(":")
     if kind == "log":
@@ -46,14 +49,16 @@ def scripted(script: str) -> Hook:
             return amount
 
         return log
-    left = int(rest)
+    numbered = rest.isdigit()
+    left = int(rest) if numbered else 1
 
     def act(boundary: str, amount: int) -> int:
         nonlocal left
-        left -= 1
-        if left != 0:
-            return amount
-        return strike(kind, boundary, amount)
+        if numbered or boundary == rest:
+            left -= 1
+            if left == 0:
+                return strike(kind, boundary, amount)
+        return amount
 
     return act
 
@@ -67,7 +72,9 @@ def strike(kind: str, boundary: str, amount: int) -> int:
     if kind in ("enospc", "eio"):
         code = errno.ENOSPC if kind == "enospc" else errno.EIO
         raise OSError(code, f"{os.strerror(code)} (injected at {boundary})")
-    assert kind == "short", kind
+    if kind == "hang":
+        time.sleep(3600)
+    assert kind in ("short", "hang"), kind
     return amount // 2
 
 

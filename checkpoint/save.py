@@ -46,6 +46,7 @@ class Tools:
     config: CheckpointConfig
     device: Device | None = None
     rounds: list[Round] = field(default_factory=list[Round])
+    tidying: threading.Lock = field(default_factory=threading.Lock)  # one save's thread at a time
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ class Save:
         message: dict[str, Any] = {}
         if request is not None:
             self._writing = False
-            written = tools.writer.end()
+            written = tools.writer.end(tools.config.timeout)
             report.hashing_seconds, report.writing_seconds = written.hashing, written.writing
             report.bytes, report.direct = written.bytes, written.direct
             message = {"name": request.name, "bytes": written.bytes, "leaves": request.leaves, "blocks": written.blocks}
@@ -322,10 +323,11 @@ class Save:
     def _tidy(self, tools: Tools) -> None:
         """What earlier saves and runs have left goes after this one is safe, and can't undo it, whatever happens."""
         try:
-            if self.report.outcome == "committed":
-                tools.target.prune(tools.config.keep)
-            if self.report.outcome in ("committed", "kept") and tools.predecessors is not None:
-                tools.predecessors.dismiss()
+            with tools.tidying:
+                if self.report.outcome == "committed":
+                    tools.target.prune(tools.config.keep)
+                if self.report.outcome in ("committed", "kept") and tools.predecessors is not None:
+                    tools.predecessors.dismiss()
         except Exception as error:  # also those that libraries of object stores have of their own
             log.warning("old checkpoints could not be deleted: %s: %s", type(error).__name__, error)
 
@@ -338,7 +340,7 @@ class Save:
         if self._writing and self._arena is not None:
             self._arena.watermark.abandon()
             with contextlib.suppress(Exception):  # whatever it was: this save has failed already
-                tools.writer.end()
+                tools.writer.end(tools.config.timeout)
         tools.planner.forget()
         if self.talk.control.rank == 0 and self._token:
             try:

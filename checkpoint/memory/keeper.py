@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
 import socket
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 
 from ..arena import Arena
 from ..errors import CheckpointError
+from ..writing.handover import Giver
 from .wire import Address, Connection, receive_line, send
 
 REGISTRY = ".memory"
@@ -38,7 +38,7 @@ class Keeper:
         )
         there.close()
         self._link = here
-        self._known: dict[int, int] = {}
+        self._giver = Giver(here)
         hello = receive_line(here)
         if hello is None:
             raise CheckpointError(f"the keeper process of rank {slot} did not start (exit code {self._process.wait()})")
@@ -62,25 +62,11 @@ class Keeper:
 
         group: the addresses of its members, this keeper among them; block: length of a parity block.
         """
-        inode = os.fstat(arena.descriptor).st_ino
-        fresh = self._known.get(arena.descriptor) != inode
-        message = {
-            "do": "hold",
-            "memory": arena.descriptor,
-            "length": arena.size,
-            "size": size,
-            "version": version,
-            "step": step,
-            "group": group,
-            "block": block,
-            "timeout": timeout,
-        }
-        line = json.dumps(message).encode() + b"\n"
+        about = {"size": size, "version": version, "step": step, "group": group, "block": block, "timeout": timeout}
         try:
-            socket.send_fds(self._link, [line], [arena.descriptor] if fresh else [])
+            self._giver.send({"do": "hold", **about}, arena)
         except OSError as error:
             raise CheckpointError(f"the keeper process is gone: {error}") from error
-        self._known[arena.descriptor] = inode
         return self._reply()
 
     def complete(self, version: str, manifest: bytes) -> None:

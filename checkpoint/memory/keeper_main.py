@@ -7,8 +7,6 @@ stripe of parity; recovering trainers fetch what they need. It ends when told to
 from __future__ import annotations
 
 import contextlib
-import json
-import mmap
 import os
 import select
 import signal
@@ -24,6 +22,7 @@ import numpy as np
 
 from ..digest import block_digests, leaf_digests_by_many
 from ..faults import install_from_environment, reach
+from ..writing.handover import Taker
 from .parity import span_of
 from .wire import PIECE, Address, Connection, own_host, receive_into, receive_line, send
 
@@ -56,7 +55,6 @@ class KeeperServer:
         self.secret = secret
         self.versions: dict[str, Version] = {}
         self.ended = threading.Event()
-        self._memory: dict[int, mmap.mmap] = {}
         self._changed = threading.Condition()
         self._listener = socket.create_server(("", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -127,13 +125,9 @@ class KeeperServer:
             version.received.add(request["from"])
             self._changed.notify_all()
 
-    def hold(self, request: dict[str, Any], descriptor: int | None) -> dict[str, Any]:
+    def hold(self, request: dict[str, Any], image: memoryview) -> dict[str, Any]:
         """Keep a snapshot: hash it, give the group its blocks, and wait for theirs."""
         start = time.perf_counter()
-        if descriptor is not None:
-            self._memory[request["memory"]] = mmap.mmap(descriptor, request["length"])
-            os.close(descriptor)
-        image = memoryview(self._memory[request["memory"]])[: request["size"]]
         members: list[int] = [member["slot"] for member in request["group"]]
         with self._changed:
             version = self.versions.setdefault(request["version"], Version())
@@ -195,28 +189,23 @@ class KeeperServer:
 
 def serve_trainer(server: KeeperServer, link: socket.socket, patience: float) -> None:
     """Do what the trainer says; when it is gone, wait so many seconds for someone to fetch what is kept, if anything is."""
+    taker = Taker(link)
     with contextlib.suppress(OSError):  # however the trainer died, and whatever it left unread
         while not server.ended.is_set():
             readable, _, _ = select.select([link], [], [], 0.2)
-            if readable and not _obey(server, link):
+            if readable and not _obey(server, taker, link):
                 return
     if any(version.held for version in list(server.versions.values())):
         server.ended.wait(patience)
 
 
-def _obey(server: KeeperServer, link: socket.socket) -> bool:
+def _obey(server: KeeperServer, taker: Taker, link: socket.socket) -> bool:
     """One request of the trainer; False when it says to end. Raises OSError when the trainer is gone."""
-    line, descriptors, _, _ = socket.recv_fds(link, 1 << 20, 1)
-    while not line.endswith(b"\n"):
-        part = link.recv(1 << 20) if line else b""
-        if not part:
-            raise ConnectionError("the trainer is gone")
-        line += part
-    request = json.loads(line)
+    request = taker.receive()
     reply: dict[str, Any] = {}
     try:
         if request["do"] == "hold":
-            reply = server.hold(request, descriptors[0] if descriptors else None)
+            reply = server.hold(request, taker.memory(request)[: request["size"]])
         elif request["do"] == "complete":
             manifest = bytearray(request["manifest"])
             send(link, {})  # now it may come: after a line nothing else may be in the socket

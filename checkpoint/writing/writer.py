@@ -6,37 +6,31 @@ line of JSON over a socket; new shared memory comes along as a file descriptor.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import queue
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ..errors import CheckpointError
 from .disk import Ready, Written, write_image
+from .handover import Giver, SharedMemory
 from .remote_write import write_image_remote
-from .watermark import Watermark
 
 # While a save is hashed the thread that feeds the disk must not wait for the interpreter: a write takes 2 ms or so.
 SWITCH_SECONDS = 0.0002
-
-
-class SharedMemory(Protocol):
-    """The part of an arena that the writer needs."""
-
-    descriptor: int
-    size: int
-    watermark: Watermark
-
-    def image(self, size: int) -> memoryview:
-        """The first bytes of the memory."""
-        ...
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -49,6 +43,11 @@ class Request:
     name: str
     leaves: str
 
+    @property
+    def target(self) -> str:
+        """Where the data go."""
+        return f"{self.folder}/{self.name}"
+
 
 class Writer(Protocol):
     """Makes files out of arenas, one after the other."""
@@ -57,8 +56,8 @@ class Writer(Protocol):
         """Start; the writing follows the arena's watermark. Every `begin` needs an `end`."""
         ...
 
-    def end(self) -> Written:
-        """Return when everything is durable. Raises OSError or CheckpointError."""
+    def end(self, patience: float) -> Written:
+        """Return when everything is durable. Raises OSError or CheckpointError, also after so many seconds without a step."""
         ...
 
     def close(self) -> None:
@@ -77,12 +76,14 @@ class ThreadWriter:
     """Writes in a thread of this process: for the synchronous mode, where training waits anyway."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._outcome: Written | BaseException | None = None
+        self._request: Request | None = None
+        self._outcome: queue.SimpleQueue[Written | BaseException] = queue.SimpleQueue()
         self._interval = 0.0
 
     def begin(self, request: Request) -> None:
         """See Writer."""
+
+        outcome = self._outcome = queue.SimpleQueue()  # its own: a thread that was given up may still come to its end
 
         def ready(value: int) -> None:
             request.memory.watermark.wait(value, lambda: True)
@@ -90,24 +91,30 @@ class ThreadWriter:
         def write() -> None:
             image = request.memory.image(request.size)
             try:
-                self._outcome = write_anywhere(image, request.folder, request.name, request.leaves, ready)
+                outcome.put(write_anywhere(image, request.folder, request.name, request.leaves, ready))
             except BaseException as error:
-                self._outcome = error
+                outcome.put(error)
 
+        self._request = request
         self._interval = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_SECONDS)
-        self._thread = threading.Thread(target=write, name="checkpoint-write", daemon=True)
-        self._thread.start()
+        threading.Thread(target=write, name="checkpoint-write", daemon=True).start()
 
-    def end(self) -> Written:
+    def end(self, patience: float) -> Written:
         """See Writer."""
-        assert self._thread is not None
-        self._thread.join()
-        sys.setswitchinterval(self._interval)
-        outcome = self._outcome
+        assert self._request is not None
+
+        def look(seconds: float) -> Written | BaseException | None:
+            with contextlib.suppress(queue.Empty):
+                return self._outcome.get(timeout=seconds)
+            return None
+
+        try:
+            outcome = _await(self._request, look, patience)
+        finally:
+            sys.setswitchinterval(self._interval)
         if isinstance(outcome, BaseException):
             raise outcome
-        assert outcome is not None
         return outcome
 
     def close(self) -> None:
@@ -120,8 +127,8 @@ class ProcessWriter:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
-        self._known: dict[int, int] = {}
-        self._target = ""
+        self._giver: Giver | None = None
+        self._request: Request | None = None
         self._start()
 
     def _start(self) -> None:
@@ -134,42 +141,37 @@ class ProcessWriter:
         )
         there.close()
         self._socket = here
-        self._known = {}
+        self._giver = Giver(here)
 
     def begin(self, request: Request) -> None:
         """See Writer."""
         if self._process is None or self._process.poll() is not None:
             self._start()
-        assert self._socket is not None
-        self._target = f"{request.folder}/{request.name}"
-        memory = request.memory
-        inode = os.fstat(memory.descriptor).st_ino
-        fresh = self._known.get(memory.descriptor) != inode
-        message = {
-            "memory": memory.descriptor,
-            "length": memory.size if fresh else 0,
-            "size": request.size,
-            "folder": request.folder,
-            "name": request.name,
-            "leaves": request.leaves,
-        }
-        try:
-            socket.send_fds(self._socket, [json.dumps(message).encode() + b"\n"], [memory.descriptor] if fresh else [])
-        except OSError:  # it died just now: `end` says how
-            return
-        self._known[memory.descriptor] = inode
+        assert self._giver is not None
+        self._request = request
+        what = {"size": request.size, "folder": request.folder, "name": request.name, "leaves": request.leaves}
+        with contextlib.suppress(OSError):  # it died just now: `end` says how
+            self._giver.send(what, request.memory)
 
-    def end(self) -> Written:
-        """See Writer."""
-        assert self._socket is not None and self._process is not None
+    def end(self, patience: float) -> Written:
+        """See Writer. A process that gets no further is killed; the next `begin` starts another."""
+        link, process, request = self._socket, self._process, self._request
+        assert link is not None and process is not None and request is not None
         try:
-            answer = read_line(self._socket)
+            answer = _await(
+                request, lambda seconds: read_line(link) if select.select([link], [], [], seconds)[0] else None, patience
+            )
         except OSError:
             answer = b""
+        except CheckpointError:
+            process.kill()  # and not waited for: a stuck disk may hold it for as long as it likes
+            link.close()
+            self._process = self._socket = None
+            raise
         if not answer:
-            code = self._process.wait()
-            self._socket.close()
-            raise CheckpointError(f"the writer process died ({_how(code)}) while writing {self._target}")
+            code = process.wait()
+            link.close()
+            raise CheckpointError(f"the writer process died ({_how(code)}) while writing {request.target}")
         reply = json.loads(answer)
         if "error" in reply:
             raise CheckpointError(reply["error"])
@@ -182,6 +184,21 @@ class ProcessWriter:
         if self._process is not None:
             self._process.wait()
         self._process = self._socket = None
+
+
+def _await(request: Request, look: Callable[[float], Answer | None], patience: float) -> Answer:
+    """What `look(seconds)` finds. Raises CheckpointError after `patience` seconds in which the writer got no further."""
+    life, since = -1, 0.0
+    while True:
+        found = look(min(1.0, patience))
+        if found is not None:
+            return found
+        if request.memory.watermark.life != life:
+            life, since = request.memory.watermark.life, time.monotonic()
+        elif time.monotonic() - since > patience:
+            raise CheckpointError(
+                f"writing {request.target} got no further for {patience:g} s (checkpoint.timeout): a stuck disk?"
+            )
 
 
 def _how(code: int) -> str:

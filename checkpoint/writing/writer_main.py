@@ -8,45 +8,37 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import mmap
 import os
 import select
 import signal
 import socket
 import sys
+from typing import Any
 
 from ..faults import install_from_environment
+from .handover import Taker
 from .watermark import Watermark
 from .writer import SWITCH_SECONDS, answer_of, write_anywhere
 
 
 def serve(link: socket.socket, parent: int) -> None:
     """Answer requests until the trainer, whose process id is `parent`, is gone."""
-    known: dict[int, mmap.mmap] = {}
+    taker = Taker(link)
     while True:
         while not select.select([link], [], [], 1.0)[0]:
             if os.getppid() != parent:  # a child of the trainer may still hold its end of the socket
                 return
-        line, descriptors, _, _ = socket.recv_fds(link, 65536, 1)
-        if not line:
-            return
-        while not line.endswith(b"\n"):
-            more = link.recv(65536)
-            if not more:
-                return
-            line += more
-        request = json.loads(line)
-        try:
-            if descriptors:
-                known[request["memory"]] = mmap.mmap(descriptors[0], request["length"])
-                os.close(descriptors[0])
-            whole = memoryview(known[request["memory"]])
-            ready = functools.partial(Watermark(whole).wait, alive=lambda: os.getppid() == parent)
-            image = whole[: request["size"]]
-            reply = answer_of(write_anywhere(image, request["folder"], request["name"], request["leaves"], ready))
-        except Exception as error:  # the trainer decides what a failure means
-            reply = json.dumps({"error": f"writing {request['name']}: {type(error).__name__}: {error}"}).encode() + b"\n"
-        link.sendall(reply)
+        request = taker.receive()
+        link.sendall(_answer(request, taker.memory(request), parent))
+
+
+def _answer(request: dict[str, Any], memory: memoryview, parent: int) -> bytes:
+    try:
+        ready = functools.partial(Watermark(memory).wait, alive=lambda: os.getppid() == parent)
+        image = memory[: request["size"]]
+        return answer_of(write_anywhere(image, request["folder"], request["name"], request["leaves"], ready))
+    except Exception as error:  # the trainer decides what a failure means
+        return json.dumps({"error": f"writing {request['name']}: {type(error).__name__}: {error}"}).encode() + b"\n"
 
 
 def main() -> None:
