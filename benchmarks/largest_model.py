@@ -9,9 +9,9 @@ largest that the account lets fit, until one fails, or the account says that it 
 `seconds` are over; a size that the account refuses for the GPU alone is tried (running out there is quick and harms nobody).
 Each try is a process of its own that takes a few steps of `micro` sequences with full recomputation.
 
-Host memory is never let run out: a try is ended when the machine's use passes `host` GiB. `gpu` limits the GPU's memory (0:
-all of it); `tries=0` prints what the account says and tries nothing. Prints a JSON line per try and a table: parameters, GiB on
-GPU, host and disk (said / measured), seconds a step.
+Host memory is never let run out: a try is ended when the machine's use passes `host` GiB, and `others` that other programs
+may take meanwhile. `gpu` limits the GPU's memory (0: all of it); `tries=0` prints what the account says and tries nothing.
+Prints a JSON line per try and a table: parameters, GiB on GPU, host and disk (said / measured), seconds a step.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Search:
     levels: str = "torch,torch-cpu,none,optimizer,weights,nvme"
     gpu: float = 0.0
     host: float = 116.0
+    others: float = 0.0
     disk: float = 0.0
     path: str = ""
     seconds: float = 240.0
@@ -152,7 +153,7 @@ def attempt(search: Search, level: str, layers: int, limit: float) -> dict[str, 
         child = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         while child.poll() is None:
             most = max(most, used_host(child.pid))
-            if most > search.host * GIB:
+            if most > (search.host + search.others) * GIB:
                 why = f"host memory passed {search.host:g} GiB"
             elif time.monotonic() - began > limit:
                 why = f"no end within {limit:.0f} s"

@@ -79,20 +79,16 @@ def optimizer_bytes(make: OptimizerFactory, own: Sequence[Piece], model: Llama, 
     """State of this optimizer over these shards, by taking a step on tensors without storage; None where it can't."""
     try:
         with torch.device("meta"):
-            parameters = [
-                NamedParameter(
-                    piece.name,
-                    nn.Parameter(torch.empty(piece.shape, dtype=dtype)),
-                    piece.shape,
-                    model.decays(piece.name),
-                    model.lr_scale(piece.name),
-                )
-                for piece in own
-            ]
-            for parameter in parameters:
-                parameter.tensor.grad = torch.empty_like(parameter.tensor)
-            optimizer = make(parameters, Unsharded())
-            optimizer.step()
+            tensors = [nn.Parameter(torch.empty(piece.shape, dtype=dtype)) for piece in own]
+        parameters = [
+            NamedParameter(piece.name, tensor, piece.shape, model.decays(piece.name), model.lr_scale(piece.name))
+            for piece, tensor in zip(own, tensors, strict=True)
+        ]
+        for parameter in parameters:
+            parameter.tensor.grad = torch.empty_like(parameter.tensor)
+        # Not under the meta device: counters, which an optimizer makes without naming a device, are numbers that it reads.
+        optimizer = make(parameters, Unsharded())
+        optimizer.step()
     except (RuntimeError, NotImplementedError):  # an optimizer whose step asks for numbers
         return None
     values = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
