@@ -9,9 +9,11 @@ folder, and the parser of overrides.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import itertools
 import re
+import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ RECIPES_MODULE = "meshloom.recipes"
 RECIPES = f"pkg://{RECIPES_MODULE}"
 ROOT = "config"
 HYDRA_VERSION = "1.3"
+NAMED = ("model", "data", "optim", "schedule", "batch")  # groups whose options carry a name
 OPEN_NODE = "parallel.deepspeed.config."
 FAULTS = (HydraException, yaml.YAMLError, ValueError)  # what composition raises for bad overrides and bad files
 LONGEST_NAME = 200  # file systems take 255
@@ -99,9 +102,12 @@ class Composer:
         problems: list[Problem] = []
         parsed = [*_parse(overrides, self._loader, problems)]
         try:
-            return Composition(self._load([override.input_line or "" for override in parsed]), problems)
+            composition = Composition(self._load([override.input_line or "" for override in parsed]), problems)
         except FAULTS:
-            return self._without_faults(parsed, problems)
+            composition = self._without_faults(parsed, problems)
+        for key in drop_unknown(composition.config):  # "+key=…" lets Hydra add any
+            problems.append(Problem(key, "there is no such key", near_miss(key, _keys(composition.config))))
+        return composition
 
     def expand(self, overrides: Sequence[str]) -> list[list[str]]:
         """The overrides of each job of a sweep (`-m`); one job where nothing is swept."""
@@ -200,8 +206,14 @@ def near_miss(key: str, known: Iterable[str]) -> str:
 
 
 def opened(argument: str) -> str:
-    """An argument of the command line; keys of another library, which no schema lists, need no "+" from the user."""
-    return f"++{argument}" if argument.startswith(OPEN_NODE) else argument
+    """An argument of the command line as Hydra is to read it.
+
+    Keys of another library, which no schema lists, need no "+" from the user. `optim.name=lamb` chooses the option, as
+    `optim=lamb` does: the name alone would change nothing.
+    """
+    if argument.startswith(OPEN_NODE):
+        return f"++{argument}"
+    return re.sub(rf"^({'|'.join(NAMED)})\.name=", r"\1=", argument)
 
 
 def task_overrides() -> list[str]:
@@ -260,10 +272,15 @@ def _copy(source: DictConfig, target: DictConfig, key: str) -> None:
             value = OmegaConf.to_container(value)
         OmegaConf.update(target, key, value, merge=False, force_add=True)
         return
-    parent, _, leaf = key.rpartition(".")  # deleted on the command line
-    node: Any = OmegaConf.select(target, parent) if parent else target
+    _delete(target, key)  # deleted on the command line
+
+
+def _delete(config: DictConfig, key: str) -> None:
+    parent, _, leaf = key.rpartition(".")
+    node: Any = OmegaConf.select(config, parent) if parent else config
     if isinstance(node, DictConfig) and leaf in node:
-        del node[leaf]
+        with open_dict(node):
+            del node[leaf]
 
 
 def _parse(overrides: Sequence[str], loader: ConfigLoader, problems: list[Problem]) -> Iterator[Override]:
@@ -289,6 +306,23 @@ def _keys(config: DictConfig) -> Iterator[str]:
         yield str(name)
         if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
             yield from (f"{name}.{key}" for key in _keys(value))
+
+
+def drop_unknown(config: DictConfig) -> list[str]:
+    """Take out the keys that `RunConfig` and its typed groups don't have. Returns them."""
+    unknown = list(_unknown(config, RunConfig))
+    for key in unknown:
+        _delete(config, key)
+    return unknown
+
+
+def _unknown(config: DictConfig, kind: type, prefix: str = "") -> Iterator[str]:
+    hints = typing.get_type_hints(kind)
+    for name, value in config.items_ex(resolve=False):
+        if name not in hints:
+            yield f"{prefix}{name}"
+        elif dataclasses.is_dataclass(hints[name]) and isinstance(value, DictConfig):
+            yield from _unknown(value, hints[name], f"{prefix}{name}.")
 
 
 def _leaves(config: DictConfig) -> Iterator[str]:

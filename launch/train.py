@@ -30,8 +30,7 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as this command line says. Returns the exit code: 0 only if every run ended as asked, 2 for a bad config."""
-    arguments = [opened(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    switches = get_args_parser().parse_args(arguments)
+    switches, arguments = _read(sys.argv[1:] if argv is None else argv)
     register_schemas()
     try:
         _check(switches)
@@ -53,6 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failed and len(codes) > 1:
         print(f"{len(failed)} of {len(codes)} runs of the sweep failed: {failed}", file=sys.stderr)
     return max(codes, default=0)
+
+
+def _read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Hydra's switches, and the arguments for Hydra, which wants the overrides in one row: switches go in front."""
+    arguments = [opened(argument) for argument in argv]
+    switches = get_args_parser().parse_intermixed_args(arguments)
+    in_front = [argument for argument in arguments if argument not in switches.overrides]
+    return switches, [*in_front, *switches.overrides]
 
 
 def _check(switches: argparse.Namespace) -> None:

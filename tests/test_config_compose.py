@@ -10,7 +10,8 @@ from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from meshloom.config.compose import Composer, differences, near_miss, resumed, sweep_folder
+from meshloom.config import RunConfig
+from meshloom.config.compose import Composer, differences, drop_unknown, near_miss, resumed, sweep_folder
 from meshloom.config.problems import ConfigError
 
 
@@ -158,6 +159,25 @@ def test_sweep_folders_are_named_by_what_is_swept() -> None:
     assert len(set(names)) == 5 and all(len(name) < 230 and not set(name) & set("/:' ") for name in names)
 
 
+def test_a_plus_sign_adds_no_key_that_nobody_reads(composer: Composer) -> None:
+    line = ["+foo=1", "+trainer.step=5", "+parallel.deepspeed.stage=2", "+parallel.deepspeed.config.x.y=1", "seed=3"]
+    composition = composer.compose(line)
+    fixes = {problem.key: problem.fix for problem in composition.problems}
+    assert fixes.keys() == {"foo", "trainer.step", "parallel.deepspeed.stage"}
+    assert "trainer.steps" in fixes["trainer.step"]
+    config = composition.config
+    assert config.seed == 3 and config.parallel.deepspeed.config.x.y == 1, "what can be judged further is left"
+    assert "foo" not in config and "step" not in config.trainer
+
+
+def test_an_options_name_chooses_it(composer: Composer) -> None:
+    """Scripts that set `optim.name` get that optimizer, and not AdamW under another name."""
+    config = config_of(composer, "optim.name=lamb", "schedule.name=cosine", "batch.name=ramp", "optim.lr=0.5")
+    assert config == config_of(composer, "optim=lamb", "schedule=cosine", "batch=ramp", "optim.lr=0.5")
+    (problem,) = composer.compose(["optim.name=lam"]).problems
+    assert problem.key == "optim" and "did you mean optim=lamb?" in problem.fix
+
+
 def saved_run(composer: Composer, *overrides: str) -> dict[str, Any]:
     config = config_of(composer, "recipe=quickstart", *overrides)
     saved = OmegaConf.to_container(config, resolve=True)
@@ -192,6 +212,17 @@ def test_resume_takes_null_list_and_added_overrides(composer: Composer) -> None:
     assert config.trainer.steps is None and config.trainer.tokens == 5000
     assert config.optim.betas == [0.8, 0.9]
     assert config.parallel.deepspeed.config.x.y == 1
+
+
+def test_resume_leaves_out_what_is_no_key_any_more(composer: Composer) -> None:
+    saved = saved_run(composer)
+    saved["bygone"] = {"a": 1}
+    saved["trainer"]["bygone"] = 2
+    line = ["trainer.steps=7"]
+    config = resumed(saved, config_of(composer, *line), line)
+    assert drop_unknown(config) == ["trainer.bygone", "bygone"]
+    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), config)
+    assert merged.trainer.steps == 7 and "bygone" not in merged
 
 
 def test_resume_of_a_deletion(composer: Composer) -> None:

@@ -55,6 +55,14 @@ def test_cfg_prints_the_config(capsys: pytest.CaptureFixture[str], elsewhere: Pa
     assert list(elsewhere.iterdir()) == []
 
 
+def test_switches_may_stand_anywhere(capsys: pytest.CaptureFixture[str], started: list[list[str]]) -> None:
+    assert cli.main(["train", "seed=3", "--cfg", "job", "optim.lr=0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "seed: 3" in printed and "lr: 0.5" in printed
+    assert cli.main(["train", "launch.nproc=2", "-m", "optim.lr=0.1,0.2", "data=synthetic"]) == 0
+    assert len(started) == 2
+
+
 def test_bad_config_exits_2_naming_everything_and_touching_nothing(
     capsys: pytest.CaptureFixture[str], elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,7 +113,7 @@ def test_keys_that_a_class_refuses_are_a_problem_of_its_group(
     ("hook", "says"),
     [
         ("banana", "names no class"),
-        ("{_target_: nowhere.Hook}", "can't be imported"),
+        ("{_target_: nowhere.Hook}", "nowhere.Hook can't be imported: No module named 'nowhere'"),
         ("{_target_: builtins.dict}", "is no hook"),
         ("{_target_: meshloom.trainer.garbage.CollectGarbage, evry: 3}", "evry"),
     ],

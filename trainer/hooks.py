@@ -84,7 +84,9 @@ def hook_problems(nodes: Sequence[Any]) -> Iterator[Problem]:
         try:
             target = get_object(str(node["_target_"]))
         except Exception as error:  # whatever the import of a user's module raises
-            yield Problem(key, f"can't be imported: {str(error).splitlines()[0]}", "is its package installed or on PYTHONPATH?")
+            cause = error.__cause__ or error
+            reason = next(iter(str(cause).splitlines()), type(cause).__name__)
+            yield Problem(key, f"{node['_target_']} can't be imported: {reason}", "is its package installed or on PYTHONPATH?")
             continue
         if not callable(target) or (inspect.isclass(target) and not issubclass(target, Hook)):
             yield Problem(key, f"{node['_target_']} is no hook", "derive it from meshloom.trainer.hooks.Hook")

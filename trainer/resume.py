@@ -16,7 +16,7 @@ from ..checkpoint.folder import find_latest
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.restore import RestoreReport, holds_checkpoint, read_state, restore
 from ..config import RunConfig
-from ..config.compose import differences, resumed
+from ..config.compose import differences, drop_unknown, resumed
 from ..config.problems import ConfigError, Problem
 from ..data.node import DataNode
 from ..optim.progress import Progress
@@ -87,8 +87,10 @@ def effective(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig,
     if _is_import(state):
         return config, checkpoint
     saved = state["config"]
-    typed = OmegaConf.structured(RunConfig)
-    merged = cast(DictConfig, OmegaConf.merge(typed, resumed(saved, config, overrides)))
+    typed, kept = OmegaConf.structured(RunConfig), resumed(saved, config, overrides)
+    for key in drop_unknown(kept):
+        log.info("resumed run leaves out %s, which is no key of this version", key)
+    merged = cast(DictConfig, OmegaConf.merge(typed, kept))
     for line in differences(saved, config, merged):
         log.info("resumed run keeps %s", line)
     return merged, checkpoint
