@@ -184,7 +184,10 @@ class ArenaPool:
         with self._changed:
             while not self._fits(size):
                 if not self._changed.wait(max(0.0, deadline - time.monotonic())):
-                    raise CheckpointError(f"no snapshot memory became free within {timeout:g} s: the disk is too slow or stuck")
+                    raise CheckpointError(
+                        f"no snapshot memory became free within {timeout:g} s (checkpoint.timeout): the disk is too slow or "
+                        "stuck; save less often (checkpoint.every), or give more memory (checkpoint.host_memory_gib)"
+                    )
             arena = next((arena for arena in self._free if arena.size >= rounded(size)), None)
             if arena is not None:
                 self._free.remove(arena)

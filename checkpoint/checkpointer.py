@@ -80,7 +80,7 @@ class Checkpointer:
         """
         held = list(fragments)
         self._meet_device(held)
-        talk = self.control.begin("prepare", self.config.timeout)
+        talk = self.control.begin("prepare", self.config.timeout, "checkpoint.timeout")
         planner = self._tools.planner
         try:
             planner.vote(talk, held, FREE)
@@ -130,7 +130,7 @@ class Checkpointer:
         assert not hold or self._asynchronous, "in mode sync nothing is left to do when this returns"
         assert disk or memory, "a save that goes nowhere: checkpoint.memory_every is not set"
         self._tools.rounds = [talk for talk in self._tools.rounds if not talk.forget()]
-        talk = self.control.begin("save", self.config.timeout)
+        talk = self.control.begin("save", self.config.timeout, "checkpoint.timeout")
         self._tools.rounds.append(talk)
         save = Save(step, held, state, disk=disk, memory=memory, required=required, talk=talk, after=self._order)
         if not hold:
@@ -163,7 +163,9 @@ class Checkpointer:
         Raises CheckpointError when `config.failures` saves in a row have failed.
         """
         reports: list[SaveReport] = []
-        for save in [save for save in self._saves if save.ended]:
+        # The newest is asked first: one that ends meanwhile must not be told before another that it came after. And what
+        # the GPU has waited for is known when it has got there; asking sooner would hold up the host.
+        for save in [save for save in reversed(self._saves) if save.ended and save.snapshot.settled][::-1]:
             self._saves.remove(save)
             reports.append(self._deliver(save))
         if self._failures >= self.config.failures:

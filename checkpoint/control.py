@@ -34,10 +34,10 @@ class Control:
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size, f"rank {self.rank} of {self.world_size}"
 
-    def begin(self, kind: str, timeout: float) -> Round:
-        """The next agreement. All ranks must begin the same ones in the same order."""
+    def begin(self, kind: str, timeout: float, key: str = "") -> Round:
+        """The next agreement. All ranks must begin the same ones in the same order. key: the setting that `timeout` is."""
         self._rounds += 1
-        return Round(self, f"{self._rounds}-{kind}", timeout)
+        return Round(self, f"{self._rounds}-{kind}", timeout, key)
 
     @classmethod
     def alone(cls) -> Control:
@@ -51,9 +51,10 @@ class Round:
     Every wait ends early with CheckpointError when some rank has called `abort`, or after `timeout` seconds.
     """
 
-    def __init__(self, control: Control, name: str, timeout: float) -> None:
+    def __init__(self, control: Control, name: str, timeout: float, key: str = "") -> None:
         self.control = control
         self.timeout = timeout
+        self._limit = f"{timeout:g} s" + (f" ({key})" if key else "")
         self._prefix = f"checkpoint/{name}"
         self._written: list[str] = []
 
@@ -116,7 +117,7 @@ class Round:
                 raise CheckpointError(store.get(abort).decode())
             if time.monotonic() > deadline:
                 who = f"rank {self.control.rank}"
-                raise CheckpointError(f"{who}: no answer on “{topic}” within {self.timeout:g} s{self._absent(topic)}")
+                raise CheckpointError(f"{who}: no answer on “{topic}” within {self._limit}{self._absent(topic)}")
             time.sleep(pause)
             pause = min(pause * 1.5, POLL_LONGEST)
 

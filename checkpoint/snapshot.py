@@ -58,7 +58,12 @@ class Snapshot:
         else:
             assert device is not None and self._begun is not None
             device.make_room()
-            self.seconds = self._copy_from(device, arena, layout.copies, targets, self._begun)
+            try:
+                self.seconds = self._copy_from(device, arena, layout.copies, targets, self._begun)
+            except BaseException:
+                for stream in device.streams:  # what is queued must not read tensors, or fill memory, that are others' by then
+                    stream.synchronize()
+                raise
         reach("stage.after")
         self.bytes, self.bytes_per_second = layout.bytes, layout.bytes / max(self.seconds, 1e-9)
         self.release()
@@ -122,7 +127,7 @@ class Snapshot:
         """Hold up the update until the copy no longer needs the tensors; returns the seconds that this thread waited."""
         start = time.perf_counter()
         if not self._issued.wait(timeout):
-            raise CheckpointError(f"a snapshot did not finish within {timeout:g} s")
+            raise CheckpointError(f"a snapshot did not leave the tensors within {timeout:g} s (checkpoint.timeout)")
         if not all(event.query() for event in self._left):
             stream = torch.cuda.current_stream(self._device)
             before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

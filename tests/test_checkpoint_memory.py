@@ -187,6 +187,28 @@ def test_a_dead_keeper_costs_a_version_and_is_replaced(folder: Path) -> None:
     assert not registered(folder)
 
 
+def test_a_keeper_that_dies_when_all_have_the_version_does_not_cost_the_step_on_the_disk(folder: Path) -> None:
+    from meshloom.checkpoint import faults
+
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=30))
+
+    def kill(boundary: str, amount: int) -> int:
+        if boundary == "keep.complete.before":
+            (memory := checkpointer._tools.memory)._keeper._process.kill()  # type: ignore[union-attr]
+            memory._keeper._process.wait()  # type: ignore[union-attr]
+        return amount
+
+    faults.install(kill)
+    try:
+        checkpointer.save(1, fragments(make_arrays(1), 1, 0)[0], {"step": 1})
+    finally:
+        faults.install(None)
+    (report,) = checkpointer.poll()
+    assert report.outcome == "committed" and "not kept in memory" in report.reason
+    checkpointer.save(2, fragments(make_arrays(2), 1, 0)[0], {"step": 2}, disk=False)
+    assert [report.outcome for report in checkpointer.finish()] == ["kept"]
+
+
 @pytest.mark.parametrize("boundary", [6, 7, 8])
 def test_a_keeper_killed_while_it_takes_a_version_costs_no_more_than_that(folder: Path, boundary: int) -> None:
     """The second version's: before the exchange, after its own blocks are sent, after the others' have come."""

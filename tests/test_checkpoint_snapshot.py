@@ -50,6 +50,7 @@ class Machine:
 
 class FakeStream:
     def __init__(self, machine: Machine) -> None:
+        self.machine = machine
         self.work: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
         machine.streams.append(self)
 
@@ -58,6 +59,10 @@ class FakeStream:
 
     def wait_event(self, event: FakeEvent) -> None:
         self.work.append((event.query, lambda: None))
+
+    def synchronize(self) -> None:
+        while self.work:
+            assert self.machine.step(), "the stream waits for what never comes"
 
 
 class FakeEvent:
@@ -169,6 +174,33 @@ def test_no_order_that_the_events_allow_tears_a_snapshot(gpu: Any, seed: int, ro
     while machine.step():
         pass
     assert filled(fragments, layout) == filled(held(ahead)[0], layout)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_copy_that_fails_half_way_leaves_nothing_queued(gpu: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Afterwards the update may change the tensors, or free them, and another save gets the arena."""
+    machine = gpu(seed)
+    fragments, layout = held(tensors())
+    device = Device(torch.device("cpu"))
+    device.spare = [torch.zeros(300_000, dtype=torch.uint8)]
+    queue, left = Snapshot._queue, 5
+
+    def fail(*rest: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise RuntimeError("out of memory")
+        return queue(*rest)
+
+    monkeypatch.setattr(Snapshot, "_queue", fail)
+    snapshot = Snapshot(fragments)
+    snapshot._device = torch.device("cpu")
+    snapshot._begun = torch.cuda.Event()
+    snapshot._begun.record(machine.trainer)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        snapshot.copy(Arena(layout.bytes, pin=False), layout, device)
+    assert left == 0
+    assert not any(stream.work for stream in device.streams)  # type: ignore[attr-defined]
 
 
 def test_spare_memory_follows_what_saves_cost_and_what_is_free(gpu: Any, caplog: pytest.LogCaptureFixture) -> None:
