@@ -61,7 +61,6 @@ class Controller:
         self.multiple = divisor if multiple is None else multiple
         self._divisor = divisor
         self._problems: list[Problem] = []
-        self._check_size("batch.samples", samples)
         if multiple is not None and (multiple < 1 or multiple % divisor):
             self._problem(
                 "batch.multiple",
@@ -69,6 +68,7 @@ class Controller:
                 f"use {_around(multiple, divisor)}, or leave it out",
             )
             self.multiple = divisor
+        self._check_size("batch.samples", samples)
         if max is not None and max < samples:
             self._problem("batch.max", f"{max} is less than batch.samples={samples}", "raise it")
         self._micro_growth = micro_growth
@@ -130,6 +130,9 @@ class Controller:
         elif size % self._divisor:
             message = f"{size} is not a multiple of batch.micro × data-parallel size = {self._divisor}"
             self._problem(key, message, f"use {_around(size, self._divisor)}")
+        elif size % self.multiple:
+            message = f"{size} is not a multiple of batch.multiple={self.multiple}"
+            self._problem(key, message, f"use {_around(size, self.multiple)}")
 
 
 def _doublings(most: float, count: float) -> int:

@@ -353,6 +353,17 @@ def test_a_resumed_controller_goes_on_as_if_nothing_had_happened(
     assert all(size % 8 == 0 and 16 <= size <= 496 for size in whole)
 
 
+def test_sizes_that_a_user_wrote_are_not_rounded_to_the_multiple_in_silence() -> None:
+    """From 4 to 16 in steps of 8 would end at 12."""
+    found = Ramp(HORIZON, 4, samples=4, max=20, over="10%", multiple=8).problems()
+    assert [str(problem) for problem in found] == [
+        "batch.samples: 4 is not a multiple of batch.multiple=8; use 8",
+        "batch.max: 20 is not a multiple of batch.multiple=8; use 16 or 24",
+    ]
+    assert [problem.key for problem in NormTest(HORIZON, 4, samples=12, max=64, multiple=8).problems()] == ["batch.samples"]
+    assert Ramp(HORIZON, 4, samples=8, max=16, over="10%", multiple=8).problems() == []
+
+
 def test_a_multiple_of_the_recipes_own_makes_sizes_independent_of_the_layout() -> None:
     """Without it, resuming on 6 data ranks instead of 4 rounds the same target differently; with it, the same."""
     sizes: dict[int | None, set[int]] = {}

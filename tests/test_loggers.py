@@ -170,6 +170,14 @@ def test_progress_line_says_where_the_run_is(tmp_path: Path) -> None:
     assert str(tmp_path) in text.splitlines()[-1] and "validation loss 3.2500" in text.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("step", "says"), [(0, None), (4, "going on from step 4"), (12, "nothing is left to do: ")])
+def test_progress_line_says_from_where(tmp_path: Path, step: int, says: str | None) -> None:
+    out = io.StringIO()
+    ProgressLine(Console(file=out, width=200)).on_run_begin(loop_at(step, tmp_path))
+    assert [line for line in out.getvalue().splitlines()[1:] if says is None or says not in line] == []
+    assert len(out.getvalue().splitlines()) == (1 if says is None else 2)
+
+
 def test_progress_line_on_a_terminal_stays_in_place(tmp_path: Path) -> None:
     out = io.StringIO()
     hook = ProgressLine(Console(file=out, width=120, force_terminal=True))

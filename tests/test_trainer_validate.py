@@ -124,6 +124,17 @@ def test_what_is_no_hook_is_refused(composer: Composer, hook: str, says: str) ->
     assert list(found) == ["trainer.hooks[1]"] and says in found["trainer.hooks[1]"]
 
 
+def test_a_batch_that_can_never_be_measured_is_refused(composer: Composer) -> None:
+    """One micro-batch has no spread: the norm test would never say a word, and the batch never grow."""
+    alone = ("batch=norm_test", "batch.samples=4", "batch.micro=4")
+    assert "nothing to compare" in problems_of(composer, 1, *alone)["batch.samples"]
+    assert problems_of(composer, 1, *alone[:2], "batch.micro=2") == {}
+    assert problems_of(composer, 1, "batch=norm_test", "batch.samples=4", "batch.micro=4", "batch.multiple=8").keys() == {
+        "batch.samples"
+    }
+    assert problems_of(composer, 1, "batch=critical_loss", "batch.samples=4", "batch.micro=4") == {}, "measures nothing"
+
+
 def test_a_url_that_nothing_can_read_is_refused(composer: Composer) -> None:
     assert "nosuch" in problems_of(composer, 1, "checkpoint.folder='nosuch://bucket/run'")["checkpoint.folder"]
 

@@ -31,7 +31,9 @@ class ProgressLine(Hook):
     def on_run_begin(self, loop: Loop) -> None:
         """Say what is about to happen."""
         self._console.print(f"{loop.mesh.layout.describe()}, {loop.horizon.length}, writing to {loop.output_dir}")
-        if loop.progress.step:
+        if loop.finished:
+            self._console.print(f"nothing is left to do: the checkpoint is at step {loop.progress.step}")
+        elif loop.progress.step:
             self._console.print(f"going on from step {loop.progress.step}")
         self._began, self._begin = time.monotonic(), loop.horizon.position(loop.progress, loop.horizon.unit)
         if self._console.is_terminal:

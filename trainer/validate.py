@@ -17,6 +17,7 @@ from ..config.validate import PRECISIONS, config_problems
 from ..optim.agvm import AGVM
 from ..optim.build import build_controller, build_schedule
 from ..optim.parameters import NamedParameter, Unsharded
+from ..optim.progress import Progress
 from ..parallel.engines import engine_problems
 from ..parallel.layout import Layout, layout_problems
 from ..parallel.legality import Work, layout_and_model_problems, model_problems
@@ -126,6 +127,9 @@ def _controller_problems(config: DictConfig, data_size: int) -> list[Problem]:
         fix = "leave it out, or use parallel.pp=1"
         return [Problem("batch.micro_max", "a pipeline's micro-batches are of one size", fix)]
     found = build_coupling(config, controller).problems(measures, config.schedule.get("name", ""))
+    if controller.needs_statistics and controller.next_batch(Progress()) < 2 * config.batch.micro:
+        message = "a batch of one micro-batch has nothing to compare, so its noise would never be measured"
+        found.append(Problem("batch.samples", message, "double it, or halve batch.micro"))
     if issubclass(get_class(config.optim._target_), AGVM):
         if config.parallel.pp > 1:
             fix = "use parallel.pp=1, or another optimizer"
