@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,14 +43,19 @@ class Source:
 def compose(folder: str | Path, step: int, sources: Sequence[Source], state: dict[str, Any]) -> Path:
     """Write and commit a step with these arrays. Host memory holds one array at a time. Returns the step's folder.
 
-    Raises CheckpointError for a state that is not plain JSON, a type that can't be stored, or a folder in use.
+    Arrays without elements have nothing to store and are left out. Raises CheckpointError for a state that is not plain
+    JSON, a type that can't be stored, two arrays of one name, or a folder in use.
     """
+    sources = [source for source in sources if 0 not in source.shape]
     if is_remote(folder):
         raise CheckpointError(f"{folder}: imports are written to a mounted folder; copy it to the object store afterwards")
     fault = state_fault(state)
     if fault is not None:
         raise CheckpointError(fault)
-    declarations = [Declaration(s.name, s.role, name_of(s.dtype), s.shape, s.splits, Box.whole(s.shape)) for s in sources]
+    declarations = [_declared(source) for source in sources]
+    twice = next((key for key, count in Counter(source.key for source in sources).items() if count > 1), None)
+    if twice is not None:
+        raise CheckpointError(f"two arrays are called {twice}")
     plan = make_plan([declarations])
     layout = lay_out(declarations, plan.pieces[0])
     token = new_token()
@@ -82,6 +88,14 @@ def compose(folder: str | Path, step: int, sources: Sequence[Source], state: dic
     finally:
         target.close()
     return Path(folder) / step_name(step)
+
+
+def _declared(source: Source) -> Declaration:
+    try:
+        dtype = name_of(source.dtype)
+    except ValueError as error:
+        raise CheckpointError(f"{source.key}: {error}") from error
+    return Declaration(source.name, source.role, dtype, source.shape, source.splits, Box.whole(source.shape))
 
 
 def _checked(source: Source) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,10 @@ def test_export_brings_the_tokenizer_and_converts_types(tmp_path: Path) -> None:
     assert theirs.dtype == torch.bfloat16
     assert torch.equal(theirs.lm_head.weight, model.head.weight.bfloat16())
     assert main(arguments) == 1  # the folder exists
+    data = next(step.glob("*.safetensors"))
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    assert main([*arguments[:2], str(tmp_path / "other")]) == 1
+    assert not [path.name for path in tmp_path.iterdir() if "other" in path.name], "half of an export"
 
 
 def test_what_hugging_faces_llama_can_not_say_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,6 +128,55 @@ def test_a_dcp_folder_comes_in_by_name(tmp_path: Path) -> None:
     assert imported["scalars"]["step/0.weight"] == 3.0
     assert "note.a" in imported["left_out"]
     assert main(["verify", str(tmp_path / "ours")]) == 0
+
+
+def test_damaged_folders_of_others_are_refused_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def dcp_folder(name: str, state: dict[str, Any]) -> Path:
+        torch_dcp.save(state, checkpoint_id=tmp_path / name, no_dist=True)
+        return tmp_path / name
+
+    def refused(source: Path, *words: str) -> None:
+        assert main(["import", str(source), str(tmp_path / "ours")]) == 1
+        said = capsys.readouterr().err
+        assert all(word in said for word in (str(source), *words)), said
+        assert not list((tmp_path / "ours").glob("step-*"))
+
+    weights = {"model": {"w": torch.randn(4)}}
+    for name, change in (("gone", lambda file: file.unlink()), ("cut", lambda file: os.truncate(file, 40))):
+        for file in dcp_folder(name, weights).glob("*.distcp"):
+            change(file)
+        refused(tmp_path / name, "model.w")
+    both = weights | {"optim": {"state": {"model.w": {"weight": torch.randn(4)}}}}
+    assert main(["import", str(dcp_folder("twice", both)), str(tmp_path / "ours")]) == 1
+    assert "two arrays are called weight/w" in capsys.readouterr().err
+    odd = {"model": {"w": torch.zeros(2, dtype=torch.complex128)}}
+    assert main(["import", str(dcp_folder("odd", odd)), str(tmp_path / "ours")]) == 1
+    assert "weight/w: arrays of torch.complex128" in capsys.readouterr().err
+
+    llama = tmp_path / "llama"
+    llama.mkdir()
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 9}
+    for text in ("{bad", '{"model_type": "llama"}'):
+        (llama / "config.json").write_text(text)
+        refused(llama)
+    (llama / "config.json").write_text(json.dumps({"model_type": "llama", "num_attention_heads": 2, **sizes}))
+    (llama / "model.safetensors").write_bytes(b"123")
+    refused(llama, "Safetensor")
+
+    zero = tmp_path / "zero"
+    zero.mkdir()
+    for content in ({"a": 1}, {"optimizer_state_dict": {"zero_stage": 1}}):
+        torch.save(content, zero / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        torch.save({"param_shapes": [{"w": torch.Size([3])}]}, zero / "mp_rank_00_model_states.pt")
+        refused(zero, "KeyError")
+
+
+def test_arrays_without_elements_are_left_out(tmp_path: Path) -> None:
+    state = {"model": {"w": torch.randn(4), "none": torch.zeros(0, 3)}}
+    torch_dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert main(["import", str(tmp_path / "dcp"), str(tmp_path / "ours")]) == 0
+    manifest = load_manifest(open_files(tmp_path / "ours/step-00000000"))
+    assert list(manifest.arrays) == ["weight/w"]
 
 
 def _train_with_deepspeed(rank: int, world: int, folder: str, stage: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as torch_dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ..compose import Source, compose
 from ..errors import CheckpointError
@@ -67,7 +68,11 @@ def _getter(source: Path, key: str, shape: tuple[int, ...], dtype: torch.dtype) 
         target = {key: torch.empty(shape, dtype=dtype)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says that no process group is there; none is needed
-            torch_dcp.load(target, storage_reader=torch_dcp.FileSystemReader(source), no_dist=True)
+            try:
+                torch_dcp.load(target, storage_reader=torch_dcp.FileSystemReader(source), no_dist=True)
+            except CheckpointException as error:  # no Exception; in it are those of the ranks, here of one
+                reason, _ = next(iter(error.failures.values()))
+                raise CheckpointError(f"{source}: {key} can't be read: {type(reason).__name__}: {reason}") from error
         return target[key]
 
     return read

@@ -10,8 +10,6 @@ those of the run, first what decays, then what does not (`optim.parameters.decay
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from ..files import Files
 from ..folder import open_step
 from ..manifest import Manifest
 from ..reader import Reader
+from .whole import write_whole
 
 VERSION = "0.19.8"  # of DeepSpeed, whose format this is
 ROLES = {"weight": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # ours → universal's
@@ -311,18 +310,13 @@ def _model_file(contents: Contents, weights: dict[str, torch.Tensor], ranks: int
 def _save(path: Path, content: Any) -> None:
     with path.open("wb") as output:
         torch.save(content, output)
-        output.flush()
-        os.fsync(output.fileno())
 
 
 def _new_folder(folder: Path, tag: str, pointer: str, write: Callable[[Path], None]) -> Path:
-    """The folder appears when it is complete."""
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists already; give a new folder")
-    fresh = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    (fresh / tag).mkdir(parents=True)
-    write(fresh / tag)
-    (fresh / pointer).write_text(tag)
-    fresh.rename(folder)
-    return folder
+
+    def write_tag(fresh: Path) -> None:
+        (fresh / tag).mkdir()
+        write(fresh / tag)
+        (fresh / pointer).write_text(tag)
+
+    return write_whole(folder, write_tag)

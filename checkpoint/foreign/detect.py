@@ -8,10 +8,23 @@ from ..errors import CheckpointError
 
 
 def bring_in(source: Path, folder: str | Path, kind: str | None = None) -> Path:
-    """Make a checkpoint out of a folder of kind hf, deepspeed or dcp (None: find out). Returns the step's folder."""
+    """Make a checkpoint out of a folder of kind hf, deepspeed or dcp (None: find out). Returns the step's folder.
+
+    Raises CheckpointError if the folder is not what such a program writes, or damaged; OSError if the disk says no.
+    """
     if not source.is_dir():
         raise CheckpointError(f"{source} is not a folder")
     kind = kind or kind_of(source)
+    try:
+        return _bring_in(source, folder, kind)
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:  # whatever their readers, or ours, make of a file that is cut off or lacks a part
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(f"{source}: as a folder of kind {kind} it is damaged or incomplete ({what})") from error
+
+
+def _bring_in(source: Path, folder: str | Path, kind: str) -> Path:
     if kind == "hf":
         from .hf import import_hf
 

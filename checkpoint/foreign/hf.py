@@ -6,7 +6,6 @@ The rotary convention is the same (rotate half), so weights keep their values an
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ from ..files import Files
 from ..folder import open_step
 from ..manifest import ITEM_BYTES, Manifest
 from ..tools import read_array
+from .whole import write_whole
 
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
@@ -67,22 +67,19 @@ def export(
     if stored - set(names) - {"head.weight"} or set(names) - stored:
         odd = sorted(stored ^ set(names))
         raise CheckpointError(f"{files.label()}: not the weights of a plain Llama: {', '.join(odd[:6])}")
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists already; give a new folder")
     wanted = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", None: None}.get(dtype, "")
     if wanted == "":
         raise CheckpointError(f"dtype {dtype!r} is not one of bf16, fp16, fp32")
     types = {ours: wanted or manifest.arrays[f"weight/{ours}"].dtype for ours in names}
-    fresh = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    _write_shards(files, manifest, fresh, names, types, shard_bytes)
-    config = _to_hf_config(model, manifest, types["embed.weight"])
-    (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if tokenizer is not None:
-        _copy_tokenizer(tokenizer, fresh)
-    fresh.rename(folder)
-    return folder
+
+    def write(fresh: Path) -> None:
+        _write_shards(files, manifest, fresh, names, types, shard_bytes)
+        config = _to_hf_config(model, manifest, types["embed.weight"])
+        (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer is not None:
+            _copy_tokenizer(tokenizer, fresh)
+
+    return write_whole(folder, write)
 
 
 def _write_shards(
@@ -117,8 +114,6 @@ def _write_shards(
             for ours in shard:
                 values = read_array(files, manifest, f"weight/{ours}").to(TORCH_DTYPES[types[ours]])
                 output.write(bytes_of(values))
-            output.flush()
-            os.fsync(output.fileno())
     if len(shards) > 1:
         total = sum(size(ours) for ours in names)
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n")
