@@ -92,8 +92,8 @@ class Tokenizer:
         return cls(engine)
 
     def save(self, path: Path) -> None:
-        """Write it as a `tokenizer.json`."""
-        self._engine.save(str(path))
+        """Write it as a `tokenizer.json`. Raises OSError; the library's own writing knows nothing but Exception."""
+        path.write_text(self._engine.to_str(pretty=True), encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without an end of document."""

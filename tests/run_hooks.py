@@ -34,3 +34,22 @@ class Poison(Hook):
             for fragment in loop.engine.fragments():
                 if fragment.name == "norm.weight" and fragment.role == "weight":
                     fragment.tensor.fill_(float("nan"))
+
+
+class Name(Hook):
+    """Belongs to one run: writes down which one."""
+
+    of_one_run = True
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    def on_run_begin(self, loop: Loop) -> None:
+        self.name = self.name or loop.output_dir.name
+        (loop.output_dir / "name").write_text(self.name)
+
+    def state_dict(self) -> dict[str, str]:
+        return {"name": self.name}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        self.name = state["name"]

@@ -72,6 +72,11 @@ def test_save_and_load(tmp_path: Path):
         assert loaded.encode(CORPUS[0]) == TRAINED.encode(CORPUS[0])
 
 
+def test_a_disk_that_takes_no_tokenizer_is_an_os_error(tmp_path: Path):
+    with pytest.raises(OSError, match="No such file or directory"):
+        Tokenizer.bytes().save(tmp_path / "nowhere" / "tokenizer.json")
+
+
 def test_a_tokenizer_of_any_origin(tmp_path: Path):
     engine = Engine(models.WordLevel({"a": 0, "b": 1, "[END]": 7, "?": 2}, unk_token="?"))
     engine.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -136,6 +138,19 @@ def test_a_job_that_is_started_again_begins_where_it_was_told_only_once(tmp_path
     assert sorted(rows(tmp_path / "branch", "loss")) == [3, 4, 5, 6]
 
 
+def test_what_belongs_to_one_run_stays_with_it(tmp_path: Path) -> None:
+    """A wandb run goes on in a resumed run, wherever its folder is now, but a branch has one of its own."""
+    hook = "trainer.hooks=[{_target_:run_hooks.Name}]"
+    go(1, tmp_path / "trunk", hook, "trainer.steps=2")
+    go(1, tmp_path / "branch", hook, "trainer.steps=3", f"resume={tmp_path / 'trunk'}")
+    assert (tmp_path / "branch" / "name").read_text() == "branch"
+    (tmp_path / "trunk").rename(tmp_path / "moved")
+    go(1, tmp_path / "moved", hook, "trainer.steps=3", "resume=auto")
+    assert (tmp_path / "moved" / "name").read_text() == "trunk"
+    go(1, tmp_path / "moved", hook, "trainer.steps=4", f"resume={tmp_path / 'moved'}")
+    assert (tmp_path / "moved" / "name").read_text() == "trunk"
+
+
 def test_a_checkpoint_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for where in (tmp_path / "file", "auto:nowhere", "s4://bucket/run"):
@@ -183,6 +198,18 @@ def test_data_that_can_not_be_read_is_named_before_anything_is_written(tmp_path:
     (said,) = run_ranks(1, refused, [*line, "trainer.steps=2"])
     assert f"data: {tmp_path}/broken.jsonl, line 2: " in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_cache_is_named_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "corpus.txt").write_text("the cat sat on the mat " * 400)
+    line = ["data=text", f"data.input={tmp_path}/corpus.txt", f"data.cache_dir={tmp_path}/cache", "data.vocabulary=300"]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    (said,) = run_ranks(1, refused, [*line, f"output_dir={tmp_path}/run", "trainer.steps=2"])
+    assert f"data: {tmp_path}/cache: No space left on device; make room" in said
 
 
 def diverging(rank: int, world_size: int, overrides: list[str]) -> tuple[int, bool]:

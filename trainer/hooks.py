@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 
 class Hook:
-    """Base class: every method does nothing. A subclass overrides what it needs."""
+    """Base class: every method does nothing. A subclass overrides what it needs.
+
+    of_one_run  its state names the run that it belongs to, so a run that branches off (resume=<another run's>) begins without
+    """
+
+    of_one_run = False
 
     def on_run_begin(self, loop: Loop) -> None:
         """Everything is built and, on a resume, restored; no step has been taken."""

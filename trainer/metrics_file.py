@@ -22,6 +22,8 @@ class MetricsFile(Rows):
     Meanwhile the run goes on, and its checkpoints carry them to the run that goes on from there.
     """
 
+    of_one_run = True
+
     def __init__(self, path: Path, every: int) -> None:
         super().__init__(every)
         self._path = path

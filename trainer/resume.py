@@ -96,10 +96,19 @@ def effective(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig,
     return merged, checkpoint
 
 
-def restore_run(run: Run, checkpoint: Path | str, *, strict: bool) -> None:
+def lies_in(checkpoint: Path | str, folder: str) -> bool:
+    """Whether a checkpoint is one of those in a run's folder, or that folder."""
+    if is_remote(str(checkpoint)) or is_remote(folder):
+        return f"{checkpoint}/".startswith(f"{folder.rstrip('/')}/")
+    inner, outer = (Path(str(place).removeprefix("file://")).resolve() for place in (checkpoint, folder))
+    return inner.is_relative_to(outer)
+
+
+def restore_run(run: Run, checkpoint: Path | str, *, strict: bool, branch: bool = False) -> None:
     """Put a checkpoint's arrays and counters into a freshly built run; of imported ones (fine-tuning), the weights alone.
 
     strict: refuse optimizer state that does not fit (CheckpointError). Otherwise what fits is loaded and the rest reported.
+    branch: another run saved it, so what belongs to that one (`Hook.of_one_run`) is left to it.
     """
     loop = run.loop
     stated = read_state(checkpoint)
@@ -124,7 +133,8 @@ def restore_run(run: Run, checkpoint: Path | str, *, strict: bool) -> None:
     # A run that goes on under a measuring controller keeps the size it had come to, whatever had chosen that.
     loop.controller.load_state_dict({"target": loop.progress.batch, **state["controller"]})
     for name, hook in named(loop.hooks).items():
-        hook.load_state_dict(state["hooks"].get(name, {}))
+        if not (branch and hook.of_one_run):
+            hook.load_state_dict(state["hooks"].get(name, {}))
 
 
 def _same_tokens(state: dict[str, Any], data: DataNode, checkpoint: Path | str) -> None:

@@ -9,14 +9,15 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ..config.problems import ConfigError, Problem
+from ..data.cache import cache_folder
 from ..data.node import DataNode
 from ..data.order import Shuffled
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, environment_world_size, pick_device
 from .bent_rules import bent_rules
-from .build import Parts, Run, build_data, build_run
+from .build import Parts, Run, build_data, build_run, checkpoint_folder
 from .loop import TrainingDiverged
-from .resume import effective, restore_run
+from .resume import effective, lies_in, restore_run
 from .signals import StopRequest
 from .validate import run_problems
 
@@ -58,8 +59,12 @@ def prepared_data(config: DictConfig) -> DataNode:
         data.prepare()
     except ConfigError:
         raise
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise ConfigError([Problem("data", str(error))]) from error
+    except OSError as error:
+        place = error.filename or cache_folder(config.data.get("cache_dir"))
+        fix = "make room or get access, or set data.cache_dir to another folder"
+        raise ConfigError([Problem("data", f"{place}: {error.strerror or error}", fix)]) from error
     known = config.model.get("vocabulary")
     if isinstance(known, int) and known < data.vocabulary:
         message = f"the model knows {known} tokens, and the data has {data.vocabulary}"
@@ -74,7 +79,8 @@ def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | st
     current = build_run(config, data, mesh)  # takes the lock on the folder of checkpoints
     try:
         if checkpoint is not None:
-            restore_run(current, checkpoint, strict=Parts.of(config).checkpoint.strict)
+            branch = not lies_in(checkpoint, checkpoint_folder(config))
+            restore_run(current, checkpoint, strict=Parts.of(config).checkpoint.strict, branch=branch)
         if mesh.is_main:  # nothing is in the way any more: what an earlier run left here may be replaced
             if checkpoint is None and (output_dir / "metrics.jsonl").exists():
                 log.warning("%s holds an earlier run, which this one replaces (resume=auto would go on with it)", output_dir)

@@ -78,6 +78,8 @@ class WandB(Rows):
     Needs the extra meshloom[wandb].
     """
 
+    of_one_run = True
+
     def __init__(self, project: str, output_dir: Path, run_config: DictConfig, every: int) -> None:
         import wandb
 
