@@ -96,9 +96,9 @@ def parts_held(cost: LayoutCost, pp: int) -> str:
 
 
 def memory_table(cost: LayoutCost) -> Table:
-    """GiB per rank by what holds them, at most at once."""
+    """GiB per rank by what holds them, each at its most; gradients and activations are not at theirs together."""
     kinds = ["weights", "gathered", "gradients", "optimizer", "activations", "working"]
-    columns = [right(kind) for kind in (*kinds, "together")]
+    columns = [right(kind) for kind in (*kinds, "at most")]
     table = Table("pp", *columns, title="Memory per rank, GiB", title_justify="left", box=box.SIMPLE)
     for pp, rank in enumerate(cost.ranks):
         values = [getattr(rank, kind) for kind in kinds]

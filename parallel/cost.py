@@ -62,6 +62,7 @@ class RankCost:
     gathered    weights in the precision of the computation, at most at once
     gradients   at most at once
     optimizer   state of the optimizer; None where it can't be known before it runs
+    held        gradients that earlier micro-batches have left when a forward pass ends
     activations kept for backward passes, at most at once
     working     what lives for moments: the loss's logits, one block's backward pass, buffers between stages
     """
@@ -72,14 +73,18 @@ class RankCost:
     weights: int
     gathered: int
     gradients: int
+    held: int
     optimizer: int | None
     activations: int
     working: int
 
     @property
     def total(self) -> int:
-        """Bytes at most at once, by this account."""
-        return self.weights + self.gathered + self.gradients + (self.optimizer or 0) + self.activations + self.working
+        """Bytes at most at once, by this account. Activations go as gradients come: a forward pass or the last backward
+        pass ends with the most.
+        """
+        most = max(self.held + self.activations, self.gradients)
+        return self.weights + self.gathered + (self.optimizer or 0) + most + self.working
 
 
 @dataclass(frozen=True)
@@ -144,10 +149,14 @@ def _rank_cost(
         groups[piece.group] = groups.get(piece.group, 0) + piece.whole
     blocks = [count for group, count in groups.items() if group.startswith("layers.")]
     # One block computes while the next is on its way; what is not in a block stays, and through a pipeline everything.
-    at_once = whole - sum(blocks) + sum(sorted(blocks)[-2:]) if layout.zero == 3 and parallel.pp == 1 else whole
+    at_once = whole
+    if layout.zero == 3 and parallel.pp == 1:
+        embedding = 0 if model.tied else groups["embed"]  # given back after its lookup; a tied one stays with the head
+        at_once = whole - sum(blocks) - embedding + max(embedding, sum(sorted(blocks)[-2:]))
     accumulates = parallel.pp > 1 or (job.micro_batches > 1 and layout.zero < 2)
     shards = sum(piece.padded for piece in held) * exact
     gathered, gradients = at_once * unit, shards + (whole * exact if accumulates else max(groups.values()) * (unit + exact))
+    left = 0 if parallel.pp == 1 and job.micro_batches == 1 else whole * exact if accumulates else shards
     if not uses_fsdp(parallel, layout):
         # Whole weights lie beside their masters; of one dtype, the masters are a part of them. Gradients are added up whole.
         # While a group's are on their way, as they were sent and as they are received, the next one's are computed.
@@ -181,6 +190,7 @@ def _rank_cost(
         weights=shards,
         gathered=gathered,
         gradients=gradients,
+        held=left,
         optimizer=state,
         activations=round(kept),
         working=working,

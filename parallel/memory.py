@@ -101,7 +101,8 @@ def block_bytes(model: Llama, job: Job, parallel: ParallelConfig, policy: str) -
     Counted tensor by tensor as in arXiv 2205.05198, for RMSNorm, rotary positions, fused attention and SwiGLU. With D the
     width, K that of all key heads, F the feed-forward's, t and s the tensor-parallel cuts of features and of the stream:
     norms' inputs 2 D/s and outputs 2 D; q, k, v and attention's output (2 D + 2 K)/t; SwiGLU 4 F/t. A compiled block
-    computes norms' outputs and SwiGLU's products again. Norms and softmax keep a few fp32 numbers per position besides.
+    computes only SwiGLU's silu again: the compiler keeps every factor of a matrix product. Norms and softmax keep a few fp32
+    numbers per position besides.
     Selectively: the block's input, q, k, v, attention's output and its projection, and one of SwiGLU's two factors.
     """
     tokens = job.micro * job.seq_len // parallel.cp
@@ -118,7 +119,7 @@ def block_bytes(model: Llama, job: Job, parallel: ParallelConfig, policy: str) -
     elif policy == "selective":
         per_token = unit * (stream + heads + model.dim + model.ffn_dim / tp) + exact * model.heads / tp
     elif job.compiled:
-        per_token = unit * (2 * stream + heads + 2 * model.ffn_dim / tp) + statistics
+        per_token = unit * (2 * stream + 2 * model.dim + heads + 3 * model.ffn_dim / tp) + statistics
     else:
         per_token = unit * (2 * stream + 2 * model.dim + heads + 4 * model.ffn_dim / tp) + statistics
     return round(tokens * per_token)
@@ -157,5 +158,5 @@ def loss_bytes(model: Llama, job: Job, parallel: ParallelConfig) -> int:
     unit, exact = BYTES[job.precision], 8 if job.precision == "fp64" else 4
     rows = -(-model.vocabulary // parallel.tp)
     states = tokens * model.dim * unit * 3
-    head = rows * model.dim * (exact + unit)
-    return states + head + min(CHUNK, tokens) * rows * (unit + exact)
+    # The head's gradient is added up in fp32 while a chunk's logits live, and cast when they are gone.
+    return states + rows * model.dim * exact + max(min(CHUNK, tokens), model.dim) * rows * unit

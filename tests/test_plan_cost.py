@@ -104,6 +104,18 @@ def test_what_a_block_keeps_is_what_autograd_keeps(policy: str) -> None:
     assert per_block - on_cpu == block_bytes(models[0], job, ParallelConfig(), policy)
 
 
+def test_what_a_compiled_block_keeps_is_what_the_compiler_keeps() -> None:
+    shape = {"dim": 128, "heads": 8, "kv_heads": 4, "ffn_dim": 352, "vocabulary": 500}
+    models = [Llama(**shape, layers=layers).bfloat16() for layers in (2, 3)]
+    tokens = torch.randint(0, 500, (2, 64))
+    for model in models:
+        for block in model.layers.values():
+            block.compile(backend="aot_eager_decomp_partition")  # inductor's choice of what to keep, without its kernels
+        kept(model, tokens)  # compiles
+    job = Job(seq_len=64, micro=2, micro_batches=1, precision="bf16", policies=["none"], compiled=True)
+    assert kept(models[1], tokens) - kept(models[0], tokens) == block_bytes(models[0], job, ParallelConfig(), "none")
+
+
 def test_less_is_kept_from_policy_to_policy_and_by_cutting() -> None:
     with torch.device("meta"):
         model = Llama(dim=2048, layers=16, heads=32, kv_heads=8, ffn_dim=8192, vocabulary=128256)

@@ -100,8 +100,8 @@ def deepspeed_cost(
     if parallel.offload_weights != "none":
         away = _weights_away(away, parallel, sizes, unit, job.micro_batches, keys)
         weights = 0
-    cost = replace(rank, weights=own, gathered=weights + gathered, gradients=gradients, optimizer=optimizer, working=working)
-    return cost, away
+    state = {"weights": own, "gathered": weights + gathered, "gradients": gradients, "held": gradients, "optimizer": optimizer}
+    return replace(rank, **state, working=working), away
 
 
 def _optimizer_away(
