@@ -81,6 +81,11 @@ class Controller:
         """What a user must change before this controller can be used; empty if nothing."""
         return list(self._problems)
 
+    @property
+    def least(self) -> int:
+        """No step takes fewer samples."""
+        return self.samples
+
     def next_batch(self, progress: Progress) -> int:
         """Samples of the step that begins at this progress."""
         return self.samples
@@ -194,6 +199,11 @@ class Stages(Controller):
             return (Duration.parse(start if named else f"{start} tokens"), int(size)) if colon else None
         except ValueError:
             return None
+
+    @property
+    def least(self) -> int:
+        """The smallest of the sizes."""
+        return min([self.samples, *(size for _, size in self._stages)])
 
     def next_batch(self, progress: Progress) -> int:
         """The size of the last point reached."""

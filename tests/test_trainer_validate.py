@@ -135,6 +135,31 @@ def test_a_batch_that_can_never_be_measured_is_refused(composer: Composer) -> No
     assert problems_of(composer, 1, "batch=critical_loss", "batch.samples=4", "batch.micro=4") == {}, "measures nothing"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "keeps_off"),
+    [
+        (["batch=norm_test", "parallel.cp=2"], "context parallelism"),
+        (["batch=norm_test", "parallel.pp=2", "model.tied=true"], "tied embedding"),
+        (["batch=inner_product", "parallel.tp=2"], "tensor parallelism"),
+        (["batch=augmented", "parallel.engine=deepspeed", "parallel.zero=1"], "whole gradient"),
+    ],
+)
+def test_layouts_that_measure_wrongly_are_refused(composer: Composer, overrides: list[str], keeps_off: str) -> None:
+    small = ["batch.samples=8", "batch.micro=1", "batch.max=64", "data=synthetic", "model.vocabulary=96", "precision=fp32"]
+    assert keeps_off in problems_of(composer, 2, *small, *overrides)["batch"]
+    assert "batch" not in problems_of(composer, 2, *small, *overrides, "batch=critical_loss"), "it measures no gradient"
+
+
+def test_agvm_is_refused_where_it_would_see_no_halves(composer: Composer) -> None:
+    agvm = ["optim=agvm", "batch.samples=8", "batch.micro=1", "precision=fp32"]
+    assert problems_of(composer, 1, *agvm) == {}
+    assert "halves" in problems_of(composer, 1, *agvm, "parallel.engine=deepspeed", "parallel.zero=1")["optim"]
+    stages = [*agvm, "batch=stages"]
+    assert problems_of(composer, 1, *stages, "batch.stages='0:8 3steps:2'") == {}
+    assert "two micro-batches" in problems_of(composer, 1, *stages, "batch.stages='0:8 3steps:1'")["batch.micro"]
+    assert "two micro-batches" in problems_of(composer, 1, *stages, "batch.stages='0:1 3steps:8'")["batch.micro"]
+
+
 def test_a_url_that_nothing_can_read_is_refused(composer: Composer) -> None:
     assert "nosuch" in problems_of(composer, 1, "checkpoint.folder='nosuch://bucket/run'")["checkpoint.folder"]
 

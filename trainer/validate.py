@@ -22,6 +22,7 @@ from ..parallel.engines import engine_problems
 from ..parallel.layout import Layout, layout_problems
 from ..parallel.legality import Work, layout_and_model_problems, model_problems
 from ..parallel.memory import block_policies
+from ..parallel.moments import moments_problems
 from ..parallel.pipeline.stages import SCHEDULES
 from .automatic import resolve_automatic
 from .build import (
@@ -130,12 +131,18 @@ def _controller_problems(config: DictConfig, data_size: int) -> list[Problem]:
     if controller.needs_statistics and controller.next_batch(Progress()) < 2 * config.batch.micro:
         message = "a batch of one micro-batch has nothing to compare, so its noise would never be measured"
         found.append(Problem("batch.samples", message, "double it, or halve batch.micro"))
+    if controller.needs_statistics:
+        tied = bool(config.model.get("tied", False))
+        found += moments_problems(Parts.of(config).parallel, tied, controller.needs_projections)
     if issubclass(get_class(config.optim._target_), AGVM):
+        if config.parallel.engine != "torch":
+            fix = "use parallel.engine=torch, or another optimizer"
+            found.append(Problem("optim", "AGVM compares halves of a batch's gradient, which DeepSpeed does not give", fix))
         if config.parallel.pp > 1:
             fix = "use parallel.pp=1, or another optimizer"
             found.append(Problem("optim", "AGVM compares halves of each rank's micro-batches, which a pipeline mixes", fix))
-        if controller.samples < 2 * config.batch.micro * data_size:
-            fix = "halve batch.micro or double batch.samples"
+        if controller.least < 2 * config.batch.micro * data_size:
+            fix = "halve batch.micro, or double the smallest batch"
             found.append(Problem("batch.micro", "AGVM needs two micro-batches or more on every rank", fix))
     return found if config.batch.name == "fixed" else [*controller.problems(), *found]
 
