@@ -24,7 +24,7 @@ from .planner import FREE, Planner
 from .report import SaveReport
 from .save import Order, Save, Tools
 from .snapshot import Snapshot
-from .writing.writer import ProcessWriter, ThreadWriter
+from .writing.writer import Writer
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +60,9 @@ class Checkpointer:
         self._tools = Tools(
             target=self._target,
             pool=pool,
-            writer=ProcessWriter() if self._asynchronous else ThreadWriter(),
+            writer=Writer(),
             planner=Planner(),
-            memory=MemoryTier(local, control.rank, config.memory_group, pool) if in_memory and local is not None else None,
+            memory=MemoryTier(local, control.rank, config.memory_group, pool, config.timeout) if in_memory and local else None,
             predecessors=None if local is None else Predecessors(local),
             config=config,
         )

@@ -121,8 +121,13 @@ class LocalTarget:
 
     def discard(self, step: int, token: str) -> None:
         """See Target."""
-        with contextlib.suppress(OSError):
-            delete_folder(Path(self.place(step, token)), "discard")
+        place = Path(self.place(step, token))
+        try:
+            delete_folder(place, "discard")
+        except FileNotFoundError:
+            pass  # it had got its name already: what failed came after
+        except OSError:
+            self._leftovers.append(place)
 
     def prune(self, keep: int) -> list[str]:
         """See Target."""

@@ -37,7 +37,8 @@ def scripted(script: str) -> Hook:
 
     `<kind>:<n>` acts at the n-th boundary, `<kind>:<name>` at the first of that name; `log:<path>` writes their names down.
 
-    Kinds: kill (SIGKILL), enospc, eio (OSError), short (half of the bytes are written, once), hang (for an hour).
+    Data are written by the page, so that there are more boundaries. Kinds: kill (SIGKILL), enospc, eio (OSError), short
+    (half of the bytes are written, once), hang (for an hour).
     """
     kind, _, rest = script.partition(":")
     if kind == "log":
@@ -46,7 +47,7 @@ def scripted(script: str) -> Hook:
             descriptor = os.open(rest, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             os.write(descriptor, f"{boundary} {amount}\n".encode())
             os.close(descriptor)
-            return amount
+            return _page(boundary, amount)
 
         return log
     numbered = rest.isdigit()
@@ -57,10 +58,14 @@ def scripted(script: str) -> Hook:
         if numbered or boundary == rest:
             left -= 1
             if left == 0:
-                return strike(kind, boundary, amount)
-        return amount
+                return strike(kind, boundary, _page(boundary, amount))
+        return _page(boundary, amount)
 
     return act
+
+
+def _page(boundary: str, amount: int) -> int:
+    return min(amount, 4096) if boundary == "data.write.before" else amount
 
 
 def strike(kind: str, boundary: str, amount: int) -> int:

@@ -249,12 +249,12 @@ class Save:
     def _keep(self, tools: Tools, layout: FileLayout, place: dict[str, Any]) -> None:
         """Stage 4. A failure here is reported and costs nothing but this version."""
         assert tools.memory is not None and self._arena is not None
-        talk, config = self.talk, tools.config
+        talk = self.talk
         start = time.perf_counter()
         if self.after.memory is not None:
             self.after.memory._kept.wait()
         try:
-            blocks = tools.memory.hold(self._arena, layout.bytes, self._token, self.step, place, config.timeout)
+            blocks = tools.memory.hold(self._arena, layout.bytes, self._token, self.step, place)
             name, leaves = file_names(talk.control.rank)
             message: dict[str, Any] = {"name": name, "bytes": layout.bytes, "leaves": leaves, "blocks": blocks}
         except CheckpointError as error:

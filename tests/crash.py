@@ -30,7 +30,6 @@ from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import step_of
 from meshloom.checkpoint.restore import restore
 from meshloom.checkpoint.tools import verify
-from meshloom.checkpoint.writing import disk
 from meshloom.config.checkpoint import CheckpointConfig
 
 WORLD = 2
@@ -115,7 +114,6 @@ def wait(children: list[int], notice: float = 0.0) -> None:
 def _rank(
     rank: int, folder: Path, work: Path, fault: Fault | None, steps: tuple[int, ...], mode: str, log: Path | None
 ) -> None:
-    disk.CHUNK = disk.PAGE  # more writes, so more boundaries
     scripts: dict[str, str] = {}
     if log is not None:
         scripts = {process: f"log:{log}.{process}.{rank}" for process in ("rank", "writer")}

@@ -157,7 +157,7 @@ def test_an_error_of_whatever_kind_after_the_commit_does_not_hold_up_the_end(
 
 def test_a_full_disk_aborts_the_save_on_every_rank_and_training_goes_on(tmp_path: Path) -> None:
     def full(boundary: str, amount: int) -> int:
-        if boundary == "data.write.before":
+        if boundary == "manifest.write.before":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return amount
 

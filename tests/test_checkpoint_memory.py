@@ -187,6 +187,20 @@ def test_a_dead_keeper_costs_a_version_and_is_replaced(folder: Path) -> None:
     assert not registered(folder)
 
 
+@pytest.mark.parametrize("disk", [False, True])
+def test_a_stuck_keeper_is_given_up_and_replaced(folder: Path, disk: bool) -> None:
+    config = CheckpointConfig(mode="sync", memory_every=1, timeout=0.4)
+    checkpointer = Checkpointer(folder, Control.alone(), config)
+    checkpointer.save(1, fragments(make_arrays(1), 1, 0)[0], {"step": 1}, disk=False)
+    assert checkpointer._tools.memory is not None and checkpointer._tools.memory._keeper is not None
+    os.kill(checkpointer._tools.memory._keeper._process.pid, signal.SIGSTOP)
+    for step in (2, 3):
+        checkpointer.save(step, fragments(make_arrays(step), 1, 0)[0], {"step": step}, disk=disk)
+    outcomes = [report.outcome for report in checkpointer.poll()]
+    assert outcomes == ["kept", *(["committed", "committed"] if disk else ["unkept", "kept"])]
+    checkpointer.finish()
+
+
 def test_a_keeper_that_dies_when_all_have_the_version_does_not_cost_the_step_on_the_disk(folder: Path) -> None:
     from meshloom.checkpoint import faults
 
@@ -248,7 +262,7 @@ def test_a_trainer_that_dies_while_its_keeper_answers_leaves_the_keeper_alive(fo
         assert memory is not None and memory._keeper is not None and memory._held is not None
         group = [memory._keeper.address.as_dict()]
         memory._keeper._reply = lambda: os._exit(0)  # type: ignore[method-assign,return-value]
-        memory._keeper.hold(memory._held, 100, "next", 2, group, 0, 5.0)
+        memory._keeper.hold(memory._held, 100, "next", 2, group, 0)
     os.waitpid(child, 0)
     time.sleep(0.5)
     assert recovered(folder, 1, 1) == ["memory of step 1"]

@@ -18,12 +18,18 @@ from .wire import Address, Connection, receive_line, send
 
 REGISTRY = ".memory"
 PATIENCE_HOURS = 1.0
+EXIT_SECONDS = 10.0
 
 
 class Keeper:
-    """Starts the process and announces it in the registry, the folder in which recovering trainers look for keepers."""
+    """Starts the process and announces it in the registry, the folder in which recovering trainers look for keepers.
 
-    def __init__(self, folder: Path, slot: int) -> None:
+    timeout: seconds that keepers wait for each other. One that has not answered after twice as many is stuck, and killed.
+    """
+
+    def __init__(self, folder: Path, slot: int, timeout: float) -> None:
+        self._timeout = timeout
+        self._stuck = False
         secret = secrets.token_hex(8)
         here, there = socket.socketpair()
         arguments = [str(there.fileno()), str(slot), secret, str(PATIENCE_HOURS)]
@@ -37,9 +43,10 @@ class Keeper:
             start_new_session=True,
         )
         there.close()
+        here.settimeout(2 * timeout)
         self._link = here
         self._giver = Giver(here)
-        hello = receive_line(here)
+        hello = self._receive()
         if hello is None:
             raise CheckpointError(f"the keeper process of rank {slot} did not start (exit code {self._process.wait()})")
         self.address = Address(hello["host"], hello["port"], secret, slot)
@@ -52,17 +59,15 @@ class Keeper:
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process.poll() is None
+        """Whether the process runs, and answers."""
+        return not self._stuck and self._process.poll() is None
 
-    def hold(
-        self, arena: Arena, size: int, version: str, step: int, group: list[dict[str, Any]], block: int, timeout: float
-    ) -> dict[str, Any]:
+    def hold(self, arena: Arena, size: int, version: str, step: int, group: list[dict[str, Any]], block: int) -> dict[str, Any]:
         """Keep the first `size` bytes of an arena; returns the blocks' digests once the group has its parity.
 
         group: the addresses of its members, this keeper among them; block: length of a parity block.
         """
-        about = {"size": size, "version": version, "step": step, "group": group, "block": block, "timeout": timeout}
+        about = {"size": size, "version": version, "step": step, "group": group, "block": block, "timeout": self._timeout}
         try:
             self._giver.send({"do": "hold", **about}, arena)
         except OSError as error:
@@ -86,7 +91,10 @@ class Keeper:
         with contextlib.suppress(CheckpointError):
             self._send({"do": "exit"})
         self._link.close()
-        self._process.wait()
+        try:
+            self._process.wait(EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
         self._entry.unlink(missing_ok=True)
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -95,13 +103,20 @@ class Keeper:
         except OSError as error:
             raise CheckpointError(f"the keeper process is gone: {error}") from error
 
-    def _reply(self) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any] | None:
         try:
-            reply = receive_line(self._link)
+            return receive_line(self._link)
+        except TimeoutError:
+            self._stuck = True
+            self._process.kill()  # an answer that came after all would be taken for that to the next question
+            return None
         except OSError:
-            reply = None
+            return None
+
+    def _reply(self) -> dict[str, Any]:
+        reply = self._receive()
         if reply is None:
-            raise CheckpointError(f"the keeper process of rank {self.address.slot} died")
+            raise CheckpointError(f"the keeper process of rank {self.address.slot} died, or was stuck and is ended")
         if "error" in reply:
             raise CheckpointError(f"the keeper of rank {self.address.slot}: {reply['error']}")
         return reply

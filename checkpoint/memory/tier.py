@@ -39,8 +39,9 @@ ASK_SECONDS = 5.0
 class MemoryTier:
     """This rank's part in keeping snapshots: its keeper, and the arena that the keeper holds."""
 
-    def __init__(self, folder: Path, rank: int, group: int, pool: ArenaPool) -> None:
+    def __init__(self, folder: Path, rank: int, group: int, pool: ArenaPool, timeout: float) -> None:
         self._folder = folder
+        self._timeout = timeout
         self._rank = rank
         self._group = group
         self._pool = pool
@@ -52,7 +53,7 @@ class MemoryTier:
         if self._keeper is None or not self._keeper.alive:
             if self._keeper is not None:
                 self._keeper.exit()
-            self._keeper = Keeper(self._folder, self._rank)
+            self._keeper = Keeper(self._folder, self._rank, self._timeout)
         domain = os.environ.get(DOMAIN_VARIABLE, socket.gethostname())
         talk.post("keeper", json.dumps({"address": self._keeper.address.as_dict(), "domain": domain}).encode())
 
@@ -67,10 +68,10 @@ class MemoryTier:
                 arranged[rank] = {"group": [known[member]["address"] for member in group], "block": block}
         return arranged
 
-    def hold(self, arena: Arena, size: int, version: str, step: int, place: dict[str, Any], timeout: float) -> list[str]:
+    def hold(self, arena: Arena, size: int, version: str, step: int, place: dict[str, Any]) -> list[str]:
         """Give a snapshot to the keeper; returns the digests of its blocks."""
         assert self._keeper is not None
-        return self._keeper.hold(arena, size, version, step, place["group"], place["block"], timeout)["blocks"]
+        return self._keeper.hold(arena, size, version, step, place["group"], place["block"])["blocks"]
 
     def complete(self, arena: Arena, version: str, manifest: bytes) -> None:
         """All ranks hold this version: the arena of the one before is free again."""
@@ -280,9 +281,9 @@ def _make_again(recovery: Recovery, slot: int, group: dict[str, Any], folder: Pa
     finally:
         for link in links.values():
             link.close()
-    keeper_process = Keeper(folder, slot)
+    keeper_process = Keeper(folder, slot, timeout)
     address = keeper_process.address
-    keeper_process.hold(arena, size, recovery.version, recovery.step, [address.as_dict()], 0, timeout)
+    keeper_process.hold(arena, size, recovery.version, recovery.step, [address.as_dict()], 0)
     arena.close()  # the keeper has mapped it
     return address, size
 

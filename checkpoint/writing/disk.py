@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import queue
@@ -102,8 +103,7 @@ def _write_data(image: memoryview, path: Path, ready: Ready) -> bool:
             at += done
             if direct and (at % PAGE or done == 0):  # refused, or a short write left the grid that O_DIRECT asks for
                 direct = False
-                os.close(descriptor)
-                descriptor = os.open(path, os.O_WRONLY)
+                fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
         os.ftruncate(descriptor, size)
         reach("data.fsync.before")
         os.fsync(descriptor)

@@ -7,29 +7,22 @@ line of JSON over a socket; new shared memory comes along as a file descriptor.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
-import queue
 import select
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from ..errors import CheckpointError
-from .disk import Ready, Written, write_image
+from .disk import Written
 from .handover import Giver, SharedMemory
-from .remote_write import write_image_remote
 
-# While a save is hashed the thread that feeds the disk must not wait for the interpreter: a write takes 2 ms or so.
-SWITCH_SECONDS = 0.0002
 Answer = TypeVar("Answer")
 
 
@@ -49,80 +42,12 @@ class Request:
         return f"{self.folder}/{self.name}"
 
 
-class Writer(Protocol):
-    """Makes files out of arenas, one after the other."""
+class Writer:
+    """Makes files out of arenas, one after the other, in a process of its own.
 
-    def begin(self, request: Request) -> None:
-        """Start; the writing follows the arena's watermark. Every `begin` needs an `end`."""
-        ...
-
-    def end(self, patience: float) -> Written:
-        """Return when everything is durable. Raises OSError or CheckpointError, also after so many seconds without a step."""
-        ...
-
-    def close(self) -> None:
-        """End the process, if there is one."""
-        ...
-
-
-def write_anywhere(image: memoryview, folder: str, name: str, leaves: str, ready: Ready) -> Written:
-    """Write to a local folder or an fsspec URL."""
-    if "://" in folder:
-        return write_image_remote(image, folder, name, leaves, ready)
-    return write_image(image, Path(folder) / name, Path(folder) / leaves, ready)
-
-
-class ThreadWriter:
-    """Writes in a thread of this process: for the synchronous mode, where training waits anyway."""
-
-    def __init__(self) -> None:
-        self._request: Request | None = None
-        self._outcome: queue.SimpleQueue[Written | BaseException] = queue.SimpleQueue()
-        self._interval = 0.0
-
-    def begin(self, request: Request) -> None:
-        """See Writer."""
-
-        outcome = self._outcome = queue.SimpleQueue()  # its own: a thread that was given up may still come to its end
-
-        def ready(value: int) -> None:
-            request.memory.watermark.wait(value, lambda: True)
-
-        def write() -> None:
-            image = request.memory.image(request.size)
-            try:
-                outcome.put(write_anywhere(image, request.folder, request.name, request.leaves, ready))
-            except BaseException as error:
-                outcome.put(error)
-
-        self._request = request
-        self._interval = sys.getswitchinterval()
-        sys.setswitchinterval(SWITCH_SECONDS)
-        threading.Thread(target=write, name="checkpoint-write", daemon=True).start()
-
-    def end(self, patience: float) -> Written:
-        """See Writer."""
-        assert self._request is not None
-
-        def look(seconds: float) -> Written | BaseException | None:
-            with contextlib.suppress(queue.Empty):
-                return self._outcome.get(timeout=seconds)
-            return None
-
-        try:
-            outcome = _await(self._request, look, patience)
-        finally:
-            sys.setswitchinterval(self._interval)
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
-
-    def close(self) -> None:
-        """See Writer."""
-
-
-class ProcessWriter:
-    """Writes in a process of its own, so that neither the interpreter lock nor a crash of the trainer is in the way."""
+    So neither the interpreter lock nor a crash of the trainer is in the way; also where training waits for it: hashing and
+    copying in one interpreter would keep the disk waiting.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -144,7 +69,7 @@ class ProcessWriter:
         self._giver = Giver(here)
 
     def begin(self, request: Request) -> None:
-        """See Writer."""
+        """Start; the writing follows the arena's watermark. Every `begin` needs an `end`."""
         if self._process is None or self._process.poll() is not None:
             self._start()
         assert self._giver is not None
@@ -154,7 +79,10 @@ class ProcessWriter:
             self._giver.send(what, request.memory)
 
     def end(self, patience: float) -> Written:
-        """See Writer. A process that gets no further is killed; the next `begin` starts another."""
+        """Return when everything is durable. Raises CheckpointError if it failed, or got no further for so many seconds.
+
+        A process that is stuck is killed; the next `begin` starts another.
+        """
         link, process, request = self._socket, self._process, self._request
         assert link is not None and process is not None and request is not None
         try:
@@ -178,7 +106,7 @@ class ProcessWriter:
         return Written(**reply)
 
     def close(self) -> None:
-        """See Writer."""
+        """End the process."""
         if self._socket is not None:
             self._socket.close()
         if self._process is not None:
@@ -214,8 +142,3 @@ def read_line(source: socket.socket) -> bytes:
             return b""
         line += part
     return line[:-1]
-
-
-def answer_of(written: Written) -> bytes:
-    """A reply as a line."""
-    return json.dumps(dataclasses.asdict(written)).encode() + b"\n"
