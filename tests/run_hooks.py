@@ -7,6 +7,7 @@ import signal
 
 import torch
 
+from meshloom.config.problems import ConfigError, Problem
 from meshloom.trainer.hooks import Hook
 from meshloom.trainer.loop import Loop
 
@@ -34,6 +35,17 @@ class Poison(Hook):
             for fragment in loop.engine.fragments():
                 if fragment.name == "norm.weight" and fragment.role == "weight":
                     fragment.tensor.fill_(float("nan"))
+
+
+class Refuse(Hook):
+    """Can't begin on one rank, for its config or for want of room."""
+
+    def __init__(self, rank: int, config: bool) -> None:
+        self.rank, self.config = rank, config
+
+    def on_run_begin(self, loop: Loop) -> None:
+        if loop.mesh.rank == self.rank:
+            raise ConfigError([Problem("trainer.hooks", "no key")]) if self.config else OSError("no room")
 
 
 class Name(Hook):

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,23 @@ def test_a_full_cache_is_named_with_its_folder(tmp_path: Path, monkeypatch: pyte
     assert f"data: {tmp_path}/cache: No space left on device; make room" in said
 
 
+def ended(rank: int, world_size: int, overrides: list[str]) -> int | str:
+    try:
+        return body(rank, world_size, overrides)
+    except (OSError, ConfigError) as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("config", "said", "code"), [(True, "no key", 2), (False, "no room", 1)])
+def test_a_process_that_can_not_begin_ends_the_others_without_a_word(
+    tmp_path: Path, config: bool, said: str, code: int
+) -> None:
+    hook = f"trainer.hooks=[{{_target_:run_hooks.Refuse,rank:1,config:{str(config).lower()}}}]"
+    first, second, third = run_ranks(3, ended, [f"output_dir={tmp_path}", hook, "batch.samples=12"])
+    assert said in str(second)
+    assert first == third == code
+
+
 def diverging(rank: int, world_size: int, overrides: list[str]) -> tuple[int, bool]:
     code = body(rank, world_size, overrides)
     return code, (Path(overrides[0].partition("=")[2]) / "checkpoints" / "step-00000004").exists()
@@ -224,3 +242,17 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(tmp_path: Path
     assert results == [(1, False), (1, False)]
     found = find_latest(tmp_path / "checkpoints")
     assert found is not None and Path(found).name == "step-00000002"
+
+
+def test_a_save_under_way_is_finished_before_a_diverged_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the one to go on from; here the disk is slower than the two steps until the loss is no number."""
+    sync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.2)
+        sync(descriptor)
+
+    monkeypatch.setattr("os.fsync", slow)
+    overrides = ["trainer.hooks=[{_target_:run_hooks.Poison,step:4}]", "checkpoint.mode=async", "checkpoint.every=2"]
+    assert run_ranks(2, diverging, [f"output_dir={tmp_path}", "trainer.steps=9", *overrides]) == [(1, False), (1, False)]
+    assert str(find_latest(tmp_path / "checkpoints")).endswith("step-00000002")

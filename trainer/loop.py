@@ -28,6 +28,7 @@ from ..parallel.moments import Measure, Moments
 from .deferred import Deferred
 from .hooks import Hook
 from .signals import StopRequest
+from .together import together
 
 
 class TrainingDiverged(RuntimeError):
@@ -74,15 +75,18 @@ class Loop:
 
     def run(self, stop: StopRequest) -> bool:
         """Train until the horizon, or until a process was asked to stop. Returns whether the horizon was reached."""
+        together(self.mesh, self._begin)
         self._step_began = time.perf_counter()
-        for hook in self.hooks:
-            hook.on_run_begin(self)
         while not self.finished and not self.stopping:
             self.step(stop.requested)
             for hook in self.hooks:
                 hook.on_step_end(self)
         self.deliver_metrics(keep=0)
         return self.finished
+
+    def _begin(self) -> None:
+        for hook in self.hooks:
+            hook.on_run_begin(self)
 
     @property
     def finished(self) -> bool:

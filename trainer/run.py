@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from .build import Parts, Run, build_data, build_run, checkpoint_folder
 from .loop import TrainingDiverged
 from .resume import effective, lies_in, restore_run
 from .signals import StopRequest
+from .together import FailedElsewhere, together
 from .validate import run_problems
 
 log = logging.getLogger(__name__)
@@ -27,8 +29,9 @@ log = logging.getLogger(__name__)
 def run(config: DictConfig, overrides: Sequence[str] = ()) -> int:
     """Train as `config` says, on the processes that this one was started among. Returns the exit code.
 
-    0 if the run reached its end, or was asked to stop (SIGTERM, SIGUSR1) and saved its state; 1 if it diverged. Raises
-    ConfigError, before anything is touched, for a config that can't run, and whatever else makes a run fail.
+    0 if the run reached its end, or was asked to stop (SIGTERM, SIGUSR1) and saved its state; 1 if it diverged, or if another
+    process could not begin (2 where it found the config at fault) and says why. Raises ConfigError, before anything is touched,
+    for a config that can't run, and whatever else makes a run fail.
 
     overrides: those of the command line that `config` was composed of; a resumed run applies them to its saved config.
     """
@@ -48,6 +51,8 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> int:
     except TrainingDiverged as error:
         log.error("%s", error)
         return 1
+    except FailedElsewhere as error:
+        return 2 if error.refused else 1
     finally:
         mesh.close()
 
@@ -74,20 +79,29 @@ def prepared_data(config: DictConfig) -> DataNode:
 
 def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None) -> int:
     output_dir = Path(config.output_dir)
-    if mesh.is_main:
-        _make_folder(output_dir)
-    current = build_run(config, data, mesh)  # takes the lock on the folder of checkpoints
-    try:
+    with contextlib.ExitStack() as stack:
+
+        def built() -> Run:
+            if mesh.is_main:
+                _make_folder(output_dir)
+            run = build_run(config, data, mesh)  # takes the lock on the folder of checkpoints
+            stack.callback(run.close)
+            return run
+
+        current = together(mesh, built)
         if checkpoint is not None:
             branch = not lies_in(checkpoint, checkpoint_folder(config))
             restore_run(current, checkpoint, strict=Parts.of(config).checkpoint.strict, branch=branch)
-        if mesh.is_main:  # nothing is in the way any more: what an earlier run left here may be replaced
-            if checkpoint is None and (output_dir / "metrics.jsonl").exists():
-                log.warning("%s holds an earlier run, which this one replaces (resume=auto would go on with it)", output_dir)
-            _describe(config, data, output_dir)
+        together(mesh, lambda: _describe(config, data, output_dir, anew=checkpoint is None) if mesh.is_main else None)
+        if mesh.is_main:
             _warn_of_repetition(current)
         with StopRequest() as stop:
-            reached = current.loop.run(stop)
+            try:
+                reached = current.loop.run(stop)
+            except TrainingDiverged:  # on all processes at the same step: they can still finish a save together
+                if current.saving is not None:
+                    current.saving.settle(current.loop)
+                raise
             if current.saving is not None:
                 current.saving.finish(current.loop)
         if reached:
@@ -97,12 +111,15 @@ def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | st
             on = "the run goes on with resume=auto" if current.saving is not None else "nothing was saved (checkpoint.every=0)"
             log.warning("asked to stop at step %d; %s", current.loop.progress.step, on)
         return 0
-    finally:
-        current.close()
 
 
-def _describe(config: DictConfig, data: DataNode, output_dir: Path) -> None:
-    """Leave the whole config and the tokenizer with the run, and say which rules it can't keep."""
+def _describe(config: DictConfig, data: DataNode, output_dir: Path, *, anew: bool) -> None:
+    """Leave the whole config and the tokenizer with the run, and say which rules it can't keep.
+
+    Nothing is in the way of the run any more: what an earlier one left here may be replaced.
+    """
+    if anew and (output_dir / "metrics.jsonl").exists():
+        log.warning("%s holds an earlier run, which this one replaces (resume=auto would go on with it)", output_dir)
     (output_dir / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
     if data.tokenizer is not None:
         data.tokenizer.save(output_dir / "tokenizer.json")  # for `meshloom generate`, wherever the checkpoints go

@@ -79,6 +79,10 @@ class Saving(Hook):
             for hook in loop.hooks:
                 hook.on_checkpoint(loop, row)
 
+    def settle(self, loop: Loop) -> None:
+        """Wait for saves that are under way: of a run that can't go on, they are what another one goes on from."""
+        self._report(loop, self._checkpointer.wait())
+
     def finish(self, loop: Loop) -> None:
         """The last save, waited for. Raises CheckpointError if it failed: a run must not end well without it."""
         self._report(loop, self._checkpointer.wait())
