@@ -6,9 +6,9 @@ updates: rows of each weight under ZeRO-1, all of it otherwise. Where both have 
 A step communicates once. A gradient stays as the backward pass made it (micro-batches are added up in the masters' dtype);
 when a block's are complete, each rank sends every other the rows that are its own to update, in whatever dtype they have,
 and the owner adds up what it got in the masters' dtype. A bf16 gradient so costs half the bytes of a reduction in fp32 and
-loses nothing on the way. Copies of the same rows (HSDP, ZeRO-0) add up their sums. After the update the rows are gathered
-into the whole weights, and a block waits for its own only when it is called. FSDP2 would cast and copy all weights in each
-pass, and widen gradients before it sends them.
+loses nothing on the way. Copies of the same rows (HSDP, ZeRO-0) then add up their sums, in the masters' dtype. After the update
+the rows are gathered into the whole weights, and a block waits for its own only when it is called. FSDP2 would cast and copy
+all weights in each pass, and widen gradients before it sends them.
 """
 
 from __future__ import annotations
@@ -51,6 +51,13 @@ class _Weight:
         """Elements of a part that is not cut short."""
         return self.rows * self.whole[0].numel()
 
+    def give(self, gradient: torch.Tensor | None) -> None:
+        """Add to the master's gradient; None: the weight was not used."""
+        if gradient is not None and self.master.grad is not None:
+            self.master.grad += gradient
+        elif gradient is not None:
+            self.master.grad = gradient
+
 
 @dataclass
 class _Group:
@@ -58,14 +65,16 @@ class _Group:
 
     taken    gradients so far, of the micro-batches since the last exchange
     missing  how many of them the micro-batch that completes them has not brought yet
+    used     which weights those on their way are of
+    moving   what is on its way, the collective that brings it, and what is to be done with it then
     """
 
     weights: list[_Weight]
     mesh: Mesh
     taken: list[torch.Tensor | None] = field(init=False)
     missing: int = field(init=False)
-    received: torch.Tensor | None = None
-    sending: Any = None
+    used: list[bool] = field(default_factory=list)
+    moving: tuple[torch.Tensor, Any, Callable[[torch.Tensor], None]] | None = None
     gathering: list[tuple[Any, Sequence[tuple[torch.Tensor, torch.Tensor]]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -74,7 +83,7 @@ class _Group:
     def clear(self) -> None:
         """Forget the gradients that were taken or are on their way."""
         self.taken = [None] * len(self.weights)
-        self.missing, self.received, self.sending = len(self.weights), None, None
+        self.missing, self.moving = len(self.weights), None
 
     def add(self, index: int, gradient: torch.Tensor, keep_dtype: bool) -> None:
         """One micro-batch's gradient of a weight. keep_dtype: it may stay in the one it has if it is the only one."""
@@ -85,32 +94,49 @@ class _Group:
             self.taken[index] = gradient if keep_dtype else gradient.to(self.weights[index].master.dtype)
 
     def send(self) -> None:
-        """Begin to send every rank its rows of the gradients, which are complete here."""
+        """Begin to send every rank its rows of the gradients, which are complete here; of a weight without one, zeros."""
         ways, shared = self.mesh.size("weights"), self.mesh.size("data") > 1
-        gradients = [gradient for gradient in self.taken if gradient is not None]
+        taken, like = self.taken, next(gradient for gradient in self.taken if gradient is not None)
         self.clear()
         if not shared:
-            for weight, gradient in zip(self.weights, gradients, strict=True):
-                _give(weight.master, gradient)
+            for weight, gradient in zip(self.weights, taken, strict=True):
+                weight.give(gradient)
             return
-        parts = torch._chunk_cat([gradient.contiguous() for gradient in gradients], 0, ways)  # (ways, all rows of a rank)
-        self.received = parts
-        if ways > 1:
-            self.received = torch.empty_like(parts)
-            self.sending = dist.all_to_all_single(self.received, parts, group=self.mesh.group("weights"), async_op=True)
+        self.used = [gradient is not None for gradient in taken]
+        gradients = [
+            like.new_zeros(weight.whole.shape) if gradient is None else gradient.contiguous()
+            for weight, gradient in zip(self.weights, taken, strict=True)
+        ]
+        parts = torch._chunk_cat(gradients, 0, ways)  # (ways, all rows of a rank)
+        if ways == 1:
+            self._sum_copies(parts)
+        else:
+            received = torch.empty_like(parts)
+            work = dist.all_to_all_single(received, parts, group=self.mesh.group("weights"), async_op=True)
+            self.moving = received, work, self._sum_copies
 
-    def receive(self) -> None:
-        """Add up what the ranks have sent, into the masters' gradients. Does nothing where nothing is on its way."""
-        if self.received is None:
-            return
-        if self.sending is not None:
-            self.sending.wait()
-        total = self.mesh.sum(self.received.sum(0, dtype=self.weights[0].master.dtype), "copies")
+    def advance(self) -> bool:
+        """Wait for what is on its way and go on with it. Whether that was the last of it."""
+        if self.moving is not None:
+            arriving, work, then = self.moving
+            self.moving = None
+            work.wait()
+            then(arriving)
+        return self.moving is None
+
+    def _sum_copies(self, parts: torch.Tensor) -> None:
+        """parts (ranks, rows): summed here, and over the ranks that hold copies of the same rows."""
+        total = parts.sum(0, dtype=self.weights[0].master.dtype)
+        if self.mesh.size("copies") == 1:
+            self._give(total)
+        else:
+            self.moving = total, dist.all_reduce(total, group=self.mesh.group("copies"), async_op=True), self._give
+
+    def _give(self, total: torch.Tensor) -> None:
         at = 0
-        for weight in self.weights:
-            _give(weight.master, total[at : at + weight.own.numel()].view_as(weight.own))
+        for weight, used in zip(self.weights, self.used, strict=True):
+            weight.give(total[at : at + weight.own.numel()].view_as(weight.own) if used else None)
             at += weight.room
-        self.received = self.sending = None
 
     def gather(self) -> None:
         """Begin to bring all ranks' rows together in the whole weights."""
@@ -143,13 +169,6 @@ class _Group:
         self.gathering = []
 
 
-def _give(master: nn.Parameter, gradient: torch.Tensor) -> None:
-    if master.grad is None:
-        master.grad = gradient
-    else:
-        master.grad += gradient
-
-
 class MasterWeights:
     """The masters of this rank, by name: what optimizers and checkpoints see. Their gradients come in the backward pass.
 
@@ -162,7 +181,7 @@ class MasterWeights:
         self._mesh = mesh
         self._narrow = self._completes = False
         self._current = False  # whether weights are their masters' values, or on the way to be
-        self._sending: _Group | None = None
+        self._sending: list[_Group] = []
         self.masters: dict[str, nn.Parameter] = {}
         self.own: dict[str, torch.Tensor] = {}
         self._groups: list[_Group] = []
@@ -193,19 +212,20 @@ class MasterWeights:
             gradient, computed.grad = own_part(computed.grad, computed), None
             group.add(index, gradient, self._narrow)
             group.missing -= self._completes
-            if group.missing:
-                return
-            # The next block's gradients are computed while this one's travel; then the latter have arrived.
-            if self._sending is not None:
-                self._sending.receive()
-            group.send()
-            self._sending = group
+            if not group.missing:
+                self._send(group)
 
         return deliver
 
+    def _send(self, group: _Group) -> None:
+        # The next block's gradients were computed while the last one's were on their way; these have arrived by now.
+        self._sending = [before for before in self._sending if not before.advance()]
+        group.send()
+        self._sending.append(group)
+
     def begin(self, micro_batches: int, one_pass: bool) -> None:
         """Before a step's first forward pass. one_pass: the optimizer takes gradients in the dtype of the compute."""
-        self._sending = None
+        self._sending = []
         for group in self._groups:
             group.clear()
         # What is sent is added up in the masters' dtype by whoever gets it, so nothing has to be widened before.
@@ -219,9 +239,11 @@ class MasterWeights:
     @torch.no_grad()
     def complete(self) -> None:
         """After a micro-batch that completes the gradients: until all have arrived."""
-        if self._sending is not None:
-            self._sending.receive()
-        self._sending = None
+        for group in self._groups:
+            if any(gradient is not None for gradient in group.taken):  # it waits for weights that this step did not use
+                self._send(group)
+        while self._sending:
+            self._sending = [group for group in self._sending if not group.advance()]
 
     def refresh(self) -> None:
         """Bring the whole weights up to date with the masters, where somebody else than the optimizer wrote to those."""

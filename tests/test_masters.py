@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 
 from meshloom.config.parallel import ParallelConfig
 from meshloom.data.batch import MicroBatch
+from meshloom.models.llama import Llama
+from meshloom.optim.adamw import AdamW
+from meshloom.parallel.engine import EngineSettings
+from meshloom.parallel.engines import make_engine
+from meshloom.parallel.layout import Layout
+from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.torch_engine import TorchEngine
-from parity import Work, build, curves, sample, train
+from parity import Work, build, curves, sample, step, train
 from ranks import run_ranks
 
 FSDP = ParallelConfig(zero=2, offload="cpu")  # goes through FSDP2 on any number of ranks, one included
@@ -67,15 +76,15 @@ def test_what_a_checkpoint_writes_is_computed_with(ranks: int) -> None:
         assert before == after != without
 
 
-def summed(rank: int, world_size: int, steps: list[list[float]], one_pass: bool) -> list[tuple[float, str]]:
+def summed(rank: int, world_size: int, factors: list[list[float]], one_pass: bool) -> list[tuple[float, str]]:
     """Every weight's gradient when the micro-batches of each rank bring these, the same for all elements."""
     engine = build(Work(ParallelConfig(zero=1), precision="bf16"), world_size)
     assert isinstance(engine, TorchEngine) and engine._masters is not None
-    mine = steps[rank]
+    mine = factors[rank]
     engine._masters.begin(len(mine), one_pass)
-    for number, step in enumerate(mine):
+    for number, factor in enumerate(mine):
         engine._masters.expect(last=number == len(mine) - 1)
-        torch.stack([(parameter * step).sum() for parameter in engine.module.parameters()]).sum().backward()
+        torch.stack([(parameter * factor).sum() for parameter in engine.module.parameters()]).sum().backward()
     engine._masters.complete()
     gradients = [master.grad for master in engine._masters.masters.values() if master.numel()]
     assert all(parameter.grad is None for parameter in engine.module.parameters())
@@ -97,6 +106,41 @@ def test_several_passes_are_summed_in_fp32_and_one_keeps_its_dtype() -> None:
         assert set(rank) == {(257.0, "torch.float32")}
     for rank in run_ranks(2, summed, [[256.0, 1.0], [256.0, 2.0]], True):
         assert set(rank) == {(515.0, "torch.float32")}
+
+
+class Spare(Llama):
+    """Each block has a weight that no forward pass uses."""
+
+    def __init__(self, **shape: Any) -> None:
+        super().__init__(**shape)
+        for block in self.layers.values():
+            block.spare = torch.nn.Linear(6, 6, bias=False)
+
+
+def with_a_spare_weight(rank: int, world_size: int, layouts: list[ParallelConfig]) -> list[tuple[list[float], dict[str, bool]]]:
+    """By layout: losses and norms of three steps, and which weights they moved."""
+    found: list[tuple[list[float], dict[str, bool]]] = []
+    for parallel in layouts:
+        work = Work(parallel, micro=2, steps=3)
+        mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
+        with torch.device("meta"):
+            model = Spare(**work.llama())
+        make = functools.partial(AdamW, lr=1e-2, weight_decay=0.1)
+        engine = make_engine(model, mesh, make, parallel, EngineSettings(seed=7, precision="fp64"))
+        before = {f.name: f.tensor.clone() for f in engine.fragments() if f.role == "weight"}
+        curve = [number for at in range(work.steps) for number in step(engine, work, at)]
+        after = {f.name: f.tensor for f in engine.fragments() if f.role == "weight"}
+        found.append((curve, {name: not torch.equal(before[name], after[name]) for name in before}))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_unused_weight_keeps_nobody_from_training(ranks: int) -> None:
+    layouts = [FSDP, ParallelConfig(zero=0), ParallelConfig(zero=1)]
+    (expected, _), *others = run_ranks(ranks, with_a_spare_weight, layouts)[0]
+    for curve, moved in others:
+        assert curve == pytest.approx(expected, rel=1e-9)
+        assert {name for name, did in moved.items() if not did} == {name for name in moved if "spare" in name}
 
 
 def moments(rank: int, world_size: int, parallel: ParallelConfig) -> tuple[float, float]:
