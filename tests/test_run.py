@@ -230,6 +230,16 @@ def test_a_process_that_can_not_begin_ends_the_others_without_a_word(
     assert first == third == code
 
 
+def test_a_sample_is_never_of_an_earlier_runs_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = on_text(tmp_path, "the cat in the hat", "trainer.steps=2", "trainer.sample_prompt=the", "trainer.sample_tokens=3")
+    assert body(0, 1, text) == 0
+    assert (tmp_path / "run" / "sample.txt").read_text().startswith("the")
+    (tmp_path / "run" / "sample.txt").unlink()
+    assert body(0, 1, [*text, "checkpoint.every=0"]) == 0
+    assert not (tmp_path / "run" / "sample.txt").exists()
+    assert "there will be no sample, because the run saves nothing" in caplog.text
+
+
 def diverging(rank: int, world_size: int, overrides: list[str]) -> tuple[int, bool]:
     code = body(rank, world_size, overrides)
     return code, (Path(overrides[0].partition("=")[2]) / "checkpoints" / "step-00000004").exists()

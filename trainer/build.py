@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -36,8 +37,10 @@ from .garbage import CollectGarbage
 from .hooks import Hook
 from .loggers import default_loggers
 from .loop import Loop
-from .sampling import SampleText
+from .sampling import SampleText, TextCodec
 from .saving import Saving
+
+log = logging.getLogger(__name__)
 
 UNTOLD_VOCABULARY = 32_000  # of synthetic data where the model leaves it to the data as well
 
@@ -194,8 +197,7 @@ def build_run(config: DictConfig, data: DataNode, mesh: Mesh) -> Run:
     if mesh.is_main:
         if parts.trainer.sample_prompt is not None:
             build = functools.partial(build_model, config, model.vocabulary)
-            prompt, tokens = parts.trainer.sample_prompt, parts.trainer.sample_tokens
-            hooks.append(SampleText(prompt, tokens, build, data.tokenizer, config.seed, checkpoint_folder(config)))
+            hooks += _sample(config, parts.trainer, build, data.tokenizer, saved=saving is not None)
         hooks += default_loggers(parts.logging, output_dir, config)
 
     loop = Loop(
@@ -213,3 +215,15 @@ def build_run(config: DictConfig, data: DataNode, mesh: Mesh) -> Run:
         hooks=hooks,
     )
     return Run(loop, saving, loader, data)
+
+
+def _sample(
+    config: DictConfig, trainer: TrainerConfig, build: Callable[[], Llama], codec: TextCodec | None, *, saved: bool
+) -> list[Hook]:
+    """The hook that shows a sample at the end of the run, where it can."""
+    assert trainer.sample_prompt is not None
+    if codec is None or not saved:  # checkpoints of an earlier run may lie there
+        why = "the data has no text" if codec is None else "the run saves nothing (checkpoint.every=0)"
+        log.warning("trainer.sample_prompt: there will be no sample, because %s", why)
+        return []
+    return [SampleText(trainer.sample_prompt, trainer.sample_tokens, build, codec, config.seed, checkpoint_folder(config))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -16,8 +15,6 @@ from ..checkpoint.restore import restore
 from ..parallel.fragment import Box, Fragment
 from .hooks import Hook
 from .loop import Loop
-
-log = logging.getLogger(__name__)
 
 
 class TextCodec(Protocol):
@@ -120,7 +117,7 @@ class SampleText(Hook):
     """
 
     def __init__(
-        self, prompt: str, tokens: int, build: Callable[[], nn.Module], codec: TextCodec | None, seed: int, checkpoints: str
+        self, prompt: str, tokens: int, build: Callable[[], nn.Module], codec: TextCodec, seed: int, checkpoints: str
     ) -> None:
         self._prompt = prompt
         self._tokens = tokens
@@ -132,10 +129,7 @@ class SampleText(Hook):
     def on_run_end(self, loop: Loop, output_dir: Path) -> None:
         """Generate, show and write."""
         checkpoint = find_latest(self._checkpoints)
-        if self._codec is None or checkpoint is None:
-            missing = "data without text" if self._codec is None else "no checkpoint"
-            log.warning("trainer.sample_prompt: no sample, because there is %s", missing)
-            return
+        assert checkpoint is not None, "a run ends with its last save on disk"
         model = load_plain(self._build(), checkpoint, loop.mesh.device, torch.float32)
         text = generate(model, self._codec, self._prompt, tokens=self._tokens, seed=self._seed, context=loop.horizon.seq_len)
         (output_dir / "sample.txt").write_text(text + "\n", encoding="utf-8")
