@@ -141,11 +141,13 @@ class Arena:
 class ArenaPool:
     """At most `limit` bytes of arenas (None: room for `count`), lent one at a time and reused.
 
-    pin: lock new arenas for the GPU's copy engines. folder: of their files, where they are not to be in memory.
+    least: how many must find room beside each other for saves to get on. pin: lock new arenas for the GPU's copy engines.
+    folder: of their files, where they are not to be in memory.
     """
 
     limit: int | None
     count: int = 2
+    least: int = 1
     pin: bool = False
     folder: str | None = None
 
@@ -175,9 +177,10 @@ class ArenaPool:
 
     def lend(self, size: int, timeout: float) -> Arena:
         """An arena of at least this size; waits for one to come back. Raises CheckpointError if it never can fit."""
-        if self.limit is not None and rounded(size) > self.limit:
+        if self.limit is not None and self.least * rounded(size) > self.limit:
+            what = "a snapshot takes" if self.least == 1 else f"{self.least} snapshots (checkpoint.memory_every keeps one) take"
             raise CheckpointError(
-                f"a snapshot takes {rounded(size) / 2**30:.3f} GiB of host memory, more than checkpoint.host_memory_gib="
+                f"{what} {self.least * rounded(size) / 2**30:.3f} GiB of host memory, more than checkpoint.host_memory_gib="
                 f"{self.limit / 2**30:.3f}; raise it"
             )
         deadline = time.monotonic() + timeout

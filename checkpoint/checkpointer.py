@@ -56,7 +56,8 @@ class Checkpointer:
         if in_memory and local is None:
             raise ConfigError([Problem("checkpoint.memory_every", "needs a mounted folder to find the keepers by", "use null")])
         on_disk = config.snapshot_folder is not None
-        pool = ArenaPool(limit, count=3 if in_memory else 1 if on_disk else 2, folder=config.snapshot_folder)
+        count = 3 if in_memory else 1 if on_disk else 2
+        pool = ArenaPool(limit, count, least=2 if in_memory else 1, folder=config.snapshot_folder)
         self._tools = Tools(
             target=self._target,
             pool=pool,

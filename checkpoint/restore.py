@@ -160,7 +160,11 @@ def _candidates(location: str | Path, talk: Round) -> list[str]:
     A version in the keepers' memory comes first, unless the disk has a newer one.
     """
     if talk.control.rank == 0:
-        talk.announce("candidates", json.dumps(_found_in(location)).encode())
+        try:
+            talk.announce("candidates", json.dumps(_found_in(location)).encode())
+        except BaseException as error:
+            talk.abort(f"looking for checkpoints in {location} failed: {type(error).__name__}: {error}")
+            raise
     return json.loads(talk.hear("candidates"))
 
 

@@ -8,6 +8,8 @@ ranks reads each needed byte of the checkpoint once, however the boxes lie.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch.distributed as dist
 from .errors import DamageError
 from .files import Files, RangeReader
 from .manifest import Manifest
-from .reader import BATCH_BYTES, Reader, Unit
+from .reader import BATCH_BYTES, Reader, Unit, needed_leaves
 
 WINDOW_BYTES = 4 * BATCH_BYTES
 Leaves = np.ndarray[Any, np.dtype[np.bool_]]
@@ -35,15 +37,14 @@ class SharedReader(Reader):
 
     def fetch(self, units: list[Unit]) -> Iterator[tuple[Unit, Bytes, int]]:
         """See Reader. A rank that meets damage goes on serving the others, which learn of it, and raises at the end."""
-        mine = self._needs(units)
-        everyone: list[Any] = [None] * self.group.size()
-        dist.all_gather_object(everyone, {number: np.packbits(leaves) for number, leaves in mine.items()}, group=self.group)
         units = sorted(units, key=lambda unit: (unit.file, unit.stop))
+        everyone: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(everyone, self._needs(units), group=self.group)
         at = 0
         for number in sorted({number for needs in everyone for number in needs}):
             size = self.manifest.files[number].bytes
             count = -(-size // self.manifest.leaf_bytes)
-            needs = [np.unpackbits(n[number], count=count).astype(bool) if number in n else None for n in everyone]
+            needs = [unpacked(n[number], count) if number in n else None for n in everyone]
             me = self.group.rank()
             if needs[me] is None:
                 continue
@@ -65,18 +66,15 @@ class SharedReader(Reader):
         if self._fault is not None:
             raise self._fault
 
-    def _needs(self, units: list[Unit]) -> dict[int, Leaves]:
-        """For each file, which leaves this rank needs."""
-        leaf = self.manifest.leaf_bytes
-        edges: dict[int, Any] = {}
-        for unit in units:
-            if unit.file not in edges:
-                edges[unit.file] = np.zeros(-(-self.manifest.files[unit.file].bytes // leaf) + 1, np.int32)
-            first = (unit.start + unit.run_starts) // leaf
-            last = (unit.start + unit.run_starts + unit.run_bytes - 1) // leaf
-            np.add.at(edges[unit.file], first, 1)
-            np.add.at(edges[unit.file], last + 1, -1)
-        return {number: np.cumsum(edge[:-1]) > 0 for number, edge in edges.items()}
+    def _needs(self, units: list[Unit]) -> dict[int, bytes]:
+        """For each file, which leaves this rank needs, packed. units: in the order of their files."""
+        size = {unit.file: self.manifest.files[unit.file].bytes for unit in units}
+        return {
+            number: zlib.compress(
+                np.packbits(needed_leaves(list(group), 0, size[number], self.manifest.leaf_bytes)).tobytes(), 1
+            )
+            for number, group in itertools.groupby(units, key=lambda unit: unit.file)
+        }
 
     def _exchange(self, number: int, reader: Any, start: int, stop: int, needs: list[Leaves | None], window: Bytes) -> None:
         """Fill the leaves of this window that this rank needs, by reading or from others."""
@@ -124,6 +122,11 @@ class SharedReader(Reader):
             action(*arguments)
         except DamageError as error:
             self._fault = self._fault or error
+
+
+def unpacked(needs: bytes, count: int) -> Leaves:
+    """Which of a file's `count` leaves a rank needs, out of its message: bits, of which neighbours are mostly equal."""
+    return np.unpackbits(np.frombuffer(zlib.decompress(needs), np.uint8), count=count).astype(bool)
 
 
 class _Unreadable:

@@ -328,6 +328,15 @@ def test_a_snapshot_larger_than_the_memory_given_is_refused_with_the_key(tmp_pat
     run.close()
 
 
+def test_memory_that_can_not_hold_a_kept_snapshot_and_the_next_one_is_refused_with_the_key(tmp_path: Path) -> None:
+    run = open_run(tmp_path, memory_every=1, host_memory_gib=3.0 / 1024)  # a snapshot takes 2 MiB
+    with pytest.raises(CheckpointError, match=r"2 snapshots.*checkpoint\.host_memory_gib"):
+        run.prepare(fragments(make_arrays(1), 1, 0)[0])
+    run.save(1, fragments(make_arrays(1), 1, 0)[0], {})
+    assert "checkpoint.memory_every" in run.poll()[0].reason
+    run.close()
+
+
 def test_a_snapshot_is_of_the_values_before_the_update(tmp_path: Path) -> None:
     run = open_run(tmp_path, mode="async")
     ranks = fragments(make_arrays(), 1, 0)

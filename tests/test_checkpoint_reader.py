@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,11 +17,12 @@ from checkpoint_worlds import fragments, holds, make_arrays, together
 
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.control import Control
-from meshloom.checkpoint.errors import DamageError
+from meshloom.checkpoint.errors import CheckpointError, DamageError
 from meshloom.checkpoint.files import LocalFiles
 from meshloom.checkpoint.folder import open_step
-from meshloom.checkpoint.reader import Reader
+from meshloom.checkpoint.reader import Reader, units_of
 from meshloom.checkpoint.restore import restore
+from meshloom.checkpoint.shared_reader import SharedReader, unpacked
 from meshloom.config.checkpoint import CheckpointConfig
 from meshloom.launch.checkpoint import main
 from meshloom.parallel.fragment import Box, Fragment
@@ -132,6 +134,36 @@ def _failing_in_group(rank: int, world: int, folder: str, suffix: str) -> int:
     ranks = fragments(make_arrays(), world, 4, blank=True)
     control = Control(rank, world, dist.FileStore(f"{folder}/store", world))
     return restore(folder, ranks[rank], control, timeout=20, group=dist.group.WORLD).step
+
+
+def test_where_the_coordinator_can_not_look_the_others_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, fragments(make_arrays(), 2, 9), 1)
+    ranks = fragments(make_arrays(), 2, 4, blank=True)
+
+    def blind(path: Path) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    def body(control: Control) -> str:
+        with pytest.raises((CheckpointError, OSError)) as error:
+            restore(tmp_path, ranks[control.rank], control, timeout=5.0)
+        return str(error.value)
+
+    monkeypatch.setattr(Path, "iterdir", blind)
+    said = together(2, body)
+    assert all("Permission denied" in text for text in said), said
+
+
+def test_what_ranks_tell_each_other_of_their_needs_is_small(tmp_path: Path) -> None:
+    count = 40 * 2**18
+    files = LocalFiles(tmp_path / "step-00000001")
+    save(tmp_path, [[Fragment("w", "weight", (count,), Box.whole((count,)), torch.zeros(count))]], 1)
+    manifest = open_step(files)
+    reader = SharedReader(files, manifest, None)  # type: ignore[arg-type]
+    units = units_of(manifest.arrays["weight/w"], Box((5,), (count - 10,)), np.empty(count - 10, np.uint32))
+    needs = reader._needs(units)
+    assert len(needs[0]) < 200
+    leaves = unpacked(needs[0], -(-manifest.files[0].bytes // 4096))
+    assert leaves.sum() == 10240 and not leaves[0]
 
 
 @pytest.mark.parametrize("suffix", [".leaves", "rank-00001.safetensors"])
