@@ -18,7 +18,7 @@ class CheckpointConfig:
     memory_group     ranks that protect each other's snapshots: any one of a group may be lost; 2 is a mirror
     folder           where to save: a path or an fsspec URL such as s3://bucket/run (null: <output_dir>/checkpoints)
     host_memory_gib  most host memory one rank may use for snapshots; when the disk is slower than the schedule and all of
-                     it is taken, the save is skipped and said so (null: room for two snapshots)
+                     it is taken, the save is skipped and said so. One must fit, with memory_every two (null: room for two)
     device_memory_gib  most GPU memory of one rank that may hold parts of a snapshot on their way to the host, so that the
                      update need not wait for them (null: up to half of what is free; 0: none)
     snapshot_folder  folder on a local disk where a snapshot is put together, instead of in host memory: for state that memory
@@ -27,7 +27,7 @@ class CheckpointConfig:
     strict           resuming from a checkpoint with state that does not fit is refused; false: what fits is loaded and the rest
                      reported, as when the optimizer is another one. Weights must always fit
     failures         failed saves in a row after which the run stops
-    timeout          seconds without news from another rank after which a save is given up
+    timeout          seconds without news from another rank, or without progress of the writer, after which a save is given up
     """
 
     every: int | None = 500
