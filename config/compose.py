@@ -339,5 +339,8 @@ def _reason(error: BaseException) -> tuple[str, str]:
     framed = re.match(r"In '(.+)': \w+ raised while composing config:", lines[0])
     if framed and len(lines) > 1:
         key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+        if key == "recipe" and "DictConfig" in lines[1]:
+            what = "its keys were read as those of a group called recipe"
+            return what, f"put '# @package _global_' on the first line of {framed[1]}.yaml"
         return f"{lines[1]}{f' ({key})' if key else ''}", f"correct recipes file {framed[1]}.yaml"
     return lines[0].rstrip("."), ""

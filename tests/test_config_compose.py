@@ -159,6 +159,13 @@ def test_sweep_folders_are_named_by_what_is_swept() -> None:
     assert len(set(names)) == 5 and all(len(name) < 230 and not set(name) & set("/:' ") for name in names)
 
 
+def test_a_recipe_that_forgot_its_package_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("recipe: mine\ntrainer:\n  steps: 3\n")
+    (problem,) = Composer(str(tmp_path)).compose(["recipe=mine"]).problems
+    assert problem.fix == "put '# @package _global_' on the first line of recipe/mine.yaml"
+
+
 def test_a_plus_sign_adds_no_key_that_nobody_reads(composer: Composer) -> None:
     line = ["+foo=1", "+trainer.step=5", "+parallel.deepspeed.stage=2", "+parallel.deepspeed.config.x.y=1", "seed=3"]
     composition = composer.compose(line)
