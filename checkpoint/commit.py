@@ -153,8 +153,11 @@ class LocalTarget:
 
     def record(self, line: dict[str, object]) -> None:
         """See Target."""
-        with (self.path / SAVES).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with (self.path / SAVES).open("ab+") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            cut_off = end > 0 and file.read(1) != b"\n"  # by a crash
+            file.write(b"\n" * cut_off + json.dumps(line).encode() + b"\n")
 
     def close(self) -> None:
         """See Target."""

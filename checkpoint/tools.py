@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -172,11 +173,18 @@ def prune(location: str | Path, keep: int) -> list[str]:
 
 
 def saves(location: str | Path) -> list[dict[str, object]]:
-    """The log of saves of a folder of checkpoints, oldest first. Raises CheckpointError if there is none."""
+    """The log of saves of a folder of checkpoints, oldest first, without lines that a crash cut off.
+
+    Raises CheckpointError if there is none.
+    """
     files = open_files(location)
     for folder in (files, files.child("checkpoints")):
         if folder.size(SAVES) is not None:
-            return [json.loads(line) for line in folder.read(SAVES).decode().splitlines()]
+            lines: list[dict[str, object]] = []
+            for line in folder.read(SAVES).decode(errors="replace").splitlines():
+                with contextlib.suppress(ValueError):
+                    lines.append(json.loads(line))
+            return lines
     raise CheckpointError(f"{files.label()}: there is no {SAVES} here; it is written by runs that save to a mounted folder")
 
 

@@ -59,6 +59,7 @@ def test_the_newest_complete_step_is_found_and_the_rest_ignored(tmp_path: Path) 
     assert find_latest(tmp_path) == tmp_path / "step-00000003"
     (tmp_path / "step-00000009.tmp-abcdef").mkdir()
     (tmp_path / "step-00000008").mkdir()
+    (tmp_path / "step-00000007").write_text("a file of that name")
     (tmp_path / "notes.txt").write_text("mine")
     assert find_latest(tmp_path) == tmp_path / "step-00000003"
     assert (tmp_path / "LATEST").read_text() == "step-00000003\n"

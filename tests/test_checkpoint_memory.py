@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -388,5 +390,14 @@ def test_the_keeper_asks_for_its_secret(folder: Path) -> None:
     link = Connection(replace(address, secret="guess"), 5.0)
     with pytest.raises(CheckpointError, match="wrong secret"):
         link.ask({"do": "status"})
+    link.close()
+    with socket.create_connection((address.host, address.port), 5.0) as stranger:
+        with contextlib.suppress(OSError):
+            for _ in range(64):
+                stranger.sendall(bytes(2**20))  # a line without an end must not fill the keeper's memory
+        with contextlib.suppress(ConnectionError):
+            assert stranger.recv(1) == b""
+    link = Connection(address, 5.0)
+    assert len(link.ask({"do": "status"})["versions"]) == 1
     link.close()
     checkpointer.finish()

@@ -94,6 +94,16 @@ def test_prune_and_stats(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert step(run, 2).exists()
 
 
+def test_stats_of_a_log_that_a_crash_cut_off(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = run / "checkpoints/saves.jsonl"
+    log.write_text(log.read_text() + '{"step": 3, "outc')
+    checkpointer = Checkpointer(run / "checkpoints", Control.alone(), CheckpointConfig(mode="sync", keep=0))
+    checkpointer.save(4, fragments(make_arrays(), 1, 0)[0], {})
+    checkpointer.finish()
+    assert main(["stats", str(run)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", "1", "2", "4"]
+
+
 def test_misuse_is_two(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert main(["frobnicate"]) == 2

@@ -16,6 +16,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hmac import compare_digest
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ class KeeperServer:
     def _serve(self, link: socket.socket) -> None:
         with link, contextlib.suppress(OSError):
             while (request := receive_line(link)) is not None:
-                if request.get("secret") != self.secret:
+                if not compare_digest(str(request.get("secret")).encode(), self.secret.encode()):
                     send(link, {"error": "wrong secret"})
                     return
                 try:

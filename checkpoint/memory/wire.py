@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import CheckpointError
 
 PIECE = 4 * 2**20
+LINE_BYTES = 16 * 2**20  # room for the digests of 7 TB
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,11 @@ def send(link: socket.socket, header: dict[str, Any], payload: memoryview | None
 
 
 def receive_line(link: socket.socket) -> dict[str, Any] | None:
-    """A line; None when the other side has hung up."""
+    """A line; None when the other side has hung up. Raises ConnectionError for one that has no end."""
     line = b""
     while not line.endswith(b"\n"):
+        if len(line) > LINE_BYTES:
+            raise ConnectionError("this is nobody who speaks to keepers")
         # One byte at a time after a look ahead: what follows the line is payload and must stay in the socket.
         ahead = link.recv(65536, socket.MSG_PEEK)
         if not ahead:
