@@ -14,7 +14,7 @@ from meshloom.launch.plan_drawing import pipeline_svg
 from meshloom.launch.plan_tables import axis_groups, written_ranks
 from meshloom.parallel.layout import Layout
 
-LLAMA = ["recipe=llama_1b", "batch.samples=64"]
+LLAMA = ["recipe=llama_1b", "batch.samples=64"]  # ZeRO-1
 
 
 def planned(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -25,7 +25,7 @@ def planned(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, 
 
 
 def test_says_who_holds_what_and_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = planned(capsys, *LLAMA, "launch.nproc=8", "parallel.tp=2", "parallel.pp=2")
+    code, out, _ = planned(capsys, *LLAMA, "launch.nproc=8", "parallel.tp=2", "parallel.pp=2", "parallel.zero=3")
     assert code == 0
     assert "8 processes: pp 2 × shard 2 × tp 2, ZeRO-3" in out
     assert "0, 4 | 1, 5 | 2, 6 | … 4 groups" in out
@@ -75,7 +75,7 @@ def test_data_that_is_not_here_is_a_note(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_nodes_count(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = planned(capsys, *LLAMA, "launch.nproc=8", "launch.nodes=2", "parallel.replicate=2")
-    assert code == 0 and "16 processes: replicate 2 × shard 8, ZeRO-3" in out
+    assert code == 0 and "16 processes: replicate 2 × shard 8, ZeRO-1" in out
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "dualpipev"])
