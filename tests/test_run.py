@@ -152,6 +152,14 @@ def test_what_belongs_to_one_run_stays_with_it(tmp_path: Path) -> None:
     assert (tmp_path / "moved" / "name").read_text() == "trunk"
 
 
+def test_folders_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    go(1, tmp_path / "unread", "output_dir='~/trunk'", "trainer.steps=2")
+    assert sorted(rows(tmp_path / "trunk", "loss")) == [1, 2]
+    go(1, tmp_path / "branch", "trainer.steps=3", "resume='auto:~/trunk'", "checkpoint.folder='~/elsewhere'")
+    assert find_latest(tmp_path / "elsewhere") is not None
+
+
 def test_a_checkpoint_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for where in (tmp_path / "file", "auto:nowhere", "s4://bucket/run"):

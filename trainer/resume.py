@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 
 FROM = "auto:"
+FOLDERS = ("output_dir", "checkpoint.folder", "checkpoint.snapshot_folder", "parallel.offload_path")
 
 
 def goes_on(resume: str) -> bool:
@@ -59,6 +60,7 @@ def find_checkpoint(location: str, key: str) -> Path | str:
     Raises ConfigError if none there is complete.
     """
     fix = "give a step-… folder, or the folder of a run that has saved one"
+    location = location if is_remote(location) else str(Path(location).expanduser())
     try:
         if open_files(location).size(MANIFEST) is not None:
             return location if is_remote(location) else Path(location)
@@ -78,8 +80,9 @@ def effective(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig,
     """What a command line really asks for: the config to run, and the checkpoint to go on from (None: a fresh start).
 
     config: composed of the recipe and the overrides. A resumed run has its checkpoint's config with the overrides on top;
-    one that begins from imported weights has its own.
+    one that begins from imported weights has its own. In both, folders begin at the user's home where they are written so.
     """
+    _expand_home(config)
     checkpoint = checkpoint_to_resume(config)
     if checkpoint is None:
         return config, None
@@ -91,9 +94,18 @@ def effective(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig,
     for key in drop_unknown(kept):
         log.info("resumed run leaves out %s, which is no key of this version", key)
     merged = cast(DictConfig, OmegaConf.merge(typed, kept))
+    _expand_home(merged)
     for line in differences(saved, config, merged):
         log.info("resumed run keeps %s", line)
     return merged, checkpoint
+
+
+def _expand_home(config: DictConfig) -> None:
+    """Shells expand ~ in some places only, and in a recipe nobody does."""
+    for key in FOLDERS:
+        written = OmegaConf.select(config, key)
+        if isinstance(written, str) and written.startswith("~"):
+            OmegaConf.update(config, key, os.path.expanduser(written))  # noqa: PTH111 (a text stays one, as written)
 
 
 def lies_in(checkpoint: Path | str, folder: str) -> bool:
@@ -119,15 +131,15 @@ def restore_run(run: Run, checkpoint: Path | str, *, strict: bool, branch: bool 
     loop.engine.prepare_restore()
     report = _restore(loop, checkpoint, list(loop.engine.fragments()), strict=strict)
     _refuse_other_weights(loop, checkpoint, report)
-    if loop.mesh.is_main and (lost := [*report.missing, *report.mismatched, *report.unused]):
+    state, known = report.state, loop.engine.counters()
+    counters = known.keys() ^ state["counters"].keys()
+    if loop.mesh.is_main and (lost := [*report.missing, *report.mismatched, *report.unused, *counters]):
         log.warning(
             "begun anew or left out, because it does not fit: %s", ", ".join(sorted({key.split("/")[0] for key in lost}))
         )
-    state = report.state
     if state["data_fingerprint"] != run.data.fingerprint:
         samples = state["progress"]["samples"]
         log.warning("the data differs from the checkpoint's: the run goes on at sample %d of the new data", samples)
-    known = loop.engine.counters()
     loop.engine.load_counters({name: value for name, value in state["counters"].items() if name in known})
     loop.progress = Progress(**state["progress"])
     # A run that goes on under a measuring controller keeps the size it had come to, whatever had chosen that.
