@@ -1,6 +1,6 @@
 """How fast a checkpoint reaches the disk, side by side: raw O_DIRECT, safetensors, torch DCP in its modes, Meshloom.
 
-    python benchmarks/checkpoint_io.py [--gib 1] [--tensors 64 4096] [--rounds 5] [--folder .]
+    python benchmarks/checkpoint_io.py [--gib 1] [--tensors 64 4096] [--rounds 5] [--folder .] [--only Meshloom]
 
 One process, fp32, everything fsynced. Rounds are interleaved and medians printed, since disks and neighbours are not
 constant. "blocks": until the trainer may go on (for Meshloom async: the call; "staged": until it may change the tensors).
@@ -140,8 +140,8 @@ def ours(bench: Bench, checkpointer: Checkpointer, step: int) -> Times:
     return {"blocks": blocks, "staged": staged, "total": total}
 
 
-def measure(bench: Bench, rounds: int, memory: mmap.mmap) -> None:
-    """All modes, interleaved; the first round warms up and does not count."""
+def measure(bench: Bench, rounds: int, memory: mmap.mmap, only: str) -> None:
+    """All modes, or raw and those with `only` in their names, interleaved; the first round warms up and does not count."""
     in_background = StagingOptions(False, True, True, False)  # pinned memory needs a GPU
     reused = DefaultStager(StagingOptions(False, False, False, False))
     shared = DefaultStager(in_background)
@@ -162,8 +162,9 @@ def measure(bench: Bench, rounds: int, memory: mmap.mmap) -> None:
         "Meshloom sync": lambda: ours(bench, mine["sync"], next(steps)),
         "Meshloom async": lambda: ours(bench, mine["async"], next(steps)),
     }
+    chosen = {name: mode for name, mode in modes.items() if only in name or name.startswith("raw")}
     for number in range(rounds + 1):
-        for name, mode in modes.items():
+        for name, mode in chosen.items():
             os.sync()
             try:
                 took = mode()
@@ -219,6 +220,7 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, nargs="+", default=[64, 4096])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path())
+    parser.add_argument("--only", default="", help="part of the names of the modes to measure beside raw")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -232,7 +234,7 @@ def main() -> None:
             bench = Bench([torch.randn(side, side) for _ in range(count)], Path(name))
             memory = mmap.mmap(-1, sum(tensor.numel() * 4 for tensor in bench.tensors) // 4096 * 4096)
             memory[:] = os.urandom(1 << 20) * (len(memory) // (1 << 20)) + bytes(len(memory) % (1 << 20))
-            measure(bench, arguments.rounds, memory)
+            measure(bench, arguments.rounds, memory, arguments.only)
             report(bench)
             partial_reads(bench)
     dist.destroy_process_group()
