@@ -49,13 +49,17 @@ class AdaGradNorm(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         initial: float = 1e-2,
     ) -> None:
-        self._shards = shards
+        self._shards, self._initial = shards, initial
         self._by_name = {parameter.name: parameter for parameter in parameters}
         super().__init__(decay_groups(parameters, weight_decay), {"lr": lr})
         # One number, shared by all states: a counter in the sense of parameters.py.
         self._accumulator = torch.full((), initial, dtype=torch.float64, device=parameters[0].tensor.device)
         for parameter in parameters:
             self.state[parameter.tensor]["accumulator"] = self._accumulator
+
+    def first_counters(self) -> dict[str, float]:
+        """B² at the start."""
+        return {"accumulator": self._initial}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

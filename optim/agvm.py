@@ -90,6 +90,10 @@ class AGVM(AdamW):
         """Any parameter's state: counters are the same in all."""
         return self.state[self._parameters[0].tensor]
 
+    def first_counters(self) -> dict[str, float]:
+        """Every module begins at the scheduled rate."""
+        return {f"scale.{name}": 1.0 for name in self._names}
+
     @torch.no_grad()
     def observe_halves(self, first: Sequence[torch.Tensor]) -> None:
         """first: parallel to the parameters; see the module. One collective, and one more between pipeline stages."""

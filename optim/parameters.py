@@ -16,7 +16,7 @@ What engines rely on in any `torch.optim.Optimizer`, built as `Class(parameters=
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -54,6 +54,21 @@ class OnePass(Protocol):
 
     gradient_scale: torch.Tensor | None
     """One number on the device that the next `step()`, and only that, multiplies gradients by; None: 1."""
+
+
+@runtime_checkable
+class Begins(Protocol):
+    """An optimizer some of whose counters do not begin at 0."""
+
+    def first_counters(self) -> dict[str, float]:
+        """Those counters' values before the first update."""
+        ...
+
+
+def before_updates(optimizer: torch.optim.Optimizer, counters: Iterable[str]) -> dict[str, float]:
+    """The values that an optimizer's counters have before its first update."""
+    begins = optimizer.first_counters() if isinstance(optimizer, Begins) else {}
+    return {name: begins.get(name, 0.0) for name in counters}
 
 
 class Shards(Protocol):

@@ -19,7 +19,7 @@ from ..data.batch import MicroBatch
 from ..models.attention import positions
 from ..models.llama import Llama
 from ..optim.agvm import AGVM
-from ..optim.parameters import NamedParameter, OnePass
+from ..optim.parameters import NamedParameter, OnePass, before_updates
 from .assembly import apply_forms, fill_weights, own_stages
 from .context.split import ContextParallel
 from .cost import balanced_stages
@@ -301,7 +301,7 @@ class TorchEngine:
             parameter.tensor.grad = torch.zeros_like(parameter.tensor)
         self.update(0.0)
         self.zero_grad()
-        self.load_counters(dict.fromkeys(self.counters(), 0.0))
+        self.load_counters(before_updates(self.optimizer, self.counters()))
 
     def counters(self) -> dict[str, float]:
         """Scalar optimizer state, read off the first parameter: it is the same for every one."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_run import body
 
 from meshloom.config.compose import Composer
 from meshloom.config.parallel import ParallelConfig
@@ -129,6 +132,54 @@ def test_state_goes_through_fragments_and_counters() -> None:
         for name, (whole, cut) in results.items():
             assert cut == pytest.approx(whole, rel=1e-9), name
             assert len({round(loss, 6) for loss in whole}) == 5, f"{name} does not train"
+
+
+def continued(
+    rank: int, world_size: int, make: Callable[..., torch.optim.Optimizer], options: dict[str, Any]
+) -> tuple[list[float], dict[str, float]]:
+    """Two steps with AdamW, whose state goes into a new engine with another optimizer as far as that has a place for it."""
+    before = build(ParallelConfig(zero=3), world_size, AdamW)
+    losses = train(before, 0, 2)
+    kept = {(fragment.key, fragment.box): fragment.tensor.clone() for fragment in before.fragments()}
+    after = build(ParallelConfig(zero=3), world_size, make, **options)
+    after.prepare_restore()
+    with torch.no_grad():
+        for fragment in after.fragments():
+            fragment.tensor.copy_(kept[fragment.key, fragment.box])
+    known = after.counters()
+    after.load_counters({name: value for name, value in before.counters().items() if name in known})
+    known = after.counters()
+    return losses + train(after, 2, 5), known
+
+
+def test_adamw_goes_on_as_agvm() -> None:
+    """AGVM that never measures is AdamW; its scales, of which AdamW knows nothing, begin at 1 and not at 0."""
+    losses, counters = run_ranks(1, continued, AGVM, {"interval": 50})[0]
+    assert {value for name, value in counters.items() if name.startswith("scale.")} == {1.0}
+    assert losses == pytest.approx(run_ranks(1, plain)[0][:5], rel=1e-9)
+
+
+def test_adagrad_norm_goes_on_from_what_it_begins_with() -> None:
+    _, counters = run_ranks(1, continued, AdaGradNorm, {"initial": 0.25})[0]
+    assert counters == {"accumulator": 0.25}
+
+
+def told(rank: int, world_size: int, overrides: list[str]) -> str:
+    """What a run says of what it could not restore."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("meshloom").addHandler(handler)
+    assert body(rank, world_size, overrides) == 0
+    return "\n".join(line for line in said if "begun anew" in line)
+
+
+def test_a_resumed_run_names_the_counters_that_it_begins_anew(tmp_path: Path) -> None:
+    steps = [f"output_dir={tmp_path}", "batch.micro=1"]
+    assert run_ranks(1, told, [*steps, "trainer.steps=2"]) == [""]
+    (said,) = run_ranks(1, told, [*steps, "trainer.steps=4", "resume=auto", "optim=agvm"])
+    assert all(name in said for name in ("scale.attention", "updates")) and "step" not in said
+    assert run_ranks(1, told, [*steps, "trainer.steps=6", "resume=auto", "optim=agvm"]) == [""]
 
 
 def test_what_cannot_be_halved_is_refused() -> None:
