@@ -43,7 +43,7 @@ def test_a_snapshot_is_not_torn_by_the_update_that_follows(tmp_path: Path, mode:
         outcomes += [report.outcome for report in checkpointer.poll()]
     outcomes += [report.outcome for report in checkpointer.finish()]
     assert outcomes == ["committed"] * 8
-    assert (gpu.spare_bytes > 0) == (late > 0)
+    assert gpu.spare_bytes > 0 or not late  # a slow copy makes it learn by itself, too
     for step in range(1, 9):
         back = [torch.full_like(tensor, -1) for tensor in tensors]
         report = restore(tmp_path / f"step-{step:08d}", held(back), Control.alone())
