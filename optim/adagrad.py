@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .bounds import NOT_NEGATIVE, POSITIVE, outside, refuse
 from .parameters import NamedParameter, Shards, decay_groups
 
 
@@ -49,6 +50,7 @@ class AdaGradNorm(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         initial: float = 1e-2,
     ) -> None:
+        refuse([*outside(NOT_NEGATIVE, weight_decay=weight_decay), *outside(POSITIVE, initial=initial)])
         self._shards, self._initial = shards, initial
         self._by_name = {parameter.name: parameter for parameter in parameters}
         super().__init__(decay_groups(parameters, weight_decay), {"lr": lr})

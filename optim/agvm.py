@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from .adamw import AdamW
+from .bounds import COUNT, FRACTION, NOT_NEGATIVE, outside, refuse
 from .parameters import NamedParameter, Shards
 
 MODULES = {
@@ -63,6 +64,9 @@ class AGVM(AdamW):
         smoothing: float = 0.97,
         modules: Mapping[str, str] | None = None,
     ) -> None:
+        refuse(
+            [*outside(COUNT, interval=interval), *outside(NOT_NEGATIVE, begin=begin), *outside(FRACTION, smoothing=smoothing)]
+        )
         patterns = {name: re.compile(pattern) for name, pattern in (modules or MODULES).items()}
         self._names = [*patterns, "other"]
         if anchor not in self._names:

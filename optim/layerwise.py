@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .bounds import FRACTION, NOT_NEGATIVE, POSITIVE, outside, refuse
 from .parameters import NamedParameter, Shards, decay_groups
 
 
@@ -104,9 +105,17 @@ class LAMB(_Layerwise):
         bias_correction: bool = True,
         norm_max: float | None = None,
     ) -> None:
+        first, second = betas
+        refuse(
+            [
+                *outside(NOT_NEGATIVE, weight_decay=weight_decay),
+                *(problem for beta in (first, second) for problem in outside(FRACTION, betas=beta)),
+                *outside(POSITIVE, eps=eps, **({} if norm_max is None else {"norm_max": norm_max})),
+            ]
+        )
         self._bias_correction = bias_correction
         self._norm_max = norm_max
-        super().__init__(parameters, shards, weight_decay, {"lr": lr, "betas": tuple(betas), "eps": eps})
+        super().__init__(parameters, shards, weight_decay, {"lr": lr, "betas": (first, second), "eps": eps})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -161,6 +170,13 @@ class LARS(_Layerwise):
         momentum: float = 0.9,
         trust: float = 1e-3,
     ) -> None:
+        refuse(
+            [
+                *outside(NOT_NEGATIVE, weight_decay=weight_decay),
+                *outside(FRACTION, momentum=momentum),
+                *outside(POSITIVE, trust=trust),
+            ]
+        )
         self._momentum = momentum
         self._trust = trust
         super().__init__(parameters, shards, weight_decay, {"lr": lr})

@@ -160,6 +160,31 @@ def test_agvm_is_refused_where_it_would_see_no_halves(composer: Composer) -> Non
     assert "two micro-batches" in problems_of(composer, 1, *stages, "batch.stages='0:1 3steps:8'")["batch.micro"]
 
 
+@pytest.mark.parametrize(
+    ("optim", "setting"),
+    [
+        ("lars", "trust=-1"),
+        ("lars", "momentum=1"),
+        ("lars", "weight_decay=nan"),
+        ("lamb", "eps=0"),
+        ("lamb", "norm_max=-2"),
+        ("lamb", "betas=[0.9,1]"),
+        ("lamb", "weight_decay=-1"),
+        ("agvm", "interval=0"),
+        ("agvm", "begin=-4"),
+        ("agvm", "smoothing=1"),
+        ("adagrad_norm", "initial=0"),
+        ("adagrad_norm", "initial=nan"),
+    ],
+)
+def test_numbers_that_no_optimizer_can_use_are_refused(composer: Composer, optim: str, setting: str) -> None:
+    base = [f"optim={optim}", "batch.samples=8", "batch.micro=1"]
+    key, value = setting.split("=")
+    found = problems_of(composer, 1, *base, f"optim.{setting}")
+    assert list(found) == [f"optim.{key}"]
+    assert value.strip("[]").split(",")[-1] in found[f"optim.{key}"] and "; use " in found[f"optim.{key}"]
+
+
 def test_a_url_that_nothing_can_read_is_refused(composer: Composer) -> None:
     assert "nosuch" in problems_of(composer, 1, "checkpoint.folder='nosuch://bucket/run'")["checkpoint.folder"]
 
