@@ -166,12 +166,16 @@ class Save:
         if decision["new"]:
             tools.planner.adopt(talk)
         self.disk, report.reason = decision["disk"], decision["reason"]
+        if decision["unkept"]:
+            self.memory = False
+            self._not_kept(decision["unkept"])
+        if not self.disk and not self.memory:
+            return
         layout = tools.planner.layout  # this save's, whatever later saves plan
         request = self._stage(tools, layout)
         self._confirmed.wait()
         if self._doubt:
             raise CheckpointError(self._doubt)
-        report.outcome = "skipped"
         if self.memory:
             self._keep(tools, layout, json.loads(talk.hear(f"place/{talk.control.rank}")))
         self._kept.set()
@@ -199,7 +203,7 @@ class Save:
     def _decide(self, tools: Tools) -> dict[str, Any]:
         planner = tools.planner
         notes, new = planner.decide(self.talk)
-        disk, reason = self.disk, ""
+        disk, reason, unkept = self.disk, "", ""
         taken = f"{tools.pool.bytes / 2**30:.2f} GiB of snapshots in use on rank 0"
         if NO_MEMORY in notes:
             slow = "disk or the keepers are" if self.memory else "disk is"
@@ -215,10 +219,11 @@ class Save:
         if tools.memory is not None and self.memory:
             assert tools.predecessors is not None
             sizes = [layout.bytes for layout in self._layouts]
-            for rank, place in enumerate(tools.memory.arrange(self.talk, sizes, tools.predecessors)):
+            places, unkept = tools.memory.arrange(self.talk, sizes, tools.predecessors)
+            for rank, place in enumerate(places):
                 self.talk.announce(f"place/{rank}", json.dumps(place).encode())
         reach("decision.before")
-        return {"token": token, "new": new, "disk": disk, "reason": reason}
+        return {"token": token, "new": new, "disk": disk, "reason": reason, "unkept": unkept}
 
     def _stage(self, tools: Tools, layout: FileLayout) -> Request | None:
         """Stage 3. The writer, if it is free, begins at once and follows the copy; returns its request."""
@@ -278,13 +283,15 @@ class Save:
         if fault is None:
             self.report.outcome = "kept"
         else:
-            log.warning("step %d is not kept in memory: %s", self.step, fault)
-            self.report.reason = f"not kept in memory: {fault}"
+            self._not_kept(fault)
             with contextlib.suppress(CheckpointError):
                 tools.memory.drop(self._token)
-            if not self.disk:
-                self.report.outcome = "unkept"
         self.report.keeping_seconds = time.perf_counter() - start
+
+    def _not_kept(self, fault: str) -> None:
+        log.warning("step %d is not kept in memory: %s", self.step, fault)
+        self.report.reason = f"not kept in memory: {fault}"
+        self.report.outcome = "unkept"  # and, if it goes to the disk, what comes of that
 
     def _write(self, tools: Tools, request: Request | None) -> None:
         """Stages 5 and 6."""

@@ -20,6 +20,7 @@ from torch.distributed import FileStore
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError
+from meshloom.checkpoint.memory import keeper
 from meshloom.checkpoint.memory.keeper import dismiss, registered
 from meshloom.checkpoint.memory.parity import block_bytes, block_of, make_groups, span_of
 from meshloom.checkpoint.memory.tier import DOMAIN_VARIABLE
@@ -187,6 +188,28 @@ def test_a_dead_keeper_costs_a_version_and_is_replaced(folder: Path) -> None:
     checkpointer.save(3, held, {"step": 3})
     checkpointer.finish()
     assert not registered(folder)
+
+
+def test_a_keeper_that_can_not_start_costs_its_version_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, left = keeper.Keeper.__init__, 2
+
+    def refuse(self: keeper.Keeper, folder: Path, slot: int, timeout: float) -> None:
+        nonlocal left
+        if slot == 1 and left:
+            left -= 1
+            raise OSError("no process to be had")
+        make(self, folder, slot, timeout)
+
+    monkeypatch.setattr(keeper.Keeper, "__init__", refuse)
+
+    def body(control: Control) -> list[tuple[str, str]]:
+        checkpointer = Checkpointer(folder, control, CheckpointConfig(mode="sync", memory_every=1, timeout=20))
+        for step, disk in ((1, False), (2, True), (3, False), (4, True)):
+            checkpointer.save(step, fragments(make_arrays(step), 2, 5)[control.rank], {"step": step}, disk=disk)
+        return [(report.outcome, report.reason) for report in checkpointer.poll() + checkpointer.finish()]
+
+    why = "not kept in memory: no process to be had"
+    assert together(2, body) == [[("unkept", why), ("committed", why), ("kept", ""), ("committed", "")]] * 2
 
 
 @pytest.mark.parametrize("disk", [False, True])

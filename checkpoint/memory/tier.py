@@ -49,24 +49,36 @@ class MemoryTier:
         self._held: Arena | None = None
 
     def introduce(self, talk: Round) -> None:
-        """Tell the coordinator where this rank's keeper is and what fails together with it."""
-        if self._keeper is None or not self._keeper.alive:
-            if self._keeper is not None:
-                self._keeper.exit()
-            self._keeper = Keeper(self._folder, self._rank, self._timeout)
-        domain = os.environ.get(DOMAIN_VARIABLE, socket.gethostname())
-        talk.post("keeper", json.dumps({"address": self._keeper.address.as_dict(), "domain": domain}).encode())
+        """Tell the coordinator where this rank's keeper is and what fails together with it, or why there is none."""
+        message: dict[str, Any]
+        try:
+            if self._keeper is None or not self._keeper.alive:
+                if self._keeper is not None:
+                    self._keeper.exit()
+                self._keeper = None
+                self._keeper = Keeper(self._folder, self._rank, self._timeout)
+            domain = os.environ.get(DOMAIN_VARIABLE, socket.gethostname())
+            message = {"address": self._keeper.address.as_dict(), "domain": domain}
+        except (CheckpointError, OSError) as error:
+            message = {"error": str(error)}
+        talk.post("keeper", json.dumps(message).encode())
 
-    def arrange(self, talk: Round, sizes: list[int], left: Predecessors) -> list[dict[str, Any]]:
-        """The coordinator's part: for each rank its group's addresses and the length of a parity block."""
+    def arrange(self, talk: Round, sizes: list[int], left: Predecessors) -> tuple[list[dict[str, Any]], str]:
+        """The coordinator's part: for each rank its group's addresses and the length of a parity block.
+
+        And, where some rank has no keeper, why: then the others' are of no use.
+        """
         known: list[dict[str, Any]] = [json.loads(text) for text in talk.collect("keeper")]
-        left.find({Address(**entry["address"]) for entry in known})
+        left.find({Address(**entry["address"]) for entry in known if "address" in entry})
+        fault = next((entry["error"] for entry in known if "error" in entry), "")
+        if fault:
+            return [], fault
         arranged: list[dict[str, Any]] = [{} for _ in known]
         for group in make_groups([entry["domain"] for entry in known], self._group):
             block = block_bytes([sizes[rank] for rank in group]) if len(group) > 1 else 0
             for rank in group:
                 arranged[rank] = {"group": [known[member]["address"] for member in group], "block": block}
-        return arranged
+        return arranged, ""
 
     def hold(self, arena: Arena, size: int, version: str, step: int, place: dict[str, Any]) -> list[str]:
         """Give a snapshot to the keeper; returns the digests of its blocks."""
