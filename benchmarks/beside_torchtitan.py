@@ -28,7 +28,7 @@ from pathlib import Path
 from arguments import read
 
 HERE = Path(__file__).parent
-WARM_UP = 8  # steps; torchtitan's first averages hold compilation
+WARM_UP = 4  # steps; torchtitan's first averages hold compilation
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 TITAN_STEP = re.compile(r"step:\s*(\d+).*?loss:\s*([\d.]+).*?memory:\s*([\d.]+)GiB.*?tps:\s*([\d,]+)")
 
@@ -63,11 +63,13 @@ class Measured:
 
 
 class Watch:
-    """Clock and power of the GPUs, from nvidia-smi, while a run goes on; idle moments are left out."""
+    """Clock and power of the GPUs that are used, from nvidia-smi, while a run goes on; idle moments are left out."""
 
     def __init__(self) -> None:
         query = "--query-gpu=clocks.sm,power.draw,utilization.gpu"
         command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "-lms", "250"]
+        if "CUDA_VISIBLE_DEVICES" in os.environ:
+            command += ["-i", os.environ["CUDA_VISIBLE_DEVICES"]]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def stop(self) -> tuple[float | None, float | None]:
