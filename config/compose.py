@@ -26,7 +26,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -92,8 +92,7 @@ class Composer:
                 raise ConfigError(
                     [Problem("--config-dir", f"'{folder}' is not a folder", "give the folder that holds recipe/")]
                 )
-            escaped = str(folder).replace("'", "\\'")
-            self._joined = [f"hydra.searchpath=['file://{escaped}']"]
+            self._joined = [f"hydra.searchpath=[{QuotedString(f'file://{folder}', Quote.single).with_quotes()}]"]
         self._loader = _config_loader()
         self._known_options: dict[str, list[str]] = {}
 

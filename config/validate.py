@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from .duration import Duration
 from .problems import Problem
 
+_YEAR = 365 * 24 * 3600  # clocks of collectives overflow far beyond it
 PRECISIONS = ("fp32", "bf16", "fp64")
 ACTIVATIONS = ("none", "selective", "full", "offload")
 
@@ -43,8 +44,10 @@ def _run_problems(config: DictConfig) -> Iterator[Problem]:
     lr = config.optim.get("lr")
     if isinstance(lr, float) and not math.isfinite(lr):
         yield Problem("optim.lr", f"{lr} is not a learning rate", "use a number, or auto:step_law")
-    if not config.parallel.timeout > 0:
-        yield Problem("parallel.timeout", f"{config.parallel.timeout} is not a time", "use seconds, for example 600")
+    if not 0 < config.parallel.timeout <= _YEAR:
+        yield Problem(
+            "parallel.timeout", f"{config.parallel.timeout} is not a time", "use seconds, a year at most, for example 600"
+        )
     if config.logging.every < 1:
         yield Problem("logging.every", f"{config.logging.every} is not a number of steps", "use 1 for a row every step")
 
@@ -98,6 +101,10 @@ def _model_problems(model: Any) -> Iterator[Problem]:
         value = model.get(key)
         if isinstance(value, int | float) and not 0 < value < math.inf:
             yield Problem(f"model.{key}", f"{value} can't be", "use a number above 0")
+    for key in ("mup_embedding", "mup_residual"):
+        value = model.get(key)
+        if isinstance(value, int | float) and not math.isfinite(value):
+            yield Problem(f"model.{key}", f"{value} can't be", "use a finite number, 1 for none")
     if any(size < 1 for size in numbers.values()):
         return
     if "dim" in numbers and "heads" in numbers:

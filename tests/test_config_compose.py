@@ -124,6 +124,13 @@ def test_user_folder_joins_and_its_faults_name_the_file(tmp_path: Path) -> None:
         Composer(str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("name", ["it's", "a,b", "x=y", "[1]", "do${l}lar", "back\\slash", "trail\\", "quote\\'d"])
+def test_user_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name / "recipe").mkdir(parents=True)
+    (tmp_path / name / "recipe" / "mine.yaml").write_text("# @package _global_\ndefaults: [quickstart, _self_]\nseed: 5\n")
+    assert config_of(Composer(str(tmp_path / name)), "recipe=mine").seed == 5
+
+
 def test_sweep_expands_into_jobs(composer: Composer) -> None:
     jobs = composer.expand(["optim.lr=1e-3,3e-3", "seed=2", "schedule=wsd,power"])
     assert [sorted(job) for job in jobs] == [
