@@ -98,6 +98,8 @@ def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(cache / system / "inductor"),
         "TRITON_CACHE_DIR": str(cache / system / "triton"),
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(cache / system / "flash"),
+        "QUACK_CACHE_DIR": str(cache / system / "quack"),
         "PYTHONUNBUFFERED": "1",
     }
     watch, began = Watch(), time.perf_counter()
