@@ -43,7 +43,7 @@ def engine_problems(
     """Everything about the engine that can't be, before anything is started."""
     if parallel.engine not in ENGINES:
         return [Problem("parallel.engine", f"there is no '{parallel.engine}'", f"use {' or '.join(ENGINES)}")]
-    problems = list(float8_problems(float8, parallel, precision))
+    problems = [*float8_problems(float8, parallel, precision), *_unread_problems(parallel)]
     if parallel.engine == "torch":
         return [*problems, *_torch_problems(parallel)]
     problems += deepspeed_problems(parallel, precision, world_size, device_type)
@@ -51,6 +51,12 @@ def engine_problems(
         fix = "pip install 'meshloom[deepspeed]', or use parallel.engine=torch"
         problems.append(Problem("parallel.engine", "DeepSpeed is not installed", fix))
     return problems + optimizer_problems(make_optimizer)
+
+
+def _unread_problems(parallel: ParallelConfig) -> Iterator[Problem]:
+    if parallel.offload_path is not None and "nvme" not in (parallel.offload, parallel.offload_weights):
+        fix = "leave it null, or use parallel.offload=nvme"
+        yield Problem("parallel.offload_path", "nothing is offloaded to nvme, so nobody would look there", fix)
 
 
 def _torch_problems(parallel: ParallelConfig) -> Iterator[Problem]:

@@ -40,6 +40,23 @@ def float8_problems(recipe: str, parallel: ParallelConfig, precision: str) -> It
         yield Problem(_KEY, "torchao is not installed", "pip install 'meshloom[float8]'")
 
 
+def float8_size_problems(blocks: Iterable[nn.Module], tokens: int | None) -> Iterator[Problem]:
+    """Sizes that the units can't take: of the blocks' linear layers, and of the micro-batches that a rank gets.
+
+    tokens: of such a micro-batch; the product for a weight's gradient sums over them. None: they are not known.
+    """
+    layers = {name: layer for block in blocks for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
+    for name, layer in layers.items():
+        if layer.in_features % _UNIT or layer.out_features % _UNIT:
+            sizes = f"{layer.out_features} × {layer.in_features}"
+            text = f"{name} is {sizes}, and float8 products need multiples of {_UNIT}"
+            yield Problem(_KEY, text, "change model.dim or model.ffn_dim, or use none")
+            break
+    if tokens is not None and tokens % _UNIT:
+        text = f"batch.micro × data.seq_len / parallel.cp = {tokens} tokens, and float8 products need multiples of {_UNIT}"
+        yield Problem(_KEY, text, "change data.seq_len or batch.micro, or use none")
+
+
 def use_float8(blocks: Iterable[nn.Module], recipe: str, device: torch.device) -> None:
     """Replace the blocks' linear layers by float8 ones with the same weights under the same names, before they are compiled.
 
@@ -50,10 +67,8 @@ def use_float8(blocks: Iterable[nn.Module], recipe: str, device: torch.device) -
 
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     settings = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=not native)
+    blocks = list(blocks)
+    if problems := list(float8_size_problems(blocks, None)):
+        raise ConfigError(problems)
     for block in blocks:
-        for name, layer in block.named_modules():
-            if isinstance(layer, nn.Linear) and (layer.in_features % _UNIT or layer.out_features % _UNIT):
-                sizes = f"{layer.out_features} × {layer.in_features}"
-                text = f"{name} is {sizes}, and float8 products need multiples of {_UNIT}"
-                raise ConfigError([Problem(_KEY, text, "change model.dim or model.ffn_dim, or use none")])
         convert_to_float8_training(block, config=settings)

@@ -12,7 +12,7 @@ from typing import Any
 from ..config.parallel import ParallelConfig
 from ..config.problems import Problem
 from ..models.llama import Llama
-from .context.split import KINDS, context_problems
+from .context.split import KINDS, context_problems, kind_problems
 from .layout import Layout, layout_problems
 from .pipeline.stages import SCHEDULES, legal_micro_batches, near_micro_batches, schedule_of, stage_count
 from .tensor.placements import tensor_problems, unplaced_modules
@@ -51,6 +51,11 @@ def layout_and_model_problems(parallel: ParallelConfig, work: Work, world_size: 
     return problems
 
 
+def key_problems(parallel: ParallelConfig) -> list[Problem]:
+    """What no engine can make anything of, whatever the work: names that don't exist, stages where there are none."""
+    return [*kind_problems(parallel), *_stage_key_problems(parallel)]
+
+
 def model_problems(model: object, parallel: ParallelConfig) -> list[Problem]:
     """What keeps a model of the user's own class from being trained in a layout: engines know a `Llama`'s parts by name."""
     if not isinstance(model, Llama):
@@ -76,17 +81,21 @@ def _problems(parallel: ParallelConfig, work: Work, world_size: int) -> Iterator
         yield from _schedule_problems(parallel, work, Layout.plan(parallel, world_size).data_size)
 
 
-def _stage_problems(parallel: ParallelConfig, layers: int) -> Iterator[Problem]:
-    """What is wrong with the pipeline's schedule, stages and their layers."""
+def _stage_key_problems(parallel: ParallelConfig) -> Iterator[Problem]:
     if parallel.schedule not in SCHEDULES:
         near = difflib.get_close_matches(parallel.schedule, SCHEDULES, 1)
         fix = f"did you mean {near[0]}?" if near else f"use {', '.join(SCHEDULES)}"
         yield Problem("parallel.schedule", f"there is no '{parallel.schedule}'", fix)
-        return
-    if parallel.pp == 1:
+    elif parallel.pp == 1:
         for key in ("stages_per_rank", "stage_layers"):
             if getattr(parallel, key) is not None:
                 yield Problem(f"parallel.{key}", "there are no stages with parallel.pp=1", "leave it null, or set parallel.pp")
+
+
+def _stage_problems(parallel: ParallelConfig, layers: int) -> Iterator[Problem]:
+    """What is wrong with the pipeline's schedule, stages and their layers."""
+    if parallel.schedule not in SCHEDULES or parallel.pp == 1:
+        yield from _stage_key_problems(parallel)
         return
     chosen, per_rank = schedule_of(parallel), parallel.stages_per_rank
     if per_rank is not None and (per_rank < 1 or (chosen.fixed and per_rank != chosen.stages_per_rank)):

@@ -185,6 +185,33 @@ def test_numbers_that_no_optimizer_can_use_are_refused(composer: Composer, optim
     assert value.strip("[]").split(",")[-1] in found[f"optim.{key}"] and "; use " in found[f"optim.{key}"]
 
 
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_names_and_keys_that_nothing_reads_are_refused_by_every_engine(composer: Composer, engine: str) -> None:
+    work = [f"parallel.engine={engine}", "parallel.zero=1", "batch.samples=8", "batch.micro=1", "precision=fp32"]
+    faults = ["parallel.schedule=bogus", "parallel.cp_kind=nope", "parallel.offload_path=/nowhere"]
+    found = problems_of(composer, 1, *work, *faults)
+    found.pop("parallel", None)  # what the torch engine could do instead
+    assert found.keys() == {"parallel.schedule", "parallel.cp_kind", "parallel.offload_path"}
+    assert all(fix in text for fix, text in zip(("ring", "1f1b", "null"), found.values(), strict=True))
+    for key in ("stages_per_rank=7", "stage_layers=[4]"):
+        assert "parallel.pp" in problems_of(composer, 1, *work, f"parallel.{key}")[f"parallel.{key.split('=')[0]}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.ffn_dim=360"], "ffn.w1 is 360 × 128"),
+        (["data.seq_len=100", "batch.micro=2"], "batch.micro × data.seq_len / parallel.cp = 200 tokens"),
+    ],
+)
+def test_sizes_that_float8_can_not_take_are_refused(composer: Composer, overrides: list[str], says: str) -> None:
+    """Of a weight, and of a micro-batch, along whose tokens the product for a weight's gradient sums."""
+    base = ["data=synthetic", "precision=bf16", "trainer.float8=tensorwise", "batch.samples=8", "model.ffn_dim=352"]
+    found = problems_of(composer, 1, *base, *overrides)
+    found_without = problems_of(composer, 1, *base, "data.seq_len=128", "batch.micro=1")
+    assert says in found["trainer.float8"] and says not in found_without.get("trainer.float8", "")
+
+
 def test_a_url_that_nothing_can_read_is_refused(composer: Composer) -> None:
     assert "nosuch" in problems_of(composer, 1, "checkpoint.folder='nosuch://bucket/run'")["checkpoint.folder"]
 

@@ -19,8 +19,9 @@ from ..optim.build import build_controller, build_schedule
 from ..optim.parameters import NamedParameter, Unsharded
 from ..optim.progress import Progress
 from ..parallel.engines import engine_problems
+from ..parallel.float8 import float8_size_problems
 from ..parallel.layout import Layout, layout_problems
-from ..parallel.legality import Work, layout_and_model_problems, model_problems
+from ..parallel.legality import Work, key_problems, layout_and_model_problems, model_problems
 from ..parallel.memory import block_policies
 from ..parallel.moments import moments_problems
 from ..parallel.pipeline.stages import SCHEDULES
@@ -57,9 +58,10 @@ def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
     if world_size > 0:
         judged = parts.parallel.engine == "torch" and not any(p.key.startswith(("model.", "data.", "batch.")) for p in problems)
         work = layout_work(config, parts) if judged else None
-        layout = (
-            layout_and_model_problems(parts.parallel, work, world_size) if work else layout_problems(parts.parallel, world_size)
-        )
+        if work is not None:
+            layout = layout_and_model_problems(parts.parallel, work, world_size)
+        else:
+            layout = [*layout_problems(parts.parallel, world_size), *key_problems(parts.parallel)]
         problems += layout or batch_problems(config.batch, data_size)
         problems += _asked("optim", lambda: _engine_problems(config, parts, world_size))
     problems += [*checkpoint_problems(parts.checkpoint), *_asked("checkpoint", lambda: _folder_problems(config))]
@@ -164,17 +166,21 @@ def _model_problems(config: DictConfig) -> list[Problem]:
     """Whether the model takes its keys (it is built on the meta device), can be cut, and its blocks keep to their budget."""
     model = build_model(config, vocabulary=2)
     parts = Parts.of(config)
-    unknown = model_problems(model, parts.parallel)
-    if unknown:
-        return unknown
+    found = model_problems(model, parts.parallel)
+    if found:
+        return found
     budget, parallel = parts.trainer.activation_budget, parts.parallel
+    if parts.trainer.float8 != "none":
+        seq_len, micro = config.data.get("seq_len"), config.batch.get("micro")
+        known = isinstance(seq_len, int) and isinstance(micro, int) and parallel.cp > 0
+        found += float8_size_problems(model.layers.values(), micro * seq_len // parallel.cp if known else None)
     if budget is None or not 0 < budget <= 1 or parallel.schedule not in SCHEDULES or config.precision not in PRECISIONS:
-        return []
+        return found
     try:
         block_policies(model, parallel, engine_settings(config))
     except ValueError as error:
-        return [Problem("trainer.activation_budget", str(error), "give it more")]
-    return []
+        found.append(Problem("trainer.activation_budget", str(error), "give it more"))
+    return found
 
 
 def _engine_problems(config: DictConfig, parts: Parts, world_size: int) -> list[Problem]:

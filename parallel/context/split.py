@@ -36,11 +36,18 @@ class Shape(Protocol):
     kv_heads: int
 
 
+def kind_problems(parallel: ParallelConfig) -> list[Problem]:
+    """Whether there is such a kind, on any number of ranks."""
+    if parallel.cp_kind in KINDS:
+        return []
+    return [Problem("parallel.cp_kind", f"{parallel.cp_kind!r} does not exist", f"use {' or '.join(KINDS)}")]
+
+
 def context_problems(shape: Shape, parallel: ParallelConfig, seq_len: int) -> list[Problem]:
     """Everything that keeps samples of `seq_len` positions from being cut `parallel.cp` ways."""
     kind, cp = parallel.cp_kind, parallel.cp
-    if kind not in KINDS:
-        return [Problem("parallel.cp_kind", f"{kind!r} does not exist", f"use {' or '.join(KINDS)}")]
+    if unknown := kind_problems(parallel):
+        return unknown
     if cp < 2:
         return []
     problems: list[Problem] = []
