@@ -2,8 +2,9 @@
 
     python benchmarks/checkpoint_io.py [--gib 1] [--tensors 64 4096] [--rounds 5] [--folder .] [--only Meshloom]
 
-One process, fp32, everything fsynced. Rounds are interleaved and medians printed, since disks and neighbours are not
-constant. "blocks": until the trainer may go on (for Meshloom async: the call; "staged": until it may change the tensors).
+One process, fp32, everything fsynced. Rounds are interleaved, each in an order of its own since what one mode deletes still
+busies the disk under the next, and medians printed, since disks and neighbours are not constant. "blocks": until the trainer
+may go on (for Meshloom async: the call; "staged": until it may change the tensors).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import mmap
 import os
 import platform
+import random
 import shutil
 import statistics
 import tempfile
@@ -164,7 +166,7 @@ def measure(bench: Bench, rounds: int, memory: mmap.mmap, only: str) -> None:
     }
     chosen = {name: mode for name, mode in modes.items() if only in name or name.startswith("raw")}
     for number in range(rounds + 1):
-        for name, mode in chosen.items():
+        for name, mode in random.Random(number).sample(list(chosen.items()), len(chosen)):
             os.sync()
             try:
                 took = mode()
@@ -184,7 +186,7 @@ def report(bench: Bench) -> None:
     """The table."""
     floor = statistics.median(took["total"] for took in bench.took["raw O_DIRECT + fsync"])
     print(f"\n| {len(bench.tensors)} tensors | blocks s | staged s | total s | × raw |\n|---|---:|---:|---:|---:|")
-    for name, runs in bench.took.items():
+    for name, runs in sorted(bench.took.items()):
         blocks, staged, total = (
             statistics.median(run.get(key, run["blocks"]) for run in runs) for key in ("blocks", "staged", "total")
         )

@@ -45,8 +45,7 @@ class Request:
 class Writer:
     """Makes files out of arenas, one after the other, in a process of its own.
 
-    So neither the interpreter lock nor a crash of the trainer is in the way; also where training waits for it: hashing and
-    copying in one interpreter would keep the disk waiting.
+    So neither the interpreter lock nor a crash of the trainer is in the way, and one that is stuck can be ended.
     """
 
     def __init__(self) -> None:
