@@ -136,10 +136,14 @@ def apply_policies(blocks: Sequence[nn.Module], policies: Sequence[str], *, comp
     offload    keep everything, in host memory
 
     Checkpointing is inside of what is compiled, so that the compiler sees what is computed again and fuses it; copies to
-    the host are outside, because it can't see them.
+    the host are outside, because it can't see them. Around a tensor-parallel block, policy "full" is outside too: the
+    compiler would save its mesh as if that were a tensor, and fail. There the block's last product is computed again as well.
     """
     for block, policy in zip(blocks, policies, strict=True):
         assert policy in POLICIES, policy
+        if policy == "full" and compiled and any(isinstance(weight, DTensor) for weight in block.parameters()):
+            block.forward = _checkpointed(torch.compile(block.forward), selectively=False)
+            continue
         if policy in ("selective", "full"):
             block.forward = _checkpointed(block.forward, selectively=policy == "selective")
         if policy == "offload":

@@ -108,6 +108,8 @@ def test_compiled_blocks_train_the_same_under_every_way_of_cutting() -> None:
     works = [
         Work(ParallelConfig(zero=3), 2, activation="selective"),
         Work(ParallelConfig(tp=2), 2),
+        Work(ParallelConfig(tp=2), 2, activation="full"),
+        Work(ParallelConfig(tp=2, sequence_parallel=False), 2, activation="selective"),
         Work(ParallelConfig(cp=2), 4, documents=True, activation="full"),
         Work(ParallelConfig(cp=2, cp_kind="ulysses"), 4),
         Work(ParallelConfig(pp=2, schedule="interleaved"), 2, activation="offload", model=layers),
