@@ -40,6 +40,8 @@ class Poison(Hook):
 class Refuse(Hook):
     """Can't begin on one rank, for its config or for want of room."""
 
+    alone = True
+
     def __init__(self, rank: int, config: bool) -> None:
         self.rank, self.config = rank, config
 

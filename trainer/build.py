@@ -39,6 +39,7 @@ from .loggers import default_loggers
 from .loop import Loop
 from .sampling import SampleText, TextCodec
 from .saving import Saving
+from .together import together
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +192,10 @@ def build_run(config: DictConfig, data: DataNode, mesh: Mesh) -> Run:
             "tokenizer": data.tokenizer.fingerprint if data.tokenizer is not None else None,
             "layout": mesh.layout.describe(),
         }
-        checkpointer = Checkpointer(checkpoint_folder(config), build_control(mesh, "save"), parts.checkpoint)
+        # One process takes the folder's lock, which another run may hold.
+        checkpointer = together(
+            mesh, lambda: Checkpointer(checkpoint_folder(config), build_control(mesh, "save"), parts.checkpoint)
+        )
         saving = Saving(checkpointer, parts.checkpoint.every, fixed)
         hooks.append(saving)
     if mesh.is_main:

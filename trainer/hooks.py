@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 class Hook:
     """Base class: every method does nothing. A subclass overrides what it needs.
 
+    alone       it lives on one process, so it never communicates
     of_one_run  its state names the run that it belongs to, so a run that branches off (resume=<another run's>) begins without
     """
 
+    alone = False
     of_one_run = False
 
     def on_run_begin(self, loop: Loop) -> None:

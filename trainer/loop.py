@@ -75,7 +75,10 @@ class Loop:
 
     def run(self, stop: StopRequest) -> bool:
         """Train until the horizon, or until a process was asked to stop. Returns whether the horizon was reached."""
-        together(self.mesh, self._begin)
+        for hook in self.hooks:
+            if not hook.alone:
+                hook.on_run_begin(self)
+        together(self.mesh, lambda: [hook.on_run_begin(self) for hook in self.hooks if hook.alone])
         self._step_began = time.perf_counter()
         while not self.finished and not self.stopping:
             self.step(stop.requested)
@@ -83,10 +86,6 @@ class Loop:
                 hook.on_step_end(self)
         self.deliver_metrics(keep=0)
         return self.finished
-
-    def _begin(self) -> None:
-        for hook in self.hooks:
-            hook.on_run_begin(self)
 
     @property
     def finished(self) -> bool:

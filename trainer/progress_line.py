@@ -20,6 +20,8 @@ PLAIN_SECONDS = 10.0  # least time between progress lines where there is no term
 class ProgressLine(Hook):
     """One line that shows where the run is: on a terminal in place, behind a bar; elsewhere printed now and then."""
 
+    alone = True
+
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None

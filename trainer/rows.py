@@ -15,6 +15,8 @@ class Rows(Hook):
     every  `logging.every`: steps between rows; the first step always has one
     """
 
+    alone = True
+
     def __init__(self, every: int) -> None:
         self._every = every
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,16 +78,9 @@ def prepared_data(config: DictConfig) -> DataNode:
 
 def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None) -> int:
     output_dir = Path(config.output_dir)
-    with contextlib.ExitStack() as stack:
-
-        def built() -> Run:
-            if mesh.is_main:
-                _make_folder(output_dir)
-            run = build_run(config, data, mesh)  # takes the lock on the folder of checkpoints
-            stack.callback(run.close)
-            return run
-
-        current = together(mesh, built)
+    together(mesh, lambda: _make_folder(output_dir) if mesh.is_main else None)
+    current = build_run(config, data, mesh)  # takes the lock on the folder of checkpoints
+    try:
         if checkpoint is not None:
             branch = not lies_in(checkpoint, checkpoint_folder(config))
             restore_run(current, checkpoint, strict=Parts.of(config).checkpoint.strict, branch=branch)
@@ -96,14 +88,7 @@ def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | st
         if mesh.is_main:
             _warn_of_repetition(current)
         with StopRequest() as stop:
-            try:
-                reached = current.loop.run(stop)
-            except TrainingDiverged:  # on all processes at the same step: they can still finish a save together
-                if current.saving is not None:
-                    current.saving.settle(current.loop)
-                raise
-            if current.saving is not None:
-                current.saving.finish(current.loop)
+            reached = _looped(current, stop)
         if reached:
             for hook in current.loop.hooks:
                 hook.on_run_end(current.loop, output_dir)
@@ -111,6 +96,21 @@ def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | st
             on = "the run goes on with resume=auto" if current.saving is not None else "nothing was saved (checkpoint.every=0)"
             log.warning("asked to stop at step %d; %s", current.loop.progress.step, on)
         return 0
+    finally:
+        current.close()
+
+
+def _looped(current: Run, stop: StopRequest) -> bool:
+    """Train, and wait for the last save. Returns whether the run reached its end."""
+    try:
+        reached = current.loop.run(stop)
+    except TrainingDiverged:  # on all processes at the same step: they can still finish a save together
+        if current.saving is not None:
+            current.saving.settle(current.loop)
+        raise
+    if current.saving is not None:
+        current.saving.finish(current.loop)
+    return reached
 
 
 def _describe(config: DictConfig, data: DataNode, output_dir: Path, *, anew: bool) -> None:

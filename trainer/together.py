@@ -22,6 +22,8 @@ class FailedElsewhere(RuntimeError):
 def together(mesh: Mesh, action: Callable[[], T]) -> T:
     """What `action` gives on this process, once it has gone well on all. One small collective.
 
+    action: must not communicate, or processes that wait for one in which it failed would meet it in another collective.
+
     Raises what went wrong here, or FailedElsewhere.
     """
     fault: Exception | None = None
