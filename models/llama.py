@@ -10,12 +10,13 @@ plain forms live in `attention.py` and `loss.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import norm, swiglu
 from .attention import attend, positions
 from .init import Constant, Initial, Normal
 from .loss import linear_cross_entropy
@@ -53,21 +54,28 @@ class Attention(nn.Module):
         self.attend: Attend = attend
 
     def forward(
-        self, x_BSD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], documents_BS: torch.Tensor | None
+        self, given: Sequence[torch.Tensor], rotary: tuple[torch.Tensor, torch.Tensor], documents_BS: torch.Tensor | None
     ) -> torch.Tensor:
-        """x_BSD → (B, S, D). The number of heads is read off the projections, so that they may be column shards."""
+        """The same (B, S, D) for query, key and value → (B, S, D).
 
-        def split(y_BSX: torch.Tensor) -> torch.Tensor:
-            return y_BSX.unflatten(-1, (-1, self.head_dim))
-
-        q_BSHE = rotate(split(self.wq(x_BSD)), *rotary)
-        k_BSKE = rotate(split(self.wk(x_BSD)), *rotary)
-        out_BSHE = self.attend(q_BSHE, k_BSKE, split(self.wv(x_BSD)), documents_BS, scale=self.scale)
+        The number of heads is read off the projections, so that they may be column shards.
+        """
+        q_BSHE, k_BSKE, v_BSKE = (
+            project(x_BSD).unflatten(-1, (-1, self.head_dim))
+            for project, x_BSD in zip((self.wq, self.wk, self.wv), given, strict=True)
+        )
+        q_BSHE, k_BSKE = rotate(q_BSHE, *rotary), rotate(k_BSKE, *rotary)
+        out_BSHE = self.attend(q_BSHE, k_BSKE, v_BSKE, documents_BS, scale=self.scale)
         return self.wo(out_BSHE.flatten(-2))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) · w3 x) (arXiv 2002.05202)."""
+    """SwiGLU: w2(silu(w1 x) · w3 x) (arXiv 2002.05202).
+
+    fused  whether the kernels of `swiglu.py` may be used: they read the weights, and nobody sees the projections' calls
+    """
+
+    fused = False
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
@@ -75,13 +83,27 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(ffn_dim, dim, bias=False)
         self.w3 = nn.Linear(dim, ffn_dim, bias=False)
 
-    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        """x_BSD → (B, S, D)."""
-        return self.w2(F.silu(self.w1(x_BSD)) * self.w3(x_BSD))
+    def uses(self, x_BSD: torch.Tensor) -> int:
+        """How many products take the input: gate's and up's, or one in place of both."""
+        return 1 if self.fused and swiglu.fits(x_BSD, *self.w1.weight.shape) else 2
+
+    def forward(self, given: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The same (B, S, D) `uses` times → (B, S, D)."""
+        if len(given) == 1:
+            x_BSD = given[0]
+            y_TD = swiglu.feed_forward(x_BSD.flatten(0, -2), self.w1.weight, self.w3.weight, self.w2.weight)
+            return y_TD.view_as(x_BSD)
+        gate_BSD, up_BSD = given
+        return self.w2(F.silu(self.w1(gate_BSD)) * self.w3(up_BSD))
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream times `residual` (muP)."""
+    """Pre-norm attention and feed-forward, each added to the residual stream times `residual` (muP).
+
+    fused  whether the kernels of `norm.py` may be used: they read the norms' weights, and nobody sees the norms' calls
+    """
+
+    fused = False
 
     def __init__(self, dim: int, heads: int, kv_heads: int, ffn_dim: int, eps: float, scale: float, residual: float) -> None:
         super().__init__()
@@ -89,14 +111,22 @@ class Block(nn.Module):
         self.attention = Attention(dim, heads, kv_heads, scale)
         self.ffn_norm = nn.RMSNorm(dim, eps)
         self.ffn = FeedForward(dim, ffn_dim)
-        self.residual = residual
+        self.residual, self.eps = residual, eps
 
     def forward(
         self, x_BSD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], documents_BS: torch.Tensor | None
     ) -> torch.Tensor:
         """x_BSD → (B, S, D)."""
-        x_BSD = self._add(x_BSD, self.attention(self.attention_norm(x_BSD), rotary, documents_BS))
-        return self._add(x_BSD, self.ffn(self.ffn_norm(x_BSD)))
+        x_BSD, *given = self._normed(self.attention_norm, x_BSD, 3)
+        x_BSD = self._add(x_BSD, self.attention(given, rotary, documents_BS))
+        x_BSD, *given = self._normed(self.ffn_norm, x_BSD, self.ffn.uses(x_BSD))
+        return self._add(x_BSD, self.ffn(given))
+
+    def _normed(self, module: nn.RMSNorm, x_BSD: torch.Tensor, uses: int) -> tuple[torch.Tensor, ...]:
+        """The residual stream, and `uses` times its norm."""
+        if self.fused and norm.fits(x_BSD):
+            return norm.normed(x_BSD, module.weight, self.eps, uses)
+        return x_BSD, *[module(x_BSD)] * uses
 
     def _add(self, x_BSD: torch.Tensor, y_BSD: torch.Tensor) -> torch.Tensor:
         # A compiler does not know that a product with 1 is nothing: its gradient would be a pass over memory.

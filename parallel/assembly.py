@@ -4,14 +4,16 @@ filled with initial weights. `torch_engine.py` calls these in order; sharding an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from ..config.parallel import ParallelConfig
+from ..models import swiglu
 from ..models.init import fill
-from ..models.llama import Llama
+from ..models.llama import Block, Llama
 from .activation import apply_policies
 from .context.split import ContextParallel
 from .engine import EngineSettings
@@ -20,6 +22,8 @@ from .mesh import Mesh
 from .pipeline.stages import StagePlan, carve
 from .shards import Placed, local
 from .tensor.placements import apply_tensor_parallelism
+
+log = logging.getLogger(__name__)
 
 
 def own_stages(model: Llama, plan: StagePlan, rank: int) -> dict[int, Llama]:
@@ -48,7 +52,28 @@ def apply_forms(
     if mesh.layout.tp > 1:
         apply_tensor_parallelism(stage, mesh.axes["tp"], parallel.sequence_parallel)
     own = [policies[int(name)] for name in stage.layers]
+    if mesh.layout.tp == 1:
+        _allow_fused(stage.layers.values(), own, mesh, settings)
     apply_policies(list(stage.layers.values()), own, compiled=settings.compile)
+
+
+def _allow_fused(blocks: Iterable[nn.Module], policies: Sequence[str], mesh: Mesh, settings: EngineSettings) -> None:
+    """Let blocks whose weights are whole where they are used compute several modules at once.
+
+    SwiGLU's products stay apart where they are float8's, or where the one is to be kept and the other computed again.
+    """
+    if settings.precision != "bf16":
+        reason = "its kernels are bf16's"
+    elif settings.float8 != "none":
+        reason = "trainer.float8 computes its products"
+    else:
+        reason = swiglu.why_not(mesh.device)
+    if reason is not None and mesh.is_main:
+        log.info("SwiGLU is not computed inside the products around it: %s", reason)
+    for block, policy in zip(blocks, policies, strict=True):
+        if isinstance(block, Block):
+            block.fused = True
+            block.ffn.fused = reason is None and policy != "selective"
 
 
 def fill_weights(

@@ -1,0 +1,178 @@
+"""Kernels that span several modules of a block: their operators, on a CPU with plain torch in the kernels' place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from meshloom.config.parallel import ParallelConfig
+from meshloom.models import norm, swiglu
+from meshloom.models.llama import Block, Llama
+from meshloom.parallel import assembly
+from meshloom.parallel.activation import apply_policies
+from meshloom.parallel.engine import EngineSettings
+from meshloom.parallel.layout import Layout
+
+
+def gemm_gated(x: torch.Tensor, w: torch.Tensor, **_how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """quack's product that ends in SwiGLU: columns of gate and up in turns."""
+    both = x @ w
+    return both, F.silu(both[:, ::2]) * both[:, 1::2]
+
+
+def gemm_dgated(dy: torch.Tensor, w: torch.Tensor, both: torch.Tensor, **_how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """quack's product that ends in SwiGLU's gradient."""
+    gate, up, dhidden = both[:, ::2], both[:, 1::2], dy @ w
+    sigmoid = gate.sigmoid()
+    dgate = dhidden * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return torch.stack((dgate, dhidden * gate * sigmoid), 2).flatten(1), gate * sigmoid * up
+
+
+def norm_backward_rows(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, gradients: Sequence[torch.Tensor], eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Triton kernel's formula."""
+    inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    gradient, unit = torch.stack(list(gradients)).sum(0), x * inverse
+    scaled = gradient * weight
+    dx = (scaled - unit * (scaled * unit).mean(-1, keepdim=True)) * inverse + residual
+    return dx, (gradient * unit).flatten(0, -2).sum(0)
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels' names in the order of their calls."""
+    made: list[str] = []
+
+    def noted(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **how: Any) -> Any:
+            made.append(kernel.__name__)
+            return kernel(*args, **how)
+
+        return call
+
+    package = SimpleNamespace(gemm_gated=noted(gemm_gated), gemm_dgated=noted(gemm_dgated))
+    monkeypatch.setattr(swiglu, "_package", lambda: package)
+    monkeypatch.setattr(swiglu, "_tile", lambda: None)
+    monkeypatch.setattr(swiglu, "fits", lambda *_: True)
+    monkeypatch.setattr(norm, "fits", lambda *_: True)
+    kernels = SimpleNamespace(norm_backward_rows=noted(norm_backward_rows))
+    monkeypatch.setitem(sys.modules, "meshloom.models.block_kernels", kernels)
+    monkeypatch.setattr("meshloom.models.block_kernels", kernels, raising=False)
+    return made
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_feed_forward_is_the_formula() -> None:
+    torch.manual_seed(0)
+    leaves = [drawn(5, 8), drawn(12, 8), drawn(12, 8), drawn(8, 12)]
+    x, w1, w3, w2 = leaves
+    gradient = torch.randn(5, 8, dtype=torch.float64)
+    plain = (F.silu(x @ w1.T) * (x @ w3.T)) @ w2.T
+    fused = swiglu.feed_forward(x, w1, w3, w2)
+    torch.testing.assert_close(fused, plain, rtol=1e-13, atol=1e-13)
+    found, expected = (torch.autograd.grad(y, leaves, gradient) for y in (fused, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_feed_forward_keeps_gate_and_up_alone() -> None:
+    x, w1, w3, w2 = drawn(5, 8), drawn(12, 8), drawn(12, 8), drawn(8, 12)
+    kept: list[tuple[int, ...]] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        swiglu.feed_forward(x, w1, w3, w2)
+    assert sorted(kept) == sorted([(5, 8), (12, 8), (12, 8), (5, 24), (8, 12)])
+
+
+def test_norm_adds_the_products_gradients_and_the_residuals() -> None:
+    torch.manual_seed(0)
+    x, weight = drawn(2, 3, 8), drawn(8)
+    gradients = [torch.randn(2, 3, 8, dtype=torch.float64) for _ in range(4)]
+    y = F.rms_norm(x, (8,), weight, 1e-3)
+    outputs = norm.normed(x, weight, 1e-3, 3)
+    assert torch.equal(outputs[0], x) and all(torch.equal(output, y) for output in outputs[1:])
+    found = torch.autograd.grad(outputs, (x, weight), gradients)
+    expected = torch.autograd.grad((x * 1, y, y * 1, y + 0), (x, weight), gradients)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def model() -> Llama:
+    torch.manual_seed(1)
+    made = Llama(dim=64, layers=2, heads=4, kv_heads=2, ffn_dim=96, vocabulary=50, mup_residual=0.5).double()
+    for name, parameter in made.named_parameters():
+        torch.nn.init.normal_(parameter, 1.0 if name.endswith("norm.weight") else 0.0, 0.1)
+    return made
+
+
+def passed(built: Llama) -> list[torch.Tensor]:
+    """Loss and gradients."""
+    inputs, targets = torch.randint(50, (2, 2, 16), generator=torch.Generator().manual_seed(2)).unbind()
+    loss = built(inputs, targets)
+    return [loss.detach(), *torch.autograd.grad(loss, list(built.parameters()))]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("policy", ["none", "full", "offload"])
+def test_a_model_of_fused_blocks_is_the_plain_one(policy: str, compiled: bool, calls: list[str]) -> None:
+    expected = passed(model())
+    assert not calls
+    built = model()
+    blocks = list(built.layers.values())
+    for block in blocks:
+        assert isinstance(block, Block)
+        block.fused = block.ffn.fused = True
+    apply_policies(blocks, [policy] * 2, compiled=compiled)
+    torch.testing.assert_close(passed(built), expected, rtol=1e-11, atol=1e-12)
+    assert calls.count("gemm_gated") == (4 if policy == "full" else 2)
+    assert calls.count("gemm_dgated") == 2 and calls.count("norm_backward_rows") == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "policy", "fused", "swiglu_too"),
+    [
+        ({}, "none", True, True),
+        ({}, "full", True, True),
+        ({}, "selective", True, False),
+        ({"float8": "tensorwise"}, "none", True, False),
+        ({"precision": "fp32"}, "none", True, False),
+    ],
+)
+def test_where_blocks_may_be_fused(
+    change: dict[str, str], policy: str, fused: bool, swiglu_too: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swiglu, "why_not", lambda _: None)
+    monkeypatch.setattr(assembly, "use_float8", lambda *_: None)
+    parallel = ParallelConfig()
+    mesh: Any = SimpleNamespace(layout=Layout.plan(parallel, 1), device=torch.device("cpu"), is_main=True)
+    built = model()
+    settings = EngineSettings(seed=0, **{"precision": "bf16", **change})  # type: ignore[arg-type]
+    assembly.apply_forms(built, [policy] * 2, mesh, None, parallel, settings)
+    for block in built.layers.values():
+        assert isinstance(block, Block)
+        assert (block.fused, block.ffn.fused) == (fused, swiglu_too)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_kernels_are_tried_before_they_are_used(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert swiglu._error(torch.device("cpu")) < 0.01
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(swiglu, "_error", lambda _: 0.1 if wrong else 0.01)
+    assert swiglu.why_not.__wrapped__(torch.device("cuda")) == ("it is wrong by 0.1" if wrong else None)
+
+
+def test_a_cpu_has_no_such_kernels() -> None:
+    assert swiglu.why_not(torch.device("cpu")) == "it needs a Hopper GPU"
+    assert not Block(8, 2, 2, 8, 1e-5, 1.0, 1.0).fused
