@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ SWITCH = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTI
 
 _WORTH = 0.97  # a kernel replaces an earlier one of KERNELS at this share of its time: noise shall not choose
 _REPEATS = 5
+_WARM_UP = 0.2  # seconds: a GPU that idled, while a kernel was compiled, needs some to bring its clock up
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Shape:
 
 
 def seconds(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device) -> float:
-    """Median time of a causal forward and backward pass in bf16; infinite where the kernel can't run the shape."""
+    """Median time of a causal forward and backward pass in bf16, at work; infinite where the kernel can't run the shape."""
     draw = torch.Generator(device).manual_seed(0)
 
     def random(heads: int) -> torch.Tensor:
@@ -47,22 +49,27 @@ def seconds(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device
 
     q, k, v = (random(heads).requires_grad_() for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
     gradient = random(shape.heads)
-    times: list[float] = []
     if kernel == "flash4" and (reason := flash4.why_not()):
         log.info("FlashAttention 4 is not used: %s", reason)
         return float("inf")
+
+    def once() -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        torch.autograd.grad(_attend(kernel, q, k, v), (q, k, v), gradient)
+        stop.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(stop) / 1000
+
     try:
-        for _ in range(_REPEATS + 1):
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            torch.autograd.grad(_attend(kernel, q, k, v), (q, k, v), gradient)
-            stop.record()
-            torch.cuda.synchronize(device)
-            times.append(start.elapsed_time(stop) / 1000)
+        once()  # compiles and loads
+        begun = time.perf_counter()
+        while time.perf_counter() - begun < _WARM_UP:
+            once()
+        return statistics.median(once() for _ in range(_REPEATS))
     except Exception as error:  # a kernel of another package may fail in any way
         log.info("attention kernel %s can't run %s: %s", kernel, shape, error)
         return float("inf")
-    return statistics.median(times[1:])  # the first also compiles and loads
 
 
 def _attend(kernel: attention_kernels.Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
