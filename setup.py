@@ -56,7 +56,7 @@ setup(
         "parquet": ["pyarrow>=15"],
         "zstd": ["zstandard>=0.22"],
         "float8": ["torchao>=0.15"],
-        "flash4": ["flash-attn-4>=4.0.0b36", "nvidia-cutlass-dsl[cu13]>=4.6.2"],
+        "flash4": ["flash-attn-4>=4.0.0b36", "quack-kernels>=0.6.5", "nvidia-cutlass-dsl[cu13]>=4.7"],
         "plots": ["matplotlib>=3.8"],
         "fit": ["scipy>=1.12"],
         "submitit": ["hydra-submitit-launcher>=1.2"],
