@@ -84,17 +84,25 @@ _segments_of: MutableMapping[torch.Tensor, Segments] = WeakTensorKeyDictionary()
 
 
 def segments_of(documents_BS: torch.Tensor) -> Segments:
-    """The documents of all rows laid end to end. Waits for the device once per tensor: layers share the answer.
+    """The documents of all rows laid end to end; layers share the answer. Waits for the device where nobody has counted them.
 
     The tensor must not be written to afterwards.
     """
     if documents_BS not in _segments_of:
-        starts_BS = torch.ones_like(documents_BS, dtype=torch.bool)
-        starts_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
-        starts = starts_BS.flatten().nonzero().flatten().tolist()
-        lengths = [stop - start for start, stop in pairwise([*starts, documents_BS.numel()])]
-        _segments_of[documents_BS] = Segments.of_lengths(lengths, documents_BS.device)
+        _segments_of[documents_BS] = Segments.of_lengths(_lengths(documents_BS), documents_BS.device)
     return _segments_of[documents_BS]
+
+
+def count_documents(documents_BS: torch.Tensor, on_host_BS: torch.Tensor) -> None:
+    """Tell `segments_of` of a device's tensor what it would say, from the same tensor on the host: nothing is waited for."""
+    _segments_of[documents_BS] = Segments.of_lengths(_lengths(on_host_BS), documents_BS.device)
+
+
+def _lengths(documents_BS: torch.Tensor) -> list[int]:
+    starts_BS = torch.ones_like(documents_BS, dtype=torch.bool)
+    starts_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    starts = starts_BS.flatten().nonzero().flatten().tolist()
+    return [stop - start for start, stop in pairwise([*starts, documents_BS.numel()])]
 
 
 # An operator of its own: the number of documents is not known to `torch.compile`, which therefore must not look inside, and

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 from . import flash4
 
@@ -40,7 +40,7 @@ class Segments:
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> Segments:
         """Segments of these lengths, for tensors on this device."""
-        bounds = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=device.type == "cuda")
         return cls(tuple(lengths), bounds.to(device, non_blocking=True))
 
 

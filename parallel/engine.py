@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from ..data.batch import MicroBatch
+from ..models.attention import count_documents
 from ..optim.parameters import NamedParameter, Shards
 from .fragment import Fragment
 from .moments import Measure, Moments
@@ -74,6 +75,14 @@ class StepLoss:
     def mean(self) -> torch.Tensor:
         """Token-weighted mean loss over the global batch."""
         return self.total / self.tokens
+
+
+def send(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """A micro-batch on a device. Neither the copy nor, later, attention waits for what is queued there, if memory is pinned."""
+    there = micro_batch.to(device)
+    if there.documents_BS is not None and micro_batch.documents_BS is not None:
+        count_documents(there.documents_BS, micro_batch.documents_BS)
+    return there
 
 
 class Engine(Protocol):

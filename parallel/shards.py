@@ -96,12 +96,19 @@ class MeshShards:
     def __init__(self, mesh: Mesh, placed: dict[str, Placed]) -> None:
         self._mesh = mesh
         self._placed = placed
+        self._copies: dict[tuple[object, ...], torch.Tensor] = {}  # of lists of parameters: the same few in every step
+
+    def _copies_of(self, parameters: Sequence[NamedParameter], like: torch.Tensor) -> torch.Tensor:
+        """(len(parameters), 1, …): ranks that hold each element, to divide `like` by. Kept, for a GPU waits for its copy."""
+        key = (tuple(p.name for p in parameters), like.dim(), like.dtype, like.device)
+        if key not in self._copies:
+            copies = torch.tensor([self._placed[p.name].copies for p in parameters], dtype=like.dtype, device=like.device)
+            self._copies[key] = copies.view(-1, *(1 for _ in like.shape[1:]))
+        return self._copies[key]
 
     def sum(self, values: torch.Tensor, parameters: Sequence[NamedParameter]) -> torch.Tensor:
         """values (len(parameters), …) summed over the shards of each parameter, its copies counted once."""
-        copies = torch.tensor([self._placed[p.name].copies for p in parameters], dtype=values.dtype, device=values.device)
-        counted_once = values / copies.view(-1, *(1 for _ in values.shape[1:]))
-        return self._mesh.sum(counted_once, "stage")
+        return self._mesh.sum(values / self._copies_of(parameters, values), "stage")
 
     def across_stages(self, values: torch.Tensor) -> torch.Tensor:
         """values (the same on all ranks of a stage) summed over the pipeline's stages."""

@@ -23,7 +23,7 @@ from ..optim.parameters import NamedParameter, OnePass, before_updates
 from .assembly import apply_forms, fill_weights, own_stages
 from .context.split import ContextParallel
 from .cost import balanced_stages
-from .engine import EngineSettings, OptimizerFactory, StepLoss
+from .engine import EngineSettings, OptimizerFactory, StepLoss, send
 from .fragment import Fragment
 from .layout import uses_fsdp
 from .masters import MasterWeights, materialize
@@ -119,10 +119,11 @@ class TorchEngine:
 
     def _own(self, micro_batch: MicroBatch) -> tuple[MicroBatch, torch.Tensor | None]:
         """This rank's part of a micro-batch, on its device, and the positions where those can't be told from it."""
+        micro_batch = send(micro_batch, self.mesh.device)
         if self._context is None:
-            return micro_batch.to(self.mesh.device), None
+            return micro_batch, None
         own = self._context.cut(micro_batch)
-        return own.micro_batch.to(self.mesh.device), own.positions_BT.to(self.mesh.device, non_blocking=True)
+        return own.micro_batch, own.positions_BT
 
     def _stage_inputs(self, micro_batch: MicroBatch) -> StageInputs:
         micro_batch, positions_BS = self._own(micro_batch)

@@ -111,7 +111,7 @@ class ContextParallel:
         return ring_attend(q_BTHD, k_BTKD, v_BTKD, documents_BS, length=length, ring=self._ring, scale=scale)
 
     def cut(self, micro_batch: MicroBatch) -> ContextSlice:
-        """This rank's part. Copies just that; call it before the micro-batch goes to the device."""
+        """This rank's part of a micro-batch that is on the device: there a copy of a part waits for nothing."""
         length = micro_batch.tokens_BS.shape[1]
         documents_BS = micro_batch.documents_BS
         if documents_BS is None:

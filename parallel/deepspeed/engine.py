@@ -28,7 +28,7 @@ from ...models.init import fill
 from ...models.llama import Llama
 from ...optim.parameters import NamedParameter
 from ..activation import apply_policies
-from ..engine import EngineSettings, OptimizerFactory, StepLoss
+from ..engine import EngineSettings, OptimizerFactory, StepLoss, send
 from ..fragment import Fragment
 from ..memory import block_policies
 from ..mesh import Mesh
@@ -113,7 +113,7 @@ class DeepSpeedEngine:
                 self._moments.watch(name, weight)
 
     def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:
-        micro_batch = micro_batch.to(self.mesh.device)
+        micro_batch = send(micro_batch, self.mesh.device)
         return self._engine(micro_batch.tokens_BS, micro_batch.targets_BS, micro_batch.documents_BS)
 
     def accumulate(
