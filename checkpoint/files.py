@@ -42,6 +42,10 @@ class Files(Protocol):
 class RangeReader(Protocol):
     """An open file."""
 
+    def expect(self, offset: int, length: int) -> None:
+        """These bytes will be asked for soon, among others: where that helps, begin to fetch them."""
+        ...
+
     def fill(self, target: memoryview, offset: int) -> None:
         """Read exactly `len(target)` bytes. Raises DamageError if the file ends before."""
         ...
@@ -107,6 +111,11 @@ class _LocalReader:
     def __init__(self, descriptor: int, label: str) -> None:
         self._descriptor = descriptor
         self._label = label
+
+    def expect(self, offset: int, length: int) -> None:
+        """See RangeReader."""
+        with contextlib.suppress(OSError):  # some file systems know no such advice
+            os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
     def fill(self, target: memoryview, offset: int) -> None:
         """See RangeReader."""
@@ -187,6 +196,9 @@ class _RemoteReader:
         self._system = system
         self._path = path
         self._label = label
+
+    def expect(self, offset: int, length: int) -> None:
+        """See RangeReader: nothing is fetched twice here."""
 
     def fill(self, target: memoryview, offset: int) -> None:
         """See RangeReader."""

@@ -147,8 +147,10 @@ class Reader:
         proof_leaves = PROOF_BLOCKS * (self.manifest.block_bytes // leaf)
         view = memoryview(buffer)
         edges = np.flatnonzero(np.diff(np.concatenate(([False], needed, [False])).astype(np.int8)))
-        for first, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-            low, high = first * leaf, min(last * leaf, stop - base)
+        runs = [(first * leaf, min(last * leaf, stop - base)) for first, last in edges.reshape(-1, 2).tolist()]
+        for low, high in runs if len(runs) > 1 else ():  # many small reads, each waited for, would leave the disk idle
+            reader.expect(base + low, high - low)
+        for low, high in runs:
             reader.fill(view[low:high], base + low)
             self.traffic.read += high - low
             digests, known = b"", -1

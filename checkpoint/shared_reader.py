@@ -133,6 +133,9 @@ class _Unreadable:
     def __init__(self, error: DamageError) -> None:
         self._error = error
 
+    def expect(self, offset: int, length: int) -> None:
+        """See RangeReader: it will not come."""
+
     def fill(self, target: memoryview, offset: int) -> None:
         """See RangeReader."""
         raise self._error

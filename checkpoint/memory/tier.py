@@ -367,6 +367,9 @@ class _MemoryReader:
         self._what = what
         self._label = label
 
+    def expect(self, offset: int, length: int) -> None:
+        """See RangeReader: memory is as near as can be."""
+
     def fill(self, target: memoryview, offset: int) -> None:
         """See RangeReader."""
         try:
