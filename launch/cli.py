@@ -11,6 +11,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("train", "train a model; `meshloom train --help` lists recipes and keys"),
     "plan": ("plan", "what a run would ask of its processes: mesh, memory, pipeline; starts nothing"),
+    "tune": ("tune", "the fastest settings that fit this machine, by arithmetic or by trying them"),
     "slurm": ("slurm", "print a complete sbatch script for a run"),
     "generate": ("generate", "continue a prompt with a checkpoint's model"),
     "hparams": ("hparams", "what the laws of scale recommend for a model and a number of tokens"),

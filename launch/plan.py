@@ -18,11 +18,12 @@ from rich.console import Console
 from ..config import ParallelConfig
 from ..config.compose import Composer
 from ..config.problems import ConfigError, Problem
+from ..models.llama import Llama
 from ..parallel.cost import LayoutCost, layout_cost
 from ..parallel.engines import engine_cost
 from ..parallel.layout import Layout
 from ..parallel.memory import Job, block_policies
-from ..parallel.offload import describe
+from ..parallel.offload import OffloadAccount, describe
 from ..trainer.build import Parts, build_model, engine_settings, optimizer_factory
 from ..trainer.validate import run_problems
 from .plan_drawing import pipeline_svg
@@ -36,14 +37,18 @@ WIDTH = 120  # columns, where no terminal says
 class Plan:
     """A run on paper.
 
+    model    on the meta device
+    away     what its first rank keeps away from its GPU
     samples  global batch, at its start where it changes
     notes    what whoever reads the figures should know about them
     """
 
+    model: Llama
     parallel: ParallelConfig
     layout: Layout
     job: Job
     cost: LayoutCost
+    away: OffloadAccount
     samples: int
     notes: list[str]
 
@@ -88,9 +93,16 @@ def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
     Data that are not on this machine do not matter here: they become a note.
     """
     composition = Composer(config_dir).compose(overrides)
-    config = composition.config
+    return plan_of(composition.config, composition.problems)
+
+
+def plan_of(config: DictConfig, known: Sequence[Problem] = ()) -> Plan:
+    """The plan of a composed config, whose automatic values are replaced by their numbers, in place.
+
+    known: problems of its composition. Raises ConfigError with them and everything else that keeps it from running.
+    """
     world_size = planned_processes(config)
-    found = [*composition.problems, *run_problems(config, world_size)]
+    found = [*known, *run_problems(config, world_size)]
     problems = [problem for problem in found if problem.key.partition(".")[0] != "data"]
     notes = [str(problem) for problem in found if problem not in problems]
     if not problems:
@@ -128,7 +140,7 @@ def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
         " NCCL and the allocator take is not in them",
         *_caveats(parts.parallel),
     ]
-    return Plan(parts.parallel, layout, job, cost, config.batch.samples, notes)
+    return Plan(model, parts.parallel, layout, job, cost, away[0], config.batch.samples, notes)
 
 
 def planned_processes(config: DictConfig) -> int:

@@ -1,0 +1,253 @@
+"""`meshloom tune --measure N`: really run the best candidates, one after another, and rank them by what they did."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+from omegaconf import DictConfig
+from rich import box
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+from ..config.compose import Composer
+from ..config.problems import ConfigError, Problem
+from .plan_tables import gib, right
+from .train import processes
+from .tune import Candidate, Tuned, described, given_keys
+
+WARM_UP = 3
+"""Steps that are not counted: kernels are compiled and chosen, memory is found."""
+TIMED = 5
+MICRO_BATCHES = 4
+"""A larger batch is cut short to so many of the largest micro-batches per rank; its steps would only repeat them."""
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 60.0
+END_SECONDS = 10.0
+TAIL = 200_000  # bytes of a log that are searched for what went wrong
+INSTEAD = {
+    "resume": "none",
+    "launch.max_restarts": "0",
+    "checkpoint.every": "0",
+    "checkpoint.folder": "null",
+    "logging.every": "1",
+    "logging.progress": "false",
+    "logging.wandb": "false",
+    "logging.tensorboard": "false",
+    "trainer.eval_every": "0",
+    "trainer.sample_prompt": "null",
+    "trainer.hooks": "[]",
+}
+"""What a run that is measured leaves out: nothing is saved, sent or evaluated."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate that was run. speed: tokens/s of a process; memory: GiB at most on the first GPU; failure: why neither."""
+
+    candidate: Candidate
+    speed: float = 0.0
+    memory: float | None = None
+    failure: str = ""
+
+
+def check(config: DictConfig) -> None:
+    """Raises ConfigError for a run that this machine can't start, whatever its settings."""
+    problems: list[Problem] = []
+    if config.launch.nodes != 1:
+        fix = "leave it out, or set launch.nodes=1 to tune for one node"
+        problems.append(Problem("--measure", f"runs on this machine, not on launch.nodes={config.launch.nodes}", fix))
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < processes(config):
+        fix = f"start at most {gpus}, or leave --measure out"
+        problems.append(Problem("launch.nproc", f"{processes(config)} processes for {gpus} GPU{'s' * (gpus > 1)}", fix))
+    if problems:
+        raise ConfigError(problems)
+
+
+def measure(
+    tuned: Tuned, candidates: Sequence[Candidate], overrides: Sequence[str], config_dir: str | None, console: Console
+) -> Candidate | None:
+    """Run them, say how each did, and return the fastest; None if none ran. Ctrl-C and SIGTERM end what runs, and raise."""
+    common, notes = common_overrides(tuned, candidates, overrides, config_dir)
+    for note in notes:
+        console.print(f"· {note}", style="dim", highlight=False)
+    trials: list[Trial] = []
+    with _interruptible(), tempfile.TemporaryDirectory(prefix="meshloom-tune-", ignore_cleanup_errors=True) as folder:
+        for number, candidate in enumerate(candidates, 1):
+            label = f"{number} of {len(candidates)}: {described(candidate.settings)}"
+            words = [*common, *tuned.changes(candidate)]
+            with console.status(label) as status:
+                trial = _trial(candidate, words, config_dir, Path(folder) / str(number), status, label)
+            trials.append(trial)
+            console.print(Text(f"{label}: {outcome(trial)}"))
+    trials.sort(key=lambda trial: -trial.speed)
+    console.print(_table(trials))
+    return trials[0].candidate if trials[0].speed else None
+
+
+def outcome(trial: Trial) -> str:
+    """How a candidate did, in a few words."""
+    held = "" if trial.memory is None else f", {trial.memory:.1f} GiB"
+    return trial.failure or f"{trial.speed:,.0f} tokens/s per process{held}"
+
+
+def common_overrides(
+    tuned: Tuned, candidates: Sequence[Candidate], overrides: Sequence[str], config_dir: str | None
+) -> tuple[list[str], list[str]]:
+    """The overrides of all trials: the given ones, without what costs time besides training; and notes on them."""
+    replaced = dict(INSTEAD)
+    notes: list[str] = []
+    samples = trial_samples(tuned.config, candidates)
+    if samples is not None:
+        replaced["batch.samples"] = str(samples)
+        notes.append(f"measured with batch.samples={samples}, which has micro-batches enough to tell")
+    kept = [word for word in overrides if not given_keys([word]) & {*replaced, "output_dir"}]
+    words = [*kept, *(f"{key}={value}" for key, value in replaced.items())]
+    model = candidates[0].plan.model
+    synthetic = [f"data.seq_len={tuned.config.data.seq_len}", f"data.vocabulary={model.vocabulary}", "data=synthetic"]
+    without = [word for word in words if not any(key.partition(".")[0] == "data" for key in given_keys([word]))]
+    try:
+        composition = Composer(config_dir).compose([*without, *synthetic])
+        if not composition.problems:
+            return [*without, *synthetic], notes
+    except ConfigError:
+        pass
+    notes.append("measured on the run's own data: its recipe sets keys that data=synthetic does not have")
+    return words, notes
+
+
+def trial_samples(config: DictConfig, candidates: Sequence[Candidate]) -> int | None:
+    """A smaller global batch on which all of them cost what they do on the whole; None where it is to stay."""
+    plan = candidates[0].plan
+    if config.batch.name != "fixed" or isinstance(config.batch.samples, str) or plan.layout.pp > 1:
+        return None
+    unit = math.lcm(*(one.plan.job.micro for one in candidates)) * plan.layout.data_size
+    return unit * MICRO_BATCHES if unit * MICRO_BATCHES < plan.samples else None
+
+
+def _trial(
+    candidate: Candidate, words: Sequence[str], config_dir: str | None, folder: Path, status: Status, label: str
+) -> Trial:
+    folder.mkdir()
+    path, log = folder / "run" / "metrics.jsonl", folder / "log.txt"
+    quoted = str(folder / "run").replace("'", "\\'")  # as Hydra's quoted strings want it
+    switches = [f"--config-dir={config_dir}"] if config_dir else []
+    command = [sys.executable, "-m", "meshloom.launch.cli", "train", *switches, *words, f"output_dir='{quoted}'"]
+    with log.open("wb") as output:
+        # A session of its own: a terminal's Ctrl-C is for this process, which then ends the run.
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            _until_measured(child, path, status, label)
+        finally:
+            end(child)
+    rows = steps_of(path)
+    if len(rows) < WARM_UP + TIMED and child.returncode != 0:
+        with log.open("rb") as written:
+            written.seek(max(0, log.stat().st_size - TAIL))
+            return Trial(candidate, failure=reason(written.read().decode(errors="replace"), child.returncode))
+    timed = rows[min(WARM_UP, len(rows) - 1) :] if rows else []
+    if not timed:
+        return Trial(candidate, failure="it ended before its first step")
+    speed = statistics.median(row["tokens_per_second"] for row in timed) / candidate.plan.layout.world_size
+    return Trial(candidate, speed, timed[-1].get("memory_gib"))
+
+
+def _until_measured(child: subprocess.Popen[bytes], path: Path, status: Status, label: str) -> None:
+    """Wait for the steps that are wanted, or the run's end. A run that has taken them is asked to stop, as by a scheduler."""
+    deadline = math.inf
+    while child.poll() is None and time.monotonic() < deadline:
+        done = len(steps_of(path))
+        status.update(f"{label}: step {done} of {WARM_UP + TIMED}")
+        if done >= WARM_UP + TIMED and deadline == math.inf:
+            child.terminate()
+            deadline = time.monotonic() + GRACE_SECONDS
+        time.sleep(POLL_SECONDS)
+
+
+def steps_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file that are of steps."""
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # a row that is just being written
+            rows.append(json.loads(line))
+    return [row for row in rows if "tokens_per_second" in row]
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """End a run and every process that it has started; nothing for one that has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if child.poll() is None:
+            process = psutil.Process(child.pid)
+            family = [*process.children(recursive=True), process]
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.terminate()
+            _, alive = psutil.wait_procs(family, timeout=END_SECONDS)
+            for member in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+    child.wait()
+
+
+def reason(log: str, code: int) -> str:
+    """Why a run failed, from what it printed: the last error of a process, not what the agent above it made of that."""
+    memory = re.search(r"OutOfMemoryError: .*?(Tried to allocate [\d.]+ \w+)", log)
+    if memory is not None:
+        return f"out of memory ({memory[1][0].lower()}{memory[1][1:]})"
+    lines = [re.sub(r"^\[?rank ?\d+\]?: ?", "", line.rstrip()) for line in log.splitlines()]
+    refused = [line.strip(" -") for line in lines if line.startswith("  - ")]
+    if code == 2 and refused:
+        return f"refused: {refused[0]}"
+    errors = [
+        line for line in lines if re.match(r"(\w+\.)*\w+(Error|Exception|Diverged)\b", line) and "ChildFailed" not in line
+    ]
+    told = [*(line for line in lines if re.search(r"\w", line)), *errors]
+    return f"failed with exit code {code}: {told[-1].strip()}" if told else f"failed with exit code {code}"
+
+
+@contextlib.contextmanager
+def _interruptible() -> Generator[None]:
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that nothing that was started is left behind."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _table(trials: Sequence[Trial]) -> Table:
+    columns = [right(name) for name in ("tokens/s per process", "GiB", "planned GiB")]
+    title = f"Measured: medians of {TIMED} steps after {WARM_UP}"
+    table = Table("settings", *columns, "", title=title, title_justify="left", box=box.SIMPLE)
+    for trial in trials:
+        speed = f"{trial.speed:,.0f}" if trial.speed else "–"
+        held = "–" if trial.memory is None else f"{trial.memory:.1f}"
+        planned = gib(trial.candidate.bytes)
+        table.add_row(described(trial.candidate.settings), speed, held, planned, Text(trial.failure.partition(":")[0]))
+    return table
