@@ -125,7 +125,7 @@ def passed(built: Llama) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("policy", ["none", "full", "offload"])
+@pytest.mark.parametrize("policy", ["none", "selective", "full", "offload"])
 def test_a_model_of_fused_blocks_is_the_plain_one(policy: str, compiled: bool, calls: list[str]) -> None:
     expected = passed(model())
     assert not calls
@@ -133,11 +133,12 @@ def test_a_model_of_fused_blocks_is_the_plain_one(policy: str, compiled: bool, c
     blocks = list(built.layers.values())
     for block in blocks:
         assert isinstance(block, Block)
-        block.fused = block.ffn.fused = True
+        block.fused, block.ffn.fused = True, policy != "selective"
     apply_policies(blocks, [policy] * 2, compiled=compiled)
     torch.testing.assert_close(passed(built), expected, rtol=1e-11, atol=1e-12)
-    assert calls.count("gemm_gated") == (4 if policy == "full" else 2)
-    assert calls.count("gemm_dgated") == 2 and calls.count("norm_backward_rows") == 4
+    assert calls.count("norm_backward_rows") == 4
+    assert calls.count("gemm_gated") == {"none": 2, "selective": 0, "full": 4, "offload": 2}[policy]
+    assert calls.count("gemm_dgated") == (0 if policy == "selective" else 2)
 
 
 @pytest.mark.parametrize(
