@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-import random
 import signal
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from checkpoint_worlds import fragments, holds, make_arrays, together
 from torch.distributed import FileStore
@@ -22,7 +19,6 @@ from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.memory import keeper
 from meshloom.checkpoint.memory.keeper import dismiss, registered
-from meshloom.checkpoint.memory.parity import block_bytes, block_of, make_groups, span_of
 from meshloom.checkpoint.memory.tier import DOMAIN_VARIABLE
 from meshloom.checkpoint.memory.wire import Connection
 from meshloom.checkpoint.restore import read_state, restore
@@ -364,43 +360,6 @@ def test_keepers_that_are_too_slow_skip_a_snapshot_instead_of_holding_up_trainin
     checkpointer.close()
     assert "kept" in [report.outcome for report in reports.values()]
     assert "no memory free" in reports[5].reason and reports[5].outcome == "skipped"
-
-
-def test_parity_makes_any_member_again() -> None:
-    rng = random.Random(0)
-    for count in (2, 3, 4, 7):
-        files = [np.frombuffer(rng.randbytes(rng.randrange(0, 5000)), np.uint8) for _ in range(count)]
-        files[0] = np.frombuffer(rng.randbytes(4097), np.uint8)
-        block = block_bytes([len(file) for file in files])
-
-        def part(member: int, stripe: int, files=files, block=block) -> np.ndarray:
-            low, high = span_of(member, stripe, block, len(files[member]))
-            return np.pad(files[member][low:high], (0, block - (high - low)))
-
-        parity = [
-            np.bitwise_xor.reduce([part(member, stripe) for member in range(count) if member != stripe])
-            for stripe in range(count)
-        ]
-        for lost in range(count):
-            blocks: dict[int, np.ndarray] = {}
-            for stripe in range(count):
-                if stripe != lost:
-                    others = [part(member, stripe) for member in range(count) if member not in (lost, stripe)]
-                    blocks[block_of(lost, stripe)] = np.bitwise_xor.reduce([parity[stripe], *others])
-            again = np.concatenate([blocks[index] for index in range(count - 1)])[: len(files[lost])]
-            assert np.array_equal(again, files[lost])
-
-
-def test_groups_spread_over_failure_domains() -> None:
-    for nodes, local, size in itertools.product((1, 2, 3, 4, 8), (1, 2, 4), (2, 4)):
-        domains = [f"node{rank // local}" for rank in range(nodes * local)]
-        groups = make_groups(domains, size)
-        assert sorted(rank for group in groups for rank in group) == list(range(nodes * local))
-        if nodes * local > 1:
-            assert min(map(len, groups)) >= 2
-        if nodes >= size and nodes % size == 0:
-            for group in groups:
-                assert len({domains[rank] for rank in group}) == len(group), (nodes, local, size, groups)
 
 
 def test_the_keeper_asks_for_its_secret(folder: Path) -> None:
