@@ -24,6 +24,7 @@ from .memory import (
     optimizer_bytes,
     pieces,
     recomputed_flops,
+    takes_narrow_gradients,
 )
 from .pipeline.stages import StagePlan, carve
 from .pipeline.timeline import Costs, Timeline, simulate, torch_order
@@ -164,6 +165,8 @@ def _rank_cost(
         gathered = whole * unit if unit != exact else max(0, whole * exact - shards)
         moving = max(groups.values()) * ((2 * exact if accumulates else 3 * unit) if shared else unit)
         gradients = shards + (whole * exact if accumulates and shared else 0) + moving
+        if not shared and job.micro_batches == 1 and unit < exact and takes_narrow_gradients(make):
+            gradients = whole * unit  # they go to the optimizer as they are
 
     blocks_keep = [block_bytes(model, job, parallel, policy) for policy in job.policies]
     hidden = job.micro * job.seq_len // parallel.cp * model.dim * unit // (parallel.tp if parallel.sequence_parallel else 1)

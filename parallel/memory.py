@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard
 from ..config.parallel import ParallelConfig
 from ..models.llama import Llama
 from ..models.loss import CHUNK
-from ..optim.parameters import NamedParameter, Unsharded
+from ..optim.parameters import NamedParameter, OnePass, Unsharded
 from .activation import MIXED, mixed_policies
 from .engine import EngineSettings, OptimizerFactory
 from .layout import Layout
@@ -93,6 +93,12 @@ def optimizer_bytes(make: OptimizerFactory, own: Sequence[Piece], model: Llama, 
         return None
     values = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     return sum(value.numel() * value.element_size() for value in values if value.dim())
+
+
+def takes_narrow_gradients(make: OptimizerFactory) -> bool:
+    """Whether this optimizer's `step()` takes gradients in the dtype of the compute, on a GPU that it has a kernel for."""
+    probe = NamedParameter("probe", nn.Parameter(torch.zeros(1)), (1,))
+    return isinstance(make([probe], Unsharded()), OnePass)
 
 
 def block_bytes(model: Llama, job: Job, parallel: ParallelConfig, policy: str) -> int:

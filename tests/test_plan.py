@@ -45,6 +45,8 @@ def test_figures_are_those_of_arithmetic() -> None:
     assert rank.gradients == parameters * 4 + rank.weights + moving, "two micro-batches are added up whole, in fp32"
     (alone,) = make_plan([*LLAMA, "launch.nproc=1"]).cost.ranks
     assert (alone.weights, alone.gathered, alone.optimizer) == (parameters * 4, parameters * 2, parameters * 8)
+    (single,) = make_plan(["recipe=llama_1b", "launch.nproc=1", "batch.samples=4"]).cost.ranks
+    assert single.gradients == parameters * 2, "one micro-batch's gradients go to AdamW in bf16"
     assert plan.cost.model_flops == pytest.approx(64 * 8192 * (6 * (parameters - 128256 * 2048) + 12 * 16 * 2048 * 8192))
 
 
