@@ -172,6 +172,9 @@ def tune(overrides: Sequence[str], memory: float, config_dir: str | None = None)
     config = composition.config
     search = _Search(config, composition.problems)
     given = {key: OmegaConf.select(config, key) for key in KEYS}
+    incomplete = composition.problems or OmegaConf.missing_keys(config)
+    if incomplete and search.planned(given) is None:  # no setting mends a key that is not there
+        raise search.refusals[tuple(given.values())]
     fixed = given_keys(overrides) & set(KEYS)
     notes = [f"{', '.join(sorted(fixed))} as the command line says"] if fixed else []
     if "batch.micro" not in fixed and (why := micro_is_fixed(config)):
@@ -218,7 +221,7 @@ def micro_is_fixed(config: DictConfig) -> str:
         return f"batch.samples={config.batch.samples} is rounded to it"
     if config.trainer.float8 != "none":
         return "float8's scales are of what is computed together"
-    if str(config.optim.get("_target_")).startswith("meshloom.optim.agvm."):
+    if config.optim.get("_target_") == "meshloom.optim.agvm.AGVM":
         return "AGVM compares halves of a rank's micro-batches"
     return ""
 
@@ -276,7 +279,8 @@ class _Search:
                     if policy == "none" and BUDGET not in fixed:
                         tried.append(self._within_budget(found[key], limit))
                         found[*key, "budget"] = tried[-1]
-                crowded = not any(one is not None and one.bytes <= limit for one in tried)
+                legal = [one for one in tried if one is not None]
+                crowded = crowded or (bool(legal) and min(one.bytes for one in legal) > limit)
         return [one for one in found.values() if one is not None]
 
     def _within_budget(self, whole: Candidate | None, limit: float) -> Candidate | None:

@@ -157,6 +157,15 @@ def test_bytes_that_travel() -> None:
     assert moved(alone.cost.ranks[0], alone.parallel, alone.layout, alone.job) == (UPDATE * parameters, 0)
 
 
+def test_illegal_sizes_are_passed_by() -> None:
+    """`interleaved` on 4 ranks can't run 9 or 18 micro-batches, which micro-batches of 4 and of 2 make; it can run 12."""
+    pipeline = ["launch.nproc=4", "parallel.pp=4", "parallel.schedule=interleaved", "batch.samples=36"]
+    tuned = tune(["recipe=llama_1b", *pipeline, "trainer.activation=full"], 80 * GIB)
+    assert tuned.as_given is None
+    micros = {one.settings["batch.micro"] for one in tuned.fitting}
+    assert micros >= {1, 3, 9} and not micros & {2, 4}
+
+
 def test_prints_a_table_and_a_line_to_paste(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["recipe=llama_8b", "launch.nproc=2", "batch.samples=4", "trainer.activation=selective", "output_dir=my run"]
     assert main(["tune", *words, "--memory=139"]) == 0
@@ -183,6 +192,7 @@ def test_every_refusal_has_a_way_out(capsys: pytest.CaptureFixture[str], monkeyp
     assert "use more processes" in text
     text = refused(*LLAMA, "launch.nproc=2", "parallel.tp=3", "parallel.zeroo=1", "--memory=80")
     assert "did you mean parallel.zero?" in text and "does not divide 2 processes" in text
+    assert "batch.samples" in refused(*SMALL, "batch.samples=???", "--memory=80")
     text = refused(*SMALL, "launch.nproc=8", "launch.nodes=2", "--memory=80", "--measure=1", "batch.samples=16")
     assert "not on launch.nodes=2" in text
 
