@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..config.parallel import ParallelConfig
 from ..config.problems import Problem
+from ..data.batch import MicroBatch
 from ..optim.statistics import GradientStatistics
 from .mesh import Mesh
 from .shards import Placed, own_part
@@ -78,15 +79,26 @@ def moments_problems(parallel: ParallelConfig, tied: bool, projections: bool) ->
 
 
 class GradientMoments:
-    """Watches the weights of FSDP groups. One `begin` before a step's first forward, one `squares` after its last backward."""
+    """The norm of a step's gradient and, in steps that are asked to, the moments of its micro-batches', in one collective.
 
-    def __init__(self, mesh: Mesh, placed: Mapping[str, Placed], stages: Sequence[nn.Module]) -> None:
+    An engine shows it every unsharded weight (`watch`, or `watch_groups` for those that FSDP2 makes), and in each step
+    calls `begin` before the first forward pass, `norm` after the last backward pass, and `moments`.
+    """
+
+    def __init__(self, mesh: Mesh, placed: Mapping[str, Placed], gradient_scale: float = 1.0) -> None:
+        """gradient_scale: what the engine multiplies a micro-batch's gradient by, to divide by it again later."""
         self._mesh = mesh
+        self._scale = gradient_scale
         self._index = {name: number for number, name in enumerate(placed)}
         repeats = [self._copies_over_tp(each.parameter) for each in placed.values()]
         self._per_copy = 1 / torch.tensor(repeats, dtype=torch.float64, device=mesh.device)
         self._watched: set[nn.Parameter] = set()
         self._measure = Measure.NOTHING
+        self._sees = False
+        self._sums: torch.Tensor | None = None
+
+    def watch_groups(self, stages: Sequence[nn.Module]) -> None:
+        """See the gradients of the weights that FSDP2 makes whole, in every group of these modules."""
         for stage in stages:
             groups = [(prefix, module) for prefix, module in stage.named_modules() if isinstance(module, FSDPModule)]
             for prefix, group in cast(list[tuple[str, nn.Module]], groups):
@@ -130,7 +142,7 @@ class GradientMoments:
     def _seen(self, index: int, weight: nn.Parameter) -> Callable[[torch.Tensor], None]:
         @torch.no_grad()
         def hook(gradient: torch.Tensor) -> None:
-            if self._measure is Measure.NOTHING:
+            if not self._sees:
                 return
             mine = own_part(gradient, weight)
             exact = torch.float64 if mine.dtype == torch.float64 else torch.float32
@@ -140,30 +152,48 @@ class GradientMoments:
 
         return hook
 
-    def begin(self, measure: Measure, tokens: Sequence[int], global_tokens: torch.Tensor) -> None:
-        """tokens: valid ones of each of this rank's micro-batches, in the order in which they are passed back."""
-        self._measure = measure
+    def begin(self, micro_batches: Sequence[MicroBatch], global_tokens: torch.Tensor, measure: Measure) -> None:
+        """micro_batches: this rank's, still on the host, in the order in which they are passed back."""
+        self._measure, self._sums = measure, None
+        self._sees = measure is not Measure.NOTHING
+        if not self._sees:
+            return
         self._norms: list[list[torch.Tensor]] = [[] for _ in self._index]
         self._kept: list[list[torch.Tensor]] = [[] for _ in self._index]
         # From pinned memory: any other copy to a GPU waits until it has done all that was queued before.
+        tokens = [batch.valid_tokens for batch in micro_batches]
         counted = torch.tensor(tokens, dtype=torch.float64, pin_memory=self._mesh.device.type == "cuda")
         shares = counted.to(self._mesh.device, non_blocking=True) / global_tokens
         # A micro-batch without a target has no gradient: its square of 0 is to be divided by anything but 0.
         self._shares_K = torch.where(shares > 0, shares, 1.0)
-        self.workers = len(tokens) * self._mesh.layout.data_size
+        self._workers = len(tokens) * self._mesh.layout.data_size
 
-    def of(self, samples: int, sums: torch.Tensor) -> Moments | None:
-        """sums: ‖g‖² and what `squares` adds up to. None where a single worker leaves nothing to compare."""
-        if self.workers < 2:
+    def norm(self, squares: torch.Tensor) -> torch.Tensor:
+        """The norm of the whole gradient. squares: this rank's part of its square, to be added up over all processes."""
+        if self._measure is Measure.NOTHING:
+            return self._mesh.sum(squares).sqrt()
+        self._sees = False
+        self._sums = self._mesh.sum(torch.stack([squares, self._worker_squares()]))
+        return self._sums[0].sqrt()
+
+    def moments(self, samples: int) -> Moments | None:
+        """What `norm` added up, asked for once. None where nothing was measured, or a single worker has no peer."""
+        sums, self._sums = self._sums, None
+        if sums is None or self._workers < 2:
             return None
-        return Moments(samples, self.workers, {"batch_square": sums[0], "worker_square": sums[1]})
+        return Moments(samples, self._workers, {"batch_square": sums[0], "worker_square": sums[1]})
 
-    def squares(self) -> torch.Tensor:
+    @property
+    def projects(self) -> bool:
+        """Whether this step was asked for `projection_square` as well."""
+        return self._measure is Measure.PROJECTIONS
+
+    def _worker_squares(self) -> torch.Tensor:
         """This rank's part of Σ_j ‖L_j‖² / w_j over all ranks' micro-batches: add it up over all processes."""
-        self._measure = Measure.NOTHING
-        assert all(len(norms) == len(self._shares_K) for norms in self._norms), "a weight's gradient went unseen"
+        unseen = "a weight's gradient went unseen; was the engine built with `measures`?"
+        assert all(len(norms) == len(self._shares_K) for norms in self._norms), unseen
         together = torch.stack([norm for norms in self._norms for norm in norms])  # a stack each would be a kernel each
-        norms_PK = together.view(len(self._norms), -1).double()
+        norms_PK = together.view(len(self._norms), -1).double() / self._scale
         return (norms_PK.square() * self._per_copy.unsqueeze(1) / self._shares_K).sum()
 
     def projection_square(self, whole_gradients: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:

@@ -83,9 +83,9 @@ class TorchEngine:
         folding = isinstance(self.optimizer, OnePass) and self.optimizer.one_pass
         self._one_pass = cast(OnePass, self.optimizer) if folding else None
 
-        self._moments = self._watch(named) if settings.measures else None
-        self._measured: torch.Tensor | None = None
-        self._measure = Measure.NOTHING
+        self._moments = GradientMoments(mesh, self._placed)
+        if settings.measures:
+            self._watch(named)
 
     def _give_storage(self, stage: Llama) -> None:
         """Cut a stage's weights over the ranks that share them, and give this rank's part memory."""
@@ -109,13 +109,13 @@ class TorchEngine:
 
         return [seen(name, placed) for name, placed in self._placed.items()]
 
-    def _watch(self, named: Mapping[str, nn.Parameter]) -> GradientMoments:
+    def _watch(self, named: Mapping[str, nn.Parameter]) -> None:
         """See every micro-batch's gradient of every weight: as FSDP2 gathers them, or where nothing is gathered at once."""
-        moments = GradientMoments(self.mesh, self._placed, list(self._stages.values()))
-        if self._zero is None:
-            for name, parameter in named.items():
-                moments.watch(name, parameter)
-        return moments
+        if self._zero is not None:
+            self._moments.watch_groups(list(self._stages.values()))
+            return
+        for name, parameter in named.items():
+            self._moments.watch(name, parameter)
 
     def _own(self, micro_batch: MicroBatch) -> tuple[MicroBatch, torch.Tensor | None]:
         """This rank's part of a micro-batch, on its device, and the positions where those can't be told from it."""
@@ -153,10 +153,7 @@ class TorchEngine:
     ) -> StepLoss:
         """Forward and backward of this rank's share."""
         assert micro_batches, "a rank without a micro-batch would leave its peers waiting in a collective"
-        self._measure = measure
-        if measure is not Measure.NOTHING:
-            assert self._moments is not None, "this engine was built without `measures`"
-            self._moments.begin(measure, [batch.valid_tokens for batch in micro_batches], global_tokens)
+        self._moments.begin(micro_batches, global_tokens, measure)
         if self._tied is not None:
             self._tied.fetch()
         if self._masters is not None:
@@ -217,11 +214,7 @@ class TorchEngine:
         # The rule is that all have one, and then no index has to reach the device, which the host would wait for.
         per_copy = self._per_copy if len(present) == len(self._parameters) else self._per_copy[present]
         squares = (norms.square() * per_copy).sum().to(self.mesh.device)
-        if self._moments is None or self._measure is Measure.NOTHING:
-            return self.mesh.sum(squares).sqrt()
-        sums = self.mesh.sum(torch.stack([squares, self._moments.squares()]))  # one collective for both
-        self._measured = sums
-        return sums[0].sqrt()
+        return self._moments.norm(squares)
 
     @torch.no_grad()
     def clip(self, max_norm: float, norm: torch.Tensor) -> None:
@@ -235,11 +228,8 @@ class TorchEngine:
     @torch.no_grad()
     def gradient_moments(self, samples: int) -> Moments | None:
         """What `gradient_norm` summed up and, where asked for, the projections on the whole gradient."""
-        if self._moments is None or self._measured is None:
-            return None
-        found = self._moments.of(samples, self._measured)
-        self._measured = None
-        if found is None or self._measure is not Measure.PROJECTIONS:
+        found = self._moments.moments(samples)
+        if found is None or not self._moments.projects:
             return found
         gradients = [(p, cast(torch.Tensor, p.tensor.grad)) for p in self._parameters]
         gathers = [functools.partial(self._shards.gather, p, gradient.to(p.tensor.dtype)) for p, gradient in gradients]

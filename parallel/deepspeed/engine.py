@@ -103,14 +103,11 @@ class DeepSpeedEngine:
                 on=mesh.device,
             )
         self._state.commit()
-        self._moments: GradientMoments | None = None
-        self._measured: torch.Tensor | None = None
-        self._measure = Measure.NOTHING
-        if settings.measures:
-            named = dict(model.named_parameters())
-            self._moments = GradientMoments(mesh, {name: Placed.of(weight, mesh) for name, weight in named.items()}, [])
-            for name, weight in named.items():
-                self._moments.watch(name, weight)
+        named = dict(model.named_parameters())
+        # What hooks see is the gradient times the number of ranks, which DeepSpeed's mean takes away again.
+        self._moments = GradientMoments(mesh, {name: Placed.of(weight, mesh) for name, weight in named.items()}, self._ranks)
+        for name, weight in named.items() if settings.measures else ():
+            self._moments.watch(name, weight)
 
     def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:
         micro_batch = send(micro_batch, self.mesh.device)
@@ -121,10 +118,7 @@ class DeepSpeedEngine:
     ) -> StepLoss:
         """Forward and backward of this rank's share."""
         assert micro_batches, "a rank without a micro-batch would leave its peers waiting in a collective"
-        self._measure = measure
-        if measure is not Measure.NOTHING:
-            assert self._moments is not None, "this engine was built without `measures`"
-            self._moments.begin(measure, [batch.valid_tokens for batch in micro_batches], global_tokens)
+        self._moments.begin(micro_batches, global_tokens, measure)
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         self._pending = True
         for index, micro_batch in enumerate(micro_batches):
@@ -140,12 +134,7 @@ class DeepSpeedEngine:
         squares = self._state.gradient_squares().to(self.mesh.device)
         if self._state.replicated:
             squares = squares / self._ranks
-        if self._moments is None or self._measure is Measure.NOTHING:
-            return self.mesh.sum(squares).sqrt()
-        # What the hooks saw is the gradient times the number of ranks, which DeepSpeed's mean takes away again.
-        moments = self._moments.squares() / self._ranks**2
-        self._measured = self.mesh.sum(torch.stack([squares, moments]))  # one collective for both
-        return self._measured[0].sqrt()
+        return self._moments.norm(squares)
 
     @torch.no_grad()
     def clip(self, max_norm: float, norm: torch.Tensor) -> None:
@@ -155,10 +144,7 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def gradient_moments(self, samples: int) -> Moments | None:
         """What `gradient_norm` summed up; no projections."""
-        if self._moments is None or self._measured is None:
-            return None
-        sums, self._measured = self._measured, None
-        return self._moments.of(samples, sums)
+        return self._moments.moments(samples)
 
     def update(self, lr: float) -> None:
         """One optimizer step."""
