@@ -7,6 +7,7 @@ rest of what lives for moments. What CUDA, NCCL and a fragmented allocator take 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,12 +44,14 @@ def embedding_flops(model: Llama) -> float:
     return 4.0 * model.dim * BALANCE
 
 
-def balanced_stages(model: Llama, parallel: ParallelConfig, seq_len: int, activation: str = "none") -> StagePlan:
+def balanced_stages(model: Llama, parallel: ParallelConfig, seq_len: int, policies: Sequence[str]) -> StagePlan:
     """Layers per stage by `parallel.stage_layers`, or so that the slowest rank is as fast as can be.
 
-    A backward pass costs two forward passes, and a third where the layer's activations are computed again.
+    policies: the activation policy of every block. A backward pass costs two forward passes, and what they compute again.
+    They are spread evenly where they differ, so a layer is taken to cost their mean.
     """
-    layer = (4.0 if activation == "full" else 3.0) * layer_flops(model, seq_len)
+    again = sum(recomputed_flops(model, policy, seq_len) for policy in policies) / len(policies)
+    layer = 3.0 * layer_flops(model, seq_len) + again
     return StagePlan.of(parallel, model.depth, layer, 3.0 * embedding_flops(model), 3.0 * head_flops(model))
 
 
@@ -105,8 +108,7 @@ class LayoutCost:
 
 def layout_cost(model: Llama, parallel: ParallelConfig, layout: Layout, job: Job, make: OptimizerFactory) -> LayoutCost:
     """The costs of a legal layout. model: on the meta device."""
-    again = "full" if set(job.policies) == {"full"} else "none"
-    plan = balanced_stages(model, parallel, job.seq_len, again)
+    plan = balanced_stages(model, parallel, job.seq_len, job.policies)
     timeline = None
     if plan.count > 1:
         timeline = simulate(torch_order(parallel, job.micro_batches), stage_costs(model, plan, job))

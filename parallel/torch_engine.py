@@ -51,11 +51,11 @@ class TorchEngine:
         self._home = torch.device("cpu") if parallel.offload == "cpu" else mesh.device
 
         model.to(settings.storage)
-        plan = balanced_stages(model, parallel, settings.seq_len, settings.activation)
+        policies = block_policies(model, parallel, settings)
+        plan = balanced_stages(model, parallel, settings.seq_len, policies)
         self._stages = own_stages(model, plan, mesh.coordinates["pp"])
         self._context = ContextParallel(mesh, parallel.cp_kind) if mesh.layout.cp > 1 else None
         self._zero = ZeroGroups(mesh, parallel, settings.compute) if uses_fsdp(parallel, mesh.layout) else None
-        policies = block_policies(model, parallel, settings)
         for stage in self._stages.values():
             apply_forms(stage, policies, mesh, self._context, parallel, settings)
             self._give_storage(stage)
