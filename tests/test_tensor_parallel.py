@@ -1,4 +1,4 @@
-"""Tensor and sequence parallelism beside the parity table: what is cut, logits of any length, clear refusals."""
+"""Tensor and sequence parallelism beside the parity table: what is cut, logits, clear refusals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_rows_cut_by_two_axes_unevenly_are_gathered() -> None:
     assert all(run_ranks(8, gathered, work(tp=4, zero=3)))
 
 
-def generate(rank: int, world_size: int, shape: tuple[int, int], documents: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def logits(rank: int, world_size: int, shape: tuple[int, int], documents: bool) -> tuple[torch.Tensor, torch.Tensor]:
     model = Llama(**work().llama()).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -50,9 +50,9 @@ def generate(rank: int, world_size: int, shape: tuple[int, int], documents: bool
         return model(tokens, None, borders), expected
 
 
-@pytest.mark.parametrize(("shape", "documents"), [((1, 7), False), ((4, 7), False), ((3, 9), True)])
-def test_logits_of_any_length(shape: tuple[int, int], documents: bool) -> None:
-    for found, expected in run_ranks(4, generate, shape, documents):
+@pytest.mark.parametrize(("shape", "documents"), [((1, 8), False), ((4, 7), False), ((3, 8), True)])
+def test_logits_are_those_of_the_whole_model(shape: tuple[int, int], documents: bool) -> None:
+    for found, expected in run_ranks(4, logits, shape, documents):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -80,11 +80,11 @@ class Stream:
         self._tp, self._sequence_parallel = tp, sequence_parallel
         self.placement: Placement = Replicate()
 
-    def fit(self, batch: int, length: int) -> bool:
-        """Choose the placement for (batch, length) tokens; False where they can't be cut."""
+    def fit(self, batch: int, length: int) -> None:
+        """Choose the placement for (batch, length) tokens, which can be cut (`tensor_problems`)."""
         dim = stream_dim(batch, length, self._tp) if self._sequence_parallel else None
+        assert dim is not None or not self._sequence_parallel, f"({batch}, {length}) tokens can't be cut {self._tp} ways"
         self.placement = Replicate() if dim is None else Shard(dim)
-        return dim is not None or not self._sequence_parallel
 
     def at(self, where: Where) -> list[Placement]:
         """A place of the table as DTensor placements."""
@@ -165,7 +165,7 @@ def apply_tensor_parallelism(model: Llama, mesh: DeviceMesh, sequence_parallel: 
             _place(module, mesh, place, stream)
     if model.head is not None:
         model.token_loss = VocabularyParallelLoss(mesh)
-    model.forward = functools.partial(_forward, model.forward, stream, mesh.size())
+    model.forward = functools.partial(_forward, model.forward, stream)
 
 
 def unplaced_modules(model: nn.Module) -> list[str]:
@@ -228,7 +228,6 @@ def _share_heads(module: nn.Module, mesh: DeviceMesh, model: Llama) -> None:
 def _forward(
     forward: Any,
     stream: Stream,
-    tp: int,
     inputs: torch.Tensor,
     targets_BS: torch.Tensor | None = None,
     documents_BS: torch.Tensor | None = None,
@@ -236,15 +235,7 @@ def _forward(
 ) -> torch.Tensor:
     """`Llama.forward` of a cut model: says where the stream lies first.
 
-    A stage without embedding sees a slice and must be given the positions of the whole sequences. Without targets
-    (generation) sequences come in any length: they are padded to one that can be cut, and the padding's logits dropped.
-    Padding follows the text, so causal attention never looks at it.
+    A stage without embedding sees a slice and must be given the positions of the whole sequences.
     """
-    batch, length = inputs.shape[:2] if positions_BS is None else positions_BS.shape
-    if stream.fit(batch, length):
-        return forward(inputs, targets_BS, documents_BS, positions_BS)
-    assert targets_BS is None and not inputs.is_floating_point(), f"({batch}, {length}) tokens can't be cut {tp} ways"
-    padding = -length % tp
-    stream.fit(batch, length + padding)
-    padded = [None if x is None else F.pad(x, (0, padding)) for x in (inputs, documents_BS, positions_BS)]
-    return forward(padded[0], None, padded[1], padded[2])[:, :-padding]
+    stream.fit(*(inputs.shape[:2] if positions_BS is None else positions_BS.shape))
+    return forward(inputs, targets_BS, documents_BS, positions_BS)
