@@ -53,7 +53,7 @@ def watched(rank: int, world_size: int, work: Work) -> tuple[bool, bool]:
 
 def title(value: object) -> str:
     if isinstance(value, ParallelConfig):
-        return f"{value.engine}-zero{value.zero}-tp{value.tp}-cp{value.cp}-{value.cp_kind}"
+        return f"{value.engine}-zero{value.zero}-tp{value.tp}-pp{value.pp}{value.schedule}-cp{value.cp}-{value.cp_kind}"
     return str(value)
 
 
@@ -63,19 +63,19 @@ LAYOUTS = [
     (2, ParallelConfig(cp=2)),
     (2, ParallelConfig(cp=2, cp_kind="ulysses")),
     (2, ParallelConfig(tp=2)),
+    (2, ParallelConfig(pp=2)),
+    (2, ParallelConfig(pp=2, schedule="zbv")),
     (1, ParallelConfig(engine="deepspeed", zero=1)),
 ]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "parallel"), LAYOUTS, ids=[f"{p.engine}-zero{p.zero}-cp{p.cp}{p.cp_kind}" for _, p in LAYOUTS]
-)
+@pytest.mark.parametrize(("ranks", "parallel"), LAYOUTS, ids=title)
 def test_nothing_is_asked_of_the_device(ranks: int, parallel: ParallelConfig) -> None:
     precision = "fp64"
     if parallel.engine == "deepspeed":
         pytest.importorskip("deepspeed", reason="needs the extra: pip install 'meshloom[deepspeed]'")
         precision = "fp32"
-    work = Work(parallel, documents=True, precision=precision)
+    work = Work(parallel, documents=True, precision=precision, model=(("layers", 4),))
     assert run_ranks(ranks, watched, work) == [(True, True)] * ranks
 
 

@@ -57,6 +57,7 @@ class Pipeline:
         self._rank = mesh.coordinates["pp"]
         self._group = mesh.group("pp")
         self._holds_first, self._holds_last = 0 in modules, plan.count - 1 in modules
+        self._batches: Sequence[StageInputs] = ()  # of the step under way
         self._built: tuple[Any, Any] | None = None  # (what the schedule was built for, the schedule)
         self._global_tokens = self._total = torch.zeros((), device=mesh.device)
 
@@ -65,13 +66,17 @@ class Pipeline:
         schedule = self._schedule(batches)
         self._global_tokens = global_tokens
         self._total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
-        shared = {key: torch.cat([batch.shared[key] for batch in batches]) for key in batches[0].shared}
-        arguments = [torch.cat([batch.tokens for batch in batches])] if self._holds_first else []
+        self._batches = batches
         target = torch.cat([batch.targets for batch in batches]) if self._holds_last else None
-        if target is not None:
-            shared["targets_BS"] = target
-        schedule.step(*arguments, target=target, return_outputs=False, **shared)
+        schedule.step(target=target, return_outputs=False)
+        self._batches = ()
         return self._total
+
+    def _chunks(self, _args: object, _kwargs: object = None) -> tuple[list[Any], list[dict[str, Any]]]:
+        """What torch would get by cutting a whole batch: the micro-batches' own tensors, whose documents are counted."""
+        arguments = [(batch.tokens,) if self._holds_first else () for batch in self._batches]
+        last = self._holds_last
+        return arguments, [{**batch.shared, **({"targets_BS": batch.targets} if last else {})} for batch in self._batches]
 
     def _loss(self, total: torch.Tensor, _target: torch.Tensor) -> torch.Tensor:
         self._total += total.detach()
@@ -119,7 +124,9 @@ class Pipeline:
             )
         make = cast(Callable[..., Any], get_schedule_class(chosen.torch_name))
         single = chosen.stages_per_rank == 1 and chosen.fixed
-        return make(stages[0] if single else stages, count, loss_fn=self._loss, scale_grads=False)
+        schedule = make(stages[0] if single else stages, count, loss_fn=self._loss, scale_grads=False)
+        schedule._split_inputs = self._chunks
+        return schedule
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[StageInputs]) -> torch.Tensor:
