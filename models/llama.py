@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import norm, swiglu
-from .attention import attend, positions
+from .attention import Attend, attend, positions
 from .init import Constant, Initial, Normal
 from .loss import linear_cross_entropy
 
-Attend = Callable[..., torch.Tensor]
 TokenLoss = Callable[..., torch.Tensor]
 
 
