@@ -11,7 +11,8 @@ What engines rely on in any `torch.optim.Optimizer`, built as `Class(parameters=
   in the shard's box of the parameter's global shape (checkpointed as arrays). Numbers and 0-dim tensors are counters: the
   same for every parameter and on every rank (checkpointed once). Any other shape has no place in a checkpoint yet;
 - a first `step()` with zero gradients at rate 0 makes all state without changing a weight, and a `step()` works on
-  whatever was then written into that state in place (a counter that is a plain number may be replaced).
+  whatever was then written into that state in place (a counter that is a plain number may be replaced). Engines do so before
+  a restore, and then set every counter to 0, or to what `Begins` says.
 """
 
 from __future__ import annotations
