@@ -68,7 +68,7 @@ def _allow_fused(blocks: Iterable[nn.Module], policies: Sequence[str], mesh: Mes
         reason = "trainer.float8 computes its products"
     else:
         reason = swiglu.why_not(mesh.device)
-    if reason is not None and mesh.is_main:
+    if reason is not None and mesh.is_main and mesh.device.type == "cuda":
         log.info("SwiGLU is not computed inside the products around it: %s", reason)
     for block, policy in zip(blocks, policies, strict=True):
         if isinstance(block, Block):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +18,8 @@ from meshloom.parallel import assembly
 from meshloom.parallel.activation import apply_policies
 from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.layout import Layout
+from parity import Work, curves
+from ranks import run_ranks
 
 
 def gemm_gated(x: torch.Tensor, w: torch.Tensor, **_how: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,6 +50,11 @@ def norm_backward_rows(
 @pytest.fixture(autouse=True)
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels' names in the order of their calls."""
+    return stand_in(monkeypatch)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Put plain torch in the kernels' place, until the patch is undone. The list grows with each call."""
     made: list[str] = []
 
     def noted(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,6 +146,38 @@ def test_a_model_of_fused_blocks_is_the_plain_one(policy: str, compiled: bool, c
     assert calls.count("norm_backward_rows") == 4
     assert calls.count("gemm_gated") == {"none": 2, "selective": 0, "full": 4, "offload": 2}[policy]
     assert calls.count("gemm_dgated") == (0 if policy == "selective" else 2)
+
+
+LAYOUTS = {
+    **{f"pp 2, {schedule}": ParallelConfig(pp=2, schedule=schedule) for schedule in ("1f1b", "zb", "zbv", "dualpipev")},
+    **{f"ZeRO-{zero}": ParallelConfig(zero=zero) for zero in (1, 3)},
+    "cp 2": ParallelConfig(cp=2),
+}
+
+
+def fused_and_plain(rank: int, world_size: int) -> dict[str, tuple[Any, Any, set[str]]]:
+    """By layout: the curves of plain blocks, of fused ones, and which kernels ran."""
+    found: dict[str, tuple[Any, Any, set[str]]] = {}
+    for name, parallel in LAYOUTS.items():
+        work = Work(parallel, steps=2, lr=2e-3, model=(("layers", 4), ("tied", True)))
+        plain = curves(rank, world_size, work)
+        with pytest.MonkeyPatch.context() as patch:
+            made = stand_in(patch)
+            patch.setattr(assembly, "_allow_fused", fuse)
+            found[name] = plain, curves(rank, world_size, work), set(made)
+    return found
+
+
+def fuse(blocks: Iterable[Any], *_rest: Any) -> None:
+    for block in blocks:
+        block.fused = block.ffn.fused = True
+
+
+def test_fused_blocks_train_as_plain_ones_in_every_kind_of_layout() -> None:
+    for rank in run_ranks(2, fused_and_plain):
+        for name, (plain, fused, made) in rank.items():
+            assert [*fused[0], *fused[1]] == pytest.approx([*plain[0], *plain[1]], rel=1e-11), name
+            assert made == {"gemm_gated", "gemm_dgated", "norm_backward_rows"}, name
 
 
 @pytest.mark.parametrize(
