@@ -19,7 +19,7 @@ from .context.split import ContextParallel
 from .engine import EngineSettings
 from .float8 import use_float8
 from .mesh import Mesh
-from .pipeline.stages import StagePlan, carve
+from .pipeline.stages import StagePlan, carve, schedule_of
 from .shards import Placed, local
 from .tensor.placements import apply_tensor_parallelism
 
@@ -52,7 +52,9 @@ def apply_forms(
     if mesh.layout.tp > 1:
         apply_tensor_parallelism(stage, mesh.axes["tp"], parallel.sequence_parallel)
     own = [policies[int(name)] for name in stage.layers]
-    if mesh.layout.tp == 1:
+    # Before 2.13 torch can't run the second half of a backward pass through an operator of several gradients.
+    halves = parallel.pp > 1 and schedule_of(parallel).splits_backward
+    if mesh.layout.tp == 1 and not halves:
         _allow_fused(stage.layers.values(), own, mesh, settings)
     apply_policies(list(stage.layers.values()), own, compiled=settings.compile)
 

@@ -18,6 +18,7 @@ from meshloom.parallel import assembly
 from meshloom.parallel.activation import apply_policies
 from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.layout import Layout
+from meshloom.parallel.pipeline.stages import schedule_of
 from parity import Work, curves
 from ranks import run_ranks
 
@@ -177,7 +178,9 @@ def test_fused_blocks_train_as_plain_ones_in_every_kind_of_layout() -> None:
     for rank in run_ranks(2, fused_and_plain):
         for name, (plain, fused, made) in rank.items():
             assert [*fused[0], *fused[1]] == pytest.approx([*plain[0], *plain[1]], rel=1e-11), name
-            assert made == {"gemm_gated", "gemm_dgated", "norm_backward_rows"}, name
+            parallel = LAYOUTS[name]
+            halves = parallel.pp > 1 and schedule_of(parallel).splits_backward
+            assert made == (set() if halves else {"gemm_gated", "gemm_dgated", "norm_backward_rows"}), name
 
 
 @pytest.mark.parametrize(
