@@ -117,9 +117,9 @@ def test_norm_adds_the_products_gradients_and_the_residuals() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def model() -> Llama:
+def model(dtype: torch.dtype = torch.float64) -> Llama:
     torch.manual_seed(1)
-    made = Llama(dim=64, layers=2, heads=4, kv_heads=2, ffn_dim=96, vocabulary=50, mup_residual=0.5).double()
+    made = Llama(dim=64, layers=2, heads=4, kv_heads=2, ffn_dim=96, vocabulary=50, mup_residual=0.5).to(dtype)
     for name, parameter in made.named_parameters():
         torch.nn.init.normal_(parameter, 1.0 if name.endswith("norm.weight") else 0.0, 0.1)
     return made
@@ -135,15 +135,17 @@ def passed(built: Llama) -> list[torch.Tensor]:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("policy", ["none", "selective", "full", "offload"])
 def test_a_model_of_fused_blocks_is_the_plain_one(policy: str, compiled: bool, calls: list[str]) -> None:
-    expected = passed(model())
+    dtype = torch.float32 if compiled else torch.float64  # torch 2.11 can't compile attention in fp64
+    expected = passed(model(dtype))
     assert not calls
-    built = model()
+    built = model(dtype)
     blocks = list(built.layers.values())
     for block in blocks:
         assert isinstance(block, Block)
         block.fused, block.ffn.fused = True, policy != "selective"
     apply_policies(blocks, [policy] * 2, compiled=compiled)
-    torch.testing.assert_close(passed(built), expected, rtol=1e-11, atol=1e-12)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if compiled else {"rtol": 1e-11, "atol": 1e-12}
+    torch.testing.assert_close(passed(built), expected, **tolerance)
     assert calls.count("norm_backward_rows") == 4
     assert calls.count("gemm_gated") == {"none": 2, "selective": 0, "full": 4, "offload": 2}[policy]
     assert calls.count("gemm_dgated") == (0 if policy == "selective" else 2)
