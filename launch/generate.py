@@ -130,9 +130,7 @@ def _tokenizer(checkpoint: Path | str, config: DictConfig, fingerprint: str) -> 
                 except ValueError as error:
                     raise ConfigError([Problem("checkpoint", str(error), beside)]) from error
     if "data" not in config:
-        raise ConfigError(
-            [Problem("checkpoint", f"'{checkpoint}' was imported without a tokenizer", beside.replace("run", "model"))]
-        )
+        raise ConfigError([Problem("checkpoint", f"'{checkpoint}' was imported without a tokenizer", beside)])
     data = prepared_data(config)
     if data.tokenizer is None:
         message = f"'{checkpoint}' was trained on data={config.data.name}, which has no text"

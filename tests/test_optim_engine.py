@@ -107,6 +107,16 @@ KINDS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = 
 }
 
 
+def carry(before: Engine, after: Engine) -> dict[Any, torch.Tensor]:
+    """Put into a new engine every fragment that it has a place for; those that are left over."""
+    kept = {(fragment.key, fragment.box): fragment.tensor.clone() for fragment in before.fragments()}
+    after.prepare_restore()
+    with torch.no_grad():
+        for fragment in after.fragments():
+            fragment.tensor.copy_(kept.pop((fragment.key, fragment.box)))
+    return kept
+
+
 def interrupted(rank: int, world_size: int) -> dict[str, tuple[list[float], list[float]]]:
     """Five steps at once; and two under ZeRO-3, whose fragments and counters go into a new engine under ZeRO-1, and three."""
     found: dict[str, tuple[list[float], list[float]]] = {}
@@ -114,14 +124,9 @@ def interrupted(rank: int, world_size: int) -> dict[str, tuple[list[float], list
         whole = train(build(ParallelConfig(zero=3), world_size, make, **options), 0, 5)
         before = build(ParallelConfig(zero=3), world_size, make, **options)
         losses = train(before, 0, 2)
-        kept = {(fragment.key, fragment.box): fragment.tensor.clone() for fragment in before.fragments()}
         after = build(ParallelConfig(zero=1), world_size, make, **options)
-        after.prepare_restore()
-        with torch.no_grad():
-            for fragment in after.fragments():
-                fragment.tensor.copy_(kept.pop((fragment.key, fragment.box)))
+        assert not carry(before, after), "state that the new engine has no place for"
         after.load_counters(before.counters())
-        assert not kept, "state that the new engine has no place for"
         found[name] = whole, losses + train(after, 2, 5)
     return found
 
@@ -140,12 +145,8 @@ def continued(
     """Two steps with AdamW, whose state goes into a new engine with another optimizer as far as that has a place for it."""
     before = build(ParallelConfig(zero=3), world_size, AdamW)
     losses = train(before, 0, 2)
-    kept = {(fragment.key, fragment.box): fragment.tensor.clone() for fragment in before.fragments()}
     after = build(ParallelConfig(zero=3), world_size, make, **options)
-    after.prepare_restore()
-    with torch.no_grad():
-        for fragment in after.fragments():
-            fragment.tensor.copy_(kept[fragment.key, fragment.box])
+    carry(before, after)
     known = after.counters()
     after.load_counters({name: value for name, value in before.counters().items() if name in known})
     known = after.counters()
