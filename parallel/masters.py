@@ -126,7 +126,8 @@ class _Group:
 
     def _sum_copies(self, parts: torch.Tensor) -> None:
         """parts (ranks, rows): summed here, and over the ranks that hold copies of the same rows."""
-        total = parts.sum(0, dtype=self.weights[0].master.dtype)
+        dtype = self.weights[0].master.dtype
+        total = parts[0].to(dtype) if len(parts) == 1 else parts.sum(0, dtype=dtype)
         if self.mesh.size("copies") == 1:
             self._give(total)
         else:
@@ -255,9 +256,9 @@ class MasterWeights:
         self._current = False
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Before anybody reads or writes masters other than by an update: until no gathering touches them any more."""
-        if not self.separate:
+    def settle(self, rows: bool = False) -> None:
+        """Before masters are read or written: until no gathering touches them. rows: what is computed with is written, too."""
+        if rows or not self.separate:
             for group in self._groups:
                 group.wait()
 
@@ -267,11 +268,13 @@ class MasterWeights:
 
     @torch.no_grad()
     def _spread(self, copied: bool) -> None:
+        # In case nobody has asked for what came before: an earlier gathering may write this rank's rows as it found them.
+        for group in self._groups:
+            group.wait(obsolete=True)
         if self.separate and not copied:
             torch._foreach_copy_(list(self.own.values()), list(self.masters.values()))
         if self._mesh.size("weights") > 1:
             for group in self._groups:
-                group.wait(obsolete=True)  # in case nobody has asked for what came before
                 group.gather()
         self._current = True
 

@@ -239,7 +239,7 @@ class TorchEngine:
     def update(self, lr: float) -> None:
         """One optimizer step."""
         if self._masters is not None:
-            self._masters.settle()
+            self._masters.settle(rows=self._one_pass is not None)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any
 
 import pytest
@@ -161,3 +162,68 @@ def test_gradient_moments_are_those_of_fsdp() -> None:
     (plain,) = run_ranks(1, moments, ParallelConfig(zero=0))
     (fsdp,) = run_ranks(1, moments, FSDP)
     assert plain == pytest.approx(fsdp, rel=1e-5)
+
+
+def restored_again_and_again(rank: int, world_size: int, precision: str) -> int:
+    """How often whole weights were not what had just been restored, while a gathering of the old ones was under way."""
+    engine = build(Work(ParallelConfig(zero=1), precision=precision), world_size)
+    assert isinstance(engine, TorchEngine) and engine._masters is not None
+    stale = 0
+    for number in range(1, 16):
+        if rank:
+            time.sleep(0.02)  # so that the other rank's gathering is not over when its weights are written
+        engine.prepare_restore()
+        for fragment in engine.fragments():
+            if fragment.role == "weight":
+                fragment.tensor.fill_(float(number))
+        engine.load_counters(engine.counters())
+        engine._masters.refresh()
+        for group in engine._masters._groups:
+            group.wait()
+        stale += any(bool((parameter != number).any()) for parameter in engine.module.parameters())
+    return stale
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_restored_is_not_overtaken_by_what_was_under_way(precision: str) -> None:
+    assert run_ranks(2, restored_again_and_again, precision) == [0, 0]
+
+
+def travelled(rank: int, world_size: int, micro_batches: int) -> list[str]:
+    """What happened in a step under ZeRO-1, in order: gradients that were ready, pieces sent, pieces waited for."""
+    engine = build(Work(ParallelConfig(zero=1), precision="bf16"), world_size)
+    assert isinstance(engine, TorchEngine)
+    events: list[str] = []
+
+    class Watched:
+        def __init__(self, work: Any) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            events.append("wait")
+            self.work.wait()
+
+    def exchange(received: torch.Tensor, sent: torch.Tensor, **how: Any) -> Watched:
+        events.append(f"send {sent.dtype}")
+        return Watched(plain(received, sent, **how))
+
+    plain = torch.distributed.all_to_all_single
+    for parameter in engine.module.parameters():
+        parameter.register_hook(lambda _: events.append("gradient"))
+    batches = [MicroBatch.collate([sample(4 * rank + index)]) for index in range(micro_batches)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_to_all_single", exchange)
+        engine.accumulate(batches, torch.tensor(100.0))
+    return events
+
+
+@pytest.mark.parametrize(("micro_batches", "dtype"), [(1, "torch.bfloat16"), (2, "torch.float32")])
+def test_gradients_travel_once_and_while_the_next_are_computed(micro_batches: int, dtype: str) -> None:
+    for events in run_ranks(2, travelled, micro_batches):
+        groups = 4  # the head and norm, two blocks, the embedding
+        assert [event for event in events if event.startswith("send")] == [f"send {dtype}"] * groups
+        sends = [at for at, event in enumerate(events) if event.startswith("send")]
+        waits = [at for at, event in enumerate(events) if event == "wait"]
+        assert len(waits) == groups
+        for sent, waited in list(zip(sends, waits, strict=True))[:-1]:
+            assert "gradient" in events[sent:waited], "the exchange was waited for before the next gradients were computed"
