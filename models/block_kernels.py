@@ -69,13 +69,13 @@ def norm_backward_rows(
 def _turns(a, b, both, width, APART: tl.constexpr, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
-    one, two, here = row * width + at, row * width + at, 2 * row * width + at
+    each, here = row * width + at, 2 * row * width + at
     if APART:
-        tl.store(a + one, tl.load(both + here, mask=inside), mask=inside)
-        tl.store(b + two, tl.load(both + here + width, mask=inside), mask=inside)
+        tl.store(a + each, tl.load(both + here, mask=inside), mask=inside)
+        tl.store(b + each, tl.load(both + here + width, mask=inside), mask=inside)
     else:
-        tl.store(both + here, tl.load(a + one, mask=inside), mask=inside)
-        tl.store(both + here + width, tl.load(b + two, mask=inside), mask=inside)
+        tl.store(both + here, tl.load(a + each, mask=inside), mask=inside)
+        tl.store(both + here + width, tl.load(b + each, mask=inside), mask=inside)
 
 
 def _copy(a: torch.Tensor, b: torch.Tensor, both: torch.Tensor, *, apart: bool) -> None:

@@ -19,7 +19,7 @@ from .context.split import ContextParallel
 from .engine import EngineSettings
 from .float8 import use_float8
 from .mesh import Mesh
-from .pipeline.stages import StagePlan, carve, schedule_of
+from .pipeline.stages import StagePlan, carve, splits_backward
 from .shards import Placed, local
 from .tensor.placements import apply_tensor_parallelism
 
@@ -53,8 +53,7 @@ def apply_forms(
         apply_tensor_parallelism(stage, mesh.axes["tp"], parallel.sequence_parallel)
     own = [policies[int(name)] for name in stage.layers]
     # Before 2.13 torch can't run the second half of a backward pass through an operator of several gradients.
-    halves = parallel.pp > 1 and schedule_of(parallel).splits_backward
-    if mesh.layout.tp == 1 and not halves:
+    if mesh.layout.tp == 1 and not splits_backward(parallel):
         _allow_fused(stage.layers.values(), own, mesh, settings)
     apply_policies(list(stage.layers.values()), own, compiled=settings.compile)
 
@@ -68,6 +67,8 @@ def _allow_fused(blocks: Iterable[nn.Module], policies: Sequence[str], mesh: Mes
         reason = "its kernels are bf16's"
     elif settings.float8 != "none":
         reason = "trainer.float8 computes its products"
+    elif all(policy == "selective" for policy in policies):
+        reason = "trainer.activation=selective keeps one of them"
     else:
         reason = swiglu.why_not(mesh.device)
     if reason is not None and mesh.is_main and mesh.device.type == "cuda":

@@ -18,6 +18,7 @@ from .engine import OptimizerFactory
 from .layout import Layout, uses_fsdp
 from .memory import (
     BYTES,
+    EXACT,
     Job,
     block_bytes,
     layer_flops,
@@ -25,7 +26,6 @@ from .memory import (
     optimizer_bytes,
     pieces,
     recomputed_flops,
-    takes_narrow_gradients,
 )
 from .pipeline.stages import StagePlan, carve
 from .pipeline.timeline import Costs, Timeline, simulate, torch_order
@@ -140,7 +140,7 @@ def _rank_cost(
     timeline: Timeline | None,
     make: OptimizerFactory,
 ) -> RankCost:
-    unit, exact = BYTES[job.precision], 8 if job.precision == "fp64" else 4
+    unit, exact = BYTES[job.precision], EXACT[job.precision]
     mine = plan.held_by(rank)
     last = plan.count - 1
     held = [piece for stage in mine for piece in pieces(stages[stage], layout)]
@@ -160,14 +160,15 @@ def _rank_cost(
     shards = sum(piece.padded for piece in held) * exact
     gathered, gradients = at_once * unit, shards + (whole * exact if accumulates else max(groups.values()) * (unit + exact))
     left = 0 if parallel.pp == 1 and job.micro_batches == 1 else whole * exact if accumulates else shards
+    state, one_pass = optimizer_bytes(make, own, model, torch.float64 if job.precision == "fp64" else torch.float32)
     if not uses_fsdp(parallel, layout):
         # Whole weights lie beside their masters; of one dtype, the masters are a part of them. Gradients are added up whole.
         # While a group's are on their way, as they were sent and as they are received, the next one's are computed.
-        shared = layout.data_size * layout.cp > 1
+        shared = layout.gradient_ranks > 1
         gathered = whole * unit if unit != exact else max(0, whole * exact - shards)
         moving = max(groups.values()) * ((2 * exact if accumulates else 3 * unit) if shared else unit)
         gradients = shards + (whole * exact if accumulates and shared else 0) + moving
-        if not shared and job.micro_batches == 1 and unit < exact and takes_narrow_gradients(make):
+        if not shared and job.micro_batches == 1 and unit < exact and one_pass:
             gradients = whole * unit  # they go to the optimizer as they are
 
     blocks_keep = [block_bytes(model, job, parallel, policy) for policy in job.policies]
@@ -187,7 +188,6 @@ def _rank_cost(
 
     costs = stage_costs(model, plan, job)
     tokens = job.micro * job.micro_batches * job.seq_len / parallel.cp / parallel.tp
-    state = optimizer_bytes(make, own, model, torch.float64 if job.precision == "fp64" else torch.float32)
     return RankCost(
         layers=[plan.layers[stage] for stage in mine],
         elements=sum(torch.Size(piece.shape).numel() for piece in own),

@@ -44,6 +44,16 @@ class Layout:
         return self.replicate * self.shard
 
     @property
+    def gradient_ranks(self) -> int:
+        """Number of ranks that a gradient is summed over."""
+        return self.data_size * self.cp
+
+    @property
+    def weight_ranks(self) -> int:
+        """Number of ranks that share one copy of a weight's state: under ZeRO-0 each has its own."""
+        return self.shard * self.cp if self.zero else 1
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Axis name → size, outermost first."""
         return {axis: getattr(self, axis) for axis in AXES}
@@ -81,8 +91,7 @@ class Layout:
 
 def uses_fsdp(parallel: ParallelConfig, layout: Layout) -> bool:
     """Whether FSDP2 holds the torch engine's weights; otherwise they lie whole beside their masters (`masters.py`)."""
-    shared = layout.data_size * layout.cp > 1
-    return parallel.pp > 1 or parallel.offload == "cpu" or (layout.zero >= 2 and shared)
+    return parallel.pp > 1 or parallel.offload == "cpu" or (layout.zero >= 2 and layout.gradient_ranks > 1)
 
 
 def layout_problems(config: ParallelConfig, world_size: int) -> list[Problem]:

@@ -17,10 +17,14 @@ from ..optim.parameters import NamedParameter, OnePass, Unsharded
 from .activation import MIXED, mixed_policies
 from .engine import EngineSettings, OptimizerFactory
 from .layout import Layout
-from .pipeline.stages import schedule_of
+from .pipeline.stages import splits_backward
 from .tensor.placements import LLAMA_PLACES
 
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+"""Of an element that is computed with, by precision."""
+
+EXACT = {"bf16": 4, "fp32": 4, "fp64": 8}
+"""Of an element that is updated or summed."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Piece:
 
 def pieces(stage: nn.Module, layout: Layout) -> list[Piece]:
     """How FSDP2 over tensor-parallel parameters cuts a stage: along dim 0, into chunks of equal size but for the last."""
-    ways = layout.shard * layout.cp if layout.zero else 1
+    ways = layout.weight_ranks
     found: list[Piece] = []
     for name, parameter in stage.named_parameters():
         shape = list(parameter.shape)
@@ -75,8 +79,11 @@ def pieces(stage: nn.Module, layout: Layout) -> list[Piece]:
     return found
 
 
-def optimizer_bytes(make: OptimizerFactory, own: Sequence[Piece], model: Llama, dtype: torch.dtype) -> int | None:
-    """State of this optimizer over these shards, by taking a step on tensors without storage; None where it can't."""
+def optimizer_bytes(make: OptimizerFactory, own: Sequence[Piece], model: Llama, dtype: torch.dtype) -> tuple[int | None, bool]:
+    """What an optimizer keeps of these shards, and whether it takes gradients in the dtype of the compute (`OnePass`).
+
+    Found by a step on tensors without storage; (None, False) where it can't take one.
+    """
     try:
         with torch.device("meta"):
             tensors = [nn.Parameter(torch.empty(piece.shape, dtype=dtype)) for piece in own]
@@ -90,15 +97,10 @@ def optimizer_bytes(make: OptimizerFactory, own: Sequence[Piece], model: Llama, 
         optimizer = make(parameters, Unsharded())
         optimizer.step()
     except (RuntimeError, NotImplementedError):  # an optimizer whose step asks for numbers
-        return None
+        return None, False
     values = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    return sum(value.numel() * value.element_size() for value in values if value.dim())
-
-
-def takes_narrow_gradients(make: OptimizerFactory) -> bool:
-    """Whether this optimizer's `step()` takes gradients in the dtype of the compute, on a GPU that it has a kernel for."""
-    probe = NamedParameter("probe", nn.Parameter(torch.zeros(1)), (1,))
-    return isinstance(make([probe], Unsharded()), OnePass)
+    size = sum(value.numel() * value.element_size() for value in values if value.dim())
+    return size, isinstance(optimizer, OnePass)
 
 
 def block_bytes(model: Llama, job: Job, parallel: ParallelConfig, policy: str) -> int:
@@ -112,7 +114,7 @@ def block_bytes(model: Llama, job: Job, parallel: ParallelConfig, policy: str) -
     Selectively: the block's input, q, k, v, attention's output and its projection, and one of SwiGLU's two factors.
     """
     tokens = job.micro * job.seq_len // parallel.cp
-    unit, exact = BYTES[job.precision], 8 if job.precision == "fp64" else 4
+    unit, exact = BYTES[job.precision], EXACT[job.precision]
     tp = parallel.tp
     stream = model.dim / (tp if parallel.sequence_parallel else 1)
     kv_dim = model.kv_heads * model.head_dim
@@ -150,7 +152,7 @@ def block_policies(model: Llama, parallel: ParallelConfig, settings: EngineSetti
     """
     if settings.activation_budget is None:
         return [settings.activation] * model.depth
-    halves = parallel.pp > 1 and schedule_of(parallel).splits_backward
+    halves = splits_backward(parallel)
     # What blocks keep is in proportion to their tokens, so any number of them will do.
     job = Job(1024 * parallel.cp, 1, 1, settings.precision, [], settings.compile)
     kept = {policy: block_bytes(model, job, parallel, policy) for policy in MIXED if not (halves and policy == "selective")}
@@ -161,7 +163,7 @@ def block_policies(model: Llama, parallel: ParallelConfig, settings: EngineSetti
 def loss_bytes(model: Llama, job: Job, parallel: ParallelConfig) -> int:
     """What final norm, head and loss hold of one micro-batch: its states and their gradient, the head's, a chunk of logits."""
     tokens = job.micro * job.seq_len // parallel.cp
-    unit, exact = BYTES[job.precision], 8 if job.precision == "fp64" else 4
+    unit, exact = BYTES[job.precision], EXACT[job.precision]
     rows = -(-model.vocabulary // parallel.tp)
     states = tokens * model.dim * unit * 3
     # The head's gradient is added up in fp32 while a chunk's logits live, and cast when they are gone.

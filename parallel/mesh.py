@@ -58,9 +58,8 @@ class Mesh:
         assert dist.get_world_size() == layout.world_size, f"{layout} on {dist.get_world_size()} processes"
         # Sharding of weights and slicing of sequences cut the same ranks in two ways, hence two meshes. Under ZeRO-0 every
         # data and context rank is a copy. Both orders number the ranks as Layout does.
-        data = layout.replicate * layout.shard * layout.cp
-        copies = data if layout.zero == 0 else layout.replicate
-        sizes = {"pp": layout.pp, "copies": copies, "weights": data // copies, "tp": layout.tp}
+        copies = layout.gradient_ranks // layout.weight_ranks
+        sizes = {"pp": layout.pp, "copies": copies, "weights": layout.weight_ranks, "tp": layout.tp}
         root = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         axes = {axis: root[axis] for axis in sizes}
         axes["data"] = root["copies", "weights"]._flatten("data")

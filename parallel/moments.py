@@ -94,7 +94,6 @@ class GradientMoments:
         self._per_copy = 1 / torch.tensor(repeats, dtype=torch.float64, device=mesh.device)
         self._watched: set[nn.Parameter] = set()
         self._measure = Measure.NOTHING
-        self._sees = False
         self._sums: torch.Tensor | None = None
 
     def watch_groups(self, stages: Sequence[nn.Module]) -> None:
@@ -142,7 +141,7 @@ class GradientMoments:
     def _seen(self, index: int, weight: nn.Parameter) -> Callable[[torch.Tensor], None]:
         @torch.no_grad()
         def hook(gradient: torch.Tensor) -> None:
-            if not self._sees:
+            if self._measure is Measure.NOTHING:
                 return
             mine = own_part(gradient, weight)
             exact = torch.float64 if mine.dtype == torch.float64 else torch.float32
@@ -155,8 +154,7 @@ class GradientMoments:
     def begin(self, micro_batches: Sequence[MicroBatch], global_tokens: torch.Tensor, measure: Measure) -> None:
         """micro_batches: this rank's, still on the host, in the order in which they are passed back."""
         self._measure, self._sums = measure, None
-        self._sees = measure is not Measure.NOTHING
-        if not self._sees:
+        if measure is Measure.NOTHING:
             return
         self._norms: list[list[torch.Tensor]] = [[] for _ in self._index]
         self._kept: list[list[torch.Tensor]] = [[] for _ in self._index]
@@ -172,7 +170,6 @@ class GradientMoments:
         """The norm of the whole gradient. squares: this rank's part of its square, to be added up over all processes."""
         if self._measure is Measure.NOTHING:
             return self._mesh.sum(squares).sqrt()
-        self._sees = False
         self._sums = self._mesh.sum(torch.stack([squares, self._worker_squares()]))
         return self._sums[0].sqrt()
 

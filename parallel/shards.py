@@ -99,7 +99,7 @@ class MeshShards:
         self._copies: dict[tuple[object, ...], torch.Tensor] = {}  # of lists of parameters: the same few in every step
 
     def _copies_of(self, parameters: Sequence[NamedParameter], like: torch.Tensor) -> torch.Tensor:
-        """(len(parameters), 1, …): ranks that hold each element, to divide `like` by. Kept, for a GPU waits for its copy."""
+        """(len(parameters), 1, …): ranks that hold each element, to divide `like` by. Kept: the host waits for such a copy."""
         key = (tuple(p.name for p in parameters), like.dim(), like.dtype, like.device)
         if key not in self._copies:
             copies = torch.tensor([self._placed[p.name].copies for p in parameters], dtype=like.dtype, device=like.device)

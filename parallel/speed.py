@@ -14,7 +14,7 @@ from ..config.parallel import ParallelConfig
 from ..models.llama import Llama
 from .cost import LayoutCost, RankCost
 from .layout import Layout, uses_fsdp
-from .memory import BYTES, Job, block_bytes
+from .memory import BYTES, EXACT, Job, block_bytes
 from .offload import OffloadAccount
 
 RATE = {"bf16": 595e12, "fp32": 50e12, "fp64": 50e12}
@@ -76,9 +76,8 @@ def moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: Job) ->
     FSDP2           shards are cast, gathered into one buffer and copied out of it; gradients are widened as they are copied
                     in. ZeRO-2 does the first once and the second M times, ZeRO-3 2 M and M times, a pipeline once each
     """
-    unit, exact = BYTES[job.precision], 8 if job.precision == "fp64" else 4
-    ways = layout.shard * layout.cp if layout.zero else 1
-    ranks = layout.data_size * layout.cp
+    unit, exact = BYTES[job.precision], EXACT[job.precision]
+    ways, ranks = layout.weight_ranks, layout.gradient_ranks
     copies = ranks // ways
     many = job.micro_batches
     own, whole = rank.elements, rank.elements * ways

@@ -67,7 +67,8 @@ class Pipeline:
         self._global_tokens = global_tokens
         self._total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         self._batches = batches
-        target = torch.cat([batch.targets for batch in batches]) if self._holds_last else None
+        # torch wants something to cut; the targets themselves come with the micro-batches, to where the loss is computed.
+        target = torch.empty(len(batches)) if self._holds_last else None
         schedule.step(target=target, return_outputs=False)
         self._batches = ()
         return self._total

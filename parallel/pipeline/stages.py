@@ -48,6 +48,11 @@ def schedule_of(parallel: ParallelConfig) -> Schedule:
     return SCHEDULES[parallel.schedule]
 
 
+def splits_backward(parallel: ParallelConfig) -> bool:
+    """Whether there is a pipeline whose backward passes run in two halves."""
+    return parallel.pp > 1 and schedule_of(parallel).splits_backward
+
+
 def stage_count(parallel: ParallelConfig) -> int:
     """Number of stages of the whole pipeline."""
     return parallel.pp * (parallel.stages_per_rank or schedule_of(parallel).stages_per_rank) if parallel.pp > 1 else 1
