@@ -92,7 +92,7 @@ class Composer:
                 raise ConfigError(
                     [Problem("--config-dir", f"'{folder}' is not a folder", "give the folder that holds recipe/")]
                 )
-            self._joined = [f"hydra.searchpath=[{QuotedString(f'file://{folder}', Quote.single).with_quotes()}]"]
+            self._joined = [f"hydra.searchpath=[{quoted(f'file://{folder}')}]"]
         self._loader = _config_loader()
         self._known_options: dict[str, list[str]] = {}
 
@@ -213,6 +213,11 @@ def opened(argument: str) -> str:
     if argument.startswith(OPEN_NODE):
         return f"++{argument}"
     return re.sub(rf"^({'|'.join(NAMED)})\.name=", r"\1=", argument)
+
+
+def quoted(text: str) -> str:
+    """A text as a value of an override, whatever it holds: Hydra reads back exactly that."""
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def task_overrides() -> list[str]:

@@ -37,7 +37,7 @@ def plan_tables(parallel: ParallelConfig, layout: Layout, job: Job, cost: Layout
         yield mesh_table(layout)
     yield holders_table(layout, cost)
     yield memory_table(cost)
-    yield step_table(parallel, layout, job, cost, samples)
+    yield step_table(parallel, job, cost, samples)
 
 
 def axis_groups(layout: Layout, axis: str) -> list[list[int]]:
@@ -113,7 +113,7 @@ def gib(count: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.4f}"
 
 
-def step_table(parallel: ParallelConfig, layout: Layout, job: Job, cost: LayoutCost, samples: int) -> Table:
+def step_table(parallel: ParallelConfig, job: Job, cost: LayoutCost, samples: int) -> Table:
     """The work of one step."""
     table = Table(show_header=False, title="One step", title_justify="left", box=box.SIMPLE)
     tokens = samples * job.seq_len

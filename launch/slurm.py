@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ..config.compose import Composer
+from ..config.compose import Composer, quoted
 from ..config.problems import ConfigError
 
 TEMPLATE = Path(__file__).with_name("slurm.sbatch")
@@ -73,5 +73,5 @@ def _command_line(overrides: Sequence[str], config_dir: str | None, resume: str)
     kept = [override for override in overrides if not override.startswith("resume=")]
     again = "auto" if resume == "none" else resume if goes_on(resume) else f"{FROM}{resume}"
     if again != "auto":
-        again = "'" + again.replace("'", "\\'") + "'"  # as Hydra's quoted strings want it
+        again = quoted(again)
     return " ".join(shlex.quote(word) for word in [*folder, *kept, f"resume={again}"])

@@ -20,7 +20,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, opened, register_schemas, sweep_folder, task_overrides
+from ..config.compose import (
+    HYDRA_VERSION,
+    RECIPES,
+    ROOT,
+    Composer,
+    opened,
+    quoted,
+    register_schemas,
+    sweep_folder,
+    task_overrides,
+)
 from ..config.problems import ConfigError, Problem
 
 BAD_CONFIG = 2
@@ -198,7 +208,6 @@ def _configure_log() -> None:
 def _start_torchrun(config: DictConfig, count: int, switches: argparse.Namespace) -> int:
     from .torchrun import main as torchrun
 
-    output_dir = str(config.output_dir).replace("'", "\\'")  # as Hydra's quoted strings want it
     folder = [f"--config-dir={switches.config_dir}"] if switches.config_dir else []
     overrides = [line for line in task_overrides() if not line.startswith("output_dir=")]
     return torchrun(
@@ -210,7 +219,7 @@ def _start_torchrun(config: DictConfig, count: int, switches: argparse.Namespace
             "meshloom.launch.train",
             *folder,
             *overrides,
-            f"output_dir='{output_dir}'",
+            f"output_dir={quoted(str(config.output_dir))}",
         ]
     )
 

@@ -27,7 +27,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from ..config.compose import Composer
+from ..config.compose import Composer, quoted
 from ..config.problems import ConfigError, Problem
 from .plan_tables import gib, right
 from .train import processes
@@ -148,9 +148,9 @@ def _trial(
 ) -> Trial:
     folder.mkdir()
     path, log = folder / "run" / "metrics.jsonl", folder / "log.txt"
-    quoted = str(folder / "run").replace("'", "\\'")  # as Hydra's quoted strings want it
     switches = [f"--config-dir={config_dir}"] if config_dir else []
-    command = [sys.executable, "-m", "meshloom.launch.cli", "train", *switches, *words, f"output_dir='{quoted}'"]
+    own = f"output_dir={quoted(str(folder / 'run'))}"
+    command = [sys.executable, "-m", "meshloom.launch.cli", "train", *switches, *words, own]
     with log.open("wb") as output:
         # A session of its own: a terminal's Ctrl-C is for this process, which then ends the run.
         child = subprocess.Popen(

@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from meshloom.config import RunConfig
-from meshloom.config.compose import Composer, differences, drop_unknown, near_miss, resumed, sweep_folder
+from meshloom.config.compose import Composer, differences, drop_unknown, near_miss, quoted, resumed, sweep_folder
 from meshloom.config.problems import ConfigError
 
 
@@ -50,6 +50,13 @@ def test_command_line_wins_over_recipe_and_recipe_over_schema(composer: Composer
     assert config.optim.lr == 0.5
     assert config.precision == "fp32"  # the recipe's; the schema says bf16
     assert config.schedule.warmup == "5%"  # what the recipe says of schedules holds for the chosen one
+
+
+@pytest.mark.parametrize(
+    "folder", ["runs/a", "it's, [here]: 1", "ends in \\", "a\\'b", 'say "a"', " b ", "null", "{a: 1}", "a=b"]
+)
+def test_a_quoted_text_is_read_back_as_it_was(composer: Composer, folder: str) -> None:
+    assert config_of(composer, f"output_dir={quoted(folder)}").output_dir == folder
 
 
 def test_every_fault_is_named_at_once_with_a_fix(composer: Composer) -> None:

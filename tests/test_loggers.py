@@ -136,6 +136,29 @@ def test_rows_that_no_disk_took_go_on_with_the_checkpoint(tmp_path: Path, monkey
     assert steps_in(path) == [1, 2, 3, 4]
 
 
+def test_rows_that_came_to_the_disk_after_the_checkpoint_are_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, path = Disk(monkeypatch), tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, 1)
+    first.on_run_begin(loop_at(0, tmp_path))
+    first.on_metrics(loop_at(1, tmp_path), row(1))
+    disk.room = 0
+    for step in (2, 3):
+        first.on_metrics(loop_at(step, tmp_path), row(step))
+    state = json.loads(json.dumps(first.state_dict()))
+    disk.room = math.inf
+    first.on_metrics(loop_at(4, tmp_path), row(4))
+    first.close()  # killed here: the checkpoint of step 3 is the last
+    assert steps_in(path) == [1, 2, 3, 4]
+    second = MetricsFile(path, 1)
+    second.load_state_dict(state)
+    second.on_run_begin(loop_at(3, tmp_path))
+    second.on_metrics(loop_at(4, tmp_path), row(4))
+    second.close()
+    assert steps_in(path) == [1, 2, 3, 4]
+
+
 def test_tensorboard_ends_without_the_run_when_the_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

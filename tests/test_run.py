@@ -15,7 +15,7 @@ import pytest
 from meshloom.checkpoint.folder import find_latest
 from meshloom.config.compose import Composer
 from meshloom.config.problems import ConfigError
-from meshloom.trainer.resume import effective
+from meshloom.trainer.resume import effective, lies_in
 from meshloom.trainer.run import run
 from ranks import run_ranks
 
@@ -153,6 +153,30 @@ def test_what_belongs_to_one_run_stays_with_it(tmp_path: Path) -> None:
     assert (tmp_path / "moved" / "name").read_text() == "trunk"
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "folder", "own"),
+    [
+        ("run/checkpoints/step-00000002", "run/checkpoints", True),
+        ("run/checkpoints", "run/checkpoints/", True),
+        ("run/../run/checkpoints/step-00000002", "file://{here}/run/checkpoints", True),
+        ("link/checkpoints/step-00000002", "run/checkpoints", True),
+        ("run/checkpoints-of-another/step-00000002", "run/checkpoints", False),
+        ("trunk/checkpoints/step-00000002", "run/checkpoints", False),
+        ("memory://bucket/run/step-00000002", "memory://bucket/run/", True),
+        ("memory://bucket/run", "memory://bucket/run", True),
+        ("memory://bucket/run-2/step-00000002", "memory://bucket/run", False),
+        ("run/checkpoints/step-00000002", "memory://bucket/run", False),
+    ],
+)
+def test_whose_checkpoint_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: str, folder: str, own: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    assert lies_in(checkpoint, folder.format(here=tmp_path)) == own
+
+
 def test_folders_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     go(1, tmp_path / "unread", "output_dir='~/trunk'", "trainer.steps=2")
@@ -163,7 +187,7 @@ def test_folders_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_checkpoint_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for where in (tmp_path / "file", "auto:nowhere", "s4://bucket/run"):
+    for where in (tmp_path / "file", "auto:nowhere", "s4://bucket/run", "a" * 300):
         with pytest.raises(ConfigError) as caught:
             effective(Composer().compose([*TINY, f"output_dir={tmp_path / 'out'}", f"resume={where}"]).config, [])
         assert [problem.key for problem in caught.value.problems] == ["resume"]
@@ -256,6 +280,14 @@ def test_a_sample_is_never_of_an_earlier_runs_model(tmp_path: Path) -> None:
     (messages,) = run_ranks(1, warned, [*text, "checkpoint.every=0"])
     assert not (tmp_path / "run" / "sample.txt").exists()
     assert "there will be no sample, because the run saves nothing" in "\n".join(messages)
+
+
+def test_a_branch_of_a_finished_run_has_nothing_to_do_and_no_sample(tmp_path: Path) -> None:
+    text = on_text(tmp_path, "the cat in the hat", "trainer.steps=2", "trainer.sample_prompt=the", "trainer.sample_tokens=3")
+    run_ranks(1, warned, text)
+    (messages,) = run_ranks(1, warned, [*text, f"output_dir={tmp_path}/branch", f"resume={tmp_path}/run"])
+    assert f"no sample, because '{tmp_path}/branch/checkpoints' holds no checkpoint" in "\n".join(messages)
+    assert not (tmp_path / "branch" / "sample.txt").exists()
 
 
 def diverging(rank: int, world_size: int, overrides: list[str]) -> tuple[int, bool]:

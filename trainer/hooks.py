@@ -1,7 +1,7 @@
 """Hooks: small stateful objects that watch a run. Their state goes through the same checkpoint as everything else.
 
 The loop calls them in the order they are listed, on every rank, at the same points, so a hook may communicate as long as
-it does so on all ranks.
+it does so on all ranks. One exception: `on_run_begin` of those that never communicate (`alone`) comes after that of all others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Hook:
     """Base class: every method does nothing. A subclass overrides what it needs.
 
-    alone       it lives on one process, so it never communicates
+    alone       it never communicates, and so may live on one process only, as loggers do. Its `on_run_begin` comes after those
+                of the hooks that may communicate; where it raises on one process, the run ends in good order on all
     of_one_run  its state names the run that it belongs to, so a run that branches off (resume=<another run's>) begins without
     """
 

@@ -32,7 +32,7 @@ class MetricsFile(Rows):
         self._fault: OSError | None = None
 
     def on_run_begin(self, loop: Loop) -> None:
-        """Drop what is about to be done again, open the file, and write what the last run could not.
+        """Drop what is about to be done again, open the file, and write what the last run could not and did not later.
 
         Raises OSError where there can't be such a file.
         """
@@ -41,6 +41,8 @@ class MetricsFile(Rows):
             draft = self._path.with_suffix(".tmp")
             draft.write_text("".join(f"{line}\n" for line in kept if loop.progress.step))
             draft.replace(self._path)
+            there = {f"{line}\n" for line in kept}  # written after the checkpoint, when there was room again
+            self._waiting = [line for line in self._waiting if line not in there]
         self._file = self._opened()
         self._flush()
 

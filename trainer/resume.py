@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
+from ..checkpoint.errors import CheckpointError
 from ..checkpoint.files import is_remote, open_files
 from ..checkpoint.folder import find_latest
 from ..checkpoint.manifest import MANIFEST
@@ -65,11 +66,7 @@ def find_checkpoint(location: str, key: str) -> Path | str:
         if open_files(location).size(MANIFEST) is not None:
             return location if is_remote(location) else Path(location)
         found = find_latest(location) or find_latest(f"{location.rstrip('/')}/checkpoints")
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-    ) as error:  # a file, somebody else's folder, an unknown protocol
+    except (OSError, ValueError, ImportError, CheckpointError) as error:  # somebody else's folder, an unknown protocol
         raise ConfigError([Problem(key, f"'{location}' can't be read: {error}", fix)]) from error
     if found is None:
         raise ConfigError([Problem(key, f"'{location}' holds no complete checkpoint", fix)])

@@ -19,7 +19,7 @@ from .build import Parts, Run, build_data, build_run, checkpoint_folder
 from .loop import TrainingDiverged
 from .resume import effective, lies_in, restore_run
 from .signals import StopRequest
-from .together import FailedElsewhere, together
+from .together import FailedElsewhere, on_main
 from .validate import run_problems
 
 log = logging.getLogger(__name__)
@@ -78,13 +78,13 @@ def prepared_data(config: DictConfig) -> DataNode:
 
 def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None) -> int:
     output_dir = Path(config.output_dir)
-    together(mesh, lambda: _make_folder(output_dir) if mesh.is_main else None)
+    on_main(mesh, lambda: _make_folder(output_dir))
     current = build_run(config, data, mesh)  # takes the lock on the folder of checkpoints
     try:
         if checkpoint is not None:
             branch = not lies_in(checkpoint, checkpoint_folder(config))
             restore_run(current, checkpoint, strict=Parts.of(config).checkpoint.strict, branch=branch)
-        together(mesh, lambda: _describe(config, data, output_dir, anew=checkpoint is None) if mesh.is_main else None)
+        on_main(mesh, lambda: _describe(config, data, output_dir, anew=checkpoint is None))
         if mesh.is_main:
             _warn_of_repetition(current)
         with StopRequest() as stop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,8 @@ from ..checkpoint.restore import restore
 from ..parallel.fragment import Box, Fragment
 from .hooks import Hook
 from .loop import Loop
+
+log = logging.getLogger(__name__)
 
 
 class TextCodec(Protocol):
@@ -116,6 +119,8 @@ class SampleText(Hook):
     checkpoints  the folder of the run's checkpoints
     """
 
+    alone = True
+
     def __init__(
         self, prompt: str, tokens: int, build: Callable[[], nn.Module], codec: TextCodec, seed: int, checkpoints: str
     ) -> None:
@@ -129,7 +134,9 @@ class SampleText(Hook):
     def on_run_end(self, loop: Loop, output_dir: Path) -> None:
         """Generate, show and write."""
         checkpoint = find_latest(self._checkpoints)
-        assert checkpoint is not None, "a run ends with its last save on disk"
+        if checkpoint is None:  # a branch of a finished run took no step, so it saved nothing
+            log.warning("trainer.sample_prompt: no sample, because '%s' holds no checkpoint", self._checkpoints)
+            return
         model = load_plain(self._build(), checkpoint, loop.mesh.device, torch.float32)
         text = generate(model, self._codec, self._prompt, tokens=self._tokens, seed=self._seed, context=loop.horizon.seq_len)
         (output_dir / "sample.txt").write_text(text + "\n", encoding="utf-8")

@@ -36,3 +36,8 @@ def together(mesh: Mesh, action: Callable[[], T]) -> T:
         refused = mesh.any(isinstance(fault, ConfigError))
         raise fault if fault is not None else FailedElsewhere(refused)
     return result  # type: ignore[return-value]
+
+
+def on_main(mesh: Mesh, action: Callable[[], None]) -> None:
+    """`action` on rank 0 alone, `together` with the others, who do nothing: what fails there ends all."""
+    together(mesh, action if mesh.is_main else lambda: None)

@@ -130,10 +130,10 @@ def _controller_problems(config: DictConfig, data_size: int) -> list[Problem]:
         fix = "leave it out, or use parallel.pp=1"
         return [Problem("batch.micro_max", "a pipeline's micro-batches are of one size", fix)]
     found = build_coupling(config, controller).problems(measures, config.schedule.get("name", ""))
-    if controller.needs_statistics and controller.next_batch(Progress()) < 2 * config.batch.micro:
-        message = "a batch of one micro-batch has nothing to compare, so its noise would never be measured"
-        found.append(Problem("batch.samples", message, "double it, or halve batch.micro"))
     if controller.needs_statistics:
+        if controller.next_batch(Progress()) < 2 * config.batch.micro:
+            message = "a batch of one micro-batch has nothing to compare, so its noise would never be measured"
+            found.append(Problem("batch.samples", message, "double it, or halve batch.micro"))
         tied = bool(config.model.get("tied", False))
         found += moments_problems(Parts.of(config).parallel, tied, controller.needs_projections)
     if issubclass(get_class(config.optim._target_), AGVM):
