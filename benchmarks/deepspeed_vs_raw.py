@@ -15,6 +15,7 @@ them), peak memory, and the ratio to raw-fp32.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -39,6 +40,15 @@ from meshloom.parallel.deepspeed.setup import import_deepspeed  # noqa: E402
 OURS = {"ours": "deepspeed", "torch": "torch"}
 VARIANTS = (*OURS, "raw-fp32", "raw")
 LIMIT = 120  # seconds for one run
+
+
+@dataclasses.dataclass
+class Comparison(Settings):
+    """What throughput.py measures, and beside it: on how many processes, which variants, how often."""
+
+    nproc: int = max(1, torch.cuda.device_count())
+    variants: str = ",".join(VARIANTS)
+    rounds: int = 2
 
 
 def raw(settings: Settings, label: str) -> None:
@@ -103,9 +113,9 @@ def raw(settings: Settings, label: str) -> None:
         print(json.dumps(result), flush=True)
 
 
-def measure(variant: str, processes: str, arguments: list[str]) -> dict[str, Any] | None:
+def measure(variant: str, processes: int, arguments: list[str]) -> dict[str, Any] | None:
     """One run of a variant in processes of its own; None, and its last words on the screen, where it failed."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     if variant in OURS:
         command = [*start, str(HERE / "throughput.py"), f"engine={OURS[variant]}", *arguments]
     else:
@@ -146,15 +156,14 @@ def main() -> None:
         label, *arguments = sys.argv[1:]
         raw(read(Settings(), arguments), label)
         return
-    own = {"nproc": str(max(1, torch.cuda.device_count())), "variants": ",".join(VARIANTS), "rounds": "2"}
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    own |= {key: value for key, value in given.items() if key in own}
-    arguments = [f"{key}={value}" for key, value in given.items() if key not in own]
-    names = own["variants"].split(",")
+    comparison = read(Comparison(), sys.argv[1:])
+    shared = {field.name for field in dataclasses.fields(Settings)}
+    arguments = [argument for argument in sys.argv[1:] if argument.partition("=")[0] in shared]
+    names = comparison.variants.split(",")
     rows: list[dict[str, Any]] = []
-    for number in range(int(own["rounds"])):
+    for number in range(comparison.rounds):
         for variant in reversed(names) if number % 2 else names:
-            row = measure(variant, own["nproc"], arguments)
+            row = measure(variant, comparison.nproc, arguments)
             rows += [row] if row else []
     print(table(rows))
 

@@ -11,6 +11,7 @@ smoothing a tenth of it is paid.) Then the batch changes at every step, and the 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -18,6 +19,7 @@ import tempfile
 import time
 
 import torch
+from arguments import read
 from torch._dynamo.utils import counters  # pyright: ignore[reportPrivateImportUsage]
 
 from meshloom.config.compose import Composer
@@ -39,6 +41,16 @@ SIZES = {
     ],
     "1B": ["recipe=llama_1b", "batch.samples=4", "batch.micro=1"],
 }
+
+
+@dataclasses.dataclass
+class Settings:
+    """One measurement. size: one of SIZES; steps: of each kind in a round."""
+
+    size: str = "1B" if torch.cuda.is_available() else "tiny"
+    rounds: int = 8
+    steps: int = 3
+    compile: int = 1
 
 
 class Switched(Controller):
@@ -82,14 +94,12 @@ def spread(values: list[float], digits: int) -> list[float]:
 def main() -> None:
     """Measure and print one JSON line."""
     gpu = torch.cuda.is_available()
-    settings = {"size": "1B" if gpu else "tiny", "rounds": "8", "steps": "3", "compile": "1"}
-    settings.update(argument.split("=", 1) for argument in sys.argv[1:])
-    rounds, steps = int(settings["rounds"]), int(settings["steps"])
+    settings = read(Settings(), sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder:
         always = ["batch=norm_test", "batch.max=64", "trainer.tokens=null", "trainer.steps=100000", "trainer.eval_every=0"]
         quiet = ["schedule=constant", "checkpoint.every=0", "logging.progress=false", "trainer.sample_prompt=null"]
-        compiled = [f"trainer.compile={'true' if int(settings['compile']) else 'false'}", "trainer.activation=none"]
-        overrides = [*SIZES[settings["size"]], *always, *quiet, *compiled, f"output_dir={folder}"]
+        compiled = [f"trainer.compile={bool(settings.compile)}", "trainer.activation=none"]
+        overrides = [*SIZES[settings.size], *always, *quiet, *compiled, f"output_dir={folder}"]
         composition = Composer().compose(overrides)
         assert not composition.problems, composition.problems
         config = composition.config
@@ -104,9 +114,9 @@ def main() -> None:
         for measuring in (False, True):
             seconds(loop, measuring, 3)
         times: dict[bool, list[float]] = {False: [], True: []}
-        for at in range(rounds):
+        for at in range(settings.rounds):
             for measuring in (True, False) if at % 2 else (False, True):
-                times[measuring].append(seconds(loop, measuring, steps))
+                times[measuring].append(seconds(loop, measuring, settings.steps))
             print(json.dumps({"round": at, **{f"measuring={key}": value[-1] for key, value in times.items()}}), flush=True)
         ratios = [on / off - 1 for on, off in zip(times[True], times[False], strict=True)]
 
@@ -117,7 +127,7 @@ def main() -> None:
             controller.samples = size
             seconds(loop, size > micro, 1)
         result = {
-            **{"size": settings["size"], "micro_batches": samples // micro, "rounds": rounds, "steps": steps},
+            **{"size": settings.size, "micro_batches": samples // micro, "rounds": settings.rounds, "steps": settings.steps},
             "without_ms": spread([1000 * value for value in times[False]], 2),
             "with_ms": spread([1000 * value for value in times[True]], 2),
             "cost_percent": spread([100 * ratio for ratio in ratios], 2),

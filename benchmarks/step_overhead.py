@@ -19,6 +19,7 @@ steps of each, between two waits for the device; the printed ratios are medians 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from arguments import read
 
 from meshloom.config.compose import Composer
 from meshloom.data.batch import GlobalBatch, MicroBatch
@@ -59,6 +61,17 @@ SIZES = {
 ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8}
 DECAY = 0.1
 MAX_NORM = 1.0
+
+
+@dataclasses.dataclass
+class Settings:
+    """One measurement. size: one of SIZES; steps: of each loop in a round; syncs: 1 lists the places that wait for a GPU."""
+
+    size: str = "1B" if torch.cuda.is_available() else "tiny"
+    rounds: int = 7
+    steps: int = 5
+    syncs: int = 0
+    against: str = "plain,same" if torch.cuda.is_available() else "plain"
 
 
 def trainer_run(overrides: list[str], folder: str) -> tuple[Run, Callable[[], Llama]]:
@@ -212,24 +225,17 @@ def main() -> None:
     """Measure and print one JSON line."""
     device = pick_device()
     gpu = device.type == "cuda"
-    settings = {
-        "size": "1B" if gpu else "tiny",
-        "rounds": "7",
-        "steps": "5",
-        "syncs": "0",
-        "against": "plain,same" if gpu else "plain",
-    }
-    settings.update(argument.split("=", 1) for argument in sys.argv[1:])
-    rounds, steps = int(settings["rounds"]), int(settings["steps"])
+    settings = read(Settings(), sys.argv[1:])
+    rounds, steps = settings.rounds, settings.steps
     with tempfile.TemporaryDirectory() as folder:
-        run, shape = trainer_run(SIZES[settings["size"]], folder)
+        run, shape = trainer_run(SIZES[settings.size], folder)
         loop = run.loop
         weights = {f.name: f.tensor.clone() for f in loop.engine.fragments() if f.role == "weight"}
         batches = [micro.to(device) for micro in loop.batches.load(GlobalBatch(0, loop.controller.samples), loop.micro)]
         loops = {"trainer": by_trainer(run)}
-        if "plain" in settings["against"]:
+        if "plain" in settings.against:
             loops["plain"] = by_hand_plain(materialized(shape(), weights, torch.float32, gpu), batches, half=gpu)
-        if "same" in settings["against"]:
+        if "same" in settings.against:
             loops["same"] = by_hand_same(materialized(shape(), weights, torch.bfloat16, gpu), weights, batches)
         first = {name: round(float(step()), 5) for name, step in loops.items() if name != "trainer"}
         loops["trainer"]()
@@ -242,14 +248,14 @@ def main() -> None:
             order = list(loops.items())
             for name, step in order if at % 2 else reversed(order):
                 times[name].append(seconds(step, steps, device))
-        result: dict[str, object] = {"size": settings["size"], "rounds": rounds, "steps": steps, "first_loss": first}
+        result: dict[str, object] = {"size": settings.size, "rounds": rounds, "steps": steps, "first_loss": first}
         for name, of_rounds in times.items():
             result[f"{name}_ms"] = spread([1000 * value for value in of_rounds], 3)
             result[f"{name}_host_ms"] = spread([1000 * host_seconds(loops[name], device) for _ in range(5)], 3)
         for name in times.keys() - {"trainer"}:
             ratios = [ours / theirs for ours, theirs in zip(times["trainer"], times[name], strict=True)]
             result[f"ratio_to_{name}"] = spread(ratios, 4)
-        if gpu and int(settings["syncs"]):
+        if gpu and settings.syncs:
             result["waits"] = {name: waiting_places(step) for name, step in loops.items()}
         result |= {"device": torch.cuda.get_device_name() if gpu else "cpu", "torch": torch.__version__}
         print(json.dumps(result))
