@@ -22,12 +22,12 @@ from ..models.llama import Llama
 from ..parallel.cost import LayoutCost, layout_cost
 from ..parallel.engines import engine_cost
 from ..parallel.layout import Layout
-from ..parallel.memory import Job, block_policies
+from ..parallel.memory import Job, block_policies, why_swiglu_is_plain
 from ..parallel.offload import OffloadAccount, describe
 from ..trainer.build import Parts, build_model, engine_settings, optimizer_factory
 from ..trainer.validate import run_problems
 from .plan_drawing import pipeline_svg
-from .plan_tables import plan_tables
+from .plan_tables import gib, plan_tables
 from .train import BAD_CONFIG, processes
 
 WIDTH = 120  # columns, where no terminal says
@@ -52,6 +52,11 @@ class Plan:
     samples: int
     notes: list[str]
 
+    @property
+    def bytes(self) -> int:
+        """Of the fullest rank, at most at once."""
+        return max(rank.total for rank in self.cost.ranks)
+
 
 def main(argv: Sequence[str]) -> int:
     """Print the plan of this command line's run. Returns 0, 2 for one that can't run, 1 if the drawing can't be written."""
@@ -62,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(list(argv))
     try:
         plan = make_plan(arguments.overrides, arguments.config_dir)
+        fused = make_plan(arguments.overrides, arguments.config_dir, fused=True)
         if arguments.draw_pipeline is not None and plan.cost.timeline is None:
             fix = "set parallel.pp to 2 or more, or leave --draw-pipeline out"
             raise ConfigError([Problem("--draw-pipeline", "there is no pipeline with parallel.pp=1", fix)])
@@ -73,8 +79,14 @@ def main(argv: Sequence[str]) -> int:
         console = Console(width=WIDTH)
     for table in plan_tables(plan.parallel, plan.layout, plan.job, plan.cost, plan.samples):
         console.print(table)
-    for note in plan.notes:
-        console.print(f"· {note}", style="dim", highlight=False)
+    notes = list(plan.notes)
+    if fused.bytes < plan.bytes:
+        less = gib(plan.bytes - fused.bytes)
+        notes.append(
+            f"{less} GiB less where SwiGLU is computed inside its products: Hopper GPUs, pip install 'meshloom[flash4]'"
+        )
+    for note in notes:
+        console.print(f"· {note}", style="dim", highlight=False, markup=False)
     if arguments.draw_pipeline is not None:
         assert plan.cost.timeline is not None
         title = f"{plan.parallel.schedule} on {plan.parallel.pp} ranks, {plan.job.micro_batches} micro-batches"
@@ -87,19 +99,20 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
+def make_plan(overrides: Sequence[str], config_dir: str | None = None, *, fused: bool = False) -> Plan:
     """The plan of a run. Raises ConfigError with everything that keeps it from running.
 
-    Data that are not on this machine do not matter here: they become a note.
+    Data that are not on this machine do not matter here: they become a note. fused: as in `plan_of`.
     """
     composition = Composer(config_dir).compose(overrides)
-    return plan_of(composition.config, composition.problems)
+    return plan_of(composition.config, composition.problems, fused=fused)
 
 
-def plan_of(config: DictConfig, known: Sequence[Problem] = ()) -> Plan:
+def plan_of(config: DictConfig, known: Sequence[Problem] = (), *, fused: bool = False) -> Plan:
     """The plan of a composed config, whose automatic values are replaced by their numbers, in place.
 
-    known: problems of its composition. Raises ConfigError with them and everything else that keeps it from running.
+    known: problems of its composition. fused: the GPUs compute SwiGLU inside its products wherever a run lets them. Raises
+    ConfigError with those problems and everything else that keeps it from running.
     """
     world_size = planned_processes(config)
     found = [*known, *run_problems(config, world_size)]
@@ -119,8 +132,9 @@ def plan_of(config: DictConfig, known: Sequence[Problem] = ()) -> Plan:
             f"the batch size changes during the run; these are the figures of its start, {config.batch.samples} samples"
         )
     model = build_model(config, vocabulary)
+    settings = engine_settings(config)
     try:
-        policies = block_policies(model, parts.parallel, engine_settings(config))
+        policies = block_policies(model, parts.parallel, settings)
     except ValueError as error:
         raise ConfigError([Problem("trainer.activation_budget", str(error), "give it more")]) from error
     job = Job(
@@ -130,6 +144,7 @@ def plan_of(config: DictConfig, known: Sequence[Problem] = ()) -> Plan:
         precision=config.precision,
         policies=policies,
         compiled=parts.trainer.compile,
+        fused=fused and why_swiglu_is_plain(parts.parallel, settings, policies) is None,
     )
     cost = layout_cost(model, parts.parallel, layout, job, optimizer_factory(config))
     ranks, away = zip(*(engine_cost(rank, model, parts.parallel, layout, job) for rank in cost.ranks), strict=True)

@@ -31,6 +31,7 @@ from rich.table import Table
 
 from ..config.compose import Composer, opened
 from ..config.problems import ConfigError, Problem
+from ..models import swiglu
 from ..parallel.speed import step_seconds
 from .plan import WIDTH, Plan, plan_of, planned_processes
 from .plan_tables import GIB, gib, right
@@ -65,7 +66,7 @@ class Candidate:
     @property
     def bytes(self) -> int:
         """Of the fullest rank, at most at once."""
-        return max(rank.total for rank in self.plan.cost.ranks)
+        return self.plan.bytes
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         if arguments.measure < 0:
             raise ConfigError([Problem("--measure", f"{arguments.measure} is not a number of runs", "give 1 or more")])
-        memory = memory_of_a_gpu(arguments.memory)
+        with console.status("asking the GPUs …"):
+            memory, fused = gpu_here(arguments.memory)
         with console.status("planning …"):
-            tuned = tune(arguments.overrides, memory, arguments.config_dir)
+            tuned = tune(arguments.overrides, memory, arguments.config_dir, fused=fused)
         if arguments.measure:
             from .tune_measure import check
 
@@ -123,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
     console.print(f"{tuned.fitting[0].plan.layout.describe().rpartition(',')[0]}; a plan may take {usable}", highlight=False)
     console.print(table_of(tuned))
     for note in tuned.notes:
-        console.print(f"· {note}", style="dim", highlight=False)
+        console.print(f"· {note}", style="dim", highlight=False, markup=False)
     best = tuned.fitting[0]
     if arguments.measure:
         from .tune_measure import measure
@@ -142,35 +144,41 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def memory_of_a_gpu(given: float | None) -> float:
-    """Bytes: those of --memory, or of the smallest GPU here. Raises ConfigError where there is neither."""
+def gpu_here(given: float | None) -> tuple[float, bool]:
+    """Bytes of --memory, or of the smallest GPU here, and whether GPUs here compute SwiGLU inside its products.
+
+    Raises ConfigError where there is neither. Of given memory nobody knows whose it is, so that SwiGLU is taken to be plain.
+    """
     if given is not None:
         if not (given > 0 and math.isfinite(given)):
             raise ConfigError([Problem("--memory", f"{given:g} is not a number of GiB", "give what one GPU has: --memory 80")])
-        return given * GIB
+        return given * GIB, False
     if torch.cuda.device_count() == 0:
         raise ConfigError([Problem("--memory", "there is no GPU here to ask", "give what one GPU has, in GiB: --memory 80")])
     # By a child: CUDA keeps some of a GPU's memory for every process that has spoken to it.
-    with ProcessPoolExecutor(1, get_context("fork")) as child:
+    with ProcessPoolExecutor(1, get_context("spawn")) as child:
         try:
-            return float(child.submit(_smallest_gpu).result())
-        except RuntimeError:  # where the driver has been asked already, a forked child can't
-            return float(_smallest_gpu())
+            return child.submit(ask_gpus).result()
+        except RuntimeError as error:
+            fix = "look at nvidia-smi, or give what one GPU has, in GiB: --memory 80"
+            raise ConfigError([Problem("--memory", f"the GPUs here do not answer: {error}", fix)]) from error
 
 
-def _smallest_gpu() -> int:
-    return min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
+def ask_gpus() -> tuple[float, bool]:
+    """Bytes of the smallest GPU of this machine, and whether its kernels compute SwiGLU inside the products around it."""
+    memory = min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
+    return float(memory), swiglu.why_not(torch.device("cuda", 0)) is None
 
 
-def tune(overrides: Sequence[str], memory: float, config_dir: str | None = None) -> Tuned:
-    """Plan every setting and rank those that fit. memory: bytes of a GPU.
+def tune(overrides: Sequence[str], memory: float, config_dir: str | None = None, *, fused: bool = False) -> Tuned:
+    """Plan every setting and rank those that fit. memory: bytes of a GPU; fused: its kernels compute SwiGLU in its products.
 
     Raises ConfigError with the problems of the given run if no setting can run, and with the smallest if none fits.
     """
     limit = memory - RESERVE * GIB - SHARE * memory
     composition = Composer(config_dir).compose(overrides)
     config = composition.config
-    search = _Search(config, composition.problems)
+    search = _Search(config, composition.problems, fused)
     given = {key: OmegaConf.select(config, key) for key in KEYS}
     incomplete = composition.problems or OmegaConf.missing_keys(config)
     if incomplete and search.planned(given) is None:  # no setting mends a key that is not there
@@ -190,6 +198,8 @@ def tune(overrides: Sequence[str], memory: float, config_dir: str | None = None)
         allowed = f"a plan may take {gib(max(0.0, limit))} of {gib(memory)} GiB"
         raise ConfigError([Problem("--memory", f"{message}, and {allowed}", FIX)])
     best = fitting[0].plan
+    if best.job.fused:
+        notes.append("SwiGLU is computed inside its products, as the GPUs here can: that is in these plans")
     notes += [note for note in best.notes if note.startswith("data")]
     if any(rank.optimizer is None for rank in best.cost.ranks):
         notes.append("what this optimizer keeps is not known before it runs, and not in these figures")
@@ -229,9 +239,10 @@ def micro_is_fixed(config: DictConfig) -> str:
 class _Search:
     """Plans settings of one config. refusals: why some can't run, by their values."""
 
-    def __init__(self, config: DictConfig, known: Sequence[Problem]) -> None:
+    def __init__(self, config: DictConfig, known: Sequence[Problem], fused: bool) -> None:
         self._config = config
         self._known = known
+        self._fused = fused
         self.refusals: dict[tuple[Any, ...], ConfigError] = {}
 
     def planned(self, settings: Settings) -> Candidate | None:
@@ -241,7 +252,7 @@ class _Search:
             if OmegaConf.select(config, key) != value:
                 OmegaConf.update(config, key, value)
         try:
-            plan = plan_of(config, self._known)
+            plan = plan_of(config, self._known, fused=self._fused)
         except ConfigError as error:
             self.refusals[tuple(settings.values())] = error
             return None

@@ -18,6 +18,7 @@ from .activation import apply_policies
 from .context.split import ContextParallel
 from .engine import EngineSettings
 from .float8 import use_float8
+from .memory import why_swiglu_is_plain
 from .mesh import Mesh
 from .pipeline.stages import StagePlan, carve, splits_backward
 from .shards import Placed, local
@@ -54,23 +55,16 @@ def apply_forms(
     own = [policies[int(name)] for name in stage.layers]
     # Before 2.13 torch can't run the second half of a backward pass through an operator of several gradients.
     if mesh.layout.tp == 1 and not splits_backward(parallel):
-        _allow_fused(stage.layers.values(), own, mesh, settings)
+        _allow_fused(stage.layers.values(), own, mesh, why_swiglu_is_plain(parallel, settings, own))
     apply_policies(list(stage.layers.values()), own, compiled=settings.compile)
 
 
-def _allow_fused(blocks: Iterable[nn.Module], policies: Sequence[str], mesh: Mesh, settings: EngineSettings) -> None:
+def _allow_fused(blocks: Iterable[nn.Module], policies: Sequence[str], mesh: Mesh, plain: str | None) -> None:
     """Let blocks whose weights are whole where they are used compute several modules at once.
 
-    SwiGLU's products stay apart where they are float8's, or where the one is to be kept and the other computed again.
+    plain: why SwiGLU's products stay apart here, whatever the GPU.
     """
-    if settings.precision != "bf16":
-        reason = "its kernels are bf16's"
-    elif settings.float8 != "none":
-        reason = "trainer.float8 computes its products"
-    elif all(policy == "selective" for policy in policies):
-        reason = "trainer.activation=selective keeps one of them"
-    else:
-        reason = swiglu.why_not(mesh.device)
+    reason = plain or swiglu.why_not(mesh.device)
     if reason is not None and mesh.is_main and mesh.device.type == "cuda":
         log.info("SwiGLU is not computed inside the products around it: %s", reason)
     for block, policy in zip(blocks, policies, strict=True):

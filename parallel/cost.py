@@ -8,7 +8,7 @@ rest of what lives for moments. What CUDA, NCCL and a fragmented allocator take 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -161,7 +161,7 @@ def _rank_cost(
     gathered, gradients = at_once * unit, shards + (whole * exact if accumulates else max(groups.values()) * (unit + exact))
     left = 0 if parallel.pp == 1 and job.micro_batches == 1 else whole * exact if accumulates else shards
     state, one_pass = optimizer_bytes(make, own, model, torch.float64 if job.precision == "fp64" else torch.float32)
-    if not uses_fsdp(parallel, layout):
+    if parallel.engine == "torch" and not uses_fsdp(parallel, layout):
         # Whole weights lie beside their masters; of one dtype, the masters are a part of them. Gradients are added up whole.
         # While a group's are on their way, as they were sent and as they are received, the next one's are computed.
         shared = layout.gradient_ranks > 1
@@ -178,7 +178,7 @@ def _rank_cost(
     kept = timeline.peak(rank, lambda stage: sizes[stage]) if timeline else sum(sizes.values())
     # A block's backward pass holds what policy "none" keeps (computed again or fetched), and gradients of about as much.
     computed_again = bool({"full", "offload"} & set(job.policies))
-    working = block_bytes(model, job, parallel, "none") * (2 if computed_again else 1)
+    working = block_bytes(model, replace(job, fused=False), parallel, "none") * (2 if computed_again else 1)
     if last in mine:
         working = max(working, loss_bytes(model, job, parallel))
     if plan.count > parallel.pp:

@@ -35,6 +35,7 @@ class Job:
     micro_batches     per rank and step
     precision         bf16, fp32 or fp64
     policies          of each block: none, selective, full or offload; compiled: whether blocks are compiled
+    fused             whether SwiGLU is computed inside the products around it (`models/swiglu.py`)
     """
 
     seq_len: int
@@ -43,6 +44,7 @@ class Job:
     precision: str
     policies: list[str]
     compiled: bool
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,31 @@ def optimizer_bytes(make: OptimizerFactory, own: Sequence[Piece], model: Llama, 
     return size, isinstance(optimizer, OnePass)
 
 
+def why_swiglu_is_plain(parallel: ParallelConfig, settings: EngineSettings, policies: Sequence[str]) -> str | None:
+    """Why no block computes SwiGLU inside the products around it (`models/swiglu.py`), on whatever GPU; None if some may."""
+    if parallel.engine != "torch":
+        return "DeepSpeed runs the blocks as they are"
+    if parallel.tp > 1:
+        return "parallel.tp cuts its products"
+    if splits_backward(parallel):  # before 2.13 torch can't run the second half through an operator of several gradients
+        return f"parallel.schedule={parallel.schedule} cuts its backward pass"
+    if settings.precision != "bf16":
+        return "its kernels are bf16's"
+    if settings.float8 != "none":
+        return "trainer.float8 computes its products"
+    if all(policy == "selective" for policy in policies):
+        return "trainer.activation=selective keeps one of them"
+    return None
+
+
 def block_bytes(model: Llama, job: Job, parallel: ParallelConfig, policy: str) -> int:
     """What one block keeps of one micro-batch for its backward pass, under an activation policy.
 
     Counted tensor by tensor as in arXiv 2205.05198, for RMSNorm, rotary positions, fused attention and SwiGLU. With D the
     width, K that of all key heads, F the feed-forward's, t and s the tensor-parallel cuts of features and of the stream:
-    norms' inputs 2 D/s and outputs 2 D; q, k, v and attention's output (2 D + 2 K)/t; SwiGLU 4 F/t. A compiled block
-    computes only SwiGLU's silu again: the compiler keeps every factor of a matrix product. Norms and softmax keep a few fp32
-    numbers per position besides.
+    norms' inputs 2 D/s and outputs 2 D; q, k, v and attention's output (2 D + 2 K)/t; SwiGLU 4 F/t: gate, up, silu(gate) and
+    the product. A compiled block computes only silu again: the compiler keeps every factor of a matrix product; SwiGLU inside
+    the products keeps neither. Norms and softmax keep a few fp32 numbers per position besides.
     Selectively: the block's input, q, k, v, attention's output and its projection, and one of SwiGLU's two factors.
     """
     tokens = job.micro * job.seq_len // parallel.cp
@@ -126,10 +145,9 @@ def block_bytes(model: Llama, job: Job, parallel: ParallelConfig, policy: str) -
         per_token = 0.0
     elif policy == "selective":
         per_token = unit * (stream + heads + model.dim + model.ffn_dim / tp) + exact * model.heads / tp
-    elif job.compiled:
-        per_token = unit * (2 * stream + 2 * model.dim + heads + 3 * model.ffn_dim / tp) + statistics
     else:
-        per_token = unit * (2 * stream + 2 * model.dim + heads + 4 * model.ffn_dim / tp) + statistics
+        swiglu = 2 if job.fused else 3 if job.compiled else 4
+        per_token = unit * (2 * stream + 2 * model.dim + heads + swiglu * model.ffn_dim / tp) + statistics
     return round(tokens * per_token)
 
 

@@ -133,6 +133,21 @@ def test_offloading_by_closed_form() -> None:
     assert (cost.weights, cost.optimizer, cost.gradients) == (0, 0, 4 * SMALL["reduce_bucket_size"])
 
 
+def test_one_gpu_gathers_a_few_blocks_of_a_model_whose_weights_are_elsewhere() -> None:
+    with torch.device("meta"):
+        model = Llama(dim=8192, layers=80, heads=64, kv_heads=8, ffn_dim=28672, vocabulary=128256)
+    keys = DeepSpeedConfig(config={"zero_optimization": {"stage3_max_live_parameters": 0}})
+    parallel = ParallelConfig(
+        engine="deepspeed", zero=3, offload="nvme", offload_path="/fast", offload_weights="cpu", deepspeed=keys
+    )
+    job = Job(4096, 1, 1, "bf16", ["full"] * 80, compiled=False)
+    layout = Layout.plan(parallel, 1)
+    rank = layout_cost(model, parallel, layout, job, lambda p, s: AdamW(parameters=p, shards=s)).ranks[0]
+    cost, _ = engine_cost(rank, model, parallel, layout, job)
+    block = sum(weight.numel() for weight in model.layers["0"].parameters())
+    assert 2 * 2 * block <= cost.gathered < 2 * (2 * block + 2 * 128256 * 8192)
+
+
 def test_what_is_locked_is_a_power_of_two() -> None:
     assert [pinned(size) for size in (0, 1, 4096, 4097, 3 * 2**30)] == [0, 1, 4096, 8192, 2**32]
 

@@ -18,6 +18,7 @@ from meshloom.parallel import assembly
 from meshloom.parallel.activation import apply_policies
 from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.layout import Layout
+from meshloom.parallel.memory import why_swiglu_is_plain
 from meshloom.parallel.pipeline.stages import schedule_of
 from parity import Work, curves
 from ranks import run_ranks
@@ -208,6 +209,12 @@ def test_where_blocks_may_be_fused(
     for block in built.layers.values():
         assert isinstance(block, Block)
         assert (block.fused, block.ffn.fused) == (fused, swiglu_too)
+
+
+def test_deepspeed_runs_blocks_as_they_are() -> None:
+    settings = EngineSettings(seed=0, precision="bf16")
+    for engine, plain in (("torch", False), ("deepspeed", True)):
+        assert (why_swiglu_is_plain(ParallelConfig(engine=engine), settings, ["none"]) is not None) is plain
 
 
 @pytest.mark.parametrize("wrong", [False, True])

@@ -57,6 +57,21 @@ def test_a_drawing_that_can_not_be_written_is_a_message(capsys: pytest.CaptureFi
     assert err == f"meshloom plan: {tmp_path / 'nowhere' / 'out.svg'}: No such file or directory\n"
 
 
+def test_says_what_swiglu_inside_its_products_spares_where_a_run_can_have_it(capsys: pytest.CaptureFixture[str]) -> None:
+    less = "8.00 GiB less where SwiGLU is computed inside its products: Hopper GPUs, pip install 'meshloom[flash4]'"
+    for words, said in (
+        ([], True),
+        (["trainer.activation=full"], False),  # nothing is kept that could be spared
+        (["trainer.activation=selective"], False),
+        (["precision=fp32", "trainer.compile=false"], False),
+        (["parallel.tp=2", "launch.nproc=2"], False),
+        (["parallel.pp=2", "launch.nproc=2", "parallel.schedule=zb", "trainer.compile=false"], False),
+    ):
+        code, out, err = planned(capsys, *LLAMA, "launch.nproc=1", *words)
+        assert code == 0, err
+        assert (less in out) is said and ("SwiGLU" in out) is said, words
+
+
 def test_every_problem_is_named_with_a_way_out_and_nothing_is_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     svg = tmp_path / "out.svg"
     words = ["launch.nproc=8", "parallel.tp=3", "trainer.activation=some", "parallel.shedule=zb", f"--draw-pipeline={svg}"]

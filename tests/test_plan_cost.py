@@ -10,9 +10,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import assume, given, settings
+from test_fused_block import stand_in
 
 from meshloom.config.parallel import ParallelConfig
-from meshloom.models.llama import Llama
+from meshloom.models.llama import Block, Llama
 from meshloom.optim.adamw import AdamW
 from meshloom.parallel.activation import apply_policies
 from meshloom.parallel.cost import balanced_stages, layout_cost
@@ -118,6 +119,22 @@ def test_what_a_compiled_block_keeps_is_what_the_compiler_keeps() -> None:
         kept(model, tokens)  # compiles
     job = Job(seq_len=64, micro=2, micro_batches=1, precision="bf16", policies=["none"], compiled=True)
     assert kept(models[1], tokens) - kept(models[0], tokens) == block_bytes(models[0], job, ParallelConfig(), "none")
+
+
+def test_swiglu_inside_the_products_keeps_what_goes_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"dim": 128, "heads": 8, "kv_heads": 4, "ffn_dim": 352, "vocabulary": 500}
+    models = [Llama(**shape, layers=layers).bfloat16() for layers in (2, 3)]
+    tokens = torch.randint(0, 500, (2, 64))
+    plain = kept(models[1], tokens) - kept(models[0], tokens)
+    stand_in(monkeypatch)
+    for model in models:
+        for block in model.layers.values():
+            assert isinstance(block, Block)
+            block.ffn.fused = True
+    job = Job(seq_len=64, micro=2, micro_batches=1, precision="bf16", policies=["none"], compiled=False)
+    less = plain - (kept(models[1], tokens) - kept(models[0], tokens))
+    expected = [block_bytes(models[0], replace(job, fused=fused), ParallelConfig(), "none") for fused in (False, True)]
+    assert less == expected[0] - expected[1] == 2 * tokens.numel() * 352 * 2
 
 
 def test_less_is_kept_from_policy_to_policy_and_by_cutting() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shlex
 import signal
@@ -16,12 +17,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from meshloom.config.problems import ConfigError
 from meshloom.launch import tune as tune_module
 from meshloom.launch import tune_measure
 from meshloom.launch.cli import main
 from meshloom.launch.plan import Plan, make_plan
 from meshloom.launch.plan_tables import GIB
-from meshloom.launch.tune import RESERVE, SHARE, Tuned, tune
+from meshloom.launch.tune import BUDGET, RESERVE, SHARE, Tuned, tune
 from meshloom.launch.tune_measure import Trial, common_overrides, measure, reason, trial_samples
 from meshloom.parallel.speed import UPDATE, moved, step_seconds
 
@@ -293,11 +295,30 @@ def test_a_stop_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) ->
     assert not list(tmp_path.glob("meshloom-tune-*"))
 
 
-def test_gpus_are_asked_for_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_asked_what_they_have_and_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: int) -> None:
+        raise RuntimeError("no driver")
+
     sizes = [80 * GIB, 40 * GIB]
+    monkeypatch.setattr(tune_module, "get_context", lambda _: multiprocessing.get_context("fork"))  # takes the patches along
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(sizes))
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: type("Properties", (), {"total_memory": sizes[index]})()
     )
-    assert tune_module.memory_of_a_gpu(None) == 40 * GIB
-    assert tune_module.memory_of_a_gpu(24) == 24 * GIB
+    for plain in ("it needs a Hopper GPU", None):
+        monkeypatch.setattr(tune_module.swiglu, "why_not", lambda _, plain=plain: plain)
+        assert tune_module.gpu_here(None) == (40 * GIB, plain is None)
+    assert tune_module.gpu_here(24) == (24 * GIB, False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
+    with pytest.raises(ConfigError, match="--memory: the GPUs here do not answer: no driver"):
+        tune_module.gpu_here(None)
+
+
+def test_what_gpus_compute_inside_products_need_not_fit() -> None:
+    words = [*LLAMA, "launch.nproc=1", "parallel.zero=1", "batch.micro=4", "trainer.activation=none", f"{BUDGET}=null"]
+    plain, fused = (tune(words, 139 * GIB, fused=fused).fitting[0] for fused in (False, True))
+    assert plain.bytes - fused.bytes == 16 * 32_768 * 8192 * 2  # silu(gate) · up of every layer: the 8.0 GiB that an H200 saved
+    limit = (fused.bytes + RESERVE * GIB) / (1 - SHARE) + 1
+    assert tune(words, limit, fused=True).fitting
+    with pytest.raises(ConfigError, match="nothing fits"):
+        tune(words, limit)
