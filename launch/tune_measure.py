@@ -31,7 +31,7 @@ from ..config.compose import Composer, quoted
 from ..config.problems import ConfigError, Problem
 from .plan_tables import gib, right
 from .train import processes
-from .tune import Candidate, Tuned, described, given_keys
+from .tune_search import Candidate, Tuned, described, given_keys
 
 WARM_UP = 3
 """Steps that are not counted: kernels are compiled and chosen, memory is found."""

@@ -23,8 +23,8 @@ from meshloom.launch import tune_measure
 from meshloom.launch.cli import main
 from meshloom.launch.plan import Plan, make_plan
 from meshloom.launch.plan_tables import GIB
-from meshloom.launch.tune import BUDGET, RESERVE, SHARE, Tuned, tune
 from meshloom.launch.tune_measure import Trial, common_overrides, measure, reason, trial_samples
+from meshloom.launch.tune_search import BUDGET, RESERVE, SHARE, Tuned, tune
 from meshloom.parallel.speed import UPDATE, moved, step_seconds
 
 LLAMA = ["recipe=llama_1b", "batch.samples=8"]
