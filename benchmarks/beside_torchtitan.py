@@ -100,6 +100,7 @@ def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
         "TRITON_CACHE_DIR": str(cache / system / "triton"),
         "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(cache / system / "flash"),
         "QUACK_CACHE_DIR": str(cache / system / "quack"),
+        "MESHLOOM_CACHE": str(cache / system / "meshloom"),
         "PYTHONUNBUFFERED": "1",
     }
     watch, began = Watch(), time.perf_counter()

@@ -10,9 +10,8 @@ import torch
 
 from ..config.parallel import ParallelConfig
 from ..config.problems import Problem
-from ..models import attention_choice
-from ..models.attention_kernels import Kernel
 from ..models.llama import Llama
+from .attention_kernel import choose_attention
 from .cost import RankCost
 from .deepspeed.config import deepspeed_problems
 from .deepspeed.engine import DeepSpeedEngine
@@ -71,28 +70,12 @@ def _torch_problems(parallel: ParallelConfig) -> Iterator[Problem]:
         yield Problem("parallel.offload_weights", "the torch engine does not offload weights apart", fix)
 
 
-def _choose_attention(model: Llama, mesh: Mesh, seq_len: int) -> None:
-    """The same kernel on every rank: the one that is fastest for all together."""
-    tp = mesh.layout.tp
-    shape = attention_choice.Shape(seq_len, max(1, model.heads // tp), max(1, model.kv_heads // tp), model.head_dim)
-
-    def measure() -> dict[Kernel, float]:
-        mine = [attention_choice.seconds(kernel, shape, mesh.device) for kernel in attention_choice.KERNELS]
-        sums = mesh.sum(torch.tensor(mine, dtype=torch.float64, device=mesh.device)) / mesh.layout.world_size
-        return dict(zip(attention_choice.KERNELS, sums.tolist(), strict=True))
-
-    times = measure()
-    chosen = attention_choice.prefer(times)
-    if mesh.is_main:
-        log.info("attention by %s: %s", chosen, ", ".join(f"{kernel} {1000 * time:.2f} ms" for kernel, time in times.items()))
-
-
 def make_engine(
     model: Llama, mesh: Mesh, make_optimizer: OptimizerFactory, parallel: ParallelConfig, settings: EngineSettings
 ) -> Engine:
     """The engine of `parallel.engine`, holding the model (which comes on the meta device) with its initial weights."""
     if mesh.device.type == "cuda" and settings.precision == "bf16" and settings.seq_len:
-        _choose_attention(model, mesh, settings.seq_len)
+        choose_attention(model, mesh, settings.seq_len)
     if settings.float8 != "none" and mesh.is_main:
         log.warning("trainer.float8=%s: losses of different layouts differ by float8's rounding", settings.float8)
     if parallel.engine == "torch" and (parallel.deepspeed.config or parallel.deepspeed.cpu_adam) and mesh.is_main:
