@@ -45,15 +45,15 @@ class Arena:
         else:
             self.descriptor = _nameless_file(folder, self.size)
             pin = False
-        try:
+        with contextlib.ExitStack() as failed:  # or the pages that there were would stay taken
+            failed.callback(os.close, self.descriptor)
             self.memory = mmap.mmap(self.descriptor, self.size, mmap.MAP_SHARED)
+            failed.callback(self.memory.close)
             if folder is None:
                 with contextlib.suppress(OSError):  # where the system allows it for shared memory
                     self.memory.madvise(mmap.MADV_HUGEPAGE)
                 self._populate()
-        except BaseException:
-            os.close(self.descriptor)  # or the pages that there were would stay taken
-            raise
+            failed.pop_all()
         self.watermark = Watermark(memoryview(self.memory))
         self._pinned = False
         if pin:
@@ -127,13 +127,16 @@ class Arena:
         return memoryview(self.memory)[:size]
 
     def close(self) -> None:
-        """Give the memory back. No copy into it may be under way."""
+        """Give the memory back, whoever still has this object. No copy into it may be under way."""
         if self._pinned:
             self._pinned = False
             code = int(_cuda().cudaHostUnregister(self._address()))
             if code:
                 log.warning("memory of snapshots could not be unlocked (CUDA error %d)", code)
         self._views = []
+        self._layout = None
+        self.watermark.release()
+        self.memory.close()
         os.close(self.descriptor)
 
 

@@ -68,6 +68,7 @@ class Checkpointer:
             config=config,
         )
         self._saves: list[Save] = []
+        self._leaving: list[Save] = []  # whose threads may still be at something, reported or not
         self._unlearned: list[Snapshot] = []
         self._order = Order()
         self._last_report: SaveReport | None = None
@@ -136,15 +137,16 @@ class Checkpointer:
         save = Save(step, held, state, disk=disk, memory=memory, required=required, talk=talk, after=self._order)
         if not hold:
             save.confirm()
-        self._saves.append(save)
-        self._unlearned.append(save.snapshot)
-        before = self._order
-        self._order = Order(save, save if disk else before.disk, save if memory else before.memory)
         if self._asynchronous:
             save.thread = threading.Thread(target=save.run, args=(self._tools,), name=f"checkpoint-{step}", daemon=True)
             save.thread.start()
         else:
             save.run(self._tools)
+        self._saves.append(save)  # not before it runs: one that never does has no end that could be waited for
+        self._leaving = [*(other for other in self._leaving if not other.left), save]
+        self._unlearned.append(save.snapshot)
+        before = self._order
+        self._order = Order(save, save if disk else before.disk, save if memory else before.memory)
         if save.snapshot.starves():
             save.report.stall_seconds += time.perf_counter() - start
 
@@ -204,9 +206,9 @@ class Checkpointer:
         A snapshot that is newer than the last checkpoint on the disk stays in the keepers' memory for the next run.
         """
         self._give_up_held()
-        for save in (self._order.any, self._order.disk, self._order.memory):
-            if save is not None:
-                save.leave()
+        for save in self._leaving:
+            save.leave()
+        self._leaving = []
         for save in self._saves:
             self._note(save.report)
         if self._tools.memory is not None:

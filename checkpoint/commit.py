@@ -114,10 +114,10 @@ class LocalTarget:
         write_small(fresh / MANIFEST, text, "manifest")
         sync_folder(fresh, "manifest.folder")
         replaced = move_into_place(fresh, final)
-        sync_folder(self.path, "commit.folder")
-        replace_small(self.path / LATEST, f"{final.name}\n".encode(), "latest")
         if replaced is not None:
             self._leftovers.append(replaced)  # deleting takes time, which `prune` has and a commit has not
+        sync_folder(self.path, "commit.folder")
+        replace_small(self.path / LATEST, f"{final.name}\n".encode(), "latest")
 
     def discard(self, step: int, token: str) -> None:
         """See Target."""
@@ -132,23 +132,28 @@ class LocalTarget:
     def prune(self, keep: int) -> list[str]:
         """See Target."""
         doomed = steps_to_prune(LocalFiles(self.path), keep)
-        self._leftovers += [hide_folder(self.path / name, "prune") for name in doomed]
-        fault = self._delete_leftovers("prune")
+        fault = ""
+        for name in doomed:
+            try:
+                self._leftovers.append(hide_folder(self.path / name, "prune"))
+            except OSError as error:
+                fault = str(error)
+        fault = self._delete_leftovers("prune") or fault
         if doomed:
             sync_folder(self.path, "prune.folder")
-        if fault is not None:
-            raise fault
+        if fault:
+            raise OSError(fault)
         return doomed
 
-    def _delete_leftovers(self, boundary: str) -> OSError | None:
-        """Returns what was in the way of one of them; it stays in the list."""
-        fault = None
+    def _delete_leftovers(self, boundary: str) -> str:
+        """Returns what was in the way of one of them, which stays in the list; empty if nothing was."""
+        fault = ""
         for folder in list(self._leftovers):
             try:
                 delete_folder(folder, boundary)
                 self._leftovers.remove(folder)
             except OSError as error:
-                fault = error
+                fault = str(error)
         return fault
 
     def record(self, line: dict[str, object]) -> None:
@@ -177,7 +182,7 @@ class LocalTarget:
             else:
                 self._leftovers.append(entry)
         fault = self._delete_leftovers("clear")
-        if fault is not None:
+        if fault:
             log.warning("what crashed saves left could not be deleted: %s", fault)
 
 

@@ -62,8 +62,12 @@ def open_manifest(files: Files) -> Manifest:
 def check_lengths(files: Files, manifest: Manifest) -> None:
     """Check that every file is there with its length. Raises DamageError naming the file."""
     for file in manifest.files:
-        for fault in length_faults(files, manifest, file):
-            raise fault
+        fault = next(length_faults(files, manifest, file), None)
+        if fault is not None:
+            try:
+                raise fault
+            finally:
+                del fault  # or it and this frame would hold each other, and their callers, until garbage is collected
 
 
 def length_faults(files: Files, manifest: Manifest, file: StoredFile) -> Iterator[DamageError]:
@@ -134,4 +138,7 @@ def _is_younger(files: Files, name: str) -> bool:
     if not isinstance(files, LocalFiles):
         return False
     manifest, latest = files.path / name / MANIFEST, files.path / LATEST
-    return manifest.stat().st_mtime_ns > latest.stat().st_mtime_ns
+    try:
+        return manifest.stat().st_mtime_ns > latest.stat().st_mtime_ns
+    except FileNotFoundError:  # deleted meanwhile, by the run that saves here
+        return False

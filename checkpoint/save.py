@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,27 @@ class Order:
     any: Save | None = None
     disk: Save | None = None
     memory: Save | None = None
+
+    def to_disk(self) -> Iterator[Save]:
+        """The last save meant for the disk and, since it may have been skipped meanwhile, those that it came after itself."""
+        save = self.disk
+        while save is not None:
+            yield save
+            save = save.after.disk
+
+    def into_memory(self) -> Iterator[Save]:
+        """The same for memory."""
+        save = self.memory
+        while save is not None:
+            yield save
+            save = save.after.memory
+
+    def unended(self) -> Order:
+        """What is left of this order for those that come after a save which has ended."""
+        return Order(
+            disk=next((save for save in self.to_disk() if not save.ended), None),
+            memory=next((save for save in self.into_memory() if not save.ended), None),
+        )
 
 
 class Save:
@@ -112,6 +133,11 @@ class Save:
         """Whether the verdict is in."""
         return self._ended.is_set()
 
+    @property
+    def left(self) -> bool:
+        """Whether the save's thread touches nothing any more."""
+        return self._left.is_set()
+
     def confirm(self, doubt: str = "") -> None:
         """Let the save become a checkpoint or, if there is a doubt about its step, give it up. The first word stands."""
         if not self._confirmed.is_set():
@@ -131,10 +157,10 @@ class Save:
         start = time.perf_counter()
         report = self.report
         try:
-            if tools.device is not None:
-                torch.cuda.set_device(tools.device.device)  # a thread begins on device 0, whichever its process uses
             if self.after.any is not None:
                 self.after.any._staged.wait()
+            if tools.device is not None:
+                torch.cuda.set_device(tools.device.device)  # a thread begins on device 0, whichever its process uses
             self._run(tools)
         except Exception as error:
             report.outcome = "failed" if self.disk else "unkept"
@@ -143,12 +169,13 @@ class Save:
         finally:
             if self._arena is not None:
                 tools.pool.take_back(self._arena)
+                self._arena = None
             report.host_memory_bytes = tools.pool.bytes
             report.total_seconds = time.perf_counter() - start
+            self.after = self.after.unended()  # before the events: who waits for them goes on from here
             self._mark_staged()
             self._kept.set()
             self._written.set()
-            self.after = Order()
             self._ended.set()
             if self.talk.control.rank == 0:
                 self._tidy(tools)
@@ -187,9 +214,9 @@ class Save:
         planner, talk = tools.planner, self.talk
         size = planner.layout.bytes
         reach("vote.before")
-        note, earlier = FREE, self.after.disk
+        note = FREE
         if not self.required:
-            if self.memory and self.disk and earlier is not None and not earlier._written.is_set():
+            if self.memory and self.disk and not self._writer_is_free():
                 note = DISK_BUSY
             if size > 0 and not tools.pool.has_room(size):
                 note = NO_MEMORY
@@ -216,6 +243,8 @@ class Save:
         if disk:
             tools.target.begin(self.step, token)
         self._token = token
+        if tools.predecessors is not None and tools.memory is None:
+            tools.predecessors.find(set())
         if tools.memory is not None and self.memory:
             assert tools.predecessors is not None
             sizes = [layout.bytes for layout in self._layouts]
@@ -236,28 +265,31 @@ class Save:
         if self.disk and layout.bytes:
             name, leaves = tools.target.data_names(self.talk.control.rank, self._token)
             request = Request(arena, layout.bytes, tools.target.place(self.step, self._token), name, leaves)
-        earlier = self.after.disk
-        follow = request is not None and (earlier is None or earlier._written.is_set())
+        follow = request is not None and self._writer_is_free()
         if follow and request is not None:
-            self._writing = True
             tools.writer.begin(request)
+            self._writing = True
         if layout.bytes:
             self.snapshot.copy(arena, layout, tools.device)
         self.report.staging_seconds = self.snapshot.seconds
         self._mark_staged()
-        if request is not None and not follow and earlier is not None:
-            earlier._written.wait()
-            self._writing = True
+        if request is not None and not follow:
+            for earlier in self.after.to_disk():
+                earlier._written.wait()
             tools.writer.begin(request)
+            self._writing = True
         return request
+
+    def _writer_is_free(self) -> bool:
+        return all(earlier._written.is_set() for earlier in self.after.to_disk())
 
     def _keep(self, tools: Tools, layout: FileLayout, place: dict[str, Any]) -> None:
         """Stage 4. A failure here is reported and costs nothing but this version."""
         assert tools.memory is not None and self._arena is not None
         talk = self.talk
         start = time.perf_counter()
-        if self.after.memory is not None:
-            self.after.memory._kept.wait()
+        for earlier in self.after.into_memory():
+            earlier._kept.wait()
         try:
             blocks = tools.memory.hold(self._arena, layout.bytes, self._token, self.step, place)
             name, leaves = file_names(talk.control.rank)
@@ -303,8 +335,8 @@ class Save:
             report.hashing_seconds, report.writing_seconds = written.hashing, written.writing
             report.bytes, report.direct = written.bytes, written.direct
             message = {"name": request.name, "bytes": written.bytes, "leaves": request.leaves, "blocks": written.blocks}
-        if self.after.disk is not None:
-            self.after.disk._ended.wait()
+        for earlier in self.after.to_disk():
+            earlier._ended.wait()
         self._written.set()
         written_at = time.perf_counter()
         reach("report.before")

@@ -21,6 +21,7 @@ from .plan import Copy, FileLayout
 
 # Copied by one call, after which the writer may have it.
 BATCH_BYTES = 16 * 2**20
+STAGES_BEFORE = 4  # the vote, the decision, a new plan, memory
 
 
 class Snapshot:
@@ -124,10 +125,14 @@ class Snapshot:
         self._issued.set()
 
     def wait(self, timeout: float) -> float:
-        """Hold up the update until the copy no longer needs the tensors; returns the seconds that this thread waited."""
+        """Hold up the update until the copy no longer needs the tensors; returns the seconds that this thread waited.
+
+        timeout: of each stage before the copy. One that takes longer ends the save, and must not end the run by it.
+        """
         start = time.perf_counter()
-        if not self._issued.wait(timeout):
-            raise CheckpointError(f"a snapshot did not leave the tensors within {timeout:g} s (checkpoint.timeout)")
+        if not self._issued.wait(STAGES_BEFORE * timeout):
+            waited = f"{STAGES_BEFORE * timeout:g} s ({STAGES_BEFORE} times checkpoint.timeout)"
+            raise CheckpointError(f"a snapshot did not leave the tensors within {waited}")
         if not all(event.query() for event in self._left):
             stream = torch.cuda.current_stream(self._device)
             before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -42,9 +42,8 @@ def choose_attention(model: Llama, mesh: Mesh, seq_len: int) -> None:
             remember(record, work, times)
     chosen = prefer(times)
     if mesh.is_main:
-        log.info(
-            "attention by %s, %s: %s", chosen, how, ", ".join(f"{name} {1000 * time:.2f} ms" for name, time in times.items())
-        )
+        each = ", ".join(f"{kernel} {1000 * time:.2f} ms" for kernel, time in times.items())
+        log.info("attention by %s, %s: %s", chosen, how, each)
 
 
 def record_path() -> Path:

@@ -6,8 +6,6 @@ import importlib.util
 import logging
 from collections.abc import Iterator
 
-import torch
-
 from ..config.parallel import ParallelConfig
 from ..config.problems import Problem
 from ..models.llama import Llama

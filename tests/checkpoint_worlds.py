@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.distributed import HashStore
 
+from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.control import Control
+from meshloom.checkpoint.report import SaveReport
 from meshloom.parallel.fragment import Box, Fragment, boxes_of_flat_range
 
 Arrays = dict[str, torch.Tensor]
@@ -122,3 +125,28 @@ def together(world: int, body: Callable[[Control], Any]) -> list[Any]:
     if errors:
         raise errors[0]
     return results
+
+
+class Gate:
+    """A fault hook that holds up whoever comes to a boundary, until it is opened."""
+
+    def __init__(self, boundary: str) -> None:
+        self.boundary = boundary
+        self.reached, self.open = threading.Event(), threading.Event()
+
+    def __call__(self, boundary: str, amount: int) -> int:
+        if boundary == self.boundary:
+            self.reached.set()
+            assert self.open.wait(60)
+        return amount
+
+
+def told_of(run: Checkpointer, *steps: int) -> list[SaveReport]:
+    """What `poll` tells until it has told of all these steps."""
+    reports: list[SaveReport] = []
+    deadline = time.monotonic() + 60
+    while not {report.step for report in reports}.issuperset(steps):
+        assert time.monotonic() < deadline, f"nothing is told of one of the steps {steps}"
+        time.sleep(0.001)
+        reports += run.poll()
+    return reports

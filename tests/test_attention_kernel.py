@@ -82,3 +82,8 @@ def test_a_broken_record_is_none_and_is_replaced(tmp_path: Path, content: str, m
 def test_a_run_does_not_need_a_folder_to_remember_in(tmp_path: Path) -> None:
     (tmp_path / "0").write_text("a file where the folder would be")
     assert run_ranks(1, chosen, str(tmp_path), [{}, {}]) == [[("cudnn", 3), ("cudnn", 3)]]
+
+
+def test_times_are_of_a_gpu_and_of_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert attention_kernel.machine().startswith(f"NVIDIA H200, torch {torch.__version__}, cuDNN ")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_worlds import fragments, holds, make_arrays, together
+from checkpoint_worlds import Gate, fragments, holds, make_arrays, together, told_of
 
 from meshloom.checkpoint import faults
 from meshloom.checkpoint.checkpointer import Checkpointer
@@ -297,27 +297,21 @@ def test_damage_is_named_and_an_older_step_is_taken(tmp_path: Path, what: str, c
 
 
 def test_a_slow_disk_skips_saves_within_the_memory_given_but_never_a_required_one(tmp_path: Path) -> None:
-    def slow(boundary: str, amount: int) -> int:
-        if boundary == "report.before":
-            time.sleep(0.15)
-        return amount
-
+    slow = Gate("report.before")
     faults.install(slow)
-    run = open_run(tmp_path, mode="async", host_memory_gib=2.1 / 1024)
+    run = open_run(tmp_path, mode="async", timeout=60.0, host_memory_gib=2.1 / 1024)
     ranks = fragments(make_arrays(), 1, 0)
-    outcomes: list[str] = []
     for step in range(1, 6):
         run.save(step, ranks[0], {})
         run.before_update()
-        outcomes += [report.outcome for report in run.poll()]
+    reports = told_of(run, 2, 3, 4, 5)
     run.save(6, ranks[0], {}, required=True)
+    slow.open.set()
     run.before_update()
-    reports = run.finish()
-    outcomes += [report.outcome for report in reports]
-    assert "skipped" in outcomes
-    assert outcomes.count("committed") >= 2
+    reports += run.finish()
+    outcomes = {report.step: report.outcome for report in reports}
+    assert outcomes == {1: "committed", **dict.fromkeys(range(2, 6), "skipped"), 6: "committed"}
     assert reports[-1].step == 6
-    assert reports[-1].outcome == "committed"
     assert max(report.host_memory_bytes for report in reports) <= 2.1 * 2**20
 
 

@@ -6,12 +6,13 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoint_worlds import fragments, holds, make_arrays, together
+from checkpoint_worlds import Gate, fragments, holds, make_arrays, together, told_of
 from torch.distributed import FileStore
 
 from meshloom.checkpoint.checkpointer import Checkpointer
@@ -37,6 +38,22 @@ def crashed_run(folder: Path, world: int, *, steps: int = 3, group: int = 2, nod
     """Ranks that keep every step in memory (and one on the disk), and then are all killed at once."""
     marks = folder.parent
     children: list[int] = []
+    try:
+        _fork_ranks(folder, world, children, steps, group, nodes, disk_step)
+        deadline = time.monotonic() + 120
+        while not all((marks / f"done{rank}").exists() for rank in range(world)):
+            assert time.monotonic() < deadline, "the run did not get that far"
+            assert not any(os.waitpid(child, os.WNOHANG)[0] for child in children), "a rank has died"
+            time.sleep(0.01)
+    finally:
+        for child in children:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):  # one that had died
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
+
+def _fork_ranks(folder: Path, world: int, children: list[int], steps: int, group: int, nodes: int, disk_step: int) -> None:
+    marks = folder.parent
     for rank in range(world):
         child = os.fork()
         if child == 0:
@@ -54,17 +71,10 @@ def crashed_run(folder: Path, world: int, *, steps: int = 3, group: int = 2, nod
                     done += len([report for report in checkpointer.poll() if report.outcome in ("kept", "committed")])
                     time.sleep(0.005)
                 (marks / f"done{rank}").touch()
-                time.sleep(60)
+                time.sleep(300)
             finally:
                 os._exit(1)
         children.append(child)
-    deadline = time.monotonic() + 40
-    while not all((marks / f"done{rank}").exists() for rank in range(world)):
-        assert time.monotonic() < deadline, "the run did not get that far"
-        time.sleep(0.01)
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 def lose_keepers(folder: Path, slots: set[int]) -> None:
@@ -74,7 +84,12 @@ def lose_keepers(folder: Path, slots: set[int]) -> None:
             link = Connection(address, 5.0)
             link.ask({"do": "exit"})
             link.close()
-    time.sleep(0.3)
+            deadline = time.monotonic() + 60
+            with contextlib.suppress(CheckpointError):
+                while time.monotonic() < deadline:  # until there is nobody at that door
+                    Connection(address, 5.0).close()
+                    time.sleep(0.01)
+                raise AssertionError("a keeper does not end")
 
 
 def recovered(folder: Path, world: int, expected: int) -> list[str]:
@@ -210,10 +225,11 @@ def test_a_keeper_that_can_not_start_costs_its_version_alone(folder: Path, monke
 
 @pytest.mark.parametrize("disk", [False, True])
 def test_a_stuck_keeper_is_given_up_and_replaced(folder: Path, disk: bool) -> None:
-    config = CheckpointConfig(mode="sync", memory_every=1, timeout=0.4)
+    config = CheckpointConfig(mode="sync", memory_every=1, timeout=30)
     checkpointer = Checkpointer(folder, Control.alone(), config)
     checkpointer.save(1, fragments(make_arrays(1), 1, 0)[0], {"step": 1}, disk=False)
     assert checkpointer._tools.memory is not None and checkpointer._tools.memory._keeper is not None
+    checkpointer._tools.memory._keeper._link.settimeout(0.4)  # for this one alone: who is to take its place may need longer
     os.kill(checkpointer._tools.memory._keeper._process.pid, signal.SIGSTOP)
     for step in (2, 3):
         checkpointer.save(step, fragments(make_arrays(step), 1, 0)[0], {"step": step}, disk=disk)
@@ -292,40 +308,40 @@ def test_a_trainer_that_dies_while_its_keeper_answers_leaves_the_keeper_alive(fo
 def test_where_the_disk_is_busy_the_snapshot_stays_in_memory(folder: Path) -> None:
     from meshloom.checkpoint import faults
 
-    def slow(boundary: str, amount: int) -> int:
-        if boundary == "commit.rename.before":
-            time.sleep(0.5)
-        return amount
-
+    slow = Gate("commit.rename.before")
     faults.install(slow)
     try:
-        checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(memory_every=1, timeout=30, keep=0))
-        for step in range(1, 6):
+        checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(memory_every=1, timeout=60, keep=0))
+        reports = []
+        for step in (1, 2, 3, 4):
             checkpointer.save(step, fragments(make_arrays(step), 1, 0)[0], {"step": step})
             checkpointer.before_update()
-            time.sleep(0.05)
-        reports = checkpointer.finish()
+            if step == 1:
+                assert slow.reached.wait(60)  # or the second would not find the writer free
+            if step == 3:
+                reports += told_of(checkpointer, 3)
+        slow.open.set()
+        reports += checkpointer.finish()
     finally:
         faults.install(None)
     outcomes = {report.step: report.outcome for report in reports}
-    assert "kept" in outcomes.values()
-    assert any("slower than the schedule" in report.reason for report in reports if report.outcome == "kept")
+    # The third finds the second waiting for the first; for the fourth there is no memory beside those and what is kept.
+    assert outcomes == {1: "committed", 2: "committed", 3: "kept", 4: "skipped"}
+    assert "slower than the schedule" in next(report.reason for report in reports if report.step == 3)
     assert max(report.host_memory_bytes for report in reports) <= 3 * 2 * 2**20
 
 
 def test_a_plan_that_changes_while_the_disk_is_busy_is_made_anew_for_the_snapshot_in_memory(folder: Path) -> None:
     from meshloom.checkpoint import faults
 
-    def slow(boundary: str, amount: int) -> int:
-        if boundary == "commit.rename.before":
-            time.sleep(0.7)
-        return amount
+    slow, both = Gate("keep.complete.after"), threading.Barrier(2, action=lambda: slow.open.set())
 
     def body(control: Control) -> list[str]:
-        checkpointer = Checkpointer(folder, control, CheckpointConfig(memory_every=1, timeout=30, keep=0))
+        checkpointer = Checkpointer(folder, control, CheckpointConfig(memory_every=1, timeout=60, keep=0))
         for step in (1, 2):  # the second time each rank holds other boxes
             checkpointer.save(step, fragments(make_arrays(step), 2, step)[control.rank], {"step": step})
             checkpointer.before_update()
+        both.wait(60)  # the second has its plan; the first goes to the disk only now
         outcomes = [report.outcome for report in checkpointer.wait()]
         checkpointer._tools.memory.close(keep=True)  # type: ignore[union-attr]
         return outcomes
@@ -342,24 +358,21 @@ def test_a_plan_that_changes_while_the_disk_is_busy_is_made_anew_for_the_snapsho
 def test_keepers_that_are_too_slow_skip_a_snapshot_instead_of_holding_up_training(folder: Path) -> None:
     from meshloom.checkpoint import faults
 
-    def slow(boundary: str, amount: int) -> int:
-        if boundary == "keep.posted.before":
-            time.sleep(1.0)
-        return amount
-
+    slow = Gate("keep.posted.before")
     faults.install(slow)
     try:
-        checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(memory_every=1, timeout=30, keep=0))
+        checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(memory_every=1, timeout=60, keep=0))
         checkpointer.prepare(fragments(make_arrays(1), 1, 0)[0])
         for step in range(1, 6):
             checkpointer.save(step, fragments(make_arrays(step), 1, 0)[0], {"step": step}, disk=False)
             checkpointer.before_update()
+        slow.open.set()
         reports = {report.step: report for report in checkpointer.wait()}
     finally:
         faults.install(None)
     checkpointer.close()
-    assert "kept" in [report.outcome for report in reports.values()]
-    assert "no memory free" in reports[5].reason and reports[5].outcome == "skipped"
+    assert [reports[step].outcome for step in range(1, 6)] == ["kept"] * 3 + ["skipped"] * 2
+    assert "no memory free" in reports[5].reason
 
 
 def test_the_keeper_asks_for_its_secret(folder: Path) -> None:

@@ -183,3 +183,41 @@ def test_verify_names_all_that_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["verify", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert all(name in out for name in ("rank-00000.leaves", "rank-00000.safetensors", "rank-00001.safetensors"))
+
+
+def test_many_small_reads_are_told_to_the_disk_before_the_first_is_waited_for(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    class Watched(LocalFiles):
+        @contextlib.contextmanager
+        def reader(self, name: str) -> Iterator[Any]:
+            with super().reader(name) as opened:
+                yield Watcher(opened) if name.endswith(".safetensors") else opened
+
+    class Watcher:
+        def __init__(self, opened: Any) -> None:
+            self.opened = opened
+
+        def expect(self, offset: int, length: int) -> None:
+            seen.append(("expect", offset, length))
+            self.opened.expect(offset, length)
+
+        def fill(self, target: memoryview, offset: int) -> None:
+            seen.append(("fill", offset, len(target)))
+            self.opened.fill(target, offset)
+
+    values = torch.arange(8192).double()  # 16 leaves of 4 KiB
+    save(tmp_path, [[Fragment("w", "weight", (8192,), Box.whole((8192,)), values)]], 1)
+    files = Watched(tmp_path / "step-00000001")
+    manifest = open_step(files)
+    array = manifest.arrays["weight/w"]
+    begin = array.boxes[0].start
+    assert begin == 4096  # after a leaf of header, which is read as well
+    parts = Reader(files, manifest).read([(array, Box((first,), (600,))) for first in (0, 4096)])
+    assert [part.view(np.float64)[0] for part in parts] == [0.0, 4096.0]
+    spans = [(begin, 8192), (begin + 8 * 4096, 8192)]
+    header = ("fill", 0, 4096)
+    assert seen == [header, *(("expect", *span) for span in spans), *(("fill", *span) for span in spans)]
+    del seen[:]
+    Reader(files, manifest).read([(array, Box((0,), (8192,)))])
+    assert seen == [header, ("fill", begin, 65536)], "one long read is told of by itself"

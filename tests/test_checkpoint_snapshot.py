@@ -10,7 +10,7 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
@@ -122,9 +122,14 @@ def held(values: list[torch.Tensor]) -> tuple[list[Fragment], FileLayout]:
 
 def filled(fragments: list[Fragment], layout: FileLayout) -> bytes:
     """The file as copies on the host make it."""
-    arena = Arena(layout.bytes, pin=False)
-    Snapshot(fragments).copy(arena, layout, None)
-    return bytes(arena.image(layout.bytes))
+    with closing(Arena(layout.bytes, pin=False)) as arena:
+        Snapshot(fragments).copy(arena, layout, None)
+        return content(arena, layout)
+
+
+def content(arena: Arena, layout: FileLayout) -> bytes:
+    with arena.image(layout.bytes) as image:
+        return bytes(image)
 
 
 class Issued:
@@ -170,7 +175,8 @@ def test_no_order_that_the_events_allow_tears_a_snapshot(gpu: Any, seed: int, ro
 
             snapshot._issued = Issued(update)  # type: ignore[assignment]
             snapshot.copy(arena, layout, device)
-        assert bytes(arena.image(layout.bytes)) == expected
+        assert content(arena, layout) == expected
+        arena.close()
     while machine.step():
         pass
     assert filled(fragments, layout) == filled(held(ahead)[0], layout)
@@ -197,8 +203,8 @@ def test_a_copy_that_fails_half_way_leaves_nothing_queued(gpu: Any, seed: int, m
     snapshot._device = torch.device("cpu")
     snapshot._begun = torch.cuda.Event()
     snapshot._begun.record(machine.trainer)  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="out of memory"):
-        snapshot.copy(Arena(layout.bytes, pin=False), layout, device)
+    with pytest.raises(RuntimeError, match="out of memory"), closing(Arena(layout.bytes, pin=False)) as arena:
+        snapshot.copy(arena, layout, device)
     assert left == 0
     assert not any(stream.work for stream in device.streams)  # type: ignore[attr-defined]
 

@@ -86,16 +86,25 @@ class Keeper:
         self._send({"do": "drop", "version": version})
         self._reply()
 
+    def leave(self) -> None:
+        """Let the process go on by itself, with what it keeps; if that is nothing, it ends."""
+        self._hang_up()
+
     def exit(self) -> None:
         """End the process: what it keeps is not needed any more."""
         with contextlib.suppress(CheckpointError):
             self._send({"do": "exit"})
-        self._link.close()
+        self._hang_up()
         try:
             self._process.wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
         self._entry.unlink(missing_ok=True)
+
+    def _hang_up(self) -> None:
+        with contextlib.suppress(OSError):  # it is gone already
+            self._link.shutdown(socket.SHUT_RDWR)  # closing says nothing while a child of this process has a copy
+        self._link.close()
 
     def _send(self, message: dict[str, Any]) -> None:
         try:

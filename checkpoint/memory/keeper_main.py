@@ -191,10 +191,11 @@ class KeeperServer:
 def serve_trainer(server: KeeperServer, link: socket.socket, patience: float) -> None:
     """Do what the trainer says; when it is gone, wait so many seconds for someone to fetch what is kept, if anything is."""
     taker = Taker(link)
+    arrivals = select.poll()  # not select(), which knows no descriptor beyond 1023
+    arrivals.register(link, select.POLLIN)
     with contextlib.suppress(OSError):  # however the trainer died, and whatever it left unread
         while not server.ended.is_set():
-            readable, _, _ = select.select([link], [], [], 0.2)
-            if readable and not _obey(server, taker, link):
+            if arrivals.poll(200) and not _obey(server, taker, link):
                 return
     if any(version.held for version in list(server.versions.values())):
         server.ended.wait(patience)

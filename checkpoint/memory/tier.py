@@ -101,7 +101,9 @@ class MemoryTier:
 
     def close(self, keep: bool) -> None:
         """End the keeper, unless what it keeps may be needed: after a run that did not end well."""
-        if self._keeper is not None and not keep:
+        if self._keeper is not None and keep:
+            self._keeper.leave()
+        elif self._keeper is not None:
             self._keeper.exit()
         if self._held is not None:
             self._pool.take_back(self._held)
@@ -120,17 +122,16 @@ class Predecessors:
         self._left: dict[Path, Address] | None = None
 
     def find(self, own: set[Address]) -> None:
-        """Take down who there is besides this run's own keepers. The first time counts."""
+        """Take down who there is besides this run's own keepers, all of which are in `own`. The first time counts."""
         if self._left is None:
             self._left = {entry: address for entry, address in registered(self._folder).items() if address not in own}
 
     def dismiss(self) -> None:
-        """End them."""
-        self.find(set())
+        """End those that were found; one that was not may be of this run."""
         if self._left:
             with ThreadPoolExecutor(64) as pool:  # one whose node is gone takes seconds
                 list(pool.map(dismiss, self._left.keys(), self._left.values()))
-        self._left = {}
+            self._left = {}
 
 
 @dataclass(frozen=True)
@@ -290,14 +291,17 @@ def _make_again(recovery: Recovery, slot: int, group: dict[str, Any], folder: Pa
                 links[member].fetch(recovery.version, "image", part.data, start)
                 np.bitwise_xor(value[: len(part)], part, out=value[: len(part)])
             image[low:high] = value.data[: high - low]
+        keeper = Keeper(folder, slot, timeout)
+        try:
+            keeper.hold(arena, size, recovery.version, recovery.step, [keeper.address.as_dict()], 0)
+        finally:
+            keeper.leave()
     finally:
         for link in links.values():
             link.close()
-    keeper_process = Keeper(folder, slot, timeout)
-    address = keeper_process.address
-    keeper_process.hold(arena, size, recovery.version, recovery.step, [address.as_dict()], 0)
-    arena.close()  # the keeper has mapped it
-    return address, size
+        image.release()
+        arena.close()  # the keeper has mapped it
+    return keeper.address, size
 
 
 class MemoryFiles:

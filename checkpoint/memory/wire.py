@@ -6,11 +6,12 @@ import json
 import os
 import socket
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from ..errors import CheckpointError
 
 PIECE = 4 * 2**20
+STRANGER = "this is nobody who speaks to keepers"  # but has the port that one had once
 LINE_BYTES = 16 * 2**20  # room for the digests of 7 TB
 
 
@@ -76,18 +77,24 @@ def send(link: socket.socket, header: dict[str, Any], payload: memoryview | None
 
 
 def receive_line(link: socket.socket) -> dict[str, Any] | None:
-    """A line; None when the other side has hung up. Raises ConnectionError for one that has no end."""
+    """A line; None when the other side has hung up. Raises ConnectionError for one that has no end, or is no such line."""
     line = b""
     while not line.endswith(b"\n"):
         if len(line) > LINE_BYTES:
-            raise ConnectionError("this is nobody who speaks to keepers")
+            raise ConnectionError(STRANGER)
         # One byte at a time after a look ahead: what follows the line is payload and must stay in the socket.
         ahead = link.recv(65536, socket.MSG_PEEK)
         if not ahead:
             return None
         end = ahead.find(b"\n")
         line += link.recv(len(ahead) if end < 0 else end + 1)
-    return json.loads(line)
+    try:
+        message = json.loads(line)
+    except ValueError:
+        raise ConnectionError(STRANGER) from None
+    if not isinstance(message, dict):
+        raise ConnectionError(STRANGER)
+    return cast(dict[str, Any], message)
 
 
 def receive_into(link: socket.socket, target: memoryview) -> None:

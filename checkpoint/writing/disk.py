@@ -72,7 +72,10 @@ def write_image(image: memoryview, path: Path, leaves_path: Path, ready: Ready) 
         hasher.join()
     result = outcome.get()
     if isinstance(result, BaseException):
-        raise result
+        try:
+            raise result
+        finally:
+            del result  # or it and this frame would hold each other, and the image, until garbage is collected
     leaves, hashing = result
     write_small(leaves_path, leaves, "leaves")
     sync_folder(path.parent, "data.folder")
@@ -220,15 +223,14 @@ def _exchange(first: Path, second: Path) -> bool:
 def hide_folder(folder: Path, boundary: str) -> Path:
     """Take a step's name away before it is deleted, so that a crash half-way leaves no half folder under a good name."""
     reach(f"{boundary}.rename.before")
-    hidden = folder
-    if "." not in folder.name:  # as in .tmp-…, .replaced-…
-        hidden = folder.with_name(f"{folder.name}.deleted-{uuid.uuid4().hex[:8]}")
-        folder.rename(hidden)
+    hidden = folder.with_name(f"{folder.name}.deleted-{uuid.uuid4().hex[:8]}")
+    folder.rename(hidden)
     reach(f"{boundary}.rename.after")
     return hidden
 
 
 def delete_folder(folder: Path, boundary: str) -> None:
-    """Hide a folder, and delete it."""
-    shutil.rmtree(hide_folder(folder, boundary))
+    """Delete a folder that has no step's name, or has it no more."""
+    reach(f"{boundary}.before")
+    shutil.rmtree(folder)
     reach(f"{boundary}.after")

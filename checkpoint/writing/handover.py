@@ -39,8 +39,9 @@ class Giver:
     def send(self, request: dict[str, Any], memory: SharedMemory) -> None:
         """Raises OSError if the other process is gone."""
         fresh = memory not in self._numbers
-        number = self._numbers.setdefault(memory, next(self._count)) if fresh else self._numbers[memory]
-        about = {"memory": number, "length": memory.size, "alive": sorted(self._numbers.values())}
+        if fresh:
+            self._numbers[memory] = next(self._count)
+        about = {"memory": self._numbers[memory], "length": memory.size, "alive": sorted(self._numbers.values())}
         socket.send_fds(self._link, [json.dumps(request | about).encode() + b"\n"], [memory.descriptor] if fresh else [])
 
 

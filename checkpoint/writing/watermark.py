@@ -24,6 +24,10 @@ class Watermark:
         """Say how many bytes are in place: one aligned store, seen whole by the other process."""
         self._cells[0] = value
 
+    def release(self) -> None:
+        """Look at the memory no more: it is about to go."""
+        self._cells.release()
+
     def abandon(self) -> None:
         """Say that the rest will never come."""
         self._cells[0] = ABANDONED

@@ -9,21 +9,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from ..errors import CheckpointError
 from .disk import Written
 from .handover import Giver, SharedMemory
 
-Answer = TypeVar("Answer")
+EXIT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class Writer:
         """Start; the writing follows the arena's watermark. Every `begin` needs an `end`."""
         if self._process is None or self._process.poll() is not None:
             self._start()
-        assert self._giver is not None
+        assert self._giver is not None and self._request is None, "one after the other"
         self._request = request
         what = {"size": request.size, "folder": request.folder, "name": request.name, "leaves": request.leaves}
         with contextlib.suppress(OSError):  # it died just now: `end` says how
@@ -84,12 +81,9 @@ class Writer:
         """
         link, process, request = self._socket, self._process, self._request
         assert link is not None and process is not None and request is not None
+        self._request = None  # and with it the arena: one that is closed must not stay mapped in the process either
         try:
-            answer = _await(
-                request, lambda seconds: read_line(link) if select.select([link], [], [], seconds)[0] else None, patience
-            )
-        except OSError:
-            answer = b""
+            answer = _answer(link, request, patience)
         except CheckpointError:
             process.kill()  # and not waited for: a stuck disk may hold it for as long as it likes
             link.close()
@@ -107,37 +101,43 @@ class Writer:
     def close(self) -> None:
         """End the process."""
         if self._socket is not None:
+            with contextlib.suppress(OSError):  # it hung up before
+                self._socket.shutdown(socket.SHUT_RDWR)  # closing says nothing while a child of this process has a copy
             self._socket.close()
         if self._process is not None:
-            self._process.wait()
+            try:
+                self._process.wait(EXIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
         self._process = self._socket = None
 
 
-def _await(request: Request, look: Callable[[float], Answer | None], patience: float) -> Answer:
-    """What `look(seconds)` finds. Raises CheckpointError after `patience` seconds in which the writer got no further."""
+def _answer(link: socket.socket, request: Request, patience: float) -> bytes:
+    """The line that the writer answers; empty if it is gone.
+
+    Raises CheckpointError after `patience` seconds in which it got no further.
+    """
+    line = b""
     life, since = -1, 0.0
-    while True:
-        found = look(min(1.0, patience))
-        if found is not None:
-            return found
-        if request.memory.watermark.life != life:
-            life, since = request.memory.watermark.life, time.monotonic()
-        elif time.monotonic() - since > patience:
-            raise CheckpointError(
-                f"writing {request.target} got no further for {patience:g} s (checkpoint.timeout): a stuck disk?"
-            )
+    link.settimeout(min(1.0, patience))
+    while not line.endswith(b"\n"):
+        try:
+            part = link.recv(65536)
+        except TimeoutError:
+            if request.memory.watermark.life != life:
+                life, since = request.memory.watermark.life, time.monotonic()
+            elif time.monotonic() - since > patience:
+                raise CheckpointError(
+                    f"writing {request.target} got no further for {patience:g} s (checkpoint.timeout): a stuck disk?"
+                ) from None
+            continue
+        except OSError:
+            return b""
+        if not part:
+            return b""
+        line += part
+    return line
 
 
 def _how(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def read_line(source: socket.socket) -> bytes:
-    """One line, without its end; empty when the other side is gone."""
-    line = b""
-    while not line.endswith(b"\n"):
-        part = source.recv(65536)
-        if not part:
-            return b""
-        line += part
-    return line[:-1]

@@ -30,8 +30,10 @@ SWITCH_SECONDS = 0.0002
 def serve(link: socket.socket, parent: int) -> None:
     """Answer requests until the trainer, whose process id is `parent`, is gone."""
     taker = Taker(link)
+    arrivals = select.poll()  # not select(), which knows no descriptor beyond 1023: the socket has the trainer's number for it
+    arrivals.register(link, select.POLLIN)
     while True:
-        while not select.select([link], [], [], 1.0)[0]:
+        while not arrivals.poll(1000):
             if os.getppid() != parent:  # a child of the trainer may still hold its end of the socket
                 return
         request = taker.receive()
