@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
@@ -21,6 +22,8 @@ def main(argv: list[str]) -> int:
         print(error, file=sys.stderr)
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as error:  # asked to end the workers at once, which it has
+        return 128 + error.sigval
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -29,7 +30,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand. Returns its exit code; 2 for a command that does not exist."""
+    """Run a subcommand. Returns its exit code; 2 for a command that does not exist, 130 for one that Ctrl-C ended."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -46,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"meshloom has no command '{name}'; {hint}", file=sys.stderr)
         return 2
     module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
-    return int(module.main(rest))
+    try:
+        return int(module.main(rest))
+    except KeyboardInterrupt:
+        print(f"meshloom {name}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

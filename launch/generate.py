@@ -42,8 +42,10 @@ class Arguments:
         found: list[Problem] = []
         if self.tokens < 1:
             found.append(Problem("tokens", f"{self.tokens} adds nothing", "use 1 or more"))
-        if self.temperature < 0:
-            found.append(Problem("temperature", f"{self.temperature} is negative", "use 0 for the likeliest token"))
+        if not self.temperature >= 0:  # nan, too
+            found.append(Problem("temperature", f"{self.temperature} is no temperature", "use 0 for the likeliest token"))
+        if not 0 <= self.seed < 2**63:
+            found.append(Problem("seed", f"{self.seed} is no seed", "use 0 up to less than 2^63"))
         if self.top_k is not None and self.top_k < 1:
             found.append(Problem("top_k", f"{self.top_k} leaves no token", "use 1 or more, or null for all"))
         if self.context is not None and self.context < 1:
@@ -131,7 +133,11 @@ def _tokenizer(checkpoint: Path | str, config: DictConfig, fingerprint: str) -> 
                     raise ConfigError([Problem("checkpoint", str(error), beside)]) from error
     if "data" not in config:
         raise ConfigError([Problem("checkpoint", f"'{checkpoint}' was imported without a tokenizer", beside)])
-    data = prepared_data(config)
+    try:
+        data = prepared_data(config)
+    except ConfigError as error:  # files of the run that are not here, or in another place as seen from here
+        message = f"there is no tokenizer.json beside '{checkpoint}', and its data can't be read"
+        raise ConfigError([Problem("checkpoint", message, beside), *error.problems]) from error
     if data.tokenizer is None:
         message = f"'{checkpoint}' was trained on data={config.data.name}, which has no text"
         raise ConfigError([Problem("checkpoint", message, "take a checkpoint of a run on text")])

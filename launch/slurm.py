@@ -6,13 +6,13 @@ import argparse
 import shlex
 import string
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from ..config.compose import Composer, quoted
-from ..config.problems import ConfigError
+from ..config.problems import ConfigError, Problem
 
 TEMPLATE = Path(__file__).with_name("slurm.sbatch")
 
@@ -41,10 +41,25 @@ def script(overrides: Sequence[str], config_dir: str | None = None) -> str:
 
     composition = Composer(config_dir).compose(overrides)
     config = composition.config
-    problems = [*composition.problems, *run_problems(config, config.launch.nodes * config.launch.gpus_per_node)]
+    processes = config.launch.nodes * config.launch.gpus_per_node
+    problems = [*composition.problems, *run_problems(config, processes), *_job_problems(config.launch)]
     if problems:
         raise ConfigError(problems)
     return fill(TEMPLATE.read_text(), config, _command_line(overrides, config_dir, str(config.resume)))
+
+
+def _job_problems(launch: DictConfig) -> Iterator[Problem]:
+    """What sbatch would stumble over, or would take for something else."""
+    for key in ("job_name", "partition", "account"):
+        name = launch[key]
+        if name is not None and (not name.strip() or not name.isprintable()):
+            yield Problem(f"launch.{key}", f"{name!r} is no name", "write one, in one line")
+    if "/" in launch.job_name:
+        fix = "leave the slash out: the job's output goes to <job_name>-<number>.out"
+        yield Problem("launch.job_name", f"'{launch.job_name}' is no name of a file", fix)
+    if launch.cpus_per_task is not None and launch.cpus_per_task < 1:
+        fix = "use 1 or more, or null for the cluster's default"
+        yield Problem("launch.cpus_per_task", f"{launch.cpus_per_task} is not a number of them", fix)
 
 
 def fill(template: str, config: DictConfig, command_line: str) -> str:

@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+from ..trainer.signals import STOPPING
+
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL_SECONDS = 0.2
 REPEAT_SECONDS = 5.0  # a worker that had not installed its handler yet hears it the next time
@@ -47,12 +49,17 @@ class TorchRun:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    @property
+    def asked(self) -> bool:
+        """Whether a signal came, so that the workers were told to stop."""
+        return self._asked > 0
+
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         self._asked += 1
         if number == signal.SIGINT and self._asked > 1 and self._agent is not None:
             self._agent.terminate()  # pressed twice: torchrun ends the workers now
         elif number == signal.SIGINT:
-            print("stopping after this step, with a checkpoint; press again to stop at once", file=sys.stderr)
+            print(STOPPING, file=sys.stderr)
 
     def _wait(self, agent: subprocess.Popen[bytes]) -> int:
         told = 0.0

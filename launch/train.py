@@ -32,6 +32,7 @@ from ..config.compose import (
     task_overrides,
 )
 from ..config.problems import ConfigError, Problem
+from ..trainer.signals import StopRequest
 
 BAD_CONFIG = 2
 # What a disk, a quota or a file server answers; where in the program that came up tells nobody anything.
@@ -39,7 +40,10 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as this command line says. Returns the exit code: 0 only if every run ended as asked, 2 for a bad config."""
+    """Train as this command line says. Returns the exit code: 0 only if every run ended as asked, 2 for a bad config.
+
+    A signal that stops one run of a sweep stops the sweep: those after it are not begun.
+    """
     switches, arguments = _read(sys.argv[1:] if argv is None else argv)
     register_schemas()
     try:
@@ -47,17 +51,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _refuse(error)
     codes: list[int] = []
+    left = 0
+    stop = StopRequest()
     launcher = os.getpid()
 
     def task(config: DictConfig) -> None:
+        nonlocal left
+        if stop.obeyed:  # it was not one run of the sweep that somebody wanted to end
+            left += 1
+            return
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a failed run shows where it failed
-        code = _run(config, switches)
+        code = _run(config, switches, stop)
         if code and os.getpid() != launcher:  # Hydra's submitit launcher: of what a job does only an exception comes back
             raise RuntimeError(f"the run in {config.output_dir} ended with exit code {code}")
         codes.append(code)
 
     sys.argv = ["meshloom train", *arguments]
     hydra.main(version_base=HYDRA_VERSION, config_path=RECIPES, config_name=ROOT)(task)()
+    if left:
+        print(f"asked to stop: {left} of {left + len(codes)} runs of the sweep were not begun", file=sys.stderr)
     failed = [number for number, code in enumerate(codes) if code]
     if failed and len(codes) > 1:
         print(f"{len(failed)} of {len(codes)} runs of the sweep failed: {failed}", file=sys.stderr)
@@ -162,28 +174,41 @@ def _machine(config: DictConfig) -> Iterator[Problem]:
 def _unwritable(key: str, folder: str) -> Iterator[Problem]:
     """Whether a folder, or the one that it would be made in, can't be written to."""
     place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
+    try:
+        while not _exists(place):
+            place = place.parent
+    except OSError as error:
+        yield Problem(key, f"'{folder}' can't be made: {error.strerror}", "give a folder to write to")
+        return
     if not place.is_dir():
         yield Problem(key, f"'{place}' is not a folder", "give a folder, or the name of a new one")
     elif not os.access(place, os.W_OK | os.X_OK):
         yield Problem(key, f"'{place}' can't be written to", "give a folder of your own")
 
 
-def _run(config: DictConfig, switches: argparse.Namespace) -> int:
+def _exists(path: Path) -> bool:
+    """Raises OSError where that can't be told: a name too long for a file, a folder that nobody may look into."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _run(config: DictConfig, switches: argparse.Namespace, stop: StopRequest) -> int:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         config.output_dir = f"{config.output_dir}/sweep/{sweep_folder(switches.overrides, task_overrides())}"
     OmegaConf.resolve(config)
     count = processes(config)
     if (count > 1 or config.launch.max_restarts) and not under_torchrun():
-        return _start_torchrun(config, count, switches)
+        return _start_torchrun(config, count, switches, stop)
     from ..checkpoint.errors import CheckpointError
     from ..data.shards import ShardError
     from ..trainer.run import run
 
     _configure_log()
     try:
-        return run(config, task_overrides())
+        return run(config, task_overrides(), stop)
     except (ConfigError, CheckpointError, ShardError) as error:
         code, message = BAD_CONFIG if isinstance(error, ConfigError) else 1, str(error)
     except OSError as error:
@@ -205,12 +230,12 @@ def _configure_log() -> None:
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
-def _start_torchrun(config: DictConfig, count: int, switches: argparse.Namespace) -> int:
-    from .torchrun import main as torchrun
+def _start_torchrun(config: DictConfig, count: int, switches: argparse.Namespace, stop: StopRequest) -> int:
+    from .torchrun import TorchRun
 
     folder = [f"--config-dir={switches.config_dir}"] if switches.config_dir else []
     overrides = [line for line in task_overrides() if not line.startswith("output_dir=")]
-    return torchrun(
+    started = TorchRun(
         [
             "--standalone",
             f"--nproc-per-node={count}",
@@ -222,6 +247,9 @@ def _start_torchrun(config: DictConfig, count: int, switches: argparse.Namespace
             f"output_dir={quoted(str(config.output_dir))}",
         ]
     )
+    code = started.run()
+    stop.obeyed = started.asked
+    return code
 
 
 if __name__ == "__main__":

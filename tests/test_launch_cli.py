@@ -14,6 +14,7 @@ from meshloom.config.problems import ConfigError, Problem
 from meshloom.launch import cli, train
 from meshloom.launch.arguments import parse
 from meshloom.launch.generate import Arguments
+from meshloom.trainer.signals import StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +91,17 @@ def test_only_rank_0_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """torchrun's arguments, instead of torchrun."""
     calls: list[list[str]] = []
-    monkeypatch.setattr("meshloom.launch.torchrun.main", lambda arguments: calls.append(list(arguments)) or 0)
+
+    class Started:
+        asked = False
+
+        def __init__(self, arguments: list[str]) -> None:
+            calls.append(list(arguments))
+
+        def run(self) -> int:
+            return 0
+
+    monkeypatch.setattr("meshloom.launch.torchrun.TorchRun", Started)
     return calls
 
 
@@ -116,14 +127,43 @@ def test_jobs_of_a_sweep_get_folders_of_their_own(started: list[list[str]]) -> N
 
 def test_a_failed_job_fails_the_sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     codes = iter([0, 7])
-    monkeypatch.setattr("meshloom.launch.torchrun.main", lambda _: next(codes))
-    assert cli.main(["train", "-m", "recipe=quickstart", "launch.nproc=2", "seed=1,2"]) == 7
+    monkeypatch.setattr("meshloom.trainer.run.run", lambda *_: next(codes))
+    assert cli.main(["train", "-m", "recipe=quickstart", "launch.nproc=1", "seed=1,2"]) == 7
     assert "1 of 2 runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_that_stops_a_run_stops_its_sweep(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], started: list[list[str]], processes: int
+) -> None:
+    begun: list[int] = []
+
+    def run(config: Any, _: Any, stop: StopRequest) -> int:
+        begun.append(config.seed)
+        stop.obeyed = config.seed == 2
+        return 0
+
+    monkeypatch.setattr("meshloom.trainer.run.run", run)
+    monkeypatch.setattr("meshloom.launch.torchrun.TorchRun.asked", property(lambda _: len(started) == 2))
+    assert cli.main(["train", "-m", "recipe=quickstart", f"launch.nproc={processes}", "seed=1,2,3,4"]) == 0
+    assert (begun if processes == 1 else [int(call[7].removeprefix("seed=")) for call in started]) == [1, 2]
+    assert "asked to stop: 2 of 4 runs of the sweep were not begun" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_a_run_has_begun_is_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("meshloom.trainer.run.run", run)
+    assert cli.main(["train", "recipe=quickstart", "launch.nproc=1"]) == 130
+    assert capsys.readouterr().err == "meshloom train: interrupted\n"
 
 
 def test_one_process_runs_here_with_everything_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("meshloom.trainer.run.run", lambda config, _: seen.append(config) or 5)
+    monkeypatch.setattr("meshloom.trainer.run.run", lambda config, *_: seen.append(config) or 5)
     assert cli.main(["train", "recipe=quickstart", "launch.nproc=1", "seed=9"]) == 5
     assert seen[0].seed == 9 and seen[0].output_dir == "outputs/quickstart"
 
@@ -141,6 +181,14 @@ def test_a_folder_that_can_not_be_written_to_is_refused(
     assert train.main(["output_dir=file/run", "checkpoint.folder=file"]) == 2
     errors = capsys.readouterr().err
     assert errors.count("is not a folder") == 2 and "output_dir: " in errors and "checkpoint.folder: " in errors
+    long = "a" * 300
+    assert train.main([f"output_dir={long}", f"checkpoint.folder={long}"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("File name too long") == 2 and "output_dir: " in errors and "checkpoint.folder: " in errors
+    assert train.main([f"output_dir={long}", "resume=auto"]) == 2
+    assert "checkpoint.folder: " in capsys.readouterr().err
+    assert train.main(["data=text", f"data.input={long}"]) == 2
+    assert "data: aaa" in capsys.readouterr().err
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
     assert train.main(["output_dir=new/run"]) == 2
     assert f"output_dir: '{elsewhere}' can't be written to" in capsys.readouterr().err

@@ -66,6 +66,21 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     assert code == 1 and "manifest.json" in error
 
 
+def test_a_run_whose_data_and_tokenizer_are_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {"_target_": "meshloom.data.nodes.Text", "name": "text", "input": "gone.txt", "seq_len": 8}
+    saved(tmp_path, {"config": {"model": MODEL, "data": {**data, "cache_dir": str(tmp_path / "cache")}, "seed": 1}})
+    code, _, error = said(capsys, f"checkpoint={tmp_path}")
+    assert code == 2 and "put the model's tokenizer.json beside the checkpoint" in error
+    assert "data.input: 'gone.txt' matches no file" in error
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("word", ["temperature=nan", "temperature=-1", "seed=-1", f"seed={2**64}", "top_k=0", "tokens=0"])
+def test_numbers_that_can_not_be_are_refused(capsys: pytest.CaptureFixture[str], word: str) -> None:
+    code, _, error = said(capsys, "checkpoint=any", word)
+    assert code == 2 and f"- {word.partition('=')[0]}: " in error
+
+
 def test_a_file_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     code, _, error = said(capsys, f"checkpoint={tmp_path / 'file'}")

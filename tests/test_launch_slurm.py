@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from meshloom.config.compose import Composer
+from meshloom.config.problems import ConfigError
 from meshloom.launch import slurm
 
 # Starts the task once per node, as srun does with --ntasks-per-node=1, and passes signals on to the tasks.
@@ -127,6 +128,23 @@ def test_bad_config_prints_problems_and_no_script(capsys: pytest.CaptureFixture[
     assert slurm.main(["recipe=llama_1b", "launch.nodes=5", "optim.lrr=1"]) == 2
     said = capsys.readouterr()
     assert said.out == "" and "optim.lrr" in said.err and "batch.samples=512" in said.err
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("launch.job_name=''", "launch.job_name"),
+        ("launch.job_name='a\n#SBATCH --exclusive'", "launch.job_name"),
+        ("launch.job_name=llama/1b", "launch.job_name"),
+        ("launch.partition=''", "launch.partition"),
+        ("launch.account=' '", "launch.account"),
+        ("launch.cpus_per_task=0", "launch.cpus_per_task"),
+    ],
+)
+def test_what_sbatch_would_stumble_over_is_refused(override: str, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        slurm.script(["recipe=llama_1b", override])
+    assert [problem.key for problem in caught.value.problems] == [key]
 
 
 @pytest.mark.slow

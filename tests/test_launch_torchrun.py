@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
+from meshloom.launch import agent
 from meshloom.launch.torchrun import environment
 
 WORKER = """
@@ -64,6 +66,19 @@ def test_sigterm_lets_the_workers_save_and_end(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+def test_ending_the_workers_at_once_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+
+    def ended(_: list[str]) -> None:
+        raise SignalException("got signal: 15", sigval=signal.SIGTERM)
+
+    monkeypatch.setattr("meshloom.launch.agent.torchrun", ended)
+    try:
+        assert agent.main([]) == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_environment_shares_the_cores_and_isolates_restarts(monkeypatch: pytest.MonkeyPatch) -> None:

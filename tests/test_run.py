@@ -187,9 +187,21 @@ def test_folders_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_checkpoint_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for where in (tmp_path / "file", "auto:nowhere", "s4://bucket/run", "a" * 300):
+    for where in (tmp_path / "file", "auto:nowhere", "s4://bucket/run", "a" * 300, "", "auto:"):
         with pytest.raises(ConfigError) as caught:
             effective(Composer().compose([*TINY, f"output_dir={tmp_path / 'out'}", f"resume={where}"]).config, [])
+        assert [problem.key for problem in caught.value.problems] == ["resume"]
+        assert ("is empty" in str(caught.value)) == (where in ("", "auto:"))
+
+
+def test_a_damaged_checkpoint_is_refused_by_what_names_it(tmp_path: Path) -> None:
+    go(1, tmp_path / "run", "trainer.steps=2")
+    step = tmp_path / "run" / "checkpoints" / "step-00000002"
+    (step / "manifest.json").write_text("{")
+    for folder, words in (("other", [f"resume={step}"]), ("run", ["resume=auto"])):
+        config = Composer().compose([*TINY, f"output_dir={tmp_path / folder}", *words]).config
+        with pytest.raises(ConfigError, match=r"no going on from .*resume=none") as caught:
+            effective(config, words)
         assert [problem.key for problem in caught.value.problems] == ["resume"]
 
 
@@ -288,6 +300,20 @@ def test_a_branch_of_a_finished_run_has_nothing_to_do_and_no_sample(tmp_path: Pa
     (messages,) = run_ranks(1, warned, [*text, f"output_dir={tmp_path}/branch", f"resume={tmp_path}/run"])
     assert f"no sample, because '{tmp_path}/branch/checkpoints' holds no checkpoint" in "\n".join(messages)
     assert not (tmp_path / "branch" / "sample.txt").exists()
+
+
+def test_that_nothing_is_kept_for_validation_is_said(tmp_path: Path) -> None:
+    text = on_text(tmp_path, "the cat in the hat", "data.validation=0")
+    (messages,) = run_ranks(1, warned, [*text, "trainer.eval_every=1"])
+    assert "there will be no evaluation" in "\n".join(messages)
+    (messages,) = run_ranks(1, warned, [*text, "trainer.eval_every=0"])
+    assert "evaluation" not in "\n".join(messages)
+
+
+def test_a_folder_that_can_not_be_made_ends_all_processes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    first, second = run_ranks(2, ended, [f"output_dir={tmp_path}/file/run", "trainer.steps=2"])
+    assert "output_dir: " in str(first) and second == 2
 
 
 def diverging(rank: int, world_size: int, overrides: list[str]) -> tuple[int, bool]:

@@ -183,6 +183,8 @@ def build_run(config: DictConfig, data: DataNode, mesh: Mesh) -> Run:
         share = share_of_validation(validation, count, mesh.data_rank, mesh.layout.data_size, config.batch.micro)
         every = parts.trainer.eval_every
         hooks.append(Evaluation(share, None if every is None else Duration.parse(every)))
+    elif validation is None and parts.trainer.eval_every and mesh.is_main:
+        log.warning("trainer.eval_every: there will be no evaluation, because the data keeps nothing for validation")
     saving = None
     if parts.checkpoint.every != 0:
         fixed = {

@@ -45,13 +45,17 @@ def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
     nothing yet, it begins from the path: what a job that is queued again and again says, when it fine-tunes or branches off.
 
     Processes that torchrun has restarted go on from what the run itself saved, whatever it began from.
-    Raises ConfigError if a path was given that holds no complete checkpoint.
+    Raises ConfigError if a path was given that holds no complete checkpoint, or a folder can't be looked into.
     """
     wanted = str(config.resume)
     if goes_on(wanted) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         folder = checkpoint_folder(config)  # not a step: `restore` passes over a damaged one, and asks the keepers' memory
-        if holds_checkpoint(folder):
-            return folder
+        try:
+            if holds_checkpoint(folder):
+                return folder
+        except (OSError, CheckpointError) as error:
+            fix = "give a checkpoint.folder, or an output_dir, that can be"
+            raise ConfigError([Problem("checkpoint.folder", f"'{folder}' can't be read: {error}", fix)]) from error
     return None if wanted in ("auto", "none") else find_checkpoint(wanted.removeprefix(FROM), "resume")
 
 
@@ -61,6 +65,8 @@ def find_checkpoint(location: str, key: str) -> Path | str:
     Raises ConfigError if none there is complete.
     """
     fix = "give a step-… folder, or the folder of a run that has saved one"
+    if not location:
+        raise ConfigError([Problem(key, "is empty", fix)])
     location = location if is_remote(location) else str(Path(location).expanduser())
     try:
         if open_files(location).size(MANIFEST) is not None:
@@ -78,12 +84,18 @@ def effective(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig,
 
     config: composed of the recipe and the overrides. A resumed run has its checkpoint's config with the overrides on top;
     one that begins from imported weights has its own. In both, folders begin at the user's home where they are written so.
+
+    Raises ConfigError where there is no such checkpoint, or where it is damaged.
     """
     _expand_home(config)
     checkpoint = checkpoint_to_resume(config)
     if checkpoint is None:
         return config, None
-    state = read_state(checkpoint)
+    try:
+        state = read_state(checkpoint)
+    except CheckpointError as error:
+        fix = "name another one as resume=<path>, or begin anew with resume=none"
+        raise ConfigError([Problem("resume", f"there is no going on from '{checkpoint}': {error}", fix)]) from error
     if _is_import(state):
         return config, checkpoint
     saved = state["config"]

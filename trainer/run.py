@@ -25,7 +25,7 @@ from .validate import run_problems
 log = logging.getLogger(__name__)
 
 
-def run(config: DictConfig, overrides: Sequence[str] = ()) -> int:
+def run(config: DictConfig, overrides: Sequence[str] = (), stop: StopRequest | None = None) -> int:
     """Train as `config` says, on the processes that this one was started among. Returns the exit code.
 
     0 if the run reached its end, or was asked to stop (SIGTERM, SIGUSR1) and saved its state; 1 if it diverged, or if another
@@ -33,7 +33,9 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> int:
     for a config that can't run, and whatever else makes a run fail.
 
     overrides: those of the command line that `config` was composed of; a resumed run applies them to its saved config.
+    stop: tells the caller afterwards whether the run was asked to stop.
     """
+    stop = stop or StopRequest()
     config, checkpoint = effective(config, overrides)
     problems = run_problems(config, environment_world_size())
     if problems:
@@ -46,7 +48,7 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> int:
             raise RuntimeError(f"processes see different newest checkpoints (this one {checkpoint}): is the folder shared?")
         if mesh.differ(data.fingerprint):
             raise RuntimeError("processes see different data: give all of them the same files (and, for stdlib, one Python)")
-        return _train(config, data, mesh, checkpoint)
+        return _train(config, data, mesh, checkpoint, stop)
     except TrainingDiverged as error:
         log.error("%s", error)
         return 1
@@ -59,6 +61,9 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> int:
 def prepared_data(config: DictConfig) -> DataNode:
     """The data of a run, ready to be read. Raises ConfigError for data that can't be: its message names file and place."""
     data = build_data(config)
+    problems = data.problems()
+    if problems:
+        raise ConfigError(problems)
     try:
         data.prepare()
     except ConfigError:
@@ -76,7 +81,7 @@ def prepared_data(config: DictConfig) -> DataNode:
     return data
 
 
-def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None) -> int:
+def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None, stop: StopRequest) -> int:
     output_dir = Path(config.output_dir)
     on_main(mesh, lambda: _make_folder(output_dir))
     current = build_run(config, data, mesh)  # takes the lock on the folder of checkpoints
@@ -87,8 +92,9 @@ def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | st
         on_main(mesh, lambda: _describe(config, data, output_dir, anew=checkpoint is None))
         if mesh.is_main:
             _warn_of_repetition(current)
-        with StopRequest() as stop:
+        with stop:
             reached = _looped(current, stop)
+        stop.obeyed = current.loop.stopping
         if reached:
             for hook in current.loop.hooks:
                 hook.on_run_end(current.loop, output_dir)
