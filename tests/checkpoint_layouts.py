@@ -173,9 +173,9 @@ def _visit(rank: int, world_size: int, visit: _Visit) -> list[float]:
         losses += [parity.step(engine, visit.work, number)[0] for number in range(BEFORE)]
     else:
         engine.prepare_restore()
-        state = restore(visit.source, list(engine.fragments()), control, timeout=30).state
+        state = restore(visit.source, list(engine.fragments()), control, timeout=60).state
         engine.load_counters(state["counters"])
-    checkpointer = Checkpointer(visit.target, control, CheckpointConfig(mode="sync", timeout=30))
+    checkpointer = Checkpointer(visit.target, control, CheckpointConfig(mode="sync", timeout=60))
     checkpointer.save(BEFORE, engine.fragments(), {"counters": engine.counters()}, required=True)
     checkpointer.finish()
     return losses + [parity.step(engine, visit.work, number)[0] for number in range(BEFORE, BEFORE + AFTER)]

@@ -93,7 +93,7 @@ def _fork(body: Callable[[], None]) -> int:
 def wait(children: list[int], notice: float = 0.0) -> None:
     """Until all have ended; a killed one takes the others with it, as a launcher does `notice` seconds later."""
     left = set(children)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while left:
         for child in list(left):
             done, status = os.waitpid(child, os.WNOHANG)
@@ -124,7 +124,7 @@ def _rank(
     if "rank" in scripts:
         faults.install(faults.scripted(scripts["rank"]))
     control = Control(rank, WORLD, FileStore(str(work / "store"), WORLD))
-    config = CheckpointConfig(mode=mode, keep=KEEP, timeout=5.0, failures=9)
+    config = CheckpointConfig(mode=mode, keep=KEEP, timeout=30.0, failures=9)
     checkpointer = Checkpointer(folder, control, config)
     with (work / f"outcome.{rank}").open("w", buffering=1) as told:
 

@@ -84,7 +84,7 @@ def _rank(rank: int, folder: Path, work: Path, fault: Fault | None, log: Path | 
         else:
             faults.install(_at(fault.boundary, lambda: _strike(work, fault)))
     control = Control(rank, WORLD, FileStore(str(work / "store"), WORLD))
-    checkpointer = Checkpointer(folder, control, CheckpointConfig(mode="sync", memory_every=1, timeout=20, failures=9))
+    checkpointer = Checkpointer(folder, control, CheckpointConfig(mode="sync", memory_every=1, timeout=60, failures=9))
     with (work / f"kept.{rank}").open("w", buffering=1) as told:
         for step in STEPS:
             checkpointer.save(step, fragments(make_arrays(step), WORLD, 5)[rank], {"step": step}, disk=False)
@@ -148,7 +148,7 @@ def judge(folder: Path, kept: list[int]) -> str:
     """Restore and compare. Returns what happened; raises AssertionError if a step that was kept is lost, or bits differ."""
     ranks = fragments(make_arrays(0), 1, 3, blank=True)
     try:
-        report = restore(folder, ranks[0], Control.alone(), timeout=20)
+        report = restore(folder, ranks[0], Control.alone(), timeout=60)
     except CheckpointError as error:
         assert max(kept) == 0, f"step {max(kept)} was kept, but nothing is found: {error}"
         return "nothing had been kept"

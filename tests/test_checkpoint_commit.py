@@ -33,7 +33,7 @@ def no_faults_left() -> Iterator[None]:
 
 
 def open_run(folder: Path, **config: object) -> Checkpointer:
-    return Checkpointer(folder, Control.alone(), CheckpointConfig(**{"mode": "sync", "keep": 0, "timeout": 20.0, **config}))
+    return Checkpointer(folder, Control.alone(), CheckpointConfig(**{"mode": "sync", "keep": 0, "timeout": 60.0, **config}))
 
 
 def save_steps(folder: Path, *steps: int, **config: object) -> None:
@@ -164,7 +164,7 @@ def test_a_full_disk_aborts_the_save_on_every_rank_and_training_goes_on(tmp_path
     ranks = fragments(make_arrays(), 2, 1)
 
     def body(control: Control) -> list[str]:
-        run = Checkpointer(tmp_path, control, CheckpointConfig(mode="sync", timeout=20))
+        run = Checkpointer(tmp_path, control, CheckpointConfig(mode="sync", timeout=60))
         run.save(1, ranks[control.rank], {})
         if control.rank == 0:
             faults.install(full)
@@ -227,7 +227,7 @@ def test_a_silent_rank_ends_the_save_of_the_others_by_time_out(tmp_path: Path) -
 def test_holes_and_contradictions_between_ranks_are_refused(tmp_path: Path) -> None:
     def outcome(ranks: list[list[Fragment]]) -> str:
         def body(control: Control) -> str:
-            run = Checkpointer(tmp_path, control, CheckpointConfig(mode="sync", timeout=20))
+            run = Checkpointer(tmp_path, control, CheckpointConfig(mode="sync", timeout=60))
             run.save(1, ranks[control.rank], {})
             report = run.poll()[0]
             run.close()
@@ -251,7 +251,7 @@ def test_the_plan_is_made_anew_when_only_one_rank_changes(tmp_path: Path) -> Non
     second[1].append(Fragment("late", "weight", (3,), Box.whole((3,)), extra))
 
     def body(control: Control) -> None:
-        run = Checkpointer(tmp_path, control, CheckpointConfig(mode="async", timeout=20))
+        run = Checkpointer(tmp_path, control, CheckpointConfig(mode="async", timeout=60))
         for step, ranks in ((1, first), (2, second), (3, first)):
             run.save(step, ranks[control.rank], {}, required=True)
             run.before_update()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,12 +13,15 @@ import crash_memory
 import pytest
 from crash import Fault
 
+ROOM = 64 * 2**20  # several times what the runs of one test leave behind
+
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """In memory where there is a place for it: a killed process leaves the same files behind, and fsync costs nothing."""
+    """In memory where there is room for it: a killed process leaves the same files behind, and fsync costs nothing."""
     memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+    room = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= ROOM
+    with tempfile.TemporaryDirectory(dir=memory if room else None) as folder:
         yield Path(folder)
 
 

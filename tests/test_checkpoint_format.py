@@ -52,7 +52,7 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ranks = fragments(make_arrays(large=True), 3, 11)
 
     def body(control: Control) -> None:
-        checkpointer = Checkpointer(folder, control, CheckpointConfig(mode="sync", timeout=20))
+        checkpointer = Checkpointer(folder, control, CheckpointConfig(mode="sync", timeout=60))
         checkpointer.save(6, ranks[control.rank], {"note": "héllo"})
         checkpointer.finish()
 

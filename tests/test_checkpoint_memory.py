@@ -60,7 +60,7 @@ def _fork_ranks(folder: Path, world: int, children: list[int], steps: int, group
             try:
                 os.environ[DOMAIN_VARIABLE] = f"node {rank * nodes // world}"
                 control = Control(rank, world, FileStore(str(marks / "store"), world))
-                config = CheckpointConfig(memory_every=1, memory_group=group, timeout=30, keep=0)
+                config = CheckpointConfig(memory_every=1, memory_group=group, timeout=60, keep=0)
                 checkpointer = Checkpointer(folder, control, config)
                 for step in range(1, steps + 1):
                     held = fragments(make_arrays(step), world, 5)[rank]
@@ -95,7 +95,7 @@ def lose_keepers(folder: Path, slots: set[int]) -> None:
 def recovered(folder: Path, world: int, expected: int) -> list[str]:
     """Restore on so many ranks; everything must be as it was at that step. Returns where it came from."""
     ranks = fragments(make_arrays(), world, 77, blank=True)
-    reports = together(world, lambda control: restore(folder, ranks[control.rank], control, timeout=30))
+    reports = together(world, lambda control: restore(folder, ranks[control.rank], control, timeout=60))
     assert {report.step for report in reports} == {expected}
     assert reports[0].state == {"step": expected}
     assert holds(ranks, make_arrays(expected))
@@ -142,7 +142,7 @@ def test_the_next_run_takes_over_and_a_run_that_ends_well_leaves_no_keeper(folde
     assert len(old) == 2
 
     def body(control: Control) -> None:
-        config = CheckpointConfig(mode="sync", memory_every=1, timeout=30)
+        config = CheckpointConfig(mode="sync", memory_every=1, timeout=60)
         checkpointer = Checkpointer(folder, control, config)
         held = fragments(make_arrays(4), 2, 5)[control.rank]
         checkpointer.save(4, held, {"step": 4}, disk=False)
@@ -168,7 +168,7 @@ def test_a_run_without_the_tier_ends_the_keepers_of_a_past_that_it_did_not_go_on
 def test_keepers_that_a_recovery_made_go_with_those_it_recovered_from(folder: Path) -> None:
     crashed_run(folder, 2)
     lose_keepers(folder, {0})
-    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=30))
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=60))
     assert recovered(folder, 1, 3) == ["memory of step 3"]
     checkpointer.save(4, fragments(make_arrays(4), 1, 0)[0], {"step": 4}, disk=False)
     assert [address.slot for address in registered(folder).values()] == [0]
@@ -178,7 +178,7 @@ def test_keepers_that_a_recovery_made_go_with_those_it_recovered_from(folder: Pa
 
 
 def test_closing_leaves_a_snapshot_that_is_newer_than_the_disk(folder: Path) -> None:
-    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=30))
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=60))
     for step in (1, 2):
         checkpointer.save(step, fragments(make_arrays(step), 1, 0)[0], {"step": step}, disk=step == 1)
     checkpointer.poll()
@@ -187,7 +187,7 @@ def test_closing_leaves_a_snapshot_that_is_newer_than_the_disk(folder: Path) -> 
 
 
 def test_a_dead_keeper_costs_a_version_and_is_replaced(folder: Path) -> None:
-    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=30))
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=60))
     held = fragments(make_arrays(1), 1, 0)[0]
     checkpointer.save(1, held, {"step": 1}, disk=False)
     assert checkpointer._tools.memory is not None
@@ -214,7 +214,7 @@ def test_a_keeper_that_can_not_start_costs_its_version_alone(folder: Path, monke
     monkeypatch.setattr(keeper.Keeper, "__init__", refuse)
 
     def body(control: Control) -> list[tuple[str, str]]:
-        checkpointer = Checkpointer(folder, control, CheckpointConfig(mode="sync", memory_every=1, timeout=20))
+        checkpointer = Checkpointer(folder, control, CheckpointConfig(mode="sync", memory_every=1, timeout=60))
         for step, disk in ((1, False), (2, True), (3, False), (4, True)):
             checkpointer.save(step, fragments(make_arrays(step), 2, 5)[control.rank], {"step": step}, disk=disk)
         return [(report.outcome, report.reason) for report in checkpointer.poll() + checkpointer.finish()]
@@ -225,7 +225,7 @@ def test_a_keeper_that_can_not_start_costs_its_version_alone(folder: Path, monke
 
 @pytest.mark.parametrize("disk", [False, True])
 def test_a_stuck_keeper_is_given_up_and_replaced(folder: Path, disk: bool) -> None:
-    config = CheckpointConfig(mode="sync", memory_every=1, timeout=30)
+    config = CheckpointConfig(mode="sync", memory_every=1, timeout=60)
     checkpointer = Checkpointer(folder, Control.alone(), config)
     checkpointer.save(1, fragments(make_arrays(1), 1, 0)[0], {"step": 1}, disk=False)
     assert checkpointer._tools.memory is not None and checkpointer._tools.memory._keeper is not None
@@ -241,7 +241,7 @@ def test_a_stuck_keeper_is_given_up_and_replaced(folder: Path, disk: bool) -> No
 def test_a_keeper_that_dies_when_all_have_the_version_does_not_cost_the_step_on_the_disk(folder: Path) -> None:
     from meshloom.checkpoint import faults
 
-    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=30))
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=60))
 
     def kill(boundary: str, amount: int) -> int:
         if boundary == "keep.complete.before":
@@ -269,7 +269,7 @@ def test_a_keeper_killed_while_it_takes_a_version_costs_no_more_than_that(folder
         os.environ.pop(faults.VARIABLE, None)
         if control.rank == 0:
             os.environ[faults.VARIABLE] = f"kill:{boundary}"
-        checkpointer = Checkpointer(folder, control, CheckpointConfig(mode="sync", memory_every=1, timeout=30))
+        checkpointer = Checkpointer(folder, control, CheckpointConfig(mode="sync", memory_every=1, timeout=60))
         outcomes: list[str] = []
         for step in (1, 2):
             held = fragments(make_arrays(step), 2, 5)[control.rank]
@@ -293,7 +293,7 @@ def test_a_keeper_killed_while_it_takes_a_version_costs_no_more_than_that(folder
 def test_a_trainer_that_dies_while_its_keeper_answers_leaves_the_keeper_alive(folder: Path) -> None:
     child = os.fork()
     if child == 0:
-        checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=30))
+        checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=60))
         checkpointer.save(1, fragments(make_arrays(1), 1, 0)[0], {"step": 1}, disk=False)
         memory = checkpointer._tools.memory
         assert memory is not None and memory._keeper is not None and memory._held is not None
@@ -343,7 +343,7 @@ def test_a_plan_that_changes_while_the_disk_is_busy_is_made_anew_for_the_snapsho
             checkpointer.before_update()
         both.wait(60)  # the second has its plan; the first goes to the disk only now
         outcomes = [report.outcome for report in checkpointer.wait()]
-        checkpointer._tools.memory.close(keep=True)  # type: ignore[union-attr]
+        checkpointer.close()  # what is newer than the disk stays in memory
         return outcomes
 
     faults.install(slow)
@@ -376,7 +376,7 @@ def test_keepers_that_are_too_slow_skip_a_snapshot_instead_of_holding_up_trainin
 
 
 def test_the_keeper_asks_for_its_secret(folder: Path) -> None:
-    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=30))
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=60))
     checkpointer.save(1, fragments(make_arrays(1), 1, 0)[0], {"step": 1})
     (entry, address), *_ = registered(folder).items()
     assert entry.stat().st_mode & 0o077 == 0

@@ -31,7 +31,7 @@ from ranks import run_ranks
 
 def save(folder: Path, ranks: list[list[Fragment]], *steps: int) -> None:
     def body(control: Control) -> None:
-        checkpointer = Checkpointer(folder, control, CheckpointConfig(mode="sync", timeout=20, keep=0))
+        checkpointer = Checkpointer(folder, control, CheckpointConfig(mode="sync", timeout=60, keep=0))
         for step in steps:
             checkpointer.save(step, ranks[control.rank], {"step": step})
         checkpointer.finish()
@@ -133,7 +133,7 @@ def _failing_in_group(rank: int, world: int, folder: str, suffix: str) -> int:
         os.open = refuse  # type: ignore[assignment]
     ranks = fragments(make_arrays(), world, 4, blank=True)
     control = Control(rank, world, dist.FileStore(f"{folder}/store", world))
-    return restore(folder, ranks[rank], control, timeout=20, group=dist.group.WORLD).step
+    return restore(folder, ranks[rank], control, timeout=60, group=dist.group.WORLD).step
 
 
 def test_where_the_coordinator_can_not_look_the_others_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_where_the_coordinator_can_not_look_the_others_are_told(tmp_path: Path, 
 
     def body(control: Control) -> str:
         with pytest.raises((CheckpointError, OSError)) as error:
-            restore(tmp_path, ranks[control.rank], control, timeout=5.0)
+            restore(tmp_path, ranks[control.rank], control, timeout=60)
         return str(error.value)
 
     monkeypatch.setattr(Path, "iterdir", blind)

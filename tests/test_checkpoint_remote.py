@@ -36,7 +36,7 @@ def save(url: str, *steps: int, world: int = 2, keep: int = 0, seed: int = 0) ->
     mode = url.split("/")[-2]
 
     def body(control: Control) -> list[str]:
-        checkpointer = Checkpointer(url, control, CheckpointConfig(mode=mode, keep=keep, timeout=20, failures=9))
+        checkpointer = Checkpointer(url, control, CheckpointConfig(mode=mode, keep=keep, timeout=60, failures=9))
         outcomes: list[str] = []
         for step in steps:
             held = fragments(make_arrays(step + seed), world, 3)[control.rank]
@@ -52,7 +52,7 @@ def save(url: str, *steps: int, world: int = 2, keep: int = 0, seed: int = 0) ->
 
 def restored(url: str, world: int = 3) -> int:
     ranks = fragments(make_arrays(), world, 8, blank=True)
-    report = together(world, lambda control: restore(url, ranks[control.rank], control, timeout=20))[0]
+    report = together(world, lambda control: restore(url, ranks[control.rank], control, timeout=60))[0]
     assert holds(ranks, make_arrays(report.step + report.state["seed"]))
     return report.step
 

@@ -26,7 +26,7 @@ from ranks import run_ranks
 
 def save(folder: Path, ranks: list[list[Fragment]], step: int = 1, mode: str = "sync", state: dict | None = None) -> None:
     def body(control: Control) -> None:
-        checkpointer = Checkpointer(folder, control, CheckpointConfig(mode=mode, timeout=20))
+        checkpointer = Checkpointer(folder, control, CheckpointConfig(mode=mode, timeout=60))
         checkpointer.save(step, ranks[control.rank], state or {"step": step}, required=True)
         checkpointer.before_update()
         checkpointer.finish()
@@ -162,7 +162,7 @@ def _restore_in_group(rank: int, world: int, folder: str, seed: int) -> tuple[bo
     arrays = make_arrays(seed, large=True)
     ranks = fragments(arrays, world, 300 + seed, blank=True)
     control = Control(rank, world, dist.FileStore(f"{folder}/store{seed}", world))
-    report = restore(folder, ranks[rank], control, timeout=20, group=dist.group.WORLD)
+    report = restore(folder, ranks[rank], control, timeout=60, group=dist.group.WORLD)
     return holds([ranks[rank]], arrays), report.bytes_read, report.bytes_wanted
 
 
@@ -180,7 +180,7 @@ def test_with_a_process_group_every_byte_is_read_by_one_rank(tmp_path: Path, see
 def _damaged_in_group(rank: int, world: int, folder: str) -> str:
     ranks = fragments(make_arrays(0, large=True), world, 4, blank=True)
     control = Control(rank, world, dist.FileStore(f"{folder}/store", world))
-    report = restore(folder, ranks[rank], control, timeout=20, group=dist.group.WORLD)
+    report = restore(folder, ranks[rank], control, timeout=60, group=dist.group.WORLD)
     return f"{report.step} {report.skipped}"
 
 

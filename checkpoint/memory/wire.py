@@ -78,7 +78,7 @@ def send(link: socket.socket, header: dict[str, Any], payload: memoryview | None
 
 def receive_line(link: socket.socket) -> dict[str, Any] | None:
     """A line; None when the other side has hung up. Raises ConnectionError for one that has no end, or is no such line."""
-    line = b""
+    line = bytearray()
     while not line.endswith(b"\n"):
         if len(line) > LINE_BYTES:
             raise ConnectionError(STRANGER)
