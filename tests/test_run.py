@@ -275,6 +275,25 @@ def test_a_process_that_can_not_begin_ends_the_others_without_a_word(
     assert first == third == code
 
 
+def test_rows_of_a_finished_run_that_still_wait_are_written_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == "metrics.jsonl":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    monkeypatch.setattr("os.write", full)
+    (said,) = run_ranks(1, ended, [f"output_dir={tmp_path}", "trainer.steps=3"])
+    assert "rows could not be written: No space left on device" in str(said)
+    assert rows(tmp_path, "loss") == {}
+    monkeypatch.undo()
+    go(1, tmp_path, "trainer.steps=3", "resume=auto")
+    assert sorted(rows(tmp_path, "loss")) == [1, 2, 3] and 3 in rows(tmp_path, "eval_loss")
+
+
 def warned(rank: int, world_size: int, overrides: list[str]) -> list[str]:
     messages: list[str] = []
     handler = logging.Handler()
