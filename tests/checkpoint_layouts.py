@@ -181,7 +181,7 @@ def _visit(rank: int, world_size: int, visit: _Visit) -> list[float]:
     return losses + [parity.step(engine, visit.work, number)[0] for number in range(BEFORE, BEFORE + AFTER)]
 
 
-def matrix(pairs: Sequence[Pair], folder: Path, timeout: float = 60.0) -> Iterator[Result]:
+def matrix(pairs: Sequence[Pair], folder: Path, timeout: float = 150.0) -> Iterator[Result]:
     """Do all pairs, with their saves under a folder."""
     results = [
         Result(pair, [folder / f"{number}-{stay}" / step_name(BEFORE) for stay in range(3)])

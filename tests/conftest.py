@@ -1,4 +1,4 @@
-"""What every test shares: one thread, and no CUDA initialised in the parent that ranks are forked from."""
+"""What every test shares: one thread, no CUDA in the parent that ranks are forked from, and examples that do not change."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+
+# An example may take as long as a busy machine needs, and a run of the tests draws the same ones as the last.
+settings.register_profile("everywhere", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("everywhere")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

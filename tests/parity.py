@@ -224,7 +224,7 @@ class Difference:
 Body = Callable[[int, int, Sequence[Work]], list[Run]]
 
 
-def differences(ranks: int, works: Sequence[Work], timeout: float = 60.0, body: Body = runs) -> list[Difference]:
+def differences(ranks: int, works: Sequence[Work], timeout: float = 150.0, body: Body = runs) -> list[Difference]:
     """How far these works, on this many processes, are from the bare loop. Every element must be on some rank."""
     expected = [plain_run(work) for work in works]
     results = run_ranks(ranks, body, works, timeout=timeout)

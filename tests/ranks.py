@@ -43,7 +43,7 @@ def _child(rank: int, world_size: int, store: str, pipe: Any, timeout: float, bo
     os._exit(0)  # no interpreter shutdown: a peer that died must not make this one hang
 
 
-def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 150.0) -> list[Any]:
     """Call `body(rank, world_size, *args)` on every rank; returns what each returned, in rank order."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
