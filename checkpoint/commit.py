@@ -93,7 +93,11 @@ class LocalTarget:
         if coordinator:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock_folder(path)
-            self._clear()
+            try:
+                self._clear()
+            except BaseException:
+                self.close()  # or the next try would be told of another run
+                raise
 
     def data_names(self, rank: int, token: str) -> tuple[str, str]:
         """See Target."""

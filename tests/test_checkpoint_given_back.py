@@ -208,6 +208,18 @@ def test_a_step_that_can_not_be_hidden_does_not_keep_others_from_being_deleted(
     target.close()
 
 
+def test_a_folder_that_could_not_be_cleared_is_not_said_to_be_another_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blind(path: Path) -> Iterator[Path]:
+        raise PermissionError("not yours")
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(Path, "iterdir", blind)
+        LocalTarget(tmp_path, coordinator=True)
+    LocalTarget(tmp_path, coordinator=True).close()
+
+
 def test_what_was_replaced_goes_though_the_name_of_the_latest_could_not_be_written(tmp_path: Path) -> None:
     def full(boundary: str, amount: int) -> int:
         if boundary == "latest.write.before":
