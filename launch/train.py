@@ -35,8 +35,11 @@ from ..config.problems import ConfigError, Problem
 from ..trainer.signals import StopRequest
 
 BAD_CONFIG = 2
-# What a disk, a quota or a file server answers; where in the program that came up tells nobody anything.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+# What a disk, a quota or a file server answers, or something in a file's place; where in the program that came up tells nobody.
+UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

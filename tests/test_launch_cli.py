@@ -237,6 +237,9 @@ def test_a_full_disk_is_a_message_and_other_faults_keep_their_traceback(
     monkeypatch.setattr("meshloom.trainer.run.run", run)
     assert cli.main(["train", "recipe=quickstart", "data=synthetic"]) == 1
     assert capsys.readouterr().err == "runs/sample.txt: No space left on device\n"
+    fault = IsADirectoryError(errno.EISDIR, "Is a directory", "runs/metrics.jsonl")
+    assert cli.main(["train", "recipe=quickstart", "data=synthetic"]) == 1
+    assert capsys.readouterr().err == "runs/metrics.jsonl: Is a directory\n"
     fault = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
     with pytest.raises(ConnectionResetError):
         cli.main(["train", "recipe=quickstart", "data=synthetic"])

@@ -57,8 +57,8 @@ def write(path: Path, first: int, last: int, every: int = 1) -> None:
 def test_metrics_file_drops_what_a_resumed_run_does_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 1, 5)
-    with path.open("a") as file:
-        file.write('{"step": 6, "lo')  # cut short by a crash
+    with path.open("ab") as file:
+        file.write(b'{"step": 6, "lo\x00\xff\n\x80')  # cut short by a crash, and what the disk held before
     write(path, 4, 6)
     assert steps_in(path) == [1, 2, 3, 4, 5, 6, 6]
     assert json.loads(path.read_text().splitlines()[-1])["eval_loss"] == 2.0

@@ -37,7 +37,8 @@ class MetricsFile(Rows):
         Raises OSError where there can't be such a file.
         """
         if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step(line) <= loop.progress.step]
+            lines = self._path.read_text(errors="replace").splitlines()  # a crash may have left anything at its end
+            kept = [line for line in lines if _step(line) <= loop.progress.step]
             draft = self._path.with_suffix(".tmp")
             draft.write_text("".join(f"{line}\n" for line in kept if loop.progress.step))
             draft.replace(self._path)
