@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import attention, attention_kernels, flash4
+from .kernel_trial import survived
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,16 @@ class Shape:
     head_dim: int
 
 
+def why_not(kernel: attention_kernels.Kernel) -> str | None:
+    """Why a kernel is not to be had in this process, whatever the shape; None if it is."""
+    return flash4.why_not() if kernel == "flash4" else None
+
+
 def seconds(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device) -> float:
-    """Median time of a causal forward and backward pass in bf16, at work; infinite where the kernel can't run the shape."""
+    """Median time of a causal forward and backward pass in bf16, at work; infinite where the kernel can't run the shape.
+
+    Raises RuntimeError where a kernel's failure has left the GPU unusable.
+    """
     draw = torch.Generator(device).manual_seed(0)
 
     def random(heads: int) -> torch.Tensor:
@@ -49,8 +58,8 @@ def seconds(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device
 
     q, k, v = (random(heads).requires_grad_() for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
     gradient = random(shape.heads)
-    if kernel == "flash4" and (reason := flash4.why_not()):
-        log.info("FlashAttention 4 is not used: %s", reason)
+    if (reason := why_not(kernel)) is not None:
+        log.info("attention kernel %s is not used: %s", kernel, reason)
         return float("inf")
 
     def once() -> float:
@@ -68,7 +77,8 @@ def seconds(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device
             once()
         return statistics.median(once() for _ in range(_REPEATS))
     except Exception as error:  # a kernel of another package may fail in any way
-        log.info("attention kernel %s can't run %s: %s", kernel, shape, error)
+        survived(f"attention kernel {kernel}", error, device)
+        log.warning("attention kernel %s can't run %s: %s", kernel, shape, error)
         return float("inf")
 
 

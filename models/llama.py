@@ -84,7 +84,7 @@ class FeedForward(nn.Module):
 
     def uses(self, x_BSD: torch.Tensor) -> int:
         """How many products take the input: gate's and up's, or one in place of both."""
-        return 1 if self.fused and swiglu.fits(x_BSD, *self.w1.weight.shape) else 2
+        return 1 if self.fused and swiglu.fits(x_BSD, self.w1.weight) else 2
 
     def forward(self, given: Sequence[torch.Tensor]) -> torch.Tensor:
         """The same (B, S, D) `uses` times → (B, S, D)."""

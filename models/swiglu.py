@@ -20,19 +20,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .kernel_trial import survived
+
 _UNIT = 64  # the kernels' tiles want widths that are multiples of it
 _TOLERANCE = 0.03  # bf16 rounds by 0.002 to 0.004 a product
 
 
 @functools.cache
 def why_not(device: torch.device) -> str | None:
-    """Why these kernels can't be used on a device; None if they can. Imports, compiles and tries them when first asked."""
+    """Why these kernels can't be used on a device; None if they can. Imports, compiles and tries them when first asked.
+
+    Raises RuntimeError where the trial has left the GPU unusable.
+    """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return "it needs a Hopper GPU"
     try:
         with torch.enable_grad():
             worst = _error(device)
-    except Exception as error:  # not installed, or not for this Python, PyTorch or driver: it may fail in any way
+    except Exception as error:  # not installed, or not for this Python, PyTorch or driver
+        survived("SwiGLU inside its products", error, device)
         return f"{type(error).__name__}: {error}"
     return None if worst < _TOLERANCE else f"it is wrong by {worst:.1g}"
 
@@ -74,9 +80,9 @@ def _tile() -> Any:
     )
 
 
-def fits(x: torch.Tensor, dim: int, ffn_dim: int) -> bool:
-    """Whether the kernels take this input and these widths."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and dim % _UNIT == 0 and ffn_dim % _UNIT == 0
+def fits(x: torch.Tensor, w1_FD: torch.Tensor) -> bool:
+    """Whether the kernels take this input and the widths of this weight."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and all(width % _UNIT == 0 for width in w1_FD.shape)
 
 
 def feed_forward(x_TD: torch.Tensor, w1_FD: torch.Tensor, w3_FD: torch.Tensor, w2_DF: torch.Tensor) -> torch.Tensor:

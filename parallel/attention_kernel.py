@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
+from ..config.parallel import ParallelConfig
 from ..data.cache import cache_folder
-from ..models import flash4
-from ..models.attention_choice import KERNELS, Shape, prefer, seconds
+from ..models.attention_choice import KERNELS, Shape, prefer, seconds, why_not
 from ..models.attention_kernels import Kernel
 from ..models.llama import Llama
 from .mesh import Mesh
@@ -28,22 +28,32 @@ log = logging.getLogger(__name__)
 
 Times = Mapping[Kernel, float]
 
+LONGEST = 16_384
+"""Positions: which kernel is faster does not change any more beyond, and a pass over a million takes a minute."""
 
-def choose_attention(model: Llama, mesh: Mesh, seq_len: int) -> None:
+
+def choose_attention(model: Llama, mesh: Mesh, parallel: ParallelConfig, seq_len: int) -> None:
     """Let attention use the same kernel on every rank: as this machine remembers, or else as all ranks measure now."""
-    tp = mesh.layout.tp
-    shape = Shape(seq_len, max(1, model.heads // tp), max(1, model.kv_heads // tp), model.head_dim)
+    shape = shape_of(model, parallel, seq_len)
     record, work = record_path(), f"{machine()}, {mesh.layout.world_size} processes, {shape}"
     times = _remembered(record, work, mesh)
     how = f"as {record} remembers"
     if times is None:
-        times, how = _measured(shape, mesh), "measured"
-        if mesh.is_main:
+        times, complete = _measured(shape, mesh)
+        how = "measured"
+        if mesh.is_main and complete:
             remember(record, work, times)
     chosen = prefer(times)
     if mesh.is_main:
         each = ", ".join(f"{kernel} {1000 * time:.2f} ms" for kernel, time in times.items())
         log.info("attention by %s, %s: %s", chosen, how, each)
+
+
+def shape_of(model: Llama, parallel: ParallelConfig, seq_len: int) -> Shape:
+    """What a rank's kernel sees at once, of long sequences the beginning: a part of it in a ring, of the heads with Ulysses."""
+    ways = parallel.tp * (parallel.cp if parallel.cp_kind == "ulysses" else 1)
+    seen = seq_len // parallel.cp if parallel.cp_kind == "ring" else seq_len
+    return Shape(min(seen, LONGEST), max(1, model.heads // ways), max(1, model.kv_heads // ways), model.head_dim)
 
 
 def record_path() -> Path:
@@ -53,12 +63,11 @@ def record_path() -> Path:
 
 def machine() -> str:
     """What times depend on besides the work: the GPU, and the packages that bring the kernels."""
-    try:
-        package = importlib.metadata.version("flash-attn-4")
-    except importlib.metadata.PackageNotFoundError:
-        package = "none"
-    versions = f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, flash-attn-4 {package}"
-    return f"{torch.cuda.get_device_name()}, {versions}"
+    versions = {"torch": str(torch.__version__), "cuDNN": str(torch.backends.cudnn.version())}
+    for package in ("flash-attn-4", "nvidia-cutlass-dsl"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return ", ".join([torch.cuda.get_device_name(), *(f"{name} {version}" for name, version in versions.items())])
 
 
 def read_record(record: Path) -> dict[str, dict[Kernel, float]]:
@@ -95,11 +104,13 @@ def _remembered(record: Path, work: str, mesh: Mesh) -> Times | None:
     found = read_record(record).get(work, {}) if mesh.is_main else {}
     shared = mesh.sum(torch.tensor([found.get(kernel, 0.0) for kernel in KERNELS], dtype=torch.float64, device=mesh.device))
     times = dict(zip(KERNELS, shared.tolist(), strict=True))
-    gone = 0 < times["flash4"] < math.inf and flash4.why_not() is not None
+    gone = any(0 < time < math.inf and why_not(kernel) is not None for kernel, time in times.items())
     return None if mesh.any(gone) or not any(times.values()) else times
 
 
-def _measured(shape: Shape, mesh: Mesh) -> Times:
-    """Averages over all ranks."""
-    mine = torch.tensor([seconds(kernel, shape, mesh.device) for kernel in KERNELS], dtype=torch.float64, device=mesh.device)
-    return dict(zip(KERNELS, (mesh.sum(mine) / mesh.layout.world_size).tolist(), strict=True))
+def _measured(shape: Shape, mesh: Mesh) -> tuple[Times, bool]:
+    """Averages over all ranks, and whether every kernel that is there ran: what failed for once shall not for ever."""
+    mine = [seconds(kernel, shape, mesh.device) for kernel in KERNELS]
+    failed = any(math.isinf(time) and why_not(kernel) is None for kernel, time in zip(KERNELS, mine, strict=True))
+    sums = mesh.sum(torch.tensor(mine, dtype=torch.float64, device=mesh.device)) / mesh.layout.world_size
+    return dict(zip(KERNELS, sums.tolist(), strict=True)), not mesh.any(failed)

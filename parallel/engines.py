@@ -73,7 +73,7 @@ def make_engine(
 ) -> Engine:
     """The engine of `parallel.engine`, holding the model (which comes on the meta device) with its initial weights."""
     if mesh.device.type == "cuda" and settings.precision == "bf16" and settings.seq_len:
-        choose_attention(model, mesh, settings.seq_len)
+        choose_attention(model, mesh, parallel, settings.seq_len)
     if settings.float8 != "none" and mesh.is_main:
         log.warning("trainer.float8=%s: losses of different layouts differ by float8's rounding", settings.float8)
     if parallel.engine == "torch" and (parallel.deepspeed.config or parallel.deepspeed.cpu_adam) and mesh.is_main:
