@@ -39,6 +39,9 @@ def _run_problems(config: DictConfig) -> Iterator[Problem]:
         yield Problem("seed", f"{config.seed} is no seed", "use 0 up to less than 2^63")
     if not str(config.output_dir).strip():
         yield Problem("output_dir", "is empty", "give a folder")
+    if "://" in str(config.output_dir):
+        fix = "give a folder, and the URL as checkpoint.folder: checkpoints may go there"
+        yield Problem("output_dir", f"'{config.output_dir}' is a URL, and metrics are written to a folder", fix)
     if not config.resume:
         yield Problem("resume", "is empty", "use auto, none, or the path of a checkpoint")
     lr = config.optim.get("lr")

@@ -43,6 +43,7 @@ def test_recipes_are_in_order(composer: Composer, recipe: str) -> None:
         ("model.rope_theta=nan", "model.rope_theta", "above 0"),
         ("model.mup_base=0", "model.mup_base", "above 0"),
         ("output_dir=''", "output_dir", "folder"),
+        ("output_dir='s3://bucket/run'", "output_dir", "checkpoint.folder"),
         ("trainer.steps=0", "trainer.steps", "1 or more"),
         ("trainer.steps=null", "trainer.steps", "trainer.tokens"),
         ("trainer.tokens=10", "trainer.steps", "null"),

@@ -67,7 +67,7 @@ def find_checkpoint(location: str, key: str) -> Path | str:
     fix = "give a step-… folder, or the folder of a run that has saved one"
     if not location:
         raise ConfigError([Problem(key, "is empty", fix)])
-    location = location if is_remote(location) else str(Path(location).expanduser())
+    location = location if is_remote(location) else str(Path(location.removeprefix("file://")).expanduser())
     try:
         if open_files(location).size(MANIFEST) is not None:
             return location if is_remote(location) else Path(location)
