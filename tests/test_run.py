@@ -196,9 +196,9 @@ def test_a_checkpoint_that_is_no_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_may_be_named_by_a_file_url(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/elsewhere"
-    go(1, tmp_path / "trunk", f"checkpoint.folder={url}", "trainer.steps=1")
-    go(1, tmp_path / "branch", f"resume={url}", "trainer.steps=2")
-    assert sorted(rows(tmp_path / "branch", "loss")) == [2]
+    go(1, tmp_path / "trunk", f"checkpoint.folder={url}", "trainer.steps=2")
+    go(1, tmp_path / "branch", f"resume={url}", "trainer.steps=3")
+    assert sorted(rows(tmp_path / "branch", "loss")) == [3]
 
 
 def test_a_damaged_checkpoint_is_refused_by_what_names_it(tmp_path: Path) -> None:
