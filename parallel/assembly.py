@@ -34,6 +34,25 @@ def own_stages(model: Llama, plan: StagePlan, rank: int) -> dict[int, Llama]:
     }
 
 
+def fuses_swiglu(mesh: Mesh, parallel: ParallelConfig, settings: EngineSettings, policies: Sequence[str]) -> bool:
+    """Whether blocks compute SwiGLU inside the products around it: on all ranks or on none. Every rank must ask.
+
+    policies: the activation policy of every block of the whole model.
+    """
+    if mesh.device.type != "cuda":
+        return False
+    reason = why_swiglu_is_plain(parallel, settings, policies)
+    if reason is None:
+        mine = swiglu.why_not(mesh.device)
+        if mine is not None and not mesh.is_main:
+            log.warning("rank %d can't compute SwiGLU inside the products around it: %s", mesh.rank, mine)
+        if mesh.any(mine is not None):
+            reason = mine or "another rank can't"
+    if reason is not None and mesh.is_main:
+        log.info("SwiGLU is not computed inside the products around it: %s", reason)
+    return reason is None
+
+
 def apply_forms(
     stage: Llama,
     policies: Sequence[str],
@@ -41,10 +60,12 @@ def apply_forms(
     context: ContextParallel | None,
     parallel: ParallelConfig,
     settings: EngineSettings,
+    *,
+    fuse_swiglu: bool,
 ) -> None:
     """Put into a stage what acts inside of it, in the only order that works: each takes what the ones before have made.
 
-    policies: the activation policy of every block of the whole model.
+    policies: the activation policy of every block of the whole model; fuse_swiglu: `fuses_swiglu` said so.
     """
     if context is not None:
         context.apply(stage)
@@ -55,22 +76,16 @@ def apply_forms(
     own = [policies[int(name)] for name in stage.layers]
     # Before 2.13 torch can't run the second half of a backward pass through an operator of several gradients.
     if mesh.layout.tp == 1 and not splits_backward(parallel):
-        _allow_fused(stage.layers.values(), own, mesh, why_swiglu_is_plain(parallel, settings, own))
+        _allow_fused(stage.layers.values(), own, fuse_swiglu)
     apply_policies(list(stage.layers.values()), own, compiled=settings.compile)
 
 
-def _allow_fused(blocks: Iterable[nn.Module], policies: Sequence[str], mesh: Mesh, plain: str | None) -> None:
-    """Let blocks whose weights are whole where they are used compute several modules at once.
-
-    plain: why SwiGLU's products stay apart here, whatever the GPU.
-    """
-    reason = plain or swiglu.why_not(mesh.device)
-    if reason is not None and mesh.is_main and mesh.device.type == "cuda":
-        log.info("SwiGLU is not computed inside the products around it: %s", reason)
+def _allow_fused(blocks: Iterable[nn.Module], policies: Sequence[str], swiglu_too: bool) -> None:
+    """Let blocks whose weights are whole where they are used compute several modules at once."""
     for block, policy in zip(blocks, policies, strict=True):
         if isinstance(block, Block):
             block.fused = True
-            block.ffn.fused = reason is None and policy != "selective"
+            block.ffn.fused = swiglu_too and policy != "selective"  # which keeps one of its products
 
 
 def fill_weights(

@@ -20,7 +20,7 @@ from ..models.attention import positions
 from ..models.llama import Llama
 from ..optim.agvm import AGVM
 from ..optim.parameters import NamedParameter, OnePass, before_updates
-from .assembly import apply_forms, fill_weights, own_stages
+from .assembly import apply_forms, fill_weights, fuses_swiglu, own_stages
 from .context.split import ContextParallel
 from .cost import balanced_stages
 from .engine import EngineSettings, OptimizerFactory, StepLoss, send
@@ -56,8 +56,9 @@ class TorchEngine:
         self._stages = own_stages(model, plan, mesh.coordinates["pp"])
         self._context = ContextParallel(mesh, parallel.cp_kind) if mesh.layout.cp > 1 else None
         self._zero = ZeroGroups(mesh, parallel, settings.compute) if uses_fsdp(parallel, mesh.layout) else None
+        fuse = fuses_swiglu(mesh, parallel, settings, policies)
         for stage in self._stages.values():
-            apply_forms(stage, policies, mesh, self._context, parallel, settings)
+            apply_forms(stage, policies, mesh, self._context, parallel, settings, fuse_swiglu=fuse)
             self._give_storage(stage)
         stages = list(self._stages.values())
         self.module: nn.Module = stages[0] if len(stages) == 1 else nn.ModuleList(stages)

@@ -202,13 +202,28 @@ def test_where_blocks_may_be_fused(
     monkeypatch.setattr(swiglu, "why_not", lambda _: None)
     monkeypatch.setattr(assembly, "use_float8", lambda *_: None)
     parallel = ParallelConfig()
-    mesh: Any = SimpleNamespace(layout=Layout.plan(parallel, 1), device=torch.device("cpu"), is_main=True)
+    mesh: Any = SimpleNamespace(
+        layout=Layout.plan(parallel, 1), device=torch.device("cuda"), rank=0, is_main=True, any=lambda flag: flag
+    )
     built = model()
     settings = EngineSettings(seed=0, **{"precision": "bf16", **change})  # type: ignore[arg-type]
-    assembly.apply_forms(built, [policy] * 2, mesh, None, parallel, settings)
+    fuse = assembly.fuses_swiglu(mesh, parallel, settings, [policy] * 2)
+    assembly.apply_forms(built, [policy] * 2, mesh, None, parallel, settings, fuse_swiglu=fuse)
     for block in built.layers.values():
         assert isinstance(block, Block)
         assert (block.fused, block.ffn.fused) == (fused, swiglu_too)
+
+
+@pytest.mark.parametrize(("rank", "own"), [(0, None), (1, "it is wrong by 1"), (0, "it needs a Hopper GPU")])
+def test_what_one_rank_can_not_no_rank_does(
+    rank: int, own: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(swiglu, "why_not", lambda _: own)
+    mesh: Any = SimpleNamespace(device=torch.device("cuda"), rank=rank, is_main=rank == 0, any=lambda _: True)
+    settings = EngineSettings(seed=0, precision="bf16")
+    assert not assembly.fuses_swiglu(mesh, ParallelConfig(), settings, ["none"])
+    assert (own or "another rank can't") in caplog.text and ("rank 1" in caplog.text) is (rank == 1)
 
 
 def test_deepspeed_runs_blocks_as_they_are() -> None:
