@@ -14,23 +14,26 @@ if TYPE_CHECKING:
 class CollectGarbage(Hook):
     """Collects every `every` steps, on every rank at the same one, and never in between.
 
-    A full collection walks every object that torch has made, hundreds of milliseconds; a rank that stops for it makes
-    all others wait in the next collective. What is built before the run begins is not looked at again.
+    A collection walks every object that torch has made, hundreds of milliseconds; a rank that stops for it makes all others
+    wait in the next collective. What is there after the first step, when the model has been compiled, is not looked at again.
     """
 
     def __init__(self, every: int = 50) -> None:
         self._every = every
+        self._settled = False
 
     def on_run_begin(self, loop: Loop) -> None:
         """Take over from Python."""
-        gc.collect()
-        gc.freeze()
         gc.disable()
 
     def on_step_end(self, loop: Loop) -> None:
-        """Collect what is young at a step that all ranks know."""
-        if loop.progress.step % self._every == 0:
-            gc.collect(1)
+        """Collect at a step that all ranks know: always all generations, or what has survived once would stay for ever."""
+        if not self._settled:
+            gc.collect()
+            gc.freeze()
+            self._settled = True
+        elif loop.progress.step % self._every == 0:
+            gc.collect()
 
     def close(self) -> None:
         """Give back to Python."""
