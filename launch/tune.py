@@ -14,17 +14,15 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..config.compose import Composer
 from ..config.problems import ConfigError, Problem
-from ..models import swiglu
-from .plan import WIDTH
+from .gpus_here import GpusHere
+from .plan import WIDTH, plan_of
 from .plan_tables import GIB, gib, right
 from .train import BAD_CONFIG
 from .tune_measure import check, measure
@@ -51,10 +49,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if arguments.measure < 0:
             raise ConfigError([Problem("--measure", f"{arguments.measure} is not a number of runs", "give 1 or more")])
-        with console.status("asking the GPUs …"):
-            memory, fused = gpu_here(arguments.memory)
         with console.status("planning …"):
-            tuned = tune(arguments.overrides, memory, arguments.config_dir, fused=fused)
+            tuned, memory = _tuned(arguments.overrides, arguments.config_dir, arguments.memory)
         if arguments.measure:
             check(tuned.config)
     except ConfigError as error:
@@ -82,30 +78,18 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def gpu_here(given: float | None) -> tuple[float, bool]:
-    """Bytes of --memory, or of the smallest GPU here, and whether GPUs here compute SwiGLU inside its products.
-
-    Raises ConfigError where there is neither. Of given memory nobody knows whose it is, so that SwiGLU is taken to be plain.
-    """
-    if given is not None:
-        if not (given > 0 and math.isfinite(given)):
-            raise ConfigError([Problem("--memory", f"{given:g} is not a number of GiB", "give what one GPU has: --memory 80")])
-        return given * GIB, False
-    if torch.cuda.device_count() == 0:
-        raise ConfigError([Problem("--memory", "there is no GPU here to ask", "give what one GPU has, in GiB: --memory 80")])
-    # By a child: CUDA keeps some of a GPU's memory for every process that has spoken to it.
-    with ProcessPoolExecutor(1, get_context("spawn")) as child:
-        try:
-            return child.submit(ask_gpus).result()
-        except RuntimeError as error:
-            fix = "look at nvidia-smi, or give what one GPU has, in GiB: --memory 80"
-            raise ConfigError([Problem("--memory", f"the GPUs here do not answer: {error}", fix)]) from error
-
-
-def ask_gpus() -> tuple[float, bool]:
-    """Bytes of the smallest GPU of this machine, and whether its kernels compute SwiGLU inside the products around it."""
-    memory = min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
-    return float(memory), swiglu.why_not(torch.device("cuda", 0)) is None
+def _tuned(overrides: Sequence[str], config_dir: str | None, memory: float | None) -> tuple[Tuned, float]:
+    """What `tune` finds for GPUs of `memory` GiB, or for those here, and the bytes of one. Raises ConfigError."""
+    composition = Composer(config_dir).compose(overrides)
+    if composition.problems:  # before anything slow
+        plan_of(composition.config, composition.problems)
+    if memory is not None:
+        if not (memory > 0 and math.isfinite(memory)):
+            raise ConfigError([Problem("--memory", f"{memory:g} is not a number of GiB", "give what one GPU has: --memory 80")])
+        return tune(overrides, memory * GIB, config_dir), memory * GIB
+    with GpusHere() as gpus:
+        size = gpus.memory()
+        return tune(overrides, size, config_dir, why_swiglu_is_plain=gpus.why_swiglu_is_plain), size
 
 
 def table_of(tuned: Tuned) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,15 +73,28 @@ class Tuned:
         return [f"{key}={written(value)}" for key, value in candidate.settings.items() if value != self.given[key]]
 
 
-def tune(overrides: Sequence[str], memory: float, config_dir: str | None = None, *, fused: bool = False) -> Tuned:
-    """Plan every setting and rank those that fit. memory: bytes of a GPU; fused: its kernels compute SwiGLU in its products.
+def _nobody_knows() -> str:
+    return "--memory does not say what the GPUs can"
+
+
+def tune(
+    overrides: Sequence[str],
+    memory: float,
+    config_dir: str | None = None,
+    *,
+    why_swiglu_is_plain: Callable[[], str | None] = _nobody_knows,
+) -> Tuned:
+    """Plan every setting and rank those that fit.
+
+    memory               bytes of a GPU
+    why_swiglu_is_plain  asked once, if the answer matters: why the GPUs can't compute it inside its products, None if they can
 
     Raises ConfigError with the problems of the given run if no setting can run, and with the smallest if none fits.
     """
     limit = memory - RESERVE * GIB - SHARE * memory
     composition = Composer(config_dir).compose(overrides)
     config = composition.config
-    search = _Search(config, composition.problems, fused)
+    search = _Search(config, composition.problems, why_swiglu_is_plain)
     given = {key: OmegaConf.select(config, key) for key in KEYS}
     incomplete = composition.problems or OmegaConf.missing_keys(config)
     if incomplete and search.planned(given) is None:  # no setting mends a key that is not there
@@ -101,8 +114,7 @@ def tune(overrides: Sequence[str], memory: float, config_dir: str | None = None,
         allowed = f"a plan may take {gib(max(0.0, limit))} of {gib(memory)} GiB"
         raise ConfigError([Problem("--memory", f"{message}, and {allowed}", FIX)])
     best = fitting[0].plan
-    if best.job.fused:
-        notes.append("SwiGLU is computed inside its products, as the GPUs here can: that is in these plans")
+    notes += search.notes
     notes += [note for note in best.notes if note.startswith("data")]
     if any(rank.optimizer is None for rank in best.cost.ranks):
         notes.append("what this optimizer keeps is not known before it runs, and not in these figures")
@@ -140,13 +152,15 @@ def micro_is_fixed(config: DictConfig) -> str:
 
 
 class _Search:
-    """Plans settings of one config. refusals: why some can't run, by their values."""
+    """Plans settings of one config. refusals: why some can't run, by their values; notes: on what all plans count on."""
 
-    def __init__(self, config: DictConfig, known: Sequence[Problem], fused: bool) -> None:
+    def __init__(self, config: DictConfig, known: Sequence[Problem], why_swiglu_is_plain: Callable[[], str | None]) -> None:
         self._config = config
         self._known = known
-        self._fused = fused
+        self._why_swiglu_is_plain = why_swiglu_is_plain
+        self._fuse: bool | None = None  # unknown, while nothing has been planned that the answer matters to
         self.refusals: dict[tuple[Any, ...], ConfigError] = {}
+        self.notes: list[str] = []
 
     def planned(self, settings: Settings) -> Candidate | None:
         """None for settings that can't run."""
@@ -155,12 +169,21 @@ class _Search:
             if OmegaConf.select(config, key) != value:
                 OmegaConf.update(config, key, value)
         try:
-            plan = plan_of(config, self._known, fused=self._fused)
+            plan = plan_of(config, self._known, fused=self._fuse is not False)
+            if plan.job.fused and self._fuse is None and not self._fuses():
+                plan = plan_of(config, self._known)
         except ConfigError as error:
             self.refusals[tuple(settings.values())] = error
             return None
         described_step = (plan.model, plan.parallel, plan.layout, plan.job, plan.cost, plan.away)
         return Candidate(settings, plan, step_seconds(*described_step, config.launch.nodes))
+
+    def _fuses(self) -> bool:
+        reason = self._why_swiglu_is_plain()
+        self._fuse = reason is None
+        how = "computed inside its products, as the GPUs here can" if reason is None else f"planned as plain: {reason}"
+        self.notes.append(f"SwiGLU is {how}")
+        return self._fuse
 
     def all(self, given: Settings, fixed: set[str], limit: float) -> list[Candidate]:
         """Every legal setting of the keys that are not fixed, and the given one if that is legal.

@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 
 from meshloom.config.problems import ConfigError
-from meshloom.launch import tune as tune_module
-from meshloom.launch import tune_measure
+from meshloom.launch import gpus_here, tune_measure
 from meshloom.launch.cli import main
+from meshloom.launch.gpus_here import GpusHere
 from meshloom.launch.plan import Plan, make_plan
 from meshloom.launch.plan_tables import GIB
 from meshloom.launch.tune_measure import Trial, common_overrides, measure, reason, trial_samples
@@ -300,25 +300,43 @@ def test_gpus_are_asked_what_they_have_and_can(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("no driver")
 
     sizes = [80 * GIB, 40 * GIB]
-    monkeypatch.setattr(tune_module, "get_context", lambda _: multiprocessing.get_context("fork"))  # takes the patches along
+    monkeypatch.setattr(gpus_here, "get_context", lambda _: multiprocessing.get_context("fork"))  # takes the patches along
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(sizes))
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: type("Properties", (), {"total_memory": sizes[index]})()
     )
-    for plain in ("it needs a Hopper GPU", None):
-        monkeypatch.setattr(tune_module.swiglu, "why_not", lambda _, plain=plain: plain)
-        assert tune_module.gpu_here(None) == (40 * GIB, plain is None)
-    assert tune_module.gpu_here(24) == (24 * GIB, False)
+    for plain in ("it is wrong by 1", None):
+        monkeypatch.setattr(gpus_here.swiglu, "why_not", lambda _, plain=plain: plain)
+        with GpusHere() as gpus:
+            assert gpus.memory() == 40 * GIB and gpus.why_swiglu_is_plain() == plain
+    monkeypatch.setattr(gpus_here.swiglu, "why_not", lambda _: os._exit(1))
+    with GpusHere() as gpus:
+        assert gpus.memory() == 40 * GIB
+        assert "BrokenProcessPool" in (gpus.why_swiglu_is_plain() or "")
     monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
-    with pytest.raises(ConfigError, match="--memory: the GPUs here do not answer: no driver"):
-        tune_module.gpu_here(None)
+    with GpusHere() as gpus, pytest.raises(ConfigError, match="--memory: the GPUs here do not answer: no driver"):
+        gpus.memory()
+
+
+def test_gpus_are_asked_for_swiglu_once_and_only_where_it_matters() -> None:
+    asked: list[None] = []
+
+    def plain() -> str:
+        asked.append(None)
+        return "it is wrong by 1"
+
+    tuned = tune([*LLAMA, "launch.nproc=1"], 139 * GIB, why_swiglu_is_plain=plain)
+    assert len(asked) == 1 and "SwiGLU is planned as plain: it is wrong by 1" in tuned.notes
+    assert not any(one.plan.job.fused for one in tuned.fitting)
+    tune([*LLAMA, "launch.nproc=2", "parallel.tp=2"], 139 * GIB, why_swiglu_is_plain=plain)
+    assert len(asked) == 1
 
 
 def test_what_gpus_compute_inside_products_need_not_fit() -> None:
     words = [*LLAMA, "launch.nproc=1", "parallel.zero=1", "batch.micro=4", "trainer.activation=none", f"{BUDGET}=null"]
-    plain, fused = (tune(words, 139 * GIB, fused=fused).fitting[0] for fused in (False, True))
+    plain, fused = (tune(words, 139 * GIB, why_swiglu_is_plain=lambda why=why: why).fitting[0] for why in ("no", None))
     assert plain.bytes - fused.bytes == 16 * 32_768 * 8192 * 2  # silu(gate) · up of every layer: the 8.0 GiB that an H200 saved
     limit = (fused.bytes + RESERVE * GIB) / (1 - SHARE) + 1
-    assert tune(words, limit, fused=True).fitting
+    assert tune(words, limit, why_swiglu_is_plain=lambda: None).fitting
     with pytest.raises(ConfigError, match="nothing fits"):
         tune(words, limit)
