@@ -1,4 +1,4 @@
-"""What the GPUs of this machine have and can, asked by a child: CUDA keeps some of a GPU's memory for whoever has spoken to it."""
+"""What the GPUs of this machine have and can. A child asks: CUDA keeps some of a GPU's memory for whoever has spoken to it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 
 from ..config.problems import ConfigError, Problem
 from ..models import swiglu
+
+GIVE_IT = "give what one GPU has, in GiB: --memory 80"
 
 
 class GpusHere:
@@ -25,13 +27,11 @@ class GpusHere:
     def memory(self) -> float:
         """Bytes of the smallest one. Raises ConfigError where there is none, or none that answers."""
         if torch.cuda.device_count() == 0:
-            raise ConfigError(
-                [Problem("--memory", "there is no GPU here to ask", "give what one GPU has, in GiB: --memory 80")]
-            )
+            raise ConfigError([Problem("--memory", "there is no GPU here to ask", GIVE_IT)])
         try:
             return self._child.submit(smallest_memory).result()
         except RuntimeError as error:
-            fix = "look at nvidia-smi, or give what one GPU has, in GiB: --memory 80"
+            fix = f"look at nvidia-smi, or {GIVE_IT}"
             raise ConfigError([Problem("--memory", f"the GPUs here do not answer: {error}", fix)]) from error
 
     def why_swiglu_is_plain(self) -> str | None:
