@@ -9,16 +9,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.optim.adagrad import adagrad
 
 from .bounds import NOT_NEGATIVE, POSITIVE, outside, refuse
 from .parameters import NamedParameter, Shards, decay_groups
 
 
-class AdaGrad(torch.optim.Adagrad):
-    """w ← w − lr · g / (√Σg² + eps), element by element (Duchi et al. 2011), by torch.
+class AdaGrad(torch.optim.Optimizer):
+    """w ← w − lr · g / (√Σg² + eps), element by element (Duchi et al. 2011). The update is torch's.
 
     weight_decay  added to the gradient (not decoupled)
     initial       what the sum of squares starts from
+
+    Not derived from `torch.optim.Adagrad`: DeepSpeed puts a new one of those in the place of any such optimizer, without its
+    groups' decay and rates. Nor is there any state before the first step, which DeepSpeed takes on tensors of its own.
     """
 
     def __init__(
@@ -30,9 +34,25 @@ class AdaGrad(torch.optim.Adagrad):
         eps: float = 1e-10,
         initial: float = 1e-2,
     ) -> None:
-        super().__init__(
-            decay_groups(parameters, weight_decay), lr=lr, eps=eps, initial_accumulator_value=initial, foreach=True
-        )
+        refuse(outside(NOT_NEGATIVE, weight_decay=weight_decay, eps=eps, initial=initial))
+        self._initial = initial
+        super().__init__(decay_groups(parameters, weight_decay), {"lr": lr, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update."""
+        assert closure is None
+        for group in self.param_groups:
+            weights: list[torch.Tensor] = [weight for weight in group["params"] if weight.grad is not None]
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            for weight in weights:
+                state = self.state[weight]
+                if "sum" not in state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+                    state["sum"] = torch.full_like(weight, self._initial)
+            sums, steps = ([self.state[weight][key] for weight in weights] for key in ("sum", "step"))
+            settings = {key: group[key] for key in ("lr", "weight_decay", "eps")}
+            adagrad(weights, gradients, sums, steps, foreach=True, lr_decay=0.0, maximize=False, **settings)
 
 
 class AdaGradNorm(torch.optim.Optimizer):

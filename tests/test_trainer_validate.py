@@ -173,6 +173,7 @@ def test_agvm_is_refused_where_it_would_see_no_halves(composer: Composer) -> Non
         ("agvm", "interval=0"),
         ("agvm", "begin=-4"),
         ("agvm", "smoothing=1"),
+        ("adagrad", "initial=-1"),
         ("adagrad_norm", "initial=0"),
         ("adagrad_norm", "initial=nan"),
     ],

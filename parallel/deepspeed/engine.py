@@ -93,6 +93,8 @@ class DeepSpeedEngine:
         self._state = state_of(self._engine, self.optimizer, parallel.zero)
         self._pending = False  # whether a gradient waits for an update
         for fragment in self._state.fragments():
+            if fragment.role != "weight":  # of an optimizer that has its state from the beginning
+                continue
             fill(
                 fragment.tensor,
                 model.initial(fragment.name),
@@ -187,3 +189,6 @@ class DeepSpeedEngine:
         """Set the scalar state, and bring the weights that the model computes with up to date with the restored masters."""
         self._state.load_counters(counters)
         self._state.commit()
+
+    def finish(self) -> None:
+        """Nothing is under way between steps."""

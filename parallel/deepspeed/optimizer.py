@@ -1,4 +1,8 @@
-"""Which optimizers DeepSpeed may be given: those that update every element by itself (rule R4), and DeepSpeed's CPU Adam."""
+"""Which optimizers DeepSpeed may be given: those that update every element by itself (rule R4), and DeepSpeed's CPU Adam.
+
+DeepSpeed puts a new `torch.optim.Adagrad` over all flat groups, without their decay and rates, in the place of any optimizer
+derived from it, so those are refused. Of other classes that it treats apart, only its own Muon updates anything otherwise.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +49,12 @@ def _refusal(what: str) -> ConfigError:
     )
 
 
+def _replaced(optimizer: torch.optim.Optimizer) -> ConfigError:
+    name = type(optimizer).__name__
+    why = f"DeepSpeed puts one of its own making in the place of {name}, as of any torch.optim.Adagrad, without decay and rates"
+    return ConfigError([Problem("optim", why, "use optim=adagrad or another elementwise optimizer, or parallel.engine=torch")])
+
+
 def optimizer_problems(make_optimizer: OptimizerFactory) -> list[Problem]:
     """Whether this optimizer survives DeepSpeed: it is built over small parameters, given flat pieces of them in their
     place, as DeepSpeed does, and must then update each element as it does when it has the parameters themselves.
@@ -61,7 +71,10 @@ def optimizer_problems(make_optimizer: OptimizerFactory) -> list[Problem]:
 
 
 def updates_elementwise(make_optimizer: OptimizerFactory) -> bool:
-    """Whether two updates of flat pieces equal two updates of the parameters themselves, bit for bit."""
+    """Whether two updates of flat pieces equal two updates of the parameters themselves, bit for bit.
+
+    Raises ConfigError for an optimizer that asks for more than pieces, or that DeepSpeed would not keep.
+    """
     shapes = [(6, 4), (4,), (3, 8)]
 
     def build() -> tuple[list[NamedParameter], torch.optim.Optimizer]:
@@ -70,7 +83,10 @@ def updates_elementwise(make_optimizer: OptimizerFactory) -> bool:
             NamedParameter(f"layers.{i}.probe.weight", nn.Parameter(torch.randn(shape, generator=generator)), shape, decay)
             for i, (shape, decay) in enumerate(zip(shapes, (True, False, True), strict=True))
         ]
-        return parameters, make_optimizer(parameters, FlatPieces())
+        optimizer = make_optimizer(parameters, FlatPieces())
+        if isinstance(optimizer, torch.optim.Adagrad):
+            raise _replaced(optimizer)
+        return parameters, optimizer
 
     gradients = [[torch.randn(shape, generator=torch.Generator().manual_seed(step)) for shape in shapes] for step in (1, 2)]
     whole, optimizer = build()
