@@ -72,6 +72,7 @@ class AGVM(AdamW):
         if anchor not in self._names:
             raise ValueError(f"optim.anchor='{anchor}' is none of the modules; choose one of {', '.join(self._names)}")
         self._label: Callable[[str], str] = lambda name: next((k for k, p in patterns.items() if p.search(name)), "other")
+        self._module = torch.tensor([self._names.index(self._label(p.name)) for p in parameters])
         self._shards = shards
         self._parameters = list(parameters)
         self._interval, self._begin, self._anchor, self._smoothing = interval, begin, anchor, smoothing
@@ -100,7 +101,10 @@ class AGVM(AdamW):
 
     @torch.no_grad()
     def observe_halves(self, first: Sequence[torch.Tensor]) -> None:
-        """first: parallel to the parameters; see the module. One collective, and one more between pipeline stages."""
+        """first: parallel to the parameters; see the module. One collective, and one more between pipeline stages.
+
+        The host waits here for a GPU: the disagreements decide on rates, which it gives out as numbers, in this very step.
+        """
         products: list[torch.Tensor] = []
         for parameter, half in zip(self._parameters, first, strict=True):
             assert parameter.tensor.grad is not None, f"{parameter.name} has no gradient to halve"
@@ -108,8 +112,8 @@ class AGVM(AdamW):
             a, b = half / condition, (parameter.tensor.grad - half) / condition
             products.append(torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]).double())
         whole_P3 = self._shards.sum(torch.stack(products), self._parameters)
-        index = torch.tensor([self._names.index(self._label(p.name)) for p in self._parameters], device=whole_P3.device)
-        modules_M3 = whole_P3.new_zeros(len(self._names), 3).index_add_(0, index, whole_P3)
+        self._module = self._module.to(whole_P3.device)  # once: the host waits for such a copy
+        modules_M3 = whole_P3.new_zeros(len(self._names), 3).index_add_(0, self._module, whole_P3)
         dot, a_square, b_square = self._shards.across_stages(modules_M3).unbind(dim=1)
         length = (a_square * b_square).sqrt()
         disagreement = torch.where(length > 0, 1 - dot / length, torch.nan).tolist()

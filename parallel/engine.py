@@ -95,6 +95,8 @@ class Engine(Protocol):
     ) -> StepLoss:
         """Forward and backward of this rank's share; gradients of `total / global_tokens` are ready afterwards.
 
+        micro_batches: as many on every rank, as `data.batch.deal` makes them. In which dtype ranks send each other gradients
+        follows from their number, and no rank asks another for it: where it differs, they wait for each other or add up noise.
         global_tokens: valid positions of the whole global batch, a scalar on the device.
         measure: what `gradient_moments` will be asked for.
         """

@@ -61,6 +61,12 @@ def model_problems(model: object, parallel: ParallelConfig) -> list[Problem]:
     if not isinstance(model, Llama):
         fix = "derive it from meshloom.models.llama.Llama"
         return [Problem("model", f"{type(model).__name__} is no Llama, and its parts are not known", fix)]
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        more = f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
+        text = f"every weight is trained here, but {frozen[0]}{more} can't be (requires_grad=False)"
+        fix = "leave requires_grad as it is; to keep a weight as it is, let the model's lr_scale(name) be 0.0"
+        return [Problem("model", text, fix)]
     unknown = unplaced_modules(model) if parallel.tp > 1 else []
     if unknown:
         text = f"nobody knows how to cut the parameters of {unknown[0]} over tensor-parallel ranks"

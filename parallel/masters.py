@@ -9,6 +9,9 @@ and the owner adds up what it got in the masters' dtype. A bf16 gradient so cost
 loses nothing on the way. Copies of the same rows (HSDP, ZeRO-0) then add up their sums, in the masters' dtype. After the update
 the rows are gathered into the whole weights, and a block waits for its own only when it is called. FSDP2 would cast and copy
 all weights in each pass, and widen gradients before it sends them.
+
+Where tensor-parallel ranks each have a part of a sum (a norm's gradient under sequence parallelism), the parts are added up
+over micro-batches first and over the ranks once, when the gradient is complete.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
 
 from ..models.llama import Llama
 from .mesh import Mesh
@@ -39,8 +44,13 @@ def materialize(model: Llama, dtype: torch.dtype, device: torch.device) -> None:
 
 @dataclass
 class _Weight:
-    """whole: what is computed with; rows: of each rank's part, the last ones' fewer; own: this rank's part of `whole`."""
+    """One weight, and what is updated of it.
 
+    computed  the parameter; whole: its data on this rank, which it is computed with
+    rows      of each rank's part of `whole`, the last ones' fewer; own: this rank's
+    """
+
+    computed: nn.Parameter
     whole: torch.Tensor
     rows: int
     own: torch.Tensor
@@ -50,6 +60,21 @@ class _Weight:
     def room(self) -> int:
         """Elements of a part that is not cut short."""
         return self.rows * self.whole[0].numel()
+
+    def pending(self, gradient: torch.Tensor) -> tuple[Placement, ...] | None:
+        """The placements of a gradient that is to be summed over tensor-parallel ranks, which all hold the whole weight."""
+        if not isinstance(gradient, DTensor) or not isinstance(self.computed, DTensor):
+            return None
+        pairs = list(zip(gradient.placements, self.computed.placements, strict=True))
+        sums = any(here.is_partial() for here, _ in pairs)
+        as_large = all(here == there or (here.is_partial() and there.is_replicate()) for here, there in pairs)
+        return gradient.placements if sums and as_large else None
+
+    def summed(self, parts: torch.Tensor, placements: tuple[Placement, ...]) -> torch.Tensor:
+        """What tensor-parallel ranks have of a gradient in such placements, added up: a collective."""
+        assert isinstance(self.computed, DTensor)
+        mesh = self.computed.device_mesh
+        return own_part(DTensor.from_local(parts, mesh, placements, run_check=False), self.computed)
 
     def give(self, gradient: torch.Tensor | None) -> None:
         """Add to the master's gradient; None: the weight was not used."""
@@ -64,6 +89,7 @@ class _Group:
     """Weights whose gradients are sent together, and which are gathered before the same modules are called.
 
     taken    gradients so far, of the micro-batches since the last exchange
+    pending  by number of the weight, in which placements one is that must still be summed over tensor-parallel ranks
     missing  how many of them the micro-batch that completes them has not brought yet
     used     which weights those on their way are of
     moving   what is on its way, the collective that brings it, and what is to be done with it then
@@ -72,6 +98,7 @@ class _Group:
     weights: list[_Weight]
     mesh: Mesh
     taken: list[torch.Tensor | None] = field(init=False)
+    pending: dict[int, tuple[Placement, ...]] = field(init=False)
     missing: int = field(init=False)
     used: list[bool] = field(default_factory=list)
     moving: tuple[torch.Tensor, Any, Callable[[torch.Tensor], None]] | None = None
@@ -82,19 +109,34 @@ class _Group:
 
     def clear(self) -> None:
         """Forget the gradients that were taken or are on their way."""
-        self.taken = [None] * len(self.weights)
+        self.taken, self.pending = [None] * len(self.weights), {}
         self.missing, self.moving = len(self.weights), None
 
     def add(self, index: int, gradient: torch.Tensor, keep_dtype: bool) -> None:
         """One micro-batch's gradient of a weight. keep_dtype: it may stay in the one it has if it is the only one."""
-        before = self.taken[index]
+        weight, before = self.weights[index], self.taken[index]
+        placements = weight.pending(gradient)
+        if before is not None and placements != self.pending.get(index):  # a micro-batch of a size that can't be cut
+            self._sum_pending(index)
+            before, placements = self.taken[index], None
+        if placements is None:
+            gradient = own_part(gradient, weight.computed)
+        else:
+            gradient, self.pending[index] = local(gradient), placements
         if before is not None:
             before += gradient
         else:
-            self.taken[index] = gradient if keep_dtype else gradient.to(self.weights[index].master.dtype)
+            self.taken[index] = gradient if keep_dtype else gradient.to(weight.master.dtype)
+
+    def _sum_pending(self, index: int) -> None:
+        parts, placements = self.taken[index], self.pending.pop(index, None)
+        if parts is not None and placements is not None:
+            self.taken[index] = self.weights[index].summed(parts, placements)
 
     def send(self) -> None:
         """Begin to send every rank its rows of the gradients, which are complete here; of a weight without one, zeros."""
+        for index in sorted(self.pending):
+            self._sum_pending(index)
         ways, shared = self.mesh.size("weights"), self.mesh.size("data") > 1
         taken, like = self.taken, next(gradient for gradient in self.taken if gradient is not None)
         self.clear()
@@ -204,13 +246,13 @@ class MasterWeights:
         master = nn.Parameter(own if own.dtype == exact else torch.empty_like(own, dtype=exact))
         master.grad_dtype = None  # any will do
         self.masters[name], self.own[name] = master, own
-        return _Weight(whole, -(-len(whole) // ways), own, master)
+        return _Weight(parameter, whole, -(-len(whole) // ways), own, master)
 
     def _delivery(self, group: _Group, index: int) -> Callable[[torch.Tensor], None]:
         @torch.no_grad()
         def deliver(computed: torch.Tensor) -> None:
             assert computed.grad is not None
-            gradient, computed.grad = own_part(computed.grad, computed), None
+            gradient, computed.grad = computed.grad, None
             group.add(index, gradient, self._narrow)
             group.missing -= self._completes
             if not group.missing:
@@ -249,7 +291,7 @@ class MasterWeights:
     def refresh(self) -> None:
         """Bring the whole weights up to date with the masters, where somebody else than the optimizer wrote to those."""
         if not self._current:
-            self._spread(copied=False)
+            self.spread(copied=False)
 
     def written(self) -> None:
         """Somebody other than the optimizer wrote to the masters, on every rank."""
@@ -262,12 +304,9 @@ class MasterWeights:
             for group in self._groups:
                 group.wait()
 
-    def updated(self, copied: bool) -> None:
-        """After an update. copied: it wrote the rows that are computed with, too."""
-        self._spread(copied)
-
     @torch.no_grad()
-    def _spread(self, copied: bool) -> None:
+    def spread(self, copied: bool) -> None:
+        """After an update: begin to make the whole weights of the masters. copied: it wrote this rank's rows of them, too."""
         # In case nobody has asked for what came before: an earlier gathering may write this rank's rows as it found them.
         for group in self._groups:
             group.wait(obsolete=True)

@@ -176,27 +176,24 @@ class TorchEngine:
                 (loss / global_tokens).backward()
                 total += loss.detach()
                 if index == half:
-                    first_half = [gradient.clone() for gradient in self._reduced()]
+                    self._take_gradients()
+                    first_half = [gradient.clone() for gradient in self._gradients()]
         if self._tied is not None:
             self._tied.give_gradient()
-        if self._masters is not None:
-            self._masters.complete()
-        else:
-            for parameter, placed in zip(self._parameters, self._placed.values(), strict=True):
-                gradient = placed.parameter.grad
-                parameter.tensor.grad = None if gradient is None else own_part(gradient, placed.parameter)
+        self._take_gradients()
         if halved is not None:
             assert first_half, "AGVM needs two micro-batches on every rank, and no pipeline"
             halved.observe_halves(first_half)
         return StepLoss(self._over_batch(total), global_tokens, {})
 
-    def _reduced(self) -> list[torch.Tensor]:
-        """Every parameter's gradient as it stands after a micro-batch that communicated."""
+    def _take_gradients(self) -> None:
+        """After a micro-batch that communicated: every parameter has its gradient as it stands."""
         if self._masters is not None:
             self._masters.complete()
-            return self._gradients()
-        places = [placed.parameter for placed in self._placed.values()]
-        return [own_part(place.grad, place) for place in places if place.grad is not None]
+            return
+        for parameter, placed in zip(self._parameters, self._placed.values(), strict=True):
+            gradient = placed.parameter.grad
+            parameter.tensor.grad = None if gradient is None else own_part(gradient, placed.parameter)
 
     def _over_batch(self, total: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that hold different parts of the global batch, known to every stage's ranks afterwards."""
@@ -245,7 +242,7 @@ class TorchEngine:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.step()
         if self._masters is not None:
-            self._masters.updated(copied=self._one_pass is not None)
+            self._masters.spread(copied=self._one_pass is not None)
 
     def zero_grad(self) -> None:
         """Forget the gradient."""

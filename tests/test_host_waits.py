@@ -14,6 +14,7 @@ from meshloom.data.batch import MicroBatch
 from meshloom.models import attention
 from meshloom.models.llama import Llama
 from meshloom.optim.adagrad import AdaGradNorm
+from meshloom.optim.agvm import AGVM
 from meshloom.optim.layerwise import LAMB, LARS
 from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
@@ -80,6 +81,26 @@ def test_nothing_is_asked_of_the_device(ranks: int, parallel: ParallelConfig) ->
 
 
 OPTIMIZERS = {"lamb": LAMB, "lars": LARS, "adagrad_norm": AdaGradNorm}
+
+
+def halves_compared(rank: int, world_size: int) -> None:
+    """AGVM's third step: what it compares is on the device, and the scales that come back are all that the host asks for."""
+    parallel = ParallelConfig(zero=1)
+    mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
+    with torch.device("meta"):
+        model = Llama(**Work().llama())
+    engine = make_engine(model, mesh, functools.partial(AGVM, interval=1), parallel, EngineSettings(precision="fp64"))
+    for number in range(3):
+        tokens = torch.tensor(100.0, dtype=torch.float64)
+        with pytest.MonkeyPatch.context() as patch:
+            if number == 2:
+                patch.setattr(torch, "tensor", None)
+            engine.accumulate(share(mesh, Work(), number), tokens)
+            engine.update(0.01)
+
+
+def test_agvm_sends_no_numbers_when_it_compares_halves() -> None:
+    run_ranks(2, halves_compared)
 
 
 def updated(rank: int, world_size: int, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,14 @@ import parity
 from meshloom.config.parallel import ParallelConfig
 from meshloom.config.problems import ConfigError
 from meshloom.models.llama import Llama
+from meshloom.optim.adamw import AdamW
+from meshloom.parallel.engine import EngineSettings
+from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import AXES, Layout
 from meshloom.parallel.legality import Work, layout_and_model_problems, micro_batch_unit, model_problems, near_layouts
+from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline.stages import SCHEDULES, legal_micro_batches, near_micro_batches, stage_count, stage_ranks
+from ranks import run_ranks
 
 LLAMA_1B = Work(
     layers=16, heads=32, kv_heads=8, ffn_dim=8192, vocabulary=128256, seq_len=8192, micro=4, samples=512, activation="none"
@@ -322,6 +328,47 @@ class Wider(Llama):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.adapter = torch.nn.Linear(4, 4)
+
+
+class Frozen(Llama):
+    """A Llama that means to keep its embedding and norm."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        assert self.embed is not None and self.norm is not None
+        self.embed.requires_grad_(False)
+        self.norm.requires_grad_(False)
+
+
+def test_a_model_with_frozen_weights_is_refused_by_their_names() -> None:
+    (problem,) = model_problems(Frozen(**parity.Work().llama()), ParallelConfig())
+    assert problem.key == "model" and "embed.weight and 1 more" in problem.message and "lr_scale" in problem.fix
+
+
+class Kept(Llama):
+    """What is said instead: a Llama whose embedding has no rate."""
+
+    def lr_scale(self, name: str) -> float:
+        return 0.0 if name == "embed.weight" else super().lr_scale(name)
+
+
+def trained_beside(rank: int, world_size: int) -> set[str]:
+    """Names of the weights that two steps leave as they were."""
+    work = parity.Work(ParallelConfig(zero=0))
+    mesh = Mesh.connect(Layout.plan(work.parallel, world_size), torch.device("cpu"))
+    with torch.device("meta"):
+        model = Kept(**work.llama())
+    engine = make_engine(
+        model, mesh, functools.partial(AdamW, weight_decay=0.1), work.parallel, EngineSettings(precision="fp64")
+    )
+    before = {f.name: f.tensor.clone() for f in engine.fragments() if f.role == "weight"}
+    for number in range(2):
+        parity.step(engine, work, number)
+    return {f.name for f in engine.fragments() if f.role == "weight" and torch.equal(before[f.name], f.tensor)}
+
+
+def test_a_weight_without_a_rate_stays_as_it_is() -> None:
+    assert run_ranks(1, trained_beside) == [{"embed.weight"}]
 
 
 def test_a_model_whose_parts_are_not_known_is_refused() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshloom.config.parallel import ParallelConfig
 from meshloom.data.batch import MicroBatch
@@ -18,7 +20,7 @@ from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.torch_engine import TorchEngine
-from parity import Work, build, curves, sample, step, train
+from parity import Work, build, curves, sample, share, step, train
 from ranks import run_ranks
 
 FSDP = ParallelConfig(zero=2, offload="cpu")  # goes through FSDP2 on any number of ranks, one included
@@ -227,3 +229,66 @@ def test_gradients_travel_once_and_while_the_next_are_computed(micro_batches: in
         assert len(waits) == groups
         for sent, waited in list(zip(sends, waits, strict=True))[:-1]:
             assert "gradient" in events[sent:waited], "the exchange was waited for before the next gradients were computed"
+
+
+def reduced_over_tp(rank: int, world_size: int, counts: list[int]) -> list[tuple[int, int]]:
+    """By number of micro-batches: all-reduces of tensors of a norm's size in a step, and how many norms there are."""
+    found: list[tuple[int, int]] = []
+    for count in counts:
+        work = Work(ParallelConfig(zero=0, tp=2), micro=2, samples=2 * count)
+        engine = build(work, world_size)
+        batches = share(engine.mesh, work, 0)
+        with Sizes() as sizes:
+            engine.accumulate(batches, torch.tensor(100.0))
+        found.append(
+            (sizes.reduced.count(work.llama()["dim"]), sum("norm" in name for name, _ in engine.module.named_parameters()))
+        )
+    return found
+
+
+class Sizes(TorchDispatchMode):
+    """How many elements each all-reduce has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduced: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "all_reduce" in str(func):
+            self.reduced.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_norm_is_reduced_over_tensor_parallel_ranks_once_a_step() -> None:
+    for once, thrice in run_ranks(2, reduced_over_tp, [1, 3]):
+        assert once == thrice
+        reductions, norms = once
+        assert reductions == norms == 5
+
+
+def parts_of_a_sum(rank: int, world_size: int, precision: str) -> list[tuple[float, str]]:
+    """A norm's gradient of micro-batches in three placements, the parts 1 and 2 on the ranks, or 5 on both."""
+    engine = build(Work(ParallelConfig(zero=0, tp=2), precision=precision), world_size)
+    assert isinstance(engine, TorchEngine) and engine._masters is not None
+    weight = dict(engine.module.named_parameters())["norm.weight"]
+    assert isinstance(weight, DTensor)
+    found: list[tuple[float, str]] = []
+    for order in ("PP", "PRP", "RP", "RR"):
+        engine._masters.begin(len(order), one_pass=False)
+        for number, kind in enumerate(order):
+            engine._masters.expect(last=number == len(order) - 1)
+            value = torch.full((weight.numel(),), 1.0 + rank if kind == "P" else 5.0, dtype=weight.dtype)
+            placement = Partial() if kind == "P" else Replicate()
+            given = DTensor.from_local(value, weight.device_mesh, [placement], run_check=False)
+            weight.backward(given)
+        engine._masters.complete()
+        gradient = engine._masters.masters["norm.weight"].grad
+        assert gradient is not None
+        found += [(float(value), str(gradient.dtype)) for value in gradient.unique()]
+        engine.zero_grad()
+    return found
+
+
+def test_a_gradient_may_come_in_another_placement_with_each_micro_batch() -> None:
+    for found in run_ranks(2, parts_of_a_sum, "bf16"):
+        assert found == [(value, "torch.float32") for value in (6.0, 11.0, 8.0, 10.0)]

@@ -44,7 +44,8 @@ def train(engine: Engine, first: int, last: int, micro: int = 1) -> list[float]:
     for number in range(first, last):
         shares = deal(GlobalBatch(number * 16, 16), mesh.data_rank, mesh.layout.data_size, micro)
         batches = [MicroBatch.collate([sample(index) for index in indices]) for indices in shares]
-        tokens = mesh.sum(torch.tensor(float(sum(batch.valid_tokens for batch in batches)), dtype=torch.float64))
+        counted = torch.tensor(float(sum(batch.valid_tokens for batch in batches)), dtype=torch.float64)
+        tokens = mesh.sum(counted) / mesh.layout.tp
         losses.append(float(engine.accumulate(batches, tokens).mean))
         engine.clip(0.5, engine.gradient_norm())
         engine.update(0.01)
@@ -90,6 +91,13 @@ def test_every_stage_measures_and_trains_alike() -> None:
         for other_losses, other in of_rank:
             assert other_losses == pytest.approx(losses, rel=1e-9)
             assert other == pytest.approx(reached, rel=1e-9)
+
+
+def test_tensor_parallel_ranks_measure_what_one_rank_does() -> None:
+    """A half's gradient is whole, though it is summed over the ranks only when the half is complete."""
+    (alone,) = run_ranks(1, scales, LAYOUTS[:1], 4)[0]
+    for (cut,) in run_ranks(2, scales, [ParallelConfig(zero=0, tp=2)], 4):
+        assert cut[0] == pytest.approx(alone[0], rel=1e-9) and cut[1] == pytest.approx(alone[1], rel=1e-9)
 
 
 def test_the_same_halves_in_other_micro_batches_agree() -> None:

@@ -57,6 +57,7 @@ TABLE: dict[str, tuple[int, Work]] = {
     "tp 4, 2 key/value heads": (4, work(3, FEW, tp=4)),
     "tp 2 × ZeRO-0": (4, work(3, tp=2, zero=0)),
     "tp 2 × ZeRO-1, cut between sequences": (4, work(2, tp=2, zero=1)),
+    "tp 2 × ZeRO-1, 4 micro-batches": (4, work(1, FEW, tp=2, zero=1)),
     "tp 2 × ZeRO-2, whole stream, 1 key/value head": (4, work(3, tp=2, zero=2, sequence_parallel=False, kv_heads=1)),
     "tp 2 × ZeRO-3": (4, work(3, tp=2)),
     "tp 2 × ZeRO-3, tied head, muP": (4, work(3, FEW, tp=2, **TIED, **MUP)),
