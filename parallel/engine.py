@@ -144,3 +144,7 @@ class Engine(Protocol):
     def load_counters(self, counters: dict[str, float]) -> None:
         """Put back what `counters` gave; called after the fragments have been restored."""
         ...
+
+    def finish(self) -> None:
+        """Wait for what is still under way between ranks. The last call, and every rank's: not for a run that has failed."""
+        ...

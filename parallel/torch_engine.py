@@ -309,3 +309,8 @@ class TorchEngine:
                     state[role] = type(state[role])(value)
         if self._masters is not None:
             self._masters.written()
+
+    def finish(self) -> None:
+        """Weights may still be gathered. A thread that ends such work while the interpreter does takes the process with it."""
+        if self._masters is not None:
+            self._masters.settle(rows=True)

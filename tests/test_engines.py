@@ -22,7 +22,7 @@ from meshloom.parallel.deepspeed.config import derive, lossy_features
 from meshloom.parallel.deepspeed.optimizer import cpu_adam, optimizer_problems, updates_elementwise
 from meshloom.parallel.deepspeed.setup import import_deepspeed
 from meshloom.parallel.engines import engine_problems
-from parity import Work, curves, plain_curve
+from parity import Work, build, curves, plain_curve, step
 from ranks import run_ranks
 
 
@@ -238,3 +238,21 @@ def test_fsdp2_offloading_trains_the_same(ranks: int, zero: int) -> None:
     for rank_losses, rank_norms in run_ranks(ranks, curves, work):
         assert rank_losses == pytest.approx(losses, rel=1e-9)
         assert rank_norms == pytest.approx(norms, rel=1e-9)
+
+
+def under_way_at_the_end(rank: int, world_size: int, precision: str) -> tuple[int, int]:
+    """Gatherings of weights that a step of ZeRO-1 leaves under way: before the engine is finished, and after."""
+    work = Work(ParallelConfig(zero=1), precision=precision)
+    engine = build(work, world_size)
+    step(engine, work, 0)
+    groups = engine._masters._groups  # type: ignore[attr-defined]
+    before = sum(bool(group.gathering) for group in groups)
+    engine.finish()
+    return before, sum(bool(group.gathering) for group in groups)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nothing_is_under_way_when_a_run_ends(precision: str) -> None:
+    """Or gloo's thread comes for a tensor while the interpreter ends, and aborts the process."""
+    for before, after in run_ranks(2, under_way_at_the_end, precision):
+        assert before > 0 and after == 0

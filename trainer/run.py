@@ -116,6 +116,7 @@ def _looped(current: Run, stop: StopRequest) -> bool:
         raise
     if current.saving is not None:
         current.saving.finish(current.loop)
+    current.loop.engine.finish()
     return reached
 
 

@@ -1,0 +1,35 @@
+"""How a run ends: nothing of it goes on behind the interpreter's back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from meshloom.parallel.torch_engine import TorchEngine
+from ranks import run_ranks
+from test_run import body
+
+
+def finished(rank: int, world_size: int, folder: str, *overrides: str) -> tuple[int, list[int]]:
+    """The run's exit code, and how many gatherings were under way each time that its engine was finished, before and after."""
+    counts: list[int] = []
+
+    def finish(engine: TorchEngine) -> None:
+        assert engine._masters is not None
+        for call in (lambda: None, lambda: plain(engine)):
+            call()
+            counts.append(sum(bool(group.gathering) for group in engine._masters._groups))
+
+    plain = TorchEngine.finish
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchEngine, "finish", finish)
+        return body(rank, world_size, [f"output_dir={folder}", "parallel.zero=1", *overrides]), counts
+
+
+@pytest.mark.parametrize("last", ["trainer.eval_every=0", "trainer.eval_every=2"])
+def test_the_last_weights_are_gathered_before_a_run_ends(tmp_path: Path, last: str) -> None:
+    """A run that neither evaluates nor saves at its end leaves them under way; gloo's thread then aborted the process."""
+    for code, (before, after) in run_ranks(2, finished, str(tmp_path), "trainer.steps=2", "checkpoint.every=0", last):
+        assert code == 0 and after == 0
+        assert before > 0 or last != "trainer.eval_every=0"
