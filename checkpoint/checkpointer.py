@@ -50,6 +50,21 @@ class Checkpointer:
         self.config = config
         self._asynchronous = config.mode == "async"
         self._target = open_target(folder, control.rank == 0)
+        try:
+            self._tools = self._with_tools()
+        except BaseException:
+            self._target.close()  # or the next try would be told of another run
+            raise
+        self._saves: list[Save] = []
+        self._leaving: list[Save] = []  # whose threads may still be at something, reported or not
+        self._unlearned: list[Snapshot] = []
+        self._order = Order()
+        self._last_report: SaveReport | None = None
+        self._newest = ""  # outcome of the last save that holds anything
+        self._failures = 0
+
+    def _with_tools(self) -> Tools:
+        config, control = self.config, self.control
         limit = None if config.host_memory_gib is None else int(config.host_memory_gib * 2**30)
         in_memory = config.memory_every is not None
         local = self._target.path if isinstance(self._target, LocalTarget) else None
@@ -58,7 +73,7 @@ class Checkpointer:
         on_disk = config.snapshot_folder is not None
         count = 3 if in_memory else 1 if on_disk else 2
         pool = ArenaPool(limit, count, least=2 if in_memory else 1, folder=config.snapshot_folder)
-        self._tools = Tools(
+        return Tools(
             target=self._target,
             pool=pool,
             writer=Writer(),
@@ -67,13 +82,6 @@ class Checkpointer:
             predecessors=None if local is None else Predecessors(local),
             config=config,
         )
-        self._saves: list[Save] = []
-        self._leaving: list[Save] = []  # whose threads may still be at something, reported or not
-        self._unlearned: list[Snapshot] = []
-        self._order = Order()
-        self._last_report: SaveReport | None = None
-        self._newest = ""  # outcome of the last save that holds anything
-        self._failures = 0
 
     def prepare(self, fragments: Iterable[Fragment]) -> None:
         """Make the plan and the snapshot memory now, so that the first save costs no more than the others. Optional.
@@ -259,7 +267,7 @@ class Checkpointer:
             log.error("saving step %d failed: %s", report.step, report.reason)
         elif report.outcome == "committed":
             self._failures = 0
-        elif report.reason:
+        elif report.reason and self.control.rank == 0:  # which decides it for all, or is told by the one that can't
             log.warning("step %d was not saved: %s", report.step, report.reason)
         if report.outcome in ("committed", "failed"):
             self._last_report = report

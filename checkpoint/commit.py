@@ -8,13 +8,10 @@ under names of this save alone, and the manifest, put last, makes them a checkpo
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import re
-import socket
-import time
 import uuid
 from pathlib import Path
 from typing import Protocol
@@ -23,17 +20,15 @@ from .errors import CheckpointError
 from .faults import reach
 from .files import LocalFiles, RemoteFiles, open_files
 from .folder import LATEST, check_lengths, load_manifest, step_name, step_of, steps_newest_first
+from .lock import FolderLock
 from .manifest import MANIFEST, Manifest
 from .writing.disk import delete_folder, hide_folder, move_into_place, replace_small, sync_folder, write_small
 
 log = logging.getLogger(__name__)
 
-LOCK = ".lock"
 SAVES = "saves.jsonl"
-LOCK_SECONDS = 120.0
 _LEFTOVER = re.compile(r"(step-\d{8,})\.(?:.+\.)?(tmp|replaced|deleted)-[0-9a-f]+")  # the last suffix says what it is
 _TOKENED = re.compile(r"rank-\d{5,}-[0-9a-f]{12}\.(safetensors|leaves)")
-_locked: set[Path] = set()
 
 
 class Target(Protocol):
@@ -88,11 +83,11 @@ class LocalTarget:
 
     def __init__(self, path: Path, coordinator: bool) -> None:
         self.path = path
-        self._lock: int | None = None
+        self._lock: FolderLock | None = None
         self._leftovers: list[Path] = []  # under names that no step has
         if coordinator:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock_folder(path)
+            self._lock = FolderLock(path)
             try:
                 self._clear()
             except BaseException:
@@ -171,9 +166,7 @@ class LocalTarget:
     def close(self) -> None:
         """See Target."""
         if self._lock is not None:
-            _locked.discard(self.path.resolve())
-            os.close(self._lock)
-            self._lock = None
+            self._lock.release()
 
     def _clear(self) -> None:
         for entry in sorted(self.path.iterdir()):
@@ -301,35 +294,6 @@ def _check_files(folder: LocalFiles | RemoteFiles, manifest: Manifest) -> None:
                 f"{folder.label(file.name)} {found} as seen from the coordinator; "
                 "checkpoint.folder must be on a file system that all nodes share"
             )
-
-
-def _lock_folder(path: Path) -> int:
-    """Take the folder for this process. A POSIX record lock: it ends with the process and works over NFS.
-
-    Raises CheckpointError at once if another process of this machine holds it, and after two minutes otherwise (the time
-    a file server needs to notice that a node is gone).
-    """
-    resolved = path.resolve()
-    problem = f"{path}: another run is saving into this folder"
-    fix = "stop it, or give this one its own output_dir"
-    if resolved in _locked:
-        raise CheckpointError(f"{problem} (in this very process); {fix}")
-    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-            if holder.startswith(f"{socket.gethostname()} ") or time.monotonic() > deadline:
-                os.close(descriptor)
-                raise CheckpointError(f"{problem} ({holder}); {fix}") from error
-            time.sleep(1.0)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{socket.gethostname()} process {os.getpid()}".encode(), 0)
-    _locked.add(resolved)
-    return descriptor
 
 
 def file_names(rank: int) -> tuple[str, str]:

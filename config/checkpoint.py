@@ -61,6 +61,9 @@ def checkpoint_problems(config: CheckpointConfig) -> list[Problem]:
         refuse("memory_every", f"{config.memory_every} is not a number of steps", "use null to switch the memory tier off")
     if config.memory_group < 2:
         refuse("memory_group", f"a group of {config.memory_group} protects nobody", "use 2 for a mirror, 4 for XOR over four")
+    if config.folder is not None and config.folder.startswith("memory://"):
+        fix = "give a path, or the URL of a store that other processes see, too"
+        refuse("folder", f"'{config.folder}' is the memory of one process, and another one writes checkpoints", fix)
     if config.host_memory_gib is not None and not config.host_memory_gib > 0:
         refuse("host_memory_gib", f"{config.host_memory_gib} leaves no room", "use null for room for two snapshots")
     if config.device_memory_gib is not None and not config.device_memory_gib >= 0:

@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -297,7 +298,7 @@ def two_runs(folder: Path, locked: bool) -> str:
 
     def body(number: int) -> None:
         if not locked:
-            commit._lock_folder = lambda path: os.open(path / ".lock", os.O_RDWR | os.O_CREAT)  # type: ignore[assignment]
+            commit.FolderLock = lambda _: types.SimpleNamespace(release=lambda: None)  # type: ignore[assignment,misc]
         try:
             checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", keep=0, failures=99))
         except CheckpointError:

@@ -21,6 +21,8 @@ from meshloom.checkpoint.errors import CheckpointError, DamageError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import find_latest, steps_newest_first
 from meshloom.checkpoint.restore import restore
+from meshloom.checkpoint.save import Save
+from meshloom.checkpoint.writing.writer import Writer
 from meshloom.config.checkpoint import CheckpointConfig
 from meshloom.config.problems import ConfigError
 from meshloom.parallel.fragment import Box, Fragment
@@ -101,6 +103,33 @@ def test_two_runs_on_one_folder_are_refused(tmp_path: Path) -> None:
         open_run(tmp_path)
     run.close()
     open_run(tmp_path).close()
+
+
+def test_a_writer_that_can_not_be_started_leaves_the_folder_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="no more processes"):
+
+        def start(_: object) -> None:
+            raise OSError(errno.EAGAIN, "no more processes")
+
+        broken.setattr(Writer, "_start", start)
+        open_run(tmp_path)
+    open_run(tmp_path).close()
+
+
+def test_a_skipped_save_is_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Save, "_decide", lambda *_: {"skip": "the disk is slower than the schedule"})
+    config = CheckpointConfig(mode="sync", timeout=60.0)
+
+    def body(control: Control) -> str:
+        run = Checkpointer(tmp_path, control, config)
+        run.save(1, fragments(make_arrays(), 3, 0)[control.rank], {})
+        (report,) = run.finish()
+        return report.outcome
+
+    assert together(3, body) == ["skipped"] * 3
+    assert caplog.text.count("step 1 was not saved") == 1
 
 
 def test_leftovers_of_crashed_saves_are_cleared_and_a_half_done_exchange_is_undone(tmp_path: Path) -> None:

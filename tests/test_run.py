@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from meshloom.checkpoint.folder import find_latest
+from meshloom.checkpoint.lock import FolderLock
 from meshloom.config.compose import Composer
 from meshloom.config.problems import ConfigError
 from meshloom.trainer.resume import effective, lies_in
@@ -151,6 +152,22 @@ def test_what_belongs_to_one_run_stays_with_it(tmp_path: Path) -> None:
     assert (tmp_path / "moved" / "name").read_text() == "trunk"
     go(1, tmp_path / "moved", hook, "trainer.steps=4", f"resume={tmp_path / 'moved'}")
     assert (tmp_path / "moved" / "name").read_text() == "trunk"
+
+
+@pytest.mark.parametrize("saving", ["checkpoint.every=0", "checkpoint.every=null"])
+def test_a_folder_belongs_to_one_run_at_a_time_whether_it_saves_or_not(tmp_path: Path, saving: str) -> None:
+    folder = tmp_path / "run"
+    elsewhere = f"checkpoint.folder={tmp_path / 'checkpoints'}"
+    go(1, folder, "trainer.steps=2", elsewhere)
+    before = (folder / "metrics.jsonl").read_bytes()
+    live = FolderLock(folder)
+    words = [f"output_dir={folder}", "trainer.steps=3", elsewhere, saving]
+    one, other = run_ranks(2, refused, words)
+    assert "output_dir" in one and "another run is writing into this folder" in one and not other
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    live.release()
+    go(2, folder, *words[1:])
+    assert list(rows(folder, "loss")) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

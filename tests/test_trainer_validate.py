@@ -231,3 +231,8 @@ def test_a_url_that_nothing_can_read_is_refused(composer: Composer) -> None:
 def test_rules_that_bend_are_said(composer: Composer, overrides: tuple[str, ...], said: list[str]) -> None:
     lines = list(bent_rules(composer.compose(overrides).config))
     assert len(lines) == len(said) and all(line.startswith(start) for line, start in zip(lines, said, strict=True))
+
+
+def test_checkpoints_in_the_memory_of_one_process_are_refused(composer: Composer) -> None:
+    found = problems_of(composer, 1, "checkpoint.folder=memory://run")
+    assert "another one writes checkpoints" in found.pop("checkpoint.folder") and not found

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ..checkpoint.errors import CheckpointError
+from ..checkpoint.lock import FolderLock
 from ..config.problems import ConfigError, Problem
 from ..data.cache import cache_folder
 from ..data.node import DataNode
@@ -19,7 +21,7 @@ from .build import Parts, Run, build_data, build_run, checkpoint_folder
 from .loop import TrainingDiverged
 from .resume import effective, lies_in, restore_run
 from .signals import StopRequest
-from .together import FailedElsewhere, on_main
+from .together import FailedElsewhere, on_main, together
 from .validate import run_problems
 
 log = logging.getLogger(__name__)
@@ -83,8 +85,17 @@ def prepared_data(config: DictConfig) -> DataNode:
 
 def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None, stop: StopRequest) -> int:
     output_dir = Path(config.output_dir)
-    on_main(mesh, lambda: _make_folder(output_dir))
-    current = build_run(config, data, mesh)  # takes the lock on the folder of checkpoints
+    claim = together(mesh, lambda: _claim(output_dir) if mesh.is_main else None)
+    try:
+        return _trained(config, data, mesh, checkpoint, stop)
+    finally:
+        if claim is not None:
+            claim.release()
+
+
+def _trained(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None, stop: StopRequest) -> int:
+    output_dir = Path(config.output_dir)
+    current = build_run(config, data, mesh)  # takes the lock on the folder of checkpoints, which may be somewhere else
     try:
         if checkpoint is not None:
             branch = not lies_in(checkpoint, checkpoint_folder(config))
@@ -140,10 +151,13 @@ def _warn_of_repetition(run: Run) -> None:
         log.warning("the data has %d samples, fewer than a batch of %d: every step repeats some", samples.epoch_size, batch)
 
 
-def _make_folder(path: Path) -> None:
+def _claim(output_dir: Path) -> FolderLock:
+    """Make the run's folder and take it for this run alone. Raises ConfigError."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        return FolderLock(output_dir, "writing")
     except OSError as error:
-        raise ConfigError(
-            [Problem("output_dir", f"'{path}' can't be made: {error.strerror}", "give a folder to write to")]
-        ) from error
+        message = f"'{output_dir}' can't be written to: {error.strerror}"
+        raise ConfigError([Problem("output_dir", message, "give a folder to write to")]) from error
+    except CheckpointError as error:
+        raise ConfigError([Problem("output_dir", str(error))]) from error

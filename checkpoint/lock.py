@@ -1,0 +1,55 @@
+"""A folder that one run at a time writes into."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+
+from .errors import CheckpointError
+
+LOCK = ".lock"
+LOCK_SECONDS = 120.0
+_locked: set[Path] = set()
+
+
+class FolderLock:
+    """A folder, taken for this process until `release`. A POSIX record lock: it ends with the process and works over NFS.
+
+    Raises CheckpointError at once if another process of this machine holds it, and after two minutes otherwise (the time
+    a file server needs to notice that a node is gone).
+    """
+
+    def __init__(self, folder: Path, doing: str = "saving") -> None:
+        """doing: what the run that has the folder does into it, for the message."""
+        self._folder = folder.resolve()
+        problem = f"{folder}: another run is {doing} into this folder"
+        fix = "stop it, or give this one its own output_dir"
+        if self._folder in _locked:
+            raise CheckpointError(f"{problem} (in this very process); {fix}")
+        self._file: int | None = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                holder = os.pread(self._file, 200, 0).decode(errors="replace").strip()
+                if holder.startswith(f"{socket.gethostname()} ") or time.monotonic() > deadline:
+                    os.close(self._file)
+                    raise CheckpointError(f"{problem} ({holder}); {fix}") from error
+                time.sleep(1.0)
+        with contextlib.suppress(OSError):  # a full disk: who holds the lock can't be told then, but it is held
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"{socket.gethostname()} process {os.getpid()}".encode(), 0)
+        _locked.add(self._folder)
+
+    def release(self) -> None:
+        """Let another run have the folder. May be called twice."""
+        if self._file is not None:
+            _locked.discard(self._folder)
+            os.close(self._file)
+            self._file = None
