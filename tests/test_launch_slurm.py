@@ -39,6 +39,7 @@ SCONTROL = """#!/bin/bash
 echo "scontrol $*" >> "$SCONTROL_LOG"
 if [ "$1 $2" = "show hostnames" ]; then printf 'localhost\\nlocalhost\\n'; fi
 """
+PATIENCE = 600.0  # seconds for what takes ten of them where nothing else runs
 SMALL = [
     "recipe=quickstart",
     "data=synthetic",
@@ -148,9 +149,10 @@ def test_what_sbatch_would_stumble_over_is_refused(override: str, key: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # minutes where the cores are shared, half a minute where they are not
 def test_two_nodes_train(tmp_path: Path, cluster: dict[str, str]) -> None:
     (tmp_path / "run.sbatch").write_text(slurm.script([*SMALL, "trainer.steps=3"]))
-    done = subprocess.run(["bash", "run.sbatch"], cwd=tmp_path, env=cluster, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(["bash", "run.sbatch"], cwd=tmp_path, env=cluster, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
@@ -159,18 +161,30 @@ def test_two_nodes_train(tmp_path: Path, cluster: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # minutes where the cores are shared, half a minute where they are not
 def test_time_limit_saves_and_queues_again(tmp_path: Path, cluster: dict[str, str]) -> None:
     (tmp_path / "run.sbatch").write_text(slurm.script([*SMALL, "trainer.steps=1000000"]))
     job = subprocess.Popen(
-        ["bash", "run.sbatch"], cwd=tmp_path, env=cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["bash", "run.sbatch"],
+        cwd=tmp_path,
+        env=cluster,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 150
-    while not (metrics.exists() and metrics.read_text()):
-        assert job.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    job.send_signal(signal.SIGUSR1)
-    said, _ = job.communicate(timeout=100)
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while not (metrics.exists() and metrics.read_text()):
+            assert job.poll() is None, "the job ended before its first step"
+            assert time.monotonic() < deadline, f"no step within {PATIENCE} s"
+            time.sleep(0.1)
+        job.send_signal(signal.SIGUSR1)
+        said, _ = job.communicate(timeout=PATIENCE)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
     assert job.returncode == 0, said
     assert f"scontrol requeue {cluster['SLURM_JOB_ID']}" in (tmp_path / "scontrol.log").read_text()
     assert list((tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"))

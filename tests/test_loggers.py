@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -163,6 +164,7 @@ def test_tensorboard_ends_without_the_run_when_the_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("tensorboard")
+    before = set(threading.enumerate())
     hook = TensorBoard(tmp_path / "tensorboard", 1)
     hook.on_run_begin(loop_at(0, tmp_path))
 
@@ -174,6 +176,7 @@ def test_tensorboard_ends_without_the_run_when_the_disk_is_full(
         hook.on_metrics(loop_at(step, tmp_path), row(step))
     hook.close()
     assert caplog.text.count("TensorBoard gets no more of this run") == 1
+    assert set(threading.enumerate()) <= before, "the writer's thread has ended, too"
 
 
 def test_progress_line_says_where_the_run_is(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ these hooks belong to one process, rank 0.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 from pathlib import Path
@@ -88,5 +89,8 @@ class TensorBoard(Rows):
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        self._writer = None
+        writer, self._writer = self._writer, None
+        with contextlib.suppress(OSError):  # the same again
+            if writer is not None:
+                writer.close()
         log.warning("TensorBoard gets no more of this run: %s: %s; metrics.jsonl has it all", self._folder, error.strerror)
