@@ -2,18 +2,21 @@
 
     python benchmarks/beside_torchtitan.py model=1B batch=4 rounds=3
     python benchmarks/beside_torchtitan.py model=3B batch=2 theirs="--activation_checkpoint.mode selective"
-    python benchmarks/beside_torchtitan.py model=8B batch=2 gpus=2 ours="float8=tensorwise" theirs="…" logs=folder
+    python benchmarks/beside_torchtitan.py model=8B batch=2 gpus=2 ours="trainer.float8=tensorwise" theirs="…" logs=folder
 
-`ours` are more arguments of throughput.py, `theirs` of torchtitan; both sides take `batch` sequences of 8,192 tokens per GPU
-and step. The first run of each system starts with an empty compile cache, which the later ones find filled. Prints a row per
-run as JSON (rate, memory, seconds from the start of the launcher to the first loss, and the median clock and power of
-the busiest GPU while it ran) and the table's row at the end.
+Each is run as its users run it: `meshloom train` with the model's recipe, torchtitan's trainer, logging every step or fourth.
+`ours` are more overrides, `theirs` more arguments of torchtitan; both take `batch` sequences of 8,192 random tokens per GPU
+and step, with one setting of PyTorch's allocator (torchtitan's own start script has this one). The first run of each system
+starts with an empty compile cache, which the later ones find filled. Prints a row per run as JSON (rate; GiB that tensors
+take and that the allocator holds, at most; seconds from the start of the command to the first loss, ours once the second step
+is under way, when we read it; the median clock and power of the busiest GPU) and the table's row at the end.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shlex
@@ -21,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +34,8 @@ from arguments import read
 HERE = Path(__file__).parent
 WARM_UP = 4  # steps; torchtitan's first averages hold compilation
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-TITAN_STEP = re.compile(r"step:\s*(\d+).*?loss:\s*([\d.]+).*?memory:\s*([\d.]+)GiB.*?tps:\s*([\d,]+)")
+TITAN_STEP = re.compile(r"step:\s*(\d+).*?loss:\s*([\d.]+).*?tps:\s*([\d,]+)")
+TITAN_PEAKS = re.compile(r"peaks: allocated ([\d.]+) GiB, reserved ([\d.]+) GiB")
 
 
 @dataclasses.dataclass
@@ -44,18 +49,21 @@ class Settings:
     steps: int = 24
     ours: str = ""
     theirs: str = "--activation_checkpoint.mode none"
+    allocator: str = "expandable_segments:True"
     logs: str = ""
 
 
 @dataclasses.dataclass
 class Measured:
-    """One run. tokens/s/GPU: median, least and most; GiB at the peak; seconds to the first loss; MHz and W while it ran."""
+    """One run. tokens/s/GPU: median, least and most; GiB of tensors, and of the allocator, at the peak; seconds to the first
+    loss; MHz and W while it ran."""
 
     system: str
     rate: float
     least: float
     most: float
-    memory: float
+    allocated: float
+    reserved: float
     first_step: float
     first_loss: float
     clock: float | None = None
@@ -91,9 +99,7 @@ class Watch:
 
 def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
     """One run of one system, in processes of its own. cache: the folder of what either system compiles."""
-    launcher = ["torchrun", "--standalone", "--nproc-per-node", str(settings.gpus)]
-    if system == "meshloom" and settings.gpus == 1:
-        launcher = [sys.executable]  # as `meshloom train` does; torchtitan has no other way than torchrun
+    output = cache / f"run-{number}"
     environment = {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(cache / system / "inductor"),
@@ -101,14 +107,17 @@ def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
         "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(cache / system / "flash"),
         "QUACK_CACHE_DIR": str(cache / system / "quack"),
         "MESHLOOM_CACHE": str(cache / system / "meshloom"),
+        "PYTORCH_ALLOC_CONF": settings.allocator,
         "PYTHONUNBUFFERED": "1",
     }
+    command = our_command(settings, output) if system == "meshloom" else their_command(settings)
     watch, began = Watch(), time.perf_counter()
-    command = [*launcher, *(our_command(settings) if system == "meshloom" else their_command(settings))]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
+    first = FirstRow(output / "metrics.jsonl", began)
     lines = [(time.perf_counter() - began, COLOUR.sub("", line)) for line in process.stdout]
     code = process.wait()
+    first.stop()
     clock, power = watch.stop()
     text = "".join(f"{seconds:8.2f} {line}" for seconds, line in lines)
     if settings.logs:
@@ -116,40 +125,69 @@ def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
         Path(settings.logs, f"{system}-{number}.log").write_text(f"{shlex.join(command)}\n{text}")
     if code:
         raise SystemExit(f"{shlex.join(command)} ended with code {code}:\n{text[-4000:]}")
-    measured = read_ours(lines) if system == "meshloom" else read_theirs(lines)
+    measured = read_ours(output / "metrics.jsonl", first.seconds, settings.gpus) if system == "meshloom" else read_theirs(lines)
     measured.clock, measured.power = clock, power
     return measured
 
 
-def our_command(settings: Settings) -> list[str]:
-    """Of throughput.py."""
-    shape = [f"model={settings.model}", f"batch={settings.batch}", f"steps={settings.steps}", f"warmup={WARM_UP}"]
-    return [str(HERE / "throughput.py"), *shape, *shlex.split(settings.ours)]
+class FirstRow:
+    """When a file of metrics has its first row: seconds since `began`."""
+
+    def __init__(self, path: Path, began: float) -> None:
+        self.seconds = math.nan
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, args=(path, began))
+        self._thread.start()
+
+    def _look(self, path: Path, began: float) -> None:
+        while not self._ended.wait(0.02):
+            if path.exists() and path.stat().st_size:
+                self.seconds = time.perf_counter() - began
+                return
+
+    def stop(self) -> None:
+        """Look no longer."""
+        self._ended.set()
+        self._thread.join()
+
+
+def our_command(settings: Settings, output: Path) -> list[str]:
+    """Of `meshloom train`: a recipe on random tokens, which saves and evaluates nothing."""
+    work = [f"recipe=llama_{settings.model.lower()}", "data=synthetic", "data.seq_len=8192", f"launch.nproc={settings.gpus}"]
+    batch = [f"batch.samples={settings.batch * settings.gpus}", f"batch.micro={settings.batch}"]
+    length = ["trainer.tokens=null", f"trainer.steps={settings.steps + WARM_UP}", "schedule.warmup=2"]
+    without = ["trainer.eval_every=0", "checkpoint.every=0", "logging.progress=false", f"output_dir={output}"]
+    words = [*work, *batch, *length, *without, *shlex.split(settings.ours)]
+    return [sys.executable, "-m", "meshloom.launch.cli", "train", *words]
 
 
 def their_command(settings: Settings) -> list[str]:
     """Of torchtitan, as many timed steps as ours."""
+    launcher = ["torchrun", "--standalone", "--nproc-per-node", str(settings.gpus)]
     steps = ["--training.steps", str(settings.steps + WARM_UP), "--metrics.log_freq", "4"]
     shape = ["--model.flavor", settings.model, "--training.local_batch_size", str(settings.batch)]
     fixed = ["--training.seq_len", "8192", "--compile.enable"]
-    return [str(HERE / "torchtitan_synthetic.py"), *steps, *shape, *fixed, *shlex.split(settings.theirs)]
+    return [*launcher, str(HERE / "torchtitan_synthetic.py"), *steps, *shape, *fixed, *shlex.split(settings.theirs)]
 
 
-def read_ours(lines: Sequence[tuple[float, str]]) -> Measured:
-    """From throughput.py's output."""
-    first = next(seconds for seconds, line in lines if line.startswith("first step:"))
-    result = json.loads(next(line for _, line in lines if line.startswith("{")))
-    rate, least, most = (result[key] for key in ("tokens_per_second_per_gpu", "least", "most"))
-    return Measured("meshloom", rate, least, most, result["memory_gib"] or 0.0, first, result["first_loss"])
+def read_ours(path: Path, first_step: float, gpus: int) -> Measured:
+    """From the run's metrics."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rates = [row["tokens_per_second"] / gpus for row in rows[WARM_UP:]]
+    allocated, reserved = (rows[-1].get(key, math.nan) for key in ("memory_gib", "memory_reserved_gib"))
+    return Measured(
+        "meshloom", statistics.median(rates), min(rates), max(rates), allocated, reserved, first_step, rows[0]["loss"]
+    )
 
 
 def read_theirs(lines: Sequence[tuple[float, str]]) -> Measured:
     """From torchtitan's log: its averages over 4 steps, those of the warm-up left out."""
     found = [(seconds, match) for seconds, line in lines if (match := TITAN_STEP.search(line))]
-    rates = [float(match[4].replace(",", "")) for _, match in found if int(match[1]) > WARM_UP]
-    memory = max(float(match[3]) for _, match in found)
+    rates = [float(match[3].replace(",", "")) for _, match in found if int(match[1]) > WARM_UP]
+    peaks = next(match for _, line in lines if (match := TITAN_PEAKS.search(line)))
     first_seconds, first = found[0]
-    return Measured("torchtitan", statistics.median(rates), min(rates), max(rates), memory, first_seconds, float(first[2]))
+    memory = float(peaks[1]), float(peaks[2])
+    return Measured("torchtitan", statistics.median(rates), min(rates), max(rates), *memory, first_seconds, float(first[2]))
 
 
 def row(settings: Settings, results: Sequence[Measured]) -> str:
@@ -157,19 +195,19 @@ def row(settings: Settings, results: Sequence[Measured]) -> str:
 
     def cell(system: str) -> tuple[str, Measured]:
         mine = [result for result in results if result.system == system]
-        middle = {field: statistics.median(getattr(each, field) for each in mine) for field in ("rate", "memory")}
+        fields = ("rate", "allocated", "reserved")
+        rate, allocated, reserved = (statistics.median(getattr(each, field) for each in mine) for field in fields)
         least, most = min(each.least for each in mine), max(each.most for each in mine)
-        whole = Measured(system, middle["rate"], least, most, middle["memory"], mine[0].first_step, mine[0].first_loss)
-        text = (
-            f"{whole.rate:,.0f} ({least:,.0f}–{most:,.0f}), {whole.memory:.1f} GiB, first loss after {whole.first_step:.1f} s"
-        )
-        return text, whole
+        whole = Measured(system, rate, least, most, allocated, reserved, mine[0].first_step, mine[0].first_loss)
+        memory = f"{allocated:.1f} GiB of tensors, {reserved:.1f} held"
+        return f"{rate:,.0f} ({least:,.0f}–{most:,.0f}), {memory}, first loss after {whole.first_step:.1f} s", whole
 
     theirs, titan = cell("torchtitan")
     ours, own = cell("meshloom")
     work = f"{settings.model}, {settings.gpus} GPU, {settings.batch} × 8,192"
-    ratios = f"{own.rate / titan.rate:.3f} × rate, {own.memory / titan.memory:.3f} × memory"
-    return f"| {work} | {theirs} | {ours} | {ratios}, {own.first_step / titan.first_step:.2f} × first loss |"
+    memory = f"{own.allocated / titan.allocated:.3f} × tensors, {own.reserved / titan.reserved:.3f} × held"
+    start = f"{own.first_step / titan.first_step:.2f} × first loss"
+    return f"| {work} | {theirs} | {ours} | {own.rate / titan.rate:.3f} × rate, {memory}, {start} |"
 
 
 def main() -> None:

@@ -147,8 +147,10 @@ def main() -> None:
     """Measure once and print the result."""
     began = time.perf_counter()
     settings = read(Settings(), sys.argv[1:])
-    engine, mesh = build(settings)
     micro = settings.micro or settings.batch
+    if settings.batch % micro:
+        raise SystemExit(f"batch={settings.batch} is not a multiple of micro={micro}")
+    engine, mesh = build(settings)
     draw = torch.Generator().manual_seed(mesh.data_rank)
 
     def share() -> list[MicroBatch]:
@@ -204,12 +206,14 @@ def main() -> None:
             "most": round(rates[-1]),
             "step_ms": round(1000 * statistics.median(seconds), 1),
             "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if mesh.device.type == "cuda" else None,
+            "memory_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 1) if mesh.device.type == "cuda" else None,
             "first_loss": first_loss,
             "last_loss": float(loss),
             "first_step_seconds": round(first_step, 1),
             "torch": torch.__version__,
         }
         print(json.dumps(result), flush=True)
+    engine.finish()
     mesh.close()
 
 

@@ -12,15 +12,20 @@ It needs the packages torchtitan==0.2.2, torchdata, tyro and datasets, and torch
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torchtitan.components.metrics as metrics
 import torchtitan.protocols.train_spec as train_spec
 import torchtitan.train as titan
+from torchtitan.components.metrics import DeviceMemoryMonitor
 from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
 
 VOCABULARY = 128_256
+BATCHES = 4
 COMMON = {"n_kv_heads": 8, "rope_theta": 500_000, "vocab_size": VOCABULARY, "multiple_of": 1024}
 llama3_args["1B"] = TransformerModelArgs(dim=2048, n_layers=16, n_heads=32, ffn_dim_multiplier=1.5, **COMMON)
 llama3_args["3B"] = TransformerModelArgs(dim=3072, n_layers=28, n_heads=24, ffn_dim_multiplier=1.0, **COMMON)
@@ -30,15 +35,18 @@ original_spec = train_spec.get_train_spec
 
 
 class RandomTokens:
-    """torchtitan's data loader: the same tokens for each data-parallel rank in every run."""
+    """torchtitan's data loader: the same few batches for each data-parallel rank in every run.
+
+    They are on the GPU beforehand: torchtitan would copy them there from memory that is not pinned, and wait for that.
+    """
 
     def __init__(self, dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: Any) -> None:
-        self._shape = (job_config.training.local_batch_size, job_config.training.seq_len + 1)
-        self._draw = torch.Generator().manual_seed(dp_rank)
+        shape = (job_config.training.local_batch_size, job_config.training.seq_len + 1)
+        draw = torch.Generator().manual_seed(dp_rank)
+        self._batches = [torch.randint(0, VOCABULARY, shape, generator=draw).to("cuda") for _ in range(BATCHES)]
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        while True:
-            tokens = torch.randint(0, VOCABULARY, self._shape, generator=self._draw)
+        for tokens in itertools.cycle(self._batches):
             yield {"input": tokens[:, :-1].contiguous()}, tokens[:, 1:].contiguous()
 
     def state_dict(self) -> dict[str, Any]:
@@ -47,6 +55,21 @@ class RandomTokens:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing was kept."""
+
+
+class Peaks(DeviceMemoryMonitor):
+    """torchtitan's account of memory, which begins anew with each line of its log, over the whole run and of both kinds.
+
+    allocated  bytes of tensors; reserved: what the allocator holds for them, which is what torchtitan logs
+    """
+
+    allocated = reserved = 0
+
+    def get_peak_stats(self) -> Any:
+        """As torchtitan wants it."""
+        Peaks.allocated = max(Peaks.allocated, torch.cuda.max_memory_allocated())
+        Peaks.reserved = max(Peaks.reserved, torch.cuda.max_memory_reserved())
+        return super().get_peak_stats()
 
 
 def synthetic(name: str) -> Any:
@@ -58,6 +81,9 @@ def synthetic(name: str) -> Any:
 
 
 titan.train_spec_module.get_train_spec = synthetic
+metrics.DeviceMemoryMonitor = Peaks
 
 if __name__ == "__main__":
     titan.main(titan.Trainer)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"peaks: allocated {Peaks.allocated / 2**30:.2f} GiB, reserved {Peaks.reserved / 2**30:.2f} GiB", flush=True)

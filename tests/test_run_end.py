@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from test_run import body
 
 from meshloom.parallel.torch_engine import TorchEngine
 from ranks import run_ranks
-from test_run import body
 
 
 def finished(rank: int, world_size: int, folder: str, *overrides: str) -> tuple[int, list[int]]:
