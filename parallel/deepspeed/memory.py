@@ -5,14 +5,16 @@ element in the precision of the computation, on the GPU:
 
     stage  masters and optimizer   weights                gradient
     0      (the weights) + 8n      4n                     4n
-    1      12n / W                 u n                    4n, and u n beside them in bf16
+    1      12n / W                 u n                    4n, and u n beside them in bf16 or 4n / W and a bucket in fp32
     2      12n / W                 u n                    4n / W and a bucket, as much again while it is updated
     3      12n / W                 u n / W and what is    4n / W and a bucket, a sub-group again while it is updated
                                    gathered at once
 
-(8n and 12n are Adam's.) With the optimizer's state on the host or disk:
+(8n and 12n are Adam's.) Small parameters stay gathered under stage 3; hpZ in groups of h keeps u n / h more from a step's
+first pass to its update. With the optimizer's state on the host or disk:
 
-    1, 2   host 16n / W and u n / W to cast the weights in. The gradient is added up on the GPU.
+    1, 2   host 16n / W and u n / W to cast the weights in. The gradient is added up on the GPU, whole under stage 1; under
+           stage 2 in fp32 on the host, in 4n / W more.
     3      host 20n / W: the gradient is added up on the host, apart from the one that the optimizer reads. The GPU keeps
            the bucket only. Weights on the host: u n / W there.
     3      on disk 16n / W, host 4n / W and four buffers of the largest sub-group.
@@ -22,6 +24,8 @@ What is to be copied from and to the GPU is locked in memory, in buffers of a po
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -37,14 +41,18 @@ SUB_GROUP = 1_000_000_000  # sub_group_size
 LIVE = 1_000_000_000  # stage3_max_live_parameters
 SWAP_BUFFERS = 4  # offload_optimizer.buffer_count
 WEIGHTS_IN_HOST = 1_000_000_000  # offload_param.max_in_cpu
-WEIGHT_BUFFERS = 5 * 100_000_000  # offload_param.buffer_count times buffer_size
+WEIGHT_BUFFERS = 5  # offload_param.buffer_count
+WEIGHT_BUFFER = 100_000_000  # offload_param.buffer_size
+PERSISTENT = 100_000  # stage3_param_persistence_threshold: what is no larger stays gathered
 
 
 class _Sizes:
     """Elements of one rank's share, by DeepSpeed's groups."""
 
     def __init__(self, model: Llama, ranks: int, limit: int) -> None:
-        self.largest = max(parameter.numel() for parameter in model.parameters())
+        self.ranks = ranks
+        self.parameters = [parameter.numel() for parameter in model.parameters()]
+        self.largest = max(self.parameters)
         by_group: dict[tuple[bool, float], list[int]] = {}
         for name, parameter in model.named_parameters():
             share = -(-parameter.numel() // ranks)
@@ -73,54 +81,92 @@ def deepspeed_cost(
     unit, stage = 2 if job.precision == "bf16" else 4, parallel.zero
     keys: dict[str, Any] = plain(parallel.deepspeed.config).get("zero_optimization") or {}
     limit = int(keys.get("sub_group_size", NVME_SUB_GROUP if parallel.offload == "nvme" else SUB_GROUP))
-    bucket = 4 * int(keys.get("reduce_bucket_size", BUCKET))
     sizes = _Sizes(model, ranks, limit)
     whole, shard = sum(parameter.numel() for parameter in model.parameters()), sizes.shard
-    away = OffloadAccount()
-    weights, own, working = unit * (shard if stage == 3 else whole), 4 * shard if stage else 0, rank.working
-    if stage == 3 and unit == 4 and parallel.offload == "none":
-        own = 0  # under ZeRO-3 in fp32 the weights are their own masters
-    gathered = 0
-    if stage == 3 and (ranks > 1 or parallel.offload_weights != "none"):
-        live = int(keys.get("stage3_max_live_parameters", LIVE))
-        gathered = max(rank.gathered, unit * min(whole, live))
-    optimizer = rank.optimizer
+    bucket = _bucket(keys, stage, unit, whole)
+    away, working, optimizer = OffloadAccount(), rank.working, rank.optimizer
+    masters = 4 * shard if stage else 0  # stage 0 updates the weights themselves
     if stage == 0:
         gradients = 4 * whole
     elif parallel.offload != "none":
-        gradients = bucket + (4 * shard + unit * sizes.largest if stage < 3 else 0)
-        away = _optimizer_away(parallel, sizes, own + (optimizer or 0), unit, job.micro_batches, keys)
-        own, optimizer = 0, None if optimizer is None else 0
+        adding = {1: 4 * whole + (4 * shard if unit == 2 else 0), 2: 4 * shard, 3: 0}[stage]
+        gradients = bucket + adding + (unit * sizes.largest if stage < 3 else 0)
+        away = _optimizer_away(parallel, sizes, masters + (optimizer or 0), unit, job.micro_batches, keys)
+        masters, optimizer = 0, None if optimizer is None else 0
     elif stage == 1:
-        gradients = 4 * whole + (unit * whole if unit == 2 else 4 * shard)
+        gradients = 4 * whole + (unit * whole if unit == 2 else 4 * shard + bucket)
     else:
         gradients = 4 * shard + bucket
         # The update comes when activations are gone.
         working = max(working, 4 * min(shard, max(sizes.sub_groups if stage == 3 else sizes.groups)) - rank.activations)
-    if parallel.offload_weights != "none":
-        away = _weights_away(away, parallel, sizes, unit, job.micro_batches, keys)
-        weights = 0
-    state = {"weights": own, "gathered": weights + gathered, "gradients": gradients, "held": gradients, "optimizer": optimizer}
+    weights, gathered = masters, 0
+    if stage == 0:
+        weights = 4 * whole
+    elif stage < 3:
+        gathered = unit * whole
+    else:
+        if parallel.offload_weights == "none":
+            weights += unit * shard
+        else:
+            away = _weights_away(away, parallel, sizes, unit, job.micro_batches, keys)
+        if ranks > 1 or parallel.offload_weights != "none":
+            live = int(keys.get("stage3_max_live_parameters", LIVE))
+            gathered = min(unit * whole, max(rank.gathered, unit * live) + unit * _persistent(model, keys))
+        second = unit * -(-whole // near) if (near := int(keys.get("zero_hpz_partition_size", 1))) > 1 else 0
+        if parallel.offload_weights == "none":
+            weights += second
+        else:
+            away = replace(away, host=away.host + second)
+    state = {"weights": weights, "gathered": gathered, "gradients": gradients, "held": gradients, "optimizer": optimizer}
     return replace(rank, **state, working=working), away
+
+
+def _bucket(keys: dict[str, Any], stage: int, unit: int, whole: int) -> int:
+    """Bytes that gradients are reduced in. Stage 2 fills bf16 and widens what is in it; two take turns with overlap_comm."""
+    if not keys.get("contiguous_gradients", True):
+        return 0
+    elements = int(keys.get("reduce_bucket_size", BUCKET))
+    turns = 2 if stage < 3 and keys.get("overlap_comm") else 1
+    widened = 4 * min(elements, whole) if stage == 2 and unit == 2 else 0
+    return (unit if stage == 2 else 4) * elements * turns + widened
+
+
+def _persistent(model: Llama, keys: dict[str, Any]) -> int:
+    """Elements of the parameters that stage 3 keeps gathered."""
+    largest = int(keys.get("stage3_param_persistence_threshold", PERSISTENT))
+    room = int(keys.get("stage3_model_persistence_threshold", sys.maxsize))
+    kept = 0
+    for parameter in model.parameters():
+        if parameter.numel() <= largest and kept + parameter.numel() <= room:
+            kept += parameter.numel()
+    return kept
+
+
+def _locked(keys: dict[str, Any], place: str) -> Callable[[int], int]:
+    """Bytes that a buffer of a size takes of the host."""
+    return pinned if (keys.get(place) or {}).get("pin_memory", True) else lambda size: size
 
 
 def _optimizer_away(
     parallel: ParallelConfig, sizes: _Sizes, state: int, unit: int, micro_batches: int, keys: dict[str, Any]
 ) -> OffloadAccount:
     """state: bytes of masters and moments."""
+    locked = _locked(keys, "offload_optimizer")
     gradient = 4 * sizes.shard
     back = unit * sizes.shard if parallel.offload_weights == "none" else 0  # the updated weights
     if parallel.zero < 3:
         masters = 4 * sizes.shard
-        locked = sum(2 * pinned(4 * size) + pinned(unit * size) for size in sizes.groups) + pinned(unit * sizes.largest)
-        return OffloadAccount(host=state - masters + locked, to_host=gradient, from_host=back)
+        host = sum(2 * locked(4 * size) + locked(unit * size) for size in sizes.groups) + locked(unit * sizes.largest)
+        if unit == 4 and parallel.zero == 2:  # added up on the host, parameter by parameter
+            host += sum(locked(4 * size) for size in sizes.parameters) // sizes.ranks
+            return OffloadAccount(state - masters + host, 0, gradient * (micro_batches + 1), gradient * micro_batches + back)
+        return OffloadAccount(host=state - masters + host, to_host=gradient, from_host=back)
     moved = {"to_host": gradient * (micro_batches + 1), "from_host": gradient * micro_batches + back}
     if parallel.offload == "cpu":
-        locked = pinned(gradient) + sum(pinned(4 * size) for size in sizes.sub_groups)
-        return OffloadAccount(host=state + locked, **moved)
+        return OffloadAccount(host=state + locked(gradient) + sum(locked(4 * size) for size in sizes.sub_groups), **moved)
     buffers = int((keys.get("offload_optimizer") or {}).get("buffer_count", SWAP_BUFFERS)) * 4 * max(sizes.sub_groups)
     traffic = state + gradient
-    return OffloadAccount(pinned(gradient) + buffers, traffic, disk_read=traffic, disk_written=traffic, **moved)
+    return OffloadAccount(locked(gradient) + buffers, traffic, disk_read=traffic, disk_written=traffic, **moved)
 
 
 def _weights_away(
@@ -129,15 +175,17 @@ def _weights_away(
     """A forward and a backward pass each fetch the weights."""
     total = unit * sizes.shard
     passes = 2 * micro_batches * total
+    locked = _locked(keys, "offload_param")
     if parallel.offload_weights == "cpu":
-        kept = sum(pinned(unit * size) for size in sizes.groups)
+        kept = sum(locked(unit * size) for size in sizes.groups)
         return replace(away, host=away.host + kept, from_host=away.from_host + passes)
     there = keys.get("offload_param") or {}
+    buffers = int(there.get("buffer_count", WEIGHT_BUFFERS)) * int(there.get("buffer_size", WEIGHT_BUFFER))
     in_host = min(total, unit * int(there.get("max_in_cpu", WEIGHTS_IN_HOST)))
     on_disk = total - in_host
     return replace(
         away,
-        host=away.host + pinned(in_host) + unit * WEIGHT_BUFFERS,
+        host=away.host + locked(in_host) + unit * buffers,
         disk=away.disk + on_disk,
         from_host=away.from_host + passes,
         disk_read=away.disk_read + 2 * micro_batches * on_disk,
