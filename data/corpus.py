@@ -125,15 +125,12 @@ class Packed:
 
     def _pack(self, shards: TokenShards, key: str) -> StoredSamples:
         if shards.tokens <= self.seq_len:
-            raise ConfigError(
-                [
-                    Problem(
-                        f"{key}.seq_len",
-                        f"{shards.folder} has {shards.tokens} tokens, too few for one sample of {self.seq_len}",
-                        f"use at most {shards.tokens - 1}, or more data (for validation data: a larger {key}.validation)",
-                    )
-                ]
-            )
+            said = f"{shards.folder} has {shards.tokens} token{'s' if shards.tokens > 1 else ''}"
+            if shards.tokens < 2:
+                fix = f"give it more data (for validation data: a larger {key}.validation)"
+                raise ConfigError([Problem(key, f"{said}, and a sample takes two tokens or more", fix)])
+            fix = f"use at most {shards.tokens - 1}, or more data (for validation data: a larger {key}.validation)"
+            raise ConfigError([Problem(f"{key}.seq_len", f"{said}, too few for one sample of {self.seq_len}", fix)])
         return packed(shards, self._packing, self.seq_len, self._document_mask, self._cache)
 
     def _prepared(self) -> StoredSamples:

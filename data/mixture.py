@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -81,7 +82,7 @@ class Mixture:
             found.append(Problem(f"{key}.weights.{name}", "there is no such source", f"use {', '.join(self.nodes)}"))
         for name, node in self.nodes.items():
             weight = self.weights.get(name)
-            if weight is None or weight <= 0:
+            if weight is None or not 0 < weight < math.inf:
                 what = "is not given" if weight is None else f"{weight} is no share"
                 found.append(Problem(f"{key}.weights.{name}", what, "give a number above 0, or take the source out"))
             defaults = MixtureConfig()

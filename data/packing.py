@@ -30,10 +30,8 @@ class Concatenated:
         self._document_mask = document_mask
         self._count = (shards.tokens - 1) // seq_len
         if self._count < 1:
-            raise ValueError(
-                f"data.seq_len: {shards.folder} has {shards.tokens} tokens, too few for one sample of {seq_len}; "
-                f"use at most {shards.tokens - 1}, or a larger corpus"
-            )
+            text = f"data.seq_len: a sample of {seq_len} takes one token more, and {shards.folder} has {shards.tokens}"
+            raise ValueError(text)
 
     def __len__(self) -> int:
         return self._count

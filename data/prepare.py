@@ -128,6 +128,9 @@ def write_corpus(
                 cut = len(spare) - max(1, round(len(spare) * validation))
                 train.add(spare[:cut])
                 held.add(spare[cut:])
+            if spare is None and held.documents and not train.documents:
+                held_out = f"all {held.documents} documents of the corpus '{source.name}' are held out"
+                raise ValueError(f"{held_out}, and none is left to train on; use a smaller data.validation")
             _refuse_empty(source, train)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from ..config.problems import Problem
-from .sources import FileSource
+from .sources import FileSource, files_below, identity_of
 
 
 def _extra(module: str, extra: str, purpose: str) -> Any:
@@ -35,7 +35,8 @@ class JsonLines(FileSource):
     """Files with a JSON object per line, plain or compressed (.gz, .zst); the document is the text in `field`."""
 
     name = "jsonl"
-    endings = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
+    # .json.gz: as C4 and Dolma are named. A plain .json is more often about the data.
+    endings = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
 
     def __init__(self, input: str | Sequence[str] | None, field: str = "text") -> None:
         super().__init__(input)
@@ -64,7 +65,7 @@ class JsonLines(FileSource):
                 continue
             try:
                 text = self._text(json.loads(line))
-            except ValueError as problem:
+            except (ValueError, RecursionError) as problem:
                 raise ValueError(f"{path}, line {number}: {problem}") from problem
             if text:
                 yield text
@@ -72,12 +73,7 @@ class JsonLines(FileSource):
     def _text(self, record: Any) -> str:
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
-        text = field_text(record, self.field)
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no tokenizer takes
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return text
+        return field_text(record, self.field)
 
 
 def field_text(record: dict[str, Any], field: str) -> str:
@@ -87,7 +83,12 @@ def field_text(record: dict[str, Any], field: str) -> str:
     text = record[field]
     if not isinstance(text, str | None):
         raise ValueError(f"field '{field}' (data.field) is not text but {type(text).__name__}")
-    return text or ""
+    text = text or ""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no tokenizer takes
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -105,6 +106,8 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield line
             number += 1
     except damage as problem:
+        if isinstance(problem, OSError) and problem.filename is not None:
+            raise  # it was not even opened, and says so
         raise ValueError(f"{path}: damaged behind line {number} ({problem})") from problem
 
 
@@ -172,7 +175,8 @@ class ParquetFiles(FileSource):
 class HuggingFace:
     """A data set of the Hugging Face `datasets` library, streamed; the document is the text in `field`.
 
-    Its identity is its name: pin `revision`, so that the same recipe means the same data next year.
+    Its identity is its name: pin `revision`, so that the same recipe means the same data next year. That of a folder is its
+    contents.
     """
 
     name = "hf"
@@ -199,7 +203,11 @@ class HuggingFace:
         return found
 
     def identity(self, memo: Path) -> str:
-        """Digest of name, subset, split, revision and field."""
+        """Digest of name, subset, split, revision and field; of a folder's files instead of its name."""
+        folder = Path(self.path or "")
+        if self.path and folder.is_dir():  # which the library prefers to a name, too
+            settings = ["hf", self.subset, self.split, self.revision, self.field]
+            return identity_of(list(files_below(folder)), json.dumps(settings), memo)
         asked = ["hf", self.path, self.subset, self.split, self.revision, self.field]
         return xxhash.xxh3_128_hexdigest(json.dumps(asked).encode())
 
@@ -215,10 +223,19 @@ class HuggingFace:
             rows = library.load_dataset(self.path, self.subset, split=self.split, revision=self.revision, streaming=True)
         except Exception as problem:  # whatever the library, the hub or the network has to say
             raise ValueError(f"{what} can't be opened: {problem}") from problem
-        for number, row in enumerate(rows):
+        number = 0
+        stream = iter(rows)
+        while True:
+            try:
+                row = next(stream)
+            except StopIteration:
+                return
+            except Exception as problem:  # it is read from the network as it goes
+                raise ValueError(f"{what}, behind row {number - 1}: {problem}") from problem
             try:
                 text = field_text(row, self.field)
             except ValueError as problem:
                 raise ValueError(f"{what}, row {number}: {problem}") from problem
             if text:
                 yield text
+            number += 1

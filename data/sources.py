@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import sysconfig
 import uuid
 from abc import ABC, abstractmethod
@@ -46,7 +47,7 @@ class FileSource(ABC):
     """Documents in files. Their order is that of the sorted paths; their identity that of their contents.
 
     input    a path, a glob pattern (`**` crosses folders), a folder, or several of them
-    endings  a folder stands for all files below it whose names end so, except hidden ones
+    endings  a folder stands for all files below it whose names end so, except hidden ones; links are followed
     """
 
     name = "files"
@@ -64,19 +65,19 @@ class FileSource(ABC):
         return self.name
 
     def files(self) -> list[Path]:
-        """All files, sorted, each once."""
-        return sorted({path for pattern in self.input for path in self._matches(pattern)})
+        """All files, sorted, each once, though it may have several names. Raises OSError for a folder that can't be read."""
+        found: dict[Path, Path] = {}
+        for path in sorted({path for pattern in self.input for path in self._matches(pattern)}):
+            found.setdefault(path.resolve(), path)
+        return list(found.values())
 
     def _matches(self, pattern: str) -> Iterator[Path]:
-        written = str(Path(pattern).expanduser())
+        written = os.path.expanduser(pattern)  # noqa: PTH111 (which fails for somebody who has no home here)
         if Path(written).is_dir():
-            for path in Path(written).rglob("*"):
-                hidden = any(part.startswith(".") for part in path.relative_to(written).parts)
-                if path.name.endswith(self.endings) and not hidden and path.is_file():
-                    yield path
+            yield from (path for path in files_below(Path(written)) if path.name.endswith(self.endings))
             return
-        for match in [written] if Path(written).is_file() else glob.iglob(written, recursive=True):  # noqa: PTH207 (a pattern may be absolute)
-            if Path(match).is_file():
+        for match in [written] if _is_file(Path(written)) else glob.iglob(written, recursive=True):  # noqa: PTH207 (a pattern may be absolute)
+            if _is_file(Path(match)):
                 yield Path(match)
 
     def problems(self, key: str) -> list[Problem]:
@@ -96,18 +97,46 @@ class FileSource(ABC):
 
     def identity(self, memo: Path) -> str:
         """Digest of all contents. Files are read again only when a path, size or time of change differs."""
-        stats = [(str(path.resolve()), path.stat()) for path in self.files()]
-        seen = json.dumps([self.settings(), [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]])
-
-        def digest() -> str:
-            contents = [self.settings(), *(digest_file(Path(path)) for path, _ in stats)]
-            return xxhash.xxh3_128_hexdigest(json.dumps(contents).encode())
-
-        return _remembered(memo / xxhash.xxh3_128_hexdigest(seen.encode()), digest)
+        return identity_of(self.files(), self.settings(), memo)
 
     def size(self) -> int | None:
         """Bytes of all files."""
         return sum(path.stat().st_size for path in self.files())
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder but hidden ones, links to other folders followed. Raises OSError for one that can't be read."""
+
+    def fail(error: OSError) -> None:
+        raise error  # or its documents would be missing, and nobody told
+
+    entered: set[str] = set()
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        inside = os.path.realpath(place)
+        folders[:] = [] if inside in entered else sorted(name for name in folders if not name.startswith("."))
+        if inside not in entered:
+            yield from (path for name in sorted(names) if not name.startswith(".") and _is_file(path := Path(place, name)))
+        entered.add(inside)
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file, or a link to one that is gone: reading that fails, which is better than doing without it."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
+
+
+def identity_of(files: Sequence[Path], settings: str, memo: Path) -> str:
+    """Digest of files' contents and of settings. They are read again only when a path, size or time of change differs.
+
+    Raises OSError naming a file that can't be read.
+    """
+    stats = [(str(path.resolve()), path.stat()) for path in files]
+    seen = json.dumps([settings, [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]])
+
+    def digest() -> str:
+        contents = [settings, *(digest_file(Path(path)) for path, _ in stats)]
+        return xxhash.xxh3_128_hexdigest(json.dumps(contents).encode())
+
+    return _remembered(memo / xxhash.xxh3_128_hexdigest(seen.encode()), digest)
 
 
 def _remembered(path: Path, compute: Callable[[], str]) -> str:

@@ -175,6 +175,9 @@ def test_all_problems_at_once(files: dict[str, str]):
         "data.sources.many.tokenizer",
         "data.sources.many.validation",
     }
+    for wrong in (float("inf"), float("nan")):
+        (problem,) = mixture(files, weights={"few": 1, "many": wrong}).problems()
+        assert f"data.weights.many: {wrong} is no share" in str(problem)
     (problem,) = mixture(files, weights={"few": 1, "many": 999}).problems()
     assert str(problem) == "data.block: a share of 0.001 is no sample in 20; use 1000 or more"
 

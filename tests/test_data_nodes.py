@@ -220,6 +220,17 @@ def test_an_empty_and_a_too_small_corpus(tmp_path: Path, cache: Path):
     (tmp_path / "a.txt").write_text("some words")
     with pytest.raises(ConfigError, match=r"data\.seq_len: .*has 10 tokens, too few.*use at most 9"):
         nodes.Text(1, f"{tmp_path}/a.txt", tokenizer="bytes", seq_len=100).prepare()
+    (tmp_path / "a.txt").write_text("x")  # one token to train on, and one that is held out
+    for packing in ("concat", "bestfit"):
+        with pytest.raises(ConfigError, match="a sample takes two tokens or more; give it more data") as caught:
+            nodes.Text(1, f"{tmp_path}/a.txt", tokenizer="bytes", seq_len=4, packing=packing).prepare()
+        assert "use at most" not in str(caught.value)
+
+
+def test_a_corpus_that_is_held_out_whole_says_so(tmp_path: Path, cache: Path):
+    (tmp_path / "a.txt").write_text("one two three")
+    with pytest.raises(ValueError, match=r"all 3 documents.*held out.*data\.validation"):
+        nodes.Text(1, f"{tmp_path}/a.txt", separator=" ", tokenizer="bytes", seq_len=4, validation=0.999999).prepare()
 
 
 def test_damage_in_the_cache_is_named(jsonl: str, cache: Path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -59,6 +61,7 @@ def test_zstd_frames_one_behind_the_other(tmp_path: Path):
         ('{"text": "ok"', r"a\.jsonl, line 2: .*delimiter"),
         ("[1]", r"line 2: not a JSON object"),
         ('{"body": "x", "id": 1}', r"line 2: no field 'text' \(data\.field\) among body, id"),
+        ("[" * 100_000, r"a\.jsonl, line 2: "),
         ('{"text": 3}', r"line 2: field 'text' \(data\.field\) is not text but int"),
     ],
 )
@@ -81,6 +84,12 @@ def test_damaged_archives_are_named(tmp_path: Path, name: str, fault: str):
         path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name}(: damaged behind line \d+|, line \d+)"):
         list(JsonLines(str(path)).documents())
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_a_file_that_is_gone_is_not_called_damaged(tmp_path: Path, name: str):
+    with pytest.raises(FileNotFoundError, match=name):
+        list(JsonLines(str(tmp_path)).read(tmp_path / name))
 
 
 def test_parquet(tmp_path: Path):
@@ -115,6 +124,59 @@ def test_text_folder_pattern_file_and_list(tmp_path: Path):
     problems = TextFiles([f"{tmp_path}/a.txt", f"{tmp_path}/*.rst"]).problems("data")
     assert [problem.key for problem in problems] == ["data.input"] and "*.rst' matches no file" in str(problems[0])
     assert "no file is named" in str(TextFiles(None).problems("data")[0])
+
+
+def test_a_file_with_several_names_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.txt").write_text("1")
+    (tmp_path / "b.txt").write_text("2")
+    (tmp_path / "latest.txt").symlink_to("b.txt")
+    monkeypatch.chdir(tmp_path)
+    assert list(TextFiles(["a.txt", str(tmp_path / "a.txt"), str(tmp_path)]).documents()) == ["1", "2"]
+
+
+def test_nothing_below_a_folder_is_left_out_in_silence(tmp_path: Path):
+    data, disk = tmp_path / "data", tmp_path / "disk"
+    for folder in (data, disk):
+        folder.mkdir()
+    (data / "a.txt").write_text("1")
+    (disk / "b.txt").write_text("2")
+    (data / "more").symlink_to(disk)
+    (disk / "round").symlink_to(data)  # and about
+    assert list(TextFiles(str(data)).documents()) == ["1", "2"]
+    (data / "c.txt").symlink_to(tmp_path / "unmounted" / "c.txt")
+    for given in (str(data), f"{data}/*.txt", str(data / "c.txt")):
+        source = TextFiles(given)
+        assert source.problems("data") == []
+        with pytest.raises(FileNotFoundError, match=r"c\.txt"):
+            source.identity(tmp_path / "memo")
+        with pytest.raises(FileNotFoundError, match=r"c\.txt"):
+            list(source.documents())
+
+
+def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.txt").write_text("1")
+    scan = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="locked"):
+        TextFiles(str(tmp_path)).files()
+
+
+def test_somebody_without_a_home_has_no_files(tmp_path: Path):
+    assert "matches no file" in str(TextFiles("~nobody-of-this-name/a.txt").problems("data")[0])
+
+
+@pytest.mark.parametrize("name", ["a.ndjson.gz", "a.ndjson.zst", "a.json.gz", "a.json.zst"])
+def test_a_folder_of_compressed_json_lines_under_their_other_names(tmp_path: Path, name: str):
+    write_lines(tmp_path / name, TEXTS)
+    (tmp_path / "statistics.json").write_text("{}")
+    assert list(JsonLines(str(tmp_path)).documents()) == TEXTS
 
 
 def test_text_separator_and_encoding(tmp_path: Path):
@@ -197,6 +259,32 @@ def test_hugging_face(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     with pytest.raises(ValueError, match=r"gone \(train\) can't be opened: Dataset 'gone' doesn't exist"):
         list(HuggingFace("gone").documents())
     assert source.identity(tmp_path) != HuggingFace("owner/name", subset="en", revision="abd").identity(tmp_path)
+
+
+def test_hugging_face_breaks_off(monkeypatch: pytest.MonkeyPatch):
+    def rows() -> Iterator[dict[str, Any]]:
+        yield {"text": "x\ud83d"}
+        raise RuntimeError("the connection was closed")
+
+    library = types.ModuleType("datasets")
+    library.load_dataset = lambda *_, **__: rows()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    documents = HuggingFace("owner/name").documents()
+    assert next(documents) == "x\ufffd"
+    with pytest.raises(ValueError, match=r"owner/name \(train\), behind row 0: the connection was closed"):
+        next(documents)
+
+
+def test_the_identity_of_a_folder_of_hugging_face_is_that_of_its_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found: list[str] = []
+    for project in ("one", "two"):
+        (tmp_path / project / "corpus").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / project)
+        for texts in (TEXTS, [*TEXTS, project]):
+            write_lines(Path("corpus/train.jsonl"), texts)
+            found.append(HuggingFace("corpus").identity(tmp_path / "memo"))
+    assert found[0] == found[2] and len(set(found)) == 3
+    assert HuggingFace("corpus", split="test").identity(tmp_path / "memo") not in found
 
 
 @pytest.mark.parametrize(
