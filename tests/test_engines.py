@@ -6,6 +6,7 @@ import builtins
 import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,10 +49,12 @@ def test_what_works_is_not_refused(zero: int) -> None:
     assert problems("fp32", zero=0) == {}
     assert problems("fp32", engine="torch", zero=0, deepspeed=DeepSpeedConfig(config={"aio": {"queue_depth": 8}})) == {}
     assert problems(zero=3, offload="nvme", offload_weights="nvme", offload_path="/fast") == {}
-    assert (
-        extra({"zero_optimization": {"zero_hpz_partition_size": 4, "reduce_bucket_size": 1000}, "aio": {"queue_depth": 8}})
-        == {}
-    )
+    assert extra({"zero_optimization": {"zero_hpz_partition_size": 4, "reduce_bucket_size": 5e8}, "log_level": "info"}) == {}
+    assert extra({"zero_optimization": {"overlap_comm": False, "offload_optimizer": {}}, "aio": {}}) == {}
+    swapped = {"offload_optimizer": {"buffer_count": 5, "pipeline_read": True}, "offload_param": {"max_in_cpu": 0}}
+    away = {"zero": 3, "offload": "nvme", "offload_weights": "nvme", "offload_path": "/fast"}
+    assert extra({"zero_optimization": swapped, "aio": {"queue_depth": 8, "single_submit": True}}, **away) == {}
+    assert extra({"zero_optimization": {"offload_optimizer": {"pin_memory": False}}}, zero=zero, offload="cpu") == {}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,39 @@ def test_what_cannot_be_is_refused_by_its_key(settings: dict[str, object], key: 
         ({"zero_optimization": {"reduce_bukket_size": 5}}, "zero_optimization.reduce_bukket_size", "reduce_bucket_size"),
         ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size", "not a count"),
         ({"zero_optimization": {"sub_group_size": -1}}, "zero_optimization.sub_group_size", "not a count"),
-        ({"zero_optimization": 3}, "zero_optimization", "does not read"),
+        ({"zero_optimization": {"sub_group_size": float("inf")}}, "zero_optimization.sub_group_size", "not a count"),
+        ({"zero_optimization": {"sub_group_size": float("nan")}}, "zero_optimization.sub_group_size", "not a count"),
+        ({"zero_optimization": {"reduce_bucket_size": 0}}, "zero_optimization.reduce_bucket_size", "1 or more"),
+        ({"zero_optimization": {"allgather_bucket_size": 0}}, "zero_optimization.allgather_bucket_size", "1 or more"),
+        ({"zero_optimization": {"overlap_comm": "maybe"}}, "zero_optimization.overlap_comm", "neither true nor false"),
+        ({"log_level": "foo"}, "log_level", "warning"),
+        ({"steps_per_print": None}, "steps_per_print", "not a count"),
+        ({"zero_optimization": 3}, "zero_optimization", "is a group of keys, not 3; give it some of allgather_bucket_size"),
+        ({"zero_optimization": None}, "zero_optimization", "is a group of keys, not None"),
+        ({"aio": True}, "aio", "is a group of keys"),
+        ({"aio": {"queue_deph": 8}}, "aio.queue_deph", "the keys open to you there are block_size"),
+        ({"aio": {"queue_depth": 8}}, "aio.queue_depth", "only with parallel.offload=nvme"),
+        ({"aio": {"use_gds": True}}, "aio.use_gds", "past the host"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"buffer_count": 5}}},
+            "zero_optimization.offload_optimizer.buffer_count",
+            "only with parallel.offload=nvme; leave it out",
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"pin_memory": False}}},
+            "zero_optimization.offload_param.pin_memory",
+            "parallel.offload_weights=cpu",
+        ),
+        (
+            {"zero_optimization": {"param_persistence_threshold": 5}},
+            "zero_optimization.param_persistence_threshold",
+            "use stage3_param_persistence_threshold",
+        ),
+        (
+            {"zero_optimization": {"cpu_offload_use_pin_memory": True}},
+            "zero_optimization.cpu_offload_use_pin_memory",
+            "use offload_optimizer.pin_memory",
+        ),
         ({"zero_optimization": {"parameter_alignment": True}}, "zero_optimization.parameter_alignment", "pads"),
         ({"zero_optimization": {"offload_param": {"buffer": 1}}}, "zero_optimization.offload_param.buffer", "does not read"),
     ],
@@ -112,22 +147,32 @@ def test_conflicts_of_the_escape_hatch_are_named(tree: dict[str, object], path: 
 
 
 def test_the_keys_are_those_that_deepspeed_reads() -> None:
-    """Every field of its configuration of ZeRO is decided, refused or open here, and nothing else is."""
+    """Every name of every field of its configuration of ZeRO is decided, refused, an alias or open here, and nothing else is."""
     pytest.importorskip("deepspeed", reason="needs the extra: pip install 'meshloom[deepspeed]'")
+    from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
     places = {"": DeepSpeedZeroConfig, "offload_optimizer.": DeepSpeedZeroOffloadOptimizerConfig}
     places["offload_param."] = DeepSpeedZeroOffloadParamConfig
     theirs = {
-        f"{place}{field.alias or name}"
+        f"zero_optimization.{place}{word}"
         for place, kind in places.items()
         for name, field in kind.model_fields.items()
-        if not (field.json_schema_extra or {}).get("deprecated") and f"{name}." not in places
-    }
-    ours = {path.removeprefix("zero_optimization.") for path in (*keys.DECIDED, *keys.REFUSED) if "zero_optimization." in path}
-    assert theirs <= ours | {*keys.ZERO_NUMBERS, *keys.ZERO_OTHERS}
-    assert {*keys.ZERO_NUMBERS, *keys.ZERO_OTHERS} <= theirs
+        for word in (name, field.alias or name)
+        if f"{name}." not in places
+    } | {f"aio.{name}" for name in AIO_DEFAULT_DICT}
+    closed = {*keys.DECIDED, *keys.REFUSED, *keys.ALIASES}
+    assert theirs <= closed | {*keys.OPEN}
+    assert {key for key in keys.OPEN if key.startswith(("zero_optimization.", "aio."))} <= theirs
+    assert not closed & {*keys.OPEN}
+    for alias, name in keys.ALIASES.items():
+        field = DeepSpeedZeroConfig.model_fields[alias.removeprefix("zero_optimization.")]
+        assert (field.alias or name) == name
+    for path, least in keys.COUNTS.items():
+        place, _, name = path.removeprefix("zero_optimization.").rpartition(".")
+        if path.startswith("zero_optimization."):
+            assert places[f"{place}." if place else ""](**{name: least}), path
 
 
 def test_any_key_of_deepspeeds_is_taken_from_the_command_line() -> None:
@@ -157,6 +202,9 @@ def test_the_derived_configuration_says_what_the_recipe_says() -> None:
     assert tree["zero_optimization"]["sub_group_size"] == 10**8
     assert tree["bf16"]["enabled"] and tree["data_types"]["grad_accum_dtype"] == tree["communication_data_type"] == "fp32"
     assert tree["gradient_clipping"] == 0.0 and tree["steps_per_print"] == 10
+    written = DeepSpeedConfig(config={"zero_optimization": {"sub_group_size": 1e9}, "aio": {"block_size": 2e6}})
+    tree = derive(replace(parallel, deepspeed=written), "bf16", pin_memory=True)
+    assert repr((tree["zero_optimization"]["sub_group_size"], tree["aio"]["block_size"])) == "(1000000000, 2000000)"
     assert not derive(ParallelConfig(zero=1), "fp32", pin_memory=False)["bf16"]["enabled"]
 
 

@@ -7,16 +7,18 @@ key of which it is known that DeepSpeed 0.19.8 computes something else with it t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from ...config.parallel import ParallelConfig
 from ...config.problems import Problem
-from .keys import DECIDED, LOSSY, OPEN, REFUSED, ZERO_NUMBERS, ZERO_OTHERS
+from .keys import ALIASES, COUNTS, DECIDED, LOSSY, NEEDED, OPEN, REFUSED, SWITCHES, WORDS
 
 Tree = dict[str, Any]
+HERE = "parallel.deepspeed.config"
 
 NVME_SUB_GROUP = 100_000_000
 """Parameters that pass through host memory at once for an update on NVMe; DeepSpeed's own 10⁹ take 16 GB of buffers."""
@@ -37,7 +39,7 @@ def plain(node: Any) -> Tree:
     return OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)  # type: ignore[return-value]
 
 
-def _covering(path: str, table: dict[str, str]) -> str | None:
+def _covering(path: str, table: Iterable[str]) -> str | None:
     """The entry of a table that this path is, or lies under."""
     parts = path.split(".")
     for end in range(len(parts), 0, -1):
@@ -46,24 +48,61 @@ def _covering(path: str, table: dict[str, str]) -> str | None:
     return None
 
 
-def _extra_problems(extra: Tree) -> Iterator[Problem]:
-    here = "parallel.deepspeed.config"
+_GROUPS = {path.rpartition(".")[0] for path in OPEN} | {path.partition(".")[0] for path in OPEN if "." in path}
+
+
+def _extra_problems(extra: Tree, config: ParallelConfig) -> Iterator[Problem]:
     for path, value in leaves(extra):
-        top, _, below = path.partition(".")
-        if decided := _covering(path, DECIDED):
-            yield Problem(f"{here}.{path}", f"the recipe decides it with {DECIDED[decided]}", f"set {DECIDED[decided]} instead")
-        elif refused := _covering(path, REFUSED):
-            if value:
-                yield Problem(f"{here}.{path}", f"can't be used here: {REFUSED[refused]}", "leave it out")
-        elif top not in OPEN:
-            fix = f"the keys open to you are {', '.join(OPEN)}"
-            yield Problem(f"{here}.{path}", "DeepSpeed 0.19.8 does not read this key", fix)
-        elif top == "zero_optimization" and below in ZERO_NUMBERS:
-            if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 0:
-                yield Problem(f"{here}.{path}", f"{value!r} is not a count", "give a whole number, 0 or more")
-        elif top == "zero_optimization" and below not in ZERO_OTHERS:
-            fix = f"the keys open to you there are {', '.join(sorted(ZERO_NUMBERS + ZERO_OTHERS))}"
-            yield Problem(f"{here}.{path}", "DeepSpeed 0.19.8 does not read this key", fix)
+        if path not in OPEN:
+            yield from _closed(path, value)
+        elif why := _wrong_value(path, value):
+            yield Problem(f"{HERE}.{path}", *why)
+        elif needed := _covering(path, NEEDED):
+            keys, places = NEEDED[needed]
+            if not any(getattr(config, key) in places for key in keys):
+                where = " or ".join(f"parallel.{key}={place}" for key in keys for place in places)
+                yield Problem(f"{HERE}.{path}", f"DeepSpeed reads it only with {where}", "leave it out")
+
+
+def _closed(path: str, value: Any) -> Iterator[Problem]:
+    """A path that is not open to the user."""
+    if decided := _covering(path, DECIDED):
+        yield Problem(f"{HERE}.{path}", f"the recipe decides it with {DECIDED[decided]}", f"set {DECIDED[decided]} instead")
+    elif refused := _covering(path, REFUSED):
+        if value:
+            yield Problem(f"{HERE}.{path}", f"can't be used here: {REFUSED[refused]}", "leave it out")
+    elif path in ALIASES:
+        yield Problem(f"{HERE}.{path}", "is another name of a key", f"use {ALIASES[path]}")
+    elif path in _GROUPS:
+        if value != {}:
+            yield Problem(
+                f"{HERE}.{path}", f"is a group of keys, not {value!r}", f"give it some of {_named(path)}, or leave it out"
+            )
+    else:
+        group = _covering(path, _GROUPS)
+        fix = f"the keys open to you{' there' if group else ''} are {_named(group)}"
+        yield Problem(f"{HERE}.{path}", "DeepSpeed 0.19.8 does not read this key", fix)
+
+
+def _named(group: str | None) -> str:
+    """The open keys of a group, or the top-level ones."""
+    if group is None:
+        return ", ".join(sorted({path.partition(".")[0] for path in OPEN}))
+    return ", ".join(sorted(path.removeprefix(f"{group}.") for path in OPEN if path.startswith(f"{group}.")))
+
+
+def _wrong_value(path: str, value: Any) -> tuple[str, str] | None:
+    """What is wrong with the value of an open key, and the fix; None if nothing is."""
+    if path in COUNTS:
+        least = COUNTS[path]
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value != int(value) or value < least:
+            return f"{value!r} is not a count", f"give a whole number, {least} or more"
+    elif path in SWITCHES and not isinstance(value, bool):
+        return f"{value!r} is neither true nor false", "give one of them, or leave it out"
+    elif path in WORDS and value not in WORDS[path]:
+        return f"there is no {value!r}", f"use {', '.join(WORDS[path])}"
+    return None
 
 
 def deepspeed_problems(config: ParallelConfig, precision: str, world_size: int, device: str) -> list[Problem]:
@@ -94,7 +133,7 @@ def deepspeed_problems(config: ParallelConfig, precision: str, world_size: int, 
         )
     problems += _offload_problems(config)
     extra = plain(config.deepspeed.config)
-    wrong = list(_extra_problems(extra))
+    wrong = list(_extra_problems(extra, config))
     if wrong:
         return problems + wrong
     zero: Tree = extra.get("zero_optimization") or {}
@@ -175,9 +214,13 @@ def derive(config: ParallelConfig, precision: str, *, pin_memory: bool) -> Tree:
     return _merge(tree, plain(config.deepspeed.config))
 
 
-def _merge(base: Tree, extra: Tree) -> Tree:
+def _merge(base: Tree, extra: Tree, prefix: str = "") -> Tree:
+    """Both, the user's word last; a count may have been written 5e8."""
     merged = dict(base)
     for key, value in extra.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        below, path = merged.get(key), f"{prefix}{key}"
+        if isinstance(value, dict):
+            merged[key] = _merge(below if isinstance(below, dict) else {}, value, f"{path}.")
+        else:
+            merged[key] = int(value) if path in COUNTS else value
     return merged

@@ -67,6 +67,7 @@ REFUSED = {
     "zero_optimization.leaf_module": "blocks are the leaves here: their weights are gathered together",
     "zero_optimization.stage3_module_granularity_threshold": "blocks are the leaves here: their weights are gathered together",
     "zero_optimization.offload_optimizer.cpuadam_cores_perc": "it belongs to SuperOffload",
+    "aio.use_gds": "nobody has read a checkpoint out of state that goes from the disk to the GPU past the host",
 }
 
 # Keys that keep no rule exactly but are asked for knowingly: an exception that start-up reports.
@@ -75,58 +76,101 @@ LOSSY = {
     "zero_optimization.zero_quantized_gradients": "gradients are quantised to int4 on the wire (ZeRO++ qgZ)",
 }
 
-# Top-level keys that DeepSpeed 0.19.8 reads and this engine leaves to the user. It ignores others without a word.
-OPEN = (
-    "zero_optimization",
-    "aio",
-    "comms_logger",
-    "csv_monitor",
+# Other names of keys, which DeepSpeed reads too: one name is enough.
+ALIASES = {
+    "zero_optimization.prefetch_bucket_size": "stage3_prefetch_bucket_size",
+    "zero_optimization.param_persistence_threshold": "stage3_param_persistence_threshold",
+    "zero_optimization.model_persistence_threshold": "stage3_model_persistence_threshold",
+    "zero_optimization.max_live_parameters": "stage3_max_live_parameters",
+    "zero_optimization.max_reuse_distance": "stage3_max_reuse_distance",
+    "zero_optimization.gather_16bit_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
+    "zero_optimization.module_granularity_threshold": "stage3_module_granularity_threshold",
+    "zero_optimization.use_all_reduce_for_fetch_params": "stage3_use_all_reduce_for_fetch_params",
+    "zero_optimization.allgather_sequential": "stage3_allgather_sequential",
+    "zero_optimization.cpu_offload_use_pin_memory": "offload_optimizer.pin_memory and offload_param.pin_memory",
+}
+
+# What DeepSpeed 0.19.8 reads and this engine leaves to the user. Whole numbers, and the least that works:
+COUNTS = {
+    "steps_per_print": 1,
+    "aio.block_size": 1,
+    "aio.intra_op_parallelism": 1,
+    "aio.queue_depth": 1,
+    "flops_profiler.module_depth": -1,
+    "flops_profiler.profile_step": 1,
+    "flops_profiler.top_modules": 1,
+    "zero_optimization.allgather_bucket_size": 1,
+    "zero_optimization.reduce_bucket_size": 1,
+    "zero_optimization.stage3_max_live_parameters": 0,
+    "zero_optimization.stage3_max_reuse_distance": 0,
+    "zero_optimization.stage3_model_persistence_threshold": 0,
+    "zero_optimization.stage3_param_persistence_threshold": 0,
+    "zero_optimization.stage3_prefetch_bucket_size": 0,
+    "zero_optimization.sub_group_size": 1,
+    "zero_optimization.zero_hpz_partition_size": 1,
+    "zero_optimization.offload_optimizer.buffer_count": 4,  # Adam's master, gradient and two moments
+    "zero_optimization.offload_param.buffer_count": 1,
+    "zero_optimization.offload_param.buffer_size": 1,
+    "zero_optimization.offload_param.max_in_cpu": 0,
+}
+SWITCHES = (
+    "aio.overlap_events",
+    "aio.single_submit",
+    "comms_logger.debug",
+    "comms_logger.enabled",
+    "comms_logger.prof_all",
+    "comms_logger.verbose",
+    "csv_monitor.enabled",
     "disable_allgather",
     "disable_python_gc",
     "dump_state",
-    "flops_profiler",
-    "log_level",
+    "flops_profiler.detailed",
+    "flops_profiler.enabled",
     "memory_breakdown",
-    "steps_per_print",
-    "timers",
+    "timers.throughput.enabled",
+    "timers.throughput.synchronized",
     "wall_clock_breakdown",
+    "zero_optimization.allgather_partitions",
+    "zero_optimization.contiguous_gradients",
+    "zero_optimization.enable_sanity_checks",
+    "zero_optimization.ignore_unused_parameters",
+    "zero_optimization.load_from_fp32_weights",
+    "zero_optimization.log_trace_cache_warnings",
+    "zero_optimization.overlap_comm",
+    "zero_optimization.override_module_apply",
+    "zero_optimization.reduce_scatter",
+    "zero_optimization.stage3_allgather_sequential",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    "zero_optimization.stage3_use_all_reduce_for_fetch_params",
+    "zero_optimization.use_multi_rank_bucket_allreduce",
+    "zero_optimization.zero_quantized_gradients",
+    "zero_optimization.zero_quantized_weights",
+    "zero_optimization.offload_optimizer.fast_init",
+    "zero_optimization.offload_optimizer.pin_memory",
+    "zero_optimization.offload_optimizer.pipeline_read",
+    "zero_optimization.offload_optimizer.pipeline_write",
+    "zero_optimization.offload_param.pin_memory",
 )
+WORDS = {"log_level": ("debug", "info", "warning", "error", "critical")}
+FREE = (
+    "comms_logger.prof_ops",
+    "csv_monitor.job_name",
+    "csv_monitor.output_path",
+    "flops_profiler.output_file",
+    "flops_profiler.recompute_fwd_factor",
+)
+OPEN = (*COUNTS, *SWITCHES, *WORDS, *FREE)
 
-# Those below `zero_optimization`: numbers, and the others.
-ZERO_NUMBERS = (
-    "allgather_bucket_size",
-    "reduce_bucket_size",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "stage3_model_persistence_threshold",
-    "stage3_param_persistence_threshold",
-    "stage3_prefetch_bucket_size",
-    "sub_group_size",
-    "zero_hpz_partition_size",
-    "offload_optimizer.buffer_count",
-    "offload_param.buffer_count",
-    "offload_param.buffer_size",
-    "offload_param.max_in_cpu",
-)
-ZERO_OTHERS = (
-    "allgather_partitions",
-    "contiguous_gradients",
-    "enable_sanity_checks",
-    "ignore_unused_parameters",
-    "load_from_fp32_weights",
-    "log_trace_cache_warnings",
-    "overlap_comm",
-    "override_module_apply",
-    "reduce_scatter",
-    "stage3_allgather_sequential",
-    "stage3_gather_16bit_weights_on_model_save",
-    "stage3_use_all_reduce_for_fetch_params",
-    "use_multi_rank_bucket_allreduce",
-    "zero_quantized_gradients",
-    "zero_quantized_weights",
-    "offload_optimizer.fast_init",
-    "offload_optimizer.pin_memory",
-    "offload_optimizer.pipeline_read",
-    "offload_optimizer.pipeline_write",
-    "offload_param.pin_memory",
-)
+# Those that are read only where something is offloaded, or is offloaded to NVMe: the recipe's key, and the places.
+_OPTIMIZER, _WEIGHTS = "zero_optimization.offload_optimizer", "zero_optimization.offload_param"
+NEEDED = {
+    "aio": (("offload", "offload_weights"), ("nvme",)),
+    **{
+        f"{_OPTIMIZER}.{key}": (("offload",), ("nvme",))
+        for key in ("buffer_count", "fast_init", "pipeline_read", "pipeline_write")
+    },
+    **{f"{_WEIGHTS}.{key}": (("offload_weights",), ("nvme",)) for key in ("buffer_count", "buffer_size", "max_in_cpu")},
+    _OPTIMIZER: (("offload",), ("cpu", "nvme")),
+    _WEIGHTS: (("offload_weights",), ("cpu", "nvme")),
+}
