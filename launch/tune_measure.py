@@ -90,12 +90,12 @@ def measure(
     for note in notes:
         console.print(f"· {note}", style="dim", highlight=False)
     trials: list[Trial] = []
-    with _interruptible(), tempfile.TemporaryDirectory(prefix="meshloom-tune-", ignore_cleanup_errors=True) as folder:
+    with _stops() as stops, tempfile.TemporaryDirectory(prefix="meshloom-tune-", ignore_cleanup_errors=True) as folder:
         for number, candidate in enumerate(candidates, 1):
             label = f"{number} of {len(candidates)}: {described(candidate.settings)}"
             words = [*common, *tuned.changes(candidate)]
             with console.status(label) as status:
-                trial = _trial(candidate, words, config_dir, Path(folder) / str(number), status, label)
+                trial = _trial(candidate, words, config_dir, Path(folder) / str(number), status, label, stops)
             trials.append(trial)
             console.print(Text(f"{label}: {outcome(trial)}"))
     trials.sort(key=lambda trial: -trial.speed)
@@ -144,7 +144,13 @@ def trial_samples(config: DictConfig, candidates: Sequence[Candidate]) -> int | 
 
 
 def _trial(
-    candidate: Candidate, words: Sequence[str], config_dir: str | None, folder: Path, status: Status, label: str
+    candidate: Candidate,
+    words: Sequence[str],
+    config_dir: str | None,
+    folder: Path,
+    status: Status,
+    label: str,
+    stops: Sequence[int],
 ) -> Trial:
     folder.mkdir()
     path, log = folder / "run" / "metrics.jsonl", folder / "log.txt"
@@ -157,7 +163,7 @@ def _trial(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            _until_measured(child, path, status, label)
+            _until_measured(child, path, status, label, stops)
         finally:
             end(child)
     rows = steps_of(path)
@@ -172,10 +178,15 @@ def _trial(
     return Trial(candidate, speed, timed[-1].get("memory_gib"))
 
 
-def _until_measured(child: subprocess.Popen[bytes], path: Path, status: Status, label: str) -> None:
-    """Wait for the steps that are wanted, or the run's end. A run that has taken them is asked to stop, as by a scheduler."""
+def _until_measured(child: subprocess.Popen[bytes], path: Path, status: Status, label: str, stops: Sequence[int]) -> None:
+    """Wait for the steps that are wanted, or the run's end. A run that has taken them is asked to stop, as by a scheduler.
+
+    Raises KeyboardInterrupt as soon as there are `stops`.
+    """
     deadline = math.inf
     while child.poll() is None and time.monotonic() < deadline:
+        if stops:
+            raise KeyboardInterrupt
         done = len(steps_of(path))
         status.update(f"{label}: step {done} of {WARM_UP + TIMED}")
         if done >= WARM_UP + TIMED and deadline == math.inf:
@@ -228,17 +239,19 @@ def reason(log: str, code: int) -> str:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Generator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that nothing that was started is left behind."""
+def _stops() -> Generator[Sequence[int]]:
+    """The signals that ask for an end, as they come: Ctrl-C, also where whoever started this ignores it, and SIGTERM."""
+    came: list[int] = []
 
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+    def note(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield came
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _table(trials: Sequence[Trial]) -> Table:
