@@ -136,7 +136,10 @@ class Arena:
         self._views = []
         self._layout = None
         self.watermark.release()
-        self.memory.close()
+        try:
+            self.memory.close()
+        except BufferError:  # the traceback of a save that failed, say, holds a tensor of it
+            log.warning("%.3f GiB of memory for snapshots are given back only when nobody looks at them", self.size / 2**30)
         os.close(self.descriptor)
 
 

@@ -76,6 +76,18 @@ def test_the_old_memory_is_gone_before_the_larger_one_is_made(monkeypatch: pytes
     assert [there - before for there in seen] == [1, 1, 1]
 
 
+def test_memory_that_somebody_looks_at_goes_when_they_do(caplog: pytest.LogCaptureFixture) -> None:
+    gc.collect()
+    before = arenas_mapped(os.getpid()), descriptors(os.getpid())
+    arena = Arena(2**22, pin=False)
+    looks = torch.frombuffer(arena.memory, dtype=torch.uint8)
+    arena.close()
+    assert "given back only when nobody looks" in caplog.text
+    assert int(looks[0]) == 0 and arenas_mapped(os.getpid()) == before[0] + 1
+    del looks, arena
+    assert (arenas_mapped(os.getpid()), descriptors(os.getpid())) == before
+
+
 def test_memory_that_is_not_to_be_had_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(arena: Arena) -> None:
         raise CheckpointError("no memory")
