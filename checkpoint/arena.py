@@ -127,7 +127,10 @@ class Arena:
         return memoryview(self.memory)[:size]
 
     def close(self) -> None:
-        """Give the memory back, whoever still has this object. No copy into it may be under way."""
+        """Give the memory back, whoever still has this object. No copy into it may be under way.
+
+        Tensors of it point to nothing afterwards; what is looked at as bytes stays until nobody does.
+        """
         if self._pinned:
             self._pinned = False
             code = int(_cuda().cudaHostUnregister(self._address()))
@@ -138,7 +141,7 @@ class Arena:
         self.watermark.release()
         try:
             self.memory.close()
-        except BufferError:  # the traceback of a save that failed, say, holds a tensor of it
+        except BufferError:  # the traceback of something that failed, say, holds a view of it
             log.warning("%.3f GiB of memory for snapshots are given back only when nobody looks at them", self.size / 2**30)
         os.close(self.descriptor)
 
