@@ -17,6 +17,8 @@ import xxhash
 from ..config.problems import Problem
 from .shards import digest_file
 
+_DIGITS = 32  # of a digest
+
 
 class DocumentSource(Protocol):
     """A stream of documents that can be read again and again, in the same order."""
@@ -140,11 +142,11 @@ def identity_of(files: Sequence[Path], settings: str, memo: Path) -> str:
 
 
 def _remembered(path: Path, compute: Callable[[], str]) -> str:
-    """The text in a small file, computed and written there the first time."""
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        value = compute()
+    """The digest in a small file, computed and written there the first time; a crash of the machine may leave it empty."""
+    kept = path.read_text() if path.exists() else ""
+    if len(kept) == _DIGITS:
+        return kept
+    value = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     temporary.write_text(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -92,8 +93,11 @@ class Tokenizer:
         return cls(engine)
 
     def save(self, path: Path) -> None:
-        """Write it as a `tokenizer.json`. Raises OSError; the library's own writing knows nothing but Exception."""
-        path.write_text(self._engine.to_str(pretty=True), encoding="utf-8")
+        """Write it as a `tokenizer.json`, to stay. Raises OSError; the library's own writing knows nothing but Exception."""
+        with path.open("w", encoding="utf-8") as file:
+            file.write(self._engine.to_str(pretty=True))
+            file.flush()
+            os.fsync(file.fileno())  # the folder that it is built into counts as complete from then on
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without an end of document."""

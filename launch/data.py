@@ -18,9 +18,9 @@ _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".gz": "jsonl", ".zst": "jsonl"
 class TokenizeArguments:
     """Turn documents into token shards: `output/train` and `output/validation`, for data=shards data.path=<output>.
 
-    input             a path, glob pattern or folder (then give kind, too); hf: a data set's name; stdlib: leave it out
+    input             a path, glob pattern or folder; hf: a data set's name; stdlib: leave it out
     output            the folder to write; it must not exist
-    kind              text, jsonl, parquet, hf or stdlib; auto: by the ending of `input`, text if it is none of the others
+    kind              text, jsonl, parquet, hf or stdlib; auto: by the endings of the files, text if they are none of the others
     field             the member or column with the text (jsonl, parquet, hf)
     separator         text between documents of a file (text); null: a file is a document
     subset, split, revision   of a Hugging Face data set
@@ -67,7 +67,15 @@ def tokenize(arguments: TokenizeArguments) -> Path:
     from ..data.sources import StandardLibrary, TextFiles
 
     given, field = arguments.input, arguments.field
-    kind = arguments.kind if arguments.kind != "auto" else _KINDS.get(Path(given or "").suffix, "text")
+    kind, problems = arguments.kind, list[Problem]()
+    if kind == "auto":
+        # Of a folder or a pattern, its files: JSON taken for text would be trained on as it is written.
+        names = [path.name for path in TextFiles(given).files()] or [given or ""]
+        kinds = sorted({_KINDS.get(Path(name).suffix, "text") for name in names})
+        kind = kinds[0]
+        if len(kinds) > 1:
+            fix = "give the kind that is meant, or a pattern for its files alone"
+            problems.append(Problem("kind", f"'{given}' has files of {' and '.join(kinds)}", fix))
     sources = {
         "text": lambda: TextFiles(given, arguments.separator),
         "jsonl": lambda: JsonLines(given, field),
@@ -79,7 +87,7 @@ def tokenize(arguments: TokenizeArguments) -> Path:
         arguments.tokenizer, arguments.vocabulary, arguments.tokenizer_sample, arguments.end_of_document
     )
     # The keys of a data node are data.<key>; here they stand alone.
-    problems = [Problem(problem.key.removeprefix("."), problem.message, problem.fix) for problem in settings.problems("")]
+    problems += [Problem(problem.key.removeprefix("."), problem.message, problem.fix) for problem in settings.problems("")]
     if kind not in sources:
         problems.append(Problem("kind", f"'{kind}' is unknown", f"use auto, {', '.join(sources)}"))
     else:

@@ -96,3 +96,20 @@ def test_help_names_every_key(capsys: pytest.CaptureFixture[str]):
     assert main(["--help"]) == main(["tokenize", "--help"]) == 0
     said = capsys.readouterr().out
     assert "output=<text>" in said and "shard_tokens=" in said and "meshloom data verify" in said
+
+
+@pytest.mark.parametrize("shape", ["{}", "{}/*"])
+def test_what_a_folder_holds_is_looked_at_and_not_taken_for_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], shape: str
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    given = shape.format(folder)
+    (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert main(["tokenize", f"input={given}", f"output={tmp_path / 'out'}", "tokenizer=bytes", "validation=0"]) == 0
+    assert " 8 tokens in 2 documents" in capsys.readouterr().out  # three letters and an end each
+    (folder / "b.txt").write_text("three")
+    assert main(["tokenize", f"input={given}", f"output={tmp_path / 'other'}", "tokenizer=bytes"]) == 2
+    assert "kind: " in (said := capsys.readouterr().err) and "jsonl and text" in said
+    words = [f"input={given}", "kind=text", f"output={tmp_path / 'third'}", "tokenizer=bytes"]
+    assert main(["tokenize", *words]) == 0

@@ -237,6 +237,14 @@ def test_identity_reads_unchanged_files_once(tmp_path: Path, monkeypatch: pytest
     assert JsonLines(str(tmp_path)).identity(tmp_path / ".memo") == identity
 
 
+def test_an_identity_that_a_crash_cut_short_is_found_anew(tmp_path: Path):
+    write_lines(tmp_path / "a.jsonl", TEXTS)
+    identity = JsonLines(str(tmp_path)).identity(tmp_path / ".memo")
+    (memo,) = (tmp_path / ".memo").iterdir()
+    memo.write_text("")
+    assert JsonLines(str(tmp_path)).identity(tmp_path / ".memo") == identity == memo.read_text()
+
+
 def test_hugging_face(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     asked: list[Any] = []
 
