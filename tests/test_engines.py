@@ -147,7 +147,7 @@ def test_conflicts_of_the_escape_hatch_are_named(tree: dict[str, object], path: 
 
 
 def test_the_keys_are_those_that_deepspeed_reads() -> None:
-    """Every name of every field of its configuration of ZeRO is decided, refused, an alias or open here, and nothing else is."""
+    """Every name of every field of its configuration of ZeRO is decided, refused, an alias or open; no other is."""
     pytest.importorskip("deepspeed", reason="needs the extra: pip install 'meshloom[deepspeed]'")
     from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig

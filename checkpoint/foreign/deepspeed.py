@@ -32,26 +32,26 @@ def import_deepspeed(source: Path, folder: str | Path) -> Path:
     The fp32 master weights become role "weight", optimizer tensors a role by their name. The optimizer's step count, parameter
     groups and hyper-parameters go into the state, under `imported_from`; what was exported from here and not trained on since
     has its own state again. Raises CheckpointError for what can't be told apart by name: model or pipeline parallel ranks
-    (convert to universal first), frozen parameters, `round_robin_gradients`.
+    (convert to universal first), frozen parameters; and for a folder that something is missing of, naming it.
     """
     tag = _tag(source)
-    number = re.search(r"(\d+)\D*$", tag.name)
-    step = int(number[1]) if number else 0
+    model = _model(tag)
+    step = _step(tag, model)
     if (tag / "zero").is_dir():
         sources, counters, groups = _universal(tag / "zero")
         state = {"imported_from": {"format": "deepspeed universal", "counters": counters, "groups": groups}}
-        return compose(folder, step, sources, _own_state(tag, step) or state)
-    ranks = _rank_files(tag)
+        return compose(folder, step, sources, _own_state(model, step) or state)
+    ranks = _rank_files(tag, _plain(model.get("dp_world_size"), 0))
     optimizers = [load_mapped(path)["optimizer_state_dict"] for path in ranks]
     stage = int(_plain(optimizers[0].get("zero_stage"), 3 if "fp32_flat_groups" in optimizers[0] else 2))
-    shapes = _shapes(tag, stage)
-    flats, counters = (_flats_of_stage_3 if stage == 3 else _flats_of_groups)(optimizers)
+    shapes = _shapes(tag, model)
+    flats, counters = _flats(ranks, optimizers, stage)
     sources: list[Source] = []
     for role, by_group in flats.items():
         cuts = _cut_stage_3(by_group, shapes) if stage == 3 else _cut_groups(by_group, shapes)
         for name, shape, cut in cuts:
             sources.append(Source(name, role, cut[0][0].dtype, shape, _joiner(cut, shape)))
-    base: Any = optimizers[0]["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
+    base: Any = optimizers[0][_BASE[stage == 3]]
     hyper = base.get("param_groups", []) if isinstance(base, dict) else []
     state = {
         "imported_from": {
@@ -61,7 +61,21 @@ def import_deepspeed(source: Path, folder: str | Path) -> Path:
             "groups": _groups([list(group) for group in shapes], hyper),
         }
     }
-    return compose(folder, step, sources, _own_state(tag, step) or state)
+    return compose(folder, step, sources, _own_state(model, step) or state)
+
+
+def _model(tag: Path) -> dict[str, Any]:
+    """What is in the first rank's model file; nothing where there is none, as may be beside a universal folder."""
+    path = next(iter(sorted(tag.glob("*mp_rank_00_model_states.pt"))), None)
+    if path is None and not (tag / "zero").is_dir():
+        raise CheckpointError(f"{tag}: there is no …mp_rank_00_model_states.pt, which names the parameters")
+    return {} if path is None else load_mapped(path)
+
+
+def _step(tag: Path, model: dict[str, Any]) -> int:
+    """The step that the model's file says, or else the last number of the tag."""
+    number = re.search(r"(\d+)\D*$", tag.name)
+    return _plain(model.get("global_steps"), int(number[1]) if number else 0)
 
 
 def _groups(flats: list[list[str]], hyper: list[Any]) -> list[dict[str, Any]]:
@@ -83,16 +97,14 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _own_state(tag: Path, step: int) -> dict[str, Any] | None:
+def _own_state(model: dict[str, Any], step: int) -> dict[str, Any] | None:
     """The state of the run that this folder was exported from, if no step was taken since; None for anybody else's."""
-    for path in sorted(tag.glob("*mp_rank_00_model_states.pt")):
-        model = load_mapped(path)
-        text = model.get(STATE)
-        if not isinstance(text, str) or model.get("global_steps") != step:
-            return None
-        state = json.loads(text)
-        return state if isinstance(state, dict) and state_fault(state) is None else None
-    return None
+    text = model.get(STATE)
+    state = json.loads(text) if isinstance(text, str) else None
+    if not isinstance(state, dict) or state_fault(state) is not None:
+        return None
+    progress = state.get("progress")
+    return state if isinstance(progress, dict) and progress.get("step") == step else None
 
 
 def _tag(source: Path) -> Path:
@@ -105,14 +117,15 @@ def _tag(source: Path) -> Path:
     return source
 
 
-def _rank_files(tag: Path) -> list[Path]:
+def _rank_files(tag: Path, ranks: int) -> list[Path]:
+    """The optimizer's files, by rank. ranks: how many wrote them, where the model's file says so."""
     found: dict[int, Path] = {}
     for path in tag.glob("*_optim_states.pt"):
         match = _RANK.search(path.name)
         if match is None or int(match[2]) != 0:
             raise CheckpointError(f"{path}: model or pipeline parallel ranks; convert the folder with ds_to_universal first")
         found[int(match[1])] = path
-    missing = set(range(max(found, default=0) + 1)) - set(found)
+    missing = set(range(max(ranks, max(found, default=0) + 1))) - set(found)
     if missing:
         raise CheckpointError(f"{tag}: the optimizer file of rank {min(missing)} is missing")
     return [found[rank] for rank in sorted(found)]
@@ -122,61 +135,52 @@ def _plain(value: Any, otherwise: int) -> int:
     return value if isinstance(value, int) else otherwise
 
 
-def _shapes(tag: Path, stage: int) -> list[dict[str, tuple[int, ...]]]:
+def _shapes(tag: Path, model: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:
     """Parameter name → shape for each parameter group, in the order of the flat arrays."""
-    name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
-    model = load_mapped(tag / name)
     if model.get("frozen_param_shapes"):
-        raise CheckpointError(f"{tag / name}: frozen parameters can't be imported")
-    groups: Any = model["param_shapes"]
+        raise CheckpointError(f"{tag}: frozen parameters can't be imported")
+    groups: Any = model.get("param_shapes")
+    if not groups:
+        raise CheckpointError(f"{tag}: the model's file names no parameters (param_shapes)")
     return [{key: tuple(shape) for key, shape in group.items()} for group in groups]
 
 
-def _flats_of_groups(optimizers: list[Any]) -> tuple[dict[str, list[list[torch.Tensor]]], dict[str, float]]:
-    """Stages 1 and 2: role → group → the ranks' slices."""
-    roles: dict[str, list[list[torch.Tensor]]] = {}
+_MASTERS = {False: "single_partition_of_fp32_groups", True: "fp32_flat_groups"}  # of stages 1 and 2; of stage 3
+_BASE = {False: "base_optimizer_state", True: "optimizer_state_dict"}
+
+
+def _flats(
+    files: list[Path], optimizers: list[Any], stage: int
+) -> tuple[dict[str, list[list[torch.Tensor]]], dict[str, float]]:
+    """Role → group (stage 3: sub-group) → the ranks' flat arrays; and the numbers that the optimizer keeps."""
+    held: list[dict[tuple[str, int], torch.Tensor]] = []
     counters: dict[str, float] = {}
     for optimizer in optimizers:
-        masters: Any = optimizer["single_partition_of_fp32_groups"]
-        base: Any = optimizer["base_optimizer_state"]
+        base: Any = optimizer[_BASE[stage == 3]]
         states: Any = base["state"] if isinstance(base, dict) else dict(enumerate(base))
-        for group, master in enumerate(masters):
-            _add(roles, "weight", group, master)
+        mine: dict[tuple[str, int], torch.Tensor] = {}
+        for group, master in enumerate(optimizer[_MASTERS[stage == 3]]):
+            mine["weight", group] = master.detach().reshape(-1)
             for key, value in dict(states.get(group, {})).items():
-                _add_or_count(roles, counters, key, group, value)
-    return roles, counters
-
-
-def _flats_of_stage_3(optimizers: list[Any]) -> tuple[dict[str, list[list[torch.Tensor]]], dict[str, float]]:
-    """Stage 3: role → sub-group → the ranks' flat arrays."""
-    roles: dict[str, list[list[torch.Tensor]]] = {}
-    counters: dict[str, float] = {}
-    for optimizer in optimizers:
-        states: Any = optimizer["optimizer_state_dict"]["state"]
-        for group, master in enumerate(optimizer["fp32_flat_groups"]):
-            _add(roles, "weight", group, master)
-            for key, value in dict(states.get(group, {})).items():
-                _add_or_count(roles, counters, key, group, value)
-    return roles, counters
-
-
-def _add_or_count(roles: dict[str, Any], counters: dict[str, float], key: str, group: int, value: Any) -> None:
-    if isinstance(value, torch.Tensor) and value.dim():
-        _add(roles, key, group, value)
-    elif isinstance(value, torch.Tensor | int | float):
-        counters[key] = float(value)
-
-
-def _add(roles: dict[str, list[list[torch.Tensor]]], role: str, group: int, value: torch.Tensor) -> None:
-    groups = roles.setdefault(role, [])
-    while len(groups) <= group:
-        groups.append([])
-    groups[group].append(value.detach().reshape(-1))
+                if isinstance(value, torch.Tensor) and value.dim():
+                    mine[key, group] = value.detach().reshape(-1)
+                elif isinstance(value, torch.Tensor | int | float):
+                    counters[key] = float(value)
+        held.append(mine)
+    roles = dict.fromkeys(role for mine in held for role, _ in mine)
+    groups = 1 + max(group for mine in held for _, group in mine)
+    for path, mine in zip(files, held, strict=True):
+        for role, group in ((role, group) for role in roles for group in range(groups) if (role, group) not in mine):
+            what = "master weights" if role == "weight" else role
+            raise CheckpointError(f"{path}: there is no {what} of group {group + 1} of {groups}, as there is of others")
+    return {role: [[mine[role, group] for mine in held] for group in range(groups)] for role in roles}, counters
 
 
 def _cut_groups(
     groups: list[list[torch.Tensor]], shapes: list[dict[str, tuple[int, ...]]]
 ) -> Iterator[tuple[str, tuple[int, ...], Cut]]:
+    if len(groups) != len(shapes):
+        raise CheckpointError(f"the model's file names {len(shapes)} groups of parameters, the rank files hold {len(groups)}")
     for slices, parameters in zip(groups, shapes, strict=True):
         at = 0
         for name, shape in parameters.items():
