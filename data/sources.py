@@ -86,10 +86,11 @@ class FileSource(ABC):
         """Every pattern must match a file."""
         if not self.input:
             return [Problem(f"{key}.input", "no file is named", "give a path, a glob pattern or a folder")]
+        fix = "give a path, a glob pattern or a folder that has some"
         return [
-            Problem(f"{key}.input", f"'{pattern}' matches no file", "give a path, a glob pattern or a folder that has some")
+            Problem(f"{key}.input", f"'{pattern}' {'matches' if pattern.strip() else 'names'} no file", fix)
             for pattern in self.input
-            if next(self._matches(pattern), None) is None
+            if not pattern.strip() or next(self._matches(pattern), None) is None  # an unset variable is not this folder
         ]
 
     def documents(self) -> Iterator[str]:

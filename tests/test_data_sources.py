@@ -168,6 +168,14 @@ def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path: Path, monkeypat
         TextFiles(str(tmp_path)).files()
 
 
+@pytest.mark.parametrize("given", ["", ["", "a.txt"], [" "]])
+def test_an_empty_name_is_not_the_folder_that_one_happens_to_be_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("1")
+    (problem,) = TextFiles(given).problems("data")
+    assert problem.key == "data.input" and "names no file" in problem.message
+
+
 def test_somebody_without_a_home_has_no_files(tmp_path: Path):
     assert "matches no file" in str(TextFiles("~nobody-of-this-name/a.txt").problems("data")[0])
 
