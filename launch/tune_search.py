@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..config.compose import Composer, opened
 from ..config.problems import ConfigError, Problem
+from ..parallel.engines import engine_moved
 from ..parallel.speed import step_seconds
 from .plan import Plan, plan_of, planned_processes
 from .plan_tables import GIB, gib
@@ -176,7 +177,7 @@ class _Search:
             self.refusals[tuple(settings.values())] = error
             return None
         described_step = (plan.model, plan.parallel, plan.layout, plan.job, plan.cost, plan.away)
-        return Candidate(settings, plan, step_seconds(*described_step, config.launch.nodes))
+        return Candidate(settings, plan, step_seconds(*described_step, engine_moved(plan.parallel), config.launch.nodes))
 
     def _fuses(self) -> bool:
         reason = self._why_swiglu_is_plain()

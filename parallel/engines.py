@@ -15,12 +15,14 @@ from .deepspeed.config import deepspeed_problems
 from .deepspeed.engine import DeepSpeedEngine
 from .deepspeed.memory import deepspeed_cost
 from .deepspeed.optimizer import optimizer_problems
+from .deepspeed.speed import deepspeed_moved
 from .engine import Engine, EngineSettings, OptimizerFactory
 from .float8 import float8_problems
 from .layout import Layout
 from .memory import Job, pieces
 from .mesh import Mesh
 from .offload import OffloadAccount, torch_offload_cost
+from .speed import Moved, torch_moved
 from .torch_engine import TorchEngine
 
 log = logging.getLogger(__name__)
@@ -94,3 +96,8 @@ def engine_cost(
     if parallel.offload != "none":
         return torch_offload_cost(rank, pieces(model, layout), layout.zero, job)
     return rank, OffloadAccount()
+
+
+def engine_moved(parallel: ParallelConfig) -> Moved:
+    """How to count what the engine's step moves, for `speed.step_seconds`."""
+    return deepspeed_moved if parallel.engine == "deepspeed" else torch_moved

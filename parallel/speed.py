@@ -2,6 +2,7 @@
 
     seconds = FLOPs / rate  +  a little per block and micro-batch  +  bytes within the GPU / its bandwidth
               +  bytes between GPUs / theirs  +  bytes to and from the host / theirs
+              +  bytes of the update / the bandwidth of what holds the state  +  bytes to and from the disk / its bandwidth
 
 Nothing is taken to overlap: on two GPUs what travels beside the computation slows that down by about as much as it would
 take alone. What all settings of one layout share (the exchanges of tensor and context parallelism, of a pipeline's stages) is
@@ -9,6 +10,9 @@ left out. The constants are an H200's; on another GPU the order is mostly the sa
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from ..config.parallel import ParallelConfig
 from ..models.llama import Llama
@@ -40,17 +44,46 @@ computation as long as that lasts."""
 HOST = 27e9
 """Bytes per second between a GPU and locked host memory (H200's host: 18 GB of a snapshot in 0.67 s)."""
 
+HOST_UPDATE = 60e9
+"""Bytes per second that a process's update reads and writes in host memory: 0.3 B parameters under DeepSpeed ZeRO-3, offloaded
+to the host of an H200 (16 cores), take 518 ms a step and 140 without; 180 of the difference are the bus."""
+
+DISK = 2e9
+"""Bytes per second read and written of a local disk, by all processes of a node: the same model on that machine's disk takes
+4.9 s a step, with 9.6 GB to and fro. A good NVMe disk does more; what is on it waits for it all the same."""
+
 UPDATE = 30
 """Bytes per parameter that AdamW in one pass moves: weight and two moments read and written in fp32, the gradient read for its
 norm and for the update, the computation's copy written."""
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of a step's weights and gradients that a rank reads and writes within its GPU, and that it sends to others; and of
+    its update, wherever the optimizer's state is.
+    """
+
+    within: float
+    between: float
+    update: float
+
+
+Moved = Callable[[RankCost, ParallelConfig, Layout, Job], Traffic]
+
+
 def step_seconds(
-    model: Llama, parallel: ParallelConfig, layout: Layout, job: Job, cost: LayoutCost, away: OffloadAccount, nodes: int = 1
+    model: Llama,
+    parallel: ParallelConfig,
+    layout: Layout,
+    job: Job,
+    cost: LayoutCost,
+    away: OffloadAccount,
+    moved: Moved,
+    nodes: int = 1,
 ) -> float:
     """Seconds of one step, for comparison with other settings of the same model, batch and layout axes.
 
-    cost, away: as `layout_cost` and `engine_cost` give them.
+    cost, away, moved: as `layout_cost`, `engine_cost` and `engine_moved` give them.
     """
     waiting = cost.timeline.bubble if cost.timeline is not None else 0.0
     work = sum(rank.flops for rank in cost.ranks) / len(cost.ranks)
@@ -58,16 +91,18 @@ def step_seconds(
     blocks = sum(map(len, busiest.layers))
     again = sum(job.policies[layer] in ("selective", "full") for layers in busiest.layers for layer in layers)
     passes = work / RATE[job.precision] + job.micro_batches * (blocks + again / 3) * BLOCK
-    within, between = moved(busiest, parallel, layout, job)
+    traffic = moved(busiest, parallel, layout, job)
     host = away.to_host + away.from_host
     if "offload" in job.policies:  # there and back, in order with the computation
         host += 2 * job.micro_batches * blocks * block_bytes(model, job, parallel, "none")
-    seconds = passes / (1 - waiting) + within / MEMORY + between / LINK + host / HOST
-    return seconds if nodes == 1 else max(seconds, between / NODE_LINK)
+    update = traffic.update / (MEMORY if parallel.offload == "none" else HOST_UPDATE)
+    disk = (away.disk_read + away.disk_written) * layout.world_size / nodes / DISK
+    seconds = passes / (1 - waiting) + traffic.within / MEMORY + traffic.between / LINK + host / HOST + update + disk
+    return seconds if nodes == 1 else max(seconds, traffic.between / NODE_LINK)
 
 
-def moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: Job) -> tuple[float, float]:
-    """Bytes of a step's weights, gradients and update: read and written within the GPU, and sent to other GPUs.
+def torch_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: Job) -> Traffic:
+    """What the torch engine moves.
 
     For M micro-batches, over w ranks that share the weights' state and c that hold copies of it (`zero.py`, `masters.py`):
 
@@ -89,11 +124,11 @@ def moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: Job) ->
         within = many * adding if many > 1 else 0
         if ranks > 1:
             within += 3 * gradient * whole + exact * own
-        return within + update, (unit + gradient) * whole * away + exact * own * copied
+        return Traffic(within, (unit + gradient) * whole * away + exact * own * copied, update)
     once = parallel.pp > 1
     gathers = 1 if once or layout.zero < 3 else 2 * many
     reductions = 1 if once or layout.zero < 2 else many
     within = gathers * ((exact + unit) * own + 2 * unit * whole) + reductions * ((unit + exact) * whole + exact * own)
     within += many * adding if once else 3 * exact * (reductions - 1) * own
     between = (gathers * unit + reductions * exact) * whole * away + exact * own * copied
-    return within + update, between
+    return Traffic(within, between, update)
