@@ -23,12 +23,12 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement
 
 from ..models.llama import Llama
 from .mesh import Mesh
-from .shards import chunk, local, own_part
+from .shards import Placements, chunk, local, own_part
 
 _gather_rows: Callable[..., Any] = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor")  # noqa: B009
 """torch 2.13 has given it another name than 2.11."""
@@ -46,11 +46,13 @@ def materialize(model: Llama, dtype: torch.dtype, device: torch.device) -> None:
 class _Weight:
     """One weight, and what is updated of it.
 
-    computed  the parameter; whole: its data on this rank, which it is computed with
-    rows      of each rank's part of `whole`, the last ones' fewer; own: this rank's
+    placed  how tensor-parallel ranks hold it, where they do. Not the parameter: that has a hook which knows of this, and
+            such a circle is never collected
+    whole   its data on this rank, which it is computed with
+    rows    of each rank's part of `whole`, the last ones' fewer; own: this rank's
     """
 
-    computed: nn.Parameter
+    placed: tuple[DeviceMesh, Placements] | None
     whole: torch.Tensor
     rows: int
     own: torch.Tensor
@@ -61,20 +63,23 @@ class _Weight:
         """Elements of a part that is not cut short."""
         return self.rows * self.whole[0].numel()
 
-    def pending(self, gradient: torch.Tensor) -> tuple[Placement, ...] | None:
+    def pending(self, gradient: torch.Tensor) -> Placements | None:
         """The placements of a gradient that is to be summed over tensor-parallel ranks, which all hold the whole weight."""
-        if not isinstance(gradient, DTensor) or not isinstance(self.computed, DTensor):
+        if not isinstance(gradient, DTensor) or self.placed is None:
             return None
-        pairs = list(zip(gradient.placements, self.computed.placements, strict=True))
+        pairs = list(zip(gradient.placements, self.placed[1], strict=True))
         sums = any(here.is_partial() for here, _ in pairs)
         as_large = all(here == there or (here.is_partial() and there.is_replicate()) for here, there in pairs)
         return gradient.placements if sums and as_large else None
 
-    def summed(self, parts: torch.Tensor, placements: tuple[Placement, ...]) -> torch.Tensor:
+    def part(self, gradient: torch.Tensor) -> torch.Tensor:
+        """What a gradient has where this rank's part of the weight lies: a collective, if that must be added up first."""
+        return own_part(gradient, None if self.placed is None else self.placed[1])
+
+    def summed(self, parts: torch.Tensor, placements: Placements) -> torch.Tensor:
         """What tensor-parallel ranks have of a gradient in such placements, added up: a collective."""
-        assert isinstance(self.computed, DTensor)
-        mesh = self.computed.device_mesh
-        return own_part(DTensor.from_local(parts, mesh, placements, run_check=False), self.computed)
+        assert self.placed is not None
+        return self.part(DTensor.from_local(parts, self.placed[0], placements, run_check=False))
 
     def give(self, gradient: torch.Tensor | None) -> None:
         """Add to the master's gradient; None: the weight was not used."""
@@ -98,7 +103,7 @@ class _Group:
     weights: list[_Weight]
     mesh: Mesh
     taken: list[torch.Tensor | None] = field(init=False)
-    pending: dict[int, tuple[Placement, ...]] = field(init=False)
+    pending: dict[int, Placements] = field(init=False)
     missing: int = field(init=False)
     used: list[bool] = field(default_factory=list)
     moving: tuple[torch.Tensor, Any, Callable[[torch.Tensor], None]] | None = None
@@ -120,7 +125,7 @@ class _Group:
             self._sum_pending(index)
             before, placements = self.taken[index], None
         if placements is None:
-            gradient = own_part(gradient, weight.computed)
+            gradient = weight.part(gradient)
         else:
             gradient, self.pending[index] = local(gradient), placements
         if before is not None:
@@ -246,7 +251,8 @@ class MasterWeights:
         master = nn.Parameter(own if own.dtype == exact else torch.empty_like(own, dtype=exact))
         master.grad_dtype = None  # any will do
         self.masters[name], self.own[name] = master, own
-        return _Weight(parameter, whole, -(-len(whole) // ways), own, master)
+        placed = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
+        return _Weight(placed, whole, -(-len(whole) // ways), own, master)
 
     def _delivery(self, group: _Group, index: int) -> Callable[[torch.Tensor], None]:
         @torch.no_grad()

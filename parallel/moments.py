@@ -26,7 +26,7 @@ from ..config.problems import Problem
 from ..data.batch import MicroBatch
 from ..optim.statistics import GradientStatistics
 from .mesh import Mesh
-from .shards import Placed, own_part
+from .shards import Placed, Placements, own_part, placements_of
 
 
 class Measure(Enum):
@@ -136,14 +136,14 @@ class GradientMoments:
         """See every gradient of this unsharded weight; once per weight."""
         if weight not in self._watched:
             self._watched.add(weight)
-            weight.register_hook(self._seen(self._index[name], weight))
+            weight.register_hook(self._seen(self._index[name], placements_of(weight)))
 
-    def _seen(self, index: int, weight: nn.Parameter) -> Callable[[torch.Tensor], None]:
+    def _seen(self, index: int, placements: Placements | None) -> Callable[[torch.Tensor], None]:
         @torch.no_grad()
         def hook(gradient: torch.Tensor) -> None:
             if self._measure is Measure.NOTHING:
                 return
-            mine = own_part(gradient, weight)
+            mine = own_part(gradient, placements)
             exact = torch.float64 if mine.dtype == torch.float64 else torch.float32
             self._norms[index].append(torch.linalg.vector_norm(mine, dtype=exact))
             if self._measure is Measure.PROJECTIONS:

@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from ..optim.parameters import NamedParameter
 from .fragment import Box
 from .mesh import Mesh
+
+Placements = tuple[Placement, ...]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -21,15 +23,22 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor.detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def own_part(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def placements_of(weight: torch.Tensor) -> Placements | None:
+    """How the ranks of a DTensor's mesh hold it; None: it is a plain tensor."""
+    return weight.placements if isinstance(weight, DTensor) else None
+
+
+def own_part(gradient: torch.Tensor, placements: Placements | None) -> torch.Tensor:
     """This rank's part of a gradient: of a tensor-parallel weight, what lies where the rank's part of the weight does.
+
+    placements: the weight's. Not the weight, which a hook on it must not know: such a circle is never collected.
 
     Autograd gives a weight's gradient in any placement: sums still pending (a norm's under sequence parallelism), or whole
     on every rank (an embedding's). Where the placements differ this is a collective.
     """
-    if isinstance(gradient, DTensor) and isinstance(weight, DTensor) and gradient.placements != weight.placements:
+    if isinstance(gradient, DTensor) and placements is not None and gradient.placements != placements:
         with torch.no_grad():
-            gradient = gradient.redistribute(placements=weight.placements)
+            gradient = gradient.redistribute(placements=placements)
     return local(gradient)
 
 

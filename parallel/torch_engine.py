@@ -31,7 +31,7 @@ from .memory import block_policies
 from .mesh import Mesh
 from .moments import GradientMoments, Measure, Moments
 from .pipeline.run import Pipeline, StageInputs, TiedHead
-from .shards import MeshShards, Placed, local, own_part
+from .shards import MeshShards, Placed, local, own_part, placements_of
 from .tensor.placements import stream_dim
 from .zero import ZeroGroups
 
@@ -192,8 +192,8 @@ class TorchEngine:
             self._masters.complete()
             return
         for parameter, placed in zip(self._parameters, self._placed.values(), strict=True):
-            gradient = placed.parameter.grad
-            parameter.tensor.grad = None if gradient is None else own_part(gradient, placed.parameter)
+            gradient, placements = placed.parameter.grad, placements_of(placed.parameter)
+            parameter.tensor.grad = None if gradient is None else own_part(gradient, placements)
 
     def _over_batch(self, total: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that hold different parts of the global batch, known to every stage's ranks afterwards."""

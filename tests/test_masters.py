@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
+import itertools
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -292,3 +295,23 @@ def parts_of_a_sum(rank: int, world_size: int, precision: str) -> list[tuple[flo
 def test_a_gradient_may_come_in_another_placement_with_each_micro_batch() -> None:
     for found in run_ranks(2, parts_of_a_sum, "bf16"):
         assert found == [(value, "torch.float32") for value in (6.0, 11.0, 8.0, 10.0)]
+
+
+def left_behind(rank: int, world_size: int, layouts: list[ParallelConfig]) -> list[int]:
+    """By layout, with gradient statistics and without: parameters that are still there when their engine is not."""
+    left: list[int] = []
+    for parallel, measures in itertools.product(layouts, (False, True)):
+        engine = build(Work(parallel, micro=4), world_size, measures)
+        step(engine, Work(parallel, micro=4), 0)
+        watched = [weakref.ref(parameter) for parameter in engine.module.parameters()]
+        del engine
+        gc.collect()
+        left.append(sum(each() is not None for each in watched))
+    return left
+
+
+def test_the_weights_of_an_engine_that_nobody_holds_are_given_back() -> None:
+    """A hook that knows its parameter keeps it for ever: autograd's references are none that Python's collector sees."""
+    layouts = [ParallelConfig(zero=0), ParallelConfig(zero=1), ParallelConfig(zero=0, tp=2), ParallelConfig(zero=3)]
+    for left in run_ranks(2, left_behind, layouts):
+        assert left == [0] * 8
