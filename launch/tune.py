@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import psutil
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -89,25 +90,31 @@ def _tuned(overrides: Sequence[str], config_dir: str | None, memory: float | Non
         return tune(overrides, memory * GIB, config_dir), memory * GIB
     with GpusHere() as gpus:
         size = gpus.memory()
-        return tune(overrides, size, config_dir, why_swiglu_is_plain=gpus.why_swiglu_is_plain), size
+        free = psutil.virtual_memory().available
+        return tune(overrides, size, config_dir, host=free, why_swiglu_is_plain=gpus.why_swiglu_is_plain), size
 
 
 def table_of(tuned: Tuned) -> Table:
-    """The fastest settings, best first, and the given ones."""
+    """The fastest settings, best first, and the given ones. Sizes are a process's."""
     title = "Fastest first, by prediction"
-    table = Table(
-        right("ZeRO"), right("micro-batches"), "activations", right("planned GiB"), right("speed"), "",
-        title=title, title_justify="left", box=box.SIMPLE,
-    )  # fmt: skip
-    fastest = min(one.seconds for one in tuned.fitting)
     shown = tuned.fitting[:SHOWN]
     if tuned.as_given is not None and tuned.as_given not in shown:
         shown = [*shown, tuned.as_given]
+    # Only where something is offloaded.
+    places = [place for place in ("host", "disk") if any(getattr(one.plan.away, place) for one in shown)]
+    table = Table(
+        right("ZeRO"), right("micro-batches"), "activations", right("planned GiB"),
+        *(right(f"{place} GiB") for place in places), right("speed"), "",
+        title=title, title_justify="left", box=box.SIMPLE,
+    )  # fmt: skip
+    fastest = min(one.seconds for one in tuned.fitting)
     for one in shown:
         zero, micro, activation, budget = one.settings.values()
         remark = "as given" if one is tuned.as_given else ""
-        remark += ", does not fit" if one.bytes > tuned.limit else ""
+        remark += "" if tuned.fits(one) else ", does not fit"
         kept = activation if budget is None else f"{budget:.0%} kept"
-        speed = f"{fastest / one.seconds:.1%}"
-        table.add_row(str(zero), f"{one.plan.job.micro_batches} × {micro}", kept, gib(one.bytes), speed, remark)
+        sizes = [gib(one.bytes), *(gib(getattr(one.plan.away, place)) for place in places)]
+        table.add_row(
+            str(zero), f"{one.plan.job.micro_batches} × {micro}", kept, *sizes, f"{fastest / one.seconds:.1%}", remark
+        )
     return table

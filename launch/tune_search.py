@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
+from ..config import ParallelConfig
 from ..config.compose import Composer, opened
 from ..config.problems import ConfigError, Problem
 from ..parallel.engines import engine_moved
@@ -32,8 +33,6 @@ ALIKE = 0.01
 STEP = 0.05
 """Budgets are multiples of this."""
 TRIES = 3
-FIX = "use more processes, parallel.tp=2 or parallel.offload=cpu"
-
 Settings = Mapping[str, Any]
 
 
@@ -50,6 +49,11 @@ class Candidate:
         """Of the fullest rank, at most at once."""
         return self.plan.bytes
 
+    @property
+    def host(self) -> int:
+        """Bytes of host memory that a process takes for what is offloaded."""
+        return self.plan.away.host
+
 
 @dataclass(frozen=True)
 class Tuned:
@@ -58,7 +62,8 @@ class Tuned:
     given     the settings of the command line and the recipe
     fitting   fastest first
     as_given  the given settings, whether or not they fit; None where they can't run
-    limit     bytes that a plan may take
+    limit     bytes of a GPU that a plan may take
+    host      bytes of host memory that a process may; None where it is not known
     notes     what whoever reads the figures should know
     """
 
@@ -67,7 +72,12 @@ class Tuned:
     fitting: list[Candidate]
     as_given: Candidate | None
     limit: float
+    host: float | None
     notes: list[str]
+
+    def fits(self, candidate: Candidate) -> bool:
+        """On the GPUs, and in host memory as far as that is known."""
+        return _fits(candidate, self.limit, self.host)
 
     def changes(self, candidate: Candidate) -> list[str]:
         """The overrides that turn the given run into a candidate."""
@@ -83,11 +93,13 @@ def tune(
     memory: float,
     config_dir: str | None = None,
     *,
+    host: float | None = None,
     why_swiglu_is_plain: Callable[[], str | None] = _nobody_knows,
 ) -> Tuned:
     """Plan every setting and rank those that fit.
 
     memory               bytes of a GPU
+    host                 bytes of host memory of a machine, which its processes share; None: not known
     why_swiglu_is_plain  asked once, if the answer matters: why the GPUs can't compute it inside its products, None if they can
 
     Raises ConfigError with the problems of the given run if no setting can run, and with the smallest if none fits.
@@ -108,20 +120,67 @@ def tune(
     found = search.all(given, fixed, limit)
     if not found:
         raise search.refusals[tuple(given.values())]
-    fitting = ranked([one for one in found if one.bytes <= limit])
+    local = found[0].plan.layout.world_size // config.launch.nodes  # processes of a machine
+    share = None if host is None else host / local
+    fitting = ranked([one for one in found if _fits(one, limit, share)])
     if not fitting:
-        least = min(found, key=lambda one: one.bytes)
-        message = f"nothing fits: the least, {described(least.settings)}, is planned at {gib(least.bytes)} GiB"
-        allowed = f"a plan may take {gib(max(0.0, limit))} of {gib(memory)} GiB"
-        raise ConfigError([Problem("--memory", f"{message}, and {allowed}", FIX)])
+        raise ConfigError([_too_large(found, limit, memory, share, local)])
     best = fitting[0].plan
     notes += search.notes
+    if share is None and best.away.host + best.away.disk:
+        needs = " and ".join(
+            f"{gib(local * size)} GiB {where}"
+            for size, where in ((best.away.host, "of host memory"), (best.away.disk, "on disk"))
+            if size
+        )
+        notes.append(f"the fastest needs {needs} on each machine, of which --memory says nothing")
     notes += [note for note in best.notes if note.startswith("data")]
     if any(rank.optimizer is None for rank in best.cost.ranks):
         notes.append("what this optimizer keeps is not known before it runs, and not in these figures")
     notes.append("only the order of the predicted speeds means something; within 1 %, what takes less memory comes first")
     as_given = next((one for one in found if one.settings == given), None)
-    return Tuned(config, given, fitting, as_given, limit, notes)
+    return Tuned(config, given, fitting, as_given, limit, share, notes)
+
+
+def _fits(one: Candidate, limit: float, host: float | None) -> bool:
+    return one.bytes <= limit and (host is None or one.host <= host)
+
+
+def _too_large(found: Sequence[Candidate], limit: float, memory: float, host: float | None, local: int) -> Problem:
+    """Why none of these fits, and what to change. host: of a process; local: processes of a machine."""
+    least = min(found, key=lambda one: one.bytes)
+    if least.bytes > limit:
+        message = f"nothing fits: the least, {described(least.settings)}, is planned at {gib(least.bytes)} GiB"
+        allowed = f"a plan may take {gib(max(0.0, limit))} of {gib(memory)} GiB"
+        return Problem("--memory", f"{message}, and {allowed}", _less_gpu(least.plan.parallel))
+    least = min((one for one in found if one.bytes <= limit), key=lambda one: one.host)
+    assert host is not None, "on the GPU it fits"
+    message = f"nothing fits into host memory: {described(least.settings)} takes {gib(local * least.host)} GiB on each machine"
+    parallel = least.plan.parallel
+    ways = ["use more machines"]
+    if parallel.offload != "nvme":
+        engine = "" if parallel.engine == "deepspeed" else "parallel.engine=deepspeed "
+        ways.append(f"{engine}parallel.zero=3 parallel.offload=nvme")
+    if parallel.offload_weights != "none":
+        ways.append("parallel.offload_weights=none")
+    fix = ", or ".join(ways)
+    return Problem("parallel.offload", f"{message}, and {gib(local * host)} GiB are free here", fix)
+
+
+def _less_gpu(parallel: ParallelConfig) -> str:
+    """What lets a run of this engine do with smaller GPUs, besides what was tried."""
+    ways = ["more processes"]
+    if parallel.engine == "deepspeed":
+        if parallel.offload == "none":
+            ways += ["parallel.offload=cpu", "parallel.engine=torch parallel.tp=2"]
+        elif parallel.offload_weights == "none":
+            ways.append("parallel.zero=3 parallel.offload_weights=cpu")
+    else:
+        if parallel.offload == "none":
+            ways.append(f"parallel.tp={2 * parallel.tp}")
+        if parallel.offload == "none" and max(parallel.tp, parallel.pp, parallel.cp) == 1:
+            ways.append("parallel.offload=cpu")
+    return f"use {' or '.join([', '.join(ways[:-1]), ways[-1]] if len(ways) > 1 else ways)}"
 
 
 def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:

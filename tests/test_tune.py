@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import os
 import shlex
@@ -27,7 +26,7 @@ from meshloom.launch.plan_tables import GIB
 from meshloom.launch.tune_measure import Trial, common_overrides, measure, reason, trial_samples
 from meshloom.launch.tune_search import BUDGET, RESERVE, SHARE, Tuned, tune
 from meshloom.parallel.engines import engine_moved
-from meshloom.parallel.speed import DISK, HOST_UPDATE, UPDATE, Traffic, step_seconds, torch_moved
+from meshloom.parallel.speed import UPDATE, Traffic, step_seconds, torch_moved
 
 LLAMA = ["recipe=llama_1b", "batch.samples=8"]
 SMALL = ["recipe=llama_1b", "model.layers=2"]
@@ -40,8 +39,6 @@ TINY = [
     "model.vocabulary=64",
     "batch.samples=8",
 ]
-
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs meshloom[deepspeed]")
 
 
 def held(plan: Plan) -> int:
@@ -167,43 +164,6 @@ def test_bytes_that_travel() -> None:
     assert traffic.between == pytest.approx(4 * (2 * 2 + 4) * parameters / 2, rel=1e-3)
     alone = make_plan(["recipe=llama_1b", "batch.samples=4", "launch.nproc=1"])
     assert torch_moved(alone.cost.ranks[0], alone.parallel, alone.layout, alone.job) == Traffic(0, 0, UPDATE * parameters)
-
-
-@needs_deepspeed
-def test_bytes_that_travel_under_deepspeed() -> None:
-    """Of two ranks and 4 micro-batches: an all-reduce of fp32 gradients sends 4 bytes a parameter, a scatter 2, a gather 1."""
-    words = [*LLAMA, "launch.nproc=2", "batch.micro=1", "parallel.engine=deepspeed"]
-    parameters = 1_498_482_688
-    for zero, sent in ((1, 4 + 1), (2, 4 * 4 + 1), (3, 4 * (1 + 1 + 2))):
-        plan = make_plan([*words, f"parallel.zero={zero}"])
-        traffic = engine_moved(plan.parallel)(plan.cost.ranks[0], plan.parallel, plan.layout, plan.job)
-        assert traffic.between == pytest.approx(sent * parameters, rel=1e-3), zero
-    near = "parallel.deepspeed.config.zero_optimization.zero_hpz_partition_size=2"
-    plan = make_plan([*LLAMA, "launch.nproc=4", "batch.micro=1", "parallel.engine=deepspeed", "parallel.zero=3", near])
-    traffic = engine_moved(plan.parallel)(plan.cost.ranks[0], plan.parallel, plan.layout, plan.job)
-    assert traffic.between == pytest.approx(2 * (2 * 3 / 4 + 2 * 1 / 2 + 4 * 3 / 4) * parameters, rel=1e-3)
-
-
-@needs_deepspeed
-def test_deepspeed_is_predicted_as_it_was_measured() -> None:
-    """Llama 1B, compiled, on one H200, tokens/s beside the torch engine's."""
-    for zero, ratio in ((1, 57_508 / 59_625), (3, 56_155 / 58_783)):
-        words = ["batch.samples=4", "launch.nproc=1", f"parallel.zero={zero}"]
-        predicted = tokens_per_second(*words, "parallel.engine=deepspeed") / tokens_per_second(*words)
-        assert predicted == pytest.approx(ratio, abs=0.03) and predicted < 1
-
-
-@needs_deepspeed
-def test_an_update_takes_as_long_as_what_holds_the_state() -> None:
-    """Offloaded it runs at the host's bandwidth, and on disk it waits for the disk besides."""
-    words = ["recipe=llama_1b", "launch.nproc=1", "batch.samples=4", "parallel.engine=deepspeed", "parallel.zero=3"]
-    host = make_plan([*words, "parallel.offload=cpu"])
-    disk = make_plan([*words, "parallel.offload=nvme", "parallel.offload_path=/fast"])
-    parameters = 1_498_482_688
-    assert seconds(host) > 28 * parameters / HOST_UPDATE + (host.away.to_host + host.away.from_host) / 27e9
-    assert seconds(disk) - seconds(host) == pytest.approx(2 * 16 * parameters / DISK, rel=0.01)
-    torch_host = make_plan([*words[:-2], "parallel.zero=3", "parallel.offload=cpu"])
-    assert seconds(torch_host) > 28 * parameters / HOST_UPDATE
 
 
 def test_illegal_sizes_are_passed_by() -> None:
