@@ -317,7 +317,7 @@ def test_a_missing_library_is_a_problem_with_a_remedy(
     monkeypatch.chdir(tmp_path)
     for name in ("a.parquet", "a.jsonl.zst"):
         (tmp_path / name).write_bytes(b"")
-    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+    for name in [module, *(name for name in sys.modules if name.split(".")[0] == module)]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr("meshloom.data.records.find_spec", lambda name: None)
     (problem,) = source.problems("data")
