@@ -271,7 +271,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         after = next((f"{row['billions']} B: {row['why'][:60]}" for row in mine if not row["trained"]), "not tried")
         if not trained:
             said = " | ".join(f"{mine[0][f'said_{place}_gib']} / –" for place in PLACES)
-            lines.append(f"| {level} | {mine[0]['billions']} B, untrained | {said} | – | {after} |")
+            lines.append(f"| {level} | {mine[0]['billions']} B, untrained | {said} | – | {mine[0]['why'][:60]} |")
             continue
         best = trained[-1]
         pairs = " | ".join(f"{best[f'said_{place}_gib']} / {best[f'{place}_gib']}" for place in PLACES)

@@ -247,6 +247,17 @@ class Holds(Rows):
                 p.data -= p.grad.view(self.shapes[p])
 
 
+class Twofold(Rows):
+    """Elementwise, with both of its moments in one tensor."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                both = self.state[p].setdefault("both", torch.zeros(2, *p.shape))
+                both += torch.stack([p.grad, p.grad**2])
+                p.data -= group["lr"] * both[0]
+
+
 def test_elementwise_optimizers_pass_and_others_are_refused() -> None:
     assert updates_elementwise(adamw)
     assert updates_elementwise(lambda p, s: torch.optim.SGD([{"params": [q.tensor for q in p]}], lr=0.1, momentum=0.9))
@@ -254,6 +265,7 @@ def test_elementwise_optimizers_pass_and_others_are_refused() -> None:
     assert "neighbours" in str(optimizer_problems(Rows)[0])
     assert "asks for sums" in str(optimizer_problems(Asks)[0])
     assert "fails on flat pieces" in str(optimizer_problems(Holds)[0])
+    assert "state of another shape" in str(optimizer_problems(Twofold)[0])
 
 
 def test_cpu_adam_is_for_adamw_only() -> None:

@@ -120,3 +120,18 @@ def test_the_way_out_is_one_that_deepspeed_takes() -> None:
     tuned = tune([*SMALL, *words, *nvme], 80 * GIB)
     assert "on disk on each machine" in " ".join(tuned.notes)
     assert any(column.header == "disk GiB" for column in table_of(tuned).columns)
+
+
+@needs_deepspeed
+def test_one_rank_of_deepspeed_has_stages_that_differ() -> None:
+    words = [
+        *SMALL,
+        "launch.nproc=1",
+        "batch.samples=4",
+        "batch.micro=4",
+        "trainer.activation=full",
+        "parallel.engine=deepspeed",
+    ]
+    tuned = tune(words, 80 * GIB)
+    assert {one.settings["parallel.zero"] for one in tuned.fitting} == {1, 2, 3}
+    assert len({one.bytes for one in tuned.fitting}) == 3

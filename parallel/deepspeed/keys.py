@@ -122,7 +122,6 @@ SWITCHES = (
     "comms_logger.prof_all",
     "comms_logger.verbose",
     "csv_monitor.enabled",
-    "disable_allgather",
     "disable_python_gc",
     "dump_state",
     "flops_profiler.detailed",

@@ -110,6 +110,10 @@ def updates_elementwise(make_optimizer: OptimizerFactory) -> bool:
             for piece, part in zip(flat, gradient.split([len(p) for p in flat]), strict=True):
                 piece.grad = part.clone()
         optimizer.step()
+    held = ((piece, value) for piece, state in optimizer.state.items() for value in state.values())
+    if any(torch.is_tensor(value) and value.dim() and value.shape != piece.shape for piece, value in held):
+        why = "this optimizer keeps state of another shape than the weight's, for which a checkpoint has no place"
+        raise ConfigError([Problem("optim", why, "use one that keeps tensors of the weight's shape, as adamw does")])
     for flat, indices in zip(flats, members, strict=True):
         expected = torch.cat([whole[i].tensor.detach().flatten() for i in indices])
         if not torch.equal(torch.cat([piece.detach() for piece in flat]), expected):
