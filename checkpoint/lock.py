@@ -23,14 +23,14 @@ class FolderLock:
     a file server needs to notice that a node is gone).
     """
 
-    def __init__(self, folder: Path, doing: str = "saving") -> None:
-        """doing: what the run that has the folder does into it, for the message."""
-        self._folder = folder.resolve()
+    def __init__(self, folder: Path, name: str = LOCK, doing: str = "saving") -> None:
+        """name: of the file that is locked; doing: what the run that has the folder does into it, for the message."""
+        self._path = folder.resolve() / name
         problem = f"{folder}: another run is {doing} into this folder"
         fix = "stop it, or give this one its own output_dir"
-        if self._folder in _locked:
+        if self._path in _locked:
             raise CheckpointError(f"{problem} (in this very process); {fix}")
-        self._file: int | None = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._file: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
@@ -45,11 +45,11 @@ class FolderLock:
         with contextlib.suppress(OSError):  # a full disk: who holds the lock can't be told then, but it is held
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, f"{socket.gethostname()} process {os.getpid()}".encode(), 0)
-        _locked.add(self._folder)
+        _locked.add(self._path)
 
     def release(self) -> None:
         """Let another run have the folder. May be called twice."""
         if self._file is not None:
-            _locked.discard(self._folder)
+            _locked.discard(self._path)
             os.close(self._file)
             self._file = None

@@ -17,7 +17,7 @@ from meshloom.checkpoint.lock import FolderLock
 from meshloom.config.compose import Composer
 from meshloom.config.problems import ConfigError
 from meshloom.trainer.resume import effective, lies_in
-from meshloom.trainer.run import run
+from meshloom.trainer.run import RUN_LOCK, run
 from ranks import run_ranks
 
 SYNTHETIC = ["data=synthetic", "data.vocabulary=61", "data.seq_len=16", "data.validation_samples=12"]
@@ -160,7 +160,7 @@ def test_a_folder_belongs_to_one_run_at_a_time_whether_it_saves_or_not(tmp_path:
     elsewhere = f"checkpoint.folder={tmp_path / 'checkpoints'}"
     go(1, folder, "trainer.steps=2", elsewhere)
     before = (folder / "metrics.jsonl").read_bytes()
-    live = FolderLock(folder)
+    live = FolderLock(folder, RUN_LOCK)
     words = [f"output_dir={folder}", "trainer.steps=3", elsewhere, saving]
     one, other = run_ranks(2, refused, words)
     assert "output_dir" in one and "another run is writing into this folder" in one and not other
@@ -168,6 +168,13 @@ def test_a_folder_belongs_to_one_run_at_a_time_whether_it_saves_or_not(tmp_path:
     live.release()
     go(2, folder, *words[1:])
     assert list(rows(folder, "loss")) == [1, 2, 3]
+
+
+def test_checkpoints_may_lie_in_the_runs_own_folder(tmp_path: Path) -> None:
+    own = f"checkpoint.folder={tmp_path}"
+    go(1, tmp_path, "trainer.steps=2", own)
+    go(1, tmp_path, "trainer.steps=3", "resume=auto", own)
+    assert list(rows(tmp_path, "loss")) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -314,7 +321,7 @@ def test_rows_of_a_finished_run_that_still_wait_are_written_by_the_next(
     assert "rows could not be written: No space left on device" in str(said)
     assert rows(tmp_path, "loss") == {}
     monkeypatch.undo()
-    go(1, tmp_path, "trainer.steps=3", "resume=auto")
+    go(1, tmp_path, "trainer.steps=3", "resume=auto", own)
     assert sorted(rows(tmp_path, "loss")) == [1, 2, 3] and 3 in rows(tmp_path, "eval_loss")
 
 

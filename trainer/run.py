@@ -26,6 +26,8 @@ from .validate import run_problems
 
 log = logging.getLogger(__name__)
 
+RUN_LOCK = ".run.lock"  # checkpoints, which have a lock of their own, may lie in the same folder
+
 
 def run(config: DictConfig, overrides: Sequence[str] = (), stop: StopRequest | None = None) -> int:
     """Train as `config` says, on the processes that this one was started among. Returns the exit code.
@@ -155,7 +157,7 @@ def _claim(output_dir: Path) -> FolderLock:
     """Make the run's folder and take it for this run alone. Raises ConfigError."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        return FolderLock(output_dir, "writing")
+        return FolderLock(output_dir, RUN_LOCK, "writing")
     except OSError as error:
         message = f"'{output_dir}' can't be written to: {error.strerror}"
         raise ConfigError([Problem("output_dir", message, "give a folder to write to")]) from error
