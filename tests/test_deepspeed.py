@@ -166,6 +166,12 @@ def leg(
 
 ROUTES = {
     "across stages": [(2, ds(1)), (3, ds(3)), (1, ds(0)), (2, ds(2)), (2, ds(3, offload="cpu")), (2, ds(1, offload="cpu"))],
+    "through a second copy of the weights": [
+        (2, ds(1)),
+        (4, zeros(3, zero_hpz_partition_size=2)),
+        (2, zeros(3, stage3_param_persistence_threshold=500)),
+        (1, ds(3, offload="cpu", offload_weights="cpu")),
+    ],
     "across engines": [
         (4, ParallelConfig(zero=3)),
         (2, ds(1)),
@@ -283,10 +289,11 @@ def evaluated(rank: int, world_size: int, work: Work) -> tuple[float, float, flo
     return float(loss.mean), float(loss.tokens), step(engine, work, work.steps)[0]
 
 
-def test_evaluation_between_steps() -> None:
+@pytest.mark.parametrize(("ranks", "parallel"), [(2, ds(3)), (4, zeros(3, zero_hpz_partition_size=2))])
+def test_evaluation_between_steps(ranks: int, parallel: ParallelConfig) -> None:
     work = Work(precision="fp32", steps=2)
-    expected = run_ranks(2, evaluated, replace(work, parallel=ParallelConfig(zero=3)))[0]
-    for found in run_ranks(2, evaluated, replace(work, parallel=ds(3))):
+    expected = run_ranks(ranks, evaluated, replace(work, parallel=ParallelConfig(zero=3)))[0]
+    for found in run_ranks(ranks, evaluated, replace(work, parallel=parallel)):
         assert found == pytest.approx(expected, rel=TOLERANCE)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,34 @@ def test_what_stays_gathered_in_a_step_is_in_the_account(ranks: int, keys: dict[
     (parallel, cost), (_, without) = of(keys), of({})
     second, gathered = run_ranks(ranks, kept_in_step, Work(parallel, precision="bf16", model=deep, micro=2))[0]
     assert (cost.weights - without.weights, cost.gathered - without.gathered) == (second, gathered)
+
+
+def most_gradient(rank: int, world_size: int, work: Work) -> int:
+    """Bytes of parameters' gradients that lie beside them when they are to be reduced."""
+    engine: Any = build(work, world_size)
+    inner, found = engine._engine, [0]
+    reduce = inner.allreduce_gradients
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        kept = [(p.grad, getattr(p, "grad_accum", None)) for p in inner.module.parameters()]
+        found.append(sum(tensor.nbytes for both in kept for tensor in both if tensor is not None))
+        return reduce(*arguments, **settings)
+
+    inner.allreduce_gradients = watched
+    step(engine, work, 0)
+    return max(found)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_zero_1_adds_gradients_up_whole_on_the_gpu_though_it_offloads(precision: str) -> None:
+    pytest.importorskip("deepspeed", reason="needs the extra: pip install 'meshloom[deepspeed]'")
+    keys = DeepSpeedConfig(config={"zero_optimization": SMALL})
+    parallel = ParallelConfig(engine="deepspeed", zero=1, offload="cpu", deepspeed=keys)
+    count, cost, _ = account(parallel, precision, 2, 2)
+    found = run_ranks(2, most_gradient, Work(parallel, precision=precision, model=MODEL, micro=2))[0]
+    assert found == 4 * count
+    share, unit = (2 * count, 2) if precision == "bf16" else (0, 4)  # the reduced share, before it goes to the host
+    assert cost.gradients == pytest.approx(found + share + 4 * SMALL["reduce_bucket_size"] + unit * LARGEST, rel=1e-3)
 
 
 def test_buffers_are_counted_as_they_are_asked_for() -> None:
