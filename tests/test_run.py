@@ -321,7 +321,7 @@ def test_rows_of_a_finished_run_that_still_wait_are_written_by_the_next(
     assert "rows could not be written: No space left on device" in str(said)
     assert rows(tmp_path, "loss") == {}
     monkeypatch.undo()
-    go(1, tmp_path, "trainer.steps=3", "resume=auto", own)
+    go(1, tmp_path, "trainer.steps=3", "resume=auto")
     assert sorted(rows(tmp_path, "loss")) == [1, 2, 3] and 3 in rows(tmp_path, "eval_loss")
 
 
