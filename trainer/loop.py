@@ -193,8 +193,10 @@ class Loop:
         """Model FLOPs utilisation and peak memory, where there is a GPU whose peak is known."""
         if self.mesh.device.type != "cuda":
             return {}
-        held = (torch.cuda.max_memory_allocated(self.mesh.device), torch.cuda.max_memory_reserved(self.mesh.device))
-        numbers = dict(zip(("memory_gib", "memory_reserved_gib"), (size / 2**30 for size in held), strict=True))
+        numbers = {
+            "memory_gib": torch.cuda.max_memory_allocated(self.mesh.device) / 2**30,
+            "memory_reserved_gib": torch.cuda.max_memory_reserved(self.mesh.device) / 2**30,
+        }
         peak = peak_flops(torch.cuda.get_device_name(self.mesh.device))
         if peak:
             numbers["mfu"] = self.flops_per_token * tokens_per_second / (peak * self.mesh.layout.world_size)
