@@ -149,7 +149,8 @@ class LocalTarget:
         fault = ""
         for folder in list(self._leftovers):
             try:
-                delete_folder(folder, boundary)
+                with contextlib.suppress(FileNotFoundError):  # somebody else has deleted it
+                    delete_folder(folder, boundary)
                 self._leftovers.remove(folder)
             except OSError as error:
                 fault = str(error)

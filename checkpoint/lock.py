@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import logging
 import os
 import socket
 import time
 from pathlib import Path
 
 from .errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 LOCK_SECONDS = 120.0
@@ -20,7 +24,7 @@ class FolderLock:
     """A folder, taken for this process until `release`. A POSIX record lock: it ends with the process and works over NFS.
 
     Raises CheckpointError at once if another process of this machine holds it, and after two minutes otherwise (the time
-    a file server needs to notice that a node is gone).
+    a file server needs to notice that a node is gone). Where the file system has no locks it warns, and holds nothing.
     """
 
     def __init__(self, folder: Path, name: str = LOCK, doing: str = "saving") -> None:
@@ -37,6 +41,11 @@ class FolderLock:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    log.warning(
+                        "%s: this file system has no locks (%s); see to it that no other run uses the folder", folder, error
+                    )
+                    break
                 holder = os.pread(self._file, 200, 0).decode(errors="replace").strip()
                 if holder.startswith(f"{socket.gethostname()} ") or time.monotonic() > deadline:
                     os.close(self._file)

@@ -144,7 +144,7 @@ def plan_of(config: DictConfig, known: Sequence[Problem] = (), *, fused: bool = 
         precision=config.precision,
         policies=policies,
         compiled=parts.trainer.compile,
-        fused=fused and why_swiglu_is_plain(parts.parallel, settings, policies) is None,
+        fused=fused and why_swiglu_is_plain(model, parts.parallel, settings, policies) is None,
     )
     cost = layout_cost(model, parts.parallel, layout, job, optimizer_factory(config))
     ranks, away = zip(*(engine_cost(rank, model, parts.parallel, layout, job) for rank in cost.ranks), strict=True)

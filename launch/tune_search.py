@@ -255,8 +255,8 @@ class _Search:
         model = max(1, parallel.pp * parallel.cp * parallel.tp)
         data = max(1, planned_processes(self._config) // model)
         zero, micro, activation, budget = given.values()
-        # Through a pipeline all stages are the same, and so they are on a single rank, but for DeepSpeed.
-        alone = data * parallel.cp == 1 and parallel.engine != "deepspeed"
+        # Through a pipeline all stages are the same, and so they are on one rank of the torch engine that offloads nothing.
+        alone = data * parallel.cp == 1 and parallel.engine != "deepspeed" and parallel.offload == "none"
         alike = "parallel.zero" in fixed or parallel.pp > 1 or alone
         micros = [micro] if "batch.micro" in fixed else divisors(self._config.batch.samples // data)
         found = {tuple(given.values()): self.planned(given)}

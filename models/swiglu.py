@@ -80,9 +80,15 @@ def _tile() -> Any:
     )
 
 
+def widths_fit(dim: int, ffn_dim: int) -> bool:
+    """Whether the kernels take a model of these widths."""
+    return dim % _UNIT == 0 and ffn_dim % _UNIT == 0
+
+
 def fits(x: torch.Tensor, w1_FD: torch.Tensor) -> bool:
     """Whether the kernels take this input and the widths of this weight."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and all(width % _UNIT == 0 for width in w1_FD.shape)
+    ffn_dim, dim = w1_FD.shape
+    return x.is_cuda and x.dtype == torch.bfloat16 and widths_fit(dim, ffn_dim)
 
 
 def feed_forward(x_TD: torch.Tensor, w1_FD: torch.Tensor, w3_FD: torch.Tensor, w2_DF: torch.Tensor) -> torch.Tensor:

@@ -34,14 +34,14 @@ def own_stages(model: Llama, plan: StagePlan, rank: int) -> dict[int, Llama]:
     }
 
 
-def fuses_swiglu(mesh: Mesh, parallel: ParallelConfig, settings: EngineSettings, policies: Sequence[str]) -> bool:
+def fuses_swiglu(model: Llama, mesh: Mesh, parallel: ParallelConfig, settings: EngineSettings, policies: Sequence[str]) -> bool:
     """Whether blocks compute SwiGLU inside the products around it: on all ranks or on none. Every rank must ask.
 
     policies: the activation policy of every block of the whole model.
     """
     if mesh.device.type != "cuda":
         return False
-    reason = why_swiglu_is_plain(parallel, settings, policies)
+    reason = why_swiglu_is_plain(model, parallel, settings, policies)
     if reason is None:
         mine = swiglu.why_not(mesh.device)
         if mine is not None and not mesh.is_main:

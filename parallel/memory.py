@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from ..config.parallel import ParallelConfig
+from ..models import swiglu
 from ..models.llama import Llama
 from ..models.loss import CHUNK
 from ..optim.parameters import NamedParameter, OnePass, Unsharded
@@ -105,7 +106,9 @@ def optimizer_bytes(make: OptimizerFactory, own: Sequence[Piece], model: Llama, 
     return size, isinstance(optimizer, OnePass)
 
 
-def why_swiglu_is_plain(parallel: ParallelConfig, settings: EngineSettings, policies: Sequence[str]) -> str | None:
+def why_swiglu_is_plain(
+    model: Llama, parallel: ParallelConfig, settings: EngineSettings, policies: Sequence[str]
+) -> str | None:
     """Why no block computes SwiGLU inside the products around it (`models/swiglu.py`), on whatever GPU; None if some may."""
     if parallel.engine != "torch":
         return "DeepSpeed runs the blocks as they are"
@@ -119,6 +122,8 @@ def why_swiglu_is_plain(parallel: ParallelConfig, settings: EngineSettings, poli
         return "trainer.float8 computes its products"
     if all(policy == "selective" for policy in policies):
         return "trainer.activation=selective keeps one of them"
+    if not swiglu.widths_fit(model.dim, model.ffn_dim):
+        return f"its kernels don't take widths of {model.dim} and {model.ffn_dim}"
     return None
 
 
@@ -146,8 +151,8 @@ def block_bytes(model: Llama, job: Job, parallel: ParallelConfig, policy: str) -
     elif policy == "selective":
         per_token = unit * (stream + heads + model.dim + model.ffn_dim / tp) + exact * model.heads / tp
     else:
-        swiglu = 2 if job.fused else 3 if job.compiled else 4
-        per_token = unit * (2 * stream + 2 * model.dim + heads + swiglu * model.ffn_dim / tp) + statistics
+        wide = 2 if job.fused else 3 if job.compiled else 4
+        per_token = unit * (2 * stream + 2 * model.dim + heads + wide * model.ffn_dim / tp) + statistics
     return round(tokens * per_token)
 
 

@@ -56,7 +56,7 @@ class TorchEngine:
         self._stages = own_stages(model, plan, mesh.coordinates["pp"])
         self._context = ContextParallel(mesh, parallel.cp_kind) if mesh.layout.cp > 1 else None
         self._zero = ZeroGroups(mesh, parallel, settings.compute) if uses_fsdp(parallel, mesh.layout) else None
-        fuse = fuses_swiglu(mesh, parallel, settings, policies)
+        fuse = fuses_swiglu(model, mesh, parallel, settings, policies)
         for stage in self._stages.values():
             apply_forms(stage, policies, mesh, self._context, parallel, settings, fuse_swiglu=fuse)
             self._give_storage(stage)

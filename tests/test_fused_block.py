@@ -70,6 +70,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(swiglu, "_package", lambda: package)
     monkeypatch.setattr(swiglu, "_tile", lambda: None)
     monkeypatch.setattr(swiglu, "fits", lambda *_: True)
+    monkeypatch.setattr(swiglu, "widths_fit", lambda *_: True)
     monkeypatch.setattr(norm, "fits", lambda *_: True)
     kernels = SimpleNamespace(norm_backward_rows=noted(norm_backward_rows))
     monkeypatch.setitem(sys.modules, "meshloom.models.block_kernels", kernels)
@@ -207,7 +208,7 @@ def test_where_blocks_may_be_fused(
     )
     built = model()
     settings = EngineSettings(seed=0, **{"precision": "bf16", **change})  # type: ignore[arg-type]
-    fuse = assembly.fuses_swiglu(mesh, parallel, settings, [policy] * 2)
+    fuse = assembly.fuses_swiglu(built, mesh, parallel, settings, [policy] * 2)
     assembly.apply_forms(built, [policy] * 2, mesh, None, parallel, settings, fuse_swiglu=fuse)
     for block in built.layers.values():
         assert isinstance(block, Block)
@@ -218,18 +219,18 @@ def test_where_blocks_may_be_fused(
 def test_what_one_rank_can_not_no_rank_does(
     rank: int, own: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="meshloom")
     monkeypatch.setattr(swiglu, "why_not", lambda _: own)
     mesh: Any = SimpleNamespace(device=torch.device("cuda"), rank=rank, is_main=rank == 0, any=lambda _: True)
     settings = EngineSettings(seed=0, precision="bf16")
-    assert not assembly.fuses_swiglu(mesh, ParallelConfig(), settings, ["none"])
+    assert not assembly.fuses_swiglu(model(), mesh, ParallelConfig(), settings, ["none"])
     assert (own or "another rank can't") in caplog.text and ("rank 1" in caplog.text) is (rank == 1)
 
 
 def test_deepspeed_runs_blocks_as_they_are() -> None:
     settings = EngineSettings(seed=0, precision="bf16")
     for engine, plain in (("torch", False), ("deepspeed", True)):
-        assert (why_swiglu_is_plain(ParallelConfig(engine=engine), settings, ["none"]) is not None) is plain
+        assert (why_swiglu_is_plain(model(), ParallelConfig(engine=engine), settings, ["none"]) is not None) is plain
 
 
 @pytest.mark.parametrize("wrong", [False, True])

@@ -63,6 +63,7 @@ def test_says_what_swiglu_inside_its_products_spares_where_a_run_can_have_it(cap
         ([], True),
         (["trainer.activation=full"], False),  # nothing is kept that could be spared
         (["trainer.activation=selective"], False),
+        (["model.ffn_dim=8200"], False),
         (["precision=fp32", "trainer.compile=false"], False),
         (["parallel.tp=2", "launch.nproc=2"], False),
         (["parallel.pp=2", "launch.nproc=2", "parallel.schedule=zb", "trainer.compile=false"], False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_run import body
@@ -25,6 +26,28 @@ def finished(rank: int, world_size: int, folder: str, *overrides: str) -> tuple[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchEngine, "finish", finish)
         return body(rank, world_size, [f"output_dir={folder}", "parallel.zero=1", *overrides]), counts
+
+
+def diverged(rank: int, world_size: int, folder: str) -> list[int]:
+    """How many gatherings are under way when a run has ended of a loss that is no number."""
+    engines: list[TorchEngine] = []
+    make = TorchEngine.__init__
+
+    def keep(engine: TorchEngine, *rest: Any) -> None:
+        make(engine, *rest)
+        engines.append(engine)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchEngine, "__init__", keep)
+        words = ["parallel.zero=1", "trainer.steps=6", "checkpoint.every=0", "trainer.eval_every=0", "optim.lr=1e300"]
+        assert body(rank, world_size, [f"output_dir={folder}", *words, "trainer.max_grad_norm=null"]) == 1
+    assert engines[0]._masters is not None
+    return [len(group.gathering) for group in engines[0]._masters._groups]
+
+
+def test_nothing_is_under_way_behind_a_run_that_diverged(tmp_path: Path) -> None:
+    for under_way in run_ranks(2, diverged, str(tmp_path)):
+        assert under_way and not any(under_way)
 
 
 @pytest.mark.parametrize("last", ["trainer.eval_every=0", "trainer.eval_every=2"])

@@ -107,7 +107,8 @@ def _trained(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | 
             _warn_of_repetition(current)
         with stop:
             reached = _looped(current, stop)
-        stop.obeyed = current.loop.stopping
+        # Of a signal that came too late for a step to hear it the run is over all the same; a sweep shall be.
+        stop.obeyed = mesh.any(stop.requested) or current.loop.stopping
         if reached:
             for hook in current.loop.hooks:
                 hook.on_run_end(current.loop, output_dir)
@@ -126,6 +127,7 @@ def _looped(current: Run, stop: StopRequest) -> bool:
     except TrainingDiverged:  # on all processes at the same step: they can still finish a save together
         if current.saving is not None:
             current.saving.settle(current.loop)
+        current.loop.engine.finish()
         raise
     if current.saving is not None:
         current.saving.finish(current.loop)

@@ -205,6 +205,7 @@ def _asked(group: str, question: Callable[[], Iterable[Problem]]) -> list[Proble
         reason = next(iter(str(cause).splitlines()), type(cause).__name__)
         return [Problem(group, f"can't be built: {reason}", f"check {group}._target_ and the keys of its node")]
     except OSError as error:  # a file that a key names and that can't even be looked for
-        return [Problem(group, f"{error.filename}: {error.strerror}", f"check the keys of {group}")]
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error) or type(error).__name__
+        return [Problem(group, reason, f"check the keys of {group}")]
     except (ImportError, TypeError, ValueError, KeyError, OmegaConfBaseException) as error:
         return [Problem(group, f"can't be built: {error}", f"check the keys of {group}")]

@@ -273,8 +273,11 @@ def _make_again(recovery: Recovery, slot: int, group: dict[str, Any], folder: Pa
     size = next((int(file["bytes"]) for file in manifest["files"] if file["name"] == name), 0)
     arena = Arena(size, pin=False)
     image = arena.image(size)
-    links = {member: Connection(recovery.holders[member][0], timeout) for member in members if member != slot}
+    links: dict[int, Connection] = {}
     try:
+        for member in members:
+            if member != slot:
+                links[member] = Connection(recovery.holders[member][0], timeout)
         for stripe, keeper in enumerate(members):
             if stripe == me:
                 continue
