@@ -66,8 +66,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config-dir", help="folder of further recipes")
     arguments = parser.parse_intermixed_args(list(argv))
     try:
-        plan = make_plan(arguments.overrides, arguments.config_dir)
-        fused = make_plan(arguments.overrides, arguments.config_dir, fused=True)
+        composition = Composer(arguments.config_dir).compose(arguments.overrides)
+        plan = plan_of(composition.config, composition.problems)
         if arguments.draw_pipeline is not None and plan.cost.timeline is None:
             fix = "set parallel.pp to 2 or more, or leave --draw-pipeline out"
             raise ConfigError([Problem("--draw-pipeline", "there is no pipeline with parallel.pp=1", fix)])
@@ -80,11 +80,9 @@ def main(argv: Sequence[str]) -> int:
     for table in plan_tables(plan.parallel, plan.layout, plan.job, plan.cost, plan.samples):
         console.print(table)
     notes = list(plan.notes)
-    if fused.bytes < plan.bytes:
-        less = gib(plan.bytes - fused.bytes)
-        notes.append(
-            f"{less} GiB less where SwiGLU is computed inside its products: Hopper GPUs, pip install 'meshloom[flash4]'"
-        )
+    if spared := spared_by_fusing(plan, composition.config):
+        where = "where SwiGLU is computed inside its products: Hopper GPUs, pip install 'meshloom[flash4]'"
+        notes.append(f"{gib(spared)} GiB less {where}")
     for note in notes:
         console.print(f"· {note}", style="dim", highlight=False, markup=False)
     if arguments.draw_pipeline is not None:
@@ -99,13 +97,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def make_plan(overrides: Sequence[str], config_dir: str | None = None, *, fused: bool = False) -> Plan:
+def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
     """The plan of a run. Raises ConfigError with everything that keeps it from running.
 
-    Data that are not on this machine do not matter here: they become a note. fused: as in `plan_of`.
+    Data that are not on this machine do not matter here: they become a note.
     """
     composition = Composer(config_dir).compose(overrides)
-    return plan_of(composition.config, composition.problems, fused=fused)
+    return plan_of(composition.config, composition.problems)
 
 
 def plan_of(config: DictConfig, known: Sequence[Problem] = (), *, fused: bool = False) -> Plan:
@@ -146,16 +144,31 @@ def plan_of(config: DictConfig, known: Sequence[Problem] = (), *, fused: bool = 
         compiled=parts.trainer.compile,
         fused=fused and why_swiglu_is_plain(model, parts.parallel, settings, policies) is None,
     )
-    cost = layout_cost(model, parts.parallel, layout, job, optimizer_factory(config))
-    ranks, away = zip(*(engine_cost(rank, model, parts.parallel, layout, job) for rank in cost.ranks), strict=True)
-    cost = replace(cost, ranks=list(ranks))
-    notes += describe(away[0])  # a pipeline offloads nothing, so its ranks do not differ in it
+    cost, away = _costs(config, model, parts.parallel, layout, job)
+    notes += describe(away)
     notes += [
         "weights, gradients and optimizer state are exact; activations and working memory are estimates, and what CUDA,"
         " NCCL and the allocator take is not in them",
         *_caveats(parts.parallel),
     ]
-    return Plan(model, parts.parallel, layout, job, cost, away[0], config.batch.samples, notes)
+    return Plan(model, parts.parallel, layout, job, cost, away, config.batch.samples, notes)
+
+
+def _costs(
+    config: DictConfig, model: Llama, parallel: ParallelConfig, layout: Layout, job: Job
+) -> tuple[LayoutCost, OffloadAccount]:
+    """What every rank's GPU holds, and what the first rank keeps away: a pipeline offloads nothing, so others do not differ."""
+    cost = layout_cost(model, parallel, layout, job, optimizer_factory(config))
+    ranks, away = zip(*(engine_cost(rank, model, parallel, layout, job) for rank in cost.ranks), strict=True)
+    return replace(cost, ranks=list(ranks)), away[0]
+
+
+def spared_by_fusing(plan: Plan, config: DictConfig) -> int:
+    """Bytes of the fullest rank that a plan of plain SwiGLU would not take on GPUs that compute it inside its products."""
+    if why_swiglu_is_plain(plan.model, plan.parallel, engine_settings(config), plan.job.policies) is not None:
+        return 0
+    cost, _ = _costs(config, plan.model, plan.parallel, plan.layout, replace(plan.job, fused=True))
+    return plan.bytes - replace(plan, cost=cost).bytes
 
 
 def planned_processes(config: DictConfig) -> int:
