@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from meshloom.checkpoint import faults
+from meshloom.checkpoint.memory.keeper import dismiss, registered
 
 torch.set_num_threads(1)
 
@@ -23,3 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def nothing_left(tmp_path: Path) -> Iterator[None]:
+    """No fault stays installed, and no keeper of a run in the test's folder stays alive."""
+    yield
+    faults.install(None)
+    for entry, address in registered(tmp_path).items():
+        dismiss(entry, address)

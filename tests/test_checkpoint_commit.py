@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import threading
@@ -20,6 +21,7 @@ from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError, DamageError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import find_latest, steps_newest_first
+from meshloom.checkpoint.lock import FolderLock
 from meshloom.checkpoint.restore import restore
 from meshloom.checkpoint.save import Save
 from meshloom.checkpoint.writing.writer import Writer
@@ -407,3 +409,29 @@ def test_a_bad_config_names_its_keys(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         open_run(tmp_path, mode="later", keep=-1)
     assert {problem.key for problem in error.value.problems} == {"checkpoint.mode", "checkpoint.keep"}
+
+
+def test_where_a_file_system_has_no_locks_a_run_is_warned_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    lock = FolderLock(tmp_path)
+    assert "this file system has no locks ([Errno 37] No locks available)" in caplog.text
+    lock.release()
+
+
+def test_an_old_step_that_somebody_else_has_deleted_is_nobodys_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    delete = shutil.rmtree
+
+    def rmtree(path: Path) -> None:
+        delete(path)
+        raise FileNotFoundError(errno.ENOENT, "it has gone", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    save_steps(tmp_path, 1, 2, keep=1)
+    assert "could not be deleted" not in caplog.text

@@ -13,6 +13,8 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from checkpoint_worlds import fragments, make_arrays
@@ -23,18 +25,13 @@ from meshloom.checkpoint import faults
 from meshloom.checkpoint.arena import Arena
 from meshloom.checkpoint.commit import LocalTarget
 from meshloom.checkpoint.errors import CheckpointError
-from meshloom.checkpoint.memory.keeper import REGISTRY, Keeper, dismiss, registered
+from meshloom.checkpoint.memory import tier
+from meshloom.checkpoint.memory.keeper import REGISTRY, Keeper, registered
 from meshloom.checkpoint.memory.tier import Predecessors
 from meshloom.checkpoint.memory.wire import Address, Connection
 from meshloom.checkpoint.snapshot import Snapshot
 
-
-@pytest.fixture(autouse=True)
-def nothing_left(tmp_path: Path) -> Iterator[None]:
-    yield
-    faults.install(None)
-    for entry, address in registered(tmp_path).items():
-        dismiss(entry, address)
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 @pytest.fixture
@@ -240,3 +237,16 @@ def test_a_snapshot_waits_longer_than_any_one_stage_before_it() -> None:
     snapshot = Snapshot([])
     with pytest.raises(CheckpointError, match=r"0\.04 s \(4 times checkpoint\.timeout\)"):
         snapshot.wait(0.01)
+
+
+def test_a_shard_that_can_not_be_made_again_leaves_no_memory_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_reach(*_: object) -> None:
+        raise CheckpointError("node a does not answer")
+
+    monkeypatch.setattr(tier, "Connection", out_of_reach)
+    monkeypatch.setattr(tier, "_manifest_of", lambda _: '{"files": [{"name": "rank-00001.safetensors", "bytes": 1000}]}')
+    recovery: Any = SimpleNamespace(holders={0: (None, 1000)}, version="a", step=1)
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    with pytest.raises(CheckpointError, match="does not answer"):
+        tier._make_again(recovery, 1, {"members": [0, 1], "block": 4096}, tmp_path, 1.0)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208

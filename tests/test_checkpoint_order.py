@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,11 @@ from meshloom.checkpoint import faults
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import steps_newest_first
-from meshloom.checkpoint.memory.keeper import Keeper, dismiss, registered
+from meshloom.checkpoint.memory.keeper import Keeper
 from meshloom.checkpoint.tools import verify
 from meshloom.checkpoint.writing.writer import Request, Writer
 
-
-@pytest.fixture(autouse=True)
-def nothing_left(tmp_path: Path) -> Iterator[None]:
-    yield
-    faults.install(None)
-    for entry, address in registered(tmp_path).items():
-        dismiss(entry, address)
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 def save(run: Checkpointer, step: int, **how: Any) -> None:

@@ -116,24 +116,35 @@ def test_a_full_disk_costs_no_row_once_there_is_room(
     assert "No space left on device" in caplog.text
 
 
-def test_rows_that_no_disk_took_go_on_with_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk, path = Disk(monkeypatch), tmp_path / "metrics.jsonl"
+def with_two_rows_waiting(disk: Disk, path: Path) -> MetricsFile:
+    """A file that has the first row, and no room for the second and third."""
     first = MetricsFile(path, 1)
-    first.on_run_begin(loop_at(0, tmp_path))
-    first.on_metrics(loop_at(1, tmp_path), row(1))
+    first.on_run_begin(loop_at(0, path.parent))
+    first.on_metrics(loop_at(1, path.parent), row(1))
     disk.room = 0
     for step in (2, 3):
-        first.on_metrics(loop_at(step, tmp_path), row(step))
+        first.on_metrics(loop_at(step, path.parent), row(step))
+    return first
+
+
+def goes_on(path: Path, state: dict[str, Any]) -> None:
+    """The fourth step of a run that goes on from a checkpoint of the third with this state."""
+    second = MetricsFile(path, 1)
+    second.load_state_dict(state)
+    second.on_run_begin(loop_at(3, path.parent))
+    second.on_metrics(loop_at(4, path.parent), row(4))
+    second.close()
+
+
+def test_rows_that_no_disk_took_go_on_with_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, path = Disk(monkeypatch), tmp_path / "metrics.jsonl"
+    first = with_two_rows_waiting(disk, path)
     with pytest.raises(OSError, match="2 rows could not be written: No space left on device"):
         first.on_run_end(loop_at(3, tmp_path), tmp_path)
     state = json.loads(json.dumps(first.state_dict()))
     first.close()
     disk.room = math.inf
-    second = MetricsFile(path, 1)
-    second.load_state_dict(state)
-    second.on_run_begin(loop_at(3, tmp_path))
-    second.on_metrics(loop_at(4, tmp_path), row(4))
-    second.close()
+    goes_on(path, state)
     assert steps_in(path) == [1, 2, 3, 4]
 
 
@@ -141,22 +152,13 @@ def test_rows_that_came_to_the_disk_after_the_checkpoint_are_not_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk, path = Disk(monkeypatch), tmp_path / "metrics.jsonl"
-    first = MetricsFile(path, 1)
-    first.on_run_begin(loop_at(0, tmp_path))
-    first.on_metrics(loop_at(1, tmp_path), row(1))
-    disk.room = 0
-    for step in (2, 3):
-        first.on_metrics(loop_at(step, tmp_path), row(step))
+    first = with_two_rows_waiting(disk, path)
     state = json.loads(json.dumps(first.state_dict()))
     disk.room = math.inf
     first.on_metrics(loop_at(4, tmp_path), row(4))
     first.close()  # killed here: the checkpoint of step 3 is the last
     assert steps_in(path) == [1, 2, 3, 4]
-    second = MetricsFile(path, 1)
-    second.load_state_dict(state)
-    second.on_run_begin(loop_at(3, tmp_path))
-    second.on_metrics(loop_at(4, tmp_path), row(4))
-    second.close()
+    goes_on(path, state)
     assert steps_in(path) == [1, 2, 3, 4]
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run import body
+from test_run import TINY, body
 
+from meshloom.config.compose import Composer
 from meshloom.parallel.torch_engine import TorchEngine
+from meshloom.trainer.run import run
+from meshloom.trainer.signals import StopRequest
 from ranks import run_ranks
 
 
@@ -56,3 +60,23 @@ def test_the_last_weights_are_gathered_before_a_run_ends(tmp_path: Path, last: s
     for code, (before, after) in run_ranks(2, finished, str(tmp_path), "trainer.steps=2", "checkpoint.every=0", last):
         assert code == 0 and after == 0
         assert before > 0 or last != "trainer.eval_every=0"
+
+
+def stopped_late(rank: int, world_size: int, folder: str) -> tuple[bool, bool]:
+    """Whether this rank of a run heard a signal that came to rank 1 behind the last step, and whether the run obeyed one."""
+    words = [*TINY, f"output_dir={folder}", "trainer.steps=2", "checkpoint.every=0"]
+    stop, plain = StopRequest(), TorchEngine.finish
+
+    def finish(engine: TorchEngine) -> None:
+        plain(engine)
+        if rank == 1:
+            signal.raise_signal(signal.SIGUSR1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchEngine, "finish", finish)
+        assert run(Composer().compose(words).config, words, stop) == 0
+    return stop.requested, stop.obeyed
+
+
+def test_a_signal_behind_the_last_step_ends_a_sweep_on_all_ranks(tmp_path: Path) -> None:
+    assert run_ranks(2, stopped_late, str(tmp_path)) == [(False, True), (True, True)]

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from meshloom.config.compose import Composer
+from meshloom.config.problems import Problem
 from meshloom.trainer.bent_rules import bent_rules
-from meshloom.trainer.validate import run_problems
+from meshloom.trainer.validate import _asked, run_problems
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +237,12 @@ def test_rules_that_bend_are_said(composer: Composer, overrides: tuple[str, ...]
 def test_checkpoints_in_the_memory_of_one_process_are_refused(composer: Composer) -> None:
     found = problems_of(composer, 1, "checkpoint.folder=memory://run")
     assert "another one writes checkpoints" in found.pop("checkpoint.folder") and not found
+
+
+def test_an_error_that_names_no_file_keeps_its_words() -> None:
+    def fail() -> list[Problem]:
+        raise OSError("the data set's server does not answer")
+
+    assert [str(problem) for problem in _asked("data", fail)] == [
+        "data: the data set's server does not answer; check the keys of data"
+    ]
