@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import attention, attention_kernels, flash4
@@ -40,27 +41,28 @@ class Shape:
     head_dim: int
 
 
-def why_not(kernel: attention_kernels.Kernel) -> str | None:
-    """Why a kernel is not to be had in this process, whatever the shape; None if it is."""
-    return flash4.why_not() if kernel == "flash4" else None
+def why_not(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device) -> str | None:
+    """Why a kernel can't compute a shape in bf16 on this machine, as far as its rules say; None if it should run.
+
+    What rules say is the same at every start, unlike a failure: for PyTorch's kernels it is PyTorch who is asked.
+    """
+    if kernel == "flash4":
+        if shape.head_dim % 8 or shape.head_dim > flash4.LARGEST_HEAD:
+            return f"it takes head widths that are multiples of 8 up to {flash4.LARGEST_HEAD}, not {shape.head_dim}"
+        return flash4.why_not()
+    q, k, v = (positions_first.transpose(1, 2) for positions_first in _inputs(shape, device))
+    asked = SDPAParams(q, k, v, None, 0.0, True, shape.heads != shape.kv_heads)
+    takes = can_use_cudnn_attention(asked) if kernel == "cudnn" else can_use_flash_attention(asked)
+    return None if takes else f"PyTorch says that it can't compute {shape} here"
 
 
 def seconds(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device) -> float:
-    """Median time of a causal forward and backward pass in bf16, at work; infinite where the kernel can't run the shape.
+    """Median time of a causal forward and backward pass in bf16, at work; infinite where that fails.
 
     Raises RuntimeError where a kernel's failure has left the GPU unusable.
     """
-    draw = torch.Generator(device).manual_seed(0)
-
-    def random(heads: int) -> torch.Tensor:
-        size = (1, shape.seq_len, heads, shape.head_dim)  # positions first, as the projections leave them
-        return torch.randn(size, device=device, dtype=torch.bfloat16, generator=draw)
-
-    q, k, v = (random(heads).requires_grad_() for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
-    gradient = random(shape.heads)
-    if (reason := why_not(kernel)) is not None:
-        log.info("attention kernel %s is not used: %s", kernel, reason)
-        return float("inf")
+    q, k, v = _inputs(shape, device)
+    gradient = torch.randn_like(q)
 
     def once() -> float:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -80,6 +82,13 @@ def seconds(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device
         survived(f"attention kernel {kernel}", error, device)
         log.warning("attention kernel %s can't run %s: %s", kernel, shape, error)
         return float("inf")
+
+
+def _inputs(shape: Shape, device: torch.device) -> list[torch.Tensor]:
+    """Queries, keys and values, positions first, as the projections leave them."""
+    draw = torch.Generator(device).manual_seed(0)
+    sizes = ((1, shape.seq_len, heads, shape.head_dim) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
+    return [torch.randn(size, device=device, dtype=torch.bfloat16, generator=draw).requires_grad_() for size in sizes]
 
 
 def _attend(kernel: attention_kernels.Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

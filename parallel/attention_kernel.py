@@ -33,20 +33,24 @@ LONGEST = 16_384
 
 
 def choose_attention(model: Llama, mesh: Mesh, parallel: ParallelConfig, seq_len: int) -> None:
-    """Let attention use the same kernel on every rank: as this machine remembers, or else as all ranks measure now."""
+    """Let attention use the same kernel on every rank: as this machine remembers, or else as all ranks measure now.
+
+    A kernel that cannot compute the shape on some rank is left out. One that should and yet fails is left out of this run
+    only: it is tried again when the next begins, while the others keep the times that they had.
+    """
     shape = shape_of(model, parallel, seq_len)
     record, work = record_path(), f"{machine()}, {mesh.layout.world_size} processes, {shape}"
-    times = _remembered(record, work, mesh)
-    how = f"as {record} remembers"
-    if times is None:
-        times, complete = _measured(shape, mesh)
-        how = "measured"
-        if mesh.is_main and complete:
-            remember(record, work, times)
-    chosen = prefer(times)
+    usable, times = _known(record, work, shape, mesh)
+    new = _measured([kernel for kernel in usable if kernel not in times], shape, mesh)
+    ran: dict[Kernel, float] = {kernel: time for kernel, time in new.items() if math.isfinite(time)}
+    if mesh.is_main and ran:
+        remember(record, work, ran)
+    lasting = times | ran
+    chosen = prefer({kernel: lasting.get(kernel, math.inf) for kernel in KERNELS})
     if mesh.is_main:
-        each = ", ".join(f"{kernel} {1000 * time:.2f} ms" for kernel, time in times.items())
-        log.info("attention by %s, %s: %s", chosen, how, each)
+        how = {kernel: "measured" if kernel in new else f"as {record} remembers" for kernel in lasting}
+        each = "; ".join(f"{kernel} {1000 * time:.2f} ms, {how[kernel]}" for kernel, time in lasting.items())
+        log.info("attention by %s: %s", chosen, each or "no fused kernel can compute it")
 
 
 def shape_of(model: Llama, parallel: ParallelConfig, seq_len: int) -> Shape:
@@ -71,26 +75,28 @@ def machine() -> str:
 
 
 def read_record(record: Path) -> dict[str, dict[Kernel, float]]:
-    """Times by machine and work; what can't be read is not there."""
+    """Times by machine and work, of the kernels that ran; what can't be read is not there."""
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
         return {
-            work: {kernel: math.inf if times[kernel] is None else float(times[kernel]) for kernel in KERNELS}
+            work: {kernel: float(times[kernel]) for kernel in KERNELS if _is_time(times.get(kernel))}
             for work, times in content.items()
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, AttributeError):
         return {}
 
 
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
+
+
 def remember(record: Path, work: str, times: Times) -> None:
-    """Add times to the record. Where it can't be written, the next run measures again."""
+    """Add a work's times, all finite, to the record. Where it can't be written, the next run measures again."""
     beside = record.with_name(f".{record.name}.{os.getpid()}")
-    content = {
-        each: {kernel: time if math.isfinite(time) else None for kernel, time in found.items()}  # JSON has no infinity
-        for each, found in {**read_record(record), work: times}.items()
-    }
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
+        before = read_record(record)
+        content = {**before, work: {**before.get(work, {}), **times}}
         beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         beside.replace(record)
     except OSError as error:
@@ -99,18 +105,22 @@ def remember(record: Path, work: str, times: Times) -> None:
             beside.unlink(missing_ok=True)
 
 
-def _remembered(record: Path, work: str, mesh: Mesh) -> Times | None:
-    """The main rank's record, for all; None where there is none, or where a rank can't use what it says."""
-    found = read_record(record).get(work, {}) if mesh.is_main else {}
-    shared = mesh.sum(torch.tensor([found.get(kernel, 0.0) for kernel in KERNELS], dtype=torch.float64, device=mesh.device))
-    times = dict(zip(KERNELS, shared.tolist(), strict=True))
-    gone = any(0 < time < math.inf and why_not(kernel) is not None for kernel, time in times.items())
-    return None if mesh.any(gone) or not any(times.values()) else times
+def _known(record: Path, work: str, shape: Shape, mesh: Mesh) -> tuple[list[Kernel], dict[Kernel, float]]:
+    """Which kernels every rank can use, and the main rank's record of them."""
+    refusals = [why_not(kernel, shape, mesh.device) for kernel in KERNELS]
+    for kernel, reason in zip(KERNELS, refusals, strict=True):
+        if reason is not None:
+            log.info("attention kernel %s is not used: %s", kernel, reason)
+    recorded = read_record(record).get(work, {}) if mesh.is_main else {}
+    told = [[float(reason is not None) for reason in refusals], [recorded.get(kernel, 0.0) for kernel in KERNELS]]
+    refused, shared = mesh.sum(torch.tensor(told, dtype=torch.float64, device=mesh.device)).tolist()
+    usable: list[Kernel] = [kernel for kernel, ranks in zip(KERNELS, refused, strict=True) if not ranks]
+    return usable, {kernel: time for kernel, time in zip(KERNELS, shared, strict=True) if time and kernel in usable}
 
 
-def _measured(shape: Shape, mesh: Mesh) -> tuple[Times, bool]:
-    """Averages over all ranks, and whether every kernel that is there ran: what failed for once shall not for ever."""
-    mine = [seconds(kernel, shape, mesh.device) for kernel in KERNELS]
-    failed = any(math.isinf(time) and why_not(kernel) is None for kernel, time in zip(KERNELS, mine, strict=True))
-    sums = mesh.sum(torch.tensor(mine, dtype=torch.float64, device=mesh.device)) / mesh.layout.world_size
-    return dict(zip(KERNELS, sums.tolist(), strict=True)), not mesh.any(failed)
+def _measured(kernels: list[Kernel], shape: Shape, mesh: Mesh) -> dict[Kernel, float]:
+    """Averages over all ranks, in seconds; infinite for a kernel that failed on one."""
+    if not kernels:
+        return {}
+    mine = torch.tensor([seconds(kernel, shape, mesh.device) for kernel in kernels], dtype=torch.float64, device=mesh.device)
+    return dict(zip(kernels, (mesh.sum(mine) / mesh.layout.world_size).tolist(), strict=True))

@@ -44,7 +44,43 @@ def test_flash_attention_4_says_why_it_is_not_used() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: tests/test_gpu_flash4.py")
     assert flash4.why_not() == "there is no GPU"
-    assert attention_choice.seconds("flash4", attention_choice.Shape(64, 2, 2, 64), torch.device("cpu")) == math.inf
+    assert attention_choice.why_not("flash4", attention_choice.Shape(64, 2, 2, 64), torch.device("cpu")) == "there is no GPU"
+
+
+@pytest.mark.parametrize(("head_dim", "takes"), [(8, True), (12, False), (96, True), (128, True), (136, False), (256, False)])
+def test_flash_attention_4_is_not_asked_for_head_widths_that_it_does_not_take(
+    head_dim: int, takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash4, "why_not", lambda: None)
+    reason = attention_choice.why_not("flash4", attention_choice.Shape(64, 2, 2, head_dim), torch.device("cpu"))
+    assert (reason is None) == takes
+    assert takes or (reason is not None and reason.endswith(f"multiples of 8 up to 128, not {head_dim}"))
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+def test_pytorch_is_asked_about_its_own_kernels(kernel: attention_kernels.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, tuple[int, ...], tuple[int, ...], bool, bool]] = []
+    for name in ("cudnn", "flash"):
+
+        def can_use(params: torch.backends.cuda.SDPAParams, name: str = name) -> bool:
+            q, k = params.query, params.key
+            asked.append((name, tuple(q.shape), tuple(k.shape), q.requires_grad, params.enable_gqa))
+            return q.shape[-1] <= 128
+
+        monkeypatch.setattr(attention_choice, f"can_use_{name}_attention", can_use)
+    cpu = torch.device("cpu")
+    assert attention_choice.why_not(kernel, attention_choice.Shape(32, 4, 2, 64), cpu) is None
+    reason = attention_choice.why_not(kernel, attention_choice.Shape(32, 4, 4, 256), cpu)
+    assert reason is not None and "head_dim=256" in reason
+    assert asked == [
+        (kernel, (1, 4, 32, 64), (1, 2, 32, 64), True, True),
+        (kernel, (1, 4, 32, 256), (1, 4, 32, 256), True, False),
+    ]
+
+
+def test_on_a_cpu_no_kernel_is_to_be_had() -> None:
+    shape = attention_choice.Shape(32, 2, 2, 64)
+    assert all(attention_choice.why_not(kernel, shape, torch.device("cpu")) for kernel in attention_choice.KERNELS)
 
 
 @pytest.mark.gpu
@@ -52,4 +88,7 @@ def test_kernels_are_timed_and_what_cant_run_takes_forever() -> None:
     device = torch.device("cuda")
     shape = attention_choice.Shape(1024, 4, 2, 64)
     assert all(0 < attention_choice.seconds(kernel, shape, device) < 1 for kernel in ("cudnn", "flash"))
-    assert attention_choice.seconds("flash", attention_choice.Shape(1024, 4, 2, 512), device) == math.inf
+    too_wide = attention_choice.Shape(1024, 4, 2, 512)
+    assert attention_choice.seconds("flash", too_wide, device) == math.inf
+    assert attention_choice.why_not("flash", too_wide, device) is not None
+    assert all(attention_choice.why_not(kernel, shape, device) is None for kernel in ("cudnn", "flash"))
