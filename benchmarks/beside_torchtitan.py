@@ -9,7 +9,8 @@ Each is run as its users run it: `meshloom train` with the model's recipe, torch
 and step, with one setting of PyTorch's allocator (torchtitan's own start script has this one). The first run of each system
 starts with an empty compile cache, which the later ones find filled. Prints a row per run as JSON (rate; GiB that tensors
 take and that the allocator holds, at most; seconds from the start of the command to the first loss, ours once the second step
-is under way, when we read it; the median clock and power of the busiest GPU) and the table's row at the end.
+is under way, when we read it; the median clock and power of the busiest GPU) and the table's row at the end. Our last run takes
+two steps more, of which none is timed: the last is profiled into `logs`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -110,7 +112,8 @@ def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
         "PYTORCH_ALLOC_CONF": settings.allocator,
         "PYTHONUNBUFFERED": "1",
     }
-    command = our_command(settings, output) if system == "meshloom" else their_command(settings)
+    profiled = bool(settings.logs) and number == settings.rounds - 1
+    command = our_command(settings, output, profiled=profiled) if system == "meshloom" else their_command(settings)
     watch, began = Watch(), time.perf_counter()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
@@ -125,7 +128,12 @@ def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
         Path(settings.logs, f"{system}-{number}.log").write_text(f"{shlex.join(command)}\n{text}")
     if code:
         raise SystemExit(f"{shlex.join(command)} ended with code {code}:\n{text[-4000:]}")
-    measured = read_ours(output / "metrics.jsonl", first.seconds, settings.gpus) if system == "meshloom" else read_theirs(lines)
+    if system == "torchtitan":
+        measured = read_theirs(lines)
+    else:
+        measured = read_ours(output / "metrics.jsonl", first.seconds, settings)
+        for table in output.glob("profile/*.txt"):
+            shutil.copy(table, Path(settings.logs, f"profile-{settings.model}.txt"))
     measured.clock, measured.power = clock, power
     return measured
 
@@ -151,13 +159,15 @@ class FirstRow:
         self._thread.join()
 
 
-def our_command(settings: Settings, output: Path) -> list[str]:
-    """Of `meshloom train`: a recipe on random tokens, which saves and evaluates nothing."""
+def our_command(settings: Settings, output: Path, *, profiled: bool) -> list[str]:
+    """Of `meshloom train`: a recipe on random tokens, which saves and evaluates nothing. profiled: two steps more."""
+    steps = settings.steps + WARM_UP + 2 * profiled
     work = [f"recipe=llama_{settings.model.lower()}", "data=synthetic", "data.seq_len=8192", f"launch.nproc={settings.gpus}"]
     batch = [f"batch.samples={settings.batch * settings.gpus}", f"batch.micro={settings.batch}"]
-    length = ["trainer.tokens=null", f"trainer.steps={settings.steps + WARM_UP}", "schedule.warmup=2"]
+    length = ["trainer.tokens=null", f"trainer.steps={steps}", "schedule.warmup=2"]
     without = ["trainer.eval_every=0", "checkpoint.every=0", "logging.progress=false", f"output_dir={output}"]
-    words = [*work, *batch, *length, *without, *shlex.split(settings.ours)]
+    profile = [f"trainer.profile_step={steps}"] if profiled else []
+    words = [*work, *batch, *length, *without, *profile, *shlex.split(settings.ours)]
     return [sys.executable, "-m", "meshloom.launch.cli", "train", *words]
 
 
@@ -170,10 +180,11 @@ def their_command(settings: Settings) -> list[str]:
     return [*launcher, str(HERE / "torchtitan_synthetic.py"), *steps, *shape, *fixed, *shlex.split(settings.theirs)]
 
 
-def read_ours(path: Path, first_step: float, gpus: int) -> Measured:
+def read_ours(path: Path, first_step: float, settings: Settings) -> Measured:
     """From the run's metrics."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rates = [row["tokens_per_second"] / gpus for row in rows[WARM_UP:]]
+    rows = rows[: settings.steps + WARM_UP]
+    rates = [row["tokens_per_second"] / settings.gpus for row in rows[WARM_UP:]]
     allocated, reserved = (rows[-1].get(key, math.nan) for key in ("memory_gib", "memory_reserved_gib"))
     return Measured(
         "meshloom", statistics.median(rates), min(rates), max(rates), allocated, reserved, first_step, rows[0]["loss"]

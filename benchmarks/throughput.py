@@ -34,6 +34,8 @@ from meshloom.parallel.engine import Engine, EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, environment_world_size, pick_device
+from meshloom.trainer.clock import Moment
+from meshloom.trainer.profiling import kernel_table
 
 MODELS = {
     "tiny": {"dim": 256, "layers": 4, "heads": 4, "kv_heads": 2, "ffn_dim": 512},
@@ -110,37 +112,17 @@ class Clock:
     """Seconds between ticks, measured where the work is done: on a GPU without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._ticks: list[torch.cuda.Event | float] = []
+        self._device = device
+        self._ticks: list[Moment] = []
         self.tick()
 
     def tick(self) -> None:
         """The work queued so far is one more step."""
-        if not self._on_gpu:
-            self._ticks.append(time.perf_counter())
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._ticks.append(event)
+        self._ticks.append(Moment(self._device))
 
     def seconds(self) -> list[float]:
         """Of each step. Waits for the device."""
-        if not self._on_gpu:
-            return [after - before for before, after in itertools.pairwise(self._ticks)]  # type: ignore[operator]
-        torch.cuda.synchronize()
-        return [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(self._ticks)]  # type: ignore[union-attr,arg-type]
-
-
-def kernels(profiler: torch.profiler.profile) -> str:
-    """A table of what ran on the device (on the CPU where there is none), longest first: milliseconds, calls, name."""
-    rows = [row for row in profiler.key_averages() if row.device_type != torch.autograd.DeviceType.CPU]
-    if not rows:
-        return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
-    rows = [row for row in rows if row.self_device_time_total and not row.is_user_annotation]
-    rows.sort(key=lambda row: -row.self_device_time_total)
-    total = sum(row.self_device_time_total for row in rows) / 1000
-    lines = [f"{row.self_device_time_total / 1000:9.3f} {row.count:6d}  {row.key[:150]}" for row in rows]
-    return "\n".join([f"{total:9.3f} ms of kernels", *lines]) + "\n"
+        return [after.since(before) for before, after in itertools.pairwise(self._ticks)]
 
 
 def main() -> None:
@@ -195,7 +177,7 @@ def main() -> None:
             step(0)
             wait()
         if mesh.is_main:
-            Path(settings.trace).write_text(kernels(profiler))
+            Path(settings.trace).write_text(kernel_table(profiler))
     if mesh.is_main:
         rates = sorted(tokens_per_rank * mesh.layout.data_size / mesh.layout.world_size / second for second in seconds)
         result = {

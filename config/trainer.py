@@ -19,6 +19,7 @@ class TrainerConfig:
                     as can be (selectively in some blocks, then fully in some); null: all
     compile         torch.compile each block
     float8          matrix products of the blocks in float8 with scales per tensor (tensorwise) or per row and column (rowwise)
+    profile_step    where the time of this step goes: a table of kernels and a trace in <output_dir>/profile; null: of none
     hooks           the user's own hooks, each a node with a `_target_`
     sample_prompt   text the model continues at the end of the run; null: none
     sample_tokens   how many tokens it adds
@@ -33,6 +34,7 @@ class TrainerConfig:
     activation_budget: float | None = None
     compile: bool = False
     float8: str = "none"
+    profile_step: int | None = None
     hooks: list[Any] = field(default_factory=list)
     sample_prompt: str | None = None
     sample_tokens: int = 200

@@ -69,6 +69,9 @@ def _trainer_problems(trainer: DictConfig) -> Iterator[Problem]:
         yield from _eval_every_problems(trainer.eval_every)
     if trainer.eval_samples < 1:
         yield Problem("trainer.eval_samples", f"{trainer.eval_samples} evaluates nothing", "use trainer.eval_every=0 for never")
+    if trainer.profile_step is not None and not 1 <= trainer.profile_step <= (trainer.steps or trainer.profile_step):
+        length = f" of {trainer.steps}" if trainer.steps else ""
+        yield Problem("trainer.profile_step", f"there is no step {trainer.profile_step}{length}", "count from 1; null: none")
     if trainer.sample_tokens < 1:
         yield Problem("trainer.sample_tokens", f"{trainer.sample_tokens} is no text", "use trainer.sample_prompt=null for none")
     if trainer.activation not in ACTIVATIONS:

@@ -37,6 +37,7 @@ from .garbage import CollectGarbage
 from .hooks import Hook
 from .loggers import default_loggers
 from .loop import Loop
+from .profiling import ProfileStep
 from .sampling import SampleText, TextCodec
 from .saving import Saving
 from .together import together
@@ -176,7 +177,10 @@ def build_run(config: DictConfig, data: DataNode, mesh: Mesh) -> Run:
     engine = make_engine(model, mesh, optimizer_factory(config), parts.parallel, settings)
     loader = Loader(data.train(), mesh.data_rank, mesh.layout.data_size, pin=mesh.device.type == "cuda")
 
-    hooks: list[Hook] = [CollectGarbage(), *(cast(Hook, instantiate(node)) for node in parts.trainer.hooks)]
+    hooks: list[Hook] = []
+    if mesh.is_main and parts.trainer.profile_step is not None:  # first: what the others do at a step's end is not the step's
+        hooks.append(ProfileStep(parts.trainer.profile_step, output_dir / "profile"))
+    hooks += [CollectGarbage(), *(cast(Hook, instantiate(node)) for node in parts.trainer.hooks)]
     validation = data.validation()
     if validation is not None and parts.trainer.eval_every != 0:
         count = min(parts.trainer.eval_samples, len(validation))

@@ -7,7 +7,6 @@ rank's share → the engine accumulates → clip → update → counters → hoo
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..optim.statistics import GradientStatistics
 from ..parallel.engine import Engine
 from ..parallel.mesh import Mesh
 from ..parallel.moments import Measure, Moments
+from .clock import Moment
 from .deferred import Deferred
 from .hooks import Hook
 from .signals import StopRequest
@@ -39,13 +39,15 @@ class TrainingDiverged(RuntimeError):
 class Pending:
     """A step that is done but for its numbers, which are still on the device.
 
-    tokens: of its global batch, with padding; moments: what it measured, if it did, whose values are among the numbers
+    tokens: of its global batch, with padding; began, done: when the numbers before it, and its own, were there;
+    moments: what it measured, if it did, whose values are among the numbers
     """
 
     progress: Progress
     lr: float
     tokens: int
-    seconds: float
+    began: Moment
+    done: Moment
     numbers: Deferred
     moments: Moments | None
 
@@ -69,7 +71,7 @@ class Loop:
     progress: Progress = field(default_factory=Progress)
     stopping: bool = False
     _pending: list[Pending] = field(default_factory=list)
-    _step_began: float = 0.0
+    _began: Moment = field(init=False)
     _last_loss: float = math.nan
     _last_statistics: GradientStatistics | None = None
 
@@ -79,7 +81,7 @@ class Loop:
             if not hook.alone:
                 hook.on_run_begin(self)
         together(self.mesh, lambda: [hook.on_run_begin(self) for hook in self.hooks if hook.alone])
-        self._step_began = time.perf_counter()
+        self.restart_clock()
         while not self.finished and not self.stopping:
             self.step(stop.requested)
             for hook in self.hooks:
@@ -109,6 +111,7 @@ class Loop:
         scalars = {"loss": loss.mean, "grad_norm": norm, "stops": stops, **loss.extras}
         # On their way before the update, so that a controller which must know them does not wait for that.
         numbers = Deferred(scalars if moments is None else {**scalars, **moments.scalars})
+        done = Moment(self.mesh.device)
         if self.max_grad_norm is not None:
             self.engine.clip(self.max_grad_norm, norm)
         for hook in self.hooks:
@@ -118,7 +121,7 @@ class Loop:
         self.engine.zero_grad()
 
         self.progress = before.after(count, count * self.horizon.seq_len)
-        self._record(lr, numbers, moments)
+        self._record(lr, done, numbers, moments)
 
     def _measure(self, before: Progress) -> Measure:
         """What the controller wants to know of the step about to be taken."""
@@ -137,35 +140,36 @@ class Loop:
         sums = self.mesh.sum(counted.to(device, non_blocking=True))
         return sums[0] / (layout.pp * layout.cp * layout.tp), sums[1]
 
-    def _record(self, lr: float, numbers: Deferred, moments: Moments | None) -> None:
+    def _record(self, lr: float, done: Moment, numbers: Deferred, moments: Moments | None) -> None:
         """Note the step just done, whose numbers are on their way; those of the step before have arrived and go to the hooks.
 
         A controller that decides by them is the exception: it, and the next step with it, waits.
         """
-        now = time.perf_counter()
         tokens = self.progress.batch * self.horizon.seq_len
-        self._pending.append(Pending(self.progress, lr, tokens, now - self._step_began, numbers, moments))
-        self._step_began = now
+        self._pending.append(Pending(self.progress, lr, tokens, self._began, done, numbers, moments))
+        self._began = done
         must_know = self.controller.needs_loss or moments is not None
         self.deliver_metrics(keep=0 if must_know else 1)
         if must_know:
             self.controller.observe(self._last_statistics, self._last_loss, self.progress)
 
     def restart_clock(self) -> None:
-        """Leave what was done since the last step (an evaluation, a wait for a save) out of the next step's seconds."""
-        self._step_began = time.perf_counter()
+        """Leave what was done since the last step (an evaluation, say) out of the next step's seconds."""
+        self._began = Moment(self.mesh.device)
 
     def deliver_metrics(self, keep: int) -> None:
         """Hand the numbers of finished steps to the hooks, all but the newest `keep`: those may still be computing."""
         while len(self._pending) > keep:
-            done = self._pending.pop(0)
-            progress, rate, numbers = done.progress, done.tokens / done.seconds, done.numbers.read()
+            step = self._pending.pop(0)
+            progress, numbers = step.progress, step.numbers.read()
+            seconds = step.done.since(step.began)
+            rate = step.tokens / seconds
             self.stopping |= numbers.pop("stops") > 0
             self._last_loss = numbers["loss"]
             self._last_statistics = None
-            if done.moments is not None:
-                self._last_statistics = done.moments.statistics(numbers)
-                numbers = {name: number for name, number in numbers.items() if name not in done.moments.scalars}
+            if step.moments is not None:
+                self._last_statistics = step.moments.statistics(numbers)
+                numbers = {name: number for name, number in numbers.items() if name not in step.moments.scalars}
             if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
                 raise TrainingDiverged(
                     f"step {progress.step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}. "
@@ -175,12 +179,12 @@ class Loop:
             row = {
                 "step": progress.step,
                 "loss": numbers.pop("loss"),
-                "lr": done.lr,
+                "lr": step.lr,
                 "grad_norm": numbers.pop("grad_norm"),
                 "tokens": progress.tokens,
                 "samples": progress.samples,
                 "batch_samples": progress.batch,
-                "step_seconds": done.seconds,
+                "step_seconds": seconds,
                 "tokens_per_second": rate,
                 **numbers,
                 **(self._last_statistics.metrics() if self._last_statistics is not None else {}),
