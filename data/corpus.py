@@ -125,7 +125,7 @@ class Packed:
 
     def _pack(self, shards: TokenShards, key: str) -> StoredSamples:
         if shards.tokens <= self.seq_len:
-            said = f"{shards.folder} has {shards.tokens} token{'s' if shards.tokens > 1 else ''}"
+            said = f"{shards.folder} has {shards.tokens} token{'' if shards.tokens == 1 else 's'}"
             if shards.tokens < 2:
                 fix = f"give it more data (for validation data: a larger {key}.validation)"
                 raise ConfigError([Problem(key, f"{said}, and a sample takes two tokens or more", fix)])

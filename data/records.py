@@ -35,8 +35,8 @@ class JsonLines(FileSource):
     """Files with a JSON object per line, plain or compressed (.gz, .zst); the document is the text in `field`."""
 
     name = "jsonl"
-    # .json.gz: as C4 and Dolma are named. A plain .json is more often about the data.
-    endings = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
+    endings = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst")
+    perhaps = (".json.gz", ".json.zst")  # as C4 and Dolma name their documents; a plain .json is metadata
 
     def __init__(self, input: str | Sequence[str] | None, field: str = "text") -> None:
         super().__init__(input)
@@ -176,7 +176,7 @@ class HuggingFace:
     """A data set of the Hugging Face `datasets` library, streamed; the document is the text in `field`.
 
     Its identity is its name: pin `revision`, so that the same recipe means the same data next year. That of a folder is its
-    contents.
+    contents and the names of its files.
     """
 
     name = "hf"
@@ -203,11 +203,12 @@ class HuggingFace:
         return found
 
     def identity(self, memo: Path) -> str:
-        """Digest of name, subset, split, revision and field; of a folder's files instead of its name."""
+        """Digest of name, subset, split, revision and field; of a folder's files and their names instead of its own."""
         folder = Path(self.path or "")
         if self.path and folder.is_dir():  # which the library prefers to a name, too
-            settings = ["hf", self.subset, self.split, self.revision, self.field]
-            return identity_of(list(files_below(folder)), json.dumps(settings), memo)
+            files = list(files_below(folder))
+            names = [path.relative_to(folder).as_posix() for path in files]  # by which the library tells splits and subsets
+            return identity_of(files, json.dumps(["hf", self.subset, self.split, self.revision, self.field, names]), memo)
         asked = ["hf", self.path, self.subset, self.split, self.revision, self.field]
         return xxhash.xxh3_128_hexdigest(json.dumps(asked).encode())
 

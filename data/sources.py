@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 import sysconfig
 import uuid
@@ -16,6 +17,8 @@ import xxhash
 
 from ..config.problems import Problem
 from .shards import digest_file
+
+log = logging.getLogger(__name__)
 
 _DIGITS = 32  # of a digest
 
@@ -50,13 +53,16 @@ class FileSource(ABC):
 
     input    a path, a glob pattern (`**` crosses folders), a folder, or several of them
     endings  a folder stands for all files below it whose names end so, except hidden ones; links are followed
+    perhaps  for those that end so where it has no other: beside others they are more often about the data
     """
 
     name = "files"
     endings: tuple[str, ...] = ("",)
+    perhaps: tuple[str, ...] = ()
 
     def __init__(self, input: str | Sequence[str] | None) -> None:
         self.input = [input] if isinstance(input, str) else list(input or ())
+        self._warned: set[str] = set()
 
     @abstractmethod
     def read(self, path: Path) -> Iterator[str]:
@@ -76,11 +82,21 @@ class FileSource(ABC):
     def _matches(self, pattern: str) -> Iterator[Path]:
         written = os.path.expanduser(pattern)  # noqa: PTH111 (which fails for somebody who has no home here)
         if Path(written).is_dir():
-            yield from (path for path in files_below(Path(written)) if path.name.endswith(self.endings))
+            yield from self._inside(Path(written))
             return
         for match in [written] if _is_file(Path(written)) else glob.iglob(written, recursive=True):  # noqa: PTH207 (a pattern may be absolute)
             if _is_file(Path(match)):
                 yield Path(match)
+
+    def _inside(self, folder: Path) -> list[Path]:
+        found = [path for path in files_below(folder) if path.name.endswith((*self.endings, *self.perhaps))]
+        certain = [path for path in found if path.name.endswith(self.endings)]
+        if left := sorted(set(found) - set(certain)) if certain else []:
+            said = f"{folder}: {left[0]} and others like it are" if len(left) > 1 else f"{folder}: {left[0]} is"
+            if said not in self._warned:
+                log.warning("%s not read as data beside files like %s; give them by name to have them read", said, certain[0])
+            self._warned.add(said)
+        return certain or found
 
     def problems(self, key: str) -> list[Problem]:
         """Every pattern must match a file."""

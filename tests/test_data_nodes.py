@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -225,6 +226,13 @@ def test_an_empty_and_a_too_small_corpus(tmp_path: Path, cache: Path):
         with pytest.raises(ConfigError, match="a sample takes two tokens or more; give it more data") as caught:
             nodes.Text(1, f"{tmp_path}/a.txt", tokenizer="bytes", seq_len=4, packing=packing).prepare()
         assert "use at most" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("tokens", "said"), [(0, "0 tokens, and"), (1, "1 token, and"), (2, "2 tokens, too few")])
+def test_how_few_tokens_there_are_is_said(tokens: int, said: str):
+    shards = SimpleNamespace(folder="corpus", tokens=tokens)
+    with pytest.raises(ConfigError, match=f"corpus has {said}"):
+        Packed(1, 4)._pack(shards, "data")  # type: ignore[arg-type]
 
 
 def test_a_corpus_that_is_held_out_whole_says_so(tmp_path: Path, cache: Path):

@@ -187,6 +187,26 @@ def test_a_folder_of_compressed_json_lines_under_their_other_names(tmp_path: Pat
     assert list(JsonLines(str(tmp_path)).documents()) == TEXTS
 
 
+@pytest.mark.parametrize("metadata", ["dataset_info.json.gz", "meta/state.json.zst", "statistics.json", "README.md"])
+def test_what_lies_beside_json_lines_is_not_read_as_data(tmp_path: Path, metadata: str, caplog: pytest.LogCaptureFixture):
+    write_lines(tmp_path / "a.jsonl.gz", TEXTS)
+    (tmp_path / metadata).parent.mkdir(exist_ok=True)
+    (tmp_path / metadata).write_bytes(b"not even compressed")
+    source = JsonLines(str(tmp_path))
+    with caplog.at_level("WARNING"):
+        assert source.problems("data") == []
+        assert list(source.documents()) == TEXTS
+    doubtful = Path(metadata).suffix in (".gz", ".zst")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == doubtful and all(metadata in line and str(tmp_path) in line for line in said)
+
+
+def test_doubtful_names_are_read_where_they_are_given(tmp_path: Path):
+    write_lines(tmp_path / "a.jsonl", ["1"])
+    write_lines(tmp_path / "b.json.gz", ["2"])
+    assert list(JsonLines([str(tmp_path), f"{tmp_path}/*.json.gz"]).documents()) == ["1", "2"]
+
+
 def test_text_separator_and_encoding(tmp_path: Path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\n\n\nthree")
     assert list(TextFiles(str(tmp_path), separator="\n\n").documents()) == ["one", "two", "three"]
@@ -301,6 +321,22 @@ def test_the_identity_of_a_folder_of_hugging_face_is_that_of_its_contents(tmp_pa
             found.append(HuggingFace("corpus").identity(tmp_path / "memo"))
     assert found[0] == found[2] and len(set(found)) == 3
     assert HuggingFace("corpus", split="test").identity(tmp_path / "memo") not in found
+
+
+def test_files_that_swap_their_splits_are_other_data(tmp_path: Path):
+    """The library tells splits by the names of files; here the contents stay the same in the order of the names."""
+    files = {"a/train.jsonl": "one", "b/validation.jsonl": "two"}
+    for name, text in files.items():
+        (tmp_path / "data" / name).parent.mkdir(parents=True)
+        write_lines(tmp_path / "data" / name, [text])
+    before = HuggingFace(str(tmp_path / "data")).identity(tmp_path / "memo")
+    (tmp_path / "data/a/train.jsonl").rename(tmp_path / "data/a/validation.jsonl")
+    (tmp_path / "data/b/validation.jsonl").rename(tmp_path / "data/b/train.jsonl")
+    assert HuggingFace(str(tmp_path / "data")).identity(tmp_path / "memo") != before
+    (tmp_path / "data").rename(tmp_path / "moved")
+    (tmp_path / "moved/a/validation.jsonl").rename(tmp_path / "moved/a/train.jsonl")
+    (tmp_path / "moved/b/train.jsonl").rename(tmp_path / "moved/b/validation.jsonl")
+    assert HuggingFace(str(tmp_path / "moved")).identity(tmp_path / "memo") == before
 
 
 @pytest.mark.parametrize(
