@@ -22,8 +22,9 @@ from .manifest import state_fault
 from .memory.tier import MemoryTier, Predecessors
 from .planner import FREE, Planner
 from .report import SaveReport
-from .save import Order, Save, Tools
+from .save import Order, Save
 from .snapshot import Snapshot
+from .toolbox import Tools
 from .writing.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -145,16 +146,21 @@ class Checkpointer:
         save = Save(step, held, state, disk=disk, memory=memory, required=required, talk=talk, after=self._order)
         if not hold:
             save.confirm()
-        if self._asynchronous:
-            save.thread = threading.Thread(target=save.run, args=(self._tools,), name=f"checkpoint-{step}", daemon=True)
-            save.thread.start()
-        else:
-            save.run(self._tools)
-        self._saves.append(save)  # not before it runs: one that never does has no end that could be waited for
+        self._saves.append(save)
         self._leaving = [*(other for other in self._leaving if not other.left), save]
         self._unlearned.append(save.snapshot)
         before = self._order
         self._order = Order(save, save if disk else before.disk, save if memory else before.memory)
+        try:
+            if self._asynchronous:
+                threading.Thread(target=save.run, args=(self._tools,), name=f"checkpoint-{step}", daemon=True).start()
+            else:
+                save.run(self._tools)
+        except Exception as error:  # no thread was to be had
+            save.cancel(error)
+        except BaseException as error:  # of an interruption the caller shall hear; others come after a save that has its end
+            save.cancel(error)
+            raise
         if save.snapshot.starves():
             save.report.stall_seconds += time.perf_counter() - start
 
@@ -177,7 +183,6 @@ class Checkpointer:
         # The newest is asked first: one that ends meanwhile must not be told before another that it came after. And what
         # the GPU has waited for is known when it has got there; asking sooner would hold up the host.
         for save in [save for save in reversed(self._saves) if save.ended and save.snapshot.settled][::-1]:
-            self._saves.remove(save)
             reports.append(self._deliver(save))
         if self._failures >= self.config.failures:
             assert self._last_report is not None
@@ -194,7 +199,8 @@ class Checkpointer:
         self._give_up_held()
         reports: list[SaveReport] = []
         while self._saves:
-            reports.append(self._deliver(self._saves.pop(0)))
+            self._saves[0].join()
+            reports.append(self._deliver(self._saves[0]))
         return reports
 
     def finish(self) -> list[SaveReport]:
@@ -258,7 +264,7 @@ class Checkpointer:
             self._newest = report.outcome
 
     def _deliver(self, save: Save) -> SaveReport:
-        save.join()
+        self._saves.remove(save)
         report = save.report
         self._note(report)
         report.stall_seconds += save.snapshot.device_stall()

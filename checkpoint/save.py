@@ -9,44 +9,26 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..config.checkpoint import CheckpointConfig
 from ..parallel.fragment import Fragment
-from .arena import Arena, ArenaPool
-from .commit import Target, file_names, new_token
+from .arena import Arena
+from .commit import file_names, new_token
 from .control import Round
-from .device import Device
 from .errors import CheckpointError
 from .faults import reach
 from .manifest import Manifest, StoredArray, StoredFile
-from .memory.tier import MemoryTier, Predecessors
 from .plan import FileLayout
-from .planner import DISK_BUSY, FREE, NO_MEMORY, Planner
+from .planner import DISK_BUSY, FREE, NO_MEMORY
 from .report import SaveReport
 from .snapshot import Snapshot
-from .writing.writer import Request, Writer
+from .toolbox import Tools
+from .writing.writer import Request
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Tools:
-    """What all saves of a Checkpointer share."""
-
-    target: Target
-    pool: ArenaPool
-    writer: Writer
-    planner: Planner
-    memory: MemoryTier | None
-    predecessors: Predecessors | None
-    config: CheckpointConfig
-    device: Device | None = None
-    rounds: list[Round] = field(default_factory=list[Round])
-    tidying: threading.Lock = field(default_factory=threading.Lock)  # one save's thread at a time
 
 
 @dataclass(frozen=True)
@@ -113,7 +95,6 @@ class Save:
         self.after = after
         self.snapshot = Snapshot(fragments)
         self.report = SaveReport(step)
-        self.thread: threading.Thread | None = None
         self._confirmed = threading.Event()
         self._doubt = ""
         self._staged = threading.Event()
@@ -121,6 +102,7 @@ class Save:
         self._written = threading.Event()
         self._ended = threading.Event()
         self._left = threading.Event()
+        self._claim = threading.Lock()  # whoever gets it runs the save, or says that nobody does
         self._arena: Arena | None = None
         self._writing = False
         self._token = ""
@@ -152,8 +134,18 @@ class Save:
         """Wait until the save's thread touches nothing any more: also the deletion of old steps is over."""
         self._left.wait()
 
+    def cancel(self, error: BaseException) -> None:
+        """End a save that was never begun, here and on the other ranks; one that was ends by itself."""
+        if self._claim.acquire(blocking=False):
+            self._fail(error)
+            self._tell()
+            self._end()
+            self._left.set()
+
     def run(self, tools: Tools) -> None:
-        """Do it. Never raises: the report says what happened."""
+        """Do it. The report says what happened; only what interrupts the caller (KeyboardInterrupt) is raised again."""
+        if not self._claim.acquire(blocking=False):
+            return
         start = time.perf_counter()
         report = self.report
         try:
@@ -162,26 +154,38 @@ class Save:
             if tools.device is not None:
                 torch.cuda.set_device(tools.device.device)  # a thread begins on device 0, whichever its process uses
             self._run(tools)
-        except Exception as error:
-            report.outcome = "failed" if self.disk else "unkept"
-            report.reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        except BaseException as error:
+            self._fail(error)
+            if not isinstance(error, Exception) and self._writing:
+                tools.writer.abandon()  # whoever interrupts does not want to wait for a disk
             self._give_up(tools)
+            if not isinstance(error, Exception):
+                raise
         finally:
             if self._arena is not None:
                 tools.pool.take_back(self._arena)
                 self._arena = None
             report.host_memory_bytes = tools.pool.bytes
             report.total_seconds = time.perf_counter() - start
-            self.after = self.after.unended()  # before the events: who waits for them goes on from here
-            self._mark_staged()
-            self._kept.set()
-            self._written.set()
-            self._ended.set()
-            if self.talk.control.rank == 0:
-                self._tidy(tools)
-            with contextlib.suppress(Exception):  # the store may be gone
-                self.talk.leave()
-            self._left.set()
+            self._end()
+            try:
+                if self.talk.control.rank == 0:
+                    self._tidy(tools)
+            finally:
+                with contextlib.suppress(Exception):  # the store may be gone
+                    self.talk.leave()
+                self._left.set()
+
+    def _fail(self, error: BaseException) -> None:
+        self.report.outcome = "failed" if self.disk else "unkept"
+        self.report.reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+    def _end(self) -> None:
+        self.after = self.after.unended()  # before the events: who waits for them goes on from here
+        self._mark_staged()
+        self._kept.set()
+        self._written.set()
+        self._ended.set()
 
     def _run(self, tools: Tools) -> None:
         report, talk = self.report, self.talk
@@ -267,8 +271,8 @@ class Save:
             request = Request(arena, layout.bytes, tools.target.place(self.step, self._token), name, leaves)
         follow = request is not None and self._writer_is_free()
         if follow and request is not None:
-            tools.writer.begin(request)
             self._writing = True
+            tools.writer.begin(request)
         if layout.bytes:
             self.snapshot.copy(arena, layout, tools.device)
         self.report.staging_seconds = self.snapshot.seconds
@@ -276,8 +280,8 @@ class Save:
         if request is not None and not follow:
             for earlier in self.after.to_disk():
                 earlier._written.wait()
-            tools.writer.begin(request)
             self._writing = True
+            tools.writer.begin(request)
         return request
 
     def _writer_is_free(self) -> bool:
@@ -330,8 +334,8 @@ class Save:
         report, talk = self.report, self.talk
         message: dict[str, Any] = {}
         if request is not None:
-            self._writing = False
             written = tools.writer.end(tools.config.timeout)
+            self._writing = False
             report.hashing_seconds, report.writing_seconds = written.hashing, written.writing
             report.bytes, report.direct = written.bytes, written.direct
             message = {"name": request.name, "bytes": written.bytes, "leaves": request.leaves, "blocks": written.blocks}
@@ -374,13 +378,17 @@ class Save:
         except Exception as error:  # also those that libraries of object stores have of their own
             log.warning("old checkpoints could not be deleted: %s: %s", type(error).__name__, error)
 
-    def _give_up(self, tools: Tools) -> None:
-        """Tell the others, forget the plan (they may not have got it), stop the writer and delete what was written."""
+    def _tell(self) -> None:
+        """Say to the other ranks that this save has ended badly."""
         try:
             self.talk.abort(self.report.reason)
         except Exception as error:  # the store is gone: the others' time-outs have to do
             log.warning("the other ranks could not be told: %s", error)
-        if self._writing and self._arena is not None:
+
+    def _give_up(self, tools: Tools) -> None:
+        """Tell the others, forget the plan (they may not have got it), stop the writer and delete what was written."""
+        self._tell()
+        if self._writing and tools.writer.busy and self._arena is not None:
             self._arena.watermark.abandon()
             with contextlib.suppress(Exception):  # whatever it was: this save has failed already
                 tools.writer.end(tools.config.timeout)

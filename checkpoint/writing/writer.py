@@ -77,18 +77,16 @@ class Writer:
     def end(self, patience: float) -> Written:
         """Return when everything is durable. Raises CheckpointError if it failed, or got no further for so many seconds.
 
-        A process that is stuck is killed; the next `begin` starts another.
+        A process that is stuck is killed; the next `begin` starts another. Where this wait is interrupted, `abandon` it.
         """
         link, process, request = self._socket, self._process, self._request
         assert link is not None and process is not None and request is not None
-        self._request = None  # and with it the arena: one that is closed must not stay mapped in the process either
         try:
             answer = _answer(link, request, patience)
         except CheckpointError:
-            process.kill()  # and not waited for: a stuck disk may hold it for as long as it likes
-            link.close()
-            self._process = self._socket = None
+            self._kill()  # and not waited for: a stuck disk may hold it for as long as it likes
             raise
+        self._request = None  # and with it the arena: one that is closed must not stay mapped in the process either
         if not answer:
             code = process.wait()
             link.close()
@@ -97,6 +95,27 @@ class Writer:
         if "error" in reply:
             raise CheckpointError(reply["error"])
         return Written(**reply)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a `begin` has had no `end` yet."""
+        return self._request is not None
+
+    def abandon(self) -> None:
+        """Throw away what was begun, and the process with it; the next `begin` starts another."""
+        process = self._process
+        self._kill()
+        if process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # or it would still write into what is deleted next
+                process.wait(EXIT_SECONDS)
+
+    def _kill(self) -> None:
+        self._request = None
+        if self._process is not None:
+            self._process.kill()
+        if self._socket is not None:
+            self._socket.close()
+        self._process = self._socket = None
 
     def close(self) -> None:
         """End the process."""
