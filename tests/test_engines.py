@@ -100,7 +100,7 @@ def test_what_cannot_be_is_refused_by_its_key(settings: dict[str, object], key: 
         ({"zero_optimization": {"mics_shard_size": 2}}, "zero_optimization.mics_shard_size", "removed"),
         ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_optimization.zero_quantized_weights", "GPU"),
         ({"zero_optimization": {"zero_hpz_partition_size": 3}}, "zero_optimization.zero_hpz_partition_size", "divides"),
-        ({"sequence_parallel_size": 2}, "sequence_parallel_size", "parallel.cp"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size", "parallel.cp_kind=ulysses"),
         ({"reduce_bukket_size": 5}, "reduce_bukket_size", "does not read"),
         ({"zero_optimization": {"reduce_bukket_size": 5}}, "zero_optimization.reduce_bukket_size", "reduce_bucket_size"),
         ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size", "not a count"),
@@ -111,7 +111,14 @@ def test_what_cannot_be_is_refused_by_its_key(settings: dict[str, object], key: 
         ({"zero_optimization": {"allgather_bucket_size": 0}}, "zero_optimization.allgather_bucket_size", "1 or more"),
         ({"zero_optimization": {"overlap_comm": "maybe"}}, "zero_optimization.overlap_comm", "neither true nor false"),
         ({"log_level": "foo"}, "log_level", "warning"),
-        ({"steps_per_print": None}, "steps_per_print", "not a count"),
+        ({"aio": {"queue_depth": None}}, "aio.queue_depth", "not a count"),
+        ({"zero_optimization": {"sub_group_size": None}}, "zero_optimization.sub_group_size", "not a count"),
+        ({"disable_allgather": True}, "disable_allgather", "does nothing with it; leave it out"),
+        ({"sparse_gradients": False}, "sparse_gradients", "has removed it; leave it out"),
+        ({"nebula": {"enabled": True}}, "nebula.enabled", "checkpoints are this framework's own"),
+        ({"wandb": {"enabled": True}}, "wandb.enabled", "logging.wandb"),
+        ({"zero_optimization": {"offload_optimizer": {"ratio": 0.0}}}, "zero_optimization.offload_optimizer.ratio", "splits"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_optimization.zero_quantized_gradients", "fp16"),
         ({"zero_optimization": 3}, "zero_optimization", "is a group of keys, not 3; give it some of allgather_bucket_size"),
         ({"zero_optimization": None}, "zero_optimization", "is a group of keys, not None"),
         ({"aio": True}, "aio", "is a group of keys"),
@@ -144,6 +151,62 @@ def test_what_cannot_be_is_refused_by_its_key(settings: dict[str, object], key: 
 )
 def test_conflicts_of_the_escape_hatch_are_named(tree: dict[str, object], path: str, says: str) -> None:
     assert says in extra(tree)[f"parallel.deepspeed.config.{path}"]
+
+
+def test_null_is_taken_where_it_is_deepspeeds_own_default() -> None:
+    nulls: dict[str, object] = {"steps_per_print": None, "aio": None, "flops_profiler": {"output_file": None}}
+    zero: dict[str, object] = {"overlap_comm": None, "offload_optimizer": None, "offload_param": None, "zenflow": None}
+    tree = {**nulls, "zero_optimization": {**zero, "leaf_module": None, "round_robin_gradients": False}}
+    assert extra(tree) == {}
+    assert "a group of keys" in extra(tree, offload="cpu")["parallel.deepspeed.config.zero_optimization.offload_optimizer"]
+    derived = derive(ParallelConfig(zero=2, deepspeed=DeepSpeedConfig(config=tree)), "bf16", pin_memory=False)
+    assert derived["steps_per_print"] is None and derived["zero_optimization"]["overlap_comm"] is None
+    assert not {"leaf_module", "zenflow"} & {*derived["zero_optimization"]}
+    if importlib.util.find_spec("deepspeed"):
+        from deepspeed.runtime.config import DeepSpeedConfig as Theirs
+
+        theirs = Theirs(derived)
+        assert theirs.steps_per_print is None and theirs.zero_config.overlap_comm is False
+        assert theirs.zero_config.offload_optimizer is None and theirs.aio_config["queue_depth"] == 8
+
+
+class Recorded(dict[str, object]):
+    """A dict that notes which keys it is asked for."""
+
+    asked: set[str]
+
+    def get(self, key: str, default: object = None) -> object:  # type: ignore[override]
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Recorded:  # type: ignore[override]
+        return self
+
+    def __copy__(self) -> Recorded:
+        return self
+
+
+def test_top_level_keys_are_those_that_deepspeed_reads() -> None:
+    pytest.importorskip("deepspeed", reason="needs the extra: pip install 'meshloom[deepspeed]'")
+    from deepspeed.runtime import config as theirs
+
+    tree = Recorded(train_micro_batch_size_per_gpu=1)
+    tree.asked = set()
+    theirs.DeepSpeedConfig(tree)
+    tables = (keys.DECIDED, keys.REFUSED, keys.REMOVED, keys.OPEN)
+    known = {path.partition(".")[0] for table in tables for path in table}
+    assert len(tree.asked) > 50
+    assert tree.asked <= known
+    assert known - tree.asked == {"seed", "sequence_parallel_size"}  # its data efficiency reads one, its mesh the other
+    removed = {
+        *theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS,
+        *(f"zero_optimization.{key}" for key in theirs._REMOVED_ZERO_CONFIG_KEYS),
+    }
+    assert {*keys.REMOVED} == removed
 
 
 def test_the_keys_are_those_that_deepspeed_reads() -> None:
@@ -209,7 +272,7 @@ def test_the_derived_configuration_says_what_the_recipe_says() -> None:
 
 
 def test_exceptions_to_the_rules_are_reported() -> None:
-    keys = {"zero_optimization": {"zero_quantized_gradients": True, "zero_quantized_weights": False}}
+    keys = {"zero_optimization": {"zero_quantized_weights": True, "overlap_comm": False}}
     assert len(lossy_features(ParallelConfig(deepspeed=DeepSpeedConfig(config=keys)))) == 1
     assert lossy_features(ParallelConfig()) == []
 

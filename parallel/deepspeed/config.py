@@ -15,10 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from ...config.parallel import ParallelConfig
 from ...config.problems import Problem
-from .keys import ALIASES, COUNTS, DECIDED, LOSSY, NEEDED, OPEN, REFUSED, SWITCHES, WORDS
+from .keys import ALIASES, COUNTS, DECIDED, LOSSY, NEEDED, NULLABLE, OPEN, REFUSED, REMOVED, SWITCHES, WORDS
 
 Tree = dict[str, Any]
 HERE = "parallel.deepspeed.config"
+QUANTISED = f"{HERE}.zero_optimization.zero_quantized_weights"
 
 NVME_SUB_GROUP = 100_000_000
 """Parameters that pass through host memory at once for an update on NVMe; DeepSpeed's own 10⁹ take 16 GB of buffers."""
@@ -48,11 +49,14 @@ def _covering(path: str, table: Iterable[str]) -> str | None:
     return None
 
 
+_OFFLOADED = {"zero_optimization.offload_optimizer": "offload", "zero_optimization.offload_param": "offload_weights"}
 _GROUPS = {path.rpartition(".")[0] for path in OPEN} | {path.partition(".")[0] for path in OPEN if "." in path}
 
 
 def _extra_problems(extra: Tree, config: ParallelConfig) -> Iterator[Problem]:
     for path, value in leaves(extra):
+        if value is None and (path in NULLABLE or getattr(config, _OFFLOADED.get(path, ""), "") == "none"):
+            continue
         if path not in OPEN:
             yield from _closed(path, value)
         elif why := _wrong_value(path, value):
@@ -68,8 +72,11 @@ def _closed(path: str, value: Any) -> Iterator[Problem]:
     """A path that is not open to the user."""
     if decided := _covering(path, DECIDED):
         yield Problem(f"{HERE}.{path}", f"the recipe decides it with {DECIDED[decided]}", f"set {DECIDED[decided]} instead")
+    elif removed := _covering(path, REMOVED):
+        instead = f": {REMOVED[removed]}" if REMOVED[removed] else ""
+        yield Problem(f"{HERE}.{path}", f"DeepSpeed 0.19.8 has removed it{instead}", "leave it out")
     elif refused := _covering(path, REFUSED):
-        if value:
+        if not _is_off(value):
             yield Problem(f"{HERE}.{path}", f"can't be used here: {REFUSED[refused]}", "leave it out")
     elif path in ALIASES:
         yield Problem(f"{HERE}.{path}", "is another name of a key", f"use {ALIASES[path]}")
@@ -82,6 +89,11 @@ def _closed(path: str, value: Any) -> Iterator[Problem]:
         group = _covering(path, _GROUPS)
         fix = f"the keys open to you{' there' if group else ''} are {_named(group)}"
         yield Problem(f"{HERE}.{path}", "DeepSpeed 0.19.8 does not read this key", fix)
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a key that is refused is written down as not used. A zero is a number: half of nothing is not the default."""
+    return value is None or value is False or value == {}
 
 
 def _named(group: str | None) -> str:
@@ -215,12 +227,14 @@ def derive(config: ParallelConfig, precision: str, *, pin_memory: bool) -> Tree:
 
 
 def _merge(base: Tree, extra: Tree, prefix: str = "") -> Tree:
-    """Both, the user's word last; a count may have been written 5e8."""
+    """Both, the user's word last; a count may have been written 5e8, and what is refused may be switched off."""
     merged = dict(base)
     for key, value in extra.items():
         below, path = merged.get(key), f"{prefix}{key}"
+        if path in REFUSED:  # and switched off, or it would be a problem
+            continue
         if isinstance(value, dict):
             merged[key] = _merge(below if isinstance(below, dict) else {}, value, f"{path}.")
         else:
-            merged[key] = int(value) if path in COUNTS else value
+            merged[key] = int(value) if path in COUNTS and value is not None else value
     return merged

@@ -34,9 +34,9 @@ from ..memory import block_policies
 from ..mesh import Mesh
 from ..moments import GradientMoments, Measure, Moments
 from ..shards import Placed
-from .config import derive, lossy_features
+from .config import QUANTISED, derive, lossy_features
 from .optimizer import FlatPieces, cpu_adam, require_op
-from .setup import import_deepspeed, materialise, quiet, swap_folder
+from .setup import import_deepspeed, materialise, quiet, refuse_odd_shards, swap_folder
 from .state import state_of, whole_shape
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class DeepSpeedEngine:
         """model: on the meta device. parallel: without problems (`deepspeed.config.deepspeed_problems`)."""
         deepspeed = import_deepspeed(mesh.device.type)
         for exception in lossy_features(parallel) if mesh.is_main else ():
-            log.warning("parallel.deepspeed.config.%s: losses depend on the number of processes", exception)
+            log.warning("parallel.deepspeed.config.%s: losses depend on the number of processes and on resuming", exception)
         self.module: nn.Module = model
         self.mesh = mesh
         self._ranks = mesh.layout.world_size
@@ -66,6 +66,9 @@ class DeepSpeedEngine:
             require_op("AsyncIOBuilder", "parallel.offload", "use parallel.offload=cpu")
             parallel = replace(parallel, offload_path=swap_folder(parallel.offload_path, mesh.rank))
         derived = derive(parallel, settings.precision, pin_memory=mesh.device.type == "cuda")
+        quantised = bool(derived["zero_optimization"].get("zero_quantized_weights"))
+        if quantised:
+            require_op("QuantizerBuilder", QUANTISED, "leave it out")
         blocks = list(model.layers.values())
         policies = block_policies(model, parallel, settings)
         for block, policy in zip(blocks, policies, strict=True):
@@ -90,6 +93,8 @@ class DeepSpeedEngine:
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=self.optimizer, config=derived, dist_init_required=False
             )[0]
+        if quantised:
+            refuse_odd_shards(model, self._ranks)
         self._state = state_of(self._engine, self.optimizer, parallel.zero)
         self._pending = False  # whether a gradient waits for an update
         for fragment in self._state.fragments():

@@ -1,6 +1,7 @@
 """The keys of DeepSpeed 0.19.8's own configuration: which the recipe decides, which are refused and why, which are open.
 
 DeepSpeed ignores top-level keys that it does not know, and reports others only when it starts; here both are told beforehand.
+A test compares these tables with DeepSpeed's own code.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ DECIDED = {
     "compile": "trainer.compile",
     "tensor_parallel": "parallel.tp",
     "pipeline": "parallel.pp",
-    "sequence_parallel_size": "parallel.cp",
+    "seq_parallel_communication_data_type": "precision",
+    "vocabulary_size": "model.vocabulary",
+    "tensorboard": "logging.tensorboard",
+    "wandb": "logging.wandb",
     "checkpoint": "checkpoint",
+    "datastates_ckpt": "checkpoint",
     "seed": "seed",
     "zero_optimization.stage": "parallel.zero",
     "zero_optimization.offload_optimizer.device": "parallel.offload",
@@ -44,20 +49,24 @@ REFUSED = {
     "prescale_gradients": "it moves the division by the number of ranks, on which the token-weighted loss (R2) relies",
     "gradient_predivide_factor": "it moves the division by the number of ranks, on which the token-weighted loss (R2) relies",
     "gradient_allreduce_op": "the token-weighted loss (R2) relies on the mean over ranks",
-    "sparse_gradients": "sparse gradients can't be clipped or checkpointed by name",
-    "elasticity": "DeepSpeed removed it; a run changes its number of processes by resuming",
-    "compression_training": "it changes the model that the recipe names",
     "data_efficiency": "the recipe's data order is the only one (R1)",
-    "curriculum_learning": "the recipe's data order is the only one (R1)",
+    "dataloader_drop_last": "the recipe's data order is the only one (R1)",
     "expert_parallel": "DeepSpeed names experts by rank, so a checkpoint could not tell them apart (R6)",
+    "use_data_before_expert_parallelism": "DeepSpeed names experts by rank, so a checkpoint could not tell them apart (R6)",
+    "sequence_parallel_size": "ZeRO-1 and 2 would sum gradients over the sequence's ranks where ZeRO-3 averages them, without "
+    "a word; parallel.engine=torch has Ulysses with parallel.cp and parallel.cp_kind=ulysses",
+    "disable_allgather": "DeepSpeed 0.19.8 reads it and then does nothing with it",
+    "autotuning": "DeepSpeed's own launcher runs it; `meshloom tune` compares layouts",
+    "comet": "metrics go where the recipe says (logging), or a hook of your own",
+    "hybrid_engine": "it is for generating text between updates, as reinforcement learning does",
+    "weight_quantization": "it changes the model that the recipe names",
     "zero_optimization.round_robin_gradients": "in DeepSpeed 0.19.8 it corrupts resharded state silently",
-    "zero_optimization.mics_shard_size": "DeepSpeed removed MiCS; zero_hpz_partition_size keeps the weights' second copy near",
-    "zero_optimization.mics_hierarchical_params_gather": "DeepSpeed removed MiCS",
-    "zero_optimization.zeropp_loco_param": "DeepSpeed removed LoCo",
     "zero_optimization.zenflow": "it updates some weights a step late, so the losses would not be the recipe's",
     "zero_optimization.memory_efficient_linear": "it replaces torch.nn.functional.linear in the whole process",
     "zero_optimization.offload_optimizer.ratio": "it splits the update over two optimizers of different arithmetic",
     "zero_optimization.offload_optimizer.super_offload": "it is an optimizer of its own that can't be read by name",
+    "zero_optimization.zero_quantized_gradients": "DeepSpeed's int4 kernel (ZeRO++ qgZ) takes what it is given for fp16, and "
+    "gradients are reduced in fp32 here, so it would compute others without a word",
     "zero_optimization.zero_quantized_nontrainable_weights": "no parameter is frozen here",
     "zero_optimization.elastic_checkpoint": "checkpoints are this framework's own",
     "zero_optimization.pipeline_loading_checkpoint": "checkpoints are this framework's own",
@@ -70,10 +79,28 @@ REFUSED = {
     "aio.use_gds": "nobody has read a checkpoint out of state that goes from the disk to the GPU past the host",
 }
 
+# Keys that make DeepSpeed 0.19.8 stop, whatever their value, and what there is instead.
+REMOVED = {
+    "amp": "precision=bf16",
+    "compression_training": None,
+    "curriculum_learning": None,
+    "eigenvalue": None,
+    "elasticity": "a run changes its number of processes by resuming",
+    "graph_harvesting": None,
+    "nebula": "checkpoints are this framework's own",
+    "progressive_layer_drop": None,
+    "quantize_training": None,
+    "sparse_attention": None,
+    "sparse_gradients": None,
+    "zero_optimization.mics_shard_size": "zero_hpz_partition_size keeps the weights' second copy near, and "
+    "parallel.engine=torch shards within groups with parallel.replicate",
+    "zero_optimization.mics_hierarchical_params_gather": "zero_hpz_partition_size keeps the weights' second copy near",
+    "zero_optimization.zeropp_loco_param": None,
+}
+
 # Keys that keep no rule exactly but are asked for knowingly: an exception that start-up reports.
 LOSSY = {
     "zero_optimization.zero_quantized_weights": "weights are quantised to int8 on the wire (ZeRO++ qwZ)",
-    "zero_optimization.zero_quantized_gradients": "gradients are quantised to int4 on the wire (ZeRO++ qgZ)",
 }
 
 # Other names of keys, which DeepSpeed reads too: one name is enough.
@@ -143,7 +170,6 @@ SWITCHES = (
     "zero_optimization.stage3_gather_16bit_weights_on_model_save",
     "zero_optimization.stage3_use_all_reduce_for_fetch_params",
     "zero_optimization.use_multi_rank_bucket_allreduce",
-    "zero_optimization.zero_quantized_gradients",
     "zero_optimization.zero_quantized_weights",
     "zero_optimization.offload_optimizer.fast_init",
     "zero_optimization.offload_optimizer.pin_memory",
@@ -151,6 +177,9 @@ SWITCHES = (
     "zero_optimization.offload_optimizer.pipeline_write",
     "zero_optimization.offload_param.pin_memory",
 )
+NULLABLE = ("steps_per_print", "aio", "zero_optimization.overlap_comm", "flops_profiler.output_file")
+"""Keys and groups whose null is DeepSpeed's own default."""
+
 WORDS = {"log_level": ("debug", "info", "warning", "error", "critical")}
 FREE = (
     "comms_logger.prof_ops",

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from ...config.problems import ConfigError, Problem
+from .config import QUANTISED
+from .state import whole_shape
 
 
 def import_deepspeed(device_type: str) -> Any:
@@ -122,3 +124,20 @@ def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, zero
 
     deepspeed.init_distributed(dist_init_required=False)
     deepspeed.zero.Init(module=_OneByOne(model, device, dtype), config_dict_or_path=zero_init, dtype=dtype)
+
+
+def refuse_odd_shards(model: nn.Module, ranks: int) -> None:
+    """Raises ConfigError naming the weights, of an initialized ZeRO-3 model, that DeepSpeed can't quantise on the wire.
+
+    Its kernel takes elements by eights, and of a weight that is padded to give each rank as much it gets the scales wrong.
+    """
+    odd = [
+        f"{name} ({'×'.join(map(str, whole_shape(parameter)))})"
+        for name, parameter in model.named_parameters()
+        if not parameter.ds_persist and parameter.ds_numel % (8 * ranks)  # type: ignore[attr-defined]
+    ]
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        named = ", ".join(odd[:3]) + more
+        message = f"DeepSpeed quantises shards of whole eights of weights, which {ranks} ranks don't have of {named}"
+        raise ConfigError([Problem(QUANTISED, message, "change the model's sizes or the number of ranks, or leave it out")])
