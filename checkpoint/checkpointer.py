@@ -29,6 +29,8 @@ from .writing.writer import Writer
 
 log = logging.getLogger(__name__)
 
+QUIET_SECONDS = 5.0  # that the end of a run may wait without saying what for
+
 
 class Checkpointer:
     """Saves to one folder of checkpoints. All ranks make the same calls in the same order.
@@ -221,7 +223,9 @@ class Checkpointer:
         """
         self._give_up_held()
         for save in self._leaving:
-            save.leave()
+            if not save.leave(QUIET_SECONDS):
+                log.warning("waiting for the save of step %d to end", save.step)
+                save.leave()
         self._leaving = []
         for save in self._saves:
             self._note(save.report)

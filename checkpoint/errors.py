@@ -7,6 +7,10 @@ class CheckpointError(RuntimeError):
     """A save, a restore or a tool could not do what was asked; the message says what, where, and what to do."""
 
 
+class HeldError(CheckpointError):
+    """A folder can't be written into, because another run does."""
+
+
 class DamageError(CheckpointError):
     """Stored bytes are not what was written: names the file and, where one is at fault, the block."""
 

@@ -11,7 +11,7 @@ import socket
 import time
 from pathlib import Path
 
-from .errors import CheckpointError
+from .errors import HeldError
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ _locked: set[Path] = set()
 class FolderLock:
     """A folder, taken for this process until `release`. A POSIX record lock: it ends with the process and works over NFS.
 
-    Raises CheckpointError at once if another process of this machine holds it, and after two minutes otherwise (the time
+    Raises HeldError at once if another process of this machine holds it, and after two minutes otherwise (the time
     a file server needs to notice that a node is gone). Where the file system has no locks it warns, and holds nothing.
     """
 
@@ -31,9 +31,9 @@ class FolderLock:
         """name: of the file that is locked; doing: what the run that has the folder does into it, for the message."""
         self._path = folder.resolve() / name
         problem = f"{folder}: another run is {doing} into this folder"
-        fix = "stop it, or give this one its own output_dir"
+        fix = "stop it, or give this one a folder of its own"
         if self._path in _locked:
-            raise CheckpointError(f"{problem} (in this very process); {fix}")
+            raise HeldError(f"{problem} (in this very process); {fix}")
         self._file: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
@@ -49,7 +49,7 @@ class FolderLock:
                 holder = os.pread(self._file, 200, 0).decode(errors="replace").strip()
                 if holder.startswith(f"{socket.gethostname()} ") or time.monotonic() > deadline:
                     os.close(self._file)
-                    raise CheckpointError(f"{problem} ({holder}); {fix}") from error
+                    raise HeldError(f"{problem} ({holder}); {fix}") from error
                 time.sleep(1.0)
         with contextlib.suppress(OSError):  # a full disk: who holds the lock can't be told then, but it is held
             os.ftruncate(self._file, 0)

@@ -130,9 +130,9 @@ class Save:
         """Wait for the verdict."""
         self._ended.wait()
 
-    def leave(self) -> None:
-        """Wait until the save's thread touches nothing any more: also the deletion of old steps is over."""
-        self._left.wait()
+    def leave(self, timeout: float | None = None) -> bool:
+        """Wait until the save's thread touches nothing any more: also the deletion of old steps is over. Returns whether."""
+        return self._left.wait(timeout)
 
     def cancel(self, error: BaseException) -> None:
         """End a save that was never begun, here and on the other ranks; one that was ends by itself."""

@@ -37,6 +37,17 @@ class Poison(Hook):
                     fragment.tensor.fill_(float("nan"))
 
 
+class Fail(Hook):
+    """Ends the run with an error of its own."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, loop: Loop) -> None:
+        if loop.progress.step == self.step:
+            raise RuntimeError("a fault of the hook's")
+
+
 class Refuse(Hook):
     """Can't begin on one rank, for its config or for want of room."""
 

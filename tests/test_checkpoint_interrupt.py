@@ -15,6 +15,7 @@ from test_checkpoint_commit import open_run, restored_step
 from meshloom.checkpoint import faults
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.control import Control
+from meshloom.checkpoint.memory.wire import receive_line
 from meshloom.checkpoint.save import Save
 from meshloom.config.checkpoint import CheckpointConfig
 
@@ -85,6 +86,25 @@ def test_a_writer_that_was_interrupted_is_replaced(tmp_path: Path, monkeypatch: 
             save(run, 2)
     assert first.poll() is not None
     goes_on(run, tmp_path)
+
+
+def test_a_keeper_that_was_interrupted_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(tmp_path, memory_every=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("meshloom.checkpoint.memory.keeper.receive_line", interrupted_second())
+        save(run, 2)
+    goes_on(run, tmp_path)
+
+
+def interrupted_second() -> Any:
+    """The first answer of a keeper is its greeting."""
+    calls: list[int] = []
+
+    def receive(link: Any) -> Any:
+        calls.append(1)
+        return receive_line(link) if len(calls) == 1 else interrupted()
+
+    return receive
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("can't start new thread")])

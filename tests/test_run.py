@@ -170,6 +170,18 @@ def test_a_folder_belongs_to_one_run_at_a_time_whether_it_saves_or_not(tmp_path:
     assert list(rows(folder, "loss")) == [1, 2, 3]
 
 
+def test_a_folder_of_checkpoints_that_another_run_has_is_refused_in_the_same_way(tmp_path: Path) -> None:
+    words = [f"output_dir={tmp_path / 'run'}", f"checkpoint.folder={tmp_path / 'checkpoints'}", "trainer.steps=2"]
+    go(1, tmp_path / "run", *words[1:])
+    before = sorted(tmp_path.rglob("*")), (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    live = FolderLock(tmp_path / "checkpoints")
+    one, other = run_ranks(2, refused, words)
+    assert "checkpoint.folder" in one and "another run is saving into this folder" in one and not other
+    assert (sorted(tmp_path.rglob("*")), (tmp_path / "run" / "metrics.jsonl").read_bytes()) == before
+    live.release()
+    go(2, tmp_path / "run", *words[1:])
+
+
 def test_checkpoints_may_lie_in_the_runs_own_folder(tmp_path: Path) -> None:
     own = f"checkpoint.folder={tmp_path}"
     go(1, tmp_path, "trainer.steps=2", own)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_run import TINY, body
 
+from meshloom.checkpoint.folder import find_latest
+from meshloom.checkpoint.lock import FolderLock
 from meshloom.config.compose import Composer
 from meshloom.parallel.torch_engine import TorchEngine
 from meshloom.trainer.run import run
@@ -80,3 +83,18 @@ def stopped_late(rank: int, world_size: int, folder: str) -> tuple[bool, bool]:
 
 def test_a_signal_behind_the_last_step_ends_a_sweep_on_all_ranks(tmp_path: Path) -> None:
     assert run_ranks(2, stopped_late, str(tmp_path)) == [(False, True), (True, True)]
+
+
+def failed(rank: int, world_size: int, folder: str) -> list[str]:
+    """The threads of a run's saves when a hook has ended it with an error. Its folders can be had again."""
+    with pytest.raises(RuntimeError, match="a fault of the hook's"):
+        words = ["trainer.steps=9", "checkpoint.every=1", "trainer.hooks=[{_target_:run_hooks.Fail,step:3}]"]
+        body(rank, world_size, [f"output_dir={folder}", *words])
+    FolderLock(Path(folder) / "checkpoints").release()
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("checkpoint-")]
+
+
+def test_a_run_that_failed_gives_back_its_folder_and_its_memory_and_leaves_no_thread(tmp_path: Path) -> None:
+    """A thread that is still copying when the interpreter ends aborts the process."""
+    assert run_ranks(1, failed, str(tmp_path)) == [[]]
+    assert find_latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000002"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint.checkpointer import Checkpointer
 from ..checkpoint.control import Control
+from ..checkpoint.errors import HeldError
 from ..checkpoint.files import open_files
 from ..config import CheckpointConfig, LoggingConfig, ParallelConfig, TrainerConfig
 from ..config.duration import Duration, Unit
@@ -157,16 +159,40 @@ class Run:
     data: DataNode
 
     def close(self) -> None:
-        """Release threads, files and connections."""
-        for hook in self.loop.hooks:
-            hook.close()
-        if self.saving is not None:
-            self.saving.close()
-        self.loader.close()
+        """Release threads, files and connections: all of them, whatever one has to say."""
+        with contextlib.ExitStack() as all_of_them:
+            all_of_them.callback(self.loader.close)
+            for hook in reversed(self.loop.hooks):
+                all_of_them.callback(hook.close)
 
 
 def build_run(config: DictConfig, data: DataNode, mesh: Mesh) -> Run:
-    """Everything of a run on prepared data, with fresh weights; `resume.py` then puts a checkpoint's state into it."""
+    """Everything of a run on prepared data, with fresh weights; `resume.py` then puts a checkpoint's state into it.
+
+    Raises ConfigError, before any memory is taken, where another run saves into the folder of checkpoints.
+    """
+    # One process takes the folder's lock: that of `output_dir`, which the run has, does not hold where it is elsewhere.
+    checkpointer = together(mesh, lambda: open_checkpointer(config, mesh))
+    try:
+        return _built(config, data, mesh, checkpointer)
+    except BaseException:
+        if checkpointer is not None:
+            checkpointer.close()
+        raise
+
+
+def open_checkpointer(config: DictConfig, mesh: Mesh) -> Checkpointer | None:
+    """What saves the run; None for one that saves nothing. Raises ConfigError where another run saves into the folder."""
+    settings = Parts.of(config).checkpoint
+    if settings.every == 0:
+        return None
+    try:
+        return Checkpointer(checkpoint_folder(config), build_control(mesh, "save"), settings)
+    except HeldError as error:
+        raise ConfigError([Problem("checkpoint.folder", str(error))]) from error
+
+
+def _built(config: DictConfig, data: DataNode, mesh: Mesh, checkpointer: Checkpointer | None) -> Run:
     parts = Parts.of(config)
     output_dir = Path(config.output_dir)
     model = build_model(config, data.vocabulary)
@@ -190,7 +216,7 @@ def build_run(config: DictConfig, data: DataNode, mesh: Mesh) -> Run:
     elif validation is None and parts.trainer.eval_every and mesh.is_main:
         log.warning("trainer.eval_every: there will be no evaluation, because the data keeps nothing for validation")
     saving = None
-    if parts.checkpoint.every != 0:
+    if checkpointer is not None:
         fixed = {
             "config": OmegaConf.to_container(config, resolve=False),
             "data_fingerprint": data.fingerprint,
@@ -198,10 +224,6 @@ def build_run(config: DictConfig, data: DataNode, mesh: Mesh) -> Run:
             "tokenizer": data.tokenizer.fingerprint if data.tokenizer is not None else None,
             "layout": mesh.layout.describe(),
         }
-        # One process takes the folder's lock, which another run may hold.
-        checkpointer = together(
-            mesh, lambda: Checkpointer(checkpoint_folder(config), build_control(mesh, "save"), parts.checkpoint)
-        )
         saving = Saving(checkpointer, parts.checkpoint.every, fixed)
         hooks.append(saving)
     if mesh.is_main:

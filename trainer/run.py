@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..checkpoint.errors import CheckpointError
+from ..checkpoint.errors import HeldError
 from ..checkpoint.lock import FolderLock
 from ..config.problems import ConfigError, Problem
 from ..data.cache import cache_folder
@@ -97,7 +97,7 @@ def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | st
 
 def _trained(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None, stop: StopRequest) -> int:
     output_dir = Path(config.output_dir)
-    current = build_run(config, data, mesh)  # takes the lock on the folder of checkpoints, which may be somewhere else
+    current = build_run(config, data, mesh)
     try:
         if checkpoint is not None:
             branch = not lies_in(checkpoint, checkpoint_folder(config))
@@ -163,5 +163,5 @@ def _claim(output_dir: Path) -> FolderLock:
     except OSError as error:
         message = f"'{output_dir}' can't be written to: {error.strerror}"
         raise ConfigError([Problem("output_dir", message, "give a folder to write to")]) from error
-    except CheckpointError as error:
+    except HeldError as error:
         raise ConfigError([Problem("output_dir", str(error))]) from error

@@ -89,3 +89,7 @@ class Saving(Hook):
         if loop.progress.step != self._saved_step:  # not its turn, skipped, or failed
             self._save(loop, required=True)
         self._report(loop, self._checkpointer.finish())
+
+    def close(self) -> None:
+        """Of a run that failed: see saves that are under way to their end, and give back memory, processes and the folder."""
+        self._checkpointer.close()

@@ -8,6 +8,7 @@ import secrets
 import socket
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -68,23 +69,29 @@ class Keeper:
         group: the addresses of its members, this keeper among them; block: length of a parity block.
         """
         about = {"size": size, "version": version, "step": step, "group": group, "block": block, "timeout": self._timeout}
-        try:
-            self._giver.send({"do": "hold", **about}, arena)
-        except OSError as error:
-            raise CheckpointError(f"the keeper process is gone: {error}") from error
-        return self._reply()
+        with self._conversation():
+            try:
+                self._giver.send({"do": "hold", **about}, arena)
+            except OSError as error:
+                raise CheckpointError(f"the keeper process is gone: {error}") from error
+            return self._reply()
 
     def complete(self, version: str, manifest: bytes) -> None:
         """Every rank keeps this version: older ones may go."""
-        self._send({"do": "complete", "version": version, "manifest": len(manifest)})
-        self._reply()
-        self._link.sendall(manifest)
-        self._reply()
+        with self._conversation():
+            self._send({"do": "complete", "version": version, "manifest": len(manifest)})
+            self._reply()
+            try:
+                self._link.sendall(manifest)
+            except OSError as error:
+                raise CheckpointError(f"the keeper process is gone: {error}") from error
+            self._reply()
 
     def drop(self, version: str) -> None:
         """Some rank could not keep this version."""
-        self._send({"do": "drop", "version": version})
-        self._reply()
+        with self._conversation():
+            self._send({"do": "drop", "version": version})
+            self._reply()
 
     def leave(self) -> None:
         """Let the process go on by itself, with what it keeps; if that is nothing, it ends."""
@@ -106,6 +113,21 @@ class Keeper:
             self._link.shutdown(socket.SHUT_RDWR)  # closing says nothing while a child of this process has a copy
         self._link.close()
 
+    @contextlib.contextmanager
+    def _conversation(self) -> Generator[None]:
+        """Questions and answers; one that is cut short by an interruption (Ctrl-C) is the last."""
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        self._stuck = True
+        self._process.kill()  # an answer that came after all would be taken for that to the next question
+
     def _send(self, message: dict[str, Any]) -> None:
         try:
             send(self._link, message)
@@ -116,8 +138,7 @@ class Keeper:
         try:
             return receive_line(self._link)
         except TimeoutError:
-            self._stuck = True
-            self._process.kill()  # an answer that came after all would be taken for that to the next question
+            self._give_up()
             return None
         except OSError:
             return None
