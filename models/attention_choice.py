@@ -27,6 +27,7 @@ SWITCH = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTI
 """The kernels that PyTorch's own operator offers."""
 
 _WORTH = 0.97  # a kernel replaces an earlier one of KERNELS at this share of its time: noise shall not choose
+_BUSY = 16_384  # positions timed at once, of several sequences if need be: of a short one the host's part would be timed, too
 _REPEATS = 5
 _WARM_UP = 0.2  # seconds: a GPU that idled, while a kernel was compiled, needs some to bring its clock up
 
@@ -61,7 +62,7 @@ def seconds(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device
 
     Raises RuntimeError where a kernel's failure has left the GPU unusable.
     """
-    q, k, v = _inputs(shape, device)
+    q, k, v = _inputs(shape, device, max(1, _BUSY // shape.seq_len))
     gradient = torch.randn_like(q)
 
     def once() -> float:
@@ -84,10 +85,10 @@ def seconds(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device
         return float("inf")
 
 
-def _inputs(shape: Shape, device: torch.device) -> list[torch.Tensor]:
+def _inputs(shape: Shape, device: torch.device, samples: int = 1) -> list[torch.Tensor]:
     """Queries, keys and values, positions first, as the projections leave them."""
     draw = torch.Generator(device).manual_seed(0)
-    sizes = ((1, shape.seq_len, heads, shape.head_dim) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
+    sizes = ((samples, shape.seq_len, heads, shape.head_dim) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
     return [torch.randn(size, device=device, dtype=torch.bfloat16, generator=draw).requires_grad_() for size in sizes]
 
 

@@ -43,7 +43,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp32, tied head, documents": {"precision": "fp32", "tied": True, "documents": True},
     "bf16": {"precision": "bf16"},
 }
-TOLERANCE = {"fp32": 2e-4, "bf16": 5e-2}
+TOLERANCE = {"fp32": (2e-4, 2e-4), "bf16": (1e-2, 1e-1)}
+"""Of the first step, in which a wrong scale or a lost part shows, and of what Adam makes of its roundings: in bf16 norms of the
+fourth step are 2 to 6 % from fp32's, on one GPU too."""
 
 
 def micro_batch(indices: Sequence[int], documents: bool) -> MicroBatch:
@@ -118,8 +120,10 @@ def curves() -> tuple[dict[str, list[float]], ...]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_gpus_train_as_one(layout: str, variant: str, curves: Any) -> None:
     alone, found = curves
-    expected, tolerance = alone[f"one GPU, {variant}"], TOLERANCE[VARIANTS[variant]["precision"]]
-    assert found[f"{layout}, {variant}"] == pytest.approx(expected, rel=tolerance)
+    expected, curve = alone[f"one GPU, {variant}"], found[f"{layout}, {variant}"]
+    first, later = TOLERANCE[VARIANTS[variant]["precision"]]
+    assert curve[:2] == pytest.approx(expected[:2], rel=first)
+    assert curve == pytest.approx(expected, rel=later)
     assert expected[-1] < expected[0] - 0.2, "something is learnt"
 
 
