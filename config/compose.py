@@ -40,7 +40,7 @@ RECIPES = f"pkg://{RECIPES_MODULE}"
 ROOT = "config"
 HYDRA_VERSION = "1.3"
 NAMED = ("model", "data", "optim", "schedule", "batch")  # groups whose options carry a name
-OPEN_NODE = "parallel.deepspeed.config."
+OPEN_NODES = ("parallel.deepspeed.config.", "optim.modules.", "optim.modules=")  # whose keys no schema lists
 FAULTS = (HydraException, yaml.YAMLError, ValueError)  # what composition raises for bad overrides and bad files
 LONGEST_NAME = 200  # file systems take 255
 NEVER_SAVED = ("launch", "resume", "output_dir")  # belong to an invocation, not to the run it continues
@@ -207,10 +207,10 @@ def near_miss(key: str, known: Iterable[str]) -> str:
 def opened(argument: str) -> str:
     """An argument of the command line as Hydra is to read it.
 
-    Keys of another library, which no schema lists, need no "+" from the user. `optim.name=lamb` chooses the option, as
-    `optim=lamb` does: the name alone would change nothing.
+    Keys that no schema lists (another library's, names of the user's own) need no "+" from the user. `optim.name=lamb`
+    chooses the option, as `optim=lamb` does: the name alone would change nothing.
     """
-    if argument.startswith(OPEN_NODE):
+    if argument.startswith(OPEN_NODES):
         return f"++{argument}"
     return re.sub(rf"^({'|'.join(NAMED)})\.name=", r"\1=", argument)
 

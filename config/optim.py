@@ -37,7 +37,7 @@ class AdamWConfig(OptimConfig):
 
 @dataclass
 class AGVMConfig(AdamWConfig):
-    """AdamW with a learning rate per kind of module: see optim/agvm.py."""
+    """AdamW with a learning rate per kind of module: see optim/agvm.py. modules: none means the kinds listed there."""
 
     _target_: str = "meshloom.optim.agvm.AGVM"
     name: str = "agvm"
@@ -45,7 +45,7 @@ class AGVMConfig(AdamWConfig):
     begin: int = 0
     anchor: str = "attention"
     smoothing: float = 0.97
-    modules: dict[str, str] | None = None
+    modules: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass

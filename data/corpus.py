@@ -11,7 +11,7 @@ import xxhash
 
 from ..config.hashing import hash64
 from ..config.problems import ConfigError, Problem
-from .cache import cache_folder
+from .cache import cache_folder, expanded
 from .order import Held, Shuffled, StoredSamples
 from .packing import PACKINGS, packed
 from .prepare import tokenized_corpus, trained_tokenizer
@@ -64,7 +64,7 @@ class TokenizerSettings:
             found.append(Problem(f"{key}.vocabulary", message, f"use {SMALLEST_BPE} or more"))
         if self.setting == "bpe" and self.sample < 1:
             found.append(Problem(f"{key}.tokenizer_sample", f"{self.sample} characters can't train it", "use 1 or more"))
-        if self.setting not in ("bpe", "bytes") and not Path(self.setting).expanduser().exists():
+        if self.setting not in ("bpe", "bytes") and not (self.setting and expanded(self.setting).exists()):
             fix = "use bpe, bytes, or the path of a tokenizer.json"
             found.append(Problem(f"{key}.tokenizer", f"'{self.setting}' not found", fix))
         return found
@@ -75,7 +75,7 @@ class TokenizerSettings:
             return trained_tokenizer(sources, self.vocabulary, self.sample, cache)
         if self.setting == "bytes":
             return Tokenizer.bytes()
-        return Tokenizer.load(Path(self.setting).expanduser(), self.end_of_document)
+        return Tokenizer.load(expanded(self.setting), self.end_of_document)
 
 
 class Packed:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Unpack
 
 from ..config.problems import Problem
+from .cache import expanded
 from .corpus import Corpus, CorpusOptions, Packed, PackingOptions
 from .records import HuggingFace, JsonLines, ParquetFiles
 from .shards import MANIFEST
@@ -72,9 +73,9 @@ class Shards(Packed):
 
     def __init__(self, seed: int, path: str | None, validation: str | None = None, **options: Unpack[PackingOptions]) -> None:
         super().__init__(seed, **options)
-        self._path = Path(path or "").expanduser()
+        self._path = expanded(path or "")
         self._given = bool(path)
-        self._held = None if validation is None else Path(validation).expanduser()
+        self._held = None if validation is None else expanded(validation)
 
     def problems(self, key: str = "data") -> list[Problem]:
         """What is wrong with the node's keys."""

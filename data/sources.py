@@ -9,13 +9,14 @@ import os
 import sysconfig
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import xxhash
 
 from ..config.problems import Problem
+from .cache import expanded
 from .shards import digest_file
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,9 @@ class FileSource(ABC):
     perhaps: tuple[str, ...] = ()
 
     def __init__(self, input: str | Sequence[str] | None) -> None:
-        self.input = [input] if isinstance(input, str) else list(input or ())
+        given: list[Any] = [] if input is None else [input] if isinstance(input, str | Mapping | int | float) else list(input)
+        self.input = [each for each in given if isinstance(each, str)]
+        self._no_paths = [each for each in given if not isinstance(each, str)]
         self._warned: set[str] = set()
 
     @abstractmethod
@@ -80,11 +83,11 @@ class FileSource(ABC):
         return list(found.values())
 
     def _matches(self, pattern: str) -> Iterator[Path]:
-        written = os.path.expanduser(pattern)  # noqa: PTH111 (which fails for somebody who has no home here)
-        if Path(written).is_dir():
-            yield from self._inside(Path(written))
+        written = expanded(pattern)
+        if written.is_dir():
+            yield from self._inside(written)
             return
-        for match in [written] if _is_file(Path(written)) else glob.iglob(written, recursive=True):  # noqa: PTH207 (a pattern may be absolute)
+        for match in [written] if _is_file(written) else glob.iglob(str(written), recursive=True):  # noqa: PTH207 (a pattern may be absolute)
             if _is_file(Path(match)):
                 yield Path(match)
 
@@ -100,9 +103,12 @@ class FileSource(ABC):
 
     def problems(self, key: str) -> list[Problem]:
         """Every pattern must match a file."""
+        fix = "give a path, a glob pattern or a folder"
+        if self._no_paths:
+            return [Problem(f"{key}.input", f"{each} is no path", fix) for each in self._no_paths]
         if not self.input:
-            return [Problem(f"{key}.input", "no file is named", "give a path, a glob pattern or a folder")]
-        fix = "give a path, a glob pattern or a folder that has some"
+            return [Problem(f"{key}.input", "no file is named", fix)]
+        fix = f"{fix} that has some"
         return [
             Problem(f"{key}.input", f"'{pattern}' {'matches' if pattern.strip() else 'names'} no file", fix)
             for pattern in self.input

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .bounds import NOT_NEGATIVE, outside, refuse, unlike_betas
 from .parameters import NamedParameter, Shards, decay_groups
 
 FUSED_DEVICES = ("cuda", "cpu")
@@ -35,6 +36,7 @@ class AdamW(torch.optim.AdamW):
         fused: bool | None = None,
         label: Callable[[str], str] | None = None,
     ) -> None:
+        refuse([*unlike_betas(betas), *outside(NOT_NEGATIVE, weight_decay=weight_decay, eps=eps)])
         first, second = betas
         if fused is None:
             fused = all(p.tensor.device.type in FUSED_DEVICES and p.tensor.is_floating_point() for p in parameters)

@@ -57,13 +57,13 @@ class Adaptive(Controller):
             self._problem("batch.interval", f"{interval} steps are no interval", "use 1 or more")
         if not 0 <= ema < 1:
             self._problem("batch.ema", f"{ema:g} is not a weight of the past", "use a number in [0, 1)")
-        if growth is not None and growth <= 1:
+        if growth is not None and not growth > 1:
             self._problem("batch.growth", f"a factor of {growth:g} lets nothing grow", "use more than 1, or null")
 
     def _must_be_positive(self, **settings: float) -> None:
         """Thresholds and constants at which a test would ask for no batch at all."""
         for key, value in settings.items():
-            if value <= 0:
+            if not 0 < value < math.inf:
                 self._problem(f"batch.{key}", f"{value:g} gives no batch", "use a positive number")
 
     def wanted(self) -> float | None:

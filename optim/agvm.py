@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..config.problems import ConfigError, Problem
 from .adamw import AdamW
 from .bounds import COUNT, FRACTION, NOT_NEGATIVE, outside, refuse
 from .parameters import NamedParameter, Shards
@@ -37,6 +38,14 @@ MODULES = {
 FLOOR = 1e-6  # keeps the ratio of two disagreements finite where halves agree
 
 
+def _pattern(name: str, written: str) -> re.Pattern[str]:
+    try:
+        return re.compile(written)
+    except re.error as error:
+        fix = "give a regular expression for parameters' names"
+        raise ConfigError([Problem(f"optim.modules.{name}", f"'{written}' is no pattern ({error})", fix)]) from error
+
+
 class AGVM(AdamW):
     """AdamW whose rate for each kind of module i is lr · s_i.
 
@@ -46,7 +55,7 @@ class AGVM(AdamW):
     interval   steps between measurements; the paper's code takes 10, and 5 for batches beyond a thousand
     begin      first step that is measured: the warm-up's end
     anchor     the module whose disagreement is the measure
-    modules    name → pattern in parameter names; None: MODULES
+    modules    name → pattern in parameter names; none: MODULES
     """
 
     def __init__(
@@ -67,10 +76,11 @@ class AGVM(AdamW):
         refuse(
             [*outside(COUNT, interval=interval), *outside(NOT_NEGATIVE, begin=begin), *outside(FRACTION, smoothing=smoothing)]
         )
-        patterns = {name: re.compile(pattern) for name, pattern in (modules or MODULES).items()}
+        patterns = {name: _pattern(name, written) for name, written in (modules or MODULES).items()}
         self._names = [*patterns, "other"]
         if anchor not in self._names:
-            raise ValueError(f"optim.anchor='{anchor}' is none of the modules; choose one of {', '.join(self._names)}")
+            fix = f"choose one of {', '.join(self._names)}"
+            raise ConfigError([Problem("optim.anchor", f"'{anchor}' is none of the modules", fix)])
         self._label: Callable[[str], str] = lambda name: next((k for k, p in patterns.items() if p.search(name)), "other")
         self._module = torch.tensor([self._names.index(self._label(p.name)) for p in parameters])
         self._shards = shards

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 from typing import Any
 
 from ..config.duration import Duration, Unit
@@ -188,7 +189,7 @@ class Stages(Controller):
             order = [horizon.amount(start, horizon.unit) for start, _ in self._stages]
         except ValueError:
             order = []  # points of different units without an exchange rate: taken in the order written
-        if order != sorted(order):
+        if any(later <= earlier for earlier, later in pairwise(order)):
             self._problem("batch.stages", f"the points of '{stages}' don't rise", "write them in order")
 
     @staticmethod

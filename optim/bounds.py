@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..config.problems import ConfigError, Problem
@@ -30,6 +30,13 @@ def outside(bound: Bound, **settings: float) -> list[Problem]:
         for key, value in settings.items()
         if not bound.holds(value)
     ]
+
+
+def unlike_betas(betas: Sequence[float]) -> list[Problem]:
+    """What is wrong with `optim.betas`, the weights of the past in Adam's two moments."""
+    if len(betas) != 2:
+        return [Problem("optim.betas", f"{list(betas)} are not two numbers", "give two, such as [0.9, 0.95]")]
+    return [problem for beta in betas for problem in outside(FRACTION, betas=beta)]
 
 
 def refuse(problems: Iterable[Problem]) -> None:

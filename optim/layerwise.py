@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .bounds import FRACTION, NOT_NEGATIVE, POSITIVE, outside, refuse
+from .bounds import FRACTION, NOT_NEGATIVE, POSITIVE, outside, refuse, unlike_betas
 from .parameters import NamedParameter, Shards, decay_groups
 
 
@@ -105,14 +105,14 @@ class LAMB(_Layerwise):
         bias_correction: bool = True,
         norm_max: float | None = None,
     ) -> None:
-        first, second = betas
         refuse(
             [
                 *outside(NOT_NEGATIVE, weight_decay=weight_decay),
-                *(problem for beta in (first, second) for problem in outside(FRACTION, betas=beta)),
+                *unlike_betas(betas),
                 *outside(POSITIVE, eps=eps, **({} if norm_max is None else {"norm_max": norm_max})),
             ]
         )
+        first, second = betas
         self._bias_correction = bias_correction
         self._norm_max = norm_max
         super().__init__(parameters, shards, weight_decay, {"lr": lr, "betas": (first, second), "eps": eps})

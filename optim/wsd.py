@@ -132,6 +132,10 @@ class Power(Decaying):
         settings: DecayOptions = {"decay_form": "exponential_to_zero", **options}
         super().__init__(peak, horizon, **settings)
         self.a, self.b = a, b
+        if not 0 < a < math.inf:
+            self._problem("schedule.a", f"{a:g} makes no learning rate", "use a number above 0; the paper's fit is 4")
+        if not -math.inf < b <= 0:
+            self._problem("schedule.b", f"{b:g} does not let the rate fall", "use 0 or less; the paper's fit is -0.51")
         self._first = self._amount("warmup", self.warmup, Unit.TOKENS)
         start = Duration(max(0.0, self.decay_start), horizon.unit)
         self._last = self._amount("decay", start, Unit.TOKENS)

@@ -191,7 +191,7 @@ def test_agvm_keeps_its_scales_as_counters_and_its_rates_as_they_were() -> None:
         state = optimizer.state[parameter.tensor]
         assert {k: float(v) for k, v in state.items() if k.startswith("scale.")} == {f"scale.{k}": v for k, v in scales.items()}
     assert float(optimizer.state[parameters[-1].tensor]["updates"]) == 2
-    with pytest.raises(ValueError, match=r"optim\.anchor='backbone'"):
+    with pytest.raises(ValueError, match=r"optim\.anchor: 'backbone' is none"):
         AGVM(parameters, Unsharded(), anchor="backbone")
 
 
