@@ -8,6 +8,7 @@ checkpoint needs neither: here the signals go to the workers themselves, which f
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -19,10 +20,11 @@ from typing import Any
 
 import psutil
 
-from ..trainer.signals import STOPPING
+from ..trainer.signals import AT_ONCE, STOPPING
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL_SECONDS = 0.2
+KILL_SECONDS = 5.0
 REPEAT_SECONDS = 5.0  # a worker that had not installed its handler yet hears it the next time
 
 
@@ -32,10 +34,12 @@ class TorchRun:
     def __init__(self, arguments: Sequence[str]) -> None:
         self._arguments = list(arguments)
         self._asked = 0
+        self._last = signal.SIGTERM
+        self._at_once = False
         self._agent: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
-        """Start it and wait. Returns its exit code: 0, or that of the worker that failed first."""
+        """Start it and wait. Returns its exit code: 0, or that of the worker that failed first; 130 after a second Ctrl-C."""
         previous: dict[signal.Signals, Any] = {number: signal.signal(number, self._ask) for number in FORWARDED}
         try:
             # A session of its own, so that a terminal's Ctrl-C reaches this process alone.
@@ -54,16 +58,25 @@ class TorchRun:
         """Whether a signal came, so that the workers were told to stop."""
         return self._asked > 0
 
+    @property
+    def number(self) -> signal.Signals:
+        """The last signal that came."""
+        return self._last
+
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         self._asked += 1
-        if number == signal.SIGINT and self._asked > 1 and self._agent is not None:
-            self._agent.terminate()  # pressed twice: torchrun ends the workers now
+        self._last = signal.Signals(number)
+        if number == signal.SIGINT and self._asked > 1:
+            self._at_once = True
         elif number == signal.SIGINT:
             print(STOPPING, file=sys.stderr)
 
     def _wait(self, agent: subprocess.Popen[bytes]) -> int:
         told = 0.0
         while (code := agent.poll()) is None:
+            if self._at_once:
+                _kill(agent)
+                return AT_ONCE
             if self._asked and time.monotonic() - told > REPEAT_SECONDS and self._tell(agent.pid):
                 told = time.monotonic()
             time.sleep(POLL_SECONDS)
@@ -79,6 +92,33 @@ class TorchRun:
         except psutil.Error:  # it ended meanwhile
             return False
         return bool(workers)
+
+
+def _kill(agent: subprocess.Popen[bytes]) -> None:
+    """End torchrun and its workers now: asked to do so itself, it would let them save first.
+
+    A worker's own children are left alone: its writer ends with it, and a keeper keeps the last snapshot for the next run.
+    """
+    workers: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        agent.send_signal(signal.SIGSTOP)  # it starts no other worker in place of a killed one
+        workers = psutil.Process(agent.pid).children()
+    for worker in workers:
+        with contextlib.suppress(psutil.Error):
+            worker.kill()
+    agent.kill()
+    agent.wait()
+    deadline = time.monotonic() + KILL_SECONDS
+    while any(_runs(worker) for worker in workers) and time.monotonic() < deadline:  # until their GPUs are free
+        time.sleep(POLL_SECONDS / 10)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it is there, and not only because nobody has waited for it."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def environment(arguments: Sequence[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ torchrun --nproc-per-node 4 -m meshloom.launch.train recipe=quickstart
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
@@ -32,7 +33,7 @@ from ..config.compose import (
     task_overrides,
 )
 from ..config.problems import ConfigError, Problem
-from ..trainer.signals import StopRequest
+from ..trainer.signals import AT_ONCE, StopRequest
 
 BAD_CONFIG = 2
 # What a disk, a quota or a file server answers, or something in a file's place; where in the program that came up tells nobody.
@@ -45,7 +46,9 @@ UNWRITABLE = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as this command line says. Returns the exit code: 0 only if every run ended as asked, 2 for a bad config.
 
-    A signal that stops one run of a sweep stops the sweep: those after it are not begun.
+    A signal that stops one run of a sweep stops the sweep: those after it are not begun, and the code says so as a shell would
+    (128 + the signal's number). A run by itself that was asked to stop, and has saved, ended as asked: its code is 0, by which
+    torchrun and SLURM know that it did not fail.
     """
     switches, arguments = _read(sys.argv[1:] if argv is None else argv)
     register_schemas()
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(error)
     codes: list[int] = []
     left = 0
-    stop = StopRequest()
+    stop = StopRequest(_leave)
     launcher = os.getpid()
 
     def task(config: DictConfig) -> None:
@@ -65,8 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a failed run shows where it failed
         code = _run(config, switches, stop)
-        if code and os.getpid() != launcher:  # Hydra's submitit launcher: of what a job does only an exception comes back
-            raise RuntimeError(f"the run in {config.output_dir} ended with exit code {code}")
+        if os.getpid() != launcher:  # Hydra's submitit launcher: of what a job does only an exception comes back
+            if code:
+                raise RuntimeError(f"the run in {config.output_dir} ended with exit code {code}")
+            if stop.obeyed:
+                raise RuntimeError(f"the run in {config.output_dir} was asked to stop; resume=auto goes on with it")
         codes.append(code)
 
     sys.argv = ["meshloom train", *arguments]
@@ -76,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = [number for number, code in enumerate(codes) if code]
     if failed and len(codes) > 1:
         print(f"{len(failed)} of {len(codes)} runs of the sweep failed: {failed}", file=sys.stderr)
+    if switches.multirun and stop.obeyed and not under_torchrun():  # which would take the code for a failure, and restart it
+        codes.append(128 + stop.number)
     return max(codes, default=0)
 
 
@@ -223,6 +231,17 @@ def _run(config: DictConfig, switches: argparse.Namespace, stop: StopRequest) ->
     return code
 
 
+def _leave() -> None:
+    """End this process now, for a second Ctrl-C. Nothing is put in order: a save under way may take minutes, what is on the
+    disk is whole at any moment, and the end of the interpreter would abort threads that are still copying.
+    """
+    with contextlib.suppress(Exception):  # the signal may have come in the middle of a print
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        os.write(2, b"meshloom train: interrupted\n")
+    os._exit(AT_ONCE)
+
+
 def _configure_log() -> None:
     """Meshloom's own messages go to stderr as they are: all of rank 0's, warnings of the others."""
     log = logging.getLogger("meshloom")
@@ -251,7 +270,7 @@ def _start_torchrun(config: DictConfig, count: int, switches: argparse.Namespace
         ]
     )
     code = started.run()
-    stop.obeyed = started.asked
+    stop.obeyed, stop.number = started.asked, started.number
     return code
 
 

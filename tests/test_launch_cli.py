@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     class Started:
         asked = False
+        number = signal.SIGUSR1
 
         def __init__(self, arguments: list[str]) -> None:
             calls.append(list(arguments))
@@ -140,14 +142,19 @@ def test_a_signal_that_stops_a_run_stops_its_sweep(
 
     def run(config: Any, _: Any, stop: StopRequest) -> int:
         begun.append(config.seed)
-        stop.obeyed = config.seed == 2
+        stop.obeyed, stop.number = config.seed == 2, signal.SIGUSR1
         return 0
 
     monkeypatch.setattr("meshloom.trainer.run.run", run)
     monkeypatch.setattr("meshloom.launch.torchrun.TorchRun.asked", property(lambda _: len(started) == 2))
-    assert cli.main(["train", "-m", "recipe=quickstart", f"launch.nproc={processes}", "seed=1,2,3,4"]) == 0
+    words = ["recipe=quickstart", f"launch.nproc={processes}"]
+    assert cli.main(["train", "-m", *words, "seed=1,2,3,4"]) == 128 + signal.SIGUSR1
     assert (begun if processes == 1 else [int(call[7].removeprefix("seed=")) for call in started]) == [1, 2]
     assert "asked to stop: 2 of 4 runs of the sweep were not begun" in capsys.readouterr().err
+    begun.clear()
+    started.clear()
+    assert cli.main(["train", "-m", *words, "seed=1,2"]) == 128 + signal.SIGUSR1  # nor has the last one come to its end
+    assert cli.main(["train", *words, "seed=2"]) == 0  # a run by itself has saved, and torchrun and SLURM read its code
 
 
 def test_ctrl_c_before_a_run_has_begun_is_a_message(

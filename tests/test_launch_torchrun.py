@@ -9,11 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from meshloom.launch import agent
 from meshloom.launch.torchrun import environment
+from meshloom.trainer.signals import STOPPING
 
 PATIENCE = 280.0  # seconds: torchrun and its workers begin in two, and in a hundred where the cores are shared
 WORKER = """
@@ -27,6 +29,8 @@ signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 open(f"{folder}/ready-{rank}", "w").close()
 deadline = time.monotonic() + 300
+while mode == "stubborn" and time.monotonic() < deadline:
+    time.sleep(0.05)
 while not asked and time.monotonic() < deadline:
     time.sleep(0.05)
 time.sleep(0.3)  # the save
@@ -51,6 +55,22 @@ def start(folder: Path, mode: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
+def ready(folder: Path, process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """torchrun's agent and its workers, as soon as both of these have their handlers."""
+    deadline = time.monotonic() + PATIENCE
+    while len(list(folder.glob("ready-*"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE  # whose parent is gone, and which nobody has waited for
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.mark.timeout(900)
 def test_exit_code_of_the_failed_worker(tmp_path: Path) -> None:
     process = start(tmp_path, "fail")
@@ -61,14 +81,25 @@ def test_exit_code_of_the_failed_worker(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_sigterm_lets_the_workers_save_and_end(tmp_path: Path) -> None:
     process = start(tmp_path, "wait")
-    deadline = time.monotonic() + PATIENCE
-    while len(list(tmp_path.glob("ready-*"))) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    ready(tmp_path, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+@pytest.mark.timeout(900)
+def test_a_second_interrupt_ends_workers_that_would_not_stop(tmp_path: Path) -> None:
+    process = start(tmp_path, "stubborn")
+    workers = ready(tmp_path, process)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    while STOPPING not in process.stderr.readline():  # until it has heard the first
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, errors
+    assert not any(alive(worker) for worker in workers) and not list(tmp_path.glob("saved-*"))
 
 
 def test_ending_the_workers_at_once_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -16,7 +18,7 @@ def test_signal_is_remembered_and_the_handler_comes_back(number: signal.Signals)
     with StopRequest() as stop:
         assert not stop.requested
         os.kill(os.getpid(), number)
-        assert stop.requested
+        assert stop.requested and stop.number == number
     assert signal.getsignal(number) == before
 
 
@@ -33,3 +35,27 @@ def test_second_interrupt_does_not_wait() -> None:
     with pytest.raises(KeyboardInterrupt), StopRequest():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+TWICE = """
+import signal, threading
+from meshloom.launch.train import _leave
+from meshloom.trainer.signals import StopRequest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+busy = threading.Lock()
+busy.acquire()
+print("so far", end="")
+try:
+    with StopRequest(_leave):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+finally:
+    busy.acquire()  # for a save that may take minutes
+"""
+
+
+def test_second_interrupt_of_a_command_ends_its_process() -> None:
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=250)
+    assert (done.returncode, done.stdout) == (130, "so far")
+    assert done.stderr == f"\n{STOPPING}\nmeshloom train: interrupted\n"

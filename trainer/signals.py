@@ -5,30 +5,42 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+AT_ONCE = 128 + signal.SIGINT  # the exit code that a shell's user expects of what a second Ctrl-C has ended
 STOPPING = "stopping after this step; press again to stop at once"
+
+
+def interrupt() -> None:
+    """What Python does by itself for Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 class StopRequest:
     """Remembers that a signal came. A context manager: the previous handlers come back afterwards.
 
-    A second Ctrl-C raises KeyboardInterrupt: the person does not want to wait.
+    A second Ctrl-C calls `at_once`: the person does not want to wait.
     requested  a signal came to this process
+    number     the last one that did
     obeyed     the run ended for it, or for one that came to another of its processes: the same on all of them
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: Callable[[], None] = interrupt) -> None:
+        """at_once: by default raises KeyboardInterrupt, after which the run still closes what it has open."""
+        self._at_once = at_once
         self.requested = False
+        self.number = signal.SIGTERM
         self.obeyed = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested:
-            raise KeyboardInterrupt
+            self._at_once()
+        self.number = signal.Signals(number)
         if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
                 os.write(2, f"\n{STOPPING}\n".encode())
