@@ -40,7 +40,9 @@ RECIPES = f"pkg://{RECIPES_MODULE}"
 ROOT = "config"
 HYDRA_VERSION = "1.3"
 NAMED = ("model", "data", "optim", "schedule", "batch")  # groups whose options carry a name
-OPEN_NODES = ("parallel.deepspeed.config.", "optim.modules.", "optim.modules=")  # whose keys no schema lists
+OPEN_NODES = tuple(
+    f"{node}{mark}" for node in ("parallel.deepspeed.config", "optim.modules") for mark in ".="
+)  # whose keys no schema lists
 FAULTS = (HydraException, yaml.YAMLError, ValueError)  # what composition raises for bad overrides and bad files
 LONGEST_NAME = 200  # file systems take 255
 NEVER_SAVED = ("launch", "resume", "output_dir")  # belong to an invocation, not to the run it continues
@@ -185,10 +187,19 @@ class Composer:
         whole = re.match(r"Value '(\d[\d.e+]*)' of type 'float' could not be converted to Integer", message)
         if whole and float(whole[1]).is_integer():
             fix = f"write a whole number in full: {key}={int(float(whole[1])):_}"
-        return Problem(key, message, fix or f"here it is {OmegaConf.to_yaml(OmegaConf.create([current]))[2:].strip()}"), None
+        return Problem(key, message, fix or _as_it_is(key, current)), None
 
 
 _ABSENT = object()
+
+
+def _as_it_is(key: str, value: Any) -> str:
+    """A fix for a value that could not be taken: what is there without it."""
+    if isinstance(value, DictConfig) and value:
+        return f"set one of its keys: {', '.join(f'{key}.{name}' for name in value)}"
+    if isinstance(value, DictConfig | ListConfig):
+        return f"here it is {key}={OmegaConf.to_container(value)}"
+    return f"here it is {OmegaConf.to_yaml(OmegaConf.create([value]))[2:].strip()}"
 
 
 def near_miss(key: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import xxhash
@@ -21,6 +22,8 @@ from .tokenizer import Tokenizer
 # What the mixture decides for all its sources, where they know the key.
 SHARED = ("seq_len", "document_mask", "verify", "cache_dir", "tokenizer", "vocabulary", "tokenizer_sample", "end_of_document")
 
+FIX = "name some in a recipe's defaults: /data@sources.code: stdlib"
+
 
 class Mixture:
     """See `meshloom.config.data.MixtureConfig` for the keys.
@@ -33,7 +36,7 @@ class Mixture:
         self,
         seed: int,
         seq_len: int,
-        sources: Mapping[str, Mapping[str, Any]],
+        sources: Mapping[str, Any],
         weights: Mapping[str, float],
         block: int = 1000,
         document_mask: bool = False,
@@ -60,7 +63,10 @@ class Mixture:
             "tokenizer_sample": tokenizer_sample,
             "end_of_document": end_of_document,
         }
-        self._written = {name: dict(node) for name, node in sources.items()}
+        self._no_sources = {name: node for name, node in sources.items() if not isinstance(node, Mapping)}
+        self._written: dict[str, dict[str, Any]] = {
+            name: dict(node) for name, node in sources.items() if name not in self._no_sources
+        }
         self.nodes = {name: self._source(name, node) for name, node in self._written.items()}
         self._tokenizer: Tokenizer | None = None
         self._is_prepared = False
@@ -75,10 +81,10 @@ class Mixture:
     def problems(self, key: str = "data") -> list[Problem]:
         """What is wrong with the node's keys and with those of its sources."""
         found = self._settings.problems(key)
-        if not self.nodes:
-            fix = "name some in a recipe's defaults: /data@sources.code: stdlib"
-            found.append(Problem(f"{key}.sources", "there are none", fix))
-        for name in self.weights.keys() - self.nodes.keys():
+        found += [Problem(f"{key}.sources.{name}", f"{node} is no source", FIX) for name, node in self._no_sources.items()]
+        if not self.nodes and not self._no_sources:
+            found.append(Problem(f"{key}.sources", "there are none", FIX))
+        for name in self.weights.keys() - self.nodes.keys() - self._no_sources.keys():
             found.append(Problem(f"{key}.weights.{name}", "there is no such source", f"use {', '.join(self.nodes)}"))
         for name, node in self.nodes.items():
             weight = self.weights.get(name)
@@ -91,7 +97,10 @@ class Mixture:
                 if value not in (None, self._shared[shared], getattr(defaults, shared)):
                     where = f"{key}.sources.{name}.{shared}"
                     found.append(Problem(where, "is the same for all sources", f"set {key}.{shared}={value} instead"))
-            found += node.problems(f"{key}.sources.{name}")
+            for problem in node.problems(f"{key}.sources.{name}"):
+                leaf = problem.key.removeprefix(f"{key}.sources.{name}.")
+                shared = replace(problem, key=f"{key}.{leaf}") if leaf in SHARED else problem
+                found += [shared] if shared not in found else []
         if not found and 0 in self._counts():
             smallest = min(self.weights.values()) / sum(self.weights.values())
             fix = f"use {round(1 / smallest)} or more"

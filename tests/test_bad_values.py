@@ -60,6 +60,46 @@ def test_it_is_refused_by_its_key(composer: Composer, overrides: list[str], key:
     assert says in problems[key], problems
 
 
+@pytest.fixture(scope="module")
+def mixing(tmp_path_factory: pytest.TempPathFactory) -> Composer:
+    """With a recipe data=mix of two sources."""
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "data").mkdir()
+    defaults = "defaults: [base_mixture, /data@sources.code: stdlib, /data@sources.prose: text, _self_]"
+    (folder / "data/mix.yaml").write_text(
+        f"{defaults}\nsources: {{prose: {{input: {__file__}}}}}\nweights: {{code: 3, prose: 7}}\n"
+    )
+    return Composer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "says"),
+    [
+        ("data.sources.code=null", "data.sources.code", "None is no source"),
+        ("+data.sources.other=5", "data.sources.other", "5 is no source; name some in a recipe's defaults"),
+        ("data.seq_len=0", "data.seq_len", "0 is not a length"),
+        ("data.vocabulary=3", "data.vocabulary", "too small"),
+        ("data.sources.code.packing=x", "data.sources.code.packing", "'x' is unknown"),
+    ],
+)
+def test_a_mixture_names_the_key_that_is_to_be_changed(mixing: Composer, override: str, key: str, says: str) -> None:
+    assert found(mixing, "data=mix") == {}
+    problems = found(mixing, "data=mix", override)
+    assert problems.keys() == {key} and says in problems[key]
+
+
+def test_a_group_given_as_a_value_is_told_its_keys_in_one_line(composer: Composer) -> None:
+    (problem,) = composer.compose(["recipe=quickstart", "logging=null"]).problems
+    assert problem.key == "logging" and problem.fix.startswith("set one of its keys: logging.every, logging.progress, ")
+    (problem,) = composer.compose(["recipe=quickstart", "optim.betas=null"]).problems
+    assert problem.fix == "here it is optim.betas=[0.9, 0.95]"
+
+
+def test_deepspeeds_keys_are_given_all_at_once_too(composer: Composer) -> None:
+    composition = composer.compose(["recipe=quickstart", "parallel.deepspeed.config={aio: {block_size: 8}}"])
+    assert composition.problems == [] and composition.config.parallel.deepspeed.config == {"aio": {"block_size": 8}}
+
+
 def test_modules_of_agvm_are_given_on_the_command_line(composer: Composer) -> None:
     modules = r"optim.modules={blocks: '^layers\.', head: '^head'}"
     assert found(composer, "optim=agvm", "batch.micro=1", modules, "optim.anchor=blocks") == {}
