@@ -65,7 +65,7 @@ class FileSource(ABC):
         given: list[Any] = [] if input is None else [input] if isinstance(input, str | Mapping | int | float) else list(input)
         self.input = [each for each in given if isinstance(each, str)]
         self._no_paths = [each for each in given if not isinstance(each, str)]
-        self._warned: set[str] = set()
+        self._said = False
 
     @abstractmethod
     def read(self, path: Path) -> Iterator[str]:
@@ -85,21 +85,25 @@ class FileSource(ABC):
     def _matches(self, pattern: str) -> Iterator[Path]:
         written = expanded(pattern)
         if written.is_dir():
-            yield from self._inside(written)
+            yield from self._inside(written)[0]
             return
         for match in [written] if _is_file(written) else glob.iglob(str(written), recursive=True):  # noqa: PTH207 (a pattern may be absolute)
             if _is_file(Path(match)):
                 yield Path(match)
 
-    def _inside(self, folder: Path) -> list[Path]:
+    def _inside(self, folder: Path) -> tuple[list[Path], list[Path]]:
+        """The files that a folder stands for, and those that are left out only because of them."""
         found = [path for path in files_below(folder) if path.name.endswith((*self.endings, *self.perhaps))]
         certain = [path for path in found if path.name.endswith(self.endings)]
-        if left := sorted(set(found) - set(certain)) if certain else []:
-            said = f"{folder}: {left[0]} and others like it are" if len(left) > 1 else f"{folder}: {left[0]} is"
-            if said not in self._warned:
-                log.warning("%s not read as data beside files like %s; give them by name to have them read", said, certain[0])
-            self._warned.add(said)
-        return certain or found
+        return (certain, sorted({*found} - {*certain})) if certain else (found, [])
+
+    def _say_what_is_left_out(self) -> None:
+        for folder in filter(Path.is_dir, map(expanded, self.input)) if self.perhaps and not self._said else ():
+            taken, left = self._inside(folder)
+            if left:
+                which = f"{left[0]} is" if len(left) == 1 else f"{left[0]} and {len(left) - 1} like it are"
+                log.warning("%s not read as data beside files like %s; give them by name to have them read", which, taken[0])
+        self._said = True
 
     def problems(self, key: str) -> list[Problem]:
         """Every pattern must match a file."""
@@ -116,7 +120,8 @@ class FileSource(ABC):
         ]
 
     def documents(self) -> Iterator[str]:
-        """The documents of all files."""
+        """The documents of all files. Warns the first time of files that are left out."""
+        self._say_what_is_left_out()
         for path in self.files():
             yield from self.read(path)
 
