@@ -129,7 +129,7 @@ def _tokenizer(checkpoint: Path | str, config: DictConfig, fingerprint: str) -> 
                 end = config.data.get("end_of_document") if "data" in config else None
                 try:
                     return Tokenizer.load(folder / "tokenizer.json", end)
-                except ValueError as error:
+                except (ValueError, OSError) as error:
                     raise ConfigError([Problem("checkpoint", str(error), beside)]) from error
     if "data" not in config:
         raise ConfigError([Problem("checkpoint", f"'{checkpoint}' was imported without a tokenizer", beside)])

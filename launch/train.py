@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -36,7 +37,8 @@ from ..config.problems import ConfigError, Problem
 from ..trainer.signals import AT_ONCE, StopRequest
 
 BAD_CONFIG = 2
-# What a disk, a quota or a file server answers, or something in a file's place; where in the program that came up tells nobody.
+FRAMES = 4  # of the way to an error that are told: a library's own, and who called it
+# What a disk, a quota or a file server answers, or something in a file's place: a line says it, and where it came up.
 UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
@@ -225,10 +227,16 @@ def _run(config: DictConfig, switches: argparse.Namespace, stop: StopRequest) ->
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        code, message = 1, f"{error.filename or config.output_dir}: {error.strerror}"
+        code, message = 1, f"{error.filename or config.output_dir}: {error.strerror} ({_where(error)})"
     # What only the data or this very process could show, so every process speaks for itself.
     print(f"rank {os.environ['RANK']}: {message}" if under_torchrun() else message, file=sys.stderr)
     return code
+
+
+def _where(error: BaseException) -> str:
+    """The innermost lines of the program that an error came through: whose file it was, or which of them is at fault."""
+    frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
+    return "in " + ", ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
 
 
 def _leave() -> None:

@@ -297,7 +297,8 @@ class _Search:
 
 def divisors(number: int) -> list[int]:
     """Of a positive number, ascending."""
-    return [size for size in range(1, number + 1) if number % size == 0]
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def written(value: object) -> str:

@@ -233,7 +233,7 @@ def test_a_problem_that_only_the_run_could_find_is_said_by_every_rank(
     assert "rank 3: 1 problem" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_a_message_and_other_faults_keep_their_traceback(
+def test_a_full_disk_is_a_line_that_says_where_and_other_faults_keep_their_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault = OSError(errno.ENOSPC, "No space left on device", "runs/sample.txt")
@@ -243,10 +243,12 @@ def test_a_full_disk_is_a_message_and_other_faults_keep_their_traceback(
 
     monkeypatch.setattr("meshloom.trainer.run.run", run)
     assert cli.main(["train", "recipe=quickstart", "data=synthetic"]) == 1
-    assert capsys.readouterr().err == "runs/sample.txt: No space left on device\n"
+    told = capsys.readouterr().err
+    assert told.startswith("runs/sample.txt: No space left on device (in test_launch_cli.py:") and " run, train.py:" in told
+    assert told.count("\n") == 1
     fault = IsADirectoryError(errno.EISDIR, "Is a directory", "runs/metrics.jsonl")
     assert cli.main(["train", "recipe=quickstart", "data=synthetic"]) == 1
-    assert capsys.readouterr().err == "runs/metrics.jsonl: Is a directory\n"
+    assert capsys.readouterr().err.startswith("runs/metrics.jsonl: Is a directory (in test_launch_cli.py:")
     fault = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
     with pytest.raises(ConnectionResetError):
         cli.main(["train", "recipe=quickstart", "data=synthetic"])

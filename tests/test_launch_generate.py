@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,28 @@ def test_a_run_whose_data_and_tokenizer_are_elsewhere(tmp_path: Path, capsys: py
     assert code == 2 and "put the model's tokenizer.json beside the checkpoint" in error
     assert "data.input: 'gone.txt' matches no file" in error
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_run_whose_data_can_not_even_be_looked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {"_target_": "meshloom.data.nodes.Text", "name": "text", "input": "a" * 300, "seq_len": 8}
+    saved(tmp_path, {"config": {"model": MODEL, "data": {**data, "cache_dir": str(tmp_path / "cache")}, "seed": 1}})
+    code, _, error = said(capsys, f"checkpoint={tmp_path}")
+    assert code == 2 and "put the model's tokenizer.json beside the checkpoint" in error
+    assert "data: aaa" in error and "File name too long" in error
+
+
+def test_a_tokenizer_that_can_not_be_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = saved(tmp_path, {"config": {"model": MODEL}, "imported_from": {}})
+    Tokenizer.bytes().save(step.parent / "tokenizer.json")
+
+    def refuse(path: Path, *_: object) -> Tokenizer:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Tokenizer, "load", refuse)
+    code, _, error = said(capsys, f"checkpoint={tmp_path}", "context=8")
+    assert code == 2 and "Permission denied" in error and "tokenizer.json" in error
 
 
 @pytest.mark.parametrize("word", ["temperature=nan", "temperature=-1", "seed=-1", f"seed={2**64}", "top_k=0", "tokens=0"])

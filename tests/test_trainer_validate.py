@@ -9,7 +9,7 @@ import pytest
 from meshloom.config.compose import Composer
 from meshloom.config.problems import Problem
 from meshloom.trainer.bent_rules import bent_rules
-from meshloom.trainer.validate import _asked, run_problems
+from meshloom.trainer.validate import asked, run_problems
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +243,6 @@ def test_an_error_that_names_no_file_keeps_its_words() -> None:
     def fail() -> list[Problem]:
         raise OSError("the data set's server does not answer")
 
-    assert [str(problem) for problem in _asked("data", fail)] == [
+    assert [str(problem) for problem in asked("data", fail)] == [
         "data: the data set's server does not answer; check the keys of data"
     ]

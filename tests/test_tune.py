@@ -24,7 +24,7 @@ from meshloom.launch.gpus_here import GpusHere
 from meshloom.launch.plan import Plan, make_plan
 from meshloom.launch.plan_tables import GIB
 from meshloom.launch.tune_measure import Trial, common_overrides, measure, reason, trial_samples
-from meshloom.launch.tune_search import BUDGET, RESERVE, SHARE, Tuned, tune
+from meshloom.launch.tune_search import BUDGET, RESERVE, SHARE, Tuned, divisors, tune
 from meshloom.parallel.engines import engine_moved
 from meshloom.parallel.speed import UPDATE, Traffic, step_seconds, torch_moved
 
@@ -347,3 +347,14 @@ def test_what_gpus_compute_inside_products_need_not_fit() -> None:
     assert tune(words, limit, why_swiglu_is_plain=lambda: None).fitting
     with pytest.raises(ConfigError, match="nothing fits"):
         tune(words, limit)
+
+
+def test_sizes_of_a_micro_batch_are_found_without_trying_every_number() -> None:
+    assert [divisors(number) for number in (1, 2, 12, 36, 97)] == [
+        [1],
+        [1, 2],
+        [1, 2, 3, 4, 6, 12],
+        [1, 2, 3, 4, 6, 9, 12, 18, 36],
+        [1, 97],
+    ]
+    assert len(divisors(2**40 * 3**2)) == 41 * 3  # a walk up to the number would not end

@@ -22,7 +22,7 @@ from .loop import TrainingDiverged
 from .resume import effective, lies_in, restore_run
 from .signals import StopRequest
 from .together import FailedElsewhere, on_main, together
-from .validate import run_problems
+from .validate import asked, run_problems
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +64,10 @@ def run(config: DictConfig, overrides: Sequence[str] = (), stop: StopRequest | N
 
 def prepared_data(config: DictConfig) -> DataNode:
     """The data of a run, ready to be read. Raises ConfigError for data that can't be: its message names file and place."""
-    data = build_data(config)
-    problems = data.problems()
+    problems = asked("data", lambda: build_data(config).problems())
     if problems:
         raise ConfigError(problems)
+    data = build_data(config)
     try:
         data.prepare()
     except ConfigError:

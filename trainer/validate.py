@@ -63,17 +63,17 @@ def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
         else:
             layout = [*layout_problems(parts.parallel, world_size), *key_problems(parts.parallel)]
         problems += layout or batch_problems(config.batch, data_size)
-        problems += _asked("optim", lambda: _engine_problems(config, parts, world_size))
-    problems += [*checkpoint_problems(parts.checkpoint), *_asked("checkpoint", lambda: _folder_problems(config))]
+        problems += asked("optim", lambda: _engine_problems(config, parts, world_size))
+    problems += [*checkpoint_problems(parts.checkpoint), *asked("checkpoint", lambda: _folder_problems(config))]
     problems += logging_problems(parts.logging)
     problems += hook_problems(parts.trainer.hooks)
-    problems += _asked("data", lambda: build_data(config).problems())
-    problems += _asked("optim", lambda: _optimizer_problems(config))
+    problems += asked("data", lambda: build_data(config).problems())
+    problems += asked("optim", lambda: _optimizer_problems(config))
     if not any(problem.key.startswith("model") for problem in problems):
-        problems += _asked("model", lambda: _model_problems(config))
+        problems += asked("model", lambda: _model_problems(config))
     if not any(problem.key.startswith(("trainer.", "data", "optim")) for problem in problems):
-        problems += _asked("schedule", lambda: _schedule_problems(config))
-        problems += _asked("batch", lambda: _controller_problems(config, data_size))
+        problems += asked("schedule", lambda: _schedule_problems(config))
+        problems += asked("batch", lambda: _controller_problems(config, data_size))
     return problems
 
 
@@ -194,7 +194,7 @@ def _engine_problems(config: DictConfig, parts: Parts, world_size: int) -> list[
     )
 
 
-def _asked(group: str, question: Callable[[], Iterable[Problem]]) -> list[Problem]:
+def asked(group: str, question: Callable[[], Iterable[Problem]]) -> list[Problem]:
     """The answer of an object of the group; a node that can't be turned into an object is a problem too."""
     try:
         return list(question())
