@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from enum import Enum
@@ -40,6 +41,8 @@ class Duration:
             raise ValueError(f"'{written}' is not a duration; write 200, '200 steps', '1.5B tokens', '4k samples' or '10%'")
         number, scale, word = match.groups()
         value = float(number.replace("_", "")) * _SCALE[scale.lower()]
+        if math.isinf(value):
+            raise ValueError(f"'{written}' is more than any run; write a number below 1e300")
         word = (word or "").lower().rstrip("s")
         if word == "%":
             value, unit = value / 100, Unit.FRACTION

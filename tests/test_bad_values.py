@@ -39,6 +39,8 @@ def found(composer: Composer, *overrides: str) -> dict[str, str]:
         (["schedule=power", "schedule.a=0"], "schedule.a", "above 0"),
         (["schedule=power", "schedule.b=nan"], "schedule.b", "nan"),
         (["schedule=power", "schedule.b=5"], "schedule.b", "0 or less"),
+        (["schedule.warmup='1e400 steps'"], "schedule.warmup", "more than any run"),
+        (["trainer.eval_every='1e400'"], "trainer.eval_every", "more than any run"),
         ([*NOISE, "batch.eta=nan"], "batch.eta", "positive number"),
         ([*NOISE, "batch.eta=inf"], "batch.eta", "positive number"),
         ([*NOISE, "batch.nu=nan"], "batch.nu", "positive number"),
