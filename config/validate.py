@@ -129,7 +129,8 @@ def _model_problems(model: Any) -> Iterator[Problem]:
 
 
 def _near_divisors(number: int, wanted: int) -> str:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    divisors = [*small, *(number // d for d in small)]
     below = max((d for d in divisors if d <= wanted), default=None)
     above = min((d for d in divisors if d >= wanted), default=None)
     return " or ".join(str(d) for d in (below, above) if d is not None)
