@@ -22,10 +22,12 @@ from ..models.llama import Llama
 from ..parallel.cost import LayoutCost, layout_cost
 from ..parallel.engines import engine_cost
 from ..parallel.layout import Layout
-from ..parallel.memory import Job, block_policies, why_swiglu_is_plain
+from ..parallel.memory import EXACT, Job, block_policies, why_swiglu_is_plain
 from ..parallel.offload import OffloadAccount, describe
 from ..trainer.build import Parts, build_model, engine_settings, optimizer_factory
 from ..trainer.validate import run_problems
+from .checkpoint_needs import CheckpointNeeds, checkpoint_needs, describe_needs, shortages
+from .host import available_memory
 from .plan_drawing import pipeline_svg
 from .plan_tables import gib, plan_tables
 from .train import BAD_CONFIG, processes
@@ -39,6 +41,7 @@ class Plan:
 
     model    on the meta device
     away     what its first rank keeps away from its GPU
+    needs    what its checkpoints take
     samples  global batch, at its start where it changes
     notes    what whoever reads the figures should know about them
     """
@@ -49,6 +52,7 @@ class Plan:
     job: Job
     cost: LayoutCost
     away: OffloadAccount
+    needs: CheckpointNeeds
     samples: int
     notes: list[str]
 
@@ -85,6 +89,9 @@ def main(argv: Sequence[str]) -> int:
         notes.append(f"{gib(spared)} GiB less {where}")
     for note in notes:
         console.print(f"· {note}", style="dim", highlight=False, markup=False)
+    local = plan.layout.world_size // composition.config.launch.nodes
+    for problem in shortages(composition.config, plan.needs, plan.away.host, local, available_memory()):
+        console.print(f"! {problem}", style="yellow", highlight=False, markup=False)
     if arguments.draw_pipeline is not None:
         assert plan.cost.timeline is not None
         title = f"{plan.parallel.schedule} on {plan.parallel.pp} ranks, {plan.job.micro_batches} micro-batches"
@@ -144,30 +151,35 @@ def plan_of(config: DictConfig, known: Sequence[Problem] = (), *, fused: bool = 
         compiled=parts.trainer.compile,
         fused=fused and why_swiglu_is_plain(model, parts.parallel, settings, policies) is None,
     )
-    cost, away = _costs(config, model, parts.parallel, layout, job)
-    notes += describe(away)
+    cost, away, held = _costs(config, model, parts.parallel, layout, job)
+    needs = checkpoint_needs(parts.checkpoint, layout, held)
+    notes += [*describe(away), *describe_needs(needs)]
     notes += [
         "weights, gradients and optimizer state are exact; activations and working memory are estimates, and what CUDA,"
         " NCCL and the allocator take is not in them",
         *_caveats(parts.parallel),
     ]
-    return Plan(model, parts.parallel, layout, job, cost, away, config.batch.samples, notes)
+    return Plan(model, parts.parallel, layout, job, cost, away, needs, config.batch.samples, notes)
 
 
 def _costs(
     config: DictConfig, model: Llama, parallel: ParallelConfig, layout: Layout, job: Job
-) -> tuple[LayoutCost, OffloadAccount]:
-    """What every rank's GPU holds, and what the first rank keeps away: a pipeline offloads nothing, so others do not differ."""
+) -> tuple[LayoutCost, OffloadAccount, list[int]]:
+    """What every rank's GPU holds, and what the first rank keeps away: a pipeline offloads nothing, so others do not differ.
+
+    And the weights and optimizer state of all of them, in bytes, wherever they are.
+    """
     cost = layout_cost(model, parallel, layout, job, optimizer_factory(config))
+    held = [rank.elements * EXACT[job.precision] + (rank.optimizer or 0) for rank in cost.ranks]
     ranks, away = zip(*(engine_cost(rank, model, parallel, layout, job) for rank in cost.ranks), strict=True)
-    return replace(cost, ranks=list(ranks)), away[0]
+    return replace(cost, ranks=list(ranks)), away[0], held
 
 
 def spared_by_fusing(plan: Plan, config: DictConfig) -> int:
     """Bytes of the fullest rank that a plan of plain SwiGLU would not take on GPUs that compute it inside its products."""
     if why_swiglu_is_plain(plan.model, plan.parallel, engine_settings(config), plan.job.policies) is not None:
         return 0
-    cost, _ = _costs(config, plan.model, plan.parallel, plan.layout, replace(plan.job, fused=True))
+    cost, *_ = _costs(config, plan.model, plan.parallel, plan.layout, replace(plan.job, fused=True))
     return plan.bytes - replace(plan, cost=cost).bytes
 
 

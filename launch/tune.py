@@ -15,7 +15,6 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import psutil
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +22,7 @@ from rich.table import Table
 from ..config.compose import Composer
 from ..config.problems import ConfigError, Problem
 from .gpus_here import GpusHere
+from .host import available_memory
 from .plan import WIDTH, plan_of
 from .plan_tables import GIB, gib, right
 from .train import BAD_CONFIG
@@ -90,7 +90,7 @@ def _tuned(overrides: Sequence[str], config_dir: str | None, memory: float | Non
         return tune(overrides, memory * GIB, config_dir), memory * GIB
     with GpusHere() as gpus:
         size = gpus.memory()
-        free = psutil.virtual_memory().available
+        free = available_memory()
         return tune(overrides, size, config_dir, host=free, why_swiglu_is_plain=gpus.why_swiglu_is_plain), size
 
 
@@ -113,7 +113,7 @@ def table_of(tuned: Tuned) -> Table:
         remark = "as given" if one is tuned.as_given else ""
         remark += "" if tuned.fits(one) else ", does not fit"
         kept = activation if budget is None else f"{budget:.0%} kept"
-        sizes = [gib(one.bytes), *(gib(getattr(one.plan.away, place)) for place in places)]
+        sizes = [gib(one.bytes), *(gib(getattr(one, place)) for place in places)]
         table.add_row(
             str(zero), f"{one.plan.job.micro_batches} × {micro}", kept, *sizes, f"{fastest / one.seconds:.1%}", remark
         )

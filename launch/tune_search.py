@@ -18,6 +18,7 @@ from ..config.compose import Composer, opened
 from ..config.problems import ConfigError, Problem
 from ..parallel.engines import engine_moved
 from ..parallel.speed import step_seconds
+from .checkpoint_needs import fewer_snapshots, shortages
 from .plan import Plan, plan_of, planned_processes
 from .plan_tables import GIB, gib
 
@@ -51,8 +52,13 @@ class Candidate:
 
     @property
     def host(self) -> int:
-        """Bytes of host memory that a process takes for what is offloaded."""
-        return self.plan.away.host
+        """Bytes of host memory that a process takes: for what is offloaded, and for snapshots of checkpoints."""
+        return self.plan.away.host + self.plan.needs.host
+
+    @property
+    def disk(self) -> int:
+        """Bytes of a local disk that a process takes for what is offloaded."""
+        return self.plan.away.disk
 
 
 @dataclass(frozen=True)
@@ -127,13 +133,13 @@ def tune(
         raise ConfigError([_too_large(found, limit, memory, share, local)])
     best = fitting[0].plan
     notes += search.notes
-    if share is None and best.away.host + best.away.disk:
-        needs = " and ".join(
-            f"{gib(local * size)} GiB {where}"
-            for size, where in ((best.away.host, "of host memory"), (best.away.disk, "on disk"))
-            if size
-        )
-        notes.append(f"the fastest needs {needs} on each machine, of which --memory says nothing")
+    if share is not None:
+        notes += map(str, shortages(config, best.needs, best.away.host, local, local * share))
+    elif fitting[0].host + best.away.disk:
+        places = [(fitting[0].host, "of host memory"), (best.away.disk, "on disk")]
+        needs = " and ".join(f"{gib(local * size)} GiB {where}" for size, where in places if size)
+        snapshots = f" ({gib(local * best.needs.host)} for snapshots of checkpoints)" if best.needs.host else ""
+        notes.append(f"the fastest needs {needs} on each machine{snapshots}, of which --memory says nothing")
     notes += [note for note in best.notes if note.startswith("data")]
     if any(rank.optimizer is None for rank in best.cost.ranks):
         notes.append("what this optimizer keeps is not known before it runs, and not in these figures")
@@ -155,16 +161,19 @@ def _too_large(found: Sequence[Candidate], limit: float, memory: float, host: fl
         return Problem("--memory", f"{message}, and {allowed}", _less_gpu(least.plan.parallel))
     least = min((one for one in found if one.bytes <= limit), key=lambda one: one.host)
     assert host is not None, "on the GPU it fits"
-    message = f"nothing fits into host memory: {described(least.settings)} takes {gib(local * least.host)} GiB on each machine"
-    parallel = least.plan.parallel
+    needs, parallel = least.plan.needs, least.plan.parallel
+    snapshots = f", {gib(local * needs.host)} of them for snapshots" if needs.host else ""
+    takes = f"takes {gib(local * least.host)} GiB on each machine{snapshots}"
+    message = f"nothing fits into host memory: {described(least.settings)} {takes}, and {gib(local * host)} GiB are free here"
+    if least.plan.away.host <= host:
+        return Problem("checkpoint.host_memory_gib", message, fewer_snapshots(needs))
     ways = ["use more machines"]
     if parallel.offload != "nvme":
         engine = "" if parallel.engine == "deepspeed" else "parallel.engine=deepspeed "
         ways.append(f"{engine}parallel.zero=3 parallel.offload=nvme")
     if parallel.offload_weights != "none":
         ways.append("parallel.offload_weights=none")
-    fix = ", or ".join(ways)
-    return Problem("parallel.offload", f"{message}, and {gib(local * host)} GiB are free here", fix)
+    return Problem("parallel.offload", message, ", or ".join(ways))
 
 
 def _less_gpu(parallel: ParallelConfig) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
-import psutil
 import pytest
 from test_tune import LLAMA, SMALL, seconds, tokens_per_second
 
@@ -63,7 +63,7 @@ OFFLOADED = [*SMALL, "batch.samples=8", "launch.nproc=2", "trainer.activation=fu
 
 def test_what_is_offloaded_must_fit_into_the_host(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes of a machine share its memory; where the GPUs here are asked, so is the host."""
-    words = [*OFFLOADED, "parallel.offload=cpu"]
+    words = [*OFFLOADED, "parallel.offload=cpu", "checkpoint.every=0"]
     tuned = tune(words, 80 * GIB, host=500 * GIB)
     needed = tuned.fitting[0].host
     parameters = tuned.fitting[0].plan.model.parameter_count()
@@ -82,7 +82,7 @@ def test_what_is_offloaded_must_fit_into_the_host(capsys: pytest.CaptureFixture[
 
     monkeypatch.setattr("meshloom.launch.tune.GpusHere", Gpus)
     for free, status in ((2 * needed, 0), (2 * needed - 2, 2)):
-        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: type("Memory", (), {"available": free})())
+        monkeypatch.setattr("meshloom.launch.tune.available_memory", lambda free=free: free)
         assert main(["tune", *words]) == status
         printed = capsys.readouterr()
         assert ("host GiB" in printed.out) is (status == 0) and "disk GiB" not in printed.out
@@ -91,11 +91,25 @@ def test_what_is_offloaded_must_fit_into_the_host(capsys: pytest.CaptureFixture[
 
 def test_without_the_machine_a_note_says_what_its_host_needs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", *OFFLOADED, "parallel.offload=cpu", "--memory=80"]) == 0
-    out = capsys.readouterr().out
-    assert "host GiB" in out and "GiB of host memory on each machine, of which --memory says nothing" in " ".join(out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert "host GiB" in out and re.search(r"GiB of host memory on each machine \(.*\), of which --memory says nothing", out)
     assert main(["tune", *OFFLOADED, "--memory=80"]) == 0
-    out = capsys.readouterr().out
-    assert "host" not in out and "disk" not in out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "host GiB" not in out and "disk" not in out
+    assert re.search(r"the fastest needs ([\d.]+) GiB of host memory on each machine \(\1 for snapshots of checkpoints\)", out)
+    assert main(["tune", *OFFLOADED, "--memory=80", "checkpoint.every=0"]) == 0
+    assert "host" not in capsys.readouterr().out
+
+
+def test_snapshots_must_fit_into_the_host_too() -> None:
+    needed = tune(OFFLOADED, 80 * GIB).fitting[0].host
+    assert tune(OFFLOADED, 80 * GIB, host=2 * needed).fitting
+    with pytest.raises(ConfigError, match=r"checkpoint\.host_memory_gib: nothing fits into host memory") as refusal:
+        tune(OFFLOADED, 80 * GIB, host=2 * needed - 2)
+    (value,) = re.findall(r"set it to ([\d.]+), ", refusal.value.problems[0].fix)
+    fewer = [*OFFLOADED, f"checkpoint.host_memory_gib={value}"]
+    assert tune(fewer, 80 * GIB, host=2 * needed - 2).fitting[0].host == needed // 2
+    assert tune([*OFFLOADED, "checkpoint.snapshot_folder=/fast"], 80 * GIB, host=2).fitting[0].host == 0
 
 
 def test_the_way_out_is_one_that_the_engine_takes() -> None:

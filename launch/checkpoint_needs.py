@@ -1,0 +1,112 @@
+"""What a run's checkpoints ask of its machines besides GPUs: host memory for snapshots, and room on disks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from omegaconf import DictConfig
+
+from ..checkpoint.arena import rounded
+from ..checkpoint.files import is_remote, open_files
+from ..checkpoint.folder import step_of
+from ..config import CheckpointConfig
+from ..config.problems import Problem
+from ..parallel.layout import Layout
+from ..trainer.build import checkpoint_folder
+from .host import free_disk
+from .plan_tables import gib
+
+
+@dataclass(frozen=True)
+class CheckpointNeeds:
+    """Bytes.
+
+    step      one checkpoint, of all ranks
+    kept      checkpoints on the disk at once: those that stay and the one being written; None where all stay
+    least     of host memory of the fullest process without which its saves fail: one snapshot or, with the memory tier, two
+    host      its host memory for snapshots
+    spill     what it takes in `checkpoint.snapshot_folder` instead
+    """
+
+    step: int = 0
+    kept: int | None = 1
+    least: int = 0
+    host: int = 0
+    spill: int = 0
+
+
+def checkpoint_needs(settings: CheckpointConfig, layout: Layout, held: Sequence[int]) -> CheckpointNeeds:
+    """held: by pipeline coordinate, bytes of weights and optimizer state of a rank there, all that is saved.
+
+    What several ranks hold is dealt out among them. Memory is that of as many snapshots as fit `checkpoint.host_memory_gib`,
+    two or, with the in-memory tier, three, and of that tier's parity: of the version that counts and of the one to come.
+    """
+    if settings.every == 0:
+        return CheckpointNeeds()
+    copies = layout.gradient_ranks // layout.weight_ranks
+    written = [-(-size // copies) for size in held]
+    largest, step = rounded(max(written)), sum(written) * layout.world_size // layout.pp
+    kept = settings.keep + 1 if settings.keep else None
+    if settings.snapshot_folder is not None:
+        return CheckpointNeeds(step, kept, spill=largest)
+    in_memory = settings.memory_every is not None
+    snapshots = (3 if in_memory else 2) * largest
+    if settings.host_memory_gib is not None:
+        snapshots = min(snapshots, int(settings.host_memory_gib * 2**30) // largest * largest)
+    group = min(settings.memory_group, layout.world_size)
+    parity = 2 * -(-max(written) // (group - 1)) if in_memory and group > 1 else 0
+    return CheckpointNeeds(step, kept, (2 if in_memory else 1) * largest, snapshots + parity)
+
+
+def fewer_snapshots(needs: CheckpointNeeds) -> str:
+    """What lets them do with less host memory."""
+    elsewhere = "use checkpoint.snapshot_folder instead, without checkpoint.memory_every"
+    if needs.host <= needs.least:
+        return elsewhere
+    return f"set it to {math.ceil(needs.least * 1000 / 2**30) / 1000:g}, for as few as can be, or {elsewhere}"
+
+
+def describe_needs(needs: CheckpointNeeds) -> list[str]:
+    """Sentences for a plan."""
+    if not needs.step:
+        return []
+    stay = (
+        "all of them stay" if needs.kept is None else f"{needs.kept} are on the disk at once, the one being written among them"
+    )
+    lines = [f"a checkpoint takes {gib(needs.step)} GiB; {stay} (checkpoint.keep)"]
+    if needs.host:
+        lines.append(f"snapshots take {gib(needs.host)} GiB of host memory per process (checkpoint.host_memory_gib limits it)")
+    if needs.spill:
+        lines.append(f"a snapshot takes {gib(needs.spill)} GiB per process in checkpoint.snapshot_folder")
+    return lines
+
+
+def shortages(config: DictConfig, needs: CheckpointNeeds, offloaded: int, local: int, memory: float) -> Iterator[Problem]:
+    """What this machine has not enough of, if it is the one that is to run this: of several nodes only the folder is here.
+
+    offloaded: bytes of host memory that a process takes for what its GPU does not hold; local: processes of the machine;
+    memory: bytes of host memory that can be had.
+    """
+    alone = config.launch.nodes == 1
+    limit = config.checkpoint.host_memory_gib
+    if limit is not None and limit * 2**30 < needs.least:
+        yield Problem("checkpoint.host_memory_gib", f"saves will fail: they take {gib(needs.least)} GiB at least", "raise it")
+    elif alone and needs.host and local * (needs.host + offloaded) > memory:
+        besides = f" beside {gib(local * offloaded)} of what is offloaded" if offloaded else ""
+        message = f"snapshots take {gib(local * needs.host)} GiB{besides}, and {gib(memory)} GiB of host memory are free here"
+        yield Problem("checkpoint.host_memory_gib", message, fewer_snapshots(needs))
+    if alone and needs.spill:
+        free = free_disk(config.checkpoint.snapshot_folder)
+        if free is not None and local * needs.spill > free:
+            message = f"{local} × {gib(needs.spill)} GiB are needed there, and {gib(free)} are free here"
+            yield Problem("checkpoint.snapshot_folder", message, "make room, or name a folder on another disk")
+    folder = checkpoint_folder(config)
+    free = None if is_remote(folder) or not needs.step else free_disk(folder)
+    if free is not None:
+        there = sum(step_of(name) is not None for name in open_files(folder).names())
+        more = 1 if needs.kept is None else max(1, needs.kept - there)  # a run that goes on finds room that it has taken
+        if more * needs.step > free:
+            message = f"{more} of {gib(needs.step)} GiB are to come, and {gib(free)} GiB are free there"
+            yield Problem("checkpoint.folder", message, "make room, lower checkpoint.keep, or use a folder on another disk")
