@@ -112,12 +112,21 @@ class FileSource(ABC):
             return [Problem(f"{key}.input", f"{each} is no path", fix) for each in self._no_paths]
         if not self.input:
             return [Problem(f"{key}.input", "no file is named", fix)]
-        fix = f"{fix} that has some"
         return [
-            Problem(f"{key}.input", f"'{pattern}' {'matches' if pattern.strip() else 'names'} no file", fix)
+            Problem(f"{key}.input", *self._nothing(pattern))
             for pattern in self.input
             if not pattern.strip() or next(self._matches(pattern), None) is None  # an unset variable is not this folder
         ]
+
+    def _nothing(self, pattern: str) -> tuple[str, str]:
+        """What to say of a pattern without a file, and a fix."""
+        if not pattern.strip():
+            return f"'{pattern}' names no file", "give a path, a glob pattern or a folder"
+        if expanded(pattern).is_dir() and any(self.endings):
+            endings = ", ".join((*self.endings, *self.perhaps))
+            fix = f"for files with other names give a pattern, such as {pattern.rstrip('/')}/*.json"
+            return f"'{pattern}' is a folder with no file that ends in {endings}", fix
+        return f"'{pattern}' matches no file", "give a path, a glob pattern or a folder that has some"
 
     def documents(self) -> Iterator[str]:
         """The documents of all files. Warns the first time of files that are left out."""

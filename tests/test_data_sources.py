@@ -201,6 +201,16 @@ def test_what_lies_beside_json_lines_is_not_read_as_data(tmp_path: Path, metadat
     assert len(said) == doubtful and all(metadata in line and str(tmp_path) in line for line in said)
 
 
+def test_a_folder_of_other_names_says_which_are_looked_for(tmp_path: Path):
+    write_lines(tmp_path / "train.json", TEXTS)
+    (problem,) = JsonLines(f"{tmp_path}/").problems("data")
+    assert "is a folder with no file that ends in .jsonl, " in problem.message and problem.message.endswith(
+        ".json.gz, .json.zst"
+    )
+    assert problem.fix.endswith(f"such as {tmp_path}/*.json")
+    assert list(JsonLines(f"{tmp_path}/*.json").documents()) == TEXTS
+
+
 def test_doubtful_names_are_read_where_they_are_given(tmp_path: Path):
     write_lines(tmp_path / "a.jsonl", ["1"])
     write_lines(tmp_path / "b.json.gz", ["2"])
