@@ -124,7 +124,7 @@ class FileSource(ABC):
             return f"'{pattern}' names no file", "give a path, a glob pattern or a folder"
         if expanded(pattern).is_dir() and any(self.endings):
             endings = ", ".join((*self.endings, *self.perhaps))
-            fix = f"for files with other names give a pattern, such as {pattern.rstrip('/')}/*.json"
+            fix = f"for files with other names give a pattern, such as {pattern.rstrip('/')}/part-*"
             return f"'{pattern}' is a folder with no file that ends in {endings}", fix
         return f"'{pattern}' matches no file", "give a path, a glob pattern or a folder that has some"
 

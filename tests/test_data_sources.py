@@ -207,7 +207,7 @@ def test_a_folder_of_other_names_says_which_are_looked_for(tmp_path: Path):
     assert "is a folder with no file that ends in .jsonl, " in problem.message and problem.message.endswith(
         ".json.gz, .json.zst"
     )
-    assert problem.fix.endswith(f"such as {tmp_path}/*.json")
+    assert problem.fix.endswith(f"such as {tmp_path}/part-*")
     assert list(JsonLines(f"{tmp_path}/*.json").documents()) == TEXTS
 
 
