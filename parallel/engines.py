@@ -36,7 +36,6 @@ def engine_problems(
     *,
     precision: str,
     world_size: int,
-    device_type: str,
     float8: str = "none",
 ) -> list[Problem]:
     """Everything about the engine that can't be, before anything is started."""
@@ -45,7 +44,7 @@ def engine_problems(
     problems = [*float8_problems(float8, parallel, precision), *_unread_problems(parallel)]
     if parallel.engine == "torch":
         return [*problems, *_torch_problems(parallel)]
-    problems += deepspeed_problems(parallel, precision, world_size, device_type)
+    problems += deepspeed_problems(parallel, precision, world_size)
     if importlib.util.find_spec("deepspeed") is None:
         fix = "pip install 'meshloom[deepspeed]', or use parallel.engine=torch"
         problems.append(Problem("parallel.engine", "DeepSpeed is not installed", fix))

@@ -29,6 +29,7 @@ from meshloom.config.problems import ConfigError
 from meshloom.models.init import fill
 from meshloom.models.llama import Llama
 from meshloom.parallel.deepspeed.optimizer import require_op
+from meshloom.parallel.deepspeed.setup import import_deepspeed
 from parity import IGNORED, MicroBatch, Work, curves, plain_curve, sample
 from ranks import run_ranks
 
@@ -157,6 +158,14 @@ def test_weights_whose_shards_do_not_come_in_eights_are_named() -> None:
     for said in run_ranks(2, refused, Work(quantised(), precision="fp32", steps=1, model=shape)):
         assert f"{KEY}: DeepSpeed quantises" in said
         assert "2 ranks don't have of embed" in said and "w1" not in said
+
+
+def test_without_a_gpu_it_says_what_is_needed() -> None:
+    import_deepspeed("cpu")
+    with pytest.raises(
+        ConfigError, match=r"QuantizerBuilder can't be built \(.*not been implemented on CPU.*a GPU, CUDA's toolkit"
+    ):
+        require_op("QuantizerBuilder", KEY, "leave it out")
 
 
 @pytest.mark.parametrize(

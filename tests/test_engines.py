@@ -19,7 +19,7 @@ from meshloom.config.problems import ConfigError
 from meshloom.optim.adamw import AdamW
 from meshloom.optim.parameters import NamedParameter, Shards
 from meshloom.parallel.deepspeed import keys
-from meshloom.parallel.deepspeed.config import derive, lossy_features
+from meshloom.parallel.deepspeed.config import QUANTISED, derive, lossy_features
 from meshloom.parallel.deepspeed.optimizer import cpu_adam, optimizer_problems, updates_elementwise
 from meshloom.parallel.deepspeed.setup import import_deepspeed
 from meshloom.parallel.engines import engine_problems
@@ -34,8 +34,11 @@ def adamw(parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.O
 def problems(precision: str = "bf16", world_size: int = 8, **settings: object) -> dict[str, str]:
     """Key → message of everything wrong with a DeepSpeed recipe, apart from DeepSpeed itself being there."""
     parallel = ParallelConfig(**{"engine": "deepspeed", **settings})  # type: ignore[arg-type]
-    found = engine_problems(parallel, adamw, precision=precision, world_size=world_size, device_type="cpu")
+    found = engine_problems(parallel, adamw, precision=precision, world_size=world_size)
     return {problem.key: str(problem) for problem in found if problem.message != "DeepSpeed is not installed"}
+
+
+QUANTISED_WEIGHTS = DeepSpeedConfig(config={"zero_optimization": {"zero_quantized_weights": True}})
 
 
 def extra(tree: dict[str, object], **settings: object) -> dict[str, str]:
@@ -51,6 +54,7 @@ def test_what_works_is_not_refused(zero: int) -> None:
     assert problems(zero=3, offload="nvme", offload_weights="nvme", offload_path="/fast") == {}
     assert extra({"zero_optimization": {"zero_hpz_partition_size": 4, "reduce_bucket_size": 5e8}, "log_level": "info"}) == {}
     assert extra({"zero_optimization": {"overlap_comm": False, "offload_optimizer": {}}, "aio": {}}) == {}
+    assert problems(zero=3, deepspeed=QUANTISED_WEIGHTS) == {}  # planned on a machine without GPUs, too
     swapped = {"offload_optimizer": {"buffer_count": 5, "pipeline_read": True}, "offload_param": {"max_in_cpu": 0}}
     away = {"zero": 3, "offload": "nvme", "offload_weights": "nvme", "offload_path": "/fast"}
     assert extra({"zero_optimization": swapped, "aio": {"queue_depth": 8, "single_submit": True}}, **away) == {}
@@ -66,6 +70,7 @@ def test_what_works_is_not_refused(zero: int) -> None:
         ({"replicate": 2}, "parallel.replicate"),
         ({"precision": "fp64"}, "precision"),
         ({"zero": 0}, "parallel.zero"),
+        ({"zero": 2, "deepspeed": QUANTISED_WEIGHTS}, QUANTISED),
         ({"offload": "disk"}, "parallel.offload"),
         ({"offload": "nvme"}, "parallel.offload_path"),
         ({"offload": "nvme", "offload_path": "/fast", "zero": 2}, "parallel.offload"),
@@ -98,7 +103,6 @@ def test_what_cannot_be_is_refused_by_its_key(settings: dict[str, object], key: 
         ),
         ({"zero_optimization": {"round_robin_gradients": True}}, "zero_optimization.round_robin_gradients", "corrupts"),
         ({"zero_optimization": {"mics_shard_size": 2}}, "zero_optimization.mics_shard_size", "removed"),
-        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_optimization.zero_quantized_weights", "GPU"),
         ({"zero_optimization": {"zero_hpz_partition_size": 3}}, "zero_optimization.zero_hpz_partition_size", "divides"),
         ({"sequence_parallel_size": 2}, "sequence_parallel_size", "parallel.cp_kind=ulysses"),
         ({"reduce_bukket_size": 5}, "reduce_bukket_size", "does not read"),
@@ -350,7 +354,7 @@ def test_without_the_extra_everything_imports_and_the_message_names_it(monkeypat
     monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
     with pytest.raises(ConfigError, match=r"meshloom\[deepspeed\]"):
         import_deepspeed("cpu")
-    found = engine_problems(ParallelConfig(engine="deepspeed"), adamw, precision="bf16", world_size=1, device_type="cpu")
+    found = engine_problems(ParallelConfig(engine="deepspeed"), adamw, precision="bf16", world_size=1)
     assert [problem.key for problem in found] == ["parallel.engine"]
 
 

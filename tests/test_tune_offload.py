@@ -34,6 +34,9 @@ def test_bytes_that_travel_under_deepspeed() -> None:
     plan = make_plan([*LLAMA, "launch.nproc=4", "batch.micro=1", "parallel.engine=deepspeed", "parallel.zero=3", near])
     traffic = engine_moved(plan.parallel)(plan.cost.ranks[0], plan.parallel, plan.layout, plan.job)
     assert traffic.between == pytest.approx(2 * (2 * 3 / 4 + 2 * 1 / 2 + 4 * 3 / 4) * parameters, rel=1e-3)
+    plan.parallel.deepspeed.config["zero_optimization"] = {"zero_quantized_weights": True}
+    traffic = engine_moved(plan.parallel)(plan.cost.ranks[0], plan.parallel, plan.layout, plan.job)
+    assert traffic.between == pytest.approx(2 * (2 * 1 * 3 / 4 + 4 * 3 / 4) * parameters, rel=1e-3)
 
 
 @needs_deepspeed

@@ -190,7 +190,6 @@ def _engine_problems(config: DictConfig, parts: Parts, world_size: int) -> list[
         precision=config.precision,
         float8=parts.trainer.float8,
         world_size=world_size,
-        device_type="cuda" if torch.cuda.is_available() else "cpu",
     )
 
 

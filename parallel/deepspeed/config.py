@@ -117,8 +117,8 @@ def _wrong_value(path: str, value: Any) -> tuple[str, str] | None:
     return None
 
 
-def deepspeed_problems(config: ParallelConfig, precision: str, world_size: int, device: str) -> list[Problem]:
-    """Everything in a recipe with parallel.engine=deepspeed that can't be, on this many processes of this device type."""
+def deepspeed_problems(config: ParallelConfig, precision: str, world_size: int) -> list[Problem]:
+    """Everything in a recipe with parallel.engine=deepspeed that can't be, on this many processes."""
     problems: list[Problem] = []
     use_torch = "use parallel.engine=torch"
     for key in ("tp", "pp", "cp"):
@@ -160,10 +160,8 @@ def deepspeed_problems(config: ParallelConfig, precision: str, world_size: int, 
         )
     for path, what in LOSSY.items():
         key = path.split(".")[1]
-        if zero.get(key) and (config.zero != 3 or device != "cuda"):
-            problems.append(
-                Problem(f"parallel.deepspeed.config.{path}", f"{what}; that needs parallel.zero=3 and GPUs", "leave it out")
-            )
+        if zero.get(key) and config.zero != 3:
+            problems.append(Problem(f"{HERE}.{path}", f"{what}; that needs parallel.zero=3", "leave it out"))
     return problems
 
 

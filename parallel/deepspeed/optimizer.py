@@ -148,7 +148,7 @@ def cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 # What a compiled part of DeepSpeed needs.
 NEEDS = {
     "CPUAdamBuilder": "a C++ compiler (g++) and ninja",
-    "QuantizerBuilder": "CUDA's toolkit (nvcc) of PyTorch's own CUDA version, a C++ compiler (g++) and ninja",
+    "QuantizerBuilder": "a GPU, CUDA's toolkit (nvcc) of PyTorch's own CUDA version, a C++ compiler (g++) and ninja",
     "AsyncIOBuilder": "libaio's header (apt install libaio-dev), a C++ compiler (g++) and ninja",
 }
 

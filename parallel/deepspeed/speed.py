@@ -23,7 +23,8 @@ def deepspeed_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, jo
     2       M times they are copied into buckets, widened, summed by an all-reduce, and a rank's share is added up
     3       M times they are widened into buckets, scattered, and a rank's share is added up; 2 M times shards in the precision
             of the computation are copied into one buffer, gathered, and copied out of it. With hpZ every second time they
-            come from the group next door
+            come from the group next door. With quantised weights they travel in a byte each (that they are quantised within
+            the GPU is not counted)
     1, 2    new weights are gathered once
     """
     unit, exact, ranks, many = BYTES[job.precision], EXACT[job.precision], layout.world_size, job.micro_batches
@@ -39,8 +40,9 @@ def deepspeed_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, jo
     else:
         keys: dict[str, Any] = plain(parallel.deepspeed.config).get("zero_optimization") or {}
         near = int(keys.get("zero_hpz_partition_size", 1))
+        sent = 1 if keys.get("zero_quantized_weights") else unit
         again = (near - 1) / near if near > 1 else away
         gathering = 2 * unit * (whole + own) if ranks > 1 else 0
         within = many * (2 * gathering + (unit + exact) * whole + 3 * exact * own)
-        between = many * (unit * whole * (away + again) + exact * whole * away)
+        between = many * (sent * whole * (away + again) + exact * whole * away)
     return Traffic(within, between, UPDATE * own)
