@@ -94,3 +94,14 @@ def test_kernels_are_timed_and_what_cant_run_takes_forever() -> None:
     assert attention_choice.seconds("flash", too_wide, device) == math.inf
     assert attention_choice.why_not("flash", too_wide, device) is not None
     assert all(attention_choice.why_not(kernel, shape, device) is None for kernel in ("cudnn", "flash"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [12, 96, 192, 256, 264])
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+def test_what_pytorch_says_it_cannot_compute_it_does_not_compute(kernel: attention_kernels.Kernel, head_dim: int) -> None:
+    """Or a kernel would be left out that is there."""
+    shape, device = attention_choice.Shape(512, 4, 2, head_dim), torch.device("cuda")
+    if attention_choice.why_not(kernel, shape, device) is None:
+        pytest.skip(f"{kernel} should take {head_dim} here")
+    assert attention_choice.seconds(kernel, shape, device) == math.inf
