@@ -58,11 +58,12 @@ def why_not(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device
 
 
 def seconds(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device) -> float:
-    """Median time of a causal forward and backward pass in bf16, at work; infinite where that fails.
+    """Median time of a causal forward and backward pass over a sequence in bf16, at work; infinite where that fails.
 
     Raises RuntimeError where a kernel's failure has left the GPU unusable.
     """
-    q, k, v = _inputs(shape, device, max(1, _BUSY // shape.seq_len))
+    samples = max(1, _BUSY // shape.seq_len)
+    q, k, v = _inputs(shape, device, samples)
     gradient = torch.randn_like(q)
 
     def once() -> float:
@@ -78,7 +79,7 @@ def seconds(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device
         begun = time.perf_counter()
         while time.perf_counter() - begun < _WARM_UP:
             once()
-        return statistics.median(once() for _ in range(_REPEATS))
+        return statistics.median(once() for _ in range(_REPEATS)) / samples
     except Exception as error:  # a kernel of another package may fail in any way
         survived(f"attention kernel {kernel}", error, device)
         log.warning("attention kernel %s can't run %s: %s", kernel, shape, error)
