@@ -96,7 +96,7 @@ def test_losses_and_norms_are_those_of_a_bare_loop(ranks: int, work: Work) -> No
 
 @pytest.mark.parametrize(
     "parallel",
-    [ds(1), ds(2), ds(3), *[ds(zero, offload="cpu") for zero in (1, 2, 3)]],
+    [ds(1), ds(2), ds(3), *[ds(zero, offload="cpu") for zero in (1, 2, 3)], zeros(3, zero_hpz_partition_size=2)],
     ids=lambda axes: case(Work(axes)),
 )
 def test_bf16_with_fp32_masters_is_the_torch_engines(parallel: ParallelConfig) -> None:
