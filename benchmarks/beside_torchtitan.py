@@ -9,8 +9,8 @@ Each is run as its users run it: `meshloom train` with the model's recipe, torch
 and step, with one setting of PyTorch's allocator (torchtitan's own start script has this one). The first run of each system
 starts with an empty compile cache, which the later ones find filled. Prints a row per run as JSON (rate; GiB that tensors
 take and that the allocator holds, at most; seconds from the start of the command to the first loss, ours once the second step
-is under way, when we read it; the median clock and power of the busiest GPU) and the table's row at the end. Our last run takes
-two steps more, of which none is timed: the last is profiled into `logs`.
+is under way, when we read it; the median clock and power of the busiest GPU) and the table's row at the end. With `profile=1`
+our last run takes two steps more, which are not timed, and leaves a table of the last one's kernels in `logs`.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Settings:
     theirs: str = "--activation_checkpoint.mode none"
     allocator: str = "expandable_segments:True"
     logs: str = ""
+    profile: int = 0
 
 
 @dataclasses.dataclass
@@ -112,7 +113,7 @@ def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
         "PYTORCH_ALLOC_CONF": settings.allocator,
         "PYTHONUNBUFFERED": "1",
     }
-    profiled = bool(settings.logs) and number == settings.rounds - 1
+    profiled = bool(settings.profile) and number == settings.rounds - 1
     command = our_command(settings, output, profiled=profiled) if system == "meshloom" else their_command(settings)
     watch, began = Watch(), time.perf_counter()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

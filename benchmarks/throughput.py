@@ -56,6 +56,7 @@ class Settings:
     seq: int = 8192
     vocabulary: int = 128_256
     zero: int = 3
+    copy_engines: int = 1
     tp: int = 1
     pp: int = 1
     cp: int = 1
@@ -88,6 +89,7 @@ def build(settings: Settings) -> tuple[Engine, Mesh]:
         offload=settings.offload,
         offload_weights=settings.offload_weights,
         offload_path=settings.offload_path or None,
+        copy_engines=bool(settings.copy_engines),
         deepspeed=DeepSpeedConfig(cpu_adam=bool(settings.cpu_adam)),
     )
     mesh = Mesh.connect(Layout.plan(parallel, environment_world_size()), pick_device())

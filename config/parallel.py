@@ -22,6 +22,8 @@ class ParallelConfig:
     stage_layers       layers of each stage, written by hand; null: balanced by cost
     cp                 context-parallel size
     cp_kind            "ring" (zig-zag ring attention) or "ulysses" (all-to-all over heads)
+    copy_engines       weights and gradients that only move, between GPUs of one host, are sent by their copy engines where NCCL
+                       can: multiprocessors are left to the products (torch engine)
     timeout            seconds before a collective that waits for a lost rank gives up
     offload            where the optimizer's state lives between updates: none (with the weights), cpu, nvme (DeepSpeed only);
                        the torch engine takes the sharded weights along
@@ -41,6 +43,7 @@ class ParallelConfig:
     stage_layers: list[int] | None = None
     cp: int = 1
     cp_kind: str = "ring"
+    copy_engines: bool = True
     timeout: float = 600.0
     offload: str = "none"
     offload_weights: str = "none"

@@ -29,15 +29,14 @@ from torch.distributed.tensor import DTensor
 from ..models.llama import Llama
 from .mesh import Mesh
 from .shards import Placements, chunk, local, own_part
-
-_gather_rows: Callable[..., Any] = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor")  # noqa: B009
-"""torch 2.13 has given it another name than 2.11."""
+from .transport import Transport, gather_rows
 
 
-def materialize(model: Llama, dtype: torch.dtype, device: torch.device) -> None:
-    """Give a model on the meta device storage without values. A tied head stays tied."""
+def materialize(model: Llama, dtype: torch.dtype, device: torch.device, transport: Transport) -> None:
+    """Give a model on the meta device storage without values, where weights can be gathered. A tied head stays tied."""
     model.to(dtype)
-    model.to_empty(device=device)
+    with transport.memory():
+        model.to_empty(device=device)
     if model.tied and model.head is not None and model.embed is not None:
         model.head.weight = model.embed.weight
 
@@ -102,6 +101,7 @@ class _Group:
 
     weights: list[_Weight]
     mesh: Mesh
+    transport: Transport
     taken: list[torch.Tensor | None] = field(init=False)
     pending: dict[int, Placements] = field(init=False)
     missing: int = field(init=False)
@@ -111,6 +111,11 @@ class _Group:
 
     def __post_init__(self) -> None:
         self.clear()
+
+    @property
+    def room(self) -> int:
+        """Elements of a rank's parts, none of them cut short."""
+        return sum(weight.room for weight in self.weights)
 
     def clear(self) -> None:
         """Forget the gradients that were taken or are on their way."""
@@ -154,12 +159,12 @@ class _Group:
             like.new_zeros(weight.whole.shape) if gradient is None else gradient.contiguous()
             for weight, gradient in zip(self.weights, taken, strict=True)
         ]
-        parts = torch._chunk_cat(gradients, 0, ways)  # (ways, all rows of a rank)
         if ways == 1:
-            self._sum_copies(parts)
+            self._sum_copies(torch._chunk_cat(gradients, 0, ways))
         else:
-            received = torch.empty_like(parts)
-            work = dist.all_to_all_single(received, parts, group=self.mesh.group("weights"), async_op=True)
+            parts, received = self.transport.parcels((ways, self.room), like)
+            torch._chunk_cat(gradients, 0, ways, out=parts)
+            work = dist.all_to_all_single(received, parts, group=self.transport.group, async_op=True)
             self.moving = received, work, self._sum_copies
 
     def advance(self) -> bool:
@@ -188,7 +193,7 @@ class _Group:
 
     def gather(self) -> None:
         """Begin to bring all ranks' rows together in the whole weights."""
-        ways, rank, group = self.mesh.size("weights"), self.mesh.axes["weights"].get_local_rank(), self.mesh.group("weights")
+        ways, rank, group = self.mesh.size("weights"), self.mesh.axes["weights"].get_local_rank(), self.transport.group
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         uneven: list[tuple[torch.Tensor, torch.Tensor]] = []
         for weight in self.weights:
@@ -202,10 +207,10 @@ class _Group:
         if self.mesh.device.type == "cuda":
             with dist._coalescing_manager(group, async_ops=True) as together:
                 for whole, own in pairs:
-                    _gather_rows(whole, own, group=group)
+                    gather_rows(whole, own, group=group)
             self.gathering = [(together, uneven)]
         else:
-            works = [_gather_rows(whole, own, group=group, async_op=True) for whole, own in pairs]
+            works = [gather_rows(whole, own, group=group, async_op=True) for whole, own in pairs]
             self.gathering = [*((work, ()) for work in works[:-1]), (works[-1], uneven)]
 
     def wait(self, obsolete: bool = False) -> None:
@@ -224,7 +229,14 @@ class MasterWeights:
     separate  whether masters are tensors of their own; otherwise they are those very rows
     """
 
-    def __init__(self, stages: Iterable[Llama], named: Mapping[str, nn.Parameter], mesh: Mesh, exact: torch.dtype) -> None:
+    def __init__(
+        self,
+        stages: Iterable[Llama],
+        named: Mapping[str, nn.Parameter],
+        mesh: Mesh,
+        exact: torch.dtype,
+        transport: Transport,
+    ) -> None:
         """named: the stages' parameters on their device, whole but for tensor parallelism; exact: dtype of the masters."""
         self._mesh = mesh
         self._narrow = self._completes = False
@@ -236,8 +248,9 @@ class MasterWeights:
         names = {parameter: name for name, parameter in named.items()}
         for stage in stages:
             for modules, parameters in _together(stage):
-                group = _Group([self._weight(names[parameter], parameter, exact) for parameter in parameters], mesh)
+                group = _Group([self._weight(names[parameter], parameter, exact) for parameter in parameters], mesh, transport)
                 self._groups.append(group)
+                transport.expect(mesh.size("weights") * group.room)
                 for index, parameter in enumerate(parameters):
                     parameter.register_post_accumulate_grad_hook(self._delivery(group, index))
                 if mesh.size("weights") > 1:

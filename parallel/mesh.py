@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import zlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +34,7 @@ class Mesh:
 
     axes  name → 1-D device mesh: "pp", "cp", "tp"; "copies" and "weights" (who repeats and who shards a weight); "data"
           (copies × weights: who adds up losses and gradients); "stage" (everybody but other pipeline stages)
+    before_closing  what is called while the groups are still there
     """
 
     layout: Layout
@@ -39,6 +42,7 @@ class Mesh:
     device: torch.device
     axes: dict[str, DeviceMesh]
     weights: DeviceMesh
+    before_closing: list[Callable[[], object]] = field(default_factory=list)
 
     @classmethod
     def connect(cls, layout: Layout, device: torch.device, timeout: float = 600.0) -> Mesh:
@@ -92,6 +96,13 @@ class Mesh:
         """Number of ranks along an axis."""
         return self.axes[axis].size()
 
+    def another_group(self, axis: str, options: Any) -> dist.ProcessGroup:
+        """A second group of an axis' ranks, with NCCL's options of its own. Every process calls it."""
+        ranks = dist.get_process_group_ranks(self.group(axis))
+        group = dist.new_group(ranks, backend="nccl", pg_options=options, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+
     def sum(self, values: torch.Tensor, axis: str | None = None) -> torch.Tensor:
         """Sum over an axis (default: all processes), in place; does nothing where there is nobody else."""
         group = self.group(axis) if axis else None
@@ -121,5 +132,7 @@ class Mesh:
 
     def close(self) -> None:
         """Leave the process groups."""
+        while self.before_closing:
+            self.before_closing.pop()()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -33,6 +33,7 @@ from .moments import GradientMoments, Measure, Moments
 from .pipeline.run import Pipeline, StageInputs, TiedHead
 from .shards import MeshShards, Placed, local, own_part, placements_of
 from .tensor.placements import stream_dim
+from .transport import choose_transport
 from .zero import ZeroGroups
 
 
@@ -55,7 +56,9 @@ class TorchEngine:
         plan = balanced_stages(model, parallel, settings.seq_len, policies)
         self._stages = own_stages(model, plan, mesh.coordinates["pp"])
         self._context = ContextParallel(mesh, parallel.cp_kind) if mesh.layout.cp > 1 else None
-        self._zero = ZeroGroups(mesh, parallel, settings.compute) if uses_fsdp(parallel, mesh.layout) else None
+        self._transport = choose_transport(mesh, parallel)
+        fsdp = uses_fsdp(parallel, mesh.layout)
+        self._zero = ZeroGroups(mesh, parallel, settings.compute, self._transport) if fsdp else None
         fuse = fuses_swiglu(model, mesh, parallel, settings, policies)
         for stage in self._stages.values():
             apply_forms(stage, policies, mesh, self._context, parallel, settings, fuse_swiglu=fuse)
@@ -71,7 +74,7 @@ class TorchEngine:
         self._placed = {name: Placed.of(parameter, mesh) for name, parameter in named.items()}
         self._masters: MasterWeights | None = None
         if self._zero is None:
-            self._masters = MasterWeights(stages, named, mesh, settings.storage)
+            self._masters = MasterWeights(stages, named, mesh, settings.storage, self._transport)
             self._placed = {name: placed.cut(mesh.axes["weights"]) for name, placed in self._placed.items()}
         copies = torch.tensor([placed.copies for placed in self._placed.values()], dtype=torch.float64)
         self._per_copy = (1 / copies).to(self._home)
@@ -91,7 +94,7 @@ class TorchEngine:
     def _give_storage(self, stage: Llama) -> None:
         """Cut a stage's weights over the ranks that share them, and give this rank's part memory."""
         if self._zero is None:
-            materialize(stage, self._settings.compute, self.mesh.device)
+            materialize(stage, self._settings.compute, self.mesh.device, self._transport)
         else:
             self._zero.shard(stage)
             stage.to_empty(device=self._home)

@@ -14,24 +14,45 @@ batch (rule R2): no factor depends on how the batch was cut.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from ..config.parallel import ParallelConfig
 from ..models.llama import Llama
 from .mesh import Mesh
+from .transport import Transport, gather_rows
+
+
+class _Gather:
+    """FSDP2's all-gather as a transport does it, in its own group of the same ranks."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """What a group's weights are gathered in."""
+        with self._transport.memory():
+            return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> Any:
+        return gather_rows(output_tensor, input_tensor, group=self._transport.group, async_op=async_op)
 
 
 class ZeroGroups:
     """The groups of weights of this rank's stages, sharded over the mesh's `weights` and copied over its `copies`."""
 
-    def __init__(self, mesh: Mesh, parallel: ParallelConfig, compute: torch.dtype) -> None:
+    def __init__(self, mesh: Mesh, parallel: ParallelConfig, compute: torch.dtype, transport: Transport) -> None:
         """compute: what weights are gathered in; fp32 and fp64 are gathered as they are."""
         self._stage = mesh.layout.zero
         self._pipelined = parallel.pp > 1
+        self._transport = transport
         self._groups: list[FSDPModule] = []
         pinned = mesh.device.type == "cuda"
         if compute == torch.bfloat16:
@@ -60,6 +81,8 @@ class ZeroGroups:
         for group in groups:
             group.set_gradient_divide_factor(1.0)
             group.set_force_sum_reduction_for_comms(True)
+            if self._transport.by_copy_engines:
+                group.set_custom_all_gather(cast(Any, _Gather(self._transport)))
 
     def expect(self, root: nn.Module, last: bool) -> None:
         """Before a micro-batch's forward pass: which collectives it needs. last: gradients must be complete after it."""

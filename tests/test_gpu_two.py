@@ -29,6 +29,7 @@ LAYOUTS = {
     "ZeRO-0": ParallelConfig(zero=0),
     "ZeRO-1": ParallelConfig(zero=1),
     "ZeRO-1, one micro-batch": ParallelConfig(zero=1),
+    "ZeRO-2": ParallelConfig(zero=2),
     "ZeRO-3": ParallelConfig(zero=3),
     "tp 2": ParallelConfig(tp=2),
     "tp 2, whole stream": ParallelConfig(tp=2, sequence_parallel=False),
