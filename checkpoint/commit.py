@@ -20,6 +20,7 @@ from .errors import CheckpointError
 from .faults import reach
 from .files import LocalFiles, RemoteFiles, open_files
 from .folder import LATEST, check_lengths, load_manifest, step_name, step_of, steps_newest_first
+from .lease import Lease
 from .lock import FolderLock
 from .manifest import MANIFEST, Manifest
 from .writing.disk import delete_folder, hide_folder, move_into_place, replace_small, sync_folder, write_small
@@ -74,7 +75,7 @@ def open_target(location: str | Path, coordinator: bool) -> Target:
     """The place to save into. The coordinator locks it against other runs and clears what crashed saves left."""
     files = open_files(location)
     if isinstance(files, RemoteFiles):
-        return RemoteTarget(files)
+        return RemoteTarget(files, coordinator)
     return LocalTarget(files.path, coordinator)
 
 
@@ -185,10 +186,11 @@ class LocalTarget:
 
 
 class RemoteTarget:
-    """A folder on an object store. Runs are not locked out there; their files have names of their own."""
+    """A folder on an object store. Should two runs write there all the same, their files have names of their own."""
 
-    def __init__(self, files: RemoteFiles) -> None:
+    def __init__(self, files: RemoteFiles, coordinator: bool) -> None:
         self.files = files
+        self._lease = Lease(files) if coordinator else None
         self._committed: Manifest | None = None
         self._first = True
 
@@ -207,8 +209,9 @@ class RemoteTarget:
     def commit(self, manifest: Manifest, text: bytes, token: str) -> None:
         """See Target."""
         folder = self.files.child(step_name(manifest.step))
-        assert isinstance(folder, RemoteFiles)
+        assert isinstance(folder, RemoteFiles) and self._lease is not None
         _check_files(folder, manifest)
+        self._lease.check()
         reach("manifest.put.before")
         folder.write(MANIFEST, text)
         reach("manifest.put.after")
@@ -260,6 +263,8 @@ class RemoteTarget:
 
     def close(self) -> None:
         """See Target."""
+        if self._lease is not None:
+            self._lease.release()
 
 
 def steps_to_prune(files: LocalFiles | RemoteFiles, keep: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Generator
 from pathlib import Path, PurePosixPath
@@ -178,9 +179,23 @@ class RemoteFiles:
         """See Files."""
         yield _RemoteReader(self.system, self._join(name), self.label(name))
 
-    def write(self, name: str, data: bytes) -> None:
-        """Create or replace a file in one step, as object stores do."""
-        self.system.pipe_file(self._join(name), data)
+    def write(self, name: str, data: bytes, *, anew: bool = False) -> bool:
+        """Create or replace a file in one step, as object stores do. anew: only if there is none. Returns whether it did.
+
+        Where the store or its library knows no such condition, asking first takes its place.
+        """
+        path = self._join(name)
+        if anew and "mode" in inspect.signature(self.system.pipe_file).parameters:
+            try:
+                self.system.pipe_file(path, data, mode="create")
+                return True
+            except Exception as error:  # libraries have errors of their own for what a store does not know
+                if isinstance(error, FileExistsError):
+                    return False
+        if anew and self.size(name) is not None:
+            return False
+        self.system.pipe_file(path, data)
+        return True
 
     def delete(self, name: str) -> None:
         """Delete a file or a folder; silent if there is none."""

@@ -26,8 +26,9 @@ from meshloom.launch.checkpoint import main
 
 
 @pytest.fixture(params=["sync", "async"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A folder that fsspec gives access to, for runs that save in this mode."""
+    monkeypatch.setattr("meshloom.checkpoint.lease.WATCH_SECONDS", 0.01)
     yield f"local://{tmp_path}/{request.param}/run"
     faults.install(None)
 

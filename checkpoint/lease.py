@@ -1,0 +1,163 @@
+"""A folder of an object store that one run at a time writes into.
+
+Stores have no locks that end with a process. So who has the folder leaves a record there and renews it; one that is not
+renewed any more is of a run that is gone. How old it is, is told by this machine's clock alone: by watching it. Whoever was
+cut off and comes back finds another's record, and must not commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any, cast
+
+from .errors import CheckpointError, HeldError
+from .files import RemoteFiles
+from .lock import LOCK
+
+log = logging.getLogger(__name__)
+
+LEASE_SECONDS = 60.0  # without news from it, after which a run is taken to be gone
+RENEWAL_SECONDS = 15.0
+WATCH_SECONDS = 1.0
+_held: set[str] = set()  # tokens of this process
+
+
+class Lease:
+    """A folder, taken for this process until `release`.
+
+    Raises HeldError if another run has it, and CheckpointError if the store can't be read or written. After a run that
+    crashed on another machine it takes LEASE_SECONDS to see that it is gone.
+
+    Two that come at the same moment are told apart by a conditional write, where fsspec's library for the store has one, and
+    by reading the record again.
+    """
+
+    def __init__(self, files: RemoteFiles) -> None:
+        self._files = files
+        self._token = uuid.uuid4().hex
+        self._beats = 0
+        self._over = threading.Event()
+        try:
+            self._take()
+        except CheckpointError:
+            raise
+        except Exception as error:  # also those that libraries of object stores have of their own
+            raise CheckpointError(f"{files.label(LOCK)} can't be written: {type(error).__name__}: {error}") from error
+        _held.add(self._token)
+        self._thread = threading.Thread(target=self._renew, name="checkpoint-lease", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises HeldError if another run has taken the folder meanwhile, CheckpointError if that can't be told."""
+        record = self._read()
+        if not record:  # somebody has tidied up
+            self._write()
+        elif record.get("token") != self._token:
+            raise HeldError(
+                f"{self._files.label()}: {_holder(record)} has taken this folder over from this run, which was cut off from it "
+                "or taken to be gone; stop one of them, or give it a folder of its own"
+            )
+
+    def release(self) -> None:
+        """Let another run have the folder. May be called twice."""
+        if self._over.is_set():
+            return
+        self._over.set()
+        self._thread.join()
+        _held.discard(self._token)
+        with contextlib.suppress(Exception):  # then the next run waits
+            if self._read().get("token") == self._token:
+                self._files.delete(LOCK)
+
+    def _take(self) -> None:
+        self._files.system.makedirs(self._files.path, exist_ok=True)  # where there are folders
+        while (first := self._read()) or not self._write(anew=True):
+            if first:
+                self._watch(first)
+                self._write()  # nobody renews it, or it is gone already
+                break
+        time.sleep(min(WATCH_SECONDS, LEASE_SECONDS))  # whoever read the same as this run has written, too, by now
+        record = self._read()
+        if record.get("token") != self._token:
+            raise HeldError(self._refusal(record))
+
+    def _watch(self, first: dict[str, Any]) -> None:
+        """Return when whoever left this record is known to be gone. Raises HeldError if it is not."""
+        if first.get("token") in _held:
+            raise HeldError(self._refusal(first))
+        if _has_died(first):
+            return
+        log.warning(
+            "%s: waiting up to %g s to see whether %s is still there", self._files.label(), LEASE_SECONDS, _holder(first)
+        )
+        deadline = time.monotonic() + LEASE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(min(WATCH_SECONDS, LEASE_SECONDS))
+            now = self._read()
+            if not now:
+                return
+            if now != first:
+                raise HeldError(self._refusal(now))
+
+    def _refusal(self, record: dict[str, Any]) -> str:
+        problem = f"{self._files.label()}: another run is saving into this folder ({_holder(record)})"
+        return f"{problem}; stop it, or give this one a folder of its own"
+
+    def _renew(self) -> None:
+        while not self._over.wait(RENEWAL_SECONDS):
+            with contextlib.suppress(Exception):  # a store that is away for a moment; `check` finds out what came of it
+                if self._read().get("token", self._token) != self._token:
+                    return
+                if not self._over.is_set():
+                    self._write()
+
+    def _read(self) -> dict[str, Any]:
+        """The record; empty if there is none."""
+        try:
+            text = self._files.read(LOCK)
+        except FileNotFoundError:
+            return {}
+        try:
+            record = json.loads(text)
+        except ValueError:
+            record = None
+        return cast(dict[str, Any], record) if isinstance(record, dict) and record else {"written": text.hex()}
+
+    def _write(self, *, anew: bool = False) -> bool:
+        """Returns whether it was written: anew, only where no record is, as far as the store can tell."""
+        record = {
+            "holder": f"{socket.gethostname()} process {os.getpid()}",
+            "place": _place(),
+            "process": os.getpid(),
+            "token": self._token,
+            "beat": self._beats,
+        }
+        self._beats += 1
+        return self._files.write(LOCK, json.dumps(record).encode(), anew=anew)
+
+
+def _holder(record: dict[str, Any]) -> str:
+    return str(record.get("holder", "somebody unknown"))
+
+
+def _place() -> str:
+    """What a process's number is unique in: a boot of a machine and, in a container, its own numbering. Empty if unknown."""
+    with contextlib.suppress(OSError):
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115
+    return ""
+
+
+def _has_died(record: dict[str, Any]) -> bool:
+    """Whether it was left by a process of this very place that is no more."""
+    process = record.get("process")
+    if not record.get("place") or record.get("place") != _place() or not isinstance(process, int):
+        return False
+    return not Path(f"/proc/{process}").exists() or process == os.getpid()  # whose own tokens are known
