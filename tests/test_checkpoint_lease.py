@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -51,6 +52,25 @@ def leave(files: RemoteFiles, **values: Any) -> None:
     files.write(".lock", json.dumps({**ELSEWHERE, **values}).encode())
 
 
+@contextlib.contextmanager
+def renewed(files: RemoteFiles, **values: Any) -> Iterator[None]:
+    """The record of another run that is still there."""
+    over = threading.Event()
+
+    def renew() -> None:
+        beat = 0
+        while not over.wait(0.02):
+            beat += 1
+            leave(files, **values, beat=beat)
+
+    leave(files, **values)
+    thread = threading.Thread(target=renew)
+    thread.start()
+    yield
+    over.set()
+    thread.join()
+
+
 def test_the_second_run_is_refused_until_the_first_has_ended(files: RemoteFiles) -> None:
     first = Lease(files)
     with pytest.raises(HeldError, match=rf"another run is saving into this folder \(.* process {os.getpid()}\); stop it"):
@@ -63,12 +83,8 @@ def test_the_second_run_is_refused_until_the_first_has_ended(files: RemoteFiles)
 
 
 def test_a_run_elsewhere_that_renews_its_record_is_there(files: RemoteFiles) -> None:
-    leave(files)
-    renewing = threading.Timer(0.1, lambda: leave(files, beat=1))
-    renewing.start()
-    with pytest.raises(HeldError, match="other process 7"):
+    with renewed(files), pytest.raises(HeldError, match="other process 7"):
         Lease(files)
-    renewing.join()
     assert record(files)["token"] == "theirs"
 
 
@@ -97,12 +113,8 @@ def test_a_process_of_this_machine_that_is_no_more_is_not_waited_for(files: Remo
     for process in (ended.pid, os.getpid()):  # a container's first process has the same number each time
         leave(files, place=lease._place(), process=process)
         Lease(files).release()
-    leave(files, place=lease._place(), process=os.getppid())
-    renewing = threading.Timer(0.1, lambda: leave(files, beat=1))
-    renewing.start()
-    with pytest.raises(HeldError):
+    with renewed(files, place=lease._place(), process=os.getppid()), pytest.raises(HeldError):
         Lease(files)
-    renewing.join()
 
 
 def test_of_two_that_come_at_once_one_is_refused(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
