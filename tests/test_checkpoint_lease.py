@@ -66,9 +66,11 @@ def renewed(files: RemoteFiles, **values: Any) -> Iterator[None]:
     leave(files, **values)
     thread = threading.Thread(target=renew)
     thread.start()
-    yield
-    over.set()
-    thread.join()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_the_second_run_is_refused_until_the_first_has_ended(files: RemoteFiles) -> None:
