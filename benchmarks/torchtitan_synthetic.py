@@ -37,17 +37,20 @@ original_spec = train_spec.get_train_spec
 class RandomTokens:
     """torchtitan's data loader: the same few batches for each data-parallel rank in every run.
 
-    They are on the GPU beforehand: torchtitan would copy them there from memory that is not pinned, and wait for that.
+    On the host, where torchtitan counts the labels, and in pinned memory, from which its copies to the GPU are quick.
     """
 
     def __init__(self, dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: Any) -> None:
         shape = (job_config.training.local_batch_size, job_config.training.seq_len + 1)
         draw = torch.Generator().manual_seed(dp_rank)
-        self._batches = [torch.randint(0, VOCABULARY, shape, generator=draw).to("cuda") for _ in range(BATCHES)]
+        drawn = [torch.randint(0, VOCABULARY, shape, generator=draw) for _ in range(BATCHES)]
+        self._batches = [
+            (tokens[:, :-1].contiguous().pin_memory(), tokens[:, 1:].contiguous().pin_memory()) for tokens in drawn
+        ]
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        for tokens in itertools.cycle(self._batches):
-            yield {"input": tokens[:, :-1].contiguous()}, tokens[:, 1:].contiguous()
+        for tokens, labels in itertools.cycle(self._batches):
+            yield {"input": tokens}, labels
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to keep."""
