@@ -204,12 +204,12 @@ class RemoteTarget:
 
     def begin(self, step: int, token: str) -> None:
         """See Target."""
-        self.files.system.makedirs(self.files.child(step_name(step)).label(), exist_ok=True)
+        self.files.child(step_name(step)).make()
 
     def commit(self, manifest: Manifest, text: bytes, token: str) -> None:
         """See Target."""
         folder = self.files.child(step_name(manifest.step))
-        assert isinstance(folder, RemoteFiles) and self._lease is not None
+        assert self._lease is not None
         _check_files(folder, manifest)
         self._lease.check()
         reach("manifest.put.before")
@@ -222,7 +222,6 @@ class RemoteTarget:
     def discard(self, step: int, token: str) -> None:
         """See Target. A save that failed after its manifest was put stands."""
         folder = self.files.child(step_name(step))
-        assert isinstance(folder, RemoteFiles)
         with contextlib.suppress(OSError):
             if folder.size(MANIFEST) is not None and f"-{token}.".encode() in folder.read(MANIFEST):
                 return
@@ -239,7 +238,6 @@ class RemoteTarget:
             folders |= {name: set[str]() for name in past if self.files.size(f"{name}/{MANIFEST}") is None}
         for step, kept in folders.items():
             folder = self.files.child(step)
-            assert isinstance(folder, RemoteFiles)
             for name in folder.names():
                 if _TOKENED.fullmatch(name) and name not in kept:
                     folder.delete(name)

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from .errors import DamageError
+from .errors import CheckpointError, DamageError
 
 
 class Files(Protocol):
@@ -144,22 +144,24 @@ class RemoteFiles:
 
     def names(self) -> list[str]:
         """See Files."""
-        self.system.invalidate_cache(self.path)
         try:
-            return sorted(PurePosixPath(found).name for found in self.system.ls(self.path, detail=False))
+            with _as_os_errors():
+                self.system.invalidate_cache(self.path)
+                return sorted(PurePosixPath(found).name for found in self.system.ls(self.path, detail=False))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
-    def child(self, name: str) -> Files:
+    def child(self, name: str) -> RemoteFiles:
         """See Files."""
         return RemoteFiles(self.system, self._join(name))
 
     def size(self, name: str) -> int | None:
         """See Files."""
         path = self._join(name)
-        self.system.invalidate_cache(path)  # another rank may have written since a folder was listed here
         try:
-            return int(self.system.size(path))
+            with _as_os_errors():
+                self.system.invalidate_cache(path)  # another rank may have written since a folder was listed here
+                return int(self.system.size(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -168,7 +170,8 @@ class RemoteFiles:
     def read(self, name: str) -> bytes:
         """See Files."""
         try:
-            return self.system.cat_file(self._join(name))
+            with _as_os_errors():
+                return self.system.cat_file(self._join(name))
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(self.label(name)) from None
         except OSError as error:
@@ -194,12 +197,18 @@ class RemoteFiles:
                     return False
         if anew and self.size(name) is not None:
             return False
-        self.system.pipe_file(path, data)
+        with _as_os_errors():
+            self.system.pipe_file(path, data)
         return True
+
+    def make(self) -> None:
+        """Make the folder itself, where there are folders and this one is not there."""
+        with _as_os_errors():
+            self.system.makedirs(self.path, exist_ok=True)
 
     def delete(self, name: str) -> None:
         """Delete a file or a folder; silent if there is none."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), _as_os_errors():
             self.system.rm(self._join(name), recursive=True)
 
     def _join(self, name: str) -> str:
@@ -218,7 +227,8 @@ class _RemoteReader:
     def fill(self, target: memoryview, offset: int) -> None:
         """See RangeReader."""
         try:
-            data = self._system.cat_file(self._path, start=offset, end=offset + len(target))
+            with _as_os_errors():
+                data = self._system.cat_file(self._path, start=offset, end=offset + len(target))
         except FileNotFoundError:
             raise DamageError(self._label, "the file is missing") from None
         except OSError as error:
@@ -228,16 +238,30 @@ class _RemoteReader:
         target[:] = data
 
 
+@contextlib.contextmanager
+def _as_os_errors() -> Generator[None]:
+    """What libraries of object stores raise of their own (no credentials, say) is told as what file systems raise."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
 def is_remote(location: str | Path) -> bool:
     """Whether a location is an fsspec URL rather than a path."""
     return isinstance(location, str) and "://" in location and not location.startswith("file://")
 
 
 def open_files(location: str | Path) -> LocalFiles | RemoteFiles:
-    """The folder at a path or an fsspec URL."""
+    """The folder at a path or an fsspec URL. Raises CheckpointError for a URL that nothing here can read."""
     if not is_remote(location):
         return LocalFiles(Path(str(location).removeprefix("file://")))
     import fsspec  # only where it is used: importing it costs a tenth of a second
 
-    system, path = fsspec.core.url_to_fs(str(location))
+    try:
+        system, path = fsspec.core.url_to_fs(str(location))
+    except Exception as error:  # an unknown protocol, a library that is not here, and whatever that raises
+        raise CheckpointError(f"{location}: {error}") from error
     return RemoteFiles(system, path)

@@ -47,10 +47,8 @@ class Lease:
         self._over = threading.Event()
         try:
             self._take()
-        except CheckpointError:
-            raise
-        except Exception as error:  # also those that libraries of object stores have of their own
-            raise CheckpointError(f"{files.label(LOCK)} can't be written: {type(error).__name__}: {error}") from error
+        except OSError as error:
+            raise CheckpointError(f"{files.label(LOCK)} can't be written: {error}") from error
         _held.add(self._token)
         self._thread = threading.Thread(target=self._renew, name="checkpoint-lease", daemon=True)
         self._thread.start()
@@ -78,7 +76,7 @@ class Lease:
                 self._files.delete(LOCK)
 
     def _take(self) -> None:
-        self._files.system.makedirs(self._files.path, exist_ok=True)  # where there are folders
+        self._files.make()
         while (first := self._read()) or not self._write(anew=True):
             if first:
                 self._watch(first)

@@ -162,14 +162,19 @@ def _stats(arguments: argparse.Namespace) -> int:
         "total_seconds": "total s",
     }
     print(f"{'step':>9} {'outcome':<9} " + " ".join(f"{title:>9}" for title in columns.values()) + f" {'GB/s':>6} {'GiB':>8}")
+    faults = 0
     for save in saves(arguments.path):
         values: Any = save
-        times = " ".join(f"{values[key]:>9.3f}" for key in columns)
-        tail = f" {values['gigabytes_per_second']:>6.2f} {values['total_bytes'] / 2**30:>8.3f}"
-        print(
-            f"{values['step']:>9} {values['outcome']:<9} {times}{tail}" + (f"  {values['reason']}" if values["reason"] else "")
-        )
-    return 0
+        try:
+            times = " ".join(f"{values[key]:>9.3f}" for key in columns)
+            tail = f" {values['gigabytes_per_second']:>6.2f} {values['total_bytes'] / 2**30:>8.3f}"
+            reason = f"  {values['reason']}" if values["reason"] else ""
+            print(f"{values['step']:>9} {values['outcome']:<9} {times}{tail}{reason}")
+        except (KeyError, TypeError, ValueError):
+            faults += 1
+    if faults:
+        print(f"meshloom checkpoint stats: {faults} lines are none of a save", file=sys.stderr)
+    return 1 if faults else 0
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -178,7 +178,12 @@ def _machine(config: DictConfig) -> Iterator[Problem]:
         from ..checkpoint.folder import find_latest
         from ..trainer.build import checkpoint_folder
 
-        earlier = find_latest(checkpoint_folder(config))
+        try:
+            earlier = find_latest(checkpoint_folder(config))
+        except OSError as error:
+            fix = "give a folder, or a store, that can be"
+            yield Problem("checkpoint.folder", f"'{checkpoint_folder(config)}' can't be read: {error}", fix)
+            return
         if earlier is not None:  # a restart before the first save could not tell them from its own
             message = f"restarted processes would go on from '{earlier}', which an earlier run saved"
             yield Problem("launch.max_restarts", message, "use resume=auto to go on with it, or another output_dir")

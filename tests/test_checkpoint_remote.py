@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -161,3 +161,29 @@ def test_a_file_that_another_rank_has_just_written_is_seen() -> None:
 def test_the_memory_tier_needs_a_mounted_folder(url: str) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint\.memory_every"):
         Checkpointer(url, Control.alone(), CheckpointConfig(memory_every=1))
+
+
+def test_what_a_stores_library_raises_of_its_own_is_told_as_what_file_systems_raise() -> None:
+    class Refused(Exception):
+        pass
+
+    class Store:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            def refuse(*_: object, **__: object) -> None:
+                raise Refused("no credentials")
+
+            return refuse
+
+        def unstrip_protocol(self, path: str) -> str:
+            return f"store://{path}"
+
+    files = RemoteFiles(Store(), "bucket/run")
+    told = "Refused: no credentials"
+    for ask in (files.names, lambda: files.write("one", b""), lambda: files.delete("one"), lambda: find_latest("broken://")):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match=told):
+            patch.setattr("meshloom.checkpoint.folder.open_files", lambda _: files)
+            ask()
+    with files.reader("one") as reader:
+        for read in (lambda: files.size("one"), lambda: files.read("one"), lambda: reader.fill(memoryview(bytearray(1)), 0)):
+            with pytest.raises(DamageError, match=told):
+                read()

@@ -122,3 +122,19 @@ def test_diff_of_nan_and_of_other_shapes(tmp_path: Path, capsys: pytest.CaptureF
     assert "by up to inf" in capsys.readouterr().out
     assert main(["diff", folders[0], folders[2]]) == 1
     assert "F32[2] became F32[3]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words", [["list"], ["inspect"], ["verify"], ["stats"], ["prune", "--keep", "1"], ["diff", "elsewhere"], ["export", "out"]]
+)
+def test_an_address_that_nothing_here_can_read_is_a_message(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([words[0], "nosuch://bucket/run", *words[1:]]) == 1
+    assert capsys.readouterr().err.startswith(f"meshloom checkpoint {words[0]}: nosuch://bucket/run: ")
+
+
+def test_lines_of_somebody_else_among_the_saves_are_counted(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (run / "checkpoints" / "saves.jsonl").open("a") as file:
+        file.write('{"step": 3}\n[1]\n')
+    assert main(["stats", str(run)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.count("committed") == 2 and printed.err == "meshloom checkpoint stats: 2 lines are none of a save\n"

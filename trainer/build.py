@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint.checkpointer import Checkpointer
 from ..checkpoint.control import Control
-from ..checkpoint.errors import HeldError
+from ..checkpoint.errors import CheckpointError, HeldError
 from ..checkpoint.files import open_files
 from ..config import CheckpointConfig, LoggingConfig, ParallelConfig, TrainerConfig
 from ..config.duration import Duration, Unit
@@ -99,9 +99,9 @@ def checkpoint_folder(config: DictConfig) -> str:
     folder = str(config.checkpoint.folder or Path(config.output_dir) / "checkpoints")
     try:
         open_files(folder)
-    except (ValueError, ImportError) as error:
+    except CheckpointError as error:
         fix = "give a path, or a URL whose fsspec library is installed"
-        raise ConfigError([Problem("checkpoint.folder", f"'{folder}': {error}", fix)]) from error
+        raise ConfigError([Problem("checkpoint.folder", str(error), fix)]) from error
     return folder
 
 
@@ -182,7 +182,9 @@ def build_run(config: DictConfig, data: DataNode, mesh: Mesh) -> Run:
 
 
 def open_checkpointer(config: DictConfig, mesh: Mesh) -> Checkpointer | None:
-    """What saves the run; None for one that saves nothing. Raises ConfigError where another run saves into the folder."""
+    """What saves the run; None for one that saves nothing. Raises ConfigError where another run saves into the folder, or
+    nobody can.
+    """
     settings = Parts.of(config).checkpoint
     if settings.every == 0:
         return None
@@ -190,6 +192,9 @@ def open_checkpointer(config: DictConfig, mesh: Mesh) -> Checkpointer | None:
         return Checkpointer(checkpoint_folder(config), build_control(mesh, "save"), settings)
     except HeldError as error:
         raise ConfigError([Problem("checkpoint.folder", str(error))]) from error
+    except OSError as error:
+        message = f"'{checkpoint_folder(config)}' can't be written to: {error.strerror or error}"
+        raise ConfigError([Problem("checkpoint.folder", message, "give a folder to write to")]) from error
 
 
 def _built(config: DictConfig, data: DataNode, mesh: Mesh, checkpointer: Checkpointer | None) -> Run:

@@ -72,7 +72,7 @@ def find_checkpoint(location: str, key: str) -> Path | str:
         if open_files(location).size(MANIFEST) is not None:
             return location if is_remote(location) else Path(location)
         found = find_latest(location) or find_latest(f"{location.rstrip('/')}/checkpoints")
-    except (OSError, ValueError, ImportError, CheckpointError) as error:  # somebody else's folder, an unknown protocol
+    except (OSError, ValueError, CheckpointError) as error:  # somebody else's folder, an unknown protocol, no name at all
         raise ConfigError([Problem(key, f"'{location}' can't be read: {error}", fix)]) from error
     if found is None:
         raise ConfigError([Problem(key, f"'{location}' holds no complete checkpoint", fix)])
