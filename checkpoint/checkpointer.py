@@ -149,7 +149,7 @@ class Checkpointer:
         if not hold:
             save.confirm()
         self._saves.append(save)
-        self._leaving = [*(other for other in self._leaving if not other.left), save]
+        self._leaving = [*(other for other in self._leaving if not other.leave(0)), save]
         self._unlearned.append(save.snapshot)
         before = self._order
         self._order = Order(save, save if disk else before.disk, save if memory else before.memory)

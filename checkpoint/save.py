@@ -115,11 +115,6 @@ class Save:
         """Whether the verdict is in."""
         return self._ended.is_set()
 
-    @property
-    def left(self) -> bool:
-        """Whether the save's thread touches nothing any more."""
-        return self._left.is_set()
-
     def confirm(self, doubt: str = "") -> None:
         """Let the save become a checkpoint or, if there is a doubt about its step, give it up. The first word stands."""
         if not self._confirmed.is_set():

@@ -49,6 +49,15 @@ def test_an_imported_model_goes_on_when_it_has_its_tokenizer(tmp_path: Path, cap
     assert code == 0 and text.startswith("def ")
 
 
+def test_a_model_of_which_something_is_missing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its weights would be whatever the memory held before."""
+    Tokenizer.bytes().save(tmp_path / "tokenizer.json")
+    saved(tmp_path, {"config": {"model": {**MODEL, "layers": 2, "dim": 32}}, "imported_from": {}})
+    code, out, error = said(capsys, f"checkpoint={tmp_path}", "context=8")
+    assert code == 1 and not out
+    assert "does not have this model's weight/embed.weight" in error and "weight/layers.0" in error and " more" in error
+
+
 def test_an_import_without_a_model_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tmp_path, {"imported_from": {"format": "deepspeed zero 2"}})
     code, _, error = said(capsys, f"checkpoint={tmp_path}")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.control import Control
+from ..checkpoint.errors import CheckpointError
 from ..checkpoint.folder import find_latest
 from ..checkpoint.restore import restore
 from ..parallel.fragment import Box, Fragment
@@ -93,7 +94,10 @@ def generate(
 
 
 def load_plain(model: nn.Module, checkpoint: Path | str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Give a model on the meta device the weights of a checkpoint, whole, on one device; whatever layout saved them."""
+    """Give a model on the meta device the weights of a checkpoint, whole, on one device; whatever layout saved them.
+
+    Raises CheckpointError for one that is damaged, or does not have all of them.
+    """
     names: dict[int, str] = {}
     ties: list[tuple[str, str]] = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -107,7 +111,10 @@ def load_plain(model: nn.Module, checkpoint: Path | str, device: torch.device, d
         Fragment(name, "weight", tuple(parameter.shape), Box.whole(parameter.shape), parameter.detach())
         for name, parameter in model.named_parameters()
     ]
-    restore(checkpoint, fragments, Control.alone(), strict=False)
+    report = restore(checkpoint, fragments, Control.alone(), strict=False)  # the optimizer's state is left where it is
+    if absent := sorted({*report.missing, *report.mismatched}):
+        more = f" and {len(absent) - 4} more" if len(absent) > 4 else ""
+        raise CheckpointError(f"{report.source} does not have this model's {', '.join(absent[:4])}{more}")
     return model.eval()
 
 
