@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from ..trainer.signals import AT_ONCE, STOPPING
+from ..trainer.signals import AT_ONCE, STOPPING, show_cursor
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL_SECONDS = 0.2
@@ -76,6 +76,7 @@ class TorchRun:
         while (code := agent.poll()) is None:
             if self._at_once:
                 _kill(agent)
+                show_cursor()
                 return AT_ONCE
             if self._asked and time.monotonic() - told > REPEAT_SECONDS and self._tell(agent.pid):
                 told = time.monotonic()

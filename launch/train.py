@@ -34,7 +34,7 @@ from ..config.compose import (
     task_overrides,
 )
 from ..config.problems import ConfigError, Problem
-from ..trainer.signals import AT_ONCE, StopRequest
+from ..trainer.signals import AT_ONCE, StopRequest, show_cursor
 
 BAD_CONFIG = 2
 FRAMES = 4  # of the way to an error that are told: a library's own, and who called it
@@ -250,6 +250,7 @@ def _leave() -> None:
     """
     with contextlib.suppress(Exception):  # the signal may have come in the middle of a print
         sys.stdout.flush()
+    show_cursor()
     with contextlib.suppress(OSError):
         os.write(2, b"meshloom train: interrupted\n")
     os._exit(AT_ONCE)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from meshloom.launch.train import _leave
 from meshloom.trainer.signals import STOPPING, StopRequest
 
 
@@ -59,3 +60,11 @@ def test_second_interrupt_of_a_command_ends_its_process() -> None:
     done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=250)
     assert (done.returncode, done.stdout) == (130, "so far")
     assert done.stderr == f"\n{STOPPING}\nmeshloom train: interrupted\n"
+
+
+def test_it_gives_the_terminal_its_cursor_back(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "isatty", lambda _: True)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    _leave()
+    assert codes == [130] and capfd.readouterr().out == "\x1b[?25h"

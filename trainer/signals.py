@@ -18,6 +18,13 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
+def show_cursor() -> None:
+    """For a process that ends at once: a progress bar has hidden the terminal's cursor, and has no time to give it back."""
+    with contextlib.suppress(OSError):
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h")
+
+
 class StopRequest:
     """Remembers that a signal came. A context manager: the previous handlers come back afterwards.
 
