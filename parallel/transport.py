@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import logging
 import socket
+import threading
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
@@ -32,6 +33,9 @@ gather_rows: Callable[..., Any] = getattr(dist, "all_gather_single", None) or ge
 NCCL = (2, 28)
 """The first version with collectives by copy engines."""
 
+PATIENCE = 10.0
+"""Seconds at the end of a run for what is still on its way."""
+
 
 class Transport:
     """The group in which weights are gathered and rows of gradients exchanged, and the memory that it does that best from.
@@ -46,6 +50,9 @@ class Transport:
         self._pool = pool
         self._largest = 0
         self._parcels: dict[torch.dtype, torch.Tensor] = {}
+        self._slots: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+        if pool is not None:  # memory of a pool is unmapped when that goes, whatever still writes to it
+            weakref.finalize(self, _idle, device).atexit = False
 
     @property
     def by_copy_engines(self) -> bool:
@@ -57,10 +64,13 @@ class Transport:
         if self._pool is None:
             return
         try:
+            if not _idle(self._device):
+                raise TimeoutError("something is still on its way")
             _backend(self.group, self._device).deregister_mem_pool(self._pool)
-        except Exception:  # the group has gone already, with a peer that died
+        except Exception:  # a peer has died, and the group with it
             log.debug("memory could not be taken from the copy engines' group", exc_info=True)
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._pool))  # to free it would end the process
+            for lasting in (self, self._pool):  # until the process ends: to free them would wait for the dead, or end it badly
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(lasting))
 
     def memory(self) -> AbstractContextManager[Any]:
         """What is allocated in it, and gathered, lies where the copy engines reach."""
@@ -83,6 +93,40 @@ class Transport:
         sent, received = self._parcels[like.dtype]
         count = torch.Size(shape).numel()
         return sent[:count].view(shape), received[:count].view(shape)
+
+    def slot(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A tensor without values in memory that nobody uses, for work on the current stream.
+
+        Where copy engines reach it, a piece is used again when its last tensor is gone: the first one made, so that all ranks
+        take the same. PyTorch's allocator would take that with the lowest address, which differs between them.
+        """
+        if self._pool is None:
+            return torch.empty(size, dtype=dtype, device=device)
+        made = self._slots.setdefault((torch.Size(size), dtype, torch.cuda.current_stream(device)), [])
+        for slot in made:
+            if _owners(slot) == 1:
+                return slot.view(size)
+        with torch.inference_mode(False), self.memory():
+            made.append(torch.empty(size, dtype=dtype, device=device))
+        return made[-1].view(size)
+
+    def twin(self, mesh: Mesh) -> Transport:
+        """Another one of the same ranks: what runs on two streams at once must not go through one group."""
+        return _prepared(mesh)
+
+
+def _idle(device: torch.device) -> bool:
+    """Whether the GPU has done what was asked of it, after a moment's patience: for a dead peer it would wait for ever."""
+    waiting = threading.Thread(target=torch.cuda.synchronize, args=(device,), daemon=True)
+    waiting.start()
+    waiting.join(PATIENCE)
+    return not waiting.is_alive()
+
+
+def _owners(tensor: torch.Tensor) -> int:
+    """How many tensors lie in a tensor's memory, itself counted."""
+    count: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count")  # noqa: B009
+    return count(tensor.untyped_storage()._cdata) - 1  # without the storage that was just asked for
 
 
 def choose_transport(mesh: Mesh, parallel: ParallelConfig) -> Transport:
@@ -151,7 +195,7 @@ class _Closing:
 
 def _try(transport: Transport, mesh: Mesh) -> None:
     """Raises where what arrives is not what was sent."""
-    ways, rank, room = mesh.size("weights"), mesh.axes["weights"].get_local_rank(), 2**20
+    ways, rank, room = mesh.size("weights"), mesh.axes["weights"].get_local_rank(), 2**12
     with transport.memory():
         whole = torch.zeros(ways, room, device=mesh.device)
     whole[rank] = rank + 1.0

@@ -36,13 +36,43 @@ class _Gather:
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """What a group's weights are gathered in."""
-        with self._transport.memory():
-            return torch.empty(size, dtype=dtype, device=device)
+        return self._transport.slot(size, dtype, device)
 
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> Any:
         return gather_rows(output_tensor, input_tensor, group=self._transport.group, async_op=async_op)
+
+
+class _Scatter:
+    """FSDP2's reduce-scatter of gradients in the dtype that they were computed in: each rank is sent its own rows, and adds up.
+
+    The sums are exact where the ring's are, at half the bytes of bf16 widened before it is sent. FSDP2 would round them.
+    """
+
+    def __init__(self, transport: Transport, exact: torch.dtype) -> None:
+        self._transport, self._exact = transport, exact
+        self._sent_next = True
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """FSDP2 asks for what is sent, and then for what the sums go to."""
+        sent, self._sent_next = self._sent_next, not self._sent_next
+        if not sent:
+            return torch.empty(size, dtype=self._exact, device=device)
+        return self._transport.slot(size, dtype, device)
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        assert op == dist.ReduceOp.SUM and not async_op and output_tensor.dtype == self._exact
+        received = self._transport.slot(input_tensor.shape, input_tensor.dtype, input_tensor.device)
+        dist.all_to_all_single(received, input_tensor, group=self._transport.group)
+        torch.sum(received.view(group.size(), -1), 0, dtype=self._exact, out=output_tensor)
 
 
 class ZeroGroups:
@@ -52,11 +82,15 @@ class ZeroGroups:
         """compute: what weights are gathered in; fp32 and fp64 are gathered as they are."""
         self._stage = mesh.layout.zero
         self._pipelined = parallel.pp > 1
-        self._transport = transport
+        self._gather = _Gather(transport) if transport.by_copy_engines else None
         self._groups: list[FSDPModule] = []
         pinned = mesh.device.type == "cuda"
+        # Stages 2 and 3 reduce every micro-batch; the others add those up before, which must not be done in bf16.
+        exchanges = compute == torch.bfloat16 and self._stage >= 2 and not self._pipelined
+        self._scatters = transport.twin(mesh) if exchanges and transport.by_copy_engines else None
         if compute == torch.bfloat16:
-            policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            sent = compute if self._scatters is not None else torch.float32
+            policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=sent, cast_forward_inputs=False)
         else:
             policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         self._settings: dict[str, Any] = {
@@ -81,8 +115,10 @@ class ZeroGroups:
         for group in groups:
             group.set_gradient_divide_factor(1.0)
             group.set_force_sum_reduction_for_comms(True)
-            if self._transport.by_copy_engines:
-                group.set_custom_all_gather(cast(Any, _Gather(self._transport)))
+            if self._gather is not None:
+                group.set_custom_all_gather(cast(Any, self._gather))
+            if self._scatters is not None:
+                group.set_custom_reduce_scatter(cast(Any, _Scatter(self._scatters, torch.float32)))
 
     def expect(self, root: nn.Module, last: bool) -> None:
         """Before a micro-batch's forward pass: which collectives it needs. last: gradients must be complete after it."""
