@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -155,6 +156,20 @@ def test_a_signal_that_stops_a_run_stops_its_sweep(
     started.clear()
     assert cli.main(["train", "-m", *words, "seed=1,2"]) == 128 + signal.SIGUSR1  # nor has the last one come to its end
     assert cli.main(["train", *words, "seed=2"]) == 0  # a run by itself has saved, and torchrun and SLURM read its code
+
+
+def test_a_job_of_a_sweep_that_was_asked_to_stop_says_so_to_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in a process of its own (submitit), of which only an exception comes back."""
+    launcher = os.getpid()
+
+    def run(_config: Any, _words: Any, stop: StopRequest) -> int:
+        monkeypatch.setattr(os, "getpid", lambda: launcher + 1)
+        stop.obeyed = True
+        return 0
+
+    monkeypatch.setattr("meshloom.trainer.run.run", run)
+    with pytest.raises(RuntimeError, match=r"the run in .*seed=1 was asked to stop; resume=auto"):
+        cli.main(["train", "-m", "recipe=quickstart", "launch.nproc=1", "seed=1,2"])
 
 
 def test_ctrl_c_before_a_run_has_begun_is_a_message(
