@@ -88,7 +88,12 @@ def test_a_signal_behind_the_last_step_ends_a_sweep_on_all_ranks(tmp_path: Path)
 def failed(rank: int, world_size: int, folder: str) -> list[str]:
     """The threads of a run's saves when a hook has ended it with an error. Its folders can be had again."""
     with pytest.raises(RuntimeError, match="a fault of the hook's"):
-        words = ["trainer.steps=9", "checkpoint.every=1", "trainer.hooks=[{_target_:run_hooks.Fail,step:3}]"]
+        words = [
+            "trainer.steps=9",
+            "checkpoint.every=1",
+            "checkpoint.mode=async",
+            "trainer.hooks=[{_target_:run_hooks.Fail,step:3}]",
+        ]
         body(rank, world_size, [f"output_dir={folder}", *words])
     FolderLock(Path(folder) / "checkpoints").release()
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("checkpoint-")]
