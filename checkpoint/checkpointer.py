@@ -155,7 +155,9 @@ class Checkpointer:
         self._order = Order(save, save if disk else before.disk, save if memory else before.memory)
         try:
             if self._asynchronous:
-                threading.Thread(target=save.run, args=(self._tools,), name=f"checkpoint-{step}", daemon=True).start()
+                thread = threading.Thread(target=save.run, args=(self._tools,), name=f"checkpoint-{step}", daemon=True)
+                thread.start()
+                save.thread = thread
             else:
                 save.run(self._tools)
         except Exception as error:  # no thread was to be had

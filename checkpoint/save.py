@@ -95,6 +95,7 @@ class Save:
         self.after = after
         self.snapshot = Snapshot(fragments)
         self.report = SaveReport(step)
+        self.thread: threading.Thread | None = None  # where it runs, once it does
         self._confirmed = threading.Event()
         self._doubt = ""
         self._staged = threading.Event()
@@ -126,8 +127,10 @@ class Save:
         self._ended.wait()
 
     def leave(self, timeout: float | None = None) -> bool:
-        """Wait until the save's thread touches nothing any more: also the deletion of old steps is over. Returns whether."""
-        return self._left.wait(timeout)
+        """Wait until the save's thread is over, and with it the deletion of old steps. Returns whether it is."""
+        if self._left.wait(timeout) and self.thread is not None:
+            self.thread.join()  # whose last line it has just come to
+        return self._left.is_set()
 
     def cancel(self, error: BaseException) -> None:
         """End a save that was never begun, here and on the other ranks; one that was ends by itself."""
