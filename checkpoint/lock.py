@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 LOCK_SECONDS = 120.0
+HERE = "in this very process"
 _locked: set[Path] = set()
 
 
@@ -30,10 +31,8 @@ class FolderLock:
     def __init__(self, folder: Path, name: str = LOCK, doing: str = "saving") -> None:
         """name: of the file that is locked; doing: what the run that has the folder does into it, for the message."""
         self._path = folder.resolve() / name
-        problem = f"{folder}: another run is {doing} into this folder"
-        fix = "stop it, or give this one a folder of its own"
         if self._path in _locked:
-            raise HeldError(f"{problem} (in this very process); {fix}")
+            raise HeldError(refusal(folder, doing, HERE))
         self._file: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
@@ -46,10 +45,10 @@ class FolderLock:
                         "%s: this file system has no locks (%s); see to it that no other run uses the folder", folder, error
                     )
                     break
-                holder = os.pread(self._file, 200, 0).decode(errors="replace").strip()
+                holder = _written(self._file)
                 if holder.startswith(f"{socket.gethostname()} ") or time.monotonic() > deadline:
                     os.close(self._file)
-                    raise HeldError(f"{problem} ({holder}); {fix}") from error
+                    raise HeldError(refusal(folder, doing, holder)) from error
                 time.sleep(1.0)
         with contextlib.suppress(OSError):  # a full disk: who holds the lock can't be told then, but it is held
             os.ftruncate(self._file, 0)
@@ -62,3 +61,30 @@ class FolderLock:
             _locked.discard(self._path)
             os.close(self._file)
             self._file = None
+
+
+def holder_of(folder: Path, name: str = LOCK) -> str | None:
+    """Who has taken a folder, found without taking or touching it; None if nobody has, as far as that can be told."""
+    path = folder.resolve() / name
+    if path in _locked:  # to open and close the file would end this process's own lock
+        return HERE
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return _written(file) if error.errno in (errno.EAGAIN, errno.EACCES) else None
+    finally:
+        os.close(file)
+    return None
+
+
+def refusal(folder: Path, doing: str, holder: str) -> str:
+    """Why a run may not write into a folder."""
+    return f"{folder}: another run is {doing} into this folder ({holder}); stop it, or give this one a folder of its own"
+
+
+def _written(file: int) -> str:
+    return os.pread(file, 200, 0).decode(errors="replace").strip()

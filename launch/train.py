@@ -169,6 +169,7 @@ def _machine(config: DictConfig) -> Iterator[Problem]:
         yield from _unwritable("output_dir", config.output_dir)
         if config.checkpoint.folder is not None and "://" not in config.checkpoint.folder:
             yield from _unwritable("checkpoint.folder", config.checkpoint.folder)
+        yield from _taken(config)
     if not under_torchrun() and config.launch.nodes != 1:
         fix = "use `meshloom slurm`, or start torchrun on every node"
         yield Problem("launch.nodes", "`meshloom train` starts the processes of one node", fix)
@@ -187,6 +188,23 @@ def _machine(config: DictConfig) -> Iterator[Problem]:
         if earlier is not None:  # a restart before the first save could not tell them from its own
             message = f"restarted processes would go on from '{earlier}', which an earlier run saved"
             yield Problem("launch.max_restarts", message, "use resume=auto to go on with it, or another output_dir")
+
+
+def _taken(config: DictConfig) -> Iterator[Problem]:
+    """Folders that another run has, as far as that shows now. The run takes them itself, but only when its data are there."""
+    from ..checkpoint.files import is_remote
+    from ..checkpoint.lock import LOCK, holder_of, refusal
+    from ..trainer.build import checkpoint_folder
+    from ..trainer.run import RUN_LOCK
+
+    asked = [("output_dir", str(config.output_dir), RUN_LOCK, "writing")]
+    folder = checkpoint_folder(config)
+    if config.checkpoint.every != 0 and not is_remote(folder):
+        asked.append(("checkpoint.folder", folder.removeprefix("file://"), LOCK, "saving"))
+    for key, place, name, doing in asked:
+        with contextlib.suppress(OSError):  # which `_unwritable` has said
+            if (holder := holder_of(Path(place), name)) is not None:
+                yield Problem(key, refusal(Path(place), doing, holder))
 
 
 def _unwritable(key: str, folder: str) -> Iterator[Problem]:

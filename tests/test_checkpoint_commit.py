@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import threading
@@ -21,10 +20,8 @@ from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError, DamageError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import find_latest, steps_newest_first
-from meshloom.checkpoint.lock import FolderLock
 from meshloom.checkpoint.restore import restore
 from meshloom.checkpoint.save import Save
-from meshloom.checkpoint.writing.writer import Writer
 from meshloom.config.checkpoint import CheckpointConfig
 from meshloom.config.problems import ConfigError
 from meshloom.parallel.fragment import Box, Fragment
@@ -97,25 +94,6 @@ def test_retention_keeps_the_newest_and_never_the_last_good_one_alone(tmp_path: 
     (tmp_path / "step-00000004/rank-00000.safetensors").write_bytes(b"short")
     save_steps(tmp_path, 5, keep=2)
     assert steps_newest_first(open_files(tmp_path)) == ["step-00000005", "step-00000004", "step-00000003"]
-
-
-def test_two_runs_on_one_folder_are_refused(tmp_path: Path) -> None:
-    run = open_run(tmp_path)
-    with pytest.raises(CheckpointError, match="another run is saving into this folder"):
-        open_run(tmp_path)
-    run.close()
-    open_run(tmp_path).close()
-
-
-def test_a_writer_that_can_not_be_started_leaves_the_folder_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as broken, pytest.raises(OSError, match="no more processes"):
-
-        def start(_: object) -> None:
-            raise OSError(errno.EAGAIN, "no more processes")
-
-        broken.setattr(Writer, "_start", start)
-        open_run(tmp_path)
-    open_run(tmp_path).close()
 
 
 def test_a_skipped_save_is_told_of_once(
@@ -409,18 +387,6 @@ def test_a_bad_config_names_its_keys(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         open_run(tmp_path, mode="later", keep=-1)
     assert {problem.key for problem in error.value.problems} == {"checkpoint.mode", "checkpoint.keep"}
-
-
-def test_where_a_file_system_has_no_locks_a_run_is_warned_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def none(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "lockf", none)
-    lock = FolderLock(tmp_path)
-    assert "this file system has no locks ([Errno 37] No locks available)" in caplog.text
-    lock.release()
 
 
 def test_an_old_step_that_somebody_else_has_deleted_is_nobodys_trouble(

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from meshloom.checkpoint.lock import FolderLock
 from meshloom.config.problems import ConfigError, Problem
 from meshloom.launch import cli, train
 from meshloom.launch.arguments import parse
 from meshloom.launch.generate import Arguments
+from meshloom.trainer.run import RUN_LOCK
 from meshloom.trainer.signals import StopRequest
 
 
@@ -214,6 +216,26 @@ def test_a_folder_that_can_not_be_written_to_is_refused(
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
     assert train.main(["output_dir=new/run"]) == 2
     assert f"output_dir: '{elsewhere}' can't be written to" in capsys.readouterr().err
+
+
+def test_folders_that_another_run_has_are_refused_before_the_data_are_made(
+    capsys: pytest.CaptureFixture[str], elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meshloom.trainer.run.run", lambda *_: 0)
+    words = ["recipe=quickstart", "output_dir=run", "checkpoint.folder=kept", "launch.nproc=1"]
+    for name in ("run", "kept"):
+        (elsewhere / name).mkdir()
+    assert train.main(words) == 0
+    live = [FolderLock(elsewhere / "run", RUN_LOCK), FolderLock(elsewhere / "kept")]
+    assert train.main(words) == 2
+    errors = capsys.readouterr().err
+    assert "output_dir: run: another run is writing into this folder" in errors
+    assert "checkpoint.folder: kept: another run is saving into this folder" in errors
+    assert train.main([*words, "checkpoint.every=0"]) == 2
+    assert "checkpoint.folder" not in capsys.readouterr().err
+    for lock in live:
+        lock.release()
+    assert train.main(words) == 0
 
 
 def test_another_root_config_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
