@@ -46,7 +46,7 @@ class FolderLock:
                     )
                     break
                 holder = _written(self._file)
-                if holder.startswith(f"{socket.gethostname()} ") or time.monotonic() > deadline:
+                if _is_here(holder) or time.monotonic() > deadline:
                     os.close(self._file)
                     raise HeldError(refusal(folder, doing, holder)) from error
                 time.sleep(1.0)
@@ -64,7 +64,10 @@ class FolderLock:
 
 
 def holder_of(folder: Path, name: str = LOCK) -> str | None:
-    """Who has taken a folder, found without taking or touching it; None if nobody has, as far as that can be told."""
+    """Which process of this machine has taken a folder, found without taking or touching it; None if none has.
+
+    Of one on another machine only FolderLock can tell, which waits to see whether that node is gone.
+    """
     path = folder.resolve() / name
     if path in _locked:  # to open and close the file would end this process's own lock
         return HERE
@@ -75,7 +78,8 @@ def holder_of(folder: Path, name: str = LOCK) -> str | None:
     try:
         fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
-        return _written(file) if error.errno in (errno.EAGAIN, errno.EACCES) else None
+        holder = _written(file) if error.errno in (errno.EAGAIN, errno.EACCES) else ""
+        return holder if _is_here(holder) else None
     finally:
         os.close(file)
     return None
@@ -84,6 +88,10 @@ def holder_of(folder: Path, name: str = LOCK) -> str | None:
 def refusal(folder: Path, doing: str, holder: str) -> str:
     """Why a run may not write into a folder."""
     return f"{folder}: another run is {doing} into this folder ({holder}); stop it, or give this one a folder of its own"
+
+
+def _is_here(holder: str) -> bool:
+    return holder.startswith(f"{socket.gethostname()} ")
 
 
 def _written(file: int) -> str:

@@ -191,7 +191,7 @@ def _machine(config: DictConfig) -> Iterator[Problem]:
 
 
 def _taken(config: DictConfig) -> Iterator[Problem]:
-    """Folders that another run has, as far as that shows now. The run takes them itself, but only when its data are there."""
+    """Folders that another run of this machine has. The run takes them itself, but only when its data are there."""
     from ..checkpoint.files import is_remote
     from ..checkpoint.lock import LOCK, holder_of, refusal
     from ..trainer.build import checkpoint_folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,17 +49,26 @@ def test_where_a_file_system_has_no_locks_a_run_is_warned_at_once(
     lock.release()
 
 
-def test_who_has_a_folder_is_told_to_others_without_touching_it(tmp_path: Path) -> None:
-    program = "import sys, pathlib; from meshloom.checkpoint.lock import holder_of; print(holder_of(pathlib.Path(sys.argv[1])))"
+ASK = """
+import pathlib, socket, sys
+from meshloom.checkpoint.lock import holder_of
 
-    def told() -> str:
-        command = [sys.executable, "-c", program, str(tmp_path)]
+socket.gethostname = lambda: sys.argv[2]
+print(holder_of(pathlib.Path(sys.argv[1])))
+"""
+
+
+def test_who_has_a_folder_is_told_to_others_without_touching_it(tmp_path: Path) -> None:
+    def told(machine: str) -> str:
+        command = [sys.executable, "-c", ASK, str(tmp_path), machine]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=250).stdout.strip()
 
-    assert told() == "None" and not list(tmp_path.iterdir())
+    here = socket.gethostname()
+    assert told(here) == "None" and not list(tmp_path.iterdir())
     lock = FolderLock(tmp_path)
-    assert told().endswith(f"process {os.getpid()}")
+    assert told(here) == f"{here} process {os.getpid()}"
+    assert told("another") == "None", "which can't know whether that node is gone: FolderLock waits to see"
     assert holder_of(tmp_path) == "in this very process"
-    assert told().endswith(f"process {os.getpid()}"), "asking has not ended it"
+    assert told(here) == f"{here} process {os.getpid()}", "asking has not ended it"
     lock.release()
-    assert told() == "None" and holder_of(tmp_path) is None
+    assert told(here) == "None" and holder_of(tmp_path) is None
