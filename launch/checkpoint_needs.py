@@ -14,6 +14,7 @@ from ..checkpoint.folder import step_of
 from ..config import CheckpointConfig
 from ..config.problems import Problem
 from ..parallel.layout import Layout
+from ..parallel.offload import OffloadAccount
 from ..trainer.build import checkpoint_folder
 from .host import free_disk
 from .plan_tables import gib
@@ -83,25 +84,28 @@ def describe_needs(needs: CheckpointNeeds) -> list[str]:
     return lines
 
 
-def shortages(config: DictConfig, needs: CheckpointNeeds, offloaded: int, local: int, memory: float) -> Iterator[Problem]:
+def shortages(config: DictConfig, needs: CheckpointNeeds, away: OffloadAccount, local: int, memory: float) -> Iterator[Problem]:
     """What this machine has not enough of, if it is the one that is to run this: of several nodes only the folder is here.
 
-    offloaded: bytes of host memory that a process takes for what its GPU does not hold; local: processes of the machine;
-    memory: bytes of host memory that can be had.
+    away: what a process keeps where its GPU does not; local: processes of the machine; memory: bytes of host memory that can
+    be had.
     """
     alone = config.launch.nodes == 1
     limit = config.checkpoint.host_memory_gib
     if limit is not None and limit * 2**30 < needs.least:
         yield Problem("checkpoint.host_memory_gib", f"saves will fail: they take {gib(needs.least)} GiB at least", "raise it")
-    elif alone and needs.host and local * (needs.host + offloaded) > memory:
-        besides = f" beside {gib(local * offloaded)} of what is offloaded" if offloaded else ""
+    elif alone and needs.host and local * (needs.host + away.host) > memory:
+        besides = f" beside {gib(local * away.host)} of what is offloaded" if away.host else ""
         message = f"snapshots take {gib(local * needs.host)} GiB{besides}, and {gib(memory)} GiB of host memory are free here"
         yield Problem("checkpoint.host_memory_gib", message, fewer_snapshots(needs))
-    if alone and needs.spill:
-        free = free_disk(config.checkpoint.snapshot_folder)
-        if free is not None and local * needs.spill > free:
-            message = f"{local} × {gib(needs.spill)} GiB are needed there, and {gib(free)} are free here"
-            yield Problem("checkpoint.snapshot_folder", message, "make room, or name a folder on another disk")
+    for key, place, size in (
+        ("parallel.offload_path", config.parallel.offload_path, away.disk),
+        ("checkpoint.snapshot_folder", config.checkpoint.snapshot_folder, needs.spill),
+    ):
+        free = free_disk(place) if alone and size and place else None
+        if free is not None and local * size > free:
+            message = f"{local} × {gib(size)} GiB are needed there, and {gib(free)} GiB are free here"
+            yield Problem(key, message, "make room, or name a folder on another disk")
     folder = checkpoint_folder(config)
     free = None if is_remote(folder) or not needs.step else free_disk(folder)
     if free is not None:

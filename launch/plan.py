@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     for note in notes:
         console.print(f"· {note}", style="dim", highlight=False, markup=False)
     local = plan.layout.world_size // composition.config.launch.nodes
-    for problem in shortages(composition.config, plan.needs, plan.away.host, local, available_memory()):
+    for problem in shortages(composition.config, plan.needs, plan.away, local, available_memory()):
         console.print(f"! {problem}", style="yellow", highlight=False, markup=False)
     if arguments.draw_pipeline is not None:
         assert plan.cost.timeline is not None

@@ -134,7 +134,7 @@ def tune(
     best = fitting[0].plan
     notes += search.notes
     if share is not None:
-        notes += map(str, shortages(config, best.needs, best.away.host, local, local * share))
+        notes += map(str, shortages(config, best.needs, best.away, local, local * share))
     elif fitting[0].host + best.away.disk:
         places = [(fitting[0].host, "of host memory"), (best.away.disk, "on disk")]
         needs = " and ".join(f"{gib(local * size)} GiB {where}" for size, where in places if size)

@@ -14,9 +14,12 @@ from test_run import TINY, body
 
 from meshloom.checkpoint.arena import rounded
 from meshloom.checkpoint.folder import load_manifest, open_files
+from meshloom.config.compose import Composer
+from meshloom.launch.checkpoint_needs import shortages
 from meshloom.launch.cli import main
 from meshloom.launch.host import available_memory, free_disk
 from meshloom.launch.plan import make_plan
+from meshloom.parallel.offload import OffloadAccount
 from ranks import run_ranks
 
 LLAMA = ["recipe=llama_1b", "batch.samples=8", "launch.nproc=2"]
@@ -138,3 +141,11 @@ def test_plan_warns_by_key_where_the_host_is_too_small(
     assert warned(capsys, folder, "checkpoint.snapshot_folder=/fast") == [], "one of them is there already"
     has["/fast"] -= 1
     assert warned(capsys, folder, "checkpoint.snapshot_folder=/fast") == ["checkpoint.snapshot_folder"]
+
+
+def test_room_for_what_is_offloaded_to_a_disk_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshloom.launch.checkpoint_needs.free_disk", lambda folder: 19 if folder == "/fast" else 10**15)
+    config = Composer().compose([*LLAMA, "parallel.offload_path=/fast"]).config
+    for disk, keys in ((9, []), (10, ["parallel.offload_path"])):
+        found = shortages(config, needs(), OffloadAccount(disk=disk), 2, 10**15)
+        assert [problem.key for problem in found] == keys
