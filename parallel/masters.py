@@ -35,8 +35,20 @@ from .transport import Transport, gather_rows
 def materialize(model: Llama, dtype: torch.dtype, device: torch.device, transport: Transport) -> None:
     """Give a model on the meta device storage without values, where weights can be gathered. A tied head stays tied."""
     model.to(dtype)
-    with transport.memory():
-        model.to_empty(device=device)
+    weights = list(model.parameters())  # a tied one once; held here, so that none's id becomes another's
+    places = transport.lasting([local(weight).shape for weight in weights], dtype)
+    placed = {id(weight): place for weight, place in zip(weights, places, strict=True)}
+
+    def give(tensor: torch.Tensor) -> torch.Tensor:
+        place = placed.get(id(tensor))
+        if place is None:  # a buffer
+            return torch.empty_like(tensor, device=device)
+        if not isinstance(tensor, DTensor):
+            return place
+        here, placements = tensor.device_mesh, tensor.placements
+        return DTensor.from_local(place, here, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+    model._apply(give)
     if model.tied and model.head is not None and model.embed is not None:
         model.head.weight = model.embed.weight
 
@@ -118,9 +130,15 @@ class _Group:
         return sum(weight.room for weight in self.weights)
 
     def clear(self) -> None:
-        """Forget the gradients that were taken or are on their way."""
+        """Forget the gradients that were taken."""
         self.taken, self.pending = [None] * len(self.weights), {}
         self.missing, self.moving = len(self.weights), None
+
+    def give_up(self) -> None:
+        """Of a pass that failed: wait for what it left on its way, and forget it. The memory will be used again."""
+        if self.moving is not None:
+            self.moving[1].wait()
+        self.clear()
 
     def add(self, index: int, gradient: torch.Tensor, keep_dtype: bool) -> None:
         """One micro-batch's gradient of a weight. keep_dtype: it may stay in the one it has if it is the only one."""
@@ -287,6 +305,8 @@ class MasterWeights:
 
     def begin(self, micro_batches: int, one_pass: bool) -> None:
         """Before a step's first forward pass. one_pass: the optimizer takes gradients in the dtype of the compute."""
+        for group in self._sending:
+            group.give_up()
         self._sending = []
         for group in self._groups:
             group.clear()

@@ -14,7 +14,8 @@ batch (rule R2): no factor depends on how the batch was cut.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,18 +26,24 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from ..config.parallel import ParallelConfig
 from ..models.llama import Llama
 from .mesh import Mesh
+from .shards import local
 from .transport import Transport, gather_rows
 
 
 class _Gather:
-    """FSDP2's all-gather as a transport does it, in its own group of the same ranks."""
+    """FSDP2's all-gather as a transport does it, in its own group of the same ranks. One instance serves all groups of weights.
+
+    Two are gathered at once at most: FSDP2 gives up the last group's buffer, and has its streams wait for who reads it, before
+    it asks for the one after the next.
+    """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
+        self._turns = itertools.cycle((0, 1))
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """What a group's weights are gathered in."""
-        return self._transport.slot(size, dtype, device)
+        return self._transport.buffer(next(self._turns), size, dtype, device)
 
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -44,22 +51,32 @@ class _Gather:
         return gather_rows(output_tensor, input_tensor, group=self._transport.group, async_op=async_op)
 
 
+_SENT, _RECEIVED = 0, 1
+
+
 class _Scatter:
     """FSDP2's reduce-scatter of gradients in the dtype that they were computed in: each rank is sent its own rows, and adds up.
 
     The sums are exact where the ring's are, at half the bytes of bf16 widened before it is sent. FSDP2 would round them.
+    It sends one group's at a time: before it asks for the next one's memory it waits for the last.
     """
 
     def __init__(self, transport: Transport, exact: torch.dtype) -> None:
+        """exact: the dtype of the sums. An instance serves one group of weights."""
         self._transport, self._exact = transport, exact
-        self._sent_next = True
+        self._sums: int | None = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """FSDP2 asks for what is sent, and then for what the sums go to."""
-        sent, self._sent_next = self._sent_next, not self._sent_next
-        if not sent:
+        """FSDP2 asks for what is sent, and then for what its sums go to: this rank's part of it.
+
+        Told apart by their sizes: a pass that failed in between asks for what is sent twice.
+        """
+        count, expected = torch.Size(size).numel(), self._sums
+        if count == expected:
+            self._sums = None
             return torch.empty(size, dtype=self._exact, device=device)
-        return self._transport.slot(size, dtype, device)
+        self._sums = count // self._transport.group.size()
+        return self._transport.buffer(_SENT, size, dtype, device)
 
     def __call__(
         self,
@@ -70,7 +87,7 @@ class _Scatter:
         async_op: bool = False,
     ) -> None:
         assert op == dist.ReduceOp.SUM and not async_op and output_tensor.dtype == self._exact
-        received = self._transport.slot(input_tensor.shape, input_tensor.dtype, input_tensor.device)
+        received = self._transport.buffer(_RECEIVED, input_tensor.shape, input_tensor.dtype, input_tensor.device)
         dist.all_to_all_single(received, input_tensor, group=self._transport.group)
         torch.sum(received.view(group.size(), -1), 0, dtype=self._exact, out=output_tensor)
 
@@ -88,6 +105,7 @@ class ZeroGroups:
         # Stages 2 and 3 reduce every micro-batch; the others add those up before, which must not be done in bf16.
         exchanges = compute == torch.bfloat16 and self._stage >= 2 and not self._pipelined
         self._scatters = transport.twin(mesh) if exchanges and transport.by_copy_engines else None
+        self._transports = [transport] if self._scatters is None else [transport, self._scatters]
         if compute == torch.bfloat16:
             sent = compute if self._scatters is not None else torch.float32
             policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=sent, cast_forward_inputs=False)
@@ -104,6 +122,9 @@ class ZeroGroups:
         # A pipeline gathers weights once per step. Its backward passes would keep them gathered anyway, and resharding
         # between the two halves of a zero-bubble backward pass gives wrong gradients without a word.
         reshard = self._stage == 3 and not self._pipelined
+        for size in _padded(stage, self._settings["mesh"].size(-1)):
+            for transport in self._transports:
+                transport.expect(size)
         for block in stage.layers.values():
             fully_shard(block, reshard_after_forward=reshard, **self._settings)
         if stage.embed is not None and not stage.tied:
@@ -134,3 +155,12 @@ class ZeroGroups:
         """Free gathered weights after passes without a backward pass: the next step would use them, stale."""
         for group in self._groups:
             group.reshard()
+
+
+def _padded(stage: Llama, ways: int) -> Iterator[int]:
+    """Elements of each group of weights, before they are cut over so many ranks: of as many rows on each."""
+    inner: list[nn.Module] = [*stage.layers.values(), *([stage.embed] if stage.embed is not None and not stage.tied else [])]
+    groups = [list(module.parameters()) for module in inner]
+    apart = {parameter for group in groups for parameter in group}
+    for group in [*groups, [parameter for parameter in stage.parameters() if parameter not in apart]]:
+        yield sum(-(-len(local(weight)) // ways) * ways * local(weight)[0].numel() for weight in group)
