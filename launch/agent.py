@@ -1,10 +1,16 @@
 """`torchrun` that ends with the exit code of the process that failed first, instead of 1.
 
 python -m meshloom.launch.agent <torchrun's own arguments>
+python -m meshloom.launch.agent --when-told <file descriptor>
+
+The second form is started while the run is still being checked (`torchrun.PreparedAgent`): it has PyTorch imported by the
+time that the arguments come, through the pipe, with the environment for the workers. If that closes without, it ends.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import sys
 
@@ -27,5 +33,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def told(descriptor: int) -> list[str] | None:
+    """torchrun's arguments, as soon as the launcher has written them to its pipe; None if it has thought better of it."""
+    with os.fdopen(descriptor, "rb") as pipe:
+        message = pipe.read()
+    if not message:
+        return None
+    order = json.loads(message)
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    return order["arguments"]
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    arguments = told(int(sys.argv[2])) if sys.argv[1:2] == ["--when-told"] else sys.argv[1:]
+    sys.exit(0 if arguments is None else main(arguments))

@@ -9,12 +9,13 @@ checkpoint needs neither: here the signals go to the workers themselves, which f
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -28,6 +29,33 @@ KILL_SECONDS = 5.0
 REPEAT_SECONDS = 5.0  # a worker that had not installed its handler yet hears it the next time
 
 
+class PreparedAgent:
+    """An agent that imports what it needs, seconds on some machines, while its launcher still checks the run."""
+
+    def __init__(self) -> None:
+        listening, self._pipe = os.pipe()
+        command = [sys.executable, "-m", "meshloom.launch.agent", "--when-told", str(listening)]
+        # A session of its own, so that a terminal's Ctrl-C reaches the launcher alone.
+        self.process = subprocess.Popen(command, pass_fds=(listening,), start_new_session=True)
+        os.close(listening)
+        self._told = False
+
+    def tell(self, arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """Let it run torchrun with these. Whoever asks is to wait for the process, or to end it."""
+        self._told = True
+        with contextlib.suppress(BrokenPipeError), os.fdopen(self._pipe, "wb") as pipe:  # it has died: its code says so
+            pipe.write(json.dumps({"arguments": list(arguments), "environment": dict(environment)}).encode())
+        return self.process
+
+    def dismiss(self) -> None:
+        """Nothing is to be run, if nothing was told: it has touched nothing, so it may be killed."""
+        if not self._told:
+            self._told = True
+            os.close(self._pipe)
+            self.process.kill()
+            self.process.wait()
+
+
 class TorchRun:
     """One torchrun agent as a child process."""
 
@@ -38,13 +66,16 @@ class TorchRun:
         self._at_once = False
         self._agent: subprocess.Popen[bytes] | None = None
 
-    def run(self) -> int:
-        """Start it and wait. Returns its exit code: 0, or that of the worker that failed first; 130 after a second Ctrl-C."""
+    def run(self, prepared: PreparedAgent | None = None) -> int:
+        """Start it and wait. Returns its exit code: 0, or that of the worker that failed first; 130 after a second Ctrl-C.
+
+        prepared: an agent to use, in place of one started now.
+        """
         previous: dict[signal.Signals, Any] = {number: signal.signal(number, self._ask) for number in FORWARDED}
         try:
-            # A session of its own, so that a terminal's Ctrl-C reaches this process alone.
-            command = [sys.executable, "-m", "meshloom.launch.agent", *self._arguments]
-            self._agent = subprocess.Popen(command, env=environment(self._arguments), start_new_session=True)
+            agent = PreparedAgent() if prepared is None else prepared
+            self._agent = agent.process
+            agent.tell(self._arguments, environment(self._arguments))
             return self._wait(self._agent)
         finally:
             if self._agent is not None and self._agent.poll() is None:

@@ -35,6 +35,7 @@ from ..config.compose import (
 )
 from ..config.problems import ConfigError, Problem
 from ..trainer.signals import AT_ONCE, StopRequest, show_cursor
+from .torchrun import PreparedAgent, TorchRun
 
 BAD_CONFIG = 2
 FRAMES = 4  # of the way to an error that are told: a library's own, and who called it
@@ -54,10 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     switches, arguments = _read(sys.argv[1:] if argv is None else argv)
     register_schemas()
+    agent = PreparedAgent() if _starts_several(switches) else None
     try:
-        _check(switches)
-    except ConfigError as error:
-        return _refuse(error)
+        try:
+            _check(switches)
+        except ConfigError as error:
+            return _refuse(error)
+        return _begin(switches, arguments, agent)
+    finally:
+        if agent is not None:
+            agent.dismiss()
+
+
+def _begin(switches: argparse.Namespace, arguments: list[str], agent: PreparedAgent | None) -> int:
+    """What `main` does once all is checked. agent: for the processes of the one run, if it has several."""
     codes: list[int] = []
     left = 0
     stop = StopRequest(_leave)
@@ -69,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             left += 1
             return
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a failed run shows where it failed
-        code = _run(config, switches, stop)
+        code = _run(config, switches, stop, agent)
         if os.getpid() != launcher:  # Hydra's submitit launcher: of what a job does only an exception comes back
             if code:
                 raise RuntimeError(f"the run in {config.output_dir} ended with exit code {code}")
@@ -135,6 +146,23 @@ def _refuse(error: ConfigError) -> int:
 def under_torchrun() -> bool:
     """Whether this process is one of several (or one) that torchrun, or a scheduler in its manner, started."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _starts_several(switches: argparse.Namespace) -> bool:
+    """Whether this command line is for one run of several processes, as far as that shows without importing PyTorch."""
+    only_looks = switches.help or switches.hydra_help or switches.shell_completion or switches.cfg or switches.info
+    if under_torchrun() or switches.multirun or only_looks or switches.experimental_rerun:
+        return False
+    try:
+        composition = Composer(switches.config_dir).compose(switches.overrides)
+    except ConfigError:  # as `_check` will say
+        return False
+    if composition.problems:
+        return False
+    asked, restarts = composition.config.launch.nproc, composition.config.launch.max_restarts
+    if asked == "auto":
+        return len(list(Path("/dev").glob("nvidia[0-9]*"))) > 1
+    return (isinstance(asked, int) and asked > 1) or (isinstance(restarts, int) and restarts > 0)
 
 
 def processes(config: DictConfig) -> int:
@@ -231,13 +259,13 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _run(config: DictConfig, switches: argparse.Namespace, stop: StopRequest) -> int:
+def _run(config: DictConfig, switches: argparse.Namespace, stop: StopRequest, agent: PreparedAgent | None) -> int:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         config.output_dir = f"{config.output_dir}/sweep/{sweep_folder(switches.overrides, task_overrides())}"
     OmegaConf.resolve(config)
     count = processes(config)
     if (count > 1 or config.launch.max_restarts) and not under_torchrun():
-        return _start_torchrun(config, count, switches, stop)
+        return _start_torchrun(config, count, switches, stop, agent)
     from ..checkpoint.errors import CheckpointError
     from ..data.shards import ShardError
     from ..trainer.run import run
@@ -284,9 +312,9 @@ def _configure_log() -> None:
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
-def _start_torchrun(config: DictConfig, count: int, switches: argparse.Namespace, stop: StopRequest) -> int:
-    from .torchrun import TorchRun
-
+def _start_torchrun(
+    config: DictConfig, count: int, switches: argparse.Namespace, stop: StopRequest, agent: PreparedAgent | None
+) -> int:
     folder = [f"--config-dir={switches.config_dir}"] if switches.config_dir else []
     overrides = [line for line in task_overrides() if not line.startswith("output_dir=")]
     started = TorchRun(
@@ -301,7 +329,7 @@ def _start_torchrun(config: DictConfig, count: int, switches: argparse.Namespace
             f"output_dir={quoted(str(config.output_dir))}",
         ]
     )
-    code = started.run()
+    code = started.run(agent)
     stop.obeyed, stop.number = started.asked, started.number
     return code
 

@@ -17,6 +17,7 @@ from meshloom.config.problems import ConfigError, Problem
 from meshloom.launch import cli, train
 from meshloom.launch.arguments import parse
 from meshloom.launch.generate import Arguments
+from meshloom.launch.torchrun import PreparedAgent
 from meshloom.trainer.run import RUN_LOCK
 from meshloom.trainer.signals import StopRequest
 
@@ -103,10 +104,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         def __init__(self, arguments: list[str]) -> None:
             calls.append(list(arguments))
 
-        def run(self) -> int:
+        def run(self, agent: PreparedAgent | None) -> int:
             return 0
 
-    monkeypatch.setattr("meshloom.launch.torchrun.TorchRun", Started)
+    monkeypatch.setattr(train, "TorchRun", Started)
     return calls
 
 
@@ -149,7 +150,7 @@ def test_a_signal_that_stops_a_run_stops_its_sweep(
         return 0
 
     monkeypatch.setattr("meshloom.trainer.run.run", run)
-    monkeypatch.setattr("meshloom.launch.torchrun.TorchRun.asked", property(lambda _: len(started) == 2))
+    monkeypatch.setattr(train.TorchRun, "asked", property(lambda _: len(started) == 2))
     words = ["recipe=quickstart", f"launch.nproc={processes}"]
     assert cli.main(["train", "-m", *words, "seed=1,2,3,4"]) == 128 + signal.SIGUSR1
     assert (begun if processes == 1 else [int(call[7].removeprefix("seed=")) for call in started]) == [1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -13,8 +14,8 @@ import psutil
 import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
-from meshloom.launch import agent
-from meshloom.launch.torchrun import environment
+from meshloom.launch import agent, train
+from meshloom.launch.torchrun import PreparedAgent, TorchRun, environment
 from meshloom.trainer.signals import STOPPING
 
 PATIENCE = 280.0  # seconds: torchrun and its workers begin in two, and in a hundred where the cores are shared
@@ -53,6 +54,14 @@ def start(folder: Path, mode: str) -> subprocess.Popen[str]:
         mode,
     ]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def runs(number: int) -> bool:
+    """Whether a process is there, and not only because nobody has waited for it."""
+    try:
+        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def ready(folder: Path, process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -122,3 +131,49 @@ def test_environment_shares_the_cores_and_isolates_restarts(monkeypatch: pytest.
     restarting = environment([f"--nproc-per-node={cores}", "--max-restarts=3"])
     assert plain["OMP_NUM_THREADS"] == str(cores) and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in plain
     assert restarting["OMP_NUM_THREADS"] == "1" and restarting["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
+def test_an_agent_begun_beforehand_runs_what_it_is_told_in_the_environment_of_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text("import os, sys; open(f'{sys.argv[1]}/{os.environ[\"SAID_LATER\"]}', 'w').close(); sys.exit(5)")
+    prepared = PreparedAgent()
+    monkeypatch.setenv("SAID_LATER", "yes")
+    assert TorchRun(["--standalone", "--nproc-per-node=1", str(script), str(tmp_path)]).run(prepared) == 5
+    assert (tmp_path / "yes").exists()
+    prepared.dismiss()  # it was used: nothing happens
+
+
+def test_an_agent_that_has_died_is_reported_by_its_code() -> None:
+    prepared = PreparedAgent()
+    prepared.process.kill()
+    prepared.process.wait()
+    assert TorchRun(["--standalone", "--nproc-per-node=1", "nothing.py"]).run(prepared) == 128 + signal.SIGKILL
+
+
+def test_an_agent_whose_launcher_is_gone_ends() -> None:
+    begin = "from meshloom.launch.torchrun import PreparedAgent; print(PreparedAgent().process.pid, flush=True)"
+    launcher = [sys.executable, "-c", f"import os; {begin}; os._exit(9)"]
+    told = subprocess.run(launcher, capture_output=True, text=True, check=False)
+    assert told.returncode == 9
+    deadline = time.monotonic() + PATIENCE
+    while runs(int(told.stdout)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not runs(int(told.stdout))
+
+
+@pytest.mark.parametrize(("override", "several"), [("launch.nproc=2", True), ("launch.nproc=1", False)])
+def test_the_agent_begins_before_the_run_is_checked_and_goes_if_that_is_refused(
+    override: str, several: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check, seen = train._check, list[psutil.Process]()  # pyright: ignore[reportPrivateUsage]
+
+    def checking(switches: argparse.Namespace) -> None:
+        seen.extend(child for child in psutil.Process().children() if "--when-told" in child.cmdline())
+        check(switches)
+
+    monkeypatch.setattr(train, "_check", checking)
+    assert train.main([override, "precision=half"]) == 2
+    assert "there is no 'half'" in capsys.readouterr().err
+    assert len(seen) == several and not any(agent.is_running() for agent in seen)
