@@ -20,6 +20,7 @@ from .memory import (
     BYTES,
     EXACT,
     Job,
+    Piece,
     block_bytes,
     layer_flops,
     loss_bytes,
@@ -68,7 +69,8 @@ class RankCost:
     optimizer   state of the optimizer; None where it can't be known before it runs
     held        gradients that earlier micro-batches have left when a forward pass ends
     activations kept for backward passes, at most at once
-    working     what lives for moments: the loss's logits, one block's backward pass, buffers between stages
+    working     what lives for moments: the loss's logits, one block's backward pass, buffers between stages; and, though it is
+                kept, what weights and gradients are sent from and received in by copy engines
     """
 
     layers: list[range]
@@ -158,7 +160,10 @@ def _rank_cost(
         at_once = whole - sum(blocks) - embedding + max(embedding, sum(sorted(blocks)[-2:]))
     accumulates = parallel.pp > 1 or (job.micro_batches > 1 and layout.zero < 2)
     shards = sum(piece.padded for piece in held) * exact
-    gathered, gradients = at_once * unit, shards + (whole * exact if accumulates else max(groups.values()) * (unit + exact))
+    parcels = _parcels(held, model, parallel, layout, job)
+    exchanged = parcels > 0 and job.precision == "bf16" and layout.zero >= 2
+    moving = max(groups.values()) * (unit if exchanged else unit + exact)
+    gathered, gradients = at_once * unit, shards + (whole * exact if accumulates else moving)
     left = 0 if parallel.pp == 1 and job.micro_batches == 1 else whole * exact if accumulates else shards
     state, one_pass = optimizer_bytes(make, own, model, torch.float64 if job.precision == "fp64" else torch.float32)
     if parallel.engine == "torch" and not uses_fsdp(parallel, layout):
@@ -166,7 +171,8 @@ def _rank_cost(
         # While a group's are on their way, as they were sent and as they are received, the next one's are computed.
         shared = layout.gradient_ranks > 1
         gathered = whole * unit if unit != exact else max(0, whole * exact - shards)
-        moving = max(groups.values()) * ((2 * exact if accumulates else 3 * unit) if shared else unit)
+        away = 2 * (exact if accumulates else unit) if shared and not parcels else 0
+        moving = max(groups.values()) * (away + (0 if shared and accumulates else unit))
         gradients = shards + (whole * exact if accumulates and shared else 0) + moving
         if not shared and job.micro_batches == 1 and unit < exact and one_pass:
             gradients = whole * unit  # they go to the optimizer as they are
@@ -181,6 +187,7 @@ def _rank_cost(
     working = block_bytes(model, replace(job, fused=False), parallel, "none") * (2 if computed_again else 1)
     if last in mine:
         working = max(working, loss_bytes(model, job, parallel))
+    working += parcels
     if plan.count > parallel.pp:
         # These schedules of torch wait for their sends when the step ends, and hold what was sent until then.
         away = sum(plan.ranks[other] != rank for stage in mine for other in (stage - 1, stage + 1) if 0 <= other <= last)
@@ -200,3 +207,23 @@ def _rank_cost(
         activations=round(kept),
         working=working,
     )
+
+
+def _parcels(held: Sequence[Piece], model: Llama, parallel: ParallelConfig, layout: Layout, job: Job) -> int:
+    """Bytes that copy engines reach (`transport.py`), beside weights; of ranks on several hosts, too, which do without.
+
+    Whole weights need room for the largest group's gradients as they are sent and as they are received; FSDP2 for two groups
+    that are gathered, and for gradients where it exchanges them, which are bf16's under ZeRO-2 and 3.
+    """
+    if parallel.engine != "torch" or not parallel.copy_engines or layout.weight_ranks == 1:
+        return 0
+    groups: dict[str, int] = {}
+    for piece in held:
+        apart = piece.group.startswith("layers.") or (piece.group == "embed" and not model.tied)
+        group = piece.group if apart else "the rest"
+        groups[group] = groups.get(group, 0) + piece.padded * layout.weight_ranks
+    unit, largest = BYTES[job.precision], max(groups.values())
+    if not uses_fsdp(parallel, layout):
+        return 2 * largest * (unit if job.micro_batches == 1 else EXACT[job.precision])
+    exchanges = job.precision == "bf16" and layout.zero >= 2 and parallel.pp == 1
+    return (4 if exchanges else 2) * largest * unit

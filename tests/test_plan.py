@@ -42,12 +42,34 @@ def test_figures_are_those_of_arithmetic() -> None:
     assert rank.weights == rank.elements * 4 and rank.optimizer == rank.elements * 8
     assert rank.gathered == parameters * 2
     moving = 2 * 4 * 128256 * 2048  # the head, as it is sent and as it is received
-    assert rank.gradients == parameters * 4 + rank.weights + moving, "two micro-batches are added up whole, in fp32"
+    assert rank.gradients == parameters * 4 + rank.weights, "two micro-batches are added up whole, in fp32"
+    (without,) = make_plan([*LLAMA, "launch.nproc=8", "parallel.zero=1", "parallel.copy_engines=false"]).cost.ranks
+    assert without.gradients == rank.gradients + moving, "without copy engines that memory is not kept"
+    assert rank.working - without.working == pytest.approx(moving, rel=1e-4)
     (alone,) = make_plan([*LLAMA, "launch.nproc=1"]).cost.ranks
     assert (alone.weights, alone.gathered, alone.optimizer) == (parameters * 4, parameters * 2, parameters * 8)
     (single,) = make_plan(["recipe=llama_1b", "launch.nproc=1", "batch.samples=4"]).cost.ranks
     assert single.gradients == parameters * 2, "one micro-batch's gradients go to AdamW in bf16"
     assert plan.cost.model_flops == pytest.approx(64 * 8192 * (6 * (parameters - 128256 * 2048) + 12 * 16 * 2048 * 8192))
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["parallel.zero=3"], 4 * 2),  # two groups gathered, one as it is sent and as it is received, in bf16
+        (["parallel.zero=2"], 4 * 2),
+        (["parallel.zero=3", "precision=fp32"], 2 * 4),  # FSDP2 reduces as ever
+        (["parallel.zero=3", "parallel.pp=2"], 2 * 2),
+        (["parallel.zero=1", "batch.micro=4"], 2 * 2),
+        (["parallel.zero=0"], 0),
+    ],
+)
+def test_memory_that_copy_engines_reach_is_counted(words: list[str], kept: int) -> None:
+    common = ["recipe=llama_1b", "batch.samples=16", "batch.micro=1", "trainer.compile=false", "launch.nproc=4", *words]
+    with_them, without = (make_plan([*common, f"parallel.copy_engines={on}"]).cost.ranks for on in ("true", "false"))
+    head = 128256 * 2048
+    for one, other in zip(with_them, without, strict=True):
+        assert one.working - other.working == pytest.approx(kept * head, rel=1e-4)
 
 
 def test_a_drawing_that_can_not_be_written_is_a_message(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
