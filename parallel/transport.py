@@ -17,6 +17,7 @@ import itertools
 import logging
 import socket
 import threading
+import time
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ NCCL = (2, 28)
 """The first version with collectives by copy engines."""
 
 PATIENCE = 10.0
-"""Seconds at the end of a run for what is still on its way."""
+"""Seconds for what is still on its way at the end of a run, and for who still holds memory that is to be used again."""
 
 SEGMENT = 2**21
 """PyTorch's allocator asks for memory in multiples of these bytes, and cuts what it asked for below ten times as many."""
@@ -145,8 +146,13 @@ class Transport:
             return piece[:needed].view(dtype).view(torch.Size(size))
 
     def _held(self, piece: torch.Tensor) -> bool:
-        """Whether a tensor other than itself lies in a piece."""
-        return _owners(piece) > 1
+        """Whether a tensor other than itself lies in a piece, and stays: a group's threads may hold what came a little longer."""
+        until = time.monotonic() + PATIENCE
+        while _owners(piece) > 1:
+            if time.monotonic() > until:
+                return True
+            time.sleep(0.001)
+        return False
 
     def twin(self, mesh: Mesh) -> Transport:
         """Another one of the same ranks: what runs on two streams at once must not go through one group."""

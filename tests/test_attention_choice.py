@@ -78,13 +78,6 @@ def test_pytorch_is_asked_about_its_own_kernels(kernel: attention_kernels.Kernel
     ]
 
 
-def test_on_a_cpu_no_kernel_is_to_be_had() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU, which FlashAttention 4 asks for, whatever device is meant")
-    shape = attention_choice.Shape(32, 2, 2, 64)
-    assert all(attention_choice.why_not(kernel, shape, torch.device("cpu")) for kernel in attention_choice.KERNELS)
-
-
 @pytest.mark.gpu
 def test_kernels_are_timed_and_what_cant_run_takes_forever() -> None:
     device = torch.device("cuda")
