@@ -146,7 +146,7 @@ class Transport:
             return piece[:needed].view(dtype).view(torch.Size(size))
 
     def _held(self, piece: torch.Tensor) -> bool:
-        """Whether a tensor other than itself lies in a piece and stays. A group's threads may hold what came a moment longer."""
+        """Whether a tensor other than itself stays in a piece. A group's threads may hold what came a moment longer."""
         until = time.monotonic() + PATIENCE
         while _owners(piece) > 1:
             if time.monotonic() > until:
