@@ -11,8 +11,12 @@ import pytest
 import torch
 
 from meshloom.config.compose import Composer
+from meshloom.config.parallel import ParallelConfig
 from meshloom.config.validate import config_problems
+from meshloom.parallel.layout import Layout
+from meshloom.parallel.mesh import Mesh
 from meshloom.trainer import loop as loops
+from meshloom.trainer.build import build_data, build_run
 from meshloom.trainer.hooks import Hook
 from meshloom.trainer.run import run
 from ranks import run_ranks
@@ -97,3 +101,23 @@ def test_every_row_has_one_steps_seconds_also_behind_an_evaluation(tmp_path: Pat
     lines: list[dict[str, Any]] = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step_seconds"] for line in lines if "loss" in line] == [1.0] * 5
     assert [line["tokens_per_second"] for line in lines if "loss" in line] == [64.0] * 5
+
+
+def by_hand(rank: int, world_size: int, folder: str) -> list[float]:
+    """Losses of two steps taken as a benchmark takes them."""
+    config = Composer().compose([*TINY, f"output_dir={folder}"]).config
+    data = build_data(config)
+    data.prepare()
+    mesh = Mesh.connect(Layout.plan(ParallelConfig(), 1), torch.device("cpu"))
+    loop = build_run(config, data, mesh).loop
+    losses: list[float] = []
+    for _ in range(2):
+        loop.step()
+        loop.deliver_metrics(keep=0)
+        losses.append(loop._last_loss)
+    return losses
+
+
+def test_steps_can_be_taken_without_the_loop_around_them(tmp_path: Path) -> None:
+    (losses,) = run_ranks(1, by_hand, str(tmp_path))
+    assert len(set(losses)) == 2

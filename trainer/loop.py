@@ -75,6 +75,9 @@ class Loop:
     _last_loss: float = math.nan
     _last_statistics: GradientStatistics | None = None
 
+    def __post_init__(self) -> None:
+        self.restart_clock()  # `step` may be called without `run`
+
     def run(self, stop: StopRequest) -> bool:
         """Train until the horizon, or until a process was asked to stop. Returns whether the horizon was reached."""
         for hook in self.hooks:
