@@ -34,6 +34,7 @@ class Mesh:
 
     axes  name → 1-D device mesh: "pp", "cp", "tp"; "copies" and "weights" (who repeats and who shards a weight); "data"
           (copies × weights: who adds up losses and gradients); "stage" (everybody but other pipeline stages)
+    limit           how long a collective waits for a lost rank
     before_closing  what is called while the groups are still there
     """
 
@@ -42,6 +43,7 @@ class Mesh:
     device: torch.device
     axes: dict[str, DeviceMesh]
     weights: DeviceMesh
+    limit: datetime.timedelta
     before_closing: list[Callable[[], object]] = field(default_factory=list)
 
     @classmethod
@@ -52,9 +54,9 @@ class Mesh:
         """
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        limit = datetime.timedelta(seconds=timeout)
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            limit = datetime.timedelta(seconds=timeout)
             if "RANK" in os.environ:
                 dist.init_process_group(backend, timeout=limit)
             else:
@@ -70,8 +72,10 @@ class Mesh:
         axes["stage"] = root["copies", "weights", "tp"]._flatten("stage")
         slices = {"pp": layout.pp, "data_rank": layout.data_size, "cp": layout.cp, "tp": layout.tp}
         axes["cp"] = init_device_mesh(device.type, tuple(slices.values()), mesh_dim_names=tuple(slices))["cp"]
+        for axis in axes.values():  # a device mesh gives its groups PyTorch's own limit
+            dist.distributed_c10d._set_pg_timeout(limit, axis.get_group())
         weights = root["copies", "weights"] if copies > 1 else root["weights"]
-        return cls(layout, dist.get_rank(), device, axes, weights)
+        return cls(layout, dist.get_rank(), device, axes, weights, limit)
 
     @property
     def coordinates(self) -> dict[str, int]:
@@ -99,7 +103,8 @@ class Mesh:
     def another_group(self, axis: str, options: Any) -> dist.ProcessGroup:
         """A second group of an axis' ranks, with NCCL's options of its own. Every process calls it."""
         ranks = dist.get_process_group_ranks(self.group(axis))
-        group = dist.new_group(ranks, backend="nccl", pg_options=options, use_local_synchronization=True)
+        options._timeout = self.limit
+        group = dist.new_group(ranks, self.limit, "nccl", options, use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup)
         return group
 
