@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import threading
 import uuid
 from pathlib import Path
 from typing import Protocol
@@ -86,6 +87,8 @@ class LocalTarget:
         self.path = path
         self._lock: FolderLock | None = None
         self._leftovers: list[Path] = []  # under names that no step has
+        # A step that is there but not yet named by LATEST would count as one that the run was set back from, and be pruned.
+        self._announcing = threading.Lock()
         if coordinator:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(path)
@@ -113,11 +116,12 @@ class LocalTarget:
         _check_files(LocalFiles(fresh), manifest)
         write_small(fresh / MANIFEST, text, "manifest")
         sync_folder(fresh, "manifest.folder")
-        replaced = move_into_place(fresh, final)
-        if replaced is not None:
-            self._leftovers.append(replaced)  # deleting takes time, which `prune` has and a commit has not
-        sync_folder(self.path, "commit.folder")
-        replace_small(self.path / LATEST, f"{final.name}\n".encode(), "latest")
+        with self._announcing:
+            replaced = move_into_place(fresh, final)
+            if replaced is not None:
+                self._leftovers.append(replaced)  # deleting takes time, which `prune` has and a commit has not
+            sync_folder(self.path, "commit.folder")
+            replace_small(self.path / LATEST, f"{final.name}\n".encode(), "latest")
 
     def discard(self, step: int, token: str) -> None:
         """See Target."""
@@ -131,7 +135,8 @@ class LocalTarget:
 
     def prune(self, keep: int) -> list[str]:
         """See Target."""
-        doomed = steps_to_prune(LocalFiles(self.path), keep)
+        with self._announcing:
+            doomed = steps_to_prune(LocalFiles(self.path), keep)
         fault = ""
         for name in doomed:
             try:
@@ -191,6 +196,7 @@ class RemoteTarget:
     def __init__(self, files: RemoteFiles, coordinator: bool) -> None:
         self.files = files
         self._lease = Lease(files) if coordinator else None
+        self._announcing = threading.Lock()  # as LocalTarget's
         self._committed: Manifest | None = None
         self._first = True
 
@@ -212,11 +218,12 @@ class RemoteTarget:
         assert self._lease is not None
         _check_files(folder, manifest)
         self._lease.check()
-        reach("manifest.put.before")
-        folder.write(MANIFEST, text)
-        reach("manifest.put.after")
-        self.files.write(LATEST, f"{step_name(manifest.step)}\n".encode())
-        self._committed = manifest
+        with self._announcing:
+            reach("manifest.put.before")
+            folder.write(MANIFEST, text)
+            reach("manifest.put.after")
+            self.files.write(LATEST, f"{step_name(manifest.step)}\n".encode())
+            self._committed = manifest
         reach("latest.put.after")
 
     def discard(self, step: int, token: str) -> None:
@@ -247,10 +254,13 @@ class RemoteTarget:
 
     def prune(self, keep: int) -> list[str]:
         """See Target."""
-        if self._committed is not None:
-            self._clear(self._committed)
-            self._committed = None
-        doomed = steps_to_prune(self.files, keep)
+        committed = self._committed
+        if committed is not None:
+            self._clear(committed)
+        with self._announcing:
+            if self._committed is committed:  # no later one has come meanwhile
+                self._committed = None
+            doomed = steps_to_prune(self.files, keep)
         for name in doomed:
             self.files.delete(f"{name}/{MANIFEST}")  # first: without it the rest is no checkpoint
             self.files.delete(name)

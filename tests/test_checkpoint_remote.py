@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
@@ -15,6 +16,7 @@ from checkpoint_worlds import fragments, holds, make_arrays, together
 
 from meshloom.checkpoint import faults
 from meshloom.checkpoint.checkpointer import Checkpointer
+from meshloom.checkpoint.commit import RemoteTarget
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import DamageError
 from meshloom.checkpoint.files import RemoteFiles
@@ -66,6 +68,31 @@ def test_save_restore_prune_verify(url: str) -> None:
     assert restored(url) == 3
     assert main(["verify", f"{url}/step-00000002"]) == 0
     assert main(["verify", f"{url}/step-00000001"]) == 1
+
+
+@pytest.mark.parametrize("boundary", ["manifest.put.after", "latest.put.after"])
+def test_what_prunes_meanwhile_takes_no_step_that_is_about_to_be_the_latest(url: str, boundary: str) -> None:
+    targets: list[RemoteTarget] = []
+    pruning: list[threading.Thread] = []
+    commit = RemoteTarget.commit
+
+    def noted(self: RemoteTarget, *arguments: Any) -> None:
+        targets.append(self)
+        commit(self, *arguments)
+
+    def prune(reached: str, amount: int) -> int:
+        if reached == boundary and len(targets) == 3:
+            pruning.append(threading.Thread(target=lambda: targets[-1].prune(2)))
+            pruning[-1].start()
+            pruning[-1].join(0.5)  # as long as it takes, if nothing keeps it
+        return amount
+
+    faults.install(prune)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RemoteTarget, "commit", noted)
+        assert save(url, 1, 2, 3, keep=2) == ["committed"] * 3
+    pruning[0].join()
+    assert restored(url) == 3
 
 
 def test_a_step_saved_again_replaces_the_old_in_one_move(url: str) -> None:
