@@ -265,7 +265,7 @@ class MasterWeights:
         self._groups: list[_Group] = []
         names = {parameter: name for name, parameter in named.items()}
         for stage in stages:
-            for modules, parameters in _together(stage):
+            for modules, parameters in weight_groups(stage):
                 group = _Group([self._weight(names[parameter], parameter, exact) for parameter in parameters], mesh, transport)
                 self._groups.append(group)
                 transport.expect(mesh.size("weights") * group.room)
@@ -365,8 +365,10 @@ def _waiting(group: _Group) -> Callable[[nn.Module, object], None]:
     return cast(Callable[[nn.Module, object], None], torch.compiler.disable(wait))
 
 
-def _together(stage: Llama) -> Iterator[tuple[list[nn.Module], list[nn.Parameter]]]:
-    """The stage's groups in the order of the forward pass: weights, and the modules before whose call they must be whole."""
+def weight_groups(stage: Llama) -> Iterator[tuple[list[nn.Module], list[nn.Parameter]]]:
+    """What of a stage travels together, in the order of the forward pass: weights, and the modules before whose call they must
+    be whole. FSDP2 gets the same groups (`zero.py`).
+    """
     rest = dict.fromkeys(stage.parameters())
     parts: list[nn.Module] = [*([stage.embed] if stage.embed is not None and not stage.tied else []), *stage.layers.values()]
     for part in parts:

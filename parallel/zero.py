@@ -25,6 +25,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from ..config.parallel import ParallelConfig
 from ..models.llama import Llama
+from .masters import weight_groups
 from .mesh import Mesh
 from .shards import local
 from .transport import Transport, gather_rows
@@ -159,8 +160,5 @@ class ZeroGroups:
 
 def _padded(stage: Llama, ways: int) -> Iterator[int]:
     """Elements of each group of weights, before they are cut over so many ranks: of as many rows on each."""
-    inner: list[nn.Module] = [*stage.layers.values(), *([stage.embed] if stage.embed is not None and not stage.tied else [])]
-    groups = [list(module.parameters()) for module in inner]
-    apart = {parameter for group in groups for parameter in group}
-    for group in [*groups, [parameter for parameter in stage.parameters() if parameter not in apart]]:
-        yield sum(-(-len(local(weight)) // ways) * ways * local(weight)[0].numel() for weight in group)
+    for _, weights in weight_groups(stage):
+        yield sum(-(-len(local(weight)) // ways) * ways * local(weight)[0].numel() for weight in weights)

@@ -73,13 +73,6 @@ def ready(folder: Path, process: subprocess.Popen[str]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE  # whose parent is gone, and which nobody has waited for
-    except psutil.NoSuchProcess:
-        return False
-
-
 @pytest.mark.timeout(900)
 def test_exit_code_of_the_failed_worker(tmp_path: Path) -> None:
     process = start(tmp_path, "fail")
@@ -108,7 +101,7 @@ def test_a_second_interrupt_ends_workers_that_would_not_stop(tmp_path: Path) -> 
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, errors
-    assert not any(alive(worker) for worker in workers) and not list(tmp_path.glob("saved-*"))
+    assert not any(runs(worker.pid) for worker in workers) and not list(tmp_path.glob("saved-*"))
 
 
 def test_ending_the_workers_at_once_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
