@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from ..models.llama import Llama
 from .mesh import Mesh
+from .rows import sum_rows
 from .shards import Placements, chunk, local, own_part
 from .transport import Transport, gather_rows
 
@@ -197,7 +198,7 @@ class _Group:
     def _sum_copies(self, parts: torch.Tensor) -> None:
         """parts (ranks, rows): summed here, and over the ranks that hold copies of the same rows."""
         dtype = self.weights[0].master.dtype
-        total = parts[0].to(dtype) if len(parts) == 1 else parts.sum(0, dtype=dtype)
+        total = parts[0].to(dtype) if len(parts) == 1 else sum_rows(parts, dtype)
         if self.mesh.size("copies") == 1:
             self._give(total)
         else:

@@ -14,7 +14,6 @@ batch (rule R2): no factor depends on how the batch was cut.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -25,32 +24,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from ..config.parallel import ParallelConfig
 from ..models.llama import Llama
+from .gathering import Gather, give_memory, takes_memory
 from .masters import weight_groups
 from .mesh import Mesh
+from .rows import sum_rows
 from .shards import local
-from .transport import Transport, gather_rows
-
-
-class _Gather:
-    """FSDP2's all-gather as a transport does it, in its own group of the same ranks. One instance serves all groups of weights.
-
-    Two are gathered at once at most: FSDP2 gives up the last group's buffer, and has its streams wait for who reads it, before
-    it asks for the one after the next.
-    """
-
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-        self._turns = itertools.cycle((0, 1))
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """What a group's weights are gathered in."""
-        return self._transport.buffer(next(self._turns), size, dtype, device)
-
-    def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> Any:
-        return gather_rows(output_tensor, input_tensor, group=self._transport.group, async_op=async_op)
-
+from .transport import Transport
 
 _SENT, _RECEIVED = 0, 1
 
@@ -90,7 +69,7 @@ class _Scatter:
         assert op == dist.ReduceOp.SUM and not async_op and output_tensor.dtype == self._exact
         received = self._transport.buffer(_RECEIVED, input_tensor.shape, input_tensor.dtype, input_tensor.device)
         dist.all_to_all_single(received, input_tensor, group=self._transport.group)
-        torch.sum(received.view(group.size(), -1), 0, dtype=self._exact, out=output_tensor)
+        sum_rows(received.view(group.size(), -1), self._exact, out=output_tensor)
 
 
 class ZeroGroups:
@@ -100,30 +79,33 @@ class ZeroGroups:
         """compute: what weights are gathered in; fp32 and fp64 are gathered as they are."""
         self._stage = mesh.layout.zero
         self._pipelined = parallel.pp > 1
-        self._gather = _Gather(transport) if transport.by_copy_engines else None
         self._groups: list[FSDPModule] = []
         pinned = mesh.device.type == "cuda"
         # Stages 2 and 3 reduce every micro-batch; the others add those up before, which must not be done in bf16.
         exchanges = compute == torch.bfloat16 and self._stage >= 2 and not self._pipelined
         self._scatters = transport.twin(mesh) if exchanges and transport.by_copy_engines else None
         self._transports = [transport] if self._scatters is None else [transport, self._scatters]
-        if compute == torch.bfloat16:
-            sent = compute if self._scatters is not None else torch.float32
-            policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=sent, cast_forward_inputs=False)
-        else:
-            policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         self._settings: dict[str, Any] = {
             "mesh": mesh.weights,
-            "mp_policy": policy,
             "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if parallel.offload == "cpu" else OffloadPolicy(),
         }
+        # FSDP2 casts in a pass of its own; where it can be had, the copy that it makes afterwards casts (`gathering.py`).
+        narrow = compute == torch.bfloat16
+        self._cast_to = compute if narrow and takes_memory(compute, self._settings) else None
+        sent = None if not narrow else compute if self._scatters is not None else torch.float32
+        self._settings["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=compute if narrow and self._cast_to is None else None, reduce_dtype=sent, cast_forward_inputs=False
+        )
+        custom = transport.by_copy_engines or self._cast_to is not None
+        self._gather = Gather(transport, self._cast_to) if custom else None
 
     def shard(self, stage: Llama) -> None:
         """Cut a stage's weights, on the meta device, over the ranks."""
         # A pipeline gathers weights once per step. Its backward passes would keep them gathered anyway, and resharding
         # between the two halves of a zero-bubble backward pass gives wrong gradients without a word.
         reshard = self._stage == 3 and not self._pipelined
-        for size in _padded(stage, self._settings["mesh"].size(-1)):
+        ways = self._settings["mesh"].size(-1)
+        for size in _padded(stage, ways):
             for transport in self._transports:
                 transport.expect(size)
         for block in stage.layers.values():
@@ -137,6 +119,8 @@ class ZeroGroups:
         for group in groups:
             group.set_gradient_divide_factor(1.0)
             group.set_force_sum_reduction_for_comms(True)
+            if self._cast_to is not None:
+                give_memory(group, ways, self._cast_to)
             if self._gather is not None:
                 group.set_custom_all_gather(cast(Any, self._gather))
             if self._scatters is not None:

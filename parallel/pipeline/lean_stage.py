@@ -19,6 +19,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
+from ..gathering import fsdp_parameters
+
 
 class LeanStage(PipelineStage):
     """A drop-in PipelineStage with static shapes; see the module's docstring."""
@@ -68,9 +70,7 @@ class LeanStage(PipelineStage):
         super().backward_weight_one_chunk(*args, **kwargs)
         for module in self.submod.modules():
             if isinstance(module, FSDPModule):
-                state = module._get_fsdp_state()
-                groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-                for parameter in (parameter for group in groups if group is not None for parameter in group.fsdp_params):
+                for parameter in fsdp_parameters(module):
                     parameter.accumulate_unsharded_grad_if_needed()
                     parameter.to_accumulated_grad_if_needed()
 
