@@ -1,29 +1,34 @@
-"""`torchrun` that ends with the exit code of the process that failed first, instead of 1.
+"""`torchrun` whose ranks begin with everything imported, and which ends with the exit code of the one that failed first.
 
 python -m meshloom.launch.agent <torchrun's own arguments>
 python -m meshloom.launch.agent --when-told <file descriptor>
 
-The second form is started while the run is still being checked (`torchrun.PreparedAgent`): it has PyTorch imported by the
-time that the arguments come, through the pipe, with the environment for the workers. If that closes without, it ends.
+The second form is started while the run is still being checked (`torchrun.PreparedAgent`): it has PyTorch imported, and the
+ranks' imports under way, by the time that the arguments come, through the pipe, with the environment for the workers. If that
+closes without, it ends. Ranks are forked (`forked.py`) if the arguments are for `-m meshloom.launch.train`; other programs are
+started as torchrun starts them.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
+import uuid
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main as torchrun
+from . import forked
 
 
 def main(argv: list[str]) -> int:
     """Run torchrun's agent with these arguments. Returns 0, or the code of the first worker that failed (128 + signal)."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited: a worker without its handler yet doesn't die of it
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    ignore_requests()
     try:
-        torchrun(argv)
+        _run(argv)
     except ChildFailedError as error:
         print(error, file=sys.stderr)
         _, failure = error.get_first_failure()
@@ -31,6 +36,35 @@ def main(argv: list[str]) -> int:
     except SignalException as error:  # asked to end the workers at once, which it has
         return 128 + error.sigval
     return 0
+
+
+def ignore_requests() -> None:
+    """SIGUSR1 asks workers to save and end. Inherited: one without its handler yet doesn't die of it."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _run(argv: list[str]) -> None:
+    """torchrun's `main`, but for how ranks begin."""
+    from torch.distributed import run
+    from torch.distributed.launcher.api import elastic_launch
+
+    options = run.parse_args(argv)
+    if not (options.module and options.training_script == forked.RANK):
+        run.run(options)
+        return
+    if options.standalone:
+        options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
+    forked.prepare()
+    config, _, _ = run.config_from_args(options)
+    config.start_method = forked.METHOD
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_without_trace)
+    elastic_launch(config, forked.train)(dict(os.environ), options.training_script_args)
+
+
+def _without_trace(record: logging.LogRecord) -> bool:
+    """The agent logs a rank's failure with the way to its own knowledge of it, beside which the rank's words are lost."""
+    record.exc_info = None
+    return True
 
 
 def told(descriptor: int) -> list[str] | None:
@@ -45,6 +79,15 @@ def told(descriptor: int) -> list[str] | None:
     return order["arguments"]
 
 
+def prepared(descriptor: int) -> int:
+    """Import, and have the ranks' imports begin, then do as told."""
+    ignore_requests()
+    forked.prepare()
+    import torch.distributed.run  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+    arguments = told(descriptor)
+    return 0 if arguments is None else main(arguments)
+
+
 if __name__ == "__main__":
-    arguments = told(int(sys.argv[2])) if sys.argv[1:2] == ["--when-told"] else sys.argv[1:]
-    sys.exit(0 if arguments is None else main(arguments))
+    sys.exit(prepared(int(sys.argv[2])) if sys.argv[1:2] == ["--when-told"] else main(sys.argv[1:]))

@@ -30,13 +30,14 @@ REPEAT_SECONDS = 5.0  # a worker that had not installed its handler yet hears it
 
 
 class PreparedAgent:
-    """An agent that imports what it needs, seconds on some machines, while its launcher still checks the run."""
+    """An agent that imports what it and the ranks need, seconds on some machines, while its launcher still checks the run."""
 
-    def __init__(self) -> None:
+    def __init__(self, variables: Mapping[str, str] | None = None) -> None:
+        """variables: the environment, as far as it is known; this process's unless given."""
         listening, self._pipe = os.pipe()
         command = [sys.executable, "-m", "meshloom.launch.agent", "--when-told", str(listening)]
         # A session of its own, so that a terminal's Ctrl-C reaches the launcher alone.
-        self.process = subprocess.Popen(command, pass_fds=(listening,), start_new_session=True)
+        self.process = subprocess.Popen(command, env=variables, pass_fds=(listening,), start_new_session=True)
         os.close(listening)
         self._told = False
 
@@ -52,7 +53,8 @@ class PreparedAgent:
         if not self._told:
             self._told = True
             os.close(self._pipe)
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # and what it would have forked ranks from
             self.process.wait()
 
 
@@ -118,7 +120,7 @@ class TorchRun:
     def _tell(agent: int) -> bool:
         """Send SIGUSR1 to the workers. Returns whether there were any."""
         try:
-            workers = [child for child in psutil.Process(agent).children() if "RANK" in child.environ()]
+            workers = _workers(agent)
             for worker in workers:
                 worker.send_signal(signal.SIGUSR1)
         except psutil.Error:  # it ended meanwhile
@@ -131,18 +133,30 @@ def _kill(agent: subprocess.Popen[bytes]) -> None:
 
     A worker's own children are left alone: its writer ends with it, and a keeper keeps the last snapshot for the next run.
     """
-    workers: list[psutil.Process] = []
+    ending: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
         agent.send_signal(signal.SIGSTOP)  # it starts no other worker in place of a killed one
-        workers = psutil.Process(agent.pid).children()
-    for worker in workers:
-        with contextlib.suppress(psutil.Error):
-            worker.kill()
+        workers = _workers(agent.pid)
+        for worker in workers:
+            with contextlib.suppress(psutil.Error):
+                worker.kill()
+        ending = [*workers, *psutil.Process(agent.pid).children()]  # Python's own among them end with the agent
     agent.kill()
     agent.wait()
     deadline = time.monotonic() + KILL_SECONDS
-    while any(_runs(worker) for worker in workers) and time.monotonic() < deadline:  # until their GPUs are free
+    while any(_runs(process) for process in ending) and time.monotonic() < deadline:  # until their GPUs are free
         time.sleep(POLL_SECONDS / 10)
+
+
+def _workers(agent: int) -> list[psutil.Process]:
+    """An agent's ranks: forked on its behalf by Python's fork server, or its own children."""
+    workers: list[psutil.Process] = []
+    for child in psutil.Process(agent).children():
+        if any("multiprocessing.forkserver" in word for word in child.cmdline()):
+            workers += child.children()
+        elif "RANK" in child.environ():
+            workers.append(child)
+    return workers
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -155,13 +169,17 @@ def _runs(process: psutil.Process) -> bool:
 
 def environment(arguments: Sequence[str]) -> dict[str, str]:
     """This process's environment with what the workers need: a fair share of the cores, and restarts that find each other."""
-    variables = dict(os.environ)
-    nproc = next((int(value) for value in _values(arguments, "--nproc-per-node") if value.isdigit()), 1)
-    variables.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    variables = with_share(next((int(value) for value in _values(arguments, "--nproc-per-node") if value.isdigit()), 1))
     if any(value != "0" for value in _values(arguments, "--max-restarts")):
         # Restarted workers would read the first attempt's addresses from the agent's own store.
         variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return variables
+
+
+def with_share(workers: int) -> dict[str, str]:
+    """This process's environment with a fair share of the cores for so many workers, unless it says how many each gets."""
+    share = max(1, len(os.sched_getaffinity(0)) // workers)
+    return {"OMP_NUM_THREADS": str(share), **os.environ}
 
 
 def _values(arguments: Sequence[str], flag: str) -> list[str]:

@@ -35,7 +35,7 @@ from ..config.compose import (
 )
 from ..config.problems import ConfigError, Problem
 from ..trainer.signals import AT_ONCE, StopRequest, show_cursor
-from .torchrun import PreparedAgent, TorchRun
+from .torchrun import PreparedAgent, TorchRun, with_share
 
 BAD_CONFIG = 2
 FRAMES = 4  # of the way to an error that are told: a library's own, and who called it
@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     switches, arguments = _read(sys.argv[1:] if argv is None else argv)
     register_schemas()
-    agent = PreparedAgent() if _starts_several(switches) else None
+    several = _starts_several(switches)
+    agent = PreparedAgent(with_share(several)) if several else None
     try:
         try:
             _check(switches)
@@ -148,21 +149,26 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def _starts_several(switches: argparse.Namespace) -> bool:
-    """Whether this command line is for one run of several processes, as far as that shows without importing PyTorch."""
+def _starts_several(switches: argparse.Namespace) -> int:
+    """How many processes torchrun is to start for this command line, if it is for one run, as far as that shows without
+    importing PyTorch; 0 for a run in this process, and for several runs.
+    """
     only_looks = switches.help or switches.hydra_help or switches.shell_completion or switches.cfg or switches.info
     if under_torchrun() or switches.multirun or only_looks or switches.experimental_rerun:
-        return False
+        return 0
     try:
         composition = Composer(switches.config_dir).compose(switches.overrides)
     except ConfigError:  # as `_check` will say
-        return False
+        return 0
     if composition.problems:
-        return False
+        return 0
     asked, restarts = composition.config.launch.nproc, composition.config.launch.max_restarts
     if asked == "auto":
-        return len(list(Path("/dev").glob("nvidia[0-9]*"))) > 1
-    return (isinstance(asked, int) and asked > 1) or (isinstance(restarts, int) and restarts > 0)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        asked = len(list(Path("/dev").glob("nvidia[0-9]*")) if visible is None else visible.split(","))
+    if not isinstance(asked, int):
+        return 0
+    return max(asked, 0) if asked > 1 or (isinstance(restarts, int) and restarts > 0) else 0
 
 
 def processes(config: DictConfig) -> int:

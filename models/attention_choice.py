@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +84,27 @@ def seconds(kernel: attention_kernels.Kernel, shape: Shape, device: torch.device
         survived(f"attention kernel {kernel}", error, device)
         log.warning("attention kernel %s can't run %s: %s", kernel, shape, error)
         return float("inf")
+
+
+def flash4_compilations(shape: Shape) -> dict[str, Callable[[torch.device], object]]:
+    """What has FlashAttention 4 compile its kernels for a shape, each way by itself, on a device. They do nothing where it is
+    not for this machine.
+    """
+
+    def forward(device: torch.device) -> object:
+        if why_not("flash4", shape, device) is not None:
+            return None
+        q, k, v = (tensor.detach() for tensor in _inputs(shape, device))
+        return flash4.forward(q, k, v, causal=True, scale=shape.head_dim**-0.5)
+
+    def backward(device: torch.device) -> object:
+        if why_not("flash4", shape, device) is not None:
+            return None
+        q, k, v = (tensor.detach() for tensor in _inputs(shape, device))
+        log_sum = q.new_zeros(1, shape.heads, shape.seq_len, dtype=torch.float32)
+        return flash4.backward(q, q, k, v, q, log_sum, causal=True, scale=shape.head_dim**-0.5)
+
+    return {f"FlashAttention 4 {way.__name__}, {shape}": way for way in (forward, backward)}
 
 
 def _inputs(shape: Shape, device: torch.device, samples: int = 1) -> list[torch.Tensor]:

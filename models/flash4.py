@@ -28,14 +28,15 @@ def why_not() -> str | None:
     if torch.cuda.get_device_capability()[0] < 9:
         return "it needs a Hopper GPU or a later one"
     try:
-        _package()
+        package()
     except Exception as error:  # not installed, or not for this Python, PyTorch or driver: it may fail in any way
         return f"{type(error).__name__}: {error}"
     return None
 
 
 @functools.cache
-def _package() -> ModuleType:
+def package() -> ModuleType:
+    """FlashAttention 4, imported: seconds, the first time. Raises whatever a package that is not for this machine does."""
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]
 
@@ -59,7 +60,7 @@ def forward(
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     how = _how(causal, scale, bounds, longest)
-    out, log_sum, *_ = _package()._flash_attn_fwd(q, k, v, return_lse=True, **how)
+    out, log_sum, *_ = package()._flash_attn_fwd(q, k, v, return_lse=True, **how)
     return out, log_sum
 
 
@@ -78,7 +79,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients (dq, dk, dv), contiguous, for tensors shaped as in `forward`."""
     dout, q, k, v, out, log_sum = (tensor.contiguous() for tensor in (dout, q, k, v, out, log_sum))
-    return _package()._flash_attn_bwd(q, k, v, out, dout, log_sum, **_how(causal, scale, bounds, longest))
+    return package()._flash_attn_bwd(q, k, v, out, dout, log_sum, **_how(causal, scale, bounds, longest))
 
 
 def _how(causal: bool, scale: float, bounds: torch.Tensor | None, longest: int | None) -> dict[str, Any]:

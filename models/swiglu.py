@@ -64,7 +64,8 @@ def _error(device: torch.device) -> float:
 
 
 @functools.cache
-def _package() -> ModuleType:
+def package() -> ModuleType:
+    """quack, imported: seconds, the first time. Raises whatever a package that is not for this machine does."""
     from quack import gemm_interface  # pyright: ignore[reportMissingImports]
 
     return gemm_interface  # pyright: ignore[reportUnknownVariableType]
@@ -119,7 +120,7 @@ def apart(both_2FD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.library.custom_op("meshloom::swiglu_up", mutates_args=())
 def swiglu_up(x_TD: torch.Tensor, w1_FD: torch.Tensor, w3_FD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """silu(gate) · up (T, F), which has no gradient, and gate and up in turns (T, 2F), whose gradient is that of both."""
-    both, hidden = _package().gemm_gated(x_TD, in_turns(w1_FD, w3_FD).T, activation="swiglu", config=_tile(), tuned=False)
+    both, hidden = package().gemm_gated(x_TD, in_turns(w1_FD, w3_FD).T, activation="swiglu", config=_tile(), tuned=False)
     return hidden, both
 
 
@@ -141,7 +142,7 @@ def swiglu_down(hidden_TF: torch.Tensor, both_T2F: torch.Tensor, w2_DF: torch.Te
 def swiglu_down_backward(dy_TD: torch.Tensor, both_T2F: torch.Tensor, w2_DF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of gate and up, in turns, and of w2."""
     dy_TD = dy_TD.contiguous()
-    dboth, hidden = _package().gemm_dgated(
+    dboth, hidden = package().gemm_dgated(
         dy_TD, w2_DF, both_T2F, activation="swiglu", config=_tile(), tuned=False, dynamic_scheduler=True
     )
     return dboth, dy_TD.T @ hidden

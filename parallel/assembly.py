@@ -15,6 +15,7 @@ from ..models import swiglu
 from ..models.init import fill
 from ..models.llama import Block, Llama
 from .activation import apply_policies
+from .ahead import compiled
 from .context.split import ContextParallel
 from .engine import EngineSettings
 from .float8 import use_float8
@@ -25,6 +26,8 @@ from .shards import Placed, local
 from .tensor.placements import apply_tensor_parallelism
 
 log = logging.getLogger(__name__)
+
+SWIGLU = "SwiGLU inside its products"
 
 
 def own_stages(model: Llama, plan: StagePlan, rank: int) -> dict[int, Llama]:
@@ -43,6 +46,7 @@ def fuses_swiglu(model: Llama, mesh: Mesh, parallel: ParallelConfig, settings: E
         return False
     reason = why_swiglu_is_plain(model, parallel, settings, policies)
     if reason is None:
+        compiled(SWIGLU, swiglu.why_not, mesh.device)
         mine = swiglu.why_not(mesh.device)
         if mine is not None and not mesh.is_main:
             log.warning("rank %d can't compute SwiGLU inside the products around it: %s", mesh.rank, mine)

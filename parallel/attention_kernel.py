@@ -19,9 +19,10 @@ import torch
 
 from ..config.parallel import ParallelConfig
 from ..data.cache import cache_folder
-from ..models.attention_choice import KERNELS, Shape, prefer, seconds, why_not
+from ..models.attention_choice import KERNELS, Shape, flash4_compilations, prefer, seconds, why_not
 from ..models.attention_kernels import Kernel
 from ..models.llama import Llama
+from .ahead import compiled
 from .mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -122,5 +123,8 @@ def _measured(kernels: list[Kernel], shape: Shape, mesh: Mesh) -> dict[Kernel, f
     """Averages over all ranks, in seconds; infinite for a kernel that failed on one."""
     if not kernels:
         return {}
+    if "flash4" in kernels:
+        for name, work in flash4_compilations(shape).items():
+            compiled(name, work, mesh.device)
     mine = torch.tensor([seconds(kernel, shape, mesh.device) for kernel in kernels], dtype=torch.float64, device=mesh.device)
     return dict(zip(kernels, (mesh.sum(mine) / mesh.layout.world_size).tolist(), strict=True))

@@ -8,8 +8,12 @@ from collections.abc import Iterator
 
 from ..config.parallel import ParallelConfig
 from ..config.problems import Problem
+from ..models import swiglu
+from ..models.attention_choice import flash4_compilations
 from ..models.llama import Llama
-from .attention_kernel import choose_attention
+from .ahead import Work, begin
+from .assembly import SWIGLU
+from .attention_kernel import choose_attention, shape_of
 from .cost import RankCost
 from .deepspeed.config import deepspeed_problems
 from .deepspeed.engine import DeepSpeedEngine
@@ -19,7 +23,7 @@ from .deepspeed.speed import deepspeed_moved
 from .engine import Engine, EngineSettings, OptimizerFactory
 from .float8 import float8_problems
 from .layout import Layout
-from .memory import Job, pieces
+from .memory import Job, pieces, why_swiglu_is_plain
 from .mesh import Mesh
 from .offload import OffloadAccount, torch_offload_cost
 from .speed import Moved, torch_moved
@@ -81,6 +85,19 @@ def make_engine(
         log.warning("parallel.engine=torch does not read parallel.deepspeed")  # a resumed run may still have it
     make = DeepSpeedEngine if parallel.engine == "deepspeed" else TorchEngine
     return make(model, mesh, make_optimizer, parallel, settings)
+
+
+def begin_compiling(model: Llama, parallel: ParallelConfig, settings: EngineSettings) -> None:
+    """Have what `make_engine` will need of other packages' kernels compiled from now on, where this machine has not yet. For
+    the first rank of a machine, before it uses its GPU. model: any depth will do.
+    """
+    if settings.precision != "bf16" or not settings.seq_len:
+        return
+    works: dict[str, Work] = {**flash4_compilations(shape_of(model, parallel, settings.seq_len))}
+    policy = settings.activation if settings.activation_budget is None else "none"  # which some blocks may have
+    if why_swiglu_is_plain(model, parallel, settings, [policy]) is None:
+        works[SWIGLU] = swiglu.why_not
+    begin(works)
 
 
 def engine_cost(

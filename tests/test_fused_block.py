@@ -67,7 +67,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     package = SimpleNamespace(gemm_gated=noted(gemm_gated), gemm_dgated=noted(gemm_dgated))
-    monkeypatch.setattr(swiglu, "_package", lambda: package)
+    monkeypatch.setattr(swiglu, "package", lambda: package)
     monkeypatch.setattr(swiglu, "_tile", lambda: None)
     monkeypatch.setattr(swiglu, "fits", lambda *_: True)
     monkeypatch.setattr(swiglu, "widths_fit", lambda *_: True)

@@ -110,7 +110,7 @@ def test_ending_the_workers_at_once_is_no_fault(monkeypatch: pytest.MonkeyPatch)
     def ended(_: list[str]) -> None:
         raise SignalException("got signal: 15", sigval=signal.SIGTERM)
 
-    monkeypatch.setattr("meshloom.launch.agent.torchrun", ended)
+    monkeypatch.setattr("meshloom.launch.agent._run", ended)
     try:
         assert agent.main([]) == 128 + signal.SIGTERM
     finally:

@@ -72,10 +72,15 @@ def build_data(config: DictConfig) -> DataNode:
     return instantiate({**node, "_convert_": "all"}, seed=config.seed)
 
 
-def build_model(config: DictConfig, vocabulary: int) -> Llama:
-    """The model on the meta device: shapes without storage. Its vocabulary is the data's where the config leaves it open."""
+def build_model(config: DictConfig, vocabulary: int, layers: int | None = None) -> Llama:
+    """The model on the meta device: shapes without storage. Its vocabulary is the data's where the config leaves it open.
+
+    layers: of a shallower one.
+    """
     node = {key: value for key, value in cast(Any, OmegaConf.to_container(config.model, resolve=True)).items() if key != "name"}
     node["vocabulary"] = node.get("vocabulary") or vocabulary
+    if layers is not None:
+        node["layers"] = layers
     with torch.device("meta"):
         return instantiate({**node, "_convert_": "all"})
 

@@ -44,7 +44,8 @@ class Hook:
         """The weights have changed and `loop.progress` has moved. The step's numbers are still on the device."""
 
     def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
-        """The numbers of a step have arrived: one row of metrics.jsonl. Comes one step late, so that nobody waits."""
+        """The numbers of a step have arrived: one row of metrics.jsonl. Comes one step late, so that nobody waits, but
+        for a run's first, for which somebody does."""
 
     def on_evaluate(self, loop: Loop, row: dict[str, Any]) -> None:
         """The validation set has been looked at: a row with `step` and `eval_loss`. All earlier rows have arrived."""

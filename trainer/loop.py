@@ -72,6 +72,7 @@ class Loop:
     stopping: bool = False
     _pending: list[Pending] = field(default_factory=list)
     _began: Moment = field(init=False)
+    _delivered: bool = False
     _last_loss: float = math.nan
     _last_statistics: GradientStatistics | None = None
 
@@ -146,13 +147,13 @@ class Loop:
     def _record(self, lr: float, done: Moment, numbers: Deferred, moments: Moments | None) -> None:
         """Note the step just done, whose numbers are on their way; those of the step before have arrived and go to the hooks.
 
-        A controller that decides by them is the exception: it, and the next step with it, waits.
+        The next step waits for those of the run's first, and for a controller that decides by them.
         """
         tokens = self.progress.batch * self.horizon.seq_len
         self._pending.append(Pending(self.progress, lr, tokens, self._began, done, numbers, moments))
         self._began = done
         must_know = self.controller.needs_loss or moments is not None
-        self.deliver_metrics(keep=0 if must_know else 1)
+        self.deliver_metrics(keep=0 if must_know or not self._delivered else 1)  # somebody is waiting for the first
         if must_know:
             self.controller.observe(self._last_statistics, self._last_loss, self.progress)
 
@@ -164,6 +165,7 @@ class Loop:
         """Hand the numbers of finished steps to the hooks, all but the newest `keep`: those may still be computing."""
         while len(self._pending) > keep:
             step = self._pending.pop(0)
+            self._delivered = True
             progress, numbers = step.progress, step.numbers.read()
             seconds = step.done.since(step.began)
             rate = step.tokens / seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from ..config.problems import ConfigError, Problem
 from ..data.cache import cache_folder
 from ..data.node import DataNode
 from ..data.order import Shuffled
+from ..parallel.engines import begin_compiling
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, environment_world_size, pick_device
 from .bent_rules import bent_rules
-from .build import Parts, Run, build_data, build_run, checkpoint_folder
+from .build import Parts, Run, build_data, build_model, build_run, checkpoint_folder, engine_settings
 from .loop import TrainingDiverged
 from .resume import effective, lies_in, restore_run
 from .signals import StopRequest
@@ -46,6 +48,8 @@ def run(config: DictConfig, overrides: Sequence[str] = (), stop: StopRequest | N
         raise ConfigError(problems)
     data = prepared_data(config)  # before the process groups: building a large corpus may take longer than their time-out
     parallel = Parts.of(config).parallel
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        begin_compiling(build_model(config, data.vocabulary, layers=1), parallel, engine_settings(config, data.seq_len))
     mesh = Mesh.connect(Layout.plan(parallel, environment_world_size()), pick_device(), parallel.timeout)
     try:
         if mesh.differ(str(checkpoint)):

@@ -1,0 +1,72 @@
+"""Ranks that begin with everything imported: forked from a process that imports it once, while the run is being checked.
+
+Python's own fork server does the forking. It is a process that has only imported modules (`imported.py`), so that nothing that
+can't be forked (threads, the GPU's driver) is lost on the way. A rank restarted after a failure begins as quickly.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Generator, Mapping, Sequence
+from multiprocessing import forkserver, resource_tracker
+
+METHOD = "forkserver"
+IMPORTED = "meshloom.launch.imported"
+RANK = "meshloom.launch.train"
+"""The module that a rank runs."""
+
+
+def prepare() -> None:
+    """Begin the process to fork from. It ends with this one."""
+    # What is left of an agent that was killed is cleared away by a process of Python's, which need not tell.
+    with variable("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker"):
+        resource_tracker.ensure_running()
+    multiprocessing.set_forkserver_preload([IMPORTED])
+    forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def variable(name: str, value: str) -> Generator[None]:
+    """A variable of the environment has this value meanwhile."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def train(environment: Mapping[str, str], arguments: Sequence[str]) -> None:
+    """One rank, as `python -m meshloom.launch.train` with these arguments would be in this environment. Ends the process,
+    but for a run that ended as asked.
+
+    What torchrun says of the rank is in this process's environment already.
+    """
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    from . import imported
+
+    if not imported.MAY_FORK:  # a package has begun to use the GPU when it was imported: begin anew
+        os.execv(sys.executable, [sys.executable, "-m", RANK, *arguments])
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # which is read when torch is imported, perhaps without it
+    from .train import main
+
+    try:
+        code = main(arguments)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()  # the end of a forked process leaves them out
+    if code:
+        sys.exit(code)

@@ -1,0 +1,132 @@
+"""Ranks that are forked from a process with everything imported: they behave as if each had been started by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from meshloom.launch import agent
+from meshloom.launch.torchrun import TorchRun
+from meshloom.parallel import driver
+
+PATIENCE = 280.0  # seconds: some, as a rule
+TINY = ["model.layers=1", "data.seq_len=64", "batch.samples=4", "batch.micro=2", "logging.progress=false"]
+SMALL = ["recipe=quickstart", "data=synthetic", "trainer.tokens=null", "trainer.eval_every=0", *TINY]
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Generator[subprocess.Popen[str]]:
+    """A long run of two ranks."""
+    line = [*SMALL, "launch.nproc=2", "trainer.steps=100000", "checkpoint.every=0", f"output_dir={tmp_path}"]
+    command = [sys.executable, "-m", "meshloom.launch.cli", "train", *line]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    yield process
+    if process.poll() is None:
+        process.terminate()
+        process.communicate()
+
+
+def ranks(launcher: subprocess.Popen[str], folder: Path) -> list[psutil.Process]:
+    """The ranks of a run, as soon as it has made a step."""
+    deadline = time.monotonic() + PATIENCE
+    while not (folder / "metrics.jsonl").exists():
+        assert launcher.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    (above,) = psutil.Process(launcher.pid).children()
+    (server,) = [child for child in above.children() if any("multiprocessing.forkserver" in word for word in child.cmdline())]
+    return server.children()
+
+
+@pytest.mark.timeout(900)
+def test_ranks_are_forked_and_train(launcher: subprocess.Popen[str], tmp_path: Path) -> None:
+    assert len(ranks(launcher, tmp_path)) == 2
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=PATIENCE)
+    assert launcher.returncode == 0, errors
+    assert "asked to stop at step" in errors
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_rank_ends_the_run_with_its_code(launcher: subprocess.Popen[str], tmp_path: Path) -> None:
+    ranks(launcher, tmp_path)[1].kill()
+    _, errors = launcher.communicate(timeout=PATIENCE)
+    assert launcher.returncode == 128 + signal.SIGKILL, errors
+    assert "ProcessExitedException" not in errors  # which says nothing of the rank
+
+
+@pytest.mark.timeout(900)
+def test_a_rank_that_refuses_its_config_ends_the_run_with_its_code(tmp_path: Path) -> None:
+    line = [*SMALL, "precision=half", f"output_dir={tmp_path / 'run'}"]
+    assert TorchRun(["--standalone", "--nproc-per-node=2", "-m", "meshloom.launch.train", *line]).run() == 2
+
+
+PROGRAM = """
+import atexit, json, os, sys
+from meshloom.launch import forked, imported, train
+import torch
+folder, how = sys.argv[1:]
+def fake(arguments):
+    atexit.register(lambda: open(f"{folder}/left", "w").close())
+    told = {"later": os.environ["LATER"], "rank": os.environ["RANK"]}
+    told |= {"threads": torch.get_num_threads(), "arguments": arguments}
+    open(f"{folder}/told", "w").write(json.dumps(told))
+    if how == "raises":
+        raise ValueError("no such thing")
+    return int(how)
+train.main = fake
+os.environ["RANK"] = "3"
+forked.train({"LATER": "yes", "RANK": "of another", "OMP_NUM_THREADS": "3"}, ["seed=1"])
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("0", 0), ("7", 7), ("raises", 1)])
+def test_a_rank_has_the_environment_and_the_end_of_a_process_of_its_own(how: str, code: int, tmp_path: Path) -> None:
+    variables = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "RANK", "LATER")}
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), how]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert ("no such thing" in done.stderr) == (how == "raises")
+    told = json.loads((tmp_path / "told").read_text())
+    assert told == {"later": "yes", "rank": "3", "threads": 3, "arguments": ["seed=1"]}
+    assert (tmp_path / "left").exists()
+
+
+def test_a_rank_whose_parent_has_begun_to_use_the_gpu_begins_anew(tmp_path: Path) -> None:
+    program = "import sys; from meshloom.launch import forked, imported; imported.MAY_FORK = False; "
+    program += "forked.train({'OMP_NUM_THREADS': '1'}, ['precision=half'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2 and "there is no 'half'" in done.stderr
+
+
+def test_importing_begins_neither_a_gpu_nor_processes() -> None:
+    program = (
+        "import os; os.environ.pop('TORCH_WARM_POOL', None); from meshloom.launch import imported; import psutil, sys; "
+        "print(imported.MAY_FORK, psutil.Process().children(), 'meshloom.trainer.run' in sys.modules, "
+        "'TORCH_WARM_POOL' in os.environ)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "[]", "True", "False"]
+
+
+def test_without_a_driver_nothing_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_driver", lambda: None)
+    assert not driver.began() and not driver.shared(0)
+
+
+def test_the_agent_ends_as_a_program_it_started_ends(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text("raise SystemExit(6)")
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert agent.main(["--standalone", "--nproc-per-node=1", str(script)]) == 6
+    finally:
+        signal.signal(signal.SIGUSR1, before)
