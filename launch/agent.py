@@ -49,12 +49,14 @@ def _run(argv: list[str]) -> None:
     from torch.distributed.launcher.api import elastic_launch
 
     options = run.parse_args(argv)
-    if not (options.module and options.training_script == forked.RANK):
+    trains = options.module and options.training_script == forked.RANK
+    if trains:
+        forked.prepare()
+    if not trains or not forked.possible():
         run.run(options)
         return
     if options.standalone:
         options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
-    forked.prepare()
     config, _, _ = run.config_from_args(options)
     config.start_method = forked.METHOD
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_without_trace)

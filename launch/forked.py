@@ -43,6 +43,20 @@ def variable(name: str, value: str) -> Generator[None]:
             os.environ[name] = before
 
 
+def possible() -> bool:
+    """Whether ranks can be forked: tried with a process that does nothing. Waits until the imports are done."""
+    trial = multiprocessing.get_context(METHOD).Process(target=_try)
+    trial.start()
+    trial.join()
+    return trial.exitcode == 0
+
+
+def _try() -> None:
+    from . import imported
+
+    sys.exit(not imported.MAY_FORK)
+
+
 def train(environment: Mapping[str, str], arguments: Sequence[str]) -> None:
     """One rank, as `python -m meshloom.launch.train` with these arguments would be in this environment. Ends the process,
     but for a run that ended as asked.
@@ -51,10 +65,6 @@ def train(environment: Mapping[str, str], arguments: Sequence[str]) -> None:
     """
     for name, value in environment.items():
         os.environ.setdefault(name, value)
-    from . import imported
-
-    if not imported.MAY_FORK:  # a package has begun to use the GPU when it was imported: begin anew
-        os.execv(sys.executable, [sys.executable, "-m", RANK, *arguments])
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # which is read when torch is imported, perhaps without it

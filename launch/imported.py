@@ -14,22 +14,15 @@ from .forked import variable
 
 
 def _import() -> None:
-    """Also what a run on GPUs, compiled and in bf16 as a rule, would import in its first seconds."""
+    """Not the packages of other kernels: some ask the GPU what it is, and nothing can be forked after that."""
     import torch.distributed.run  # pyright: ignore[reportUnusedImport]
 
     from ..trainer import run  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from . import train  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
-    if not Path("/dev/nvidia0").exists():
-        return
-    import torch._dynamo  # pyright: ignore[reportUnusedImport]
-    import torch._inductor.compile_fx  # noqa: F401  # pyright: ignore[reportUnusedImport]
-
-    from ..models import flash4, swiglu
-
-    for kernels in (flash4, swiglu):
-        with contextlib.suppress(Exception):  # of other packages, and not installed everywhere
-            kernels.package()
+    if Path("/dev/nvidia0").exists():  # where runs are compiled, as a rule
+        import torch._dynamo  # pyright: ignore[reportUnusedImport]
+        import torch._inductor.compile_fx  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 
 # The compiler starts processes of its own when it is imported, which nobody here would use.

@@ -4,6 +4,7 @@ filled with initial weights. `torch_engine.py` calls these in order; sharding an
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -46,6 +47,8 @@ def fuses_swiglu(model: Llama, mesh: Mesh, parallel: ParallelConfig, settings: E
         return False
     reason = why_swiglu_is_plain(model, parallel, settings, policies)
     if reason is None:
+        with contextlib.suppress(Exception):  # it says why below
+            swiglu.package()  # seconds, in which others may compile
         compiled(SWIGLU, swiglu.why_not, mesh.device)
         mine = swiglu.why_not(mesh.device)
         if mine is not None and not mesh.is_main:

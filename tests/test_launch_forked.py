@@ -100,11 +100,18 @@ def test_a_rank_has_the_environment_and_the_end_of_a_process_of_its_own(how: str
     assert (tmp_path / "left").exists()
 
 
-def test_a_rank_whose_parent_has_begun_to_use_the_gpu_begins_anew(tmp_path: Path) -> None:
-    program = "import sys; from meshloom.launch import forked, imported; imported.MAY_FORK = False; "
-    program += "forked.train({'OMP_NUM_THREADS': '1'}, ['precision=half'])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+def test_ranks_are_started_anew_where_they_cannot_be_forked(tmp_path: Path) -> None:
+    program = "import sys; from meshloom.launch import agent, forked; forked.possible = lambda: False; "
+    program += "sys.exit(agent.main(sys.argv[1:]))"
+    line = ["--standalone", "--nproc-per-node=1", "-m", "meshloom.launch.train", "precision=half"]
+    done = subprocess.run([sys.executable, "-c", program, *line], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2 and "there is no 'half'" in done.stderr
+
+
+@pytest.mark.parametrize("may", [True, False])
+def test_a_process_tells_whether_its_children_could_use_a_gpu(may: bool) -> None:
+    program = f"from meshloom.launch import forked, imported; imported.MAY_FORK = {may}; forked._try()"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == (not may)
 
 
 def test_importing_begins_neither_a_gpu_nor_processes() -> None:
