@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed.launcher.api import LaunchConfig
 
 from meshloom.launch import agent
 from meshloom.launch.torchrun import TorchRun
@@ -48,7 +49,10 @@ def ranks(launcher: subprocess.Popen[str], folder: Path) -> list[psutil.Process]
 
 @pytest.mark.timeout(900)
 def test_ranks_are_forked_and_train(launcher: subprocess.Popen[str], tmp_path: Path) -> None:
-    assert len(ranks(launcher, tmp_path)) == 2
+    first, second = ranks(launcher, tmp_path)
+    server = first.parent()
+    assert server is not None and second.parent() == server
+    server.terminate()  # as by a cluster that tells every process: it is needed until its ranks have ended
     launcher.send_signal(signal.SIGTERM)
     _, errors = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode == 0, errors
@@ -57,10 +61,31 @@ def test_ranks_are_forked_and_train(launcher: subprocess.Popen[str], tmp_path: P
 
 @pytest.mark.timeout(900)
 def test_a_killed_rank_ends_the_run_with_its_code(launcher: subprocess.Popen[str], tmp_path: Path) -> None:
-    ranks(launcher, tmp_path)[1].kill()
-    _, errors = launcher.communicate(timeout=PATIENCE)
-    assert launcher.returncode == 128 + signal.SIGKILL, errors
-    assert "ProcessExitedException" not in errors  # which says nothing of the rank
+    first, second = ranks(launcher, tmp_path)
+    first.suspend()  # or it may fail, too, before the agent has looked
+    second.kill()
+    assert launcher.stderr is not None
+    errors = ""
+    while f"Terminating process {first.pid}" not in errors:
+        assert (line := launcher.stderr.readline()), errors
+        errors += line
+    first.resume()
+    _, rest = launcher.communicate(timeout=PATIENCE)
+    assert launcher.returncode == 128 + signal.SIGKILL, errors + rest
+    assert "ProcessExitedException" not in errors + rest  # which says nothing of the rank
+
+
+@pytest.mark.timeout(900)
+def test_ranks_end_if_their_agent_is_killed(launcher: subprocess.Popen[str], tmp_path: Path) -> None:
+    running = ranks(launcher, tmp_path)
+    (above,) = psutil.Process(launcher.pid).children()
+    above.kill()
+    _, left = psutil.wait_procs(running, PATIENCE)
+    for rank in left:
+        rank.kill()
+    assert not left
+    launcher.communicate(timeout=PATIENCE)
+    assert launcher.returncode == 128 + signal.SIGKILL
 
 
 @pytest.mark.timeout(900)
@@ -77,25 +102,30 @@ folder, how = sys.argv[1:]
 def fake(arguments):
     atexit.register(lambda: open(f"{folder}/left", "w").close())
     told = {"later": os.environ["LATER"], "rank": os.environ["RANK"]}
-    told |= {"threads": torch.get_num_threads(), "arguments": arguments}
+    told |= {"threads": torch.get_num_threads(), "arguments": arguments,
+        "changed": os.environ["CHANGED"], "by the line": sys.stdout.line_buffering}
     open(f"{folder}/told", "w").write(json.dumps(told))
     if how == "raises":
         raise ValueError("no such thing")
+    if how == "interrupted":
+        raise KeyboardInterrupt
     return int(how)
 train.main = fake
 os.environ["RANK"] = "3"
-forked.train({"LATER": "yes", "RANK": "of another", "OMP_NUM_THREADS": "3"}, ["seed=1"])
+forked.train({"LATER": "yes", "CHANGED": "yes", "RANK": "of another", "OMP_NUM_THREADS": "3"}, ["seed=1"])
 """
 
 
-@pytest.mark.parametrize(("how", "code"), [("0", 0), ("7", 7), ("raises", 1)])
+@pytest.mark.parametrize(("how", "code"), [("0", 0), ("7", 7), ("raises", 1), ("interrupted", 130)])
 def test_a_rank_has_the_environment_and_the_end_of_a_process_of_its_own(how: str, code: int, tmp_path: Path) -> None:
     variables = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "RANK", "LATER")}
+    variables["CHANGED"] = "not yet"
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), how]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     assert ("no such thing" in done.stderr) == (how == "raises")
     told = json.loads((tmp_path / "told").read_text())
+    assert told.pop("changed") == "yes" and told.pop("by the line")
     assert told == {"later": "yes", "rank": "3", "threads": 3, "arguments": ["seed=1"]}
     assert (tmp_path / "left").exists()
 
@@ -137,3 +167,38 @@ def test_the_agent_ends_as_a_program_it_started_ends(tmp_path: Path) -> None:
         assert agent.main(["--standalone", "--nproc-per-node=1", str(script)]) == 6
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--standalone"],
+        ["--nnodes=2", "--node-rank=1", "--master-addr=there", "--max-restarts=2", "--tee=3"],
+        ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=7.0", "--rdzv-endpoint=there:20007", "--rdzv-conf=is_host=0"],
+    ],
+)
+def test_but_for_how_ranks_begin_the_agent_is_torchrun(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[LaunchConfig] = []
+
+    def elastic_launch(config: LaunchConfig, entrypoint: object) -> Callable[..., None]:
+        launched.append(config)
+        return lambda *_: None
+
+    for place in ("run", "launcher.api"):
+        monkeypatch.setattr(f"torch.distributed.{place}.elastic_launch", elastic_launch)
+    monkeypatch.setattr("meshloom.launch.forked.prepare", lambda: None)
+    monkeypatch.setattr("meshloom.launch.forked.possible", lambda: True)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        for module in ("meshloom.launch.train", "json.tool"):
+            agent.main([*flags, "--nproc-per-node=2", "-m", module])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    ours, torchrun = launched
+    assert (ours.start_method, torchrun.start_method) == ("forkserver", "spawn")
+    for config in launched:
+        assert len(config.run_id) == 36 or config.run_id in ("none", "7.0")
+    for name in ("min_nodes", "max_nodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "rdzv_configs", "max_restarts"):
+        assert getattr(ours, name) == getattr(torchrun, name)
