@@ -16,7 +16,8 @@ import logging
 import os
 import signal
 import sys
-import uuid
+from collections.abc import Callable
+from typing import Any
 
 from . import forked
 
@@ -46,7 +47,6 @@ def ignore_requests() -> None:
 def _run(argv: list[str]) -> None:
     """torchrun's `main`, but for how ranks begin."""
     from torch.distributed import run
-    from torch.distributed.launcher.api import elastic_launch
 
     options = run.parse_args(argv)
     trains = options.module and options.training_script == forked.RANK
@@ -55,12 +55,18 @@ def _run(argv: list[str]) -> None:
     if not trains or not forked.possible():
         run.run(options)
         return
-    if options.standalone:
-        options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
-    config, _, _ = run.config_from_args(options)
-    config.start_method = forked.METHOD
+    launch: Any = run.elastic_launch
+
+    def forking(config: Any, entrypoint: object) -> Callable[..., object]:
+        config.start_method = forked.METHOD
+        return lambda *_: launch(config, forked.train)(dict(os.environ), options.training_script_args)
+
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_without_trace)
-    elastic_launch(config, forked.train)(dict(os.environ), options.training_script_args)
+    run.elastic_launch = forking  # the last step of torchrun's `run`: what comes before is as each PyTorch has it
+    try:
+        run.run(options)
+    finally:
+        run.elastic_launch = launch
 
 
 def _without_trace(record: logging.LogRecord) -> bool:

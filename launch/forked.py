@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Generator, Mapping, Sequence
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import connection, forkserver, resource_tracker
+
+from ..trainer.signals import AT_ONCE
 
 METHOD = "forkserver"
 IMPORTED = "meshloom.launch.imported"
@@ -63,20 +68,39 @@ def train(environment: Mapping[str, str], arguments: Sequence[str]) -> None:
 
     What torchrun says of the rank is in this process's environment already.
     """
+    from . import imported
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for name, value in environment.items():
-        os.environ.setdefault(name, value)
+        if os.environ.get(name) == imported.ENVIRONMENT.get(name):
+            os.environ[name] = value
+    agent = multiprocessing.parent_process()
+    if agent is not None:
+        threading.Thread(target=_stop_with, args=(agent.sentinel,), daemon=True).start()
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # which is read when torch is imported, perhaps without it
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # somebody reads the log while it grows: torchrun starts Python with -u
     from .train import main
 
     try:
         code = main(arguments)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:  # of which PyTorch would make an end that torchrun waits for for ever
+        code = AT_ONCE
     except Exception:
         traceback.print_exc()
         code = 1
     atexit._run_exitfuncs()  # the end of a forked process leaves them out
+    if agent is not None and not agent.is_alive():  # without whose leave a rank that ended well would not end
+        code = code or 128 + signal.SIGTERM
     if code:
         sys.exit(code)
+
+
+def _stop_with(agent: int) -> None:
+    """Ask this rank to stop when its agent, whose sentinel this is, was killed: nobody would hear, or end, it any more."""
+    connection.wait([agent])
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import signal
 from pathlib import Path
 
 from ..parallel import driver
 from .forked import variable
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster may tell every process: this one is needed until its ranks have ended
+ENVIRONMENT = dict(os.environ)
+"""What ranks are born with, but for what torchrun says of each."""
 
 
 def _import() -> None:

@@ -75,9 +75,10 @@ class TorchRun:
         """
         previous: dict[signal.Signals, Any] = {number: signal.signal(number, self._ask) for number in FORWARDED}
         try:
-            agent = PreparedAgent() if prepared is None else prepared
+            variables = environment(self._arguments)
+            agent = PreparedAgent(variables) if prepared is None else prepared
             self._agent = agent.process
-            agent.tell(self._arguments, environment(self._arguments))
+            agent.tell(self._arguments, variables)
             return self._wait(self._agent)
         finally:
             if self._agent is not None and self._agent.poll() is None:
