@@ -13,11 +13,14 @@ import importlib.metadata
 import logging
 import multiprocessing
 import os
+import platform
+import signal
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # pyright: ignore[reportAttributeAccessIssue]
 
 from ..data.cache import build_once, cache_folder
 from . import driver
@@ -40,11 +43,12 @@ def begin(works: Mapping[str, Work]) -> None:
     """
     if torch.cuda.device_count() == 0 or driver.began():
         return
-    for kernel, work in works.items():
-        if kernel not in _begun and not _mark(kernel).exists():
-            process = multiprocessing.get_context("fork").Process(target=_compile, args=(kernel, work), daemon=True)
-            process.start()
-            _begun[kernel] = process
+    with contextlib.suppress(OSError):  # a cache that can't be looked into, or as many processes as there may be
+        for kernel, work in works.items():
+            if kernel not in _begun and not _mark(kernel).exists():
+                process = multiprocessing.get_context("fork").Process(target=_compile, args=(kernel, work), daemon=True)
+                process.start()
+                _begun[kernel] = process
 
 
 def compiled(kernel: str, work: Work, device: torch.device) -> None:
@@ -64,6 +68,7 @@ def compiled(kernel: str, work: Work, device: torch.device) -> None:
 
 def _compile(kernel: str, work: Work) -> None:
     """In a process of its own, which says nothing: the run does, should it be in trouble with the kernel."""
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)  # with the run: it may hang, and has a GPU and a lock
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
@@ -85,10 +90,13 @@ def _once(kernel: str, work: Work, device: torch.device) -> None:
 
 
 def _mark(kernel: str) -> Path:
-    """A folder that says, by being there, that a kernel was compiled on this machine, with the packages of these versions."""
+    """A folder that says, by being there, that a kernel was compiled on this machine, with the packages of these versions.
+
+    The packages keep kernels in the machine's own temporary folder, whereas the cache may be one that machines share.
+    """
     versions: list[str] = []
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{package} {importlib.metadata.version(package)}")
-    key = hashlib.sha256("; ".join([kernel, *versions]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("; ".join([kernel, platform.node(), *versions]).encode()).hexdigest()[:16]
     return cache_folder(None) / "compiled" / key

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -88,6 +91,56 @@ def test_a_process_that_hangs_is_not_waited_for_for_ever(gpu: None, tmp_path: Pa
     work = Noted(tmp_path)
     ahead.compiled("kernel", work, CPU)
     assert work.times() == [os.getpid()] and not multiprocessing.active_children()
+
+
+PROGRAM = """
+import os, sys, time
+import torch
+from meshloom.parallel import ahead, driver
+torch.cuda.device_count = lambda: 1
+torch.cuda.set_device = lambda _: None
+driver.shared = lambda _: True
+def work(device):
+    print(os.getpid(), file=open(sys.argv[1] + ".new", "w"))
+    os.rename(sys.argv[1] + ".new", sys.argv[1])
+    time.sleep(600)
+ahead.begin({"kernel": work})
+time.sleep(600)
+"""
+
+
+def test_what_compiles_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    run = subprocess.Popen([sys.executable, "-c", PROGRAM, str(note)])
+    while not note.exists():
+        assert run.poll() is None
+        time.sleep(0.02)
+    compiling = psutil.Process(int(note.read_text()))
+    run.kill()
+    run.wait()
+    _, left = psutil.wait_procs([compiling], 60.0)
+    for process in left:
+        process.kill()
+    assert not left
+
+
+def test_a_machine_that_forks_no_more_is_no_obstacle(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> int:
+        raise BlockingIOError("too many processes")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    work = Noted(tmp_path)
+    ahead.begin({"kernel": work})
+    ahead.compiled("kernel", work, CPU)
+    assert work.times() == [os.getpid()]
+
+
+def test_a_cache_that_machines_share_holds_a_note_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Noted(tmp_path)
+    ahead.compiled("kernel", work, CPU)
+    monkeypatch.setattr("platform.node", lambda: "another")
+    ahead.compiled("kernel", work, CPU)
+    assert len(work.times()) == 2
 
 
 def test_a_gpu_for_one_process_is_left_to_the_run(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
