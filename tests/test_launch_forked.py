@@ -67,7 +67,8 @@ def test_a_killed_rank_ends_the_run_with_its_code(launcher: subprocess.Popen[str
     assert launcher.stderr is not None
     errors = ""
     while f"Terminating process {first.pid}" not in errors:
-        assert (line := launcher.stderr.readline()), errors
+        line = launcher.stderr.readline()
+        assert line, errors
         errors += line
     first.resume()
     _, rest = launcher.communicate(timeout=PATIENCE)
