@@ -24,6 +24,7 @@ settings.load_profile("everywhere")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
+        items.sort(key=lambda item: "gpu" in item.keywords)  # last: from a process that has used one no ranks are forked
         return
     for item in items:
         if "gpu" in item.keywords:
