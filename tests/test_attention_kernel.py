@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,14 @@ def test_a_kernel_that_some_rank_lacks_is_neither_timed_nor_taken_from_memory(tm
     runs = [everywhere, everywhere, lost, lost, everywhere]
     expected = [("flash4", 3), ("flash4", 0), ("cudnn", 0), ("cudnn", 0), ("flash4", 0)]
     assert run_ranks(2, chosen, str(tmp_path), runs) == [expected, expected]
+
+
+def test_a_remembered_kernel_is_compiled_where_it_is_not_yet(tmp_path: Path) -> None:
+    run: dict[str, Any] = {"times": [{"cudnn": 1.0, "flash": 2.0, "flash4": 0.5}] * 2, "without": ()}
+    assert run_ranks(2, chosen, str(tmp_path), [run]) == [[("flash4", 3)]] * 2
+    shutil.rmtree(tmp_path / "1")  # a machine that joins
+    assert run_ranks(2, chosen, str(tmp_path), [run]) == [[("flash4", 0)]] * 2
+    assert len(list((tmp_path / "1" / "compiled").iterdir())) == 2
 
 
 def test_a_kernel_that_does_not_take_the_shape_keeps_nobody_from_remembering(tmp_path: Path) -> None:
