@@ -93,6 +93,7 @@ def prepared(descriptor: int) -> int:
     forked.prepare()
     import torch.distributed.run  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
+    forked.possible()  # waits for the imports, and keeps the answer
     arguments = told(descriptor)
     return 0 if arguments is None else main(arguments)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import io
 import multiprocessing
 import os
@@ -48,8 +49,9 @@ def variable(name: str, value: str) -> Generator[None]:
             os.environ[name] = before
 
 
+@functools.cache
 def possible() -> bool:
-    """Whether ranks can be forked: tried with a process that does nothing. Waits until the imports are done."""
+    """Whether ranks can be forked: tried with a process that uses a GPU as they will. Waits until the imports are done."""
     trial = multiprocessing.get_context(METHOD).Process(target=_try)
     trial.start()
     trial.join()
@@ -57,9 +59,15 @@ def possible() -> bool:
 
 
 def _try() -> None:
+    """Fail where a process like this one, forked from a process that has begun to use GPUs, can't."""
+    import torch
+
     from . import imported
 
-    sys.exit(not imported.MAY_FORK)
+    if not imported.MAY_FORK:
+        sys.exit(1)
+    if torch.cuda.device_count():
+        torch.cuda.get_device_properties(0)
 
 
 def train(environment: Mapping[str, str], arguments: Sequence[str]) -> None:

@@ -9,10 +9,8 @@ import contextlib
 import gc
 import os
 import signal
-from pathlib import Path
 
 from ..parallel import driver
-from .forked import variable
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster may tell every process: this one is needed until its ranks have ended
 ENVIRONMENT = dict(os.environ)
@@ -20,20 +18,17 @@ ENVIRONMENT = dict(os.environ)
 
 
 def _import() -> None:
-    """Not the packages of other kernels: some ask the GPU what it is, and nothing can be forked after that."""
-    import torch.distributed.run  # pyright: ignore[reportUnusedImport]
+    """Nothing that asks what GPUs there are: a process forked after that can't use them. So not the compiler (in 2.11 it does
+    as soon as it is imported), and no package of kernels.
+    """
+    import torch.distributed.run  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
     from ..trainer import run  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from . import train  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
-    if Path("/dev/nvidia0").exists():  # where runs are compiled, as a rule
-        import torch._dynamo  # pyright: ignore[reportUnusedImport]
-        import torch._inductor.compile_fx  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
-
-# The compiler starts processes of its own when it is imported, which nobody here would use.
-with variable("TORCH_WARM_POOL", "0"), contextlib.suppress(Exception):
+with contextlib.suppress(Exception):
     _import()
 gc.freeze()  # no rank looks for garbage among these, nor copies the pages that they lie in
 MAY_FORK = not driver.began()
-"""Whether a child of this process can use a GPU."""
+"""Whether a child of this process can use a GPU, as far as its driver says."""

@@ -139,20 +139,37 @@ def test_ranks_are_started_anew_where_they_cannot_be_forked(tmp_path: Path) -> N
     assert done.returncode == 2 and "there is no 'half'" in done.stderr
 
 
-@pytest.mark.parametrize("may", [True, False])
-def test_a_process_tells_whether_its_children_could_use_a_gpu(may: bool) -> None:
-    program = f"from meshloom.launch import forked, imported; imported.MAY_FORK = {may}; forked._try()"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == (not may)
+def test_ranks_can_be_forked_from_what_only_imports() -> None:
+    program = "from meshloom.launch import forked; forked.prepare(); print(forked.possible())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]
+
+
+@pytest.mark.parametrize("change", ["imported.MAY_FORK = False", "torch.cuda.get_device_properties = lambda _: 1 / 0"])
+def test_a_process_that_can_use_no_gpu_says_so(change: str) -> None:
+    program = f"import torch; from meshloom.launch import forked, imported; torch.cuda.device_count = lambda: 1; {change}; "
+    assert subprocess.run([sys.executable, "-c", f"{program} forked._try()"], check=False, stderr=subprocess.DEVNULL).returncode
 
 
 def test_importing_begins_neither_a_gpu_nor_processes() -> None:
     program = (
-        "import os; os.environ.pop('TORCH_WARM_POOL', None); from meshloom.launch import imported; import psutil, sys; "
-        "print(imported.MAY_FORK, psutil.Process().children(), 'meshloom.trainer.run' in sys.modules, "
-        "'TORCH_WARM_POOL' in os.environ)"
+        "import sys, psutil; from meshloom.launch import imported; "
+        "print(imported.MAY_FORK, psutil.Process().children(), 'meshloom.trainer.run' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "[]", "True", "False"]
+    assert done.stdout.split() == ["True", "[]", "True"]
+
+
+def test_importing_asks_for_no_gpu() -> None:
+    """To ask is enough that a process forked afterwards can't use it; on this machine nobody might notice."""
+    program = (
+        "import torch; asked = []\n"
+        "for name in ('is_available', 'device_count', 'get_device_properties', 'get_device_capability', 'init'):\n"
+        "    setattr(torch.cuda, name, lambda *_, name=name: asked.append(name) or 0)\n"
+        "from meshloom.launch import imported; print(asked)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]"]
 
 
 def test_without_a_driver_nothing_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
