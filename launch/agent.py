@@ -21,6 +21,11 @@ from typing import Any
 
 from . import forked
 
+LAST_WORDS = 5.0
+"""Seconds for ranks to end by themselves after one has failed, and as many once they are told to. torchrun waits for half a
+minute, which ranks that hang in a collective with the dead one use up.
+"""
+
 
 def main(argv: list[str]) -> int:
     """Run torchrun's agent with these arguments. Returns 0, or the code of the first worker that failed (128 + signal)."""
@@ -47,6 +52,7 @@ def ignore_requests() -> None:
 def _run(argv: list[str]) -> None:
     """torchrun's `main`, but for how ranks begin."""
     from torch.distributed import run
+    from torch.multiprocessing import ProcessContext
 
     options = run.parse_args(argv)
     trains = options.module and options.training_script == forked.RANK
@@ -56,6 +62,11 @@ def _run(argv: list[str]) -> None:
         run.run(options)
         return
     launch: Any = run.elastic_launch
+    ranks: Any = ProcessContext
+    join = ranks.join
+
+    def joining(self: ProcessContext, timeout: float | None = None, grace_period: float | None = LAST_WORDS) -> bool:
+        return join(self, timeout, grace_period)
 
     def forking(config: Any, entrypoint: object) -> Callable[..., object]:
         config.start_method = forked.METHOD
@@ -63,10 +74,11 @@ def _run(argv: list[str]) -> None:
 
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_without_trace)
     run.elastic_launch = forking  # the last step of torchrun's `run`: what comes before is as each PyTorch has it
+    ranks.join = joining
     try:
         run.run(options)
     finally:
-        run.elastic_launch = launch
+        run.elastic_launch, ranks.join = launch, join
 
 
 def _without_trace(record: logging.LogRecord) -> bool:

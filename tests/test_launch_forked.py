@@ -10,10 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import pytest
 from torch.distributed.launcher.api import LaunchConfig
+from torch.multiprocessing import ProcessContext
 
 from meshloom.launch import agent
 from meshloom.launch.torchrun import TorchRun
@@ -220,3 +222,26 @@ def test_but_for_how_ranks_begin_the_agent_is_torchrun(flags: list[str], monkeyp
         assert len(config.run_id) == 36 or config.run_id in ("none", "7.0")
     for name in ("min_nodes", "max_nodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "rdzv_configs", "max_restarts"):
         assert getattr(ours, name) == getattr(torchrun, name)
+
+
+def test_ranks_that_hang_in_a_collective_with_a_dead_one_have_a_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float | None] = []
+
+    def join(self: object, timeout: float | None = None, grace_period: float | None = None) -> bool:
+        waited.append(grace_period)
+        return True
+
+    def elastic_launch(config: LaunchConfig, entrypoint: object) -> Callable[..., None]:
+        return lambda *_: cast(Any, ProcessContext).join(object(), -1)  # as elastic asks after its ranks
+
+    monkeypatch.setattr(ProcessContext, "join", join)
+    monkeypatch.setattr("torch.distributed.run.elastic_launch", elastic_launch)
+    monkeypatch.setattr("meshloom.launch.forked.prepare", lambda: None)
+    monkeypatch.setattr("meshloom.launch.forked.possible", lambda: True)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert agent.main(["--standalone", "--nproc-per-node=1", "-m", "meshloom.launch.train"]) == 0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert waited == [agent.LAST_WORDS] and ProcessContext.join is join
