@@ -35,6 +35,7 @@ from ..config.compose import (
 )
 from ..config.problems import ConfigError, Problem
 from ..trainer.signals import AT_ONCE, StopRequest, show_cursor
+from .forked import RANK
 from .torchrun import PreparedAgent, TorchRun, with_share
 
 BAD_CONFIG = 2
@@ -329,7 +330,7 @@ def _start_torchrun(
             f"--nproc-per-node={count}",
             f"--max-restarts={config.launch.max_restarts}",
             "-m",
-            "meshloom.launch.train",
+            RANK,
             *folder,
             *overrides,
             f"output_dir={quoted(str(config.output_dir))}",

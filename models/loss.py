@@ -89,7 +89,8 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _runs_triton(tensor: torch.Tensor) -> bool:
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Whether our kernels can compute with a tensor here: on a GPU, with Triton, in up to fp32."""
     return tensor.is_cuda and tensor.dtype != torch.float64 and _has_triton()
 
 
@@ -97,7 +98,7 @@ def _softmax(
     logits_CV: torch.Tensor, targets_C: torch.Tensor, merge: Merge | None, first: int, ignored: int, differentiate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's log-sum-exp and target logit over the whole vocabulary. Turns logits into their gradient on request."""
-    if _runs_triton(logits_CV):
+    if runs_triton(logits_CV):
         from .loss_kernel import softmax_rows
 
         at_once = differentiate and merge is None
@@ -154,7 +155,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _scaled(saved: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if _runs_triton(saved):
+    if runs_triton(saved):
         from .loss_kernel import scaled
 
         return scaled(saved, factor, dtype)

@@ -55,7 +55,7 @@ class Gather:
 class _Place(torch.Tensor):
     """What weights are gathered in, until FSDP2 has copied its shards there: `pack` does that in place of PyTorch's copy.
 
-    That one would be as right, but runs at 40 % of the memory's speed where it casts.
+    That one would be as right, but runs at three quarters of the memory's speed where it casts.
     """
 
     @classmethod

@@ -1,7 +1,5 @@
-"""Triton kernels of what moves between ranks: rows of gradients added up, and weights cast into where they are sent from.
-
-Both are single passes at memory speed, where PyTorch's own take two to three times as long: its reduction is not made for a
-leading dim of two, nor its copy of many tensors for a cast on the way.
+"""Rows of gradients from several ranks added up, in one pass at memory speed: PyTorch's reduction takes twice as long, which is
+not made for a leading dim of two.
 
 Imported only where Triton is at hand.
 """
@@ -46,18 +44,3 @@ def add_rows(rows: torch.Tensor, total: torch.Tensor) -> None:
     assert rows.is_contiguous() and total.is_contiguous() and total.shape == (size,) and total.dtype == torch.float32
     if size:
         _sum[(triton.cdiv(size, _BLOCK),)](rows, total, size, COUNT=count, UNROLL=count <= _UNROLLED, BLOCK=_BLOCK, num_warps=4)
-
-
-@triton.jit
-def _cast(source, place, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    tl.store(place + at, tl.load(source + at, mask=inside).to(place.dtype.element_ty), mask=inside)
-
-
-def cast_into(place: torch.Tensor, source: torch.Tensor) -> None:
-    """Write `source` to `place` in that one's dtype, rounded to nearest even. Both contiguous, of one size, on one GPU."""
-    size = source.numel()
-    assert place.is_contiguous() and source.is_contiguous() and place.numel() == size
-    if size:
-        _cast[(triton.cdiv(size, _BLOCK),)](source, place, size, BLOCK=_BLOCK, num_warps=4)
