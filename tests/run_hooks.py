@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 import torch
 
@@ -78,3 +79,17 @@ class Name(Hook):
 
     def load_state_dict(self, state: dict[str, str]) -> None:
         self.name = state["name"]
+
+
+class Arrivals(Hook):
+    """Writes down when steps begin and when their numbers come."""
+
+    def on_step_begin(self, loop: Loop) -> None:
+        self._note(loop, f"begin {loop.progress.step + 1}")
+
+    def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
+        self._note(loop, f"row {row['step']}")
+
+    def _note(self, loop: Loop, line: str) -> None:
+        with (loop.output_dir / "arrivals").open("a") as file:
+            file.write(f"{line}\n")

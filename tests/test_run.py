@@ -9,13 +9,18 @@ import logging
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from meshloom.checkpoint.folder import find_latest
 from meshloom.checkpoint.lock import FolderLock
 from meshloom.config.compose import Composer
+from meshloom.config.parallel import ParallelConfig
 from meshloom.config.problems import ConfigError
+from meshloom.models.llama import Llama
+from meshloom.parallel.engine import EngineSettings
+from meshloom.trainer import run as run_module
 from meshloom.trainer.resume import effective, lies_in
 from meshloom.trainer.run import RUN_LOCK, run
 from ranks import run_ranks
@@ -152,6 +157,33 @@ def test_what_belongs_to_one_run_stays_with_it(tmp_path: Path) -> None:
     assert (tmp_path / "moved" / "name").read_text() == "trunk"
     go(1, tmp_path / "moved", hook, "trainer.steps=4", f"resume={tmp_path / 'moved'}")
     assert (tmp_path / "moved" / "name").read_text() == "trunk"
+
+
+def test_the_first_steps_numbers_come_at_once_and_the_others_one_step_late(tmp_path: Path) -> None:
+    go(1, tmp_path, "trainer.hooks=[{_target_:run_hooks.Arrivals}]", "trainer.steps=4", "trainer.eval_every=0")
+    lines = ["begin 1", "row 1", "begin 2", "begin 3", "row 2", "begin 4", "row 3", "row 4"]
+    assert (tmp_path / "arrivals").read_text().splitlines() == lines
+
+
+def test_what_a_run_will_need_is_compiled_from_its_beginning_by_one_process_of_a_machine(tmp_path: Path) -> None:
+    assert run_ranks(2, asked_to_compile, [f"output_dir={tmp_path}", "trainer.steps=4"]) == [[(1, 16)], []]
+
+
+def asked_to_compile(rank: int, world_size: int, overrides: list[str]) -> list[tuple[int, int]]:
+    """Layers and positions of what this process would have compiled: before it has connected, or there is an error."""
+    asked: list[tuple[int, int]] = []
+
+    def begin_compiling(model: Llama, parallel: ParallelConfig, settings: EngineSettings) -> None:
+        asked.append((model.depth, settings.seq_len))
+
+    def connect(*_: object) -> None:
+        raise ConnectionError
+
+    run_module.begin_compiling = begin_compiling
+    run_module.Mesh = SimpleNamespace(connect=connect)  # type: ignore[assignment]
+    with pytest.raises(ConnectionError):
+        body(rank, world_size, overrides)
+    return asked
 
 
 @pytest.mark.parametrize("saving", ["checkpoint.every=0", "checkpoint.every=null"])
