@@ -26,13 +26,13 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
 from meshloom.config.duration import Duration, Unit
-from meshloom.optim.adagrad import AdaGrad, AdaGradNorm
-from meshloom.optim.adaptive import NormTest
-from meshloom.optim.batch import Controller, Fixed
+from meshloom.optim.batch.adaptive import NormTest
+from meshloom.optim.batch.controller import Controller, Fixed
+from meshloom.optim.batch.statistics import GradientStatistics
 from meshloom.optim.horizon import Horizon
-from meshloom.optim.parameters import NamedParameter, Unsharded
+from meshloom.optim.optimizers.adagrad import AdaGrad, AdaGradNorm
+from meshloom.optim.optimizers.parameters import NamedParameter, Unsharded
 from meshloom.optim.progress import Progress
-from meshloom.optim.statistics import GradientStatistics
 
 PACKAGES = ("asyncio", "ctypes", "email", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "xml")
 FEATURES = 512

@@ -20,9 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import crash
-import crash_memory
-from crash import Damage, Fault
+from support import crash, crash_memory
+from support.crash import Damage, Fault
 
 FILES = ("manifest.json", "rank-00000.safetensors", "rank-00001.safetensors", "rank-00000.leaves", "rank-00001.leaves")
 

@@ -34,10 +34,10 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from meshloom.checkpoint.checkpointer import Checkpointer
+from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.folder import step_name
 from meshloom.checkpoint.restore import restore
-from meshloom.config.checkpoint import CheckpointConfig
 from meshloom.parallel.fragment import Box, Fragment
 
 Times = dict[str, float]  # blocks, staged, total: seconds

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from checkpoint_layouts import draw_pairs, matrix
+from support.checkpoint_layouts import draw_pairs, matrix
 
 
 def main() -> int:

@@ -25,14 +25,14 @@ from typing import Any
 import torch
 
 from meshloom.checkpoint.checkpointer import Checkpointer
-from meshloom.config.checkpoint import CheckpointConfig
-from meshloom.config.compose import Composer
+from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, environment_world_size, pick_device
 from meshloom.trainer.build import Parts, build_control, build_data, build_run
-from meshloom.trainer.hooks import Hook
+from meshloom.trainer.hooks.base import Hook
+from meshloom.trainer.hooks.saving import Saving
 from meshloom.trainer.loop import Loop
-from meshloom.trainer.saving import Saving
+from meshloom.trainer.schema import make_composer
 
 MODELS = {
     "1B": ["recipe=llama_1b", "batch.micro=4"],
@@ -135,7 +135,7 @@ def main() -> None:
     quiet = ["trainer.tokens=null", "trainer.steps=100000", "trainer.eval_every=0", "trainer.sample_prompt=null"]
     quiet += ["logging.progress=false", "checkpoint.every=0", f"batch.samples={4 * world}"]
     folder = arguments.folder / "checkpoint-throughput"
-    composition = Composer().compose([*MODELS[arguments.model], *quiet, f"output_dir={folder}"])
+    composition = make_composer().compose([*MODELS[arguments.model], *quiet, f"output_dir={folder}"])
     assert not composition.problems, composition.problems
     config = composition.config
     data = build_data(config)

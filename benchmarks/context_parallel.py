@@ -20,10 +20,10 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from meshloom.config.parallel import ParallelConfig
 from meshloom.data.batch import MicroBatch
-from meshloom.models import attention_kernels
-from meshloom.models.attention import attend
+from meshloom.kernels import attention_blocks
+from meshloom.kernels.attention import attend
+from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.context.split import ContextParallel
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, environment_world_size, pick_device
@@ -108,7 +108,7 @@ def main() -> int:
         if kind == "ulysses" and options.heads % size:
             continue
         if kernel in ("cudnn", "flash"):
-            attention_kernels.dense_kernel = kernel
+            attention_blocks.dense_kernel = kernel
         context = ContextParallel(mesh, kind)
         mine = context.cut(MicroBatch(rows, rows, documents)).micro_batch.tokens_BS[0]
         leaves = [x[:, mine].clone().requires_grad_() for x in whole]

@@ -33,7 +33,7 @@ sys.path.insert(0, str(HERE))
 from arguments import read  # noqa: E402
 from throughput import MODELS, Clock, Settings  # noqa: E402
 
-from meshloom.models import attention_choice  # noqa: E402
+from meshloom.kernels import attention_timing  # noqa: E402
 from meshloom.models.llama import Llama  # noqa: E402
 from meshloom.parallel.deepspeed.setup import import_deepspeed  # noqa: E402
 
@@ -72,9 +72,9 @@ def raw(settings: Settings, label: str) -> None:
     with torch.device(device):
         model = Llama(vocabulary=settings.vocabulary, **MODELS[settings.model]).to(dtype)  # type: ignore[arg-type]
     if device.type == "cuda" and settings.precision == "bf16":
-        shape = attention_choice.Shape(settings.seq, model.heads, model.kv_heads, model.head_dim)
-        kernels = attention_choice.KERNELS
-        attention_choice.prefer({kernel: attention_choice.seconds(kernel, shape, device) for kernel in kernels})
+        shape = attention_timing.Shape(settings.seq, model.heads, model.kv_heads, model.head_dim)
+        kernels = attention_timing.KERNELS
+        attention_timing.prefer({kernel: attention_timing.seconds(kernel, shape, device) for kernel in kernels})
     if settings.compile:
         for block in model.layers.values():
             block.compile()

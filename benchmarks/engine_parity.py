@@ -3,7 +3,8 @@
     python benchmarks/engine_parity.py        # on the CPU, some minutes; the rows of NVMe need DeepSpeed's async_io built
 
 Each cell is the largest relative difference of the losses and gradient norms of 5 steps of the tests' small Llama (shards
-are uneven) from the oracle of `tests/parity.py`: one process, whole batches, PyTorch's own cross-entropy, clipping and AdamW.
+are uneven) from the oracle of `tests/support/parity.py`: one process, whole batches, PyTorch's own cross-entropy, clipping
+and AdamW.
 DeepSpeed's masters are fp32, so both engines compute in fp32 here, and the torch engine in fp64 too. The last line shows what
 a wrong average looks like: the first step with the mean of the samples' means in place of the mean over tokens (rule R2).
 """
@@ -27,16 +28,16 @@ import deepspeed.runtime.zero.muon.original_muon
 import deepspeed.runtime.zero.stage3
 import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
 
-from meshloom.config.deepspeed import DeepSpeedConfig
-from meshloom.config.parallel import ParallelConfig
 from meshloom.config.problems import ConfigError
 from meshloom.data.batch import IGNORED, MicroBatch
 from meshloom.models.init import fill
 from meshloom.models.llama import Llama
+from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.deepspeed.optimizer import require_op
+from meshloom.parallel.deepspeed.settings import DeepSpeedConfig
 from meshloom.parallel.deepspeed.setup import import_deepspeed
-from parity import Work, curves, plain_curve, sample
-from ranks import run_ranks
+from support.parity import Work, curves, plain_curve, sample
+from support.ranks import run_ranks
 
 PROCESSES = (1, 2, 4)
 STEPS = 5

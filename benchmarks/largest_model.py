@@ -33,13 +33,13 @@ from typing import Any
 import torch
 from arguments import read
 
-from meshloom.config.deepspeed import DeepSpeedConfig
-from meshloom.config.parallel import ParallelConfig
 from meshloom.data.batch import MicroBatch
 from meshloom.models.llama import Llama
-from meshloom.optim.adamw import AdamW
-from meshloom.optim.parameters import NamedParameter, Shards
+from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.optim.optimizers.parameters import NamedParameter, Shards
+from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.cost import RankCost, layout_cost
+from meshloom.parallel.deepspeed.settings import DeepSpeedConfig
 from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import engine_cost, make_engine
 from meshloom.parallel.layout import Layout

@@ -22,15 +22,15 @@ import torch
 from arguments import read
 from torch._dynamo.utils import counters  # pyright: ignore[reportPrivateImportUsage]
 
-from meshloom.config.compose import Composer
 from meshloom.config.duration import Duration, Unit
-from meshloom.optim.batch import Controller
+from meshloom.optim.batch.controller import Controller
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.progress import Progress
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, pick_device
 from meshloom.trainer.build import Parts, build_data, build_run
 from meshloom.trainer.loop import Loop
+from meshloom.trainer.schema import make_composer
 
 SMALL = {"dim": 768, "layers": 12, "heads": 12, "kv_heads": 12, "ffn_dim": 2048, "vocabulary": 4096, "tied": "true"}
 SIZES = {
@@ -100,7 +100,7 @@ def main() -> None:
         quiet = ["schedule=constant", "checkpoint.every=0", "logging.progress=false", "trainer.sample_prompt=null"]
         compiled = [f"trainer.compile={bool(settings.compile)}", "trainer.activation=none"]
         overrides = [*SIZES[settings.size], *always, *quiet, *compiled, f"output_dir={folder}"]
-        composition = Composer().compose(overrides)
+        composition = make_composer().compose(overrides)
         assert not composition.problems, composition.problems
         config = composition.config
         data = build_data(config)

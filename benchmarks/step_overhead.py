@@ -35,12 +35,12 @@ import torch
 import torch.nn.functional as F
 from arguments import read
 
-from meshloom.config.compose import Composer
 from meshloom.data.batch import GlobalBatch, MicroBatch
 from meshloom.models.llama import Llama
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, pick_device
 from meshloom.trainer.build import Parts, Run, build_data, build_model, build_run
+from meshloom.trainer.schema import make_composer
 
 Step = Callable[[], torch.Tensor]
 
@@ -78,7 +78,7 @@ def trainer_run(overrides: list[str], folder: str) -> tuple[Run, Callable[[], Ll
     """A run of the trainer, and what makes further models of its shape, on the meta device."""
     always = ["trainer.tokens=null", "trainer.steps=100000", "trainer.eval_every=0", "checkpoint.every=0"]
     quiet = ["trainer.sample_prompt=null", "logging.progress=false", f"output_dir={folder}"]
-    composition = Composer().compose([*overrides, *always, *quiet])
+    composition = make_composer().compose([*overrides, *always, *quiet])
     assert not composition.problems, composition.problems
     config = composition.config
     data = build_data(config)
@@ -144,7 +144,7 @@ def by_hand_plain(model: Llama, batches: Sequence[MicroBatch], half: bool) -> St
 
 def by_hand_same(model: Llama, masters: dict[str, torch.Tensor], batches: Sequence[MicroBatch]) -> Step:
     """bf16 weights beside fp32 masters, and the trainer's own AdamW kernel; for a single micro-batch."""
-    from meshloom.optim.fused_adamw import adamw_update
+    from meshloom.kernels.triton_adamw import adamw_update
 
     parameters = dict(model.named_parameters())
     moments = {name: (torch.zeros_like(master), torch.zeros_like(master)) for name, master in masters.items()}

@@ -24,18 +24,18 @@ from pathlib import Path
 import torch
 from arguments import read
 
-from meshloom.config.deepspeed import DeepSpeedConfig
-from meshloom.config.parallel import ParallelConfig
 from meshloom.data.batch import MicroBatch
 from meshloom.models.llama import Llama
-from meshloom.optim.adamw import AdamW
-from meshloom.optim.parameters import NamedParameter, Shards
+from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.optim.optimizers.parameters import NamedParameter, Shards
+from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.deepspeed.settings import DeepSpeedConfig
 from meshloom.parallel.engine import Engine, EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, environment_world_size, pick_device
 from meshloom.trainer.clock import Moment
-from meshloom.trainer.profiling import kernel_table
+from meshloom.trainer.hooks.profiling import kernel_table
 
 MODELS = {
     "tiny": {"dim": 256, "layers": 4, "heads": 4, "kv_heads": 2, "ffn_dim": 512},

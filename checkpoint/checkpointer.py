@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..config.checkpoint import CheckpointConfig, checkpoint_problems
 from ..config.problems import ConfigError, Problem
 from ..parallel.fragment import Fragment
 from .arena import ArenaPool
 from .commit import LocalTarget, open_target
+from .config import CheckpointConfig, checkpoint_problems
 from .control import Control
 from .device import Device
 from .errors import CheckpointError

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from ..config.checkpoint import CheckpointConfig
 from .arena import ArenaPool
 from .commit import Target
+from .config import CheckpointConfig
 from .control import Round
 from .device import Device
 from .memory.tier import MemoryTier, Predecessors

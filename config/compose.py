@@ -32,7 +32,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from xxhash import xxh3_64_hexdigest
 
-from . import RunConfig, batch, data, model, optim, schedule
 from .problems import ConfigError, Problem
 
 RECIPES_MODULE = "meshloom.recipes"
@@ -48,12 +47,15 @@ LONGEST_NAME = 200  # file systems take 255
 NEVER_SAVED = ("launch", "resume", "output_dir")  # belong to an invocation, not to the run it continues
 
 
-def register_schemas() -> None:
-    """Make the typed form of every recipe group known to Hydra."""
-    store = ConfigStore.instance()
-    store.store(name="schema", node=RunConfig)
-    for group in (model, data, optim, schedule, batch):
-        group.register(store)
+SCHEMA = "schema"
+"""Name of the dataclass of the whole config in Hydra's ConfigStore (`trainer/schema.py` puts it there)."""
+
+
+def run_schema() -> type:
+    """The dataclass of the whole config."""
+    kind = OmegaConf.get_type(ConfigStore.instance().load(f"{SCHEMA}.yaml").node)
+    assert kind is not None
+    return kind
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,6 @@ class Composer:
 
     def __init__(self, config_dir: str | None = None) -> None:
         """config_dir: folder of further recipes (`--config-dir`). Raises ConfigError when it does not exist."""
-        register_schemas()
         self._joined: list[str] = []  # the override that makes Hydra look into the user's folder, too
         if config_dir is not None:
             folder = Path(config_dir).resolve()
@@ -324,8 +325,8 @@ def _keys(config: DictConfig) -> Iterator[str]:
 
 
 def drop_unknown(config: DictConfig) -> list[str]:
-    """Take out the keys that `RunConfig` and its typed groups don't have. Returns them."""
-    unknown = list(_unknown(config, RunConfig))
+    """Take out the keys that the schema and its typed groups don't have. Returns them."""
+    unknown = list(_unknown(config, run_schema()))
     for key in unknown:
         _delete(config, key)
     return unknown

@@ -9,9 +9,9 @@ from typing import NotRequired, TypedDict, Unpack
 
 import xxhash
 
+from ..config.cache import cache_folder, expanded
 from ..config.hashing import hash64
 from ..config.problems import ConfigError, Problem
-from .cache import cache_folder, expanded
 from .order import Held, Shuffled, StoredSamples
 from .packing import PACKINGS, packed
 from .prepare import tokenized_corpus, trained_tokenizer
@@ -22,7 +22,7 @@ from .tokenizer import SMALLEST_BPE, Tokenizer
 
 
 class PackingOptions(TypedDict):
-    """Keys of every node that reads shards; see `meshloom.config.data.PackingConfig` for what they mean."""
+    """Keys of every node that reads shards; see `meshloom.data.config.PackingConfig` for what they mean."""
 
     seq_len: int
     packing: NotRequired[str]
@@ -32,7 +32,7 @@ class PackingOptions(TypedDict):
 
 
 class CorpusOptions(PackingOptions):
-    """Keys of every node that starts from documents; see `meshloom.config.data.CorpusConfig`."""
+    """Keys of every node that starts from documents; see `meshloom.data.config.CorpusConfig`."""
 
     tokenizer: NotRequired[str]
     vocabulary: NotRequired[int]

@@ -10,11 +10,11 @@ from typing import Any, cast
 import xxhash
 from hydra.utils import instantiate
 
-from ..config.data import MixtureConfig
+from ..config.cache import cache_folder
 from ..config.hashing import hash64
 from ..config.problems import ConfigError, Problem
 from .blend import Mixed, MixedHeld, apportion
-from .cache import cache_folder
+from .config import MixtureConfig
 from .corpus import Corpus, TokenizerSettings
 from .node import DataNode
 from .tokenizer import Tokenizer
@@ -26,7 +26,7 @@ FIX = "name some in a recipe's defaults: /data@sources.code: stdlib"
 
 
 class Mixture:
-    """See `meshloom.config.data.MixtureConfig` for the keys.
+    """See `meshloom.data.config.MixtureConfig` for the keys.
 
     Sources that start from documents share the tokenizer that `tokenizer` names (bpe: trained on equal parts of all of
     them). If a source brings tokens of its own (shards), its tokenizer is everybody's.

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
+from ..config.cache import expanded
 from ..config.problems import Problem
-from .cache import expanded
 from .corpus import Corpus, CorpusOptions, Packed, PackingOptions
 from .records import HuggingFace, JsonLines, ParquetFiles
 from .shards import MANIFEST

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..config.cache import build_once
 from .batch import IGNORED, Sample
-from .cache import build_once
 from .reader import TokenShards
 
 

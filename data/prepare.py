@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .cache import build_once
+from ..config.cache import build_once
 from .shards import TOKENIZER, ShardWriter
 from .sources import DocumentSource
 from .tokenizer import Tokenizer

@@ -26,6 +26,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from ..config.cache import sync_folder
+
 FORMAT = "meshloom-tokens"
 VERSION = 1
 MANIFEST = "dataset.json"
@@ -116,15 +118,6 @@ def digest_file(path: Path) -> str:
         while block := file.read(1 << 22):
             state.update(block)
     return state.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class _DigestedFile:

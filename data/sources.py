@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import xxhash
 
+from ..config.cache import expanded
 from ..config.problems import Problem
-from .cache import expanded
 from .shards import digest_file
 
 log = logging.getLogger(__name__)

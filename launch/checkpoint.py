@@ -178,8 +178,8 @@ def _stats(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from ..checkpoint.foreign.deepspeed_export import export_ranks, export_universal
-    from ..checkpoint.foreign.hf import export
+    from ..checkpoint.convert.deepspeed_export import export_ranks, export_universal
+    from ..checkpoint.convert.hf import export
     from ..checkpoint.tools import step_folders
 
     files = step_folders(arguments.path)[0]
@@ -202,7 +202,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from ..checkpoint.foreign.detect import bring_in
+    from ..checkpoint.convert.detect import bring_in
 
     print(f"{arguments.source} → {bring_in(arguments.source, arguments.output, arguments.format)}")
     return 0

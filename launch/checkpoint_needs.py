@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 
 from ..checkpoint.arena import rounded
+from ..checkpoint.config import CheckpointConfig
 from ..checkpoint.files import is_remote, open_files
 from ..checkpoint.folder import step_of
-from ..config import CheckpointConfig
 from ..config.problems import Problem
 from ..parallel.layout import Layout
 from ..parallel.offload import OffloadAccount

@@ -60,7 +60,7 @@ class VerifyArguments:
 
 def tokenize(arguments: TokenizeArguments) -> Path:
     """Write the shards. Returns the folder. Raises ConfigError for arguments, ValueError for documents that can't be read."""
-    from ..data.cache import build_once, cache_folder
+    from ..config.cache import build_once, cache_folder
     from ..data.corpus import TokenizerSettings
     from ..data.prepare import write_corpus
     from ..data.records import HuggingFace, JsonLines, ParquetFiles

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.problems import ConfigError
-from ..optim.fitting import PowerLaw
+from ..optim.scaling.fitting import PowerLaw
 from .fit_runs import UNITS, FinishedRun, Fits, fit_all, read_runs
 
 

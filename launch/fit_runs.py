@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from ..config.problems import ConfigError, Problem
-from ..optim import fitting
-from ..optim.fitting import CriticalFit, LossFit, Optimum, PowerLaw
+from ..optim.scaling import fitting
+from ..optim.scaling.fitting import CriticalFit, LossFit, Optimum, PowerLaw
 
 NAMES = {"N": "parameters", "D": "tokens", "B": "batch"}
 UNITS = "N: parameters without embedding and head; D, B: tokens; L: nats per token"

@@ -88,8 +88,8 @@ def continued(arguments: Arguments) -> str:
     from ..checkpoint.restore import read_state
     from ..parallel.mesh import pick_device
     from ..trainer.build import build_model
+    from ..trainer.hooks.sampling import generate, load_plain
     from ..trainer.resume import find_checkpoint
-    from ..trainer.sampling import generate, load_plain
 
     checkpoint = find_checkpoint(arguments.checkpoint, "checkpoint")
     state = read_state(checkpoint)

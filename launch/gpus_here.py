@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 
 from ..config.problems import ConfigError, Problem
-from ..models import swiglu
+from ..kernels import swiglu
 
 GIVE_IT = "give what one GPU has, in GiB: --memory 80"
 

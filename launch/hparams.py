@@ -14,8 +14,9 @@ from rich.text import Text
 from ..config.compose import Composer
 from ..config.duration import Duration, Unit
 from ..config.problems import ConfigError, Problem
-from ..optim import laws
-from ..optim.laws import Law, LossLaw, MuP
+from ..optim.scaling import laws
+from ..optim.scaling.laws import Law, LossLaw, MuP
+from ..trainer.schema import make_composer
 from .arguments import describe, parse
 
 
@@ -102,7 +103,7 @@ def recommend(arguments: Arguments) -> Recommendation:
         value = getattr(arguments, key)
         if value is not None and not 0 < value < math.inf:
             problems.append(Problem(key, f"{value} is not positive", "use a number above 0"))
-    composer = Composer(arguments.config_dir)
+    composer = make_composer(arguments.config_dir)
     base = _base(arguments, composer)
     composition = composer.compose(base)
     config = composition.config
@@ -214,7 +215,7 @@ def _unfit(overrides: Sequence[str], config_dir: str | None) -> list[Problem]:
     """
     from ..trainer.validate import run_problems
 
-    composition = Composer(config_dir).compose(overrides)
+    composition = make_composer(config_dir).compose(overrides)
     found = [*composition.problems, *run_problems(composition.config, world_size=0)]
     return [problem for problem in found if problem.key.startswith(("schedule", "batch", "optim", "trainer", "model"))]
 

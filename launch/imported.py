@@ -10,7 +10,7 @@ import gc
 import os
 import signal
 
-from ..parallel import driver
+from ..kernels import driver
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster may tell every process: this one is needed until its ranks have ended
 ENVIRONMENT = dict(os.environ)

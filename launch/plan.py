@@ -15,16 +15,16 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
-from ..config import ParallelConfig
-from ..config.compose import Composer
 from ..config.problems import ConfigError, Problem
 from ..models.llama import Llama
+from ..parallel.config import ParallelConfig
 from ..parallel.cost import LayoutCost, layout_cost
 from ..parallel.engines import engine_cost
 from ..parallel.layout import Layout
 from ..parallel.memory import EXACT, Job, block_policies, why_swiglu_is_plain
 from ..parallel.offload import OffloadAccount, describe
 from ..trainer.build import Parts, build_model, engine_settings, optimizer_factory
+from ..trainer.schema import make_composer
 from ..trainer.validate import run_problems
 from .checkpoint_needs import CheckpointNeeds, checkpoint_needs, describe_needs, shortages
 from .host import available_memory
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config-dir", help="folder of further recipes")
     arguments = parser.parse_intermixed_args(list(argv))
     try:
-        composition = Composer(arguments.config_dir).compose(arguments.overrides)
+        composition = make_composer(arguments.config_dir).compose(arguments.overrides)
         plan = plan_of(composition.config, composition.problems)
         if arguments.draw_pipeline is not None and plan.cost.timeline is None:
             fix = "set parallel.pp to 2 or more, or leave --draw-pipeline out"
@@ -109,7 +109,7 @@ def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
 
     Data that are not on this machine do not matter here: they become a note.
     """
-    composition = Composer(config_dir).compose(overrides)
+    composition = make_composer(config_dir).compose(overrides)
     return plan_of(composition.config, composition.problems)
 
 

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..config import ParallelConfig
+from ..parallel.config import ParallelConfig
 from ..parallel.cost import LayoutCost, RankCost
 from ..parallel.layout import AXES, Layout
 from ..parallel.memory import Job

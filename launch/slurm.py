@@ -11,8 +11,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ..config.compose import Composer, quoted
+from ..config.compose import quoted
 from ..config.problems import ConfigError, Problem
+from ..trainer.schema import make_composer
 
 TEMPLATE = Path(__file__).with_name("slurm.sbatch")
 
@@ -39,7 +40,7 @@ def script(overrides: Sequence[str], config_dir: str | None = None) -> str:
     """The sbatch script of a run. Raises ConfigError naming every problem of its config on launch.nodes full nodes."""
     from ..trainer.validate import run_problems
 
-    composition = Composer(config_dir).compose(overrides)
+    composition = make_composer(config_dir).compose(overrides)
     config = composition.config
     processes = config.launch.nodes * config.launch.gpus_per_node
     problems = [*composition.problems, *run_problems(config, processes), *_job_problems(config.launch)]

@@ -22,18 +22,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.compose import (
-    HYDRA_VERSION,
-    RECIPES,
-    ROOT,
-    Composer,
-    opened,
-    quoted,
-    register_schemas,
-    sweep_folder,
-    task_overrides,
-)
+from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, opened, quoted, sweep_folder, task_overrides
 from ..config.problems import ConfigError, Problem
+from ..trainer.schema import make_composer, register_schemas
 from ..trainer.signals import AT_ONCE, StopRequest, show_cursor
 from .forked import RANK
 from .torchrun import PreparedAgent, TorchRun, with_share
@@ -121,7 +112,7 @@ def _check(switches: argparse.Namespace) -> None:
     if switches.config_name or switches.config_path:
         fix = "name a recipe of your own with --config-dir and recipe=…"
         raise ConfigError([Problem("--config-name, --config-path", "the root of every config is Meshloom's", fix)])
-    composer = Composer(switches.config_dir)
+    composer = make_composer(switches.config_dir)
     jobs = composer.expand(switches.overrides) if switches.multirun else [switches.overrides]
     problems: list[Problem] = []
     for overrides in jobs:
@@ -158,7 +149,7 @@ def _starts_several(switches: argparse.Namespace) -> int:
     if under_torchrun() or switches.multirun or only_looks or switches.experimental_rerun:
         return 0
     try:
-        composition = Composer(switches.config_dir).compose(switches.overrides)
+        composition = make_composer(switches.config_dir).compose(switches.overrides)
     except ConfigError:  # as `_check` will say
         return 0
     if composition.problems:
@@ -198,7 +189,7 @@ def _machine(config: DictConfig) -> Iterator[Problem]:
         yield Problem("launch.nproc", f"{local} processes for {gpus} GPU{'s' * (gpus > 1)}", fix)
     if os.environ.get("RANK", "0") == "0":  # the process that writes
         if config.logging.wandb:
-            from ..trainer.weights_and_biases import wandb_problems
+            from ..trainer.hooks.loggers.weights_and_biases import wandb_problems
 
             yield from wandb_problems()
         yield from _unwritable("output_dir", config.output_dir)

@@ -19,8 +19,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..config.compose import Composer
 from ..config.problems import ConfigError, Problem
+from ..trainer.schema import make_composer
 from .gpus_here import GpusHere
 from .host import available_memory
 from .plan import WIDTH, plan_of
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _tuned(overrides: Sequence[str], config_dir: str | None, memory: float | None) -> tuple[Tuned, float]:
     """What `tune` finds for GPUs of `memory` GiB, or for those here, and the bytes of one. Raises ConfigError."""
-    composition = Composer(config_dir).compose(overrides)
+    composition = make_composer(config_dir).compose(overrides)
     if composition.problems:  # before anything slow
         plan_of(composition.config, composition.problems)
     if memory is not None:

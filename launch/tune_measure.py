@@ -27,8 +27,9 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from ..config.compose import Composer, quoted
+from ..config.compose import quoted
 from ..config.problems import ConfigError, Problem
+from ..trainer.schema import make_composer
 from .plan_tables import gib, right
 from .train import processes
 from .tune_search import Candidate, Tuned, described, given_keys
@@ -125,7 +126,7 @@ def common_overrides(
     synthetic = [f"data.seq_len={tuned.config.data.seq_len}", f"data.vocabulary={model.vocabulary}", "data=synthetic"]
     without = [word for word in words if not any(key.partition(".")[0] == "data" for key in given_keys([word]))]
     try:
-        composition = Composer(config_dir).compose([*without, *synthetic])
+        composition = make_composer(config_dir).compose([*without, *synthetic])
         if not composition.problems:
             return [*without, *synthetic], notes
     except ConfigError:

@@ -13,11 +13,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from ..config import ParallelConfig
-from ..config.compose import Composer, opened
+from ..config.compose import opened
 from ..config.problems import ConfigError, Problem
+from ..parallel.config import ParallelConfig
 from ..parallel.engines import engine_moved
 from ..parallel.speed import step_seconds
+from ..trainer.schema import make_composer
 from .checkpoint_needs import fewer_snapshots, shortages
 from .plan import Plan, plan_of, planned_processes
 from .plan_tables import GIB, gib
@@ -111,7 +112,7 @@ def tune(
     Raises ConfigError with the problems of the given run if no setting can run, and with the smallest if none fits.
     """
     limit = memory - RESERVE * GIB - SHARE * memory
-    composition = Composer(config_dir).compose(overrides)
+    composition = make_composer(config_dir).compose(overrides)
     config = composition.config
     search = _Search(config, composition.problems, why_swiglu_is_plain)
     given = {key: OmegaConf.select(config, key) for key in KEYS}
@@ -215,7 +216,7 @@ def micro_is_fixed(config: DictConfig) -> str:
         return f"batch.samples={config.batch.samples} is rounded to it"
     if config.trainer.float8 != "none":
         return "float8's scales are of what is computed together"
-    if config.optim.get("_target_") == "meshloom.optim.agvm.AGVM":
+    if config.optim.get("_target_") == "meshloom.optim.optimizers.agvm.AGVM":
         return "AGVM compares halves of a rank's micro-batches"
     return ""
 

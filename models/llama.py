@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import norm, swiglu
-from .attention import Attend, attend, positions
+from ..kernels import norm, swiglu
+from ..kernels.attention import Attend, attend, positions
+from ..kernels.loss import linear_cross_entropy
 from .init import Constant, Initial, Normal
-from .loss import linear_cross_entropy
 
 TokenLoss = Callable[..., torch.Tensor]
 

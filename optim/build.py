@@ -13,10 +13,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from .batch import Controller
+from .batch.controller import Controller
 from .horizon import Horizon
-from .parameters import NamedParameter, Shards
-from .schedule import Schedule
+from .optimizers.parameters import NamedParameter, Shards
+from .schedules.schedule import Schedule
 
 
 def _call(node: Any, not_the_targets: tuple[str, ...], **live: Any) -> Any:

@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ..models.attention import attend_documents
-from ..models.flash4 import flash4_attend
+from ..kernels.attention import attend_documents
+from ..kernels.flash4 import flash4_attend
 from .context.ring import ring_forward
 
 POLICIES = ("none", "selective", "full", "offload")

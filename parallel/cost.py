@@ -12,22 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..config.parallel import ParallelConfig
 from ..models.llama import Llama
+from .config import ParallelConfig
 from .engine import OptimizerFactory
 from .layout import Layout, uses_fsdp
-from .memory import (
-    BYTES,
-    EXACT,
-    Job,
-    Piece,
-    block_bytes,
-    layer_flops,
-    loss_bytes,
-    optimizer_bytes,
-    pieces,
-    recomputed_flops,
-)
+from .memory import BYTES, EXACT, Job, Piece, block_bytes, layer_flops, loss_bytes, optimizer_bytes, pieces, recomputed_flops
 from .pipeline.stages import StagePlan, carve
 from .pipeline.timeline import Costs, Timeline, simulate, torch_order
 

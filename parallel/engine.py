@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 
 from ..data.batch import MicroBatch
-from ..models.attention import count_documents
-from ..optim.parameters import NamedParameter, Shards
+from ..kernels.attention import count_documents
+from ..optim.optimizers.parameters import NamedParameter, Shards
 from .fragment import Fragment
-from .moments import Measure, Moments
+from .gradient_noise import Measure, Moments
 
 OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]
 """Builds the run's optimizer over the parameters as a rank holds them."""

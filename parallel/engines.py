@@ -6,14 +6,13 @@ import importlib.util
 import logging
 from collections.abc import Iterator
 
-from ..config.parallel import ParallelConfig
 from ..config.problems import Problem
-from ..models import swiglu
-from ..models.attention_choice import flash4_compilations
+from ..kernels import swiglu
+from ..kernels.attention_timing import flash4_compilations
+from ..kernels.precompile import Work, begin
 from ..models.llama import Llama
-from .ahead import Work, begin
-from .assembly import SWIGLU
-from .attention_kernel import choose_attention, shape_of
+from .attention_choice import choose_attention, shape_of
+from .config import ParallelConfig
 from .cost import RankCost
 from .deepspeed.config import deepspeed_problems
 from .deepspeed.engine import DeepSpeedEngine
@@ -21,13 +20,14 @@ from .deepspeed.memory import deepspeed_cost
 from .deepspeed.optimizer import optimizer_problems
 from .deepspeed.speed import deepspeed_moved
 from .engine import Engine, EngineSettings, OptimizerFactory
-from .float8 import float8_problems
 from .layout import Layout
 from .memory import Job, pieces, why_swiglu_is_plain
 from .mesh import Mesh
 from .offload import OffloadAccount, torch_offload_cost
 from .speed import Moved, torch_moved
-from .torch_engine import TorchEngine
+from .torch.assembly import SWIGLU
+from .torch.engine import TorchEngine
+from .torch.float8 import float8_problems
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config.parallel import ParallelConfig
 from ..config.problems import ConfigError, Problem
+from .config import ParallelConfig
 
 AXES = ("pp", "replicate", "shard", "cp", "tp")
 

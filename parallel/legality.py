@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config.parallel import ParallelConfig
 from ..config.problems import Problem
 from ..models.llama import Llama
+from .config import ParallelConfig
 from .context.split import KINDS, context_problems, kind_problems
 from .layout import Layout, layout_problems
 from .pipeline.stages import SCHEDULES, legal_micro_batches, near_micro_batches, schedule_of, stage_count

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.distributed.tensor import Shard
 
-from ..config.parallel import ParallelConfig
-from ..models import swiglu
+from ..kernels import swiglu
+from ..kernels.loss import CHUNK
 from ..models.llama import Llama
-from ..models.loss import CHUNK
-from ..optim.parameters import NamedParameter, OnePass, Unsharded
+from ..optim.optimizers.parameters import NamedParameter, OnePass, Unsharded
 from .activation import MIXED, mixed_policies
+from .config import ParallelConfig
 from .engine import EngineSettings, OptimizerFactory
 from .layout import Layout
 from .pipeline.stages import splits_backward
@@ -36,7 +36,7 @@ class Job:
     micro_batches     per rank and step
     precision         bf16, fp32 or fp64
     policies          of each block: none, selective, full or offload; compiled: whether blocks are compiled
-    fused             whether SwiGLU is computed inside the products around it (`models/swiglu.py`)
+    fused             whether SwiGLU is computed inside the products around it (`kernels/swiglu.py`)
     """
 
     seq_len: int
@@ -109,7 +109,7 @@ def optimizer_bytes(make: OptimizerFactory, own: Sequence[Piece], model: Llama, 
 def why_swiglu_is_plain(
     model: Llama, parallel: ParallelConfig, settings: EngineSettings, policies: Sequence[str]
 ) -> str | None:
-    """Why no block computes SwiGLU inside the products around it (`models/swiglu.py`), on whatever GPU; None if some may."""
+    """Why no block computes SwiGLU inside the products around it (`kernels/swiglu.py`), on whatever GPU; None if some may."""
     if parallel.engine != "torch":
         return "DeepSpeed runs the blocks as they are"
     if parallel.tp > 1:

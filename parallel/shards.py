@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from ..optim.parameters import NamedParameter
+from ..optim.optimizers.parameters import NamedParameter
 from .fragment import Box
 from .mesh import Mesh
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..config.parallel import ParallelConfig
 from ..models.llama import Llama
+from .config import ParallelConfig
 from .cost import LayoutCost, RankCost
 from .layout import Layout, uses_fsdp
 from .memory import BYTES, EXACT, Job, block_bytes
@@ -104,7 +104,7 @@ def step_seconds(
 def torch_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: Job) -> Traffic:
     """What the torch engine moves.
 
-    For M micro-batches, over w ranks that share the weights' state and c that hold copies of it (`zero.py`, `masters.py`):
+    For M micro-batches, over w ranks that share the weights' state and c that hold copies of it:
 
     whole weights   gradients are read and sent once, in the computation's dtype where M is 1 and the masters' where they
                     are added up; weights are gathered once, in place

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from meshloom.config.compose import Composer
 from meshloom.launch.cli import COMMANDS
+from meshloom.trainer.schema import make_composer
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -79,7 +79,7 @@ def test_commands_exist_and_their_configs_compose(line: str, tmp_path: Path) -> 
     if "submitit" in line:
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs pip install 'meshloom[submitit]'")
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
-    composer = Composer()
+    composer = make_composer()
     for job in composer.expand(overrides):
         assert composer.compose(job).problems == []
 
@@ -99,7 +99,7 @@ def test_subcommands_that_are_named_exist(capfd: pytest.CaptureFixture[str]) -> 
 @cache
 def every_key() -> frozenset[str]:
     """Every config key of any option of any group."""
-    composer = Composer()
+    composer = make_composer()
     keys: set[str] = set()
 
     def walk(node: DictConfig, prefix: str) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from meshloom.config.parallel import ParallelConfig
+from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.context.split import KINDS
 from meshloom.parallel.pipeline.stages import SCHEDULES
-from parity import Difference, Work, differences
+from support.parity import Difference, Work, differences
 
 TOLERANCE = 1e-9
 DOCUMENT = Path(__file__).parent.parent / "docs" / "parallelism.md"

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ..config.problems import Problem
-from ..optim.laws import automatic_batch, automatic_lr
+from ..optim.scaling.laws import automatic_batch, automatic_lr
 from .build import build_model
 
 PREFIX = "auto:"

@@ -16,33 +16,36 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint.checkpointer import Checkpointer
+from ..checkpoint.config import CheckpointConfig
 from ..checkpoint.control import Control
 from ..checkpoint.errors import CheckpointError, HeldError
 from ..checkpoint.files import open_files
-from ..config import CheckpointConfig, LoggingConfig, ParallelConfig, TrainerConfig
 from ..config.duration import Duration, Unit
 from ..config.problems import ConfigError, Problem
 from ..data.loader import Loader
 from ..data.node import DataNode
 from ..models.llama import Llama
-from ..optim.batch import Controller
+from ..optim.batch.controller import Controller
 from ..optim.build import build_controller, build_optimizer, build_schedule
-from ..optim.coupling import Coupling
 from ..optim.horizon import Horizon
-from ..optim.parameters import NamedParameter, Shards
+from ..optim.optimizers.parameters import NamedParameter, Shards
+from ..optim.schedules.coupling import Coupling
+from ..parallel.config import ParallelConfig
 from ..parallel.engine import EngineSettings, OptimizerFactory
 from ..parallel.engines import make_engine
 from ..parallel.legality import micro_batch_unit
 from ..parallel.mesh import Mesh
-from .evaluate import Evaluation, share_of_validation
-from .garbage import CollectGarbage
-from .hooks import Hook
-from .loggers import default_loggers
+from .all_ranks import together
+from .config import TrainerConfig
+from .hooks.base import Hook
+from .hooks.evaluation import Evaluation, share_of_validation
+from .hooks.garbage import CollectGarbage
+from .hooks.loggers.config import LoggingConfig
+from .hooks.loggers.defaults import default_loggers
+from .hooks.profiling import ProfileStep
+from .hooks.sampling import SampleText, TextCodec
+from .hooks.saving import Saving
 from .loop import Loop
-from .profiling import ProfileStep
-from .sampling import SampleText, TextCodec
-from .saving import Saving
-from .together import together
 
 log = logging.getLogger(__name__)
 

@@ -15,20 +15,20 @@ import torch
 
 from ..data.batch import GlobalBatch
 from ..data.loader import Loader
-from ..optim.batch import Controller
-from ..optim.coupling import Coupling
+from ..optim.batch.controller import Controller
+from ..optim.batch.statistics import GradientStatistics
 from ..optim.horizon import Horizon
 from ..optim.progress import Progress
-from ..optim.schedule import Schedule
-from ..optim.statistics import GradientStatistics
+from ..optim.schedules.coupling import Coupling
+from ..optim.schedules.schedule import Schedule
 from ..parallel.engine import Engine
+from ..parallel.gradient_noise import Measure, Moments
 from ..parallel.mesh import Mesh
-from ..parallel.moments import Measure, Moments
+from .all_ranks import together
 from .clock import Moment
 from .deferred import Deferred
-from .hooks import Hook
+from .hooks.base import Hook
 from .signals import StopRequest
-from .together import together
 
 
 class TrainingDiverged(RuntimeError):

@@ -16,15 +16,16 @@ from ..checkpoint.files import is_remote, open_files
 from ..checkpoint.folder import find_latest
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.restore import RestoreReport, holds_checkpoint, read_state, restore
-from ..config import RunConfig
 from ..config.compose import differences, drop_unknown, resumed
 from ..config.problems import ConfigError, Problem
+from ..config.renames import with_moved_targets
 from ..data.node import DataNode
 from ..optim.progress import Progress
 from ..parallel.fragment import Fragment
 from .build import Run, build_control, checkpoint_folder
-from .hooks import named
+from .hooks.base import named
 from .loop import Loop
+from .schema import RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def effective(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig,
         raise ConfigError([Problem("resume", f"there is no going on from '{checkpoint}': {error}", fix)]) from error
     if _is_import(state):
         return config, checkpoint
-    saved = state["config"]
+    saved = with_moved_targets(state["config"])
     typed, kept = OmegaConf.structured(RunConfig), resumed(saved, config, overrides)
     for key in drop_unknown(kept):
         log.info("resumed run leaves out %s, which is no key of this version", key)

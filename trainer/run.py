@@ -11,19 +11,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint.errors import HeldError
 from ..checkpoint.lock import FolderLock
+from ..config.cache import cache_folder
 from ..config.problems import ConfigError, Problem
-from ..data.cache import cache_folder
 from ..data.node import DataNode
 from ..data.order import Shuffled
 from ..parallel.engines import begin_compiling
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, environment_world_size, pick_device
-from .bent_rules import bent_rules
+from .all_ranks import FailedElsewhere, on_main, together
 from .build import Parts, Run, build_data, build_model, build_run, checkpoint_folder, engine_settings
+from .layout_dependence import bent_rules
 from .loop import TrainingDiverged
 from .resume import effective, lies_in, restore_run
 from .signals import StopRequest
-from .together import FailedElsewhere, on_main, together
 from .validate import asked, run_problems
 
 log = logging.getLogger(__name__)

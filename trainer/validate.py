@@ -11,20 +11,20 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..config.checkpoint import checkpoint_problems
+from ..checkpoint.config import checkpoint_problems
 from ..config.problems import ConfigError, Problem
 from ..config.validate import PRECISIONS, config_problems
-from ..optim.agvm import AGVM
 from ..optim.build import build_controller, build_schedule
-from ..optim.parameters import NamedParameter, Unsharded
+from ..optim.optimizers.agvm import AGVM
+from ..optim.optimizers.parameters import NamedParameter, Unsharded
 from ..optim.progress import Progress
 from ..parallel.engines import engine_problems
-from ..parallel.float8 import float8_size_problems
+from ..parallel.gradient_noise import moments_problems
 from ..parallel.layout import Layout, layout_problems
 from ..parallel.legality import Work, key_problems, layout_and_model_problems, model_problems
 from ..parallel.memory import block_policies
-from ..parallel.moments import moments_problems
 from ..parallel.pipeline.stages import SCHEDULES
+from ..parallel.torch.float8 import float8_size_problems
 from .automatic import resolve_automatic
 from .build import (
     Parts,
@@ -37,8 +37,8 @@ from .build import (
     engine_settings,
     optimizer_factory,
 )
-from .hooks import hook_problems
-from .loggers import logging_problems
+from .hooks.base import hook_problems
+from .hooks.loggers.config import logging_problems
 
 
 def run_problems(config: DictConfig, world_size: int) -> list[Problem]:

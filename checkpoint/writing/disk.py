@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...config import cache
 from ..digest import BLOCK_BYTES, block_digests, leaf_digests
 from ..faults import reach
 
@@ -162,11 +163,7 @@ def write_small(path: Path, data: bytes, boundary: str) -> None:
 def sync_folder(folder: Path, boundary: str) -> None:
     """Make the entries of a folder durable."""
     reach(f"{boundary}.fsync.before")
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    cache.sync_folder(folder)
     reach(f"{boundary}.fsync.after")
 
 

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...models.attention import segments_of
-from ...models.attention_kernels import Segments, block_backward, block_forward, segments_backward, segments_forward
+from ...kernels.attention import segments_of
+from ...kernels.attention_blocks import Segments, block_backward, block_forward, segments_backward, segments_forward
 from .ring_plan import RingPlan, Step, plan_ring, plan_whole
 
 

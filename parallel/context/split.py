@@ -16,11 +16,11 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from ...config.parallel import ParallelConfig
 from ...config.problems import Problem
 from ...data.batch import MicroBatch
-from ...models.attention import attend, positions
+from ...kernels.attention import attend, positions
 from ...models.llama import Llama
+from ..config import ParallelConfig
 from ..mesh import Mesh
 from .ring import Ring, ring_attend
 from .ring_plan import held

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from ...models.attention import Attend
+from ...kernels.attention import Attend
 
 
 def ulysses_attend(

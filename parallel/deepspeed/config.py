@@ -13,8 +13,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ...config.parallel import ParallelConfig
 from ...config.problems import Problem
+from ..config import ParallelConfig
 from .keys import ALIASES, COUNTS, DECIDED, LOSSY, NEEDED, NULLABLE, OPEN, REFUSED, REMOVED, SWITCHES, WORDS
 
 Tree = dict[str, Any]

@@ -22,17 +22,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...config.parallel import ParallelConfig
 from ...data.batch import MicroBatch
 from ...models.init import fill
 from ...models.llama import Llama
-from ...optim.parameters import NamedParameter
+from ...optim.optimizers.parameters import NamedParameter
 from ..activation import apply_policies
+from ..config import ParallelConfig
 from ..engine import EngineSettings, OptimizerFactory, StepLoss, send
 from ..fragment import Fragment
+from ..gradient_noise import GradientMoments, Measure, Moments
 from ..memory import block_policies
 from ..mesh import Mesh
-from ..moments import GradientMoments, Measure, Moments
 from ..shards import Placed
 from .config import QUANTISED, derive, lossy_features
 from .optimizer import FlatPieces, cpu_adam, require_op

@@ -29,8 +29,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ...config.parallel import ParallelConfig
 from ...models.llama import Llama
+from ..config import ParallelConfig
 from ..cost import RankCost
 from ..memory import Job
 from ..offload import OffloadAccount, pinned

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ...config.problems import ConfigError, Problem
-from ...optim.parameters import NamedParameter
+from ...optim.optimizers.parameters import NamedParameter
 from ..engine import OptimizerFactory
 
 

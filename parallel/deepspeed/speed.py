@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...config.parallel import ParallelConfig
+from ..config import ParallelConfig
 from ..cost import RankCost
 from ..layout import Layout
 from ..memory import BYTES, EXACT, Job

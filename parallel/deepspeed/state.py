@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ...optim.parameters import before_updates
+from ...optim.optimizers.parameters import before_updates
 from ..fragment import Fragment, boxes_of_flat_range
 
 foreach: Any = torch  # the _foreach functions have no types

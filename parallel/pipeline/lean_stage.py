@@ -19,7 +19,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
-from ..gathering import fsdp_parameters
+from ..torch.fsdp_gather import fsdp_parameters
 
 
 class LeanStage(PipelineStage):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.torch_version import TorchVersion
 
-from ...config.parallel import ParallelConfig
+from ..config import ParallelConfig
 from ..mesh import Mesh
 from ..shards import local
 from .lean_stage import LeanStage

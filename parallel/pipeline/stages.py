@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from itertools import count as naturals
 
-from ...config.parallel import ParallelConfig
 from ...models.llama import Llama
+from ..config import ParallelConfig
 
 Layers = range
 

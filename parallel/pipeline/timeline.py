@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.pipelining.schedules import get_schedule_class
 
-from ...config.parallel import ParallelConfig
+from ..config import ParallelConfig
 from .stages import schedule_of, stage_count, stage_ranks
 
 FORWARD, BACKWARD, INPUT, WEIGHT = "F", "B", "I", "W"

@@ -26,9 +26,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from ...config.parallel import ParallelConfig
 from ...config.problems import Problem
 from ...models.llama import Llama
+from ..config import ParallelConfig
 from .vocabulary import VocabularyParallelLoss
 
 STREAM: Literal["stream"] = "stream"  # where the residual stream lies; it depends on the batch

@@ -1,4 +1,4 @@
-"""Cross-entropy with the head's rows spread over the tensor-parallel ranks: `models/loss.py`, one vocabulary slice each.
+"""Cross-entropy with the head's rows spread over the tensor-parallel ranks: `kernels/loss.py`, one vocabulary slice each.
 
 Each rank computes its slice's logits of a chunk of tokens; the ranks exchange two numbers per token (log-sum-exp and
 target logit over their slices, one all-gather per chunk) and never a logit. Any vocabulary does: slices may differ in
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from ...models.loss import CHUNK, IGNORED, Merge, sliced_cross_entropy
+from ...kernels.loss import CHUNK, IGNORED, Merge, sliced_cross_entropy
 
 
 def merge_over(group: dist.ProcessGroup) -> Merge:

@@ -1,0 +1,256 @@
+"""Attention of one block of queries on one block of keys, forward and backward, with the log-sum-exp out in the open.
+
+`scaled_dot_product_attention` keeps the log-sum-exp of a row's scores to itself. Whoever computes attention piecewise needs
+it: pieces of one row are merged by it, and the backward pass of a piece is that of the whole once it is given the whole
+row's output and log-sum-exp: P = exp(S − LSE), dS = P ∘ (dP − rowsum(dO ∘ O)) (FlashAttention-2, arXiv 2307.08691, 3.1.2).
+
+Shape legend: B batch, Q queries, T keys, H query heads, K key/value heads (H is a multiple of K), D head dim.
+"Half" is bfloat16 or float16. Log-sum-exps are fp32, or fp64 for fp64 inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+import torch
+
+from . import flash4
+
+aten = torch.ops.aten
+
+Kernel = Literal["cudnn", "flash", "flash4"]
+
+dense_kernel: Kernel = "cudnn"
+"""Kernel for half precision on a GPU; `attention_timing.py` sets it. cuDNN's is fast on Hopper; flash runs everywhere."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Sequences laid end to end along one dim, each a causal world of its own.
+
+    lengths  of each; bounds (segments + 1,) int32 on the device: where each begins, and the end of the last
+    """
+
+    lengths: tuple[int, ...]
+    bounds: torch.Tensor
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> Segments:
+        """Segments of these lengths, for tensors on this device."""
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=device.type == "cuda")
+        return cls(tuple(lengths), bounds.to(device, non_blocking=True))
+
+
+def block_forward(
+    q_BQHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, *, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every query on every key, or with `causal` (Q = T) on the keys up to its own.
+
+    Returns the output (B, Q, H, D) in the inputs' type and the log-sum-exp (B, H, Q).
+    """
+    assert not causal or q_BQHD.shape[1] == k_BTKD.shape[1], "a causal block is square"
+    match kernel_for(q_BQHD):
+        case "math":
+            return _math_forward(q_BQHD, k_BTKD, v_BTKD, causal, scale)
+        case "flash":
+            q_len, k_len = q_BQHD.shape[1], k_BTKD.shape[1]
+            out_BQHD, lse_BHQ, *_ = aten._flash_attention_forward(
+                q_BQHD, k_BTKD, v_BTKD, None, None, q_len, k_len, 0.0, causal, False, scale=scale
+            )
+            return out_BQHD, lse_BHQ
+        case "flash4":
+            return flash4.forward(q_BQHD, k_BTKD, v_BTKD, causal=causal, scale=scale)
+        case "cudnn":
+            out_BHQD, lse_BHQ1, *_ = aten._scaled_dot_product_cudnn_attention(
+                *_heads_first(q_BQHD, k_BTKD, v_BTKD), None, True, 0.0, causal, False, scale=scale
+            )
+            return out_BHQD.transpose(1, 2), lse_BHQ1.view(out_BHQD.shape[:3])
+        case "cpu":
+            out_BHQD, lse_BHQ = aten._scaled_dot_product_flash_attention_for_cpu(
+                *_heads_first(q_BQHD, k_BTKD, v_BTKD), 0.0, causal, scale=scale
+            )
+            return out_BHQD.transpose(1, 2), lse_BHQ
+
+
+def block_backward(
+    dout_BQHD: torch.Tensor,
+    q_BQHD: torch.Tensor,
+    k_BTKD: torch.Tensor,
+    v_BTKD: torch.Tensor,
+    out_BQHD: torch.Tensor,
+    lse_BHQ: torch.Tensor,
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """This block's share of the gradients (dq, dk, dv), shaped as the inputs.
+
+    out_BQHD, lse_BHQ: of the whole rows, that is merged over every block of keys, not only this one.
+    """
+    lse_BHQ = lse_BHQ.contiguous()
+    match kernel_for(q_BQHD):
+        case "math":
+            return _math_backward(dout_BQHD, q_BQHD, k_BTKD, v_BTKD, out_BQHD, lse_BHQ, causal, scale)
+        case "flash":
+            q_len, k_len = q_BQHD.shape[1], k_BTKD.shape[1]
+            random_state, unused = _no_dropout(q_BQHD)
+            return aten._flash_attention_backward(
+                *(dout_BQHD.contiguous(), q_BQHD, k_BTKD, v_BTKD, out_BQHD, lse_BHQ, None, None, q_len, k_len),
+                *(0.0, causal, random_state, unused),
+                scale=scale,
+            )
+        case "flash4":
+            return flash4.backward(dout_BQHD, q_BQHD, k_BTKD, v_BTKD, out_BQHD, lse_BHQ, causal=causal, scale=scale)
+        case "cudnn":
+            seed = torch.zeros((), dtype=torch.int64, device=q_BQHD.device)
+            dout_BHQD, q_BHQD, k_BKTD, v_BKTD, out_BHQD = _heads_first(dout_BQHD, q_BQHD, k_BTKD, v_BTKD, out_BQHD)
+            grads = aten._scaled_dot_product_cudnn_attention_backward(
+                *(dout_BHQD, q_BHQD, k_BKTD, v_BKTD, out_BHQD, lse_BHQ.unsqueeze(-1), seed, seed, None, None, None),
+                *(q_BQHD.shape[1], k_BTKD.shape[1], 0.0, causal),
+                scale=scale,
+            )
+        case "cpu":
+            dout_BHQD, q_BHQD, k_BKTD, v_BKTD, out_BHQD = _heads_first(dout_BQHD, q_BQHD, k_BTKD, v_BTKD, out_BQHD)
+            grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                dout_BHQD, q_BHQD, k_BKTD, v_BKTD, out_BHQD, lse_BHQ, 0.0, causal, scale=scale
+            )
+    dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+    return dq, dk, dv
+
+
+def segments_forward(
+    q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, segments: Segments, *, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention inside each segment of the only row (B = 1). Returns (1, T, H, D) and the log-sum-exp (1, H, T)."""
+    assert q_BTHD.shape[0] == 1, "segments lie in one row"
+    longest = max(segments.lengths)
+    if kernel_for(q_BTHD) == "flash4":
+        row = (q_BTHD[0], k_BTKD[0], v_BTKD[0])
+        out_THD, lse_HT = flash4.forward(*row, causal=True, scale=scale, bounds=segments.bounds, longest=longest)
+        return out_THD[None], lse_HT[None]
+    if kernel_for(q_BTHD) in ("flash", "cudnn"):
+        out_THD, lse_HT, *_ = aten._flash_attention_forward(
+            *(q_BTHD[0], k_BTKD[0], v_BTKD[0], segments.bounds, segments.bounds, longest, longest, 0.0, True, False),
+            scale=scale,
+        )
+        return out_THD[None], lse_HT[None]
+    out = torch.empty_like(q_BTHD)
+    lse = q_BTHD.new_empty(1, q_BTHD.shape[2], q_BTHD.shape[1], dtype=_exact(q_BTHD))
+    for at in _ranges(segments.lengths):
+        out[:, at], lse[:, :, at] = block_forward(q_BTHD[:, at], k_BTKD[:, at], v_BTKD[:, at], causal=True, scale=scale)
+    return out, lse
+
+
+def segments_backward(
+    dout_BTHD: torch.Tensor,
+    q_BTHD: torch.Tensor,
+    k_BTKD: torch.Tensor,
+    v_BTKD: torch.Tensor,
+    out_BTHD: torch.Tensor,
+    lse_BHT: torch.Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients (dq, dk, dv) of `segments_forward`; `out_BTHD` and `lse_BHT` of the whole rows, as in `block_backward`."""
+    longest = max(segments.lengths)
+    if kernel_for(q_BTHD) == "flash4":
+        row = (dout_BTHD[0], q_BTHD[0], k_BTKD[0], v_BTKD[0], out_BTHD[0], lse_BHT[0])
+        grads = flash4.backward(*row, causal=True, scale=scale, bounds=segments.bounds, longest=longest)
+        dq, dk, dv = (grad[None] for grad in grads)
+        return dq, dk, dv
+    if kernel_for(q_BTHD) in ("flash", "cudnn"):
+        random_state, unused = _no_dropout(q_BTHD)
+        dq, dk, dv = aten._flash_attention_backward(
+            *(dout_BTHD[0].contiguous(), q_BTHD[0], k_BTKD[0], v_BTKD[0], out_BTHD[0], lse_BHT[0].contiguous()),
+            *(segments.bounds, segments.bounds, longest, longest, 0.0, True, random_state, unused),
+            scale=scale,
+        )
+        return dq[None], dk[None], dv[None]
+    dq, dk, dv = torch.empty_like(q_BTHD), torch.empty_like(k_BTKD), torch.empty_like(v_BTKD)
+    for at in _ranges(segments.lengths):
+        q, k, v = q_BTHD[:, at], k_BTKD[:, at], v_BTKD[:, at]
+        dq[:, at], dk[:, at], dv[:, at] = block_backward(
+            dout_BTHD[:, at], q, k, v, out_BTHD[:, at], lse_BHT[:, :, at], causal=True, scale=scale
+        )
+    return dq, dk, dv
+
+
+def kernel_for(q: torch.Tensor) -> Literal["cpu", "cudnn", "flash", "flash4", "math"]:
+    """Fused kernels on a GPU know half precision and head dims that are multiples of 8, most only up to 128."""
+    if q.device.type == "cpu":
+        return "cpu"
+    dim = q.shape[-1]
+    if q.dtype not in (torch.bfloat16, torch.float16) or dim % 8 or dim > 256:
+        return "math"
+    return "flash" if dim > flash4.LARGEST_HEAD else dense_kernel
+
+
+def _exact(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _heads_first(*tensors_BSHD: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor.transpose(1, 2) for tensor in tensors_BSHD]
+
+
+def _no_dropout(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The random state that flash's backward wants although it draws nothing."""
+    return torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+
+
+def _ranges(lengths: Sequence[int]) -> list[slice]:
+    ranges: list[slice] = []
+    start = 0
+    for length in lengths:
+        ranges.append(slice(start, start + length))
+        start += length
+    return ranges
+
+
+def _scores(q_BQHD: torch.Tensor, k_BTKD: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
+    """(B, K, H/K, Q, T) in fp32 or fp64, −inf where a key is not seen."""
+    exact = _exact(q_BQHD)
+    q_BQKGD = q_BQHD.to(exact).unflatten(2, (k_BTKD.shape[2], -1))
+    scores = torch.einsum("bqkgd,btkd->bkgqt", q_BQKGD, k_BTKD.to(exact)) * scale
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores.masked_fill_(later, -torch.inf)
+    return scores
+
+
+def _math_forward(
+    q_BQHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula itself, with all Q × T scores in memory: for types and head dims that no fused kernel takes."""
+    scores = _scores(q_BQHD, k_BTKD, causal, scale)
+    lse_BKGQ = scores.logsumexp(-1)
+    weights = torch.exp(scores - lse_BKGQ[..., None])
+    out = torch.einsum("bkgqt,btkd->bqkgd", weights, v_BTKD.to(weights.dtype))
+    return out.flatten(2, 3).to(q_BQHD.dtype), lse_BKGQ.flatten(1, 2)
+
+
+def _math_backward(
+    dout_BQHD: torch.Tensor,
+    q_BQHD: torch.Tensor,
+    k_BTKD: torch.Tensor,
+    v_BTKD: torch.Tensor,
+    out_BQHD: torch.Tensor,
+    lse_BHQ: torch.Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    exact, kv_heads = _exact(q_BQHD), k_BTKD.shape[2]
+    q, dout, out = (tensor.to(exact).unflatten(2, (kv_heads, -1)) for tensor in (q_BQHD, dout_BQHD, out_BQHD))
+    k, v = k_BTKD.to(exact), v_BTKD.to(exact)
+    weights = torch.exp(_scores(q_BQHD, k_BTKD, causal, scale) - lse_BHQ.unflatten(1, (kv_heads, -1))[..., None])
+    dv = torch.einsum("bkgqt,bqkgd->btkd", weights, dout)
+    dweights = torch.einsum("bqkgd,btkd->bkgqt", dout, v)
+    delta_BKGQ1 = (dout * out).sum(-1).permute(0, 2, 3, 1)[..., None]
+    dscores = weights * (dweights - delta_BKGQ1) * scale
+    dq = torch.einsum("bkgqt,btkd->bqkgd", dscores, k).flatten(2, 3)
+    dk = torch.einsum("bkgqt,bqkgd->btkd", dscores, q)
+    return dq.to(q_BQHD.dtype), dk.to(k_BTKD.dtype), dv.to(v_BTKD.dtype)

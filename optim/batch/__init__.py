@@ -1,0 +1,1 @@
+"""How many samples a step takes, and what is measured to decide it."""

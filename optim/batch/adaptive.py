@@ -1,0 +1,283 @@
+"""Batch-size controllers that measure: the tests of adaptive sampling, the noise scale, and the critical batch of a loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NotRequired, TypedDict, Unpack
+
+from ..horizon import Horizon
+from ..progress import Progress
+from .controller import Controller
+from .statistics import GradientStatistics, MovingMeans
+
+
+class AdaptiveOptions(TypedDict):
+    """Keys of every measuring controller: see `Adaptive` for what they mean, and for the defaults where not said."""
+
+    samples: int
+    max: int
+    interval: NotRequired[int]
+    ema: NotRequired[float]
+    growth: NotRequired[float | None]
+    shrink: NotRequired[bool]
+    multiple: NotRequired[int | None]
+    micro_growth: NotRequired[float]
+
+
+class Adaptive(Controller):
+    """The base: a target that measurements move, in bounds.
+
+    samples   the size at the start, and the smallest
+    max       the largest size
+    interval  steps between decisions; with no smoothing, only those steps are measured
+    ema       weight of the past in the moving means that decisions are taken from; 0: the newest measurement alone
+    growth    a decision changes the size at most by this factor, up to rounding; None: no limit
+    shrink    whether the size may fall again
+    multiple, micro_growth  see `Controller`
+    """
+
+    def __init__(
+        self,
+        horizon: Horizon,
+        divisor: int,
+        samples: int,
+        max: int,
+        interval: int = 1,
+        ema: float = 0.0,
+        growth: float | None = 2.0,
+        shrink: bool = False,
+        multiple: int | None = None,
+        micro_growth: float = 1,
+    ) -> None:
+        super().__init__(horizon, divisor, samples, max, multiple, micro_growth)
+        self.interval, self.growth, self.shrink = interval, growth, shrink
+        self._means = MovingMeans(ema)
+        self._target = float(samples)
+        if interval < 1:
+            self._problem("batch.interval", f"{interval} steps are no interval", "use 1 or more")
+        if not 0 <= ema < 1:
+            self._problem("batch.ema", f"{ema:g} is not a weight of the past", "use a number in [0, 1)")
+        if growth is not None and not growth > 1:
+            self._problem("batch.growth", f"a factor of {growth:g} lets nothing grow", "use more than 1, or null")
+
+    def _must_be_positive(self, **settings: float) -> None:
+        """Thresholds and constants at which a test would ask for no batch at all."""
+        for key, value in settings.items():
+            if not 0 < value < math.inf:
+                self._problem(f"batch.{key}", f"{value:g} gives no batch", "use a positive number")
+
+    def wanted(self) -> float | None:
+        """The size that the measurements so far ask for (infinity: more than any); None: they say nothing yet."""
+        raise NotImplementedError
+
+    def measure(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> dict[str, float] | None:
+        """The numbers to smooth; None where this step has none."""
+        raise NotImplementedError
+
+    def measures(self, progress: Progress) -> bool:
+        """Every step where past ones count, else those before a decision."""
+        return self.needs_statistics and (self._means.keep > 0 or (progress.step + 1) % self.interval == 0)
+
+    def next_batch(self, progress: Progress) -> int:
+        """The target, as a legal size."""
+        return self.rounded(max(self._target, self.samples))
+
+    def observe(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> None:
+        """Smooth the measurement and, every `interval` steps, move the target."""
+        numbers = self.measure(statistics, loss, progress)
+        if numbers is None or not all(math.isfinite(number) for number in numbers.values()):
+            return  # a step that diverged says nothing about the right batch
+        self._means.update(numbers)
+        wanted = self.wanted() if progress.step % self.interval == 0 else None
+        if wanted is None:
+            return
+        assert self.max is not None
+        now = float(self.next_batch(progress))
+        most = self.max if self.growth is None else min(self.max, now * self.growth)
+        least = now
+        if self.shrink:
+            least = self.samples if self.growth is None else max(self.samples, now / self.growth)
+        self._target = min(most, max(least, wanted))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The target before rounding, so that a resume on another layout rounds the same number, and the moving means."""
+        return {"kind": type(self).__name__, "target": self._target, "means": self._means.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave. A controller of another kind leaves the size that it had come to, if it had one."""
+        self._target = float(state.get("target", self.samples))
+        if state.get("kind") == type(self).__name__:
+            self._means.load_state_dict(state["means"])
+
+
+class FromStatistics(Adaptive):
+    """The base of those that decide from gradient statistics."""
+
+    needs_statistics = True
+
+    def measure(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> dict[str, float] | None:
+        """The moments, as unbiased as they come."""
+        if statistics is None or not statistics.finite:
+            return None
+        numbers = {
+            "variance": statistics.variance,
+            "signal": statistics.signal,
+            "square": statistics.batch_square,
+            "spread": statistics.spread,
+        }
+        if self.needs_projections:
+            if statistics.projection_square is None:
+                raise ValueError(
+                    f"batch={type(self).__name__}: this engine does not measure the products of the workers' gradients "
+                    "with their mean; choose batch=norm_test, or parallel.engine=torch"
+                )
+            numbers["along"] = statistics.projection_variance
+            numbers["across"] = statistics.orthogonal_variance
+        return numbers
+
+    @property
+    def noise_scale(self) -> float | None:
+        """tr Σ / ‖E g‖² of the moving means, in samples; infinite where no signal is seen; None before a measurement."""
+        return _ratio(self._means["variance"], self._means["signal"]) if "variance" in self._means else None
+
+
+def _ratio(noise: float, signal: float) -> float:
+    """noise / signal, where a signal that can't be seen makes any noise infinitely large."""
+    if noise <= 0:
+        return 0.0
+    return noise / signal if signal > 0 else math.inf
+
+
+def _smoothed(options: AdaptiveOptions) -> AdaptiveOptions:
+    """The options with defaults for following a number that is very noisy from step to step."""
+    return {"interval": 10, "ema": 0.95, "growth": 1.25, **options}
+
+
+class NormTest(FromStatistics):
+    """The norm test of AdAdaGrad (arXiv 2402.11215), from workers' gradients as in DDP-Norm and FSDP-Norm (2412.21124).
+
+    The batch b passes if tr Σ / b ≤ η² ‖g‖²; else the smallest batch that would pass is wanted.
+
+    eta       the noise allowed in the batch's gradient, relative to its norm: smaller asks for larger batches
+    unbiased  compare with the unbiased ‖E g‖², not with ‖g‖², in which the noise itself counts as signal
+    literal   compare the variance of the workers' means with the threshold for samples, which is the test as the papers'
+              text can be read, and asks for batches smaller by the factor of samples per worker
+    """
+
+    def __init__(
+        self,
+        horizon: Horizon,
+        divisor: int,
+        eta: float = 0.2,
+        unbiased: bool = False,
+        literal: bool = False,
+        **options: Unpack[AdaptiveOptions],
+    ) -> None:
+        super().__init__(horizon, divisor, **options)
+        self.eta, self.unbiased, self.literal = eta, unbiased, literal
+        self._must_be_positive(eta=eta)
+
+    def wanted(self) -> float | None:
+        """tr Σ / (η² ‖g‖²)."""
+        noise = self._means["spread" if self.literal else "variance"]
+        return _ratio(noise, self._means["signal" if self.unbiased else "square"]) / self.eta**2
+
+
+class InnerProduct(FromStatistics):
+    """The inner-product test (Bollapragada et al., arXiv 1710.11258; arXiv 2402.11215): noise along the gradient only.
+
+    The batch b passes if Var⟨g_i, g⟩ / b ≤ η² ‖g‖⁴; η is the papers' θ. The products are taken over the whole gradient
+    vector, covariances between tensors included.
+    """
+
+    needs_projections = True
+
+    def __init__(self, horizon: Horizon, divisor: int, eta: float = 0.5, **options: Unpack[AdaptiveOptions]) -> None:
+        super().__init__(horizon, divisor, **options)
+        self.eta = eta
+        self._must_be_positive(eta=eta)
+
+    def wanted(self) -> float | None:
+        """Var⟨g_i, g⟩ / (η² ‖g‖⁴)."""
+        return _ratio(self._means["along"], self._means["square"] ** 2) / self.eta**2
+
+
+class Augmented(InnerProduct):
+    """The augmented inner-product test: beside the inner-product test, noise orthogonal to the gradient is bounded too.
+
+    nu  the orthogonality test passes if tr Cov(g_i − ⟨g_i, g⟩ g / ‖g‖²) / b ≤ ν² ‖g‖²
+    """
+
+    def __init__(
+        self, horizon: Horizon, divisor: int, eta: float = 0.5, nu: float = 1.0, **options: Unpack[AdaptiveOptions]
+    ) -> None:
+        super().__init__(horizon, divisor, eta, **options)
+        self.nu = nu
+        self._must_be_positive(nu=nu)
+
+    def wanted(self) -> float | None:
+        """The larger of what the two tests ask for."""
+        along = _ratio(self._means["along"], self._means["square"] ** 2) / self.eta**2
+        return max(along, _ratio(self._means["across"], self._means["square"]) / self.nu**2)
+
+
+class NoiseScale(FromStatistics):
+    """The batch follows the simple noise scale tr Σ / ‖E g‖² (McCandlish et al., arXiv 1812.06162).
+
+    eta  the size, as a multiple of the noise scale: at 1 a step makes half the progress that an infinite batch would
+
+    Smoothed unless told otherwise: interval 10, ema 0.95, growth 1.25.
+    """
+
+    def __init__(self, horizon: Horizon, divisor: int, eta: float = 1.0, **options: Unpack[AdaptiveOptions]) -> None:
+        super().__init__(horizon, divisor, **_smoothed(options))
+        self.eta = eta
+        self._must_be_positive(eta=eta)
+
+    def wanted(self) -> float | None:
+        """η × noise scale."""
+        noise_scale = self.noise_scale
+        return None if noise_scale is None else self.eta * noise_scale
+
+
+class CriticalLoss(Adaptive):
+    """The batch follows the critical batch of the loss reached, B_crit(L) = B_* / L^(1/α_B) tokens (Kaplan et al.,
+    arXiv 2001.08361; arXiv 2403.06563). Needs no gradient statistics.
+
+    eta     the size, as a multiple of the critical batch
+    tokens  B_*, in tokens: depends on data and tokenizer, and is best fitted to runs of one's own (`meshloom fit`)
+    alpha   α_B
+
+    Smoothed unless told otherwise: interval 10, ema 0.95, growth 1.25.
+    """
+
+    needs_loss = True
+
+    def __init__(
+        self,
+        horizon: Horizon,
+        divisor: int,
+        eta: float = 1.0,
+        tokens: float = 2.1e8,
+        alpha: float = 0.21,
+        **options: Unpack[AdaptiveOptions],
+    ) -> None:
+        super().__init__(horizon, divisor, **_smoothed(options))
+        self.eta, self.tokens, self.alpha = eta, tokens, alpha
+        self._must_be_positive(eta=eta, tokens=tokens, alpha=alpha)
+
+    def measure(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> dict[str, float] | None:
+        """The loss."""
+        return {"loss": loss}
+
+    @property
+    def noise_scale(self) -> float | None:
+        """The critical batch in samples, to which the noise scale is an approximation; None before a measurement."""
+        if "loss" not in self._means or self._means["loss"] <= 0:
+            return None
+        return self.tokens / self._means["loss"] ** (1 / self.alpha) / self.horizon.seq_len
+
+    def wanted(self) -> float | None:
+        """η × B_crit(loss)."""
+        critical = self.noise_scale
+        return None if critical is None else self.eta * critical

@@ -1,0 +1,85 @@
+"""AdamW on local shards: the update of an element needs nothing but that element, so no rank asks another."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .bounds import NOT_NEGATIVE, outside, refuse, unlike_betas
+from .parameters import NamedParameter, Shards, decay_groups
+
+FUSED_DEVICES = ("cuda", "cpu")
+
+
+class AdamW(torch.optim.AdamW):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101).
+
+    fused  one kernel for the whole update; None: where all shards are floating-point tensors on a device that has it
+    label  see `decay_groups`
+
+    Of fp32 weights on a GPU with Triton the update is our own kernel, which also does what `OnePass` says; of others, torch's.
+    """
+
+    gradient_scale: torch.Tensor | None = None
+
+    def __init__(
+        self,
+        parameters: Sequence[NamedParameter],
+        shards: Shards,
+        lr: float = 3e-4,
+        weight_decay: float = 0.1,
+        betas: Sequence[float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        fused: bool | None = None,
+        label: Callable[[str], str] | None = None,
+    ) -> None:
+        refuse([*unlike_betas(betas), *outside(NOT_NEGATIVE, weight_decay=weight_decay, eps=eps)])
+        first, second = betas
+        if fused is None:
+            fused = all(p.tensor.device.type in FUSED_DEVICES and p.tensor.is_floating_point() for p in parameters)
+        super().__init__(
+            decay_groups(parameters, weight_decay, label),
+            lr=lr,
+            betas=(first, second),
+            eps=eps,
+            weight_decay=weight_decay,
+            fused=fused or None,
+            foreach=None if fused else True,
+        )
+        self._computed = {p.tensor: p.computed for p in parameters if p.computed is not None}
+        self._kernel = fused and importlib.util.find_spec("triton") is not None
+
+    @property
+    def one_pass(self) -> bool:
+        """See `OnePass`."""
+        held = (tensor for group in self.param_groups for tensor in group["params"])
+        return self._kernel and all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in held)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One update."""
+        if not self.one_pass or closure is not None:
+            assert self.gradient_scale is None, "only the one-pass update scales gradients"
+            return super().step(closure)
+        from ...kernels.triton_adamw import adamw_update
+
+        for group in self.param_groups:
+            settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if "exp_avg" not in state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+                state["step"] += 1
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                computed = self._computed.get(weight)
+                adamw_update(
+                    *(weight, weight.grad, *moments, computed, self.gradient_scale), step=float(state["step"]), **settings
+                )
+        self.gradient_scale = None
+        return None

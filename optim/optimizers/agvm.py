@@ -1,0 +1,154 @@
+"""AGVM: adaptive gradient variance modulation, AdamW with a learning rate per kind of module (Xue et al., 2022).
+
+With a large batch, the gradients of some modules are already nearly free of noise while others' are not. AGVM measures how
+much two halves of a batch disagree about each module and slows down or speeds up modules until they disagree as much as
+the anchor does.
+
+It asks one thing of the engine, at the steps where `wants_halves`: after the gradient is complete and before it is clipped,
+`observe_halves(first)` with the part of each gradient that came from one half of the batch, in the order of the parameters
+and sharded and scaled as `.grad` is. Where each rank accumulates over micro-batches that is a copy of the (reduced)
+gradient after the first half of them; the other half is the difference.
+
+An exception to the promise that a run is a function of its recipe alone: which samples make up a half depends on how the
+batch is dealt to ranks, so the measured disagreements, and with them the learning rates, differ a little between layouts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ...config.problems import ConfigError, Problem
+from .adamw import AdamW
+from .bounds import COUNT, FRACTION, NOT_NEGATIVE, outside, refuse
+from .parameters import NamedParameter, Shards
+
+MODULES = {
+    "embedding": r"^embed",
+    "head": r"^head",
+    "attention": r"\.attention\.",
+    "experts": r"\.experts?\.",
+    "ffn": r"\.(ffn|feed_forward|mlp|moe)\.",
+}
+"""Kinds of modules by patterns in their parameters' names, the first that matches; what none matches is "other"."""
+
+FLOOR = 1e-6  # keeps the ratio of two disagreements finite where halves agree
+
+
+def _pattern(name: str, written: str) -> re.Pattern[str]:
+    try:
+        return re.compile(written)
+    except re.error as error:
+        fix = "give a regular expression for parameters' names"
+        raise ConfigError([Problem(f"optim.modules.{name}", f"'{written}' is no pattern ({error})", fix)]) from error
+
+
+class AGVM(AdamW):
+    """AdamW whose rate for each kind of module i is lr · s_i.
+
+    D_i = 1 − cos(a_i, b_i), a and b the halves' gradients of module i, preconditioned by 1 / (√v + eps);
+    μ_i = √clamp(D_anchor / D_i, 0.5, 10);  s_i ← smoothing · s_i + (1 − smoothing) · μ_i
+
+    interval   steps between measurements; the paper's code takes 10, and 5 for batches beyond a thousand
+    begin      first step that is measured: the warm-up's end
+    anchor     the module whose disagreement is the measure
+    modules    name → pattern in parameter names; none: MODULES
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[NamedParameter],
+        shards: Shards,
+        lr: float = 3e-4,
+        weight_decay: float = 0.1,
+        betas: Sequence[float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        fused: bool | None = None,
+        interval: int = 10,
+        begin: int = 0,
+        anchor: str = "attention",
+        smoothing: float = 0.97,
+        modules: Mapping[str, str] | None = None,
+    ) -> None:
+        refuse(
+            [*outside(COUNT, interval=interval), *outside(NOT_NEGATIVE, begin=begin), *outside(FRACTION, smoothing=smoothing)]
+        )
+        patterns = {name: _pattern(name, written) for name, written in (modules or MODULES).items()}
+        self._names = [*patterns, "other"]
+        if anchor not in self._names:
+            fix = f"choose one of {', '.join(self._names)}"
+            raise ConfigError([Problem("optim.anchor", f"'{anchor}' is none of the modules", fix)])
+        self._label: Callable[[str], str] = lambda name: next((k for k, p in patterns.items() if p.search(name)), "other")
+        self._module = torch.tensor([self._names.index(self._label(p.name)) for p in parameters])
+        self._shards = shards
+        self._parameters = list(parameters)
+        self._interval, self._begin, self._anchor, self._smoothing = interval, begin, anchor, smoothing
+        self._eps = eps
+        super().__init__(parameters, shards, lr, weight_decay, betas, eps, fused, label=self._label)
+
+    @property
+    def wants_halves(self) -> bool:
+        """Whether the step about to be taken should be measured; never the first, before there are second moments."""
+        updates = int(self._counters.get("updates", 0))
+        return updates >= max(1, self._begin) and updates % self._interval == 0
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """s_i of each module."""
+        return {name: float(self._counters.get(f"scale.{name}", 1.0)) for name in self._names}
+
+    @property
+    def _counters(self) -> dict[str, Any]:
+        """Any parameter's state: counters are the same in all."""
+        return self.state[self._parameters[0].tensor]
+
+    def first_counters(self) -> dict[str, float]:
+        """Every module begins at the scheduled rate."""
+        return {f"scale.{name}": 1.0 for name in self._names}
+
+    @torch.no_grad()
+    def observe_halves(self, first: Sequence[torch.Tensor]) -> None:
+        """first: parallel to the parameters; see the module. One collective, and one more between pipeline stages.
+
+        The host waits here for a GPU: the disagreements decide on rates, which it gives out as numbers, in this very step.
+        """
+        products: list[torch.Tensor] = []
+        for parameter, half in zip(self._parameters, first, strict=True):
+            assert parameter.tensor.grad is not None, f"{parameter.name} has no gradient to halve"
+            condition = self.state[parameter.tensor]["exp_avg_sq"].sqrt() + self._eps
+            a, b = half / condition, (parameter.tensor.grad - half) / condition
+            products.append(torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]).double())
+        whole_P3 = self._shards.sum(torch.stack(products), self._parameters)
+        self._module = self._module.to(whole_P3.device)  # once: the host waits for such a copy
+        modules_M3 = whole_P3.new_zeros(len(self._names), 3).index_add_(0, self._module, whole_P3)
+        dot, a_square, b_square = self._shards.across_stages(modules_M3).unbind(dim=1)
+        length = (a_square * b_square).sqrt()
+        disagreement = torch.where(length > 0, 1 - dot / length, torch.nan).tolist()
+        measure = disagreement[self._names.index(self._anchor)]
+        scales = self.scales
+        for name, there in zip(self._names, disagreement, strict=True):
+            if there == there and measure == measure:  # a module of no parameters, or without gradient, keeps its scale
+                ratio = min(10.0, max(0.5, (measure + FLOOR) / (there + FLOOR)))
+                scales[name] = self._smoothing * scales[name] + (1 - self._smoothing) * ratio**0.5
+        self._store(scales, int(self._counters.get("updates", 0)))
+
+    def _store(self, scales: Mapping[str, float], updates: int) -> None:
+        for parameter in self._parameters:
+            state = self.state[parameter.tensor]
+            state.update({f"scale.{name}": scale for name, scale in scales.items()}, updates=updates)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update, each module at its own rate."""
+        assert closure is None
+        scales, updates = self.scales, int(self._counters.get("updates", 0))
+        rates = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] *= scales[group["label"]]
+        super().step()
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._store(scales, updates + 1)

@@ -1,0 +1,55 @@
+"""How the learning rate follows a batch size that changes during a run: a factor on the schedule's rate.
+
+With a batch of B samples and a noise scale of B_n samples, the best step of a noisy gradient is ε_max / (1 + B_n / B)
+(McCandlish et al., arXiv 1812.06162): linear in B while noise rules, saturated once it doesn't. The spiked random-matrix
+model of the Hessian comes to the same shape (Granziol et al., arXiv 2006.09092), and to its square root for Adam, whose
+steps are already divided by the gradient's root mean square.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from ...config.problems import Problem
+
+RULES: dict[str, Callable[[float, float], float]] = {
+    "none": lambda growth, noise: 1.0,
+    "sqrt": lambda growth, noise: math.sqrt(growth),
+    "linear": lambda growth, noise: growth,
+    "sqrt_saturating": lambda growth, noise: math.sqrt((1 + noise) / (1 + noise / growth)),
+}
+"""Rule → factor as a function of the batch's growth B / B_0 and the noise scale relative to the start, B_n / B_0."""
+
+
+class Coupling:
+    """The factor of `optim.lr_coupling`.
+
+    rule  none; sqrt (Adam and its kin, below the critical batch); linear (SGD, below the critical batch);
+          sqrt_saturating: √((1 + B_n / B_0) / (1 + B_n / B)), sqrt that ends where the measured noise scale says
+    base  B_0, the batch that `optim.lr` was chosen for: the run's first
+    """
+
+    def __init__(self, rule: str, base: int) -> None:
+        self.rule = rule
+        self.base = base
+
+    def problems(self, measures_noise: bool, schedule: str) -> list[Problem]:
+        """What a user must change. measures_noise: whether the batch's controller has a noise scale; schedule: its name."""
+        if self.rule not in RULES:
+            return [Problem("optim.lr_coupling", f"'{self.rule}' is unknown", f"choose one of {', '.join(RULES)}")]
+        found: list[Problem] = []
+        if self.rule == "sqrt_saturating" and not measures_noise:
+            fix = "choose batch=norm_test, noise_scale or critical_loss, or optim.lr_coupling=sqrt"
+            found.append(Problem("optim.lr_coupling", "sqrt_saturating needs a noise scale, and batch measures none", fix))
+        if self.rule != "none" and schedule == "power":
+            message = "the power schedule is already proportional to the batch"
+            found.append(Problem("optim.lr_coupling", message, "use none, or another schedule"))
+        return found
+
+    def factor(self, batch: int, noise_scale: float | None = None) -> float:
+        """The factor at this batch. While no noise scale is known (None), or no signal seen, noise is taken to rule."""
+        growth = batch / self.base
+        if self.rule == "sqrt_saturating" and (noise_scale is None or math.isinf(noise_scale)):
+            return math.sqrt(growth)
+        return RULES[self.rule](growth, (noise_scale or 0.0) / self.base)

@@ -1,0 +1,208 @@
+"""Second moments of a step's gradient, seen while it is made: what the batch-size controllers decide from.
+
+The workers are the micro-batches of the whole global batch, on whichever rank they run, so the numbers depend on
+batch.micro alone and not on the layout. A hook on every unsharded weight sees the gradient of one micro-batch before
+anything is added to it or reduced: that is DDP-Norm's and FSDP-Norm's quantity (arXiv 2412.21124) for every ZeRO stage,
+one kernel per weight and micro-batch, and one number per rank in the collective that the gradient's norm needs anyway.
+
+Not seen: context parallelism (a rank has only a slice's part of a micro-batch's gradient) and a tied embedding cut by a
+pipeline (its two parts add up on neither rank). `moments_problems` refuses both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from ..config.problems import Problem
+from ..data.batch import MicroBatch
+from ..optim.batch.statistics import GradientStatistics
+from .config import ParallelConfig
+from .mesh import Mesh
+from .shards import Placed, Placements, own_part, placements_of
+
+
+class Measure(Enum):
+    """What a step is asked to measure: nothing; Σ‖L_j‖²; or also the products with the whole gradient."""
+
+    NOTHING = 0
+    SQUARES = 1
+    PROJECTIONS = 2
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a step measured, still on the device: it travels to the host with the step's loss, in the shade of the update.
+
+    samples  of the global batch; workers: micro-batches it was cut into, on all ranks
+    scalars  the moments, by their names in `GradientStatistics`
+    """
+
+    samples: int
+    workers: int
+    scalars: Mapping[str, torch.Tensor]
+
+    def statistics(self, numbers: Mapping[str, float]) -> GradientStatistics:
+        """The record, from numbers among which those of `scalars` are found by name."""
+        own = {name: numbers[name] for name in self.scalars}
+        return GradientStatistics(**own, workers=self.workers, worker_samples=self.samples / self.workers)
+
+    def read(self) -> GradientStatistics:
+        """The record. Waits for the device."""
+        return self.statistics({name: float(scalar) for name, scalar in self.scalars.items()})
+
+
+def moments_problems(parallel: ParallelConfig, tied: bool, projections: bool) -> list[Problem]:
+    """Layouts under which a controller that measures can't have its numbers."""
+    problems: list[Problem] = []
+    fix = "choose batch=fixed, stages, ramp or critical_loss, or"
+    if parallel.engine != "torch" and projections:
+        problems.append(
+            Problem("batch", f"the {parallel.engine} engine has no whole gradient to project on", "use batch=norm_test")
+        )
+    if parallel.cp > 1:
+        problems.append(Problem("batch", "gradients can't be measured under context parallelism", f"{fix} parallel.cp=1"))
+    if parallel.pp > 1 and tied:
+        problems.append(
+            Problem("batch", "the gradient of a tied embedding can't be measured in a pipeline", f"{fix} model.tied=false")
+        )
+    if parallel.tp > 1 and projections:
+        problems.append(Problem("batch", "projections can't be measured under tensor parallelism", f"{fix} batch=norm_test"))
+    return problems
+
+
+class GradientMoments:
+    """The norm of a step's gradient and, in steps that are asked to, the moments of its micro-batches', in one collective.
+
+    An engine shows it every unsharded weight (`watch`, or `watch_groups` for those that FSDP2 makes), and in each step
+    calls `begin` before the first forward pass, `norm` after the last backward pass, and `moments`.
+    """
+
+    def __init__(self, mesh: Mesh, placed: Mapping[str, Placed], gradient_scale: float = 1.0) -> None:
+        """gradient_scale: what the engine multiplies a micro-batch's gradient by, to divide by it again later."""
+        self._mesh = mesh
+        self._scale = gradient_scale
+        self._index = {name: number for number, name in enumerate(placed)}
+        repeats = [self._copies_over_tp(each.parameter) for each in placed.values()]
+        self._per_copy = 1 / torch.tensor(repeats, dtype=torch.float64, device=mesh.device)
+        self._watched: set[nn.Parameter] = set()
+        self._measure = Measure.NOTHING
+        self._sums: torch.Tensor | None = None
+
+    def watch_groups(self, stages: Sequence[nn.Module]) -> None:
+        """See the gradients of the weights that FSDP2 makes whole, in every group of these modules."""
+        for stage in stages:
+            groups = [(prefix, module) for prefix, module in stage.named_modules() if isinstance(module, FSDPModule)]
+            for prefix, group in cast(list[tuple[str, nn.Module]], groups):
+                group.register_forward_pre_hook(self._watching(group, prefix))
+
+    def _copies_over_tp(self, parameter: nn.Parameter) -> int:
+        size = self._mesh.size("tp")
+        if size == 1 or not isinstance(parameter, DTensor):
+            return size
+        names = parameter.device_mesh.mesh_dim_names or ()
+        sharded = "tp" in names and isinstance(parameter.placements[names.index("tp")], Shard)
+        return 1 if sharded else size
+
+    def _watching(self, group: nn.Module, prefix: str) -> Callable[[nn.Module, object], None]:
+        """A forward hook that runs when FSDP2 has put the unsharded weights in place; it finds each of them once."""
+        owners: list[tuple[nn.Module, str, str]] = []
+
+        def collect(module: nn.Module, path: str) -> None:
+            for attribute in module._parameters:
+                owners.append((module, attribute, f"{path}{attribute}"))
+            for name, child in module.named_children():
+                if not isinstance(child, FSDPModule):
+                    collect(child, f"{path}{name}.")
+
+        collect(group, f"{prefix}." if prefix else "")
+
+        def watch(_module: nn.Module, _inputs: object) -> None:
+            for owner, attribute, name in owners:
+                weight = owner._parameters[attribute]
+                if weight is not None and name in self._index:
+                    self.watch(name, weight)
+
+        return cast(Callable[[nn.Module, object], None], torch.compiler.disable(watch))
+
+    def watch(self, name: str, weight: nn.Parameter) -> None:
+        """See every gradient of this unsharded weight; once per weight."""
+        if weight not in self._watched:
+            self._watched.add(weight)
+            weight.register_hook(self._seen(self._index[name], placements_of(weight)))
+
+    def _seen(self, index: int, placements: Placements | None) -> Callable[[torch.Tensor], None]:
+        @torch.no_grad()
+        def hook(gradient: torch.Tensor) -> None:
+            if self._measure is Measure.NOTHING:
+                return
+            mine = own_part(gradient, placements)
+            exact = torch.float64 if mine.dtype == torch.float64 else torch.float32
+            self._norms[index].append(torch.linalg.vector_norm(mine, dtype=exact))
+            if self._measure is Measure.PROJECTIONS:
+                self._kept[index].append(mine.to("cpu", exact, copy=True))
+
+        return hook
+
+    def begin(self, micro_batches: Sequence[MicroBatch], global_tokens: torch.Tensor, measure: Measure) -> None:
+        """micro_batches: this rank's, still on the host, in the order in which they are passed back."""
+        self._measure, self._sums = measure, None
+        if measure is Measure.NOTHING:
+            return
+        self._norms: list[list[torch.Tensor]] = [[] for _ in self._index]
+        self._kept: list[list[torch.Tensor]] = [[] for _ in self._index]
+        # From pinned memory: any other copy to a GPU waits until it has done all that was queued before.
+        tokens = [batch.valid_tokens for batch in micro_batches]
+        counted = torch.tensor(tokens, dtype=torch.float64, pin_memory=self._mesh.device.type == "cuda")
+        shares = counted.to(self._mesh.device, non_blocking=True) / global_tokens
+        # A micro-batch without a target has no gradient: its square of 0 is to be divided by anything but 0.
+        self._shares_K = torch.where(shares > 0, shares, 1.0)
+        self._workers = len(tokens) * self._mesh.layout.data_size
+
+    def norm(self, squares: torch.Tensor) -> torch.Tensor:
+        """The norm of the whole gradient. squares: this rank's part of its square, to be added up over all processes."""
+        if self._measure is Measure.NOTHING:
+            return self._mesh.sum(squares).sqrt()
+        self._sums = self._mesh.sum(torch.stack([squares, self._worker_squares()]))
+        return self._sums[0].sqrt()
+
+    def moments(self, samples: int) -> Moments | None:
+        """What `norm` added up, asked for once. None where nothing was measured, or a single worker has no peer."""
+        sums, self._sums = self._sums, None
+        if sums is None or self._workers < 2:
+            return None
+        return Moments(samples, self._workers, {"batch_square": sums[0], "worker_square": sums[1]})
+
+    @property
+    def projects(self) -> bool:
+        """Whether this step was asked for `projection_square` as well."""
+        return self._measure is Measure.PROJECTIONS
+
+    def _worker_squares(self) -> torch.Tensor:
+        """This rank's part of Σ_j ‖L_j‖² / w_j over all ranks' micro-batches: add it up over all processes."""
+        unseen = "a weight's gradient went unseen; was the engine built with `measures`?"
+        assert all(len(norms) == len(self._shares_K) for norms in self._norms), unseen
+        together = torch.stack([norm for norms in self._norms for norm in norms])  # a stack each would be a kernel each
+        norms_PK = together.view(len(self._norms), -1).double() / self._scale
+        return (norms_PK.square() * self._per_copy.unsqueeze(1) / self._shares_K).sum()
+
+    def projection_square(self, whole_gradients: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
+        """Σ_j ⟨L_j, g⟩² / w_j over the whole global batch.
+
+        whole_gradients: for every weight a call that gathers g, made once and in order; only one is in memory at a time.
+        """
+        products_K = torch.zeros(len(self._shares_K), dtype=torch.float64, device=self._mesh.device)
+        for kept, gather in zip(self._kept, whole_gradients, strict=True):
+            whole = gather()
+            for number, part in enumerate(kept):
+                products_K[number] += torch.sum(part.to(whole.device, whole.dtype) * whole, dtype=torch.float64)
+            kept.clear()
+        self._mesh.sum(products_K, "pp")
+        return self._mesh.sum((products_K.square() / self._shares_K).sum(), "data")

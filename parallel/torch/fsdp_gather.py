@@ -1,0 +1,107 @@
+"""How FSDP2 gathers weights here: in a transport's group and memory, after one pass over the shards.
+
+By itself FSDP2 casts a group's shards to the dtype of the compute in memory of its own, and copies that into what the group is
+gathered in. Here it is not told of the dtype (no `param_dtype`). So it hands its shards over as they are, and its copy of them
+into memory of ours, which has that dtype, is the cast: the same numbers. What it could no longer know is the dtype of the whole
+weights; it is given their memory before it makes any. That leans on names of FSDP2's own, and on a rule: there being memory, it
+makes none. Both are tried on a small module first (`takes_memory`); where they do not hold FSDP2 casts in its own way.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from ...kernels.rows import pack
+from .transport import Transport, gather_rows
+
+log = logging.getLogger(__name__)
+
+
+class Gather:
+    """FSDP2's all-gather as a transport does it. One instance serves all groups of weights.
+
+    By copy engines two are gathered at once at most: FSDP2 gives up the last group's buffer, and has its streams wait for who
+    reads it, before it asks for the one after the next.
+    """
+
+    def __init__(self, transport: Transport, cast_to: torch.dtype | None) -> None:
+        """cast_to: what FSDP2's shards are cast to when it copies them to be sent. None: they have their dtype by then."""
+        self._transport, self._cast_to = transport, cast_to
+        self._turns = itertools.cycle((0, 1))
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """What a group's weights are gathered in."""
+        if self._cast_to is None:
+            return self._transport.buffer(next(self._turns), size, dtype, device)
+        return self._transport.buffer(next(self._turns), size, self._cast_to, device).as_subclass(_Place)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> Any:
+        """Bring all ranks' parts together; waits unless `async_op`."""
+        if self._transport.by_copy_engines:  # in a group of its own, of the same ranks
+            group = self._transport.group
+        return gather_rows(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _Place(torch.Tensor):
+    """What weights are gathered in, until FSDP2 has copied its shards there: `pack` does that in place of PyTorch's copy.
+
+    That one would be as right, but runs at three quarters of the memory's speed where it casts.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is not torch.ops.fsdp.all_gather_copy_in or len(args) != 5:
+                return func(*args, **(kwargs or {}))
+            shards, place, sizes, size, rank = args
+            whole = place.as_subclass(torch.Tensor)
+            sent = whole.narrow(0, size * rank, size)
+            with torch.no_grad():
+                pack(torch.split(sent, sizes), shards)
+            return sent, whole
+
+
+def fsdp_parameters(module: FSDPModule) -> Iterator[Any]:
+    """FSDP2's own records of the weights that it gathers with this module. PyTorch 2.11 and 2.13 name them differently."""
+    state: Any = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return (parameter for group in groups if group is not None for parameter in group.fsdp_params)
+
+
+def give_memory(module: FSDPModule, ways: int, dtype: torch.dtype) -> None:
+    """Decide what dtype a module's weights have when they are whole, gathered from so many ranks, before they first are.
+
+    Raises AttributeError, TypeError or RuntimeError where FSDP2 has changed.
+    """
+    for parameter in fsdp_parameters(module):
+        size = parameter.padded_sharded_param_size.numel()
+        parameter.init_all_gather_outputs([size], [dtype], ways, parameter.device)
+        parameter.init_all_gather_outputs([size], [parameter.sharded_param.dtype], ways, parameter.device)  # as FSDP2 will
+        if [memory.dtype for memory in parameter.all_gather_outputs] != [dtype]:
+            raise RuntimeError("FSDP2 does not keep the memory that it was given")
+        parameter.free_unsharded_param()
+
+
+def takes_memory(dtype: torch.dtype, settings: Mapping[str, Any]) -> bool:
+    """Whether FSDP2 leaves the dtype of whole weights to us. settings: its own; weights are cut over the last dim of `mesh`."""
+    trial = fully_shard(nn.Linear(2, 3, bias=False, device="meta"), **settings)
+    try:
+        if len(list(fsdp_parameters(trial))) != 1:
+            raise RuntimeError("FSDP2 keeps its records of weights elsewhere")
+        give_memory(trial, settings["mesh"].size(-1), dtype)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        log.debug("FSDP2 casts weights in a pass of its own before they are gathered: %s", error)
+        return False
+    return True

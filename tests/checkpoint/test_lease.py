@@ -1,0 +1,207 @@
+"""Two runs on one folder of an object store: the second is refused, and one that was cut off can't commit any more."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import fsspec
+import pytest
+
+from meshloom.checkpoint import lease
+from meshloom.checkpoint.checkpointer import Checkpointer
+from meshloom.checkpoint.config import CheckpointConfig
+from meshloom.checkpoint.control import Control
+from meshloom.checkpoint.errors import CheckpointError, HeldError
+from meshloom.checkpoint.files import RemoteFiles, open_files
+from meshloom.checkpoint.folder import find_latest
+from meshloom.checkpoint.lease import Lease
+from meshloom.checkpoint.tools import prune
+from support.checkpoint_worlds import fragments, make_arrays
+
+NEVER = 1e9  # seconds
+ELSEWHERE = {"holder": "other process 7", "place": "another machine", "process": 7, "token": "theirs", "beat": 0}
+
+
+@pytest.fixture
+def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[RemoteFiles]:
+    """A folder of a store in memory; a run that is watched is watched until it has moved or is known to be gone."""
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", NEVER)
+    found = open_files(f"memory://{uuid4().hex}")
+    assert isinstance(found, RemoteFiles)
+    yield found
+    found.delete("")
+
+
+def record(files: RemoteFiles) -> dict[str, Any]:
+    return json.loads(files.read(".lock"))
+
+
+def leave(files: RemoteFiles, **values: Any) -> None:
+    """The record of another run."""
+    files.write(".lock", json.dumps({**ELSEWHERE, **values}).encode())
+
+
+@contextlib.contextmanager
+def renewed(files: RemoteFiles, **values: Any) -> Iterator[None]:
+    """The record of another run that is still there."""
+    over = threading.Event()
+
+    def renew() -> None:
+        beat = 0
+        while not over.wait(0.02):
+            beat += 1
+            leave(files, **values, beat=beat)
+
+    leave(files, **values)
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_the_second_run_is_refused_until_the_first_has_ended(files: RemoteFiles) -> None:
+    first = Lease(files)
+    with pytest.raises(HeldError, match=rf"another run is saving into this folder \(.* process {os.getpid()}\); stop it"):
+        Lease(files)
+    first.check()
+    first.release()
+    first.release()
+    assert files.names() == []
+    Lease(files).release()
+
+
+def test_a_run_elsewhere_that_renews_its_record_is_there(files: RemoteFiles) -> None:
+    with renewed(files), pytest.raises(HeldError, match="other process 7"):
+        Lease(files)
+    assert record(files)["token"] == "theirs"
+
+
+@pytest.mark.parametrize("text", [json.dumps(ELSEWHERE), "{", "[]"])
+def test_a_record_that_nobody_renews_is_of_a_run_that_is_gone(
+    files: RemoteFiles, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.05)
+    files.write(".lock", text.encode())
+    held = Lease(files)
+    held.check()
+    held.release()
+
+
+def test_a_run_that_ends_while_it_is_watched_leaves_the_folder(files: RemoteFiles) -> None:
+    leave(files)
+    ending = threading.Timer(0.1, lambda: files.delete(".lock"))
+    ending.start()
+    Lease(files).release()
+    ending.join()
+
+
+def test_a_process_of_this_machine_that_is_no_more_is_not_waited_for(files: RemoteFiles) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for process in (ended.pid, os.getpid()):  # a container's first process has the same number each time
+        leave(files, place=lease._place(), process=process)
+        Lease(files).release()
+    with renewed(files, place=lease._place(), process=os.getppid()), pytest.raises(HeldError):
+        Lease(files)
+
+
+def test_of_two_that_come_at_once_one_is_refused(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have seen an empty folder; where the store knows no conditions, the later record stands."""
+    write = RemoteFiles.write
+
+    def overtaken(self: RemoteFiles, name: str, data: bytes, *, anew: bool = False) -> bool:
+        written = write(self, name, data, anew=anew)
+        write(self, ".lock", json.dumps(ELSEWHERE).encode())
+        return written
+
+    monkeypatch.setattr(RemoteFiles, "write", overtaken)
+    with pytest.raises(HeldError, match="other process 7"):
+        Lease(files)
+
+
+def test_who_holds_a_folder_renews_its_record_until_another_has_it(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.001)
+    held = Lease(files)
+    deadline = time.monotonic() + 60
+    while record(files)["beat"] < 3:
+        assert time.monotonic() < deadline
+    leave(files)
+    held._thread.join(60)
+    assert not held._thread.is_alive() and record(files) == ELSEWHERE
+    held.release()
+    assert record(files) == ELSEWHERE
+
+
+def test_a_record_that_somebody_tidied_away_is_put_back(files: RemoteFiles) -> None:
+    held = Lease(files)
+    files.delete(".lock")
+    held.check()
+    assert record(files)["token"] == held._token
+    held.release()
+
+
+def test_a_store_that_can_not_be_written_is_named(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("no credentials")  # such libraries have errors of their own
+
+    monkeypatch.setattr(files.system, "pipe_file", refuse)
+    with pytest.raises(CheckpointError, match=r"\.lock can't be written: ValueError: no credentials"):
+        Lease(files)
+
+
+@pytest.mark.parametrize("known", ["yes", "by the library, not by the store", "no"])
+def test_a_file_is_made_anew_only_where_there_is_none(known: str) -> None:
+    class Store(fsspec.get_filesystem_class("memory")):
+        cachable = False
+
+        if known == "by the library, not by the store":
+
+            def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+                if mode == "create":
+                    raise NotImplementedError("A header you provided implies functionality that is not implemented")
+                super().pipe_file(path, value)
+
+        elif known == "no":
+
+            def pipe_file(self, path: str, value: bytes, **kwargs: Any) -> None:
+                assert not kwargs
+                super().pipe_file(path, value)
+
+    files = RemoteFiles(Store(), f"/{uuid4().hex}")
+    assert files.write("one", b"1", anew=True)
+    assert not files.write("one", b"2", anew=True) and files.read("one") == b"1"
+    assert files.write("one", b"3") and files.read("one") == b"3"
+
+
+def test_a_run_that_was_cut_off_does_not_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 0.01)
+    url = f"local://{tmp_path}/run"
+    run = Checkpointer(url, Control.alone(), CheckpointConfig(mode="sync"))
+    with pytest.raises(HeldError):
+        Checkpointer(url, Control.alone(), CheckpointConfig(mode="sync"))
+    run.save(1, fragments(make_arrays(1), 1, 0)[0], {})
+    with pytest.raises(HeldError):
+        prune(url, 1)
+    (tmp_path / "run" / ".lock").write_text(json.dumps(ELSEWHERE))
+    run.save(2, fragments(make_arrays(2), 1, 0)[0], {})
+    one, two = run.poll()
+    assert (one.outcome, two.outcome) == ("committed", "failed")
+    assert "other process 7 has taken this folder over" in two.reason
+    run.close()
+    assert find_latest(url) == f"{url}/step-00000001"
+    assert not list((tmp_path / "run").glob("step-00000002/*"))
+    assert json.loads((tmp_path / "run" / ".lock").read_text()) == ELSEWHERE

@@ -1,0 +1,61 @@
+"""Snapshots put together in files instead of memory: the same checkpoints, and no file is left behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from meshloom.checkpoint.arena import Arena, ArenaPool
+from meshloom.checkpoint.checkpointer import Checkpointer
+from meshloom.checkpoint.config import CheckpointConfig, checkpoint_problems
+from meshloom.checkpoint.control import Control
+from meshloom.checkpoint.errors import CheckpointError
+from meshloom.checkpoint.files import open_files
+from meshloom.checkpoint.folder import load_manifest
+from meshloom.checkpoint.tools import read_array
+from meshloom.parallel.fragment import Box, Fragment
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_checkpoints_by_way_of_a_folder_hold_what_was_saved(tmp_path: Path, mode: str) -> None:
+    config = CheckpointConfig(mode=mode, snapshot_folder=str(tmp_path / "fast"))
+    values = torch.randn(700, 300)
+    checkpointer = Checkpointer(tmp_path / "run", Control.alone(), config)
+    saved = values
+    for step in (1, 2):
+        saved = values.clone()
+        checkpointer.save(step, [Fragment("w", "weight", (700, 300), Box.whole((700, 300)), values)], {}, required=True)
+        checkpointer.before_update()
+        values += 1
+    checkpointer.finish()
+    files = open_files(tmp_path / "run/step-00000002")
+    assert torch.equal(read_array(files, load_manifest(files), "weight/w"), saved)
+    assert list((tmp_path / "fast").iterdir()) == []
+
+
+def test_an_arena_in_a_folder_is_a_file_of_that_size_and_one_at_a_time(tmp_path: Path) -> None:
+    pool = ArenaPool(None, count=1, pin=True, folder=str(tmp_path / "fast"))
+    pool.reserve(3 * 2**20)
+    arena = pool.lend(3 * 2**20, 0.0)
+    assert not pool.has_room(1)
+    assert str(tmp_path / "fast") in str(Path(f"/proc/self/fd/{arena.descriptor}").readlink())
+    assert os.fstat(arena.descriptor).st_blocks * 512 >= arena.size
+    pool.take_back(arena)
+    pool.close()
+
+
+def test_a_folder_without_room_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"snapshot_folder=.*file"):
+        Arena(2**20, pin=False, folder=str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match=r"GiB for a snapshot"):
+        Arena(2**58, pin=False, folder=str(tmp_path))
+
+
+@pytest.mark.parametrize("other", [{"memory_every": 10}, {"host_memory_gib": 4.0}])
+def test_what_does_not_go_with_it_is_refused(other: dict[str, float]) -> None:
+    found = checkpoint_problems(CheckpointConfig(snapshot_folder="/fast", **other))  # type: ignore[arg-type]
+    assert [problem.key for problem in found] == ["checkpoint.snapshot_folder"]

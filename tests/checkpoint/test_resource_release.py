@@ -1,0 +1,252 @@
+"""What saves, failed ones too, do not keep: memory, processes, keepers of others; and what must not stop them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from meshloom.checkpoint import faults
+from meshloom.checkpoint.arena import Arena
+from meshloom.checkpoint.commit import LocalTarget
+from meshloom.checkpoint.errors import CheckpointError
+from meshloom.checkpoint.memory import tier
+from meshloom.checkpoint.memory.keeper import REGISTRY, Keeper, registered
+from meshloom.checkpoint.memory.tier import Predecessors
+from meshloom.checkpoint.memory.wire import Address, Connection
+from meshloom.checkpoint.snapshot import Snapshot
+from support.checkpoint_runs import open_run, restored_step, save_steps
+from support.checkpoint_worlds import fragments, make_arrays
+from support.mapped_memory import arenas_mapped
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Garbage is not collected: the trainer does that rarely, and what a save leaves behind is large."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("what", ["stage.before", "report.before", "prune", "damage", "writer"])
+def test_failed_saves_leave_no_memory_to_the_garbage_collection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def fail(boundary: str, amount: int) -> int:
+        if boundary == what:
+            raise OSError("injected")
+        return amount
+
+    def busy(path: Path) -> None:
+        raise OSError("somebody reads it")
+
+    before = arenas_mapped(os.getpid())
+    if what == "writer":
+        monkeypatch.setenv(faults.VARIABLE, "enospc:hash.before")
+    for mode in ("async", "sync"):
+        run = open_run(tmp_path / mode, mode=mode, keep=1, failures=99)
+        faults.install(fail)
+        if what == "prune":
+            monkeypatch.setattr(shutil, "rmtree", busy)
+        for step in (1, 2, 3):
+            run.save(step, fragments(make_arrays(step), 1, 0)[0], {}, required=True)
+            run.before_update()
+            run.wait()
+            if what == "damage":
+                (tmp_path / mode / f"step-{step:08d}/rank-00000.safetensors").write_bytes(b"short")
+        with contextlib.suppress(CheckpointError):
+            run.finish()
+        faults.install(None)
+        assert arenas_mapped(os.getpid()) == before
+
+
+def test_an_arena_that_is_closed_is_gone_whoever_still_knows_it() -> None:
+    before = arenas_mapped(os.getpid())
+    arena = Arena(2**20, pin=False)
+    assert arenas_mapped(os.getpid()) == before + 1
+    arena.close()
+    assert arenas_mapped(os.getpid()) == before
+
+
+def test_memory_that_is_not_to_be_had_is_not_half_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(arena: Arena) -> None:
+        raise CheckpointError("no memory")
+
+    before = arenas_mapped(os.getpid())
+    monkeypatch.setattr(Arena, "_populate", refuse)
+    with pytest.raises(CheckpointError) as caught:
+        Arena(2**20, pin=False)
+    assert caught.tb is not None and arenas_mapped(os.getpid()) == before
+
+
+@contextlib.contextmanager
+def a_child() -> Iterator[None]:
+    """A process forked from this one, with copies of all its descriptors, such as a data loader's worker."""
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+        os._exit(0)
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_the_end_does_not_wait_for_children_of_the_trainer(tmp_path: Path) -> None:
+    run = open_run(tmp_path, memory_every=1)
+    run.save(1, fragments(make_arrays(1), 1, 0)[0], {})
+    with a_child():
+        ending = threading.Thread(target=run.finish, daemon=True)
+        ending.start()
+        ending.join(30)
+        assert not ending.is_alive()
+    assert not registered(tmp_path)
+
+
+def test_a_keeper_without_anything_ends_when_the_run_does_and_children_of_it_go_on(tmp_path: Path) -> None:
+    run = open_run(tmp_path, memory_every=1, host_memory_gib=3.0 / 1024)
+    run.save(1, fragments(make_arrays(1), 1, 0)[0], {})
+    assert run._tools.memory is not None and run._tools.memory._keeper is not None
+    process = run._tools.memory._keeper._process
+    with a_child():
+        run.close()
+        process.wait(30)
+
+
+def test_a_trainer_with_thousands_of_open_files_saves(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4096:
+        pytest.skip("this system allows too few open files")
+    opened: list[int] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
+        while not opened or opened[-1] < 1100:
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+        save_steps(tmp_path, 1, 2, memory_every=1)
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert restored_step(tmp_path) == 2
+
+
+def test_one_who_has_got_a_dead_keepers_port_does_not_stop_a_restore(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            for answer in (b"HTTP/1.1 400 Bad Request\r\n\r\n", b"[1]\n"):
+                link, _ = server.accept()
+                with link:
+                    link.recv(65536)
+                    link.sendall(answer)
+
+        stranger = threading.Thread(target=serve, daemon=True)
+        stranger.start()
+        (tmp_path / REGISTRY).mkdir()
+        entry = Address("127.0.0.1", server.getsockname()[1], "secret", 0).as_dict()
+        (tmp_path / REGISTRY / "00000-0123.json").write_text(json.dumps(entry))
+        assert restored_step(tmp_path) == 1
+        with pytest.raises(CheckpointError, match="nobody who speaks to keepers"):
+            Connection(Address(**entry), 30.0).ask({"do": "status"})
+        stranger.join(30)
+
+
+def test_only_keepers_that_were_found_before_are_dismissed(tmp_path: Path) -> None:
+    old, own = (Keeper(tmp_path, slot, 30.0) for slot in (0, 1))
+    predecessors = Predecessors(tmp_path)
+    predecessors.dismiss()
+    assert len(registered(tmp_path)) == 2
+    predecessors.find({own.address})
+    late = Keeper(tmp_path, 2, 30.0)
+    predecessors.find(set())
+    predecessors.dismiss()
+    assert set(registered(tmp_path).values()) == {own.address, late.address}
+    for keeper in (old, own, late):
+        keeper.exit()
+    assert not registered(tmp_path)
+
+
+def test_a_step_that_can_not_be_hidden_does_not_keep_others_from_being_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_steps(tmp_path, 1, 2, 3)
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name == "step-00000001":
+            raise OSError("somebody holds it")
+        return rename(self, target)
+
+    target = LocalTarget(tmp_path, coordinator=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        with pytest.raises(OSError, match="somebody holds it"):
+            target.prune(1)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000003"]
+    assert target.prune(1) == ["step-00000001"]
+    target.close()
+
+
+def test_a_folder_that_could_not_be_cleared_is_not_said_to_be_another_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blind(path: Path) -> Iterator[Path]:
+        raise PermissionError("not yours")
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(Path, "iterdir", blind)
+        LocalTarget(tmp_path, coordinator=True)
+    LocalTarget(tmp_path, coordinator=True).close()
+
+
+def test_what_was_replaced_goes_though_the_name_of_the_latest_could_not_be_written(tmp_path: Path) -> None:
+    def full(boundary: str, amount: int) -> int:
+        if boundary == "latest.write.before":
+            raise OSError("the disk is full")
+        return amount
+
+    save_steps(tmp_path, 1)
+    run = open_run(tmp_path, keep=5)
+    for hook in (full, None):
+        faults.install(hook)
+        run.save(1, fragments(make_arrays(1), 1, 0)[0], {})
+    assert [report.outcome for report in run.poll()] == ["failed", "committed"]
+    run.close()
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]
+
+
+def test_a_snapshot_waits_longer_than_any_one_stage_before_it() -> None:
+    snapshot = Snapshot([])
+    with pytest.raises(CheckpointError, match=r"0\.04 s \(4 times checkpoint\.timeout\)"):
+        snapshot.wait(0.01)
+
+
+def test_a_shard_that_can_not_be_made_again_leaves_no_memory_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_reach(*_: object) -> None:
+        raise CheckpointError("node a does not answer")
+
+    monkeypatch.setattr(tier, "Connection", out_of_reach)
+    monkeypatch.setattr(tier, "_manifest_of", lambda _: '{"files": [{"name": "rank-00001.safetensors", "bytes": 1000}]}')
+    recovery: Any = SimpleNamespace(holders={0: (None, 1000)}, version="a", step=1)
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    with pytest.raises(CheckpointError, match="does not answer"):
+        tier._make_again(recovery, 1, {"members": [0, 1], "block": 4096}, tmp_path, 1.0)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208

@@ -1,0 +1,253 @@
+"""Composition: defaults, precedence, every fault at once, and the config of a resumed run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from meshloom.config.compose import Composer, differences, drop_unknown, near_miss, quoted, resumed, sweep_folder
+from meshloom.config.problems import ConfigError
+from meshloom.trainer.schema import RunConfig, make_composer
+
+
+@pytest.fixture(scope="module")
+def composer() -> Composer:
+    return make_composer()
+
+
+def config_of(composer: Composer, *overrides: str) -> Any:
+    composition = composer.compose(overrides)
+    assert composition.problems == []
+    return composition.config
+
+
+SHAPES = {
+    # dim, layers, heads, kv_heads, ffn_dim: the published Llama 3 shapes
+    "llama_1b": (2048, 16, 32, 8, 8192),
+    "llama_3b": (3072, 28, 24, 8, 8192),
+    "llama_8b": (4096, 32, 32, 8, 14336),
+    "llama_70b": (8192, 80, 64, 8, 28672),
+}
+
+
+@pytest.mark.parametrize("recipe", SHAPES)
+def test_recipe_has_the_published_shape(composer: Composer, recipe: str) -> None:
+    config = config_of(composer, f"recipe={recipe}")
+    model = config.model
+    assert (model.dim, model.layers, model.heads, model.kv_heads, model.ffn_dim) == SHAPES[recipe]
+    assert model.vocabulary == 128_256 and not model.tied
+    assert config.recipe == recipe and config.output_dir == f"outputs/{recipe}"
+
+
+def test_command_line_wins_over_recipe_and_recipe_over_schema(composer: Composer) -> None:
+    config = config_of(composer, "recipe=quickstart", "schedule=power", "optim.lr=0.5")
+    assert config.schedule.name == "power"
+    assert config.optim.lr == 0.5
+    assert config.precision == "fp32"  # the recipe's; the schema says bf16
+    assert config.schedule.warmup == "5%"  # what the recipe says of schedules holds for the chosen one
+
+
+@pytest.mark.parametrize(
+    "folder", ["runs/a", "it's, [here]: 1", "ends in \\", "a\\'b", 'say "a"', " b ", "null", "{a: 1}", "a=b"]
+)
+def test_a_quoted_text_is_read_back_as_it_was(composer: Composer, folder: str) -> None:
+    assert config_of(composer, f"output_dir={quoted(folder)}").output_dir == folder
+
+
+def test_every_fault_is_named_at_once_with_a_fix(composer: Composer) -> None:
+    composition = composer.compose(
+        [
+            "recipe=quikstart",
+            "optim.lrr=3",
+            "parallel.zero=many",
+            "trainer.step=4",
+            "schedule=powr",
+            "schedule.a=3",
+            "no equals sign",
+            "~trainer.steps",
+            "optim.lr=1,2",
+            "trainer.tokens=2e9",
+            "seed=7",
+        ]
+    )
+    said = {problem.key: str(problem) for problem in composition.problems}
+    assert set(said) == {
+        "recipe",
+        "optim.lrr",
+        "parallel.zero",
+        "trainer.step",
+        "schedule",
+        "no equals sign",
+        "trainer.steps",
+        "trainer.tokens",
+        "optim.lr",
+    }
+    assert "trainer.tokens=2_000_000_000" in said["trainer.tokens"]
+    assert "recipe=quickstart" in said["recipe"]
+    assert "optim.lr?" in said["optim.lrr"]
+    assert "trainer.steps" in said["trainer.step"]
+    assert "schedule=power" in said["schedule"]
+    assert "-m" in said["optim.lr"]
+    assert composition.config.seed == 7
+    assert composition.config.schedule.a == 3  # judged under the schedule that was meant
+
+
+@pytest.mark.parametrize(
+    ("key", "fix"),
+    [
+        ("optim.lrr", "did you mean optim.lr?"),
+        ("optim.steps", "did you mean trainer.steps?"),  # the right word in the wrong place
+        ("optim.colour", "optim has: lr, betas"),
+        ("trianer.steps", "did you mean trainer.steps?"),
+        ("colour", "see `meshloom train --cfg job` for every key"),
+    ],
+)
+def test_near_misses(key: str, fix: str) -> None:
+    assert near_miss(key, ["optim", "optim.lr", "optim.betas", "trainer", "trainer.steps"]) == fix
+
+
+def test_user_folder_joins_and_its_faults_name_the_file(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("_target_: my.Model\nwidth: 3\n")
+    (tmp_path / "recipe" / "good.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - /recipe/quickstart\n  - override /model: mine\n  - _self_\nrecipe: good\n"
+    )
+    (tmp_path / "recipe" / "bad.yaml").write_text("# @package _global_\nrecipe: bad\ntrainer:\n  step: 3\n")
+    composer = make_composer(str(tmp_path))
+    config = config_of(composer, "recipe=good")
+    assert config.model == {"_target_": "my.Model", "width": 3} and config.recipe == "good" and config.trainer.steps == 200
+    (problem,) = composer.compose(["recipe=bad"]).problems
+    assert problem.key == "recipe=bad" and "trainer.step" in str(problem) and "recipe/bad.yaml" in str(problem)
+    (tmp_path / "recipe" / "broken.yaml").write_text("# @package _global_\nrecipe: [broken\n")
+    (problem,) = make_composer(str(tmp_path)).compose(["recipe=broken", "seed=3"]).problems
+    assert problem.key == "recipe=broken" and "broken.yaml" in str(problem) and "line" in str(problem)
+    with pytest.raises(ConfigError, match="--config-dir"):
+        make_composer(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("name", ["it's", "a,b", "x=y", "[1]", "do${l}lar", "back\\slash", "trail\\", "quote\\'d"])
+def test_user_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name / "recipe").mkdir(parents=True)
+    (tmp_path / name / "recipe" / "mine.yaml").write_text("# @package _global_\ndefaults: [quickstart, _self_]\nseed: 5\n")
+    assert config_of(make_composer(str(tmp_path / name)), "recipe=mine").seed == 5
+
+
+def test_sweep_expands_into_jobs(composer: Composer) -> None:
+    jobs = composer.expand(["optim.lr=1e-3,3e-3", "seed=2", "schedule=wsd,power"])
+    assert [sorted(job) for job in jobs] == [
+        sorted([f"optim.lr={lr}", "seed=2", f"schedule={schedule}"])
+        for lr in ("0.001", "0.003")
+        for schedule in ("wsd", "power")
+    ]
+
+
+def test_sweep_over_what_a_group_offers_and_over_no_list(composer: Composer) -> None:
+    jobs = composer.expand(["schedule=glob(w*)", "seed=range(1,3)"])
+    assert jobs == [["schedule=wsd", "seed=1"], ["schedule=wsd", "seed=2"]]
+    with pytest.raises(ConfigError, match="seed: an interval has no list of values"):
+        composer.expand(["seed=interval(0,1)"])
+
+
+def test_composing_leaves_hydra_as_it_was(composer: Composer) -> None:
+    """A program that uses Hydra itself may ask for a config in the middle of its own run."""
+    with initialize_config_module("meshloom.recipes", version_base="1.3"):
+        theirs = GlobalHydra.instance().hydra
+        assert config_of(make_composer(), "recipe=llama_1b").recipe == "llama_1b"
+        assert GlobalHydra.instance().hydra is theirs
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_sweep_folders_are_named_by_what_is_swept() -> None:
+    line = ["recipe=quickstart", "data.input=a/b", "optim.lr=1e-3,3e-3", "optim.betas=[0.9,0.95],[0.8,0.9]"]
+    job = ["data.input=a/b", "optim.lr=0.001", "optim.betas=[0.9,0.95]"]
+    assert sweep_folder(line, job) == "optim.lr=0.001_optim.betas=[0.9,0.95]"
+    assert sweep_folder(["seed=1"], ["seed=1"]) == "job"
+    awkward = [f"trainer.sample_prompt={value}" for value in ("x/y", "x:y", "'x\\'y'", "e" * 300 + "1", "e" * 300 + "2")]
+    names = [sweep_folder(["trainer.sample_prompt=a,b"], [override]) for override in awkward]
+    assert len(set(names)) == 5 and all(len(name) < 230 and not set(name) & set("/:' ") for name in names)
+
+
+def test_a_recipe_that_forgot_its_package_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("recipe: mine\ntrainer:\n  steps: 3\n")
+    (problem,) = make_composer(str(tmp_path)).compose(["recipe=mine"]).problems
+    assert problem.fix == "put '# @package _global_' on the first line of recipe/mine.yaml"
+
+
+def test_a_plus_sign_adds_no_key_that_nobody_reads(composer: Composer) -> None:
+    line = ["+foo=1", "+trainer.step=5", "+parallel.deepspeed.stage=2", "+parallel.deepspeed.config.x.y=1", "seed=3"]
+    composition = composer.compose(line)
+    fixes = {problem.key: problem.fix for problem in composition.problems}
+    assert fixes.keys() == {"foo", "trainer.step", "parallel.deepspeed.stage"}
+    assert "trainer.steps" in fixes["trainer.step"]
+    config = composition.config
+    assert config.seed == 3 and config.parallel.deepspeed.config.x.y == 1, "what can be judged further is left"
+    assert "foo" not in config and "step" not in config.trainer
+
+
+def test_an_options_name_chooses_it(composer: Composer) -> None:
+    """Scripts that set `optim.name` get that optimizer, and not AdamW under another name."""
+    config = config_of(composer, "optim.name=lamb", "schedule.name=cosine", "batch.name=ramp", "optim.lr=0.5")
+    assert config == config_of(composer, "optim=lamb", "schedule=cosine", "batch=ramp", "optim.lr=0.5")
+    (problem,) = composer.compose(["optim.name=lam"]).problems
+    assert problem.key == "optim" and "did you mean optim=lamb?" in problem.fix
+
+
+def saved_run(composer: Composer, *overrides: str) -> dict[str, Any]:
+    config = config_of(composer, "recipe=quickstart", *overrides)
+    saved = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(saved, dict)
+    return saved  # type: ignore[return-value]
+
+
+def test_resumed_run_keeps_the_checkpoints_config_but_for_overrides(composer: Composer) -> None:
+    saved = saved_run(composer, "optim.lr=0.5", "batch.samples=64", "launch.nproc=2", "output_dir=there")
+    line = ["recipe=quickstart", "trainer.steps=400", "schedule=power", "schedule.a=9", "resume=auto", "launch.nproc=3"]
+    fresh = config_of(composer, *line)
+    config = resumed(saved, fresh, line)
+    assert config.optim.lr == 0.5 and config.batch.samples == 64  # the checkpoint's
+    assert config.trainer.steps == 400
+    assert config.schedule == fresh.schedule and config.schedule.a == 9 and config.schedule.name == "power"
+    assert config.resume == "auto" and config.launch.nproc == 3 and config.output_dir == "outputs/quickstart"
+    notes = differences(saved, fresh, config)
+    assert "optim.lr=0.5 (the recipe now says 0.003)" in notes
+    assert len(notes) == 2  # and batch.samples
+
+
+def test_resume_under_another_recipe_takes_that_recipe(composer: Composer) -> None:
+    saved = saved_run(composer, "optim.lr=0.5")
+    fresh = config_of(composer, "recipe=llama_1b")
+    assert resumed(saved, fresh, ["recipe=llama_1b"]) == fresh
+
+
+def test_resume_takes_null_list_and_added_overrides(composer: Composer) -> None:
+    saved = saved_run(composer)
+    line = ["trainer.steps=null", "trainer.tokens=5000", "optim.betas=[0.8,0.9]", "+parallel.deepspeed.config.x.y=1"]
+    config = resumed(saved, config_of(composer, "recipe=quickstart", *line), line)
+    assert config.trainer.steps is None and config.trainer.tokens == 5000
+    assert config.optim.betas == [0.8, 0.9]
+    assert config.parallel.deepspeed.config.x.y == 1
+
+
+def test_resume_leaves_out_what_is_no_key_any_more(composer: Composer) -> None:
+    saved = saved_run(composer)
+    saved["bygone"] = {"a": 1}
+    saved["trainer"]["bygone"] = 2
+    line = ["trainer.steps=7"]
+    config = resumed(saved, config_of(composer, *line), line)
+    assert drop_unknown(config) == ["trainer.bygone", "bygone"]
+    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), config)
+    assert merged.trainer.steps == 7 and "bygone" not in merged
+
+
+def test_resume_of_a_deletion(composer: Composer) -> None:
+    saved = saved_run(composer, "+parallel.deepspeed.config.x=1", "+parallel.deepspeed.config.y=2")
+    line = ["+parallel.deepspeed.config.x=1", "+parallel.deepspeed.config.y=2", "~parallel.deepspeed.config.x"]
+    config = resumed(saved, config_of(composer, *line), line)
+    assert config.parallel.deepspeed.config == {"y": 2}

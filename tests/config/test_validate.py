@@ -1,0 +1,78 @@
+"""What the config alone shows to be wrong: each problem is named with its key and a fix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from meshloom.config.compose import Composer
+from meshloom.config.validate import config_problems
+from meshloom.trainer.schema import make_composer
+
+
+@pytest.fixture(scope="module")
+def composer() -> Composer:
+    return make_composer()
+
+
+def problems_of(composer: Composer, *overrides: str) -> dict[str, str]:
+    composition = composer.compose(["recipe=quickstart", *overrides])
+    assert composition.problems == []
+    return {problem.key: str(problem) for problem in config_problems(composition.config)}
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "llama_1b", "llama_3b", "llama_8b", "llama_70b"])
+def test_recipes_are_in_order(composer: Composer, recipe: str) -> None:
+    assert problems_of(composer, f"recipe={recipe}") == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "says"),
+    [
+        ("precision=fp8", "precision", "fp32, bf16, fp64"),
+        ("seed=-1", "seed", "use 0 up"),
+        ("seed=9223372036854775808", "seed", "2^63"),
+        ("optim.lr=inf", "optim.lr", "auto:step_law"),
+        ("parallel.timeout=0", "parallel.timeout", "600"),
+        ("parallel.timeout=nan", "parallel.timeout", "600"),
+        ("parallel.timeout=inf", "parallel.timeout", "600"),
+        ("parallel.timeout=1e12", "parallel.timeout", "600"),
+        ("model.mup_embedding=nan", "model.mup_embedding", "finite"),
+        ("model.mup_residual=inf", "model.mup_residual", "finite"),
+        ("model.norm_eps=0", "model.norm_eps", "above 0"),
+        ("model.rope_theta=nan", "model.rope_theta", "above 0"),
+        ("model.mup_base=0", "model.mup_base", "above 0"),
+        ("output_dir=''", "output_dir", "folder"),
+        ("output_dir='s3://bucket/run'", "output_dir", "checkpoint.folder"),
+        ("trainer.steps=0", "trainer.steps", "1 or more"),
+        ("trainer.steps=null", "trainer.steps", "trainer.tokens"),
+        ("trainer.tokens=10", "trainer.steps", "null"),
+        ("trainer.max_grad_norm=0", "trainer.max_grad_norm", "null"),
+        ("trainer.eval_every=-1", "trainer.eval_every", "0 for never"),
+        ("trainer.eval_samples=0", "trainer.eval_samples", "eval_every=0"),
+        ("trainer.activation=some", "trainer.activation", "selective"),
+        ("model.heads=6", "model.heads", "use 4 or 8"),
+        ("model.heads=128", "model.heads", "odd"),
+        ("model.kv_heads=3", "model.kv_heads", "use 2 or 4"),
+        ("model.layers=0", "model.layers", "1 or more"),
+        ("launch.nproc=many", "launch.nproc", "auto"),
+        ("launch.nodes=0", "launch.nodes", "1 or more"),
+        ("launch.time=soon", "launch.time", "hours"),
+        ("logging.every=0", "logging.every", "1"),
+    ],
+)
+def test_problem_names_key_and_fix(composer: Composer, override: str, key: str, says: str) -> None:
+    found = problems_of(composer, override)
+    assert list(found) == [key]
+    assert says in found[key]
+
+
+def test_all_are_found_at_once(composer: Composer) -> None:
+    found = problems_of(composer, "precision=half", "trainer.steps=null", "model.kv_heads=3", "launch.nproc=0")
+    assert list(found) == ["precision", "trainer.steps", "model.kv_heads", "launch.nproc"]
+
+
+def test_missing_values_are_named(composer: Composer) -> None:
+    config: Any = composer.compose(["recipe=quickstart", "model.dim='???'", "model.heads='???'"]).config
+    assert [problem.key for problem in config_problems(config)] == ["model.dim", "model.heads"]

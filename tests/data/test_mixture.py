@@ -1,0 +1,209 @@
+"""Mixtures: exact shares per block, every source complete in each of its epochs, one tokenizer for all."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hydra.utils import instantiate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from meshloom.config.problems import ConfigError
+from meshloom.data.blend import Blend, Mixed, apportion, interleaved
+from meshloom.data.mixture import Mixture
+from meshloom.data.nodes import Jsonl
+from meshloom.launch import data as command
+from meshloom.trainer.schema import make_composer
+
+WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)
+
+
+def test_apportionment_is_that_of_largest_remainders():
+    """The example of Wikipedia's article on the largest remainder method: Hare quota, 10 seats."""
+    assert apportion([47_000, 16_000, 15_900, 12_000, 6_000, 3_100], 10) == [5, 2, 1, 1, 1, 0]
+
+
+@given(WEIGHTS, st.integers(1, 2000))
+def test_apportionment_is_exact_and_within_one(weights: list[float], places: int):
+    counts = apportion(weights, places)
+    assert sum(counts) == places
+    assert all(abs(count - weight * places / sum(weights)) < 1 + 1e-9 for count, weight in zip(counts, weights, strict=True))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 2**63), st.integers(1, 4))
+def test_every_block_has_the_shares_and_every_source_counts_on(counts: list[int], seed: int, blocks: int):
+    blend = Blend(counts, seed)
+    size = sum(counts)
+    places = [blend(index) for index in range(blocks * size)]
+    for block in range(blocks):
+        assert Counter(source for source, _ in places[block * size : (block + 1) * size]) == dict(enumerate(counts))
+    for source, count in enumerate(counts):
+        assert sorted(number for where, number in places if where == source) == list(range(blocks * count))
+    assert [blend(index) for index in reversed(range(blocks * size))] == places[::-1]
+
+
+def test_blocks_differ_in_order_and_are_mixed():
+    blend = Blend([500, 500], 1)
+    orders = [[blend(block * 1000 + index)[0] for index in range(1000)] for block in range(2)]
+    assert orders[0] != orders[1]
+    runs = 1 + np.count_nonzero(np.diff(orders[0]))
+    assert 430 < runs < 572  # Wald and Wolfowitz: 501 ± 4.5 standard deviations of 15.8
+
+
+@given(st.lists(st.tuples(st.integers(1, 60), st.floats(0.05, 20)), min_size=1, max_size=5))
+def test_interleaving_keeps_to_the_weights_from_the_start(sources: list[tuple[int, float]]):
+    lengths, weights = [length for length, _ in sources], [weight for _, weight in sources]
+    rows = interleaved(lengths, weights)
+    shares = np.array(weights) / sum(weights)
+    counts = np.zeros(len(lengths), int)
+    for source, number in rows.tolist():
+        assert number == counts[source] < lengths[source]
+        counts[source] += 1
+        assert (np.abs(counts - shares * counts.sum()) <= len(lengths)).all()
+    assert (counts == np.array(lengths)).any()
+
+
+def write(path: Path, word: str, count: int) -> str:
+    path.write_text("".join(json.dumps({"text": f"{word} {number} " * 4}) + "\n" for number in range(count)))
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    monkeypatch.setenv("MESHLOOM_CACHE", str(tmp_path / "cache"))
+    return {"few": write(tmp_path / "few.jsonl", "few", 30), "many": write(tmp_path / "many.jsonl", "many", 300)}
+
+
+def node(path: str, **keys: Any) -> dict[str, Any]:
+    return {"_target_": "meshloom.data.nodes.Jsonl", "name": "jsonl", "input": path, "seq_len": 1024, "validation": 0.1, **keys}
+
+
+def mixture(files: dict[str, str], seed: int = 1, **keys: Any) -> Mixture:
+    settings = {"seq_len": 8, "tokenizer": "bytes", "weights": {"few": 1, "many": 3}, "block": 20, **keys}
+    return Mixture(seed=seed, sources={name: node(path) for name, path in files.items()}, **settings)
+
+
+def origin(mixed: Mixture, tokens: np.ndarray) -> str:
+    assert mixed.tokenizer is not None
+    letters = set(mixed.tokenizer.decode(tokens)) & set("fewmany") - set("e")
+    return "few" if letters & set("fw") else "many" if letters & set("many") else "?"
+
+
+def test_samples_come_by_weight_and_no_source_loses_or_repeats_one(files: dict[str, str]):
+    mixed = mixture(files)
+    assert mixed.problems() == []
+    mixed.prepare()
+    samples = mixed.train()
+    assert isinstance(samples, Mixed) and samples.blend.counts == [5, 15]
+    origins = Counter(origin(mixed, samples[index].tokens) for index in range(2000))
+    assert origins["few"] <= 500 and origins["many"] <= 1500 and origins["?"] < 400
+    few = mixed.nodes["few"].train()
+    size = few.epoch_size  # type: ignore[attr-defined]
+    taken = [samples.blend(index)[1] for index in range(20 * size) if samples.blend(index)[0] == 0]
+    assert sorted(taken[:size]) != taken[:size] and sorted(taken) == list(range(5 * size))
+    stored = sorted(mixed.nodes["few"].stored[place].tokens.tolist() for place in range(size))  # type: ignore[attr-defined]
+    for epoch in range(5):
+        numbers = [number for number in taken if number // size == epoch]
+        assert sorted(few[number].tokens.tolist() for number in numbers) == stored
+
+
+def test_a_source_keeps_its_order_when_others_come_and_go(files: dict[str, str]):
+    both, one = mixture(files), mixture({"many": files["many"]}, weights={"many": 1})
+    both.prepare()
+    one.prepare()
+    for index in range(20):
+        assert np.array_equal(both.nodes["many"].train()[index].tokens, one.nodes["many"].train()[index].tokens)
+    assert both.fingerprint != one.fingerprint
+
+
+def test_validation_is_mixed_by_weight(files: dict[str, str]):
+    mixed = mixture(files)
+    mixed.prepare()
+    held = mixed.validation()
+    assert held is not None
+    lengths = [len(node.validation()) for node in mixed.nodes.values()]  # type: ignore[arg-type]
+    assert len(held) <= sum(lengths)
+    sources = [held._rows[index][0] for index in range(len(held))]
+    assert abs(sources[:12].count(0) - 3) <= 1
+    other = mixture(files, seed=9)
+    other.prepare()
+    assert np.array_equal(held[5].tokens, other.validation()[5].tokens)  # type: ignore[index]
+
+
+def test_one_tokenizer_is_trained_on_all(files: dict[str, str]):
+    mixed = mixture(files, tokenizer="bpe", vocabulary=290)
+    mixed.prepare()
+    assert mixed.tokenizer is not None
+    assert len(mixed.tokenizer.encode("few many")) <= 5  # both words were learned
+    fingerprints = {node.tokenizer.fingerprint for node in mixed.nodes.values()}  # type: ignore[union-attr]
+    assert fingerprints == {mixed.tokenizer.fingerprint}
+
+
+def test_ready_shards_bring_their_tokenizer(files: dict[str, str], tmp_path: Path):
+    for name, vocabulary in (("one", 270), ("two", 280)):
+        done = command.main(["tokenize", f"input={files['few']}", f"output={tmp_path}/{name}", f"vocabulary={vocabulary}"])
+        assert done == 0
+    shards = [{"_target_": "meshloom.data.nodes.Shards", "path": f"{tmp_path}/{name}", "seq_len": 1} for name in ("one", "two")]
+    mixed = Mixture(1, 8, {"a": shards[0], "b": node(files["many"])}, {"a": 1, "b": 1})
+    mixed.prepare()
+    assert mixed.vocabulary == 270
+    with pytest.raises(ConfigError, match=r"data\.sources\.b: its tokens come from another tokenizer"):
+        Mixture(1, 8, {"a": shards[0], "b": shards[1]}, {"a": 1, "b": 1}).prepare()
+    with pytest.raises(ConfigError, match=r"another tokenizer"):
+        Mixture(1, 8, {"a": shards[0]}, {"a": 1}, tokenizer="bytes").prepare()
+    synthetic = {"_target_": "meshloom.data.synthetic.Synthetic", "seq_len": 8, "vocabulary": 99}
+    with pytest.raises(ConfigError, match=r"data\.sources: vocabularies differ"):
+        Mixture(1, 8, {"a": shards[0], "b": synthetic}, {"a": 1, "b": 1}, vocabulary=99).prepare()
+
+
+def test_all_problems_at_once(files: dict[str, str]):
+    sources = {"few": node("gone.jsonl"), "many": node(files["many"], tokenizer="bytes", validation=2)}
+    mixed = Mixture(1, 8, sources, {"few": 0, "other": 1}, vocabulary=5)
+    assert {problem.key for problem in mixed.problems()} == {
+        "data.vocabulary",
+        "data.weights.other",
+        "data.weights.few",
+        "data.weights.many",
+        "data.sources.few.input",
+        "data.sources.many.tokenizer",
+        "data.sources.many.validation",
+    }
+    for wrong in (float("inf"), float("nan")):
+        (problem,) = mixture(files, weights={"few": 1, "many": wrong}).problems()
+        assert f"data.weights.many: {wrong} is no share" in str(problem)
+    (problem,) = mixture(files, weights={"few": 1, "many": 999}).problems()
+    assert str(problem) == "data.block: a share of 0.001 is no sample in 20; use 1000 or more"
+
+
+def test_a_recipe_of_ones_own(files: dict[str, str], tmp_path: Path):
+    (tmp_path / "recipes/data").mkdir(parents=True)
+    (tmp_path / "recipes/data/mine.yaml").write_text(
+        f"""
+defaults:
+  - base_mixture
+  - /data@sources.few: jsonl
+  - /data@sources.many: jsonl
+  - _self_
+sources:
+  few: {{input: {files["few"]}}}
+  many: {{input: {files["many"]}}}
+weights: {{few: 1, many: 2}}
+tokenizer: bytes
+"""
+    )
+    composition = make_composer(str(tmp_path / "recipes")).compose(["data=mine", "data.weights.few=2", "data.seq_len=8"])
+    assert composition.problems == []
+    keys: Any = OmegaConf.to_container(composition.config.data, resolve=True)
+    keys.pop("name")
+    mixed = instantiate({**keys, "_convert_": "all"}, seed=1)
+    assert isinstance(mixed, Mixture) and all(isinstance(node, Jsonl) for node in mixed.nodes.values())
+    assert mixed.problems() == []
+    mixed.prepare()
+    assert mixed.train().blend.counts == [500, 500]

@@ -1,0 +1,340 @@
+"""Data nodes end to end: from documents of every kind to samples, built once, held out by document."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from scipy import stats
+
+from meshloom.config.cache import build_once
+from meshloom.config.problems import ConfigError
+from meshloom.data import nodes, prepare
+from meshloom.data.batch import IGNORED
+from meshloom.data.corpus import Packed
+from meshloom.data.shards import ShardError
+from meshloom.data.synthetic import Synthetic
+from meshloom.data.tokenizer import Tokenizer
+from meshloom.trainer.schema import make_composer
+from support.ranks import run_ranks
+
+TEXTS = [f"document {number} says {' '.join(['word', 'other'][number % 2] * 3)} {number * number}." for number in range(200)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MESHLOOM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> str:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return str(path)
+
+
+def stream(node: Packed, part: str) -> list[str]:
+    """The documents of the shards that a node built, as text."""
+    stored = node._train if part == "train" else node._validation
+    shards = stored._shards  # type: ignore[union-attr]
+    tokens, ends = shards.read(0, shards.tokens), np.cumsum(shards.document_lengths())
+    assert node.tokenizer is not None
+    return [node.tokenizer.decode(document) for document in np.split(tokens, ends[:-1])]
+
+
+def composed(*overrides: str) -> Any:
+    """The node as the trainer builds it."""
+    composition = make_composer().compose(list(overrides))
+    assert composition.problems == []
+    node: Any = OmegaConf.to_container(composition.config.data, resolve=True)
+    node.pop("name")
+    return instantiate({**node, "_convert_": "all"}, seed=composition.config.seed)
+
+
+def make_text(folder: Path) -> list[str]:
+    (folder / "text").mkdir()
+    for number, text in enumerate(TEXTS):
+        (folder / f"text/{number:03d}.txt").write_text(text)
+    return ["data=text", f"data.input={folder}/text"]
+
+
+def make_jsonl(folder: Path) -> list[str]:
+    (folder / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
+    return ["data=jsonl", f"data.input={folder}/a.jsonl", "data.field=body"]
+
+
+def make_parquet(folder: Path) -> list[str]:
+    pyarrow.parquet.write_table(pa.table({"text": TEXTS}), folder / "a.parquet")
+    return ["data=parquet", f"data.input=[{folder}/a.parquet]"]
+
+
+@pytest.mark.parametrize("make", [make_text, make_jsonl, make_parquet])
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_every_kind_gives_the_same_samples(tmp_path: Path, make: Callable[[Path], list[str]], tokenizer: str):
+    keys = [f"data.tokenizer={tokenizer}", "data.vocabulary=300", "data.seq_len=32", "data.validation=0.1"]
+    node = composed(*make(tmp_path), *keys)
+    assert node.problems() == []
+    node.prepare()
+    assert node.vocabulary == (257 if tokenizer == "bytes" else 300)
+    train, held = stream(node, "train"), stream(node, "validation")
+    assert sorted(train + held) == sorted(TEXTS) and 5 <= len(held) <= 40
+    samples, validation = node.train(), node.validation()
+    epoch = [samples[index].tokens.tolist() for index in range(samples.epoch_size)]
+    assert sorted(epoch) == sorted(node.stored[index].tokens.tolist() for index in range(samples.epoch_size))
+    assert all(len(validation[index].tokens) == 32 for index in range(len(validation)))
+    reference = tmp_path / "reference.jsonl"
+    reference.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    other = nodes.Jsonl(1, str(reference), **options(tokenizer))
+    other.prepare()
+    assert [other.train()[index].tokens.tolist() for index in range(9)] == epoch[:9]
+
+
+def options(tokenizer: str) -> Any:
+    return {"tokenizer": tokenizer, "vocabulary": 300, "seq_len": 32, "validation": 0.1}
+
+
+def test_stdlib_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """On a library of two modules, for speed; the sources' test reads the real one."""
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "library"))
+    (tmp_path / "library").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / f"library/{name}.py").write_text(f"def {name}():\n    return '{name}'\n" * 100)
+    node = composed("data=stdlib", "data.seq_len=16", "data.vocabulary=280")
+    assert node.problems() == []
+    node.prepare()
+    assert len(stream(node, "train")) == 2 and len(stream(node, "validation")) == 1
+    assert len(node.validation()) > 0
+
+
+def test_seeds_change_the_order_and_nothing_else(jsonl: str):
+    first, same, other = (nodes.Jsonl(seed, jsonl, **options("bytes")) for seed in (1, 1, 2))
+    for node in (first, same, other):
+        node.prepare()
+    orders = [
+        [node.train()[index].tokens.tolist() for index in range(node.train().epoch_size)] for node in (first, same, other)
+    ]
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2])
+    assert first.fingerprint == other.fingerprint
+    held = [[node.validation()[index].tokens.tolist() for index in range(5)] for node in (first, other)]  # type: ignore[index]
+    assert held[0] == held[1]
+
+
+@pytest.mark.parametrize(
+    "change", [{"seq_len": 16}, {"tokenizer": "bpe"}, {"validation": 0.2}, {"document_mask": True}, {"packing": "bestfit"}]
+)
+def test_the_fingerprint_follows_what_decides_the_samples(jsonl: str, change: dict[str, Any]):
+    first, other = nodes.Jsonl(1, jsonl, **options("bytes")), nodes.Jsonl(1, jsonl, **{**options("bytes"), **change})
+    first.prepare()
+    other.prepare()
+    assert first.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("packing", ["concat", "bestfit"])
+def test_document_masks_reach_the_samples(jsonl: str, packing: str):
+    node = nodes.Jsonl(1, jsonl, packing=packing, document_mask=True, **options("bytes"))
+    node.prepare()
+    samples = [node.train()[index] for index in range(20)]
+    assert all(sample.documents is not None for sample in samples)
+    assert any((sample.targets == IGNORED).any() and sample.documents.max() for sample in samples)  # type: ignore[union-attr]
+
+
+def test_held_out_documents_don_t_depend_on_their_order_and_copies_stay_together(tmp_path: Path):
+    held: list[set[str]] = []
+    for number, texts in enumerate((TEXTS, TEXTS[::-1], TEXTS * 2)):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        node = nodes.Jsonl(1, str(path), **options("bytes"))
+        node.prepare()
+        held.append(set(stream(node, "validation")))
+        assert not held[-1] & set(stream(node, "train"))
+    assert held[0] == held[1] == held[2]
+
+
+def test_the_held_out_share_is_the_one_asked_for():
+    chosen = sum(prepare.HeldOut(0.1)(f"document {number}") for number in range(5000))
+    assert stats.binomtest(chosen, 5000, 0.1).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_even_the_smallest_corpus_is_held_out_in_part(tmp_path: Path, count: int):
+    for number in range(count):
+        (tmp_path / f"{number}.txt").write_text(f"{number} " * 200)
+    node = nodes.Text(1, f"{tmp_path}/*.txt", tokenizer="bytes", seq_len=4, validation=0.05)
+    node.prepare()
+    train, held = "".join(stream(node, "train")), "".join(stream(node, "validation"))
+    assert sorted(train + held) == sorted("".join(f"{number} " * 200 for number in range(count)))
+    assert len(held) == (19 if count == 1 else 400)  # of 401 tokens 5 % are 20; the last one is the end of the document
+
+
+def test_nothing_is_held_out_on_request(jsonl: str):
+    node = nodes.Jsonl(1, jsonl, **{**options("bytes"), "validation": 0})
+    node.prepare()
+    assert node.validation() is None and sorted(stream(node, "train")) == sorted(TEXTS)
+
+
+def test_all_problems_at_once_and_nothing_touched(cache: Path):
+    node = composed(
+        "data=text",
+        "data.input=nowhere/*.txt",
+        "data.seq_len=0",
+        "data.packing=tight",
+        "data.vocabulary=100",
+        "data.validation=1.5",
+    )
+    keys = {problem.key for problem in node.problems()}
+    assert keys == {"data.input", "data.seq_len", "data.packing", "data.vocabulary", "data.validation"}
+    assert all(problem.fix for problem in node.problems())
+    assert [problem.key for problem in composed("data=text", "data.tokenizer=gone.json").problems()] == [
+        "data.input",
+        "data.tokenizer",
+    ]
+    assert not cache.exists()
+
+
+def test_every_option_composes_and_reports_what_it_lacks():
+    for name, key in {"jsonl": "data.input", "parquet": "data.input", "shards": "data.path", "mixture": "data.sources"}.items():
+        assert [problem.key for problem in composed(f"data={name}").problems()] == [key]
+    assert "data.path" in [problem.key for problem in composed("data=hf").problems()]
+    assert composed("data=stdlib").problems() == []
+    assert [problem.key for problem in composed("data=synthetic").problems()] == ["data.vocabulary"]
+
+
+def test_an_empty_and_a_too_small_corpus(tmp_path: Path, cache: Path):
+    (tmp_path / "a.txt").write_text("")
+    for tokenizer in ("bytes", "bpe"):
+        with pytest.raises(ValueError, match=r"corpus 'text'.*(is empty|no document)"):
+            nodes.Text(1, f"{tmp_path}/a.txt", tokenizer=tokenizer, seq_len=4).prepare()
+    assert not list(cache.glob("corpora/text*"))
+    (tmp_path / "a.txt").write_text("some words")
+    with pytest.raises(ConfigError, match=r"data\.seq_len: .*has 10 tokens, too few.*use at most 9"):
+        nodes.Text(1, f"{tmp_path}/a.txt", tokenizer="bytes", seq_len=100).prepare()
+    (tmp_path / "a.txt").write_text("x")  # one token to train on, and one that is held out
+    for packing in ("concat", "bestfit"):
+        with pytest.raises(ConfigError, match="a sample takes two tokens or more; give it more data") as caught:
+            nodes.Text(1, f"{tmp_path}/a.txt", tokenizer="bytes", seq_len=4, packing=packing).prepare()
+        assert "use at most" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("tokens", "said"), [(0, "0 tokens, and"), (1, "1 token, and"), (2, "2 tokens, too few")])
+def test_how_few_tokens_there_are_is_said(tokens: int, said: str):
+    shards = SimpleNamespace(folder="corpus", tokens=tokens)
+    with pytest.raises(ConfigError, match=f"corpus has {said}"):
+        Packed(1, 4)._pack(shards, "data")  # type: ignore[arg-type]
+
+
+def test_a_corpus_that_is_held_out_whole_says_so(tmp_path: Path, cache: Path):
+    (tmp_path / "a.txt").write_text("one two three")
+    with pytest.raises(ValueError, match=r"all 3 documents.*held out.*data\.validation"):
+        nodes.Text(1, f"{tmp_path}/a.txt", separator=" ", tokenizer="bytes", seq_len=4, validation=0.999999).prepare()
+
+
+def test_damage_in_the_cache_is_named(jsonl: str, cache: Path):
+    nodes.Jsonl(1, jsonl, **options("bytes")).prepare()
+    (path,) = cache.glob("corpora/*/train/tokens-00000.bin")
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+    nodes.Jsonl(1, jsonl, **options("bytes")).prepare()
+    with pytest.raises(ShardError, match=r"train/tokens-00000\.bin"):
+        nodes.Jsonl(1, jsonl, verify=True, **options("bytes")).prepare()
+    path.write_bytes(content[:-1])
+    with pytest.raises(ShardError, match=r"train/tokens-00000\.bin"):
+        nodes.Jsonl(1, jsonl, **options("bytes")).prepare()
+
+
+def test_one_process_builds_while_the_others_wait(jsonl: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    built = prepare.write_corpus
+    trained = Tokenizer.train
+
+    def slowly(*arguments: Any) -> None:
+        with (tmp_path / "log").open("a") as log:
+            log.write("corpus\n")
+        time.sleep(0.3)
+        built(*arguments)
+
+    def logged(*arguments: Any) -> Tokenizer:
+        with (tmp_path / "log").open("a") as log:
+            log.write("tokenizer\n")
+        return trained(*arguments)
+
+    monkeypatch.setattr(prepare, "write_corpus", slowly)
+    monkeypatch.setattr(Tokenizer, "train", logged)
+
+    def body(rank: int, world_size: int) -> tuple[str, list[int]]:
+        node = nodes.Jsonl(1, jsonl, **options("bpe"))
+        node.prepare()
+        return node.fingerprint, node.train()[rank].tokens.tolist()
+
+    results = run_ranks(4, body)
+    assert len({fingerprint for fingerprint, _ in results}) == 1
+    assert sorted((tmp_path / "log").read_text().split()) == ["corpus", "tokenizer"]
+    alone = body(2, 1)
+    assert alone == results[2]
+    assert len((tmp_path / "log").read_text().split()) == 2
+
+
+def test_a_builder_that_is_killed_leaves_no_half_and_no_lock(tmp_path: Path):
+    target = tmp_path / "built"
+
+    def halfway(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        build_once(target, halfway)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert not target.exists() and len(list(tmp_path.glob(".built.building-*/half"))) == 1
+    build_once(target, lambda folder: (folder / "whole").touch())
+    assert [path.name for path in target.iterdir()] == ["whole"]
+    assert [path.name for path in tmp_path.iterdir()] == ["built"], "neither a half nor the lock stays"
+    build_once(target, lambda folder: pytest.fail("built again"))
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path: Path):
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        build_once(tmp_path / "built", fail)
+    assert not (tmp_path / "built").exists() and not list(tmp_path.glob("*.building-*"))
+
+
+def test_the_tokenizer_sample_is_bounded_uniform_and_free_of_order():
+    texts = [f"{number:04d}" * 5 for number in range(1000)]
+    sample = prepare.uniform_sample(texts, 2000)
+    assert len(sample) == 100 and sample == prepare.uniform_sample(reversed(texts), 2000)
+    numbers = [int(text[:4]) for text in sample]
+    assert stats.kstest(numbers, stats.uniform(0, 1000).cdf).pvalue > 1e-3
+    assert prepare.uniform_sample(["x" * 50], 10) == ["x" * 50]
+
+
+def test_synthetic_is_uniform_seeded_and_endless():
+    node = Synthetic(3, seq_len=1000, vocabulary=50)
+    node.prepare()
+    samples, validation = node.train(), node.validation()
+    assert validation is not None and len(validation) == 64 and node.tokenizer is None
+    tokens = np.concatenate([samples[index].tokens for index in range(50)])
+    assert tokens.min() == 0 and tokens.max() == 49
+    assert stats.chisquare(np.bincount(tokens, minlength=50)).pvalue > 1e-4
+    assert np.array_equal(samples[10**15].tokens, Synthetic(3, 1000, 50).train()[10**15].tokens)
+    assert not np.array_equal(samples[0].tokens, Synthetic(4, 1000, 50).train()[0].tokens)
+    assert not np.array_equal(samples[0].tokens, samples[1].tokens)
+    assert np.array_equal(samples[0].tokens[1:], samples[0].targets[:-1])
+    with pytest.raises(IndexError):
+        validation[64]
+    assert node.fingerprint != Synthetic(3, 1000, 51).fingerprint

@@ -1,0 +1,149 @@
+"""The plain attention seam, held to the textbook formula with an explicit mask."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from meshloom.kernels import attention_blocks
+from meshloom.kernels.attention import attend, attend_documents, positions, segments_of
+
+
+def textbook(
+    q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, documents_BS: torch.Tensor | None, scale: float | None
+) -> torch.Tensor:
+    """softmax(q kᵀ · scale + mask) v, one head at a time, nothing fused."""
+    length, heads, dim = q_BSHD.shape[1:]
+    group = heads // k_BSKD.shape[2]
+    allowed = torch.ones(length, length, dtype=torch.bool).tril().expand(q_BSHD.shape[0], -1, -1)
+    if documents_BS is not None:
+        allowed = allowed & (documents_BS[:, :, None] == documents_BS[:, None, :])
+    outs = []
+    for head in range(heads):
+        scores = q_BSHD[:, :, head] @ k_BSKD[:, :, head // group].transpose(1, 2)
+        scores = scores * (1 / math.sqrt(dim) if scale is None else scale)
+        weights = torch.softmax(scores.masked_fill(~allowed, -math.inf), dim=-1)
+        outs.append(weights @ v_BSKD[:, :, head // group])
+    return torch.stack(outs, dim=2)
+
+
+def random_documents(batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Runs of random lengths, different in each row, counted from 0."""
+    starts = torch.rand(batch, length, generator=generator) < 0.2
+    starts[:, 0] = False
+    return starts.long().cumsum(1)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_equals_the_textbook_with_gradients(kv_heads: int, with_documents: bool, scale: float | None) -> None:
+    generator = torch.Generator().manual_seed(kv_heads)
+    shapes = [(3, 23, 4, 8), (3, 23, kv_heads, 8), (3, 23, kv_heads, 8)]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    documents = random_documents(3, 23, generator) if with_documents else None
+    weight = torch.randn(shapes[0], generator=generator, dtype=torch.float64)
+    out = attend(inputs[0], inputs[1], inputs[2], documents, scale=scale)
+    expected = textbook(inputs[0], inputs[1], inputs[2], documents, scale)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for got, want in zip(torch.autograd.grad(out, inputs, weight), torch.autograd.grad(expected, inputs, weight), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_every_layer_shares_the_segments_of_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 0
+    of_lengths = attention_blocks.Segments.of_lengths
+
+    def counting(*args: object) -> attention_blocks.Segments:
+        nonlocal made
+        made += 1
+        return of_lengths(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attention_blocks.Segments, "of_lengths", counting)
+    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]])
+    q = torch.randn(2, 5, 2, 8).requires_grad_()
+    for _ in range(3):
+        attend(q, q, q, documents).sum().backward()
+    assert made == 1
+    assert segments_of(documents).lengths == (2, 3, 1, 1, 3)
+    assert segments_of(documents).bounds.tolist() == [0, 2, 5, 6, 7, 10]
+
+
+def test_the_operator_keeps_pytorchs_rules() -> None:
+    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]])
+    q, k = torch.randn(2, 5, 4, 8, requires_grad=True), torch.randn(2, 5, 2, 8, requires_grad=True)
+    torch.library.opcheck(attend_documents, (q, k, k.detach(), documents, 0.5))
+
+
+def test_compiles_without_a_break() -> None:
+    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]])
+    q = torch.randn(2, 5, 2, 8, requires_grad=True)
+    compiled = torch.compile(lambda q, d: attend(q * 2, q, q, d), fullgraph=True, backend="aot_eager")
+    (plain,) = torch.autograd.grad(attend(q * 2, q, q, documents).square().sum(), q)
+    (got,) = torch.autograd.grad(compiled(q, documents).square().sum(), q)
+    torch.testing.assert_close(got, plain)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_formula_for_unusual_types_equals_the_fused_kernel(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, dout = (torch.randn(2, 6, 4, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    k, v = (torch.randn(2, 6 if causal else 9, 2, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def both() -> list[torch.Tensor]:
+        out, lse = attention_blocks.block_forward(q, k, v, causal=causal, scale=0.7)
+        return [out, lse, *attention_blocks.block_backward(dout, q, k, v, out, lse, causal=causal, scale=0.7)]
+
+    fused = both()
+    monkeypatch.setattr(attention_blocks, "kernel_for", lambda q: "math")
+    for got, want in zip(both(), fused, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_positions_restart_at_each_document() -> None:
+    documents = torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [3, 3, 0, 0, 3, 3]])
+    expected = [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 0, 1]]
+    assert positions(documents).tolist() == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_fused_blocks_on_a_gpu_equal_the_formula(kernel: str, causal: bool, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision against float32 on the same rounded inputs; gradients given a larger row's output and log-sum-exp."""
+    generator = torch.Generator("cuda").manual_seed(dim)
+
+    def draw(length: int, heads: int) -> torch.Tensor:
+        return torch.randn(2, length, heads, dim, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    q, dout, k, v = draw(256, 8), draw(256, 8), draw(256 if causal else 384, 2), draw(256 if causal else 384, 2)
+    single = [x.float() for x in (q, k, v)]
+    out, lse = attention_blocks.block_forward(*single, causal=causal, scale=0.2)
+    out, lse = out.bfloat16(), lse + 0.5  # as if half as many keys again had been merged in
+    expected = attention_blocks.block_backward(dout.float(), *single, out.float(), lse, causal=causal, scale=0.2)
+    monkeypatch.setattr(attention_blocks, "dense_kernel", kernel)
+    got_out, got_lse = attention_blocks.block_forward(q, k, v, causal=causal, scale=0.2)
+    torch.testing.assert_close(got_out.float(), out.float(), rtol=0.02, atol=0.01)
+    torch.testing.assert_close(got_lse, lse - 0.5, rtol=0, atol=1e-3)
+    got = attention_blocks.block_backward(dout, q, k, v, out, lse, causal=causal, scale=0.2)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=0.05, atol=0.05 * float(other.std()))
+
+
+@pytest.mark.gpu
+def test_documents_on_a_gpu_equal_those_on_the_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    documents = random_documents(2, 256, generator)
+    inputs = [torch.randn(2, 256, heads, 64, generator=generator).bfloat16() for heads in (8, 2, 2)]
+    dout = torch.randn(2, 256, 8, 64, generator=generator).bfloat16()
+    results: list[list[torch.Tensor]] = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
+        out = attend(leaves[0], leaves[1], leaves[2], documents.to(device))
+        grads = torch.autograd.grad(out, leaves, dout.to(device, dtype))
+        results.append([x.detach().float().cpu() for x in (out, *grads)])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * float(want.std()))

@@ -1,0 +1,307 @@
+"""The command line: subcommands, near misses, exit codes, and Hydra's switches; every word as a user types it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshloom.checkpoint.lock import FolderLock
+from meshloom.config.problems import ConfigError, Problem
+from meshloom.launch import cli, train
+from meshloom.launch.arguments import parse
+from meshloom.launch.generate import Arguments
+from meshloom.launch.torchrun import PreparedAgent
+from meshloom.trainer.run import RUN_LOCK
+from meshloom.trainer.signals import StopRequest
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run in an empty folder, and give the arguments back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    return tmp_path
+
+
+def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from meshloom.launch import cli; cli.main(['--help']); print(sorted({'torch', 'hydra'} & {*sys.modules}))"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert all(name in out for name in cli.COMMANDS)
+    assert out.splitlines()[-1] == "[]"
+
+
+def test_every_listed_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in cli.COMMANDS:
+        try:
+            code = cli.main([name, "--help"])
+        except SystemExit as end:  # argparse and Hydra end by themselves
+            code = end.code
+        assert code == 0, name
+        assert capsys.readouterr().out
+
+
+def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    assert "did you mean train?" in capsys.readouterr().err
+
+
+def test_cfg_prints_the_config(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+    assert cli.main(["train", "recipe=llama_8b", "optim.lr=0.25", "--cfg", "job"]) == 0
+    out = capsys.readouterr().out
+    assert "ffn_dim: 14336" in out and "lr: 0.25" in out
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_switches_may_stand_anywhere(capsys: pytest.CaptureFixture[str], started: list[list[str]]) -> None:
+    assert cli.main(["train", "seed=3", "--cfg", "job", "optim.lr=0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "seed: 3" in printed and "lr: 0.5" in printed
+    assert cli.main(["train", "launch.nproc=2", "-m", "optim.lr=0.1,0.2", "data=synthetic"]) == 0
+    assert len(started) == 2
+
+
+def test_bad_config_exits_2_naming_everything_and_touching_nothing(
+    capsys: pytest.CaptureFixture[str], elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    bad = ["batch.samples=10", "batch.micro=2", "optim.lrr=1", "precision=half", "parallel.zero=7", "schedule.decay=200%"]
+    assert cli.main(["train", "recipe=quickstart", *bad]) == 2
+    errors = capsys.readouterr().err
+    for key in ("optim.lrr", "precision", "parallel.zero", "schedule.decay"):
+        assert f"- {key}: " in errors
+    assert cli.main(["train", "recipe=quickstart", "batch.samples=10", "batch.micro=2"]) == 2
+    expected = "batch.samples=10 is not a multiple of batch.micro × data-parallel size = 8; use 8 or 16"
+    assert expected in capsys.readouterr().err
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_only_rank_0_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main(["seed=x"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """torchrun's arguments, instead of torchrun."""
+    calls: list[list[str]] = []
+
+    class Started:
+        asked = False
+        number = signal.SIGUSR1
+
+        def __init__(self, arguments: list[str]) -> None:
+            calls.append(list(arguments))
+
+        def run(self, agent: PreparedAgent | None) -> int:
+            return 0
+
+    monkeypatch.setattr(train, "TorchRun", Started)
+    return calls
+
+
+def test_several_processes_are_started_by_torchrun_with_the_same_overrides(started: list[list[str]]) -> None:
+    assert cli.main(["train", "recipe=quickstart", "launch.nproc=4", "optim.lr=3e-3"]) == 0
+    (arguments,) = started
+    assert arguments[:3] == ["--standalone", "--nproc-per-node=4", "--max-restarts=0"]
+    assert arguments[3:5] == ["-m", "meshloom.launch.train"]
+    assert arguments[5:] == ["recipe=quickstart", "launch.nproc=4", "optim.lr=3e-3", "output_dir='outputs/quickstart'"]
+
+
+def test_one_process_that_may_be_restarted_needs_torchrun_too(started: list[list[str]]) -> None:
+    assert cli.main(["train", "recipe=quickstart", "launch.nproc=1", "launch.max_restarts=2"]) == 0
+    assert started[0][1:3] == ["--nproc-per-node=1", "--max-restarts=2"]
+
+
+def test_jobs_of_a_sweep_get_folders_of_their_own(started: list[list[str]]) -> None:
+    line = ["train", "-m", "recipe=quickstart", "launch.nproc=2", "optim.lr=0.001,0.003", "output_dir=there"]
+    assert cli.main(line) == 0
+    folders = [arguments[-1] for arguments in started]
+    assert folders == [f"output_dir='there/sweep/optim.lr={lr}'" for lr in ("0.001", "0.003")]
+
+
+def test_a_failed_job_fails_the_sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    codes = iter([0, 7])
+    monkeypatch.setattr("meshloom.trainer.run.run", lambda *_: next(codes))
+    assert cli.main(["train", "-m", "recipe=quickstart", "launch.nproc=1", "seed=1,2"]) == 7
+    assert "1 of 2 runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_that_stops_a_run_stops_its_sweep(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], started: list[list[str]], processes: int
+) -> None:
+    begun: list[int] = []
+
+    def run(config: Any, _: Any, stop: StopRequest) -> int:
+        begun.append(config.seed)
+        stop.obeyed, stop.number = config.seed == 2, signal.SIGUSR1
+        return 0
+
+    monkeypatch.setattr("meshloom.trainer.run.run", run)
+    monkeypatch.setattr(train.TorchRun, "asked", property(lambda _: len(started) == 2))
+    words = ["recipe=quickstart", f"launch.nproc={processes}"]
+    assert cli.main(["train", "-m", *words, "seed=1,2,3,4"]) == 128 + signal.SIGUSR1
+    assert (begun if processes == 1 else [int(call[7].removeprefix("seed=")) for call in started]) == [1, 2]
+    assert "asked to stop: 2 of 4 runs of the sweep were not begun" in capsys.readouterr().err
+    begun.clear()
+    started.clear()
+    assert cli.main(["train", "-m", *words, "seed=1,2"]) == 128 + signal.SIGUSR1  # nor has the last one come to its end
+    assert cli.main(["train", *words, "seed=2"]) == 0  # a run by itself has saved, and torchrun and SLURM read its code
+
+
+def test_a_job_of_a_sweep_that_was_asked_to_stop_says_so_to_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in a process of its own (submitit), of which only an exception comes back."""
+    launcher = os.getpid()
+
+    def run(_config: Any, _words: Any, stop: StopRequest) -> int:
+        monkeypatch.setattr(os, "getpid", lambda: launcher + 1)
+        stop.obeyed = True
+        return 0
+
+    monkeypatch.setattr("meshloom.trainer.run.run", run)
+    with pytest.raises(RuntimeError, match=r"the run in .*seed=1 was asked to stop; resume=auto"):
+        cli.main(["train", "-m", "recipe=quickstart", "launch.nproc=1", "seed=1,2"])
+
+
+def test_ctrl_c_before_a_run_has_begun_is_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("meshloom.trainer.run.run", run)
+    assert cli.main(["train", "recipe=quickstart", "launch.nproc=1"]) == 130
+    assert capsys.readouterr().err == "meshloom train: interrupted\n"
+
+
+def test_one_process_runs_here_with_everything_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("meshloom.trainer.run.run", lambda config, *_: seen.append(config) or 5)
+    assert cli.main(["train", "recipe=quickstart", "launch.nproc=1", "seed=9"]) == 5
+    assert seen[0].seed == 9 and seen[0].output_dir == "outputs/quickstart"
+
+
+def test_more_processes_than_gpus_are_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert cli.main(["train", "recipe=quickstart", "launch.nproc=4"]) == 2
+    assert "launch.nproc: 4 processes for 2 GPUs" in capsys.readouterr().err
+
+
+def test_a_folder_that_can_not_be_written_to_is_refused(
+    capsys: pytest.CaptureFixture[str], elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (elsewhere / "file").write_text("")
+    assert train.main(["output_dir=file/run", "checkpoint.folder=file"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("is not a folder") == 2 and "output_dir: " in errors and "checkpoint.folder: " in errors
+    long = "a" * 300
+    assert train.main([f"output_dir={long}", f"checkpoint.folder={long}"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("File name too long") == 2 and "output_dir: " in errors and "checkpoint.folder: " in errors
+    assert train.main([f"output_dir={long}", "resume=auto"]) == 2
+    assert "checkpoint.folder: " in capsys.readouterr().err
+    assert train.main(["data=text", f"data.input={long}"]) == 2
+    assert "data: aaa" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    assert train.main(["output_dir=new/run"]) == 2
+    assert f"output_dir: '{elsewhere}' can't be written to" in capsys.readouterr().err
+
+
+def test_folders_that_another_run_has_are_refused_before_the_data_are_made(
+    capsys: pytest.CaptureFixture[str], elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meshloom.trainer.run.run", lambda *_: 0)
+    words = ["recipe=quickstart", "output_dir=run", "checkpoint.folder=kept", "launch.nproc=1"]
+    for name in ("run", "kept"):
+        (elsewhere / name).mkdir()
+    assert train.main(words) == 0
+    live = [FolderLock(elsewhere / "run", RUN_LOCK), FolderLock(elsewhere / "kept")]
+    assert train.main(words) == 2
+    errors = capsys.readouterr().err
+    assert "output_dir: run: another run is writing into this folder" in errors
+    assert "checkpoint.folder: kept: another run is saving into this folder" in errors
+    assert train.main([*words, "checkpoint.every=0"]) == 2
+    assert "checkpoint.folder" not in capsys.readouterr().err
+    for lock in live:
+        lock.release()
+    assert train.main(words) == 0
+
+
+def test_another_root_config_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--config-name", "mine"]) == 2
+    assert "--config-dir and recipe=" in capsys.readouterr().err
+
+
+def test_several_nodes_need_slurm_or_torchrun(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "recipe=quickstart", "launch.nodes=2"]) == 2
+    assert "meshloom slurm" in capsys.readouterr().err
+
+
+def test_arguments_are_typed_and_all_mistakes_are_named() -> None:
+    arguments = parse(Arguments, ["checkpoint=a=b", "prompt=def [x] ", "tokens=3", "top_k=null", "temperature=0"])
+    assert arguments == Arguments(checkpoint="a=b", prompt="def [x] ", tokens=3, top_k=None, temperature=0.0)
+    with pytest.raises(ConfigError) as caught:
+        parse(Arguments, ["tokns=3", "seed=x", "loose"])
+    assert [problem.key for problem in caught.value.problems] == ["tokns", "seed", "loose", "checkpoint"]
+    assert "did you mean tokens?" in str(caught.value)
+
+
+def test_a_problem_that_only_the_run_could_find_is_said_by_every_rank(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: Any) -> int:
+        raise ConfigError([Problem("data.input", "no file of this node matches")])
+
+    monkeypatch.setattr("meshloom.trainer.run.run", run)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert cli.main(["train", "recipe=quickstart"]) == 2
+    assert "rank 3: 1 problem" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_a_line_that_says_where_and_other_faults_keep_their_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = OSError(errno.ENOSPC, "No space left on device", "runs/sample.txt")
+
+    def run(*_: object) -> int:
+        raise fault
+
+    monkeypatch.setattr("meshloom.trainer.run.run", run)
+    assert cli.main(["train", "recipe=quickstart", "data=synthetic"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("runs/sample.txt: No space left on device (in test_launch_cli.py:") and " run, train.py:" in told
+    assert told.count("\n") == 1
+    fault = IsADirectoryError(errno.EISDIR, "Is a directory", "runs/metrics.jsonl")
+    assert cli.main(["train", "recipe=quickstart", "data=synthetic"]) == 1
+    assert capsys.readouterr().err.startswith("runs/metrics.jsonl: Is a directory (in test_launch_cli.py:")
+    fault = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+    with pytest.raises(ConnectionResetError):
+        cli.main(["train", "recipe=quickstart", "data=synthetic"])
+
+
+def test_a_missing_wandb_key_is_refused_by_the_process_that_logs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    told = Problem("logging.wandb", "there is no API key", "run `wandb login`")
+    monkeypatch.setattr("meshloom.trainer.hooks.loggers.weights_and_biases.wandb_problems", lambda: [told])
+    monkeypatch.setattr("meshloom.trainer.run.run", lambda *_: 0)
+    assert cli.main(["train", "recipe=quickstart", "data=synthetic", "logging.wandb=true"]) == 2
+    assert str(told) in capsys.readouterr().err
+    assert cli.main(["train", "recipe=quickstart", "data=synthetic"]) == 0
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train", "recipe=quickstart", "data=synthetic", "logging.wandb=true"]) == 0

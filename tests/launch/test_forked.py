@@ -1,0 +1,247 @@
+"""Ranks that are forked from a process with everything imported: they behave as if each had been started by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import pytest
+from torch.distributed.launcher.api import LaunchConfig
+from torch.multiprocessing import ProcessContext
+
+from meshloom.kernels import driver
+from meshloom.launch import agent
+from meshloom.launch.torchrun import TorchRun
+
+PATIENCE = 280.0  # seconds: some, as a rule
+TINY = ["model.layers=1", "data.seq_len=64", "batch.samples=4", "batch.micro=2", "logging.progress=false"]
+SMALL = ["recipe=quickstart", "data=synthetic", "trainer.tokens=null", "trainer.eval_every=0", *TINY]
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Generator[subprocess.Popen[str]]:
+    """A long run of two ranks."""
+    line = [*SMALL, "launch.nproc=2", "trainer.steps=100000", "checkpoint.every=0", f"output_dir={tmp_path}"]
+    command = [sys.executable, "-m", "meshloom.launch.cli", "train", *line]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    yield process
+    if process.poll() is None:
+        process.terminate()
+        process.communicate()
+
+
+def ranks(launcher: subprocess.Popen[str], folder: Path) -> list[psutil.Process]:
+    """The ranks of a run, as soon as it has made a step."""
+    deadline = time.monotonic() + PATIENCE
+    while not (folder / "metrics.jsonl").exists():
+        assert launcher.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    (above,) = psutil.Process(launcher.pid).children()
+    (server,) = [child for child in above.children() if any("multiprocessing.forkserver" in word for word in child.cmdline())]
+    return server.children()
+
+
+@pytest.mark.timeout(900)
+def test_ranks_are_forked_and_train(launcher: subprocess.Popen[str], tmp_path: Path) -> None:
+    first, second = ranks(launcher, tmp_path)
+    server = first.parent()
+    assert server is not None and second.parent() == server
+    server.terminate()  # as by a cluster that tells every process: it is needed until its ranks have ended
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=PATIENCE)
+    assert launcher.returncode == 0, errors
+    assert "asked to stop at step" in errors
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_rank_ends_the_run_with_its_code(launcher: subprocess.Popen[str], tmp_path: Path) -> None:
+    first, second = ranks(launcher, tmp_path)
+    first.suspend()  # or it may fail, too, before the agent has looked
+    second.kill()
+    assert launcher.stderr is not None
+    errors = ""
+    while f"Terminating process {first.pid}" not in errors:
+        line = launcher.stderr.readline()
+        assert line, errors
+        errors += line
+    first.resume()
+    _, rest = launcher.communicate(timeout=PATIENCE)
+    assert launcher.returncode == 128 + signal.SIGKILL, errors + rest
+    assert "ProcessExitedException" not in errors + rest  # which says nothing of the rank
+
+
+@pytest.mark.timeout(900)
+def test_ranks_end_if_their_agent_is_killed(launcher: subprocess.Popen[str], tmp_path: Path) -> None:
+    running = ranks(launcher, tmp_path)
+    (above,) = psutil.Process(launcher.pid).children()
+    above.kill()
+    _, left = psutil.wait_procs(running, PATIENCE)
+    for rank in left:
+        rank.kill()
+    assert not left
+    launcher.communicate(timeout=PATIENCE)
+    assert launcher.returncode == 128 + signal.SIGKILL
+
+
+@pytest.mark.timeout(900)
+def test_a_rank_that_refuses_its_config_ends_the_run_with_its_code(tmp_path: Path) -> None:
+    line = [*SMALL, "precision=half", f"output_dir={tmp_path / 'run'}"]
+    assert TorchRun(["--standalone", "--nproc-per-node=2", "-m", "meshloom.launch.train", *line]).run() == 2
+
+
+PROGRAM = """
+import atexit, json, os, sys
+from meshloom.launch import forked, imported, train
+import torch
+folder, how = sys.argv[1:]
+def fake(arguments):
+    atexit.register(lambda: open(f"{folder}/left", "w").close())
+    told = {"later": os.environ["LATER"], "rank": os.environ["RANK"]}
+    told |= {"threads": torch.get_num_threads(), "arguments": arguments,
+        "changed": os.environ["CHANGED"], "by the line": sys.stdout.line_buffering}
+    open(f"{folder}/told", "w").write(json.dumps(told))
+    if how == "raises":
+        raise ValueError("no such thing")
+    if how == "interrupted":
+        raise KeyboardInterrupt
+    return int(how)
+train.main = fake
+os.environ["RANK"] = "3"
+forked.train({"LATER": "yes", "CHANGED": "yes", "RANK": "of another", "OMP_NUM_THREADS": "3"}, ["seed=1"])
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("0", 0), ("7", 7), ("raises", 1), ("interrupted", 130)])
+def test_a_rank_has_the_environment_and_the_end_of_a_process_of_its_own(how: str, code: int, tmp_path: Path) -> None:
+    variables = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "RANK", "LATER")}
+    variables["CHANGED"] = "not yet"
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), how]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert ("no such thing" in done.stderr) == (how == "raises")
+    told = json.loads((tmp_path / "told").read_text())
+    assert told.pop("changed") == "yes" and told.pop("by the line")
+    assert told == {"later": "yes", "rank": "3", "threads": 3, "arguments": ["seed=1"]}
+    assert (tmp_path / "left").exists()
+
+
+def test_ranks_are_started_anew_where_they_cannot_be_forked(tmp_path: Path) -> None:
+    program = "import sys; from meshloom.launch import agent, forked; forked.possible = lambda: False; "
+    program += "sys.exit(agent.main(sys.argv[1:]))"
+    line = ["--standalone", "--nproc-per-node=1", "-m", "meshloom.launch.train", "precision=half"]
+    done = subprocess.run([sys.executable, "-c", program, *line], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2 and "there is no 'half'" in done.stderr
+
+
+def test_ranks_can_be_forked_from_what_only_imports() -> None:
+    program = "from meshloom.launch import forked; forked.prepare(); print(forked.possible())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]
+
+
+@pytest.mark.parametrize("change", ["imported.MAY_FORK = False", "torch.cuda.get_device_properties = lambda _: 1 / 0"])
+def test_a_process_that_can_use_no_gpu_says_so(change: str) -> None:
+    program = f"import torch; from meshloom.launch import forked, imported; torch.cuda.device_count = lambda: 1; {change}; "
+    assert subprocess.run([sys.executable, "-c", f"{program} forked._try()"], check=False, stderr=subprocess.DEVNULL).returncode
+
+
+def test_importing_begins_neither_a_gpu_nor_processes() -> None:
+    program = (
+        "import sys, psutil; from meshloom.launch import imported; "
+        "print(imported.MAY_FORK, psutil.Process().children(), 'meshloom.trainer.run' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "[]", "True"]
+
+
+def test_importing_asks_for_no_gpu() -> None:
+    """To ask is enough that a process forked afterwards can't use it; on this machine nobody might notice."""
+    program = (
+        "import torch; asked = []\n"
+        "for name in ('is_available', 'device_count', 'get_device_properties', 'get_device_capability', 'init'):\n"
+        "    setattr(torch.cuda, name, lambda *_, name=name: asked.append(name) or 0)\n"
+        "from meshloom.launch import imported; print(asked)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]"]
+
+
+def test_without_a_driver_nothing_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_driver", lambda: None)
+    assert not driver.began() and not driver.shared(0)
+
+
+def test_the_agent_ends_as_a_program_it_started_ends(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text("raise SystemExit(6)")
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert agent.main(["--standalone", "--nproc-per-node=1", str(script)]) == 6
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--standalone"],
+        ["--nnodes=2", "--node-rank=1", "--master-addr=there", "--max-restarts=2", "--tee=3"],
+        ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=7.0", "--rdzv-endpoint=there:20007", "--rdzv-conf=is_host=0"],
+    ],
+)
+def test_but_for_how_ranks_begin_the_agent_is_torchrun(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[LaunchConfig] = []
+
+    def elastic_launch(config: LaunchConfig, entrypoint: object) -> Callable[..., None]:
+        launched.append(config)
+        return lambda *_: None
+
+    for place in ("run", "launcher.api"):
+        monkeypatch.setattr(f"torch.distributed.{place}.elastic_launch", elastic_launch)
+    monkeypatch.setattr("meshloom.launch.forked.prepare", lambda: None)
+    monkeypatch.setattr("meshloom.launch.forked.possible", lambda: True)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        for module in ("meshloom.launch.train", "json.tool"):
+            agent.main([*flags, "--nproc-per-node=2", "-m", module])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    ours, torchrun = launched
+    assert (ours.start_method, torchrun.start_method) == ("forkserver", "spawn")
+    for config in launched:
+        assert len(config.run_id) == 36 or config.run_id in ("none", "7.0")
+    for name in ("min_nodes", "max_nodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "rdzv_configs", "max_restarts"):
+        assert getattr(ours, name) == getattr(torchrun, name)
+
+
+def test_ranks_that_hang_in_a_collective_with_a_dead_one_have_a_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float | None] = []
+
+    def join(self: object, timeout: float | None = None, grace_period: float | None = None) -> bool:
+        waited.append(grace_period)
+        return True
+
+    def elastic_launch(config: LaunchConfig, entrypoint: object) -> Callable[..., None]:
+        return lambda *_: cast(Any, ProcessContext).join(object(), -1)  # as elastic asks after its ranks
+
+    monkeypatch.setattr(ProcessContext, "join", join)
+    monkeypatch.setattr("torch.distributed.run.elastic_launch", elastic_launch)
+    monkeypatch.setattr("meshloom.launch.forked.prepare", lambda: None)
+    monkeypatch.setattr("meshloom.launch.forked.possible", lambda: True)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert agent.main(["--standalone", "--nproc-per-node=1", "-m", "meshloom.launch.train"]) == 0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert waited == [agent.LAST_WORDS] and ProcessContext.join is join

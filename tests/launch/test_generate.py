@@ -1,0 +1,119 @@
+"""`meshloom generate` on checkpoints that are whole, damaged, imported, or of data without text."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from meshloom.checkpoint.checkpointer import Checkpointer
+from meshloom.checkpoint.config import CheckpointConfig
+from meshloom.checkpoint.control import Control
+from meshloom.data.tokenizer import Tokenizer
+from meshloom.launch.generate import main
+from meshloom.models.llama import Llama
+from meshloom.parallel.fragment import Box, Fragment
+
+SHAPE = {"dim": 16, "layers": 1, "heads": 2, "kv_heads": 1, "ffn_dim": 24, "vocabulary": Tokenizer.bytes().vocabulary}
+MODEL = {"_target_": "meshloom.models.llama.Llama", "name": "llama", **SHAPE}
+
+
+def saved(folder: Path, state: dict[str, object]) -> Path:
+    """A checkpoint of a small model that always goes on with one token. Returns the step's folder."""
+    model = Llama(**SHAPE)
+    fragments = [
+        Fragment(name, "weight", tuple(weight.shape), Box.whole(weight.shape), torch.full_like(weight, 0.01).detach())
+        for name, weight in model.named_parameters()
+    ]
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync"))
+    checkpointer.save(3, fragments, state)
+    checkpointer.finish()
+    return folder / "step-00000003"
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = main(list(words))
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_an_imported_model_goes_on_when_it_has_its_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = saved(tmp_path / "imported", {"config": {"model": MODEL}, "imported_from": {"format": "hugging_face"}})
+    words = (f"checkpoint={tmp_path / 'imported'}", "prompt=def ", "tokens=3", "temperature=0")
+    assert "does not say how far its model looks back; give" in said(capsys, *words)[2]
+    assert "was imported without a tokenizer; put the model's tokenizer.json" in said(capsys, *words, "context=8")[2]
+    Tokenizer.bytes().save(step.parent / "tokenizer.json")
+    code, text, _ = said(capsys, *words, "context=8")
+    assert code == 0 and text.startswith("def ")
+
+
+def test_a_model_of_which_something_is_missing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its weights would be whatever the memory held before."""
+    Tokenizer.bytes().save(tmp_path / "tokenizer.json")
+    saved(tmp_path, {"config": {"model": {**MODEL, "layers": 2, "dim": 32}}, "imported_from": {}})
+    code, out, error = said(capsys, f"checkpoint={tmp_path}", "context=8")
+    assert code == 1 and not out
+    assert "does not have this model's weight/embed.weight" in error and "weight/layers.0" in error and " more" in error
+
+
+def test_an_import_without_a_model_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path, {"imported_from": {"format": "deepspeed zero 2"}})
+    code, _, error = said(capsys, f"checkpoint={tmp_path}")
+    assert code == 2 and "don't say what model" in error
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Tokenizer.bytes().save(tmp_path / "tokenizer.json")
+    step = saved(tmp_path, {"config": {"model": MODEL}, "imported_from": {}})
+    (array,) = step.glob("*.safetensors")
+    array.write_bytes(array.read_bytes()[:100])
+    code, _, error = said(capsys, f"checkpoint={step}", "context=8")
+    assert code == 1 and error.startswith("meshloom generate: ") and array.name in error and "Traceback" not in error
+    (step / "manifest.json").write_text("{")
+    code, _, error = said(capsys, f"checkpoint={step}", "context=8")
+    assert code == 1 and "manifest.json" in error
+
+
+def test_a_run_whose_data_and_tokenizer_are_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {"_target_": "meshloom.data.nodes.Text", "name": "text", "input": "gone.txt", "seq_len": 8}
+    saved(tmp_path, {"config": {"model": MODEL, "data": {**data, "cache_dir": str(tmp_path / "cache")}, "seed": 1}})
+    code, _, error = said(capsys, f"checkpoint={tmp_path}")
+    assert code == 2 and "put the model's tokenizer.json beside the checkpoint" in error
+    assert "data.input: 'gone.txt' matches no file" in error
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_run_whose_data_can_not_even_be_looked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {"_target_": "meshloom.data.nodes.Text", "name": "text", "input": "a" * 300, "seq_len": 8}
+    saved(tmp_path, {"config": {"model": MODEL, "data": {**data, "cache_dir": str(tmp_path / "cache")}, "seed": 1}})
+    code, _, error = said(capsys, f"checkpoint={tmp_path}")
+    assert code == 2 and "put the model's tokenizer.json beside the checkpoint" in error
+    assert "data: aaa" in error and "File name too long" in error
+
+
+def test_a_tokenizer_that_can_not_be_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = saved(tmp_path, {"config": {"model": MODEL}, "imported_from": {}})
+    Tokenizer.bytes().save(step.parent / "tokenizer.json")
+
+    def refuse(path: Path, *_: object) -> Tokenizer:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Tokenizer, "load", refuse)
+    code, _, error = said(capsys, f"checkpoint={tmp_path}", "context=8")
+    assert code == 2 and "Permission denied" in error and "tokenizer.json" in error
+
+
+@pytest.mark.parametrize("word", ["temperature=nan", "temperature=-1", "seed=-1", f"seed={2**64}", "top_k=0", "tokens=0"])
+def test_numbers_that_can_not_be_are_refused(capsys: pytest.CaptureFixture[str], word: str) -> None:
+    code, _, error = said(capsys, "checkpoint=any", word)
+    assert code == 2 and f"- {word.partition('=')[0]}: " in error
+
+
+def test_a_file_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, error = said(capsys, f"checkpoint={tmp_path / 'file'}")
+    assert code == 2 and "checkpoint: " in error

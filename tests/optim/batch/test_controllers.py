@@ -1,0 +1,390 @@
+"""Batch-size controllers: estimators against Gaussian gradients of known moments, decisions against closed forms."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshloom.config.duration import Duration
+from meshloom.optim.batch.adaptive import Adaptive, Augmented, CriticalLoss, InnerProduct, NoiseScale, NormTest
+from meshloom.optim.batch.controller import Controller, Fixed, Ramp, Stages
+from meshloom.optim.batch.statistics import GradientStatistics, MovingMeans
+from meshloom.optim.horizon import Horizon
+from meshloom.optim.progress import Progress
+
+HORIZON = Horizon(Duration.parse("1000B tokens"), 1000)
+
+
+def at(samples: int = 0, step: int = 0, batch: int = 0) -> Progress:
+    return Progress(step, samples, samples * HORIZON.seq_len, batch)
+
+
+def problems(controller: Controller) -> list[str]:
+    return [str(problem) for problem in controller.problems()]
+
+
+# Estimators.
+
+
+def of_workers(gradients_JD: np.ndarray, m: float) -> GradientStatistics:
+    """The statistics by their definition, for equal shares."""
+    g = gradients_JD.mean(0)
+    return GradientStatistics(
+        worker_square=float((gradients_JD**2).sum(1).mean()),
+        batch_square=float(g @ g),
+        workers=len(gradients_JD),
+        worker_samples=m,
+        projection_square=float(((gradients_JD @ g) ** 2).mean()),
+    )
+
+
+def test_estimators_on_gaussian_gradients() -> None:
+    """ALGORITHMS 1.2: tr Σ = 100, ‖μ‖² = 1, J = 8, m = 4, d = 1000, so E N = 1 + 100 / 32 and b* = 400 at η = 0.5."""
+    random = np.random.default_rng(5)
+    J, m, d, draws = 8, 4, 1000, 4000
+    mean = np.zeros(d)
+    mean[0] = 1.0
+    found = [of_workers(mean + random.normal(0, math.sqrt(0.1 / m), (J, d)), m) for _ in range(draws)]
+    variance, signal, square = (np.mean([getattr(s, key) for s in found]) for key in ("variance", "signal", "batch_square"))
+    # three standard errors: tr Σ̂ is a χ² of 7000 degrees of freedom times 100 / 7000
+    assert variance == pytest.approx(100, abs=3 * 100 * math.sqrt(2 / 7000 / draws))
+    assert signal == pytest.approx(1, abs=0.02)
+    assert square == pytest.approx(4.125, abs=0.02)
+    controller = NormTest(HORIZON, 1, samples=32, max=10_000, eta=0.5, unbiased=True, growth=None, ema=0.99999, shrink=True)
+    for statistics in found:
+        controller.observe(statistics, 0.0, at(step=1))
+    assert controller.next_batch(at()) == pytest.approx(400, rel=0.02)
+    assert controller.noise_scale == pytest.approx(100, rel=0.02)
+
+
+def test_estimates_from_single_samples_are_the_textbook_ones() -> None:
+    """With one sample a worker, m = 1, the definitions of the tests over samples (ALGORITHMS 1.1) hold exactly."""
+    g_bD = np.random.default_rng(0).normal(0.3, 1.0, (6, 5))
+    g = g_bD.mean(0)
+    statistics = of_workers(g_bD, 1)
+    products = g_bD @ g
+    across_bD = g_bD - np.outer(products, g) / (g @ g)
+    assert statistics.variance == pytest.approx(g_bD.var(0, ddof=1).sum())
+    assert statistics.projection_variance == pytest.approx(products.var(ddof=1))
+    assert statistics.orthogonal_variance == pytest.approx(across_bD.var(0, ddof=1).sum())
+    # noise along and noise across make up the whole noise
+    parts = statistics.orthogonal_variance + statistics.projection_variance / statistics.batch_square
+    assert parts == pytest.approx(statistics.variance)
+
+
+def test_noise_scale_is_mccandlishs() -> None:
+    """|G|² and S of arXiv 1812.06162 A.1 with B_small = m and B_big = b."""
+    statistics = GradientStatistics(worker_square=9.0, batch_square=4.0, workers=4, worker_samples=8)
+    small, big = 8, 32
+    signal = (big * 4.0 - small * 9.0) / (big - small)
+    noise = (9.0 - 4.0) / (1 / small - 1 / big)
+    assert statistics.metrics() == pytest.approx(
+        {"gradient_variance": noise, "gradient_norm_squared": signal, "noise_scale": noise / signal}
+    )
+    assert "noise_scale" not in GradientStatistics(90.0, 4.0, 4, 8).metrics(), "no signal seen"
+
+
+def test_moving_means_forget_their_start() -> None:
+    means = MovingMeans(0.9)
+    means.update({"x": 5.0})
+    assert means["x"] == 5.0
+    means.update({"x": 1.0})
+    assert means["x"] == pytest.approx((0.9 * 5 + 1) / 1.9)
+
+
+# Micro-batches that grow.
+
+
+def growing(multiple: int | None = None) -> NormTest:
+    options = {"samples": 16, "max": 1000, "multiple": multiple, "micro_growth": 8}
+    return NormTest(HORIZON, 8, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "size", "factor"),
+    [
+        (16, 16, 1),  # two micro-batches of eight
+        (24, 24, 1),  # three
+        (30, 32, 2),
+        (32, 32, 2),
+        (40, 48, 2),
+        (100, 128, 8),
+        (128, 128, 8),  # two of 64, the largest allowed
+        (950, 960, 8),
+        (10**6, 960, 8),  # 1,000 is no multiple of 64
+    ],
+)
+def test_sizes_can_be_cut_into_the_micro_batches_that_they_have_earned(wanted: int, size: int, factor: int) -> None:
+    assert growing().rounded(wanted) == size and growing().micro_factor(size) == factor
+
+
+@given(st.floats(1, 1e4), st.sampled_from([None, 8, 24, 64]))
+def test_whatever_is_asked_every_rank_has_enough_micro_batches(wanted: float, multiple: int | None) -> None:
+    size = growing(multiple).rounded(wanted)
+    factor = growing(multiple).micro_factor(size)
+    assert size % (multiple or 8) == 0 and size % (8 * factor) == 0
+    assert factor in (1, 2, 4, 8) and (factor == 1 or size // (8 * factor) >= 2)
+
+
+def test_with_a_multiple_sizes_do_not_depend_on_the_layout() -> None:
+    wide, narrow = (NormTest(HORIZON, divisor, samples=64, max=1000, multiple=64, micro_growth=4) for divisor in (32, 8))
+    assert [wide.rounded(n) for n in range(1, 1200, 7)] == [narrow.rounded(n) for n in range(1, 1200, 7)]
+
+
+def test_a_micro_batch_stays_where_it_is_not_to_grow_and_where_doublings_do_not_fit() -> None:
+    assert NormTest(HORIZON, 8, samples=16, max=1000).micro_factor(512) == 1
+    assert growing().micro_factor(8 * 33) == 1, "an odd number of micro-batches"
+    (problem,) = problems(NormTest(HORIZON, 8, samples=16, max=1000, micro_growth=3))
+    assert "batch.micro_max" in problem
+
+
+# Planned controllers.
+
+
+def test_stages() -> None:
+    controller = Stages(HORIZON, 256, "0:768 250B:1536")
+    assert problems(controller) == []
+    sizes = [controller.next_batch(at(samples)) for samples in (0, 249_999_999, 250_000_000, 999_000_000)]
+    assert sizes == [768, 768, 1536, 1536]
+
+
+def test_a_first_point_at_zero_wins_over_the_recipes_samples() -> None:
+    controller = Stages(HORIZON, 8, "0:16 5B:24", samples=10)
+    assert problems(controller) == [] and controller.next_batch(at()) == 16
+
+
+def test_stages_understand_other_durations_and_a_start_of_their_own() -> None:
+    controller = Stages(HORIZON, 8, "25%:16 2000steps:24", samples=8)
+    assert problems(controller) == []
+    assert [controller.next_batch(at(s, step)) for s, step in ((0, 0), (250_000_000, 5), (250_000_000, 2000))] == [8, 16, 24]
+
+
+@pytest.mark.parametrize(
+    ("stages", "samples", "key"),
+    [
+        ("0:768;250B:1536", None, "batch.stages"),
+        ("", 8, "batch.stages"),
+        ("5B:16", None, "batch.samples"),
+        ("0:16 5B:20", None, "batch.stages"),
+        ("0:16 5B:24 4B:32", None, "batch.stages"),
+    ],
+)
+def test_faulty_stages(stages: str, samples: int | None, key: str) -> None:
+    found = Stages(HORIZON, 8, stages, samples).problems()
+    assert key in [problem.key for problem in found]
+    assert all(problem.fix for problem in found)
+
+
+def test_ramp_rises_in_equal_steps() -> None:
+    """16, 24, … 64 over 600 M samples: seven sizes, a new one every 100 M."""
+    controller = Ramp(HORIZON, 8, 16, 64, "600B tokens")
+    assert problems(controller) == []
+    sizes = [controller.next_batch(at(samples * 10**6)) for samples in (0, 99, 100, 250, 599, 600, 900)]
+    assert sizes == [16, 16, 24, 32, 56, 64, 64]
+    assert Ramp(HORIZON, 8, 16, 64, "60%").next_batch(at(250 * 10**6)) == 32
+
+
+def test_a_size_the_layout_cannot_cut_is_refused_with_a_way_out() -> None:
+    assert problems(Fixed(HORIZON, 8, 10)) == [
+        "batch.samples: 10 is not a multiple of batch.micro × data-parallel size = 8; use 8 or 16"
+    ]
+    assert problems(Fixed(HORIZON, 8, 3))[0].endswith("use 8")
+    found = NormTest(HORIZON, 8, samples=32, max=16, eta=0, interval=0, ema=1.0, growth=1.0, multiple=12).problems()
+    assert [p.key.removeprefix("batch.") for p in found] == ["multiple", "max", "interval", "ema", "growth", "eta"]
+
+
+# Measured controllers.
+
+
+def statistics(variance: float, square: float, workers: int = 4, m: float = 8) -> GradientStatistics:
+    """A record whose tr Σ and N are these."""
+    return GradientStatistics(square + variance * (workers - 1) / (m * workers), square, workers, m)
+
+
+def norm_test(**options: Any) -> NormTest:
+    return NormTest(**{"horizon": HORIZON, "divisor": 8, "samples": 32, "max": 1000, "eta": 0.5, "growth": None} | options)
+
+
+def test_norm_test_asks_for_the_smallest_batch_that_passes() -> None:
+    """tr Σ = 100, N = 2, η = 0.5: 100 / (0.25 · 2) = 200, which is a multiple of 8."""
+    controller = norm_test()
+    controller.observe(statistics(100, 2), 0.0, at(step=1))
+    assert controller.next_batch(at()) == 200
+    assert 100 / 200 <= 0.25 * 2 < 100 / 199
+    controller.observe(statistics(101, 2), 0.0, at(step=2))
+    assert controller.next_batch(at()) == 208, "202 rounded up to what the layout can cut"
+
+
+def test_norm_test_passes_and_never_shrinks_unless_told() -> None:
+    kept, shrunk = norm_test(), norm_test(shrink=True)
+    for controller in (kept, shrunk):
+        controller.observe(statistics(100, 2), 0.0, at(step=1))
+        controller.observe(statistics(20, 1), 0.0, at(step=2))
+    assert (kept.next_batch(at()), shrunk.next_batch(at())) == (200, 80)
+    shrunk.observe(statistics(0, 1), 0.0, at(step=3))
+    assert shrunk.next_batch(at()) == 32, "never under the start"
+
+
+def test_literal_form_lacks_the_factor_of_samples_per_worker() -> None:
+    """(1/J) Σ ‖g_j − g‖² in place of tr Σ: 100 · 3 / 32 / (0.01 · 2) = 468.75, where the consistent form asks for 5,000."""
+    literal, consistent = (norm_test(literal=flag, max=10**6, eta=0.1, multiple=None) for flag in (True, False))
+    for controller in (literal, consistent):
+        controller.observe(statistics(100, 2), 0.0, at(step=1))
+    assert (literal.next_batch(at()), consistent.next_batch(at())) == (472, 5000)
+
+
+def test_bounds_on_a_change() -> None:
+    controller = norm_test(growth=2.0, max=100)
+    sizes: list[int] = []
+    for step in (1, 2, 3):
+        controller.observe(statistics(1e6, 1), 0.0, at(step=step))
+        sizes.append(controller.next_batch(at()))
+    assert sizes == [64, 96, 96], "doubled, then as much of batch.max as the layout can cut"
+
+
+def test_decisions_wait_for_their_interval() -> None:
+    controller = norm_test(interval=5)
+    wanted = [step for step in range(10) if controller.measures(at(step=step))]
+    assert wanted == [4, 9], "the steps whose end is a decision"
+    for step in range(1, 5):
+        controller.observe(statistics(100, 2), 0.0, at(step=step))
+        assert controller.next_batch(at()) == 32
+    controller.observe(statistics(100, 2), 0.0, at(step=5))
+    assert controller.next_batch(at()) == 200
+    assert all(norm_test(interval=5, ema=0.5).measures(at(step=step)) for step in range(10))
+
+
+def test_means_are_averaged_not_ratios() -> None:
+    controller = norm_test(ema=0.5)
+    controller.observe(statistics(100, 1), 0.0, at(step=1))
+    controller.load_state_dict({**controller.state_dict(), "target": 32.0})
+    controller.observe(statistics(40, 4), 0.0, at(step=2))
+    assert controller.next_batch(at()) == 80, "(50 + 40) / (0.5 + 4) / 0.25; the mean of the ratios would ask for more"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_diverged_changes_nothing(bad: float) -> None:
+    controller, loss = norm_test(), CriticalLoss(HORIZON, 8, samples=32, max=1000)
+    before = controller.state_dict(), loss.state_dict()
+    controller.observe(statistics(bad, 2), 0.0, at(step=1))
+    controller.observe(None, 0.0, at(step=2))
+    loss.observe(None, bad, at(step=10))
+    assert (controller.state_dict(), loss.state_dict()) == before
+
+
+def with_projection(s: float) -> GradientStatistics:
+    return GradientStatistics(10.0, 2.0, workers=4, worker_samples=8, projection_square=s)
+
+
+def test_inner_product_and_augmented_tests() -> None:
+    """(S − N²) m J / (J − 1) = (4.3 − 4) · 32 / 3 = 3.2 along, (A − S / N) · 32 / 3 = 83.73 across; N = 2."""
+    inner = InnerProduct(HORIZON, 1, samples=1, max=10**6, eta=0.1, growth=None)
+    augmented = Augmented(HORIZON, 1, samples=1, max=10**6, eta=0.1, nu=0.5, growth=None)
+    for controller in (inner, augmented):
+        controller.observe(with_projection(4.3), 0.0, at(step=1))
+    assert inner.next_batch(at()) == math.ceil(3.2 / (0.01 * 4))
+    assert augmented.next_batch(at()) == math.ceil((10 - 4.3 / 2) * 32 / 3 / (0.25 * 2))
+    with pytest.raises(ValueError, match="batch=norm_test"):
+        inner.observe(statistics(1, 1), 0.0, at(step=2))
+
+
+def test_noise_scale_controller() -> None:
+    """‖E g‖² = N − tr Σ / b: with tr Σ = 64, N = 4, b = 32 the signal is 2 and the scale 32; η = 2 wants 64."""
+    controller = NoiseScale(HORIZON, 1, samples=8, max=1000, eta=2.0, growth=None, interval=1, ema=0.0)
+    assert controller.noise_scale is None
+    controller.observe(statistics(64, 4), 0.0, at(step=1))
+    assert controller.noise_scale == pytest.approx(32)
+    assert controller.next_batch(at()) == 64
+    controller.observe(statistics(200, 4), 0.0, at(step=2))
+    assert controller.noise_scale == math.inf and controller.next_batch(at()) == 1000, "no signal: as large as allowed"
+
+
+@pytest.mark.parametrize(("loss", "tokens"), [(4.0, 2.853e5), (3.0, 1.1226e6), (2.5, 2.675e6), (2.0, 7.740e6)])
+def test_critical_batch_of_a_loss(loss: float, tokens: float) -> None:
+    """Kaplan's B_crit (ALGORITHMS 1.4)."""
+    controller = CriticalLoss(HORIZON, 1, samples=8, max=10**6, growth=None, interval=1, ema=0.0)
+    assert controller.needs_loss and not controller.needs_statistics
+    controller.observe(None, loss, at(step=1))
+    assert controller.next_batch(at()) == pytest.approx(tokens / HORIZON.seq_len, rel=3e-3)
+
+
+ADAPTIVE: list[tuple[type[Adaptive], dict[str, Any]]] = [
+    (NormTest, {"ema": 0.9}),
+    (InnerProduct, {"interval": 3}),
+    (Augmented, {"shrink": True}),
+    (NoiseScale, {}),
+    (CriticalLoss, {"interval": 2}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), ADAPTIVE)
+@given(cut=st.integers(0, 30), seed=st.integers(0, 1000))
+@settings(deadline=None)
+def test_a_resumed_controller_goes_on_as_if_nothing_had_happened(
+    kind: type[Adaptive], options: dict[str, Any], cut: int, seed: int
+) -> None:
+    """Stopped anywhere, saved as JSON, loaded into a new one: the same sizes; and any size is legal."""
+
+    def new() -> Adaptive:
+        return kind(horizon=HORIZON, divisor=8, samples=16, max=500, **options)
+
+    random = np.random.default_rng(seed)
+    records = [of_workers(random.normal(0.5, 1, (4, 6)), 4) for _ in range(30)]
+
+    def go(controller: Adaptive, first: int, last: int) -> list[int]:
+        sizes: list[int] = []
+        for step in range(first, last):
+            sizes.append(controller.next_batch(at(step=step)))
+            controller.observe(records[step], 3.0 + 1 / (1 + step), at(step=step + 1))
+        return sizes
+
+    whole = go(new(), 0, 30)
+    first = new()
+    sizes = go(first, 0, cut)
+    second = new()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert sizes + go(second, cut, 30) == whole
+    assert all(size % 8 == 0 and 16 <= size <= 496 for size in whole)
+
+
+def test_sizes_that_a_user_wrote_are_not_rounded_to_the_multiple_in_silence() -> None:
+    """From 4 to 16 in steps of 8 would end at 12."""
+    found = Ramp(HORIZON, 4, samples=4, max=20, over="10%", multiple=8).problems()
+    assert [str(problem) for problem in found] == [
+        "batch.samples: 4 is not a multiple of batch.multiple=8; use 8",
+        "batch.max: 20 is not a multiple of batch.multiple=8; use 16 or 24",
+    ]
+    assert [problem.key for problem in NormTest(HORIZON, 4, samples=12, max=64, multiple=8).problems()] == ["batch.samples"]
+    assert Ramp(HORIZON, 4, samples=8, max=16, over="10%", multiple=8).problems() == []
+
+
+def test_a_multiple_of_the_recipes_own_makes_sizes_independent_of_the_layout() -> None:
+    """Without it, resuming on 6 data ranks instead of 4 rounds the same target differently; with it, the same."""
+    sizes: dict[int | None, set[int]] = {}
+    for multiple in (None, 48):
+        sizes[multiple] = set()
+        for divisor in (8, 12):
+            controller = norm_test(divisor=divisor, samples=48, multiple=multiple)
+            controller.observe(statistics(101, 2), 0.0, at(step=1))
+            sizes[multiple].add(controller.next_batch(at()))
+    assert sizes == {None: {208, 204}, 48: {240}}
+
+
+def test_a_resume_under_another_controller_keeps_the_size_reached() -> None:
+    """The new kind's own means start afresh; a size below its own start, or a controller that had none, gives its start."""
+    first = norm_test()
+    first.observe(statistics(100, 2), 0.0, at(step=1))
+    second = CriticalLoss(HORIZON, 8, samples=32, max=1000)
+    second.load_state_dict(first.state_dict())
+    assert second.next_batch(at()) == 200 and second.noise_scale is None
+    larger = NoiseScale(HORIZON, 8, samples=256, max=1000)
+    larger.load_state_dict(first.state_dict())
+    assert larger.next_batch(at()) == 256
+    larger.load_state_dict(Fixed(HORIZON, 8, 32).state_dict())
+    assert larger.next_batch(at()) == 256

@@ -1,0 +1,143 @@
+"""A run whose batch size follows its gradients: the same on other layouts, and stopped and resumed on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshloom.launch.train import main
+from meshloom.trainer.run import run
+from meshloom.trainer.schema import make_composer
+from meshloom.trainer.validate import run_problems
+from support.ranks import run_ranks
+
+PLAIN = [
+    "recipe=quickstart",
+    "data=synthetic",
+    "data.seq_len=16",
+    "precision=fp64",
+    *("model.vocabulary=64", "model.dim=16", "model.layers=2", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=32"),
+    *("trainer.steps=null", "trainer.eval_every=0", "trainer.sample_prompt=null", "logging.progress=false"),
+    *("schedule=constant", "schedule.warmup=512 tokens"),
+]
+TINY = [
+    *PLAIN,
+    "optim.lr_coupling=sqrt_saturating",
+    *("batch=norm_test", "batch.samples=8", "batch.micro=2", "batch.multiple=8", "batch.max=64", "batch.eta=0.6"),
+    *("batch.ema=0.5", "batch.growth=1.2", "batch.interval=3", "batch.shrink=false"),
+]
+ROW = ("step", "loss", "lr", "grad_norm", "samples", "batch_samples", "gradient_variance", "gradient_norm_squared")
+
+
+def trained(rank: int, world_size: int, folder: str, tokens: int, extra: list[str]) -> list[dict[str, Any]]:
+    assert run(make_composer().compose([*TINY, f"output_dir={folder}", f"trainer.tokens={tokens}", *extra]).config) == 0
+    return rows_of(folder)
+
+
+def resumed(rank: int, world_size: int, folder: str, tokens: int) -> list[dict[str, Any]]:
+    """By the command, whose overrides are laid over the checkpoint's config."""
+    assert main([*TINY, f"output_dir={folder}", f"trainer.tokens={tokens}", "resume=auto"]) == 0
+    return rows_of(folder)
+
+
+def rows_of(folder: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in ROW if key in row} for row in rows if "loss" in row]
+
+
+LONG = 16 * 8 * 30
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """One process, uninterrupted."""
+    return run_ranks(1, trained, str(tmp_path_factory.mktemp("alone")), LONG, [])[0]
+
+
+def same(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    assert [row["batch_samples"] for row in rows] == [row["batch_samples"] for row in others]
+    for row, other in zip(rows, others, strict=True):
+        assert row == pytest.approx(other, rel=1e-9)
+
+
+def test_the_batch_grows_and_the_rate_with_it(alone: list[dict[str, Any]]) -> None:
+    sizes = [row["batch_samples"] for row in alone]
+    assert sizes[0] == 8 and sizes[-1] > 16 and sizes == sorted(sizes)
+    assert [row["samples"] for row in alone] == [sum(sizes[: n + 1]) for n in range(len(sizes))], "no sample lost or repeated"
+    assert alone[-1]["lr"] > alone[4]["lr"]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [(2, ["parallel.zero=1"]), (4, ["parallel.zero=3"]), (4, ["parallel.zero=2", "parallel.replicate=2"])],
+)
+def test_other_layouts_measure_and_grow_alike(
+    alone: list[dict[str, Any]], tmp_path: Path, world_size: int, layout: list[str]
+) -> None:
+    same(run_ranks(world_size, trained, str(tmp_path), LONG, layout)[0], alone)
+
+
+def test_stopped_and_resumed_on_another_layout(alone: list[dict[str, Any]], tmp_path: Path) -> None:
+    first = run_ranks(4, trained, str(tmp_path), LONG // 2, ["parallel.zero=3"])[0]
+    assert 8 < first[-1]["batch_samples"] < alone[-1]["batch_samples"], "stopped while growing"
+    same(run_ranks(1, resumed, str(tmp_path), LONG)[0], alone)
+
+
+STAGED = ["batch=stages", "batch.stages='0:8 512:16 2048:32'", "batch.micro=2", "optim.lr_coupling=sqrt"]
+
+
+def counted(rank: int, world_size: int, folder: str, tokens: int, extra: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a run, and how many micro-batches each step of this rank had."""
+    from meshloom.parallel.torch.engine import TorchEngine
+
+    counts: list[int] = []
+    accumulate = TorchEngine.accumulate
+
+    def noting(engine: TorchEngine, batches: Any, *others: Any) -> Any:
+        counts.append(len(batches))
+        return accumulate(engine, batches, *others)
+
+    TorchEngine.accumulate = noting  # the rank is a process of its own
+    config = make_composer().compose([*PLAIN, *STAGED, f"output_dir={folder}", f"trainer.tokens={tokens}", *extra]).config
+    assert run(config) == 0
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in ROW if key in row} for row in rows if "loss" in row], counts
+
+
+def test_micro_batches_grow_without_changing_the_run(tmp_path: Path) -> None:
+    """Sizes 8, 16, 32 in micro-batches of 2: with micro_max they become fewer and larger ones, and losses stay."""
+    plain, ones = run_ranks(1, counted, str(tmp_path / "plain"), 16 * 8 * 30, [])[0]
+    grown, fewer = run_ranks(1, counted, str(tmp_path / "grown"), 16 * 8 * 30, ["batch.micro_max=4"])[0]
+    assert sorted(set(ones)) == [4, 8, 16] and sorted(set(fewer)) == [2, 4, 8], "8 / 4, 16 / 4, 32 / 4"
+    same(grown, plain)
+    spread, counts = run_ranks(2, counted, str(tmp_path / "spread"), 16 * 8 * 30, ["batch.micro_max=4", "parallel.zero=3"])[0]
+    assert sorted(set(counts)) == [2, 4], "of a rank's 4, 8 and 16 samples: two of two, two and four of four"
+    same(spread, plain)
+
+
+def test_a_measured_batch_with_micro_batches_that_grow(tmp_path: Path) -> None:
+    """What is measured stays an estimate of the same thing, so the batch grows as before, nearly."""
+    rows = run_ranks(1, trained, str(tmp_path), LONG, ["batch.micro_max=8"])[0]
+    sizes = [row["batch_samples"] for row in rows]
+    assert sizes[-1] > 16 and sizes == sorted(sizes) and all("gradient_variance" in row for row in rows)
+
+
+def test_a_measured_batch_goes_on_from_the_size_that_a_planned_one_reached(tmp_path: Path) -> None:
+    run_ranks(1, counted, str(tmp_path), 16 * 32 * 5, [])
+    rows = run_ranks(1, resumed, str(tmp_path), 16 * 32 * 9)[0]  # batch.samples=8
+    assert [row["batch_samples"] for row in rows][-3:] >= [32] * 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["batch.micro_max=6"], "3 times batch.micro, which doublings don't reach"),
+        (["batch.micro_max=8", "parallel.pp=2", "batch.multiple=null"], "a pipeline's micro-batches are of one size"),
+    ],
+)
+def test_micro_batches_that_can_not_grow_are_refused(overrides: list[str], message: str) -> None:
+    config = make_composer().compose([*TINY, "trainer.tokens=10000", *overrides]).config
+    assert message in {problem.key: problem.message for problem in run_problems(config, 2)}["batch.micro_max"]

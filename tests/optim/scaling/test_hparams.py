@@ -1,0 +1,112 @@
+"""`meshloom hparams`, and values that a config leaves to a law."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from meshloom.launch.hparams import Arguments, main, recommend
+from meshloom.trainer.automatic import hidden_parameters, resolve_automatic
+from meshloom.trainer.schema import make_composer
+from meshloom.trainer.validate import run_problems
+
+
+def test_recommendations_for_llama_1b() -> None:
+    """Llama 1B: 16 layers of 2·2048² (q, o) + 2·2048·512 (k, v) + 3·2048·8192 and two norms; and the final norm."""
+    found = recommend(Arguments(model="llama_1b", tokens="100B", seq_len=4096))
+    assert found.hidden == 16 * (2 * 2048**2 + 2 * 2048 * 512 + 3 * 2048 * 8192 + 2 * 2048) + 2048
+    assert found.parameters == found.hidden + 2 * 128_256 * 2048
+    assert found.rows[0].value == f"{1.79 * found.hidden**-0.713 * 1e11**0.307:.3e}"
+    assert found.rows[1].value == "1.108 M tokens\n272 sequences"  # 270.4 of 4,096, to the nearest multiple of 8
+    assert found.mup.width == 8
+    assert not found.rows[0].extrapolated
+    assert recommend(Arguments(model="llama_8b", tokens="1T")).rows[0].extrapolated == "N = 6.98 B, D = 1 T"
+
+
+@pytest.mark.parametrize("name", ["step_overrides", "power_overrides"])
+@pytest.mark.parametrize("asked", [Arguments(recipe="llama_8b", tokens="200B"), Arguments(model="llama_tiny", tokens="2B")])
+def test_what_is_printed_runs_as_it_stands(name: str, asked: Arguments) -> None:
+    found = recommend(asked)
+    composition = make_composer().compose([*found.base, *getattr(found, name)])
+    assert composition.problems == []
+    assert run_problems(composition.config, world_size=1) == []
+    assert composition.config.trainer.tokens == (200_000_000_000 if asked.recipe else 2_000_000_000)
+    assert composition.config.batch.samples % 8 == 0
+
+
+def test_overrides_sit_on_the_recipe_that_is_named() -> None:
+    """Its precision, micro-batch and length of sequences are the run's, so they are what the numbers are meant for."""
+    found = recommend(Arguments(recipe="llama_3b", tokens="100B"))
+    assert found.base == ["recipe=llama_3b"]
+    assert "precision=bf16 batch.micro=2" in found.setting
+    assert "data.seq_len=8192" in found.step_overrides
+    assert recommend(Arguments(model="llama_3b", tokens="100B")).base == ["recipe=llama_3b"]
+    assert recommend(Arguments(model="llama_tiny", tokens="1B")).base == ["recipe=quickstart", "model=llama_tiny"]
+    assert recommend(Arguments(recipe="llama_1b", model="llama_3b", tokens="1B")).base == ["recipe=llama_1b", "model=llama_3b"]
+
+
+def test_a_recipe_of_ones_own_is_built_on(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    own = "# @package _global_\ndefaults:\n  - /recipe/llama_1b\n  - _self_\nrecipe: mine\nbatch:\n  micro: 3\n"
+    (tmp_path / "recipe" / "mine.yaml").write_text(own)
+    found = recommend(Arguments(recipe="mine", tokens="100B", config_dir=str(tmp_path)))
+    samples = next(int(word.partition("=")[2]) for word in found.step_overrides if word.startswith("batch.samples="))
+    assert samples % 24 == 0
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model=llama_1b", "tokens=100B", "loss=2.5", "seq_len=4096"]) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "1.664e-03",
+        "arXiv 2503.04715",
+        "2.675 M tokens",
+        "meshloom train recipe=llama_1b optim.lr=1.664e-03",
+        "m_width 8",
+    ):
+        assert text in printed
+    assert main(["model=llama_1", "tokens=1 mile", "seq_len=0"]) == 2
+    refused = capsys.readouterr().err
+    assert all(text in refused for text in ("3 problems", "model=llama_1b?", "tokens: '1 mile'", "seq_len: 0"))
+    assert main(["model=llama_1b", "tokens=1B", "batch=0", "loss=-1"]) == 2
+    refused = capsys.readouterr().err
+    assert "batch: 0 is not positive" in refused and "loss: -1.0 is not positive" in refused
+    assert main(["tokens=1B"]) == 2
+    assert "recipe: is not given" in capsys.readouterr().err
+
+
+def test_a_recommendation_that_can_not_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe=llama_1b", "tokens=100M"]) == 0
+    assert "schedule.warmup: 2000 steps is longer than the run" in capsys.readouterr().out
+
+
+def test_automatic_values_become_numbers() -> None:
+    overrides = ["model=llama_1b", "data=synthetic", "data.seq_len=2048", "trainer.steps=null", "trainer.tokens=100000000000"]
+    config = (
+        make_composer().compose([*overrides, "optim.lr=auto:step_law", "batch.samples=auto:step_law", "batch.micro=4"]).config
+    )
+    assert resolve_automatic(config, data_size=8) == []
+    assert config.batch.samples == 544  # 1.1077e6 / 2048 = 540.9, to the nearest multiple of 32
+    assert config.optim.lr == pytest.approx(1.79 * hidden_parameters(config) ** -0.713 * 1e11**0.307, rel=1e-3)
+    resolved = config.copy()
+    assert resolve_automatic(config, data_size=8) == [] and config == resolved, "numbers are left alone"
+
+
+def test_automatic_values_that_have_no_answer() -> None:
+    config = make_composer().compose(["optim.lr=auto:moon", "batch.samples=auto:step_law"]).config
+    assert [problem.key for problem in resolve_automatic(config, 1)] == ["batch.samples", "optim.lr"]
+    config.trainer.steps, config.trainer.tokens = None, 10**9
+    found = resolve_automatic(config, 1)
+    assert [str(problem) for problem in found] == [
+        "optim.lr: there is no law 'auto:moon' for a learning rate; write one of auto:step_law, auto:power"
+    ]
+    config.optim.lr = "fast"
+    assert str(resolve_automatic(config, 1)[0]) == "optim.lr: 'fast' is not a number; write one, or auto:step_law"
+
+
+def test_the_power_schedule_is_not_given_the_power_laws_rate_as_its_cap() -> None:
+    length = ["trainer.steps=null", "trainer.tokens=1000000000", "optim.lr=auto:power", "data=synthetic"]
+    (problem,) = resolve_automatic(make_composer().compose([*length, "schedule=power"]).config, 1)
+    assert problem.key == "optim.lr" and "0.02" in problem.fix
+    assert resolve_automatic(make_composer().compose(length).config, 1) == []

@@ -1,0 +1,204 @@
+"""Optimizers in the engine: AGVM's halves of accumulated gradients, and optimizers' state through a checkpoint's parts."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from meshloom.data.batch import GlobalBatch, MicroBatch, deal
+from meshloom.models.llama import Llama
+from meshloom.optim.optimizers.adagrad import AdaGrad, AdaGradNorm
+from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.optim.optimizers.agvm import AGVM
+from meshloom.optim.optimizers.layerwise import LAMB, LARS
+from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.engine import Engine, EngineSettings
+from meshloom.parallel.engines import make_engine
+from meshloom.parallel.layout import Layout
+from meshloom.parallel.mesh import Mesh
+from meshloom.trainer.schema import make_composer
+from meshloom.trainer.validate import run_problems
+from support.parity import Work, sample
+from support.ranks import run_ranks
+from support.tiny_run import body
+
+
+def build(parallel: ParallelConfig, world_size: int, make: Callable[..., torch.optim.Optimizer], **options: Any) -> Engine:
+    mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
+    with torch.device("meta"):
+        model = Llama(**Work().llama())
+    optimizer = functools.partial(make, lr=0.01, **options)
+    return make_engine(model, mesh, optimizer, parallel, EngineSettings(seed=7, precision="fp64"))
+
+
+def train(engine: Engine, first: int, last: int, micro: int = 1) -> list[float]:
+    """Losses of these steps at a constant rate."""
+    mesh = engine.mesh
+    losses: list[float] = []
+    for number in range(first, last):
+        shares = deal(GlobalBatch(number * 16, 16), mesh.data_rank, mesh.layout.data_size, micro)
+        batches = [MicroBatch.collate([sample(index) for index in indices]) for indices in shares]
+        counted = torch.tensor(float(sum(batch.valid_tokens for batch in batches)), dtype=torch.float64)
+        tokens = mesh.sum(counted) / mesh.layout.tp
+        losses.append(float(engine.accumulate(batches, tokens).mean))
+        engine.clip(0.5, engine.gradient_norm())
+        engine.update(0.01)
+        engine.zero_grad()
+    return losses
+
+
+def scales(
+    rank: int, world_size: int, layouts: list[ParallelConfig], micro: int = 1
+) -> list[tuple[list[float], dict[str, float]]]:
+    """Under each layout, losses of six steps, AGVM measuring before each but the first; and the scales it came to."""
+    found: list[tuple[list[float], dict[str, float]]] = []
+    for layout in layouts:
+        engine = build(layout, world_size, AGVM, interval=1, smoothing=0.8)
+        losses = train(engine, 0, 6, micro)
+        found.append((losses, {name: value for name, value in engine.counters().items() if name.startswith("scale.")}))
+    return found
+
+
+def plain(rank: int, world_size: int) -> list[float]:
+    """The same with AdamW."""
+    return train(build(ParallelConfig(zero=0), world_size, AdamW), 0, 6)
+
+
+LAYOUTS = [
+    ParallelConfig(zero=0),
+    ParallelConfig(zero=1),
+    ParallelConfig(zero=2),
+    ParallelConfig(zero=3),
+    ParallelConfig(zero=3, replicate=2),
+]
+
+
+def test_every_stage_measures_and_trains_alike() -> None:
+    """Four ranks hold the same halves under every ZeRO stage; the scales move and the losses with them, alike to rounding."""
+    results = run_ranks(4, scales, LAYOUTS)
+    losses, reached = results[0][0]
+    adamw = run_ranks(1, plain)[0]
+    assert max(abs(scale - 1) for scale in reached.values()) > 0.05
+    assert losses[:2] == pytest.approx(adamw[:2], rel=1e-9), "the first update is AdamW's"
+    assert losses[5] != pytest.approx(adamw[5], rel=1e-6)
+    for of_rank in results:
+        for other_losses, other in of_rank:
+            assert other_losses == pytest.approx(losses, rel=1e-9)
+            assert other == pytest.approx(reached, rel=1e-9)
+
+
+def test_tensor_parallel_ranks_measure_what_one_rank_does() -> None:
+    """A half's gradient is whole, though it is summed over the ranks only when the half is complete."""
+    (alone,) = run_ranks(1, scales, LAYOUTS[:1], 4)[0]
+    for (cut,) in run_ranks(2, scales, [ParallelConfig(zero=0, tp=2)], 4):
+        assert cut[0] == pytest.approx(alone[0], rel=1e-9) and cut[1] == pytest.approx(alone[1], rel=1e-9)
+
+
+def test_the_same_halves_in_other_micro_batches_agree() -> None:
+    """Samples 0 to 7 are the first half of the batch in two micro-batches of 8, and in four of 4."""
+    (alone,), (again,) = (run_ranks(1, scales, LAYOUTS[:1], micro)[0] for micro in (8, 4))
+    assert alone[0] == pytest.approx(again[0], rel=1e-9) and alone[1] == pytest.approx(again[1], rel=1e-9)
+
+
+KINDS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
+    "lamb": (LAMB, {}),
+    "lars": (LARS, {"trust": 1.0}),
+    "adagrad": (AdaGrad, {}),
+    "adagrad_norm": (AdaGradNorm, {}),
+    "agvm": (AGVM, {"interval": 3}),
+}
+
+
+def carry(before: Engine, after: Engine) -> dict[Any, torch.Tensor]:
+    """Put into a new engine every fragment that it has a place for; those that are left over."""
+    kept = {(fragment.key, fragment.box): fragment.tensor.clone() for fragment in before.fragments()}
+    after.prepare_restore()
+    with torch.no_grad():
+        for fragment in after.fragments():
+            fragment.tensor.copy_(kept.pop((fragment.key, fragment.box)))
+    return kept
+
+
+def interrupted(rank: int, world_size: int) -> dict[str, tuple[list[float], list[float]]]:
+    """Five steps at once; and two under ZeRO-3, whose fragments and counters go into a new engine under ZeRO-1, and three."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for name, (make, options) in KINDS.items():
+        whole = train(build(ParallelConfig(zero=3), world_size, make, **options), 0, 5)
+        before = build(ParallelConfig(zero=3), world_size, make, **options)
+        losses = train(before, 0, 2)
+        after = build(ParallelConfig(zero=1), world_size, make, **options)
+        assert not carry(before, after), "state that the new engine has no place for"
+        after.load_counters(before.counters())
+        found[name] = whole, losses + train(after, 2, 5)
+    return found
+
+
+def test_state_goes_through_fragments_and_counters() -> None:
+    """AGVM measures before its fourth step, of which it counted two before the interruption."""
+    for results in run_ranks(2, interrupted):
+        for name, (whole, cut) in results.items():
+            assert cut == pytest.approx(whole, rel=1e-9), name
+            assert len({round(loss, 6) for loss in whole}) == 5, f"{name} does not train"
+
+
+def continued(
+    rank: int, world_size: int, make: Callable[..., torch.optim.Optimizer], options: dict[str, Any]
+) -> tuple[list[float], dict[str, float]]:
+    """Two steps with AdamW, whose state goes into a new engine with another optimizer as far as that has a place for it."""
+    before = build(ParallelConfig(zero=3), world_size, AdamW)
+    losses = train(before, 0, 2)
+    after = build(ParallelConfig(zero=3), world_size, make, **options)
+    carry(before, after)
+    known = after.counters()
+    after.load_counters({name: value for name, value in before.counters().items() if name in known})
+    known = after.counters()
+    return losses + train(after, 2, 5), known
+
+
+def test_adamw_goes_on_as_agvm() -> None:
+    """AGVM that never measures is AdamW; its scales, of which AdamW knows nothing, begin at 1 and not at 0."""
+    losses, counters = run_ranks(1, continued, AGVM, {"interval": 50})[0]
+    assert {value for name, value in counters.items() if name.startswith("scale.")} == {1.0}
+    assert losses == pytest.approx(run_ranks(1, plain)[0][:5], rel=1e-9)
+
+
+def test_adagrad_norm_goes_on_from_what_it_begins_with() -> None:
+    _, counters = run_ranks(1, continued, AdaGradNorm, {"initial": 0.25})[0]
+    assert counters == {"accumulator": 0.25}
+
+
+def told(rank: int, world_size: int, overrides: list[str]) -> str:
+    """What a run says of what it could not restore."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("meshloom").addHandler(handler)
+    assert body(rank, world_size, overrides) == 0
+    return "\n".join(line for line in said if "begun anew" in line)
+
+
+def test_a_resumed_run_names_the_counters_that_it_begins_anew(tmp_path: Path) -> None:
+    steps = [f"output_dir={tmp_path}", "batch.micro=1"]
+    assert run_ranks(1, told, [*steps, "trainer.steps=2"]) == [""]
+    (said,) = run_ranks(1, told, [*steps, "trainer.steps=4", "resume=auto", "optim=agvm"])
+    assert all(name in said for name in ("scale.attention", "updates")) and "step" not in said
+    assert run_ranks(1, told, [*steps, "trainer.steps=6", "resume=auto", "optim=agvm"]) == [""]
+
+
+def test_what_cannot_be_halved_is_refused() -> None:
+    config = (
+        make_composer()
+        .compose(
+            ["recipe=quickstart", "data=synthetic", "model.vocabulary=64", "optim=agvm", "batch.samples=8", "batch.micro=8"]
+        )
+        .config
+    )
+    assert [problem.key for problem in run_problems(config, 1)] == ["batch.micro"]
+    config.parallel.pp, config.batch.micro = 2, 1
+    assert "optim" in [problem.key for problem in run_problems(config, 2)]

@@ -1,0 +1,205 @@
+"""Ring attention in float64, held to full causal attention in one process: outputs and all gradients."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshloom.kernels.attention import attend
+from meshloom.parallel.context.ring import Ring, ring_attend
+from meshloom.parallel.context.ring_plan import held, plan_ring
+from support.ranks import run_ranks
+
+ROWS, HEADS, DIM = 2, 4, 8
+
+
+def inputs(length: int, kv_heads: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """q, k, v of whole rows and the gradient of the output, the same in every process."""
+    generator = torch.Generator().manual_seed(length)
+    return [
+        torch.randn(ROWS, length, heads, DIM, generator=generator, dtype=torch.float64).to(dtype)
+        for heads in (HEADS, kv_heads, kv_heads, HEADS)
+    ]
+
+
+def documents_of(length: int, lengths: list[list[int]]) -> torch.Tensor:
+    rows = [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths]
+    assert all(len(row) == length for row in rows)
+    return torch.stack(rows)
+
+
+def whole(length: int, kv_heads: int, documents: torch.Tensor | None, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    *leaves, dout = inputs(length, kv_heads, dtype)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    out = attend(leaves[0], leaves[1], leaves[2], documents, scale=0.4)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def indices(length: int, size: int, index: int) -> torch.Tensor:
+    return torch.cat([torch.arange(part.start, part.stop) for part in held(length, size, index)])
+
+
+def share(
+    rank: int,
+    members: list[int],
+    length: int,
+    kv_heads: int,
+    documents: torch.Tensor | None,
+    dtype: torch.dtype = torch.float64,
+    compiled: bool = False,
+) -> list[torch.Tensor]:
+    """This rank's output and gradients in a ring of these members."""
+    group = dist.group.WORLD
+    assert group is not None
+    at = members.index(rank)
+    mine = indices(length, len(members), at)
+    *leaves, dout = (tensor[:, mine] for tensor in inputs(length, kv_heads, dtype))
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    ring = Ring(tuple(members), at, group)
+
+    def attend_in_ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return ring_attend(q * 1.0, k, v, documents, length=length, ring=ring, scale=0.4)
+
+    function = torch.compile(attend_in_ring, fullgraph=True, backend="aot_eager") if compiled else attend_in_ring
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def assert_shares_equal(
+    shares: list[list[torch.Tensor]], expected: list[torch.Tensor], length: int, tolerance: float = 1e-10
+) -> None:
+    for at, parts in enumerate(shares):
+        mine = indices(length, len(shares), at)
+        for name, got, want in zip(("out", "dq", "dk", "dv"), parts, expected, strict=True):
+            torch.testing.assert_close(got.to(want), want[:, mine], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+DOCUMENTS = {
+    "none": None,
+    "few": [[5, 11, 8], [24]],
+    "many": [[1, 2, 3, 4, 5, 1, 8], [20, 1, 1, 1, 1]],
+    "short": [[2] * 12, [3] * 8],
+}
+
+
+KV_HEADS = (1, 2, 4)
+UNEVEN = {2: 1, 3: 23, 4: 29, 5: 7}  # members → length; with 5 members and 10 parts some parts are empty
+
+
+def cases(size: int) -> list[tuple[int, int, torch.Tensor | None]]:
+    """(length, key/value heads, documents)."""
+    found: list[tuple[int, int, torch.Tensor | None]] = []
+    for lengths in DOCUMENTS.values():
+        documents = None if lengths is None else documents_of(24, lengths)
+        found += [(24, kv_heads, documents) for kv_heads in KV_HEADS]
+    odd = UNEVEN[size]
+    found += [(odd, 2, None), (odd, 2, documents_of(odd, [[odd], [1] * (odd // 2) + [odd - odd // 2]]))]
+    return found
+
+
+def _every_case(rank: int, size: int) -> list[list[torch.Tensor]]:
+    return [share(rank, list(range(size)), *case) for case in cases(size)]
+
+
+@pytest.mark.parametrize("size", UNEVEN)
+def test_equals_attention_in_one_process(size: int) -> None:
+    """With and without documents, for every ratio of heads, also where lengths do not divide evenly."""
+    expected = [whole(*case) for case in cases(size)]  # before the fork, so that what torch imports late is there
+    results = run_ranks(size, _every_case)
+    for number, (length, _, _) in enumerate(cases(size)):
+        assert_shares_equal([result[number] for result in results], expected[number], length)
+
+
+def _two_rings(rank: int, size: int) -> list[list[torch.Tensor]]:
+    """Ranks 3 and 0 share one sequence, 2, 4 and 1 another, then all but 5 a third; rank 5 takes part in none."""
+    sets = [([3, 0], 16), ([2, 4, 1], 25), ([4, 3, 2, 1, 0], 31)]
+    return [share(rank, members, length, 2, None) if rank in members else [] for members, length in sets]
+
+
+def test_sets_of_ranks_change_from_call_to_call() -> None:
+    results = run_ranks(6, _two_rings)
+    for number, (members, length) in enumerate([([3, 0], 16), ([2, 4, 1], 25), ([4, 3, 2, 1, 0], 31)]):
+        assert_shares_equal([results[rank][number] for rank in members], whole(length, 2, None), length)
+    assert results[5] == [[], [], []]
+
+
+def _compiled(rank: int, size: int) -> list[torch.Tensor]:
+    return share(rank, list(range(size)), 24, 2, documents_of(24, [[5, 11, 8], [24]]), compiled=True)
+
+
+def test_compiles_without_a_break() -> None:
+    documents = documents_of(24, [[5, 11, 8], [24]])
+    assert_shares_equal(run_ranks(2, _compiled), whole(24, 2, documents), 24)
+
+
+def _in_float32(rank: int, size: int) -> list[torch.Tensor]:
+    return share(rank, list(range(size)), 24, 2, None, torch.float32)
+
+
+def test_float32_stays_within_rounding() -> None:
+    assert_shares_equal(run_ranks(3, _in_float32), whole(24, 2, None), 24, tolerance=2e-6)
+
+
+@st.composite
+def packed_rows(draw: st.DrawFn) -> tuple[list[int], int, int]:
+    """(bounds of sequences in rows laid end to end, length of a row, members)."""
+    length = draw(st.integers(1, 40))
+    rows = draw(st.integers(1, 3))
+    inner = draw(st.sets(st.integers(0, rows * length), max_size=20))
+    return sorted(inner | set(range(0, rows * length + 1, length))), length, draw(st.integers(1, 5))
+
+
+@given(packed_rows())
+@settings(deadline=None, max_examples=150)
+def test_plans_cover_each_pair_of_positions_once(case: tuple[list[int], int, int]) -> None:
+    """Own sequences and blocks together are exactly the causal pairs inside sequences, and messages fit one another."""
+    bounds, length, size = case
+    rows = bounds[-1] // length
+    sequence = [sum(position >= bound for bound in bounds) for position in range(bounds[-1])]
+    holds = [[position for part in held(length, size, member, rows) for position in part] for member in range(size)]
+    assert sorted(position for held_by in holds for position in held_by) == list(range(bounds[-1]))
+    plans = [plan_ring(bounds, length, size, member) for member in range(size)]
+    pairs: Counter[tuple[int, int]] = Counter()
+    for member, plan in enumerate(plans):
+        at = 0
+        for own in plan.own:
+            pairs.update((holds[member][q], holds[member][k]) for q in range(at, at + own) for k in range(at, q + 1))
+            at += own
+        assert at == len(holds[member])
+        for number, step in enumerate(plan.steps):
+            sent = plans[step.source].steps[number]
+            assert sent.target == member
+            message = [holds[step.source][position] for start, stop in sent.keys for position in range(start, stop)]
+            assert len(message) == step.received
+            for block in step.blocks:
+                pairs.update((holds[member][q], message[k]) for q in range(*block.queries) for k in range(*block.keys))
+    expected = {(q, k) for q in range(bounds[-1]) for k in range(q + 1) if sequence[q] == sequence[k]}
+    assert set(pairs) == expected
+    assert set(pairs.values()) <= {1}
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_zigzag_balances_the_area(size: int) -> None:
+    """Each member computes the same number of score entries up to its diagonals, and half blocks where half is masked."""
+    length = 64 * size
+    areas = []
+    for member in range(size):
+        plan = plan_ring([0, length], length, size, member)
+        blocks = [block for step in plan.steps for block in step.blocks]
+        assert len(blocks) == size - 1
+        area = sum((b.queries[1] - b.queries[0]) * (b.keys[1] - b.keys[0]) for b in blocks)
+        areas.append(area + sum(own * (own + 1) // 2 for own in plan.own))
+    assert len(set(areas)) == 1
+    assert sum(areas) == length * (length + 1) // 2
+
+
+def test_documents_inside_parts_travel_nowhere() -> None:
+    plan = plan_ring([0, 4, 8, 12, 16], 16, 2, 0)
+    assert plan.own == (4, 4)
+    assert [step.received for step in plan.steps] == [0]
+    assert [step.keys for step in plan.steps] == [()]

@@ -1,0 +1,66 @@
+"""Ulysses attention in float64, held to full causal attention in one process: outputs and all gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from meshloom.kernels.attention import attend
+from meshloom.parallel.context.ulysses import ulysses_attend
+from support.ranks import run_ranks
+
+ROWS, LENGTH, HEADS, DIM = 2, 24, 12, 8
+KV_HEADS = (1, 2, 4, 6, 12)
+
+
+def inputs(kv_heads: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(kv_heads)
+    shapes = [(ROWS, LENGTH, heads, DIM) for heads in (HEADS, kv_heads, kv_heads, HEADS)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def documents() -> torch.Tensor:
+    lengths = [torch.tensor([5, 11, 8]), torch.tensor([20, 1, 3])]
+    return torch.stack([torch.repeat_interleave(torch.arange(3), row) for row in lengths])
+
+
+def whole(kv_heads: int, documents_BS: torch.Tensor | None) -> list[torch.Tensor]:
+    *leaves, dout = inputs(kv_heads)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    out = attend(leaves[0], leaves[1], leaves[2], documents_BS, scale=0.4)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def _share(rank: int, size: int, compiled: bool) -> list[list[torch.Tensor]]:
+    group = dist.group.WORLD
+    assert group is not None
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents_BS: torch.Tensor | None) -> torch.Tensor:
+        return ulysses_attend(q * 1.0, k, v, documents_BS, group=group, attend=attend, scale=0.4)
+
+    function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    results: list[list[torch.Tensor]] = []
+    for kv_heads in (2,) if compiled else KV_HEADS:
+        for documents_BS in (documents(),) if compiled else (None, documents()):
+            *leaves, dout = (tensor.chunk(size, dim=1)[rank] for tensor in inputs(kv_heads))
+            leaves = [leaf.requires_grad_() for leaf in leaves]
+            out = function(*leaves, documents_BS)
+            results.append([out.detach(), *torch.autograd.grad(out, leaves, dout)])
+    return results
+
+
+@pytest.mark.parametrize(("size", "compiled"), [(2, False), (3, False), (4, False), (2, True)])
+def test_equals_attention_in_one_process(size: int, compiled: bool) -> None:
+    """Also where key/value heads are fewer than ranks, or do not divide by them."""
+    expected = [
+        whole(kv_heads, documents_BS)
+        for kv_heads in ((2,) if compiled else KV_HEADS)
+        for documents_BS in ((documents(),) if compiled else (None, documents()))
+    ]
+    for rank, results in enumerate(run_ranks(size, _share, compiled)):
+        for parts, wholes in zip(results, expected, strict=True):
+            for name, got, want in zip(("out", "dq", "dk", "dv"), parts, wholes, strict=True):
+                torch.testing.assert_close(
+                    got, want.chunk(size, dim=1)[rank], rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+                )

@@ -1,0 +1,135 @@
+"""The gradient moments that batch-size controllers decide from: the same numbers on every layout, and the right ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from meshloom.data.batch import GlobalBatch, MicroBatch, deal
+from meshloom.models.init import fill
+from meshloom.models.llama import Llama
+from meshloom.optim.batch.statistics import GradientStatistics
+from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.gradient_noise import Measure, moments_problems
+from support.parity import Work, build, sample
+from support.ranks import run_ranks
+
+WORK = Work(micro=2, samples=16)
+
+
+def measured(rank: int, world_size: int, work: Work, measure: Measure) -> GradientStatistics | None:
+    engine = build(work, world_size, measures=True)
+    mesh = engine.mesh
+    shares = deal(GlobalBatch(0, work.samples), mesh.data_rank, mesh.layout.data_size, work.micro)
+    batches = [MicroBatch.collate([sample(index) for index in indices]) for indices in shares]
+    valid = torch.tensor(float(sum(batch.valid_tokens for batch in batches)), dtype=torch.float64)
+    tokens = mesh.sum(valid) / (mesh.layout.pp * mesh.layout.tp)
+    for asked in (Measure.NOTHING, measure):  # a step that isn't measured leaves nothing behind for the next
+        engine.accumulate(batches, tokens, asked)
+        engine.gradient_norm()
+        found = engine.gradient_moments(work.samples)
+        engine.zero_grad()
+    return None if found is None else found.read()
+
+
+def oracle(work: Work) -> GradientStatistics:
+    """From the whole gradient of every micro-batch, in one process, by autograd alone."""
+    model = Llama(**work.llama()).double()
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        fill(parameter.data, model.initial(name), seed=7, name=name, global_shape=shape, offsets=(0,) * len(shape))
+    parts: list[torch.Tensor] = []
+    tokens: list[int] = []
+    for start in range(0, work.samples, work.micro):
+        batch = MicroBatch.collate([sample(index) for index in range(start, start + work.micro)])
+        logits = model(batch.tokens_BS)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets_BS.flatten(), reduction="sum")
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        parts.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        tokens.append(batch.valid_tokens)
+    whole = sum(parts, torch.zeros(())) / sum(tokens)
+    shares = torch.tensor(tokens, dtype=torch.float64) / sum(tokens)
+    means = [part / count for part, count in zip(parts, tokens, strict=True)]  # g_j
+    squares = torch.stack([mean.square().sum() for mean in means])
+    products = torch.stack([mean @ whole for mean in means])
+    return GradientStatistics(
+        float((shares * squares).sum()),
+        float(whole.square().sum()),
+        len(parts),
+        work.micro,
+        float((shares * products.square()).sum()),
+    )
+
+
+LAYOUTS = [
+    *[(ranks, ParallelConfig(zero=zero)) for ranks in (1, 2, 4) for zero in (0, 1, 2, 3)],
+    *[(8, ParallelConfig(zero=zero, replicate=2)) for zero in (1, 3)],
+    (2, ParallelConfig(tp=2)),
+    (4, ParallelConfig(tp=2, zero=1, sequence_parallel=False)),
+    (2, ParallelConfig(pp=2, schedule="1f1b")),
+    (2, ParallelConfig(pp=2, schedule="zb", zero=2)),
+    (8, ParallelConfig(pp=2, tp=2, zero=3)),
+]
+
+
+def title(value: object) -> str:
+    if isinstance(value, ParallelConfig):
+        return f"zero{value.zero}-rep{value.replicate}-tp{value.tp}-pp{value.pp}-{value.schedule}"
+    return str(value)
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), LAYOUTS, ids=title)
+def test_squares_are_those_of_whole_micro_batch_gradients(ranks: int, parallel: ParallelConfig) -> None:
+    expected = oracle(WORK)
+    model = (("layers", 4),) if parallel.pp > 1 else ()
+    work = replace(WORK, parallel=parallel, model=model)
+    if model:
+        expected = oracle(work)
+    for found in run_ranks(ranks, measured, work, Measure.SQUARES):
+        assert found.workers == expected.workers and found.worker_samples == expected.worker_samples
+        assert found.worker_square == pytest.approx(expected.worker_square, rel=1e-9)
+        assert found.batch_square == pytest.approx(expected.batch_square, rel=1e-9)
+        assert found.projection_square is None
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [(1, ParallelConfig(zero=3)), (2, ParallelConfig(zero=0)), (4, ParallelConfig(zero=3)), (2, ParallelConfig(pp=2))],
+    ids=title,
+)
+def test_projections_are_products_with_the_whole_gradient(ranks: int, parallel: ParallelConfig) -> None:
+    work = replace(WORK, parallel=parallel)
+    expected = oracle(work)
+    for found in run_ranks(ranks, measured, work, Measure.PROJECTIONS):
+        assert found.projection_square == pytest.approx(expected.projection_square, rel=1e-9)
+
+
+def test_tied_embedding_counts_once() -> None:
+    work = replace(WORK, parallel=ParallelConfig(zero=3), model=(("tied", True),))
+    expected = oracle(work)
+    for found in run_ranks(2, measured, work, Measure.SQUARES):
+        assert found.worker_square == pytest.approx(expected.worker_square, rel=1e-9)
+
+
+def test_one_worker_can_not_be_told_apart() -> None:
+    work = replace(WORK, micro=16, parallel=ParallelConfig(zero=0))
+    assert run_ranks(1, measured, work, Measure.SQUARES) == [None]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "tied", "projections", "key_word"),
+    [
+        (ParallelConfig(cp=2), False, False, "context"),
+        (ParallelConfig(pp=2), True, False, "tied"),
+        (ParallelConfig(tp=2), False, True, "projections"),
+        (ParallelConfig(engine="deepspeed"), False, True, "deepspeed"),
+    ],
+)
+def test_layouts_that_hide_the_numbers_are_refused(
+    parallel: ParallelConfig, tied: bool, projections: bool, key_word: str
+) -> None:
+    (problem,) = moments_problems(parallel, tied, projections)
+    assert key_word in str(problem) and problem.fix
+    assert moments_problems(ParallelConfig(), tied, projections) == []

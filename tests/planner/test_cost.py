@@ -1,0 +1,267 @@
+"""The cost model held to what a real engine on the CPU holds: shards and optimizer state to the byte, activations closely."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import assume, given, settings
+
+from meshloom.models.llama import Block, Llama
+from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.parallel.activation import apply_policies
+from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.cost import balanced_stages, layout_cost
+from meshloom.parallel.engine import EngineSettings
+from meshloom.parallel.engines import make_engine
+from meshloom.parallel.layout import Layout
+from meshloom.parallel.legality import micro_batch_unit
+from meshloom.parallel.memory import Job, block_bytes, block_policies
+from meshloom.parallel.mesh import Mesh
+from meshloom.parallel.pipeline.stages import SCHEDULES, stage_count, stage_ranks, stage_split
+from meshloom.parallel.pipeline.timeline import Costs, Timeline, simulate, torch_order
+from support.parity import SEQ_LEN, Work, build, step
+from support.ranks import run_ranks
+from support.stand_in_kernels import stand_in
+
+
+def held(rank: int, world_size: int, work: Work) -> tuple[int, int, int, int]:
+    """What this rank of an engine really holds: pipeline coordinate, weights' and optimizer's bytes, elements."""
+    engine = build(work, world_size)
+    step(engine, work, 0)
+    masters = engine._masters  # type: ignore[attr-defined]
+    if masters is None:
+        weights = sum(p._local_tensor.untyped_storage().nbytes() for p in engine.module.parameters())  # type: ignore[attr-defined]
+    else:
+        weights = sum(own.nbytes for own in masters.own.values())
+    states = [value for state in engine.optimizer.state.values() for value in state.values() if value.dim()]
+    elements = sum(fragment.box.numel for fragment in engine.fragments() if fragment.role == "weight")
+    return engine.mesh.coordinates["pp"], weights, sum(value.untyped_storage().nbytes() for value in states), elements
+
+
+def planned(work: Work, world_size: int) -> list[tuple[int, int | None, int]]:
+    with torch.device("meta"):
+        model = Llama(**work.llama())
+    layout = Layout.plan(work.parallel, world_size)
+    micro_batches = work.samples // layout.data_size // work.micro
+    job = Job(SEQ_LEN, work.micro, micro_batches, "fp64", ["none"] * 4, compiled=False)
+    make = lambda parameters, shards: torch.optim.AdamW([p.tensor for p in parameters])  # noqa: E731
+    return [(r.weights, r.optimizer, r.elements) for r in layout_cost(model, work.parallel, layout, job, make).ranks]
+
+
+PLAIN = [
+    ParallelConfig(zero=0),
+    ParallelConfig(zero=1, replicate=2),
+    ParallelConfig(zero=2, tp=2),
+    ParallelConfig(zero=3, tp=4),
+    ParallelConfig(zero=3, cp=2),
+    ParallelConfig(zero=1, pp=2, tp=2, schedule="interleaved"),
+]
+TIED = [ParallelConfig(zero=3), ParallelConfig(zero=3, pp=2), ParallelConfig(zero=1, pp=2, schedule="zbv")]
+
+
+def all_held(rank: int, world_size: int, works: list[Work]) -> list[tuple[int, int, int, int]]:
+    return [held(rank, world_size, work) for work in works]
+
+
+@pytest.mark.parametrize(("tied", "layouts"), [(False, PLAIN), (True, TIED)])
+def test_shards_and_optimizer_state_are_counted_to_the_byte(tied: bool, layouts: list[ParallelConfig]) -> None:
+    works = [Work(parallel, model=(("layers", 4), ("tied", tied), ("dim", 32))) for parallel in layouts]
+    everything = run_ranks(4, all_held, works)
+    for at, work in enumerate(works):
+        expected = planned(work, 4)
+        for pp in range(work.parallel.pp):
+            found = [result[at][1:] for result in everything if result[at][0] == pp]
+            assert max(found) == expected[pp], work.parallel
+
+
+def kept(model: Llama, tokens: torch.Tensor) -> int:
+    """Bytes of the storages that autograd keeps for the backward pass, weights left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens, tokens)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_what_a_block_keeps_is_what_autograd_keeps(policy: str) -> None:
+    shape = {"dim": 128, "heads": 8, "kv_heads": 4, "ffn_dim": 352, "vocabulary": 500}
+    models = [Llama(**shape, layers=layers) for layers in (2, 3)]
+    tokens = torch.randint(0, 500, (2, 64))
+    for model in models:
+        apply_policies(list(model.layers.values()), [policy] * model.depth)
+    per_block = kept(models[1], tokens) - kept(models[0], tokens)
+    job = Job(seq_len=64, micro=2, micro_batches=1, precision="fp32", policies=[policy], compiled=False)
+    # On the CPU RMSNorm is made of simple operations, and keeps its normalised input too; the GPU's kernel does not.
+    on_cpu = 2 * tokens.numel() * 128 * 4 if policy == "none" else 0
+    assert per_block - on_cpu == block_bytes(models[0], job, ParallelConfig(), policy)
+
+
+def test_what_a_compiled_block_keeps_is_what_the_compiler_keeps() -> None:
+    shape = {"dim": 128, "heads": 8, "kv_heads": 4, "ffn_dim": 352, "vocabulary": 500}
+    models = [Llama(**shape, layers=layers).bfloat16() for layers in (2, 3)]
+    tokens = torch.randint(0, 500, (2, 64))
+    for model in models:
+        for block in model.layers.values():
+            block.compile(backend="aot_eager_decomp_partition")  # inductor's choice of what to keep, without its kernels
+        kept(model, tokens)  # compiles
+    job = Job(seq_len=64, micro=2, micro_batches=1, precision="bf16", policies=["none"], compiled=True)
+    assert kept(models[1], tokens) - kept(models[0], tokens) == block_bytes(models[0], job, ParallelConfig(), "none")
+
+
+def test_swiglu_inside_the_products_keeps_what_goes_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"dim": 128, "heads": 8, "kv_heads": 4, "ffn_dim": 352, "vocabulary": 500}
+    models = [Llama(**shape, layers=layers).bfloat16() for layers in (2, 3)]
+    tokens = torch.randint(0, 500, (2, 64))
+    plain = kept(models[1], tokens) - kept(models[0], tokens)
+    stand_in(monkeypatch)
+    for model in models:
+        for block in model.layers.values():
+            assert isinstance(block, Block)
+            block.ffn.fused = True
+    job = Job(seq_len=64, micro=2, micro_batches=1, precision="bf16", policies=["none"], compiled=False)
+    less = plain - (kept(models[1], tokens) - kept(models[0], tokens))
+    expected = [block_bytes(models[0], replace(job, fused=fused), ParallelConfig(), "none") for fused in (False, True)]
+    assert less == expected[0] - expected[1] == 2 * tokens.numel() * 352 * 2
+
+
+def test_less_is_kept_from_policy_to_policy_and_by_cutting() -> None:
+    with torch.device("meta"):
+        model = Llama(dim=2048, layers=16, heads=32, kv_heads=8, ffn_dim=8192, vocabulary=128256)
+    job = Job(8192, 4, 8, "bf16", [], compiled=False)
+    whole = [block_bytes(model, job, ParallelConfig(), policy) for policy in ("none", "selective", "full", "offload")]
+    assert whole == sorted(whole, reverse=True) and whole[-1] == 0
+    assert block_bytes(model, job, ParallelConfig(cp=2), "none") * 2 == whole[0]
+    assert block_bytes(model, job, ParallelConfig(tp=2), "none") < whole[0]
+    assert block_bytes(model, replace(job, compiled=True), ParallelConfig(), "none") < whole[0]
+
+
+def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write `total` as a sum of `parts` positive numbers, in order."""
+    for cuts in itertools.combinations(range(1, total), parts - 1):
+        yield tuple(b - a for a, b in itertools.pairwise([0, *cuts, total]))
+
+
+@given(
+    st.sampled_from(["1f1b", "interleaved", "zbv"]),
+    st.integers(1, 4),
+    st.integers(1, 11),
+    st.integers(0, 30),
+    st.integers(0, 30),
+)
+@settings(deadline=None)
+def test_the_dearest_rank_is_as_cheap_as_in_the_best_of_all_splits(
+    schedule: str, pp: int, layers: int, first: int, last: int
+) -> None:
+    ranks = stage_ranks(ParallelConfig(pp=pp, schedule=schedule))
+    assume(len(ranks) <= layers)
+    ends = [0] * len(ranks)
+    ends[0] += first
+    ends[-1] += last
+
+    def dearest(counts: Sequence[int]) -> int:
+        prices = [5 * count + end for count, end in zip(counts, ends, strict=True)]
+        return max(sum(price for price, holder in zip(prices, ranks, strict=True) if holder == rank) for rank in ranks)
+
+    split = stage_split(layers, 5, ends, ranks)
+    assert [layer for part in split for layer in part] == list(range(layers)) and all(split)
+    assert dearest([len(part) for part in split]) == min(map(dearest, compositions(layers, len(ranks))))
+
+
+def test_the_head_makes_the_last_stage_shorter() -> None:
+    with torch.device("meta"):
+        model = Llama(dim=2048, layers=16, heads=32, kv_heads=8, ffn_dim=8192, vocabulary=128256)
+    parallel = ParallelConfig(pp=2)
+    assert [len(layers) for layers in balanced_stages(model, parallel, 8192, ["none"] * 16).layers] == [10, 6]
+    assert [len(layers) for layers in balanced_stages(model, parallel, 8192, ["full"] * 16).layers] == [9, 7]
+
+
+def engine_stages(rank: int, world_size: int, chosen: EngineSettings) -> list[int]:
+    """Layers of each stage of this rank, as the engine cuts them."""
+    parallel = ParallelConfig(pp=2)
+    mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
+    with torch.device("meta"):
+        model = Llama(**SHORT_AND_WIDE)
+    engine = make_engine(model, mesh, lambda parameters, shards: AdamW(parameters, shards), parallel, chosen)
+    return [len(engine.module.layers)]  # type: ignore[arg-type]
+
+
+SHORT_AND_WIDE = {"dim": 16, "layers": 16, "heads": 2, "kv_heads": 1, "ffn_dim": 64, "vocabulary": 2600}
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(1.0, [12, 4]), (0.1, [11, 5])])
+def test_the_plan_and_the_engine_cut_the_same_stages_whatever_a_budget_computes_again(
+    budget: float, expected: list[int]
+) -> None:
+    """A budget of a tenth is kept by computing nearly everything again, which makes layers dearer, and the head less so."""
+    chosen = EngineSettings(activation_budget=budget, seq_len=64)
+    with torch.device("meta"):
+        model = Llama(**SHORT_AND_WIDE)
+    parallel = ParallelConfig(pp=2)
+    job = Job(64, 1, 2, "bf16", block_policies(model, parallel, chosen), False)
+    planned = layout_cost(model, parallel, Layout.plan(parallel, 2), job, lambda parameters, shards: AdamW(parameters, shards))
+    assert [len(layers) for layers in planned.plan.layers] == expected
+    assert [count for counts in run_ranks(2, engine_stages, chosen) for count in counts] == expected
+
+
+def test_a_budget_that_selective_keeps_to_computes_no_more_again() -> None:
+    """Compiled, a block of Llama 1B keeps 75,912 bytes a token, selectively 34,944: 0.46 of it, and not 0.68."""
+    with torch.device("meta"):
+        model = Llama(dim=2048, layers=4, heads=32, kv_heads=8, ffn_dim=8192, vocabulary=500)
+    chosen = EngineSettings(activation_budget=0.5, compile=True, seq_len=1024)
+    assert block_policies(model, ParallelConfig(), chosen) == ["selective"] * 4
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3)])
+@pytest.mark.parametrize(("pp", "count"), [(2, 2), (2, 6), (4, 4), (4, 8), (3, 9), (8, 32)])
+def test_bubbles_have_their_closed_form(schedule: str, chunks: int, pp: int, count: int) -> None:
+    """(p − 1) / (v·m + p − 1) of wall time (Narayanan et al., arXiv 2104.04473)."""
+    parallel = ParallelConfig(pp=pp, schedule=schedule, stages_per_rank=chunks if chunks > 1 else None)
+    timeline = simulate(torch_order(parallel, count), [Costs(1.0, 1.0, 1.0)] * (pp * chunks))
+    assert timeline.bubble == pytest.approx((pp - 1) / (chunks * count + pp - 1))
+
+
+@pytest.mark.parametrize("pp", [2, 4, 8])
+def test_what_schedules_keep_alive_and_lose(pp: int) -> None:
+    def timeline(schedule: str) -> Timeline:
+        parallel = ParallelConfig(pp=pp, schedule=schedule)
+        return simulate(torch_order(parallel, 2 * pp), [Costs(1.0, 1.0, 1.0)] * stage_count(parallel))
+
+    one = lambda _stage: 1.0  # noqa: E731
+    assert [timeline("gpipe").peak(rank, one) for rank in range(pp)] == [2 * pp] * pp
+    assert [timeline("1f1b").peak(rank, one) for rank in range(pp)] == [pp - rank for rank in range(pp)]
+    # Zero bubble, ZB-V: all ranks hold alike, as much as 1F1B's first (arXiv 2401.10241, section 6), and wait less.
+    assert [timeline("zbv").peak(rank, one) for rank in range(pp)] == [2 * pp] * pp
+    for schedule in ("zb", "zbv", "dualpipev"):
+        assert timeline(schedule).bubble < timeline("interleaved").bubble
+
+
+@given(st.sampled_from([*SCHEDULES]), st.integers(2, 4), st.integers(1, 3))
+@settings(deadline=None)
+def test_every_action_runs_once_and_not_before_its_input(schedule: str, pp: int, times: int) -> None:
+    parallel = ParallelConfig(pp=pp, schedule=schedule)
+    count = times * micro_batch_unit(parallel) * (1 if schedule != "gpipe" else 3)
+    timeline = simulate(torch_order(parallel, count), [Costs(1.0, 1.5, 0.5)] * stage_count(parallel), hop=0.25)
+    ends = {(s.action.kind, s.action.stage, s.action.micro): s.end for row in timeline.spans for s in row}
+    for stage, micro in itertools.product(range(stage_count(parallel)), range(count)):
+        whole, halves = ("B", stage, micro) in ends, ("I", stage, micro) in ends and ("W", stage, micro) in ends
+        assert whole != halves and ("F", stage, micro) in ends
+    assert len(ends) == sum(len(row) for row in timeline.spans), "nothing twice"
+    for row in timeline.spans:
+        for before, after in itertools.pairwise(row):
+            assert after.start >= before.end
+        for span in row:
+            if span.action.kind == "F" and span.action.stage:
+                assert span.start >= ends["F", span.action.stage - 1, span.action.micro]

@@ -1,0 +1,30 @@
+"""Small runs that save, for tests of what becomes of their checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from meshloom.checkpoint.checkpointer import Checkpointer
+from meshloom.checkpoint.config import CheckpointConfig
+from meshloom.checkpoint.control import Control
+from meshloom.checkpoint.restore import restore
+from support.checkpoint_worlds import fragments, holds, make_arrays
+
+
+def open_run(folder: Path, **config: object) -> Checkpointer:
+    return Checkpointer(folder, Control.alone(), CheckpointConfig(**{"mode": "sync", "keep": 0, "timeout": 60.0, **config}))
+
+
+def save_steps(folder: Path, *steps: int, **config: object) -> None:
+    run = open_run(folder, **config)
+    for step in steps:
+        run.save(step, fragments(make_arrays(step), 1, 0)[0], {"step": step}, required=True)
+        run.before_update()
+    run.finish()
+
+
+def restored_step(folder: Path) -> int:
+    ranks = fragments(make_arrays(), 1, 0, blank=True)
+    report = restore(folder, ranks[0], Control.alone())
+    assert holds(ranks, make_arrays(report.step))
+    return report.step

@@ -1,0 +1,250 @@
+"""The backbone of the tests: train a tiny float64 model on some layout, and compare with a bare PyTorch loop in one process.
+
+(found,) = differences(4, [Work(ParallelConfig(zero=2, tp=2))])
+assert found.worst < 1e-9
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch, Sample, deal
+from meshloom.models.llama import Llama
+from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.optim.optimizers.parameters import NamedParameter, Shards
+from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.engine import Engine, EngineSettings
+from meshloom.parallel.engines import make_engine
+from meshloom.parallel.fragment import Box
+from meshloom.parallel.layout import Layout
+from meshloom.parallel.mesh import Mesh
+from support.ranks import run_ranks
+
+VOCABULARY, SEQ_LEN = 61, 16
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained: everything that a run's losses may depend on, and `parallel`, on which they may not."""
+
+    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(zero=0))
+    micro: int = 1
+    samples: int = 8
+    steps: int = 10
+    first_step: int = 0
+    documents: bool = False
+    lr: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_norm: float | None = 0.5
+    precision: str = "fp64"
+    activation: str = "none"
+    compile: bool = False
+    model: tuple[tuple[str, Any], ...] = ()
+
+    def llama(self) -> dict[str, Any]:
+        """The model's shape: sizes that divide by none of the rank counts, so that shards are uneven."""
+        shape = {"dim": 24, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 36, "vocabulary": VOCABULARY}
+        return {**shape, **dict(self.model)}
+
+
+def sample(index: int, documents: bool = False) -> Sample:
+    """A sample with a different number of valid targets each, so that a mean of means shows."""
+    draw = np.random.default_rng(index)
+    tokens = draw.integers(0, VOCABULARY, SEQ_LEN + 1)
+    targets = tokens[1:].copy()
+    targets[: index % 7] = IGNORED
+    borders = np.cumsum(draw.random(SEQ_LEN) < 0.15) if documents else None
+    return Sample(tokens[:-1], targets, borders)
+
+
+def build(work: Work, world_size: int, measures: bool = False) -> Engine:
+    """An engine for this process of a run over `world_size`."""
+    mesh = Mesh.connect(Layout.plan(work.parallel, world_size), torch.device("cpu"))
+
+    def optimizer(parameters: list[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
+        return AdamW(parameters=parameters, shards=shards, lr=work.lr, weight_decay=0.1, betas=work.betas, eps=1e-8)
+
+    with torch.device("meta"):
+        model = Llama(**work.llama())
+    settings = EngineSettings(
+        seed=7, precision=work.precision, activation=work.activation, compile=work.compile, measures=measures
+    )
+    return make_engine(model, mesh, optimizer, work.parallel, settings)
+
+
+def share(mesh: Mesh, work: Work, first: int) -> list[MicroBatch]:
+    """This rank's micro-batches of the global batch that begins with a sample."""
+    shares = deal(GlobalBatch(first, work.samples), mesh.data_rank, mesh.layout.data_size, work.micro)
+    return [MicroBatch.collate([sample(index, work.documents) for index in indices]) for indices in shares]
+
+
+def step(engine: Engine, work: Work, number: int) -> tuple[float, float]:
+    """One step on the samples that this step number has in every layout: (loss, gradient norm)."""
+    mesh = engine.mesh
+    batches = share(mesh, work, number * work.samples)
+    valid = torch.tensor(float(sum(batch.valid_tokens for batch in batches)), dtype=torch.float64)
+    model_ranks = mesh.layout.pp * mesh.layout.cp * mesh.layout.tp
+    loss = engine.accumulate(batches, mesh.sum(valid) / model_ranks)
+    norm = engine.gradient_norm()
+    if work.max_norm is not None:
+        engine.clip(work.max_norm, norm)
+    engine.update(work.lr)
+    engine.zero_grad()
+    return float(loss.mean), float(norm)
+
+
+def train(work: Work, world_size: int) -> tuple[Engine, list[float], list[float]]:
+    """Train; returns the engine, the losses and the gradient norms."""
+    engine = build(work, world_size)
+    curve = [step(engine, work, number) for number in _steps(work)]
+    return engine, [loss for loss, _ in curve], [norm for _, norm in curve]
+
+
+def _steps(work: Work) -> range:
+    return range(work.first_step, work.first_step + work.steps)
+
+
+def curves(rank: int, world_size: int, work: Work) -> tuple[list[float], list[float]]:
+    """Body for `run_ranks`: losses and norms."""
+    _, losses, norms = train(work, world_size)
+    return losses, norms
+
+
+@dataclass(frozen=True)
+class Run:
+    """Losses and norms of every step, and by parameter the boxes of Adam's first moment after the first of them.
+
+    That is the first step's clipped gradient times one minus the first beta. The last loss is that of an evaluation.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    moments: list[tuple[str, Box, torch.Tensor]]
+
+
+def plain_run(work: Work) -> Run:
+    """The oracle: the same model in a bare PyTorch loop on whole batches: no engine, no sharding, no accumulation.
+
+    The loss is `F.cross_entropy` over whole logits, the optimizer and the clipping are PyTorch's own.
+    """
+    same = replace(work, parallel=ParallelConfig(), micro=1, activation="none", compile=False, precision="fp64")
+    if repr(same) not in _known:
+        _known[repr(same)] = _plain_run(same)
+    return _known[repr(same)]
+
+
+HELD_OUT = 10_000  # the first sample of evaluations
+_known: dict[str, Run] = {}
+
+
+def _plain_run(work: Work) -> Run:
+    from meshloom.models.init import fill
+
+    model = Llama(**work.llama()).double()
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        fill(parameter.data, model.initial(name), seed=7, name=name, global_shape=shape, offsets=(0,) * len(shape))
+    groups = [
+        {"params": [p], "weight_decay": 0.1 if model.decays(n) else 0.0, "lr": work.lr * model.lr_scale(n)}
+        for n, p in model.named_parameters()
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=work.betas, eps=1e-8)
+    run = Run([], [], [])
+
+    def loss_from(first: int) -> torch.Tensor:
+        batch = MicroBatch.collate([sample(index, work.documents) for index in range(first, first + work.samples)])
+        logits = model(batch.tokens_BS, None, batch.documents_BS)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets_BS.flatten(), ignore_index=IGNORED)
+
+    for number in _steps(work):
+        loss = loss_from(number * work.samples)
+        loss.backward()
+        run.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), work.max_norm or torch.inf)))
+        run.losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        if number == work.first_step:
+            for name, parameter in model.named_parameters():
+                run.moments.append((name, Box.whole(parameter.shape), optimizer.state[parameter]["exp_avg"].clone()))
+    run.losses.append(loss_from(HELD_OUT).item())
+    return run
+
+
+def plain_curve(work: Work) -> tuple[list[float], list[float]]:
+    """Losses and norms of `plain_run`."""
+    run = plain_run(work)
+    return run.losses[:-1], run.norms
+
+
+def runs(rank: int, world_size: int, works: Sequence[Work]) -> list[Run]:
+    """Body for `run_ranks`: this rank's part of each run. Works share their processes, which saves starting them."""
+    found: list[Run] = []
+    for work in works:
+        try:
+            engine = build(work, world_size)
+            run = Run([], [], [])
+            for number in _steps(work):
+                loss, norm = step(engine, work, number)
+                run.losses.append(loss)
+                run.norms.append(norm)
+                if number == work.first_step:
+                    moments = [fragment for fragment in engine.fragments() if fragment.role == "exp_avg"]
+                    run.moments.extend((each.name, each.box, each.tensor.clone()) for each in moments)
+            run.losses.append(float(engine.evaluate(share(engine.mesh, work, HELD_OUT)).mean))
+            found.append(run)
+        except Exception as error:
+            error.add_note(f"in {work}")
+            raise
+    return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest relative differences from the bare loop, over steps and ranks.
+
+    loss: of steps and of an evaluation after them
+    gradient: of the first step, over parameters, each relative to its largest element
+    """
+
+    loss: float
+    norm: float
+    gradient: float
+
+    @property
+    def worst(self) -> float:
+        """The largest of them."""
+        return max(self.loss, self.norm, self.gradient)
+
+
+Body = Callable[[int, int, Sequence[Work]], list[Run]]
+
+
+def differences(ranks: int, works: Sequence[Work], timeout: float = 150.0, body: Body = runs) -> list[Difference]:
+    """How far these works, on this many processes, are from the bare loop. Every element must be on some rank."""
+    expected = [plain_run(work) for work in works]
+    results = run_ranks(ranks, body, works, timeout=timeout)
+    return [_difference(oracle, [rank[at] for rank in results]) for at, oracle in enumerate(expected)]
+
+
+def _difference(oracle: Run, found: Sequence[Run]) -> Difference:
+    whole = {name: tensor for name, _, tensor in oracle.moments}
+    missing = {name: torch.ones_like(tensor, dtype=torch.bool) for name, tensor in whole.items()}
+
+    def relative(got: list[float], want: list[float]) -> Iterator[float]:
+        return (abs(one - other) / abs(other) for one, other in zip(got, want, strict=True))
+
+    gradient = 0.0
+    for run in found:
+        for name, box, tensor in run.moments:
+            expected = whole[name]
+            gradient = max(gradient, float((tensor - expected[box.slices()]).abs().max() / expected.abs().max()))
+            missing[name][box.slices()] = False
+    assert not any(bool(where.any()) for where in missing.values()), "the ranks' boxes cover every parameter"
+    losses = max(difference for run in found for difference in relative(run.losses, oracle.losses))
+    norms = max(difference for run in found for difference in relative(run.norms, oracle.norms))
+    return Difference(losses, norms, gradient)

@@ -1,0 +1,39 @@
+"""Tiny runs from the command line's words to their end."""
+
+from __future__ import annotations
+
+from meshloom.trainer.run import run
+from meshloom.trainer.schema import make_composer
+
+SYNTHETIC = ["data=synthetic", "data.vocabulary=61", "data.seq_len=16", "data.validation_samples=12"]
+
+
+ANY_DATA = [
+    "recipe=quickstart",
+    "model.dim=16",
+    "model.layers=2",
+    "model.heads=2",
+    "model.kv_heads=1",
+    "model.ffn_dim=24",
+    "batch.samples=8",
+    "batch.micro=2",
+    "precision=fp64",
+    "schedule=constant",
+    "schedule.warmup=2",
+    "checkpoint.mode=sync",
+    "checkpoint.keep=0",
+    "trainer.eval_every=4",
+    "trainer.eval_samples=10",
+    "trainer.sample_prompt=null",
+    "logging.progress=false",
+]
+
+
+TINY = [*ANY_DATA, *SYNTHETIC]
+
+
+def body(rank: int, world_size: int, overrides: list[str]) -> int:
+    base = ANY_DATA if any(override.startswith("data=") for override in overrides) else TINY
+    composition = make_composer().compose([*base, *overrides])
+    assert not composition.problems, composition.problems
+    return run(composition.config, overrides)

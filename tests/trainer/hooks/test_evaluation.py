@@ -1,0 +1,64 @@
+"""When a run looks at its validation set: at multiples of any duration, whatever sizes its batches have."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from meshloom.config.duration import Duration, Unit
+from meshloom.config.problems import Problem
+from meshloom.config.validate import _eval_every_problems  # pyright: ignore[reportPrivateUsage]
+from meshloom.optim.horizon import Horizon
+from meshloom.optim.progress import Progress
+from meshloom.trainer.hooks.evaluation import Evaluation
+
+SEQ_LEN = 10
+
+
+def evaluated_at(every: str | int | None, sizes: list[int], total: int) -> list[int]:
+    """Steps after which an evaluation was made, in a run of `total` samples."""
+    seen: list[int] = []
+    loop = SimpleNamespace(
+        horizon=Horizon(Duration(total, Unit.SAMPLES), SEQ_LEN),
+        progress=Progress(),
+        deliver_metrics=lambda keep: None,
+        engine=SimpleNamespace(evaluate=lambda batches: SimpleNamespace(mean=torch.zeros(()))),
+        hooks=[SimpleNamespace(on_evaluate=lambda loop, row: seen.append(row["step"]))],
+        restart_clock=lambda: None,
+        finished=False,
+    )
+    hook = Evaluation([], None if every is None else Duration.parse(every))
+    for size in sizes:
+        loop.progress = loop.progress.after(size, size * SEQ_LEN)
+        loop.finished = loop.progress.samples >= total
+        hook.on_step_end(cast(Any, loop))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [
+        (2, [2, 4, 6]),
+        (None, [6]),
+        ("8 samples", [2, 3, 4, 5, 6]),  # samples after each step: 4, 8, 16, 24, 40, 56
+        ("20 samples", [4, 5, 6]),  # multiples 20, 40 reached, and the end
+        ("200 tokens", [4, 5, 6]),
+        ("50%", [5, 6]),  # 28 of 56
+    ],
+)
+def test_it_evaluates_where_a_multiple_is_reached(every: str | int | None, steps: list[int]) -> None:
+    assert evaluated_at(every, [4, 4, 8, 8, 16, 16], total=56) == steps
+
+
+@pytest.mark.parametrize("written", [-1, "often", "0 samples", "0%"])
+def test_what_is_no_length_is_refused(written: str | int) -> None:
+    (problem,) = _eval_every_problems(written)
+    assert isinstance(problem, Problem) and "0 for never" in problem.fix
+
+
+@pytest.mark.parametrize("written", [0, 5, "4k samples", 0.1, "5%"])
+def test_lengths_are_taken(written: str | float) -> None:
+    assert not list(_eval_every_problems(written))

@@ -1,0 +1,98 @@
+"""Text from a model: how tokens are drawn, and weights brought from a checkpoint into a plain model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from meshloom.checkpoint.checkpointer import Checkpointer
+from meshloom.checkpoint.config import CheckpointConfig
+from meshloom.checkpoint.control import Control
+from meshloom.checkpoint.folder import find_latest
+from meshloom.models.llama import Llama
+from meshloom.parallel.fragment import Box, Fragment
+from meshloom.trainer.hooks.sampling import continuation, draw, generate, load_plain
+
+
+class Successor(nn.Module):
+    """Logits that make token t + 1 (mod V) all but certain after t; remembers how much it was shown."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(100.0 * torch.eye(vocabulary).roll(1, dims=1))
+        self.longest = 0
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.longest = max(self.longest, tokens.shape[1])
+        return self.table[tokens]
+
+
+class Letters:
+    end_of_document = 26
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - ord("a") for letter in text]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "".join(chr(token + ord("a")) for token in tokens)
+
+
+def test_generation_follows_the_model_and_stops_where_the_document_ends() -> None:
+    model = Successor(27)
+    assert generate(model, Letters(), "uv", tokens=50, seed=0, context=4) == "uvwxyz"
+    assert generate(model, Letters(), "a", tokens=3, seed=0, context=4) == "abcd"
+    assert model.longest == 4
+    assert generate(model, Letters(), "", tokens=2, seed=0, context=4) == "ab"  # begins at an end of document
+
+
+def test_draw_has_the_softmax_frequencies() -> None:
+    logits = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    generator = torch.Generator().manual_seed(1)
+    counts = Counter(draw(logits, 1.0, None, generator) for _ in range(4000))
+    assert [counts[token] / 4000 for token in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.03)
+    counts = Counter(draw(logits, 0.5, None, generator) for _ in range(4000))  # squares of the probabilities, normalised
+    assert [counts[token] / 4000 for token in range(4)] == pytest.approx([1 / 30, 4 / 30, 9 / 30, 16 / 30], abs=0.03)
+    counts = Counter(draw(logits, 1.0, 2, generator) for _ in range(2000))
+    assert set(counts) == {2, 3} and counts[3] / 2000 == pytest.approx(4 / 7, abs=0.04)
+
+
+def test_temperature_zero_takes_the_likeliest_and_seeds_repeat() -> None:
+    logits = torch.tensor([0.0, 3.0, 2.9])
+    assert draw(logits, 0, None, torch.Generator()) == 1
+    torch.manual_seed(0)
+    model = nn.Embedding(9, 9)
+
+    def first(seed: int) -> list[int]:
+        tokens = continuation(model, [1], temperature=1.0, top_k=None, seed=seed, context=5)
+        return [next(tokens) for _ in range(20)]
+
+    assert first(3) == first(3) != first(4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_plain_model_gets_a_checkpoints_weights(tmp_path: Path, tied: bool) -> None:
+    def build() -> Llama:
+        return Llama(dim=8, layers=2, heads=2, kv_heads=1, ffn_dim=16, vocabulary=11, tied=tied)
+
+    torch.manual_seed(0)
+    original = build()
+    fragments = [
+        Fragment(name, "weight", tuple(parameter.shape), Box.whole(parameter.shape), parameter.detach())
+        for name, parameter in original.named_parameters()
+    ]
+    checkpointer = Checkpointer(tmp_path, Control.alone(), CheckpointConfig(mode="sync"))
+    checkpointer.save(7, iter(fragments), {})
+    checkpointer.finish()
+    checkpointer.close()
+    found = find_latest(tmp_path)
+    assert found is not None
+    with torch.device("meta"):
+        empty = build()
+    loaded = load_plain(empty, found, torch.device("cpu"), torch.float32)
+    tokens = torch.arange(6).unsqueeze(0)
+    assert torch.equal(loaded(tokens), original(tokens))

@@ -1,0 +1,67 @@
+"""A run that begins from imported weights: those alone are taken, and it starts at step 0 with a config of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from meshloom.checkpoint.checkpointer import Checkpointer
+from meshloom.checkpoint.config import CheckpointConfig
+from meshloom.checkpoint.control import Control
+from meshloom.checkpoint.files import open_files
+from meshloom.checkpoint.folder import open_step
+from meshloom.checkpoint.tools import read_array
+from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.engine import Engine
+from meshloom.trainer.run import run
+from meshloom.trainer.schema import make_composer
+from support.parity import Work, build
+from support.ranks import run_ranks
+from support.tiny_run import TINY
+
+WORK = Work(ParallelConfig(zero=0), precision="fp32", model=(("dim", 16), ("heads", 2), ("kv_heads", 1), ("ffn_dim", 24)))
+
+
+def imported(rank: int, world_size: int, folder: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint such as `meshloom checkpoint import` makes, of this seed's initial weights and some moments."""
+    engine: Engine = build(WORK, world_size)
+    engine.prepare_restore()
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync"))
+    checkpointer.save(0, engine.fragments(), {"imported_from": {"format": "deepspeed zero 2"}})
+    checkpointer.finish()
+    return {fragment.name: fragment.tensor.clone() for fragment in engine.fragments() if fragment.role == "weight"}
+
+
+def tuned(rank: int, world_size: int, overrides: list[str]) -> int:
+    own = ["precision=fp32", "batch.samples=8", "trainer.eval_every=1", "schedule.warmup=0", "model.tied=false"]
+    composition = make_composer().compose([*TINY, *own, *overrides])
+    assert not composition.problems, composition.problems
+    return run(composition.config, overrides)
+
+
+@pytest.mark.parametrize(("ranks", "engine"), [(1, "torch"), (2, "torch"), (2, "deepspeed")])
+def test_training_begins_with_the_imported_weights(tmp_path: Path, ranks: int, engine: str) -> None:
+    if engine == "deepspeed":
+        pytest.importorskip("deepspeed", reason="needs the extra: pip install 'meshloom[deepspeed]'")
+    weights = run_ranks(1, imported, tmp_path / "imported")[0]
+    folder = f"output_dir={tmp_path / 'tuned'}"
+    start = [folder, f"resume={tmp_path / 'imported'}", f"parallel.engine={engine}", "trainer.steps=1", "optim.lr=1e-30"]
+    assert run_ranks(ranks, tuned, start) == [0] * ranks
+    (step,) = (tmp_path / "tuned" / "checkpoints").glob("step-*")
+    assert step.name == "step-00000001"
+    files = open_files(step)
+    manifest = open_step(files)
+    for name, weight in weights.items():
+        assert torch.equal(read_array(files, manifest, f"weight/{name}"), weight), name
+    rows = [json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1]
+
+
+def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
+    run_ranks(1, imported, tmp_path / "imported")
+    start = [f"output_dir={tmp_path / 'tuned'}", f"resume={tmp_path / 'imported'}", "trainer.steps=1", "model.layers=3"]
+    with pytest.raises(AssertionError, match=r"resume: .* does not have this model's weights .*layers\.2"):
+        run_ranks(2, tuned, start)

@@ -1,0 +1,249 @@
+"""All of a run's problems are found before anything starts, whichever floor knows of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from meshloom.config.compose import Composer
+from meshloom.config.problems import Problem
+from meshloom.trainer.layout_dependence import bent_rules
+from meshloom.trainer.schema import make_composer
+from meshloom.trainer.validate import asked, run_problems
+
+
+@pytest.fixture(scope="module")
+def composer() -> Composer:
+    return make_composer()
+
+
+def problems_of(composer: Composer, world_size: int, *overrides: str) -> dict[str, str]:
+    composition = composer.compose(["recipe=quickstart", *overrides])
+    assert composition.problems == []
+    return {problem.key: str(problem) for problem in run_problems(composition.config, world_size)}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "world_size"),
+    [("quickstart", 1), ("quickstart", 4), ("llama_1b", 1), ("llama_3b", 8), ("llama_8b", 2), ("llama_70b", 64)],
+)
+def test_recipes_run_on_the_machines_they_are_for(composer: Composer, recipe: str, world_size: int) -> None:
+    assert problems_of(composer, world_size, f"recipe={recipe}") == {}
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "llama_1b", "llama_70b"])
+def test_synthetic_data_fits_any_recipe(composer: Composer, recipe: str) -> None:
+    assert problems_of(composer, 8, f"recipe={recipe}", "data=synthetic") == {}
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "wsd", "power"])
+def test_every_schedule_fits_quickstart(composer: Composer, schedule: str) -> None:
+    assert problems_of(composer, 1, f"schedule={schedule}") == {}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "message"),
+    [
+        (
+            4,
+            ["batch.samples=10", "batch.micro=2"],
+            "batch.samples=10 is not a multiple of batch.micro × data-parallel size = 8; use 8 or 16",
+        ),
+        (2, ["batch.samples=6", "batch.micro=2"], "data-parallel size = 4; use 4 or 8, or batch.micro=1"),
+        (4, ["batch.samples=2", "batch.micro=1"], "data-parallel size = 4; use 4"),
+        (1, ["batch.samples=0"], "0 is not a number of samples"),
+    ],
+)
+def test_a_batch_that_can_not_be_dealt_says_which_could(
+    composer: Composer, world_size: int, overrides: list[str], message: str
+) -> None:
+    assert message in problems_of(composer, world_size, *overrides)["batch.samples"]
+
+
+def test_every_floor_is_asked_at_once(composer: Composer) -> None:
+    found = problems_of(
+        composer,
+        4,
+        "precision=half",
+        "parallel.zero=7",
+        "checkpoint.keep=-1",
+        "data.packing=loose",
+        "schedule.warmup=500",
+        "model.kv_heads=3",
+        "trainer.activation=some",
+        "launch.nproc=0",
+    )
+    assert {
+        "precision",
+        "parallel.zero",
+        "checkpoint.keep",
+        "data.packing",
+        "model.kv_heads",
+        "trainer.activation",
+        "launch.nproc",
+    } <= set(found)
+
+
+@pytest.mark.parametrize("group", ["model", "data", "schedule", "batch", "optim"])
+def test_a_class_that_is_not_there_is_a_problem_of_its_group(composer: Composer, group: str) -> None:
+    found = problems_of(composer, 1, f"{group}._target_=nowhere.Nothing")
+    assert any(key.startswith(group) and "nowhere" in said for key, said in found.items()), found
+
+
+def test_nothing_is_instantiated_that_is_missing(composer: Composer) -> None:
+    config: Any = composer.compose(["recipe=quickstart", "data.seq_len='???'"]).config
+    assert [str(problem) for problem in run_problems(config, 1)] == ["data.seq_len: is not set; give it as data.seq_len=…"]
+
+
+@pytest.mark.parametrize(
+    ("override", "group", "reason"),
+    [("optim.betas=[2,0.9]", "optim", "beta"), ("+model.depth=3", "model", "depth"), ("+data.size=3", "data", "size")],
+)
+def test_keys_that_a_class_refuses_are_a_problem_of_its_group(
+    composer: Composer, override: str, group: str, reason: str
+) -> None:
+    composition = composer.compose(["recipe=quickstart", override])
+    if composition.problems:  # the schema knows already
+        found = [str(problem) for problem in composition.problems]
+    else:
+        found = [str(problem) for problem in run_problems(composition.config, 1)]
+    assert len(found) == 1 and found[0].startswith(group) and reason in found[0]
+
+
+@pytest.mark.parametrize(
+    ("hook", "says"),
+    [
+        ("banana", "names no class"),
+        ("{_target_: nowhere.Hook}", "nowhere.Hook can't be imported: No module named 'nowhere'"),
+        ("{_target_: builtins.dict}", "is no hook"),
+        ("{_target_: meshloom.trainer.hooks.garbage.CollectGarbage, evry: 3}", "evry"),
+    ],
+)
+def test_what_is_no_hook_is_refused(composer: Composer, hook: str, says: str) -> None:
+    good = "{_target_: meshloom.trainer.hooks.garbage.CollectGarbage, every: 3}"
+    found = problems_of(composer, 1, f"trainer.hooks=[{good}, {hook}]")
+    assert list(found) == ["trainer.hooks[1]"] and says in found["trainer.hooks[1]"]
+
+
+def test_a_batch_that_can_never_be_measured_is_refused(composer: Composer) -> None:
+    """One micro-batch has no spread: the norm test would never say a word, and the batch never grow."""
+    alone = ("batch=norm_test", "batch.samples=4", "batch.micro=4")
+    assert "nothing to compare" in problems_of(composer, 1, *alone)["batch.samples"]
+    assert problems_of(composer, 1, *alone[:2], "batch.micro=2") == {}
+    assert problems_of(composer, 1, "batch=norm_test", "batch.samples=4", "batch.micro=4", "batch.multiple=8").keys() == {
+        "batch.samples"
+    }
+    assert problems_of(composer, 1, "batch=critical_loss", "batch.samples=4", "batch.micro=4") == {}, "measures nothing"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keeps_off"),
+    [
+        (["batch=norm_test", "parallel.cp=2"], "context parallelism"),
+        (["batch=norm_test", "parallel.pp=2", "model.tied=true"], "tied embedding"),
+        (["batch=inner_product", "parallel.tp=2"], "tensor parallelism"),
+        (["batch=augmented", "parallel.engine=deepspeed", "parallel.zero=1"], "whole gradient"),
+    ],
+)
+def test_layouts_that_measure_wrongly_are_refused(composer: Composer, overrides: list[str], keeps_off: str) -> None:
+    small = ["batch.samples=8", "batch.micro=1", "batch.max=64", "data=synthetic", "model.vocabulary=96", "precision=fp32"]
+    assert keeps_off in problems_of(composer, 2, *small, *overrides)["batch"]
+    assert "batch" not in problems_of(composer, 2, *small, *overrides, "batch=critical_loss"), "it measures no gradient"
+
+
+def test_agvm_is_refused_where_it_would_see_no_halves(composer: Composer) -> None:
+    agvm = ["optim=agvm", "batch.samples=8", "batch.micro=1", "precision=fp32"]
+    assert problems_of(composer, 1, *agvm) == {}
+    assert "halves" in problems_of(composer, 1, *agvm, "parallel.engine=deepspeed", "parallel.zero=1")["optim"]
+    stages = [*agvm, "batch=stages"]
+    assert problems_of(composer, 1, *stages, "batch.stages='0:8 3steps:2'") == {}
+    assert "two micro-batches" in problems_of(composer, 1, *stages, "batch.stages='0:8 3steps:1'")["batch.micro"]
+    assert "two micro-batches" in problems_of(composer, 1, *stages, "batch.stages='0:1 3steps:8'")["batch.micro"]
+
+
+@pytest.mark.parametrize(
+    ("optim", "setting"),
+    [
+        ("lars", "trust=-1"),
+        ("lars", "momentum=1"),
+        ("lars", "weight_decay=nan"),
+        ("lamb", "eps=0"),
+        ("lamb", "norm_max=-2"),
+        ("lamb", "betas=[0.9,1]"),
+        ("lamb", "weight_decay=-1"),
+        ("agvm", "interval=0"),
+        ("agvm", "begin=-4"),
+        ("agvm", "smoothing=1"),
+        ("adagrad", "initial=-1"),
+        ("adagrad_norm", "initial=0"),
+        ("adagrad_norm", "initial=nan"),
+    ],
+)
+def test_numbers_that_no_optimizer_can_use_are_refused(composer: Composer, optim: str, setting: str) -> None:
+    base = [f"optim={optim}", "batch.samples=8", "batch.micro=1"]
+    key, value = setting.split("=")
+    found = problems_of(composer, 1, *base, f"optim.{setting}")
+    assert list(found) == [f"optim.{key}"]
+    assert value.strip("[]").split(",")[-1] in found[f"optim.{key}"] and "; use " in found[f"optim.{key}"]
+
+
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_names_and_keys_that_nothing_reads_are_refused_by_every_engine(composer: Composer, engine: str) -> None:
+    work = [f"parallel.engine={engine}", "parallel.zero=1", "batch.samples=8", "batch.micro=1", "precision=fp32"]
+    faults = ["parallel.schedule=bogus", "parallel.cp_kind=nope", "parallel.offload_path=/nowhere"]
+    found = problems_of(composer, 1, *work, *faults)
+    found.pop("parallel", None)  # what the torch engine could do instead
+    found.pop("parallel.engine", None)  # where DeepSpeed is not installed
+    assert found.keys() == {"parallel.schedule", "parallel.cp_kind", "parallel.offload_path"}
+    assert all(fix in text for fix, text in zip(("ring", "1f1b", "null"), found.values(), strict=True))
+    for key in ("stages_per_rank=7", "stage_layers=[4]"):
+        assert "parallel.pp" in problems_of(composer, 1, *work, f"parallel.{key}")[f"parallel.{key.split('=')[0]}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.ffn_dim=360"], "ffn.w1 is 360 × 128"),
+        (["data.seq_len=100", "batch.micro=2"], "batch.micro × data.seq_len / parallel.cp = 200 tokens"),
+    ],
+)
+def test_sizes_that_float8_can_not_take_are_refused(composer: Composer, overrides: list[str], says: str) -> None:
+    """Of a weight, and of a micro-batch, along whose tokens the product for a weight's gradient sums."""
+    base = ["data=synthetic", "precision=bf16", "trainer.float8=tensorwise", "batch.samples=8", "model.ffn_dim=352"]
+    found = problems_of(composer, 1, *base, *overrides)
+    found_without = problems_of(composer, 1, *base, "data.seq_len=128", "batch.micro=1")
+    assert says in found["trainer.float8"] and says not in found_without.get("trainer.float8", "")
+
+
+def test_a_url_that_nothing_can_read_is_refused(composer: Composer) -> None:
+    assert "nosuch" in problems_of(composer, 1, "checkpoint.folder='nosuch://bucket/run'")["checkpoint.folder"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ((), []),
+        (("optim=agvm",), ["optim=agvm"]),
+        (("batch=norm_test",), ["batch.multiple"]),
+        (("batch=norm_test", "batch.multiple=64"), []),
+        (("batch=stages", "batch.stages='0:32'"), []),
+    ],
+)
+def test_rules_that_bend_are_said(composer: Composer, overrides: tuple[str, ...], said: list[str]) -> None:
+    lines = list(bent_rules(composer.compose(overrides).config))
+    assert len(lines) == len(said) and all(line.startswith(start) for line, start in zip(lines, said, strict=True))
+
+
+def test_checkpoints_in_the_memory_of_one_process_are_refused(composer: Composer) -> None:
+    found = problems_of(composer, 1, "checkpoint.folder=memory://run")
+    assert "another one writes checkpoints" in found.pop("checkpoint.folder") and not found
+
+
+def test_an_error_that_names_no_file_keeps_its_words() -> None:
+    def fail() -> list[Problem]:
+        raise OSError("the data set's server does not answer")
+
+    assert [str(problem) for problem in asked("data", fail)] == [
+        "data: the data set's server does not answer; check the keys of data"
+    ]

@@ -1,0 +1,58 @@
+"""Evaluation: mean loss on the first samples of the validation set, the same on every layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...config.duration import Duration, Unit
+from ...data.batch import IGNORED, MicroBatch, Sample, Samples
+from ..loop import Loop
+from .base import Hook
+
+
+def share_of_validation(samples: Samples, count: int, data_rank: int, data_size: int, micro: int) -> list[MicroBatch]:
+    """This rank's micro-batches of samples [0, count), dealt round-robin.
+
+    Every rank gets the same number of equally large micro-batches, because a rank that passes fewer through a sharded
+    model would leave the others waiting. What is missing is filled with samples whose targets are all ignored.
+    """
+    rounds = -(-count // (data_size * micro))
+    mine = [samples[index] for index in range(data_rank, count, data_size)]
+    blank = Sample(samples[0].tokens, np.full_like(samples[0].targets, IGNORED), samples[0].documents)
+    mine += [blank] * (rounds * micro - len(mine))
+    return [MicroBatch.collate(mine[start : start + micro]) for start in range(0, len(mine), micro)]
+
+
+class Evaluation(Hook):
+    """Looks at the validation set every so often, and once at the end.
+
+    every  from one evaluation to the next: after the step that reaches or passes a multiple of it; None: only at the end
+    """
+
+    def __init__(self, micro_batches: list[MicroBatch], every: Duration | None) -> None:
+        self._micro_batches = micro_batches
+        self._every = every
+
+    def _evaluate(self, loop: Loop) -> None:
+        loop.deliver_metrics(keep=0)
+        loss = loop.engine.evaluate(self._micro_batches)
+        row: dict[str, Any] = {"step": loop.progress.step, "eval_loss": float(loss.mean), "tokens": loop.progress.tokens}
+        for hook in loop.hooks:
+            hook.on_evaluate(loop, row)
+        loop.restart_clock()
+
+    def on_step_end(self, loop: Loop) -> None:
+        """Evaluate when it is time to; the last step always is."""
+        if loop.finished or (self._every is not None and _passed(self._every, loop)):
+            self._evaluate(loop)
+
+
+def _passed(every: Duration, loop: Loop) -> bool:
+    """Whether the step just done reached or passed a multiple of `every`. A function of the counters alone (rule R5)."""
+    unit = loop.horizon.unit if every.unit is Unit.FRACTION else every.unit
+    length = loop.horizon.amount(every, unit)
+    now = loop.horizon.position(loop.progress, unit)
+    before = now - loop.horizon.stride(loop.progress, unit)
+    return now // length > before // length
