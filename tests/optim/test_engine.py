@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from meshloom.data.batch import GlobalBatch, MicroBatch, deal
 from meshloom.models.llama import Llama
 from meshloom.optim.optimizers.adagrad import AdaGrad, AdaGradNorm
 from meshloom.optim.optimizers.adamw import AdamW
@@ -24,7 +23,7 @@ from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from meshloom.trainer.schema import make_composer
 from meshloom.trainer.validate import run_problems
-from support.parity import Work, sample
+from support.parity import Work, take_steps
 from support.ranks import run_ranks
 from support.tiny_run import body
 
@@ -39,18 +38,7 @@ def build(parallel: ParallelConfig, world_size: int, make: Callable[..., torch.o
 
 def train(engine: Engine, first: int, last: int, micro: int = 1) -> list[float]:
     """Losses of these steps at a constant rate."""
-    mesh = engine.mesh
-    losses: list[float] = []
-    for number in range(first, last):
-        shares = deal(GlobalBatch(number * 16, 16), mesh.data_rank, mesh.layout.data_size, micro)
-        batches = [MicroBatch.collate([sample(index) for index in indices]) for indices in shares]
-        counted = torch.tensor(float(sum(batch.valid_tokens for batch in batches)), dtype=torch.float64)
-        tokens = mesh.sum(counted) / mesh.layout.tp
-        losses.append(float(engine.accumulate(batches, tokens).mean))
-        engine.clip(0.5, engine.gradient_norm())
-        engine.update(0.01)
-        engine.zero_grad()
-    return losses
+    return take_steps(engine, Work(samples=16, micro=micro), range(first, last)).losses
 
 
 def scales(

@@ -1,5 +1,7 @@
 """The backbone of the tests: train a tiny float64 model on some layout, and compare with a bare PyTorch loop in one process.
 
+The model is trained by the trainer's own `Loop`, so that what the loop counts and scales is held to the bare one, too.
+
 (found,) = differences(4, [Work(ParallelConfig(zero=2, tp=2))])
 assert found.worst < 1e-9
 """
@@ -8,21 +10,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from meshloom.config.duration import Duration, Unit
 from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch, Sample, deal
+from meshloom.data.loader import Loader
 from meshloom.models.llama import Llama
+from meshloom.optim.batch.controller import Fixed
+from meshloom.optim.horizon import Horizon
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.parameters import NamedParameter, Shards
+from meshloom.optim.progress import Progress
+from meshloom.optim.schedules.coupling import Coupling
+from meshloom.optim.schedules.schedule import Constant
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import Engine, EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.fragment import Box
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
+from meshloom.trainer.hooks.base import Hook
+from meshloom.trainer.loop import Loop
+from meshloom.trainer.signals import StopRequest
 from support.ranks import run_ranks
 
 VOCABULARY, SEQ_LEN = 61, 16
@@ -83,26 +96,69 @@ def share(mesh: Mesh, work: Work, first: int) -> list[MicroBatch]:
     return [MicroBatch.collate([sample(index, work.documents) for index in indices]) for indices in shares]
 
 
+class UnevenSamples:
+    """`sample` as the trainer's loader reads it. Implements `Samples`."""
+
+    seq_len, vocabulary = SEQ_LEN, VOCABULARY
+
+    def __init__(self, documents: bool) -> None:
+        self._documents = documents
+
+    def __getitem__(self, index: int) -> Sample:
+        return sample(index, self._documents)
+
+
+class Recorder(Hook):
+    """Keeps the loss and the gradient norm of every step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
+        self.losses.append(row["loss"])
+        self.norms.append(row["grad_norm"])
+
+
+def take_steps(engine: Engine, work: Work, numbers: range, *hooks: Hook) -> Recorder:
+    """Take the steps of these numbers with the trainer's own loop, loader, clipping and schedule."""
+    mesh, recorder = engine.mesh, Recorder()
+    horizon = Horizon(Duration(numbers.stop, Unit.STEPS), SEQ_LEN, work.samples)
+    loader = Loader(UnevenSamples(work.documents), mesh.data_rank, mesh.layout.data_size)
+    done = numbers.start * work.samples
+    loop = Loop(
+        mesh=mesh,
+        engine=engine,
+        batches=loader,
+        controller=Fixed(horizon, divisor=1, samples=work.samples),
+        schedule=Constant(work.lr, horizon),
+        coupling=Coupling("none", work.samples),
+        horizon=horizon,
+        micro=work.micro,
+        flops_per_token=0.0,
+        output_dir=Path(),
+        max_grad_norm=work.max_norm,
+        hooks=[recorder, *hooks],
+        progress=Progress(numbers.start, done, done * SEQ_LEN, work.samples),
+    )
+    try:
+        loop.run(StopRequest())
+    finally:
+        loader.close()
+    return recorder
+
+
 def step(engine: Engine, work: Work, number: int) -> tuple[float, float]:
     """One step on the samples that this step number has in every layout: (loss, gradient norm)."""
-    mesh = engine.mesh
-    batches = share(mesh, work, number * work.samples)
-    valid = torch.tensor(float(sum(batch.valid_tokens for batch in batches)), dtype=torch.float64)
-    model_ranks = mesh.layout.pp * mesh.layout.cp * mesh.layout.tp
-    loss = engine.accumulate(batches, mesh.sum(valid) / model_ranks)
-    norm = engine.gradient_norm()
-    if work.max_norm is not None:
-        engine.clip(work.max_norm, norm)
-    engine.update(work.lr)
-    engine.zero_grad()
-    return float(loss.mean), float(norm)
+    done = take_steps(engine, work, range(number, number + 1))
+    return done.losses[0], done.norms[0]
 
 
 def train(work: Work, world_size: int) -> tuple[Engine, list[float], list[float]]:
     """Train; returns the engine, the losses and the gradient norms."""
     engine = build(work, world_size)
-    curve = [step(engine, work, number) for number in _steps(work)]
-    return engine, [loss for loss, _ in curve], [norm for _, norm in curve]
+    done = take_steps(engine, work, _steps(work))
+    return engine, done.losses, done.norms
 
 
 def _steps(work: Work) -> range:
@@ -181,22 +237,28 @@ def plain_curve(work: Work) -> tuple[list[float], list[float]]:
     return run.losses[:-1], run.norms
 
 
+class FirstMoments(Hook):
+    """Keeps this rank's boxes of Adam's first moment after the first of the steps."""
+
+    def __init__(self) -> None:
+        self.boxes: list[tuple[str, Box, torch.Tensor]] = []
+
+    def on_step_end(self, loop: Loop) -> None:
+        if not self.boxes:
+            held = (fragment for fragment in loop.engine.fragments() if fragment.role == "exp_avg")
+            self.boxes = [(each.name, each.box, each.tensor.clone()) for each in held]
+
+
 def runs(rank: int, world_size: int, works: Sequence[Work]) -> list[Run]:
     """Body for `run_ranks`: this rank's part of each run. Works share their processes, which saves starting them."""
     found: list[Run] = []
     for work in works:
         try:
             engine = build(work, world_size)
-            run = Run([], [], [])
-            for number in _steps(work):
-                loss, norm = step(engine, work, number)
-                run.losses.append(loss)
-                run.norms.append(norm)
-                if number == work.first_step:
-                    moments = [fragment for fragment in engine.fragments() if fragment.role == "exp_avg"]
-                    run.moments.extend((each.name, each.box, each.tensor.clone()) for each in moments)
-            run.losses.append(float(engine.evaluate(share(engine.mesh, work, HELD_OUT)).mean))
-            found.append(run)
+            moments = FirstMoments()
+            done = take_steps(engine, work, _steps(work), moments)
+            evaluated = float(engine.evaluate(share(engine.mesh, work, HELD_OUT)).mean)
+            found.append(Run([*done.losses, evaluated], done.norms, moments.boxes))
         except Exception as error:
             error.add_note(f"in {work}")
             raise
