@@ -32,6 +32,13 @@ ANY_DATA = [
 TINY = [*ANY_DATA, *SYNTHETIC]
 
 
+def train(rank: int, world_size: int, words: list[str]) -> int:
+    """`meshloom train` with these words, on ranks that are there already."""
+    composition = make_composer().compose(words)
+    assert not composition.problems, composition.problems
+    return run(composition.config, words)
+
+
 def body(rank: int, world_size: int, overrides: list[str]) -> int:
     base = ANY_DATA if any(override.startswith("data=") for override in overrides) else TINY
     composition = make_composer().compose([*base, *overrides])
