@@ -3,45 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from ..config.keys import Side, key
 from ..config.problems import Problem
 
 
 @dataclass
 class CheckpointConfig:
-    """When, how and where to save.
+    """When, how and where to save."""
 
-    every            steps between saves (null: only at the end; 0: never)
-    keep             newest complete steps that stay on disk (0: all)
-    mode             async: copy while the next step computes, write in another process; sync: training waits for the disk
-    memory_every     steps between snapshots into the in-memory tier (null: none)
-    memory_group     ranks that protect each other's snapshots: any one of a group may be lost; 2 is a mirror
-    folder           where to save: a path or an fsspec URL such as s3://bucket/run (null: <output_dir>/checkpoints)
-    host_memory_gib  most host memory one rank may use for snapshots; when the disk is slower than the schedule and all of
-                     it is taken, the save is skipped and said so. One must fit, with memory_every two (null: room for two)
-    device_memory_gib  most GPU memory of one rank that may hold parts of a snapshot on their way to the host, so that the
-                     update need not wait for them (null: up to half of what is free; 0: none)
-    snapshot_folder  folder on a local disk where a snapshot is put together, instead of in host memory: for state that memory
-                     can't hold (parallel.offload=nvme). It takes as much room as the state, and the copy goes at the disk's
-                     speed (null: in memory)
-    strict           resuming from a checkpoint with state that does not fit is refused; false: what fits is loaded and the rest
-                     reported, as when the optimizer is another one. Weights must always fit
-    failures         failed saves in a row after which the run stops
-    timeout          seconds without news from another rank, or without progress of the writer, after which a save is given up
-    """
+    SIDE: ClassVar[Side] = Side.HABIT
 
-    every: int | None = 500
-    keep: int = 2
-    mode: str = "async"
-    memory_every: int | None = None
-    memory_group: int = 2
-    folder: str | None = None
-    host_memory_gib: float | None = None
-    device_memory_gib: float | None = None
-    snapshot_folder: str | None = None
-    strict: bool = True
-    failures: int = 3
-    timeout: float = 600.0
+    every: int | None = key(500, "steps between saves; null: only at the end; 0: never")
+    keep: int = key(2, "newest complete steps that stay on disk; 0: all")
+    mode: str = key("async", "async: copy while the next step computes, write in another process; sync: training waits")
+    memory_every: int | None = key(None, "steps between snapshots into the in-memory tier; null: none")
+    memory_group: int = key(2, "ranks that protect each other's snapshots: any one of a group may be lost; 2 is a mirror")
+    folder: str | None = key(
+        None, "a path or an fsspec URL such as s3://bucket/run; null: <output_dir>/checkpoints", Side.PLACEMENT
+    )
+    host_memory_gib: float | None = key(
+        None,
+        "most host memory of one rank for snapshots, one at least (two with memory_every); a save that finds it all taken is"
+        " skipped and said so; null: room for two",
+    )
+    device_memory_gib: float | None = key(
+        None,
+        "most GPU memory of one rank for parts of a snapshot on their way to the host, so that the update need not wait;"
+        " null: up to half of what is free; 0: none",
+    )
+    snapshot_folder: str | None = key(
+        None,
+        "folder on a local disk where a snapshot is put together, for state that memory can't hold (parallel.offload=nvme); it"
+        " takes as much room as the state; null: in memory",
+        Side.PLACEMENT,
+    )
+    strict: bool = key(
+        True,
+        "refuse to resume where optimizer state does not fit; false: what fits is loaded and the rest reported. Weights must"
+        " always fit",
+    )
+    failures: int = key(3, "failed saves in a row after which the run stops")
+    timeout: float = key(600.0, "seconds without news from another rank or progress of the writer until a save is given up")
 
 
 def checkpoint_problems(config: CheckpointConfig) -> list[Problem]:

@@ -1,186 +1,162 @@
-"""Config of `data`: where tokens come from and how they become samples. One dataclass per option of the group."""
+"""Config of `data`: where tokens come from and how they become samples. One dataclass per option of the group.
+
+Where data lie (paths, caches) is placement. What they are is told by their fingerprint, which a resumed run compares.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from hydra.core.config_store import ConfigStore
+from ..config.keys import Side, key, option, target
+
+SEQ_LEN = "positions per sample"
+DOCUMENT_MASK = "attention stays inside documents"
+VERIFY = "read all shards at the start and compare digests (sizes are compared in any case)"
+CACHE_DIR = "where what is built is kept; null: $MESHLOOM_CACHE, else ~/.cache/meshloom"
+TOKENIZER = "bpe: byte-level BPE trained on this corpus; bytes: a token per byte; or the path of a tokenizer.json"
+VOCABULARY = "size of the trained BPE vocabulary"
+TOKENIZER_SAMPLE = "characters of the corpus the tokenizer is trained on, at most"
+END_OF_DOCUMENT = "the token that ends a document in a tokenizer.json; null: the well-known names are tried"
+INPUT = "a path, glob pattern or folder, or a list of them"
 
 
 @dataclass
 class PackingConfig:
-    """Keys of every option that reads token shards.
+    """Keys of every option that reads token shards."""
 
-    seq_len        positions per sample
-    packing        concat: one stream of tokens, split every seq_len; bestfit: documents are cut only where they are longer
-                   than seq_len, and the pieces fill samples by best-fit decreasing (arXiv 2404.10830), padded at the end
-    document_mask  attention stays inside documents
-    verify         read all shards at the start and compare digests (sizes are compared in any case)
-    cache_dir      where what is built is kept; null: $MESHLOOM_CACHE, else ~/.cache/meshloom
-    """
+    SIDE: ClassVar[Side] = Side.RECIPE
 
-    seq_len: int = 1024
-    packing: str = "concat"
-    document_mask: bool = False
-    verify: bool = False
-    cache_dir: str | None = None
+    seq_len: int = key(1024, SEQ_LEN)
+    packing: str = key(
+        "concat",
+        "concat: one stream of tokens, split every seq_len; bestfit: documents are cut only where they are longer than seq_len,"
+        " and the pieces fill samples by best-fit decreasing (arXiv 2404.10830), padded at the end",
+    )
+    document_mask: bool = key(False, DOCUMENT_MASK)
+    verify: bool = key(False, VERIFY, Side.HABIT)
+    cache_dir: str | None = key(None, CACHE_DIR, Side.PLACEMENT)
 
 
 @dataclass
 class CorpusConfig(PackingConfig):
-    """Keys of every option that starts from documents.
+    """Keys of every option that starts from documents."""
 
-    tokenizer         bpe: byte-level BPE trained on this corpus; bytes: a token per byte; or the path of a tokenizer.json
-    vocabulary        size of the trained BPE vocabulary
-    tokenizer_sample  characters of the corpus it is trained on, at most
-    end_of_document   the token that ends a document in a tokenizer.json; null: the well-known names are tried
-    validation        fraction of the documents held out
-    """
-
-    tokenizer: str = "bpe"
-    vocabulary: int = 4096
-    tokenizer_sample: int = 100_000_000
-    end_of_document: str | None = None
-    validation: float = 0.01
+    tokenizer: str = key("bpe", TOKENIZER)
+    vocabulary: int = key(4096, VOCABULARY)
+    tokenizer_sample: int = key(100_000_000, TOKENIZER_SAMPLE)
+    end_of_document: str | None = key(None, END_OF_DOCUMENT)
+    validation: float = key(0.01, "fraction of the documents held out")
 
 
 @dataclass
 class StdlibConfig(CorpusConfig):
     """The source of the running interpreter's standard library."""
 
-    _target_: str = "meshloom.data.nodes.Stdlib"
-    name: str = "stdlib"
+    _target_: str = target("meshloom.data.nodes.Stdlib")
+    name: str = option("stdlib")
 
 
 @dataclass
 class TextConfig(CorpusConfig):
-    """Files of UTF-8 text.
+    """Files of UTF-8 text."""
 
-    input      a path, glob pattern or folder, or a list of them
-    separator  text that separates documents within a file; null: a file is a document
-    """
-
-    _target_: str = "meshloom.data.nodes.Text"
-    name: str = "text"
-    input: Any = None
-    separator: str | None = None
+    _target_: str = target("meshloom.data.nodes.Text")
+    name: str = option("text")
+    input: Any = key(None, INPUT, Side.PLACEMENT)
+    separator: str | None = key(None, "text that separates documents within a file; null: a file is a document")
 
 
 @dataclass
 class JsonlConfig(CorpusConfig):
-    """Files with a JSON object per line, plain, .gz or .zst.
+    """Files with a JSON object per line, plain, .gz or .zst."""
 
-    input  a path, glob pattern or folder, or a list of them
-    field  the member that holds the text
-    """
-
-    _target_: str = "meshloom.data.nodes.Jsonl"
-    name: str = "jsonl"
-    input: Any = None
-    field: str = "text"
+    _target_: str = target("meshloom.data.nodes.Jsonl")
+    name: str = option("jsonl")
+    input: Any = key(None, INPUT, Side.PLACEMENT)
+    field: str = key("text", "the member or column that holds the text")
 
 
 @dataclass
 class ParquetConfig(CorpusConfig):
-    """Parquet files.
+    """Parquet files."""
 
-    input  a path, glob pattern or folder, or a list of them
-    field  the column that holds the text
-    """
-
-    _target_: str = "meshloom.data.nodes.Parquet"
-    name: str = "parquet"
-    input: Any = None
-    field: str = "text"
+    _target_: str = target("meshloom.data.nodes.Parquet")
+    name: str = option("parquet")
+    input: Any = key(None, INPUT, Side.PLACEMENT)
+    field: str = key("text", "the member or column that holds the text")
 
 
 @dataclass
 class HfConfig(CorpusConfig):
-    """A data set of the Hugging Face `datasets` library.
+    """A data set of the Hugging Face `datasets` library."""
 
-    path      name on the hub, or a folder
-    subset    its configuration, where it has several
-    split     which part of it
-    field     the column that holds the text
-    revision  commit or tag: pin it, for it is all that tells one state of the data set from another
-    """
-
-    _target_: str = "meshloom.data.nodes.Hf"
-    name: str = "hf"
-    path: str | None = None
-    subset: str | None = None
-    split: str = "train"
-    field: str = "text"
-    revision: str | None = None
+    _target_: str = target("meshloom.data.nodes.Hf")
+    name: str = option("hf")
+    path: str | None = key(None, "name of the data set on the hub, or a folder", Side.PLACEMENT)
+    subset: str | None = key(None, "the data set's configuration, where it has several")
+    split: str = key("train", "which part of the data set")
+    field: str = key("text", "the member or column that holds the text")
+    revision: str | None = key(None, "commit or tag: pin it, for it is all that tells one state of the data set from another")
 
 
 @dataclass
 class ShardsConfig(PackingConfig):
-    """Token shards made by `meshloom data tokenize`.
+    """Token shards made by `meshloom data tokenize`."""
 
-    path        its output, or a single shard folder, which then is training data
-    validation  another folder of validation shards; null: the one in `path`, if any
-    """
-
-    _target_: str = "meshloom.data.nodes.Shards"
-    name: str = "shards"
-    path: str | None = None
-    validation: str | None = None
+    _target_: str = target("meshloom.data.nodes.Shards")
+    name: str = option("shards")
+    path: str | None = key(
+        None, "output of `meshloom data tokenize`, or a single shard folder, which then is training data", Side.PLACEMENT
+    )
+    validation: str | None = key(None, "another folder of validation shards; null: the one in `path`, if any", Side.PLACEMENT)
 
 
 @dataclass
 class MixtureConfig:
-    """Several sources by weight, with one tokenizer.
+    """Several sources by weight, with one tokenizer. The keys that sources know too hold for all of them."""
 
-    sources  name → node of any other option of this group (`/data@sources.code: stdlib` in a recipe's defaults)
-    weights  name → share of the samples, in any unit
-    block    samples over which the shares are exact
+    SIDE: ClassVar[Side] = Side.RECIPE
 
-    The other keys are as in CorpusConfig and hold for all sources, which leave them alone.
-    """
-
-    _target_: str = "meshloom.data.mixture.Mixture"
-    _recursive_: bool = False
-    name: str = "mixture"
-    sources: dict[str, Any] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-    block: int = 1000
-    seq_len: int = 1024
-    document_mask: bool = False
-    verify: bool = False
-    cache_dir: str | None = None
-    tokenizer: str = "bpe"
-    vocabulary: int = 4096
-    tokenizer_sample: int = 100_000_000
-    end_of_document: str | None = None
+    _target_: str = target("meshloom.data.mixture.Mixture")
+    _recursive_: bool = key(False, "Hydra's: the mixture builds its sources itself")
+    name: str = option("mixture")
+    sources: dict[str, Any] = key(
+        {}, "name → node of any other option of this group (`/data@sources.code: stdlib` in a recipe's defaults)"
+    )
+    weights: dict[str, float] = key({}, "name → share of the samples, in any unit")
+    block: int = key(1000, "samples over which the shares are exact")
+    seq_len: int = key(1024, SEQ_LEN)
+    document_mask: bool = key(False, DOCUMENT_MASK)
+    verify: bool = key(False, VERIFY, Side.HABIT)
+    cache_dir: str | None = key(None, CACHE_DIR, Side.PLACEMENT)
+    tokenizer: str = key("bpe", TOKENIZER)
+    vocabulary: int = key(4096, VOCABULARY)
+    tokenizer_sample: int = key(100_000_000, TOKENIZER_SAMPLE)
+    end_of_document: str | None = key(None, END_OF_DOCUMENT)
 
 
 @dataclass
 class SyntheticConfig:
-    """Seeded random tokens, for benchmarks and dry runs.
+    """Seeded random tokens, for benchmarks and dry runs."""
 
-    vocabulary          tokens lie in [0, vocabulary); null: the model's
-    validation_samples  size of the validation set
-    """
+    SIDE: ClassVar[Side] = Side.RECIPE
 
-    _target_: str = "meshloom.data.synthetic.Synthetic"
-    name: str = "synthetic"
-    seq_len: int = 1024
-    vocabulary: int | None = None
-    validation_samples: int = 64
+    _target_: str = target("meshloom.data.synthetic.Synthetic")
+    name: str = option("synthetic")
+    seq_len: int = key(1024, SEQ_LEN)
+    vocabulary: int | None = key(None, "tokens lie in [0, vocabulary); null: the model's")
+    validation_samples: int = key(64, "size of the validation set; 0: none")
 
 
-def register(store: ConfigStore) -> None:
-    """Put the typed bases into Hydra's ConfigStore; `recipes/data/<name>.yaml` extends `base_<name>`."""
-    for node in (
-        StdlibConfig,
-        TextConfig,
-        JsonlConfig,
-        ParquetConfig,
-        HfConfig,
-        ShardsConfig,
-        MixtureConfig,
-        SyntheticConfig,
-    ):
-        store.store(group="data", name=f"base_{node.name}", node=node)
+OPTIONS: tuple[type, ...] = (
+    StdlibConfig,
+    TextConfig,
+    JsonlConfig,
+    ParquetConfig,
+    HfConfig,
+    ShardsConfig,
+    MixtureConfig,
+    SyntheticConfig,
+)
+"""Schemas of the group, known to Hydra as data/base_<name>; `recipes/data/<name>.yaml` extends them."""

@@ -16,6 +16,7 @@ COMMANDS = {
     "slurm": ("slurm", "print a complete sbatch script for a run"),
     "generate": ("generate", "continue a prompt with a checkpoint's model"),
     "hparams": ("hparams", "what the laws of scale recommend for a model and a number of tokens"),
+    "keys": ("keys", "every key of the config: type, default, side, meaning"),
     "fit": ("fit", "fit the laws of scale to finished runs, and draw the fits"),
     "data": ("data", "tokenize text into shards, and look into them"),
     "checkpoint": ("checkpoint", "list, inspect, verify, diff, prune, export and import checkpoints"),

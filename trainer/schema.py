@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
-
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..checkpoint.config import CheckpointConfig
-from ..config.compose import SCHEMA, Composer
+from ..config.keys import MISSING, Key, Side, key, keys_of
 from ..data import config as data
 from ..models import config as models
 from ..optim.batch import config as batch
@@ -20,20 +20,35 @@ from .config import TrainerConfig
 from .hooks.loggers.config import LoggingConfig
 from .launching import LaunchConfig
 
+if TYPE_CHECKING:
+    from ..config.compose import Composer
+
+OPTIONS: dict[str, tuple[type, ...]] = {
+    "model": models.OPTIONS,
+    "data": data.OPTIONS,
+    "optim": optimizers.OPTIONS,
+    "schedule": schedules.OPTIONS,
+    "batch": batch.OPTIONS,
+}
+"""Group → the schemas of its options. A group's class may also be one of the user's own (`_target_`)."""
+
 
 @dataclass
 class RunConfig:
-    """Everything a run is a function of. Groups of type Any may be replaced by a user's own class (`_target_`).
+    """Everything a run is a function of."""
 
-    resume  none; auto: go on from the newest complete checkpoint of the run, if there is one; the path of any checkpoint;
-            auto:<path>: as auto, and where the run has saved nothing yet, from that path
-    """
+    SIDE: ClassVar[Side] = Side.RECIPE
 
-    recipe: str = MISSING
-    output_dir: str = "outputs/${recipe}"
-    seed: int = 1
-    precision: str = "bf16"
-    resume: str = "none"
+    recipe: str = key(MISSING, "the recipe to start from; it names the run")
+    output_dir: str = key("outputs/${recipe}", "folder of the run: metrics, config, checkpoints", Side.PLACEMENT)
+    seed: int = key(1, "what initial weights and the order of the data are drawn from")
+    precision: str = key("bf16", "what the model computes in: fp32, bf16 or fp64; masters are at least fp32")
+    resume: str = key(
+        "none",
+        "none; auto: go on from the run's newest complete checkpoint, if there is one; the path of any checkpoint; auto:<path>:"
+        " as auto, and where the run has saved nothing yet, from that path",
+        Side.PLACEMENT,
+    )
     model: Any = MISSING
     data: Any = MISSING
     optim: Any = MISSING
@@ -46,15 +61,77 @@ class RunConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
+@dataclass(frozen=True)
+class GroupKey:
+    """A key of a group, of all the options that declare it alike.
+
+    group     "" for the run's own keys
+    options   name of the option → its default; of a group without options, "" → the default
+    everywhere  whether every option of the group has it
+    """
+
+    group: str
+    key: Key
+    options: dict[str, Any]
+    everywhere: bool
+
+    @property
+    def name(self) -> str:
+        """As it is written on the command line."""
+        return f"{self.group}.{self.key.name}" if self.group else self.key.name
+
+
+def groups() -> dict[str, tuple[type, ...]]:
+    """Group → its dataclasses: one, or that of each option. "" stands for the run's own keys."""
+    hints = typing.get_type_hints(RunConfig)
+    found: dict[str, tuple[type, ...]] = {"": (RunConfig,)}
+    for name, hint in hints.items():
+        if name in OPTIONS:
+            found[name] = OPTIONS[name]
+        elif dataclasses.is_dataclass(hint):
+            found[name] = (typing.cast(type, hint),)
+    return found
+
+
+def group_keys(group: str) -> Iterator[GroupKey]:
+    """Every key of a group, those that several options declare alike once."""
+    kinds = groups()[group]
+    if not group:
+        own = [one for one in dataclasses.fields(RunConfig) if one.metadata]
+        names = {one.name for one in own}
+        yield from (GroupKey("", one, {"": one.default}, True) for one in keys_of(RunConfig, only=names))
+        return
+    if group not in OPTIONS:
+        yield from (GroupKey(group, one, {"": one.default}, True) for one in keys_of(kinds[0]))
+        return
+    found: dict[tuple[str, str, str, str], GroupKey] = {}
+    for kind in kinds:
+        declared = list(keys_of(kind))
+        name = next(one.default for one in declared if one.name == "name")
+        for one in declared:
+            same = (one.name, one.type, str(one.side), one.meaning)
+            known = found.setdefault(same, GroupKey(group, one, {}, False))
+            known.options[name] = one.default
+    for known in found.values():
+        yield dataclasses.replace(known, everywhere=len(known.options) == len(kinds))
+
+
 def register_schemas() -> None:
     """Make the typed form of every recipe group known to Hydra."""
+    from hydra.core.config_store import ConfigStore
+
+    from ..config.compose import SCHEMA
+
     store = ConfigStore.instance()
     store.store(name=SCHEMA, node=RunConfig)
-    for group in (models, data, optimizers, schedules, batch):
-        group.register(store)
+    for group, kinds in OPTIONS.items():
+        for kind in kinds:
+            store.store(group=group, name=f"base_{typing.cast(Any, kind).name}", node=kind)
 
 
 def make_composer(config_dir: str | None = None) -> Composer:
     """A composer of configs of this schema. Raises ConfigError where `config_dir` does not exist."""
+    from ..config.compose import Composer
+
     register_schemas()
     return Composer(config_dir)

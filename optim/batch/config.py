@@ -3,143 +3,170 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from ...config.keys import MISSING, RecipeWhen, Side, key, option, target
+
+START = "global batch in sequences at the start, or auto:step_law"
+MICRO = "sequences per rank and pass"
+MICRO_MAX = "a micro-batch doubles up to this size while every rank still has two or more; null: it stays at micro"
+MULTIPLE = "sizes are multiples of this; null: of micro × data-parallel size"
+LARGEST = "the largest size"
+
+
+def _micro_matters(run: Any) -> bool:
+    return run.batch.MEASURES or run.optim.HALVES or run.trainer.float8 != "none"
+
+
+MICRO_SIDE = RecipeWhen("a controller that measures gradients, optim=agvm or trainer.float8", _micro_matters)
+"""Micro-batches are the workers of gradient statistics, AGVM's halves are made of them, and float8 scales are taken of each."""
 
 
 @dataclass
 class BatchConfig:
-    """samples: global batch in sequences (its start, where a controller changes it), or auto:step_law; micro: sequences per
-    rank and pass."""
+    """The same size at every step.
 
-    _target_: str = "meshloom.optim.batch.controller.Fixed"
-    name: str = "fixed"
-    samples: int | str = 32
-    micro: int = 8
+    MEASURES  whether the controller is given gradient statistics; of a class of the user's own nobody knows, so it may be
+    """
+
+    SIDE: ClassVar[Side] = Side.RECIPE
+    MEASURES: ClassVar[bool] = False
+
+    _target_: str = target("meshloom.optim.batch.controller.Fixed")
+    name: str = option("fixed")
+    samples: int | str = key(32, START)
+    micro: int = key(8, MICRO, MICRO_SIDE)
 
 
 @dataclass
 class StagesConfig:
-    """stages: "0:768 250B:1536", sizes by tokens consumed; samples: the start, read where stages doesn't begin with 0;
-    micro_max: see AdaptiveConfig."""
+    """Sizes by tokens consumed."""
 
-    _target_: str = "meshloom.optim.batch.controller.Stages"
-    name: str = "stages"
-    samples: int | None = None
-    micro: int = 8
-    micro_max: int | None = None
-    stages: str = MISSING
+    SIDE: ClassVar[Side] = Side.RECIPE
+    MEASURES: ClassVar[bool] = False
+
+    _target_: str = target("meshloom.optim.batch.controller.Stages")
+    name: str = option("stages")
+    samples: int | None = key(None, "the size at the start, read where stages doesn't begin with 0")
+    micro: int = key(8, MICRO, MICRO_SIDE)
+    micro_max: int | None = key(None, MICRO_MAX, MICRO_SIDE)
+    stages: str = key(MISSING, 'sizes from points on, such as "0:768 250B:1536"; a bare point counts tokens')
 
 
 @dataclass
 class RampConfig:
-    """From samples to max in equal steps of `multiple` (null: micro × data-parallel size) over a duration; micro_max: see
-    AdaptiveConfig."""
+    """From samples to max in equal steps over a duration."""
 
-    _target_: str = "meshloom.optim.batch.controller.Ramp"
-    name: str = "ramp"
-    samples: int | str = 32
-    micro: int = 8
-    micro_max: int | None = None
-    max: int = MISSING
-    over: int | float | str = "10%"
-    multiple: int | None = None
+    SIDE: ClassVar[Side] = Side.RECIPE
+    MEASURES: ClassVar[bool] = False
+
+    _target_: str = target("meshloom.optim.batch.controller.Ramp")
+    name: str = option("ramp")
+    samples: int | str = key(32, START)
+    micro: int = key(8, MICRO, MICRO_SIDE)
+    micro_max: int | None = key(None, MICRO_MAX, MICRO_SIDE)
+    max: int = key(512, LARGEST)
+    over: int | float | str = key("10%", "how long the way up takes: a duration")
+    multiple: int | None = key(None, MULTIPLE)
 
 
 @dataclass
 class AdaptiveConfig:
-    """What every measuring controller has.
+    """What every controller has that measures."""
 
-    samples   the size at the start, and the smallest
-    max       the largest
-    eta       the test's threshold: see each
-    interval  steps between decisions
-    ema       weight of the past in what decisions are taken from; 0: the newest measurement alone
-    growth    largest factor of one change; null: no limit
-    shrink    whether the size may fall again
-    multiple  sizes are multiples of this; null: of micro × data-parallel size
-    micro_max a micro-batch doubles up to this size while every rank still has two or more; null: it stays at micro
-    """
+    SIDE: ClassVar[Side] = Side.RECIPE
+    MEASURES: ClassVar[bool] = True
 
-    _target_: str = MISSING
-    name: str = MISSING
-    samples: int | str = 32
-    micro: int = 8
-    micro_max: int | None = None
-    max: int = MISSING
-    eta: float = 0.2
-    interval: int = 1
-    ema: float = 0.0
-    growth: float | None = 2.0
-    shrink: bool = False
-    multiple: int | None = None
+    _target_: str = target(MISSING)
+    name: str = option(MISSING)
+    samples: int | str = key(32, START)
+    micro: int = key(8, MICRO, MICRO_SIDE)
+    micro_max: int | None = key(None, MICRO_MAX, MICRO_SIDE)
+    max: int = key(512, LARGEST)
+    eta: float = key(0.2, "threshold of the test")
+    interval: int = key(1, "steps between decisions")
+    ema: float = key(0.0, "weight of the past in what decisions are taken from; 0: the newest measurement alone")
+    growth: float | None = key(2.0, "largest factor of one change; null: no limit")
+    shrink: bool = key(False, "whether the size may fall again")
+    multiple: int | None = key(None, MULTIPLE)
 
 
 @dataclass
 class NormTestConfig(AdaptiveConfig):
-    """Gradient noise at most eta × the gradient's norm; unbiased, literal: see adaptive.py. The recipe says more."""
+    """Grow when the gradient is noisier than eta × its norm. A batch that passes is about (1 − eta²) / eta² noise scales.
 
-    _target_: str = "meshloom.optim.batch.adaptive.NormTest"
-    name: str = "norm_test"
-    unbiased: bool = False
-    literal: bool = False
+    The defaults are the ones measured in docs/batch.md.
+    """
+
+    _target_: str = target("meshloom.optim.batch.adaptive.NormTest")
+    name: str = option("norm_test")
+    eta: float = key(0.7, "threshold of the test: gradient noise at most eta × the gradient's norm")
+    interval: int = key(4, "steps between decisions")
+    ema: float = key(0.9, "weight of the past in what decisions are taken from; 0: the newest measurement alone")
+    growth: float | None = key(1.5, "largest factor of one change; null: no limit")
+    shrink: bool = key(True, "whether the size may fall again")
+    unbiased: bool = key(
+        False, "compare with an unbiased estimate of the gradient's norm, in which noise does not count as signal"
+    )
+    literal: bool = key(
+        False, "the test as the papers' text can be read: the variance of workers' means, which asks for smaller batches"
+    )
 
 
 @dataclass
 class InnerProductConfig(AdaptiveConfig):
-    """Gradient noise along the gradient at most eta × its norm."""
+    """Grow when the gradient is noisier than eta × its norm along its own direction."""
 
-    _target_: str = "meshloom.optim.batch.adaptive.InnerProduct"
-    name: str = "inner_product"
-    eta: float = 0.5
+    _target_: str = target("meshloom.optim.batch.adaptive.InnerProduct")
+    name: str = option("inner_product")
+    eta: float = key(0.5, "threshold of the test: noise along the gradient at most eta × its norm")
 
 
 @dataclass
 class AugmentedConfig(InnerProductConfig):
-    """Noise along the gradient at most eta ×, and across it at most nu × the gradient's norm."""
+    """The inner-product test, and a bound nu on the noise across the gradient."""
 
-    _target_: str = "meshloom.optim.batch.adaptive.Augmented"
-    name: str = "augmented"
-    nu: float = 1.0
+    _target_: str = target("meshloom.optim.batch.adaptive.Augmented")
+    name: str = option("augmented")
+    nu: float = key(1.0, "noise across the gradient at most nu × its norm")
 
 
 @dataclass
 class NoiseScaleConfig(AdaptiveConfig):
-    """eta × the gradient noise scale."""
+    """eta × the gradient noise scale (arXiv 1812.06162), smoothed."""
 
-    _target_: str = "meshloom.optim.batch.adaptive.NoiseScale"
-    name: str = "noise_scale"
-    eta: float = 1.0
-    interval: int = 10
-    ema: float = 0.95
-    growth: float | None = 1.25
+    _target_: str = target("meshloom.optim.batch.adaptive.NoiseScale")
+    name: str = option("noise_scale")
+    eta: float = key(1.0, "the size in noise scales")
+    interval: int = key(10, "steps between decisions")
+    ema: float = key(0.95, "weight of the past in what decisions are taken from; 0: the newest measurement alone")
+    growth: float | None = key(1.25, "largest factor of one change; null: no limit")
 
 
 @dataclass
 class CriticalLossConfig(AdaptiveConfig):
-    """eta × the critical batch of the loss, tokens / loss^(1 / alpha)."""
+    """eta × the critical batch of the loss reached, tokens / loss^(1 / alpha) (arXiv 2001.08361)."""
 
-    _target_: str = "meshloom.optim.batch.adaptive.CriticalLoss"
-    name: str = "critical_loss"
-    eta: float = 1.0
-    interval: int = 10
-    ema: float = 0.95
-    growth: float | None = 1.25
-    tokens: float = 2.1e8
-    alpha: float = 0.21
+    MEASURES: ClassVar[bool] = False
+
+    _target_: str = target("meshloom.optim.batch.adaptive.CriticalLoss")
+    name: str = option("critical_loss")
+    eta: float = key(1.0, "the size in critical batches")
+    interval: int = key(10, "steps between decisions")
+    ema: float = key(0.95, "weight of the past in what decisions are taken from; 0: the newest measurement alone")
+    growth: float | None = key(1.25, "largest factor of one change; null: no limit")
+    tokens: float = key(2.1e8, "factor of the critical batch, in tokens; fit it to your own runs")
+    alpha: float = key(0.21, "exponent of the critical batch; fit it to your own runs")
 
 
-def register(store: ConfigStore) -> None:
-    """Make the schemas known to Hydra as batch/base_<name>; the recipes of the group extend them."""
-    for schema in (
-        BatchConfig,
-        StagesConfig,
-        RampConfig,
-        NormTestConfig,
-        InnerProductConfig,
-        AugmentedConfig,
-        NoiseScaleConfig,
-        CriticalLossConfig,
-    ):
-        store.store(group="batch", name=f"base_{schema.name}", node=schema)
+OPTIONS: tuple[type, ...] = (
+    BatchConfig,
+    StagesConfig,
+    RampConfig,
+    NormTestConfig,
+    InnerProductConfig,
+    AugmentedConfig,
+    NoiseScaleConfig,
+    CriticalLossConfig,
+)
+"""Schemas of the group, known to Hydra as batch/base_<name>; the recipes of the group extend them."""

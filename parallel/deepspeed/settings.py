@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ...config.keys import Side, key
 
 
 @dataclass
 class DeepSpeedConfig:
     """The DeepSpeed engine's own settings. Everything else it needs is derived from the recipe.
 
-    cpu_adam  update offloaded state with DeepSpeed's CPU Adam, which is compiled on first use; otherwise with torch's fused
-              AdamW on the CPU, which needs no compiler
-    config    further keys of DeepSpeed's own configuration, as its documentation nests them, for example
-              `parallel.deepspeed.config.zero_optimization.reduce_bucket_size=100000000`. A key that the recipe decides is
-              refused by name
+    `config` nests as DeepSpeed's documentation does, for example
+    `parallel.deepspeed.config.zero_optimization.reduce_bucket_size=100000000`.
     """
 
-    cpu_adam: bool = False
-    config: dict[str, Any] = field(default_factory=dict)
+    SIDE: ClassVar[Side] = Side.PLACEMENT
+
+    cpu_adam: bool = key(
+        False, "update offloaded state with DeepSpeed's CPU Adam, which is compiled on first use; false: torch's fused AdamW"
+    )
+    config: dict[str, Any] = key(
+        {}, "further keys of DeepSpeed's own configuration, nested as there; one that the recipe decides is refused by name"
+    )

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.utils import get_object
-
 from ...config.problems import Problem
 
 if TYPE_CHECKING:
@@ -85,6 +83,10 @@ def named(hooks: Sequence[Hook]) -> dict[str, Hook]:
 
 def hook_problems(nodes: Sequence[Any]) -> Iterator[Problem]:
     """What keeps the nodes of `trainer.hooks` from becoming hooks, found without building one: it may open files."""
+    if not nodes:
+        return
+    from hydra.utils import get_object  # here, because commands that build no hook start quicker without
+
     for number, node in enumerate(nodes):
         key = f"trainer.hooks[{number}]"
         if not isinstance(node, Mapping) or "_target_" not in node:
