@@ -34,6 +34,7 @@ import torch
 from arguments import read
 
 from meshloom.data.batch import MicroBatch
+from meshloom.models.costs import parameter_count
 from meshloom.models.llama import Llama
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.parameters import NamedParameter, Shards
@@ -115,7 +116,7 @@ class Search:
         parallel = self.parallel(level)
         layout = Layout.plan(parallel, 1)
         rank = layout_cost(model, parallel, layout, job, adamw).ranks[0]
-        return model.parameter_count(), *engine_cost(rank, model, parallel, layout, job)
+        return parameter_count(model.config), *engine_cost(rank, model, parallel, layout, job)
 
 
 def adamw(parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:

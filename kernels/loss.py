@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from .limits import LOSS_CHUNK
+
 IGNORED = -100  # target of a position that carries no loss; PyTorch's convention
-# Tokens at once: 2 GiB of bf16 logits at a vocabulary of 128k. The head's gradient crosses memory once for each chunk.
-CHUNK = 8192
 _ALIGNMENT = 64  # columns the row stride of the logits is rounded up to: an odd vocabulary would leave the tensor cores
 
 Merge = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def linear_cross_entropy(
-    hidden_TD: torch.Tensor, head_VD: torch.Tensor, targets_T: torch.Tensor, *, chunk: int = CHUNK, ignored: int = IGNORED
+    hidden_TD: torch.Tensor, head_VD: torch.Tensor, targets_T: torch.Tensor, *, chunk: int = LOSS_CHUNK, ignored: int = IGNORED
 ) -> torch.Tensor:
     """Sum over tokens of −log softmax(hidden · headᵀ)[target], a scalar; positions whose target is `ignored` count nothing.
 
@@ -43,7 +43,7 @@ def sliced_cross_entropy(
     merge: Merge | None,
     *,
     first: int = 0,
-    chunk: int = CHUNK,
+    chunk: int = LOSS_CHUNK,
     ignored: int = IGNORED,
 ) -> torch.Tensor:
     """`linear_cross_entropy` where head_VD are the rows [first, first + V) of a larger head.

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from . import limits
+from .limits import SWIGLU_UNIT
 from .trial import survived
 
-_UNIT = 64  # the kernels' tiles want widths that are multiples of it
 _TOLERANCE = 0.03  # bf16 rounds by 0.002 to 0.004 a product
 
 
@@ -46,9 +47,10 @@ def why_not(device: torch.device) -> str | None:
 def _error(device: torch.device) -> float:
     """Largest relative distance (Frobenius norms) of a small product and its gradients from the formula in fp32."""
     draw = torch.Generator(device).manual_seed(0)
-    width, shapes = 2 * _UNIT, ((2 * _UNIT, _UNIT), (2 * _UNIT, _UNIT), (_UNIT, 2 * _UNIT))
+    dim, width = SWIGLU_UNIT, 2 * SWIGLU_UNIT
+    shapes = ((width, dim), (width, dim), (dim, width))
     weights = [torch.randn(shape, device=device, generator=draw) / width**0.5 for shape in shapes]
-    x, gradient = (torch.randn(width, _UNIT, device=device, generator=draw) for _ in range(2))
+    x, gradient = (torch.randn(width, dim, device=device, generator=draw) for _ in range(2))
 
     def plain(x: torch.Tensor, w1: torch.Tensor, w3: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
         return (F.silu(x @ w1.T) * (x @ w3.T)) @ w2.T
@@ -81,15 +83,10 @@ def _tile() -> Any:
     )
 
 
-def widths_fit(dim: int, ffn_dim: int) -> bool:
-    """Whether the kernels take a model of these widths."""
-    return dim % _UNIT == 0 and ffn_dim % _UNIT == 0
-
-
 def fits(x: torch.Tensor, w1_FD: torch.Tensor) -> bool:
     """Whether the kernels take this input and the widths of this weight."""
     ffn_dim, dim = w1_FD.shape
-    return x.is_cuda and x.dtype == torch.bfloat16 and widths_fit(dim, ffn_dim)
+    return x.is_cuda and x.dtype == torch.bfloat16 and limits.fused_swiglu_takes(dim, ffn_dim)
 
 
 def feed_forward(x_TD: torch.Tensor, w1_FD: torch.Tensor, w3_FD: torch.Tensor, w2_DF: torch.Tensor) -> torch.Tensor:

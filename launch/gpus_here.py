@@ -34,7 +34,7 @@ class GpusHere:
             fix = f"look at nvidia-smi, or {GIVE_IT}"
             raise ConfigError([Problem("--memory", f"the GPUs here do not answer: {error}", fix)]) from error
 
-    def why_swiglu_is_plain(self) -> str | None:
+    def fused_swiglu_blocker(self) -> str | None:
         """Why they can't compute SwiGLU inside the products around it; None if they can."""
         try:
             return self._child.submit(why_not).result()

@@ -14,6 +14,7 @@ from rich.text import Text
 from ..config.compose import Composer
 from ..config.duration import Duration, Unit
 from ..config.problems import ConfigError, Problem
+from ..models.costs import parameter_count
 from ..optim.scaling import laws
 from ..optim.scaling.laws import Law, LossLaw, MuP
 from ..trainer.schema import make_composer
@@ -116,7 +117,7 @@ def recommend(arguments: Arguments) -> Recommendation:
     from ..trainer.build import build_model
 
     hidden = hidden_parameters(config)
-    total = build_model(config, vocabulary=config.model.vocabulary or 1).parameter_count()
+    total = parameter_count(build_model(config, vocabulary=config.model.vocabulary or 1).config)
     seq_len = arguments.seq_len or config.data.seq_len
     multiple = arguments.multiple or math.lcm(8, config.batch.micro)
     loss = arguments.loss or laws.chinchilla_loss(total, tokens)

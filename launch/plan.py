@@ -16,13 +16,15 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from ..config.problems import ConfigError, Problem
+from ..models.costs import ACCUM_BYTES
 from ..models.llama import Llama
 from ..parallel.config import ParallelConfig
 from ..parallel.cost import LayoutCost, layout_cost
 from ..parallel.engines import engine_cost
 from ..parallel.layout import Layout
-from ..parallel.memory import EXACT, Job, block_policies, why_swiglu_is_plain
+from ..parallel.memory import Job
 from ..parallel.offload import OffloadAccount, describe
+from ..parallel.policies import block_policies, fused_swiglu_blocker
 from ..trainer.build import Parts, build_model, engine_settings, optimizer_factory
 from ..trainer.schema import make_composer
 from ..trainer.validate import run_problems
@@ -139,7 +141,7 @@ def plan_of(config: DictConfig, known: Sequence[Problem] = (), *, fused: bool = 
     model = build_model(config, vocabulary)
     settings = engine_settings(config)
     try:
-        policies = block_policies(model, parts.parallel, settings)
+        policies = block_policies(model.config, parts.parallel, settings)
     except ValueError as error:
         raise ConfigError([Problem("trainer.activation_budget", str(error), "give it more")]) from error
     job = Job(
@@ -149,7 +151,7 @@ def plan_of(config: DictConfig, known: Sequence[Problem] = (), *, fused: bool = 
         precision=config.precision,
         policies=policies,
         compiled=parts.trainer.compile,
-        fused=fused and why_swiglu_is_plain(model, parts.parallel, settings, policies) is None,
+        fused=fused and fused_swiglu_blocker(model.config, parts.parallel, settings, policies) is None,
     )
     cost, away, held = _costs(config, model, parts.parallel, layout, job)
     needs = checkpoint_needs(parts.checkpoint, layout, held)
@@ -170,14 +172,14 @@ def _costs(
     And the weights and optimizer state of all of them, in bytes, wherever they are.
     """
     cost = layout_cost(model, parallel, layout, job, optimizer_factory(config))
-    held = [rank.elements * EXACT[job.precision] + (rank.optimizer or 0) for rank in cost.ranks]
+    held = [rank.elements * ACCUM_BYTES[job.precision] + (rank.optimizer or 0) for rank in cost.ranks]
     ranks, away = zip(*(engine_cost(rank, model, parallel, layout, job) for rank in cost.ranks), strict=True)
     return replace(cost, ranks=list(ranks)), away[0], held
 
 
 def spared_by_fusing(plan: Plan, config: DictConfig) -> int:
     """Bytes of the fullest rank that a plan of plain SwiGLU would not take on GPUs that compute it inside its products."""
-    if why_swiglu_is_plain(plan.model, plan.parallel, engine_settings(config), plan.job.policies) is not None:
+    if fused_swiglu_blocker(plan.model.config, plan.parallel, engine_settings(config), plan.job.policies) is not None:
         return 0
     cost, *_ = _costs(config, plan.model, plan.parallel, plan.layout, replace(plan.job, fused=True))
     return plan.bytes - replace(plan, cost=cost).bytes

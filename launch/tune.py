@@ -91,7 +91,7 @@ def _tuned(overrides: Sequence[str], config_dir: str | None, memory: float | Non
     with GpusHere() as gpus:
         size = gpus.memory()
         free = available_memory()
-        return tune(overrides, size, config_dir, host=free, why_swiglu_is_plain=gpus.why_swiglu_is_plain), size
+        return tune(overrides, size, config_dir, host=free, fused_swiglu_blocker=gpus.fused_swiglu_blocker), size
 
 
 def table_of(tuned: Tuned) -> Table:

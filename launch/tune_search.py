@@ -101,20 +101,20 @@ def tune(
     config_dir: str | None = None,
     *,
     host: float | None = None,
-    why_swiglu_is_plain: Callable[[], str | None] = _nobody_knows,
+    fused_swiglu_blocker: Callable[[], str | None] = _nobody_knows,
 ) -> Tuned:
     """Plan every setting and rank those that fit.
 
     memory               bytes of a GPU
     host                 bytes of host memory of a machine, which its processes share; None: not known
-    why_swiglu_is_plain  asked once, if the answer matters: why the GPUs can't compute it inside its products, None if they can
+    fused_swiglu_blocker  asked once, if the answer matters: why the GPUs can't compute it inside its products, None if they can
 
     Raises ConfigError with the problems of the given run if no setting can run, and with the smallest if none fits.
     """
     limit = memory - RESERVE * GIB - SHARE * memory
     composition = make_composer(config_dir).compose(overrides)
     config = composition.config
-    search = _Search(config, composition.problems, why_swiglu_is_plain)
+    search = _Search(config, composition.problems, fused_swiglu_blocker)
     given = {key: OmegaConf.select(config, key) for key in KEYS}
     incomplete = composition.problems or OmegaConf.missing_keys(config)
     if incomplete and search.planned(given) is None:  # no setting mends a key that is not there
@@ -224,10 +224,10 @@ def micro_is_fixed(config: DictConfig) -> str:
 class _Search:
     """Plans settings of one config. refusals: why some can't run, by their values; notes: on what all plans count on."""
 
-    def __init__(self, config: DictConfig, known: Sequence[Problem], why_swiglu_is_plain: Callable[[], str | None]) -> None:
+    def __init__(self, config: DictConfig, known: Sequence[Problem], fused_swiglu_blocker: Callable[[], str | None]) -> None:
         self._config = config
         self._known = known
-        self._why_swiglu_is_plain = why_swiglu_is_plain
+        self._fused_swiglu_blocker = fused_swiglu_blocker
         self._fuse: bool | None = None  # unknown, while nothing has been planned that the answer matters to
         self.refusals: dict[tuple[Any, ...], ConfigError] = {}
         self.notes: list[str] = []
@@ -249,7 +249,7 @@ class _Search:
         return Candidate(settings, plan, step_seconds(*described_step, engine_moved(plan.parallel), config.launch.nodes))
 
     def _fuses(self) -> bool:
-        reason = self._why_swiglu_is_plain()
+        reason = self._fused_swiglu_blocker()
         self._fuse = reason is None
         how = "computed inside its products, as the GPUs here can" if reason is None else f"planned as plain: {reason}"
         self.notes.append(f"SwiGLU is {how}")

@@ -1,16 +1,53 @@
-"""Config of `model`: the shape of the network."""
+"""Config of `model`: the shape of the network, and what each of its parts is built from. Imports no torch."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..config.keys import MISSING, Side, key, option, target
 
 
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Causal grouped-query attention.
+
+    dim       width of the residual stream
+    head_dim  width of a head
+    scale     factor on the scores
+    rope_theta  base of the rotary angles
+    """
+
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope_theta: float
+
+
+@dataclass(frozen=True)
+class FeedForwardConfig:
+    """SwiGLU between the residual stream's width and `ffn_dim`."""
+
+    dim: int
+    ffn_dim: int
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """One block: its parts, and how they are joined. residual: muP's factor on what each part adds to the stream."""
+
+    attention: AttentionConfig
+    ffn: FeedForwardConfig
+    norm_eps: float
+    residual: float
+
+
 @dataclass
-class LlamaConfig:
-    """A Llama-style decoder."""
+class DecoderConfig:
+    """A decoder with RMSNorm before each part, rotary positions, grouped-query attention and SwiGLU."""
 
     SIDE: ClassVar[Side] = Side.RECIPE
 
@@ -32,6 +69,37 @@ class LlamaConfig:
     mup_embedding: float = key(1.0, "muP multiplier of the embedding's output")
     mup_residual: float = key(1.0, "muP multiplier of each residual branch")
 
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.dim // self.heads
 
-OPTIONS: tuple[type, ...] = (LlamaConfig,)
+    @property
+    def mup_width(self) -> float:
+        """muP's m_width: how many times wider than the base the model is; 1 in standard parametrisation."""
+        return self.dim / self.mup_base if self.mup_base else 1.0
+
+    @property
+    def known_vocabulary(self) -> int:
+        """The vocabulary, of a config in which it is set."""
+        assert self.vocabulary is not None, "the vocabulary is not known yet"
+        return self.vocabulary
+
+    def block(self, layer: int) -> BlockConfig:
+        """What the block of a layer is built from; layers count from 0."""
+        assert 0 <= layer < self.layers, f"there is no layer {layer} of {self.layers}"
+        scale = 1 / self.head_dim if self.mup_base else 1 / math.sqrt(self.head_dim)
+        return BlockConfig(
+            AttentionConfig(self.dim, self.heads, self.kv_heads, self.head_dim, scale, self.rope_theta),
+            FeedForwardConfig(self.dim, self.ffn_dim),
+            self.norm_eps,
+            self.mup_residual,
+        )
+
+    def blocks(self) -> list[BlockConfig]:
+        """What the block of each layer is built from."""
+        return [self.block(layer) for layer in range(self.layers)]
+
+
+OPTIONS: tuple[type, ...] = (DecoderConfig,)
 """Schemas of the group, known to Hydra as model/base_<name>; the recipes of the group extend them."""

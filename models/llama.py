@@ -9,6 +9,7 @@ plain forms live in `attention.py` and `loss.py`.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -19,6 +20,7 @@ from torch import nn
 from ..kernels import norm, swiglu
 from ..kernels.attention import Attend, attend, positions
 from ..kernels.loss import linear_cross_entropy
+from .config import DecoderConfig
 from .init import Constant, Initial, Normal
 
 TokenLoss = Callable[..., torch.Tensor]
@@ -153,6 +155,21 @@ class Llama(nn.Module):
         mup_residual: float = 1.0,
     ) -> None:
         super().__init__()
+        self.config = DecoderConfig(
+            dim=dim,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            ffn_dim=ffn_dim,
+            vocabulary=vocabulary,
+            tied=tied,
+            norm_eps=norm_eps,
+            rope_theta=rope_theta,
+            init_std=init_std,
+            mup_base=mup_base,
+            mup_embedding=mup_embedding,
+            mup_residual=mup_residual,
+        )
         self.dim, self.depth, self.vocabulary, self.tied = dim, layers, vocabulary, tied
         self.heads, self.kv_heads, self.ffn_dim = heads, kv_heads, ffn_dim
         self.rope_theta, self.init_std, self.norm_eps = rope_theta, init_std, norm_eps
@@ -224,18 +241,20 @@ class Llama(nn.Module):
         """Factor on the learning rate: 1 / m_width for matrices inside the blocks under muP, otherwise 1."""
         return 1 / self.width if name.startswith("layers.") and not name.endswith("norm.weight") else 1.0
 
-    def parameter_count(self, *, embedding: bool = True) -> int:
-        """Number of parameters of the whole model, from its shape alone; on request without the embedding (not the head)."""
-        kv_dim = self.kv_heads * self.head_dim
-        block = 2 * self.dim * self.dim + 2 * self.dim * kv_dim + 3 * self.dim * self.ffn_dim + 2 * self.dim
-        tables = self.vocabulary * self.dim * (1 if self.tied else 2)
-        total = self.depth * block + self.dim + tables
-        return total if embedding or self.tied else total - self.vocabulary * self.dim
+    def carve(self, layers: range, *, first: bool, last: bool) -> Llama:
+        """Return one pipeline stage: a copy of the model (on the meta device) without what other stages hold.
 
-    def flops_per_token(self, seq_len: int) -> float:
-        """Forward and backward FLOPs per token: 6 per matrix parameter, and 12·layers·dim·seq_len for attention.
-
-        The convention of PaLM's appendix B (and torchtitan): attention counted in full although half is masked, the embedding
-        not counted, recomputation not counted.
+        Parameter names stay. Where the head is tied to the embedding, the last stage's `head.weight` becomes a parameter of
+        its own.
         """
-        return 6 * self.parameter_count(embedding=False) + 12 * self.depth * self.dim * seq_len
+        if first and last:
+            return self
+        stage = copy.deepcopy(self)
+        for name in list(stage.layers):
+            if int(name) not in layers:
+                del stage.layers[name]
+        if not first:
+            stage.embed = None
+        if not last:
+            stage.norm = stage.head = None
+        return stage

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations_with_replacement
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ..kernels.attention import attend_documents
 from ..kernels.flash4 import flash4_attend
 from .context.ring import ring_forward
-
-POLICIES = ("none", "selective", "full", "offload")
-MIXED = ("none", "selective", "full")
-"""Policies that a budget mixes."""
+from .policies import POLICIES
 
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -47,28 +42,6 @@ def _selection() -> Any:
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(keep)
-
-
-def mixed_policies(layers: int, budget: float, kept: Mapping[str, float], again: Mapping[str, float]) -> list[str]:
-    """A policy for each block such that together they keep at most `budget` of what policy "none" keeps of all of them.
-
-    kept, again: what a block keeps, and what it computes again, under each policy that may be used, in any unit. The mix
-    computes as little again as can be, by trying all; the policies are spread evenly over the layers.
-    Raises ValueError if nothing keeps to the budget.
-    """
-    limit = budget * layers * kept["none"] * (1 + 1e-9)
-    mixes = [Counter(mix) for mix in combinations_with_replacement(kept, layers)]
-    fitting = [mix for mix in mixes if sum(kept[policy] * count for policy, count in mix.items()) <= limit]
-    if not fitting:
-        least = min(kept, key=lambda policy: kept[policy])
-        share = kept[least] / kept["none"]
-        raise ValueError(f"blocks can't keep {budget:g} of what they would; policy '{least}' keeps {share:.3f} of it")
-    best = min(fitting, key=lambda mix: sum(again[policy] * count for policy, count in mix.items()))
-    given: list[str] = []
-    for at in range(1, layers + 1):
-        so_far = Counter(given)
-        given.append(max(best, key=lambda policy: best[policy] * at / layers - so_far[policy]))
-    return given
 
 
 def _checkpointed(forward: Callable[..., Any], selectively: bool) -> Callable[..., Any]:

@@ -12,37 +12,25 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..models.config import DecoderConfig
+from ..models.costs import (
+    ACCUM_BYTES,
+    BYTES,
+    block_bytes,
+    embedding_flops,
+    flops_per_token,
+    head_flops,
+    layer_flops,
+    loss_bytes,
+    recomputed_flops,
+)
 from ..models.llama import Llama
 from .config import ParallelConfig
 from .engine import OptimizerFactory
 from .layout import Layout, uses_fsdp
-from .memory import BYTES, EXACT, Job, Piece, block_bytes, layer_flops, loss_bytes, optimizer_bytes, pieces, recomputed_flops
-from .pipeline.stages import StagePlan, carve
+from .memory import Job, Piece, optimizer_bytes, pieces
+from .pipeline.stages import StagePlan, balanced_stages
 from .pipeline.timeline import Costs, Timeline, simulate, torch_order
-
-BALANCE = 165.0
-"""FLOPs that an accelerator computes while it moves one byte (H200: 790 TFLOP/s measured, 4.8 TB/s), for lookups."""
-
-
-def head_flops(model: Llama) -> float:
-    """Forward FLOPs of the head per token."""
-    return 2.0 * model.dim * model.vocabulary
-
-
-def embedding_flops(model: Llama) -> float:
-    """A lookup computes nothing; the FLOPs that fit in the time of moving its row, 2 bytes an element, in and out."""
-    return 4.0 * model.dim * BALANCE
-
-
-def balanced_stages(model: Llama, parallel: ParallelConfig, seq_len: int, policies: Sequence[str]) -> StagePlan:
-    """Layers per stage by `parallel.stage_layers`, or so that the slowest rank is as fast as can be.
-
-    policies: the activation policy of every block. A backward pass costs two forward passes, and what they compute again.
-    They are spread evenly where they differ, so a layer is taken to cost their mean.
-    """
-    again = sum(recomputed_flops(model, policy, seq_len) for policy in policies) / len(policies)
-    layer = 3.0 * layer_flops(model, seq_len) + again
-    return StagePlan.of(parallel, model.depth, layer, 3.0 * embedding_flops(model), 3.0 * head_flops(model))
 
 
 @dataclass(frozen=True)
@@ -88,7 +76,7 @@ class LayoutCost:
 
     ranks      by pipeline coordinate
     timeline   of the pipeline, in FLOPs of one micro-batch; None without a pipeline
-    model_flops  of the whole step over all ranks, by the convention of `Llama.flops_per_token`
+    model_flops  of the whole step over all ranks, by the convention of `models.costs.flops_per_token`
     """
 
     plan: StagePlan
@@ -99,23 +87,23 @@ class LayoutCost:
 
 def layout_cost(model: Llama, parallel: ParallelConfig, layout: Layout, job: Job, make: OptimizerFactory) -> LayoutCost:
     """The costs of a legal layout. model: on the meta device."""
-    plan = balanced_stages(model, parallel, job.seq_len, job.policies)
+    plan = balanced_stages(model.config, parallel, job.seq_len, job.policies)
     timeline = None
     if plan.count > 1:
-        timeline = simulate(torch_order(parallel, job.micro_batches), stage_costs(model, plan, job))
-    stages = [carve(model, layers, first=at == 0, last=at == plan.count - 1) for at, layers in enumerate(plan.layers)]
+        timeline = simulate(torch_order(parallel, job.micro_batches), stage_costs(model.config, plan, job))
+    stages = [model.carve(layers, first=at == 0, last=at == plan.count - 1) for at, layers in enumerate(plan.layers)]
     ranks = [_rank_cost(rank, model, stages, plan, parallel, layout, job, timeline, make) for rank in range(parallel.pp)]
     samples = job.micro * job.micro_batches * layout.data_size
-    return LayoutCost(plan, ranks, timeline, model.flops_per_token(job.seq_len) * samples * job.seq_len)
+    return LayoutCost(plan, ranks, timeline, flops_per_token(model.config, job.seq_len) * samples * job.seq_len)
 
 
-def stage_costs(model: Llama, plan: StagePlan, job: Job) -> list[Costs]:
+def stage_costs(model: DecoderConfig, plan: StagePlan, job: Job) -> list[Costs]:
     """FLOPs per token of each stage's actions: gradients of inputs and of weights cost a forward pass each."""
     costs: list[Costs] = []
     for at, layers in enumerate(plan.layers):
-        blocks = len(layers) * layer_flops(model, job.seq_len)
+        blocks = sum(layer_flops(model.block(layer), job.seq_len) for layer in layers)
         ends = (embedding_flops(model) if at == 0 else 0.0) + (head_flops(model) if at == plan.count - 1 else 0.0)
-        again = sum(recomputed_flops(model, job.policies[layer], job.seq_len) for layer in layers)
+        again = sum(recomputed_flops(model.block(layer), job.policies[layer], job.seq_len) for layer in layers)
         costs.append(Costs(blocks + ends, blocks + ends + again, blocks + ends))
     return costs
 
@@ -131,7 +119,7 @@ def _rank_cost(
     timeline: Timeline | None,
     make: OptimizerFactory,
 ) -> RankCost:
-    unit, exact = BYTES[job.precision], EXACT[job.precision]
+    unit, exact = BYTES[job.precision], ACCUM_BYTES[job.precision]
     mine = plan.held_by(rank)
     last = plan.count - 1
     held = [piece for stage in mine for piece in pieces(stages[stage], layout)]
@@ -166,23 +154,26 @@ def _rank_cost(
         if not shared and job.micro_batches == 1 and unit < exact and one_pass:
             gradients = whole * unit  # they go to the optimizer as they are
 
-    blocks_keep = [block_bytes(model, job, parallel, policy) for policy in job.policies]
+    forward_pass = job.forward_pass(parallel)
+    shapes = model.config.blocks()
+    blocks_keep = [block_bytes(block, forward_pass, policy) for block, policy in zip(shapes, job.policies, strict=True)]
     hidden = job.micro * job.seq_len // parallel.cp * model.dim * unit // (parallel.tp if parallel.sequence_parallel else 1)
     # A stage holds what it sent, too, until the micro-batch's backward pass.
     sizes = {stage: sum(blocks_keep[layer] for layer in plan.layers[stage]) + (hidden if stage < last else 0) for stage in mine}
     kept = timeline.peak(rank, lambda stage: sizes[stage]) if timeline else sum(sizes.values())
     # A block's backward pass holds what policy "none" keeps (computed again or fetched), and gradients of about as much.
     computed_again = bool({"full", "offload"} & set(job.policies))
-    working = block_bytes(model, replace(job, fused=False), parallel, "none") * (2 if computed_again else 1)
+    unfused = replace(forward_pass, fused_swiglu=False)
+    working = max(block_bytes(block, unfused, "none") for block in shapes) * (2 if computed_again else 1)
     if last in mine:
-        working = max(working, loss_bytes(model, job, parallel))
+        working = max(working, loss_bytes(model.config, forward_pass))
     working += parcels
     if plan.count > parallel.pp:
         # These schedules of torch wait for their sends when the step ends, and hold what was sent until then.
         away = sum(plan.ranks[other] != rank for stage in mine for other in (stage - 1, stage + 1) if 0 <= other <= last)
         working += hidden * job.micro_batches * away
 
-    costs = stage_costs(model, plan, job)
+    costs = stage_costs(model.config, plan, job)
     tokens = job.micro * job.micro_batches * job.seq_len / parallel.cp / parallel.tp
     return RankCost(
         layers=[plan.layers[stage] for stage in mine],
@@ -213,6 +204,6 @@ def _parcels(held: Sequence[Piece], model: Llama, parallel: ParallelConfig, layo
         groups[group] = groups.get(group, 0) + piece.padded * layout.weight_ranks
     unit, largest = BYTES[job.precision], max(groups.values())
     if not uses_fsdp(parallel, layout):
-        return 2 * largest * (unit if job.micro_batches == 1 else EXACT[job.precision])
+        return 2 * largest * (unit if job.micro_batches == 1 else ACCUM_BYTES[job.precision])
     exchanges = job.precision == "bf16" and layout.zero >= 2 and parallel.pp == 1
     return (4 if exchanges else 2) * largest * unit

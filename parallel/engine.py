@@ -30,7 +30,7 @@ class EngineSettings:
 
     seed               of the initial weights
     precision          one of PRECISIONS
-    activation         what blocks keep for their backward pass (`activation.POLICIES`)
+    activation         what blocks keep for their backward pass (`policies.POLICIES`)
     activation_budget  share of it that may be kept, where `activation` is "none"; None: all
     compile            whether blocks are compiled
     float8             recipe for the blocks' matrix products (`float8.RECIPES`)

@@ -21,9 +21,10 @@ from .deepspeed.optimizer import optimizer_problems
 from .deepspeed.speed import deepspeed_moved
 from .engine import Engine, EngineSettings, OptimizerFactory
 from .layout import Layout
-from .memory import Job, pieces, why_swiglu_is_plain
+from .memory import Job, pieces
 from .mesh import Mesh
 from .offload import OffloadAccount, torch_offload_cost
+from .policies import fused_swiglu_blocker
 from .speed import Moved, torch_moved
 from .torch.assembly import SWIGLU
 from .torch.engine import TorchEngine
@@ -95,7 +96,7 @@ def begin_compiling(model: Llama, parallel: ParallelConfig, settings: EngineSett
         return
     works: dict[str, Work] = {**flash4_compilations(shape_of(model, parallel, settings.seq_len))}
     policy = settings.activation if settings.activation_budget is None else "none"  # which some blocks may have
-    if why_swiglu_is_plain(model, parallel, settings, [policy]) is None:
+    if fused_swiglu_blocker(model.config, parallel, settings, [policy]) is None:
         works[SWIGLU] = swiglu.why_not
     begin(works)
 

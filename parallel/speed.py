@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..models.costs import ACCUM_BYTES, BYTES, block_bytes
 from ..models.llama import Llama
 from .config import ParallelConfig
 from .cost import LayoutCost, RankCost
 from .layout import Layout, uses_fsdp
-from .memory import BYTES, EXACT, Job, block_bytes
+from .memory import Job
 from .offload import OffloadAccount
 
 RATE = {"bf16": 595e12, "fp32": 50e12, "fp64": 50e12}
@@ -94,7 +95,8 @@ def step_seconds(
     traffic = moved(busiest, parallel, layout, job)
     host = away.to_host + away.from_host
     if "offload" in job.policies:  # there and back, in order with the computation
-        host += 2 * job.micro_batches * blocks * block_bytes(model, job, parallel, "none")
+        shapes = [model.config.block(layer) for layers in busiest.layers for layer in layers]
+        host += 2 * job.micro_batches * sum(block_bytes(block, job.forward_pass(parallel), "none") for block in shapes)
     update = traffic.update / (MEMORY if parallel.offload == "none" else HOST_UPDATE)
     disk = (away.disk_read + away.disk_written) * layout.world_size / nodes / DISK
     seconds = passes / (1 - waiting) + traffic.within / MEMORY + traffic.between / LINK + host / HOST + update + disk
@@ -111,7 +113,7 @@ def torch_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: J
     FSDP2           shards are cast, gathered into one buffer and copied out of it; gradients are widened as they are copied
                     in. ZeRO-2 does the first once and the second M times, ZeRO-3 2 M and M times, a pipeline once each
     """
-    unit, exact = BYTES[job.precision], EXACT[job.precision]
+    unit, exact = BYTES[job.precision], ACCUM_BYTES[job.precision]
     ways, ranks = layout.weight_ranks, layout.gradient_ranks
     copies = ranks // ways
     many = job.micro_batches

@@ -24,6 +24,7 @@ from ..config.duration import Duration, Unit
 from ..config.problems import ConfigError, Problem
 from ..data.loader import Loader
 from ..data.node import DataNode
+from ..models.costs import flops_per_token
 from ..models.llama import Llama
 from ..optim.batch.controller import Controller
 from ..optim.build import build_controller, build_optimizer, build_schedule
@@ -209,7 +210,7 @@ def _built(config: DictConfig, data: DataNode, mesh: Mesh, checkpointer: Checkpo
     parts = Parts.of(config)
     output_dir = Path(config.output_dir)
     model = build_model(config, data.vocabulary)
-    flops = model.flops_per_token(data.seq_len)
+    flops = flops_per_token(model.config, data.seq_len)
     horizon = build_horizon(config, data.seq_len)
     controller = build_controller(config.batch, horizon, batch_divisor(config, mesh.layout.data_size))
     settings = engine_settings(config, data.seq_len, controller.needs_statistics)

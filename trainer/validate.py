@@ -22,8 +22,8 @@ from ..parallel.engines import engine_problems
 from ..parallel.gradient_noise import moments_problems
 from ..parallel.layout import Layout, layout_problems
 from ..parallel.legality import Work, key_problems, layout_and_model_problems, model_problems
-from ..parallel.memory import block_policies
 from ..parallel.pipeline.stages import SCHEDULES
+from ..parallel.policies import block_policies
 from ..parallel.torch.float8 import float8_size_problems
 from .automatic import resolve_automatic
 from .build import (
@@ -177,7 +177,7 @@ def _model_problems(config: DictConfig) -> list[Problem]:
     if budget is None or not 0 < budget <= 1 or parallel.schedule not in SCHEDULES or config.precision not in PRECISIONS:
         return found
     try:
-        block_policies(model, parallel, engine_settings(config))
+        block_policies(model.config, parallel, engine_settings(config))
     except ValueError as error:
         found.append(Problem("trainer.activation_budget", str(error), "give it more"))
     return found

@@ -30,7 +30,7 @@ KINDS = ("ring", "ulysses")
 
 
 class Shape(Protocol):
-    """What must divide: the fields of `LlamaConfig` and of `Llama`."""
+    """What must divide: the fields of `DecoderConfig` and of `Llama`."""
 
     heads: int
     kv_heads: int

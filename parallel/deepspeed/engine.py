@@ -31,8 +31,8 @@ from ..config import ParallelConfig
 from ..engine import EngineSettings, OptimizerFactory, StepLoss, send
 from ..fragment import Fragment
 from ..gradient_noise import GradientMoments, Measure, Moments
-from ..memory import block_policies
 from ..mesh import Mesh
+from ..policies import block_policies
 from ..shards import Placed
 from .config import QUANTISED, derive, lossy_features
 from .optimizer import FlatPieces, cpu_adam, require_op
@@ -70,7 +70,7 @@ class DeepSpeedEngine:
         if quantised:
             require_op("QuantizerBuilder", QUANTISED, "leave it out")
         blocks = list(model.layers.values())
-        policies = block_policies(model, parallel, settings)
+        policies = block_policies(model.config, parallel, settings)
         for block, policy in zip(blocks, policies, strict=True):
             # ZeRO-3's hooks around a block gather its weights and are no business of the compiler's.
             hooked = settings.compile and parallel.zero == 3 and policy != "offload"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...models.costs import ACCUM_BYTES, BYTES
 from ..config import ParallelConfig
 from ..cost import RankCost
 from ..layout import Layout
-from ..memory import BYTES, EXACT, Job
+from ..memory import Job
 from ..speed import Traffic
 from .config import plain
 
@@ -27,7 +28,7 @@ def deepspeed_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, jo
             the GPU is not counted)
     1, 2    new weights are gathered once
     """
-    unit, exact, ranks, many = BYTES[job.precision], EXACT[job.precision], layout.world_size, job.micro_batches
+    unit, exact, ranks, many = BYTES[job.precision], ACCUM_BYTES[job.precision], layout.world_size, job.micro_batches
     own, whole = rank.elements, rank.elements * layout.weight_ranks
     away = (ranks - 1) / ranks
     summed = 2 * exact * whole * away

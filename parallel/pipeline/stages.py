@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from itertools import count as naturals
 
-from ...models.llama import Llama
+from ...models.config import DecoderConfig
+from ...models.costs import embedding_flops, head_flops, layer_flops, recomputed_flops
 from ..config import ParallelConfig
 
 Layers = range
@@ -129,19 +129,13 @@ class StagePlan:
         return cls([range(start, stop) for start, stop in pairwise([0, *accumulate(parallel.stage_layers)])], ranks)
 
 
-def carve(model: Llama, layers: Layers, *, first: bool, last: bool) -> Llama:
-    """One stage: a copy of the model (on the meta device) without what other stages hold. Parameter names stay.
+def balanced_stages(model: DecoderConfig, parallel: ParallelConfig, seq_len: int, policies: Sequence[str]) -> StagePlan:
+    """Give each stage its layers by `parallel.stage_layers`, or so that the slowest rank is as fast as can be.
 
-    Where the head is tied to the embedding, the last stage's `head.weight` becomes a parameter of its own.
+    policies: the activation policy of every block. A backward pass costs two forward passes, and what they compute again.
+    They are spread evenly where they differ, so a layer is taken to cost their mean.
     """
-    if first and last:
-        return model
-    stage = copy.deepcopy(model)
-    for name in list(stage.layers):
-        if int(name) not in layers:
-            del stage.layers[name]
-    if not first:
-        stage.embed = None
-    if not last:
-        stage.norm = stage.head = None
-    return stage
+    costs = [3.0 * layer_flops(block, seq_len) for block in model.blocks()]
+    again = [recomputed_flops(block, policy, seq_len) for block, policy in zip(model.blocks(), policies, strict=True)]
+    layer = sum((*costs, *again)) / model.layers
+    return StagePlan.of(parallel, model.layers, layer, 3.0 * embedding_flops(model), 3.0 * head_flops(model))

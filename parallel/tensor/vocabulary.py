@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from ...kernels.loss import CHUNK, IGNORED, Merge, sliced_cross_entropy
+from ...kernels.limits import LOSS_CHUNK
+from ...kernels.loss import IGNORED, Merge, sliced_cross_entropy
 
 
 def merge_over(group: dist.ProcessGroup) -> Merge:
@@ -44,7 +45,7 @@ class VocabularyParallelLoss:
         head_VD: torch.Tensor,
         targets_T: torch.Tensor,
         *,
-        chunk: int = CHUNK,
+        chunk: int = LOSS_CHUNK,
         ignored: int = IGNORED,
     ) -> torch.Tensor:
         """Sum of token losses, as `models.loss.linear_cross_entropy` of the whole head.

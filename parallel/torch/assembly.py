@@ -19,9 +19,9 @@ from ..activation import apply_policies
 from ..config import ParallelConfig
 from ..context.split import ContextParallel
 from ..engine import EngineSettings
-from ..memory import why_swiglu_is_plain
 from ..mesh import Mesh
-from ..pipeline.stages import StagePlan, carve, splits_backward
+from ..pipeline.stages import StagePlan, splits_backward
+from ..policies import fused_swiglu_blocker
 from ..shards import Placed, local
 from ..tensor.placements import apply_tensor_parallelism
 from .float8 import use_float8
@@ -34,7 +34,7 @@ SWIGLU = "SwiGLU inside its products"
 def own_stages(model: Llama, plan: StagePlan, rank: int) -> dict[int, Llama]:
     """This pipeline rank's stages by their index; the model itself where it is not cut."""
     return {
-        index: carve(model, plan.layers[index], first=index == 0, last=index == plan.count - 1) for index in plan.held_by(rank)
+        index: model.carve(plan.layers[index], first=index == 0, last=index == plan.count - 1) for index in plan.held_by(rank)
     }
 
 
@@ -45,7 +45,7 @@ def fuses_swiglu(model: Llama, mesh: Mesh, parallel: ParallelConfig, settings: E
     """
     if mesh.device.type != "cuda":
         return False
-    reason = why_swiglu_is_plain(model, parallel, settings, policies)
+    reason = fused_swiglu_blocker(model.config, parallel, settings, policies)
     if reason is None:
         with contextlib.suppress(Exception):  # it says why below
             swiglu.package()  # seconds, in which others may compile

@@ -21,14 +21,14 @@ from ...optim.optimizers.agvm import AGVM
 from ...optim.optimizers.parameters import NamedParameter, OnePass, before_updates
 from ..config import ParallelConfig
 from ..context.split import ContextParallel
-from ..cost import balanced_stages
 from ..engine import EngineSettings, OptimizerFactory, StepLoss, send
 from ..fragment import Fragment
 from ..gradient_noise import GradientMoments, Measure, Moments
 from ..layout import uses_fsdp
-from ..memory import block_policies
 from ..mesh import Mesh
 from ..pipeline.run import Pipeline, StageInputs, TiedHead
+from ..pipeline.stages import balanced_stages
+from ..policies import block_policies
 from ..shards import MeshShards, Placed, local, own_part, placements_of
 from ..tensor.placements import stream_dim
 from .assembly import apply_forms, fill_weights, fuses_swiglu, own_stages
@@ -52,8 +52,8 @@ class TorchEngine:
         self._home = torch.device("cpu") if parallel.offload == "cpu" else mesh.device
 
         model.to(settings.storage)
-        policies = block_policies(model, parallel, settings)
-        plan = balanced_stages(model, parallel, settings.seq_len, policies)
+        policies = block_policies(model.config, parallel, settings)
+        plan = balanced_stages(model.config, parallel, settings.seq_len, policies)
         self._stages = own_stages(model, plan, mesh.coordinates["pp"])
         self._context = ContextParallel(mesh, parallel.cp_kind) if mesh.layout.cp > 1 else None
         self._transport = choose_transport(mesh, parallel)

@@ -16,8 +16,8 @@ from meshloom.parallel.activation import apply_policies
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.layout import Layout
-from meshloom.parallel.memory import why_swiglu_is_plain
 from meshloom.parallel.pipeline.stages import schedule_of
+from meshloom.parallel.policies import fused_swiglu_blocker
 from meshloom.parallel.torch import assembly
 from support.parity import Work, curves
 from support.ranks import run_ranks
@@ -182,7 +182,7 @@ def test_what_one_rank_can_not_no_rank_does(
 def test_deepspeed_runs_blocks_as_they_are() -> None:
     settings = EngineSettings(seed=0, precision="bf16")
     for engine, plain in (("torch", False), ("deepspeed", True)):
-        assert (why_swiglu_is_plain(model(), ParallelConfig(engine=engine), settings, ["none"]) is not None) is plain
+        assert (fused_swiglu_blocker(model().config, ParallelConfig(engine=engine), settings, ["none"]) is not None) is plain
 
 
 @pytest.mark.parametrize("wrong", [False, True])

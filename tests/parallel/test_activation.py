@@ -15,8 +15,9 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from meshloom.models.llama import Llama
 from meshloom.parallel import activation
-from meshloom.parallel.activation import MIXED, POLICIES, apply_policies, mixed_policies
+from meshloom.parallel.activation import apply_policies
 from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.policies import MIXED, POLICIES, mixed_policies
 from support.parity import Run, Work, differences, runs
 
 TOKENS = torch.arange(128).view(2, 64) * 7 % 100

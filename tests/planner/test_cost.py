@@ -11,22 +11,27 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 
+from meshloom.models.config import DecoderConfig
+from meshloom.models.costs import ForwardPass, block_bytes
 from meshloom.models.llama import Block, Llama
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.parallel.activation import apply_policies
 from meshloom.parallel.config import ParallelConfig
-from meshloom.parallel.cost import balanced_stages, layout_cost
+from meshloom.parallel.cost import layout_cost
 from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.legality import micro_batch_unit
-from meshloom.parallel.memory import Job, block_bytes, block_policies
+from meshloom.parallel.memory import Job
 from meshloom.parallel.mesh import Mesh
-from meshloom.parallel.pipeline.stages import SCHEDULES, stage_count, stage_ranks, stage_split
+from meshloom.parallel.pipeline.stages import SCHEDULES, balanced_stages, stage_count, stage_ranks, stage_split
 from meshloom.parallel.pipeline.timeline import Costs, Timeline, simulate, torch_order
+from meshloom.parallel.policies import block_policies
 from support.parity import SEQ_LEN, Work, build, step
 from support.ranks import run_ranks
 from support.stand_in_kernels import stand_in
+
+ONE_B = DecoderConfig(dim=2048, layers=16, heads=32, kv_heads=8, ffn_dim=8192, vocabulary=128256)
 
 
 def held(rank: int, world_size: int, work: Work) -> tuple[int, int, int, int]:
@@ -103,10 +108,9 @@ def test_what_a_block_keeps_is_what_autograd_keeps(policy: str) -> None:
     for model in models:
         apply_policies(list(model.layers.values()), [policy] * model.depth)
     per_block = kept(models[1], tokens) - kept(models[0], tokens)
-    job = Job(seq_len=64, micro=2, micro_batches=1, precision="fp32", policies=[policy], compiled=False)
     # On the CPU RMSNorm is made of simple operations, and keeps its normalised input too; the GPU's kernel does not.
     on_cpu = 2 * tokens.numel() * 128 * 4 if policy == "none" else 0
-    assert per_block - on_cpu == block_bytes(models[0], job, ParallelConfig(), policy)
+    assert per_block - on_cpu == block_bytes(models[0].config.block(0), ForwardPass(tokens.numel(), "fp32"), policy)
 
 
 def test_what_a_compiled_block_keeps_is_what_the_compiler_keeps() -> None:
@@ -117,8 +121,8 @@ def test_what_a_compiled_block_keeps_is_what_the_compiler_keeps() -> None:
         for block in model.layers.values():
             block.compile(backend="aot_eager_decomp_partition")  # inductor's choice of what to keep, without its kernels
         kept(model, tokens)  # compiles
-    job = Job(seq_len=64, micro=2, micro_batches=1, precision="bf16", policies=["none"], compiled=True)
-    assert kept(models[1], tokens) - kept(models[0], tokens) == block_bytes(models[0], job, ParallelConfig(), "none")
+    work = ForwardPass(tokens.numel(), "bf16", compiled=True)
+    assert kept(models[1], tokens) - kept(models[0], tokens) == block_bytes(models[0].config.block(0), work, "none")
 
 
 def test_swiglu_inside_the_products_keeps_what_goes_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,21 +135,23 @@ def test_swiglu_inside_the_products_keeps_what_goes_into_it(monkeypatch: pytest.
         for block in model.layers.values():
             assert isinstance(block, Block)
             block.ffn.fused = True
-    job = Job(seq_len=64, micro=2, micro_batches=1, precision="bf16", policies=["none"], compiled=False)
+    works = [ForwardPass(tokens.numel(), "bf16", fused_swiglu=fused) for fused in (False, True)]
     less = plain - (kept(models[1], tokens) - kept(models[0], tokens))
-    expected = [block_bytes(models[0], replace(job, fused=fused), ParallelConfig(), "none") for fused in (False, True)]
+    expected = [block_bytes(models[0].config.block(0), work, "none") for work in works]
     assert less == expected[0] - expected[1] == 2 * tokens.numel() * 352 * 2
 
 
 def test_less_is_kept_from_policy_to_policy_and_by_cutting() -> None:
-    with torch.device("meta"):
-        model = Llama(dim=2048, layers=16, heads=32, kv_heads=8, ffn_dim=8192, vocabulary=128256)
-    job = Job(8192, 4, 8, "bf16", [], compiled=False)
-    whole = [block_bytes(model, job, ParallelConfig(), policy) for policy in ("none", "selective", "full", "offload")]
+    block = ONE_B.block(0)
+    work = ForwardPass(8192 * 4, "bf16")
+    whole = [block_bytes(block, work, policy) for policy in ("none", "selective", "full", "offload")]
     assert whole == sorted(whole, reverse=True) and whole[-1] == 0
-    assert block_bytes(model, job, ParallelConfig(cp=2), "none") * 2 == whole[0]
-    assert block_bytes(model, job, ParallelConfig(tp=2), "none") < whole[0]
-    assert block_bytes(model, replace(job, compiled=True), ParallelConfig(), "none") < whole[0]
+    assert block_bytes(block, replace(work, tokens=8192 * 2), "none") * 2 == whole[0]
+    assert block_bytes(block, replace(work, tp=2), "none") < whole[0]
+    assert block_bytes(block, replace(work, tp=2, sequence_parallel=True), "none") < block_bytes(
+        block, replace(work, tp=2), "none"
+    )
+    assert block_bytes(block, replace(work, compiled=True), "none") < whole[0]
 
 
 def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
@@ -181,11 +187,9 @@ def test_the_dearest_rank_is_as_cheap_as_in_the_best_of_all_splits(
 
 
 def test_the_head_makes_the_last_stage_shorter() -> None:
-    with torch.device("meta"):
-        model = Llama(dim=2048, layers=16, heads=32, kv_heads=8, ffn_dim=8192, vocabulary=128256)
     parallel = ParallelConfig(pp=2)
-    assert [len(layers) for layers in balanced_stages(model, parallel, 8192, ["none"] * 16).layers] == [10, 6]
-    assert [len(layers) for layers in balanced_stages(model, parallel, 8192, ["full"] * 16).layers] == [9, 7]
+    assert [len(layers) for layers in balanced_stages(ONE_B, parallel, 8192, ["none"] * 16).layers] == [10, 6]
+    assert [len(layers) for layers in balanced_stages(ONE_B, parallel, 8192, ["full"] * 16).layers] == [9, 7]
 
 
 def engine_stages(rank: int, world_size: int, chosen: EngineSettings) -> list[int]:
@@ -210,7 +214,7 @@ def test_the_plan_and_the_engine_cut_the_same_stages_whatever_a_budget_computes_
     with torch.device("meta"):
         model = Llama(**SHORT_AND_WIDE)
     parallel = ParallelConfig(pp=2)
-    job = Job(64, 1, 2, "bf16", block_policies(model, parallel, chosen), False)
+    job = Job(64, 1, 2, "bf16", block_policies(model.config, parallel, chosen), False)
     planned = layout_cost(model, parallel, Layout.plan(parallel, 2), job, lambda parameters, shards: AdamW(parameters, shards))
     assert [len(layers) for layers in planned.plan.layers] == expected
     assert [count for counts in run_ranks(2, engine_stages, chosen) for count in counts] == expected
@@ -218,10 +222,8 @@ def test_the_plan_and_the_engine_cut_the_same_stages_whatever_a_budget_computes_
 
 def test_a_budget_that_selective_keeps_to_computes_no_more_again() -> None:
     """Compiled, a block of Llama 1B keeps 75,912 bytes a token, selectively 34,944: 0.46 of it, and not 0.68."""
-    with torch.device("meta"):
-        model = Llama(dim=2048, layers=4, heads=32, kv_heads=8, ffn_dim=8192, vocabulary=500)
     chosen = EngineSettings(activation_budget=0.5, compile=True, seq_len=1024)
-    assert block_policies(model, ParallelConfig(), chosen) == ["selective"] * 4
+    assert block_policies(replace(ONE_B, layers=4), ParallelConfig(), chosen) == ["selective"] * 4
 
 
 @pytest.mark.parametrize(("schedule", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3)])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from meshloom.models.costs import parameter_count
 from meshloom.models.llama import Llama
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.parallel import offload
@@ -43,7 +44,7 @@ def account(
     layout = Layout.plan(parallel, ranks)
     make = lambda parameters, shards: AdamW(parameters=parameters, shards=shards)  # noqa: E731
     rank = layout_cost(model, parallel, layout, job, make).ranks[0]
-    return model.parameter_count(), *engine_cost(rank, model, parallel, layout, job)
+    return parameter_count(model.config), *engine_cost(rank, model, parallel, layout, job)
 
 
 def held(rank: int, world_size: int, work: Work) -> int:

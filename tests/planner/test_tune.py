@@ -301,11 +301,11 @@ def test_gpus_are_asked_what_they_have_and_can(monkeypatch: pytest.MonkeyPatch) 
     for plain in ("it is wrong by 1", None):
         monkeypatch.setattr(gpus_here.swiglu, "why_not", lambda _, plain=plain: plain)
         with GpusHere() as gpus:
-            assert gpus.memory() == 40 * GIB and gpus.why_swiglu_is_plain() == plain
+            assert gpus.memory() == 40 * GIB and gpus.fused_swiglu_blocker() == plain
     monkeypatch.setattr(gpus_here.swiglu, "why_not", lambda _: os._exit(1))
     with GpusHere() as gpus:
         assert gpus.memory() == 40 * GIB
-        assert "BrokenProcessPool" in (gpus.why_swiglu_is_plain() or "")
+        assert "BrokenProcessPool" in (gpus.fused_swiglu_blocker() or "")
     monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
     with GpusHere() as gpus, pytest.raises(ConfigError, match="--memory: the GPUs here do not answer: no driver"):
         gpus.memory()
@@ -318,19 +318,19 @@ def test_gpus_are_asked_for_swiglu_once_and_only_where_it_matters() -> None:
         asked.append(None)
         return "it is wrong by 1"
 
-    tuned = tune([*LLAMA, "launch.nproc=1"], 139 * GIB, why_swiglu_is_plain=plain)
+    tuned = tune([*LLAMA, "launch.nproc=1"], 139 * GIB, fused_swiglu_blocker=plain)
     assert len(asked) == 1 and "SwiGLU is planned as plain: it is wrong by 1" in tuned.notes
     assert not any(one.plan.job.fused for one in tuned.fitting)
-    tune([*LLAMA, "launch.nproc=2", "parallel.tp=2"], 139 * GIB, why_swiglu_is_plain=plain)
+    tune([*LLAMA, "launch.nproc=2", "parallel.tp=2"], 139 * GIB, fused_swiglu_blocker=plain)
     assert len(asked) == 1
 
 
 def test_what_gpus_compute_inside_products_need_not_fit() -> None:
     words = [*LLAMA, "launch.nproc=1", "parallel.zero=1", "batch.micro=4", "trainer.activation=none", f"{BUDGET}=null"]
-    plain, fused = (tune(words, 139 * GIB, why_swiglu_is_plain=lambda why=why: why).fitting[0] for why in ("no", None))
+    plain, fused = (tune(words, 139 * GIB, fused_swiglu_blocker=lambda why=why: why).fitting[0] for why in ("no", None))
     assert plain.bytes - fused.bytes == 16 * 32_768 * 8192 * 2  # silu(gate) · up of every layer: the 8.0 GiB that an H200 saved
     limit = (fused.bytes + RESERVE * GIB) / (1 - SHARE) + 1
-    assert tune(words, limit, why_swiglu_is_plain=lambda: None).fitting
+    assert tune(words, limit, fused_swiglu_blocker=lambda: None).fitting
     with pytest.raises(ConfigError, match="nothing fits"):
         tune(words, limit)
 

@@ -14,6 +14,7 @@ from meshloom.launch.plan import make_plan
 from meshloom.launch.plan_tables import GIB
 from meshloom.launch.tune import table_of
 from meshloom.launch.tune_search import tune
+from meshloom.models.costs import parameter_count
 from meshloom.parallel.engines import engine_moved
 from meshloom.parallel.speed import DISK, HOST_UPDATE
 from support.plans import LLAMA, SMALL, seconds, tokens_per_second
@@ -69,7 +70,7 @@ def test_what_is_offloaded_must_fit_into_the_host(capsys: pytest.CaptureFixture[
     words = [*OFFLOADED, "parallel.offload=cpu", "checkpoint.every=0"]
     tuned = tune(words, 80 * GIB, host=500 * GIB)
     needed = tuned.fitting[0].host
-    parameters = tuned.fitting[0].plan.model.parameter_count()
+    parameters = parameter_count(tuned.fitting[0].plan.model.config)
     assert needed >= 16 * parameters / 2
     assert all(one.host <= 250 * GIB for one in tuned.fitting)
     assert tune(words, 80 * GIB, host=2 * needed).fitting
@@ -80,7 +81,7 @@ def test_what_is_offloaded_must_fit_into_the_host(capsys: pytest.CaptureFixture[
         def memory(self) -> float:
             return 80 * GIB
 
-        def why_swiglu_is_plain(self) -> str | None:
+        def fused_swiglu_blocker(self) -> str | None:
             return "no"
 
     monkeypatch.setattr("meshloom.launch.tune.GpusHere", Gpus)

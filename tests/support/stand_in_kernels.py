@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from meshloom.kernels import norm, swiglu
+from meshloom.kernels import limits, norm, swiglu
 
 
 def gemm_gated(x: torch.Tensor, w: torch.Tensor, **_how: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +54,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(swiglu, "package", lambda: package)
     monkeypatch.setattr(swiglu, "_tile", lambda: None)
     monkeypatch.setattr(swiglu, "fits", lambda *_: True)
-    monkeypatch.setattr(swiglu, "widths_fit", lambda *_: True)
+    monkeypatch.setattr(limits, "fused_swiglu_takes", lambda *_: True)
     monkeypatch.setattr(norm, "fits", lambda *_: True)
     kernels = SimpleNamespace(norm_backward_rows=noted(norm_backward_rows))
     monkeypatch.setitem(sys.modules, "meshloom.kernels.triton_block", kernels)

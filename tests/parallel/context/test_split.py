@@ -9,7 +9,7 @@ import torch
 
 from meshloom.data.batch import MicroBatch
 from meshloom.kernels.attention import positions
-from meshloom.models.config import LlamaConfig
+from meshloom.models.config import DecoderConfig
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.context.split import ContextParallel, context_problems
 from meshloom.parallel.layout import Layout
@@ -78,7 +78,7 @@ def test_slices_cover_a_micro_batch_and_know_their_positions(kind: str, document
     ],
 )
 def test_what_cannot_be_cut_is_refused(config: ParallelConfig, seq_len: int, key: str, says: list[str]) -> None:
-    shape = LlamaConfig(dim=48, layers=1, heads=6, kv_heads=3, ffn_dim=8)
+    shape = DecoderConfig(dim=48, layers=1, heads=6, kv_heads=3, ffn_dim=8)
     (problem,) = context_problems(shape, config, seq_len)
     assert problem.key == key
     for words in says:
@@ -87,5 +87,5 @@ def test_what_cannot_be_cut_is_refused(config: ParallelConfig, seq_len: int, key
 
 @pytest.mark.parametrize("config", [layout(1, "ring"), layout(4, "ring"), layout(2, "ulysses"), layout(3, "ulysses", tp=2)])
 def test_what_can_be_cut_is_not(config: ParallelConfig) -> None:
-    shape = LlamaConfig(dim=48, layers=1, heads=6, kv_heads=3, ffn_dim=8)
+    shape = DecoderConfig(dim=48, layers=1, heads=6, kv_heads=3, ffn_dim=8)
     assert context_problems(shape, config, 48) == []

@@ -1,0 +1,141 @@
+"""What a decoder holds and computes, as pure functions of its config. Imports no torch.
+
+Bytes of activations are estimates from what the operations of a block keep; counts of parameters and matrix FLOPs are exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..kernels.limits import LOSS_CHUNK
+from .config import AttentionConfig, BlockConfig, DecoderConfig, FeedForwardConfig
+
+BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+"""Bytes of an element that is computed with, by precision."""
+
+ACCUM_BYTES = {"bf16": 4, "fp32": 4, "fp64": 8}
+"""Bytes of an element that is updated or summed, by precision."""
+
+BALANCE = 165.0
+"""FLOPs that an accelerator computes while it moves one byte (H200: 790 TFLOP/s measured, 4.8 TB/s), for lookups."""
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """How a rank passes a micro-batch forward.
+
+    tokens             positions of the micro-batch on the rank, all samples together, before tensor parallelism cuts them
+    precision          a key of BYTES
+    tp                 ranks that share each block
+    sequence_parallel  whether these ranks cut the residual stream along the sequence, too
+    compiled           whether blocks are compiled
+    fused_swiglu       whether SwiGLU is computed inside the products around it (`kernels/swiglu.py`)
+    """
+
+    tokens: int
+    precision: str
+    tp: int = 1
+    sequence_parallel: bool = False
+    compiled: bool = False
+    fused_swiglu: bool = False
+
+    @property
+    def stream_cut(self) -> int:
+        """The number of ranks that share the residual stream."""
+        return self.tp if self.sequence_parallel else 1
+
+
+def attention_matrices(attention: AttentionConfig) -> int:
+    """Count the matrix parameters of one attention: q and output, k and v."""
+    width, kv_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+    return 2 * attention.dim * width + 2 * attention.dim * kv_width
+
+
+def ffn_matrices(ffn: FeedForwardConfig) -> int:
+    """Count the matrix parameters of one feed-forward: gate, up and down."""
+    return 3 * ffn.dim * ffn.ffn_dim
+
+
+def block_matrices(block: BlockConfig) -> int:
+    """Count the matrix parameters of one block."""
+    return attention_matrices(block.attention) + ffn_matrices(block.ffn)
+
+
+def parameter_count(config: DecoderConfig, *, embedding: bool = True) -> int:
+    """Count the parameters of the whole model; on request without the embedding (not the head)."""
+    blocks = sum(block_matrices(block) + 2 * config.dim for block in config.blocks())
+    table = config.known_vocabulary * config.dim
+    total = blocks + config.dim + table * (1 if config.tied else 2)
+    return total if embedding or config.tied else total - table
+
+
+def flops_per_token(config: DecoderConfig, seq_len: int) -> float:
+    """Count forward and backward FLOPs per token: 6 per matrix parameter, and 12·heads·head_dim·seq_len a layer for attention.
+
+    The convention of PaLM's appendix B (and torchtitan): attention counted in full although half is masked, the embedding
+    not counted, recomputation not counted.
+    """
+    scores = sum(block.attention.heads * block.attention.head_dim for block in config.blocks())
+    return 6 * parameter_count(config, embedding=False) + 12 * scores * seq_len
+
+
+def layer_flops(block: BlockConfig, seq_len: int) -> float:
+    """Count forward FLOPs of one block per token: 2 per matrix parameter, and the half of attention that causality leaves."""
+    return 2.0 * block_matrices(block) + 2.0 * block.attention.heads * block.attention.head_dim * seq_len
+
+
+def recomputed_flops(block: BlockConfig, policy: str, seq_len: int) -> float:
+    """Count the FLOPs per token that a block's backward pass spends on computing activations again."""
+    return {"full": layer_flops(block, seq_len), "selective": 2.0 * block.ffn.dim * block.ffn.ffn_dim}.get(policy, 0.0)
+
+
+def head_flops(config: DecoderConfig) -> float:
+    """Count the forward FLOPs of the head per token."""
+    return 2.0 * config.dim * config.known_vocabulary
+
+
+def embedding_flops(config: DecoderConfig) -> float:
+    """Price a lookup, which computes nothing: the FLOPs that fit in the time of moving its row, 2 bytes an element each way."""
+    return 4.0 * config.dim * BALANCE
+
+
+def block_bytes(block: BlockConfig, work: ForwardPass, policy: str) -> int:
+    """Estimate what one block keeps of one micro-batch for its backward pass, under an activation policy.
+
+    Counted tensor by tensor as in arXiv 2205.05198, for RMSNorm, rotary positions, fused attention and SwiGLU. D is the
+    stream's width, Q that of all query heads, K that of all key heads, F the feed-forward's; t and s are the tensor-parallel
+    cuts of features and of the stream. Norms keep inputs 2 D/s and outputs 2 D; attention q, k, v and its output (2 Q + 2 K)/t;
+    SwiGLU 4 F/t: gate, up, silu(gate) and the product. A compiled block computes only silu again, for the compiler keeps every
+    factor of a matrix product;
+    SwiGLU inside the products keeps neither. Norms and softmax keep a few numbers per position besides, in the accumulation's
+    precision.
+    Selectively: the block's input, q, k, v, attention's output and its projection, and one of SwiGLU's two factors.
+    """
+    unit, accum = BYTES[work.precision], ACCUM_BYTES[work.precision]
+    attention, dim, ffn = block.attention, block.attention.dim, block.ffn.ffn_dim / work.tp
+    stream = dim / work.stream_cut
+    kv_width = max(attention.kv_heads, work.tp) * attention.head_dim  # with few heads every rank has one
+    heads = 2 * (attention.heads * attention.head_dim + kv_width) / work.tp
+    log_sums = accum * attention.heads / work.tp
+    if policy == "full":
+        per_token = unit * stream
+    elif policy == "offload":
+        per_token = 0.0
+    elif policy == "selective":
+        per_token = unit * (stream + heads + dim + ffn) + log_sums
+    else:
+        wide = 2 if work.fused_swiglu else 3 if work.compiled else 4
+        per_token = unit * (2 * stream + 2 * dim + heads + wide * ffn) + log_sums + accum * 2 / work.stream_cut
+    return round(work.tokens * per_token)
+
+
+def loss_bytes(config: DecoderConfig, work: ForwardPass) -> int:
+    """Estimate what final norm, head and loss hold of one micro-batch.
+
+    That is the hidden states and their gradient, the head's gradient, and a chunk of logits.
+    """
+    unit, accum = BYTES[work.precision], ACCUM_BYTES[work.precision]
+    rows = -(-config.known_vocabulary // work.tp)
+    states = work.tokens * config.dim * unit * 3
+    # The head's gradient is added up in `accum` while a chunk's logits live, and cast when they are gone.
+    return states + rows * config.dim * accum + max(min(LOSS_CHUNK, work.tokens), config.dim) * rows * unit

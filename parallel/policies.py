@@ -1,0 +1,83 @@
+"""What each block keeps for its backward pass, and whether it may fuse SwiGLU: decided from configs alone. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement
+from typing import TYPE_CHECKING
+
+from ..kernels import limits
+from ..models.config import DecoderConfig
+from ..models.costs import ForwardPass, block_bytes, recomputed_flops
+from .config import ParallelConfig
+from .pipeline.stages import splits_backward
+
+if TYPE_CHECKING:
+    from .engine import EngineSettings
+
+POLICIES = ("none", "selective", "full", "offload")
+MIXED = ("none", "selective", "full")
+"""Policies that a budget mixes."""
+
+
+def mixed_policies(layers: int, budget: float, kept: Mapping[str, float], again: Mapping[str, float]) -> list[str]:
+    """Choose a policy for each block such that together they keep at most `budget` of what policy "none" keeps of all.
+
+    kept, again: what a block keeps, and what it computes again, under each policy that may be used, in any unit. The mix
+    computes as little again as can be, by trying all; the policies are spread evenly over the layers.
+    Raises ValueError if nothing keeps to the budget.
+    """
+    limit = budget * layers * kept["none"] * (1 + 1e-9)
+    mixes = [Counter(mix) for mix in combinations_with_replacement(kept, layers)]
+    fitting = [mix for mix in mixes if sum(kept[policy] * count for policy, count in mix.items()) <= limit]
+    if not fitting:
+        least = min(kept, key=lambda policy: kept[policy])
+        share = kept[least] / kept["none"]
+        raise ValueError(f"blocks can't keep {budget:g} of what they would; policy '{least}' keeps {share:.3f} of it")
+    best = min(fitting, key=lambda mix: sum(again[policy] * count for policy, count in mix.items()))
+    given: list[str] = []
+    for at in range(1, layers + 1):
+        so_far = Counter(given)
+        given.append(max(best, key=lambda policy: best[policy] * at / layers - so_far[policy]))
+    return given
+
+
+def block_policies(model: DecoderConfig, parallel: ParallelConfig, settings: EngineSettings) -> list[str]:
+    """Choose the activation policy of every block: `trainer.activation`, or what `trainer.activation_budget` leaves to choose.
+
+    Raises ValueError for a budget that no choice keeps to.
+    """
+    if settings.activation_budget is None:
+        return [settings.activation] * model.layers
+    halves = splits_backward(parallel)
+    block = model.block(0)
+    # What blocks keep is in proportion to their tokens, so any number of them will do.
+    work = ForwardPass(1024, settings.precision, parallel.tp, parallel.sequence_parallel, settings.compile)
+    kept = {policy: block_bytes(block, work, policy) for policy in MIXED if not (halves and policy == "selective")}
+    again = {policy: recomputed_flops(block, policy, 0) for policy in kept}
+    return mixed_policies(model.layers, settings.activation_budget, kept, again)
+
+
+def fused_swiglu_blocker(
+    model: DecoderConfig, parallel: ParallelConfig, settings: EngineSettings, policies: Sequence[str]
+) -> str | None:
+    """Return why no block may compute SwiGLU inside the products around it, on whatever GPU; None if some may.
+
+    policies: of the blocks. The kernels are `kernels/swiglu.py`.
+    """
+    if parallel.engine != "torch":
+        return "DeepSpeed runs the blocks as they are"
+    if parallel.tp > 1:
+        return "parallel.tp cuts its products"
+    if splits_backward(parallel):  # before 2.13 torch can't run the second half through an operator of several gradients
+        return f"parallel.schedule={parallel.schedule} cuts its backward pass"
+    if settings.precision != "bf16":
+        return "its kernels are bf16's"
+    if settings.float8 != "none":
+        return "trainer.float8 computes its products"
+    if all(policy == "selective" for policy in policies):
+        return "trainer.activation=selective keeps one of them"
+    if not limits.fused_swiglu_takes(model.dim, model.ffn_dim):
+        return f"its kernels don't take widths of {model.dim} and {model.ffn_dim}"
+    return None

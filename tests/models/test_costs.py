@@ -1,0 +1,53 @@
+"""The costs of a decoder, held to what PyTorch counts of the module itself and to published sizes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from meshloom.models.config import DecoderConfig
+from meshloom.models.costs import block_matrices, flops_per_token, head_flops, layer_flops, parameter_count
+from meshloom.models.llama import Llama
+
+SHAPE = {"dim": 24, "layers": 3, "heads": 4, "kv_heads": 2, "ffn_dim": 36, "vocabulary": 61}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_those_of_the_module(tied: bool) -> None:
+    model = Llama(**SHAPE, tied=tied)  # type: ignore[arg-type]
+    config = DecoderConfig(**SHAPE, tied=tied)  # type: ignore[arg-type]
+    assert parameter_count(config) == sum(weight.numel() for weight in model.parameters())
+    without = parameter_count(config) - (0 if tied else 61 * 24)
+    assert parameter_count(config, embedding=False) == without
+
+
+def test_parameters_of_llama_3_8b_are_as_published() -> None:
+    config = DecoderConfig(dim=4096, layers=32, heads=32, kv_heads=8, ffn_dim=14336, vocabulary=128256)
+    assert parameter_count(config) == 8_030_261_248  # of meta-llama/Meta-Llama-3-8B's safetensors index
+
+
+def test_flops_are_those_that_pytorch_counts() -> None:
+    """PyTorch counts all pairs of positions, of which causality leaves half."""
+    model, config = Llama(**SHAPE), DecoderConfig(**SHAPE)  # type: ignore[arg-type]
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        logits = model(tokens)
+    block, attention = config.block(0), 4 * 24 * 16
+    assert forward.get_total_flops() == 32 * (3 * (2 * block_matrices(block) + attention) + head_flops(config))
+    assert layer_flops(block, 16) == 2 * block_matrices(block) + attention / 2
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    norms = 6 * (2 * 3 + 1) * 24  # the convention counts their weights as if they were matrices
+    assert flops_per_token(config, 16) - norms == (forward.get_total_flops() + backward.get_total_flops()) / 32
+
+
+def test_costs_need_no_torch() -> None:
+    modules = ("meshloom.models.costs", "meshloom.parallel.policies", "meshloom.parallel.pipeline.stages")
+    code = f"import sys, {', '.join(modules)}; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
