@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from arguments import read
 
+from meshloom.data.assignment import Share
 from meshloom.data.batch import MicroBatch
 from meshloom.models.costs import parameter_count
 from meshloom.models.llama import Llama
@@ -194,7 +195,7 @@ def train(search: Search) -> None:
     losses: list[float] = []
     for _ in range(search.steps):
         start = time.perf_counter()
-        loss = engine.accumulate([batch], count)
+        loss = engine.accumulate(Share([batch], passes=1, workers=1), count)
         engine.clip(1.0, engine.gradient_norm())
         engine.update(1e-4)
         engine.zero_grad()

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from arguments import read
 
+from meshloom.data.assignment import Share
 from meshloom.data.batch import MicroBatch
 from meshloom.models.llama import Llama
 from meshloom.optim.optimizers.adamw import AdamW
@@ -137,12 +138,12 @@ def main() -> None:
     engine, mesh = build(settings)
     draw = torch.Generator().manual_seed(mesh.data_rank)
 
-    def share() -> list[MicroBatch]:
+    def share() -> Share:
         batches: list[MicroBatch] = []
         for _ in range(settings.batch // micro):
             tokens = torch.randint(0, settings.vocabulary, (micro, settings.seq + 1), generator=draw)
             batches.append(MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).to(mesh.device))
-        return batches
+        return Share(batches, passes=len(batches), workers=len(batches) * mesh.layout.data_size)
 
     data = [share() for _ in range(4)]
     tokens_per_rank = settings.batch * settings.seq

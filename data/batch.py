@@ -1,7 +1,7 @@
-"""Samples, micro-batches, the global batch, and how it is assigned to data-parallel ranks.
+"""Samples, micro-batches and the global batch.
 
-A step first draws its global batch, a range of sample indices (rule R1); an assignment then maps it to ranks and
-micro-batches. The assignment never changes which samples are in the batch.
+A step first draws its global batch, a range of sample indices (rule R1). An assignment (`assignment.py`) then maps it to ranks
+and micro-batches; it never changes which samples are in the batch.
 """
 
 from __future__ import annotations
@@ -100,15 +100,3 @@ class MicroBatch:
             self.targets_BS.pin_memory(),
             None if self.documents_BS is None else self.documents_BS.pin_memory(),
         )
-
-
-def deal(batch: GlobalBatch, data_rank: int, data_size: int, micro: int) -> list[list[int]]:
-    """The static assignment: equal contiguous shares. Returns this rank's micro-batches as lists of sample indices.
-
-    The global batch must divide by `data_size`; a share that doesn't divide by `micro` ends in a smaller micro-batch.
-    """
-    share, rest = divmod(batch.count, data_size)
-    if rest:
-        raise ValueError(f"a global batch of {batch.count} samples can't be dealt in equal shares to {data_size} ranks")
-    mine = list(batch.indices())[data_rank * share : (data_rank + 1) * share]
-    return [mine[start : start + micro] for start in range(0, share, micro)]

@@ -8,10 +8,12 @@ that the next batch follows with the same size, prepares that one meanwhile, and
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
-from .batch import GlobalBatch, MicroBatch, Samples, deal
+from .assignment import Assigner, Share, load_share
+from .batch import GlobalBatch, Samples
 
 
 class Loader:
@@ -20,17 +22,17 @@ class Loader:
     pin  put them in page-locked memory, so that copies to the GPU don't wait
     """
 
-    def __init__(self, samples: Samples, data_rank: int, data_size: int, pin: bool = False) -> None:
+    def __init__(self, samples: Samples, assigner: Assigner, data_rank: int, pin: bool = False) -> None:
         self.samples = samples
+        self.assigner = assigner
         self.data_rank = data_rank
-        self.data_size = data_size
         self._pin = pin
         self._device = torch.cuda.current_device() if pin else None
         self._worker = ThreadPoolExecutor(1, "data-loader", initializer=self._start)
-        self._guess: tuple[GlobalBatch, int, Future[list[MicroBatch]]] | None = None
+        self._guess: tuple[GlobalBatch, int, Future[Share]] | None = None
 
-    def load(self, batch: GlobalBatch, micro: int) -> list[MicroBatch]:
-        """This rank's share of a global batch, in micro-batches of at most `micro` samples.
+    def load(self, batch: GlobalBatch, micro: int) -> Share:
+        """This rank's share of a global batch, in micro-batches of `micro` samples.
 
         Whatever goes wrong while loading (a damaged shard, a token outside the vocabulary) is raised here.
         """
@@ -56,9 +58,6 @@ class Loader:
         if self._device is not None:
             torch.cuda.set_device(self._device)
 
-    def _make(self, batch: GlobalBatch, micro: int) -> list[MicroBatch]:
-        made: list[MicroBatch] = []
-        for indices in deal(batch, self.data_rank, self.data_size, micro):
-            collated = MicroBatch.collate([self.samples[index] for index in indices])
-            made.append(collated.pin() if self._pin else collated)
-        return made
+    def _make(self, batch: GlobalBatch, micro: int) -> Share:
+        share = load_share(self.samples, self.assigner.assign(batch, micro), self.data_rank)
+        return replace(share, micro_batches=[each.pin() for each in share.micro_batches]) if self._pin else share

@@ -6,15 +6,17 @@ which belong to the trainer) and the live objects.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from .batch.controller import Controller
 from .horizon import Horizon
+from .optimizers.agvm import AGVM
 from .optimizers.parameters import NamedParameter, Shards
 from .schedules.schedule import Schedule
 
@@ -35,6 +37,12 @@ def build_schedule(node: Any, peak: float, horizon: Horizon) -> Schedule:
 def build_optimizer(node: Any, parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
     """The optimizer of `config.optim` over this rank's shards."""
     return _call(node, ("name", "lr_coupling"), parameters=parameters, shards=shards)
+
+
+def compares_halves(node: Any) -> bool:
+    """Whether the optimizer of `config.optim` compares the gradients of two halves of a batch."""
+    optimizer = get_object(node["_target_"])
+    return inspect.isclass(optimizer) and issubclass(optimizer, AGVM)
 
 
 def build_controller(node: Any, horizon: Horizon, divisor: int) -> Controller:

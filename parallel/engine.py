@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from ..data.assignment import Share
 from ..data.batch import MicroBatch
 from ..kernels.attention import count_documents
 from ..optim.optimizers.parameters import NamedParameter, Shards
@@ -90,13 +91,12 @@ class Engine(Protocol):
 
     module: torch.nn.Module
 
-    def accumulate(
-        self, micro_batches: Sequence[MicroBatch], global_tokens: torch.Tensor, measure: Measure = Measure.NOTHING
-    ) -> StepLoss:
+    def accumulate(self, share: Share, global_tokens: torch.Tensor, measure: Measure = Measure.NOTHING) -> StepLoss:
         """Forward and backward of this rank's share; gradients of `total / global_tokens` are ready afterwards.
 
-        micro_batches: as many on every rank, as `data.batch.deal` makes them. In which dtype ranks send each other gradients
-        follows from their number, and no rank asks another for it: where it differs, they wait for each other or add up noise.
+        share: of an assignment that every rank computes alike. What ranks must agree on without a message follows from the
+        assignment: the dtype in which they exchange gradients (`share.passes`), the workers of the gradient statistics
+        (`share.workers`), and where the batch's first half ends (`share.first_half`). Ranks run equally many micro-batches.
         global_tokens: valid positions of the whole global batch, a scalar on the device.
         measure: what `gradient_moments` will be asked for.
         """

@@ -1,9 +1,10 @@
 """Second moments of a step's gradient, seen while it is made: what the batch-size controllers decide from.
 
 The workers are the micro-batches of the whole global batch, on whichever rank they run, so the numbers depend on
-batch.micro alone and not on the layout. A hook on every unsharded weight sees the gradient of one micro-batch before
-anything is added to it or reduced: that is DDP-Norm's and FSDP-Norm's quantity (arXiv 2412.21124) for every ZeRO stage,
-one kernel per weight and micro-batch, and one number per rank in the collective that the gradient's norm needs anyway.
+batch.micro alone and not on the layout. Blank micro-batches are no workers. A hook on every unsharded weight sees the
+gradient of one micro-batch before anything is added to it or reduced: that is DDP-Norm's and FSDP-Norm's quantity (arXiv
+2412.21124) for every ZeRO stage, one kernel per weight and micro-batch, and one number per rank in the collective that the
+gradient's norm needs anyway.
 
 Not seen: context parallelism (a rank has only a slice's part of a micro-batch's gradient) and a tied embedding cut by a
 pipeline (its two parts add up on neither rank). `moments_problems` refuses both.
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from ..config.problems import Problem
-from ..data.batch import MicroBatch
+from ..data.assignment import Share
 from ..optim.batch.statistics import GradientStatistics
 from .config import ParallelConfig
 from .mesh import Mesh
@@ -151,20 +152,20 @@ class GradientMoments:
 
         return hook
 
-    def begin(self, micro_batches: Sequence[MicroBatch], global_tokens: torch.Tensor, measure: Measure) -> None:
-        """micro_batches: this rank's, still on the host, in the order in which they are passed back."""
+    def begin(self, share: Share, global_tokens: torch.Tensor, measure: Measure) -> None:
+        """share: this rank's, still on the host, in the order in which its micro-batches are passed back."""
         self._measure, self._sums = measure, None
         if measure is Measure.NOTHING:
             return
         self._norms: list[list[torch.Tensor]] = [[] for _ in self._index]
         self._kept: list[list[torch.Tensor]] = [[] for _ in self._index]
         # From pinned memory: any other copy to a GPU waits until it has done all that was queued before.
-        tokens = [batch.valid_tokens for batch in micro_batches]
+        tokens = [batch.valid_tokens for batch in share.micro_batches]
         counted = torch.tensor(tokens, dtype=torch.float64, pin_memory=self._mesh.device.type == "cuda")
         shares = counted.to(self._mesh.device, non_blocking=True) / global_tokens
-        # A micro-batch without a target has no gradient: its square of 0 is to be divided by anything but 0.
+        # A micro-batch without a target (a blank one) has no gradient: its square of 0 is divided by anything but 0.
         self._shares_K = torch.where(shares > 0, shares, 1.0)
-        self._workers = len(tokens) * self._mesh.layout.data_size
+        self._workers = share.workers
 
     def norm(self, squares: torch.Tensor) -> torch.Tensor:
         """The norm of the whole gradient. squares: this rank's part of its square, to be added up over all processes."""

@@ -22,24 +22,28 @@ from ..checkpoint.errors import CheckpointError, HeldError
 from ..checkpoint.files import open_files
 from ..config.duration import Duration, Unit
 from ..config.problems import ConfigError, Problem
+from ..data.assignment import Assigner, load_share
+from ..data.batch import GlobalBatch
 from ..data.loader import Loader
 from ..data.node import DataNode
 from ..models.costs import flops_per_token
 from ..models.llama import Llama
 from ..optim.batch.controller import Controller
-from ..optim.build import build_controller, build_optimizer, build_schedule
+from ..optim.build import build_controller, build_optimizer, build_schedule, compares_halves
 from ..optim.horizon import Horizon
 from ..optim.optimizers.parameters import NamedParameter, Shards
 from ..optim.schedules.coupling import Coupling
 from ..parallel.config import ParallelConfig
 from ..parallel.engine import EngineSettings, OptimizerFactory
 from ..parallel.engines import make_engine
+from ..parallel.layout import Layout
 from ..parallel.legality import micro_batch_unit
 from ..parallel.mesh import Mesh
+from ..parallel.pipeline.stages import legal_micro_batches
 from .all_ranks import together
 from .config import TrainerConfig
 from .hooks.base import Hook
-from .hooks.evaluation import Evaluation, share_of_validation
+from .hooks.evaluation import Evaluation
 from .hooks.garbage import CollectGarbage
 from .hooks.loggers.config import LoggingConfig
 from .hooks.loggers.defaults import default_loggers
@@ -153,6 +157,12 @@ def batch_divisor(config: DictConfig, data_size: int) -> int:
     return data_size * config.batch.micro * unit
 
 
+def build_assigner(config: DictConfig, layout: Layout) -> Assigner:
+    """How the run's global batches are dealt to its data ranks."""
+    can_run = functools.partial(legal_micro_batches, Parts.of(config).parallel)
+    return Assigner(layout.data_size, can_run, compares_halves(config.optim))
+
+
 def build_coupling(config: DictConfig, controller: Controller) -> Coupling:
     """How the learning rate follows the batch; `optim.lr` is meant for the batch that the run starts with."""
     return Coupling(config.optim.get("lr_coupling", "none"), controller.samples)
@@ -215,7 +225,8 @@ def _built(config: DictConfig, data: DataNode, mesh: Mesh, checkpointer: Checkpo
     controller = build_controller(config.batch, horizon, batch_divisor(config, mesh.layout.data_size))
     settings = engine_settings(config, data.seq_len, controller.needs_statistics)
     engine = make_engine(model, mesh, optimizer_factory(config), parts.parallel, settings)
-    loader = Loader(data.train(), mesh.data_rank, mesh.layout.data_size, pin=mesh.device.type == "cuda")
+    assigner = build_assigner(config, mesh.layout)
+    loader = Loader(data.train(), assigner, mesh.data_rank, pin=mesh.device.type == "cuda")
 
     hooks: list[Hook] = []
     if mesh.is_main and parts.trainer.profile_step is not None:  # first: what the others do at a step's end is not the step's
@@ -224,9 +235,10 @@ def _built(config: DictConfig, data: DataNode, mesh: Mesh, checkpointer: Checkpo
     validation = data.validation()
     if validation is not None and parts.trainer.eval_every != 0:
         count = min(parts.trainer.eval_samples, len(validation))
-        share = share_of_validation(validation, count, mesh.data_rank, mesh.layout.data_size, config.batch.micro)
+        held_out = Assigner(assigner.data_size).assign(GlobalBatch(0, count), config.batch.micro)
         every = parts.trainer.eval_every
-        hooks.append(Evaluation(share, None if every is None else Duration.parse(every)))
+        batches = load_share(validation, held_out, mesh.data_rank).micro_batches
+        hooks.append(Evaluation(batches, None if every is None else Duration.parse(every)))
     elif validation is None and parts.trainer.eval_every and mesh.is_main:
         log.warning("trainer.eval_every: there will be no evaluation, because the data keeps nothing for validation")
     saving = None

@@ -105,11 +105,11 @@ class Loop:
         count = self.controller.next_batch(self.progress)
         before = Progress(self.progress.step, self.progress.samples, self.progress.tokens, count)
         micro = self.micro * self.controller.micro_factor(count)
-        micro_batches = self.batches.load(GlobalBatch(before.samples, count), micro)
-        tokens, stops = self._agree(sum(batch.valid_tokens for batch in micro_batches), stop_requested)
+        share = self.batches.load(GlobalBatch(before.samples, count), micro)
+        tokens, stops = self._agree(share.valid_tokens, stop_requested)
 
         measure = self._measure(before)
-        loss = self.engine.accumulate(micro_batches, tokens, measure)
+        loss = self.engine.accumulate(share, tokens, measure)
         norm = self.engine.gradient_norm()
         moments = None if measure is Measure.NOTHING else self.engine.gradient_moments(count)
         scalars = {"loss": loss.mean, "grad_norm": norm, "stops": stops, **loss.extras}

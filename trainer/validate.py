@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..checkpoint.config import checkpoint_problems
 from ..config.problems import ConfigError, Problem
 from ..config.validate import PRECISIONS, config_problems
-from ..optim.build import build_controller, build_schedule
-from ..optim.optimizers.agvm import AGVM
+from ..optim.build import build_controller, build_schedule, compares_halves
 from ..optim.optimizers.parameters import NamedParameter, Unsharded
 from ..optim.progress import Progress
 from ..parallel.engines import engine_problems
@@ -136,7 +134,7 @@ def _controller_problems(config: DictConfig, data_size: int) -> list[Problem]:
             found.append(Problem("batch.samples", message, "double it, or halve batch.micro"))
         tied = bool(config.model.get("tied", False))
         found += moments_problems(Parts.of(config).parallel, tied, controller.needs_projections)
-    if issubclass(get_class(config.optim._target_), AGVM):
+    if compares_halves(config.optim):
         if config.parallel.engine != "torch":
             fix = "use parallel.engine=torch, or another optimizer"
             found.append(Problem("optim", "AGVM compares halves of a batch's gradient, which DeepSpeed does not give", fix))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...data.assignment import Share
 from ...data.batch import MicroBatch
 from ...models.init import fill
 from ...models.llama import Llama
@@ -120,12 +121,11 @@ class DeepSpeedEngine:
         micro_batch = send(micro_batch, self.mesh.device)
         return self._engine(micro_batch.tokens_BS, micro_batch.targets_BS, micro_batch.documents_BS)
 
-    def accumulate(
-        self, micro_batches: Sequence[MicroBatch], global_tokens: torch.Tensor, measure: Measure = Measure.NOTHING
-    ) -> StepLoss:
+    def accumulate(self, share: Share, global_tokens: torch.Tensor, measure: Measure = Measure.NOTHING) -> StepLoss:
         """Forward and backward of this rank's share."""
+        micro_batches = share.micro_batches
         assert micro_batches, "a rank without a micro-batch would leave its peers waiting in a collective"
-        self._moments.begin(micro_batches, global_tokens, measure)
+        self._moments.begin(share, global_tokens, measure)
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         self._pending = True
         for index, micro_batch in enumerate(micro_batches):

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from ...data.assignment import Share
 from ...data.batch import MicroBatch
 from ...kernels.attention import positions
 from ...models.llama import Llama
@@ -152,18 +153,20 @@ class TorchEngine:
         micro_batch, positions_BS = self._own(micro_batch)
         return self.module(micro_batch.tokens_BS, micro_batch.targets_BS, micro_batch.documents_BS, positions_BS)
 
-    def accumulate(
-        self, micro_batches: Sequence[MicroBatch], global_tokens: torch.Tensor, measure: Measure = Measure.NOTHING
-    ) -> StepLoss:
+    def accumulate(self, share: Share, global_tokens: torch.Tensor, measure: Measure = Measure.NOTHING) -> StepLoss:
         """Forward and backward of this rank's share."""
+        micro_batches = share.micro_batches
         assert micro_batches, "a rank without a micro-batch would leave its peers waiting in a collective"
-        self._moments.begin(micro_batches, global_tokens, measure)
+        self._moments.begin(share, global_tokens, measure)
         if self._tied is not None:
             self._tied.fetch()
         if self._masters is not None:
-            self._masters.begin(len(micro_batches), one_pass=self._one_pass is not None)
+            self._masters.begin(share.passes, one_pass=self._one_pass is not None)
         halved = self.optimizer if isinstance(self.optimizer, AGVM) and self.optimizer.wants_halves else None
-        half = len(micro_batches) // 2 - 1 if halved is not None else -1
+        half = -1
+        if halved is not None:
+            assert share.first_half, "AGVM needs a batch dealt in halves, of two micro-batches or more"
+            half = share.first_half - 1
         first_half: list[torch.Tensor] = []
         if self._pipeline is not None:
             total = self._pipeline.accumulate([self._stage_inputs(batch) for batch in micro_batches], global_tokens)
@@ -185,7 +188,7 @@ class TorchEngine:
             self._tied.give_gradient()
         self._take_gradients()
         if halved is not None:
-            assert first_half, "AGVM needs two micro-batches on every rank, and no pipeline"
+            assert first_half, "AGVM can't see the halves of a batch through a pipeline"
             halved.observe_halves(first_half)
         return StepLoss(self._over_batch(total), global_tokens, {})
 

@@ -304,15 +304,19 @@ class MasterWeights:
         group.send()
         self._sending.append(group)
 
-    def begin(self, micro_batches: int, one_pass: bool) -> None:
-        """Before a step's first forward pass. one_pass: the optimizer takes gradients in the dtype of the compute."""
+    def begin(self, passes: int, one_pass: bool) -> None:
+        """Before a step's first forward pass.
+
+        passes: the largest number of micro-batches that any rank runs, so that all ranks exchange gradients in one dtype.
+        one_pass: the optimizer takes gradients in the dtype of the compute.
+        """
         for group in self._sending:
             group.give_up()
         self._sending = []
         for group in self._groups:
             group.clear()
         # What is sent is added up in the masters' dtype by whoever gets it, so nothing has to be widened before.
-        self._narrow = micro_batches == 1 and (one_pass or self._mesh.size("data") > 1)
+        self._narrow = passes == 1 and (one_pass or self._mesh.size("data") > 1)
         self.refresh()
 
     def expect(self, last: bool) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from meshloom.data.assignment import Assigner
 from meshloom.data.batch import GlobalBatch, Sample
 from meshloom.data.loader import Loader
 from meshloom.data.synthetic import RandomTokens
@@ -38,19 +39,19 @@ def samples() -> Recorded:
 
 
 def first_tokens(loader: Loader, first: int, count: int, micro: int) -> list[list[int]]:
-    return [batch.tokens_BS[:, 0].tolist() for batch in loader.load(GlobalBatch(first, count), micro)]
+    return [batch.tokens_BS[:, 0].tolist() for batch in loader.load(GlobalBatch(first, count), micro).micro_batches]
 
 
 def test_a_rank_gets_its_share_in_micro_batches(samples: Recorded):
-    loader = Loader(samples, data_rank=1, data_size=2)
-    assert first_tokens(loader, 10, 10, 2) == [[15, 16], [17, 18], [19]]
+    loader = Loader(samples, Assigner(2), data_rank=1)
+    assert first_tokens(loader, 10, 8, 2) == [[12, 13], [16, 17]]
     assert first_tokens(loader, 20, 10, 5) == [[25, 26, 27, 28, 29]]
     loader.close()
     assert threading.get_ident() not in samples.threads
 
 
 def test_the_right_guess_is_used(samples: Recorded):
-    loader = Loader(samples, 0, 1)
+    loader = Loader(samples, Assigner(), 0)
     for step in range(5):
         assert first_tokens(loader, 4 * step, 4, 4) == [[4 * step + place for place in range(4)]]
     loader.close()
@@ -58,7 +59,7 @@ def test_the_right_guess_is_used(samples: Recorded):
 
 
 def test_a_wrong_guess_is_thrown_away(samples: Recorded):
-    loader = Loader(samples, 0, 1)
+    loader = Loader(samples, Assigner(), 0)
     assert first_tokens(loader, 0, 4, 4) == [[0, 1, 2, 3]]
     assert first_tokens(loader, 4, 2, 2) == [[4, 5]]  # another size
     assert first_tokens(loader, 6, 2, 1) == [[6], [7]]  # another micro-batch
@@ -67,7 +68,7 @@ def test_a_wrong_guess_is_thrown_away(samples: Recorded):
 
 
 def test_errors_reach_the_caller_only_when_they_matter():
-    loader = Loader(Recorded(broken=5), 0, 1)
+    loader = Loader(Recorded(broken=5), Assigner(), 0)
     assert first_tokens(loader, 0, 4, 4) == [[0, 1, 2, 3]]  # the guess behind it meets sample 5
     assert first_tokens(loader, 8, 4, 4) == [[8, 9, 10, 11]]
     with pytest.raises(ValueError, match="sample 5 is damaged"):
@@ -79,17 +80,10 @@ def test_errors_reach_the_caller_only_when_they_matter():
     loader.close()
 
 
-def test_unequal_shares_are_refused(samples: Recorded):
-    loader = Loader(samples, 0, 3)
-    with pytest.raises(ValueError, match="equal shares to 3 ranks"):
-        loader.load(GlobalBatch(0, 4), 1)
-    loader.close()
-
-
 def test_the_loss_per_batch_is_that_of_the_samples():
     samples = RandomTokens(seq_len=8, vocabulary=100, seed=3)
-    loader = Loader(samples, 0, 1)
-    (batch,) = loader.load(GlobalBatch(0, 3), 3)
+    loader = Loader(samples, Assigner(), 0)
+    (batch,) = loader.load(GlobalBatch(0, 3), 3).micro_batches
     loader.close()
     assert batch.valid_tokens == 24
     assert torch.equal(batch.tokens_BS[:, 1:], batch.targets_BS[:, :-1])
@@ -97,7 +91,7 @@ def test_the_loss_per_batch_is_that_of_the_samples():
 
 @pytest.mark.gpu
 def test_batches_are_pinned_on_request(samples: Recorded):
-    loader = Loader(samples, 0, 1, pin=True)
-    (batch,) = loader.load(GlobalBatch(0, 2), 2)
+    loader = Loader(samples, Assigner(), 0, pin=True)
+    (batch,) = loader.load(GlobalBatch(0, 2), 2).micro_batches
     loader.close()
     assert batch.tokens_BS.is_pinned() and batch.targets_BS.is_pinned()

@@ -38,7 +38,7 @@ def build(parallel: ParallelConfig, world_size: int, make: Callable[..., torch.o
 
 def train(engine: Engine, first: int, last: int, micro: int = 1) -> list[float]:
     """Losses of these steps at a constant rate."""
-    return take_steps(engine, Work(samples=16, micro=micro), range(first, last)).losses
+    return take_steps(engine, Work(samples=16, micro=micro, halves=True), range(first, last)).losses
 
 
 def scales(
@@ -67,12 +67,15 @@ LAYOUTS = [
 ]
 
 
-def test_every_stage_measures_and_trains_alike() -> None:
-    """Four ranks hold the same halves under every ZeRO stage; the scales move and the losses with them, alike to rounding."""
-    results = run_ranks(4, scales, LAYOUTS)
+def test_every_layout_measures_and_trains_alike() -> None:
+    """Every layout compares the same halves of the batch: the scales move, and the losses with them, alike to rounding.
+
+    16 micro-batches do not divide by 3 ranks, nor do their halves.
+    """
+    results = [*run_ranks(1, scales, LAYOUTS[:1]), *run_ranks(3, scales, LAYOUTS[:4]), *run_ranks(4, scales, LAYOUTS)]
     losses, reached = results[0][0]
     adamw = run_ranks(1, plain)[0]
-    assert max(abs(scale - 1) for scale in reached.values()) > 0.05
+    assert max(abs(scale - 1) for scale in reached.values()) > 0.02
     assert losses[:2] == pytest.approx(adamw[:2], rel=1e-9), "the first update is AdamW's"
     assert losses[5] != pytest.approx(adamw[5], rel=1e-6)
     for of_rank in results:

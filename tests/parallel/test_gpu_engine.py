@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from meshloom.data.assignment import Share
 from meshloom.data.batch import MicroBatch
 from meshloom.models.llama import Llama
 from meshloom.optim.optimizers.adamw import AdamW
@@ -63,12 +64,13 @@ def run(mesh: Mesh, case: Case) -> dict[str, Any]:
     assert isinstance(engine, TorchEngine)
     tokens = torch.randint(0, 1000, (4, length + 1), generator=torch.Generator().manual_seed(0))
     batches = [MicroBatch(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in tokens.split(case.micro)]
+    share = Share(batches, passes=len(batches), workers=len(batches))
     curve: list[float] = []
     peak = 0.0
     for _ in range(case.steps):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        loss = engine.accumulate(batches, torch.tensor(4.0 * length, device=mesh.device))
+        loss = engine.accumulate(share, torch.tensor(4.0 * length, device=mesh.device))
         peak = (torch.cuda.max_memory_allocated() - before) / 2**20
         engine.clip(0.5, engine.gradient_norm())
         engine.update(case.rate)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch, deal
+from meshloom.data.assignment import Assigner, Share
+from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch
 from meshloom.models.llama import Llama
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.parameters import NamedParameter, Shards
@@ -75,20 +76,22 @@ def curve_of(
     with torch.device("meta"):
         model = Llama(dim=128, layers=4, heads=4, kv_heads=2, ffn_dim=256, vocabulary=VOCABULARY, tied=tied)
     engine = make_engine(model, mesh, optimizer, parallel, EngineSettings(seed=3, precision=precision))
+    assigner = Assigner(mesh.layout.data_size)
     curve: list[float] = []
     for number in range(STEPS):
-        shares = deal(GlobalBatch(number * SAMPLES, SAMPLES), mesh.data_rank, mesh.layout.data_size, micro)
-        batches = [micro_batch(indices, documents) for indices in shares]
-        tokens = torch.tensor(float(sum(batch.valid_tokens for batch in batches)), dtype=torch.float64, device=mesh.device)
+        assignment = assigner.assign(GlobalBatch(number * SAMPLES, SAMPLES), micro)
+        batches = [micro_batch(indices, documents) for indices in assignment.ranks[mesh.data_rank]]
+        share = Share(batches, assignment.passes, assignment.workers)
+        tokens = torch.tensor(float(share.valid_tokens), dtype=torch.float64, device=mesh.device)
         tokens = mesh.sum(tokens) / (mesh.layout.pp * mesh.layout.cp * mesh.layout.tp)
-        loss = engine.accumulate(batches, tokens)
+        loss = engine.accumulate(share, tokens)
         norm = engine.gradient_norm()
         engine.clip(0.5, norm)
         engine.update(3e-3)
         engine.zero_grad()
         curve += [float(loss.mean), float(norm)]  # Adam does not show a wrong scale in its losses
         if number % 2:
-            held_out = deal(GlobalBatch(1000, 20), mesh.data_rank, mesh.layout.data_size, 2)
+            held_out = assigner.assign(GlobalBatch(1000, 20), 2).ranks[mesh.data_rank]
             curve.append(float(engine.evaluate([micro_batch(indices, documents) for indices in held_out]).mean))
     return curve
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from meshloom.data.batch import GlobalBatch, MicroBatch, deal
+from meshloom.data.batch import MicroBatch
 from meshloom.models.init import fill
 from meshloom.models.llama import Llama
 from meshloom.optim.batch.statistics import GradientStatistics
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.gradient_noise import Measure, moments_problems
-from support.parity import Work, build, sample
+from support.parity import Work, build, global_tokens, sample, share
 from support.ranks import run_ranks
 
 WORK = Work(micro=2, samples=16)
@@ -22,12 +22,10 @@ WORK = Work(micro=2, samples=16)
 def measured(rank: int, world_size: int, work: Work, measure: Measure) -> GradientStatistics | None:
     engine = build(work, world_size, measures=True)
     mesh = engine.mesh
-    shares = deal(GlobalBatch(0, work.samples), mesh.data_rank, mesh.layout.data_size, work.micro)
-    batches = [MicroBatch.collate([sample(index) for index in indices]) for indices in shares]
-    valid = torch.tensor(float(sum(batch.valid_tokens for batch in batches)), dtype=torch.float64)
-    tokens = mesh.sum(valid) / (mesh.layout.pp * mesh.layout.tp)
+    mine = share(mesh, work, 0)
+    tokens = global_tokens(mesh, mine)
     for asked in (Measure.NOTHING, measure):  # a step that isn't measured leaves nothing behind for the next
-        engine.accumulate(batches, tokens, asked)
+        engine.accumulate(mine, tokens, asked)
         engine.gradient_norm()
         found = engine.gradient_moments(work.samples)
         engine.zero_grad()

@@ -8,6 +8,7 @@ assert found.worst < 1e-9
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 
 from meshloom.config.duration import Duration, Unit
-from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch, Sample, deal
+from meshloom.data.assignment import Assigner, Share, load_share
+from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch, Sample
 from meshloom.data.loader import Loader
 from meshloom.models.llama import Llama
 from meshloom.optim.batch.controller import Fixed
@@ -33,6 +35,7 @@ from meshloom.parallel.engines import make_engine
 from meshloom.parallel.fragment import Box
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
+from meshloom.parallel.pipeline.stages import legal_micro_batches
 from meshloom.trainer.hooks.base import Hook
 from meshloom.trainer.loop import Loop
 from meshloom.trainer.signals import StopRequest
@@ -57,6 +60,7 @@ class Work:
     precision: str = "fp64"
     activation: str = "none"
     compile: bool = False
+    halves: bool = False
     model: tuple[tuple[str, Any], ...] = ()
 
     def llama(self) -> dict[str, Any]:
@@ -90,12 +94,6 @@ def build(work: Work, world_size: int, measures: bool = False) -> Engine:
     return make_engine(model, mesh, optimizer, work.parallel, settings)
 
 
-def share(mesh: Mesh, work: Work, first: int) -> list[MicroBatch]:
-    """This rank's micro-batches of the global batch that begins with a sample."""
-    shares = deal(GlobalBatch(first, work.samples), mesh.data_rank, mesh.layout.data_size, work.micro)
-    return [MicroBatch.collate([sample(index, work.documents) for index in indices]) for indices in shares]
-
-
 class UnevenSamples:
     """`sample` as the trainer's loader reads it. Implements `Samples`."""
 
@@ -106,6 +104,28 @@ class UnevenSamples:
 
     def __getitem__(self, index: int) -> Sample:
         return sample(index, self._documents)
+
+
+def assigner(mesh: Mesh, work: Work) -> Assigner:
+    """What deals the work's batches."""
+    return Assigner(mesh.layout.data_size, functools.partial(legal_micro_batches, work.parallel), work.halves)
+
+
+def share(mesh: Mesh, work: Work, first: int) -> Share:
+    """This rank's share of the global batch that begins with a sample."""
+    assignment = assigner(mesh, work).assign(GlobalBatch(first, work.samples), work.micro)
+    return load_share(UnevenSamples(work.documents), assignment, mesh.data_rank)
+
+
+def global_tokens(mesh: Mesh, share: Share) -> torch.Tensor:
+    """Valid positions of the whole global batch."""
+    model_ranks = mesh.layout.pp * mesh.layout.cp * mesh.layout.tp
+    return mesh.sum(torch.tensor(float(share.valid_tokens), dtype=torch.float64)) / model_ranks
+
+
+def equal_share(batches: Sequence[MicroBatch], ranks: int = 1) -> Share:
+    """A share of micro-batches made by hand, where every rank has as many."""
+    return Share(batches, passes=len(batches), workers=len(batches) * ranks)
 
 
 class Recorder(Hook):
@@ -124,7 +144,7 @@ def take_steps(engine: Engine, work: Work, numbers: range, *hooks: Hook) -> Reco
     """Take the steps of these numbers with the trainer's own loop, loader, clipping and schedule."""
     mesh, recorder = engine.mesh, Recorder()
     horizon = Horizon(Duration(numbers.stop, Unit.STEPS), SEQ_LEN, work.samples)
-    loader = Loader(UnevenSamples(work.documents), mesh.data_rank, mesh.layout.data_size)
+    loader = Loader(UnevenSamples(work.documents), assigner(mesh, work), mesh.data_rank)
     done = numbers.start * work.samples
     loop = Loop(
         mesh=mesh,
@@ -188,7 +208,7 @@ def plain_run(work: Work) -> Run:
 
     The loss is `F.cross_entropy` over whole logits, the optimizer and the clipping are PyTorch's own.
     """
-    same = replace(work, parallel=ParallelConfig(), micro=1, activation="none", compile=False, precision="fp64")
+    same = replace(work, parallel=ParallelConfig(), micro=1, activation="none", compile=False, halves=False, precision="fp64")
     if repr(same) not in _known:
         _known[repr(same)] = _plain_run(same)
     return _known[repr(same)]
@@ -257,7 +277,7 @@ def runs(rank: int, world_size: int, works: Sequence[Work]) -> list[Run]:
             engine = build(work, world_size)
             moments = FirstMoments()
             done = take_steps(engine, work, _steps(work), moments)
-            evaluated = float(engine.evaluate(share(engine.mesh, work, HELD_OUT)).mean)
+            evaluated = float(engine.evaluate(share(engine.mesh, work, HELD_OUT).micro_batches).mean)
             found.append(Run([*done.losses, evaluated], done.norms, moments.boxes))
         except Exception as error:
             error.add_note(f"in {work}")

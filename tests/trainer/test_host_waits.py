@@ -27,7 +27,8 @@ from support.ranks import run_ranks
 def watched(rank: int, world_size: int, work: Work) -> tuple[bool, bool]:
     """Whether just the loader's tensors were sent, and whether just those on the host were asked for their documents."""
     engine = build(work, world_size)
-    batches = share(engine.mesh, work, 0)
+    mine = share(engine.mesh, work, 0)
+    batches = mine.micro_batches
     own = {tensor.data_ptr() for batch in batches for tensor in (batch.tokens_BS, batch.targets_BS, batch.documents_BS)}  # type: ignore[union-attr]
     sent: set[int] = set()
     counted: set[int] = set()
@@ -46,8 +47,7 @@ def watched(rank: int, world_size: int, work: Work) -> tuple[bool, bool]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MicroBatch, "to", to)
         patch.setattr(attention, "_lengths", count)
-        tokens = sum(batch.valid_tokens for batch in batches)
-        engine.accumulate(batches, torch.tensor(float(tokens), dtype=torch.float64))
+        engine.accumulate(mine, torch.tensor(float(mine.valid_tokens), dtype=torch.float64))
         engine.evaluate(batches)
     return bool(sent) and sent <= own, bool(counted) and counted <= own
 
@@ -95,7 +95,7 @@ def halves_compared(rank: int, world_size: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if number == 2:
                 patch.setattr(torch, "tensor", None)
-            engine.accumulate(share(mesh, Work(), number), tokens)
+            engine.accumulate(share(mesh, Work(halves=True), number), tokens)
             engine.update(0.01)
 
 

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from ...config.duration import Duration, Unit
-from ...data.batch import IGNORED, MicroBatch, Sample, Samples
+from ...data.batch import MicroBatch
 from ..loop import Loop
 from .base import Hook
-
-
-def share_of_validation(samples: Samples, count: int, data_rank: int, data_size: int, micro: int) -> list[MicroBatch]:
-    """This rank's micro-batches of samples [0, count), dealt round-robin.
-
-    Every rank gets the same number of equally large micro-batches, because a rank that passes fewer through a sharded
-    model would leave the others waiting. What is missing is filled with samples whose targets are all ignored.
-    """
-    rounds = -(-count // (data_size * micro))
-    mine = [samples[index] for index in range(data_rank, count, data_size)]
-    blank = Sample(samples[0].tokens, np.full_like(samples[0].targets, IGNORED), samples[0].documents)
-    mine += [blank] * (rounds * micro - len(mine))
-    return [MicroBatch.collate(mine[start : start + micro]) for start in range(0, len(mine), micro)]
 
 
 class Evaluation(Hook):
     """Looks at the validation set every so often, and once at the end.
 
-    every  from one evaluation to the next: after the step that reaches or passes a multiple of it; None: only at the end
+    micro_batches  this rank's, of an assignment of the validation samples: as many on every rank
+    every          from one evaluation to the next: after the step that reaches or passes a multiple of it; None: only at the
+                   end
     """
 
-    def __init__(self, micro_batches: list[MicroBatch], every: Duration | None) -> None:
+    def __init__(self, micro_batches: Sequence[MicroBatch], every: Duration | None) -> None:
         self._micro_batches = micro_batches
         self._every = every
 

@@ -22,14 +22,14 @@ import deepspeed.runtime.zero.muon.original_muon
 import deepspeed.runtime.zero.stage3
 import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
 
-from meshloom.data.batch import GlobalBatch, MicroBatch, deal
+from meshloom.data.batch import MicroBatch
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.deepspeed.optimizer import require_op
 from meshloom.parallel.deepspeed.settings import DeepSpeedConfig
 from meshloom.parallel.deepspeed.setup import import_deepspeed
 from meshloom.parallel.gradient_noise import Measure
 from support.deepspeed_runs import Arrays, asynchronous_io_is_built, ds, leg, snapshot, whole, zeros
-from support.parity import Work, build, curves, plain_curve, sample, step, train
+from support.parity import Work, build, curves, equal_share, global_tokens, plain_curve, sample, share, step, train
 from support.ranks import run_ranks
 
 TOLERANCE = 5e-6
@@ -199,7 +199,8 @@ def dropped_gradient(rank: int, world_size: int, work: Work) -> tuple[list[float
     engine = build(work, world_size)
     losses, norms = [], []
     for number in range(work.steps):
-        engine.accumulate([MicroBatch.collate([sample(1000 + rank)])] * 3, torch.tensor(1.0, dtype=torch.float64))
+        batches = equal_share([MicroBatch.collate([sample(1000 + rank)])] * 3, world_size)
+        engine.accumulate(batches, torch.tensor(1.0, dtype=torch.float64))
         engine.zero_grad()
         loss, norm = step(engine, replace(work, micro=(1, 4, 2)[number % 3]), number)
         losses.append(loss)
@@ -234,10 +235,8 @@ def test_evaluation_between_steps(ranks: int, parallel: ParallelConfig) -> None:
 
 def moments(rank: int, world_size: int, work: Work) -> tuple[float, float, int, float]:
     engine = build(work, world_size, measures=True)
-    shares = deal(GlobalBatch(0, work.samples), rank, world_size, work.micro)
-    batches = [MicroBatch.collate([sample(index) for index in indices]) for indices in shares]
-    valid = torch.tensor(float(sum(batch.valid_tokens for batch in batches)), dtype=torch.float64)
-    engine.accumulate(batches, engine.mesh.sum(valid), Measure.SQUARES)
+    mine = share(engine.mesh, work, 0)
+    engine.accumulate(mine, global_tokens(engine.mesh, mine), Measure.SQUARES)
     engine.gradient_norm()
     found = engine.gradient_moments(work.samples)
     assert found is not None and engine.gradient_moments(work.samples) is None

@@ -54,7 +54,7 @@ def of_works(rank: int, world_size: int, works: Sequence[tuple[Work, bool]]) -> 
         packed.clear()
         engine, losses, norms = train(work, world_size)
         assert isinstance(engine, TorchEngine)
-        held_out = float(engine.evaluate(share(engine.mesh, work, 10_000)).mean)
+        held_out = float(engine.evaluate(share(engine.mesh, work, 10_000).micro_batches).mean)
         weights: dict[str, torch.Tensor] = {}
         for name, module in engine.module.named_modules():
             if isinstance(module, FSDPModule):

@@ -22,7 +22,7 @@ from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.torch.engine import TorchEngine
-from support.parity import Work, build, curves, sample, share, step, train
+from support.parity import Work, build, curves, equal_share, sample, share, step, train
 from support.ranks import run_ranks
 
 FSDP = ParallelConfig(zero=2, offload="cpu")  # goes through FSDP2 on any number of ranks, one included
@@ -153,7 +153,7 @@ def moments(rank: int, world_size: int, parallel: ParallelConfig) -> tuple[float
 
     engine = build(Work(parallel, precision="bf16"), world_size, measures=True)
     batches = [MicroBatch.collate([sample(index) for index in (first, first + 1)]) for first in (0, 2)]
-    engine.accumulate(batches, torch.tensor(float(sum(b.valid_tokens for b in batches))), Measure.PROJECTIONS)
+    engine.accumulate(equal_share(batches), torch.tensor(float(sum(b.valid_tokens for b in batches))), Measure.PROJECTIONS)
     engine.gradient_norm()
     found = engine.gradient_moments(4)
     assert found is not None
@@ -232,7 +232,7 @@ def travelled(rank: int, world_size: int, micro_batches: int) -> list[str]:
     batches = [MicroBatch.collate([sample(4 * rank + index)]) for index in range(micro_batches)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed, "all_to_all_single", exchange)
-        engine.accumulate(batches, torch.tensor(100.0))
+        engine.accumulate(equal_share(batches, world_size), torch.tensor(100.0))
     return events
 
 

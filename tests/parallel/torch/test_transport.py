@@ -94,7 +94,7 @@ def trained(work: Work, world_size: int) -> tuple[list[float], str]:
     """Losses and norms of steps with an evaluation between them, and a digest of the weights that they end with."""
     engine = build(work, world_size)
     curve = [*step(engine, work, 0)]
-    curve.append(float(engine.evaluate(share(engine.mesh, work, 100)).mean))
+    curve.append(float(engine.evaluate(share(engine.mesh, work, 100).micro_batches).mean))
     curve += step(engine, work, 1)
     digest = hashlib.sha256()
     for fragment in engine.fragments():

@@ -1,0 +1,143 @@
+"""Assignment: which data rank runs which part of a global batch, and in which pass.
+
+The global batch is cut, in order, into micro-batches. The cut depends on the batch and on the size of a micro-batch alone, so
+it is the same on every layout. The micro-batches are then dealt to the data ranks, pass by pass: rank r of R runs micro-batches
+r, R + r, 2R + r, … Any batch can be dealt to any number of ranks, because *blanks* fill what is missing: a blank row has
+ordinary tokens, but every target is ignored, so it adds nothing to the loss, nor to a gradient.
+
+    7 samples, micro-batches of 2, 3 ranks      pass 1: (0 1) (2 3) (4 5)      pass 2: (6 –) (– –) (– –)
+
+What the ranks of a run must agree on (how many passes a step has, for example) is a property of the assignment, which every
+rank computes alike. No rank may infer it from its own micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count as naturals
+
+import numpy as np
+
+from .batch import IGNORED, GlobalBatch, MicroBatch, Sample, Samples
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What every data rank runs in one step.
+
+    ranks       by data rank, its micro-batches in order, each as the indices of its samples; an empty one is blank
+    rows        rows of every micro-batch; those without a sample are blank
+    first_half  how many passes cover the first half of the global list of micro-batches; None: dealt regardless of halves
+    """
+
+    ranks: tuple[tuple[range, ...], ...]
+    rows: int
+    first_half: int | None = None
+
+    @property
+    def passes(self) -> int:
+        """The largest number of micro-batches, blanks included, that any rank runs."""
+        return max(map(len, self.ranks))
+
+    @property
+    def workers(self) -> int:
+        """Micro-batches of the whole batch that hold samples."""
+        return sum(1 for rank in self.ranks for indices in rank if indices)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One data rank's part of a global batch, loaded: what an engine accumulates.
+
+    micro_batches  of this rank, in order, blanks included
+    passes         the largest number of micro-batches that any rank runs; the same on every rank
+    workers        micro-batches of the whole batch that hold samples: blanks are no workers of the gradient statistics
+    first_half     how many of this rank's micro-batches come from the first half of the global batch; None: not known
+    """
+
+    micro_batches: Sequence[MicroBatch]
+    passes: int
+    workers: int
+    first_half: int | None = None
+
+    @property
+    def valid_tokens(self) -> int:
+        """Positions of this share that carry loss. Call it while the targets are still on the CPU."""
+        return sum(batch.valid_tokens for batch in self.micro_batches)
+
+
+def any_number(passes: int) -> bool:
+    """Without a pipeline, a step may have any number of passes."""
+    return True
+
+
+@dataclass(frozen=True)
+class Assigner:
+    """How a run deals its global batches.
+
+    data_size  number of data ranks
+    can_run    whether a step may have this number of passes; the schedule of a pipeline may not allow every number
+    halves     whether the first half of the micro-batches must be done before the second begins
+    """
+
+    data_size: int = 1
+    can_run: Callable[[int], bool] = any_number
+    halves: bool = False
+
+    def assign(self, batch: GlobalBatch, micro: int) -> Assignment:
+        """Deal a global batch in micro-batches of `micro` samples; of fewer, if the whole batch has fewer."""
+        rows, passes, first_half = self._sizes(batch.count, micro)
+        indices = batch.indices()
+        parts = [indices[start : start + rows] for start in range(0, batch.count, rows)]
+        middle = len(parts) // 2 if self.halves else 0
+        blank = range(0)
+
+        def dealt(rank: int) -> tuple[range, ...]:
+            first = parts[:middle][rank :: self.data_size]
+            first += [blank] * (first_half - len(first))
+            mine = first + parts[middle:][rank :: self.data_size]
+            return (*mine, *[blank] * (passes - len(mine)))
+
+        ranks = tuple(dealt(rank) for rank in range(self.data_size))
+        return Assignment(ranks, rows, first_half if self.halves else None)
+
+    def passes(self, count: int, micro: int) -> int:
+        """Micro-batches that each rank runs for a global batch of `count` samples."""
+        return self._sizes(count, micro)[1]
+
+    def blank_share(self, count: int, micro: int) -> float:
+        """The part of a step's rows that is blank, in [0, 1), for a global batch of `count` samples."""
+        rows, passes, _ = self._sizes(count, micro)
+        return 1 - count / (rows * passes * self.data_size)
+
+    def sizes_without_blanks(self, count: int, micro: int) -> list[int]:
+        """The nearest batch sizes that need no blanks, at most one on each side of `count`, ascending."""
+        unit = micro * self.data_size
+        below = next((n for n in range(count // unit * unit, 0, -unit) if not self.blank_share(n, micro)), None)
+        above = next(n for n in naturals(-(-count // unit) * unit, unit) if not self.blank_share(n, micro))
+        return sorted({n for n in (below, above) if n is not None})
+
+    def _sizes(self, count: int, micro: int) -> tuple[int, int, int]:
+        """Rows of a micro-batch, passes of a step, and those before the second half (0 without halves)."""
+        rows = min(micro, count)
+        parts = -(-count // rows)
+        middle = parts // 2 if self.halves else 0
+        first_half = -(-middle // self.data_size)
+        least = first_half + -(-(parts - middle) // self.data_size)
+        return rows, next(n for n in naturals(least) if self.can_run(n)), first_half
+
+
+def load_share(samples: Samples, assignment: Assignment, data_rank: int) -> Share:
+    """Read the samples of one data rank, and fill its micro-batches with blank rows to their usual shape."""
+    batches = [_collate(samples, indices, assignment) for indices in assignment.ranks[data_rank]]
+    return Share(batches, assignment.passes, assignment.workers, assignment.first_half)
+
+
+def _collate(samples: Samples, indices: range, assignment: Assignment) -> MicroBatch:
+    rows = [samples[index] for index in indices]
+    if len(rows) < assignment.rows:
+        like = rows[0] if rows else samples[assignment.ranks[0][0][0]]
+        blank = Sample(like.tokens, np.full_like(like.targets, IGNORED), like.documents)
+        rows += [blank] * (assignment.rows - len(rows))
+    return MicroBatch.collate(rows)
