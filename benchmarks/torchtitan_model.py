@@ -1,6 +1,6 @@
 """Whether our Llama and torchtitan's are one function: losses and gradients for the same weights and tokens, on a CPU.
 
-    python benchmarks/same_loss.py
+    python benchmarks/torchtitan_model.py
 
 The rates of `beside_torchtitan.py` are comparable because they are; each system draws its own initial weights there. Float64
 but for torchtitan's rotary positions, which are fp32; a small model with grouped heads. torchtitan turns neighbouring pairs of
