@@ -13,7 +13,7 @@ import torch
 
 from meshloom.data.batch import IGNORED, MicroBatch
 from meshloom.parallel.engine import Engine
-from support.parity import Work, build, step
+from support.parity import Work, build, equal_share, step
 from support.ranks import run_ranks
 
 DIM, LAYERS, LR, DECAY = 64, 3, 1e-3, 0.1
@@ -64,7 +64,7 @@ def shrunk(rank: int, world_size: int, work: Work) -> dict[str, float]:
     engine = build(work, world_size)
     before = weights(engine)
     nothing = torch.full((2, 8), IGNORED)
-    engine.accumulate([MicroBatch(torch.zeros_like(nothing), nothing)], torch.tensor(1.0, dtype=torch.float64))
+    engine.accumulate(equal_share([MicroBatch(torch.zeros_like(nothing), nothing)]), torch.tensor(1.0, dtype=torch.float64))
     engine.update(LR)
     return of_each_kind({n: 1 - float((w / before[n]).nanmedian()) for n, w in weights(engine).items()})
 
