@@ -52,7 +52,7 @@ def test_stopping_and_resuming_on_the_same_layout_changes_no_bit(tmp_path: Path,
         tmp_path / "cut",
         "trainer.steps=8",
         "checkpoint.every=3",
-        "trainer.hooks=[{_target_:run_hooks.Signal,step:3,rank:0,name:SIGTERM}]",
+        "trainer.hooks=[{_target_:support.run_hooks.Signal,step:3,rank:0,name:SIGTERM}]",
     )
     stopped = rows(tmp_path / "cut", "loss")
     assert max(stopped) < 8
@@ -94,7 +94,7 @@ def test_a_batch_size_that_changes_loses_and_repeats_no_sample(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(tmp_path: Path, name: str) -> None:
-    hook = f"trainer.hooks=[{{_target_:run_hooks.Signal,step:2,rank:1,name:{name}}}]"
+    hook = f"trainer.hooks=[{{_target_:support.run_hooks.Signal,step:2,rank:1,name:{name}}}]"
     go(2, tmp_path, "trainer.steps=50", hook)
     last = max(rows(tmp_path, "loss"))
     assert last < 8
@@ -120,7 +120,7 @@ def test_a_job_that_is_started_again_begins_where_it_was_told_only_once(tmp_path
 
 def test_what_belongs_to_one_run_stays_with_it(tmp_path: Path) -> None:
     """A wandb run goes on in a resumed run, wherever its folder is now, but a branch has one of its own."""
-    hook = "trainer.hooks=[{_target_:run_hooks.Name}]"
+    hook = "trainer.hooks=[{_target_:support.run_hooks.Name}]"
     go(1, tmp_path / "trunk", hook, "trainer.steps=2")
     go(1, tmp_path / "branch", hook, "trainer.steps=3", f"resume={tmp_path / 'trunk'}")
     assert (tmp_path / "branch" / "name").read_text() == "branch"
@@ -132,7 +132,7 @@ def test_what_belongs_to_one_run_stays_with_it(tmp_path: Path) -> None:
 
 
 def test_the_first_steps_numbers_come_at_once_and_the_others_one_step_late(tmp_path: Path) -> None:
-    go(1, tmp_path, "trainer.hooks=[{_target_:run_hooks.Arrivals}]", "trainer.steps=4", "trainer.eval_every=0")
+    go(1, tmp_path, "trainer.hooks=[{_target_:support.run_hooks.Arrivals}]", "trainer.steps=4", "trainer.eval_every=0")
     lines = ["begin 1", "row 1", "begin 2", "begin 3", "row 2", "begin 4", "row 3", "row 4"]
     assert (tmp_path / "arrivals").read_text().splitlines() == lines
 
@@ -316,7 +316,7 @@ def ended(rank: int, world_size: int, overrides: list[str]) -> int | str:
 def test_a_process_that_can_not_begin_ends_the_others_without_a_word(
     tmp_path: Path, config: bool, said: str, code: int
 ) -> None:
-    hook = f"trainer.hooks=[{{_target_:run_hooks.Refuse,rank:1,config:{str(config).lower()}}}]"
+    hook = f"trainer.hooks=[{{_target_:support.run_hooks.Refuse,rank:1,config:{str(config).lower()}}}]"
     first, second, third = run_ranks(3, ended, [f"output_dir={tmp_path}", hook, "batch.samples=12"])
     assert said in str(second)
     assert first == third == code
@@ -389,7 +389,7 @@ def diverging(rank: int, world_size: int, overrides: list[str]) -> tuple[int, bo
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(tmp_path: Path, mode: str) -> None:
-    overrides = ["trainer.hooks=[{_target_:run_hooks.Poison,step:4}]", f"checkpoint.mode={mode}"]
+    overrides = ["trainer.hooks=[{_target_:support.run_hooks.Poison,step:4}]", f"checkpoint.mode={mode}"]
     results = run_ranks(2, diverging, [f"output_dir={tmp_path}", "trainer.steps=9", "checkpoint.every=2", *overrides])
     assert results == [(1, False), (1, False)]
     found = find_latest(tmp_path / "checkpoints")
@@ -405,6 +405,6 @@ def test_a_save_under_way_is_finished_before_a_diverged_run_ends(tmp_path: Path,
         sync(descriptor)
 
     monkeypatch.setattr("os.fsync", slow)
-    overrides = ["trainer.hooks=[{_target_:run_hooks.Poison,step:4}]", "checkpoint.mode=async", "checkpoint.every=2"]
+    overrides = ["trainer.hooks=[{_target_:support.run_hooks.Poison,step:4}]", "checkpoint.mode=async", "checkpoint.every=2"]
     assert run_ranks(2, diverging, [f"output_dir={tmp_path}", "trainer.steps=9", *overrides]) == [(1, False), (1, False)]
     assert str(find_latest(tmp_path / "checkpoints")).endswith("step-00000002")

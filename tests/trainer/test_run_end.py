@@ -92,7 +92,7 @@ def failed(rank: int, world_size: int, folder: str) -> list[str]:
             "trainer.steps=9",
             "checkpoint.every=1",
             "checkpoint.mode=async",
-            "trainer.hooks=[{_target_:run_hooks.Fail,step:3}]",
+            "trainer.hooks=[{_target_:support.run_hooks.Fail,step:3}]",
         ]
         body(rank, world_size, [f"output_dir={folder}", *words])
     FolderLock(Path(folder) / "checkpoints").release()
