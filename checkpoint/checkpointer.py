@@ -18,6 +18,7 @@ from .config import CheckpointConfig, checkpoint_problems
 from .control import Control
 from .device import Device
 from .errors import CheckpointError
+from .identity import RunIdentity
 from .manifest import state_fault
 from .memory.tier import MemoryTier, Predecessors
 from .planner import FREE, Planner
@@ -35,6 +36,7 @@ QUIET_SECONDS = 5.0  # that the end of a run may wait without saying what for
 class Checkpointer:
     """Saves to one folder of checkpoints. All ranks make the same calls in the same order.
 
+        checkpointer.begin_run(run, commit)                  # whose checkpoints they are
         checkpointer.save(step, engine.fragments(), state)   # after an update; returns at once in mode async
         …                                                    # forward and backward of the next step
         checkpointer.before_update()                         # just before the optimizer changes the tensors
@@ -85,6 +87,14 @@ class Checkpointer:
             predecessors=None if local is None else Predecessors(local),
             config=config,
         )
+
+    def begin_run(self, run: RunIdentity, after: int = 0) -> None:
+        """Say which run saves here, before the first save. Another run's checkpoints are moved aside.
+
+        after: number of the commit that the run goes on from (`RestoreReport.commit`).
+        """
+        if self.control.rank == 0:
+            self._target.take_over(run, after)
 
     def prepare(self, fragments: Iterable[Fragment]) -> None:
         """Make the plan and the snapshot memory now, so that the first save costs no more than the others. Optional.

@@ -20,15 +20,16 @@ from typing import Protocol
 from .errors import CheckpointError
 from .faults import reach
 from .files import LocalFiles, RemoteFiles, open_files
-from .folder import LATEST, check_lengths, load_manifest, step_name, step_of, steps_newest_first
+from .folder import LATEST, check_lengths, list_steps, load_manifest, step_name, step_of, steps_newest_first
+from .identity import RunIdentity
 from .lease import Lease
 from .lock import FolderLock
 from .manifest import MANIFEST, Manifest
+from .takeover import SAVES, take_over, take_over_remote
 from .writing.disk import delete_folder, hide_folder, move_into_place, replace_small, sync_folder, write_small
 
 log = logging.getLogger(__name__)
 
-SAVES = "saves.jsonl"
 _LEFTOVER = re.compile(r"(step-\d{8,})\.(?:.+\.)?(tmp|replaced|deleted)-[0-9a-f]+")  # the last suffix says what it is
 _TOKENED = re.compile(r"rank-\d{5,}-[0-9a-f]{12}\.(safetensors|leaves)")
 
@@ -42,6 +43,20 @@ class Target(Protocol):
 
     def place(self, step: int, token: str) -> str:
         """Path or URL of the folder that the ranks write a save into."""
+        ...
+
+    run: RunIdentity | None
+    """The run that saves here, once `take_over` has named it."""
+
+    def take_over(self, run: RunIdentity, after: int) -> None:
+        """Coordinator: the folder is this run's from now on; say what becomes of another run's steps.
+
+        after: number of the commit that the run goes on from; its own have higher ones.
+        """
+        ...
+
+    def next_commit(self) -> int:
+        """Coordinator: the number of the next commit."""
         ...
 
     def begin(self, step: int, token: str) -> None:
@@ -85,15 +100,18 @@ class LocalTarget:
 
     def __init__(self, path: Path, coordinator: bool) -> None:
         self.path = path
+        self.run: RunIdentity | None = None
+        self._commit = 0
         self._lock: FolderLock | None = None
         self._leftovers: list[Path] = []  # under names that no step has
-        # A step that is there but not yet named by LATEST would count as one that the run was set back from, and be pruned.
+        # A step that gets its name again while old steps are chosen and hidden must not be taken for the one it replaces.
         self._announcing = threading.Lock()
         if coordinator:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(path)
             try:
                 self._clear()
+                self._commit = list_steps(LocalFiles(path)).commit
             except BaseException:
                 self.close()  # or the next try would be told of another run
                 raise
@@ -105,6 +123,16 @@ class LocalTarget:
     def place(self, step: int, token: str) -> str:
         """See Target."""
         return str(self.path / f"{step_name(step)}.tmp-{token}")
+
+    def take_over(self, run: RunIdentity, after: int) -> None:
+        """See Target."""
+        take_over(self.path, run)
+        self.run, self._commit = run, max(self._commit, after)
+
+    def next_commit(self) -> int:
+        """See Target."""
+        self._commit += 1
+        return self._commit
 
     def begin(self, step: int, token: str) -> None:
         """See Target."""
@@ -135,14 +163,14 @@ class LocalTarget:
 
     def prune(self, keep: int) -> list[str]:
         """See Target."""
+        fault = ""
         with self._announcing:
             doomed = steps_to_prune(LocalFiles(self.path), keep)
-        fault = ""
-        for name in doomed:
-            try:
-                self._leftovers.append(hide_folder(self.path / name, "prune"))
-            except OSError as error:
-                fault = str(error)
+            for name in doomed:
+                try:
+                    self._leftovers.append(hide_folder(self.path / name, "prune"))
+                except OSError as error:
+                    fault = str(error)
         fault = self._delete_leftovers("prune") or fault
         if doomed:
             sync_folder(self.path, "prune.folder")
@@ -195,6 +223,8 @@ class RemoteTarget:
 
     def __init__(self, files: RemoteFiles, coordinator: bool) -> None:
         self.files = files
+        self.run: RunIdentity | None = None
+        self._commit = list_steps(files).commit if coordinator else 0
         self._lease = Lease(files) if coordinator else None
         self._announcing = threading.Lock()  # as LocalTarget's
         self._committed: Manifest | None = None
@@ -207,6 +237,16 @@ class RemoteTarget:
     def place(self, step: int, token: str) -> str:
         """See Target."""
         return self.files.label(step_name(step))
+
+    def take_over(self, run: RunIdentity, after: int) -> None:
+        """See Target."""
+        take_over_remote(self.files, run)
+        self.run, self._commit = run, max(self._commit, after)
+
+    def next_commit(self) -> int:
+        """See Target."""
+        self._commit += 1
+        return self._commit
 
     def begin(self, step: int, token: str) -> None:
         """See Target."""

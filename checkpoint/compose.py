@@ -16,8 +16,8 @@ from .commit import new_token, open_target
 from .digest import LEAF_BYTES, block_digests, leaf_digests
 from .dtypes import bytes_of, in_panels, name_of
 from .errors import CheckpointError
-from .files import is_remote
-from .folder import step_name
+from .files import is_remote, open_files
+from .folder import list_steps, step_name
 from .manifest import Manifest, StoredArray, StoredFile, state_fault
 from .plan import Declaration, fill_boxes, lay_out, make_plan
 from .writing.disk import sync_folder, write_small
@@ -44,7 +44,7 @@ def compose(folder: str | Path, step: int, sources: Sequence[Source], state: dic
     """Write and commit a step with these arrays. Host memory holds one array at a time. Returns the step's folder.
 
     Arrays without elements have nothing to store and are left out. Raises CheckpointError for a state that is not plain
-    JSON, a type that can't be stored, two arrays of one name, or a folder in use.
+    JSON, a type that can't be stored, two arrays of one name, or a folder that a run is using or has saved into.
     """
     sources = [source for source in sources if 0 not in source.shape]
     if is_remote(folder):
@@ -59,6 +59,8 @@ def compose(folder: str | Path, step: int, sources: Sequence[Source], state: dic
     plan = make_plan([declarations])
     layout = lay_out(declarations, plan.pieces[0])
     token = new_token()
+    if list_steps(open_files(folder)).run is not None:
+        raise CheckpointError(f"{folder} holds a run's checkpoints, which an import must not mix with; give another folder")
     target = open_target(folder, coordinator=True)
     try:
         target.begin(step, token)
@@ -80,7 +82,7 @@ def compose(folder: str | Path, step: int, sources: Sequence[Source], state: dic
             sync_folder(place, "data.folder")
             files = [StoredFile(name, layout.bytes, leaves, block_digests(bytes(output.digests)))] if layout.bytes else []
             arrays: dict[str, StoredArray] = fill_boxes(plan.arrays, [layout])
-            manifest = Manifest(step, 1, state, files, arrays)
+            manifest = Manifest(step, 1, state, files, arrays, commit=target.next_commit())
             target.commit(manifest, manifest.encode(), token)
         except BaseException:
             target.discard(step, token)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from .digest import DIGEST_BYTES
 from .errors import CheckpointError, DamageError
-from .files import Files, LocalFiles, is_remote, open_files
+from .files import Files, is_remote, open_files
+from .identity import RunIdentity
 from .manifest import MANIFEST, Manifest, StoredFile, prove_coverage
 
 log = logging.getLogger(__name__)
 
 LATEST = "LATEST"
+OWNER = "run.json"
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -84,21 +88,94 @@ def length_faults(files: Files, manifest: Manifest, file: StoredFile) -> Iterato
             yield DamageError(files.label(name), f"the file has {size} bytes, not {expected}")
 
 
-def steps_newest_first(files: Files) -> list[str]:
-    """Names of the folders of finished steps, the one to resume from first.
+@dataclass(frozen=True)
+class StepListing:
+    """The finished steps of a folder of checkpoints.
 
-    `LATEST` names the last one committed. A step that was committed after it (a crash came before `LATEST` was replaced)
-    goes before it; then come the older steps, then the later steps that a run had reached before it was set back.
+    run    id of the run that the folder belongs to; None: no run has saved here, only imports
+    heads  name → manifest without arrays, of every finished step; None: it can't be read
+    names  of the run's own steps, the one to resume from first
     """
-    names = [name for name in files.names() if step_of(name) is not None and _is_finished(files, name)]
-    names.sort(key=lambda name: step_of(name) or 0, reverse=True)
-    latest = _latest(files)
-    if latest not in names:
-        return names
-    at = names.index(latest)
-    later = names[:at]
-    unannounced = [name for name in later if _is_younger(files, name)]
-    return [*unannounced, *names[at:], *(name for name in later if name not in unannounced)]
+
+    run: str | None
+    heads: dict[str, Manifest | None]
+    names: list[str]
+
+    @property
+    def commit(self) -> int:
+        """Number of the last commit in the folder; 0: none has one."""
+        return max((head.commit for head in self.heads.values() if head is not None), default=0)
+
+
+def steps_newest_first(files: Files) -> list[str]:
+    """Names of the folders of the finished steps of a folder's run, the one to resume from first. See `list_steps`."""
+    return list_steps(files).names
+
+
+def list_steps(files: Files) -> StepListing:
+    """Read the manifests of a folder of checkpoints, and put the steps of its run in order.
+
+    The newest step is the one that was committed last, by the numbers in the manifests. Then come the older steps, then the
+    later steps that the run had reached before it was set back. `LATEST` is a hint: it decides among steps of format
+    versions 1 and 2, which have no numbers, and it names the step that was newest where that one's manifest can't be read.
+
+    Steps of other runs are left out. Imports count as long as the run has saved nothing itself. A step whose manifest can't be
+    read counts, so that whoever opens it is told.
+    """
+    heads = {name: _head(files, name) for name in files.names() if step_of(name) is not None and _is_finished(files, name)}
+    run = _owner(files, heads)
+    own = _steps_of(run, heads)
+    return StepListing(run, heads, _in_order(own, _latest(files)))
+
+
+def read_owner(files: Files) -> RunIdentity | None:
+    """The run that a folder was last taken over by; None: no run has said so, or what it said can't be read."""
+    try:
+        return RunIdentity.from_dict(json.loads(files.read(OWNER)))
+    except FileNotFoundError:
+        return None
+    except (CheckpointError, ValueError, KeyError, TypeError) as error:
+        log.warning("whose checkpoints these are is told by the newest one: %s: %s", files.label(OWNER), error)
+        return None
+
+
+def _head(files: Files, name: str) -> Manifest | None:
+    try:
+        return load_manifest(files.child(name), arrays=False)
+    except CheckpointError:
+        return None
+
+
+def _owner(files: Files, heads: dict[str, Manifest | None]) -> str | None:
+    owner = read_owner(files)
+    if owner is not None:
+        return owner.id
+    saved = [head for head in heads.values() if head is not None and head.run is not None]
+    newest = max(saved, key=lambda head: (head.commit, head.step), default=None)
+    return None if newest is None or newest.run is None else newest.run.id
+
+
+def _steps_of(run: str | None, heads: dict[str, Manifest | None]) -> dict[str, Manifest | None]:
+    def belongs(head: Manifest | None) -> bool:
+        return head is None or (head.run is not None and head.run.id == run)
+
+    own = {name: head for name, head in heads.items() if belongs(head)}
+    if any(own.values()):
+        return own
+    return {name: head for name, head in heads.items() if belongs(head) or (head is not None and head.run is None)}
+
+
+def _in_order(heads: dict[str, Manifest | None], latest: str | None) -> list[str]:
+    names = sorted(heads, key=lambda name: step_of(name) or 0, reverse=True)
+    counted = {name: head for name, head in heads.items() if head is not None and head.commit > 0}
+    newest = max(counted, key=lambda name: counted[name].commit, default=latest if latest in heads else None)
+    if newest is not None:
+        at = names.index(newest)
+        names = [*names[at:], *names[:at]]
+    if latest is not None and latest in heads and heads[latest] is None:
+        names.remove(latest)
+        names.insert(0, latest)
+    return names
 
 
 def find_latest(folder: str | Path) -> Path | str | None:
@@ -131,14 +208,3 @@ def _latest(files: Files) -> str | None:
     except DamageError as error:
         log.warning("the newest step is told by its number: %s", error)
         return None
-
-
-def _is_younger(files: Files, name: str) -> bool:
-    """Whether a step was finished after LATEST was last replaced. Only local file systems can tell."""
-    if not isinstance(files, LocalFiles):
-        return False
-    manifest, latest = files.path / name / MANIFEST, files.path / LATEST
-    try:
-        return manifest.stat().st_mtime_ns > latest.stat().st_mtime_ns
-    except FileNotFoundError:  # deleted meanwhile, by the run that saves here
-        return False

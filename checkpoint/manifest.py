@@ -11,10 +11,11 @@ from ..parallel.fragment import Box
 from .coverage import tiling_fault
 from .digest import BLOCK_BYTES, HASH_NAME, LEAF_BYTES, text_digest
 from .errors import CheckpointError, DamageError
+from .identity import UNNAMED, RunIdentity
 
 FORMAT = "meshloom-checkpoint"
-VERSION = 2
-KNOWN = (1, 2)  # version 1 had no panels: what it would have stored as panels were boxes of their own
+VERSION = 3
+KNOWN = (1, 2, 3)  # version 1 had no panels, versions 1 and 2 neither run nor commit: docs/checkpoint.md
 MANIFEST = "manifest.json"
 _ARRAYS_LINE = b'\n"arrays": {'
 _DIGEST_LINE = b'"digest": "'
@@ -95,7 +96,11 @@ class StoredFile:
 
 @dataclass
 class Manifest:
-    """Everything about a checkpoint except the arrays' bytes."""
+    """Everything about a checkpoint except the arrays' bytes.
+
+    run     the run that saved it; None for an import
+    commit  number of the commit among those of its folder, which rises with each; 0: from before commits were counted
+    """
 
     step: int
     world_size: int
@@ -104,6 +109,8 @@ class Manifest:
     arrays: dict[str, StoredArray]
     leaf_bytes: int = LEAF_BYTES
     block_bytes: int = BLOCK_BYTES
+    run: RunIdentity | None = None
+    commit: int = 0
 
     @property
     def bytes(self) -> int:
@@ -121,6 +128,8 @@ class Manifest:
             f'"version": {VERSION},',
             f'"step": {self.step},',
             f'"world_size": {self.world_size},',
+            f'"run": {_compact(None if self.run is None else self.run.as_dict())},',
+            f'"commit": {self.commit},',
             f'"hash": {json.dumps(HASH_NAME)},',
             f'"leaf_bytes": {self.leaf_bytes},',
             f'"block_bytes": {self.block_bytes},',
@@ -166,6 +175,8 @@ class Manifest:
             arrays={key: _array_from_json(entry) for key, entry in content["arrays"].items()},
             leaf_bytes=content["leaf_bytes"],
             block_bytes=content["block_bytes"],
+            run=_run_of(content),
+            commit=content.get("commit", 0),
         )
 
 
@@ -199,6 +210,13 @@ def state_fault(state: dict[str, Any]) -> str | None:
     if json.loads(text) != state:
         return "the state changes on its way through JSON (tuples, or keys that are not strings); use lists and string keys"
     return None
+
+
+def _run_of(content: dict[str, Any]) -> RunIdentity | None:
+    """The run that saved a manifest of any version. Before version 3 only its progress told a run's from an import."""
+    if content["version"] < 3:
+        return UNNAMED if "progress" in content["state"] else None
+    return None if content["run"] is None else RunIdentity.from_dict(content["run"])
 
 
 def _compact(value: Any) -> str:

@@ -19,9 +19,10 @@ from .control import Control, Round
 from .dtypes import as_tensor, name_of
 from .errors import CheckpointError, DamageError
 from .files import Files, is_remote, open_files
-from .folder import load_manifest, open_step, step_of, steps_newest_first
+from .folder import StepListing, list_steps, load_manifest, open_step, step_of
+from .identity import RunIdentity
 from .manifest import MANIFEST, Manifest, StoredArray
-from .memory.tier import find_recovery, manifest_of, open_recovery
+from .memory.tier import Recovery, find_recovery, manifest_of, open_recovery
 from .reader import Raw, Reader
 from .shared_reader import SharedReader
 
@@ -35,6 +36,8 @@ class RestoreReport:
 
     source      the step folder that was restored
     state       the plain JSON that was saved with it
+    run         the run that saved it; None: an import
+    commit      number of its commit
     missing     fragments that the checkpoint has nothing for: left as they were (never when strict)
     mismatched  fragments whose stored array has another shape: left as they were (never when strict)
     unused      arrays of the checkpoint that no rank asked for (none when strict)
@@ -45,6 +48,8 @@ class RestoreReport:
     source: str
     step: int
     state: dict[str, Any]
+    run: RunIdentity | None = None
+    commit: int = 0
     missing: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
@@ -172,12 +177,24 @@ def _found_in(location: str | Path) -> list[str]:
     base = str(location).rstrip("/")
     if _is_step(location):
         return [base]
-    names = steps_newest_first(open_files(location))
-    found = [f"{base}/{name}" for name in names]
+    listing = list_steps(open_files(location))
+    found = [f"{base}/{name}" for name in listing.names]
     in_memory = None if is_remote(location) else find_recovery(Path(location))
-    if in_memory is not None and in_memory.step >= max((step_of(name) or 0 for name in names[:1]), default=0):
+    if in_memory is not None and _is_newest(in_memory, listing):
         found.insert(0, _IN_MEMORY + in_memory.encode())
     return found
+
+
+def _is_newest(in_memory: Recovery, listing: StepListing) -> bool:
+    """Whether a version in the keepers' memory is of the folder's run, and no older than what that run has on the disk."""
+    try:
+        version = manifest_of(in_memory.encode())
+    except CheckpointError:
+        return False  # its keeper has gone
+    if listing.run is not None and (version.run is None or version.run.id != listing.run):
+        return False
+    newest = listing.heads[listing.names[0]] if listing.names else None
+    return newest is None or (version.commit, version.step) >= (newest.commit, newest.step)
 
 
 def _open(candidate: str, location: str | Path, talk: Round, attempt: int) -> Files:
@@ -198,7 +215,7 @@ class _Match:
 def _match(files: Files, fragments: Sequence[Fragment], strict: bool) -> _Match:
     """Check what can be checked without the data."""
     manifest = open_step(files)
-    report = RestoreReport(files.label(), manifest.step, manifest.state)
+    report = RestoreReport(files.label(), manifest.step, manifest.state, manifest.run, manifest.commit)
     wanted: list[tuple[Fragment, StoredArray]] = []
     for fragment in fragments:
         array = manifest.arrays.get(fragment.key)

@@ -20,6 +20,7 @@ from .commit import file_names, new_token
 from .control import Round
 from .errors import CheckpointError
 from .faults import reach
+from .identity import RunIdentity
 from .manifest import Manifest, StoredArray, StoredFile
 from .plan import FileLayout
 from .planner import DISK_BUSY, FREE, NO_MEMORY
@@ -110,6 +111,8 @@ class Save:
         self._layouts: list[FileLayout] = []  # of all ranks, and the arrays: this save's, whatever later saves plan
         self._arrays: dict[str, StoredArray] = {}
         self._arrays_text = ""
+        self._identity: RunIdentity | None = None
+        self._commit = 0
 
     @property
     def ended(self) -> bool:
@@ -241,6 +244,7 @@ class Save:
             reason = f"the disk is slower than the schedule: rank {notes.index(DISK_BUSY)} is still at an earlier save, {taken}"
             disk = False
         self._layouts, self._arrays, self._arrays_text = planner.layouts, planner.arrays, planner.arrays_text
+        self._identity, self._commit = tools.target.run, tools.target.next_commit()  # in memory and on the disk the same
         token = new_token()
         if disk:
             tools.target.begin(self.step, token)
@@ -363,7 +367,7 @@ class Save:
                 raise CheckpointError(f"rank {rank} wrote {message.get('bytes', 0)} bytes, the plan has {layout.bytes} for it")
             if layout.bytes:
                 files.append(StoredFile(message["name"], message["bytes"], message["leaves"], message["blocks"]))
-        return Manifest(self.step, len(messages), self.state, files, self._arrays)
+        return Manifest(self.step, len(messages), self.state, files, self._arrays, run=self._identity, commit=self._commit)
 
     def _tidy(self, tools: Tools) -> None:
         """What earlier saves and runs have left goes after this one is safe, and can't undo it, whatever happens."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..parallel.fragment import Box
-from .commit import SAVES, open_target
+from .commit import open_target
 from .coverage import describe
 from .digest import block_digests, leaf_digests
 from .dtypes import as_tensor, same_bits
@@ -21,6 +21,7 @@ from .folder import length_faults, load_manifest, open_manifest, open_step, step
 from .manifest import MANIFEST, Manifest, StoredArray, entry_shape
 from .plan import cut_rows
 from .reader import Reader
+from .takeover import SAVES
 
 # Host memory for one part of an array that is read, compared or exported.
 PART_BYTES = 64 * 2**20

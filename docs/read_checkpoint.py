@@ -1,4 +1,4 @@
-"""Read a Meshloom checkpoint with `numpy` and `safetensors` alone: a second reader of docs/checkpoint.md, formats 1 and 2.
+"""Read a Meshloom checkpoint with `numpy` and `safetensors` alone: a second reader of docs/checkpoint.md, formats 1 to 3.
 
     python read_checkpoint.py step-00000200                       # what is in it
     python read_checkpoint.py step-00000200 weight/norm.weight    # one array, put together from its boxes
@@ -34,8 +34,8 @@ class Checkpoint:
         if not text.endswith('"\n}\n') or '\n"digest": "' not in text:
             raise ValueError(f"{self.folder}: the manifest is cut off")
         self.manifest = json.loads(text)
-        if self.manifest["format"] != "meshloom-checkpoint" or self.manifest["version"] > 2:
-            raise ValueError(f"{self.folder}: not a meshloom-checkpoint of version 1 or 2")
+        if self.manifest["format"] != "meshloom-checkpoint" or self.manifest["version"] > 3:
+            raise ValueError(f"{self.folder}: not a meshloom-checkpoint of version 1, 2 or 3")
         self.step, self.state, self.arrays = (self.manifest[key] for key in ("step", "state", "arrays"))
         for file in self.manifest["files"]:
             if (self.folder / file["name"]).stat().st_size != file["bytes"]:
@@ -79,7 +79,8 @@ def main():
     if len(sys.argv) > 2:
         print(checkpoint[sys.argv[2]])
         return
-    print(f"step {checkpoint.step}, saved by {checkpoint.manifest['world_size']} ranks; state: {sorted(checkpoint.state)}")
+    run = (checkpoint.manifest.get("run") or {}).get("id", "no run that it names")
+    print(f"step {checkpoint.step} of {run}, from {checkpoint.manifest['world_size']} ranks; state: {sorted(checkpoint.state)}")
     for key, array in checkpoint.arrays.items():
         print(f"{key}  {array['dtype']}{array['shape']}  {len(array['boxes'])} boxes")
 

@@ -24,6 +24,7 @@ from ..optim.progress import Progress
 from ..parallel.fragment import Fragment
 from .build import Run, build_control, checkpoint_folder
 from .hooks.base import named
+from .identity import Origin, is_own
 from .loop import Loop
 from .schema import RunConfig
 
@@ -39,6 +40,11 @@ def goes_on(resume: str) -> bool:
     return resume == "auto" or resume.startswith(FROM)
 
 
+def resumes_own(resume: str) -> bool:
+    """Whether this process goes on with what the run has saved: it was told so, or torchrun has restarted it."""
+    return goes_on(resume) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
     """The checkpoint that `resume` names.
 
@@ -49,7 +55,7 @@ def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
     Raises ConfigError if a path was given that holds no complete checkpoint, or a folder can't be looked into.
     """
     wanted = str(config.resume)
-    if goes_on(wanted) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+    if resumes_own(wanted):
         folder = checkpoint_folder(config)  # not a step: `restore` passes over a damaged one, and asks the keepers' memory
         try:
             if holds_checkpoint(folder):
@@ -126,17 +132,17 @@ def lies_in(checkpoint: Path | str, folder: str) -> bool:
     return inner.is_relative_to(outer)
 
 
-def restore_run(run: Run, checkpoint: Path | str, *, strict: bool, branch: bool = False) -> None:
+def restore_run(run: Run, checkpoint: Path | str, folder: str, *, strict: bool) -> Origin:
     """Put a checkpoint's arrays and counters into a freshly built run; of imported ones (fine-tuning), the weights alone.
 
+    folder: of the run's own checkpoints. Of another run's, what belongs to that one (`Hook.of_one_run`) is left to it.
     strict: refuse optimizer state that does not fit (CheckpointError). Otherwise what fits is loaded and the rest reported.
-    branch: another run saved it, so what belongs to that one (`Hook.of_one_run`) is left to it.
     """
     loop = run.loop
     stated = read_state(checkpoint)
     if _is_import(stated):
-        _restore_weights(loop, checkpoint)
-        return
+        report = _restore_weights(loop, checkpoint)
+        return Origin(report.run, report.step, report.commit, own=False)
     _same_tokens(stated, run.data, checkpoint)
     loop.engine.prepare_restore()
     report = _restore(loop, checkpoint, list(loop.engine.fragments()), strict=strict)
@@ -154,9 +160,11 @@ def restore_run(run: Run, checkpoint: Path | str, *, strict: bool, branch: bool 
     loop.progress = Progress(**state["progress"])
     # A run that goes on under a measuring controller keeps the size it had come to, whatever had chosen that.
     loop.controller.load_state_dict({"target": loop.progress.batch, **state["controller"]})
+    own = lies_in(checkpoint, folder) and is_own(report.run, folder)
     for name, hook in named(loop.hooks).items():
-        if not (branch and hook.of_one_run):
+        if own or not hook.of_one_run:
             hook.load_state_dict(state["hooks"].get(name, {}))
+    return Origin(report.run, report.step, report.commit, own)
 
 
 def _same_tokens(state: dict[str, Any], data: DataNode, checkpoint: Path | str) -> None:
@@ -185,11 +193,13 @@ def _is_import(state: dict[str, Any]) -> bool:
     return "progress" not in state
 
 
-def _restore_weights(loop: Loop, checkpoint: Path | str) -> None:
+def _restore_weights(loop: Loop, checkpoint: Path | str) -> RestoreReport:
     """Begin a run from imported weights: step 0, fresh optimizer state. Raises ConfigError on all ranks if some don't fit."""
     weights = [fragment for fragment in loop.engine.fragments() if fragment.role == "weight"]
-    _refuse_other_weights(loop, checkpoint, _restore(loop, checkpoint, weights, strict=False))
+    report = _restore(loop, checkpoint, weights, strict=False)
+    _refuse_other_weights(loop, checkpoint, report)
     loop.engine.load_counters(loop.engine.counters())
+    return report
 
 
 def _refuse_other_weights(loop: Loop, checkpoint: Path | str, report: RestoreReport) -> None:

@@ -20,9 +20,10 @@ from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, environment_world_size, pick_device
 from .all_ranks import FailedElsewhere, on_main, together
 from .build import Parts, Run, build_data, build_model, build_run, checkpoint_folder, engine_settings
+from .identity import Origin, identify, take_over_metrics
 from .layout_dependence import bent_rules
 from .loop import TrainingDiverged
-from .resume import effective, lies_in, restore_run
+from .resume import effective, restore_run, resumes_own
 from .signals import StopRequest
 from .validate import asked, run_problems
 
@@ -103,10 +104,10 @@ def _trained(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | 
     output_dir = Path(config.output_dir)
     current = build_run(config, data, mesh)
     try:
-        if checkpoint is not None:
-            branch = not lies_in(checkpoint, checkpoint_folder(config))
-            restore_run(current, checkpoint, strict=Parts.of(config).checkpoint.strict, branch=branch)
-        on_main(mesh, lambda: _describe(config, data, output_dir, anew=checkpoint is None))
+        folder, strict = checkpoint_folder(config), Parts.of(config).checkpoint.strict
+        origin = None if checkpoint is None else restore_run(current, checkpoint, folder, strict=strict)
+        on_main(mesh, lambda: _take_over(config, current, origin))
+        on_main(mesh, lambda: _describe(config, data, output_dir))
         if mesh.is_main:
             _warn_of_repetition(current)
         with stop:
@@ -139,13 +140,17 @@ def _looped(current: Run, stop: StopRequest) -> bool:
     return reached
 
 
-def _describe(config: DictConfig, data: DataNode, output_dir: Path, *, anew: bool) -> None:
-    """Leave the whole config and the tokenizer with the run, and say which rules it can't keep.
+def _take_over(config: DictConfig, current: Run, origin: Origin | None) -> None:
+    """Make the folders this run's. Nothing is in its way any more: what an earlier run has left there may be moved aside."""
+    resumes = resumes_own(str(config.resume))
+    identity = identify(origin, checkpoint_folder(config), resumes=resumes)
+    take_over_metrics(Path(config.output_dir), identity)
+    if current.saving is not None:
+        current.saving.begin_run(identity, 0 if origin is None or not origin.own else origin.commit)
 
-    Nothing is in the way of the run any more: what an earlier one left here may be replaced.
-    """
-    if anew and (output_dir / "metrics.jsonl").exists():
-        log.warning("%s holds an earlier run, which this one replaces (resume=auto would go on with it)", output_dir)
+
+def _describe(config: DictConfig, data: DataNode, output_dir: Path) -> None:
+    """Leave the whole config and the tokenizer with the run, and say which rules it can't keep."""
     (output_dir / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
     if data.tokenizer is not None:
         data.tokenizer.save(output_dir / "tokenizer.json")  # for `meshloom generate`, wherever the checkpoints go

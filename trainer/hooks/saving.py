@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...checkpoint.checkpointer import Checkpointer
+from ...checkpoint.identity import RunIdentity
 from ...checkpoint.report import SaveReport
 from ..loop import Loop
 from .base import Hook, named
@@ -34,6 +35,10 @@ class Saving(Hook):
         self._fixed = fixed
         self._saved_step = self._good_step = -1
         self._prepared = False
+
+    def begin_run(self, run: RunIdentity, after: int) -> None:
+        """Say whose checkpoints these are: see `Checkpointer.begin_run`."""
+        self._checkpointer.begin_run(run, after)
 
     def on_run_begin(self, loop: Loop) -> None:
         """A run that begins where a checkpoint is has nothing to save yet."""

@@ -1,0 +1,66 @@
+"""A folder of checkpoints gets another run: what the run before has saved there must not be taken for the new one's."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+from pathlib import Path
+
+from .files import LocalFiles, RemoteFiles
+from .folder import LATEST, OWNER, StepListing, list_steps
+from .identity import RunIdentity
+from .writing.disk import replace_small, sync_folder
+
+log = logging.getLogger(__name__)
+
+SAVES = "saves.jsonl"
+UNREADABLE = RunIdentity("unreadable")
+
+
+def take_over(path: Path, run: RunIdentity) -> None:
+    """Make a folder on a file system this run's. Another run's steps move into a folder of their own, with its log of saves.
+
+    That one, `replaced-<id>`, is a folder of checkpoints again. Nothing is moved for the run that has the folder already.
+    """
+    others = others_of(list_steps(LocalFiles(path)), run)
+    # First, so that from here on a crash leaves nothing that counts as this run's.
+    replace_small(path / OWNER, _encode(run), "owner")
+    for other, names in others.items():
+        place = _free_name(path, f"replaced-{other.id[:8]}")
+        place.mkdir()
+        (place / OWNER).write_bytes(_encode(other))
+        for name in (*names, LATEST, SAVES):
+            with contextlib.suppress(FileNotFoundError):
+                (path / name).rename(place / name)
+        sync_folder(path, "owner.folder")
+        log.warning("%s held another run's checkpoints: they are in %s now", path, place.name)
+
+
+def take_over_remote(files: RemoteFiles, run: RunIdentity) -> None:
+    """Make a folder on an object store this run's. Nothing can be renamed there: another run's steps stay, and don't count."""
+    others = others_of(list_steps(files), run)
+    files.write(OWNER, _encode(run))
+    for names in others.values():
+        log.warning("%s holds another run's checkpoints, which stay and no longer count: %s", files.label(), ", ".join(names))
+
+
+def others_of(listing: StepListing, run: RunIdentity) -> dict[RunIdentity, list[str]]:
+    """Steps that other runs have saved, by run. One that can't be read is this run's if it has saved here before."""
+    saved_by = {name: head.run if head else UNREADABLE for name, head in listing.heads.items()}
+    returns = any(saver is not None and saver.id == run.id for saver in saved_by.values())
+    others: dict[RunIdentity, list[str]] = {}
+    for name, saver in sorted(saved_by.items()):
+        if saver is not None and saver.id != run.id and not (saver == UNREADABLE and returns):
+            others.setdefault(saver, []).append(name)
+    return others
+
+
+def _free_name(folder: Path, name: str) -> Path:
+    numbered = (folder / f"{name}{f'-{number}' if number else ''}" for number in itertools.count())
+    return next(path for path in numbered if not path.exists())
+
+
+def _encode(run: RunIdentity) -> bytes:
+    return json.dumps(run.as_dict()).encode() + b"\n"

@@ -1,0 +1,180 @@
+"""Runs in one folder are never taken for each other, and the newest step is the one committed last."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from meshloom.checkpoint.checkpointer import Checkpointer
+from meshloom.checkpoint.compose import Source, compose
+from meshloom.checkpoint.control import Control
+from meshloom.checkpoint.digest import text_digest
+from meshloom.checkpoint.errors import CheckpointError
+from meshloom.checkpoint.files import open_files
+from meshloom.checkpoint.folder import find_latest, list_steps, steps_newest_first
+from meshloom.checkpoint.identity import UNNAMED, Parent, RunIdentity
+from meshloom.checkpoint.manifest import Manifest
+from meshloom.checkpoint.restore import holds_checkpoint, restore
+from meshloom.checkpoint.tools import prune
+from support.checkpoint_runs import open_run, restored_step, save_steps
+from support.checkpoint_worlds import fragments, make_arrays
+
+A, B = RunIdentity("a" * 32), RunIdentity("b" * 32, Parent("a" * 32, 20))
+
+
+def run_of(folder: Path, run: RunIdentity, *steps: int, **config: object) -> None:
+    """A run that takes the folder and saves there."""
+    checkpointer = open_run(folder, **config)
+    checkpointer.begin_run(run)
+    save(checkpointer, *steps)
+    checkpointer.finish()
+
+
+def save(checkpointer: Checkpointer, *steps: int) -> None:
+    for step in steps:
+        checkpointer.save(step, fragments(make_arrays(step), 1, 0)[0], {"step": step}, required=True)
+
+
+def names(folder: Path) -> list[str]:
+    return steps_newest_first(open_files(folder))
+
+
+def bring_in(folder: Path, step: int = 0) -> None:
+    compose(folder, step, [Source("w", "weight", torch.float32, (2,), lambda: torch.ones(2))], {})
+
+
+def head(step: Path) -> Manifest:
+    return Manifest.decode((step / "manifest.json").read_bytes(), str(step))
+
+
+def test_a_checkpoint_carries_its_run_and_the_run_its_parent(tmp_path: Path) -> None:
+    run_of(tmp_path, B, 30)
+    assert head(tmp_path / "step-00000030").run == B
+    report = restore(tmp_path, fragments(make_arrays(), 1, 0, blank=True)[0], Control.alone())
+    assert (report.run, report.commit) == (B, 1)
+    assert RunIdentity.from_dict(json.loads((tmp_path / "run.json").read_text())) == B
+    assert RunIdentity.new().id != RunIdentity.new().id
+
+
+def test_commits_are_counted_over_starts_and_replacements(tmp_path: Path) -> None:
+    run_of(tmp_path, A, 10, 20)
+    run_of(tmp_path, A, 10, 30)
+    assert {name: head(tmp_path / name).commit for name in names(tmp_path)} == {
+        "step-00000030": 4,
+        "step-00000010": 3,
+        "step-00000020": 2,
+    }
+
+
+def test_the_newest_step_is_the_one_committed_last_whatever_the_times_say(tmp_path: Path) -> None:
+    run_of(tmp_path, A, 10, 20, 30)
+    run_of(tmp_path, A, 15)  # set back
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (1, 1))
+    (tmp_path / "LATEST").write_text("step-00000030\n")  # as of a copy whose LATEST was copied first
+    assert names(tmp_path) == ["step-00000015", "step-00000010", "step-00000030", "step-00000020"]
+    assert restored_step(tmp_path) == 15
+    run_of(tmp_path, A, 20, keep=2)
+    assert names(tmp_path) == ["step-00000020", "step-00000015"]
+
+
+def test_a_step_that_can_not_be_read_is_told_of_where_it_was_the_newest(tmp_path: Path) -> None:
+    run_of(tmp_path, A, 10, 20)
+    (tmp_path / "step-00000020/manifest.json").write_text("{")
+    assert names(tmp_path)[0] == "step-00000020"
+    assert restored_step(tmp_path) == 10
+
+
+def test_another_runs_steps_are_moved_aside_and_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_of(tmp_path, A, 10, 20)
+    open_run(tmp_path).close()
+    assert restored_step(tmp_path) == 20  # nobody has taken the folder yet
+    checkpointer = open_run(tmp_path)
+    checkpointer.begin_run(B)
+    checkpointer.close()  # killed before its first save
+    assert caplog.text.count("held another run's checkpoints") == 1
+    assert not holds_checkpoint(tmp_path) and find_latest(tmp_path) is None
+    aside = tmp_path / "replaced-aaaaaaaa"
+    assert restored_step(aside) == 20
+    assert sorted(path.name for path in aside.iterdir()) == [
+        *("LATEST", "run.json", "saves.jsonl", "step-00000010", "step-00000020")
+    ]
+    run_of(tmp_path, B, 5)
+    assert names(tmp_path) == ["step-00000005"]
+    run_of(tmp_path, A, 7)
+    run_of(tmp_path, B, 8)
+    assert {path.name for path in tmp_path.glob("replaced-*")} == {
+        "replaced-aaaaaaaa",
+        "replaced-bbbbbbbb",
+        "replaced-aaaaaaaa-1",
+    }
+
+
+def test_steps_that_could_not_be_moved_do_not_count(tmp_path: Path) -> None:
+    run_of(tmp_path, A, 10, 20)
+    shutil.copytree(tmp_path, tmp_path / "kept", ignore=shutil.ignore_patterns("kept"))
+    run_of(tmp_path, B, 5, 6, 7)
+    for path in (tmp_path / "kept").glob("step-*"):
+        shutil.copytree(path, tmp_path / path.name)
+    assert names(tmp_path) == ["step-00000007", "step-00000006", "step-00000005"]
+    assert prune(tmp_path, 1) == ["step-00000006", "step-00000005"]
+    assert (tmp_path / "step-00000020").is_dir(), "retention of one run deleted another's"
+
+
+def test_without_a_word_of_whose_it_is_the_newest_step_tells(tmp_path: Path) -> None:
+    run_of(tmp_path / "a", A, 10)
+    run_of(tmp_path / "b", B, 5, 6)
+    shutil.copytree(tmp_path / "a/step-00000010", tmp_path / "b/step-00000010")
+    (tmp_path / "b/run.json").write_text("not JSON")
+    assert names(tmp_path / "b") == ["step-00000006", "step-00000005"]
+
+
+def test_an_import_does_not_count_beside_a_runs_own_steps(tmp_path: Path) -> None:
+    bring_in(tmp_path / "imp")
+    bring_in(tmp_path / "imp", 3)  # again, and another
+    assert names(tmp_path / "imp") == ["step-00000003", "step-00000000"]
+    checkpointer = open_run(tmp_path / "imp")
+    checkpointer.begin_run(A)
+    checkpointer.close()
+    assert names(tmp_path / "imp") == ["step-00000003", "step-00000000"], "a run that begins here begins from the import"
+    run_of(tmp_path / "imp", A, 2)
+    assert names(tmp_path / "imp") == ["step-00000002"]
+    with pytest.raises(CheckpointError, match="holds a run's checkpoints"):
+        bring_in(tmp_path / "imp", 9)
+
+
+def older(step: Path, version: int, state: dict[str, object]) -> None:
+    """Make a step one of an older version of the format (its arrays were stored alike)."""
+    manifest = head(step)
+    manifest.state = state
+    lines = manifest.encode().decode().splitlines()[:-2]
+    kept = [line for line in lines if not line.startswith(('"run"', '"commit"'))]
+    body = "\n".join(kept).replace('"version": 3', f'"version": {version}') + "\n"
+    (step / "manifest.json").write_text(f'{body}"digest": "{text_digest(body.encode())}"\n}}\n')
+
+
+def test_a_run_of_an_older_version_goes_on_in_its_folder(tmp_path: Path) -> None:
+    save_steps(tmp_path, 10, 20, 30)
+    for step in (10, 20, 30):
+        older(tmp_path / f"step-{step:08d}", 2, {"progress": {"step": step}})
+    (tmp_path / "LATEST").write_text("step-00000020\n")
+    listing = list_steps(open_files(tmp_path))
+    assert (listing.run, listing.commit) == (UNNAMED.id, 0)
+    assert listing.names == ["step-00000020", "step-00000010", "step-00000030"]  # it was set back
+    run_of(tmp_path, UNNAMED, 25)
+    assert names(tmp_path) == ["step-00000025", "step-00000020", "step-00000010", "step-00000030"]
+    with pytest.raises(CheckpointError, match="holds a run's checkpoints"):
+        bring_in(tmp_path)
+
+
+def test_an_import_of_an_older_version_is_no_run(tmp_path: Path) -> None:
+    bring_in(tmp_path)
+    older(tmp_path / "step-00000000", 2, {"imported_from": {}})
+    assert list_steps(open_files(tmp_path)).run is None
+    run_of(tmp_path, A, 1)
+    assert names(tmp_path) == ["step-00000001"]

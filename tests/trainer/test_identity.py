@@ -1,0 +1,85 @@
+"""Runs and their folders: a run keeps its identity, a branch notes its parent, and no run goes on with another's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshloom.checkpoint.files import open_files
+from meshloom.checkpoint.folder import list_steps
+from meshloom.checkpoint.restore import holds_checkpoint, read_state
+from support.ranks import run_ranks
+from support.tiny_run import body
+
+FAIL = "trainer.hooks=[{_target_:run_hooks.Fail,step:1}]"
+
+
+def go(folder: Path, *overrides: str, ranks: int = 1) -> None:
+    assert (
+        run_ranks(ranks, body, [f"output_dir={folder}", "trainer.eval_every=0", "schedule.warmup=0", *overrides]) == [0] * ranks
+    )
+
+
+def fail(folder: Path, *overrides: str) -> None:
+    with pytest.raises(AssertionError, match="a fault of the hook's"):
+        go(folder, FAIL, *overrides)
+
+
+def identity(folder: Path) -> dict[str, Any]:
+    found = json.loads((folder / "run.json").read_text())
+    assert found == json.loads((folder / "checkpoints/run.json").read_text())
+    return found
+
+
+def steps(folder: Path) -> list[int]:
+    return [row["step"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+
+
+def test_a_resumed_run_keeps_its_id_and_a_branch_notes_its_parent(tmp_path: Path) -> None:
+    go(tmp_path / "trunk", "trainer.steps=2")
+    trunk = identity(tmp_path / "trunk")
+    assert trunk["parent"] is None
+    go(tmp_path / "trunk", "trainer.steps=3", "resume=auto", ranks=2)
+    assert identity(tmp_path / "trunk") == trunk
+    go(tmp_path / "branch", "trainer.steps=4", f"resume={tmp_path}/trunk/checkpoints/step-00000002")
+    branch = identity(tmp_path / "branch")
+    assert branch["id"] != trunk["id"] and branch["parent"] == {"id": trunk["id"], "step": 2}
+    go(tmp_path / "trunk", "trainer.steps=4", f"resume={tmp_path}/trunk/checkpoints/step-00000002")  # set back
+    assert identity(tmp_path / "trunk") == trunk and steps(tmp_path / "trunk") == [1, 2, 3, 4]
+
+
+def test_a_run_killed_before_its_first_save_is_not_resumed_from_another(tmp_path: Path) -> None:
+    go(tmp_path, "trainer.steps=3")
+    first = identity(tmp_path)
+    fail(tmp_path, "trainer.steps=4", "resume=none")
+    second = identity(tmp_path)
+    assert second["id"] != first["id"] and not holds_checkpoint(tmp_path / "checkpoints")
+    go(tmp_path, "trainer.steps=2", "resume=auto")
+    assert identity(tmp_path) == second, "it was stopped before its first save, and is the same run"
+    assert steps(tmp_path) == [1, 2] and read_state(tmp_path / "checkpoints")["progress"]["step"] == 2
+    aside = tmp_path / f"checkpoints/replaced-{first['id'][:8]}"
+    assert list_steps(open_files(aside)).names == ["step-00000003"]
+    kept = (tmp_path / f"metrics.replaced-{first['id'][:8]}.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in kept if "loss" in row] == [1, 2, 3]
+
+
+def test_what_was_moved_aside_can_be_branched_off(tmp_path: Path) -> None:
+    go(tmp_path, "trainer.steps=2")
+    first = identity(tmp_path)
+    go(tmp_path, "trainer.steps=1", "resume=none")
+    go(tmp_path, "trainer.steps=4", f"resume={tmp_path}/checkpoints/replaced-{first['id'][:8]}")
+    assert identity(tmp_path)["parent"] == {"id": first["id"], "step": 2}
+    assert steps(tmp_path) == [3, 4]
+
+
+def test_a_run_that_is_refused_leaves_the_folder_to_the_other(tmp_path: Path) -> None:
+    go(tmp_path, "trainer.steps=2")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(AssertionError, match="does not have this model's weights"):
+        go(tmp_path, "trainer.steps=4", "checkpoint.strict=false", "model.dim=32", "resume=auto")
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path.name for path in after.keys() ^ before.keys()} <= {".lock", ".run.lock"}
+    assert all(after[path] == text for path, text in before.items() if "lock" not in path.name)
