@@ -14,7 +14,7 @@ from meshloom.checkpoint.restore import holds_checkpoint, read_state
 from support.ranks import run_ranks
 from support.tiny_run import body
 
-FAIL = "trainer.hooks=[{_target_:run_hooks.Fail,step:1}]"
+FAIL = "trainer.hooks=[{_target_:support.run_hooks.Fail,step:1}]"
 
 
 def go(folder: Path, *overrides: str, ranks: int = 1) -> None:
