@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..config.duration import Duration, Unit
@@ -35,7 +36,7 @@ class Horizon:
         return self.length.value
 
     def amount(self, duration: Duration, unit: Unit) -> float:
-        """`duration` counted in `unit`.
+        """`duration` counted in `unit`, at the batch that every step of the run has.
 
         Raises ValueError where that has no fixed answer: steps into tokens or samples while the batch size changes.
         """
@@ -53,6 +54,33 @@ class Horizon:
             assert here is not None
             return duration.value / here / self.batch
         return duration.value * self.batch * there
+
+    def reach(self, duration: Duration, unit: Unit, progress: Progress) -> float:
+        """The point of the run, counted in `unit`, that is `duration` after its start.
+
+        Up to `progress` by the batch's history, beyond it at today's batch; inf: beyond it, while the batch changes.
+        """
+        if duration.unit is Unit.FRACTION:
+            return self.convert(duration.value * self.total, self.unit, unit, progress)
+        return self.convert(duration.value, duration.unit, unit, progress)
+
+    def before_end(self, duration: Duration, progress: Progress) -> float:
+        """The point of the run, counted in the unit of its length, that is `duration` before its end: see `reach`."""
+        if duration.unit is Unit.FRACTION:
+            return self.total - duration.value * self.total
+        end = self.convert(self.total, self.unit, duration.unit, progress)
+        return self.convert(end - duration.value, duration.unit, self.unit, progress)
+
+    def convert(self, value: float, here: Unit, there: Unit, progress: Progress) -> float:
+        """A point of the run counted in `here`, counted in `there`: see `reach`."""
+        if here is there:
+            return value
+        ahead = not progress.history.points or value > self.position(progress, here)
+        if ahead and self.batch is None and Unit.STEPS in (here, there):
+            return math.inf
+        if progress.history.points:
+            return progress.history.convert(value, here, there, progress.point, self.seq_len)
+        return self.amount(Duration(value, here), there)
 
     def position(self, progress: Progress, unit: Unit) -> float:
         """How far the run has come at the beginning of the step, in `unit`."""

@@ -28,7 +28,6 @@ from ..data.loader import Loader
 from ..data.node import DataNode
 from ..models.costs import flops_per_token
 from ..models.llama import Llama
-from ..optim.batch.controller import Controller
 from ..optim.build import build_controller, build_optimizer, build_schedule, compares_halves
 from ..optim.horizon import Horizon
 from ..optim.optimizers.parameters import NamedParameter, Shards
@@ -163,9 +162,9 @@ def build_assigner(config: DictConfig, layout: Layout) -> Assigner:
     return Assigner(layout.data_size, can_run, compares_halves(config.optim))
 
 
-def build_coupling(config: DictConfig, controller: Controller) -> Coupling:
+def build_coupling(config: DictConfig) -> Coupling:
     """How the learning rate follows the batch; `optim.lr` is meant for the batch that the run starts with."""
-    return Coupling(config.optim.get("lr_coupling", "none"), controller.samples)
+    return Coupling(config.optim.get("lr_coupling", "none"))
 
 
 @dataclass
@@ -264,7 +263,7 @@ def _built(config: DictConfig, data: DataNode, mesh: Mesh, checkpointer: Checkpo
         batches=loader,
         controller=controller,
         schedule=build_schedule(config.schedule, config.optim.lr, horizon),
-        coupling=build_coupling(config, controller),
+        coupling=build_coupling(config),
         horizon=horizon,
         micro=config.batch.micro,
         flops_per_token=flops,

@@ -103,7 +103,7 @@ class Loop:
         for hook in self.hooks:
             hook.on_step_begin(self)
         count = self.controller.next_batch(self.progress)
-        before = Progress(self.progress.step, self.progress.samples, self.progress.tokens, count)
+        before = self.progress.before(count, self.horizon.seq_len)
         micro = self.micro * self.controller.micro_factor(count)
         share = self.batches.load(GlobalBatch(before.samples, count), micro)
         tokens, stops = self._agree(share.valid_tokens, stop_requested)
@@ -120,7 +120,7 @@ class Loop:
             self.engine.clip(self.max_grad_norm, norm)
         for hook in self.hooks:
             hook.before_update(self)
-        lr = self.schedule.lr(before) * self.coupling.factor(count, self.controller.noise_scale)
+        lr = self.schedule.lr(before) * self.coupling.factor(before, self.controller.noise_scale)
         self.engine.update(lr)
         self.engine.zero_grad()
 

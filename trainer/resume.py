@@ -157,7 +157,7 @@ def restore_run(run: Run, checkpoint: Path | str, folder: str, *, strict: bool) 
         samples = state["progress"]["samples"]
         log.warning("the data differs from the checkpoint's: the run goes on at sample %d of the new data", samples)
     loop.engine.load_counters({name: value for name, value in state["counters"].items() if name in known})
-    loop.progress = Progress(**state["progress"])
+    loop.progress = Progress.from_state(state["progress"], _first_batch(state))
     # A run that goes on under a measuring controller keeps the size it had come to, whatever had chosen that.
     loop.controller.load_state_dict({"target": loop.progress.batch, **state["controller"]})
     own = lies_in(checkpoint, folder) and is_own(report.run, folder)
@@ -165,6 +165,12 @@ def restore_run(run: Run, checkpoint: Path | str, folder: str, *, strict: bool) 
         if own or not hook.of_one_run:
             hook.load_state_dict(state["hooks"].get(name, {}))
     return Origin(report.run, report.step, report.commit, own)
+
+
+def _first_batch(state: dict[str, Any]) -> int:
+    """Samples of a run's first step, as the config of a checkpoint tells; a stage that begins the run may have another."""
+    samples = state["config"]["batch"].get("samples")
+    return samples if isinstance(samples, int) else state["progress"]["batch"]
 
 
 def _same_tokens(state: dict[str, Any], data: DataNode, checkpoint: Path | str) -> None:

@@ -127,7 +127,7 @@ def _controller_problems(config: DictConfig, data_size: int) -> list[Problem]:
     if config.batch.get("micro_max") is not None and config.parallel.pp > 1:
         fix = "leave it out, or use parallel.pp=1"
         return [Problem("batch.micro_max", "a pipeline's micro-batches are of one size", fix)]
-    found = build_coupling(config, controller).problems(measures, config.schedule.get("name", ""))
+    found = build_coupling(config).problems(measures, config.schedule.get("name", ""))
     if controller.needs_statistics:
         if controller.next_batch(Progress()) < 2 * config.batch.micro:
             message = "a batch of one micro-batch has nothing to compare, so its noise would never be measured"

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 
 from ...config.problems import Problem
+from ..progress import Progress
 
 RULES: dict[str, Callable[[float, float], float]] = {
     "none": lambda growth, noise: 1.0,
@@ -27,12 +28,12 @@ class Coupling:
 
     rule  none; sqrt (Adam and its kin, below the critical batch); linear (SGD, below the critical batch);
           sqrt_saturating: √((1 + B_n / B_0) / (1 + B_n / B)), sqrt that ends where the measured noise scale says
-    base  B_0, the batch that `optim.lr` was chosen for: the run's first
+
+    B_0 is the batch that `optim.lr` was chosen for: that of the run's first step, whatever the batch is on a resume.
     """
 
-    def __init__(self, rule: str, base: int) -> None:
+    def __init__(self, rule: str) -> None:
         self.rule = rule
-        self.base = base
 
     def problems(self, measures_noise: bool, schedule: str) -> list[Problem]:
         """What a user must change. measures_noise: whether the batch's controller has a noise scale; schedule: its name."""
@@ -47,9 +48,12 @@ class Coupling:
             found.append(Problem("optim.lr_coupling", message, "use none, or another schedule"))
         return found
 
-    def factor(self, batch: int, noise_scale: float | None = None) -> float:
-        """The factor at this batch. While no noise scale is known (None), or no signal seen, noise is taken to rule."""
-        growth = batch / self.base
+    def factor(self, progress: Progress, noise_scale: float | None = None) -> float:
+        """The factor at the step about to be taken. While no noise scale is known (None), or no signal seen, noise is taken to
+        rule.
+        """
+        first = progress.history.points[0].batch
+        growth = progress.batch / first
         if self.rule == "sqrt_saturating" and (noise_scale is None or math.isinf(noise_scale)):
             return math.sqrt(growth)
-        return RULES[self.rule](growth, (noise_scale or 0.0) / self.base)
+        return RULES[self.rule](growth, (noise_scale or 0.0) / first)

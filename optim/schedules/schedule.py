@@ -1,8 +1,11 @@
 """Learning-rate schedules: pure functions of how far the run has come (rule R5).
 
 A schedule holds its settings and nothing else, so a resumed run, on any layout and at any batch size, has the learning
-rate that an uninterrupted one has. Where two counters could be meant: the warm-up is read at the *end* of the step about
-to be taken (the first of W warm-up steps has peak / W, not 0), everything else at its beginning.
+rate that an uninterrupted one has. Durations in another unit than the run's length are converted by what past steps were
+really worth (`Progress.history`), so a batch that is changed on a resume moves nothing that lies behind.
+
+Where two counters could be meant: the warm-up is read at the *end* of the step about to be taken (the first of W warm-up
+steps has peak / W, not 0), everything else at its beginning.
 """
 
 from __future__ import annotations
@@ -111,14 +114,14 @@ class _ToTheEnd(Schedule):
     def __init__(self, peak: float, horizon: Horizon, warmup: Written = 0, final: float = 0.0) -> None:
         super().__init__(peak, horizon, warmup)
         self.final = self._final(final)
-        self._start = self._amount("warmup", self.warmup, horizon.unit)
 
     def _part(self, progress: Progress) -> float:
         """How much of the way from the warm-up's end to the run's end is behind, in [0, 1]."""
-        length = self.horizon.total - self._start
+        start = self.horizon.reach(self.warmup, self.horizon.unit, progress)
+        length = self.horizon.total - start
         if length <= 0:
             return 0.0
-        return min(1.0, max(0.0, (self.horizon.position(progress, self.horizon.unit) - self._start) / length))
+        return min(1.0, max(0.0, (self.horizon.position(progress, self.horizon.unit) - start) / length))
 
 
 class Cosine(_ToTheEnd):

@@ -57,35 +57,36 @@ class Decaying(Schedule):
         self.decay_form = decay_form
         if decay_form not in FORMS:
             self._problem("schedule.decay_form", f"'{decay_form}' is unknown", f"choose one of {', '.join(FORMS)}")
-        if decay_start is None:
-            self.decay_start = horizon.total - self._in_run("decay", decay)
-            key = "schedule.decay"
+        self._decay = None if decay_start is not None else self._duration("decay", decay)
+        self._decay_start = None if decay_start is None else self._duration("decay_start", decay_start)
+        self._half_life = self._read_half_life(half_life)
+        self._check_decay()
+
+    def _check_decay(self) -> None:
+        """Refuse a decay that lies outside of the run or inside the warm-up, as far as that is known before the run."""
+        total, unit = self.horizon.total, self.horizon.unit
+        if self._decay is not None:
+            key, start = "schedule.decay", total - self._amount("decay", self._decay, unit)
         else:
-            self.decay_start = self._in_run("decay_start", decay_start)
-            key = "schedule.decay_start"
-        self.decay_length = horizon.total - self.decay_start
-        if self.decay_start < 0:
-            self._problem(key, f"the decay is longer than the run ({horizon.length})", "shorten it or lengthen the run")
-        elif self.decay_length < 0:
-            self._problem(key, f"the decay would begin after the run's end ({horizon.length})", "begin it earlier")
-        elif self.decay_start < self._known(self.warmup) <= horizon.total:
+            assert self._decay_start is not None
+            key, start = "schedule.decay_start", self.horizon.reach(self._decay_start, unit, Progress())
+        if start < 0:
+            self._problem(key, f"the decay is longer than the run ({self.horizon.length})", "shorten it or lengthen the run")
+        elif total < start < math.inf:
+            self._problem(key, f"the decay would begin after the run's end ({self.horizon.length})", "begin it earlier")
+        elif start < self._known(self.warmup) <= total:
             self._problem(key, f"the decay would begin before the warm-up ({self.warmup}) is over", "shorten one of them")
-        self.half_life = self._half_life(half_life)
 
-    def _in_run(self, key: str, written: Written) -> float:
-        """The setting `schedule.<key>` in the run's unit."""
-        return self._amount(key, self._duration(key, written), self.horizon.unit)
-
-    def _half_life(self, written: Written | None) -> float:
-        """In the run's unit."""
+    def _read_half_life(self, written: Written | None) -> Duration | None:
+        """The setting `schedule.half_life`; None: such that `final` is reached at the end of the decay."""
         if self.decay_form != "exponential":
             if written is not None:
                 fix = "leave it out, or set schedule.decay_form=exponential"
                 self._problem("schedule.half_life", f"decay_form {self.decay_form} has no half-life", fix)
-            return 0.0
+            return None
         if written is not None:
-            half_life = self._in_run("half_life", written)
-            if half_life <= 0:
+            half_life = self._duration("half_life", written)
+            if half_life.value <= 0:
                 self._problem("schedule.half_life", f"{written} is no length", "give a positive one, such as '5000 steps'")
             return half_life
         if self.final <= 0:
@@ -94,18 +95,36 @@ class Decaying(Schedule):
                 "an exponential decay never reaches 0, so its half-life must be given",
                 "set schedule.half_life, or schedule.final to a ratio above 0, or schedule.decay_form=exponential_to_zero",
             )
-            return 0.0
-        return self.decay_length / math.log2(1 / self.final) if self.final < 1 else math.inf
+        return None
+
+    def start_of_decay(self, progress: Progress) -> float:
+        """Where the decay begins, in the unit of the run's length; inf: ahead, at a point that depends on batches to come."""
+        if self._decay_start is not None:
+            return self.horizon.reach(self._decay_start, self.horizon.unit, progress)
+        assert self._decay is not None
+        return self.horizon.before_end(self._decay, progress)
 
     def decayed(self, progress: Progress) -> float:
         """The decay's factor, which is 1 before it begins."""
-        elapsed = self.horizon.position(progress, self.horizon.unit) - self.decay_start
+        start = self.start_of_decay(progress)
+        elapsed, length = self.horizon.position(progress, self.horizon.unit) - start, self.horizon.total - start
         if elapsed <= 0:
             return 1.0
         if self.decay_form == "exponential":
-            return max(self.final, halving(elapsed, self.half_life))
-        part = min(1.0, elapsed / self.decay_length) if self.decay_length > 0 else 1.0
+            if self._half_life is not None:
+                return max(self.final, self._halved(self._half_life, start, progress))
+            half_life = length / math.log2(1 / self.final) if self.final < 1 else math.inf
+            return max(self.final, halving(elapsed, half_life))
+        part = min(1.0, elapsed / length) if length > 0 else 1.0
         return self.final + (1 - self.final) * WINDOWED[self.decay_form](part)
+
+    def _halved(self, half_life: Duration, start: float, progress: Progress) -> float:
+        """The factor of a decay that began at `start` and has a half-life of its own, counted in the unit of that."""
+        horizon = self.horizon
+        if half_life.unit is Unit.FRACTION:
+            half_life = Duration(half_life.value * horizon.total, horizon.unit)
+        began = horizon.convert(start, horizon.unit, half_life.unit, progress)
+        return halving(horizon.position(progress, half_life.unit) - began, half_life.value)
 
 
 class WSD(Decaying):
@@ -136,9 +155,8 @@ class Power(Decaying):
             self._problem("schedule.a", f"{a:g} makes no learning rate", "use a number above 0; the paper's fit is 4")
         if not -math.inf < b <= 0:
             self._problem("schedule.b", f"{b:g} does not let the rate fall", "use 0 or less; the paper's fit is -0.51")
-        self._first = self._amount("warmup", self.warmup, Unit.TOKENS)
-        start = Duration(max(0.0, self.decay_start), horizon.unit)
-        self._last = self._amount("decay", start, Unit.TOKENS)
+        self._amount("warmup", self.warmup, Unit.TOKENS)  # the law's value at the end of either must be known from the start
+        self._amount("decay", horizon.length, Unit.TOKENS)
 
     def law(self, tokens: float, batch: float) -> float:
         """min(peak, β · a · n^b) for a batch in samples of this run's length."""
@@ -149,5 +167,7 @@ class Power(Decaying):
 
     def settled(self, progress: Progress) -> float:
         """See the class."""
-        tokens = min(max(progress.tokens, self._first), self._last)
+        first = self.horizon.reach(self.warmup, Unit.TOKENS, progress)
+        last = self.horizon.convert(self.start_of_decay(progress), self.horizon.unit, Unit.TOKENS, progress)
+        tokens = min(max(progress.tokens, first), last)
         return self.law(tokens, progress.batch) * self.decayed(progress)

@@ -152,7 +152,7 @@ def take_steps(engine: Engine, work: Work, numbers: range, *hooks: Hook) -> Reco
         batches=loader,
         controller=Fixed(horizon, divisor=1, samples=work.samples),
         schedule=Constant(work.lr, horizon),
-        coupling=Coupling("none", work.samples),
+        coupling=Coupling("none"),
         horizon=horizon,
         micro=work.micro,
         flops_per_token=0.0,

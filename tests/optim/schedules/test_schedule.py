@@ -64,7 +64,7 @@ def test_minicpm_decay_halves_at_its_half_life() -> None:
 def test_half_life_left_out_reaches_the_final_ratio_at_the_end() -> None:
     schedule = WSD(PEAK, horizon(), decay=100, decay_form="exponential", final=0.125)
     assert [schedule.lr(at(step)) / PEAK for step in (900, 1000, 1100)] == pytest.approx([1, 0.125, 0.125])
-    assert schedule.half_life == pytest.approx(100 / 3)
+    assert schedule.lr(at(950)) / PEAK == pytest.approx(0.125**0.5), "a half-life of 100 / 3 steps"
 
 
 def test_windowed_forms_at_known_points() -> None:
@@ -211,5 +211,7 @@ def test_units_without_an_exchange_rate() -> None:
     assert problems(WSD(PEAK, moving, warmup=0, decay="10%")) == []
     assert problems(Power(PEAK, moving, warmup=0, decay="1M samples")) == []
     assert [p.key for p in WSD(PEAK, moving, decay="100 steps").problems()] == ["schedule.decay"]
-    assert [p.key for p in Cosine(PEAK, moving, warmup="100 steps").problems()] == ["schedule.warmup"]
+    assert problems(Cosine(PEAK, moving, warmup="100 steps")) == []
+    assert problems(WSD(PEAK, moving, decay_start="100 steps", decay_form="exponential", half_life="9 steps")) == []
+    assert "schedule.warmup" in [p.key for p in Power(PEAK, moving, warmup="100 steps").problems()]
     assert "schedule.decay" in [p.key for p in Power(PEAK, horizon("1000 steps", batch=None)).problems()]

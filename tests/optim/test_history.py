@@ -1,0 +1,128 @@
+"""The batch's history: compact, and what it makes of durations when a batch changes (rule R5)."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from meshloom.config.duration import Duration, Unit
+from meshloom.optim.horizon import Horizon
+from meshloom.optim.progress import Progress
+from meshloom.optim.schedules.schedule import Cosine, Linear, Schedule
+from meshloom.optim.schedules.wsd import WSD, Power
+
+SEQ_LEN = 16
+UNITS = (Unit.STEPS, Unit.SAMPLES, Unit.TOKENS)
+
+
+def walk(batches: Sequence[int], seq_lens: Sequence[int] | None = None) -> list[Progress]:
+    """The progress at the beginning of each step, and at the end."""
+    lengths = seq_lens or [SEQ_LEN] * len(batches)
+    found, progress = [], Progress()
+    for batch, length in zip(batches, lengths, strict=True):
+        before = progress.before(batch, length)
+        found.append(before)
+        progress = before.after(batch, batch * length)
+    return [*found, progress.before(batches[-1], lengths[-1])]
+
+
+def test_only_changes_are_kept_and_come_back_from_json() -> None:
+    *_, end = walk([8] * 1000 + [16] * 1000 + [8])
+    assert [tuple(point) for point in end.history.points] == [
+        *((0, 0, 0, 8), (1000, 8000, 8000 * SEQ_LEN, 16), (2000, 24000, 24000 * SEQ_LEN, 8))
+    ]
+    assert Progress.from_state(json.loads(json.dumps(end.state_dict())), 99) == end
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_point_passed_is_converted_to_what_it_was(seed: int) -> None:
+    """The oracle: a table of the counters at each step."""
+    rng = random.Random(seed)
+    batches, lengths = [], []
+    while len(batches) < 60:
+        count = rng.randrange(1, 20)
+        batches += [rng.randrange(1, 9)] * count
+        lengths += [rng.choice([16, 16, 24])] * count
+    passed = walk(batches, lengths)
+    end = passed[-1]
+    for progress in passed:
+        for here in UNITS:
+            for there in UNITS:
+                found = end.history.convert(progress.point.at(here), here, there, end.point, lengths[-1])
+                assert found == pytest.approx(progress.point.at(there), rel=1e-12)
+
+
+def test_what_lies_ahead_is_converted_at_todays_batch() -> None:
+    *_, end = walk([8] * 10 + [4] * 10)
+    ahead = Horizon(Duration.parse("1000 steps"), SEQ_LEN, 4)
+    assert ahead.convert(30, Unit.STEPS, Unit.SAMPLES, end) == 80 + 40 + 40
+    assert ahead.convert(160 * SEQ_LEN, Unit.TOKENS, Unit.STEPS, end) == 30
+    moving = Horizon(Duration.parse("1000 steps"), SEQ_LEN)
+    assert moving.convert(15, Unit.STEPS, Unit.SAMPLES, end) == 100
+    assert moving.convert(30, Unit.STEPS, Unit.SAMPLES, end) == math.inf
+    assert moving.convert(200, Unit.SAMPLES, Unit.TOKENS, end) == 200 * SEQ_LEN
+
+
+def test_a_state_without_history_counts_past_steps_as_alike() -> None:
+    state = {"step": 10, "samples": 80, "tokens": 1280, "batch": 8}
+    assert Progress.from_state(state, 8).history == walk([8] * 10)[-1].history
+    grown = Progress.from_state({"step": 10, "samples": 200, "tokens": 3200, "batch": 40}, 8)
+    assert grown.history.points[0].batch == 8
+    assert grown.history.convert(5, Unit.STEPS, Unit.SAMPLES, grown.point, SEQ_LEN) == 100
+
+
+def doubled(schedule: Schedule, step: int) -> float:
+    """The rate at a step of a run whose batch was 8 for 20 steps, and 16 from then on."""
+    return schedule.lr(walk([8] * 20 + [16] * 60)[step])
+
+
+def resumed(length: str) -> Horizon:
+    """What a run that is resumed with a batch of 16 knows of its length."""
+    return Horizon(Duration.parse(length), SEQ_LEN, 16)
+
+
+def test_a_warm_up_behind_stays_where_it_was() -> None:
+    """10 steps of 8 samples, in a run of 1,000 samples: today's 16 would make it end at 160."""
+    cosine, linear = (kind(1.0, resumed("1000 samples"), warmup="10 steps", final=0.0) for kind in (Cosine, Linear))
+    samples = 160 + 16 * 5
+    part = (samples - 80) / 920
+    assert doubled(cosine, 25) == pytest.approx((1 + math.cos(math.pi * part)) / 2)
+    assert doubled(linear, 25) == pytest.approx(1 - part)
+
+
+def test_a_decay_begins_where_its_samples_were_reached() -> None:
+    """96 samples were reached at step 12; at today's batch they would have been at step 6."""
+    schedule = WSD(1.0, resumed("40 steps"), decay_start="96 samples", decay_form="linear")
+    assert [doubled(schedule, step) for step in (6, 12, 26)] == pytest.approx([1, 1, 0.5])
+
+
+def test_a_decay_counted_from_the_end_follows_the_steps_that_were() -> None:
+    """400 samples are 35 steps: 20 of 8 and 15 of 16. Its last 25 began at step 10."""
+    schedule = WSD(1.0, resumed("400 samples"), decay="25 steps", decay_form="linear")
+    behind, whole = 160 - 80, 400 - 80
+    assert doubled(schedule, 20) == pytest.approx(1 - behind / whole)
+    assert doubled(schedule, 35) == pytest.approx(0)
+
+
+def test_a_half_life_counts_its_own_unit() -> None:
+    schedule = WSD(1.0, resumed("1000 samples"), decay_start="80 samples", decay_form="exponential", half_life="10 steps")
+    assert [doubled(schedule, step) for step in (10, 20, 30)] == pytest.approx([1, 0.5, 0.25])
+
+
+def test_the_power_law_starts_at_the_end_of_the_warm_up_that_was() -> None:
+    schedule = Power(1e9, resumed("4000 samples"), warmup="10 steps", a=1.0, b=-0.5, decay="1 samples")
+    held = Power(1e9, resumed("4000 samples"), warmup="80 samples", a=1.0, b=-0.5, decay="1 samples")
+    for step in (5, 10, 15, 25):
+        assert doubled(schedule, step) == pytest.approx(doubled(held, step))
+
+
+def test_a_batch_that_is_measured_finds_points_behind_it() -> None:
+    schedule = Cosine(1.0, Horizon(Duration.parse("1000 samples"), SEQ_LEN), warmup="10 steps", final=0.0)
+    assert schedule.problems() == []
+    assert doubled(schedule, 9) == pytest.approx(1.0)
+    part = (160 + 80 - 80) / 920
+    assert doubled(schedule, 25) == pytest.approx((1 + math.cos(math.pi * part)) / 2)
