@@ -15,11 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from ..config.problems import Problem
@@ -27,6 +25,7 @@ from ..data.assignment import Share
 from ..optim.batch.statistics import GradientStatistics
 from .config import ParallelConfig
 from .mesh import Mesh
+from .observers import GradientObserver
 from .shards import Placed, Placements, own_part, placements_of
 
 
@@ -79,11 +78,13 @@ def moments_problems(parallel: ParallelConfig, tied: bool, projections: bool) ->
     return problems
 
 
-class GradientMoments:
+class GradientNoise(GradientObserver):
     """The norm of a step's gradient and, in steps that are asked to, the moments of its micro-batches', in one collective.
 
-    An engine shows it every unsharded weight (`watch`, or `watch_groups` for those that FSDP2 makes), and in each step
-    calls `begin` before the first forward pass, `norm` after the last backward pass, and `moments`.
+    An engine shows it every unsharded weight (`watch`). In each step it sets `measure`, calls `begin` before the first forward
+    pass, `norm` after the last backward pass, and `moments`.
+
+    measure  what the step is asked for
     """
 
     def __init__(self, mesh: Mesh, placed: Mapping[str, Placed], gradient_scale: float = 1.0) -> None:
@@ -94,15 +95,8 @@ class GradientMoments:
         repeats = [self._copies_over_tp(each.parameter) for each in placed.values()]
         self._per_copy = 1 / torch.tensor(repeats, dtype=torch.float64, device=mesh.device)
         self._watched: set[nn.Parameter] = set()
-        self._measure = Measure.NOTHING
+        self.measure = Measure.NOTHING
         self._sums: torch.Tensor | None = None
-
-    def watch_groups(self, stages: Sequence[nn.Module]) -> None:
-        """See the gradients of the weights that FSDP2 makes whole, in every group of these modules."""
-        for stage in stages:
-            groups = [(prefix, module) for prefix, module in stage.named_modules() if isinstance(module, FSDPModule)]
-            for prefix, group in cast(list[tuple[str, nn.Module]], groups):
-                group.register_forward_pre_hook(self._watching(group, prefix))
 
     def _copies_over_tp(self, parameter: nn.Parameter) -> int:
         size = self._mesh.size("tp")
@@ -111,27 +105,6 @@ class GradientMoments:
         names = parameter.device_mesh.mesh_dim_names or ()
         sharded = "tp" in names and isinstance(parameter.placements[names.index("tp")], Shard)
         return 1 if sharded else size
-
-    def _watching(self, group: nn.Module, prefix: str) -> Callable[[nn.Module, object], None]:
-        """A forward hook that runs when FSDP2 has put the unsharded weights in place; it finds each of them once."""
-        owners: list[tuple[nn.Module, str, str]] = []
-
-        def collect(module: nn.Module, path: str) -> None:
-            for attribute in module._parameters:
-                owners.append((module, attribute, f"{path}{attribute}"))
-            for name, child in module.named_children():
-                if not isinstance(child, FSDPModule):
-                    collect(child, f"{path}{name}.")
-
-        collect(group, f"{prefix}." if prefix else "")
-
-        def watch(_module: nn.Module, _inputs: object) -> None:
-            for owner, attribute, name in owners:
-                weight = owner._parameters[attribute]
-                if weight is not None and name in self._index:
-                    self.watch(name, weight)
-
-        return cast(Callable[[nn.Module, object], None], torch.compiler.disable(watch))
 
     def watch(self, name: str, weight: nn.Parameter) -> None:
         """See every gradient of this unsharded weight; once per weight."""
@@ -142,20 +115,20 @@ class GradientMoments:
     def _seen(self, index: int, placements: Placements | None) -> Callable[[torch.Tensor], None]:
         @torch.no_grad()
         def hook(gradient: torch.Tensor) -> None:
-            if self._measure is Measure.NOTHING:
+            if self.measure is Measure.NOTHING:
                 return
             mine = own_part(gradient, placements)
             exact = torch.float64 if mine.dtype == torch.float64 else torch.float32
             self._norms[index].append(torch.linalg.vector_norm(mine, dtype=exact))
-            if self._measure is Measure.PROJECTIONS:
+            if self.measure is Measure.PROJECTIONS:
                 self._kept[index].append(mine.to("cpu", exact, copy=True))
 
         return hook
 
-    def begin(self, share: Share, global_tokens: torch.Tensor, measure: Measure) -> None:
-        """share: this rank's, still on the host, in the order in which its micro-batches are passed back."""
-        self._measure, self._sums = measure, None
-        if measure is Measure.NOTHING:
+    def begin(self, share: Share, global_tokens: torch.Tensor) -> None:
+        """Forget the last step, and note each micro-batch's share of the tokens, in the order of their backward passes."""
+        self._sums = None
+        if self.measure is Measure.NOTHING:
             return
         self._norms: list[list[torch.Tensor]] = [[] for _ in self._index]
         self._kept: list[list[torch.Tensor]] = [[] for _ in self._index]
@@ -169,22 +142,23 @@ class GradientMoments:
 
     def norm(self, squares: torch.Tensor) -> torch.Tensor:
         """The norm of the whole gradient. squares: this rank's part of its square, to be added up over all processes."""
-        if self._measure is Measure.NOTHING:
+        if self.measure is Measure.NOTHING:
             return self._mesh.sum(squares).sqrt()
         self._sums = self._mesh.sum(torch.stack([squares, self._worker_squares()]))
         return self._sums[0].sqrt()
 
-    def moments(self, samples: int) -> Moments | None:
-        """What `norm` added up, asked for once. None where nothing was measured, or a single worker has no peer."""
+    def moments(self, samples: int, whole_gradients: Sequence[Callable[[], torch.Tensor]] = ()) -> Moments | None:
+        """What `norm` summed and, where asked for, the projections. None: nothing was measured, or a single worker has no peer.
+
+        To be called once. whole_gradients: see `projection_square`.
+        """
         sums, self._sums = self._sums, None
         if sums is None or self._workers < 2:
             return None
-        return Moments(samples, self._workers, {"batch_square": sums[0], "worker_square": sums[1]})
-
-    @property
-    def projects(self) -> bool:
-        """Whether this step was asked for `projection_square` as well."""
-        return self._measure is Measure.PROJECTIONS
+        scalars = {"batch_square": sums[0], "worker_square": sums[1]}
+        if self.measure is Measure.PROJECTIONS:
+            scalars["projection_square"] = self.projection_square(whole_gradients)
+        return Moments(samples, self._workers, scalars)
 
     def _worker_squares(self) -> torch.Tensor:
         """This rank's part of Σ_j ‖L_j‖² / w_j over all ranks' micro-batches: add it up over all processes."""

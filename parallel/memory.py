@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard
 
 from ..models.costs import ForwardPass
 from ..models.llama import Llama
-from ..optim.optimizers.parameters import NamedParameter, OnePass, Unsharded
+from ..optim.optimizers.parameters import FusedStep, NamedParameter, Unsharded
 from .config import ParallelConfig
 from .engine import OptimizerFactory
 from .layout import Layout
@@ -85,7 +85,7 @@ def pieces(stage: nn.Module, layout: Layout) -> list[Piece]:
 
 
 def optimizer_bytes(make: OptimizerFactory, own: Sequence[Piece], model: Llama, dtype: torch.dtype) -> tuple[int | None, bool]:
-    """What an optimizer keeps of these shards, and whether it takes gradients in the dtype of the compute (`OnePass`).
+    """What an optimizer keeps of these shards, and whether it takes gradients in the dtype of the compute (`FusedStep`).
 
     Found by a step on tensors without storage; (None, False) where it can't take one.
     """
@@ -105,4 +105,4 @@ def optimizer_bytes(make: OptimizerFactory, own: Sequence[Piece], model: Llama, 
         return None, False
     values = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     size = sum(value.numel() * value.element_size() for value in values if value.dim())
-    return size, isinstance(optimizer, OnePass)
+    return size, isinstance(optimizer, FusedStep)

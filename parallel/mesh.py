@@ -29,11 +29,41 @@ def pick_device() -> torch.device:
 
 
 @dataclass(frozen=True)
+class WeightAxes:
+    """The ranks that hold one group of parameters.
+
+    shards  those that each hold a part of every weight
+    copies  those that hold the same part
+    both    copies × shards, or shards alone where there is one copy: as FSDP2 takes them
+    """
+
+    shards: DeviceMesh
+    copies: DeviceMesh
+    both: DeviceMesh
+
+    @property
+    def num_shards(self) -> int:
+        """Number of parts that a weight is cut into."""
+        return self.shards.size()
+
+    @property
+    def num_copies(self) -> int:
+        """Number of ranks that hold the same part."""
+        return self.copies.size()
+
+    @property
+    def shared(self) -> bool:
+        """Whether a gradient is summed over several ranks."""
+        return self.num_shards * self.num_copies > 1
+
+
+@dataclass(frozen=True)
 class Mesh:
     """This process's place in a layout, and the groups it talks in.
 
-    axes  name → 1-D device mesh: "pp", "cp", "tp"; "copies" and "weights" (who repeats and who shards a weight); "data"
-          (copies × weights: who adds up losses and gradients); "stage" (everybody but other pipeline stages)
+    axes            name → 1-D device mesh: "pp", "cp", "tp"; "data" (who adds up losses and gradients); "stage" (everybody
+                    but other pipeline stages)
+    weight_axes     name of a group of parameters → the ranks that hold it; "dense" are all of a model's
     limit           how long a collective waits for a lost rank
     before_closing  what is called while the groups are still there
     """
@@ -42,7 +72,7 @@ class Mesh:
     rank: int
     device: torch.device
     axes: dict[str, DeviceMesh]
-    weights: DeviceMesh
+    weight_axes: dict[str, WeightAxes]
     limit: datetime.timedelta
     before_closing: list[Callable[[], object]] = field(default_factory=list)
 
@@ -67,15 +97,15 @@ class Mesh:
         copies = layout.gradient_ranks // layout.weight_ranks
         sizes = {"pp": layout.pp, "copies": copies, "weights": layout.weight_ranks, "tp": layout.tp}
         root = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        axes = {axis: root[axis] for axis in sizes}
+        axes = {axis: root[axis] for axis in ("pp", "tp")}
         axes["data"] = root["copies", "weights"]._flatten("data")
         axes["stage"] = root["copies", "weights", "tp"]._flatten("stage")
         slices = {"pp": layout.pp, "data_rank": layout.data_size, "cp": layout.cp, "tp": layout.tp}
         axes["cp"] = init_device_mesh(device.type, tuple(slices.values()), mesh_dim_names=tuple(slices))["cp"]
-        for axis in axes.values():  # a device mesh gives its groups PyTorch's own limit
+        dense = WeightAxes(root["weights"], root["copies"], root["copies", "weights"] if copies > 1 else root["weights"])
+        for axis in (*axes.values(), dense.shards, dense.copies):  # a device mesh gives its groups PyTorch's own limit
             dist.distributed_c10d._set_pg_timeout(limit, axis.get_group())
-        weights = root["copies", "weights"] if copies > 1 else root["weights"]
-        return cls(layout, dist.get_rank(), device, axes, weights, limit)
+        return cls(layout, dist.get_rank(), device, axes, {"dense": dense}, limit)
 
     @property
     def coordinates(self) -> dict[str, int]:
@@ -100,9 +130,9 @@ class Mesh:
         """Number of ranks along an axis."""
         return self.axes[axis].size()
 
-    def another_group(self, axis: str, options: Any) -> dist.ProcessGroup:
+    def another_group(self, axis: DeviceMesh, options: Any) -> dist.ProcessGroup:
         """A second group of an axis' ranks, with NCCL's options of its own. Every process calls it."""
-        ranks = dist.get_process_group_ranks(self.group(axis))
+        ranks = dist.get_process_group_ranks(axis.get_group())
         options._timeout = self.limit
         group = dist.new_group(ranks, self.limit, "nccl", options, use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup)

@@ -79,7 +79,7 @@ class AdaGradNorm(torch.optim.Optimizer):
         for parameter in parameters:
             self.state[parameter.tensor]["accumulator"] = self._accumulator
 
-    def first_counters(self) -> dict[str, float]:
+    def initial_counters(self) -> dict[str, float]:
         """B² at the start."""
         return {"accumulator": self._initial}
 

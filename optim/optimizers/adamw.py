@@ -20,7 +20,7 @@ class AdamW(torch.optim.AdamW):
     fused  one kernel for the whole update; None: where all shards are floating-point tensors on a device that has it
     label  see `decay_groups`
 
-    Of fp32 weights on a GPU with Triton the update is our own kernel, which also does what `OnePass` says; of others, torch's.
+    Of fp32 weights on a GPU with Triton the update is our own kernel, a `FusedStep`; of others, torch's.
     """
 
     gradient_scale: torch.Tensor | None = None
@@ -49,20 +49,20 @@ class AdamW(torch.optim.AdamW):
             fused=fused or None,
             foreach=None if fused else True,
         )
-        self._computed = {p.tensor: p.computed for p in parameters if p.computed is not None}
+        self._compute_copies = {p.tensor: p.compute_copy for p in parameters if p.compute_copy is not None}
         self._kernel = fused and importlib.util.find_spec("triton") is not None
 
     @property
-    def one_pass(self) -> bool:
-        """See `OnePass`."""
+    def fused_step(self) -> bool:
+        """See `FusedStep`."""
         held = (tensor for group in self.param_groups for tensor in group["params"])
         return self._kernel and all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in held)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One update."""
-        if not self.one_pass or closure is not None:
-            assert self.gradient_scale is None, "only the one-pass update scales gradients"
+        if not self.fused_step or closure is not None:
+            assert self.gradient_scale is None, "only the fused step scales gradients"
             return super().step(closure)
         from ...kernels.triton_adamw import adamw_update
 
@@ -77,7 +77,7 @@ class AdamW(torch.optim.AdamW):
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
                 state["step"] += 1
                 moments = state["exp_avg"], state["exp_avg_sq"]
-                computed = self._computed.get(weight)
+                computed = self._compute_copies.get(weight)
                 adamw_update(
                     *(weight, weight.grad, *moments, computed, self.gradient_scale), step=float(state["step"]), **settings
                 )

@@ -105,7 +105,7 @@ class AGVM(AdamW):
         """Any parameter's state: counters are the same in all."""
         return self.state[self._parameters[0].tensor]
 
-    def first_counters(self) -> dict[str, float]:
+    def initial_counters(self) -> dict[str, float]:
         """Every module begins at the scheduled rate."""
         return {f"scale.{name}": 1.0 for name in self._names}
 

@@ -12,7 +12,7 @@ What engines rely on in any `torch.optim.Optimizer`, built as `Class(parameters=
   same for every parameter and on every rank (checkpointed once). Any other shape has no place in a checkpoint yet;
 - a first `step()` with zero gradients at rate 0 makes all state without changing a weight, and a `step()` works on
   whatever was then written into that state in place (a counter that is a plain number may be replaced). Engines do so before
-  a restore, and then set every counter to 0, or to what `Begins` says.
+  a restore, and then set every counter to 0, or to what `InitialCounters` says.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class NamedParameter:
     global_shape  shape of the whole parameter
     decay         whether weight decay applies (matrices yes; norms, biases and embeddings no)
     lr_scale      factor on the learning rate (muP); 1 otherwise
-    computed      the copy of the shard that the forward pass reads, where that is a tensor of its own (of lower precision)
+    compute_copy  the copy of the shard that the forward pass reads, where that is a tensor of its own (of lower precision)
     """
 
     name: str
@@ -41,16 +41,16 @@ class NamedParameter:
     global_shape: tuple[int, ...]
     decay: bool = True
     lr_scale: float = 1.0
-    computed: torch.Tensor | None = None
+    compute_copy: torch.Tensor | None = None
 
 
 @runtime_checkable
-class OnePass(Protocol):
+class FusedStep(Protocol):
     """An optimizer whose `step()` can do on the way what an engine would spend passes over memory on before and after it."""
 
     @property
-    def one_pass(self) -> bool:
-        """Whether `step()` takes gradients of lower precision, scales them, and writes every `computed`."""
+    def fused_step(self) -> bool:
+        """Whether `step()` takes gradients of lower precision, scales them, and writes every `compute_copy`."""
         ...
 
     gradient_scale: torch.Tensor | None
@@ -58,17 +58,34 @@ class OnePass(Protocol):
 
 
 @runtime_checkable
-class Begins(Protocol):
+class InitialCounters(Protocol):
     """An optimizer some of whose counters do not begin at 0."""
 
-    def first_counters(self) -> dict[str, float]:
+    def initial_counters(self) -> dict[str, float]:
         """Those counters' values before the first update."""
+        ...
+
+
+@runtime_checkable
+class ComparesHalves(Protocol):
+    """An optimizer that measures how much two halves of a batch disagree."""
+
+    @property
+    def wants_halves(self) -> bool:
+        """Whether it measures in the step about to be taken."""
+        ...
+
+    def observe_halves(self, first: Sequence[torch.Tensor]) -> None:
+        """Compare the gradients of a batch's halves, before they are clipped.
+
+        first: that of the first half, in the order of the parameters, sharded and scaled as their `.grad`, which holds the sum.
+        """
         ...
 
 
 def before_updates(optimizer: torch.optim.Optimizer, counters: Iterable[str]) -> dict[str, float]:
     """The values that an optimizer's counters have before its first update."""
-    begins = optimizer.first_counters() if isinstance(optimizer, Begins) else {}
+    begins = optimizer.initial_counters() if isinstance(optimizer, InitialCounters) else {}
     return {name: begins.get(name, 0.0) for name in counters}
 
 

@@ -31,7 +31,7 @@ from ..activation import apply_policies
 from ..config import ParallelConfig
 from ..engine import EngineSettings, OptimizerFactory, StepLoss, send
 from ..fragment import Fragment
-from ..gradient_noise import GradientMoments, Measure, Moments
+from ..gradient_noise import GradientNoise, Measure, Moments
 from ..mesh import Mesh
 from ..policies import block_policies
 from ..shards import Placed
@@ -113,9 +113,9 @@ class DeepSpeedEngine:
         self._state.commit()
         named = dict(model.named_parameters())
         # What hooks see is the gradient times the number of ranks, which DeepSpeed's mean takes away again.
-        self._moments = GradientMoments(mesh, {name: Placed.of(weight, mesh) for name, weight in named.items()}, self._ranks)
+        self._noise = GradientNoise(mesh, {name: Placed.of(weight, mesh) for name, weight in named.items()}, self._ranks)
         for name, weight in named.items() if settings.measures else ():
-            self._moments.watch(name, weight)
+            self._noise.watch(name, weight)
 
     def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:
         micro_batch = send(micro_batch, self.mesh.device)
@@ -125,7 +125,8 @@ class DeepSpeedEngine:
         """Forward and backward of this rank's share."""
         micro_batches = share.micro_batches
         assert micro_batches, "a rank without a micro-batch would leave its peers waiting in a collective"
-        self._moments.begin(share, global_tokens, measure)
+        self._noise.measure = measure
+        self._noise.begin(share, global_tokens)
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         self._pending = True
         for index, micro_batch in enumerate(micro_batches):
@@ -141,7 +142,7 @@ class DeepSpeedEngine:
         squares = self._state.gradient_squares().to(self.mesh.device)
         if self._state.replicated:
             squares = squares / self._ranks
-        return self._moments.norm(squares)
+        return self._noise.norm(squares)
 
     @torch.no_grad()
     def clip(self, max_norm: float, norm: torch.Tensor) -> None:
@@ -151,7 +152,7 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def gradient_moments(self, samples: int) -> Moments | None:
         """What `gradient_norm` summed up; no projections."""
-        return self._moments.moments(samples)
+        return self._noise.moments(samples)
 
     def update(self, lr: float) -> None:
         """One optimizer step."""

@@ -19,7 +19,6 @@ from torch.torch_version import TorchVersion
 
 from ..config import ParallelConfig
 from ..mesh import Mesh
-from ..shards import local
 from .lean_stage import LeanStage
 from .stages import StagePlan, legal_micro_batches, near_micro_batches, schedule_of
 
@@ -178,51 +177,3 @@ class Pipeline:
 def _nothing_left() -> Callable[[], None]:
     """What the second half of a stage's backward pass is where the first did everything (a `dw_builder` of torch)."""
     return lambda: None
-
-
-class TiedHead:
-    """A head tied to an embedding on another stage. The weight has one home, the first stage; the last stage borrows it.
-
-    Only the home's shard is initialised, updated, counted and saved. Every pass begins with a fetch, and after a backward
-    pass the borrowed copy's gradient is added to the home's.
-    """
-
-    def __init__(self, mesh: Mesh, plan: StagePlan, home: nn.Parameter | None, borrowed: nn.Parameter | None) -> None:
-        """home, borrowed: the sharded parameters on the ranks that hold the first and the last stage; None on others."""
-        self._group, self._home, self._borrowed = mesh.group("pp"), home, borrowed
-        self._from, self._to = plan.ranks[0], plan.ranks[-1]
-
-    def _move(self, tensor: torch.Tensor, source: int, target: int, *, sends: bool) -> None:
-        if tensor.numel() == 0:
-            return
-        if sends:
-            dist.send(tensor.contiguous(), group=self._group, group_dst=target)
-        else:
-            dist.recv(tensor, group=self._group, group_src=source)
-
-    @torch.no_grad()
-    def fetch(self) -> None:
-        """Bring the home's weight to the borrowed copy."""
-        if self._home is not None and self._borrowed is not None:
-            local(self._borrowed).copy_(local(self._home))
-        elif self._home is not None:
-            self._move(local(self._home), self._from, self._to, sends=True)
-        elif self._borrowed is not None:
-            self._move(local(self._borrowed), self._from, self._to, sends=False)
-
-    @torch.no_grad()
-    def give_gradient(self) -> None:
-        """Add the borrowed copy's gradient to the home's, and forget it."""
-        borrowed = None
-        if self._borrowed is not None:
-            assert self._borrowed.grad is not None
-            borrowed, self._borrowed.grad = local(self._borrowed.grad), None
-            if self._home is None:
-                self._move(borrowed, self._to, self._from, sends=True)
-        if self._home is not None:
-            assert self._home.grad is not None
-            own = local(self._home.grad)
-            if borrowed is None:
-                borrowed = torch.empty_like(own)
-                self._move(borrowed, self._to, self._from, sends=False)
-            own += borrowed

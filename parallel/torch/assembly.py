@@ -22,9 +22,10 @@ from ..engine import EngineSettings
 from ..mesh import Mesh
 from ..pipeline.stages import StagePlan, splits_backward
 from ..policies import fused_swiglu_blocker
-from ..shards import Placed, local
+from ..shards import local
 from ..tensor.placements import apply_tensor_parallelism
 from .float8 import use_float8
+from .strategy import LocalWeight
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +96,12 @@ def _allow_fused(blocks: Iterable[nn.Module], policies: Sequence[str], swiglu_to
             block.ffn.fused = swiglu_too and policy != "selective"  # which keeps one of its products
 
 
-def fill_weights(
-    weights: Mapping[str, nn.Parameter], placed: Mapping[str, Placed], model: Llama, seed: int, on: torch.device
-) -> None:
-    """Initial values by name and place (rule R3). on: the device that draws them."""
-    for name, place in placed.items():
+def fill_weights(weights: Mapping[str, LocalWeight], model: Llama, seed: int, on: torch.device) -> None:
+    """Draw initial values by name and place (rule R3). on: the device that draws them."""
+    for name, weight in weights.items():
+        place = weight.placed
         fill(
-            local(weights[name]),
+            local(weight.tensor),
             model.initial(name),
             seed=seed,
             name=name,

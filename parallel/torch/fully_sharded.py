@@ -1,6 +1,6 @@
-"""ZeRO's stages by one mechanism, FSDP2, told when to communicate.
+"""Fully sharded weights: ZeRO's stages by one mechanism, FSDP2, told when to communicate.
 
-Counts per step with M micro-batches, per group of weights (a block, the embedding, what is left):
+Counts per step with M micro-batches, per unit of weights (a block, the embedding, what is left):
 
     stage  weights gathered        gradient reduced      mesh of a weight
     0      never (M local copies)  all-reduced once      (copies, 1)      in pipelines; elsewhere by `masters.py`
@@ -14,7 +14,7 @@ batch (rule R2): no factor depends on how the batch was cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,24 +26,25 @@ from ...kernels.rows import sum_rows
 from ...models.llama import Llama
 from ..config import ParallelConfig
 from ..mesh import Mesh
-from ..shards import local
+from ..shards import Placed, local, own_part, placements_of
 from .fsdp_gather import Gather, give_memory, takes_memory
-from .masters import weight_groups
+from .groups import ParameterGroup, gather_units, split_by_group
+from .strategy import LocalWeight, WeightStrategy
 from .transport import Transport
 
 _SENT, _RECEIVED = 0, 1
 
 
-class _Scatter:
+class ReduceScatter:
     """FSDP2's reduce-scatter of gradients in the dtype that they were computed in: each rank is sent its own rows, and adds up.
 
     The sums are exact where the ring's are, at half the bytes of bf16 widened before it is sent. FSDP2 would round them.
-    It sends one group's at a time: before it asks for the next one's memory it waits for the last.
+    It sends one unit's at a time: before it asks for the next one's memory it waits for the last.
     """
 
-    def __init__(self, transport: Transport, exact: torch.dtype) -> None:
-        """exact: the dtype of the sums. An instance serves one group of weights."""
-        self._transport, self._exact = transport, exact
+    def __init__(self, transport: Transport, accum_dtype: torch.dtype) -> None:
+        """accum_dtype: of the sums. An instance serves one unit of weights."""
+        self._transport, self._accum_dtype = transport, accum_dtype
         self._sums: int | None = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -54,7 +55,7 @@ class _Scatter:
         count, expected = torch.Size(size).numel(), self._sums
         if count == expected:
             self._sums = None
-            return torch.empty(size, dtype=self._exact, device=device)
+            return torch.empty(size, dtype=self._accum_dtype, device=device)
         self._sums = count // self._transport.group.size()
         return self._transport.buffer(_SENT, size, dtype, device)
 
@@ -66,83 +67,148 @@ class _Scatter:
         op: Any,
         async_op: bool = False,
     ) -> None:
-        assert op == dist.ReduceOp.SUM and not async_op and output_tensor.dtype == self._exact
+        """Exchange rows and sum them."""
+        assert op == dist.ReduceOp.SUM and not async_op and output_tensor.dtype == self._accum_dtype
         received = self._transport.buffer(_RECEIVED, input_tensor.shape, input_tensor.dtype, input_tensor.device)
         dist.all_to_all_single(received, input_tensor, group=self._transport.group)
-        sum_rows(received.view(group.size(), -1), self._exact, out=output_tensor)
+        sum_rows(received.view(group.size(), -1), self._accum_dtype, out=output_tensor)
 
 
-class ZeroGroups:
-    """The groups of weights of this rank's stages, sharded over the mesh's `weights` and copied over its `copies`."""
+class FullyShardedWeights(WeightStrategy):
+    """See the module's docstring."""
 
-    def __init__(self, mesh: Mesh, parallel: ParallelConfig, compute: torch.dtype, transport: Transport) -> None:
-        """compute: what weights are gathered in; fp32 and fp64 are gathered as they are."""
-        self._stage = mesh.layout.zero
+    def __init__(
+        self,
+        group: ParameterGroup,
+        groups: Sequence[ParameterGroup],
+        mesh: Mesh,
+        transport: Transport,
+        parallel: ParallelConfig,
+        *,
+        compute: torch.dtype,
+    ) -> None:
+        """groups: all of the model's; compute: what weights are gathered in; fp32 and fp64 are gathered as they are."""
+        super().__init__()
+        self._group, self._groups = group, groups
+        self._zero = mesh.layout.zero
         self._pipelined = parallel.pp > 1
-        self._groups: list[FSDPModule] = []
+        self._stages: list[Llama] = []
+        self._units: list[FSDPModule] = []
+        axes = mesh.weight_axes[group.name]
+        self._mesh, self._num_shards = mesh, axes.num_shards
+        # Where shards, gradients and optimizer state live: with CPU offload, FSDP2 copies to and from it.
+        self._home = torch.device("cpu") if parallel.offload == "cpu" else mesh.device
         pinned = mesh.device.type == "cuda"
         # Stages 2 and 3 reduce every micro-batch; the others add those up before, which must not be done in bf16.
-        exchanges = compute == torch.bfloat16 and self._stage >= 2 and not self._pipelined
-        self._scatters = transport.twin(mesh) if exchanges and transport.by_copy_engines else None
+        exchanges = compute == torch.bfloat16 and self._zero >= 2 and not self._pipelined
+        self._scatters = transport.twin(mesh, axes) if exchanges and transport.by_copy_engines else None
         self._transports = [transport] if self._scatters is None else [transport, self._scatters]
         self._settings: dict[str, Any] = {
-            "mesh": mesh.weights,
+            "mesh": axes.both,
             "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if parallel.offload == "cpu" else OffloadPolicy(),
         }
         # FSDP2 casts in a pass of its own; where it can be had, the copy that it makes afterwards casts (`fsdp_gather.py`).
-        narrow = compute == torch.bfloat16
-        self._cast_to = compute if narrow and takes_memory(compute, self._settings) else None
-        sent = None if not narrow else compute if self._scatters is not None else torch.float32
+        half = compute == torch.bfloat16
+        self._cast_to = compute if half and takes_memory(compute, self._settings) else None
+        sent = None if not half else compute if self._scatters is not None else torch.float32
         self._settings["mp_policy"] = MixedPrecisionPolicy(
-            param_dtype=compute if narrow and self._cast_to is None else None, reduce_dtype=sent, cast_forward_inputs=False
+            param_dtype=compute if half and self._cast_to is None else None, reduce_dtype=sent, cast_forward_inputs=False
         )
         custom = transport.by_copy_engines or self._cast_to is not None
         self._gather = Gather(transport, self._cast_to) if custom else None
 
     def shard(self, stage: Llama) -> None:
-        """Cut a stage's weights, on the meta device, over the ranks."""
+        """Have FSDP2 cut the units, and give the shards memory."""
         # A pipeline gathers weights once per step. Its backward passes would keep them gathered anyway, and resharding
         # between the two halves of a zero-bubble backward pass gives wrong gradients without a word.
-        reshard = self._stage == 3 and not self._pipelined
-        ways = self._settings["mesh"].size(-1)
-        for size in _padded(stage, ways):
+        self._stages.append(stage)
+        reshard = self._zero == 3 and not self._pipelined
+        _, others = split_by_group(stage, self._group, self._groups)
+        ignored = set(others.values())
+        units = list(gather_units(stage, self._group, self._groups))
+        for unit in units:
+            rows = [(local(weight), -(-len(local(weight)) // self._num_shards)) for weight in unit.weights]
+            padded_numel = self._num_shards * sum(count * weight[0].numel() for weight, count in rows)
             for transport in self._transports:
-                transport.expect(size)
-        for block in stage.layers.values():
-            fully_shard(block, reshard_after_forward=reshard, **self._settings)
-        if stage.embed is not None and not stage.tied:
-            fully_shard(stage.embed, reshard_after_forward=reshard, **self._settings)
-        # What is left (norm, head, a tied embedding) is gathered at the root, where the loss reads the head's weight.
-        fully_shard(stage, reshard_after_forward=False, **self._settings)
-        groups = [module for module in stage.modules() if isinstance(module, FSDPModule)]
-        self._groups += groups
-        for group in groups:
-            group.set_gradient_divide_factor(1.0)
-            group.set_force_sum_reduction_for_comms(True)
-            if self._cast_to is not None:
-                give_memory(group, ways, self._cast_to)
-            if self._gather is not None:
-                group.set_custom_all_gather(cast(Any, self._gather))
-            if self._scatters is not None:
-                group.set_custom_reduce_scatter(cast(Any, _Scatter(self._scatters, torch.float32)))
+                transport.reserve(padded_numel)
+        for unit in units:
+            # What is left (norm, head, a tied embedding) is gathered at the root, where the loss reads the head's weight.
+            module = unit.module
+            fully_shard(module, reshard_after_forward=reshard and module is not stage, ignored_params=ignored, **self._settings)
+            self._tell(cast(FSDPModule, module))
 
-    def expect(self, root: nn.Module, last: bool) -> None:
-        """Before a micro-batch's forward pass: which collectives it needs. last: gradients must be complete after it."""
-        module = cast(FSDPModule, root)
-        if self._stage < 3:
-            module.set_reshard_after_backward(last)
-        if self._stage < 2:
-            module.set_requires_gradient_sync(last)
-        else:
-            module.set_requires_all_reduce(last)
+        def give(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.empty_like(tensor, device=self._home) if tensor.is_meta else tensor
+
+        stage._apply(give)  # as `to_empty`, which would take the memory of other groups away
+
+    def _tell(self, unit: FSDPModule) -> None:
+        """Tell FSDP2 how this unit communicates."""
+        self._units.append(unit)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+        if self._cast_to is not None:
+            give_memory(unit, self._num_shards, self._cast_to)
+        if self._gather is not None:
+            unit.set_custom_all_gather(cast(Any, self._gather))
+        if self._scatters is not None:
+            unit.set_custom_reduce_scatter(cast(Any, ReduceScatter(self._scatters, torch.float32)))
+
+    def adopt(self, stages: Sequence[Llama], named: Mapping[str, nn.Parameter]) -> None:
+        """List the shards, as plain tensors that share their storage: at none of DTensor's dispatch cost."""
+        for stage in stages:
+            for name in split_by_group(stage, self._group, self._groups)[0]:
+                if name in named:
+                    placed = Placed.of(named[name], self._mesh)
+                    self.local[name] = LocalWeight(placed, nn.Parameter(local(named[name])))
+
+    def watch(self, see: Callable[[str, nn.Parameter], None]) -> None:
+        """Show the whole weights, which FSDP2 makes, when it has put them in place."""
+        for stage in self._stages:
+            for name, module in stage.named_modules():
+                if module in self._units:
+                    module.register_forward_pre_hook(self._showing(module, f"{name}." if name else "", see))
+
+    def _showing(
+        self, unit: nn.Module, prefix: str, see: Callable[[str, nn.Parameter], None]
+    ) -> Callable[[nn.Module, object], None]:
+        owners = [(owner, attribute, name) for owner, attribute, name in _owners(unit, prefix) if name in self.local]
+
+        def show(_module: nn.Module, _inputs: object) -> None:
+            for owner, attribute, name in owners:
+                weight = owner._parameters[attribute]
+                if weight is not None:
+                    see(name, weight)
+
+        return cast(Callable[[nn.Module, object], None], torch.compiler.disable(show))
+
+    def set_last_micro_batch(self, last: bool) -> None:
+        """Tell FSDP2 which collectives the micro-batch needs."""
+        for unit in self._units:
+            if self._zero < 3:
+                unit.set_reshard_after_backward(last, recurse=False)
+            if self._zero < 2:
+                unit.set_requires_gradient_sync(last, recurse=False)
+            else:
+                unit.set_requires_all_reduce(last, recurse=False)
+
+    def wait_reduce(self) -> None:
+        """FSDP2 has waited when the backward pass ended: show its gradients to the optimizer."""
+        for weight in self.local.values():
+            parameter = weight.placed.parameter
+            gradient = parameter.grad
+            weight.tensor.grad = None if gradient is None else own_part(gradient, placements_of(parameter))
 
     def reshard(self) -> None:
         """Free gathered weights after passes without a backward pass: the next step would use them, stale."""
-        for group in self._groups:
-            group.reshard()
+        for unit in self._units:
+            unit.reshard()
 
 
-def _padded(stage: Llama, ways: int) -> Iterator[int]:
-    """Elements of each group of weights, before they are cut over so many ranks: of as many rows on each."""
-    for _, weights in weight_groups(stage):
-        yield sum(-(-len(local(weight)) // ways) * ways * local(weight)[0].numel() for weight in weights)
+def _owners(unit: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str, str]]:
+    """The weights that FSDP2 gathers with a module: (the module that has one, its attribute, the parameter's name)."""
+    for attribute in unit._parameters:
+        yield unit, attribute, f"{prefix}{attribute}"
+    for name, child in unit.named_children():
+        if not isinstance(child, FSDPModule):
+            yield from _owners(child, f"{prefix}{name}.")

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch.cuda import nccl
 
 from ..config import ParallelConfig
-from ..mesh import Mesh
+from ..mesh import Mesh, WeightAxes
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Transport:
         self._device = device
         self._pool = pool
         self._largest = 0
-        self._parcels: dict[torch.dtype, torch.Tensor] = {}
+        self._exchange_buffers: dict[torch.dtype, torch.Tensor] = {}
         self._buffers: dict[int, torch.Tensor] = {}
         if pool is not None:
             weakref.finalize(self, _let_go, device, pool).atexit = False
@@ -96,7 +96,7 @@ class Transport:
         with torch.inference_mode(False), torch.cuda.use_mem_pool(self._pool):
             return torch.empty(segments * SEGMENT, dtype=torch.uint8, device=self._device)
 
-    def lasting(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
+    def permanent(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
         """Tensors of these shapes, without values, for as long as the transport: what is gathered in place."""
         if not self.by_copy_engines:
             return [torch.empty(shape, dtype=dtype, device=self._device) for shape in shapes]
@@ -109,21 +109,20 @@ class Transport:
             for start, size, shape in zip(starts, sizes, shapes, strict=True)
         ]
 
-    def expect(self, elements: int) -> None:
-        """Parcels and buffers will have up to so many."""
-        self._largest = max(self._largest, elements)
+    def reserve(self, numel: int) -> None:
+        """Expect that tensors of up to so many elements will be sent and gathered."""
+        self._largest = max(self._largest, numel)
 
-    def parcels(self, shape: Sequence[int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def exchange_buffers(self, shape: Sequence[int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Two tensors of a shape, to send from and to receive in, without values; `like` has their dtype and device.
 
         Where copy engines reach them they are the same memory each time: use up what came before asking for the next.
         """
         if not self.by_copy_engines:
             return like.new_empty(shape), like.new_empty(shape)
-        if like.dtype not in self._parcels:
-            room = (2, self._largest)
-            self._parcels[like.dtype] = self.lasting([room], like.dtype)[0]
-        sent, received = self._parcels[like.dtype]
+        if like.dtype not in self._exchange_buffers:
+            self._exchange_buffers[like.dtype] = self.permanent([(2, self._largest)], like.dtype)[0]
+        sent, received = self._exchange_buffers[like.dtype]
         count = torch.Size(shape).numel()
         return sent[:count].view(shape), received[:count].view(shape)
 
@@ -154,9 +153,9 @@ class Transport:
             time.sleep(0.001)
         return False
 
-    def twin(self, mesh: Mesh) -> Transport:
+    def twin(self, mesh: Mesh, axes: WeightAxes) -> Transport:
         """Another one of the same ranks: what runs on two streams at once must not go through one group."""
-        return _prepared(mesh)
+        return _prepared(mesh, axes)
 
 
 def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -200,17 +199,17 @@ def _keep(lasting: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(lasting))
 
 
-def choose_transport(mesh: Mesh, parallel: ParallelConfig) -> Transport:
+def choose_transport(mesh: Mesh, axes: WeightAxes, parallel: ParallelConfig) -> Transport:
     """By copy engines where all ranks can, otherwise as NCCL (or gloo) does it. Every process calls it."""
-    plain = Transport(mesh.group("weights"), mesh.device)
-    if not parallel.copy_engines or mesh.device.type != "cuda" or mesh.size("weights") == 1:
+    plain = Transport(axes.shards.get_group(), mesh.device)
+    if not parallel.copy_engines or mesh.device.type != "cuda" or axes.num_shards == 1:
         return plain
-    if mesh.any(not _may(mesh)):
+    if mesh.any(not _may(mesh, axes)):
         return plain
     found: Transport | None = None
     try:
-        found = _prepared(mesh)
-        _try(found, mesh)
+        found = _prepared(mesh, axes)
+        _try(found, mesh, axes)
     except Exception as error:  # a driver, or a machine, without it
         log.info("the GPUs' copy engines are not used: %s", error)
         found = None
@@ -221,11 +220,11 @@ def choose_transport(mesh: Mesh, parallel: ParallelConfig) -> Transport:
     return found
 
 
-def _may(mesh: Mesh) -> bool:
+def _may(mesh: Mesh, axes: WeightAxes) -> bool:
     """Whether NCCL offers it, and all ranks that share weights are on this host, each within reach of the others."""
     here = zlib.crc32(_host().encode())
     hosts = torch.tensor([here, -here], dtype=torch.int64, device=mesh.device)
-    dist.all_reduce(hosts, op=dist.ReduceOp.MAX, group=mesh.group("weights"))
+    dist.all_reduce(hosts, op=dist.ReduceOp.MAX, group=axes.shards.get_group())
     one_host = hosts.tolist() == [here, -here]
     major, minor = nccl.version()[:2]
     others = [device for device in range(torch.cuda.device_count()) if device != mesh.device.index]
@@ -243,12 +242,12 @@ def _host() -> str:
     return f"{socket.gethostname()} {began}"
 
 
-def _prepared(mesh: Mesh) -> Transport:
+def _prepared(mesh: Mesh, axes: WeightAxes) -> Transport:
     """A transport by copy engines. Raises where that can't be."""
     backend_class: Any = dist.ProcessGroupNCCL
     options = backend_class.Options()
     options.config.cta_policy = backend_class.NCCL_CTA_POLICY_ZERO
-    group = mesh.another_group("weights", options)
+    group = mesh.another_group(axes.shards, options)
     dist.all_reduce(torch.ones(1, device=mesh.device), group=group)  # connects: memory can't be registered before
     backend = _backend(group, mesh.device)
     pool = torch.cuda.MemPool(backend.mem_allocator)
@@ -274,17 +273,17 @@ class _Closing:
             transport.close()
 
 
-def _try(transport: Transport, mesh: Mesh) -> None:
+def _try(transport: Transport, mesh: Mesh, axes: WeightAxes) -> None:
     """Raises where what arrives is not what was sent."""
-    ways, rank, room = mesh.size("weights"), mesh.axes["weights"].get_local_rank(), 2**12
-    whole, sent, received = transport.lasting([(ways, room)] * 3, torch.float32)
+    num_shards, rank, numel = axes.num_shards, axes.shards.get_local_rank(), 2**12
+    whole, sent, received = transport.permanent([(num_shards, numel)] * 3, torch.float32)
     whole.zero_()
     whole[rank] = rank + 1.0
     gather_rows(whole.view(-1), whole[rank], group=transport.group, async_op=True).wait()
     sent.copy_(whole * (rank + 1))
     work: Any = dist.all_to_all_single(received, sent, group=transport.group, async_op=True)
     work.wait()
-    numbers = torch.arange(1.0, ways + 1, device=mesh.device)
+    numbers = torch.arange(1.0, num_shards + 1, device=mesh.device)
     gathered, exchanged = numbers, numbers * (rank + 1)
     if not (
         torch.equal(whole, gathered[:, None].expand_as(whole)) and torch.equal(received, exchanged[:, None].expand_as(whole))

@@ -82,7 +82,7 @@ def test_loss_of_two_vocabulary_slices_is_that_of_the_whole() -> None:
 
 
 @pytest.mark.parametrize("gradient_dtype", [torch.bfloat16, torch.float32])
-def test_adamw_in_one_pass_is_adamw(gradient_dtype: torch.dtype) -> None:
+def test_adamw_in_a_fused_step_is_adamw(gradient_dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     shapes = [(1000, 1003), (17,), (1,)]
     ours = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in shapes]
@@ -93,7 +93,7 @@ def test_adamw_in_one_pass_is_adamw(gradient_dtype: torch.dtype) -> None:
         for i, (p, copy) in enumerate(zip(ours, copies, strict=True))
     ]
     optimizer = AdamW(parameters=named, shards=Unsharded(), lr=1e-2, weight_decay=0.1)
-    assert optimizer.one_pass
+    assert optimizer.fused_step
     groups = [{"params": [p], "weight_decay": 0.0 if i == 1 else 0.1} for i, p in enumerate(theirs)]
     oracle = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     for step in range(5):

@@ -23,6 +23,7 @@ from meshloom.parallel.deepspeed.settings import DeepSpeedConfig
 from meshloom.parallel.deepspeed.setup import import_deepspeed
 from meshloom.parallel.engines import engine_problems
 from meshloom.trainer.schema import make_composer
+from support.engines import masters_of
 from support.parity import Work, build, curves, plain_curve, step
 from support.ranks import run_ranks
 
@@ -372,10 +373,10 @@ def under_way_at_the_end(rank: int, world_size: int, precision: str) -> tuple[in
     work = Work(ParallelConfig(zero=1), precision=precision)
     engine = build(work, world_size)
     step(engine, work, 0)
-    groups = engine._masters._groups  # type: ignore[attr-defined]
-    before = sum(bool(group.gathering) for group in groups)
+    units = masters_of(engine).units
+    before = sum(bool(unit.gathering) for unit in units)
     engine.finish()
-    return before, sum(bool(group.gathering) for group in groups)
+    return before, sum(bool(unit.gathering) for unit in units)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

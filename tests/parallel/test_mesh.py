@@ -18,12 +18,13 @@ def limits(rank: int, world_size: int) -> dict[str, datetime.timedelta]:
     parallel = ParallelConfig(zero=1, tp=2)
     mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"), timeout=77)
     found: dict[str, datetime.timedelta] = {}
-    for axis in mesh.axes:
-        backend: Any = mesh.group(axis)._get_backend(mesh.device)
+    dense = mesh.weight_axes["dense"]
+    for axis, there in {**mesh.axes, "shards": dense.shards, "copies": dense.copies}.items():
+        backend: Any = there.get_group()._get_backend(mesh.device)
         found[axis] = backend.options._timeout
     return found
 
 
 def test_every_group_waits_for_a_lost_rank_as_long_as_the_config_says() -> None:
-    expected = dict.fromkeys(("pp", "copies", "weights", "tp", "data", "stage", "cp"), datetime.timedelta(seconds=77))
+    expected = dict.fromkeys(("pp", "copies", "shards", "tp", "data", "stage", "cp"), datetime.timedelta(seconds=77))
     assert run_ranks(2, limits) == [expected] * 2

@@ -20,13 +20,14 @@ from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.cost import layout_cost
 from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
-from meshloom.parallel.layout import Layout
+from meshloom.parallel.layout import Layout, uses_fsdp
 from meshloom.parallel.legality import micro_batch_unit
 from meshloom.parallel.memory import Job
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline.stages import SCHEDULES, balanced_stages, stage_count, stage_ranks, stage_split
 from meshloom.parallel.pipeline.timeline import Costs, Timeline, simulate, torch_order
 from meshloom.parallel.policies import block_policies
+from support.engines import masters_of
 from support.parity import SEQ_LEN, Work, build, step
 from support.ranks import run_ranks
 from support.stand_in_kernels import stand_in
@@ -38,11 +39,10 @@ def held(rank: int, world_size: int, work: Work) -> tuple[int, int, int, int]:
     """What this rank of an engine really holds: pipeline coordinate, weights' and optimizer's bytes, elements."""
     engine = build(work, world_size)
     step(engine, work, 0)
-    masters = engine._masters  # type: ignore[attr-defined]
-    if masters is None:
+    if uses_fsdp(work.parallel, engine.mesh.layout):
         weights = sum(p._local_tensor.untyped_storage().nbytes() for p in engine.module.parameters())  # type: ignore[attr-defined]
     else:
-        weights = sum(own.nbytes for own in masters.own.values())
+        weights = sum(weight.tensor.nbytes for weight in masters_of(engine).local.values())
     states = [value for state in engine.optimizer.state.values() for value in state.values() if value.dim()]
     elements = sum(fragment.box.numel for fragment in engine.fragments() if fragment.role == "weight")
     return engine.mesh.coordinates["pp"], weights, sum(value.untyped_storage().nbytes() for value in states), elements

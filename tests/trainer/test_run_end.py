@@ -15,6 +15,7 @@ from meshloom.parallel.torch.engine import TorchEngine
 from meshloom.trainer.run import run
 from meshloom.trainer.schema import make_composer
 from meshloom.trainer.signals import StopRequest
+from support.engines import masters_of
 from support.ranks import run_ranks
 from support.tiny_run import TINY, body
 
@@ -24,10 +25,9 @@ def finished(rank: int, world_size: int, folder: str, *overrides: str) -> tuple[
     counts: list[int] = []
 
     def finish(engine: TorchEngine) -> None:
-        assert engine._masters is not None
         for call in (lambda: None, lambda: plain(engine)):
             call()
-            counts.append(sum(bool(group.gathering) for group in engine._masters._groups))
+            counts.append(sum(bool(group.gathering) for group in masters_of(engine).units))
 
     plain = TorchEngine.finish
     with pytest.MonkeyPatch.context() as patch:
@@ -48,8 +48,7 @@ def diverged(rank: int, world_size: int, folder: str) -> list[int]:
         patch.setattr(TorchEngine, "__init__", keep)
         words = ["parallel.zero=1", "trainer.steps=6", "checkpoint.every=0", "trainer.eval_every=0", "optim.lr=1e300"]
         assert body(rank, world_size, [f"output_dir={folder}", *words, "trainer.max_grad_norm=null"]) == 1
-    assert engines[0]._masters is not None
-    return [len(group.gathering) for group in engines[0]._masters._groups]
+    return [len(group.gathering) for group in masters_of(engines[0]).units]
 
 
 def test_nothing_is_under_way_behind_a_run_that_diverged(tmp_path: Path) -> None:

@@ -58,8 +58,9 @@ def test_number_of_micro_batches_may_change_and_evaluation_changes_nothing(sched
 def stored_buffers(rank: int, world_size: int, case: Work) -> int:
     engine = build(case, world_size)
     step(engine, case, 0)
-    assert engine._pipeline is not None and engine._pipeline._built is not None
-    stages = engine._pipeline._built[1]._stages
+    pipeline = engine._step._pipeline
+    assert pipeline._built is not None
+    stages = pipeline._built[1]._stages
     infos = [info for stage in stages for table in (stage.args_recv_info, stage.grad_recv_info) for info in table.values()]
     buffers = [getattr(part, "buffer", None) for info in infos for part in info]
     return sum(buffer is not None and not buffer.is_meta for buffer in buffers)

@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from meshloom.models.llama import Llama
 from meshloom.optim.optimizers.parameters import NamedParameter
 from meshloom.parallel.config import ParallelConfig
-from meshloom.parallel.shards import MeshShards
 from meshloom.parallel.tensor.placements import apply_tensor_parallelism, stream_dim, tensor_problems
 from support.parity import VOCABULARY, Work, build
 from support.ranks import run_ranks
@@ -25,8 +24,8 @@ def work(**settings: Any) -> Work:
 
 def gathered(rank: int, world_size: int, case: Work) -> bool:
     engine = build(case, world_size)
-    shards = MeshShards(engine.mesh, engine._placed)
-    for name, placed in engine._placed.items():
+    shards = engine.weights.shards
+    for name, placed in engine.weights.placed.items():
         whole = torch.arange(torch.Size(placed.global_shape).numel()).view(placed.global_shape)
         parameter = NamedParameter(name, placed.parameter, placed.global_shape)
         assert torch.equal(shards.gather(parameter, shards.scatter(parameter, whole)), whole), name
@@ -58,7 +57,7 @@ def test_logits_are_those_of_the_whole_model(shape: tuple[int, int], documents: 
 
 def bytes_held(rank: int, world_size: int) -> dict[str, int]:
     engine = build(work(tp=world_size), world_size)
-    held = {name: placed.box.numel for name, placed in engine._placed.items()}
+    held = {name: placed.box.numel for name, placed in engine.weights.placed.items()}
     dist.barrier()
     return held
 

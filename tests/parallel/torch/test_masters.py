@@ -22,6 +22,7 @@ from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.torch.engine import TorchEngine
+from support.engines import masters_of
 from support.parity import Work, build, curves, equal_share, sample, share, step, train
 from support.ranks import run_ranks
 
@@ -81,17 +82,16 @@ def test_what_a_checkpoint_writes_is_computed_with(ranks: int) -> None:
         assert before == after != without
 
 
-def summed(rank: int, world_size: int, factors: list[list[float]], one_pass: bool) -> list[tuple[float, str]]:
+def summed(rank: int, world_size: int, factors: list[list[float]], fused: bool) -> list[tuple[float, str]]:
     """Every weight's gradient when the micro-batches of each rank bring these, the same for all elements."""
     engine = build(Work(ParallelConfig(zero=1), precision="bf16"), world_size)
-    assert isinstance(engine, TorchEngine) and engine._masters is not None
-    mine = factors[rank]
-    engine._masters.begin(len(mine), one_pass)
+    masters, mine = masters_of(engine), factors[rank]
+    masters.begin_step(single=len(mine) == 1, fused=fused)
     for number, factor in enumerate(mine):
-        engine._masters.expect(last=number == len(mine) - 1)
+        masters.set_last_micro_batch(number == len(mine) - 1)
         torch.stack([(parameter * factor).sum() for parameter in engine.module.parameters()]).sum().backward()
-    engine._masters.complete()
-    gradients = [master.grad for master in engine._masters.masters.values() if master.numel()]
+    masters.wait_reduce()
+    gradients = [weight.tensor.grad for weight in masters.local.values() if weight.tensor.numel()]
     assert all(parameter.grad is None for parameter in engine.module.parameters())
     assert all(gradient is not None for gradient in gradients)
     return [
@@ -171,34 +171,34 @@ def test_gradient_moments_are_those_of_fsdp() -> None:
 def restored_again_and_again(rank: int, world_size: int, precision: str) -> int:
     """How often whole weights were not what had just been restored, while a gathering of the old ones was under way."""
     engine = build(Work(ParallelConfig(zero=1), precision=precision), world_size)
-    assert isinstance(engine, TorchEngine) and engine._masters is not None
+    masters = masters_of(engine)
     gate, stale = engine.mesh.store("gate"), 0
-    groups = engine._masters._groups
+    units = masters.units
 
     def open_gate(number: int) -> None:
         if rank == 0:
             gate.set(str(number), "")
 
-    def waiting(number: int, group: Any, **how: Any) -> None:
-        if group.gathering:
+    def waiting(number: int, unit: Any, **how: Any) -> None:
+        if unit.gathering:
             open_gate(number)
-        plain(group, **how)
+        plain(unit, **how)
 
-    plain = type(groups[0]).wait
+    plain = type(units[0]).wait_all_gather
     for number in range(1, 4):
         if rank:  # its part of the gathering comes when the other rank has written its weights, or waits before it does
             gate.wait([str(number)])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(groups[0]), "wait", lambda group, number=number, **how: waiting(number, group, **how))
+            patch.setattr(type(units[0]), "wait_all_gather", lambda unit, number=number, **how: waiting(number, unit, **how))
             engine.prepare_restore()
             for fragment in engine.fragments():
                 if fragment.role == "weight":
                     fragment.tensor.fill_(float(number))
             open_gate(number)
             engine.load_counters(engine.counters())
-            engine._masters.refresh()
-        for group in groups:
-            group.wait()
+            masters.sync_from_masters()
+        for unit in units:
+            unit.wait_all_gather()
         stale += any(bool((parameter != number).any()) for parameter in engine.module.parameters())
     return stale
 
@@ -286,20 +286,20 @@ def test_a_norm_is_reduced_over_tensor_parallel_ranks_once_a_step() -> None:
 def parts_of_a_sum(rank: int, world_size: int, precision: str) -> list[tuple[float, str]]:
     """A norm's gradient of micro-batches in three placements, the parts 1 and 2 on the ranks, or 5 on both."""
     engine = build(Work(ParallelConfig(zero=0, tp=2), precision=precision), world_size)
-    assert isinstance(engine, TorchEngine) and engine._masters is not None
+    masters = masters_of(engine)
     weight = dict(engine.module.named_parameters())["norm.weight"]
     assert isinstance(weight, DTensor)
     found: list[tuple[float, str]] = []
     for order in ("PP", "PRP", "RP", "RR"):
-        engine._masters.begin(len(order), one_pass=False)
+        masters.begin_step(single=len(order) == 1, fused=False)
         for number, kind in enumerate(order):
-            engine._masters.expect(last=number == len(order) - 1)
+            masters.set_last_micro_batch(number == len(order) - 1)
             value = torch.full((weight.numel(),), 1.0 + rank if kind == "P" else 5.0, dtype=weight.dtype)
             placement = Partial() if kind == "P" else Replicate()
             given = DTensor.from_local(value, weight.device_mesh, [placement], run_check=False)
             weight.backward(given)
-        engine._masters.complete()
-        gradient = engine._masters.masters["norm.weight"].grad
+        masters.wait_reduce()
+        gradient = masters.local["norm.weight"].tensor.grad
         assert gradient is not None
         found += [(float(value), str(gradient.dtype)) for value in gradient.unique()]
         engine.zero_grad()

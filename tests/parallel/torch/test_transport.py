@@ -25,13 +25,12 @@ from torch.distributed.tensor import DTensor
 from meshloom.models.llama import Llama
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.layout import Layout
-from meshloom.parallel.mesh import Mesh
-from meshloom.parallel.torch import engine as torch_engine
-from meshloom.parallel.torch import transport
-from meshloom.parallel.torch.engine import TorchEngine
-from meshloom.parallel.torch.fully_sharded import _Scatter
+from meshloom.parallel.mesh import Mesh, WeightAxes
+from meshloom.parallel.torch import transport, weights
+from meshloom.parallel.torch.fully_sharded import ReduceScatter
 from meshloom.parallel.torch.masters import materialize
 from meshloom.parallel.torch.transport import ALIGNED, SEGMENT, Transport, choose_transport
+from support.engines import masters_of
 from support.parity import Work, build, share, step
 from support.ranks import run_ranks
 
@@ -55,13 +54,13 @@ class Reached(Transport):
         with torch.inference_mode(False):
             return torch.full((size,), 255, dtype=torch.uint8)  # in every floating dtype not a number
 
-    def twin(self, mesh: Mesh) -> Transport:
-        self.twins.append(Reached(mesh.group("weights")))
+    def twin(self, mesh: Mesh, axes: WeightAxes) -> Transport:
+        self.twins.append(Reached(axes.shards.get_group()))
         return self.twins[-1]
 
 
-def reached(mesh: Mesh, parallel: ParallelConfig) -> Transport:
-    return Reached(mesh.group("weights"))
+def reached(mesh: Mesh, axes: WeightAxes, parallel: ParallelConfig) -> Transport:
+    return Reached(axes.shards.get_group())
 
 
 def alone() -> Reached:
@@ -108,7 +107,7 @@ def both_ways(rank: int, world_size: int, works: dict[str, Work]) -> list[str]:
     for name, work in works.items():
         plain = trained(work, world_size)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch_engine, "choose_transport", reached)
+            patch.setattr(weights, "choose_transport", reached)
             other = trained(work, world_size)
         assert len(set(plain[0])) == len(plain[0]), "the weights change"
         if plain != other:
@@ -127,12 +126,12 @@ def asked_for(rank: int, world_size: int, works: list[Work]) -> list[tuple[list[
     for work in works:
         given: list[Reached] = []
 
-        def give(mesh: Mesh, parallel: ParallelConfig, given: list[Reached] = given) -> Transport:
-            given.append(Reached(mesh.group("weights")))
+        def give(mesh: Mesh, axes: WeightAxes, parallel: ParallelConfig, given: list[Reached] = given) -> Transport:
+            given.append(Reached(axes.shards.get_group()))
             return given[0]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch_engine, "choose_transport", give)
+            patch.setattr(weights, "choose_transport", give)
             for _ in range(2):
                 trained(work, world_size)
             ours = given[0]
@@ -165,9 +164,9 @@ def waited_for(rank: int, world_size: int) -> tuple[int, int, bool]:
     waits: list[int] = []
     work = Work(ParallelConfig(zero=1), micro=2, **BF16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_engine, "choose_transport", reached)
+        patch.setattr(weights, "choose_transport", reached)
         engine = build(work, world_size)
-        assert isinstance(engine, TorchEngine) and engine._masters is not None
+        masters = masters_of(engine)
 
         def fail(gradient: torch.Tensor) -> None:
             raise RuntimeError("no more")
@@ -179,7 +178,7 @@ def waited_for(rank: int, world_size: int) -> tuple[int, int, bool]:
             step(engine, work, 0)
         handle.remove()
         before = len(begun)
-        engine._masters.begin(1, one_pass=False)
+        masters.begin_step(single=True, fused=False)
         waited = len(waits)
         engine.zero_grad()
         return before, waited, all(value == value for value in step(engine, work, 0))
@@ -195,7 +194,7 @@ def test_a_pass_that_failed_leaves_nothing_on_its_way_into_the_next_ones_memory(
 
 def test_a_buffer_is_the_same_memory_each_time_and_has_one_tenant() -> None:
     memory = alone()
-    memory.expect(100)
+    memory.reserve(100)
     one = memory.buffer(0, (60,), torch.bfloat16, CPU)
     two = memory.buffer(1, (5, 10), torch.bfloat16, CPU)
     assert memory.sizes == [200, 200] and two.shape == (5, 10)
@@ -221,21 +220,21 @@ def test_without_copy_engines_memory_is_the_allocators() -> None:
     like = torch.empty(0, dtype=torch.bfloat16)
     for tensor in (
         plain.buffer(0, (2, 3), torch.bfloat16, CPU),
-        *plain.parcels((2, 3), like),
-        *plain.lasting([(2, 3)], like.dtype),
+        *plain.exchange_buffers((2, 3), like),
+        *plain.permanent([(2, 3)], like.dtype),
     ):
         assert tensor.shape == (2, 3) and tensor.dtype is torch.bfloat16
 
 
-def test_parcels_are_the_same_memory_each_time() -> None:
+def test_exchange_buffers_are_the_same_memory_each_time() -> None:
     memory = alone()
-    memory.expect(24)
-    memory.expect(12)
+    memory.reserve(24)
+    memory.reserve(12)
     like = torch.empty(0, dtype=torch.bfloat16)
-    sent, received = memory.parcels((2, 12), like)
+    sent, received = memory.exchange_buffers((2, 12), like)
     assert abs(received.data_ptr() - sent.data_ptr()) >= 24 * 2
-    assert [part.data_ptr() for part in memory.parcels((2, 3), like)] == [sent.data_ptr(), received.data_ptr()]
-    assert memory.parcels((2, 3), like.float())[0].dtype is torch.float32
+    assert [part.data_ptr() for part in memory.exchange_buffers((2, 3), like)] == [sent.data_ptr(), received.data_ptr()]
+    assert memory.exchange_buffers((2, 3), like.float())[0].dtype is torch.float32
     assert len(memory.sizes) == 2
 
 
@@ -243,7 +242,7 @@ def test_weights_lie_in_one_piece_and_a_tied_one_once() -> None:
     with torch.device("meta"):
         model = Llama(dim=24, layers=2, heads=4, kv_heads=2, ffn_dim=36, vocabulary=61, tied=True)
     memory = alone()
-    materialize(model, torch.bfloat16, CPU, memory)
+    materialize(model, list(model.parameters()), torch.bfloat16, CPU, memory)
     parameters = list(model.parameters())
     assert model.head is not None and model.embed is not None and model.head.weight is model.embed.weight
     assert all(type(parameter) is nn.Parameter and parameter.dtype is torch.bfloat16 for parameter in parameters)
@@ -278,8 +277,8 @@ def test_each_piece_is_a_segment_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_is_sent_and_its_sums_are_told_apart_after_a_pass_that_failed_between_them() -> None:
     memory = alone()
-    memory.expect(12)
-    scatter = _Scatter(memory, torch.float32)
+    memory.reserve(12)
+    scatter = ReduceScatter(memory, torch.float32)
     ask = functools.partial(scatter.allocate, dtype=torch.bfloat16, device=CPU)
     asked = [ask((count,)).dtype for count in (12, 12, 8, 12, 6, 6, 3)]  # of the first and the third nothing more is heard
     assert asked == [torch.bfloat16] * 4 + [torch.float32, torch.bfloat16, torch.float32]
@@ -376,23 +375,21 @@ def test_what_is_to_be_done_before_the_groups_go_is_done_once() -> None:
 def chosen(rank: int, world_size: int, works: list[tuple[bool, bool, bool]]) -> list[bool]:
     """By what the last rank says of its machine, of the group and of the trial: whether copy engines are chosen."""
     mesh: Any = Mesh.connect(Layout.plan(ParallelConfig(zero=1), world_size), CPU)
-    parallel = ParallelConfig(zero=1)
-    assert not choose_transport(mesh, parallel).by_copy_engines, "there are none"
-    on_gpu: Any = SimpleNamespace(
-        device=torch.device("cuda", 0), size=mesh.size, any=mesh.any, group=mesh.group, is_main=mesh.is_main
-    )
-    assert not choose_transport(on_gpu, ParallelConfig(zero=1, copy_engines=False)).by_copy_engines
+    parallel, axes = ParallelConfig(zero=1), mesh.weight_axes["dense"]
+    assert not choose_transport(mesh, axes, parallel).by_copy_engines, "there are none"
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda", 0), any=mesh.any, is_main=mesh.is_main)
+    assert not choose_transport(on_gpu, axes, ParallelConfig(zero=1, copy_engines=False)).by_copy_engines
     found: list[bool] = []
 
-    def may(of: Mesh, good: bool) -> bool:
+    def may(of: Mesh, axes: WeightAxes, good: bool) -> bool:
         return good or rank == 0
 
-    def prepared(of: Mesh, good: bool) -> Transport:
+    def prepared(of: Mesh, axes: WeightAxes, good: bool) -> Transport:
         if not (good or rank == 0):
             raise RuntimeError("no memory of this kind")
-        return reached(mesh, parallel)
+        return reached(mesh, axes, parallel)
 
-    def attempt(found: Transport, of: Mesh, good: bool) -> None:
+    def attempt(found: Transport, of: Mesh, axes: WeightAxes, good: bool) -> None:
         if not (good or rank == 0):
             raise RuntimeError("something else arrived")
 
@@ -401,7 +398,7 @@ def chosen(rank: int, world_size: int, works: list[tuple[bool, bool, bool]]) -> 
             patch.setattr(transport, "_may", functools.partial(may, good=machine))
             patch.setattr(transport, "_prepared", functools.partial(prepared, good=group))
             patch.setattr(transport, "_try", functools.partial(attempt, good=trial))
-            found.append(choose_transport(on_gpu, parallel).by_copy_engines)
+            found.append(choose_transport(on_gpu, axes, parallel).by_copy_engines)
     return found
 
 
@@ -423,7 +420,7 @@ def allowed(rank: int, world_size: int) -> list[bool]:
             patch.setattr(dist, "ProcessGroupNCCL", offered, raising=False)
             if at == 1:
                 patch.setattr(transport, "_host", lambda: f"host {rank}")
-            found.append(transport._may(mesh))
+            found.append(transport._may(mesh, mesh.weight_axes["dense"]))
     return found
 
 
@@ -447,7 +444,8 @@ def tried(rank: int, world_size: int) -> list[bool]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dist, "all_to_all_single", way)
             try:
-                transport._try(reached(mesh, ParallelConfig()), mesh)
+                axes = mesh.weight_axes["dense"]
+                transport._try(reached(mesh, axes, ParallelConfig()), mesh, axes)
                 found.append(True)
             except RuntimeError:
                 found.append(False)
@@ -460,7 +458,7 @@ def test_a_trial_shows_what_does_not_arrive() -> None:
 
 def cut_and_placed(rank: int, world_size: int) -> set[str]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_engine, "choose_transport", reached)
+        patch.setattr(weights, "choose_transport", reached)
         engine = build(Work(ParallelConfig(zero=1, tp=2), precision="bf16"), world_size)
     kinds = {type(parameter).__name__ for parameter in engine.module.parameters()}
     return kinds if any(isinstance(parameter, DTensor) for parameter in engine.module.parameters()) else set()

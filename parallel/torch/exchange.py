@@ -1,0 +1,255 @@
+"""What masters exchange: the gradients of a unit's weights on their way to who updates them, and the updated rows back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from ...kernels.rows import sum_rows
+from ..mesh import WeightAxes
+from ..shards import Placements, local, own_part
+from .transport import Transport, gather_rows
+
+
+@dataclass
+class MasterWeight:
+    """One weight, and the master of this rank's part of it.
+
+    placed       how tensor-parallel ranks hold it, where they do. Not the parameter: that has a hook which knows of this,
+                 and such a circle is never collected
+    whole        its data on this rank, which it is computed with
+    rows         of each rank's part of `whole`; the last ranks may have fewer
+    local_shard  this rank's part
+    """
+
+    placed: tuple[DeviceMesh, Placements] | None
+    whole: torch.Tensor
+    rows: int
+    local_shard: torch.Tensor
+    master: nn.Parameter
+
+    @property
+    def padded_numel(self) -> int:
+        """Elements of a part that is not cut short."""
+        return self.rows * self.whole[0].numel()
+
+    def pending(self, gradient: torch.Tensor) -> Placements | None:
+        """The placements of a gradient that is to be summed over tensor-parallel ranks, which all hold the whole weight."""
+        if not isinstance(gradient, DTensor) or self.placed is None:
+            return None
+        pairs = list(zip(gradient.placements, self.placed[1], strict=True))
+        sums = any(here.is_partial() for here, _ in pairs)
+        as_large = all(here == there or (here.is_partial() and there.is_replicate()) for here, there in pairs)
+        return gradient.placements if sums and as_large else None
+
+    def part(self, gradient: torch.Tensor) -> torch.Tensor:
+        """What a gradient has where this rank's part of the weight lies: a collective, if that must be summed first."""
+        return own_part(gradient, None if self.placed is None else self.placed[1])
+
+    def sum_over_tp(self, parts: torch.Tensor, placements: Placements) -> torch.Tensor:
+        """Sum what tensor-parallel ranks have of a gradient in such placements: a collective."""
+        assert self.placed is not None
+        return self.part(DTensor.from_local(parts, self.placed[0], placements, run_check=False))
+
+    def add_to_grad(self, gradient: torch.Tensor | None) -> None:
+        """Add to the master's gradient. None: the weight was not used."""
+        if gradient is not None and self.master.grad is not None:
+            self.master.grad += gradient
+        elif gradient is not None:
+            self.master.grad = gradient
+
+
+@dataclass
+class ExchangeUnit:
+    """Weights whose gradients are sent together, and which are gathered before the same modules are called.
+
+    taken      gradients so far, of the micro-batches since the last exchange
+    pending    by number of the weight, in which placements one is that must still be summed over tensor-parallel ranks
+    missing    how many of them the last micro-batch has not brought yet
+    used       which weights those on their way are of
+    reducing   what is on its way, the collective that brings it, and what is to be done with it then
+    gathering  collectives under way that make weights whole, each with (weight, its padded copy) of those that are not
+               cut evenly
+    """
+
+    weights: list[MasterWeight]
+    axes: WeightAxes
+    transport: Transport
+    taken: list[torch.Tensor | None] = field(init=False)
+    pending: dict[int, Placements] = field(init=False)
+    missing: int = field(init=False)
+    used: list[bool] = field(default_factory=list)
+    reducing: tuple[torch.Tensor, Any, Callable[[torch.Tensor], None]] | None = None
+    gathering: list[tuple[Any, Sequence[tuple[torch.Tensor, torch.Tensor]]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.clear()
+
+    @property
+    def padded_numel(self) -> int:
+        """Elements of a rank's parts, none of them cut short."""
+        return sum(weight.padded_numel for weight in self.weights)
+
+    def clear(self) -> None:
+        """Forget the gradients that were taken."""
+        self.taken, self.pending = [None] * len(self.weights), {}
+        self.missing, self.reducing = len(self.weights), None
+
+    def abandon(self) -> None:
+        """Wait for what a failed pass left on its way, and forget it: the memory will be used again."""
+        if self.reducing is not None:
+            self.reducing[1].wait()
+        self.clear()
+
+    def take(self, index: int, gradient: torch.Tensor, keep_dtype: bool) -> None:
+        """Add one micro-batch's gradient of a weight. keep_dtype: the only one may stay in the dtype it has."""
+        weight, before = self.weights[index], self.taken[index]
+        placements = weight.pending(gradient)
+        if before is not None and placements != self.pending.get(index):  # a micro-batch of a size that can't be cut
+            self._sum_pending(index)
+            before, placements = self.taken[index], None
+        if placements is None:
+            gradient = weight.part(gradient)
+        else:
+            gradient, self.pending[index] = local(gradient), placements
+        if before is not None:
+            before += gradient
+        else:
+            self.taken[index] = gradient if keep_dtype else gradient.to(weight.master.dtype)
+
+    def _sum_pending(self, index: int) -> None:
+        parts, placements = self.taken[index], self.pending.pop(index, None)
+        if parts is not None and placements is not None:
+            self.taken[index] = self.weights[index].sum_over_tp(parts, placements)
+
+    def reduce(self) -> None:
+        """Begin to send every rank its rows of the gradients, which are complete here; of a weight without one, zeros."""
+        for index in sorted(self.pending):
+            self._sum_pending(index)
+        num_shards = self.axes.num_shards
+        taken, like = self.taken, next(gradient for gradient in self.taken if gradient is not None)
+        self.clear()
+        if not self.axes.shared:
+            for weight, gradient in zip(self.weights, taken, strict=True):
+                weight.add_to_grad(gradient)
+            return
+        self.used = [gradient is not None for gradient in taken]
+        gradients = [
+            like.new_zeros(weight.whole.shape) if gradient is None else gradient.contiguous()
+            for weight, gradient in zip(self.weights, taken, strict=True)
+        ]
+        if num_shards == 1:
+            self._reduce_copies(torch._chunk_cat(gradients, 0, num_shards))
+        else:
+            parts, received = self.transport.exchange_buffers((num_shards, self.padded_numel), like)
+            torch._chunk_cat(gradients, 0, num_shards, out=parts)
+            work = dist.all_to_all_single(received, parts, group=self.transport.group, async_op=True)
+            self.reducing = received, work, self._reduce_copies
+
+    def advance(self) -> bool:
+        """Wait for what is on its way and go on with it. Returns whether that was the last of it."""
+        if self.reducing is not None:
+            arriving, work, then = self.reducing
+            self.reducing = None
+            work.wait()
+            then(arriving)
+        return self.reducing is None
+
+    def _reduce_copies(self, parts: torch.Tensor) -> None:
+        """Sum parts (ranks, rows) here, then over the ranks that hold copies of the same rows."""
+        dtype = self.weights[0].master.dtype
+        total = parts[0].to(dtype) if len(parts) == 1 else sum_rows(parts, dtype)
+        if self.axes.num_copies == 1:
+            self._deliver(total)
+        else:
+            self.reducing = total, dist.all_reduce(total, group=self.axes.copies.get_group(), async_op=True), self._deliver
+
+    def _deliver(self, total: torch.Tensor) -> None:
+        at = 0
+        for weight, used in zip(self.weights, self.used, strict=True):
+            shard = weight.local_shard
+            weight.add_to_grad(total[at : at + shard.numel()].view_as(shard) if used else None)
+            at += weight.padded_numel
+
+    def all_gather(self) -> None:
+        """Begin to bring all ranks' rows together in the whole weights."""
+        num_shards, rank, group = self.axes.num_shards, self.axes.shards.get_local_rank(), self.transport.group
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        uneven: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for weight in self.weights:
+            whole, shard = weight.whole, weight.local_shard
+            if len(whole) != num_shards * weight.rows:
+                whole = whole.new_empty(num_shards * weight.rows, *whole.shape[1:])
+                uneven.append((weight.whole, whole))
+                shard = whole.narrow(0, rank * weight.rows, weight.rows)
+                shard[: len(weight.local_shard)].copy_(weight.local_shard)
+            pairs.append((whole, shard))
+        if self.weights[0].whole.device.type == "cuda":
+            with dist._coalescing_manager(group, async_ops=True) as together:
+                for whole, shard in pairs:
+                    gather_rows(whole, shard, group=group)
+            self.gathering = [(together, uneven)]
+        else:
+            works = [gather_rows(whole, shard, group=group, async_op=True) for whole, shard in pairs]
+            self.gathering = [*((work, ()) for work in works[:-1]), (works[-1], uneven)]
+
+    def wait_all_gather(self, *, obsolete: bool = False) -> None:
+        """Wait until the weights are whole again. obsolete: rows have changed since, and will be gathered anew."""
+        for work, uneven in self.gathering:
+            work.wait()
+            for whole, padded in () if obsolete else uneven:
+                whole.copy_(padded[: len(whole)])
+        self.gathering = []
+
+
+class GradientReducer:
+    """Takes gradients from the backward pass, and sends each unit's on as soon as they are complete.
+
+    It knows no parameter: its hooks lie on them, and such a circle is never collected.
+
+    keep_grad_dtype  whether gradients stay in the dtype of the compute until they are summed
+    last             whether the micro-batch under way completes the gradients
+    """
+
+    def __init__(self) -> None:
+        self.keep_grad_dtype = self.last = False
+        self._reducing: list[ExchangeUnit] = []
+
+    def hook(self, unit: ExchangeUnit, index: int) -> Callable[[torch.Tensor], None]:
+        """What a weight, of this number in its unit, calls when its gradient is there."""
+
+        @torch.no_grad()
+        def take(computed: torch.Tensor) -> None:
+            assert computed.grad is not None
+            gradient, computed.grad = computed.grad, None
+            unit.take(index, gradient, self.keep_grad_dtype)
+            unit.missing -= self.last
+            if not unit.missing:
+                self.reduce(unit)
+
+        return take
+
+    def reduce(self, unit: ExchangeUnit) -> None:
+        """Send a unit's gradients."""
+        # These were computed while the last unit's were on their way, which have arrived by now.
+        self._reducing = [before for before in self._reducing if not before.advance()]
+        unit.reduce()
+        self._reducing.append(unit)
+
+    def wait(self) -> None:
+        """Wait for all that was sent."""
+        while self._reducing:
+            self._reducing = [unit for unit in self._reducing if not unit.advance()]
+
+    def abandon(self) -> None:
+        """Wait for what a failed pass left on its way, and forget it."""
+        for unit in self._reducing:
+            unit.abandon()
+        self._reducing = []

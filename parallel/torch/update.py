@@ -1,0 +1,75 @@
+"""The optimizer as the engine drives it: its step, and its state as checkpoints see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+import torch
+
+from ...optim.optimizers.parameters import FusedStep
+from ..fragment import Fragment
+from .strategy import LocalWeight
+
+
+class Update:
+    """An optimizer over a rank's weights.
+
+    fused  whether its step scales gradients and writes compute copies on the way (`FusedStep`)
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, weights: Mapping[str, LocalWeight]) -> None:
+        self._optimizer, self._weights = optimizer, weights
+        self.fused = isinstance(optimizer, FusedStep) and optimizer.fused_step
+
+    @property
+    def _fused_step(self) -> FusedStep:
+        return cast(FusedStep, self._optimizer)
+
+    def scale(self, gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
+        """Multiply the gradients by a number on the device, now or in the next step."""
+        if self.fused:
+            self._fused_step.gradient_scale = factor
+        else:
+            torch._foreach_mul_(gradients, factor)
+
+    def step(self, lr: float) -> None:
+        """One update at this learning rate."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self._optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients and what they were to be multiplied by."""
+        if self.fused:
+            self._fused_step.gradient_scale = None
+        for weight in self._weights.values():
+            weight.tensor.grad = weight.placed.parameter.grad = None
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's boxes of weights and of the optimizer's tensors that have a weight's shape."""
+        for name, weight in self._weights.items():
+            if not weight.placed.box.numel:
+                continue
+            arrays = {"weight": weight.tensor.detach()}
+            for role, value in self._optimizer.state[weight.tensor].items():
+                if torch.is_tensor(value) and value.shape == weight.tensor.shape and value.dim():
+                    arrays[role] = value
+            for role, tensor in arrays.items():
+                yield Fragment(name, role, weight.placed.global_shape, weight.placed.box, tensor)
+
+    def counters(self) -> dict[str, float]:
+        """Scalar state, read off the first parameter: it is the same for every one."""
+        state = self._optimizer.state[next(iter(self._weights.values())).tensor]
+        return {role: float(value) for role, value in state.items() if not torch.is_tensor(value) or value.dim() == 0}
+
+    @torch.no_grad()
+    def load_counters(self, counters: Mapping[str, float]) -> None:
+        """Set the scalar state of every parameter."""
+        for weight in self._weights.values():
+            state = self._optimizer.state[weight.tensor]
+            for role, value in counters.items():
+                if torch.is_tensor(state[role]):
+                    state[role].fill_(value)
+                else:
+                    state[role] = type(state[role])(value)

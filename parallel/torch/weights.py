@@ -1,0 +1,133 @@
+"""All weights of a rank's stages: the union of their groups, each held by its strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ...models.llama import Llama
+from ...optim.optimizers.parameters import NamedParameter
+from ..config import ParallelConfig
+from ..engine import EngineSettings
+from ..mesh import Mesh
+from ..shards import MeshShards, Placed
+from .fully_sharded import FullyShardedWeights
+from .groups import ParameterGroup
+from .masters import MasterWeights
+from .strategy import WeightStrategy
+from .transport import choose_transport
+
+
+def make_strategies(
+    groups: Sequence[ParameterGroup], mesh: Mesh, parallel: ParallelConfig, settings: EngineSettings
+) -> list[WeightStrategy]:
+    """A strategy for each group. Every process calls it."""
+
+    def make(group: ParameterGroup) -> WeightStrategy:
+        transport = choose_transport(mesh, mesh.weight_axes[group.name], parallel)
+        if group.fully_sharded:
+            return FullyShardedWeights(group, groups, mesh, transport, parallel, compute=settings.compute)
+        dtypes = {"compute": settings.compute, "accum_dtype": settings.storage}
+        return MasterWeights(group, groups, mesh, transport, **dtypes)
+
+    return [make(group) for group in groups]
+
+
+class Weights(WeightStrategy):
+    """All groups as if they were one: each method is every strategy's. `local` is in the order of the stages' parameters.
+
+    shards  what optimizers ask about the other ranks' shards
+    """
+
+    def __init__(self, strategies: Sequence[WeightStrategy], mesh: Mesh) -> None:
+        super().__init__()
+        self.strategies, self._mesh = strategies, mesh
+
+    def shard(self, stage: Llama) -> None:
+        """Shard every group's weights in a stage."""
+        for strategy in self.strategies:
+            strategy.shard(stage)
+
+    def adopt(self, stages: Sequence[Llama], named: Mapping[str, nn.Parameter]) -> None:
+        """Have every group take charge of its parameters, and list them together."""
+        for strategy in self.strategies:
+            strategy.adopt(stages, named)
+        held = {name: weight for strategy in self.strategies for name, weight in strategy.local.items()}
+        self.local = {name: held[name] for name in named}
+        self.shards = MeshShards(self._mesh, self.placed)
+        copies = torch.tensor([weight.placed.copies for weight in self.local.values()], dtype=torch.float64)
+        self._per_copy = (1 / copies).to(next(iter(self.local.values())).tensor.device)
+
+    @property
+    def placed(self) -> dict[str, Placed]:
+        """By name, the box of each weight that this rank updates."""
+        return {name: weight.placed for name, weight in self.local.items()}
+
+    def named_parameters(self, model: Llama) -> list[NamedParameter]:
+        """The parameters as optimizers see them: plain local tensors, so that every elementwise optimizer is right as it is."""
+        return [
+            NamedParameter(
+                name, weight.tensor, weight.placed.global_shape, model.decays(name), model.lr_scale(name), weight.compute_copy
+            )
+            for name, weight in self.local.items()
+        ]
+
+    def gradients(self) -> list[torch.Tensor]:
+        """This rank's shards of the gradients there are."""
+        return [weight.tensor.grad for weight in self.local.values() if weight.tensor.grad is not None]
+
+    def norm_square(self) -> torch.Tensor:
+        """This rank's part of the squared norm: divided by the copies of each element, so that ranks' parts add up."""
+        tensors = [weight.tensor for weight in self.local.values()]
+        norms = torch.stack(torch._foreach_norm(self.gradients(), 2, tensors[0].dtype)).double()
+        present = [index for index, tensor in enumerate(tensors) if tensor.grad is not None]
+        # The rule is that all have one, and then no index has to reach the device, which the host would wait for.
+        per_copy = self._per_copy if len(present) == len(tensors) else self._per_copy[present]
+        return (norms.square() * per_copy).sum().to(self._mesh.device)
+
+    def watch(self, see: Callable[[str, nn.Parameter], None]) -> None:
+        """Watch every group's weights."""
+        for strategy in self.strategies:
+            strategy.watch(see)
+
+    def begin_step(self, *, single: bool, fused: bool) -> None:
+        """Begin the step of every group."""
+        for strategy in self.strategies:
+            strategy.begin_step(single=single, fused=fused)
+
+    def set_last_micro_batch(self, last: bool) -> None:
+        """Tell every group."""
+        for strategy in self.strategies:
+            strategy.set_last_micro_batch(last)
+
+    def wait_reduce(self) -> None:
+        """Wait for every group's gradients."""
+        for strategy in self.strategies:
+            strategy.wait_reduce()
+
+    def wait_all_gather(self, *, compute_copies: bool) -> None:
+        """Wait for every group's gathers."""
+        for strategy in self.strategies:
+            strategy.wait_all_gather(compute_copies=compute_copies)
+
+    def all_gather_weights(self, *, copied: bool) -> None:
+        """Begin every group's gathers."""
+        for strategy in self.strategies:
+            strategy.all_gather_weights(copied=copied)
+
+    def sync_from_masters(self) -> None:
+        """Bring every group's weights up to date."""
+        for strategy in self.strategies:
+            strategy.sync_from_masters()
+
+    def reshard(self) -> None:
+        """Free what every group has gathered."""
+        for strategy in self.strategies:
+            strategy.reshard()
+
+    def masters_written(self) -> None:
+        """Tell every group."""
+        for strategy in self.strategies:
+            strategy.masters_written()
