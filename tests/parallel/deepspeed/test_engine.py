@@ -56,6 +56,7 @@ TABLE = [
     (2, Work(zeros(3, stage3_max_live_parameters=0, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0), **SHORT)),
     (2, Work(ds(3), micro=2, model=(("tied", True),), activation="full", **SHORT)),
     (2, Work(ds(1), micro=2, model=(("tied", True),), documents=True, **SHORT)),
+    (2, Work(ds(1), micro=2, max_norm=100.0, **SHORT)),  # no gradient is so long
     (2, Work(ds(3), micro=4, activation="offload", **SHORT)),
     (2, Work(ds(3), micro=2, activation="selective", **SHORT)),
     (2, Work(ds(2), micro=2, model=(("mup_base", 8), ("mup_residual", 0.22)), activation="selective", **SHORT)),
@@ -67,7 +68,7 @@ def case(value: object) -> str:
         return str(value)
     axes = value.parallel
     words = [axes.engine, f"zero{axes.zero}", f"micro{value.micro}", axes.offload, axes.offload_weights, value.activation]
-    words += [key for key, _ in value.model] + ["docs" * value.documents]
+    words += [key for key, _ in value.model] + ["docs" * value.documents, "unclipped" * (value.max_norm == 100.0)]
     words += list(axes.deepspeed.config.get("zero_optimization", {}))
     return "-".join(word for word in words if word and word != "none")
 

@@ -1,0 +1,175 @@
+"""Break central lines one at a time, run the tests concerned, and list the faults that no test noticed.
+
+    python benchmarks/mutants.py                    # all of mutants.toml: about an hour on two cores
+    python benchmarks/mutants.py resume tied        # those whose subject or fault contains one of these words
+    python benchmarks/mutants.py --check            # only whether every line is still there, and in docs/testing.md
+    python benchmarks/mutants.py --table            # the table of docs/testing.md, from the last results
+
+A mutant is one entry of `mutants.toml`. It is killed if its tests fail, and survives if they pass. The tests must pass on
+the code as it is, which is tried first. Each run happens in a scratch copy of the tree. Results are kept in a file beside
+the scratch copy, so that a run that was stopped goes on. The exit code is 1 for an unexpected survivor or a missing line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = Path(__file__).with_suffix(".toml")
+DOCUMENT = ROOT / "docs" / "testing.md"
+RESULTS = Path(tempfile.gettempdir()) / "meshloom-mutants.json"
+LEFT_OUT = shutil.ignore_patterns(".*", "outputs", "build", "dist", "__pycache__", "*.egg-info", "*.png")
+PATIENCE = 900.0  # seconds: a mutant whose tests take longer hangs, which is noticed, too
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """An entry of the table; see the head of `mutants.toml`."""
+
+    subject: str
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    same: str = ""
+
+    @property
+    def key(self) -> str:
+        """What its result is kept under: anything that changes makes it a new mutant."""
+        return json.dumps([self.file, self.old, self.new, self.tests])
+
+    def broken(self) -> str:
+        """The text of the file with the fault in it. Raises ValueError where the line is not there exactly once."""
+        text = (ROOT / self.file).read_text() if (ROOT / self.file).exists() else ""
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.subject}: {self.what}: {self.file} has its line {text.count(self.old)} times")
+        return text.replace(self.old, self.new)
+
+
+class Scratch:
+    """A copy of the tree in which one file at a time is changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.tree = folder, folder / "tree"
+        shutil.copytree(ROOT, self.tree, ignore=LEFT_OUT)
+        (folder / "meshloom").symlink_to("tree")
+
+    def passes(self, arguments: str) -> bool:
+        """Whether pytest is content with these arguments here."""
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(self._folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        output = self._folder / "output.txt"
+        with output.open("w") as file:
+            tests = subprocess.Popen(command, cwd=self.tree, env=environment, stdout=file, stderr=file, start_new_session=True)
+            try:
+                code = tests.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                os.killpg(tests.pid, signal.SIGKILL)  # the ranks that it has forked, too
+                tests.wait()
+                return False
+        if code > 1:  # no test was selected, or pytest itself failed
+            raise RuntimeError(f"pytest {arguments}: exit code {code}\n{output.read_text()[-3000:]}")
+        return code == 0
+
+    def survives(self, mutant: Mutant) -> bool:
+        """Whether the mutant's tests pass with its fault."""
+        file = self.tree / mutant.file
+        whole = file.read_text()
+        file.write_text(mutant.broken())
+        try:
+            return self.passes(mutant.tests)
+        finally:
+            file.write_text(whole)
+
+
+def read_table() -> list[Mutant]:
+    """The entries of `mutants.toml`."""
+    return [Mutant(**entry) for entry in tomllib.loads(TABLE.read_text())["mutant"]]
+
+
+def missing_lines(mutants: list[Mutant]) -> list[str]:
+    """What keeps entries from being true of the code as it is."""
+    found: list[str] = []
+    for mutant in mutants:
+        try:
+            mutant.broken()
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def run(mutants: list[Mutant], results: dict[str, str]) -> None:
+    """Try the mutants that have no result yet, and keep each result as it comes."""
+    with tempfile.TemporaryDirectory(prefix="meshloom-mutants-") as folder:
+        scratch = Scratch(Path(folder))
+        sound: set[str] = set()
+        for mutant in mutants:
+            if mutant.key in results:
+                continue
+            began = time.monotonic()
+            if mutant.tests not in sound and scratch.passes(mutant.tests):
+                sound.add(mutant.tests)
+            if mutant.tests in sound:
+                results[mutant.key] = "survived" if scratch.survives(mutant) else "killed"
+                RESULTS.write_text(json.dumps(results))
+            verdict = results.get(mutant.key, f"pytest {mutant.tests} fails without a fault")
+            print(f"{verdict}: {mutant.subject}: {mutant.what} ({time.monotonic() - began:.0f} s)", flush=True)
+
+
+def table(mutants: list[Mutant], results: dict[str, str]) -> str:
+    """The table of docs/testing.md."""
+    rows = ["| Subject | Fault | File | Tests | Result |", "|---|---|---|---|---|"]
+    for mutant in mutants:
+        files = " ".join(word for word in shlex.split(mutant.tests) if word.startswith("tests"))
+        result = f"the same: {mutant.same}" if mutant.same else results.get(mutant.key, "not tried")
+        rows.append(f"| {mutant.subject} | {mutant.what} | `{mutant.file}` | `{files}` | {result} |")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    everything = read_table()
+    results: dict[str, str] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if arguments.table:
+        print(table(everything, results))
+        return 0
+    wanted = [word.lower() for word in arguments.words]
+    chosen = [m for m in everything if not wanted or any(word in f"{m.subject} {m.what}".lower() for word in wanted)]
+    if missing := missing_lines(chosen):
+        print("\n".join(missing), file=sys.stderr)
+        return 1
+    if arguments.check:
+        document = DOCUMENT.read_text()
+        if untold := [mutant.what for mutant in chosen if f"| {mutant.what} |" not in document]:
+            print("not in docs/testing.md:", *untold, sep="\n  ", file=sys.stderr)
+            return 1
+        print(f"{len(chosen)} lines are where the table says")
+        return 0
+    run(chosen, results)
+    survivors = [m for m in chosen if results.get(m.key) != "killed" and not m.same]
+    print(f"{len(chosen)} mutants, {len(survivors)} survivors")
+    for mutant in survivors:
+        print(f"not killed: {mutant.subject}: {mutant.what}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
