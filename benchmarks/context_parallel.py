@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 
 from meshloom.data.batch import MicroBatch
-from meshloom.kernels import attention_blocks
-from meshloom.kernels.attention import attend
+from meshloom.kernels.attention import CausalAttention
+from meshloom.kernels.attention_blocks import Kernel
+from meshloom.kernels.documents import Documents
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.context.split import ContextParallel
 from meshloom.parallel.layout import Layout
@@ -52,10 +53,10 @@ def with_gradients(attention: Attention, leaves: list[torch.Tensor], dout: torch
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
-def packed(rows: int, length: int, mean: int) -> torch.Tensor:
+def packed(rows: int, length: int, mean: int) -> Documents:
     """Documents of exponentially distributed lengths, the same on every rank."""
     starts = torch.rand(rows, length, generator=torch.Generator().manual_seed(1)) < 1 / mean
-    return starts.long().cumsum(1)
+    return Documents.of(starts.long().cumsum(1))
 
 
 def main() -> int:
@@ -99,7 +100,7 @@ def main() -> int:
     leaves = [x.clone().requires_grad_() for x in whole]
 
     def plain(x: list[torch.Tensor]) -> torch.Tensor:
-        return attend(x[0], x[1], x[2], documents)
+        return CausalAttention()(x[0], x[1], x[2], documents)
 
     expected = with_gradients(plain, leaves, dout)
     report("whole", plain, leaves, dout, 0.0)
@@ -107,16 +108,16 @@ def main() -> int:
     for kind, kernel in [*(("ring", kernel) for kernel in kernels), ("ulysses", "")]:
         if kind == "ulysses" and options.heads % size:
             continue
-        if kernel in ("cudnn", "flash"):
-            attention_blocks.dense_kernel = kernel
-        context = ContextParallel(mesh, kind)
-        mine = context.cut(MicroBatch(rows, rows, documents)).micro_batch.tokens_BS[0]
+        chosen: Kernel = "flash" if kernel == "flash" else "cudnn"
+        context = ContextParallel(mesh, kind, chosen)
+        part = context.cut(MicroBatch(rows, rows, documents)).micro_batch
+        mine = part.tokens_BS[0]
         leaves = [x[:, mine].clone().requires_grad_() for x in whole]
 
-        def sliced(attend_slice: Callable[..., torch.Tensor], x: list[torch.Tensor]) -> torch.Tensor:
-            return attend_slice(x[0], x[1], x[2], documents)
+        def sliced(attend_slice: Callable[..., torch.Tensor], packed: Documents | None, x: list[torch.Tensor]) -> torch.Tensor:
+            return attend_slice(x[0], x[1], x[2], packed)
 
-        attention = partial(sliced, context.attend)
+        attention = partial(sliced, context, part.documents)
         errors = [
             float((got.float() - want[:, mine].float()).square().mean().sqrt() / want.float().square().mean().sqrt())
             for got, want in zip(with_gradients(attention, leaves, dout[:, mine]), expected, strict=True)

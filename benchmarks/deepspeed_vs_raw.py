@@ -34,7 +34,10 @@ from arguments import read  # noqa: E402
 from throughput import MODELS, Clock, Settings  # noqa: E402
 
 from meshloom.kernels import attention_timing  # noqa: E402
-from meshloom.models.llama import Llama  # noqa: E402
+from meshloom.kernels.attention import CausalAttention  # noqa: E402
+from meshloom.models.config import DecoderConfig  # noqa: E402
+from meshloom.models.decoder import Decoder  # noqa: E402
+from meshloom.models.protocol import BlockKernels  # noqa: E402
 from meshloom.parallel.deepspeed.setup import import_deepspeed  # noqa: E402
 
 OURS = {"ours": "deepspeed", "torch": "torch"}
@@ -70,11 +73,12 @@ def raw(settings: Settings, label: str) -> None:
         config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     with torch.device(device):
-        model = Llama(vocabulary=settings.vocabulary, **MODELS[settings.model]).to(dtype)  # type: ignore[arg-type]
+        model = Decoder(DecoderConfig(vocabulary=settings.vocabulary, **MODELS[settings.model])).to(dtype)  # type: ignore[arg-type]
     if device.type == "cuda" and settings.precision == "bf16":
-        shape = attention_timing.Shape(settings.seq, model.heads, model.kv_heads, model.head_dim)
-        kernels = attention_timing.KERNELS
-        attention_timing.prefer({kernel: attention_timing.seconds(kernel, shape, device) for kernel in kernels})
+        shape = attention_timing.Shape(settings.seq, model.config.heads, model.config.kv_heads, model.config.head_dim)
+        times = {kernel: attention_timing.seconds(kernel, shape, device) for kernel in attention_timing.KERNELS}
+        attend = CausalAttention(attention_timing.fastest(times))
+        model.use_kernels(dict.fromkeys(model.block_modules(), BlockKernels(attend)))
     if settings.compile:
         for block in model.layers.values():
             block.compile()

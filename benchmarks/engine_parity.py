@@ -2,7 +2,7 @@
 
     python benchmarks/engine_parity.py        # on the CPU, some minutes; the rows of NVMe need DeepSpeed's async_io built
 
-Each cell is the largest relative difference of the losses and gradient norms of 5 steps of the tests' small Llama (shards
+Each cell is the largest relative difference of the losses and gradient norms of 5 steps of the tests' small decoder (shards
 are uneven) from the oracle of `tests/support/parity.py`: one process, whole batches, PyTorch's own cross-entropy, clipping
 and AdamW.
 DeepSpeed's masters are fp32, so both engines compute in fp32 here, and the torch engine in fp64 too. The last line shows what
@@ -30,8 +30,9 @@ import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
 
 from meshloom.config.problems import ConfigError
 from meshloom.data.batch import IGNORED, MicroBatch
+from meshloom.models.config import DecoderConfig
+from meshloom.models.decoder import Decoder
 from meshloom.models.init import fill
-from meshloom.models.llama import Llama
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.deepspeed.optimizer import require_op
 from meshloom.parallel.deepspeed.settings import DeepSpeedConfig
@@ -83,12 +84,12 @@ def cell(engine: str, settings: dict[str, Any], ranks: int, precision: str) -> s
 def wrong_average() -> tuple[float, float]:
     """How far loss and gradient norm of the first step are off when the samples' means are averaged."""
     work = Work()
-    model = Llama(**work.llama()).double()
+    model = Decoder(DecoderConfig(**work.llama())).double()
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         fill(parameter.data, model.initial(name), seed=7, name=name, global_shape=shape, offsets=(0,) * len(shape))
     batch = MicroBatch.collate([sample(index) for index in range(work.samples)])
-    logits = model(batch.tokens_BS, None, batch.documents_BS)
+    logits = model(batch.tokens_BS, None, batch.documents)
     each = [F.cross_entropy(row, goal, ignore_index=IGNORED) for row, goal in zip(logits, batch.targets_BS, strict=True)]
     right = F.cross_entropy(logits.flatten(0, 1), batch.targets_BS.flatten(), ignore_index=IGNORED)
     found: list[tuple[float, float]] = []

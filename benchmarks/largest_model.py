@@ -35,8 +35,9 @@ from arguments import read
 
 from meshloom.data.assignment import Share
 from meshloom.data.batch import MicroBatch
+from meshloom.models.config import DecoderConfig
 from meshloom.models.costs import parameter_count
-from meshloom.models.llama import Llama
+from meshloom.models.decoder import Decoder
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.parameters import NamedParameter, Shards
 from meshloom.parallel.config import ParallelConfig
@@ -112,7 +113,7 @@ class Search:
     def account(self, level: str, layers: int) -> tuple[int, RankCost, OffloadAccount]:
         """Parameters of a model, and what the planner says of it."""
         with torch.device("meta"):
-            model = Llama(**self.shape(layers))
+            model = Decoder(DecoderConfig(**self.shape(layers)))
         job = Job(self.seq, self.micro, 1, "bf16", ["full"] * layers, compiled=False)
         parallel = self.parallel(level)
         layout = Layout.plan(parallel, 1)
@@ -183,7 +184,7 @@ def train(search: Search) -> None:
     parallel = search.parallel(level)
     mesh = Mesh.connect(Layout.plan(parallel, 1), pick_device())
     with torch.device("meta"):
-        model = Llama(**search.shape(layers))
+        model = Decoder(DecoderConfig(**search.shape(layers)))
     how = EngineSettings(seed=1, precision="bf16", activation="full", seq_len=search.seq)
     engine = make_engine(model, mesh, adamw, parallel, how)
     ready = time.perf_counter() - began

@@ -1,6 +1,6 @@
 """What the trainer costs: seconds of its step beside those of loops written by hand around the same model and data.
 
-    python benchmarks/step_overhead.py                              # GPU: Llama 1B, 2 × 8,192 tokens; CPU: a small model
+    python benchmarks/step_overhead.py                              # GPU: Decoder 1B, 2 × 8,192 tokens; CPU: a small model
     python benchmarks/step_overhead.py size=small rounds=9 steps=20 # GPU: a step of some milliseconds, where overhead shows
     python benchmarks/step_overhead.py against=same                 # GPU: one of the two loops by hand alone
     python benchmarks/step_overhead.py syncs=1                      # GPU: and every place of a step that waits for the device
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from arguments import read
 
 from meshloom.data.batch import GlobalBatch, MicroBatch
-from meshloom.models.llama import Llama
+from meshloom.models.decoder import Decoder
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, pick_device
 from meshloom.trainer.build import Parts, Run, build_data, build_model, build_run
@@ -74,7 +74,7 @@ class Settings:
     against: str = "plain,same" if torch.cuda.is_available() else "plain"
 
 
-def trainer_run(overrides: list[str], folder: str) -> tuple[Run, Callable[[], Llama]]:
+def trainer_run(overrides: list[str], folder: str) -> tuple[Run, Callable[[], Decoder]]:
     """A run of the trainer, and what makes further models of its shape, on the meta device."""
     always = ["trainer.tokens=null", "trainer.steps=100000", "trainer.eval_every=0", "checkpoint.every=0"]
     quiet = ["trainer.sample_prompt=null", "logging.progress=false", f"output_dir={folder}"]
@@ -102,11 +102,11 @@ def by_trainer(run: Run) -> Step:
     return step
 
 
-def materialized(model: Llama, weights: dict[str, torch.Tensor], dtype: torch.dtype, compiled: bool) -> Llama:
+def materialized(model: Decoder, weights: dict[str, torch.Tensor], dtype: torch.dtype, compiled: bool) -> Decoder:
     """A model with these weights in this type, its blocks compiled on request."""
     device = next(iter(weights.values())).device
     model.to(dtype).to_empty(device=device)
-    if model.tied and model.head is not None and model.embed is not None:
+    if model.config.tied and model.head is not None and model.embed is not None:
         model.head.weight = model.embed.weight
     for name, parameter in model.named_parameters():
         parameter.data.copy_(weights[name])
@@ -116,7 +116,7 @@ def materialized(model: Llama, weights: dict[str, torch.Tensor], dtype: torch.dt
     return model
 
 
-def by_hand_plain(model: Llama, batches: Sequence[MicroBatch], half: bool) -> Step:
+def by_hand_plain(model: Decoder, batches: Sequence[MicroBatch], half: bool) -> Step:
     """fp32 weights, autocast where the precision is bf16, everything else torch's own."""
     device = batches[0].tokens_BS.device
     groups = [
@@ -142,7 +142,7 @@ def by_hand_plain(model: Llama, batches: Sequence[MicroBatch], half: bool) -> St
     return step
 
 
-def by_hand_same(model: Llama, masters: dict[str, torch.Tensor], batches: Sequence[MicroBatch]) -> Step:
+def by_hand_same(model: Decoder, masters: dict[str, torch.Tensor], batches: Sequence[MicroBatch]) -> Step:
     """bf16 weights beside fp32 masters, and the trainer's own AdamW kernel; for a single micro-batch."""
     from meshloom.kernels.triton_adamw import adamw_update
 

@@ -26,7 +26,8 @@ from arguments import read
 
 from meshloom.data.assignment import Share
 from meshloom.data.batch import MicroBatch
-from meshloom.models.llama import Llama
+from meshloom.models.config import DecoderConfig
+from meshloom.models.decoder import Decoder
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.parameters import NamedParameter, Shards
 from meshloom.parallel.config import ParallelConfig
@@ -99,7 +100,7 @@ def build(settings: Settings) -> tuple[Engine, Mesh]:
         return AdamW(parameters=parameters, shards=shards, lr=3e-4, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
 
     with torch.device("meta"):
-        model = Llama(vocabulary=settings.vocabulary, **MODELS[settings.model])  # type: ignore[arg-type]
+        model = Decoder(DecoderConfig(vocabulary=settings.vocabulary, **MODELS[settings.model]))  # type: ignore[arg-type]
     how = EngineSettings(
         seed=1,
         precision=settings.precision,

@@ -1,4 +1,4 @@
-"""Whether our Llama and torchtitan's are one function: losses and gradients for the same weights and tokens, on a CPU.
+"""Whether our decoder and torchtitan's Llama are one function: losses and gradients for the same weights and tokens, on a CPU.
 
     python benchmarks/torchtitan_model.py
 
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torchtitan.models.llama3 import TransformerModelArgs
 from torchtitan.models.llama3.model.model import Transformer
 
-from meshloom.models.llama import Llama
+from meshloom.models.config import DecoderConfig
+from meshloom.models.decoder import Decoder
 
 DIM, LAYERS, HEADS, KV_HEADS, VOCABULARY, LENGTH = 64, 3, 8, 2, 211, 48
 NAMES = {
@@ -53,10 +54,10 @@ def main() -> None:
         for weight in theirs.parameters():
             weight.normal_(std=0.3)  # trained weights are larger than initial ones: attention is not uniform
     ffn_dim = theirs.layers["0"].feed_forward.w1.weight.shape[0]
-    ours = Llama(
+    ours = Decoder(DecoderConfig(
         dim=DIM, layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS, ffn_dim=ffn_dim, vocabulary=VOCABULARY,
         norm_eps=arguments.norm_eps, rope_theta=arguments.rope_theta,
-    )  # fmt: skip
+    ))  # fmt: skip
     turned = {name: name.endswith(("wq.weight", "wk.weight")) for name, _ in theirs.named_parameters()}
     own = dict(ours.named_parameters())
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 MOVED = {
+    "meshloom.models.llama.Llama": "meshloom.models.decoder.Decoder",
     "meshloom.optim.adamw.": "meshloom.optim.optimizers.adamw.",
     "meshloom.optim.adagrad.": "meshloom.optim.optimizers.adagrad.",
     "meshloom.optim.agvm.": "meshloom.optim.optimizers.agvm.",

@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ..kernels.documents import Documents
+
 IGNORED = -100  # target of a position that carries no loss: padding, or a document's first token behind another document
 
 
@@ -58,12 +60,13 @@ class GlobalBatch:
 class MicroBatch:
     """What a rank passes through the model at once. B samples of S positions.
 
-    tokens_BS, targets_BS  int64; documents_BS int64 or None
+    tokens_BS, targets_BS  int64
+    documents              which document each position belongs to; None where attention crosses them
     """
 
     tokens_BS: torch.Tensor
     targets_BS: torch.Tensor
-    documents_BS: torch.Tensor | None = None
+    documents: Documents | None = None
 
     @classmethod
     def collate(cls, samples: Sequence[Sample]) -> MicroBatch:
@@ -77,7 +80,7 @@ class MicroBatch:
         return cls(
             stack([sample.tokens for sample in samples]),
             stack([sample.targets for sample in samples]),
-            stack(documents) if documents else None,
+            Documents.of(stack(documents)) if documents else None,
         )
 
     @property
@@ -90,7 +93,7 @@ class MicroBatch:
         return MicroBatch(
             self.tokens_BS.to(device, non_blocking=True),
             self.targets_BS.to(device, non_blocking=True),
-            None if self.documents_BS is None else self.documents_BS.to(device, non_blocking=True),
+            None if self.documents is None else self.documents.to(device),
         )
 
     def pin(self) -> MicroBatch:
@@ -98,5 +101,5 @@ class MicroBatch:
         return MicroBatch(
             self.tokens_BS.pin_memory(),
             self.targets_BS.pin_memory(),
-            None if self.documents_BS is None else self.documents_BS.pin_memory(),
+            None if self.documents is None else self.documents.pin(),
         )

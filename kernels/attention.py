@@ -1,25 +1,29 @@
-"""Causal attention on one rank: the plain version of the model's `attend(q, k, v, documents)` seam.
+"""Causal attention on one rank: the plain form of the model's `attend` seam, made for a kernel.
 
 Shape legend: B batch, S sequence, H query heads, K key/value heads (H is a multiple of K), D head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import attention_blocks
-from .attention_blocks import Segments, segments_backward, segments_forward
+from .attention_blocks import Kernel, Segments, kernel_for, segments_backward, segments_forward
+from .documents import Documents
 from .flash4 import flash4_attend
 
-CUDA_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Order in which kernels are tried on a GPU; the first that can run the given shapes and types does."""
+_OTHERS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+CUDA_BACKENDS: dict[Kernel, list[SDPBackend]] = {
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *_OTHERS],
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, *_OTHERS],
+    "flash4": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *_OTHERS],
+}
+"""Order in which PyTorch's own kernels are tried on a GPU, by the run's choice. The first that can run the given shapes and
+types does."""
 
 
 class Attend(Protocol):
@@ -30,90 +34,71 @@ class Attend(Protocol):
         q_BSHD: torch.Tensor,
         k_BSKD: torch.Tensor,
         v_BSKD: torch.Tensor,
-        documents_BS: torch.Tensor | None = None,
+        documents: Documents | None = None,
+        /,
         *,
         scale: float | None = None,
     ) -> torch.Tensor:
-        """The attention output, shaped as `q_BSHD`. `scale` multiplies the scores; None: 1/√D."""
+        """Return the attention output, shaped as `q_BSHD`. `scale` multiplies the scores; None: 1/√D."""
         ...
 
 
-def attend(
+@dataclass(frozen=True)
+class CausalAttention:
+    """Causal grouped-query attention over whole sequences. Implements `Attend`.
+
+    kernel  what computes it in half precision on a GPU; other types and devices have one kernel each
+    """
+
+    kernel: Kernel = "cudnn"
+
+    def __call__(
+        self,
+        q_BSHD: torch.Tensor,
+        k_BSKD: torch.Tensor,
+        v_BSKD: torch.Tensor,
+        documents: Documents | None = None,
+        *,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """Attend to earlier positions, each within its document where documents are given. Returns (B, S, H, D)."""
+        factor = q_BSHD.shape[-1] ** -0.5 if scale is None else scale
+        if documents is not None:
+            out_BSHD, _ = attend_documents(
+                q_BSHD, k_BSKD, v_BSKD, documents.cu_seqlens, documents.host_cu_seqlens, factor, self.kernel
+            )
+            return out_BSHD
+        if kernel_for(q_BSHD, self.kernel) == "flash4":
+            out_BSHD, _ = flash4_attend(q_BSHD, k_BSKD, v_BSKD, factor)
+            return out_BSHD
+        q_BHSD, k_BKSD, v_BKSD = q_BSHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
+        grouped = q_BHSD.shape[1] != k_BKSD.shape[1]
+        if q_BSHD.is_cuda:
+            with sdpa_kernel(CUDA_BACKENDS[self.kernel], set_priority=True):
+                out_BHSD = F.scaled_dot_product_attention(
+                    q_BHSD, k_BKSD, v_BKSD, is_causal=True, scale=scale, enable_gqa=grouped
+                )
+        else:
+            out_BHSD = F.scaled_dot_product_attention(q_BHSD, k_BKSD, v_BKSD, is_causal=True, scale=scale, enable_gqa=grouped)
+        return out_BHSD.transpose(1, 2)
+
+
+# An operator of its own: selective activation checkpointing can keep its outputs by name, and `torch.compile` must not look
+# inside, where the documents are counted on the host.
+@torch.library.custom_op("meshloom::attend_documents", mutates_args=())
+def attend_documents(
     q_BSHD: torch.Tensor,
     k_BSKD: torch.Tensor,
     v_BSKD: torch.Tensor,
-    documents_BS: torch.Tensor | None = None,
-    *,
-    scale: float | None = None,
-) -> torch.Tensor:
-    """Causal grouped-query attention over whole sequences, each position within its document when `documents_BS` is given.
-
-    A document is a run of equal values in a row of `documents_BS`. Returns (B, S, H, D).
-    """
-    if documents_BS is not None:
-        out_BSHD, _ = attend_documents(
-            q_BSHD, k_BSKD, v_BSKD, documents_BS, q_BSHD.shape[-1] ** -0.5 if scale is None else scale
-        )
-        return out_BSHD
-    return _attend_causal(q_BSHD, k_BSKD, v_BSKD, scale)
-
-
-def positions(documents_BS: torch.Tensor) -> torch.Tensor:
-    """(B, S) int64: distance of each position from the start of its document, for position embeddings."""
-    index_S = torch.arange(documents_BS.shape[1], device=documents_BS.device)
-    starts_BS = torch.zeros_like(documents_BS, dtype=torch.int64)
-    starts_BS[:, 1:] = torch.where(documents_BS[:, 1:] != documents_BS[:, :-1], index_S[1:], 0)
-    return index_S - starts_BS.cummax(dim=1).values
-
-
-def _attend_causal(q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, scale: float | None) -> torch.Tensor:
-    if attention_blocks.kernel_for(q_BSHD) == "flash4":
-        out_BSHD, _ = flash4_attend(q_BSHD, k_BSKD, v_BSKD, q_BSHD.shape[-1] ** -0.5 if scale is None else scale)
-        return out_BSHD
-    q_BHSD, k_BKSD, v_BKSD = q_BSHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
-    grouped = q_BHSD.shape[1] != k_BKSD.shape[1]
-    if q_BSHD.is_cuda:
-        with sdpa_kernel(CUDA_BACKENDS, set_priority=True):
-            out_BHSD = F.scaled_dot_product_attention(q_BHSD, k_BKSD, v_BKSD, is_causal=True, scale=scale, enable_gqa=grouped)
-    else:
-        out_BHSD = F.scaled_dot_product_attention(q_BHSD, k_BKSD, v_BKSD, is_causal=True, scale=scale, enable_gqa=grouped)
-    return out_BHSD.transpose(1, 2)
-
-
-_segments_of: MutableMapping[torch.Tensor, Segments] = WeakTensorKeyDictionary()
-
-
-def segments_of(documents_BS: torch.Tensor) -> Segments:
-    """The documents of all rows laid end to end; layers share the answer. Waits for the device where nobody has counted them.
-
-    The tensor must not be written to afterwards.
-    """
-    if documents_BS not in _segments_of:
-        _segments_of[documents_BS] = Segments.of_lengths(_lengths(documents_BS), documents_BS.device)
-    return _segments_of[documents_BS]
-
-
-def count_documents(documents_BS: torch.Tensor, on_host_BS: torch.Tensor) -> None:
-    """Tell `segments_of` of a device's tensor what it would say, from the same tensor on the host: nothing is waited for."""
-    _segments_of[documents_BS] = Segments.of_lengths(_lengths(on_host_BS), documents_BS.device)
-
-
-def _lengths(documents_BS: torch.Tensor) -> list[int]:
-    starts_BS = torch.ones_like(documents_BS, dtype=torch.bool)
-    starts_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
-    starts = starts_BS.flatten().nonzero().flatten().tolist()
-    return [stop - start for start, stop in pairwise([*starts, documents_BS.numel()])]
-
-
-# An operator of its own: the number of documents is not known to `torch.compile`, which therefore must not look inside, and
-# selective activation checkpointing can keep its outputs by name.
-@torch.library.custom_op("meshloom::attend_documents", mutates_args=())
-def attend_documents(
-    q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, documents_BS: torch.Tensor, scale: float
+    cu_seqlens: torch.Tensor,
+    host_cu_seqlens: torch.Tensor,
+    scale: float,
+    kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention inside each document: the output (B, S, H, D) and the log-sum-exp (1, H, B·S)."""
     q, k, v = map(_one_row, (q_BSHD, k_BSKD, v_BSKD))
-    out_BTHD, lse_BHT = segments_forward(q, k, v, segments_of(documents_BS), scale=scale)
+    segments = Segments(cu_seqlens, host_cu_seqlens)
+    out_BTHD, lse_BHT = segments_forward(q, k, v, segments, scale=scale, kernel=kernel)
     return out_BTHD.reshape(q_BSHD.shape).contiguous(), lse_BHT
 
 
@@ -123,14 +108,17 @@ def attend_documents_backward(
     q_BSHD: torch.Tensor,
     k_BSKD: torch.Tensor,
     v_BSKD: torch.Tensor,
-    documents_BS: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    host_cu_seqlens: torch.Tensor,
     out_BSHD: torch.Tensor,
     lse_BHT: torch.Tensor,
     scale: float,
+    kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients (dq, dk, dv) of `attend_documents`."""
     dout, q, k, v, out = map(_one_row, (dout_BSHD, q_BSHD, k_BSKD, v_BSKD, out_BSHD))
-    dq, dk, dv = segments_backward(dout, q, k, v, out, lse_BHT, segments_of(documents_BS), scale=scale)
+    segments = Segments(cu_seqlens, host_cu_seqlens)
+    dq, dk, dv = segments_backward(dout, q, k, v, out, lse_BHT, segments, scale=scale, kernel=kernel)
     return dq.reshape(q_BSHD.shape), dk.reshape(k_BSKD.shape), dv.reshape(v_BSKD.shape)
 
 
@@ -139,10 +127,10 @@ def _one_row(x_BSHD: torch.Tensor) -> torch.Tensor:
 
 
 def _shape_of_attend_documents(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(1, q.shape[2], documents.numel(), dtype=exact)
+    accum = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(1, q.shape[2], q.shape[0] * q.shape[1], dtype=accum)
 
 
 def _shape_of_backward(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
@@ -150,13 +138,13 @@ def _shape_of_backward(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: 
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, ctx.kernel = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _differentiate(ctx: Any, dout_BSHD: torch.Tensor, dlse: torch.Tensor) -> Any:
-    dq, dk, dv = attend_documents_backward(dout_BSHD, *ctx.saved_tensors, ctx.scale)
-    return dq, dk, dv, None, None
+    gradients = attend_documents_backward(dout_BSHD, *ctx.saved_tensors, ctx.scale, ctx.kernel)
+    return *gradients, None, None, None, None
 
 
 attend_documents.register_fake(_shape_of_attend_documents)

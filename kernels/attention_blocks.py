@@ -10,9 +10,8 @@ Shape legend: B batch, Q queries, T keys, H query heads, K key/value heads (H is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -22,37 +21,38 @@ from . import flash4
 aten = torch.ops.aten
 
 Kernel = Literal["cudnn", "flash", "flash4"]
-
-dense_kernel: Kernel = "cudnn"
-"""Kernel for half precision on a GPU; `attention_timing.py` sets it. cuDNN's is fast on Hopper; flash runs everywhere."""
+"""Kernel for half precision on a GPU. cuDNN's is fast on Hopper; flash runs everywhere."""
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Sequences laid end to end along one dim, each a causal world of its own.
+    """Packed sequences: laid end to end along one dim. Attention does not cross them.
 
-    lengths  of each; bounds (segments + 1,) int32 on the device: where each begins, and the end of the last
+    cu_seqlens  (sequences + 1,) int32 on the device: where each begins, and the end of the last; on_host: the same, on the host
     """
 
-    lengths: tuple[int, ...]
-    bounds: torch.Tensor
+    cu_seqlens: torch.Tensor
+    on_host: torch.Tensor
 
-    @classmethod
-    def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> Segments:
-        """Segments of these lengths, for tensors on this device."""
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=device.type == "cuda")
-        return cls(tuple(lengths), bounds.to(device, non_blocking=True))
+    @property
+    def longest(self) -> int:
+        """Length of the longest sequence."""
+        return int(self.on_host.diff().max())
+
+    def ranges(self) -> list[slice]:
+        """Where each sequence lies."""
+        return [slice(start, stop) for start, stop in pairwise(self.on_host.tolist())]
 
 
 def block_forward(
-    q_BQHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, *, causal: bool, scale: float
+    q_BQHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, *, causal: bool, scale: float, kernel: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query on every key, or with `causal` (Q = T) on the keys up to its own.
 
     Returns the output (B, Q, H, D) in the inputs' type and the log-sum-exp (B, H, Q).
     """
     assert not causal or q_BQHD.shape[1] == k_BTKD.shape[1], "a causal block is square"
-    match kernel_for(q_BQHD):
+    match kernel_for(q_BQHD, kernel):
         case "math":
             return _math_forward(q_BQHD, k_BTKD, v_BTKD, causal, scale)
         case "flash":
@@ -68,7 +68,7 @@ def block_forward(
                 *_heads_first(q_BQHD, k_BTKD, v_BTKD), None, True, 0.0, causal, False, scale=scale
             )
             return out_BHQD.transpose(1, 2), lse_BHQ1.view(out_BHQD.shape[:3])
-        case "cpu":
+        case _:
             out_BHQD, lse_BHQ = aten._scaled_dot_product_flash_attention_for_cpu(
                 *_heads_first(q_BQHD, k_BTKD, v_BTKD), 0.0, causal, scale=scale
             )
@@ -85,13 +85,14 @@ def block_backward(
     *,
     causal: bool,
     scale: float,
+    kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """This block's share of the gradients (dq, dk, dv), shaped as the inputs.
 
     out_BQHD, lse_BHQ: of the whole rows, that is merged over every block of keys, not only this one.
     """
     lse_BHQ = lse_BHQ.contiguous()
-    match kernel_for(q_BQHD):
+    match kernel_for(q_BQHD, kernel):
         case "math":
             return _math_backward(dout_BQHD, q_BQHD, k_BTKD, v_BTKD, out_BQHD, lse_BHQ, causal, scale)
         case "flash":
@@ -112,7 +113,7 @@ def block_backward(
                 *(q_BQHD.shape[1], k_BTKD.shape[1], 0.0, causal),
                 scale=scale,
             )
-        case "cpu":
+        case _:
             dout_BHQD, q_BHQD, k_BKTD, v_BKTD, out_BHQD = _heads_first(dout_BQHD, q_BQHD, k_BTKD, v_BTKD, out_BQHD)
             grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 dout_BHQD, q_BHQD, k_BKTD, v_BKTD, out_BHQD, lse_BHQ, 0.0, causal, scale=scale
@@ -122,25 +123,27 @@ def block_backward(
 
 
 def segments_forward(
-    q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, segments: Segments, *, scale: float
+    q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, segments: Segments, *, scale: float, kernel: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention inside each segment of the only row (B = 1). Returns (1, T, H, D) and the log-sum-exp (1, H, T)."""
     assert q_BTHD.shape[0] == 1, "segments lie in one row"
-    longest = max(segments.lengths)
-    if kernel_for(q_BTHD) == "flash4":
+    longest, cu_seqlens = segments.longest, segments.cu_seqlens
+    if kernel_for(q_BTHD, kernel) == "flash4":
         row = (q_BTHD[0], k_BTKD[0], v_BTKD[0])
-        out_THD, lse_HT = flash4.forward(*row, causal=True, scale=scale, bounds=segments.bounds, longest=longest)
+        out_THD, lse_HT = flash4.forward(*row, causal=True, scale=scale, cu_seqlens=cu_seqlens, longest=longest)
         return out_THD[None], lse_HT[None]
-    if kernel_for(q_BTHD) in ("flash", "cudnn"):
+    if kernel_for(q_BTHD, kernel) in ("flash", "cudnn"):
         out_THD, lse_HT, *_ = aten._flash_attention_forward(
-            *(q_BTHD[0], k_BTKD[0], v_BTKD[0], segments.bounds, segments.bounds, longest, longest, 0.0, True, False),
+            *(q_BTHD[0], k_BTKD[0], v_BTKD[0], cu_seqlens, cu_seqlens, longest, longest, 0.0, True, False),
             scale=scale,
         )
         return out_THD[None], lse_HT[None]
     out = torch.empty_like(q_BTHD)
     lse = q_BTHD.new_empty(1, q_BTHD.shape[2], q_BTHD.shape[1], dtype=_exact(q_BTHD))
-    for at in _ranges(segments.lengths):
-        out[:, at], lse[:, :, at] = block_forward(q_BTHD[:, at], k_BTKD[:, at], v_BTKD[:, at], causal=True, scale=scale)
+    for at in segments.ranges():
+        out[:, at], lse[:, :, at] = block_forward(
+            q_BTHD[:, at], k_BTKD[:, at], v_BTKD[:, at], causal=True, scale=scale, kernel=kernel
+        )
     return out, lse
 
 
@@ -154,39 +157,43 @@ def segments_backward(
     segments: Segments,
     *,
     scale: float,
+    kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients (dq, dk, dv) of `segments_forward`; `out_BTHD` and `lse_BHT` of the whole rows, as in `block_backward`."""
-    longest = max(segments.lengths)
-    if kernel_for(q_BTHD) == "flash4":
+    longest, cu_seqlens = segments.longest, segments.cu_seqlens
+    if kernel_for(q_BTHD, kernel) == "flash4":
         row = (dout_BTHD[0], q_BTHD[0], k_BTKD[0], v_BTKD[0], out_BTHD[0], lse_BHT[0])
-        grads = flash4.backward(*row, causal=True, scale=scale, bounds=segments.bounds, longest=longest)
+        grads = flash4.backward(*row, causal=True, scale=scale, cu_seqlens=cu_seqlens, longest=longest)
         dq, dk, dv = (grad[None] for grad in grads)
         return dq, dk, dv
-    if kernel_for(q_BTHD) in ("flash", "cudnn"):
+    if kernel_for(q_BTHD, kernel) in ("flash", "cudnn"):
         random_state, unused = _no_dropout(q_BTHD)
         dq, dk, dv = aten._flash_attention_backward(
             *(dout_BTHD[0].contiguous(), q_BTHD[0], k_BTKD[0], v_BTKD[0], out_BTHD[0], lse_BHT[0].contiguous()),
-            *(segments.bounds, segments.bounds, longest, longest, 0.0, True, random_state, unused),
+            *(cu_seqlens, cu_seqlens, longest, longest, 0.0, True, random_state, unused),
             scale=scale,
         )
         return dq[None], dk[None], dv[None]
     dq, dk, dv = torch.empty_like(q_BTHD), torch.empty_like(k_BTKD), torch.empty_like(v_BTKD)
-    for at in _ranges(segments.lengths):
+    for at in segments.ranges():
         q, k, v = q_BTHD[:, at], k_BTKD[:, at], v_BTKD[:, at]
         dq[:, at], dk[:, at], dv[:, at] = block_backward(
-            dout_BTHD[:, at], q, k, v, out_BTHD[:, at], lse_BHT[:, :, at], causal=True, scale=scale
+            dout_BTHD[:, at], q, k, v, out_BTHD[:, at], lse_BHT[:, :, at], causal=True, scale=scale, kernel=kernel
         )
     return dq, dk, dv
 
 
-def kernel_for(q: torch.Tensor) -> Literal["cpu", "cudnn", "flash", "flash4", "math"]:
-    """Fused kernels on a GPU know half precision and head dims that are multiples of 8, most only up to 128."""
+def kernel_for(q: torch.Tensor, chosen: str) -> str:
+    """Return what computes attention of these queries: cpu, math, or where the GPU's fused kernels fit, the chosen one.
+
+    They know half precision and head dims that are multiples of 8, most only up to 128.
+    """
     if q.device.type == "cpu":
         return "cpu"
     dim = q.shape[-1]
     if q.dtype not in (torch.bfloat16, torch.float16) or dim % 8 or dim > 256:
         return "math"
-    return "flash" if dim > flash4.LARGEST_HEAD else dense_kernel
+    return "flash" if dim > flash4.LARGEST_HEAD else chosen
 
 
 def _exact(q: torch.Tensor) -> torch.dtype:
@@ -200,15 +207,6 @@ def _heads_first(*tensors_BSHD: torch.Tensor) -> list[torch.Tensor]:
 def _no_dropout(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The random state that flash's backward wants although it draws nothing."""
     return torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-
-
-def _ranges(lengths: Sequence[int]) -> list[slice]:
-    ranges: list[slice] = []
-    start = 0
-    for length in lengths:
-        ranges.append(slice(start, start + length))
-        start += length
-    return ranges
 
 
 def _scores(q_BQHD: torch.Tensor, k_BTKD: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:

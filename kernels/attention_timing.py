@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import attention, attention_blocks, flash4
+from . import flash4
+from .attention_blocks import Kernel
 from .trial import survived
 
 log = logging.getLogger(__name__)
 
-KERNELS: tuple[attention_blocks.Kernel, ...] = ("cudnn", "flash", "flash4")
+KERNELS: tuple[Kernel, ...] = ("cudnn", "flash", "flash4")
 SWITCH = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 """The kernels that PyTorch's own operator offers."""
 
@@ -42,22 +43,22 @@ class Shape:
     head_dim: int
 
 
-def why_not(kernel: attention_blocks.Kernel, shape: Shape, device: torch.device) -> str | None:
-    """Why a kernel can't compute a shape in bf16 on this machine, as far as its rules say; None if it should run.
+def unsupported_reason(kernel: Kernel, shape: Shape, device: torch.device) -> str | None:
+    """Return why a kernel can't compute a shape in bf16 on this machine, as far as its rules say; None if it should run.
 
     What rules say is the same at every start, unlike a failure: for PyTorch's kernels it is PyTorch who is asked.
     """
     if kernel == "flash4":
         if shape.head_dim % 8 or shape.head_dim > flash4.LARGEST_HEAD:
             return f"it takes head widths that are multiples of 8 up to {flash4.LARGEST_HEAD}, not {shape.head_dim}"
-        return flash4.why_not()
+        return flash4.unsupported_reason()
     q, k, v = (positions_first.transpose(1, 2) for positions_first in _inputs(shape, device))
     asked = SDPAParams(q, k, v, None, 0.0, True, shape.heads != shape.kv_heads)
     takes = can_use_cudnn_attention(asked) if kernel == "cudnn" else can_use_flash_attention(asked)
     return None if takes else f"PyTorch says that it can't compute {shape} here"
 
 
-def seconds(kernel: attention_blocks.Kernel, shape: Shape, device: torch.device) -> float:
+def seconds(kernel: Kernel, shape: Shape, device: torch.device) -> float:
     """Median time of a causal forward and backward pass over a sequence in bf16, at work; infinite where that fails.
 
     Raises RuntimeError where a kernel's failure has left the GPU unusable.
@@ -92,13 +93,13 @@ def flash4_compilations(shape: Shape) -> dict[str, Callable[[torch.device], obje
     """
 
     def forward(device: torch.device) -> object:
-        if why_not("flash4", shape, device) is not None:
+        if unsupported_reason("flash4", shape, device) is not None:
             return None
         q, k, v = (tensor.detach() for tensor in _inputs(shape, device))
         return flash4.forward(q, k, v, causal=True, scale=shape.head_dim**-0.5)
 
     def backward(device: torch.device) -> object:
-        if why_not("flash4", shape, device) is not None:
+        if unsupported_reason("flash4", shape, device) is not None:
             return None
         q, k, v = (tensor.detach() for tensor in _inputs(shape, device))
         log_sum = q.new_zeros(1, shape.heads, shape.seq_len, dtype=torch.float32)
@@ -114,7 +115,7 @@ def _inputs(shape: Shape, device: torch.device, samples: int = 1) -> list[torch.
     return [torch.randn(size, device=device, dtype=torch.bfloat16, generator=draw).requires_grad_() for size in sizes]
 
 
-def _attend(kernel: attention_blocks.Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _attend(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     if kernel == "flash4":
         return flash4.flash4_attend(q, k, v, q.shape[-1] ** -0.5)[0]
     grouped = q.shape[2] != k.shape[2]
@@ -125,17 +126,10 @@ def _attend(kernel: attention_blocks.Kernel, q: torch.Tensor, k: torch.Tensor, v
     return out.transpose(1, 2)
 
 
-def prefer(times: Mapping[attention_blocks.Kernel, float]) -> attention_blocks.Kernel:
-    """The kernel for these times, and from now on the first that attention tries."""
-
-    def best_of(kernels: tuple[attention_blocks.Kernel, ...]) -> attention_blocks.Kernel:
-        best = kernels[0]
-        for kernel in kernels:
-            if times[kernel] < _WORTH * times[best]:
-                best = kernel
-        return best
-
-    first = SWITCH[best_of(("cudnn", "flash"))]
-    attention.CUDA_BACKENDS.sort(key=lambda backend: backend is not first)
-    attention_blocks.dense_kernel = best_of(KERNELS)
-    return attention_blocks.dense_kernel
+def fastest(times: Mapping[Kernel, float]) -> Kernel:
+    """Return the kernel to use, given the time that each takes."""
+    best = KERNELS[0]
+    for kernel in KERNELS:
+        if times[kernel] < _WORTH * times[best]:
+            best = kernel
+    return best

@@ -21,8 +21,8 @@ LARGEST_HEAD = 128  # head dims that every GPU it knows takes, forward and backw
 
 
 @functools.cache
-def why_not() -> str | None:
-    """Why these kernels can't be used in this process; None if they can. Imports the package when first asked."""
+def unsupported_reason() -> str | None:
+    """Return why these kernels can't be used in this process; None if they can. Imports the package when first asked."""
     if not torch.cuda.is_available():
         return "there is no GPU"
     if torch.cuda.get_device_capability()[0] < 9:
@@ -50,16 +50,16 @@ def forward(
     *,
     causal: bool,
     scale: float,
-    bounds: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     longest: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, contiguous, and the log-sum-exp in fp32.
 
-    (B, Q, H, D) on (B, T, K, D), with (B, H, Q) log-sum-exps; or with `bounds` (segments + 1,) int32, sequences of at most
+    (B, Q, H, D) on (B, T, K, D), with (B, H, Q) log-sum-exps; or with `cu_seqlens` (sequences + 1,) int32, sequences of at most
     `longest` laid end to end: (T, H, D) on (T, K, D), with (H, T).
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    how = _how(causal, scale, bounds, longest)
+    how = _how(causal, scale, cu_seqlens, longest)
     out, log_sum, *_ = package()._flash_attn_fwd(q, k, v, return_lse=True, **how)
     return out, log_sum
 
@@ -74,17 +74,17 @@ def backward(
     *,
     causal: bool,
     scale: float,
-    bounds: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     longest: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients (dq, dk, dv), contiguous, for tensors shaped as in `forward`."""
     dout, q, k, v, out, log_sum = (tensor.contiguous() for tensor in (dout, q, k, v, out, log_sum))
-    return package()._flash_attn_bwd(q, k, v, out, dout, log_sum, **_how(causal, scale, bounds, longest))
+    return package()._flash_attn_bwd(q, k, v, out, dout, log_sum, **_how(causal, scale, cu_seqlens, longest))
 
 
-def _how(causal: bool, scale: float, bounds: torch.Tensor | None, longest: int | None) -> dict[str, Any]:
+def _how(causal: bool, scale: float, cu_seqlens: torch.Tensor | None, longest: int | None) -> dict[str, Any]:
     """What both of the package's functions are told: queries and keys are cut alike."""
-    ends = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": longest, "max_seqlen_k": longest}
     return {"softmax_scale": scale, "causal": causal, **ends}
 
 

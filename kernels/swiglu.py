@@ -28,8 +28,8 @@ _TOLERANCE = 0.03  # bf16 rounds by 0.002 to 0.004 a product
 
 
 @functools.cache
-def why_not(device: torch.device) -> str | None:
-    """Why these kernels can't be used on a device; None if they can. Imports, compiles and tries them when first asked.
+def unsupported_reason(device: torch.device) -> str | None:
+    """Return why these kernels can't be used on a device; None if they can. Imports, compiles and tries them when first asked.
 
     Raises RuntimeError where the trial has left the GPU unusable.
     """
@@ -58,7 +58,7 @@ def _error(device: torch.device) -> float:
     found, expected = (
         (y := function(*own), *torch.autograd.grad(y, own, gradient.to(y.dtype)))
         for function, own in (
-            (feed_forward, [leaf.bfloat16().requires_grad_() for leaf in (x, *weights)]),
+            (FusedSwiglu(), [leaf.bfloat16().requires_grad_() for leaf in (x, *weights)]),
             (plain, [leaf.requires_grad_() for leaf in (x, *weights)]),
         )
     )
@@ -83,16 +83,18 @@ def _tile() -> Any:
     )
 
 
-def fits(x: torch.Tensor, w1_FD: torch.Tensor) -> bool:
-    """Whether the kernels take this input and the widths of this weight."""
-    ffn_dim, dim = w1_FD.shape
-    return x.is_cuda and x.dtype == torch.bfloat16 and limits.fused_swiglu_takes(dim, ffn_dim)
+class FusedSwiglu:
+    """A feed-forward by these kernels. It reads the weights: nobody sees calls of the projections' modules."""
 
+    def fits(self, x: torch.Tensor, w1_FD: torch.Tensor) -> bool:
+        """Return whether the kernels take this input and the widths of this weight."""
+        ffn_dim, dim = w1_FD.shape
+        return x.is_cuda and x.dtype == torch.bfloat16 and limits.fused_swiglu_takes(dim, ffn_dim)
 
-def feed_forward(x_TD: torch.Tensor, w1_FD: torch.Tensor, w3_FD: torch.Tensor, w2_DF: torch.Tensor) -> torch.Tensor:
-    """(silu(x w1ᵀ) · x w3ᵀ) w2ᵀ: (T, D), all bf16."""
-    hidden_TF, both_T2F = swiglu_up(x_TD, w1_FD, w3_FD)
-    return swiglu_down(hidden_TF, both_T2F, w2_DF)
+    def __call__(self, x_TD: torch.Tensor, w1_FD: torch.Tensor, w3_FD: torch.Tensor, w2_DF: torch.Tensor) -> torch.Tensor:
+        """Return (silu(x w1ᵀ) · x w3ᵀ) w2ᵀ: (T, D), all bf16."""
+        hidden_TF, both_T2F = swiglu_up(x_TD, w1_FD, w3_FD)
+        return swiglu_down(hidden_TF, both_T2F, w2_DF)
 
 
 def in_turns(w1_FD: torch.Tensor, w3_FD: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ class GpusHere:
     def fused_swiglu_blocker(self) -> str | None:
         """Why they can't compute SwiGLU inside the products around it; None if they can."""
         try:
-            return self._child.submit(why_not).result()
+            return self._child.submit(unsupported_reason).result()
         except RuntimeError as error:  # the trial has ended the child, or has broken its GPU
             return f"{type(error).__name__}: {error}"
 
@@ -47,6 +47,6 @@ def smallest_memory() -> float:
     return float(min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())))
 
 
-def why_not() -> str | None:
+def unsupported_reason() -> str | None:
     """In the child: of the first GPU, for all."""
-    return swiglu.why_not(torch.device("cuda", 0))
+    return swiglu.unsupported_reason(torch.device("cuda", 0))

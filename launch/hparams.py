@@ -14,6 +14,7 @@ from rich.text import Text
 from ..config.compose import Composer
 from ..config.duration import Duration, Unit
 from ..config.problems import ConfigError, Problem
+from ..models.config import decoder_config
 from ..models.costs import parameter_count
 from ..optim.scaling import laws
 from ..optim.scaling.laws import Law, LossLaw, MuP
@@ -114,10 +115,9 @@ def recommend(arguments: Arguments) -> Recommendation:
     if problems:
         raise ConfigError(problems)
     from ..trainer.automatic import hidden_parameters
-    from ..trainer.build import build_model
 
     hidden = hidden_parameters(config)
-    total = parameter_count(build_model(config, vocabulary=config.model.vocabulary or 1).config)
+    total = parameter_count(decoder_config(config.model, vocabulary=1))
     seq_len = arguments.seq_len or config.data.seq_len
     multiple = arguments.multiple or math.lcm(8, config.batch.micro)
     loss = arguments.loss or laws.chinchilla_loss(total, tokens)

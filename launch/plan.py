@@ -16,8 +16,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from ..config.problems import ConfigError, Problem
+from ..models.config import DECODER
 from ..models.costs import ACCUM_BYTES
-from ..models.llama import Llama
+from ..models.protocol import Model, decoder_shape
 from ..parallel.config import ParallelConfig
 from ..parallel.cost import LayoutCost, layout_cost
 from ..parallel.engines import engine_cost
@@ -48,7 +49,7 @@ class Plan:
     notes    what whoever reads the figures should know about them
     """
 
-    model: Llama
+    model: Model
     parallel: ParallelConfig
     layout: Layout
     job: Job
@@ -141,7 +142,7 @@ def plan_of(config: DictConfig, known: Sequence[Problem] = (), *, fused: bool = 
     model = build_model(config, vocabulary)
     settings = engine_settings(config)
     try:
-        policies = block_policies(model.config, parts.parallel, settings)
+        policies = block_policies(decoder_shape(model), parts.parallel, settings)
     except ValueError as error:
         raise ConfigError([Problem("trainer.activation_budget", str(error), "give it more")]) from error
     job = Job(
@@ -151,7 +152,7 @@ def plan_of(config: DictConfig, known: Sequence[Problem] = (), *, fused: bool = 
         precision=config.precision,
         policies=policies,
         compiled=parts.trainer.compile,
-        fused=fused and fused_swiglu_blocker(model.config, parts.parallel, settings, policies) is None,
+        fused=fused and fused_swiglu_blocker(decoder_shape(model), parts.parallel, settings, policies) is None,
     )
     cost, away, held = _costs(config, model, parts.parallel, layout, job)
     needs = checkpoint_needs(parts.checkpoint, layout, held)
@@ -165,7 +166,7 @@ def plan_of(config: DictConfig, known: Sequence[Problem] = (), *, fused: bool = 
 
 
 def _costs(
-    config: DictConfig, model: Llama, parallel: ParallelConfig, layout: Layout, job: Job
+    config: DictConfig, model: Model, parallel: ParallelConfig, layout: Layout, job: Job
 ) -> tuple[LayoutCost, OffloadAccount, list[int]]:
     """What every rank's GPU holds, and what the first rank keeps away: a pipeline offloads nothing, so others do not differ.
 
@@ -179,7 +180,7 @@ def _costs(
 
 def spared_by_fusing(plan: Plan, config: DictConfig) -> int:
     """Bytes of the fullest rank that a plan of plain SwiGLU would not take on GPUs that compute it inside its products."""
-    if fused_swiglu_blocker(plan.model.config, plan.parallel, engine_settings(config), plan.job.policies) is not None:
+    if fused_swiglu_blocker(decoder_shape(plan.model), plan.parallel, engine_settings(config), plan.job.policies) is not None:
         return 0
     cost, *_ = _costs(config, plan.model, plan.parallel, plan.layout, replace(plan.job, fused=True))
     return plan.bytes - replace(plan, cost=cost).bytes
@@ -195,8 +196,10 @@ def planned_processes(config: DictConfig) -> int:
 def _unplanned(config: DictConfig) -> list[Problem]:
     """What runs, but is not known well enough to be planned."""
     problems: list[Problem] = []
-    if config.model.get("_target_") != "meshloom.models.llama.Llama":
-        problems.append(Problem("model", "only Llama's costs are known", "plan with a model of the recipes"))
+    if config.model.get("_target_") != DECODER:
+        problems.append(
+            Problem("model", "only the costs of Meshloom's own decoder are known", "plan with a model of the recipes")
+        )
     sizes: dict[str, Any] = {
         "data.seq_len": config.data.get("seq_len"),
         "batch.samples": config.batch.get("samples"),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 from ..config.keys import MISSING, Side, key, option, target
+
+DECODER = "meshloom.models.decoder.Decoder"
+"""`_target_` of the decoder that this config describes."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class DecoderConfig:
 
     SIDE: ClassVar[Side] = Side.RECIPE
 
-    _target_: str = target("meshloom.models.llama.Llama")
+    _target_: str = target(DECODER)
     name: str = option("llama")
     dim: int = key(MISSING, "width of the stream between blocks")
     layers: int = key(MISSING, "number of blocks")
@@ -99,6 +103,18 @@ class DecoderConfig:
     def blocks(self) -> list[BlockConfig]:
         """What the block of each layer is built from."""
         return [self.block(layer) for layer in range(self.layers)]
+
+
+def decoder_config(node: Mapping[str, Any], vocabulary: int | None = None) -> DecoderConfig:
+    """Read the typed config off a node's keys, those that it knows. vocabulary: of a node that leaves it open.
+
+    Raises TypeError where a size is missing.
+    """
+    known: dict[str, Any] = {field.name: node[field.name] for field in fields(DecoderConfig) if field.name in node}
+    if missing := [name for name in ("dim", "layers", "heads", "kv_heads", "ffn_dim") if not isinstance(known.get(name), int)]:
+        raise TypeError(f"there is no model.{missing[0]}")
+    known["vocabulary"] = known.get("vocabulary") or vocabulary
+    return DecoderConfig(**known)
 
 
 OPTIONS: tuple[type, ...] = (DecoderConfig,)

@@ -19,9 +19,9 @@ import torch
 
 from ..config.cache import cache_folder
 from ..kernels.attention_blocks import Kernel
-from ..kernels.attention_timing import KERNELS, Shape, flash4_compilations, prefer, seconds, why_not
+from ..kernels.attention_timing import KERNELS, Shape, fastest, flash4_compilations, seconds, unsupported_reason
 from ..kernels.precompile import compiled
-from ..models.llama import Llama
+from ..models.config import DecoderConfig
 from .config import ParallelConfig
 from .mesh import Mesh
 
@@ -33,8 +33,8 @@ LONGEST = 16_384
 """Positions: which kernel is faster does not change any more beyond, and a pass over a million takes a minute."""
 
 
-def choose_attention(model: Llama, mesh: Mesh, parallel: ParallelConfig, seq_len: int) -> None:
-    """Let attention use the same kernel on every rank: as this machine remembers, or else as all ranks measure now.
+def choose_attention(model: DecoderConfig, mesh: Mesh, parallel: ParallelConfig, seq_len: int) -> Kernel:
+    """Choose the kernel for all ranks: as this machine remembers, or else as all ranks measure now.
 
     A kernel that cannot compute the shape on some rank is left out. One that should and yet fails is left out of this run
     only: it is tried again when the next begins, while the others keep the times that they had.
@@ -50,14 +50,15 @@ def choose_attention(model: Llama, mesh: Mesh, parallel: ParallelConfig, seq_len
     if mesh.is_main and ran:
         remember(record, work, ran)
     lasting = times | ran
-    chosen = prefer({kernel: lasting.get(kernel, math.inf) for kernel in KERNELS})
+    chosen = fastest({kernel: lasting.get(kernel, math.inf) for kernel in KERNELS})
     if mesh.is_main:
         how = {kernel: "measured" if kernel in new else f"as {record} remembers" for kernel in lasting}
         each = "; ".join(f"{kernel} {1000 * time:.2f} ms, {how[kernel]}" for kernel, time in lasting.items())
         log.info("attention by %s: %s", chosen, each or "no fused kernel can compute it")
+    return chosen
 
 
-def shape_of(model: Llama, parallel: ParallelConfig, seq_len: int) -> Shape:
+def shape_of(model: DecoderConfig, parallel: ParallelConfig, seq_len: int) -> Shape:
     """What a rank's kernel sees at once, of long sequences the beginning: a part of it in a ring, of the heads with Ulysses."""
     ways = parallel.tp * (parallel.cp if parallel.cp_kind == "ulysses" else 1)
     seen = seq_len // parallel.cp if parallel.cp_kind == "ring" else seq_len
@@ -111,7 +112,7 @@ def remember(record: Path, work: str, times: Times) -> None:
 
 def _known(record: Path, work: str, shape: Shape, mesh: Mesh) -> tuple[list[Kernel], dict[Kernel, float]]:
     """Which kernels every rank can use, and the main rank's record of them."""
-    refusals = [why_not(kernel, shape, mesh.device) for kernel in KERNELS]
+    refusals = [unsupported_reason(kernel, shape, mesh.device) for kernel in KERNELS]
     for kernel, reason in zip(KERNELS, refusals, strict=True):
         if reason is not None:
             log.info("attention kernel %s is not used: %s", kernel, reason)

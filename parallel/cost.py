@@ -24,7 +24,7 @@ from ..models.costs import (
     loss_bytes,
     recomputed_flops,
 )
-from ..models.llama import Llama
+from ..models.protocol import Model, decoder_shape
 from .config import ParallelConfig
 from .engine import OptimizerFactory
 from .layout import Layout, uses_fsdp
@@ -85,16 +85,16 @@ class LayoutCost:
     model_flops: float
 
 
-def layout_cost(model: Llama, parallel: ParallelConfig, layout: Layout, job: Job, make: OptimizerFactory) -> LayoutCost:
+def layout_cost(model: Model, parallel: ParallelConfig, layout: Layout, job: Job, make: OptimizerFactory) -> LayoutCost:
     """The costs of a legal layout. model: on the meta device."""
-    plan = balanced_stages(model.config, parallel, job.seq_len, job.policies)
+    plan = balanced_stages(decoder_shape(model), parallel, job.seq_len, job.policies)
     timeline = None
     if plan.count > 1:
-        timeline = simulate(torch_order(parallel, job.micro_batches), stage_costs(model.config, plan, job))
+        timeline = simulate(torch_order(parallel, job.micro_batches), stage_costs(decoder_shape(model), plan, job))
     stages = [model.carve(layers, first=at == 0, last=at == plan.count - 1) for at, layers in enumerate(plan.layers)]
     ranks = [_rank_cost(rank, model, stages, plan, parallel, layout, job, timeline, make) for rank in range(parallel.pp)]
     samples = job.micro * job.micro_batches * layout.data_size
-    return LayoutCost(plan, ranks, timeline, flops_per_token(model.config, job.seq_len) * samples * job.seq_len)
+    return LayoutCost(plan, ranks, timeline, flops_per_token(decoder_shape(model), job.seq_len) * samples * job.seq_len)
 
 
 def stage_costs(model: DecoderConfig, plan: StagePlan, job: Job) -> list[Costs]:
@@ -110,8 +110,8 @@ def stage_costs(model: DecoderConfig, plan: StagePlan, job: Job) -> list[Costs]:
 
 def _rank_cost(
     rank: int,
-    model: Llama,
-    stages: list[Llama],
+    model: Model,
+    stages: list[Model],
     plan: StagePlan,
     parallel: ParallelConfig,
     layout: Layout,
@@ -124,7 +124,7 @@ def _rank_cost(
     last = plan.count - 1
     held = [piece for stage in mine for piece in pieces(stages[stage], layout)]
     # A tied head that is not beside its embedding is borrowed: it has a shard and a gradient, but no optimizer state.
-    own = [piece for piece in held if not (plan.count > 1 and model.tied and piece.name == "head.weight")]
+    own = [piece for piece in held if not (plan.count > 1 and decoder_shape(model).tied and piece.name == "head.weight")]
     whole = sum(piece.whole for piece in held)
     groups: dict[str, int] = {}
     for piece in held:
@@ -133,7 +133,9 @@ def _rank_cost(
     # One block computes while the next is on its way; what is not in a block stays, and through a pipeline everything.
     at_once = whole
     if layout.zero == 3 and parallel.pp == 1:
-        embedding = 0 if model.tied else groups["embed"]  # given back after its lookup; a tied one stays with the head
+        embedding = (
+            0 if decoder_shape(model).tied else groups["embed"]
+        )  # given back after its lookup; a tied one stays with the head
         at_once = whole - sum(blocks) - embedding + max(embedding, sum(sorted(blocks)[-2:]))
     accumulates = parallel.pp > 1 or (job.micro_batches > 1 and layout.zero < 2)
     shards = sum(piece.padded for piece in held) * exact
@@ -155,9 +157,16 @@ def _rank_cost(
             gradients = whole * unit  # they go to the optimizer as they are
 
     forward_pass = job.forward_pass(parallel)
-    shapes = model.config.blocks()
+    shapes = decoder_shape(model).blocks()
     blocks_keep = [block_bytes(block, forward_pass, policy) for block, policy in zip(shapes, job.policies, strict=True)]
-    hidden = job.micro * job.seq_len // parallel.cp * model.dim * unit // (parallel.tp if parallel.sequence_parallel else 1)
+    hidden = (
+        job.micro
+        * job.seq_len
+        // parallel.cp
+        * decoder_shape(model).dim
+        * unit
+        // (parallel.tp if parallel.sequence_parallel else 1)
+    )
     # A stage holds what it sent, too, until the micro-batch's backward pass.
     sizes = {stage: sum(blocks_keep[layer] for layer in plan.layers[stage]) + (hidden if stage < last else 0) for stage in mine}
     kept = timeline.peak(rank, lambda stage: sizes[stage]) if timeline else sum(sizes.values())
@@ -166,14 +175,14 @@ def _rank_cost(
     unfused = replace(forward_pass, fused_swiglu=False)
     working = max(block_bytes(block, unfused, "none") for block in shapes) * (2 if computed_again else 1)
     if last in mine:
-        working = max(working, loss_bytes(model.config, forward_pass))
+        working = max(working, loss_bytes(decoder_shape(model), forward_pass))
     working += parcels
     if plan.count > parallel.pp:
         # These schedules of torch wait for their sends when the step ends, and hold what was sent until then.
         away = sum(plan.ranks[other] != rank for stage in mine for other in (stage - 1, stage + 1) if 0 <= other <= last)
         working += hidden * job.micro_batches * away
 
-    costs = stage_costs(model.config, plan, job)
+    costs = stage_costs(decoder_shape(model), plan, job)
     tokens = job.micro * job.micro_batches * job.seq_len / parallel.cp / parallel.tp
     return RankCost(
         layers=[plan.layers[stage] for stage in mine],
@@ -189,7 +198,7 @@ def _rank_cost(
     )
 
 
-def _parcels(held: Sequence[Piece], model: Llama, parallel: ParallelConfig, layout: Layout, job: Job) -> int:
+def _parcels(held: Sequence[Piece], model: Model, parallel: ParallelConfig, layout: Layout, job: Job) -> int:
     """Bytes that copy engines reach (`transport.py`), beside weights; of ranks on several hosts, too, which do without.
 
     Whole weights need room for the largest group's gradients as they are sent and as they are received; FSDP2 for two groups
@@ -199,7 +208,7 @@ def _parcels(held: Sequence[Piece], model: Llama, parallel: ParallelConfig, layo
         return 0
     groups: dict[str, int] = {}
     for piece in held:
-        apart = piece.group.startswith("layers.") or (piece.group == "embed" and not model.tied)
+        apart = piece.group.startswith("layers.") or (piece.group == "embed" and not decoder_shape(model).tied)
         group = piece.group if apart else "the rest"
         groups[group] = groups.get(group, 0) + piece.padded * layout.weight_ranks
     unit, largest = BYTES[job.precision], max(groups.values())

@@ -13,7 +13,7 @@ import torch
 
 from ..data.assignment import Share
 from ..data.batch import MicroBatch
-from ..kernels.attention import count_documents
+from ..kernels.attention_blocks import Kernel
 from ..optim.optimizers.parameters import NamedParameter, Shards
 from .fragment import Fragment
 from .gradient_noise import Measure, Moments
@@ -38,6 +38,7 @@ class EngineSettings:
     seq_len            positions per sample: for the balance of pipeline stages and the choice of attention's kernel; 0: they
                        do without
     measures           whether steps may be asked for gradient statistics
+    attention          kernel that the model's attention computes with in half precision on a GPU
     """
 
     seed: int = 0
@@ -48,6 +49,7 @@ class EngineSettings:
     float8: str = "none"
     seq_len: int = 0
     measures: bool = False
+    attention: Kernel = "cudnn"
 
     @property
     def compute(self) -> torch.dtype:
@@ -76,14 +78,6 @@ class StepLoss:
     def mean(self) -> torch.Tensor:
         """Token-weighted mean loss over the global batch."""
         return self.total / self.tokens
-
-
-def send(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """A micro-batch on a device. Neither the copy nor, later, attention waits for what is queued there, if memory is pinned."""
-    there = micro_batch.to(device)
-    if there.documents_BS is not None and micro_batch.documents_BS is not None:
-        count_documents(there.documents_BS, micro_batch.documents_BS)
-    return there
 
 
 class Engine(Protocol):

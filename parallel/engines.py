@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ..config.problems import Problem
 from ..kernels import swiglu
 from ..kernels.attention_timing import flash4_compilations
 from ..kernels.precompile import Work, begin
-from ..models.llama import Llama
+from ..models.config import DecoderConfig
+from ..models.protocol import Model
 from .attention_choice import choose_attention, shape_of
 from .config import ParallelConfig
 from .cost import RankCost
@@ -75,11 +77,12 @@ def _torch_problems(parallel: ParallelConfig) -> Iterator[Problem]:
 
 
 def make_engine(
-    model: Llama, mesh: Mesh, make_optimizer: OptimizerFactory, parallel: ParallelConfig, settings: EngineSettings
+    model: Model, mesh: Mesh, make_optimizer: OptimizerFactory, parallel: ParallelConfig, settings: EngineSettings
 ) -> Engine:
     """The engine of `parallel.engine`, holding the model (which comes on the meta device) with its initial weights."""
-    if mesh.device.type == "cuda" and settings.precision == "bf16" and settings.seq_len:
-        choose_attention(model, mesh, parallel, settings.seq_len)
+    shape = model.decoder_config
+    if shape is not None and mesh.device.type == "cuda" and settings.precision == "bf16" and settings.seq_len:
+        settings = replace(settings, attention=choose_attention(shape, mesh, parallel, settings.seq_len))
     if settings.float8 != "none" and mesh.is_main:
         log.warning("trainer.float8=%s: losses of different layouts differ by float8's rounding", settings.float8)
     if parallel.engine == "torch" and (parallel.deepspeed.config or parallel.deepspeed.cpu_adam) and mesh.is_main:
@@ -88,21 +91,21 @@ def make_engine(
     return make(model, mesh, make_optimizer, parallel, settings)
 
 
-def begin_compiling(model: Llama, parallel: ParallelConfig, settings: EngineSettings) -> None:
+def begin_compiling(model: DecoderConfig, parallel: ParallelConfig, settings: EngineSettings) -> None:
     """Have what `make_engine` will need of other packages' kernels compiled from now on, where this machine has not yet. For
-    the first rank of a machine, before it uses its GPU. model: any depth will do.
+    the first rank of a machine, before it uses its GPU.
     """
     if settings.precision != "bf16" or not settings.seq_len:
         return
     works: dict[str, Work] = {**flash4_compilations(shape_of(model, parallel, settings.seq_len))}
     policy = settings.activation if settings.activation_budget is None else "none"  # which some blocks may have
-    if fused_swiglu_blocker(model.config, parallel, settings, [policy]) is None:
-        works[SWIGLU] = swiglu.why_not
+    if fused_swiglu_blocker(model, parallel, settings, [policy]) is None:
+        works[SWIGLU] = swiglu.unsupported_reason
     begin(works)
 
 
 def engine_cost(
-    rank: RankCost, model: Llama, parallel: ParallelConfig, layout: Layout, job: Job
+    rank: RankCost, model: Model, parallel: ParallelConfig, layout: Layout, job: Job
 ) -> tuple[RankCost, OffloadAccount]:
     """What the engine makes of a rank's account: what its GPU holds, what is elsewhere, and what a step moves between them.
 

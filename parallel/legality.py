@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config.problems import Problem
-from ..models.llama import Llama
+from ..models.protocol import Model, lacks
 from .config import ParallelConfig
 from .context.split import KINDS, context_problems, kind_problems
+from .engine import EngineSettings
 from .layout import Layout, layout_problems
 from .pipeline.stages import SCHEDULES, legal_micro_batches, near_micro_batches, schedule_of, stage_count
 from .tensor.placements import tensor_problems, unplaced_modules
@@ -56,22 +57,33 @@ def key_problems(parallel: ParallelConfig) -> list[Problem]:
     return [*kind_problems(parallel), *_stage_key_problems(parallel)]
 
 
-def model_problems(model: object, parallel: ParallelConfig) -> list[Problem]:
-    """What keeps a model of the user's own class from being trained in a layout: engines know a `Llama`'s parts by name."""
-    if not isinstance(model, Llama):
-        fix = "derive it from meshloom.models.llama.Llama"
-        return [Problem("model", f"{type(model).__name__} is no Llama, and its parts are not known", fix)]
+def model_problems(model: Model, parallel: ParallelConfig, settings: EngineSettings) -> list[Problem]:
+    """List what keeps a model from being trained in a layout: by name, what a user's own class lacks for it."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     if frozen:
         more = f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
         text = f"every weight is trained here, but {frozen[0]}{more} can't be (requires_grad=False)"
         fix = "leave requires_grad as it is; to keep a weight as it is, let the model's lr_scale(name) be 0.0"
         return [Problem("model", text, fix)]
-    unknown = unplaced_modules(model) if parallel.tp > 1 else []
-    if unknown:
-        text = f"nobody knows how to cut the parameters of {unknown[0]} over tensor-parallel ranks"
-        return [Problem("parallel.tp", text, "use parallel.tp=1")]
-    return []
+    return list(_lacking(model, parallel, settings))
+
+
+def _lacking(model: Model, parallel: ParallelConfig, settings: EngineSettings) -> Iterator[Problem]:
+    kind, how = type(model).__name__, "or define it as meshloom.models.protocol.Model tells"
+    unplaced = unplaced_modules(model) if parallel.tp > 1 else []
+    if unplaced:
+        text = f"no module says in tensor_roles how {unplaced[0]} is cut over tensor-parallel ranks"
+        yield Problem("parallel.tp", text, f"use parallel.tp=1, {how}")
+    for key, method, purpose in (("pp", "carve", "be cut into stages"), ("cp", "use_kernels", "attend across ranks")):
+        if getattr(parallel, key) > 1 and lacks(model, method):
+            text = f"{kind} has no {method}, and so can't {purpose}"
+            yield Problem(f"parallel.{key}", text, f"use parallel.{key}=1, {how}")
+    if settings.activation != "none" and not model.block_modules():
+        text = f"{kind} has no block_modules, and policies are of blocks"
+        yield Problem("trainer.activation", text, f"use none, {how}")
+    if settings.activation_budget is not None and model.decoder_config is None:
+        text = f"{kind} has no decoder_config, so what its blocks keep is not known"
+        yield Problem("trainer.activation_budget", text, "choose trainer.activation, or leave the budget null")
 
 
 def _problems(parallel: ParallelConfig, work: Work, world_size: int) -> Iterator[Problem]:

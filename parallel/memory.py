@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,12 +10,12 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from ..models.costs import ForwardPass
-from ..models.llama import Llama
+from ..models.protocol import Model
 from ..optim.optimizers.parameters import FusedStep, NamedParameter, Unsharded
 from .config import ParallelConfig
 from .engine import OptimizerFactory
 from .layout import Layout
-from .tensor.placements import LLAMA_PLACES
+from .tensor.placements import placed_modules
 
 
 @dataclass(frozen=True)
@@ -66,17 +65,17 @@ class Piece:
     shape: tuple[int, ...]
 
 
-def pieces(stage: nn.Module, layout: Layout) -> list[Piece]:
+def pieces(stage: Model, layout: Layout) -> list[Piece]:
     """How FSDP2 over tensor-parallel parameters cuts a stage: along dim 0, into chunks of equal size but for the last."""
     ways = layout.weight_ranks
+    placements = {each.name: each.weight_placement(layout.tp) for each in placed_modules(stage)}
     found: list[Piece] = []
     for name, parameter in stage.named_parameters():
         shape = list(parameter.shape)
         module = name.rpartition(".")[0]
-        place = next(place for pattern, place in LLAMA_PLACES.items() if fnmatch.fnmatch(module, pattern))
-        few_heads = module.endswith((".wk", ".wv")) and isinstance(stage, Llama) and stage.kv_heads < layout.tp
-        if isinstance(place.weight, Shard) and not few_heads:
-            shape[place.weight.dim] = -(-shape[place.weight.dim] // layout.tp)
+        placement = placements[module]
+        if isinstance(placement, Shard):
+            shape[placement.dim] = -(-shape[placement.dim] // layout.tp)
         rows = -(-shape[0] // ways)
         row = torch.Size(shape[1:]).numel()
         group = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name.split(".")[0]
@@ -84,7 +83,7 @@ def pieces(stage: nn.Module, layout: Layout) -> list[Piece]:
     return found
 
 
-def optimizer_bytes(make: OptimizerFactory, own: Sequence[Piece], model: Llama, dtype: torch.dtype) -> tuple[int | None, bool]:
+def optimizer_bytes(make: OptimizerFactory, own: Sequence[Piece], model: Model, dtype: torch.dtype) -> tuple[int | None, bool]:
     """What an optimizer keeps of these shards, and whether it takes gradients in the dtype of the compute (`FusedStep`).
 
     Found by a step on tensors without storage; (None, False) where it can't take one.

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..models.costs import ACCUM_BYTES, BYTES, block_bytes
-from ..models.llama import Llama
+from ..models.protocol import Model, decoder_shape
 from .config import ParallelConfig
 from .cost import LayoutCost, RankCost
 from .layout import Layout, uses_fsdp
@@ -73,7 +73,7 @@ Moved = Callable[[RankCost, ParallelConfig, Layout, Job], Traffic]
 
 
 def step_seconds(
-    model: Llama,
+    model: Model,
     parallel: ParallelConfig,
     layout: Layout,
     job: Job,
@@ -95,7 +95,7 @@ def step_seconds(
     traffic = moved(busiest, parallel, layout, job)
     host = away.to_host + away.from_host
     if "offload" in job.policies:  # there and back, in order with the computation
-        shapes = [model.config.block(layer) for layers in busiest.layers for layer in layers]
+        shapes = [decoder_shape(model).block(layer) for layers in busiest.layers for layer in layers]
         host += 2 * job.micro_batches * sum(block_bytes(block, job.forward_pass(parallel), "none") for block in shapes)
     update = traffic.update / (MEMORY if parallel.offload == "none" else HOST_UPDATE)
     disk = (away.disk_read + away.disk_written) * layout.world_size / nodes / DISK

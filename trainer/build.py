@@ -26,8 +26,9 @@ from ..data.assignment import Assigner, load_share
 from ..data.batch import GlobalBatch
 from ..data.loader import Loader
 from ..data.node import DataNode
-from ..models.costs import flops_per_token
-from ..models.llama import Llama
+from ..models import build as models
+from ..models.protocol import Model
+from ..models.user_module import defaults_used
 from ..optim.build import build_controller, build_optimizer, build_schedule, compares_halves
 from ..optim.horizon import Horizon
 from ..optim.optimizers.parameters import NamedParameter, Shards
@@ -79,17 +80,9 @@ def build_data(config: DictConfig) -> DataNode:
     return instantiate({**node, "_convert_": "all"}, seed=config.seed)
 
 
-def build_model(config: DictConfig, vocabulary: int, layers: int | None = None) -> Llama:
-    """The model on the meta device: shapes without storage. Its vocabulary is the data's where the config leaves it open.
-
-    layers: of a shallower one.
-    """
-    node = {key: value for key, value in cast(Any, OmegaConf.to_container(config.model, resolve=True)).items() if key != "name"}
-    node["vocabulary"] = node.get("vocabulary") or vocabulary
-    if layers is not None:
-        node["layers"] = layers
-    with torch.device("meta"):
-        return instantiate({**node, "_convert_": "all"})
+def build_model(config: DictConfig, vocabulary: int) -> Model:
+    """The model, its parameters on the meta device. Its vocabulary is the data's where the config leaves it open."""
+    return models.build_model(cast(Any, OmegaConf.to_container(config.model, resolve=True)), vocabulary)
 
 
 def run_length(trainer: TrainerConfig) -> Duration:
@@ -218,8 +211,12 @@ def open_checkpointer(config: DictConfig, mesh: Mesh) -> Checkpointer | None:
 def _built(config: DictConfig, data: DataNode, mesh: Mesh, checkpointer: Checkpointer | None) -> Run:
     parts = Parts.of(config)
     output_dir = Path(config.output_dir)
-    model = build_model(config, data.vocabulary)
-    flops = flops_per_token(model.config, data.seq_len)
+    vocabulary = config.model.get("vocabulary") or data.vocabulary
+    model = build_model(config, vocabulary)
+    if mesh.is_main:
+        for default in defaults_used(model):
+            log.info("%s has no %s", type(model).__name__, default)
+    flops = model.flops_per_token(data.seq_len)
     horizon = build_horizon(config, data.seq_len)
     controller = build_controller(config.batch, horizon, batch_divisor(config, mesh.layout.data_size))
     settings = engine_settings(config, data.seq_len, controller.needs_statistics)
@@ -245,7 +242,7 @@ def _built(config: DictConfig, data: DataNode, mesh: Mesh, checkpointer: Checkpo
         fixed = {
             "config": OmegaConf.to_container(config, resolve=False),
             "data_fingerprint": data.fingerprint,
-            "vocabulary": model.vocabulary,
+            "vocabulary": vocabulary,
             "tokenizer": data.tokenizer.fingerprint if data.tokenizer is not None else None,
             "layout": mesh.layout.describe(),
         }
@@ -253,7 +250,7 @@ def _built(config: DictConfig, data: DataNode, mesh: Mesh, checkpointer: Checkpo
         hooks.append(saving)
     if mesh.is_main:
         if parts.trainer.sample_prompt is not None:
-            build = functools.partial(build_model, config, model.vocabulary)
+            build = functools.partial(build_model, config, vocabulary)
             hooks += _sample(config, parts.trainer, build, data.tokenizer, saved=saving is not None)
         hooks += default_loggers(parts.logging, output_dir, config)
 
@@ -275,7 +272,7 @@ def _built(config: DictConfig, data: DataNode, mesh: Mesh, checkpointer: Checkpo
 
 
 def _sample(
-    config: DictConfig, trainer: TrainerConfig, build: Callable[[], Llama], codec: TextCodec | None, *, saved: bool
+    config: DictConfig, trainer: TrainerConfig, build: Callable[[], Model], codec: TextCodec | None, *, saved: bool
 ) -> list[Hook]:
     """The hook that shows a sample at the end of the run, where it can."""
     assert trainer.sample_prompt is not None

@@ -15,11 +15,12 @@ from ..config.cache import cache_folder
 from ..config.problems import ConfigError, Problem
 from ..data.node import DataNode
 from ..data.order import Shuffled
+from ..models.config import DECODER, decoder_config
 from ..parallel.engines import begin_compiling
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, environment_world_size, pick_device
 from .all_ranks import FailedElsewhere, on_main, together
-from .build import Parts, Run, build_data, build_model, build_run, checkpoint_folder, engine_settings
+from .build import Parts, Run, build_data, build_run, checkpoint_folder, engine_settings
 from .identity import Origin, identify, take_over_metrics
 from .layout_dependence import bent_rules
 from .loop import TrainingDiverged
@@ -49,8 +50,9 @@ def run(config: DictConfig, overrides: Sequence[str] = (), stop: StopRequest | N
         raise ConfigError(problems)
     data = prepared_data(config)  # before the process groups: building a large corpus may take longer than their time-out
     parallel = Parts.of(config).parallel
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        begin_compiling(build_model(config, data.vocabulary, layers=1), parallel, engine_settings(config, data.seq_len))
+    if os.environ.get("LOCAL_RANK", "0") == "0" and config.model._target_ == DECODER:
+        shape = decoder_config(config.model, data.vocabulary)
+        begin_compiling(shape, parallel, engine_settings(config, data.seq_len))
     mesh = Mesh.connect(Layout.plan(parallel, environment_world_size()), pick_device(), parallel.timeout)
     try:
         if mesh.differ(str(checkpoint)):

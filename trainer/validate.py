@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ..checkpoint.config import checkpoint_problems
 from ..config.problems import ConfigError, Problem
 from ..config.validate import PRECISIONS, config_problems
+from ..models.protocol import decoder_shape
 from ..optim.build import build_controller, build_schedule, compares_halves
 from ..optim.optimizers.parameters import NamedParameter, Unsharded
 from ..optim.progress import Progress
@@ -76,7 +77,7 @@ def run_problems(config: DictConfig, world_size: int) -> list[Problem]:
 
 
 def layout_work(config: DictConfig, parts: Parts) -> Work | None:
-    """What the layout has to carry; None where a model or data of the user's own does not say it by Llama's keys."""
+    """What the layout has to carry; None where a model or data of the user's own does not say it by the decoder's keys."""
     shape = {key: config.model.get(key) for key in ("layers", "heads", "kv_heads", "ffn_dim")}
     seq_len, micro = config.data.get("seq_len"), config.batch.get("micro_max") or config.batch.get("micro")
     if not all(isinstance(size, int) for size in (*shape.values(), seq_len, micro)):
@@ -164,18 +165,18 @@ def _model_problems(config: DictConfig) -> list[Problem]:
     """Whether the model takes its keys (it is built on the meta device), can be cut, and its blocks keep to their budget."""
     model = build_model(config, vocabulary=2)
     parts = Parts.of(config)
-    found = model_problems(model, parts.parallel)
+    found = model_problems(model, parts.parallel, engine_settings(config))
     if found:
         return found
     budget, parallel = parts.trainer.activation_budget, parts.parallel
     if parts.trainer.float8 != "none":
         seq_len, micro = config.data.get("seq_len"), config.batch.get("micro")
         known = isinstance(seq_len, int) and isinstance(micro, int) and parallel.cp > 0
-        found += float8_size_problems(model.layers.values(), micro * seq_len // parallel.cp if known else None)
+        found += float8_size_problems(model.block_modules().values(), micro * seq_len // parallel.cp if known else None)
     if budget is None or not 0 < budget <= 1 or parallel.schedule not in SCHEDULES or config.precision not in PRECISIONS:
         return found
     try:
-        block_policies(model.config, parallel, engine_settings(config))
+        block_policies(decoder_shape(model), parallel, engine_settings(config))
     except ValueError as error:
         found.append(Problem("trainer.activation_budget", str(error), "give it more"))
     return found

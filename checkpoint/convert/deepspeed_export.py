@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from ...models.llama import Llama
+from ...config.renames import with_moved_targets
+from ...models.build import build_model
+from ...models.config import DECODER
 from ...parallel.fragment import boxes_of_flat_range
 from ..dtypes import as_tensor
 from ..errors import CheckpointError
@@ -99,22 +101,21 @@ class Contents:
         """From the recipe that a run saved with its checkpoint."""
         config = self.manifest.state.get("config", {})
         model, optim = config.get("model", {}), config.get("optim", {})
-        if model.get("_target_") != "meshloom.models.llama.Llama" or "weight/embed.weight" not in self.manifest.arrays:
-            raise CheckpointError(f"{self.label}: only the parameter groups of meshloom.models.llama.Llama are known")
+        known = with_moved_targets(model).get("_target_") == DECODER and "weight/embed.weight" in self.manifest.arrays
+        if not known:
+            raise CheckpointError(f"{self.label}: only the parameter groups of {DECODER} are known")
         if optim.get("_target_") != "meshloom.optim.optimizers.adamw.AdamW":
             raise CheckpointError(f"{self.label}: only a run with AdamW can become DeepSpeed's, not {optim.get('_target_')}")
-        sizes = {key: value for key, value in model.items() if key not in ("_target_", "name", "vocabulary")}
-        with torch.device("meta"):
-            llama = Llama(**sizes, vocabulary=self.shape("embed.weight")[0])
-        names = {id(weight): name for name, weight in llama.named_parameters()}
-        module = {key: names[id(weight)] for key, weight in llama.state_dict(keep_vars=True).items()}
+        decoder = build_model({**model, "vocabulary": self.shape("embed.weight")[0]}, 0)
+        names = {id(weight): name for name, weight in decoder.named_parameters()}
+        module = {key: names[id(weight)] for key, weight in decoder.state_dict(keep_vars=True).items()}
         decay = float(optim.get("weight_decay", 0.1))
         rate = float(optim.get("lr", 3e-4))
         settings: Tree = {"betas": tuple(optim.get("betas", (0.9, 0.95))), "eps": float(optim.get("eps", 1e-8))}
-        keys = sorted({(llama.decays(name), llama.lr_scale(name)) for name in names.values()}, reverse=True)
+        keys = sorted({(decoder.decays(name), decoder.lr_scale(name)) for name in names.values()}, reverse=True)
         groups = [
             Group(
-                [name for name in names.values() if (llama.decays(name), llama.lr_scale(name)) == (decays, scale)],
+                [name for name in names.values() if (decoder.decays(name), decoder.lr_scale(name)) == (decays, scale)],
                 {**settings, "lr": rate * scale, "weight_decay": decay if decays else 0.0},
             )
             for decays, scale in keys

@@ -16,18 +16,18 @@ stacked, (2, B, t, K, D).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _resolve_process_group
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...kernels.attention import segments_of
 from ...kernels.attention_blocks import Segments, block_backward, block_forward, segments_backward, segments_forward
-from .ring_plan import RingPlan, Step, plan_ring, plan_whole
+from ...kernels.documents import Documents
+from .ring_plan import RingPlan, Step, plan_documents, plan_whole
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,40 @@ def ring_attend(
     q_BTHD: torch.Tensor,
     k_BTKD: torch.Tensor,
     v_BTKD: torch.Tensor,
-    documents_BS: torch.Tensor | None = None,
+    documents: Documents | None = None,
     *,
     length: int,
     ring: Ring,
+    kernel: str = "cudnn",
     scale: float | None = None,
 ) -> torch.Tensor:
     """Causal grouped-query attention over rows of `length` positions of which this member holds `held(length, …)`.
 
-    documents_BS  of the whole rows, the same on every member; attention stays inside a run of equal values
+    documents  of the whole rows, the same on every member but for the part (`with_ring_part`)
+    kernel     what computes a member's blocks in half precision on a GPU (`attention_blocks.Kernel`)
     Every member must call it, in the same order as its other calls on the same members. Returns (B, T, H, D).
     """
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
-    out_BTHD, _ = ring_forward(
-        q_BTHD, k_BTKD, v_BTKD, documents_BS, length, list(ring.ranks), ring.index, ring.group.group_name, scale
-    )
+    part, rows = (None, None) if documents is None else (documents.part_cu_seqlens, documents.host_cu_seqlens)
+    assert documents is None or part is not None, "the documents do not know this member's part (`with_ring_part`)"
+    where = (length, list(ring.ranks), ring.index, ring.group.group_name)
+    out_BTHD, _ = ring_forward(q_BTHD, k_BTKD, v_BTKD, part, rows, *where, scale, kernel)
     return out_BTHD
+
+
+def with_ring_part(documents: Documents, size: int, index: int) -> Documents:
+    """Add to the documents of whole rows where those of the part begin that member `index` of `size` holds."""
+    device = documents.cu_seqlens.device
+    plan = plan_documents(tuple(documents.host_cu_seqlens.tolist()), documents.ids_BS.shape[1], size, index)
+    part = _part_of(plan)
+    if device.type == "cuda":
+        part = part.pin_memory()
+    return documents._replace(part_cu_seqlens=part.to(device, non_blocking=True))
+
+
+def _part_of(plan: RingPlan) -> torch.Tensor:
+    """Where a member's own sequences begin in its part, and the last ends, on the host."""
+    return torch.tensor([0, *accumulate(plan.own)], dtype=torch.int32)
 
 
 # Operators of their own, so that `torch.compile` does not trace messages and selective activation checkpointing can keep
@@ -72,15 +90,17 @@ def ring_forward(
     q_BTHD: torch.Tensor,
     k_BTKD: torch.Tensor,
     v_BTKD: torch.Tensor,
-    documents_BS: torch.Tensor | None,
+    part_cu_seqlens: torch.Tensor | None,
+    host_cu_seqlens: torch.Tensor | None,
     length: int,
     ranks: Sequence[int],
     index: int,
     group: str,
     scale: float,
+    kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ring_attend`'s output, and the log-sum-exp of each row: (B, H, T), or (1, H, B·T) with documents."""
-    call = _Call.of(q_BTHD, documents_BS, length, ranks, index, group, scale)
+    call = _Call.of(part_cu_seqlens, host_cu_seqlens, length, ranks, index, group, scale, kernel)
     q, k, v = map(call.rows, (q_BTHD, k_BTKD, v_BTKD))
     out, lse = _forward(q, k, v, call)
     return out.reshape(q_BTHD.shape).contiguous(), lse.contiguous()
@@ -94,15 +114,17 @@ def ring_backward(
     v_BTKD: torch.Tensor,
     out_BTHD: torch.Tensor,
     lse: torch.Tensor,
-    documents_BS: torch.Tensor | None,
+    part_cu_seqlens: torch.Tensor | None,
+    host_cu_seqlens: torch.Tensor | None,
     length: int,
     ranks: Sequence[int],
     index: int,
     group: str,
     scale: float,
+    kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients (dq, dk, dv) of `ring_forward`, each member's for what it holds."""
-    call = _Call.of(q_BTHD, documents_BS, length, ranks, index, group, scale)
+    call = _Call.of(part_cu_seqlens, host_cu_seqlens, length, ranks, index, group, scale, kernel)
     dout, q, k, v, out = map(call.rows, (dout_BTHD.contiguous(), q_BTHD, k_BTKD, v_BTKD, out_BTHD))
     dq, dk, dv = _backward(dout, q, k, v, out, lse, call)
     return (
@@ -121,42 +143,32 @@ class _Call:
     ranks: Sequence[int]
     group: dist.ProcessGroup
     scale: float
+    kernel: str
 
     @classmethod
     def of(
         cls,
-        q_BTHD: torch.Tensor,
-        documents_BS: torch.Tensor | None,
+        part_cu_seqlens: torch.Tensor | None,
+        host_cu_seqlens: torch.Tensor | None,
         length: int,
         ranks: Sequence[int],
         index: int,
         group: str,
         scale: float,
+        kernel: str,
     ) -> _Call:
-        plan, segments = (
-            (plan_whole(length, len(ranks), index), None)
-            if documents_BS is None
-            else _plan_documents(documents_BS, len(ranks), index, q_BTHD.device)
-        )
-        return cls(plan, segments, ranks, _resolve_process_group(group), scale)  # pyright: ignore[reportArgumentType]
+        segments = None
+        if part_cu_seqlens is None or host_cu_seqlens is None:
+            plan = plan_whole(length, len(ranks), index)
+        else:
+            plan = plan_documents(tuple(host_cu_seqlens.tolist()), length, len(ranks), index)
+            segments = Segments(part_cu_seqlens, _part_of(plan))
+        found = _resolve_process_group(group)  # pyright: ignore[reportArgumentType]
+        return cls(plan, segments, ranks, found, scale, kernel)
 
     def rows(self, x_BTHD: torch.Tensor) -> torch.Tensor:
         """With documents the rows are laid end to end into one, as the plan counts."""
         return x_BTHD if self.segments is None else x_BTHD.reshape(1, -1, *x_BTHD.shape[2:])
-
-
-_plans: MutableMapping[torch.Tensor, dict[tuple[int, int], tuple[RingPlan, Segments]]] = WeakTensorKeyDictionary()
-
-
-def _plan_documents(documents_BS: torch.Tensor, size: int, index: int, device: torch.device) -> tuple[RingPlan, Segments]:
-    plans = _plans.setdefault(documents_BS, {})
-    if (size, index) not in plans:
-        bounds = [0]
-        for sequence_length in segments_of(documents_BS).lengths:
-            bounds.append(bounds[-1] + sequence_length)
-        plan = plan_ring(bounds, documents_BS.shape[1], size, index)
-        plans[size, index] = plan, Segments.of_lengths(plan.own, device)
-    return plans[size, index]
 
 
 @dataclass(frozen=True)
@@ -219,7 +231,9 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> 
             continue
         for block in step.blocks:
             queries, keys = slice(*block.queries), slice(*block.keys)
-            found = block_forward(q[:, queries], kv[0][:, keys], kv[1][:, keys], causal=False, scale=call.scale)
+            found = block_forward(
+                q[:, queries], kv[0][:, keys], kv[1][:, keys], causal=False, scale=call.scale, kernel=call.kernel
+            )
             _merge(out[:, queries], lse[:, :, queries], *found)
     return out.to(q.dtype), lse
 
@@ -251,6 +265,7 @@ def _backward(
                 *(dout[:, queries], q[:, queries], kv[0][:, keys], kv[1][:, keys], out[:, queries], lse[:, :, queries]),
                 causal=False,
                 scale=call.scale,
+                kernel=call.kernel,
             )
             dq[:, queries] += dq_part
         before, coming_home = coming_home, _Homecoming(call, step, dkv_found, k)
@@ -296,8 +311,8 @@ def _own_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call)
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], 0, dtype=exact)
     if call.segments is None:
-        return block_forward(q, k, v, causal=True, scale=call.scale)
-    return segments_forward(q, k, v, call.segments, scale=call.scale)
+        return block_forward(q, k, v, causal=True, scale=call.scale, kernel=call.kernel)
+    return segments_forward(q, k, v, call.segments, scale=call.scale, kernel=call.kernel)
 
 
 def _own_backward(
@@ -312,16 +327,16 @@ def _own_backward(
     if q.shape[1] == 0:
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if call.segments is None:
-        return block_backward(dout, q, k, v, out, lse, causal=True, scale=call.scale)
-    return segments_backward(dout, q, k, v, out, lse, call.segments, scale=call.scale)
+        return block_backward(dout, q, k, v, out, lse, causal=True, scale=call.scale, kernel=call.kernel)
+    return segments_backward(dout, q, k, v, out, lse, call.segments, scale=call.scale, kernel=call.kernel)
 
 
 def _shape_of_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None, *rest: Any
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part_cu_seqlens: torch.Tensor | None, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows, positions, heads = q.shape[:3]
-    lse = (rows, heads, positions) if documents is None else (1, heads, rows * positions)
+    lse = (rows, heads, positions) if part_cu_seqlens is None else (1, heads, rows * positions)
     return q.new_empty(q.shape), q.new_empty(lse, dtype=exact)
 
 
@@ -330,13 +345,13 @@ def _shape_of_backward(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: 
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, documents, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, *output, documents)
+    q, k, v, part_cu_seqlens, host_cu_seqlens, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, part_cu_seqlens, host_cu_seqlens)
 
 
 def _differentiate(ctx: Any, dout: torch.Tensor, dlse: torch.Tensor) -> Any:
     dq, dk, dv = ring_backward(dout, *ctx.saved_tensors, *ctx.rest)
-    return dq, dk, dv, *[None] * (1 + len(ctx.rest))
+    return dq, dk, dv, *[None] * (2 + len(ctx.rest))
 
 
 ring_forward.register_fake(_shape_of_forward)

@@ -79,14 +79,20 @@ def plan_whole(length: int, size: int, index: int) -> RingPlan:
     return plan_ring([0, length], length, size, index)
 
 
-def plan_ring(bounds: Sequence[int], length: int, size: int, index: int) -> RingPlan:
-    """The plan of member `index` of `size` for rows of `length` laid end to end, with sequences between consecutive bounds.
+@lru_cache(maxsize=64)
+def plan_documents(cu_seqlens: tuple[int, ...], length: int, size: int, index: int) -> RingPlan:
+    """`plan_ring`, remembered: every layer asks for the plan of the same micro-batch."""
+    return plan_ring(cu_seqlens, length, size, index)
 
-    bounds: ascending, from 0 to rows × length, and every row's end is among them.
+
+def plan_ring(cu_seqlens: Sequence[int], length: int, size: int, index: int) -> RingPlan:
+    """The plan of member `index` of `size` for rows of `length` laid end to end, with sequences between consecutive cu_seqlens.
+
+    cu_seqlens: ascending, from 0 to rows × length, and every row's end is among them.
     """
-    rows = bounds[-1] // length
+    rows = cu_seqlens[-1] // length
     ranges = [held(length, size, member, rows) for member in range(size)]
-    pieces = [_edge_pieces(member_ranges, bounds) for member_ranges in ranges]
+    pieces = [_edge_pieces(member_ranges, cu_seqlens) for member_ranges in ranges]
     steps: list[Step] = []
     for distance in range(1, size):
         source, target = (index - distance) % size, (index + distance) % size
@@ -99,17 +105,17 @@ def plan_ring(bounds: Sequence[int], length: int, size: int, index: int) -> Ring
                 keys=tuple(block.keys for block in wanted),
             )
         )
-    return RingPlan(_own_lengths(ranges[index], bounds), tuple(steps))
+    return RingPlan(_own_lengths(ranges[index], cu_seqlens), tuple(steps))
 
 
-def _own_lengths(ranges: Sequence[range], bounds: Sequence[int]) -> tuple[int, ...]:
+def _own_lengths(ranges: Sequence[range], cu_seqlens: Sequence[int]) -> tuple[int, ...]:
     lengths: list[int] = []
     latest = -1
     for positions in ranges:
         at = positions.start
         while at < positions.stop:
-            sequence = bisect_right(bounds, at) - 1
-            stop = min(positions.stop, bounds[sequence + 1])
+            sequence = bisect_right(cu_seqlens, at) - 1
+            stop = min(positions.stop, cu_seqlens[sequence + 1])
             if sequence == latest:
                 lengths[-1] += stop - at
             else:
@@ -118,15 +124,15 @@ def _own_lengths(ranges: Sequence[range], bounds: Sequence[int]) -> tuple[int, .
     return tuple(lengths)
 
 
-def _edge_pieces(ranges: Sequence[range], bounds: Sequence[int]) -> list[_Piece]:
+def _edge_pieces(ranges: Sequence[range], cu_seqlens: Sequence[int]) -> list[_Piece]:
     """The first and the last sequence of each part: the others lie wholly inside it and concern nobody else."""
     pieces: list[_Piece] = []
     at = 0
     for positions in ranges:
         if positions:
-            edges = {bisect_right(bounds, position) - 1 for position in (positions.start, positions.stop - 1)}
+            edges = {bisect_right(cu_seqlens, position) - 1 for position in (positions.start, positions.stop - 1)}
             for sequence in sorted(edges):
-                start, stop = max(positions.start, bounds[sequence]), min(positions.stop, bounds[sequence + 1])
+                start, stop = max(positions.start, cu_seqlens[sequence]), min(positions.stop, cu_seqlens[sequence + 1])
                 pieces.append(_Piece(sequence, start, stop - start, at + start - positions.start))
         at += len(positions)
     return pieces

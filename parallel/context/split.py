@@ -18,11 +18,12 @@ import torch.distributed as dist
 
 from ...config.problems import Problem
 from ...data.batch import MicroBatch
-from ...kernels.attention import attend, positions
-from ...models.llama import Llama
+from ...kernels.attention import CausalAttention
+from ...kernels.attention_blocks import Kernel
+from ...kernels.documents import Documents
 from ..config import ParallelConfig
 from ..mesh import Mesh
-from .ring import Ring, ring_attend
+from .ring import Ring, ring_attend, with_ring_part
 from .ring_plan import held
 from .ulysses import ulysses_attend
 
@@ -30,7 +31,7 @@ KINDS = ("ring", "ulysses")
 
 
 class Shape(Protocol):
-    """What must divide: the fields of `DecoderConfig` and of `Llama`."""
+    """What must divide: the fields of `DecoderConfig`."""
 
     heads: int
     kv_heads: int
@@ -70,7 +71,7 @@ def context_problems(shape: Shape, parallel: ParallelConfig, seq_len: int) -> li
 class ContextSlice:
     """A rank's part of a micro-batch: T = S / cp positions.
 
-    micro_batch   tokens and targets (B, T); `documents_BS` still of the whole rows, (B, S), for attention needs them
+    micro_batch   tokens and targets (B, T); documents still of the whole rows, for attention needs them
     positions_BT  int64: where each position lies in its document (its sample, without documents)
     """
 
@@ -79,47 +80,49 @@ class ContextSlice:
 
 
 class ContextParallel:
-    """Cuts micro-batches over the cp axis of a mesh, and gives the model the attention that knows of it."""
+    """Cuts micro-batches over the cp axis of a mesh, and is the attention that knows of it (`kernels.attention.Attend`)."""
 
-    def __init__(self, mesh: Mesh, kind: str) -> None:
-        """Every rank of the cp axis makes one at the same time: the first message needs all of them."""
+    def __init__(self, mesh: Mesh, kind: str, kernel: Kernel = "cudnn") -> None:
+        """Every rank of the cp axis makes one at the same time: the first message needs all of them.
+
+        kernel: what computes a rank's part.
+        """
         assert kind in KINDS, kind
+        self._plain = CausalAttention(kernel)
         self._kind, self._size, self._index = kind, mesh.layout.cp, mesh.coordinates["cp"]
         self._group = mesh.group("cp")
         self._ring = Ring(tuple(dist.get_process_group_ranks(self._group)), self._index, self._group)
         mesh.sum(torch.zeros((), device=mesh.device), "cp")
 
-    def apply(self, model: Llama) -> None:
-        """Put the attention into every block of a model or pipeline stage."""
-        for block in model.layers.values():
-            block.attention.attend = self.attend  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-
-    def attend(
+    def __call__(
         self,
         q_BTHD: torch.Tensor,
         k_BTKD: torch.Tensor,
         v_BTKD: torch.Tensor,
-        documents_BS: torch.Tensor | None = None,
+        documents: Documents | None = None,
         *,
         scale: float | None = None,
     ) -> torch.Tensor:
         """Causal attention of this rank's positions over the whole samples; documents are those of the whole samples."""
         if self._kind == "ulysses":
             group = self._group
-            return ulysses_attend(q_BTHD, k_BTKD, v_BTKD, documents_BS, group=group, attend=attend, scale=scale)
+            return ulysses_attend(q_BTHD, k_BTKD, v_BTKD, documents, group=group, attend=self._plain, scale=scale)
         length = q_BTHD.shape[1] * self._size
-        return ring_attend(q_BTHD, k_BTKD, v_BTKD, documents_BS, length=length, ring=self._ring, scale=scale)
+        kernel = self._plain.kernel
+        return ring_attend(q_BTHD, k_BTKD, v_BTKD, documents, length=length, ring=self._ring, kernel=kernel, scale=scale)
 
     def cut(self, micro_batch: MicroBatch) -> ContextSlice:
         """This rank's part of a micro-batch that is on the device: there a copy of a part waits for nothing."""
         length = micro_batch.tokens_BS.shape[1]
-        documents_BS = micro_batch.documents_BS
-        if documents_BS is None:
+        documents = micro_batch.documents
+        if documents is None:
             positions_BS = torch.arange(length, device=micro_batch.tokens_BS.device).expand_as(micro_batch.tokens_BS)
         else:
-            positions_BS = positions(documents_BS)
+            positions_BS = documents.positions()
         if self._kind == "ring":
             parts = held(length, self._size, self._index)
+            if documents is not None:
+                documents = with_ring_part(documents, self._size, self._index)
         else:
             share = length // self._size
             parts = [range(self._index * share, (self._index + 1) * share)]
@@ -127,6 +130,5 @@ class ContextParallel:
         def cut(x_BS: torch.Tensor) -> torch.Tensor:
             return torch.cat([x_BS[:, part.start : part.stop] for part in parts], dim=1)
 
-        return ContextSlice(
-            MicroBatch(cut(micro_batch.tokens_BS), cut(micro_batch.targets_BS), documents_BS), cut(positions_BS)
-        )
+        own = MicroBatch(cut(micro_batch.tokens_BS), cut(micro_batch.targets_BS), documents)
+        return ContextSlice(own, cut(positions_BS))

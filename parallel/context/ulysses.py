@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from ...kernels.attention import Attend
+from ...kernels.documents import Documents
 
 
 def ulysses_attend(
     q_BTHD: torch.Tensor,
     k_BTKD: torch.Tensor,
     v_BTKD: torch.Tensor,
-    documents_BS: torch.Tensor | None = None,
+    documents: Documents | None = None,
     *,
     group: dist.ProcessGroup,
     attend: Attend,
@@ -32,7 +33,7 @@ def ulysses_attend(
 
     H is a multiple of the number of ranks. Key/value heads that do not divide by it are repeated until they do (their
     gradients are summed again).
-    documents_BS: of the whole rows, the same on every rank.
+    documents: of the whole rows, the same on every rank.
     """
     ranks = group.size()
     assert q_BTHD.shape[2] % ranks == 0, f"{q_BTHD.shape[2]} heads on {ranks} ranks"
@@ -44,7 +45,7 @@ def ulysses_attend(
     sent_NBTXD = torch.cat(by_rank, dim=3).permute(2, 0, 1, 3, 4)
     whole_BSXD = _swap(sent_NBTXD, group).permute(1, 0, 2, 3, 4).flatten(1, 2)
     q_BSXD, k_BSXD, v_BSXD = whole_BSXD.split([x.shape[3] for x in by_rank], dim=2)
-    out_BSXD = attend(q_BSXD, k_BSXD, v_BSXD, documents_BS, scale=scale)
+    out_BSXD = attend(q_BSXD, k_BSXD, v_BSXD, documents, scale=scale)
     sent_NBTXD = out_BSXD.unflatten(1, (ranks, -1)).permute(1, 0, 2, 3, 4)
     return _swap(sent_NBTXD, group).permute(1, 2, 0, 3, 4).flatten(2, 3)
 

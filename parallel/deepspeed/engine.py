@@ -24,12 +24,13 @@ from torch import nn
 
 from ...data.assignment import Share
 from ...data.batch import MicroBatch
+from ...kernels.attention import CausalAttention
 from ...models.init import fill
-from ...models.llama import Llama
+from ...models.protocol import BlockKernels, Model
 from ...optim.optimizers.parameters import NamedParameter
 from ..activation import apply_policies
 from ..config import ParallelConfig
-from ..engine import EngineSettings, OptimizerFactory, StepLoss, send
+from ..engine import EngineSettings, OptimizerFactory, StepLoss
 from ..fragment import Fragment
 from ..gradient_noise import GradientNoise, Measure, Moments
 from ..mesh import Mesh
@@ -48,7 +49,7 @@ class DeepSpeedEngine:
 
     def __init__(
         self,
-        model: Llama,
+        model: Model,
         mesh: Mesh,
         make_optimizer: OptimizerFactory,
         parallel: ParallelConfig,
@@ -70,8 +71,10 @@ class DeepSpeedEngine:
         quantised = bool(derived["zero_optimization"].get("zero_quantized_weights"))
         if quantised:
             require_op("QuantizerBuilder", QUANTISED, "leave it out")
-        blocks = list(model.layers.values())
-        policies = block_policies(model.config, parallel, settings)
+        blocks = list(model.block_modules().values())
+        shape = model.decoder_config
+        policies = [settings.activation] * len(blocks) if shape is None else block_policies(shape, parallel, settings)
+        model.use_kernels(dict.fromkeys(model.block_modules(), BlockKernels(CausalAttention(settings.attention))))
         for block, policy in zip(blocks, policies, strict=True):
             # ZeRO-3's hooks around a block gather its weights and are no business of the compiler's.
             hooked = settings.compile and parallel.zero == 3 and policy != "offload"
@@ -83,7 +86,7 @@ class DeepSpeedEngine:
             NamedParameter(name, parameter, whole_shape(parameter), model.decays(name), model.lr_scale(name))
             for name, parameter in model.named_parameters()
         ]
-        if parallel.zero == 3:
+        if parallel.zero == 3 and blocks:
             # A block's weights are gathered together, before the block: inside it there is nothing for a compiler to
             # break at, nor for selective recomputation to stumble over.
             deepspeed.utils.set_z3_leaf_modules(model, [type(block) for block in blocks])
@@ -118,8 +121,8 @@ class DeepSpeedEngine:
             self._noise.watch(name, weight)
 
     def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:
-        micro_batch = send(micro_batch, self.mesh.device)
-        return self._engine(micro_batch.tokens_BS, micro_batch.targets_BS, micro_batch.documents_BS)
+        micro_batch = micro_batch.to(self.mesh.device)
+        return self._engine(micro_batch.tokens_BS, micro_batch.targets_BS, micro_batch.documents)
 
     def accumulate(self, share: Share, global_tokens: torch.Tensor, measure: Measure = Measure.NOTHING) -> StepLoss:
         """Forward and backward of this rank's share."""

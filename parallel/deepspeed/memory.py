@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ...models.llama import Llama
+from ...models.protocol import Model
 from ..config import ParallelConfig
 from ..cost import RankCost
 from ..memory import Job
@@ -49,7 +49,7 @@ PERSISTENT = 100_000  # stage3_param_persistence_threshold: what is no larger st
 class _Sizes:
     """Elements of one rank's share, by DeepSpeed's groups."""
 
-    def __init__(self, model: Llama, ranks: int, limit: int) -> None:
+    def __init__(self, model: Model, ranks: int, limit: int) -> None:
         self.ranks = ranks
         self.parameters = [parameter.numel() for parameter in model.parameters()]
         self.largest = max(self.parameters)
@@ -72,7 +72,7 @@ class _Sizes:
 
 
 def deepspeed_cost(
-    rank: RankCost, model: Llama, parallel: ParallelConfig, job: Job, ranks: int
+    rank: RankCost, model: Model, parallel: ParallelConfig, job: Job, ranks: int
 ) -> tuple[RankCost, OffloadAccount]:
     """The account under DeepSpeed, on the GPU and away from it.
 
@@ -131,7 +131,7 @@ def _bucket(keys: dict[str, Any], stage: int, unit: int, whole: int) -> int:
     return (unit if stage == 2 else 4) * elements * turns + widened
 
 
-def _persistent(model: Llama, keys: dict[str, Any]) -> int:
+def _persistent(model: Model, keys: dict[str, Any]) -> int:
     """Elements of the parameters that stage 3 keeps gathered."""
     largest = int(keys.get("stage3_param_persistence_threshold", PERSISTENT))
     room = int(keys.get("stage3_model_persistence_threshold", sys.maxsize))

@@ -115,7 +115,9 @@ def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, zero
     zero_init: DeepSpeed's configuration for stage 3, where a parameter is cut into shards as soon as it exists, so that no
     rank ever holds more than one of them whole; None for the other stages.
     """
-    assert not list(model.buffers()), "buffers on the meta device have no values to start from"
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
     if zero_init is None:
         for _ in _with_storage(model, device, dtype):
             pass

@@ -35,13 +35,13 @@ class StageInputs:
 
     tokens   (B, S) int64, for the first stage
     targets  (B, S) int64, for the last
-    shared   keyword arguments of every stage, tensors with the batch along dim 0
+    shared   keyword arguments of every stage
     hidden   shape of what passes between stages, (B, S', D)
     """
 
     tokens: torch.Tensor
     targets: torch.Tensor
-    shared: dict[str, torch.Tensor]
+    shared: dict[str, Any]
     hidden: tuple[int, ...]
 
 

@@ -1,4 +1,6 @@
-"""Tensor and sequence parallelism for `models/llama.py`: a table of placements, and its application through DTensor.
+"""Tensor and sequence parallelism: a placement for each role that a module may have, applied through DTensor.
+
+Which module has which role its parent says (`models.protocol.TensorRole`).
 
 Column-parallel projections into heads and the feed-forward, row-parallel projections out of them (Megatron-LM, arXiv
 1909.08053); between them the residual stream is either whole on every rank or, with sequence parallelism, cut along the
@@ -15,10 +17,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from ...config.problems import Problem
-from ...models.llama import Llama
+from ...kernels.documents import Documents
+from ...models.protocol import Model, TensorRole
 from ..config import ParallelConfig
 from .vocabulary import VocabularyParallelLoss
 
@@ -39,33 +41,26 @@ Where = Placement | Literal["stream"]
 class Place:
     """Where one module's weight, input and output lie on the tensor-parallel axis.
 
-    weight  placement of its weight
-    takes   placement of its input, for one that arrives as a plain tensor
-    gives   placement its output is brought to
-    plain   whether the output leaves as a plain local tensor
+    weight            placement of its weight
+    input_layout      placement of its input, for one that arrives as a plain tensor
+    output_layout     placement its output is brought to
+    use_local_output  whether the output leaves as a plain local tensor
     """
 
     weight: Placement
-    takes: Where
-    gives: Where
-    plain: bool = True
+    input_layout: Where
+    output_layout: Where
+    use_local_output: bool = True
 
 
-_NORM = Place(weight=Replicate(), takes=STREAM, gives=Replicate(), plain=False)
-_COLUMN = Place(weight=Shard(0), takes=Replicate(), gives=Shard(-1))
-_ROW = Place(weight=Shard(1), takes=Shard(-1), gives=STREAM)
-LLAMA_PLACES = {
-    "embed": Place(weight=Shard(0), takes=Replicate(), gives=STREAM),
-    "layers.*.attention_norm": _NORM,
-    "layers.*.attention.w[qkv]": _COLUMN,
-    "layers.*.attention.wo": _ROW,
-    "layers.*.ffn_norm": _NORM,
-    "layers.*.ffn.w[13]": _COLUMN,
-    "layers.*.ffn.w2": _ROW,
-    "norm": _NORM,
-    "head": Place(weight=Shard(0), takes=Replicate(), gives=Replicate()),
+PLACES = {
+    TensorRole.COLUMN: Place(weight=Shard(0), input_layout=Replicate(), output_layout=Shard(-1)),
+    TensorRole.KEY_VALUE: Place(weight=Shard(0), input_layout=Replicate(), output_layout=Shard(-1)),
+    TensorRole.ROW: Place(weight=Shard(1), input_layout=Shard(-1), output_layout=STREAM),
+    TensorRole.NORM: Place(weight=Replicate(), input_layout=STREAM, output_layout=Replicate(), use_local_output=False),
+    TensorRole.EMBEDDING: Place(weight=Shard(0), input_layout=Replicate(), output_layout=STREAM),
+    TensorRole.HEAD: Place(weight=Shard(0), input_layout=Replicate(), output_layout=Replicate()),
 }
-"""The table: pattern of a module's name in `Llama` → its place."""
 
 
 def stream_dim(batch: int, length: int, tp: int) -> int | None:
@@ -92,7 +87,7 @@ class Stream:
 
 
 class Shape(Protocol):
-    """What must divide: the fields of `DecoderConfig` and of `Llama`."""
+    """What must divide: the fields of `DecoderConfig`."""
 
     heads: int
     kv_heads: int
@@ -144,77 +139,104 @@ def _cuts(heads: int, kv_heads: int, tp: int) -> bool:
     return heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
 
 
-def apply_tensor_parallelism(model: Llama, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+@dataclass(frozen=True)
+class PlacedModule:
+    """A module with a role. parent: the module that gives it, and knows the width of its heads."""
+
+    name: str
+    module: nn.Module
+    role: TensorRole
+    parent: nn.Module
+
+    def splits_heads(self, tp: int) -> bool:
+        """Whether it is a key/value projection with fewer heads than ranks, so that ranks must share its heads."""
+        return self.role is TensorRole.KEY_VALUE and _heads(self) < tp
+
+    def weight_placement(self, tp: int) -> Placement:
+        """How its weight is cut over so many ranks."""
+        return Replicate() if self.splits_heads(tp) else PLACES[self.role].weight
+
+
+def placed_modules(model: nn.Module) -> Iterator[PlacedModule]:
+    """Find the modules that have a role, in the order of the model's modules."""
+    for prefix, parent in model.named_modules():
+        roles: Mapping[str, TensorRole] = getattr(parent, "tensor_roles", {})
+        for child, module in parent.named_children():
+            if child in roles:
+                yield PlacedModule(f"{prefix}.{child}" if prefix else child, module, roles[child], parent)
+
+
+def unplaced_modules(model: nn.Module) -> list[str]:
+    """List the modules with parameters that have no role: those of a user's own class may have none."""
+    placed = {each.module for each in placed_modules(model)}
+    return [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if list(module.parameters(recurse=False)) and module not in placed
+    ]
+
+
+def apply_tensor_parallelism(model: Model, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     """Cut the model (or pipeline stage) over a 1-D mesh, in place. Parameters become DTensors; call it before FSDP.
 
     The model is usually on the meta device; real weights are taken to be the same on every rank. Shapes that don't
-    divide are refused by `tensor_problems`.
+    divide are refused by `tensor_problems`, modules without a role by `unplaced_modules`.
     """
     assert not any(isinstance(parameter, DTensor) for parameter in model.parameters()), "the model is cut already"
     # The embedding's output is a DTensor's local tensor. FSDP warns of views, for somebody might write into one; nobody does.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPEmbedding\) returned a view tensor")
-    tied = model.tied and model.embed is not None and model.head is not None
     stream = Stream(mesh.size(), sequence_parallel)
-    for name, module, place in _placed_modules(model):
-        if name == "head" and tied:
-            assert model.embed is not None and model.head is not None
-            model.head.weight = model.embed.weight  # the embedding comes first: its DTensor is the head's too
-        if name.endswith(("wk", "wv")) and model.kv_heads < mesh.size():
-            _share_heads(module, mesh, model)
+    cut: dict[nn.Parameter, nn.Parameter] = {}  # a tied head's weight is cut once, as the embedding's
+    for each in list(placed_modules(model)):
+        if each.splits_heads(mesh.size()):
+            _share_heads(each, mesh)
         else:
-            _place(module, mesh, place, stream)
-    if model.head is not None:
-        model.token_loss = VocabularyParallelLoss(mesh)
+            _place(each.module, mesh, PLACES[each.role], stream, cut)
+        if each.role is TensorRole.HEAD:
+            each.parent.token_loss = VocabularyParallelLoss(mesh)  # pyright: ignore[reportArgumentType]
     model.forward = functools.partial(_forward, model.forward, stream)
 
 
-def unplaced_modules(model: nn.Module) -> list[str]:
-    """Names of modules with parameters for which the table has no place: a class of the user's own may have some."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if list(module.parameters(recurse=False)) and not any(fnmatch(name, pattern) for pattern in LLAMA_PLACES)
-    ]
+def _heads(projection: PlacedModule) -> int:
+    module, parent = cast(nn.Linear, projection.module), cast(Any, projection.parent)
+    return module.out_features // parent.head_dim
 
 
-def _placed_modules(model: nn.Module) -> Iterator[tuple[str, Any, Place]]:
-    for name, module in model.named_modules():
-        found = [place for pattern, place in LLAMA_PLACES.items() if fnmatch(name, pattern)]
-        assert len(found) <= 1, f"{name} matches several places"
-        assert found or not list(module.parameters(recurse=False)), f"no place is known for {name} (`unplaced_modules`)"
-        if found:
-            yield name, module, found[0]
-
-
-def _cut(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
+def _cut(
+    module: nn.Module, mesh: DeviceMesh, placement: Placement, known: dict[nn.Parameter, nn.Parameter] | None = None
+) -> None:
+    """Make a module's parameters DTensors; of one that is in `known`, the DTensor that it has become."""
+    known = {} if known is None else known
     for key, parameter in list(module.named_parameters(recurse=False)):
-        if not isinstance(parameter, DTensor):
+        if parameter not in known:
             cut = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
-            module.register_parameter(key, nn.Parameter(cut, requires_grad=parameter.requires_grad))
+            known[parameter] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
+        module.register_parameter(key, known[parameter])
 
 
-def _place(module: nn.Module, mesh: DeviceMesh, place: Place, stream: Stream) -> None:
+def _place(module: nn.Module, mesh: DeviceMesh, place: Place, stream: Stream, known: dict[nn.Parameter, nn.Parameter]) -> None:
     def enter(_module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         (x,) = inputs
-        return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, stream.at(place.takes), run_check=False)
+        return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, stream.at(place.input_layout), run_check=False)
 
     def leave(_module: nn.Module, _inputs: Any, output: DTensor) -> torch.Tensor:
         # Waits for the collective: a tensor still on its way must not enter a compiled block.
-        output = output.redistribute(placements=stream.at(place.gives))
-        return output.to_local() if place.plain else output
+        output = output.redistribute(placements=stream.at(place.output_layout))
+        return output.to_local() if place.use_local_output else output
 
-    _cut(module, mesh, place.weight)
+    _cut(module, mesh, place.weight, known)
     module.register_forward_pre_hook(enter)
     module.register_forward_hook(leave)
 
 
-def _share_heads(module: nn.Module, mesh: DeviceMesh, model: Llama) -> None:
+def _share_heads(projection: PlacedModule, mesh: DeviceMesh) -> None:
     """A key/value projection with fewer heads than ranks: every rank keeps the whole weight and computes the head it needs.
 
     Each rank's gradient is zero outside that head's rows; declared partial, the sum over ranks is the whole gradient.
     """
-    head = mesh.get_local_rank() * model.kv_heads // mesh.size()
-    rows = slice(head * model.head_dim, (head + 1) * model.head_dim)
+    module, head_dim = projection.module, cast(Any, projection.parent).head_dim
+    head = mesh.get_local_rank() * _heads(projection) // mesh.size()
+    rows = slice(head * head_dim, (head + 1) * head_dim)
 
     def project(x_BSD: DTensor) -> torch.Tensor:
         weight: Any = module.weight
@@ -230,12 +252,12 @@ def _forward(
     stream: Stream,
     inputs: torch.Tensor,
     targets_BS: torch.Tensor | None = None,
-    documents_BS: torch.Tensor | None = None,
+    documents: Documents | None = None,
     positions_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`Llama.forward` of a cut model: says where the stream lies first.
+    """`forward` of a cut model: says where the stream lies first.
 
     A stage without embedding sees a slice and must be given the positions of the whole sequences.
     """
     stream.fit(*(inputs.shape[:2] if positions_BS is None else positions_BS.shape))
-    return forward(inputs, targets_BS, documents_BS, positions_BS)
+    return forward(inputs, targets_BS, documents, positions_BS)

@@ -6,22 +6,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from torch import nn
 
 from ...kernels import swiglu
+from ...kernels.attention import CausalAttention
+from ...kernels.norm import FusedNorm
 from ...kernels.precompile import compiled
+from ...kernels.swiglu import FusedSwiglu
 from ...models.init import fill
-from ...models.llama import Block, Llama
+from ...models.protocol import BlockKernels, Model
 from ..activation import apply_policies
 from ..config import ParallelConfig
 from ..context.split import ContextParallel
 from ..engine import EngineSettings
 from ..mesh import Mesh
-from ..pipeline.stages import StagePlan, splits_backward
-from ..policies import fused_swiglu_blocker
+from ..pipeline.stages import StagePlan, balanced_stages, splits_backward
+from ..policies import block_policies, fused_swiglu_blocker
 from ..shards import local
 from ..tensor.placements import apply_tensor_parallelism
 from .float8 import use_float8
@@ -32,26 +35,36 @@ log = logging.getLogger(__name__)
 SWIGLU = "SwiGLU inside its products"
 
 
-def own_stages(model: Llama, plan: StagePlan, rank: int) -> dict[int, Llama]:
+def policies_and_stages(model: Model, parallel: ParallelConfig, settings: EngineSettings) -> tuple[list[str], StagePlan]:
+    """Choose the activation policy of every block, and the layers of every stage; a model that is no decoder has one stage."""
+    if model.decoder_config is None:
+        layers = len(model.block_modules())
+        return [settings.activation] * layers, StagePlan([range(layers)], [0])
+    policies = block_policies(model.decoder_config, parallel, settings)
+    return policies, balanced_stages(model.decoder_config, parallel, settings.seq_len, policies)
+
+
+def own_stages(model: Model, plan: StagePlan, rank: int) -> dict[int, Model]:
     """This pipeline rank's stages by their index; the model itself where it is not cut."""
     return {
         index: model.carve(plan.layers[index], first=index == 0, last=index == plan.count - 1) for index in plan.held_by(rank)
     }
 
 
-def fuses_swiglu(model: Llama, mesh: Mesh, parallel: ParallelConfig, settings: EngineSettings, policies: Sequence[str]) -> bool:
+def fuses_swiglu(model: Model, mesh: Mesh, parallel: ParallelConfig, settings: EngineSettings, policies: Sequence[str]) -> bool:
     """Whether blocks compute SwiGLU inside the products around it: on all ranks or on none. Every rank must ask.
 
     policies: the activation policy of every block of the whole model.
     """
-    if mesh.device.type != "cuda":
+    shape = model.decoder_config
+    if shape is None or mesh.device.type != "cuda":
         return False
-    reason = fused_swiglu_blocker(model.config, parallel, settings, policies)
+    reason = fused_swiglu_blocker(shape, parallel, settings, policies)
     if reason is None:
         with contextlib.suppress(Exception):  # it says why below
             swiglu.package()  # seconds, in which others may compile
-        compiled(SWIGLU, swiglu.why_not, mesh.device)
-        mine = swiglu.why_not(mesh.device)
+        compiled(SWIGLU, swiglu.unsupported_reason, mesh.device)
+        mine = swiglu.unsupported_reason(mesh.device)
         if mine is not None and not mesh.is_main:
             log.warning("rank %d can't compute SwiGLU inside the products around it: %s", mesh.rank, mine)
         if mesh.any(mine is not None):
@@ -62,7 +75,7 @@ def fuses_swiglu(model: Llama, mesh: Mesh, parallel: ParallelConfig, settings: E
 
 
 def apply_forms(
-    stage: Llama,
+    stage: Model,
     policies: Sequence[str],
     mesh: Mesh,
     context: ContextParallel | None,
@@ -75,28 +88,23 @@ def apply_forms(
 
     policies: the activation policy of every block of the whole model; fuse_swiglu: `fuses_swiglu` said so.
     """
-    if context is not None:
-        context.apply(stage)
+    blocks = stage.block_modules()
+    own = [policies[layer] for layer in blocks]
+    # Their weights must be whole where they are used. Before 2.13 torch can't run the second half of a backward pass through
+    # an operator of several gradients.
+    fused = mesh.layout.tp == 1 and not splits_backward(parallel)
+    plain = BlockKernels(context or CausalAttention(settings.attention), FusedNorm() if fused else None)
+    whole = replace(plain, swiglu=FusedSwiglu() if fused and fuse_swiglu else None)
+    # Selective checkpointing keeps one of the products that fused SwiGLU computes.
+    stage.use_kernels({layer: plain if policies[layer] == "selective" else whole for layer in blocks})
     if settings.float8 != "none":
-        use_float8(stage.layers.values(), settings.float8, mesh.device)
+        use_float8(blocks.values(), settings.float8, mesh.device)
     if mesh.layout.tp > 1:
         apply_tensor_parallelism(stage, mesh.axes["tp"], parallel.sequence_parallel)
-    own = [policies[int(name)] for name in stage.layers]
-    # Before 2.13 torch can't run the second half of a backward pass through an operator of several gradients.
-    if mesh.layout.tp == 1 and not splits_backward(parallel):
-        _allow_fused(stage.layers.values(), own, fuse_swiglu)
-    apply_policies(list(stage.layers.values()), own, compiled=settings.compile)
+    apply_policies(list(blocks.values()), own, compiled=settings.compile)
 
 
-def _allow_fused(blocks: Iterable[nn.Module], policies: Sequence[str], swiglu_too: bool) -> None:
-    """Let blocks whose weights are whole where they are used compute several modules at once."""
-    for block, policy in zip(blocks, policies, strict=True):
-        if isinstance(block, Block):
-            block.fused = True
-            block.ffn.fused = swiglu_too and policy != "selective"  # which keeps one of its products
-
-
-def fill_weights(weights: Mapping[str, LocalWeight], model: Llama, seed: int, on: torch.device) -> None:
+def fill_weights(weights: Mapping[str, LocalWeight], model: Model, seed: int, on: torch.device) -> None:
     """Draw initial values by name and place (rule R3). on: the device that draws them."""
     for name, weight in weights.items():
         place = weight.placed

@@ -18,7 +18,7 @@ from torch import nn
 
 from ...data.assignment import Share
 from ...data.batch import MicroBatch
-from ...models.llama import Llama
+from ...models.protocol import Model, decoder_shape
 from ...optim.optimizers.parameters import NamedParameter, before_updates
 from ..config import ParallelConfig
 from ..context.split import ContextParallel
@@ -28,10 +28,8 @@ from ..gradient_noise import GradientNoise, Measure, Moments
 from ..mesh import Mesh
 from ..observers import GradientObserver, optimizer_observers
 from ..pipeline.run import Pipeline
-from ..pipeline.stages import balanced_stages
 from ..pipeline.tied_head import TiedHead
-from ..policies import block_policies
-from .assembly import apply_forms, fill_weights, fuses_swiglu, own_stages
+from .assembly import apply_forms, fill_weights, fuses_swiglu, own_stages, policies_and_stages
 from .groups import parameter_groups
 from .inputs import ModelInputs
 from .step import Accumulation, PipelinedStep, StepStrategy
@@ -43,15 +41,14 @@ class TorchEngine:
     """See the module's docstring; methods are documented in `engine.Engine`."""
 
     def __init__(
-        self, model: Llama, mesh: Mesh, make_optimizer: OptimizerFactory, parallel: ParallelConfig, settings: EngineSettings
+        self, model: Model, mesh: Mesh, make_optimizer: OptimizerFactory, parallel: ParallelConfig, settings: EngineSettings
     ) -> None:
         """model: on the meta device; it is cut, given storage and its initial weights here."""
         self.mesh = mesh
         model.to(settings.storage)
-        policies = block_policies(model.config, parallel, settings)
-        plan = balanced_stages(model.config, parallel, settings.seq_len, policies)
+        policies, plan = policies_and_stages(model, parallel, settings)
         stages = own_stages(model, plan, mesh.coordinates["pp"])
-        context = ContextParallel(mesh, parallel.cp_kind) if mesh.layout.cp > 1 else None
+        context = ContextParallel(mesh, parallel.cp_kind, settings.attention) if mesh.layout.cp > 1 else None
         self.weights = Weights(make_strategies(parameter_groups(parallel, mesh.layout), mesh, parallel, settings), mesh)
         fuse = fuses_swiglu(model, mesh, parallel, settings, policies)
         for stage in stages.values():
@@ -60,10 +57,10 @@ class TorchEngine:
         held = list(stages.values())
         self.module: nn.Module = held[0] if len(held) == 1 else nn.ModuleList(held)
         named = {name: parameter for stage in held for name, parameter in stage.named_parameters()}
-        inputs = ModelInputs(mesh, context, model.dim, sequence_parallel=parallel.sequence_parallel)
+        inputs = ModelInputs(mesh, context, model, sequence_parallel=parallel.sequence_parallel, compiled=settings.compile)
         self._step: StepStrategy
         if plan.count > 1:
-            tied = TiedHead.of(mesh, plan, named) if model.tied else None
+            tied = TiedHead.of(mesh, plan, named) if decoder_shape(model).tied else None
             pipeline = Pipeline(stages, plan, parallel, mesh, settings.compute)
             self._step = PipelinedStep(pipeline, inputs, tied)
         else:

@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from ...kernels.rows import sum_rows
-from ...models.llama import Llama
+from ...models.protocol import Model
 from ..config import ParallelConfig
 from ..mesh import Mesh
 from ..shards import Placed, local, own_part, placements_of
@@ -92,7 +92,7 @@ class FullyShardedWeights(WeightStrategy):
         self._group, self._groups = group, groups
         self._zero = mesh.layout.zero
         self._pipelined = parallel.pp > 1
-        self._stages: list[Llama] = []
+        self._stages: list[Model] = []
         self._units: list[FSDPModule] = []
         axes = mesh.weight_axes[group.name]
         self._mesh, self._num_shards = mesh, axes.num_shards
@@ -117,7 +117,7 @@ class FullyShardedWeights(WeightStrategy):
         custom = transport.by_copy_engines or self._cast_to is not None
         self._gather = Gather(transport, self._cast_to) if custom else None
 
-    def shard(self, stage: Llama) -> None:
+    def shard(self, stage: Model) -> None:
         """Have FSDP2 cut the units, and give the shards memory."""
         # A pipeline gathers weights once per step. Its backward passes would keep them gathered anyway, and resharding
         # between the two halves of a zero-bubble backward pass gives wrong gradients without a word.
@@ -138,7 +138,9 @@ class FullyShardedWeights(WeightStrategy):
             self._tell(cast(FSDPModule, module))
 
         def give(tensor: torch.Tensor) -> torch.Tensor:
-            return torch.empty_like(tensor, device=self._home) if tensor.is_meta else tensor
+            if tensor.is_meta:
+                return torch.empty_like(tensor, device=self._home)
+            return tensor if isinstance(tensor, nn.Parameter) else tensor.to(self._mesh.device)
 
         stage._apply(give)  # as `to_empty`, which would take the memory of other groups away
 
@@ -154,7 +156,7 @@ class FullyShardedWeights(WeightStrategy):
         if self._scatters is not None:
             unit.set_custom_reduce_scatter(cast(Any, ReduceScatter(self._scatters, torch.float32)))
 
-    def adopt(self, stages: Sequence[Llama], named: Mapping[str, nn.Parameter]) -> None:
+    def adopt(self, stages: Sequence[Model], named: Mapping[str, nn.Parameter]) -> None:
         """List the shards, as plain tensors that share their storage: at none of DTensor's dispatch cost."""
         for stage in stages:
             for name in split_by_group(stage, self._group, self._groups)[0]:

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from torch import nn
 
-from ...models.llama import Llama
+from ...models.protocol import Model
 from ..config import ParallelConfig
 from ..layout import Layout, uses_fsdp
 
@@ -62,7 +62,7 @@ def split_by_group(
     return own, {name: parameter for name, parameter in named.items() if name not in own}
 
 
-def gather_units(stage: Llama, group: ParameterGroup, groups: Sequence[ParameterGroup]) -> Iterator[GatherUnit]:
+def gather_units(stage: Model, group: ParameterGroup, groups: Sequence[ParameterGroup]) -> Iterator[GatherUnit]:
     """The units of a group in a stage, in the order of the forward pass."""
     own, _ = split_by_group(stage, group, groups)
     rest = dict.fromkeys(own.values())
@@ -76,12 +76,10 @@ def gather_units(stage: Llama, group: ParameterGroup, groups: Sequence[Parameter
     if group.modules is not None:
         modules = [module for name, module in stage.named_modules() if group.modules(name)]
     else:
-        modules = [*([stage.embed] if stage.embed is not None and not stage.tied else []), *stage.layers.values()]
+        modules = stage.gather_units()
     for module in modules:
         unit = take(module)
         if unit.weights:
             yield unit
     if group.modules is None:
-        # The norm, and the head, whose weight the loss reads behind the norm. A tied one is read at the beginning, too.
-        readers = [module for module in (stage.embed if stage.tied else None, stage.norm) if module is not None]
-        yield GatherUnit(stage, readers, list(rest))
+        yield GatherUnit(stage, stage.rest_readers(), list(rest))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from ...data.batch import MicroBatch
-from ...kernels.attention import positions
+from ...kernels.documents import Documents
+from ...models.protocol import Model
 from ..context.split import ContextParallel
-from ..engine import send
 from ..mesh import Mesh
 from ..pipeline.run import StageInputs
 from ..tensor.placements import stream_dim
@@ -16,31 +16,35 @@ from ..tensor.placements import stream_dim
 class ModelInputs:
     """Cuts micro-batches for this rank."""
 
-    def __init__(self, mesh: Mesh, context: ContextParallel | None, width: int, *, sequence_parallel: bool) -> None:
-        """width: D of the hidden states; sequence_parallel: whether tensor-parallel ranks cut their positions."""
-        self._mesh, self._context = mesh, context
-        self._width = width
+    def __init__(
+        self, mesh: Mesh, context: ContextParallel | None, model: Model, *, sequence_parallel: bool, compiled: bool
+    ) -> None:
+        """sequence_parallel: whether tensor-parallel ranks cut their positions; compiled: whether blocks are."""
+        self._mesh, self._context, self._compiled = mesh, context, compiled
+        self._width = 0 if model.decoder_config is None else model.decoder_config.dim
         self._slices_sequences = sequence_parallel and mesh.layout.tp > 1
 
     def part(self, micro_batch: MicroBatch) -> tuple[MicroBatch, torch.Tensor | None]:
         """This rank's part, and the positions where those can't be told from it."""
-        micro_batch = send(micro_batch, self._mesh.device)
-        if self._context is None:
-            return micro_batch, None
-        own = self._context.cut(micro_batch)
-        return own.micro_batch, own.positions_BT
+        micro_batch, positions_BS = micro_batch.to(self._mesh.device), None
+        if self._context is not None:
+            own = self._context.cut(micro_batch)
+            micro_batch, positions_BS = own.micro_batch, own.positions_BT
+        if self._compiled and micro_batch.documents is not None:
+            mark_dynamic(micro_batch.documents)
+        return micro_batch, positions_BS
 
     def of_stages(self, micro_batch: MicroBatch) -> StageInputs:
         """What a pipeline's stages are called with."""
         micro_batch, positions_BS = self.part(micro_batch)
-        documents = micro_batch.documents_BS
-        shared = {} if documents is None else {"documents_BS": documents}
+        documents = micro_batch.documents
+        shared: dict[str, torch.Tensor | Documents] = {} if documents is None else {"documents": documents}
         batch, length = micro_batch.tokens_BS.shape
         if self._slices_sequences:
             # What passes between stages is a rank's slice, from whose length a stage can't tell the positions.
             if positions_BS is None:
                 plain = torch.arange(length, device=self._mesh.device).expand(batch, length)
-                positions_BS = plain if documents is None else positions(documents)
+                positions_BS = plain if documents is None else documents.positions()
             if stream_dim(batch, length, self._mesh.layout.tp) == 0:
                 batch //= self._mesh.layout.tp
             else:
@@ -49,3 +53,15 @@ class ModelInputs:
             shared["positions_BS"] = positions_BS
         hidden = (batch, length, self._width)
         return StageInputs(micro_batch.tokens_BS, micro_batch.targets_BS, shared, hidden)
+
+
+def mark_dynamic(documents: Documents) -> None:
+    """Tell the compiler that the number of documents varies, lest it compile every block again in the second micro-batch.
+
+    Nothing public does that: `torch._dynamo` is its home in PyTorch's own documentation, too.
+    """
+    from torch._dynamo import maybe_mark_dynamic  # late: seconds, which a run without a compiler spares
+
+    for tensor in (documents.cu_seqlens, documents.host_cu_seqlens, documents.part_cu_seqlens):
+        if tensor is not None:
+            maybe_mark_dynamic(tensor, 0)

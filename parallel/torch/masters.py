@@ -16,14 +16,14 @@ over micro-batches first and over the ranks once, when the gradient is complete.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ...models.llama import Llama
+from ...models.protocol import Model
 from ..mesh import Mesh
 from ..shards import Placed, chunk, local
 from .exchange import ExchangeUnit, GradientReducer, MasterWeight
@@ -55,12 +55,12 @@ class MasterWeights(WeightStrategy):
         self._reducer = GradientReducer()
         self.units: list[ExchangeUnit] = []
 
-    def shard(self, stage: Llama) -> None:
+    def shard(self, stage: Model) -> None:
         """Give the group's weights storage without values, where they can be gathered."""
         own, _ = split_by_group(stage, self._group, self._groups)
         materialize(stage, list(own.values()), self._compute, self._mesh.device, self._transport)
 
-    def adopt(self, stages: Sequence[Llama], named: Mapping[str, nn.Parameter]) -> None:
+    def adopt(self, stages: Sequence[Model], named: Mapping[str, nn.Parameter]) -> None:
         """Make the masters, and see gradients and calls of the whole weights."""
         names = {parameter: name for name, parameter in named.items()}
         for stage in stages:
@@ -146,25 +146,38 @@ class MasterWeights(WeightStrategy):
 
 
 def materialize(
-    stage: Llama, weights: Sequence[nn.Parameter], dtype: torch.dtype, device: torch.device, transport: Transport
+    stage: Model, weights: Sequence[nn.Parameter], dtype: torch.dtype, device: torch.device, transport: Transport
 ) -> None:
     """Give these weights of a stage, on the meta device, storage without values, where they can be gathered.
 
-    A tied head stays tied. The caller holds the weights: none's id may become another's.
+    What shares a weight goes on sharing it, and buffers go to the device. The caller holds the weights: none's id may become
+    another's.
     """
     places = transport.permanent([local(weight).shape for weight in weights], dtype)
     placed = {id(weight): place for weight, place in zip(weights, places, strict=True)}
 
     def give(tensor: torch.Tensor) -> torch.Tensor:
         place = placed.get(id(tensor))
-        if place is None or not isinstance(tensor, DTensor):
-            return tensor if place is None else place
+        if place is None:
+            return tensor if isinstance(tensor, nn.Parameter) else tensor.to(device)
+        if not isinstance(tensor, DTensor):
+            return place
         here, placements = tensor.device_mesh, tensor.placements
         return DTensor.from_local(place, here, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
+    shared = list(_shared_weights(stage))
     stage._apply(give)
-    if stage.tied and stage.head is not None and stage.embed is not None:
-        stage.head.weight = stage.embed.weight
+    for (module, key), (owner, name) in shared:
+        module.register_parameter(key, owner._parameters[name])
+
+
+def _shared_weights(stage: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]:
+    """Find the uses of weights that another module has, too: (module, attribute), and those of the first that has it."""
+    first: dict[nn.Parameter, tuple[nn.Module, str]] = {}
+    for module in stage.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and first.setdefault(parameter, (module, key)) != (module, key):
+                yield (module, key), first[parameter]
 
 
 def _waiting(unit: ExchangeUnit) -> Callable[[nn.Module, object], None]:

@@ -45,7 +45,7 @@ class Accumulation:
 
     def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:
         part, positions_BS = self._inputs.part(micro_batch)
-        return self._module(part.tokens_BS, part.targets_BS, part.documents_BS, positions_BS)
+        return self._module(part.tokens_BS, part.targets_BS, part.documents, positions_BS)
 
     def accumulate(
         self,

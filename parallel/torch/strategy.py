@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...models.llama import Llama
+from ...models.protocol import Model
 from ..shards import Placed
 
 
@@ -35,11 +35,11 @@ class WeightStrategy:
     def __init__(self) -> None:
         self.local: dict[str, LocalWeight] = {}
 
-    def shard(self, stage: Llama) -> None:
+    def shard(self, stage: Model) -> None:
         """Cut the group's weights in a stage, on the meta device, over the ranks; give this rank's part memory."""
         raise NotImplementedError
 
-    def adopt(self, stages: Sequence[Llama], named: Mapping[str, nn.Parameter]) -> None:
+    def adopt(self, stages: Sequence[Model], named: Mapping[str, nn.Parameter]) -> None:
         """Take charge of the group's parameters in the sharded stages. named: all parameters of theirs."""
         raise NotImplementedError
 

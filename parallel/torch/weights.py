@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from ...models.llama import Llama
+from ...models.protocol import Model
 from ...optim.optimizers.parameters import NamedParameter
 from ..config import ParallelConfig
 from ..engine import EngineSettings
@@ -45,12 +45,12 @@ class Weights(WeightStrategy):
         super().__init__()
         self.strategies, self._mesh = strategies, mesh
 
-    def shard(self, stage: Llama) -> None:
+    def shard(self, stage: Model) -> None:
         """Shard every group's weights in a stage."""
         for strategy in self.strategies:
             strategy.shard(stage)
 
-    def adopt(self, stages: Sequence[Llama], named: Mapping[str, nn.Parameter]) -> None:
+    def adopt(self, stages: Sequence[Model], named: Mapping[str, nn.Parameter]) -> None:
         """Have every group take charge of its parameters, and list them together."""
         for strategy in self.strategies:
             strategy.adopt(stages, named)
@@ -65,7 +65,7 @@ class Weights(WeightStrategy):
         """By name, the box of each weight that this rank updates."""
         return {name: weight.placed for name, weight in self.local.items()}
 
-    def named_parameters(self, model: Llama) -> list[NamedParameter]:
+    def named_parameters(self, model: Model) -> list[NamedParameter]:
         """The parameters as optimizers see them: plain local tensors, so that every elementwise optimizer is right as it is."""
         return [
             NamedParameter(

@@ -102,7 +102,7 @@ def test_blanks_have_the_usual_shape_and_no_targets(documents: bool) -> None:
     blank = [IGNORED, IGNORED]
     assert tokens == [[[10, 11], [16, IGNORED]], [[12, 13], blank], [[14, 15], blank]]
     assert {batch.tokens_BS.shape for share in shares for batch in share.micro_batches} == {(2, 3)}
-    assert all((batch.documents_BS is not None) == documents for share in shares for batch in share.micro_batches)
+    assert all((batch.documents is not None) == documents for share in shares for batch in share.micro_batches)
     assert [share.valid_tokens for share in shares] == [9, 6, 6]
     assert {(share.passes, share.workers, share.first_half) for share in shares} == {(2, 4, None)}
 

@@ -137,7 +137,7 @@ def test_best_fit_table_is_built_once(
     again = BestFit(corpus[0], 16, True, tmp_path / "cache")[3]
     assert np.array_equal(first.tokens, again.tokens)
     batch = MicroBatch.collate([first, again])
-    assert batch.documents_BS is not None and batch.tokens_BS.shape == (2, 16)
+    assert batch.documents is not None and batch.tokens_BS.shape == (2, 16)
 
 
 def test_too_small_a_corpus_is_refused(corpus: tuple[TokenShards, list[np.ndarray]]):

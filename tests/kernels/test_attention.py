@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from meshloom.kernels import attention_blocks
-from meshloom.kernels.attention import attend, attend_documents, positions, segments_of
+from meshloom.kernels.attention import CausalAttention, attend_documents
+from meshloom.kernels.documents import Documents, positions
+
+attend = CausalAttention()
 
 
 def textbook(
@@ -45,40 +48,28 @@ def test_equals_the_textbook_with_gradients(kv_heads: int, with_documents: bool,
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     documents = random_documents(3, 23, generator) if with_documents else None
     weight = torch.randn(shapes[0], generator=generator, dtype=torch.float64)
-    out = attend(inputs[0], inputs[1], inputs[2], documents, scale=scale)
+    packed = None if documents is None else Documents.of(documents)
+    out = attend(inputs[0], inputs[1], inputs[2], packed, scale=scale)
     expected = textbook(inputs[0], inputs[1], inputs[2], documents, scale)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     for got, want in zip(torch.autograd.grad(out, inputs, weight), torch.autograd.grad(expected, inputs, weight), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
-def test_every_layer_shares_the_segments_of_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = 0
-    of_lengths = attention_blocks.Segments.of_lengths
-
-    def counting(*args: object) -> attention_blocks.Segments:
-        nonlocal made
-        made += 1
-        return of_lengths(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(attention_blocks.Segments, "of_lengths", counting)
-    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]])
-    q = torch.randn(2, 5, 2, 8).requires_grad_()
-    for _ in range(3):
-        attend(q, q, q, documents).sum().backward()
-    assert made == 1
-    assert segments_of(documents).lengths == (2, 3, 1, 1, 3)
-    assert segments_of(documents).bounds.tolist() == [0, 2, 5, 6, 7, 10]
+def test_documents_are_runs_of_equal_ids_in_a_row() -> None:
+    documents = Documents.of(torch.tensor([[0, 0, 1, 1, 1], [1, 1, 2, 0, 0]]))
+    assert documents.cu_seqlens.tolist() == [0, 2, 5, 7, 8, 10]
+    assert documents.cu_seqlens.dtype == torch.int32 and documents.host_cu_seqlens is documents.cu_seqlens
 
 
 def test_the_operator_keeps_pytorchs_rules() -> None:
-    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]])
+    cu_seqlens = Documents.of(torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]])).cu_seqlens
     q, k = torch.randn(2, 5, 4, 8, requires_grad=True), torch.randn(2, 5, 2, 8, requires_grad=True)
-    torch.library.opcheck(attend_documents, (q, k, k.detach(), documents, 0.5))
+    torch.library.opcheck(attend_documents, (q, k, k.detach(), cu_seqlens, cu_seqlens.clone(), 0.5, "cudnn"))
 
 
 def test_compiles_without_a_break() -> None:
-    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]])
+    documents = Documents.of(torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]]))
     q = torch.randn(2, 5, 2, 8, requires_grad=True)
     compiled = torch.compile(lambda q, d: attend(q * 2, q, q, d), fullgraph=True, backend="aot_eager")
     (plain,) = torch.autograd.grad(attend(q * 2, q, q, documents).square().sum(), q)
@@ -93,11 +84,11 @@ def test_the_formula_for_unusual_types_equals_the_fused_kernel(causal: bool, mon
     k, v = (torch.randn(2, 6 if causal else 9, 2, 8, generator=generator, dtype=torch.float64) for _ in range(2))
 
     def both() -> list[torch.Tensor]:
-        out, lse = attention_blocks.block_forward(q, k, v, causal=causal, scale=0.7)
-        return [out, lse, *attention_blocks.block_backward(dout, q, k, v, out, lse, causal=causal, scale=0.7)]
+        out, lse = attention_blocks.block_forward(q, k, v, causal=causal, scale=0.7, kernel="cudnn")
+        return [out, lse, *attention_blocks.block_backward(dout, q, k, v, out, lse, causal=causal, scale=0.7, kernel="cudnn")]
 
     fused = both()
-    monkeypatch.setattr(attention_blocks, "kernel_for", lambda q: "math")
+    monkeypatch.setattr(attention_blocks, "kernel_for", lambda q, chosen: "math")
     for got, want in zip(both(), fused, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
@@ -112,7 +103,7 @@ def test_positions_restart_at_each_document() -> None:
 @pytest.mark.parametrize("kernel", ["cudnn", "flash"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_fused_blocks_on_a_gpu_equal_the_formula(kernel: str, causal: bool, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_blocks_on_a_gpu_equal_the_formula(kernel: str, causal: bool, dim: int) -> None:
     """Half precision against float32 on the same rounded inputs; gradients given a larger row's output and log-sum-exp."""
     generator = torch.Generator("cuda").manual_seed(dim)
 
@@ -121,14 +112,13 @@ def test_fused_blocks_on_a_gpu_equal_the_formula(kernel: str, causal: bool, dim:
 
     q, dout, k, v = draw(256, 8), draw(256, 8), draw(256 if causal else 384, 2), draw(256 if causal else 384, 2)
     single = [x.float() for x in (q, k, v)]
-    out, lse = attention_blocks.block_forward(*single, causal=causal, scale=0.2)
+    out, lse = attention_blocks.block_forward(*single, causal=causal, scale=0.2, kernel=kernel)
     out, lse = out.bfloat16(), lse + 0.5  # as if half as many keys again had been merged in
-    expected = attention_blocks.block_backward(dout.float(), *single, out.float(), lse, causal=causal, scale=0.2)
-    monkeypatch.setattr(attention_blocks, "dense_kernel", kernel)
-    got_out, got_lse = attention_blocks.block_forward(q, k, v, causal=causal, scale=0.2)
+    expected = attention_blocks.block_backward(dout.float(), *single, out.float(), lse, causal=causal, scale=0.2, kernel=kernel)
+    got_out, got_lse = attention_blocks.block_forward(q, k, v, causal=causal, scale=0.2, kernel=kernel)
     torch.testing.assert_close(got_out.float(), out.float(), rtol=0.02, atol=0.01)
     torch.testing.assert_close(got_lse, lse - 0.5, rtol=0, atol=1e-3)
-    got = attention_blocks.block_backward(dout, q, k, v, out, lse, causal=causal, scale=0.2)
+    got = attention_blocks.block_backward(dout, q, k, v, out, lse, causal=causal, scale=0.2, kernel=kernel)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one.float(), other, rtol=0.05, atol=0.05 * float(other.std()))
 
@@ -142,7 +132,7 @@ def test_documents_on_a_gpu_equal_those_on_the_cpu() -> None:
     results: list[list[torch.Tensor]] = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
-        out = attend(leaves[0], leaves[1], leaves[2], documents.to(device))
+        out = attend(leaves[0], leaves[1], leaves[2], Documents.of(documents).to(torch.device(device)))
         grads = torch.autograd.grad(out, leaves, dout.to(device, dtype))
         results.append([x.detach().float().cpu() for x in (out, *grads)])
     for want, got in zip(*results, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +10,17 @@ import torch
 import torch.nn.functional as F
 
 from meshloom.kernels import norm, swiglu
-from meshloom.models.llama import Block, Llama
+from meshloom.models.block import Block
+from meshloom.models.decoder import Decoder
+from meshloom.models.protocol import BlockKernels
 from meshloom.parallel.activation import apply_policies
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.pipeline.stages import schedule_of
 from meshloom.parallel.policies import fused_swiglu_blocker
-from meshloom.parallel.torch import assembly
+from meshloom.parallel.torch import assembly, engine
+from support.models import decoder
 from support.parity import Work, curves
 from support.ranks import run_ranks
 from support.stand_in_kernels import stand_in
@@ -40,7 +42,7 @@ def test_feed_forward_is_the_formula() -> None:
     x, w1, w3, w2 = leaves
     gradient = torch.randn(5, 8, dtype=torch.float64)
     plain = (F.silu(x @ w1.T) * (x @ w3.T)) @ w2.T
-    fused = swiglu.feed_forward(x, w1, w3, w2)
+    fused = swiglu.FusedSwiglu()(x, w1, w3, w2)
     torch.testing.assert_close(fused, plain, rtol=1e-13, atol=1e-13)
     found, expected = (torch.autograd.grad(y, leaves, gradient) for y in (fused, plain))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -55,7 +57,7 @@ def test_feed_forward_keeps_gate_and_up_alone() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        swiglu.feed_forward(x, w1, w3, w2)
+        swiglu.FusedSwiglu()(x, w1, w3, w2)
     assert sorted(kept) == sorted([(5, 8), (12, 8), (12, 8), (5, 24), (8, 12)])
 
 
@@ -64,22 +66,22 @@ def test_norm_adds_the_products_gradients_and_the_residuals() -> None:
     x, weight = drawn(2, 3, 8), drawn(8)
     gradients = [torch.randn(2, 3, 8, dtype=torch.float64) for _ in range(4)]
     y = F.rms_norm(x, (8,), weight, 1e-3)
-    outputs = norm.normed(x, weight, 1e-3, 3)
+    outputs = norm.FusedNorm()(x, weight, 1e-3, 3)
     assert torch.equal(outputs[0], x) and all(torch.equal(output, y) for output in outputs[1:])
     found = torch.autograd.grad(outputs, (x, weight), gradients)
     expected = torch.autograd.grad((x * 1, y, y * 1, y + 0), (x, weight), gradients)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def model(dtype: torch.dtype = torch.float64) -> Llama:
+def model(dtype: torch.dtype = torch.float64) -> Decoder:
     torch.manual_seed(1)
-    made = Llama(dim=64, layers=2, heads=4, kv_heads=2, ffn_dim=96, vocabulary=50, mup_residual=0.5).to(dtype)
+    made = decoder(dim=64, layers=2, heads=4, kv_heads=2, ffn_dim=96, vocabulary=50, mup_residual=0.5).to(dtype)
     for name, parameter in made.named_parameters():
         torch.nn.init.normal_(parameter, 1.0 if name.endswith("norm.weight") else 0.0, 0.1)
     return made
 
 
-def passed(built: Llama) -> list[torch.Tensor]:
+def passed(built: Decoder) -> list[torch.Tensor]:
     """Loss and gradients."""
     inputs, targets = torch.randint(50, (2, 2, 16), generator=torch.Generator().manual_seed(2)).unbind()
     loss = built(inputs, targets)
@@ -96,7 +98,7 @@ def test_a_model_of_fused_blocks_is_the_plain_one(policy: str, compiled: bool, c
     blocks = list(built.layers.values())
     for block in blocks:
         assert isinstance(block, Block)
-        block.fused, block.ffn.fused = True, policy != "selective"
+        block.use_kernels(BlockKernels(norm=norm.FusedNorm(), swiglu=None if policy == "selective" else swiglu.FusedSwiglu()))
     apply_policies(blocks, [policy] * 2, compiled=compiled)
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if compiled else {"rtol": 1e-11, "atol": 1e-12}
     torch.testing.assert_close(passed(built), expected, **tolerance)
@@ -117,17 +119,14 @@ def fused_and_plain(rank: int, world_size: int) -> dict[str, tuple[Any, Any, set
     found: dict[str, tuple[Any, Any, set[str]]] = {}
     for name, parallel in LAYOUTS.items():
         work = Work(parallel, steps=2, lr=2e-3, model=(("layers", 4), ("tied", True)))
-        plain = curves(rank, world_size, work)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(norm.FusedNorm, "fits", lambda *_: False)
+            plain = curves(rank, world_size, work)
         with pytest.MonkeyPatch.context() as patch:
             made = stand_in(patch)
-            patch.setattr(assembly, "_allow_fused", fuse)
+            patch.setattr(engine, "fuses_swiglu", lambda *_: True)
             found[name] = plain, curves(rank, world_size, work), set(made)
     return found
-
-
-def fuse(blocks: Iterable[Any], *_rest: Any) -> None:
-    for block in blocks:
-        block.fused = block.ffn.fused = True
 
 
 def test_fused_blocks_train_as_plain_ones_in_every_kind_of_layout() -> None:
@@ -152,7 +151,7 @@ def test_fused_blocks_train_as_plain_ones_in_every_kind_of_layout() -> None:
 def test_where_blocks_may_be_fused(
     change: dict[str, str], policy: str, fused: bool, swiglu_too: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(swiglu, "why_not", lambda _: None)
+    monkeypatch.setattr(swiglu, "unsupported_reason", lambda _: None)
     monkeypatch.setattr(assembly, "use_float8", lambda *_: None)
     parallel = ParallelConfig()
     mesh: Any = SimpleNamespace(
@@ -164,7 +163,7 @@ def test_where_blocks_may_be_fused(
     assembly.apply_forms(built, [policy] * 2, mesh, None, parallel, settings, fuse_swiglu=fuse)
     for block in built.layers.values():
         assert isinstance(block, Block)
-        assert (block.fused, block.ffn.fused) == (fused, swiglu_too)
+        assert (block.fused_norm is not None, block.ffn.swiglu is not None) == (fused, swiglu_too)
 
 
 @pytest.mark.parametrize(("rank", "own"), [(0, None), (1, "it is wrong by 1"), (0, "it needs a Hopper GPU")])
@@ -172,7 +171,7 @@ def test_what_one_rank_can_not_no_rank_does(
     rank: int, own: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="meshloom")
-    monkeypatch.setattr(swiglu, "why_not", lambda _: own)
+    monkeypatch.setattr(swiglu, "unsupported_reason", lambda _: own)
     mesh: Any = SimpleNamespace(device=torch.device("cuda"), rank=rank, is_main=rank == 0, any=lambda _: True)
     settings = EngineSettings(seed=0, precision="bf16")
     assert not assembly.fuses_swiglu(model(), mesh, ParallelConfig(), settings, ["none"])
@@ -181,8 +180,8 @@ def test_what_one_rank_can_not_no_rank_does(
 
 def test_deepspeed_runs_blocks_as_they_are() -> None:
     settings = EngineSettings(seed=0, precision="bf16")
-    for engine, plain in (("torch", False), ("deepspeed", True)):
-        assert (fused_swiglu_blocker(model().config, ParallelConfig(engine=engine), settings, ["none"]) is not None) is plain
+    for name, plain in (("torch", False), ("deepspeed", True)):
+        assert (fused_swiglu_blocker(model().config, ParallelConfig(engine=name), settings, ["none"]) is not None) is plain
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -190,9 +189,10 @@ def test_kernels_are_tried_before_they_are_used(wrong: bool, monkeypatch: pytest
     assert swiglu._error(torch.device("cpu")) < 0.01
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(swiglu, "_error", lambda _: 0.1 if wrong else 0.01)
-    assert swiglu.why_not.__wrapped__(torch.device("cuda")) == ("it is wrong by 0.1" if wrong else None)
+    assert swiglu.unsupported_reason.__wrapped__(torch.device("cuda")) == ("it is wrong by 0.1" if wrong else None)
 
 
 def test_a_cpu_has_no_such_kernels() -> None:
-    assert swiglu.why_not(torch.device("cpu")) == "it needs a Hopper GPU"
-    assert not Block(8, 2, 2, 8, 1e-5, 1.0, 1.0).fused
+    assert swiglu.unsupported_reason(torch.device("cpu")) == "it needs a Hopper GPU"
+    (block, _) = model().layers.values()
+    assert isinstance(block, Block) and block.fused_norm is None and block.ffn.swiglu is None

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from itertools import accumulate
 
 import pytest
 import torch
 
-from meshloom.kernels import attention, attention_blocks, flash4
+from meshloom.kernels import flash4
+from meshloom.kernels.attention import CausalAttention
 from meshloom.kernels.attention_blocks import Segments, block_backward, block_forward, segments_backward, segments_forward
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def chosen() -> Iterator[None]:
+def needed() -> None:
     if importlib.util.find_spec("flash_attn") is None or torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("needs the extra meshloom[flash4] and a Hopper GPU or a later one")
-    assert flash4.why_not() is None
-    before = attention_blocks.dense_kernel
-    attention_blocks.dense_kernel = "flash4"
-    yield
-    attention_blocks.dense_kernel = before
+    assert flash4.unsupported_reason() is None
 
 
 def draw(queries: int, keys: int, dim: int, batch: int = 2) -> list[torch.Tensor]:
@@ -56,17 +53,18 @@ def causal(length: int) -> torch.Tensor:
 def test_blocks(dim: int, queries: int, keys: int, square: bool) -> None:
     q, k, v, dout = draw(queries, keys, dim)
     seen = causal(queries) if square else torch.ones(queries, keys, dtype=torch.bool, device="cuda")
-    out, log_sum = block_forward(q, k, v, causal=square, scale=dim**-0.5)
-    grads = block_backward(dout, q, k, v, out, log_sum, causal=square, scale=dim**-0.5)
+    out, log_sum = block_forward(q, k, v, causal=square, scale=dim**-0.5, kernel="flash4")
+    grads = block_backward(dout, q, k, v, out, log_sum, causal=square, scale=dim**-0.5, kernel="flash4")
     check([out, log_sum, *grads], exact(q, k, v, dout, seen))
 
 
 def test_documents_laid_end_to_end() -> None:
     lengths = (100, 1, 227, 56)
     q, k, v, dout = draw(sum(lengths), sum(lengths), 64, batch=1)
-    segments = Segments.of_lengths(lengths, q.device)
-    out, log_sum = segments_forward(q, k, v, segments, scale=0.125)
-    grads = segments_backward(dout, q, k, v, out, log_sum, segments, scale=0.125)
+    on_host = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    segments = Segments(on_host.to(q.device), on_host)
+    out, log_sum = segments_forward(q, k, v, segments, scale=0.125, kernel="flash4")
+    grads = segments_backward(dout, q, k, v, out, log_sum, segments, scale=0.125, kernel="flash4")
     number = torch.repeat_interleave(torch.arange(len(lengths), device="cuda"), torch.tensor(lengths, device="cuda"))
     seen = causal(sum(lengths)) & (number[:, None] == number[None, :])
     check([out, log_sum, *grads], exact(q, k, v, dout, seen))
@@ -78,7 +76,7 @@ def test_the_models_attention_uses_it(compiled: bool) -> None:
     seen = causal(512)
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention.attend(q * 1, k * 1, v * 1)
+        return CausalAttention("flash4")(q * 1, k * 1, v * 1)
 
     leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
     out = (torch.compile(run, fullgraph=True) if compiled else run)(*leaves)

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from meshloom.kernels import norm, swiglu
-from meshloom.models.llama import Block, rotary_table
+from meshloom.models.block import Block
+from meshloom.models.config import DecoderConfig
+from meshloom.models.protocol import BlockKernels
+from meshloom.models.rotary import rotary_table
 
 pytestmark = pytest.mark.gpu
 
@@ -27,7 +30,7 @@ def far(found: torch.Tensor, expected: torch.Tensor) -> float:
 def quack() -> None:
     if importlib.util.find_spec("quack") is None or torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs the extra meshloom[flash4] and a Hopper GPU")
-    assert swiglu.why_not(torch.device("cuda", 0)) is None
+    assert swiglu.unsupported_reason(torch.device("cuda", 0)) is None
 
 
 @pytest.mark.parametrize("width", [2048, 3072, 64, 8192])
@@ -38,7 +41,7 @@ def test_norm(width: int, uses: int, dtype: torch.dtype) -> None:
     x, weight = draw(3, 333, width, dtype=dtype), draw(width, dtype=dtype)
     gradients = [draw(3, 333, width, std=1e-3, dtype=dtype) for _ in range(uses + 1)]
     leaves = [x.requires_grad_(), weight.requires_grad_()]
-    outputs = norm.normed(x, weight, 1e-5, uses)
+    outputs = norm.FusedNorm()(x, weight, 1e-5, uses)
     found = torch.autograd.grad(outputs, leaves, gradients)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     y = F.rms_norm(exact[0], (width,), exact[1], 1e-5)
@@ -68,7 +71,7 @@ def test_feed_forward(tokens: int, dim: int, width: int) -> None:
         return (F.silu(x @ w1.T) * (x @ w3.T)) @ w2.T
 
     results: list[list[torch.Tensor]] = []
-    for function, dtype in ((swiglu.feed_forward, torch.bfloat16), (run, torch.bfloat16), (run, torch.float64)):
+    for function, dtype in ((swiglu.FusedSwiglu(), torch.bfloat16), (run, torch.bfloat16), (run, torch.float64)):
         own = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
         y = function(*own)
         results.append([y.detach(), *torch.autograd.grad(y, own, gradient.to(dtype))])
@@ -81,14 +84,15 @@ def test_feed_forward(tokens: int, dim: int, width: int) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_fused_block_is_the_plain_one(compiled: bool) -> None:
     torch.manual_seed(0)
-    block = Block(512, 8, 2, 1024, 1e-5, 0.125, 1.0).to("cuda", torch.bfloat16)
+    config = DecoderConfig(dim=512, layers=1, heads=8, kv_heads=2, ffn_dim=1024)
+    block = Block(config.block(0)).to("cuda", torch.bfloat16)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.05)
     x, gradient = draw(2, 384, 512).requires_grad_(), draw(2, 384, 512, std=1e-3)
     rotary = rotary_table(torch.arange(384, device="cuda"), 64, 10_000.0)
     results: list[list[torch.Tensor]] = []
     for fused in (False, True):
-        block.fused = block.ffn.fused = fused
+        block.use_kernels(BlockKernels(norm=norm.FusedNorm(), swiglu=swiglu.FusedSwiglu()) if fused else BlockKernels())
         run = torch.compile(block.forward, dynamic=False) if compiled else block.forward
         y = run(x, rotary, None)
         results.append([y.detach(), *torch.autograd.grad(y, [x, *block.parameters()], gradient)])

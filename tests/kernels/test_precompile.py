@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from meshloom.kernels import driver, precompile
-from meshloom.models.llama import Llama
+from meshloom.models.config import DecoderConfig
 from meshloom.parallel import engines
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
@@ -97,7 +97,7 @@ def test_a_process_that_hangs_is_not_waited_for_for_ever(gpu: None, tmp_path: Pa
 PROGRAM = """
 import os, sys, time
 import torch
-from meshloom.parallel import ahead, driver
+from meshloom.kernels import driver, precompile
 torch.cuda.device_count = lambda: 1
 torch.cuda.set_device = lambda _: None
 driver.shared = lambda _: True
@@ -180,7 +180,6 @@ def test_what_a_run_will_need(
 ) -> None:
     begun: list[str] = []
     monkeypatch.setattr(engines, "begin", begun.extend)
-    with torch.device("meta"):
-        model = Llama(dim=256, layers=1, heads=4, kv_heads=2, ffn_dim=512, vocabulary=64)
+    model = DecoderConfig(dim=256, layers=1, heads=4, kv_heads=2, ffn_dim=512, vocabulary=64)
     engines.begin_compiling(model, parallel, settings)
     assert len(begun) == kernels

@@ -13,16 +13,16 @@ from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.data.tokenizer import Tokenizer
 from meshloom.launch.generate import main
-from meshloom.models.llama import Llama
 from meshloom.parallel.fragment import Box, Fragment
+from support.models import decoder
 
 SHAPE = {"dim": 16, "layers": 1, "heads": 2, "kv_heads": 1, "ffn_dim": 24, "vocabulary": Tokenizer.bytes().vocabulary}
-MODEL = {"_target_": "meshloom.models.llama.Llama", "name": "llama", **SHAPE}
+MODEL = {"_target_": "meshloom.models.decoder.Decoder", "name": "llama", **SHAPE}
 
 
 def saved(folder: Path, state: dict[str, object]) -> Path:
     """A checkpoint of a small model that always goes on with one token. Returns the step's folder."""
-    model = Llama(**SHAPE)
+    model = decoder(**SHAPE)
     fragments = [
         Fragment(name, "weight", tuple(weight.shape), Box.whole(weight.shape), torch.full_like(weight, 0.01).detach())
         for name, weight in model.named_parameters()

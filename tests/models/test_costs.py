@@ -12,14 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from meshloom.models.config import DecoderConfig
 from meshloom.models.costs import block_matrices, flops_per_token, head_flops, layer_flops, parameter_count
-from meshloom.models.llama import Llama
+from support.models import decoder
 
 SHAPE = {"dim": 24, "layers": 3, "heads": 4, "kv_heads": 2, "ffn_dim": 36, "vocabulary": 61}
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_those_of_the_module(tied: bool) -> None:
-    model = Llama(**SHAPE, tied=tied)  # type: ignore[arg-type]
+    model = decoder(**SHAPE, tied=tied)  # type: ignore[arg-type]
     config = DecoderConfig(**SHAPE, tied=tied)  # type: ignore[arg-type]
     assert parameter_count(config) == sum(weight.numel() for weight in model.parameters())
     without = parameter_count(config) - (0 if tied else 61 * 24)
@@ -33,7 +33,7 @@ def test_parameters_of_llama_3_8b_are_as_published() -> None:
 
 def test_flops_are_those_that_pytorch_counts() -> None:
     """PyTorch counts all pairs of positions, of which causality leaves half."""
-    model, config = Llama(**SHAPE), DecoderConfig(**SHAPE)  # type: ignore[arg-type]
+    model, config = decoder(**SHAPE), DecoderConfig(**SHAPE)  # type: ignore[arg-type]
     tokens = torch.zeros(2, 16, dtype=torch.int64)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         logits = model(tokens)

@@ -7,14 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 from meshloom.data.batch import IGNORED
-from meshloom.models.llama import Llama
-from support import golden_decoder
+from meshloom.kernels.documents import Documents
+from meshloom.models.decoder import Decoder
+from support import golden_decoder, models
 from support.golden_decoder import CASES, DIM, FFN_DIM, GOLDEN, HEADS, LAYERS, NORM_EPS, ROPE_THETA, VOCABULARY, Golden
 
 
-def decoder(case: Golden) -> Llama:
+def decoder(case: Golden) -> Decoder:
     """Our decoder with the weights of a case, in float64."""
-    model = Llama(
+    model = models.decoder(
         dim=DIM,
         layers=LAYERS,
         heads=HEADS,
@@ -38,8 +39,8 @@ def decoder(case: Golden) -> Llama:
 def test_logits_and_gradients_are_those_of_transformers(name: str) -> None:
     case, golden = CASES[name], load_file(GOLDEN)
     model = decoder(case)
-    tokens_BS, targets_BS, documents_BS = case.batch()
-    packed = documents_BS if len(case.documents) > 1 else None
+    tokens_BS, targets_BS, ids_BS = case.batch()
+    packed = Documents.of(ids_BS) if len(case.documents) > 1 else None
     logits_BSV = model(tokens_BS, None, packed)
     torch.testing.assert_close(logits_BSV, golden[f"{name}/logits"], rtol=1e-12, atol=1e-12)
     model(tokens_BS, targets_BS, packed).backward()

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from meshloom.models.llama import Llama
 from meshloom.optim.optimizers.adagrad import AdaGrad, AdaGradNorm
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.agvm import AGVM
@@ -23,6 +22,7 @@ from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from meshloom.trainer.schema import make_composer
 from meshloom.trainer.validate import run_problems
+from support.models import decoder
 from support.parity import Work, take_steps
 from support.ranks import run_ranks
 from support.tiny_run import body
@@ -31,7 +31,7 @@ from support.tiny_run import body
 def build(parallel: ParallelConfig, world_size: int, make: Callable[..., torch.optim.Optimizer], **options: Any) -> Engine:
     mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
     with torch.device("meta"):
-        model = Llama(**Work().llama())
+        model = decoder(**Work().llama())
     optimizer = functools.partial(make, lr=0.01, **options)
     return make_engine(model, mesh, optimizer, parallel, EngineSettings(seed=7, precision="fp64"))
 

@@ -13,19 +13,20 @@ import torch
 from hypothesis import given, settings
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from meshloom.models.llama import Llama
+from meshloom.models.decoder import Decoder
 from meshloom.parallel import activation
 from meshloom.parallel.activation import apply_policies
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.policies import MIXED, POLICIES, mixed_policies
+from support.models import decoder
 from support.parity import Run, Work, differences, runs
 
 TOKENS = torch.arange(128).view(2, 64) * 7 % 100
 
 
-def gradients(policies: list[str], compiled: bool = False) -> tuple[Llama, torch.Tensor]:
+def gradients(policies: list[str], compiled: bool = False) -> tuple[Decoder, torch.Tensor]:
     torch.manual_seed(0)
-    model = Llama(dim=64, layers=len(policies), heads=4, kv_heads=2, ffn_dim=96, vocabulary=100).double()
+    model = decoder(dim=64, layers=len(policies), heads=4, kv_heads=2, ffn_dim=96, vocabulary=100).double()
     apply_policies(list(model.layers.values()), policies, compiled=compiled)
     model(TOKENS, TOKENS).backward()
     return model, torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from meshloom.kernels import attention_blocks
 from meshloom.kernels.attention_timing import Shape
-from meshloom.models.llama import Llama
+from meshloom.models.config import DecoderConfig
 from meshloom.parallel import attention_choice
 from meshloom.parallel.attention_choice import choose_attention, read_record, record_path, remember, shape_of
 from meshloom.parallel.config import ParallelConfig
@@ -28,8 +27,7 @@ FASTER = [{"cudnn": 1.0, "flash": 3.0}, {"cudnn": 4.0, "flash": 1.0}]
 def chosen(rank: int, world_size: int, folder: str, runs: list[dict[str, Any]]) -> list[tuple[str, int]]:
     """By run: the kernel, and how often one was timed. A run may have its own times, length, machine and packages."""
     mesh = Mesh.connect(Layout.plan(ParallelConfig(), world_size), torch.device("cpu"))
-    with torch.device("meta"):
-        model = Llama(dim=64, layers=1, heads=4, kv_heads=2, ffn_dim=64, vocabulary=16)
+    model = DecoderConfig(dim=64, layers=1, heads=4, kv_heads=2, ffn_dim=64, vocabulary=16)
     found: list[tuple[str, int]] = []
     for run in runs:
         timed: list[str] = []
@@ -46,12 +44,12 @@ def chosen(rank: int, world_size: int, folder: str, runs: list[dict[str, Any]]) 
             without = run.get("without", (0, 1))  # ranks that have no FlashAttention 4
             lacks = run.get("refused", ())  # kernels that don't take the shape, on any rank
 
-            def why_not(kernel: str, *_: Any, without: Any = without, lacks: Any = lacks) -> str | None:
+            def unsupported(kernel: str, *_: Any, without: Any = without, lacks: Any = lacks) -> str | None:
                 return "x" if kernel in lacks or (kernel == "flash4" and rank in without) else None
 
-            patch.setattr(attention_choice, "why_not", why_not)
-            choose_attention(model, mesh, ParallelConfig(), run.get("seq_len", 128))
-        found.append((attention_blocks.dense_kernel, len(timed)))
+            patch.setattr(attention_choice, "unsupported_reason", unsupported)
+            kernel = choose_attention(model, mesh, ParallelConfig(), run.get("seq_len", 128))
+        found.append((kernel, len(timed)))
     return found
 
 
@@ -118,8 +116,7 @@ def test_only_a_kernel_that_failed_is_tried_again(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_timed_is_what_a_rank_computes(parallel: ParallelConfig, seq_len: int, shape: Shape) -> None:
-    with torch.device("meta"):
-        model = Llama(dim=4096, layers=1, heads=32, kv_heads=8, ffn_dim=64, vocabulary=16)
+    model = DecoderConfig(dim=4096, layers=1, heads=32, kv_heads=8, ffn_dim=64, vocabulary=16)
     assert shape_of(model, parallel, seq_len) == shape
 
 

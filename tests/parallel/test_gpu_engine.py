@@ -16,7 +16,6 @@ import torch
 
 from meshloom.data.assignment import Share
 from meshloom.data.batch import MicroBatch
-from meshloom.models.llama import Llama
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.parameters import FusedStep, NamedParameter, Shards
 from meshloom.parallel.config import ParallelConfig
@@ -25,6 +24,7 @@ from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, pick_device
 from meshloom.parallel.torch.engine import TorchEngine
+from support.models import decoder
 
 pytestmark = pytest.mark.gpu
 
@@ -58,7 +58,7 @@ def run(mesh: Mesh, case: Case) -> dict[str, Any]:
     length = 1024 if case.large else 256
     with torch.device("meta"):
         dim, layers, heads, kv_heads, ffn_dim = shape
-        model = Llama(dim=dim, layers=layers, heads=heads, kv_heads=kv_heads, ffn_dim=ffn_dim, vocabulary=1000)
+        model = decoder(dim=dim, layers=layers, heads=heads, kv_heads=kv_heads, ffn_dim=ffn_dim, vocabulary=1000)
     settings = EngineSettings(seed=3, activation=case.activation, compile=case.compile, seq_len=length)
     engine = make_engine(model, mesh, optimizer, PARALLEL, settings)
     assert isinstance(engine, TorchEngine)

@@ -14,7 +14,7 @@ import torch
 
 from meshloom.data.assignment import Assigner, Share
 from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch
-from meshloom.models.llama import Llama
+from meshloom.kernels.documents import Documents
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.parameters import NamedParameter, Shards
 from meshloom.parallel.config import ParallelConfig
@@ -22,6 +22,7 @@ from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, environment_world_size, pick_device
+from support.models import decoder
 
 pytestmark = pytest.mark.gpu
 
@@ -59,8 +60,9 @@ def micro_batch(indices: Sequence[int], documents: bool) -> MicroBatch:
         targets = tokens[:, 1:].clone()
         targets[:, : index % 7] = IGNORED
         borders = (torch.rand(1, LENGTH, generator=draw) < 0.02).long().cumsum(1)
-        parts.append(MicroBatch(tokens[:, :-1], targets, borders if documents else None))
-    borders = torch.cat([part.documents_BS for part in parts if part.documents_BS is not None]) if documents else None
+        parts.append(MicroBatch(tokens[:, :-1], targets, Documents.of(borders) if documents else None))
+    rows = [part.documents.ids_BS for part in parts if part.documents is not None]
+    borders = Documents.of(torch.cat(rows)) if rows else None
     return MicroBatch(torch.cat([part.tokens_BS for part in parts]), torch.cat([part.targets_BS for part in parts]), borders)
 
 
@@ -74,7 +76,7 @@ def curve_of(
         return AdamW(parameters=parameters, shards=shards, lr=3e-3)
 
     with torch.device("meta"):
-        model = Llama(dim=128, layers=4, heads=4, kv_heads=2, ffn_dim=256, vocabulary=VOCABULARY, tied=tied)
+        model = decoder(dim=128, layers=4, heads=4, kv_heads=2, ffn_dim=256, vocabulary=VOCABULARY, tied=tied)
     engine = make_engine(model, mesh, optimizer, parallel, EngineSettings(seed=3, precision=precision))
     assigner = Assigner(mesh.layout.data_size)
     curve: list[float] = []

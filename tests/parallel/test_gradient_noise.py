@@ -9,10 +9,10 @@ import torch
 
 from meshloom.data.batch import MicroBatch
 from meshloom.models.init import fill
-from meshloom.models.llama import Llama
 from meshloom.optim.batch.statistics import GradientStatistics
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.gradient_noise import Measure, moments_problems
+from support.models import decoder
 from support.parity import Work, build, global_tokens, sample, share
 from support.ranks import run_ranks
 
@@ -34,7 +34,7 @@ def measured(rank: int, world_size: int, work: Work, measure: Measure) -> Gradie
 
 def oracle(work: Work) -> GradientStatistics:
     """From the whole gradient of every micro-batch, in one process, by autograd alone."""
-    model = Llama(**work.llama()).double()
+    model = decoder(**work.llama()).double()
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         fill(parameter.data, model.initial(name), seed=7, name=name, global_shape=shape, offsets=(0,) * len(shape))

@@ -15,7 +15,8 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 
 from meshloom.config.problems import ConfigError
-from meshloom.models.llama import Llama
+from meshloom.models.config import DecoderConfig
+from meshloom.models.decoder import Decoder
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
@@ -322,31 +323,31 @@ def test_any_layout_is_either_legal_or_refused_with_legal_neighbours(
         assert not layout_and_model_problems(changed(parallel, words), work, world_size), words
 
 
-class Wider(Llama):
-    """A Llama with one part that is not in any table."""
+class Wider(Decoder):
+    """A decoder with one part that has no role."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
         self.adapter = torch.nn.Linear(4, 4)
 
 
-class Frozen(Llama):
-    """A Llama that means to keep its embedding and norm."""
+class Frozen(Decoder):
+    """A decoder that means to keep its embedding and norm."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
         assert self.embed is not None and self.norm is not None
         self.embed.requires_grad_(False)
         self.norm.requires_grad_(False)
 
 
 def test_a_model_with_frozen_weights_is_refused_by_their_names() -> None:
-    (problem,) = model_problems(Frozen(**parity.Work().llama()), ParallelConfig())
+    (problem,) = model_problems(Frozen(DecoderConfig(**parity.Work().llama())), ParallelConfig(), EngineSettings())
     assert problem.key == "model" and "embed.weight and 1 more" in problem.message and "lr_scale" in problem.fix
 
 
-class Kept(Llama):
-    """What is said instead: a Llama whose embedding has no rate."""
+class Kept(Decoder):
+    """What is said instead: a decoder whose embedding has no rate."""
 
     def lr_scale(self, name: str) -> float:
         return 0.0 if name == "embed.weight" else super().lr_scale(name)
@@ -357,7 +358,7 @@ def trained_beside(rank: int, world_size: int) -> set[str]:
     work = parity.Work(ParallelConfig(zero=0))
     mesh = Mesh.connect(Layout.plan(work.parallel, world_size), torch.device("cpu"))
     with torch.device("meta"):
-        model = Kept(**work.llama())
+        model = Kept(DecoderConfig(**work.llama()))
     engine = make_engine(
         model, mesh, functools.partial(AdamW, weight_decay=0.1), work.parallel, EngineSettings(precision="fp64")
     )
@@ -371,13 +372,13 @@ def test_a_weight_without_a_rate_stays_as_it_is() -> None:
     assert run_ranks(1, trained_beside) == [{"embed.weight"}]
 
 
-def test_a_model_whose_parts_are_not_known_is_refused() -> None:
-    shape = parity.Work().llama()
-    assert model_problems(Llama(**shape), ParallelConfig(tp=2)) == model_problems(Wider(**shape), ParallelConfig(pp=2)) == []
-    (cut,) = model_problems(Wider(**shape), ParallelConfig(tp=2))
+def test_a_module_without_a_role_is_refused_by_name() -> None:
+    config = DecoderConfig(**parity.Work().llama())
+    wider, plain = Wider(config), EngineSettings()
+    assert model_problems(Decoder(config), ParallelConfig(tp=2), plain) == []
+    assert model_problems(wider, ParallelConfig(pp=2), plain) == []
+    (cut,) = model_problems(wider, ParallelConfig(tp=2), plain)
     assert cut.key == "parallel.tp" and "adapter" in cut.message
-    (other,) = model_problems(torch.nn.Linear(1, 1), ParallelConfig())
-    assert other.key == "model" and "Llama" in other.fix
 
 
 def test_a_layout_that_does_not_fit_raises_with_every_problem() -> None:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 
+from meshloom.kernels.swiglu import FusedSwiglu
+from meshloom.models.block import Block
 from meshloom.models.config import DecoderConfig
 from meshloom.models.costs import ForwardPass, block_bytes
-from meshloom.models.llama import Block, Llama
+from meshloom.models.decoder import Decoder
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.parallel.activation import apply_policies
 from meshloom.parallel.config import ParallelConfig
@@ -28,6 +30,7 @@ from meshloom.parallel.pipeline.stages import SCHEDULES, balanced_stages, stage_
 from meshloom.parallel.pipeline.timeline import Costs, Timeline, simulate, torch_order
 from meshloom.parallel.policies import block_policies
 from support.engines import masters_of
+from support.models import decoder
 from support.parity import SEQ_LEN, Work, build, step
 from support.ranks import run_ranks
 from support.stand_in_kernels import stand_in
@@ -50,7 +53,7 @@ def held(rank: int, world_size: int, work: Work) -> tuple[int, int, int, int]:
 
 def planned(work: Work, world_size: int) -> list[tuple[int, int | None, int]]:
     with torch.device("meta"):
-        model = Llama(**work.llama())
+        model = decoder(**work.llama())
     layout = Layout.plan(work.parallel, world_size)
     micro_batches = work.samples // layout.data_size // work.micro
     job = Job(SEQ_LEN, work.micro, micro_batches, "fp64", ["none"] * 4, compiled=False)
@@ -84,7 +87,7 @@ def test_shards_and_optimizer_state_are_counted_to_the_byte(tied: bool, layouts:
             assert max(found) == expected[pp], work.parallel
 
 
-def kept(model: Llama, tokens: torch.Tensor) -> int:
+def kept(model: Decoder, tokens: torch.Tensor) -> int:
     """Bytes of the storages that autograd keeps for the backward pass, weights left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
@@ -103,10 +106,10 @@ def kept(model: Llama, tokens: torch.Tensor) -> int:
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_what_a_block_keeps_is_what_autograd_keeps(policy: str) -> None:
     shape = {"dim": 128, "heads": 8, "kv_heads": 4, "ffn_dim": 352, "vocabulary": 500}
-    models = [Llama(**shape, layers=layers) for layers in (2, 3)]
+    models = [decoder(**shape, layers=layers) for layers in (2, 3)]
     tokens = torch.randint(0, 500, (2, 64))
     for model in models:
-        apply_policies(list(model.layers.values()), [policy] * model.depth)
+        apply_policies(list(model.layers.values()), [policy] * model.config.layers)
     per_block = kept(models[1], tokens) - kept(models[0], tokens)
     # On the CPU RMSNorm is made of simple operations, and keeps its normalised input too; the GPU's kernel does not.
     on_cpu = 2 * tokens.numel() * 128 * 4 if policy == "none" else 0
@@ -115,7 +118,7 @@ def test_what_a_block_keeps_is_what_autograd_keeps(policy: str) -> None:
 
 def test_what_a_compiled_block_keeps_is_what_the_compiler_keeps() -> None:
     shape = {"dim": 128, "heads": 8, "kv_heads": 4, "ffn_dim": 352, "vocabulary": 500}
-    models = [Llama(**shape, layers=layers).bfloat16() for layers in (2, 3)]
+    models = [decoder(**shape, layers=layers).bfloat16() for layers in (2, 3)]
     tokens = torch.randint(0, 500, (2, 64))
     for model in models:
         for block in model.layers.values():
@@ -127,14 +130,14 @@ def test_what_a_compiled_block_keeps_is_what_the_compiler_keeps() -> None:
 
 def test_swiglu_inside_the_products_keeps_what_goes_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = {"dim": 128, "heads": 8, "kv_heads": 4, "ffn_dim": 352, "vocabulary": 500}
-    models = [Llama(**shape, layers=layers).bfloat16() for layers in (2, 3)]
+    models = [decoder(**shape, layers=layers).bfloat16() for layers in (2, 3)]
     tokens = torch.randint(0, 500, (2, 64))
     plain = kept(models[1], tokens) - kept(models[0], tokens)
     stand_in(monkeypatch)
     for model in models:
         for block in model.layers.values():
             assert isinstance(block, Block)
-            block.ffn.fused = True
+            block.ffn.swiglu = FusedSwiglu()
     works = [ForwardPass(tokens.numel(), "bf16", fused_swiglu=fused) for fused in (False, True)]
     less = plain - (kept(models[1], tokens) - kept(models[0], tokens))
     expected = [block_bytes(models[0].config.block(0), work, "none") for work in works]
@@ -197,7 +200,7 @@ def engine_stages(rank: int, world_size: int, chosen: EngineSettings) -> list[in
     parallel = ParallelConfig(pp=2)
     mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
     with torch.device("meta"):
-        model = Llama(**SHORT_AND_WIDE)
+        model = decoder(**SHORT_AND_WIDE)
     engine = make_engine(model, mesh, lambda parameters, shards: AdamW(parameters, shards), parallel, chosen)
     return [len(engine.module.layers)]  # type: ignore[arg-type]
 
@@ -212,7 +215,7 @@ def test_the_plan_and_the_engine_cut_the_same_stages_whatever_a_budget_computes_
     """A budget of a tenth is kept by computing nearly everything again, which makes layers dearer, and the head less so."""
     chosen = EngineSettings(activation_budget=budget, seq_len=64)
     with torch.device("meta"):
-        model = Llama(**SHORT_AND_WIDE)
+        model = decoder(**SHORT_AND_WIDE)
     parallel = ParallelConfig(pp=2)
     job = Job(64, 1, 2, "bf16", block_policies(model.config, parallel, chosen), False)
     planned = layout_cost(model, parallel, Layout.plan(parallel, 2), job, lambda parameters, shards: AdamW(parameters, shards))

@@ -10,7 +10,6 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from meshloom.models.costs import parameter_count
-from meshloom.models.llama import Llama
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.parallel import offload
 from meshloom.parallel.config import ParallelConfig
@@ -21,6 +20,7 @@ from meshloom.parallel.engines import engine_cost
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.memory import Job
 from meshloom.parallel.offload import OffloadAccount, describe, pinned
+from support.models import decoder
 from support.parity import SEQ_LEN, Work, build, share, step
 from support.ranks import run_ranks
 
@@ -39,7 +39,7 @@ def account(
 ) -> tuple[int, RankCost, OffloadAccount]:
     """Parameters of the model, and what a plan says of a rank."""
     with torch.device("meta"):
-        model = Llama(**Work(model=shape).llama())
+        model = decoder(**Work(model=shape).llama())
     job = Job(SEQ_LEN, 1, micro_batches, precision, ["none"] * model.depth, compiled=False)
     layout = Layout.plan(parallel, ranks)
     make = lambda parameters, shards: AdamW(parameters=parameters, shards=shards)  # noqa: E731
@@ -213,7 +213,7 @@ def test_offloading_by_closed_form() -> None:
     parallel = ParallelConfig(engine="deepspeed", zero=3, deepspeed=keys, **away)  # type: ignore[arg-type]
     n, cost, found = account(parallel, "bf16", 8, 1)
     with torch.device("meta"):
-        model = Llama(**Work(model=MODEL).llama())
+        model = decoder(**Work(model=MODEL).llama())
     decayed = sum(weight.numel() for name, weight in model.named_parameters() if model.decays(name))
     locked = pinned(4 * n) + pinned(2 * decayed) + pinned(2 * (n - decayed))
     assert found == OffloadAccount(
@@ -229,7 +229,7 @@ def test_offloading_by_closed_form() -> None:
 
 def test_one_gpu_gathers_a_few_blocks_of_a_model_whose_weights_are_elsewhere() -> None:
     with torch.device("meta"):
-        model = Llama(dim=8192, layers=80, heads=64, kv_heads=8, ffn_dim=28672, vocabulary=128256)
+        model = decoder(dim=8192, layers=80, heads=64, kv_heads=8, ffn_dim=28672, vocabulary=128256)
     keys = DeepSpeedConfig(config={"zero_optimization": {"stage3_max_live_parameters": 0}})
     parallel = ParallelConfig(
         engine="deepspeed", zero=3, offload="nvme", offload_path="/fast", offload_weights="cpu", deepspeed=keys

@@ -299,10 +299,10 @@ def test_gpus_are_asked_what_they_have_and_can(monkeypatch: pytest.MonkeyPatch) 
         torch.cuda, "get_device_properties", lambda index: type("Properties", (), {"total_memory": sizes[index]})()
     )
     for plain in ("it is wrong by 1", None):
-        monkeypatch.setattr(gpus_here.swiglu, "why_not", lambda _, plain=plain: plain)
+        monkeypatch.setattr(gpus_here.swiglu, "unsupported_reason", lambda _, plain=plain: plain)
         with GpusHere() as gpus:
             assert gpus.memory() == 40 * GIB and gpus.fused_swiglu_blocker() == plain
-    monkeypatch.setattr(gpus_here.swiglu, "why_not", lambda _: os._exit(1))
+    monkeypatch.setattr(gpus_here.swiglu, "unsupported_reason", lambda _: os._exit(1))
     with GpusHere() as gpus:
         assert gpus.memory() == 40 * GIB
         assert "BrokenProcessPool" in (gpus.fused_swiglu_blocker() or "")

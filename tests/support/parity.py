@@ -21,7 +21,6 @@ from meshloom.config.duration import Duration, Unit
 from meshloom.data.assignment import Assigner, Share, load_share
 from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch, Sample
 from meshloom.data.loader import Loader
-from meshloom.models.llama import Llama
 from meshloom.optim.batch.controller import Fixed
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.optimizers.adamw import AdamW
@@ -39,6 +38,7 @@ from meshloom.parallel.pipeline.stages import legal_micro_batches
 from meshloom.trainer.hooks.base import Hook
 from meshloom.trainer.loop import Loop
 from meshloom.trainer.signals import StopRequest
+from support.models import decoder
 from support.ranks import run_ranks
 
 VOCABULARY, SEQ_LEN = 61, 16
@@ -87,7 +87,7 @@ def build(work: Work, world_size: int, measures: bool = False) -> Engine:
         return AdamW(parameters=parameters, shards=shards, lr=work.lr, weight_decay=0.1, betas=work.betas, eps=1e-8)
 
     with torch.device("meta"):
-        model = Llama(**work.llama())
+        model = decoder(**work.llama())
     settings = EngineSettings(
         seed=7, precision=work.precision, activation=work.activation, compile=work.compile, measures=measures
     )
@@ -221,7 +221,7 @@ _known: dict[str, Run] = {}
 def _plain_run(work: Work) -> Run:
     from meshloom.models.init import fill
 
-    model = Llama(**work.llama()).double()
+    model = decoder(**work.llama()).double()
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         fill(parameter.data, model.initial(name), seed=7, name=name, global_shape=shape, offsets=(0,) * len(shape))
@@ -234,7 +234,7 @@ def _plain_run(work: Work) -> Run:
 
     def loss_from(first: int) -> torch.Tensor:
         batch = MicroBatch.collate([sample(index, work.documents) for index in range(first, first + work.samples)])
-        logits = model(batch.tokens_BS, None, batch.documents_BS)
+        logits = model(batch.tokens_BS, None, batch.documents)
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets_BS.flatten(), ignore_index=IGNORED)
 
     for number in _steps(work):

@@ -5,13 +5,12 @@ pinned own on its way to the device, and documents counted on the device.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
 
 from meshloom.data.batch import MicroBatch
-from meshloom.kernels import attention
-from meshloom.models.llama import Llama
 from meshloom.optim.optimizers.adagrad import AdaGradNorm
 from meshloom.optim.optimizers.agvm import AGVM
 from meshloom.optim.optimizers.layerwise import LAMB, LARS
@@ -20,36 +19,52 @@ from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
+from support.models import decoder
 from support.parity import Work, build, share
 from support.ranks import run_ranks
 
 
 def watched(rank: int, world_size: int, work: Work) -> tuple[bool, bool]:
-    """Whether just the loader's tensors were sent, and whether just those on the host were asked for their documents."""
+    """Whether just the loader's tensors were sent, and whether nothing on the device was asked for its documents."""
     engine = build(work, world_size)
     mine = share(engine.mesh, work, 0)
     batches = mine.micro_batches
-    own = {tensor.data_ptr() for batch in batches for tensor in (batch.tokens_BS, batch.targets_BS, batch.documents_BS)}  # type: ignore[union-attr]
+    own = {tensor.data_ptr() for batch in batches for tensor in tensors_of(batch)}
     sent: set[int] = set()
-    counted: set[int] = set()
-    lengths = attention._lengths
+    alive: list[object] = []  # so that no address is used twice
+    there: set[int] = set()
+    asked: set[int] = set()
+    to, ask = MicroBatch.to, torch.Tensor.tolist
 
-    def to(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    def copied(batch: MicroBatch, device: torch.device) -> MicroBatch:
         """A copy, as on a GPU."""
-        there = [batch.tokens_BS, batch.targets_BS, batch.documents_BS]
-        sent.update(tensor.data_ptr() for tensor in there if tensor is not None)
-        return MicroBatch(*[None if tensor is None else tensor.clone() for tensor in there])  # type: ignore[arg-type]
+        sent.update(tensor.data_ptr() for tensor in tensors_of(batch))
+        moved = to(batch, device)
+        documents = moved.documents
+        assert documents is not None
+        documents = documents._replace(ids_BS=documents.ids_BS.clone(), cu_seqlens=documents.cu_seqlens.clone())
+        found = MicroBatch(moved.tokens_BS.clone(), moved.targets_BS.clone(), documents)
+        alive.append(found)
+        there.update(tensor.data_ptr() for tensor in tensors_of(found))
+        return found
 
-    def count(documents_BS: torch.Tensor) -> list[int]:
-        counted.add(documents_BS.data_ptr())
-        return lengths(documents_BS)
+    def read(tensor: torch.Tensor) -> Any:
+        alive.append(tensor)
+        asked.add(tensor.data_ptr())
+        return ask(tensor)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MicroBatch, "to", to)
-        patch.setattr(attention, "_lengths", count)
+        patch.setattr(MicroBatch, "to", copied)
+        patch.setattr(torch.Tensor, "tolist", read)
         engine.accumulate(mine, torch.tensor(float(mine.valid_tokens), dtype=torch.float64))
         engine.evaluate(batches)
-    return bool(sent) and sent <= own, bool(counted) and counted <= own
+    return bool(sent) and sent <= own, bool(asked) and not asked & there
+
+
+def tensors_of(batch: MicroBatch) -> list[torch.Tensor]:
+    """What of a micro-batch is sent to the device."""
+    assert batch.documents is not None
+    return [batch.tokens_BS, batch.targets_BS, batch.documents.ids_BS, batch.documents.cu_seqlens]
 
 
 def title(value: object) -> str:
@@ -88,7 +103,7 @@ def halves_compared(rank: int, world_size: int) -> None:
     parallel = ParallelConfig(zero=1)
     mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
     with torch.device("meta"):
-        model = Llama(**Work().llama())
+        model = decoder(**Work().llama())
     engine = make_engine(model, mesh, functools.partial(AGVM, interval=1), parallel, EngineSettings(precision="fp64"))
     for number in range(3):
         tokens = torch.tensor(100.0, dtype=torch.float64)
@@ -108,7 +123,7 @@ def updated(rank: int, world_size: int, name: str) -> None:
     parallel = ParallelConfig(zero=3)
     mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
     with torch.device("meta"):
-        model = Llama(**Work().llama())
+        model = decoder(**Work().llama())
     engine = make_engine(model, mesh, functools.partial(OPTIMIZERS[name], lr=0.01), parallel, EngineSettings(precision="fp64"))
     for number in (0, 1):
         engine.accumulate(share(mesh, Work(), number), torch.tensor(100.0, dtype=torch.float64))

@@ -16,7 +16,7 @@ import pytest
 from meshloom.checkpoint.folder import find_latest
 from meshloom.checkpoint.lock import FolderLock
 from meshloom.config.problems import ConfigError
-from meshloom.models.llama import Llama
+from meshloom.models.config import DecoderConfig
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
 from meshloom.trainer import run as run_module
@@ -138,15 +138,15 @@ def test_the_first_steps_numbers_come_at_once_and_the_others_one_step_late(tmp_p
 
 
 def test_what_a_run_will_need_is_compiled_from_its_beginning_by_one_process_of_a_machine(tmp_path: Path) -> None:
-    assert run_ranks(2, asked_to_compile, [f"output_dir={tmp_path}", "trainer.steps=4"]) == [[(1, 16)], []]
+    assert run_ranks(2, asked_to_compile, [f"output_dir={tmp_path}", "trainer.steps=4"]) == [[(2, 16)], []]
 
 
 def asked_to_compile(rank: int, world_size: int, overrides: list[str]) -> list[tuple[int, int]]:
     """Layers and positions of what this process would have compiled: before it has connected, or there is an error."""
     asked: list[tuple[int, int]] = []
 
-    def begin_compiling(model: Llama, parallel: ParallelConfig, settings: EngineSettings) -> None:
-        asked.append((model.depth, settings.seq_len))
+    def begin_compiling(model: DecoderConfig, parallel: ParallelConfig, settings: EngineSettings) -> None:
+        asked.append((model.layers, settings.seq_len))
 
     def connect(*_: object) -> None:
         raise ConnectionError

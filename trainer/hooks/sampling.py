@@ -103,8 +103,12 @@ def load_plain(model: nn.Module, checkpoint: Path | str, device: torch.device, d
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if names.setdefault(id(parameter), name) != name:
             ties.append((name, names[id(parameter)]))
-    model = model.to_empty(device=device).to(dtype)
-    for name, source in ties:  # to_empty gives every use of a tied weight storage of its own
+
+    def give(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
+    model = model._apply(give).to(dtype)
+    for name, source in ties:  # `_apply` gives every use of a tied weight storage of its own
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
     fragments = [

@@ -24,22 +24,23 @@ from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
 from meshloom.checkpoint.tools import read_array
 from meshloom.launch.checkpoint import main
-from meshloom.models.llama import Llama
+from meshloom.models.decoder import Decoder
 from meshloom.parallel.fragment import Box, Fragment
+from support.models import decoder
 
 SHAPE = {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 48}
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
-def save_llama(folder: Path, tied: bool = False, **extra: Any) -> tuple[Path, Llama]:
+def save_llama(folder: Path, tied: bool = False, **extra: Any) -> tuple[Path, Decoder]:
     torch.manual_seed(0)
-    model = Llama(**SHAPE, vocabulary=99, tied=tied, rope_theta=1000.0)
+    model = decoder(**SHAPE, vocabulary=99, tied=tied, rope_theta=1000.0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     held = [Fragment(name, "weight", tuple(p.shape), Box.whole(p.shape), p.detach()) for name, p in model.named_parameters()]
     checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync"))
     recipe = {
-        "_target_": "meshloom.models.llama.Llama",
+        "_target_": "meshloom.models.decoder.Decoder",
         **SHAPE,
         "vocabulary": None,
         "tied": tied,

@@ -28,10 +28,11 @@ from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
 from meshloom.checkpoint.tools import diff
 from meshloom.launch.checkpoint import main
-from meshloom.models.llama import Llama
+from meshloom.models.decoder import Decoder
 from meshloom.parallel.deepspeed.setup import import_deepspeed, quiet
 from meshloom.parallel.deepspeed.state import state_of
 from meshloom.parallel.fragment import Box, Fragment
+from support.models import decoder
 from support.ranks import run_ranks
 
 SHAPE = {"dim": 24, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 36, "tied": False}
@@ -39,7 +40,7 @@ VOCABULARY = 61
 ADAMW = {"lr": 2e-3, "weight_decay": 0.2, "betas": [0.8, 0.9], "eps": 1e-7}
 STATE: dict[str, Any] = {
     "config": {
-        "model": {"_target_": "meshloom.models.llama.Llama", "name": "llama", "vocabulary": None, **SHAPE},
+        "model": {"_target_": "meshloom.models.decoder.Decoder", "name": "llama", "vocabulary": None, **SHAPE},
         "optim": {"_target_": "meshloom.optim.optimizers.adamw.AdamW", "name": "adamw", **ADAMW},
         "precision": "bf16",
     },
@@ -53,7 +54,7 @@ def arrays(tied: bool = False) -> Arrays:
     """Of a run that has made some updates; sizes that divide by no number of ranks."""
     draw = torch.Generator().manual_seed(0)
     found: Arrays = {}
-    for name, weight in Llama(**{**SHAPE, "tied": tied}, vocabulary=VOCABULARY).named_parameters():
+    for name, weight in decoder(**{**SHAPE, "tied": tied}, vocabulary=VOCABULARY).named_parameters():
         for role, scale in (("weight", 0.3), ("exp_avg", 1e-3), ("exp_avg_sq", 1e-6)):
             found[f"{role}/{name}"] = torch.rand(weight.shape, generator=draw) * scale
     return found
@@ -81,7 +82,7 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     """What decays, then what does not. Hyper-parameters of nobody's: the folder's must take their place."""
     named = list(model.named_parameters())
-    assert isinstance(model, Llama)
+    assert isinstance(model, Decoder)
     return [{"params": [p for n, p in named if model.decays(n) is decays], "weight_decay": 0.0} for decays in (True, False)]
 
 
@@ -95,7 +96,7 @@ def load(rank: int, world: int, folder: str, stage: int, bf16: bool, universal: 
     import deepspeed
 
     torch.manual_seed(9)
-    model = Llama(**{**SHAPE, "tied": tied}, vocabulary=VOCABULARY)
+    model = decoder(**{**SHAPE, "tied": tied}, vocabulary=VOCABULARY)
     model = model.bfloat16() if bf16 else model
     config = {
         "train_micro_batch_size_per_gpu": 2,
@@ -140,7 +141,7 @@ def whole(ranks: list[list[tuple[str, Box, torch.Tensor]]], shapes: Arrays) -> A
 
 def next_step(held: Arrays, tied: bool) -> Arrays:
     """The oracle's masters after one more step of a bare torch.optim.AdamW."""
-    model = Llama(**{**SHAPE, "tied": tied}, vocabulary=VOCABULARY)
+    model = decoder(**{**SHAPE, "tied": tied}, vocabulary=VOCABULARY)
     optimizer = torch.optim.AdamW(groups_of(model), lr=ADAMW["lr"], betas=(0.8, 0.9), eps=ADAMW["eps"])  # type: ignore[arg-type]
     optimizer.param_groups[0]["weight_decay"] = ADAMW["weight_decay"]
     with torch.no_grad():
@@ -287,7 +288,7 @@ def test_a_folder_of_deepspeeds_own_comes_in_and_goes_out_as_it_was(tmp_path: Pa
     ("change", "says"),
     [
         (lambda state, held: state["config"]["optim"].update(_target_="meshloom.optim.lars.LARS"), "only a run with AdamW"),
-        (lambda state, held: state["config"]["model"].update(_target_="mine.Model"), "meshloom.models.llama.Llama"),
+        (lambda state, held: state["config"]["model"].update(_target_="mine.Model"), "meshloom.models.decoder.Decoder"),
         (lambda state, held: held.pop("exp_avg/norm.weight"), "norm.weight has no exp_avg"),
         (lambda state, held: held.update({"exp_avg/norm.weight": held["exp_avg/norm.weight"].double()}), "not fp32"),
         (lambda state, held: held.update({"max_exp_avg_sq/norm.weight": torch.ones(24)}), "no place for max_exp_avg_sq"),

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshloom.kernels.attention import attend
-from meshloom.parallel.context.ring import Ring, ring_attend
+from meshloom.kernels.attention import CausalAttention
+from meshloom.kernels.documents import Documents
+from meshloom.parallel.context.ring import Ring, ring_attend, with_ring_part
 from meshloom.parallel.context.ring_plan import held, plan_ring
 from support.ranks import run_ranks
 
@@ -36,7 +37,8 @@ def documents_of(length: int, lengths: list[list[int]]) -> torch.Tensor:
 def whole(length: int, kv_heads: int, documents: torch.Tensor | None, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     *leaves, dout = inputs(length, kv_heads, dtype)
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    out = attend(leaves[0], leaves[1], leaves[2], documents, scale=0.4)
+    packed = None if documents is None else Documents.of(documents)
+    out = CausalAttention()(leaves[0], leaves[1], leaves[2], packed, scale=0.4)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
@@ -61,9 +63,10 @@ def share(
     *leaves, dout = (tensor[:, mine] for tensor in inputs(length, kv_heads, dtype))
     leaves = [leaf.requires_grad_() for leaf in leaves]
     ring = Ring(tuple(members), at, group)
+    packed = None if documents is None else with_ring_part(Documents.of(documents), len(members), at)
 
     def attend_in_ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return ring_attend(q * 1.0, k, v, documents, length=length, ring=ring, scale=0.4)
+        return ring_attend(q * 1.0, k, v, packed, length=length, ring=ring, scale=0.4)
 
     function = torch.compile(attend_in_ring, fullgraph=True, backend="aot_eager") if compiled else attend_in_ring
     out = function(*leaves)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from meshloom.data.batch import MicroBatch
-from meshloom.kernels.attention import positions
 from meshloom.models.config import DecoderConfig
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.context.split import ContextParallel, context_problems
@@ -50,8 +49,8 @@ def test_slices_cover_a_micro_batch_and_know_their_positions(kind: str, document
     whole = MicroBatch.collate([sample(index, documents) for index in (8, 9)])
     length = whole.tokens_BS.shape[1]
     if documents:
-        assert whole.documents_BS is not None
-        at = positions(whole.documents_BS)
+        assert whole.documents is not None
+        at = whole.documents.positions()
     else:
         at = torch.arange(length).expand(2, -1)
     order = {"ring": [0, 1, 6, 7, 2, 3, 4, 5], "ulysses": list(range(8))}[kind]  # eighths of a row, rank after rank
@@ -62,8 +61,10 @@ def test_slices_cover_a_micro_batch_and_know_their_positions(kind: str, document
     assert torch.equal(torch.cat([part.targets_BS for part, _ in parts], dim=1), whole.targets_BS[:, index])
     assert torch.equal(torch.cat([found for _, found in parts], dim=1), at[:, index])
     for part, _ in parts:
-        assert (part.documents_BS is None) == (whole.documents_BS is None)
-        assert part.documents_BS is None or torch.equal(part.documents_BS, whole.documents_BS)
+        assert (part.documents is None) == (whole.documents is None)
+        if part.documents is not None and whole.documents is not None:
+            assert torch.equal(part.documents.cu_seqlens, whole.documents.cu_seqlens)
+            assert (part.documents.part_cu_seqlens is not None) == (kind == "ring")
 
 
 @pytest.mark.parametrize(

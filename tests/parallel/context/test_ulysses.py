@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from meshloom.kernels.attention import attend
+from meshloom.kernels.attention import CausalAttention
+from meshloom.kernels.documents import Documents
 from meshloom.parallel.context.ulysses import ulysses_attend
 from support.ranks import run_ranks
 
@@ -20,15 +21,15 @@ def inputs(kv_heads: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def documents() -> torch.Tensor:
+def documents() -> Documents:
     lengths = [torch.tensor([5, 11, 8]), torch.tensor([20, 1, 3])]
-    return torch.stack([torch.repeat_interleave(torch.arange(3), row) for row in lengths])
+    return Documents.of(torch.stack([torch.repeat_interleave(torch.arange(3), row) for row in lengths]))
 
 
-def whole(kv_heads: int, documents_BS: torch.Tensor | None) -> list[torch.Tensor]:
+def whole(kv_heads: int, packed: Documents | None) -> list[torch.Tensor]:
     *leaves, dout = inputs(kv_heads)
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    out = attend(leaves[0], leaves[1], leaves[2], documents_BS, scale=0.4)
+    out = CausalAttention()(leaves[0], leaves[1], leaves[2], packed, scale=0.4)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
@@ -36,16 +37,16 @@ def _share(rank: int, size: int, compiled: bool) -> list[list[torch.Tensor]]:
     group = dist.group.WORLD
     assert group is not None
 
-    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents_BS: torch.Tensor | None) -> torch.Tensor:
-        return ulysses_attend(q * 1.0, k, v, documents_BS, group=group, attend=attend, scale=0.4)
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Documents | None) -> torch.Tensor:
+        return ulysses_attend(q * 1.0, k, v, packed, group=group, attend=CausalAttention(), scale=0.4)
 
     function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
     results: list[list[torch.Tensor]] = []
     for kv_heads in (2,) if compiled else KV_HEADS:
-        for documents_BS in (documents(),) if compiled else (None, documents()):
+        for packed in (documents(),) if compiled else (None, documents()):
             *leaves, dout = (tensor.chunk(size, dim=1)[rank] for tensor in inputs(kv_heads))
             leaves = [leaf.requires_grad_() for leaf in leaves]
-            out = function(*leaves, documents_BS)
+            out = function(*leaves, packed)
             results.append([out.detach(), *torch.autograd.grad(out, leaves, dout)])
     return results
 
@@ -54,9 +55,9 @@ def _share(rank: int, size: int, compiled: bool) -> list[list[torch.Tensor]]:
 def test_equals_attention_in_one_process(size: int, compiled: bool) -> None:
     """Also where key/value heads are fewer than ranks, or do not divide by them."""
     expected = [
-        whole(kv_heads, documents_BS)
+        whole(kv_heads, packed)
         for kv_heads in ((2,) if compiled else KV_HEADS)
-        for documents_BS in ((documents(),) if compiled else (None, documents()))
+        for packed in ((documents(),) if compiled else (None, documents()))
     ]
     for rank, results in enumerate(run_ranks(size, _share, compiled)):
         for parts, wholes in zip(results, expected, strict=True):

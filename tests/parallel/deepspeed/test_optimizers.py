@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from meshloom.models.llama import Llama
 from meshloom.optim.optimizers.adagrad import AdaGrad, AdaGradNorm
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.layerwise import LAMB, LARS
@@ -20,6 +19,7 @@ from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
+from support.models import decoder
 from support.parity import Work, step
 from support.ranks import run_ranks
 
@@ -33,7 +33,7 @@ def trained(rank: int, world_size: int, work: Work, name: str) -> tuple[list[flo
     make, lr = ELEMENTWISE[name]
     mesh = Mesh.connect(Layout.plan(work.parallel, world_size), torch.device("cpu"))
     with torch.device("meta"):
-        model = Llama(**work.llama())
+        model = decoder(**work.llama())
     settings = EngineSettings(seed=7, precision=work.precision)
 
     def optimizer(parameters: list[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
@@ -105,7 +105,7 @@ class Eager(torch.optim.SGD):
 def state_at_first(rank: int, world_size: int, work: Work) -> dict[str, set[float]]:
     mesh = Mesh.connect(Layout.plan(work.parallel, world_size), torch.device("cpu"))
     with torch.device("meta"):
-        model = Llama(**work.llama())
+        model = decoder(**work.llama())
     optimizer = lambda parameters, shards: Eager(parameters, shards)  # noqa: E731
     engine = make_engine(model, mesh, optimizer, work.parallel, EngineSettings(seed=7, precision="fp32"))
     return {fragment.key: set(fragment.tensor.unique().tolist()) for fragment in engine.fragments()}

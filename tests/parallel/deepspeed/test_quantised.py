@@ -25,11 +25,11 @@ import deepspeed.runtime.zero.stage3  # here, so that the ranks need not
 
 from meshloom.config.problems import ConfigError
 from meshloom.models.init import fill
-from meshloom.models.llama import Llama
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.deepspeed.optimizer import require_op
 from meshloom.parallel.deepspeed.setup import import_deepspeed
 from support.deepspeed_runs import leg, whole, zeros
+from support.models import decoder
 from support.parity import IGNORED, MicroBatch, Work, curves, plain_curve, sample
 from support.ranks import run_ranks
 
@@ -106,7 +106,7 @@ def test_losses_stay_near_those_of_the_bare_loop(ranks: int, keys: dict[str, Any
 def test_the_first_step_is_that_of_the_model_on_quantised_weights() -> None:
     """Gathered one by one, a weight is its two halves, each quantised as one group: the bare model can be given just that."""
     work = Work(quantised(stage3_allgather_sequential=True), precision="fp32", steps=1, model=EVEN)
-    model = Llama(**work.llama())
+    model = decoder(**work.llama())
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         fill(parameter.data, model.initial(name), seed=7, name=name, global_shape=shape, offsets=(0,) * len(shape))
@@ -115,7 +115,7 @@ def test_the_first_step_is_that_of_the_model_on_quantised_weights() -> None:
         ]
         parameter.data = torch.cat(halves).float().view(shape)
     batch = MicroBatch.collate([sample(index) for index in range(work.samples)])
-    logits = model(batch.tokens_BS, None, batch.documents_BS)
+    logits = model(batch.tokens_BS, None, batch.documents)
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets_BS.flatten(), ignore_index=IGNORED)
     loss.backward()
     norm = torch.stack([parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]).norm()

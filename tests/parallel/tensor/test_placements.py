@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from meshloom.models.llama import Llama
+from meshloom.kernels.documents import Documents
 from meshloom.optim.optimizers.parameters import NamedParameter
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.tensor.placements import apply_tensor_parallelism, stream_dim, tensor_problems
+from support.models import decoder
 from support.parity import VOCABULARY, Work, build
 from support.ranks import run_ranks
 
@@ -37,13 +38,13 @@ def test_rows_cut_by_two_axes_unevenly_are_gathered() -> None:
 
 
 def logits(rank: int, world_size: int, shape: tuple[int, int], documents: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    model = Llama(**work().llama()).double()
+    model = decoder(**work().llama()).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 4)
         tokens = torch.randint(0, VOCABULARY, shape, generator=generator)
-        borders = (torch.arange(shape[1]) // 3).expand(shape) if documents else None
+        borders = Documents.of((torch.arange(shape[1]) // 3).expand(shape)) if documents else None
         expected = model(tokens, None, borders)
         apply_tensor_parallelism(model, init_device_mesh("cpu", (world_size,)), sequence_parallel=True)
         return model(tokens, None, borders), expected
@@ -64,7 +65,7 @@ def bytes_held(rank: int, world_size: int) -> dict[str, int]:
 
 def test_matrices_are_cut_and_only_norms_and_shared_heads_repeat() -> None:
     with torch.device("meta"):
-        sizes = {name: parameter.numel() for name, parameter in Llama(**work().llama()).named_parameters()}
+        sizes = {name: parameter.numel() for name, parameter in decoder(**work().llama()).named_parameters()}
     held = run_ranks(4, bytes_held)
     for name, size in sizes.items():
         copies = 4 if name.endswith(("norm.weight", "wk.weight", "wv.weight")) else 1

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from meshloom.config.problems import ConfigError
-from meshloom.models.llama import Llama
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.torch.float8 import float8_problems, use_float8
+from support.models import decoder
 
 SHAPE = {"dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 96, "vocabulary": 61}
 
@@ -36,7 +36,7 @@ def test_none_is_never_a_problem() -> None:
 def test_loss_and_gradients_are_near_bf16(recipe: str) -> None:
     pytest.importorskip("torchao", reason="needs the extra: pip install 'meshloom[float8]'")
     torch.manual_seed(0)
-    model = Llama(**SHAPE).bfloat16()
+    model = decoder(**SHAPE).bfloat16()
     tokens = torch.randint(0, 61, (2, 17))
 
     def gradients() -> tuple[float, dict[str, torch.Tensor]]:
@@ -59,6 +59,6 @@ def test_loss_and_gradients_are_near_bf16(recipe: str) -> None:
 def test_sizes_that_the_units_cant_take_are_named() -> None:
     pytest.importorskip("torchao", reason="needs the extra: pip install 'meshloom[float8]'")
     with torch.device("meta"):
-        model = Llama(**{**SHAPE, "ffn_dim": 90})
+        model = decoder(**{**SHAPE, "ffn_dim": 90})
     with pytest.raises(ConfigError, match=r"ffn\.w1 is 90 × 64"):
         use_float8(model.layers.values(), "tensorwise", torch.device("cpu"))

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from meshloom.models.llama import Llama
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, WeightAxes
 from meshloom.parallel.torch import engine as torch_engine
 from meshloom.parallel.torch.groups import ParameterGroup, gather_units, group_of, parameter_groups
+from support.models import decoder
 from support.parity import Run, Work, differences, runs
 
 
@@ -89,7 +89,7 @@ def test_two_groups_train_as_one() -> None:
 
 def test_every_weight_is_in_one_unit_of_one_group() -> None:
     with torch.device("meta"):
-        model = Llama(**Work(model=(("tied", True),)).llama())
+        model = decoder(**Work(model=(("tied", True),)).llama())
     groups = [ParameterGroup("ffn", True, is_feed_forward), *parameter_groups(ParallelConfig(), Layout(shard=2))]
     units = [unit for group in groups for unit in gather_units(model, group, groups)]
     found = [id(weight) for unit in units for weight in unit.weights]

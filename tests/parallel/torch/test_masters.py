@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshloom.data.batch import MicroBatch
-from meshloom.models.llama import Llama
+from meshloom.models.config import DecoderConfig
+from meshloom.models.decoder import Decoder
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
@@ -113,11 +114,11 @@ def test_several_passes_are_summed_in_fp32_and_one_keeps_its_dtype() -> None:
         assert set(rank) == {(515.0, "torch.float32")}
 
 
-class Spare(Llama):
+class Spare(Decoder):
     """Each block has a weight that no forward pass uses."""
 
-    def __init__(self, **shape: Any) -> None:
-        super().__init__(**shape)
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
         for block in self.layers.values():
             block.spare = torch.nn.Linear(6, 6, bias=False)
 
@@ -129,7 +130,7 @@ def with_a_spare_weight(rank: int, world_size: int, layouts: list[ParallelConfig
         work = Work(parallel, micro=2, steps=3)
         mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
         with torch.device("meta"):
-            model = Spare(**work.llama())
+            model = Spare(DecoderConfig(**work.llama()))
         make = functools.partial(AdamW, lr=1e-2, weight_decay=0.1)
         engine = make_engine(model, mesh, make, parallel, EngineSettings(seed=7, precision="fp64"))
         before = {f.name: f.tensor.clone() for f in engine.fragments() if f.role == "weight"}

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from meshloom.models.llama import Llama
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, WeightAxes
@@ -31,6 +30,7 @@ from meshloom.parallel.torch.fully_sharded import ReduceScatter
 from meshloom.parallel.torch.masters import materialize
 from meshloom.parallel.torch.transport import ALIGNED, SEGMENT, Transport, choose_transport
 from support.engines import masters_of
+from support.models import decoder
 from support.parity import Work, build, share, step
 from support.ranks import run_ranks
 
@@ -240,7 +240,7 @@ def test_exchange_buffers_are_the_same_memory_each_time() -> None:
 
 def test_weights_lie_in_one_piece_and_a_tied_one_once() -> None:
     with torch.device("meta"):
-        model = Llama(dim=24, layers=2, heads=4, kv_heads=2, ffn_dim=36, vocabulary=61, tied=True)
+        model = decoder(dim=24, layers=2, heads=4, kv_heads=2, ffn_dim=36, vocabulary=61, tied=True)
     memory = alone()
     materialize(model, list(model.parameters()), torch.bfloat16, CPU, memory)
     parameters = list(model.parameters())

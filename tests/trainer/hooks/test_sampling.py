@@ -14,9 +14,10 @@ from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.folder import find_latest
-from meshloom.models.llama import Llama
+from meshloom.models.decoder import Decoder
 from meshloom.parallel.fragment import Box, Fragment
 from meshloom.trainer.hooks.sampling import continuation, draw, generate, load_plain
+from support.models import decoder
 
 
 class Successor(nn.Module):
@@ -76,8 +77,8 @@ def test_temperature_zero_takes_the_likeliest_and_seeds_repeat() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_plain_model_gets_a_checkpoints_weights(tmp_path: Path, tied: bool) -> None:
-    def build() -> Llama:
-        return Llama(dim=8, layers=2, heads=2, kv_heads=1, ffn_dim=16, vocabulary=11, tied=tied)
+    def build() -> Decoder:
+        return decoder(dim=8, layers=2, heads=2, kv_heads=1, ffn_dim=16, vocabulary=11, tied=tied)
 
     torch.manual_seed(0)
     original = build()

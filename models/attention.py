@@ -1,0 +1,54 @@
+"""Causal grouped-query self-attention: projections around the `attend` seam.
+
+Shape legend: B batch, S sequence, D model width, H query heads, K key/value heads, E head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from ..kernels.attention import Attend, CausalAttention
+from ..kernels.documents import Documents
+from .config import AttentionConfig
+from .protocol import TensorRole
+from .rotary import rotate
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention. What looks at other positions is `attend`, which a run may replace."""
+
+    tensor_roles: ClassVar[Mapping[str, TensorRole]] = {
+        "wq": TensorRole.COLUMN,
+        "wk": TensorRole.KEY_VALUE,
+        "wv": TensorRole.KEY_VALUE,
+        "wo": TensorRole.ROW,
+    }
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__()
+        self.head_dim, self.kv_heads, self.scale = config.head_dim, config.kv_heads, config.scale
+        width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.wq = nn.Linear(config.dim, width, bias=False)
+        self.wk = nn.Linear(config.dim, kv_width, bias=False)
+        self.wv = nn.Linear(config.dim, kv_width, bias=False)
+        self.wo = nn.Linear(width, config.dim, bias=False)
+        self.attend: Attend = CausalAttention()
+
+    def forward(
+        self, given: Sequence[torch.Tensor], rotary: tuple[torch.Tensor, torch.Tensor], documents: Documents | None
+    ) -> torch.Tensor:
+        """Attend; `given` has the same (B, S, D) for query, key and value. Returns (B, S, D).
+
+        The number of heads is read off the projections, so that they may be column shards.
+        """
+        q_BSHE, k_BSKE, v_BSKE = (
+            project(x_BSD).unflatten(-1, (-1, self.head_dim))
+            for project, x_BSD in zip((self.wq, self.wk, self.wv), given, strict=True)
+        )
+        q_BSHE, k_BSKE = rotate(q_BSHE, *rotary), rotate(k_BSKE, *rotary)
+        out_BSHE = self.attend(q_BSHE, k_BSKE, v_BSKE, documents, scale=self.scale)
+        return self.wo(out_BSHE.flatten(-2))

@@ -1,0 +1,61 @@
+"""One block of the decoder: attention and feed-forward around the residual stream.
+
+Shape legend: B batch, S sequence, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from ..kernels.documents import Documents
+from ..kernels.norm import FusedNorm
+from .attention import Attention
+from .config import BlockConfig
+from .feed_forward import FeedForward
+from .protocol import BlockKernels, TensorRole
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream times `residual` (muP).
+
+    fused_norm  the kernel to use where it fits; None: the norms' modules are called
+    """
+
+    tensor_roles: ClassVar[Mapping[str, TensorRole]] = {"attention_norm": TensorRole.NORM, "ffn_norm": TensorRole.NORM}
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.attention.dim, config.norm_eps)
+        self.attention = Attention(config.attention)
+        self.ffn_norm = nn.RMSNorm(config.ffn.dim, config.norm_eps)
+        self.ffn = FeedForward(config.ffn)
+        self.residual, self.eps = config.residual, config.norm_eps
+        self.fused_norm: FusedNorm | None = None
+
+    def use_kernels(self, kernels: BlockKernels) -> None:
+        """Compute with these kernels from now on."""
+        self.attention.attend = kernels.attend
+        self.fused_norm, self.ffn.swiglu = kernels.norm, kernels.swiglu
+
+    def forward(
+        self, x_BSD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], documents: Documents | None
+    ) -> torch.Tensor:
+        """Pass the residual stream on: (B, S, D) → (B, S, D)."""
+        x_BSD, *given = self._normed(self.attention_norm, x_BSD, 3)
+        x_BSD = self._add(x_BSD, self.attention(given, rotary, documents))
+        x_BSD, *given = self._normed(self.ffn_norm, x_BSD, self.ffn.uses(x_BSD))
+        return self._add(x_BSD, self.ffn(given))
+
+    def _normed(self, module: nn.RMSNorm, x_BSD: torch.Tensor, uses: int) -> tuple[torch.Tensor, ...]:
+        """Return the residual stream, and `uses` times its norm."""
+        if self.fused_norm is not None and self.fused_norm.fits(x_BSD):
+            return self.fused_norm(x_BSD, module.weight, self.eps, uses)
+        return x_BSD, *[module(x_BSD)] * uses
+
+    def _add(self, x_BSD: torch.Tensor, y_BSD: torch.Tensor) -> torch.Tensor:
+        # A compiler does not know that a product with 1 is nothing: its gradient would be a pass over memory.
+        return x_BSD + y_BSD if self.residual == 1.0 else x_BSD + self.residual * y_BSD

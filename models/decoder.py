@@ -1,0 +1,142 @@
+"""The decoder, put together from parts by its config: embedding, blocks, norm, head and the loss. It names no rank.
+
+Shape legend: B batch, S sequence, D model width, V vocabulary.
+
+Where parallelism must act inside the model it replaces a callable: each attention's `attend` and the decoder's `token_loss`.
+Their plain forms live in `kernels/`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from ..kernels.documents import Documents
+from ..kernels.loss import linear_cross_entropy
+from .block import Block
+from .config import DecoderConfig
+from .init import Constant, Initial, Normal
+from .protocol import BlockKernels, Model, TensorRole
+from .rotary import rotary_table
+
+TokenLoss = Callable[..., torch.Tensor]
+
+
+class Decoder(Model):
+    """The decoder. A pipeline stage is the same module with `embed`, `norm` and `head` or some layers taken out."""
+
+    config_type: ClassVar[type[DecoderConfig]] = DecoderConfig
+    tensor_roles: ClassVar[Mapping[str, TensorRole]] = {
+        "embed": TensorRole.EMBEDDING,
+        "norm": TensorRole.NORM,
+        "head": TensorRole.HEAD,
+    }
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = self.decoder_config = config
+        self.embed: nn.Embedding | None = nn.Embedding(config.known_vocabulary, config.dim)
+        self.layers = nn.ModuleDict({str(layer): Block(block) for layer, block in enumerate(config.blocks())})
+        self.norm: nn.RMSNorm | None = nn.RMSNorm(config.dim, config.norm_eps)
+        self.head: nn.Linear | None = nn.Linear(config.dim, config.known_vocabulary, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        self.token_loss: TokenLoss = linear_cross_entropy
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        targets_BS: torch.Tensor | None = None,
+        documents: Documents | None = None,
+        positions_BS: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Token ids (B, S) → logits (B, S, V), or with targets the sum of token losses (scalar, at least fp32).
+
+        A stage without `embed` takes hidden states (B, S, D) instead; one without `head` returns them.
+        documents: attention stays inside a document, and positions restart there. positions_BS overrides them (a slice of a
+        longer sequence has no other way to know where it lies).
+        """
+        if positions_BS is None:
+            plain = torch.arange(inputs.shape[1], device=inputs.device)
+            positions_BS = plain if documents is None else documents.positions()
+        if self.embed is not None:
+            x_BSD = self.embed(inputs)
+            if self.config.mup_embedding != 1.0:
+                x_BSD = x_BSD * self.config.mup_embedding
+        else:
+            x_BSD = inputs
+        table_dtype = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
+        rotary = rotary_table(positions_BS.to(table_dtype), self.config.head_dim, self.config.rope_theta)
+        for layer in self.layers.values():
+            x_BSD = layer(x_BSD, rotary, documents)
+        if self.norm is None or self.head is None:
+            return x_BSD
+        x_BSD = self.norm(x_BSD)
+        if self.config.mup_width != 1.0:
+            x_BSD = x_BSD / self.config.mup_width
+        if targets_BS is None:
+            return self.head(x_BSD)
+        return self.token_loss(x_BSD.flatten(0, 1), self.head.weight, targets_BS.flatten())
+
+    def block_modules(self) -> dict[int, nn.Module]:
+        """Return the blocks by layer."""
+        return {int(name): block for name, block in self.layers.items()}
+
+    def gather_units(self) -> list[nn.Module]:
+        """Return the embedding, where the head does not share its weight, and the blocks."""
+        apart = [] if self.embed is None or self.config.tied else [self.embed]
+        return [*apart, *self.layers.values()]
+
+    def rest_readers(self) -> list[nn.Module]:
+        """Return the norm, behind which the loss reads the head's weight, and before it a tied embedding."""
+        readers = (self.embed if self.config.tied else None, self.norm)
+        return [module for module in readers if module is not None]
+
+    def use_kernels(self, kernels: Mapping[int, BlockKernels]) -> None:
+        """Let each layer's block compute with its kernels from now on."""
+        for layer, block in self.block_modules().items():
+            assert isinstance(block, Block)
+            block.use_kernels(kernels[layer])
+
+    def carve(self, layers: range, *, first: bool, last: bool) -> Decoder:
+        """Return one pipeline stage: a copy of the model (on the meta device) without what other stages hold.
+
+        Parameter names stay. Where the head is tied to the embedding, the last stage's `head.weight` becomes a parameter of
+        its own.
+        """
+        if first and last:
+            return self
+        stage = copy.deepcopy(self)
+        for name in list(stage.layers):
+            if int(name) not in layers:
+                del stage.layers[name]
+        if not first:
+            stage.embed = None
+        if not last:
+            stage.norm = stage.head = None
+        return stage
+
+    def initial(self, name: str) -> Initial:
+        """How a parameter begins: matrices normal, output projections scaled by depth, norms at one (rule R3 draws it)."""
+        if name.endswith("norm.weight"):
+            return Constant(1.0)
+        if name.startswith(("embed.", "head.")):
+            return Normal(self.config.init_std)
+        std = self.config.init_std / math.sqrt(self.config.mup_width)
+        if name.endswith(("attention.wo.weight", "ffn.w2.weight")):
+            std /= math.sqrt(2 * self.config.layers)
+        return Normal(std)
+
+    def decays(self, name: str) -> bool:
+        """Whether weight decay applies: to matrices inside the blocks and the head; not to norms, nor to the embedding."""
+        return not name.endswith("norm.weight") and not name.startswith("embed.")
+
+    def lr_scale(self, name: str) -> float:
+        """Factor on the learning rate: 1 / m_width for matrices inside the blocks under muP, otherwise 1."""
+        inside = name.startswith("layers.") and not name.endswith("norm.weight")
+        return 1 / self.config.mup_width if inside else 1.0

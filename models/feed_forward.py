@@ -1,0 +1,51 @@
+"""The feed-forward part of a block.
+
+Shape legend: B batch, S sequence, D model width, F feed-forward width, T = B·S tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..kernels.swiglu import FusedSwiglu
+from .config import FeedForwardConfig
+from .protocol import TensorRole
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) · w3 x) (arXiv 2002.05202).
+
+    swiglu  the kernels to use where they fit; None: the formula in PyTorch's operations
+    """
+
+    tensor_roles: ClassVar[Mapping[str, TensorRole]] = {
+        "w1": TensorRole.COLUMN,
+        "w2": TensorRole.ROW,
+        "w3": TensorRole.COLUMN,
+    }
+
+    def __init__(self, config: FeedForwardConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.swiglu: FusedSwiglu | None = None
+
+    def uses(self, x_BSD: torch.Tensor) -> int:
+        """Count the products that take the input: gate's and up's, or one in place of both."""
+        return 1 if self.swiglu is not None and self.swiglu.fits(x_BSD, self.w1.weight) else 2
+
+    def forward(self, given: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Compute SwiGLU; `given` has the same (B, S, D) `uses` times. Returns (B, S, D)."""
+        if len(given) == 1:
+            assert self.swiglu is not None
+            x_BSD = given[0]
+            y_TD = self.swiglu(x_BSD.flatten(0, -2), self.w1.weight, self.w3.weight, self.w2.weight)
+            return y_TD.view_as(x_BSD)
+        gate_BSD, up_BSD = given
+        return self.w2(F.silu(self.w1(gate_BSD)) * self.w3(up_BSD))
