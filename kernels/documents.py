@@ -42,6 +42,17 @@ class Documents(NamedTuple):
         """Put what will be copied to a device into page-locked memory."""
         return Documents(self.ids_BS.pin_memory(), self.cu_seqlens.pin_memory(), self.host_cu_seqlens)
 
+    def mark_dynamic(self) -> None:
+        """Tell the compiler that the number of documents varies, lest it compile a second time for the next micro-batch.
+
+        Nothing public does that: PyTorch's own documentation sends one to `torch._dynamo`, too.
+        """
+        from torch._dynamo import maybe_mark_dynamic  # late: seconds, which a run without a compiler spares
+
+        for tensor in (self.cu_seqlens, self.host_cu_seqlens, self.part_cu_seqlens):
+            if tensor is not None:
+                maybe_mark_dynamic(tensor, 0)
+
     def positions(self) -> torch.Tensor:
         """Return the distance of each position from the start of its document, (B, S) int64."""
         return positions(self.ids_BS)

@@ -1,8 +1,8 @@
-"""Kernels of other packages are compiled beside a run's beginning, in processes of their own, and once for a machine.
+"""Pre-compile third-party kernels in child processes while the run starts, once for each machine.
 
 FlashAttention 4 and quack compile a kernel when it is first used, for seconds in which the interpreter does nothing else, and
-keep it on disk. On a machine where that is still to be done, `begin` has it done while the run connects its ranks. `compiled`
-waits for it, as do the machine's other ranks, which then find the kernels instead of compiling them, too.
+keep it on disk. Where a machine does not have a kernel yet, `start` compiles it while the run connects its ranks. Every rank of
+the machine waits for it (`wait`), so that none compiles it a second time.
 """
 
 from __future__ import annotations
@@ -34,29 +34,30 @@ PATIENCE = 120.0
 """Seconds for a process that compiles; the longest seen took seven."""
 
 _PACKAGES = ("torch", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl")
-_begun: dict[str, BaseProcess] = {}
+_started: dict[str, BaseProcess] = {}
 
 
-def begin(works: Mapping[str, Work]) -> None:
-    """Have kernels compiled from now on, by name, that this machine has not yet. For one rank of a machine, before it uses its
-    GPU: from a process that does, none can be forked that could.
+def start(works: Mapping[str, Work]) -> None:
+    """Start to compile the kernels, by name, that this machine does not have yet.
+
+    For one rank of a machine, before it uses its GPU: a child forked from a process that does could not use it.
     """
     if torch.cuda.device_count() == 0 or driver.began():
         return
     with contextlib.suppress(OSError):  # a cache that can't be looked into, or as many processes as there may be
         for kernel, work in works.items():
-            if kernel not in _begun and not _mark(kernel).exists():
+            if kernel not in _started and not _mark(kernel).exists():
                 process = multiprocessing.get_context("fork").Process(target=_compile, args=(kernel, work), daemon=True)
                 process.start()
-                _begun[kernel] = process
+                _started[kernel] = process
 
 
-def compiled(kernel: str, work: Work, device: torch.device) -> None:
-    """Return when a kernel is on disk: compiled by whoever was the first to begin, this process perhaps.
+def wait(kernel: str, work: Work, device: torch.device) -> None:
+    """Wait until a kernel is on disk. Whoever is first compiles it, this process perhaps.
 
-    What goes wrong shows when the kernel is used: here nothing is raised.
+    Nothing is raised here: what goes wrong shows when the kernel is used.
     """
-    process = _begun.pop(kernel, None)
+    process = _started.pop(kernel, None)
     if process is not None:
         process.join(PATIENCE)
         if process.is_alive():
@@ -67,7 +68,7 @@ def compiled(kernel: str, work: Work, device: torch.device) -> None:
 
 
 def _compile(kernel: str, work: Work) -> None:
-    """In a process of its own, which says nothing: the run does, should it be in trouble with the kernel."""
+    """Compile in a child process. It prints nothing: if the kernel does not work, the run says so."""
     _prctl_pr_set_pdeathsig(signal.SIGKILL)  # with the run: it may hang, and has a GPU and a lock
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)

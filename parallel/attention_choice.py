@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from ..config.cache import cache_folder
+from ..kernels import precompile
 from ..kernels.attention_blocks import Kernel
 from ..kernels.attention_timing import KERNELS, Shape, fastest, flash4_compilations, seconds, unsupported_reason
-from ..kernels.precompile import compiled
 from ..models.config import DecoderConfig
 from .config import ParallelConfig
 from .mesh import Mesh
@@ -44,7 +44,7 @@ def choose_attention(model: DecoderConfig, mesh: Mesh, parallel: ParallelConfig,
     usable, times = _known(record, work, shape, mesh)
     if "flash4" in usable:  # also where another machine's times are remembered
         for name, compilation in flash4_compilations(shape).items():
-            compiled(name, compilation, mesh.device)
+            precompile.wait(name, compilation, mesh.device)
     new = _measured([kernel for kernel in usable if kernel not in times], shape, mesh)
     ran: dict[Kernel, float] = {kernel: time for kernel, time in new.items() if math.isfinite(time)}
     if mesh.is_main and ran:

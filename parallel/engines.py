@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..config.problems import Problem
-from ..kernels import swiglu
+from ..kernels import precompile, swiglu
 from ..kernels.attention_timing import flash4_compilations
-from ..kernels.precompile import Work, begin
+from ..kernels.precompile import Work
 from ..models.config import DecoderConfig
 from ..models.protocol import Model
 from .attention_choice import choose_attention, shape_of
@@ -91,9 +91,10 @@ def make_engine(
     return make(model, mesh, make_optimizer, parallel, settings)
 
 
-def begin_compiling(model: DecoderConfig, parallel: ParallelConfig, settings: EngineSettings) -> None:
-    """Have what `make_engine` will need of other packages' kernels compiled from now on, where this machine has not yet. For
-    the first rank of a machine, before it uses its GPU.
+def start_compiling(model: DecoderConfig, parallel: ParallelConfig, settings: EngineSettings) -> None:
+    """Start to compile the third-party kernels that `make_engine` will need, where this machine does not have them yet.
+
+    For the first rank of a machine, before it uses its GPU.
     """
     if settings.precision != "bf16" or not settings.seq_len:
         return
@@ -101,7 +102,7 @@ def begin_compiling(model: DecoderConfig, parallel: ParallelConfig, settings: En
     policy = settings.activation if settings.activation_budget is None else "none"  # which some blocks may have
     if fused_swiglu_blocker(model, parallel, settings, [policy]) is None:
         works[SWIGLU] = swiglu.unsupported_reason
-    begin(works)
+    precompile.start(works)
 
 
 def engine_cost(

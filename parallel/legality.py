@@ -74,10 +74,12 @@ def _lacking(model: Model, parallel: ParallelConfig, settings: EngineSettings) -
     if unplaced:
         text = f"no module says in tensor_roles how {unplaced[0]} is cut over tensor-parallel ranks"
         yield Problem("parallel.tp", text, f"use parallel.tp=1, {how}")
-    for key, method, purpose in (("pp", "carve", "be cut into stages"), ("cp", "use_kernels", "attend across ranks")):
-        if getattr(parallel, key) > 1 and lacks(model, method):
-            text = f"{kind} has no {method}, and so can't {purpose}"
-            yield Problem(f"parallel.{key}", text, f"use parallel.{key}=1, {how}")
+    if parallel.pp > 1 and (lacks(model, "carve") or model.decoder_config is None):
+        text = f"{kind} has no carve, or no decoder_config, and so can't be cut into balanced stages"
+        yield Problem("parallel.pp", text, f"use parallel.pp=1, {how}")
+    if parallel.cp > 1 and lacks(model, "use_kernels"):
+        text = f"{kind} has no use_kernels, and so can't attend across ranks"
+        yield Problem("parallel.cp", text, f"use parallel.cp=1, {how}")
     if settings.activation != "none" and not model.block_modules():
         text = f"{kind} has no block_modules, and policies are of blocks"
         yield Problem("trainer.activation", text, f"use none, {how}")

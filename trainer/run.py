@@ -16,7 +16,7 @@ from ..config.problems import ConfigError, Problem
 from ..data.node import DataNode
 from ..data.order import Shuffled
 from ..models.config import DECODER, decoder_config
-from ..parallel.engines import begin_compiling
+from ..parallel.engines import start_compiling
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, environment_world_size, pick_device
 from .all_ranks import FailedElsewhere, on_main, together
@@ -52,7 +52,7 @@ def run(config: DictConfig, overrides: Sequence[str] = (), stop: StopRequest | N
     parallel = Parts.of(config).parallel
     if os.environ.get("LOCAL_RANK", "0") == "0" and config.model._target_ == DECODER:
         shape = decoder_config(config.model, data.vocabulary)
-        begin_compiling(shape, parallel, engine_settings(config, data.seq_len))
+        start_compiling(shape, parallel, engine_settings(config, data.seq_len))
     mesh = Mesh.connect(Layout.plan(parallel, environment_world_size()), pick_device(), parallel.timeout)
     try:
         if mesh.differ(str(checkpoint)):

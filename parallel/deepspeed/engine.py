@@ -61,6 +61,7 @@ class DeepSpeedEngine:
             log.warning("parallel.deepspeed.config.%s: losses depend on the number of processes and on resuming", exception)
         self.module: nn.Module = model
         self.mesh = mesh
+        self._compiled = settings.compile
         self._ranks = mesh.layout.world_size
         os.environ.setdefault("LOCAL_RANK", "0")
         if "nvme" in (parallel.offload, parallel.offload_weights):
@@ -122,6 +123,8 @@ class DeepSpeedEngine:
 
     def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:
         micro_batch = micro_batch.to(self.mesh.device)
+        if self._compiled and micro_batch.documents is not None:
+            micro_batch.documents.mark_dynamic()
         return self._engine(micro_batch.tokens_BS, micro_batch.targets_BS, micro_batch.documents)
 
     def accumulate(self, share: Share, global_tokens: torch.Tensor, measure: Measure = Measure.NOTHING) -> StepLoss:

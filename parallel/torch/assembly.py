@@ -11,10 +11,9 @@ from dataclasses import replace
 
 import torch
 
-from ...kernels import swiglu
+from ...kernels import precompile, swiglu
 from ...kernels.attention import CausalAttention
 from ...kernels.norm import FusedNorm
-from ...kernels.precompile import compiled
 from ...kernels.swiglu import FusedSwiglu
 from ...models.init import fill
 from ...models.protocol import BlockKernels, Model
@@ -63,7 +62,7 @@ def fuses_swiglu(model: Model, mesh: Mesh, parallel: ParallelConfig, settings: E
     if reason is None:
         with contextlib.suppress(Exception):  # it says why below
             swiglu.package()  # seconds, in which others may compile
-        compiled(SWIGLU, swiglu.unsupported_reason, mesh.device)
+        precompile.wait(SWIGLU, swiglu.unsupported_reason, mesh.device)
         mine = swiglu.unsupported_reason(mesh.device)
         if mine is not None and not mesh.is_main:
             log.warning("rank %d can't compute SwiGLU inside the products around it: %s", mesh.rank, mine)

@@ -31,7 +31,7 @@ class ModelInputs:
             own = self._context.cut(micro_batch)
             micro_batch, positions_BS = own.micro_batch, own.positions_BT
         if self._compiled and micro_batch.documents is not None:
-            mark_dynamic(micro_batch.documents)
+            micro_batch.documents.mark_dynamic()
         return micro_batch, positions_BS
 
     def of_stages(self, micro_batch: MicroBatch) -> StageInputs:
@@ -53,15 +53,3 @@ class ModelInputs:
             shared["positions_BS"] = positions_BS
         hidden = (batch, length, self._width)
         return StageInputs(micro_batch.tokens_BS, micro_batch.targets_BS, shared, hidden)
-
-
-def mark_dynamic(documents: Documents) -> None:
-    """Tell the compiler that the number of documents varies, lest it compile every block again in the second micro-batch.
-
-    Nothing public does that: `torch._dynamo` is its home in PyTorch's own documentation, too.
-    """
-    from torch._dynamo import maybe_mark_dynamic  # late: seconds, which a run without a compiler spares
-
-    for tensor in (documents.cu_seqlens, documents.host_cu_seqlens, documents.part_cu_seqlens):
-        if tensor is not None:
-            maybe_mark_dynamic(tensor, 0)

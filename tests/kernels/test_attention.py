@@ -9,7 +9,7 @@ import torch
 
 from meshloom.kernels import attention_blocks
 from meshloom.kernels.attention import CausalAttention, attend_documents
-from meshloom.kernels.documents import Documents, positions
+from meshloom.kernels.documents import Documents
 
 attend = CausalAttention()
 
@@ -56,12 +56,6 @@ def test_equals_the_textbook_with_gradients(kv_heads: int, with_documents: bool,
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
-def test_documents_are_runs_of_equal_ids_in_a_row() -> None:
-    documents = Documents.of(torch.tensor([[0, 0, 1, 1, 1], [1, 1, 2, 0, 0]]))
-    assert documents.cu_seqlens.tolist() == [0, 2, 5, 7, 8, 10]
-    assert documents.cu_seqlens.dtype == torch.int32 and documents.host_cu_seqlens is documents.cu_seqlens
-
-
 def test_the_operator_keeps_pytorchs_rules() -> None:
     cu_seqlens = Documents.of(torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]])).cu_seqlens
     q, k = torch.randn(2, 5, 4, 8, requires_grad=True), torch.randn(2, 5, 2, 8, requires_grad=True)
@@ -91,12 +85,6 @@ def test_the_formula_for_unusual_types_equals_the_fused_kernel(causal: bool, mon
     monkeypatch.setattr(attention_blocks, "kernel_for", lambda q, chosen: "math")
     for got, want in zip(both(), fused, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-
-
-def test_positions_restart_at_each_document() -> None:
-    documents = torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [3, 3, 0, 0, 3, 3]])
-    expected = [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 0, 1]]
-    assert positions(documents).tolist() == expected
 
 
 @pytest.mark.gpu

@@ -53,8 +53,8 @@ class Noted:
 
 def test_a_process_of_its_own_compiles_and_the_run_waits_for_it(gpu: None, tmp_path: Path) -> None:
     work = Noted(tmp_path, 0.5)
-    precompile.begin({"kernel": work})
-    precompile.compiled("kernel", work, CPU)
+    precompile.start({"kernel": work})
+    precompile.wait("kernel", work, CPU)
     (process,) = work.times()
     assert process != os.getpid() and not multiprocessing.active_children()
 
@@ -62,17 +62,17 @@ def test_a_process_of_its_own_compiles_and_the_run_waits_for_it(gpu: None, tmp_p
 def test_what_was_compiled_is_not_compiled_again(gpu: None, tmp_path: Path) -> None:
     work = Noted(tmp_path)
     for _ in range(2):
-        precompile.compiled("kernel", work, CPU)
-    precompile.begin({"kernel": work})
+        precompile.wait("kernel", work, CPU)
+    precompile.start({"kernel": work})
     assert work.times() == [os.getpid()] and not multiprocessing.active_children()
 
 
 def test_other_versions_and_other_kernels_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = Noted(tmp_path)
-    precompile.compiled("kernel", work, CPU)
-    precompile.compiled("another", work, CPU)
+    precompile.wait("kernel", work, CPU)
+    precompile.wait("another", work, CPU)
     monkeypatch.setattr("importlib.metadata.version", lambda _: "1.2.3")  # pyright: ignore[reportUnknownArgumentType, reportUnknownLambdaType]
-    precompile.compiled("kernel", work, CPU)
+    precompile.wait("kernel", work, CPU)
     assert len(work.times()) == 3
 
 
@@ -80,17 +80,17 @@ def test_a_kernel_that_fails_is_left_to_its_use(tmp_path: Path) -> None:
     def fails(device: torch.device) -> None:
         raise RuntimeError("not for this GPU")
 
-    precompile.compiled("kernel", fails, CPU)
+    precompile.wait("kernel", fails, CPU)
     work = Noted(tmp_path)
-    precompile.compiled("kernel", work, CPU)  # it was not taken for compiled
+    precompile.wait("kernel", work, CPU)  # it was not taken for compiled
     assert work.times() == [os.getpid()]
 
 
 def test_a_process_that_hangs_is_not_waited_for_for_ever(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precompile, "PATIENCE", 0.2)
-    precompile.begin({"kernel": Noted(tmp_path, 600.0)})
+    precompile.start({"kernel": Noted(tmp_path, 600.0)})
     work = Noted(tmp_path)
-    precompile.compiled("kernel", work, CPU)
+    precompile.wait("kernel", work, CPU)
     assert work.times() == [os.getpid()] and not multiprocessing.active_children()
 
 
@@ -105,7 +105,7 @@ def work(device):
     print(os.getpid(), file=open(sys.argv[1] + ".new", "w"))
     os.rename(sys.argv[1] + ".new", sys.argv[1])
     time.sleep(600)
-precompile.begin({"kernel": work})
+precompile.start({"kernel": work})
 time.sleep(600)
 """
 
@@ -131,37 +131,37 @@ def test_a_machine_that_forks_no_more_is_no_obstacle(gpu: None, tmp_path: Path, 
 
     monkeypatch.setattr(os, "fork", refuse)
     work = Noted(tmp_path)
-    precompile.begin({"kernel": work})
-    precompile.compiled("kernel", work, CPU)
+    precompile.start({"kernel": work})
+    precompile.wait("kernel", work, CPU)
     assert work.times() == [os.getpid()]
 
 
 def test_a_cache_that_machines_share_holds_a_note_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = Noted(tmp_path)
-    precompile.compiled("kernel", work, CPU)
+    precompile.wait("kernel", work, CPU)
     monkeypatch.setattr("platform.node", lambda: "another")
-    precompile.compiled("kernel", work, CPU)
+    precompile.wait("kernel", work, CPU)
     assert len(work.times()) == 2
 
 
 def test_a_gpu_for_one_process_is_left_to_the_run(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "shared", lambda _: False)  # pyright: ignore[reportUnknownArgumentType, reportUnknownLambdaType]
     work = Noted(tmp_path)
-    precompile.begin({"kernel": work})
-    precompile.compiled("kernel", work, CPU)
+    precompile.start({"kernel": work})
+    precompile.wait("kernel", work, CPU)
     assert work.times() == [os.getpid()]
 
 
 def test_nothing_is_forked_from_a_process_that_uses_a_gpu(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "began", lambda: True)
-    precompile.begin({"kernel": Noted(tmp_path)})
+    precompile.start({"kernel": Noted(tmp_path)})
     assert not multiprocessing.active_children()
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("MESHLOOM_CACHE", str(tmp_path / "file"))
-    precompile.compiled("kernel", Noted(tmp_path), CPU)
+    precompile.wait("kernel", Noted(tmp_path), CPU)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_what_a_run_will_need(
     parallel: ParallelConfig, settings: EngineSettings, kernels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[str] = []
-    monkeypatch.setattr(engines, "begin", begun.extend)
+    monkeypatch.setattr(engines.precompile, "start", begun.extend)
     model = DecoderConfig(dim=256, layers=1, heads=4, kv_heads=2, ffn_dim=512, vocabulary=64)
-    engines.begin_compiling(model, parallel, settings)
+    engines.start_compiling(model, parallel, settings)
     assert len(begun) == kernels

@@ -145,13 +145,13 @@ def asked_to_compile(rank: int, world_size: int, overrides: list[str]) -> list[t
     """Layers and positions of what this process would have compiled: before it has connected, or there is an error."""
     asked: list[tuple[int, int]] = []
 
-    def begin_compiling(model: DecoderConfig, parallel: ParallelConfig, settings: EngineSettings) -> None:
+    def start_compiling(model: DecoderConfig, parallel: ParallelConfig, settings: EngineSettings) -> None:
         asked.append((model.layers, settings.seq_len))
 
     def connect(*_: object) -> None:
         raise ConnectionError
 
-    run_module.begin_compiling = begin_compiling
+    run_module.start_compiling = start_compiling
     run_module.Mesh = SimpleNamespace(connect=connect)  # type: ignore[assignment]
     with pytest.raises(ConnectionError):
         body(rank, world_size, overrides)

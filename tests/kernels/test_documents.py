@@ -1,4 +1,4 @@
-"""What a rank's model is called with."""
+"""Documents of a micro-batch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from meshloom.kernels.attention import CausalAttention
-from meshloom.kernels.documents import Documents
-from meshloom.parallel.torch.inputs import mark_dynamic
+from meshloom.kernels.documents import Documents, positions
 
 
-@pytest.mark.parametrize(("prepare", "compilations"), [(mark_dynamic, 1), (lambda _: None, 2)])
+@pytest.mark.parametrize(("prepare", "compilations"), [(Documents.mark_dynamic, 1), (lambda _: None, 2)])
 def test_another_number_of_documents_compiles_nothing_again(prepare: Callable[[Documents], None], compilations: int) -> None:
     torch._dynamo.reset()
     counter = CompileCounter()
@@ -28,3 +27,15 @@ def test_another_number_of_documents_compiles_nothing_again(prepare: Callable[[D
         prepare(documents)
         torch.testing.assert_close(compiled(q, documents), attended(q, documents))
     assert counter.frame_count == compilations
+
+
+def test_documents_are_runs_of_equal_ids_in_a_row() -> None:
+    documents = Documents.of(torch.tensor([[0, 0, 1, 1, 1], [1, 1, 2, 0, 0]]))
+    assert documents.cu_seqlens.tolist() == [0, 2, 5, 7, 8, 10]
+    assert documents.cu_seqlens.dtype == torch.int32 and documents.host_cu_seqlens is documents.cu_seqlens
+
+
+def test_positions_restart_at_each_document() -> None:
+    documents = torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [3, 3, 0, 0, 3, 3]])
+    expected = [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 0, 1]]
+    assert positions(documents).tolist() == expected
