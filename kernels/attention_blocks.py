@@ -47,7 +47,7 @@ class Segments:
 def block_forward(
     q_BQHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, *, causal: bool, scale: float, kernel: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of every query on every key, or with `causal` (Q = T) on the keys up to its own.
+    """Attend with every query to every key, or with `causal` (Q = T) on the keys up to its own.
 
     Returns the output (B, Q, H, D) in the inputs' type and the log-sum-exp (B, H, Q).
     """
@@ -87,7 +87,7 @@ def block_backward(
     scale: float,
     kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This block's share of the gradients (dq, dk, dv), shaped as the inputs.
+    """Compute this block's share of the gradients (dq, dk, dv), shaped as the inputs.
 
     out_BQHD, lse_BHQ: of the whole rows, that is merged over every block of keys, not only this one.
     """
@@ -205,7 +205,7 @@ def _heads_first(*tensors_BSHD: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _no_dropout(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The random state that flash's backward wants although it draws nothing."""
+    """Make the random state that flash's backward wants although it draws nothing."""
     return torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
 
 
@@ -223,7 +223,7 @@ def _scores(q_BQHD: torch.Tensor, k_BTKD: torch.Tensor, causal: bool, scale: flo
 def _math_forward(
     q_BQHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The formula itself, with all Q × T scores in memory: for types and head dims that no fused kernel takes."""
+    """Compute the formula itself, with all Q × T scores in memory: for types and head dims that no fused kernel takes."""
     scores = _scores(q_BQHD, k_BTKD, causal, scale)
     lse_BKGQ = scores.logsumexp(-1)
     weights = torch.exp(scores - lse_BKGQ[..., None])

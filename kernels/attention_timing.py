@@ -1,4 +1,4 @@
-"""Which attention kernel is the fastest on this machine: measured when a run begins, on the shapes that it will compute.
+"""Time attention kernels when a run begins, on the shapes that it will compute.
 
 PyTorch offers cuDNN's kernels and FlashAttention 2 in one switch; FlashAttention 4 is used where it is installed
 (`flash4.py`). Which wins differs between GPUs, head widths and versions.
@@ -35,7 +35,7 @@ _WARM_UP = 0.2  # seconds: a GPU that idled, while a kernel was compiled, needs 
 
 @dataclass(frozen=True)
 class Shape:
-    """What one rank's attention sees of a sequence."""
+    """Sizes of what one rank's attention computes of a sequence."""
 
     seq_len: int
     heads: int
@@ -59,7 +59,7 @@ def unsupported_reason(kernel: Kernel, shape: Shape, device: torch.device) -> st
 
 
 def seconds(kernel: Kernel, shape: Shape, device: torch.device) -> float:
-    """Median time of a causal forward and backward pass over a sequence in bf16, at work; infinite where that fails.
+    """Measure the median time of a causal forward and backward pass over a sequence in bf16; infinite where that fails.
 
     Raises RuntimeError where a kernel's failure has left the GPU unusable.
     """
@@ -88,8 +88,9 @@ def seconds(kernel: Kernel, shape: Shape, device: torch.device) -> float:
 
 
 def flash4_compilations(shape: Shape) -> dict[str, Callable[[torch.device], object]]:
-    """What has FlashAttention 4 compile its kernels for a shape, each way by itself, on a device. They do nothing where it is
-    not for this machine.
+    """Return functions that make FlashAttention 4 compile its forward and its backward kernel for a shape, by name.
+
+    They do nothing on a machine that it does not run on.
     """
 
     def forward(device: torch.device) -> object:

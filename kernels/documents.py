@@ -1,4 +1,4 @@
-"""Which document each position of a batch belongs to, in the forms that attention needs.
+"""The documents of a batch of packed rows, in the forms that attention needs.
 
 Shape legend: B rows, S positions of a row, N documents of all rows.
 """

@@ -1,4 +1,4 @@
-"""What PyTorch does not ask CUDA's driver about."""
+"""Questions to CUDA's driver that PyTorch does not ask."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ _COMPUTE_MODE = 20
 
 
 def began() -> bool:
-    """Whether this process has begun to use the driver: processes forked from it then can't. Does not begin it."""
+    """Return whether this process uses the driver already, without beginning to: processes forked from it then can't."""
     driver = _driver()
     return driver is not None and driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != _NOT_INITIALIZED
 
 
 def shared(index: int) -> bool:
-    """Whether several processes may use a GPU at once. Begins to use the driver."""
+    """Return whether several processes may use a GPU at once. Begins to use the driver."""
     driver, device, mode = _driver(), ctypes.c_int(), ctypes.c_int()
     if driver is None or driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index):
         return False

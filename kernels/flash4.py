@@ -36,7 +36,7 @@ def unsupported_reason() -> str | None:
 
 @functools.cache
 def package() -> ModuleType:
-    """FlashAttention 4, imported: seconds, the first time. Raises whatever a package that is not for this machine does."""
+    """Import FlashAttention 4: seconds, the first time. A package that is not for this machine may raise anything."""
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]
 
@@ -53,7 +53,7 @@ def forward(
     cu_seqlens: torch.Tensor | None = None,
     longest: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, contiguous, and the log-sum-exp in fp32.
+    """Compute the output, contiguous, and the log-sum-exp in fp32.
 
     (B, Q, H, D) on (B, T, K, D), with (B, H, Q) log-sum-exps; or with `cu_seqlens` (sequences + 1,) int32, sequences of at most
     `longest` laid end to end: (T, H, D) on (T, K, D), with (H, T).
@@ -77,13 +77,13 @@ def backward(
     cu_seqlens: torch.Tensor | None = None,
     longest: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients (dq, dk, dv), contiguous, for tensors shaped as in `forward`."""
+    """Compute the gradients (dq, dk, dv), contiguous, for tensors shaped as in `forward`."""
     dout, q, k, v, out, log_sum = (tensor.contiguous() for tensor in (dout, q, k, v, out, log_sum))
     return package()._flash_attn_bwd(q, k, v, out, dout, log_sum, **_how(causal, scale, cu_seqlens, longest))
 
 
 def _how(causal: bool, scale: float, cu_seqlens: torch.Tensor | None, longest: int | None) -> dict[str, Any]:
-    """What both of the package's functions are told: queries and keys are cut alike."""
+    """Name the arguments that both of the package's functions take: queries and keys are cut alike."""
     ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": longest, "max_seqlen_k": longest}
     return {"softmax_scale": scale, "causal": causal, **ends}
 

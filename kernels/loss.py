@@ -90,7 +90,7 @@ def _has_triton() -> bool:
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
-    """Whether our kernels can compute with a tensor here: on a GPU, with Triton, in up to fp32."""
+    """Return whether our Triton kernels can compute with a tensor: on a GPU, with Triton installed, in up to fp32."""
     return tensor.is_cuda and tensor.dtype != torch.float64 and _has_triton()
 
 

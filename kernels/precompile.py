@@ -91,7 +91,7 @@ def _once(kernel: str, work: Work, device: torch.device) -> None:
 
 
 def _mark(kernel: str) -> Path:
-    """A folder that says, by being there, that a kernel was compiled on this machine, with the packages of these versions.
+    """Name the folder whose existence means that a kernel was compiled here, with the packages of these versions.
 
     The packages keep kernels in the machine's own temporary folder, whereas the cache may be one that machines share.
     """

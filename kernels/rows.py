@@ -1,4 +1,4 @@
-"""Rows of gradients added up, by a kernel of our own where Triton is at hand, and weights cast where they are sent from."""
+"""Sum rows of gradients, by a Triton kernel where it is installed, and copy weights to where they are sent from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .loss import runs_triton
 
 
 def sum_rows(rows: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The sum (size,) of rows (count, size), contiguous, each widened to `dtype` before; `out` is written where it is given.
+    """Sum contiguous rows (count, size) to (size,), each widened to `dtype` before. `out` is written where it is given.
 
     On a GPU with Triton fp32 sums are ((row 0 + row 1) + row 2) + …, and so depend on nothing but the rows in this order: those
     of ranks 0, 1, 2, …. Elsewhere the order is PyTorch's. Two rows have one sum in any.

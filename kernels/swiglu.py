@@ -45,7 +45,7 @@ def unsupported_reason(device: torch.device) -> str | None:
 
 
 def _error(device: torch.device) -> float:
-    """Largest relative distance (Frobenius norms) of a small product and its gradients from the formula in fp32."""
+    """Measure the largest relative distance (Frobenius norms) of a small product and its gradients from the formula in fp32."""
     draw = torch.Generator(device).manual_seed(0)
     dim, width = SWIGLU_UNIT, 2 * SWIGLU_UNIT
     shapes = ((width, dim), (width, dim), (dim, width))
@@ -67,7 +67,7 @@ def _error(device: torch.device) -> float:
 
 @functools.cache
 def package() -> ModuleType:
-    """quack, imported: seconds, the first time. Raises whatever a package that is not for this machine does."""
+    """Import quack: seconds, the first time. A package that is not for this machine may raise anything."""
     from quack import gemm_interface  # pyright: ignore[reportMissingImports]
 
     return gemm_interface  # pyright: ignore[reportUnknownVariableType]
@@ -98,7 +98,7 @@ class FusedSwiglu:
 
 
 def in_turns(w1_FD: torch.Tensor, w3_FD: torch.Tensor) -> torch.Tensor:
-    """Rows of both in turns: (2F, D)."""
+    """Interleave the rows of both: (2F, D)."""
     if not w1_FD.is_cuda:
         return torch.stack((w1_FD, w3_FD), 1).flatten(0, 1)
     from .triton_block import rows_in_turns
@@ -107,7 +107,7 @@ def in_turns(w1_FD: torch.Tensor, w3_FD: torch.Tensor) -> torch.Tensor:
 
 
 def apart(both_2FD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`in_turns` undone."""
+    """Undo `in_turns`."""
     if not both_2FD.is_cuda:
         w1_FD, w3_FD = both_2FD.unflatten(0, (-1, 2)).unbind(1)
         return w1_FD.contiguous(), w3_FD.contiguous()

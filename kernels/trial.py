@@ -1,4 +1,4 @@
-"""Kernels of other packages are tried before a run relies on them, and may fail in any way."""
+"""Third-party kernels are tried before a run relies on them, and may fail in any way."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def survived(kernel: str, error: Exception, device: torch.device) -> None:
-    """Raises RuntimeError if an error in a trial has broken the GPU for this process, as an access out of bounds does."""
+    """Raise RuntimeError if an error in a trial has broken the GPU for this process, as an access out of bounds does."""
     try:
         torch.cuda.synchronize(device)
     except RuntimeError as broken:

@@ -90,7 +90,7 @@ class DecoderConfig:
         return self.vocabulary
 
     def block(self, layer: int) -> BlockConfig:
-        """What the block of a layer is built from; layers count from 0."""
+        """Return what the block of a layer is built from; layers count from 0."""
         assert 0 <= layer < self.layers, f"there is no layer {layer} of {self.layers}"
         scale = 1 / self.head_dim if self.mup_base else 1 / math.sqrt(self.head_dim)
         return BlockConfig(
@@ -101,7 +101,7 @@ class DecoderConfig:
         )
 
     def blocks(self) -> list[BlockConfig]:
-        """What the block of each layer is built from."""
+        """Return what the block of each layer is built from."""
         return [self.block(layer) for layer in range(self.layers)]
 
 

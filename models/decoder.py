@@ -122,7 +122,7 @@ class Decoder(Model):
         return stage
 
     def initial(self, name: str) -> Initial:
-        """How a parameter begins: matrices normal, output projections scaled by depth, norms at one (rule R3 draws it)."""
+        """Return how a parameter begins: matrices normal, output projections scaled by depth, norms at one (rule R3)."""
         if name.endswith("norm.weight"):
             return Constant(1.0)
         if name.startswith(("embed.", "head.")):
@@ -133,10 +133,10 @@ class Decoder(Model):
         return Normal(std)
 
     def decays(self, name: str) -> bool:
-        """Whether weight decay applies: to matrices inside the blocks and the head; not to norms, nor to the embedding."""
+        """Return whether weight decay applies: to matrices inside the blocks and the head, not to norms and embedding."""
         return not name.endswith("norm.weight") and not name.startswith("embed.")
 
     def lr_scale(self, name: str) -> float:
-        """Factor on the learning rate: 1 / m_width for matrices inside the blocks under muP, otherwise 1."""
+        """Return the factor on the learning rate: 1 / m_width for matrices inside the blocks under muP, otherwise 1."""
         inside = name.startswith("layers.") and not name.endswith("norm.weight")
         return 1 / self.config.mup_width if inside else 1.0

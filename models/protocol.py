@@ -87,21 +87,21 @@ class Model(nn.Module):
         return self
 
     def initial(self, name: str) -> Initial:
-        """How a parameter begins: matrices normal with 0.02, biases at zero, other vectors (norms' weights) at one."""
+        """Return how a parameter begins: matrices normal with 0.02, biases at zero, other vectors (norms' weights) at one."""
         if name in self.matrix_names:
             return Normal(0.02)
         return Constant(0.0 if name.rpartition(".")[2] == "bias" else 1.0)
 
     def decays(self, name: str) -> bool:
-        """Whether weight decay applies: to matrices."""
+        """Return whether weight decay applies: to matrices."""
         return name in self.matrix_names
 
     def lr_scale(self, name: str) -> float:
-        """Factor on the learning rate."""
+        """Return the factor on the learning rate."""
         return 1.0
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Forward and backward FLOPs per token, from which MFU is computed: 6 per parameter where the shape is not known."""
+        """Count forward and backward FLOPs per token, for MFU: 6 per parameter where the shape is not known."""
         if self.decoder_config is not None:
             return flops_per_token(self.decoder_config, seq_len)
         return 6.0 * sum(parameter.numel() for parameter in self.parameters())

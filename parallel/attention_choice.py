@@ -59,19 +59,19 @@ def choose_attention(model: DecoderConfig, mesh: Mesh, parallel: ParallelConfig,
 
 
 def shape_of(model: DecoderConfig, parallel: ParallelConfig, seq_len: int) -> Shape:
-    """What a rank's kernel sees at once, of long sequences the beginning: a part of it in a ring, of the heads with Ulysses."""
+    """Return what a rank's kernel computes at once: in a ring a part of the sequence, with Ulysses a part of the heads."""
     ways = parallel.tp * (parallel.cp if parallel.cp_kind == "ulysses" else 1)
     seen = seq_len // parallel.cp if parallel.cp_kind == "ring" else seq_len
     return Shape(min(seen, LONGEST), max(1, model.heads // ways), max(1, model.kv_heads // ways), model.head_dim)
 
 
 def record_path() -> Path:
-    """The file of all times that this machine has measured. It may be deleted at any time."""
+    """Return the file of all times that this machine has measured. It may be deleted at any time."""
     return cache_folder(None) / "attention.json"
 
 
 def machine() -> str:
-    """What times depend on besides the work: the GPU, and the packages that bring the kernels."""
+    """Name what times depend on besides the work: the GPU, and the packages that bring the kernels."""
     versions = {"torch": str(torch.__version__), "cuDNN": str(torch.backends.cudnn.version())}
     for package in ("flash-attn-4", "nvidia-cutlass-dsl"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -80,7 +80,7 @@ def machine() -> str:
 
 
 def read_record(record: Path) -> dict[str, dict[Kernel, float]]:
-    """Times by machine and work, of the kernels that ran; what can't be read is not there."""
+    """Read times by machine and work. What can't be read is left out."""
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
         return {
@@ -111,7 +111,7 @@ def remember(record: Path, work: str, times: Times) -> None:
 
 
 def _known(record: Path, work: str, shape: Shape, mesh: Mesh) -> tuple[list[Kernel], dict[Kernel, float]]:
-    """Which kernels every rank can use, and the main rank's record of them."""
+    """Find the kernels that every rank can use, and the main rank's record of their times."""
     refusals = [unsupported_reason(kernel, shape, mesh.device) for kernel in KERNELS]
     for kernel, reason in zip(KERNELS, refusals, strict=True):
         if reason is not None:

@@ -213,7 +213,7 @@ def _rounds(k: torch.Tensor, v: torch.Tensor, call: _Call) -> Iterator[tuple[Ste
 
 
 def _messages_of_keys(step: Step | None, k: torch.Tensor, v: torch.Tensor) -> tuple[list[_Message], list[_Message]]:
-    """What to send in a step, and room for what comes; nothing past the last one."""
+    """Return what to send in a step, and room for what comes; nothing past the last one."""
     if step is None:
         return [], []
     kv_spans = [torch.stack((k[:, start:stop], v[:, start:stop])) for start, stop in step.keys]
@@ -247,7 +247,7 @@ def _backward(
     lse: torch.Tensor,
     call: _Call,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `_forward`; the gradients of a step's keys go home while the next step is computed."""
+    """Compute gradients as `_forward` does outputs; the gradients of a step's keys go home while the next step is computed."""
     dq, dk, dv = q, k, v  # the first round replaces them
     coming_home: _Homecoming | None = None
     for step, kv in _rounds(k, v, call):
@@ -295,7 +295,7 @@ class _Homecoming:
 
 
 def _room(k: torch.Tensor, length: int) -> torch.Tensor:
-    """A message of keys and values to come, (2, B, length, K, D)."""
+    """Allocate a message of keys and values to come, (2, B, length, K, D)."""
     return k.new_empty(2, k.shape[0], length, *k.shape[2:])
 
 

@@ -1,4 +1,4 @@
-"""Who holds what in a zig-zag ring, and which blocks of attention each pair of its members has between them. No ranks here.
+"""The zig-zag ring on paper: what each member holds, and which blocks of attention each pair computes. No ranks here.
 
 A row of `length` positions is cut into 2N parts; member i of N holds parts i and 2N − 1 − i, so that under a causal mask
 every member has the same area to compute (zig-zag; ByteScale, arXiv 2502.21231, "dist-attention"). Sequences (documents)
@@ -64,7 +64,7 @@ class _Piece:
 
 
 def held(length: int, size: int, index: int, rows: int = 1) -> list[range]:
-    """The positions that member `index` of `size` holds, in its order, of rows of `length` laid end to end."""
+    """List the positions that member `index` of `size` holds, in its order, of rows of `length` laid end to end."""
     ranges: list[range] = []
     for row in range(rows):
         for part in (index, 2 * size - 1 - index):
@@ -75,18 +75,18 @@ def held(length: int, size: int, index: int, rows: int = 1) -> list[range]:
 
 @lru_cache(maxsize=256)
 def plan_whole(length: int, size: int, index: int) -> RingPlan:
-    """The plan for rows that are one sequence each; spans hold for every row of a batch alike."""
+    """Plan for rows that are one sequence each; spans hold for every row of a batch alike."""
     return plan_ring([0, length], length, size, index)
 
 
 @lru_cache(maxsize=64)
 def plan_documents(cu_seqlens: tuple[int, ...], length: int, size: int, index: int) -> RingPlan:
-    """`plan_ring`, remembered: every layer asks for the plan of the same micro-batch."""
+    """Call `plan_ring` and remember the plan: every layer asks for the plan of the same micro-batch."""
     return plan_ring(cu_seqlens, length, size, index)
 
 
 def plan_ring(cu_seqlens: Sequence[int], length: int, size: int, index: int) -> RingPlan:
-    """The plan of member `index` of `size` for rows of `length` laid end to end, with sequences between consecutive cu_seqlens.
+    """Plan the part of member `index` of `size` for rows of `length` laid end to end, with these sequences.
 
     cu_seqlens: ascending, from 0 to rows × length, and every row's end is among them.
     """
@@ -125,7 +125,7 @@ def _own_lengths(ranges: Sequence[range], cu_seqlens: Sequence[int]) -> tuple[in
 
 
 def _edge_pieces(ranges: Sequence[range], cu_seqlens: Sequence[int]) -> list[_Piece]:
-    """The first and the last sequence of each part: the others lie wholly inside it and concern nobody else."""
+    """Find the first and the last sequence of each part: the others lie wholly inside it and concern nobody else."""
     pieces: list[_Piece] = []
     at = 0
     for positions in ranges:
@@ -139,7 +139,7 @@ def _edge_pieces(ranges: Sequence[range], cu_seqlens: Sequence[int]) -> list[_Pi
 
 
 def _blocks(queries: Sequence[_Piece], keys: Sequence[_Piece]) -> list[Block]:
-    """What the queries' holder computes on the keys' holder's keys, in the order of the positions."""
+    """List what the queries' holder computes on the keys' holder's keys, in the order of the positions."""
     of_sequence: dict[int, list[_Piece]] = {}
     for key in keys:
         of_sequence.setdefault(key.sequence, []).append(key)

@@ -31,21 +31,21 @@ KINDS = ("ring", "ulysses")
 
 
 class Shape(Protocol):
-    """What must divide: the fields of `DecoderConfig`."""
+    """Sizes that must divide: fields of `DecoderConfig`."""
 
     heads: int
     kv_heads: int
 
 
 def kind_problems(parallel: ParallelConfig) -> list[Problem]:
-    """Whether there is such a kind, on any number of ranks."""
+    """Say if there is no such kind, whatever the number of ranks."""
     if parallel.cp_kind in KINDS:
         return []
     return [Problem("parallel.cp_kind", f"{parallel.cp_kind!r} does not exist", f"use {' or '.join(KINDS)}")]
 
 
 def context_problems(shape: Shape, parallel: ParallelConfig, seq_len: int) -> list[Problem]:
-    """Everything that keeps samples of `seq_len` positions from being cut `parallel.cp` ways."""
+    """List everything that keeps samples of `seq_len` positions from being cut `parallel.cp` ways."""
     kind, cp = parallel.cp_kind, parallel.cp
     if unknown := kind_problems(parallel):
         return unknown
@@ -112,7 +112,7 @@ class ContextParallel:
         return ring_attend(q_BTHD, k_BTKD, v_BTKD, documents, length=length, ring=self._ring, kernel=kernel, scale=scale)
 
     def cut(self, micro_batch: MicroBatch) -> ContextSlice:
-        """This rank's part of a micro-batch that is on the device: there a copy of a part waits for nothing."""
+        """Cut out this rank's part of a micro-batch that is on the device, where a copy of a part waits for nothing."""
         length = micro_batch.tokens_BS.shape[1]
         documents = micro_batch.documents
         if documents is None:

@@ -64,7 +64,7 @@ PLACES = {
 
 
 def stream_dim(batch: int, length: int, tp: int) -> int | None:
-    """The dim along which sequence parallelism cuts the residual stream of (batch, length) tokens: 0, 1, or None: it can't."""
+    """Return the dim along which sequence parallelism cuts a stream of (batch, length) tokens: 0, 1, or None if it can't."""
     return 0 if batch % tp == 0 else 1 if length % tp == 0 else None
 
 
@@ -82,12 +82,12 @@ class Stream:
         self.placement = Replicate() if dim is None else Shard(dim)
 
     def at(self, where: Where) -> list[Placement]:
-        """A place of the table as DTensor placements."""
+        """Translate a layout of the table to DTensor placements."""
         return [self.placement if isinstance(where, str) else where]
 
 
 class Shape(Protocol):
-    """What must divide: the fields of `DecoderConfig`."""
+    """Sizes that must divide: fields of `DecoderConfig`."""
 
     heads: int
     kv_heads: int
@@ -96,7 +96,7 @@ class Shape(Protocol):
 
 
 def tensor_problems(shape: Shape, parallel: ParallelConfig, seq_len: int) -> list[Problem]:
-    """Everything that keeps this model from being cut `parallel.tp` ways."""
+    """List everything that keeps this model from being cut `parallel.tp` ways."""
     tp = parallel.tp
     if tp == 1:
         return []
@@ -130,12 +130,12 @@ def tensor_problems(shape: Shape, parallel: ParallelConfig, seq_len: int) -> lis
 
 
 def _idle(vocabulary: int | None, tp: int) -> bool:
-    """Whether a vocabulary cut into slices of equal length, but for the last, leaves a rank without a row."""
+    """Return whether a vocabulary cut into slices of equal length, but for the last, leaves a rank without a row."""
     return vocabulary is not None and -(-vocabulary // tp) * (tp - 1) >= vocabulary
 
 
 def _cuts(heads: int, kv_heads: int, tp: int) -> bool:
-    """Whether every rank's query heads need whole groups: its own key/value heads, or one that it shares with neighbours."""
+    """Return whether each rank's query heads use whole key/value heads: its own, or one that it shares with its neighbours."""
     return heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
 
 
@@ -149,11 +149,11 @@ class PlacedModule:
     parent: nn.Module
 
     def splits_heads(self, tp: int) -> bool:
-        """Whether it is a key/value projection with fewer heads than ranks, so that ranks must share its heads."""
+        """Return whether it is a key/value projection with fewer heads than ranks, so that ranks must share its heads."""
         return self.role is TensorRole.KEY_VALUE and _heads(self) < tp
 
     def weight_placement(self, tp: int) -> Placement:
-        """How its weight is cut over so many ranks."""
+        """Return how its weight is cut over so many ranks."""
         return Replicate() if self.splits_heads(tp) else PLACES[self.role].weight
 
 
@@ -230,8 +230,9 @@ def _place(module: nn.Module, mesh: DeviceMesh, place: Place, stream: Stream, kn
 
 
 def _share_heads(projection: PlacedModule, mesh: DeviceMesh) -> None:
-    """A key/value projection with fewer heads than ranks: every rank keeps the whole weight and computes the head it needs.
+    """Share the heads of a key/value projection that has fewer than there are ranks.
 
+    Every rank keeps the whole weight and computes the head that it needs.
     Each rank's gradient is zero outside that head's rows; declared partial, the sum over ranks is the whole gradient.
     """
     module, head_dim = projection.module, cast(Any, projection.parent).head_dim
@@ -255,7 +256,7 @@ def _forward(
     documents: Documents | None = None,
     positions_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`forward` of a cut model: says where the stream lies first.
+    """Run a cut model's `forward`, after setting where the stream lies.
 
     A stage without embedding sees a slice and must be given the positions of the whole sequences.
     """

@@ -19,7 +19,7 @@ from ...kernels.loss import IGNORED, Merge, sliced_cross_entropy
 
 
 def merge_over(group: dist.ProcessGroup) -> Merge:
-    """What `sliced_cross_entropy` needs: per-slice statistics of C rows in, those over the vocabulary out, on every rank."""
+    """Return the `merge` of `sliced_cross_entropy`: from per-slice statistics of C rows to those over the vocabulary."""
     size = dist.get_world_size(group)
 
     def merge(log_sum_C: torch.Tensor, picked_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
