@@ -118,12 +118,11 @@ def make_plan(declared: Sequence[Sequence[Declaration]]) -> Plan:
                 )
             first.setdefault(d.key, rank)
             holders.setdefault((d.key, d.box), []).append((rank, index))
-    chosen = _choose(arrays, holders)
     pieces: list[list[Piece]] = [[] for _ in declared]
     load = [0] * len(declared)
     shared: list[tuple[int, str, Box, list[tuple[int, int]]]] = []
-    for key, box in chosen:
-        who = holders[key, box]
+    for key, held, box in _choose(arrays, holders):
+        who = holders[key, held]
         item = arrays[key].item_bytes
         if len(who) == 1:
             rank, index = who[0]
@@ -140,25 +139,32 @@ def make_plan(declared: Sequence[Sequence[Declaration]]) -> Plan:
     return Plan(arrays, pieces)
 
 
-def _choose(arrays: dict[str, StoredArray], holders: dict[tuple[str, Box], list[tuple[int, int]]]) -> list[tuple[str, Box]]:
-    """For each array, boxes out of those held that tile it: all of them or, where they overlap, the largest first."""
+def _choose(
+    arrays: dict[str, StoredArray], holders: dict[tuple[str, Box], list[tuple[int, int]]]
+) -> list[tuple[str, Box, Box]]:
+    """For each array, boxes that tile it, each inside a box that is held: (key, held box, the part of it that is taken).
+
+    All boxes are taken whole unless some overlap (blocks that lie across a cut are held on both sides of it). Then the
+    largest are taken first, and of the others what is left of them.
+    """
     held: dict[str, list[Box]] = {key: [] for key in arrays}
     for key, box in holders:
         held[key].append(box)
-    chosen: list[tuple[str, Box]] = []
+    chosen: list[tuple[str, Box, Box]] = []
     for key, boxes in held.items():
-        fault = tiling_fault(arrays[key].shape, boxes)
-        if fault is not None:
-            kept: list[Box] = []
+        taken = [(box, box) for box in sorted(boxes)]
+        if tiling_fault(arrays[key].shape, boxes) is not None:
+            taken = []
             for box in sorted(boxes, key=lambda box: (-box.numel, box)):
-                if all(box.intersect(other) is None for other in kept):
-                    kept.append(box)
-            fault = tiling_fault(arrays[key].shape, kept)
+                rest = [box]
+                for _, other in taken:
+                    rest = [part for piece in rest for part in piece.without(other)]
+                taken += [(box, part) for part in rest]
+            fault = tiling_fault(arrays[key].shape, [part for _, part in taken])
             if fault is not None:
                 shown = ", ".join(describe(box) for box in boxes[:8])
                 raise CheckpointError(f"{key}: the boxes that the ranks hold ({shown}) don't make up the array: {fault}")
-            boxes = kept
-        chosen += [(key, box) for box in sorted(boxes)]
+        chosen += [(key, box, part) for box, part in taken]
     return chosen
 
 

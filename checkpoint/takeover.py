@@ -28,7 +28,7 @@ def take_over(path: Path, run: RunIdentity) -> None:
     # First, so that from here on a crash leaves nothing that counts as this run's.
     replace_small(path / OWNER, _encode(run), "owner")
     for other, names in others.items():
-        place = _free_name(path, f"replaced-{other.id[:8]}")
+        place = free_name(path, f"replaced-{other.id[:8]}")
         place.mkdir()
         (place / OWNER).write_bytes(_encode(other))
         for name in (*names, LATEST, SAVES):
@@ -57,8 +57,9 @@ def others_of(listing: StepListing, run: RunIdentity) -> dict[RunIdentity, list[
     return others
 
 
-def _free_name(folder: Path, name: str) -> Path:
-    numbered = (folder / f"{name}{f'-{number}' if number else ''}" for number in itertools.count())
+def free_name(folder: Path, stem: str, suffix: str = "") -> Path:
+    """A name in a folder that nothing has: the stem, with a number where it is taken, and the suffix."""
+    numbered = (folder / f"{stem}{f'-{number}' if number else ''}{suffix}" for number in itertools.count())
     return next(path for path in numbered if not path.exists())
 
 

@@ -47,6 +47,22 @@ class Box:
             return None
         return Box(offsets, tuple(end - offset for offset, end in zip(offsets, ends, strict=True)))
 
+    def without(self, other: Box) -> list[Box]:
+        """Boxes that tile what of this one is not in the other: at most two for each dim."""
+        common = self.intersect(other)
+        if common is None:
+            return [self]
+        parts: list[Box] = []
+        offsets, shape = list(self.offsets), list(self.shape)
+        for dim, (start, stop) in enumerate(zip(common.offsets, common.ends, strict=True)):
+            for first, last in ((offsets[dim], start), (stop, offsets[dim] + shape[dim])):
+                if first < last:
+                    part_offsets, part_shape = [*offsets], [*shape]
+                    part_offsets[dim], part_shape[dim] = first, last - first
+                    parts.append(Box(tuple(part_offsets), tuple(part_shape)))
+            offsets[dim], shape[dim] = start, stop - start
+        return parts
+
     def slices(self, origin: tuple[int, ...] | None = None) -> tuple[slice, ...]:
         """Index expression of this box inside an array whose first element sits at `origin` (default: the global array)."""
         origin = origin or (0,) * len(self.shape)
@@ -60,11 +76,12 @@ class Box:
 class Fragment:
     """One box of a named global array and the local tensor behind it.
 
-    name          canonical parameter name, the same under every layout and engine: "layers.3.attention.wq.weight"
+    name          canonical parameter name, the same under every layout and engine: "layers.3.attention.wq.weight"; where the
+                  role is "run", the name of an array that belongs to no parameter
     role          what the array is to that parameter: "weight" (the master, in its training precision),
                   "exp_avg", "exp_avg_sq", "momentum", …; open-ended
-    global_shape  shape of the whole array
-    box           where `tensor` lies in it; several ranks may hold the same box (replicas)
+    global_shape  shape of the whole array, which need not be the parameter's (a factored moment, a list of blocks)
+    box           where `tensor` lies in it; several ranks may hold the same box (replicas), or boxes that overlap
     tensor        the live local tensor, `tensor.shape == box.shape`; restoring writes into it in place
     splits        logical split points along dim 0 inside the global array (a fused QKV, stacked experts): for export
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..checkpoint.files import LocalFiles, open_files
 from ..checkpoint.folder import OWNER, list_steps, read_owner
 from ..checkpoint.identity import UNNAMED, Parent, RunIdentity
+from ..checkpoint.takeover import free_name
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,9 @@ class Origin:
 
 def is_own(run: RunIdentity | None, folder: str) -> bool:
     """Whether a checkpoint in a run's folder, saved by `run`, is one of the run that the folder belongs to."""
-    return run is not None and run.id == list_steps(open_files(folder)).run
+    files = open_files(folder)
+    owner = read_owner(files)
+    return run is not None and run.id == (list_steps(files).run if owner is None else owner.id)
 
 
 def identify(origin: Origin | None, folder: str, *, resumes: bool) -> RunIdentity:
@@ -53,7 +56,7 @@ def take_over_metrics(output_dir: Path, run: RunIdentity) -> None:
     before = read_owner(LocalFiles(output_dir)) or UNNAMED
     metrics = output_dir / METRICS
     if metrics.exists() and before.id != run.id:
-        aside = output_dir / f"metrics.replaced-{before.id[:8]}.jsonl"
+        aside = free_name(output_dir, f"metrics.replaced-{before.id[:8]}", ".jsonl")
         metrics.replace(aside)
         log.warning("%s held another run, which this one replaces: its metrics are in %s now", output_dir, aside.name)
     (output_dir / OWNER).write_text(json.dumps(run.as_dict()) + "\n")

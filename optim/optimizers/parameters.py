@@ -7,9 +7,10 @@ an optimizer whose update needs more than the local elements (a norm, a projecti
 What engines rely on in any `torch.optim.Optimizer`, built as `Class(parameters=…, shards=…, **settings)`:
 
 - each parameter group has `lr_scale`; before `step()` the engine sets `group["lr"]` to the scheduled rate times it;
-- `optimizer.state[parameter.tensor]` holds two kinds of things. Tensors shaped as the local shard are elementwise and lie
+- `optimizer.state[parameter.tensor]` holds three kinds of things. Tensors shaped as the local shard are elementwise and lie
   in the shard's box of the parameter's global shape (checkpointed as arrays). Numbers and 0-dim tensors are counters: the
-  same for every parameter and on every rank (checkpointed once). Any other shape has no place in a checkpoint yet;
+  same for every parameter and on every rank (checkpointed once). An array of any other shape or cut must be declared
+  (`own_arrays.py`), and so must one that belongs to no parameter;
 - a first `step()` with zero gradients at rate 0 makes all state without changing a weight, and a `step()` works on
   whatever was then written into that state in place (a counter that is a plain number may be replaced). Engines do so before
   a restore, and then set every counter to 0, or to what `InitialCounters` says.
@@ -34,6 +35,7 @@ class NamedParameter:
     decay         whether weight decay applies (matrices yes; norms, biases and embeddings no)
     lr_scale      factor on the learning rate (muP); 1 otherwise
     compute_copy  the copy of the shard that the forward pass reads, where that is a tensor of its own (of lower precision)
+    offsets       where the shard begins in the whole parameter; (): at its beginning
     """
 
     name: str
@@ -42,6 +44,10 @@ class NamedParameter:
     decay: bool = True
     lr_scale: float = 1.0
     compute_copy: torch.Tensor | None = None
+    offsets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.offsets = self.offsets or (0,) * len(self.global_shape)
 
 
 @runtime_checkable

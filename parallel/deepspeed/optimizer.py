@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ...config.problems import ConfigError, Problem
+from ...optim.optimizers.own_arrays import HoldsOwnArrays
 from ...optim.optimizers.parameters import NamedParameter
 from ..engine import OptimizerFactory
 
@@ -86,6 +87,8 @@ def updates_elementwise(make_optimizer: OptimizerFactory) -> bool:
         optimizer = make_optimizer(parameters, FlatPieces())
         if isinstance(optimizer, torch.optim.Adagrad):
             raise _replaced(optimizer)
+        if isinstance(optimizer, HoldsOwnArrays):
+            raise _refusal("keeps arrays whose shapes are their own")
         return parameters, optimizer
 
     gradients = [[torch.randn(shape, generator=torch.Generator().manual_seed(step)) for shape in shapes] for step in (1, 2)]

@@ -27,6 +27,7 @@ from ..fragment import Fragment
 from ..gradient_noise import GradientNoise, Measure, Moments
 from ..mesh import Mesh
 from ..observers import GradientObserver, optimizer_observers
+from ..optimizer_state import optimizer_fragments
 from ..pipeline.run import Pipeline
 from ..pipeline.tied_head import TiedHead
 from .assembly import apply_forms, fill_weights, fuses_swiglu, own_stages, policies_and_stages
@@ -140,9 +141,9 @@ class TorchEngine:
         return StepLoss(self._sum_over_batch(total), self.mesh.sum(tokens, "data") / self.mesh.layout.cp, {})
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's boxes of weights and of the optimizer's tensors that have a weight's shape."""
+        """This rank's boxes of weights and of the optimizer's arrays."""
         self.weights.wait_all_gather(compute_copies=False)
-        yield from self._update.fragments()
+        yield from optimizer_fragments(self.optimizer, self._parameters)
 
     def prepare_restore(self) -> None:
         """Make the optimizer create its state: one update with a zero gradient at rate zero, which changes no weight."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 import torch
 
 from ...optim.optimizers.parameters import FusedStep
-from ..fragment import Fragment
 from .strategy import LocalWeight
 
 
@@ -45,18 +44,6 @@ class Update:
             self._fused_step.gradient_scale = None
         for weight in self._weights.values():
             weight.tensor.grad = weight.placed.parameter.grad = None
-
-    def fragments(self) -> Iterator[Fragment]:
-        """This rank's boxes of weights and of the optimizer's tensors that have a weight's shape."""
-        for name, weight in self._weights.items():
-            if not weight.placed.box.numel:
-                continue
-            arrays = {"weight": weight.tensor.detach()}
-            for role, value in self._optimizer.state[weight.tensor].items():
-                if torch.is_tensor(value) and value.shape == weight.tensor.shape and value.dim():
-                    arrays[role] = value
-            for role, tensor in arrays.items():
-                yield Fragment(name, role, weight.placed.global_shape, weight.placed.box, tensor)
 
     def counters(self) -> dict[str, float]:
         """Scalar state, read off the first parameter: it is the same for every one."""

@@ -16,7 +16,7 @@ from ..shards import MeshShards, Placed
 from .fully_sharded import FullyShardedWeights
 from .groups import ParameterGroup
 from .masters import MasterWeights
-from .strategy import WeightStrategy
+from .strategy import LocalWeight, WeightStrategy
 from .transport import choose_transport
 
 
@@ -67,12 +67,13 @@ class Weights(WeightStrategy):
 
     def named_parameters(self, model: Model) -> list[NamedParameter]:
         """The parameters as optimizers see them: plain local tensors, so that every elementwise optimizer is right as it is."""
-        return [
-            NamedParameter(
-                name, weight.tensor, weight.placed.global_shape, model.decays(name), model.lr_scale(name), weight.compute_copy
-            )
-            for name, weight in self.local.items()
-        ]
+
+        def seen(name: str, weight: LocalWeight) -> NamedParameter:
+            place, copy = weight.placed, weight.compute_copy
+            settings = model.decays(name), model.lr_scale(name)
+            return NamedParameter(name, weight.tensor, place.global_shape, *settings, copy, place.box.offsets)
+
+        return [seen(name, weight) for name, weight in self.local.items()]
 
     def gradients(self) -> list[torch.Tensor]:
         """This rank's shards of the gradients there are."""

@@ -18,12 +18,16 @@ from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError
+from meshloom.checkpoint.identity import RunIdentity
 from meshloom.checkpoint.memory import keeper
 from meshloom.checkpoint.memory.keeper import dismiss, registered
 from meshloom.checkpoint.memory.tier import DOMAIN_VARIABLE
 from meshloom.checkpoint.memory.wire import Connection
-from meshloom.checkpoint.restore import read_state, restore
+from meshloom.checkpoint.restore import holds_checkpoint, read_state, restore
+from support.checkpoint_runs import restored_step
 from support.checkpoint_worlds import Gate, fragments, holds, make_arrays, together, told_of
+
+A = RunIdentity("a" * 32)
 
 
 @pytest.fixture
@@ -35,7 +39,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def crashed_run(folder: Path, world: int, *, steps: int = 3, group: int = 2, nodes: int = 2, disk_step: int = 0) -> None:
-    """Ranks that keep every step in memory (and one on the disk), and then are all killed at once."""
+    """Ranks of run A that keep every step in memory (and one on the disk), and then are all killed at once."""
     marks = folder.parent
     children: list[int] = []
     try:
@@ -62,6 +66,7 @@ def _fork_ranks(folder: Path, world: int, children: list[int], steps: int, group
                 control = Control(rank, world, FileStore(str(marks / "store"), world))
                 config = CheckpointConfig(memory_every=1, memory_group=group, timeout=60, keep=0)
                 checkpointer = Checkpointer(folder, control, config)
+                checkpointer.begin_run(A)
                 for step in range(1, steps + 1):
                     held = fragments(make_arrays(step), world, 5)[rank]
                     checkpointer.save(step, held, {"step": step}, disk=step == disk_step, required=True)
@@ -128,9 +133,30 @@ def test_two_losses_in_a_group_fall_back_to_the_disk(folder: Path) -> None:
     assert recovered(folder, 2, 2)[0].endswith("step-00000002")
 
 
+def test_another_runs_memory_is_left_alone(folder: Path) -> None:
+    crashed_run(folder, 2, disk_step=1)
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync"))
+    checkpointer.begin_run(RunIdentity("b" * 32))
+    checkpointer.close()  # killed before it has saved anything
+    assert not holds_checkpoint(folder)
+    assert restored_step(folder / "replaced-aaaaaaaa") == 1
+
+
+def test_memory_is_newer_than_later_steps_of_an_abandoned_branch(folder: Path) -> None:
+    """Steps 20 and 30 were saved, then the run was set back and kept steps 1 to 3 in memory."""
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", keep=0))
+    checkpointer.begin_run(A)
+    for step in (20, 30):
+        checkpointer.save(step, fragments(make_arrays(step), 1, 0)[0], {"step": step})
+    checkpointer.finish()
+    crashed_run(folder, 2)
+    assert recovered(folder, 1, 3) == ["memory of step 3"]
+
+
 def test_a_newer_step_on_the_disk_is_preferred(folder: Path) -> None:
     crashed_run(folder, 2)
     checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync"))
+    checkpointer.begin_run(A)
     checkpointer.save(9, fragments(make_arrays(9), 1, 0)[0], {"step": 9})
     checkpointer.finish()
     assert recovered(folder, 1, 9)[0].endswith("step-00000009")

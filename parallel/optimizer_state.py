@@ -1,0 +1,39 @@
+"""What a checkpoint holds of an optimizer: its weights, what it keeps of each element, and the arrays that it declares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ..optim.optimizers.own_arrays import declared
+from ..optim.optimizers.parameters import NamedParameter
+from .fragment import Box, Fragment
+
+
+def optimizer_fragments(optimizer: torch.optim.Optimizer, parameters: Sequence[NamedParameter]) -> Iterator[Fragment]:
+    """This rank's boxes of the weights and of the optimizer's arrays, live.
+
+    Raises ValueError for an array in `optimizer.state` that has another shape than the shard and is not declared.
+    """
+    own = declared(optimizer)
+    apart = {(array.name, array.role) for array in own}
+    for parameter in parameters:
+        box = Box(parameter.offsets, tuple(parameter.tensor.shape))
+        arrays = {"weight": parameter.tensor.detach()}
+        for role, value in optimizer.state[parameter.tensor].items():
+            if not torch.is_tensor(value) or not value.dim() or (parameter.name, role) in apart:
+                continue
+            if value.shape != parameter.tensor.shape:
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps '{role}' of shape {list(value.shape)} for {parameter.name}, which has "
+                    f"shape {list(parameter.tensor.shape)} here: list it in `own_arrays` (optim/optimizers/own_arrays.py)"
+                )
+            arrays[role] = value
+        if box.numel:
+            for role, tensor in arrays.items():
+                yield Fragment(parameter.name, role, parameter.global_shape, box, tensor)
+    for array in own:
+        if array.tensor.numel():
+            box = Box(array.offsets, tuple(array.tensor.shape))
+            yield Fragment(array.name, array.role, array.global_shape, box, array.tensor, array.splits)
