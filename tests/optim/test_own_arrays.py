@@ -15,7 +15,6 @@ from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
 from meshloom.checkpoint.restore import restore
-from meshloom.models.llama import Llama
 from meshloom.optim.optimizers.own_arrays import OwnArray
 from meshloom.optim.optimizers.parameters import NamedParameter, Shards, Unsharded
 from meshloom.parallel.config import ParallelConfig
@@ -26,6 +25,7 @@ from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.optimizer_state import optimizer_fragments
 from support.factored import Factored
+from support.models import decoder
 from support.parity import Work, take_steps
 from support.ranks import run_ranks
 
@@ -45,7 +45,7 @@ LAYOUTS = {
 def build(parallel: ParallelConfig, world_size: int) -> Engine:
     mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
     with torch.device("meta"):
-        model = Llama(**WORK.llama())
+        model = decoder(**WORK.llama())
     stage = dist.get_process_group_ranks(mesh.group("stage"))
 
     def owns(number: int) -> bool:
