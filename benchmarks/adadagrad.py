@@ -31,6 +31,7 @@ from meshloom.optim.batch.controller import Controller, Fixed
 from meshloom.optim.batch.statistics import GradientStatistics
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.optimizers.adagrad import AdaGrad, AdaGradNorm
+from meshloom.optim.optimizers.config import AdaGradConfig, AdaGradNormConfig
 from meshloom.optim.optimizers.parameters import NamedParameter, Unsharded
 from meshloom.optim.progress import Progress
 
@@ -43,8 +44,8 @@ INTERVAL = 10  # steps between tests
 MEASURED = 128  # samples of a batch whose gradients are taken one by one, at most
 
 OPTIMIZERS: dict[str, Callable[[Sequence[NamedParameter]], torch.optim.Optimizer]] = {
-    "AdaGrad": lambda parameters: AdaGrad(parameters, Unsharded(), lr=0.05),
-    "AdaGrad-Norm": lambda parameters: AdaGradNorm(parameters, Unsharded(), lr=4.0),
+    "AdaGrad": lambda parameters: AdaGrad(AdaGradConfig(lr=0.05), parameters, Unsharded()),
+    "AdaGrad-Norm": lambda parameters: AdaGradNorm(AdaGradNormConfig(lr=4.0), parameters, Unsharded()),
 }
 ETAS = (0.7, 0.9, 1.2)
 

@@ -38,7 +38,8 @@ from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.folder import step_name
 from meshloom.checkpoint.restore import restore
-from meshloom.parallel.fragment import Box, Fragment
+from meshloom.parallel.box import Box
+from meshloom.parallel.fragment import Fragment
 
 Times = dict[str, float]  # blocks, staged, total: seconds
 

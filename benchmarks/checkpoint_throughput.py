@@ -26,13 +26,15 @@ import torch
 
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
+from meshloom.data.build import build_node
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, environment_world_size, pick_device
-from meshloom.trainer.build import Parts, build_control, build_data, build_run
+from meshloom.trainer.build import build_control, build_run
 from meshloom.trainer.hooks.base import Hook
 from meshloom.trainer.hooks.saving import Saving
 from meshloom.trainer.loop import Loop
 from meshloom.trainer.schema import make_composer
+from meshloom.trainer.typed import typed_config
 
 MODELS = {
     "1B": ["recipe=llama_1b", "batch.micro=4"],
@@ -137,12 +139,12 @@ def main() -> None:
     folder = arguments.folder / "checkpoint-throughput"
     composition = make_composer().compose([*MODELS[arguments.model], *quiet, f"output_dir={folder}"])
     assert not composition.problems, composition.problems
-    config = composition.config
-    data = build_data(config)
+    config, _ = typed_config(composition.config)
+    data = build_node(config.data, config.seed, config.model.vocabulary)
     data.prepare()
-    mesh = Mesh.connect(Layout.plan(Parts.of(config).parallel, world), pick_device())
+    mesh = Mesh.connect(Layout.plan(config.parallel, world), pick_device())
     folder.mkdir(parents=True, exist_ok=True)
-    run = build_run(config, data, mesh)
+    run = build_run(config, {}, data, mesh)
     loop = run.loop
     result: dict[str, Any] = {"gpus": world, "every": arguments.every, "phases": []}
     if mesh.is_main:

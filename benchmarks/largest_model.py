@@ -39,6 +39,7 @@ from meshloom.models.config import DecoderConfig
 from meshloom.models.costs import parameter_count
 from meshloom.models.decoder import Decoder
 from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.optim.optimizers.parameters import NamedParameter, Shards
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.cost import RankCost, layout_cost
@@ -123,7 +124,7 @@ class Search:
 
 def adamw(parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
     """What every level trains with."""
-    return AdamW(parameters=parameters, shards=shards, lr=1e-4, weight_decay=0.1)
+    return AdamW(AdamWConfig(lr=1e-4, weight_decay=0.1), parameters, shards)
 
 
 def free_port() -> str:

@@ -23,14 +23,16 @@ from arguments import read
 from torch._dynamo.utils import counters  # pyright: ignore[reportPrivateImportUsage]
 
 from meshloom.config.duration import Duration, Unit
+from meshloom.data.build import build_node
 from meshloom.optim.batch.controller import Controller
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.progress import Progress
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, pick_device
-from meshloom.trainer.build import Parts, build_data, build_run
+from meshloom.trainer.build import build_run
 from meshloom.trainer.loop import Loop
 from meshloom.trainer.schema import make_composer
+from meshloom.trainer.typed import typed_config
 
 SMALL = {"dim": 768, "layers": 12, "heads": 12, "kv_heads": 12, "ffn_dim": 2048, "vocabulary": 4096, "tied": "true"}
 SIZES = {
@@ -102,11 +104,11 @@ def main() -> None:
         overrides = [*SIZES[settings.size], *always, *quiet, *compiled, f"output_dir={folder}"]
         composition = make_composer().compose(overrides)
         assert not composition.problems, composition.problems
-        config = composition.config
-        data = build_data(config)
+        config, _ = typed_config(composition.config)
+        data = build_node(config.data, config.seed, config.model.vocabulary)
         data.prepare()
-        mesh = Mesh.connect(Layout.plan(Parts.of(config).parallel, 1), pick_device())
-        run = build_run(config, data, mesh)
+        mesh = Mesh.connect(Layout.plan(config.parallel, 1), pick_device())
+        run = build_run(config, {}, data, mesh)
         loop, samples, micro = run.loop, int(config.batch.samples), int(config.batch.micro)
         loop.controller = controller = Switched(Horizon(Duration(100_000, Unit.STEPS), data.seq_len), micro, samples)
         for hook in loop.hooks:

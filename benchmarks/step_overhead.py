@@ -36,11 +36,13 @@ import torch.nn.functional as F
 from arguments import read
 
 from meshloom.data.batch import GlobalBatch, MicroBatch
+from meshloom.data.build import build_node
 from meshloom.models.decoder import Decoder
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, pick_device
-from meshloom.trainer.build import Parts, Run, build_data, build_model, build_run
+from meshloom.trainer.build import Run, build_model, build_run
 from meshloom.trainer.schema import make_composer
+from meshloom.trainer.typed import typed_config
 
 Step = Callable[[], torch.Tensor]
 
@@ -80,11 +82,11 @@ def trainer_run(overrides: list[str], folder: str) -> tuple[Run, Callable[[], De
     quiet = ["trainer.sample_prompt=null", "logging.progress=false", f"output_dir={folder}"]
     composition = make_composer().compose([*overrides, *always, *quiet])
     assert not composition.problems, composition.problems
-    config = composition.config
-    data = build_data(config)
+    config, _ = typed_config(composition.config)
+    data = build_node(config.data, config.seed, config.model.vocabulary)
     data.prepare()
-    mesh = Mesh.connect(Layout.plan(Parts.of(config).parallel, 1), pick_device())
-    return build_run(config, data, mesh), lambda: build_model(config, data.vocabulary)
+    mesh = Mesh.connect(Layout.plan(config.parallel, 1), pick_device())
+    return build_run(config, {}, data, mesh), lambda: build_model(config.model, data.vocabulary)
 
 
 def by_trainer(run: Run) -> Step:

@@ -29,6 +29,7 @@ from meshloom.data.batch import MicroBatch
 from meshloom.models.config import DecoderConfig
 from meshloom.models.decoder import Decoder
 from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.optim.optimizers.parameters import NamedParameter, Shards
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.deepspeed.settings import DeepSpeedConfig
@@ -97,7 +98,7 @@ def build(settings: Settings) -> tuple[Engine, Mesh]:
     mesh = Mesh.connect(Layout.plan(parallel, environment_world_size()), pick_device())
 
     def optimizer(parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
-        return AdamW(parameters=parameters, shards=shards, lr=3e-4, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+        return AdamW(AdamWConfig(lr=3e-4, weight_decay=0.1, betas=[0.9, 0.95], eps=1e-8), parameters, shards)
 
     with torch.device("meta"):
         model = Decoder(DecoderConfig(vocabulary=settings.vocabulary, **MODELS[settings.model]))  # type: ignore[arg-type]

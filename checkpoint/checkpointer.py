@@ -14,7 +14,7 @@ from ..config.problems import ConfigError, Problem
 from ..parallel.fragment import Fragment
 from .arena import ArenaPool
 from .commit import LocalTarget, open_target
-from .config import CheckpointConfig, checkpoint_problems
+from .config import CheckpointConfig
 from .control import Control
 from .device import Device
 from .errors import CheckpointError
@@ -48,7 +48,7 @@ class Checkpointer:
     """
 
     def __init__(self, folder: str | Path, control: Control, config: CheckpointConfig) -> None:
-        problems = checkpoint_problems(config)
+        problems = config.problems()
         if problems:
             raise ConfigError(problems)
         self.control = control

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..parallel.fragment import Box
+from ..parallel.box import Box
 from .commit import new_token, open_target
 from .digest import LEAF_BYTES, block_digests, leaf_digests
 from .dtypes import bytes_of, in_panels, name_of

@@ -47,39 +47,40 @@ class CheckpointConfig:
     failures: int = key(3, "failed saves in a row after which the run stops")
     timeout: float = key(600.0, "seconds without news from another rank or progress of the writer until a save is given up")
 
+    def problems(self, key: str = "checkpoint") -> list[Problem]:
+        """Return what is wrong with the values."""
+        found: list[Problem] = []
 
-def checkpoint_problems(config: CheckpointConfig) -> list[Problem]:
-    """Everything in this group that can't be."""
-    problems: list[Problem] = []
+        def refuse(name: str, message: str, fix: str) -> None:
+            found.append(Problem(f"{key}.{name}", message, fix))
 
-    def refuse(key: str, message: str, fix: str) -> None:
-        problems.append(Problem(f"checkpoint.{key}", message, fix))
-
-    if config.mode not in ("async", "sync"):
-        refuse("mode", f"there is no mode {config.mode!r}", "use async or sync")
-    if config.every is not None and config.every < 0:
-        refuse("every", f"{config.every} is not a number of steps", "use 0 to never save, null to save at the end only")
-    if config.keep < 0:
-        refuse("keep", f"{config.keep} is not a number of steps", "use 0 to keep all")
-    if config.memory_every is not None and config.memory_every < 1:
-        refuse("memory_every", f"{config.memory_every} is not a number of steps", "use null to switch the memory tier off")
-    if config.memory_group < 2:
-        refuse("memory_group", f"a group of {config.memory_group} protects nobody", "use 2 for a mirror, 4 for XOR over four")
-    if config.folder is not None and config.folder.startswith("memory://"):
-        fix = "give a path, or the URL of a store that other processes see, too"
-        refuse("folder", f"'{config.folder}' is the memory of one process, and another one writes checkpoints", fix)
-    if config.host_memory_gib is not None and not config.host_memory_gib > 0:
-        refuse("host_memory_gib", f"{config.host_memory_gib} leaves no room", "use null for room for two snapshots")
-    if config.device_memory_gib is not None and not config.device_memory_gib >= 0:
-        refuse("device_memory_gib", f"{config.device_memory_gib} is no amount of memory", "use 0 for none")
-    if config.snapshot_folder is not None and config.memory_every is not None:
-        refuse(
-            "snapshot_folder", "the in-memory tier (checkpoint.memory_every) keeps its snapshots in memory", "use one of them"
-        )
-    if config.snapshot_folder is not None and config.host_memory_gib is not None:
-        refuse("snapshot_folder", "takes no host memory for checkpoint.host_memory_gib to limit", "use one of them")
-    if config.failures < 1:
-        refuse("failures", f"{config.failures} failures can't be waited for", "use 1 to stop at the first")
-    if not config.timeout > 0:
-        refuse("timeout", f"{config.timeout} is not a time", "use for example 600")
-    return problems
+        if self.mode not in ("async", "sync"):
+            refuse("mode", f"there is no mode {self.mode!r}", "use async or sync")
+        if self.every is not None and self.every < 0:
+            refuse("every", f"{self.every} is not a number of steps", "use 0 to never save, null to save at the end only")
+        if self.keep < 0:
+            refuse("keep", f"{self.keep} is not a number of steps", "use 0 to keep all")
+        if self.memory_every is not None and self.memory_every < 1:
+            refuse("memory_every", f"{self.memory_every} is not a number of steps", "use null to switch the memory tier off")
+        if self.memory_group < 2:
+            refuse("memory_group", f"a group of {self.memory_group} protects nobody", "use 2 for a mirror, 4 for XOR over four")
+        if self.folder is not None and self.folder.startswith("memory://"):
+            fix = "give a path, or the URL of a store that other processes see, too"
+            refuse("folder", f"'{self.folder}' is the memory of one process, and another one writes checkpoints", fix)
+        if self.host_memory_gib is not None and not self.host_memory_gib > 0:
+            refuse("host_memory_gib", f"{self.host_memory_gib} leaves no room", "use null for room for two snapshots")
+        if self.device_memory_gib is not None and not self.device_memory_gib >= 0:
+            refuse("device_memory_gib", f"{self.device_memory_gib} is no amount of memory", "use 0 for none")
+        if self.snapshot_folder is not None and self.memory_every is not None:
+            refuse(
+                "snapshot_folder",
+                "the in-memory tier (checkpoint.memory_every) keeps its snapshots in memory",
+                "use one of them",
+            )
+        if self.snapshot_folder is not None and self.host_memory_gib is not None:
+            refuse("snapshot_folder", "takes no host memory for checkpoint.host_memory_gib to limit", "use one of them")
+        if self.failures < 1:
+            refuse("failures", f"{self.failures} failures can't be waited for", "use 1 to stop at the first")
+        if not self.timeout > 0:
+            refuse("timeout", f"{self.timeout} is not a time", "use for example 600")
+        return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..parallel.fragment import Box
+from ..parallel.box import Box
 
 
 def tiling_fault(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..parallel.fragment import Box
+from ..parallel.box import Box
 from .coverage import tiling_fault
 from .digest import BLOCK_BYTES, HASH_NAME, LEAF_BYTES, text_digest
 from .errors import CheckpointError, DamageError

@@ -11,7 +11,8 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..parallel.fragment import Box, Fragment
+from ..parallel.box import Box
+from ..parallel.fragment import Fragment
 from .coverage import describe, tiling_fault
 from .digest import LEAF_BYTES, text_digest
 from .dtypes import name_of

@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ..parallel.fragment import Box, Fragment
+from ..parallel.box import Box
+from ..parallel.fragment import Fragment
 from .control import Round
 from .digest import text_digest
 from .errors import CheckpointError

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ..parallel.fragment import Box
+from ..parallel.box import Box
 from .digest import DIGEST_BYTES
 from .dtypes import RAW
 from .errors import CheckpointError, DamageError

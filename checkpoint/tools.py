@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..parallel.fragment import Box
+from ..parallel.box import Box
 from .commit import open_target
 from .coverage import describe
 from .digest import block_digests, leaf_digests

@@ -14,8 +14,8 @@ import difflib
 import itertools
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from xxhash import xxh3_64_hexdigest
 
 from .problems import ConfigError, Problem
+from .renames import RENAMED_KEYS
 
 RECIPES_MODULE = "meshloom.recipes"
 RECIPES = f"pkg://{RECIPES_MODULE}"
@@ -44,8 +45,6 @@ OPEN_NODES = tuple(
 )  # whose keys no schema lists
 FAULTS = (HydraException, yaml.YAMLError, ValueError)  # what composition raises for bad overrides and bad files
 LONGEST_NAME = 200  # file systems take 255
-NEVER_SAVED = ("launch", "resume", "output_dir")  # belong to an invocation, not to the run it continues
-
 
 SCHEMA = "schema"
 """Name of the dataclass of the whole config in Hydra's ConfigStore (`trainer/schema.py` puts it there)."""
@@ -64,10 +63,12 @@ class Composition:
 
     config     the run's config, without the overrides that could not be taken
     problems   one for every such override
+    notices    what was left out of recipe files, for people
     """
 
     config: DictConfig
     problems: list[Problem]
+    notices: list[str] = field(default_factory=list[str])
 
 
 def _config_loader() -> ConfigLoader:
@@ -86,8 +87,12 @@ def _config_loader() -> ConfigLoader:
 class Composer:
     """Composes configs from Meshloom's recipes and, in front of the built-in schemas, a user's own folder."""
 
-    def __init__(self, config_dir: str | None = None) -> None:
-        """config_dir: folder of further recipes (`--config-dir`). Raises ConfigError when it does not exist."""
+    def __init__(self, config_dir: str | None = None, options: Mapping[str, Sequence[type]] | None = None) -> None:
+        """Raises ConfigError when `config_dir` does not exist.
+
+        config_dir: folder of further recipes (`--config-dir`); options: group → the schemas of its options.
+        """
+        self._schemas = options or {}
         self._joined: list[str] = []  # the override that makes Hydra look into the user's folder, too
         if config_dir is not None:
             folder = Path(config_dir).resolve()
@@ -108,8 +113,35 @@ class Composer:
         except FAULTS:
             composition = self._without_faults(parsed, problems)
         for key in drop_unknown(composition.config):  # "+key=…" lets Hydra add any
-            problems.append(Problem(key, "there is no such key", near_miss(key, _keys(composition.config))))
+            problems.append(unknown_key(key, _keys(composition.config)))
+        typed = {override.get_key_element().lstrip("+~") for override in parsed}
+        for group in self._schemas:
+            if isinstance(composition.config.get(group), DictConfig):
+                self._leave_out(group, composition, typed)
         return composition
+
+    def _leave_out(self, group: str, composition: Composition, typed: Collection[str]) -> None:
+        """Take keys out of a group that its option does not have: a problem where typed, or where no other option has them."""
+        node: Any = composition.config[group]
+        path = OmegaConf.to_container(node).get("_target_")  # type: ignore[union-attr]
+        schema = next((kind for kind in self._schemas[group] if _default(kind, "_target_") == path), None)
+        if schema is None:  # a class of the user's own
+            return
+        known = _names(schema)
+        for name in [str(name) for name in node if name not in known]:
+            key = f"{group}.{name}"
+            owners = [str(_default(kind, "name")) for kind in self._schemas[group] if name in _names(kind)]
+            here = f"{group}={_default(schema, 'name')}"
+            if not owners:
+                shown = [f"{group}.{other}" for other in known if not other.startswith("_") and other != "name"]
+                composition.problems.append(unknown_key(key, [group, *shown]))
+            elif key in typed:
+                fix = f"leave it out, or choose {' or '.join(f'{group}={owner}' for owner in owners[:3])}"
+                composition.problems.append(Problem(key, f"{here} has no such key", fix))
+            else:
+                others = ", ".join(f"{group}={owner}" for owner in owners[:3])
+                composition.notices.append(f"{key} of the recipe is left out: {here} has no such key ({others} has)")
+            _delete(composition.config, key)
 
     def expand(self, overrides: Sequence[str]) -> list[list[str]]:
         """The overrides of each job of a sweep (`-m`); one job where nothing is swept."""
@@ -178,7 +210,7 @@ class Composer:
             return Problem(key, f"there is no '{value}'", fix), f"{key}={near[0]}" if near else None
         current = OmegaConf.select(config, key, default=_ABSENT)
         if current is _ABSENT and not override.is_add():
-            return Problem(key, "there is no such key", near_miss(key, _keys(config))), None
+            return unknown_key(key, _keys(config)), None
         if override.is_sweep_override():
             fix = f"add -m to sweep over it, or write a list as {key}=[1,2] and a text as {key}='\"1,2\"'"
             return Problem(key, f"'{override.input_line}' has several values", fix), None
@@ -192,6 +224,21 @@ class Composer:
 
 
 _ABSENT = object()
+
+
+def _names(kind: type) -> list[str]:
+    return [one.name for one in dataclasses.fields(kind)]
+
+
+def _default(kind: type, name: str) -> Any:
+    return next((one.default for one in dataclasses.fields(kind) if one.name == name), None)
+
+
+def unknown_key(key: str, known: Iterable[str]) -> Problem:
+    """Return the problem of a key that nobody has: what it is called now, or what may have been meant."""
+    if key in RENAMED_KEYS:
+        return Problem(key, "has another name now", f"write {RENAMED_KEYS[key]}")
+    return Problem(key, "there is no such key", near_miss(key, known))
 
 
 def _as_it_is(key: str, value: Any) -> str:
@@ -213,7 +260,7 @@ def near_miss(key: str, known: Iterable[str]) -> str:
     if not near and parent and siblings:
         return f"{parent} has: {', '.join(siblings)}"
     near = near or difflib.get_close_matches(key, known, 2)
-    return f"did you mean {' or '.join(near[:2])}?" if near else "see `meshloom train --cfg job` for every key"
+    return f"did you mean {' or '.join(near[:2])}?" if near else "see `meshloom keys` for every key"
 
 
 def opened(argument: str) -> str:
@@ -248,47 +295,6 @@ def sweep_folder(overrides: Sequence[str], job: Sequence[str]) -> str:
     name = "_".join(f"{line.get_key_element()}={line.get_value_element_as_str()}" for line in lines) or "job"
     plain = re.sub(r"[^A-Za-z0-9.,=+_\[\]-]+", "-", name)[:LONGEST_NAME]
     return plain if plain == name else f"{plain}_{xxh3_64_hexdigest(name.encode())}"  # two names must not become one
-
-
-def resumed(saved: Mapping[str, Any], fresh: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The config of a run that goes on: the checkpoint's, with this command line's overrides on top.
-
-    saved: the checkpoint's config; fresh: the composition of this command line, of which the overridden values are taken
-    (a group's choice brings its whole node). `launch`, `resume` and `output_dir` always come from fresh. Naming another
-    recipe than the saved one starts from that recipe altogether.
-    """
-    config: Any = OmegaConf.create(dict(saved))
-    for key in NEVER_SAVED:
-        _copy(fresh, config, key)
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        if override.key_or_group == "recipe":
-            if fresh.recipe != config.get("recipe"):
-                return OmegaConf.create(OmegaConf.to_container(fresh))  # type: ignore[return-value]
-            continue
-        _copy(fresh, config, override.package or override.key_or_group)
-    return config
-
-
-def differences(saved: Mapping[str, Any], fresh: DictConfig, merged: DictConfig) -> list[str]:
-    """Keys where the recipe now says something else than the checkpoint, and the checkpoint's value is kept; for a message."""
-    known = OmegaConf.create(dict(saved))
-    lines: list[str] = []
-    for key in _leaves(fresh):
-        now, kept = OmegaConf.select(fresh, key), OmegaConf.select(merged, key, default=None)
-        was = OmegaConf.select(known, key, default=None)
-        if key.partition(".")[0] not in NEVER_SAVED and now != kept and kept == was:
-            lines.append(f"{key}={kept} (the recipe now says {now})")
-    return lines
-
-
-def _copy(source: DictConfig, target: DictConfig, key: str) -> None:
-    value: Any = OmegaConf.select(source, key, default=_ABSENT)
-    if value is not _ABSENT:
-        if isinstance(value, DictConfig | ListConfig):
-            value = OmegaConf.to_container(value)
-        OmegaConf.update(target, key, value, merge=False, force_add=True)
-        return
-    _delete(target, key)  # deleted on the command line
 
 
 def _delete(config: DictConfig, key: str) -> None:
@@ -339,10 +345,6 @@ def _unknown(config: DictConfig, kind: type, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
         elif dataclasses.is_dataclass(hints[name]) and isinstance(value, DictConfig):
             yield from _unknown(value, hints[name], f"{prefix}{name}.")
-
-
-def _leaves(config: DictConfig) -> Iterator[str]:
-    return (key for key in _keys(config) if not isinstance(OmegaConf.select(config, key), DictConfig))
 
 
 def _reason(error: BaseException) -> tuple[str, str]:

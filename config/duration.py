@@ -17,6 +17,9 @@ class Unit(Enum):
     FRACTION = "fraction"
 
 
+Written = str | int | float
+"""A duration as a user writes it: see `Duration`."""
+
 _SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _PATTERN = re.compile(r"^\s*([0-9][0-9_]*\.?[0-9]*(?:e[+-]?[0-9]+)?)\s*([kmbt]?)\s*(steps?|tokens?|samples?|%)?\s*$", re.I)
 

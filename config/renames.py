@@ -1,7 +1,8 @@
-"""Where classes that checkpoints and recipes name by `_target_` have moved to."""
+"""Names that checkpoints, recipes and people may still use: classes that have moved, keys that are called otherwise now."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 MOVED = {
@@ -20,6 +21,10 @@ MOVED = {
 """Beginning of an old `_target_` → what stands there now. One that does not begin like any of these has not moved."""
 
 
+RENAMED_KEYS: dict[str, str] = {}
+"""Old key → new one. A checkpoint's is read under the new name; a person is told it."""
+
+
 def with_moved_targets(node: Any) -> Any:
     """A copy of plain containers in which every `_target_` names the class where it is now."""
     if isinstance(node, dict):
@@ -27,6 +32,24 @@ def with_moved_targets(node: Any) -> Any:
     if isinstance(node, list):
         return [with_moved_targets(value) for value in node]
     return node
+
+
+def with_renamed_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a saved config in which every key has the name that it has now."""
+    found = copy.deepcopy(config)
+    for old, new in RENAMED_KEYS.items():
+        *groups, name = old.split(".")
+        node: Any = found
+        for group in groups:
+            node = node.get(group) if isinstance(node, dict) else None
+        if isinstance(node, dict) and name in node:
+            value = node.pop(name)
+            *groups, name = new.split(".")
+            node = found
+            for group in groups:
+                node = node.setdefault(group, {})
+            node.setdefault(name, value)
+    return found
 
 
 def _moved(target: Any) -> Any:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 from ..kernels.documents import Documents
 
@@ -71,6 +73,8 @@ class MicroBatch:
     @classmethod
     def collate(cls, samples: Sequence[Sample]) -> MicroBatch:
         """Stack samples of one length."""
+
+        import torch  # here: what a config or the files of a corpus are asked needs no tensor
 
         def stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
             return torch.from_numpy(np.stack(arrays).astype(np.int64, copy=False))

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..config.keys import Side, key, option, target
+from ..config.keys import MISSING, Side, key, option, target
+from ..config.nodes import Custom
+from ..config.problems import Problem
 
 SEQ_LEN = "positions per sample"
 DOCUMENT_MASK = "attention stays inside documents"
@@ -22,12 +24,40 @@ INPUT = "a path, glob pattern or folder, or a list of them"
 
 
 @dataclass
-class PackingConfig:
-    """Keys of every option that reads token shards."""
+class DataConfig:
+    """What every option has."""
 
     SIDE: ClassVar[Side] = Side.RECIPE
 
+    _target_: str = target(MISSING)
+    name: str = option(MISSING)
     seq_len: int = key(1024, SEQ_LEN)
+
+    def problems(self, key: str = "data") -> list[Problem]:
+        """Return what is wrong with the values; what is wrong with the files, the data node itself says."""
+        if self.seq_len < 1:
+            return [Problem(f"{key}.seq_len", f"{self.seq_len} is not a length", "use 1 or more")]
+        return []
+
+    @property
+    def known_vocabulary(self) -> int | None:
+        """The number of tokens, as far as the config says; the tokenizer has the last word."""
+        return getattr(self, "vocabulary", None)
+
+    @property
+    def cache(self) -> str | None:
+        """`cache_dir`, of options that have it."""
+        return getattr(self, "cache_dir", None)
+
+
+class CustomData(DataConfig, Custom):
+    """Data of the user's own."""
+
+
+@dataclass
+class PackingConfig(DataConfig):
+    """Keys of every option that reads token shards."""
+
     packing: str = key(
         "concat",
         "concat: one stream of tokens, split every seq_len; bestfit: documents are cut only where they are longer than seq_len,"
@@ -113,10 +143,8 @@ class ShardsConfig(PackingConfig):
 
 
 @dataclass
-class MixtureConfig:
+class MixtureConfig(DataConfig):
     """Several sources by weight, with one tokenizer. The keys that sources know too hold for all of them."""
-
-    SIDE: ClassVar[Side] = Side.RECIPE
 
     _target_: str = target("meshloom.data.mixture.Mixture")
     _recursive_: bool = key(False, "Hydra's: the mixture builds its sources itself")
@@ -126,7 +154,6 @@ class MixtureConfig:
     )
     weights: dict[str, float] = key({}, "name → share of the samples, in any unit")
     block: int = key(1000, "samples over which the shares are exact")
-    seq_len: int = key(1024, SEQ_LEN)
     document_mask: bool = key(False, DOCUMENT_MASK)
     verify: bool = key(False, VERIFY, Side.HABIT)
     cache_dir: str | None = key(None, CACHE_DIR, Side.PLACEMENT)
@@ -137,14 +164,11 @@ class MixtureConfig:
 
 
 @dataclass
-class SyntheticConfig:
+class SyntheticConfig(DataConfig):
     """Seeded random tokens, for benchmarks and dry runs."""
-
-    SIDE: ClassVar[Side] = Side.RECIPE
 
     _target_: str = target("meshloom.data.synthetic.Synthetic")
     name: str = option("synthetic")
-    seq_len: int = key(1024, SEQ_LEN)
     vocabulary: int | None = key(None, "tokens lie in [0, vocabulary); null: the model's")
     validation_samples: int = key(64, "size of the validation set; 0: none")
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any, cast
 
 import xxhash
-from hydra.utils import instantiate
 
 from ..config.cache import cache_folder
 from ..config.hashing import hash64
+from ..config.nodes import import_object
 from ..config.problems import ConfigError, Problem
 from .blend import Mixed, MixedHeld, apportion
 from .config import MixtureConfig
@@ -73,10 +73,11 @@ class Mixture:
 
     def _source(self, name: str, node: dict[str, Any]) -> DataNode:
         shared = {key: self._shared[key] for key in SHARED if key in node}
-        written = {key: value for key, value in node.items() if key != "name"}
+        written = {key: value for key, value in node.items() if key not in ("name", "_recursive_")}
         # The order of a source must not change when another one comes or goes: its seed comes from its name.
         seed = hash64(self.seed, *name.encode())
-        return cast(DataNode, instantiate({**written, **shared, "_convert_": "all"}, seed=seed))
+        path = written.pop("_target_", "")
+        return cast(DataNode, import_object(path)(**{**written, **shared}, seed=seed))
 
     def problems(self, key: str = "data") -> list[Problem]:
         """What is wrong with the node's keys and with those of its sources."""

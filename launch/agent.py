@@ -5,7 +5,7 @@ python -m meshloom.launch.agent --when-told <file descriptor>
 
 The second form is started while the run is still being checked (`torchrun.PreparedAgent`): it has PyTorch imported, and the
 ranks' imports under way, by the time that the arguments come, through the pipe, with the environment for the workers. If that
-closes without, it ends. Ranks are forked (`forked.py`) if the arguments are for `-m meshloom.launch.train`; other programs are
+closes without, it ends. Ranks are forked (`forked.py`) if the arguments are for `-m meshloom.launch.rank`; other programs are
 started as torchrun starts them.
 """
 
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import forked
+from .torchrun import RANK
 
 LAST_WORDS = 5.0
 """Seconds for ranks to end by themselves after one has failed, and as many once they are told to. torchrun waits for half a
@@ -55,7 +56,7 @@ def _run(argv: list[str]) -> None:
     from torch.multiprocessing import ProcessContext
 
     options = run.parse_args(argv)
-    trains = options.module and options.training_script == forked.RANK
+    trains = options.module and options.training_script == RANK
     if trains:
         forked.prepare()
     if not trains or not forked.possible():

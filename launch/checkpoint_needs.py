@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from omegaconf import DictConfig
-
 from ..checkpoint.arena import rounded
 from ..checkpoint.config import CheckpointConfig
 from ..checkpoint.files import is_remote, open_files
@@ -15,7 +13,8 @@ from ..checkpoint.folder import step_of
 from ..config.problems import Problem
 from ..parallel.layout import Layout
 from ..parallel.offload import OffloadAccount
-from ..trainer.build import checkpoint_folder
+from ..trainer.derived import checkpoint_folder
+from ..trainer.schema import RunConfig
 from .host import free_disk
 from .plan_tables import gib
 
@@ -84,7 +83,7 @@ def describe_needs(needs: CheckpointNeeds) -> list[str]:
     return lines
 
 
-def shortages(config: DictConfig, needs: CheckpointNeeds, away: OffloadAccount, local: int, memory: float) -> Iterator[Problem]:
+def shortages(config: RunConfig, needs: CheckpointNeeds, away: OffloadAccount, local: int, memory: float) -> Iterator[Problem]:
     """What this machine has not enough of, if it is the one that is to run this: of several nodes only the folder is here.
 
     away: what a process keeps where its GPU does not; local: processes of the machine; memory: bytes of host memory that can

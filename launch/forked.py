@@ -23,8 +23,6 @@ from ..trainer.signals import AT_ONCE
 
 METHOD = "forkserver"
 IMPORTED = "meshloom.launch.imported"
-RANK = "meshloom.launch.train"
-"""The module that a rank runs."""
 
 
 def prepare() -> None:
@@ -71,7 +69,7 @@ def _try() -> None:
 
 
 def train(environment: Mapping[str, str], arguments: Sequence[str]) -> None:
-    """One rank, as `python -m meshloom.launch.train` with these arguments would be in this environment. Ends the process,
+    """One rank, as `python -m meshloom.launch.rank` with these arguments would be in this environment. Ends the process,
     but for a run that ended as asked.
 
     What torchrun says of the rank is in this process's environment already.
@@ -90,7 +88,7 @@ def train(environment: Mapping[str, str], arguments: Sequence[str]) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # which is read when torch is imported, perhaps without it
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # somebody reads the log while it grows: torchrun starts Python with -u
-    from .train import main
+    from .rank import main
 
     try:
         code = main(arguments)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config.problems import ConfigError, Problem
 from .arguments import describe, parse
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from ..data.tokenizer import Tokenizer
 
 
@@ -83,30 +81,31 @@ def continued(arguments: Arguments) -> str:
     Raises ConfigError where there is no such checkpoint, or no tokenizer for it, and CheckpointError for a damaged one.
     """
     import torch
-    from omegaconf import DictConfig
 
     from ..checkpoint.restore import read_state
     from ..parallel.mesh import pick_device
     from ..trainer.build import build_model
+    from ..trainer.find_checkpoint import find_checkpoint
     from ..trainer.hooks.sampling import generate, load_plain
-    from ..trainer.resume import find_checkpoint
+    from ..trainer.resumed_config import saved_config
+    from ..trainer.typed import typed_node
 
     checkpoint = find_checkpoint(arguments.checkpoint, "checkpoint")
     state = read_state(checkpoint)
-    config = DictConfig(state.get("config") or {})
+    config = saved_config(state)
     if "model" not in config:
         message = f"'{checkpoint}' was imported from files that don't say what model their weights belong to"
         raise ConfigError([Problem("checkpoint", message, "train from it (resume=…), and take the run's checkpoint")])
-    context = arguments.context or (config.data.seq_len if "data" in config else None)
+    context = arguments.context or (config["data"]["seq_len"] if "data" in config else None)
     if context is None:
         fix = "give the length that it was trained with as context=…"
         raise ConfigError(
             [Problem("context", f"'{checkpoint}' was imported and does not say how far its model looks back", fix)]
         )
     tokenizer = _tokenizer(checkpoint, config, state.get("data_fingerprint", ""))
-    vocabulary = state.get("vocabulary") or config.model.vocabulary
+    vocabulary = state.get("vocabulary") or config["model"]["vocabulary"]
     return generate(
-        load_plain(build_model(config, vocabulary), checkpoint, pick_device(), torch.float32),
+        load_plain(build_model(typed_node("model", config["model"]), vocabulary), checkpoint, pick_device(), torch.float32),
         tokenizer,
         arguments.prompt,
         tokens=arguments.tokens,
@@ -117,16 +116,17 @@ def continued(arguments: Arguments) -> str:
     )
 
 
-def _tokenizer(checkpoint: Path | str, config: DictConfig, fingerprint: str) -> Tokenizer:
+def _tokenizer(checkpoint: Path | str, config: Mapping[str, Any], fingerprint: str) -> Tokenizer:
     """The tokenizer that the run left beside its checkpoints; otherwise that of the data, built again."""
     from ..data.tokenizer import Tokenizer
     from ..trainer.run import prepared_data
+    from ..trainer.typed import typed_node
 
     beside = "put the model's tokenizer.json beside the checkpoint"
     if isinstance(checkpoint, Path):
         for folder in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
             if (folder / "tokenizer.json").is_file():
-                end = config.data.get("end_of_document") if "data" in config else None
+                end = config["data"].get("end_of_document") if "data" in config else None
                 try:
                     return Tokenizer.load(folder / "tokenizer.json", end)
                 except (ValueError, OSError) as error:
@@ -134,14 +134,14 @@ def _tokenizer(checkpoint: Path | str, config: DictConfig, fingerprint: str) -> 
     if "data" not in config:
         raise ConfigError([Problem("checkpoint", f"'{checkpoint}' was imported without a tokenizer", beside)])
     try:
-        data = prepared_data(config)
+        data = prepared_data(typed_node("data", config["data"]), config.get("seed", 1), config["model"].get("vocabulary"))
     except ConfigError as error:  # files of the run that are not here, or in another place as seen from here
         message = f"there is no tokenizer.json beside '{checkpoint}', and its data can't be read"
         raise ConfigError([Problem("checkpoint", message, beside), *error.problems]) from error
     if data.tokenizer is None:
-        message = f"'{checkpoint}' was trained on data={config.data.name}, which has no text"
+        message = f"'{checkpoint}' was trained on data={config['data']['name']}, which has no text"
         raise ConfigError([Problem("checkpoint", message, "take a checkpoint of a run on text")])
     if data.fingerprint != fingerprint:
-        message = f"the data={config.data.name} of this machine is not what '{checkpoint}' was trained on"
+        message = f"the data={config['data']['name']} of this machine is not what '{checkpoint}' was trained on"
         raise ConfigError([Problem("checkpoint", message, beside)])
     return data.tokenizer

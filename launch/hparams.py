@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -14,11 +14,12 @@ from rich.text import Text
 from ..config.compose import Composer
 from ..config.duration import Duration, Unit
 from ..config.problems import ConfigError, Problem
-from ..models.config import decoder_config
+from ..models.config import CustomModel, DecoderConfig
 from ..models.costs import parameter_count
 from ..optim.scaling import laws
 from ..optim.scaling.laws import Law, LossLaw, MuP
 from ..trainer.schema import make_composer
+from ..trainer.typed import typed_config
 from .arguments import describe, parse
 
 
@@ -108,16 +109,17 @@ def recommend(arguments: Arguments) -> Recommendation:
     composer = make_composer(arguments.config_dir)
     base = _base(arguments, composer)
     composition = composer.compose(base)
-    config = composition.config
-    problems += composition.problems
-    if not composition.problems and "dim" not in config.model:
+    config, untyped = typed_config(composition.config)
+    problems += [*composition.problems, *untyped]
+    if not composition.problems and isinstance(config.model, CustomModel):
         problems.append(Problem("model", "the laws are about Llama-like models", "name one that has model.dim"))
     if problems:
         raise ConfigError(problems)
+    assert isinstance(config.model, DecoderConfig)
     from ..trainer.automatic import hidden_parameters
 
     hidden = hidden_parameters(config)
-    total = parameter_count(decoder_config(config.model, vocabulary=1))
+    total = parameter_count(replace(config.model, vocabulary=config.model.vocabulary or 1))
     seq_len = arguments.seq_len or config.data.seq_len
     multiple = arguments.multiple or math.lcm(8, config.batch.micro)
     loss = arguments.loss or laws.chinchilla_loss(total, tokens)
@@ -214,10 +216,9 @@ def _unfit(overrides: Sequence[str], config_dir: str | None) -> list[Problem]:
 
     Data and machine are not looked at: they need not be here.
     """
-    from ..trainer.validate import run_problems
+    from ..trainer.resolve import resolve
 
-    composition = make_composer(config_dir).compose(overrides)
-    found = [*composition.problems, *run_problems(composition.config, world_size=0)]
+    found = resolve(overrides, config_dir, processes=lambda _: 0, resumes=False, data_elsewhere=True).problems
     return [problem for problem in found if problem.key.startswith(("schedule", "batch", "optim", "trainer", "model"))]
 
 

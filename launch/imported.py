@@ -24,7 +24,7 @@ def _import() -> None:
     import torch.distributed.run  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
     from ..trainer import run  # noqa: F401  # pyright: ignore[reportUnusedImport]
-    from . import train  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    from . import rank  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 
 with contextlib.suppress(Exception):

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from ..config.compose import quoted
 from ..config.problems import ConfigError, Problem
-from ..trainer.schema import make_composer
+from ..trainer.find_checkpoint import FROM, resumes_own_run
+from ..trainer.launching import LaunchConfig
+from ..trainer.resolve import resolve
+from ..trainer.schema import RunConfig
 
 TEMPLATE = Path(__file__).with_name("slurm.sbatch")
 
@@ -38,21 +39,21 @@ def main(argv: Sequence[str]) -> int:
 
 def script(overrides: Sequence[str], config_dir: str | None = None) -> str:
     """The sbatch script of a run. Raises ConfigError naming every problem of its config on launch.nodes full nodes."""
-    from ..trainer.validate import run_problems
+    resolved = resolve(
+        overrides,
+        config_dir,
+        processes=lambda config: config.launch.nodes * config.launch.gpus_per_node,
+        resumes=False,
+        more=lambda config: list(_job_problems(config.launch)),
+    )
+    resolved.refuse()
+    return fill(TEMPLATE.read_text(), resolved.config, _command_line(overrides, config_dir, str(resolved.config.resume)))
 
-    composition = make_composer(config_dir).compose(overrides)
-    config = composition.config
-    processes = config.launch.nodes * config.launch.gpus_per_node
-    problems = [*composition.problems, *run_problems(config, processes), *_job_problems(config.launch)]
-    if problems:
-        raise ConfigError(problems)
-    return fill(TEMPLATE.read_text(), config, _command_line(overrides, config_dir, str(config.resume)))
 
-
-def _job_problems(launch: DictConfig) -> Iterator[Problem]:
+def _job_problems(launch: LaunchConfig) -> Iterator[Problem]:
     """What sbatch would stumble over, or would take for something else."""
     for key in ("job_name", "partition", "account"):
-        name = launch[key]
+        name = getattr(launch, key)
         if name is not None and (not name.strip() or not name.isprintable()):
             yield Problem(f"launch.{key}", f"{name!r} is no name", "write one, in one line")
     if "/" in launch.job_name:
@@ -63,7 +64,7 @@ def _job_problems(launch: DictConfig) -> Iterator[Problem]:
         yield Problem("launch.cpus_per_task", f"{launch.cpus_per_task} is not a number of them", fix)
 
 
-def fill(template: str, config: DictConfig, command_line: str) -> str:
+def fill(template: str, config: RunConfig, command_line: str) -> str:
     """The template with the run's values. Options of sbatch that are not set disappear with their line."""
     launch = config.launch
     optional = {"partition": launch.partition, "account": launch.account, "cpus-per-task": launch.cpus_per_task}
@@ -83,11 +84,9 @@ def fill(template: str, config: DictConfig, command_line: str) -> str:
 
 def _command_line(overrides: Sequence[str], config_dir: str | None, resume: str) -> str:
     """What the job says every time that it is started: it goes on with its own run, which may begin from `resume`."""
-    from ..trainer.resume import FROM, goes_on
-
     folder = [f"--config-dir={Path(config_dir).resolve()}"] if config_dir else []
     kept = [override for override in overrides if not override.startswith("resume=")]
-    again = "auto" if resume == "none" else resume if goes_on(resume) else f"{FROM}{resume}"
+    again = "auto" if resume == "none" else resume if resumes_own_run(resume) else f"{FROM}{resume}"
     if again != "auto":
         again = quoted(again)
     return " ".join(shlex.quote(word) for word in [*folder, *kept, f"resume={again}"])

@@ -23,6 +23,8 @@ import psutil
 
 from ..trainer.signals import AT_ONCE, STOPPING, show_cursor
 
+RANK = "meshloom.launch.rank"
+"""The module that a rank runs."""
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL_SECONDS = 0.2
 KILL_SECONDS = 5.0

@@ -19,8 +19,6 @@ from types import FrameType
 from typing import Any
 
 import psutil
-import torch
-from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
 from rich.status import Status
@@ -29,9 +27,9 @@ from rich.text import Text
 
 from ..config.compose import quoted
 from ..config.problems import ConfigError, Problem
-from ..trainer.schema import make_composer
+from ..trainer.launching import gpu_count, run_processes
+from ..trainer.schema import RunConfig, make_composer
 from .plan_tables import gib, right
-from .train import processes
 from .tune_search import Candidate, Tuned, described, given_keys
 
 WARM_UP = 3
@@ -69,16 +67,17 @@ class Trial:
     failure: str = ""
 
 
-def check(config: DictConfig) -> None:
+def check(config: RunConfig) -> None:
     """Raises ConfigError for a run that this machine can't start, whatever its settings."""
     problems: list[Problem] = []
     if config.launch.nodes != 1:
         fix = "leave it out, or set launch.nodes=1 to tune for one node"
         problems.append(Problem("--measure", f"runs on this machine, not on launch.nodes={config.launch.nodes}", fix))
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < processes(config):
+    gpus = gpu_count()
+    count = run_processes(config.launch)
+    if 0 < gpus < count:
         fix = f"start at most {gpus}, or leave --measure out"
-        problems.append(Problem("launch.nproc", f"{processes(config)} processes for {gpus} GPU{'s' * (gpus > 1)}", fix))
+        problems.append(Problem("launch.nproc", f"{count} processes for {gpus} GPU{'s' * (gpus > 1)}", fix))
     if problems:
         raise ConfigError(problems)
 
@@ -127,7 +126,7 @@ def common_overrides(
     without = [word for word in words if not any(key.partition(".")[0] == "data" for key in given_keys([word]))]
     try:
         composition = make_composer(config_dir).compose([*without, *synthetic])
-        if not composition.problems:
+        if not composition.problems and not composition.notices:
             return [*without, *synthetic], notes
     except ConfigError:
         pass
@@ -135,7 +134,7 @@ def common_overrides(
     return words, notes
 
 
-def trial_samples(config: DictConfig, candidates: Sequence[Candidate]) -> int | None:
+def trial_samples(config: RunConfig, candidates: Sequence[Candidate]) -> int | None:
     """A smaller global batch on which all of them cost what they do on the whole; None where it is to stay."""
     plan = candidates[0].plan
     if config.batch.name != "fixed" or isinstance(config.batch.samples, str) or plan.layout.pp > 1:

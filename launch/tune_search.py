@@ -11,20 +11,23 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
-from omegaconf import DictConfig, OmegaConf
 
 from ..config.compose import opened
+from ..config.keys import Side
 from ..config.problems import ConfigError, Problem
+from ..optim.batch.config import MICRO_SIDE
 from ..parallel.config import ParallelConfig
 from ..parallel.engines import engine_moved
 from ..parallel.speed import step_seconds
-from ..trainer.schema import make_composer
+from ..trainer.launching import planned_processes
+from ..trainer.resolve import compose_config
+from ..trainer.schema import RunConfig
+from ..trainer.validate import run_problems
 from .checkpoint_needs import fewer_snapshots, shortages
-from .plan import Plan, plan_of, planned_processes
 from .plan_tables import GIB, gib
+from .planning import Plan, checked_plan
+from .tuned_keys import BUDGET, KEYS
 
-BUDGET = "trainer.activation_budget"
-KEYS = ("parallel.zero", "batch.micro", "trainer.activation", BUDGET)
 POLICIES = ("none", "selective", "full")
 RESERVE = 2.0
 """GiB of a GPU that plans don't know of: CUDA, NCCL and compiled kernels."""
@@ -74,7 +77,7 @@ class Tuned:
     notes     what whoever reads the figures should know
     """
 
-    config: DictConfig
+    config: RunConfig
     given: Settings
     fitting: list[Candidate]
     as_given: Candidate | None
@@ -112,13 +115,11 @@ def tune(
     Raises ConfigError with the problems of the given run if no setting can run, and with the smallest if none fits.
     """
     limit = memory - RESERVE * GIB - SHARE * memory
-    composition = make_composer(config_dir).compose(overrides)
-    config = composition.config
-    search = _Search(config, composition.problems, fused_swiglu_blocker)
-    given = {key: OmegaConf.select(config, key) for key in KEYS}
-    incomplete = composition.problems or OmegaConf.missing_keys(config)
-    if incomplete and search.planned(given) is None:  # no setting mends a key that is not there
-        raise search.refusals[tuple(given.values())]
+    config, known = compose_config(overrides, config_dir)
+    if known:  # no setting mends a key that is not there
+        raise ConfigError(run_problems(config, planned_processes(config.launch), known))
+    search = _Search(config, fused_swiglu_blocker)
+    given = {key: _get(config, key) for key in KEYS}
     fixed = given_keys(overrides) & set(KEYS)
     notes = [f"{', '.join(sorted(fixed))} as the command line says"] if fixed else []
     if "batch.micro" not in fixed and (why := micro_is_fixed(config)):
@@ -208,25 +209,27 @@ def given_keys(overrides: Sequence[str]) -> set[str]:
     return keys
 
 
-def micro_is_fixed(config: DictConfig) -> str:
+def micro_is_fixed(config: RunConfig) -> str:
     """Why another batch.micro would mean other losses or other batches; empty where it would not."""
-    if config.batch.get("name") != "fixed" or not isinstance(config.batch.get("micro"), int):
-        return f"what batch={config.batch.get('name')} takes or measures may depend on it"
+    if config.batch.name != "fixed":
+        return f"what batch={config.batch.name} takes or measures may depend on it"
     if isinstance(config.batch.samples, str):
         return f"batch.samples={config.batch.samples} is rounded to it"
-    if config.trainer.float8 != "none":
-        return "float8's scales are of what is computed together"
-    if config.optim.get("_target_") == "meshloom.optim.optimizers.agvm.AGVM":
-        return "AGVM compares halves of a rank's micro-batches"
+    if MICRO_SIDE.of(config) is Side.RECIPE:
+        return f"it is recipe under {MICRO_SIDE.when}"
     return ""
+
+
+def _get(config: RunConfig, key: str) -> Any:
+    group, _, name = key.partition(".")
+    return getattr(getattr(config, group), name)
 
 
 class _Search:
     """Plans settings of one config. refusals: why some can't run, by their values; notes: on what all plans count on."""
 
-    def __init__(self, config: DictConfig, known: Sequence[Problem], fused_swiglu_blocker: Callable[[], str | None]) -> None:
+    def __init__(self, config: RunConfig, fused_swiglu_blocker: Callable[[], str | None]) -> None:
         self._config = config
-        self._known = known
         self._fused_swiglu_blocker = fused_swiglu_blocker
         self._fuse: bool | None = None  # unknown, while nothing has been planned that the answer matters to
         self.refusals: dict[tuple[Any, ...], ConfigError] = {}
@@ -236,12 +239,12 @@ class _Search:
         """None for settings that can't run."""
         config = copy.deepcopy(self._config)
         for key, value in settings.items():
-            if OmegaConf.select(config, key) != value:
-                OmegaConf.update(config, key, value)
+            group, _, name = key.partition(".")
+            setattr(getattr(config, group), name, value)
         try:
-            plan = plan_of(config, self._known, fused=self._fuse is not False)
+            plan = checked_plan(config, fused=self._fuse is not False)
             if plan.job.fused and self._fuse is None and not self._fuses():
-                plan = plan_of(config, self._known)
+                plan = checked_plan(config, fused=False)
         except ConfigError as error:
             self.refusals[tuple(settings.values())] = error
             return None
@@ -263,7 +266,7 @@ class _Search:
         """
         parallel = self._config.parallel
         model = max(1, parallel.pp * parallel.cp * parallel.tp)
-        data = max(1, planned_processes(self._config) // model)
+        data = max(1, planned_processes(self._config.launch) // model)
         zero, micro, activation, budget = given.values()
         # Through a pipeline all stages are the same, and so they are on one rank of the torch engine that offloads nothing.
         alone = data * parallel.cp == 1 and parallel.engine != "deepspeed" and parallel.offload == "none"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from ..config.keys import MISSING, Side, key, option, target
+from ..config.nodes import Custom
+from ..config.problems import Problem
+
+SIZES = ("dim", "layers", "heads", "kv_heads", "ffn_dim")
 
 DECODER = "meshloom.models.decoder.Decoder"
 """`_target_` of the decoder that this config describes."""
@@ -104,6 +108,58 @@ class DecoderConfig:
         """Return what the block of each layer is built from."""
         return [self.block(layer) for layer in range(self.layers)]
 
+    def problems(self, key: str = "model") -> list[Problem]:
+        """Return what is wrong with the values."""
+        return [*self._number_problems(key), *self._shape_problems(key)]
+
+    def _number_problems(self, key: str) -> Iterator[Problem]:
+        for name in (*SIZES, "vocabulary", "mup_base"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                yield Problem(f"{key}.{name}", f"{size} is not a size", "use 1 or more")
+        for name in ("norm_eps", "rope_theta", "init_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                yield Problem(f"{key}.{name}", f"{getattr(self, name)} can't be", "use a number above 0")
+        for name in ("mup_embedding", "mup_residual"):
+            if not math.isfinite(getattr(self, name)):
+                yield Problem(f"{key}.{name}", f"{getattr(self, name)} can't be", "use a finite number, 1 for none")
+
+    def _shape_problems(self, key: str) -> Iterator[Problem]:
+        if min(self.dim, self.heads, self.kv_heads) < 1:
+            return
+        if self.dim % self.heads:
+            fits = _near_divisors(self.dim, self.heads)
+            yield Problem(f"{key}.heads", f"{self.heads} heads don't divide {key}.dim={self.dim}", f"use {fits}")
+        elif self.dim // self.heads % 2:
+            message = f"a head width of {self.dim // self.heads} is odd, and positions rotate pairs"
+            yield Problem(f"{key}.heads", message, f"change {key}.heads")
+        if self.heads % self.kv_heads:
+            fits = _near_divisors(self.heads, self.kv_heads)
+            message = f"{self.kv_heads} key/value heads don't divide {key}.heads={self.heads}"
+            yield Problem(f"{key}.kv_heads", message, f"use {fits}")
+
+
+class CustomModel(Custom):
+    """A model of the user's own. Its keys are its class's."""
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens that it knows, where its node says so."""
+        return self.keys.get("vocabulary")
+
+    def problems(self, key: str = "model") -> list[Problem]:
+        """Return nothing: the keys are its class's."""
+        return []
+
+
+def _near_divisors(number: int, wanted: int) -> str:
+    """Return the divisors of a number next to what was wanted, in words."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    divisors = [*small, *(number // d for d in small)]
+    below = max((d for d in divisors if d <= wanted), default=None)
+    above = min((d for d in divisors if d >= wanted), default=None)
+    return " or ".join(str(d) for d in dict.fromkeys((below, above)) if d is not None)
+
 
 def decoder_config(node: Mapping[str, Any], vocabulary: int | None = None) -> DecoderConfig:
     """Read the typed config off a node's keys, those that it knows. vocabulary: of a node that leaves it open.
@@ -117,5 +173,6 @@ def decoder_config(node: Mapping[str, Any], vocabulary: int | None = None) -> De
     return DecoderConfig(**known)
 
 
+ModelConfig = DecoderConfig | CustomModel
 OPTIONS: tuple[type, ...] = (DecoderConfig,)
 """Schemas of the group, known to Hydra as model/base_<name>; the recipes of the group extend them."""

@@ -1,51 +1,45 @@
-"""From a config node to the object it describes: `_target_` called with the node's keys and the run's live objects.
+"""From a config to the object it describes: a class of Meshloom's own takes the config, a user's own the keys of its node.
 
-A user's own class joins by its `_target_`; it is called with exactly the keys of its node (but for those named below,
-which belong to the trainer) and the live objects.
+Of a user's own class these keys are left out, which belong to the trainer: `name`, and `lr_coupling` of `optim`, `micro` and
+`micro_max` of `batch`.
 """
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, OmegaConf
-
+from ..config.nodes import Custom, build, import_object
+from .batch.config import BatchConfig
 from .batch.controller import Controller
 from .horizon import Horizon
-from .optimizers.agvm import AGVM
-from .optimizers.parameters import NamedParameter, Shards
+from .optimizers.config import OptimConfig
+from .schedules.config import ScheduleConfig
 from .schedules.schedule import Schedule
 
+if TYPE_CHECKING:
+    import torch
 
-def _call(node: Any, not_the_targets: tuple[str, ...], **live: Any) -> Any:
-    fields: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
-    settings = {key: value for key, value in fields.items() if key not in not_the_targets}
-    # partial, because Hydra would turn live objects that are dataclasses into configs
-    factory = instantiate({**settings, "_partial_": True}, _convert_="all")
-    return factory(**live)
+    from .optimizers.parameters import NamedParameter, Shards
 
 
-def build_schedule(node: Any, peak: float, horizon: Horizon) -> Schedule:
-    """The schedule of `config.schedule`. Ask its `problems()` before using it."""
-    return _call(node, ("name",), peak=peak, horizon=horizon)
+def build_schedule(config: ScheduleConfig, peak: float | str, horizon: Horizon) -> Schedule:
+    """Build the schedule. peak: a number, once a law has been asked. Ask its `problems()` before using it."""
+    return build(config, leave_out=("name",), peak=peak, horizon=horizon)
 
 
-def build_optimizer(node: Any, parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
-    """The optimizer of `config.optim` over this rank's shards."""
-    return _call(node, ("name", "lr_coupling"), parameters=parameters, shards=shards)
+def build_optimizer(config: OptimConfig, parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
+    """Build the optimizer over this rank's shards."""
+    return build(config, leave_out=("name", "lr_coupling"), parameters=parameters, shards=shards)
 
 
-def compares_halves(node: Any) -> bool:
-    """Whether the optimizer of `config.optim` compares the gradients of two halves of a batch."""
-    optimizer = get_object(node["_target_"])
-    return inspect.isclass(optimizer) and issubclass(optimizer, AGVM)
-
-
-def build_controller(node: Any, horizon: Horizon, divisor: int) -> Controller:
-    """The batch-size controller of `config.batch`. divisor: batch.micro × data-parallel size. Ask its `problems()` first."""
-    grows = {} if node.get("micro_max") is None else {"micro_growth": node["micro_max"] / node["micro"]}
-    return _call(node, ("name", "micro", "micro_max"), horizon=horizon, divisor=divisor, **grows)
+def build_controller(config: BatchConfig, horizon: Horizon, divisor: int) -> Controller:
+    """Build the batch-size controller. divisor: batch.micro × data-parallel size. Ask its `problems()` first."""
+    grows = {} if config.largest_micro == config.micro else {"micro_growth": config.largest_micro / config.micro}
+    live: dict[str, Any] = {"horizon": horizon, "divisor": divisor, **grows}
+    left_out = ("name", "micro", "micro_max")
+    if isinstance(config, Custom):
+        return build(config, leave_out=left_out, **live)
+    keys = {key: value for key, value in dataclasses.asdict(config).items() if key not in (*left_out, "_target_")}
+    return import_object(config._target_)(**keys, **live)

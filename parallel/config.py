@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..config.keys import Side, key
+from ..config.problems import Problem
 from .deepspeed.settings import DeepSpeedConfig
+
+ENGINES = ("torch", "deepspeed")
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb", "zbv", "dualpipev")
+CONTEXT_KINDS = ("ring", "ulysses")
+YEAR = 365 * 24 * 3600  # clocks of collectives overflow far beyond it
 
 
 @dataclass
@@ -38,3 +45,34 @@ class ParallelConfig:
     offload_weights: str = key("none", "where DeepSpeed's ZeRO-3 keeps the weights' shards between uses: none, cpu or nvme")
     offload_path: str | None = key(None, "folder for nvme: a fast local disk")
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+
+    def problems(self, key: str = "parallel") -> list[Problem]:
+        """Return what is wrong with the values; what does not fit the work or the processes, `layout.py` and others say."""
+        found: list[Problem] = []
+        for name in ("replicate", "tp", "pp", "cp"):
+            size = getattr(self, name)
+            if size < 1:
+                found.append(Problem(f"{key}.{name}", f"{size} is not a size", f"use {key}.{name}=1 to switch it off"))
+        if self.zero not in (0, 1, 2, 3):
+            found.append(Problem(f"{key}.zero", f"stage {self.zero} does not exist", "use 0, 1, 2 or 3"))
+        if self.engine not in ENGINES:
+            found.append(Problem(f"{key}.engine", f"there is no '{self.engine}'", f"use {' or '.join(ENGINES)}"))
+        if self.schedule not in SCHEDULES:
+            near = difflib.get_close_matches(self.schedule, SCHEDULES, 1)
+            fix = f"did you mean {near[0]}?" if near else f"use {', '.join(SCHEDULES)}"
+            found.append(Problem(f"{key}.schedule", f"there is no '{self.schedule}'", fix))
+        if self.cp_kind not in CONTEXT_KINDS:
+            fix = f"use {' or '.join(CONTEXT_KINDS)}"
+            found.append(Problem(f"{key}.cp_kind", f"there is no '{self.cp_kind}'", fix))
+        for name in ("stages_per_rank", "stage_layers"):
+            if self.pp == 1 and getattr(self, name) is not None:
+                fix = f"leave it null, or set {key}.pp"
+                found.append(Problem(f"{key}.{name}", f"there are no stages with {key}.pp=1", fix))
+        if not 0 < self.timeout <= YEAR:
+            found.append(
+                Problem(f"{key}.timeout", f"{self.timeout} is not a time", "use seconds, a year at most, for example 600")
+            )
+        if self.offload_path is not None and "nvme" not in (self.offload, self.offload_weights):
+            fix = f"leave it null, or use {key}.offload=nvme"
+            found.append(Problem(f"{key}.offload_path", "nothing is offloaded to nvme, so nobody would look there", fix))
+        return found

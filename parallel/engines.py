@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 
-from ..config.problems import Problem
 from ..kernels import precompile, swiglu
 from ..kernels.attention_timing import flash4_compilations
 from ..kernels.precompile import Work
@@ -16,10 +13,8 @@ from ..models.protocol import Model
 from .attention_choice import choose_attention, shape_of
 from .config import ParallelConfig
 from .cost import RankCost
-from .deepspeed.config import deepspeed_problems
 from .deepspeed.engine import DeepSpeedEngine
 from .deepspeed.memory import deepspeed_cost
-from .deepspeed.optimizer import optimizer_problems
 from .deepspeed.speed import deepspeed_moved
 from .engine import Engine, EngineSettings, OptimizerFactory
 from .layout import Layout
@@ -30,50 +25,8 @@ from .policies import fused_swiglu_blocker
 from .speed import Moved, torch_moved
 from .torch.assembly import SWIGLU
 from .torch.engine import TorchEngine
-from .torch.float8 import float8_problems
 
 log = logging.getLogger(__name__)
-
-ENGINES = ("torch", "deepspeed")
-
-
-def engine_problems(
-    parallel: ParallelConfig,
-    make_optimizer: OptimizerFactory,
-    *,
-    precision: str,
-    world_size: int,
-    float8: str = "none",
-) -> list[Problem]:
-    """Everything about the engine that can't be, before anything is started."""
-    if parallel.engine not in ENGINES:
-        return [Problem("parallel.engine", f"there is no '{parallel.engine}'", f"use {' or '.join(ENGINES)}")]
-    problems = [*float8_problems(float8, parallel, precision), *_unread_problems(parallel)]
-    if parallel.engine == "torch":
-        return [*problems, *_torch_problems(parallel)]
-    problems += deepspeed_problems(parallel, precision, world_size)
-    if importlib.util.find_spec("deepspeed") is None:
-        fix = "pip install 'meshloom[deepspeed]', or use parallel.engine=torch"
-        problems.append(Problem("parallel.engine", "DeepSpeed is not installed", fix))
-    return problems + optimizer_problems(make_optimizer)
-
-
-def _unread_problems(parallel: ParallelConfig) -> Iterator[Problem]:
-    if parallel.offload_path is not None and "nvme" not in (parallel.offload, parallel.offload_weights):
-        fix = "leave it null, or use parallel.offload=nvme"
-        yield Problem("parallel.offload_path", "nothing is offloaded to nvme, so nobody would look there", fix)
-
-
-def _torch_problems(parallel: ParallelConfig) -> Iterator[Problem]:
-    if parallel.offload not in ("none", "cpu"):
-        fix = "use none or cpu, or parallel.engine=deepspeed for nvme"
-        yield Problem("parallel.offload", f"the torch engine can't offload to '{parallel.offload}'", fix)
-    if parallel.offload == "cpu" and max(parallel.tp, parallel.pp, parallel.cp) > 1:
-        fix = "use parallel.tp=1, parallel.pp=1 and parallel.cp=1, or parallel.offload=none"
-        yield Problem("parallel.offload", "the torch engine offloads under data parallelism only", fix)
-    if parallel.offload_weights != "none":
-        fix = "parallel.offload=cpu takes them along; or use parallel.engine=deepspeed"
-        yield Problem("parallel.offload_weights", "the torch engine does not offload weights apart", fix)
 
 
 def make_engine(

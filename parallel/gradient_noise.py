@@ -7,7 +7,7 @@ gradient of one micro-batch before anything is added to it or reduced: that is D
 gradient's norm needs anyway.
 
 Not seen: context parallelism (a rank has only a slice's part of a micro-batch's gradient) and a tied embedding cut by a
-pipeline (its two parts add up on neither rank). `moments_problems` refuses both.
+pipeline (its two parts add up on neither rank). `limits.measuring_problems` refuses both.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from ..config.problems import Problem
 from ..data.assignment import Share
 from ..optim.batch.statistics import GradientStatistics
-from .config import ParallelConfig
 from .mesh import Mesh
 from .observers import GradientObserver
 from .shards import Placed, Placements, own_part, placements_of
@@ -57,25 +55,6 @@ class Moments:
     def read(self) -> GradientStatistics:
         """The record. Waits for the device."""
         return self.statistics({name: float(scalar) for name, scalar in self.scalars.items()})
-
-
-def moments_problems(parallel: ParallelConfig, tied: bool, projections: bool) -> list[Problem]:
-    """Layouts under which a controller that measures can't have its numbers."""
-    problems: list[Problem] = []
-    fix = "choose batch=fixed, stages, ramp or critical_loss, or"
-    if parallel.engine != "torch" and projections:
-        problems.append(
-            Problem("batch", f"the {parallel.engine} engine has no whole gradient to project on", "use batch=norm_test")
-        )
-    if parallel.cp > 1:
-        problems.append(Problem("batch", "gradients can't be measured under context parallelism", f"{fix} parallel.cp=1"))
-    if parallel.pp > 1 and tied:
-        problems.append(
-            Problem("batch", "the gradient of a tied embedding can't be measured in a pipeline", f"{fix} model.tied=false")
-        )
-    if parallel.tp > 1 and projections:
-        problems.append(Problem("batch", "projections can't be measured under tensor parallelism", f"{fix} batch=norm_test"))
-    return problems
 
 
 class GradientNoise(GradientObserver):

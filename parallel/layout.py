@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from ..config.problems import ConfigError, Problem
 from .config import ParallelConfig
 
+SIZES = ("replicate", "tp", "pp", "cp", "zero")
+"""Keys of `parallel` that a layout is made of."""
 AXES = ("pp", "replicate", "shard", "cp", "tp")
 
 
@@ -96,13 +98,7 @@ def uses_fsdp(parallel: ParallelConfig, layout: Layout) -> bool:
 
 def layout_problems(config: ParallelConfig, world_size: int) -> list[Problem]:
     """Everything about the axis sizes that can't be, on this many processes."""
-    problems: list[Problem] = []
-    for key in ("replicate", "tp", "pp", "cp"):
-        size = getattr(config, key)
-        if size < 1:
-            problems.append(Problem(f"parallel.{key}", f"{size} is not a size", f"use parallel.{key}=1 to switch it off"))
-    if config.zero not in (0, 1, 2, 3):
-        problems.append(Problem("parallel.zero", f"stage {config.zero} does not exist", "use 0, 1, 2 or 3"))
+    problems = [problem for problem in config.problems() if problem.key.removeprefix("parallel.") in SIZES]
     if problems:
         return problems
     model = config.pp * config.cp * config.tp

@@ -12,7 +12,7 @@ from typing import Any
 from ..config.problems import Problem
 from ..models.protocol import Model, lacks
 from .config import ParallelConfig
-from .context.split import KINDS, context_problems, kind_problems
+from .context.split import KINDS, context_problems
 from .engine import EngineSettings
 from .layout import Layout, layout_problems
 from .pipeline.stages import SCHEDULES, legal_micro_batches, near_micro_batches, schedule_of, stage_count
@@ -50,11 +50,6 @@ def layout_and_model_problems(parallel: ParallelConfig, work: Work, world_size: 
         if near:
             problems.append(Problem("parallel", "other layouts can run this work", f"nearest: {'; or '.join(near)}"))
     return problems
-
-
-def key_problems(parallel: ParallelConfig) -> list[Problem]:
-    """What no engine can make anything of, whatever the work: names that don't exist, stages where there are none."""
-    return [*kind_problems(parallel), *_stage_key_problems(parallel)]
 
 
 def model_problems(model: Model, parallel: ParallelConfig, settings: EngineSettings) -> list[Problem]:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..config.duration import Duration
 from ..config.keys import Side, key
+from ..config.problems import Problem
+
+ACTIVATIONS = ("none", "selective", "full", "offload")
+FLOAT8 = ("none", "tensorwise", "rowwise")
+"""One scale for a whole tensor (fastest), or one for each row and column (closer to bf16)."""
 
 
 @dataclass
@@ -40,3 +47,51 @@ class TrainerConfig:
     hooks: list[Any] = key([], "your own hooks, each a node with a `_target_`", Side.HABIT)
     sample_prompt: str | None = key(None, "text the model continues at the end of the run; null: none", Side.HABIT)
     sample_tokens: int = key(200, "how many tokens it adds to sample_prompt", Side.HABIT)
+
+    def problems(self, key: str = "trainer") -> list[Problem]:
+        """Return what is wrong with the values."""
+        return [*self._length_problems(key), *self._evaluation_problems(key), *self._step_problems(key)]
+
+    def _length_problems(self, key: str) -> Iterator[Problem]:
+        if self.steps is None and self.tokens is None:
+            yield Problem(f"{key}.steps", "the run has no length", f"give {key}.steps or {key}.tokens")
+        if self.steps is not None and self.tokens is not None:
+            yield Problem(f"{key}.steps", f"{key}.tokens says the run's length too", "set one of them to null")
+        for name, length in (("steps", self.steps), ("tokens", self.tokens)):
+            if length is not None and length < 1:
+                yield Problem(f"{key}.{name}", f"{length} is not a length", "use 1 or more")
+
+    def _evaluation_problems(self, key: str) -> Iterator[Problem]:
+        if self.eval_samples < 1:
+            yield Problem(f"{key}.eval_samples", f"{self.eval_samples} evaluates nothing", f"use {key}.eval_every=0 for never")
+        if self.sample_tokens < 1:
+            yield Problem(f"{key}.sample_tokens", f"{self.sample_tokens} is no text", f"use {key}.sample_prompt=null for none")
+        if self.eval_every is None:
+            return
+        fix = "use 0 for never, null for at the end"
+        try:
+            length = Duration.parse(self.eval_every)
+        except ValueError as error:
+            reason, _, forms = str(error).partition("; ")
+            yield Problem(f"{key}.eval_every", reason, f"{forms}; {fix}" if forms else fix)
+            return
+        if length.value == 0 and self.eval_every != 0:
+            yield Problem(f"{key}.eval_every", f"'{self.eval_every}' is no length", fix)
+
+    def _step_problems(self, key: str) -> Iterator[Problem]:
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            yield Problem(f"{key}.max_grad_norm", f"{self.max_grad_norm} stops all learning", "use null to never clip")
+        step, last = self.profile_step, self.steps
+        if step is not None and not 1 <= step <= (last or step):
+            length = f" of {last}" if last else ""
+            yield Problem(f"{key}.profile_step", f"there is no step {step}{length}", "count from 1; null: none")
+        if self.activation not in ACTIVATIONS:
+            yield Problem(f"{key}.activation", f"there is no '{self.activation}'", f"use {', '.join(ACTIVATIONS)}")
+        if self.float8 not in FLOAT8:
+            yield Problem(f"{key}.float8", f"there is no '{self.float8}'", f"use {', '.join(FLOAT8)}")
+        budget = self.activation_budget
+        if budget is not None and not 0 < budget <= 1:
+            yield Problem(f"{key}.activation_budget", f"{budget} is not a share", "use a number in (0, 1], or null")
+        elif budget is not None and self.activation != "none":
+            fix = f"use {key}.activation=none: the budget chooses among the others"
+            yield Problem(f"{key}.activation_budget", f"{key}.activation={self.activation} leaves nothing to choose", fix)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 
-from hydra.utils import get_object
-from omegaconf import DictConfig
-
-from ..optim.optimizers.agvm import AGVM
+from .schema import RunConfig
 
 
-def bent_rules(config: DictConfig) -> Iterator[str]:
-    """One line for each. Engines say theirs themselves: float8, keys of DeepSpeed's own."""
-    optimizer = get_object(config.optim._target_)
-    if inspect.isclass(optimizer) and issubclass(optimizer, AGVM):
+def layout_dependence(config: RunConfig) -> Iterator[str]:
+    """Yield one line for each. Engines say theirs themselves: float8, keys of DeepSpeed's own."""
+    if config.optim.compares_halves():
         yield "optim=agvm: its halves of a batch are halves of the ranks, so losses depend a little on the layout (R4)"
-    if "multiple" in config.batch and config.batch.multiple is None:
+    if hasattr(config.batch, "multiple") and config.batch.multiple is None:
         yield (
             "batch.multiple is not set: sizes are rounded to what the layout can cut, so another layout may take other "
             "batches (R1); set it to fix them"

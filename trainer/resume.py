@@ -1,135 +1,25 @@
-"""Going on from a checkpoint: which one, under which config, and the state put back."""
+"""Going on from a checkpoint: its state put back into a freshly built run."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
 
-from ..checkpoint.errors import CheckpointError
-from ..checkpoint.files import is_remote, open_files
-from ..checkpoint.folder import find_latest
-from ..checkpoint.manifest import MANIFEST
-from ..checkpoint.restore import RestoreReport, holds_checkpoint, read_state, restore
-from ..config.compose import differences, drop_unknown, resumed
+from ..checkpoint.restore import RestoreReport, read_state, restore
 from ..config.problems import ConfigError, Problem
-from ..config.renames import with_moved_targets
 from ..data.node import DataNode
 from ..optim.progress import Progress
 from ..parallel.fragment import Fragment
-from .build import Run, build_control, checkpoint_folder
+from .build import Run, build_control
+from .find_checkpoint import is_import, is_inside
 from .hooks.base import named
 from .identity import Origin, is_own
 from .loop import Loop
-from .schema import RunConfig
 
 log = logging.getLogger(__name__)
-
-
-FROM = "auto:"
-FOLDERS = ("output_dir", "checkpoint.folder", "checkpoint.snapshot_folder", "parallel.offload_path")
-
-
-def goes_on(resume: str) -> bool:
-    """Whether a run with this `resume` goes on with what it has saved itself, whenever there is something."""
-    return resume == "auto" or resume.startswith(FROM)
-
-
-def resumes_own(resume: str) -> bool:
-    """Whether this process goes on with what the run has saved: it was told so, or torchrun has restarted it."""
-    return goes_on(resume) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
-    """The checkpoint that `resume` names.
-
-    "none" is none; "auto" the run's own folder of them, or none yet; "auto:<path>" that folder too, but where the run has saved
-    nothing yet, it begins from the path: what a job that is queued again and again says, when it fine-tunes or branches off.
-
-    Processes that torchrun has restarted go on from what the run itself saved, whatever it began from.
-    Raises ConfigError if a path was given that holds no complete checkpoint, or a folder can't be looked into.
-    """
-    wanted = str(config.resume)
-    if resumes_own(wanted):
-        folder = checkpoint_folder(config)  # not a step: `restore` passes over a damaged one, and asks the keepers' memory
-        try:
-            if holds_checkpoint(folder):
-                return folder
-        except (OSError, CheckpointError) as error:
-            fix = "give a checkpoint.folder, or an output_dir, that can be"
-            raise ConfigError([Problem("checkpoint.folder", f"'{folder}' can't be read: {error}", fix)]) from error
-    return None if wanted in ("auto", "none") else find_checkpoint(wanted.removeprefix(FROM), "resume")
-
-
-def find_checkpoint(location: str, key: str) -> Path | str:
-    """The checkpoint that a user named by a step's folder, a folder of steps or a run's folder (path or URL), as `key`.
-
-    Raises ConfigError if none there is complete.
-    """
-    fix = "give a step-… folder, or the folder of a run that has saved one"
-    if not location:
-        raise ConfigError([Problem(key, "is empty", fix)])
-    location = location if is_remote(location) else str(Path(location.removeprefix("file://")).expanduser())
-    try:
-        if open_files(location).size(MANIFEST) is not None:
-            return location if is_remote(location) else Path(location)
-        found = find_latest(location) or find_latest(f"{location.rstrip('/')}/checkpoints")
-    except (OSError, ValueError, CheckpointError) as error:  # somebody else's folder, an unknown protocol, no name at all
-        raise ConfigError([Problem(key, f"'{location}' can't be read: {error}", fix)]) from error
-    if found is None:
-        raise ConfigError([Problem(key, f"'{location}' holds no complete checkpoint", fix)])
-    return found
-
-
-def effective(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Path | str | None]:
-    """What a command line really asks for: the config to run, and the checkpoint to go on from (None: a fresh start).
-
-    config: composed of the recipe and the overrides. A resumed run has its checkpoint's config with the overrides on top;
-    one that begins from imported weights has its own. In both, folders begin at the user's home where they are written so.
-
-    Raises ConfigError where there is no such checkpoint, or where it is damaged.
-    """
-    _expand_home(config)
-    checkpoint = checkpoint_to_resume(config)
-    if checkpoint is None:
-        return config, None
-    try:
-        state = read_state(checkpoint)
-    except CheckpointError as error:
-        fix = "name another one as resume=<path>, or begin anew with resume=none"
-        raise ConfigError([Problem("resume", f"there is no going on from '{checkpoint}': {error}", fix)]) from error
-    if _is_import(state):
-        return config, checkpoint
-    saved = with_moved_targets(state["config"])
-    typed, kept = OmegaConf.structured(RunConfig), resumed(saved, config, overrides)
-    for key in drop_unknown(kept):
-        log.info("resumed run leaves out %s, which is no key of this version", key)
-    merged = cast(DictConfig, OmegaConf.merge(typed, kept))
-    _expand_home(merged)
-    for line in differences(saved, config, merged):
-        log.info("resumed run keeps %s", line)
-    return merged, checkpoint
-
-
-def _expand_home(config: DictConfig) -> None:
-    """Shells expand ~ in some places only, and in a recipe nobody does."""
-    for key in FOLDERS:
-        written = OmegaConf.select(config, key)
-        if isinstance(written, str) and written.startswith("~"):
-            OmegaConf.update(config, key, os.path.expanduser(written))  # noqa: PTH111 (a text stays one, as written)
-
-
-def lies_in(checkpoint: Path | str, folder: str) -> bool:
-    """Whether a checkpoint is one of those in a run's folder, or that folder."""
-    if is_remote(str(checkpoint)) or is_remote(folder):
-        return f"{checkpoint}/".startswith(f"{folder.rstrip('/')}/")
-    inner, outer = (Path(str(place).removeprefix("file://")).resolve() for place in (checkpoint, folder))
-    return inner.is_relative_to(outer)
 
 
 def restore_run(run: Run, checkpoint: Path | str, folder: str, *, strict: bool) -> Origin:
@@ -140,7 +30,7 @@ def restore_run(run: Run, checkpoint: Path | str, folder: str, *, strict: bool) 
     """
     loop = run.loop
     stated = read_state(checkpoint)
-    if _is_import(stated):
+    if is_import(stated):
         report = _restore_weights(loop, checkpoint)
         return Origin(report.run, report.step, report.commit, own=False)
     _same_tokens(stated, run.data, checkpoint)
@@ -160,7 +50,7 @@ def restore_run(run: Run, checkpoint: Path | str, folder: str, *, strict: bool) 
     loop.progress = Progress.from_state(state["progress"], _first_batch(state))
     # A run that goes on under a measuring controller keeps the size it had come to, whatever had chosen that.
     loop.controller.load_state_dict({"target": loop.progress.batch, **state["controller"]})
-    own = lies_in(checkpoint, folder) and is_own(report.run, folder)
+    own = is_inside(checkpoint, folder) and is_own(report.run, folder)
     for name, hook in named(loop.hooks).items():
         if own or not hook.of_one_run:
             hook.load_state_dict(state["hooks"].get(name, {}))
@@ -192,11 +82,6 @@ def _restore(loop: Loop, checkpoint: Path | str, fragments: list[Fragment], *, s
     finally:
         if group is not None:
             dist.destroy_process_group(group)
-
-
-def _is_import(state: dict[str, Any]) -> bool:
-    """Whether a checkpoint was not saved by a run (`meshloom checkpoint import`): it has no progress to go on from."""
-    return "progress" not in state
 
 
 def _restore_weights(loop: Loop, checkpoint: Path | str) -> RestoreReport:

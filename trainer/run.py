@@ -4,56 +4,60 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-
-from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint.errors import HeldError
 from ..checkpoint.lock import FolderLock
 from ..config.cache import cache_folder
 from ..config.problems import ConfigError, Problem
+from ..data.build import build_node
+from ..data.config import DataConfig
 from ..data.node import DataNode
 from ..data.order import Shuffled
-from ..models.config import DECODER, decoder_config
+from ..models.config import DecoderConfig
 from ..parallel.engines import start_compiling
 from ..parallel.layout import Layout
-from ..parallel.mesh import Mesh, environment_world_size, pick_device
+from ..parallel.mesh import Mesh, pick_device
 from .all_ranks import FailedElsewhere, on_main, together
-from .build import Parts, Run, build_data, build_run, checkpoint_folder, engine_settings
+from .build import Run, build_run, engine_settings
+from .derived import checkpoint_folder
+from .find_checkpoint import resumes_own
 from .identity import Origin, identify, take_over_metrics
-from .layout_dependence import bent_rules
+from .layout_dependence import layout_dependence
 from .loop import TrainingDiverged
-from .resume import effective, restore_run, resumes_own
+from .machine import RUN_LOCK
+from .relations import ask
+from .resolve import ResolvedRun
+from .resume import restore_run
+from .schema import RunConfig
+from .sides import annotated_yaml
 from .signals import StopRequest
-from .validate import asked, run_problems
+from .typed import plain_config
 
 log = logging.getLogger(__name__)
 
-RUN_LOCK = ".run.lock"  # checkpoints, which have a lock of their own, may lie in the same folder
 
-
-def run(config: DictConfig, overrides: Sequence[str] = (), stop: StopRequest | None = None) -> int:
-    """Train as `config` says, on the processes that this one was started among. Returns the exit code.
+def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
+    """Train as a resolved run says, on the processes that this one was started among. Return the exit code.
 
     0 if the run reached its end, or was asked to stop (SIGTERM, SIGUSR1) and saved its state; 1 if it diverged, or if another
     process could not begin (2 where it found the config at fault) and says why. Raises ConfigError, before anything is touched,
     for a config that can't run, and whatever else makes a run fail.
 
-    overrides: those of the command line that `config` was composed of; a resumed run applies them to its saved config.
     stop: tells the caller afterwards whether the run was asked to stop.
     """
     stop = stop or StopRequest()
-    config, checkpoint = effective(config, overrides)
-    problems = run_problems(config, environment_world_size())
-    if problems:
-        raise ConfigError(problems)
-    data = prepared_data(config)  # before the process groups: building a large corpus may take longer than their time-out
-    parallel = Parts.of(config).parallel
-    if os.environ.get("LOCAL_RANK", "0") == "0" and config.model._target_ == DECODER:
-        shape = decoder_config(config.model, data.vocabulary)
+    resolved.refuse()
+    for notice in resolved.notices:
+        log.info("%s", notice)
+    config, checkpoint, parallel = resolved.config, resolved.checkpoint, resolved.config.parallel
+    # Before the process groups: building a large corpus may take longer than their time-out.
+    data = prepared_data(config.data, config.seed, config.model.vocabulary)
+    if os.environ.get("LOCAL_RANK", "0") == "0" and isinstance(config.model, DecoderConfig):
+        shape = replace(config.model, vocabulary=config.model.vocabulary or data.vocabulary)
         start_compiling(shape, parallel, engine_settings(config, data.seq_len))
-    mesh = Mesh.connect(Layout.plan(parallel, environment_world_size()), pick_device(), parallel.timeout)
+    mesh = Mesh.connect(Layout.plan(parallel, resolved.world_size), pick_device(), parallel.timeout)
     try:
         if mesh.differ(str(checkpoint)):
             raise RuntimeError(f"processes see different newest checkpoints (this one {checkpoint}): is the folder shared?")
@@ -69,12 +73,14 @@ def run(config: DictConfig, overrides: Sequence[str] = (), stop: StopRequest | N
         mesh.close()
 
 
-def prepared_data(config: DictConfig) -> DataNode:
-    """The data of a run, ready to be read. Raises ConfigError for data that can't be: its message names file and place."""
-    problems = asked("data", lambda: build_data(config).problems())
-    if problems:
+def prepared_data(config: DataConfig, seed: int, vocabulary: int | None) -> DataNode:
+    """Return data ready to be read. Raises ConfigError for data that can't be: its message names file and place.
+
+    vocabulary: of the model; None: the data's.
+    """
+    if problems := ask("data", lambda: build_node(config, seed, vocabulary).problems()):
         raise ConfigError(problems)
-    data = build_data(config)
+    data = build_node(config, seed, vocabulary)
     try:
         data.prepare()
     except ConfigError:
@@ -82,17 +88,16 @@ def prepared_data(config: DictConfig) -> DataNode:
     except ValueError as error:
         raise ConfigError([Problem("data", str(error))]) from error
     except OSError as error:
-        place = error.filename or cache_folder(config.data.get("cache_dir"))
+        place = error.filename or cache_folder(config.cache)
         fix = "make room or get access, or set data.cache_dir to another folder"
         raise ConfigError([Problem("data", f"{place}: {error.strerror or error}", fix)]) from error
-    known = config.model.get("vocabulary")
-    if isinstance(known, int) and known < data.vocabulary:
-        message = f"the model knows {known} tokens, and the data has {data.vocabulary}"
+    if vocabulary is not None and vocabulary < data.vocabulary:
+        message = f"the model knows {vocabulary} tokens, and the data has {data.vocabulary}"
         raise ConfigError([Problem("model.vocabulary", message, f"use {data.vocabulary} or more, or null for the data's own")])
     return data
 
 
-def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None, stop: StopRequest) -> int:
+def _train(config: RunConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None, stop: StopRequest) -> int:
     output_dir = Path(config.output_dir)
     claim = together(mesh, lambda: _claim(output_dir) if mesh.is_main else None)
     try:
@@ -102,11 +107,11 @@ def _train(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | st
             claim.release()
 
 
-def _trained(config: DictConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None, stop: StopRequest) -> int:
+def _trained(config: RunConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None, stop: StopRequest) -> int:
     output_dir = Path(config.output_dir)
-    current = build_run(config, data, mesh)
+    current = build_run(config, plain_config(config), data, mesh)
     try:
-        folder, strict = checkpoint_folder(config), Parts.of(config).checkpoint.strict
+        folder, strict = checkpoint_folder(config), config.checkpoint.strict
         origin = None if checkpoint is None else restore_run(current, checkpoint, folder, strict=strict)
         on_main(mesh, lambda: _take_over(config, current, origin))
         on_main(mesh, lambda: _describe(config, data, output_dir))
@@ -142,7 +147,7 @@ def _looped(current: Run, stop: StopRequest) -> bool:
     return reached
 
 
-def _take_over(config: DictConfig, current: Run, origin: Origin | None) -> None:
+def _take_over(config: RunConfig, current: Run, origin: Origin | None) -> None:
     """Make the folders this run's. Nothing is in its way any more: what an earlier run has left there may be moved aside."""
     resumes = resumes_own(str(config.resume))
     identity = identify(origin, checkpoint_folder(config), resumes=resumes)
@@ -151,12 +156,12 @@ def _take_over(config: DictConfig, current: Run, origin: Origin | None) -> None:
         current.saving.begin_run(identity, 0 if origin is None or not origin.own else origin.commit)
 
 
-def _describe(config: DictConfig, data: DataNode, output_dir: Path) -> None:
+def _describe(config: RunConfig, data: DataNode, output_dir: Path) -> None:
     """Leave the whole config and the tokenizer with the run, and say which rules it can't keep."""
-    (output_dir / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    (output_dir / "config.yaml").write_text(annotated_yaml(config))
     if data.tokenizer is not None:
         data.tokenizer.save(output_dir / "tokenizer.json")  # for `meshloom generate`, wherever the checkpoints go
-    for exception in bent_rules(config):
+    for exception in layout_dependence(config):
         log.warning("%s", exception)
 
 

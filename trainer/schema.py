@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..checkpoint.config import CheckpointConfig
 from ..config.keys import MISSING, Key, Side, key, keys_of
+from ..config.problems import Problem
 from ..data import config as data
 from ..models import config as models
 from ..optim.batch import config as batch
@@ -23,6 +24,7 @@ from .launching import LaunchConfig
 if TYPE_CHECKING:
     from ..config.compose import Composer
 
+PRECISIONS = ("fp32", "bf16", "fp64")
 OPTIONS: dict[str, tuple[type, ...]] = {
     "model": models.OPTIONS,
     "data": data.OPTIONS,
@@ -59,6 +61,27 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def problems(self) -> list[Problem]:
+        """Return what is wrong with the run's own values and with those of every group, each judged by itself."""
+        found = list(self._own_problems())
+        for name in groups():
+            if name and getattr(self, name) is not None:
+                found += getattr(self, name).problems(name)
+        return found
+
+    def _own_problems(self) -> Iterator[Problem]:
+        if self.precision not in PRECISIONS:
+            yield Problem("precision", f"there is no '{self.precision}'", f"use {', '.join(PRECISIONS)}")
+        if not 0 <= self.seed < 2**63:
+            yield Problem("seed", f"{self.seed} is no seed", "use 0 up to less than 2^63")
+        if not str(self.output_dir).strip():
+            yield Problem("output_dir", "is empty", "give a folder")
+        if "://" in str(self.output_dir):
+            fix = "give a folder, and the URL as checkpoint.folder: checkpoints may go there"
+            yield Problem("output_dir", f"'{self.output_dir}' is a URL, and metrics are written to a folder", fix)
+        if not self.resume:
+            yield Problem("resume", "is empty", "use auto, none, or the path of a checkpoint")
 
 
 @dataclass(frozen=True)
@@ -119,6 +142,7 @@ def group_keys(group: str) -> Iterator[GroupKey]:
 def register_schemas() -> None:
     """Make the typed form of every recipe group known to Hydra."""
     from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
 
     from ..config.compose import SCHEMA
 
@@ -126,7 +150,9 @@ def register_schemas() -> None:
     store.store(name=SCHEMA, node=RunConfig)
     for group, kinds in OPTIONS.items():
         for kind in kinds:
-            store.store(group=group, name=f"base_{typing.cast(Any, kind).name}", node=kind)
+            # Open, so that a key of another option in a recipe file can be left out, and a user's own class may have any.
+            node = OmegaConf.structured(kind, flags={"struct": False})
+            store.store(group=group, name=f"base_{typing.cast(Any, kind).name}", node=node)
 
 
 def make_composer(config_dir: str | None = None) -> Composer:
@@ -134,4 +160,4 @@ def make_composer(config_dir: str | None = None) -> Composer:
     from ..config.compose import Composer
 
     register_schemas()
-    return Composer(config_dir)
+    return Composer(config_dir, OPTIONS)

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ...config.keys import MISSING, RecipeWhen, Side, key, option, target
+from ...config.nodes import Custom
+from ...config.problems import Problem
+from ..optimizers.config import AUTOMATIC
 
 START = "global batch in sequences at the start, or auto:step_law"
 MICRO = "sequences per rank and pass"
@@ -15,7 +18,7 @@ LARGEST = "the largest size"
 
 
 def _micro_matters(run: Any) -> bool:
-    return run.batch.MEASURES or run.optim.HALVES or run.trainer.float8 != "none"
+    return run.batch.MEASURES or run.optim.compares_halves() or run.trainer.float8 != "none"
 
 
 MICRO_SIDE = RecipeWhen("a controller that measures gradients, optim=agvm or trainer.float8", _micro_matters)
@@ -24,46 +27,66 @@ MICRO_SIDE = RecipeWhen("a controller that measures gradients, optim=agvm or tra
 
 @dataclass
 class BatchConfig:
-    """The same size at every step.
+    """What every controller of the batch size has.
 
-    MEASURES  whether the controller is given gradient statistics; of a class of the user's own nobody knows, so it may be
+    MEASURES  whether the controller is given gradient statistics
     """
 
     SIDE: ClassVar[Side] = Side.RECIPE
     MEASURES: ClassVar[bool] = False
 
-    _target_: str = target("meshloom.optim.batch.controller.Fixed")
-    name: str = option("fixed")
-    samples: int | str = key(32, START)
+    _target_: str = target(MISSING)
+    name: str = option(MISSING)
+    samples: int | str | None = key(32, START)
     micro: int = key(8, MICRO, MICRO_SIDE)
+
+    def problems(self, key: str = "batch") -> list[Problem]:
+        """Return what is wrong with the values; what does not fit the run, the controller itself says."""
+        found: list[Problem] = []
+        if isinstance(self.samples, str) and not self.samples.startswith(AUTOMATIC):
+            found.append(Problem(f"{key}.samples", f"'{self.samples}' is not a number", f"write one, or {AUTOMATIC}step_law"))
+        for name, size in (("samples", self.samples), ("micro", self.micro)):
+            if isinstance(size, int) and size < 1:
+                found.append(Problem(f"{key}.{name}", f"{size} is not a number of samples", "use 1 or more"))
+        return found
+
+    @property
+    def largest_micro(self) -> int:
+        """How large a micro-batch may become."""
+        return getattr(self, "micro_max", None) or self.micro
+
+
+class CustomBatch(BatchConfig, Custom):
+    """A controller of the user's own, which may measure: nobody knows."""
+
+    MEASURES = True
 
 
 @dataclass
-class StagesConfig:
-    """Sizes by tokens consumed."""
+class FixedConfig(BatchConfig):
+    """The same size at every step."""
 
-    SIDE: ClassVar[Side] = Side.RECIPE
-    MEASURES: ClassVar[bool] = False
+    _target_: str = target("meshloom.optim.batch.controller.Fixed")
+    name: str = option("fixed")
+
+
+@dataclass
+class StagesConfig(BatchConfig):
+    """Sizes by tokens consumed."""
 
     _target_: str = target("meshloom.optim.batch.controller.Stages")
     name: str = option("stages")
-    samples: int | None = key(None, "the size at the start, read where stages doesn't begin with 0")
-    micro: int = key(8, MICRO, MICRO_SIDE)
+    samples: int | str | None = key(None, "the size at the start, read where stages doesn't begin with 0")
     micro_max: int | None = key(None, MICRO_MAX, MICRO_SIDE)
     stages: str = key(MISSING, 'sizes from points on, such as "0:768 250B:1536"; a bare point counts tokens')
 
 
 @dataclass
-class RampConfig:
+class RampConfig(BatchConfig):
     """From samples to max in equal steps over a duration."""
-
-    SIDE: ClassVar[Side] = Side.RECIPE
-    MEASURES: ClassVar[bool] = False
 
     _target_: str = target("meshloom.optim.batch.controller.Ramp")
     name: str = option("ramp")
-    samples: int | str = key(32, START)
-    micro: int = key(8, MICRO, MICRO_SIDE)
     micro_max: int | None = key(None, MICRO_MAX, MICRO_SIDE)
     max: int = key(512, LARGEST)
     over: int | float | str = key("10%", "how long the way up takes: a duration")
@@ -71,16 +94,11 @@ class RampConfig:
 
 
 @dataclass
-class AdaptiveConfig:
+class AdaptiveConfig(BatchConfig):
     """What every controller has that measures."""
 
-    SIDE: ClassVar[Side] = Side.RECIPE
     MEASURES: ClassVar[bool] = True
 
-    _target_: str = target(MISSING)
-    name: str = option(MISSING)
-    samples: int | str = key(32, START)
-    micro: int = key(8, MICRO, MICRO_SIDE)
     micro_max: int | None = key(None, MICRO_MAX, MICRO_SIDE)
     max: int = key(512, LARGEST)
     eta: float = key(0.2, "threshold of the test")
@@ -160,7 +178,7 @@ class CriticalLossConfig(AdaptiveConfig):
 
 
 OPTIONS: tuple[type, ...] = (
-    BatchConfig,
+    FixedConfig,
     StagesConfig,
     RampConfig,
     NormTestConfig,

@@ -11,32 +11,22 @@ from typing import Any
 import torch
 from torch.optim.adagrad import adagrad
 
-from .bounds import NOT_NEGATIVE, POSITIVE, outside, refuse
+from .config import AdaGradConfig, AdaGradNormConfig, base_rate
 from .parameters import NamedParameter, Shards, decay_groups
 
 
 class AdaGrad(torch.optim.Optimizer):
     """w ← w − lr · g / (√Σg² + eps), element by element (Duchi et al. 2011). The update is torch's.
 
-    weight_decay  added to the gradient (not decoupled)
-    initial       what the sum of squares starts from
+    `weight_decay` is added to the gradient (not decoupled).
 
     Not derived from `torch.optim.Adagrad`: DeepSpeed puts a new one of those in the place of any such optimizer, without its
     groups' decay and rates. Nor is there any state before the first step, which DeepSpeed takes on tensors of its own.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[NamedParameter],
-        shards: Shards,
-        lr: float = 1e-2,
-        weight_decay: float = 0.0,
-        eps: float = 1e-10,
-        initial: float = 1e-2,
-    ) -> None:
-        refuse(outside(NOT_NEGATIVE, weight_decay=weight_decay, eps=eps, initial=initial))
-        self._initial = initial
-        super().__init__(decay_groups(parameters, weight_decay), {"lr": lr, "eps": eps})
+    def __init__(self, config: AdaGradConfig, parameters: Sequence[NamedParameter], shards: Shards) -> None:
+        self._initial = config.initial
+        super().__init__(decay_groups(parameters, config.weight_decay), {"lr": base_rate(config), "eps": config.eps})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -58,24 +48,15 @@ class AdaGrad(torch.optim.Optimizer):
 class AdaGradNorm(torch.optim.Optimizer):
     """B² ← B² + ‖g‖²; w ← w − (lr / B) · g, with one B for the whole model (Ward et al., arXiv 1806.01811).
 
-    weight_decay  added to the gradient (not decoupled)
-    initial       B² at the start
+    `weight_decay` is added to the gradient (not decoupled); `initial` is B² at the start.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[NamedParameter],
-        shards: Shards,
-        lr: float = 1.0,
-        weight_decay: float = 0.0,
-        initial: float = 1e-2,
-    ) -> None:
-        refuse([*outside(NOT_NEGATIVE, weight_decay=weight_decay), *outside(POSITIVE, initial=initial)])
-        self._shards, self._initial = shards, initial
+    def __init__(self, config: AdaGradNormConfig, parameters: Sequence[NamedParameter], shards: Shards) -> None:
+        self._shards, self._initial = shards, config.initial
         self._by_name = {parameter.name: parameter for parameter in parameters}
-        super().__init__(decay_groups(parameters, weight_decay), {"lr": lr})
+        super().__init__(decay_groups(parameters, config.weight_decay), {"lr": base_rate(config)})
         # One number, shared by all states: a counter in the sense of parameters.py.
-        self._accumulator = torch.full((), initial, dtype=torch.float64, device=parameters[0].tensor.device)
+        self._accumulator = torch.full((), config.initial, dtype=torch.float64, device=parameters[0].tensor.device)
         for parameter in parameters:
             self.state[parameter.tensor]["accumulator"] = self._accumulator
 

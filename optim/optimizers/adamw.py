@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .bounds import NOT_NEGATIVE, outside, refuse, unlike_betas
+from .config import AdamWConfig, base_rate
 from .parameters import NamedParameter, Shards, decay_groups
 
 FUSED_DEVICES = ("cuda", "cpu")
@@ -17,8 +17,9 @@ FUSED_DEVICES = ("cuda", "cpu")
 class AdamW(torch.optim.AdamW):
     """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101).
 
-    fused  one kernel for the whole update; None: where all shards are floating-point tensors on a device that has it
     label  see `decay_groups`
+
+    `optim.fused` left to itself: one kernel where all shards are floating-point tensors on a device that has it.
 
     Of fp32 weights on a GPU with Triton the update is our own kernel, a `FusedStep`; of others, torch's.
     """
@@ -27,25 +28,21 @@ class AdamW(torch.optim.AdamW):
 
     def __init__(
         self,
+        config: AdamWConfig,
         parameters: Sequence[NamedParameter],
         shards: Shards,
-        lr: float = 3e-4,
-        weight_decay: float = 0.1,
-        betas: Sequence[float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        fused: bool | None = None,
         label: Callable[[str], str] | None = None,
     ) -> None:
-        refuse([*unlike_betas(betas), *outside(NOT_NEGATIVE, weight_decay=weight_decay, eps=eps)])
-        first, second = betas
+        first, second = config.betas
+        fused = config.fused
         if fused is None:
             fused = all(p.tensor.device.type in FUSED_DEVICES and p.tensor.is_floating_point() for p in parameters)
         super().__init__(
-            decay_groups(parameters, weight_decay, label),
-            lr=lr,
+            decay_groups(parameters, config.weight_decay, label),
+            lr=base_rate(config),
             betas=(first, second),
-            eps=eps,
-            weight_decay=weight_decay,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
             fused=fused or None,
             foreach=None if fused else True,
         )

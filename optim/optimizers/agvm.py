@@ -21,29 +21,11 @@ from typing import Any
 
 import torch
 
-from ...config.problems import ConfigError, Problem
 from .adamw import AdamW
-from .bounds import COUNT, FRACTION, NOT_NEGATIVE, outside, refuse
+from .config import MODULES, OTHER, AGVMConfig
 from .parameters import NamedParameter, Shards
 
-MODULES = {
-    "embedding": r"^embed",
-    "head": r"^head",
-    "attention": r"\.attention\.",
-    "experts": r"\.experts?\.",
-    "ffn": r"\.(ffn|feed_forward|mlp|moe)\.",
-}
-"""Kinds of modules by patterns in their parameters' names, the first that matches; what none matches is "other"."""
-
 FLOOR = 1e-6  # keeps the ratio of two disagreements finite where halves agree
-
-
-def _pattern(name: str, written: str) -> re.Pattern[str]:
-    try:
-        return re.compile(written)
-    except re.error as error:
-        fix = "give a regular expression for parameters' names"
-        raise ConfigError([Problem(f"optim.modules.{name}", f"'{written}' is no pattern ({error})", fix)]) from error
 
 
 class AGVM(AdamW):
@@ -51,43 +33,18 @@ class AGVM(AdamW):
 
     D_i = 1 − cos(a_i, b_i), a and b the halves' gradients of module i, preconditioned by 1 / (√v + eps);
     μ_i = √clamp(D_anchor / D_i, 0.5, 10);  s_i ← smoothing · s_i + (1 − smoothing) · μ_i
-
-    interval   steps between measurements; the paper's code takes 10, and 5 for batches beyond a thousand
-    begin      first step that is measured: the warm-up's end
-    anchor     the module whose disagreement is the measure
-    modules    name → pattern in parameter names; none: MODULES
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[NamedParameter],
-        shards: Shards,
-        lr: float = 3e-4,
-        weight_decay: float = 0.1,
-        betas: Sequence[float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        fused: bool | None = None,
-        interval: int = 10,
-        begin: int = 0,
-        anchor: str = "attention",
-        smoothing: float = 0.97,
-        modules: Mapping[str, str] | None = None,
-    ) -> None:
-        refuse(
-            [*outside(COUNT, interval=interval), *outside(NOT_NEGATIVE, begin=begin), *outside(FRACTION, smoothing=smoothing)]
-        )
-        patterns = {name: _pattern(name, written) for name, written in (modules or MODULES).items()}
-        self._names = [*patterns, "other"]
-        if anchor not in self._names:
-            fix = f"choose one of {', '.join(self._names)}"
-            raise ConfigError([Problem("optim.anchor", f"'{anchor}' is none of the modules", fix)])
-        self._label: Callable[[str], str] = lambda name: next((k for k, p in patterns.items() if p.search(name)), "other")
+    def __init__(self, config: AGVMConfig, parameters: Sequence[NamedParameter], shards: Shards) -> None:
+        patterns = {name: re.compile(written) for name, written in (config.modules or MODULES).items()}
+        self._names = [*patterns, OTHER]
+        self._label: Callable[[str], str] = lambda name: next((k for k, p in patterns.items() if p.search(name)), OTHER)
         self._module = torch.tensor([self._names.index(self._label(p.name)) for p in parameters])
         self._shards = shards
         self._parameters = list(parameters)
-        self._interval, self._begin, self._anchor, self._smoothing = interval, begin, anchor, smoothing
-        self._eps = eps
-        super().__init__(parameters, shards, lr, weight_decay, betas, eps, fused, label=self._label)
+        self._interval, self._begin, self._anchor = config.interval, config.begin, config.anchor
+        self._smoothing, self._eps = config.smoothing, config.eps
+        super().__init__(config, parameters, shards, label=self._label)
 
     @property
     def wants_halves(self) -> bool:

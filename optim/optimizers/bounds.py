@@ -1,12 +1,12 @@
-"""Which numbers an optimizer can use; others are refused with their key when it is built, and so before a run starts."""
+"""Which numbers an optimizer can use; others are refused with their key before a run starts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ...config.problems import ConfigError, Problem
+from ...config.problems import Problem
 
 
 @dataclass(frozen=True)
@@ -23,24 +23,17 @@ FRACTION = Bound("a number in [0, 1)", lambda x: 0 <= x < 1)
 COUNT = Bound("1 or more", lambda x: x >= 1)
 
 
-def outside(bound: Bound, **settings: float) -> list[Problem]:
-    """The keys of `optim` whose numbers are not within the bound."""
+def outside(key: str, bound: Bound, **settings: float) -> list[Problem]:
+    """Return a problem for each setting of the group `key` that is not within the bound."""
     return [
-        Problem(f"optim.{key}", f"{value:g} can't be used", f"use {bound.words}")
-        for key, value in settings.items()
+        Problem(f"{key}.{name}", f"{value:g} can't be used", f"use {bound.words}")
+        for name, value in settings.items()
         if not bound.holds(value)
     ]
 
 
-def unlike_betas(betas: Sequence[float]) -> list[Problem]:
-    """What is wrong with `optim.betas`, the weights of the past in Adam's two moments."""
+def unlike_betas(key: str, betas: Sequence[float]) -> list[Problem]:
+    """Return what is wrong with `betas`, the weights of the past in Adam's two moments."""
     if len(betas) != 2:
-        return [Problem("optim.betas", f"{list(betas)} are not two numbers", "give two, such as [0.9, 0.95]")]
-    return [problem for beta in betas for problem in outside(FRACTION, betas=beta)]
-
-
-def refuse(problems: Iterable[Problem]) -> None:
-    """Raise ConfigError if there are any."""
-    found = list(problems)
-    if found:
-        raise ConfigError(found)
+        return [Problem(f"{key}.betas", f"{list(betas)} are not two numbers", "give two, such as [0.9, 0.95]")]
+    return [problem for beta in betas for problem in outside(key, FRACTION, betas=beta)]

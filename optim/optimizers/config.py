@@ -2,29 +2,74 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ...config.keys import MISSING, Side, key, option, target
+from ...config.nodes import Custom, import_object
+from ...config.problems import Problem
+from .bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, outside, unlike_betas
 
+AUTOMATIC = "auto:"
+"""Beginning of a value that a law of scale decides (`trainer/automatic.py`)."""
+COUPLINGS = ("none", "sqrt", "linear", "sqrt_saturating")
 COUPLING = "how the learning rate follows a batch size that changes: none, sqrt, linear or sqrt_saturating"
 
 
 @dataclass
 class OptimConfig:
-    """What every optimizer has.
-
-    HALVES  whether it compares halves of a batch, and so depends on how the batch is cut into micro-batches
-    """
+    """What every optimizer has."""
 
     SIDE: ClassVar[Side] = Side.RECIPE
-    HALVES: ClassVar[bool] = False
 
     _target_: str = target(MISSING)
     name: str = option(MISSING)
     lr: int | float | str = key(3e-4, "peak learning rate (`schedule` moves it), or auto:step_law")
     weight_decay: float = key(0.1, "of matrices; norms, biases and embeddings have none")
     lr_coupling: str = key("none", COUPLING)
+
+    def problems(self, key: str = "optim") -> list[Problem]:
+        """Return what is wrong with the values."""
+        found = list(_rate_problems(key, self.lr))
+        if self.lr_coupling not in COUPLINGS:
+            found.append(
+                Problem(f"{key}.lr_coupling", f"'{self.lr_coupling}' is unknown", f"choose one of {', '.join(COUPLINGS)}")
+            )
+        return found + outside(key, NOT_NEGATIVE, weight_decay=self.weight_decay)
+
+    def compares_halves(self) -> bool:
+        """Return whether it compares halves of a batch, and so depends on how that is cut into micro-batches."""
+        return False
+
+
+def _rate_problems(key: str, lr: float | str) -> Iterator[Problem]:
+    if isinstance(lr, str):
+        if not lr.startswith(AUTOMATIC):
+            yield Problem(f"{key}.lr", f"'{lr}' is not a number", f"write one, or {AUTOMATIC}step_law")
+    elif not math.isfinite(lr):
+        yield Problem(f"{key}.lr", f"{lr} is not a learning rate", f"use a number, or {AUTOMATIC}step_law")
+    elif lr <= 0:
+        yield Problem(f"{key}.lr", f"a learning rate of {lr:g} trains nothing", "give a positive one")
+
+
+def base_rate(config: OptimConfig) -> float:
+    """Return `lr` as the number that it is once a law has been asked; the schedule sets the rate of each step."""
+    assert not isinstance(config.lr, str), "a law decides optim.lr before an optimizer is built"
+    return float(config.lr)
+
+
+class CustomOptim(OptimConfig, Custom):
+    """An optimizer of the user's own; what the trainer reads of it is typed."""
+
+    def compares_halves(self) -> bool:
+        """Return whether its class has AGVM's `observe_halves`."""
+        try:
+            return hasattr(import_object(self.path), "observe_halves")
+        except ImportError:  # which is said where it is built
+            return False
 
 
 @dataclass
@@ -37,12 +82,25 @@ class AdamWConfig(OptimConfig):
     eps: float = key(1e-8, "added to the root of the second moment")
     fused: bool | None = key(None, "one kernel for the whole update; null: where the device has it", Side.PLACEMENT)
 
+    def problems(self, key: str = "optim") -> list[Problem]:
+        """Return what is wrong with the values."""
+        return [*super().problems(key), *unlike_betas(key, self.betas), *outside(key, NOT_NEGATIVE, eps=self.eps)]
+
+
+MODULES = {
+    "embedding": r"^embed",
+    "head": r"^head",
+    "attention": r"\.attention\.",
+    "experts": r"\.experts?\.",
+    "ffn": r"\.(ffn|feed_forward|mlp|moe)\.",
+}
+"""AGVM's kinds of modules by patterns in their parameters' names, the first that matches; what none matches is OTHER."""
+OTHER = "other"
+
 
 @dataclass
 class AGVMConfig(AdamWConfig):
     """AdamW with a learning rate per kind of module, for large batches: see agvm.py."""
-
-    HALVES: ClassVar[bool] = True
 
     _target_: str = target("meshloom.optim.optimizers.agvm.AGVM")
     name: str = option("agvm")
@@ -51,6 +109,31 @@ class AGVMConfig(AdamWConfig):
     anchor: str = key("attention", "the kind of module whose disagreement is the measure")
     smoothing: float = key(0.97, "weight of the past in a module's rate")
     modules: dict[str, str] = key({}, "kind of module → pattern in parameter names; none: the kinds listed in agvm.py")
+
+    def problems(self, key: str = "optim") -> list[Problem]:
+        """Return what is wrong with the values."""
+        found = [
+            *super().problems(key),
+            *outside(key, COUNT, interval=self.interval),
+            *outside(key, NOT_NEGATIVE, begin=self.begin),
+            *outside(key, FRACTION, smoothing=self.smoothing),
+        ]
+        for name, written in self.modules.items():
+            try:
+                re.compile(written)
+            except re.error as error:
+                fix = "give a regular expression for parameters' names"
+                found.append(Problem(f"{key}.modules.{name}", f"'{written}' is no pattern ({error})", fix))
+        kinds = [*(self.modules or MODULES), OTHER]
+        if self.anchor not in kinds:
+            found.append(
+                Problem(f"{key}.anchor", f"'{self.anchor}' is none of the modules", f"choose one of {', '.join(kinds)}")
+            )
+        return found
+
+    def compares_halves(self) -> bool:
+        """Return that it does."""
+        return True
 
 
 @dataclass
@@ -66,6 +149,12 @@ class LAMBConfig(OptimConfig):
     bias_correction: bool = key(True, "divide the moments by how much of them is known so far")
     norm_max: float | None = key(None, "a matrix's norm counts at most this much in its trust ratio; null: as it is")
 
+    def problems(self, key: str = "optim") -> list[Problem]:
+        """Return what is wrong with the values."""
+        largest = {} if self.norm_max is None else {"norm_max": self.norm_max}
+        found = [*super().problems(key), *unlike_betas(key, self.betas)]
+        return found + outside(key, POSITIVE, eps=self.eps, **largest)
+
 
 @dataclass
 class LARSConfig(OptimConfig):
@@ -77,6 +166,11 @@ class LARSConfig(OptimConfig):
     weight_decay: float = key(1e-4, "of matrices; norms, biases and embeddings have none")
     momentum: float = key(0.9, "weight of the past in the update")
     trust: float = key(1e-3, "size of a step relative to a matrix's norm")
+
+    def problems(self, key: str = "optim") -> list[Problem]:
+        """Return what is wrong with the values."""
+        found = [*super().problems(key), *outside(key, FRACTION, momentum=self.momentum)]
+        return found + outside(key, POSITIVE, trust=self.trust)
 
 
 @dataclass
@@ -90,6 +184,10 @@ class AdaGradConfig(OptimConfig):
     eps: float = key(1e-10, "added to the root of the sum of squares")
     initial: float = key(1e-2, "what the sum of squares starts from")
 
+    def problems(self, key: str = "optim") -> list[Problem]:
+        """Return what is wrong with the values."""
+        return [*super().problems(key), *outside(key, NOT_NEGATIVE, eps=self.eps, initial=self.initial)]
+
 
 @dataclass
 class AdaGradNormConfig(OptimConfig):
@@ -100,6 +198,10 @@ class AdaGradNormConfig(OptimConfig):
     lr: int | float | str = key(1.0, "peak learning rate (`schedule` moves it), or auto:step_law")
     weight_decay: float = key(0.0, "of matrices; norms, biases and embeddings have none")
     initial: float = key(1e-2, "what the sum of squares starts from")
+
+    def problems(self, key: str = "optim") -> list[Problem]:
+        """Return what is wrong with the values."""
+        return [*super().problems(key), *outside(key, POSITIVE, initial=self.initial)]
 
 
 OPTIONS: tuple[type, ...] = (AdamWConfig, AGVMConfig, LAMBConfig, LARSConfig, AdaGradConfig, AdaGradNormConfig)

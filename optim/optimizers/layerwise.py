@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .bounds import FRACTION, NOT_NEGATIVE, POSITIVE, outside, refuse, unlike_betas
+from .config import LAMBConfig, LARSConfig, base_rate
 from .parameters import NamedParameter, Shards, decay_groups
 
 
@@ -94,28 +94,12 @@ class LAMB(_Layerwise):
     norm_max         φ(z) = min(z, norm_max); None: φ(z) = z
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[NamedParameter],
-        shards: Shards,
-        lr: float = 2e-3,
-        weight_decay: float = 0.01,
-        betas: Sequence[float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        bias_correction: bool = True,
-        norm_max: float | None = None,
-    ) -> None:
-        refuse(
-            [
-                *outside(NOT_NEGATIVE, weight_decay=weight_decay),
-                *unlike_betas(betas),
-                *outside(POSITIVE, eps=eps, **({} if norm_max is None else {"norm_max": norm_max})),
-            ]
-        )
-        first, second = betas
-        self._bias_correction = bias_correction
-        self._norm_max = norm_max
-        super().__init__(parameters, shards, weight_decay, {"lr": lr, "betas": (first, second), "eps": eps})
+    def __init__(self, config: LAMBConfig, parameters: Sequence[NamedParameter], shards: Shards) -> None:
+        first, second = config.betas
+        self._bias_correction = config.bias_correction
+        self._norm_max = config.norm_max
+        defaults = {"lr": base_rate(config), "betas": (first, second), "eps": config.eps}
+        super().__init__(parameters, shards, config.weight_decay, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -161,25 +145,10 @@ class LARS(_Layerwise):
     v ← momentum · v + lr · λ · (g + weight_decay · w);  w ← w − v
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[NamedParameter],
-        shards: Shards,
-        lr: float = 1.0,
-        weight_decay: float = 1e-4,
-        momentum: float = 0.9,
-        trust: float = 1e-3,
-    ) -> None:
-        refuse(
-            [
-                *outside(NOT_NEGATIVE, weight_decay=weight_decay),
-                *outside(FRACTION, momentum=momentum),
-                *outside(POSITIVE, trust=trust),
-            ]
-        )
-        self._momentum = momentum
-        self._trust = trust
-        super().__init__(parameters, shards, weight_decay, {"lr": lr})
+    def __init__(self, config: LARSConfig, parameters: Sequence[NamedParameter], shards: Shards) -> None:
+        self._momentum = config.momentum
+        self._trust = config.trust
+        super().__init__(parameters, shards, config.weight_decay, {"lr": base_rate(config)})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

@@ -5,10 +5,19 @@ Durations are written `200`, `200 steps`, `1.5B tokens`, `4k samples`, `10%` or 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ...config.duration import Duration, Written
 from ...config.keys import Side, key, option, target
+from ...config.nodes import Custom
+from ...config.problems import Problem
+from .decay import WINDOWED
+
+FORMS = ("exponential", *WINDOWED)
+"""Values of `schedule.decay_form`: "exponential" halves the rate again and again, the others span the decay exactly."""
 
 FINAL = "ratio of the last learning rate to the peak, in [0, 1]"
 
@@ -23,6 +32,33 @@ class ScheduleConfig:
     name: str = option("constant")
     warmup: int | float | str = key("1%", "how long the learning rate rises at the start: a duration")
 
+    def problems(self, key: str = "schedule") -> list[Problem]:
+        """Return what is wrong with the values; what does not fit the run's length, the schedule itself says."""
+        return list(_duration_problems(f"{key}.warmup", self.warmup))
+
+
+class CustomSchedule(ScheduleConfig, Custom):
+    """A schedule of the user's own."""
+
+    def problems(self, key: str = "schedule") -> list[Problem]:
+        """Return nothing: the keys are its class's."""
+        return []
+
+
+def _duration_problems(key: str, written: Written | None) -> Iterator[Problem]:
+    if written is None:
+        return
+    try:
+        Duration.parse(written)
+    except ValueError as error:
+        what, _, fix = str(error).partition("; ")
+        yield Problem(key, what, fix)
+
+
+def _final_problems(key: str, final: float) -> Iterator[Problem]:
+    if not 0 <= final <= 1:
+        yield Problem(f"{key}.final", f"{final:g} is not a fraction of the peak", "give a number in [0, 1]")
+
 
 @dataclass
 class CosineConfig(ScheduleConfig):
@@ -32,6 +68,10 @@ class CosineConfig(ScheduleConfig):
     name: str = option("cosine")
     final: float = key(0.1, FINAL)
 
+    def problems(self, key: str = "schedule") -> list[Problem]:
+        """Return what is wrong with the values."""
+        return [*super().problems(key), *_final_problems(key, self.final)]
+
 
 @dataclass
 class LinearConfig(ScheduleConfig):
@@ -40,6 +80,10 @@ class LinearConfig(ScheduleConfig):
     _target_: str = target("meshloom.optim.schedules.schedule.Linear")
     name: str = option("linear")
     final: float = key(0.0, FINAL)
+
+    def problems(self, key: str = "schedule") -> list[Problem]:
+        """Return what is wrong with the values."""
+        return [*super().problems(key), *_final_problems(key, self.final)]
 
 
 @dataclass
@@ -58,6 +102,22 @@ class WSDConfig(ScheduleConfig):
         None, "of the exponential form: a duration; null: such that `final` is reached at the end"
     )
 
+    def problems(self, key: str = "schedule") -> list[Problem]:
+        """Return what is wrong with the values."""
+        found = [*super().problems(key), *_final_problems(key, self.final)]
+        for name in ("decay", "decay_start", "half_life"):
+            found += _duration_problems(f"{key}.{name}", getattr(self, name))
+        if self.decay_form not in FORMS:
+            found.append(Problem(f"{key}.decay_form", f"'{self.decay_form}' is unknown", f"choose one of {', '.join(FORMS)}"))
+        elif self.decay_form != "exponential" and self.half_life is not None:
+            fix = f"leave it out, or set {key}.decay_form=exponential"
+            found.append(Problem(f"{key}.half_life", f"decay_form {self.decay_form} has no half-life", fix))
+        elif self.decay_form == "exponential" and self.half_life is None and self.final <= 0:
+            fix = f"set {key}.half_life, or {key}.final to a ratio above 0, or {key}.decay_form=exponential_to_zero"
+            what = "an exponential decay never reaches 0, so its half-life must be given"
+            found.append(Problem(f"{key}.half_life", what, fix))
+        return found
+
 
 @dataclass
 class PowerConfig(WSDConfig):
@@ -69,6 +129,19 @@ class PowerConfig(WSDConfig):
     decay_form: str = key("exponential_to_zero", "1-sqrt, linear, cosine, exponential_to_zero, or exponential (with half_life)")
     a: float = key(4.0, "factor of the power law")
     b: float = key(-0.51, "exponent of the power law")
+
+    def problems(self, key: str = "schedule") -> list[Problem]:
+        """Return what is wrong with the values."""
+        found = super().problems(key)
+        if not 0 < self.a < math.inf:
+            found.append(
+                Problem(f"{key}.a", f"{self.a:g} makes no learning rate", "use a number above 0; the paper's fit is 4")
+            )
+        if not -math.inf < self.b <= 0:
+            found.append(
+                Problem(f"{key}.b", f"{self.b:g} does not let the rate fall", "use 0 or less; the paper's fit is -0.51")
+            )
+        return found
 
 
 OPTIONS: tuple[type, ...] = (ScheduleConfig, CosineConfig, LinearConfig, WSDConfig, PowerConfig)

@@ -9,7 +9,7 @@ steps are already divided by the gradient's root mean square.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ...config.problems import Problem
 from ..progress import Progress
@@ -23,6 +23,19 @@ RULES: dict[str, Callable[[float, float], float]] = {
 """Rule → factor as a function of the batch's growth B / B_0 and the noise scale relative to the start, B_n / B_0."""
 
 
+def coupling_problems(rule: str, measures_noise: bool, schedule: str) -> Iterator[Problem]:
+    """Yield what keeps a known rule from being used.
+
+    measures_noise: whether the batch's controller has a noise scale; schedule: its name.
+    """
+    if rule == "sqrt_saturating" and not measures_noise:
+        fix = "choose batch=norm_test, noise_scale or critical_loss, or optim.lr_coupling=sqrt"
+        yield Problem("optim.lr_coupling", "sqrt_saturating needs a noise scale, and batch measures none", fix)
+    if rule != "none" and schedule == "power":
+        message = "the power schedule is already proportional to the batch"
+        yield Problem("optim.lr_coupling", message, "use none, or another schedule")
+
+
 class Coupling:
     """The factor of `optim.lr_coupling`.
 
@@ -34,19 +47,6 @@ class Coupling:
 
     def __init__(self, rule: str) -> None:
         self.rule = rule
-
-    def problems(self, measures_noise: bool, schedule: str) -> list[Problem]:
-        """What a user must change. measures_noise: whether the batch's controller has a noise scale; schedule: its name."""
-        if self.rule not in RULES:
-            return [Problem("optim.lr_coupling", f"'{self.rule}' is unknown", f"choose one of {', '.join(RULES)}")]
-        found: list[Problem] = []
-        if self.rule == "sqrt_saturating" and not measures_noise:
-            fix = "choose batch=norm_test, noise_scale or critical_loss, or optim.lr_coupling=sqrt"
-            found.append(Problem("optim.lr_coupling", "sqrt_saturating needs a noise scale, and batch measures none", fix))
-        if self.rule != "none" and schedule == "power":
-            message = "the power schedule is already proportional to the batch"
-            found.append(Problem("optim.lr_coupling", message, "use none, or another schedule"))
-        return found
 
     def factor(self, progress: Progress, noise_scale: float | None = None) -> float:
         """The factor at the step about to be taken. While no noise scale is known (None), or no signal seen, noise is taken to

@@ -14,30 +14,26 @@ from ...config.duration import Duration, Unit
 from ...config.problems import Problem
 from ..horizon import Horizon
 from ..progress import Progress
+from .config import CosineConfig, LinearConfig, ScheduleConfig
 from .decay import cosine, linear
-
-Written = str | int | float
-"""A duration as a user writes it: see `config.duration.Duration`."""
 
 
 class Schedule:
     """Constant after the warm-up; the base of the others.
 
+    config   settings without problems of their own
     peak     the learning rate after the warm-up
     horizon  the length of the run
-    warmup   how long the rate rises linearly from 0
 
-    A subclass says in `settled` what follows the warm-up. What is wrong with the settings is collected, not raised:
+    A subclass says in `settled` what follows the warm-up. Settings that don't fit the run's length are collected, not raised:
     see `problems`.
     """
 
-    def __init__(self, peak: float, horizon: Horizon, warmup: Written = 0) -> None:
+    def __init__(self, config: ScheduleConfig, peak: float, horizon: Horizon) -> None:
         self.peak = peak
         self.horizon = horizon
         self._problems: list[Problem] = []
-        if peak <= 0:
-            self._problem("optim.lr", f"a learning rate of {peak:g} trains nothing", "give a positive one")
-        self.warmup = self._duration("warmup", warmup)
+        self.warmup = Duration.parse(config.warmup)
         self._warmup_unit = horizon.unit if self.warmup.unit is Unit.FRACTION else self.warmup.unit
         self._warmup_length = self._amount("warmup", self.warmup, self._warmup_unit)
         if self._known(self.warmup) > horizon.total:
@@ -67,14 +63,6 @@ class Schedule:
     def _problem(self, key: str, message: str, fix: str) -> None:
         self._problems.append(Problem(key, message, fix))
 
-    def _duration(self, key: str, written: Written) -> Duration:
-        """Read the setting `schedule.<key>`; a mistake becomes a problem."""
-        try:
-            return Duration.parse(written)
-        except ValueError as error:
-            self._problem(f"schedule.{key}", *_split(str(error)))
-            return Duration(0, Unit.STEPS)
-
     def _amount(self, key: str, duration: Duration, unit: Unit) -> float:
         """`duration` in `unit`; a conversion that has no answer becomes a problem."""
         try:
@@ -91,18 +79,6 @@ class Schedule:
         except ValueError:
             return 0.0
 
-    def _final(self, final: float) -> float:
-        """Check the ratio of the last learning rate to the first."""
-        if not 0 <= final <= 1:
-            self._problem("schedule.final", f"{final:g} is not a fraction of the peak", "give a number in [0, 1]")
-        return final
-
-
-def _split(message: str) -> tuple[str, str]:
-    """A message "what; fix" in its two halves."""
-    what, _, fix = message.partition("; ")
-    return what, fix
-
 
 class Constant(Schedule):
     """The peak, after the warm-up."""
@@ -111,9 +87,9 @@ class Constant(Schedule):
 class _ToTheEnd(Schedule):
     """From the peak at the end of the warm-up to `final` × peak at the end of the run, along a shape."""
 
-    def __init__(self, peak: float, horizon: Horizon, warmup: Written = 0, final: float = 0.0) -> None:
-        super().__init__(peak, horizon, warmup)
-        self.final = self._final(final)
+    def __init__(self, config: CosineConfig | LinearConfig, peak: float, horizon: Horizon) -> None:
+        super().__init__(config, peak, horizon)
+        self.final = config.final
 
     def _part(self, progress: Progress) -> float:
         """How much of the way from the warm-up's end to the run's end is behind, in [0, 1]."""

@@ -3,63 +3,33 @@
 from __future__ import annotations
 
 import math
-from typing import TypedDict, Unpack
 
-from ...config.duration import Duration, Unit
+from ...config.duration import Duration, Unit, Written
 from ..horizon import Horizon
 from ..progress import Progress
+from .config import PowerConfig, WSDConfig
 from .decay import WINDOWED, halving
-from .schedule import Schedule, Written
-
-FORMS = ("exponential", *WINDOWED)
-"""Values of `schedule.decay_form`: "exponential" halves the rate again and again, the others span the decay exactly."""
+from .schedule import Schedule
 
 REFERENCE_LENGTH = 4096
 """Tokens of a sequence in the power schedule's paper: its batch size counts sequences of this length."""
 
 
-class DecayOptions(TypedDict, total=False):
-    """Keys of every schedule that ends in a decay: see `Decaying`."""
-
-    warmup: Written
-    decay: Written
-    decay_form: str
-    final: float
-    decay_start: Written | None
-    half_life: Written | None
-
-
 class Decaying(Schedule):
     """A schedule with a last phase, the decay, that ends with the run.
 
-    decay        how long it lasts
-    decay_start  where it begins instead; it then lasts to the end of the run and `decay` is not read. This is how a run
-                 resumed from its stable phase is brought down early, or its stable phase prolonged.
-    decay_form   exponential: 0.5^(elapsed / half_life), never under `final` (MiniCPM, arXiv 2404.06395);
-                 linear, 1-sqrt, cosine, exponential_to_zero: exactly from 1 to `final` over the decay (see decay.py)
-    final        ratio of the learning rate at the end of the decay to that at its start
-    half_life    of the exponential form; left out: such that `final` is reached at the end of the decay
+    `decay_start` is how a run resumed from its stable phase is brought down early, or its stable phase prolonged. Forms:
+    exponential is 0.5^(elapsed / half_life), never under `final` (MiniCPM, arXiv 2404.06395); linear, 1-sqrt, cosine and
+    exponential_to_zero go exactly from 1 to `final` over the decay (see decay.py).
     """
 
-    def __init__(
-        self,
-        peak: float,
-        horizon: Horizon,
-        warmup: Written = 0,
-        decay: Written = "10%",
-        decay_form: str = "1-sqrt",
-        final: float = 0.0,
-        decay_start: Written | None = None,
-        half_life: Written | None = None,
-    ) -> None:
-        super().__init__(peak, horizon, warmup)
-        self.final = self._final(final)
-        self.decay_form = decay_form
-        if decay_form not in FORMS:
-            self._problem("schedule.decay_form", f"'{decay_form}' is unknown", f"choose one of {', '.join(FORMS)}")
-        self._decay = None if decay_start is not None else self._duration("decay", decay)
-        self._decay_start = None if decay_start is None else self._duration("decay_start", decay_start)
-        self._half_life = self._read_half_life(half_life)
+    def __init__(self, config: WSDConfig, peak: float, horizon: Horizon) -> None:
+        super().__init__(config, peak, horizon)
+        self.final = config.final
+        self.decay_form = config.decay_form
+        self._decay = None if config.decay_start is not None else Duration.parse(config.decay)
+        self._decay_start = None if config.decay_start is None else Duration.parse(config.decay_start)
+        self._half_life = self._read_half_life(config.half_life)
         self._check_decay()
 
     def _check_decay(self) -> None:
@@ -80,21 +50,12 @@ class Decaying(Schedule):
     def _read_half_life(self, written: Written | None) -> Duration | None:
         """The setting `schedule.half_life`; None: such that `final` is reached at the end of the decay."""
         if self.decay_form != "exponential":
-            if written is not None:
-                fix = "leave it out, or set schedule.decay_form=exponential"
-                self._problem("schedule.half_life", f"decay_form {self.decay_form} has no half-life", fix)
             return None
         if written is not None:
-            half_life = self._duration("half_life", written)
+            half_life = Duration.parse(written)
             if half_life.value <= 0:
                 self._problem("schedule.half_life", f"{written} is no length", "give a positive one, such as '5000 steps'")
             return half_life
-        if self.final <= 0:
-            self._problem(
-                "schedule.half_life",
-                "an exponential decay never reaches 0, so its half-life must be given",
-                "set schedule.half_life, or schedule.final to a ratio above 0, or schedule.decay_form=exponential_to_zero",
-            )
         return None
 
     def start_of_decay(self, progress: Progress) -> float:
@@ -142,19 +103,12 @@ class Power(Decaying):
     follows a batch size that changes during the run. The warm-up rises to the law's value at its end, the decay starts
     from the law's value at its beginning.
 
-    a, b  of the law; the paper's fit is a = 4, b = −0.51, with a peak (η_max) of 0.02 under muP
+    The paper's fit of the law is a = 4, b = −0.51, with a peak (η_max) of 0.02 under muP.
     """
 
-    def __init__(
-        self, peak: float, horizon: Horizon, a: float = 4.0, b: float = -0.51, **options: Unpack[DecayOptions]
-    ) -> None:
-        settings: DecayOptions = {"decay_form": "exponential_to_zero", **options}
-        super().__init__(peak, horizon, **settings)
-        self.a, self.b = a, b
-        if not 0 < a < math.inf:
-            self._problem("schedule.a", f"{a:g} makes no learning rate", "use a number above 0; the paper's fit is 4")
-        if not -math.inf < b <= 0:
-            self._problem("schedule.b", f"{b:g} does not let the rate fall", "use 0 or less; the paper's fit is -0.51")
+    def __init__(self, config: PowerConfig, peak: float, horizon: Horizon) -> None:
+        super().__init__(config, peak, horizon)
+        self.a, self.b = config.a, config.b
         self._amount("warmup", self.warmup, Unit.TOKENS)  # the law's value at the end of either must be known from the start
         self._amount("decay", horizon.length, Unit.TOKENS)
 

@@ -8,36 +8,15 @@ has at hand, so losses of different layouts differ by float8's rounding.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
 from ...config.problems import ConfigError, Problem
-from ..config import ParallelConfig
-
-RECIPES = ("none", "tensorwise", "rowwise")
-"""One scale for a whole tensor (fastest), or one for each row and column (closer to bf16)."""
 
 _KEY = "trainer.float8"
 _UNIT = 16  # the matrix units take float8 in pieces of 16 along every dim
-
-
-def float8_problems(recipe: str, parallel: ParallelConfig, precision: str) -> Iterator[Problem]:
-    """Why this recipe can't be had, by key."""
-    if recipe == "none":
-        return
-    if recipe not in RECIPES:
-        yield Problem(_KEY, f"there is no '{recipe}'", f"use {', '.join(RECIPES)}")
-    if precision != "bf16":
-        yield Problem(_KEY, f"it casts from bf16, and precision is {precision}", "use precision=bf16")
-    if parallel.engine != "torch":
-        yield Problem(_KEY, f"the {parallel.engine} engine does not have it", "use parallel.engine=torch")
-    if parallel.tp > 1:
-        yield Problem(_KEY, "tensor parallelism cuts the products that it casts", "use parallel.tp=1")
-    if importlib.util.find_spec("torchao") is None:
-        yield Problem(_KEY, "torchao is not installed", "pip install 'meshloom[float8]'")
 
 
 def float8_size_problems(blocks: Iterable[nn.Module], tokens: int | None) -> Iterator[Problem]:

@@ -23,7 +23,8 @@ from meshloom.checkpoint.folder import find_latest, steps_newest_first
 from meshloom.checkpoint.restore import restore
 from meshloom.checkpoint.save import Save
 from meshloom.config.problems import ConfigError
-from meshloom.parallel.fragment import Box, Fragment
+from meshloom.parallel.box import Box
+from meshloom.parallel.fragment import Fragment
 from support.checkpoint_runs import open_run, restored_step, save_steps
 from support.checkpoint_worlds import Gate, fragments, holds, make_arrays, together, told_of
 

@@ -31,7 +31,7 @@ from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.manifest import Manifest
 from meshloom.checkpoint.restore import restore
 from meshloom.checkpoint.tools import verify
-from meshloom.parallel.fragment import Box
+from meshloom.parallel.box import Box
 from support.checkpoint_worlds import fragments, holds, make_arrays, shares, together
 
 READER = Path(__file__).resolve().parents[2] / "docs/read_checkpoint.py"

@@ -16,7 +16,8 @@ from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
 from meshloom.checkpoint.tools import read_array
-from meshloom.parallel.fragment import Box, Fragment
+from meshloom.parallel.box import Box
+from meshloom.parallel.fragment import Fragment
 
 
 @pytest.mark.parametrize("mode", ["async", "sync"])

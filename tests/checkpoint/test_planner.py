@@ -7,7 +7,8 @@ from torch.distributed import HashStore
 
 from meshloom.checkpoint.control import Control, Round
 from meshloom.checkpoint.planner import FREE, NO_MEMORY, Planner
-from meshloom.parallel.fragment import Box, Fragment
+from meshloom.parallel.box import Box
+from meshloom.parallel.fragment import Fragment
 
 
 def rows(low: int, high: int) -> list[Fragment]:

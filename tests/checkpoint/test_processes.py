@@ -15,7 +15,8 @@ from meshloom.checkpoint import faults
 from meshloom.checkpoint.arena import Arena, ArenaPool
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.writing.writer import Writer
-from meshloom.parallel.fragment import Box, Fragment
+from meshloom.parallel.box import Box
+from meshloom.parallel.fragment import Fragment
 from support.checkpoint_runs import open_run, restored_step
 from support.checkpoint_worlds import fragments, make_arrays
 from support.mapped_memory import arenas_mapped

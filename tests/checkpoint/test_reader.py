@@ -24,7 +24,8 @@ from meshloom.checkpoint.reader import Reader, units_of
 from meshloom.checkpoint.restore import restore
 from meshloom.checkpoint.shared_reader import SharedReader, unpacked
 from meshloom.launch.checkpoint import main
-from meshloom.parallel.fragment import Box, Fragment
+from meshloom.parallel.box import Box
+from meshloom.parallel.fragment import Fragment
 from support.checkpoint_worlds import fragments, holds, make_arrays, together
 from support.ranks import run_ranks
 

@@ -19,7 +19,8 @@ from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import find_latest, load_manifest
 from meshloom.checkpoint.restore import read_state, restore
-from meshloom.parallel.fragment import Box, Fragment
+from meshloom.parallel.box import Box
+from meshloom.parallel.fragment import Fragment
 from support.checkpoint_worlds import fragments, holds, make_arrays, same_bits, together
 from support.ranks import run_ranks
 

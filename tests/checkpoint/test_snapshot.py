@@ -21,7 +21,8 @@ from meshloom.checkpoint.arena import Arena
 from meshloom.checkpoint.device import ALIGNMENT, SPARE_UNIT, Device, set_aside
 from meshloom.checkpoint.plan import FileLayout, declare, lay_out, make_plan
 from meshloom.checkpoint.snapshot import Snapshot
-from meshloom.parallel.fragment import Box, Fragment
+from meshloom.parallel.box import Box
+from meshloom.parallel.fragment import Fragment
 
 
 class Machine:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
 
-from meshloom.config.compose import Composer, differences, drop_unknown, near_miss, quoted, resumed, sweep_folder
+from meshloom.config.compose import Composer, near_miss, quoted, sweep_folder
 from meshloom.config.problems import ConfigError
-from meshloom.trainer.schema import RunConfig, make_composer
+from meshloom.config.renames import RENAMED_KEYS, with_renamed_keys
+from meshloom.trainer.schema import make_composer
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_every_fault_is_named_at_once_with_a_fix(composer: Composer) -> None:
         ("optim.steps", "did you mean trainer.steps?"),  # the right word in the wrong place
         ("optim.colour", "optim has: lr, betas"),
         ("trianer.steps", "did you mean trainer.steps?"),
-        ("colour", "see `meshloom train --cfg job` for every key"),
+        ("colour", "see `meshloom keys` for every key"),
     ],
 )
 def test_near_misses(key: str, fix: str) -> None:
@@ -199,55 +199,40 @@ def test_an_options_name_chooses_it(composer: Composer) -> None:
     assert problem.key == "optim" and "did you mean optim=lamb?" in problem.fix
 
 
-def saved_run(composer: Composer, *overrides: str) -> dict[str, Any]:
-    config = config_of(composer, "recipe=quickstart", *overrides)
-    saved = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(saved, dict)
-    return saved  # type: ignore[return-value]
+def test_a_key_of_another_option_is_refused_where_typed(composer: Composer) -> None:
+    (problem,) = composer.compose(["optim=lars", "optim.betas=[0.8,0.9]"]).problems
+    assert problem.key == "optim.betas" and "optim=lars has no such key" in str(problem) and "optim=adamw" in problem.fix
 
 
-def test_resumed_run_keeps_the_checkpoints_config_but_for_overrides(composer: Composer) -> None:
-    saved = saved_run(composer, "optim.lr=0.5", "batch.samples=64", "launch.nproc=2", "output_dir=there")
-    line = ["recipe=quickstart", "trainer.steps=400", "schedule=power", "schedule.a=9", "resume=auto", "launch.nproc=3"]
-    fresh = config_of(composer, *line)
-    config = resumed(saved, fresh, line)
-    assert config.optim.lr == 0.5 and config.batch.samples == 64  # the checkpoint's
-    assert config.trainer.steps == 400
-    assert config.schedule == fresh.schedule and config.schedule.a == 9 and config.schedule.name == "power"
-    assert config.resume == "auto" and config.launch.nproc == 3 and config.output_dir == "outputs/quickstart"
-    notes = differences(saved, fresh, config)
-    assert "optim.lr=0.5 (the recipe now says 0.003)" in notes
-    assert len(notes) == 2  # and batch.samples
+def test_a_key_of_another_option_is_left_out_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    recipe = "# @package _global_\ndefaults: [quickstart, _self_]\nrecipe: mine\noptim: {betas: [0.8, 0.9], lr: 0.5}\n"
+    (tmp_path / "recipe" / "mine.yaml").write_text(recipe)
+    composer = make_composer(str(tmp_path))
+    assert composer.compose(["recipe=mine"]).config.optim.betas == [0.8, 0.9]
+    composition = composer.compose(["recipe=mine", "optim=lars"])
+    assert composition.problems == [] and composition.config.optim.lr == 0.5 and "betas" not in composition.config.optim
+    (notice,) = composition.notices
+    assert notice.startswith("optim.betas of the recipe is left out: optim=lars has no such key")
 
 
-def test_resume_under_another_recipe_takes_that_recipe(composer: Composer) -> None:
-    saved = saved_run(composer, "optim.lr=0.5")
-    fresh = config_of(composer, "recipe=llama_1b")
-    assert resumed(saved, fresh, ["recipe=llama_1b"]) == fresh
+def test_a_key_that_no_option_has_is_refused_in_a_recipe_too(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    recipe = "# @package _global_\ndefaults: [quickstart, _self_]\nrecipe: mine\noptim: {lrr: 0.5}\n"
+    (tmp_path / "recipe" / "mine.yaml").write_text(recipe)
+    (problem,) = make_composer(str(tmp_path)).compose(["recipe=mine"]).problems
+    assert problem.key == "optim.lrr" and "did you mean optim.lr?" in problem.fix
 
 
-def test_resume_takes_null_list_and_added_overrides(composer: Composer) -> None:
-    saved = saved_run(composer)
-    line = ["trainer.steps=null", "trainer.tokens=5000", "optim.betas=[0.8,0.9]", "+parallel.deepspeed.config.x.y=1"]
-    config = resumed(saved, config_of(composer, "recipe=quickstart", *line), line)
-    assert config.trainer.steps is None and config.trainer.tokens == 5000
-    assert config.optim.betas == [0.8, 0.9]
-    assert config.parallel.deepspeed.config.x.y == 1
+def test_a_class_of_ones_own_may_have_any_keys(composer: Composer) -> None:
+    composition = composer.compose(["optim._target_=mine.Optimizer", "optim.depth=3"])
+    assert composition.problems == [] and composition.config.optim.depth == 3
 
 
-def test_resume_leaves_out_what_is_no_key_any_more(composer: Composer) -> None:
-    saved = saved_run(composer)
-    saved["bygone"] = {"a": 1}
-    saved["trainer"]["bygone"] = 2
-    line = ["trainer.steps=7"]
-    config = resumed(saved, config_of(composer, *line), line)
-    assert drop_unknown(config) == ["trainer.bygone", "bygone"]
-    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), config)
-    assert merged.trainer.steps == 7 and "bygone" not in merged
-
-
-def test_resume_of_a_deletion(composer: Composer) -> None:
-    saved = saved_run(composer, "+parallel.deepspeed.config.x=1", "+parallel.deepspeed.config.y=2")
-    line = ["+parallel.deepspeed.config.x=1", "+parallel.deepspeed.config.y=2", "~parallel.deepspeed.config.x"]
-    config = resumed(saved, config_of(composer, *line), line)
-    assert config.parallel.deepspeed.config == {"y": 2}
+def test_an_old_name_of_a_key_tells_the_new_one(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RENAMED_KEYS, "optim.rate", "optim.lr")
+    monkeypatch.setitem(RENAMED_KEYS, "trainer.length", "trainer.steps")
+    fixes = {problem.key: problem.fix for problem in composer.compose(["optim.rate=1", "trainer.length=3"]).problems}
+    assert fixes == {"optim.rate": "write optim.lr", "trainer.length": "write trainer.steps"}
+    saved = {"optim": {"rate": 0.5}, "trainer": {"length": 7}}
+    assert with_renamed_keys(saved) == {"optim": {"lr": 0.5}, "trainer": {"steps": 7}}

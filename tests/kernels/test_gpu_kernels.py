@@ -7,6 +7,7 @@ import torch
 
 from meshloom.kernels.loss import IGNORED, sliced_cross_entropy
 from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.optim.optimizers.parameters import NamedParameter, Unsharded
 
 pytestmark = pytest.mark.gpu
@@ -92,7 +93,7 @@ def test_adamw_in_a_fused_step_is_adamw(gradient_dtype: torch.dtype) -> None:
         NamedParameter(str(i), p, tuple(p.shape), decay=i != 1, computed=copy)
         for i, (p, copy) in enumerate(zip(ours, copies, strict=True))
     ]
-    optimizer = AdamW(parameters=named, shards=Unsharded(), lr=1e-2, weight_decay=0.1)
+    optimizer = AdamW(AdamWConfig(lr=1e-2, weight_decay=0.1), named, Unsharded())
     assert optimizer.fused_step
     groups = [{"params": [p], "weight_decay": 0.0 if i == 1 else 0.1} for i, p in enumerate(theirs)]
     oracle = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)

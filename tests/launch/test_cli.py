@@ -18,7 +18,8 @@ from meshloom.launch import cli, train
 from meshloom.launch.arguments import parse
 from meshloom.launch.generate import Arguments
 from meshloom.launch.torchrun import PreparedAgent
-from meshloom.trainer.run import RUN_LOCK
+from meshloom.trainer.machine import RUN_LOCK
+from meshloom.trainer.resolve import ResolvedRun
 from meshloom.trainer.signals import StopRequest
 
 
@@ -115,7 +116,7 @@ def test_several_processes_are_started_by_torchrun_with_the_same_overrides(start
     assert cli.main(["train", "recipe=quickstart", "launch.nproc=4", "optim.lr=3e-3"]) == 0
     (arguments,) = started
     assert arguments[:3] == ["--standalone", "--nproc-per-node=4", "--max-restarts=0"]
-    assert arguments[3:5] == ["-m", "meshloom.launch.train"]
+    assert arguments[3:5] == ["-m", "meshloom.launch.rank"]
     assert arguments[5:] == ["recipe=quickstart", "launch.nproc=4", "optim.lr=3e-3", "output_dir='outputs/quickstart'"]
 
 
@@ -144,9 +145,9 @@ def test_a_signal_that_stops_a_run_stops_its_sweep(
 ) -> None:
     begun: list[int] = []
 
-    def run(config: Any, _: Any, stop: StopRequest) -> int:
-        begun.append(config.seed)
-        stop.obeyed, stop.number = config.seed == 2, signal.SIGUSR1
+    def run(resolved: ResolvedRun, stop: StopRequest) -> int:
+        begun.append(resolved.config.seed)
+        stop.obeyed, stop.number = resolved.config.seed == 2, signal.SIGUSR1
         return 0
 
     monkeypatch.setattr("meshloom.trainer.run.run", run)
@@ -165,7 +166,7 @@ def test_a_job_of_a_sweep_that_was_asked_to_stop_says_so_to_the_sweep(monkeypatc
     """It runs in a process of its own (submitit), of which only an exception comes back."""
     launcher = os.getpid()
 
-    def run(_config: Any, _words: Any, stop: StopRequest) -> int:
+    def run(_: ResolvedRun, stop: StopRequest) -> int:
         monkeypatch.setattr(os, "getpid", lambda: launcher + 1)
         stop.obeyed = True
         return 0
@@ -188,13 +189,14 @@ def test_ctrl_c_before_a_run_has_begun_is_a_message(
 
 def test_one_process_runs_here_with_everything_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("meshloom.trainer.run.run", lambda config, *_: seen.append(config) or 5)
+    monkeypatch.setattr("meshloom.trainer.run.run", lambda resolved, _: seen.append(resolved.config) or 5)
     assert cli.main(["train", "recipe=quickstart", "launch.nproc=1", "seed=9"]) == 5
     assert seen[0].seed == 9 and seen[0].output_dir == "outputs/quickstart"
 
 
 def test_more_processes_than_gpus_are_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("meshloom.trainer.launching.visible_gpus", lambda: 2)
     assert cli.main(["train", "recipe=quickstart", "launch.nproc=4"]) == 2
     assert "launch.nproc: 4 processes for 2 GPUs" in capsys.readouterr().err
 
@@ -282,11 +284,11 @@ def test_a_full_disk_is_a_line_that_says_where_and_other_faults_keep_their_trace
     monkeypatch.setattr("meshloom.trainer.run.run", run)
     assert cli.main(["train", "recipe=quickstart", "data=synthetic"]) == 1
     told = capsys.readouterr().err
-    assert told.startswith("runs/sample.txt: No space left on device (in test_launch_cli.py:") and " run, train.py:" in told
+    assert told.startswith("runs/sample.txt: No space left on device (in test_cli.py:") and " run, rank.py:" in told
     assert told.count("\n") == 1
     fault = IsADirectoryError(errno.EISDIR, "Is a directory", "runs/metrics.jsonl")
     assert cli.main(["train", "recipe=quickstart", "data=synthetic"]) == 1
-    assert capsys.readouterr().err.startswith("runs/metrics.jsonl: Is a directory (in test_launch_cli.py:")
+    assert capsys.readouterr().err.startswith("runs/metrics.jsonl: Is a directory (in test_cli.py:")
     fault = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
     with pytest.raises(ConnectionResetError):
         cli.main(["train", "recipe=quickstart", "data=synthetic"])

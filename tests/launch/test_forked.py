@@ -94,7 +94,7 @@ def test_ranks_end_if_their_agent_is_killed(launcher: subprocess.Popen[str], tmp
 @pytest.mark.timeout(900)
 def test_a_rank_that_refuses_its_config_ends_the_run_with_its_code(tmp_path: Path) -> None:
     line = [*SMALL, "precision=half", f"output_dir={tmp_path / 'run'}"]
-    assert TorchRun(["--standalone", "--nproc-per-node=2", "-m", "meshloom.launch.train", *line]).run() == 2
+    assert TorchRun(["--standalone", "--nproc-per-node=2", "-m", "meshloom.launch.rank", *line]).run() == 2
 
 
 PROGRAM = """
@@ -136,7 +136,7 @@ def test_a_rank_has_the_environment_and_the_end_of_a_process_of_its_own(how: str
 def test_ranks_are_started_anew_where_they_cannot_be_forked(tmp_path: Path) -> None:
     program = "import sys; from meshloom.launch import agent, forked; forked.possible = lambda: False; "
     program += "sys.exit(agent.main(sys.argv[1:]))"
-    line = ["--standalone", "--nproc-per-node=1", "-m", "meshloom.launch.train", "precision=half"]
+    line = ["--standalone", "--nproc-per-node=1", "-m", "meshloom.launch.rank", "precision=half"]
     done = subprocess.run([sys.executable, "-c", program, *line], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2 and "there is no 'half'" in done.stderr
 
@@ -212,7 +212,7 @@ def test_but_for_how_ranks_begin_the_agent_is_torchrun(flags: list[str], monkeyp
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = signal.getsignal(signal.SIGUSR1)
     try:
-        for module in ("meshloom.launch.train", "json.tool"):
+        for module in ("meshloom.launch.rank", "json.tool"):
             agent.main([*flags, "--nproc-per-node=2", "-m", module])
     finally:
         signal.signal(signal.SIGUSR1, before)
@@ -241,7 +241,7 @@ def test_ranks_that_hang_in_a_collective_with_a_dead_one_have_a_few_seconds(monk
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = signal.getsignal(signal.SIGUSR1)
     try:
-        assert agent.main(["--standalone", "--nproc-per-node=1", "-m", "meshloom.launch.train"]) == 0
+        assert agent.main(["--standalone", "--nproc-per-node=1", "-m", "meshloom.launch.rank"]) == 0
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert waited == [agent.LAST_WORDS] and ProcessContext.join is join

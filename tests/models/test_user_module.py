@@ -16,6 +16,7 @@ from meshloom.models.init import Constant, Normal, fill
 from meshloom.models.protocol import Model
 from meshloom.models.user_module import defaults_used
 from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
@@ -70,7 +71,7 @@ def losses(rank: int, world_size: int, cases: list[tuple[str, Work]]) -> list[li
     for kind, work in cases:
         mesh = Mesh.connect(Layout.plan(work.parallel, world_size), torch.device("cpu"))
         settings = EngineSettings(seed=7, precision=work.precision, activation=work.activation, compile=work.compile)
-        optimizer = partial(AdamW, lr=RATE, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+        optimizer = partial(AdamW, AdamWConfig(lr=RATE, weight_decay=0.1, betas=[0.9, 0.95], eps=1e-8))
         engine = make_engine(gpt(kind), mesh, optimizer, work.parallel, settings)  # type: ignore[arg-type]
         found.append(take_steps(engine, work, range(STEPS)).losses)
     return found

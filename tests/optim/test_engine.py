@@ -20,8 +20,7 @@ from meshloom.parallel.engine import Engine, EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
-from meshloom.trainer.schema import make_composer
-from meshloom.trainer.validate import run_problems
+from support.configs import problems_of
 from support.models import decoder
 from support.parity import Work, take_steps
 from support.ranks import run_ranks
@@ -183,13 +182,6 @@ def test_a_resumed_run_names_the_counters_that_it_begins_anew(tmp_path: Path) ->
 
 
 def test_what_cannot_be_halved_is_refused() -> None:
-    config = (
-        make_composer()
-        .compose(
-            ["recipe=quickstart", "data=synthetic", "model.vocabulary=64", "optim=agvm", "batch.samples=8", "batch.micro=8"]
-        )
-        .config
-    )
-    assert [problem.key for problem in run_problems(config, 1)] == ["batch.micro"]
-    config.parallel.pp, config.batch.micro = 2, 1
-    assert "optim" in [problem.key for problem in run_problems(config, 2)]
+    words = ["recipe=quickstart", "data=synthetic", "model.vocabulary=64", "optim=agvm", "batch.samples=8"]
+    assert list(problems_of(1, *words, "batch.micro=8")) == ["batch.micro"]
+    assert "optim" in problems_of(2, *words, "batch.micro=1", "parallel.pp=2")

@@ -12,6 +12,7 @@ import pytest
 from meshloom.config.duration import Duration, Unit
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.progress import Progress
+from meshloom.optim.schedules.config import CosineConfig, PowerConfig, WSDConfig
 from meshloom.optim.schedules.schedule import Cosine, Linear, Schedule
 from meshloom.optim.schedules.wsd import WSD, Power
 
@@ -96,32 +97,36 @@ def test_a_warm_up_behind_stays_where_it_was() -> None:
 
 def test_a_decay_begins_where_its_samples_were_reached() -> None:
     """96 samples were reached at step 12; at today's batch they would have been at step 6."""
-    schedule = WSD(1.0, resumed("40 steps"), decay_start="96 samples", decay_form="linear")
+    schedule = WSD(WSDConfig(warmup=0, decay_start="96 samples", decay_form="linear"), 1.0, resumed("40 steps"))
     assert [doubled(schedule, step) for step in (6, 12, 26)] == pytest.approx([1, 1, 0.5])
 
 
 def test_a_decay_counted_from_the_end_follows_the_steps_that_were() -> None:
     """400 samples are 35 steps: 20 of 8 and 15 of 16. Its last 25 began at step 10."""
-    schedule = WSD(1.0, resumed("400 samples"), decay="25 steps", decay_form="linear")
+    schedule = WSD(WSDConfig(warmup=0, decay="25 steps", decay_form="linear"), 1.0, resumed("400 samples"))
     behind, whole = 160 - 80, 400 - 80
     assert doubled(schedule, 20) == pytest.approx(1 - behind / whole)
     assert doubled(schedule, 35) == pytest.approx(0)
 
 
 def test_a_half_life_counts_its_own_unit() -> None:
-    schedule = WSD(1.0, resumed("1000 samples"), decay_start="80 samples", decay_form="exponential", half_life="10 steps")
+    schedule = WSD(
+        WSDConfig(warmup=0, decay_start="80 samples", decay_form="exponential", half_life="10 steps"),
+        1.0,
+        resumed("1000 samples"),
+    )
     assert [doubled(schedule, step) for step in (10, 20, 30)] == pytest.approx([1, 0.5, 0.25])
 
 
 def test_the_power_law_starts_at_the_end_of_the_warm_up_that_was() -> None:
-    schedule = Power(1e9, resumed("4000 samples"), warmup="10 steps", a=1.0, b=-0.5, decay="1 samples")
-    held = Power(1e9, resumed("4000 samples"), warmup="80 samples", a=1.0, b=-0.5, decay="1 samples")
+    schedule = Power(PowerConfig(warmup="10 steps", a=1.0, b=-0.5, decay="1 samples"), 1e9, resumed("4000 samples"))
+    held = Power(PowerConfig(warmup="80 samples", a=1.0, b=-0.5, decay="1 samples"), 1e9, resumed("4000 samples"))
     for step in (5, 10, 15, 25):
         assert doubled(schedule, step) == pytest.approx(doubled(held, step))
 
 
 def test_a_batch_that_is_measured_finds_points_behind_it() -> None:
-    schedule = Cosine(1.0, Horizon(Duration.parse("1000 samples"), SEQ_LEN), warmup="10 steps", final=0.0)
+    schedule = Cosine(CosineConfig(warmup="10 steps", final=0.0), 1.0, Horizon(Duration.parse("1000 samples"), SEQ_LEN))
     assert schedule.problems() == []
     assert doubled(schedule, 9) == pytest.approx(1.0)
     part = (160 + 80 - 80) / 920

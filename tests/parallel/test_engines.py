@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from meshloom.config.problems import ConfigError
 from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.optim.optimizers.parameters import NamedParameter, Shards
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.deepspeed import keys
@@ -21,7 +22,7 @@ from meshloom.parallel.deepspeed.config import QUANTISED, derive, lossy_features
 from meshloom.parallel.deepspeed.optimizer import cpu_adam, optimizer_problems, updates_elementwise
 from meshloom.parallel.deepspeed.settings import DeepSpeedConfig
 from meshloom.parallel.deepspeed.setup import import_deepspeed
-from meshloom.parallel.engines import engine_problems
+from meshloom.parallel.limits import engine_problems
 from meshloom.trainer.schema import make_composer
 from support.engines import masters_of
 from support.parity import Work, build, curves, plain_curve, step
@@ -29,13 +30,13 @@ from support.ranks import run_ranks
 
 
 def adamw(parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
-    return AdamW(parameters=parameters, shards=shards, lr=1e-2)
+    return AdamW(AdamWConfig(lr=1e-2), parameters, shards)
 
 
 def problems(precision: str = "bf16", world_size: int = 8, **settings: object) -> dict[str, str]:
     """Key → message of everything wrong with a DeepSpeed recipe, apart from DeepSpeed itself being there."""
     parallel = ParallelConfig(**{"engine": "deepspeed", **settings})  # type: ignore[arg-type]
-    found = engine_problems(parallel, adamw, precision=precision, world_size=world_size)
+    found = engine_problems(parallel, precision=precision, world_size=world_size)
     return {problem.key: str(problem) for problem in found if problem.message != "DeepSpeed is not installed"}
 
 
@@ -355,7 +356,7 @@ def test_without_the_extra_everything_imports_and_the_message_names_it(monkeypat
     monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
     with pytest.raises(ConfigError, match=r"meshloom\[deepspeed\]"):
         import_deepspeed("cpu")
-    found = engine_problems(ParallelConfig(engine="deepspeed"), adamw, precision="bf16", world_size=1)
+    found = engine_problems(ParallelConfig(engine="deepspeed"), precision="bf16", world_size=1)
     assert [problem.key for problem in found] == ["parallel.engine"]
 
 

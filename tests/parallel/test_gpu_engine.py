@@ -17,6 +17,7 @@ import torch
 from meshloom.data.assignment import Share
 from meshloom.data.batch import MicroBatch
 from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.optim.optimizers.parameters import FusedStep, NamedParameter, Shards
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
@@ -52,7 +53,7 @@ def run(mesh: Mesh, case: Case) -> dict[str, Any]:
     """Its losses, what its first forward pass left in memory (MiB), and weights that are not their masters' rounded values."""
 
     def optimizer(parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
-        return AdamW(parameters=parameters, shards=shards, lr=case.rate, fused=case.fused)
+        return AdamW(AdamWConfig(lr=case.rate, fused=case.fused), parameters, shards)
 
     shape = (512, 4, 8, 4, 1536) if case.large else (128, 2, 2, 1, 256)
     length = 1024 if case.large else 256

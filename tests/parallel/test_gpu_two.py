@@ -16,6 +16,7 @@ from meshloom.data.assignment import Assigner, Share
 from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch
 from meshloom.kernels.documents import Documents
 from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.optim.optimizers.parameters import NamedParameter, Shards
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
@@ -73,7 +74,7 @@ def curve_of(
     mesh = Mesh.connect(Layout.plan(parallel, environment_world_size()), pick_device())
 
     def optimizer(parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
-        return AdamW(parameters=parameters, shards=shards, lr=3e-3)
+        return AdamW(AdamWConfig(lr=3e-3), parameters, shards)
 
     with torch.device("meta"):
         model = decoder(dim=128, layers=4, heads=4, kv_heads=2, ffn_dim=256, vocabulary=VOCABULARY, tied=tied)

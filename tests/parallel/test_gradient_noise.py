@@ -11,7 +11,8 @@ from meshloom.data.batch import MicroBatch
 from meshloom.models.init import fill
 from meshloom.optim.batch.statistics import GradientStatistics
 from meshloom.parallel.config import ParallelConfig
-from meshloom.parallel.gradient_noise import Measure, moments_problems
+from meshloom.parallel.gradient_noise import Measure
+from meshloom.parallel.limits import measuring_problems
 from support.models import decoder
 from support.parity import Work, build, global_tokens, sample, share
 from support.ranks import run_ranks
@@ -128,6 +129,6 @@ def test_one_worker_can_not_be_told_apart() -> None:
 def test_layouts_that_hide_the_numbers_are_refused(
     parallel: ParallelConfig, tied: bool, projections: bool, key_word: str
 ) -> None:
-    (problem,) = moments_problems(parallel, tied, projections)
+    (problem,) = measuring_problems(parallel, tied, projections)
     assert key_word in str(problem) and problem.fix
-    assert moments_problems(ParallelConfig(), tied, projections) == []
+    assert measuring_problems(ParallelConfig(), tied, projections) == []

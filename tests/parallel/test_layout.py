@@ -18,6 +18,7 @@ from meshloom.config.problems import ConfigError
 from meshloom.models.config import DecoderConfig
 from meshloom.models.decoder import Decoder
 from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
@@ -360,7 +361,7 @@ def trained_beside(rank: int, world_size: int) -> set[str]:
     with torch.device("meta"):
         model = Kept(DecoderConfig(**work.llama()))
     engine = make_engine(
-        model, mesh, functools.partial(AdamW, weight_decay=0.1), work.parallel, EngineSettings(precision="fp64")
+        model, mesh, functools.partial(AdamW, AdamWConfig(weight_decay=0.1)), work.parallel, EngineSettings(precision="fp64")
     )
     before = {f.name: f.tensor.clone() for f in engine.fragments() if f.role == "weight"}
     for number in range(2):

@@ -17,6 +17,7 @@ from meshloom.models.config import DecoderConfig
 from meshloom.models.costs import ForwardPass, block_bytes
 from meshloom.models.decoder import Decoder
 from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.parallel.activation import apply_policies
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.cost import layout_cost
@@ -201,7 +202,7 @@ def engine_stages(rank: int, world_size: int, chosen: EngineSettings) -> list[in
     mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
     with torch.device("meta"):
         model = decoder(**SHORT_AND_WIDE)
-    engine = make_engine(model, mesh, lambda parameters, shards: AdamW(parameters, shards), parallel, chosen)
+    engine = make_engine(model, mesh, lambda parameters, shards: AdamW(AdamWConfig(), parameters, shards), parallel, chosen)
     return [len(engine.module.layers)]  # type: ignore[arg-type]
 
 
@@ -218,7 +219,9 @@ def test_the_plan_and_the_engine_cut_the_same_stages_whatever_a_budget_computes_
         model = decoder(**SHORT_AND_WIDE)
     parallel = ParallelConfig(pp=2)
     job = Job(64, 1, 2, "bf16", block_policies(model.config, parallel, chosen), False)
-    planned = layout_cost(model, parallel, Layout.plan(parallel, 2), job, lambda parameters, shards: AdamW(parameters, shards))
+    planned = layout_cost(
+        model, parallel, Layout.plan(parallel, 2), job, lambda parameters, shards: AdamW(AdamWConfig(), parameters, shards)
+    )
     assert [len(layers) for layers in planned.plan.layers] == expected
     assert [count for counts in run_ranks(2, engine_stages, chosen) for count in counts] == expected
 

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from meshloom.models.costs import parameter_count
 from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.parallel import offload
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.cost import RankCost, layout_cost
@@ -42,7 +43,7 @@ def account(
         model = decoder(**Work(model=shape).llama())
     job = Job(SEQ_LEN, 1, micro_batches, precision, ["none"] * model.depth, compiled=False)
     layout = Layout.plan(parallel, ranks)
-    make = lambda parameters, shards: AdamW(parameters=parameters, shards=shards)  # noqa: E731
+    make = lambda parameters, shards: AdamW(AdamWConfig(), parameters, shards)  # noqa: E731
     rank = layout_cost(model, parallel, layout, job, make).ranks[0]
     return parameter_count(model.config), *engine_cost(rank, model, parallel, layout, job)
 
@@ -236,7 +237,7 @@ def test_one_gpu_gathers_a_few_blocks_of_a_model_whose_weights_are_elsewhere() -
     )
     job = Job(4096, 1, 1, "bf16", ["full"] * 80, compiled=False)
     layout = Layout.plan(parallel, 1)
-    rank = layout_cost(model, parallel, layout, job, lambda p, s: AdamW(parameters=p, shards=s)).ranks[0]
+    rank = layout_cost(model, parallel, layout, job, lambda p, s: AdamW(AdamWConfig(), p, s)).ranks[0]
     cost, _ = engine_cost(rank, model, parallel, layout, job)
     block = sum(weight.numel() for weight in model.layers["0"].parameters())
     assert 2 * 2 * block <= cost.gathered < 2 * (2 * block + 2 * 128256 * 8192)

@@ -16,9 +16,9 @@ from meshloom.checkpoint.folder import load_manifest, open_files
 from meshloom.launch.checkpoint_needs import shortages
 from meshloom.launch.cli import main
 from meshloom.launch.host import available_memory, free_disk
-from meshloom.launch.plan import make_plan
+from meshloom.launch.planning import make_plan
 from meshloom.parallel.offload import OffloadAccount
-from meshloom.trainer.schema import make_composer
+from support.configs import config_of
 from support.ranks import run_ranks
 from support.tiny_run import TINY, body
 
@@ -126,7 +126,7 @@ def test_plan_warns_by_key_where_the_host_is_too_small(
 ) -> None:
     folder = f"output_dir={tmp_path}"
     has = {"memory": 2 * needs().host, "disk": 3 * needs().step, "/fast": needs().host}
-    monkeypatch.setattr("meshloom.launch.plan.available_memory", lambda: has["memory"])
+    monkeypatch.setattr("meshloom.launch.host.available_memory", lambda: has["memory"])
     monkeypatch.setattr("meshloom.launch.checkpoint_needs.free_disk", lambda folder: has.get(folder, has["disk"]))
     assert warned(capsys, folder) == []
     has["memory"] -= 1
@@ -145,7 +145,7 @@ def test_plan_warns_by_key_where_the_host_is_too_small(
 
 def test_room_for_what_is_offloaded_to_a_disk_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("meshloom.launch.checkpoint_needs.free_disk", lambda folder: 19 if folder == "/fast" else 10**15)
-    config = make_composer().compose([*LLAMA, "parallel.offload_path=/fast"]).config
+    config = config_of(*LLAMA, "parallel.offload_path=/fast")
     for disk, keys in ((9, []), (10, ["parallel.offload_path"])):
         found = shortages(config, needs(), OffloadAccount(disk=disk), 2, 10**15)
         assert [problem.key for problem in found] == keys

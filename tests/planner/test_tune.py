@@ -21,8 +21,8 @@ from meshloom.config.problems import ConfigError
 from meshloom.launch import gpus_here, tune_measure
 from meshloom.launch.cli import main
 from meshloom.launch.gpus_here import GpusHere
-from meshloom.launch.plan import Plan, make_plan
 from meshloom.launch.plan_tables import GIB
+from meshloom.launch.planning import Plan, make_plan
 from meshloom.launch.tune_measure import Trial, common_overrides, measure, reason, trial_samples
 from meshloom.launch.tune_search import BUDGET, RESERVE, SHARE, Tuned, divisors, tune
 from meshloom.parallel.speed import UPDATE, Traffic, torch_moved

@@ -10,10 +10,10 @@ import pytest
 from meshloom.config.problems import ConfigError
 from meshloom.launch.cli import main
 from meshloom.launch.gpus_here import GpusHere
-from meshloom.launch.plan import make_plan
 from meshloom.launch.plan_tables import GIB
-from meshloom.launch.tune import table_of
+from meshloom.launch.planning import make_plan
 from meshloom.launch.tune_search import tune
+from meshloom.launch.tuning import table_of
 from meshloom.models.costs import parameter_count
 from meshloom.parallel.engines import engine_moved
 from meshloom.parallel.speed import DISK, HOST_UPDATE
@@ -84,9 +84,9 @@ def test_what_is_offloaded_must_fit_into_the_host(capsys: pytest.CaptureFixture[
         def fused_swiglu_blocker(self) -> str | None:
             return "no"
 
-    monkeypatch.setattr("meshloom.launch.tune.GpusHere", Gpus)
+    monkeypatch.setattr("meshloom.launch.tuning.GpusHere", Gpus)
     for free, status in ((2 * needed, 0), (2 * needed - 2, 2)):
-        monkeypatch.setattr("meshloom.launch.tune.available_memory", lambda free=free: free)
+        monkeypatch.setattr("meshloom.launch.tuning.available_memory", lambda free=free: free)
         assert main(["tune", *words]) == status
         printed = capsys.readouterr()
         assert ("host GiB" in printed.out) is (status == 0) and "disk GiB" not in printed.out

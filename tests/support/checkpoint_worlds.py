@@ -14,7 +14,8 @@ from torch.distributed import HashStore
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.report import SaveReport
-from meshloom.parallel.fragment import Box, Fragment, boxes_of_flat_range
+from meshloom.parallel.box import Box
+from meshloom.parallel.fragment import Fragment, boxes_of_flat_range
 
 Arrays = dict[str, torch.Tensor]
 

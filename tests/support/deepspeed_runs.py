@@ -12,10 +12,10 @@ import deepspeed.runtime.zero.stage3
 import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
 import torch
 
+from meshloom.parallel.box import Box
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.deepspeed.settings import DeepSpeedConfig
 from meshloom.parallel.engine import Engine
-from meshloom.parallel.fragment import Box
 from support.parity import Work, build, step
 
 Arrays = dict[str, list[tuple[tuple[int, ...], Box, torch.Tensor]]]

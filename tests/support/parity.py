@@ -24,14 +24,16 @@ from meshloom.data.loader import Loader
 from meshloom.optim.batch.controller import Fixed
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.optim.optimizers.parameters import NamedParameter, Shards
 from meshloom.optim.progress import Progress
+from meshloom.optim.schedules.config import ScheduleConfig
 from meshloom.optim.schedules.coupling import Coupling
 from meshloom.optim.schedules.schedule import Constant
+from meshloom.parallel.box import Box
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import Engine, EngineSettings
 from meshloom.parallel.engines import make_engine
-from meshloom.parallel.fragment import Box
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline.stages import legal_micro_batches
@@ -84,7 +86,7 @@ def build(work: Work, world_size: int, measures: bool = False) -> Engine:
     mesh = Mesh.connect(Layout.plan(work.parallel, world_size), torch.device("cpu"))
 
     def optimizer(parameters: list[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
-        return AdamW(parameters=parameters, shards=shards, lr=work.lr, weight_decay=0.1, betas=work.betas, eps=1e-8)
+        return AdamW(AdamWConfig(lr=work.lr, weight_decay=0.1, betas=list(work.betas), eps=1e-8), parameters, shards)
 
     with torch.device("meta"):
         model = decoder(**work.llama())
@@ -151,7 +153,7 @@ def take_steps(engine: Engine, work: Work, numbers: range, *hooks: Hook) -> Reco
         engine=engine,
         batches=loader,
         controller=Fixed(horizon, divisor=1, samples=work.samples),
-        schedule=Constant(work.lr, horizon),
+        schedule=Constant(ScheduleConfig(warmup=0), work.lr, horizon),
         coupling=Coupling("none"),
         horizon=horizon,
         micro=work.micro,

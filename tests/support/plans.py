@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from meshloom.launch.plan import Plan, make_plan
+from meshloom.launch.planning import Plan, make_plan
 from meshloom.parallel.engines import engine_moved
 from meshloom.parallel.speed import step_seconds
 

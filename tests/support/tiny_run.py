@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from meshloom.trainer.run import run
-from meshloom.trainer.schema import make_composer
+from support.configs import resolve_words
 
 SYNTHETIC = ["data=synthetic", "data.vocabulary=61", "data.seq_len=16", "data.validation_samples=12"]
 
@@ -34,13 +34,9 @@ TINY = [*ANY_DATA, *SYNTHETIC]
 
 def train(rank: int, world_size: int, words: list[str]) -> int:
     """`meshloom train` with these words, on ranks that are there already."""
-    composition = make_composer().compose(words)
-    assert not composition.problems, composition.problems
-    return run(composition.config, words)
+    return run(resolve_words([], words, world_size))
 
 
 def body(rank: int, world_size: int, overrides: list[str]) -> int:
     base = ANY_DATA if any(override.startswith("data=") for override in overrides) else TINY
-    composition = make_composer().compose([*base, *overrides])
-    assert not composition.problems, composition.problems
-    return run(composition.config, overrides)
+    return run(resolve_words(base, overrides, world_size))

@@ -6,6 +6,7 @@ import pytest
 
 from meshloom.config.compose import Composer
 from meshloom.trainer.schema import make_composer
+from meshloom.trainer.typed import typed_config
 from meshloom.trainer.validate import run_problems
 
 NOISE = ["batch=augmented", "batch.samples=16", "batch.micro=4", "batch.max=64"]
@@ -20,7 +21,7 @@ def composer() -> Composer:
 def found(composer: Composer, *overrides: str) -> dict[str, str]:
     composition = composer.compose(["recipe=quickstart", *overrides])
     assert composition.problems == []
-    return {problem.key: str(problem) for problem in run_problems(composition.config, 1)}
+    return {problem.key: str(problem) for problem in run_problems(typed_config(composition.config)[0], 1)}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from meshloom.checkpoint.tools import read_array
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import Engine
 from meshloom.trainer.run import run
-from meshloom.trainer.schema import make_composer
+from support.configs import resolve_words
 from support.parity import Work, build
 from support.ranks import run_ranks
 from support.tiny_run import TINY
@@ -37,9 +37,7 @@ def imported(rank: int, world_size: int, folder: Path) -> dict[str, torch.Tensor
 
 def tuned(rank: int, world_size: int, overrides: list[str]) -> int:
     own = ["precision=fp32", "batch.samples=8", "trainer.eval_every=1", "schedule.warmup=0", "model.tied=false"]
-    composition = make_composer().compose([*TINY, *own, *overrides])
-    assert not composition.problems, composition.problems
-    return run(composition.config, overrides)
+    return run(resolve_words([*TINY, *own], overrides, world_size))
 
 
 @pytest.mark.parametrize(("ranks", "engine"), [(1, "torch"), (2, "torch"), (2, "deepspeed")])

@@ -13,8 +13,8 @@ from meshloom.checkpoint.folder import find_latest
 from meshloom.checkpoint.lock import FolderLock
 from meshloom.parallel.torch.engine import TorchEngine
 from meshloom.trainer.run import run
-from meshloom.trainer.schema import make_composer
 from meshloom.trainer.signals import StopRequest
+from support.configs import resolve_words
 from support.engines import masters_of
 from support.ranks import run_ranks
 from support.tiny_run import TINY, body
@@ -76,7 +76,7 @@ def stopped_late(rank: int, world_size: int, folder: str) -> tuple[bool, bool]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchEngine, "finish", finish)
-        assert run(make_composer().compose(words).config, words, stop) == 0
+        assert run(resolve_words([], words), stop) == 0
     return stop.requested, stop.obeyed
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from meshloom.config.compose import Composer
 from meshloom.config.problems import Problem
-from meshloom.trainer.layout_dependence import bent_rules
+from meshloom.trainer.layout_dependence import layout_dependence
+from meshloom.trainer.relations import ask
 from meshloom.trainer.schema import make_composer
-from meshloom.trainer.validate import asked, run_problems
+from meshloom.trainer.typed import typed_config
+from meshloom.trainer.validate import run_problems
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def composer() -> Composer:
 def problems_of(composer: Composer, world_size: int, *overrides: str) -> dict[str, str]:
     composition = composer.compose(["recipe=quickstart", *overrides])
     assert composition.problems == []
-    return {problem.key: str(problem) for problem in run_problems(composition.config, world_size)}
+    return {problem.key: str(problem) for problem in run_problems(typed_config(composition.config)[0], world_size)}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,14 @@ def test_a_batch_that_can_not_be_dealt_says_which_could(
     assert message in problems_of(composer, world_size, *overrides)["batch.samples"]
 
 
+def test_five_wrong_things_are_named_at_once(composer: Composer) -> None:
+    """Of five groups, none of which hides another's."""
+    wrong = ["batch.samples=0", "optim.lr=-1", "parallel.zero=9", "schedule.warmup=abc", "data.seq_len=-4"]
+    found = problems_of(composer, 1, *wrong)
+    assert found.keys() == {word.partition("=")[0] for word in wrong}
+    assert all("; " in said for said in found.values()), "each has a fix"
+
+
 def test_every_floor_is_asked_at_once(composer: Composer) -> None:
     found = problems_of(
         composer,
@@ -92,8 +100,10 @@ def test_a_class_that_is_not_there_is_a_problem_of_its_group(composer: Composer,
 
 
 def test_nothing_is_instantiated_that_is_missing(composer: Composer) -> None:
-    config: Any = composer.compose(["recipe=quickstart", "data.seq_len='???'"]).config
-    assert [str(problem) for problem in run_problems(config, 1)] == ["data.seq_len: is not set; give it as data.seq_len=…"]
+    config, untyped = typed_config(composer.compose(["recipe=quickstart", "data.seq_len='???'"]).config)
+    assert [str(problem) for problem in run_problems(config, 1, untyped)] == [
+        "data.seq_len: is not set; give it as data.seq_len=…"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +117,7 @@ def test_keys_that_a_class_refuses_are_a_problem_of_its_group(
     if composition.problems:  # the schema knows already
         found = [str(problem) for problem in composition.problems]
     else:
-        found = [str(problem) for problem in run_problems(composition.config, 1)]
+        found = [str(problem) for problem in run_problems(typed_config(composition.config)[0], 1)]
     assert len(found) == 1 and found[0].startswith(group) and reason in found[0]
 
 
@@ -196,7 +206,7 @@ def test_names_and_keys_that_nothing_reads_are_refused_by_every_engine(composer:
     found.pop("parallel", None)  # what the torch engine could do instead
     found.pop("parallel.engine", None)  # where DeepSpeed is not installed
     assert found.keys() == {"parallel.schedule", "parallel.cp_kind", "parallel.offload_path"}
-    assert all(fix in text for fix, text in zip(("ring", "1f1b", "null"), found.values(), strict=True))
+    assert all(fix in text for fix, text in zip(("1f1b", "ring", "null"), found.values(), strict=True))
     for key in ("stages_per_rank=7", "stage_layers=[4]"):
         assert "parallel.pp" in problems_of(composer, 1, *work, f"parallel.{key}")[f"parallel.{key.split('=')[0]}"]
 
@@ -208,8 +218,11 @@ def test_names_and_keys_that_nothing_reads_are_refused_by_every_engine(composer:
         (["data.seq_len=100", "batch.micro=2"], "batch.micro × data.seq_len / parallel.cp = 200 tokens"),
     ],
 )
-def test_sizes_that_float8_can_not_take_are_refused(composer: Composer, overrides: list[str], says: str) -> None:
+def test_sizes_that_float8_can_not_take_are_refused(
+    composer: Composer, monkeypatch: pytest.MonkeyPatch, overrides: list[str], says: str
+) -> None:
     """Of a weight, and of a micro-batch, along whose tokens the product for a weight's gradient sums."""
+    monkeypatch.setattr("meshloom.parallel.limits.importlib.util.find_spec", lambda name: name)
     base = ["data=synthetic", "precision=bf16", "trainer.float8=tensorwise", "batch.samples=8", "model.ffn_dim=352"]
     found = problems_of(composer, 1, *base, *overrides)
     found_without = problems_of(composer, 1, *base, "data.seq_len=128", "batch.micro=1")
@@ -231,7 +244,7 @@ def test_a_url_that_nothing_can_read_is_refused(composer: Composer) -> None:
     ],
 )
 def test_rules_that_bend_are_said(composer: Composer, overrides: tuple[str, ...], said: list[str]) -> None:
-    lines = list(bent_rules(composer.compose(overrides).config))
+    lines = list(layout_dependence(typed_config(composer.compose(overrides).config)[0]))
     assert len(lines) == len(said) and all(line.startswith(start) for line, start in zip(lines, said, strict=True))
 
 
@@ -244,6 +257,6 @@ def test_an_error_that_names_no_file_keeps_its_words() -> None:
     def fail() -> list[Problem]:
         raise OSError("the data set's server does not answer")
 
-    assert [str(problem) for problem in asked("data", fail)] == [
+    assert [str(problem) for problem in ask("data", fail)] == [
         "data: the data set's server does not answer; check the keys of data"
     ]

@@ -14,7 +14,8 @@ from ...checkpoint.control import Control
 from ...checkpoint.errors import CheckpointError
 from ...checkpoint.folder import find_latest
 from ...checkpoint.restore import restore
-from ...parallel.fragment import Box, Fragment
+from ...parallel.box import Box
+from ...parallel.fragment import Fragment
 from ..loop import Loop
 from .base import Hook
 

@@ -25,7 +25,8 @@ from meshloom.checkpoint.folder import load_manifest
 from meshloom.checkpoint.tools import read_array
 from meshloom.launch.checkpoint import main
 from meshloom.models.decoder import Decoder
-from meshloom.parallel.fragment import Box, Fragment
+from meshloom.parallel.box import Box
+from meshloom.parallel.fragment import Fragment
 from support.models import decoder
 
 SHAPE = {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 48}

@@ -29,9 +29,10 @@ from meshloom.checkpoint.folder import load_manifest
 from meshloom.checkpoint.tools import diff
 from meshloom.launch.checkpoint import main
 from meshloom.models.decoder import Decoder
+from meshloom.parallel.box import Box
 from meshloom.parallel.deepspeed.setup import import_deepspeed, quiet
 from meshloom.parallel.deepspeed.state import state_of
-from meshloom.parallel.fragment import Box, Fragment
+from meshloom.parallel.fragment import Fragment
 from support.models import decoder
 from support.ranks import run_ranks
 

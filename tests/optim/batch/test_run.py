@@ -10,8 +10,7 @@ import pytest
 
 from meshloom.launch.train import main
 from meshloom.trainer.run import run
-from meshloom.trainer.schema import make_composer
-from meshloom.trainer.validate import run_problems
+from support.configs import problems_of, resolve_words
 from support.ranks import run_ranks
 
 PLAIN = [
@@ -33,7 +32,7 @@ ROW = ("step", "loss", "lr", "grad_norm", "samples", "batch_samples", "gradient_
 
 
 def trained(rank: int, world_size: int, folder: str, tokens: int, extra: list[str]) -> list[dict[str, Any]]:
-    assert run(make_composer().compose([*TINY, f"output_dir={folder}", f"trainer.tokens={tokens}", *extra]).config) == 0
+    assert run(resolve_words([*TINY, f"output_dir={folder}", f"trainer.tokens={tokens}", *extra], [], world_size)) == 0
     return rows_of(folder)
 
 
@@ -101,8 +100,8 @@ def counted(rank: int, world_size: int, folder: str, tokens: int, extra: list[st
         return accumulate(engine, batches, *others)
 
     TorchEngine.accumulate = noting  # the rank is a process of its own
-    config = make_composer().compose([*PLAIN, *STAGED, f"output_dir={folder}", f"trainer.tokens={tokens}", *extra]).config
-    assert run(config) == 0
+    words = [*PLAIN, *STAGED, f"output_dir={folder}", f"trainer.tokens={tokens}", *extra]
+    assert run(resolve_words(words, [], world_size)) == 0
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [{key: row[key] for key in ROW if key in row} for row in rows if "loss" in row], counts
 
@@ -139,5 +138,4 @@ def test_a_measured_batch_goes_on_from_the_size_that_a_planned_one_reached(tmp_p
     ],
 )
 def test_micro_batches_that_can_not_grow_are_refused(overrides: list[str], message: str) -> None:
-    config = make_composer().compose([*TINY, "trainer.tokens=10000", *overrides]).config
-    assert message in {problem.key: problem.message for problem in run_problems(config, 2)}["batch.micro_max"]
+    assert message in problems_of(2, *TINY, "trainer.tokens=10000", *overrides)["batch.micro_max"]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 
 from meshloom.launch.hparams import Arguments, main, recommend
 from meshloom.trainer.automatic import hidden_parameters, resolve_automatic
-from meshloom.trainer.schema import make_composer
 from meshloom.trainer.validate import run_problems
+from support.configs import config_of
 
 
 def test_recommendations_for_llama_1b() -> None:
@@ -28,11 +29,10 @@ def test_recommendations_for_llama_1b() -> None:
 @pytest.mark.parametrize("asked", [Arguments(recipe="llama_8b", tokens="200B"), Arguments(model="llama_tiny", tokens="2B")])
 def test_what_is_printed_runs_as_it_stands(name: str, asked: Arguments) -> None:
     found = recommend(asked)
-    composition = make_composer().compose([*found.base, *getattr(found, name)])
-    assert composition.problems == []
-    assert run_problems(composition.config, world_size=1) == []
-    assert composition.config.trainer.tokens == (200_000_000_000 if asked.recipe else 2_000_000_000)
-    assert composition.config.batch.samples % 8 == 0
+    config = config_of(*found.base, *getattr(found, name))
+    assert run_problems(config, world_size=1) == []
+    assert config.trainer.tokens == (200_000_000_000 if asked.recipe else 2_000_000_000)
+    assert config.batch.samples % 8 == 0
 
 
 def test_overrides_sit_on_the_recipe_that_is_named() -> None:
@@ -83,18 +83,16 @@ def test_a_recommendation_that_can_not_run_says_so(capsys: pytest.CaptureFixture
 
 def test_automatic_values_become_numbers() -> None:
     overrides = ["model=llama_1b", "data=synthetic", "data.seq_len=2048", "trainer.steps=null", "trainer.tokens=100000000000"]
-    config = (
-        make_composer().compose([*overrides, "optim.lr=auto:step_law", "batch.samples=auto:step_law", "batch.micro=4"]).config
-    )
-    assert resolve_automatic(config, data_size=8) == []
+    config = config_of(*overrides, "optim.lr=auto:step_law", "batch.samples=auto:step_law", "batch.micro=4")
+    assert resolve_automatic(config, world_size=8) == []
     assert config.batch.samples == 544  # 1.1077e6 / 2048 = 540.9, to the nearest multiple of 32
     assert config.optim.lr == pytest.approx(1.79 * hidden_parameters(config) ** -0.713 * 1e11**0.307, rel=1e-3)
-    resolved = config.copy()
-    assert resolve_automatic(config, data_size=8) == [] and config == resolved, "numbers are left alone"
+    resolved = copy.deepcopy(config)
+    assert resolve_automatic(config, world_size=8) == [] and config == resolved, "numbers are left alone"
 
 
 def test_automatic_values_that_have_no_answer() -> None:
-    config = make_composer().compose(["optim.lr=auto:moon", "batch.samples=auto:step_law"]).config
+    config = config_of("optim.lr=auto:moon", "batch.samples=auto:step_law")
     assert [problem.key for problem in resolve_automatic(config, 1)] == ["batch.samples", "optim.lr"]
     config.trainer.steps, config.trainer.tokens = None, 10**9
     found = resolve_automatic(config, 1)
@@ -102,11 +100,11 @@ def test_automatic_values_that_have_no_answer() -> None:
         "optim.lr: there is no law 'auto:moon' for a learning rate; write one of auto:step_law, auto:power"
     ]
     config.optim.lr = "fast"
-    assert str(resolve_automatic(config, 1)[0]) == "optim.lr: 'fast' is not a number; write one, or auto:step_law"
+    assert str(config.optim.problems()[0]) == "optim.lr: 'fast' is not a number; write one, or auto:step_law"
 
 
 def test_the_power_schedule_is_not_given_the_power_laws_rate_as_its_cap() -> None:
     length = ["trainer.steps=null", "trainer.tokens=1000000000", "optim.lr=auto:power", "data=synthetic"]
-    (problem,) = resolve_automatic(make_composer().compose([*length, "schedule=power"]).config, 1)
+    (problem,) = resolve_automatic(config_of(*length, "schedule=power"), 1)
     assert problem.key == "optim.lr" and "0.02" in problem.fix
-    assert resolve_automatic(make_composer().compose(length).config, 1) == []
+    assert resolve_automatic(config_of(*length), 1) == []

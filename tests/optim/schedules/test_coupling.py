@@ -6,8 +6,9 @@ import math
 
 import pytest
 
+from meshloom.optim.optimizers.config import COUPLINGS, AdamWConfig
 from meshloom.optim.progress import Progress
-from meshloom.optim.schedules.coupling import RULES, Coupling
+from meshloom.optim.schedules.coupling import RULES, Coupling, coupling_problems
 
 
 def grown(first: int, batch: int) -> Progress:
@@ -38,7 +39,8 @@ def test_the_batch_that_the_rate_was_chosen_for_changes_nothing(rule: str) -> No
 
 
 def test_problems() -> None:
-    assert Coupling("sqrt_saturating").problems(measures_noise=True, schedule="wsd") == []
-    assert "measures none" in str(Coupling("sqrt_saturating").problems(measures_noise=False, schedule="wsd")[0])
-    assert "already proportional" in str(Coupling("linear").problems(measures_noise=False, schedule="power")[0])
-    assert "choose one of none, sqrt" in str(Coupling("cube").problems(measures_noise=False, schedule="wsd")[0])
+    assert list(coupling_problems("sqrt_saturating", True, "wsd")) == []
+    assert "measures none" in str(next(coupling_problems("sqrt_saturating", False, "wsd")))
+    assert "already proportional" in str(next(coupling_problems("linear", False, "power")))
+    assert "choose one of none, sqrt" in str(AdamWConfig(lr_coupling="cube").problems()[0])
+    assert set(COUPLINGS) == set(RULES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,11 +13,19 @@ from hypothesis import strategies as st
 from meshloom.config.duration import Duration
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.progress import Progress
+from meshloom.optim.schedules.config import FORMS, CosineConfig, LinearConfig, PowerConfig, ScheduleConfig, WSDConfig
 from meshloom.optim.schedules.decay import WINDOWED
 from meshloom.optim.schedules.schedule import Constant, Cosine, Linear, Schedule
-from meshloom.optim.schedules.wsd import FORMS, WSD, Power
+from meshloom.optim.schedules.wsd import WSD, Power
 
 PEAK = 0.01
+
+CONFIGS = {Constant: ScheduleConfig, Cosine: CosineConfig, Linear: LinearConfig, WSD: WSDConfig, Power: PowerConfig}
+
+
+def make(kind: type[Schedule], peak: float, run: Horizon, **options: Any) -> Any:
+    """A schedule without a warm-up, unless the options say otherwise."""
+    return kind(CONFIGS[kind](**{"warmup": 0, **options}), peak, run)
 
 
 def at(step: int, batch: int = 8, seq_len: int = 16) -> Progress:
@@ -28,7 +37,7 @@ def horizon(length: str = "1000 steps", batch: int | None = 8, seq_len: int = 16
 
 
 def test_warm_up_rises_to_the_peak_and_its_first_step_trains() -> None:
-    schedule = Constant(PEAK, horizon(), warmup=100)
+    schedule = make(Constant, PEAK, horizon(), warmup=100)
     assert [schedule.lr(at(step)) / PEAK for step in (0, 49, 99, 100, 999)] == pytest.approx([0.01, 0.5, 1, 1, 1])
 
 
@@ -36,16 +45,16 @@ def test_warm_up_rises_to_the_peak_and_its_first_step_trains() -> None:
 @pytest.mark.parametrize("length", ["1000 steps", "8000 samples", "128000 tokens"])
 def test_units_of_equal_worth_give_the_same_schedule(written: str | float, length: str) -> None:
     """With a constant batch of 8 × 16 tokens, all of these say the same."""
-    schedule = WSD(PEAK, horizon(length), warmup=written, decay=written, decay_form="linear")
-    reference = WSD(PEAK, horizon(), warmup=100, decay=100, decay_form="linear")
+    schedule = make(WSD, PEAK, horizon(length), warmup=written, decay=written, decay_form="linear")
+    reference = make(WSD, PEAK, horizon(), warmup=100, decay=100, decay_form="linear")
     assert schedule.problems() == []
     for step in (0, 37, 100, 500, 900, 901, 950, 999):
         assert schedule.lr(at(step)) == pytest.approx(reference.lr(at(step)), rel=1e-12)
 
 
 def test_cosine_and_linear_against_their_closed_forms() -> None:
-    cosine = Cosine(PEAK, horizon(), warmup=100, final=0.1)
-    linear = Linear(PEAK, horizon(), warmup=100, final=0.2)
+    cosine = make(Cosine, PEAK, horizon(), warmup=100, final=0.1)
+    linear = make(Linear, PEAK, horizon(), warmup=100, final=0.2)
     for step in (100, 200, 550, 775, 999):
         part = (step - 100) / 900
         assert cosine.lr(at(step)) == pytest.approx(PEAK * (0.55 + 0.45 * math.cos(math.pi * part)))
@@ -56,13 +65,15 @@ def test_cosine_and_linear_against_their_closed_forms() -> None:
 
 def test_minicpm_decay_halves_at_its_half_life() -> None:
     """MiniCPM: half-life 5,000 steps from step 263,000 on."""
-    schedule = WSD(PEAK, horizon("300000 steps"), 2000, decay_form="exponential", decay_start=263000, half_life=5000)
+    schedule = make(
+        WSD, PEAK, horizon("300000 steps"), warmup=2000, decay_form="exponential", decay_start=263000, half_life=5000
+    )
     factors = [schedule.lr(at(step)) / PEAK for step in (262_999, 263_000, 268_000, 273_000)]
     assert factors == [1, 1, 0.5, 0.25]
 
 
 def test_half_life_left_out_reaches_the_final_ratio_at_the_end() -> None:
-    schedule = WSD(PEAK, horizon(), decay=100, decay_form="exponential", final=0.125)
+    schedule = make(WSD, PEAK, horizon(), decay=100, decay_form="exponential", final=0.125)
     assert [schedule.lr(at(step)) / PEAK for step in (900, 1000, 1100)] == pytest.approx([1, 0.125, 0.125])
     assert schedule.lr(at(950)) / PEAK == pytest.approx(0.125**0.5), "a half-life of 100 / 3 steps"
 
@@ -82,7 +93,7 @@ def test_windowed_forms_at_known_points() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_wsd_is_continuous_and_never_rises_after_the_warm_up(form: str) -> None:
-    schedule = WSD(PEAK, horizon("100000 steps"), warmup=1000, decay="20%", decay_form=form, final=0.05)
+    schedule = make(WSD, PEAK, horizon("100000 steps"), warmup=1000, decay="20%", decay_form=form, final=0.05)
     assert schedule.problems() == []
     rates = [schedule.lr(at(step)) for step in range(999, 100_000)]
     assert rates[0] == PEAK and rates[79_001] == PEAK
@@ -95,8 +106,8 @@ def test_wsd_is_continuous_and_never_rises_after_the_warm_up(form: str) -> None:
 
 def test_a_stable_run_is_brought_down_from_a_new_start() -> None:
     """Resumed at step 600 of 1,000 with an earlier end: equal before the branch, then straight down to the new end."""
-    long = WSD(PEAK, horizon("1000 steps"), 50, decay="10%", decay_form="linear")
-    branch = WSD(PEAK, horizon("700 steps"), 50, decay="10%", decay_form="linear", decay_start=600)
+    long = make(WSD, PEAK, horizon("1000 steps"), warmup=50, decay="10%", decay_form="linear")
+    branch = make(WSD, PEAK, horizon("700 steps"), warmup=50, decay="10%", decay_form="linear", decay_start=600)
     assert all(long.lr(at(step)) == branch.lr(at(step)) for step in range(600))
     assert [branch.lr(at(step)) / PEAK for step in (600, 650, 675)] == pytest.approx([1, 0.5, 0.25])
 
@@ -106,7 +117,7 @@ def test_a_stable_run_is_brought_down_from_a_new_start() -> None:
 def test_the_rate_is_a_function_of_progress_alone(step: int, samples: int, batch: int) -> None:
     """Rule R5: asked in any order, any number of times, after any history, the answer is the same."""
     progress = Progress(step, samples, samples * 16, batch)
-    schedules: list[Schedule] = [Cosine(PEAK, horizon("1M steps")), Power(PEAK, horizon("1T tokens", batch=None))]
+    schedules: list[Schedule] = [make(Cosine, PEAK, horizon("1M steps")), make(Power, PEAK, horizon("1T tokens", batch=None))]
     for schedule in schedules:
         first = schedule.lr(progress)
         schedule.lr(at(17))
@@ -118,7 +129,7 @@ def test_the_rate_is_a_function_of_progress_alone(step: int, samples: int, batch
 
 
 def power(beta: float, tokens: float, cap: float = 0.02) -> float:
-    schedule = Power(cap, Horizon(Duration.parse("100T tokens"), 4096, None))
+    schedule = make(Power, cap, Horizon(Duration.parse("100T tokens"), 4096, None))
     return schedule.law(tokens, beta)
 
 
@@ -138,17 +149,17 @@ def test_power_law_meets_its_cap_where_it_should() -> None:
 
 def test_power_law_of_the_stable_phase_is_the_papers() -> None:
     """β · 4.6 · T^−0.51 is their fit for WSD: 0.0011 for 10T tokens at a batch of 1,024."""
-    schedule = Power(0.02, Horizon(Duration.parse("100T tokens"), 4096, None), a=4.6)
+    schedule = make(Power, 0.02, Horizon(Duration.parse("100T tokens"), 4096, None), a=4.6)
     assert schedule.law(10e12, 1024) == pytest.approx(0.0011, rel=5e-3)
 
 
 def test_power_counts_sequences_of_4096_tokens() -> None:
-    short = Power(0.02, Horizon(Duration.parse("100T tokens"), 1024, None))
+    short = make(Power, 0.02, Horizon(Duration.parse("100T tokens"), 1024, None))
     assert short.law(1e12, 4096) == pytest.approx(power(1024, 1e12))
 
 
 def test_power_follows_the_current_batch() -> None:
-    schedule = Power(1.0, Horizon(Duration.parse("1T tokens"), 4096, None))
+    schedule = make(Power, 1.0, Horizon(Duration.parse("1T tokens"), 4096, None))
     small, large = (schedule.lr(Progress(10**5, 10**7, 4096 * 10**7, batch)) for batch in (256, 1024))
     assert large == pytest.approx(4 * small)
 
@@ -156,7 +167,7 @@ def test_power_follows_the_current_batch() -> None:
 def test_power_warms_up_to_the_law_and_decays_from_it() -> None:
     """lr-engine's three pieces: n / N_w · η(N_w), then η(n), then f · η(N − N_d)."""
     run = Horizon(Duration.parse("1T tokens"), 4096, 1024)
-    schedule = Power(1.0, run, warmup="1B tokens", decay="10%")
+    schedule = make(Power, 1.0, run, warmup="1B tokens", decay="10%")
     law = lambda n: 1024 * 4 * n**-0.51  # noqa: E731
     stride = 1024 * 4096
 
@@ -179,11 +190,16 @@ def problems(schedule: Schedule) -> list[str]:
     return [str(problem) for problem in schedule.problems()]
 
 
-def test_every_problem_is_reported_at_once() -> None:
-    found = problems(WSD(-1.0, horizon(), warmup=2000, decay="12 parsecs", decay_form="square", final=2.0))
-    keys = [text.split(":")[0] for text in found]
-    assert keys == ["optim.lr", "schedule.warmup", "schedule.final", "schedule.decay_form", "schedule.decay"]
-    assert "'12 parsecs' is not a duration; write 200" in found[-1]
+def test_every_bad_value_is_reported_at_once() -> None:
+    config = WSDConfig(warmup="abc", decay="12 parsecs", decay_form="square", final=2.0)
+    found = {problem.key: str(problem) for problem in config.problems()}
+    assert list(found) == ["schedule.warmup", "schedule.final", "schedule.decay", "schedule.decay_form"]
+    assert "'12 parsecs' is not a duration; write 200" in found["schedule.decay"]
+    assert [p.key for p in PowerConfig(a=0, b=1).problems("s")] == ["s.a", "s.b"]
+
+
+def test_a_warm_up_longer_than_the_run_is_refused() -> None:
+    assert "longer than the run" in problems(make(WSD, PEAK, horizon(), warmup=2000))[0]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +215,8 @@ def test_every_problem_is_reported_at_once() -> None:
     ],
 )
 def test_impossible_decays(options: dict[str, object], key: str) -> None:
-    found = WSD(PEAK, horizon(), **options).problems()  # type: ignore[arg-type]
+    config = WSDConfig(**{"warmup": 0, **options})  # type: ignore[arg-type]
+    found = config.problems() or WSD(config, PEAK, horizon()).problems()
     assert [problem.key for problem in found] == [key]
     assert found[0].fix
 
@@ -207,11 +224,11 @@ def test_impossible_decays(options: dict[str, object], key: str) -> None:
 def test_units_without_an_exchange_rate() -> None:
     """Steps and tokens can't be compared while the batch changes: refused where it matters, allowed where it doesn't."""
     moving = horizon("1B tokens", batch=None)
-    assert problems(WSD(PEAK, moving, warmup="100 steps")) == []
-    assert problems(WSD(PEAK, moving, warmup=0, decay="10%")) == []
-    assert problems(Power(PEAK, moving, warmup=0, decay="1M samples")) == []
-    assert [p.key for p in WSD(PEAK, moving, decay="100 steps").problems()] == ["schedule.decay"]
-    assert problems(Cosine(PEAK, moving, warmup="100 steps")) == []
-    assert problems(WSD(PEAK, moving, decay_start="100 steps", decay_form="exponential", half_life="9 steps")) == []
-    assert "schedule.warmup" in [p.key for p in Power(PEAK, moving, warmup="100 steps").problems()]
-    assert "schedule.decay" in [p.key for p in Power(PEAK, horizon("1000 steps", batch=None)).problems()]
+    assert problems(make(WSD, PEAK, moving, warmup="100 steps")) == []
+    assert problems(make(WSD, PEAK, moving, decay="10%")) == []
+    assert problems(make(Power, PEAK, moving, decay="1M samples")) == []
+    assert [p.key for p in make(WSD, PEAK, moving, decay="100 steps").problems()] == ["schedule.decay"]
+    assert problems(make(Cosine, PEAK, moving, warmup="100 steps")) == []
+    assert problems(make(WSD, PEAK, moving, decay_start="100 steps", decay_form="exponential", half_life="9 steps")) == []
+    assert "schedule.warmup" in [p.key for p in make(Power, PEAK, moving, warmup="100 steps").problems()]
+    assert "schedule.decay" in [p.key for p in make(Power, PEAK, horizon("1000 steps", batch=None)).problems()]

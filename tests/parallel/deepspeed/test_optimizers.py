@@ -11,6 +11,7 @@ import torch
 
 from meshloom.optim.optimizers.adagrad import AdaGrad, AdaGradNorm
 from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.optim.optimizers.config import AdaGradConfig, AdamWConfig
 from meshloom.optim.optimizers.layerwise import LAMB, LARS
 from meshloom.optim.optimizers.parameters import NamedParameter, Shards
 from meshloom.parallel.config import ParallelConfig
@@ -24,20 +25,20 @@ from support.parity import Work, step
 from support.ranks import run_ranks
 
 TOLERANCE = 5e-6
-ELEMENTWISE: dict[str, Any] = {"adamw": (AdamW, 1e-2), "adagrad": (AdaGrad, 5e-2)}
+ELEMENTWISE: dict[str, Any] = {"adamw": (AdamW, AdamWConfig, 1e-2), "adagrad": (AdaGrad, AdaGradConfig, 5e-2)}
 WORK = Work(steps=4, micro=2, model=(("mup_base", 8),))  # several groups: with and without decay, and of different rates
 
 
 def trained(rank: int, world_size: int, work: Work, name: str) -> tuple[list[float], list[float], float]:
     """Losses and norms of steps before and after the state was made for a restore and written back; and the first sum."""
-    make, lr = ELEMENTWISE[name]
+    make, config, lr = ELEMENTWISE[name]
     mesh = Mesh.connect(Layout.plan(work.parallel, world_size), torch.device("cpu"))
     with torch.device("meta"):
         model = decoder(**work.llama())
     settings = EngineSettings(seed=7, precision=work.precision)
 
     def optimizer(parameters: list[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
-        return make(parameters=parameters, shards=shards, lr=lr, weight_decay=0.1)
+        return make(config(lr=lr, weight_decay=0.1), parameters, shards)
 
     engine = make_engine(model, mesh, optimizer, work.parallel, settings)
     work, curve = replace(work, lr=lr), []

@@ -19,7 +19,7 @@ from meshloom.launch.checkpoint import main as checkpoint
 from meshloom.parallel.deepspeed.optimizer import require_op
 from meshloom.parallel.deepspeed.setup import import_deepspeed
 from meshloom.trainer.run import run
-from meshloom.trainer.schema import make_composer
+from support.configs import resolve_words
 from support.deepspeed_runs import asynchronous_io_is_built
 from support.ranks import run_ranks
 
@@ -55,9 +55,7 @@ HOPS = [
 
 
 def body(rank: int, world_size: int, overrides: list[str]) -> int:
-    composition = make_composer().compose(overrides)
-    assert not composition.problems, composition.problems
-    return run(composition.config, overrides)
+    return run(resolve_words([], overrides, world_size))
 
 
 def go(ranks: int, folder: Path, *overrides: str) -> None:

@@ -7,7 +7,9 @@ import torch
 
 from meshloom.config.problems import ConfigError
 from meshloom.parallel.config import ParallelConfig
-from meshloom.parallel.torch.float8 import float8_problems, use_float8
+from meshloom.parallel.limits import float8_problems
+from meshloom.parallel.torch.float8 import use_float8
+from meshloom.trainer.config import TrainerConfig
 from support.models import decoder
 
 SHAPE = {"dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 96, "vocabulary": 61}
@@ -16,7 +18,6 @@ SHAPE = {"dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 96, "voca
 @pytest.mark.parametrize(
     ("recipe", "parallel", "precision", "word"),
     [
-        ("blockwise", ParallelConfig(), "bf16", "blockwise"),
         ("rowwise", ParallelConfig(), "fp32", "precision=bf16"),
         ("tensorwise", ParallelConfig(engine="deepspeed"), "bf16", "parallel.engine=torch"),
         ("tensorwise", ParallelConfig(tp=2), "bf16", "parallel.tp=1"),
@@ -28,8 +29,9 @@ def test_what_cant_have_it_is_refused(recipe: str, parallel: ParallelConfig, pre
     assert found[0].key == "trainer.float8" and word in str(found[0])
 
 
-def test_none_is_never_a_problem() -> None:
-    assert not list(float8_problems("none", ParallelConfig(engine="deepspeed", tp=2), "fp32"))
+def test_what_is_no_recipe_is_refused() -> None:
+    (problem,) = TrainerConfig(steps=1, float8="blockwise").problems()
+    assert problem.key == "trainer.float8" and "blockwise" in str(problem)
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])

@@ -17,6 +17,7 @@ from meshloom.data.batch import MicroBatch
 from meshloom.models.config import DecoderConfig
 from meshloom.models.decoder import Decoder
 from meshloom.optim.optimizers.adamw import AdamW
+from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
@@ -131,7 +132,7 @@ def with_a_spare_weight(rank: int, world_size: int, layouts: list[ParallelConfig
         mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
         with torch.device("meta"):
             model = Spare(DecoderConfig(**work.llama()))
-        make = functools.partial(AdamW, lr=1e-2, weight_decay=0.1)
+        make = functools.partial(AdamW, AdamWConfig(lr=1e-2, weight_decay=0.1))
         engine = make_engine(model, mesh, make, parallel, EngineSettings(seed=7, precision="fp64"))
         before = {f.name: f.tensor.clone() for f in engine.fragments() if f.role == "weight"}
         curve = [number for at in range(work.steps) for number in step(engine, work, at)]

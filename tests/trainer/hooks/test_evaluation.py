@@ -10,9 +10,9 @@ import torch
 
 from meshloom.config.duration import Duration, Unit
 from meshloom.config.problems import Problem
-from meshloom.config.validate import _eval_every_problems  # pyright: ignore[reportPrivateUsage]
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.progress import Progress
+from meshloom.trainer.config import TrainerConfig
 from meshloom.trainer.hooks.evaluation import Evaluation
 
 SEQ_LEN = 10
@@ -55,10 +55,10 @@ def test_it_evaluates_where_a_multiple_is_reached(every: str | int | None, steps
 
 @pytest.mark.parametrize("written", [-1, "often", "0 samples", "0%"])
 def test_what_is_no_length_is_refused(written: str | int) -> None:
-    (problem,) = _eval_every_problems(written)
+    (problem,) = TrainerConfig(steps=1, eval_every=written).problems()
     assert isinstance(problem, Problem) and "0 for never" in problem.fix
 
 
 @pytest.mark.parametrize("written", [0, 5, "4k samples", 0.1, "5%"])
 def test_lengths_are_taken(written: str | float) -> None:
-    assert not list(_eval_every_problems(written))
+    assert not list(TrainerConfig(steps=1, eval_every=written).problems())

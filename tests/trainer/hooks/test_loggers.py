@@ -21,7 +21,7 @@ from meshloom.config.problems import ConfigError
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.progress import Progress
 from meshloom.parallel.layout import Layout
-from meshloom.trainer.hooks.loggers.config import LoggingConfig, logging_problems
+from meshloom.trainer.hooks.loggers.config import LoggingConfig
 from meshloom.trainer.hooks.loggers.defaults import default_loggers
 from meshloom.trainer.hooks.loggers.metrics_file import MetricsFile
 from meshloom.trainer.hooks.loggers.progress_line import ProgressLine
@@ -327,5 +327,5 @@ def test_logging_config_chooses_the_hooks(tmp_path: Path) -> None:
 def test_a_logger_that_is_not_installed_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = LoggingConfig(wandb=True, tensorboard=True)
-    assert [problem.key for problem in logging_problems(config)] == ["logging.wandb", "logging.tensorboard"]
-    assert logging_problems(LoggingConfig()) == []
+    assert [problem.key for problem in config.problems()] == ["logging.wandb", "logging.tensorboard"]
+    assert LoggingConfig().problems() == []

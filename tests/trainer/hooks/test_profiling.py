@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from meshloom.config.validate import config_problems
+from meshloom.data.build import build_node
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from meshloom.trainer import loop as loops
-from meshloom.trainer.build import build_data, build_run
+from meshloom.trainer.build import build_run
 from meshloom.trainer.hooks.base import Hook
 from meshloom.trainer.run import run
-from meshloom.trainer.schema import make_composer
+from support.configs import config_of, resolve_words
 from support.ranks import run_ranks
 
 TINY = [
@@ -45,9 +45,7 @@ TINY = [
 
 
 def train(rank: int, world_size: int, overrides: list[str]) -> int:
-    composition = make_composer().compose([*TINY, *overrides])
-    assert not composition.problems, composition.problems
-    return run(composition.config, overrides)
+    return run(resolve_words(TINY, overrides, world_size))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -71,7 +69,7 @@ def test_the_profile_is_of_one_whole_step_and_changes_nothing(tmp_path: Path, ra
 
 @pytest.mark.parametrize("step", [0, 6])
 def test_a_step_that_there_will_not_be_is_refused(step: int) -> None:
-    (problem,) = config_problems(make_composer().compose([*TINY, f"trainer.profile_step={step}"]).config)
+    (problem,) = config_of(*TINY, f"trainer.profile_step={step}").problems()
     assert problem.key == "trainer.profile_step" and f"no step {step} of 5" in problem.message
 
 
@@ -105,11 +103,11 @@ def test_every_row_has_one_steps_seconds_also_behind_an_evaluation(tmp_path: Pat
 
 def by_hand(rank: int, world_size: int, folder: str) -> list[float]:
     """Losses of two steps taken as a benchmark takes them."""
-    config = make_composer().compose([*TINY, f"output_dir={folder}"]).config
-    data = build_data(config)
+    config = config_of(*TINY, f"output_dir={folder}")
+    data = build_node(config.data, config.seed, config.model.vocabulary)
     data.prepare()
     mesh = Mesh.connect(Layout.plan(ParallelConfig(), 1), torch.device("cpu"))
-    loop = build_run(config, data, mesh).loop
+    loop = build_run(config, {}, data, mesh).loop
     losses: list[float] = []
     for _ in range(2):
         loop.step()

@@ -15,7 +15,8 @@ from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.folder import find_latest
 from meshloom.models.decoder import Decoder
-from meshloom.parallel.fragment import Box, Fragment
+from meshloom.parallel.box import Box
+from meshloom.parallel.fragment import Fragment
 from meshloom.trainer.hooks.sampling import continuation, draw, generate, load_plain
 from support.models import decoder
 

@@ -22,11 +22,13 @@ class LoggingConfig:
     project: str = key("meshloom", "wandb project")
     tensorboard: bool = key(False, "write TensorBoard events into <output_dir>/tensorboard")
 
-
-def logging_problems(config: LoggingConfig) -> list[Problem]:
-    """Loggers whose library is not installed."""
-    return [
-        Problem(f"logging.{name}", f"{name} is not installed", f"pip install 'meshloom[{name}]', or logging.{name}=false")
-        for name in ("wandb", "tensorboard")
-        if getattr(config, name) and importlib.util.find_spec(name) is None
-    ]
+    def problems(self, key: str = "logging") -> list[Problem]:
+        """Return what is wrong with the values, and loggers whose library is not installed."""
+        found = [
+            Problem(f"{key}.{name}", f"{name} is not installed", f"pip install 'meshloom[{name}]', or {key}.{name}=false")
+            for name in ("wandb", "tensorboard")
+            if getattr(self, name) and importlib.util.find_spec(name) is None
+        ]
+        if self.every < 1:
+            found.append(Problem(f"{key}.every", f"{self.every} is not a number of steps", "use 1 for a row every step"))
+        return found

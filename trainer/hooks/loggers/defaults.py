@@ -5,9 +5,9 @@ Rows arrive through `Hook.on_metrics` when their numbers have reached the host, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-
-from omegaconf import DictConfig
+from typing import Any
 
 from ..base import Hook
 from .config import LoggingConfig
@@ -17,7 +17,7 @@ from .tensorboard import TensorBoard
 from .weights_and_biases import WandB
 
 
-def default_loggers(config: LoggingConfig, output_dir: Path, run_config: DictConfig) -> list[Hook]:
+def default_loggers(config: LoggingConfig, output_dir: Path, run_config: Mapping[str, Any]) -> list[Hook]:
     """The loggers that `logging` asks for, the run's metrics file first."""
     loggers: list[Hook] = [MetricsFile(output_dir / "metrics.jsonl", config.every)]
     if config.progress:

@@ -6,12 +6,10 @@ import configparser
 import netrc
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
-
-from omegaconf import DictConfig, OmegaConf
 
 from ....config.problems import ConfigError, Problem
 from ...loop import Loop
@@ -80,15 +78,15 @@ class WandB(Rows):
 
     of_one_run = True
 
-    def __init__(self, project: str, output_dir: Path, run_config: DictConfig, every: int) -> None:
+    def __init__(self, project: str, output_dir: Path, run_config: Mapping[str, Any], every: int) -> None:
         import wandb
 
         super().__init__(every)
         self._wandb: Any = wandb
         self._project = project
         self._output_dir = output_dir
-        self._config = OmegaConf.to_container(run_config, resolve=True)
-        self._name = str(run_config.get("recipe"))
+        self._config = dict(run_config)
+        self._name = str(run_config["recipe"])
         self._id: str | None = None
         self._run: Any = None
 

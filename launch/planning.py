@@ -1,0 +1,158 @@
+"""A run on paper: what it would ask of its processes, by arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..config.problems import ConfigError, Problem
+from ..models.config import CustomModel
+from ..models.costs import ACCUM_BYTES
+from ..models.protocol import Model, decoder_shape
+from ..parallel.config import ParallelConfig
+from ..parallel.cost import LayoutCost, layout_cost
+from ..parallel.engines import engine_cost
+from ..parallel.layout import Layout
+from ..parallel.memory import Job
+from ..parallel.offload import OffloadAccount, describe
+from ..parallel.policies import block_policies, fused_swiglu_blocker
+from ..trainer.build import build_model, engine_settings, optimizer_factory
+from ..trainer.launching import planned_processes
+from ..trainer.resolve import resolve
+from ..trainer.schema import RunConfig
+from ..trainer.validate import run_problems
+from .checkpoint_needs import CheckpointNeeds, checkpoint_needs, describe_needs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on paper.
+
+    model    on the meta device
+    away     what its first rank keeps away from its GPU
+    needs    what its checkpoints take
+    samples  global batch, at its start where it changes
+    notes    what whoever reads the figures should know about them
+    """
+
+    model: Model
+    parallel: ParallelConfig
+    layout: Layout
+    job: Job
+    cost: LayoutCost
+    away: OffloadAccount
+    needs: CheckpointNeeds
+    samples: int
+    notes: list[str]
+
+    @property
+    def bytes(self) -> int:
+        """Of the fullest rank, at most at once."""
+        return max(rank.total for rank in self.cost.ranks)
+
+
+def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
+    """The plan of a run. Raises ConfigError with everything that keeps it from running.
+
+    Data that are not on this machine do not matter here: they become a note.
+    """
+    resolved = resolve(
+        overrides, config_dir, processes=lambda config: planned_processes(config.launch), resumes=False, data_elsewhere=True
+    )
+    resolved.refuse()
+    return plan_of(resolved.config, resolved.notices)
+
+
+def checked_plan(config: RunConfig, *, fused: bool) -> Plan:
+    """The plan of a config that has not been judged: see `plan_of`. Raises ConfigError with its problems."""
+    elsewhere: list[Problem] = []
+    problems = run_problems(config, planned_processes(config.launch), elsewhere=elsewhere)
+    if problems:
+        raise ConfigError(problems)
+    return plan_of(config, list(map(str, elsewhere)), fused=fused)
+
+
+def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False) -> Plan:
+    """The plan of a config without problems.
+
+    notices: what is to be noted besides. fused: the GPUs compute SwiGLU inside its products wherever a run lets them. Raises
+    ConfigError for what runs, but can't be planned.
+    """
+    if problems := _unplanned(config):
+        raise ConfigError(problems)
+    notes = list(notices)
+    parallel, samples = config.parallel, config.batch.samples
+    assert isinstance(samples, int)
+    layout = Layout.plan(parallel, planned_processes(config.launch))
+    vocabulary = config.model.vocabulary or config.data.known_vocabulary
+    assert isinstance(vocabulary, int)
+    if not config.model.vocabulary:
+        notes.append(f"a vocabulary of {vocabulary:,} tokens, as data.vocabulary asks for; the tokenizer has the last word")
+    if config.batch.name != "fixed":
+        notes.append(f"the batch size changes during the run; these are the figures of its start, {samples} samples")
+    model = build_model(config.model, vocabulary)
+    settings = engine_settings(config)
+    try:
+        policies = block_policies(decoder_shape(model), parallel, settings)
+    except ValueError as error:
+        raise ConfigError([Problem("trainer.activation_budget", str(error), "give it more")]) from error
+    job = Job(
+        seq_len=config.data.seq_len,
+        micro=config.batch.micro,
+        micro_batches=max(1, samples // (layout.data_size * config.batch.micro)),
+        precision=config.precision,
+        policies=policies,
+        compiled=config.trainer.compile,
+        fused=fused and fused_swiglu_blocker(decoder_shape(model), parallel, settings, policies) is None,
+    )
+    cost, away, held = _costs(config, model, parallel, layout, job)
+    needs = checkpoint_needs(config.checkpoint, layout, held)
+    notes += [*describe(away), *describe_needs(needs)]
+    notes += [
+        "weights, gradients and optimizer state are exact; activations and working memory are estimates, and what CUDA,"
+        " NCCL and the allocator take is not in them",
+        *_caveats(parallel),
+    ]
+    return Plan(model, parallel, layout, job, cost, away, needs, samples, notes)
+
+
+def _costs(
+    config: RunConfig, model: Model, parallel: ParallelConfig, layout: Layout, job: Job
+) -> tuple[LayoutCost, OffloadAccount, list[int]]:
+    """What every rank's GPU holds, and what the first rank keeps away: a pipeline offloads nothing, so others do not differ.
+
+    And the weights and optimizer state of all of them, in bytes, wherever they are.
+    """
+    cost = layout_cost(model, parallel, layout, job, optimizer_factory(config.optim))
+    held = [rank.elements * ACCUM_BYTES[job.precision] + (rank.optimizer or 0) for rank in cost.ranks]
+    ranks, away = zip(*(engine_cost(rank, model, parallel, layout, job) for rank in cost.ranks), strict=True)
+    return replace(cost, ranks=list(ranks)), away[0], held
+
+
+def spared_by_fusing(plan: Plan, config: RunConfig) -> int:
+    """Bytes of the fullest rank that a plan of plain SwiGLU would not take on GPUs that compute it inside its products."""
+    if fused_swiglu_blocker(decoder_shape(plan.model), plan.parallel, engine_settings(config), plan.job.policies) is not None:
+        return 0
+    cost, *_ = _costs(config, plan.model, plan.parallel, plan.layout, replace(plan.job, fused=True))
+    return plan.bytes - replace(plan, cost=cost).bytes
+
+
+def _unplanned(config: RunConfig) -> list[Problem]:
+    """What runs, but is not known well enough to be planned."""
+    if isinstance(config.model, CustomModel):
+        return [Problem("model", "only the costs of Meshloom's own decoder are known", "plan with a model of the recipes")]
+    sizes = {
+        "batch.samples": config.batch.samples,
+        "model.vocabulary": config.model.vocabulary or config.data.known_vocabulary,
+    }
+    return [Problem(key, "is not known before the run", f"give a number as {key}=…") for key, size in sizes.items() if not size]
+
+
+def _caveats(parallel: ParallelConfig) -> list[str]:
+    """What this layout does not do although its name promises it."""
+    if parallel.pp == 1 or parallel.zero < 2:
+        return []
+    whole = "gradients are reduced once, at the end of a step: through a pipeline ZeRO-2 needs what ZeRO-1 needs"
+    if parallel.zero == 3:
+        return [whole, "and weights are gathered once: ZeRO-3 shards them between steps only"]
+    return [whole]

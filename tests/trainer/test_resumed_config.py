@@ -1,0 +1,146 @@
+"""The config of a run that goes on: recipe and habits of its checkpoint, placement of today, and what is typed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from meshloom.config.compose import Composer
+from meshloom.trainer.resumed_config import resume_config, saved_choices
+from meshloom.trainer.schema import RunConfig, make_composer
+from meshloom.trainer.typed import plain_config, typed_config
+
+
+@pytest.fixture(scope="module")
+def composer() -> Composer:
+    return make_composer()
+
+
+def saved_run(composer: Composer, *overrides: str) -> dict[str, Any]:
+    composition = composer.compose(["recipe=quickstart", *overrides])
+    assert composition.problems == []
+    return plain_config(typed_config(composition.config)[0])
+
+
+def resumed(
+    composer: Composer, saved: dict[str, Any], words: Sequence[str], recipe: Sequence[str] = ()
+) -> tuple[RunConfig, list[str]]:
+    """The config of a run that goes on with these words, and what is said. recipe: words that stand for a recipe file."""
+    fresh = composer.compose([*saved_choices(saved, composer.compose([*recipe, *words]).config, words), *recipe, *words])
+    assert fresh.problems == []
+    config, told = resume_config(saved, fresh.config, words)
+    return typed_config(config)[0], told
+
+
+def test_recipe_is_the_checkpoints_and_placement_todays(composer: Composer) -> None:
+    saved = saved_run(composer, "optim.lr=0.5", "batch.samples=64", "parallel.tp=2", "launch.nproc=2", "output_dir=there")
+    config, told = resumed(composer, saved, ["recipe=quickstart", "trainer.steps=400", "resume=auto", "parallel.cp=2"])
+    assert config.optim.lr == 0.5 and config.batch.samples == 64
+    assert config.trainer.steps == 400
+    assert (config.parallel.tp, config.parallel.cp) == (1, 2)
+    assert config.launch.nproc == "auto" and config.output_dir == "outputs/quickstart" and config.resume == "auto"
+    assert "changed recipe: trainer.steps=400 (was 200)" in told
+    assert "changed placement: parallel.tp=1 (was 2), parallel.cp=2 (was 1), launch.nproc=auto (was 2)" in told
+    assert "resumed run keeps optim.lr=0.5 (the recipe now says 0.003)" in told and len(told) == 4
+
+
+def test_habits_stay_until_another_is_typed(composer: Composer) -> None:
+    saved = saved_run(composer, "checkpoint.keep=0", "logging.every=5", "trainer.sample_prompt=null")
+    config, told = resumed(composer, saved, ["resume=auto", "logging.every=2"])
+    assert config.checkpoint.keep == 0 and config.logging.every == 2 and config.trainer.sample_prompt is None
+    assert "resumed run keeps checkpoint.keep=0 (the recipe now says 3)" in told
+
+
+def test_placement_comes_from_todays_recipe_file_too(composer: Composer) -> None:
+    saved = saved_run(composer, "batch.micro=2")
+    config, told = resumed(composer, saved, ["resume=auto"], recipe=["parallel.zero=1", "batch.micro=8"])
+    assert config.parallel.zero == 1 and config.batch.micro == 8
+    assert told == ["changed placement: batch.micro=8 (was 2), parallel.zero=1 (was 3)"]
+
+
+@pytest.mark.parametrize("choice", [["batch=norm_test"], ["optim=agvm"], ["trainer.float8=tensorwise"]])
+def test_micro_batches_are_recipe_where_they_are_measured(composer: Composer, choice: list[str]) -> None:
+    config, told = resumed(composer, saved_run(composer, "batch.micro=2", *choice), ["resume=auto"])
+    assert config.batch.micro == 2 and not any("placement" in line for line in told)
+    config, _ = resumed(composer, saved_run(composer, "batch.micro=2", *choice), ["resume=auto", "batch.micro=1"])
+    assert config.batch.micro == 1, "what is typed wins"
+
+
+def test_todays_place_of_the_data_wins_and_else_the_checkpoints(composer: Composer) -> None:
+    saved = saved_run(composer, "data=jsonl", "data.input=a.jsonl", "data.field=body")
+    config, _ = resumed(composer, saved, ["resume=auto"])  # the recipe's data are others
+    assert (config.data.name, config.data.input, config.data.field) == ("jsonl", "a.jsonl", "body")
+    config, told = resumed(composer, saved, ["resume=auto"], recipe=["data=jsonl", "data.input=b.jsonl"])
+    assert config.data.input == "b.jsonl" and config.data.field == "body"
+    assert "changed placement: data.input=b.jsonl (was a.jsonl)" in told
+
+
+def test_sources_of_a_mixture_may_move(composer: Composer) -> None:
+    source = {"_target_": "meshloom.data.nodes.Jsonl", "name": "jsonl", "input": "a.jsonl", "field": "body"}
+    saved = saved_run(composer, "data=mixture") | {}
+    saved["data"] |= {"sources": {"code": source}, "weights": {"code": 1.0}}
+    fresh = composer.compose(["data=mixture"]).config
+    OmegaConf.update(fresh, "data.sources", {"code": {**source, "input": "b.jsonl", "field": "text"}}, force_add=True)
+    config = typed_config(resume_config(saved, fresh, ["resume=auto"])[0])[0]
+    assert config.data.sources["code"]["input"] == "b.jsonl" and config.data.sources["code"]["field"] == "body"
+
+
+def test_repeating_a_choice_resets_nothing(composer: Composer) -> None:
+    saved = saved_run(composer, "optim=lamb", "optim.lr=0.5", "optim.norm_max=3")
+    config, _ = resumed(composer, saved, ["optim=lamb", "optim.weight_decay=0.3", "resume=auto"])
+    assert (config.optim.lr, config.optim.norm_max, config.optim.weight_decay) == (0.5, 3, 0.3)
+
+
+def test_another_choice_brings_its_whole_node(composer: Composer) -> None:
+    saved = saved_run(composer, "schedule.warmup=7", "optim.lr=0.5")
+    config, _ = resumed(composer, saved, ["schedule=power", "schedule.a=9", "resume=auto"])
+    assert config.schedule.name == "power" and config.schedule.a == 9 and config.schedule.warmup == "5%"
+    assert config.optim.lr == 0.5
+
+
+def test_keys_are_those_of_the_run_that_goes_on(composer: Composer) -> None:
+    """`optim.norm_max` is a key of the checkpoint's LAMB, though the recipe says AdamW."""
+    saved = saved_run(composer, "optim=lamb")
+    config, _ = resumed(composer, saved, ["optim.norm_max=3", "resume=auto"])
+    assert config.optim.name == "lamb" and config.optim.norm_max == 3
+    words = ["optim.fused=true", "resume=auto"]
+    choices = saved_choices(saved, composer.compose(words).config, words)
+    (problem,) = composer.compose([*choices, *words]).problems
+    assert problem.key == "optim.fused" and "optim=lamb has no such key" in str(problem)
+
+
+def test_another_recipe_is_taken_altogether(composer: Composer) -> None:
+    saved = saved_run(composer, "optim.lr=0.5")
+    config, told = resumed(composer, saved, ["recipe=llama_1b"])
+    assert config.recipe == "llama_1b" and config.optim.lr == 1e-3 and len(told) == 1
+
+
+def test_null_list_and_added_overrides(composer: Composer) -> None:
+    saved = saved_run(composer)
+    line = ["trainer.steps=null", "trainer.tokens=5000", "optim.betas=[0.8,0.9]", "parallel.deepspeed.config.x.y=1"]
+    config, _ = resumed(composer, saved, line)
+    assert config.trainer.steps is None and config.trainer.tokens == 5000
+    assert config.optim.betas == [0.8, 0.9] and config.parallel.deepspeed.config == {"x": {"y": 1}}
+
+
+def test_what_is_no_key_any_more_is_left_out(composer: Composer) -> None:
+    saved = saved_run(composer)
+    saved["bygone"] = {"a": 1}
+    saved["trainer"]["bygone"] = saved["optim"]["bygone"] = 2
+    config, told = resumed(composer, saved, ["trainer.steps=7"])
+    assert config.trainer.steps == 7
+    assert [line.split()[0] for line in told if "no key of this version" in line] == [
+        "trainer.bygone",
+        "bygone",
+        "optim.bygone",
+    ]
+
+
+def test_a_key_of_this_version_that_the_checkpoint_lacks_has_its_default(composer: Composer) -> None:
+    saved = saved_run(composer)
+    del saved["optim"]["lr_coupling"], saved["trainer"]["max_grad_norm"]
+    config, _ = resumed(composer, saved, ["resume=auto"])
+    assert config.optim.lr_coupling == "none" and config.trainer.max_grad_norm == 1.0

@@ -1,0 +1,37 @@
+"""What follows from a config by arithmetic alone. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config.duration import Duration, Unit
+from ..optim.horizon import Horizon
+from ..parallel.layout import Layout, layout_problems
+from .config import TrainerConfig
+from .schema import RunConfig
+
+
+def run_length(trainer: TrainerConfig) -> Duration:
+    """Return the horizon that `trainer.steps` or `trainer.tokens` sets."""
+    if trainer.steps is not None:
+        return Duration(trainer.steps, Unit.STEPS)
+    assert trainer.tokens is not None
+    return Duration(trainer.tokens, Unit.TOKENS)
+
+
+def build_horizon(config: RunConfig, seq_len: int) -> Horizon:
+    """Return the length of the run and what its steps are worth in tokens."""
+    fixed = config.batch.samples if config.batch.name == "fixed" else None
+    return Horizon(run_length(config.trainer), seq_len, fixed)
+
+
+def planned_data_size(config: RunConfig, world_size: int) -> int:
+    """Return the data-parallel size on so many processes; 1 where these can't be laid out."""
+    if world_size < 1 or layout_problems(config.parallel, world_size):
+        return 1
+    return Layout.plan(config.parallel, world_size).data_size
+
+
+def checkpoint_folder(config: RunConfig) -> str:
+    """Return where the run's checkpoints are: a path or an fsspec URL."""
+    return str(config.checkpoint.folder or Path(config.output_dir) / "checkpoints")

@@ -1,0 +1,97 @@
+"""What a machine can't do for a run, as it is now: its GPUs, its folders, other runs in them. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..checkpoint.files import is_remote
+from ..checkpoint.folder import find_latest
+from ..checkpoint.lock import LOCK, holder_of, refusal
+from ..config.problems import Problem
+from .derived import checkpoint_folder
+from .find_checkpoint import resumes_own_run
+from .launching import gpu_count, run_processes, under_torchrun
+from .schema import RunConfig
+
+RUN_LOCK = ".run.lock"  # checkpoints, which have a lock of their own, may lie in the same folder
+
+
+def machine_problems(config: RunConfig) -> list[Problem]:
+    """Return what keeps this machine, as it is now, from running a config."""
+    return [*_processes(config), *(_folders(config) if os.environ.get("RANK", "0") == "0" else ()), *_restarts(config)]
+
+
+def _processes(config: RunConfig) -> Iterator[Problem]:
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else run_processes(config.launch)
+    gpus = gpu_count() if local > 1 else 0
+    if 0 < gpus < local:
+        fix = f"start at most {gpus}, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        yield Problem("launch.nproc", f"{local} processes for {gpus} GPU{'s' * (gpus > 1)}", fix)
+    if not under_torchrun() and config.launch.nodes != 1:
+        fix = "use `meshloom slurm`, or start torchrun on every node"
+        yield Problem("launch.nodes", "`meshloom train` starts the processes of one node", fix)
+
+
+def _folders(config: RunConfig) -> Iterator[Problem]:
+    """Yield what keeps the process that writes from writing."""
+    if config.logging.wandb:
+        from .hooks.loggers.weights_and_biases import wandb_problems
+
+        yield from wandb_problems()
+    yield from _unwritable("output_dir", config.output_dir)
+    if config.checkpoint.folder is not None and "://" not in config.checkpoint.folder:
+        yield from _unwritable("checkpoint.folder", config.checkpoint.folder)
+    yield from _taken(config)
+
+
+def _restarts(config: RunConfig) -> Iterator[Problem]:
+    """Yield whether restarted processes would take an earlier run's checkpoint for their own."""
+    if not under_torchrun() and config.launch.max_restarts and not resumes_own_run(str(config.resume)):
+        try:
+            earlier = find_latest(checkpoint_folder(config))
+        except OSError as error:
+            fix = "give a folder, or a store, that can be"
+            yield Problem("checkpoint.folder", f"'{checkpoint_folder(config)}' can't be read: {error}", fix)
+            return
+        if earlier is not None:  # a restart before the first save could not tell them from its own
+            message = f"restarted processes would go on from '{earlier}', which an earlier run saved"
+            yield Problem("launch.max_restarts", message, "use resume=auto to go on with it, or another output_dir")
+
+
+def _taken(config: RunConfig) -> Iterator[Problem]:
+    """Yield folders that another run of this machine has. The run takes them itself, but only when its data are there."""
+    asked = [("output_dir", str(config.output_dir), RUN_LOCK, "writing")]
+    folder = checkpoint_folder(config)
+    if config.checkpoint.every != 0 and not is_remote(folder):
+        asked.append(("checkpoint.folder", folder.removeprefix("file://"), LOCK, "saving"))
+    for key, place, name, doing in asked:
+        with contextlib.suppress(OSError):  # which `_unwritable` has said
+            if (holder := holder_of(Path(place), name)) is not None:
+                yield Problem(key, refusal(Path(place), doing, holder))
+
+
+def _unwritable(key: str, folder: str) -> Iterator[Problem]:
+    """Yield whether a folder, or the one that it would be made in, can't be written to."""
+    place = Path(folder).absolute()
+    try:
+        while not _exists(place):
+            place = place.parent
+    except OSError as error:
+        yield Problem(key, f"'{folder}' can't be made: {error.strerror}", "give a folder to write to")
+        return
+    if not place.is_dir():
+        yield Problem(key, f"'{place}' is not a folder", "give a folder, or the name of a new one")
+    elif not os.access(place, os.W_OK | os.X_OK):
+        yield Problem(key, f"'{place}' can't be written to", "give a folder of your own")
+
+
+def _exists(path: Path) -> bool:
+    """Raises OSError where that can't be told: a name too long for a file, a folder that nobody may look into."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

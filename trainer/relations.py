@@ -1,0 +1,118 @@
+"""What may be wrong between groups of the config, told without PyTorch. Each relation names the keys that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from ..checkpoint.errors import CheckpointError
+from ..checkpoint.files import open_files
+from ..config.nodes import Custom
+from ..config.problems import ConfigError, Problem
+from ..data.build import build_node
+from ..optim.build import build_schedule
+from ..optim.schedules.coupling import coupling_problems
+from ..parallel.layout import layout_problems
+from ..parallel.limits import engine_problems, float8_problems
+from .derived import build_horizon, checkpoint_folder, planned_data_size
+from .schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A check of how keys fit together, made where none of them has a problem of its own.
+
+    needs  keys, or groups, that it reads
+    check  of a run on a number of processes (0: not known)
+    """
+
+    needs: tuple[str, ...]
+    check: Callable[[RunConfig, int], Iterable[Problem]]
+
+
+def ask(group: str, question: Callable[[], Iterable[Problem]]) -> list[Problem]:
+    """Return the answer of an object of the group; a node that can't be turned into an object is a problem too."""
+    try:
+        return list(question())
+    except ConfigError as error:
+        return error.problems
+    except OSError as error:  # a file that a key names and that can't even be looked for
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error) or type(error).__name__
+        return [Problem(group, reason, f"check the keys of {group}")]
+    except (ImportError, TypeError, ValueError, KeyError) as error:
+        return [Problem(group, f"can't be built: {error}", f"check {group}._target_ and the keys of its node")]
+
+
+def _layout(config: RunConfig, world_size: int) -> Iterable[Problem]:
+    return layout_problems(config.parallel, world_size) if world_size else ()
+
+
+def _engine(config: RunConfig, world_size: int) -> Iterable[Problem]:
+    return engine_problems(config.parallel, precision=config.precision, world_size=world_size) if world_size else ()
+
+
+def _float8(config: RunConfig, _: int) -> Iterable[Problem]:
+    return float8_problems(config.trainer.float8, config.parallel, config.precision) if config.trainer.float8 != "none" else ()
+
+
+def _folder(config: RunConfig, _: int) -> Iterator[Problem]:
+    try:
+        open_files(checkpoint_folder(config))
+    except CheckpointError as error:
+        yield Problem("checkpoint.folder", str(error), "give a path, or a URL whose fsspec library is installed")
+
+
+def _schedule(config: RunConfig, _: int) -> Iterable[Problem]:
+    if isinstance(config.schedule, Custom):  # which may need PyTorch
+        return ()
+    return build_schedule(config.schedule, config.optim.lr, build_horizon(config, config.data.seq_len)).problems()
+
+
+def _deal(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """Yield whether a fixed global batch can be dealt in whole micro-batches to the data-parallel processes."""
+    samples, micro, data_size = config.batch.samples, config.batch.micro, planned_data_size(config, world_size)
+    unit = micro * data_size
+    if config.batch.name != "fixed" or not isinstance(samples, int) or samples % unit == 0:
+        return
+    below = samples // unit * unit
+    fits = f"{below} or {below + unit}" if below else str(unit)
+    share = samples // data_size
+    smaller = max((n for n in range(1, micro) if share % n == 0), default=0) if samples % data_size == 0 else 0
+    fix = f"use {fits}" + (f", or batch.micro={smaller}" if smaller else "")
+    yield Problem(
+        "batch.samples", f"batch.samples={samples} is not a multiple of batch.micro × data-parallel size = {unit}", fix
+    )
+
+
+def data_problems(config: RunConfig, _: int) -> Iterable[Problem]:
+    """Return what the data node finds wrong with its keys and files."""
+    if isinstance(config.data, Custom):  # which may need PyTorch
+        return ()
+    return ask("data", lambda: build_node(config.data, config.seed, config.model.vocabulary).problems())
+
+
+def _coupling(config: RunConfig, _: int) -> Iterable[Problem]:
+    measures = config.batch.MEASURES or config.batch.name == "critical_loss"
+    return coupling_problems(config.optim.lr_coupling, measures, config.schedule.name)
+
+
+def _synthetic(config: RunConfig, _: int) -> Iterator[Problem]:
+    known, used = config.model.vocabulary, config.data.known_vocabulary
+    if config.data.name == "synthetic" and known is not None and used is not None and known < used:
+        message = f"the model knows {known} tokens, and the data has {used}"
+        yield Problem("model.vocabulary", message, f"use {used} or more, or null for the data's own")
+
+
+LENGTH = ("trainer.steps", "trainer.tokens", "data.seq_len", "batch.samples")
+
+RELATIONS = (
+    Relation(("parallel",), _layout),
+    Relation(("parallel", "precision"), _engine),
+    Relation(("parallel", "precision", "trainer.float8"), _float8),
+    Relation(("checkpoint.folder", "output_dir"), _folder),
+    Relation(("schedule", "optim.lr", *LENGTH), _schedule),
+    Relation(("batch.samples", "batch.micro", "parallel"), _deal),
+    Relation(("data", "model.vocabulary", "seed"), data_problems),
+    Relation(("optim.lr_coupling", "batch", "schedule"), _coupling),
+    Relation(("model.vocabulary", "data.vocabulary"), _synthetic),
+)

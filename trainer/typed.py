@@ -1,0 +1,130 @@
+"""From a composed config to its dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..config.keys import MISSING
+from ..config.nodes import Custom
+from ..config.problems import ConfigError, Problem
+from ..config.renames import with_moved_targets
+from ..data.config import CustomData
+from ..models.config import CustomModel
+from ..optim.batch.config import CustomBatch
+from ..optim.optimizers.config import CustomOptim
+from ..optim.schedules.config import CustomSchedule
+from .schema import OPTIONS, RunConfig
+
+CUSTOM: dict[str, type] = {
+    "model": CustomModel,
+    "data": CustomData,
+    "optim": CustomOptim,
+    "schedule": CustomSchedule,
+    "batch": CustomBatch,
+}
+"""Group → what stands for a node whose class is the user's own."""
+
+
+def option_of(group: str, node: Any) -> type | None:
+    """Return the dataclass of a node of the group; None where its class is one of the user's own."""
+    path = node.get("_target_")
+    return next((kind for kind in OPTIONS[group] if typing.cast(Any, kind)._target_ == path), None)
+
+
+def typed_config(config: DictConfig) -> tuple[RunConfig, list[Problem]]:
+    """Return the config as dataclasses, and a problem for every key that is not set or whose value has another type.
+
+    A group with options that has such a problem is None: it can't be judged further.
+    """
+    problems = [Problem(key, "is not set", f"give it as {key}=…") for key in sorted(OmegaConf.missing_keys(config))]
+    values: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(RunConfig).items():
+        if name not in {field.name for field in dataclasses.fields(RunConfig)}:
+            continue
+        value = _plain(config, name, problems)
+        if name in OPTIONS:
+            values[name] = None
+            value = with_moved_targets(value)
+            if isinstance(value, dict) and not any(problem.key.startswith(f"{name}.") for problem in problems):
+                values[name] = _typed_node(name, value, problems)
+            elif not any(problem.key == name or problem.key.startswith(f"{name}.") for problem in problems):
+                problems.append(Problem(name, f"{value!r} names no class", f"choose one: {name}=…"))
+        else:
+            values[name] = _typed(hint, value) if dataclasses.is_dataclass(hint) else value
+    return RunConfig(**values), problems
+
+
+def _plain(config: DictConfig, name: str, problems: list[Problem]) -> Any:
+    """Return one key of the whole config in plain containers; None where it refers to what is not there."""
+    if OmegaConf.is_missing(config, name):
+        return None
+    try:
+        node = config[name]
+        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    except OmegaConfBaseException as error:
+        known = {problem.key for problem in problems}
+        if not any(key in str(error) for key in known):
+            problems.append(Problem(name, str(error).splitlines()[0], "refer to a key that is set"))
+        node = OmegaConf.to_container(config, resolve=False)
+        return typing.cast(Any, node)[name]
+
+
+def _typed(kind: Any, values: Any) -> Any:
+    """Return plain values as the dataclass that they were checked against."""
+    hints = typing.get_type_hints(kind)
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(
+        **{
+            name: _typed(hints[name], value) if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict) else value
+            for name, value in values.items()
+            if name in known and value != MISSING
+        }
+    )
+
+
+def typed_node(group: str, node: dict[str, Any]) -> Any:
+    """Return a node of a group as a dataclass. Raises ConfigError where its values have other types."""
+    problems: list[Problem] = []
+    found = _typed_node(group, node, problems)
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _typed_node(group: str, node: dict[str, Any], problems: list[Problem]) -> Any:
+    """Return a node as its option's dataclass, or as the group's for a class of the user's own; None for a bad one."""
+    kind = option_of(group, node)
+    custom = kind is None
+    kind = kind or CUSTOM[group]
+    known = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set[str]()
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind), {k: v for k, v in node.items() if k in known}) if known else {}
+        values = typing.cast(Any, OmegaConf.to_container(merged, resolve=True)) if known else {}
+    except OmegaConfBaseException as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+        problems.append(Problem(f"{group}.{key}" if key else group, lines[0], "give a value of its type"))
+        return None
+    made = kind(**values)
+    if custom:
+        assert isinstance(made, Custom)
+        made.path = str(node.get("_target_"))
+        made.keys = {key: value for key, value in node.items() if key != "_target_"}
+    return made
+
+
+def plain_config(config: RunConfig) -> dict[str, Any]:
+    """Return the config as plain containers, as it is saved and shown."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, Custom):
+            found[field.name] = {"_target_": value.path, **value.keys}
+        else:
+            found[field.name] = dataclasses.asdict(typing.cast(Any, value)) if dataclasses.is_dataclass(value) else value
+    return found
