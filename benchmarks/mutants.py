@@ -51,9 +51,9 @@ class Mutant:
         """What its result is kept under: anything that changes makes it a new mutant."""
         return json.dumps([self.file, self.old, self.new, self.tests])
 
-    def broken(self) -> str:
-        """The text of the file with the fault in it. Raises ValueError where the line is not there exactly once."""
-        text = (ROOT / self.file).read_text() if (ROOT / self.file).exists() else ""
+    def broken(self, tree: Path) -> str:
+        """The text of a tree's file with the fault in it. Raises ValueError where the line is not there exactly once."""
+        text = (tree / self.file).read_text() if (tree / self.file).exists() else ""
         if text.count(self.old) != 1:
             raise ValueError(f"{self.subject}: {self.what}: {self.file} has its line {text.count(self.old)} times")
         return text.replace(self.old, self.new)
@@ -63,9 +63,9 @@ class Scratch:
     """A copy of the tree in which one file at a time is changed."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self.tree = folder, folder / "tree"
+        self._folder, self.tree = folder, folder / "checkout"
         shutil.copytree(ROOT, self.tree, ignore=LEFT_OUT)
-        (folder / "meshloom").symlink_to("tree")
+        (folder / "meshloom").symlink_to("checkout")
 
     def passes(self, arguments: str) -> bool:
         """Whether pytest is content with these arguments here."""
@@ -88,7 +88,7 @@ class Scratch:
         """Whether the mutant's tests pass with its fault."""
         file = self.tree / mutant.file
         whole = file.read_text()
-        file.write_text(mutant.broken())
+        file.write_text(mutant.broken(self.tree))
         try:
             return self.passes(mutant.tests)
         finally:
@@ -105,7 +105,7 @@ def missing_lines(mutants: list[Mutant]) -> list[str]:
     found: list[str] = []
     for mutant in mutants:
         try:
-            mutant.broken()
+            mutant.broken(ROOT)
         except ValueError as error:
             found.append(str(error))
     return found
