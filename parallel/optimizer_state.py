@@ -8,7 +8,8 @@ import torch
 
 from ..optim.optimizers.own_arrays import declared
 from ..optim.optimizers.parameters import NamedParameter
-from .fragment import Box, Fragment
+from .box import Box
+from .fragment import Fragment
 
 
 def optimizer_fragments(optimizer: torch.optim.Optimizer, parameters: Sequence[NamedParameter]) -> Iterator[Fragment]:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from ..optim.optimizers.parameters import NamedParameter
-from .fragment import Box
+from .box import Box
 from .mesh import Mesh
 
 Placements = tuple[Placement, ...]

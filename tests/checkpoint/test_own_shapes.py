@@ -18,7 +18,8 @@ from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
 from meshloom.checkpoint.restore import restore
 from meshloom.checkpoint.tools import read_array
-from meshloom.parallel.fragment import Box, Fragment
+from meshloom.parallel.box import Box
+from meshloom.parallel.fragment import Fragment
 from support.checkpoint_worlds import together
 
 WHOLE = torch.arange(48, dtype=torch.float32).view(12, 4)

@@ -12,7 +12,7 @@ import pytest
 from meshloom.config.duration import Duration, Unit
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.progress import Progress
-from meshloom.optim.schedules.config import CosineConfig, PowerConfig, WSDConfig
+from meshloom.optim.schedules.config import CosineConfig, LinearConfig, PowerConfig, WSDConfig
 from meshloom.optim.schedules.schedule import Cosine, Linear, Schedule
 from meshloom.optim.schedules.wsd import WSD, Power
 
@@ -88,7 +88,8 @@ def resumed(length: str) -> Horizon:
 
 def test_a_warm_up_behind_stays_where_it_was() -> None:
     """10 steps of 8 samples, in a run of 1,000 samples: today's 16 would make it end at 160."""
-    cosine, linear = (kind(1.0, resumed("1000 samples"), warmup="10 steps", final=0.0) for kind in (Cosine, Linear))
+    cosine = Cosine(CosineConfig(warmup="10 steps", final=0.0), 1.0, resumed("1000 samples"))
+    linear = Linear(LinearConfig(warmup="10 steps", final=0.0), 1.0, resumed("1000 samples"))
     samples = 160 + 16 * 5
     part = (samples - 80) / 920
     assert doubled(cosine, 25) == pytest.approx((1 + math.cos(math.pi * part)) / 2)
