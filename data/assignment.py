@@ -3,7 +3,7 @@
 The global batch is cut, in order, into micro-batches. The cut depends on the batch and on the size of a micro-batch alone, so
 it is the same on every layout. The micro-batches are then dealt to the data ranks, pass by pass: rank r of R runs micro-batches
 r, R + r, 2R + r, … Any batch can be dealt to any number of ranks, because *blanks* fill what is missing: a blank row has
-ordinary tokens, but every target is ignored, so it adds nothing to the loss, nor to a gradient.
+ordinary tokens and every target ignored, so it adds nothing to the loss or to a gradient.
 
     7 samples, micro-batches of 2, 3 ranks      pass 1: (0 1) (2 3) (4 5)      pass 2: (6 –) (– –) (– –)
 
@@ -24,11 +24,11 @@ from .batch import IGNORED, GlobalBatch, MicroBatch, Sample, Samples
 
 @dataclass(frozen=True)
 class Assignment:
-    """What every data rank runs in one step.
+    """The micro-batches of every data rank in one step.
 
     ranks       by data rank, its micro-batches in order, each as the indices of its samples; an empty one is blank
     rows        rows of every micro-batch; those without a sample are blank
-    first_half  how many passes cover the first half of the global list of micro-batches; None: dealt regardless of halves
+    first_half  passes that cover the first half of the global list of micro-batches; None: dealt regardless of halves
     """
 
     ranks: tuple[tuple[range, ...], ...]
@@ -68,13 +68,13 @@ class Share:
 
 
 def any_number(passes: int) -> bool:
-    """Without a pipeline, a step may have any number of passes."""
+    """Allow every number of passes, as a step without a pipeline does."""
     return True
 
 
 @dataclass(frozen=True)
 class Assigner:
-    """How a run deals its global batches.
+    """The rule by which a run deals its global batches to data ranks.
 
     data_size  number of data ranks
     can_run    whether a step may have this number of passes; the schedule of a pipeline may not allow every number
@@ -103,23 +103,23 @@ class Assigner:
         return Assignment(ranks, rows, first_half if self.halves else None)
 
     def passes(self, count: int, micro: int) -> int:
-        """Micro-batches that each rank runs for a global batch of `count` samples."""
+        """Count the micro-batches that each rank runs for a global batch of `count` samples."""
         return self._sizes(count, micro)[1]
 
     def blank_share(self, count: int, micro: int) -> float:
-        """The part of a step's rows that is blank, in [0, 1), for a global batch of `count` samples."""
+        """Return the fraction of a step's rows that is blank, in [0, 1), for a global batch of `count` samples."""
         rows, passes, _ = self._sizes(count, micro)
         return 1 - count / (rows * passes * self.data_size)
 
     def sizes_without_blanks(self, count: int, micro: int) -> list[int]:
-        """The nearest batch sizes that need no blanks, at most one on each side of `count`, ascending."""
+        """Find the nearest batch sizes that need no blanks, at most one on each side of `count`, ascending."""
         unit = micro * self.data_size
         below = next((n for n in range(count // unit * unit, 0, -unit) if not self.blank_share(n, micro)), None)
         above = next(n for n in naturals(-(-count // unit) * unit, unit) if not self.blank_share(n, micro))
         return sorted({n for n in (below, above) if n is not None})
 
     def _sizes(self, count: int, micro: int) -> tuple[int, int, int]:
-        """Rows of a micro-batch, passes of a step, and those before the second half (0 without halves)."""
+        """Return rows of a micro-batch, passes of a step, and passes before the second half (0 without halves)."""
         rows = min(micro, count)
         parts = -(-count // rows)
         middle = parts // 2 if self.halves else 0

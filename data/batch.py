@@ -42,7 +42,7 @@ class Samples(Protocol):
     vocabulary: int
 
     def __getitem__(self, index: int) -> Sample:
-        """The k-th sample of the run, k ≥ 0."""
+        """Return the k-th sample of the run, k ≥ 0."""
         ...
 
 
@@ -54,16 +54,16 @@ class GlobalBatch:
     count: int
 
     def indices(self) -> range:
-        """Sample indices in run order."""
+        """Return the sample indices in run order."""
         return range(self.first, self.first + self.count)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a rank passes through the model at once. B samples of S positions.
+    """The samples that a rank passes through the model at once: B samples of S positions.
 
     tokens_BS, targets_BS  int64
-    documents              which document each position belongs to; None where attention crosses them
+    documents              the document of each position; None where attention crosses documents
     """
 
     tokens_BS: torch.Tensor
@@ -74,7 +74,7 @@ class MicroBatch:
     def collate(cls, samples: Sequence[Sample]) -> MicroBatch:
         """Stack samples of one length."""
 
-        import torch  # here: what a config or the files of a corpus are asked needs no tensor
+        import torch  # not at the top: commands that only check a config or a corpus start without torch
 
         def stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
             return torch.from_numpy(np.stack(arrays).astype(np.int64, copy=False))
@@ -93,7 +93,7 @@ class MicroBatch:
         return int((self.targets_BS != IGNORED).sum())
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on a device, copied without waiting where memory is pinned."""
+        """Copy to a device, without waiting where memory is pinned."""
         return MicroBatch(
             self.tokens_BS.to(device, non_blocking=True),
             self.targets_BS.to(device, non_blocking=True),
@@ -101,7 +101,7 @@ class MicroBatch:
         )
 
     def pin(self) -> MicroBatch:
-        """The same in page-locked memory."""
+        """Copy into page-locked memory."""
         return MicroBatch(
             self.tokens_BS.pin_memory(),
             self.targets_BS.pin_memory(),

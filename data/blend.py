@@ -16,7 +16,7 @@ from .order import Permutation, StoredSamples
 
 
 def apportion(weights: Sequence[float], places: int) -> list[int]:
-    """Whole numbers of places in proportion to weights, summing to `places`, by the method of largest remainders."""
+    """Divide `places` among weights in whole numbers, by the method of largest remainders."""
     quotas = [weight * places / sum(weights) for weight in weights]
     counts = [int(quota) for quota in quotas]
     by_remainder = sorted(range(len(weights)), key=lambda source: (counts[source] - quotas[source], source))
@@ -26,9 +26,9 @@ def apportion(weights: Sequence[float], places: int) -> list[int]:
 
 
 class Blend:
-    """k → (source, number of the sample within the source), a few microseconds a look-up.
+    """The map k → (source, number of the sample within the source). A look-up takes a few microseconds.
 
-    Samples come in blocks; each block holds the same number of samples of each source, in an order of its own. Within a
+    Samples come in blocks. Each block holds the same number of samples of each source, in an order of its own. Within a
     source, numbers run 0, 1, 2, … over the blocks: none is left out, none comes twice.
 
     counts  samples of each source per block
@@ -44,14 +44,14 @@ class Blend:
         return Permutation(self._limits[-1], hash64(self._seed, block))
 
     def __call__(self, index: int) -> tuple[int, int]:
-        """Where the k-th sample of the run comes from."""
+        """Return (source, number within it) of the k-th sample of the run."""
         block, within = divmod(index, self._limits[-1])
         slot = self._order(block)(within)
         source = bisect_right(self._limits, slot)
         return source, block * self.counts[source] + slot - (self._limits[source] - self.counts[source])
 
 
-class Mixed:
+class MixedSamples:
     """Endless training samples of several sources. Implements `Samples`."""
 
     def __init__(self, sources: Sequence[Samples], counts: Sequence[int], seed: int) -> None:
@@ -61,15 +61,15 @@ class Mixed:
         self.blend = Blend(counts, seed)
 
     def __getitem__(self, index: int) -> Sample:
-        """The k-th sample of the run."""
+        """Return the k-th sample of the run."""
         source, within = self.blend(index)
         return self.sources[source][within]
 
 
-def interleaved(lengths: Sequence[int], weights: Sequence[float]) -> NDArray[np.int64]:
-    """A finite mixture: (samples, 2) rows of (source, number within it), evenly spread by weight, until a source ends.
+def interleave(lengths: Sequence[int], weights: Sequence[float]) -> NDArray[np.int64]:
+    """Interleave finite sources evenly by weight until one ends: (samples, 2) rows of (source, number within it).
 
-    The j-th sample of a source of weight w is due at time (j + 1/2) / w; samples come in the order of their times, so that
+    The j-th sample of a source of weight w is due at time (j + 1/2) / w. Samples come in the order of their times, so
     any beginning of the list is mixed by weight.
     """
     end = min(length / weight for length, weight in zip(lengths, weights, strict=True))
@@ -79,19 +79,19 @@ def interleaved(lengths: Sequence[int], weights: Sequence[float]) -> NDArray[np.
     return rows[np.argsort(times, kind="stable")]
 
 
-class MixedHeld:
+class MixedValidationSamples:
     """Validation samples of several sources, mixed by weight, in a fixed order."""
 
     def __init__(self, sources: Sequence[StoredSamples], weights: Sequence[float]) -> None:
         self.sources = list(sources)
         self.seq_len = sources[0].seq_len
         self.vocabulary = sources[0].vocabulary
-        self._rows = interleaved([len(source) for source in sources], weights)
+        self._rows = interleave([len(source) for source in sources], weights)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
-        """The k-th sample of the validation set."""
+        """Return the k-th sample of the validation set."""
         source, within = self._rows[index].tolist()
         return self.sources[source][within]

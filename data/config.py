@@ -1,6 +1,6 @@
 """Config of `data`: where tokens come from and how they become samples. One dataclass per option of the group.
 
-Where data lie (paths, caches) is placement. What they are is told by their fingerprint, which a resumed run compares.
+Where data lie (paths, caches) is placement. Their fingerprint tells what they are; a resumed run compares it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INPUT = "a path, glob pattern or folder, or a list of them"
 
 @dataclass
 class DataConfig:
-    """What every option has."""
+    """Keys of every option."""
 
     SIDE: ClassVar[Side] = Side.RECIPE
 
@@ -34,14 +34,14 @@ class DataConfig:
     seq_len: int = key(1024, SEQ_LEN)
 
     def problems(self, key: str = "data") -> list[Problem]:
-        """Return what is wrong with the values; what is wrong with the files, the data node itself says."""
+        """Return what is wrong with the values. The data node itself checks the files."""
         if self.seq_len < 1:
             return [Problem(f"{key}.seq_len", f"{self.seq_len} is not a length", "use 1 or more")]
         return []
 
     @property
     def known_vocabulary(self) -> int | None:
-        """The number of tokens, as far as the config says; the tokenizer has the last word."""
+        """The vocabulary's size, as far as the config says; the tokenizer may have fewer tokens."""
         return getattr(self, "vocabulary", None)
 
     @property
@@ -144,7 +144,7 @@ class ShardsConfig(PackingConfig):
 
 @dataclass
 class MixtureConfig(DataConfig):
-    """Several sources by weight, with one tokenizer. The keys that sources know too hold for all of them."""
+    """Several sources by weight, with one tokenizer. Keys that sources have too apply to all of them."""
 
     _target_: str = target("meshloom.data.mixture.Mixture")
     _recursive_: bool = key(False, "Hydra's: the mixture builds its sources itself")

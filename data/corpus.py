@@ -1,4 +1,4 @@
-"""Data nodes that start from documents: they find or build tokenizer and shards, then give samples in order R1."""
+"""Data nodes that start from documents: they find or build tokenizer and shards, then serve samples in order R1."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import xxhash
 from ..config.cache import cache_folder, expanded
 from ..config.hashing import hash64
 from ..config.problems import ConfigError, Problem
-from .order import Held, Shuffled, StoredSamples
-from .packing import PACKINGS, packed
-from .prepare import tokenized_corpus, trained_tokenizer
+from .order import Shuffled, StoredSamples, ValidationSamples
+from .packing import PACKINGS, pack
+from .prepare import tokenize_corpus, train_tokenizer
 from .reader import TokenShards
 from .shards import ShardError
 from .sources import DocumentSource
@@ -57,7 +57,7 @@ class TokenizerSettings:
     end_of_document: str | None
 
     def problems(self, key: str) -> list[Problem]:
-        """What is wrong with them."""
+        """Return what is wrong with these keys."""
         found: list[Problem] = []
         if self.setting == "bpe" and self.vocabulary < SMALLEST_BPE:
             message = f"{self.vocabulary} is too small for byte-level BPE"
@@ -70,16 +70,16 @@ class TokenizerSettings:
         return found
 
     def make(self, sources: Sequence[DocumentSource], cache: Path) -> Tokenizer:
-        """Train, find or load it."""
+        """Train the tokenizer, find it in the cache, or load it."""
         if self.setting == "bpe":
-            return trained_tokenizer(sources, self.vocabulary, self.sample, cache)
+            return train_tokenizer(sources, self.vocabulary, self.sample, cache)
         if self.setting == "bytes":
             return Tokenizer.bytes()
         return Tokenizer.load(expanded(self.setting), self.end_of_document)
 
 
 class Packed:
-    """What nodes that read shards have in common: from opened shards to samples."""
+    """Base of the nodes that read shards: from opened shards to samples."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Packed:
         self._fingerprint = ""
 
     def problems(self, key: str = "data") -> list[Problem]:
-        """What is wrong with the keys about packing."""
+        """Return what is wrong with the keys about packing."""
         found: list[Problem] = []
         if self.seq_len < 1:
             found.append(Problem(f"{key}.seq_len", f"{self.seq_len} is not a length", "use 1 or more"))
@@ -111,7 +111,7 @@ class Packed:
         return found
 
     def open(self, train: Path, validation: Path | None, key: str = "data") -> None:
-        """Open shards and pack them. Raises ConfigError, ShardError."""
+        """Open shards and pack them. Raises ConfigError for too few tokens, ShardError for damaged files."""
         shards = TokenShards(train, self._verify)
         held = None if validation is None else TokenShards(validation, self._verify)
         if held is not None and held.vocabulary != shards.vocabulary:
@@ -131,7 +131,7 @@ class Packed:
                 raise ConfigError([Problem(key, f"{said}, and a sample takes two tokens or more", fix)])
             fix = f"use at most {shards.tokens - 1}, or more data (for validation data: a larger {key}.validation)"
             raise ConfigError([Problem(f"{key}.seq_len", f"{said}, too few for one sample of {self.seq_len}", fix)])
-        return packed(shards, self._packing, self.seq_len, self._document_mask, self._cache)
+        return pack(shards, self._packing, self.seq_len, self._document_mask, self._cache)
 
     def _prepared(self) -> StoredSamples:
         if self._train is None:
@@ -151,7 +151,7 @@ class Packed:
 
     @property
     def fingerprint(self) -> str:
-        """Names the data, once prepared."""
+        """Digest that names the data, once prepared."""
         self._prepared()
         return self._fingerprint
 
@@ -161,13 +161,13 @@ class Packed:
         return self._prepared()
 
     def train(self) -> Shuffled:
-        """The endless training samples."""
+        """Return the endless training samples."""
         return Shuffled(self._prepared(), hash64(self.seed, 0))
 
-    def validation(self) -> Held | None:
-        """The validation samples, or None where nothing is held out."""
+    def validation(self) -> ValidationSamples | None:
+        """Return the validation samples, or None where nothing is held out."""
         self._prepared()
-        return None if self._validation is None else Held(self._validation)
+        return None if self._validation is None else ValidationSamples(self._validation)
 
 
 class Corpus(Packed):
@@ -190,7 +190,7 @@ class Corpus(Packed):
         self._held_out = validation
 
     def problems(self, key: str = "data") -> list[Problem]:
-        """What is wrong with the node's keys."""
+        """Return what is wrong with the node's keys."""
         found = [*super().problems(key), *self.source.problems(key), *self._settings.problems(key)]
         if not 0 <= self._held_out < 1:
             found.append(Problem(f"{key}.validation", f"{self._held_out} is not a fraction", "use 0 (none) up to less than 1"))
@@ -203,5 +203,5 @@ class Corpus(Packed):
     def prepare_with(self, tokenizer: Tokenizer, key: str = "data") -> None:
         """Build or find the shards that this tokenizer makes."""
         self._tokenizer = tokenizer
-        folder = tokenized_corpus(self.source, tokenizer, self._held_out, self._cache)
+        folder = tokenize_corpus(self.source, tokenizer, self._held_out, self._cache)
         self.open(folder / "train", folder / "validation" if self._held_out else None, key)

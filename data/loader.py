@@ -1,8 +1,8 @@
 """Background loading: the next step's micro-batches are made while the GPU works on this one's.
 
-The loader keeps no place in the data: it is asked for a global batch and gives this rank's share of it (R1). It guesses
-that the next batch follows with the same size, prepares that one meanwhile, and throws it away when the guess was wrong
-(a changed batch size, a resume, a skipped batch).
+The loader keeps no position in the data: it loads this rank's share of whichever global batch it is given (R1). It
+prefetches the batch that follows with the same size, and discards it when another is loaded (a changed batch size, a
+resume, a skipped batch).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .batch import GlobalBatch, Samples
 
 
 class Loader:
-    """Micro-batches of one data-parallel rank.
+    """Loader of the micro-batches of one data-parallel rank.
 
     pin  put them in page-locked memory, so that copies to the GPU don't wait
     """
@@ -29,28 +29,28 @@ class Loader:
         self._pin = pin
         self._device = torch.cuda.current_device() if pin else None
         self._worker = ThreadPoolExecutor(1, "data-loader", initializer=self._start)
-        self._guess: tuple[GlobalBatch, int, Future[Share]] | None = None
+        self._prefetched: tuple[GlobalBatch, int, Future[Share]] | None = None
 
     def load(self, batch: GlobalBatch, micro: int) -> Share:
-        """This rank's share of a global batch, in micro-batches of `micro` samples.
+        """Load this rank's share of a global batch, in micro-batches of `micro` samples.
 
-        Whatever goes wrong while loading (a damaged shard, a token outside the vocabulary) is raised here.
+        Raises here what goes wrong while loading (a damaged shard, a token outside the vocabulary).
         """
-        guess, self._guess = self._guess, None
-        if guess is not None and guess[:2] == (batch, micro):
-            loading = guess[2]
+        prefetched, self._prefetched = self._prefetched, None
+        if prefetched is not None and prefetched[:2] == (batch, micro):
+            loading = prefetched[2]
         else:
-            if guess is not None:
-                guess[2].cancel()
+            if prefetched is not None:
+                prefetched[2].cancel()
             loading = self._worker.submit(self._make, batch, micro)
         result = loading.result()
         following = GlobalBatch(batch.first + batch.count, batch.count)
-        self._guess = (following, micro, self._worker.submit(self._make, following, micro))
+        self._prefetched = (following, micro, self._worker.submit(self._make, following, micro))
         return result
 
     def close(self) -> None:
-        """End the thread; a guess under way is thrown away."""
-        self._guess = None
+        """End the thread, and discard a prefetched batch."""
+        self._prefetched = None
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def _start(self) -> None:

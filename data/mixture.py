@@ -13,23 +13,23 @@ from ..config.cache import cache_folder
 from ..config.hashing import hash64
 from ..config.nodes import import_object
 from ..config.problems import ConfigError, Problem
-from .blend import Mixed, MixedHeld, apportion
+from .blend import MixedSamples, MixedValidationSamples, apportion
 from .config import MixtureConfig
 from .corpus import Corpus, TokenizerSettings
 from .node import DataNode
 from .tokenizer import Tokenizer
 
-# What the mixture decides for all its sources, where they know the key.
+# Keys that the mixture sets for all its sources that have them.
 SHARED = ("seq_len", "document_mask", "verify", "cache_dir", "tokenizer", "vocabulary", "tokenizer_sample", "end_of_document")
 
 FIX = "name some in a recipe's defaults: /data@sources.code: stdlib"
 
 
 class Mixture:
-    """See `meshloom.data.config.MixtureConfig` for the keys.
+    """Several data nodes as one. See `meshloom.data.config.MixtureConfig` for the keys.
 
     Sources that start from documents share the tokenizer that `tokenizer` names (bpe: trained on equal parts of all of
-    them). If a source brings tokens of its own (shards), its tokenizer is everybody's.
+    them). If a source brings tokens of its own (shards), all sources use its tokenizer.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Mixture:
         return cast(DataNode, import_object(path)(**{**written, **shared}, seed=seed))
 
     def problems(self, key: str = "data") -> list[Problem]:
-        """What is wrong with the node's keys and with those of its sources."""
+        """Return what is wrong with the node's keys and with those of its sources."""
         found = self._settings.problems(key)
         found += [Problem(f"{key}.sources.{name}", f"{node} is no source", FIX) for name, node in self._no_sources.items()]
         if not self.nodes and not self._no_sources:
@@ -156,16 +156,16 @@ class Mixture:
 
     @property
     def fingerprint(self) -> str:
-        """Names the data, once prepared."""
+        """Digest that names the data, once prepared."""
         content = [(name, node.fingerprint) for name, node in zip(self.nodes, self._prepared(), strict=True)]
         return xxhash.xxh3_128_hexdigest(repr([content, self._counts()]).encode())
 
-    def train(self) -> Mixed:
-        """The endless training samples: each source goes through its own epochs."""
-        return Mixed([node.train() for node in self._prepared()], self._counts(), hash64(self.seed, 0))
+    def train(self) -> MixedSamples:
+        """Return the endless training samples; each source goes through its own epochs."""
+        return MixedSamples([node.train() for node in self._prepared()], self._counts(), hash64(self.seed, 0))
 
-    def validation(self) -> MixedHeld | None:
-        """The validation samples of the sources that have some, mixed by weight until one of them ends."""
+    def validation(self) -> MixedValidationSamples | None:
+        """Return the validation samples of the sources that have some, mixed by weight until one of them ends."""
         held = [(node.validation(), self.weights[name]) for name, node in zip(self.nodes, self._prepared(), strict=True)]
         having = [(samples, weight) for samples, weight in held if samples is not None]
-        return MixedHeld([samples for samples, _ in having], [weight for _, weight in having]) if having else None
+        return MixedValidationSamples([samples for samples, _ in having], [weight for _, weight in having]) if having else None

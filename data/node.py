@@ -1,4 +1,4 @@
-"""What the trainer asks of a data node, whatever its tokens come from."""
+"""The interface between the trainer and a data node, wherever its tokens come from."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class DataNode(Protocol):
     seq_len: int
 
     def problems(self, key: str = "data") -> list[Problem]:
-        """What is wrong with the node's keys, found without building or writing anything; `key` is the node's."""
+        """Return what is wrong with the node's keys, without building or writing anything. key: the node's."""
         ...
 
     def prepare(self) -> None:
-        """Build or find tokenizer and shards. To be called by every process; one builds, the others wait.
+        """Build or find tokenizer and shards. Every process calls it; one builds, the others wait.
 
         Raises ConfigError for what only the data can show, ShardError for damaged files.
         """
@@ -41,13 +41,13 @@ class DataNode(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Names the data, once prepared: nodes with one fingerprint and seed give the same samples."""
+        """Digest that names the data, once prepared: nodes of the same fingerprint and seed give the same samples."""
         ...
 
     def train(self) -> Samples:
-        """The endless training samples."""
+        """Return the endless training samples."""
         ...
 
     def validation(self) -> StoredSamples | None:
-        """The validation samples in a fixed order, or None where nothing is held out."""
+        """Return the validation samples in a fixed order, or None where nothing is held out."""
         ...

@@ -67,7 +67,7 @@ class Hf(Corpus):
 class Shards(Packed):
     """`data=shards`: tokens that were made before (`meshloom data tokenize`).
 
-    path        folder with `train/` (and perhaps `validation/`), or a single shard folder, which then is training data
+    path        folder with `train/` (and optionally `validation/`), or a single shard folder, which then is training data
     validation  another folder of validation shards; null: `path/validation` where it exists
     """
 
@@ -78,7 +78,7 @@ class Shards(Packed):
         self._held = None if validation is None else expanded(validation)
 
     def problems(self, key: str = "data") -> list[Problem]:
-        """What is wrong with the node's keys."""
+        """Return what is wrong with the node's keys."""
         found = super().problems(key)
         fix = "give a folder written by 'meshloom data tokenize'"
         if not self._given:

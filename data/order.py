@@ -1,6 +1,6 @@
 """Data order (R1): a pure keyed bijection per epoch, so that the k-th sample is a function of (recipe, seed, k) alone.
 
-Nothing is stored: no permutation array, no generator state. A run that knows how many samples it consumed knows all.
+Nothing is stored: no permutation array, no generator state. The number of samples consumed is the only state.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _TABLE = 4096  # sets up to this size are sorted by hash: a network over so few 
 
 
 class Permutation:
-    """A keyed bijection of [0, size): O(1) memory, a few microseconds a look-up.
+    """A keyed bijection of [0, size). It takes O(1) memory, and a few microseconds a look-up.
 
     A generalised Feistel network (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, method 3) over
-    Z_a × Z_b with a·b ≥ size, a ≈ b ≈ √size: rounds add a hash of one half to the other half, by turns. What falls
-    outside [0, size) is sent through again (cycle walking); a·b − size < √size + 1, so that hardly ever happens.
-    Small sets have a table instead, of at most 32 KiB.
+    Z_a × Z_b with a·b ≥ size, a ≈ b ≈ √size. Rounds add a hash of one half to the other half, by turns. A result outside
+    [0, size) is sent through again (cycle walking), which is rare because a·b − size < √size + 1. Small sets have a table
+    instead, of at most 32 KiB.
     """
 
     def __init__(self, size: int, key: int) -> None:
@@ -39,7 +39,7 @@ class Permutation:
         self._keys = [hash64(key, number) for number in range(_ROUNDS)]
 
     def __call__(self, index: int) -> int:
-        """Where `index` in [0, size) goes."""
+        """Return the image of `index` in [0, size)."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is outside [0, {self.size})")
         if self._table is not None:
@@ -55,7 +55,7 @@ class Permutation:
                 return index
 
     def map(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """`__call__` on every element, vectorised."""
+        """Apply `__call__` to every element, vectorised."""
         found = np.array(indices, dtype=np.uint64).ravel()
         if found.size and int(found.max()) >= self.size:
             raise IndexError(f"an index is outside [0, {self.size})")
@@ -66,7 +66,7 @@ class Permutation:
         while walking.size:
             row, column = np.divmod(found[walking], columns)
             for number in range(0, _ROUNDS, 2):
-                # Reduced before the sum, which could pass 2^64; the plain integers of __call__ can't overflow.
+                # Reduced before the sum, which could pass 2^64. Python's integers in __call__ can't overflow.
                 row = (row + mix64_array(column + np.uint64(self._keys[number])) % rows) % rows
                 column = (column + mix64_array(row + np.uint64(self._keys[number + 1])) % columns) % columns
             found[walking] = row * columns + column
@@ -79,29 +79,29 @@ def _epoch_permutation(size: int, seed: int, epoch: int) -> Permutation:
     return Permutation(size, hash64(seed, epoch))
 
 
-def place(index: int, size: int, seed: int) -> tuple[int, int]:
-    """Sample number `index` of an endless run over `size` samples → (epoch, position in the data set)."""
+def shuffled_position(index: int, size: int, seed: int) -> tuple[int, int]:
+    """Locate sample number `index` of an endless run over `size` samples: (epoch, position in the data set)."""
     epoch, within = divmod(index, size)
     return epoch, _epoch_permutation(size, seed, epoch)(within)
 
 
 class StoredSamples(Protocol):
-    """A data set: so many samples of `seq_len` tokens, randomly accessible, in the order they are stored."""
+    """A finite data set of samples of `seq_len` tokens, randomly accessible, in the order they are stored."""
 
     seq_len: int
     vocabulary: int
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         ...
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at a position in [0, len)."""
+        """Return the sample at a position in [0, len)."""
         ...
 
 
 class Shuffled:
-    """Training order: endless, every sample once per epoch, a new order each epoch. Implements `Samples`."""
+    """Samples in training order: endless, every sample once per epoch, a new order each epoch. Implements `Samples`."""
 
     def __init__(self, stored: StoredSamples, seed: int) -> None:
         self.stored = stored
@@ -111,12 +111,12 @@ class Shuffled:
         self.epoch_size = len(stored)
 
     def __getitem__(self, index: int) -> Sample:
-        """The k-th sample of the run."""
-        return self.stored[place(index, self.epoch_size, self.seed)[1]]
+        """Return the k-th sample of the run."""
+        return self.stored[shuffled_position(index, self.epoch_size, self.seed)[1]]
 
 
-class Held:
-    """Validation order: finite and the same for every seed, mixed so that its first samples speak for the whole."""
+class ValidationSamples:
+    """Samples in validation order: finite, the same for every seed, shuffled so that the first ones represent the whole."""
 
     def __init__(self, stored: StoredSamples) -> None:
         self.stored = stored
@@ -128,5 +128,5 @@ class Held:
         return self._order.size
 
     def __getitem__(self, index: int) -> Sample:
-        """The k-th sample of the validation set."""
+        """Return the k-th sample of the validation set."""
         return self.stored[self._order(index)]

@@ -15,7 +15,7 @@ from .reader import TokenShards
 
 
 class Concatenated:
-    """Concatenate and split: sample k reads tokens [kS, kS+S) and predicts [kS+1, kS+S+1), whatever documents they are of.
+    """Concatenate and split: sample k reads tokens [kS, kS+S) and predicts [kS+1, kS+S+1), across documents.
 
     document_mask  number the documents within each sample, so that attention stays inside them, and take the loss off
                    the position before a document's first token
@@ -37,7 +37,7 @@ class Concatenated:
         return self._count
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at a position in [0, len)."""
+        """Return the sample at a position in [0, len)."""
         if not 0 <= index < self._count:
             raise IndexError(f"sample {index} is outside [0, {self._count})")
         start = index * self.seq_len
@@ -51,20 +51,20 @@ class Concatenated:
 
 
 def _number_documents(ends: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    """Documents end at `ends` (sorted, in [1, length]) → number of the document at each of `length` positions."""
+    """Number the document at each of `length` positions, from where documents end (sorted, in [1, length])."""
     documents = np.zeros(length, np.int64)
     documents[ends[ends < length]] = 1
     return np.cumsum(documents)
 
 
 def best_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Best-fit decreasing: pieces of at most `capacity` into bins, the longest first, each into the fullest bin it fits.
+    """Pack pieces of at most `capacity` into bins by best-fit decreasing: longest first, each into the fullest bin it fits.
 
     Returns the pieces' numbers in the order of their bins, (pieces,), and where each bin begins in it, (bins + 1,).
 
-    Pieces of one length are placed together: the fullest bin that fits takes ⌊room / length⌋ of them before another is
-    next, and so does every bin with the same room. So the work is a few numpy calls for every pair of a length and a room
-    that meet, whatever the number of pieces. At most 11/9 of the least number of bins, + 6/9 (Dósa 2007).
+    Pieces of one length are placed together: the fullest bin that fits takes ⌊free / length⌋ of them, and so does every
+    bin with the same free space. So the work is a few numpy calls for every pair of a length and a free space that meet,
+    whatever the number of pieces. Uses at most 11/9 of the least number of bins, + 6/9 (Dósa 2007).
     """
     assert not len(lengths) or 1 <= lengths.min() <= lengths.max() <= capacity
     order = np.argsort(-lengths, kind="stable")
@@ -106,13 +106,14 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int6
 
 
 class BestFit:
-    """Best-fit packing ("Fewer Truncations", arXiv 2404.10830): only documents longer than S are cut, into pieces of S and
-    a rest; the pieces fill samples by best-fit decreasing; what stays free is padding.
+    """Best-fit packing ("Fewer Truncations", arXiv 2404.10830).
 
-    A piece that goes on in another sample still predicts its next token; the last position of a document, and padding,
-    carry no loss. document_mask: as in `Concatenated`; padding has a document of its own.
+    Only documents longer than S are cut, into pieces of S and a rest. The pieces fill samples by best-fit decreasing, and
+    free positions are padding. A piece that is continued in another sample still predicts its next token. The last
+    position of a document, and padding, carry no loss.
 
-    cache  folder for the table of pieces, which is built once
+    document_mask  as in `Concatenated`; padding has a document of its own
+    cache          folder for the table of pieces, which is built once
     """
 
     def __init__(self, shards: TokenShards, seq_len: int, document_mask: bool, cache: Path) -> None:
@@ -144,7 +145,7 @@ class BestFit:
         return len(self._bins) - 1
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at a position in [0, len)."""
+        """Return the sample at a position in [0, len)."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is outside [0, {len(self)})")
         first, last = int(self._bins[index]), int(self._bins[index + 1])
@@ -158,7 +159,7 @@ class BestFit:
         targets[filled:] = IGNORED
         stop = int(starts[0]) + self.seq_len
         if lengths[0] == self.seq_len and not len(self._shards.ends_within(stop - 1, stop)):
-            targets[-1] = self._shards.read(stop, stop + 1)[0]  # only a piece as long as a sample goes on elsewhere
+            targets[-1] = self._shards.read(stop, stop + 1)[0]  # only a piece as long as a sample is continued elsewhere
         documents = _number_documents(ends, self.seq_len) if self._document_mask else None
         return Sample(tokens[:-1], targets, documents)
 
@@ -166,8 +167,8 @@ class BestFit:
 PACKINGS = ("concat", "bestfit")
 
 
-def packed(shards: TokenShards, packing: str, seq_len: int, document_mask: bool, cache: Path) -> Concatenated | BestFit:
-    """The samples that `data.packing` makes of a shard folder."""
+def pack(shards: TokenShards, packing: str, seq_len: int, document_mask: bool, cache: Path) -> Concatenated | BestFit:
+    """Pack a shard folder into samples as `data.packing` says."""
     if packing == "bestfit":
         return BestFit(shards, seq_len, document_mask, cache)
     return Concatenated(shards, seq_len, document_mask)

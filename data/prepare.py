@@ -1,4 +1,4 @@
-"""Building what a run reads, once: the tokenizer and the train and validation shards of a corpus, in the cache."""
+"""Build the tokenizer and the train and validation shards of a corpus once, in the cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .sources import DocumentSource
 from .tokenizer import Tokenizer
 
 _BATCH = 1 << 22  # characters tokenised in one go
-_RECIPE_VERSION = 1  # to be raised when the same input comes to be turned into other tokens
+_RECIPE_VERSION = 1  # raise it when the same input is turned into other tokens
 
 
 @contextmanager
@@ -38,9 +38,9 @@ def _content_hash(text: str) -> int:
 
 
 def uniform_sample(documents: Iterable[str], characters: int) -> list[str]:
-    """Documents of at most so many characters in all (at least one document): those with the smallest content hash.
+    """Sample documents of at most so many characters in all (at least one): those with the smallest content hash.
 
-    A uniform choice that depends neither on their order nor on a generator's state; memory is bounded by `characters`.
+    The choice is uniform, and depends neither on their order nor on a generator's state. `characters` bounds the memory.
     """
     kept: list[tuple[int, int, str]] = []
     total = 0
@@ -52,10 +52,10 @@ def uniform_sample(documents: Iterable[str], characters: int) -> list[str]:
     return [text for _, _, text in sorted(kept, reverse=True)]
 
 
-def trained_tokenizer(sources: Sequence[DocumentSource], vocabulary: int, characters: int, cache: Path) -> Tokenizer:
-    """A BPE tokenizer trained on a uniform sample of the sources, from the cache if it was trained before."""
-    asked = [_RECIPE_VERSION, [source.identity(cache / "identities") for source in sources], vocabulary, characters]
-    name = xxhash.xxh3_128_hexdigest(json.dumps(asked).encode())
+def train_tokenizer(sources: Sequence[DocumentSource], vocabulary: int, characters: int, cache: Path) -> Tokenizer:
+    """Train a BPE tokenizer on a uniform sample of the sources, or load it from the cache."""
+    inputs = [_RECIPE_VERSION, [source.identity(cache / "identities") for source in sources], vocabulary, characters]
+    name = xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
     target = cache / "tokenizers" / f"bpe-{vocabulary}-{name[:16]}"
 
     def build(folder: Path) -> None:
@@ -70,23 +70,23 @@ def trained_tokenizer(sources: Sequence[DocumentSource], vocabulary: int, charac
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Which documents are validation data: those whose content hash falls below `fraction` of its range.
+class ValidationSplit:
+    """The split into training and validation data: a document whose content hash is in the lowest `fraction` is held out.
 
-    Copies of a document land on one side, whatever the order of the files.
+    Copies of a document land on the same side, whatever the order of the files.
     """
 
     fraction: float
 
     def __call__(self, text: str) -> bool:
-        """Is this document held out?"""
+        """Return whether this document is validation data."""
         return _content_hash(text) < self.fraction * 2.0**64
 
 
-def tokenized_corpus(source: DocumentSource, tokenizer: Tokenizer, validation: float, cache: Path) -> Path:
-    """The folder with the shards `train` (and `validation`, where a fraction is held out) of a source, from the cache."""
-    asked = [_RECIPE_VERSION, source.identity(cache / "identities"), tokenizer.fingerprint, validation]
-    name = xxhash.xxh3_128_hexdigest(json.dumps(asked).encode())
+def tokenize_corpus(source: DocumentSource, tokenizer: Tokenizer, validation: float, cache: Path) -> Path:
+    """Tokenise a source, or find it in the cache. Returns the folder of the shards `train` and, if held out, `validation`."""
+    inputs = [_RECIPE_VERSION, source.identity(cache / "identities"), tokenizer.fingerprint, validation]
+    name = xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
     target = cache / "corpora" / f"{source.name}-{name[:16]}"
     build_once(target, lambda folder: write_corpus(source, tokenizer, validation, folder))
     return target
@@ -113,7 +113,7 @@ def write_corpus(
             folder / "validation", tokenizer.vocabulary, tokenizer.end_of_document, tokenizer.save, shard_tokens
         ) as held:
             spare: NDArray[np.int64] | None = None  # the first document for training, while nothing is held out yet
-            for is_held, tokens in _tokenized(source, tokenizer, HeldOut(validation), advance):
+            for is_held, tokens in _tokenized(source, tokenizer, ValidationSplit(validation), advance):
                 if is_held:
                     held.add(tokens)
                 elif spare is None and not held.documents:

@@ -1,4 +1,4 @@
-"""Reading token shards: one virtual array of tokens and one of document ends over all files of a folder."""
+"""Reader of token shards: one virtual array of tokens and one of document ends over all files of a folder."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TokenShards:
         return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens [start, stop) of the whole data set, as a new array.
+        """Read tokens [start, stop) of the whole data set into a new array.
 
         Raises ShardError naming the file if a token id lies outside the vocabulary.
         """
@@ -81,7 +81,7 @@ class TokenShards:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def read_pieces(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Pieces [start, start + length), none of which crosses shards, one behind the other. Raises as `read`."""
+        """Read and concatenate pieces [start, start + length), none of which crosses shards. Raises as `read`."""
         within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         positions = np.repeat(starts, lengths) + within
         shards = np.searchsorted(self._starts, starts, side="right") - 1
@@ -106,7 +106,7 @@ class TokenShards:
         return tokens
 
     def ends_within(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Where documents end (the token behind their last one), ends in (start, stop], in order."""
+        """Return the ends of documents (the token behind their last one) that lie in (start, stop], in order."""
         parts: list[NDArray[np.int64]] = []
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         while shard < len(self._ends) and int(self._starts[shard]) < stop:
@@ -119,5 +119,5 @@ class TokenShards:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def document_lengths(self) -> NDArray[np.int64]:
-        """Tokens of every document, in order."""
+        """Return the number of tokens of every document, in order."""
         return np.concatenate([np.diff(ends.astype(np.int64), prepend=0) for ends in self._ends])

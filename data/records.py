@@ -17,8 +17,8 @@ from ..config.problems import Problem
 from .sources import FileSource, files_below, identity_of
 
 
-def _extra(module: str, extra: str, purpose: str) -> Any:
-    """An optional library. Raises ValueError saying how to install it."""
+def _import_extra(module: str, extra: str, purpose: str) -> Any:
+    """Import an optional library. Raises ValueError saying how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as problem:
@@ -36,30 +36,30 @@ class JsonLines(FileSource):
 
     name = "jsonl"
     endings = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst")
-    perhaps = (".json.gz", ".json.zst")  # as C4 and Dolma name their documents; a plain .json is metadata
+    fallback_endings = (".json.gz", ".json.zst")  # as C4 and Dolma name their documents; a bare .json is metadata
 
     def __init__(self, input: str | Sequence[str] | None, field: str = "text") -> None:
         super().__init__(input)
         self.field = field
 
     def settings(self) -> str:
-        """The field decides the documents."""
+        """Name the settings that decide the documents: the field."""
         return f"jsonl {self.field!r}"
 
     def size(self) -> int | None:
-        """Unknown where files are compressed."""
+        """Sum the bytes of all files; None where some are compressed."""
         files = self.files()
         return None if any(path.suffix in (".gz", ".zst") for path in files) else sum(path.stat().st_size for path in files)
 
     def problems(self, key: str) -> list[Problem]:
-        """Files must match, and .zst needs a library."""
+        """Check that files match, and that the library for .zst is there."""
         found = super().problems(key)
         if not found and any(path.suffix == ".zst" for path in self.files()):
             found += _missing("zstandard", "zstd", f"{key}.input", "reading .zst files")
         return found
 
     def read(self, path: Path) -> Iterator[str]:
-        """The documents of one file."""
+        """Yield the documents of one file."""
         for number, line in enumerate(_lines(path), 1):
             if not line.strip():
                 continue
@@ -77,7 +77,7 @@ class JsonLines(FileSource):
 
 
 def field_text(record: dict[str, Any], field: str) -> str:
-    """The text in a record's field; a null is no text. Raises ValueError naming the fields that there are."""
+    """Return the text in a record's field; "" for a null. Raises ValueError naming the fields that there are."""
     if field not in record:
         raise ValueError(f"no field '{field}' (data.field) among {', '.join(record) or 'none'}")
     text = record[field]
@@ -92,10 +92,10 @@ def field_text(record: dict[str, Any], field: str) -> str:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, decompressed. Raises ValueError naming a file that is damaged or cut short."""
+    """Yield the lines of a file, decompressed. Raises ValueError naming a file that is damaged or cut short."""
     damage: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     if path.suffix == ".zst":
-        library = _extra("zstandard", "zstd", f"reading {path}")
+        library = _import_extra("zstandard", "zstd", f"reading {path}")
         lines = _zstd_lines(path, library)
         damage = (*damage, library.ZstdError)
     else:
@@ -107,7 +107,7 @@ def _lines(path: Path) -> Iterator[bytes]:
             number += 1
     except damage as problem:
         if isinstance(problem, OSError) and problem.filename is not None:
-            raise  # it was not even opened, and says so
+            raise  # opening it failed, and the error names the file
         raise ValueError(f"{path}: damaged behind line {number} ({problem})") from problem
 
 
@@ -117,7 +117,7 @@ def _opened_lines(path: Path) -> Iterator[bytes]:
 
 
 def _zstd_lines(path: Path, library: Any) -> Iterator[bytes]:
-    """The library's own readers take a file that is cut short for a complete one: look for the end of the last frame."""
+    """Yield the lines of a .zst file. Raises EOFError without the last frame's end, which the library does not check."""
     frame: Any = None
     rest = b""
     with path.open("rb") as file:
@@ -145,20 +145,20 @@ class ParquetFiles(FileSource):
         self.field = field
 
     def settings(self) -> str:
-        """The column decides the documents."""
+        """Name the settings that decide the documents: the column."""
         return f"parquet {self.field!r}"
 
     def size(self) -> int | None:
-        """Unknown: files are compressed."""
+        """Return None: files are compressed."""
         return None
 
     def problems(self, key: str) -> list[Problem]:
-        """Files must match, and the library must be there."""
+        """Check that files match, and that the library is there."""
         return [*super().problems(key), *_missing("pyarrow", "parquet", key, "data=parquet")]
 
     def read(self, path: Path) -> Iterator[str]:
-        """The documents of one file."""
-        parquet = _extra("pyarrow.parquet", "parquet", f"reading {path}")
+        """Yield the documents of one file."""
+        parquet = _import_extra("pyarrow.parquet", "parquet", f"reading {path}")
         try:
             with parquet.ParquetFile(path) as file:
                 names: list[str] = file.schema_arrow.names
@@ -196,33 +196,33 @@ class HuggingFace:
         self.revision = revision
 
     def problems(self, key: str) -> list[Problem]:
-        """A data set must be named, and the library must be there."""
+        """Check that a data set is named, and that the library is there."""
         found = _missing("datasets", "hf", key, "data=hf")
         if not self.path:
             found.append(Problem(f"{key}.path", "no data set is named", "give owner/name, or a folder"))
         return found
 
     def identity(self, memo: Path) -> str:
-        """Digest of name, subset, split, revision and field; of a folder's files and their names instead of its own."""
+        """Digest name, subset, split, revision and field; of a folder its files and their names in place of its name."""
         folder = Path(self.path or "")
-        if self.path and folder.is_dir():  # which the library prefers to a name, too
+        if self.path and folder.is_dir():  # the library prefers a folder to a name, too
             files = list(files_below(folder))
-            names = [path.relative_to(folder).as_posix() for path in files]  # by which the library tells splits and subsets
+            names = [path.relative_to(folder).as_posix() for path in files]  # the library tells splits and subsets by them
             return identity_of(files, json.dumps(["hf", self.subset, self.split, self.revision, self.field, names]), memo)
-        asked = ["hf", self.path, self.subset, self.split, self.revision, self.field]
-        return xxhash.xxh3_128_hexdigest(json.dumps(asked).encode())
+        inputs = ["hf", self.path, self.subset, self.split, self.revision, self.field]
+        return xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
 
     def size(self) -> int | None:
-        """Unknown."""
+        """Return None: unknown."""
         return None
 
     def documents(self) -> Iterator[str]:
-        """The documents, as they stream in."""
-        library = _extra("datasets", "hf", "data=hf")
+        """Yield the documents as they stream in."""
+        library = _import_extra("datasets", "hf", "data=hf")
         what = f"data set {self.path} ({self.split})"
         try:
             rows = library.load_dataset(self.path, self.subset, split=self.split, revision=self.revision, streaming=True)
-        except Exception as problem:  # whatever the library, the hub or the network has to say
+        except Exception as problem:  # the library, the hub and the network raise many types
             raise ValueError(f"{what} can't be opened: {problem}") from problem
         number = 0
         stream = iter(rows)
@@ -231,7 +231,7 @@ class HuggingFace:
                 row = next(stream)
             except StopIteration:
                 return
-            except Exception as problem:  # it is read from the network as it goes
+            except Exception as problem:  # rows are read from the network one by one
                 raise ValueError(f"{what}, behind row {number - 1}: {problem}") from problem
             try:
                 text = field_text(row, self.field)

@@ -1,4 +1,4 @@
-"""Token shards: a folder of memory-mapped token files with document boundaries, and `dataset.json` that vouches for them.
+"""Token shards: a folder of memory-mapped token files with document boundaries, described by `dataset.json`.
 
     dataset.json          format, version, vocabulary, dtype, end-of-document token, tokenizer, shards, fingerprint
     tokenizer.json        the tokenizer that made the tokens, where there is one
@@ -60,7 +60,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `dataset.json` says, apart from its fingerprint."""
+    """The content of `dataset.json`, apart from its fingerprint."""
 
     vocabulary: int
     dtype: str
@@ -72,7 +72,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """xxh3-128 of the manifest, digests of all files included: names the data set by its contents."""
+        """The xxh3-128 of the manifest, digests of all files included. It names the data set by its contents."""
         return xxhash.xxh3_128_hexdigest(json.dumps(asdict(self), sort_keys=True).encode())
 
     @classmethod
@@ -112,7 +112,7 @@ class Manifest:
 
 
 def digest_file(path: Path) -> str:
-    """xxh3-128 of a file's contents."""
+    """Compute the xxh3-128 of a file's contents."""
     state = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -121,7 +121,7 @@ def digest_file(path: Path) -> str:
 
 
 class _DigestedFile:
-    """A file that is digested while it is written."""
+    """A file whose digest is computed while it is written."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -145,7 +145,7 @@ class _DigestedFile:
 
 
 class ShardWriter:
-    """Streams documents into a new shard folder, which appears under its name complete or not at all.
+    """Writer that streams documents into a new shard folder, which appears under its name complete or not at all.
 
         with ShardWriter(folder, vocabulary=4096) as writer:
             writer.add(np.array([17, 4, 0]))
@@ -190,7 +190,7 @@ class ShardWriter:
         self.documents = 0
 
     def add(self, tokens: NDArray[np.integer[Any]]) -> None:
-        """Append a document: a one-dimensional array of token ids. An empty one is passed over.
+        """Append a document: a one-dimensional array of token ids. An empty one is skipped.
 
         Raises ValueError for a token id outside the vocabulary.
         """
@@ -231,7 +231,7 @@ class ShardWriter:
         manifest = Manifest(self._vocabulary, self._dtype.name, self._end_of_document, self._tokenizer, tuple(self._shards))
         manifest.write(self._building)
         sync_folder(self._building)
-        # On POSIX a rename onto a folder that has files fails: a folder that came into being meanwhile stays whole.
+        # On POSIX a rename onto a folder that has files fails, so a folder that another process made meanwhile stays whole.
         self._building.rename(self.folder)
         sync_folder(self.folder.parent)
         return manifest

@@ -1,4 +1,4 @@
-"""Where documents come from: files of text, and what every source has in common."""
+"""Sources of documents: the interface of every source, and files of text."""
 
 from __future__ import annotations
 
@@ -29,54 +29,54 @@ class DocumentSource(Protocol):
 
     @property
     def name(self) -> str:
-        """A short word for file names and progress lines."""
+        """Short word for file names and progress lines."""
         ...
 
     def problems(self, key: str) -> list[Problem]:
-        """What is wrong with the settings, found without reading documents; `key` is the config node's."""
+        """Return what is wrong with the settings, without reading documents. key: the config node's."""
         ...
 
     def documents(self) -> Iterator[str]:
-        """The documents, none of them empty. Raises ValueError naming the file and place that can't be read."""
+        """Yield the documents, none of them empty. Raises ValueError naming the file and place that can't be read."""
         ...
 
     def identity(self, memo: Path) -> str:
-        """Names the contents: sources with one identity give the same documents. `memo` is a folder for results."""
+        """Digest the contents: sources of the same identity give the same documents. memo: folder that caches digests."""
         ...
 
     def size(self) -> int | None:
-        """About how many characters there are, if that is cheap to know."""
+        """Estimate the number of characters; None where that is not cheap to know."""
         ...
 
 
 class FileSource(ABC):
     """Documents in files. Their order is that of the sorted paths; their identity that of their contents.
 
-    input    a path, a glob pattern (`**` crosses folders), a folder, or several of them
-    endings  a folder stands for all files below it whose names end so, except hidden ones; links are followed
-    perhaps  for those that end so where it has no other: beside others they are more often about the data
+    input             a path, a glob pattern (`**` crosses folders), a folder, or several of them
+    endings           of a folder, all files below it with these endings are read, except hidden ones; links are followed
+    fallback_endings  read in a folder that has no file with `endings`; beside others such files are mostly metadata
     """
 
     name = "files"
     endings: tuple[str, ...] = ("",)
-    perhaps: tuple[str, ...] = ()
+    fallback_endings: tuple[str, ...] = ()
 
     def __init__(self, input: str | Sequence[str] | None) -> None:
         given: list[Any] = [] if input is None else [input] if isinstance(input, str | Mapping | int | float) else list(input)
         self.input = [each for each in given if isinstance(each, str)]
         self._no_paths = [each for each in given if not isinstance(each, str)]
-        self._said = False
+        self._warned = False
 
     @abstractmethod
     def read(self, path: Path) -> Iterator[str]:
-        """The documents of one file."""
+        """Yield the documents of one file."""
 
     def settings(self) -> str:
-        """What else than the files' contents decides the documents."""
+        """Name the settings that, beside the files' contents, decide the documents."""
         return self.name
 
     def files(self) -> list[Path]:
-        """All files, sorted, each once, though it may have several names. Raises OSError for a folder that can't be read."""
+        """List all files, sorted, each once even under several names. Raises OSError for a folder that can't be read."""
         found: dict[Path, Path] = {}
         for path in sorted({path for pattern in self.input for path in self._matches(pattern)}):
             found.setdefault(path.resolve(), path)
@@ -85,69 +85,69 @@ class FileSource(ABC):
     def _matches(self, pattern: str) -> Iterator[Path]:
         written = expanded(pattern)
         if written.is_dir():
-            yield from self._inside(written)[0]
+            yield from self._folder_files(written)[0]
             return
         for match in [written] if _is_file(written) else glob.iglob(str(written), recursive=True):  # noqa: PTH207 (a pattern may be absolute)
             if _is_file(Path(match)):
                 yield Path(match)
 
-    def _inside(self, folder: Path) -> tuple[list[Path], list[Path]]:
-        """The files that a folder stands for, and those that are left out only because of them."""
-        found = [path for path in files_below(folder) if path.name.endswith((*self.endings, *self.perhaps))]
+    def _folder_files(self, folder: Path) -> tuple[list[Path], list[Path]]:
+        """List the files to read in a folder, and those with fallback endings that are skipped because of them."""
+        found = [path for path in files_below(folder) if path.name.endswith((*self.endings, *self.fallback_endings))]
         certain = [path for path in found if path.name.endswith(self.endings)]
         return (certain, sorted({*found} - {*certain})) if certain else (found, [])
 
-    def _say_what_is_left_out(self) -> None:
-        for folder in filter(Path.is_dir, map(expanded, self.input)) if self.perhaps and not self._said else ():
-            taken, left = self._inside(folder)
+    def _warn_of_skipped_files(self) -> None:
+        for folder in filter(Path.is_dir, map(expanded, self.input)) if self.fallback_endings and not self._warned else ():
+            taken, left = self._folder_files(folder)
             if left:
                 which = f"{left[0]} is" if len(left) == 1 else f"{left[0]} and {len(left) - 1} like it are"
                 log.warning("%s not read as data beside files like %s; give them by name to have them read", which, taken[0])
-        self._said = True
+        self._warned = True
 
     def problems(self, key: str) -> list[Problem]:
-        """Every pattern must match a file."""
+        """Check that every pattern matches a file."""
         fix = "give a path, a glob pattern or a folder"
         if self._no_paths:
             return [Problem(f"{key}.input", f"{each} is no path", fix) for each in self._no_paths]
         if not self.input:
             return [Problem(f"{key}.input", "no file is named", fix)]
         return [
-            Problem(f"{key}.input", *self._nothing(pattern))
+            Problem(f"{key}.input", *self._no_match(pattern))
             for pattern in self.input
             if not pattern.strip() or next(self._matches(pattern), None) is None  # an unset variable is not this folder
         ]
 
-    def _nothing(self, pattern: str) -> tuple[str, str]:
-        """What to say of a pattern without a file, and a fix."""
+    def _no_match(self, pattern: str) -> tuple[str, str]:
+        """Word the problem of a pattern without a file: (message, fix)."""
         if not pattern.strip():
             return f"'{pattern}' names no file", "give a path, a glob pattern or a folder"
         if expanded(pattern).is_dir() and any(self.endings):
-            endings = ", ".join((*self.endings, *self.perhaps))
+            endings = ", ".join((*self.endings, *self.fallback_endings))
             fix = f"for files with other names give a pattern, such as {pattern.rstrip('/')}/part-*"
             return f"'{pattern}' is a folder with no file that ends in {endings}", fix
         return f"'{pattern}' matches no file", "give a path, a glob pattern or a folder that has some"
 
     def documents(self) -> Iterator[str]:
-        """The documents of all files. Warns the first time of files that are left out."""
-        self._say_what_is_left_out()
+        """Yield the documents of all files. Warns the first time of files that are skipped."""
+        self._warn_of_skipped_files()
         for path in self.files():
             yield from self.read(path)
 
     def identity(self, memo: Path) -> str:
-        """Digest of all contents. Files are read again only when a path, size or time of change differs."""
+        """Digest all contents. Files are read again only when a path, size or time of change differs."""
         return identity_of(self.files(), self.settings(), memo)
 
     def size(self) -> int | None:
-        """Bytes of all files."""
+        """Sum the bytes of all files."""
         return sum(path.stat().st_size for path in self.files())
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files below a folder but hidden ones, links to other folders followed. Raises OSError for one that can't be read."""
+    """Yield all files below a folder but hidden ones, following links to folders. Raises OSError for one that can't be read."""
 
     def fail(error: OSError) -> None:
-        raise error  # or its documents would be missing, and nobody told
+        raise error  # os.walk would skip the folder silently, and its documents with it
 
     entered: set[str] = set()
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
@@ -159,12 +159,12 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether there is a file, or a link to one that is gone: reading that fails, which is better than doing without it."""
+    """Return whether the path is a file or a broken link. Reading a broken link fails, which is better than skipping it."""
     return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def identity_of(files: Sequence[Path], settings: str, memo: Path) -> str:
-    """Digest of files' contents and of settings. They are read again only when a path, size or time of change differs.
+    """Digest files' contents and settings. Files are read again only when a path, size or time of change differs.
 
     Raises OSError naming a file that can't be read.
     """
@@ -175,11 +175,11 @@ def identity_of(files: Sequence[Path], settings: str, memo: Path) -> str:
         contents = [settings, *(digest_file(Path(path)) for path, _ in stats)]
         return xxhash.xxh3_128_hexdigest(json.dumps(contents).encode())
 
-    return _remembered(memo / xxhash.xxh3_128_hexdigest(seen.encode()), digest)
+    return _cached_digest(memo / xxhash.xxh3_128_hexdigest(seen.encode()), digest)
 
 
-def _remembered(path: Path, compute: Callable[[], str]) -> str:
-    """The digest in a small file, computed and written there the first time; a crash of the machine may leave it empty."""
+def _cached_digest(path: Path, compute: Callable[[], str]) -> str:
+    """Read a digest from a small file; compute and write it if it is missing, or empty after a crash of the machine."""
     kept = path.read_text() if path.exists() else ""
     if len(kept) == _DIGITS:
         return kept
@@ -201,11 +201,11 @@ class TextFiles(FileSource):
         self.separator = separator
 
     def settings(self) -> str:
-        """The separator decides the documents."""
+        """Name the settings that decide the documents: the separator."""
         return f"text {self.separator!r}"
 
     def read(self, path: Path) -> Iterator[str]:
-        """The documents of one file."""
+        """Yield the documents of one file."""
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as problem:
@@ -227,19 +227,19 @@ class StandardLibrary(FileSource):
         super().__init__(sysconfig.get_path("stdlib"))
 
     def files(self) -> list[Path]:
-        """All modules, in the order of their names."""
+        """List all modules, in the order of their names."""
         root = Path(self.input[0])
         skipped = {"site-packages", "dist-packages"}
         return sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
 
     def problems(self, key: str) -> list[Problem]:
-        """Some embedded interpreters come without their library's source."""
+        """Check that the source is there: some embedded interpreters come without it."""
         if next(Path(self.input[0]).glob("*.py"), None) is None:
             return [Problem(key, f"{self.input[0]} has no Python source", "use data=text with data.input=<folder>")]
         return []
 
     def read(self, path: Path) -> Iterator[str]:
-        """A module is a document."""
+        """Yield the module as one document."""
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:

@@ -25,7 +25,7 @@ class RandomTokens:
         return self._length
 
     def __getitem__(self, index: int) -> Sample:
-        """The k-th sample."""
+        """Return the k-th sample."""
         if index < 0 or (self._length is not None and index >= self._length):
             raise IndexError(f"sample {index} is outside [0, {self._length})")
         numbers = stream64(hash64(self._seed, index), self.seq_len + 1)
@@ -35,7 +35,7 @@ class RandomTokens:
 
 
 class Synthetic:
-    """The data node of `data=synthetic`. Its loss can't fall below log(vocabulary): it is noise.
+    """The data node of `data=synthetic`: uniform noise, so the loss can't fall below log(vocabulary).
 
     validation_samples  size of the validation set (0: none)
     """
@@ -49,7 +49,7 @@ class Synthetic:
         self.validation_samples = validation_samples
 
     def problems(self, key: str = "data") -> list[Problem]:
-        """What is wrong with the node's keys."""
+        """Return what is wrong with the node's keys."""
         found: list[Problem] = []
         if self.seq_len < 1:
             found.append(Problem(f"{key}.seq_len", f"{self.seq_len} is not a length", "use 1 or more"))
@@ -64,19 +64,19 @@ class Synthetic:
         return found
 
     def prepare(self) -> None:
-        """Nothing to build."""
+        """Do nothing: there is nothing to build."""
 
     @property
     def fingerprint(self) -> str:
-        """Names the data: two nodes with one fingerprint give the same samples for the same seed."""
+        """Digest that names the data: nodes of the same fingerprint and seed give the same samples."""
         return xxhash.xxh3_128_hexdigest(f"synthetic {self.seq_len} {self.vocabulary}".encode())
 
     def train(self) -> RandomTokens:
-        """Endless samples."""
+        """Return the endless training samples."""
         return RandomTokens(self.seq_len, self.vocabulary, hash64(self.seed, 0))
 
     def validation(self) -> RandomTokens | None:
-        """The validation set: the same for every seed."""
+        """Return the validation set, the same for every seed; None for none."""
         if not self.validation_samples:
             return None
         return RandomTokens(self.seq_len, self.vocabulary, hash64(0, 1), self.validation_samples)

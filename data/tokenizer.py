@@ -1,4 +1,4 @@
-"""Tokenizers: byte-level BPE trained on the spot, plain bytes, or a `tokenizer.json` of any origin."""
+"""Tokenizers: byte-level BPE trained on the corpus, bytes, or a `tokenizer.json` of any origin."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_DOCUMENT = "<|endoftext|>"
-# What well-known tokenizers call the token that ends a document, in the order they are looked for.
+# Names of the end-of-document token in well-known tokenizers, in the order they are looked for.
 KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "<|eod|>", "</s>", "<eos>")
 SMALLEST_BPE = 257  # all bytes and the end of a document
 _PIECE = 1 << 20  # characters: longer documents are cut for encoding, which needs some hundred bytes per character
 
 
 def byte_alphabet() -> list[str]:
-    """The printable character that stands for each byte in byte-level tokenizers (GPT-2's table), by byte value."""
+    """List the printable character of each byte in byte-level tokenizers (GPT-2's table), by byte value."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = (byte for byte in range(256) if byte not in printable)
     table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + number) for number, byte in enumerate(others)}
@@ -32,13 +32,13 @@ class Tokenizer:
 
     vocabulary       ids lie in [0, vocabulary)
     end_of_document  id of the token put behind every document
-    fingerprint      names the tokenizer by its contents
+    fingerprint      digest of its contents
     """
 
     def __init__(self, engine: Engine, end_of_document: str | None = None) -> None:
         engine.no_padding()
         engine.no_truncation()
-        # A corpus that talks about "<|endoftext|>" must not be able to end a document.
+        # The text "<|endoftext|>" in a corpus must not end a document.
         engine.encode_special_tokens = True
         self._engine = engine
         known = engine.get_vocab(with_added_tokens=True)
@@ -67,7 +67,7 @@ class Tokenizer:
 
     @classmethod
     def bytes(cls) -> Tokenizer:
-        """Every byte of the UTF-8 text is a token, with its value as its id; 256 ends a document."""
+        """Build a tokenizer whose tokens are the bytes of the UTF-8 text, the ids their values; 256 ends a document."""
         vocabulary = {character: byte for byte, character in enumerate(byte_alphabet())}
         engine = Engine(models.BPE(vocab=vocabulary, merges=[]))
         _byte_level(engine)
@@ -76,9 +76,9 @@ class Tokenizer:
 
     @classmethod
     def train(cls, documents: Iterable[str], vocabulary: int) -> Tokenizer:
-        """Byte-level BPE (Sennrich et al., arXiv 1508.07909; byte level: GPT-2). Any text can be encoded with it.
+        """Train byte-level BPE (Sennrich et al., arXiv 1508.07909; byte level: GPT-2). It can encode any text.
 
-        A small corpus may have fewer merges to learn than asked for: read `vocabulary` of the result.
+        A small corpus may yield fewer merges than requested: read `vocabulary` of the result.
         """
         assert vocabulary >= SMALLEST_BPE
         engine = Engine(models.BPE())
@@ -93,18 +93,18 @@ class Tokenizer:
         return cls(engine)
 
     def save(self, path: Path) -> None:
-        """Write it as a `tokenizer.json`, to stay. Raises OSError; the library's own writing knows nothing but Exception."""
+        """Write a `tokenizer.json` and wait until it is on disk. Raises OSError (the library's writer raises Exception)."""
         with path.open("w", encoding="utf-8") as file:
             file.write(self._engine.to_str(pretty=True))
             file.flush()
-            os.fsync(file.fileno())  # the folder that it is built into counts as complete from then on
+            os.fsync(file.fileno())  # the folder that it is built into counts as complete once it is renamed
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without an end of document."""
+        """Encode a text as token ids, without an end of document."""
         return self._engine.encode(text, add_special_tokens=False).ids
 
     def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
-        """Token ids of many documents, each with its end of document; spread over the CPU's cores."""
+        """Encode many documents as token ids, each with its end of document, on all CPU cores."""
         pieces: list[str] = []
         counts: list[int] = []
         for text in texts:
@@ -119,7 +119,7 @@ class Tokenizer:
         return documents
 
     def decode(self, tokens: Sequence[int] | NDArray[np.int64]) -> str:
-        """The text of token ids; ends of documents are left out, broken UTF-8 is shown as replacement characters."""
+        """Decode token ids to text. Ends of documents are left out; broken UTF-8 becomes replacement characters."""
         return self._engine.decode([int(token) for token in tokens], skip_special_tokens=True)
 
 
@@ -130,7 +130,7 @@ def _byte_level(engine: Engine) -> None:
 
 
 def _cut(text: str) -> list[str]:
-    """The text in pieces of at most `_PIECE` characters, cut behind a line where there is one."""
+    """Cut a text into pieces of at most `_PIECE` characters, behind a line where there is one."""
     pieces: list[str] = []
     start = 0
     while len(text) - start > _PIECE:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from meshloom.config.problems import ConfigError
-from meshloom.data.blend import Blend, Mixed, apportion, interleaved
+from meshloom.data.blend import Blend, MixedSamples, apportion, interleave
 from meshloom.data.mixture import Mixture
 from meshloom.data.nodes import Jsonl
 from meshloom.launch import data as command
@@ -60,7 +60,7 @@ def test_blocks_differ_in_order_and_are_mixed():
 @given(st.lists(st.tuples(st.integers(1, 60), st.floats(0.05, 20)), min_size=1, max_size=5))
 def test_interleaving_keeps_to_the_weights_from_the_start(sources: list[tuple[int, float]]):
     lengths, weights = [length for length, _ in sources], [weight for _, weight in sources]
-    rows = interleaved(lengths, weights)
+    rows = interleave(lengths, weights)
     shares = np.array(weights) / sum(weights)
     counts = np.zeros(len(lengths), int)
     for source, number in rows.tolist():
@@ -101,7 +101,7 @@ def test_samples_come_by_weight_and_no_source_loses_or_repeats_one(files: dict[s
     assert mixed.problems() == []
     mixed.prepare()
     samples = mixed.train()
-    assert isinstance(samples, Mixed) and samples.blend.counts == [5, 15]
+    assert isinstance(samples, MixedSamples) and samples.blend.counts == [5, 15]
     origins = Counter(origin(mixed, samples[index].tokens) for index in range(2000))
     assert origins["few"] <= 500 and origins["many"] <= 1500 and origins["?"] < 400
     few = mixed.nodes["few"].train()

@@ -164,7 +164,7 @@ def test_held_out_documents_don_t_depend_on_their_order_and_copies_stay_together
 
 
 def test_the_held_out_share_is_the_one_asked_for():
-    chosen = sum(prepare.HeldOut(0.1)(f"document {number}") for number in range(5000))
+    chosen = sum(prepare.ValidationSplit(0.1)(f"document {number}") for number in range(5000))
     assert stats.binomtest(chosen, 5000, 0.1).pvalue > 1e-3
 
 

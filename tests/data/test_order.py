@@ -13,7 +13,7 @@ from scipy import stats
 from meshloom.config.hashing import hash64, mix64, mix64_array, splitmix64, stream64
 from meshloom.data.assignment import Assigner
 from meshloom.data.batch import GlobalBatch, Sample
-from meshloom.data.order import Held, Permutation, Shuffled, place
+from meshloom.data.order import Permutation, Shuffled, ValidationSamples, shuffled_position
 
 # Vigna's reference implementation, seeds 1234567 and 0.
 PUBLISHED = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
@@ -101,12 +101,12 @@ def test_large_permutation_looks_random():
 
 def test_epochs_and_seeds_give_other_orders():
     def epoch(number: int, seed: int) -> list[int]:
-        return [place(number * 100 + index, 100, seed)[1] for index in range(100)]
+        return [shuffled_position(number * 100 + index, 100, seed)[1] for index in range(100)]
 
     orders = [epoch(0, 1), epoch(1, 1), epoch(0, 2)]
     assert all(sorted(order) == list(range(100)) for order in orders)
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    assert place(250, 100, 1)[0] == 2
+    assert shuffled_position(250, 100, 1)[0] == 2
 
 
 @settings(deadline=None)
@@ -133,7 +133,7 @@ def test_changing_ranks_and_batch_mid_epoch_loses_and_repeats_nothing(size: int,
 
 
 def test_validation_order_is_finite_fixed_and_complete():
-    held = Held(Numbers(37))
+    held = ValidationSamples(Numbers(37))
     order = [int(held[index].tokens[0]) for index in range(len(held))]
     assert sorted(order) == list(range(37)) and order != list(range(37))
     with pytest.raises(IndexError):
