@@ -27,6 +27,7 @@ from rich.text import Text
 
 from ..config.compose import quoted
 from ..config.problems import ConfigError, Problem
+from ..models.protocol import decoder_shape
 from ..trainer.launching import gpu_count, run_processes
 from ..trainer.schema import RunConfig, make_composer
 from .plan_tables import gib, right
@@ -121,8 +122,12 @@ def common_overrides(
         notes.append(f"measured with batch.samples={samples}, which has micro-batches enough to tell")
     kept = [word for word in overrides if not given_keys([word]) & {*replaced, "output_dir"}]
     words = [*kept, *(f"{key}={value}" for key, value in replaced.items())]
-    model = candidates[0].plan.model
-    synthetic = [f"data.seq_len={tuned.config.data.seq_len}", f"data.vocabulary={model.vocabulary}", "data=synthetic"]
+    vocabulary = decoder_shape(candidates[0].plan.model).known_vocabulary
+    synthetic = [
+        f"data.seq_len={tuned.config.data.seq_len}",
+        f"data.vocabulary={vocabulary}",
+        "data=synthetic",
+    ]
     without = [word for word in words if not any(key.partition(".")[0] == "data" for key in given_keys([word]))]
     try:
         composition = make_composer(config_dir).compose([*without, *synthetic])

@@ -30,7 +30,7 @@ def run_problems(
         from .automatic import resolve_automatic
 
         problems += resolve_automatic(config, world_size)
-    faults = [problem.key for problem in problems]
+    faults = [problem.key for problem in problems if _is_read(config, problem.key)]
     faults += [field.name for field in dataclasses.fields(config) if getattr(config, field.name) is None]
     for relation in RELATIONS:
         if not any(_touches(relation, fault) for fault in faults):
@@ -44,6 +44,18 @@ def run_problems(
     from .trial_build import build_problems
 
     return build_problems(config, world_size)
+
+
+def _is_read(config: RunConfig, key: str) -> bool:
+    """Return whether there is such a key: a misspelt one has no value that a relation could read."""
+    node: object = config
+    for name in key.partition("=")[0].split("."):
+        if not dataclasses.is_dataclass(node):
+            return True
+        if not hasattr(node, name):
+            return False
+        node = getattr(node, name)
+    return True
 
 
 def _touches(relation: Relation, fault: str) -> bool:

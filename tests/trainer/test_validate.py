@@ -69,6 +69,12 @@ def test_five_wrong_things_are_named_at_once(composer: Composer) -> None:
     assert all("; " in said for said in found.values()), "each has a fix"
 
 
+def test_a_misspelt_key_hides_nothing_of_its_group(composer: Composer) -> None:
+    composition = composer.compose(["recipe=quickstart", "parallel.zeroo=1", "parallel.tp=3"])
+    found = run_problems(typed_config(composition.config)[0], 2, composition.problems)
+    assert [problem.key for problem in found] == ["parallel.zeroo", "parallel"]
+
+
 def test_every_floor_is_asked_at_once(composer: Composer) -> None:
     found = problems_of(
         composer,
