@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-FLOORS = ["config", "kernels", "models", "optim", "data", "parallel", "checkpoint", "trainer", "launch"]
+FLOORS = ["config", "kernels", "models", "optim", "data", "parallel", "checkpoint", "planner", "trainer", "launch"]
 
 
 def version() -> str:

@@ -42,14 +42,15 @@ from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.optim.optimizers.parameters import NamedParameter, Shards
 from meshloom.parallel.config import ParallelConfig
-from meshloom.parallel.cost import RankCost, layout_cost
 from meshloom.parallel.deepspeed.settings import DeepSpeedConfig
 from meshloom.parallel.engine import EngineSettings
-from meshloom.parallel.engines import engine_cost, make_engine
+from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
-from meshloom.parallel.memory import Job
 from meshloom.parallel.mesh import Mesh, pick_device
-from meshloom.parallel.offload import OffloadAccount
+from meshloom.planner.cost import RankCost, layout_cost
+from meshloom.planner.engines import engine_cost
+from meshloom.planner.memory import Job
+from meshloom.planner.offload import OffloadAccount
 
 GIB = 2**30
 LEVELS: dict[str, dict[str, Any]] = {

@@ -44,11 +44,11 @@ def show(resolved: ResolvedRun, drawing: Path | None) -> int:
     """Print the plan of a run, and draw its pipeline. Returns 0, or 1 if the drawing can't be written. Raises ConfigError."""
     from rich.console import Console
 
-    from .checkpoint_needs import shortages
-    from .host import available_memory
-    from .plan_drawing import pipeline_svg
-    from .plan_tables import gib, plan_tables
+    from ..planner.drawing import pipeline_svg
+    from ..planner.host import available_memory
+    from ..planner.tables import gib, plan_tables
     from .planning import plan_of, spared_by_fusing
+    from .shortages import shortages
 
     plan = plan_of(resolved.config, resolved.notices)
     if drawing is not None and plan.cost.timeline is None:

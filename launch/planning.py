@@ -10,18 +10,18 @@ from ..models.config import CustomModel
 from ..models.costs import ACCUM_BYTES
 from ..models.protocol import Model, decoder_shape
 from ..parallel.config import ParallelConfig
-from ..parallel.cost import LayoutCost, layout_cost
-from ..parallel.engines import engine_cost
 from ..parallel.layout import Layout
-from ..parallel.memory import Job
-from ..parallel.offload import OffloadAccount, describe
 from ..parallel.policies import block_policies, fused_swiglu_blocker
+from ..planner.checkpoint_needs import CheckpointNeeds, checkpoint_needs, describe_needs
+from ..planner.cost import LayoutCost, layout_cost
+from ..planner.engines import engine_cost
+from ..planner.memory import Job
+from ..planner.offload import OffloadAccount, describe
 from ..trainer.build import build_model, engine_settings, optimizer_factory
 from ..trainer.launching import planned_processes
 from ..trainer.resolve import resolve
 from ..trainer.schema import RunConfig
 from ..trainer.validate import run_problems
-from .checkpoint_needs import CheckpointNeeds, checkpoint_needs, describe_needs
 
 
 @dataclass(frozen=True)

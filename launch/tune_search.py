@@ -17,15 +17,16 @@ from ..config.keys import Side
 from ..config.problems import ConfigError, Problem
 from ..optim.batch.config import MICRO_SIDE
 from ..parallel.config import ParallelConfig
-from ..parallel.engines import engine_moved
-from ..parallel.speed import step_seconds
+from ..planner.checkpoint_needs import fewer_snapshots
+from ..planner.engines import engine_moved
+from ..planner.speed import step_seconds
+from ..planner.tables import GIB, gib
 from ..trainer.launching import planned_processes
 from ..trainer.resolve import compose_config
 from ..trainer.schema import RunConfig
 from ..trainer.validate import run_problems
-from .checkpoint_needs import fewer_snapshots, shortages
-from .plan_tables import GIB, gib
 from .planning import Plan, checked_plan
+from .shortages import shortages
 from .tuned_keys import BUDGET, KEYS
 
 POLICIES = ("none", "selective", "full")

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config.problems import ConfigError, Problem
-from .gpus_here import GpusHere
-from .host import available_memory
+from ..planner.gpus import GpusHere
+from ..planner.host import available_memory
+from ..planner.tables import GIB, gib, right
 from .plan import WIDTH
-from .plan_tables import GIB, gib, right
 from .tune_measure import check, measure
 from .tune_search import Tuned, tune
 

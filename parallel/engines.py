@@ -12,17 +12,10 @@ from ..models.config import DecoderConfig
 from ..models.protocol import Model
 from .attention_choice import choose_attention, shape_of
 from .config import ParallelConfig
-from .cost import RankCost
 from .deepspeed.engine import DeepSpeedEngine
-from .deepspeed.memory import deepspeed_cost
-from .deepspeed.speed import deepspeed_moved
 from .engine import Engine, EngineSettings, OptimizerFactory
-from .layout import Layout
-from .memory import Job, pieces
 from .mesh import Mesh
-from .offload import OffloadAccount, torch_offload_cost
 from .policies import fused_swiglu_blocker
-from .speed import Moved, torch_moved
 from .torch.assembly import SWIGLU
 from .torch.engine import TorchEngine
 
@@ -56,22 +49,3 @@ def start_compiling(model: DecoderConfig, parallel: ParallelConfig, settings: En
     if fused_swiglu_blocker(model, parallel, settings, [policy]) is None:
         works[SWIGLU] = swiglu.unsupported_reason
     precompile.start(works)
-
-
-def engine_cost(
-    rank: RankCost, model: Model, parallel: ParallelConfig, layout: Layout, job: Job
-) -> tuple[RankCost, OffloadAccount]:
-    """What the engine makes of a rank's account: what its GPU holds, what is elsewhere, and what a step moves between them.
-
-    rank: as `cost.layout_cost` gives it for this `parallel`.
-    """
-    if parallel.engine == "deepspeed":
-        return deepspeed_cost(rank, model, parallel, job, layout.world_size)
-    if parallel.offload != "none":
-        return torch_offload_cost(rank, pieces(model, layout), layout.zero, job)
-    return rank, OffloadAccount()
-
-
-def engine_moved(parallel: ParallelConfig) -> Moved:
-    """How to count what the engine's step moves, for `speed.step_seconds`."""
-    return deepspeed_moved if parallel.engine == "deepspeed" else torch_moved

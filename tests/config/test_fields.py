@@ -16,7 +16,7 @@ from meshloom.parallel.deepspeed.settings import DeepSpeedConfig
 from meshloom.trainer.schema import OPTIONS, RunConfig
 
 ROOT = Path(__file__).parents[2]
-CODE = ["models", "optim", "data", "parallel", "checkpoint", "trainer", "launch"]
+CODE = ["models", "optim", "data", "parallel", "checkpoint", "planner", "trainer", "launch"]
 OWN = {"_target_", "_recursive_", "name"}  # Hydra's; `name` tells options apart for people and for the checkpoint
 
 

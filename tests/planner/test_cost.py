@@ -20,16 +20,16 @@ from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.parallel.activation import apply_policies
 from meshloom.parallel.config import ParallelConfig
-from meshloom.parallel.cost import layout_cost
 from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout, uses_fsdp
 from meshloom.parallel.legality import micro_batch_unit
-from meshloom.parallel.memory import Job
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline.stages import SCHEDULES, balanced_stages, stage_count, stage_ranks, stage_split
-from meshloom.parallel.pipeline.timeline import Costs, Timeline, simulate, torch_order
 from meshloom.parallel.policies import block_policies
+from meshloom.planner.cost import layout_cost
+from meshloom.planner.memory import Job
+from meshloom.planner.timeline import Costs, Timeline, simulate, torch_order
 from support.engines import masters_of
 from support.models import decoder
 from support.parity import SEQ_LEN, Work, build, step

@@ -12,15 +12,14 @@ from torch.distributed.tensor import DTensor
 from meshloom.models.costs import parameter_count
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig
-from meshloom.parallel import offload
 from meshloom.parallel.config import ParallelConfig
-from meshloom.parallel.cost import RankCost, layout_cost
-from meshloom.parallel.deepspeed import memory
 from meshloom.parallel.deepspeed.settings import DeepSpeedConfig
-from meshloom.parallel.engines import engine_cost
 from meshloom.parallel.layout import Layout
-from meshloom.parallel.memory import Job
-from meshloom.parallel.offload import OffloadAccount, describe, pinned
+from meshloom.planner import deepspeed_memory, offload
+from meshloom.planner.cost import RankCost, layout_cost
+from meshloom.planner.engines import engine_cost
+from meshloom.planner.memory import Job
+from meshloom.planner.offload import OffloadAccount, describe, pinned
 from support.models import decoder
 from support.parity import SEQ_LEN, Work, build, share, step
 from support.ranks import run_ranks
@@ -41,7 +40,7 @@ def account(
     """Parameters of the model, and what a plan says of a rank."""
     with torch.device("meta"):
         model = decoder(**Work(model=shape).llama())
-    job = Job(SEQ_LEN, 1, micro_batches, precision, ["none"] * model.depth, compiled=False)
+    job = Job(SEQ_LEN, 1, micro_batches, precision, ["none"] * model.config.layers, compiled=False)
     layout = Layout.plan(parallel, ranks)
     make = lambda parameters, shards: AdamW(AdamWConfig(), parameters, shards)  # noqa: E731
     rank = layout_cost(model, parallel, layout, job, make).ranks[0]
@@ -97,7 +96,7 @@ def test_a_rank_holds_what_the_account_says(
 ) -> None:
     """GPU and host are one here, and nothing is locked in memory: what both hold is counted together, between two steps."""
     pytest.importorskip("deepspeed", reason="needs the extra: pip install 'meshloom[deepspeed]'")
-    monkeypatch.setattr(memory, "pinned", lambda size: size)
+    monkeypatch.setattr(deepspeed_memory, "pinned", lambda size: size)
     keys = DeepSpeedConfig(config={"zero_optimization": SMALL})
     parallel = ParallelConfig(engine="deepspeed", zero=zero, deepspeed=keys, **away)  # type: ignore[arg-type]
     count, cost, elsewhere = account(parallel, precision, 2, 2)

@@ -13,11 +13,11 @@ import pytest
 
 from meshloom.checkpoint.arena import rounded
 from meshloom.checkpoint.folder import load_manifest, open_files
-from meshloom.launch.checkpoint_needs import shortages
 from meshloom.launch.cli import main
-from meshloom.launch.host import available_memory, free_disk
 from meshloom.launch.planning import make_plan
-from meshloom.parallel.offload import OffloadAccount
+from meshloom.launch.shortages import shortages
+from meshloom.planner.host import available_memory, free_disk
+from meshloom.planner.offload import OffloadAccount
 from support.configs import config_of
 from support.ranks import run_ranks
 from support.tiny_run import TINY, body
@@ -126,8 +126,8 @@ def test_plan_warns_by_key_where_the_host_is_too_small(
 ) -> None:
     folder = f"output_dir={tmp_path}"
     has = {"memory": 2 * needs().host, "disk": 3 * needs().step, "/fast": needs().host}
-    monkeypatch.setattr("meshloom.launch.host.available_memory", lambda: has["memory"])
-    monkeypatch.setattr("meshloom.launch.checkpoint_needs.free_disk", lambda folder: has.get(folder, has["disk"]))
+    monkeypatch.setattr("meshloom.planner.host.available_memory", lambda: has["memory"])
+    monkeypatch.setattr("meshloom.launch.shortages.free_disk", lambda folder: has.get(folder, has["disk"]))
     assert warned(capsys, folder) == []
     has["memory"] -= 1
     assert warned(capsys, folder) == ["checkpoint.host_memory_gib"]
@@ -144,7 +144,7 @@ def test_plan_warns_by_key_where_the_host_is_too_small(
 
 
 def test_room_for_what_is_offloaded_to_a_disk_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshloom.launch.checkpoint_needs.free_disk", lambda folder: 19 if folder == "/fast" else 10**15)
+    monkeypatch.setattr("meshloom.launch.shortages.free_disk", lambda folder: 19 if folder == "/fast" else 10**15)
     config = config_of(*LLAMA, "parallel.offload_path=/fast")
     for disk, keys in ((9, []), (10, ["parallel.offload_path"])):
         found = shortages(config, needs(), OffloadAccount(disk=disk), 2, 10**15)

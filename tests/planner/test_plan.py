@@ -9,10 +9,10 @@ import pytest
 import torch.distributed as dist
 
 from meshloom.launch.cli import main
-from meshloom.launch.plan_drawing import pipeline_svg
-from meshloom.launch.plan_tables import axis_groups, written_ranks
 from meshloom.launch.planning import make_plan
 from meshloom.parallel.layout import Layout
+from meshloom.planner.drawing import pipeline_svg
+from meshloom.planner.tables import axis_groups, written_ranks
 
 LLAMA = ["recipe=llama_1b", "batch.samples=64"]  # ZeRO-1
 

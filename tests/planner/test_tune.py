@@ -18,14 +18,15 @@ import torch
 from rich.console import Console
 
 from meshloom.config.problems import ConfigError
-from meshloom.launch import gpus_here, tune_measure
+from meshloom.launch import tune_measure
 from meshloom.launch.cli import main
-from meshloom.launch.gpus_here import GpusHere
-from meshloom.launch.plan_tables import GIB
 from meshloom.launch.planning import Plan, make_plan
 from meshloom.launch.tune_measure import Trial, common_overrides, measure, reason, trial_samples
 from meshloom.launch.tune_search import BUDGET, RESERVE, SHARE, Tuned, divisors, tune
-from meshloom.parallel.speed import UPDATE, Traffic, torch_moved
+from meshloom.planner import gpus as gpus_module
+from meshloom.planner.gpus import GpusHere
+from meshloom.planner.speed import UPDATE, Traffic, torch_moved
+from meshloom.planner.tables import GIB
 from support.plans import LLAMA, SMALL, tokens_per_second
 
 TINY = [
@@ -293,16 +294,16 @@ def test_gpus_are_asked_what_they_have_and_can(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("no driver")
 
     sizes = [80 * GIB, 40 * GIB]
-    monkeypatch.setattr(gpus_here, "get_context", lambda _: multiprocessing.get_context("fork"))  # takes the patches along
+    monkeypatch.setattr(gpus_module, "get_context", lambda _: multiprocessing.get_context("fork"))  # takes the patches along
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(sizes))
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: type("Properties", (), {"total_memory": sizes[index]})()
     )
     for plain in ("it is wrong by 1", None):
-        monkeypatch.setattr(gpus_here.swiglu, "unsupported_reason", lambda _, plain=plain: plain)
+        monkeypatch.setattr(gpus_module.swiglu, "unsupported_reason", lambda _, plain=plain: plain)
         with GpusHere() as gpus:
             assert gpus.memory() == 40 * GIB and gpus.fused_swiglu_blocker() == plain
-    monkeypatch.setattr(gpus_here.swiglu, "unsupported_reason", lambda _: os._exit(1))
+    monkeypatch.setattr(gpus_module.swiglu, "unsupported_reason", lambda _: os._exit(1))
     with GpusHere() as gpus:
         assert gpus.memory() == 40 * GIB
         assert "BrokenProcessPool" in (gpus.fused_swiglu_blocker() or "")

@@ -9,14 +9,14 @@ import pytest
 
 from meshloom.config.problems import ConfigError
 from meshloom.launch.cli import main
-from meshloom.launch.gpus_here import GpusHere
-from meshloom.launch.plan_tables import GIB
 from meshloom.launch.planning import make_plan
 from meshloom.launch.tune_search import tune
 from meshloom.launch.tuning import table_of
 from meshloom.models.costs import parameter_count
-from meshloom.parallel.engines import engine_moved
-from meshloom.parallel.speed import DISK, HOST_UPDATE
+from meshloom.planner.engines import engine_moved
+from meshloom.planner.gpus import GpusHere
+from meshloom.planner.speed import DISK, HOST_UPDATE
+from meshloom.planner.tables import GIB
 from support.plans import LLAMA, SMALL, seconds, tokens_per_second
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs meshloom[deepspeed]")

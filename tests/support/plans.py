@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from meshloom.launch.planning import Plan, make_plan
-from meshloom.parallel.engines import engine_moved
-from meshloom.parallel.speed import step_seconds
+from meshloom.planner.engines import engine_moved
+from meshloom.planner.speed import step_seconds
 
 LLAMA = ["recipe=llama_1b", "batch.samples=8"]
 

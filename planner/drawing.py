@@ -5,7 +5,7 @@ from __future__ import annotations
 import colorsys
 from xml.sax.saxutils import escape
 
-from ..parallel.pipeline.timeline import Span, Timeline
+from .timeline import Span, Timeline
 
 LEFT, TOP, ROW, GAP, WIDTH = 72, 84, 34, 8, 1200
 HUES = {"F": 0.58, "B": 0.33, "I": 0.44, "W": 0.09}

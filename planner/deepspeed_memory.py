@@ -29,12 +29,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ...models.protocol import Model
-from ..config import ParallelConfig
-from ..cost import RankCost
-from ..memory import Job
-from ..offload import OffloadAccount, pinned
-from .config import NVME_SUB_GROUP, plain
+from ..models.protocol import Model
+from ..parallel.config import ParallelConfig
+from ..parallel.deepspeed.config import NVME_SUB_GROUP, plain
+from .cost import RankCost
+from .memory import Job
+from .offload import OffloadAccount, pinned
 
 BUCKET = 500_000_000  # DeepSpeed's defaults, elements: reduce_bucket_size
 SUB_GROUP = 1_000_000_000  # sub_group_size

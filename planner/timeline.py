@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.distributed.pipelining.schedules import get_schedule_class
 
-from ..config import ParallelConfig
-from .stages import schedule_of, stage_count, stage_ranks
+from ..parallel.config import ParallelConfig
+from ..parallel.pipeline.stages import schedule_of, stage_count, stage_ranks
 
 FORWARD, BACKWARD, INPUT, WEIGHT = "F", "B", "I", "W"
 

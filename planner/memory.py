@@ -12,10 +12,10 @@ from torch.distributed.tensor import Shard
 from ..models.costs import ForwardPass
 from ..models.protocol import Model
 from ..optim.optimizers.parameters import FusedStep, NamedParameter, Unsharded
-from .config import ParallelConfig
-from .engine import OptimizerFactory
-from .layout import Layout
-from .tensor.placements import placed_modules
+from ..parallel.config import ParallelConfig
+from ..parallel.engine import OptimizerFactory
+from ..parallel.layout import Layout
+from ..parallel.tensor.placements import placed_modules
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from ..models.costs import ACCUM_BYTES, BYTES, block_bytes
 from ..models.protocol import Model, decoder_shape
-from .config import ParallelConfig
+from ..parallel.config import ParallelConfig
+from ..parallel.layout import Layout, uses_fsdp
 from .cost import LayoutCost, RankCost
-from .layout import Layout, uses_fsdp
 from .memory import Job
 from .offload import OffloadAccount
 

@@ -25,12 +25,12 @@ from ..models.costs import (
     recomputed_flops,
 )
 from ..models.protocol import Model, decoder_shape
-from .config import ParallelConfig
-from .engine import OptimizerFactory
-from .layout import Layout, uses_fsdp
+from ..parallel.config import ParallelConfig
+from ..parallel.engine import OptimizerFactory
+from ..parallel.layout import Layout, uses_fsdp
+from ..parallel.pipeline.stages import StagePlan, balanced_stages
 from .memory import Job, Piece, optimizer_bytes, pieces
-from .pipeline.stages import StagePlan, balanced_stages
-from .pipeline.timeline import Costs, Timeline, simulate, torch_order
+from .timeline import Costs, Timeline, simulate, torch_order
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,16 @@
-"""What a step of DeepSpeed 0.19.8 reads, writes and sends for weights, gradients and the update: for `parallel/speed.py`."""
+"""What a step of DeepSpeed 0.19.8 reads, writes and sends for weights, gradients and the update: for `planner/speed.py`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ...models.costs import ACCUM_BYTES, BYTES
-from ..config import ParallelConfig
-from ..cost import RankCost
-from ..layout import Layout
-from ..memory import Job
-from ..speed import Traffic
-from .config import plain
+from ..models.costs import ACCUM_BYTES, BYTES
+from ..parallel.config import ParallelConfig
+from ..parallel.deepspeed.config import plain
+from ..parallel.layout import Layout
+from .cost import RankCost
+from .memory import Job
+from .speed import Traffic
 
 UPDATE = 46
 """Bytes per parameter of the update, in passes of their own: the gradient read for its norm (4) and scaled (8), torch's fused

@@ -10,9 +10,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..parallel.config import ParallelConfig
-from ..parallel.cost import LayoutCost, RankCost
 from ..parallel.layout import AXES, Layout
-from ..parallel.memory import Job
+from .cost import LayoutCost, RankCost
+from .memory import Job
 
 GIB = 2**30
 MEANING = {

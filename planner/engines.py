@@ -1,0 +1,32 @@
+"""What each engine makes of a layout's costs: which of its accounts to ask."""
+
+from __future__ import annotations
+
+from ..models.protocol import Model
+from ..parallel.config import ParallelConfig
+from ..parallel.layout import Layout
+from .cost import RankCost
+from .deepspeed_memory import deepspeed_cost
+from .deepspeed_speed import deepspeed_moved
+from .memory import Job, pieces
+from .offload import OffloadAccount, torch_offload_cost
+from .speed import Moved, torch_moved
+
+
+def engine_cost(
+    rank: RankCost, model: Model, parallel: ParallelConfig, layout: Layout, job: Job
+) -> tuple[RankCost, OffloadAccount]:
+    """What the engine makes of a rank's account: what its GPU holds, what is elsewhere, and what a step moves between them.
+
+    rank: as `cost.layout_cost` gives it for this `parallel`.
+    """
+    if parallel.engine == "deepspeed":
+        return deepspeed_cost(rank, model, parallel, job, layout.world_size)
+    if parallel.offload != "none":
+        return torch_offload_cost(rank, pieces(model, layout), layout.zero, job)
+    return rank, OffloadAccount()
+
+
+def engine_moved(parallel: ParallelConfig) -> Moved:
+    """How to count what the engine's step moves, for `speed.step_seconds`."""
+    return deepspeed_moved if parallel.engine == "deepspeed" else torch_moved
