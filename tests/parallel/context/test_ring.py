@@ -218,6 +218,18 @@ def test_zigzag_balances_the_area(size: int) -> None:
     assert sum(areas) == length * (length + 1) // 2
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_part_knows_where_its_documents_begin(size: int) -> None:
+    """A GPU's kernels read it; on a CPU nothing does."""
+    documents = documents_of(24, [[1, 2, 3, 4, 5, 1, 8], [20, 1, 1, 1, 1]])
+    number = documents + 100 * torch.arange(2)[:, None]  # no row shares a document with another
+    for index in range(size):
+        mine = number[:, indices(24, size, index)].flatten()
+        starts = [0, *(at for at in range(1, len(mine)) if mine[at] != mine[at - 1]), len(mine)]
+        part = with_ring_part(Documents.of(documents), size, index).part_cu_seqlens
+        assert part is not None and part.dtype == torch.int32 and part.tolist() == starts
+
+
 def test_documents_inside_parts_travel_nowhere() -> None:
     plan = plan_ring([0, 4, 8, 12, 16], 16, 2, 0)
     assert plan.own == (4, 4)
