@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from meshloom.data.assignment import Share
 from meshloom.launch.train import main
 from meshloom.trainer.run import run
 from support.configs import problems_of, resolve_words
@@ -95,9 +96,9 @@ def counted(rank: int, world_size: int, folder: str, tokens: int, extra: list[st
     counts: list[int] = []
     accumulate = TorchEngine.accumulate
 
-    def noting(engine: TorchEngine, batches: Any, *others: Any) -> Any:
-        counts.append(len(batches))
-        return accumulate(engine, batches, *others)
+    def noting(engine: TorchEngine, share: Share, *others: Any) -> Any:
+        counts.append(len(share.micro_batches))
+        return accumulate(engine, share, *others)
 
     TorchEngine.accumulate = noting  # the rank is a process of its own
     words = [*PLAIN, *STAGED, f"output_dir={folder}", f"trainer.tokens={tokens}", *extra]
