@@ -10,7 +10,7 @@ import torch
 
 from meshloom.checkpoint.arena import Arena, ArenaPool
 from meshloom.checkpoint.checkpointer import Checkpointer
-from meshloom.checkpoint.config import CheckpointConfig, checkpoint_problems
+from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.files import open_files
@@ -58,5 +58,5 @@ def test_a_folder_without_room_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", [{"memory_every": 10}, {"host_memory_gib": 4.0}])
 def test_what_does_not_go_with_it_is_refused(other: dict[str, float]) -> None:
-    found = checkpoint_problems(CheckpointConfig(snapshot_folder="/fast", **other))  # type: ignore[arg-type]
+    found = CheckpointConfig(snapshot_folder="/fast", **other).problems()  # type: ignore[arg-type]
     assert [problem.key for problem in found] == ["checkpoint.snapshot_folder"]
