@@ -134,6 +134,7 @@ class ExchangeUnit:
         for index in sorted(self.pending):
             self._sum_pending(index)
         num_shards = self.axes.num_shards
+        # Private: `_chunk_cat` (FSDP2's own) pads, cuts and joins all gradients in one kernel. `test_masters.py` compares sums.
         taken, like = self.taken, next(gradient for gradient in self.taken if gradient is not None)
         self.clear()
         if not self.axes.shared:
@@ -192,6 +193,7 @@ class ExchangeUnit:
                 shard[: len(weight.local_shard)].copy_(weight.local_shard)
             pairs.append((whole, shard))
         if self.weights[0].whole.device.type == "cuda":
+            # Private: one NCCL call for many tensors; tests/parallel/test_gpu_two.py runs it.
             with dist._coalescing_manager(group, async_ops=True) as together:
                 for whole, shard in pairs:
                     gather_rows(whole, shard, group=group)

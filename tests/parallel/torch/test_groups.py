@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ from meshloom.parallel.mesh import Mesh, WeightAxes
 from meshloom.parallel.torch import engine as torch_engine
 from meshloom.parallel.torch.groups import ParameterGroup, gather_units, group_of, parameter_groups
 from support.models import decoder
-from support.parity import Run, Work, differences, runs
+from support.parity import Run, Work, build, differences, runs
+from support.ranks import run_ranks
 
 
 def is_embedding(module: str) -> bool:
@@ -53,28 +55,50 @@ CASES = {
 }
 
 
+@contextlib.contextmanager
+def grouped(case: Case) -> Iterator[None]:
+    """Have engines hold their weights in the case's two groups."""
+    connect = Mesh.connect
+
+    def connected(layout: Layout, device: torch.device) -> Mesh:
+        mesh = connect(layout, device)
+        mesh.weight_axes["second"] = mesh.weight_axes["dense"]
+        if case.rows is not None:
+            root = init_device_mesh("cpu", case.rows, mesh_dim_names=("copies", "shards"))
+            both = root if case.rows[0] > 1 else root["shards"]
+            mesh.weight_axes["second"] = WeightAxes(root["shards"], root["copies"], both)
+        return mesh
+
+    with pytest.MonkeyPatch.context() as patch:
+        groups = [ParameterGroup("second", case.second, case.modules), ParameterGroup("dense", case.dense)]
+        patch.setattr(Mesh, "connect", connected)
+        patch.setattr(torch_engine, "parameter_groups", lambda *_: groups)
+        yield
+
+
 def in_groups(rank: int, world_size: int, works: list[tuple[Case, Work]]) -> list[Run]:
     """As `runs`, each under its groups."""
     found: list[Run] = []
     for case, work in works:
-        second = ParameterGroup("second", case.second, case.modules)
-        connect = Mesh.connect
-
-        def connected(layout: Layout, device: torch.device, case: Case = case, connect: Any = connect) -> Mesh:
-            mesh = connect(layout, device)
-            mesh.weight_axes["second"] = mesh.weight_axes["dense"]
-            if case.rows is not None:
-                root = init_device_mesh("cpu", case.rows, mesh_dim_names=("copies", "shards"))
-                both = root if case.rows[0] > 1 else root["shards"]
-                mesh.weight_axes["second"] = WeightAxes(root["shards"], root["copies"], both)
-            return mesh
-
-        with pytest.MonkeyPatch.context() as patch:
-            groups = [second, ParameterGroup("dense", case.dense)]
-            patch.setattr(Mesh, "connect", connected)
-            patch.setattr(torch_engine, "parameter_groups", lambda *_, groups=groups: groups)
+        with grouped(case):
             found += runs(rank, world_size, [work])
     return found
+
+
+def copies(rank: int, world_size: int, case: Case) -> tuple[set[int], set[int]]:
+    """Ranks that hold each element of the second group's weights, and of the dense one's."""
+    with grouped(case):
+        engine = build(Work(case.parallel), world_size)
+    assert isinstance(engine, torch_engine.TorchEngine)
+    second, dense = (strategy.local.values() for strategy in engine.weights.strategies)
+    return {weight.placed.copies for weight in second}, {weight.placed.copies for weight in dense}
+
+
+@pytest.mark.parametrize("name", ["feed-forwards sharded wider", "feed-forwards' masters sharded less"])
+def test_each_group_is_cut_over_its_own_ranks(name: str) -> None:
+    case = CASES[name]
+    assert case.rows is not None
+    assert run_ranks(4, copies, case) == [({case.rows[0]}, {case.parallel.replicate})] * 4
 
 
 def test_two_groups_train_as_one() -> None:
