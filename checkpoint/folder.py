@@ -208,3 +208,18 @@ def _latest(files: Files) -> str | None:
     except DamageError as error:
         log.warning("the newest step is told by its number: %s", error)
         return None
+
+
+def step_folders(location: str | Path) -> list[Files]:
+    """The step at a location, or all finished steps in a folder of checkpoints (or of a run), newest first.
+
+    Raises CheckpointError if there is none.
+    """
+    files = open_files(location)
+    if files.size(MANIFEST) is not None or step_of(files.label().rpartition("/")[2]) is not None:
+        return [files]
+    for folder in (files, files.child("checkpoints")):
+        names = steps_newest_first(folder)
+        if names:
+            return [folder.child(name) for name in names]
+    raise CheckpointError(f"{files.label()}: there is no checkpoint here; give a step-… folder or a folder of them")

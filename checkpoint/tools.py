@@ -17,7 +17,7 @@ from .digest import block_digests, leaf_digests
 from .dtypes import as_tensor, same_bits
 from .errors import CheckpointError, DamageError
 from .files import Files, open_files
-from .folder import length_faults, load_manifest, open_manifest, open_step, step_of, steps_newest_first
+from .folder import length_faults, load_manifest, open_manifest, open_step, step_folders, steps_newest_first
 from .manifest import MANIFEST, Manifest, StoredArray, entry_shape
 from .plan import cut_rows
 from .reader import Reader
@@ -25,21 +25,6 @@ from .takeover import SAVES
 
 # Host memory for one part of an array that is read, compared or exported.
 PART_BYTES = 64 * 2**20
-
-
-def step_folders(location: str | Path) -> list[Files]:
-    """The step at a location, or all finished steps in a folder of checkpoints (or of a run), newest first.
-
-    Raises CheckpointError if there is none.
-    """
-    files = open_files(location)
-    if files.size(MANIFEST) is not None or step_of(files.label().rpartition("/")[2]) is not None:
-        return [files]
-    for folder in (files, files.child("checkpoints")):
-        names = steps_newest_first(folder)
-        if names:
-            return [folder.child(name) for name in names]
-    raise CheckpointError(f"{files.label()}: there is no checkpoint here; give a step-… folder or a folder of them")
 
 
 def verify(files: Files) -> Iterator[DamageError | int]:

@@ -15,7 +15,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-from ..kernels.documents import Documents
+    from ..kernels.documents import Documents
+
 
 IGNORED = -100  # target of a position that carries no loss: padding, or a document's first token behind another document
 

@@ -76,8 +76,7 @@ def _size(count: float) -> str:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from ..checkpoint.folder import open_step
-    from ..checkpoint.tools import step_folders
+    from ..checkpoint.folder import open_step, step_folders
 
     damaged = 0
     for files in step_folders(arguments.path):
@@ -91,8 +90,8 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from ..checkpoint.folder import load_manifest
-    from ..checkpoint.tools import step_folders, summary
+    from ..checkpoint.folder import load_manifest, step_folders
+    from ..checkpoint.tools import summary
 
     files = step_folders(arguments.path)[0]
     found: Any = summary(files)
@@ -112,7 +111,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from ..checkpoint.tools import step_folders, verify
+    from ..checkpoint.folder import step_folders
+    from ..checkpoint.tools import verify
 
     bad = 0
     for files in step_folders(arguments.path):
@@ -131,7 +131,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from ..checkpoint.tools import diff, step_folders
+    from ..checkpoint.folder import step_folders
+    from ..checkpoint.tools import diff
 
     count = 0
     for found in diff(step_folders(arguments.one)[0], step_folders(arguments.other)[0]):
@@ -180,7 +181,7 @@ def _stats(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from ..checkpoint.convert.deepspeed_export import export_ranks, export_universal
     from ..checkpoint.convert.hf import export
-    from ..checkpoint.tools import step_folders
+    from ..checkpoint.folder import step_folders
 
     files = step_folders(arguments.path)[0]
     ranks, zero = arguments.ranks, arguments.zero

@@ -40,6 +40,32 @@ def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
     assert out.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train recipe=quikstart",
+        "train recipe=quickstart batch.samples=0 optim.lr=-1 parallel.zero=9 schedule.warmup=abc data.seq_len=-4",
+        "plan parallel.tp=x",
+        "tune optim.lrr=1",
+        "slurm launch.nodes=0",
+        "checkpoint list .",
+        "keys",
+        "data verify path=nowhere",
+        "plan --help",
+        "tune --help",
+        "train --cfg job",
+    ],
+)
+def test_what_needs_no_tensor_imports_no_torch(line: str) -> None:
+    program = (
+        "import sys; from meshloom.launch import cli\n"
+        "try: cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print('torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program, *line.split()], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "False"
+
+
 def test_every_listed_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
     for name in cli.COMMANDS:
         try:
