@@ -37,7 +37,7 @@ from meshloom.parallel.engine import Engine, EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, environment_world_size, pick_device
-from meshloom.trainer.clock import Moment
+from meshloom.trainer.device_timestamp import DeviceTimestamp
 from meshloom.trainer.hooks.profiling import kernel_table
 
 MODELS = {
@@ -118,16 +118,16 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._ticks: list[Moment] = []
+        self._ticks: list[DeviceTimestamp] = []
         self.tick()
 
     def tick(self) -> None:
         """The work queued so far is one more step."""
-        self._ticks.append(Moment(self._device))
+        self._ticks.append(DeviceTimestamp(self._device))
 
     def seconds(self) -> list[float]:
         """Of each step. Waits for the device."""
-        return [after.since(before) for before, after in itertools.pairwise(self._ticks)]
+        return [after.seconds_since(before) for before, after in itertools.pairwise(self._ticks)]
 
 
 def main() -> None:

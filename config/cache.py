@@ -19,14 +19,14 @@ from filelock import FileLock, Timeout
 log = logging.getLogger(__name__)
 
 
-def expanded(written: str) -> Path:
+def expand_user(written: str) -> Path:
     """A path as a user writes it, ~ being their home; that of somebody who has none here is left as it is."""
     return Path(os.path.expanduser(written))  # noqa: PTH111 (which fails for such a user)
 
 
 def cache_folder(configured: str | None) -> Path:
     """`data.cache_dir`, else the environment's MESHLOOM_CACHE, else ~/.cache/meshloom."""
-    return expanded(configured or os.environ.get("MESHLOOM_CACHE") or "~/.cache/meshloom")
+    return expand_user(configured or os.environ.get("MESHLOOM_CACHE") or "~/.cache/meshloom")
 
 
 def sync_folder(folder: Path) -> None:

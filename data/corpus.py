@@ -9,7 +9,7 @@ from typing import NotRequired, TypedDict, Unpack
 
 import xxhash
 
-from ..config.cache import cache_folder, expanded
+from ..config.cache import cache_folder, expand_user
 from ..config.hashing import hash64
 from ..config.problems import ConfigError, Problem
 from .order import Shuffled, StoredSamples, ValidationSamples
@@ -64,7 +64,7 @@ class TokenizerSettings:
             found.append(Problem(f"{key}.vocabulary", message, f"use {SMALLEST_BPE} or more"))
         if self.setting == "bpe" and self.sample < 1:
             found.append(Problem(f"{key}.tokenizer_sample", f"{self.sample} characters can't train it", "use 1 or more"))
-        if self.setting not in ("bpe", "bytes") and not (self.setting and expanded(self.setting).exists()):
+        if self.setting not in ("bpe", "bytes") and not (self.setting and expand_user(self.setting).exists()):
             fix = "use bpe, bytes, or the path of a tokenizer.json"
             found.append(Problem(f"{key}.tokenizer", f"'{self.setting}' not found", fix))
         return found
@@ -75,7 +75,7 @@ class TokenizerSettings:
             return train_tokenizer(sources, self.vocabulary, self.sample, cache)
         if self.setting == "bytes":
             return Tokenizer.bytes()
-        return Tokenizer.load(expanded(self.setting), self.end_of_document)
+        return Tokenizer.load(expand_user(self.setting), self.end_of_document)
 
 
 class Packed:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from ..config.cache import expanded
+from ..config.cache import expand_user
 from ..config.problems import Problem
 from .corpus import Corpus, CorpusOptions, Packed, PackingOptions
 from .records import HuggingFace, JsonLines, ParquetFiles
@@ -73,9 +73,9 @@ class Shards(Packed):
 
     def __init__(self, seed: int, path: str | None, validation: str | None = None, **options: Unpack[PackingOptions]) -> None:
         super().__init__(seed, **options)
-        self._path = expanded(path or "")
+        self._path = expand_user(path or "")
         self._given = bool(path)
-        self._held = None if validation is None else expanded(validation)
+        self._held = None if validation is None else expand_user(validation)
 
     def problems(self, key: str = "data") -> list[Problem]:
         """Return what is wrong with the node's keys."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import xxhash
 
-from ..config.cache import expanded
+from ..config.cache import expand_user
 from ..config.problems import Problem
 from .shards import digest_file
 
@@ -83,7 +83,7 @@ class FileSource(ABC):
         return list(found.values())
 
     def _matches(self, pattern: str) -> Iterator[Path]:
-        written = expanded(pattern)
+        written = expand_user(pattern)
         if written.is_dir():
             yield from self._folder_files(written)[0]
             return
@@ -98,7 +98,7 @@ class FileSource(ABC):
         return (certain, sorted({*found} - {*certain})) if certain else (found, [])
 
     def _warn_of_skipped_files(self) -> None:
-        for folder in filter(Path.is_dir, map(expanded, self.input)) if self.fallback_endings and not self._warned else ():
+        for folder in filter(Path.is_dir, map(expand_user, self.input)) if self.fallback_endings and not self._warned else ():
             taken, left = self._folder_files(folder)
             if left:
                 which = f"{left[0]} is" if len(left) == 1 else f"{left[0]} and {len(left) - 1} like it are"
@@ -122,7 +122,7 @@ class FileSource(ABC):
         """Word the problem of a pattern without a file: (message, fix)."""
         if not pattern.strip():
             return f"'{pattern}' names no file", "give a path, a glob pattern or a folder"
-        if expanded(pattern).is_dir() and any(self.endings):
+        if expand_user(pattern).is_dir() and any(self.endings):
             endings = ", ".join((*self.endings, *self.fallback_endings))
             fix = f"for files with other names give a pattern, such as {pattern.rstrip('/')}/part-*"
             return f"'{pattern}' is a folder with no file that ends in {endings}", fix

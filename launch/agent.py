@@ -59,7 +59,7 @@ def _run(argv: list[str]) -> None:
     trains = options.module and options.training_script == RANK
     if trains:
         forked.prepare()
-    if not trains or not forked.possible():
+    if not trains or not forked.can_fork():
         run.run(options)
         return
     launch: Any = run.elastic_launch
@@ -88,7 +88,7 @@ def _without_trace(record: logging.LogRecord) -> bool:
     return True
 
 
-def told(descriptor: int) -> list[str] | None:
+def read_arguments(descriptor: int) -> list[str] | None:
     """torchrun's arguments, as soon as the launcher has written them to its pipe; None if it has thought better of it."""
     with os.fdopen(descriptor, "rb") as pipe:
         message = pipe.read()
@@ -100,16 +100,16 @@ def told(descriptor: int) -> list[str] | None:
     return order["arguments"]
 
 
-def prepared(descriptor: int) -> int:
+def wait_for_arguments(descriptor: int) -> int:
     """Import, and have the ranks' imports begin, then do as told."""
     ignore_requests()
     forked.prepare()
     import torch.distributed.run  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
-    forked.possible()  # waits for the imports, and keeps the answer
-    arguments = told(descriptor)
+    forked.can_fork()  # waits for the imports, and keeps the answer
+    arguments = read_arguments(descriptor)
     return 0 if arguments is None else main(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(prepared(int(sys.argv[2])) if sys.argv[1:2] == ["--when-told"] else main(sys.argv[1:]))
+    sys.exit(wait_for_arguments(int(sys.argv[2])) if sys.argv[1:2] == ["--when-told"] else main(sys.argv[1:]))

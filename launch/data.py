@@ -111,7 +111,7 @@ def tokenize(arguments: TokenizeArguments) -> Path:
     return output
 
 
-def verified(path: Path) -> list[str]:
+def describe_shards(path: Path) -> list[str]:
     """One line for every shard folder at `path`. Raises ShardError naming the file that is damaged."""
     from ..data.reader import TokenShards
     from ..data.shards import MANIFEST
@@ -152,9 +152,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         if argv[0] == "verify":
-            lines = verified(Path(parse(VerifyArguments, argv[1:]).path).expanduser())
+            lines = describe_shards(Path(parse(VerifyArguments, argv[1:]).path).expanduser())
         else:
-            lines = verified(tokenize(parse(TokenizeArguments, argv[1:])))
+            lines = describe_shards(tokenize(parse(TokenizeArguments, argv[1:])))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

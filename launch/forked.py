@@ -1,6 +1,6 @@
 """Ranks that begin with everything imported: forked from a process that imports it once, while the run is being checked.
 
-Python's own fork server does the forking. It is a process that has only imported modules (`imported.py`), so that nothing that
+Python's own fork server does the forking. It is a process that has only imported modules (`preload.py`), so that nothing that
 can't be forked (threads, the GPU's driver) is lost on the way. A rank restarted after a failure begins as quickly.
 """
 
@@ -19,23 +19,23 @@ import traceback
 from collections.abc import Generator, Mapping, Sequence
 from multiprocessing import connection, forkserver, resource_tracker
 
-from ..trainer.signals import AT_ONCE
+from ..trainer.signals import INTERRUPTED
 
 METHOD = "forkserver"
-IMPORTED = "meshloom.launch.imported"
+PRELOADED = "meshloom.launch.preload"
 
 
 def prepare() -> None:
     """Begin the process to fork from. It ends with this one."""
     # What is left of an agent that was killed is cleared away by a process of Python's, which need not tell.
-    with variable("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker"):
+    with environment_variable("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker"):
         resource_tracker.ensure_running()
-    multiprocessing.set_forkserver_preload([IMPORTED])
+    multiprocessing.set_forkserver_preload([PRELOADED])
     forkserver.ensure_running()
 
 
 @contextlib.contextmanager
-def variable(name: str, value: str) -> Generator[None]:
+def environment_variable(name: str, value: str) -> Generator[None]:
     """A variable of the environment has this value meanwhile."""
     before = os.environ.get(name)
     os.environ[name] = value
@@ -48,7 +48,7 @@ def variable(name: str, value: str) -> Generator[None]:
 
 
 @functools.cache
-def possible() -> bool:
+def can_fork() -> bool:
     """Whether ranks can be forked: tried with a process that uses a GPU as they will. Waits until the imports are done."""
     trial = multiprocessing.get_context(METHOD).Process(target=_try)
     trial.start()
@@ -60,9 +60,9 @@ def _try() -> None:
     """Fail where a process like this one, forked from a process that has begun to use GPUs, can't."""
     import torch
 
-    from . import imported
+    from . import preload
 
-    if not imported.MAY_FORK:
+    if not preload.MAY_FORK:
         sys.exit(1)
     if torch.cuda.device_count():
         torch.cuda.get_device_properties(0)
@@ -74,11 +74,11 @@ def train(environment: Mapping[str, str], arguments: Sequence[str]) -> None:
 
     What torchrun says of the rank is in this process's environment already.
     """
-    from . import imported
+    from . import preload
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for name, value in environment.items():
-        if os.environ.get(name) == imported.ENVIRONMENT.get(name):
+        if os.environ.get(name) == preload.ENVIRONMENT.get(name):
             os.environ[name] = value
     agent = multiprocessing.parent_process()
     if agent is not None:
@@ -95,7 +95,7 @@ def train(environment: Mapping[str, str], arguments: Sequence[str]) -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:  # of which PyTorch would make an end that torchrun waits for for ever
-        code = AT_ONCE
+        code = INTERRUPTED
     except Exception:
         traceback.print_exc()
         code = 1

@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         from ..checkpoint.errors import CheckpointError
 
         try:
-            print(continued(arguments))
+            print(continue_prompt(arguments))
         except CheckpointError as error:
             print(f"meshloom generate: {error}", file=sys.stderr)
             return 1
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def continued(arguments: Arguments) -> str:
+def continue_prompt(arguments: Arguments) -> str:
     """The prompt and its continuation.
 
     Raises ConfigError where there is no such checkpoint, or no tokenizer for it, and CheckpointError for a damaged one.
@@ -86,7 +86,7 @@ def continued(arguments: Arguments) -> str:
     from ..parallel.mesh import pick_device
     from ..trainer.build import build_model
     from ..trainer.find_checkpoint import find_checkpoint
-    from ..trainer.hooks.sampling import generate, load_plain
+    from ..trainer.hooks.sampling import generate, load_whole_model
     from ..trainer.resumed_config import saved_config
     from ..trainer.typed import typed_node
 
@@ -105,7 +105,9 @@ def continued(arguments: Arguments) -> str:
     tokenizer = _tokenizer(checkpoint, config, state.get("data_fingerprint", ""))
     vocabulary = state.get("vocabulary") or config["model"]["vocabulary"]
     return generate(
-        load_plain(build_model(typed_node("model", config["model"]), vocabulary), checkpoint, pick_device(), torch.float32),
+        load_whole_model(
+            build_model(typed_node("model", config["model"]), vocabulary), checkpoint, pick_device(), torch.float32
+        ),
         tokenizer,
         arguments.prompt,
         tokens=arguments.tokens,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..config.compose import quoted
 from ..config.problems import ConfigError, Problem
-from ..trainer.find_checkpoint import FROM, resumes_own_run
+from ..trainer.find_checkpoint import AUTO_FROM, resumes_own_run
 from ..trainer.launching import LaunchConfig
 from ..trainer.resolve import resolve
 from ..trainer.schema import RunConfig
@@ -86,7 +86,7 @@ def _command_line(overrides: Sequence[str], config_dir: str | None, resume: str)
     """What the job says every time that it is started: it goes on with its own run, which may begin from `resume`."""
     folder = [f"--config-dir={Path(config_dir).resolve()}"] if config_dir else []
     kept = [override for override in overrides if not override.startswith("resume=")]
-    again = "auto" if resume == "none" else resume if resumes_own_run(resume) else f"{FROM}{resume}"
+    again = "auto" if resume == "none" else resume if resumes_own_run(resume) else f"{AUTO_FROM}{resume}"
     if again != "auto":
         again = quoted(again)
     return " ".join(shlex.quote(word) for word in [*folder, *kept, f"resume={again}"])

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from ..trainer.signals import AT_ONCE, STOPPING, show_cursor
+from ..trainer.signals import INTERRUPTED, STOPPING, show_cursor
 
 RANK = "meshloom.launch.rank"
 """The module that a rank runs."""
@@ -113,7 +113,7 @@ class TorchRun:
             if self._at_once:
                 _kill(agent)
                 show_cursor()
-                return AT_ONCE
+                return INTERRUPTED
             if self._asked and time.monotonic() - told > REPEAT_SECONDS and self._tell(agent.pid):
                 told = time.monotonic()
             time.sleep(POLL_SECONDS)

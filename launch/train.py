@@ -18,7 +18,7 @@ from ..trainer.launching import run_processes, under_torchrun, visible_gpus
 from ..trainer.machine import machine_problems
 from ..trainer.resolve import ResolvedRun, resolve, resolve_composed
 from ..trainer.schema import RunConfig, make_composer, register_schemas
-from ..trainer.signals import AT_ONCE, StopRequest, show_cursor
+from ..trainer.signals import INTERRUPTED, StopRequest, show_cursor
 from .rank import run_here
 from .switches import BAD_CONFIG, read_switches, refuse
 from .torchrun import RANK, PreparedAgent, TorchRun, with_share
@@ -206,7 +206,7 @@ def _leave() -> None:
     show_cursor()
     with contextlib.suppress(OSError):
         os.write(2, b"meshloom train: interrupted\n")
-    os._exit(AT_ONCE)
+    os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

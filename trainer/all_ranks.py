@@ -1,4 +1,4 @@
-"""What may go wrong on one process alone, such as writing a file, goes wrong on all: none is left waiting for another."""
+"""Local actions, such as writing a file: if one fails on any rank, all ranks raise, so that none hangs in a collective."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from ..parallel.mesh import Mesh
 T = TypeVar("T")
 
 
-class FailedElsewhere(RuntimeError):
-    """Another process could not go on, and says why itself. refused: for its config."""
+class PeerFailed(RuntimeError):
+    """Another rank failed, and reports the reason itself. config_error: whether it found the config at fault."""
 
-    def __init__(self, refused: bool) -> None:
-        super().__init__("another process could not go on")
-        self.refused = refused
+    def __init__(self, config_error: bool) -> None:
+        super().__init__("another rank failed")
+        self.config_error = config_error
 
 
-def together(mesh: Mesh, action: Callable[[], T]) -> T:
-    """What `action` gives on this process, once it has gone well on all. One small collective.
+def raise_on_all_ranks(mesh: Mesh, action: Callable[[], T]) -> T:
+    """Run a local action on every rank; if it fails on any, raise on all, so that no rank hangs in a collective.
 
-    action: must not communicate, or processes that wait for one in which it failed would meet it in another collective.
+    Costs one small collective. Return the action's result on this rank.
 
-    Raises what went wrong here, or FailedElsewhere.
+    action: must not communicate: a rank on which it failed would already be in another collective than its peers
+
+    Raises the action's own exception where it failed, and PeerFailed on the other ranks.
     """
     fault: Exception | None = None
     result: T | None = None
@@ -33,11 +35,11 @@ def together(mesh: Mesh, action: Callable[[], T]) -> T:
     except Exception as error:
         fault = error
     if mesh.any(fault is not None):
-        refused = mesh.any(isinstance(fault, ConfigError))
-        raise fault if fault is not None else FailedElsewhere(refused)
+        config_error = mesh.any(isinstance(fault, ConfigError))
+        raise fault if fault is not None else PeerFailed(config_error)
     return result  # type: ignore[return-value]
 
 
 def on_main(mesh: Mesh, action: Callable[[], None]) -> None:
-    """`action` on rank 0 alone, `together` with the others, who do nothing: what fails there ends all."""
-    together(mesh, action if mesh.is_main else lambda: None)
+    """Run `action` on rank 0 only. Raises on all ranks if it fails."""
+    raise_on_all_ranks(mesh, action if mesh.is_main else lambda: None)

@@ -1,4 +1,4 @@
-"""Values that a config leaves to a law of scale: `optim.lr=auto:step_law`, `batch.samples=auto:step_law`."""
+"""Values that a config leaves to a scaling law: `optim.lr=auto:step_law`, `batch.samples=auto:step_law`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .schema import RunConfig
 
 
 def hidden_parameters(config: RunConfig) -> int:
-    """Parameters of a run's model without its embedding and its head: the N of the step law."""
+    """Count the parameters of a run's model without embedding and head: the N of the step law."""
     model = build_model(config.model, vocabulary=1)
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("embed.", "head.")))
 
 
 def resolve_automatic(config: RunConfig, world_size: int) -> list[Problem]:
-    """Replace every automatic value in `config`, in place, by the law's number. Return what keeps a law from being asked.
+    """Replace every automatic value in `config`, in place, by the law's number. Return the problems of laws that can't apply.
 
-    The batch becomes a multiple of batch.micro × data-parallel size on so many processes.
+    The batch becomes a multiple of batch.micro × the data-parallel size on `world_size` processes.
     """
     problems: list[Problem] = []
 
-    def ask(group: str, key: str, law: Callable[[str], Any]) -> None:
+    def apply_law(group: str, key: str, law: Callable[[str], Any]) -> None:
         node: Any = getattr(config, group)
         value = getattr(node, key)
         if not isinstance(value, str):
@@ -48,7 +48,7 @@ def resolve_automatic(config: RunConfig, world_size: int) -> list[Problem]:
 
     tokens, seq_len = config.trainer.tokens or 0, config.data.seq_len
     unit = config.batch.micro * planned_data_size(config, world_size)
-    ask("batch", "samples", lambda law: automatic_batch(law, tokens, seq_len, unit))
+    apply_law("batch", "samples", lambda law: automatic_batch(law, tokens, seq_len, unit))
     batch = config.batch.samples
     batch_tokens = batch * seq_len if isinstance(batch, int) else 0
 
@@ -59,5 +59,5 @@ def resolve_automatic(config: RunConfig, world_size: int) -> list[Problem]:
             raise ValueError("auto:power needs the batch; set batch.samples")
         return float(f"{automatic_lr(law, hidden_parameters(config), tokens, batch_tokens):.4g}")
 
-    ask("optim", "lr", lr)
+    apply_law("optim", "lr", lr)
     return problems

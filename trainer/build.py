@@ -1,4 +1,4 @@
-"""From a config to a run: every object of `Loop`, built in the order in which they need one another."""
+"""Build a run from its config: every object of `Loop`, in the order in which they need one another."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from ..parallel.layout import Layout
 from ..parallel.legality import micro_batch_unit
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline.stages import legal_micro_batches
-from .all_ranks import together
+from .all_ranks import raise_on_all_ranks
 from .derived import build_horizon, checkpoint_folder
 from .hooks.base import Hook
 from .hooks.evaluation import Evaluation
@@ -54,20 +54,23 @@ log = logging.getLogger(__name__)
 
 
 def build_model(config: ModelConfig, vocabulary: int) -> Model:
-    """The model, its parameters on the meta device. Its vocabulary is the data's where the config leaves it open."""
+    """Build the model, with its parameters on the meta device.
+
+    vocabulary: of the data, for a config that leaves the model's open
+    """
     if isinstance(config, Custom):
         return models.build_model({"_target_": config.path, **config.keys}, vocabulary)
     return models.build_model(dataclasses.asdict(config), vocabulary)
 
 
 def build_control(mesh: Mesh, name: str) -> Control:
-    """Who saves and restores together: a client of the run's store of its own, under names that a restart does not share."""
+    """Build the control channel of saves or restores: a store client of its own, whose keys a restart does not share."""
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Control(mesh.rank, mesh.layout.world_size, mesh.store(f"{name}-{restart}"))
 
 
 def optimizer_factory(config: OptimConfig) -> OptimizerFactory:
-    """Builds the optimizer of `config.optim` over the parameters that an engine has."""
+    """Return the function with which an engine builds the optimizer of `config` over its parameters."""
 
     def make(parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
         return build_optimizer(config, parameters, shards)
@@ -76,9 +79,9 @@ def optimizer_factory(config: OptimConfig) -> OptimizerFactory:
 
 
 def engine_settings(config: RunConfig, seq_len: int = 0, measures: bool = False) -> EngineSettings:
-    """What engines read of a config.
+    """Return the settings that engines read from a config.
 
-    seq_len: positions per sample; measures: whether the batch-size controller wants gradient statistics.
+    seq_len: positions per sample; measures: whether the batch-size controller needs gradient statistics.
     """
     trainer = config.trainer
     return EngineSettings(
@@ -94,19 +97,19 @@ def engine_settings(config: RunConfig, seq_len: int = 0, measures: bool = False)
 
 
 def batch_divisor(config: RunConfig, data_size: int) -> int:
-    """What the layout asks every global batch to be a multiple of: whole micro-batches for every data-parallel process."""
+    """Return the number of samples that a global batch must be a multiple of: whole micro-batches for every data rank."""
     unit = 1 if config.batch.name == "fixed" else micro_batch_unit(config.parallel)  # a pipeline can't run any number
     return data_size * config.batch.micro * unit
 
 
 def build_assigner(config: RunConfig, layout: Layout) -> Assigner:
-    """How the run's global batches are dealt to its data ranks."""
+    """Build what assigns the micro-batches of each global batch to the data ranks."""
     can_run = functools.partial(legal_micro_batches, config.parallel)
     return Assigner(layout.data_size, can_run, config.optim.compares_halves())
 
 
 def build_hook(node: Mapping[str, Any]) -> Hook:
-    """Build a hook of the user's own from its node."""
+    """Build a user's hook from its config node."""
     from hydra.utils import instantiate
 
     return cast(Hook, instantiate(dict(node)))
@@ -114,7 +117,7 @@ def build_hook(node: Mapping[str, Any]) -> Hook:
 
 @dataclass
 class Run:
-    """A loop, and what has to be closed or finished around it."""
+    """A loop, with the resources that must be closed and the saves that must be finished."""
 
     loop: Loop
     saving: Saving | None
@@ -122,7 +125,7 @@ class Run:
     data: DataNode
 
     def close(self) -> None:
-        """Release threads, files and connections: all of them, whatever one has to say."""
+        """Release threads, files and connections. An exception from one does not keep the others open."""
         with contextlib.ExitStack() as all_of_them:
             all_of_them.callback(self.loader.close)
             for hook in reversed(self.loop.hooks):
@@ -130,16 +133,16 @@ class Run:
 
 
 def build_run(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Mesh) -> Run:
-    """Everything of a run on prepared data, with fresh weights; `resume.py` then puts a checkpoint's state into it.
+    """Build a run on prepared data, with fresh weights. `resume.py` then loads a checkpoint's state into it.
 
-    saved: the config as checkpoints carry it.
+    saved: the config as it is stored in checkpoints.
 
-    Raises ConfigError, before any memory is taken, where another run saves into the folder of checkpoints.
+    Raises ConfigError, before any memory is taken, where another run saves into the checkpoint folder.
     """
-    # One process takes the folder's lock: that of `output_dir`, which the run has, does not hold where it is elsewhere.
-    checkpointer = together(mesh, lambda: open_checkpointer(config, mesh))
+    # Rank 0 locks the checkpoint folder: it may lie outside `output_dir`, whose lock the run already has.
+    checkpointer = raise_on_all_ranks(mesh, lambda: open_checkpointer(config, mesh))
     try:
-        return _built(config, saved, data, mesh, checkpointer)
+        return _build(config, saved, data, mesh, checkpointer)
     except BaseException:
         if checkpointer is not None:
             checkpointer.close()
@@ -147,8 +150,9 @@ def build_run(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh:
 
 
 def open_checkpointer(config: RunConfig, mesh: Mesh) -> Checkpointer | None:
-    """What saves the run; None for one that saves nothing. Raises ConfigError where another run saves into the folder, or
-    nobody can.
+    """Open the checkpointer of a run; None with checkpoint.every=0.
+
+    Raises ConfigError if another run saves into the folder, or it can't be written to.
     """
     settings = config.checkpoint
     if settings.every == 0:
@@ -162,7 +166,7 @@ def open_checkpointer(config: RunConfig, mesh: Mesh) -> Checkpointer | None:
         raise ConfigError([Problem("checkpoint.folder", message, "give a folder to write to")]) from error
 
 
-def _built(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Mesh, checkpointer: Checkpointer | None) -> Run:
+def _build(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Mesh, checkpointer: Checkpointer | None) -> Run:
     output_dir = Path(config.output_dir)
     vocabulary = config.model.vocabulary or data.vocabulary
     model = build_model(config.model, vocabulary)
@@ -204,7 +208,7 @@ def _built(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Me
     if mesh.is_main:
         if config.trainer.sample_prompt is not None:
             build = functools.partial(build_model, config.model, vocabulary)
-            hooks += _sample(config, build, data.tokenizer, saved=saving is not None)
+            hooks += _sample_hooks(config, build, data.tokenizer, saved=saving is not None)
         hooks += default_loggers(config.logging, output_dir, saved)
 
     loop = Loop(
@@ -224,8 +228,8 @@ def _built(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Me
     return Run(loop, saving, loader, data)
 
 
-def _sample(config: RunConfig, build: Callable[[], Model], codec: TextCodec | None, *, saved: bool) -> list[Hook]:
-    """The hook that shows a sample at the end of the run, where it can."""
+def _sample_hooks(config: RunConfig, build: Callable[[], Model], codec: TextCodec | None, *, saved: bool) -> list[Hook]:
+    """Build the hook that samples text at the end of the run; none where there is no tokenizer or no checkpoint."""
     prompt, tokens = config.trainer.sample_prompt, config.trainer.sample_tokens
     assert prompt is not None
     if codec is None or not saved:  # checkpoints of an earlier run may lie there

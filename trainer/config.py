@@ -1,4 +1,4 @@
-"""Config of `trainer`: how long to train, how to take a step, and when to look up."""
+"""Config of `trainer`: length of the run, the step, evaluation, and hooks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLOAT8 = ("none", "tensorwise", "rowwise")
 
 @dataclass
 class TrainerConfig:
-    """Length of the run and the habits of its loop."""
+    """Length of the run, and how its loop steps and evaluates."""
 
     SIDE: ClassVar[Side] = Side.RECIPE
 
@@ -49,7 +49,7 @@ class TrainerConfig:
     sample_tokens: int = key(200, "how many tokens it adds to sample_prompt", Side.HABIT)
 
     def problems(self, key: str = "trainer") -> list[Problem]:
-        """Return what is wrong with the values."""
+        """Return the problems of the values."""
         return [*self._length_problems(key), *self._evaluation_problems(key), *self._step_problems(key)]
 
     def _length_problems(self, key: str) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""Numbers that are still being computed on the device, read later without stopping it."""
+"""Scalars that are copied from the device asynchronously, and read later without stopping it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 
 class Deferred:
-    """Device scalars on their way to the host: one asynchronous copy for all of them.
+    """Device scalars that one asynchronous copy brings to the host.
 
-    `read()` waits for that copy alone, not for work queued behind it; a step later it has long arrived.
+    `read()` waits for that copy only, not for work queued after it. A step later the copy has long finished.
     """
 
     def __init__(self, scalars: dict[str, torch.Tensor]) -> None:
@@ -24,7 +24,7 @@ class Deferred:
             self._host = stacked
 
     def read(self) -> dict[str, float]:
-        """Name → number."""
+        """Return name → number."""
         if self._event is not None:
             self._event.synchronize()
         return dict(zip(self._names, self._host.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""What follows from a config by arithmetic alone. Imports no torch."""
+"""Values derived from a config by arithmetic. Imports no torch."""
 
 from __future__ import annotations
 

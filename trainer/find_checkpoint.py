@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from. Imports no torch."""
+"""Find the checkpoint that a run resumes from. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,43 +14,46 @@ from ..checkpoint.folder import find_latest
 from ..checkpoint.manifest import MANIFEST
 from ..config.problems import ConfigError, Problem
 
-FROM = "auto:"
+AUTO_FROM = "auto:"
+"""Prefix of `resume=auto:<path>`."""
 
 
 def resumes_own_run(resume: str) -> bool:
-    """Return whether a run with this `resume` goes on with what it has saved itself, whenever there is something."""
-    return resume == "auto" or resume.startswith(FROM)
+    """Return whether a run with this value of `resume` resumes from its own checkpoints once it has saved some."""
+    return resume == "auto" or resume.startswith(AUTO_FROM)
 
 
 def resumes_own(resume: str) -> bool:
-    """Return whether this process goes on with what the run has saved: it was told so, or torchrun has restarted it."""
+    """Return whether this process resumes from the run's own checkpoints: by `resume`, or because torchrun restarted it."""
     return resumes_own_run(resume) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def own_folder(config: DictConfig) -> str:
-    """Return where a composed run's checkpoints are."""
+    """Return the checkpoint folder of a composed run."""
     return str(config.checkpoint.folder or Path(config.output_dir) / "checkpoints")
 
 
 def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
     """Return the checkpoint that `resume` names.
 
-    "none" is none; "auto" the run's own folder of them, or none yet; "auto:<path>" that folder too, but where the run has saved
-    nothing yet, it begins from the path: what a job that is queued again and again says, when it fine-tunes or branches off.
+    none         no checkpoint
+    auto         the run's own checkpoint folder; no checkpoint while it is empty
+    auto:<path>  the run's own folder; the path while that is empty. For jobs that are requeued and fine-tune or branch off
+    <path>       that checkpoint
 
-    Processes that torchrun has restarted go on from what the run itself saved, whatever it began from.
-    Raises ConfigError if a path was given that holds no complete checkpoint, or a folder can't be looked into.
+    Processes that torchrun has restarted resume from the run's own checkpoints, whatever `resume` says.
+    Raises ConfigError if the path holds no complete checkpoint, or the folder can't be read.
     """
     wanted = str(config.resume)
     if resumes_own(wanted):
-        folder = own_folder(config)  # not a step: `restore` passes over a damaged one, and asks the keepers' memory
+        folder = own_folder(config)  # not a step: `restore` skips damaged ones and also looks into memory
         try:
             if _holds_checkpoint(folder):
                 return folder
         except (OSError, CheckpointError) as error:
             fix = "give a checkpoint.folder, or an output_dir, that can be"
             raise ConfigError([Problem("checkpoint.folder", f"'{folder}' can't be read: {error}", fix)]) from error
-    return None if wanted in ("auto", "none") else find_checkpoint(wanted.removeprefix(FROM), "resume")
+    return None if wanted in ("auto", "none") else find_checkpoint(wanted.removeprefix(AUTO_FROM), "resume")
 
 
 def find_checkpoint(location: str, key: str) -> Path | str:
@@ -74,7 +77,7 @@ def find_checkpoint(location: str, key: str) -> Path | str:
 
 
 def is_inside(checkpoint: Path | str, folder: str) -> bool:
-    """Return whether a checkpoint is one of those in a run's folder, or that folder."""
+    """Return whether a checkpoint is inside a run's checkpoint folder, or is that folder."""
     if is_remote(str(checkpoint)) or is_remote(folder):
         return f"{checkpoint}/".startswith(f"{folder.rstrip('/')}/")
     inner, outer = (Path(str(place).removeprefix("file://")).resolve() for place in (checkpoint, folder))
@@ -82,7 +85,7 @@ def is_inside(checkpoint: Path | str, folder: str) -> bool:
 
 
 def is_import(state: dict[str, Any]) -> bool:
-    """Return whether a checkpoint was not saved by a run (`meshloom checkpoint import`): it has no progress to go on from."""
+    """Return whether a checkpoint was made by `meshloom checkpoint import`, and so has no progress to resume."""
     return "progress" not in state
 
 

@@ -1,4 +1,4 @@
-"""Which run this is: one that goes on, or a new one that may have branched off another, and what it finds in its folders."""
+"""Identity of a run: a resumed run keeps its id, a new one or a branch gets another."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint that a run began from.
+    """The checkpoint that a run started from.
 
     run     the run that saved it; None: an import
-    commit  its number in its folder
-    own     whether it is of the run's own, which goes on; otherwise the run branches off
+    commit  number of the commit in its folder
+    own     whether this run saved it and now resumes; otherwise this run branches off
     """
 
     run: RunIdentity | None
@@ -33,16 +33,18 @@ class Origin:
 
 
 def is_own(run: RunIdentity | None, folder: str) -> bool:
-    """Whether a checkpoint in a run's folder, saved by `run`, is one of the run that the folder belongs to."""
+    """Return whether a checkpoint in `folder`, saved by `run`, is of the run that owns the folder."""
     files = open_files(folder)
     owner = read_owner(files)
     return run is not None and run.id == (list_steps(files).run if owner is None else owner.id)
 
 
 def identify(origin: Origin | None, folder: str, *, resumes: bool) -> RunIdentity:
-    """The identity of the run that begins. folder: of its checkpoints; resumes: it was started to go on with what is there.
+    """Return the identity of the run that starts.
 
-    A run that goes on keeps its own, also where it was stopped before its first save. Any other gets a new one.
+    A resumed run keeps its identity, also if it was stopped before its first save. Any other run gets a new one.
+
+    folder: its checkpoints; resumes: whether it was started to resume what is there
     """
     if origin is not None and origin.own and origin.run is not None:
         return origin.run
@@ -52,7 +54,7 @@ def identify(origin: Origin | None, folder: str, *, resumes: bool) -> RunIdentit
 
 
 def take_over_metrics(output_dir: Path, run: RunIdentity) -> None:
-    """Make the metrics in a run's folder this run's: those of another run get another name."""
+    """Take over the metrics file of a folder: rename that of another run."""
     before = read_owner(LocalFiles(output_dir)) or UNNAMED
     metrics = output_dir / METRICS
     if metrics.exists() and before.id != run.id:

@@ -53,12 +53,12 @@ class LaunchConfig:
 
 
 def under_torchrun() -> bool:
-    """Return whether this process is one of several (or one) that torchrun, or a scheduler in its manner, started."""
+    """Return whether torchrun, or a scheduler that sets the same variables, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def visible_gpus() -> int:
-    """Return the number of GPUs that this machine shows to this process, as far as that can be told without PyTorch."""
+    """Return the number of GPUs visible to this process, as far as that can be told without PyTorch."""
     there = len(list(Path("/dev").glob("nvidia[0-9]*")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return there if visible is None else min(there, len([name for name in visible.split(",") if name.strip()]))
@@ -74,15 +74,15 @@ def gpu_count() -> int:
 
 
 def planned_processes(launch: LaunchConfig) -> int:
-    """Return the number of processes of a run that may be on other machines: a node's, times launch.nodes; 0 if not known."""
+    """Return the number of processes of a run on launch.nodes machines, perhaps others than this; 0 if not known."""
     per_node = launch.gpus_per_node if launch.nproc == "auto" and launch.nodes > 1 else run_processes(launch)
     return per_node * launch.nodes
 
 
 def run_processes(launch: LaunchConfig) -> int:
-    """Return the number of processes of a run: torchrun's if that started this one, otherwise what `launch.nproc` asks for.
+    """Return the number of processes of a run: torchrun's world size, or without torchrun that of `launch.nproc`.
 
-    0 for a `launch.nproc` that is no number.
+    0 if `launch.nproc` is not a number.
     """
     if under_torchrun():
         return int(os.environ["WORLD_SIZE"])

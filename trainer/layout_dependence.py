@@ -1,4 +1,4 @@
-"""Features of a run that can't keep a rule of the promise in full: said at its start, as in ARCHITECTURE.md's table."""
+"""Features that make a run's numbers depend on its layout, as listed in ARCHITECTURE.md. A run logs them at its start."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .schema import RunConfig
 
 
 def layout_dependence(config: RunConfig) -> Iterator[str]:
-    """Yield one line for each. Engines say theirs themselves: float8, keys of DeepSpeed's own."""
+    """Yield one line per such feature. Engines log their own: float8, DeepSpeed's keys."""
     if config.optim.compares_halves():
         yield "optim=agvm: its halves of a batch are halves of the ranks, so losses depend a little on the layout (R4)"
     if hasattr(config.batch, "multiple") and config.batch.multiple is None:

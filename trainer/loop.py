@@ -1,7 +1,7 @@
 """The training step and the loop around it.
 
-One direction, no back and forth: the controller says how many samples → data order yields the global batch → this
-rank's share → the engine accumulates → clip → update → counters → hooks.
+A step in order: the controller chooses the batch size → the data order gives the global batch → this rank's share of it →
+the engine accumulates gradients → clip → update → counters → hooks.
 """
 
 from __future__ import annotations
@@ -24,37 +24,39 @@ from ..optim.schedules.schedule import Schedule
 from ..parallel.engine import Engine
 from ..parallel.gradient_noise import Measure, Moments
 from ..parallel.mesh import Mesh
-from .all_ranks import together
-from .clock import Moment
+from .all_ranks import raise_on_all_ranks
 from .deferred import Deferred
+from .device_timestamp import DeviceTimestamp
 from .hooks.base import Hook
 from .signals import StopRequest
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is no longer a number."""
+    """The loss or the gradient norm is not finite."""
 
 
 @dataclass
 class Pending:
-    """A step that is done but for its numbers, which are still on the device.
+    """A finished step whose numbers are still on the device.
 
-    tokens: of its global batch, with padding; began, done: when the numbers before it, and its own, were there;
-    moments: what it measured, if it did, whose values are among the numbers
+    tokens   of its global batch, padding included
+    began    when the numbers of the step before were computed
+    done     when its own were
+    moments  the gradient statistics that it measured, if any; their values are among the numbers
     """
 
     progress: Progress
     lr: float
     tokens: int
-    began: Moment
-    done: Moment
+    began: DeviceTimestamp
+    done: DeviceTimestamp
     numbers: Deferred
     moments: Moments | None
 
 
 @dataclass
 class Loop:
-    """A run in progress. Everything in it was built by `build.py`; the counters are its only own state."""
+    """A run in progress. `build.py` builds its parts; the counters are the only state of its own."""
 
     mesh: Mesh
     engine: Engine
@@ -71,7 +73,7 @@ class Loop:
     progress: Progress = field(default_factory=Progress)
     stopping: bool = False
     _pending: list[Pending] = field(default_factory=list)
-    _began: Moment = field(init=False)
+    _began: DeviceTimestamp = field(init=False)
     _delivered: bool = False
     _last_loss: float = math.nan
     _last_statistics: GradientStatistics | None = None
@@ -80,11 +82,11 @@ class Loop:
         self.restart_clock()  # `step` may be called without `run`
 
     def run(self, stop: StopRequest) -> bool:
-        """Train until the horizon, or until a process was asked to stop. Returns whether the horizon was reached."""
+        """Train to the horizon, or until a stop is requested on any rank. Return whether the horizon was reached."""
         for hook in self.hooks:
             if not hook.alone:
                 hook.on_run_begin(self)
-        together(self.mesh, lambda: [hook.on_run_begin(self) for hook in self.hooks if hook.alone])
+        raise_on_all_ranks(self.mesh, lambda: [hook.on_run_begin(self) for hook in self.hooks if hook.alone])
         self.restart_clock()
         while not self.finished and not self.stopping:
             self.step(stop.requested)
@@ -95,27 +97,27 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        """Whether the run is as long as it was meant to be."""
+        """Whether the run has reached its horizon."""
         return self.horizon.position(self.progress, self.horizon.unit) >= self.horizon.total
 
     def step(self, stop_requested: bool = False) -> None:
-        """One update of the weights."""
+        """Update the weights once, from one global batch."""
         for hook in self.hooks:
             hook.on_step_begin(self)
         count = self.controller.next_batch(self.progress)
         before = self.progress.before(count, self.horizon.seq_len)
         micro = self.micro * self.controller.micro_factor(count)
         share = self.batches.load(GlobalBatch(before.samples, count), micro)
-        tokens, stops = self._agree(share.valid_tokens, stop_requested)
+        tokens, stops = self._sum_over_ranks(share.valid_tokens, stop_requested)
 
         measure = self._measure(before)
         loss = self.engine.accumulate(share, tokens, measure)
         norm = self.engine.gradient_norm()
         moments = None if measure is Measure.NOTHING else self.engine.gradient_moments(count)
         scalars = {"loss": loss.mean, "grad_norm": norm, "stops": stops, **loss.extras}
-        # On their way before the update, so that a controller which must know them does not wait for that.
+        # Copied before the update, so that a controller that needs them does not wait for it.
         numbers = Deferred(scalars if moments is None else {**scalars, **moments.scalars})
-        done = Moment(self.mesh.device)
+        done = DeviceTimestamp(self.mesh.device)
         if self.max_grad_norm is not None:
             self.engine.clip(self.max_grad_norm, norm)
         for hook in self.hooks:
@@ -128,46 +130,49 @@ class Loop:
         self._record(lr, done, numbers, moments)
 
     def _measure(self, before: Progress) -> Measure:
-        """What the controller wants to know of the step about to be taken."""
+        """Return the gradient statistics that the controller needs of the coming step."""
         if not self.controller.measures(before):
             return Measure.NOTHING
         return Measure.PROJECTIONS if self.controller.needs_projections else Measure.SQUARES
 
-    def _agree(self, valid_tokens: int, stop_requested: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Valid tokens of the whole global batch, and on how many processes a stop was requested: one collective.
+    def _sum_over_ranks(self, valid_tokens: int, stop_requested: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum over all ranks, in one collective: valid tokens of the global batch, and ranks on which a stop was requested.
 
-        Every process of a data rank (pipeline, context and tensor peers) counts the same tokens.
+        All ranks of a data rank (its pipeline, context and tensor peers) count the same tokens; the sum is divided by them.
         """
         layout, device = self.mesh.layout, self.mesh.device
-        # From pinned memory: any other copy to a GPU waits until it has done all that was queued before.
+        # From pinned memory: a copy to a GPU from pageable memory waits for all work queued before it.
         counted = torch.tensor([valid_tokens, stop_requested], dtype=torch.float64, pin_memory=device.type == "cuda")
         sums = self.mesh.sum(counted.to(device, non_blocking=True))
         return sums[0] / (layout.pp * layout.cp * layout.tp), sums[1]
 
-    def _record(self, lr: float, done: Moment, numbers: Deferred, moments: Moments | None) -> None:
-        """Note the step just done, whose numbers are on their way; those of the step before have arrived and go to the hooks.
+    def _record(self, lr: float, done: DeviceTimestamp, numbers: Deferred, moments: Moments | None) -> None:
+        """Queue the step just done, and hand the numbers of the step before, which have arrived, to the hooks.
 
-        The next step waits for those of the run's first, and for a controller that decides by them.
+        The host waits for the newest numbers only after a run's first step, or if the controller needs them.
         """
         tokens = self.progress.batch * self.horizon.seq_len
         self._pending.append(Pending(self.progress, lr, tokens, self._began, done, numbers, moments))
         self._began = done
         must_know = self.controller.needs_loss or moments is not None
-        self.deliver_metrics(keep=0 if must_know or not self._delivered else 1)  # somebody is waiting for the first
+        self.deliver_metrics(keep=0 if must_know or not self._delivered else 1)  # users wait for the first
         if must_know:
             self.controller.observe(self._last_statistics, self._last_loss, self.progress)
 
     def restart_clock(self) -> None:
-        """Leave what was done since the last step (an evaluation, say) out of the next step's seconds."""
-        self._began = Moment(self.mesh.device)
+        """Exclude the time since the last step (of an evaluation, for example) from the next step's seconds."""
+        self._began = DeviceTimestamp(self.mesh.device)
 
     def deliver_metrics(self, keep: int) -> None:
-        """Hand the numbers of finished steps to the hooks, all but the newest `keep`: those may still be computing."""
+        """Hand the numbers of finished steps to the hooks, except the newest `keep`, which may still be computing.
+
+        Raises TrainingDiverged on all ranks for a loss or gradient norm that is not finite.
+        """
         while len(self._pending) > keep:
             step = self._pending.pop(0)
             self._delivered = True
             progress, numbers = step.progress, step.numbers.read()
-            seconds = step.done.since(step.began)
+            seconds = step.done.seconds_since(step.began)
             rate = step.tokens / seconds
             self.stopping |= numbers.pop("stops") > 0
             self._last_loss = numbers["loss"]
@@ -199,7 +204,7 @@ class Loop:
                 hook.on_metrics(self, row)
 
     def _device_numbers(self, tokens_per_second: float) -> dict[str, float]:
-        """Model FLOPs utilisation and peak memory, where there is a GPU whose peak is known."""
+        """Return peak memory, and model FLOPs utilisation where the GPU's peak is known; nothing on a CPU."""
         if self.mesh.device.type != "cuda":
             return {}
         numbers = {
@@ -213,6 +218,6 @@ class Loop:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak of a GPU by its name, in FLOP/s, from the vendors' datasheets; None for one not listed."""
+    """Return a GPU's dense bf16 peak in FLOP/s by its name, from the vendors' datasheets; None for one not listed."""
     peaks = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "MI300X": 1307e12}
     return next((peak for name, peak in peaks.items() if name in device_name), None)

@@ -1,4 +1,4 @@
-"""What a machine can't do for a run, as it is now: its GPUs, its folders, other runs in them. Imports no torch."""
+"""Problems of this machine, as it is now: GPUs, folders, other runs in them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .find_checkpoint import resumes_own_run
 from .launching import gpu_count, run_processes, under_torchrun
 from .schema import RunConfig
 
-RUN_LOCK = ".run.lock"  # checkpoints, which have a lock of their own, may lie in the same folder
+RUN_LOCK = ".run.lock"  # not the checkpoints' lock, which may lie in the same folder
 
 
 def machine_problems(config: RunConfig) -> list[Problem]:
-    """Return what keeps this machine, as it is now, from running a config."""
+    """Return the problems that keep this machine, as it is now, from running a config."""
     return [*_processes(config), *(_folders(config) if os.environ.get("RANK", "0") == "0" else ()), *_restarts(config)]
 
 
@@ -36,7 +36,7 @@ def _processes(config: RunConfig) -> Iterator[Problem]:
 
 
 def _folders(config: RunConfig) -> Iterator[Problem]:
-    """Yield what keeps the process that writes from writing."""
+    """Yield the problems of the folders and services that rank 0 writes to."""
     if config.logging.wandb:
         from .hooks.loggers.weights_and_biases import wandb_problems
 
@@ -48,7 +48,7 @@ def _folders(config: RunConfig) -> Iterator[Problem]:
 
 
 def _restarts(config: RunConfig) -> Iterator[Problem]:
-    """Yield whether restarted processes would take an earlier run's checkpoint for their own."""
+    """Yield a problem if restarted processes would mistake an earlier run's checkpoint for their own."""
     if not under_torchrun() and config.launch.max_restarts and not resumes_own_run(str(config.resume)):
         try:
             earlier = find_latest(checkpoint_folder(config))
@@ -62,19 +62,19 @@ def _restarts(config: RunConfig) -> Iterator[Problem]:
 
 
 def _taken(config: RunConfig) -> Iterator[Problem]:
-    """Yield folders that another run of this machine has. The run takes them itself, but only when its data are there."""
-    asked = [("output_dir", str(config.output_dir), RUN_LOCK, "writing")]
+    """Yield a problem for each folder that another run has locked. The run locks them itself, after its data is prepared."""
+    folders = [("output_dir", str(config.output_dir), RUN_LOCK, "writing")]
     folder = checkpoint_folder(config)
     if config.checkpoint.every != 0 and not is_remote(folder):
-        asked.append(("checkpoint.folder", folder.removeprefix("file://"), LOCK, "saving"))
-    for key, place, name, doing in asked:
-        with contextlib.suppress(OSError):  # which `_unwritable` has said
+        folders.append(("checkpoint.folder", folder.removeprefix("file://"), LOCK, "saving"))
+    for key, place, name, doing in folders:
+        with contextlib.suppress(OSError):  # reported by `_unwritable`
             if (holder := holder_of(Path(place), name)) is not None:
                 yield Problem(key, refusal(Path(place), doing, holder))
 
 
 def _unwritable(key: str, folder: str) -> Iterator[Problem]:
-    """Yield whether a folder, or the one that it would be made in, can't be written to."""
+    """Yield a problem if a folder, or the nearest one above it that exists, can't be written to."""
     place = Path(folder).absolute()
     try:
         while not _exists(place):
@@ -89,7 +89,7 @@ def _unwritable(key: str, folder: str) -> Iterator[Problem]:
 
 
 def _exists(path: Path) -> bool:
-    """Raises OSError where that can't be told: a name too long for a file, a folder that nobody may look into."""
+    """Return whether a path exists. Raises OSError where that can't be told: a name too long, a folder without access."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):

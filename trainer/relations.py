@@ -1,4 +1,4 @@
-"""What may be wrong between groups of the config, told without PyTorch. Each relation names the keys that it reads."""
+"""Checks of how groups of the config fit together, without PyTorch. Each relation names the keys that it reads."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from .schema import RunConfig
 
 @dataclass(frozen=True)
 class Relation:
-    """A check of how keys fit together, made where none of them has a problem of its own.
+    """A check of how keys fit together, skipped if one of them has a problem of its own.
 
     needs  keys, or groups, that it reads
-    check  of a run on a number of processes (0: not known)
+    check  (config, number of processes or 0 if not known) → problems
     """
 
     needs: tuple[str, ...]
     check: Callable[[RunConfig, int], Iterable[Problem]]
 
 
-def ask(group: str, question: Callable[[], Iterable[Problem]]) -> list[Problem]:
-    """Return the answer of an object of the group; a node that can't be turned into an object is a problem too."""
+def collect_problems(group: str, check: Callable[[], Iterable[Problem]]) -> list[Problem]:
+    """Return the problems that `check` finds in an object of the group. A node that can't be built is a problem too."""
     try:
-        return list(question())
+        return list(check())
     except ConfigError as error:
         return error.problems
-    except OSError as error:  # a file that a key names and that can't even be looked for
+    except OSError as error:  # a key names a file that can't be looked up
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error) or type(error).__name__
         return [Problem(group, reason, f"check the keys of {group}")]
     except (ImportError, TypeError, ValueError, KeyError) as error:
@@ -69,7 +69,7 @@ def _schedule(config: RunConfig, _: int) -> Iterable[Problem]:
 
 
 def _deal(config: RunConfig, world_size: int) -> Iterator[Problem]:
-    """Yield whether a fixed global batch can be dealt in whole micro-batches to the data-parallel processes."""
+    """Yield a problem if a fixed global batch does not divide into whole micro-batches for the data-parallel ranks."""
     samples, micro, data_size = config.batch.samples, config.batch.micro, planned_data_size(config, world_size)
     unit = micro * data_size
     if config.batch.name != "fixed" or not isinstance(samples, int) or samples % unit == 0:
@@ -85,10 +85,10 @@ def _deal(config: RunConfig, world_size: int) -> Iterator[Problem]:
 
 
 def data_problems(config: RunConfig, _: int) -> Iterable[Problem]:
-    """Return what the data node finds wrong with its keys and files."""
+    """Return the problems of the data node's keys and files."""
     if isinstance(config.data, Custom):  # which may need PyTorch
         return ()
-    return ask("data", lambda: build_node(config.data, config.seed, config.model.vocabulary).problems())
+    return collect_problems("data", lambda: build_node(config.data, config.seed, config.model.vocabulary).problems())
 
 
 def _coupling(config: RunConfig, _: int) -> Iterable[Problem]:

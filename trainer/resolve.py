@@ -1,4 +1,4 @@
-"""What a command line really asks for, found once per process: the config to run, where it goes on from, all its problems."""
+"""Resolve a command line, once per process: the config to run, the checkpoint to resume from, and all problems."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ FOLDERS = ("output_dir", "checkpoint.folder", "checkpoint.snapshot_folder", "par
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """One run, ready to be started if it has no problems.
+    """One run, ready to start if it has no problems.
 
-    config      typed; values that were left to a law are numbers
-    checkpoint  to go on from; None: a fresh start
+    config      typed; values left to a scaling law are numbers
+    checkpoint  to resume from; None: a fresh start
     world_size  number of its processes; 0: not known
     problems    everything that a person must change
-    notices     what to say at the start
+    notices     messages to log at the start
     """
 
     config: RunConfig
@@ -40,7 +40,7 @@ class ResolvedRun:
     notices: tuple[str, ...] = ()
 
     def refuse(self) -> None:
-        """Raise ConfigError where there are problems."""
+        """Raise ConfigError if there are problems."""
         if self.problems:
             raise ConfigError(self.problems)
 
@@ -54,17 +54,17 @@ def resolve(
     data_elsewhere: bool = False,
     more: Callable[[RunConfig], Sequence[Problem]] = lambda _: (),
 ) -> ResolvedRun:
-    """Return the run that a command line asks for. Raises ConfigError where not even a config can be composed.
+    """Return the run that a command line describes. Raises ConfigError if no config can be composed.
 
-    processes  number of the run's processes, by its config; 0: not known
-    resumes    whether a checkpoint that `resume` names is gone on from; a plan, say, is one of the words alone
-    data_elsewhere  what is wrong with the data's files is a notice only: they may lie on another machine
-    more       further problems of the machine, asked with the others
+    processes       config → number of the run's processes; 0: not known
+    resumes         whether to resume from the checkpoint that `resume` names; a plan, for example, ignores it
+    data_elsewhere  report problems of the data's files as notices only: they may lie on another machine
+    more            config → further problems, of the machine for example
     """
     composer = make_composer(config_dir)
     composition = composer.compose(overrides)
-    asked: dict[str, Any] = {"processes": processes, "resumes": resumes, "data_elsewhere": data_elsewhere, "more": more}
-    return resolve_composed(composer, composition, overrides, **asked)
+    options: dict[str, Any] = {"processes": processes, "resumes": resumes, "data_elsewhere": data_elsewhere, "more": more}
+    return resolve_composed(composer, composition, overrides, **options)
 
 
 def resolve_composed(
@@ -77,16 +77,16 @@ def resolve_composed(
     data_elsewhere: bool = False,
     more: Callable[[RunConfig], Sequence[Problem]] = lambda _: (),
 ) -> ResolvedRun:
-    """Return the run of a command line that has been composed: see `resolve`."""
+    """Return the run of a composed command line: see `resolve`."""
     expand_home(composition.config)
     checkpoint: Path | str | None = None
     notices: list[str] = []
     refused: list[Problem] = []
     if resumes:
         try:
-            checkpoint, state = _found(composition.config)
+            checkpoint, state = _read_checkpoint(composition.config)
             if state is not None:
-                composition, notices = _resumed(composer, composition, overrides, state)
+                composition, notices = _compose_resumed(composer, composition, overrides, state)
         except ConfigError as error:
             refused = error.problems
     config, untyped = typed_config(composition.config)
@@ -98,8 +98,8 @@ def resolve_composed(
     return ResolvedRun(config, checkpoint, world_size, tuple(found), (*composition.notices, *notices, *map(str, elsewhere)))
 
 
-def _found(config: DictConfig) -> tuple[Path | str | None, dict[str, Any] | None]:
-    """Return the checkpoint to go on from, and its state where a run saved it (not an import)."""
+def _read_checkpoint(config: DictConfig) -> tuple[Path | str | None, dict[str, Any] | None]:
+    """Return the checkpoint to resume from, and its state; no state for an import."""
     checkpoint = checkpoint_to_resume(config)
     if checkpoint is None:
         return None, None
@@ -111,14 +111,14 @@ def _found(config: DictConfig) -> tuple[Path | str | None, dict[str, Any] | None
     return checkpoint, None if is_import(state) else state
 
 
-def _resumed(
+def _compose_resumed(
     composer: Composer, composition: Composition, overrides: Sequence[str], state: dict[str, Any]
 ) -> tuple[Composition, list[str]]:
-    """Return the composition of a run that goes on, and what to say about it."""
+    """Return the composition of a resumed run, and notices about it."""
     saved = saved_config(state)
     if choices := saved_choices(saved, composition.config, overrides):
         composition = composer.compose([*choices, *overrides])
-        composition.notices.clear()  # they are about options that the run has had all the time
+        composition.notices.clear()  # about options that the run already has
         expand_home(composition.config)
     bad = {problem.key for problem in composition.problems}
     good = [line for line in overrides if line.partition("=")[0].lstrip("+~") not in bad and line not in bad]
@@ -128,14 +128,14 @@ def _resumed(
 
 
 def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> tuple[RunConfig, list[Problem]]:
-    """Return the typed config of the words alone, not judged further, and the problems that came up on the way."""
+    """Return the typed config of a command line, and the problems of composing it. Checks nothing else."""
     composition = make_composer(config_dir).compose(overrides)
     config, untyped = typed_config(composition.config)
     return config, [*composition.problems, *untyped]
 
 
 def expand_home(config: DictConfig) -> None:
-    """Shells expand ~ in some places only, and in a recipe nobody does."""
+    """Expand ~ in the folders of a config: shells do so in some places only, and not in recipe files."""
     for key in FOLDERS:
         written = OmegaConf.select(config, key)
         if isinstance(written, str) and written.startswith("~"):

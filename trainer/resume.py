@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: its state put back into a freshly built run."""
+"""Resume from a checkpoint: load its state into a freshly built run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..optim.progress import Progress
 from ..parallel.fragment import Fragment
 from .build import Run, build_control
 from .find_checkpoint import is_import, is_inside
-from .hooks.base import named
+from .hooks.base import hooks_by_name
 from .identity import Origin, is_own
 from .loop import Loop
 
@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 
 def restore_run(run: Run, checkpoint: Path | str, folder: str, *, strict: bool) -> Origin:
-    """Put a checkpoint's arrays and counters into a freshly built run; of imported ones (fine-tuning), the weights alone.
+    """Load a checkpoint's arrays and counters into a freshly built run; from an import (fine-tuning), only the weights.
 
-    folder: of the run's own checkpoints. Of another run's, what belongs to that one (`Hook.of_one_run`) is left to it.
-    strict: refuse optimizer state that does not fit (CheckpointError). Otherwise what fits is loaded and the rest reported.
+    folder: of the run's own checkpoints. From another run's, the state of hooks with `of_one_run` is not loaded.
+    strict: raise CheckpointError for optimizer state that does not fit. Otherwise load what fits and log the rest.
     """
     loop = run.loop
     stated = read_state(checkpoint)
@@ -48,23 +48,23 @@ def restore_run(run: Run, checkpoint: Path | str, folder: str, *, strict: bool) 
         log.warning("the data differs from the checkpoint's: the run goes on at sample %d of the new data", samples)
     loop.engine.load_counters({name: value for name, value in state["counters"].items() if name in known})
     loop.progress = Progress.from_state(state["progress"], _first_batch(state))
-    # A run that goes on under a measuring controller keeps the size it had come to, whatever had chosen that.
+    # Under a measuring controller a resumed run keeps its current batch size, whatever chose it.
     loop.controller.load_state_dict({"target": loop.progress.batch, **state["controller"]})
     own = is_inside(checkpoint, folder) and is_own(report.run, folder)
-    for name, hook in named(loop.hooks).items():
+    for name, hook in hooks_by_name(loop.hooks).items():
         if own or not hook.of_one_run:
             hook.load_state_dict(state["hooks"].get(name, {}))
     return Origin(report.run, report.step, report.commit, own)
 
 
 def _first_batch(state: dict[str, Any]) -> int:
-    """Samples of a run's first step, as the config of a checkpoint tells; a stage that begins the run may have another."""
+    """Return the batch size of a run's first step, from its saved config. A run that begins in a stage may have another."""
     samples = state["config"]["batch"].get("samples")
     return samples if isinstance(samples, int) else state["progress"]["batch"]
 
 
 def _same_tokens(state: dict[str, Any], data: DataNode, checkpoint: Path | str) -> None:
-    """Raise ConfigError where a token id would now mean another piece of text than the model has learnt."""
+    """Raise ConfigError if the data's tokenizer is not the one that the model was trained with."""
     saved, now = state.get("tokenizer"), None if data.tokenizer is None else data.tokenizer.fingerprint
     if saved is None or now is None or saved == now:
         return
@@ -74,7 +74,7 @@ def _same_tokens(state: dict[str, Any], data: DataNode, checkpoint: Path | str) 
 
 
 def _restore(loop: Loop, checkpoint: Path | str, fragments: list[Fragment], *, strict: bool) -> RestoreReport:
-    """Restore on all ranks, each byte read by one of them. The others get it through a process group that lives for this."""
+    """Restore on all ranks. Each byte is read by one rank, which sends it to others through a temporary process group."""
     group = dist.new_group(backend="gloo") if loop.mesh.layout.world_size > 1 else None
     assert not isinstance(group, int), "every process is a member"
     try:
@@ -85,7 +85,7 @@ def _restore(loop: Loop, checkpoint: Path | str, fragments: list[Fragment], *, s
 
 
 def _restore_weights(loop: Loop, checkpoint: Path | str) -> RestoreReport:
-    """Begin a run from imported weights: step 0, fresh optimizer state. Raises ConfigError on all ranks if some don't fit."""
+    """Start a run from imported weights: step 0, fresh optimizer state. Raises ConfigError on all ranks if some don't fit."""
     weights = [fragment for fragment in loop.engine.fragments() if fragment.role == "weight"]
     report = _restore(loop, checkpoint, weights, strict=False)
     _refuse_other_weights(loop, checkpoint, report)
@@ -94,7 +94,7 @@ def _restore_weights(loop: Loop, checkpoint: Path | str) -> RestoreReport:
 
 
 def _refuse_other_weights(loop: Loop, checkpoint: Path | str, report: RestoreReport) -> None:
-    """Raise ConfigError on all ranks if some rank has a weight that the checkpoint has not, or in another shape."""
+    """Raise ConfigError on all ranks if the checkpoint lacks a weight of some rank, or has it in another shape."""
     absent = sorted(key for key in {*report.missing, *report.mismatched} if key.startswith("weight/"))
     if loop.mesh.any(bool(absent)):
         named = f" ({', '.join(absent[:4])}{', …' if len(absent) > 4 else ''})" if absent else ""

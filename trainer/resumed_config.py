@@ -1,4 +1,4 @@
-"""The config of a run that goes on: its checkpoint's recipe and habits, today's placement, and what is typed on top of all."""
+"""Config of a resumed run: the checkpoint's recipe and habits, today's placement, and the typed overrides on top."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .schema import OPTIONS, RunConfig
 from .sides import key_sides
 from .typed import option_of, typed_config
 
-UNTOLD = ("output_dir", "resume")  # placement that every resume may change, and nobody needs to be told of
+UNREPORTED = ("output_dir", "resume")  # placement that every resume may change
 ABSENT = object()
 
 
 def saved_config(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config that a checkpoint carries, under today's names."""
+    """Return the config saved in a checkpoint, under the current names."""
     return with_renamed_keys(with_moved_targets(copy.deepcopy(state.get("config") or {})))
 
 
 def saved_choices(saved: Mapping[str, Any], fresh: DictConfig, overrides: Iterable[str]) -> list[str]:
-    """Return the overrides that choose a checkpoint's options of groups for which this command line chooses none.
+    """Return overrides that choose the checkpoint's option for each group where the command line chooses none.
 
-    With them a command line is composed, and its keys are judged, as the run has them that goes on.
+    With them the command line is composed and checked against the options that the resumed run has.
     """
     typed = {key for key, _ in _typed(overrides)}
     if "recipe" in typed and fresh.get("recipe") != saved.get("recipe"):
@@ -43,10 +43,12 @@ def saved_choices(saved: Mapping[str, Any], fresh: DictConfig, overrides: Iterab
 
 
 def resume_config(saved: Mapping[str, Any], fresh: DictConfig, overrides: Iterable[str]) -> tuple[DictConfig, list[str]]:
-    """Return the config of a run that goes on from a checkpoint, and what to say about it.
+    """Return the config of a run that resumes from a checkpoint, and notices about it.
 
-    saved: the checkpoint's config; fresh: the composition of this command line, whose words are `overrides`. Naming another
-    recipe than the saved one starts from that recipe altogether. Choosing the option that the checkpoint has changes nothing.
+    A typed recipe other than the saved one replaces the saved config. Choosing the option that the checkpoint has changes
+    nothing.
+
+    saved: the checkpoint's config; fresh: the composition of this command line; overrides: its words
     """
     today = cast(dict[str, Any], OmegaConf.to_container(fresh, resolve=True, throw_on_missing=False))
     typed = dict(_typed(overrides))
@@ -78,7 +80,7 @@ def _typed(overrides: Iterable[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _is_typed(key: str, typed: Mapping[str, Any]) -> bool:
-    """Return whether a key was typed, or the node that it is in; a choice of a group's option is not its keys."""
+    """Return whether a key, or a node that contains it, was typed. Choosing a group's option does not type its keys."""
     return any(key == given or (key.startswith(f"{given}.") and given not in OPTIONS) for given in typed)
 
 
@@ -87,7 +89,7 @@ def _same_option(saved: Any, fresh: Any) -> bool:
 
 
 def _placed(key: str, now: Any, before: Any) -> Any:
-    """Return the value of a key of placement: today's. Of data that today's words don't place, the checkpoint's."""
+    """Return the value of a placement key: today's; for data that today's command line does not place, the checkpoint's."""
     if now is ABSENT or now == MISSING or (now is None and key.startswith("data.")):
         return before if key.startswith("data.") else ABSENT
     return now
@@ -102,7 +104,7 @@ def _at(tree: Any, key: str) -> Any:
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key; take it out for ABSENT, which leaves its default."""
+    """Set a key; with ABSENT, delete it, which leaves its default."""
     *groups, name = key.split(".")
     for group in groups:
         if not isinstance(tree.get(group), dict):
@@ -115,7 +117,7 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _known(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the config without the keys that this version does not have, and these."""
+    """Return the config without keys that this version does not have, and the names of these."""
     config: Any = OmegaConf.create(tree)
     dropped = drop_unknown(config)
     tree = cast(dict[str, Any], OmegaConf.to_container(config))
@@ -135,9 +137,9 @@ def _schema(tree: dict[str, Any]) -> DictConfig:
 def _changes(
     saved: Mapping[str, Any], merged: dict[str, Any], sides: Mapping[str, Side], side: Side, head: str
 ) -> Iterator[str]:
-    """Yield one line with the keys of a side that have other values than the checkpoint's."""
+    """Yield one line with the keys of a side whose values differ from the checkpoint's, if any do."""
     said: list[str] = []
-    for key in (key for key, its in sides.items() if its is side and key not in UNTOLD and not key.endswith("._target_")):
+    for key in (key for key, its in sides.items() if its is side and key not in UNREPORTED and not key.endswith("._target_")):
         before, now = _at(dict(saved), key), _at(merged, key)
         if before != now and ABSENT not in (before, now):
             said.append(f"{key}={_written(now)} (was {_written(before)})")
@@ -146,7 +148,7 @@ def _changes(
 
 
 def _kept(saved: Mapping[str, Any], today: dict[str, Any], merged: dict[str, Any], sides: Mapping[str, Side]) -> Iterator[str]:
-    """Yield where the recipe's files now say something else than the checkpoint, whose value is kept."""
+    """Yield a line for each key where the recipe files differ from the checkpoint, whose value is kept."""
     for key, side in sides.items():
         now, kept = _at(today, key), _at(merged, key)
         if side is not Side.PLACEMENT and now is not ABSENT and now != kept and kept == _at(dict(saved), key):

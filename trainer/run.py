@@ -1,4 +1,4 @@
-"""One run, from its config to its exit code."""
+"""Run a resolved config, from prepared data to an exit code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..models.config import DecoderConfig
 from ..parallel.engines import start_compiling
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, pick_device
-from .all_ranks import FailedElsewhere, on_main, together
+from .all_ranks import PeerFailed, on_main, raise_on_all_ranks
 from .build import Run, build_run, engine_settings
 from .derived import checkpoint_folder
 from .find_checkpoint import resumes_own
@@ -27,7 +27,7 @@ from .identity import Origin, identify, take_over_metrics
 from .layout_dependence import layout_dependence
 from .loop import TrainingDiverged
 from .machine import RUN_LOCK
-from .relations import ask
+from .relations import collect_problems
 from .resolve import ResolvedRun
 from .resume import restore_run
 from .schema import RunConfig
@@ -39,20 +39,22 @@ log = logging.getLogger(__name__)
 
 
 def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
-    """Train as a resolved run says, on the processes that this one was started among. Return the exit code.
+    """Train a resolved run, as one of its processes. Return the exit code.
 
-    0 if the run reached its end, or was asked to stop (SIGTERM, SIGUSR1) and saved its state; 1 if it diverged, or if another
-    process could not begin (2 where it found the config at fault) and says why. Raises ConfigError, before anything is touched,
-    for a config that can't run, and whatever else makes a run fail.
+    0  the run reached its end, or was asked to stop (SIGTERM, SIGUSR1) and saved its state
+    1  it diverged, or another rank failed to start and reports why
+    2  another rank found the config at fault
 
-    stop: tells the caller afterwards whether the run was asked to stop.
+    Raises ConfigError for a config that can't run, before anything is touched, and any other exception that ends the run.
+
+    stop: after the run, tells the caller whether a stop was requested
     """
     stop = stop or StopRequest()
     resolved.refuse()
     for notice in resolved.notices:
         log.info("%s", notice)
     config, checkpoint, parallel = resolved.config, resolved.checkpoint, resolved.config.parallel
-    # Before the process groups: building a large corpus may take longer than their time-out.
+    # Before connecting: building a large corpus may take longer than the process groups' time-out.
     data = prepared_data(config.data, config.seed, config.model.vocabulary)
     if os.environ.get("LOCAL_RANK", "0") == "0" and isinstance(config.model, DecoderConfig):
         shape = replace(config.model, vocabulary=config.model.vocabulary or data.vocabulary)
@@ -67,18 +69,18 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
     except TrainingDiverged as error:
         log.error("%s", error)
         return 1
-    except FailedElsewhere as error:
-        return 2 if error.refused else 1
+    except PeerFailed as error:
+        return 2 if error.config_error else 1
     finally:
         mesh.close()
 
 
 def prepared_data(config: DataConfig, seed: int, vocabulary: int | None) -> DataNode:
-    """Return data ready to be read. Raises ConfigError for data that can't be: its message names file and place.
+    """Build and prepare the data. Raises ConfigError for data that can't be read, naming the file and the place.
 
-    vocabulary: of the model; None: the data's.
+    vocabulary: of the model; None: the data's
     """
-    if problems := ask("data", lambda: build_node(config, seed, vocabulary).problems()):
+    if problems := collect_problems("data", lambda: build_node(config, seed, vocabulary).problems()):
         raise ConfigError(problems)
     data = build_node(config, seed, vocabulary)
     try:
@@ -99,27 +101,27 @@ def prepared_data(config: DataConfig, seed: int, vocabulary: int | None) -> Data
 
 def _train(config: RunConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None, stop: StopRequest) -> int:
     output_dir = Path(config.output_dir)
-    claim = together(mesh, lambda: _claim(output_dir) if mesh.is_main else None)
+    lock = raise_on_all_ranks(mesh, lambda: _lock_output_dir(output_dir) if mesh.is_main else None)
     try:
-        return _trained(config, data, mesh, checkpoint, stop)
+        return _run_locked(config, data, mesh, checkpoint, stop)
     finally:
-        if claim is not None:
-            claim.release()
+        if lock is not None:
+            lock.release()
 
 
-def _trained(config: RunConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None, stop: StopRequest) -> int:
+def _run_locked(config: RunConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None, stop: StopRequest) -> int:
     output_dir = Path(config.output_dir)
     current = build_run(config, plain_config(config), data, mesh)
     try:
         folder, strict = checkpoint_folder(config), config.checkpoint.strict
         origin = None if checkpoint is None else restore_run(current, checkpoint, folder, strict=strict)
         on_main(mesh, lambda: _take_over(config, current, origin))
-        on_main(mesh, lambda: _describe(config, data, output_dir))
+        on_main(mesh, lambda: _write_description(config, data, output_dir))
         if mesh.is_main:
             _warn_of_repetition(current)
         with stop:
-            reached = _looped(current, stop)
-        # Of a signal that came too late for a step to hear it the run is over all the same; a sweep shall be.
+            reached = _run_loop(current, stop)
+        # A signal after the last step does not change the run, which is over, but must still stop a sweep.
         stop.obeyed = mesh.any(stop.requested) or current.loop.stopping
         if reached:
             for hook in current.loop.hooks:
@@ -132,13 +134,13 @@ def _trained(config: RunConfig, data: DataNode, mesh: Mesh, checkpoint: Path | s
         current.close()
 
 
-def _looped(current: Run, stop: StopRequest) -> bool:
-    """Train, and wait for the last save. Returns whether the run reached its end."""
+def _run_loop(current: Run, stop: StopRequest) -> bool:
+    """Train, and wait for the last save. Return whether the run reached its end."""
     try:
         reached = current.loop.run(stop)
-    except TrainingDiverged:  # on all processes at the same step: they can still finish a save together
+    except TrainingDiverged:  # on all ranks at the same step: they can still complete a save
         if current.saving is not None:
-            current.saving.settle(current.loop)
+            current.saving.wait(current.loop)
         current.loop.engine.finish()
         raise
     if current.saving is not None:
@@ -148,7 +150,7 @@ def _looped(current: Run, stop: StopRequest) -> bool:
 
 
 def _take_over(config: RunConfig, current: Run, origin: Origin | None) -> None:
-    """Make the folders this run's. Nothing is in its way any more: what an earlier run has left there may be moved aside."""
+    """Take over the run's folders: move files of an earlier run aside. Called once nothing can refuse this run any more."""
     resumes = resumes_own(str(config.resume))
     identity = identify(origin, checkpoint_folder(config), resumes=resumes)
     take_over_metrics(Path(config.output_dir), identity)
@@ -156,13 +158,13 @@ def _take_over(config: RunConfig, current: Run, origin: Origin | None) -> None:
         current.saving.begin_run(identity, 0 if origin is None or not origin.own else origin.commit)
 
 
-def _describe(config: RunConfig, data: DataNode, output_dir: Path) -> None:
-    """Leave the whole config and the tokenizer with the run, and say which rules it can't keep."""
+def _write_description(config: RunConfig, data: DataNode, output_dir: Path) -> None:
+    """Write the whole config and the tokenizer into the run's folder, and log features that depend on the layout."""
     (output_dir / "config.yaml").write_text(annotated_yaml(config))
     if data.tokenizer is not None:
         data.tokenizer.save(output_dir / "tokenizer.json")  # for `meshloom generate`, wherever the checkpoints go
-    for exception in layout_dependence(config):
-        log.warning("%s", exception)
+    for line in layout_dependence(config):
+        log.warning("%s", line)
 
 
 def _warn_of_repetition(run: Run) -> None:
@@ -171,8 +173,8 @@ def _warn_of_repetition(run: Run) -> None:
         log.warning("the data has %d samples, fewer than a batch of %d: every step repeats some", samples.epoch_size, batch)
 
 
-def _claim(output_dir: Path) -> FolderLock:
-    """Make the run's folder and take it for this run alone. Raises ConfigError."""
+def _lock_output_dir(output_dir: Path) -> FolderLock:
+    """Create the run's folder and lock it for this run. Raises ConfigError."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         return FolderLock(output_dir, RUN_LOCK, "writing")

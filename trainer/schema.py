@@ -1,4 +1,4 @@
-"""The whole config of a run, typed, and its registration with Hydra. A group's dataclass stands beside what it configures."""
+"""The typed config of a whole run, and its registration with Hydra. Each group's dataclass is in the folder it configures."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIONS: dict[str, tuple[type, ...]] = {
 
 @dataclass
 class RunConfig:
-    """Everything a run is a function of."""
+    """The whole config of a run."""
 
     SIDE: ClassVar[Side] = Side.RECIPE
 
@@ -63,7 +63,7 @@ class RunConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def problems(self) -> list[Problem]:
-        """Return what is wrong with the run's own values and with those of every group, each judged by itself."""
+        """Return the problems of the run's own values and of every group, each checked by itself."""
         found = list(self._own_problems())
         for name in groups():
             if name and getattr(self, name) is not None:
@@ -100,12 +100,12 @@ class GroupKey:
 
     @property
     def name(self) -> str:
-        """As it is written on the command line."""
+        """The key as written on the command line."""
         return f"{self.group}.{self.key.name}" if self.group else self.key.name
 
 
 def groups() -> dict[str, tuple[type, ...]]:
-    """Group → its dataclasses: one, or that of each option. "" stands for the run's own keys."""
+    """Return group → its dataclasses: one, or one per option. "" stands for the run's own keys."""
     hints = typing.get_type_hints(RunConfig)
     found: dict[str, tuple[type, ...]] = {"": (RunConfig,)}
     for name, hint in hints.items():
@@ -117,7 +117,7 @@ def groups() -> dict[str, tuple[type, ...]]:
 
 
 def group_keys(group: str) -> Iterator[GroupKey]:
-    """Every key of a group, those that several options declare alike once."""
+    """Yield every key of a group; one that several options declare alike, once."""
     kinds = groups()[group]
     if not group:
         own = [one for one in dataclasses.fields(RunConfig) if one.metadata]
@@ -140,7 +140,7 @@ def group_keys(group: str) -> Iterator[GroupKey]:
 
 
 def register_schemas() -> None:
-    """Make the typed form of every recipe group known to Hydra."""
+    """Register the schema of every recipe group with Hydra."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
@@ -156,7 +156,7 @@ def register_schemas() -> None:
 
 
 def make_composer(config_dir: str | None = None) -> Composer:
-    """A composer of configs of this schema. Raises ConfigError where `config_dir` does not exist."""
+    """Make a composer of configs of this schema. Raises ConfigError if `config_dir` does not exist."""
     from ..config.compose import Composer
 
     register_schemas()

@@ -21,7 +21,7 @@ LEGEND = (
 
 
 def key_sides(config: RunConfig) -> dict[str, Side]:
-    """Return key → side, for every key that this run has. Keys of a class of the user's own are recipe."""
+    """Return key → side for every key of this run. Keys of a user's own class are recipe."""
     own = {field.name for field in dataclasses.fields(RunConfig) if field.metadata}
     found = {key.name: _side(key.side, config) for key in keys_of(RunConfig, only=own)}
     for group in filter(None, groups()):
@@ -35,7 +35,7 @@ def key_sides(config: RunConfig) -> dict[str, Side]:
 
 
 def _source_sides(config: RunConfig) -> Iterator[tuple[str, Side]]:
-    """Yield the sides of the sources of a mixture, which are nodes of the group themselves."""
+    """Yield key → side for the sources of a mixture, which are themselves nodes of the group."""
     sources: Any = getattr(config.data, "sources", None)
     for name, node in sources.items() if isinstance(sources, dict) else ():
         kind = option_of("data", node) if isinstance(node, dict) else None

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1, Ctrl-C: the run is asked to stop. The loop agrees on it, saves once, and ends cleanly."""
+"""Stop requests by SIGTERM, SIGUSR1 or Ctrl-C: the ranks agree on them, save once, and end cleanly."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-AT_ONCE = 128 + signal.SIGINT  # the exit code that a shell's user expects of what a second Ctrl-C has ended
+INTERRUPTED = 128 + signal.SIGINT  # exit code after a second Ctrl-C, as a shell gives it
 STOPPING = "stopping after this step; press again to stop at once"
 
 
 def interrupt() -> None:
-    """What Python does by itself for Ctrl-C."""
+    """Raise KeyboardInterrupt, as Python itself does for Ctrl-C."""
     raise KeyboardInterrupt
 
 
 def show_cursor() -> None:
-    """For a process that ends at once: a progress bar has hidden the terminal's cursor, and has no time to give it back."""
+    """Show the terminal's cursor, which a progress bar has hidden, before a process ends at once."""
     with contextlib.suppress(OSError):
         if os.isatty(1):
             os.write(1, b"\x1b[?25h")
 
 
 class StopRequest:
-    """Remembers that a signal came. A context manager: the previous handlers come back afterwards.
+    """Signal handlers that record a stop request. A context manager: it restores the previous handlers.
 
-    A second Ctrl-C calls `at_once`: the person does not want to wait.
-    requested  a signal came to this process
-    number     the last one that did
-    obeyed     the run ended for it, or for one that came to another of its processes: the same on all of them
+    A second Ctrl-C calls `at_once`.
+
+    requested  whether this process received a signal
+    number     the last signal received
+    obeyed     whether the run ended because of a signal to any of its processes; the same on all of them
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self, at_once: Callable[[], None] = interrupt) -> None:
-        """at_once: by default raises KeyboardInterrupt, after which the run still closes what it has open."""
+        """at_once: called on a second Ctrl-C. The default raises KeyboardInterrupt; the run then still closes its files."""
         self._at_once = at_once
         self.requested = False
         self.number = signal.SIGTERM

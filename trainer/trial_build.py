@@ -23,25 +23,25 @@ from ..parallel.torch.float8 import float8_size_problems
 from .build import batch_divisor, build_model, engine_settings, optimizer_factory
 from .derived import build_horizon, planned_data_size
 from .hooks.base import hook_problems
-from .relations import ask
+from .relations import collect_problems
 from .schema import RunConfig
 
 SHAPE = ("layers", "heads", "kv_heads", "ffn_dim")
 
 
 def build_problems(config: RunConfig, world_size: int) -> list[Problem]:
-    """Return every problem that building shows of a config without problems, on so many processes (0: not known)."""
+    """Return the problems found by building a config without other problems, on `world_size` processes (0: not known)."""
     found = [*_layout_problems(config, world_size), *hook_problems(config.trainer.hooks)]
     if isinstance(config.data, Custom):
-        found += ask("data", lambda: build_node(config.data, config.seed, config.model.vocabulary).problems())
-    optimizer = ask("optim", lambda: _optimizer_problems(config))
+        found += collect_problems("data", lambda: build_node(config.data, config.seed, config.model.vocabulary).problems())
+    optimizer = collect_problems("optim", lambda: _optimizer_problems(config))
     if not optimizer and world_size and config.parallel.engine == "deepspeed":
-        optimizer = ask("optim", lambda: optimizer_problems(optimizer_factory(config.optim)))
+        optimizer = collect_problems("optim", lambda: optimizer_problems(optimizer_factory(config.optim)))
     found += optimizer
-    found += ask("model", lambda: _model_problems(config))
+    found += collect_problems("model", lambda: _model_problems(config))
     if isinstance(config.schedule, Custom):
-        found += ask("schedule", lambda: _schedule_problems(config))
-    found += ask("batch", lambda: _batch_problems(config, world_size))
+        found += collect_problems("schedule", lambda: _schedule_problems(config))
+    found += collect_problems("batch", lambda: _batch_problems(config, world_size))
     return found
 
 
@@ -53,7 +53,7 @@ def _layout_problems(config: RunConfig, world_size: int) -> list[Problem]:
 
 
 def layout_work(config: RunConfig) -> Work | None:
-    """Return what the layout has to carry; None where a model of the user's own does not say it by a decoder's keys."""
+    """Return the sizes that a layout must divide; None for a user's model without a decoder's keys."""
     keys: Any = config.model.keys if isinstance(config.model, CustomModel) else vars(config.model)
     shape: dict[str, int] = {
         name: keys[name] for name in ("layers", "heads", "kv_heads", "ffn_dim") if isinstance(keys.get(name), int)
@@ -74,14 +74,14 @@ def layout_work(config: RunConfig) -> Work | None:
 
 
 def _optimizer_problems(config: RunConfig) -> list[Problem]:
-    """Return whether the optimizer takes its keys: it is built over one small parameter."""
+    """Build the optimizer over one small parameter, to see whether it takes its keys."""
     parameter = NamedParameter("probe.weight", torch.nn.Parameter(torch.zeros(2, 2)), (2, 2))
     optimizer_factory(config.optim)([parameter], Unsharded())
     return []
 
 
 def _model_problems(config: RunConfig) -> list[Problem]:
-    """Return whether the model takes its keys, can be cut, and its blocks keep to their budget."""
+    """Return the problems of the model: its keys, its partition over ranks, its activation budget."""
     model = build_model(config.model, vocabulary=config.model.vocabulary or 2)
     found = model_problems(model, config.parallel, engine_settings(config))
     if found:
@@ -102,7 +102,7 @@ def _schedule_problems(config: RunConfig) -> list[Problem]:
 
 
 def _batch_problems(config: RunConfig, world_size: int) -> list[Problem]:
-    """Return what the batch-size controller can't do with this run."""
+    """Return the problems of the batch-size controller in this run."""
     data_size = planned_data_size(config, world_size)
     horizon = build_horizon(config, config.data.seq_len)
     controller = build_controller(config.batch, horizon, batch_divisor(config, data_size))
@@ -122,7 +122,7 @@ def _batch_problems(config: RunConfig, world_size: int) -> list[Problem]:
 
 
 def _halves_problems(config: RunConfig, controller: Controller, data_size: int) -> list[Problem]:
-    """Return what keeps AGVM from seeing two halves of every batch."""
+    """Return the problems that keep AGVM from comparing two halves of every batch."""
     found: list[Problem] = []
     if config.parallel.engine != "torch":
         fix = "use parallel.engine=torch, or another optimizer"

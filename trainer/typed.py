@@ -1,4 +1,4 @@
-"""From a composed config to its dataclasses."""
+"""Convert a composed config to its dataclasses, and back to plain containers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ CUSTOM: dict[str, type] = {
     "schedule": CustomSchedule,
     "batch": CustomBatch,
 }
-"""Group → what stands for a node whose class is the user's own."""
+"""Group → the dataclass of a node whose class is the user's own."""
 
 
 def option_of(group: str, node: Any) -> type | None:
-    """Return the dataclass of a node of the group; None where its class is one of the user's own."""
+    """Return the dataclass of a node of the group; None if the class is the user's own."""
     path = node.get("_target_")
     return next((kind for kind in OPTIONS[group] if typing.cast(Any, kind)._target_ == path), None)
 
@@ -39,7 +39,7 @@ def option_of(group: str, node: Any) -> type | None:
 def typed_config(config: DictConfig) -> tuple[RunConfig, list[Problem]]:
     """Return the config as dataclasses, and a problem for every key that is not set or whose value has another type.
 
-    A group with options that has such a problem is None: it can't be judged further.
+    A group with options that has such a problem is None, and is not checked further.
     """
     problems = [Problem(key, "is not set", f"give it as {key}=…") for key in sorted(OmegaConf.missing_keys(config))]
     values: dict[str, Any] = {}
@@ -60,7 +60,7 @@ def typed_config(config: DictConfig) -> tuple[RunConfig, list[Problem]]:
 
 
 def _plain(config: DictConfig, name: str, problems: list[Problem]) -> Any:
-    """Return one key of the whole config in plain containers; None where it refers to what is not there."""
+    """Return one key of the whole config in plain containers; unresolved, with a problem, if it refers to a missing key."""
     if OmegaConf.is_missing(config, name):
         return None
     try:
@@ -75,7 +75,7 @@ def _plain(config: DictConfig, name: str, problems: list[Problem]) -> Any:
 
 
 def _typed(kind: Any, values: Any) -> Any:
-    """Return plain values as the dataclass that they were checked against."""
+    """Return plain values, which Hydra has checked, as their dataclass."""
     hints = typing.get_type_hints(kind)
     known = {field.name for field in dataclasses.fields(kind)}
     return kind(
@@ -97,7 +97,7 @@ def typed_node(group: str, node: dict[str, Any]) -> Any:
 
 
 def _typed_node(group: str, node: dict[str, Any], problems: list[Problem]) -> Any:
-    """Return a node as its option's dataclass, or as the group's for a class of the user's own; None for a bad one."""
+    """Return a node as its option's dataclass, or the group's for a user's class; None, with a problem, for wrong types."""
     kind = option_of(group, node)
     custom = kind is None
     kind = kind or CUSTOM[group]

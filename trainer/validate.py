@@ -1,7 +1,7 @@
-"""Everything that is wrong with a run, found before a process group or any GPU memory is touched.
+"""Collect all problems of a run, before a process group or any GPU memory is touched.
 
-Problems come in three rounds. The values of each group are judged by themselves, then how groups fit together, both without
-PyTorch; only a config without any such problem is built, as far as that takes no memory (`trial_build.py`).
+Problems come in three rounds. The first two need no PyTorch: the values of each group by themselves, then how groups fit
+together. Only a config without any such problem is built, on the meta device (`trial_build.py`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .schema import RunConfig
 def run_problems(
     config: RunConfig, world_size: int, known: Collection[Problem] = (), *, elsewhere: list[Problem] | None = None
 ) -> list[Problem]:
-    """Return every problem of a config on this many processes (0: not known). Nothing is written, and no data is read.
+    """Return every problem of a config on `world_size` processes (0: not known). Writes nothing and reads no data.
 
-    Values that `config` leaves to a law (auto:…) are replaced by their numbers, in place.
+    Values that `config` leaves to a scaling law (auto:…) are replaced by their numbers, in place.
 
-    known      problems found so far; what depends on their keys is not judged, and they are part of the answer
-    elsewhere  given where the data may lie on another machine: what is wrong with its files is added here instead
+    known      problems found so far; returned too, and checks that read their keys are skipped
+    elsewhere  given if the data may lie on another machine: problems of its files are appended here instead
     """
     said = {(problem.key, problem.message) for problem in known}
     problems = [*known, *(problem for problem in config.problems() if (problem.key, problem.message) not in said)]
@@ -59,7 +59,7 @@ def _is_read(config: RunConfig, key: str) -> bool:
 
 
 def _touches(relation: Relation, fault: str) -> bool:
-    """Return whether a key at fault is among those that a relation reads: the same, in it, or above it."""
+    """Return whether a key at fault is one that a relation reads, inside one, or a node above one."""
     return any(
         fault == need or fault.startswith((f"{need}.", f"{need}=")) or need.startswith(f"{fault}.") for need in relation.needs
     )

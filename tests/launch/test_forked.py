@@ -99,7 +99,7 @@ def test_a_rank_that_refuses_its_config_ends_the_run_with_its_code(tmp_path: Pat
 
 PROGRAM = """
 import atexit, json, os, sys
-from meshloom.launch import forked, imported, train
+from meshloom.launch import forked, preload, train
 import torch
 folder, how = sys.argv[1:]
 def fake(arguments):
@@ -134,7 +134,7 @@ def test_a_rank_has_the_environment_and_the_end_of_a_process_of_its_own(how: str
 
 
 def test_ranks_are_started_anew_where_they_cannot_be_forked(tmp_path: Path) -> None:
-    program = "import sys; from meshloom.launch import agent, forked; forked.possible = lambda: False; "
+    program = "import sys; from meshloom.launch import agent, forked; forked.can_fork = lambda: False; "
     program += "sys.exit(agent.main(sys.argv[1:]))"
     line = ["--standalone", "--nproc-per-node=1", "-m", "meshloom.launch.rank", "precision=half"]
     done = subprocess.run([sys.executable, "-c", program, *line], capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -142,21 +142,21 @@ def test_ranks_are_started_anew_where_they_cannot_be_forked(tmp_path: Path) -> N
 
 
 def test_ranks_can_be_forked_from_what_only_imports() -> None:
-    program = "from meshloom.launch import forked; forked.prepare(); print(forked.possible())"
+    program = "from meshloom.launch import forked; forked.prepare(); print(forked.can_fork())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True"]
 
 
-@pytest.mark.parametrize("change", ["imported.MAY_FORK = False", "torch.cuda.get_device_properties = lambda _: 1 / 0"])
+@pytest.mark.parametrize("change", ["preload.MAY_FORK = False", "torch.cuda.get_device_properties = lambda _: 1 / 0"])
 def test_a_process_that_can_use_no_gpu_says_so(change: str) -> None:
-    program = f"import torch; from meshloom.launch import forked, imported; torch.cuda.device_count = lambda: 1; {change}; "
+    program = f"import torch; from meshloom.launch import forked, preload; torch.cuda.device_count = lambda: 1; {change}; "
     assert subprocess.run([sys.executable, "-c", f"{program} forked._try()"], check=False, stderr=subprocess.DEVNULL).returncode
 
 
 def test_importing_begins_neither_a_gpu_nor_processes() -> None:
     program = (
-        "import sys, psutil; from meshloom.launch import imported; "
-        "print(imported.MAY_FORK, psutil.Process().children(), 'meshloom.trainer.run' in sys.modules)"
+        "import sys, psutil; from meshloom.launch import preload; "
+        "print(preload.MAY_FORK, psutil.Process().children(), 'meshloom.trainer.run' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "[]", "True"]
@@ -168,7 +168,7 @@ def test_importing_asks_for_no_gpu() -> None:
         "import torch; asked = []\n"
         "for name in ('is_available', 'device_count', 'get_device_properties', 'get_device_capability', 'init'):\n"
         "    setattr(torch.cuda, name, lambda *_, name=name: asked.append(name) or 0)\n"
-        "from meshloom.launch import imported; print(asked)"
+        "from meshloom.launch import preload; print(asked)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["[]"]
@@ -208,7 +208,7 @@ def test_but_for_how_ranks_begin_the_agent_is_torchrun(flags: list[str], monkeyp
     for place in ("run", "launcher.api"):
         monkeypatch.setattr(f"torch.distributed.{place}.elastic_launch", elastic_launch)
     monkeypatch.setattr("meshloom.launch.forked.prepare", lambda: None)
-    monkeypatch.setattr("meshloom.launch.forked.possible", lambda: True)
+    monkeypatch.setattr("meshloom.launch.forked.can_fork", lambda: True)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = signal.getsignal(signal.SIGUSR1)
     try:
@@ -237,7 +237,7 @@ def test_ranks_that_hang_in_a_collective_with_a_dead_one_have_a_few_seconds(monk
     monkeypatch.setattr(ProcessContext, "join", join)
     monkeypatch.setattr("torch.distributed.run.elastic_launch", elastic_launch)
     monkeypatch.setattr("meshloom.launch.forked.prepare", lambda: None)
-    monkeypatch.setattr("meshloom.launch.forked.possible", lambda: True)
+    monkeypatch.setattr("meshloom.launch.forked.can_fork", lambda: True)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = signal.getsignal(signal.SIGUSR1)
     try:

@@ -7,7 +7,7 @@ import pytest
 from meshloom.config.compose import Composer
 from meshloom.config.problems import Problem
 from meshloom.trainer.layout_dependence import layout_dependence
-from meshloom.trainer.relations import ask
+from meshloom.trainer.relations import collect_problems
 from meshloom.trainer.schema import make_composer
 from meshloom.trainer.typed import typed_config
 from meshloom.trainer.validate import run_problems
@@ -263,6 +263,6 @@ def test_an_error_that_names_no_file_keeps_its_words() -> None:
     def fail() -> list[Problem]:
         raise OSError("the data set's server does not answer")
 
-    assert [str(problem) for problem in ask("data", fail)] == [
+    assert [str(problem) for problem in collect_problems("data", fail)] == [
         "data: the data set's server does not answer; check the keys of data"
     ]

@@ -1,4 +1,4 @@
-"""Hooks: small stateful objects that watch a run, one file each."""
+"""Hooks: small stateful objects that observe a run, one file each."""
 
 from .base import Hook
 

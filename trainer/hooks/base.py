@@ -1,7 +1,7 @@
-"""Hooks: small stateful objects that watch a run. Their state goes through the same checkpoint as everything else.
+"""Hooks: small stateful objects that observe a run. Their state is saved in the run's checkpoints.
 
-The loop calls them in the order they are listed, on every rank, at the same points, so a hook may communicate as long as
-it does so on all ranks. One exception: `on_run_begin` of those that never communicate (`alone`) comes after that of all others.
+The loop calls them in the order in which they are listed, on every rank, at the same points. So a hook may communicate if it
+does so on all ranks. One exception: `on_run_begin` of hooks that never communicate (`alone`) is called after all others.
 """
 
 from __future__ import annotations
@@ -21,57 +21,62 @@ if TYPE_CHECKING:
 class Hook:
     """Base class: every method does nothing. A subclass overrides what it needs.
 
-    alone       it never communicates, and so may live on one process only, as loggers do. Its `on_run_begin` comes after those
-                of the hooks that may communicate; where it raises on one process, the run ends in good order on all
-    of_one_run  its state names the run that it belongs to, so a run that branches off (resume=<another run's>) begins without
+    alone       it never communicates, so it may exist on one rank only, as loggers do. Its `on_run_begin` is called after those
+                of hooks that may communicate; if it raises on one rank, the run ends cleanly on all
+    of_one_run  its state belongs to one run: a run that branches off (resume=<another run's>) does not load it
     """
 
     alone = False
     of_one_run = False
 
     def on_run_begin(self, loop: Loop) -> None:
-        """Everything is built and, on a resume, restored; no step has been taken."""
+        """Called once the run is built and, on a resume, restored; before the first step."""
 
     def on_step_begin(self, loop: Loop) -> None:
-        """Before the global batch is drawn."""
+        """Called before the global batch is drawn."""
 
     def before_update(self, loop: Loop) -> None:
-        """The gradient is ready and clipped; the weights are about to change."""
+        """Called once the gradient is ready and clipped, before the weights change."""
 
     def on_step_end(self, loop: Loop) -> None:
-        """The weights have changed and `loop.progress` has moved. The step's numbers are still on the device."""
+        """Called after the weights and `loop.progress` have changed. The step's numbers are still on the device."""
 
     def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
-        """The numbers of a step have arrived: one row of metrics.jsonl. Comes one step late, so that nobody waits, but
-        for a run's first, for which somebody does."""
+        """Called when a step's numbers have arrived on the host, with one row of metrics.jsonl.
+
+        One step late, so that the host does not wait for the device; not late for a run's first step.
+        """
 
     def on_evaluate(self, loop: Loop, row: dict[str, Any]) -> None:
-        """The validation set has been looked at: a row with `step` and `eval_loss`. All earlier rows have arrived."""
+        """Called after an evaluation, with a row that has `step` and `eval_loss`. All earlier rows have arrived."""
 
     def on_checkpoint(self, loop: Loop, row: dict[str, Any]) -> None:
-        """A save has ended, complete or not: a row with `checkpoint_step`, `checkpoint_saved` and how long it took."""
+        """Called after a save, complete or not, with a row of `checkpoint_step`, `checkpoint_saved` and its durations."""
 
     def on_run_end(self, loop: Loop, output_dir: Path) -> None:
-        """The run ended as asked and its last checkpoint is on disk. Not called when it failed."""
+        """Called when the run has reached its end and its last checkpoint is on disk. Not called if it failed."""
 
     def close(self) -> None:
-        """Called at the end of every run, failed ones included: release files and connections."""
+        """Release files and connections. Called at the end of every run, also a failed one."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON that the next run of this recipe needs to go on."""
+        """Return the state, plain JSON, that a resumed run needs."""
         return {}
 
     @property
     def waits_for_rows(self) -> bool:
-        """Whether its state depends on the rows of `on_metrics`: a save then waits for the newest. Default: it has both."""
+        """Whether the state depends on the rows of `on_metrics`, so that a save waits for the newest row.
+
+        Default: true if both `on_metrics` and `state_dict` are overridden.
+        """
         return type(self).on_metrics is not Hook.on_metrics and type(self).state_dict is not Hook.state_dict
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave; called before `on_run_begin`."""
+        """Load what `state_dict` returned. Called before `on_run_begin`."""
 
 
-def named(hooks: Sequence[Hook]) -> dict[str, Hook]:
-    """Hooks by the names that their state is saved under: the class's, and from the second of a class on its number, too."""
+def hooks_by_name(hooks: Sequence[Hook]) -> dict[str, Hook]:
+    """Return hooks by the names under which their state is saved: the class name, and a number from its second hook on."""
     found: dict[str, Hook] = {}
     seen: Counter[str] = Counter()
     for hook in hooks:
@@ -82,10 +87,10 @@ def named(hooks: Sequence[Hook]) -> dict[str, Hook]:
 
 
 def hook_problems(nodes: Sequence[Any]) -> Iterator[Problem]:
-    """What keeps the nodes of `trainer.hooks` from becoming hooks, found without building one: it may open files."""
+    """Yield the problems of the nodes of `trainer.hooks`. Builds no hook: a constructor may open files."""
     if not nodes:
         return
-    from hydra.utils import get_object  # here, because commands that build no hook start quicker without
+    from hydra.utils import get_object  # imported here, so that commands without hooks start faster
 
     for number, node in enumerate(nodes):
         key = f"trainer.hooks[{number}]"
@@ -94,7 +99,7 @@ def hook_problems(nodes: Sequence[Any]) -> Iterator[Problem]:
             continue
         try:
             target = get_object(str(node["_target_"]))
-        except Exception as error:  # whatever the import of a user's module raises
+        except Exception as error:  # importing a user's module may raise anything
             cause = error.__cause__ or error
             reason = next(iter(str(cause).splitlines()), type(cause).__name__)
             yield Problem(key, f"{node['_target_']} can't be imported: {reason}", "is its package installed or on PYTHONPATH?")

@@ -12,11 +12,10 @@ from .base import Hook
 
 
 class Evaluation(Hook):
-    """Looks at the validation set every so often, and once at the end.
+    """Evaluates on the validation set at regular intervals, and at the end.
 
-    micro_batches  this rank's, of an assignment of the validation samples: as many on every rank
-    every          from one evaluation to the next: after the step that reaches or passes a multiple of it; None: only at the
-                   end
+    micro_batches  this rank's share of the validation samples; as many on every rank
+    every          interval: evaluate after each step that reaches or passes a multiple of it; None: only at the end
     """
 
     def __init__(self, micro_batches: Sequence[MicroBatch], every: Duration | None) -> None:
@@ -32,13 +31,13 @@ class Evaluation(Hook):
         loop.restart_clock()
 
     def on_step_end(self, loop: Loop) -> None:
-        """Evaluate when it is time to; the last step always is."""
-        if loop.finished or (self._every is not None and _passed(self._every, loop)):
+        """Evaluate if an evaluation is due; it always is after the last step."""
+        if loop.finished or (self._every is not None and _is_due(self._every, loop)):
             self._evaluate(loop)
 
 
-def _passed(every: Duration, loop: Loop) -> bool:
-    """Whether the step just done reached or passed a multiple of `every`. A function of the counters alone (rule R5)."""
+def _is_due(every: Duration, loop: Loop) -> bool:
+    """Return whether the last step reached or passed a multiple of `every`. A function of the counters only (rule R5)."""
     unit = loop.horizon.unit if every.unit is Unit.FRACTION else every.unit
     length = loop.horizon.amount(every, unit)
     now = loop.horizon.position(loop.progress, unit)

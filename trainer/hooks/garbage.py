@@ -1,4 +1,4 @@
-"""Python's cyclic garbage collector off the hot path: it runs when all ranks can spare the time, not when one feels like it."""
+"""Python's cyclic garbage collection, run at the same step on all ranks instead of whenever one rank triggers it."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ if TYPE_CHECKING:
 
 
 class CollectGarbage(Hook):
-    """Collects every `every` steps, on every rank at the same one, and never in between.
+    """Collects garbage every `every` steps, at the same step on every rank, and never in between.
 
-    A collection walks every object that torch has made, hundreds of milliseconds; a rank that stops for it makes all others
-    wait in the next collective. What is there after the first step, when the model has been compiled, is not looked at again.
+    A collection walks all objects that torch has made, which takes hundreds of milliseconds. A rank that stops for it makes all
+    others wait in the next collective. Objects that exist after the first step, when the model is compiled, are frozen:
+    later collections skip them.
     """
 
     def __init__(self, every: int = 50) -> None:
         self._every = every
-        self._settled = False
+        self._frozen = False
 
     def on_run_begin(self, loop: Loop) -> None:
-        """Take over from Python."""
+        """Disable Python's automatic collection."""
         gc.disable()
 
     def on_step_end(self, loop: Loop) -> None:
-        """Collect at a step that all ranks know: always all generations, or what has survived once would stay for ever."""
-        if not self._settled:
+        """Collect all generations, if due at this step: a younger one alone would keep what has survived once."""
+        if not self._frozen:
             gc.collect()
             gc.freeze()
-            self._settled = True
+            self._frozen = True
         elif loop.progress.step % self._every == 0:
             gc.collect()
 
     def close(self) -> None:
-        """Give back to Python."""
+        """Enable Python's automatic collection again."""
         gc.unfreeze()
         gc.enable()

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: `trainer.profile_step`."""
+"""Profile one step: `trainer.profile_step`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 
 class ProfileStep(Hook):
-    """Watches one step of this process, and leaves `step-N.txt`, its kernels by time, and `step-N.json.gz`, a trace.
+    """Profiles one step of this process. Writes `step-N.txt`, its kernels by time, and `step-N.json.gz`, a trace.
 
-    The trace opens in Perfetto or chrome://tracing. The step begins and ends with an idle device, so it is a little longer than
-    others. Of several processes rank 0 looks, and what it waits for its peers is in its collectives.
+    The trace opens in Perfetto or chrome://tracing. The step begins and ends with an idle device, so it takes a little longer
+    than others. Only rank 0 profiles; its wait for other ranks shows in its collectives.
     """
 
     alone = True
@@ -32,22 +32,22 @@ class ProfileStep(Hook):
         self._profile: profile | None = None
 
     def on_run_begin(self, loop: Loop) -> None:
-        """Say so if the step is over already."""
+        """Log if the run resumes after the step."""
         if loop.progress.step >= self._step:
-            log.info("trainer.profile_step=%d: the run goes on behind it, so nothing is profiled", self._step)
+            log.info("trainer.profile_step=%d: the run resumes after it, so nothing is profiled", self._step)
 
     def on_step_begin(self, loop: Loop) -> None:
-        """Begin."""
+        """Start the profiler before the step."""
         if loop.progress.step + 1 == self._step:
-            _wait(loop.mesh.device)
+            _synchronize(loop.mesh.device)
             self._profile = profile()
             self._profile.start()
 
     def on_step_end(self, loop: Loop) -> None:
-        """Write what was seen."""
+        """Stop the profiler after the step, and write its table and trace."""
         if self._profile is None:
             return
-        _wait(loop.mesh.device)
+        _synchronize(loop.mesh.device)
         self._profile.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
         table = self._folder / f"step-{self._step}.txt"
@@ -58,19 +58,19 @@ class ProfileStep(Hook):
         loop.restart_clock()
 
     def close(self) -> None:
-        """Of a run that failed within the step."""
+        """Stop the profiler of a run that failed within the step."""
         if self._profile is not None:
             self._profile.stop()
             self._profile = None
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def kernel_table(profiler: profile) -> str:
-    """What ran on the device (on the CPU where there is none), longest first: milliseconds, calls, name."""
+    """Return a table of the kernels on the device, or the CPU where there is none, longest first: milliseconds, calls, name."""
     averages: list[Any] = list(profiler.key_averages())
     rows = [row for row in averages if row.device_type != torch.autograd.DeviceType.CPU]
     if not rows:

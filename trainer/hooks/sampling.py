@@ -1,4 +1,4 @@
-"""Text from a model: what a run shows at its end, and what `meshloom generate` prints."""
+"""Sample text from a model: at the end of a run, and for `meshloom generate`."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class TextCodec(Protocol):
     end_of_document: int
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Return the token ids of a text."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids."""
+        """Return the text of token ids."""
         ...
 
 
-def draw(logits_V: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    """One token from the softmax of logits / temperature, among the top_k likeliest; the likeliest one at temperature 0."""
+def sample_token(logits_V: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    """Sample a token from softmax(logits / temperature) among the top_k likeliest; at temperature 0 take the likeliest."""
     if temperature == 0:
         return int(logits_V.argmax())
     scaled_V = logits_V.double() / temperature
@@ -48,7 +48,7 @@ def draw(logits_V: torch.Tensor, temperature: float, top_k: int | None, generato
 
 
 @torch.no_grad()
-def continuation(
+def generate_tokens(
     model: nn.Module,
     prompt: Sequence[int],
     *,
@@ -57,9 +57,9 @@ def continuation(
     seed: int,
     context: int,
 ) -> Iterator[int]:
-    """Endless tokens behind a prompt (at least one token), each read from at most `context` tokens before it.
+    """Yield tokens that continue a prompt of at least one token, without end. Each sees at most `context` tokens before it.
 
-    The model maps token ids (1, S) to logits (1, S, V). The whole context is computed anew for every token.
+    The model maps token ids (1, S) to logits (1, S, V). The whole context is computed again for every token.
     """
     assert len(prompt) > 0, "a model needs a token to begin with"
     device = next(model.parameters()).device
@@ -67,7 +67,7 @@ def continuation(
     tokens = list(prompt)
     while True:
         logits_1SV = model(torch.tensor([tokens[-context:]], device=device))
-        tokens.append(draw(logits_1SV[0, -1].float().cpu(), temperature, top_k, generator))
+        tokens.append(sample_token(logits_1SV[0, -1].float().cpu(), temperature, top_k, generator))
         yield tokens[-1]
 
 
@@ -82,10 +82,10 @@ def generate(
     seed: int = 1,
     context: int,
 ) -> str:
-    """The prompt and up to `tokens` tokens of the model's continuation, which ends early where the document does."""
+    """Return the prompt and up to `tokens` tokens of its continuation, which ends early at the end of the document."""
     start = codec.encode(prompt) or [codec.end_of_document]
     added: list[int] = []
-    for token in continuation(model, start, temperature=temperature, top_k=top_k, seed=seed, context=context):
+    for token in generate_tokens(model, start, temperature=temperature, top_k=top_k, seed=seed, context=context):
         if token == codec.end_of_document:
             break
         added.append(token)
@@ -94,10 +94,10 @@ def generate(
     return prompt + codec.decode(added)
 
 
-def load_plain(model: nn.Module, checkpoint: Path | str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Give a model on the meta device the weights of a checkpoint, whole, on one device; whatever layout saved them.
+def load_whole_model(model: nn.Module, checkpoint: Path | str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Load a checkpoint's weights, saved on any layout, whole into a model on the meta device. Return it on `device`.
 
-    Raises CheckpointError for one that is damaged, or does not have all of them.
+    Raises CheckpointError for a checkpoint that is damaged or lacks some of the weights.
     """
     names: dict[int, str] = {}
     ties: list[tuple[str, str]] = []
@@ -109,14 +109,14 @@ def load_plain(model: nn.Module, checkpoint: Path | str, device: torch.device, d
         return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
     model = model._apply(give).to(dtype)
-    for name, source in ties:  # `_apply` gives every use of a tied weight storage of its own
+    for name, source in ties:  # `_apply` gives every use of a tied weight its own storage
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
     fragments = [
         Fragment(name, "weight", tuple(parameter.shape), Box.whole(parameter.shape), parameter.detach())
         for name, parameter in model.named_parameters()
     ]
-    report = restore(checkpoint, fragments, Control.alone(), strict=False)  # the optimizer's state is left where it is
+    report = restore(checkpoint, fragments, Control.alone(), strict=False)  # the optimizer's state is not read
     if absent := sorted({*report.missing, *report.mismatched}):
         more = f" and {len(absent) - 4} more" if len(absent) > 4 else ""
         raise CheckpointError(f"{report.source} does not have this model's {', '.join(absent[:4])}{more}")
@@ -124,9 +124,10 @@ def load_plain(model: nn.Module, checkpoint: Path | str, device: torch.device, d
 
 
 class SampleText(Hook):
-    """At the end of the run, continue a prompt and write the text to sample.txt. For one process.
+    """Continues a prompt at the end of the run, and writes the text to sample.txt. Runs on one rank.
 
-    It reads the weights back from the run's last checkpoint, so it needs no other process and works under any layout.
+    It loads the weights from the run's last checkpoint, so it needs no other rank and works under any layout.
+
     build        makes the model on the meta device
     checkpoints  the folder of the run's checkpoints
     """
@@ -144,12 +145,12 @@ class SampleText(Hook):
         self._seed = seed
 
     def on_run_end(self, loop: Loop, output_dir: Path) -> None:
-        """Generate, show and write."""
+        """Generate the text, print it and write it."""
         checkpoint = find_latest(self._checkpoints)
-        if checkpoint is None:  # a branch of a finished run took no step, so it saved nothing
+        if checkpoint is None:  # a branch of a finished run takes no step, and saves nothing
             log.warning("trainer.sample_prompt: no sample, because '%s' holds no checkpoint", self._checkpoints)
             return
-        model = load_plain(self._build(), checkpoint, loop.mesh.device, torch.float32)
+        model = load_whole_model(self._build(), checkpoint, loop.mesh.device, torch.float32)
         text = generate(model, self._codec, self._prompt, tokens=self._tokens, seed=self._seed, context=loop.horizon.seq_len)
         (output_dir / "sample.txt").write_text(text + "\n", encoding="utf-8")
         print(f"\n{text}\n")

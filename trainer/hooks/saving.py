@@ -1,4 +1,4 @@
-"""Checkpoints of a run: when to save, what is saved beside the arrays, and how a run gets it back."""
+"""Save checkpoints of a run: when, and with which state beside the arrays."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ...checkpoint.checkpointer import Checkpointer
 from ...checkpoint.identity import RunIdentity
 from ...checkpoint.report import SaveReport
 from ..loop import Loop
-from .base import Hook, named
+from .base import Hook, hooks_by_name
 
 
 def run_state(loop: Loop, fixed: dict[str, Any]) -> dict[str, Any]:
-    """The JSON part of a checkpoint: counters and the states of the controller and hooks, and `fixed` (config, data, seed).
+    """Return the JSON part of a checkpoint: `fixed` (config, data, …), counters, and the states of controller and hooks.
 
     Schedules and the data order have no state: they are functions of the counters (rules R1, R5).
     """
@@ -21,41 +21,41 @@ def run_state(loop: Loop, fixed: dict[str, Any]) -> dict[str, Any]:
         "progress": loop.progress.state_dict(),
         "counters": loop.engine.counters(),
         "controller": loop.controller.state_dict(),
-        "hooks": {name: state for name, hook in named(loop.hooks).items() if (state := hook.state_dict())},
+        "hooks": {name: state for name, hook in hooks_by_name(loop.hooks).items() if (state := hook.state_dict())},
     }
 
 
 class Saving(Hook):
-    """Saves every so many steps, and at the end of the run, however it ends in good order."""
+    """Saves every so many steps, and at the end of a run that reached its end or was asked to stop."""
 
     def __init__(self, checkpointer: Checkpointer, every: int | None, fixed: dict[str, Any]) -> None:
         self._checkpointer = checkpointer
         self._every = every
         self._memory_every = checkpointer.config.memory_every
         self._fixed = fixed
-        self._saved_step = self._good_step = -1
+        self._saved_step = self._finite_step = -1
         self._prepared = False
 
     def begin_run(self, run: RunIdentity, after: int) -> None:
-        """Say whose checkpoints these are: see `Checkpointer.begin_run`."""
+        """Set the run that the checkpoints belong to: see `Checkpointer.begin_run`."""
         self._checkpointer.begin_run(run, after)
 
     def on_run_begin(self, loop: Loop) -> None:
-        """A run that begins where a checkpoint is has nothing to save yet."""
+        """Count the step that the run resumed from as saved."""
         self._saved_step = loop.progress.step
 
     def before_update(self, loop: Loop) -> None:
-        """The one wait: a snapshot still being copied must not see the weights change."""
+        """Wait for a snapshot that is still being copied, before the weights change."""
         self._checkpointer.before_update()
 
     def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
-        """A step's loss is a number: a save of it may become a checkpoint."""
-        self._good_step = row["step"]
+        """Confirm a step whose loss is finite: a save of it may become a checkpoint."""
+        self._finite_step = row["step"]
         self._checkpointer.confirm(row["step"])
 
     def on_step_end(self, loop: Loop) -> None:
-        """Start a save when it is time to, and report those that have ended."""
-        if not self._prepared and (self._every or self._memory_every):  # after a step the optimizer's state is there
+        """Start a save if one is due, and report those that have ended."""
+        if not self._prepared and (self._every or self._memory_every):  # the optimizer has its state only after a step
             self._checkpointer.prepare(loop.engine.fragments())
             self._prepared = True
         to_disk, in_memory = (bool(every) and loop.progress.step % every == 0 for every in (self._every, self._memory_every))
@@ -64,10 +64,10 @@ class Saving(Hook):
         self._report(loop, self._checkpointer.poll())
 
     def _save(self, loop: Loop, *, disk: bool = True, required: bool = False) -> None:
-        # A step whose loss is not a number must not become a checkpoint, but asking for its loss now would stop the GPU
-        # until the next step is queued. So the save begins, and is held until the numbers arrive of themselves.
-        # They have, where the step was evaluated.
-        known = loop.progress.step <= self._good_step
+        # A step whose loss is not finite must not become a checkpoint. But reading the loss now would leave the GPU idle
+        # until the next step is queued. So the save starts, and is committed only when the numbers have arrived.
+        # After an evaluation they already have.
+        known = loop.progress.step <= self._finite_step
         hold = self._checkpointer.config.mode == "async" and not required and not known
         if not hold or any(hook.waits_for_rows for hook in loop.hooks):
             loop.deliver_metrics(keep=0)
@@ -84,17 +84,17 @@ class Saving(Hook):
             for hook in loop.hooks:
                 hook.on_checkpoint(loop, row)
 
-    def settle(self, loop: Loop) -> None:
-        """Wait for saves that are under way: of a run that can't go on, they are what another one goes on from."""
+    def wait(self, loop: Loop) -> None:
+        """Wait for saves that are under way, so that a run that can't continue leaves its newest checkpoint."""
         self._report(loop, self._checkpointer.wait())
 
     def finish(self, loop: Loop) -> None:
-        """The last save, waited for. Raises CheckpointError if it failed: a run must not end well without it."""
+        """Save a last time and wait. Raises CheckpointError if that failed: a run without its last save has not succeeded."""
         self._report(loop, self._checkpointer.wait())
         if loop.progress.step != self._saved_step:  # not its turn, skipped, or failed
             self._save(loop, required=True)
         self._report(loop, self._checkpointer.finish())
 
     def close(self) -> None:
-        """Of a run that failed: see saves that are under way to their end, and give back memory, processes and the folder."""
+        """Wait for saves under way, and release memory, processes and the folder's lock."""
         self._checkpointer.close()

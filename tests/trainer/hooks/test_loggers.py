@@ -317,10 +317,10 @@ def test_a_key_of_another_server_and_a_misspelt_mode_are_refused(no_wandb_key: P
 
 
 def test_logging_config_chooses_the_hooks(tmp_path: Path) -> None:
-    kinds = [type(hook) for hook in default_loggers(LoggingConfig(progress=False), tmp_path, OmegaConf.create({}))]
+    kinds = [type(hook) for hook in default_loggers(LoggingConfig(progress=False), tmp_path, {"recipe": "tiny"})]
     assert kinds == [MetricsFile]
     config = LoggingConfig(tensorboard=True, wandb=True)
-    kinds = [type(hook) for hook in default_loggers(config, tmp_path, OmegaConf.create({}))]
+    kinds = [type(hook) for hook in default_loggers(config, tmp_path, {"recipe": "tiny"})]
     assert kinds == [MetricsFile, ProgressLine, TensorBoard, WandB]
 
 

@@ -81,7 +81,7 @@ class Queued:
     def __init__(self, device: torch.device) -> None:
         self.at = Queued.steps
 
-    def since(self, earlier: Queued) -> float:
+    def seconds_since(self, earlier: Queued) -> float:
         return float(self.at - earlier.at)
 
 
@@ -93,7 +93,7 @@ class CountSteps(Hook):
 
 
 def test_every_row_has_one_steps_seconds_also_behind_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loops, "Moment", Queued)
+    monkeypatch.setattr(loops, "DeviceTimestamp", Queued)
     hook = f"trainer.hooks=[{{_target_:{__name__}.CountSteps}}]"
     assert run_ranks(1, train, [f"output_dir={tmp_path}", hook]) == [0]
     lines: list[dict[str, Any]] = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

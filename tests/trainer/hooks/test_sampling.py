@@ -17,7 +17,7 @@ from meshloom.checkpoint.folder import find_latest
 from meshloom.models.decoder import Decoder
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment
-from meshloom.trainer.hooks.sampling import continuation, draw, generate, load_plain
+from meshloom.trainer.hooks.sampling import generate, generate_tokens, load_whole_model, sample_token
 from support.models import decoder
 
 
@@ -55,22 +55,22 @@ def test_generation_follows_the_model_and_stops_where_the_document_ends() -> Non
 def test_draw_has_the_softmax_frequencies() -> None:
     logits = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4]))
     generator = torch.Generator().manual_seed(1)
-    counts = Counter(draw(logits, 1.0, None, generator) for _ in range(4000))
+    counts = Counter(sample_token(logits, 1.0, None, generator) for _ in range(4000))
     assert [counts[token] / 4000 for token in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.03)
-    counts = Counter(draw(logits, 0.5, None, generator) for _ in range(4000))  # squares of the probabilities, normalised
+    counts = Counter(sample_token(logits, 0.5, None, generator) for _ in range(4000))  # squares, normalised
     assert [counts[token] / 4000 for token in range(4)] == pytest.approx([1 / 30, 4 / 30, 9 / 30, 16 / 30], abs=0.03)
-    counts = Counter(draw(logits, 1.0, 2, generator) for _ in range(2000))
+    counts = Counter(sample_token(logits, 1.0, 2, generator) for _ in range(2000))
     assert set(counts) == {2, 3} and counts[3] / 2000 == pytest.approx(4 / 7, abs=0.04)
 
 
 def test_temperature_zero_takes_the_likeliest_and_seeds_repeat() -> None:
     logits = torch.tensor([0.0, 3.0, 2.9])
-    assert draw(logits, 0, None, torch.Generator()) == 1
+    assert sample_token(logits, 0, None, torch.Generator()) == 1
     torch.manual_seed(0)
     model = nn.Embedding(9, 9)
 
     def first(seed: int) -> list[int]:
-        tokens = continuation(model, [1], temperature=1.0, top_k=None, seed=seed, context=5)
+        tokens = generate_tokens(model, [1], temperature=1.0, top_k=None, seed=seed, context=5)
         return [next(tokens) for _ in range(20)]
 
     assert first(3) == first(3) != first(4)
@@ -95,6 +95,6 @@ def test_a_plain_model_gets_a_checkpoints_weights(tmp_path: Path, tied: bool) ->
     assert found is not None
     with torch.device("meta"):
         empty = build()
-    loaded = load_plain(empty, found, torch.device("cpu"), torch.float32)
+    loaded = load_whole_model(empty, found, torch.device("cpu"), torch.float32)
     tokens = torch.arange(6).unsqueeze(0)
     assert torch.equal(loaded(tokens), original(tokens))

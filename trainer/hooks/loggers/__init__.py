@@ -1,1 +1,1 @@
-"""Hooks that write rows of numbers somewhere. All of them live on rank 0."""
+"""Loggers: hooks on rank 0 that write rows of metrics."""

@@ -1,4 +1,4 @@
-"""Hooks that write rows of numbers somewhere: what they have in common."""
+"""Base class of hooks that write rows of metrics."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ...loop import Loop
 from ..base import Hook
 
 
-class Rows(Hook):
-    """The base: every step that is due, every evaluation and every save is a row.
+class RowLogger(Hook):
+    """Writes a row for every evaluation, every save, and every step that is due.
 
     every  `logging.every`: steps between rows; the first step always has one
     """
@@ -22,17 +22,17 @@ class Rows(Hook):
 
     @abstractmethod
     def write(self, row: dict[str, Any]) -> None:
-        """Put down a row. It has a `step`, which is not always that of the row before it or a later one."""
+        """Write a row. Its `step` may be smaller than that of the row before."""
 
     def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
-        """A step, if it is due."""
+        """Write a step's row, if it is due."""
         if row["step"] % self._every == 0 or row["step"] == 1:
             self.write(row)
 
     def on_evaluate(self, loop: Loop, row: dict[str, Any]) -> None:
-        """An evaluation."""
+        """Write an evaluation's row."""
         self.write(row)
 
     def on_checkpoint(self, loop: Loop, row: dict[str, Any]) -> None:
-        """How a save went, under the step that it saved."""
+        """Write a save's row, under the step that it saved."""
         self.write({"step": row["checkpoint_step"], **row})

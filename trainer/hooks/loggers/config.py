@@ -1,4 +1,4 @@
-"""Config of `logging`: where a run says how it goes."""
+"""Config of `logging`: where metrics are written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ....config.problems import Problem
 
 @dataclass
 class LoggingConfig:
-    """metrics.jsonl and the progress line are always there; these are more of the same."""
+    """Interval of rows, and loggers besides metrics.jsonl, which is always written."""
 
     SIDE: ClassVar[Side] = Side.HABIT
 
@@ -23,7 +23,7 @@ class LoggingConfig:
     tensorboard: bool = key(False, "write TensorBoard events into <output_dir>/tensorboard")
 
     def problems(self, key: str = "logging") -> list[Problem]:
-        """Return what is wrong with the values, and loggers whose library is not installed."""
+        """Return the problems of the values, and of loggers whose library is not installed."""
         found = [
             Problem(f"{key}.{name}", f"{name} is not installed", f"pip install 'meshloom[{name}]', or {key}.{name}=false")
             for name in ("wandb", "tensorboard")

@@ -1,6 +1,6 @@
-"""Which loggers a run has.
+"""Build the loggers of a run.
 
-Rows arrive through `Hook.on_metrics` when their numbers have reached the host, so nothing here makes the GPU wait.
+Rows come from `Hook.on_metrics` once their numbers are on the host, so loggers never make the GPU wait.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .weights_and_biases import WandB
 
 
 def default_loggers(config: LoggingConfig, output_dir: Path, run_config: Mapping[str, Any]) -> list[Hook]:
-    """The loggers that `logging` asks for, the run's metrics file first."""
+    """Build the loggers chosen by `logging`, the metrics file first."""
     loggers: list[Hook] = [MetricsFile(output_dir / "metrics.jsonl", config.every)]
     if config.progress:
         loggers.append(ProgressLine())

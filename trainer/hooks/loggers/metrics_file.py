@@ -1,4 +1,4 @@
-"""metrics.jsonl: everything that a run has measured, a JSON object a line. A full disk costs none of it."""
+"""metrics.jsonl: all metrics of a run, one JSON object per line. A full disk loses none of them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ...loop import Loop
-from .base import Rows
+from .base import RowLogger
 
 log = logging.getLogger(__name__)
 
 
-class MetricsFile(Rows):
-    """Rows are appended at once, whole or not at all; a resumed run first drops those beyond its first step.
+class MetricsFile(RowLogger):
+    """Appends each row at once, whole or not at all. A resumed run first drops rows after the step it resumes from.
 
-    Rows that can't be written (a full disk, a quota, a file server away) are kept and tried again with the next one.
-    Meanwhile the run goes on, and its checkpoints carry them to the run that goes on from there.
+    Rows that can't be written (a full disk, a quota, an unreachable file server) are kept, and tried again with the next one.
+    Meanwhile the run continues, and its checkpoints carry these rows to a resumed run.
     """
 
     of_one_run = True
@@ -32,28 +32,28 @@ class MetricsFile(Rows):
         self._fault: OSError | None = None
 
     def on_run_begin(self, loop: Loop) -> None:
-        """Drop what is about to be done again, open the file, and write what the last run could not and did not later.
+        """Drop rows of steps that are repeated, open the file, and write rows that are still waiting.
 
-        Raises OSError where there can't be such a file.
+        Raises OSError if the file can't be opened.
         """
         if self._path.exists():
-            lines = self._path.read_text(errors="replace").splitlines()  # a crash may have left anything at its end
+            lines = self._path.read_text(errors="replace").splitlines()  # a crash may have cut the last line
             kept = [line for line in lines if _step(line) <= loop.progress.step]
             draft = self._path.with_suffix(".tmp")
             draft.write_text("".join(f"{line}\n" for line in kept if loop.progress.step))
             draft.replace(self._path)
-            there = {f"{line}\n" for line in kept}  # written after the checkpoint, when there was room again
+            there = {f"{line}\n" for line in kept}  # written after the checkpoint, once there was room
             self._waiting = [line for line in self._waiting if line not in there]
         self._file = self._opened()
         self._flush()
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append the row, behind those that still wait."""
+        """Append the row, after those that still wait."""
         self._waiting.append(json.dumps(row) + "\n")
         self._flush()
 
     def on_run_end(self, loop: Loop, output_dir: Path) -> None:
-        """Raises OSError if rows of a finished run are still not in the file: it did not end as asked."""
+        """Write waiting rows. Raises OSError if they still can't be written: the run has then not succeeded."""
         self._flush()
         if self._fault is not None:
             message = f"{len(self._waiting)} rows could not be written: {self._fault.strerror}"
@@ -66,23 +66,23 @@ class MetricsFile(Rows):
             self._file = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows that are not in the file."""
+        """Return the rows that are not in the file yet."""
         return {"waiting": self._waiting} if self._waiting else {}
 
     @property
     def waits_for_rows(self) -> bool:
-        """Only while rows don't get into the file do the newest belong to its state."""
+        """Whether the state holds rows: only while they can't be written."""
         return bool(self._waiting)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the rows that the last run could not write."""
+        """Load the rows that the run before could not write."""
         self._waiting = list(state.get("waiting", []))
 
     def _opened(self) -> int:
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def _flush(self) -> None:
-        """Write all rows that wait. What a failed attempt left of them is taken back, so that no line is ever cut."""
+        """Write all waiting rows. A failed attempt is undone, so that no line is ever cut."""
         if not self._waiting:
             return
         end = None
@@ -94,14 +94,17 @@ class MetricsFile(Rows):
             while data:
                 data = data[os.write(self._file, data) :]
         except OSError as error:
-            self._note(error, end)
+            self._undo(error, end)
             return
         if self._fault is not None:
             log.warning("%s can be written again; no row was lost", self._path)
         self._waiting, self._fault = [], None
 
-    def _note(self, error: OSError, end: int | None) -> None:
-        """end: the file's size before the attempt. It is opened anew for the next: a file server may have forgotten it."""
+    def _undo(self, error: OSError, end: int | None) -> None:
+        """Log a failed write and truncate the file to `end`, its size before.
+
+        The file is closed, and opened again for the next attempt: a file server may have lost the handle.
+        """
         if self._fault is None:
             what = "training goes on; rows wait in memory and in checkpoints, and are written as soon as they can be"
             log.error("%s can't be written: %s; %s", self._path, error.strerror, what)
@@ -115,7 +118,7 @@ class MetricsFile(Rows):
 
 
 def _step(line: str) -> float:
-    """The step of a row; infinity for a line that was cut short by a crash, so that it is dropped."""
+    """Return the step of a row; infinity for a line that a crash cut short, so that it is dropped."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""The progress line: where a run is, on the terminal or in the log of a job."""
+"""The progress line on the terminal, or in the log of a job."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAIN_SECONDS = 10.0  # least time between progress lines where there is no term
 
 
 class ProgressLine(Hook):
-    """One line that shows where the run is: on a terminal in place, behind a bar; elsewhere printed now and then."""
+    """Shows the run's progress in one line: in place with a bar on a terminal, elsewhere printed every few seconds."""
 
     alone = True
 
@@ -31,7 +31,7 @@ class ProgressLine(Hook):
         self._eval_loss: float | None = None
 
     def on_run_begin(self, loop: Loop) -> None:
-        """Say what is about to happen."""
+        """Print layout, length and folder, and the step that the run resumes from."""
         self._console.print(f"{loop.mesh.layout.describe()}, {loop.horizon.length}, writing to {loop.output_dir}")
         if loop.finished:
             self._console.print(f"nothing is left to do: the checkpoint is at step {loop.progress.step}")
@@ -55,18 +55,18 @@ class ProgressLine(Hook):
             self._shown = time.monotonic()
 
     def on_evaluate(self, loop: Loop, row: dict[str, Any]) -> None:
-        """Say the validation loss, on a line that stays."""
+        """Print the validation loss on a line of its own."""
         self._eval_loss = row["eval_loss"]
         self._console.print(f"step {row['step']}: validation loss {row['eval_loss']:.4f}")
 
     def on_run_end(self, loop: Loop, output_dir: Path) -> None:
-        """Say where everything is."""
+        """Print the final state and the run's folder."""
         self._stop()
         final = "" if self._eval_loss is None else f", validation loss {self._eval_loss:.4f}"
         self._console.print(f"done: {loop.progress.step} steps{final}. Metrics, checkpoints and config are in {output_dir}")
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Stop the bar, which restores the terminal."""
         self._stop()
 
     def _stop(self) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ...loop import Loop
-from .base import Rows
+from .base import RowLogger
 
 log = logging.getLogger(__name__)
 
 
-class TensorBoard(Rows):
-    """Event files for TensorBoard: a copy of metrics.jsonl, which a full disk ends without ending the run.
+class TensorBoard(RowLogger):
+    """Writes a copy of metrics.jsonl as TensorBoard event files. A full disk ends the copy, not the run.
 
     Needs the extra meshloom[tensorboard].
     """
@@ -28,21 +28,21 @@ class TensorBoard(Rows):
         self._writer: Any = None
 
     def on_run_begin(self, loop: Loop) -> None:
-        """Open the writer; events of steps that are done again are hidden by the new ones."""
+        """Open the writer; it hides earlier events of steps that are repeated."""
         try:
             self._writer = self._open(str(self._folder), purge_step=loop.progress.step + 1)
         except OSError as error:
             self._give_up(error)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Hand the row's numbers to the writer, whose thread puts them on disk."""
+        """Pass the row's numbers to the writer, whose thread writes them to disk."""
         if self._writer is None:
             return
         try:
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float):
                     self._writer.add_scalar(name, value, row["step"])
-        except OSError as error:  # of an earlier row: the thread died of it
+        except OSError as error:  # of an earlier row, on which the writer's thread failed
             self._give_up(error)
 
     def close(self) -> None:

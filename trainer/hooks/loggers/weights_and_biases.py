@@ -1,4 +1,4 @@
-"""Weights & Biases: the same rows on its server, or in its folder while offline."""
+"""Weights & Biases: the rows of metrics.jsonl on its server, or in its folder while offline."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from urllib.parse import urlparse
 
 from ....config.problems import ConfigError, Problem
 from ...loop import Loop
-from .base import Rows
+from .base import RowLogger
 
 ONLINE = ("online", "run", "shared")
 SILENT = ("offline", "dryrun", "disabled")
-SERVERS = ("wandb", "coreweave")  # in the names of the servers that the library knows by itself
+SERVERS = ("wandb", "coreweave")  # parts of the names of the library's default servers
 FIX = "run `wandb login`, or set WANDB_MODE=offline, or logging.wandb=false"
 
 
 def wandb_problems() -> Iterator[Problem]:
-    """What will keep this process from beginning a wandb run, as far as its environment and files tell: no network is asked.
+    """Yield the problems that keep a wandb run from starting, as far as environment and files tell. Uses no network.
 
-    It is read where the library reads it (its documentation of environment variables), so that nothing needs to be imported
-    or started. Whoever has a key that is no good is told so only when the run begins.
+    Reads what the library reads (its documentation of environment variables), so that nothing is imported or started. An
+    invalid key is found only when the run begins.
     """
     settings = _settings()
     mode = os.environ.get("WANDB_MODE") or settings.get("mode") or "online"
@@ -36,7 +36,7 @@ def wandb_problems() -> Iterator[Problem]:
 
 
 def _settings() -> dict[str, str]:
-    """The settings files of the library: the user's, and over it that of the working folder (`wandb offline` writes there)."""
+    """Read the library's settings files: the user's, overridden by the working folder's (written by `wandb offline`)."""
     found: dict[str, str] = {}
     folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
     workspace = Path(os.environ.get("WANDB_DIR") or ".")
@@ -64,14 +64,14 @@ def _has_key(settings: dict[str, str]) -> bool:
         except FileNotFoundError:
             continue
         except (OSError, netrc.NetrcParseError):
-            return True  # not for us to read
+            return True  # unreadable: assume it has the key
         if any(name in host for name in servers for host in hosts):
             return True
     return False
 
 
-class WandB(Rows):
-    """Weights & Biases; WANDB_MODE=offline needs no network. A resumed run goes on in the same wandb run.
+class WandB(RowLogger):
+    """Logs to Weights & Biases; WANDB_MODE=offline needs no network. A resumed run continues the same wandb run.
 
     Needs the extra meshloom[wandb].
     """
@@ -91,7 +91,7 @@ class WandB(Rows):
         self._run: Any = None
 
     def on_run_begin(self, loop: Loop) -> None:
-        """Start the wandb run, or go on in the one that the checkpoint names."""
+        """Start a wandb run, or continue the one that the checkpoint names."""
         self._id = self._id or uuid.uuid4().hex[:12]
         try:
             self._run = self._wandb.init(
@@ -113,20 +113,20 @@ class WandB(Rows):
         self._run.log(row)
 
     def close(self) -> None:
-        """Finish the wandb run; what is left is sent."""
+        """Send what is left and finish the wandb run."""
         if self._run is not None:
             self._run.finish()
             self._run = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Which wandb run this is."""
+        """Return the id of the wandb run."""
         return {"id": self._id}
 
     @property
     def waits_for_rows(self) -> bool:
-        """The run's name does not depend on what it logs."""
+        """Always false: the id does not depend on the rows."""
         return False
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on in that one."""
+        """Load the id of the wandb run to continue."""
         self._id = state.get("id")
