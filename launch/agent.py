@@ -1,12 +1,11 @@
-"""`torchrun` whose ranks begin with everything imported, and which ends with the exit code of the one that failed first.
+"""`torchrun` with forked ranks, which have all modules imported. Its exit code is that of the rank that failed first.
 
 python -m meshloom.launch.agent <torchrun's own arguments>
 python -m meshloom.launch.agent --when-told <file descriptor>
 
-The second form is started while the run is still being checked (`torchrun.PreparedAgent`): it has PyTorch imported, and the
-ranks' imports under way, by the time that the arguments come, through the pipe, with the environment for the workers. If that
-closes without, it ends. Ranks are forked (`forked.py`) if the arguments are for `-m meshloom.launch.rank`; other programs are
-started as torchrun starts them.
+The second form is started while the run is still being checked (`torchrun.PreparedAgent`). It imports PyTorch and starts the
+ranks' imports, then reads its arguments and the workers' environment from the pipe. If the pipe closes without them, it ends.
+Ranks are forked (`forked.py`) if the arguments are for `-m meshloom.launch.rank`; torchrun starts other programs as usual.
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ from . import forked
 from .torchrun import RANK
 
 LAST_WORDS = 5.0
-"""Seconds for ranks to end by themselves after one has failed, and as many once they are told to. torchrun waits for half a
-minute, which ranks that hang in a collective with the dead one use up.
+"""Seconds for ranks to end by themselves after one has failed, and again after they are told to.
+
+torchrun's default is half a minute, which ranks that hang in a collective with the failed one use up.
 """
 
 
 def main(argv: list[str]) -> int:
-    """Run torchrun's agent with these arguments. Returns 0, or the code of the first worker that failed (128 + signal)."""
+    """Run torchrun's agent with these arguments. Return 0, or the code of the first worker that failed (128 + signal)."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -40,18 +40,18 @@ def main(argv: list[str]) -> int:
         print(error, file=sys.stderr)
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except SignalException as error:  # asked to end the workers at once, which it has
+    except SignalException as error:  # torchrun was told to end the workers, and has
         return 128 + error.sigval
     return 0
 
 
 def ignore_requests() -> None:
-    """SIGUSR1 asks workers to save and end. Inherited: one without its handler yet doesn't die of it."""
+    """Ignore SIGUSR1, which asks workers to save and end. Workers inherit this until they install their handler."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _run(argv: list[str]) -> None:
-    """torchrun's `main`, but for how ranks begin."""
+    """Run torchrun's `main`, with forked ranks."""
     from torch.distributed import run
     from torch.multiprocessing import ProcessContext
 
@@ -74,7 +74,7 @@ def _run(argv: list[str]) -> None:
         return lambda *_: launch(config, forked.train)(dict(os.environ), options.training_script_args)
 
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_without_trace)
-    run.elastic_launch = forking  # the last step of torchrun's `run`: what comes before is as each PyTorch has it
+    run.elastic_launch = forking  # the last step of torchrun's `run`; the steps before stay as they are
     ranks.join = joining
     try:
         run.run(options)
@@ -83,13 +83,13 @@ def _run(argv: list[str]) -> None:
 
 
 def _without_trace(record: logging.LogRecord) -> bool:
-    """The agent logs a rank's failure with the way to its own knowledge of it, beside which the rank's words are lost."""
+    """Drop the agent's own traceback from its log of a rank's failure, which hides the rank's."""
     record.exc_info = None
     return True
 
 
 def read_arguments(descriptor: int) -> list[str] | None:
-    """torchrun's arguments, as soon as the launcher has written them to its pipe; None if it has thought better of it."""
+    """Return torchrun's arguments once the launcher has written them to its pipe; None if it closed the pipe instead."""
     with os.fdopen(descriptor, "rb") as pipe:
         message = pipe.read()
     if not message:
@@ -101,12 +101,12 @@ def read_arguments(descriptor: int) -> list[str] | None:
 
 
 def wait_for_arguments(descriptor: int) -> int:
-    """Import, and have the ranks' imports begin, then do as told."""
+    """Import, start the ranks' imports, then run torchrun with the arguments from the pipe."""
     ignore_requests()
     forked.prepare()
     import torch.distributed.run  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
-    forked.can_fork()  # waits for the imports, and keeps the answer
+    forked.can_fork()  # waits for the imports, and caches the answer
     arguments = read_arguments(descriptor)
     return 0 if arguments is None else main(arguments)
 

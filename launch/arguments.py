@@ -1,4 +1,4 @@
-"""Arguments of the small subcommands: `key=value`, typed by a dataclass, every mistake named at once."""
+"""Parse the arguments of small subcommands: `key=value`, typed by a dataclass, with all problems at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def parse(kind: type[T], argv: Sequence[str]) -> T:
-    """Build a dataclass from `key=value` words. A value is taken as it stands, spaces and brackets included.
+    """Build a dataclass from `key=value` words. A value is taken literally, spaces and brackets included.
 
     Fields are str, int, float, bool, or one of these or None (written `null`). Raises ConfigError with all problems.
     """
@@ -66,7 +66,7 @@ def _name(hint: Any) -> str:
 
 
 def describe(kind: type) -> str:
-    """The keys with their defaults, a line each, for a subcommand's --help."""
+    """Return the keys with their defaults, one line each, for a subcommand's --help."""
     hints = typing.get_type_hints(kind)
     lines: list[str] = []
     for field in dataclasses.fields(typing.cast(Any, kind)):

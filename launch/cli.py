@@ -1,4 +1,4 @@
-"""The `meshloom` command: finds the subcommand and hands over. Nothing heavy is imported before one is chosen."""
+"""The `meshloom` command: dispatch to a subcommand, whose module is imported only then."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from collections.abc import Sequence
 # name → (module with `main(argv) -> int`, what it does)
 COMMANDS = {
     "train": ("train", "train a model; `meshloom train --help` lists recipes and keys"),
-    "plan": ("plan", "what a run would ask of its processes: mesh, memory, pipeline; starts nothing"),
+    "plan": ("plan", "what a run would need: mesh, memory, pipeline; starts nothing"),
     "tune": ("tune", "the fastest settings that fit this machine, by arithmetic or by trying them"),
     "slurm": ("slurm", "print a complete sbatch script for a run"),
     "generate": ("generate", "continue a prompt with a checkpoint's model"),
-    "hparams": ("hparams", "what the laws of scale recommend for a model and a number of tokens"),
+    "hparams": ("hparams", "what scaling laws recommend for a model and a number of tokens"),
     "keys": ("keys", "every key of the config: type, default, side, meaning"),
-    "fit": ("fit", "fit the laws of scale to finished runs, and draw the fits"),
+    "fit": ("fit", "fit scaling laws to finished runs, and draw the fits"),
     "data": ("data", "tokenize text into shards, and look into them"),
     "checkpoint": ("checkpoint", "list, inspect, verify, diff, prune, export and import checkpoints"),
 }
 
 
 def usage() -> str:
-    """What `meshloom --help` prints."""
+    """Return the text of `meshloom --help`."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(["usage: meshloom <command> [arguments]", "", "commands:", *lines, "", "  --version  print the version"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand. Returns its exit code; 2 for a command that does not exist, 130 for one that Ctrl-C ended."""
+    """Run a subcommand. Return its exit code; 2 for an unknown command, 130 for one that Ctrl-C ended."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())

@@ -59,7 +59,7 @@ class VerifyArguments:
 
 
 def tokenize(arguments: TokenizeArguments) -> Path:
-    """Write the shards. Returns the folder. Raises ConfigError for arguments, ValueError for documents that can't be read."""
+    """Write the shards. Return the folder. Raises ConfigError for bad arguments, ValueError for unreadable documents."""
     from ..config.cache import build_once, cache_folder
     from ..data.corpus import TokenizerSettings
     from ..data.prepare import write_corpus
@@ -69,7 +69,7 @@ def tokenize(arguments: TokenizeArguments) -> Path:
     given, field = arguments.input, arguments.field
     kind, problems = arguments.kind, list[Problem]()
     if kind == "auto":
-        # Of a folder or a pattern, its files: JSON taken for text would be trained on as it is written.
+        # By the files' endings: JSON read as text would be trained on with its markup.
         names = [path.name for path in TextFiles(given).files()] or [given or ""]
         kinds = sorted({_KINDS.get(Path(name).suffix, "text") for name in names})
         kind = kinds[0]
@@ -86,7 +86,7 @@ def tokenize(arguments: TokenizeArguments) -> Path:
     settings = TokenizerSettings(
         arguments.tokenizer, arguments.vocabulary, arguments.tokenizer_sample, arguments.end_of_document
     )
-    # The keys of a data node are data.<key>; here they stand alone.
+    # The problems' keys are those of a data node, data.<key>; here keys have no prefix.
     problems += [Problem(problem.key.removeprefix("."), problem.message, problem.fix) for problem in settings.problems("")]
     if kind not in sources:
         problems.append(Problem("kind", f"'{kind}' is unknown", f"use auto, {', '.join(sources)}"))
@@ -112,7 +112,7 @@ def tokenize(arguments: TokenizeArguments) -> Path:
 
 
 def describe_shards(path: Path) -> list[str]:
-    """One line for every shard folder at `path`. Raises ShardError naming the file that is damaged."""
+    """Verify the shard folders at `path`. Return a line for each. Raises ShardError naming a damaged file."""
     from ..data.reader import TokenShards
     from ..data.shards import MANIFEST
 
@@ -135,7 +135,7 @@ _COMMANDS: dict[str, type] = {"tokenize": TokenizeArguments, "verify": VerifyArg
 
 
 def usage() -> str:
-    """What `meshloom data --help` prints."""
+    """Return the text of `meshloom data --help`."""
     parts = [
         f"meshloom data {name} key=value …\n\n{describe(kind)}\n\n{inspect.getdoc(kind)}" for name, kind in _COMMANDS.items()
     ]
@@ -143,7 +143,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `tokenize` or `verify`. Returns 0, 2 for bad arguments, 1 for data that can't be read."""
+    """Run `tokenize` or `verify`. Return 0, 2 for bad arguments, 1 for data that can't be read."""
     if not argv or argv[0] not in _COMMANDS:
         print(usage(), file=sys.stdout if argv and argv[0] in ("-h", "--help") else sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2

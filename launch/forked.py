@@ -1,7 +1,7 @@
-"""Ranks that begin with everything imported: forked from a process that imports it once, while the run is being checked.
+"""Fork ranks from a process that imports all modules once, while the run is being checked.
 
-Python's own fork server does the forking. It is a process that has only imported modules (`preload.py`), so that nothing that
-can't be forked (threads, the GPU's driver) is lost on the way. A rank restarted after a failure begins as quickly.
+Python's own fork server does the forking. It has only imported modules (`preload.py`), so it holds nothing that a fork would
+break, such as threads or the GPU driver. A rank restarted after a failure starts as quickly.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ PRELOADED = "meshloom.launch.preload"
 
 
 def prepare() -> None:
-    """Begin the process to fork from. It ends with this one."""
-    # What is left of an agent that was killed is cleared away by a process of Python's, which need not tell.
+    """Start the fork server. It ends with this process."""
+    # Python's resource tracker cleans up after a killed agent; its warning helps nobody.
     with environment_variable("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker"):
         resource_tracker.ensure_running()
     multiprocessing.set_forkserver_preload([PRELOADED])
@@ -36,7 +36,7 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def environment_variable(name: str, value: str) -> Generator[None]:
-    """A variable of the environment has this value meanwhile."""
+    """Set an environment variable within a `with` block."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -49,7 +49,7 @@ def environment_variable(name: str, value: str) -> Generator[None]:
 
 @functools.cache
 def can_fork() -> bool:
-    """Whether ranks can be forked: tried with a process that uses a GPU as they will. Waits until the imports are done."""
+    """Return whether ranks can be forked, by a trial process that uses a GPU as they will. Waits for the imports."""
     trial = multiprocessing.get_context(METHOD).Process(target=_try)
     trial.start()
     trial.join()
@@ -57,7 +57,7 @@ def can_fork() -> bool:
 
 
 def _try() -> None:
-    """Fail where a process like this one, forked from a process that has begun to use GPUs, can't."""
+    """Exit with an error if a forked process can't use the GPUs."""
     import torch
 
     from . import preload
@@ -69,10 +69,9 @@ def _try() -> None:
 
 
 def train(environment: Mapping[str, str], arguments: Sequence[str]) -> None:
-    """One rank, as `python -m meshloom.launch.rank` with these arguments would be in this environment. Ends the process,
-    but for a run that ended as asked.
+    """Run one rank as `python -m meshloom.launch.rank` with these arguments and environment. Exits the process on failure.
 
-    What torchrun says of the rank is in this process's environment already.
+    The variables that torchrun sets for the rank are already in this process's environment.
     """
     from . import preload
 
@@ -85,28 +84,28 @@ def train(environment: Mapping[str, str], arguments: Sequence[str]) -> None:
         threading.Thread(target=_stop_with, args=(agent.sentinel,), daemon=True).start()
     import torch
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # which is read when torch is imported, perhaps without it
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch reads it on import, which was before it was set
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # somebody reads the log while it grows: torchrun starts Python with -u
+        sys.stdout.reconfigure(line_buffering=True)  # as with -u, with which torchrun starts Python
     from .rank import main
 
     try:
         code = main(arguments)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except KeyboardInterrupt:  # of which PyTorch would make an end that torchrun waits for for ever
+    except KeyboardInterrupt:  # PyTorch would end in a way that torchrun waits for forever
         code = INTERRUPTED
     except Exception:
         traceback.print_exc()
         code = 1
-    atexit._run_exitfuncs()  # the end of a forked process leaves them out
-    if agent is not None and not agent.is_alive():  # without whose leave a rank that ended well would not end
+    atexit._run_exitfuncs()  # a forked process does not run them at its end
+    if agent is not None and not agent.is_alive():  # a rank that ended well waits for its agent
         code = code or 128 + signal.SIGTERM
     if code:
         sys.exit(code)
 
 
 def _stop_with(agent: int) -> None:
-    """Ask this rank to stop when its agent, whose sentinel this is, was killed: nobody would hear, or end, it any more."""
+    """Ask this rank to stop when its agent was killed: nothing else would end it. agent: the agent's sentinel."""
     connection.wait([agent])
     os.kill(os.getpid(), signal.SIGTERM)

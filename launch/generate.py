@@ -36,7 +36,7 @@ class Arguments:
     context: int | None = None
 
     def problems(self) -> list[Problem]:
-        """Values that can't be."""
+        """Return the problems of the values."""
         found: list[Problem] = []
         if self.tokens < 1:
             found.append(Problem("tokens", f"{self.tokens} adds nothing", "use 1 or more"))
@@ -52,7 +52,7 @@ class Arguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the prompt with its continuation. Returns 0, 2 for bad arguments, 1 for a checkpoint or data that can't be read."""
+    """Print the prompt with its continuation. Return 0, 2 for bad arguments, 1 for a checkpoint or data that can't be read."""
     if any(word in ("-h", "--help") for word in argv):
         print(f"usage: meshloom generate checkpoint=<folder> [key=value …]\n\n{describe(Arguments)}\n")
         print(inspect.getdoc(Arguments))
@@ -76,9 +76,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def continue_prompt(arguments: Arguments) -> str:
-    """The prompt and its continuation.
+    """Return the prompt and its continuation.
 
-    Raises ConfigError where there is no such checkpoint, or no tokenizer for it, and CheckpointError for a damaged one.
+    Raises ConfigError for a missing checkpoint or tokenizer, and CheckpointError for a damaged checkpoint.
     """
     import torch
 
@@ -119,7 +119,7 @@ def continue_prompt(arguments: Arguments) -> str:
 
 
 def _tokenizer(checkpoint: Path | str, config: Mapping[str, Any], fingerprint: str) -> Tokenizer:
-    """The tokenizer that the run left beside its checkpoints; otherwise that of the data, built again."""
+    """Load the tokenizer beside the checkpoints; if there is none, build that of the data again."""
     from ..data.tokenizer import Tokenizer
     from ..trainer.run import prepared_data
     from ..trainer.typed import typed_node
@@ -137,7 +137,7 @@ def _tokenizer(checkpoint: Path | str, config: Mapping[str, Any], fingerprint: s
         raise ConfigError([Problem("checkpoint", f"'{checkpoint}' was imported without a tokenizer", beside)])
     try:
         data = prepared_data(typed_node("data", config["data"]), config.get("seed", 1), config["model"].get("vocabulary"))
-    except ConfigError as error:  # files of the run that are not here, or in another place as seen from here
+    except ConfigError as error:  # the run's data is not on this machine, or elsewhere
         message = f"there is no tokenizer.json beside '{checkpoint}', and its data can't be read"
         raise ConfigError([Problem("checkpoint", message, beside), *error.problems]) from error
     if data.tokenizer is None:

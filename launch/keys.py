@@ -20,7 +20,7 @@ from ..config.problems import ConfigError, Problem
 from ..trainer.schema import OPTIONS, GroupKey, group_keys, groups
 
 HYDRAS = ("_target_", "_recursive_", "name")
-"""Keys of every option, told of once, in `INTRODUCTION`; shown where asked for by name."""
+"""Keys of every option: described in `INTRODUCTION`, and listed only when asked for by name."""
 
 INTRODUCTION = """# Keys of the config
 
@@ -36,7 +36,7 @@ from the checkpoint until another is typed.
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the keys asked for. Returns 0, or 2 where there are none."""
+    """Print the keys asked for. Return 0, or 2 if there are none."""
     parser = argparse.ArgumentParser("meshloom keys", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("key", nargs="?", default="", help="a group, a key, or <group>.<option>; default: all")
     parser.add_argument("--markdown", action="store_true", help="as docs/keys.md has them")
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def matching(name: str) -> list[GroupKey]:
-    """The keys that a name stands for: a group's, an option's, or that key in every option. Raises ConfigError for none."""
+    """Return the keys of a group or an option, or one key in every option. Raises ConfigError if there are none."""
     every = [one for group in groups() for one in group_keys(group) if one.key.name not in HYDRAS or one.name == name]
     group, _, option = name.partition(".")
     found = [one for one in every if name in ("", one.group, one.name) or one.name.startswith(f"{name}.")]
@@ -72,21 +72,21 @@ def _entry(one: GroupKey) -> str:
 
 
 def _default(one: GroupKey) -> str:
-    """The default; where options differ, the first option's and what others have."""
+    """Return the default; where options differ, the first option's with the others' behind it."""
     first, *_ = one.options.values()
     others = [f"{name}: {_written(value)}" for name, value in one.options.items() if value != first]
     return _written(first) + (f" ({', '.join(others)})" if others else "")
 
 
 def _written(value: Any) -> str:
-    """A value as on the command line."""
+    """Return a value as written on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return "(to be given)" if value == MISSING else str(value)
 
 
 def markdown(found: Iterable[GroupKey]) -> str:
-    """Tables of the keys, one for each group."""
+    """Return tables of the keys in Markdown, one per group."""
     lines = [INTRODUCTION]
     group: str | None = None
     for one in found:

@@ -1,6 +1,6 @@
-"""What a rank imports, in a process that has nothing else behind it: `forked.py` forks the ranks from there.
+"""Import the modules of a rank in the fork server, from which `forked.py` forks the ranks.
 
-A module that fails to be imported here fails again, and says why, in the rank that needs it.
+A module that fails to import here fails again, with its reason, in the rank that needs it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import signal
 
 from ..kernels import driver
 
-signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster may tell every process: this one is needed until its ranks have ended
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to every process by some clusters; this one must outlive its ranks
 ENVIRONMENT = dict(os.environ)
-"""What ranks are born with, but for what torchrun says of each."""
+"""Environment that ranks inherit, without the variables that torchrun sets for each."""
 
 
 def _import() -> None:
-    """Nothing that asks what GPUs there are: a process forked after that can't use them. So not the compiler (in 2.11 it does
-    as soon as it is imported), and no package of kernels.
+    """Import the trainer, but nothing that queries the GPUs: a process forked after that can't use them.
+
+    So not the compiler, which queries them on import in torch 2.11, and no package of kernels.
     """
     import torch.distributed.run  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
@@ -29,6 +30,6 @@ def _import() -> None:
 
 with contextlib.suppress(Exception):
     _import()
-gc.freeze()  # no rank looks for garbage among these, nor copies the pages that they lie in
+gc.freeze()  # ranks neither collect these objects nor copy their pages
 MAY_FORK = not driver.began()
-"""Whether a child of this process can use a GPU, as far as its driver says."""
+"""Whether a forked child can use a GPU: the driver has not been initialized here."""

@@ -1,4 +1,4 @@
-"""What a rank runs: the run of a command line, in this process.
+"""Run a command line's run in this process, as one rank.
 
 torchrun --nproc-per-node 4 -m meshloom.launch.rank recipe=quickstart
 """
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ..trainer.resolve import ResolvedRun
     from ..trainer.signals import StopRequest
 
-FRAMES = 4  # of the way to an error that are told: a library's own, and who called it
-# What a disk, a quota or a file server answers, or something in a file's place: a line says it, and where it came up.
+FRAMES = 4  # innermost frames of an error that are reported
+# Errors of a disk, a quota or a file server, or a file in a folder's place: reported in one line, without a traceback.
 UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
@@ -30,7 +30,7 @@ UNWRITABLE = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what this command line says, as one of the processes that it was started among. Return the exit code."""
+    """Run what this command line says, as one of the run's processes. Return the exit code."""
     from ..trainer.launching import run_processes
     from ..trainer.machine import machine_problems
     from ..trainer.resolve import resolve
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_here(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
-    """Run in this process. Return the exit code; what only the data or this very process could show is said here."""
+    """Run in this process. Return the exit code; print errors that only the data or this process could show."""
     from ..checkpoint.errors import CheckpointError
     from ..data.shards import ShardError
     from ..trainer.launching import under_torchrun
@@ -70,13 +70,13 @@ def run_here(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
 
 
 def _where(error: BaseException) -> str:
-    """The innermost lines of the program that an error came through: whose file it was, or which of them is at fault."""
+    """Return the innermost frames of an error, which tell what the file was for."""
     frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
     return "in " + ", ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
 
 
 def _configure_log() -> None:
-    """Meshloom's own messages go to stderr as they are: all of rank 0's, warnings of the others."""
+    """Send Meshloom's log to stderr without a prefix: all of rank 0's messages, warnings of other ranks."""
     log = logging.getLogger("meshloom")
     if not log.handlers:
         handler = logging.StreamHandler()

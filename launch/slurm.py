@@ -20,7 +20,7 @@ TEMPLATE = Path(__file__).with_name("slurm.sbatch")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the script for a command line of `meshloom train`. Returns 0, or 2 for a config that can't run."""
+    """Print the script for a command line of `meshloom train`. Return 0, or 2 for a config that can't run."""
     parser = argparse.ArgumentParser(
         prog="meshloom slurm",
         description="Print a complete sbatch script for the run that these overrides describe; launch.* sets the resources.",
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def script(overrides: Sequence[str], config_dir: str | None = None) -> str:
-    """The sbatch script of a run. Raises ConfigError naming every problem of its config on launch.nodes full nodes."""
+    """Return the sbatch script of a run. Raises ConfigError with every problem of its config on launch.nodes full nodes."""
     resolved = resolve(
         overrides,
         config_dir,
@@ -51,7 +51,7 @@ def script(overrides: Sequence[str], config_dir: str | None = None) -> str:
 
 
 def _job_problems(launch: LaunchConfig) -> Iterator[Problem]:
-    """What sbatch would stumble over, or would take for something else."""
+    """Yield the values that sbatch would refuse or misread."""
     for key in ("job_name", "partition", "account"):
         name = getattr(launch, key)
         if name is not None and (not name.strip() or not name.isprintable()):
@@ -65,7 +65,7 @@ def _job_problems(launch: LaunchConfig) -> Iterator[Problem]:
 
 
 def fill(template: str, config: RunConfig, command_line: str) -> str:
-    """The template with the run's values. Options of sbatch that are not set disappear with their line."""
+    """Fill the template with the run's values. Lines of sbatch options that are not set are left out."""
     launch = config.launch
     optional = {"partition": launch.partition, "account": launch.account, "cpus-per-task": launch.cpus_per_task}
     given = {name: shlex.quote(str(value)) for name, value in optional.items() if value is not None}
@@ -83,7 +83,7 @@ def fill(template: str, config: RunConfig, command_line: str) -> str:
 
 
 def _command_line(overrides: Sequence[str], config_dir: str | None, resume: str) -> str:
-    """What the job says every time that it is started: it goes on with its own run, which may begin from `resume`."""
+    """Return the job's command line. Every start of it resumes its own run, which may begin from `resume`."""
     folder = [f"--config-dir={Path(config_dir).resolve()}"] if config_dir else []
     kept = [override for override in overrides if not override.startswith("resume=")]
     again = "auto" if resume == "none" else resume if resumes_own_run(resume) else f"{AUTO_FROM}{resume}"

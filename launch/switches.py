@@ -1,4 +1,4 @@
-"""The words of `meshloom train`: Hydra's switches, and overrides."""
+"""Parse the command line of `meshloom train`: Hydra's switches, and overrides."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ BAD_CONFIG = 2
 
 
 def read_switches(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return Hydra's switches, and the words for Hydra, which wants the overrides in one row: switches go in front."""
-    from hydra._internal.utils import get_args_parser  # private, but the one that hydra.main itself reads its switches with
+    """Return Hydra's switches, and the arguments reordered for Hydra: switches first, then overrides."""
+    from hydra._internal.utils import get_args_parser  # private; the parser that hydra.main itself uses
 
     arguments = [opened(argument) for argument in argv]
     switches = get_args_parser().parse_intermixed_args(arguments)
@@ -24,7 +24,7 @@ def read_switches(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def refuse(error: ConfigError) -> int:
-    """Print problems that every process finds in the same way."""
+    """Print problems that every rank finds, on rank 0 only. Return the exit code."""
     if os.environ.get("RANK", "0") == "0":
         print(error, file=sys.stderr)
     return BAD_CONFIG

@@ -1,4 +1,4 @@
-"""`meshloom train`: resolve the run, refuse what can't be, then train here or start torchrun. Sweeps go through Hydra.
+"""`meshloom train`: resolve the run, refuse a bad config, then train here or start torchrun. Sweeps go through Hydra.
 
 meshloom train recipe=quickstart launch.nproc=4
 """
@@ -30,16 +30,16 @@ __all__ = ["BAD_CONFIG", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as this command line says. Return the exit code: 0 only if every run ended as asked, 2 for a bad config.
+    """Train as this command line says. Return the exit code: 0 if every run succeeded, 2 for a bad config.
 
-    A signal that stops one run of a sweep stops the sweep: those after it are not begun, and the code says so as a shell would
-    (128 + the signal's number). A run by itself that was asked to stop, and has saved, ended as asked: its code is 0, by which
-    torchrun and SLURM know that it did not fail.
+    A signal that stops one run of a sweep stops the sweep: later runs are not started, and the code is 128 + the signal's
+    number, as of a shell. A single run that was asked to stop and has saved succeeded: its code is 0, so that torchrun and
+    SLURM don't take it for a failure.
     """
     switches, arguments = read_switches(sys.argv[1:] if argv is None else argv)
     try:
         _refuse_switches(switches)
-        if _looks_only(switches):
+        if _prints_only(switches):
             return _look(switches, arguments)
         if switches.multirun:
             return _sweep(switches, arguments)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse_switches(switches: argparse.Namespace) -> None:
-    """Raise ConfigError for switches that can't be meant."""
+    """Raise ConfigError for switches that exclude one another, or that Meshloom does not take."""
     modes = {"--run": switches.run, "-m": switches.multirun, "--cfg": switches.cfg, "--info": switches.info}
     chosen = [name for name, value in modes.items() if value]
     if len(chosen) > 1:
@@ -61,14 +61,14 @@ def _refuse_switches(switches: argparse.Namespace) -> None:
         raise ConfigError([Problem("--config-name, --config-path", "the root of every config is Meshloom's", fix)])
 
 
-def _looks_only(switches: argparse.Namespace) -> bool:
-    """Return whether Hydra is to print something, or to run a job again from its own files, and nothing else."""
+def _prints_only(switches: argparse.Namespace) -> bool:
+    """Return whether Hydra is only to print something, or to run a job again from its own files."""
     asks = (switches.help, switches.hydra_help, switches.shell_completion, switches.experimental_rerun)
     return any(asks) or switches.cfg is not None or switches.info is not None
 
 
 def _look(switches: argparse.Namespace, arguments: list[str]) -> int:
-    """Let Hydra print what is asked for, of a command line that can be composed."""
+    """Let Hydra print what the switches ask for, if the command line can be composed."""
     if switches.cfg is not None or switches.info is not None:
         composition = make_composer(switches.config_dir).compose(switches.overrides)
         if composition.problems:
@@ -94,7 +94,7 @@ def _processes(config: RunConfig) -> int:
 
 
 def _single(switches: argparse.Namespace, composer: Composer, composition: Composition) -> int:
-    """Run once, here or under torchrun, whose agent imports what ranks need while the run is checked."""
+    """Run once, here or under torchrun, whose agent imports modules while the run is checked."""
     several = _starts_several(composition)
     agent = PreparedAgent(with_share(several)) if several else None
     try:
@@ -109,7 +109,7 @@ def _single(switches: argparse.Namespace, composer: Composer, composition: Compo
 
 
 def _starts_several(composition: Composition) -> int:
-    """Return how many processes torchrun is to start, as far as that shows without PyTorch; 0 for a run in this process."""
+    """Return the number of processes for torchrun to start, as far as known without PyTorch; 0 for a run in this process."""
     if under_torchrun() or composition.problems:
         return 0
     asked, restarts = composition.config.launch.nproc, composition.config.launch.max_restarts
@@ -121,7 +121,7 @@ def _starts_several(composition: Composition) -> int:
 
 
 def _sweep(switches: argparse.Namespace, arguments: list[str]) -> int:
-    """Run every job of a sweep, through Hydra, whose launchers may do so elsewhere. All jobs are checked first."""
+    """Run every job of a sweep, through Hydra, whose launchers may use other machines. All jobs are checked first."""
     composer = make_composer(switches.config_dir)
     problems: list[Problem] = []
     for job in composer.expand(switches.overrides):
@@ -136,12 +136,12 @@ def _sweep(switches: argparse.Namespace, arguments: list[str]) -> int:
 
     def task(config: DictConfig) -> None:
         nonlocal left
-        if stop.obeyed:  # it was not one run of the sweep that somebody wanted to end
+        if stop.obeyed:  # a signal stops the whole sweep
             left += 1
             return
-        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a failed run shows where it failed
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # show a failed run's traceback
         code = _job(config, switches, stop)
-        if os.getpid() != launcher:  # Hydra's submitit launcher: of what a job does only an exception comes back
+        if os.getpid() != launcher:  # Hydra's submitit launcher returns nothing of a job but its exception
             if code:
                 raise RuntimeError(f"the run in {config.output_dir} ended with exit code {code}")
             if stop.obeyed:
@@ -154,7 +154,7 @@ def _sweep(switches: argparse.Namespace, arguments: list[str]) -> int:
     failed = [number for number, code in enumerate(codes) if code]
     if failed and len(codes) > 1:
         print(f"{len(failed)} of {len(codes)} runs of the sweep failed: {failed}", file=sys.stderr)
-    if stop.obeyed and not under_torchrun():  # which would take the code for a failure, and restart it
+    if stop.obeyed and not under_torchrun():  # torchrun would take the code for a failure, and restart
         codes.append(128 + stop.number)
     return max(codes, default=0)
 
@@ -189,7 +189,7 @@ def _run(
         ]
     )
     code = started.run(agent)
-    stop.obeyed, stop.number = started.asked, started.number
+    stop.obeyed, stop.number = started.stop_requested, started.number
     return code
 
 
@@ -198,10 +198,12 @@ def _without_folder(overrides: Sequence[str]) -> list[str]:
 
 
 def _leave() -> None:
-    """End this process now, for a second Ctrl-C. Nothing is put in order: a save under way may take minutes, what is on the
-    disk is whole at any moment, and the end of the interpreter would abort threads that are still copying.
+    """End this process now, for a second Ctrl-C.
+
+    Nothing is cleaned up: a save under way may take minutes, files on disk are complete at any moment, and the end of the
+    interpreter would abort threads that are still copying.
     """
-    with contextlib.suppress(Exception):  # the signal may have come in the middle of a print
+    with contextlib.suppress(Exception):  # the signal may have interrupted a print
         sys.stdout.flush()
     show_cursor()
     with contextlib.suppress(OSError):

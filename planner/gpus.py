@@ -1,4 +1,4 @@
-"""What the GPUs of this machine have and can. A child asks: CUDA keeps some of a GPU's memory for whoever has spoken to it."""
+"""Memory and features of this machine's GPUs, queried in a child process: a CUDA context would keep GPU memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GIVE_IT = "give what one GPU has, in GiB: --memory 80"
 
 
 class GpusHere:
-    """Asks while its `with` block lasts. Nothing is started before the first question."""
+    """Queries the GPUs within a `with` block. Starts its child process with the first query."""
 
     def __enter__(self) -> GpusHere:
         self._child = ProcessPoolExecutor(1, get_context("spawn"))
@@ -25,7 +25,7 @@ class GpusHere:
         self._child.shutdown()
 
     def memory(self) -> float:
-        """Bytes of the smallest one. Raises ConfigError where there is none, or none that answers."""
+        """Return the bytes of the smallest GPU. Raises ConfigError if there is none, or none answers."""
         if torch.cuda.device_count() == 0:
             raise ConfigError([Problem("--memory", "there is no GPU here to ask", GIVE_IT)])
         try:
@@ -35,18 +35,18 @@ class GpusHere:
             raise ConfigError([Problem("--memory", f"the GPUs here do not answer: {error}", fix)]) from error
 
     def fused_swiglu_blocker(self) -> str | None:
-        """Why they can't compute SwiGLU inside the products around it; None if they can."""
+        """Return why the GPUs can't fuse SwiGLU into the products around it; None if they can."""
         try:
             return self._child.submit(unsupported_reason).result()
-        except RuntimeError as error:  # the trial has ended the child, or has broken its GPU
+        except RuntimeError as error:  # the trial has killed the child, or broken its CUDA context
             return f"{type(error).__name__}: {error}"
 
 
 def smallest_memory() -> float:
-    """In the child: bytes."""
+    """Return the bytes of the smallest GPU. Runs in the child."""
     return float(min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())))
 
 
 def unsupported_reason() -> str | None:
-    """In the child: of the first GPU, for all."""
+    """Return why the first GPU, standing for all, does not support fused SwiGLU. Runs in the child."""
     return swiglu.unsupported_reason(torch.device("cuda", 0))

@@ -1,4 +1,4 @@
-"""What this machine has besides its GPUs: host memory, within the limits of the container, and room in a folder."""
+"""Resources of this machine besides GPUs: host memory, within the container's limits, and free disk space."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import psutil
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of host memory that can be had: the machine's, or what every control group above this process leaves, if less.
+    """Return the available bytes of host memory: the machine's, or what this process's control groups leave, if less.
 
-    root: where /proc and /sys are.
+    root: the folder that holds /proc and /sys
     """
     return min([psutil.virtual_memory().available, *_left_by_groups(root)])
 
 
 def _left_by_groups(root: Path) -> Iterator[int]:
-    """What each limited control group of this process leaves; its page cache can be taken back. Versions 1 and 2 (Linux's
-    admin-guide/cgroup-v1/memory.rst, cgroup-v2.rst). One that can't be read limits nothing.
+    """Yield the bytes that each limited control group of this process leaves, its page cache counted as free.
+
+    Versions 1 and 2 (Linux's admin-guide/cgroup-v1/memory.rst, cgroup-v2.rst). A group that can't be read limits nothing.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -38,7 +39,7 @@ def _left_by_groups(root: Path) -> Iterator[int]:
         else:
             continue
         place = PurePosixPath(path)
-        # In a container the path may be the host's, while what is mounted begins at the container's own group.
+        # In a container the path may be the host's, while the mount begins at the container's own group.
         for group in dict.fromkeys([place, *place.parents, PurePosixPath("/")]):
             with contextlib.suppress(OSError, ValueError):  # no such file here, or "max"
                 folder = base / str(group).lstrip("/")
@@ -47,13 +48,13 @@ def _left_by_groups(root: Path) -> Iterator[int]:
 
 
 def _page_cache(stat: Path, prefix: str) -> int:
-    """Bytes of files that a group has in memory and that need not stay there; not those of tmpfs, which must."""
+    """Return the bytes of a group's file pages that can be reclaimed; those of tmpfs can't, and don't count."""
     rows = dict(line.split() for line in stat.read_text().splitlines())
     return int(rows.get(f"{prefix}inactive_file", 0)) + int(rows.get(f"{prefix}active_file", 0))
 
 
 def free_disk(folder: str | Path) -> int | None:
-    """Free bytes of the file system that a folder is on, or would be; None for an object store, or where nobody can tell."""
+    """Return the free bytes of the file system of a folder, which need not exist; None for an object store, or if unknown."""
     if "://" in str(folder) and not str(folder).startswith("file://"):
         return None
     place = Path(str(folder).removeprefix("file://")).expanduser().absolute()

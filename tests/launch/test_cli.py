@@ -125,7 +125,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     calls: list[list[str]] = []
 
     class Started:
-        asked = False
+        stop_requested = False
         number = signal.SIGUSR1
 
         def __init__(self, arguments: list[str]) -> None:
@@ -177,7 +177,7 @@ def test_a_signal_that_stops_a_run_stops_its_sweep(
         return 0
 
     monkeypatch.setattr("meshloom.trainer.run.run", run)
-    monkeypatch.setattr(train.TorchRun, "asked", property(lambda _: len(started) == 2))
+    monkeypatch.setattr(train.TorchRun, "stop_requested", property(lambda _: len(started) == 2))
     words = ["recipe=quickstart", f"launch.nproc={processes}"]
     assert cli.main(["train", "-m", *words, "seed=1,2,3,4"]) == 128 + signal.SIGUSR1
     assert (begun if processes == 1 else [int(call[7].removeprefix("seed=")) for call in started]) == [1, 2]
