@@ -1,1 +1,1 @@
-"""Floor 0: how a config is composed, what is wrong with it, and small values that every floor uses."""
+"""Floor 0: composition of configs, their problems, and small values that every floor uses."""

@@ -1,7 +1,7 @@
-"""The cache: folders that are built once and read by all.
+"""The cache: folders that one process builds and all read.
 
-Whatever is there under its name is complete: it is built in a temporary folder and renamed. Processes that start
-together, on one node or on several that share the cache, let one of them build while the others wait.
+A folder in the cache is complete: it is built under a temporary name and renamed. Of processes that start together, on one
+node or on several that share the cache, one builds while the others wait.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ log = logging.getLogger(__name__)
 
 
 def expand_user(written: str) -> Path:
-    """A path as a user writes it, ~ being their home; that of somebody who has none here is left as it is."""
-    return Path(os.path.expanduser(written))  # noqa: PTH111 (which fails for such a user)
+    """Expand ~ in a path. Without a known home folder the path stays as it is."""
+    return Path(os.path.expanduser(written))  # noqa: PTH111 (Path.expanduser fails without a home)
 
 
 def cache_folder(configured: str | None) -> Path:
-    """`data.cache_dir`, else the environment's MESHLOOM_CACHE, else ~/.cache/meshloom."""
+    """Return the cache folder: `configured` (data.cache_dir), else $MESHLOOM_CACHE, else ~/.cache/meshloom."""
     return expand_user(configured or os.environ.get("MESHLOOM_CACHE") or "~/.cache/meshloom")
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on disk."""
+    """Flush the entries of a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -41,8 +41,8 @@ def sync_folder(folder: Path) -> None:
 def build_once(target: Path, build: Callable[[Path], None]) -> None:
     """Make sure that the folder `target` exists, calling `build(empty folder)` in one process only.
 
-    The lock ends with the process that holds it; what a killed one left is removed by the next that builds. The file of the
-    lock goes once the folder is there: whoever still waits for it, or makes it anew, finds the folder.
+    The lock is released when its process ends. What a killed process left is removed by the next that builds. The lock file is
+    removed once the folder exists: a process that still waits for the lock, or creates it again, then finds the folder.
     """
     if target.exists():
         return

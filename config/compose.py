@@ -1,9 +1,9 @@
-"""From recipes and overrides to one config: composition by Hydra, with every faulty override named at once.
+"""Compose a config from recipes and overrides with Hydra, and report all faulty overrides at once.
 
 Hydra stops at the first override that it can't take. `compose` finds all of them: it adds the overrides one by one, group
 choices first, and leaves out those that fail.
 
-Of Hydra only public parts are used: `initialize_config_module`, the loader that it sets up, `hydra.searchpath` for a user's
+Only public parts of Hydra are used: `initialize_config_module`, the loader that it sets up, `hydra.searchpath` for a user's
 folder, and the parser of overrides.
 """
 
@@ -42,16 +42,16 @@ HYDRA_VERSION = "1.3"
 NAMED = ("model", "data", "optim", "schedule", "batch")  # groups whose options carry a name
 OPEN_NODES = tuple(
     f"{node}{mark}" for node in ("parallel.deepspeed.config", "optim.modules") for mark in ".="
-)  # whose keys no schema lists
+)  # their keys are in no schema
 FAULTS = (HydraException, yaml.YAMLError, ValueError)  # what composition raises for bad overrides and bad files
 LONGEST_NAME = 200  # file systems take 255
 
 SCHEMA = "schema"
-"""Name of the dataclass of the whole config in Hydra's ConfigStore (`trainer/schema.py` puts it there)."""
+"""Name in Hydra's ConfigStore of the dataclass of the whole config, which `trainer/schema.py` registers."""
 
 
 def run_schema() -> type:
-    """The dataclass of the whole config."""
+    """Return the dataclass of the whole config."""
     kind = OmegaConf.get_type(ConfigStore.instance().load(f"{SCHEMA}.yaml").node)
     assert kind is not None
     return kind
@@ -59,11 +59,11 @@ def run_schema() -> type:
 
 @dataclass(frozen=True)
 class Composition:
-    """What the composition of a command line gave.
+    """Result of composing a command line.
 
-    config     the run's config, without the overrides that could not be taken
-    problems   one for every such override
-    notices    what was left out of recipe files, for people
+    config     the run's config, without the faulty overrides
+    problems   one for every faulty override
+    notices    messages about keys of recipe files that were left out
     """
 
     config: DictConfig
@@ -72,7 +72,7 @@ class Composition:
 
 
 def _config_loader() -> ConfigLoader:
-    """Hydra's loader for Meshloom's recipes; a program that is in the middle of a Hydra run of its own is left there."""
+    """Return Hydra's loader for Meshloom's recipes. Restores the Hydra state of a program that is itself a Hydra app."""
     state = GlobalHydra.instance()
     outer = state.hydra
     state.clear()
@@ -85,7 +85,7 @@ def _config_loader() -> ConfigLoader:
 
 
 class Composer:
-    """Composes configs from Meshloom's recipes and, in front of the built-in schemas, a user's own folder."""
+    """Composes configs from Meshloom's recipes and a user's folder of further ones."""
 
     def __init__(self, config_dir: str | None = None, options: Mapping[str, Sequence[type]] | None = None) -> None:
         """Raises ConfigError when `config_dir` does not exist.
@@ -93,7 +93,7 @@ class Composer:
         config_dir: folder of further recipes (`--config-dir`); options: group → the schemas of its options.
         """
         self._schemas = options or {}
-        self._joined: list[str] = []  # the override that makes Hydra look into the user's folder, too
+        self._joined: list[str] = []  # override that adds the user's folder to Hydra's search path
         if config_dir is not None:
             folder = Path(config_dir).resolve()
             if not folder.is_dir():
@@ -105,7 +105,7 @@ class Composer:
         self._known_options: dict[str, list[str]] = {}
 
     def compose(self, overrides: Sequence[str]) -> Composition:
-        """The config of these overrides. Raises ConfigError when the recipe itself can't be composed."""
+        """Compose the config of these overrides. Raises ConfigError if the recipe itself can't be composed."""
         problems: list[Problem] = []
         parsed = [*_parse(overrides, self._loader, problems)]
         try:
@@ -121,11 +121,14 @@ class Composer:
         return composition
 
     def _leave_out(self, group: str, composition: Composition, typed: Collection[str]) -> None:
-        """Take keys out of a group that its option does not have: a problem where typed, or where no other option has them."""
+        """Remove keys of a group that its option does not have.
+
+        A notice for a key of another option that a recipe file gives; a problem for one that is typed, or that no option has.
+        """
         node: Any = composition.config[group]
         path = OmegaConf.to_container(node).get("_target_")  # type: ignore[union-attr]
         schema = next((kind for kind in self._schemas[group] if _default(kind, "_target_") == path), None)
-        if schema is None:  # a class of the user's own
+        if schema is None:  # a user's own class
             return
         known = _names(schema)
         for name in [str(name) for name in node if name not in known]:
@@ -144,7 +147,7 @@ class Composer:
             _delete(composition.config, key)
 
     def expand(self, overrides: Sequence[str]) -> list[list[str]]:
-        """The overrides of each job of a sweep (`-m`); one job where nothing is swept."""
+        """Return the overrides of each job of a sweep (`-m`); one job if nothing is swept."""
         problems: list[Problem] = []
         parsed = [*_parse(overrides, self._loader, problems)]
         problems += [
@@ -179,7 +182,7 @@ class Composer:
             except FAULTS as error:
                 problem, repaired = self._diagnose(override, error, config)
                 problems.append(problem)
-                if repaired is not None:  # so that what depends on this choice is judged as it was meant
+                if repaired is not None:  # so that keys that depend on this choice are checked as meant
                     try:
                         config = self._load([*good, repaired])
                         good.append(repaired)
@@ -188,7 +191,7 @@ class Composer:
         return Composition(config, problems)
 
     def options(self, group: str) -> list[str]:
-        """The options of a recipe group, without the schemas behind them; none for what is not a group."""
+        """Return the options of a recipe group, without their schemas; none if there is no such group."""
         if group not in self._known_options:
             options = self._loader.get_group_options(group, config_name=ROOT, overrides=self._joined)
             self._known_options[group] = [name for name in options if not name.startswith("base_")]
@@ -198,7 +201,7 @@ class Composer:
         return bool(self.options(override.key_or_group)) and isinstance(override.value(), str | None)
 
     def _diagnose(self, override: Override, error: Exception, config: DictConfig) -> tuple[Problem, str | None]:
-        """What is wrong with an override that config (the composition without it) could not take; and its likely repair."""
+        """Return the problem of an override that `config` (composed without it) could not take, and its likely repair."""
         key = override.get_key_element().lstrip("+~")
         if self._is_choice(override):
             options, value = self.options(override.key_or_group), str(override.value())
@@ -220,7 +223,7 @@ class Composer:
         whole = re.match(r"Value '(\d[\d.e+]*)' of type 'float' could not be converted to Integer", message)
         if whole and float(whole[1]).is_integer():
             fix = f"write a whole number in full: {key}={int(float(whole[1])):_}"
-        return Problem(key, message, fix or _as_it_is(key, current)), None
+        return Problem(key, message, fix or _current_value(key, current)), None
 
 
 _ABSENT = object()
@@ -235,14 +238,14 @@ def _default(kind: type, name: str) -> Any:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> Problem:
-    """Return the problem of a key that nobody has: what it is called now, or what may have been meant."""
+    """Return the problem of an unknown key, with its new name or near misses as the fix."""
     if key in RENAMED_KEYS:
         return Problem(key, "has another name now", f"write {RENAMED_KEYS[key]}")
     return Problem(key, "there is no such key", near_miss(key, known))
 
 
-def _as_it_is(key: str, value: Any) -> str:
-    """A fix for a value that could not be taken: what is there without it."""
+def _current_value(key: str, value: Any) -> str:
+    """Word the fix for a bad value: the value without the override."""
     if isinstance(value, DictConfig) and value:
         return f"set one of its keys: {', '.join(f'{key}.{name}' for name in value)}"
     if isinstance(value, DictConfig | ListConfig):
@@ -251,7 +254,7 @@ def _as_it_is(key: str, value: Any) -> str:
 
 
 def near_miss(key: str, known: Iterable[str]) -> str:
-    """A fix for a misspelt key: the nearest known ones beside it, or else those that end alike."""
+    """Word the fix for a misspelt key: the nearest known keys of the same group, or else keys with the same last name."""
     known = list(known)
     parent, _, leaf = key.rpartition(".")
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
@@ -263,11 +266,11 @@ def near_miss(key: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near[:2])}?" if near else "see `meshloom keys` for every key"
 
 
-def opened(argument: str) -> str:
-    """An argument of the command line as Hydra is to read it.
+def normalize_override(argument: str) -> str:
+    """Rewrite an argument of the command line for Hydra.
 
-    Keys that no schema lists (another library's, names of the user's own) need no "+" from the user. `optim.name=lamb`
-    chooses the option, as `optim=lamb` does: the name alone would change nothing.
+    Keys in no schema (another library's, names of the user's own) get Hydra's "++". `optim.name=lamb` becomes `optim=lamb`,
+    which chooses the option; the name alone would change nothing.
     """
     if argument.startswith(OPEN_NODES):
         return f"++{argument}"
@@ -275,19 +278,19 @@ def opened(argument: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text as a value of an override, whatever it holds: Hydra reads back exactly that."""
+    """Quote a text as the value of an override, so that Hydra reads back exactly that text."""
     return QuotedString(text, Quote.single).with_quotes()
 
 
 def task_overrides() -> list[str]:
-    """The overrides of the command line that this process was started with; none outside of `hydra.main`."""
+    """Return the overrides of this process's command line; none outside of `hydra.main`."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def sweep_folder(overrides: Sequence[str], job: Sequence[str]) -> str:
-    """Name of a sweep job's folder: the overrides of the job whose values the sweep's command line varies.
+    """Return the name of a sweep job's folder: the job's overrides of the keys that the sweep varies.
 
-    It stays the same however the sweep is extended later, so that its jobs can be resumed.
+    It stays the same if the sweep is extended later, so that its jobs can be resumed.
     """
     parser = OverridesParser.create()
     swept = {override.get_key_element() for override in parser.parse_overrides(list(overrides)) if override.is_sweep_override()}
@@ -306,24 +309,24 @@ def _delete(config: DictConfig, key: str) -> None:
 
 
 def _parse(overrides: Sequence[str], loader: ConfigLoader, problems: list[Problem]) -> Iterator[Override]:
-    parser = OverridesParser.create(loader)  # which knows what a glob(*) of a sweep stands for
+    parser = OverridesParser.create(loader)  # the loader resolves a sweep's glob(*)
     for line in overrides:
         try:
-            yield from parser.parse_overrides([opened(line)])
+            yield from parser.parse_overrides([normalize_override(line)])
         except OverrideParseException:
             fix = "write key=value, and quote what holds spaces, commas or brackets: 'key=\"a, b\"'"
             problems.append(Problem(line, "can't be read", fix))
 
 
 def _values(override: Override) -> list[str]:
-    """An override as written, or where it sweeps over several values, one override for each."""
+    """Return an override as written, or one override for each value that it sweeps over."""
     if not override.is_discrete_sweep():
         return [override.input_line or ""]
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def _keys(config: DictConfig) -> Iterator[str]:
-    """Every key, groups included."""
+    """Yield every key, groups included."""
     for name, value in config.items_ex(resolve=False):
         yield str(name)
         if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
@@ -331,7 +334,7 @@ def _keys(config: DictConfig) -> Iterator[str]:
 
 
 def drop_unknown(config: DictConfig) -> list[str]:
-    """Take out the keys that the schema and its typed groups don't have. Returns them."""
+    """Delete the keys that the schema and its typed groups don't have. Return them."""
     unknown = list(_unknown(config, run_schema()))
     for key in unknown:
         _delete(config, key)
@@ -348,7 +351,7 @@ def _unknown(config: DictConfig, kind: type, prefix: str = "") -> Iterator[str]:
 
 
 def _reason(error: BaseException) -> tuple[str, str]:
-    """What went wrong in one line, from the innermost cause and without Hydra's framing; and a fix where one is known."""
+    """Return the reason of an error in one line, from its innermost cause without Hydra's framing, and a fix or ''."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -1,7 +1,10 @@
-"""Keys of the config: how a dataclass declares one, and what can be read off the declaration.
+"""Keys of the config: how a dataclass declares them, and how to list them.
 
-A key has a side. *Recipe*: what is computed; a resumed run takes it from its checkpoint. *Placement*: where and how; it is
-today's, never the checkpoint's. *Habit*: how the run saves and reports; kept from the checkpoint until somebody types another.
+A key has a side, which says where a resumed run takes it from.
+
+recipe     what is computed: from the checkpoint
+placement  where and how: from today's command line and recipe files, never from the checkpoint
+habit      how the run saves and reports: from the checkpoint, unless typed
 """
 
 from __future__ import annotations
@@ -16,11 +19,11 @@ from enum import Enum
 from typing import Any
 
 MISSING: Any = "???"
-"""Default of a key that must be given; omegaconf reads it so."""
+"""Default of a key that must be given, as in omegaconf."""
 
 
 class Side(Enum):
-    """What a key is about: see the module."""
+    """Side of a key: see the module."""
 
     RECIPE = "recipe"
     PLACEMENT = "placement"
@@ -32,17 +35,17 @@ class Side(Enum):
 
 @dataclass(frozen=True)
 class RecipeWhen:
-    """The side of a key that is placement, except under choices that make what is computed depend on it.
+    """Side of a key that is placement, but recipe under choices that make the computed numbers depend on it.
 
     when   these choices, in words
-    holds  whether a run (its typed config) has made one of them
+    holds  typed config of a run → whether it makes one of them
     """
 
     when: str
     holds: Callable[[Any], bool]
 
     def of(self, run: Any) -> Side:
-        """The side under the choices of a run."""
+        """Return the side under the choices of a run."""
         return Side.RECIPE if self.holds(run) else Side.PLACEMENT
 
     def __str__(self) -> str:
@@ -58,7 +61,7 @@ def key(default: Any, meaning: str, side: Side | RecipeWhen | None = None) -> An
 
 
 def target(path: str) -> Any:
-    """Declare `_target_`, the class that a node is built from."""
+    """Declare `_target_`, the path of the class that a node is built from."""
     return key(path, "the class that is built; one of your own takes the node's keys")
 
 
@@ -79,9 +82,9 @@ class Key:
 
 
 def keys_of(kind: type, only: Collection[str] | None = None) -> Iterator[Key]:
-    """The keys that a config dataclass declares; those of dataclasses in it have dotted names.
+    """Yield the keys that a config dataclass declares; keys of nested dataclasses have dotted names.
 
-    only: of these fields. Raises TypeError for one without a meaning or a side.
+    only: names of the fields to list. Raises TypeError for a field without a meaning or a side.
     """
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -100,7 +103,7 @@ def keys_of(kind: type, only: Collection[str] | None = None) -> Iterator[Key]:
 
 
 def type_name(hint: Any) -> str:
-    """A type as it is written in the code."""
+    """Return a type as it is written in the code."""
     if isinstance(hint, types.UnionType):
         return " | ".join(type_name(member) for member in typing.get_args(hint))
     if hint is types.NoneType:

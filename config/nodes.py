@@ -1,4 +1,4 @@
-"""Nodes of the config that a class is built from: one of Meshloom's own takes its typed config, a user's own takes the keys."""
+"""Build objects from nodes of the config: Meshloom's classes take their typed config, a user's class takes the keys."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class Custom:
-    """The config of a class of the user's own, which Meshloom knows by its path alone.
+    """Config of a user's own class, of which Meshloom knows only the path.
 
-    path  the class's (`_target_`)
-    keys  the rest of its node
+    path  of the class (`_target_`)
+    keys  the other keys of its node
     """
 
     path: str
@@ -18,14 +18,14 @@ class Custom:
 
 
 def import_object(path: str) -> Any:
-    """Return what a dotted path names: a module's class or function, or an attribute of one. Raises ImportError."""
+    """Return the object at a dotted path: a module's class or function, or an attribute of one. Raises ImportError."""
     parts = path.split(".")
     for end in range(len(parts) - 1, 0, -1):
         module = ".".join(parts[:end])
         try:
             found: Any = importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if error.name is not None and module.startswith(error.name):  # not one that this module imports in vain
+            if error.name is not None and module.startswith(error.name):  # not a failed import inside the module
                 continue
             raise
         try:
@@ -40,8 +40,8 @@ def import_object(path: str) -> Any:
 def build(config: Any, *arguments: Any, leave_out: tuple[str, ...] = (), **live: Any) -> Any:
     """Build the object that a config describes.
 
-    A class of Meshloom's own is called with the config and the positional and keyword arguments. One of the user's own is
-    called with the keys of its node, but for `leave_out`, and the keyword arguments.
+    A class of Meshloom is called with the config and the positional and keyword arguments. A user's class is called with the
+    keys of its node, without those in `leave_out`, and the keyword arguments.
     """
     if isinstance(config, Custom):
         return import_object(config.path)(**{key: value for key, value in config.keys.items() if key not in leave_out}, **live)

@@ -1,4 +1,4 @@
-"""What is wrong with a config, said once, completely, and with a way out."""
+"""Problems of a config: each has a key, a message and a fix; all are reported at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing a user must change: the config key at fault, what is wrong with it, and a fix."""
+    """A problem that the user must fix: the config key, what is wrong with it, and a fix."""
 
     key: str
     message: str
@@ -20,7 +20,7 @@ class Problem:
 
 
 class ConfigError(ValueError):
-    """A config that can't run. Carries every problem found, not only the first."""
+    """Raised for a config that can't run, with every problem found, not only the first."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = list(problems)

@@ -1,4 +1,4 @@
-"""Names that checkpoints, recipes and people may still use: classes that have moved, keys that are called otherwise now."""
+"""Old names in checkpoints, recipes and command lines: moved classes and renamed keys."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ MOVED = {
     "meshloom.optim.batch.Ramp": "meshloom.optim.batch.controller.Ramp",
     "meshloom.optim.adaptive.": "meshloom.optim.batch.adaptive.",
 }
-"""Beginning of an old `_target_` → what stands there now. One that does not begin like any of these has not moved."""
+"""Prefix of an old `_target_` → its new prefix. A path with none of these prefixes has not moved."""
 
 
 RENAMED_KEYS: dict[str, str] = {}
-"""Old key → new one. A checkpoint's is read under the new name; a person is told it."""
+"""Old key → new key. A checkpoint's key is read under the new name; a typed one is a problem that names the new key."""
 
 
 def with_moved_targets(node: Any) -> Any:
-    """A copy of plain containers in which every `_target_` names the class where it is now."""
+    """Return a copy of plain containers in which every `_target_` is the current path of its class."""
     if isinstance(node, dict):
         return {key: _moved(value) if key == "_target_" else with_moved_targets(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -35,7 +35,7 @@ def with_moved_targets(node: Any) -> Any:
 
 
 def with_renamed_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a saved config in which every key has the name that it has now."""
+    """Return a copy of a saved config in which every key has its current name."""
     found = copy.deepcopy(config)
     for old, new in RENAMED_KEYS.items():
         *groups, name = old.split(".")

@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
-from ..config.compose import opened
+from ..config.compose import normalize_override
 from ..config.keys import Side
 from ..config.problems import ConfigError, Problem
 from ..optim.batch.config import MICRO_SIDE
@@ -206,7 +206,7 @@ def given_keys(overrides: Sequence[str]) -> set[str]:
     keys: set[str] = set()
     for line in overrides:
         with contextlib.suppress(OverrideParseException):
-            keys |= {word.key_or_group for word in OverridesParser.create().parse_overrides([opened(line)])}
+            keys |= {word.key_or_group for word in OverridesParser.create().parse_overrides([normalize_override(line)])}
     return keys
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.compose import drop_unknown, opened
+from ..config.compose import drop_unknown, normalize_override
 from ..config.keys import MISSING, Side, keys_of
 from ..config.renames import with_moved_targets, with_renamed_keys
 from .schema import OPTIONS, RunConfig
@@ -74,7 +74,7 @@ def resume_config(saved: Mapping[str, Any], fresh: DictConfig, overrides: Iterab
 
 
 def _typed(overrides: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    for override in OverridesParser.create().parse_overrides([opened(line) for line in overrides]):
+    for override in OverridesParser.create().parse_overrides([normalize_override(line) for line in overrides]):
         if not override.is_hydra_override():
             yield override.package or override.key_or_group, override.value()
 
