@@ -9,7 +9,7 @@ from enum import Enum
 
 
 class Unit(Enum):
-    """What a duration counts."""
+    """Unit of a duration."""
 
     STEPS = "steps"
     TOKENS = "tokens"

@@ -1,4 +1,4 @@
-"""`meshloom fit`: fit the laws of scale to finished runs, and draw the fits.
+"""`meshloom fit`: fit scaling laws to finished runs, and draw the fits.
 
     meshloom fit outputs/sweep --output fits
 
@@ -22,7 +22,7 @@ from .fit_runs import UNITS, FinishedRun, Fits, fit_all, read_runs
 
 
 def main(argv: Sequence[str]) -> int:
-    """Fit, print and draw. Returns 0; 1 when no law could be fitted or nothing drawn; 2 when there are no runs to read."""
+    """Fit, print and draw. Return 0; 1 if no law could be fitted or nothing drawn; 2 if there are no runs to read."""
     parser = argparse.ArgumentParser(prog="meshloom fit", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold some")
     parser.add_argument("--output", type=Path, help="folder for fit.png, fit.svg and fit.json (default: nothing is written)")
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def describe(runs: Sequence[FinishedRun], fits: Fits) -> list[str]:
-    """What is printed."""
+    """Return the lines of the report."""
     lines = [f"{len(runs)} finished runs. {UNITS}", ""]
     for title, sweeps, unit in (("learning rate", fits.lr_sweeps, ""), ("batch", fits.batch_sweeps, " tokens")):
         for sweep in sweeps:
@@ -78,7 +78,7 @@ def describe(runs: Sequence[FinishedRun], fits: Fits) -> list[str]:
 
 
 def as_json(fits: Fits) -> dict[str, Any]:
-    """The fits as plain JSON."""
+    """Return the fits as plain JSON."""
 
     def power(law: PowerLaw | None) -> dict[str, Any] | None:
         return None if law is None else {"constant": law.constant, "exponents": law.exponents, "spread": law.spread}

@@ -1,4 +1,4 @@
-"""The picture of `meshloom fit`: a panel for each law that was fitted or swept."""
+"""Plot of `meshloom fit`: a panel for each law that was fitted or swept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .fit_runs import Fits, Sweep
 
 
 def draw(fits: Fits, folder: Path) -> list[Path]:
-    """Write fit.png and fit.svg; returns their paths, none when there is nothing to draw."""
+    """Write fit.png and fit.svg. Return their paths; none if there is nothing to draw."""
     try:
         import matplotlib
     except ModuleNotFoundError as error:

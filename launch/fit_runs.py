@@ -1,4 +1,4 @@
-"""Finished runs, sorted into sweeps, and the laws fitted to them: what `meshloom fit` prints and draws."""
+"""Sort finished runs into sweeps and fit scaling laws to them, for `meshloom fit`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One run, by what the laws speak of.
+    """One run, by the variables of the laws.
 
     parameters  N, without embedding and head; tokens: D; batch: B in tokens, None where it changed during the run
     lr          optim.lr
@@ -43,7 +43,7 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A setting tried at several values, all else equal. at: what was equal (N, D, B)."""
+    """A setting tried at several values, all else equal. at: the values of N, D, B that were equal."""
 
     at: dict[str, float]
     values: list[float]
@@ -51,13 +51,13 @@ class Sweep:
 
     @property
     def best(self) -> Optimum:
-        """Where the loss is lowest."""
+        """The optimum: the value with the lowest loss."""
         return fitting.optimum(self.values, self.losses)
 
 
 @dataclass
 class Fits:
-    """What came out. `missing`: law → why it could not be fitted."""
+    """The fitted laws. `missing`: law → why it could not be fitted."""
 
     lr_sweeps: list[Sweep]
     batch_sweeps: list[Sweep]
@@ -71,7 +71,7 @@ class Fits:
 
 
 def read_runs(paths: Iterable[Path]) -> list[FinishedRun]:
-    """Every finished run in or under these folders. Raises ConfigError naming each that is not a run or not finished."""
+    """Read every finished run in or under these folders. Raises ConfigError for each that is not a run or not finished."""
     problems: list[Problem] = []
     runs: list[FinishedRun] = []
     for path in paths:
@@ -121,7 +121,7 @@ def _read(folder: Path) -> FinishedRun:
 
 
 def _smoothed(losses: np.ndarray) -> np.ndarray:
-    """Means over a fortieth of the way so far to either side: wide where a curve is flat, narrow where it is steep."""
+    """Smooth a curve by means over a fortieth of the way so far to either side: wide where it is flat, narrow where steep."""
     sums = np.concatenate([[0.0], np.cumsum(losses)])
     at = np.arange(len(losses))
     reach = np.minimum(at // 40, len(losses) - 1 - at)
@@ -140,7 +140,7 @@ def _best(runs: Iterable[FinishedRun]) -> FinishedRun:
 
 
 def _sweeps(runs: Iterable[FinishedRun], value: Callable[[FinishedRun], float], names: str) -> list[Sweep]:
-    """Runs that differ in `value` alone, three values or more; at equal value the best run counts."""
+    """Group runs that differ only in `value`, with three values or more. Of runs with an equal value, keep the best."""
 
     def at(run: FinishedRun) -> tuple[float, ...]:
         return tuple(float(getattr(run, NAMES[name])) for name in names)
@@ -154,7 +154,7 @@ def _sweeps(runs: Iterable[FinishedRun], value: Callable[[FinishedRun], float], 
 
 
 def fit_all(runs: Sequence[FinishedRun]) -> Fits:
-    """Every law that the runs can tell something about."""
+    """Fit every law that the runs allow."""
     steady = [run for run in runs if run.batch is not None]
     lr_sweeps = _sweeps(steady, lambda run: run.lr, "NDB")
     batch_sweeps = _sweeps(steady, lambda run: run.batch or 0.0, "ND")
@@ -179,7 +179,7 @@ def fit_all(runs: Sequence[FinishedRun]) -> Fits:
 
 
 def _optima_law(sweeps: Sequence[Sweep]) -> PowerLaw:
-    """A power law of the optima, in those of N, D and B that vary; optima at the edge of their sweep are not known."""
+    """Fit a power law to the optima, in those of N, D and B that vary. Optima at the edge of a sweep are left out."""
     inside = [sweep for sweep in sweeps if sweep.best.inside]
     if not inside:
         edge = " (every sweep has its best value at an edge: widen them)" if sweeps else ""
@@ -192,7 +192,7 @@ def _optima_law(sweeps: Sequence[Sweep]) -> PowerLaw:
 
 
 def _curves(runs: Sequence[FinishedRun]) -> dict[float, tuple[np.ndarray, np.ndarray]]:
-    """Batch → loss curve, the best run's of each batch, for the model size that was trained at most batches."""
+    """Return batch → loss curve of its best run, for the model size that was trained with most batches."""
     sizes = _grouped(runs, lambda run: (run.parameters,))
     if not sizes:
         return {}

@@ -1,4 +1,4 @@
-"""`meshloom hparams`: what the laws of scale recommend for a model and a number of tokens, and how far to trust it."""
+"""`meshloom hparams`: what scaling laws recommend for a model and a number of tokens, and how far to trust it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ NOTES = """
 
 @dataclass(frozen=True)
 class Row:
-    """One recommendation. arguments: what the law was asked with, by the names of its fitted ranges."""
+    """One recommendation. arguments: inputs of the law, by the names of its fitted ranges."""
 
     what: str
     value: str
@@ -60,16 +60,16 @@ class Row:
 
     @property
     def extrapolated(self) -> str:
-        """The arguments outside of what the law was fitted on, in words."""
+        """The arguments outside the law's fitted ranges, in words."""
         return ", ".join(f"{name} = {_count(self.arguments[name])}" for name in self.law.extrapolated(**self.arguments))
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Everything that is printed: the run's sizes, the laws' values, muP's multipliers, and overrides to paste.
+    """The whole output: the run's sizes, the laws' values, muP's multipliers, and overrides to paste.
 
-    base     what chooses recipe and model, before the overrides
-    setting  what the base says besides, that the overrides leave as it is
+    base     overrides that choose recipe and model
+    setting  other values of the base, which the overrides don't change
     """
 
     base: list[str]
@@ -84,7 +84,7 @@ class Recommendation:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the recommendations. Returns 0, or 2 for arguments that can't be read."""
+    """Print the recommendations. Return 0, or 2 for arguments that can't be read."""
     if any(word in ("-h", "--help") for word in argv):
         print(f"usage: meshloom hparams recipe=llama_1b tokens=100B [key=value …]\n\nkeys:\n{describe(Arguments)}\n{NOTES}")
         return 0
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def recommend(arguments: Arguments) -> Recommendation:
-    """Ask every law. Raises ConfigError for a recipe, a model or a length that there isn't."""
+    """Evaluate every law. Raises ConfigError for an unknown recipe or model, or a missing length."""
     problems: list[Problem] = []
     tokens = _tokens(arguments.tokens, problems)
     for key in ("seq_len", "batch", "loss", "multiple", "mup_base"):
@@ -171,7 +171,7 @@ def recommend(arguments: Arguments) -> Recommendation:
 
 
 def _base(arguments: Arguments, composer: Composer) -> list[str]:
-    """The group choices that the overrides are pasted behind. Raises ConfigError where neither recipe nor model is named."""
+    """Return the choices of recipe and model that precede the overrides. Raises ConfigError if neither is given."""
     recipe, model = arguments.recipe, arguments.model
     if recipe is None and model is None:
         raise ConfigError([Problem("recipe", "is not given", "write recipe=llama_1b, or model=… as in `meshloom train`")])
@@ -181,7 +181,7 @@ def _base(arguments: Arguments, composer: Composer) -> list[str]:
 
 
 def show(found: Recommendation, arguments: Arguments, console: Console) -> None:
-    """Print it."""
+    """Print the recommendation."""
     base = " ".join(found.base)
     console.print(
         f"{base}: {_count(found.parameters)} parameters, {_count(found.hidden)} of them neither embedding nor head; "
@@ -212,9 +212,9 @@ def show(found: Recommendation, arguments: Arguments, console: Console) -> None:
 
 
 def _unfit(overrides: Sequence[str], config_dir: str | None) -> list[Problem]:
-    """What keeps the recommended run from running, such as a recipe's warm-up that is longer than a short run.
+    """Return the problems of the recommended run, such as a recipe's warm-up that is longer than a short run.
 
-    Data and machine are not looked at: they need not be here.
+    Data and machine are not checked: the run may use others.
     """
     from ..trainer.resolve import resolve
 

@@ -1,4 +1,4 @@
-"""A run on paper: what it would ask of its processes, by arithmetic."""
+"""Plan a run: what it would need of its processes, by arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this machine has not enough of for a run's checkpoints and for what it offloads."""
+"""Problems of too little host memory or disk space for a run's checkpoints and offloaded state."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from ..trainer.schema import RunConfig
 
 
 def shortages(config: RunConfig, needs: CheckpointNeeds, away: OffloadAccount, local: int, memory: float) -> Iterator[Problem]:
-    """What this machine has not enough of, if it is the one that is to run this: of several nodes only the folder is here.
+    """Yield a problem for each resource that is too small on this machine. Of a run on several nodes, check only the folder.
 
-    away: what a process keeps where its GPU does not; local: processes of the machine; memory: bytes of host memory that can
-    be had.
+    away: bytes that a process offloads; local: processes of the machine; memory: bytes of host memory that are available
     """
     alone = config.launch.nodes == 1
     limit = config.checkpoint.host_memory_gib

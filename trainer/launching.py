@@ -14,7 +14,7 @@ from ..config.problems import Problem
 
 @dataclass
 class LaunchConfig:
-    """How `meshloom train` starts its processes, and what `meshloom slurm` asks the cluster for."""
+    """Processes that `meshloom train` starts, and resources that `meshloom slurm` requests."""
 
     SIDE: ClassVar[Side] = Side.PLACEMENT
 

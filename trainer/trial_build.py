@@ -1,4 +1,4 @@
-"""What only shows when a run's objects are built: on the meta device and over small parameters, so that it takes no memory."""
+"""Problems found only by building a run's objects: on the meta device and over small parameters, without their memory."""
 
 from __future__ import annotations
 
