@@ -1,7 +1,7 @@
-"""From a config to the object it describes: a class of Meshloom's own takes the config, a user's own the keys of its node.
+"""Build the objects that configs describe: Meshloom's classes take the config, a user's own class the keys of its node.
 
-Of a user's own class these keys are left out, which belong to the trainer: `name`, and `lr_coupling` of `optim`, `micro` and
-`micro_max` of `batch`.
+The keys of the trainer are not passed to a user's own class: `name`, `lr_coupling` of `optim`, `micro` and `micro_max` of
+`batch`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def build_schedule(config: ScheduleConfig, peak: float | str, horizon: Horizon) -> Schedule:
-    """Build the schedule. peak: a number, once a law has been asked. Ask its `problems()` before using it."""
+    """Build the schedule. peak: the number that a law, if any, has given. Check its `problems()` before using it."""
     return build(config, leave_out=("name",), peak=peak, horizon=horizon)
 
 
@@ -35,7 +35,7 @@ def build_optimizer(config: OptimConfig, parameters: Sequence[NamedParameter], s
 
 
 def build_controller(config: BatchConfig, horizon: Horizon, divisor: int) -> Controller:
-    """Build the batch-size controller. divisor: batch.micro × data-parallel size. Ask its `problems()` first."""
+    """Build the batch-size controller. divisor: batch.micro × data-parallel size. Check its `problems()` first."""
     grows = {} if config.largest_micro == config.micro else {"micro_growth": config.largest_micro / config.micro}
     live: dict[str, Any] = {"horizon": horizon, "divisor": divisor, **grows}
     left_out = ("name", "micro", "micro_max")

@@ -1,4 +1,4 @@
-"""The batch's history: what a run's past steps were worth in samples and tokens, as the points where that changed (rule R5)."""
+"""The batch's history: the samples and tokens of a run's past steps, as the points where they changed (rule R5)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..config.duration import Unit
 
 
 class ChangePoint(NamedTuple):
-    """The beginning of a step from which on steps had another batch: the run's counters then, and the new batch."""
+    """A step from which on the batch was another: the run's counters at its beginning, and the new batch."""
 
     step: int
     samples: int
@@ -19,7 +19,7 @@ class ChangePoint(NamedTuple):
     batch: int
 
     def at(self, unit: Unit) -> int:
-        """The counter of a unit."""
+        """Return the counter of a unit."""
         return {Unit.STEPS: self.step, Unit.SAMPLES: self.samples, Unit.TOKENS: self.tokens}[unit]
 
 
@@ -30,7 +30,7 @@ class BatchHistory:
     points: tuple[ChangePoint, ...] = ()
 
     def extended(self, point: ChangePoint, seq_len: int) -> BatchHistory:
-        """The history once a step of this batch, and of samples this long, begins at these counters."""
+        """Return the history with a step that begins at `point`, of its batch and `seq_len` tokens a sample."""
         if self.points:
             last = self.points[-1]
             same_length = point.tokens - last.tokens == (point.samples - last.samples) * seq_len
@@ -39,9 +39,9 @@ class BatchHistory:
         return BatchHistory((*self.points, point))
 
     def convert(self, value: float, here: Unit, there: Unit, now: ChangePoint, seq_len: int) -> float:
-        """A point of the run counted in `here`, counted in `there`.
+        """Convert a point of the run from unit `here` to unit `there`.
 
-        Up to `now` it is what it was. Beyond, every step has `now.batch` samples of `seq_len` tokens.
+        Up to `now` the history says what steps were worth. Beyond, every step has `now.batch` samples of `seq_len` tokens.
         """
         knots = [point for point in self.points if point.step < now.step] + [now]
         index = bisect.bisect_right(knots, value, key=lambda knot: knot.at(here)) - 1
@@ -55,10 +55,10 @@ class BatchHistory:
         return now.at(there) + (value - now.at(here)) / worth[here] * worth[there]
 
     def as_json(self) -> list[list[int]]:
-        """As plain JSON."""
+        """Return the points as JSON values."""
         return [list(point) for point in self.points]
 
     @classmethod
     def from_json(cls, points: Sequence[Sequence[int]]) -> BatchHistory:
-        """Take back what `as_json` gave."""
+        """Restore what `as_json` returned."""
         return cls(tuple(ChangePoint(*point) for point in points))

@@ -1,4 +1,4 @@
-"""Horizon: how long a run is, and what its steps, samples and tokens are worth in one another."""
+"""Horizon: the length of a run, and conversion between its steps, samples and tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Horizon:
 
     length   of the run, in steps, tokens or samples (`trainer.steps` or `trainer.tokens`)
     seq_len  tokens of a sample
-    batch    samples of a step where every step has the same; None where a controller changes it
+    batch    samples of every step; None where a controller changes them
     """
 
     length: Duration
@@ -27,7 +27,7 @@ class Horizon:
 
     @property
     def unit(self) -> Unit:
-        """What the length of the run is counted in."""
+        """The unit of the run's length."""
         return self.length.unit
 
     @property
@@ -36,9 +36,9 @@ class Horizon:
         return self.length.value
 
     def amount(self, duration: Duration, unit: Unit) -> float:
-        """`duration` counted in `unit`, at the batch that every step of the run has.
+        """Convert a duration to `unit`, at the batch that every step of the run has.
 
-        Raises ValueError where that has no fixed answer: steps into tokens or samples while the batch size changes.
+        Raises ValueError for steps to tokens or samples, or back, while the batch size changes: there is no fixed answer.
         """
         if duration.unit is Unit.FRACTION:
             return duration.value * self.amount(self.length, unit)
@@ -55,24 +55,25 @@ class Horizon:
             return duration.value / here / self.batch
         return duration.value * self.batch * there
 
-    def reach(self, duration: Duration, unit: Unit, progress: Progress) -> float:
-        """The point of the run, counted in `unit`, that is `duration` after its start.
+    def after_start(self, duration: Duration, unit: Unit, progress: Progress) -> float:
+        """Return the point of the run, counted in `unit`, that is `duration` after its start.
 
-        Up to `progress` by the batch's history, beyond it at today's batch; inf: beyond it, while the batch changes.
+        Up to `progress` it follows the batch's history, and beyond it today's batch. Returns inf for a point beyond
+        `progress` that depends on the batch, while a controller changes that.
         """
         if duration.unit is Unit.FRACTION:
             return self.convert(duration.value * self.total, self.unit, unit, progress)
         return self.convert(duration.value, duration.unit, unit, progress)
 
     def before_end(self, duration: Duration, progress: Progress) -> float:
-        """The point of the run, counted in the unit of its length, that is `duration` before its end: see `reach`."""
+        """Return the point, counted in the unit of the run's length, that is `duration` before its end; as `after_start`."""
         if duration.unit is Unit.FRACTION:
             return self.total - duration.value * self.total
         end = self.convert(self.total, self.unit, duration.unit, progress)
         return self.convert(end - duration.value, duration.unit, self.unit, progress)
 
     def convert(self, value: float, here: Unit, there: Unit, progress: Progress) -> float:
-        """A point of the run counted in `here`, counted in `there`: see `reach`."""
+        """Convert a point of the run from unit `here` to unit `there`; as `after_start`."""
         if here is there:
             return value
         ahead = not progress.history.points or value > self.position(progress, here)
@@ -83,9 +84,9 @@ class Horizon:
         return self.amount(Duration(value, here), there)
 
     def position(self, progress: Progress, unit: Unit) -> float:
-        """How far the run has come at the beginning of the step, in `unit`."""
+        """Return how far the run has come at the beginning of the step, in `unit`."""
         return {Unit.STEPS: progress.step, Unit.TOKENS: progress.tokens, Unit.SAMPLES: progress.samples}[unit]
 
     def stride(self, progress: Progress, unit: Unit) -> float:
-        """How far the step about to be taken goes, in `unit`."""
+        """Return the length of the step about to be taken, in `unit`."""
         return {Unit.STEPS: 1, Unit.TOKENS: progress.batch * self.seq_len, Unit.SAMPLES: progress.batch}[unit]

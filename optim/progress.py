@@ -10,13 +10,13 @@ from .history import BatchHistory, ChangePoint
 
 @dataclass(frozen=True)
 class Progress:
-    """Counters at the beginning of a step: nothing else decides a learning rate.
+    """Counters at the beginning of a step. A learning rate depends on nothing else.
 
     step     optimizer updates done
     samples  samples consumed by them
     tokens   tokens (positions, padding included) consumed by them: samples × seq_len
     batch    samples in the step about to be taken
-    history  what all steps up to that one were worth; empty: nobody has noted it, and every step is taken to have been alike
+    history  the batches of all steps up to that one; empty: not recorded, and every step counts as equally long
     """
 
     step: int = 0
@@ -31,24 +31,24 @@ class Progress:
         return ChangePoint(self.step, self.samples, self.tokens, self.batch)
 
     def before(self, batch: int, seq_len: int) -> Progress:
-        """The progress at the beginning of a step of `batch` samples with `seq_len` tokens each, noted in the history."""
+        """Return the progress at the beginning of a step of `batch` samples of `seq_len` tokens, recorded in the history."""
         point = self.point._replace(batch=batch)
         return Progress(*point, self.history.extended(point, seq_len))
 
     def after(self, samples: int, tokens: int) -> Progress:
-        """The progress once a step of this many samples and tokens is done."""
+        """Return the progress after a step of this many samples and tokens."""
         return Progress(self.step + 1, self.samples + samples, self.tokens + tokens, samples, self.history)
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain JSON."""
+        """Return the state as JSON values."""
         return {**self.point._asdict(), "history": self.history.as_json()}
 
     @classmethod
     def from_state(cls, state: dict[str, Any], first_batch: int) -> Progress:
-        """Take back what `state_dict` gave.
+        """Restore what `state_dict` returned.
 
-        first_batch: samples of the run's first step, for states from before the history was kept. Past steps then count as
-        equally long, which is exact where the batch never changed.
+        first_batch: samples of the run's first step, for states saved before there was a history. Past steps then count
+        as equally long, which is exact where the batch never changed.
         """
         point = ChangePoint(*(state[name] for name in ChangePoint._fields))
         if "history" in state:

@@ -1,1 +1,1 @@
-"""How many samples a step takes, and what is measured to decide it."""
+"""Controllers of the batch size, and the gradient statistics that some of them measure."""

@@ -12,7 +12,7 @@ from .statistics import GradientStatistics, MovingMeans
 
 
 class AdaptiveOptions(TypedDict):
-    """Keys of every measuring controller: see `Adaptive` for what they mean, and for the defaults where not said."""
+    """Keys of every measuring controller. `Adaptive` explains them, and has their defaults unless a class says otherwise."""
 
     samples: int
     max: int
@@ -25,7 +25,7 @@ class AdaptiveOptions(TypedDict):
 
 
 class Adaptive(Controller):
-    """The base: a target that measurements move, in bounds.
+    """Base of the measuring controllers: measurements move a target within bounds.
 
     samples   the size at the start, and the smallest
     max       the largest size
@@ -61,25 +61,25 @@ class Adaptive(Controller):
             self._problem("batch.growth", f"a factor of {growth:g} lets nothing grow", "use more than 1, or null")
 
     def _must_be_positive(self, **settings: float) -> None:
-        """Thresholds and constants at which a test would ask for no batch at all."""
+        """Refuse thresholds and constants that give no finite, positive batch."""
         for key, value in settings.items():
             if not 0 < value < math.inf:
                 self._problem(f"batch.{key}", f"{value:g} gives no batch", "use a positive number")
 
-    def wanted(self) -> float | None:
-        """The size that the measurements so far ask for (infinity: more than any); None: they say nothing yet."""
+    def proposed_batch(self) -> float | None:
+        """Return the size that the measurements so far ask for, perhaps infinite; None before they say anything."""
         raise NotImplementedError
 
     def measure(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> dict[str, float] | None:
-        """The numbers to smooth; None where this step has none."""
+        """Return the numbers to smooth; None where this step has none."""
         raise NotImplementedError
 
     def measures(self, progress: Progress) -> bool:
-        """Every step where past ones count, else those before a decision."""
-        return self.needs_statistics and (self._means.keep > 0 or (progress.step + 1) % self.interval == 0)
+        """Return whether to measure: every step if means are smoothed, otherwise the steps before a decision."""
+        return self.needs_statistics and (self._means.decay > 0 or (progress.step + 1) % self.interval == 0)
 
     def next_batch(self, progress: Progress) -> int:
-        """The target, as a legal size."""
+        """Return the target, rounded to a legal size."""
         return self.rounded(max(self._target, self.samples))
 
     def observe(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> None:
@@ -88,8 +88,8 @@ class Adaptive(Controller):
         if numbers is None or not all(math.isfinite(number) for number in numbers.values()):
             return  # a step that diverged says nothing about the right batch
         self._means.update(numbers)
-        wanted = self.wanted() if progress.step % self.interval == 0 else None
-        if wanted is None:
+        proposed = self.proposed_batch() if progress.step % self.interval == 0 else None
+        if proposed is None:
             return
         assert self.max is not None
         now = float(self.next_batch(progress))
@@ -97,26 +97,26 @@ class Adaptive(Controller):
         least = now
         if self.shrink:
             least = self.samples if self.growth is None else max(self.samples, now / self.growth)
-        self._target = min(most, max(least, wanted))
+        self._target = min(most, max(least, proposed))
 
     def state_dict(self) -> dict[str, Any]:
-        """The target before rounding, so that a resume on another layout rounds the same number, and the moving means."""
+        """Return the moving means, and the target before rounding, which a resume on another layout rounds anew."""
         return {"kind": type(self).__name__, "target": self._target, "means": self._means.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave. A controller of another kind leaves the size that it had come to, if it had one."""
+        """Restore the state. From a controller of another kind, only the size that it had reached is restored, if any."""
         self._target = float(state.get("target", self.samples))
         if state.get("kind") == type(self).__name__:
             self._means.load_state_dict(state["means"])
 
 
-class FromStatistics(Adaptive):
-    """The base of those that decide from gradient statistics."""
+class StatisticsController(Adaptive):
+    """Base of the controllers that decide from gradient statistics."""
 
     needs_statistics = True
 
     def measure(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> dict[str, float] | None:
-        """The moments, as unbiased as they come."""
+        """Return the second moments of the gradient, from unbiased estimates where there are such."""
         if statistics is None or not statistics.finite:
             return None
         numbers = {
@@ -142,26 +142,26 @@ class FromStatistics(Adaptive):
 
 
 def _ratio(noise: float, signal: float) -> float:
-    """noise / signal, where a signal that can't be seen makes any noise infinitely large."""
+    """Divide noise by signal; any noise over a signal of 0 or less is infinite."""
     if noise <= 0:
         return 0.0
     return noise / signal if signal > 0 else math.inf
 
 
-def _smoothed(options: AdaptiveOptions) -> AdaptiveOptions:
-    """The options with defaults for following a number that is very noisy from step to step."""
+def _with_smoothing(options: AdaptiveOptions) -> AdaptiveOptions:
+    """Fill in the defaults for following a number that is very noisy from step to step."""
     return {"interval": 10, "ema": 0.95, "growth": 1.25, **options}
 
 
-class NormTest(FromStatistics):
+class NormTest(StatisticsController):
     """The norm test of AdAdaGrad (arXiv 2402.11215), from workers' gradients as in DDP-Norm and FSDP-Norm (2412.21124).
 
-    The batch b passes if tr Σ / b ≤ η² ‖g‖²; else the smallest batch that would pass is wanted.
+    The batch b passes if tr Σ / b ≤ η² ‖g‖². Otherwise it proposes the smallest batch that would pass.
 
     eta       the noise allowed in the batch's gradient, relative to its norm: smaller asks for larger batches
     unbiased  compare with the unbiased ‖E g‖², not with ‖g‖², in which the noise itself counts as signal
-    literal   compare the variance of the workers' means with the threshold for samples, which is the test as the papers'
-              text can be read, and asks for batches smaller by the factor of samples per worker
+    literal   compare the variance of the workers' means with the threshold for samples, as the papers' text can be read;
+              it asks for batches smaller by the factor of samples per worker
     """
 
     def __init__(
@@ -177,13 +177,13 @@ class NormTest(FromStatistics):
         self.eta, self.unbiased, self.literal = eta, unbiased, literal
         self._must_be_positive(eta=eta)
 
-    def wanted(self) -> float | None:
-        """tr Σ / (η² ‖g‖²)."""
+    def proposed_batch(self) -> float | None:
+        """Return tr Σ / (η² ‖g‖²)."""
         noise = self._means["spread" if self.literal else "variance"]
         return _ratio(noise, self._means["signal" if self.unbiased else "square"]) / self.eta**2
 
 
-class InnerProduct(FromStatistics):
+class InnerProduct(StatisticsController):
     """The inner-product test (Bollapragada et al., arXiv 1710.11258; arXiv 2402.11215): noise along the gradient only.
 
     The batch b passes if Var⟨g_i, g⟩ / b ≤ η² ‖g‖⁴; η is the papers' θ. The products are taken over the whole gradient
@@ -197,13 +197,13 @@ class InnerProduct(FromStatistics):
         self.eta = eta
         self._must_be_positive(eta=eta)
 
-    def wanted(self) -> float | None:
-        """Var⟨g_i, g⟩ / (η² ‖g‖⁴)."""
+    def proposed_batch(self) -> float | None:
+        """Return Var⟨g_i, g⟩ / (η² ‖g‖⁴)."""
         return _ratio(self._means["along"], self._means["square"] ** 2) / self.eta**2
 
 
 class Augmented(InnerProduct):
-    """The augmented inner-product test: beside the inner-product test, noise orthogonal to the gradient is bounded too.
+    """The augmented inner-product test, which also bounds the noise orthogonal to the gradient.
 
     nu  the orthogonality test passes if tr Cov(g_i − ⟨g_i, g⟩ g / ‖g‖²) / b ≤ ν² ‖g‖²
     """
@@ -215,13 +215,13 @@ class Augmented(InnerProduct):
         self.nu = nu
         self._must_be_positive(nu=nu)
 
-    def wanted(self) -> float | None:
-        """The larger of what the two tests ask for."""
+    def proposed_batch(self) -> float | None:
+        """Return the larger of the two tests' batches."""
         along = _ratio(self._means["along"], self._means["square"] ** 2) / self.eta**2
         return max(along, _ratio(self._means["across"], self._means["square"]) / self.nu**2)
 
 
-class NoiseScale(FromStatistics):
+class NoiseScale(StatisticsController):
     """The batch follows the simple noise scale tr Σ / ‖E g‖² (McCandlish et al., arXiv 1812.06162).
 
     eta  the size, as a multiple of the noise scale: at 1 a step makes half the progress that an infinite batch would
@@ -230,22 +230,23 @@ class NoiseScale(FromStatistics):
     """
 
     def __init__(self, horizon: Horizon, divisor: int, eta: float = 1.0, **options: Unpack[AdaptiveOptions]) -> None:
-        super().__init__(horizon, divisor, **_smoothed(options))
+        super().__init__(horizon, divisor, **_with_smoothing(options))
         self.eta = eta
         self._must_be_positive(eta=eta)
 
-    def wanted(self) -> float | None:
-        """η × noise scale."""
+    def proposed_batch(self) -> float | None:
+        """Return η × noise scale."""
         noise_scale = self.noise_scale
         return None if noise_scale is None else self.eta * noise_scale
 
 
 class CriticalLoss(Adaptive):
-    """The batch follows the critical batch of the loss reached, B_crit(L) = B_* / L^(1/α_B) tokens (Kaplan et al.,
-    arXiv 2001.08361; arXiv 2403.06563). Needs no gradient statistics.
+    """The batch follows the critical batch of the loss reached, B_crit(L) = B_* / L^(1/α_B) tokens.
+
+    From Kaplan et al., arXiv 2001.08361, and arXiv 2403.06563. Needs no gradient statistics.
 
     eta     the size, as a multiple of the critical batch
-    tokens  B_*, in tokens: depends on data and tokenizer, and is best fitted to runs of one's own (`meshloom fit`)
+    tokens  B_*, in tokens; it depends on data and tokenizer, so fit it to your own runs (`meshloom fit`)
     alpha   α_B
 
     Smoothed unless told otherwise: interval 10, ema 0.95, growth 1.25.
@@ -262,12 +263,12 @@ class CriticalLoss(Adaptive):
         alpha: float = 0.21,
         **options: Unpack[AdaptiveOptions],
     ) -> None:
-        super().__init__(horizon, divisor, **_smoothed(options))
+        super().__init__(horizon, divisor, **_with_smoothing(options))
         self.eta, self.tokens, self.alpha = eta, tokens, alpha
         self._must_be_positive(eta=eta, tokens=tokens, alpha=alpha)
 
     def measure(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> dict[str, float] | None:
-        """The loss."""
+        """Return the loss."""
         return {"loss": loss}
 
     @property
@@ -277,7 +278,7 @@ class CriticalLoss(Adaptive):
             return None
         return self.tokens / self._means["loss"] ** (1 / self.alpha) / self.horizon.seq_len
 
-    def wanted(self) -> float | None:
-        """η × B_crit(loss)."""
+    def proposed_batch(self) -> float | None:
+        """Return η × B_crit(loss)."""
         critical = self.noise_scale
         return None if critical is None else self.eta * critical

@@ -22,12 +22,12 @@ def _micro_matters(run: Any) -> bool:
 
 
 MICRO_SIDE = RecipeWhen("a controller that measures gradients, optim=agvm or trainer.float8", _micro_matters)
-"""Micro-batches are the workers of gradient statistics, AGVM's halves are made of them, and float8 scales are taken of each."""
+"""Micro-batches are the workers of gradient statistics and make up AGVM's halves, and float8 scales are taken of each."""
 
 
 @dataclass
 class BatchConfig:
-    """What every controller of the batch size has.
+    """Keys of every controller of the batch size.
 
     MEASURES  whether the controller is given gradient statistics
     """
@@ -41,7 +41,7 @@ class BatchConfig:
     micro: int = key(8, MICRO, MICRO_SIDE)
 
     def problems(self, key: str = "batch") -> list[Problem]:
-        """Return what is wrong with the values; what does not fit the run, the controller itself says."""
+        """Return what is wrong with the values. The controller itself checks them against the run."""
         found: list[Problem] = []
         if isinstance(self.samples, str) and not self.samples.startswith(AUTOMATIC):
             found.append(Problem(f"{key}.samples", f"'{self.samples}' is not a number", f"write one, or {AUTOMATIC}step_law"))
@@ -52,12 +52,12 @@ class BatchConfig:
 
     @property
     def largest_micro(self) -> int:
-        """How large a micro-batch may become."""
+        """The largest size of a micro-batch."""
         return getattr(self, "micro_max", None) or self.micro
 
 
 class CustomBatch(BatchConfig, Custom):
-    """A controller of the user's own, which may measure: nobody knows."""
+    """A controller of the user's own. It is taken to measure, because its class does not say."""
 
     MEASURES = True
 
@@ -95,7 +95,7 @@ class RampConfig(BatchConfig):
 
 @dataclass
 class AdaptiveConfig(BatchConfig):
-    """What every controller has that measures."""
+    """Keys of every controller that measures."""
 
     MEASURES: ClassVar[bool] = True
 

@@ -1,14 +1,14 @@
-"""Batch-size controllers: how many samples the next step takes. Here the planned ones; measured ones are in adaptive.py.
+"""Batch-size controllers decide how many samples the next step takes. Here: planned sizes; adaptive.py has measured ones.
 
 A controller decides from the run's progress and, where it measures, from numbers that are the same on every rank. Its
-answer is a function of progress and of its saved state, so every rank and every resume come to the same one.
+decision is a function of progress and of its saved state, so it is the same on every rank and after every resume.
 
-Sizes are multiples of `multiple`. Left to itself that is what the layout asks for (batch.micro × data-parallel size), and
-then a run's sizes depend, through rounding, on its layout; with `batch.multiple` set they don't, as long as every layout
-that the run sees can cut it.
+Sizes are multiples of `multiple`. Its default is what the layout asks for (batch.micro × data-parallel size), and then
+rounding makes a run's sizes depend on its layout. With `batch.multiple` set they don't, as long as every layout of the run
+can cut it.
 
-A larger batch is accumulated from more micro-batches. With `batch.micro_max` the micro-batch grows too, by doublings, once
-every rank has enough of them: fewer and larger ones cost less time, at the price of memory.
+A larger batch is accumulated from more micro-batches. With `batch.micro_max` the micro-batch also grows, by doublings, once
+every rank has enough of them. Fewer and larger micro-batches take less time and more memory.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from ..horizon import Horizon
 from ..progress import Progress
 from .statistics import GradientStatistics
 
-ENOUGH = 2
-"""A micro-batch is doubled only where a rank is left with so many: what is measured is how they differ."""
+MIN_MICRO_BATCHES = 2
+"""A micro-batch is doubled only where a rank keeps so many: gradient statistics measure how they differ."""
 
 
 class Controller:
-    """The base: a size that never changes.
+    """Base of the controllers: a size that never changes.
 
     horizon   the length of the run
-    divisor   what the layout asks every size to be a multiple of: batch.micro × data-parallel size
+    divisor   batch.micro × data-parallel size; the layout asks every size to be a multiple of it
     samples   the size at the start
-    max       no size is larger
-    multiple  sizes are multiples of this: None: of `divisor`
-    micro_growth  how many times batch.micro a micro-batch may become: batch.micro_max / batch.micro, a power of two
+    max       the largest size; None: no limit
+    multiple  sizes are multiples of this; None: of `divisor`
+    micro_growth  batch.micro_max / batch.micro, a power of two: how far a micro-batch may grow
 
     needs_loss         whether `observe` must be called with the step's loss
     needs_statistics   whether `observe` must be given a `GradientStatistics`, at steps where `measures` says so
@@ -66,7 +66,7 @@ class Controller:
             self._problem(
                 "batch.multiple",
                 f"{multiple} is not a multiple of batch.micro × data-parallel size = {divisor}",
-                f"use {_around(multiple, divisor)}, or leave it out",
+                f"use {_nearest_legal(multiple, divisor)}, or leave it out",
             )
             self.multiple = divisor
         self._check_size("batch.samples", samples)
@@ -79,41 +79,41 @@ class Controller:
             self._micro_growth = 1
 
     def problems(self) -> list[Problem]:
-        """What a user must change before this controller can be used; empty if nothing."""
+        """Return what a user must change before this controller can be used; empty if nothing."""
         return list(self._problems)
 
     @property
     def least(self) -> int:
-        """No step takes fewer samples."""
+        """The smallest size of any step."""
         return self.samples
 
     def next_batch(self, progress: Progress) -> int:
-        """Samples of the step that begins at this progress."""
+        """Return the samples of the step that begins at this progress."""
         return self.samples
 
     def measures(self, progress: Progress) -> bool:
-        """Whether the step that begins at this progress is one whose statistics `observe` wants."""
+        """Return whether `observe` needs the statistics of the step that begins at this progress."""
         return self.needs_statistics
 
     def observe(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> None:
-        """Learn from the step just done. `progress`: after it; `loss`: its mean over the global batch."""
+        """Take in the measurements of the step just done. progress: after it; loss: its mean over the global batch."""
 
     @property
     def noise_scale(self) -> float | None:
-        """The noise scale as measured so far, in samples; None where it isn't."""
+        """The noise scale as measured so far, in samples; None where it isn't measured."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain JSON."""
+        """Return the state as JSON values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
     def rounded(self, size: float) -> int:
-        """The smallest legal size of at least `size`, or the largest legal one.
+        """Round up to the smallest legal size of at least `size`, or down to the largest legal one.
 
-        Where micro-batches may grow, a legal size can be cut into such as are large for it.
+        Where micro-batches may grow, a legal size is a whole number of the micro-batches grown for it.
         """
         size = size if self.max is None else min(size, self.max)
         unit = self.multiple * _doublings(self._micro_growth, size / self.multiple)
@@ -121,7 +121,7 @@ class Controller:
         return int(min(most, max(1, math.ceil(size / unit)) * unit))
 
     def micro_factor(self, size: int) -> int:
-        """How many times batch.micro the micro-batches of a step of so many samples have."""
+        """Return how many times batch.micro the micro-batches of a step of `size` samples are."""
         count, rest = divmod(size, self._divisor)
         whole = math.gcd(count, 2**30) if not rest else 1  # the doublings that cut it evenly
         return min(whole, _doublings(self._micro_growth, count))
@@ -130,27 +130,27 @@ class Controller:
         self._problems.append(Problem(key, message, fix))
 
     def _check_size(self, key: str, size: int) -> None:
-        """A size that a user wrote is not rounded in silence."""
+        """Refuse an illegal size that a user wrote, rather than round it silently."""
         if size < 1:
             self._problem(key, f"{size} samples are no batch", f"use {self._divisor}")
         elif size % self._divisor:
             message = f"{size} is not a multiple of batch.micro × data-parallel size = {self._divisor}"
-            self._problem(key, message, f"use {_around(size, self._divisor)}")
+            self._problem(key, message, f"use {_nearest_legal(size, self._divisor)}")
         elif size % self.multiple:
             message = f"{size} is not a multiple of batch.multiple={self.multiple}"
-            self._problem(key, message, f"use {_around(size, self.multiple)}")
+            self._problem(key, message, f"use {_nearest_legal(size, self.multiple)}")
 
 
 def _doublings(most: float, count: float) -> int:
-    """The largest power of two, at most `most`, that leaves ENOUGH of `count` micro-batches."""
+    """Find the largest power of two, at most `most`, that leaves MIN_MICRO_BATCHES of `count` micro-batches."""
     factor = 1
-    while 2 * factor <= most and 2 * factor * ENOUGH <= count:
+    while 2 * factor <= most and 2 * factor * MIN_MICRO_BATCHES <= count:
         factor *= 2
     return factor
 
 
-def _around(size: int, divisor: int) -> str:
-    """The legal sizes next to an illegal one, in words."""
+def _nearest_legal(size: int, divisor: int) -> str:
+    """Word the legal sizes next to an illegal one."""
     below = size // divisor * divisor
     return f"{below} or {below + divisor}" if below > 0 else str(divisor)
 
@@ -163,11 +163,11 @@ class Fixed(Controller):
 
 
 class Stages(Controller):
-    """Sizes written out by hand.
+    """Sizes that the config lists.
 
-    stages   "0:768 250B:1536": from each point on, that many samples. A bare number counts tokens; any other duration is
-             understood if it is written without spaces ("10%:64", "2000steps:64")
-    samples  the size before the first point; where that is 0 it is not needed, and not read
+    stages   "0:768 250B:1536": from each point on, that many samples. A bare number counts tokens; other durations are
+             written without spaces ("10%:64", "2000steps:64")
+    samples  the size before the first point; not read where that is 0
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Stages(Controller):
         try:
             order = [horizon.amount(start, horizon.unit) for start, _ in self._stages]
         except ValueError:
-            order = []  # points of different units without an exchange rate: taken in the order written
+            order = []  # points in different units without an exchange rate keep the order written
         if any(later <= earlier for earlier, later in pairwise(order)):
             self._problem("batch.stages", f"the points of '{stages}' don't rise", "write them in order")
 
@@ -203,11 +203,11 @@ class Stages(Controller):
 
     @property
     def least(self) -> int:
-        """The smallest of the sizes."""
+        """The smallest size of any stage."""
         return min([self.samples, *(size for _, size in self._stages)])
 
     def next_batch(self, progress: Progress) -> int:
-        """The size of the last point reached."""
+        """Return the size of the last point reached."""
         size = self.samples
         for start, there in self._stages:
             unit = self.horizon.unit if start.unit is Unit.FRACTION else start.unit
@@ -217,9 +217,9 @@ class Stages(Controller):
 
 
 class Ramp(Controller):
-    """From `samples` up to `max` in equal steps of `multiple`, spread evenly over `over`.
+    """Sizes that rise from `samples` to `max` in equal steps of `multiple`, spread evenly over `over`.
 
-    over  how long the way up takes: a duration as for schedules
+    over  length of the ramp: a duration as for schedules
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class Ramp(Controller):
             self._problem("batch.over", "a ramp needs a length", "give a duration, or choose batch=fixed")
 
     def next_batch(self, progress: Progress) -> int:
-        """On the line from (0, samples) to (over, max), rounded down to a legal size."""
+        """Return the size on the line from (0, samples) to (over, max), rounded down to a legal one."""
         assert self.max is not None
         unit = self.horizon.unit if self._over.unit is Unit.FRACTION else self._over.unit
         part = min(1.0, self.horizon.position(progress, unit) / self.horizon.amount(self._over, unit))

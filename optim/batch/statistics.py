@@ -1,14 +1,14 @@
-"""The record of numbers a batch-size controller decides from, and what follows from them. Nothing here knows a rank.
+"""Gradient statistics: the numbers that a batch-size controller decides from. Nothing here knows a rank.
 
-A *worker* is whoever has a mean gradient g_j of its own over a part of the batch: a data-parallel rank, a micro-batch, or
-both. With tokens as weights, w_j = tokens of worker j / tokens of the batch (equal shares: 1/J):
+A *worker* has a mean gradient g_j over its part of the batch. It is a data-parallel rank, a micro-batch, or one micro-batch
+of one rank. With tokens as weights, w_j = tokens of worker j / tokens of the batch (equal shares: 1/J):
 
     g = Σ_j w_j g_j        A = Σ_j w_j ‖g_j‖²        N = ‖g‖²        S = Σ_j w_j ⟨g_j, g⟩²
 
-What an engine has at hand is L_j = w_j g_j, the gradient of worker j's part of the loss divided by the tokens of the whole
-batch, so A = Σ_j ‖L_j‖² / w_j: each worker adds one number, and no tensor is communicated. S needs the products of every
-worker's gradient with the final g: where a reduce-scatter is done as all-to-all and sum, each rank sees all J pieces of
-its shard beside their mean, and the products are J numbers to add up over the shards.
+An engine has L_j = w_j g_j, the gradient of worker j's part of the loss divided by the tokens of the whole batch. So
+A = Σ_j ‖L_j‖² / w_j: each worker adds one number, and no tensor is communicated. S needs the products of every worker's
+gradient with the final g. Where a reduce-scatter is done as all-to-all and sum, each rank sees all J pieces of its shard
+beside their mean, and the products are J numbers to add up over the shards.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class GradientStatistics:
 
     @property
     def finite(self) -> bool:
-        """Whether every number is one."""
+        """Whether every number is finite."""
         numbers = (self.worker_square, self.batch_square, self.projection_square or 0.0)
         return all(math.isfinite(number) for number in numbers)
 
     @property
     def _to_one_sample(self) -> float:
-        """m J / (J − 1): from the spread of workers' means, with divisor J, to the variance of a single sample."""
+        """Factor m J / (J − 1) from the spread of workers' means, with divisor J, to the variance of a single sample."""
         assert self.workers >= 2, "the spread of one worker can't be told"
         return self.worker_samples * self.workers / (self.workers - 1)
 
@@ -64,7 +64,7 @@ class GradientStatistics:
 
     @property
     def signal(self) -> float:
-        """‖E g‖², unbiased: (b N − m A) / (b − m). May come out negative where noise drowns it (McCandlish et al. A.1)."""
+        """‖E g‖², unbiased: (b N − m A) / (b − m). Negative where noise exceeds it (McCandlish et al. A.1)."""
         m, b = self.worker_samples, self.batch
         return (b * self.batch_square - m * self.worker_square) / (b - m)
 
@@ -82,8 +82,11 @@ class GradientStatistics:
         return (self.worker_square - along) * self._to_one_sample
 
     def metrics(self) -> dict[str, float]:
-        """What a metrics row carries. noise_scale is the simple noise scale tr Σ / ‖E g‖² in samples (McCandlish et al.,
-        arXiv 1812.06162), absent where the signal's estimate is not positive."""
+        """Return the statistics for a row of metrics.
+
+        noise_scale is the simple noise scale tr Σ / ‖E g‖² in samples (McCandlish et al., arXiv 1812.06162), absent where
+        the signal's estimate is not positive.
+        """
         row = {"gradient_variance": self.variance, "gradient_norm_squared": self.signal}
         if self.signal > 0:
             row["noise_scale"] = self.variance / self.signal
@@ -93,21 +96,21 @@ class GradientStatistics:
 class MovingMeans:
     """Exponential moving means of named numbers, corrected for their start: after one update the mean is the number.
 
-    Ratios are taken of these means, never averaged themselves: the mean of a ratio is biased.
+    Take ratios of these means, and never average ratios: the mean of a ratio is biased.
 
-    keep  weight of the past: 0 forgets all but the newest
+    decay  weight of the past; at 0 only the newest measurement counts
     """
 
-    def __init__(self, keep: float) -> None:
-        self.keep = keep
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
         self._weight = 0.0
         self._sums: dict[str, float] = {}
 
     def update(self, numbers: Mapping[str, float]) -> None:
-        """Take in one measurement: the same names each time."""
-        self._weight = self.keep * self._weight + (1 - self.keep)
+        """Take in one measurement, with the same names each time."""
+        self._weight = self.decay * self._weight + (1 - self.decay)
         for name, number in numbers.items():
-            self._sums[name] = self.keep * self._sums.get(name, 0.0) + (1 - self.keep) * number
+            self._sums[name] = self.decay * self._sums.get(name, 0.0) + (1 - self.decay) * number
 
     def __contains__(self, name: str) -> bool:
         return name in self._sums
@@ -116,11 +119,11 @@ class MovingMeans:
         return self._sums[name] / self._weight
 
     def state_dict(self) -> dict[str, float | dict[str, float]]:
-        """As plain JSON."""
+        """Return the state as JSON values."""
         return {"weight": self._weight, "sums": dict(self._sums)}
 
     def load_state_dict(self, state: Mapping[str, float | Mapping[str, float]]) -> None:
-        """Put back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         weight, sums = state["weight"], state["sums"]
         assert isinstance(weight, int | float) and isinstance(sums, Mapping)
         self._weight, self._sums = float(weight), {name: float(number) for name, number in sums.items()}

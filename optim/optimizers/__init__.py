@@ -1,1 +1,1 @@
-"""How a gradient becomes an update."""
+"""Optimizers, and what they may ask of an engine."""

@@ -1,7 +1,7 @@
 """AdaGrad and AdaGrad-Norm. Together with `batch=norm_test` they are AdAdaGrad and AdAdaGrad-Norm (arXiv 2402.11215)."""
 
 # pyright: reportPrivateImportUsage=false
-# torch does not export its operations on lists (_foreach_…), of which its own optimizers are made.
+# torch does not export its operations on lists (_foreach_…), which its own optimizers use.
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .parameters import NamedParameter, Shards, decay_groups
 
 
 class AdaGrad(torch.optim.Optimizer):
-    """w ← w − lr · g / (√Σg² + eps), element by element (Duchi et al. 2011). The update is torch's.
+    """AdaGrad: w ← w − lr · g / (√Σg² + eps), element by element (Duchi et al. 2011). The update is torch's.
 
     `weight_decay` is added to the gradient (not decoupled).
 
-    Not derived from `torch.optim.Adagrad`: DeepSpeed puts a new one of those in the place of any such optimizer, without its
-    groups' decay and rates. Nor is there any state before the first step, which DeepSpeed takes on tensors of its own.
+    Not derived from `torch.optim.Adagrad`: DeepSpeed replaces such an optimizer by a new one without its groups' decay and
+    rates. There is no state before the first step, because DeepSpeed takes that step on tensors of its own.
     """
 
     def __init__(self, config: AdaGradConfig, parameters: Sequence[NamedParameter], shards: Shards) -> None:
@@ -30,7 +30,7 @@ class AdaGrad(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update."""
+        """Take one update."""
         assert closure is None
         for group in self.param_groups:
             weights: list[torch.Tensor] = [weight for weight in group["params"] if weight.grad is not None]
@@ -46,7 +46,7 @@ class AdaGrad(torch.optim.Optimizer):
 
 
 class AdaGradNorm(torch.optim.Optimizer):
-    """B² ← B² + ‖g‖²; w ← w − (lr / B) · g, with one B for the whole model (Ward et al., arXiv 1806.01811).
+    """AdaGrad-Norm: B² ← B² + ‖g‖²; w ← w − (lr / B) · g, one B for the model (Ward et al., arXiv 1806.01811).
 
     `weight_decay` is added to the gradient (not decoupled); `initial` is B² at the start.
     """
@@ -61,12 +61,12 @@ class AdaGradNorm(torch.optim.Optimizer):
             self.state[parameter.tensor]["accumulator"] = self._accumulator
 
     def initial_counters(self) -> dict[str, float]:
-        """B² at the start."""
+        """Return B² at the start."""
         return {"accumulator": self._initial}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update; one collective, and one more between pipeline stages."""
+        """Take one update, with one collective, and one more between pipeline stages."""
         assert closure is None
         pieces: list[tuple[dict[str, Any], list[NamedParameter], list[torch.Tensor]]] = []
         for group in self.param_groups:

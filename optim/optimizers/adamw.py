@@ -1,4 +1,4 @@
-"""AdamW on local shards: the update of an element needs nothing but that element, so no rank asks another."""
+"""AdamW on local shards. The update of an element needs only that element, so there is no communication."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ class AdamW(torch.optim.AdamW):
 
     label  see `decay_groups`
 
-    `optim.fused` left to itself: one kernel where all shards are floating-point tensors on a device that has it.
-
-    Of fp32 weights on a GPU with Triton the update is our own kernel, a `FusedStep`; of others, torch's.
+    By default (`optim.fused` null) the update is one kernel where all shards are floating-point tensors on a device that
+    has it. For fp32 weights on a GPU with Triton that is our own kernel, a `FusedStep`; otherwise torch's.
     """
 
     gradient_scale: torch.Tensor | None = None
@@ -51,13 +50,13 @@ class AdamW(torch.optim.AdamW):
 
     @property
     def fused_step(self) -> bool:
-        """See `FusedStep`."""
+        """Whether our own kernel does the step: see `FusedStep`."""
         held = (tensor for group in self.param_groups for tensor in group["params"])
         return self._kernel and all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in held)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One update."""
+        """Take one update."""
         if not self.fused_step or closure is not None:
             assert self.gradient_scale is None, "only the fused step scales gradients"
             return super().step(closure)
@@ -74,9 +73,9 @@ class AdamW(torch.optim.AdamW):
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
                 state["step"] += 1
                 moments = state["exp_avg"], state["exp_avg_sq"]
-                computed = self._compute_copies.get(weight)
+                compute_copy = self._compute_copies.get(weight)
                 adamw_update(
-                    *(weight, weight.grad, *moments, computed, self.gradient_scale), step=float(state["step"]), **settings
+                    *(weight, weight.grad, *moments, compute_copy, self.gradient_scale), step=float(state["step"]), **settings
                 )
         self.gradient_scale = None
         return None

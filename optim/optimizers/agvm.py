@@ -4,13 +4,13 @@ With a large batch, the gradients of some modules are already nearly free of noi
 much two halves of a batch disagree about each module and slows down or speeds up modules until they disagree as much as
 the anchor does.
 
-It asks one thing of the engine, at the steps where `wants_halves`: after the gradient is complete and before it is clipped,
-`observe_halves(first)` with the part of each gradient that came from one half of the batch, in the order of the parameters
-and sharded and scaled as `.grad` is. Where each rank accumulates over micro-batches that is a copy of the (reduced)
-gradient after the first half of them; the other half is the difference.
+At the steps where `wants_halves`, the engine calls `observe_halves(first)` after the gradient is complete and before it is
+clipped. It passes the part of each gradient that came from one half of the batch, in the order of the parameters, sharded
+and scaled as `.grad` is. Where each rank accumulates over micro-batches, that is a copy of the (reduced) gradient after the
+first half of them; the other half is the difference.
 
-An exception to the promise that a run is a function of its recipe alone: which samples make up a half depends on how the
-batch is dealt to ranks, so the measured disagreements, and with them the learning rates, differ a little between layouts.
+AGVM is an exception to the promise that a run is a function of its recipe alone. Which samples make up a half depends on
+how the batch is dealt to ranks, so the disagreements, and the learning rates, differ a little between layouts.
 """
 
 from __future__ import annotations
@@ -48,29 +48,30 @@ class AGVM(AdamW):
 
     @property
     def wants_halves(self) -> bool:
-        """Whether the step about to be taken should be measured; never the first, before there are second moments."""
+        """Whether to measure the step about to be taken; never the first, before there are second moments."""
         updates = int(self._counters.get("updates", 0))
         return updates >= max(1, self._begin) and updates % self._interval == 0
 
     @property
     def scales(self) -> dict[str, float]:
-        """s_i of each module."""
+        """The factor s_i of each module."""
         return {name: float(self._counters.get(f"scale.{name}", 1.0)) for name in self._names}
 
     @property
     def _counters(self) -> dict[str, Any]:
-        """Any parameter's state: counters are the same in all."""
+        """The state of one parameter: counters are the same in all."""
         return self.state[self._parameters[0].tensor]
 
     def initial_counters(self) -> dict[str, float]:
-        """Every module begins at the scheduled rate."""
+        """Return a factor of 1 for every module: each begins at the scheduled rate."""
         return {f"scale.{name}": 1.0 for name in self._names}
 
     @torch.no_grad()
     def observe_halves(self, first: Sequence[torch.Tensor]) -> None:
-        """first: parallel to the parameters; see the module. One collective, and one more between pipeline stages.
+        """Measure the disagreement of halves and update the factors. first: parallel to the parameters; see the module.
 
-        The host waits here for a GPU: the disagreements decide on rates, which it gives out as numbers, in this very step.
+        Takes one collective, and one more between pipeline stages. The host waits here for a GPU, because it needs the
+        rates as numbers in this very step.
         """
         products: list[torch.Tensor] = []
         for parameter, half in zip(self._parameters, first, strict=True):
@@ -79,7 +80,7 @@ class AGVM(AdamW):
             a, b = half / condition, (parameter.tensor.grad - half) / condition
             products.append(torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]).double())
         whole_P3 = self._shards.sum(torch.stack(products), self._parameters)
-        self._module = self._module.to(whole_P3.device)  # once: the host waits for such a copy
+        self._module = self._module.to(whole_P3.device)  # copied once, because the host waits for it
         modules_M3 = whole_P3.new_zeros(len(self._names), 3).index_add_(0, self._module, whole_P3)
         dot, a_square, b_square = self._shards.across_stages(modules_M3).unbind(dim=1)
         length = (a_square * b_square).sqrt()
@@ -99,7 +100,7 @@ class AGVM(AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update, each module at its own rate."""
+        """Take one update, each module at its own rate."""
         assert closure is None
         scales, updates = self.scales, int(self._counters.get("updates", 0))
         rates = [group["lr"] for group in self.param_groups]

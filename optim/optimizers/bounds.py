@@ -1,4 +1,4 @@
-"""Which numbers an optimizer can use; others are refused with their key before a run starts."""
+"""Bounds of an optimizer's numbers. Others are refused, with their key, before a run starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...config.problems import Problem
 
 @dataclass(frozen=True)
 class Bound:
-    """Numbers, in words for whoever is to choose another, and as a test that nothing but such a number passes (no NaN)."""
+    """A set of numbers: in words for the message, and as a test that only such a number passes (no NaN)."""
 
     words: str
     holds: Callable[[float], bool]
@@ -23,7 +23,7 @@ FRACTION = Bound("a number in [0, 1)", lambda x: 0 <= x < 1)
 COUNT = Bound("1 or more", lambda x: x >= 1)
 
 
-def outside(key: str, bound: Bound, **settings: float) -> list[Problem]:
+def bound_problems(key: str, bound: Bound, **settings: float) -> list[Problem]:
     """Return a problem for each setting of the group `key` that is not within the bound."""
     return [
         Problem(f"{key}.{name}", f"{value:g} can't be used", f"use {bound.words}")
@@ -32,8 +32,8 @@ def outside(key: str, bound: Bound, **settings: float) -> list[Problem]:
     ]
 
 
-def unlike_betas(key: str, betas: Sequence[float]) -> list[Problem]:
+def beta_problems(key: str, betas: Sequence[float]) -> list[Problem]:
     """Return what is wrong with `betas`, the weights of the past in Adam's two moments."""
     if len(betas) != 2:
         return [Problem(f"{key}.betas", f"{list(betas)} are not two numbers", "give two, such as [0.9, 0.95]")]
-    return [problem for beta in betas for problem in outside(key, FRACTION, betas=beta)]
+    return [problem for beta in betas for problem in bound_problems(key, FRACTION, betas=beta)]

@@ -1,4 +1,4 @@
-"""Config of `optim`: how a gradient becomes an update."""
+"""Config of `optim`: the optimizer, its learning rate and its settings."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import ClassVar
 from ...config.keys import MISSING, Side, key, option, target
 from ...config.nodes import Custom, import_object
 from ...config.problems import Problem
-from .bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, outside, unlike_betas
+from .bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, beta_problems, bound_problems
 
 AUTOMATIC = "auto:"
-"""Beginning of a value that a law of scale decides (`trainer/automatic.py`)."""
+"""Prefix of a value that a law of scale decides (`trainer/automatic.py`)."""
 COUPLINGS = ("none", "sqrt", "linear", "sqrt_saturating")
 COUPLING = "how the learning rate follows a batch size that changes: none, sqrt, linear or sqrt_saturating"
 
 
 @dataclass
 class OptimConfig:
-    """What every optimizer has."""
+    """Keys of every optimizer."""
 
     SIDE: ClassVar[Side] = Side.RECIPE
 
@@ -38,10 +38,10 @@ class OptimConfig:
             found.append(
                 Problem(f"{key}.lr_coupling", f"'{self.lr_coupling}' is unknown", f"choose one of {', '.join(COUPLINGS)}")
             )
-        return found + outside(key, NOT_NEGATIVE, weight_decay=self.weight_decay)
+        return found + bound_problems(key, NOT_NEGATIVE, weight_decay=self.weight_decay)
 
     def compares_halves(self) -> bool:
-        """Return whether it compares halves of a batch, and so depends on how that is cut into micro-batches."""
+        """Return whether the optimizer compares halves of a batch, and so depends on how that is cut into micro-batches."""
         return False
 
 
@@ -56,19 +56,19 @@ def _rate_problems(key: str, lr: float | str) -> Iterator[Problem]:
 
 
 def base_rate(config: OptimConfig) -> float:
-    """Return `lr` as the number that it is once a law has been asked; the schedule sets the rate of each step."""
+    """Return `lr` as a number, after a law has decided it. The schedule sets the rate of each step."""
     assert not isinstance(config.lr, str), "a law decides optim.lr before an optimizer is built"
     return float(config.lr)
 
 
 class CustomOptim(OptimConfig, Custom):
-    """An optimizer of the user's own; what the trainer reads of it is typed."""
+    """An optimizer of the user's own. Only the keys that the trainer reads are typed."""
 
     def compares_halves(self) -> bool:
-        """Return whether its class has AGVM's `observe_halves`."""
+        """Return whether the class has AGVM's `observe_halves`."""
         try:
             return hasattr(import_object(self.path), "observe_halves")
-        except ImportError:  # which is said where it is built
+        except ImportError:  # reported where the optimizer is built
             return False
 
 
@@ -84,7 +84,7 @@ class AdamWConfig(OptimConfig):
 
     def problems(self, key: str = "optim") -> list[Problem]:
         """Return what is wrong with the values."""
-        return [*super().problems(key), *unlike_betas(key, self.betas), *outside(key, NOT_NEGATIVE, eps=self.eps)]
+        return [*super().problems(key), *beta_problems(key, self.betas), *bound_problems(key, NOT_NEGATIVE, eps=self.eps)]
 
 
 MODULES = {
@@ -94,7 +94,7 @@ MODULES = {
     "experts": r"\.experts?\.",
     "ffn": r"\.(ffn|feed_forward|mlp|moe)\.",
 }
-"""AGVM's kinds of modules by patterns in their parameters' names, the first that matches; what none matches is OTHER."""
+"""AGVM's kinds of modules, by patterns in their parameters' names: the first that matches, else OTHER."""
 OTHER = "other"
 
 
@@ -114,9 +114,9 @@ class AGVMConfig(AdamWConfig):
         """Return what is wrong with the values."""
         found = [
             *super().problems(key),
-            *outside(key, COUNT, interval=self.interval),
-            *outside(key, NOT_NEGATIVE, begin=self.begin),
-            *outside(key, FRACTION, smoothing=self.smoothing),
+            *bound_problems(key, COUNT, interval=self.interval),
+            *bound_problems(key, NOT_NEGATIVE, begin=self.begin),
+            *bound_problems(key, FRACTION, smoothing=self.smoothing),
         ]
         for name, written in self.modules.items():
             try:
@@ -132,7 +132,7 @@ class AGVMConfig(AdamWConfig):
         return found
 
     def compares_halves(self) -> bool:
-        """Return that it does."""
+        """Return True: AGVM compares halves."""
         return True
 
 
@@ -152,8 +152,8 @@ class LAMBConfig(OptimConfig):
     def problems(self, key: str = "optim") -> list[Problem]:
         """Return what is wrong with the values."""
         largest = {} if self.norm_max is None else {"norm_max": self.norm_max}
-        found = [*super().problems(key), *unlike_betas(key, self.betas)]
-        return found + outside(key, POSITIVE, eps=self.eps, **largest)
+        found = [*super().problems(key), *beta_problems(key, self.betas)]
+        return found + bound_problems(key, POSITIVE, eps=self.eps, **largest)
 
 
 @dataclass
@@ -169,8 +169,8 @@ class LARSConfig(OptimConfig):
 
     def problems(self, key: str = "optim") -> list[Problem]:
         """Return what is wrong with the values."""
-        found = [*super().problems(key), *outside(key, FRACTION, momentum=self.momentum)]
-        return found + outside(key, POSITIVE, trust=self.trust)
+        found = [*super().problems(key), *bound_problems(key, FRACTION, momentum=self.momentum)]
+        return found + bound_problems(key, POSITIVE, trust=self.trust)
 
 
 @dataclass
@@ -186,7 +186,7 @@ class AdaGradConfig(OptimConfig):
 
     def problems(self, key: str = "optim") -> list[Problem]:
         """Return what is wrong with the values."""
-        return [*super().problems(key), *outside(key, NOT_NEGATIVE, eps=self.eps, initial=self.initial)]
+        return [*super().problems(key), *bound_problems(key, NOT_NEGATIVE, eps=self.eps, initial=self.initial)]
 
 
 @dataclass
@@ -201,7 +201,7 @@ class AdaGradNormConfig(OptimConfig):
 
     def problems(self, key: str = "optim") -> list[Problem]:
         """Return what is wrong with the values."""
-        return [*super().problems(key), *outside(key, POSITIVE, initial=self.initial)]
+        return [*super().problems(key), *bound_problems(key, POSITIVE, initial=self.initial)]
 
 
 OPTIONS: tuple[type, ...] = (AdamWConfig, AGVMConfig, LAMBConfig, LARSConfig, AdaGradConfig, AdaGradNormConfig)

@@ -1,10 +1,10 @@
-"""LAMB and LARS: every matrix is given a learning rate of its own, from the norms of the whole matrix (rule R4).
+"""LAMB and LARS: every matrix has a learning rate of its own, from the norms of the whole matrix (rule R4).
 
-The squared norms of all matrices travel in one collective. Vectors (norms, biases) are updated without a trust ratio.
+The squared norms of all matrices are summed in one collective. Vectors (norms, biases) are updated without a trust ratio.
 """
 
 # pyright: reportPrivateImportUsage=false
-# torch does not export its operations on lists (_foreach_…), of which its own optimizers are made.
+# torch does not export its operations on lists (_foreach_…), which its own optimizers use.
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .parameters import NamedParameter, Shards, decay_groups
 
 @dataclass
 class _Slice:
-    """The members of one parameter group that have a gradient: lists parallel to one another."""
+    """The members of one parameter group that have a gradient, as parallel lists."""
 
     group: dict[str, Any]
     members: list[NamedParameter]
@@ -29,7 +29,7 @@ class _Slice:
     states: list[dict[str, Any]]
 
     def zeros(self, role: str) -> list[torch.Tensor]:
-        """Each member's state array of this name, made where there is none."""
+        """Return each member's state array of this name, made of zeros where there is none."""
         for weight, state in zip(self.weights, self.states, strict=True):
             if role not in state:
                 state[role] = torch.zeros_like(weight)
@@ -37,7 +37,7 @@ class _Slice:
 
 
 class _Layerwise(torch.optim.Optimizer):
-    """The base: groups, gradients, and squared norms of whole matrices."""
+    """Base of both: groups, gradients, and norms of whole matrices."""
 
     def __init__(
         self, parameters: Sequence[NamedParameter], shards: Shards, weight_decay: float, defaults: dict[str, Any]
@@ -58,9 +58,9 @@ class _Layerwise(torch.optim.Optimizer):
         return slices
 
     def _norms(self, slices: Sequence[_Slice], *of: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
-        """of: kinds of tensors, each a list per slice → norms of the whole matrices, (kinds,) for each member of each slice.
+        """Compute the norms of whole matrices: (kinds,) for each member of each slice, in fp64.
 
-        Vectors are left out: their entry is a tensor of no elements.
+        of: kinds of tensors, each a list per slice. A vector's entry is a tensor of no elements.
         """
         matrices = [(s, m) for s, piece in enumerate(slices) for m in range(len(piece.members)) if _is_matrix(piece.members[m])]
         norms = [[torch.empty(0)] * len(piece.members) for piece in slices]
@@ -74,7 +74,7 @@ class _Layerwise(torch.optim.Optimizer):
 
     @staticmethod
     def _factors(norms: list[torch.Tensor], like: list[torch.Tensor], rule: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-        """The factor of each member: `rule` of a matrix's norms, 1 for a vector."""
+        """Compute the factor of each member: `rule` of a matrix's norms, 1 for a vector."""
         return [
             rule(*row.unbind()).to(tensor.dtype) if row.numel() else tensor.new_ones(())
             for row, tensor in zip(norms, like, strict=True)
@@ -103,7 +103,7 @@ class LAMB(_Layerwise):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update; one collective."""
+        """Take one update, with one collective."""
         assert closure is None
         slices = self._slices()
         updates = [self._direction(piece) for piece in slices]
@@ -113,7 +113,7 @@ class LAMB(_Layerwise):
             torch._foreach_add_(piece.weights, update, alpha=-piece.group["lr"])
 
     def _direction(self, piece: _Slice) -> list[torch.Tensor]:
-        """u, one tensor per member."""
+        """Compute u, one tensor per member."""
         first, second = piece.group["betas"]
         means, squares = piece.zeros("exp_avg"), piece.zeros("exp_avg_sq")
         for state in piece.states:
@@ -133,7 +133,7 @@ class LAMB(_Layerwise):
         return list(update)
 
     def _trust(self, weight: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-        """φ(‖w‖) / ‖u‖."""
+        """Compute φ(‖w‖) / ‖u‖ from the norms, 1 where one is 0."""
         bounded = weight if self._norm_max is None else weight.clamp(max=self._norm_max)
         return torch.where((weight > 0) & (update > 0), bounded / update, 1.0)
 
@@ -141,7 +141,7 @@ class LAMB(_Layerwise):
 class LARS(_Layerwise):
     """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888): momentum SGD with a rate per matrix.
 
-    λ = trust · ‖w‖ / (‖g‖ + weight_decay · ‖w‖), 1 where a norm is 0;
+    λ = trust · ‖w‖ / (‖g‖ + weight_decay · ‖w‖), and 1 where a norm is 0;
     v ← momentum · v + lr · λ · (g + weight_decay · w);  w ← w − v
     """
 
@@ -152,7 +152,7 @@ class LARS(_Layerwise):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update; one collective."""
+        """Take one update, with one collective."""
         assert closure is None
         slices = self._slices()
         norms = self._norms(slices, [piece.weights for piece in slices], [piece.gradients for piece in slices])

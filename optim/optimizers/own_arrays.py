@@ -1,7 +1,7 @@
 """Optimizer state whose shape, or cut over ranks, is not the weight's, such as factored moments, blocks and low-rank moments.
 
-What `optimizer.state` holds elementwise needs no word: engines see that it has the shard's shape. Any other array must be
-declared here, because only the optimizer knows what the array is as a whole and which part of it this rank holds. Declared
+Elementwise arrays in `optimizer.state` need no declaration: engines see that they have the shard's shape. Any other array
+must be declared here, because only the optimizer knows the whole array and which part of it this rank holds. Declared
 arrays are saved, and restored under any layout, like the others.
 """
 
@@ -44,7 +44,7 @@ class OwnArray:
 
     @classmethod
     def along(cls, parameter: NamedParameter, role: str, tensor: torch.Tensor, dims: Sequence[int]) -> OwnArray:
-        """An array with some of the parameter's dims, cut as these are: of a matrix (R, C), a row moment (R,) has dims [0]."""
+        """Declare an array with some of the parameter's dims, cut as they are: a row moment (R,) of (R, C) has dims [0]."""
         shape, offsets = parameter.global_shape, parameter.offsets
         return cls(parameter.name, role, tensor, tuple(shape[dim] for dim in dims), tuple(offsets[dim] for dim in dims))
 
@@ -54,10 +54,10 @@ class HoldsOwnArrays(Protocol):
     """An optimizer that has such arrays."""
 
     def own_arrays(self) -> Iterable[OwnArray]:
-        """This rank's parts of all of them, the same list after every update. Asked after a first `step()`."""
+        """Return this rank's parts of all such arrays, the same list after every update. Called after a first `step()`."""
         ...
 
 
 def declared(optimizer: torch.optim.Optimizer) -> list[OwnArray]:
-    """The arrays that an optimizer declares; none where it has none."""
+    """List the arrays that an optimizer declares, if any."""
     return list(optimizer.own_arrays()) if isinstance(optimizer, HoldsOwnArrays) else []

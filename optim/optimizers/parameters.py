@@ -1,8 +1,8 @@
-"""What an optimizer is given: named local shards, and the two questions it may ask about their other shards.
+"""The interface between engines and optimizers: named local shards, and sums and gathers over all shards.
 
-Engines own the sharding; optimizers own the mathematics. Rule R4 says that an update is defined on whole parameters, so
-an optimizer whose update needs more than the local elements (a norm, a projection, an orthogonalisation) asks through
-`Shards` and never learns what a rank is.
+Engines own the sharding; optimizers own the mathematics. Rule R4 defines an update on whole parameters. So an optimizer
+whose update needs more than the local elements (a norm, a projection, an orthogonalisation) uses `Shards`, and never learns
+what a rank is.
 
 What engines rely on in any `torch.optim.Optimizer`, built as `Class(parameters=…, shards=…, **settings)`:
 
@@ -11,9 +11,9 @@ What engines rely on in any `torch.optim.Optimizer`, built as `Class(parameters=
   in the shard's box of the parameter's global shape (checkpointed as arrays). Numbers and 0-dim tensors are counters: the
   same for every parameter and on every rank (checkpointed once). An array of any other shape or cut must be declared
   (`own_arrays.py`), and so must one that belongs to no parameter;
-- a first `step()` with zero gradients at rate 0 makes all state without changing a weight, and a `step()` works on
-  whatever was then written into that state in place (a counter that is a plain number may be replaced). Engines do so before
-  a restore, and then set every counter to 0, or to what `InitialCounters` says.
+- a first `step()` with zero gradients at rate 0 makes all state without changing a weight. A later `step()` uses what was
+  then written into that state in place (a counter that is a Python number may be replaced). Engines do so before a restore,
+  and then set every counter to 0, or to what `InitialCounters` says.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class NamedParameter:
     global_shape  shape of the whole parameter
     decay         whether weight decay applies (matrices yes; norms, biases and embeddings no)
     lr_scale      factor on the learning rate (muP); 1 otherwise
-    compute_copy  the copy of the shard that the forward pass reads, where that is a tensor of its own (of lower precision)
+    compute_copy  the copy of the shard, in lower precision, that the forward pass reads; None: it reads `tensor`
     offsets       where the shard begins in the whole parameter; (): at its beginning
     """
 
@@ -52,7 +52,7 @@ class NamedParameter:
 
 @runtime_checkable
 class FusedStep(Protocol):
-    """An optimizer whose `step()` can do on the way what an engine would spend passes over memory on before and after it."""
+    """An optimizer whose `step()` also scales gradients and writes compute copies, sparing the engine passes over memory."""
 
     @property
     def fused_step(self) -> bool:
@@ -68,7 +68,7 @@ class InitialCounters(Protocol):
     """An optimizer some of whose counters do not begin at 0."""
 
     def initial_counters(self) -> dict[str, float]:
-        """Those counters' values before the first update."""
+        """Return the values of those counters before the first update."""
         ...
 
 
@@ -89,36 +89,36 @@ class ComparesHalves(Protocol):
         ...
 
 
-def before_updates(optimizer: torch.optim.Optimizer, counters: Iterable[str]) -> dict[str, float]:
-    """The values that an optimizer's counters have before its first update."""
-    begins = optimizer.initial_counters() if isinstance(optimizer, InitialCounters) else {}
-    return {name: begins.get(name, 0.0) for name in counters}
+def initial_counter_values(optimizer: torch.optim.Optimizer, counters: Iterable[str]) -> dict[str, float]:
+    """Return the values of an optimizer's counters before its first update."""
+    known = optimizer.initial_counters() if isinstance(optimizer, InitialCounters) else {}
+    return {name: known.get(name, 0.0) for name in counters}
 
 
 class Shards(Protocol):
-    """Questions about the shards of the same parameters that other ranks hold. Every rank must ask the same, in order."""
+    """Collectives over the shards of the same parameters on other ranks. Every rank must call the same ones, in order."""
 
     def sum(self, values: torch.Tensor, parameters: Sequence[NamedParameter]) -> torch.Tensor:
-        """values (len(parameters), …): per-parameter sums over local elements → the same over all shards of each.
+        """Sum per-parameter values (len(parameters), …) over all shards of each parameter, in one collective.
 
-        Replicas are counted once. One collective for the whole batch of values. `parameters` are those this rank
-        was given, or a subset of them chosen by a rule that is the same on every rank.
+        Replicas are counted once. `parameters` are those this rank was given, or a subset of them chosen by a rule that is
+        the same on every rank.
         """
         ...
 
     def across_stages(self, values: torch.Tensor) -> torch.Tensor:
-        """values: totals over the parameters this rank was given, taken from `sum` → the same over all parameters.
+        """Sum totals over this rank's parameters, taken from `sum`, over the parameters of all pipeline stages.
 
-        They differ where pipeline stages hold different parameters; without stages this is the identity.
+        Without stages this is the identity.
         """
         ...
 
     def gather(self, parameter: NamedParameter, local: torch.Tensor) -> torch.Tensor:
-        """local (a tensor shaped as the local shard) → the whole array (global_shape)."""
+        """Gather the whole array (global_shape) from tensors shaped as the local shards."""
         ...
 
     def scatter(self, parameter: NamedParameter, whole: torch.Tensor) -> torch.Tensor:
-        """whole (global_shape) → the part of it that lies in this rank's shard. No communication."""
+        """Return the part of the whole array (global_shape) that lies in this rank's shard. No communication."""
         ...
 
 
@@ -126,26 +126,26 @@ class Unsharded:
     """Shards of parameters that are whole on this rank: every sum is already global."""
 
     def sum(self, values: torch.Tensor, parameters: Sequence[NamedParameter]) -> torch.Tensor:
-        """values, unchanged."""
+        """Return the values unchanged."""
         return values
 
     def across_stages(self, values: torch.Tensor) -> torch.Tensor:
-        """values, unchanged."""
+        """Return the values unchanged."""
         return values
 
     def gather(self, parameter: NamedParameter, local: torch.Tensor) -> torch.Tensor:
-        """local, unchanged."""
+        """Return the local array unchanged."""
         return local
 
     def scatter(self, parameter: NamedParameter, whole: torch.Tensor) -> torch.Tensor:
-        """whole, unchanged."""
+        """Return the whole array unchanged."""
         return whole
 
 
 def decay_groups(
     parameters: Sequence[NamedParameter], weight_decay: float, label: Callable[[str], str] | None = None
 ) -> list[dict[str, object]]:
-    """Parameter groups for a `torch.optim.Optimizer`: one per (decayed?, lr_scale, label of the name), in a fixed order.
+    """Make the groups of a `torch.optim.Optimizer`: one per (decay, lr_scale, label of the name), in a fixed order.
 
     Each group carries `lr_scale` (the engine multiplies the scheduled rate by it), `label`, and `names`, parallel to
     `params`.

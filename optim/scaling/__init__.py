@@ -1,1 +1,1 @@
-"""Laws of scale: published ones, and fits to runs of one's own."""
+"""Scaling laws: published ones, and fits to your own runs."""

@@ -1,4 +1,4 @@
-"""Fits of the laws of scale to measurements: optima of sweeps, power laws, L(N, D), and the critical batch.
+"""Fits of scaling laws to measurements: optima of sweeps, power laws, L(N, D), and the critical batch.
 
 Needs SciPy (`pip install meshloom[fit]`) where a fit is not linear.
 """
@@ -25,7 +25,7 @@ def _least_squares(residuals: Any, start: Numbers, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = constant · Π x_k^exponents[k].
+    """A fitted power law y = constant · Π x_k^exponents[k].
 
     errors  standard error of each exponent, from the scatter around the fit; nan where there are no spare points
     spread  root mean square of ln y − ln fit
@@ -37,7 +37,7 @@ class PowerLaw:
     spread: float
 
     def __call__(self, **factors: float) -> float:
-        """y at these factors."""
+        """Evaluate y at these factors."""
         return self.constant * math.prod(factors[name] ** power for name, power in self.exponents.items())
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class PowerLaw:
 
 
 def fit_power_law(y: Numbers, **factors: Numbers) -> PowerLaw:
-    """Ordinary least squares in logarithms.
+    """Fit a power law by ordinary least squares in logarithms.
 
     Raises ValueError where the points can't tell the exponents apart (too few, or a factor that doesn't vary).
     """
@@ -78,7 +78,7 @@ class Optimum:
 
 
 def optimum(values: Numbers, losses: Numbers) -> Optimum:
-    """The vertex of the parabola in ln(value) through the best point and its two neighbours; the best point at an edge."""
+    """Find the vertex of the parabola in ln(value) through the best point and its neighbours; at an edge, the best point."""
     order = np.argsort(values)
     x, y = np.log(np.asarray(values, float))[order], np.asarray(losses, float)[order]
     best = int(np.argmin(y))
@@ -103,7 +103,7 @@ class LossFit:
     spread: float
 
     def __call__(self, parameters: float, tokens: float) -> float:
-        """The loss."""
+        """Evaluate the loss."""
         return self.floor + self.n_constant * parameters**-self.n_power + self.d_constant * tokens**-self.d_power
 
     def __str__(self) -> str:
@@ -111,7 +111,7 @@ class LossFit:
 
 
 def fit_loss(parameters: Numbers, tokens: Numbers, losses: Numbers) -> LossFit:
-    """Huber regression (δ = 1e-3) of ln L from a grid of starts, as Hoffmann et al. do.
+    """Fit L(N, D) by Huber regression (δ = 1e-3) of ln L from a grid of starts, as Hoffmann et al. do.
 
     Raises ValueError with fewer than five runs, or where N or D doesn't vary.
     """
@@ -149,7 +149,7 @@ def fit_loss(parameters: Numbers, tokens: Numbers, losses: Numbers) -> LossFit:
 
 @dataclass(frozen=True)
 class CriticalFit:
-    """S = S_min (1 + B_crit / B): steps to one loss at batch B (tokens). spread: root mean square of ln S − ln fit."""
+    """A fit of S = S_min (1 + B_crit / B), steps to one loss at batch B (tokens). spread: RMS of ln S − ln fit."""
 
     steps_min: float
     batch: float
@@ -157,9 +157,9 @@ class CriticalFit:
 
 
 def fit_critical_batch(batch_tokens: Numbers, steps: Numbers) -> CriticalFit:
-    """The trade-off of steps against tokens at one loss, (S / S_min − 1)(E / E_min − 1) = 1 (McCandlish et al.), in logarithms.
+    """Fit the trade-off of steps against tokens at one loss, in logarithms.
 
-    Raises ValueError with fewer than two batch sizes.
+    It is (S / S_min − 1)(E / E_min − 1) = 1 (McCandlish et al.). Raises ValueError with fewer than two batch sizes.
     """
     b, s = np.asarray(batch_tokens, float), np.asarray(steps, float)
     if len(np.unique(b)) < 2:
@@ -173,7 +173,7 @@ def fit_critical_batch(batch_tokens: Numbers, steps: Numbers) -> CriticalFit:
 
 
 def steps_to(loss: float, steps: Numbers, losses: Numbers) -> float | None:
-    """Where a curve first comes down to `loss`, between measurements linearly; None if it doesn't."""
+    """Find the step where a curve first comes down to `loss`, interpolated linearly; None if it doesn't."""
     y = np.asarray(losses, float)
     below = np.flatnonzero(y <= loss)
     if not len(below):
@@ -188,10 +188,10 @@ def steps_to(loss: float, steps: Numbers, losses: Numbers) -> float | None:
 def fit_critical_law(
     curves: Mapping[float, tuple[Numbers, Numbers]], levels: Numbers
 ) -> tuple[PowerLaw, dict[float, CriticalFit]]:
-    """B_crit(L) = constant · L^exponent from loss curves of runs that differ in batch alone.
+    """Fit B_crit(L) = constant · L^exponent to loss curves of runs that differ in batch alone.
 
-    curves: batch in tokens → (steps, smoothed losses); levels: losses to measure at, those that fewer than two curves come
-    down to being left out. Returns the law, and the trade-off at each level. Raises ValueError with fewer than two levels.
+    curves: batch in tokens → (steps, smoothed losses). levels: losses to measure at; those that fewer than two curves
+    reach are left out. Returns the law, and the trade-off at each level. Raises ValueError with fewer than two levels.
     """
     fits: dict[float, CriticalFit] = {}
     for level in levels:

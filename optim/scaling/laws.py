@@ -1,7 +1,7 @@
-"""Laws of scale: what papers found to be the best learning rate, batch and loss, with units, sources and fitted ranges.
+"""Scaling laws: the best learning rate, batch and loss that papers found, with units, sources and fitted ranges.
 
 N is a number of parameters, D of tokens, L a loss in nats per token. Which N, and which tokenizer and data stand behind L,
-differs between papers: see each law. Fits of one's own are in fitting.py.
+differs between papers: see each law. fitting.py fits laws to your own runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..schedules.wsd import REFERENCE_LENGTH
 
 @dataclass(frozen=True)
 class Law:
-    """What is known about a law besides its formula.
+    """The description of a law: its formula, unit, source and range.
 
     formula  as the paper writes it, with its constants
     unit     of its value
@@ -30,7 +30,7 @@ class Law:
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
 
     def extrapolated(self, **arguments: float) -> list[str]:
-        """The names of those arguments that lie outside of what the law was fitted on."""
+        """Return the names of the arguments that lie outside of what the law was fitted on."""
         return [
             name
             for name, value in arguments.items()
@@ -90,12 +90,12 @@ LOSS_AT_BATCH = Law(
 
 
 def step_law_lr(parameters: float, tokens: float) -> float:
-    """Peak learning rate. parameters: N without embeddings (neither input table nor head); tokens: D of the whole run."""
+    """Compute the peak learning rate. parameters: N without embedding and head; tokens: D of the whole run."""
     return 1.79 * parameters**-0.713 * tokens**0.307
 
 
 def step_law_batch(tokens: float) -> float:
-    """Global batch in tokens (not sequences) for a run of D tokens."""
+    """Compute the global batch in tokens (not sequences) for a run of D tokens."""
     return 0.58 * tokens**0.571
 
 
@@ -103,28 +103,28 @@ POWER_PEAK = 0.02
 
 
 def power_law_lr(batch_tokens: float, tokens: float) -> float:
-    """Learning rate of WSD's stable phase for a global batch of `batch_tokens` and a run of `tokens`."""
+    """Compute the learning rate of WSD's stable phase for a global batch of `batch_tokens` and a run of `tokens`."""
     return min(POWER_PEAK, 4.6 * batch_tokens / REFERENCE_LENGTH * tokens**-0.51)
 
 
 def minicpm_batch(loss: float) -> float:
-    """Global batch in tokens that reaches a C4 loss with the fewest tokens."""
+    """Compute the global batch in tokens that reaches a C4 loss with the fewest tokens."""
     return 1.21e9 / loss**6.24
 
 
 def critical_batch(loss: float, scale: float = 2.1e8, alpha: float = 0.21) -> float:
-    """B_crit(L) = B_* / L^(1/α_B) in tokens: twice the fewest steps and twice the fewest tokens to this loss."""
+    """Compute B_crit(L) = B_* / L^(1/α_B) in tokens, where a loss takes twice the fewest steps and the fewest tokens."""
     return scale / loss ** (1 / alpha)
 
 
 def chinchilla_loss(parameters: float, tokens: float) -> float:
-    """L(N, D) with N counting every parameter."""
+    """Compute L(N, D), with N counting every parameter."""
     return 1.69 + 406.4 * parameters**-0.34 + 410.7 * tokens**-0.28
 
 
 @dataclass(frozen=True)
 class LossLaw:
-    """L(N, S, B) of Kaplan et al. and of "Unraveling the Mystery of Scaling Laws: Part I" (arXiv 2403.06563).
+    """The law L(N, S, B) of Kaplan et al. and of "Unraveling the Mystery of Scaling Laws: Part I" (arXiv 2403.06563).
 
     L = (N_c / N)^α_N + (S_c / S_min)^α_S,  S_min = S / (1 + B_crit(L) / B),  B_crit(L) = B_* / L^(1/α_B)
 
@@ -140,15 +140,15 @@ class LossLaw:
     b_power: float = 0.205
 
     def at_infinite_steps(self, parameters: float) -> float:
-        """(N_c / N)^α_N."""
+        """Compute the loss's limit (N_c / N)^α_N."""
         return (self.n_scale / parameters) ** self.n_power
 
     def loss(self, parameters: float, steps: float, batch_tokens: float) -> float:
-        """The loss after so many steps at a constant batch: the L that solves the equation above."""
+        """Compute the loss after so many steps at a constant batch: the L that solves the equation above."""
         floor = self.at_infinite_steps(parameters)
 
         def excess(loss: float) -> float:
-            """What the equation gives for L on its right-hand side, less L: falls as L rises."""
+            """Return the equation's right-hand side less L, which falls as L rises."""
             steps_min = steps / (1 + critical_batch(loss, self.b_scale, self.b_power) / batch_tokens)
             return floor + (self.s_scale / steps_min) ** self.s_power - loss
 
@@ -175,7 +175,7 @@ class MuP:
 
     @classmethod
     def of(cls, dim: int, base: int = 256) -> MuP:
-        """For a model of this width whose hyper-parameters were tuned at `base`."""
+        """Return the multipliers of a model of this width whose hyper-parameters were tuned at `base`."""
         return cls(dim / base)
 
 
@@ -184,7 +184,7 @@ BATCH_LAWS = ("step_law",)
 
 
 def automatic_lr(law: str, parameters: float, tokens: float, batch_tokens: float) -> float:
-    """`optim.lr=auto:<law>`. Raises ValueError naming the laws there are."""
+    """Compute `optim.lr=auto:<law>`. Raises ValueError naming the laws there are."""
     if law == "step_law":
         return step_law_lr(parameters, tokens)
     if law == "power":
@@ -193,7 +193,7 @@ def automatic_lr(law: str, parameters: float, tokens: float, batch_tokens: float
 
 
 def automatic_batch(law: str, tokens: float, seq_len: int, multiple: int) -> int:
-    """`batch.samples=auto:<law>` in sequences, to the nearest multiple. Raises ValueError naming the laws there are."""
+    """Compute `batch.samples=auto:<law>` in sequences, to the nearest multiple. Raises ValueError naming the laws there are."""
     if law == "step_law":
         return max(1, round(step_law_batch(tokens) / seq_len / multiple)) * multiple
     raise ValueError(f"there is no law 'auto:{law}' for a batch; write one of {_written(BATCH_LAWS)}")

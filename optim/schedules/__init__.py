@@ -1,1 +1,1 @@
-"""How the learning rate moves during a run."""
+"""Learning-rate schedules, and the learning rate's coupling to a batch that changes."""

@@ -1,4 +1,4 @@
-"""Config of `schedule`: how the learning rate moves during a run. `optim.lr` is its peak.
+"""Config of `schedule`: the learning rate over a run, whose peak is `optim.lr`.
 
 Durations are written `200`, `200 steps`, `1.5B tokens`, `4k samples`, `10%` or `0.1` (of the run).
 """
@@ -24,7 +24,7 @@ FINAL = "ratio of the last learning rate to the peak, in [0, 1]"
 
 @dataclass
 class ScheduleConfig:
-    """Constant after the warm-up; what every schedule has."""
+    """Constant after the warm-up, and the keys of every schedule."""
 
     SIDE: ClassVar[Side] = Side.RECIPE
 
@@ -33,7 +33,7 @@ class ScheduleConfig:
     warmup: int | float | str = key("1%", "how long the learning rate rises at the start: a duration")
 
     def problems(self, key: str = "schedule") -> list[Problem]:
-        """Return what is wrong with the values; what does not fit the run's length, the schedule itself says."""
+        """Return what is wrong with the values. The schedule itself checks them against the run's length."""
         return list(_duration_problems(f"{key}.warmup", self.warmup))
 
 
@@ -41,7 +41,7 @@ class CustomSchedule(ScheduleConfig, Custom):
     """A schedule of the user's own."""
 
     def problems(self, key: str = "schedule") -> list[Problem]:
-        """Return nothing: the keys are its class's."""
+        """Return nothing: only the user's class knows its keys."""
         return []
 
 

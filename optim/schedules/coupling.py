@@ -1,9 +1,9 @@
-"""How the learning rate follows a batch size that changes during a run: a factor on the schedule's rate.
+"""Coupling of the learning rate to a batch size that changes during a run: a factor on the schedule's rate.
 
 With a batch of B samples and a noise scale of B_n samples, the best step of a noisy gradient is ε_max / (1 + B_n / B)
-(McCandlish et al., arXiv 1812.06162): linear in B while noise rules, saturated once it doesn't. The spiked random-matrix
-model of the Hessian comes to the same shape (Granziol et al., arXiv 2006.09092), and to its square root for Adam, whose
-steps are already divided by the gradient's root mean square.
+(McCandlish et al., arXiv 1812.06162): linear in B while noise dominates, then saturated. The spiked random-matrix
+model of the Hessian gives the same shape (Granziol et al., arXiv 2006.09092), and its square root for Adam, whose steps are
+already divided by the gradient's root mean square.
 """
 
 from __future__ import annotations
@@ -40,18 +40,16 @@ class Coupling:
     """The factor of `optim.lr_coupling`.
 
     rule  none; sqrt (Adam and its kin, below the critical batch); linear (SGD, below the critical batch);
-          sqrt_saturating: √((1 + B_n / B_0) / (1 + B_n / B)), sqrt that ends where the measured noise scale says
+          sqrt_saturating: √((1 + B_n / B_0) / (1 + B_n / B)), sqrt that saturates at the measured noise scale
 
-    B_0 is the batch that `optim.lr` was chosen for: that of the run's first step, whatever the batch is on a resume.
+    B_0 is the batch that `optim.lr` was chosen for: that of the run's first step, even after a resume with another batch.
     """
 
     def __init__(self, rule: str) -> None:
         self.rule = rule
 
     def factor(self, progress: Progress, noise_scale: float | None = None) -> float:
-        """The factor at the step about to be taken. While no noise scale is known (None), or no signal seen, noise is taken to
-        rule.
-        """
+        """Compute the factor of the step about to be taken. With a noise scale of None or infinity, noise dominates."""
         first = progress.history.points[0].batch
         growth = progress.batch / first
         if self.rule == "sqrt_saturating" and (noise_scale is None or math.isinf(noise_scale)):

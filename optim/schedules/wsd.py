@@ -1,4 +1,4 @@
-"""Schedules that end in a decay of their own: WSD and power."""
+"""Schedules that end in a decay: WSD and power."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ REFERENCE_LENGTH = 4096
 class Decaying(Schedule):
     """A schedule with a last phase, the decay, that ends with the run.
 
-    `decay_start` is how a run resumed from its stable phase is brought down early, or its stable phase prolonged. Forms:
-    exponential is 0.5^(elapsed / half_life), never under `final` (MiniCPM, arXiv 2404.06395); linear, 1-sqrt, cosine and
+    Set `decay_start` to decay a run early that is resumed from its stable phase, or to prolong that phase. Forms:
+    exponential is 0.5^(elapsed / half_life), never below `final` (MiniCPM, arXiv 2404.06395); linear, 1-sqrt, cosine and
     exponential_to_zero go exactly from 1 to `final` over the decay (see decay.py).
     """
 
@@ -33,22 +33,22 @@ class Decaying(Schedule):
         self._check_decay()
 
     def _check_decay(self) -> None:
-        """Refuse a decay that lies outside of the run or inside the warm-up, as far as that is known before the run."""
+        """Refuse a decay that starts outside of the run or within the warm-up, as far as that is known before the run."""
         total, unit = self.horizon.total, self.horizon.unit
         if self._decay is not None:
             key, start = "schedule.decay", total - self._amount("decay", self._decay, unit)
         else:
             assert self._decay_start is not None
-            key, start = "schedule.decay_start", self.horizon.reach(self._decay_start, unit, Progress())
+            key, start = "schedule.decay_start", self.horizon.after_start(self._decay_start, unit, Progress())
         if start < 0:
             self._problem(key, f"the decay is longer than the run ({self.horizon.length})", "shorten it or lengthen the run")
         elif total < start < math.inf:
             self._problem(key, f"the decay would begin after the run's end ({self.horizon.length})", "begin it earlier")
-        elif start < self._known(self.warmup) <= total:
+        elif start < self._amount_or_zero(self.warmup) <= total:
             self._problem(key, f"the decay would begin before the warm-up ({self.warmup}) is over", "shorten one of them")
 
     def _read_half_life(self, written: Written | None) -> Duration | None:
-        """The setting `schedule.half_life`; None: such that `final` is reached at the end of the decay."""
+        """Read `schedule.half_life`; None for one such that `final` is reached at the end of the decay."""
         if self.decay_form != "exponential":
             return None
         if written is not None:
@@ -59,28 +59,28 @@ class Decaying(Schedule):
         return None
 
     def start_of_decay(self, progress: Progress) -> float:
-        """Where the decay begins, in the unit of the run's length; inf: ahead, at a point that depends on batches to come."""
+        """Return where the decay begins, in the unit of the run's length; inf for a point that depends on batches to come."""
         if self._decay_start is not None:
-            return self.horizon.reach(self._decay_start, self.horizon.unit, progress)
+            return self.horizon.after_start(self._decay_start, self.horizon.unit, progress)
         assert self._decay is not None
         return self.horizon.before_end(self._decay, progress)
 
-    def decayed(self, progress: Progress) -> float:
-        """The decay's factor, which is 1 before it begins."""
+    def decay_factor(self, progress: Progress) -> float:
+        """Return the decay's factor, which is 1 before it begins."""
         start = self.start_of_decay(progress)
         elapsed, length = self.horizon.position(progress, self.horizon.unit) - start, self.horizon.total - start
         if elapsed <= 0:
             return 1.0
         if self.decay_form == "exponential":
             if self._half_life is not None:
-                return max(self.final, self._halved(self._half_life, start, progress))
+                return max(self.final, self._half_life_factor(self._half_life, start, progress))
             half_life = length / math.log2(1 / self.final) if self.final < 1 else math.inf
             return max(self.final, halving(elapsed, half_life))
         part = min(1.0, elapsed / length) if length > 0 else 1.0
         return self.final + (1 - self.final) * WINDOWED[self.decay_form](part)
 
-    def _halved(self, half_life: Duration, start: float, progress: Progress) -> float:
-        """The factor of a decay that began at `start` and has a half-life of its own, counted in the unit of that."""
+    def _half_life_factor(self, half_life: Duration, start: float, progress: Progress) -> float:
+        """Return the factor of a decay that began at `start` with a given half-life, counted in the half-life's unit."""
         horizon = self.horizon
         if half_life.unit is Unit.FRACTION:
             half_life = Duration(half_life.value * horizon.total, horizon.unit)
@@ -91,9 +91,9 @@ class Decaying(Schedule):
 class WSD(Decaying):
     """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): see `Decaying` for the settings of the decay."""
 
-    def settled(self, progress: Progress) -> float:
-        """See the class."""
-        return self.peak * self.decayed(progress)
+    def base_lr(self, progress: Progress) -> float:
+        """Return the learning rate without the warm-up's factor."""
+        return self.peak * self.decay_factor(progress)
 
 
 class Power(Decaying):
@@ -109,19 +109,19 @@ class Power(Decaying):
     def __init__(self, config: PowerConfig, peak: float, horizon: Horizon) -> None:
         super().__init__(config, peak, horizon)
         self.a, self.b = config.a, config.b
-        self._amount("warmup", self.warmup, Unit.TOKENS)  # the law's value at the end of either must be known from the start
+        self._amount("warmup", self.warmup, Unit.TOKENS)  # problems where either is not known in tokens before the run
         self._amount("decay", horizon.length, Unit.TOKENS)
 
     def law(self, tokens: float, batch: float) -> float:
-        """min(peak, β · a · n^b) for a batch in samples of this run's length."""
+        """Compute min(peak, β · a · n^b) for a batch in samples of this run's length."""
         if tokens <= 0:
             return self.peak
         sequences = batch * self.horizon.seq_len / REFERENCE_LENGTH
         return min(self.peak, sequences * self.a * tokens**self.b)
 
-    def settled(self, progress: Progress) -> float:
-        """See the class."""
-        first = self.horizon.reach(self.warmup, Unit.TOKENS, progress)
+    def base_lr(self, progress: Progress) -> float:
+        """Return the learning rate without the warm-up's factor."""
+        first = self.horizon.after_start(self.warmup, Unit.TOKENS, progress)
         last = self.horizon.convert(self.start_of_decay(progress), self.horizon.unit, Unit.TOKENS, progress)
         tokens = min(max(progress.tokens, first), last)
-        return self.law(tokens, progress.batch) * self.decayed(progress)
+        return self.law(tokens, progress.batch) * self.decay_factor(progress)

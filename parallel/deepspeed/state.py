@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ...optim.optimizers.parameters import before_updates
+from ...optim.optimizers.parameters import initial_counter_values
 from ..fragment import Fragment, boxes_of_flat_range
 
 foreach: Any = torch  # the _foreach functions have no types
@@ -127,7 +127,7 @@ class EngineState(ABC):
             self._with_group(index, master, self._step_on_zero)
         for group, rate, member in zip(groups, rates, members, strict=True):
             group["lr"], group["params"] = rate, member
-        self.load_counters(before_updates(self.base, self.counters()))
+        self.load_counters(initial_counter_values(self.base, self.counters()))
 
     def _with_group(self, index: int, master: torch.Tensor, act: Any) -> None:
         act(index, master)
@@ -189,7 +189,7 @@ class WholeState(EngineState):
             parameter.grad = torch.zeros_like(parameter)
         self.base.step()
         self.base.zero_grad()
-        self.load_counters(before_updates(self.base, self.counters()))
+        self.load_counters(initial_counter_values(self.base, self.counters()))
 
     def _find_shares(self) -> Iterator[Share]:
         for index, (name, parameter) in enumerate(self._engine.module.named_parameters()):

@@ -19,7 +19,7 @@ from torch import nn
 from ...data.assignment import Share
 from ...data.batch import MicroBatch
 from ...models.protocol import Model, decoder_shape
-from ...optim.optimizers.parameters import NamedParameter, before_updates
+from ...optim.optimizers.parameters import NamedParameter, initial_counter_values
 from ..config import ParallelConfig
 from ..context.split import ContextParallel
 from ..engine import EngineSettings, OptimizerFactory, StepLoss
@@ -151,7 +151,7 @@ class TorchEngine:
             weight.tensor.grad = torch.zeros_like(weight.tensor)
         self.update(0.0)
         self.zero_grad()
-        self.load_counters(before_updates(self.optimizer, self.counters()))
+        self.load_counters(initial_counter_values(self.optimizer, self.counters()))
 
     def counters(self) -> dict[str, float]:
         """The optimizer's scalar state."""
