@@ -1,4 +1,4 @@
-"""Causal grouped-query self-attention: projections around the `attend` seam.
+"""Causal grouped-query self-attention: projections around a replaceable `attend`.
 
 Shape legend: B batch, S sequence, D model width, H query heads, K key/value heads, E head width.
 """
@@ -19,7 +19,7 @@ from .rotary import rotate
 
 
 class Attention(nn.Module):
-    """Causal grouped-query self-attention. What looks at other positions is `attend`, which a run may replace."""
+    """Causal grouped-query self-attention. Only `attend` looks at other positions, and a run may replace it."""
 
     tensor_roles: ClassVar[Mapping[str, TensorRole]] = {
         "wq": TensorRole.COLUMN,
@@ -39,15 +39,15 @@ class Attention(nn.Module):
         self.attend: Attend = CausalAttention()
 
     def forward(
-        self, given: Sequence[torch.Tensor], rotary: tuple[torch.Tensor, torch.Tensor], documents: Documents | None
+        self, inputs: Sequence[torch.Tensor], rotary: tuple[torch.Tensor, torch.Tensor], documents: Documents | None
     ) -> torch.Tensor:
-        """Attend; `given` has the same (B, S, D) for query, key and value. Returns (B, S, D).
+        """Attend. inputs: the same (B, S, D) for query, key and value. Returns (B, S, D).
 
-        The number of heads is read off the projections, so that they may be column shards.
+        The projections' shapes give the number of heads, so they may be column shards.
         """
         q_BSHE, k_BSKE, v_BSKE = (
             project(x_BSD).unflatten(-1, (-1, self.head_dim))
-            for project, x_BSD in zip((self.wq, self.wk, self.wv), given, strict=True)
+            for project, x_BSD in zip((self.wq, self.wk, self.wv), inputs, strict=True)
         )
         q_BSHE, k_BSKE = rotate(q_BSHE, *rotary), rotate(k_BSKE, *rotary)
         out_BSHE = self.attend(q_BSHE, k_BSKE, v_BSKE, documents, scale=self.scale)

@@ -44,18 +44,18 @@ class Block(nn.Module):
     def forward(
         self, x_BSD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], documents: Documents | None
     ) -> torch.Tensor:
-        """Pass the residual stream on: (B, S, D) → (B, S, D)."""
-        x_BSD, *given = self._normed(self.attention_norm, x_BSD, 3)
-        x_BSD = self._add(x_BSD, self.attention(given, rotary, documents))
-        x_BSD, *given = self._normed(self.ffn_norm, x_BSD, self.ffn.uses(x_BSD))
-        return self._add(x_BSD, self.ffn(given))
+        """Apply the block to the residual stream: (B, S, D) → (B, S, D)."""
+        x_BSD, *inputs = self._normed(self.attention_norm, x_BSD, 3)
+        x_BSD = self._add(x_BSD, self.attention(inputs, rotary, documents))
+        x_BSD, *inputs = self._normed(self.ffn_norm, x_BSD, self.ffn.num_inputs(x_BSD))
+        return self._add(x_BSD, self.ffn(inputs))
 
-    def _normed(self, module: nn.RMSNorm, x_BSD: torch.Tensor, uses: int) -> tuple[torch.Tensor, ...]:
-        """Return the residual stream, and `uses` times its norm."""
+    def _normed(self, module: nn.RMSNorm, x_BSD: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+        """Return the residual stream, and its norm `count` times."""
         if self.fused_norm is not None and self.fused_norm.fits(x_BSD):
-            return self.fused_norm(x_BSD, module.weight, self.eps, uses)
-        return x_BSD, *[module(x_BSD)] * uses
+            return self.fused_norm(x_BSD, module.weight, self.eps, count)
+        return x_BSD, *[module(x_BSD)] * count
 
     def _add(self, x_BSD: torch.Tensor, y_BSD: torch.Tensor) -> torch.Tensor:
-        # A compiler does not know that a product with 1 is nothing: its gradient would be a pass over memory.
+        # A compiler does not drop a product with 1, and its gradient would be a pass over memory.
         return x_BSD + y_BSD if self.residual == 1.0 else x_BSD + self.residual * y_BSD

@@ -1,4 +1,4 @@
-"""From a node of the config to a model without storage."""
+"""Build a model without storage from a node of the config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def build_model(node: Mapping[str, Any], vocabulary: int) -> Model:
     """Build the model of a node, its parameters on the meta device.
 
     vocabulary: the data's, where the node leaves it open. A decoder's class takes its typed config; any other `_target_` is
-    called with the node's keys. Raises TypeError for keys that it does not take.
+    called with the node's keys. Raises TypeError for keys that it does not accept.
     """
     values = {key: value for key, value in with_moved_targets(dict(node)).items() if key != "name"}
     values["vocabulary"] = values.get("vocabulary") or vocabulary

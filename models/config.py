@@ -45,7 +45,7 @@ class FeedForwardConfig:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One block: its parts, and how they are joined. residual: muP's factor on what each part adds to the stream."""
+    """One block: its parts, norms and residual factor. residual: muP's factor on what each part adds to the stream."""
 
     attention: AttentionConfig
     ffn: FeedForwardConfig
@@ -140,20 +140,20 @@ class DecoderConfig:
 
 
 class CustomModel(Custom):
-    """A model of the user's own. Its keys are its class's."""
+    """A model of the user's own. Only its class knows its keys."""
 
     @property
     def vocabulary(self) -> int | None:
-        """Tokens that it knows, where its node says so."""
+        """The vocabulary's size, where the node says it."""
         return self.keys.get("vocabulary")
 
     def problems(self, key: str = "model") -> list[Problem]:
-        """Return nothing: the keys are its class's."""
+        """Return nothing: only the user's class knows its keys."""
         return []
 
 
 def _near_divisors(number: int, wanted: int) -> str:
-    """Return the divisors of a number next to what was wanted, in words."""
+    """Word the divisors of a number next to the one that was wanted."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     divisors = [*small, *(number // d for d in small)]
     below = max((d for d in divisors if d <= wanted), default=None)
@@ -162,7 +162,7 @@ def _near_divisors(number: int, wanted: int) -> str:
 
 
 def decoder_config(node: Mapping[str, Any], vocabulary: int | None = None) -> DecoderConfig:
-    """Read the typed config off a node's keys, those that it knows. vocabulary: of a node that leaves it open.
+    """Read the typed config from the keys of a node that it knows. vocabulary: for a node that leaves it open.
 
     Raises TypeError where a size is missing.
     """

@@ -1,6 +1,7 @@
-"""What a decoder holds and computes, as pure functions of its config. Imports no torch.
+"""Parameters, FLOPs and activation bytes of a decoder, as pure functions of its config. Imports no torch.
 
-Bytes of activations are estimates from what the operations of a block keep; counts of parameters and matrix FLOPs are exact.
+Bytes of activations are estimated from the tensors that a block's operations keep. Counts of parameters and matrix FLOPs
+are exact.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 ACCUM_BYTES = {"bf16": 4, "fp32": 4, "fp64": 8}
 """Bytes of an element that is updated or summed, by precision."""
 
-BALANCE = 165.0
+FLOPS_PER_BYTE = 165.0
 """FLOPs that an accelerator computes while it moves one byte (H200: 790 TFLOP/s measured, 4.8 TB/s), for lookups."""
 
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """How a rank passes a micro-batch forward.
+    """The conditions of a rank's forward pass of a micro-batch.
 
     tokens             positions of the micro-batch on the rank, all samples together, before tensor parallelism cuts them
     precision          a key of BYTES
     tp                 ranks that share each block
-    sequence_parallel  whether these ranks cut the residual stream along the sequence, too
+    sequence_parallel  whether these ranks also cut the residual stream along the sequence
     compiled           whether blocks are compiled
     fused_swiglu       whether SwiGLU is computed inside the products around it (`kernels/swiglu.py`)
     """
@@ -62,7 +63,7 @@ def block_matrices(block: BlockConfig) -> int:
 
 
 def parameter_count(config: DecoderConfig, *, embedding: bool = True) -> int:
-    """Count the parameters of the whole model; on request without the embedding (not the head)."""
+    """Count the parameters of the whole model. embedding: whether to count the embedding; the head always counts."""
     blocks = sum(block_matrices(block) + 2 * config.dim for block in config.blocks())
     table = config.known_vocabulary * config.dim
     total = blocks + config.dim + table * (1 if config.tied else 2)
@@ -80,7 +81,7 @@ def flops_per_token(config: DecoderConfig, seq_len: int) -> float:
 
 
 def layer_flops(block: BlockConfig, seq_len: int) -> float:
-    """Count forward FLOPs of one block per token: 2 per matrix parameter, and the half of attention that causality leaves."""
+    """Count forward FLOPs of one block per token: 2 per matrix parameter, and the causal half of attention."""
     return 2.0 * block_matrices(block) + 2.0 * block.attention.heads * block.attention.head_dim * seq_len
 
 
@@ -96,25 +97,28 @@ def head_flops(config: DecoderConfig) -> float:
 
 def embedding_flops(config: DecoderConfig) -> float:
     """Price a lookup, which computes nothing: the FLOPs that fit in the time of moving its row, 2 bytes an element each way."""
-    return 4.0 * config.dim * BALANCE
+    return 4.0 * config.dim * FLOPS_PER_BYTE
 
 
 def block_bytes(block: BlockConfig, work: ForwardPass, policy: str) -> int:
-    """Estimate what one block keeps of one micro-batch for its backward pass, under an activation policy.
+    """Estimate the bytes that one block keeps of one micro-batch for its backward pass, under an activation policy.
 
     Counted tensor by tensor as in arXiv 2205.05198, for RMSNorm, rotary positions, fused attention and SwiGLU. D is the
     stream's width, Q that of all query heads, K that of all key heads, F the feed-forward's; t and s are the tensor-parallel
-    cuts of features and of the stream. Norms keep inputs 2 D/s and outputs 2 D; attention q, k, v and its output (2 Q + 2 K)/t;
-    SwiGLU 4 F/t: gate, up, silu(gate) and the product. A compiled block computes only silu again, for the compiler keeps every
-    factor of a matrix product;
-    SwiGLU inside the products keeps neither. Norms and softmax keep a few numbers per position besides, in the accumulation's
-    precision.
-    Selectively: the block's input, q, k, v, attention's output and its projection, and one of SwiGLU's two factors.
+    cuts of features and of the stream.
+
+    Norms keep inputs 2 D/s and outputs 2 D. Attention keeps q, k, v and its output, (2 Q + 2 K)/t. SwiGLU keeps 4 F/t: gate,
+    up, silu(gate) and the product. A compiled block recomputes only silu, because the compiler keeps every factor of a
+    matrix product. SwiGLU inside the products keeps neither silu(gate) nor the product. Norms and softmax also keep a few
+    numbers per position, in the accumulation's precision.
+
+    Selective checkpointing keeps the block's input, q, k, v, attention's output and its projection, and one of SwiGLU's two
+    factors.
     """
     unit, accum = BYTES[work.precision], ACCUM_BYTES[work.precision]
     attention, dim, ffn = block.attention, block.attention.dim, block.ffn.ffn_dim / work.tp
     stream = dim / work.stream_cut
-    kv_width = max(attention.kv_heads, work.tp) * attention.head_dim  # with few heads every rank has one
+    kv_width = max(attention.kv_heads, work.tp) * attention.head_dim  # with fewer heads than ranks, every rank has one
     heads = 2 * (attention.heads * attention.head_dim + kv_width) / work.tp
     log_sums = accum * attention.heads / work.tp
     if policy == "full":
@@ -130,12 +134,12 @@ def block_bytes(block: BlockConfig, work: ForwardPass, policy: str) -> int:
 
 
 def loss_bytes(config: DecoderConfig, work: ForwardPass) -> int:
-    """Estimate what final norm, head and loss hold of one micro-batch.
+    """Estimate the bytes that final norm, head and loss hold of one micro-batch.
 
-    That is the hidden states and their gradient, the head's gradient, and a chunk of logits.
+    They are the hidden states and their gradient, the head's gradient, and a chunk of logits.
     """
     unit, accum = BYTES[work.precision], ACCUM_BYTES[work.precision]
     rows = -(-config.known_vocabulary // work.tp)
     states = work.tokens * config.dim * unit * 3
-    # The head's gradient is added up in `accum` while a chunk's logits live, and cast when they are gone.
+    # The head's gradient is accumulated in `accum` while a chunk's logits exist, and cast after they are freed.
     return states + rows * config.dim * accum + max(min(LOSS_CHUNK, work.tokens), config.dim) * rows * unit

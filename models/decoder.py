@@ -1,9 +1,9 @@
-"""The decoder, put together from parts by its config: embedding, blocks, norm, head and the loss. It names no rank.
+"""The decoder, composed of parts by its config: embedding, blocks, norm, head and the loss. It knows no rank.
 
 Shape legend: B batch, S sequence, D model width, V vocabulary.
 
 Where parallelism must act inside the model it replaces a callable: each attention's `attend` and the decoder's `token_loss`.
-Their plain forms live in `kernels/`.
+Their defaults are in `kernels/`.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ class Decoder(Model):
         documents: Documents | None = None,
         positions_BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Token ids (B, S) → logits (B, S, V), or with targets the sum of token losses (scalar, at least fp32).
+        """Compute logits (B, S, V) of token ids (B, S), or with targets the sum of token losses (scalar, at least fp32).
 
         A stage without `embed` takes hidden states (B, S, D) instead; one without `head` returns them.
-        documents: attention stays inside a document, and positions restart there. positions_BS overrides them (a slice of a
-        longer sequence has no other way to know where it lies).
+        documents: attention stays inside a document, and positions restart there. positions_BS overrides these positions,
+        for a slice of a longer sequence.
         """
         if positions_BS is None:
-            plain = torch.arange(inputs.shape[1], device=inputs.device)
-            positions_BS = plain if documents is None else documents.positions()
+            row_S = torch.arange(inputs.shape[1], device=inputs.device)
+            positions_BS = row_S if documents is None else documents.positions()
         if self.embed is not None:
             x_BSD = self.embed(inputs)
             if self.config.mup_embedding != 1.0:
@@ -89,11 +89,11 @@ class Decoder(Model):
 
     def gather_units(self) -> list[nn.Module]:
         """Return the embedding, where the head does not share its weight, and the blocks."""
-        apart = [] if self.embed is None or self.config.tied else [self.embed]
-        return [*apart, *self.layers.values()]
+        separate = [] if self.embed is None or self.config.tied else [self.embed]
+        return [*separate, *self.layers.values()]
 
     def rest_readers(self) -> list[nn.Module]:
-        """Return the norm, behind which the loss reads the head's weight, and before it a tied embedding."""
+        """Return a tied embedding, which shares the head's weight, and the norm, after which the loss reads that weight."""
         readers = (self.embed if self.config.tied else None, self.norm)
         return [module for module in readers if module is not None]
 
@@ -122,7 +122,7 @@ class Decoder(Model):
         return stage
 
     def initial(self, name: str) -> Initial:
-        """Return how a parameter begins: matrices normal, output projections scaled by depth, norms at one (rule R3)."""
+        """Return a parameter's initial distribution: matrices normal, output projections scaled by depth, norms one (R3)."""
         if name.endswith("norm.weight"):
             return Constant(1.0)
         if name.startswith(("embed.", "head.")):

@@ -36,16 +36,16 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.swiglu: FusedSwiglu | None = None
 
-    def uses(self, x_BSD: torch.Tensor) -> int:
-        """Count the products that take the input: gate's and up's, or one in place of both."""
+    def num_inputs(self, x_BSD: torch.Tensor) -> int:
+        """Count the products that take the input: gate's and up's, or one fused product."""
         return 1 if self.swiglu is not None and self.swiglu.fits(x_BSD, self.w1.weight) else 2
 
-    def forward(self, given: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Compute SwiGLU; `given` has the same (B, S, D) `uses` times. Returns (B, S, D)."""
-        if len(given) == 1:
+    def forward(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Compute SwiGLU. inputs: the same (B, S, D), `num_inputs` times. Returns (B, S, D)."""
+        if len(inputs) == 1:
             assert self.swiglu is not None
-            x_BSD = given[0]
+            x_BSD = inputs[0]
             y_TD = self.swiglu(x_BSD.flatten(0, -2), self.w1.weight, self.w3.weight, self.w2.weight)
             return y_TD.view_as(x_BSD)
-        gate_BSD, up_BSD = given
+        gate_BSD, up_BSD = inputs
         return self.w2(F.silu(self.w1(gate_BSD)) * self.w3(up_BSD))

@@ -1,8 +1,8 @@
-"""Initial weights as a function of (seed, parameter name, index) alone: rule R3.
+"""Initial weights, a function of (seed, parameter name, index) alone: rule R3.
 
 Every element has its own random number: a counter-based generator (SplitMix64, Steele et al. 2014, doi
-10.1145/2714064.2660195) hashes the element's position in the whole parameter. So a shard draws just its own elements,
-on any device, and the value does not depend on how the parameter is cut or in which order parameters are filled.
+10.1145/2714064.2660195) hashes the element's position in the whole parameter. So a shard draws only its own elements,
+on any device. The value does not depend on how the parameter is cut, or in which order parameters are filled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Normal:
 
 @dataclass(frozen=True)
 class Constant:
-    """Every element the same."""
+    """The same number for every element."""
 
     value: float
 
@@ -35,26 +35,26 @@ Initial = Normal | Constant
 
 
 def _signed(value: int) -> int:
-    """The int64 with the same 64 bits."""
+    """Return the int64 with the same 64 bits."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift of int64 bit patterns (`>>` is arithmetic)."""
+    """Shift int64 bit patterns right logically (`>>` is arithmetic)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def splitmix64(state: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's output function of an int64 tensor of states (already advanced by the golden gamma)."""
+def _splitmix64(state: torch.Tensor) -> torch.Tensor:
+    """Apply SplitMix64's output function to an int64 tensor of states (already advanced by the golden gamma)."""
     z = (state ^ _shift_right(state, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
     return z ^ _shift_right(z, 31)
 
 
 def _normals(key: int, index: torch.Tensor) -> torch.Tensor:
-    """Standard normal fp64 numbers for int64 element indices: Box–Muller on the two halves of one hash."""
-    bits = splitmix64((index + 1) * _signed(_GOLDEN) + _signed(key))
+    """Draw standard normal fp64 numbers for int64 element indices, by Box–Muller on the two halves of one hash."""
+    bits = _splitmix64((index + 1) * _signed(_GOLDEN) + _signed(key))
     radius = (_shift_right(bits, 32).double() + 0.5) / 2**32
     angle = (bits & 0xFFFFFFFF).double() / 2**32
     return torch.sqrt(-2 * torch.log(radius)) * torch.cos(2 * math.pi * angle)
@@ -73,8 +73,8 @@ def fill(
 ) -> None:
     """Fill a local box of a parameter with its initial values, in place.
 
-    tensor lies at `offsets` in the parameter called `name` of shape `global_shape`. Computed in fp64, then rounded.
-    on: the device that draws, where it is not the tensor's own (a GPU for what is offloaded to the host).
+    tensor lies at `offsets` in the parameter called `name` of shape `global_shape`. Values are computed in fp64, then
+    rounded. on: the device that draws, if not the tensor's own (a GPU for weights offloaded to the host).
     """
     if isinstance(rule, Constant):
         tensor.fill_(rule.value)

@@ -1,7 +1,7 @@
-"""What engines, the planner and checkpoints ask of a model: the one interface between `models/` and the floors above.
+"""The one interface between `models/` and the floors above: engines, the planner and checkpoints.
 
-`Model` has an answer to everything, so that a module of the user's own needs none (`user_module.py`). Where the answer does not
-do for a layout (`carve`, `use_kernels`, `tensor_roles`), the user is told by name what the module lacks (`lacks`).
+`Model` has a default for every method, so a module of the user's own needs none (`user_module.py`). Where a default does not
+suffice for a layout (`carve`, `use_kernels`, `tensor_roles`), an error names what the module lacks (`lacks`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .init import Constant, Initial, Normal
 
 
 class TensorRole(Enum):
-    """What a module is to tensor parallelism. Its parent says so, in `tensor_roles`: name of the child → role.
+    """The role of a module under tensor parallelism. Its parent declares it in `tensor_roles`: name of the child → role.
 
     COLUMN     a projection out of the residual stream: output features are cut
     ROW        a projection back into the stream: input features are cut
     KEY_VALUE  a column projection into key/value heads of the parent's `head_dim`; with fewer heads than ranks it is not cut
-    NORM       works on the stream, wherever that lies
+    NORM       works on the stream, whole or cut along the sequence
     EMBEDDING  a table with a row for each token: cut by rows
     HEAD       as the embedding; the loss takes its cut weight
     """
@@ -42,7 +42,7 @@ class TensorRole(Enum):
 
 @dataclass(frozen=True)
 class BlockKernels:
-    """What the parts of a block compute with. norm, swiglu: None for PyTorch's own operations."""
+    """Kernels of the parts of a block. norm, swiglu: None for PyTorch's own operations."""
 
     attend: Attend = CausalAttention()
     norm: FusedNorm | None = None
@@ -50,15 +50,15 @@ class BlockKernels:
 
 
 class Model(nn.Module):
-    """A model as engines see it: an `nn.Module` that is called as `forward(tokens_BS, targets_BS, documents, positions_BS)`.
+    """A model as engines see it, called as `forward(tokens_BS, targets_BS, documents, positions_BS)`.
 
     It returns logits (B, S, V), or with targets the sum of token losses (scalar, at least fp32). A pipeline stage takes or
     returns hidden states (B, S, D) where it has no embedding or no head.
 
     decoder_config  the shape of a decoder, from which `costs.py` counts; None for another architecture
     tensor_roles    roles of the model's own children under tensor parallelism
-    matrix_names, default_blocks  what the defaults below know of a user's own module: parameters of two dims or more, and
-                    its blocks in order
+    matrix_names    names of the parameters of two dims or more, for the defaults of a user's own module
+    default_blocks  the blocks in order, for the same
     """
 
     decoder_config: DecoderConfig | None = None
@@ -67,7 +67,7 @@ class Model(nn.Module):
     default_blocks: tuple[nn.Module, ...] = ()
 
     def block_modules(self) -> dict[int, nn.Module]:
-        """Return the blocks by layer: the units of sharding, recomputation and compilation. A stage has those that it holds."""
+        """Return the blocks by layer, a stage its own: the units of sharding, recomputation and compilation."""
         return dict(enumerate(self.default_blocks))
 
     def gather_units(self) -> list[nn.Module]:
@@ -75,11 +75,11 @@ class Model(nn.Module):
         return list(self.block_modules().values())
 
     def rest_readers(self) -> list[nn.Module]:
-        """Return the modules before whose call all weights outside of the gather units must be whole."""
+        """Return the modules before whose call all weights outside of the gather units must be gathered."""
         return [self]
 
     def use_kernels(self, kernels: Mapping[int, BlockKernels]) -> None:
-        """Compute with these kernels from now on, by layer. A model that chooses its own ignores it."""
+        """Compute with these kernels from now on, by layer. A model that chooses its own does nothing."""
 
     def carve(self, layers: range, *, first: bool, last: bool) -> Model:
         """Return the pipeline stage of these layers; embedding and head belong to the first and the last."""
@@ -87,13 +87,13 @@ class Model(nn.Module):
         return self
 
     def initial(self, name: str) -> Initial:
-        """Return how a parameter begins: matrices normal with 0.02, biases at zero, other vectors (norms' weights) at one."""
+        """Return a parameter's initial distribution: matrices normal with 0.02, biases zero, other vectors (norms) one."""
         if name in self.matrix_names:
             return Normal(0.02)
         return Constant(0.0 if name.rpartition(".")[2] == "bias" else 1.0)
 
     def decays(self, name: str) -> bool:
-        """Return whether weight decay applies: to matrices."""
+        """Return whether weight decay applies to a parameter: it does to matrices."""
         return name in self.matrix_names
 
     def lr_scale(self, name: str) -> float:
@@ -108,12 +108,12 @@ class Model(nn.Module):
 
 
 def decoder_shape(model: Model) -> DecoderConfig:
-    """Return the shape of a decoder, of which alone costs are known."""
+    """Return the shape of a decoder. Only a decoder's costs are known."""
     assert model.decoder_config is not None, f"the costs of {type(model).__name__} are not known"
     return model.decoder_config
 
 
 def lacks(model: Model, method: str) -> bool:
-    """Return whether a model leaves this method of `Model` as it stands there."""
+    """Return whether a model does not override this method of `Model`."""
     found: Any = getattr(type(model), method)
     return found is getattr(Model, method)

@@ -1,4 +1,4 @@
-"""A module of the user's own made a `Model`: it keeps what it has, and gets a default for what it lacks.
+"""Conversion of a user's own module to a `Model`: it keeps its methods, and gets the defaults of those that it lacks.
 
 The module needs `forward(tokens_BS) → logits_BSV`. Parameters named `targets`, `documents` or `positions` are given what they
 ask for; with `targets` it returns the sum of token losses.
@@ -25,14 +25,14 @@ from .protocol import Model, lacks
 
 @contextmanager
 def parameters_on_meta() -> Generator[None]:
-    """Build modules whose parameters are on the meta device as soon as they exist, and whose buffers have their values."""
+    """Build modules with parameters on the meta device from the start, and with buffers that keep their values."""
 
     def move(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta:
             return parameter
         return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
-    # Annotated as returning nothing, documented otherwise.
+    # torch annotates the hook as returning nothing, and documents that it may return a parameter.
     handle = register_module_parameter_registration_hook(cast(Any, move))
     try:
         yield
@@ -41,9 +41,9 @@ def parameters_on_meta() -> Generator[None]:
 
 
 class _Adopted(nn.Module):
-    """Called as engines call a model; calls the user's forward with what its signature names."""
+    """Adapter of the call: engines call it as a model, and it passes the user's forward what its signature names."""
 
-    takes: ClassVar[frozenset[str]]
+    accepted: ClassVar[frozenset[str]]
 
     def forward(
         self,
@@ -52,19 +52,19 @@ class _Adopted(nn.Module):
         documents: Documents | None = None,
         positions_BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Token ids (B, S) → logits (B, S, V), or with targets the sum of token losses."""
+        """Compute logits (B, S, V) of token ids (B, S), or with targets the sum of token losses."""
         offered = {"targets": targets_BS, "documents": documents, "positions": positions_BS}
-        found = super().forward(inputs, **{name: value for name, value in offered.items() if name in self.takes})
-        if targets_BS is None or "targets" in self.takes:
+        found = super().forward(inputs, **{name: value for name, value in offered.items() if name in self.accepted})
+        if targets_BS is None or "targets" in self.accepted:
             return found
         wide = torch.promote_types(found.dtype, torch.float32)
         return F.cross_entropy(found.flatten(0, -2).to(wide), targets_BS.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def adopt(module: nn.Module) -> Model:
-    """Make a module a `Model`, in place: its class becomes a subclass of it that has the defaults, too.
+    """Make a module a `Model`, in place: its class becomes a subclass of its class and of `Model`.
 
-    Raises ConfigError where it has attributes by the names of what engines ask for.
+    Raises ConfigError where an attribute of the module has the name of a member of `Model`.
     """
     if not isinstance(module, Model):
         kind = type(module)
@@ -74,9 +74,9 @@ def adopt(module: nn.Module) -> Model:
                 f"{kind.__name__} has an attribute {clashes[0]}, which engines take for what meshloom.models.protocol says"
             )
             raise ConfigError([Problem("model", message, "rename it")])
-        takes = frozenset(inspect.signature(kind.forward).parameters)
-        bases: Any = (_Adopted, kind, Model)  # the checker can not order classes that it does not know
-        module.__class__ = type(kind.__name__, bases, {"__module__": kind.__module__, "takes": takes})
+        accepted = frozenset(inspect.signature(kind.forward).parameters)
+        bases: Any = (_Adopted, kind, Model)  # the type checker can't order classes that it does not know
+        module.__class__ = type(kind.__name__, bases, {"__module__": kind.__module__, "accepted": accepted})
     model = cast(Model, module)
     model.matrix_names = frozenset(name for name, parameter in model.named_parameters() if parameter.dim() > 1)
     model.default_blocks = _largest_list(model)
@@ -89,37 +89,37 @@ def _largest_list(module: nn.Module) -> tuple[nn.Module, ...]:
         parameter for child in module.modules() for parameter in child._parameters.values() if parameter is not None
     )
 
-    def alone(child: nn.Module) -> bool:
+    def is_unshared(child: nn.Module) -> bool:
         return all(owners[parameter] == 1 for parameter in child.parameters())
 
     def size(blocks: tuple[nn.Module, ...]) -> int:
         return sum(parameter.numel() for block in blocks for parameter in block.parameters())
 
     lists = [tuple(each.children()) for each in module.modules() if isinstance(each, nn.ModuleList | nn.ModuleDict)]
-    alike = [blocks for blocks in lists if len({type(block) for block in blocks}) == 1 and all(map(alone, blocks))]
-    return max(alike, key=size, default=())
+    uniform = [blocks for blocks in lists if len({type(block) for block in blocks}) == 1 and all(map(is_unshared, blocks))]
+    return max(uniform, key=size, default=())
 
 
 def defaults_used(model: Model) -> list[str]:
-    """Say in sentences what a user's own module does not say itself, and what is done in its place. Empty for a decoder."""
+    """List, in sentences, the defaults that a user's own module is given. Empty for a decoder."""
     if model.decoder_config is not None:
         return []
-    said: list[str] = []
+    lines: list[str] = []
     if lacks(model, "block_modules"):
         blocks = model.default_blocks
         kind = type(blocks[0]).__name__ if blocks else ""
         found = (
             f"its {len(blocks)} modules {kind}" if blocks else "none: no ModuleList or ModuleDict holds modules of one class"
         )
-        said.append(f"block_modules(): the units of sharding, recomputation and compilation are {found}")
+        lines.append(f"block_modules(): the units of sharding, recomputation and compilation are {found}")
     if lacks(model, "initial"):
-        said.append("initial(name): matrices begin normal with standard deviation 0.02, norms' weights at one, biases at zero")
+        lines.append("initial(name): matrices begin normal with standard deviation 0.02, norms' weights at one, biases at zero")
     if lacks(model, "decays"):
-        said.append("decays(name): weight decay applies to matrices, embeddings included")
+        lines.append("decays(name): weight decay applies to matrices, embeddings included")
     if lacks(model, "lr_scale"):
-        said.append("lr_scale(name): every weight has the run's learning rate")
+        lines.append("lr_scale(name): every weight has the run's learning rate")
     if lacks(model, "flops_per_token"):
-        said.append("flops_per_token(seq_len): MFU counts 6 FLOPs per parameter and token")
-    if isinstance(model, _Adopted) and "documents" not in model.takes:
-        said.append("forward(…, documents): attention crosses the borders between documents")
-    return said
+        lines.append("flops_per_token(seq_len): MFU counts 6 FLOPs per parameter and token")
+    if isinstance(model, _Adopted) and "documents" not in model.accepted:
+        lines.append("forward(…, documents): attention crosses the borders between documents")
+    return lines

@@ -1,6 +1,6 @@
-"""Model families: for each, how Hugging Face's files name the weights and the shape of our decoder.
+"""Model families: the names that Hugging Face's files use for our decoder's weights and config keys.
 
-A family is a module with this interface; it needs neither torch nor an engine.
+A family is a module of these functions. It imports neither torch nor an engine.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from . import llama
 class Family:
     """One architecture of Hugging Face's, by its `model_type`.
 
-    names            our parameter names → Hugging Face's, of a decoder
-    to_hugging_face  config.json of a decoder, without sizes of data; raises ValueError for one that the family has no place for
-    from_hugging_face  the keys of `model` for a config.json; raises ValueError for what the decoder does not have
+    names            maps a decoder's parameter names to Hugging Face's
+    to_hugging_face  returns a decoder's config.json, without sizes of data; raises ValueError for one it can't express
+    from_hugging_face  returns the keys of `model` for a config.json; raises ValueError for what the decoder does not have
     """
 
     names: Callable[[DecoderConfig], dict[str, str]]

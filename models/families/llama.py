@@ -1,4 +1,4 @@
-"""Llama in Hugging Face's files. The rotary convention is the same (rotate half), so weights only change their names."""
+"""Llama in Hugging Face's files. The rotary convention is the same (rotate half), so only the weights' names differ."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def names(config: DecoderConfig) -> dict[str, str]:
 
 
 def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
-    """Describe a decoder as config.json does. Raises ValueError for muP's multipliers, which Llama has no place for."""
+    """Return a decoder's config.json. Raises ValueError for muP's multipliers, which Hugging Face's Llama does not have."""
     if config.mup_base or config.mup_embedding != 1.0 or config.mup_residual != 1.0:
         raise ValueError("Hugging Face's Llama has no place for muP's multipliers (model.mup_…)")
     return {
@@ -58,7 +58,7 @@ def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
 
 
 def from_hugging_face(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the keys of `model` off a config.json. Raises ValueError for what the decoder does not have."""
+    """Read the keys of `model` from a config.json. Raises ValueError for what the decoder does not have."""
     rope: dict[str, Any] = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     heads = theirs["num_attention_heads"]
