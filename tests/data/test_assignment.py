@@ -1,4 +1,4 @@
-"""The assignment: every sample once, in order; the same cut on every layout; blanks where there is nothing to run."""
+"""Assignment: every sample once, in order; the same cut on every layout; blanks for what is missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COUNTS, SIZES, RANKS = st.integers(1, 60), st.integers(1, 9), st.integers(1, 7)
 
 
 def in_order(assignment: Assignment) -> list[range]:
-    """The global list of micro-batches, blanks left out: pass by pass, rank by rank."""
+    """List the micro-batches of the global batch without blanks: pass by pass, rank by rank."""
     passes = zip(*assignment.ranks, strict=True)
     return [indices for one in passes for indices in one if indices]
 
@@ -50,7 +50,7 @@ def test_every_rank_runs_as_few_passes_as_can_be(count: int, micro: int, ranks: 
 @settings(deadline=None)
 @given(COUNTS, SIZES, RANKS)
 def test_halves_are_those_of_the_global_list(count: int, micro: int, ranks: int) -> None:
-    """What lies before the boundary on all ranks is the first half of the micro-batches, whatever the layout."""
+    """The micro-batches before the boundary on all ranks are the first half, whatever the layout."""
     assignment = Assigner(ranks, halves=True).assign(GlobalBatch(0, count), micro)
     assert assignment.first_half is not None
     early = {index for rank in assignment.ranks for part in rank[: assignment.first_half] for index in part}
@@ -83,7 +83,7 @@ def test_the_sizes_named_need_no_blanks(count: int, micro: int, ranks: int, halv
 
 @dataclass
 class Numbered:
-    """Samples that say which they are."""
+    """Samples that hold their own index."""
 
     documents: bool
     seq_len: int = 3

@@ -1,4 +1,4 @@
-"""The prefetching loader: right whatever it guessed, and its thread's errors reach the caller."""
+"""The prefetching loader: correct whatever it prefetched, and its thread's errors reach the caller."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from meshloom.data.synthetic import RandomTokens
 
 
 class Recorded:
-    """Samples that say which index they are, and remember who asked for which."""
+    """Samples that hold their own index, and record the indices and threads of their readers."""
 
     seq_len = 2
     vocabulary = 1 << 30

@@ -96,7 +96,7 @@ def origin(mixed: Mixture, tokens: np.ndarray) -> str:
     return "few" if letters & set("fw") else "many" if letters & set("many") else "?"
 
 
-def test_samples_come_by_weight_and_no_source_loses_or_repeats_one(files: dict[str, str]):
+def test_samples_come_by_weight_each_exactly_once(files: dict[str, str]):
     mixed = mixture(files)
     assert mixed.problems() == []
     mixed.prepare()

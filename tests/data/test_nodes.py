@@ -47,7 +47,7 @@ def jsonl(tmp_path: Path) -> str:
 
 
 def stream(node: Packed, part: str) -> list[str]:
-    """The documents of the shards that a node built, as text."""
+    """Decode the documents of the shards that a node built."""
     stored = node._train if part == "train" else node._validation
     shards = stored._shards  # type: ignore[union-attr]
     tokens, ends = shards.read(0, shards.tokens), np.cumsum(shards.document_lengths())
@@ -56,7 +56,7 @@ def stream(node: Packed, part: str) -> list[str]:
 
 
 def composed(*overrides: str) -> Any:
-    """The node as the trainer builds it."""
+    """Build the node as the trainer does."""
     composition = make_composer().compose(list(overrides))
     assert composition.problems == []
     node: Any = OmegaConf.to_container(composition.config.data, resolve=True)
@@ -151,7 +151,7 @@ def test_document_masks_reach_the_samples(jsonl: str, packing: str):
     assert any((sample.targets == IGNORED).any() and sample.documents.max() for sample in samples)  # type: ignore[union-attr]
 
 
-def test_held_out_documents_don_t_depend_on_their_order_and_copies_stay_together(tmp_path: Path):
+def test_split_ignores_order_and_keeps_copies_together(tmp_path: Path):
     held: list[set[str]] = []
     for number, texts in enumerate((TEXTS, TEXTS[::-1], TEXTS * 2)):
         path = tmp_path / f"{number}.jsonl"
@@ -314,7 +314,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path):
     assert not (tmp_path / "built").exists() and not list(tmp_path.glob("*.building-*"))
 
 
-def test_the_tokenizer_sample_is_bounded_uniform_and_free_of_order():
+def test_tokenizer_sample_is_bounded_uniform_and_orderless():
     texts = [f"{number:04d}" * 5 for number in range(1000)]
     sample = prepare.uniform_sample(texts, 2000)
     assert len(sample) == 100 and sample == prepare.uniform_sample(reversed(texts), 2000)

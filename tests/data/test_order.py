@@ -20,7 +20,7 @@ PUBLISHED = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593
 
 
 class Numbers:
-    """Samples that say where they come from."""
+    """Samples that hold their own position."""
 
     seq_len = 1
     vocabulary = 1 << 30
@@ -115,7 +115,7 @@ def test_epochs_and_seeds_give_other_orders():
     st.integers(0, 9),
     st.lists(st.tuples(st.integers(1, 6), st.integers(1, 24), st.integers(1, 4)), min_size=1),
 )
-def test_changing_ranks_and_batch_mid_epoch_loses_and_repeats_nothing(size: int, seed: int, phases: list[tuple[int, int, int]]):
+def test_each_sample_once_when_ranks_and_batch_change(size: int, seed: int, phases: list[tuple[int, int, int]]):
     """Each phase has its own (data-parallel size, samples, micro-batch): the union is the sequential run."""
     samples = Shuffled(Numbers(size), seed)
     consumed = 0

@@ -64,7 +64,7 @@ def test_within_the_bound_of_best_fit_decreasing():
 
 @pytest.fixture(params=[1 << 30, 25])
 def corpus(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[TokenShards, list[np.ndarray]]:
-    """Documents of 1 to 40 tokens that end with 0, in one shard or in many."""
+    """Write documents of 1 to 40 tokens that end with 0, in one shard or in many."""
     numbers = np.random.default_rng(1)
     documents = [np.append(numbers.integers(1, 1000, length - 1), 0) for length in numbers.integers(1, 41, 60)]
     with ShardWriter(tmp_path / "corpus", 1000, 0, shard_tokens=request.param) as writer:

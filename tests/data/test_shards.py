@@ -149,7 +149,7 @@ def test_a_token_outside_the_vocabulary_is_named_when_read(folder: Path):
 
 
 @pytest.mark.parametrize("token", [300, -1])
-def test_the_writer_refuses_a_token_outside_the_vocabulary_and_leaves_nothing(tmp_path: Path, token: int):
+def test_writer_refuses_a_token_outside_the_vocabulary(tmp_path: Path, token: int):
     with pytest.raises(ValueError, match=f"token id {token}"), ShardWriter(tmp_path / "corpus", 300) as writer:
         writer.add(np.array([1, 2]))
         writer.add(np.array([1, token]))

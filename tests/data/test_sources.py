@@ -169,7 +169,7 @@ def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("given", ["", ["", "a.txt"], [" "]])
-def test_an_empty_name_is_not_the_folder_that_one_happens_to_be_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any):
+def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("1")
     (problem,) = TextFiles(given).problems("data")
@@ -181,7 +181,7 @@ def test_somebody_without_a_home_has_no_files(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["a.ndjson.gz", "a.ndjson.zst", "a.json.gz", "a.json.zst"])
-def test_a_folder_of_compressed_json_lines_under_their_other_names(tmp_path: Path, name: str):
+def test_a_folder_of_compressed_json_with_fallback_endings(tmp_path: Path, name: str):
     write_lines(tmp_path / name, TEXTS)
     (tmp_path / "statistics.json").write_text("{}")
     assert list(JsonLines(str(tmp_path)).documents()) == TEXTS
@@ -321,7 +321,7 @@ def test_hugging_face_breaks_off(monkeypatch: pytest.MonkeyPatch):
         next(documents)
 
 
-def test_the_identity_of_a_folder_of_hugging_face_is_that_of_its_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_hugging_face_folder_is_identified_by_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found: list[str] = []
     for project in ("one", "two"):
         (tmp_path / project / "corpus").mkdir(parents=True)

@@ -56,7 +56,7 @@ def test_documents_end_with_the_end_of_document_and_nowhere_else():
             assert tokenizer.decode(tokens) == text
 
 
-def test_long_documents_are_cut_for_encoding_without_losing_a_character(monkeypatch: pytest.MonkeyPatch):
+def test_long_documents_are_cut_without_losing_a_character(monkeypatch: pytest.MonkeyPatch):
     text = "".join(f"line {number}\n" for number in range(40)) + "x" * 200
     whole = BYTES.encode_documents([text, "end"])
     monkeypatch.setattr(subject, "_PIECE", 50)

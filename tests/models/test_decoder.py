@@ -14,7 +14,7 @@ from support.golden_decoder import CASES, DIM, FFN_DIM, GOLDEN, HEADS, LAYERS, N
 
 
 def decoder(case: Golden) -> Decoder:
-    """Our decoder with the weights of a case, in float64."""
+    """Build our decoder with the weights of a case, in float64."""
     model = models.decoder(
         dim=DIM,
         layers=LAYERS,

@@ -1,4 +1,4 @@
-"""A module of the user's own trains on every data-parallel layout as in a bare loop; for others it is told what it lacks."""
+"""A user's own module trains on every data-parallel layout as in a bare loop; other layouts say what it lacks."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def gpt(kind: str = "GPT") -> Model:
 
 
 def initial(model: Model, name: str) -> Normal | Constant:
-    """The defaults, written a second time."""
+    """Return the default initial distribution, written independently."""
     if name.endswith("bias"):
         return Constant(0.0)
     return Constant(1.0) if "ln_" in name else Normal(0.02)
 
 
 def plain_losses(kind: str) -> list[float]:
-    """The oracle: a bare loop on whole batches, on a module that Meshloom has not touched."""
+    """Train the oracle: a bare loop on whole batches, on a module that Meshloom has not changed."""
     from support import user_gpt
 
     model = getattr(user_gpt, kind)(VOCABULARY).double()

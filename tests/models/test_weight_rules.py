@@ -1,4 +1,4 @@
-"""How weights begin, which of them decay and how fast each learns, seen in the weights that an engine holds.
+"""Initial values, weight decay and learning rates, seen in the weights that an engine holds.
 
 The expected numbers are written out from the papers: GPT-2's scaling of output projections by depth, and muP as in the
 power scheduler (arXiv 2408.13359), where m_width is the width over the base width.
@@ -23,18 +23,18 @@ IN_BLOCKS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
 def weights(engine: Engine) -> dict[str, torch.Tensor]:
-    """Copies of the weights, whole on one process."""
+    """Copy the weights, whole on one process."""
     return {each.name: each.tensor.clone() for each in engine.fragments() if each.role == "weight"}
 
 
 def kind(name: str) -> str:
-    """wq, …, w3 of the blocks; embed, head, norm."""
+    """Return the kind of a weight: wq, …, w3 of the blocks; embed, head, norm."""
     part = name.split(".")[-2]
     return "norm" if part.endswith("norm") else part
 
 
 def of_each_kind(numbers: dict[str, float]) -> dict[str, float]:
-    """Kind → number, where all weights of a kind have one number to about the fifth digit."""
+    """Map each kind to its number, which all weights of the kind share to about the fifth digit."""
     found: dict[str, float] = {}
     for name, number in numbers.items():
         assert found.setdefault(kind(name), number) == pytest.approx(number, rel=1e-5, abs=1e-12), name
@@ -42,7 +42,7 @@ def of_each_kind(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def deviations(rank: int, world_size: int, work: Work) -> dict[str, float]:
-    """The standard deviation of each kind of weight at the start."""
+    """Compute the initial standard deviation of each kind of weight."""
     kinds: dict[str, list[torch.Tensor]] = {}
     for name, weight in weights(build(work, world_size)).items():
         kinds.setdefault(kind(name), []).append(weight.flatten())
@@ -60,7 +60,7 @@ def test_weights_begin_with_the_deviation_of_their_kind(mup: tuple[tuple[str, fl
 
 
 def shrunk(rank: int, world_size: int, work: Work) -> dict[str, float]:
-    """What part of itself a weight loses in a step whose gradient is zero, over the learning rate."""
+    """Measure the fraction that a weight loses in a step of zero gradient, over the learning rate."""
     engine = build(work, world_size)
     before = weights(engine)
     nothing = torch.full((2, 8), IGNORED)
@@ -77,7 +77,7 @@ def test_only_matrices_of_blocks_and_the_head_decay(mup: tuple[tuple[str, float]
 
 
 def moved(rank: int, world_size: int, work: Work) -> dict[str, float]:
-    """How far Adam's first step moves a weight: by the learning rate, whatever the gradient (Kingma and Ba, section 2.1)."""
+    """Measure Adam's first step of a weight: the learning rate, whatever the gradient (Kingma and Ba, section 2.1)."""
     engine = build(work, world_size)
     before = weights(engine)
     step(engine, work, 0)

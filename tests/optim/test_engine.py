@@ -36,14 +36,14 @@ def build(parallel: ParallelConfig, world_size: int, make: Callable[..., torch.o
 
 
 def train(engine: Engine, first: int, last: int, micro: int = 1) -> list[float]:
-    """Losses of these steps at a constant rate."""
+    """Train these steps at a constant rate. Returns the losses."""
     return take_steps(engine, Work(samples=16, micro=micro, halves=True), range(first, last)).losses
 
 
 def scales(
     rank: int, world_size: int, layouts: list[ParallelConfig], micro: int = 1
 ) -> list[tuple[list[float], dict[str, float]]]:
-    """Under each layout, losses of six steps, AGVM measuring before each but the first; and the scales it came to."""
+    """Train six steps under each layout, measuring before all but the first. Returns the losses and AGVM's last scales."""
     found: list[tuple[list[float], dict[str, float]]] = []
     for layout in layouts:
         engine = build(layout, world_size, AGVM, interval=1, smoothing=0.8)
@@ -53,7 +53,7 @@ def scales(
 
 
 def plain(rank: int, world_size: int) -> list[float]:
-    """The same with AdamW."""
+    """Train the same steps with AdamW."""
     return train(build(ParallelConfig(zero=0), world_size, AdamW), 0, 6)
 
 
@@ -106,7 +106,7 @@ KINDS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = 
 
 
 def carry(before: Engine, after: Engine) -> dict[Any, torch.Tensor]:
-    """Put into a new engine every fragment that it has a place for; those that are left over."""
+    """Restore into a new engine the fragments that it holds. Returns the others."""
     kept = {(fragment.key, fragment.box): fragment.tensor.clone() for fragment in before.fragments()}
     after.prepare_restore()
     with torch.no_grad():
@@ -116,7 +116,7 @@ def carry(before: Engine, after: Engine) -> dict[Any, torch.Tensor]:
 
 
 def interrupted(rank: int, world_size: int) -> dict[str, tuple[list[float], list[float]]]:
-    """Five steps at once; and two under ZeRO-3, whose fragments and counters go into a new engine under ZeRO-1, and three."""
+    """Train five steps at once; and two under ZeRO-3, then three in an engine restored under ZeRO-1."""
     found: dict[str, tuple[list[float], list[float]]] = {}
     for name, (make, options) in KINDS.items():
         whole = train(build(ParallelConfig(zero=3), world_size, make, **options), 0, 5)
@@ -140,7 +140,7 @@ def test_state_goes_through_fragments_and_counters() -> None:
 def continued(
     rank: int, world_size: int, make: Callable[..., torch.optim.Optimizer], options: dict[str, Any]
 ) -> tuple[list[float], dict[str, float]]:
-    """Two steps with AdamW, whose state goes into a new engine with another optimizer as far as that has a place for it."""
+    """Train two steps with AdamW, and restore its state, as far as it fits, into an engine with another optimizer."""
     before = build(ParallelConfig(zero=3), world_size, AdamW)
     losses = train(before, 0, 2)
     after = build(ParallelConfig(zero=3), world_size, make, **options)
@@ -164,7 +164,7 @@ def test_adagrad_norm_goes_on_from_what_it_begins_with() -> None:
 
 
 def told(rank: int, world_size: int, overrides: list[str]) -> str:
-    """What a run says of what it could not restore."""
+    """Return what a run says about state that it could not restore."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())

@@ -1,4 +1,4 @@
-"""The batch's history: compact, and what it makes of durations when a batch changes (rule R5)."""
+"""The batch's history: compact, and durations converted by it when a batch changes (rule R5)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNITS = (Unit.STEPS, Unit.SAMPLES, Unit.TOKENS)
 
 
 def walk(batches: Sequence[int], seq_lens: Sequence[int] | None = None) -> list[Progress]:
-    """The progress at the beginning of each step, and at the end."""
+    """List the progress at the beginning of each step, and at the end."""
     lengths = seq_lens or [SEQ_LEN] * len(batches)
     found, progress = [], Progress()
     for batch, length in zip(batches, lengths, strict=True):
@@ -77,12 +77,12 @@ def test_a_state_without_history_counts_past_steps_as_alike() -> None:
 
 
 def doubled(schedule: Schedule, step: int) -> float:
-    """The rate at a step of a run whose batch was 8 for 20 steps, and 16 from then on."""
+    """Return the rate at a step of a run whose batch was 8 for 20 steps, and 16 from then on."""
     return schedule.lr(walk([8] * 20 + [16] * 60)[step])
 
 
 def resumed(length: str) -> Horizon:
-    """What a run that is resumed with a batch of 16 knows of its length."""
+    """Make the horizon of a run that is resumed with a batch of 16."""
     return Horizon(Duration.parse(length), SEQ_LEN, 16)
 
 

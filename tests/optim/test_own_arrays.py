@@ -60,7 +60,7 @@ def control(engine: Engine, name: str) -> Control:
 
 
 def begun(rank: int, world_size: int, parallel: ParallelConfig, folder: Path) -> list[float]:
-    """Three steps, and a save."""
+    """Train three steps, and save."""
     engine = build(parallel, world_size)
     losses = take_steps(engine, WORK, range(3)).losses
     checkpointer = Checkpointer(folder, control(engine, "save"), CheckpointConfig(mode="sync", timeout=60))
@@ -70,7 +70,7 @@ def begun(rank: int, world_size: int, parallel: ParallelConfig, folder: Path) ->
 
 
 def gone_on(rank: int, world_size: int, parallel: ParallelConfig, folder: Path) -> list[float]:
-    """Three more, from that save."""
+    """Train three more steps from that save."""
     engine = build(parallel, world_size)
     engine.prepare_restore()
     report = restore(folder, engine.fragments(), control(engine, "restore"))

@@ -33,7 +33,7 @@ def problems(controller: Controller) -> list[str]:
 
 
 def of_workers(gradients_JD: np.ndarray, m: float) -> GradientStatistics:
-    """The statistics by their definition, for equal shares."""
+    """Compute the statistics by their definition, for equal shares."""
     g = gradients_JD.mean(0)
     return GradientStatistics(
         worker_square=float((gradients_JD**2).sum(1).mean()),
@@ -120,7 +120,7 @@ def growing(multiple: int | None = None) -> NormTest:
         (10**6, 960, 8),  # 1,000 is no multiple of 64
     ],
 )
-def test_sizes_can_be_cut_into_the_micro_batches_that_they_have_earned(wanted: int, size: int, factor: int) -> None:
+def test_sizes_divide_into_their_grown_micro_batches(wanted: int, size: int, factor: int) -> None:
     assert growing().rounded(wanted) == size and growing().micro_factor(size) == factor
 
 
@@ -137,7 +137,7 @@ def test_with_a_multiple_sizes_do_not_depend_on_the_layout() -> None:
     assert [wide.rounded(n) for n in range(1, 1200, 7)] == [narrow.rounded(n) for n in range(1, 1200, 7)]
 
 
-def test_a_micro_batch_stays_where_it_is_not_to_grow_and_where_doublings_do_not_fit() -> None:
+def test_a_micro_batch_stays_where_doublings_do_not_fit() -> None:
     assert NormTest(HORIZON, 8, samples=16, max=1000).micro_factor(512) == 1
     assert growing().micro_factor(8 * 33) == 1, "an odd number of micro-batches"
     (problem,) = problems(NormTest(HORIZON, 8, samples=16, max=1000, micro_growth=3))
@@ -159,7 +159,7 @@ def test_a_first_point_at_zero_wins_over_the_recipes_samples() -> None:
     assert problems(controller) == [] and controller.next_batch(at()) == 16
 
 
-def test_stages_understand_other_durations_and_a_start_of_their_own() -> None:
+def test_stages_accept_other_durations_and_their_own_start() -> None:
     controller = Stages(HORIZON, 8, "25%:16 2000steps:24", samples=8)
     assert problems(controller) == []
     assert [controller.next_batch(at(s, step)) for s, step in ((0, 0), (250_000_000, 5), (250_000_000, 2000))] == [8, 16, 24]
@@ -203,7 +203,7 @@ def test_a_size_the_layout_cannot_cut_is_refused_with_a_way_out() -> None:
 
 
 def statistics(variance: float, square: float, workers: int = 4, m: float = 8) -> GradientStatistics:
-    """A record whose tr Σ and N are these."""
+    """Make statistics with this tr Σ and N."""
     return GradientStatistics(square + variance * (workers - 1) / (m * workers), square, workers, m)
 
 
@@ -211,7 +211,7 @@ def norm_test(**options: Any) -> NormTest:
     return NormTest(**{"horizon": HORIZON, "divisor": 8, "samples": 32, "max": 1000, "eta": 0.5, "growth": None} | options)
 
 
-def test_norm_test_asks_for_the_smallest_batch_that_passes() -> None:
+def test_norm_test_proposes_the_smallest_batch_that_passes() -> None:
     """tr Σ = 100, N = 2, η = 0.5: 100 / (0.25 · 2) = 200, which is a multiple of 8."""
     controller = norm_test()
     controller.observe(statistics(100, 2), 0.0, at(step=1))
@@ -326,9 +326,7 @@ ADAPTIVE: list[tuple[type[Adaptive], dict[str, Any]]] = [
 @pytest.mark.parametrize(("kind", "options"), ADAPTIVE)
 @given(cut=st.integers(0, 30), seed=st.integers(0, 1000))
 @settings(deadline=None)
-def test_a_resumed_controller_goes_on_as_if_nothing_had_happened(
-    kind: type[Adaptive], options: dict[str, Any], cut: int, seed: int
-) -> None:
+def test_a_resumed_controller_continues_unchanged(kind: type[Adaptive], options: dict[str, Any], cut: int, seed: int) -> None:
     """Stopped anywhere, saved as JSON, loaded into a new one: the same sizes; and any size is legal."""
 
     def new() -> Adaptive:
@@ -353,7 +351,7 @@ def test_a_resumed_controller_goes_on_as_if_nothing_had_happened(
     assert all(size % 8 == 0 and 16 <= size <= 496 for size in whole)
 
 
-def test_sizes_that_a_user_wrote_are_not_rounded_to_the_multiple_in_silence() -> None:
+def test_sizes_of_a_user_are_not_rounded_silently() -> None:
     """From 4 to 16 in steps of 8 would end at 12."""
     found = Ramp(HORIZON, 4, samples=4, max=20, over="10%", multiple=8).problems()
     assert [str(problem) for problem in found] == [
@@ -364,7 +362,7 @@ def test_sizes_that_a_user_wrote_are_not_rounded_to_the_multiple_in_silence() ->
     assert Ramp(HORIZON, 4, samples=8, max=16, over="10%", multiple=8).problems() == []
 
 
-def test_a_multiple_of_the_recipes_own_makes_sizes_independent_of_the_layout() -> None:
+def test_a_set_multiple_makes_sizes_layout_independent() -> None:
     """Without it, resuming on 6 data ranks instead of 4 rounds the same target differently; with it, the same."""
     sizes: dict[int | None, set[int]] = {}
     for multiple in (None, 48):

@@ -38,7 +38,7 @@ def trained(rank: int, world_size: int, folder: str, tokens: int, extra: list[st
 
 
 def resumed(rank: int, world_size: int, folder: str, tokens: int) -> list[dict[str, Any]]:
-    """By the command, whose overrides are laid over the checkpoint's config."""
+    """Resume by the command, with overrides on top of the checkpoint's config."""
     assert main([*TINY, f"output_dir={folder}", f"trainer.tokens={tokens}", "resume=auto"]) == 0
     return rows_of(folder)
 
@@ -53,7 +53,7 @@ LONG = 16 * 8 * 30
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """One process, uninterrupted."""
+    """Run one process without interruption."""
     return run_ranks(1, trained, str(tmp_path_factory.mktemp("alone")), LONG, [])[0]
 
 
@@ -90,7 +90,7 @@ STAGED = ["batch=stages", "batch.stages='0:8 512:16 2048:32'", "batch.micro=2", 
 
 
 def counted(rank: int, world_size: int, folder: str, tokens: int, extra: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of a run, and how many micro-batches each step of this rank had."""
+    """Return the rows of a run, and this rank's number of micro-batches in each step."""
     from meshloom.parallel.torch.engine import TorchEngine
 
     counts: list[int] = []
@@ -125,7 +125,7 @@ def test_a_measured_batch_with_micro_batches_that_grow(tmp_path: Path) -> None:
     assert sizes[-1] > 16 and sizes == sorted(sizes) and all("gradient_variance" in row for row in rows)
 
 
-def test_a_measured_batch_goes_on_from_the_size_that_a_planned_one_reached(tmp_path: Path) -> None:
+def test_a_measured_batch_continues_a_planned_ones_size(tmp_path: Path) -> None:
     run_ranks(1, counted, str(tmp_path), 16 * 32 * 5, [])
     rows = run_ranks(1, resumed, str(tmp_path), 16 * 32 * 9)[0]  # batch.samples=8
     assert [row["batch_samples"] for row in rows][-3:] >= [32] * 3

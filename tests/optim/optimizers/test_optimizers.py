@@ -48,7 +48,7 @@ def named(tensors: Sequence[torch.Tensor], names: Sequence[str] | None = None) -
 
 
 def one(weight: Sequence[float], gradient: Sequence[float]) -> list[NamedParameter]:
-    """A 1 × n matrix with its gradient."""
+    """Make a 1 × n matrix with its gradient."""
     tensor = torch.nn.Parameter(torch.tensor([weight], dtype=torch.float64))
     tensor.grad = torch.tensor([gradient], dtype=torch.float64)
     return [NamedParameter("layers.0.ffn.w1.weight", tensor, tuple(tensor.shape))]
@@ -65,7 +65,7 @@ def test_lamb_first_step(corrected: bool, after: tuple[float, float]) -> None:
     assert parameters[0].tensor.tolist()[0] == pytest.approx(after, abs=1e-6)
 
 
-def test_lamb_bounds_the_weight_norm_and_leaves_zero_weights_at_ratio_one() -> None:
+def test_lamb_bounds_the_norm_and_gives_zero_weights_ratio_one() -> None:
     bounded, free, zero = one([3, 4], [0.1, -0.2]), one([3, 4], [0.1, -0.2]), one([0, 0], [0.1, -0.2])
     LAMB(LAMBConfig(lr=0.1, norm_max=1.0), bounded, Unsharded()).step()
     LAMB(LAMBConfig(lr=0.1), free, Unsharded()).step()
@@ -188,7 +188,7 @@ def test_agvm_slows_down_what_disagrees_more_than_the_anchor() -> None:
     )
 
 
-def test_agvm_keeps_its_scales_as_counters_and_its_rates_as_they_were() -> None:
+def test_agvm_keeps_scales_as_counters_and_rates_unchanged() -> None:
     parameters, optimizer = agvm()
     optimizer.observe_halves([torch.randn_like(p.tensor) for p in parameters])
     scales = optimizer.scales
@@ -278,7 +278,7 @@ def train(optimizer: torch.optim.Optimizer, parameters: list[NamedParameter], cu
 
 
 def sharded(rank: int, world: int, stages: int) -> dict[str, tuple[dict[str, torch.Tensor], int]]:
-    """Body: every kind's weights after training on this rank's shards, and the collectives it took."""
+    """Train every optimizer on this rank's shards. Returns the weights, and the number of collectives."""
     shards = Rows(rank, world // stages, stages)
     names = list(SHAPES)
     mine = names if stages == 1 else (names[:4] if rank < world // 2 else names[4:])

@@ -27,7 +27,7 @@ def plain() -> Any:
 
 
 def write(folder: Path, config: Any, losses: list[float], samples: int, **changes: Any) -> Path:
-    """A run folder as the trainer leaves it: one row a step."""
+    """Write a run folder as the trainer leaves it: one row a step."""
     config = config.copy()
     config.trainer.steps = len(losses)
     config.batch.samples = samples

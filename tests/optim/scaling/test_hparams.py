@@ -103,7 +103,7 @@ def test_automatic_values_that_have_no_answer() -> None:
     assert str(config.optim.problems()[0]) == "optim.lr: 'fast' is not a number; write one, or auto:step_law"
 
 
-def test_the_power_schedule_is_not_given_the_power_laws_rate_as_its_cap() -> None:
+def test_power_schedule_is_not_capped_by_the_power_law() -> None:
     length = ["trainer.steps=null", "trainer.tokens=1000000000", "optim.lr=auto:power", "data=synthetic"]
     (problem,) = resolve_automatic(config_of(*length, "schedule=power"), 1)
     assert problem.key == "optim.lr" and "0.02" in problem.fix

@@ -1,4 +1,4 @@
-"""Laws of scale against the papers' printed numbers, and fits against data made from known constants."""
+"""Scaling laws against the papers' printed numbers, and fits against data made from known constants."""
 
 from __future__ import annotations
 

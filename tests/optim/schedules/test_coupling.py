@@ -12,7 +12,7 @@ from meshloom.optim.schedules.coupling import RULES, Coupling, coupling_problems
 
 
 def grown(first: int, batch: int) -> Progress:
-    """A run that began with one batch and is about to take another."""
+    """Make the progress of a run that began with one batch and is about to take another."""
     return Progress().before(first, 16).after(first, first * 16).before(batch, 16)
 
 
@@ -21,7 +21,7 @@ def factor(rule: str, first: int, batch: int, noise: float | None = None) -> flo
 
 
 def test_doubling_the_batch() -> None:
-    """ALGORITHMS 2.4: twice the rate for SGD, 1.41421 for Adam, and less once noise no longer rules."""
+    """ALGORITHMS 2.4: twice the rate for SGD, 1.41421 for Adam, and less once noise no longer dominates."""
     assert factor("none", 32, 64) == 1
     assert factor("linear", 32, 64) == 2
     assert factor("sqrt", 32, 64) == pytest.approx(1.41421, abs=1e-5)

@@ -24,7 +24,7 @@ CONFIGS = {Constant: ScheduleConfig, Cosine: CosineConfig, Linear: LinearConfig,
 
 
 def make(kind: type[Schedule], peak: float, run: Horizon, **options: Any) -> Any:
-    """A schedule without a warm-up, unless the options say otherwise."""
+    """Make a schedule, by default without a warm-up."""
     return kind(CONFIGS[kind](**{"warmup": 0, **options}), peak, run)
 
 
