@@ -46,10 +46,8 @@ class PreparedAgent:
     def start(self, arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """Start torchrun in it with these arguments. The caller must wait for the returned process, or end it."""
         self._told = True
-        with (
-            contextlib.suppress(BrokenPipeError),
-            os.fdopen(self._pipe, "wb") as pipe,
-        ):  # it has died; its exit code is reported
+        # A broken pipe: the agent has died; its exit code is reported.
+        with contextlib.suppress(BrokenPipeError), os.fdopen(self._pipe, "wb") as pipe:
             pipe.write(json.dumps({"arguments": list(arguments), "environment": dict(environment)}).encode())
         return self.process
 
@@ -137,8 +135,7 @@ class TorchRun:
 def _kill(agent: subprocess.Popen[bytes]) -> None:
     """Kill torchrun and its workers now; SIGTERM would let the workers save first.
 
-    A worker's own children are left alone: its writer ends with it, and a replica server keeps the last snapshot for the next
-    run.
+    A worker's own children are left alone: its writer ends with it, and a keeper holds the last snapshot for the next run.
     """
     ending: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
