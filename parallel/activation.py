@@ -24,14 +24,14 @@ _ATTENTION = {
     flash4_attend._opoverload,
     ring_forward._opoverload,
 }
-# Of a block's seven matrix products (q, k, v, attention's output, SwiGLU's two, the last) these come first. What the sixth
-# gives is as large as it is dear, and the seventh's nobody asks for again.
+# The first of a block's seven matrix products (q, k, v, attention's output, SwiGLU's two, the last). The sixth's output is as
+# large as it is expensive to recompute, and the backward pass does not read the seventh's.
 _PRODUCTS_KEPT = 5
 _SMALL = 1 << 16  # bytes: a smaller tensor is not worth a copy to the host
 
 
 def _selection() -> Any:
-    """Contexts of one selective checkpoint: attention and the first matrix products are kept, the rest is computed again."""
+    """Make the contexts of one selective checkpoint: keep attention and the first matrix products, recompute the rest."""
     products = {False: 0, True: 0}  # so far, in the forward pass and when it is computed again
 
     def keep(context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
@@ -45,10 +45,10 @@ def _selection() -> Any:
 
 
 def _checkpointed(forward: Callable[..., Any], selectively: bool) -> Callable[..., Any]:
-    """`forward`, of which all but its input (or what is dear) is computed again.
+    """Wrap `forward` so that all but its input (or what `_selection` keeps) is recomputed.
 
-    A function of our own around torch's, because the compiler begins at the first frame that is not torch's: it would pass
-    a partial of `checkpoint` by, and everything inside of it, without a word.
+    The wrapper is our own function because the compiler starts at the first frame outside torch. It would silently skip a
+    partial of `checkpoint`, and everything inside it.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -60,9 +60,9 @@ def _checkpointed(forward: Callable[..., Any], selectively: bool) -> Callable[..
 
 
 def _offloaded(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, whose saved tensors wait in host memory. Weights stay; a tensor saved several times is copied once.
+    """Wrap `forward` so that saved tensors are kept in host memory. Weights stay; a tensor saved several times is copied once.
 
-    Copies run in order with the computation: they cost its time, and nobody can overwrite what is being copied.
+    Copies run on the stream of the computation: they take its time, and no source is overwritten during a copy.
     """
 
     def storage(tensor: torch.Tensor) -> int:

@@ -18,7 +18,7 @@ class Box:
 
     @classmethod
     def whole(cls, shape: Iterable[int]) -> Box:
-        """The box that covers a global array of this shape."""
+        """Make the box that covers a global array of this shape."""
         extents = tuple(shape)
         return cls((0,) * len(extents), extents)
 
@@ -36,7 +36,7 @@ class Box:
         return tuple(offset + extent for offset, extent in zip(self.offsets, self.shape, strict=True))
 
     def intersect(self, other: Box) -> Box | None:
-        """The common region, or None if it is empty."""
+        """Return the common region, or None if it is empty."""
         offsets = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
         ends = tuple(min(a, b) for a, b in zip(self.ends, other.ends, strict=True))
         if any(end <= offset for offset, end in zip(offsets, ends, strict=True)):
@@ -44,7 +44,7 @@ class Box:
         return Box(offsets, tuple(end - offset for offset, end in zip(offsets, ends, strict=True)))
 
     def without(self, other: Box) -> list[Box]:
-        """Boxes that tile what of this one is not in the other: at most two for each dim."""
+        """Tile the part of this box that is outside the other: at most two boxes per dim."""
         common = self.intersect(other)
         if common is None:
             return [self]
@@ -60,7 +60,7 @@ class Box:
         return parts
 
     def slices(self, origin: tuple[int, ...] | None = None) -> tuple[slice, ...]:
-        """Index expression of this box inside an array whose first element sits at `origin` (default: the global array)."""
+        """Return the index of this box in an array whose first element is at `origin` (default: the global array)."""
         origin = origin or (0,) * len(self.shape)
         return tuple(
             slice(offset - start, offset - start + extent)

@@ -27,7 +27,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How an engine computes, apart from the layout: what of the config engines read, and all that they read of it.
+    """How an engine computes, apart from the layout: everything that engines read of the rest of the config.
 
     seed               of the initial weights
     precision          one of PRECISIONS
@@ -53,12 +53,12 @@ class EngineSettings:
 
     @property
     def compute(self) -> torch.dtype:
-        """What the forward and backward pass are computed in."""
+        """Dtype of the forward and backward pass."""
         return PRECISIONS[self.precision]
 
     @property
     def storage(self) -> torch.dtype:
-        """What weights are updated and saved in: at least fp32."""
+        """Dtype in which weights are updated and saved: at least fp32."""
         return torch.promote_types(self.compute, torch.float32)
 
 
@@ -86,7 +86,7 @@ class Engine(Protocol):
     module: torch.nn.Module
 
     def accumulate(self, share: Share, global_tokens: torch.Tensor, measure: Measure = Measure.NOTHING) -> StepLoss:
-        """Forward and backward of this rank's share; gradients of `total / global_tokens` are ready afterwards.
+        """Run forward and backward of this rank's share; gradients of `total / global_tokens` are ready afterwards.
 
         share: of an assignment that every rank computes alike. What ranks must agree on without a message follows from the
         assignment: the dtype in which they exchange gradients (`share.passes`), the workers of the gradient statistics
@@ -97,7 +97,7 @@ class Engine(Protocol):
         ...
 
     def gradient_norm(self) -> torch.Tensor:
-        """Euclidean norm of the whole gradient, every parameter counted once; the same on every rank."""
+        """Compute the Euclidean norm of the whole gradient, every parameter counted once; the same on every rank."""
         ...
 
     def clip(self, max_norm: float, norm: torch.Tensor) -> None:
@@ -105,40 +105,40 @@ class Engine(Protocol):
         ...
 
     def gradient_moments(self, samples: int) -> Moments | None:
-        """Moments of the gradient just accumulated from a global batch of so many samples, before clipping, on the device.
+        """Return moments of the gradient just accumulated from a batch of so many samples, unclipped, on the device.
 
-        To be asked once, after `gradient_norm`, where `accumulate` was told to measure. None when they can't be estimated.
+        Call it once, after `gradient_norm`, where `accumulate` was told to measure. None when they can't be estimated.
         """
         ...
 
     def update(self, lr: float) -> None:
-        """One optimizer step at this learning rate."""
+        """Take one optimizer step at this learning rate."""
         ...
 
     def zero_grad(self) -> None:
-        """Forget the gradient."""
+        """Discard the gradient."""
         ...
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
-        """Loss without gradients. `tokens` is counted over all ranks here."""
+        """Compute the loss without gradients. `tokens` is counted over all ranks here."""
         ...
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's boxes of the weights and of the optimizer's state, live: writing into them restores."""
+        """Yield this rank's boxes of the weights and of the optimizer's state, live: writing into them restores."""
         ...
 
     def prepare_restore(self) -> None:
-        """Make every fragment exist that a checkpoint may hold, before the first update has made the optimizer's state."""
+        """Create every fragment that a checkpoint may hold, before the first update has created the optimizer's state."""
         ...
 
     def counters(self) -> dict[str, float]:
-        """The optimizer's scalar state by name (Adam's step), uniform over parameters."""
+        """Return the optimizer's scalar state by name (Adam's step), uniform over parameters."""
         ...
 
     def load_counters(self, counters: dict[str, float]) -> None:
-        """Put back what `counters` gave; called after the fragments have been restored."""
+        """Restore what `counters` returned; called after the fragments have been restored."""
         ...
 
     def finish(self) -> None:
-        """Wait for what is still under way between ranks. The last call, and every rank's: not for a run that has failed."""
+        """Wait for pending communication. Every rank calls it last; not for a run that has failed."""
         ...

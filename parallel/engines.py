@@ -1,4 +1,4 @@
-"""Which engine: the one place that knows there are two. Above it everything speaks `engine.Engine`."""
+"""Choice of the engine: the one place that knows there are two. Callers use the protocol `engine.Engine`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 def make_engine(
     model: Model, mesh: Mesh, make_optimizer: OptimizerFactory, parallel: ParallelConfig, settings: EngineSettings
 ) -> Engine:
-    """The engine of `parallel.engine`, holding the model (which comes on the meta device) with its initial weights."""
+    """Build the engine of `parallel.engine` over a model on the meta device, and fill in the initial weights."""
     shape = model.decoder_config
     if shape is not None and mesh.device.type == "cuda" and settings.precision == "bf16" and settings.seq_len:
         settings = replace(settings, attention=choose_attention(shape, mesh, parallel, settings.seq_len))
@@ -38,9 +38,9 @@ def make_engine(
 
 
 def start_compiling(model: DecoderConfig, parallel: ParallelConfig, settings: EngineSettings) -> None:
-    """Start to compile the third-party kernels that `make_engine` will need, where this machine does not have them yet.
+    """Pre-compile the third-party kernels that `make_engine` will need, where this machine does not have them yet.
 
-    For the first rank of a machine, before it uses its GPU.
+    Called by the first rank of a machine, before it uses its GPU.
     """
     if settings.precision != "bf16" or not settings.seq_len:
         return

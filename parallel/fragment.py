@@ -1,7 +1,7 @@
 """Fragment: one axis-aligned box of a named global array, and the local tensor that holds it.
 
 This is the type that makes checkpoints universal (rule R6). An engine that can list its fragments can be
-saved, restored on any other layout, verified, exported and mirrored; the store never learns what a rank is.
+saved, restored on any other layout, verified, exported and mirrored. The store needs no notion of a rank.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def boxes_of_flat_range(shape: tuple[int, ...], start: int, length: int) -> list
         return [(Box((start,), (length,)), 0)]
 
     def inside(index: int, lo: int, hi: int) -> list[tuple[Box, int]]:
-        """The part [lo, hi) of row `index`, both relative to the row, one dim down."""
+        """Cut the part [lo, hi) of row `index`, relative to the row, one dim down."""
         return [
             (Box((index, *box.offsets), (1, *box.shape)), index * row + lo + at - start)
             for box, at in boxes_of_flat_range(shape[1:], lo, hi - lo)

@@ -1,4 +1,4 @@
-"""Second moments of a step's gradient, seen while it is made: what the batch-size controllers decide from.
+"""Second moments of a step's gradient, measured in the backward pass. The batch-size controllers decide from them.
 
 The workers are the micro-batches of the whole global batch, on whichever rank they run, so the numbers depend on
 batch.micro alone and not on the layout. Blank micro-batches are no workers. A hook on every unsharded weight sees the
@@ -37,7 +37,7 @@ class Measure(Enum):
 
 @dataclass(frozen=True)
 class Moments:
-    """What a step measured, still on the device: it travels to the host with the step's loss, in the shade of the update.
+    """What a step measured, still on the device. It is copied to the host with the step's loss, while the update runs.
 
     samples  of the global batch; workers: micro-batches it was cut into, on all ranks
     scalars  the moments, by their names in `GradientStatistics`
@@ -48,20 +48,20 @@ class Moments:
     scalars: Mapping[str, torch.Tensor]
 
     def statistics(self, numbers: Mapping[str, float]) -> GradientStatistics:
-        """The record, from numbers among which those of `scalars` are found by name."""
+        """Build the record from numbers among which those of `scalars` are found by name."""
         own = {name: numbers[name] for name in self.scalars}
         return GradientStatistics(**own, workers=self.workers, worker_samples=self.samples / self.workers)
 
     def read(self) -> GradientStatistics:
-        """The record. Waits for the device."""
+        """Build the record. Waits for the device."""
         return self.statistics({name: float(scalar) for name, scalar in self.scalars.items()})
 
 
 class GradientNoise(GradientObserver):
     """The norm of a step's gradient and, in steps that are asked to, the moments of its micro-batches', in one collective.
 
-    An engine shows it every unsharded weight (`watch`). In each step it sets `measure`, calls `begin` before the first forward
-    pass, `norm` after the last backward pass, and `moments`.
+    An engine registers every unsharded weight (`watch`). In each step it sets `measure`, calls `begin` before the first
+    forward pass, `norm` after the last backward pass, and `moments`.
 
     measure  what the step is asked for
     """
@@ -86,7 +86,7 @@ class GradientNoise(GradientObserver):
         return 1 if sharded else size
 
     def watch(self, name: str, weight: nn.Parameter) -> None:
-        """See every gradient of this unsharded weight; once per weight."""
+        """Register a hook on the gradient of this unsharded weight; once per weight."""
         if weight not in self._watched:
             self._watched.add(weight)
             weight.register_hook(self._seen(self._index[name], placements_of(weight)))
@@ -97,15 +97,15 @@ class GradientNoise(GradientObserver):
             if self.measure is Measure.NOTHING:
                 return
             mine = own_part(gradient, placements)
-            exact = torch.float64 if mine.dtype == torch.float64 else torch.float32
-            self._norms[index].append(torch.linalg.vector_norm(mine, dtype=exact))
+            accum_dtype = torch.float64 if mine.dtype == torch.float64 else torch.float32
+            self._norms[index].append(torch.linalg.vector_norm(mine, dtype=accum_dtype))
             if self.measure is Measure.PROJECTIONS:
-                self._kept[index].append(mine.to("cpu", exact, copy=True))
+                self._kept[index].append(mine.to("cpu", accum_dtype, copy=True))
 
         return hook
 
     def begin(self, share: Share, global_tokens: torch.Tensor) -> None:
-        """Forget the last step, and note each micro-batch's share of the tokens, in the order of their backward passes."""
+        """Clear the last step, and record each micro-batch's share of the tokens, in the order of their backward passes."""
         self._sums = None
         if self.measure is Measure.NOTHING:
             return
@@ -120,16 +120,16 @@ class GradientNoise(GradientObserver):
         self._workers = share.workers
 
     def norm(self, squares: torch.Tensor) -> torch.Tensor:
-        """The norm of the whole gradient. squares: this rank's part of its square, to be added up over all processes."""
+        """Compute the norm of the whole gradient. squares: this rank's part of its square, to be summed over all processes."""
         if self.measure is Measure.NOTHING:
             return self._mesh.sum(squares).sqrt()
         self._sums = self._mesh.sum(torch.stack([squares, self._worker_squares()]))
         return self._sums[0].sqrt()
 
     def moments(self, samples: int, whole_gradients: Sequence[Callable[[], torch.Tensor]] = ()) -> Moments | None:
-        """What `norm` summed and, where asked for, the projections. None: nothing was measured, or a single worker has no peer.
+        """Return what `norm` summed and, where asked for, the projections. None if nothing was measured or there is one worker.
 
-        To be called once. whole_gradients: see `projection_square`.
+        Call it once. whole_gradients: see `projection_square`.
         """
         sums, self._sums = self._sums, None
         if sums is None or self._workers < 2:
@@ -140,15 +140,15 @@ class GradientNoise(GradientObserver):
         return Moments(samples, self._workers, scalars)
 
     def _worker_squares(self) -> torch.Tensor:
-        """This rank's part of Σ_j ‖L_j‖² / w_j over all ranks' micro-batches: add it up over all processes."""
+        """Compute this rank's part of Σ_j ‖L_j‖² / w_j over all ranks' micro-batches, to be summed over all processes."""
         unseen = "a weight's gradient went unseen; was the engine built with `measures`?"
         assert all(len(norms) == len(self._shares_K) for norms in self._norms), unseen
-        together = torch.stack([norm for norms in self._norms for norm in norms])  # a stack each would be a kernel each
-        norms_PK = together.view(len(self._norms), -1).double() / self._scale
+        stacked = torch.stack([norm for norms in self._norms for norm in norms])  # one stack per weight would be a kernel each
+        norms_PK = stacked.view(len(self._norms), -1).double() / self._scale
         return (norms_PK.square() * self._per_copy.unsqueeze(1) / self._shares_K).sum()
 
     def projection_square(self, whole_gradients: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
-        """Σ_j ⟨L_j, g⟩² / w_j over the whole global batch.
+        """Compute Σ_j ⟨L_j, g⟩² / w_j over the whole global batch.
 
         whole_gradients: for every weight a call that gathers g, made once and in order; only one is in memory at a time.
         """

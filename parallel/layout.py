@@ -1,7 +1,7 @@
-"""Layout: the only owner of ranks. Pure arithmetic here; `mesh.py` brings it to life on process groups.
+"""Layout: the sizes of the mesh axes, and which rank is where on them. Pure arithmetic; `mesh.py` makes the process groups.
 
-Axes from the outermost to the innermost (ranks that differ in an inner axis are neighbours, so that the chattiest
-axis, tensor parallelism, stays inside a node):
+Axes from the outermost to the innermost (ranks that differ in an inner axis are neighbours, so that the axis with the
+most communication, tensor parallelism, stays inside a node):
 
     pp        pipeline stages
     replicate groups that each hold a whole sharded copy (HSDP)
@@ -26,7 +26,7 @@ AXES = ("pp", "replicate", "shard", "cp", "tp")
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the mesh axes of a run, known to multiply to its number of processes."""
+    """Sizes of the mesh axes of a run. Their product is its number of processes."""
 
     pp: int = 1
     replicate: int = 1
@@ -61,25 +61,25 @@ class Layout:
         return {axis: getattr(self, axis) for axis in AXES}
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Axis name → this rank's index along it."""
+        """Return axis name → this rank's index along it."""
         found: dict[str, int] = {}
         for axis in reversed(AXES):
             rank, found[axis] = divmod(rank, getattr(self, axis))
         return {axis: found[axis] for axis in AXES}
 
     def data_rank(self, rank: int) -> int:
-        """Which share of the global batch this rank works on, in [0, data_size)."""
+        """Return the index of the share of the global batch that this rank works on, in [0, data_size)."""
         at = self.coordinates(rank)
         return at["replicate"] * self.shard + at["shard"]
 
     def describe(self) -> str:
-        """One line for logs: the axes larger than one, and the ZeRO stage."""
+        """Describe the layout in one line for logs: the axes larger than one, and the ZeRO stage."""
         axes = " × ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1)
         return f"{axes or 'one process'}, ZeRO-{self.zero}"
 
     @classmethod
     def plan(cls, config: ParallelConfig, world_size: int) -> Layout:
-        """The layout that a config asks for on this many processes.
+        """Derive the layout that a config asks for on this many processes.
 
         Raises ConfigError naming every key that has to change.
         """
@@ -92,12 +92,12 @@ class Layout:
 
 
 def uses_fsdp(parallel: ParallelConfig, layout: Layout) -> bool:
-    """Whether FSDP2 holds the torch engine's weights; otherwise they lie whole beside their masters (`masters.py`)."""
+    """Return whether FSDP2 holds the torch engine's weights; otherwise they are whole beside sharded masters (`masters.py`)."""
     return parallel.pp > 1 or parallel.offload == "cpu" or (layout.zero >= 2 and layout.gradient_ranks > 1)
 
 
 def layout_problems(config: ParallelConfig, world_size: int) -> list[Problem]:
-    """Everything about the axis sizes that can't be, on this many processes."""
+    """List what is wrong with the axis sizes on this many processes."""
     problems = [problem for problem in config.problems() if problem.key.removeprefix("parallel.") in SIZES]
     if problems:
         return problems

@@ -1,4 +1,4 @@
-"""Whether a layout can run a model at all, asked before anything is started, and which ones near it can."""
+"""Legality of a layout: what keeps it from running a model, checked before the start, and the nearest layouts that can."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .tensor.placements import tensor_problems, unplaced_modules
 
 @dataclass
 class Work:
-    """What a layout has to carry: the model's shape, the batch, and what the blocks do about memory and speed.
+    """What a layout must run: the model's shape, the batch, and the blocks' settings for memory and speed.
 
     samples     global batch; None: it changes during the run, and its controller keeps to legal sizes
-    vocabulary  None: the data's tokenizer will say
+    vocabulary  None: not known before the data's tokenizer is
     """
 
     layers: int
@@ -40,9 +40,9 @@ class Work:
 
 
 def layout_and_model_problems(parallel: ParallelConfig, work: Work, world_size: int) -> list[Problem]:
-    """Everything that keeps the torch engine from running this work in this layout on this many processes.
+    """List what keeps the torch engine from running this work in this layout on this many processes.
 
-    Where something does, the last problem names the nearest layouts that can.
+    Where there is a problem, the last one names the nearest layouts that can.
     """
     problems = list(_problems(parallel, work, world_size))
     if problems:
@@ -108,7 +108,7 @@ def _stage_key_problems(parallel: ParallelConfig) -> Iterator[Problem]:
 
 
 def _stage_problems(parallel: ParallelConfig, layers: int) -> Iterator[Problem]:
-    """What is wrong with the pipeline's schedule, stages and their layers."""
+    """Yield what is wrong with the pipeline's schedule, stages and their layers."""
     if parallel.schedule not in SCHEDULES or parallel.pp == 1:
         yield from _stage_key_problems(parallel)
         return
@@ -141,7 +141,7 @@ def _stage_problems(parallel: ParallelConfig, layers: int) -> Iterator[Problem]:
 
 
 def _schedule_problems(parallel: ParallelConfig, work: Work, data_size: int) -> Iterator[Problem]:
-    """What the schedule can't do with this work."""
+    """Yield what the schedule can't do with this work."""
     other = "use parallel.schedule=1f1b or interleaved"
     if schedule_of(parallel).splits_backward:
         halves = f"{parallel.schedule} runs the backward pass in two halves"
@@ -165,21 +165,21 @@ def _schedule_problems(parallel: ParallelConfig, work: Work, data_size: int) -> 
 
 
 def _counts(parallel: ParallelConfig, work: Work, data_size: int, micro: int) -> bool:
-    """Whether batch.micro=`micro` cuts the batch into whole micro-batches whose number the schedule can run."""
+    """Return whether batch.micro=`micro` cuts the batch into whole micro-batches whose number the schedule can run."""
     assert work.samples is not None
     count, rest = divmod(work.samples, micro * data_size)
     return not rest and legal_micro_batches(parallel, count)
 
 
 def micro_batch_unit(parallel: ParallelConfig) -> int:
-    """A number whose every multiple is a legal number of micro-batches: what a changing batch size must keep to."""
+    """Return a number whose multiples are all legal numbers of micro-batches, for a batch size that changes."""
     if parallel.pp == 1 or parallel.schedule in ("gpipe", "zbv"):
         return 1
     return stage_count(parallel) if parallel.schedule == "dualpipev" else parallel.pp
 
 
 def near_layouts(parallel: ParallelConfig, work: Work, world_size: int, most: int = 3) -> list[str]:
-    """The overrides of the legal layouts nearest to an illegal one, nearest first; empty where none is legal.
+    """Return the overrides of the legal layouts nearest to an illegal one, nearest first; empty where none is legal.
 
     Distance: doublings of tp, pp, cp and replicate, and 1 for every other key changed.
     """
@@ -193,7 +193,7 @@ def near_layouts(parallel: ParallelConfig, work: Work, world_size: int, most: in
                 legal.append((_distance(parallel, candidate), _changes(parallel, candidate)))
     chosen: list[dict[str, str]] = []
     for _, changes in sorted(legal, key=lambda found: found[0]):
-        # One that changes what a nearer one does, and more besides, has nothing to offer.
+        # Skip a layout that makes all the changes of a nearer one and more.
         if len(chosen) < most and not any(nearer.items() <= changes.items() for nearer in chosen):
             chosen.append(changes)
     return [" ".join(f"{key}={value}" for key, value in changes.items()) for changes in chosen]
@@ -205,7 +205,7 @@ def _deals(parallel: ParallelConfig, work: Work, world_size: int) -> bool:
 
 
 def _variants(sized: ParallelConfig, data: int) -> Iterator[ParallelConfig]:
-    """Layouts of these sizes: as asked, and with other values of the keys that may stand in the way."""
+    """Yield layouts of these sizes: as given, and with other values of the keys that may be in conflict."""
     options: dict[str, list[Any]] = {
         "zero": [sized.zero if sized.zero in (0, 1, 2, 3) else 3],
         "replicate": [n for n in (sized.replicate, 1) if n > 0 and data % n == 0],
@@ -236,7 +236,7 @@ def _distance(asked: ParallelConfig, given: ParallelConfig) -> float:
 
 
 def _changes(asked: ParallelConfig, given: ParallelConfig) -> dict[str, str]:
-    """The overrides that turn one into the other."""
+    """Return the overrides that turn one into the other."""
 
     def written(value: object) -> str:
         return "null" if value is None else str(value).lower()

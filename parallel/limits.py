@@ -1,4 +1,4 @@
-"""What an engine can't do, told from the config alone. Imports no torch."""
+"""Limits of the engines, checked from the config alone. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .deepspeed.config import deepspeed_problems
 
 
 def engine_problems(parallel: ParallelConfig, *, precision: str, world_size: int) -> list[Problem]:
-    """Return what the engine of `parallel.engine` can't do; the values are known to be good ones."""
+    """Return what the engine of `parallel.engine` can't do. Each value must be valid by itself."""
     if parallel.engine == "torch":
         return list(_torch_problems(parallel))
     problems = deepspeed_problems(parallel, precision, world_size)
@@ -34,7 +34,7 @@ def _torch_problems(parallel: ParallelConfig) -> Iterator[Problem]:
 
 
 def float8_problems(float8: str, parallel: ParallelConfig, precision: str) -> Iterator[Problem]:
-    """Yield why `trainer.float8`, which is not none, can't be had."""
+    """Yield why `trainer.float8` can't be used. float8: not none."""
     key = "trainer.float8"
     if precision != "bf16":
         yield Problem(key, f"it casts from bf16, and precision is {precision}", "use precision=bf16")
@@ -47,7 +47,7 @@ def float8_problems(float8: str, parallel: ParallelConfig, precision: str) -> It
 
 
 def measuring_problems(parallel: ParallelConfig, tied: bool, projections: bool) -> list[Problem]:
-    """Return why a controller that measures can't have its numbers in this layout.
+    """Return why gradient statistics can't be measured for a controller in this layout.
 
     tied: the head reuses the embedding; projections: whether it wants the workers' products with their mean.
     """

@@ -1,4 +1,4 @@
-"""Mesh: a Layout brought to life. The only code that starts process groups or asks `torch.distributed` who it is."""
+"""Mesh: the process groups of a Layout. The only code that starts process groups or reads this process's rank."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .layout import Layout
 
 
 def environment_world_size() -> int:
-    """Number of processes this one was started among (torchrun's WORLD_SIZE); 1 when started alone."""
+    """Return the number of processes that were started together (torchrun's WORLD_SIZE); 1 for one started alone."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def pick_device() -> torch.device:
-    """This process's device: its own GPU by LOCAL_RANK where there are GPUs, otherwise the CPU."""
+    """Choose this process's device: its own GPU by LOCAL_RANK where there are GPUs, otherwise the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -59,13 +59,13 @@ class WeightAxes:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place in a layout, and the groups it talks in.
+    """This process's place in a layout, and its process groups.
 
-    axes            name → 1-D device mesh: "pp", "cp", "tp"; "data" (who adds up losses and gradients); "stage" (everybody
-                    but other pipeline stages)
+    axes            name → 1-D device mesh: "pp", "cp", "tp"; "data" (the ranks over which losses and gradients are
+                    summed); "stage" (all ranks of this pipeline stage)
     weight_axes     name of a group of parameters → the ranks that hold it; "dense" are all of a model's
     limit           how long a collective waits for a lost rank
-    before_closing  what is called while the groups are still there
+    before_closing  callbacks to run before the process groups are destroyed
     """
 
     layout: Layout
@@ -114,24 +114,24 @@ class Mesh:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks for the run (rank 0)."""
+        """Whether this is rank 0, which logs and writes for the run."""
         return self.rank == 0
 
     @property
     def data_rank(self) -> int:
-        """Which share of the global batch is this rank's."""
+        """Index of this rank's share of the global batch."""
         return self.layout.data_rank(self.rank)
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The process group of an axis."""
+        """Return the process group of an axis."""
         return self.axes[axis].get_group()
 
     def size(self, axis: str) -> int:
-        """Number of ranks along an axis."""
+        """Return the number of ranks along an axis."""
         return self.axes[axis].size()
 
     def another_group(self, axis: DeviceMesh, options: Any) -> dist.ProcessGroup:
-        """A second group of an axis' ranks, with NCCL's options of its own. Every process calls it."""
+        """Make a second group of an axis' ranks, with its own NCCL options. Every process must call it."""
         ranks = dist.get_process_group_ranks(axis.get_group())
         options._timeout = self.limit
         group = dist.new_group(ranks, self.limit, "nccl", options, use_local_synchronization=True)
@@ -139,25 +139,25 @@ class Mesh:
         return group
 
     def sum(self, values: torch.Tensor, axis: str | None = None) -> torch.Tensor:
-        """Sum over an axis (default: all processes), in place; does nothing where there is nobody else."""
+        """Sum over an axis (default: all processes), in place. Does nothing on an axis of size 1."""
         group = self.group(axis) if axis else None
         if dist.get_world_size(group) > 1:
             dist.all_reduce(values, group=group)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on some process. Waits for all of them."""
+        """Return whether the flag is set on some process. A collective over all of them."""
         votes = torch.tensor([int(flag)], device=self.device)
         return bool(self.sum(votes).item())
 
     def differ(self, text: str) -> bool:
-        """Whether some process has another text than this one's peers. Waits for all of them."""
+        """Return whether the text differs on some process. A collective over all of them."""
         codes = torch.zeros(self.layout.world_size, dtype=torch.int64, device=self.device)
         codes[self.rank] = zlib.crc32(text.encode())
         return bool((self.sum(codes) != zlib.crc32(text.encode())).any())
 
     def store(self, name: str) -> dist.Store:
-        """A key-value store of all processes, under a name of its own: agreement without a collective."""
+        """Open a key-value store of all processes under its own name: agreement without a collective."""
         return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
 
     def barrier(self) -> None:
@@ -166,7 +166,7 @@ class Mesh:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the process groups."""
+        """Run the callbacks of `before_closing` and destroy the process groups."""
         while self.before_closing:
             self.before_closing.pop()()
         if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Observers of gradients: what looks at a step's gradient while it is made. Engines know this protocol, not who observes."""
+"""Observers of a step's gradient: callbacks that engines call during accumulation, by this one protocol."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from ..optim.optimizers.parameters import ComparesHalves
 
 
 class GradientObserver:
-    """Is called in this order in every step. What an observer does not override it has no need of."""
+    """Callbacks of a step, in the order in which they are called. By default they do nothing."""
 
     def begin(self, share: Share, global_tokens: torch.Tensor) -> int | None:
-        """Before the first forward pass. share: this rank's, still on the host.
+        """Prepare for a step, before its first forward pass. share: this rank's, still on the host.
 
-        Returns after how many of its micro-batches `see_part` is to be called, the same on every rank; None: not at all.
+        Returns the number of its micro-batches after which to call `see_part`, the same on every rank; None: never.
         """
         return None
 
     def see_part(self, gradients: Sequence[torch.Tensor]) -> None:
-        """See this rank's shards of the gradient so far, summed over all ranks. They will be changed in place."""
+        """Observe this rank's shards of the gradient so far, summed over all ranks. They will be changed in place."""
 
     def see_whole(self, gradients: Sequence[torch.Tensor]) -> None:
-        """See this rank's shards of the step's gradient, before it is clipped."""
+        """Observe this rank's shards of the step's gradient, before it is clipped."""
 
 
 class HalvesObserver(GradientObserver):
-    """Shows an optimizer the gradient of a batch's first half, in the steps in which it asks for that."""
+    """Passes the gradient of a batch's first half to an optimizer, in the steps in which it wants it."""
 
     def __init__(self, optimizer: ComparesHalves) -> None:
         self._optimizer = optimizer
@@ -54,5 +54,5 @@ class HalvesObserver(GradientObserver):
 
 
 def optimizer_observers(optimizer: torch.optim.Optimizer) -> list[GradientObserver]:
-    """The observers that an optimizer needs."""
+    """Return the observers that an optimizer needs."""
     return [HalvesObserver(optimizer)] if isinstance(optimizer, ComparesHalves) else []

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of an optimizer: its weights, what it keeps of each element, and the arrays that it declares."""
+"""Optimizer state in a checkpoint: the weights, the state of each element, and the arrays that the optimizer declares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .fragment import Fragment
 
 
 def optimizer_fragments(optimizer: torch.optim.Optimizer, parameters: Sequence[NamedParameter]) -> Iterator[Fragment]:
-    """This rank's boxes of the weights and of the optimizer's arrays, live.
+    """Yield this rank's boxes of the weights and of the optimizer's arrays, live.
 
     Raises ValueError for an array in `optimizer.state` that has another shape than the shard and is not declared.
     """

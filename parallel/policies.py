@@ -21,11 +21,11 @@ MIXED = ("none", "selective", "full")
 """Policies that a budget mixes."""
 
 
-def mixed_policies(layers: int, budget: float, kept: Mapping[str, float], again: Mapping[str, float]) -> list[str]:
+def mixed_policies(layers: int, budget: float, kept: Mapping[str, float], recomputed: Mapping[str, float]) -> list[str]:
     """Choose a policy for each block such that together they keep at most `budget` of what policy "none" keeps of all.
 
-    kept, again: what a block keeps, and what it computes again, under each policy that may be used, in any unit. The mix
-    computes as little again as can be, by trying all; the policies are spread evenly over the layers.
+    kept, recomputed: what a block keeps, and what it recomputes, under each allowed policy, in any unit. The mix is the one
+    with the least recomputation, found by trying all. The policies are spread evenly over the layers.
     Raises ValueError if nothing keeps to the budget.
     """
     limit = budget * layers * kept["none"] * (1 + 1e-9)
@@ -35,7 +35,7 @@ def mixed_policies(layers: int, budget: float, kept: Mapping[str, float], again:
         least = min(kept, key=lambda policy: kept[policy])
         share = kept[least] / kept["none"]
         raise ValueError(f"blocks can't keep {budget:g} of what they would; policy '{least}' keeps {share:.3f} of it")
-    best = min(fitting, key=lambda mix: sum(again[policy] * count for policy, count in mix.items()))
+    best = min(fitting, key=lambda mix: sum(recomputed[policy] * count for policy, count in mix.items()))
     given: list[str] = []
     for at in range(1, layers + 1):
         so_far = Counter(given)
@@ -55,8 +55,8 @@ def block_policies(model: DecoderConfig, parallel: ParallelConfig, settings: Eng
     # What blocks keep is in proportion to their tokens, so any number of them will do.
     work = ForwardPass(1024, settings.precision, parallel.tp, parallel.sequence_parallel, settings.compile)
     kept = {policy: block_bytes(block, work, policy) for policy in MIXED if not (halves and policy == "selective")}
-    again = {policy: recomputed_flops(block, policy, 0) for policy in kept}
-    return mixed_policies(model.layers, settings.activation_budget, kept, again)
+    recomputed = {policy: recomputed_flops(block, policy, 0) for policy in kept}
+    return mixed_policies(model.layers, settings.activation_budget, kept, recomputed)
 
 
 def fused_swiglu_blocker(

@@ -1,4 +1,4 @@
-"""Where each parameter of a DTensor model lies, and the sums over shards that whole-parameter updates need (rule R4)."""
+"""The box of each parameter on this rank, and the collectives over shards that whole-parameter updates need (rule R4)."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Placements = tuple[Placement, ...]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's data on this rank, sharing its storage."""
+    """Return the tensor's data on this rank, sharing its storage."""
     return tensor._local_tensor.detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def placements_of(weight: torch.Tensor) -> Placements | None:
-    """How the ranks of a DTensor's mesh hold it; None: it is a plain tensor."""
+    """Return the placements of a DTensor; None for a plain tensor."""
     return weight.placements if isinstance(weight, DTensor) else None
 
 
 def own_part(gradient: torch.Tensor, placements: Placements | None) -> torch.Tensor:
-    """This rank's part of a gradient: of a tensor-parallel weight, what lies where the rank's part of the weight does.
+    """Return this rank's part of a gradient. Of a tensor-parallel weight it is the box of the rank's part of the weight.
 
-    placements: the weight's. Not the weight, which a hook on it must not know: such a circle is never collected.
+    placements: the weight's. Not the weight itself: a hook that refers to its own weight is a cycle, never collected.
 
     Autograd gives a weight's gradient in any placement: sums still pending (a norm's under sequence parallelism), or whole
     on every rank (an embedding's). Where the placements differ this is a collective.
@@ -43,7 +43,7 @@ def own_part(gradient: torch.Tensor, placements: Placements | None) -> torch.Ten
 
 
 def chunk(extent: int, ways: int, rank: int) -> tuple[int, int]:
-    """(start, length) of a rank's part of a dim: equal parts, the last ones shorter or empty."""
+    """Return (start, length) of a rank's part of a dim: equal parts, the last ones shorter or empty."""
     piece = -(-extent // ways)
     start = min(rank * piece, extent)
     return start, min(piece, extent - start)
@@ -51,7 +51,7 @@ def chunk(extent: int, ways: int, rank: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Cut:
-    """A dim of this extent, dealt to the ranks of a group by `chunk`."""
+    """A dim of this extent, cut over the ranks of a group by `chunk`."""
 
     group: dist.ProcessGroup
     dim: int
@@ -62,7 +62,7 @@ class Cut:
 class Placed:
     """One parameter's place: its whole shape, this rank's box, and how many ranks of a pipeline stage hold each element.
 
-    cuts: what was done to the whole, in order, until this box was left
+    cuts: how the whole was cut, in order, down to this box
     """
 
     parameter: torch.nn.Parameter
@@ -89,7 +89,7 @@ class Placed:
         return place
 
     def cut(self, mesh: DeviceMesh, axis: int = 0, dim: int = 0) -> Placed:
-        """The place of this rank's part when a dim of the box is dealt to the ranks along an axis of a mesh."""
+        """Cut a dim of the box over the ranks along an axis of a mesh, and return the place of this rank's part."""
         ways = mesh.size(axis)
         start, length = chunk(self.box.shape[dim], ways, mesh.get_local_rank(axis))
         offsets, extent = list(self.box.offsets), list(self.box.shape)
@@ -100,7 +100,7 @@ class Placed:
 
 
 class MeshShards:
-    """`Shards` over a mesh: every question is one collective over the ranks of this pipeline stage."""
+    """`Shards` over a mesh. Each method but `scatter` is a collective."""
 
     def __init__(self, mesh: Mesh, placed: dict[str, Placed]) -> None:
         self._mesh = mesh
@@ -108,7 +108,7 @@ class MeshShards:
         self._copies: dict[tuple[object, ...], torch.Tensor] = {}  # of lists of parameters: the same few in every step
 
     def _copies_of(self, parameters: Sequence[NamedParameter], like: torch.Tensor) -> torch.Tensor:
-        """(len(parameters), 1, …): ranks that hold each element, to divide `like` by. Kept: the host waits for such a copy."""
+        """Return the copies of each element, (len(parameters), 1, …), to divide `like` by. Cached: the copy blocks."""
         key = (tuple(p.name for p in parameters), like.dim(), like.dtype, like.device)
         if key not in self._copies:
             copies = torch.tensor([self._placed[p.name].copies for p in parameters], dtype=like.dtype, device=like.device)
@@ -116,15 +116,15 @@ class MeshShards:
         return self._copies[key]
 
     def sum(self, values: torch.Tensor, parameters: Sequence[NamedParameter]) -> torch.Tensor:
-        """values (len(parameters), …) summed over the shards of each parameter, its copies counted once."""
+        """Sum values (len(parameters), …) over the shards of each parameter, counting its copies once."""
         return self._mesh.sum(values / self._copies_of(parameters, values), "stage")
 
     def across_stages(self, values: torch.Tensor) -> torch.Tensor:
-        """values (the same on all ranks of a stage) summed over the pipeline's stages."""
+        """Sum values (the same on all ranks of a stage) over the pipeline's stages."""
         return self._mesh.sum(values.clone(), "pp")
 
     def gather(self, parameter: NamedParameter, local: torch.Tensor) -> torch.Tensor:
-        """The whole array of which `local` is this rank's shard."""
+        """Gather the whole array of which `local` is this rank's shard."""
         placed = self._placed[parameter.name]
         whole = local
         for cut in reversed(placed.cuts):
@@ -139,5 +139,5 @@ class MeshShards:
         return whole
 
     def scatter(self, parameter: NamedParameter, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of a whole array."""
+        """Return this rank's shard of a whole array."""
         return whole[self._placed[parameter.name].box.slices()]
