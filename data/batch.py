@@ -75,7 +75,10 @@ class MicroBatch:
     def collate(cls, samples: Sequence[Sample]) -> MicroBatch:
         """Stack samples of one length."""
 
-        import torch  # not at the top: commands that only check a config or a corpus start without torch
+        # Not at the top: commands that only check a config or a corpus start without torch.
+        import torch
+
+        from ..kernels.documents import Documents
 
         def stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
             return torch.from_numpy(np.stack(arrays).astype(np.int64, copy=False))
