@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from typing import Any
 
 import torch
@@ -37,17 +36,6 @@ class Poison(Hook):
             for fragment in loop.engine.fragments():
                 if fragment.name == "norm.weight" and fragment.role == "weight":
                     fragment.tensor.fill_(float("nan"))
-
-
-class Linger(Hook):
-    """Makes a step begin late: whatever is under way has time to end."""
-
-    def __init__(self, step: int, seconds: float) -> None:
-        self.step, self.seconds = step, seconds
-
-    def on_step_begin(self, loop: Loop) -> None:
-        if loop.progress.step + 1 == self.step:
-            time.sleep(self.seconds)
 
 
 class Fail(Hook):
