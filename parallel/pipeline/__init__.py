@@ -1,1 +1,1 @@
-"""Pipeline parallelism: stages, schedules, and their timelines on paper."""
+"""Pipeline parallelism: stages, schedules and the passing of micro-batches."""

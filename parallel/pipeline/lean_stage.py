@@ -1,9 +1,9 @@
 """torch's PipelineStage, without a receive buffer for every micro-batch of the step, and with sums of gradients in fp32.
 
 torch allocates them all before the first step and keeps them: at 128 micro-batches of 64 MiB that is 8 GiB for each
-neighbour. A tensor that has been received is needed from its arrival to its micro-batch's backward pass, and a gradient
-for a moment. So here the buffers that torch makes have no storage (they are on the meta device), real ones take their
-place when a receive is posted, and are let go where they are used.
+neighbour. A received tensor is needed only until its micro-batch's backward pass, and a gradient only briefly. So the
+buffers that torch makes have no storage here (they are on the meta device). Real ones replace them when a receive is
+posted, and are released where they are used.
 """
 
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
@@ -42,7 +42,7 @@ class LeanStage(PipelineStage):
             return super()._prepare_backward_infra(*args, **kwargs)
 
     def _get_init_p2p_neighbors_ops(self) -> Any:
-        """torch 2.11 greets a neighbouring stage on the same rank by a message, too, which gloo can't deliver."""
+        """Leave out messages to a stage on the same rank: torch 2.11 sends them at start-up, and gloo can't deliver them."""
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
     def _get_recv_ops(self, recv_infos: Sequence[Any]) -> Any:
@@ -54,16 +54,16 @@ class LeanStage(PipelineStage):
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
         received = super()._retrieve_recv_activations(fwd_chunk_id)
-        _let_go(self.args_recv_info[fwd_chunk_id])
+        _release(self.args_recv_info[fwd_chunk_id])
         return received
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
         received = super()._retrieve_recv_grads(bwd_chunk_id)
-        _let_go(self.grad_recv_info[bwd_chunk_id])
+        _release(self.grad_recv_info[bwd_chunk_id])
         return received
 
     def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> None:
-        """The second half of a zero-bubble backward pass adds to `.grad` in the computation's precision.
+        """Run the second half of a zero-bubble backward pass, and accumulate its gradients in fp32.
 
         FSDP2 widens gradients for accumulation in the hooks of a backward pass, which this half does not run.
         """
@@ -75,8 +75,8 @@ class LeanStage(PipelineStage):
                     parameter.to_accumulated_grad_if_needed()
 
 
-def _let_go(recv_infos: Sequence[Any]) -> None:
-    """Put empty placeholders in the place of buffers; whoever took them holds them as long as they are needed."""
+def _release(recv_infos: Sequence[Any]) -> None:
+    """Replace buffers by empty placeholders. Their readers keep them alive as long as they need them."""
     for info in recv_infos:
         buffer = getattr(info, "buffer", None)
         if buffer is not None:

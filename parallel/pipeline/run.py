@@ -23,10 +23,10 @@ from .lean_stage import LeanStage
 from .stages import StagePlan, legal_micro_batches, near_micro_batches, schedule_of
 
 SPLITS_THE_LOSS = TorchVersion(torch.__version__) >= "2.13"
-"""Whether torch can run the backward pass of an `autograd.Function` (our loss) in two halves; before, it raises."""
+"""Whether torch can run the backward pass of an `autograd.Function` (our loss) in two halves. Before 2.13 it raises."""
 
 EVALUATED_AT_ONCE = 4
-"""Micro-batches per rank that an evaluation passes on before it waits: enough to keep ranks busy, and a bound on memory."""
+"""Micro-batches per rank that an evaluation sends before it waits: enough to keep ranks busy, and a bound on memory."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class StageInputs:
 
 
 class Pipeline:
-    """This rank's stages, and the passing of micro-batches through all of them."""
+    """This rank's stages, and the schedule that passes micro-batches through all stages."""
 
     def __init__(
         self, modules: Mapping[int, nn.Module], plan: StagePlan, parallel: ParallelConfig, mesh: Mesh, compute: torch.dtype
@@ -61,19 +61,19 @@ class Pipeline:
         self._global_tokens = self._total = torch.zeros((), device=mesh.device)
 
     def accumulate(self, batches: Sequence[StageInputs], global_tokens: torch.Tensor) -> torch.Tensor:
-        """Forward and backward of this rank's stages. Returns the sum of token losses (0 where the last stage isn't)."""
+        """Run forward and backward of this rank's stages. Returns the sum of token losses (0 off the last stage's rank)."""
         schedule = self._schedule(batches)
         self._global_tokens = global_tokens
         self._total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         self._batches = batches
-        # torch wants something to cut; the targets themselves come with the micro-batches, to where the loss is computed.
+        # torch needs a target to split. The real targets come with the micro-batches (`_chunks`).
         target = torch.empty(len(batches)) if self._holds_last else None
         schedule.step(target=target, return_outputs=False)
         self._batches = ()
         return self._total
 
     def _chunks(self, _args: object, _kwargs: object = None) -> tuple[list[Any], list[dict[str, Any]]]:
-        """What torch would get by cutting a whole batch: the micro-batches' own tensors, whose documents are counted."""
+        """Return the arguments of each micro-batch, in place of torch's `_split_inputs` of a whole batch."""
         arguments = [(batch.tokens,) if self._holds_first else () for batch in self._batches]
         last = self._holds_last
         return arguments, [{**batch.shared, **({"targets_BS": batch.targets} if last else {})} for batch in self._batches]
@@ -83,7 +83,7 @@ class Pipeline:
         return total / self._global_tokens
 
     def _schedule(self, batches: Sequence[StageInputs]) -> Any:
-        """The schedule for these micro-batches; kept until their number or shape changes."""
+        """Return the schedule for these micro-batches, cached until their number or shape changes."""
         shapes = {(tuple(batch.tokens.shape), batch.hidden) for batch in batches}
         if len(shapes) > 1:
             raise ValueError(
@@ -105,7 +105,7 @@ class Pipeline:
         def passed() -> torch.Tensor:
             return torch.empty(like.hidden, dtype=self._compute, device="meta", requires_grad=True)
 
-        exact = torch.float64 if self._compute == torch.float64 else torch.float32
+        loss_dtype = torch.float64 if self._compute == torch.float64 else torch.float32
         chosen = schedule_of(self._parallel)
         stages: list[LeanStage] = []
         for index, module in self._modules.items():
@@ -117,9 +117,9 @@ class Pipeline:
                     self._plan.count,
                     self._mesh.device,
                     input_args=passed() if index else torch.empty(like.tokens.shape, dtype=like.tokens.dtype, device="meta"),
-                    output_args=torch.empty((), dtype=exact, device="meta", requires_grad=True) if last else passed(),
+                    output_args=torch.empty((), dtype=loss_dtype, device="meta", requires_grad=True) if last else passed(),
                     group=self._group,
-                    dw_builder=_nothing_left if last and chosen.splits_backward and not SPLITS_THE_LOSS else None,
+                    dw_builder=_no_weight_gradient if last and chosen.splits_backward and not SPLITS_THE_LOSS else None,
                 )
             )
         make = cast(Callable[..., Any], get_schedule_class(chosen.torch_name))
@@ -130,7 +130,7 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[StageInputs]) -> torch.Tensor:
-        """Forward only, any number of micro-batches of any shapes. Returns the sum of token losses, as `accumulate` does."""
+        """Run forward only, for any number of micro-batches of any shapes. Returns the sum of token losses, as `accumulate`."""
         total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         at_once = EVALUATED_AT_ONCE * self._parallel.pp
         for start in range(0, len(batches), at_once):
@@ -138,7 +138,7 @@ class Pipeline:
         return total
 
     def _pass(self, batches: Sequence[StageInputs]) -> torch.Tensor:
-        """These micro-batches through all stages.
+        """Pass these micro-batches through all stages.
 
         A stage posts all its receives before its first send: two ranks that send to each other over one channel
         (the ends of an interleaved pipeline of two ranks) then never wait for each other.
@@ -174,6 +174,6 @@ class Pipeline:
         return total
 
 
-def _nothing_left() -> Callable[[], None]:
-    """What the second half of a stage's backward pass is where the first did everything (a `dw_builder` of torch)."""
+def _no_weight_gradient() -> Callable[[], None]:
+    """Make a second half of a backward pass that does nothing, for a stage whose first half does all (torch's `dw_builder`)."""
     return lambda: None

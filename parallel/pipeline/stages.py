@@ -1,4 +1,4 @@
-"""Pipeline stages: the schedules there are, which rank holds which stage, and how layers are divided among stages."""
+"""Pipeline stages: the schedules, which rank holds which stage, and how layers are divided among stages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Layers = range
 
 
 @dataclass(frozen=True)
-class Schedule:
+class PipelineSchedule:
     """What a pipeline schedule needs and does.
 
     torch_name       name of the class in `torch.distributed.pipelining`
@@ -34,32 +34,32 @@ class Schedule:
 
 
 SCHEDULES = {
-    "gpipe": Schedule("GPipe", 1, fixed=True),
-    "1f1b": Schedule("1F1B", 1, fixed=True),
-    "interleaved": Schedule("Interleaved1F1B", 2, fixed=False),
-    "zb": Schedule("InterleavedZeroBubble", 2, fixed=False, splits_backward=True),
-    "zbv": Schedule("ZBVZeroBubble", 2, fixed=True, folded=True, splits_backward=True),
-    "dualpipev": Schedule("DualPipeV", 2, fixed=True, folded=True, splits_backward=True),
+    "gpipe": PipelineSchedule("GPipe", 1, fixed=True),
+    "1f1b": PipelineSchedule("1F1B", 1, fixed=True),
+    "interleaved": PipelineSchedule("Interleaved1F1B", 2, fixed=False),
+    "zb": PipelineSchedule("InterleavedZeroBubble", 2, fixed=False, splits_backward=True),
+    "zbv": PipelineSchedule("ZBVZeroBubble", 2, fixed=True, folded=True, splits_backward=True),
+    "dualpipev": PipelineSchedule("DualPipeV", 2, fixed=True, folded=True, splits_backward=True),
 }
 
 
-def schedule_of(parallel: ParallelConfig) -> Schedule:
-    """The schedule of `parallel.schedule`; the config has been checked."""
+def schedule_of(parallel: ParallelConfig) -> PipelineSchedule:
+    """Return the schedule of `parallel.schedule`; the config has been checked."""
     return SCHEDULES[parallel.schedule]
 
 
 def splits_backward(parallel: ParallelConfig) -> bool:
-    """Whether there is a pipeline whose backward passes run in two halves."""
+    """Return whether there is a pipeline whose backward passes run in two halves."""
     return parallel.pp > 1 and schedule_of(parallel).splits_backward
 
 
 def stage_count(parallel: ParallelConfig) -> int:
-    """Number of stages of the whole pipeline."""
+    """Return the number of stages of the whole pipeline."""
     return parallel.pp * (parallel.stages_per_rank or schedule_of(parallel).stages_per_rank) if parallel.pp > 1 else 1
 
 
 def stage_ranks(parallel: ParallelConfig) -> list[int]:
-    """Pipeline coordinate of the rank that holds each stage, in stage order."""
+    """Return the pipeline coordinate of the rank that holds each stage, in stage order."""
     count = stage_count(parallel)
     if schedule_of(parallel).folded and parallel.pp > 1:
         return [stage if stage < parallel.pp else count - 1 - stage for stage in range(count)]
@@ -67,7 +67,7 @@ def stage_ranks(parallel: ParallelConfig) -> list[int]:
 
 
 def legal_micro_batches(parallel: ParallelConfig, count: int) -> bool:
-    """Whether the schedule can run this number of micro-batches per step and rank."""
+    """Return whether the schedule can run this number of micro-batches per step and rank."""
     if count < 1:
         return False
     if parallel.pp == 1 or parallel.schedule in ("gpipe", "zbv"):
@@ -79,18 +79,18 @@ def legal_micro_batches(parallel: ParallelConfig, count: int) -> bool:
 
 
 def near_micro_batches(parallel: ParallelConfig, count: int) -> list[int]:
-    """The nearest legal numbers of micro-batches, at most one below and one above."""
+    """Find the nearest legal numbers of micro-batches, at most one below and one above."""
     below = next((n for n in range(count, 0, -1) if legal_micro_batches(parallel, n)), None)
     above = next(n for n in naturals(max(count, 1)) if legal_micro_batches(parallel, n))
     return sorted({n for n in (below, above) if n is not None})
 
 
 def stage_split(layers: int, cost: float, ends: Sequence[float], ranks: Sequence[int]) -> list[Layers]:
-    """Cut a row of equal layers into consecutive stages so that the dearest rank is as cheap as can be.
+    """Cut a row of equal layers into consecutive stages so that the most expensive rank costs as little as possible.
 
-    cost: of a layer; ends: what each stage costs besides its layers (embedding, head); ranks: who holds each stage.
-    Every stage gets one layer at least. The others go one by one to the rank that is cheapest with one more, which is
-    optimal for equal items, there to its cheapest stage; of equals the last, for schedules keep less alive there.
+    cost: of a layer; ends: what each stage costs besides its layers (embedding, head); ranks: that hold the stages.
+    Every stage gets one layer at least. The others go one by one to the cheapest rank, which is optimal for equal items,
+    and there to its cheapest stage. Ties go to the last stage, where schedules keep fewer activations alive.
     """
     assert 1 <= len(ends) <= layers, f"{layers} layers can't fill {len(ends)} stages"
     counts = [1] * len(ends)
@@ -103,7 +103,7 @@ def stage_split(layers: int, cost: float, ends: Sequence[float], ranks: Sequence
 
 @dataclass(frozen=True)
 class StagePlan:
-    """layers: of each stage; ranks: pipeline coordinate of the rank that holds it. Both in stage order."""
+    """The layers of each stage, and the pipeline coordinate of the rank that holds it. Both in stage order."""
 
     layers: list[Layers]
     ranks: list[int]
@@ -114,12 +114,12 @@ class StagePlan:
         return len(self.layers)
 
     def held_by(self, rank: int) -> list[int]:
-        """Indices of the stages on this pipeline rank, ascending."""
+        """List the indices of the stages on this pipeline rank, ascending."""
         return [stage for stage, holder in enumerate(self.ranks) if holder == rank]
 
     @classmethod
     def of(cls, parallel: ParallelConfig, layers: int, cost: float, first: float, last: float) -> StagePlan:
-        """By `parallel.stage_layers`, or balanced: a layer costs `cost`, embedding and head cost `first` and `last`."""
+        """Plan by `parallel.stage_layers`, or balance: a layer costs `cost`, embedding and head cost `first` and `last`."""
         ranks = stage_ranks(parallel)
         if parallel.stage_layers is None:
             ends = [0.0] * len(ranks)
@@ -130,12 +130,12 @@ class StagePlan:
 
 
 def balanced_stages(model: DecoderConfig, parallel: ParallelConfig, seq_len: int, policies: Sequence[str]) -> StagePlan:
-    """Give each stage its layers by `parallel.stage_layers`, or so that the slowest rank is as fast as can be.
+    """Give each stage its layers by `parallel.stage_layers`, or so that the slowest rank is as fast as possible.
 
-    policies: the activation policy of every block. A backward pass costs two forward passes, and what they compute again.
-    They are spread evenly where they differ, so a layer is taken to cost their mean.
+    policies: the activation policy of every block. A backward pass costs two forward passes plus the recomputation.
+    Policies that differ are spread evenly, so every layer is taken to cost their mean.
     """
     costs = [3.0 * layer_flops(block, seq_len) for block in model.blocks()]
-    again = [recomputed_flops(block, policy, seq_len) for block, policy in zip(model.blocks(), policies, strict=True)]
-    layer = sum((*costs, *again)) / model.layers
+    recomputed = [recomputed_flops(block, policy, seq_len) for block, policy in zip(model.blocks(), policies, strict=True)]
+    layer = sum((*costs, *recomputed)) / model.layers
     return StagePlan.of(parallel, model.layers, layer, 3.0 * embedding_flops(model), 3.0 * head_flops(model))

@@ -1,4 +1,4 @@
-"""A head tied to an embedding on another stage. The weight has one home, the first stage; the last stage borrows it."""
+"""A head tied to an embedding on another stage. The first stage owns the weight; the last stage holds a copy."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .stages import StagePlan
 class TiedHead:
     """See the module's docstring.
 
-    Only the home's shard is initialised, updated, counted and saved. Every pass begins with a fetch, and after a backward
-    pass the borrowed copy's gradient is added to the home's.
+    Only the owner's shard is initialised, updated, counted and saved. Every pass begins with a fetch, and after a backward
+    pass the copy's gradient is added to the owner's.
     """
 
     @classmethod
     def of(cls, mesh: Mesh, plan: StagePlan, named: dict[str, nn.Parameter]) -> TiedHead:
-        """The head of these parameters, from which the borrowed copy is taken out: it is none of the model's own."""
+        """Make the tied head, and remove the copy from the named parameters: it is not a parameter of the model."""
         return cls(mesh, plan, named.get("embed.weight"), named.pop("head.weight", None))
 
-    def __init__(self, mesh: Mesh, plan: StagePlan, home: nn.Parameter | None, borrowed: nn.Parameter | None) -> None:
-        """home, borrowed: the sharded parameters on the ranks that hold the first and the last stage; None on others."""
-        self._group, self._home, self._borrowed = mesh.group("pp"), home, borrowed
+    def __init__(self, mesh: Mesh, plan: StagePlan, owner: nn.Parameter | None, copy: nn.Parameter | None) -> None:
+        """owner, copy: the sharded parameters on the ranks that hold the first and the last stage; None on others."""
+        self._group, self._owner, self._copy = mesh.group("pp"), owner, copy
         self._from, self._to = plan.ranks[0], plan.ranks[-1]
 
     def _move(self, tensor: torch.Tensor, source: int, target: int, *, sends: bool) -> None:
@@ -38,27 +38,27 @@ class TiedHead:
 
     @torch.no_grad()
     def fetch(self) -> None:
-        """Bring the home's weight to the borrowed copy."""
-        if self._home is not None and self._borrowed is not None:
-            local(self._borrowed).copy_(local(self._home))
-        elif self._home is not None:
-            self._move(local(self._home), self._from, self._to, sends=True)
-        elif self._borrowed is not None:
-            self._move(local(self._borrowed), self._from, self._to, sends=False)
+        """Copy the owner's weight to the last stage."""
+        if self._owner is not None and self._copy is not None:
+            local(self._copy).copy_(local(self._owner))
+        elif self._owner is not None:
+            self._move(local(self._owner), self._from, self._to, sends=True)
+        elif self._copy is not None:
+            self._move(local(self._copy), self._from, self._to, sends=False)
 
     @torch.no_grad()
-    def give_gradient(self) -> None:
-        """Add the borrowed copy's gradient to the home's, and forget it."""
-        borrowed = None
-        if self._borrowed is not None:
-            assert self._borrowed.grad is not None
-            borrowed, self._borrowed.grad = local(self._borrowed.grad), None
-            if self._home is None:
-                self._move(borrowed, self._to, self._from, sends=True)
-        if self._home is not None:
-            assert self._home.grad is not None
-            own = local(self._home.grad)
-            if borrowed is None:
-                borrowed = torch.empty_like(own)
-                self._move(borrowed, self._to, self._from, sends=False)
-            own += borrowed
+    def return_gradient(self) -> None:
+        """Add the copy's gradient to the owner's, and discard it."""
+        gradient = None
+        if self._copy is not None:
+            assert self._copy.grad is not None
+            gradient, self._copy.grad = local(self._copy.grad), None
+            if self._owner is None:
+                self._move(gradient, self._to, self._from, sends=True)
+        if self._owner is not None:
+            assert self._owner.grad is not None
+            total = local(self._owner.grad)
+            if gradient is None:
+                gradient = torch.empty_like(total)
+                self._move(gradient, self._to, self._from, sends=False)
+            total += gradient

@@ -1,5 +1,6 @@
-"""From a model on the meta device to this rank's stages of it: carved, their blocks and seams in their parallel forms, and
-filled with initial weights. `engine.py` calls these in order; sharding and storage come between.
+"""Assembly of this rank's stages from a model on the meta device: carve them, parallelize them, and fill in initial weights.
+
+`engine.py` calls these in order; sharding and storage come between.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ def policies_and_stages(model: Model, parallel: ParallelConfig, settings: Engine
 
 
 def own_stages(model: Model, plan: StagePlan, rank: int) -> dict[int, Model]:
-    """This pipeline rank's stages by their index; the model itself where it is not cut."""
+    """Carve out this pipeline rank's stages, by their index; the model itself where there is no pipeline."""
     return {
         index: model.carve(plan.layers[index], first=index == 0, last=index == plan.count - 1) for index in plan.held_by(rank)
     }
 
 
 def fuses_swiglu(model: Model, mesh: Mesh, parallel: ParallelConfig, settings: EngineSettings, policies: Sequence[str]) -> bool:
-    """Whether blocks compute SwiGLU inside the products around it: on all ranks or on none. Every rank must ask.
+    """Return whether blocks compute SwiGLU inside the products around it, on all ranks alike. Every rank must call it.
 
     policies: the activation policy of every block of the whole model.
     """
@@ -73,7 +74,7 @@ def fuses_swiglu(model: Model, mesh: Mesh, parallel: ParallelConfig, settings: E
     return reason is None
 
 
-def apply_forms(
+def parallelize_stage(
     stage: Model,
     policies: Sequence[str],
     mesh: Mesh,
@@ -83,9 +84,9 @@ def apply_forms(
     *,
     fuse_swiglu: bool,
 ) -> None:
-    """Put into a stage what acts inside of it, in the only order that works: each takes what the ones before have made.
+    """Apply kernels, float8, tensor parallelism and activation policies to a stage. Each needs the ones before: keep the order.
 
-    policies: the activation policy of every block of the whole model; fuse_swiglu: `fuses_swiglu` said so.
+    policies: the activation policy of every block of the whole model; fuse_swiglu: the result of `fuses_swiglu`.
     """
     blocks = stage.block_modules()
     own = [policies[layer] for layer in blocks]
@@ -104,7 +105,7 @@ def apply_forms(
 
 
 def fill_weights(weights: Mapping[str, LocalWeight], model: Model, seed: int, on: torch.device) -> None:
-    """Draw initial values by name and place (rule R3). on: the device that draws them."""
+    """Draw initial values by parameter name and box (rule R3). on: the device that draws them."""
     for name, weight in weights.items():
         place = weight.placed
         fill(

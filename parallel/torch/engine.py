@@ -1,11 +1,11 @@
 """TorchEngine: DTensor, FSDP2 and whole weights behind the Engine protocol.
 
-It is put together of parts, each chosen once:
+It is composed of parts, each chosen once:
 
     Weights         how each group of weights is held: whole beside sharded masters, or fully sharded (`strategy.py`)
     StepStrategy    how a step runs: micro-batches one after another, or through a pipeline (`step.py`)
     Update          the optimizer (`update.py`)
-    observers       what looks at gradients while they are made (`observers.py`)
+    observers       callbacks on the gradients of a step (`observers.py`)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..observers import GradientObserver, optimizer_observers
 from ..optimizer_state import optimizer_fragments
 from ..pipeline.run import Pipeline
 from ..pipeline.tied_head import TiedHead
-from .assembly import apply_forms, fill_weights, fuses_swiglu, own_stages, policies_and_stages
+from .assembly import fill_weights, fuses_swiglu, own_stages, parallelize_stage, policies_and_stages
 from .groups import parameter_groups
 from .inputs import ModelInputs
 from .step import Accumulation, PipelinedStep, StepStrategy
@@ -44,7 +44,7 @@ class TorchEngine:
     def __init__(
         self, model: Model, mesh: Mesh, make_optimizer: OptimizerFactory, parallel: ParallelConfig, settings: EngineSettings
     ) -> None:
-        """model: on the meta device; it is cut, given storage and its initial weights here."""
+        """model: on the meta device; it is sharded, allocated and initialised here."""
         self.mesh = mesh
         model.to(settings.storage)
         policies, plan = policies_and_stages(model, parallel, settings)
@@ -53,7 +53,7 @@ class TorchEngine:
         self.weights = Weights(make_strategies(parameter_groups(parallel, mesh.layout), mesh, parallel, settings), mesh)
         fuse = fuses_swiglu(model, mesh, parallel, settings, policies)
         for stage in stages.values():
-            apply_forms(stage, policies, mesh, context, parallel, settings, fuse_swiglu=fuse)
+            parallelize_stage(stage, policies, mesh, context, parallel, settings, fuse_swiglu=fuse)
             self.weights.shard(stage)
         held = list(stages.values())
         self.module: nn.Module = held[0] if len(held) == 1 else nn.ModuleList(held)
@@ -78,12 +78,12 @@ class TorchEngine:
         self._observers: list[GradientObserver] = [self._noise, *optimizer_observers(self.optimizer)]
 
     def accumulate(self, share: Share, global_tokens: torch.Tensor, measure: Measure = Measure.NOTHING) -> StepLoss:
-        """Forward and backward of this rank's share."""
+        """Run forward and backward of this rank's share."""
         micro_batches = share.micro_batches
         assert micro_batches, "a rank without a micro-batch would leave its peers waiting in a collective"
         self._noise.measure = measure
-        asked = [observer.begin(share, global_tokens) for observer in self._observers]
-        pauses = [number for number in asked if number is not None]
+        begun = [observer.begin(share, global_tokens) for observer in self._observers]
+        pauses = [number for number in begun if number is not None]
         self.weights.begin_step(single=share.passes == 1, fused=self._update.fused)
         total = self._step.accumulate(micro_batches, global_tokens, pauses, self._show_part)
         self.weights.wait_reduce()
@@ -96,24 +96,24 @@ class TorchEngine:
             observer.see_part(self.weights.gradients())
 
     def _sum_over_batch(self, total: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks that hold different parts of the global batch; every stage's ranks know it afterwards."""
+        """Sum over the ranks that hold different parts of the global batch; every stage's ranks get the result."""
         return self.mesh.sum(self.mesh.sum(total, "data"), "pp")
 
     @torch.no_grad()
     def gradient_norm(self) -> torch.Tensor:
-        """Norm of the whole gradient, in one collective with what was measured."""
+        """Compute the norm of the whole gradient, in one collective with the gradient statistics."""
         return self._noise.norm(self.weights.norm_square())
 
     @torch.no_grad()
     def clip(self, max_norm: float, norm: torch.Tensor) -> None:
-        """Scale by min(1, max_norm / (norm + 1e-6)), PyTorch's convention, without asking the device what the norm is."""
+        """Scale by min(1, max_norm / (norm + 1e-6)), PyTorch's convention, without reading the norm on the host."""
         gradients = self.weights.gradients()
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         self._update.scale(gradients, factor.to(self._parameters[0].tensor))
 
     @torch.no_grad()
     def gradient_moments(self, samples: int) -> Moments | None:
-        """What `gradient_norm` summed and, where asked for, the projections on the whole gradient."""
+        """Return what `gradient_norm` summed and, where asked for, the projections on the whole gradient."""
         return self._noise.moments(samples, [functools.partial(self._whole_gradient, p) for p in self._parameters])
 
     def _whole_gradient(self, parameter: NamedParameter) -> torch.Tensor:
@@ -121,27 +121,27 @@ class TorchEngine:
         return self.weights.shards.gather(parameter, parameter.tensor.grad.to(parameter.tensor.dtype))
 
     def update(self, lr: float) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         self.weights.wait_all_gather(compute_copies=self._update.fused)
         self._update.step(lr)
         self.weights.all_gather_weights(copied=self._update.fused)
 
     def zero_grad(self) -> None:
-        """Forget the gradient."""
+        """Discard the gradient."""
         self._update.zero_grad()
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
-        """Loss without gradients, over all ranks."""
+        """Compute the loss without gradients, over all ranks."""
         tokens = torch.tensor(sum(batch.valid_tokens for batch in micro_batches), dtype=torch.float64, device=self.mesh.device)
         self.weights.sync_from_masters()
         total = self._step.evaluate(micro_batches)
         self.weights.reshard()
-        # The ranks that share samples have each counted the whole of them.
+        # Context-parallel ranks have each counted the tokens of whole samples.
         return StepLoss(self._sum_over_batch(total), self.mesh.sum(tokens, "data") / self.mesh.layout.cp, {})
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's boxes of weights and of the optimizer's arrays."""
+        """Yield this rank's boxes of weights and of the optimizer's arrays."""
         self.weights.wait_all_gather(compute_copies=False)
         yield from optimizer_fragments(self.optimizer, self._parameters)
 
@@ -154,14 +154,14 @@ class TorchEngine:
         self.load_counters(initial_counter_values(self.optimizer, self.counters()))
 
     def counters(self) -> dict[str, float]:
-        """The optimizer's scalar state."""
+        """Return the optimizer's scalar state."""
         return self._update.counters()
 
     def load_counters(self, counters: dict[str, float]) -> None:
-        """Set the optimizer's scalar state. Fragments have been written to before."""
+        """Set the optimizer's scalar state, after fragments have been restored."""
         self._update.load_counters(counters)
         self.weights.masters_written()
 
     def finish(self) -> None:
-        """Weights may still be gathered. A thread that ends such work while the interpreter does takes the process with it."""
+        """Wait for pending all-gathers: one that ends while the interpreter exits would crash the process."""
         self.weights.wait_all_gather(compute_copies=True)

@@ -1,8 +1,8 @@
-"""Matrix products of the blocks in float8 (`trainer.float8`), by torchao, which scales and casts each factor when it is used.
+"""Matrix products of the blocks in float8 (`trainer.float8`) by torchao, which scales and casts each factor when it is used.
 
 Embedding, head, norms, attention and the optimizer stay as they are, and so do names, weights and checkpoints. Float8 is an
-exception to the promise that a run is a function of its recipe alone: a scale is taken over the part of a tensor that a rank
-has at hand, so losses of different layouts differ by float8's rounding.
+exception to the promise that a run is a function of its recipe alone. A scale is taken over the part of a tensor that a rank
+holds, so losses of different layouts differ by float8's rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _UNIT = 16  # the matrix units take float8 in pieces of 16 along every dim
 
 
 def float8_size_problems(blocks: Iterable[nn.Module], tokens: int | None) -> Iterator[Problem]:
-    """Sizes that the units can't take: of the blocks' linear layers, and of the micro-batches that a rank gets.
+    """Yield sizes that float8 matrix units can't take, of the blocks' linear layers and of the micro-batches that a rank gets.
 
     tokens: of such a micro-batch; the product for a weight's gradient sums over them. None: they are not known.
     """

@@ -1,4 +1,4 @@
-"""Groups of parameters: which of a model's weights are held in which way and over which ranks, and what is gathered at once."""
+"""Groups of parameters: how a model's weights are held, over which ranks, and which are gathered together."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class GatherUnit:
 
 
 def parameter_groups(parallel: ParallelConfig, layout: Layout) -> list[ParameterGroup]:
-    """The groups of a model, the one without `modules` last: its units lie around those of the others."""
+    """List the groups of a model. The one without `modules` is last: its units enclose those of the others."""
     return [ParameterGroup("dense", uses_fsdp(parallel, layout))]
 
 
 def group_of(parameter: str, groups: Sequence[ParameterGroup]) -> ParameterGroup:
-    """The group that takes a parameter, by the names of the modules that it lies in."""
+    """Find the group of a parameter, by the names of the modules that it is in."""
     modules = list(accumulate(parameter.split(".")[:-1], "{}.{}".format))
     return next(group for group in groups if group.modules is None or any(map(group.modules, modules)))
 
@@ -56,14 +56,14 @@ def group_of(parameter: str, groups: Sequence[ParameterGroup]) -> ParameterGroup
 def split_by_group(
     stage: nn.Module, group: ParameterGroup, groups: Sequence[ParameterGroup]
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """A stage's parameters by name: those of a group, and all others."""
+    """Split a stage's parameters by name into those of a group and all others."""
     named = dict(stage.named_parameters())
     own = {name: parameter for name, parameter in named.items() if group_of(name, groups) is group}
     return own, {name: parameter for name, parameter in named.items() if name not in own}
 
 
 def gather_units(stage: Model, group: ParameterGroup, groups: Sequence[ParameterGroup]) -> Iterator[GatherUnit]:
-    """The units of a group in a stage, in the order of the forward pass."""
+    """Yield the units of a group in a stage, in the order of the forward pass."""
     own, _ = split_by_group(stage, group, groups)
     rest = dict.fromkeys(own.values())
 

@@ -1,4 +1,4 @@
-"""What the model is called with for a micro-batch: this rank's part of it, on its device."""
+"""Model inputs for a micro-batch: this rank's part of it, on its device."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ class ModelInputs:
         self._slices_sequences = sequence_parallel and mesh.layout.tp > 1
 
     def part(self, micro_batch: MicroBatch) -> tuple[MicroBatch, torch.Tensor | None]:
-        """This rank's part, and the positions where those can't be told from it."""
+        """Cut out this rank's part. Also returns the positions where the part alone does not give them."""
         micro_batch, positions_BS = micro_batch.to(self._mesh.device), None
         if self._context is not None:
-            own = self._context.cut(micro_batch)
-            micro_batch, positions_BS = own.micro_batch, own.positions_BT
+            part = self._context.cut(micro_batch)
+            micro_batch, positions_BS = part.micro_batch, part.positions_BT
         if self._compiled and micro_batch.documents is not None:
             micro_batch.documents.mark_dynamic()
         return micro_batch, positions_BS
 
     def of_stages(self, micro_batch: MicroBatch) -> StageInputs:
-        """What a pipeline's stages are called with."""
+        """Return the inputs of a pipeline's stages."""
         micro_batch, positions_BS = self.part(micro_batch)
         documents = micro_batch.documents
         shared: dict[str, torch.Tensor | Documents] = {} if documents is None else {"documents": documents}
         batch, length = micro_batch.tokens_BS.shape
         if self._slices_sequences:
-            # What passes between stages is a rank's slice, from whose length a stage can't tell the positions.
+            # A stage receives only a rank's slice, whose length does not give the positions.
             if positions_BS is None:
                 plain = torch.arange(length, device=self._mesh.device).expand(batch, length)
                 positions_BS = plain if documents is None else documents.positions()

@@ -1,4 +1,4 @@
-"""How a step runs on a rank: micro-batches one after another, or through a pipeline's stages."""
+"""Step strategies: micro-batches one after another, or through a pipeline's stages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StepStrategy(Protocol):
         pauses: Sequence[int],
         pause: Callable[[], None],
     ) -> torch.Tensor:
-        """Make gradients of the sum of token losses / global_tokens. Returns this rank's part of that sum.
+        """Accumulate the gradients of the sum of token losses / global_tokens. Returns this rank's part of that sum.
 
         pauses: numbers of micro-batches after which the gradients so far must be complete, and `pause` is called. The last
         one's gradients are complete after `Weights.wait_reduce`.
@@ -33,12 +33,12 @@ class StepStrategy(Protocol):
         ...
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
-        """Only forward. Returns this rank's part of the sum of token losses."""
+        """Run forward only. Returns this rank's part of the sum of token losses."""
         ...
 
 
 class Accumulation:
-    """Micro-batches one after another, each forward and backward."""
+    """Gradient accumulation: micro-batches one after another, each forward and backward."""
 
     def __init__(self, module: nn.Module, inputs: ModelInputs, weights: Weights, device: torch.device) -> None:
         self._module, self._inputs, self._weights, self._device = module, inputs, weights, device
@@ -94,7 +94,7 @@ class PipelinedStep:
             self._tied.fetch()
         total = self._pipeline.accumulate([self._inputs.of_stages(batch) for batch in micro_batches], global_tokens)
         if self._tied is not None:
-            self._tied.give_gradient()
+            self._tied.return_gradient()
         return total
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:

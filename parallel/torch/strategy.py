@@ -1,4 +1,4 @@
-"""How a group's weights are held: the methods that every way has, in the order in which an engine calls them."""
+"""The interface of weight strategies: how a group's weights are held. An engine calls the methods in their order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LocalWeight:
 
 
 class WeightStrategy:
-    """A way to hold one group's weights. What a strategy does not override it has no need of, but for the four that raise.
+    """A way to hold one group's weights. The four methods that raise must be overridden; the others do nothing by default.
 
     local  by name, the group's weights on this rank; filled by `adopt`
     """
@@ -36,41 +36,41 @@ class WeightStrategy:
         self.local: dict[str, LocalWeight] = {}
 
     def shard(self, stage: Model) -> None:
-        """Cut the group's weights in a stage, on the meta device, over the ranks; give this rank's part memory."""
+        """Shard the group's weights in a stage, on the meta device, over the ranks, and allocate this rank's part."""
         raise NotImplementedError
 
     def adopt(self, stages: Sequence[Model], named: Mapping[str, nn.Parameter]) -> None:
-        """Take charge of the group's parameters in the sharded stages. named: all parameters of theirs."""
+        """Register the group's parameters in the sharded stages. named: all parameters of the stages."""
         raise NotImplementedError
 
     def watch(self, see: Callable[[str, nn.Parameter], None]) -> None:
-        """Call `see` with every weight that gradients are computed of, before it is used; it may be called again."""
+        """Call `see` with every weight that has a gradient, before it is used. It may be called again for the same weight."""
         raise NotImplementedError
 
     def begin_step(self, *, single: bool, fused: bool) -> None:
-        """Before a step's first forward pass.
+        """Prepare for a step, before its first forward pass.
 
         single: no rank runs more than one micro-batch. fused: the optimizer takes gradients in the dtype of the compute.
         """
 
     def set_last_micro_batch(self, last: bool) -> None:
-        """Before a micro-batch's forward pass. last: gradients must be complete on all ranks after it."""
+        """Announce a micro-batch, before its forward pass. last: gradients must be complete on all ranks after it."""
 
     def wait_reduce(self) -> None:
-        """After a last micro-batch: until every `tensor` has its gradient, summed over all ranks."""
+        """Wait, after a last micro-batch, until every `tensor` has its gradient, summed over all ranks."""
         raise NotImplementedError
 
     def wait_all_gather(self, *, compute_copies: bool) -> None:
-        """Until no gather touches `tensor`, before it is read or written. compute_copies: they will be written, too."""
+        """Wait until no all-gather uses `tensor`, before it is read or written. compute_copies: they will be written, too."""
 
     def all_gather_weights(self, *, copied: bool) -> None:
-        """After an update: begin to make the weights whole. copied: the optimizer has written every `compute_copy`."""
+        """Start, after an update, to all-gather the weights. copied: the optimizer has written every `compute_copy`."""
 
     def sync_from_masters(self) -> None:
-        """Before an evaluation: bring the weights up to date."""
+        """Bring the weights up to date with their masters, before an evaluation."""
 
     def reshard(self) -> None:
-        """After an evaluation: free what was gathered for it."""
+        """Free the weights that were gathered for an evaluation, after it."""
 
     def masters_written(self) -> None:
-        """Note that another than the optimizer has written to every `tensor`, on every rank."""
+        """Mark the weights as outdated: a restore has written to every `tensor`, on every rank."""

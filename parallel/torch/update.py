@@ -33,20 +33,20 @@ class Update:
             torch._foreach_mul_(gradients, factor)
 
     def step(self, lr: float) -> None:
-        """One update at this learning rate."""
+        """Take one optimizer step at this learning rate."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._optimizer.step()
 
     def zero_grad(self) -> None:
-        """Forget the gradients and what they were to be multiplied by."""
+        """Discard the gradients and their pending scale."""
         if self.fused:
             self._fused_step.gradient_scale = None
         for weight in self._weights.values():
             weight.tensor.grad = weight.placed.parameter.grad = None
 
     def counters(self) -> dict[str, float]:
-        """Scalar state, read off the first parameter: it is the same for every one."""
+        """Return the scalar state of the first parameter, which is that of every one."""
         state = self._optimizer.state[next(iter(self._weights.values())).tensor]
         return {role: float(value) for role, value in state.items() if not torch.is_tensor(value) or value.dim() == 0}
 

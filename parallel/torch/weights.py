@@ -1,4 +1,4 @@
-"""All weights of a rank's stages: the union of their groups, each held by its strategy."""
+"""All weights of a rank's stages: the union of their groups, each with its strategy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .transport import choose_transport
 def make_strategies(
     groups: Sequence[ParameterGroup], mesh: Mesh, parallel: ParallelConfig, settings: EngineSettings
 ) -> list[WeightStrategy]:
-    """A strategy for each group. Every process calls it."""
+    """Make a strategy for each group. Every process must call it."""
 
     def make(group: ParameterGroup) -> WeightStrategy:
         transport = choose_transport(mesh, mesh.weight_axes[group.name], parallel)
@@ -36,9 +36,9 @@ def make_strategies(
 
 
 class Weights(WeightStrategy):
-    """All groups as if they were one: each method is every strategy's. `local` is in the order of the stages' parameters.
+    """All groups behind one interface: each method calls every strategy. `local` is in the order of the stages' parameters.
 
-    shards  what optimizers ask about the other ranks' shards
+    shards  the optimizers' access to the other ranks' shards
     """
 
     def __init__(self, strategies: Sequence[WeightStrategy], mesh: Mesh) -> None:
@@ -51,7 +51,7 @@ class Weights(WeightStrategy):
             strategy.shard(stage)
 
     def adopt(self, stages: Sequence[Model], named: Mapping[str, nn.Parameter]) -> None:
-        """Have every group take charge of its parameters, and list them together."""
+        """Register every group's parameters, and list them together."""
         for strategy in self.strategies:
             strategy.adopt(stages, named)
         held = {name: weight for strategy in self.strategies for name, weight in strategy.local.items()}
@@ -66,7 +66,7 @@ class Weights(WeightStrategy):
         return {name: weight.placed for name, weight in self.local.items()}
 
     def named_parameters(self, model: Model) -> list[NamedParameter]:
-        """The parameters as optimizers see them: plain local tensors, so that every elementwise optimizer is right as it is."""
+        """List the parameters for an optimizer, as plain local tensors: any elementwise optimizer is correct on them."""
 
         def seen(name: str, weight: LocalWeight) -> NamedParameter:
             place, copy = weight.placed, weight.compute_copy
@@ -76,15 +76,15 @@ class Weights(WeightStrategy):
         return [seen(name, weight) for name, weight in self.local.items()]
 
     def gradients(self) -> list[torch.Tensor]:
-        """This rank's shards of the gradients there are."""
+        """List this rank's shards of the gradients, leaving out weights that have none."""
         return [weight.tensor.grad for weight in self.local.values() if weight.tensor.grad is not None]
 
     def norm_square(self) -> torch.Tensor:
-        """This rank's part of the squared norm: divided by the copies of each element, so that ranks' parts add up."""
+        """Compute this rank's part of the squared norm, divided by the copies of each element so that ranks' parts add up."""
         tensors = [weight.tensor for weight in self.local.values()]
         norms = torch.stack(torch._foreach_norm(self.gradients(), 2, tensors[0].dtype)).double()
         present = [index for index, tensor in enumerate(tensors) if tensor.grad is not None]
-        # The rule is that all have one, and then no index has to reach the device, which the host would wait for.
+        # Usually all have one. Then no index is copied to the device, for which the host would wait.
         per_copy = self._per_copy if len(present) == len(tensors) else self._per_copy[present]
         return (norms.square() * per_copy).sum().to(self._mesh.device)
 

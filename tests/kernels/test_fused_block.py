@@ -160,7 +160,7 @@ def test_where_blocks_may_be_fused(
     built = model()
     settings = EngineSettings(seed=0, **{"precision": "bf16", **change})  # type: ignore[arg-type]
     fuse = assembly.fuses_swiglu(built, mesh, parallel, settings, [policy] * 2)
-    assembly.apply_forms(built, [policy] * 2, mesh, None, parallel, settings, fuse_swiglu=fuse)
+    assembly.parallelize_stage(built, [policy] * 2, mesh, None, parallel, settings, fuse_swiglu=fuse)
     for block in built.layers.values():
         assert isinstance(block, Block)
         assert (block.fused_norm is not None, block.ffn.swiglu is not None) == (fused, swiglu_too)
