@@ -31,7 +31,7 @@ from typing import Any
 
 from ..models.protocol import Model
 from ..parallel.config import ParallelConfig
-from ..parallel.deepspeed.config import NVME_SUB_GROUP, plain
+from ..parallel.deepspeed.config import NVME_SUB_GROUP, as_dict
 from .cost import RankCost
 from .memory import Job
 from .offload import OffloadAccount, pinned
@@ -79,7 +79,7 @@ def deepspeed_cost(
     rank: the torch engine's for the same model without offloading, data-parallel.
     """
     unit, stage = 2 if job.precision == "bf16" else 4, parallel.zero
-    keys: dict[str, Any] = plain(parallel.deepspeed.config).get("zero_optimization") or {}
+    keys: dict[str, Any] = as_dict(parallel.deepspeed.config).get("zero_optimization") or {}
     limit = int(keys.get("sub_group_size", NVME_SUB_GROUP if parallel.offload == "nvme" else SUB_GROUP))
     sizes = _Sizes(model, ranks, limit)
     whole, shard = sum(parameter.numel() for parameter in model.parameters()), sizes.shard

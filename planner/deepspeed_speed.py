@@ -6,7 +6,7 @@ from typing import Any
 
 from ..models.costs import ACCUM_BYTES, BYTES
 from ..parallel.config import ParallelConfig
-from ..parallel.deepspeed.config import plain
+from ..parallel.deepspeed.config import as_dict
 from ..parallel.layout import Layout
 from .cost import RankCost
 from .memory import Job
@@ -39,7 +39,7 @@ def deepspeed_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, jo
         within = many * ((2 * unit + (unit + exact if unit < exact else 0)) * whole + 3 * exact * own)
         between = many * summed + unit * whole * away
     else:
-        keys: dict[str, Any] = plain(parallel.deepspeed.config).get("zero_optimization") or {}
+        keys: dict[str, Any] = as_dict(parallel.deepspeed.config).get("zero_optimization") or {}
         near = int(keys.get("zero_hpz_partition_size", 1))
         sent = 1 if keys.get("zero_quantized_weights") else unit
         again = (near - 1) / near if near > 1 else away

@@ -1,8 +1,8 @@
-"""DeepSpeed's configuration, derived from the recipe, and everything that DeepSpeed can't do under this framework's rules.
+"""DeepSpeed's configuration, derived from the recipe, and the limits of DeepSpeed under this framework's rules.
 
-The user never writes DeepSpeed's JSON: what the recipe says is said once. `parallel.deepspeed.config` adds keys that the
-recipe has no word for (bucket sizes, hpZ, asynchronous I/O); a key that the recipe decides is refused by name, and so is a
-key of which it is known that DeepSpeed 0.19.8 computes something else with it than the recipe says.
+The user never writes DeepSpeed's JSON, so that each setting is given once. `parallel.deepspeed.config` adds keys that the
+recipe does not have (bucket sizes, hpZ, asynchronous I/O). A key that the recipe decides is refused by name. So is a key
+with which DeepSpeed 0.19.8 computes something else than the recipe says.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NVME_SUB_GROUP = 100_000_000
 
 
 def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of everything in a nested dict that is not itself a non-empty dict."""
+    """Yield dotted path and value of everything in a nested dict that is not itself a non-empty dict."""
     for key, value in tree.items():
         path = f"{prefix}{key}"
         if isinstance(value, dict) and value:
@@ -35,13 +35,13 @@ def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield path, value
 
 
-def plain(node: Any) -> Tree:
-    """The user's keys as plain dicts, which is all that DeepSpeed reads."""
+def as_dict(node: Any) -> Tree:
+    """Convert the user's keys to plain dicts, the only kind that DeepSpeed reads."""
     return OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)  # type: ignore[return-value]
 
 
 def _covering(path: str, table: Iterable[str]) -> str | None:
-    """The entry of a table that this path is, or lies under."""
+    """Return the entry of a table that equals this path or is a prefix of it; None if there is none."""
     parts = path.split(".")
     for end in range(len(parts), 0, -1):
         if (prefix := ".".join(parts[:end])) in table:
@@ -69,7 +69,7 @@ def _extra_problems(extra: Tree, config: ParallelConfig) -> Iterator[Problem]:
 
 
 def _closed(path: str, value: Any) -> Iterator[Problem]:
-    """A path that is not open to the user."""
+    """Yield why a path is not open to the user."""
     if decided := _covering(path, DECIDED):
         yield Problem(f"{HERE}.{path}", f"the recipe decides it with {DECIDED[decided]}", f"set {DECIDED[decided]} instead")
     elif removed := _covering(path, REMOVED):
@@ -92,19 +92,19 @@ def _closed(path: str, value: Any) -> Iterator[Problem]:
 
 
 def _is_off(value: Any) -> bool:
-    """Whether a key that is refused is written down as not used. A zero is a number: half of nothing is not the default."""
+    """Return whether the value of a refused key switches it off. A zero does not: it is a number."""
     return value is None or value is False or value == {}
 
 
 def _named(group: str | None) -> str:
-    """The open keys of a group, or the top-level ones."""
+    """Name the open keys of a group, or the top-level ones."""
     if group is None:
         return ", ".join(sorted({path.partition(".")[0] for path in OPEN}))
     return ", ".join(sorted(path.removeprefix(f"{group}.") for path in OPEN if path.startswith(f"{group}.")))
 
 
 def _wrong_value(path: str, value: Any) -> tuple[str, str] | None:
-    """What is wrong with the value of an open key, and the fix; None if nothing is."""
+    """Return what is wrong with the value of an open key, and the fix; None if nothing is."""
     if path in COUNTS:
         least = COUNTS[path]
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -118,7 +118,7 @@ def _wrong_value(path: str, value: Any) -> tuple[str, str] | None:
 
 
 def deepspeed_problems(config: ParallelConfig, precision: str, world_size: int) -> list[Problem]:
-    """Everything in a recipe with parallel.engine=deepspeed that can't be, on this many processes."""
+    """List what is wrong with a recipe with parallel.engine=deepspeed on this many processes."""
     problems: list[Problem] = []
     use_torch = "use parallel.engine=torch"
     for key in ("tp", "pp", "cp"):
@@ -144,7 +144,7 @@ def deepspeed_problems(config: ParallelConfig, precision: str, world_size: int) 
             )
         )
     problems += _offload_problems(config)
-    extra = plain(config.deepspeed.config)
+    extra = as_dict(config.deepspeed.config)
     wrong = list(_extra_problems(extra, config))
     if wrong:
         return problems + wrong
@@ -189,15 +189,15 @@ def _offload_problems(config: ParallelConfig) -> Iterator[Problem]:
 
 
 def lossy_features(config: ParallelConfig) -> list[str]:
-    """What a recipe asks of DeepSpeed that keeps no rule exactly, for a warning at start-up."""
-    return [f"{path}: {LOSSY[path]}" for path, value in leaves(plain(config.deepspeed.config)) if path in LOSSY and value]
+    """List the enabled DeepSpeed features that break a rule, for a warning at start-up."""
+    return [f"{path}: {LOSSY[path]}" for path, value in leaves(as_dict(config.deepspeed.config)) if path in LOSSY and value]
 
 
 def derive(config: ParallelConfig, precision: str, *, pin_memory: bool) -> Tree:
-    """DeepSpeed's configuration for a recipe without problems.
+    """Derive DeepSpeed's configuration from a recipe without problems.
 
-    Batch sizes are placeholders: each step says itself which micro-batch is its last, so their number may change from
-    step to step. Gradients are accumulated and reduced in fp32 whatever the weights' precision.
+    Batch sizes are placeholders. Each step sets which micro-batch is its last, so their number may change between steps.
+    Gradients are accumulated and reduced in fp32 whatever the weights' precision.
     pin_memory: whether offloaded state lies in page-locked memory (a GPU copies from it while it computes).
     """
     bf16 = precision == "bf16"
@@ -221,11 +221,11 @@ def derive(config: ParallelConfig, precision: str, *, pin_memory: bool) -> Tree:
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
     }
-    return _merge(tree, plain(config.deepspeed.config))
+    return _merge(tree, as_dict(config.deepspeed.config))
 
 
 def _merge(base: Tree, extra: Tree, prefix: str = "") -> Tree:
-    """Both, the user's word last; a count may have been written 5e8, and what is refused may be switched off."""
+    """Merge both; the user's values win. Counts may be written 5e8, and refused keys may be present, switched off."""
     merged = dict(base)
     for key, value in extra.items():
         below, path = merged.get(key), f"{prefix}{key}"

@@ -1,14 +1,14 @@
 """DeepSpeedEngine: ZeRO 0–3 with CPU and NVMe offload behind the Engine protocol.
 
-DeepSpeed shards, reduces, offloads and updates; this class sees to it that a run under it is the run under TorchEngine:
+DeepSpeed shards, reduces, offloads and updates. This class makes a run under it equal to the run under TorchEngine:
 
 - The loss of a micro-batch is divided by the tokens of the whole global batch (rule R2) and multiplied by the number of
   ranks, because DeepSpeed averages gradients over them.
-- Each step says itself which micro-batch is its last, so their number may change from step to step.
+- Each step sets which micro-batch is its last, so their number may change between steps.
 - Initial weights are drawn into the fp32 masters, box by box (rule R3); DeepSpeed would round them to bf16 first.
 - Norm, clipping and learning rate are set here, between the last reduction and DeepSpeed's update.
 
-An optimizer gets flat pieces of parameters, so it must update every element by itself; `updates_elementwise` finds out.
+An optimizer gets flat pieces of parameters, so its update must be elementwise; `updates_elementwise` tests that.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ..policies import block_policies
 from ..shards import Placed
 from .config import QUANTISED, derive, lossy_features
 from .optimizer import FlatPieces, cpu_adam, require_op
-from .setup import import_deepspeed, materialise, quiet, refuse_odd_shards, swap_folder
+from .setup import check_quantisable, import_deepspeed, materialise, quiet, swap_folder
 from .state import state_of, whole_shape
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class DeepSpeedEngine:
         policies = [settings.activation] * len(blocks) if shape is None else block_policies(shape, parallel, settings)
         model.use_kernels(dict.fromkeys(model.block_modules(), BlockKernels(CausalAttention(settings.attention))))
         for block, policy in zip(blocks, policies, strict=True):
-            # ZeRO-3's hooks around a block gather its weights and are no business of the compiler's.
+            # Leave ZeRO-3's hooks around a block out of the compiled code: they gather its weights.
             hooked = settings.compile and parallel.zero == 3 and policy != "offload"
             apply_policies([block], [policy], compiled=settings.compile and not hooked)
             if hooked:
@@ -88,8 +88,8 @@ class DeepSpeedEngine:
             for name, parameter in model.named_parameters()
         ]
         if parallel.zero == 3 and blocks:
-            # A block's weights are gathered together, before the block: inside it there is nothing for a compiler to
-            # break at, nor for selective recomputation to stumble over.
+            # Gather a block's weights together, before the block. A gather inside it would break the compiled graph and
+            # selective recomputation.
             deepspeed.utils.set_z3_leaf_modules(model, [type(block) for block in blocks])
         self.optimizer = make_optimizer(parameters, FlatPieces())
         if parallel.deepspeed.cpu_adam:
@@ -99,7 +99,7 @@ class DeepSpeedEngine:
                 model=model, optimizer=self.optimizer, config=derived, dist_init_required=False
             )[0]
         if quantised:
-            refuse_odd_shards(model, self._ranks)
+            check_quantisable(model, self._ranks)
         self._state = state_of(self._engine, self.optimizer, parallel.zero)
         self._pending = False  # whether a gradient waits for an update
         for fragment in self._state.fragments():
@@ -114,9 +114,9 @@ class DeepSpeedEngine:
                 offsets=fragment.box.offsets,
                 on=mesh.device,
             )
-        self._state.commit()
+        self._state.sync_from_masters()
         named = dict(model.named_parameters())
-        # What hooks see is the gradient times the number of ranks, which DeepSpeed's mean takes away again.
+        # Hooks see the gradient times the number of ranks; DeepSpeed's mean divides by it later.
         self._noise = GradientNoise(mesh, {name: Placed.of(weight, mesh) for name, weight in named.items()}, self._ranks)
         for name, weight in named.items() if settings.measures else ():
             self._noise.watch(name, weight)
@@ -128,7 +128,7 @@ class DeepSpeedEngine:
         return self._engine(micro_batch.tokens_BS, micro_batch.targets_BS, micro_batch.documents)
 
     def accumulate(self, share: Share, global_tokens: torch.Tensor, measure: Measure = Measure.NOTHING) -> StepLoss:
-        """Forward and backward of this rank's share."""
+        """Run forward and backward of this rank's share."""
         micro_batches = share.micro_batches
         assert micro_batches, "a rank without a micro-batch would leave its peers waiting in a collective"
         self._noise.measure = measure
@@ -144,7 +144,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def gradient_norm(self) -> torch.Tensor:
-        """From this rank's pieces of the reduced gradient; where every rank holds all of it, each stands for its share."""
+        """Compute the norm from this rank's pieces of the reduced gradient. A replicated one counts as 1/ranks."""
         squares = self._state.gradient_squares().to(self.mesh.device)
         if self._state.replicated:
             squares = squares / self._ranks
@@ -157,11 +157,11 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def gradient_moments(self, samples: int) -> Moments | None:
-        """What `gradient_norm` summed up; no projections."""
+        """Return what `gradient_norm` summed; no projections."""
         return self._noise.moments(samples)
 
     def update(self, lr: float) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._engine.step()
@@ -169,14 +169,14 @@ class DeepSpeedEngine:
         self._pending = False
 
     def zero_grad(self) -> None:
-        """Forget the gradient. DeepSpeed's update did so already."""
+        """Discard the gradient. DeepSpeed's update already does so."""
         if self._pending:
             self._state.discard_gradients()
             self._pending = False
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
-        """Loss without gradients, over all ranks."""
+        """Compute the loss without gradients, over all ranks."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         for micro_batch in micro_batches:
             sums[0] += self._forward(micro_batch)
@@ -185,7 +185,7 @@ class DeepSpeedEngine:
         return StepLoss(sums[0], sums[1], {})
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's boxes of the fp32 masters and of the optimizer's tensors that have a weight's shape."""
+        """Yield this rank's boxes of the fp32 masters and of the optimizer's tensors that have a weight's shape."""
         return self._state.fragments()
 
     def prepare_restore(self) -> None:
@@ -193,14 +193,14 @@ class DeepSpeedEngine:
         self._state.create_optimizer_state()
 
     def counters(self) -> dict[str, float]:
-        """Scalar optimizer state: the same for every parameter."""
+        """Return the scalar optimizer state, which is the same for every parameter."""
         return self._state.counters()
 
     @torch.no_grad()
     def load_counters(self, counters: dict[str, float]) -> None:
-        """Set the scalar state, and bring the weights that the model computes with up to date with the restored masters."""
+        """Set the scalar state, and update the compute weights from the restored masters."""
         self._state.load_counters(counters)
-        self._state.commit()
+        self._state.sync_from_masters()
 
     def finish(self) -> None:
-        """Nothing is under way between steps."""
+        """Do nothing: no communication is pending between steps."""

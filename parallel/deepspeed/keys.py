@@ -1,6 +1,6 @@
 """The keys of DeepSpeed 0.19.8's own configuration: which the recipe decides, which are refused and why, which are open.
 
-DeepSpeed ignores top-level keys that it does not know, and reports others only when it starts; here both are told beforehand.
+DeepSpeed ignores unknown top-level keys, and reports others only when it starts. These tables find both before that.
 A test compares these tables with DeepSpeed's own code.
 """
 
@@ -98,7 +98,7 @@ REMOVED = {
     "zero_optimization.zeropp_loco_param": None,
 }
 
-# Keys that keep no rule exactly but are asked for knowingly: an exception that start-up reports.
+# Keys that break a rule but are allowed on request. Start-up warns of them.
 LOSSY = {
     "zero_optimization.zero_quantized_weights": "weights are quantised to int8 on the wire (ZeRO++ qwZ)",
 }

@@ -1,7 +1,7 @@
-"""Which optimizers DeepSpeed may be given: those that update every element by itself (rule R4), and DeepSpeed's CPU Adam.
+"""Optimizers that work under DeepSpeed: elementwise ones (rule R4), and DeepSpeed's CPU Adam.
 
-DeepSpeed puts a new `torch.optim.Adagrad` over all flat groups, without their decay and rates, in the place of any optimizer
-derived from it, so those are refused. Of other classes that it treats apart, only its own Muon updates anything otherwise.
+DeepSpeed replaces any optimizer derived from `torch.optim.Adagrad` by a new one over all flat groups, without their decay and
+rates, so those are refused. Of the other classes that it treats specially, only its own Muon changes an update.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from ..engine import OptimizerFactory
 
 
 class FlatPieces:
-    """`Shards` where there is no parameter any more, only flat pieces of several: every question is an error."""
+    """`Shards` where only flat pieces of several parameters exist: every method raises ConfigError."""
 
     def sum(self, values: torch.Tensor, parameters: Sequence[NamedParameter]) -> torch.Tensor:
-        """Refused."""
+        """Raise ConfigError."""
         raise _refusal("asks for sums over whole parameters")
 
     def across_stages(self, values: torch.Tensor) -> torch.Tensor:
-        """Refused."""
+        """Raise ConfigError."""
         raise _refusal("asks for sums over whole parameters")
 
     def gather(self, parameter: NamedParameter, local: torch.Tensor) -> torch.Tensor:
-        """Refused."""
+        """Raise ConfigError."""
         raise _refusal("asks for whole parameters")
 
     def scatter(self, parameter: NamedParameter, whole: torch.Tensor) -> torch.Tensor:
-        """Refused."""
+        """Raise ConfigError."""
         raise _refusal("asks for its part of whole parameters")
 
 
@@ -57,8 +57,10 @@ def _replaced(optimizer: torch.optim.Optimizer) -> ConfigError:
 
 
 def optimizer_problems(make_optimizer: OptimizerFactory) -> list[Problem]:
-    """Whether this optimizer survives DeepSpeed: it is built over small parameters, given flat pieces of them in their
-    place, as DeepSpeed does, and must then update each element as it does when it has the parameters themselves.
+    """Return why this optimizer does not work under DeepSpeed.
+
+    It is built over small parameters, then given flat pieces of them in their place, as DeepSpeed does. It must update each
+    element as it does with the parameters themselves.
     """
     try:
         if updates_elementwise(make_optimizer):
@@ -66,15 +68,15 @@ def optimizer_problems(make_optimizer: OptimizerFactory) -> list[Problem]:
         problem = _refusal("updates an element by its neighbours in the parameter").problems[0]
     except ConfigError as refusal:
         return refusal.problems
-    except Exception as error:  # whatever a user's optimizer trips over
+    except Exception as error:  # any error of a user's optimizer
         problem = _refusal(f"fails on flat pieces ({type(error).__name__}: {error})").problems[0]
     return [problem]
 
 
 def updates_elementwise(make_optimizer: OptimizerFactory) -> bool:
-    """Whether two updates of flat pieces equal two updates of the parameters themselves, bit for bit.
+    """Return whether two updates of flat pieces equal two updates of the parameters themselves, bit for bit.
 
-    Raises ConfigError for an optimizer that asks for more than pieces, or that DeepSpeed would not keep.
+    Raises ConfigError for an optimizer that needs whole parameters, or that DeepSpeed would replace.
     """
     shapes = [(6, 4), (4,), (3, 8)]
 
@@ -125,9 +127,9 @@ def updates_elementwise(make_optimizer: OptimizerFactory) -> bool:
 
 
 def cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """DeepSpeed's CPU Adam with the groups and hyper-parameters of an AdamW. Compiled on first use (a minute or more).
+    """Make DeepSpeed's CPU Adam with the groups and hyper-parameters of an AdamW. Compiled on first use (a minute or more).
 
-    Raises ConfigError when the optimizer is another one or the compiled part can't be had, saying what is missing.
+    Raises ConfigError when the optimizer is another one, or when the extension can't be compiled, saying what is missing.
     """
     key = "parallel.deepspeed.cpu_adam"
     if not isinstance(optimizer, torch.optim.AdamW):
@@ -148,7 +150,7 @@ def cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     )
 
 
-# What a compiled part of DeepSpeed needs.
+# What each compiled extension of DeepSpeed needs.
 NEEDS = {
     "CPUAdamBuilder": "a C++ compiler (g++) and ninja",
     "QuantizerBuilder": "a GPU, CUDA's toolkit (nvcc) of PyTorch's own CUDA version, a C++ compiler (g++) and ninja",
@@ -157,7 +159,7 @@ NEEDS = {
 
 
 def require_op(builder: str, key: str, fix: str) -> None:
-    """Load one of DeepSpeed's compiled parts, building it if need be.
+    """Load one of DeepSpeed's compiled extensions, building it if need be.
 
     Raises ConfigError naming `key`, with what is missing, when it can't be built.
     """

@@ -1,4 +1,4 @@
-"""DeepSpeed brought up: the optional import, and a model's parameters given storage as each stage wants it."""
+"""Set-up of DeepSpeed: the optional import, and storage for a model's parameters as each ZeRO stage needs it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .state import whole_shape
 
 
 def import_deepspeed(device_type: str) -> Any:
-    """The `deepspeed` module, told which device is meant.
+    """Import the `deepspeed` module for a type of device.
 
     Raises ConfigError naming the extra when it is not installed.
     """
@@ -41,11 +41,11 @@ def import_deepspeed(device_type: str) -> Any:
                 )
             ]
         ) from error
-    # DeepSpeed narrates its every allocation; its warnings stay, but for the one about optimizers that it has not tried:
-    # `optimizer.updates_elementwise` has.
+    # DeepSpeed logs every allocation. Keep its warnings, except the one about untested optimizers, which
+    # `optimizer.updates_elementwise` tests.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    logging.getLogger("DeepSpeed").addFilter(_answered)
-    # DeepSpeed 0.19 calls collectives by the names that torch 2.13 is retiring.
+    logging.getLogger("DeepSpeed").addFilter(_not_about_untested_optimizers)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
     if device_type == "cpu":
         # Otherwise the first engine compiles a shared-memory collective, for more than a minute, which gloo replaces.
@@ -54,17 +54,17 @@ def import_deepspeed(device_type: str) -> Any:
     return deepspeed
 
 
-def _answered(record: logging.LogRecord) -> bool:
+def _not_about_untested_optimizers(record: logging.LogRecord) -> bool:
     return "ZeRO with an untested optimizer" not in record.getMessage()
 
 
 def quiet() -> contextlib.redirect_stdout[io.StringIO]:
-    """Keep what DeepSpeed prints while it starts (its memory use, over and over) off standard output."""
+    """Suppress what DeepSpeed prints to standard output while it starts (its memory use, repeatedly)."""
     return contextlib.redirect_stdout(io.StringIO())
 
 
 def swap_folder(path: str, rank: int) -> str:
-    """A folder of this process's own below `path`, for what it swaps out; removed when the process ends.
+    """Make this process's own folder below `path` for swapped state; it is removed when the process ends.
 
     Raises ConfigError when the folder can't be made.
     """
@@ -78,19 +78,19 @@ def swap_folder(path: str, rank: int) -> str:
     return folder
 
 
-class _OneByOne(nn.Module):
-    """Stands for a model towards zero.Init, giving each of its parameters storage just before it is taken and cut."""
+class _AllocatedOneByOne(nn.Module):
+    """A model as zero.Init sees it: each parameter is allocated just before it is sharded."""
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self._arguments = (model, device, dtype)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The model's parameters, each whole on the device until the next one is asked for."""
+        """Yield the model's parameters, each whole on the device until the next one is asked for."""
         return _with_storage(*self._arguments)
 
     def modules(self) -> Iterator[nn.Module]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The model's modules, which are hidden from this one's own bookkeeping."""
+        """Yield the model's modules, which are not registered as submodules of this one."""
         return self._arguments[0].modules()
 
 
@@ -110,10 +110,10 @@ def _with_storage(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
 
 
 def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, zero_init: dict[str, Any] | None) -> None:
-    """Give a model on the meta device storage, its parameters zero.
+    """Allocate a model on the meta device, its parameters zero.
 
-    zero_init: DeepSpeed's configuration for stage 3, where a parameter is cut into shards as soon as it exists, so that no
-    rank ever holds more than one of them whole; None for the other stages.
+    zero_init: DeepSpeed's configuration for stage 3, where a parameter is sharded as soon as it exists, so that no rank ever
+    holds more than one whole; None for the other stages.
     """
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -125,13 +125,13 @@ def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, zero
     import deepspeed  # pyright: ignore[reportMissingImports]
 
     deepspeed.init_distributed(dist_init_required=False)
-    deepspeed.zero.Init(module=_OneByOne(model, device, dtype), config_dict_or_path=zero_init, dtype=dtype)
+    deepspeed.zero.Init(module=_AllocatedOneByOne(model, device, dtype), config_dict_or_path=zero_init, dtype=dtype)
 
 
-def refuse_odd_shards(model: nn.Module, ranks: int) -> None:
-    """Raises ConfigError naming the weights, of an initialized ZeRO-3 model, that DeepSpeed can't quantise on the wire.
+def check_quantisable(model: nn.Module, ranks: int) -> None:
+    """Raise ConfigError naming the weights of an initialized ZeRO-3 model that DeepSpeed can't quantise on the wire.
 
-    Its kernel takes elements by eights, and of a weight that is padded to give each rank as much it gets the scales wrong.
+    Its kernel takes elements in groups of eight, and computes wrong scales for a weight that is padded to equal shards.
     """
     odd = [
         f"{name} ({'×'.join(map(str, whole_shape(parameter)))})"

@@ -1,4 +1,4 @@
-"""Where a DeepSpeed engine keeps each parameter's fp32 master, optimizer state and gradient, by parameter name (rule R6).
+"""A DeepSpeed engine's fp32 masters, optimizer state and gradients, by parameter name (rule R6).
 
 DeepSpeed's optimizers hold *groups*: flat fp32 tensors, each with its share of several parameters laid end to end.
 
@@ -8,10 +8,10 @@ DeepSpeed's optimizers hold *groups*: flat fp32 tensors, each with its share of 
     3      (part of) a parameter group, each parameter cut      elements [r·c, r·c + c) with c = ⌈n / W⌉, the tail padded
            into W shards
 
-A share is a flat range of the parameter, so it is a handful of boxes (`fragment.boxes_of_flat_range`). DeepSpeed's own
-by-name functions don't do: some hang with two parameter groups, some refuse sizes that W doesn't divide, and none
-brings the low-precision weights up to date. Read off DeepSpeed 0.19.8, the version that the extra pins; the test of
-write-back across stages guards an upgrade.
+A share is a flat range of the parameter, so it is a few boxes (`fragment.boxes_of_flat_range`). DeepSpeed's own functions
+by name do not suffice: some hang with two parameter groups, some refuse sizes that W doesn't divide, and none updates the
+low-precision weights. This follows DeepSpeed 0.19.8, the version that the extra pins. The test of write-back across stages
+guards an upgrade.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ foreach: Any = torch  # the _foreach functions have no types
 
 
 @dataclass(frozen=True)
-class Share:
+class FlatShare:
     """Elements `[start, start + length)` of a parameter, at `offset` of the flat group numbered `group`."""
 
     name: str
@@ -45,7 +45,7 @@ class Share:
 
 
 class EngineState(ABC):
-    """Named access to what a DeepSpeed engine holds on this rank. One subclass per way of partitioning."""
+    """Access by name to a DeepSpeed engine's state on this rank. One subclass per way of partitioning."""
 
     replicated = False  # whether every rank holds the same elements
 
@@ -57,26 +57,26 @@ class EngineState(ABC):
 
     @abstractmethod
     def masters(self) -> list[torch.Tensor]:
-        """The flat fp32 groups. One that lies on NVMe is an empty tensor until it is swapped in."""
+        """Return the flat fp32 groups. One on NVMe is an empty tensor until it is swapped in."""
 
     @abstractmethod
     def gradients(self) -> list[torch.Tensor]:
-        """The reduced gradient after the last micro-batch, in pieces that together lie over this rank's shares."""
+        """Return the reduced gradient after the last micro-batch, in pieces that together cover this rank's shares."""
 
     @abstractmethod
-    def commit(self) -> None:
-        """Bring the weights that the model computes with up to date with the masters. Collective."""
+    def sync_from_masters(self) -> None:
+        """Update the compute weights from the masters. Collective."""
 
     @abstractmethod
     def discard_gradients(self) -> None:
-        """Forget the gradient without an update."""
+        """Discard the gradient without an update."""
 
     @abstractmethod
-    def _find_shares(self) -> Iterator[Share]:
-        """This rank's share of every parameter; empty ones may be among them."""
+    def _find_shares(self) -> Iterator[FlatShare]:
+        """Yield this rank's share of every parameter; some may be empty."""
 
     def gradient_squares(self) -> torch.Tensor:
-        """Sum of squares of this rank's gradient, fp64."""
+        """Sum the squares of this rank's gradient, in fp64."""
         norms = foreach._foreach_norm(self.gradients())
         return torch.stack(norms).double().square().sum()
 
@@ -86,7 +86,7 @@ class EngineState(ABC):
         foreach._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0]))
 
     def arrays(self, group: int) -> dict[str, torch.Tensor]:
-        """Role → flat tensor of a group: the master, and the optimizer's state that has its shape."""
+        """Return role → flat tensor of a group: the master, and the optimizer's state that has its shape."""
         master = self.masters()[group]
         arrays = {"weight": master.detach()}
         for role, value in self.base.state.get(master, {}).items():
@@ -95,14 +95,14 @@ class EngineState(ABC):
         return arrays
 
     def fragments(self) -> Iterator[Fragment]:
-        """Live boxes of every share."""
+        """Yield live boxes of every share."""
         for group, shares in itertools.groupby(sorted(self.shares, key=lambda share: share.group), lambda share: share.group):
             arrays = self.arrays(group)
             for share in shares:
                 yield from _boxes(share, arrays)
 
     def counters(self) -> dict[str, float]:
-        """The optimizer's scalars by name, the same for every group; {} before its first update."""
+        """Return the optimizer's scalars by name, the same for every group; {} before its first update."""
         state = self.base.state.get(self.masters()[0], {})
         return {role: float(value) for role, value in state.items() if not torch.is_tensor(value) or not value.dim()}
 
@@ -117,7 +117,7 @@ class EngineState(ABC):
                     state[role] = type(state[role])(value)
 
     def create_optimizer_state(self) -> None:
-        """Have the optimizer make its state, by an update with a zero gradient at rate zero: no weight changes."""
+        """Make the optimizer create its state, by an update with a zero gradient at rate zero: no weight changes."""
         groups = self.base.param_groups
         rates = [group["lr"] for group in groups]
         members = [group["params"] for group in groups]
@@ -141,19 +141,19 @@ class EngineState(ABC):
         master.grad = kept
 
     def _group_number(self, index: int) -> int:
-        """Which of the optimizer's parameter groups a flat group belongs to."""
+        """Return the index of the optimizer's parameter group that a flat group belongs to."""
         return index
 
-    def updated(self) -> None:  # noqa: B027 - most have nothing to forget
-        """To be called after DeepSpeed's step: what was set for that step alone is forgotten."""
+    def updated(self) -> None:  # noqa: B027 - most have nothing to reset
+        """Reset what was set for one step alone. Called after DeepSpeed's step."""
 
 
 def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """Shape of the whole parameter, which stage 3 keeps beside an emptied tensor."""
+    """Return the shape of the whole parameter, which stage 3 keeps beside an emptied tensor."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _boxes(share: Share, arrays: dict[str, torch.Tensor]) -> Iterator[Fragment]:
+def _boxes(share: FlatShare, arrays: dict[str, torch.Tensor]) -> Iterator[Fragment]:
     boxes = boxes_of_flat_range(share.shape, share.start, share.length)
     for role, flat in arrays.items():
         for box, at in boxes:
@@ -167,22 +167,22 @@ class WholeState(EngineState):
     replicated = True
 
     def masters(self) -> list[torch.Tensor]:
-        """The parameters."""
+        """Return the parameters."""
         return list(self._engine.module.parameters())
 
     def gradients(self) -> list[torch.Tensor]:
-        """Their gradients, averaged over ranks."""
+        """Return their gradients, averaged over ranks."""
         return [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
 
-    def commit(self) -> None:
-        """Nothing to do."""
+    def sync_from_masters(self) -> None:
+        """Do nothing: the masters are the compute weights."""
 
     def discard_gradients(self) -> None:
-        """Forget them."""
+        """Discard them."""
         self.base.zero_grad()
 
     def create_optimizer_state(self) -> None:
-        """One update with a zero gradient at rate zero, through the optimizer's own groups."""
+        """Update once with a zero gradient at rate zero, through the optimizer's own groups."""
         for group in self.base.param_groups:
             group["lr"] = 0.0
         for parameter in self.masters():
@@ -191,9 +191,9 @@ class WholeState(EngineState):
         self.base.zero_grad()
         self.load_counters(initial_counter_values(self.base, self.counters()))
 
-    def _find_shares(self) -> Iterator[Share]:
+    def _find_shares(self) -> Iterator[FlatShare]:
         for index, (name, parameter) in enumerate(self._engine.module.named_parameters()):
-            yield Share(name, tuple(parameter.shape), 0, parameter.numel(), index, 0)
+            yield FlatShare(name, tuple(parameter.shape), 0, parameter.numel(), index, 0)
 
 
 class SlicedState(EngineState):
@@ -206,12 +206,12 @@ class SlicedState(EngineState):
         super().__init__(engine, base)
 
     def masters(self) -> list[torch.Tensor]:
-        """This rank's slice of every parameter group."""
+        """Return this rank's slice of every parameter group."""
         wrapper = self._optimizer
         return wrapper.fp32_groups_flat_partition if self._is_bf16_class else wrapper.single_partition_of_fp32_groups
 
     def gradients(self) -> list[torch.Tensor]:
-        """The slices' gradients: flat in BF16_Optimizer and when offloaded, otherwise a list of tensors per group."""
+        """Return the slices' gradients: flat in BF16_Optimizer and when offloaded, otherwise a list of tensors per group."""
         wrapper = self._optimizer
         if self._is_bf16_class:
             return list(wrapper.fp32_groups_gradient_flat_partition)
@@ -222,12 +222,12 @@ class SlicedState(EngineState):
             found += tensors or []
         return found
 
-    def commit(self) -> None:
+    def sync_from_masters(self) -> None:
         """Cast this rank's slices into the model's flat weights and gather the other ranks'."""
         self._optimizer.update_lp_params()
 
     def discard_gradients(self) -> None:
-        """What DeepSpeed's step does when it refuses a gradient."""
+        """Discard it as DeepSpeed's step does when it rejects a gradient."""
         wrapper = self._optimizer
         wrapper.zero_grad()
         if self._is_bf16_class:
@@ -240,7 +240,7 @@ class SlicedState(EngineState):
             wrapper.reset_cpu_buffers()
             wrapper._offload_accumulated_param_ids = set()
 
-    def _find_shares(self) -> Iterator[Share]:
+    def _find_shares(self) -> Iterator[FlatShare]:
         wrapper = self._optimizer
         for index, master in enumerate(self.masters()):
             if self._is_bf16_class:
@@ -251,15 +251,17 @@ class SlicedState(EngineState):
             first = dist.get_rank(wrapper.real_dp_process_group[index]) * master.numel()
             for parameter, at in zip(members, offsets, strict=True):
                 begin, end = max(at, first), min(at + parameter.numel(), first + master.numel())
-                yield Share(self._names[id(parameter)], tuple(parameter.shape), begin - at, end - begin, index, begin - first)
+                yield FlatShare(
+                    self._names[id(parameter)], tuple(parameter.shape), begin - at, end - begin, index, begin - first
+                )
 
 
 class ShardedState(EngineState):
     """Stage 3: every parameter cut into one shard per rank. Groups may be swapped out to NVMe.
 
-    A swapped group's arrays are its files, mapped: reading and writing them takes no memory that the system could not take
-    back, however large the state is. DeepSpeed reads and writes the same files past the page cache, which the kernel keeps
-    in step (`commit` writes what is dirty out first).
+    A swapped group's arrays are its files, memory-mapped: reading and writing them takes only reclaimable memory, however
+    large the state is. DeepSpeed reads and writes the same files past the page cache, which the kernel keeps coherent
+    (`sync_from_masters` writes dirty pages first).
     """
 
     def __init__(self, engine: Any, base: torch.optim.Optimizer) -> None:
@@ -267,11 +269,11 @@ class ShardedState(EngineState):
         super().__init__(engine, base)
 
     def masters(self) -> list[torch.Tensor]:
-        """The shards of (part of) every parameter group, laid end to end."""
+        """Return the shards of (part of) every parameter group, laid end to end."""
         return self._optimizer.fp32_partitioned_groups_flat
 
     def gradients(self) -> list[torch.Tensor]:
-        """The gradient's shards; those on NVMe are out of reach."""
+        """Return the gradient's shards; those on NVMe can't be read."""
         if self._optimizer.offload_optimizer:
             return [master.grad for master in self.masters() if master.grad is not None]
         found: list[torch.Tensor] = []
@@ -280,7 +282,7 @@ class ShardedState(EngineState):
         return found
 
     def gradient_squares(self) -> torch.Tensor:
-        """From the gradient; on NVMe from the norms that DeepSpeed took of each shard before it swapped it out."""
+        """Sum from the gradient; on NVMe from the norms that DeepSpeed took of each shard before it swapped it out."""
         if not self._optimizer.swap_optimizer:
             return super().gradient_squares()
         norms = [torch.as_tensor(norm, dtype=torch.float64).cpu() for norm in self._optimizer.norm_for_param_grads.values()]
@@ -294,14 +296,14 @@ class ShardedState(EngineState):
             super().clip_gradients(max_norm, norm)
 
     def arrays(self, group: int) -> dict[str, torch.Tensor]:
-        """Role → flat tensor of a group: in memory, or a mapping of the file on NVMe."""
+        """Return role → flat tensor of a group: in memory, or a mapping of the file on NVMe."""
         if not self._swapped(group):
             return super().arrays(group)
         count, dtype = self._swap_info(group).numel(), self.masters()[group].dtype
         return {role: torch.from_file(path, shared=True, size=count, dtype=dtype) for role, path in self._files(group)}
 
-    def commit(self) -> None:
-        """Cast the masters into the model's shards, and gather anew what stays gathered."""
+    def sync_from_masters(self) -> None:
+        """Cast the masters into the model's shards, and gather again the weights that stay gathered."""
         wrapper = self._optimizer
         for index in range(len(self.masters())):
             swapped = self._swapped(index)
@@ -318,7 +320,7 @@ class ShardedState(EngineState):
         wrapper.invalidate_secondary_tensor()
 
     def discard_gradients(self) -> None:
-        """As DeepSpeed's step does when it refuses a gradient, but for the weights: those it leaves out of step."""
+        """Discard it as DeepSpeed's step does when it rejects a gradient, but keep the weights in step with the masters."""
         wrapper = self._optimizer
         wrapper._pre_step()
         wrapper.zero_grad()
@@ -328,7 +330,7 @@ class ShardedState(EngineState):
             wrapper.averaged_gradients = {}
 
     def updated(self) -> None:
-        """Forget how the last gradient was clipped."""
+        """Reset the clipping of the last gradient."""
         self._optimizer.clip_grad = 0.0
 
     def _swapped(self, index: int) -> bool:
@@ -338,14 +340,14 @@ class ShardedState(EngineState):
         self._optimizer._optimizer_states_and_gradient_swap_in(index)
 
     def _swap_info(self, index: int) -> Any:
-        """DeepSpeed's notes on a swapped group, with all that it has written of it on the disk."""
+        """Return DeepSpeed's record of a swapped group, after all its pending writes."""
         swapper = self._optimizer.optimizer_swapper
         if getattr(swapper, "swap_ops", {}).get("async_swap_out"):  # offload_optimizer.pipeline_write leaves one under way
             swapper._complete_swap_out("async_swap_out")
         return swapper._get_param_swap_info(self.masters()[index])
 
     def _files(self, index: int) -> list[tuple[str, str]]:
-        """Role and file of each of a swapped group's arrays; DeepSpeed names state tensors by role and master."""
+        """List role and file of each of a swapped group's arrays. DeepSpeed names state tensors by role and master."""
         master, *states = self._swap_info(index).tensors
         ending = f"-{master.compute_tensor.ds_id}"
         named = [(state.compute_tensor.ds_id.removesuffix(ending), state.swap_path) for state in states]
@@ -362,18 +364,18 @@ class ShardedState(EngineState):
     def _group_number(self, index: int) -> int:
         return self._optimizer.sub_group_to_group_id[index]
 
-    def _find_shares(self) -> Iterator[Share]:
+    def _find_shares(self) -> Iterator[FlatShare]:
         wrapper = self._optimizer
         for name, parameter in self._engine.module.named_parameters():
             shape = tuple(parameter.ds_shape)
             shard, whole = parameter.partition_numel(), parameter.ds_numel
             start = min(wrapper._get_param_partition_rank(parameter) * shard, whole)
             group, offset, _ = wrapper.grad_position[wrapper.get_param_id(parameter)]
-            yield Share(name, shape, start, min(shard, whole - start), group, offset)
+            yield FlatShare(name, shape, start, min(shard, whole - start), group, offset)
 
 
 def _write_out(path: str) -> None:
-    """Have what was written into a mapping of this file on the disk, where DeepSpeed reads it."""
+    """Flush what was written through a mapping of this file to the disk, where DeepSpeed reads it."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -382,5 +384,5 @@ def _write_out(path: str) -> None:
 
 
 def state_of(engine: Any, base: torch.optim.Optimizer, stage: int) -> EngineState:
-    """The named state of an initialized DeepSpeed engine that runs this ZeRO stage over this optimizer."""
+    """Make the state by name of an initialized DeepSpeed engine of this ZeRO stage over this optimizer."""
     return {0: WholeState, 1: SlicedState, 2: SlicedState, 3: ShardedState}[stage](engine, base)
