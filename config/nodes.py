@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 
 class Custom:
@@ -35,6 +36,11 @@ def import_object(path: str) -> Any:
             raise ImportError(f"{path} can't be imported: {error}") from error
         return found
     raise ImportError(f"{path} can't be imported: No module named '{parts[0]}'")
+
+
+def find_option(options: Iterable[type], path: str | None) -> type | None:
+    """Return the option, a config dataclass, whose `_target_` is the path; None if the class is the user's own."""
+    return next((kind for kind in options if cast(Any, kind)._target_ == path), None)
 
 
 def build(config: Any, *arguments: Any, leave_out: tuple[str, ...] = (), **live: Any) -> Any:

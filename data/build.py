@@ -1,23 +1,37 @@
-"""Build the node that the config of `data` describes."""
+"""Build data nodes: Meshloom's classes take their config and `seed`, a user's own class its node's keys and `seed`."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from ..config.nodes import Custom, import_object
-from .config import DataConfig
+from ..config.nodes import Custom, build, find_option
+from .config import OPTIONS, CustomData, DataConfig, SyntheticConfig
 from .node import DataNode
 
 DEFAULT_VOCABULARY = 32_000  # of synthetic data where neither model nor data set one
-HYDRA_KEYS = ("_target_", "_recursive_", "name")  # not passed to constructors
+LEFT_OUT = ("name", "_recursive_")  # keys that a user's own class is not called with
 
 
 def build_node(config: DataConfig, seed: int, vocabulary: int | None) -> DataNode:
-    """Build the data node. vocabulary: the model's, used by a synthetic node without one of its own."""
-    keys: dict[str, Any] = dict(config.keys) if isinstance(config, Custom) else dataclasses.asdict(config)
-    path = config.path if isinstance(config, Custom) else config._target_
-    keys = {key: value for key, value in keys.items() if key not in HYDRA_KEYS}
-    if keys.get("vocabulary", 0) is None:
-        keys["vocabulary"] = vocabulary or DEFAULT_VOCABULARY
-    return import_object(path)(**keys, seed=seed)
+    """Build the data node. vocabulary: the model's, used by a node whose own is null."""
+    vocabulary = vocabulary or DEFAULT_VOCABULARY
+    if isinstance(config, Custom):
+        live = {"vocabulary": vocabulary} if config.keys.get("vocabulary", 0) is None else {}
+        return build(config, leave_out=(*LEFT_OUT, *live), seed=seed, **live)
+    if isinstance(config, SyntheticConfig) and config.vocabulary is None:
+        config = dataclasses.replace(config, vocabulary=vocabulary)
+    return build(config, seed=seed)
+
+
+def build_source(node: Mapping[str, Any], seq_len: int, seed: int) -> DataNode:
+    """Build a source of a mixture from its node in plain containers. seq_len: the mixture's."""
+    keys = dict(node)
+    path = keys.pop("_target_", "")
+    option = find_option(OPTIONS, path)
+    if option is not None:
+        return build(option(**{**keys, "seq_len": seq_len}), seed=seed)
+    custom = CustomData()
+    custom.path, custom.keys = path, keys
+    return build(custom, leave_out=LEFT_OUT, seed=seed)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired, TypedDict, Unpack
 
 import xxhash
 
 from ..config.cache import cache_folder, expand_user
 from ..config.hashing import hash64
 from ..config.problems import ConfigError, Problem
+from .config import CorpusConfig, MixtureConfig, PackingConfig
 from .order import Shuffled, StoredSamples, ValidationSamples
 from .packing import PACKINGS, pack
 from .prepare import tokenize_corpus, train_tokenizer
@@ -19,26 +19,6 @@ from .reader import TokenShards
 from .shards import ShardError
 from .sources import DocumentSource
 from .tokenizer import SMALLEST_BPE, Tokenizer
-
-
-class PackingOptions(TypedDict):
-    """Keys of every node that reads shards; see `meshloom.data.config.PackingConfig` for what they mean."""
-
-    seq_len: int
-    packing: NotRequired[str]
-    document_mask: NotRequired[bool]
-    verify: NotRequired[bool]
-    cache_dir: NotRequired[str | None]
-
-
-class CorpusOptions(PackingOptions):
-    """Keys of every node that starts from documents; see `meshloom.data.config.CorpusConfig`."""
-
-    tokenizer: NotRequired[str]
-    vocabulary: NotRequired[int]
-    tokenizer_sample: NotRequired[int]
-    end_of_document: NotRequired[str | None]
-    validation: NotRequired[float]
 
 
 @dataclass(frozen=True)
@@ -55,6 +35,11 @@ class TokenizerSettings:
     vocabulary: int
     sample: int
     end_of_document: str | None
+
+    @classmethod
+    def of(cls, config: CorpusConfig | MixtureConfig) -> TokenizerSettings:
+        """Return the settings of a data node."""
+        return cls(config.tokenizer, config.vocabulary, config.tokenizer_sample, config.end_of_document)
 
     def problems(self, key: str) -> list[Problem]:
         """Return what is wrong with these keys."""
@@ -81,21 +66,13 @@ class TokenizerSettings:
 class Packed:
     """Base of the nodes that read shards: from opened shards to samples."""
 
-    def __init__(
-        self,
-        seed: int,
-        seq_len: int,
-        packing: str = "concat",
-        document_mask: bool = False,
-        verify: bool = False,
-        cache_dir: str | None = None,
-    ) -> None:
+    def __init__(self, config: PackingConfig, seed: int) -> None:
         self.seed = seed
-        self.seq_len = seq_len
-        self._packing = packing
-        self._document_mask = document_mask
-        self._verify = verify
-        self._cache = cache_folder(cache_dir)
+        self.seq_len = config.seq_len
+        self._packing = config.packing
+        self._document_mask = config.document_mask
+        self._verify = config.verify
+        self._cache = cache_folder(config.cache_dir)
         self._tokenizer: Tokenizer | None = None
         self._train: StoredSamples | None = None
         self._validation: StoredSamples | None = None
@@ -173,21 +150,11 @@ class Packed:
 class Corpus(Packed):
     """A node that starts from documents."""
 
-    def __init__(
-        self,
-        source: DocumentSource,
-        seed: int,
-        tokenizer: str = "bpe",
-        vocabulary: int = 4096,
-        tokenizer_sample: int = 100_000_000,
-        end_of_document: str | None = None,
-        validation: float = 0.01,
-        **packing: Unpack[PackingOptions],
-    ) -> None:
-        super().__init__(seed, **packing)
+    def __init__(self, config: CorpusConfig, seed: int, source: DocumentSource) -> None:
+        super().__init__(config, seed)
         self.source = source
-        self._settings = TokenizerSettings(tokenizer, vocabulary, tokenizer_sample, end_of_document)
-        self._held_out = validation
+        self._settings = TokenizerSettings.of(config)
+        self._held_out = config.validation
 
     def problems(self, key: str = "data") -> list[Problem]:
         """Return what is wrong with the node's keys."""

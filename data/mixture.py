@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import xxhash
 
 from ..config.cache import cache_folder
 from ..config.hashing import hash64
-from ..config.nodes import import_object
 from ..config.problems import ConfigError, Problem
 from .blend import MixedSamples, MixedValidationSamples, apportion
+from .build import build_source
 from .config import MixtureConfig
 from .corpus import Corpus, TokenizerSettings
 from .node import DataNode
@@ -32,52 +32,26 @@ class Mixture:
     them). If a source brings tokens of its own (shards), all sources use its tokenizer.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        seq_len: int,
-        sources: Mapping[str, Any],
-        weights: Mapping[str, float],
-        block: int = 1000,
-        document_mask: bool = False,
-        verify: bool = False,
-        cache_dir: str | None = None,
-        tokenizer: str = "bpe",
-        vocabulary: int = 4096,
-        tokenizer_sample: int = 100_000_000,
-        end_of_document: str | None = None,
-    ) -> None:
+    def __init__(self, config: MixtureConfig, seed: int) -> None:
         self.seed = seed
-        self.seq_len = seq_len
-        self.weights = dict(weights)
-        self.block = block
-        self._cache = cache_folder(cache_dir)
-        self._settings = TokenizerSettings(tokenizer, vocabulary, tokenizer_sample, end_of_document)
-        self._shared: dict[str, Any] = {
-            "seq_len": seq_len,
-            "document_mask": document_mask,
-            "verify": verify,
-            "cache_dir": cache_dir,
-            "tokenizer": tokenizer,
-            "vocabulary": vocabulary,
-            "tokenizer_sample": tokenizer_sample,
-            "end_of_document": end_of_document,
-        }
-        self._no_sources = {name: node for name, node in sources.items() if not isinstance(node, Mapping)}
+        self.seq_len = config.seq_len
+        self.weights = dict(config.weights)
+        self.block = config.block
+        self._config = config
+        self._cache = cache_folder(config.cache_dir)
+        self._settings = TokenizerSettings.of(config)
+        self._no_sources = {name: node for name, node in config.sources.items() if not isinstance(node, Mapping)}
         self._written: dict[str, dict[str, Any]] = {
-            name: dict(node) for name, node in sources.items() if name not in self._no_sources
+            name: dict(node) for name, node in config.sources.items() if name not in self._no_sources
         }
         self.nodes = {name: self._source(name, node) for name, node in self._written.items()}
         self._tokenizer: Tokenizer | None = None
         self._is_prepared = False
 
     def _source(self, name: str, node: dict[str, Any]) -> DataNode:
-        shared = {key: self._shared[key] for key in SHARED if key in node}
-        written = {key: value for key, value in node.items() if key not in ("name", "_recursive_")}
+        shared = {key: getattr(self._config, key) for key in SHARED if key in node}
         # The order of a source must not change when another one comes or goes: its seed comes from its name.
-        seed = hash64(self.seed, *name.encode())
-        path = written.pop("_target_", "")
-        return cast(DataNode, import_object(path)(**{**written, **shared}, seed=seed))
+        return build_source({**node, **shared}, self.seq_len, hash64(self.seed, *name.encode()))
 
     def problems(self, key: str = "data") -> list[Problem]:
         """Return what is wrong with the node's keys and with those of its sources."""
@@ -95,7 +69,7 @@ class Mixture:
             defaults = MixtureConfig()
             for shared in SHARED:
                 value = self._written[name].get(shared)
-                if value not in (None, self._shared[shared], getattr(defaults, shared)):
+                if value not in (None, getattr(self._config, shared), getattr(defaults, shared)):
                     where = f"{key}.sources.{name}.{shared}"
                     found.append(Problem(where, "is the same for all sources", f"set {key}.{shared}={value} instead"))
             for problem in node.problems(f"{key}.sources.{name}"):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Unpack
 
 from ..config.cache import expand_user
 from ..config.problems import Problem
-from .corpus import Corpus, CorpusOptions, Packed, PackingOptions
+from .config import HfConfig, JsonlConfig, ParquetConfig, ShardsConfig, StdlibConfig, TextConfig
+from .corpus import Corpus, Packed
 from .records import HuggingFace, JsonLines, ParquetFiles
 from .shards import MANIFEST
 from .sources import StandardLibrary, TextFiles
@@ -17,65 +16,47 @@ from .sources import StandardLibrary, TextFiles
 class Stdlib(Corpus):
     """`data=stdlib`: the standard library source of the running interpreter."""
 
-    def __init__(self, seed: int, **options: Unpack[CorpusOptions]) -> None:
-        super().__init__(StandardLibrary(), seed, **options)
+    def __init__(self, config: StdlibConfig, seed: int) -> None:
+        super().__init__(config, seed, StandardLibrary())
 
 
 class Text(Corpus):
     """`data=text`: files of UTF-8 text."""
 
-    def __init__(
-        self, seed: int, input: str | Sequence[str] | None, separator: str | None = None, **options: Unpack[CorpusOptions]
-    ) -> None:
-        super().__init__(TextFiles(input, separator), seed, **options)
+    def __init__(self, config: TextConfig, seed: int) -> None:
+        super().__init__(config, seed, TextFiles(config.input, config.separator))
 
 
 class Jsonl(Corpus):
     """`data=jsonl`: a JSON object per line."""
 
-    def __init__(
-        self, seed: int, input: str | Sequence[str] | None, field: str = "text", **options: Unpack[CorpusOptions]
-    ) -> None:
-        super().__init__(JsonLines(input, field), seed, **options)
+    def __init__(self, config: JsonlConfig, seed: int) -> None:
+        super().__init__(config, seed, JsonLines(config.input, config.field))
 
 
 class Parquet(Corpus):
     """`data=parquet`: a column of text."""
 
-    def __init__(
-        self, seed: int, input: str | Sequence[str] | None, field: str = "text", **options: Unpack[CorpusOptions]
-    ) -> None:
-        super().__init__(ParquetFiles(input, field), seed, **options)
+    def __init__(self, config: ParquetConfig, seed: int) -> None:
+        super().__init__(config, seed, ParquetFiles(config.input, config.field))
 
 
 class Hf(Corpus):
     """`data=hf`: a data set of the Hugging Face `datasets` library."""
 
-    def __init__(
-        self,
-        seed: int,
-        path: str | None,
-        subset: str | None = None,
-        split: str = "train",
-        field: str = "text",
-        revision: str | None = None,
-        **options: Unpack[CorpusOptions],
-    ) -> None:
-        super().__init__(HuggingFace(path, subset, split, field, revision), seed, **options)
+    def __init__(self, config: HfConfig, seed: int) -> None:
+        source = HuggingFace(config.path, config.subset, config.split, config.field, config.revision)
+        super().__init__(config, seed, source)
 
 
 class Shards(Packed):
-    """`data=shards`: tokens that were made before (`meshloom data tokenize`).
+    """`data=shards`: tokens that were made before (`meshloom data tokenize`)."""
 
-    path        folder with `train/` (and optionally `validation/`), or a single shard folder, which then is training data
-    validation  another folder of validation shards; null: `path/validation` where it exists
-    """
-
-    def __init__(self, seed: int, path: str | None, validation: str | None = None, **options: Unpack[PackingOptions]) -> None:
-        super().__init__(seed, **options)
-        self._path = expand_user(path or "")
-        self._given = bool(path)
-        self._held = None if validation is None else expand_user(validation)
+    def __init__(self, config: ShardsConfig, seed: int) -> None:
+        super().__init__(config, seed)
+        self._path = expand_user(config.path or "")
+        self._given = bool(config.path)
+        self._held = None if config.validation is None else expand_user(config.validation)
 
     def problems(self, key: str = "data") -> list[Problem]:
         """Return what is wrong with the node's keys."""

@@ -8,6 +8,7 @@ import xxhash
 from ..config.hashing import hash64, stream64
 from ..config.problems import Problem
 from .batch import Sample
+from .config import SyntheticConfig
 
 
 class RandomTokens:
@@ -35,18 +36,15 @@ class RandomTokens:
 
 
 class Synthetic:
-    """The data node of `data=synthetic`: uniform noise, so the loss can't fall below log(vocabulary).
-
-    validation_samples  size of the validation set (0: none)
-    """
+    """The data node of `data=synthetic`: uniform noise, so the loss can't fall below log(vocabulary)."""
 
     tokenizer = None
 
-    def __init__(self, seed: int, seq_len: int, vocabulary: int | None, validation_samples: int = 64) -> None:
+    def __init__(self, config: SyntheticConfig, seed: int) -> None:
         self.seed = seed
-        self.seq_len = seq_len
-        self.vocabulary = vocabulary or 0
-        self.validation_samples = validation_samples
+        self.seq_len = config.seq_len
+        self.vocabulary = config.vocabulary or 0
+        self.validation_samples = config.validation_samples
 
     def problems(self, key: str = "data") -> list[Problem]:
         """Return what is wrong with the node's keys."""

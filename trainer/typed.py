@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config.keys import MISSING
-from ..config.nodes import Custom
+from ..config.nodes import Custom, find_option
 from ..config.problems import ConfigError, Problem
 from ..config.renames import with_moved_targets
 from ..data.config import CustomData
@@ -32,8 +32,7 @@ CUSTOM: dict[str, type] = {
 
 def option_of(group: str, node: Any) -> type | None:
     """Return the dataclass of a node of the group; None if the class is the user's own."""
-    path = node.get("_target_")
-    return next((kind for kind in OPTIONS[group] if typing.cast(Any, kind)._target_ == path), None)
+    return find_option(OPTIONS[group], node.get("_target_"))
 
 
 def typed_config(config: DictConfig) -> tuple[RunConfig, list[Problem]]:

@@ -9,17 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 from meshloom.config.problems import ConfigError
 from meshloom.data.blend import Blend, MixedSamples, apportion, interleave
+from meshloom.data.build import build_node
+from meshloom.data.config import MixtureConfig
 from meshloom.data.mixture import Mixture
 from meshloom.data.nodes import Jsonl
 from meshloom.launch import data as command
 from meshloom.trainer.schema import make_composer
+from meshloom.trainer.typed import typed_config
 
 WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)
 
@@ -86,8 +87,13 @@ def node(path: str, **keys: Any) -> dict[str, Any]:
 
 
 def mixture(files: dict[str, str], seed: int = 1, **keys: Any) -> Mixture:
-    settings = {"seq_len": 8, "tokenizer": "bytes", "weights": {"few": 1, "many": 3}, "block": 20, **keys}
-    return Mixture(seed=seed, sources={name: node(path) for name, path in files.items()}, **settings)
+    values: dict[str, Any] = {"seq_len": 8, "tokenizer": "bytes", "weights": {"few": 1, "many": 3}, "block": 20, **keys}
+    return Mixture(MixtureConfig(sources={name: node(path) for name, path in files.items()}, **values), seed)
+
+
+def mixed_sources(sources: dict[str, Any], **keys: Any) -> Mixture:
+    values: dict[str, Any] = {"weights": dict.fromkeys(sources, 1), **keys}
+    return Mixture(MixtureConfig(seq_len=8, sources=sources, **values), 1)
 
 
 def origin(mixed: Mixture, tokens: np.ndarray) -> str:
@@ -151,21 +157,21 @@ def test_ready_shards_bring_their_tokenizer(files: dict[str, str], tmp_path: Pat
         done = command.main(["tokenize", f"input={files['few']}", f"output={tmp_path}/{name}", f"vocabulary={vocabulary}"])
         assert done == 0
     shards = [{"_target_": "meshloom.data.nodes.Shards", "path": f"{tmp_path}/{name}", "seq_len": 1} for name in ("one", "two")]
-    mixed = Mixture(1, 8, {"a": shards[0], "b": node(files["many"])}, {"a": 1, "b": 1})
+    mixed = mixed_sources({"a": shards[0], "b": node(files["many"])})
     mixed.prepare()
     assert mixed.vocabulary == 270
     with pytest.raises(ConfigError, match=r"data\.sources\.b: its tokens come from another tokenizer"):
-        Mixture(1, 8, {"a": shards[0], "b": shards[1]}, {"a": 1, "b": 1}).prepare()
+        mixed_sources({"a": shards[0], "b": shards[1]}).prepare()
     with pytest.raises(ConfigError, match=r"another tokenizer"):
-        Mixture(1, 8, {"a": shards[0]}, {"a": 1}, tokenizer="bytes").prepare()
+        mixed_sources({"a": shards[0]}, tokenizer="bytes").prepare()
     synthetic = {"_target_": "meshloom.data.synthetic.Synthetic", "seq_len": 8, "vocabulary": 99}
     with pytest.raises(ConfigError, match=r"data\.sources: vocabularies differ"):
-        Mixture(1, 8, {"a": shards[0], "b": synthetic}, {"a": 1, "b": 1}, vocabulary=99).prepare()
+        mixed_sources({"a": shards[0], "b": synthetic}, vocabulary=99).prepare()
 
 
 def test_all_problems_at_once(files: dict[str, str]):
     sources = {"few": node("gone.jsonl"), "many": node(files["many"], tokenizer="bytes", validation=2)}
-    mixed = Mixture(1, 8, sources, {"few": 0, "other": 1}, vocabulary=5)
+    mixed = mixed_sources(sources, weights={"few": 0, "other": 1}, vocabulary=5)
     assert {problem.key for problem in mixed.problems()} == {
         "data.vocabulary",
         "data.weights.other",
@@ -200,9 +206,9 @@ tokenizer: bytes
     )
     composition = make_composer(str(tmp_path / "recipes")).compose(["data=mine", "data.weights.few=2", "data.seq_len=8"])
     assert composition.problems == []
-    keys: Any = OmegaConf.to_container(composition.config.data, resolve=True)
-    keys.pop("name")
-    mixed = instantiate({**keys, "_convert_": "all"}, seed=1)
+    config, problems = typed_config(composition.config)
+    assert problems == []
+    mixed = build_node(config.data, 1, None)
     assert isinstance(mixed, Mixture) and all(isinstance(node, Jsonl) for node in mixed.nodes.values())
     assert mixed.problems() == []
     mixed.prepare()

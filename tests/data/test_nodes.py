@@ -15,19 +15,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from scipy import stats
 
 from meshloom.config.cache import build_once
+from meshloom.config.nodes import build
 from meshloom.config.problems import ConfigError
 from meshloom.data import nodes, prepare
 from meshloom.data.batch import IGNORED
-from meshloom.data.corpus import Packed
+from meshloom.data.build import build_node
+from meshloom.data.config import CorpusConfig, JsonlConfig, MixtureConfig, PackingConfig, SyntheticConfig, TextConfig
+from meshloom.data.corpus import Corpus, Packed
+from meshloom.data.mixture import Mixture
+from meshloom.data.records import JsonLines
 from meshloom.data.shards import ShardError
 from meshloom.data.synthetic import Synthetic
 from meshloom.data.tokenizer import Tokenizer
 from meshloom.trainer.schema import make_composer
+from meshloom.trainer.typed import typed_config, typed_node
 from support.ranks import run_ranks
 
 TEXTS = [f"document {number} says {' '.join(['word', 'other'][number % 2] * 3)} {number * number}." for number in range(200)]
@@ -46,6 +50,11 @@ def jsonl(tmp_path: Path) -> str:
     return str(path)
 
 
+def jsonl_node(input: str, tokenizer: str, seed: int = 1, **keys: Any) -> nodes.Jsonl:
+    values: dict[str, Any] = {"vocabulary": 300, "seq_len": 32, "validation": 0.1, **keys}
+    return nodes.Jsonl(JsonlConfig(input=input, tokenizer=tokenizer, **values), seed)
+
+
 def stream(node: Packed, part: str) -> list[str]:
     """Decode the documents of the shards that a node built."""
     stored = node._train if part == "train" else node._validation
@@ -56,12 +65,12 @@ def stream(node: Packed, part: str) -> list[str]:
 
 
 def composed(*overrides: str) -> Any:
-    """Build the node as the trainer does."""
+    """Build the node as the trainer does; a vocabulary that is not set stays open."""
     composition = make_composer().compose(list(overrides))
     assert composition.problems == []
-    node: Any = OmegaConf.to_container(composition.config.data, resolve=True)
-    node.pop("name")
-    return instantiate({**node, "_convert_": "all"}, seed=composition.config.seed)
+    config, problems = typed_config(composition.config)
+    assert problems == []
+    return build(config.data, seed=config.seed)
 
 
 def make_text(folder: Path) -> list[str]:
@@ -97,13 +106,9 @@ def test_every_kind_gives_the_same_samples(tmp_path: Path, make: Callable[[Path]
     assert all(len(validation[index].tokens) == 32 for index in range(len(validation)))
     reference = tmp_path / "reference.jsonl"
     reference.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    other = nodes.Jsonl(1, str(reference), **options(tokenizer))
+    other = jsonl_node(str(reference), tokenizer)
     other.prepare()
     assert [other.train()[index].tokens.tolist() for index in range(9)] == epoch[:9]
-
-
-def options(tokenizer: str) -> Any:
-    return {"tokenizer": tokenizer, "vocabulary": 300, "seq_len": 32, "validation": 0.1}
 
 
 def test_stdlib_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -120,7 +125,7 @@ def test_stdlib_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 def test_seeds_change_the_order_and_nothing_else(jsonl: str):
-    first, same, other = (nodes.Jsonl(seed, jsonl, **options("bytes")) for seed in (1, 1, 2))
+    first, same, other = (jsonl_node(jsonl, "bytes", seed) for seed in (1, 1, 2))
     for node in (first, same, other):
         node.prepare()
     orders = [
@@ -136,7 +141,7 @@ def test_seeds_change_the_order_and_nothing_else(jsonl: str):
     "change", [{"seq_len": 16}, {"tokenizer": "bpe"}, {"validation": 0.2}, {"document_mask": True}, {"packing": "bestfit"}]
 )
 def test_the_fingerprint_follows_what_decides_the_samples(jsonl: str, change: dict[str, Any]):
-    first, other = nodes.Jsonl(1, jsonl, **options("bytes")), nodes.Jsonl(1, jsonl, **{**options("bytes"), **change})
+    first, other = jsonl_node(jsonl, "bytes"), jsonl_node(jsonl, **{"tokenizer": "bytes", **change})
     first.prepare()
     other.prepare()
     assert first.fingerprint != other.fingerprint
@@ -144,7 +149,7 @@ def test_the_fingerprint_follows_what_decides_the_samples(jsonl: str, change: di
 
 @pytest.mark.parametrize("packing", ["concat", "bestfit"])
 def test_document_masks_reach_the_samples(jsonl: str, packing: str):
-    node = nodes.Jsonl(1, jsonl, packing=packing, document_mask=True, **options("bytes"))
+    node = jsonl_node(jsonl, "bytes", packing=packing, document_mask=True)
     node.prepare()
     samples = [node.train()[index] for index in range(20)]
     assert all(sample.documents is not None for sample in samples)
@@ -156,7 +161,7 @@ def test_split_ignores_order_and_keeps_copies_together(tmp_path: Path):
     for number, texts in enumerate((TEXTS, TEXTS[::-1], TEXTS * 2)):
         path = tmp_path / f"{number}.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        node = nodes.Jsonl(1, str(path), **options("bytes"))
+        node = jsonl_node(str(path), "bytes")
         node.prepare()
         held.append(set(stream(node, "validation")))
         assert not held[-1] & set(stream(node, "train"))
@@ -172,7 +177,7 @@ def test_the_held_out_share_is_the_one_asked_for():
 def test_even_the_smallest_corpus_is_held_out_in_part(tmp_path: Path, count: int):
     for number in range(count):
         (tmp_path / f"{number}.txt").write_text(f"{number} " * 200)
-    node = nodes.Text(1, f"{tmp_path}/*.txt", tokenizer="bytes", seq_len=4, validation=0.05)
+    node = nodes.Text(TextConfig(input=f"{tmp_path}/*.txt", tokenizer="bytes", seq_len=4, validation=0.05), 1)
     node.prepare()
     train, held = "".join(stream(node, "train")), "".join(stream(node, "validation"))
     assert sorted(train + held) == sorted("".join(f"{number} " * 200 for number in range(count)))
@@ -180,7 +185,7 @@ def test_even_the_smallest_corpus_is_held_out_in_part(tmp_path: Path, count: int
 
 
 def test_nothing_is_held_out_on_request(jsonl: str):
-    node = nodes.Jsonl(1, jsonl, **{**options("bytes"), "validation": 0})
+    node = jsonl_node(jsonl, "bytes", validation=0)
     node.prepare()
     assert node.validation() is None and sorted(stream(node, "train")) == sorted(TEXTS)
 
@@ -216,15 +221,15 @@ def test_an_empty_and_a_too_small_corpus(tmp_path: Path, cache: Path):
     (tmp_path / "a.txt").write_text("")
     for tokenizer in ("bytes", "bpe"):
         with pytest.raises(ValueError, match=r"corpus 'text'.*(is empty|no document)"):
-            nodes.Text(1, f"{tmp_path}/a.txt", tokenizer=tokenizer, seq_len=4).prepare()
+            nodes.Text(TextConfig(input=f"{tmp_path}/a.txt", tokenizer=tokenizer, seq_len=4), 1).prepare()
     assert not list(cache.glob("corpora/text*"))
     (tmp_path / "a.txt").write_text("some words")
     with pytest.raises(ConfigError, match=r"data\.seq_len: .*has 10 tokens, too few.*use at most 9"):
-        nodes.Text(1, f"{tmp_path}/a.txt", tokenizer="bytes", seq_len=100).prepare()
+        nodes.Text(TextConfig(input=f"{tmp_path}/a.txt", tokenizer="bytes", seq_len=100), 1).prepare()
     (tmp_path / "a.txt").write_text("x")  # one token to train on, and one that is held out
     for packing in ("concat", "bestfit"):
         with pytest.raises(ConfigError, match="a sample takes two tokens or more; give it more data") as caught:
-            nodes.Text(1, f"{tmp_path}/a.txt", tokenizer="bytes", seq_len=4, packing=packing).prepare()
+            nodes.Text(TextConfig(input=f"{tmp_path}/a.txt", tokenizer="bytes", seq_len=4, packing=packing), 1).prepare()
         assert "use at most" not in str(caught.value)
 
 
@@ -232,27 +237,29 @@ def test_an_empty_and_a_too_small_corpus(tmp_path: Path, cache: Path):
 def test_how_few_tokens_there_are_is_said(tokens: int, said: str):
     shards = SimpleNamespace(folder="corpus", tokens=tokens)
     with pytest.raises(ConfigError, match=f"corpus has {said}"):
-        Packed(1, 4)._pack(shards, "data")  # type: ignore[arg-type]
+        Packed(PackingConfig(seq_len=4), 1)._pack(shards, "data")  # type: ignore[arg-type]
 
 
 def test_a_corpus_that_is_held_out_whole_says_so(tmp_path: Path, cache: Path):
     (tmp_path / "a.txt").write_text("one two three")
     with pytest.raises(ValueError, match=r"all 3 documents.*held out.*data\.validation"):
-        nodes.Text(1, f"{tmp_path}/a.txt", separator=" ", tokenizer="bytes", seq_len=4, validation=0.999999).prepare()
+        nodes.Text(
+            TextConfig(input=f"{tmp_path}/a.txt", separator=" ", tokenizer="bytes", seq_len=4, validation=0.999999), 1
+        ).prepare()
 
 
 def test_damage_in_the_cache_is_named(jsonl: str, cache: Path):
-    nodes.Jsonl(1, jsonl, **options("bytes")).prepare()
+    jsonl_node(jsonl, "bytes").prepare()
     (path,) = cache.glob("corpora/*/train/tokens-00000.bin")
     content = bytearray(path.read_bytes())
     content[0] ^= 1
     path.write_bytes(content)
-    nodes.Jsonl(1, jsonl, **options("bytes")).prepare()
+    jsonl_node(jsonl, "bytes").prepare()
     with pytest.raises(ShardError, match=r"train/tokens-00000\.bin"):
-        nodes.Jsonl(1, jsonl, verify=True, **options("bytes")).prepare()
+        jsonl_node(jsonl, "bytes", verify=True).prepare()
     path.write_bytes(content[:-1])
     with pytest.raises(ShardError, match=r"train/tokens-00000\.bin"):
-        nodes.Jsonl(1, jsonl, **options("bytes")).prepare()
+        jsonl_node(jsonl, "bytes").prepare()
 
 
 def test_one_process_builds_while_the_others_wait(jsonl: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -274,7 +281,7 @@ def test_one_process_builds_while_the_others_wait(jsonl: str, tmp_path: Path, mo
     monkeypatch.setattr(Tokenizer, "train", logged)
 
     def body(rank: int, world_size: int) -> tuple[str, list[int]]:
-        node = nodes.Jsonl(1, jsonl, **options("bpe"))
+        node = jsonl_node(jsonl, "bpe")
         node.prepare()
         return node.fingerprint, node.train()[rank].tokens.tolist()
 
@@ -323,18 +330,58 @@ def test_tokenizer_sample_is_bounded_uniform_and_orderless():
     assert prepare.uniform_sample(["x" * 50], 10) == ["x" * 50]
 
 
+class UserCorpus(Corpus):
+    """A user's own node: called with the keys of its node and `seed`."""
+
+    def __init__(self, seed: int, file: str, tokenizer: str, seq_len: int, validation: float) -> None:
+        config = CorpusConfig(tokenizer=tokenizer, seq_len=seq_len, validation=validation)
+        super().__init__(config, seed, JsonLines(file))
+
+
+def test_a_users_class_is_called_with_keys_and_seed(jsonl: str):
+    keys = {"tokenizer": "bytes", "seq_len": 32, "validation": 0.1}
+    node = {"_target_": f"{__name__}.UserCorpus", "name": "mine", "file": jsonl, **keys}
+    mixture = MixtureConfig(seq_len=32, tokenizer="bytes", sources={"mine": node}, weights={"mine": 1})
+    mixed = build_node(mixture, 1, None)
+    alone, reference = build_node(typed_node("data", node), 1, None), jsonl_node(jsonl, "bytes")
+    for made in (mixed, alone, reference):
+        assert made.problems() == []
+        made.prepare()
+    assert isinstance(alone, UserCorpus) and isinstance(mixed, Mixture) and isinstance(mixed.nodes["mine"], UserCorpus)
+    assert alone.fingerprint == mixed.nodes["mine"].fingerprint == reference.fingerprint
+    assert all(np.array_equal(alone.train()[index].tokens, reference.train()[index].tokens) for index in range(9))
+
+
+class UserNoise:
+    """A user's own node of a vocabulary that its keys may leave open."""
+
+    def __init__(self, seed: int, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+
+
+@pytest.mark.parametrize(("model", "expected"), [(77, 77), (None, 32_000)])
+def test_an_open_vocabulary_is_the_models(model: int | None, expected: int):
+    user = typed_node("data", {"_target_": f"{__name__}.UserNoise", "name": "noise", "vocabulary": None})
+    assert build_node(user, 1, model).vocabulary == build_node(SyntheticConfig(), 1, model).vocabulary == expected
+    assert build_node(SyntheticConfig(vocabulary=99), 1, model).vocabulary == 99
+
+
+def synthetic(seed: int, vocabulary: int = 50) -> Synthetic:
+    return Synthetic(SyntheticConfig(seq_len=1000, vocabulary=vocabulary), seed)
+
+
 def test_synthetic_is_uniform_seeded_and_endless():
-    node = Synthetic(3, seq_len=1000, vocabulary=50)
+    node = synthetic(3)
     node.prepare()
     samples, validation = node.train(), node.validation()
     assert validation is not None and len(validation) == 64 and node.tokenizer is None
     tokens = np.concatenate([samples[index].tokens for index in range(50)])
     assert tokens.min() == 0 and tokens.max() == 49
     assert stats.chisquare(np.bincount(tokens, minlength=50)).pvalue > 1e-4
-    assert np.array_equal(samples[10**15].tokens, Synthetic(3, 1000, 50).train()[10**15].tokens)
-    assert not np.array_equal(samples[0].tokens, Synthetic(4, 1000, 50).train()[0].tokens)
+    assert np.array_equal(samples[10**15].tokens, synthetic(3).train()[10**15].tokens)
+    assert not np.array_equal(samples[0].tokens, synthetic(4).train()[0].tokens)
     assert not np.array_equal(samples[0].tokens, samples[1].tokens)
     assert np.array_equal(samples[0].tokens[1:], samples[0].targets[:-1])
     with pytest.raises(IndexError):
         validation[64]
-    assert node.fingerprint != Synthetic(3, 1000, 51).fingerprint
+    assert node.fingerprint != synthetic(3, vocabulary=51).fingerprint
