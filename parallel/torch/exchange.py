@@ -1,4 +1,4 @@
-"""What masters exchange: the gradients of a unit's weights on their way to who updates them, and the updated rows back."""
+"""Communication of masters: reduce-scatter of a unit's gradients to their masters, and all-gather of the updated rows."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .transport import Transport, gather_rows
 class MasterWeight:
     """One weight, and the master of this rank's part of it.
 
-    placed       how tensor-parallel ranks hold it, where they do. Not the parameter: that has a hook which knows of this,
-                 and such a circle is never collected
-    whole        its data on this rank, which it is computed with
+    placed       mesh and placements of a tensor-parallel weight. Not the parameter itself: its hook refers to this, and
+                 such a cycle is never collected
+    whole        its data on this rank, used in the computation
     rows         of each rank's part of `whole`; the last ranks may have fewer
     local_shard  this rank's part
     """
@@ -37,11 +37,11 @@ class MasterWeight:
 
     @property
     def padded_numel(self) -> int:
-        """Elements of a part that is not cut short."""
+        """Elements of a part, padded to the size of the largest."""
         return self.rows * self.whole[0].numel()
 
     def pending(self, gradient: torch.Tensor) -> Placements | None:
-        """The placements of a gradient that is to be summed over tensor-parallel ranks, which all hold the whole weight."""
+        """Return the placements of a gradient still to be summed over tensor-parallel ranks that all hold the whole weight."""
         if not isinstance(gradient, DTensor) or self.placed is None:
             return None
         pairs = list(zip(gradient.placements, self.placed[1], strict=True))
@@ -50,11 +50,11 @@ class MasterWeight:
         return gradient.placements if sums and as_large else None
 
     def part(self, gradient: torch.Tensor) -> torch.Tensor:
-        """What a gradient has where this rank's part of the weight lies: a collective, if that must be summed first."""
+        """Return this rank's part of a gradient. A collective if it must be summed first."""
         return own_part(gradient, None if self.placed is None else self.placed[1])
 
     def sum_over_tp(self, parts: torch.Tensor, placements: Placements) -> torch.Tensor:
-        """Sum what tensor-parallel ranks have of a gradient in such placements: a collective."""
+        """Sum a gradient of such placements over tensor-parallel ranks. A collective."""
         assert self.placed is not None
         return self.part(DTensor.from_local(parts, self.placed[0], placements, run_check=False))
 
@@ -71,10 +71,10 @@ class ExchangeUnit:
     """Weights whose gradients are sent together, and which are gathered before the same modules are called.
 
     taken      gradients so far, of the micro-batches since the last exchange
-    pending    by number of the weight, in which placements one is that must still be summed over tensor-parallel ranks
-    missing    how many of them the last micro-batch has not brought yet
-    used       which weights those on their way are of
-    reducing   what is on its way, the collective that brings it, and what is to be done with it then
+    pending    index of a weight → placements of its gradient that must still be summed over tensor-parallel ranks
+    missing    number of gradients that the last micro-batch has not produced yet
+    used       which weights have a gradient in the exchange under way
+    reducing   the tensor being received, its collective, and the next action on it
     gathering  collectives under way that make weights whole, each with (weight, its padded copy) of those that are not
                cut evenly
     """
@@ -94,22 +94,22 @@ class ExchangeUnit:
 
     @property
     def padded_numel(self) -> int:
-        """Elements of a rank's parts, none of them cut short."""
+        """Elements of a rank's parts, each padded to the size of the largest."""
         return sum(weight.padded_numel for weight in self.weights)
 
     def clear(self) -> None:
-        """Forget the gradients that were taken."""
+        """Discard the gradients so far."""
         self.taken, self.pending = [None] * len(self.weights), {}
         self.missing, self.reducing = len(self.weights), None
 
     def abandon(self) -> None:
-        """Wait for what a failed pass left on its way, and forget it: the memory will be used again."""
+        """Wait for the exchange that a failed pass left pending, and discard it: its memory will be used again."""
         if self.reducing is not None:
             self.reducing[1].wait()
         self.clear()
 
     def take(self, index: int, gradient: torch.Tensor, keep_dtype: bool) -> None:
-        """Add one micro-batch's gradient of a weight. keep_dtype: the only one may stay in the dtype it has."""
+        """Add one micro-batch's gradient of a weight. keep_dtype: a single one may keep its dtype."""
         weight, before = self.weights[index], self.taken[index]
         placements = weight.pending(gradient)
         if before is not None and placements != self.pending.get(index):  # a micro-batch of a size that can't be cut
@@ -130,7 +130,7 @@ class ExchangeUnit:
             self.taken[index] = self.weights[index].sum_over_tp(parts, placements)
 
     def reduce(self) -> None:
-        """Begin to send every rank its rows of the gradients, which are complete here; of a weight without one, zeros."""
+        """Start to send every rank its rows of the gradients, which are complete here; zeros for a weight without one."""
         for index in sorted(self.pending):
             self._sum_pending(index)
         num_shards = self.axes.num_shards
@@ -155,7 +155,7 @@ class ExchangeUnit:
             self.reducing = received, work, self._reduce_copies
 
     def advance(self) -> bool:
-        """Wait for what is on its way and go on with it. Returns whether that was the last of it."""
+        """Wait for the pending collective and start the next. Returns whether there is none left."""
         if self.reducing is not None:
             arriving, work, then = self.reducing
             self.reducing = None
@@ -180,7 +180,7 @@ class ExchangeUnit:
             at += weight.padded_numel
 
     def all_gather(self) -> None:
-        """Begin to bring all ranks' rows together in the whole weights."""
+        """Start to all-gather all ranks' rows into the whole weights."""
         num_shards, rank, group = self.axes.num_shards, self.axes.shards.get_local_rank(), self.transport.group
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         uneven: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -194,16 +194,16 @@ class ExchangeUnit:
             pairs.append((whole, shard))
         if self.weights[0].whole.device.type == "cuda":
             # Private: one NCCL call for many tensors; tests/parallel/test_gpu_two.py runs it.
-            with dist._coalescing_manager(group, async_ops=True) as together:
+            with dist._coalescing_manager(group, async_ops=True) as batched:
                 for whole, shard in pairs:
                     gather_rows(whole, shard, group=group)
-            self.gathering = [(together, uneven)]
+            self.gathering = [(batched, uneven)]
         else:
             works = [gather_rows(whole, shard, group=group, async_op=True) for whole, shard in pairs]
             self.gathering = [*((work, ()) for work in works[:-1]), (works[-1], uneven)]
 
     def wait_all_gather(self, *, obsolete: bool = False) -> None:
-        """Wait until the weights are whole again. obsolete: rows have changed since, and will be gathered anew."""
+        """Wait until the weights are whole again. obsolete: rows have changed since, and will be gathered again."""
         for work, uneven in self.gathering:
             work.wait()
             for whole, padded in () if obsolete else uneven:
@@ -212,9 +212,9 @@ class ExchangeUnit:
 
 
 class GradientReducer:
-    """Takes gradients from the backward pass, and sends each unit's on as soon as they are complete.
+    """Takes gradients from the backward pass, and starts to reduce each unit's as soon as they are complete.
 
-    It knows no parameter: its hooks lie on them, and such a circle is never collected.
+    It refers to no parameter: its hooks are on them, and such a cycle is never collected.
 
     keep_grad_dtype  whether gradients stay in the dtype of the compute until they are summed
     last             whether the micro-batch under way completes the gradients
@@ -225,12 +225,12 @@ class GradientReducer:
         self._reducing: list[ExchangeUnit] = []
 
     def hook(self, unit: ExchangeUnit, index: int) -> Callable[[torch.Tensor], None]:
-        """What a weight, of this number in its unit, calls when its gradient is there."""
+        """Make the hook that the weight of this index in its unit calls when its gradient is ready."""
 
         @torch.no_grad()
-        def take(computed: torch.Tensor) -> None:
-            assert computed.grad is not None
-            gradient, computed.grad = computed.grad, None
+        def take(weight: torch.Tensor) -> None:
+            assert weight.grad is not None
+            gradient, weight.grad = weight.grad, None
             unit.take(index, gradient, self.keep_grad_dtype)
             unit.missing -= self.last
             if not unit.missing:
@@ -239,19 +239,19 @@ class GradientReducer:
         return take
 
     def reduce(self, unit: ExchangeUnit) -> None:
-        """Send a unit's gradients."""
-        # These were computed while the last unit's were on their way, which have arrived by now.
+        """Start to reduce a unit's gradients."""
+        # The last unit's arrived while these were computed.
         self._reducing = [before for before in self._reducing if not before.advance()]
         unit.reduce()
         self._reducing.append(unit)
 
     def wait(self) -> None:
-        """Wait for all that was sent."""
+        """Wait for all pending reductions."""
         while self._reducing:
             self._reducing = [unit for unit in self._reducing if not unit.advance()]
 
     def abandon(self) -> None:
-        """Wait for what a failed pass left on its way, and forget it."""
+        """Wait for what a failed pass left pending, and discard it."""
         for unit in self._reducing:
             unit.abandon()
         self._reducing = []

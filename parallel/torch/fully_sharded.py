@@ -1,4 +1,4 @@
-"""Fully sharded weights: ZeRO's stages by one mechanism, FSDP2, told when to communicate.
+"""Fully sharded weights: ZeRO's stages by FSDP2, which is told when to communicate.
 
 Counts per step with M micro-batches, per unit of weights (a block, the embedding, what is left):
 
@@ -27,7 +27,7 @@ from ...models.protocol import Model
 from ..config import ParallelConfig
 from ..mesh import Mesh
 from ..shards import Placed, local, own_part, placements_of
-from .fsdp_gather import Gather, give_memory, takes_memory
+from .fsdp_gather import Gather, can_set_gather_dtype, set_gather_dtype
 from .groups import ParameterGroup, gather_units, split_by_group
 from .strategy import LocalWeight, WeightStrategy
 from .transport import Transport
@@ -48,9 +48,9 @@ class ReduceScatter:
         self._sums: int | None = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """FSDP2 asks for what is sent, and then for what its sums go to: this rank's part of it.
+        """Allocate for FSDP2: first what is sent, then the output of the sums, which is this rank's part of it.
 
-        Told apart by their sizes: a pass that failed in between asks for what is sent twice.
+        The size tells which: after a pass that failed in between, FSDP2 asks for what is sent twice.
         """
         count, expected = torch.Size(size).numel(), self._sums
         if count == expected:
@@ -99,7 +99,7 @@ class FullyShardedWeights(WeightStrategy):
         # Where shards, gradients and optimizer state live: with CPU offload, FSDP2 copies to and from it.
         self._home = torch.device("cpu") if parallel.offload == "cpu" else mesh.device
         pinned = mesh.device.type == "cuda"
-        # Stages 2 and 3 reduce every micro-batch; the others add those up before, which must not be done in bf16.
+        # Stages 2 and 3 reduce every micro-batch. The others accumulate before, which must not be done in bf16.
         exchanges = compute == torch.bfloat16 and self._zero >= 2 and not self._pipelined
         self._scatters = transport.twin(mesh, axes) if exchanges and transport.by_copy_engines else None
         self._transports = [transport] if self._scatters is None else [transport, self._scatters]
@@ -107,9 +107,9 @@ class FullyShardedWeights(WeightStrategy):
             "mesh": axes.both,
             "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if parallel.offload == "cpu" else OffloadPolicy(),
         }
-        # FSDP2 casts in a pass of its own; where it can be had, the copy that it makes afterwards casts (`fsdp_gather.py`).
+        # FSDP2 casts in a pass of its own; where possible, the copy that it makes afterwards casts (`fsdp_gather.py`).
         half = compute == torch.bfloat16
-        self._cast_to = compute if half and takes_memory(compute, self._settings) else None
+        self._cast_to = compute if half and can_set_gather_dtype(compute, self._settings) else None
         sent = None if not half else compute if self._scatters is not None else torch.float32
         self._settings["mp_policy"] = MixedPrecisionPolicy(
             param_dtype=compute if half and self._cast_to is None else None, reduce_dtype=sent, cast_forward_inputs=False
@@ -118,9 +118,9 @@ class FullyShardedWeights(WeightStrategy):
         self._gather = Gather(transport, self._cast_to) if custom else None
 
     def shard(self, stage: Model) -> None:
-        """Have FSDP2 cut the units, and give the shards memory."""
+        """Have FSDP2 shard the units, and allocate the shards."""
         # A pipeline gathers weights once per step. Its backward passes would keep them gathered anyway, and resharding
-        # between the two halves of a zero-bubble backward pass gives wrong gradients without a word.
+        # between the two halves of a zero-bubble backward pass silently gives wrong gradients.
         self._stages.append(stage)
         reshard = self._zero == 3 and not self._pipelined
         _, others = split_by_group(stage, self._group, self._groups)
@@ -150,14 +150,14 @@ class FullyShardedWeights(WeightStrategy):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
         if self._cast_to is not None:
-            give_memory(unit, self._num_shards, self._cast_to)
+            set_gather_dtype(unit, self._num_shards, self._cast_to)
         if self._gather is not None:
             unit.set_custom_all_gather(cast(Any, self._gather))
         if self._scatters is not None:
             unit.set_custom_reduce_scatter(cast(Any, ReduceScatter(self._scatters, torch.float32)))
 
     def adopt(self, stages: Sequence[Model], named: Mapping[str, nn.Parameter]) -> None:
-        """List the shards, as plain tensors that share their storage: at none of DTensor's dispatch cost."""
+        """List the shards as plain tensors that share their storage, to avoid DTensor's dispatch cost."""
         for stage in stages:
             for name in split_by_group(stage, self._group, self._groups)[0]:
                 if name in named:
@@ -195,7 +195,7 @@ class FullyShardedWeights(WeightStrategy):
                 unit.set_requires_all_reduce(last, recurse=False)
 
     def wait_reduce(self) -> None:
-        """FSDP2 has waited when the backward pass ended: show its gradients to the optimizer."""
+        """Pass FSDP2's gradients to the optimizer. FSDP2 has waited for them at the end of the backward pass."""
         for weight in self.local.values():
             parameter = weight.placed.parameter
             gradient = parameter.grad
@@ -208,7 +208,7 @@ class FullyShardedWeights(WeightStrategy):
 
 
 def _owners(unit: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str, str]]:
-    """The weights that FSDP2 gathers with a module: (the module that has one, its attribute, the parameter's name)."""
+    """Yield the weights that FSDP2 gathers with a module: (the module that has one, its attribute, the parameter's name)."""
     for attribute in unit._parameters:
         yield unit, attribute, f"{prefix}{attribute}"
     for name, child in unit.named_children():

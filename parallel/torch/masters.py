@@ -1,12 +1,12 @@
 """Whole weights with sharded masters: ZeRO-0 and 1, and a single data-parallel rank.
 
-Weights lie whole in the dtype of the compute. Beside them are the masters, in at least fp32, of the part that this rank
-updates: rows of each weight under ZeRO-1, all of it otherwise. Where both have one dtype the masters are those very rows.
+Weights are whole, in the compute dtype. Beside them are the masters, in at least fp32, of the part that this rank updates:
+rows of each weight under ZeRO-1, all of it otherwise. Where both have one dtype the masters are views of those rows.
 
-A step communicates once. A gradient stays as the backward pass made it (micro-batches are added up in the masters' dtype).
-When a unit's are complete, each rank sends every other the rows that are its own to update, in whatever dtype they have, and
-the owner adds up what it got in the masters' dtype. A bf16 gradient so costs half the bytes of a reduction in fp32 and loses
-nothing on the way. Copies of the same rows (HSDP, ZeRO-0) then add up their sums, in the masters' dtype. After the update the
+A step communicates once. A gradient keeps its dtype from the backward pass (several micro-batches are summed in the masters'
+dtype). When a unit's are complete, each rank sends every other rank the rows that it updates, in the dtype they have, and the
+receiver sums them in the masters' dtype. A bf16 gradient thus costs half the bytes of a reduction in fp32, and the exchange
+rounds nothing. Copies of the same rows (HSDP, ZeRO-0) then add up their sums, in the masters' dtype. After the update the
 rows are gathered into the whole weights, and a block waits for its own only when it is called. FSDP2 would cast and copy all
 weights in each pass, and widen gradients before it sends them.
 
@@ -56,12 +56,12 @@ class MasterWeights(WeightStrategy):
         self.units: list[ExchangeUnit] = []
 
     def shard(self, stage: Model) -> None:
-        """Give the group's weights storage without values, where they can be gathered."""
+        """Allocate the group's weights, uninitialised, where they can be gathered."""
         own, _ = split_by_group(stage, self._group, self._groups)
         materialize(stage, list(own.values()), self._compute, self._mesh.device, self._transport)
 
     def adopt(self, stages: Sequence[Model], named: Mapping[str, nn.Parameter]) -> None:
-        """Make the masters, and see gradients and calls of the whole weights."""
+        """Make the masters, and register hooks on gradients and calls of the whole weights."""
         names = {parameter: name for name, parameter in named.items()}
         for stage in stages:
             for unit in gather_units(stage, self._group, self._groups):
@@ -89,16 +89,16 @@ class MasterWeights(WeightStrategy):
         return MasterWeight(over_tp, whole, -(-len(whole) // num_shards), shard, master)
 
     def watch(self, see: Callable[[str, nn.Parameter], None]) -> None:
-        """Show the whole weights, which are there from the beginning."""
+        """Show the whole weights, which exist from the start."""
         for name, weight in self.local.items():
             see(name, weight.placed.parameter)
 
     def begin_step(self, *, single: bool, fused: bool) -> None:
-        """Forget what a failed pass has left, and bring the weights up to date."""
+        """Discard what a failed pass has left, and bring the weights up to date."""
         self._reducer.abandon()
         for unit in self.units:
             unit.clear()
-        # What is sent is added up in the masters' dtype by whoever gets it, so nothing has to be widened before.
+        # The receiver sums in the masters' dtype, so gradients need not be widened before they are sent.
         self._reducer.keep_grad_dtype = single and (fused or self._axes.shared)
         self.sync_from_masters()
 
@@ -123,8 +123,8 @@ class MasterWeights(WeightStrategy):
 
     @torch.no_grad()
     def all_gather_weights(self, *, copied: bool) -> None:
-        """Begin to make the whole weights of the masters."""
-        # In case nobody has asked for what came before: an earlier gather may write this rank's rows as it found them.
+        """Start to all-gather the whole weights from the masters."""
+        # An earlier gather may still be pending, and would overwrite this rank's rows with their old values.
         for unit in self.units:
             unit.wait_all_gather(obsolete=True)
         if self._separate and not copied:
@@ -136,22 +136,22 @@ class MasterWeights(WeightStrategy):
         self._current = True
 
     def sync_from_masters(self) -> None:
-        """Bring the whole weights up to date with the masters, where another than the optimizer wrote to those."""
+        """Bring the whole weights up to date with the masters after a restore or initialisation wrote to them."""
         if not self._current:
             self.all_gather_weights(copied=False)
 
     def masters_written(self) -> None:
-        """Note that the whole weights lag behind the masters."""
+        """Mark the whole weights as outdated."""
         self._current = False
 
 
 def materialize(
     stage: Model, weights: Sequence[nn.Parameter], dtype: torch.dtype, device: torch.device, transport: Transport
 ) -> None:
-    """Give these weights of a stage, on the meta device, storage without values, where they can be gathered.
+    """Allocate these weights of a stage, on the meta device, uninitialised, where they can be gathered.
 
-    What shares a weight goes on sharing it, and buffers go to the device. The caller holds the weights: none's id may become
-    another's.
+    Shared weights stay shared, and buffers go to the device. The caller must keep the weights alive, so that their ids stay
+    unique.
     """
     places = transport.permanent([local(weight).shape for weight in weights], dtype)
     placed = {id(weight): place for weight, place in zip(weights, places, strict=True)}

@@ -1,13 +1,13 @@
-"""How weights and gradients get from one rank to the others that share them: by GPUs' copy engines where they can.
+"""Transport of weights and gradients between the ranks that share them: by the GPUs' copy engines where possible.
 
-Gathering weights and handing out gradients' rows only moves bytes. NCCL's kernels do that on multiprocessors, which they take
-from the products beside them. Between GPUs of one host NCCL (from 2.28 on) can leave it to the copy engines, if the group was
-made for that ("zero CTA") and all of its ranks have registered the memory.
+All-gathering weights and exchanging rows of gradients only moves bytes. NCCL's kernels do that on multiprocessors, which then
+are missing for concurrent matrix products. Between GPUs of one host NCCL (from 2.28 on) can use the copy engines instead, if
+the group was made for that ("zero CTA") and all of its ranks have registered the memory.
 
-A rank then writes straight into its peers' memory, at the place in a registered segment where its own tensor lies. So these
-must be the same on all ranks, and nobody checks it. Two rules see to that. Each piece of memory is a segment of its own, which
-PyTorch's allocator never cuts nor chooses among (it would take that with the lowest address, which differs between ranks). And
-which piece serves what is fixed: nobody looks for one that happens to be free.
+A rank then writes directly into its peers' memory, at the offset in a registered segment where its own tensor is. So the
+offsets must be the same on all ranks, and NCCL does not check that. Two rules ensure it. Each piece of memory is a segment of
+its own, which PyTorch's allocator never splits nor chooses among (it would take the lowest address, which differs between
+ranks). And the use of each piece is fixed: no code looks for a free one.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ from ..mesh import Mesh, WeightAxes
 log = logging.getLogger(__name__)
 
 gather_rows: Callable[..., Any] = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor")  # noqa: B009
-"""torch 2.13 has given it another name than 2.11."""
+"""All-gather into one tensor. Its name differs between torch 2.11 and 2.13."""
 
 NCCL = (2, 28)
 """The first version with collectives by copy engines."""
 
 PATIENCE = 10.0
-"""Seconds for what is still on its way at the end of a run, and for who still holds memory that is to be used again."""
+"""Seconds to wait for pending communication at the end of a run, and for memory to be released before it is used again."""
 
 SEGMENT = 2**21
-"""PyTorch's allocator asks for memory in multiples of these bytes, and cuts what it asked for below ten times as many."""
+"""Bytes: PyTorch's allocator allocates multiples of this, and splits segments smaller than ten times this."""
 
 ALIGNED = 512
-"""Bytes: where tensors begin, as those that the allocator places do."""
+"""Bytes: alignment of tensors, that of PyTorch's allocator."""
 
 
 class Transport:
-    """The group in which weights are gathered and rows of gradients exchanged, and the memory that it does that best from.
+    """The group in which weights are gathered and rows of gradients exchanged, and its communication buffers.
 
-    All ranks of the group ask for the same memory in the same order: where copy engines reach it, they register it together.
+    All ranks of the group must request the same memory in the same order: memory for copy engines is registered collectively.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, pool: torch.cuda.MemPool | None = None) -> None:
-        """pool: memory that all ranks' copy engines reach; None: any will do."""
+        """pool: memory registered for all ranks' copy engines; None: ordinary memory."""
         self.group = group
         self._device = device
         self._pool = pool
@@ -64,15 +64,15 @@ class Transport:
         self._exchange_buffers: dict[torch.dtype, torch.Tensor] = {}
         self._buffers: dict[int, torch.Tensor] = {}
         if pool is not None:
-            weakref.finalize(self, _let_go, device, pool).atexit = False
+            weakref.finalize(self, _release_pool, device, pool).atexit = False
 
     @property
     def by_copy_engines(self) -> bool:
-        """Whether no multiprocessor is needed."""
+        """Whether the copy engines transfer, without multiprocessors."""
         return self._pool is not None
 
     def close(self) -> None:
-        """The group is about to go: forget that the memory is registered with it. What lies there stays."""
+        """Deregister the memory, before the group is destroyed. Its contents stay."""
         if self._pool is None:
             return
         backend, device, pool = _backend(self.group, self._device), self._device, self._pool
@@ -82,14 +82,14 @@ class Transport:
             with torch.cuda.device(device):
                 backend.deregister_mem_pool(pool)
 
-        if not _ends(deregister):  # a peer has died, and the group with it
-            _keep(self)
-            _keep(pool)
+        if not _completes(deregister):  # a peer has died, and the group with it
+            _keep_forever(self)
+            _keep_forever(pool)
 
     def piece(self, size: int) -> torch.Tensor:
-        """At least so many bytes, without values, which the group's copy engines reach.
+        """Allocate at least so many bytes, uninitialised, registered for the group's copy engines.
 
-        A piece is not given back before the transport is.
+        A piece is not freed before the transport.
         """
         assert self._pool is not None
         segments = max(-(-size // SEGMENT), 10)
@@ -97,7 +97,7 @@ class Transport:
             return torch.empty(segments * SEGMENT, dtype=torch.uint8, device=self._device)
 
     def permanent(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
-        """Tensors of these shapes, without values, for as long as the transport: what is gathered in place."""
+        """Allocate tensors of these shapes, uninitialised, for the life of the transport. They can be gathered in place."""
         if not self.by_copy_engines:
             return [torch.empty(shape, dtype=dtype, device=self._device) for shape in shapes]
         sizes = [_bytes(shape, dtype) for shape in shapes]
@@ -105,18 +105,21 @@ class Transport:
         whole = self.piece(ends[-1])
         starts = [0, *ends[:-1]]
         return [
-            whole[start : start + size].view(dtype).view(torch.Size(shape)).data  # to autograd none is written with another
+            whole[start : start + size]
+            .view(dtype)
+            .view(torch.Size(shape))
+            .data  # so that autograd does not see writes to one as writes to all
             for start, size, shape in zip(starts, sizes, shapes, strict=True)
         ]
 
     def reserve(self, numel: int) -> None:
-        """Expect that tensors of up to so many elements will be sent and gathered."""
+        """Reserve buffers for tensors of up to so many elements."""
         self._largest = max(self._largest, numel)
 
     def exchange_buffers(self, shape: Sequence[int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two tensors of a shape, to send from and to receive in, without values; `like` has their dtype and device.
+        """Return a send and a receive buffer of a shape, uninitialised; `like` has their dtype and device.
 
-        Where copy engines reach them they are the same memory each time: use up what came before asking for the next.
+        For copy engines it is the same memory each time: consume what was received before the next call.
         """
         if not self.by_copy_engines:
             return like.new_empty(shape), like.new_empty(shape)
@@ -127,11 +130,10 @@ class Transport:
         return sent[:count].view(shape), received[:count].view(shape)
 
     def buffer(self, number: int, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A tensor without values. Where copy engines reach it: the same memory for each number, whoever asks, with room for
-        the largest that is expected.
+        """Return an uninitialised tensor. For copy engines it is the same memory for each number, as large as reserved.
 
-        Raises RuntimeError if a tensor is left there. What is free is not looked for: who else holds a tensor (a thread of the
-        group, say) may depend on the rank's time.
+        Raises RuntimeError if a tensor still uses it. It does not look for a free piece: whether a tensor is still held (by a
+        thread of the group, for example) may differ between ranks.
         """
         if not self.by_copy_engines:
             return torch.empty(size, dtype=dtype, device=device)
@@ -139,43 +141,43 @@ class Transport:
         if number not in self._buffers:
             self._buffers[number] = self.piece(max(needed, self._largest * dtype.itemsize))
         piece = self._buffers[number]
-        if self._held(piece) or len(piece) < needed:
+        if self._in_use(piece) or len(piece) < needed:
             raise RuntimeError("copy engines' memory is in use, or too small; parallel.copy_engines=false does without it")
         with torch.inference_mode(False):
             return piece[:needed].view(dtype).view(torch.Size(size))
 
-    def _held(self, piece: torch.Tensor) -> bool:
-        """Whether a tensor other than itself stays in a piece. A group's threads may hold what came a moment longer."""
+    def _in_use(self, piece: torch.Tensor) -> bool:
+        """Return whether another tensor uses a piece, after a wait: a group's threads may hold a received tensor briefly."""
         until = time.monotonic() + PATIENCE
-        while _owners(piece) > 1:
+        while _storage_uses(piece) > 1:
             if time.monotonic() > until:
                 return True
             time.sleep(0.001)
         return False
 
     def twin(self, mesh: Mesh, axes: WeightAxes) -> Transport:
-        """Another one of the same ranks: what runs on two streams at once must not go through one group."""
-        return _prepared(mesh, axes)
+        """Make another transport of the same ranks, for a second stream: one group must not serve two streams at once."""
+        return _copy_engine_transport(mesh, axes)
 
 
 def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def _owners(tensor: torch.Tensor) -> int:
-    """How many tensors lie in a tensor's memory, itself counted."""
+def _storage_uses(tensor: torch.Tensor) -> int:
+    """Count the tensors that share a tensor's storage, itself included."""
     count: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count")  # noqa: B009
     return count(tensor.untyped_storage()._cdata) - 1  # without the storage that was just asked for
 
 
-def _let_go(device: torch.device, pool: torch.cuda.MemPool) -> None:
-    """A transport is gone: its memory goes next, when nothing on its way needs it. A pool unmaps it whatever writes to it."""
-    if not _ends(lambda: torch.cuda.synchronize(device)):
-        _keep(pool)
+def _release_pool(device: torch.device, pool: torch.cuda.MemPool) -> None:
+    """Free a deleted transport's memory after pending work: a pool unmaps it even while a GPU writes to it."""
+    if not _completes(lambda: torch.cuda.synchronize(device)):
+        _keep_forever(pool)
 
 
-def _ends(work: Callable[[], object]) -> bool:
-    """Whether this is done, without an error, after a moment's patience: for a dead peer a GPU would wait for ever."""
+def _completes(work: Callable[[], object]) -> bool:
+    """Run work, and return whether it completes without an error within PATIENCE: a GPU waits for a dead peer for ever."""
     ended = threading.Event()
 
     def attempt() -> None:
@@ -194,22 +196,22 @@ def _ends(work: Callable[[], object]) -> bool:
     return ended.is_set()
 
 
-def _keep(lasting: object) -> None:
-    """Until the process ends: to free it would wait for the dead, or end the process badly."""
+def _keep_forever(lasting: object) -> None:
+    """Keep an object alive until the process ends: freeing it could hang on a dead peer, or crash."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(lasting))
 
 
 def choose_transport(mesh: Mesh, axes: WeightAxes, parallel: ParallelConfig) -> Transport:
-    """By copy engines where all ranks can, otherwise as NCCL (or gloo) does it. Every process calls it."""
+    """Choose copy engines where all ranks support them, otherwise NCCL's (or gloo's) own way. Every process must call it."""
     plain = Transport(axes.shards.get_group(), mesh.device)
     if not parallel.copy_engines or mesh.device.type != "cuda" or axes.num_shards == 1:
         return plain
-    if mesh.any(not _may(mesh, axes)):
+    if mesh.any(not _supports_copy_engines(mesh, axes)):
         return plain
     found: Transport | None = None
     try:
-        found = _prepared(mesh, axes)
-        _try(found, mesh, axes)
+        found = _copy_engine_transport(mesh, axes)
+        _verify(found, mesh, axes)
     except Exception as error:  # a driver, or a machine, without it
         log.info("the GPUs' copy engines are not used: %s", error)
         found = None
@@ -220,8 +222,8 @@ def choose_transport(mesh: Mesh, axes: WeightAxes, parallel: ParallelConfig) -> 
     return found
 
 
-def _may(mesh: Mesh, axes: WeightAxes) -> bool:
-    """Whether NCCL offers it, and all ranks that share weights are on this host, each within reach of the others."""
+def _supports_copy_engines(mesh: Mesh, axes: WeightAxes) -> bool:
+    """Return whether NCCL supports it, and all ranks that share weights are peers on this host."""
     here = zlib.crc32(_host().encode())
     hosts = torch.tensor([here, -here], dtype=torch.int64, device=mesh.device)
     dist.all_reduce(hosts, op=dist.ReduceOp.MAX, group=axes.shards.get_group())
@@ -234,16 +236,16 @@ def _may(mesh: Mesh, axes: WeightAxes) -> bool:
 
 
 def _host() -> str:
-    """This host, and the container: two of one name (localhost, say) are told apart by when their kernels began."""
+    """Identify this host. Two of one name (localhost, for example) differ in their boot id."""
     try:
-        began = Path("/proc/sys/kernel/random/boot_id").read_text()
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:
-        began = ""
-    return f"{socket.gethostname()} {began}"
+        boot_id = ""
+    return f"{socket.gethostname()} {boot_id}"
 
 
-def _prepared(mesh: Mesh, axes: WeightAxes) -> Transport:
-    """A transport by copy engines. Raises where that can't be."""
+def _copy_engine_transport(mesh: Mesh, axes: WeightAxes) -> Transport:
+    """Make a transport by copy engines. Raises where they can't be used."""
     backend_class: Any = dist.ProcessGroupNCCL
     options = backend_class.Options()
     options.config.cta_policy = backend_class.NCCL_CTA_POLICY_ZERO
@@ -262,7 +264,7 @@ def _backend(group: dist.ProcessGroup, device: torch.device) -> Any:
 
 
 class _Closing:
-    """Closes a transport that is still there."""
+    """A callback that closes a transport, if it still exists."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = weakref.ref(transport)
@@ -273,8 +275,8 @@ class _Closing:
             transport.close()
 
 
-def _try(transport: Transport, mesh: Mesh, axes: WeightAxes) -> None:
-    """Raises where what arrives is not what was sent."""
+def _verify(transport: Transport, mesh: Mesh, axes: WeightAxes) -> None:
+    """Test the transfers. Raises RuntimeError if what arrives is not what was sent."""
     num_shards, rank, numel = axes.num_shards, axes.shards.get_local_rank(), 2**12
     whole, sent, received = transport.permanent([(num_shards, numel)] * 3, torch.float32)
     whole.zero_()

@@ -41,7 +41,7 @@ def of_works(rank: int, world_size: int, works: Sequence[tuple[Work, bool]]) -> 
     Each with FSDP2's own cast (True) or ours.
     """
     found: list[Found] = []
-    ours, asked = fsdp_gather.pack, fully_sharded.takes_memory
+    ours, asked = fsdp_gather.pack, fully_sharded.can_set_gather_dtype
     packed: list[int] = []
 
     def counted(places: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
@@ -50,7 +50,7 @@ def of_works(rank: int, world_size: int, works: Sequence[tuple[Work, bool]]) -> 
 
     fsdp_gather.pack = counted
     for work, own in works:
-        fully_sharded.takes_memory = (lambda *_: False) if own else asked
+        fully_sharded.can_set_gather_dtype = (lambda *_: False) if own else asked
         packed.clear()
         engine, losses, norms = train(work, world_size)
         assert isinstance(engine, TorchEngine)
@@ -104,10 +104,12 @@ def of_a_changed_fsdp(rank: int, world_size: int, change: str) -> tuple[bool, li
         FSDPParam.init_all_gather_outputs = always_makes_some  # type: ignore[method-assign]
     elif change == "another name":
         del FSDPParam.init_all_gather_outputs
-    used = fully_sharded.takes_memory(torch.bfloat16, {"mesh": torch.distributed.init_device_mesh("cpu", (world_size,))})
+    used = fully_sharded.can_set_gather_dtype(
+        torch.bfloat16, {"mesh": torch.distributed.init_device_mesh("cpu", (world_size,))}
+    )
     FSDPParam.init_all_gather_outputs = known  # type: ignore[method-assign]
     if not used:
-        fully_sharded.takes_memory = lambda *_: False
+        fully_sharded.can_set_gather_dtype = lambda *_: False
     _, losses, _ = train(Work(ParallelConfig(zero=3), micro=1, steps=2, precision="bf16"), world_size)
     return used, said, losses
 

@@ -395,9 +395,9 @@ def chosen(rank: int, world_size: int, works: list[tuple[bool, bool, bool]]) -> 
 
     for machine, group, trial in works:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(transport, "_may", functools.partial(may, good=machine))
-            patch.setattr(transport, "_prepared", functools.partial(prepared, good=group))
-            patch.setattr(transport, "_try", functools.partial(attempt, good=trial))
+            patch.setattr(transport, "_supports_copy_engines", functools.partial(may, good=machine))
+            patch.setattr(transport, "_copy_engine_transport", functools.partial(prepared, good=group))
+            patch.setattr(transport, "_verify", functools.partial(attempt, good=trial))
             found.append(choose_transport(on_gpu, axes, parallel).by_copy_engines)
     return found
 
@@ -420,7 +420,7 @@ def allowed(rank: int, world_size: int) -> list[bool]:
             patch.setattr(dist, "ProcessGroupNCCL", offered, raising=False)
             if at == 1:
                 patch.setattr(transport, "_host", lambda: f"host {rank}")
-            found.append(transport._may(mesh, mesh.weight_axes["dense"]))
+            found.append(transport._supports_copy_engines(mesh, mesh.weight_axes["dense"]))
     return found
 
 
@@ -445,7 +445,7 @@ def tried(rank: int, world_size: int) -> list[bool]:
             patch.setattr(dist, "all_to_all_single", way)
             try:
                 axes = mesh.weight_axes["dense"]
-                transport._try(reached(mesh, axes, ParallelConfig()), mesh, axes)
+                transport._verify(reached(mesh, axes, ParallelConfig()), mesh, axes)
                 found.append(True)
             except RuntimeError:
                 found.append(False)
