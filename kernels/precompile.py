@@ -27,7 +27,7 @@ from . import driver
 
 log = logging.getLogger(__name__)
 
-Work = Callable[[torch.device], object]
+Compilation = Callable[[torch.device], object]
 """Has a kernel compiled, by using it on a device."""
 
 PATIENCE = 120.0
@@ -37,7 +37,7 @@ _PACKAGES = ("torch", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl")
 _started: dict[str, BaseProcess] = {}
 
 
-def start(works: Mapping[str, Work]) -> None:
+def start(works: Mapping[str, Compilation]) -> None:
     """Start to compile the kernels, by name, that this machine does not have yet.
 
     For one rank of a machine, before it uses its GPU: a child forked from a process that does could not use it.
@@ -52,7 +52,7 @@ def start(works: Mapping[str, Work]) -> None:
                 _started[kernel] = process
 
 
-def wait(kernel: str, work: Work, device: torch.device) -> None:
+def wait(kernel: str, work: Compilation, device: torch.device) -> None:
     """Wait until a kernel is on disk. Whoever is first compiles it, this process perhaps.
 
     Nothing is raised here: what goes wrong shows when the kernel is used.
@@ -67,7 +67,7 @@ def wait(kernel: str, work: Work, device: torch.device) -> None:
         _once(kernel, work, device)
 
 
-def _compile(kernel: str, work: Work) -> None:
+def _compile(kernel: str, work: Compilation) -> None:
     """Compile in a child process. It prints nothing: if the kernel does not work, the run says so."""
     _prctl_pr_set_pdeathsig(signal.SIGKILL)  # with the run: it may hang, and has a GPU and a lock
     silence = os.open(os.devnull, os.O_WRONLY)
@@ -81,7 +81,7 @@ def _compile(kernel: str, work: Work) -> None:
     os._exit(0)
 
 
-def _once(kernel: str, work: Work, device: torch.device) -> None:
+def _once(kernel: str, work: Compilation, device: torch.device) -> None:
     def build(_: Path) -> None:
         work(device)
         if device.type == "cuda":

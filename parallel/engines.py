@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..kernels import precompile, swiglu
 from ..kernels.attention_timing import flash4_compilations
-from ..kernels.precompile import Work
+from ..kernels.precompile import Compilation
 from ..models.config import DecoderConfig
 from ..models.protocol import Model
 from .attention_choice import choose_attention, shape_of
@@ -44,7 +44,7 @@ def start_compiling(model: DecoderConfig, parallel: ParallelConfig, settings: En
     """
     if settings.precision != "bf16" or not settings.seq_len:
         return
-    works: dict[str, Work] = {**flash4_compilations(shape_of(model, parallel, settings.seq_len))}
+    works: dict[str, Compilation] = {**flash4_compilations(shape_of(model, parallel, settings.seq_len))}
     policy = settings.activation if settings.activation_budget is None else "none"  # which some blocks may have
     if fused_swiglu_blocker(model, parallel, settings, [policy]) is None:
         works[SWIGLU] = swiglu.unsupported_reason

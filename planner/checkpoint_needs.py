@@ -54,7 +54,7 @@ def checkpoint_needs(settings: CheckpointConfig, layout: Layout, held: Sequence[
 
 
 def fewer_snapshots(needs: CheckpointNeeds) -> str:
-    """What lets them do with less host memory."""
+    """Name settings that need less host memory."""
     elsewhere = "use checkpoint.snapshot_folder instead, without checkpoint.memory_every"
     if needs.host <= needs.least:
         return elsewhere
@@ -62,7 +62,7 @@ def fewer_snapshots(needs: CheckpointNeeds) -> str:
 
 
 def describe_needs(needs: CheckpointNeeds) -> list[str]:
-    """Sentences for a plan."""
+    """Describe the needs in sentences for a plan."""
     if not needs.step:
         return []
     stay = (

@@ -29,7 +29,7 @@ from ..parallel.config import ParallelConfig
 from ..parallel.engine import OptimizerFactory
 from ..parallel.layout import Layout, uses_fsdp
 from ..parallel.pipeline.stages import StagePlan, balanced_stages
-from .memory import Job, Piece, optimizer_bytes, pieces
+from .memory import Job, WeightShard, optimizer_bytes, pieces
 from .timeline import Costs, Timeline, simulate, torch_order
 
 
@@ -86,7 +86,7 @@ class LayoutCost:
 
 
 def layout_cost(model: Model, parallel: ParallelConfig, layout: Layout, job: Job, make: OptimizerFactory) -> LayoutCost:
-    """The costs of a legal layout. model: on the meta device."""
+    """Estimate the costs of a legal layout. model: on the meta device."""
     plan = balanced_stages(decoder_shape(model), parallel, job.seq_len, job.policies)
     timeline = None
     if plan.count > 1:
@@ -98,7 +98,7 @@ def layout_cost(model: Model, parallel: ParallelConfig, layout: Layout, job: Job
 
 
 def stage_costs(model: DecoderConfig, plan: StagePlan, job: Job) -> list[Costs]:
-    """FLOPs per token of each stage's actions: gradients of inputs and of weights cost a forward pass each."""
+    """Count the FLOPs per token of each stage's actions: gradients of inputs and of weights cost a forward pass each."""
     costs: list[Costs] = []
     for at, layers in enumerate(plan.layers):
         blocks = sum(layer_flops(model.block(layer), job.seq_len) for layer in layers)
@@ -198,7 +198,7 @@ def _rank_cost(
     )
 
 
-def _parcels(held: Sequence[Piece], model: Model, parallel: ParallelConfig, layout: Layout, job: Job) -> int:
+def _parcels(held: Sequence[WeightShard], model: Model, parallel: ParallelConfig, layout: Layout, job: Job) -> int:
     """Bytes that copy engines reach (`transport.py`), beside weights; of ranks on several hosts, too, which do without.
 
     Whole weights need room for the largest group's gradients as they are sent and as they are received; FSDP2 for two groups

@@ -74,7 +74,7 @@ class _Sizes:
 def deepspeed_cost(
     rank: RankCost, model: Model, parallel: ParallelConfig, job: Job, ranks: int
 ) -> tuple[RankCost, OffloadAccount]:
-    """The account under DeepSpeed, on the GPU and away from it.
+    """Estimate a rank's costs under DeepSpeed, on the GPU and off it.
 
     rank: the torch engine's for the same model without offloading, data-parallel.
     """

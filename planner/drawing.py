@@ -14,7 +14,7 @@ FONT = "font-family='Inter, Helvetica, Arial, sans-serif'"
 
 
 def pipeline_svg(timeline: Timeline, title: str) -> str:
-    """A Gantt chart: a row per pipeline rank, a box per action, with its micro-batch; waiting is what stays grey."""
+    """Draw a Gantt chart: a row per pipeline rank, a box per action with its micro-batch; idle time is grey."""
     ranks = len(timeline.spans)
     scale = WIDTH / timeline.length
     chunks = sorted({span.action.stage // ranks for row in timeline.spans for span in row})

@@ -16,7 +16,7 @@ from .speed import Moved, torch_moved
 def engine_cost(
     rank: RankCost, model: Model, parallel: ParallelConfig, layout: Layout, job: Job
 ) -> tuple[RankCost, OffloadAccount]:
-    """What the engine makes of a rank's account: what its GPU holds, what is elsewhere, and what a step moves between them.
+    """Adjust a rank's costs to the engine: what its GPU holds, what is offloaded, and what a step moves between them.
 
     rank: as `cost.layout_cost` gives it for this `parallel`.
     """
@@ -28,5 +28,5 @@ def engine_cost(
 
 
 def engine_moved(parallel: ParallelConfig) -> Moved:
-    """How to count what the engine's step moves, for `speed.step_seconds`."""
+    """Choose the function that counts what the engine's step moves, for `speed.step_seconds`."""
     return deepspeed_moved if parallel.engine == "deepspeed" else torch_moved

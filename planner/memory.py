@@ -38,7 +38,7 @@ class Job:
     fused: bool = False
 
     def forward_pass(self, parallel: ParallelConfig) -> ForwardPass:
-        """How a rank passes one micro-batch forward."""
+        """Describe a rank's forward pass of one micro-batch."""
         return ForwardPass(
             tokens=self.micro * self.seq_len // parallel.cp,
             precision=self.precision,
@@ -50,7 +50,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightShard:
     """One parameter of a stage, for the rank with the largest shard.
 
     group   the module whose weights are gathered together
@@ -65,11 +65,11 @@ class Piece:
     shape: tuple[int, ...]
 
 
-def pieces(stage: Model, layout: Layout) -> list[Piece]:
-    """How FSDP2 over tensor-parallel parameters cuts a stage: along dim 0, into chunks of equal size but for the last."""
+def pieces(stage: Model, layout: Layout) -> list[WeightShard]:
+    """Cut a stage as FSDP2 over tensor-parallel parameters does: along dim 0, into equal chunks except the last."""
     ways = layout.weight_ranks
     placements = {each.name: each.weight_placement(layout.tp) for each in placed_modules(stage)}
-    found: list[Piece] = []
+    found: list[WeightShard] = []
     for name, parameter in stage.named_parameters():
         shape = list(parameter.shape)
         module = name.rpartition(".")[0]
@@ -79,12 +79,14 @@ def pieces(stage: Model, layout: Layout) -> list[Piece]:
         rows = -(-shape[0] // ways)
         row = torch.Size(shape[1:]).numel()
         group = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name.split(".")[0]
-        found.append(Piece(name, group, shape[0] * row, rows * row, (rows, *shape[1:])))
+        found.append(WeightShard(name, group, shape[0] * row, rows * row, (rows, *shape[1:])))
     return found
 
 
-def optimizer_bytes(make: OptimizerFactory, own: Sequence[Piece], model: Model, dtype: torch.dtype) -> tuple[int | None, bool]:
-    """What an optimizer keeps of these shards, and whether it takes gradients in the dtype of the compute (`FusedStep`).
+def optimizer_bytes(
+    make: OptimizerFactory, own: Sequence[WeightShard], model: Model, dtype: torch.dtype
+) -> tuple[int | None, bool]:
+    """Count the bytes that an optimizer keeps of these shards; tell if it takes compute-dtype gradients (`FusedStep`).
 
     Found by a step on tensors without storage; (None, False) where it can't take one.
     """

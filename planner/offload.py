@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ..models.costs import ACCUM_BYTES
 from .cost import RankCost
-from .memory import Job, Piece
+from .memory import Job, WeightShard
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class OffloadAccount:
 
 
 def pinned(size: int) -> int:
-    """Bytes that PyTorch locks for a buffer of this size that the GPU copies to or from: the next power of two."""
+    """Return the bytes that PyTorch pins for a buffer of this size: the next power of two."""
     return 1 << (size - 1).bit_length() if size else 0
 
 
-def torch_offload_cost(rank: RankCost, pieces: Sequence[Piece], zero: int, job: Job) -> tuple[RankCost, OffloadAccount]:
+def torch_offload_cost(rank: RankCost, pieces: Sequence[WeightShard], zero: int, job: Job) -> tuple[RankCost, OffloadAccount]:
     """FSDP2 with its state on the host: fp32 shards of weights and gradients, each locked, and the optimizer's beside them.
 
     rank: the account of the layout with `parallel.offload=cpu`, of which this takes away what is on the host. The GPU
@@ -46,7 +46,7 @@ def torch_offload_cost(rank: RankCost, pieces: Sequence[Piece], zero: int, job: 
 
 
 def describe(away: OffloadAccount) -> list[str]:
-    """Sentences for a plan: where the rest is, and what a step moves. Empty when nothing is offloaded."""
+    """Describe for a plan what is offloaded where, and what a step moves. Empty when nothing is offloaded."""
     if away == OffloadAccount():
         return []
 

@@ -82,7 +82,7 @@ def step_seconds(
     moved: Moved,
     nodes: int = 1,
 ) -> float:
-    """Seconds of one step, for comparison with other settings of the same model, batch and layout axes.
+    """Estimate the seconds of one step, for comparison with other settings of the same model, batch and layout axes.
 
     cost, away, moved: as `layout_cost`, `engine_cost` and `engine_moved` give them.
     """
@@ -104,7 +104,7 @@ def step_seconds(
 
 
 def torch_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: Job) -> Traffic:
-    """What the torch engine moves.
+    """Count the bytes that the torch engine moves.
 
     For M micro-batches, over w ranks that share the weights' state and c that hold copies of it:
 

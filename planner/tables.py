@@ -25,12 +25,12 @@ MEANING = {
 
 
 def right(header: str) -> Column:
-    """A column of numbers."""
+    """Make a right-aligned column of numbers."""
     return Column(header, justify="right")
 
 
 def plan_tables(parallel: ParallelConfig, layout: Layout, job: Job, cost: LayoutCost, samples: int) -> Iterator[Table | Text]:
-    """Everything to print, in order."""
+    """Make all tables of a plan, in the order of printing."""
     count = f"{layout.world_size} processes: " if layout.world_size > 1 else ""
     yield Text(f"\n{count}{layout.describe()}", style="bold")
     if layout.world_size > 1:
@@ -41,7 +41,7 @@ def plan_tables(parallel: ParallelConfig, layout: Layout, job: Job, cost: Layout
 
 
 def axis_groups(layout: Layout, axis: str) -> list[list[int]]:
-    """The groups of ranks that differ along this axis alone, in order of their first rank."""
+    """List the groups of ranks that differ along this axis alone, in order of their first rank."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank in range(layout.world_size):
         at = layout.coordinates(rank)
@@ -50,7 +50,7 @@ def axis_groups(layout: Layout, axis: str) -> list[list[int]]:
 
 
 def written_ranks(ranks: Sequence[int]) -> str:
-    """Ranks in few words: `0–3`, `0, 4, 8, …, 60`."""
+    """Format ranks briefly: `0–3`, `0, 4, 8, …, 60`."""
     if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
         return f"{ranks[0]}–{ranks[-1]}"
     if len(ranks) > 5:
@@ -59,7 +59,7 @@ def written_ranks(ranks: Sequence[int]) -> str:
 
 
 def mesh_table(layout: Layout) -> Table:
-    """The axes larger than one, outermost first, with the ranks that talk along each."""
+    """Tabulate the axes larger than one, outermost first, with the ranks of each group."""
     table = Table("axis", right("size"), "meaning", "ranks that talk", title="Mesh", title_justify="left", box=box.SIMPLE)
     for axis in AXES:
         size = layout.sizes[axis]
@@ -74,7 +74,7 @@ def mesh_table(layout: Layout) -> Table:
 
 
 def holders_table(layout: Layout, cost: LayoutCost) -> Table:
-    """Which ranks hold which part of the model, and how much of it each."""
+    """Tabulate which ranks hold which part of the model, and how much of it each."""
     table = Table("ranks", "holds", right("parameters per rank"), title="Who holds what", title_justify="left", box=box.SIMPLE)
     per_stage = layout.world_size // layout.pp
     for pp, rank in enumerate(cost.ranks):
@@ -84,7 +84,7 @@ def holders_table(layout: Layout, cost: LayoutCost) -> Table:
 
 
 def parts_held(cost: LayoutCost, pp: int) -> str:
-    """The parts of the model on a pipeline coordinate: `embedding, layers 0–9 + layers 20–29`."""
+    """Name the parts of the model on a pipeline coordinate: `embedding, layers 0–9 + layers 20–29`."""
     written: list[str] = []
     for stage in cost.plan.held_by(pp):
         layers = cost.plan.layers[stage]
@@ -96,7 +96,7 @@ def parts_held(cost: LayoutCost, pp: int) -> str:
 
 
 def memory_table(cost: LayoutCost) -> Table:
-    """GiB per rank by what holds them, each at its most; gradients and activations are not at theirs together."""
+    """Tabulate the peak GiB per rank of each kind. Gradients and activations do not peak together."""
     kinds = ["weights", "gathered", "gradients", "optimizer", "activations", "working"]
     columns = [right(kind) for kind in (*kinds, "at most")]
     table = Table("pp", *columns, title="Memory per rank, GiB", title_justify="left", box=box.SIMPLE)
@@ -108,13 +108,13 @@ def memory_table(cost: LayoutCost) -> Table:
 
 
 def gib(count: float) -> str:
-    """Bytes in GiB, with as many digits as tell something."""
+    """Format bytes in GiB with significant digits."""
     value = count / GIB
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.4f}"
 
 
 def step_table(parallel: ParallelConfig, job: Job, cost: LayoutCost, samples: int) -> Table:
-    """The work of one step."""
+    """Make the table of one step's work."""
     table = Table(show_header=False, title="One step", title_justify="left", box=box.SIMPLE)
     tokens = samples * job.seq_len
     table.add_row("global batch", f"{samples:,} samples × {job.seq_len:,} positions = {tokens:,} tokens")
@@ -133,7 +133,7 @@ def step_table(parallel: ParallelConfig, job: Job, cost: LayoutCost, samples: in
 
 
 def distinct(ranks: Sequence[RankCost]) -> list[float]:
-    """FLOPs of the pipeline ranks, once where all compute as much."""
+    """Format the FLOPs of the pipeline ranks, once where all are equal."""
     work = [rank.flops for rank in ranks]
     return work[:1] if len(set(work)) == 1 else work
 

@@ -36,7 +36,7 @@ class Costs:
     to_weight: float
 
     def of(self, kind: str) -> float:
-        """Time of an action of this kind."""
+        """Return the time of an action of this kind."""
         parts = {FORWARD: self.forward, INPUT: self.to_input, WEIGHT: self.to_weight}
         return parts[kind] if kind in parts else self.to_input + self.to_weight
 
@@ -85,7 +85,7 @@ class Timeline:
 
 
 def torch_order(parallel: ParallelConfig, micro_batches: int) -> list[list[Action]]:
-    """Each rank's actions in the order in which torch's schedule class of `parallel.schedule` runs them.
+    """List each rank's actions in the order in which torch's schedule class of `parallel.schedule` runs them.
 
     Raises ValueError, in torch's words, for a number of micro-batches that the schedule can't run.
     """
@@ -148,7 +148,7 @@ def simulate(order: Sequence[Sequence[Action]], costs: Sequence[Costs], hop: flo
     clock = [0.0] * len(order)
 
     def arrival(action: Action) -> float | None:
-        """When its inputs are there; None while they are not known."""
+        """Return when its inputs arrive; None while that is not known."""
         stage, micro = action.stage, action.micro
         if action.kind == FORWARD:
             source = None if stage == 0 else (FORWARD, stage - 1, micro)

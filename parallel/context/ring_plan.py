@@ -19,7 +19,7 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Block:
+class AttentionBlock:
     """Every query of one span attends to every key of another."""
 
     queries: Span
@@ -35,7 +35,7 @@ class Step:
     """
 
     source: int
-    blocks: tuple[Block, ...]
+    blocks: tuple[AttentionBlock, ...]
     target: int
     keys: tuple[Span, ...]
 
@@ -138,12 +138,12 @@ def _edge_pieces(ranges: Sequence[range], cu_seqlens: Sequence[int]) -> list[_Pi
     return pieces
 
 
-def _blocks(queries: Sequence[_Piece], keys: Sequence[_Piece]) -> list[Block]:
+def _blocks(queries: Sequence[_Piece], keys: Sequence[_Piece]) -> list[AttentionBlock]:
     """List what the queries' holder computes on the keys' holder's keys, in the order of the positions."""
     of_sequence: dict[int, list[_Piece]] = {}
     for key in keys:
         of_sequence.setdefault(key.sequence, []).append(key)
-    blocks: list[Block] = []
+    blocks: list[AttentionBlock] = []
     for query in queries:
         seen = [key for key in of_sequence.get(query.sequence, []) if key.start < query.start]
         if not seen:
@@ -151,18 +151,18 @@ def _blocks(queries: Sequence[_Piece], keys: Sequence[_Piece]) -> list[Block]:
         span = (seen[0].at, seen[-1].at + seen[-1].length)
         assert span[1] - span[0] == sum(key.length for key in seen), "the keys of a sequence lie side by side"
         if blocks and blocks[-1].keys == span and blocks[-1].queries[1] == query.at:
-            blocks[-1] = Block((blocks[-1].queries[0], query.at + query.length), span)
+            blocks[-1] = AttentionBlock((blocks[-1].queries[0], query.at + query.length), span)
         else:
             assert not blocks or blocks[-1].keys[1] <= span[0], "no key is needed twice"
-            blocks.append(Block((query.at, query.at + query.length), span))
+            blocks.append(AttentionBlock((query.at, query.at + query.length), span))
     return blocks
 
 
-def _from_message_start(blocks: Sequence[Block]) -> tuple[Block, ...]:
-    moved: list[Block] = []
+def _from_message_start(blocks: Sequence[AttentionBlock]) -> tuple[AttentionBlock, ...]:
+    moved: list[AttentionBlock] = []
     at = 0
     for block in blocks:
         length = block.keys[1] - block.keys[0]
-        moved.append(Block(block.queries, (at, at + length)))
+        moved.append(AttentionBlock(block.queries, (at, at + length)))
         at += length
     return tuple(moved)

@@ -30,7 +30,7 @@ from .ulysses import ulysses_attend
 KINDS = ("ring", "ulysses")
 
 
-class Shape(Protocol):
+class ContextParallelSizes(Protocol):
     """Sizes that must divide: fields of `DecoderConfig`."""
 
     heads: int
@@ -44,7 +44,7 @@ def kind_problems(parallel: ParallelConfig) -> list[Problem]:
     return [Problem("parallel.cp_kind", f"{parallel.cp_kind!r} does not exist", f"use {' or '.join(KINDS)}")]
 
 
-def context_problems(shape: Shape, parallel: ParallelConfig, seq_len: int) -> list[Problem]:
+def context_problems(shape: ContextParallelSizes, parallel: ParallelConfig, seq_len: int) -> list[Problem]:
     """List everything that keeps samples of `seq_len` positions from being cut `parallel.cp` ways."""
     kind, cp = parallel.cp_kind, parallel.cp
     if unknown := kind_problems(parallel):

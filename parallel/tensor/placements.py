@@ -86,7 +86,7 @@ class Stream:
         return [self.placement if isinstance(where, str) else where]
 
 
-class Shape(Protocol):
+class TensorParallelSizes(Protocol):
     """Sizes that must divide: fields of `DecoderConfig`."""
 
     heads: int
@@ -95,7 +95,7 @@ class Shape(Protocol):
     vocabulary: int | None
 
 
-def tensor_problems(shape: Shape, parallel: ParallelConfig, seq_len: int) -> list[Problem]:
+def tensor_problems(shape: TensorParallelSizes, parallel: ParallelConfig, seq_len: int) -> list[Problem]:
     """List everything that keeps this model from being cut `parallel.tp` ways."""
     tp = parallel.tp
     if tp == 1:
