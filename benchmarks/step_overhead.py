@@ -233,7 +233,7 @@ def main() -> None:
         run, shape = trainer_run(SIZES[settings.size], folder)
         loop = run.loop
         weights = {f.name: f.tensor.clone() for f in loop.engine.fragments() if f.role == "weight"}
-        share = loop.batches.load(GlobalBatch(0, loop.controller.samples), loop.micro)
+        share = loop.batches.load(GlobalBatch(0, loop.controller.samples), loop.controller.micro)
         batches = [micro.to(device) for micro in share.micro_batches]
         loops = {"trainer": by_trainer(run)}
         if "plain" in settings.against:

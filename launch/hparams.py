@@ -45,7 +45,7 @@ NOTES = """
   seq_len   positions of a sequence; null: the recipe's
   batch     global batch in sequences; null: what the step law gives
   loss      the loss to be reached, in nats per token; null: what Chinchilla's law predicts
-  multiple  batches are rounded to multiples of this (batch.micro × data-parallel size); null: of 8 and the recipe's batch.micro
+  multiple  batches are rounded to multiples of this; null: of 8 and the recipe's batch.micro
   mup_base  width at which muP's hyper-parameters were tuned"""
 
 

@@ -9,6 +9,8 @@ from ..config.problems import ConfigError, Problem
 from ..models.config import CustomModel
 from ..models.costs import ACCUM_BYTES
 from ..models.protocol import Model, decoder_shape
+from ..optim.build import build_controller
+from ..optim.progress import Progress
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import Layout
 from ..parallel.policies import block_policies, fused_swiglu_blocker
@@ -17,7 +19,9 @@ from ..planner.cost import LayoutCost, layout_cost
 from ..planner.engines import engine_cost
 from ..planner.memory import Job
 from ..planner.offload import OffloadAccount, describe
-from ..trainer.build import build_model, engine_settings, optimizer_factory
+from ..trainer.blanks import blank_notice
+from ..trainer.build import build_assigner, build_model, engine_settings, optimizer_factory
+from ..trainer.derived import build_horizon
 from ..trainer.launching import planned_processes
 from ..trainer.resolve import resolve
 from ..trainer.schema import RunConfig
@@ -90,6 +94,10 @@ def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False) -
         notes.append(f"a vocabulary of {vocabulary:,} tokens, as data.vocabulary asks for; the tokenizer has the last word")
     if config.batch.name != "fixed":
         notes.append(f"the batch size changes during the run; these are the figures of its start, {samples} samples")
+    assigner = build_assigner(config, layout)
+    controller = build_controller(config.batch, build_horizon(config, config.data.seq_len))
+    blanks = blank_notice(assigner, controller, Progress())
+    notes += [] if blanks is None else [blanks]
     model = build_model(config.model, vocabulary)
     settings = engine_settings(config)
     try:
@@ -98,8 +106,8 @@ def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False) -
         raise ConfigError([Problem("trainer.activation_budget", str(error), "give it more")]) from error
     job = Job(
         seq_len=config.data.seq_len,
-        micro=config.batch.micro,
-        micro_batches=max(1, samples // (layout.data_size * config.batch.micro)),
+        micro=min(config.batch.micro, samples),
+        micro_batches=assigner.passes(samples, config.batch.micro),
         precision=config.precision,
         policies=policies,
         compiled=config.trainer.compile,

@@ -214,8 +214,6 @@ def micro_is_fixed(config: RunConfig) -> str:
     """Why another batch.micro would mean other losses or other batches; empty where it would not."""
     if config.batch.name != "fixed":
         return f"what batch={config.batch.name} takes or measures may depend on it"
-    if isinstance(config.batch.samples, str):
-        return f"batch.samples={config.batch.samples} is rounded to it"
     if MICRO_SIDE.of(config) is Side.RECIPE:
         return f"it is recipe under {MICRO_SIDE.when}"
     return ""
@@ -272,7 +270,7 @@ class _Search:
         # Through a pipeline all stages are the same, and so they are on one rank of the torch engine that offloads nothing.
         alone = data * parallel.cp == 1 and parallel.engine != "deepspeed" and parallel.offload == "none"
         alike = "parallel.zero" in fixed or parallel.pp > 1 or alone
-        micros = [micro] if "batch.micro" in fixed else divisors(self._config.batch.samples // data)
+        micros = [micro] if "batch.micro" in fixed else divisors(-(-self._config.batch.samples // data))
         found = {tuple(given.values()): self.planned(given)}
         for stage in [zero] if alike else sorted({zero, 1, 2, 3}):
             crowded = False

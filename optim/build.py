@@ -1,14 +1,13 @@
 """Build the objects that configs describe: Meshloom's classes take the config, a user's own class the keys of its node.
 
-The keys of the trainer are not passed to a user's own class: `name`, `lr_coupling` of `optim`, `micro` and `micro_max` of
-`batch`.
+The keys of the trainer are not passed to a user's own class: `name`, and `lr_coupling` of `optim`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..config.nodes import Custom, build, import_object
 from .batch.config import BatchConfig
@@ -34,12 +33,9 @@ def build_optimizer(config: OptimConfig, parameters: Sequence[NamedParameter], s
     return build(config, leave_out=("name", "lr_coupling"), parameters=parameters, shards=shards)
 
 
-def build_controller(config: BatchConfig, horizon: Horizon, divisor: int) -> Controller:
-    """Build the batch-size controller. divisor: batch.micro × data-parallel size. Check its `problems()` first."""
-    grows = {} if config.largest_micro == config.micro else {"micro_growth": config.largest_micro / config.micro}
-    live: dict[str, Any] = {"horizon": horizon, "divisor": divisor, **grows}
-    left_out = ("name", "micro", "micro_max")
+def build_controller(config: BatchConfig, horizon: Horizon) -> Controller:
+    """Build the batch-size controller. Check its `problems()` first."""
     if isinstance(config, Custom):
-        return build(config, leave_out=left_out, **live)
-    keys = {key: value for key, value in dataclasses.asdict(config).items() if key not in (*left_out, "_target_")}
-    return import_object(config._target_)(**keys, **live)
+        return build(config, leave_out=("name",), horizon=horizon)
+    keys = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("name", "_target_")}
+    return import_object(config._target_)(**keys, horizon=horizon)

@@ -14,8 +14,8 @@ from ..models.protocol import Model, lacks
 from .config import ParallelConfig
 from .context.split import KINDS, context_problems
 from .engine import EngineSettings
-from .layout import Layout, layout_problems
-from .pipeline.stages import SCHEDULES, legal_micro_batches, near_micro_batches, schedule_of, stage_count
+from .layout import layout_problems
+from .pipeline.stages import SCHEDULES, schedule_of, stage_count
 from .tensor.placements import tensor_problems, unplaced_modules
 
 
@@ -23,7 +23,6 @@ from .tensor.placements import tensor_problems, unplaced_modules
 class Work:
     """What a layout must run: the model's shape, the batch, and the blocks' settings for memory and speed.
 
-    samples     global batch; None: it changes during the run, and its controller keeps to legal sizes
     vocabulary  None: not known before the data's tokenizer is
     """
 
@@ -34,7 +33,6 @@ class Work:
     vocabulary: int | None
     seq_len: int
     micro: int
-    samples: int | None
     activation: str = "none"
     compile: bool = False
 
@@ -93,7 +91,7 @@ def _problems(parallel: ParallelConfig, work: Work, world_size: int) -> Iterator
     stages = list(_stage_problems(parallel, work.layers))
     yield from stages
     if parallel.pp > 1 and not stages:
-        yield from _schedule_problems(parallel, work, Layout.plan(parallel, world_size).data_size)
+        yield from _schedule_problems(parallel, work)
 
 
 def _stage_key_problems(parallel: ParallelConfig) -> Iterator[Problem]:
@@ -140,7 +138,7 @@ def _stage_problems(parallel: ParallelConfig, layers: int) -> Iterator[Problem]:
             yield Problem("parallel.stage_layers", message, "make them add up, or null to balance them by cost")
 
 
-def _schedule_problems(parallel: ParallelConfig, work: Work, data_size: int) -> Iterator[Problem]:
+def _schedule_problems(parallel: ParallelConfig, work: Work) -> Iterator[Problem]:
     """Yield what the schedule can't do with this work."""
     other = "use parallel.schedule=1f1b or interleaved"
     if schedule_of(parallel).splits_backward:
@@ -150,32 +148,6 @@ def _schedule_problems(parallel: ParallelConfig, work: Work, data_size: int) -> 
         if work.activation == "selective":
             message = f"{halves}, and selective checkpointing allows one"
             yield Problem("trainer.activation", message, f"use none, full or offload, or {other}")
-    if work.samples is None or work.samples % (work.micro * data_size):
-        return
-    count = work.samples // (work.micro * data_size)
-    if not legal_micro_batches(parallel, count):
-        near = near_micro_batches(parallel, count)
-        sizes = " or ".join(str(number * work.micro * data_size) for number in near)
-        smaller = next((m for m in range(work.micro - 1, 0, -1) if _counts(parallel, work, data_size, m)), None)
-        finer = f", or batch.micro={smaller}" if smaller else ""
-        message = (
-            f"gives every rank {count} micro-batches, which {parallel.schedule} can't run on {stage_count(parallel)} stages"
-        )
-        yield Problem(f"batch.samples={work.samples}", message, f"use {sizes}{finer}")
-
-
-def _counts(parallel: ParallelConfig, work: Work, data_size: int, micro: int) -> bool:
-    """Return whether batch.micro=`micro` cuts the batch into whole micro-batches whose number the schedule can run."""
-    assert work.samples is not None
-    count, rest = divmod(work.samples, micro * data_size)
-    return not rest and legal_micro_batches(parallel, count)
-
-
-def micro_batch_unit(parallel: ParallelConfig) -> int:
-    """Return a number whose multiples are all legal numbers of micro-batches, for a batch size that changes."""
-    if parallel.pp == 1 or parallel.schedule in ("gpipe", "zbv"):
-        return 1
-    return stage_count(parallel) if parallel.schedule == "dualpipev" else parallel.pp
 
 
 def near_layouts(parallel: ParallelConfig, work: Work, world_size: int, most: int = 3) -> list[str]:
@@ -189,7 +161,7 @@ def near_layouts(parallel: ParallelConfig, work: Work, world_size: int, most: in
         if world_size % (tp * pp * cp):
             continue
         for candidate in _variants(replace(parallel, tp=tp, pp=pp, cp=cp), world_size // (tp * pp * cp)):
-            if next(_problems(candidate, work, world_size), None) is None and _deals(candidate, work, world_size):
+            if next(_problems(candidate, work, world_size), None) is None:
                 legal.append((_distance(parallel, candidate), _changes(parallel, candidate)))
     chosen: list[dict[str, str]] = []
     for _, changes in sorted(legal, key=lambda found: found[0]):
@@ -197,11 +169,6 @@ def near_layouts(parallel: ParallelConfig, work: Work, world_size: int, most: in
         if len(chosen) < most and not any(nearer.items() <= changes.items() for nearer in chosen):
             chosen.append(changes)
     return [" ".join(f"{key}={value}" for key, value in changes.items()) for changes in chosen]
-
-
-def _deals(parallel: ParallelConfig, work: Work, world_size: int) -> bool:
-    unit = work.micro * Layout.plan(parallel, world_size).data_size
-    return work.samples is None or work.samples % unit == 0
 
 
 def _variants(sized: ParallelConfig, data: int) -> Iterator[ParallelConfig]:

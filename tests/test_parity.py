@@ -107,6 +107,17 @@ TABLE: dict[str, tuple[int, Work]] = {
     "tp 4 × ZeRO-3": (8, work(3, FEW, tp=4)),
     "cp 2, ring × tp 2 × ZeRO-3": (8, work(2, FEW, cp=2, tp=2)),
     "pp 2 × cp 2, ring × tp 2, zb, documents": (8, work(2, FEW, pp=2, cp=2, tp=2, zero=1, schedule="zb", documents=True)),
+    # batches that don't divide: 7 samples, so that ranks, micro-batches and passes are filled with blanks
+    "one process, 7 samples in micro-batches of 2": (1, work(2, FEW, zero=0, samples=7)),
+    **{f"ZeRO-{zero}, 7 samples": (2, work(2, FEW, zero=zero, samples=7)) for zero in range(4)},
+    **{f"ZeRO-{zero}, 7 samples on 3": (3, work(2, FEW, zero=zero, samples=7)) for zero in range(4)},
+    **{f"ZeRO-{zero}, 3 samples on 4": (4, work(1, FEW, zero=zero, samples=3)) for zero in range(4)},
+    "HSDP, ZeRO-3, 7 samples": (4, work(2, FEW, replicate=2, samples=7)),
+    **{f"pp 2, {schedule}, 7 samples": (2, work(4, FEW, pp=2, schedule=schedule, samples=7)) for schedule in SCHEDULES},
+    "pp 2 × ZeRO-1, interleaved, 7 samples": (4, work(1, FEW, pp=2, zero=1, schedule="interleaved", samples=7)),
+    "pp 4, dualpipev, 7 samples": (4, work(2, FEW, pp=4, schedule="dualpipev", layers=8, samples=7)),
+    "tp 2 × ZeRO-1, 7 samples": (4, work(2, FEW, tp=2, zero=1, samples=7)),
+    "cp 2, ring × ZeRO-3, 7 samples, documents": (4, work(2, FEW, cp=2, samples=7, documents=True)),
 }
 
 

@@ -10,7 +10,6 @@ from ..config.problems import Problem
 from ..optim.optimizers.config import AUTOMATIC
 from ..optim.scaling.laws import automatic_batch, automatic_lr
 from .build import build_model
-from .derived import planned_data_size
 from .schema import RunConfig
 
 
@@ -20,10 +19,10 @@ def hidden_parameters(config: RunConfig) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("embed.", "head.")))
 
 
-def resolve_automatic(config: RunConfig, world_size: int) -> list[Problem]:
+def resolve_automatic(config: RunConfig) -> list[Problem]:
     """Replace every automatic value in `config`, in place, by the law's number. Return the problems of laws that can't apply.
 
-    The batch becomes a multiple of batch.micro × the data-parallel size on `world_size` processes.
+    The batch becomes a multiple of `batch.multiple`, where that is set.
     """
     problems: list[Problem] = []
 
@@ -47,8 +46,8 @@ def resolve_automatic(config: RunConfig, world_size: int) -> list[Problem]:
             node.keys[key] = number
 
     tokens, seq_len = config.trainer.tokens or 0, config.data.seq_len
-    unit = config.batch.micro * planned_data_size(config, world_size)
-    apply_law("batch", "samples", lambda law: automatic_batch(law, tokens, seq_len, unit))
+    multiple = getattr(config.batch, "multiple", None) or 1
+    apply_law("batch", "samples", lambda law: automatic_batch(law, tokens, seq_len, multiple))
     batch = config.batch.samples
     batch_tokens = batch * seq_len if isinstance(batch, int) else 0
 

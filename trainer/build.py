@@ -35,7 +35,6 @@ from ..optim.schedules.coupling import Coupling
 from ..parallel.engine import EngineSettings, OptimizerFactory
 from ..parallel.engines import make_engine
 from ..parallel.layout import Layout
-from ..parallel.legality import micro_batch_unit
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline.stages import legal_micro_batches
 from .all_ranks import raise_on_all_ranks
@@ -94,12 +93,6 @@ def engine_settings(config: RunConfig, seq_len: int = 0, measures: bool = False)
         seq_len=seq_len,
         measures=measures,
     )
-
-
-def batch_divisor(config: RunConfig, data_size: int) -> int:
-    """Return the number of samples that a global batch must be a multiple of: whole micro-batches for every data rank."""
-    unit = 1 if config.batch.name == "fixed" else micro_batch_unit(config.parallel)  # a pipeline can't run any number
-    return data_size * config.batch.micro * unit
 
 
 def build_assigner(config: RunConfig, layout: Layout) -> Assigner:
@@ -175,7 +168,7 @@ def _build(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Me
             log.info("%s has no %s", type(model).__name__, default)
     flops = model.flops_per_token(data.seq_len)
     horizon = build_horizon(config, data.seq_len)
-    controller = build_controller(config.batch, horizon, batch_divisor(config, mesh.layout.data_size))
+    controller = build_controller(config.batch, horizon)
     settings = engine_settings(config, data.seq_len, controller.needs_statistics)
     engine = make_engine(model, mesh, optimizer_factory(config.optim), config.parallel, settings)
     assigner = build_assigner(config, mesh.layout)
@@ -219,7 +212,6 @@ def _build(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Me
         schedule=build_schedule(config.schedule, config.optim.lr, horizon),
         coupling=Coupling(config.optim.lr_coupling),
         horizon=horizon,
-        micro=config.batch.micro,
         flops_per_token=flops,
         output_dir=output_dir,
         max_grad_norm=config.trainer.max_grad_norm,

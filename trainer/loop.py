@@ -65,7 +65,6 @@ class Loop:
     schedule: Schedule
     coupling: Coupling
     horizon: Horizon
-    micro: int
     flops_per_token: float
     output_dir: Path
     max_grad_norm: float | None = None
@@ -106,8 +105,7 @@ class Loop:
             hook.on_step_begin(self)
         count = self.controller.next_batch(self.progress)
         before = self.progress.before(count, self.horizon.seq_len)
-        micro = self.micro * self.controller.micro_factor(count)
-        share = self.batches.load(GlobalBatch(before.samples, count), micro)
+        share = self.batches.load(GlobalBatch(before.samples, count), self.controller.micro_at(count))
         tokens, stops = self._sum_over_ranks(share.valid_tokens, stop_requested)
 
         measure = self._measure(before)

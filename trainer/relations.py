@@ -14,7 +14,7 @@ from ..optim.build import build_schedule
 from ..optim.schedules.coupling import coupling_problems
 from ..parallel.layout import layout_problems
 from ..parallel.limits import engine_problems, float8_problems
-from .derived import build_horizon, checkpoint_folder, planned_data_size
+from .derived import build_horizon, checkpoint_folder
 from .schema import RunConfig
 
 
@@ -68,22 +68,6 @@ def _schedule(config: RunConfig, _: int) -> Iterable[Problem]:
     return build_schedule(config.schedule, config.optim.lr, build_horizon(config, config.data.seq_len)).problems()
 
 
-def _deal(config: RunConfig, world_size: int) -> Iterator[Problem]:
-    """Yield a problem if a fixed global batch does not divide into whole micro-batches for the data-parallel ranks."""
-    samples, micro, data_size = config.batch.samples, config.batch.micro, planned_data_size(config, world_size)
-    unit = micro * data_size
-    if config.batch.name != "fixed" or not isinstance(samples, int) or samples % unit == 0:
-        return
-    below = samples // unit * unit
-    fits = f"{below} or {below + unit}" if below else str(unit)
-    share = samples // data_size
-    smaller = max((n for n in range(1, micro) if share % n == 0), default=0) if samples % data_size == 0 else 0
-    fix = f"use {fits}" + (f", or batch.micro={smaller}" if smaller else "")
-    yield Problem(
-        "batch.samples", f"batch.samples={samples} is not a multiple of batch.micro × data-parallel size = {unit}", fix
-    )
-
-
 def data_problems(config: RunConfig, _: int) -> Iterable[Problem]:
     """Return the problems of the data node's keys and files."""
     if isinstance(config.data, Custom):  # which may need PyTorch
@@ -111,7 +95,6 @@ RELATIONS = (
     Relation(("parallel", "precision", "trainer.float8"), _float8),
     Relation(("checkpoint.folder", "output_dir"), _folder),
     Relation(("schedule", "optim.lr", *LENGTH), _schedule),
-    Relation(("batch.samples", "batch.micro", "parallel"), _deal),
     Relation(("data", "model.vocabulary", "seed"), data_problems),
     Relation(("optim.lr_coupling", "batch", "schedule"), _coupling),
     Relation(("model.vocabulary", "data.vocabulary"), _synthetic),

@@ -20,11 +20,11 @@ from ..parallel.engines import start_compiling
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, pick_device
 from .all_ranks import PeerFailed, on_main, raise_on_all_ranks
+from .blanks import blank_notice
 from .build import Run, build_run, engine_settings
 from .derived import checkpoint_folder
 from .find_checkpoint import resumes_own
 from .identity import Origin, identify, take_over_metrics
-from .layout_dependence import layout_dependence
 from .loop import TrainingDiverged
 from .machine import RUN_LOCK
 from .relations import collect_problems
@@ -119,6 +119,7 @@ def _run_locked(config: RunConfig, data: DataNode, mesh: Mesh, checkpoint: Path 
         on_main(mesh, lambda: _write_description(config, data, output_dir))
         if mesh.is_main:
             _warn_of_repetition(current)
+            _warn_of_blanks(current)
         with stop:
             reached = _run_loop(current, stop)
         # A signal after the last step does not change the run, which is over, but must still stop a sweep.
@@ -159,18 +160,22 @@ def _take_over(config: RunConfig, current: Run, origin: Origin | None) -> None:
 
 
 def _write_description(config: RunConfig, data: DataNode, output_dir: Path) -> None:
-    """Write the whole config and the tokenizer into the run's folder, and log features that depend on the layout."""
+    """Write the whole config and the tokenizer into the run's folder."""
     (output_dir / "config.yaml").write_text(annotated_yaml(config))
     if data.tokenizer is not None:
         data.tokenizer.save(output_dir / "tokenizer.json")  # for `meshloom generate`, wherever the checkpoints go
-    for line in layout_dependence(config):
-        log.warning("%s", line)
 
 
 def _warn_of_repetition(run: Run) -> None:
     samples, batch = run.loader.samples, run.loop.controller.samples
     if isinstance(samples, Shuffled) and samples.epoch_size < batch:
         log.warning("the data has %d samples, fewer than a batch of %d: every step repeats some", samples.epoch_size, batch)
+
+
+def _warn_of_blanks(run: Run) -> None:
+    notice = blank_notice(run.loader.assigner, run.loop.controller, run.loop.progress)
+    if notice is not None:
+        log.warning("batch.samples: %s", notice)
 
 
 def _lock_output_dir(output_dir: Path) -> FolderLock:

@@ -14,14 +14,13 @@ from ..models.protocol import decoder_shape
 from ..optim.batch.controller import Controller
 from ..optim.build import build_controller, build_schedule
 from ..optim.optimizers.parameters import NamedParameter, Unsharded
-from ..optim.progress import Progress
 from ..parallel.deepspeed.optimizer import optimizer_problems
 from ..parallel.legality import Work, layout_and_model_problems, model_problems
 from ..parallel.limits import measuring_problems
 from ..parallel.policies import block_policies
 from ..parallel.torch.float8 import float8_size_problems
-from .build import batch_divisor, build_model, engine_settings, optimizer_factory
-from .derived import build_horizon, planned_data_size
+from .build import build_model, engine_settings, optimizer_factory
+from .derived import build_horizon
 from .hooks.base import hook_problems
 from .relations import collect_problems
 from .schema import RunConfig
@@ -41,7 +40,7 @@ def build_problems(config: RunConfig, world_size: int) -> list[Problem]:
     found += collect_problems("model", lambda: _model_problems(config))
     if isinstance(config.schedule, Custom):
         found += collect_problems("schedule", lambda: _schedule_problems(config))
-    found += collect_problems("batch", lambda: _batch_problems(config, world_size))
+    found += collect_problems("batch", lambda: _batch_problems(config))
     return found
 
 
@@ -60,14 +59,11 @@ def layout_work(config: RunConfig) -> Work | None:
     }
     if len(shape) < 4:
         return None
-    samples = config.batch.samples if config.batch.name == "fixed" else None
-    assert not isinstance(samples, str)
     return Work(
         **shape,
         vocabulary=config.model.vocabulary,
         seq_len=config.data.seq_len,
         micro=config.batch.largest_micro,
-        samples=samples,
         activation=config.trainer.activation,
         compile=config.trainer.compile,
     )
@@ -101,27 +97,22 @@ def _schedule_problems(config: RunConfig) -> list[Problem]:
     return build_schedule(config.schedule, config.optim.lr, build_horizon(config, config.data.seq_len)).problems()
 
 
-def _batch_problems(config: RunConfig, world_size: int) -> list[Problem]:
+def _batch_problems(config: RunConfig) -> list[Problem]:
     """Return the problems of the batch-size controller in this run."""
-    data_size = planned_data_size(config, world_size)
-    horizon = build_horizon(config, config.data.seq_len)
-    controller = build_controller(config.batch, horizon, batch_divisor(config, data_size))
-    if config.batch.largest_micro != config.batch.micro and config.parallel.pp > 1:
-        fix = "leave it out, or use parallel.pp=1"
-        return [Problem("batch.micro_max", "a pipeline's micro-batches are of one size", fix)]
-    found = [] if config.batch.name == "fixed" else controller.problems()
+    controller = build_controller(config.batch, build_horizon(config, config.data.seq_len))
+    found = controller.problems()
     if controller.needs_statistics:
-        if controller.next_batch(Progress()) < 2 * config.batch.micro:
+        if controller.least <= controller.micro:
             message = "a batch of one micro-batch has nothing to compare, so its noise would never be measured"
             found.append(Problem("batch.samples", message, "double it, or halve batch.micro"))
         tied = bool(getattr(config.model, "tied", False))
         found += measuring_problems(config.parallel, tied, controller.needs_projections)
     if config.optim.compares_halves():
-        found += _halves_problems(config, controller, data_size)
+        found += _halves_problems(config, controller)
     return found
 
 
-def _halves_problems(config: RunConfig, controller: Controller, data_size: int) -> list[Problem]:
+def _halves_problems(config: RunConfig, controller: Controller) -> list[Problem]:
     """Return the problems that keep AGVM from comparing two halves of every batch."""
     found: list[Problem] = []
     if config.parallel.engine != "torch":
@@ -129,8 +120,8 @@ def _halves_problems(config: RunConfig, controller: Controller, data_size: int) 
         found.append(Problem("optim", "AGVM compares halves of a batch's gradient, which DeepSpeed does not give", fix))
     if config.parallel.pp > 1:
         fix = "use parallel.pp=1, or another optimizer"
-        found.append(Problem("optim", "AGVM compares halves of each rank's micro-batches, which a pipeline mixes", fix))
-    if controller.least < 2 * config.batch.micro * data_size:
+        found.append(Problem("optim", "AGVM compares halves of a batch's micro-batches, which a pipeline mixes", fix))
+    if controller.least <= controller.micro:
         fix = "halve batch.micro, or double the smallest batch"
-        found.append(Problem("batch.micro", "AGVM needs two micro-batches or more on every rank", fix))
+        found.append(Problem("batch.micro", "AGVM needs two micro-batches or more in every batch", fix))
     return found

@@ -29,7 +29,7 @@ def run_problems(
     if not problems and any(isinstance(value, str) for value in (config.batch.samples, config.optim.lr)):
         from .automatic import resolve_automatic
 
-        problems += resolve_automatic(config, world_size)
+        problems += resolve_automatic(config)
     faults = [problem.key for problem in problems if _is_read(config, problem.key)]
     faults += [field.name for field in dataclasses.fields(config) if getattr(config, field.name) is None]
     for relation in RELATIONS:

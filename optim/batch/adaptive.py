@@ -15,13 +15,14 @@ class AdaptiveOptions(TypedDict):
     """Keys of every measuring controller. `Adaptive` explains them, and has their defaults unless a class says otherwise."""
 
     samples: int
+    micro: int
     max: int
     interval: NotRequired[int]
     ema: NotRequired[float]
     growth: NotRequired[float | None]
     shrink: NotRequired[bool]
     multiple: NotRequired[int | None]
-    micro_growth: NotRequired[float]
+    micro_max: NotRequired[int | None]
 
 
 class Adaptive(Controller):
@@ -33,23 +34,23 @@ class Adaptive(Controller):
     ema       weight of the past in the moving means that decisions are taken from; 0: the newest measurement alone
     growth    a decision changes the size at most by this factor, up to rounding; None: no limit
     shrink    whether the size may fall again
-    multiple, micro_growth  see `Controller`
+    micro, multiple, micro_max  see `Controller`
     """
 
     def __init__(
         self,
         horizon: Horizon,
-        divisor: int,
         samples: int,
+        micro: int,
         max: int,
         interval: int = 1,
         ema: float = 0.0,
         growth: float | None = 2.0,
         shrink: bool = False,
         multiple: int | None = None,
-        micro_growth: float = 1,
+        micro_max: int | None = None,
     ) -> None:
-        super().__init__(horizon, divisor, samples, max, multiple, micro_growth)
+        super().__init__(horizon, samples, micro, max, multiple, micro_max)
         self.interval, self.growth, self.shrink = interval, growth, shrink
         self._means = MovingMeans(ema)
         self._target = float(samples)
@@ -79,8 +80,8 @@ class Adaptive(Controller):
         return self.needs_statistics and (self._means.decay > 0 or (progress.step + 1) % self.interval == 0)
 
     def next_batch(self, progress: Progress) -> int:
-        """Return the target, rounded to a legal size."""
-        return self.rounded(max(self._target, self.samples))
+        """Return the target, rounded to a size that a step may have."""
+        return self.rounded(self._target)
 
     def observe(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> None:
         """Smooth the measurement and, every `interval` steps, move the target."""
@@ -100,7 +101,7 @@ class Adaptive(Controller):
         self._target = min(most, max(least, proposed))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the moving means, and the target before rounding, which a resume on another layout rounds anew."""
+        """Return the target before rounding, and the moving means."""
         return {"kind": type(self).__name__, "target": self._target, "means": self._means.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -167,13 +168,12 @@ class NormTest(StatisticsController):
     def __init__(
         self,
         horizon: Horizon,
-        divisor: int,
         eta: float = 0.2,
         unbiased: bool = False,
         literal: bool = False,
         **options: Unpack[AdaptiveOptions],
     ) -> None:
-        super().__init__(horizon, divisor, **options)
+        super().__init__(horizon, **options)
         self.eta, self.unbiased, self.literal = eta, unbiased, literal
         self._must_be_positive(eta=eta)
 
@@ -192,8 +192,8 @@ class InnerProduct(StatisticsController):
 
     needs_projections = True
 
-    def __init__(self, horizon: Horizon, divisor: int, eta: float = 0.5, **options: Unpack[AdaptiveOptions]) -> None:
-        super().__init__(horizon, divisor, **options)
+    def __init__(self, horizon: Horizon, eta: float = 0.5, **options: Unpack[AdaptiveOptions]) -> None:
+        super().__init__(horizon, **options)
         self.eta = eta
         self._must_be_positive(eta=eta)
 
@@ -208,10 +208,8 @@ class Augmented(InnerProduct):
     nu  the orthogonality test passes if tr Cov(g_i − ⟨g_i, g⟩ g / ‖g‖²) / b ≤ ν² ‖g‖²
     """
 
-    def __init__(
-        self, horizon: Horizon, divisor: int, eta: float = 0.5, nu: float = 1.0, **options: Unpack[AdaptiveOptions]
-    ) -> None:
-        super().__init__(horizon, divisor, eta, **options)
+    def __init__(self, horizon: Horizon, eta: float = 0.5, nu: float = 1.0, **options: Unpack[AdaptiveOptions]) -> None:
+        super().__init__(horizon, eta, **options)
         self.nu = nu
         self._must_be_positive(nu=nu)
 
@@ -229,8 +227,8 @@ class NoiseScale(StatisticsController):
     Smoothed unless told otherwise: interval 10, ema 0.95, growth 1.25.
     """
 
-    def __init__(self, horizon: Horizon, divisor: int, eta: float = 1.0, **options: Unpack[AdaptiveOptions]) -> None:
-        super().__init__(horizon, divisor, **_with_smoothing(options))
+    def __init__(self, horizon: Horizon, eta: float = 1.0, **options: Unpack[AdaptiveOptions]) -> None:
+        super().__init__(horizon, **_with_smoothing(options))
         self.eta = eta
         self._must_be_positive(eta=eta)
 
@@ -257,13 +255,12 @@ class CriticalLoss(Adaptive):
     def __init__(
         self,
         horizon: Horizon,
-        divisor: int,
         eta: float = 1.0,
         tokens: float = 2.1e8,
         alpha: float = 0.21,
         **options: Unpack[AdaptiveOptions],
     ) -> None:
-        super().__init__(horizon, divisor, **_with_smoothing(options))
+        super().__init__(horizon, **_with_smoothing(options))
         self.eta, self.tokens, self.alpha = eta, tokens, alpha
         self._must_be_positive(eta=eta, tokens=tokens, alpha=alpha)
 

@@ -12,8 +12,8 @@ from ..optimizers.config import AUTOMATIC
 
 START = "global batch in sequences at the start, or auto:step_law"
 MICRO = "sequences per rank and pass"
-MICRO_MAX = "a micro-batch doubles up to this size while every rank still has two or more; null: it stays at micro"
-MULTIPLE = "sizes are multiples of this; null: of micro × data-parallel size"
+MICRO_MAX = "a micro-batch doubles up to this size while a step keeps as many as the run started with; null: it stays at micro"
+MULTIPLE = "sizes between samples and max are multiples of this; null: of micro where gradients are measured, else of 1"
 LARGEST = "the largest size"
 
 
@@ -83,7 +83,7 @@ class StagesConfig(BatchConfig):
 
 @dataclass
 class RampConfig(BatchConfig):
-    """From samples to max in equal steps over a duration."""
+    """From samples to max on a straight line over a duration."""
 
     _target_: str = target("meshloom.optim.batch.controller.Ramp")
     name: str = option("ramp")

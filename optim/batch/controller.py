@@ -3,12 +3,10 @@
 A controller decides from the run's progress and, where it measures, from numbers that are the same on every rank. Its
 decision is a function of progress and of its saved state, so it is the same on every rank and after every resume.
 
-Sizes are multiples of `multiple`. Its default is what the layout asks for (batch.micro × data-parallel size), and then
-rounding makes a run's sizes depend on its layout. With `batch.multiple` set they don't, as long as every layout of the run
-can cut it.
+No size has to divide by anything of the layout: the assignment (`data/assignment.py`) deals any batch to any number of ranks.
 
-A larger batch is accumulated from more micro-batches. With `batch.micro_max` the micro-batch also grows, by doublings, once
-every rank has enough of them. Fewer and larger micro-batches take less time and more memory.
+A larger batch is accumulated from more micro-batches. With `batch.micro_max` the micro-batch also grows, by doublings. Fewer
+and larger micro-batches take less time and more memory.
 """
 
 from __future__ import annotations
@@ -24,19 +22,17 @@ from ..horizon import Horizon
 from ..progress import Progress
 from .statistics import GradientStatistics
 
-MIN_MICRO_BATCHES = 2
-"""A micro-batch is doubled only where a rank keeps so many: gradient statistics measure how they differ."""
-
 
 class Controller:
     """Base of the controllers: a size that never changes.
 
-    horizon   the length of the run
-    divisor   batch.micro × data-parallel size; the layout asks every size to be a multiple of it
-    samples   the size at the start
-    max       the largest size; None: no limit
-    multiple  sizes are multiples of this; None: of `divisor`
-    micro_growth  batch.micro_max / batch.micro, a power of two: how far a micro-batch may grow
+    horizon    the length of the run
+    samples    the size at the start
+    micro      samples of a micro-batch
+    max        the largest size; None: no limit
+    multiple   sizes between `samples` and `max` are multiples of this. None: of `micro` where gradients are measured, because
+               the micro-batches are then the workers of the statistics; of 1 elsewhere
+    micro_max  a micro-batch may be doubled up to this size: `micro` times a power of two. None: it stays at `micro`
 
     needs_loss         whether `observe` must be called with the step's loss
     needs_statistics   whether `observe` must be given a `GradientStatistics`, at steps where `measures` says so
@@ -50,33 +46,30 @@ class Controller:
     def __init__(
         self,
         horizon: Horizon,
-        divisor: int,
         samples: int,
+        micro: int,
         max: int | None = None,
         multiple: int | None = None,
-        micro_growth: float = 1,
+        micro_max: int | None = None,
     ) -> None:
         self.horizon = horizon
         self.samples = samples
+        self.micro = micro
         self.max = max
-        self.multiple = divisor if multiple is None else multiple
-        self._divisor = divisor
+        self.multiple = multiple if multiple is not None else micro if self.needs_statistics else 1
+        self._micro_max = micro if micro_max is None else micro_max
         self._problems: list[Problem] = []
-        if multiple is not None and (multiple < 1 or multiple % divisor):
-            self._problem(
-                "batch.multiple",
-                f"{multiple} is not a multiple of batch.micro × data-parallel size = {divisor}",
-                f"use {_nearest_legal(multiple, divisor)}, or leave it out",
-            )
-            self.multiple = divisor
         self._check_size("batch.samples", samples)
+        if self.multiple < 1:
+            self._problem("batch.multiple", f"{self.multiple} is not a number of samples", "use 1 or more, or leave it out")
+            self.multiple = 1
         if max is not None and max < samples:
             self._problem("batch.max", f"{max} is less than batch.samples={samples}", "raise it")
-        self._micro_growth = micro_growth
-        if micro_growth < 1 or not math.log2(micro_growth).is_integer():
-            what = f"is {micro_growth:g} times batch.micro, which doublings don't reach"
+        growth = self._micro_max / micro
+        if growth < 1 or not math.log2(growth).is_integer():
+            what = f"is {growth:g} times batch.micro, which doublings don't reach"
             self._problem("batch.micro_max", what, "use 2, 4, 8 … times batch.micro, or leave it out")
-            self._micro_growth = 1
+            self._micro_max = micro
 
     def problems(self) -> list[Problem]:
         """Return what a user must change before this controller can be used; empty if nothing."""
@@ -111,55 +104,42 @@ class Controller:
         """Restore what `state_dict` returned."""
 
     def rounded(self, size: float) -> int:
-        """Round up to the smallest legal size of at least `size`, or down to the largest legal one.
+        """Round up to a size that a step may have: `samples`, `max`, or a multiple of `multiple` in between.
 
-        Where micro-batches may grow, a legal size is a whole number of the micro-batches grown for it.
+        Where gradients are measured and the micro-batch has grown, it is also a multiple of that.
         """
-        size = size if self.max is None else min(size, self.max)
-        unit = self.multiple * _doublings(self._micro_growth, size / self.multiple)
-        most = math.inf if self.max is None else max(unit, self.max // unit * unit)
-        return int(min(most, max(1, math.ceil(size / unit)) * unit))
+        if size <= self.samples:
+            return self.samples
+        most = math.inf if self.max is None else self.max
+        unit = self.multiple
+        if self.needs_statistics and size < most and (micro := self.micro_at(int(size))) > self.micro:
+            unit = math.lcm(unit, micro)
+        return int(most if size >= most else min(most, math.ceil(size / unit) * unit))
 
-    def micro_factor(self, size: int) -> int:
-        """Return how many times batch.micro the micro-batches of a step of `size` samples are."""
-        count, rest = divmod(size, self._divisor)
-        whole = math.gcd(count, 2**30) if not rest else 1  # the doublings that cut it evenly
-        return min(whole, _doublings(self._micro_growth, count))
+    def micro_at(self, size: int) -> int:
+        """Return how many samples a micro-batch has in a step of `size` samples.
+
+        It is doubled, up to `micro_max`, while the step keeps at least as many full micro-batches as the run started with.
+        """
+        at_start = -(-self.samples // self.micro)
+        micro = self.micro
+        while 2 * micro <= self._micro_max and size >= 2 * micro * at_start:
+            micro *= 2
+        return micro
 
     def _problem(self, key: str, message: str, fix: str) -> None:
         self._problems.append(Problem(key, message, fix))
 
     def _check_size(self, key: str, size: int) -> None:
-        """Refuse an illegal size that a user wrote, rather than round it silently."""
         if size < 1:
-            self._problem(key, f"{size} samples are no batch", f"use {self._divisor}")
-        elif size % self._divisor:
-            message = f"{size} is not a multiple of batch.micro × data-parallel size = {self._divisor}"
-            self._problem(key, message, f"use {_nearest_legal(size, self._divisor)}")
-        elif size % self.multiple:
-            message = f"{size} is not a multiple of batch.multiple={self.multiple}"
-            self._problem(key, message, f"use {_nearest_legal(size, self.multiple)}")
-
-
-def _doublings(most: float, count: float) -> int:
-    """Find the largest power of two, at most `most`, that leaves MIN_MICRO_BATCHES of `count` micro-batches."""
-    factor = 1
-    while 2 * factor <= most and 2 * factor * MIN_MICRO_BATCHES <= count:
-        factor *= 2
-    return factor
-
-
-def _nearest_legal(size: int, divisor: int) -> str:
-    """Word the legal sizes next to an illegal one."""
-    below = size // divisor * divisor
-    return f"{below} or {below + divisor}" if below > 0 else str(divisor)
+            self._problem(key, f"{size} is not a number of samples", "use 1 or more")
 
 
 class Fixed(Controller):
     """The same size at every step."""
 
-    def __init__(self, horizon: Horizon, divisor: int, samples: int) -> None:
-        super().__init__(horizon, divisor, samples)
+    def __init__(self, horizon: Horizon, samples: int, micro: int) -> None:
+        super().__init__(horizon, samples, micro)
 
 
 class Stages(Controller):
@@ -171,13 +151,13 @@ class Stages(Controller):
     """
 
     def __init__(
-        self, horizon: Horizon, divisor: int, stages: str, samples: int | None = None, micro_growth: float = 1
+        self, horizon: Horizon, stages: str, micro: int, samples: int | None = None, micro_max: int | None = None
     ) -> None:
         parts = [self._read(written) for written in re.split(r"[\s,]+", stages.strip()) if written]
         self._stages = [part for part in parts if part is not None]
         first = next((size for start, size in self._stages if start.value == 0), None)
         start = samples if first is None else first
-        super().__init__(horizon, divisor, divisor if start is None else start, micro_growth=micro_growth)
+        super().__init__(horizon, micro if start is None else start, micro, micro_max=micro_max)
         if not parts or None in parts:
             self._problem("batch.stages", f"can't read '{stages}'", "write it as '0:768 250B:1536', points in tokens")
         if start is None:
@@ -217,7 +197,7 @@ class Stages(Controller):
 
 
 class Ramp(Controller):
-    """Sizes that rise from `samples` to `max` in equal steps of `multiple`, spread evenly over `over`.
+    """Sizes that rise from `samples` to `max` on a straight line over `over`, in multiples of `multiple`.
 
     over  length of the ramp: a duration as for schedules
     """
@@ -225,15 +205,14 @@ class Ramp(Controller):
     def __init__(
         self,
         horizon: Horizon,
-        divisor: int,
         samples: int,
+        micro: int,
         max: int,
         over: str | int | float,
         multiple: int | None = None,
-        micro_growth: float = 1,
+        micro_max: int | None = None,
     ) -> None:
-        super().__init__(horizon, divisor, samples, max, multiple, micro_growth)
-        self._check_size("batch.max", max)
+        super().__init__(horizon, samples, micro, max, multiple, micro_max)
         self._over = Duration(1, Unit.STEPS)
         try:
             self._over = Duration.parse(over)
@@ -244,9 +223,9 @@ class Ramp(Controller):
             self._problem("batch.over", "a ramp needs a length", "give a duration, or choose batch=fixed")
 
     def next_batch(self, progress: Progress) -> int:
-        """Return the size on the line from (0, samples) to (over, max), rounded down to a legal one."""
+        """Return the size on the line from (0, samples) to (over, max), rounded down."""
         assert self.max is not None
         unit = self.horizon.unit if self._over.unit is Unit.FRACTION else self._over.unit
         part = min(1.0, self.horizon.position(progress, unit) / self.horizon.amount(self._over, unit))
-        grown = part * (self.max - self.samples) // self.multiple * self.multiple
-        return min(self.max, self.samples + int(grown))
+        reached = self.samples + int(part * (self.max - self.samples))
+        return self.max if reached == self.max else max(self.samples, reached // self.multiple * self.multiple)

@@ -5,6 +5,9 @@ of one rank. With tokens as weights, w_j = tokens of worker j / tokens of the ba
 
     g = Σ_j w_j g_j        A = Σ_j w_j ‖g_j‖²        N = ‖g‖²        S = Σ_j w_j ⟨g_j, g⟩²
 
+Workers may differ in size (the last micro-batch of a batch does). With w_j proportional to their samples, the estimates below
+are unbiased, where m is the mean number of samples, b / J.
+
 An engine has L_j = w_j g_j, the gradient of worker j's part of the loss divided by the tokens of the whole batch. So
 A = Σ_j ‖L_j‖² / w_j: each worker adds one number, and no tensor is communicated. S needs the products of every worker's
 gradient with the final g. Where a reduce-scatter is done as all-to-all and sum, each rank sees all J pieces of its shard

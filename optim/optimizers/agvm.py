@@ -5,12 +5,10 @@ much two halves of a batch disagree about each module and slows down or speeds u
 the anchor does.
 
 At the steps where `wants_halves`, the engine calls `observe_halves(first)` after the gradient is complete and before it is
-clipped. It passes the part of each gradient that came from one half of the batch, in the order of the parameters, sharded
-and scaled as `.grad` is. Where each rank accumulates over micro-batches, that is a copy of the (reduced) gradient after the
-first half of them; the other half is the difference.
-
-AGVM is an exception to the promise that a run is a function of its recipe alone. Which samples make up a half depends on
-how the batch is dealt to ranks, so the disagreements, and the learning rates, differ a little between layouts.
+clipped. It passes the part of each gradient that came from the first half of the batch, in the order of the parameters, sharded
+and scaled as `.grad` is. That is a copy of the (reduced) gradient after the passes over the first half of the global list of
+micro-batches (`data/assignment.py`); the other half is the difference. So every layout compares the same samples, if
+`batch.micro` is the same.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch.torch_version import TorchVersion
 from ..config import ParallelConfig
 from ..mesh import Mesh
 from .lean_stage import LeanStage
-from .stages import StagePlan, legal_micro_batches, near_micro_batches, schedule_of
+from .stages import StagePlan, legal_micro_batches, schedule_of
 
 SPLITS_THE_LOSS = TorchVersion(torch.__version__) >= "2.13"
 """Whether torch can run the backward pass of an `autograd.Function` (our loss) in two halves. Before 2.13 it raises."""
@@ -85,17 +85,8 @@ class Pipeline:
     def _schedule(self, batches: Sequence[StageInputs]) -> Any:
         """Return the schedule for these micro-batches, cached until their number or shape changes."""
         shapes = {(tuple(batch.tokens.shape), batch.hidden) for batch in batches}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"micro-batches of different shapes {sorted(shape for shape, _ in shapes)} can't go through a pipeline; "
-                "choose batch.samples and batch.micro so that every rank's share divides by batch.micro"
-            )
-        if not legal_micro_batches(self._parallel, len(batches)):
-            near = " or ".join(map(str, near_micro_batches(self._parallel, len(batches))))
-            raise ValueError(
-                f"parallel.schedule={self._parallel.schedule} can't run {len(batches)} micro-batches on "
-                f"{self._plan.count} stages; choose batch.samples and batch.micro so that a rank gets {near}"
-            )
+        assert len(shapes) == 1, f"micro-batches of different shapes {shapes} can't go through a pipeline"
+        assert legal_micro_batches(self._parallel, len(batches)), f"{self._parallel.schedule} can't run {len(batches)} passes"
         key = (len(batches), shapes)
         if self._built is None or self._built[0] != key:
             self._built = (key, self._build(batches[0], len(batches)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from itertools import count as naturals
 
 from ...models.config import DecoderConfig
 from ...models.costs import embedding_flops, head_flops, layer_flops, recomputed_flops
@@ -76,13 +75,6 @@ def legal_micro_batches(parallel: ParallelConfig, count: int) -> bool:
         return count >= stage_count(parallel)
     # The interleaved schedules go round in `count // pp` rounds of equal size.
     return count % max(1, count // parallel.pp) == 0
-
-
-def near_micro_batches(parallel: ParallelConfig, count: int) -> list[int]:
-    """Find the nearest legal numbers of micro-batches, at most one below and one above."""
-    below = next((n for n in range(count, 0, -1) if legal_micro_batches(parallel, n)), None)
-    above = next(n for n in naturals(max(count, 1)) if legal_micro_batches(parallel, n))
-    return sorted({n for n in (below, above) if n is not None})
 
 
 def stage_split(layers: int, cost: float, ends: Sequence[float], ranks: Sequence[int]) -> list[Layers]:

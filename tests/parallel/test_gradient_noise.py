@@ -42,7 +42,7 @@ def oracle(work: Work) -> GradientStatistics:
     parts: list[torch.Tensor] = []
     tokens: list[int] = []
     for start in range(0, work.samples, work.micro):
-        batch = MicroBatch.collate([sample(index) for index in range(start, start + work.micro)])
+        batch = MicroBatch.collate([sample(index) for index in range(start, min(start + work.micro, work.samples))])
         logits = model(batch.tokens_BS)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets_BS.flatten(), reduction="sum")
         gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -57,7 +57,7 @@ def oracle(work: Work) -> GradientStatistics:
         float((shares * squares).sum()),
         float(whole.square().sum()),
         len(parts),
-        work.micro,
+        work.samples / len(parts),
         float((shares * products.square()).sum()),
     )
 
@@ -102,6 +102,32 @@ def test_projections_are_products_with_the_whole_gradient(ranks: int, parallel: 
     work = replace(WORK, parallel=parallel)
     expected = oracle(work)
     for found in run_ranks(ranks, measured, work, Measure.PROJECTIONS):
+        assert found.projection_square == pytest.approx(expected.projection_square, rel=1e-9)
+
+
+UNEVEN = [
+    *[(ranks, ParallelConfig(zero=zero)) for ranks in (1, 2, 3) for zero in (0, 1, 3)],
+    (2, ParallelConfig(tp=2)),
+    (2, ParallelConfig(pp=2, schedule="1f1b")),
+    (4, ParallelConfig(pp=2, schedule="interleaved")),
+]
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), UNEVEN, ids=title)
+def test_blanks_are_no_workers(ranks: int, parallel: ParallelConfig) -> None:
+    """Seven samples in micro-batches of two: the fourth worker has one sample, and other micro-batches have none."""
+    work = replace(WORK, samples=7, parallel=parallel, model=(("layers", 4),))
+    expected = oracle(work)
+    for found in run_ranks(ranks, measured, work, Measure.SQUARES):
+        assert found.workers == expected.workers == 4 and found.worker_samples == 7 / 4
+        assert found.worker_square == pytest.approx(expected.worker_square, rel=1e-9)
+        assert found.batch_square == pytest.approx(expected.batch_square, rel=1e-9)
+
+
+def test_blanks_have_no_projection() -> None:
+    work = replace(WORK, samples=7, parallel=ParallelConfig(zero=3))
+    expected = oracle(work)
+    for found in run_ranks(3, measured, work, Measure.PROJECTIONS):
         assert found.projection_square == pytest.approx(expected.projection_square, rel=1e-9)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 
+from meshloom.data.assignment import Assigner
 from meshloom.kernels.swiglu import FusedSwiglu
 from meshloom.models.block import Block
 from meshloom.models.config import DecoderConfig
@@ -23,9 +25,15 @@ from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout, uses_fsdp
-from meshloom.parallel.legality import micro_batch_unit
 from meshloom.parallel.mesh import Mesh
-from meshloom.parallel.pipeline.stages import SCHEDULES, balanced_stages, stage_count, stage_ranks, stage_split
+from meshloom.parallel.pipeline.stages import (
+    SCHEDULES,
+    balanced_stages,
+    legal_micro_batches,
+    stage_count,
+    stage_ranks,
+    stage_split,
+)
 from meshloom.parallel.policies import block_policies
 from meshloom.planner.cost import layout_cost
 from meshloom.planner.memory import Job
@@ -260,7 +268,7 @@ def test_what_schedules_keep_alive_and_lose(pp: int) -> None:
 @settings(deadline=None)
 def test_every_action_runs_once_and_not_before_its_input(schedule: str, pp: int, times: int) -> None:
     parallel = ParallelConfig(pp=pp, schedule=schedule)
-    count = times * micro_batch_unit(parallel) * (1 if schedule != "gpipe" else 3)
+    count = Assigner(1, functools.partial(legal_micro_batches, parallel)).passes(times * pp, 1)
     timeline = simulate(torch_order(parallel, count), [Costs(1.0, 1.5, 0.5)] * stage_count(parallel), hop=0.25)
     ends = {(s.action.kind, s.action.stage, s.action.micro): s.end for row in timeline.spans for s in row}
     for stage, micro in itertools.product(range(stage_count(parallel)), range(count)):

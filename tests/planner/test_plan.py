@@ -34,6 +34,18 @@ def test_says_who_holds_what_and_what_it_takes(capsys: pytest.CaptureFixture[str
     assert "through a pipeline ZeRO-2 needs what ZeRO-1 needs" in out
 
 
+def test_says_what_is_blank(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nine micro-batches of four on four stages, where `interleaved` runs 8 or 10 of them."""
+    pipeline = ["launch.nproc=4", "parallel.pp=4", "parallel.schedule=interleaved", "batch.samples=36"]
+    _, out, _ = planned(capsys, "recipe=llama_1b", *pipeline)
+    assert "10 micro-batches of 4 samples" in out
+    assert "10% of the rows of a step are blank" in out and "batches of 32 or 40 samples have no blanks" in " ".join(
+        out.split()
+    )
+    _, out, _ = planned(capsys, *LLAMA, "launch.nproc=8")
+    assert "blank" not in out
+
+
 def test_figures_are_those_of_arithmetic() -> None:
     plan = make_plan([*LLAMA, "launch.nproc=8", "parallel.zero=1"])
     parameters = 1_498_482_688

@@ -101,9 +101,11 @@ def test_what_is_given_stays(given: dict[str, object]) -> None:
 
 def test_micro_batches_divide_a_ranks_share() -> None:
     tuned = tune([*SMALL, "batch.samples=12", "launch.nproc=2", "trainer.activation=none"], 139 * GIB)
-    assert {one.settings["batch.micro"] for one in tuned.fitting} == {1, 2, 3, 6}
-    assert all(one.plan.job.micro * one.plan.job.micro_batches == 6 for one in tuned.fitting)
-    assert tuned.as_given is None, "the recipe's micro-batches of 4 don't divide it"
+    others = [one for one in tuned.fitting if one is not tuned.as_given]
+    assert {one.settings["batch.micro"] for one in others} == {1, 2, 3, 6}
+    assert all(one.plan.job.micro * one.plan.job.micro_batches == 6 for one in others)
+    assert tuned.as_given is not None, "the recipe's micro-batches of 4 don't divide it, but blank rows fill them"
+    assert tuned.as_given.plan.job.micro_batches == 2
 
 
 @pytest.mark.parametrize(
@@ -153,13 +155,12 @@ def test_bytes_that_travel() -> None:
     assert torch_moved(alone.cost.ranks[0], alone.parallel, alone.layout, alone.job) == Traffic(0, 0, UPDATE * parameters)
 
 
-def test_illegal_sizes_are_passed_by() -> None:
-    """`interleaved` on 4 ranks can't run 9 or 18 micro-batches, which micro-batches of 4 and of 2 make; it can run 12."""
+def test_blanks_fill_up_to_what_a_pipeline_can_run() -> None:
+    """`interleaved` on 4 ranks can't run 9 or 18 micro-batches, which micro-batches of 4 and of 2 make; it runs 10 and 20."""
     pipeline = ["launch.nproc=4", "parallel.pp=4", "parallel.schedule=interleaved", "batch.samples=36"]
     tuned = tune(["recipe=llama_1b", *pipeline, "trainer.activation=full"], 80 * GIB)
-    assert tuned.as_given is None
-    micros = {one.settings["batch.micro"] for one in tuned.fitting}
-    assert micros >= {1, 3, 9} and not micros & {2, 4}
+    passes = {one.settings["batch.micro"]: one.plan.job.micro_batches for one in tuned.fitting}
+    assert {micro: passes[micro] for micro in (1, 2, 3, 4)} == {1: 36, 2: 20, 3: 12, 4: 10}
 
 
 def test_prints_a_table_and_a_line_to_paste(capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,11 +254,11 @@ def test_measures_the_best_and_marks_what_fails(monkeypatch: pytest.MonkeyPatch,
     words = [*TINY, "launch.nproc=2", "output_dir=mine"]
     tuned = tune(words, 4 * GIB)
     good = tuned.fitting[0]
-    broken = replace(good, settings={**good.settings, "batch.micro": 3})
+    broken = replace(good, settings={**good.settings, "batch.micro": 0})
     console = Console(width=200, record=True)
     assert measure(tuned, [broken, good], words, None, console) is good
     text = console.export_text()
-    assert "1 of 2: parallel.zero=1 batch.micro=3" in text and "refused: batch.samples=8 is not a multiple" in text
+    assert "1 of 2: parallel.zero=1 batch.micro=0" in text and "refused: batch.micro: 0 is not a number of samples" in text
     assert "tokens/s per process" in text
     assert not list(tmp_path.iterdir()) and not Path("mine").exists()
 

@@ -56,11 +56,26 @@ def test_estimators_on_gaussian_gradients() -> None:
     assert variance == pytest.approx(100, abs=3 * 100 * math.sqrt(2 / 7000 / draws))
     assert signal == pytest.approx(1, abs=0.02)
     assert square == pytest.approx(4.125, abs=0.02)
-    controller = NormTest(HORIZON, 1, samples=32, max=10_000, eta=0.5, unbiased=True, growth=None, ema=0.99999, shrink=True)
+    controller = NormTest(
+        HORIZON, micro=1, samples=32, max=10_000, eta=0.5, unbiased=True, growth=None, ema=0.99999, shrink=True
+    )
     for statistics in found:
         controller.observe(statistics, 0.0, at(step=1))
     assert controller.next_batch(at()) == pytest.approx(400, rel=0.02)
     assert controller.noise_scale == pytest.approx(100, rel=0.02)
+
+
+def test_estimates_from_workers_of_different_sizes_are_unbiased() -> None:
+    """Workers of 3, 3 and 1 samples of variance 20 around a mean of norm 1, weighted by their samples."""
+    random, sizes = np.random.default_rng(3), np.array([3, 3, 1])
+    mean, weights = np.eye(1, 20)[0], sizes / 7
+    found: list[GradientStatistics] = []
+    for _ in range(40_000):
+        g_JD = mean + random.normal(0, 1, (3, 20)) / np.sqrt(sizes)[:, None]
+        g = weights @ g_JD
+        found.append(GradientStatistics(float(weights @ (g_JD**2).sum(1)), float(g @ g), 3, 7 / 3))
+    assert np.mean([each.variance for each in found]) == pytest.approx(20, rel=0.01)
+    assert np.mean([each.signal for each in found]) == pytest.approx(1, abs=0.04)
 
 
 def test_estimates_from_single_samples_are_the_textbook_ones() -> None:
@@ -101,46 +116,57 @@ def test_moving_means_forget_their_start() -> None:
 # Micro-batches that grow.
 
 
-def growing(multiple: int | None = None) -> NormTest:
-    options = {"samples": 16, "max": 1000, "multiple": multiple, "micro_growth": 8}
-    return NormTest(HORIZON, 8, **options)  # type: ignore[arg-type]
+def growing(multiple: int | None = None, **options: Any) -> NormTest:
+    """It starts with two micro-batches of eight."""
+    return NormTest(HORIZON, **{"samples": 16, "micro": 8, "max": 1000, "multiple": multiple, "micro_max": 64, **options})
 
 
 @pytest.mark.parametrize(
-    ("wanted", "size", "factor"),
+    ("wanted", "size", "micro"),
     [
-        (16, 16, 1),  # two micro-batches of eight
-        (24, 24, 1),  # three
-        (30, 32, 2),
-        (32, 32, 2),
-        (40, 48, 2),
-        (100, 128, 8),
-        (128, 128, 8),  # two of 64, the largest allowed
-        (950, 960, 8),
-        (10**6, 960, 8),  # 1,000 is no multiple of 64
+        (16, 16, 8),  # two micro-batches of eight
+        (24, 24, 8),  # three
+        (30, 32, 16),
+        (32, 32, 16),
+        (40, 48, 16),
+        (70, 96, 32),
+        (100, 128, 64),
+        (128, 128, 64),  # two of 64, the largest allowed
+        (950, 960, 64),
+        (10**6, 1000, 64),  # batch.max, though it is no multiple of 64
     ],
 )
-def test_sizes_divide_into_their_grown_micro_batches(wanted: int, size: int, factor: int) -> None:
-    assert growing().rounded(wanted) == size and growing().micro_factor(size) == factor
+def test_measured_sizes_fill_the_micro_batches_that_they_have_earned(wanted: int, size: int, micro: int) -> None:
+    assert growing().rounded(wanted) == size and growing().micro_at(size) == micro
+
+
+@given(st.integers(1, 3000), st.integers(1, 300), st.sampled_from([1, 3, 8]), st.sampled_from([1, 2, 8]))
+def test_a_step_keeps_as_many_micro_batches_as_the_run_started_with(size: int, start: int, micro: int, growth: int) -> None:
+    controller = growing(samples=start, micro=micro, micro_max=micro * growth, max=5000)
+    now = controller.micro_at(size)
+    at_start = -(-start // micro)
+    assert now in (micro, 2 * micro, 4 * micro, 8 * micro) and now <= micro * growth
+    assert now == micro or size // now >= at_start
+    assert now == micro * growth or size // (2 * now) < at_start, "it is as large as may be"
 
 
 @given(st.floats(1, 1e4), st.sampled_from([None, 8, 24, 64]))
-def test_whatever_is_asked_every_rank_has_enough_micro_batches(wanted: float, multiple: int | None) -> None:
+def test_a_size_is_the_start_the_maximum_or_a_multiple(wanted: float, multiple: int | None) -> None:
     size = growing(multiple).rounded(wanted)
-    factor = growing(multiple).micro_factor(size)
-    assert size % (multiple or 8) == 0 and size % (8 * factor) == 0
-    assert factor in (1, 2, 4, 8) and (factor == 1 or size // (8 * factor) >= 2)
+    assert size in (16, 1000) or (size % (multiple or 8) == 0 and size % growing(multiple).micro_at(int(wanted)) == 0)
+    assert size >= min(wanted, 1000)
 
 
-def test_with_a_multiple_sizes_do_not_depend_on_the_layout() -> None:
-    wide, narrow = (NormTest(HORIZON, divisor, samples=64, max=1000, multiple=64, micro_growth=4) for divisor in (32, 8))
-    assert [wide.rounded(n) for n in range(1, 1200, 7)] == [narrow.rounded(n) for n in range(1, 1200, 7)]
+def test_sizes_of_what_measures_no_gradient_do_not_depend_on_the_micro_batch() -> None:
+    """There `batch.micro` says how a step is computed, not what."""
+    small, large = (CriticalLoss(HORIZON, samples=16, micro=m, max=1000, micro_max=8 * m) for m in (4, 8))
+    assert [small.rounded(n) for n in range(1, 1200, 7)] == [large.rounded(n) for n in range(1, 1200, 7)]
+    assert small.rounded(101) == 101
 
 
-def test_a_micro_batch_stays_where_doublings_do_not_fit() -> None:
-    assert NormTest(HORIZON, 8, samples=16, max=1000).micro_factor(512) == 1
-    assert growing().micro_factor(8 * 33) == 1, "an odd number of micro-batches"
-    (problem,) = problems(NormTest(HORIZON, 8, samples=16, max=1000, micro_growth=3))
+def test_a_micro_batch_stays_where_it_is_not_to_grow() -> None:
+    assert NormTest(HORIZON, samples=16, micro=8, max=1000).micro_at(512) == 8
+    (problem,) = problems(NormTest(HORIZON, samples=16, micro=8, max=1000, micro_max=24))
     assert "batch.micro_max" in problem
 
 
@@ -148,19 +174,19 @@ def test_a_micro_batch_stays_where_doublings_do_not_fit() -> None:
 
 
 def test_stages() -> None:
-    controller = Stages(HORIZON, 256, "0:768 250B:1536")
+    controller = Stages(HORIZON, "0:768 250B:1536", micro=8)
     assert problems(controller) == []
     sizes = [controller.next_batch(at(samples)) for samples in (0, 249_999_999, 250_000_000, 999_000_000)]
     assert sizes == [768, 768, 1536, 1536]
 
 
 def test_a_first_point_at_zero_wins_over_the_recipes_samples() -> None:
-    controller = Stages(HORIZON, 8, "0:16 5B:24", samples=10)
+    controller = Stages(HORIZON, "0:16 5B:24", micro=8, samples=10)
     assert problems(controller) == [] and controller.next_batch(at()) == 16
 
 
 def test_stages_accept_other_durations_and_their_own_start() -> None:
-    controller = Stages(HORIZON, 8, "25%:16 2000steps:24", samples=8)
+    controller = Stages(HORIZON, "25%:16 2000steps:24", micro=8, samples=8)
     assert problems(controller) == []
     assert [controller.next_batch(at(s, step)) for s, step in ((0, 0), (250_000_000, 5), (250_000_000, 2000))] == [8, 16, 24]
 
@@ -171,31 +197,31 @@ def test_stages_accept_other_durations_and_their_own_start() -> None:
         ("0:768;250B:1536", None, "batch.stages"),
         ("", 8, "batch.stages"),
         ("5B:16", None, "batch.samples"),
-        ("0:16 5B:20", None, "batch.stages"),
+        ("0:16 5B:0", None, "batch.stages"),
         ("0:16 5B:24 4B:32", None, "batch.stages"),
     ],
 )
 def test_faulty_stages(stages: str, samples: int | None, key: str) -> None:
-    found = Stages(HORIZON, 8, stages, samples).problems()
+    found = Stages(HORIZON, stages, 8, samples).problems()
     assert key in [problem.key for problem in found]
     assert all(problem.fix for problem in found)
 
 
 def test_ramp_rises_in_equal_steps() -> None:
     """16, 24, … 64 over 600 M samples: seven sizes, a new one every 100 M."""
-    controller = Ramp(HORIZON, 8, 16, 64, "600B tokens")
+    controller = Ramp(HORIZON, 16, 8, 64, "600B tokens", multiple=8)
     assert problems(controller) == []
     sizes = [controller.next_batch(at(samples * 10**6)) for samples in (0, 99, 100, 250, 599, 600, 900)]
     assert sizes == [16, 16, 24, 32, 56, 64, 64]
-    assert Ramp(HORIZON, 8, 16, 64, "60%").next_batch(at(250 * 10**6)) == 32
+    assert Ramp(HORIZON, 16, 8, 64, "60%", multiple=8).next_batch(at(250 * 10**6)) == 32
+    assert Ramp(HORIZON, 16, 8, 64, "600B tokens").next_batch(at(250 * 10**6)) == 36, "any number of samples"
+    assert [Ramp(HORIZON, 10, 8, 50, 0.6, multiple=16).next_batch(at(s * 10**6)) for s in (0, 300, 600)] == [10, 16, 50]
 
 
-def test_a_size_the_layout_cannot_cut_is_refused_with_a_way_out() -> None:
-    assert problems(Fixed(HORIZON, 8, 10)) == [
-        "batch.samples: 10 is not a multiple of batch.micro × data-parallel size = 8; use 8 or 16"
-    ]
-    assert problems(Fixed(HORIZON, 8, 3))[0].endswith("use 8")
-    found = NormTest(HORIZON, 8, samples=32, max=16, eta=0, interval=0, ema=1.0, growth=1.0, multiple=12).problems()
+def test_settings_that_give_no_batch_are_refused_with_a_way_out() -> None:
+    assert problems(Fixed(HORIZON, 10, micro=8)) == []
+    assert problems(Fixed(HORIZON, 0, micro=8)) == ["batch.samples: 0 is not a number of samples; use 1 or more"]
+    found = NormTest(HORIZON, samples=32, micro=8, max=16, eta=0, interval=0, ema=1.0, growth=1.0, multiple=0).problems()
     assert [p.key.removeprefix("batch.") for p in found] == ["multiple", "max", "interval", "ema", "growth", "eta"]
 
 
@@ -208,7 +234,7 @@ def statistics(variance: float, square: float, workers: int = 4, m: float = 8) -
 
 
 def norm_test(**options: Any) -> NormTest:
-    return NormTest(**{"horizon": HORIZON, "divisor": 8, "samples": 32, "max": 1000, "eta": 0.5, "growth": None} | options)
+    return NormTest(**{"horizon": HORIZON, "micro": 8, "samples": 32, "max": 1000, "eta": 0.5, "growth": None} | options)
 
 
 def test_norm_test_proposes_the_smallest_batch_that_passes() -> None:
@@ -218,7 +244,7 @@ def test_norm_test_proposes_the_smallest_batch_that_passes() -> None:
     assert controller.next_batch(at()) == 200
     assert 100 / 200 <= 0.25 * 2 < 100 / 199
     controller.observe(statistics(101, 2), 0.0, at(step=2))
-    assert controller.next_batch(at()) == 208, "202 rounded up to what the layout can cut"
+    assert controller.next_batch(at()) == 208, "202 rounded up to whole micro-batches"
 
 
 def test_norm_test_passes_and_never_shrinks_unless_told() -> None:
@@ -245,7 +271,7 @@ def test_bounds_on_a_change() -> None:
     for step in (1, 2, 3):
         controller.observe(statistics(1e6, 1), 0.0, at(step=step))
         sizes.append(controller.next_batch(at()))
-    assert sizes == [64, 96, 96], "doubled, then as much of batch.max as the layout can cut"
+    assert sizes == [64, 100, 100], "doubled, then batch.max"
 
 
 def test_decisions_wait_for_their_interval() -> None:
@@ -270,7 +296,7 @@ def test_means_are_averaged_not_ratios() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_step_that_diverged_changes_nothing(bad: float) -> None:
-    controller, loss = norm_test(), CriticalLoss(HORIZON, 8, samples=32, max=1000)
+    controller, loss = norm_test(), CriticalLoss(HORIZON, micro=8, samples=32, max=1000)
     before = controller.state_dict(), loss.state_dict()
     controller.observe(statistics(bad, 2), 0.0, at(step=1))
     controller.observe(None, 0.0, at(step=2))
@@ -284,8 +310,8 @@ def with_projection(s: float) -> GradientStatistics:
 
 def test_inner_product_and_augmented_tests() -> None:
     """(S − N²) m J / (J − 1) = (4.3 − 4) · 32 / 3 = 3.2 along, (A − S / N) · 32 / 3 = 83.73 across; N = 2."""
-    inner = InnerProduct(HORIZON, 1, samples=1, max=10**6, eta=0.1, growth=None)
-    augmented = Augmented(HORIZON, 1, samples=1, max=10**6, eta=0.1, nu=0.5, growth=None)
+    inner = InnerProduct(HORIZON, micro=1, samples=1, max=10**6, eta=0.1, growth=None)
+    augmented = Augmented(HORIZON, micro=1, samples=1, max=10**6, eta=0.1, nu=0.5, growth=None)
     for controller in (inner, augmented):
         controller.observe(with_projection(4.3), 0.0, at(step=1))
     assert inner.next_batch(at()) == math.ceil(3.2 / (0.01 * 4))
@@ -296,7 +322,7 @@ def test_inner_product_and_augmented_tests() -> None:
 
 def test_noise_scale_controller() -> None:
     """‖E g‖² = N − tr Σ / b: with tr Σ = 64, N = 4, b = 32 the signal is 2 and the scale 32; η = 2 wants 64."""
-    controller = NoiseScale(HORIZON, 1, samples=8, max=1000, eta=2.0, growth=None, interval=1, ema=0.0)
+    controller = NoiseScale(HORIZON, micro=1, samples=8, max=1000, eta=2.0, growth=None, interval=1, ema=0.0)
     assert controller.noise_scale is None
     controller.observe(statistics(64, 4), 0.0, at(step=1))
     assert controller.noise_scale == pytest.approx(32)
@@ -308,7 +334,7 @@ def test_noise_scale_controller() -> None:
 @pytest.mark.parametrize(("loss", "tokens"), [(4.0, 2.853e5), (3.0, 1.1226e6), (2.5, 2.675e6), (2.0, 7.740e6)])
 def test_critical_batch_of_a_loss(loss: float, tokens: float) -> None:
     """Kaplan's B_crit (ALGORITHMS 1.4)."""
-    controller = CriticalLoss(HORIZON, 1, samples=8, max=10**6, growth=None, interval=1, ema=0.0)
+    controller = CriticalLoss(HORIZON, micro=1, samples=8, max=10**6, growth=None, interval=1, ema=0.0)
     assert controller.needs_loss and not controller.needs_statistics
     controller.observe(None, loss, at(step=1))
     assert controller.next_batch(at()) == pytest.approx(tokens / HORIZON.seq_len, rel=3e-3)
@@ -330,7 +356,7 @@ def test_a_resumed_controller_continues_unchanged(kind: type[Adaptive], options:
     """Stopped anywhere, saved as JSON, loaded into a new one: the same sizes; and any size is legal."""
 
     def new() -> Adaptive:
-        return kind(horizon=HORIZON, divisor=8, samples=16, max=500, **options)
+        return kind(horizon=HORIZON, micro=8, samples=16, max=500, **options)
 
     random = np.random.default_rng(seed)
     records = [of_workers(random.normal(0.5, 1, (4, 6)), 4) for _ in range(30)]
@@ -348,41 +374,33 @@ def test_a_resumed_controller_continues_unchanged(kind: type[Adaptive], options:
     second = new()
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert sizes + go(second, cut, 30) == whole
-    assert all(size % 8 == 0 and 16 <= size <= 496 for size in whole)
+    multiple = 8 if kind.needs_statistics else 1
+    assert all((size % multiple == 0 or size == 500) and 16 <= size <= 500 for size in whole)
 
 
-def test_sizes_of_a_user_are_not_rounded_silently() -> None:
-    """From 4 to 16 in steps of 8 would end at 12."""
-    found = Ramp(HORIZON, 4, samples=4, max=20, over="10%", multiple=8).problems()
-    assert [str(problem) for problem in found] == [
-        "batch.samples: 4 is not a multiple of batch.multiple=8; use 8",
-        "batch.max: 20 is not a multiple of batch.multiple=8; use 16 or 24",
-    ]
-    assert [problem.key for problem in NormTest(HORIZON, 4, samples=12, max=64, multiple=8).problems()] == ["batch.samples"]
-    assert Ramp(HORIZON, 4, samples=8, max=16, over="10%", multiple=8).problems() == []
-
-
-def test_a_set_multiple_makes_sizes_layout_independent() -> None:
-    """Without it, resuming on 6 data ranks instead of 4 rounds the same target differently; with it, the same."""
-    sizes: dict[int | None, set[int]] = {}
-    for multiple in (None, 48):
-        sizes[multiple] = set()
-        for divisor in (8, 12):
-            controller = norm_test(divisor=divisor, samples=48, multiple=multiple)
-            controller.observe(statistics(101, 2), 0.0, at(step=1))
-            sizes[multiple].add(controller.next_batch(at()))
-    assert sizes == {None: {208, 204}, 48: {240}}
+def test_sizes_that_a_user_wrote_are_not_rounded() -> None:
+    """From 4 to 20 in multiples of 8, and the multiple is for what lies in between."""
+    ramp = Ramp(HORIZON, samples=4, micro=4, max=20, over="600B tokens", multiple=8)
+    assert ramp.problems() == []
+    sizes = [ramp.next_batch(at(samples * 10**6)) for samples in (0, 200, 450, 599, 600)]
+    assert sizes == [4, 8, 16, 16, 20]
+    measured = norm_test(samples=12, max=100)
+    sizes = []
+    for variance in (1e-3, 7, 100):
+        measured.observe(statistics(variance, 2), 0.0, at(step=1))
+        sizes.append(measured.next_batch(at()))
+    assert sizes == [12, 16, 100]
 
 
 def test_a_resume_under_another_controller_keeps_the_size_reached() -> None:
     """The new kind's own means start afresh; a size below its own start, or a controller that had none, gives its start."""
     first = norm_test()
     first.observe(statistics(100, 2), 0.0, at(step=1))
-    second = CriticalLoss(HORIZON, 8, samples=32, max=1000)
+    second = CriticalLoss(HORIZON, micro=8, samples=32, max=1000)
     second.load_state_dict(first.state_dict())
     assert second.next_batch(at()) == 200 and second.noise_scale is None
-    larger = NoiseScale(HORIZON, 8, samples=256, max=1000)
+    larger = NoiseScale(HORIZON, micro=8, samples=256, max=1000)
     larger.load_state_dict(first.state_dict())
     assert larger.next_batch(at()) == 256
-    larger.load_state_dict(Fixed(HORIZON, 8, 32).state_dict())
+    larger.load_state_dict(Fixed(HORIZON, 32, 8).state_dict())
     assert larger.next_batch(at()) == 256

@@ -26,7 +26,7 @@ PLAIN = [
 TINY = [
     *PLAIN,
     "optim.lr_coupling=sqrt_saturating",
-    *("batch=norm_test", "batch.samples=8", "batch.micro=2", "batch.multiple=8", "batch.max=64", "batch.eta=0.6"),
+    *("batch=norm_test", "batch.samples=8", "batch.micro=2", "batch.max=64", "batch.eta=0.6"),
     *("batch.ema=0.5", "batch.growth=1.2", "batch.interval=3", "batch.shrink=false"),
 ]
 ROW = ("step", "loss", "lr", "grad_norm", "samples", "batch_samples", "gradient_variance", "gradient_norm_squared")
@@ -72,11 +72,18 @@ def test_the_batch_grows_and_the_rate_with_it(alone: list[dict[str, Any]]) -> No
 
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [(2, ["parallel.zero=1"]), (4, ["parallel.zero=3"]), (4, ["parallel.zero=2", "parallel.replicate=2"])],
+    [
+        (2, ["parallel.zero=1"]),
+        (3, ["parallel.zero=2"]),
+        (4, ["parallel.zero=3"]),
+        (4, ["parallel.zero=2", "parallel.replicate=2"]),
+    ],
 )
 def test_other_layouts_measure_and_grow_alike(
     alone: list[dict[str, Any]], tmp_path: Path, world_size: int, layout: list[str]
 ) -> None:
+    """No size has to divide by the number of ranks, and `batch.multiple` is not set."""
+    assert any(row["batch_samples"] % (2 * world_size) for row in alone)
     same(run_ranks(world_size, trained, str(tmp_path), LONG, layout)[0], alone)
 
 
@@ -108,14 +115,16 @@ def counted(rank: int, world_size: int, folder: str, tokens: int, extra: list[st
 
 
 def test_micro_batches_grow_without_changing_the_run(tmp_path: Path) -> None:
-    """Sizes 8, 16, 32 in micro-batches of 2: with micro_max they become fewer and larger ones, and losses stay."""
+    """Sizes 8, 16, 32 in micro-batches of 2: with micro_max a step keeps the four that the run starts with, and its loss."""
     plain, ones = run_ranks(1, counted, str(tmp_path / "plain"), 16 * 8 * 30, [])[0]
     grown, fewer = run_ranks(1, counted, str(tmp_path / "grown"), 16 * 8 * 30, ["batch.micro_max=4"])[0]
-    assert sorted(set(ones)) == [4, 8, 16] and sorted(set(fewer)) == [2, 4, 8], "8 / 4, 16 / 4, 32 / 4"
+    assert sorted(set(ones)) == [4, 8, 16] and sorted(set(fewer)) == [4, 8], "8 / 2, 16 / 4, 32 / 4"
     same(grown, plain)
-    spread, counts = run_ranks(2, counted, str(tmp_path / "spread"), 16 * 8 * 30, ["batch.micro_max=4", "parallel.zero=3"])[0]
-    assert sorted(set(counts)) == [2, 4], "of a rank's 4, 8 and 16 samples: two of two, two and four of four"
-    same(spread, plain)
+    for key, expected in (("zero", [2, 4]), ("pp", [4, 8])):
+        layout = ["batch.micro_max=4", f"parallel.{key}={3 if key == 'zero' else 2}"]
+        spread, counts = run_ranks(2, counted, str(tmp_path / key), 16 * 8 * 30, layout)[0]
+        assert sorted(set(counts)) == expected
+        same(spread, plain)
 
 
 def test_a_measured_batch_with_micro_batches_that_grow(tmp_path: Path) -> None:
@@ -135,7 +144,6 @@ def test_a_measured_batch_continues_a_planned_ones_size(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["batch.micro_max=6"], "3 times batch.micro, which doublings don't reach"),
-        (["batch.micro_max=8", "parallel.pp=2", "batch.multiple=null"], "a pipeline's micro-batches are of one size"),
     ],
 )
 def test_micro_batches_that_can_not_grow_are_refused(overrides: list[str], message: str) -> None:

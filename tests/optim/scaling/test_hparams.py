@@ -84,18 +84,18 @@ def test_a_recommendation_that_can_not_run_says_so(capsys: pytest.CaptureFixture
 def test_automatic_values_become_numbers() -> None:
     overrides = ["model=llama_1b", "data=synthetic", "data.seq_len=2048", "trainer.steps=null", "trainer.tokens=100000000000"]
     config = config_of(*overrides, "optim.lr=auto:step_law", "batch.samples=auto:step_law", "batch.micro=4")
-    assert resolve_automatic(config, world_size=8) == []
-    assert config.batch.samples == 544  # 1.1077e6 / 2048 = 540.9, to the nearest multiple of 32
+    assert resolve_automatic(config) == []
+    assert config.batch.samples == 541  # 1.1077e6 / 2048 = 540.9
     assert config.optim.lr == pytest.approx(1.79 * hidden_parameters(config) ** -0.713 * 1e11**0.307, rel=1e-3)
     resolved = copy.deepcopy(config)
-    assert resolve_automatic(config, world_size=8) == [] and config == resolved, "numbers are left alone"
+    assert resolve_automatic(config) == [] and config == resolved, "numbers are left alone"
 
 
 def test_automatic_values_that_have_no_answer() -> None:
     config = config_of("optim.lr=auto:moon", "batch.samples=auto:step_law")
-    assert [problem.key for problem in resolve_automatic(config, 1)] == ["batch.samples", "optim.lr"]
+    assert [problem.key for problem in resolve_automatic(config)] == ["batch.samples", "optim.lr"]
     config.trainer.steps, config.trainer.tokens = None, 10**9
-    found = resolve_automatic(config, 1)
+    found = resolve_automatic(config)
     assert [str(problem) for problem in found] == [
         "optim.lr: there is no law 'auto:moon' for a learning rate; write one of auto:step_law, auto:power"
     ]
@@ -105,6 +105,6 @@ def test_automatic_values_that_have_no_answer() -> None:
 
 def test_power_schedule_is_not_capped_by_the_power_law() -> None:
     length = ["trainer.steps=null", "trainer.tokens=1000000000", "optim.lr=auto:power", "data=synthetic"]
-    (problem,) = resolve_automatic(config_of(*length, "schedule=power"), 1)
+    (problem,) = resolve_automatic(config_of(*length, "schedule=power"))
     assert problem.key == "optim.lr" and "0.02" in problem.fix
-    assert resolve_automatic(config_of(*length), 1) == []
+    assert resolve_automatic(config_of(*length)) == []

@@ -52,7 +52,7 @@ def test_mup_multipliers_of_the_papers_models() -> None:
 
 
 def test_automatic_values_and_their_units() -> None:
-    """Both laws give tokens; a run wants sequences, in multiples that its layout can cut."""
+    """Both laws give tokens; a run wants sequences, in multiples of batch.multiple."""
     assert laws.automatic_lr("step_law", 7e9, 1.4e12, 0) == pytest.approx(9.1656e-4, rel=1e-4)
     assert laws.automatic_lr("power", 0, 10e12, 1024 * 4096) == pytest.approx(0.0011, rel=5e-3)
     assert laws.automatic_batch("step_law", 1.4e12, 2048, 1) == 2441

@@ -220,6 +220,16 @@ def test_a_dropped_gradient_leaves_nothing_and_the_micro_batches_may_change(para
         assert rank_norms == pytest.approx(norms, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_batch_that_does_not_divide_is_filled_with_blanks(zero: int) -> None:
+    """Three micro-batches on two ranks: the second has one, and a blank in whose pass it gathers weights with the first."""
+    work = Work(ds(zero), micro=2, samples=5, precision="fp32", steps=3)
+    losses, norms = plain_curve(work)
+    for rank_losses, rank_norms in run_ranks(2, curves, work):
+        assert rank_losses == pytest.approx(losses, rel=TOLERANCE)
+        assert rank_norms == pytest.approx(norms, rel=TOLERANCE)
+
+
 def evaluated(rank: int, world_size: int, work: Work) -> tuple[float, float, float]:
     engine, _, _ = train(work, world_size)
     loss = engine.evaluate([MicroBatch.collate([sample(100 + rank), sample(200 + rank)])])
