@@ -46,7 +46,7 @@ def _norm_backward(x, weight, residual, g0, g1, g2, dx, dweight, rows, width, ep
 def norm_backward_rows(
     x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, gradients: Sequence[torch.Tensor], eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x (…, width), plus `residual`, and of weight, for y = RMSNorm(x) · weight with the sum of `gradients`."""
+    """Return gradients of x (…, width), plus `residual`, and weight for y = RMSNorm(x) · weight with the sum of `gradients`."""
     width = x.shape[-1]
     rows = x.numel() // width
     x, residual, *gradients = (tensor.contiguous() for tensor in (x, residual, *gradients))
@@ -85,14 +85,14 @@ def _copy(a: torch.Tensor, b: torch.Tensor, both: torch.Tensor, *, apart: bool) 
 
 
 def rows_in_turns(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Row 2i is a's row i, row 2i + 1 is b's; both (rows, width)."""
+    """Interleave rows: row 2i is a's row i, row 2i + 1 is b's; both (rows, width)."""
     both = a.new_empty(2 * a.shape[0], a.shape[1])
     _copy(a.contiguous(), b.contiguous(), both, apart=False)
     return both
 
 
 def rows_apart(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rows_in_turns` undone."""
+    """Undo `rows_in_turns`."""
     a, b = (both.new_empty(both.shape[0] // 2, both.shape[1]) for _ in range(2))
     _copy(a, b, both.contiguous(), apart=True)
     return a, b

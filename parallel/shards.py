@@ -42,9 +42,9 @@ def own_part(gradient: torch.Tensor, placements: Placements | None) -> torch.Ten
     return local(gradient)
 
 
-def chunk(extent: int, ways: int, rank: int) -> tuple[int, int]:
+def chunk(extent: int, num_shards: int, rank: int) -> tuple[int, int]:
     """Return (start, length) of a rank's part of a dim: equal parts, the last ones shorter or empty."""
-    piece = -(-extent // ways)
+    piece = -(-extent // num_shards)
     start = min(rank * piece, extent)
     return start, min(piece, extent - start)
 
@@ -90,13 +90,13 @@ class Placed:
 
     def cut(self, mesh: DeviceMesh, axis: int = 0, dim: int = 0) -> Placed:
         """Cut a dim of the box over the ranks along an axis of a mesh, and return the place of this rank's part."""
-        ways = mesh.size(axis)
-        start, length = chunk(self.box.shape[dim], ways, mesh.get_local_rank(axis))
+        num_shards = mesh.size(axis)
+        start, length = chunk(self.box.shape[dim], num_shards, mesh.get_local_rank(axis))
         offsets, extent = list(self.box.offsets), list(self.box.shape)
         offsets[dim] += start
         extent[dim] = length
         cuts = (*self.cuts, Cut(mesh.get_group(axis), dim, self.box.shape[dim]))
-        return replace(self, box=Box(tuple(offsets), tuple(extent)), copies=self.copies // ways, cuts=cuts)
+        return replace(self, box=Box(tuple(offsets), tuple(extent)), copies=self.copies // num_shards, cuts=cuts)
 
 
 class MeshShards:
@@ -128,12 +128,12 @@ class MeshShards:
         placed = self._placed[parameter.name]
         whole = local
         for cut in reversed(placed.cuts):
-            ways = cut.group.size()
+            num_shards = cut.group.size()
             shape = list(whole.shape)
-            shape[cut.dim] = -(-cut.extent // ways)
+            shape[cut.dim] = -(-cut.extent // num_shards)
             mine = whole.new_zeros(shape)
             mine.narrow(cut.dim, 0, whole.shape[cut.dim]).copy_(whole)
-            pieces = [torch.empty_like(mine) for _ in range(ways)]
+            pieces = [torch.empty_like(mine) for _ in range(num_shards)]
             dist.all_gather(pieces, mine, cut.group)
             whole = torch.cat(pieces, cut.dim).narrow(cut.dim, 0, cut.extent)
         return whole
