@@ -13,6 +13,7 @@ import torch
 from meshloom.data.batch import MicroBatch
 from meshloom.optim.optimizers.adagrad import AdaGradNorm
 from meshloom.optim.optimizers.agvm import AGVM
+from meshloom.optim.optimizers.config import AdaGradNormConfig, AGVMConfig, LAMBConfig, LARSConfig
 from meshloom.optim.optimizers.layerwise import LAMB, LARS
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
@@ -95,7 +96,11 @@ def test_nothing_is_asked_of_the_device(ranks: int, parallel: ParallelConfig) ->
     assert run_ranks(ranks, watched, work) == [(True, True)] * ranks
 
 
-OPTIMIZERS = {"lamb": LAMB, "lars": LARS, "adagrad_norm": AdaGradNorm}
+OPTIMIZERS = {
+    "lamb": functools.partial(LAMB, LAMBConfig(lr=0.01)),
+    "lars": functools.partial(LARS, LARSConfig(lr=0.01)),
+    "adagrad_norm": functools.partial(AdaGradNorm, AdaGradNormConfig(lr=0.01)),
+}
 
 
 def halves_compared(rank: int, world_size: int) -> None:
@@ -104,7 +109,9 @@ def halves_compared(rank: int, world_size: int) -> None:
     mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
     with torch.device("meta"):
         model = decoder(**Work().llama())
-    engine = make_engine(model, mesh, functools.partial(AGVM, interval=1), parallel, EngineSettings(precision="fp64"))
+    engine = make_engine(
+        model, mesh, functools.partial(AGVM, AGVMConfig(interval=1)), parallel, EngineSettings(precision="fp64")
+    )
     for number in range(3):
         tokens = torch.tensor(100.0, dtype=torch.float64)
         with pytest.MonkeyPatch.context() as patch:
@@ -124,7 +131,7 @@ def updated(rank: int, world_size: int, name: str) -> None:
     mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
     with torch.device("meta"):
         model = decoder(**Work().llama())
-    engine = make_engine(model, mesh, functools.partial(OPTIMIZERS[name], lr=0.01), parallel, EngineSettings(precision="fp64"))
+    engine = make_engine(model, mesh, OPTIMIZERS[name], parallel, EngineSettings(precision="fp64"))
     for number in (0, 1):
         engine.accumulate(share(mesh, Work(), number), torch.tensor(100.0, dtype=torch.float64))
         with pytest.MonkeyPatch.context() as patch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from meshloom.optim.optimizers.adagrad import AdaGrad, AdaGradNorm
 from meshloom.optim.optimizers.adamw import AdamW
-from meshloom.optim.optimizers.config import AdaGradConfig, AdamWConfig
+from meshloom.optim.optimizers.config import AdaGradConfig, AdaGradNormConfig, AdamWConfig, LAMBConfig, LARSConfig
 from meshloom.optim.optimizers.layerwise import LAMB, LARS
 from meshloom.optim.optimizers.parameters import NamedParameter, Shards
 from meshloom.parallel.config import ParallelConfig
@@ -85,9 +86,9 @@ class Torchs(torch.optim.Adagrad):
 
 
 def test_others_are_refused_before_anything_starts() -> None:
-    assert not any(optimizer_problems(make) for make, _ in ELEMENTWISE.values())
-    for make in (LAMB, LARS, AdaGradNorm):
-        (problem,) = optimizer_problems(make)
+    assert not any(optimizer_problems(functools.partial(make, config())) for make, config, _ in ELEMENTWISE.values())
+    for make, config in ((LAMB, LAMBConfig), (LARS, LARSConfig), (AdaGradNorm, AdaGradNormConfig)):
+        (problem,) = optimizer_problems(functools.partial(make, config()))
         assert problem.key == "optim" and "parallel.engine=torch" in problem.fix, make
     (problem,) = optimizer_problems(Torchs)
     assert "in the place of Torchs" in problem.message and "optim=adagrad" in problem.fix
