@@ -90,7 +90,7 @@ def test_adamw_in_a_fused_step_is_adamw(gradient_dtype: torch.dtype) -> None:
     theirs = [torch.nn.Parameter(p.detach().double()) for p in ours]
     copies = [torch.full(shape, torch.nan, device="cuda", dtype=torch.bfloat16) for shape in shapes]
     named = [
-        NamedParameter(str(i), p, tuple(p.shape), decay=i != 1, computed=copy)
+        NamedParameter(str(i), p, tuple(p.shape), decay=i != 1, compute_copy=copy)
         for i, (p, copy) in enumerate(zip(ours, copies, strict=True))
     ]
     optimizer = AdamW(AdamWConfig(lr=1e-2, weight_decay=0.1), named, Unsharded())

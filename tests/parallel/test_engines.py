@@ -80,7 +80,6 @@ def test_what_works_is_not_refused(zero: int) -> None:
         ({"offload_weights": "cpu"}, "parallel.offload_weights"),
         ({"offload": "cpu", "offload_weights": "cpu", "zero": 2}, "parallel.offload_weights"),
         ({"deepspeed": DeepSpeedConfig(cpu_adam=True)}, "parallel.deepspeed.cpu_adam"),
-        ({"engine": "jax"}, "parallel.engine"),
         ({"engine": "torch", "offload": "nvme"}, "parallel.offload"),
         ({"engine": "torch", "offload": "cpu", "tp": 2}, "parallel.offload"),
         ({"engine": "torch", "offload_weights": "cpu"}, "parallel.offload_weights"),
@@ -88,6 +87,10 @@ def test_what_works_is_not_refused(zero: int) -> None:
 )
 def test_what_cannot_be_is_refused_by_its_key(settings: dict[str, object], key: str) -> None:
     assert key in problems(**settings)  # type: ignore[arg-type]
+
+
+def test_an_unknown_engine_is_refused_by_its_key() -> None:
+    assert [problem.key for problem in ParallelConfig(engine="jax").problems()] == ["parallel.engine"]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, pick_device
 from meshloom.parallel.torch.engine import TorchEngine
+from support.environment import with_tests_on_path
 from support.models import decoder
 
 pytestmark = pytest.mark.gpu
@@ -91,7 +92,9 @@ def measure(*cases: Case) -> list[dict[str, Any]]:
     Tests after this one fork, and what CUDA and process groups start does not survive that.
     """
     asked = json.dumps([dataclasses.asdict(case) for case in cases])
-    done = subprocess.run([sys.executable, __file__, asked], capture_output=True, text=True, timeout=240)
+    environment = with_tests_on_path()
+    command = [sys.executable, __file__, asked]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -23,6 +23,7 @@ from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, environment_world_size, pick_device
+from support.environment import with_tests_on_path
 from support.models import decoder
 
 pytestmark = pytest.mark.gpu
@@ -102,7 +103,9 @@ def curve_of(
 def launch(processes: int, names: Sequence[str]) -> subprocess.Popen[str]:
     """Begin to train these layouts in every variant, in processes of their own that share the start."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.Popen([*start, __file__, json.dumps(names)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [*start, __file__, json.dumps(names)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=with_tests_on_path(), stdout=pipe, stderr=pipe, text=True)
 
 
 @pytest.fixture(scope="module")
