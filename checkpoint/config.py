@@ -43,6 +43,7 @@ class CheckpointConfig:
         True,
         "refuse to resume where optimizer state does not fit; false: what fits is loaded and the rest reported. Weights must"
         " always fit",
+        Side.PLACEMENT,  # typed for one start: kept, it would drop state in silence at every later one
     )
     failures: int = key(3, "failed saves in a row after which the run stops")
     timeout: float = key(600.0, "seconds without news from another rank or progress of the writer until a save is given up")

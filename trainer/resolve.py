@@ -116,7 +116,7 @@ def _compose_resumed(
 ) -> tuple[Composition, list[str]]:
     """Return the composition of a resumed run, and notices about it."""
     saved = saved_config(state)
-    if choices := saved_choices(saved, composition.config, overrides):
+    if choices := saved_choices(saved, composition.config, overrides, composer.options("recipe")):
         composition = composer.compose([*choices, *overrides])
         composition.notices.clear()  # about options that the run already has
         expand_home(composition.config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,15 +25,20 @@ def saved_config(state: Mapping[str, Any]) -> dict[str, Any]:
     return with_renamed_keys(with_moved_targets(copy.deepcopy(state.get("config") or {})))
 
 
-def saved_choices(saved: Mapping[str, Any], fresh: DictConfig, overrides: Iterable[str]) -> list[str]:
-    """Return overrides that choose the checkpoint's option for each group where the command line chooses none.
+def saved_choices(saved: Mapping[str, Any], fresh: DictConfig, overrides: Iterable[str], recipes: Collection[str]) -> list[str]:
+    """Return overrides that choose the checkpoint's recipe, and its option for each group, where the command line names none.
 
-    With them the command line is composed and checked against the options that the resumed run has.
+    With them the command line is composed and checked against the options that the resumed run has, and placement comes from
+    the file of the run's own recipe.
+
+    recipes: the names of those that can be chosen today
     """
     typed = {key for key, _ in _typed(overrides)}
     if "recipe" in typed and fresh.get("recipe") != saved.get("recipe"):
         return []
     found: list[str] = []
+    if "recipe" not in typed and saved.get("recipe") != fresh.get("recipe") and saved.get("recipe") in recipes:
+        found.append(f"recipe={saved['recipe']}")
     for group in OPTIONS:
         node: dict[str, Any] = saved.get(group) or {}
         kind = option_of(group, node)

@@ -20,7 +20,8 @@ def composer() -> Composer:
 
 
 def saved_run(composer: Composer, *overrides: str) -> dict[str, Any]:
-    composition = composer.compose(["recipe=quickstart", *overrides])
+    named = any(line.startswith("recipe=") for line in overrides)
+    composition = composer.compose([*([] if named else ["recipe=quickstart"]), *overrides])
     assert composition.problems == []
     return plain_config(typed_config(composition.config)[0])
 
@@ -29,7 +30,9 @@ def resumed(
     composer: Composer, saved: dict[str, Any], words: Sequence[str], recipe: Sequence[str] = ()
 ) -> tuple[RunConfig, list[str]]:
     """The config of a run that goes on with these words, and what is said. recipe: words that stand for a recipe file."""
-    fresh = composer.compose([*saved_choices(saved, composer.compose([*recipe, *words]).config, words), *recipe, *words])
+    today = composer.compose([*recipe, *words]).config
+    choices = saved_choices(saved, today, words, composer.options("recipe"))
+    fresh = composer.compose([*choices, *recipe, *words])
     assert fresh.problems == []
     config, told = resume_config(saved, fresh.config, words)
     return typed_config(config)[0], told
@@ -45,6 +48,14 @@ def test_recipe_is_the_checkpoints_and_placement_todays(composer: Composer) -> N
     assert "changed recipe: trainer.steps=400 (was 200)" in told
     assert "changed placement: parallel.tp=1 (was 2), parallel.cp=2 (was 1), launch.nproc=auto (was 2)" in told
     assert "resumed run keeps optim.lr=0.5 (the recipe now says 0.003)" in told and len(told) == 4
+
+
+def test_placement_comes_from_the_file_of_the_runs_own_recipe(composer: Composer) -> None:
+    saved = saved_run(composer, "recipe=llama_8b")
+    config, told = resumed(composer, saved, ["resume=auto", "output_dir=big"])
+    assert config.recipe == "llama_8b" and config.batch.micro == 2
+    assert config.trainer.activation == "selective" and config.trainer.compile
+    assert not any("trainer.activation" in line or "recipe=" in line for line in told)
 
 
 def test_habits_stay_until_another_is_typed(composer: Composer) -> None:
@@ -107,7 +118,7 @@ def test_keys_are_those_of_the_run_that_goes_on(composer: Composer) -> None:
     config, _ = resumed(composer, saved, ["optim.norm_max=3", "resume=auto"])
     assert config.optim.name == "lamb" and config.optim.norm_max == 3
     words = ["optim.fused=true", "resume=auto"]
-    choices = saved_choices(saved, composer.compose(words).config, words)
+    choices = saved_choices(saved, composer.compose(words).config, words, composer.options("recipe"))
     (problem,) = composer.compose([*choices, *words]).problems
     assert problem.key == "optim.fused" and "optim=lamb has no such key" in str(problem)
 
