@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,15 @@ import torch
 from meshloom.optim.optimizers.adagrad import AdaGrad, AdaGradNorm
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.agvm import AGVM
+from meshloom.optim.optimizers.config import (
+    AdaGradConfig,
+    AdaGradNormConfig,
+    AdamWConfig,
+    AGVMConfig,
+    LAMBConfig,
+    LARSConfig,
+    OptimConfig,
+)
 from meshloom.optim.optimizers.layerwise import LAMB, LARS
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import Engine, EngineSettings
@@ -26,12 +34,21 @@ from support.parity import Work, take_steps
 from support.ranks import run_ranks
 from support.tiny_run import body
 
+CONFIGS: dict[type[torch.optim.Optimizer], type[OptimConfig]] = {
+    AdamW: AdamWConfig,
+    AGVM: AGVMConfig,
+    LAMB: LAMBConfig,
+    LARS: LARSConfig,
+    AdaGrad: AdaGradConfig,
+    AdaGradNorm: AdaGradNormConfig,
+}
 
-def build(parallel: ParallelConfig, world_size: int, make: Callable[..., torch.optim.Optimizer], **options: Any) -> Engine:
+
+def build(parallel: ParallelConfig, world_size: int, make: type[torch.optim.Optimizer], **options: Any) -> Engine:
     mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
     with torch.device("meta"):
         model = decoder(**Work().llama())
-    optimizer = functools.partial(make, lr=0.01, **options)
+    optimizer = functools.partial(make, CONFIGS[make](lr=0.01, **options))
     return make_engine(model, mesh, optimizer, parallel, EngineSettings(seed=7, precision="fp64"))
 
 
@@ -96,7 +113,7 @@ def test_the_same_halves_in_other_micro_batches_agree() -> None:
     assert alone[0] == pytest.approx(again[0], rel=1e-9) and alone[1] == pytest.approx(again[1], rel=1e-9)
 
 
-KINDS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
+KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "lamb": (LAMB, {}),
     "lars": (LARS, {"trust": 1.0}),
     "adagrad": (AdaGrad, {}),
@@ -138,7 +155,7 @@ def test_state_goes_through_fragments_and_counters() -> None:
 
 
 def continued(
-    rank: int, world_size: int, make: Callable[..., torch.optim.Optimizer], options: dict[str, Any]
+    rank: int, world_size: int, make: type[torch.optim.Optimizer], options: dict[str, Any]
 ) -> tuple[list[float], dict[str, float]]:
     """Train two steps with AdamW, and restore its state, as far as it fits, into an engine with another optimizer."""
     before = build(ParallelConfig(zero=3), world_size, AdamW)
