@@ -53,6 +53,24 @@ def test_nine_samples_on_three_processes_and_then_on_two(tmp_path: Path, layout:
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-9)
 
 
+def test_nine_samples_through_a_pipeline(tmp_path: Path) -> None:
+    """`interleaved` can't run five micro-batches on two ranks, so a sixth one is blank."""
+    deep = ["model.layers=4", "trainer.steps=4"]
+    train(1, tmp_path / "whole", *deep)
+    train(2, tmp_path / "pp", *deep, "parallel.pp=2", "parallel.schedule=interleaved")
+    expected, found = numbers(tmp_path / "whole"), numbers(tmp_path / "pp")
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-9)
+
+
+def test_agvm_compares_the_same_halves_of_nine_samples(tmp_path: Path) -> None:
+    """Two micro-batches of five are the first half; on three processes, a rank has a blank one in its place."""
+    agvm = ["optim=agvm", "optim.interval=1", "optim.smoothing=0.5", "optim.lr=0.02", "trainer.steps=4"]
+    train(1, tmp_path / "whole", *agvm)
+    train(3, tmp_path / "spread", *agvm, "parallel.zero=2")
+    expected, found = numbers(tmp_path / "whole"), numbers(tmp_path / "spread")
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-9)
+
+
 def test_the_start_says_once_what_is_blank(tmp_path: Path) -> None:
     first, second = train(2, tmp_path, "trainer.steps=3")
     (notice,) = [message for message in first if "blank" in message]

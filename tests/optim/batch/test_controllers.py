@@ -136,12 +136,12 @@ def growing(multiple: int | None = None, **options: Any) -> NormTest:
         (10**6, 1000, 64),  # batch.max, though it is no multiple of 64
     ],
 )
-def test_measured_sizes_fill_the_micro_batches_that_they_have_earned(wanted: int, size: int, micro: int) -> None:
+def test_measured_sizes_fill_their_grown_micro_batches(wanted: int, size: int, micro: int) -> None:
     assert growing().rounded(wanted) == size and growing().micro_at(size) == micro
 
 
 @given(st.integers(1, 3000), st.integers(1, 300), st.sampled_from([1, 3, 8]), st.sampled_from([1, 2, 8]))
-def test_a_step_keeps_as_many_micro_batches_as_the_run_started_with(size: int, start: int, micro: int, growth: int) -> None:
+def test_a_step_keeps_as_many_micro_batches_as_the_first(size: int, start: int, micro: int, growth: int) -> None:
     controller = growing(samples=start, micro=micro, micro_max=micro * growth, max=5000)
     now = controller.micro_at(size)
     at_start = -(-start // micro)
@@ -157,7 +157,7 @@ def test_a_size_is_the_start_the_maximum_or_a_multiple(wanted: float, multiple: 
     assert size >= min(wanted, 1000)
 
 
-def test_sizes_of_what_measures_no_gradient_do_not_depend_on_the_micro_batch() -> None:
+def test_sizes_depend_on_micro_only_where_gradients_are_measured() -> None:
     """There `batch.micro` says how a step is computed, not what."""
     small, large = (CriticalLoss(HORIZON, samples=16, micro=m, max=1000, micro_max=8 * m) for m in (4, 8))
     assert [small.rounded(n) for n in range(1, 1200, 7)] == [large.rounded(n) for n in range(1, 1200, 7)]

@@ -86,6 +86,8 @@ def test_automatic_values_become_numbers() -> None:
     config = config_of(*overrides, "optim.lr=auto:step_law", "batch.samples=auto:step_law", "batch.micro=4")
     assert resolve_automatic(config) == []
     assert config.batch.samples == 541  # 1.1077e6 / 2048 = 540.9
+    rounded = config_of(*overrides, "batch=ramp", "batch.samples=auto:step_law", "batch.multiple=32", "batch.max=1024")
+    assert resolve_automatic(rounded) == [] and rounded.batch.samples == 544
     assert config.optim.lr == pytest.approx(1.79 * hidden_parameters(config) ** -0.713 * 1e11**0.307, rel=1e-3)
     resolved = copy.deepcopy(config)
     assert resolve_automatic(config) == [] and config == resolved, "numbers are left alone"
