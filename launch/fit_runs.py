@@ -90,8 +90,12 @@ def read_runs(paths: Iterable[Path]) -> list[FinishedRun]:
 
 def _read(folder: Path) -> FinishedRun:
     from ..trainer.automatic import hidden_parameters
+    from ..trainer.typed import typed_config
 
     config: Any = OmegaConf.load(folder / "config.yaml")
+    run, untyped = typed_config(config)
+    if untyped:
+        raise ConfigError(untyped)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row and "batch_samples" in row]
     evaluations = [row for row in rows if "eval_loss" in row]
@@ -111,7 +115,7 @@ def _read(folder: Path) -> FinishedRun:
         curve = np.array([row["step"] for row in steps]), _smoothed(train)
     return FinishedRun(
         folder=folder,
-        parameters=hidden_parameters(config),
+        parameters=hidden_parameters(run),
         tokens=float(last["tokens"]),
         batch=batches.pop() * float(config.data.seq_len) if len(batches) == 1 else None,
         lr=float(config.optim.lr),

@@ -17,6 +17,7 @@ from meshloom.launch.fit_runs import fit_all, read_runs
 from meshloom.optim.scaling import laws
 from meshloom.trainer.automatic import hidden_parameters
 from meshloom.trainer.schema import make_composer
+from meshloom.trainer.typed import typed_config
 
 SEQ_LEN = 256
 
@@ -48,7 +49,7 @@ def test_sweeps_give_back_the_step_law_and_the_loss_law(tmp_path: Path, plain: A
     for layers in (2, 4, 8):
         model = plain.copy()
         model.model.layers = layers
-        n = hidden_parameters(model)
+        n = hidden_parameters(typed_config(model)[0])
         for steps in (20, 40, 80):
             d = steps * 32 * SEQ_LEN
             best = laws.step_law_lr(n, d)
