@@ -76,7 +76,7 @@ def stopped_late(rank: int, world_size: int, folder: str) -> tuple[bool, bool]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchEngine, "finish", finish)
-        assert run(resolve_words([], words), stop) == 0
+        assert run(resolve_words([], words, world_size), stop) == 0
     return stop.requested, stop.obeyed
 
 
