@@ -30,7 +30,7 @@ SHAPE = ("layers", "heads", "kv_heads", "ffn_dim")
 
 def build_problems(config: RunConfig, world_size: int) -> list[Problem]:
     """Return the problems found by building a config without other problems, on `world_size` processes (0: not known)."""
-    found = [*_layout_problems(config, world_size), *hook_problems(config.trainer.hooks)]
+    found = [*decoder_layout_problems(config, world_size), *hook_problems(config.trainer.hooks)]
     if isinstance(config.data, Custom):
         found += collect_problems("data", lambda: build_node(config.data, config.seed, config.model.vocabulary).problems())
     optimizer = collect_problems("optim", lambda: _optimizer_problems(config))
@@ -44,7 +44,8 @@ def build_problems(config: RunConfig, world_size: int) -> list[Problem]:
     return found
 
 
-def _layout_problems(config: RunConfig, world_size: int) -> list[Problem]:
+def decoder_layout_problems(config: RunConfig, world_size: int) -> list[Problem]:
+    """Return what keeps the torch engine from running a decoder in this layout, and the nearest layouts that can."""
     work = layout_work(config)
     if not world_size or work is None or config.parallel.engine != "torch":
         return []

@@ -99,7 +99,7 @@ def test_a_rank_that_refuses_its_config_ends_the_run_with_its_code(tmp_path: Pat
 
 PROGRAM = """
 import atexit, json, os, sys
-from meshloom.launch import forked, preload, train
+from meshloom.launch import forked, preload, rank
 import torch
 folder, how = sys.argv[1:]
 def fake(arguments):
@@ -113,7 +113,7 @@ def fake(arguments):
     if how == "interrupted":
         raise KeyboardInterrupt
     return int(how)
-train.main = fake
+rank.main = fake
 os.environ["RANK"] = "3"
 forked.train({"LATER": "yes", "CHANGED": "yes", "RANK": "of another", "OMP_NUM_THREADS": "3"}, ["seed=1"])
 """
