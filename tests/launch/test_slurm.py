@@ -126,9 +126,9 @@ def test_what_the_run_begins_from_is_not_lost_when_it_is_queued_again(asked: str
 
 
 def test_bad_config_prints_problems_and_no_script(capsys: pytest.CaptureFixture[str]) -> None:
-    assert slurm.main(["recipe=llama_1b", "launch.nodes=5", "optim.lrr=1"]) == 2
+    assert slurm.main(["recipe=llama_1b", "launch.nodes=5", "optim.lrr=1", "parallel.zero=9"]) == 2
     said = capsys.readouterr()
-    assert said.out == "" and "optim.lrr" in said.err and "batch.samples=512" in said.err
+    assert said.out == "" and "optim.lrr" in said.err and "parallel.zero" in said.err
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -160,13 +160,13 @@ def test_an_agent_whose_launcher_is_gone_ends() -> None:
 def test_the_agent_begins_before_the_run_is_checked_and_goes_if_that_is_refused(
     override: str, several: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check, seen = train._check, list[psutil.Process]()  # pyright: ignore[reportPrivateUsage]
+    resolve, seen = train.resolve_composed, list[psutil.Process]()
 
-    def checking(switches: argparse.Namespace) -> None:
+    def resolving(*given: Any, **keys: Any) -> Any:
         seen.extend(child for child in psutil.Process().children() if "--when-told" in child.cmdline())
-        check(switches)
+        return resolve(*given, **keys)
 
-    monkeypatch.setattr(train, "_check", checking)
+    monkeypatch.setattr(train, "resolve_composed", resolving)
     assert train.main([override, "precision=half"]) == 2
     assert "there is no 'half'" in capsys.readouterr().err
     assert len(seen) == several and not any(agent.is_running() for agent in seen)
