@@ -74,7 +74,8 @@ def test_five_wrong_things_are_named_at_once(composer: Composer) -> None:
 def test_a_misspelt_key_hides_nothing_of_its_group(composer: Composer) -> None:
     composition = composer.compose(["recipe=quickstart", "parallel.zeroo=1", "parallel.tp=3"])
     found = run_problems(typed_config(composition.config)[0], 2, composition.problems)
-    assert [problem.key for problem in found] == ["parallel.zeroo", "parallel"]
+    assert [problem.key for problem in found] == ["parallel.zeroo", "parallel", "parallel"]
+    assert "nearest: parallel.tp=2" in found[-1].fix
 
 
 def test_every_floor_is_asked_at_once(composer: Composer) -> None:
