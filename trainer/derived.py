@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ..config.duration import Duration, Unit
 from ..optim.horizon import Horizon
-from ..parallel.layout import Layout, layout_problems
 from .config import TrainerConfig
 from .schema import RunConfig
 
@@ -23,13 +22,6 @@ def build_horizon(config: RunConfig, seq_len: int) -> Horizon:
     """Return the length of the run and what its steps are worth in tokens."""
     fixed = config.batch.samples if config.batch.name == "fixed" else None
     return Horizon(run_length(config.trainer), seq_len, fixed)
-
-
-def planned_data_size(config: RunConfig, world_size: int) -> int:
-    """Return the data-parallel size on so many processes; 1 where these can't be laid out."""
-    if world_size < 1 or layout_problems(config.parallel, world_size):
-        return 1
-    return Layout.plan(config.parallel, world_size).data_size
 
 
 def checkpoint_folder(config: RunConfig) -> str:
