@@ -3,7 +3,8 @@
 A key has a side, which says where a resumed run takes it from.
 
 recipe     what is computed: from the checkpoint
-placement  where and how: from today's command line and recipe files, never from the checkpoint
+placement  where and how: from today's command line and recipe files, never from the checkpoint; but a path of data that they
+           leave open is the checkpoint's
 habit      how the run saves and reports: from the checkpoint, unless typed
 """
 
