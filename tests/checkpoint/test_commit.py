@@ -71,7 +71,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if "step" in path.name) == ["step-00000005"]
 
 
-def test_retention_keeps_the_newest_and_never_the_last_good_one_alone(tmp_path: Path) -> None:
+def test_retention_keeps_the_newest_and_counts_intact_steps(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2, 3, 4, keep=2)
     assert steps_newest_first(open_files(tmp_path)) == ["step-00000004", "step-00000003"]
     (tmp_path / "step-00000004/rank-00000.safetensors").write_bytes(b"short")
@@ -95,7 +95,7 @@ def test_a_skipped_save_is_told_of_once(
     assert caplog.text.count("step 1 was not saved") == 1
 
 
-def test_leftovers_of_crashed_saves_are_cleared_and_a_half_done_exchange_is_undone(tmp_path: Path) -> None:
+def test_leftovers_of_crashed_saves_are_cleared_or_undone(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2)
     (tmp_path / "step-00000003.tmp-0123456789ab").mkdir()
     (tmp_path / "step-00000001.deleted-01234567").mkdir()
@@ -106,7 +106,7 @@ def test_leftovers_of_crashed_saves_are_cleared_and_a_half_done_exchange_is_undo
     assert sorted(path.name for path in tmp_path.iterdir() if "step" in path.name) == ["step-00000001", "step-00000002"]
 
 
-def test_what_can_not_be_deleted_is_tried_again_and_in_nobodys_way(
+def test_failed_deletions_are_retried_and_block_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     delete = shutil.rmtree
@@ -132,7 +132,7 @@ def test_what_can_not_be_deleted_is_tried_again_and_in_nobodys_way(
     assert names() == ["step-00000005"]
 
 
-def test_an_error_of_whatever_kind_after_the_commit_does_not_hold_up_the_end(
+def test_any_error_after_the_commit_does_not_block_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = open_run(tmp_path, mode="async")
@@ -147,7 +147,7 @@ def test_an_error_of_whatever_kind_after_the_commit_does_not_hold_up_the_end(
     assert restored_step(tmp_path) == 1
 
 
-def test_a_full_disk_aborts_the_save_on_every_rank_and_training_goes_on(tmp_path: Path) -> None:
+def test_full_disk_aborts_the_save_on_all_ranks_not_training(tmp_path: Path) -> None:
     def full(boundary: str, amount: int) -> int:
         if boundary == "manifest.write.before":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -180,7 +180,7 @@ def test_a_full_disk_aborts_the_save_on_every_rank_and_training_goes_on(tmp_path
     assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
 
 
-def test_failures_in_a_row_stop_the_run_and_a_failed_last_save_is_never_success(tmp_path: Path) -> None:
+def test_repeated_or_final_save_failures_fail_the_run(tmp_path: Path) -> None:
     def broken(boundary: str, amount: int) -> int:
         if boundary == "manifest.write.before":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -288,7 +288,7 @@ def test_damage_is_named_and_an_older_step_is_taken(tmp_path: Path, what: str, c
     assert "is passed over" in caplog.text
 
 
-def test_a_slow_disk_skips_saves_within_the_memory_given_but_never_a_required_one(tmp_path: Path) -> None:
+def test_slow_disk_skips_saves_but_never_a_required_one(tmp_path: Path) -> None:
     slow = Gate("report.before")
     faults.install(slow)
     run = open_run(tmp_path, mode="async", timeout=60.0, host_memory_gib=2.1 / 1024)
@@ -307,14 +307,14 @@ def test_a_slow_disk_skips_saves_within_the_memory_given_but_never_a_required_on
     assert max(report.host_memory_bytes for report in reports) <= 2.1 * 2**20
 
 
-def test_a_snapshot_larger_than_the_memory_given_is_refused_with_the_key(tmp_path: Path) -> None:
+def test_snapshot_above_the_memory_limit_is_refused_by_key(tmp_path: Path) -> None:
     run = open_run(tmp_path, host_memory_gib=1e-6)
     run.save(1, fragments(make_arrays(), 1, 0)[0], {})
     assert "checkpoint.host_memory_gib" in run.poll()[0].reason
     run.close()
 
 
-def test_memory_that_can_not_hold_a_kept_snapshot_and_the_next_one_is_refused_with_the_key(tmp_path: Path) -> None:
+def test_memory_too_small_for_kept_and_next_is_refused_by_key(tmp_path: Path) -> None:
     run = open_run(tmp_path, memory_every=1, host_memory_gib=3.0 / 1024)  # a snapshot takes 2 MiB
     with pytest.raises(CheckpointError, match=r"2 snapshots.*checkpoint\.host_memory_gib"):
         run.prepare(fragments(make_arrays(1), 1, 0)[0])
@@ -340,7 +340,7 @@ def test_a_snapshot_is_of_the_values_before_the_update(tmp_path: Path) -> None:
         assert all(bool((f.tensor == step).all()) for f in back[0])
 
 
-def test_a_held_save_becomes_a_checkpoint_when_it_is_confirmed_and_never_before(tmp_path: Path) -> None:
+def test_held_save_is_committed_only_when_confirmed(tmp_path: Path) -> None:
     run = open_run(tmp_path, mode="async")
     for step in (1, 2):
         run.save(step, fragments(make_arrays(step), 1, 0)[0], {}, hold=True)
@@ -372,7 +372,7 @@ def test_a_bad_config_names_its_keys(tmp_path: Path) -> None:
     assert {problem.key for problem in error.value.problems} == {"checkpoint.mode", "checkpoint.keep"}
 
 
-def test_an_old_step_that_somebody_else_has_deleted_is_nobodys_trouble(
+def test_old_step_deleted_by_somebody_else_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     delete = shutil.rmtree

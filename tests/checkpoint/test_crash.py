@@ -40,9 +40,7 @@ def copy(base: Path, tmp_path: Path, number: int) -> Path:
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_a_kill_at_any_boundary_costs_no_more_than_the_steps_since_the_last_commit(
-    base: Path, tmp_path: Path, mode: str
-) -> None:
+def test_kill_at_any_boundary_loses_only_steps_since_the_commit(base: Path, tmp_path: Path, mode: str) -> None:
     passed = crash.boundaries(copy(base, tmp_path, 0), mode, tmp_path)
     assert set(passed) == {("rank", 0), ("rank", 1), ("writer", 0), ("writer", 1)}
     seen: set[tuple[str, str]] = set()
@@ -104,7 +102,7 @@ def test_two_runs_on_one_folder(base: Path, tmp_path: Path) -> None:
         crash.two_runs(copy(base, tmp_path, number), locked=False)
 
 
-def test_trainers_keepers_and_nodes_that_die_cost_no_kept_snapshot(tmp_path: Path) -> None:
+def test_dead_trainers_keepers_and_nodes_lose_no_kept_snapshot(tmp_path: Path) -> None:
     passed = crash_memory.boundaries(tmp_path / "log" / "checkpoints", tmp_path)
     assert min(len(names) for names in passed.values()) >= 15
     faults = list(crash_memory.all_faults(passed))

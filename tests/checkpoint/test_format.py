@@ -60,7 +60,7 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "step-00000006"
 
 
-def test_the_reader_in_the_docs_reads_every_array_and_needs_numpy_and_safetensors_only(step: Path) -> None:
+def test_reader_in_the_docs_reads_all_with_numpy_and_safetensors(step: Path) -> None:
     assert len(READER.read_text().splitlines()) < 100
     checkpoint = second_reader().Checkpoint(step)
     for key, value in make_arrays(large=True).items():
@@ -172,7 +172,7 @@ def counted(shape: tuple[int, ...], boxes: list[Box]) -> bool:
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 10**6))
-def test_coverage_is_proved_exactly_when_each_element_is_in_one_box(seed: int) -> None:
+def test_coverage_is_proved_iff_each_element_is_in_one_box(seed: int) -> None:
     rng = random.Random(seed)
     shape = tuple(rng.randrange(1, 7) for _ in range(rng.randrange(1, 4)))
     boxes = sorted({box for rank in shares(shape, rng.randrange(1, 5), rng) for box in rank})

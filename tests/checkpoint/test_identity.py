@@ -71,7 +71,7 @@ def test_commits_are_counted_over_starts_and_replacements(tmp_path: Path) -> Non
     }
 
 
-def test_the_newest_step_is_the_one_committed_last_whatever_the_times_say(tmp_path: Path) -> None:
+def test_newest_step_is_the_last_committed_whatever_clocks_say(tmp_path: Path) -> None:
     run_of(tmp_path, A, 10, 20, 30)
     run_of(tmp_path, A, 15)  # set back
     for path in tmp_path.rglob("*"):
@@ -83,7 +83,7 @@ def test_the_newest_step_is_the_one_committed_last_whatever_the_times_say(tmp_pa
     assert names(tmp_path) == ["step-00000020", "step-00000015"]
 
 
-def test_a_step_that_can_not_be_read_is_told_of_where_it_was_the_newest(tmp_path: Path) -> None:
+def test_unreadable_newest_step_is_reported(tmp_path: Path) -> None:
     run_of(tmp_path, A, 10, 20)
     (tmp_path / "step-00000020/manifest.json").write_text("{")
     assert names(tmp_path)[0] == "step-00000020"

@@ -109,7 +109,7 @@ def test_a_run_that_ends_while_it_is_watched_leaves_the_folder(files: RemoteFile
     ending.join()
 
 
-def test_a_process_of_this_machine_that_is_no_more_is_not_waited_for(files: RemoteFiles) -> None:
+def test_dead_process_of_this_machine_is_not_waited_for(files: RemoteFiles) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     for process in (ended.pid, os.getpid()):  # a container's first process has the same number each time
@@ -133,7 +133,7 @@ def test_of_two_that_come_at_once_one_is_refused(files: RemoteFiles, monkeypatch
         Lease(files)
 
 
-def test_who_holds_a_folder_renews_its_record_until_another_has_it(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_holder_renews_its_record_until_another_takes_it(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.001)
     held = Lease(files)
     deadline = time.monotonic() + 60

@@ -26,7 +26,7 @@ def test_two_runs_on_one_folder_are_refused(tmp_path: Path) -> None:
     open_run(tmp_path).close()
 
 
-def test_a_writer_that_can_not_be_started_leaves_the_folder_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_start_of_a_writer_releases_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as broken, pytest.raises(OSError, match="no more processes"):
 
         def start(_: object) -> None:
@@ -37,7 +37,7 @@ def test_a_writer_that_can_not_be_started_leaves_the_folder_to_others(tmp_path: 
     open_run(tmp_path).close()
 
 
-def test_where_a_file_system_has_no_locks_a_run_is_warned_at_once(
+def test_file_system_without_locks_warns_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def none(*_: object) -> None:

@@ -37,7 +37,7 @@ def test_checkpoints_by_way_of_a_folder_hold_what_was_saved(tmp_path: Path, mode
     assert list((tmp_path / "fast").iterdir()) == []
 
 
-def test_an_arena_in_a_folder_is_a_file_of_that_size_and_one_at_a_time(tmp_path: Path) -> None:
+def test_arena_in_a_folder_is_one_file_of_its_size_at_a_time(tmp_path: Path) -> None:
     pool = ArenaPool(None, count=1, pin=True, folder=str(tmp_path / "fast"))
     pool.reserve(3 * 2**20)
     arena = pool.lend(3 * 2**20, 0.0)

@@ -69,7 +69,7 @@ def all_are_whole(folder: Path) -> bool:
     return all(isinstance(found, int) for name in names for found in verify(open_files(folder / name)))
 
 
-def test_a_save_after_a_skipped_one_waits_for_the_one_that_is_still_written(tmp_path: Path, writer: Users) -> None:
+def test_save_after_a_skipped_one_waits_for_the_writer(tmp_path: Path, writer: Users) -> None:
     writer.gates = {step: threading.Event() for step in (1, 2)}
     run = open_run(tmp_path, mode="async", timeout=60.0)  # memory for two
     for step in (1, 2, 3):
@@ -85,7 +85,7 @@ def test_a_save_after_a_skipped_one_waits_for_the_one_that_is_still_written(tmp_
     assert restored_step(tmp_path) == 4 and all_are_whole(tmp_path)
 
 
-def test_a_save_that_only_memory_got_does_not_hide_that_the_writer_is_busy(tmp_path: Path, writer: Users) -> None:
+def test_save_kept_only_in_memory_does_not_hide_a_busy_writer(tmp_path: Path, writer: Users) -> None:
     writer.gates = {1: threading.Event()}
     run = open_run(tmp_path, mode="async", timeout=60.0, memory_every=1)
     reports = []
@@ -98,9 +98,7 @@ def test_a_save_that_only_memory_got_does_not_hide_that_the_writer_is_busy(tmp_p
     assert not writer.met, "two saves used one writer"
 
 
-def test_a_save_after_a_skipped_one_waits_for_the_one_that_the_keeper_still_takes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_save_after_a_skipped_one_waits_for_the_keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     users, hold, go_on = Users(), Keeper.hold, threading.Event()
 
     def held(self: Keeper, arena: Any, size: int, version: str, step: int, *rest: Any) -> dict[str, Any]:
@@ -145,9 +143,7 @@ def test_the_end_waits_for_what_came_before_a_skipped_save(tmp_path: Path) -> No
     assert restored_step(tmp_path) == 1
 
 
-def test_what_one_save_deletes_another_does_not_delete_at_the_same_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_saves_never_delete_the_same_step_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = open_run(tmp_path, mode="async", timeout=60.0)
     inside, met = threading.Event(), threading.Event()
 
@@ -166,7 +162,7 @@ def test_what_one_save_deletes_another_does_not_delete_at_the_same_time(
     assert not met.is_set()
 
 
-def test_a_save_that_gets_no_memory_in_time_ends_itself_and_not_the_run(tmp_path: Path) -> None:
+def test_save_without_memory_in_time_ends_itself_not_the_run(tmp_path: Path) -> None:
     slow = Gate("report.before")
     run = open_run(tmp_path, mode="async", timeout=1.0, host_memory_gib=2.1 / 1024)  # memory for one
     faults.install(slow)

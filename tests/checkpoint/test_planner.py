@@ -47,7 +47,7 @@ def test_a_plan_stands_until_a_rank_holds_something_else() -> None:
     assert ranks.agree(2)
 
 
-def test_a_rank_that_never_got_the_plan_gets_it_in_the_next_round() -> None:
+def test_rank_that_missed_the_plan_gets_it_in_the_next_round() -> None:
     """It gave up waiting for it; the coordinator, busy writing, has not yet heard of that and thinks that it stands."""
     ranks = Ranks()
     ranks.round(4)
@@ -57,7 +57,7 @@ def test_a_rank_that_never_got_the_plan_gets_it_in_the_next_round() -> None:
     assert ranks.agree(3)
 
 
-def test_a_rank_that_goes_back_to_an_older_plan_gets_that_one_again() -> None:
+def test_rank_that_returns_to_an_older_plan_gets_it_again() -> None:
     ranks = Ranks()
     ranks.round(4)
     ranks.round(3, adopts=(0,))
@@ -65,7 +65,7 @@ def test_a_rank_that_goes_back_to_an_older_plan_gets_that_one_again() -> None:
     assert ranks.agree(4)
 
 
-def test_no_plan_is_made_while_memory_is_missing_and_the_next_round_makes_it() -> None:
+def test_plan_waits_for_memory_and_is_made_in_the_next_round() -> None:
     ranks = Ranks()
     assert not ranks.round(4, notes=(FREE, NO_MEMORY))
     assert ranks.round(4)

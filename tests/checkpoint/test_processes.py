@@ -36,7 +36,7 @@ def growing(count: int) -> list[Fragment]:
     return [Fragment(f"w{i}", "weight", (2**19,), Box.whole((2**19,)), torch.zeros(2**19)) for i in range(count)]
 
 
-def test_memory_that_was_outgrown_is_let_go_of_by_the_writer_and_the_keeper(tmp_path: Path) -> None:
+def test_outgrown_memory_is_released_by_writer_and_keeper(tmp_path: Path) -> None:
     before = arenas_mapped(os.getpid())
     run = open_run(tmp_path, mode="async", memory_every=1)
     others = []
@@ -133,7 +133,7 @@ def test_two_hundred_saves_take_no_more_than_fifty(tmp_path: Path, mode: str, ca
 
 @pytest.mark.parametrize("mode", ["async", "sync"])
 @pytest.mark.parametrize("boundary", ["data.write.before", "data.fsync.before", "leaves.fsync.before", "hash.after"])
-def test_a_writer_that_is_stuck_is_given_up_and_the_next_save_has_another(
+def test_stuck_writer_is_abandoned_and_replaced_for_next_save(
     tmp_path: Path, mode: str, boundary: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(faults.VARIABLE, f"hang:{boundary}")

@@ -93,7 +93,7 @@ def test_one_reader_for_many_arrays_does_not_collect_digests(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "rank-00000.leaves", "rank-00000.safetensors", "LATEST"])
-def test_a_file_that_the_disk_can_not_read_is_damage_like_any_other(
+def test_unreadable_file_counts_as_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(tmp_path, fragments(make_arrays(), 1, 0), 1, 2)
@@ -168,7 +168,7 @@ def test_what_ranks_tell_each_other_of_their_needs_is_small(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("suffix", [".leaves", "rank-00001.safetensors"])
-def test_a_rank_whose_disk_fails_does_not_leave_the_others_waiting(tmp_path: Path, suffix: str) -> None:
+def test_rank_with_a_failing_disk_does_not_hang_the_others(tmp_path: Path, suffix: str) -> None:
     save(tmp_path, fragments(make_arrays(), 2, 9), 1, 2)
     assert run_ranks(3, _failing_in_group, str(tmp_path), suffix) == [1, 1, 1]
 
@@ -186,7 +186,7 @@ def test_verify_names_all_that_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     assert all(name in out for name in ("rank-00000.leaves", "rank-00000.safetensors", "rank-00001.safetensors"))
 
 
-def test_many_small_reads_are_told_to_the_disk_before_the_first_is_waited_for(tmp_path: Path) -> None:
+def test_small_reads_are_all_announced_before_the_first_wait(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
 
     class Watched(LocalFiles):

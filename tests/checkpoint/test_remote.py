@@ -71,7 +71,7 @@ def test_save_restore_prune_verify(url: str) -> None:
 
 
 @pytest.mark.parametrize("boundary", ["manifest.put.after", "latest.put.after"])
-def test_what_prunes_meanwhile_takes_no_step_that_is_about_to_be_the_latest(url: str, boundary: str) -> None:
+def test_concurrent_pruning_keeps_the_step_becoming_latest(url: str, boundary: str) -> None:
     targets: list[RemoteTarget] = []
     pruning: list[threading.Thread] = []
     commit = RemoteTarget.commit
@@ -133,7 +133,7 @@ def failing_at(name: str) -> faults.Hook:
 
 
 @pytest.mark.parametrize("boundary", ["manifest.put.after", "latest.put.after"])
-def test_what_the_manifest_names_is_not_deleted_when_something_fails_after_it(url: str, boundary: str) -> None:
+def test_files_of_the_manifest_survive_a_later_failure(url: str, boundary: str) -> None:
     assert save(url, 1, 2) == ["committed"] * 2
     faults.install(failing_at(boundary))
     assert save(url, 2, seed=100) == ["failed"]
@@ -190,7 +190,7 @@ def test_the_memory_tier_needs_a_mounted_folder(url: str) -> None:
         Checkpointer(url, Control.alone(), CheckpointConfig(memory_every=1))
 
 
-def test_what_a_stores_library_raises_of_its_own_is_told_as_what_file_systems_raise() -> None:
+def test_errors_of_a_store_library_become_os_errors() -> None:
     class Refused(Exception):
         pass
 

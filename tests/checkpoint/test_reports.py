@@ -28,7 +28,7 @@ class Ending:
         return 0.0
 
 
-def test_saves_are_told_of_in_their_order_and_when_the_gpu_has_got_past_them(tmp_path: Path) -> None:
+def test_saves_are_reported_in_order_once_the_gpu_passed_them(tmp_path: Path) -> None:
     run = open_run(tmp_path)
     first, second = Ending(1, "failed"), Ending(2, "committed")
     first.others = second.others = [first]  # both end between two questions

@@ -50,7 +50,7 @@ def test_any_layout_to_any_other_and_back(tmp_path: Path, seed: int) -> None:
     assert holds(back, arrays)
 
 
-def test_large_arrays_are_stored_as_panels_and_read_by_rows_columns_or_both(tmp_path: Path) -> None:
+def test_panels_of_large_arrays_are_read_by_rows_and_columns(tmp_path: Path) -> None:
     arrays = make_arrays(large=True)
     save(tmp_path, fragments(arrays, 2, 5))
     whole = arrays["weight/head.weight"]
@@ -64,7 +64,7 @@ def test_large_arrays_are_stored_as_panels_and_read_by_rows_columns_or_both(tmp_
 
 
 @pytest.mark.parametrize(("count", "side"), [(1, 2048), (64, 256)])
-def test_an_eighth_of_the_rows_or_of_every_row_reads_little_more_than_that(tmp_path: Path, count: int, side: int) -> None:
+def test_reading_an_eighth_reads_little_more_than_an_eighth(tmp_path: Path, count: int, side: int) -> None:
     arrays = [torch.randn(side, side) for _ in range(count)]
     arrays.insert(0, torch.randn(3))  # what is not a multiple of the unit of checking must not shift the others off its grid
     held = [Fragment(f"w{i}", "weight", tuple(w.shape), Box.whole(w.shape), w) for i, w in enumerate(arrays)]
@@ -91,7 +91,7 @@ def test_replicas_are_written_once_and_dealt_evenly(tmp_path: Path) -> None:
     assert max(sizes) < 1.05 * total / 4
 
 
-def test_the_asynchronous_and_the_synchronous_save_are_byte_identical(tmp_path: Path) -> None:
+def test_async_and_sync_saves_are_byte_identical(tmp_path: Path) -> None:
     arrays = make_arrays(3, large=True)
     for mode in ("sync", "async"):
         save(tmp_path / mode, fragments(arrays, 2, 9), mode=mode)
@@ -130,7 +130,7 @@ def test_other_element_types_are_converted_and_said(tmp_path: Path) -> None:
     assert torch.equal(half, weight.bfloat16())
 
 
-def test_another_optimizer_is_refused_when_strict_and_reported_otherwise(tmp_path: Path) -> None:
+def test_other_optimizer_is_refused_if_strict_else_reported(tmp_path: Path) -> None:
     def ranks(role: str, shape: tuple[int, ...] = (6, 4)) -> list[list[Fragment]]:
         boxes = [Box((0, 0), (3, shape[1])), Box((3, 0), (shape[0] - 3, shape[1]))]
         return [[Fragment("w", r, shape, box, torch.full(box.shape, 5.0)) for r in ("weight", role)] for box in boxes]
@@ -150,7 +150,7 @@ def test_another_optimizer_is_refused_when_strict_and_reported_otherwise(tmp_pat
     assert reports[1].unused == ["exp_avg/w"]
 
 
-def test_a_smaller_run_must_not_silently_drop_what_another_rank_held(tmp_path: Path) -> None:
+def test_smaller_run_never_silently_drops_state_of_other_ranks(tmp_path: Path) -> None:
     save(tmp_path, fragments(make_arrays(), 2, 3))
     some = [f for f in fragments(make_arrays(), 1, 0, blank=True)[0] if f.role == "weight"]
     with pytest.raises(CheckpointError, match=r"exp_avg/embed\.weight"):
@@ -185,7 +185,7 @@ def _damaged_in_group(rank: int, world: int, folder: str) -> str:
     return f"{report.step} {report.skipped}"
 
 
-def test_damage_that_one_rank_reads_for_the_others_sends_all_to_the_older_step(tmp_path: Path) -> None:
+def test_damage_read_on_one_rank_sends_all_to_the_older_step(tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path, fragments(make_arrays(0, large=True), 2, 9), step)
     data = tmp_path / "step-00000002/rank-00000.safetensors"

@@ -120,7 +120,7 @@ def test_the_end_does_not_wait_for_children_of_the_trainer(tmp_path: Path) -> No
     assert not registered(tmp_path)
 
 
-def test_a_keeper_without_anything_ends_when_the_run_does_and_children_of_it_go_on(tmp_path: Path) -> None:
+def test_empty_keeper_ends_with_the_run_and_spares_its_children(tmp_path: Path) -> None:
     run = open_run(tmp_path, memory_every=1, host_memory_gib=3.0 / 1024)
     run.save(1, fragments(make_arrays(1), 1, 0)[0], {})
     assert run._tools.memory is not None and run._tools.memory._keeper is not None
@@ -147,7 +147,7 @@ def test_a_trainer_with_thousands_of_open_files_saves(tmp_path: Path) -> None:
     assert restored_step(tmp_path) == 2
 
 
-def test_one_who_has_got_a_dead_keepers_port_does_not_stop_a_restore(tmp_path: Path) -> None:
+def test_stranger_on_a_dead_keepers_port_does_not_stop_a_restore(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -184,9 +184,7 @@ def test_only_keepers_that_were_found_before_are_dismissed(tmp_path: Path) -> No
     assert not registered(tmp_path)
 
 
-def test_a_step_that_can_not_be_hidden_does_not_keep_others_from_being_deleted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_that_can_not_be_hidden_does_not_block_deletions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_steps(tmp_path, 1, 2, 3)
     rename = Path.rename
 
@@ -205,9 +203,7 @@ def test_a_step_that_can_not_be_hidden_does_not_keep_others_from_being_deleted(
     target.close()
 
 
-def test_a_folder_that_could_not_be_cleared_is_not_said_to_be_another_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_uncleared_folder_is_not_reported_as_another_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def blind(path: Path) -> Iterator[Path]:
         raise PermissionError("not yours")
 
@@ -217,7 +213,7 @@ def test_a_folder_that_could_not_be_cleared_is_not_said_to_be_another_runs(
     LocalTarget(tmp_path, coordinator=True).close()
 
 
-def test_what_was_replaced_goes_though_the_name_of_the_latest_could_not_be_written(tmp_path: Path) -> None:
+def test_replaced_step_goes_even_if_latest_can_not_be_written(tmp_path: Path) -> None:
     def full(boundary: str, amount: int) -> int:
         if boundary == "latest.write.before":
             raise OSError("the disk is full")
@@ -239,7 +235,7 @@ def test_a_snapshot_waits_longer_than_any_one_stage_before_it() -> None:
         snapshot.wait(0.01)
 
 
-def test_a_shard_that_can_not_be_made_again_leaves_no_memory_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_that_can_not_be_rebuilt_leaves_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_reach(*_: object) -> None:
         raise CheckpointError("node a does not answer")
 

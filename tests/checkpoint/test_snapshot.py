@@ -245,7 +245,7 @@ def test_spare_memory_keeps_to_the_limit_given(gpu: Any, caplog: pytest.LogCaptu
         caplog.clear()
 
 
-def test_what_is_set_aside_is_the_end_of_the_file_and_nothing_overlaps() -> None:
+def test_reserved_space_is_the_files_end_without_overlap() -> None:
     rng = random.Random(3)
     for _ in range(200):
         sizes = [rng.choice([4, 100, 512, 3000]) for _ in range(rng.randrange(12))]

@@ -60,7 +60,7 @@ def test_every_rename_serves_some_old_target() -> None:
     assert [old for old in MOVED if not any(target.startswith(old) for target in OF_FORMAT_2)] == []
 
 
-def test_targets_are_renamed_wherever_they_stand_and_nothing_else() -> None:
+def test_targets_are_renamed_at_any_depth_and_nothing_else() -> None:
     node = {"_target_": "meshloom.optim.wsd.WSD", "note": "meshloom.optim.wsd.WSD"}
     assert with_moved_targets({"a": [node, 1], "_target_": "mine.Model"}) == {
         "a": [{"_target_": "meshloom.optim.schedules.wsd.WSD", "note": "meshloom.optim.wsd.WSD"}, 1],

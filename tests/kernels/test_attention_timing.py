@@ -29,7 +29,7 @@ def test_the_fastest_is_chosen(cudnn: float, flash: float, flash4: float, chosen
     assert attention_timing.fastest({"cudnn": cudnn, "flash": flash, "flash4": flash4}) == chosen
 
 
-def test_of_pytorchs_kernels_the_chosen_is_tried_first_and_all_are_tried() -> None:
+def test_all_pytorch_kernels_are_tried_chosen_one_first() -> None:
     assert CUDA_BACKENDS["cudnn"][0] is SDPBackend.CUDNN_ATTENTION and CUDA_BACKENDS["flash"][0] is SDPBackend.FLASH_ATTENTION
     assert len({frozenset(backends) for backends in CUDA_BACKENDS.values()}) == 1
 
@@ -45,9 +45,7 @@ def test_flash_attention_4_says_why_it_is_not_used() -> None:
 
 
 @pytest.mark.parametrize(("head_dim", "takes"), [(8, True), (12, False), (96, True), (128, True), (136, False), (256, False)])
-def test_flash_attention_4_is_not_asked_for_head_widths_that_it_does_not_take(
-    head_dim: int, takes: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flash_attention_4_skips_unsupported_head_widths(head_dim: int, takes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash4, "unsupported_reason", lambda: None)
     reason = attention_timing.unsupported_reason("flash4", attention_timing.Shape(64, 2, 2, head_dim), torch.device("cpu"))
     assert (reason is None) == takes

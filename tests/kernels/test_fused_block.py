@@ -129,7 +129,7 @@ def fused_and_plain(rank: int, world_size: int) -> dict[str, tuple[Any, Any, set
     return found
 
 
-def test_fused_blocks_train_as_plain_ones_in_every_kind_of_layout() -> None:
+def test_fused_blocks_train_as_plain_ones_in_every_layout() -> None:
     for rank in run_ranks(2, fused_and_plain):
         for name, (plain, fused, made) in rank.items():
             assert [*fused[0], *fused[1]] == pytest.approx([*plain[0], *plain[1]], rel=1e-11), name

@@ -96,7 +96,7 @@ def test_switches_may_stand_anywhere(capsys: pytest.CaptureFixture[str], started
     assert len(started) == 2
 
 
-def test_bad_config_exits_2_naming_everything_and_touching_nothing(
+def test_bad_config_exits_2_naming_all_and_touching_nothing(
     capsys: pytest.CaptureFixture[str], elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "0")
@@ -137,7 +137,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return calls
 
 
-def test_several_processes_are_started_by_torchrun_with_the_same_overrides(started: list[list[str]]) -> None:
+def test_torchrun_starts_processes_with_the_same_overrides(started: list[list[str]]) -> None:
     assert cli.main(["train", "recipe=quickstart", "launch.nproc=4", "optim.lr=3e-3"]) == 0
     (arguments,) = started
     assert arguments[:3] == ["--standalone", "--nproc-per-node=4", "--max-restarts=0"]
@@ -187,7 +187,7 @@ def test_a_signal_that_stops_a_run_stops_its_sweep(
     assert cli.main(["train", *words, "seed=2"]) == 0  # a run by itself has saved, and torchrun and SLURM read its code
 
 
-def test_a_job_of_a_sweep_that_was_asked_to_stop_says_so_to_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_sweep_job_reports_the_stop_to_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs in a process of its own (submitit), of which only an exception comes back."""
     launcher = os.getpid()
 
@@ -246,7 +246,7 @@ def test_a_folder_that_can_not_be_written_to_is_refused(
     assert f"output_dir: '{elsewhere}' can't be written to" in capsys.readouterr().err
 
 
-def test_folders_that_another_run_has_are_refused_before_the_data_are_made(
+def test_folders_of_another_run_are_refused_before_data_prep(
     capsys: pytest.CaptureFixture[str], elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("meshloom.trainer.run.run", lambda *_: 0)
@@ -285,7 +285,7 @@ def test_arguments_are_typed_and_all_mistakes_are_named() -> None:
     assert "did you mean tokens?" in str(caught.value)
 
 
-def test_a_problem_that_only_the_run_could_find_is_said_by_every_rank(
+def test_problem_found_while_running_is_reported_by_every_rank(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(*_: Any) -> int:
@@ -298,7 +298,7 @@ def test_a_problem_that_only_the_run_could_find_is_said_by_every_rank(
     assert "rank 3: 1 problem" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_a_line_that_says_where_and_other_faults_keep_their_traceback(
+def test_full_disk_is_one_line_and_other_faults_keep_tracebacks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault = OSError(errno.ENOSPC, "No space left on device", "runs/sample.txt")

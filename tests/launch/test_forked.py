@@ -92,7 +92,7 @@ def test_ranks_end_if_their_agent_is_killed(launcher: subprocess.Popen[str], tmp
 
 
 @pytest.mark.timeout(900)
-def test_a_rank_that_refuses_its_config_ends_the_run_with_its_code(tmp_path: Path) -> None:
+def test_rank_that_refuses_its_config_sets_the_exit_code(tmp_path: Path) -> None:
     line = [*SMALL, "precision=half", f"output_dir={tmp_path / 'run'}"]
     assert TorchRun(["--standalone", "--nproc-per-node=2", "-m", "meshloom.launch.rank", *line]).run() == 2
 
@@ -120,7 +120,7 @@ forked.train({"LATER": "yes", "CHANGED": "yes", "RANK": "of another", "OMP_NUM_T
 
 
 @pytest.mark.parametrize(("how", "code"), [("0", 0), ("7", 7), ("raises", 1), ("interrupted", 130)])
-def test_a_rank_has_the_environment_and_the_end_of_a_process_of_its_own(how: str, code: int, tmp_path: Path) -> None:
+def test_rank_has_environment_and_exit_of_its_own_process(how: str, code: int, tmp_path: Path) -> None:
     variables = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "RANK", "LATER")}
     variables["CHANGED"] = "not yet"
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), how]
@@ -224,7 +224,7 @@ def test_but_for_how_ranks_begin_the_agent_is_torchrun(flags: list[str], monkeyp
         assert getattr(ours, name) == getattr(torchrun, name)
 
 
-def test_ranks_that_hang_in_a_collective_with_a_dead_one_have_a_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_hung_on_a_dead_peer_get_a_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float | None] = []
 
     def join(self: object, timeout: float | None = None, grace_period: float | None = None) -> bool:

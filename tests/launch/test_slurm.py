@@ -118,7 +118,7 @@ def test_script_is_valid_bash_and_asks_for_what_the_config_says(tmp_path: Path) 
         ("resume=auto", "resume=auto"),
     ],
 )
-def test_what_the_run_begins_from_is_not_lost_when_it_is_queued_again(asked: str, written: str) -> None:
+def test_starting_checkpoint_is_kept_when_requeued(asked: str, written: str) -> None:
     (line,) = [line for line in slurm.script(["recipe=llama_1b", asked]).splitlines() if line.startswith("' meshloom ")]
     assert shlex.split(line[1:].rstrip("&"))[-1] == written
     value = make_composer().compose(["recipe=llama_1b", written]).config.resume

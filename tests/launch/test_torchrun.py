@@ -126,9 +126,7 @@ def test_environment_shares_the_cores_and_isolates_restarts(monkeypatch: pytest.
     assert restarting["OMP_NUM_THREADS"] == "1" and restarting["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 
-def test_an_agent_begun_beforehand_runs_what_it_is_told_in_the_environment_of_then(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_agent_started_early_runs_with_the_later_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "worker.py"
     script.write_text("import os, sys; open(f'{sys.argv[1]}/{os.environ[\"SAID_LATER\"]}', 'w').close(); sys.exit(5)")
     prepared = PreparedAgent()
@@ -157,7 +155,7 @@ def test_an_agent_whose_launcher_is_gone_ends() -> None:
 
 
 @pytest.mark.parametrize(("override", "several"), [("launch.nproc=2", True), ("launch.nproc=1", False)])
-def test_the_agent_begins_before_the_run_is_checked_and_goes_if_that_is_refused(
+def test_agent_starts_before_checks_and_ends_on_refusal(
     override: str, several: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     resolve, seen = train.resolve_composed, list[psutil.Process]()

@@ -102,7 +102,7 @@ def test_a_decay_begins_where_its_samples_were_reached() -> None:
     assert [doubled(schedule, step) for step in (6, 12, 26)] == pytest.approx([1, 1, 0.5])
 
 
-def test_a_decay_counted_from_the_end_follows_the_steps_that_were() -> None:
+def test_decay_counted_from_the_end_follows_actual_steps() -> None:
     """400 samples are 35 steps: 20 of 8 and 15 of 16. Its last 25 began at step 10."""
     schedule = WSD(WSDConfig(warmup=0, decay="25 steps", decay_form="linear"), 1.0, resumed("400 samples"))
     behind, whole = 160 - 80, 400 - 80

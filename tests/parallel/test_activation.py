@@ -47,7 +47,7 @@ def test_gradients_are_the_same_and_every_block_is_compiled(
     assert (counter.frame_count > 0) == compiled
 
 
-def test_what_is_offloaded_leaves_the_device_once_and_weights_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_are_offloaded_once_and_weights_never(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation, "_SMALL", 0)
     copied: list[torch.Tensor] = []
     plain_copy = torch.Tensor.copy_
@@ -105,7 +105,7 @@ def compiled_runs(rank: int, world_size: int, works: Sequence[Work]) -> list[Run
     return found
 
 
-def test_compiled_blocks_train_the_same_under_every_way_of_cutting() -> None:
+def test_compiled_blocks_train_the_same_on_every_layout() -> None:
     layers = (("layers", 4),)
     works = [
         Work(ParallelConfig(zero=3), 2, activation="selective"),

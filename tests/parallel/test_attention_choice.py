@@ -65,7 +65,7 @@ def test_all_ranks_take_what_is_fastest_together_and_remember_it(tmp_path: Path)
     assert one == [[("cudnn", 2)]], "on another number of processes they measure again"
 
 
-def test_a_kernel_that_some_rank_lacks_is_neither_timed_nor_taken_from_memory(tmp_path: Path) -> None:
+def test_kernel_missing_on_a_rank_is_not_timed_nor_remembered(tmp_path: Path) -> None:
     everywhere: dict[str, Any] = {"times": [{"cudnn": 1.0, "flash": 2.0, "flash4": 0.5}] * 2, "without": ()}
     lost: dict[str, Any] = {"times": [{}, {}], "without": (1,)}
     runs = [everywhere, everywhere, lost, lost, everywhere]
@@ -81,7 +81,7 @@ def test_a_remembered_kernel_is_compiled_where_it_is_not_yet(tmp_path: Path) -> 
     assert len(list((tmp_path / "1" / "compiled").iterdir())) == 2
 
 
-def test_a_kernel_that_does_not_take_the_shape_keeps_nobody_from_remembering(tmp_path: Path) -> None:
+def test_kernel_that_refuses_the_shape_does_not_block_memory(tmp_path: Path) -> None:
     times = [{"flash": 2.0}] * 2
     refusing: dict[str, Any] = {"times": times, "refused": ("cudnn", "flash4"), "without": ()}
     assert (
@@ -89,7 +89,7 @@ def test_a_kernel_that_does_not_take_the_shape_keeps_nobody_from_remembering(tmp
     )
 
 
-def test_where_no_kernel_takes_the_shape_nothing_is_timed_or_remembered(tmp_path: Path) -> None:
+def test_nothing_is_timed_where_no_kernel_takes_the_shape(tmp_path: Path) -> None:
     refusing: dict[str, Any] = {"times": [{}], "refused": ("cudnn", "flash", "flash4")}
     assert run_ranks(1, chosen, str(tmp_path), [refusing]) == [[("cudnn", 0)]]
     assert not (tmp_path / "0").exists()

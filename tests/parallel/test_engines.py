@@ -345,7 +345,7 @@ def test_cpu_adam_is_for_adamw_only() -> None:
         cpu_adam(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
 
 
-def test_without_the_extra_everything_imports_and_the_message_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_imports_without_the_extra_and_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package's own modules are imported by the lines above, whether DeepSpeed is there or not."""
     real = builtins.__import__
 

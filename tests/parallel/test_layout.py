@@ -35,7 +35,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "parallelism.md"
 
 @given(st.tuples(*[st.integers(1, 4) for _ in AXES]))
 @settings(deadline=None)
-def test_ranks_and_coordinates_are_a_bijection_and_data_is_dealt_evenly(sizes: tuple[int, ...]) -> None:
+def test_ranks_map_one_to_one_and_data_is_dealt_evenly(sizes: tuple[int, ...]) -> None:
     layout = Layout(*sizes)
     seen = [tuple(layout.coordinates(rank).values()) for rank in range(layout.world_size)]
     assert sorted(seen) == seen, "ranks count through the axes, the last one fastest"
@@ -44,7 +44,7 @@ def test_ranks_and_coordinates_are_a_bijection_and_data_is_dealt_evenly(sizes: t
     assert shares == dict.fromkeys(range(layout.data_size), layout.pp * layout.cp * layout.tp)
 
 
-def test_tensor_parallel_ranks_are_neighbours_and_stages_far_apart() -> None:
+def test_tensor_ranks_are_neighbours_and_stages_far_apart() -> None:
     layout = Layout(pp=2, replicate=1, shard=2, cp=1, tp=2)
     assert [layout.coordinates(rank)["tp"] for rank in range(8)] == [0, 1] * 4
     assert [layout.coordinates(rank)["pp"] for rank in range(8)] == [0] * 4 + [1] * 4
@@ -61,7 +61,7 @@ def test_stages_lie_on_ranks_in_rows_or_folded(schedule: str, ranks: list[int]) 
 
 @given(st.sampled_from([*SCHEDULES]), st.integers(2, 6), st.integers(1, 40))
 @settings(deadline=None)
-def test_legal_numbers_of_micro_batches_are_those_that_torch_takes(schedule: str, pp: int, count: int) -> None:
+def test_legal_micro_batch_counts_are_those_that_torch_takes(schedule: str, pp: int, count: int) -> None:
     from meshloom.planner.timeline import torch_order
 
     parallel = ParallelConfig(pp=pp, schedule=schedule)
@@ -236,7 +236,7 @@ def changed(parallel: ParallelConfig, words: str) -> ParallelConfig:
     return replace(parallel, **{key: read[v] if v in read else int(v) if v.isdigit() else v for key, v in settings.items()})
 
 
-def test_broken_layouts_are_refused_with_the_reason_and_a_way_out() -> None:
+def test_broken_layouts_are_refused_with_reason_and_fix() -> None:
     for question, expected in BROKEN:
         problems = layout_and_model_problems(*question)
         assert str(problems[0]) == expected, question
@@ -267,7 +267,7 @@ def table() -> str:
     return "\n".join(["| Asked for, on Llama 1B | Refused with |", "|---|---|", *rows])
 
 
-def test_the_document_lists_the_broken_layouts_with_their_messages() -> None:
+def test_docs_list_broken_layouts_with_their_messages() -> None:
     assert len(BROKEN) >= 25
     assert table() in DOCUMENT.read_text()
 
@@ -290,7 +290,7 @@ def test_the_document_lists_the_broken_layouts_with_their_messages() -> None:
     ),
 )
 @settings(max_examples=150, deadline=None)
-def test_any_layout_is_either_legal_or_refused_with_legal_neighbours(world_size: int, axes: dict[str, Any]) -> None:
+def test_any_layout_is_legal_or_refused_with_legal_neighbours(world_size: int, axes: dict[str, Any]) -> None:
     parallel, work = ParallelConfig(**axes), replace(LLAMA_1B, micro=1)
     problems = layout_and_model_problems(parallel, work, world_size)
     if not problems:

@@ -25,6 +25,6 @@ def limits(rank: int, world_size: int) -> dict[str, datetime.timedelta]:
     return found
 
 
-def test_every_group_waits_for_a_lost_rank_as_long_as_the_config_says() -> None:
+def test_every_group_has_the_configured_timeout() -> None:
     expected = dict.fromkeys(("pp", "copies", "shards", "tp", "data", "stage", "cp"), datetime.timedelta(seconds=77))
     assert run_ranks(2, limits) == [expected] * 2

@@ -180,9 +180,7 @@ def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
     st.integers(0, 30),
 )
 @settings(deadline=None)
-def test_the_dearest_rank_is_as_cheap_as_in_the_best_of_all_splits(
-    schedule: str, pp: int, layers: int, first: int, last: int
-) -> None:
+def test_costliest_rank_is_minimal_over_all_splits(schedule: str, pp: int, layers: int, first: int, last: int) -> None:
     ranks = stage_ranks(ParallelConfig(pp=pp, schedule=schedule))
     assume(len(ranks) <= layers)
     ends = [0] * len(ranks)
@@ -218,9 +216,7 @@ SHORT_AND_WIDE = {"dim": 16, "layers": 16, "heads": 2, "kv_heads": 1, "ffn_dim":
 
 
 @pytest.mark.parametrize(("budget", "expected"), [(1.0, [12, 4]), (0.1, [11, 5])])
-def test_the_plan_and_the_engine_cut_the_same_stages_whatever_a_budget_computes_again(
-    budget: float, expected: list[int]
-) -> None:
+def test_plan_and_engine_cut_the_same_stages_under_a_budget(budget: float, expected: list[int]) -> None:
     """A budget of a tenth is kept by computing nearly everything again, which makes layers dearer, and the head less so."""
     chosen = EngineSettings(activation_budget=budget, seq_len=64)
     with torch.device("meta"):

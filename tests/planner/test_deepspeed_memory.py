@@ -166,7 +166,7 @@ def most_gradient(rank: int, world_size: int, work: Work) -> int:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_zero_1_adds_gradients_up_whole_on_the_gpu_though_it_offloads(precision: str) -> None:
+def test_offloading_zero_1_sums_whole_gradients_on_the_gpu(precision: str) -> None:
     pytest.importorskip("deepspeed", reason="needs the extra: pip install 'meshloom[deepspeed]'")
     keys = DeepSpeedConfig(config={"zero_optimization": SMALL})
     parallel = ParallelConfig(engine="deepspeed", zero=1, offload="cpu", deepspeed=keys)
@@ -227,7 +227,7 @@ def test_offloading_by_closed_form() -> None:
     assert (cost.weights, cost.optimizer, cost.gradients) == (0, 0, 4 * SMALL["reduce_bucket_size"])
 
 
-def test_one_gpu_gathers_a_few_blocks_of_a_model_whose_weights_are_elsewhere() -> None:
+def test_gpu_gathers_a_few_blocks_of_offloaded_weights() -> None:
     with torch.device("meta"):
         model = decoder(dim=8192, layers=80, heads=64, kv_heads=8, ffn_dim=28672, vocabulary=128256)
     keys = DeepSpeedConfig(config={"zero_optimization": {"stage3_max_live_parameters": 0}})

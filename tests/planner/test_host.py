@@ -56,7 +56,7 @@ def test_without_a_limit_the_machines_memory_counts(machine: Callable[[str, File
     assert machine("4:memory:/", unlimited | {"memory/memory.stat": "total_cache 5"}) == 64 * GIB
 
 
-def test_version_2_the_narrowest_group_counts_without_its_page_cache(machine: Callable[[str, Files], int]) -> None:
+def test_cgroup_2_narrowest_group_counts_without_page_cache(machine: Callable[[str, Files], int]) -> None:
     stat = f"anon {GIB}\nfile {3 * GIB}\ninactive_file {GIB}\nactive_file {2 * GIB}"
     own: Files = {"job/memory.max": "max", "job/memory.current": 4 * GIB, "job/memory.stat": stat}
     above: Files = {"memory.max": 10 * GIB, "memory.current": 6 * GIB, "memory.stat": stat}
@@ -76,7 +76,7 @@ def test_version_1_of_a_container(machine: Callable[[str, Files], int]) -> None:
     assert machine("4:memory:/", files | {"memory/memory.usage_in_bytes": 20 * GIB}) == 0
 
 
-def test_room_on_a_disk_is_that_of_the_folder_that_it_would_be_made_in(tmp_path: Path) -> None:
+def test_free_disk_space_is_that_of_the_nearest_parent_folder(tmp_path: Path) -> None:
     here = os.statvfs(tmp_path)
     for folder in (tmp_path / "not" / "yet", f"file://{tmp_path}"):
         assert free_disk(folder) == pytest.approx(here.f_bavail * here.f_frsize, rel=0.1)

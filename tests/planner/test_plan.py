@@ -91,7 +91,7 @@ def test_a_drawing_that_can_not_be_written_is_a_message(capsys: pytest.CaptureFi
     assert err == f"meshloom plan: {tmp_path / 'nowhere' / 'out.svg'}: No such file or directory\n"
 
 
-def test_says_what_swiglu_inside_its_products_spares_where_a_run_can_have_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_reports_savings_of_fused_swiglu_where_supported(capsys: pytest.CaptureFixture[str]) -> None:
     less = "8.00 GiB less where SwiGLU is computed inside its products: Hopper GPUs, pip install 'meshloom[flash4]'"
     for words, said in (
         ([], True),
@@ -107,7 +107,7 @@ def test_says_what_swiglu_inside_its_products_spares_where_a_run_can_have_it(cap
         assert (less in out) is said and ("SwiGLU" in out) is said, words
 
 
-def test_every_problem_is_named_with_a_way_out_and_nothing_is_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_every_problem_is_named_with_a_fix_and_nothing_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     svg = tmp_path / "out.svg"
     words = ["launch.nproc=8", "parallel.tp=3", "trainer.activation=some", "parallel.shedule=zb", f"--draw-pipeline={svg}"]
     code, out, err = planned(capsys, *LLAMA, *words)

@@ -115,7 +115,7 @@ def test_micro_batches_divide_a_ranks_share() -> None:
         (["optim=agvm"], "optim=agvm"),
     ],
 )
-def test_micro_batches_stay_where_another_size_would_be_another_run(words: list[str], why: str) -> None:
+def test_micro_batch_stays_where_it_is_part_of_the_recipe(words: list[str], why: str) -> None:
     micro = "batch.micro=2" if "agvm" in words[0] else "batch.micro=4"
     config = [*SMALL, "batch.samples=16", "launch.nproc=1", "trainer.activation=none", *words]
     assert tune([*config, micro], 139 * GIB).fitting
@@ -313,7 +313,7 @@ def test_gpus_are_asked_what_they_have_and_can(monkeypatch: pytest.MonkeyPatch) 
         gpus.memory()
 
 
-def test_gpus_are_asked_for_swiglu_once_and_only_where_it_matters() -> None:
+def test_fused_swiglu_is_probed_once_and_only_if_it_matters() -> None:
     asked: list[None] = []
 
     def plain() -> str:
@@ -337,7 +337,7 @@ def test_what_gpus_compute_inside_products_need_not_fit() -> None:
         tune(words, limit)
 
 
-def test_sizes_of_a_micro_batch_are_found_without_trying_every_number() -> None:
+def test_micro_batch_sizes_are_found_without_trying_all() -> None:
     assert [divisors(number) for number in (1, 2, 12, 36, 97)] == [
         [1],
         [1, 2],

@@ -38,7 +38,7 @@ def steps(folder: Path) -> list[int]:
     return [row["step"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
 
 
-def test_a_resumed_run_keeps_its_id_and_a_branch_notes_its_parent(tmp_path: Path) -> None:
+def test_resumed_run_keeps_its_id_and_a_branch_its_parent(tmp_path: Path) -> None:
     go(tmp_path / "trunk", "trainer.steps=2")
     trunk = identity(tmp_path / "trunk")
     assert trunk["parent"] is None
@@ -51,7 +51,7 @@ def test_a_resumed_run_keeps_its_id_and_a_branch_notes_its_parent(tmp_path: Path
     assert identity(tmp_path / "trunk") == trunk and steps(tmp_path / "trunk") == [1, 2, 3, 4]
 
 
-def test_a_run_killed_before_its_first_save_is_not_resumed_from_another(tmp_path: Path) -> None:
+def test_run_killed_before_a_save_does_not_resume_from_another(tmp_path: Path) -> None:
     go(tmp_path, "trainer.steps=3")
     first = identity(tmp_path)
     fail(tmp_path, "trainer.steps=4", "resume=none")

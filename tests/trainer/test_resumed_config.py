@@ -150,7 +150,7 @@ def test_what_is_no_key_any_more_is_left_out(composer: Composer) -> None:
     ]
 
 
-def test_a_key_of_this_version_that_the_checkpoint_lacks_has_its_default(composer: Composer) -> None:
+def test_key_that_the_checkpoint_lacks_has_its_default(composer: Composer) -> None:
     saved = saved_run(composer)
     del saved["optim"]["lr_coupling"], saved["trainer"]["max_grad_norm"]
     config, _ = resumed(composer, saved, ["resume=auto"])

@@ -74,7 +74,7 @@ def test_four_then_two_then_one_process_go_on_as_one_run(tmp_path: Path) -> None
     assert rows(tmp_path / "hops", "eval_loss")[9] == pytest.approx(rows(tmp_path / "whole", "eval_loss")[9], rel=1e-9)
 
 
-def test_another_optimizer_goes_on_with_the_weights_when_asked_to(tmp_path: Path) -> None:
+def test_other_optimizer_resumes_weights_only_on_request(tmp_path: Path) -> None:
     go(1, tmp_path / "whole", "trainer.steps=4")
     go(1, tmp_path / "run", "trainer.steps=3")
     other = ["trainer.steps=4", "resume=auto", "optim=adagrad"]
@@ -94,7 +94,7 @@ def test_a_batch_size_that_changes_loses_and_repeats_no_sample(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(tmp_path: Path, name: str) -> None:
+def test_signal_to_one_rank_stops_all_at_one_saved_step(tmp_path: Path, name: str) -> None:
     hook = f"trainer.hooks=[{{_target_:support.run_hooks.Signal,step:2,rank:1,name:{name}}}]"
     go(2, tmp_path, "trainer.steps=50", hook)
     last = max(rows(tmp_path, "loss"))
@@ -109,7 +109,7 @@ def test_a_step_that_is_evaluated_and_saved_is_both(tmp_path: Path) -> None:
     assert rows(tmp_path, "checkpoint_saved") == {2: True, 4: True, 6: True}
 
 
-def test_a_job_that_is_started_again_begins_where_it_was_told_only_once(tmp_path: Path) -> None:
+def test_restarted_job_uses_its_starting_checkpoint_only_once(tmp_path: Path) -> None:
     """`resume=auto:<path>`: first from another run's checkpoint, then from its own."""
     go(1, tmp_path / "trunk", "trainer.steps=2")
     branch = [f"resume=auto:{tmp_path / 'trunk'}", "checkpoint.every=2"]
@@ -132,13 +132,13 @@ def test_what_belongs_to_one_run_stays_with_it(tmp_path: Path) -> None:
     assert (tmp_path / "moved" / "name").read_text() == "trunk"
 
 
-def test_the_first_steps_numbers_come_at_once_and_the_others_one_step_late(tmp_path: Path) -> None:
+def test_first_metrics_come_at_once_and_later_ones_a_step_late(tmp_path: Path) -> None:
     go(1, tmp_path, "trainer.hooks=[{_target_:support.run_hooks.Arrivals}]", "trainer.steps=4", "trainer.eval_every=0")
     lines = ["begin 1", "row 1", "begin 2", "begin 3", "row 2", "begin 4", "row 3", "row 4"]
     assert (tmp_path / "arrivals").read_text().splitlines() == lines
 
 
-def test_what_a_run_will_need_is_compiled_from_its_beginning_by_one_process_of_a_machine(tmp_path: Path) -> None:
+def test_one_process_per_machine_precompiles_kernels(tmp_path: Path) -> None:
     assert run_ranks(2, asked_to_compile, [f"output_dir={tmp_path}", "trainer.steps=4"]) == [[(2, 16)], []]
 
 
@@ -160,7 +160,7 @@ def asked_to_compile(rank: int, world_size: int, overrides: list[str]) -> list[t
 
 
 @pytest.mark.parametrize("saving", ["checkpoint.every=0", "checkpoint.every=null"])
-def test_a_folder_belongs_to_one_run_at_a_time_whether_it_saves_or_not(tmp_path: Path, saving: str) -> None:
+def test_folder_belongs_to_one_run_at_a_time_saving_or_not(tmp_path: Path, saving: str) -> None:
     folder = tmp_path / "run"
     elsewhere = f"checkpoint.folder={tmp_path / 'checkpoints'}"
     go(1, folder, "trainer.steps=2", elsewhere)
@@ -175,7 +175,7 @@ def test_a_folder_belongs_to_one_run_at_a_time_whether_it_saves_or_not(tmp_path:
     assert list(rows(folder, "loss")) == [1, 2, 3]
 
 
-def test_a_folder_of_checkpoints_that_another_run_has_is_refused_in_the_same_way(tmp_path: Path) -> None:
+def test_checkpoint_folder_of_another_run_is_refused_too(tmp_path: Path) -> None:
     words = [f"output_dir={tmp_path / 'run'}", f"checkpoint.folder={tmp_path / 'checkpoints'}", "trainer.steps=2"]
     go(1, tmp_path / "run", *words[1:])
     before = sorted(tmp_path.rglob("*")), (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -277,13 +277,13 @@ def test_going_on_with_other_tokens_is_refused(tmp_path: Path) -> None:
     assert set(rows(tmp_path / "run", "loss")) == {1, 2, 3}
 
 
-def test_a_model_that_knows_fewer_tokens_than_the_data_has_is_refused(tmp_path: Path) -> None:
+def test_model_with_fewer_tokens_than_the_data_is_refused(tmp_path: Path) -> None:
     (said,) = run_ranks(1, refused, on_text(tmp_path, "green eggs", "model.vocabulary=200"))
     assert "model.vocabulary: the model knows 200 tokens, and the data has 2" in said
     assert not (tmp_path / "run").exists()
 
 
-def test_data_that_can_not_be_read_is_named_before_anything_is_written(tmp_path: Path) -> None:
+def test_unreadable_data_is_named_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text('{"text": "well"}\nno json\n')
     line = ["data=jsonl", f"data.input={tmp_path}/broken.jsonl", f"data.cache_dir={tmp_path}", f"output_dir={tmp_path}/run"]
     (said,) = run_ranks(1, refused, [*line, "trainer.steps=2"])
@@ -311,18 +311,14 @@ def ended(rank: int, world_size: int, overrides: list[str]) -> int | str:
 
 
 @pytest.mark.parametrize(("config", "said", "code"), [(True, "no key", 2), (False, "no room", 1)])
-def test_a_process_that_can_not_begin_ends_the_others_without_a_word(
-    tmp_path: Path, config: bool, said: str, code: int
-) -> None:
+def test_process_that_can_not_start_ends_the_others_quietly(tmp_path: Path, config: bool, said: str, code: int) -> None:
     hook = f"trainer.hooks=[{{_target_:support.run_hooks.Refuse,rank:1,config:{str(config).lower()}}}]"
     first, second, third = run_ranks(3, ended, [f"output_dir={tmp_path}", hook, "batch.samples=12"])
     assert said in str(second)
     assert first == third == code
 
 
-def test_rows_of_a_finished_run_that_still_wait_are_written_by_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pending_rows_of_a_finished_run_are_written_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
 
     def full(descriptor: int, data: bytes) -> int:
@@ -358,7 +354,7 @@ def test_a_sample_is_never_of_an_earlier_runs_model(tmp_path: Path) -> None:
     assert "there will be no sample, because the run saves nothing" in "\n".join(messages)
 
 
-def test_a_branch_of_a_finished_run_has_nothing_to_do_and_no_sample(tmp_path: Path) -> None:
+def test_branch_of_a_finished_run_does_nothing_and_no_sample(tmp_path: Path) -> None:
     text = on_text(tmp_path, "the cat in the hat", "trainer.steps=2", "trainer.sample_prompt=the", "trainer.sample_tokens=3")
     run_ranks(1, warned, text)
     (messages,) = run_ranks(1, warned, [*text, f"output_dir={tmp_path}/branch", f"resume={tmp_path}/run"])
@@ -386,7 +382,7 @@ def diverging(rank: int, world_size: int, overrides: list[str]) -> tuple[int, bo
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(tmp_path: Path, mode: str) -> None:
+def test_loss_that_is_not_a_number_ends_the_run_unsaved(tmp_path: Path, mode: str) -> None:
     overrides = ["trainer.hooks=[{_target_:support.run_hooks.Poison,step:4}]", f"checkpoint.mode={mode}"]
     results = run_ranks(2, diverging, [f"output_dir={tmp_path}", "trainer.steps=9", "checkpoint.every=2", *overrides])
     assert results == [(1, False), (1, False)]

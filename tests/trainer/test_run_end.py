@@ -98,7 +98,7 @@ def failed(rank: int, world_size: int, folder: str) -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("checkpoint-")]
 
 
-def test_a_run_that_failed_gives_back_its_folder_and_its_memory_and_leaves_no_thread(tmp_path: Path) -> None:
+def test_failed_run_releases_folder_and_memory_and_threads(tmp_path: Path) -> None:
     """A thread that is still copying when the interpreter ends aborts the process."""
     assert run_ranks(1, failed, str(tmp_path)) == [[]]
     assert find_latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000002"

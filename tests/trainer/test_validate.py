@@ -208,7 +208,7 @@ def test_numbers_that_no_optimizer_can_use_are_refused(composer: Composer, optim
 
 
 @pytest.mark.parametrize("engine", ["torch", "deepspeed"])
-def test_names_and_keys_that_nothing_reads_are_refused_by_every_engine(composer: Composer, engine: str) -> None:
+def test_unread_names_and_keys_are_refused_by_every_engine(composer: Composer, engine: str) -> None:
     work = [f"parallel.engine={engine}", "parallel.zero=1", "batch.samples=8", "batch.micro=1", "precision=fp32"]
     faults = ["parallel.schedule=bogus", "parallel.cp_kind=nope", "parallel.offload_path=/nowhere"]
     found = problems_of(composer, 1, *work, *faults)

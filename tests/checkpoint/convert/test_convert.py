@@ -54,7 +54,7 @@ def save_llama(folder: Path, tied: bool = False, **extra: Any) -> tuple[Path, De
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_hugging_face_loads_what_is_exported_with_the_same_logits_and_back(tmp_path: Path, tied: bool) -> None:
+def test_hugging_face_round_trip_keeps_the_logits(tmp_path: Path, tied: bool) -> None:
     transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'meshloom[hf]'")
     step, model = save_llama(tmp_path / "run", tied)
     folder = export(open_files(step), tmp_path / "hf", shard_bytes=20_000)
@@ -212,7 +212,7 @@ def _train_with_deepspeed(rank: int, world: int, folder: str, stage: int) -> dic
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_deepspeed_zero_folder_comes_in_as_deepspeed_itself_sees_it(tmp_path: Path, stage: int) -> None:
+def test_imported_zero_folder_matches_deepspeeds_own_reading(tmp_path: Path, stage: int) -> None:
     pytest.importorskip("deepspeed", reason="needs the extra: pip install 'meshloom[deepspeed]'")
     from meshloom.parallel.deepspeed.setup import import_deepspeed
     from support.ranks import run_ranks

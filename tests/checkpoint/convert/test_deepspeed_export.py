@@ -177,7 +177,7 @@ def check(folder: Path, ranks: int, stage: int, bf16: bool, held: Arrays, univer
     ("stage", "ranks", "dtype"),
     [(1, 2, "fp32"), (1, 3, "bf16"), (2, 3, "fp32"), (2, 2, "bf16"), (3, 1, "fp32"), (3, 3, "fp32"), (3, 2, "bf16")],
 )
-def test_deepspeed_goes_on_from_exported_rank_files_and_they_come_back(
+def test_deepspeed_resumes_from_exported_rank_files_round_trip(
     tmp_path: Path, step: Path, stage: int, ranks: int, dtype: str
 ) -> None:
     import_deepspeed("cpu")
@@ -188,7 +188,7 @@ def test_deepspeed_goes_on_from_exported_rank_files_and_they_come_back(
 
 
 @pytest.mark.parametrize(("stage", "ranks", "bf16"), [(1, 2, False), (1, 2, True), (2, 3, False), (3, 2, True), (3, 3, False)])
-def test_deepspeed_goes_on_from_an_exported_universal_folder_and_it_comes_back(
+def test_deepspeed_resumes_from_exported_universal_round_trip(
     tmp_path: Path, step: Path, stage: int, ranks: int, bf16: bool
 ) -> None:
     import_deepspeed("cpu")
@@ -271,7 +271,7 @@ def same(ours: Any, theirs: Any, where: str) -> None:
 
 
 @pytest.mark.parametrize(("stage", "ranks", "bf16"), [(1, 2, False), (2, 3, False), (2, 2, True), (3, 2, True), (3, 3, False)])
-def test_a_folder_of_deepspeeds_own_comes_in_and_goes_out_as_it_was(tmp_path: Path, stage: int, ranks: int, bf16: bool) -> None:
+def test_deepspeeds_own_folder_survives_a_round_trip(tmp_path: Path, stage: int, ranks: int, bf16: bool) -> None:
     """File by file what DeepSpeed wrote: slices, paddings, groups, hyper-parameters, moments, weights to compute with."""
     import_deepspeed("cpu")
     run_ranks(ranks, deepspeed_saves, str(tmp_path / "theirs"), stage, bf16)

@@ -45,7 +45,7 @@ def refusal(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(("model", "step"), [({"global_steps": 100}, 100), ({}, 2)])
-def test_the_step_is_the_models_files_and_only_without_it_the_tags(tmp_path: Path, model: dict[str, Any], step: int) -> None:
+def test_step_comes_from_the_model_file_before_the_tag(tmp_path: Path, model: dict[str, Any], step: int) -> None:
     assert main(["import", str(folder(tmp_path / "ds", **model)), str(tmp_path / "ours")]) == 0
     files = open_files(tmp_path / f"ours/step-{step:08}")
     manifest = load_manifest(files)

@@ -108,7 +108,7 @@ def recovered(folder: Path, world: int, expected: int) -> list[str]:
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_killed_trainers_go_on_from_memory_on_any_number_of_ranks(folder: Path, world: int) -> None:
+def test_killed_trainers_resume_from_memory_on_any_world_size(folder: Path, world: int) -> None:
     crashed_run(folder, 2)
     assert read_state(folder) == {"step": 3}
     assert recovered(folder, world, 3) == ["memory of step 3"] * world
@@ -162,7 +162,7 @@ def test_a_newer_step_on_the_disk_is_preferred(folder: Path) -> None:
     assert recovered(folder, 1, 9)[0].endswith("step-00000009")
 
 
-def test_the_next_run_takes_over_and_a_run_that_ends_well_leaves_no_keeper(folder: Path) -> None:
+def test_next_run_takes_over_and_a_clean_end_leaves_no_keeper(folder: Path) -> None:
     crashed_run(folder, 2)
     old = set(registered(folder))
     assert len(old) == 2
@@ -181,7 +181,7 @@ def test_the_next_run_takes_over_and_a_run_that_ends_well_leaves_no_keeper(folde
     assert recovered(folder, 1, 5)[0].endswith("step-00000005")
 
 
-def test_a_run_without_the_tier_ends_the_keepers_of_a_past_that_it_did_not_go_on_from(folder: Path) -> None:
+def test_run_without_the_tier_ends_keepers_of_another_past(folder: Path) -> None:
     crashed_run(folder, 2)
     checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync"))
     for step in (1, 2):
@@ -191,7 +191,7 @@ def test_a_run_without_the_tier_ends_the_keepers_of_a_past_that_it_did_not_go_on
     assert not registered(folder)
 
 
-def test_keepers_that_a_recovery_made_go_with_those_it_recovered_from(folder: Path) -> None:
+def test_keepers_of_a_recovery_end_with_those_recovered_from(folder: Path) -> None:
     crashed_run(folder, 2)
     lose_keepers(folder, {0})
     checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=60))
@@ -264,7 +264,7 @@ def test_a_stuck_keeper_is_given_up_and_replaced(folder: Path, disk: bool) -> No
     checkpointer.finish()
 
 
-def test_a_keeper_that_dies_when_all_have_the_version_does_not_cost_the_step_on_the_disk(folder: Path) -> None:
+def test_keeper_dying_after_replication_keeps_the_step_on_disk(folder: Path) -> None:
     from meshloom.checkpoint import faults
 
     checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=60))
@@ -287,7 +287,7 @@ def test_a_keeper_that_dies_when_all_have_the_version_does_not_cost_the_step_on_
 
 
 @pytest.mark.parametrize("boundary", [6, 7, 8])
-def test_a_keeper_killed_while_it_takes_a_version_costs_no_more_than_that(folder: Path, boundary: int) -> None:
+def test_keeper_killed_during_a_copy_loses_only_that_version(folder: Path, boundary: int) -> None:
     """The second version's: before the exchange, after its own blocks are sent, after the others' have come."""
     from meshloom.checkpoint import faults
 
@@ -316,7 +316,7 @@ def test_a_keeper_killed_while_it_takes_a_version_costs_no_more_than_that(folder
     assert recovered(folder, 1, 1) == ["memory of step 1"]
 
 
-def test_a_trainer_that_dies_while_its_keeper_answers_leaves_the_keeper_alive(folder: Path) -> None:
+def test_trainer_dying_during_an_answer_leaves_the_keeper_alive(folder: Path) -> None:
     child = os.fork()
     if child == 0:
         checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=60))
@@ -357,7 +357,7 @@ def test_where_the_disk_is_busy_the_snapshot_stays_in_memory(folder: Path) -> No
     assert max(report.host_memory_bytes for report in reports) <= 3 * 2 * 2**20
 
 
-def test_a_plan_that_changes_while_the_disk_is_busy_is_made_anew_for_the_snapshot_in_memory(folder: Path) -> None:
+def test_plan_changed_while_disk_is_busy_is_remade_for_memory(folder: Path) -> None:
     from meshloom.checkpoint import faults
 
     slow, both = Gate("keep.complete.after"), threading.Barrier(2, action=lambda: slow.open.set())
@@ -381,7 +381,7 @@ def test_a_plan_that_changes_while_the_disk_is_busy_is_made_anew_for_the_snapsho
     assert recovered(folder, 1, 2) == ["memory of step 2"]
 
 
-def test_keepers_that_are_too_slow_skip_a_snapshot_instead_of_holding_up_training(folder: Path) -> None:
+def test_slow_keepers_skip_a_snapshot_and_never_block_training(folder: Path) -> None:
     from meshloom.checkpoint import faults
 
     slow = Gate("keep.posted.before")

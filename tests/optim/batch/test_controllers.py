@@ -392,7 +392,7 @@ def test_sizes_that_a_user_wrote_are_not_rounded() -> None:
     assert sizes == [12, 16, 100]
 
 
-def test_a_resume_under_another_controller_keeps_the_size_reached() -> None:
+def test_resume_under_another_controller_keeps_the_size() -> None:
     """The new kind's own means start afresh; a size below its own start, or a controller that had none, gives its start."""
     first = norm_test()
     first.observe(statistics(100, 2), 0.0, at(step=1))

@@ -212,7 +212,7 @@ def dropped_gradient(rank: int, world_size: int, work: Work) -> tuple[list[float
 @pytest.mark.parametrize(
     "parallel", [ds(0), ds(1), ds(3), ds(2, offload="cpu"), ds(3, offload="cpu")], ids=lambda axes: case(Work(axes))
 )
-def test_a_dropped_gradient_leaves_nothing_and_the_micro_batches_may_change(parallel: ParallelConfig) -> None:
+def test_dropped_gradient_leaves_nothing_and_passes_may_change(parallel: ParallelConfig) -> None:
     work = Work(parallel, precision="fp32", steps=3)
     losses, norms = plain_curve(work)
     for rank_losses, rank_norms in run_ranks(2, dropped_gradient, work):

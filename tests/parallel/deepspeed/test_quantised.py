@@ -103,7 +103,7 @@ def test_losses_stay_near_those_of_the_bare_loop(ranks: int, keys: dict[str, Any
     assert found_losses != pytest.approx(losses, rel=1e-6), "nothing was quantised"
 
 
-def test_the_first_step_is_that_of_the_model_on_quantised_weights() -> None:
+def test_first_step_equals_the_model_on_quantised_weights() -> None:
     """Gathered one by one, a weight is its two halves, each quantised as one group: the bare model can be given just that."""
     work = Work(quantised(stage3_allgather_sequential=True), precision="fp32", steps=1, model=EVEN)
     model = decoder(**work.llama())

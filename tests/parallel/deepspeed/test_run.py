@@ -88,7 +88,7 @@ def test_a_batch_controller_that_measures_runs_on_deepspeed(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not asynchronous_io_is_built(), reason="DeepSpeed's async_io has not been built on this machine")
-def test_the_recipe_for_nvme_fine_tunes_imported_weights_and_goes_on_elsewhere(tmp_path: Path) -> None:
+def test_nvme_recipe_fine_tunes_imported_weights_then_resumes(tmp_path: Path) -> None:
     """Wide enough that shards do go to the disk. In fp32, where the torch engine is the oracle; the state never lies in memory
     whole, neither when it is saved (`checkpoint.snapshot_folder`) nor when it is restored.
     """

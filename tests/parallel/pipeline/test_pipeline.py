@@ -47,7 +47,7 @@ def changing(rank: int, world_size: int, case: Work) -> list[float]:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_number_of_micro_batches_may_change_and_evaluation_changes_nothing(schedule: str) -> None:
+def test_micro_batches_may_change_and_evaluation_is_pure(schedule: str) -> None:
     case = work(schedule, model=TIED)
     alone = dataclasses.replace(case, parallel=ParallelConfig(zero=0))
     (expected,) = run_ranks(1, changing, alone)

@@ -71,7 +71,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("ranks", LAYOUTS)
-def test_weights_and_losses_are_bit_by_bit_those_of_fsdps_own_cast(ranks: int) -> None:
+def test_weights_and_losses_are_bit_equal_to_fsdps_own_cast(ranks: int) -> None:
     model = (("layers", ranks),)
     works = [Work(layout, micro=1, steps=2, precision="bf16", model=model) for layout in LAYOUTS[ranks].values()]
     for each in run_ranks(ranks, of_works, [(work, own) for work in works for own in (False, True)]):

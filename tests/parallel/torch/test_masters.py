@@ -101,7 +101,7 @@ def summed(rank: int, world_size: int, factors: list[list[float]], fused: bool) 
     ]
 
 
-def test_several_passes_are_summed_in_fp32_and_one_keeps_its_dtype() -> None:
+def test_several_passes_sum_in_fp32_and_one_keeps_its_dtype() -> None:
     # bf16 has no number between 256 and 258: there 256 + 1 + 1 would stay at 256.
     (one,) = run_ranks(1, summed, [[256.0, 1.0, 1.0]], True)
     assert set(one) == {(258.0, "torch.float32")}
@@ -278,7 +278,7 @@ class Sizes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_norm_is_reduced_over_tensor_parallel_ranks_once_a_step() -> None:
+def test_norm_is_reduced_over_tensor_ranks_once_a_step() -> None:
     for once, thrice in run_ranks(2, reduced_over_tp, [1, 3]):
         assert once == thrice
         reductions, norms = once
@@ -308,7 +308,7 @@ def parts_of_a_sum(rank: int, world_size: int, precision: str) -> list[tuple[flo
     return found
 
 
-def test_a_gradient_may_come_in_another_placement_with_each_micro_batch() -> None:
+def test_gradient_placement_may_differ_between_micro_batches() -> None:
     for found in run_ranks(2, parts_of_a_sum, "bf16"):
         assert found == [(value, "torch.float32") for value in (6.0, 11.0, 8.0, 10.0)]
 
@@ -326,7 +326,7 @@ def left_behind(rank: int, world_size: int, layouts: list[ParallelConfig]) -> li
     return left
 
 
-def test_the_weights_of_an_engine_that_nobody_holds_are_given_back() -> None:
+def test_weights_of_an_unreferenced_engine_are_released() -> None:
     """A hook that knows its parameter keeps it for ever: autograd's references are none that Python's collector sees."""
     layouts = [ParallelConfig(zero=0), ParallelConfig(zero=1), ParallelConfig(zero=0, tp=2), ParallelConfig(zero=3)]
     for left in run_ranks(2, left_behind, layouts):

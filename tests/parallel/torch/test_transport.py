@@ -116,7 +116,7 @@ def both_ways(rank: int, world_size: int, works: dict[str, Work]) -> list[str]:
 
 
 @pytest.mark.parametrize(("ranks", "works"), [(2, TWO), (4, FOUR)])
-def test_every_layout_ends_with_the_same_bits_in_memory_that_copy_engines_reach(ranks: int, works: dict[str, Work]) -> None:
+def test_copy_engine_memory_gives_the_same_bits_on_all_layouts(ranks: int, works: dict[str, Work]) -> None:
     assert run_ranks(ranks, both_ways, works) == [[]] * ranks
 
 
@@ -184,7 +184,7 @@ def waited_for(rank: int, world_size: int) -> tuple[int, int, bool]:
         return before, waited, all(value == value for value in step(engine, work, 0))
 
 
-def test_a_pass_that_failed_leaves_nothing_on_its_way_into_the_next_ones_memory() -> None:
+def test_failed_pass_leaves_no_transfer_into_the_next_one() -> None:
     for begun, waited, well in run_ranks(2, waited_for):
         assert begun == waited > 0 and well
 
@@ -192,7 +192,7 @@ def test_a_pass_that_failed_leaves_nothing_on_its_way_into_the_next_ones_memory(
 # The rules of the memory.
 
 
-def test_a_buffer_is_the_same_memory_each_time_and_has_one_tenant() -> None:
+def test_buffer_is_the_same_memory_and_has_one_tenant() -> None:
     memory = alone()
     memory.reserve(100)
     one = memory.buffer(0, (60,), torch.bfloat16, CPU)
@@ -275,7 +275,7 @@ def test_each_piece_is_a_segment_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     memory._pool = None
 
 
-def test_what_is_sent_and_its_sums_are_told_apart_after_a_pass_that_failed_between_them() -> None:
+def test_sent_and_summed_memory_stay_apart_after_a_failed_pass() -> None:
     memory = alone()
     memory.reserve(12)
     scatter = ReduceScatter(memory, torch.float32)
@@ -424,7 +424,7 @@ def allowed(rank: int, world_size: int) -> list[bool]:
     return found
 
 
-def test_copy_engines_are_for_near_gpus_of_one_host_and_a_new_nccl() -> None:
+def test_copy_engines_need_peer_gpus_of_one_host_and_new_nccl() -> None:
     assert run_ranks(2, allowed) == [[True, False, False, False, False]] * 2
 
 

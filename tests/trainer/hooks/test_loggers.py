@@ -149,9 +149,7 @@ def test_rows_that_no_disk_took_go_on_with_the_checkpoint(tmp_path: Path, monkey
     assert steps_in(path) == [1, 2, 3, 4]
 
 
-def test_rows_that_came_to_the_disk_after_the_checkpoint_are_not_written_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_logged_after_the_checkpoint_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, path = Disk(monkeypatch), tmp_path / "metrics.jsonl"
     first = with_two_rows_waiting(disk, path)
     state = json.loads(json.dumps(first.state_dict()))

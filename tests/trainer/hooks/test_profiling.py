@@ -92,7 +92,7 @@ class CountSteps(Hook):
         Queued.steps += 1
 
 
-def test_every_row_has_one_steps_seconds_also_behind_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_has_one_steps_seconds_after_evaluation_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loops, "DeviceTimestamp", Queued)
     hook = f"trainer.hooks=[{{_target_:{__name__}.CountSteps}}]"
     assert run_ranks(1, train, [f"output_dir={tmp_path}", hook]) == [0]

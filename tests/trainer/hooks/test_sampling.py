@@ -44,7 +44,7 @@ class Letters:
         return "".join(chr(token + ord("a")) for token in tokens)
 
 
-def test_generation_follows_the_model_and_stops_where_the_document_ends() -> None:
+def test_generation_follows_the_model_and_stops_at_document_end() -> None:
     model = Successor(27)
     assert generate(model, Letters(), "uv", tokens=50, seed=0, context=4) == "uvwxyz"
     assert generate(model, Letters(), "a", tokens=3, seed=0, context=4) == "abcd"
