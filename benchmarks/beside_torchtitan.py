@@ -140,7 +140,7 @@ def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
 
 
 class FirstRow:
-    """When a file of metrics has its first row: seconds since `began`."""
+    """Wait for the first row of a file of metrics; its time is in seconds since `began`."""
 
     def __init__(self, path: Path, began: float) -> None:
         self.seconds = math.nan

@@ -1,4 +1,4 @@
-"""How fast a checkpoint reaches the disk, side by side: raw O_DIRECT, safetensors, torch DCP in its modes, Meshloom.
+"""Compare how fast a checkpoint reaches the disk: raw O_DIRECT, safetensors, torch DCP in its modes, Meshloom.
 
     python benchmarks/checkpoint_io.py [--gib 1] [--tensors 64 4096] [--rounds 5] [--folder .] [--only Meshloom]
 

@@ -1,4 +1,4 @@
-"""What checkpoints cost a run: tokens per second with one every few steps beside none, and what each save took.
+"""Measure what checkpoints cost a run: tokens per second with one every few steps beside none, and the time of each save.
 
     torchrun --standalone --nproc-per-node 1 benchmarks/checkpoint_throughput.py --folder DISK --out FILE.json
     torchrun --standalone --nproc-per-node 2 benchmarks/checkpoint_throughput.py --folder DISK

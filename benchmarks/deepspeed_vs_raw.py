@@ -47,7 +47,7 @@ LIMIT = 120  # seconds for one run
 
 @dataclasses.dataclass
 class Comparison(Settings):
-    """What throughput.py measures, and beside it: on how many processes, which variants, how often."""
+    """The settings of throughput.py, with the number of processes, the variants and the rounds to compare."""
 
     nproc: int = max(1, torch.cuda.device_count())
     variants: str = ",".join(VARIANTS)

@@ -82,7 +82,7 @@ def cell(engine: str, settings: dict[str, Any], ranks: int, precision: str) -> s
 
 
 def wrong_average() -> tuple[float, float]:
-    """How far loss and gradient norm of the first step are off when the samples' means are averaged."""
+    """Return by how much the first step's loss and gradient norm are off when the samples' means are averaged."""
     work = Work()
     model = Decoder(DecoderConfig(**work.llama())).double()
     for name, parameter in model.named_parameters():

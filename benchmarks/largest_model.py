@@ -68,7 +68,7 @@ TAKEN = 1.5 * GIB  # of the GPU by CUDA itself, the attention's and the compiler
 
 @dataclasses.dataclass
 class Search:
-    """What to look for, and within which limits (GiB; `seconds` for all tries of all levels)."""
+    """The levels to search and the limits of the search (GiB; `seconds` for all tries of all levels)."""
 
     levels: str = "torch,torch-cpu,none,optimizer,weights,nvme"
     gpu: float = 0.0
@@ -124,7 +124,7 @@ class Search:
 
 
 def adamw(parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
-    """What every level trains with."""
+    """Build the optimizer that every level trains with."""
     return AdamW(AdamWConfig(lr=1e-4, weight_decay=0.1), parameters, shards)
 
 

@@ -48,7 +48,7 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        """What its result is kept under: anything that changes makes it a new mutant."""
+        """The key of its result in the cache: any change of the entry makes it a new mutant."""
         return json.dumps([self.file, self.old, self.new, self.tests])
 
     def broken(self, tree: Path) -> str:
@@ -68,7 +68,7 @@ class Scratch:
         (folder / "meshloom").symlink_to("checkout")
 
     def passes(self, arguments: str) -> bool:
-        """Whether pytest is content with these arguments here."""
+        """Run pytest with these arguments in the copy; return whether all tests pass."""
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(arguments)]
         environment = {**os.environ, "PYTHONPATH": str(self._folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         output = self._folder / "output.txt"
@@ -85,7 +85,7 @@ class Scratch:
         return code == 0
 
     def survives(self, mutant: Mutant) -> bool:
-        """Whether the mutant's tests pass with its fault."""
+        """Return whether the mutant's tests pass in spite of its fault."""
         file = self.tree / mutant.file
         whole = file.read_text()
         file.write_text(mutant.broken(self.tree))
@@ -101,7 +101,7 @@ def read_table() -> list[Mutant]:
 
 
 def missing_lines(mutants: list[Mutant]) -> list[str]:
-    """What keeps entries from being true of the code as it is."""
+    """List the entries whose line the code does not have exactly once."""
     found: list[str] = []
     for mutant in mutants:
         try:

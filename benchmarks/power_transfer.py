@@ -1,4 +1,4 @@
-"""How the best learning rate moves with batch size and number of tokens, beside the power scheduler's law.
+"""Measure how the best learning rate moves with batch size and number of tokens, beside the power scheduler's law.
 
     python benchmarks/power_transfer.py --output outputs/power --processes 8
     python benchmarks/power_transfer.py --output outputs/power --draw

@@ -1,4 +1,4 @@
-"""Whether two checkouts train alike to the bit: the losses and gradient norms of every step of a run of each.
+"""Compare two checkouts to the bit: the losses and gradient norms of every step of a run of each.
 
     python benchmarks/same_losses.py ../meshloom-before . recipe=quickstart trainer.steps=10 launch.nproc=1
 

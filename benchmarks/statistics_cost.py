@@ -1,4 +1,4 @@
-"""What measuring the gradient's noise costs, and whether a batch that changes makes anything compile again.
+"""Measure the cost of gradient-noise statistics, and whether a changing batch size makes anything compile again.
 
     python benchmarks/statistics_cost.py                 # GPU: Llama 1B, 4 micro-batches of 8,192 tokens; CPU: a small model
     python benchmarks/statistics_cost.py size=small      # GPU: 100 M parameters, 4 micro-batches of 4,096 tokens

@@ -1,4 +1,4 @@
-"""What the trainer costs: seconds of its step beside those of loops written by hand around the same model and data.
+"""Measure the trainer's overhead: seconds of its step beside hand-written loops around the same model and data.
 
     python benchmarks/step_overhead.py                              # GPU: Decoder 1B, 2 × 8,192 tokens; CPU: a small model
     python benchmarks/step_overhead.py size=small rounds=9 steps=20 # GPU: a step of some milliseconds, where overhead shows
@@ -189,7 +189,7 @@ def seconds(step: Step, count: int, device: torch.device) -> float:
 
 
 def host_seconds(step: Step, device: torch.device) -> float:
-    """What one step takes of the host, where it never waits for the device: until everything is queued."""
+    """Return the host's seconds for queueing one step, where it never waits for the device."""
     wait(device)
     began = time.perf_counter()
     step()
@@ -199,7 +199,7 @@ def host_seconds(step: Step, device: torch.device) -> float:
 
 
 def waiting_places(step: Step) -> Counter[str]:
-    """Where a step makes the host wait for the device, by file and line (torch's sync debug mode)."""
+    """List the places, by file and line, where a step makes the host wait for the device (torch's sync debug mode)."""
     places: Counter[str] = Counter()
 
     def note(message: Warning | str, *_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""Whether our decoder and torchtitan's Llama are one function: losses and gradients for the same weights and tokens, on a CPU.
+"""Check that our decoder and torchtitan's Llama are one function: equal losses and gradients for the same weights, on a CPU.
 
     python benchmarks/torchtitan_model.py
 

@@ -180,7 +180,7 @@ class ArenaPool:
             self.take_back(arena)
 
     def has_room(self, size: int) -> bool:
-        """Whether an arena of this size could be lent at once."""
+        """Return whether an arena of this size could be lent at once."""
         with self._changed:
             return self._fits(size)
 

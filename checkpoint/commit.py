@@ -1,4 +1,4 @@
-"""Where a save goes, and how it becomes a checkpoint: all at once, or not at all.
+"""The target of a save, and its commit: it becomes a checkpoint all at once, or not at all.
 
 On a mounted file system every rank writes into `step-N.tmp-<token>/`; the coordinator adds the manifest, makes everything
 durable, gives the folder its final name and replaces `LATEST`. On an object store there is no rename: every rank writes

@@ -11,7 +11,7 @@ from ..config.problems import Problem
 
 @dataclass
 class CheckpointConfig:
-    """When, how and where to save."""
+    """Settings of checkpoints: when, how and where to save."""
 
     SIDE: ClassVar[Side] = Side.HABIT
 

@@ -1,4 +1,4 @@
-"""How the ranks of a save or restore agree: small messages through a key-value store, never a collective.
+"""Agreement between the ranks of a save or restore: small messages through a key-value store, never a collective.
 
 A process group must not be used from the background while the trainer communicates (both hang); a store may.
 """
@@ -19,7 +19,7 @@ POLL_LONGEST = 0.05
 
 @dataclass
 class Control:
-    """Who this process is among those that save together, and the store they talk through.
+    """This process's rank among those that save together, and the store through which they exchange messages.
 
     The store must be fresh for each start of the processes: after an elastic restart wrap it in a PrefixStore named by the
     restart count, or the new ranks would read the dead ones' messages. Give a clone of the trainer's TCPStore, so that
@@ -122,7 +122,7 @@ class Round:
             pause = min(pause * 1.5, POLL_LONGEST)
 
     def _absent(self, topic: str) -> str:
-        """Which ranks have not posted, for the message of a time-out."""
+        """Name the ranks that have not posted, for the message of a time-out."""
         ranks = range(self.control.world_size)
         absent = [rank for rank in ranks if not self.control.store.check([f"{self._prefix}/{topic}/{rank}"])]
         if not absent or len(absent) == self.control.world_size:

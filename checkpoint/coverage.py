@@ -8,7 +8,7 @@ from ..parallel.box import Box
 
 
 def tiling_fault(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
-    """What is wrong with `boxes` as a partition of an array of this shape; None when they are one.
+    """Return why `boxes` do not tile an array of this shape, or None when they do.
 
     Boxes inside the array, pairwise disjoint, whose volumes add up to the array's, tile it. Disjointness is checked by a
     sweep along the dim with the most distinct starts, so that the usual grids cost n log n.

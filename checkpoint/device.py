@@ -71,7 +71,7 @@ class Device:
 
 
 def set_aside(sizes: Sequence[int], rooms: Sequence[int]) -> tuple[int, list[tuple[int, int]]]:
-    """Which of the last copies, of these sizes in bytes, fit into spare memory of these sizes.
+    """Choose which of the last copies, of these sizes in bytes, go into spare memory of these sizes.
 
     Returns the index of the first one that does, and for each from there on its room and where in it.
     """

@@ -1,4 +1,4 @@
-"""What a checkpoint can tell its user when it can't do as asked. Imports nothing, so that the writer process stays small."""
+"""The errors that checkpoints raise for users. Imports nothing, so that the writer process stays small."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ from .errors import CheckpointError, DamageError
 
 
 class Files(Protocol):
-    """What reading, listing and committing need of a file system."""
+    """The operations on a file system that reading, listing and committing need."""
 
     def label(self, name: str = "") -> str:
-        """How messages call a file, or the folder itself."""
+        """Return the name of the file, or of the folder itself, for messages."""
         ...
 
     def names(self) -> list[str]:
@@ -240,7 +240,7 @@ class _RemoteReader:
 
 @contextlib.contextmanager
 def _as_os_errors() -> Generator[None]:
-    """What libraries of object stores raise of their own (no credentials, say) is told as what file systems raise."""
+    """Raise errors of an object store's own library (missing credentials, say) as OSError, as file systems do."""
     try:
         yield
     except OSError:
@@ -250,7 +250,7 @@ def _as_os_errors() -> Generator[None]:
 
 
 def is_remote(location: str | Path) -> bool:
-    """Whether a location is an fsspec URL rather than a path."""
+    """Return whether a location is an fsspec URL rather than a path."""
     return isinstance(location, str) and "://" in location and not location.startswith("file://")
 
 

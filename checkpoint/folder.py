@@ -75,7 +75,7 @@ def check_lengths(files: Files, manifest: Manifest) -> None:
 
 
 def length_faults(files: Files, manifest: Manifest, file: StoredFile) -> Iterator[DamageError]:
-    """What is wrong with the lengths of a data file and of the file with its digests."""
+    """List what is wrong with the lengths of a data file and of the file with its digests."""
     for name, expected in ((file.name, file.bytes), (file.leaves, -(-file.bytes // manifest.leaf_bytes) * DIGEST_BYTES)):
         try:
             size = files.size(name)

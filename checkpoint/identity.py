@@ -21,7 +21,7 @@ class Parent:
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """Which run it is. parent: what it branched off from; None for a run that began with fresh or imported weights."""
+    """The id of a run. parent: the run that it branched off from; None if it began with fresh or imported weights."""
 
     id: str
     parent: Parent | None = None

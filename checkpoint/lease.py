@@ -147,14 +147,14 @@ def _holder(record: dict[str, Any]) -> str:
 
 
 def _place() -> str:
-    """What a process's number is unique in: a boot of a machine and, in a container, its own numbering. Empty if unknown."""
+    """Identify the scope of process ids: the machine's boot and, in a container, its pid namespace. Empty if unknown."""
     with contextlib.suppress(OSError):
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115
     return ""
 
 
 def _has_died(record: dict[str, Any]) -> bool:
-    """Whether it was left by a process of this very place that is no more."""
+    """Return whether a record was left by a process of this very scope that no longer runs."""
     process = record.get("process")
     if not record.get("place") or record.get("place") != _place() or not isinstance(process, int):
         return False

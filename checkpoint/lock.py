@@ -64,7 +64,7 @@ class FolderLock:
 
 
 def holder_of(folder: Path, name: str = LOCK) -> str | None:
-    """Which process of this machine has taken a folder, found without taking or touching it; None if none has.
+    """Return the process of this machine that has taken a folder, or None, without taking or touching the folder.
 
     Of one on another machine only FolderLock can tell, which waits to see whether that node is gone.
     """
@@ -86,7 +86,7 @@ def holder_of(folder: Path, name: str = LOCK) -> str | None:
 
 
 def refusal(folder: Path, doing: str, holder: str) -> str:
-    """Why a run may not write into a folder."""
+    """Return the message that tells why a run may not write into a folder."""
     return f"{folder}: another run is {doing} into this folder ({holder}); stop it, or give this one a folder of its own"
 
 

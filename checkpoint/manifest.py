@@ -202,7 +202,7 @@ def encode_arrays(arrays: dict[str, StoredArray]) -> str:
 
 
 def state_fault(state: dict[str, Any]) -> str | None:
-    """Why this state can't be stored as plain JSON, or None."""
+    """Return why this state can't be stored as plain JSON, or None."""
     try:
         text = json.dumps(state, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Who writes what: the ranks declare the boxes they hold; each element of each array is given to exactly one of them.
+"""The plan of a save: ranks declare the boxes they hold, and each element of each array is given to exactly one of them.
 
 The plan depends on the declarations alone, so it is made once and kept until some rank's declaration changes.
 """
@@ -32,7 +32,7 @@ COPY_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a rank says about one of its fragments."""
+    """A rank's description of one of its fragments."""
 
     name: str
     role: str
@@ -209,7 +209,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Copy:
-    """What one copy brings to bytes `[start, stop)` of the file: `panels` of a piece, side by side, that make up `box`."""
+    """One copy into bytes `[start, stop)` of the file: `panels` of a piece, side by side, that make up `box`."""
 
     source: int
     dtype: str
@@ -229,7 +229,7 @@ class FileLayout:
 
     @functools.cached_property
     def copies(self) -> tuple[Copy, ...]:
-        """How the file is filled: piece by piece, and large ones panel by panel."""
+        """The copies that fill the file: piece by piece, and large ones panel by panel."""
         return tuple(copy for piece in self.placed for copy in _copies_of(piece))
 
 
@@ -248,7 +248,7 @@ def _copies_of(piece: Placed) -> Iterator[Copy]:
 
 
 def lay_out(declarations: Sequence[Declaration], pieces: Sequence[Piece]) -> FileLayout:
-    """Where each piece lies in its rank's file.
+    """Compute the offset of each piece in its rank's file.
 
     Pieces of whole leaves come first, so that reading one reads no leaf of another; then wider types before narrower ones,
     so that every array is aligned to its elements without a hole, which safetensors forbids. The header is padded with

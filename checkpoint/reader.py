@@ -200,7 +200,7 @@ class Reader:
 
 
 def units_of(array: StoredArray, box: Box, target: Raw) -> list[Unit]:
-    """What has to be read for one box of one array. Raises CheckpointError if the array doesn't contain the box."""
+    """List the reads for one box of one array. Raises CheckpointError if the array doesn't contain the box."""
     units: list[Unit] = []
     if len(box.shape) != len(array.shape) or any(end > size for end, size in zip(box.ends, array.shape, strict=True)):
         raise CheckpointError(f"{array.key}: {box} is outside of the stored shape {list(array.shape)}")
@@ -245,7 +245,7 @@ def _split(array: StoredArray, stored: StoredBox, part: Box, target: Raw, origin
 
 
 def needed_leaves(batch: list[Unit], base: int, stop: int, leaf: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which leaves of the span `[base, stop)` hold wanted bytes."""
+    """Mark the leaves of the span `[base, stop)` that hold wanted bytes."""
     count = -(-(stop - base) // leaf)
     edges = np.zeros(count + 1, np.int64)
     for unit in batch:

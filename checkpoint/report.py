@@ -1,4 +1,4 @@
-"""What a save tells about itself."""
+"""The report of a save: outcome, sizes and times."""
 
 from __future__ import annotations
 

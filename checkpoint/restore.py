@@ -32,7 +32,7 @@ _IN_MEMORY = "keepers:"
 
 @dataclass
 class RestoreReport:
-    """What a restore did. Keys are `<role>/<name>`; the three lists are of this rank's fragments and of the whole file.
+    """The report of a restore. Keys are `<role>/<name>`; the three lists are of this rank's fragments and of the whole file.
 
     source      the step folder that was restored
     state       the plain JSON that was saved with it
@@ -144,7 +144,7 @@ def read_state(location: str | Path) -> dict[str, Any]:
 
 
 def holds_checkpoint(folder: str | Path) -> bool:
-    """Whether there is a finished step in a folder of checkpoints, or a version in its keepers' memory."""
+    """Return whether there is a finished step in a folder of checkpoints, or a version in its keepers' memory."""
     return bool(_found_in(folder))
 
 
@@ -186,7 +186,7 @@ def _found_in(location: str | Path) -> list[str]:
 
 
 def _is_newest(in_memory: Recovery, listing: StepListing) -> bool:
-    """Whether a version in the keepers' memory is of the folder's run, and no older than what that run has on the disk."""
+    """Return whether a version in the keepers' memory is of the folder's run and not older than the run's newest on disk."""
     try:
         version = manifest_of(in_memory.encode())
     except CheckpointError:
@@ -205,7 +205,7 @@ def _open(candidate: str, location: str | Path, talk: Round, attempt: int) -> Fi
 
 @dataclass
 class _Match:
-    """Which stored arrays go into which fragments."""
+    """The stored arrays matched with the fragments that they go into."""
 
     manifest: Manifest
     report: RestoreReport
@@ -245,7 +245,7 @@ def _read(match: _Match, files: Files, group: ProcessGroup | None) -> tuple[_Pre
 
 
 def _all_matched(talk: Round, attempt: int, mine: bool) -> bool:
-    """Whether every rank has come as far as reading, which they then do together."""
+    """Agree whether every rank has come as far as reading, which they then do together."""
     talk.post(f"matched/{attempt}", b"1" if mine else b"0")
     if talk.control.rank == 0:
         talk.announce(f"all-matched/{attempt}", b"1" if all(a == b"1" for a in talk.collect(f"matched/{attempt}")) else b"0")

@@ -55,7 +55,7 @@ class Order:
             save = save.after.memory
 
     def unended(self) -> Order:
-        """What is left of this order for those that come after a save which has ended."""
+        """Return the predecessors that have not ended yet, for saves that follow one which has."""
         return Order(
             disk=next((save for save in self.to_disk() if not save.ended), None),
             memory=next((save for save in self.into_memory() if not save.ended), None),
@@ -116,7 +116,7 @@ class Save:
 
     @property
     def ended(self) -> bool:
-        """Whether the verdict is in."""
+        """Return whether the save has its outcome."""
         return self._ended.is_set()
 
     def confirm(self, doubt: str = "") -> None:
@@ -370,7 +370,7 @@ class Save:
         return Manifest(self.step, len(messages), self.state, files, self._arrays, run=self._identity, commit=self._commit)
 
     def _tidy(self, tools: Tools) -> None:
-        """What earlier saves and runs have left goes after this one is safe, and can't undo it, whatever happens."""
+        """Delete what earlier saves and runs have left, once this one is safe. A failure here never undoes the save."""
         try:
             with tools.tidying:
                 if self.report.outcome == "committed":

@@ -125,7 +125,7 @@ class SharedReader(Reader):
 
 
 def unpacked(needs: bytes, count: int) -> Leaves:
-    """Which of a file's `count` leaves a rank needs, out of its message: bits, of which neighbours are mostly equal."""
+    """Unpack a rank's message: which of a file's `count` leaves it needs, as compressed bits."""
     return np.unpackbits(np.frombuffer(zlib.decompress(needs), np.uint8), count=count).astype(bool)
 
 
@@ -142,7 +142,7 @@ class _Unreadable:
 
 
 def deal(wanted: Leaves) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Who reads each leaf of a window: one of those that want it, in turn by runs of leaves; −1 where nobody does.
+    """Choose a reader for each leaf of a window among those that want it, in turn by runs of leaves; −1: nobody wants it.
 
     wanted: (ranks, leaves). Every rank computes the same.
     """

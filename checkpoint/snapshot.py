@@ -145,11 +145,11 @@ class Snapshot:
 
     @property
     def settled(self) -> bool:
-        """Whether the snapshot is complete and the trainer's stream has got past it."""
+        """Return whether the snapshot is complete and the trainer's stream has got past it."""
         return not self.fragments and all(after.query() for _, after in self._waits)
 
     def starves(self) -> bool:
-        """Whether time that the host spends now is lost: not while the GPU has work queued."""
+        """Return whether the GPU has no work queued, so that time the host spends now is lost."""
         return self._device is None or torch.cuda.current_stream(self._device).query()
 
     def device_stall(self) -> float:

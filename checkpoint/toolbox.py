@@ -1,4 +1,4 @@
-"""What all saves of a Checkpointer share."""
+"""The objects that all saves of a Checkpointer share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .writing.writer import Writer
 
 @dataclass
 class Tools:
-    """Where saves go, what they are made with, and the agreements that are not forgotten yet."""
+    """The target and the tools of saves, and the agreements that are still remembered."""
 
     target: Target
     pool: ArenaPool

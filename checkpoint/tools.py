@@ -1,4 +1,4 @@
-"""What one can ask of finished checkpoints: which there are, what is in them, whether every bit is right, how two differ."""
+"""Questions about finished checkpoints: list them, inspect one, verify every bit, compare two."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def read_array(files: Files, manifest: Manifest, key: str) -> torch.Tensor:
 
 @dataclass
 class Difference:
-    """How one array of a step differs from another's. `largest`: largest absolute difference of two values."""
+    """The difference of one array between two steps. `largest`: largest absolute difference of two values."""
 
     key: str
     what: str
@@ -175,7 +175,7 @@ def saves(location: str | Path) -> list[dict[str, object]]:
 
 
 def summary(files: Files) -> dict[str, object]:
-    """What `inspect` shows of a step: counts and bytes by role, types, files, and the keys of its state."""
+    """Summarise a step for `inspect`: counts and bytes by role, types, files, and the keys of its state."""
     manifest = load_manifest(files)
     roles: dict[str, dict[str, int]] = {}
     for array in manifest.arrays.values():

@@ -43,7 +43,7 @@ class Checkpoint:
             self._check_header(file["name"])
 
     def _check_header(self, name):
-        """What the safetensors library sees in a file is what the manifest says of it."""
+        """Check that the safetensors library sees in a file what the manifest says of it."""
         number = [file["name"] for file in self.manifest["files"]].index(name)
         boxes = {
             f"{key}@{','.join(map(str, box['offsets']))}": (array["dtype"], stored_shape(box))

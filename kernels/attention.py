@@ -27,7 +27,7 @@ types does."""
 
 
 class Attend(Protocol):
-    """What a model calls where positions look at each other. Causal; never across documents when they are given."""
+    """Attention as a model calls it: causal, and never across documents when they are given."""
 
     def __call__(
         self,

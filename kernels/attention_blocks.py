@@ -40,7 +40,7 @@ class Segments:
         return int(self.on_host.diff().max())
 
     def ranges(self) -> list[slice]:
-        """Where each sequence lies."""
+        """The range of positions of each sequence."""
         return [slice(start, stop) for start, stop in pairwise(self.on_host.tolist())]
 
 

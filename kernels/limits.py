@@ -1,4 +1,4 @@
-"""What kernels take, as plain numbers: for whoever counts memory or checks a config. Imports no torch."""
+"""The shapes that kernels support, as plain numbers, for memory estimates and config checks. Imports no torch."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Arguments:
-    """What to generate, and how.
+    """The arguments of `meshloom generate`.
 
     checkpoint   a step-… folder, or a folder of them (the newest complete one is taken)
     tokens       most tokens to add; the text ends earlier where the model ends the document

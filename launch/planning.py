@@ -127,9 +127,9 @@ def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False) -
 def _costs(
     config: RunConfig, model: Model, parallel: ParallelConfig, layout: Layout, job: Job
 ) -> tuple[LayoutCost, OffloadAccount, list[int]]:
-    """What every rank's GPU holds, and what the first rank keeps away: a pipeline offloads nothing, so others do not differ.
+    """Compute what every rank's GPU holds, what the first rank offloads, and every rank's weights and optimizer state.
 
-    And the weights and optimizer state of all of them, in bytes, wherever they are.
+    The last are in bytes, wherever they lie. A pipeline offloads nothing; without one all ranks offload the same.
     """
     cost = layout_cost(model, parallel, layout, job, optimizer_factory(config.optim))
     held = [rank.elements * ACCUM_BYTES[job.precision] + (rank.optimizer or 0) for rank in cost.ranks]
@@ -146,7 +146,7 @@ def spared_by_fusing(plan: Plan, config: RunConfig) -> int:
 
 
 def _unplanned(config: RunConfig) -> list[Problem]:
-    """What runs, but is not known well enough to be planned."""
+    """List the problems of a config that runs but whose costs are not known well enough to plan."""
     if isinstance(config.model, CustomModel):
         return [Problem("model", "only the costs of Meshloom's own decoder are known", "plan with a model of the recipes")]
     sizes = {
@@ -157,7 +157,7 @@ def _unplanned(config: RunConfig) -> list[Problem]:
 
 
 def _caveats(parallel: ParallelConfig) -> list[str]:
-    """What this layout does not do although its name promises it."""
+    """List what this layout does not do although its name promises it."""
     if parallel.pp == 1 or parallel.zero < 2:
         return []
     whole = "gradients are reduced once, at the end of a step: through a pipeline ZeRO-2 needs what ZeRO-1 needs"

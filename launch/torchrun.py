@@ -92,7 +92,7 @@ class TorchRun:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether a signal was received, so that the workers were asked to stop."""
+        """Return whether a signal was received, so that the workers were asked to stop."""
         return self._requests > 0
 
     @property

@@ -105,7 +105,7 @@ def measure(
 
 
 def outcome(trial: Trial) -> str:
-    """How a candidate did, in a few words."""
+    """Describe in a few words how a candidate did."""
     held = "" if trial.memory is None else f", {trial.memory:.1f} GiB"
     return trial.failure or f"{trial.speed:,.0f} tokens/s per process{held}"
 
@@ -224,7 +224,7 @@ def end(child: subprocess.Popen[bytes]) -> None:
 
 
 def reason(log: str, code: int) -> str:
-    """Why a run failed, from what it printed: the last error of a process, not what the agent above it made of that."""
+    """Extract why a run failed from its output: the last error of a process, not the agent's summary of it."""
     memory = re.search(r"OutOfMemoryError: .*?(Tried to allocate [\d.]+ \w+)", log)
     if memory is not None:
         return f"out of memory ({memory[1][0].lower()}{memory[1][1:]})"

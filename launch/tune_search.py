@@ -68,7 +68,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What `tune` found.
+    """The result of `meshloom tune`.
 
     given     the settings of the command line and the recipe
     fitting   fastest first
@@ -156,7 +156,7 @@ def _fits(one: Candidate, limit: float, host: float | None) -> bool:
 
 
 def _too_large(found: Sequence[Candidate], limit: float, memory: float, host: float | None, local: int) -> Problem:
-    """Why none of these fits, and what to change. host: of a process; local: processes of a machine."""
+    """Explain why none of these fits, and what to change. host: of a process; local: processes of a machine."""
     least = min(found, key=lambda one: one.bytes)
     if least.bytes > limit:
         message = f"nothing fits: the least, {described(least.settings)}, is planned at {gib(least.bytes)} GiB"
@@ -180,7 +180,7 @@ def _too_large(found: Sequence[Candidate], limit: float, memory: float, host: fl
 
 
 def _less_gpu(parallel: ParallelConfig) -> str:
-    """What lets a run of this engine do with smaller GPUs, besides what was tried."""
+    """Return the fix that lets a run of this engine do with smaller GPUs, besides what was tried."""
     ways = ["more processes"]
     if parallel.engine == "deepspeed":
         if parallel.offload == "none":
@@ -211,7 +211,7 @@ def given_keys(overrides: Sequence[str]) -> set[str]:
 
 
 def micro_is_fixed(config: RunConfig) -> str:
-    """Why another batch.micro would mean other losses or other batches; empty where it would not."""
+    """Return why another batch.micro would mean other losses or other batches; empty where it would not."""
     if config.batch.name != "fixed":
         return f"what batch={config.batch.name} takes or measures may depend on it"
     if MICRO_SIDE.of(config) is Side.RECIPE:
@@ -294,7 +294,7 @@ class _Search:
         return [one for one in found.values() if one is not None]
 
     def _within_budget(self, whole: Candidate | None, limit: float) -> Candidate | None:
-        """Where blocks can't keep everything: with the largest `trainer.activation_budget` that fits."""
+        """Fit a candidate that is too large: use the largest `trainer.activation_budget` with which it fits."""
         if whole is None or whole.bytes <= limit:
             return None
         rank = max(whole.plan.cost.ranks, key=lambda rank: rank.total)

@@ -1,4 +1,4 @@
-"""What `meshloom tune` does with a command line that can be tuned: search, measure, show."""
+"""Tune a command line that can be tuned: search, measure, show."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def tune_and_show(overrides: Sequence[str], config_dir: str | None, memory_gib: 
 
 
 def _tuned(overrides: Sequence[str], config_dir: str | None, memory: float | None) -> tuple[Tuned, float]:
-    """What `tune` finds for GPUs of `memory` GiB, or for those here, and the bytes of one. Raises ConfigError."""
+    """Search for GPUs of `memory` GiB, or for those here; return the result and a GPU's bytes. Raises ConfigError."""
     if memory is not None:
         if not (memory > 0 and math.isfinite(memory)):
             raise ConfigError([Problem("--memory", f"{memory:g} is not a number of GiB", "give what one GPU has: --memory 80")])

@@ -1,4 +1,4 @@
-"""What the forward pass keeps for the backward pass (`trainer.activation`, `trainer.activation_budget`)."""
+"""Activation checkpointing: what the forward pass keeps for backward (`trainer.activation`, `trainer.activation_budget`)."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How an engine computes, apart from the layout: everything that engines read of the rest of the config.
+    """The settings of an engine apart from the layout: everything that engines read of the rest of the config.
 
     seed               of the initial weights
     precision          one of PRECISIONS

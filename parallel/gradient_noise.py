@@ -28,7 +28,7 @@ from .shards import Placed, Placements, own_part, placements_of
 
 
 class Measure(Enum):
-    """What a step is asked to measure: nothing; Σ‖L_j‖²; or also the products with the whole gradient."""
+    """The measurement that is asked of a step: nothing; Σ‖L_j‖²; or also the products with the whole gradient."""
 
     NOTHING = 0
     SQUARES = 1
@@ -37,7 +37,7 @@ class Measure(Enum):
 
 @dataclass(frozen=True)
 class Moments:
-    """What a step measured, still on the device. It is copied to the host with the step's loss, while the update runs.
+    """The moments that a step measured, on the device. They reach the host with the step's loss, while the update runs.
 
     samples  of the global batch; workers: micro-batches it was cut into, on all ranks
     scalars  the moments, by their names in `GradientStatistics`

@@ -21,7 +21,7 @@ from .tensor.placements import tensor_problems, unplaced_modules
 
 @dataclass
 class Work:
-    """What a layout must run: the model's shape, the batch, and the blocks' settings for memory and speed.
+    """The work that a layout must run: the model's shape, the batch, and the blocks' settings for memory and speed.
 
     vocabulary  None: not known before the data's tokenizer is
     """

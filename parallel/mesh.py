@@ -53,7 +53,7 @@ class WeightAxes:
 
     @property
     def shared(self) -> bool:
-        """Whether a gradient is summed over several ranks."""
+        """True if a gradient is summed over several ranks."""
         return self.num_shards * self.num_copies > 1
 
 
@@ -114,7 +114,7 @@ class Mesh:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which logs and writes for the run."""
+        """True on rank 0, which logs and writes for the run."""
         return self.rank == 0
 
     @property

@@ -1,4 +1,4 @@
-"""What each block keeps for its backward pass, and whether it may fuse SwiGLU: decided from configs alone. Imports no torch."""
+"""Choose from configs alone what each block keeps for backward, and whether it may fuse SwiGLU. Imports no torch."""
 
 from __future__ import annotations
 

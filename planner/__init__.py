@@ -1,1 +1,1 @@
-"""What a run will cost: memory, time, the pipeline's timeline, the machine, tables and drawings."""
+"""Predict what a run costs: memory, time, the pipeline's timeline, the machine, tables and drawings."""

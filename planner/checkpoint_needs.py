@@ -1,4 +1,4 @@
-"""What a run's checkpoints ask of its machines besides GPUs: host memory for snapshots, and room on disks."""
+"""Compute what checkpoints need besides GPUs: host memory for snapshots, and room on disks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a layout costs each rank, by arithmetic alone: FLOPs, and bytes by what holds them.
+"""Compute what a layout costs each rank, by arithmetic alone: FLOPs, and bytes by what holds them.
 
 Weights, gradients and optimizer state are counted exactly, from the shapes of the parameters and how they are cut.
 Activations are estimated from what the operations of a block keep for its backward pass; so are working memory and the

@@ -1,4 +1,4 @@
-"""What a rank's state takes under DeepSpeed, and where: the torch engine's account of a layout, changed to DeepSpeed's.
+"""Account for a rank's state under DeepSpeed, and where it lies: the torch engine's account of a layout, changed.
 
 Read off DeepSpeed 0.19.8; activations and the loss are the same under both engines. n parameters on W ranks, u bytes an
 element in the precision of the computation, on the GPU:

@@ -1,4 +1,4 @@
-"""What a step of DeepSpeed 0.19.8 reads, writes and sends for weights, gradients and the update: for `planner/speed.py`."""
+"""Count what a step of DeepSpeed 0.19.8 reads, writes and sends for weights, gradients and update (`planner/speed.py`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each engine makes of a layout's costs: which of its accounts to ask."""
+"""Choose the account of costs that belongs to a run's engine."""
 
 from __future__ import annotations
 

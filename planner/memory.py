@@ -1,4 +1,4 @@
-"""What a layout holds, by arithmetic: parts of parameters, and what an optimizer keeps of them."""
+"""Compute what a layout holds, by arithmetic: parts of parameters, and the optimizer's state for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..parallel.tensor.placements import placed_modules
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done, besides the model and the layout.
+    """The work to be planned, besides the model and the layout.
 
     seq_len, micro    positions per sample, samples per micro-batch
     micro_batches     per rank and step

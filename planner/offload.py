@@ -1,4 +1,4 @@
-"""What a rank keeps away from its GPU and moves to and fro in a step: the account that both engines' offloading is told in."""
+"""Account for what a rank offloads from its GPU and moves in a step, for both engines."""
 
 from __future__ import annotations
 

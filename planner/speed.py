@@ -1,4 +1,4 @@
-"""How long a step takes, roughly: what ranks the settings that `meshloom tune` tries. Of its seconds only the order counts.
+"""Estimate a step's seconds, to rank the settings that `meshloom tune` tries. Only the order of the estimates counts.
 
     seconds = FLOPs / rate  +  a little per block and micro-batch  +  bytes within the GPU / its bandwidth
               +  bytes between GPUs / theirs  +  bytes to and from the host / theirs

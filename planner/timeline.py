@@ -43,7 +43,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Span:
-    """When an action runs, from `start` to `end`."""
+    """The time of an action, from `start` to `end`."""
 
     action: Action
     start: float
@@ -58,7 +58,7 @@ class Timeline:
 
     @property
     def length(self) -> float:
-        """When the last rank ends."""
+        """The time at which the last rank ends."""
         return max(span.end for row in self.spans for span in row)
 
     @property

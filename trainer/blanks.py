@@ -1,4 +1,4 @@
-"""How much of a step is blank, in words: for the start of a run and for `meshloom plan`."""
+"""Say how much of a step is blank, for the start of a run and for `meshloom plan`."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has reached its horizon."""
+        """True once the run has reached its horizon."""
         return self.horizon.position(self.progress, self.horizon.unit) >= self.horizon.total
 
     def step(self, stop_requested: bool = False) -> None:

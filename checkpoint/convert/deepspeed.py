@@ -65,7 +65,7 @@ def import_deepspeed(source: Path, folder: str | Path) -> Path:
 
 
 def _model(tag: Path) -> dict[str, Any]:
-    """What is in the first rank's model file; nothing where there is none, as may be beside a universal folder."""
+    """Load the first rank's model file; empty where there is none, as may be beside a universal folder."""
     path = next(iter(sorted(tag.glob("*mp_rank_00_model_states.pt"))), None)
     if path is None and not (tag / "zero").is_dir():
         raise CheckpointError(f"{tag}: there is no …mp_rank_00_model_states.pt, which names the parameters")

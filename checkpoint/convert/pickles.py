@@ -63,7 +63,7 @@ class SafePickle:
 
 
 def load_mapped(path: Path) -> Any:
-    """What `torch.save` wrote to a file, its tensors mapped from the disk, not read; no code in it is run."""
+    """Load a file that `torch.save` wrote. Its tensors are mapped from the disk, not read, and no code in it is run."""
     if not path.is_file():
         raise CheckpointError(f"{path}: the file is missing")
     try:

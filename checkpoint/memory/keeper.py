@@ -60,7 +60,7 @@ class Keeper:
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs, and answers."""
+        """Return whether the process runs and answers."""
         return not self._stuck and self._process.poll() is None
 
     def hold(self, arena: Arena, size: int, version: str, step: int, group: list[dict[str, Any]], block: int) -> dict[str, Any]:

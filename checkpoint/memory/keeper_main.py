@@ -44,7 +44,7 @@ class Version:
 
 
 def hashers() -> int:
-    """How many processes may hash for this keeper: with the other keepers of its node, half of the cores."""
+    """Return how many processes may hash for this keeper: its share of half of the node's cores."""
     return min(8, len(os.sched_getaffinity(0)) // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 

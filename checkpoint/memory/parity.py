@@ -16,7 +16,7 @@ def block_bytes(sizes: Sequence[int]) -> int:
 
 
 def block_of(member: int, stripe: int) -> int:
-    """Which of its blocks a member gives to a stripe (`member != stripe`)."""
+    """Return the index of the block that a member gives to a stripe (`member != stripe`)."""
     assert member != stripe
     return stripe if stripe < member else stripe - 1
 

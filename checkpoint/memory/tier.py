@@ -136,7 +136,7 @@ class Predecessors:
 
 @dataclass(frozen=True)
 class Recovery:
-    """How to get at a version. `holders`: rank of the saving run → (its keeper, length of its file); `lost`: rank → group."""
+    """The sources of a version. `holders`: rank of the saving run → (its keeper, length of its file); `lost`: rank → group."""
 
     version: str
     step: int

@@ -1,4 +1,4 @@
-"""What keepers say to each other and to trainers: a line of JSON, then as many raw bytes as it announces. No torch."""
+"""The messages between keepers and trainers: a line of JSON, then as many raw bytes as it announces. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINE_BYTES = 16 * 2**20  # room for the digests of 7 TB
 
 @dataclass(frozen=True)
 class Address:
-    """Where a keeper listens, the secret that it asks for, and whose file it keeps."""
+    """A keeper's address, its secret, and the rank whose file it keeps."""
 
     host: str
     port: int

@@ -32,7 +32,7 @@ Ready = Callable[[int], None]
 
 @dataclass
 class Written:
-    """What became of one rank's file: the digests of its blocks, and where the time went, in seconds."""
+    """The result of writing one rank's file: the digests of its blocks, and the seconds of each phase."""
 
     bytes: int
     blocks: list[str]

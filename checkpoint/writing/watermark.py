@@ -1,4 +1,4 @@
-"""How far the copy into shared memory has come, for a writer in another process. No torch."""
+"""The progress of the copy into shared memory, for a writer in another process. No torch."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Request:
 
     @property
     def target(self) -> str:
-        """Where the data go."""
+        """Return the path that the data are written to."""
         return f"{self.folder}/{self.name}"
 
 
@@ -98,7 +98,7 @@ class Writer:
 
     @property
     def busy(self) -> bool:
-        """Whether a `begin` has had no `end` yet."""
+        """Return whether a `begin` has had no `end` yet."""
         return self._request is not None
 
     def abandon(self) -> None:

@@ -45,7 +45,7 @@ class GradientStatistics:
 
     @property
     def finite(self) -> bool:
-        """Whether every number is finite."""
+        """Return whether every number is finite."""
         numbers = (self.worker_square, self.batch_square, self.projection_square or 0.0)
         return all(math.isfinite(number) for number in numbers)
 

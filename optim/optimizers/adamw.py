@@ -50,7 +50,7 @@ class AdamW(torch.optim.AdamW):
 
     @property
     def fused_step(self) -> bool:
-        """Whether our own kernel does the step: see `FusedStep`."""
+        """True where our own kernel does the step: see `FusedStep`."""
         held = (tensor for group in self.param_groups for tensor in group["params"])
         return self._kernel and all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in held)
 

@@ -46,7 +46,7 @@ class AGVM(AdamW):
 
     @property
     def wants_halves(self) -> bool:
-        """Whether to measure the step about to be taken; never the first, before there are second moments."""
+        """True if the step about to be taken is measured; never the first, before there are second moments."""
         updates = int(self._counters.get("updates", 0))
         return updates >= max(1, self._begin) and updates % self._interval == 0
 

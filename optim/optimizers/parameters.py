@@ -56,7 +56,7 @@ class FusedStep(Protocol):
 
     @property
     def fused_step(self) -> bool:
-        """Whether `step()` takes gradients of lower precision, scales them, and writes every `compute_copy`."""
+        """True if `step()` takes gradients of lower precision, scales them, and writes every `compute_copy`."""
         ...
 
     gradient_scale: torch.Tensor | None
@@ -78,7 +78,7 @@ class ComparesHalves(Protocol):
 
     @property
     def wants_halves(self) -> bool:
-        """Whether it measures in the step about to be taken."""
+        """True if the step about to be taken is measured."""
         ...
 
     def observe_halves(self, first: Sequence[torch.Tensor]) -> None:

@@ -79,7 +79,7 @@ def with_ring_part(documents: Documents, size: int, index: int) -> Documents:
 
 
 def _part_of(plan: RingPlan) -> torch.Tensor:
-    """Where a member's own sequences begin in its part, and the last ends, on the host."""
+    """Return, on the host, the bounds of a member's own sequences within its part (like `cu_seqlens`)."""
     return torch.tensor([0, *accumulate(plan.own)], dtype=torch.int32)
 
 
@@ -136,7 +136,7 @@ def ring_backward(
 
 @dataclass(frozen=True)
 class _Call:
-    """What one attention needs beside its tensors. `segments`: this member's own sequences, None for whole rows."""
+    """The context of one ring attention call. `segments`: this member's own sequences, None for whole rows."""
 
     plan: RingPlan
     segments: Segments | None

@@ -28,7 +28,7 @@ class AttentionBlock:
 
 @dataclass(frozen=True)
 class Step:
-    """What a member does with the two members at distance t: it receives from `source` and sends to `target`.
+    """One exchange at distance t around the ring: a member receives from `source` and sends to `target`.
 
     blocks  what this member computes on the keys it receives; their `keys` count from the start of the message
     keys    the spans of its own keys that the target needs, in the order of the message

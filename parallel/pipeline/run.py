@@ -31,7 +31,7 @@ EVALUATED_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class StageInputs:
-    """What the stages are called with for one micro-batch.
+    """The inputs of the stages for one micro-batch.
 
     tokens   (B, S) int64, for the first stage
     targets  (B, S) int64, for the last

@@ -15,7 +15,7 @@ Layers = range
 
 @dataclass(frozen=True)
 class PipelineSchedule:
-    """What a pipeline schedule needs and does.
+    """The needs and properties of a pipeline schedule.
 
     torch_name       name of the class in `torch.distributed.pipelining`
     stages_per_rank  stages that each rank holds when the config doesn't say

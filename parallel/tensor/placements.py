@@ -39,7 +39,7 @@ Where = Placement | Literal["stream"]
 
 @dataclass(frozen=True)
 class Place:
-    """Where one module's weight, input and output lie on the tensor-parallel axis.
+    """The placements of one module's weight, input and output on the tensor-parallel axis.
 
     weight            placement of its weight
     input_layout      placement of its input, for one that arrives as a plain tensor

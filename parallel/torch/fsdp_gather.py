@@ -1,4 +1,4 @@
-"""How FSDP2 gathers weights here: in a transport's group and memory, after one pass over the shards.
+"""Make FSDP2 gather weights in a transport's group and memory, after one pass over the shards.
 
 By itself FSDP2 casts a group's shards to the compute dtype in its own memory, and copies the result into the gather buffer.
 Here it does not get the dtype (no `param_dtype`). So it copies its shards as they are into our buffer, which has that dtype,

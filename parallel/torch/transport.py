@@ -68,7 +68,7 @@ class Transport:
 
     @property
     def by_copy_engines(self) -> bool:
-        """Whether the copy engines transfer, without multiprocessors."""
+        """True if the copy engines transfer, without multiprocessors."""
         return self._pool is not None
 
     def close(self) -> None:

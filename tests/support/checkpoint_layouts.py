@@ -60,7 +60,7 @@ class Pair:
     model: tuple[tuple[str, Any], ...]
 
     def work(self, place: Place) -> parity.Work:
-        """What is trained at a place."""
+        """Return the work that is trained at a place."""
         return parity.Work(
             place.parallel,
             place.micro,
@@ -90,7 +90,7 @@ class Result:
         return max(abs(one - other) / abs(other) for one, other in pairs)
 
     def fault(self) -> str | None:
-        """What is not as it should be, or None. The arrays are read by the second reader, with NumPy alone."""
+        """Return what is wrong, or None. The arrays are read by the second reader, with NumPy alone."""
         read = _second_reader()
         first, *others = [read.Checkpoint(folder) for folder in self.folders]
         for other, where in zip(others, ("there", "back"), strict=True):

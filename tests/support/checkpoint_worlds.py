@@ -102,7 +102,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def holds(ranks: list[list[Fragment]], arrays: Arrays) -> bool:
-    """Whether all ranks' tensors have exactly the arrays' values."""
+    """Return whether all ranks' tensors have exactly the arrays' values."""
     return all(same_bits(f.tensor, arrays[f.key][f.box.slices()]) for rank in ranks for f in rank)
 
 
@@ -143,7 +143,7 @@ class Gate:
 
 
 def told_of(run: Checkpointer, *steps: int) -> list[SaveReport]:
-    """What `poll` tells until it has told of all these steps."""
+    """Poll until all these steps are reported; return the reports."""
     reports: list[SaveReport] = []
     deadline = time.monotonic() + 60
     while not {report.step for report in reports}.issuperset(steps):

@@ -35,7 +35,7 @@ WORLD, NODES, STEPS = 4, 2, (1, 2, 3)
 
 @dataclass(frozen=True)
 class Fault:
-    """What dies ("trainer", "keeper" or "node") when this rank's trainer (or keeper) comes to its n-th boundary."""
+    """The process that dies ("trainer", "keeper" or "node") when this rank's trainer (or keeper) comes to its n-th boundary."""
 
     what: str
     rank: int

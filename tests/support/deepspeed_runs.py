@@ -53,7 +53,7 @@ def whole(ranks: list[Arrays]) -> dict[str, torch.Tensor]:
 
 
 def write(engine: Engine, arrays: dict[str, torch.Tensor], counters: dict[str, float]) -> None:
-    """What a restore does."""
+    """Write arrays and counters into an engine, as a restore does."""
     engine.prepare_restore()
     for fragment in engine.fragments():
         fragment.tensor.copy_(arrays[fragment.key][fragment.box.slices()])
@@ -73,7 +73,7 @@ def leg(
 
 
 def asynchronous_io_is_built() -> bool:
-    """Whether async_io was compiled here for this very DeepSpeed: that takes minutes, and any other's is compiled anew."""
+    """Return whether async_io is already compiled here for this very DeepSpeed; compiling it takes minutes."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
     package = importlib.util.find_spec("deepspeed")
     home = str(Path(str(package.origin)).parent) if package is not None else ""

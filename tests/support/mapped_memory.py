@@ -1,4 +1,4 @@
-"""What a process has mapped of snapshot memory."""
+"""Read which snapshot memory a process has mapped."""
 
 from __future__ import annotations
 

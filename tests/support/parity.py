@@ -48,7 +48,7 @@ VOCABULARY, SEQ_LEN = 61, 16
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained: everything that a run's losses may depend on, and `parallel`, on which they may not."""
+    """One training run: everything that its losses may depend on, and `parallel`, on which they may not."""
 
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(zero=0))
     micro: int = 1
@@ -109,7 +109,7 @@ class UnevenSamples:
 
 
 def assigner(mesh: Mesh, work: Work) -> Assigner:
-    """What deals the work's batches."""
+    """Return the assigner that deals the work's batches."""
     return Assigner(mesh.layout.data_size, functools.partial(legal_micro_batches, work.parallel), work.halves)
 
 
@@ -308,7 +308,7 @@ Body = Callable[[int, int, Sequence[Work]], list[Run]]
 
 
 def differences(ranks: int, works: Sequence[Work], timeout: float = 150.0, body: Body = runs) -> list[Difference]:
-    """How far these works, on this many processes, are from the bare loop. Every element must be on some rank."""
+    """Measure how far these works, on this many processes, are from the bare loop. Every element must be on some rank."""
     expected = [plain_run(work) for work in works]
     results = run_ranks(ranks, body, works, timeout=timeout)
     return [_difference(oracle, [rank[at] for rank in results]) for at, oracle in enumerate(expected)]

@@ -65,7 +65,7 @@ class Hook:
 
     @property
     def waits_for_rows(self) -> bool:
-        """Whether the state depends on the rows of `on_metrics`, so that a save waits for the newest row.
+        """True if the state depends on the rows of `on_metrics`, so that a save waits for the newest row.
 
         Default: true if both `on_metrics` and `state_dict` are overridden.
         """

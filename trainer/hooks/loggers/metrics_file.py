@@ -71,7 +71,7 @@ class MetricsFile(RowLogger):
 
     @property
     def waits_for_rows(self) -> bool:
-        """Whether the state holds rows: only while they can't be written."""
+        """True while the state holds rows, which is only while they can't be written."""
         return bool(self._waiting)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
