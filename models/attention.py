@@ -13,12 +13,13 @@ from torch import nn
 
 from ..kernels.attention import Attend, CausalAttention
 from ..kernels.documents import Documents
-from .config import AttentionConfig
+from .part import Part, reads_stream, writes_stream
+from .part_config import AttentionConfig
 from .protocol import TensorRole
 from .rotary import rotate
 
 
-class Attention(nn.Module):
+class Attention(Part):
     """Causal grouped-query self-attention. Only `attend` looks at other positions, and a run may replace it."""
 
     tensor_roles: ClassVar[Mapping[str, TensorRole]] = {
@@ -36,6 +37,10 @@ class Attention(nn.Module):
         self.wk = nn.Linear(config.dim, kv_width, bias=False)
         self.wv = nn.Linear(config.dim, kv_width, bias=False)
         self.wo = nn.Linear(width, config.dim, bias=False)
+        self.weight_rules = {
+            **dict.fromkeys(("wq", "wk", "wv"), reads_stream(config.scales)),
+            "wo": writes_stream(config.scales),
+        }
         self.attend: Attend = CausalAttention()
 
     def forward(

@@ -5,21 +5,28 @@ Shape legend: B batch, S sequence, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from ..kernels.documents import Documents
 from ..kernels.norm import FusedNorm
 from .attention import Attention
-from .config import BlockConfig
 from .feed_forward import FeedForward
+from .norm import Norm
+from .part import Part
+from .part_config import AttentionConfig, BlockConfig, FeedForwardConfig
 from .protocol import BlockKernels, TensorRole
 
+ATTENTIONS: dict[type, Callable[[Any], Attention]] = {AttentionConfig: Attention}
+"""Config → the attention that is built from it. A new kind is listed here."""
 
-class Block(nn.Module):
+FEED_FORWARDS: dict[type, Callable[[Any], FeedForward]] = {FeedForwardConfig: FeedForward}
+"""Config → the feed-forward that is built from it."""
+
+
+class Block(Part):
     """Pre-norm attention and feed-forward, each added to the residual stream times `residual` (muP).
 
     fused_norm  the kernel to use where it fits; None: the norms' modules are called
@@ -29,11 +36,11 @@ class Block(nn.Module):
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.attention.dim, config.norm_eps)
-        self.attention = Attention(config.attention)
-        self.ffn_norm = nn.RMSNorm(config.ffn.dim, config.norm_eps)
-        self.ffn = FeedForward(config.ffn)
-        self.residual, self.eps = config.residual, config.norm_eps
+        self.attention_norm = Norm(config.norm)
+        self.attention = ATTENTIONS[type(config.attention)](config.attention)
+        self.ffn_norm = Norm(config.norm)
+        self.ffn = FEED_FORWARDS[type(config.ffn)](config.ffn)
+        self.residual, self.eps = config.residual, config.norm.eps
         self.fused_norm: FusedNorm | None = None
 
     def use_kernels(self, kernels: BlockKernels) -> None:
@@ -50,7 +57,7 @@ class Block(nn.Module):
         x_BSD, *inputs = self._normed(self.ffn_norm, x_BSD, self.ffn.num_inputs(x_BSD))
         return self._add(x_BSD, self.ffn(inputs))
 
-    def _normed(self, module: nn.RMSNorm, x_BSD: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    def _normed(self, module: Norm, x_BSD: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
         """Return the residual stream, and its norm `count` times."""
         if self.fused_norm is not None and self.fused_norm.fits(x_BSD):
             return self.fused_norm(x_BSD, module.weight, self.eps, count)

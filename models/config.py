@@ -10,47 +10,12 @@ from typing import Any, ClassVar
 from ..config.keys import MISSING, Side, key, option, target
 from ..config.nodes import Custom
 from ..config.problems import Problem
+from .part_config import AttentionConfig, BlockConfig, FeedForwardConfig, MatrixScales, NormConfig
 
 SIZES = ("dim", "layers", "heads", "kv_heads", "ffn_dim")
 
 DECODER = "meshloom.models.decoder.Decoder"
 """`_target_` of the decoder that this config describes."""
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Causal grouped-query attention.
-
-    dim       width of the residual stream
-    head_dim  width of a head
-    scale     factor on the scores
-    rope_theta  base of the rotary angles
-    """
-
-    dim: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    rope_theta: float
-
-
-@dataclass(frozen=True)
-class FeedForwardConfig:
-    """SwiGLU between the residual stream's width and `ffn_dim`."""
-
-    dim: int
-    ffn_dim: int
-
-
-@dataclass(frozen=True)
-class BlockConfig:
-    """One block: its parts, norms and residual factor. residual: muP's factor on what each part adds to the stream."""
-
-    attention: AttentionConfig
-    ffn: FeedForwardConfig
-    norm_eps: float
-    residual: float
 
 
 @dataclass
@@ -97,12 +62,22 @@ class DecoderConfig:
         """Return what the block of a layer is built from; layers count from 0."""
         assert 0 <= layer < self.layers, f"there is no layer {layer} of {self.layers}"
         scale = 1 / self.head_dim if self.mup_base else 1 / math.sqrt(self.head_dim)
+        scales = self._matrix_scales()
         return BlockConfig(
-            AttentionConfig(self.dim, self.heads, self.kv_heads, self.head_dim, scale, self.rope_theta),
-            FeedForwardConfig(self.dim, self.ffn_dim),
-            self.norm_eps,
+            AttentionConfig(self.dim, self.heads, self.kv_heads, self.head_dim, scale, self.rope_theta, scales),
+            FeedForwardConfig(self.dim, self.ffn_dim, scales),
+            self.norm(),
             self.mup_residual,
         )
+
+    def norm(self) -> NormConfig:
+        """Return what a norm of the stream is built from."""
+        return NormConfig(self.dim, self.norm_eps)
+
+    def _matrix_scales(self) -> MatrixScales:
+        """Return how matrices inside the blocks begin and learn: muP's, and GPT-2's scaling by depth."""
+        std = self.init_std / math.sqrt(self.mup_width)
+        return MatrixScales(std, std / math.sqrt(2 * self.layers), 1 / self.mup_width)
 
     def blocks(self) -> list[BlockConfig]:
         """Return what the block of each layer is built from."""

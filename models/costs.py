@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..kernels.limits import LOSS_CHUNK
-from .config import AttentionConfig, BlockConfig, DecoderConfig, FeedForwardConfig
+from .config import DecoderConfig
+from .part_config import BlockConfig
 
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes of an element that is computed with, by precision."""
@@ -46,20 +47,9 @@ class ForwardPass:
         return self.tp if self.sequence_parallel else 1
 
 
-def attention_matrices(attention: AttentionConfig) -> int:
-    """Count the matrix parameters of one attention: q and output, k and v."""
-    width, kv_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-    return 2 * attention.dim * width + 2 * attention.dim * kv_width
-
-
-def ffn_matrices(ffn: FeedForwardConfig) -> int:
-    """Count the matrix parameters of one feed-forward: gate, up and down."""
-    return 3 * ffn.dim * ffn.ffn_dim
-
-
 def block_matrices(block: BlockConfig) -> int:
     """Count the matrix parameters of one block."""
-    return attention_matrices(block.attention) + ffn_matrices(block.ffn)
+    return block.attention.matrices + block.ffn.matrices
 
 
 def parameter_count(config: DecoderConfig, *, embedding: bool = True) -> int:

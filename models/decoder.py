@@ -9,7 +9,6 @@ Their defaults are in `kernels/`.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
@@ -20,14 +19,16 @@ from ..kernels.documents import Documents
 from ..kernels.loss import linear_cross_entropy
 from .block import Block
 from .config import DecoderConfig
-from .init import Constant, Initial, Normal
+from .init import Initial, Normal
+from .norm import Norm
+from .part import Part, WeightRule
 from .protocol import BlockKernels, Model, TensorRole
 from .rotary import rotary_table
 
 TokenLoss = Callable[..., torch.Tensor]
 
 
-class Decoder(Model):
+class Decoder(Model, Part):
     """The decoder. A pipeline stage is the same module with `embed`, `norm` and `head` or some layers taken out."""
 
     config_type: ClassVar[type[DecoderConfig]] = DecoderConfig
@@ -42,10 +43,12 @@ class Decoder(Model):
         self.config = self.decoder_config = config
         self.embed: nn.Embedding | None = nn.Embedding(config.known_vocabulary, config.dim)
         self.layers = nn.ModuleDict({str(layer): Block(block) for layer, block in enumerate(config.blocks())})
-        self.norm: nn.RMSNorm | None = nn.RMSNorm(config.dim, config.norm_eps)
+        self.norm: Norm | None = Norm(config.norm())
         self.head: nn.Linear | None = nn.Linear(config.dim, config.known_vocabulary, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
+        outer = Normal(config.init_std)
+        self.weight_rules = {"embed": WeightRule(outer, decays=False), "head": WeightRule(outer)}
         self.token_loss: TokenLoss = linear_cross_entropy
 
     def forward(
@@ -121,22 +124,23 @@ class Decoder(Model):
             stage.norm = stage.head = None
         return stage
 
+    def weight_rule(self, name: str) -> WeightRule:
+        """Return how a parameter begins, decays and learns. Each part knows its own."""
+        if name.startswith("layers."):
+            _, layer, rest = name.split(".", 2)
+            block = self.layers[layer]
+            assert isinstance(block, Part)
+            return block.weight_rule(rest)
+        return super().weight_rule(name)
+
     def initial(self, name: str) -> Initial:
-        """Return a parameter's initial distribution: matrices normal, output projections scaled by depth, norms one (R3)."""
-        if name.endswith("norm.weight"):
-            return Constant(1.0)
-        if name.startswith(("embed.", "head.")):
-            return Normal(self.config.init_std)
-        std = self.config.init_std / math.sqrt(self.config.mup_width)
-        if name.endswith(("attention.wo.weight", "ffn.w2.weight")):
-            std /= math.sqrt(2 * self.config.layers)
-        return Normal(std)
+        """Return a parameter's initial distribution (R3)."""
+        return self.weight_rule(name).initial
 
     def decays(self, name: str) -> bool:
-        """Return whether weight decay applies: to matrices inside the blocks and the head, not to norms and embedding."""
-        return not name.endswith("norm.weight") and not name.startswith("embed.")
+        """Return whether weight decay applies to a parameter."""
+        return self.weight_rule(name).decays
 
     def lr_scale(self, name: str) -> float:
-        """Return the factor on the learning rate: 1 / m_width for matrices inside the blocks under muP, otherwise 1."""
-        inside = name.startswith("layers.") and not name.endswith("norm.weight")
-        return 1 / self.config.mup_width if inside else 1.0
+        """Return the factor on a parameter's learning rate."""
+        return self.weight_rule(name).lr_scale

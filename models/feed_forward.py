@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..kernels.swiglu import FusedSwiglu
-from .config import FeedForwardConfig
+from .part import Part, reads_stream, writes_stream
+from .part_config import FeedForwardConfig
 from .protocol import TensorRole
 
 
-class FeedForward(nn.Module):
+class FeedForward(Part):
     """SwiGLU: w2(silu(w1 x) · w3 x) (arXiv 2002.05202).
 
     swiglu  the kernels to use where they fit; None: the formula in PyTorch's operations
@@ -34,6 +35,10 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.weight_rules = {
+            **dict.fromkeys(("w1", "w3"), reads_stream(config.scales)),
+            "w2": writes_stream(config.scales),
+        }
         self.swiglu: FusedSwiglu | None = None
 
     def num_inputs(self, x_BSD: torch.Tensor) -> int:
