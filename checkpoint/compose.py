@@ -19,7 +19,7 @@ from .errors import CheckpointError
 from .files import is_remote, open_files
 from .folder import list_steps, step_name
 from .manifest import Manifest, StoredArray, StoredFile, state_fault
-from .plan import Declaration, fill_boxes, lay_out, make_plan
+from .plan import Declaration, fill_boxes, lay_out, make_save_plan
 from .writing.disk import sync_folder, write_small
 
 
@@ -56,7 +56,7 @@ def compose(folder: str | Path, step: int, sources: Sequence[Source], state: dic
     twice = next((key for key, count in Counter(source.key for source in sources).items() if count > 1), None)
     if twice is not None:
         raise CheckpointError(f"two arrays are called {twice}")
-    plan = make_plan([declarations])
+    plan = make_save_plan([declarations])
     layout = lay_out(declarations, plan.pieces[0])
     token = new_token()
     if list_steps(open_files(folder)).run is not None:

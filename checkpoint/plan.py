@@ -94,14 +94,14 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SavePlan:
     """The arrays of a checkpoint (without boxes) and, for each rank, the pieces it writes."""
 
     arrays: dict[str, StoredArray]
     pieces: list[list[Piece]]
 
 
-def make_plan(declared: Sequence[Sequence[Declaration]]) -> Plan:
+def make_save_plan(declared: Sequence[Sequence[Declaration]]) -> SavePlan:
     """Assign every element of every array to one rank that holds it.
 
     Raises CheckpointError naming the array when the ranks contradict each other or some element is held by none.
@@ -137,7 +137,7 @@ def make_plan(declared: Sequence[Sequence[Declaration]]) -> Plan:
         load[rank] += size
     for rank, mine in enumerate(pieces):
         pieces[rank] = [Piece(p.source, p.box, panels_for(p.box, declared[rank][p.source].item_bytes)) for p in mine]
-    return Plan(arrays, pieces)
+    return SavePlan(arrays, pieces)
 
 
 def _choose(
@@ -195,7 +195,7 @@ def _part(box: Box, dim: int, at: int, length: int) -> Box:
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedPiece:
     """A piece and its bytes `[start, stop)` in the rank's file."""
 
     source: int
@@ -224,7 +224,7 @@ class FileLayout:
     """One rank's safetensors file, byte for byte, except the arrays' values. Without pieces there is no file."""
 
     header: bytes
-    placed: tuple[Placed, ...]
+    placed: tuple[PlacedPiece, ...]
     bytes: int
 
     @functools.cached_property
@@ -233,7 +233,7 @@ class FileLayout:
         return tuple(copy for piece in self.placed for copy in _copies_of(piece))
 
 
-def _copies_of(piece: Placed) -> Iterator[Copy]:
+def _copies_of(piece: PlacedPiece) -> Iterator[Copy]:
     if piece.panels == 1:
         yield Copy(piece.source, piece.dtype, piece.box, 1, piece.start, piece.stop)
         return
@@ -280,7 +280,7 @@ def lay_out(declarations: Sequence[Declaration], pieces: Sequence[Piece]) -> Fil
     length = -(-(8 + len(text)) // LEAF_BYTES) * LEAF_BYTES - 8
     header = length.to_bytes(8, "little") + text.ljust(length)
     placed = tuple(
-        Placed(piece.source, d.key, d.dtype, piece.box, piece.panels, len(header) + start, len(header) + stop)
+        PlacedPiece(piece.source, d.key, d.dtype, piece.box, piece.panels, len(header) + start, len(header) + stop)
         for piece, d, start, stop in spans
     )
     return FileLayout(header, placed, len(header) + at)

@@ -12,7 +12,7 @@ from .control import Round
 from .digest import text_digest
 from .errors import CheckpointError
 from .manifest import StoredArray, encode_arrays, prove_coverage
-from .plan import Declaration, FileLayout, Piece, declare, fill_boxes, lay_out, make_plan, pack, signature, unpack
+from .plan import Declaration, FileLayout, Piece, declare, fill_boxes, lay_out, make_save_plan, pack, signature, unpack
 
 EMPTY = FileLayout(b"", (), 0)
 # What a rank says beside what it holds: nothing is in the way; the disk is still at an earlier save; no memory is free.
@@ -73,7 +73,7 @@ class Planner:
         return notes, True
 
     def _make(self, declared: list[tuple[Declaration, ...]]) -> None:
-        plan = make_plan(declared)
+        plan = make_save_plan(declared)
         layouts = [lay_out(d, pieces) for d, pieces in zip(declared, plan.pieces, strict=True)]
         arrays = fill_boxes(plan.arrays, layouts)
         prove_coverage(arrays, [layout.bytes for layout in layouts if layout.bytes], "the plan of the save")

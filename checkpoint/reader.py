@@ -17,7 +17,7 @@ from .errors import CheckpointError, DamageError
 from .files import Files, RangeReader
 from .manifest import Manifest, StoredArray, StoredBox
 
-# Most bytes of a file between the first and the last that are read at once; one unit's share of it is at most half.
+# Most bytes of a file between the first and the last that are read at once; one item's share of it is at most half.
 BATCH_BYTES = 16 * 2**20
 # Neighbouring needs closer than this are fetched by one read.
 GAP_BYTES = 64 * 2**10
@@ -29,7 +29,7 @@ Raw = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
-class Unit:
+class ReadItem:
     """Some rows of the common part of a stored box and a wanted one, small enough to be read at once.
 
     stored, part  the stored box and the wanted region of it, both in the global array
@@ -50,7 +50,7 @@ class Unit:
 
 
 @dataclass
-class Traffic:
+class ReadBytes:
     """Bytes that were wanted, and bytes that were read for them (whole leaves, and the leaves' digests)."""
 
     wanted: int = 0
@@ -63,7 +63,7 @@ class Reader:
 
     files: Files
     manifest: Manifest
-    traffic: Traffic = field(default_factory=Traffic)
+    traffic: ReadBytes = field(default_factory=ReadBytes)
 
     def __post_init__(self) -> None:
         self._proved: dict[tuple[int, int], bytes] = {}
@@ -74,33 +74,33 @@ class Reader:
         Raises DamageError naming file and block if any byte read is not what was written.
         """
         results: list[Raw] = []
-        units: list[Unit] = []
+        items: list[ReadItem] = []
         for array, box in wanted:
             result = np.empty(box.shape, RAW[array.item_bytes])
             results.append(result)
-            units += units_of(array, box, result)
-        for unit, buffer, base in self.fetch(units):
-            place(unit, buffer, base)
+            items += read_items(array, box, result)
+        for item, buffer, base in self.fetch(items):
+            place(item, buffer, base)
         return results
 
     def check(self, wanted: Iterable[tuple[StoredArray, Box]]) -> None:
         """Read and check as `read` would, keeping nothing."""
-        units: list[Unit] = []
+        items: list[ReadItem] = []
         for array, box in wanted:
-            units += units_of(array, box, np.empty(0, RAW[array.item_bytes]))
-        for _ in self.fetch(units):
+            items += read_items(array, box, np.empty(0, RAW[array.item_bytes]))
+        for _ in self.fetch(items):
             pass
 
-    def fetch(self, units: list[Unit]) -> Iterator[tuple[Unit, np.ndarray[Any, np.dtype[np.uint8]], int]]:
-        """Each unit with a buffer that holds its checked bytes, and the file offset of the buffer's first byte.
+    def fetch(self, items: list[ReadItem]) -> Iterator[tuple[ReadItem, np.ndarray[Any, np.dtype[np.uint8]], int]]:
+        """Each item with a buffer that holds its checked bytes, and the file offset of the buffer's first byte.
 
-        The buffer is reused: take what is needed before asking for the next unit.
+        The buffer is reused: take what is needed before asking for the next item.
         """
-        units = sorted(units, key=lambda unit: (unit.file, unit.start))
+        items = sorted(items, key=lambda item: (item.file, item.start))
         buffer = np.empty(0, np.uint8)
         with contextlib.ExitStack() as stack:
             opened: tuple[int, RangeReader] | None = None
-            for batch in self._batches(units):
+            for batch in self._batches(items):
                 number = batch[0].file
                 if opened is None or opened[0] != number:
                     stack.close()  # of thousands of ranks' files one is open at a time
@@ -108,25 +108,25 @@ class Reader:
                     self._check_header(*opened)
                 leaf = self.manifest.leaf_bytes
                 base = batch[0].start // leaf * leaf
-                stop = min(-(-max(unit.stop for unit in batch) // leaf) * leaf, self.manifest.files[number].bytes)
+                stop = min(-(-max(item.stop for item in batch) // leaf) * leaf, self.manifest.files[number].bytes)
                 if len(buffer) < stop - base:
                     buffer = np.empty(max(stop - base, min(BATCH_BYTES, self.manifest.files[number].bytes)), np.uint8)
                 self._read_checked(*opened, base, stop, needed_leaves(batch, base, stop, leaf), buffer)
-                for unit in batch:
-                    self.traffic.wanted += len(unit.run_starts) * unit.run_bytes
-                    yield unit, buffer, base
+                for item in batch:
+                    self.traffic.wanted += len(item.run_starts) * item.run_bytes
+                    yield item, buffer, base
 
-    def _batches(self, units: list[Unit]) -> Iterator[list[Unit]]:
-        batch: list[Unit] = []
-        for unit in units:
+    def _batches(self, items: list[ReadItem]) -> Iterator[list[ReadItem]]:
+        batch: list[ReadItem] = []
+        for item in items:
             if batch and (
-                unit.file != batch[0].file
-                or unit.stop - batch[0].start > BATCH_BYTES
-                or unit.start - max(other.stop for other in batch[-1:]) > GAP_BYTES
+                item.file != batch[0].file
+                or item.stop - batch[0].start > BATCH_BYTES
+                or item.start - max(other.stop for other in batch[-1:]) > GAP_BYTES
             ):
                 yield batch
                 batch = []
-            batch.append(unit)
+            batch.append(item)
         if batch:
             yield batch
 
@@ -199,9 +199,9 @@ class Reader:
         )
 
 
-def units_of(array: StoredArray, box: Box, target: Raw) -> list[Unit]:
+def read_items(array: StoredArray, box: Box, target: Raw) -> list[ReadItem]:
     """List the reads for one box of one array. Raises CheckpointError if the array doesn't contain the box."""
-    units: list[Unit] = []
+    items: list[ReadItem] = []
     if len(box.shape) != len(array.shape) or any(end > size for end, size in zip(box.ends, array.shape, strict=True)):
         raise CheckpointError(f"{array.key}: {box} is outside of the stored shape {list(array.shape)}")
     for whole in array.boxes:
@@ -210,12 +210,12 @@ def units_of(array: StoredArray, box: Box, target: Raw) -> list[Unit]:
         for stored in whole.parts():
             part = stored.box.intersect(box) if box.shape else box
             if part is not None:
-                units += _split(array, stored, part, target, box.offsets)
-    return units
+                items += _split(array, stored, part, target, box.offsets)
+    return items
 
 
-def _split(array: StoredArray, stored: StoredBox, part: Box, target: Raw, origin: tuple[int, ...]) -> Iterator[Unit]:
-    """Cut a region of a stored box along its first dims until each unit spans at most half a batch of the file."""
+def _split(array: StoredArray, stored: StoredBox, part: Box, target: Raw, origin: tuple[int, ...]) -> Iterator[ReadItem]:
+    """Cut a region of a stored box along its first dims until each item spans at most half a batch of the file."""
     strides = [array.item_bytes]
     for extent in reversed(stored.box.shape[1:]):
         strides.insert(0, strides[0] * extent)
@@ -241,32 +241,32 @@ def _split(array: StoredArray, stored: StoredBox, part: Box, target: Raw, origin
     starts = np.zeros(1, np.int64)
     for extent, stride in zip(part.shape[:dims], strides[:dims], strict=True):
         starts = (starts[:, None] + np.arange(extent, dtype=np.int64) * stride).reshape(-1)
-    yield Unit(stored.file, array.item_bytes, part, start, stop, starts, run_bytes, target, origin)
+    yield ReadItem(stored.file, array.item_bytes, part, start, stop, starts, run_bytes, target, origin)
 
 
-def needed_leaves(batch: list[Unit], base: int, stop: int, leaf: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def needed_leaves(batch: list[ReadItem], base: int, stop: int, leaf: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Mark the leaves of the span `[base, stop)` that hold wanted bytes."""
     count = -(-(stop - base) // leaf)
     edges = np.zeros(count + 1, np.int64)
-    for unit in batch:
-        first = (unit.start - base + unit.run_starts) // leaf
-        last = (unit.start - base + unit.run_starts + unit.run_bytes - 1) // leaf
+    for item in batch:
+        first = (item.start - base + item.run_starts) // leaf
+        last = (item.start - base + item.run_starts + item.run_bytes - 1) // leaf
         np.add.at(edges, first, 1)
         np.add.at(edges, last + 1, -1)
     return np.cumsum(edges[:-1]) > 0
 
 
-def place(unit: Unit, buffer: np.ndarray[Any, np.dtype[np.uint8]], base: int) -> None:
-    """Copy a unit's values out of a buffer that starts at file offset `base`."""
-    raw = RAW[unit.item_bytes]
-    view = unit.target[(*unit.part.slices(unit.origin), ...)]
-    first, starts = unit.start - base, unit.run_starts
+def place(item: ReadItem, buffer: np.ndarray[Any, np.dtype[np.uint8]], base: int) -> None:
+    """Copy an item's values out of a buffer that starts at file offset `base`."""
+    raw = RAW[item.item_bytes]
+    view = item.target[(*item.part.slices(item.origin), ...)]
+    first, starts = item.start - base, item.run_starts
     steps = np.diff(starts)
     if len(starts) == 1:
-        values = buffer[first : first + unit.run_bytes]
+        values = buffer[first : first + item.run_bytes]
     elif np.all(steps == steps[0]):
-        shape, strides = (len(starts), unit.run_bytes), (int(steps[0]), 1)
+        shape, strides = (len(starts), item.run_bytes), (int(steps[0]), 1)
         values = np.ascontiguousarray(np.lib.stride_tricks.as_strided(buffer[first:], shape, strides)).reshape(-1)
     else:
-        values = np.concatenate([buffer[first + at : first + at + unit.run_bytes] for at in starts.tolist()])
+        values = np.concatenate([buffer[first + at : first + at + item.run_bytes] for at in starts.tolist()])
     view[...] = values.view(raw).reshape(view.shape)

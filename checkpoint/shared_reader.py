@@ -20,7 +20,7 @@ import torch.distributed as dist
 from .errors import DamageError
 from .files import Files, RangeReader
 from .manifest import Manifest
-from .reader import BATCH_BYTES, Reader, Unit, needed_leaves
+from .reader import BATCH_BYTES, Reader, ReadItem, needed_leaves
 
 WINDOW_BYTES = 4 * BATCH_BYTES
 Leaves = np.ndarray[Any, np.dtype[np.bool_]]
@@ -35,11 +35,11 @@ class SharedReader(Reader):
         self.group = group
         self._fault: DamageError | None = None
 
-    def fetch(self, units: list[Unit]) -> Iterator[tuple[Unit, Bytes, int]]:
+    def fetch(self, items: list[ReadItem]) -> Iterator[tuple[ReadItem, Bytes, int]]:
         """See Reader. A rank that meets damage goes on serving the others, which learn of it, and raises at the end."""
-        units = sorted(units, key=lambda unit: (unit.file, unit.stop))
+        items = sorted(items, key=lambda item: (item.file, item.stop))
         everyone: list[Any] = [None] * self.group.size()
-        dist.all_gather_object(everyone, self._needs(units), group=self.group)
+        dist.all_gather_object(everyone, self._needs(items), group=self.group)
         at = 0
         for number in sorted({number for needs in everyone for number in needs}):
             size = self.manifest.files[number].bytes
@@ -51,29 +51,29 @@ class SharedReader(Reader):
             with contextlib.ExitStack() as stack:
                 reader = self._open(stack, self.manifest.files[number].name)
                 self._try(self._check_header, number, reader)
-                # The tail before the window keeps what units that end in it began with.
+                # The tail before the window keeps what items that end in it began with.
                 buffer = np.empty(min(BATCH_BYTES + WINDOW_BYTES, size + BATCH_BYTES), np.uint8)
                 for start in range(0, size, WINDOW_BYTES):
                     stop = min(start + WINDOW_BYTES, size)
                     buffer[:BATCH_BYTES] = buffer[WINDOW_BYTES : WINDOW_BYTES + BATCH_BYTES] if start else 0
                     self._exchange(number, reader, start, stop, needs, buffer[BATCH_BYTES:])
-                    while at < len(units) and units[at].file == number and units[at].stop <= stop:
-                        unit = units[at]
-                        self.traffic.wanted += len(unit.run_starts) * unit.run_bytes
+                    while at < len(items) and items[at].file == number and items[at].stop <= stop:
+                        item = items[at]
+                        self.traffic.wanted += len(item.run_starts) * item.run_bytes
                         if self._fault is None:
-                            yield unit, buffer, start - BATCH_BYTES
+                            yield item, buffer, start - BATCH_BYTES
                         at += 1
         if self._fault is not None:
             raise self._fault
 
-    def _needs(self, units: list[Unit]) -> dict[int, bytes]:
-        """For each file, which leaves this rank needs, packed. units: in the order of their files."""
-        size = {unit.file: self.manifest.files[unit.file].bytes for unit in units}
+    def _needs(self, items: list[ReadItem]) -> dict[int, bytes]:
+        """For each file, which leaves this rank needs, packed. items: in the order of their files."""
+        size = {item.file: self.manifest.files[item.file].bytes for item in items}
         return {
             number: zlib.compress(
                 np.packbits(needed_leaves(list(group), 0, size[number], self.manifest.leaf_bytes)).tobytes(), 1
             )
-            for number, group in itertools.groupby(units, key=lambda unit: unit.file)
+            for number, group in itertools.groupby(items, key=lambda item: item.file)
         }
 
     def _exchange(self, number: int, reader: Any, start: int, stop: int, needs: list[Leaves | None], window: Bytes) -> None:

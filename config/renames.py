@@ -7,6 +7,7 @@ from typing import Any
 
 MOVED = {
     "meshloom.models.llama.Llama": "meshloom.models.decoder.Decoder",
+    "meshloom.data.nodes.Shards": "meshloom.data.nodes.Tokenized",
     "meshloom.optim.adamw.": "meshloom.optim.optimizers.adamw.",
     "meshloom.optim.adagrad.": "meshloom.optim.optimizers.adagrad.",
     "meshloom.optim.agvm.": "meshloom.optim.optimizers.agvm.",

@@ -134,7 +134,7 @@ class HfConfig(CorpusConfig):
 class ShardsConfig(PackingConfig):
     """Token shards made by `meshloom data tokenize`."""
 
-    _target_: str = target("meshloom.data.nodes.Shards")
+    _target_: str = target("meshloom.data.nodes.Tokenized")
     name: str = option("shards")
     path: str | None = key(
         None, "output of `meshloom data tokenize`, or a single shard folder, which then is training data", Side.PLACEMENT

@@ -49,7 +49,7 @@ class Hf(Corpus):
         super().__init__(config, seed, source)
 
 
-class Shards(Packed):
+class Tokenized(Packed):
     """`data=shards`: tokens that were made before (`meshloom data tokenize`)."""
 
     def __init__(self, config: ShardsConfig, seed: int) -> None:

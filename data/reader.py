@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .shards import DOCUMENT_TYPE, TOKENIZER, FileEntry, Manifest, ShardError, digest_file
+from .shards import DOCUMENT_TYPE, TOKENIZER, FileEntry, ShardError, ShardManifest, digest_file
 
 
 def _check(folder: Path, entry: FileEntry, contents: bool) -> None:
@@ -35,7 +35,7 @@ class TokenShards:
 
     def __init__(self, folder: Path, verify: bool = False) -> None:
         self.folder = folder
-        self.manifest = Manifest.read(folder)
+        self.manifest = ShardManifest.read(folder)
         shards = self.manifest.shards
         entries = [entry for shard in shards for entry in (shard.tokens, shard.documents)]
         for entry in [*entries, *([self.manifest.tokenizer] if self.manifest.tokenizer else [])]:

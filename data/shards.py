@@ -59,7 +59,7 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class ShardManifest:
     """The content of `dataset.json`, apart from its fingerprint."""
 
     vocabulary: int
@@ -76,7 +76,7 @@ class Manifest:
         return xxhash.xxh3_128_hexdigest(json.dumps(asdict(self), sort_keys=True).encode())
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path) -> ShardManifest:
         """Parse `dataset.json`. Raises ShardError where it is missing, damaged or of another version."""
         path = folder / MANIFEST
         try:
@@ -223,12 +223,14 @@ class ShardWriter:
         self._shards.append(ShardEntry(tokens.close(), documents.close(), self._in_shard, len(self._ends_in_shard)))
         self._open, self._in_shard, self._ends_in_shard = None, 0, array("Q")
 
-    def commit(self) -> Manifest:
+    def commit(self) -> ShardManifest:
         """Force everything to disk and give the folder its name. Raises ValueError for a corpus without a token."""
         if not self.documents:
             raise ValueError(f"{self.folder}: no token to write; the corpus is empty")
         self._close_shard()
-        manifest = Manifest(self._vocabulary, self._dtype.name, self._end_of_document, self._tokenizer, tuple(self._shards))
+        manifest = ShardManifest(
+            self._vocabulary, self._dtype.name, self._end_of_document, self._tokenizer, tuple(self._shards)
+        )
         manifest.write(self._building)
         sync_folder(self._building)
         # On POSIX a rename onto a folder that has files fails, so a folder that another process made meanwhile stays whole.

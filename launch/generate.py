@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Arguments:
+class GenerateArguments:
     """The arguments of `meshloom generate`.
 
     checkpoint   a step-… folder, or a folder of them (the newest complete one is taken)
@@ -54,11 +54,11 @@ class Arguments:
 def main(argv: Sequence[str]) -> int:
     """Print the prompt with its continuation. Return 0, 2 for bad arguments, 1 for a checkpoint or data that can't be read."""
     if any(word in ("-h", "--help") for word in argv):
-        print(f"usage: meshloom generate checkpoint=<folder> [key=value …]\n\n{describe(Arguments)}\n")
-        print(inspect.getdoc(Arguments))
+        print(f"usage: meshloom generate checkpoint=<folder> [key=value …]\n\n{describe(GenerateArguments)}\n")
+        print(inspect.getdoc(GenerateArguments))
         return 0
     try:
-        arguments = parse(Arguments, argv)
+        arguments = parse(GenerateArguments, argv)
         problems = arguments.problems()
         if problems:
             raise ConfigError(problems)
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def continue_prompt(arguments: Arguments) -> str:
+def continue_prompt(arguments: GenerateArguments) -> str:
     """Return the prompt and its continuation.
 
     Raises ConfigError for a missing checkpoint or tokenizer, and CheckpointError for a damaged checkpoint.

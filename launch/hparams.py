@@ -24,7 +24,7 @@ from .arguments import describe, parse
 
 
 @dataclass
-class Arguments:
+class HparamsArguments:
     """The keys of the command line."""
 
     tokens: str
@@ -86,10 +86,12 @@ class Recommendation:
 def main(argv: Sequence[str]) -> int:
     """Print the recommendations. Return 0, or 2 for arguments that can't be read."""
     if any(word in ("-h", "--help") for word in argv):
-        print(f"usage: meshloom hparams recipe=llama_1b tokens=100B [key=value …]\n\nkeys:\n{describe(Arguments)}\n{NOTES}")
+        print(
+            f"usage: meshloom hparams recipe=llama_1b tokens=100B [key=value …]\n\nkeys:\n{describe(HparamsArguments)}\n{NOTES}"
+        )
         return 0
     try:
-        arguments = parse(Arguments, argv)
+        arguments = parse(HparamsArguments, argv)
         found = recommend(arguments)
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -98,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def recommend(arguments: Arguments) -> Recommendation:
+def recommend(arguments: HparamsArguments) -> Recommendation:
     """Evaluate every law. Raises ConfigError for an unknown recipe or model, or a missing length."""
     problems: list[Problem] = []
     tokens = _tokens(arguments.tokens, problems)
@@ -170,7 +172,7 @@ def recommend(arguments: Arguments) -> Recommendation:
     )
 
 
-def _base(arguments: Arguments, composer: Composer) -> list[str]:
+def _base(arguments: HparamsArguments, composer: Composer) -> list[str]:
     """Return the choices of recipe and model that precede the overrides. Raises ConfigError if neither is given."""
     recipe, model = arguments.recipe, arguments.model
     if recipe is None and model is None:
@@ -180,7 +182,7 @@ def _base(arguments: Arguments, composer: Composer) -> list[str]:
     return [f"recipe={recipe}", *([f"model={model}"] if model not in (None, recipe) else [])]
 
 
-def show(found: Recommendation, arguments: Arguments, console: Console) -> None:
+def show(found: Recommendation, arguments: HparamsArguments, console: Console) -> None:
     """Print the recommendation."""
     base = " ".join(found.base)
     console.print(

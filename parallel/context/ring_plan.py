@@ -54,7 +54,7 @@ class RingPlan:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _SequencePart:
     """The part of a sequence inside one part of a row: where it begins in the whole, and where it lies on the member."""
 
     sequence: int
@@ -124,23 +124,23 @@ def _own_lengths(ranges: Sequence[range], cu_seqlens: Sequence[int]) -> tuple[in
     return tuple(lengths)
 
 
-def _edge_pieces(ranges: Sequence[range], cu_seqlens: Sequence[int]) -> list[_Piece]:
+def _edge_pieces(ranges: Sequence[range], cu_seqlens: Sequence[int]) -> list[_SequencePart]:
     """Find the first and the last sequence of each part: the others lie wholly inside it and concern nobody else."""
-    pieces: list[_Piece] = []
+    pieces: list[_SequencePart] = []
     at = 0
     for positions in ranges:
         if positions:
             edges = {bisect_right(cu_seqlens, position) - 1 for position in (positions.start, positions.stop - 1)}
             for sequence in sorted(edges):
                 start, stop = max(positions.start, cu_seqlens[sequence]), min(positions.stop, cu_seqlens[sequence + 1])
-                pieces.append(_Piece(sequence, start, stop - start, at + start - positions.start))
+                pieces.append(_SequencePart(sequence, start, stop - start, at + start - positions.start))
         at += len(positions)
     return pieces
 
 
-def _blocks(queries: Sequence[_Piece], keys: Sequence[_Piece]) -> list[AttentionBlock]:
+def _blocks(queries: Sequence[_SequencePart], keys: Sequence[_SequencePart]) -> list[AttentionBlock]:
     """List what the queries' holder computes on the keys' holder's keys, in the order of the positions."""
-    of_sequence: dict[int, list[_Piece]] = {}
+    of_sequence: dict[int, list[_SequencePart]] = {}
     for key in keys:
         of_sequence.setdefault(key.sequence, []).append(key)
     blocks: list[AttentionBlock] = []

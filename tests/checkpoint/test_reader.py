@@ -20,7 +20,7 @@ from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError, DamageError
 from meshloom.checkpoint.files import LocalFiles
 from meshloom.checkpoint.folder import open_step
-from meshloom.checkpoint.reader import Reader, units_of
+from meshloom.checkpoint.reader import Reader, read_items
 from meshloom.checkpoint.restore import restore
 from meshloom.checkpoint.shared_reader import SharedReader, unpacked
 from meshloom.launch.checkpoint import main
@@ -160,8 +160,8 @@ def test_what_ranks_tell_each_other_of_their_needs_is_small(tmp_path: Path) -> N
     save(tmp_path, [[Fragment("w", "weight", (count,), Box.whole((count,)), torch.zeros(count))]], 1)
     manifest = open_step(files)
     reader = SharedReader(files, manifest, None)  # type: ignore[arg-type]
-    units = units_of(manifest.arrays["weight/w"], Box((5,), (count - 10,)), np.empty(count - 10, np.uint32))
-    needs = reader._needs(units)
+    items = read_items(manifest.arrays["weight/w"], Box((5,), (count - 10,)), np.empty(count - 10, np.uint32))
+    needs = reader._needs(items)
     assert len(needs[0]) < 200
     leaves = unpacked(needs[0], -(-manifest.files[0].bytes // 4096))
     assert leaves.sum() == 10240 and not leaves[0]

@@ -19,7 +19,7 @@ import torch
 from meshloom.checkpoint import snapshot as snapshot_module
 from meshloom.checkpoint.arena import Arena
 from meshloom.checkpoint.device import ALIGNMENT, SPARE_UNIT, Device, set_aside
-from meshloom.checkpoint.plan import FileLayout, declare, lay_out, make_plan
+from meshloom.checkpoint.plan import FileLayout, declare, lay_out, make_save_plan
 from meshloom.checkpoint.snapshot import Snapshot
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment
@@ -118,7 +118,7 @@ def tensors() -> list[torch.Tensor]:
 def held(values: list[torch.Tensor]) -> tuple[list[Fragment], FileLayout]:
     fragments = [Fragment(f"t{i}", "weight", tuple(t.shape), Box.whole(t.shape), t) for i, t in enumerate(values)]
     declared = declare(fragments)
-    return fragments, lay_out(declared, make_plan([declared]).pieces[0])
+    return fragments, lay_out(declared, make_save_plan([declared]).pieces[0])
 
 
 def filled(fragments: list[Fragment], layout: FileLayout) -> bytes:

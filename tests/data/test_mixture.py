@@ -156,7 +156,9 @@ def test_ready_shards_bring_their_tokenizer(files: dict[str, str], tmp_path: Pat
     for name, vocabulary in (("one", 270), ("two", 280)):
         done = command.main(["tokenize", f"input={files['few']}", f"output={tmp_path}/{name}", f"vocabulary={vocabulary}"])
         assert done == 0
-    shards = [{"_target_": "meshloom.data.nodes.Shards", "path": f"{tmp_path}/{name}", "seq_len": 1} for name in ("one", "two")]
+    shards = [
+        {"_target_": "meshloom.data.nodes.Tokenized", "path": f"{tmp_path}/{name}", "seq_len": 1} for name in ("one", "two")
+    ]
     mixed = mixed_sources({"a": shards[0], "b": node(files["many"])})
     mixed.prepare()
     assert mixed.vocabulary == 270

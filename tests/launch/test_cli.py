@@ -16,7 +16,7 @@ from meshloom.checkpoint.lock import FolderLock
 from meshloom.config.problems import ConfigError, Problem
 from meshloom.launch import cli, train
 from meshloom.launch.arguments import parse
-from meshloom.launch.generate import Arguments
+from meshloom.launch.generate import GenerateArguments
 from meshloom.launch.torchrun import PreparedAgent
 from meshloom.trainer.machine import RUN_LOCK
 from meshloom.trainer.resolve import ResolvedRun
@@ -277,10 +277,10 @@ def test_several_nodes_need_slurm_or_torchrun(capsys: pytest.CaptureFixture[str]
 
 
 def test_arguments_are_typed_and_all_mistakes_are_named() -> None:
-    arguments = parse(Arguments, ["checkpoint=a=b", "prompt=def [x] ", "tokens=3", "top_k=null", "temperature=0"])
-    assert arguments == Arguments(checkpoint="a=b", prompt="def [x] ", tokens=3, top_k=None, temperature=0.0)
+    arguments = parse(GenerateArguments, ["checkpoint=a=b", "prompt=def [x] ", "tokens=3", "top_k=null", "temperature=0"])
+    assert arguments == GenerateArguments(checkpoint="a=b", prompt="def [x] ", tokens=3, top_k=None, temperature=0.0)
     with pytest.raises(ConfigError) as caught:
-        parse(Arguments, ["tokns=3", "seed=x", "loose"])
+        parse(GenerateArguments, ["tokns=3", "seed=x", "loose"])
     assert [problem.key for problem in caught.value.problems] == ["tokns", "seed", "loose", "checkpoint"]
     assert "did you mean tokens?" in str(caught.value)
 

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from meshloom.data.config import ShardsConfig
-from meshloom.data.nodes import Shards
+from meshloom.data.nodes import Tokenized
 from meshloom.launch.cli import main as meshloom
 from meshloom.launch.data import main
 
@@ -42,7 +42,7 @@ def test_every_kind_gives_the_same_shards(
     code = meshloom(["data", "tokenize", *keys, "output=out/shards", "vocabulary=280", "validation=0.2", "shard_tokens=300"])
     said = capsys.readouterr().out.splitlines()
     assert code == 0 and len(said) == 2 and "vocabulary 280" in said[0] and " files" in said[0]
-    node = Shards(ShardsConfig(path="out/shards", seq_len=8), 1)
+    node = Tokenized(ShardsConfig(path="out/shards", seq_len=8), 1)
     assert node.problems() == []
     node.prepare()
     held = node.validation()
@@ -53,11 +53,11 @@ def test_every_kind_gives_the_same_shards(
     assert main(["verify", "path=out/shards"]) == 0
     assert capsys.readouterr().out.splitlines() == said
     assert main(["verify", "path=out/shards/train"]) == 0
-    single = Shards(ShardsConfig(path="out/shards/train", validation="out/shards/validation", seq_len=8), 1)
+    single = Tokenized(ShardsConfig(path="out/shards/train", validation="out/shards/validation", seq_len=8), 1)
     assert single.problems() == []
     single.prepare()
     assert single.fingerprint == node.fingerprint
-    alone = Shards(ShardsConfig(path="out/shards/train", seq_len=8), 1)
+    alone = Tokenized(ShardsConfig(path="out/shards/train", seq_len=8), 1)
     alone.prepare()
     assert alone.validation() is None
 

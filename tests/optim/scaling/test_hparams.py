@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from meshloom.launch.hparams import Arguments, main, recommend
+from meshloom.launch.hparams import HparamsArguments, main, recommend
 from meshloom.trainer.automatic import hidden_parameters, resolve_automatic
 from meshloom.trainer.validate import run_problems
 from support.configs import config_of
@@ -15,19 +15,21 @@ from support.configs import config_of
 
 def test_recommendations_for_llama_1b() -> None:
     """Llama 1B: 16 layers of 2·2048² (q, o) + 2·2048·512 (k, v) + 3·2048·8192 and two norms; and the final norm."""
-    found = recommend(Arguments(model="llama_1b", tokens="100B", seq_len=4096))
+    found = recommend(HparamsArguments(model="llama_1b", tokens="100B", seq_len=4096))
     assert found.hidden == 16 * (2 * 2048**2 + 2 * 2048 * 512 + 3 * 2048 * 8192 + 2 * 2048) + 2048
     assert found.parameters == found.hidden + 2 * 128_256 * 2048
     assert found.rows[0].value == f"{1.79 * found.hidden**-0.713 * 1e11**0.307:.3e}"
     assert found.rows[1].value == "1.108 M tokens\n272 sequences"  # 270.4 of 4,096, to the nearest multiple of 8
     assert found.mup.width == 8
     assert not found.rows[0].extrapolated
-    assert recommend(Arguments(model="llama_8b", tokens="1T")).rows[0].extrapolated == "N = 6.98 B, D = 1 T"
+    assert recommend(HparamsArguments(model="llama_8b", tokens="1T")).rows[0].extrapolated == "N = 6.98 B, D = 1 T"
 
 
 @pytest.mark.parametrize("name", ["step_overrides", "power_overrides"])
-@pytest.mark.parametrize("asked", [Arguments(recipe="llama_8b", tokens="200B"), Arguments(model="llama_tiny", tokens="2B")])
-def test_what_is_printed_runs_as_it_stands(name: str, asked: Arguments) -> None:
+@pytest.mark.parametrize(
+    "asked", [HparamsArguments(recipe="llama_8b", tokens="200B"), HparamsArguments(model="llama_tiny", tokens="2B")]
+)
+def test_what_is_printed_runs_as_it_stands(name: str, asked: HparamsArguments) -> None:
     found = recommend(asked)
     config = config_of(*found.base, *getattr(found, name))
     assert run_problems(config, world_size=1) == []
@@ -37,20 +39,23 @@ def test_what_is_printed_runs_as_it_stands(name: str, asked: Arguments) -> None:
 
 def test_overrides_sit_on_the_recipe_that_is_named() -> None:
     """Its precision, micro-batch and length of sequences are the run's, so they are what the numbers are meant for."""
-    found = recommend(Arguments(recipe="llama_3b", tokens="100B"))
+    found = recommend(HparamsArguments(recipe="llama_3b", tokens="100B"))
     assert found.base == ["recipe=llama_3b"]
     assert "precision=bf16 batch.micro=2" in found.setting
     assert "data.seq_len=8192" in found.step_overrides
-    assert recommend(Arguments(model="llama_3b", tokens="100B")).base == ["recipe=llama_3b"]
-    assert recommend(Arguments(model="llama_tiny", tokens="1B")).base == ["recipe=quickstart", "model=llama_tiny"]
-    assert recommend(Arguments(recipe="llama_1b", model="llama_3b", tokens="1B")).base == ["recipe=llama_1b", "model=llama_3b"]
+    assert recommend(HparamsArguments(model="llama_3b", tokens="100B")).base == ["recipe=llama_3b"]
+    assert recommend(HparamsArguments(model="llama_tiny", tokens="1B")).base == ["recipe=quickstart", "model=llama_tiny"]
+    assert recommend(HparamsArguments(recipe="llama_1b", model="llama_3b", tokens="1B")).base == [
+        "recipe=llama_1b",
+        "model=llama_3b",
+    ]
 
 
 def test_a_recipe_of_ones_own_is_built_on(tmp_path: Path) -> None:
     (tmp_path / "recipe").mkdir()
     own = "# @package _global_\ndefaults:\n  - /recipe/llama_1b\n  - _self_\nrecipe: mine\nbatch:\n  micro: 3\n"
     (tmp_path / "recipe" / "mine.yaml").write_text(own)
-    found = recommend(Arguments(recipe="mine", tokens="100B", config_dir=str(tmp_path)))
+    found = recommend(HparamsArguments(recipe="mine", tokens="100B", config_dir=str(tmp_path)))
     samples = next(int(word.partition("=")[2]) for word in found.step_overrides if word.startswith("batch.samples="))
     assert samples % 24 == 0
 
