@@ -1,30 +1,20 @@
-"""Questions about finished checkpoints: list them, inspect one, verify every bit, compare two."""
+"""Verify, summarize and prune finished checkpoints, without PyTorch."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from ..parallel.box import Box
 from .commit import open_target
-from .coverage import describe
 from .digest import block_digests, leaf_digests
-from .dtypes import as_tensor, same_bits
 from .errors import CheckpointError, DamageError
 from .files import Files, open_files
-from .folder import length_faults, load_manifest, open_manifest, open_step, step_folders, steps_newest_first
-from .manifest import MANIFEST, Manifest, StoredArray, entry_shape
-from .plan import cut_rows
-from .reader import Reader
+from .folder import length_faults, load_manifest, open_manifest, step_folders, steps_newest_first
+from .manifest import MANIFEST, Manifest, entry_shape
 from .takeover import SAVES
-
-# Host memory for one part of an array that is read, compared or exported.
-PART_BYTES = 64 * 2**20
 
 
 def verify(files: Files) -> Iterator[DamageError | int]:
@@ -86,59 +76,6 @@ def _verify_header(files: Files, manifest: Manifest, name: str) -> Iterator[Dama
     }
     if said != expected:
         yield DamageError(files.label(name), "its header and the manifest disagree")
-
-
-def parts(array: StoredArray, limit: int = PART_BYTES) -> list[Box]:
-    """Boxes of at most about `limit` bytes that make up an array, in row-major order."""
-    return cut_rows(Box.whole(array.shape), array.item_bytes, limit)
-
-
-def read_array(files: Files, manifest: Manifest, key: str) -> torch.Tensor:
-    """One whole array, checked."""
-    array = manifest.arrays[key]
-    return as_tensor(Reader(files, manifest).read([(array, Box.whole(array.shape))])[0], array.dtype)
-
-
-@dataclass
-class Difference:
-    """The difference of one array between two steps. `largest`: largest absolute difference of two values."""
-
-    key: str
-    what: str
-    elements: int = 0
-    largest: float = 0.0
-
-
-def diff(one: Files, other: Files) -> Iterator[Difference]:
-    """The arrays in which two steps differ, bit for bit. Host memory stays within a few parts of an array."""
-    first, second = open_step(one), open_step(other)
-    readers = Reader(one, first), Reader(other, second)
-    for key in sorted({*first.arrays, *second.arrays}):
-        a, b = first.arrays.get(key), second.arrays.get(key)
-        if a is None or b is None:
-            yield Difference(key, f"only in {(other if a is None else one).label()}")
-        elif (a.dtype, a.shape) != (b.dtype, b.shape):
-            yield Difference(key, f"{a.dtype}{list(a.shape)} became {b.dtype}{list(b.shape)}")
-        else:
-            found = Difference(key, "")
-            for box in parts(a):
-                x, y = (as_tensor(r.read([(v, box)])[0], v.dtype) for r, v in zip(readers, (a, b), strict=True))
-                _compare(found, x, y, box)
-            if found.elements:
-                yield found
-
-
-def _compare(found: Difference, x: torch.Tensor, y: torch.Tensor, box: Box) -> None:
-    unequal = same_bits(x) != same_bits(y)
-    count = int(unequal.sum())
-    if not count:
-        return
-    if not found.elements:
-        found.what = f"differs, first in {describe(box)}"
-    found.elements += count
-    if x.is_floating_point():
-        gap = (x[unequal].double() - y[unequal].double()).abs().nan_to_num(nan=float("inf"))
-        found.largest = max(found.largest, float(gap.max()))
 
 
 def prune(location: str | Path, keep: int) -> list[str]:

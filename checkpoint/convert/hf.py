@@ -17,13 +17,13 @@ import torch
 
 from ...models.config import DecoderConfig, decoder_config
 from ...models.families import FAMILIES, Family
+from ..compare import read_array
 from ..compose import Source, compose
 from ..dtypes import TORCH_DTYPES, bytes_of
 from ..errors import CheckpointError
 from ..files import Files
 from ..folder import open_step
 from ..manifest import ITEM_BYTES, Manifest
-from ..tools import read_array
 from .whole import write_whole
 
 SHARD_BYTES = 5 * 10**9

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from meshloom.checkpoint.checkpointer import Checkpointer
+from meshloom.checkpoint.compare import read_array
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.convert.hf import export
@@ -22,7 +23,6 @@ from meshloom.checkpoint.convert.pickles import load_mapped
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
-from meshloom.checkpoint.tools import read_array
 from meshloom.launch.checkpoint import main
 from meshloom.models.decoder import Decoder
 from meshloom.parallel.box import Box
