@@ -1,7 +1,8 @@
 """Compose a config from recipes and overrides with Hydra, and report all faulty overrides at once.
 
-Hydra stops at the first override that it can't take. `compose` finds all of them: it adds the overrides one by one, group
-choices first, and leaves out those that fail.
+Hydra stops at the first override that it can't take. `compose` finds all of them: misspelt choices of groups are found by
+their names, then each value is put into the config of the choices by itself. A composition takes Hydra a seventh of a second,
+so overrides are composed one by one only where that does not tell (`+key`, `~key`, sweeps, dictionaries, faulty recipe files).
 
 Only public parts of Hydra are used: `initialize_config_module`, the loader that it sets up, `hydra.searchpath` for a user's
 folder, and the parser of overrides.
@@ -30,6 +31,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 from xxhash import xxh3_64_hexdigest
 
 from .problems import ConfigError, Problem
@@ -37,6 +39,7 @@ from .renames import RENAMED_KEYS
 
 RECIPES_MODULE = "meshloom.recipes"
 RECIPES = f"pkg://{RECIPES_MODULE}"
+RECIPE_FOLDER = Path(__file__).parent.parent / "recipes"
 ROOT = "config"
 HYDRA_VERSION = "1.3"
 NAMED = ("model", "data", "optim", "schedule", "batch")  # groups whose options carry a name
@@ -107,9 +110,9 @@ class Composer:
     def compose(self, overrides: Sequence[str]) -> Composition:
         """Compose the config of these overrides. Raises ConfigError if the recipe itself can't be composed."""
         problems: list[Problem] = []
-        parsed = [*_parse(overrides, self._loader, problems)]
+        parsed = [*self._existing(_parse(overrides, self._loader, problems), problems)]
         try:
-            composition = Composition(self._load([override.input_line or "" for override in parsed]), problems)
+            composition = Composition(self._load(_lines(parsed)), problems)
         except FAULTS:
             composition = self._without_faults(parsed, problems)
         for key in drop_unknown(composition.config):  # "+key=…" lets Hydra add any
@@ -167,31 +170,64 @@ class Composer:
             del config["hydra"]
         return config
 
+    def _existing(self, overrides: Iterable[Override], problems: list[Problem]) -> Iterator[Override]:
+        """Yield the overrides. One that chooses an option that does not exist becomes a problem, and chooses the nearest.
+
+        So keys that depend on the choice are checked as meant.
+        """
+        for override in overrides:
+            group, value = override.key_or_group, override.value()
+            options = [] if not isinstance(value, str) or self._is_there(group, value) else self.options(group)
+            if not options or value in options:
+                yield override
+                continue
+            near = difflib.get_close_matches(str(value), options, 1)
+            hint = f"did you mean {group}={near[0]}? " if near else ""
+            problems.append(Problem(group, f"there is no '{value}'", f"{hint}There are: {', '.join(options)}"))
+            if near:
+                yield from OverridesParser.create().parse_overrides([f"{group}={near[0]}"])
+
     def _without_faults(self, overrides: Sequence[Override], problems: list[Problem]) -> Composition:
+        """Return the composition of the overrides that can be taken, with a problem for each of the others."""
         choices = [override for override in overrides if self._is_choice(override)]
+        values = [override for override in overrides if override not in choices]
+        if all(map(_is_plain, values)):
+            try:
+                config = self._load(_lines(choices))
+            except FAULTS:
+                return self._one_by_one([*choices, *values], problems)
+            for override in values:
+                try:
+                    OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+                except OmegaConfBaseException as error:
+                    problems.append(self._diagnose(override, error, config))
+            return Composition(config, problems)
+        return self._one_by_one([*choices, *values], problems)
+
+    def _one_by_one(self, overrides: Sequence[Override], problems: list[Problem]) -> Composition:
+        """Compose with one override more at a time, and leave out those that fail."""
         good: list[str] = []
         try:
             config = self._load(good)
         except FAULTS as error:
             raise ConfigError([*problems, Problem("recipes", *_reason(error))]) from error
-        for override in [*choices, *(override for override in overrides if override not in choices)]:
-            line = override.input_line or ""
+        for line, override in zip(_lines(overrides), overrides, strict=True):
             try:
                 config = self._load([*good, line])
                 good.append(line)
             except FAULTS as error:
-                problem, repaired = self._diagnose(override, error, config)
-                problems.append(problem)
-                if repaired is not None:  # so that keys that depend on this choice are checked as meant
-                    try:
-                        config = self._load([*good, repaired])
-                        good.append(repaired)
-                    except FAULTS:
-                        continue
+                problems.append(self._diagnose(override, error, config))
         return Composition(config, problems)
+
+    def _is_there(self, group: str, option: str) -> bool:
+        """Return whether nobody needs to ask Hydra for the options of a group, which takes its time."""
+        is_group = group in (*self._schemas, "recipe") or "/" in group
+        return not is_group or option.startswith("base_") or (RECIPE_FOLDER / group / f"{option}.yaml").is_file()
 
     def options(self, group: str) -> list[str]:
         """Return the options of a recipe group, without their schemas; none if there is no such group."""
+        if "." in group:  # a key inside a group
+            return []
         if group not in self._known_options:
             options = self._loader.get_group_options(group, config_name=ROOT, overrides=self._joined)
             self._known_options[group] = [name for name in options if not name.startswith("base_")]
@@ -200,33 +236,39 @@ class Composer:
     def _is_choice(self, override: Override) -> bool:
         return bool(self.options(override.key_or_group)) and isinstance(override.value(), str | None)
 
-    def _diagnose(self, override: Override, error: Exception, config: DictConfig) -> tuple[Problem, str | None]:
-        """Return the problem of an override that `config` (composed without it) could not take, and its likely repair."""
+    def _diagnose(self, override: Override, error: Exception, config: DictConfig) -> Problem:
+        """Return the problem of an override that `config`, composed without it, could not take."""
         key = override.get_key_element().lstrip("+~")
         if self._is_choice(override):
-            options, value = self.options(override.key_or_group), str(override.value())
-            if value in options:
-                return Problem(f"{key}={value}", *_reason(error)), None
-            near = difflib.get_close_matches(value, options, 1)
-            hint = f"did you mean {key}={near[0]}? " if near else ""
-            fix = f"{hint}There are: {', '.join(options)}"
-            return Problem(key, f"there is no '{value}'", fix), f"{key}={near[0]}" if near else None
+            return Problem(f"{key}={override.value()}", *_reason(error))
         current = OmegaConf.select(config, key, default=_ABSENT)
         if current is _ABSENT and not override.is_add():
-            return unknown_key(key, _keys(config)), None
+            return unknown_key(key, _keys(config))
         if override.is_sweep_override():
             fix = f"add -m to sweep over it, or write a list as {key}=[1,2] and a text as {key}='\"1,2\"'"
-            return Problem(key, f"'{override.input_line}' has several values", fix), None
+            return Problem(key, f"'{override.input_line}' has several values", fix)
         if override.is_delete():
-            return Problem(key, "can't be deleted", f"switch it off with {key}=null where it may be null"), None
+            return Problem(key, "can't be deleted", f"switch it off with {key}=null where it may be null")
         message, fix = _reason(error)
         whole = re.match(r"Value '(\d[\d.e+]*)' of type 'float' could not be converted to Integer", message)
         if whole and float(whole[1]).is_integer():
             fix = f"write a whole number in full: {key}={int(float(whole[1])):_}"
-        return Problem(key, message, fix or _current_value(key, current)), None
+        return Problem(key, message, fix or _current_value(key, current))
 
 
 _ABSENT = object()
+
+
+def _lines(overrides: Iterable[Override]) -> list[str]:
+    """Return overrides as they are written."""
+    return [override.input_line or "" for override in overrides]
+
+
+def _is_plain(override: Override) -> bool:
+    """Return whether an override gives an existing key one value, which is no dictionary."""
+    marked = override.is_add() or override.is_force_add() or override.is_delete() or override.is_hydra_override()
+    special = marked or override.is_sweep_override() or override.package is not None
+    return not special and not isinstance(override.value(), dict)
 
 
 def _names(kind: type) -> list[str]:
