@@ -218,9 +218,10 @@ def _unfit(overrides: Sequence[str], config_dir: str | None) -> list[Problem]:
 
     Data and machine are not checked: the run may use others.
     """
-    from ..trainer.resolve import resolve
+    from ..trainer.resolve import ResolveOptions, resolve
 
-    found = resolve(overrides, config_dir, processes=lambda _: 0, resumes=False, data_elsewhere=True).problems
+    options = ResolveOptions(lambda _: 0, resumes=False, data_elsewhere=True)
+    found = resolve(overrides, options, config_dir).problems
     return [problem for problem in found if problem.key.startswith(("schedule", "batch", "optim", "trainer", "model"))]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..config.problems import ConfigError, Problem
 from ..trainer.launching import planned_processes
-from ..trainer.resolve import ResolvedRun, resolve
+from ..trainer.resolve import ResolvedRun, ResolveOptions, resolve
 from .switches import BAD_CONFIG
 
 WIDTH = 120  # columns, where no terminal says
@@ -26,13 +26,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config-dir", help="folder of further recipes")
     arguments = parser.parse_intermixed_args(list(argv))
     try:
-        resolved = resolve(
-            arguments.overrides,
-            arguments.config_dir,
-            processes=lambda config: planned_processes(config.launch),
-            resumes=False,
-            data_elsewhere=True,
-        )
+        options = ResolveOptions(lambda config: planned_processes(config.launch), resumes=False, data_elsewhere=True)
+        resolved = resolve(arguments.overrides, options, arguments.config_dir)
         resolved.refuse()
         return show(resolved, arguments.draw_pipeline)
     except ConfigError as error:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ..config.precision import PRECISIONS
 from ..config.problems import ConfigError, Problem
 from ..models.config import CustomModel
-from ..models.costs import ACCUM_BYTES
 from ..models.protocol import Model, decoder_shape
 from ..optim.build import build_controller
 from ..optim.progress import Progress
@@ -23,7 +23,7 @@ from ..trainer.blanks import blank_notice
 from ..trainer.build import build_assigner, build_model, engine_settings, optimizer_factory
 from ..trainer.derived import build_horizon
 from ..trainer.launching import planned_processes
-from ..trainer.resolve import resolve
+from ..trainer.resolve import ResolveOptions, resolve
 from ..trainer.schema import RunConfig
 from ..trainer.validate import run_problems
 
@@ -60,9 +60,8 @@ def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
 
     Data that are not on this machine do not matter here: they become a note.
     """
-    resolved = resolve(
-        overrides, config_dir, processes=lambda config: planned_processes(config.launch), resumes=False, data_elsewhere=True
-    )
+    options = ResolveOptions(lambda config: planned_processes(config.launch), resumes=False, data_elsewhere=True)
+    resolved = resolve(overrides, options, config_dir)
     resolved.refuse()
     return plan_of(resolved.config, resolved.notices)
 
@@ -132,7 +131,7 @@ def _costs(
     The last are in bytes, wherever they lie. A pipeline offloads nothing; without one all ranks offload the same.
     """
     cost = layout_cost(model, parallel, layout, job, optimizer_factory(config.optim))
-    held = [rank.elements * ACCUM_BYTES[job.precision] + (rank.optimizer or 0) for rank in cost.ranks]
+    held = [rank.elements * PRECISIONS[job.precision].accum_bytes + (rank.optimizer or 0) for rank in cost.ranks]
     ranks, away = zip(*(engine_cost(rank, model, parallel, layout, job) for rank in cost.ranks), strict=True)
     return replace(cost, ranks=list(ranks)), away[0], held
 

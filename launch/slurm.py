@@ -13,7 +13,7 @@ from ..config.compose import quoted
 from ..config.problems import ConfigError, Problem
 from ..trainer.find_checkpoint import AUTO_FROM, resumes_own_run
 from ..trainer.launching import LaunchConfig
-from ..trainer.resolve import resolve
+from ..trainer.resolve import ResolveOptions, resolve
 from ..trainer.schema import RunConfig
 
 TEMPLATE = Path(__file__).with_name("slurm.sbatch")
@@ -39,13 +39,12 @@ def main(argv: Sequence[str]) -> int:
 
 def script(overrides: Sequence[str], config_dir: str | None = None) -> str:
     """Return the sbatch script of a run. Raises ConfigError with every problem of its config on launch.nodes full nodes."""
-    resolved = resolve(
-        overrides,
-        config_dir,
-        processes=lambda config: config.launch.nodes * config.launch.gpus_per_node,
+    options = ResolveOptions(
+        lambda config: config.launch.nodes * config.launch.gpus_per_node,
         resumes=False,
         more=lambda config: list(_job_problems(config.launch)),
     )
+    resolved = resolve(overrides, options, config_dir)
     resolved.refuse()
     return fill(TEMPLATE.read_text(), resolved.config, _command_line(overrides, config_dir, str(resolved.config.resume)))
 

@@ -16,8 +16,8 @@ from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, Composition
 from ..config.problems import ConfigError, Problem
 from ..trainer.launching import run_processes, under_torchrun, visible_gpus
 from ..trainer.machine import machine_problems
-from ..trainer.resolve import ResolvedRun, resolve, resolve_composed
-from ..trainer.schema import RunConfig, make_composer, register_schemas
+from ..trainer.resolve import ResolvedRun, ResolveOptions, resolve, resolve_composed
+from ..trainer.schema import make_composer, register_schemas
 from ..trainer.signals import INTERRUPTED, StopRequest, show_cursor
 from .rank import run_here
 from .switches import BAD_CONFIG, read_switches, refuse
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 __all__ = ["BAD_CONFIG", "main"]
+
+RESOLVING = ResolveOptions(lambda config: run_processes(config.launch), more=machine_problems)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,16 +91,12 @@ def _hydra(arguments: list[str], task: Any) -> None:
     hydra.main(version_base=HYDRA_VERSION, config_path=RECIPES, config_name=ROOT)(task)()
 
 
-def _processes(config: RunConfig) -> int:
-    return run_processes(config.launch)
-
-
 def _single(switches: argparse.Namespace, composer: Composer, composition: Composition) -> int:
     """Run once, here or under torchrun, whose agent imports modules while the run is checked."""
     several = _starts_several(composition)
     agent = PreparedAgent(with_share(several)) if several else None
     try:
-        resolved = resolve_composed(composer, composition, switches.overrides, processes=_processes, more=machine_problems)
+        resolved = resolve_composed(composer, composition, switches.overrides, RESOLVING)
         if resolved.problems:
             return refuse(ConfigError(resolved.problems))
         stop = StopRequest(_leave)
@@ -125,7 +123,7 @@ def _sweep(switches: argparse.Namespace, arguments: list[str]) -> int:
     composer = make_composer(switches.config_dir)
     problems: list[Problem] = []
     for job in composer.expand(switches.overrides):
-        resolved = resolve(job, switches.config_dir, processes=_processes, more=machine_problems)
+        resolved = resolve(job, RESOLVING, switches.config_dir)
         problems += [problem for problem in resolved.problems if problem not in problems]
     if problems:
         raise ConfigError(problems)
@@ -164,7 +162,7 @@ def _job(config: DictConfig, switches: argparse.Namespace, stop: StopRequest) ->
     words = task_overrides()
     config.output_dir = f"{config.output_dir}/sweep/{sweep_folder(switches.overrides, words)}"
     overrides = [*_without_folder(words), f"output_dir={quoted(str(config.output_dir))}"]
-    resolved = resolve(overrides, switches.config_dir, processes=_processes, more=machine_problems)
+    resolved = resolve(overrides, RESOLVING, switches.config_dir)
     if resolved.problems:
         return refuse(ConfigError(resolved.problems))
     return _run(resolved, overrides, switches.config_dir, stop, None)

@@ -8,15 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..config.precision import PRECISIONS
 from ..kernels.limits import LOSS_CHUNK
 from .config import DecoderConfig
 from .part_config import BlockConfig
-
-BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
-"""Bytes of an element that is computed with, by precision."""
-
-ACCUM_BYTES = {"bf16": 4, "fp32": 4, "fp64": 8}
-"""Bytes of an element that is updated or summed, by precision."""
 
 FLOPS_PER_BYTE = 165.0
 """FLOPs that an accelerator computes while it moves one byte (H200: 790 TFLOP/s measured, 4.8 TB/s), for lookups."""
@@ -27,7 +22,7 @@ class ForwardPass:
     """The conditions of a rank's forward pass of a micro-batch.
 
     tokens             positions of the micro-batch on the rank, all samples together, before tensor parallelism cuts them
-    precision          a key of BYTES
+    precision          one of PRECISIONS
     tp                 ranks that share each block
     sequence_parallel  whether these ranks also cut the residual stream along the sequence
     compiled           whether blocks are compiled
@@ -105,7 +100,7 @@ def block_bytes(block: BlockConfig, work: ForwardPass, policy: str) -> int:
     Selective checkpointing keeps the block's input, q, k, v, attention's output and its projection, and one of SwiGLU's two
     factors.
     """
-    unit, accum = BYTES[work.precision], ACCUM_BYTES[work.precision]
+    unit, accum = PRECISIONS[work.precision].bytes, PRECISIONS[work.precision].accum_bytes
     attention, dim, ffn = block.attention, block.attention.dim, block.ffn.ffn_dim / work.tp
     stream = dim / work.stream_cut
     kv_width = max(attention.kv_heads, work.tp) * attention.head_dim  # with fewer heads than ranks, every rank has one
@@ -128,7 +123,7 @@ def loss_bytes(config: DecoderConfig, work: ForwardPass) -> int:
 
     They are the hidden states and their gradient, the head's gradient, and a chunk of logits.
     """
-    unit, accum = BYTES[work.precision], ACCUM_BYTES[work.precision]
+    unit, accum = PRECISIONS[work.precision].bytes, PRECISIONS[work.precision].accum_bytes
     rows = -(-config.known_vocabulary // work.tp)
     states = work.tokens * config.dim * unit * 3
     # The head's gradient is accumulated in `accum` while a chunk's logits exist, and cast after they are freed.

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
+from ..config.precision import PRECISIONS
 from ..data.assignment import Share
 from ..data.batch import MicroBatch
 from ..kernels.attention_blocks import Kernel
@@ -20,9 +21,6 @@ from .gradient_noise import Measure, Moments
 
 OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]
 """Builds the run's optimizer over the parameters as a rank holds them."""
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-"""What the forward and backward pass may be computed in, by the name of the config's `precision`."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class EngineSettings:
     @property
     def compute(self) -> torch.dtype:
         """Dtype of the forward and backward pass."""
-        return PRECISIONS[self.precision]
+        return cast(torch.dtype, getattr(torch, PRECISIONS[self.precision].dtype))
 
     @property
     def storage(self) -> torch.dtype:

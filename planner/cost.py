@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..config.precision import PRECISIONS
 from ..models.config import DecoderConfig
 from ..models.costs import (
-    ACCUM_BYTES,
-    BYTES,
     block_bytes,
     embedding_flops,
     flops_per_token,
@@ -119,7 +118,7 @@ def _rank_cost(
     timeline: Timeline | None,
     make: OptimizerFactory,
 ) -> RankCost:
-    unit, exact = BYTES[job.precision], ACCUM_BYTES[job.precision]
+    unit, exact = PRECISIONS[job.precision].bytes, PRECISIONS[job.precision].accum_bytes
     mine = plan.held_by(rank)
     last = plan.count - 1
     held = [piece for stage in mine for piece in pieces(stages[stage], layout)]
@@ -211,8 +210,8 @@ def _parcels(held: Sequence[WeightShard], model: Model, parallel: ParallelConfig
         apart = piece.group.startswith("layers.") or (piece.group == "embed" and not decoder_shape(model).tied)
         group = piece.group if apart else "the rest"
         groups[group] = groups.get(group, 0) + piece.padded * layout.weight_ranks
-    unit, largest = BYTES[job.precision], max(groups.values())
+    unit, largest = PRECISIONS[job.precision].bytes, max(groups.values())
     if not uses_fsdp(parallel, layout):
-        return 2 * largest * (unit if job.micro_batches == 1 else ACCUM_BYTES[job.precision])
+        return 2 * largest * (unit if job.micro_batches == 1 else PRECISIONS[job.precision].accum_bytes)
     exchanges = job.precision == "bf16" and layout.zero >= 2 and parallel.pp == 1
     return (4 if exchanges else 2) * largest * unit

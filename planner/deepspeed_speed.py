@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..models.costs import ACCUM_BYTES, BYTES
+from ..config.precision import PRECISIONS
 from ..parallel.config import ParallelConfig
 from ..parallel.deepspeed.config import as_dict
 from ..parallel.layout import Layout
@@ -28,7 +28,8 @@ def deepspeed_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, jo
             the GPU is not counted)
     1, 2    new weights are gathered once
     """
-    unit, exact, ranks, many = BYTES[job.precision], ACCUM_BYTES[job.precision], layout.world_size, job.micro_batches
+    precision, ranks, many = PRECISIONS[job.precision], layout.world_size, job.micro_batches
+    unit, exact = precision.bytes, precision.accum_bytes
     own, whole = rank.elements, rank.elements * layout.weight_ranks
     away = (ranks - 1) / ranks
     summed = 2 * exact * whole * away

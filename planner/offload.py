@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..models.costs import ACCUM_BYTES
+from ..config.precision import PRECISIONS
 from .cost import RankCost
 from .memory import Job, WeightShard
 
@@ -34,7 +34,7 @@ def torch_offload_cost(rank: RankCost, pieces: Sequence[WeightShard], zero: int,
     fetches the fp32 shards for each forward and backward pass under ZeRO-3, for each step below; a gradient goes back where
     it is reduced: with every micro-batch under ZeRO-2 and 3, once a step below. Under ZeRO-2 and 3 the host adds up.
     """
-    exact = ACCUM_BYTES[job.precision]
+    exact = PRECISIONS[job.precision].accum_bytes
     locked = sum(pinned(piece.padded * exact) for piece in pieces)
     away = OffloadAccount(
         host=2 * locked + (rank.optimizer or 0),

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..models.costs import ACCUM_BYTES, BYTES, block_bytes
+from ..config.precision import PRECISIONS
+from ..models.costs import block_bytes
 from ..models.protocol import Model, decoder_shape
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import Layout, uses_fsdp
@@ -113,7 +114,7 @@ def torch_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: J
     FSDP2           shards are cast, gathered into one buffer and copied out of it; gradients are widened as they are copied
                     in. ZeRO-2 does the first once and the second M times, ZeRO-3 2 M and M times, a pipeline once each
     """
-    unit, exact = BYTES[job.precision], ACCUM_BYTES[job.precision]
+    unit, exact = PRECISIONS[job.precision].bytes, PRECISIONS[job.precision].accum_bytes
     ways, ranks = layout.weight_ranks, layout.gradient_ranks
     copies = ranks // ways
     many = job.micro_batches

@@ -45,44 +45,37 @@ class ResolvedRun:
             raise ConfigError(self.problems)
 
 
-def resolve(
-    overrides: Sequence[str],
-    config_dir: str | None = None,
-    *,
-    processes: Callable[[RunConfig], int],
-    resumes: bool = True,
-    data_elsewhere: bool = False,
-    more: Callable[[RunConfig], Sequence[Problem]] = lambda _: (),
-) -> ResolvedRun:
-    """Return the run that a command line describes. Raises ConfigError if no config can be composed.
+@dataclass(frozen=True)
+class ResolveOptions:
+    """What a command asks of `resolve`.
 
     processes       config → number of the run's processes; 0: not known
     resumes         whether to resume from the checkpoint that `resume` names; a plan, for example, ignores it
     data_elsewhere  report problems of the data's files as notices only: they may lie on another machine
     more            config → further problems, of the machine for example
     """
+
+    processes: Callable[[RunConfig], int]
+    resumes: bool = True
+    data_elsewhere: bool = False
+    more: Callable[[RunConfig], Sequence[Problem]] = lambda _: ()
+
+
+def resolve(overrides: Sequence[str], options: ResolveOptions, config_dir: str | None = None) -> ResolvedRun:
+    """Return the run that a command line describes. Raises ConfigError if no config can be composed."""
     composer = make_composer(config_dir)
-    composition = composer.compose(overrides)
-    options: dict[str, Any] = {"processes": processes, "resumes": resumes, "data_elsewhere": data_elsewhere, "more": more}
-    return resolve_composed(composer, composition, overrides, **options)
+    return resolve_composed(composer, composer.compose(overrides), overrides, options)
 
 
 def resolve_composed(
-    composer: Composer,
-    composition: Composition,
-    overrides: Sequence[str],
-    *,
-    processes: Callable[[RunConfig], int],
-    resumes: bool = True,
-    data_elsewhere: bool = False,
-    more: Callable[[RunConfig], Sequence[Problem]] = lambda _: (),
+    composer: Composer, composition: Composition, overrides: Sequence[str], options: ResolveOptions
 ) -> ResolvedRun:
     """Return the run of a composed command line: see `resolve`."""
     expand_home(composition.config)
     checkpoint: Path | str | None = None
     notices: list[str] = []
     refused: list[Problem] = []
-    if resumes:
+    if options.resumes:
         try:
             checkpoint, state = _read_checkpoint(composition.config)
             if state is not None:
@@ -91,10 +84,10 @@ def resolve_composed(
             refused = error.problems
     config, untyped = typed_config(composition.config)
     known = [*composition.problems, *refused, *untyped]
-    world_size = processes(config)
+    world_size = options.processes(config)
     elsewhere: list[Problem] = []
-    found = run_problems(config, world_size, known, elsewhere=elsewhere if data_elsewhere else None)
-    found += [problem for problem in more(config) if problem not in found]
+    found = run_problems(config, world_size, known, elsewhere=elsewhere if options.data_elsewhere else None)
+    found += [problem for problem in options.more(config) if problem not in found]
     return ResolvedRun(config, checkpoint, world_size, tuple(found), (*composition.notices, *notices, *map(str, elsewhere)))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..checkpoint.config import CheckpointConfig
 from ..config.keys import MISSING, Key, Side, key, keys_of
+from ..config.precision import PRECISIONS
 from ..config.problems import Problem
 from ..data import config as data
 from ..models import config as models
@@ -24,7 +25,6 @@ from .launching import LaunchConfig
 if TYPE_CHECKING:
     from ..config.compose import Composer
 
-PRECISIONS = ("fp32", "bf16", "fp64")
 OPTIONS: dict[str, tuple[type, ...]] = {
     "model": models.OPTIONS,
     "data": data.OPTIONS,

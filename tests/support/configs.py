@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from meshloom.trainer.resolve import ResolvedRun, resolve_composed
+from meshloom.trainer.resolve import ResolvedRun, ResolveOptions, resolve_composed
 from meshloom.trainer.schema import RunConfig, make_composer
 from meshloom.trainer.typed import typed_config
 from meshloom.trainer.validate import run_problems
@@ -30,4 +30,4 @@ def resolve_words(base: list[str], overrides: list[str], world_size: int = 1) ->
     composer = make_composer()
     composition = composer.compose([*base, *overrides])
     assert not composition.problems, composition.problems
-    return resolve_composed(composer, composition, overrides, processes=lambda _: world_size)
+    return resolve_composed(composer, composition, overrides, ResolveOptions(lambda _: world_size))
