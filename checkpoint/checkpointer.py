@@ -12,7 +12,6 @@ from typing import Any
 
 from ..config.problems import ConfigError, Problem
 from ..parallel.fragment import Fragment
-from .arena import ArenaPool
 from .commit import LocalTarget, open_target
 from .config import CheckpointConfig
 from .control import Control
@@ -23,9 +22,10 @@ from .manifest import state_fault
 from .memory.tier import MemoryTier, Predecessors
 from .planner import FREE, Planner
 from .report import SaveReport
-from .save import Order, Save
+from .save import EarlierSaves, Save
+from .save_context import SaveContext
 from .snapshot import Snapshot
-from .toolbox import Tools
+from .staging import StagingPool
 from .writing.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -56,19 +56,19 @@ class Checkpointer:
         self._asynchronous = config.mode == "async"
         self._target = open_target(folder, control.rank == 0)
         try:
-            self._tools = self._with_tools()
+            self._context = self._save_context()
         except BaseException:
             self._target.close()  # or the next try would be told of another run
             raise
         self._saves: list[Save] = []
         self._leaving: list[Save] = []  # whose threads may still be at something, reported or not
         self._unlearned: list[Snapshot] = []
-        self._order = Order()
+        self._order = EarlierSaves()
         self._last_report: SaveReport | None = None
         self._newest = ""  # outcome of the last save that holds anything
         self._failures = 0
 
-    def _with_tools(self) -> Tools:
+    def _save_context(self) -> SaveContext:
         config, control = self.config, self.control
         limit = None if config.host_memory_gib is None else int(config.host_memory_gib * 2**30)
         in_memory = config.memory_every is not None
@@ -77,8 +77,8 @@ class Checkpointer:
             raise ConfigError([Problem("checkpoint.memory_every", "needs a mounted folder to find the keepers by", "use null")])
         on_disk = config.snapshot_folder is not None
         count = 3 if in_memory else 1 if on_disk else 2
-        pool = ArenaPool(limit, count, least=2 if in_memory else 1, folder=config.snapshot_folder)
-        return Tools(
+        pool = StagingPool(limit, count, least=2 if in_memory else 1, folder=config.snapshot_folder)
+        return SaveContext(
             target=self._target,
             pool=pool,
             writer=Writer(),
@@ -104,15 +104,15 @@ class Checkpointer:
         held = list(fragments)
         self._meet_device(held)
         talk = self.control.begin("prepare", self.config.timeout, "checkpoint.timeout")
-        planner = self._tools.planner
+        planner = self._context.planner
         try:
             planner.vote(talk, held, FREE)
             if self.control.rank == 0:
-                talk.announce("decision", json.dumps(planner.decide(talk)[1]).encode())
-            if json.loads(talk.hear("decision")):
+                talk.broadcast("decision", json.dumps(planner.decide(talk)[1]).encode())
+            if json.loads(talk.receive("decision")):
                 planner.adopt(talk)
             if planner.layout.bytes:
-                self._tools.pool.reserve(planner.layout.bytes)
+                self._context.pool.reserve(planner.layout.bytes)
         except BaseException as error:
             talk.abort(str(error))
             planner.forget()
@@ -149,12 +149,12 @@ class Checkpointer:
             raise CheckpointError(fault)
         self._meet_device(held)
         self._learn()
-        memory = self._tools.memory is not None
+        memory = self._context.memory is not None
         assert not hold or self._asynchronous, "in mode sync nothing is left to do when this returns"
         assert disk or memory, "a save that goes nowhere: checkpoint.memory_every is not set"
-        self._tools.rounds = [talk for talk in self._tools.rounds if not talk.forget()]
+        self._context.rounds = [talk for talk in self._context.rounds if not talk.forget()]
         talk = self.control.begin("save", self.config.timeout, "checkpoint.timeout")
-        self._tools.rounds.append(talk)
+        self._context.rounds.append(talk)
         save = Save(step, held, state, disk=disk, memory=memory, required=required, talk=talk, after=self._order)
         if not hold:
             save.confirm()
@@ -162,14 +162,14 @@ class Checkpointer:
         self._leaving = [*(other for other in self._leaving if not other.leave(0)), save]
         self._unlearned.append(save.snapshot)
         before = self._order
-        self._order = Order(save, save if disk else before.disk, save if memory else before.memory)
+        self._order = EarlierSaves(save, save if disk else before.disk, save if memory else before.memory)
         try:
             if self._asynchronous:
-                thread = threading.Thread(target=save.run, args=(self._tools,), name=f"checkpoint-{step}", daemon=True)
+                thread = threading.Thread(target=save.run, args=(self._context,), name=f"checkpoint-{step}", daemon=True)
                 thread.start()
                 save.thread = thread
             else:
-                save.run(self._tools)
+                save.run(self._context)
         except Exception as error:  # no thread was to be had
             save.cancel(error)
         except BaseException as error:  # of an interruption the caller shall hear; others come after a save that has its end
@@ -241,10 +241,10 @@ class Checkpointer:
         self._leaving = []
         for save in self._saves:
             self._note(save.report)
-        if self._tools.memory is not None:
-            self._tools.memory.close(keep=self._newest != "committed")
-        self._tools.writer.close()
-        self._tools.pool.close()
+        if self._context.memory is not None:
+            self._context.memory.close(keep=self._newest != "committed")
+        self._context.writer.close()
+        self._context.pool.close()
         self._target.close()
 
     def _give_up_held(self) -> None:
@@ -254,17 +254,17 @@ class Checkpointer:
     def _meet_device(self, held: list[Fragment]) -> None:
         """The first time that tensors are on a GPU: streams for the copies, and pinned memory to copy to."""
         device = next((fragment.tensor.device for fragment in held if fragment.tensor.is_cuda), None)
-        if device is not None and self._tools.device is None:
+        if device is not None and self._context.device is None:
             most = self.config.device_memory_gib
-            self._tools.device = Device(device, None if most is None else int(most * 2**30))
-            self._tools.pool.pin = True
+            self._context.device = Device(device, None if most is None else int(most * 2**30))
+            self._context.pool.pin = True
 
     def _learn(self) -> None:
         """Let the GPU's spare memory follow what the last saves cost, as far as that is known by now."""
         for snapshot in [snapshot for snapshot in self._unlearned if snapshot.settled]:
             self._unlearned.remove(snapshot)
-            if self._tools.device is not None:
-                self._tools.device.learn(snapshot.device_stall(), snapshot.bytes_per_second, snapshot.bytes)
+            if self._context.device is not None:
+                self._context.device.learn(snapshot.device_stall(), snapshot.bytes_per_second, snapshot.bytes)
 
     def _wait_for_update(self) -> float:
         newest = self._order.any

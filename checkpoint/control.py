@@ -58,25 +58,25 @@ class Round:
         self._prefix = f"checkpoint/{name}"
         self._written: list[str] = []
 
-    def post(self, topic: str, payload: bytes = b"") -> None:
-        """Leave this rank's message on a topic."""
+    def send(self, topic: str, payload: bytes = b"") -> None:
+        """Send this rank's message on a topic to the coordinator."""
         self._set(f"{topic}/{self.control.rank}", payload)
         counter = f"{self._prefix}/{topic}/count"
         if self.control.store.add(counter, 1) == self.control.world_size:
             self._written.append(counter)
             self._set(f"{topic}/all", b"")
 
-    def collect(self, topic: str) -> list[bytes]:
-        """Every rank's message on a topic, in rank order, as soon as all have posted. For the coordinator."""
+    def gather(self, topic: str) -> list[bytes]:
+        """Gather the messages of all ranks on a topic, in rank order. Called by the coordinator; waits until all have sent."""
         self._wait(f"{topic}/all", topic)
         return [self.control.store.get(f"{self._prefix}/{topic}/{rank}") for rank in range(self.control.world_size)]
 
-    def announce(self, topic: str, payload: bytes) -> None:
-        """The coordinator's word to all."""
+    def broadcast(self, topic: str, payload: bytes) -> None:
+        """Broadcast the coordinator's message on a topic to all ranks."""
         self._set(topic, payload)
 
-    def hear(self, topic: str) -> bytes:
-        """Wait for the coordinator's word."""
+    def receive(self, topic: str) -> bytes:
+        """Wait for the coordinator's message on a topic."""
         self._wait(topic, topic)
         return self.control.store.get(f"{self._prefix}/{topic}")
 
@@ -87,10 +87,10 @@ class Round:
 
     def leave(self) -> None:
         """Say that this rank will read nothing more of this round."""
-        self.post("left")
+        self.send("left")
 
     def forget(self) -> bool:
-        """Delete what this rank wrote, if all ranks have left; whether they have. The last to do so leaves nothing."""
+        """Delete what this rank wrote if all ranks have left; return whether they have. The last one leaves nothing."""
         store, last, forgotten = self.control.store, f"{self._prefix}/left/all", f"{self._prefix}/forgotten"
         if not store.check([last]):
             return False
@@ -122,7 +122,7 @@ class Round:
             pause = min(pause * 1.5, POLL_LONGEST)
 
     def _absent(self, topic: str) -> str:
-        """Name the ranks that have not posted, for the message of a time-out."""
+        """Name the ranks that have sent nothing, for the message of a time-out."""
         ranks = range(self.control.world_size)
         absent = [rank for rank in ranks if not self.control.store.check([f"{self._prefix}/{topic}/{rank}"])]
         if not absent or len(absent) == self.control.world_size:

@@ -43,7 +43,7 @@ class Planner:
     def vote(self, talk: Round, fragments: Sequence[Fragment], note: bytes) -> None:
         """Tell the coordinator what this rank holds, and what is in the way of another snapshot of it."""
         mine = self._declare(fragments)
-        talk.post(
+        talk.send(
             "vote", mine.encode() + self._plan.encode() + note + (pack(self._declarations) if mine != self._told else b"")
         )
         self._told = mine
@@ -53,7 +53,7 @@ class Planner:
 
         Raises CheckpointError when the ranks' boxes contradict each other or leave a hole.
         """
-        votes = talk.collect("vote")
+        votes = talk.gather("vote")
         notes = [vote[64:65] for vote in votes]
         for rank, vote in enumerate(votes):
             if len(vote) > 65:
@@ -69,7 +69,7 @@ class Planner:
             self._made = wanted
         for rank, layout in enumerate(self.layouts):
             rows = [[placed.source, placed.box.offsets, placed.box.shape, placed.panels] for placed in layout.placed]
-            talk.announce(f"pieces/{rank}", json.dumps({"plan": wanted, "pieces": rows}, separators=(",", ":")).encode())
+            talk.broadcast(f"pieces/{rank}", json.dumps({"plan": wanted, "pieces": rows}, separators=(",", ":")).encode())
         return notes, True
 
     def _make(self, declared: list[tuple[Declaration, ...]]) -> None:
@@ -81,7 +81,7 @@ class Planner:
 
     def adopt(self, talk: Round) -> None:
         """Take over this rank's share of a new plan."""
-        given: dict[str, Any] = json.loads(talk.hear(f"pieces/{talk.control.rank}"))
+        given: dict[str, Any] = json.loads(talk.receive(f"pieces/{talk.control.rank}"))
         pieces = [
             Piece(source, Box(tuple(offsets), tuple(shape)), panels) for source, offsets, shape, panels in given["pieces"]
         ]

@@ -166,11 +166,11 @@ def _candidates(location: str | Path, talk: Round) -> list[str]:
     """
     if talk.control.rank == 0:
         try:
-            talk.announce("candidates", json.dumps(_found_in(location)).encode())
+            talk.broadcast("candidates", json.dumps(_found_in(location)).encode())
         except BaseException as error:
             talk.abort(f"looking for checkpoints in {location} failed: {type(error).__name__}: {error}")
             raise
-    return json.loads(talk.hear("candidates"))
+    return json.loads(talk.receive("candidates"))
 
 
 def _found_in(location: str | Path) -> list[str]:
@@ -246,10 +246,10 @@ def _read(match: _Match, files: Files, group: ProcessGroup | None) -> tuple[_Pre
 
 def _all_matched(talk: Round, attempt: int, mine: bool) -> bool:
     """Agree whether every rank has come as far as reading, which they then do together."""
-    talk.post(f"matched/{attempt}", b"1" if mine else b"0")
+    talk.send(f"matched/{attempt}", b"1" if mine else b"0")
     if talk.control.rank == 0:
-        talk.announce(f"all-matched/{attempt}", b"1" if all(a == b"1" for a in talk.collect(f"matched/{attempt}")) else b"0")
-    return talk.hear(f"all-matched/{attempt}") == b"1"
+        talk.broadcast(f"all-matched/{attempt}", b"1" if all(a == b"1" for a in talk.gather(f"matched/{attempt}")) else b"0")
+    return talk.receive(f"all-matched/{attempt}") == b"1"
 
 
 def _refuse_misfits(files: Files, manifest: Manifest, fragments: Sequence[Fragment], report: RestoreReport) -> None:
@@ -266,9 +266,9 @@ def _agree(talk: Round, attempt: int, answer: dict[str, Any], strict: bool) -> d
     """One verdict for all ranks: {"unused": …} to go on, {"damaged": …} to try an older step, {"refused": …} to stop."""
     rank_0 = talk.control.rank == 0
     stored: list[str] = answer.pop("stored", [])
-    talk.post(f"prepared/{attempt}", json.dumps(answer).encode())
+    talk.send(f"prepared/{attempt}", json.dumps(answer).encode())
     if rank_0:
-        answers: list[dict[str, Any]] = [json.loads(text) for text in talk.collect(f"prepared/{attempt}")]
+        answers: list[dict[str, Any]] = [json.loads(text) for text in talk.gather(f"prepared/{attempt}")]
         unused = sorted(set(stored).difference(*(given.get("used", ()) for given in answers)))
         verdict: dict[str, Any] = {"unused": unused}
         if strict and unused:
@@ -279,8 +279,8 @@ def _agree(talk: Round, attempt: int, answer: dict[str, Any], strict: bool) -> d
             }
         for kind in ("damaged", "refused"):
             verdict = next(({kind: given[kind]} for given in answers if kind in given), verdict)
-        talk.announce(f"verdict/{attempt}", json.dumps(verdict).encode())
-    return json.loads(talk.hear(f"verdict/{attempt}"))
+        talk.broadcast(f"verdict/{attempt}", json.dumps(verdict).encode())
+    return json.loads(talk.receive(f"verdict/{attempt}"))
 
 
 def _some(items: list[str]) -> str:

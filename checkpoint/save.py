@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from ..parallel.fragment import Fragment
-from .arena import Arena
 from .commit import file_names, new_token
 from .control import Round
 from .errors import CheckpointError
@@ -25,15 +24,16 @@ from .manifest import Manifest, StoredArray, StoredFile
 from .plan import FileLayout
 from .planner import DISK_BUSY, FREE, NO_MEMORY
 from .report import SaveReport
+from .save_context import SaveContext
 from .snapshot import Snapshot
-from .toolbox import Tools
+from .staging import StagingBuffer
 from .writing.writer import Request
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Order:
+class EarlierSaves:
     """The saves that a save comes after: of any kind, to the disk, and into memory."""
 
     any: Save | None = None
@@ -54,9 +54,9 @@ class Order:
             yield save
             save = save.after.memory
 
-    def unended(self) -> Order:
+    def unended(self) -> EarlierSaves:
         """Return the predecessors that have not ended yet, for saves that follow one which has."""
-        return Order(
+        return EarlierSaves(
             disk=next((save for save in self.to_disk() if not save.ended), None),
             memory=next((save for save in self.into_memory() if not save.ended), None),
         )
@@ -67,8 +67,8 @@ class Save:
 
     1. vote      every rank says whether its fragments are those of the plan in force, and whether it has memory
     2. decision  the coordinator (rank 0) says: skip, go on with the plan, or here is a new one; to the disk, into memory
-    3. stage     copy into the arena — the only part during which the tensors must not change
-    4. keep      (into memory) give the arena to the keeper; complete when every rank's keeper has it and its parity
+    3. stage     copy into the staging buffer — the only part during which the tensors must not change
+    4. keep      (into memory) give the staging buffer to the keeper; complete when every rank's keeper has it and its parity
     5. write     (to the disk) the rank's file and its digests, durable; it follows the copy
     6. report    every rank's digests to the coordinator, which commits what the plan has proved, and announces the verdict
 
@@ -85,7 +85,7 @@ class Save:
         memory: bool,
         required: bool,
         talk: Round,
-        after: Order,
+        after: EarlierSaves,
     ) -> None:
         self.step = step
         self.state = state
@@ -105,7 +105,7 @@ class Save:
         self._ended = threading.Event()
         self._left = threading.Event()
         self._claim = threading.Lock()  # whoever gets it runs the save, or says that nobody does
-        self._arena: Arena | None = None
+        self._buffer: StagingBuffer | None = None
         self._writing = False
         self._token = ""
         self._layouts: list[FileLayout] = []  # of all ranks, and the arrays: this save's, whatever later saves plan
@@ -143,7 +143,7 @@ class Save:
             self._end()
             self._left.set()
 
-    def run(self, tools: Tools) -> None:
+    def run(self, context: SaveContext) -> None:
         """Do it. The report says what happened; only what interrupts the caller (KeyboardInterrupt) is raised again."""
         if not self._claim.acquire(blocking=False):
             return
@@ -152,26 +152,26 @@ class Save:
         try:
             if self.after.any is not None:
                 self.after.any._staged.wait()
-            if tools.device is not None:
-                torch.cuda.set_device(tools.device.device)  # a thread begins on device 0, whichever its process uses
-            self._run(tools)
+            if context.device is not None:
+                torch.cuda.set_device(context.device.device)  # a thread begins on device 0, whichever its process uses
+            self._run(context)
         except BaseException as error:
             self._fail(error)
             if not isinstance(error, Exception) and self._writing:
-                tools.writer.abandon()  # whoever interrupts does not want to wait for a disk
-            self._give_up(tools)
+                context.writer.abandon()  # whoever interrupts does not want to wait for a disk
+            self._give_up(context)
             if not isinstance(error, Exception):
                 raise
         finally:
-            if self._arena is not None:
-                tools.pool.take_back(self._arena)
-                self._arena = None
-            report.host_memory_bytes = tools.pool.bytes
+            if self._buffer is not None:
+                context.pool.take_back(self._buffer)
+                self._buffer = None
+            report.host_memory_bytes = context.pool.bytes
             report.total_seconds = time.perf_counter() - start
             self._end()
             try:
                 if self.talk.control.rank == 0:
-                    self._tidy(tools)
+                    self._tidy(context)
             finally:
                 with contextlib.suppress(Exception):  # the store may be gone
                     self.talk.leave()
@@ -188,55 +188,55 @@ class Save:
         self._written.set()
         self._ended.set()
 
-    def _run(self, tools: Tools) -> None:
+    def _run(self, context: SaveContext) -> None:
         report, talk = self.report, self.talk
-        decision = self._agree(tools)
+        decision = self._agree(context)
         if "skip" in decision:
             report.outcome, report.reason = "skipped", decision["skip"]
             return
         self._token = decision["token"]
         if decision["new"]:
-            tools.planner.adopt(talk)
+            context.planner.adopt(talk)
         self.disk, report.reason = decision["disk"], decision["reason"]
         if decision["unkept"]:
             self.memory = False
             self._not_kept(decision["unkept"])
         if not self.disk and not self.memory:
             return
-        layout = tools.planner.layout  # this save's, whatever later saves plan
-        request = self._stage(tools, layout)
+        layout = context.planner.layout  # this save's, whatever later saves plan
+        request = self._stage(context, layout)
         self._confirmed.wait()
         if self._doubt:
             raise CheckpointError(self._doubt)
         if self.memory:
-            self._keep(tools, layout, json.loads(talk.hear(f"place/{talk.control.rank}")))
+            self._keep(context, layout, json.loads(talk.receive(f"place/{talk.control.rank}")))
         self._kept.set()
         if self.disk:
-            self._write(tools, request)
+            self._write(context, request)
 
-    def _agree(self, tools: Tools) -> dict[str, Any]:
+    def _agree(self, context: SaveContext) -> dict[str, Any]:
         """Stages 1 and 2. Returns the decision: {"skip": why}, or what to do."""
-        planner, talk = tools.planner, self.talk
+        planner, talk = context.planner, self.talk
         size = planner.layout.bytes
         reach("vote.before")
         note = FREE
         if not self.required:
             if self.memory and self.disk and not self._writer_is_free():
                 note = DISK_BUSY
-            if size > 0 and not tools.pool.has_room(size):
+            if size > 0 and not context.pool.has_room(size):
                 note = NO_MEMORY
-        if tools.memory is not None and self.memory:
-            tools.memory.introduce(talk)
+        if context.memory is not None and self.memory:
+            context.memory.introduce(talk)
         planner.vote(talk, self.snapshot.fragments, note)
         if talk.control.rank == 0:
-            talk.announce("decision", json.dumps(self._decide(tools)).encode())
-        return json.loads(talk.hear("decision"))
+            talk.broadcast("decision", json.dumps(self._decide(context)).encode())
+        return json.loads(talk.receive("decision"))
 
-    def _decide(self, tools: Tools) -> dict[str, Any]:
-        planner = tools.planner
+    def _decide(self, context: SaveContext) -> dict[str, Any]:
+        planner = context.planner
         notes, new = planner.decide(self.talk)
         disk, reason, unkept = self.disk, "", ""
-        taken = f"{tools.pool.bytes / 2**30:.2f} GiB of snapshots in use on rank 0"
+        taken = f"{context.pool.bytes / 2**30:.2f} GiB of snapshots in use on rank 0"
         if NO_MEMORY in notes:
             slow = "disk or the keepers are" if self.memory else "disk is"
             return {"skip": f"the {slow} slower than the schedule: rank {notes.index(NO_MEMORY)} has no memory free, {taken}"}
@@ -244,77 +244,77 @@ class Save:
             reason = f"the disk is slower than the schedule: rank {notes.index(DISK_BUSY)} is still at an earlier save, {taken}"
             disk = False
         self._layouts, self._arrays, self._arrays_text = planner.layouts, planner.arrays, planner.arrays_text
-        self._identity, self._commit = tools.target.run, tools.target.next_commit()  # in memory and on the disk the same
+        self._identity, self._commit = context.target.run, context.target.next_commit()  # in memory and on the disk the same
         token = new_token()
         if disk:
-            tools.target.begin(self.step, token)
+            context.target.begin(self.step, token)
         self._token = token
-        if tools.predecessors is not None and tools.memory is None:
-            tools.predecessors.find(set())
-        if tools.memory is not None and self.memory:
-            assert tools.predecessors is not None
+        if context.predecessors is not None and context.memory is None:
+            context.predecessors.find(set())
+        if context.memory is not None and self.memory:
+            assert context.predecessors is not None
             sizes = [layout.bytes for layout in self._layouts]
-            places, unkept = tools.memory.arrange(self.talk, sizes, tools.predecessors)
+            places, unkept = context.memory.arrange(self.talk, sizes, context.predecessors)
             for rank, place in enumerate(places):
-                self.talk.announce(f"place/{rank}", json.dumps(place).encode())
+                self.talk.broadcast(f"place/{rank}", json.dumps(place).encode())
         reach("decision.before")
         return {"token": token, "new": new, "disk": disk, "reason": reason, "unkept": unkept}
 
-    def _stage(self, tools: Tools, layout: FileLayout) -> Request | None:
+    def _stage(self, context: SaveContext, layout: FileLayout) -> Request | None:
         """Stage 3. The writer, if it is free, begins at once and follows the copy; returns its request."""
         if not layout.bytes and not self.memory:
             self._mark_staged()
             return None
-        arena = self._arena = tools.pool.lend(layout.bytes, tools.config.timeout)
-        arena.watermark.set(0)
+        buffer = self._buffer = context.pool.lend(layout.bytes, context.config.timeout)
+        buffer.watermark.set(0)
         request = None
         if self.disk and layout.bytes:
-            name, leaves = tools.target.data_names(self.talk.control.rank, self._token)
-            request = Request(arena, layout.bytes, tools.target.place(self.step, self._token), name, leaves)
+            name, leaves = context.target.data_names(self.talk.control.rank, self._token)
+            request = Request(buffer, layout.bytes, context.target.place(self.step, self._token), name, leaves)
         follow = request is not None and self._writer_is_free()
         if follow and request is not None:
             self._writing = True
-            tools.writer.begin(request)
+            context.writer.begin(request)
         if layout.bytes:
-            self.snapshot.copy(arena, layout, tools.device)
+            self.snapshot.copy(buffer, layout, context.device)
         self.report.staging_seconds = self.snapshot.seconds
         self._mark_staged()
         if request is not None and not follow:
             for earlier in self.after.to_disk():
                 earlier._written.wait()
             self._writing = True
-            tools.writer.begin(request)
+            context.writer.begin(request)
         return request
 
     def _writer_is_free(self) -> bool:
         return all(earlier._written.is_set() for earlier in self.after.to_disk())
 
-    def _keep(self, tools: Tools, layout: FileLayout, place: dict[str, Any]) -> None:
+    def _keep(self, context: SaveContext, layout: FileLayout, place: dict[str, Any]) -> None:
         """Stage 4. A failure here is reported and costs nothing but this version."""
-        assert tools.memory is not None and self._arena is not None
+        assert context.memory is not None and self._buffer is not None
         talk = self.talk
         start = time.perf_counter()
         for earlier in self.after.into_memory():
             earlier._kept.wait()
         try:
-            blocks = tools.memory.hold(self._arena, layout.bytes, self._token, self.step, place)
+            blocks = context.memory.hold(self._buffer, layout.bytes, self._token, self.step, place)
             name, leaves = file_names(talk.control.rank)
             message: dict[str, Any] = {"name": name, "bytes": layout.bytes, "leaves": leaves, "blocks": blocks}
         except CheckpointError as error:
             message = {"error": str(error)}
         reach("keep.posted.before")
-        talk.post("kept", json.dumps(message).encode())
+        talk.send("kept", json.dumps(message).encode())
         if talk.control.rank == 0:
-            messages: list[dict[str, Any]] = [json.loads(text) for text in talk.collect("kept")]
+            messages: list[dict[str, Any]] = [json.loads(text) for text in talk.gather("kept")]
             fault = next((m["error"] for m in messages if "error" in m), None)
             text = b"" if fault else zlib.compress(self._manifest(messages).encode(self._arrays_text), 1)
-            talk.announce("kept-verdict", json.dumps({"error": fault}).encode() + b"\n" + text)
-        verdict, _, manifest = talk.hear("kept-verdict").partition(b"\n")
+            talk.broadcast("kept-verdict", json.dumps({"error": fault}).encode() + b"\n" + text)
+        verdict, _, manifest = talk.receive("kept-verdict").partition(b"\n")
         fault = json.loads(verdict)["error"]
         if fault is None:
             reach("keep.complete.before")
             try:
-                tools.memory.complete(self._arena, self._token, manifest)
+                context.memory.complete(self._buffer, self._token, manifest)
             except CheckpointError as error:  # the others keep it, with what makes this rank's part again
                 fault = str(error)
             reach("keep.complete.after")
@@ -323,7 +323,7 @@ class Save:
         else:
             self._not_kept(fault)
             with contextlib.suppress(CheckpointError):
-                tools.memory.drop(self._token)
+                context.memory.drop(self._token)
         self.report.keeping_seconds = time.perf_counter() - start
 
     def _not_kept(self, fault: str) -> None:
@@ -331,12 +331,12 @@ class Save:
         self.report.reason = f"not kept in memory: {fault}"
         self.report.outcome = "unkept"  # and, if it goes to the disk, what comes of that
 
-    def _write(self, tools: Tools, request: Request | None) -> None:
+    def _write(self, context: SaveContext, request: Request | None) -> None:
         """Stages 5 and 6."""
         report, talk = self.report, self.talk
         message: dict[str, Any] = {}
         if request is not None:
-            written = tools.writer.end(tools.config.timeout)
+            written = context.writer.end(context.config.timeout)
             self._writing = False
             report.hashing_seconds, report.writing_seconds = written.hashing, written.writing
             report.bytes, report.direct = written.bytes, written.direct
@@ -346,12 +346,12 @@ class Save:
         self._written.set()
         written_at = time.perf_counter()
         reach("report.before")
-        talk.post("report", json.dumps(message).encode())
+        talk.send("report", json.dumps(message).encode())
         if talk.control.rank == 0:
-            manifest = self._manifest([json.loads(text) for text in talk.collect("report")])
-            tools.target.commit(manifest, manifest.encode(self._arrays_text), self._token)
-            talk.announce("verdict", json.dumps({"bytes": manifest.bytes}).encode())
-        report.total_bytes = json.loads(talk.hear("verdict"))["bytes"]
+            manifest = self._manifest([json.loads(text) for text in talk.gather("report")])
+            context.target.commit(manifest, manifest.encode(self._arrays_text), self._token)
+            talk.broadcast("verdict", json.dumps({"bytes": manifest.bytes}).encode())
+        report.total_bytes = json.loads(talk.receive("verdict"))["bytes"]
         report.commit_seconds = time.perf_counter() - written_at
         report.outcome = "committed"
 
@@ -369,14 +369,14 @@ class Save:
                 files.append(StoredFile(message["name"], message["bytes"], message["leaves"], message["blocks"]))
         return Manifest(self.step, len(messages), self.state, files, self._arrays, run=self._identity, commit=self._commit)
 
-    def _tidy(self, tools: Tools) -> None:
+    def _tidy(self, context: SaveContext) -> None:
         """Delete what earlier saves and runs have left, once this one is safe. A failure here never undoes the save."""
         try:
-            with tools.tidying:
+            with context.tidying:
                 if self.report.outcome == "committed":
-                    tools.target.prune(tools.config.keep)
-                if self.report.outcome in ("committed", "kept") and tools.predecessors is not None:
-                    tools.predecessors.dismiss()
+                    context.target.prune(context.config.keep)
+                if self.report.outcome in ("committed", "kept") and context.predecessors is not None:
+                    context.predecessors.dismiss()
         except Exception as error:  # also those that libraries of object stores have of their own
             log.warning("old checkpoints could not be deleted: %s: %s", type(error).__name__, error)
 
@@ -387,16 +387,16 @@ class Save:
         except Exception as error:  # the store is gone: the others' time-outs have to do
             log.warning("the other ranks could not be told: %s", error)
 
-    def _give_up(self, tools: Tools) -> None:
+    def _give_up(self, context: SaveContext) -> None:
         """Tell the others, forget the plan (they may not have got it), stop the writer and delete what was written."""
         self._tell()
-        if self._writing and tools.writer.busy and self._arena is not None:
-            self._arena.watermark.abandon()
+        if self._writing and context.writer.busy and self._buffer is not None:
+            self._buffer.watermark.abandon()
             with contextlib.suppress(Exception):  # whatever it was: this save has failed already
-                tools.writer.end(tools.config.timeout)
-        tools.planner.forget()
+                context.writer.end(context.config.timeout)
+        context.planner.forget()
         if self.talk.control.rank == 0 and self._token:
             try:
-                tools.target.discard(self.step, self._token)
+                context.target.discard(self.step, self._token)
             except Exception as error:
                 log.warning("what is left of step %d could not be deleted: %s: %s", self.step, type(error).__name__, error)

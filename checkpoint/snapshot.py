@@ -1,4 +1,4 @@
-"""Snapshot: copy live tensors into an arena while training goes on, until the optimizer is about to change them."""
+"""Snapshot: copy live tensors into a staging buffer while training goes on, until the optimizer is about to change them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from ..parallel.fragment import Fragment
-from .arena import Arena
 from .device import Device, set_aside
 from .dtypes import in_panels, same_bits
 from .errors import CheckpointError
 from .faults import reach
 from .plan import Copy, FileLayout
+from .staging import StagingBuffer
 
 # Copied by one call, after which the writer may have it.
 BATCH_BYTES = 16 * 2**20
@@ -25,7 +25,7 @@ STAGES_BEFORE = 4  # the vote, the decision, a new plan, memory
 
 
 class Snapshot:
-    """One copy of a rank's pieces into an arena.
+    """One copy of a rank's pieces into a staging buffer.
 
     On a GPU the copies run on streams of their own, after the work that was queued when the save began; the trainer's
     stream waits, on the device and just before the update, until they have left the tensors: for the host, or for the
@@ -46,21 +46,21 @@ class Snapshot:
             self._begun = torch.cuda.Event()
             self._begun.record(torch.cuda.current_stream(self._device))
 
-    def copy(self, arena: Arena, layout: FileLayout, device: Device | None) -> None:
-        """Fill the arena and return when it is full; its watermark follows. Called from the save's thread, once."""
+    def copy(self, buffer: StagingBuffer, layout: FileLayout, device: Device | None) -> None:
+        """Fill the staging buffer and return when it is full; its watermark follows. Called from the save's thread, once."""
         reach("stage.before")
-        targets = arena.views(layout)
+        targets = buffer.views(layout)
         if self._device is None:
             start = time.perf_counter()
             for low, high in _batches(layout.copies):
                 _copy_on_host(targets[low:high], self._sources(layout.copies[low:high]))
-                arena.watermark.set(layout.copies[high - 1].stop)
+                buffer.watermark.set(layout.copies[high - 1].stop)
             self.seconds = time.perf_counter() - start
         else:
             assert device is not None and self._begun is not None
             device.make_room()
             try:
-                self.seconds = self._copy_from(device, arena, layout.copies, targets, self._begun)
+                self.seconds = self._copy_from(device, buffer, layout.copies, targets, self._begun)
             except BaseException:
                 for stream in device.streams:  # what is queued must not read tensors, or fill memory, that are others' by then
                     stream.synchronize()
@@ -70,7 +70,12 @@ class Snapshot:
         self.release()
 
     def _copy_from(
-        self, device: Device, arena: Arena, copies: Sequence[Copy], targets: list[torch.Tensor], begun: torch.cuda.Event
+        self,
+        device: Device,
+        buffer: StagingBuffer,
+        copies: Sequence[Copy],
+        targets: list[torch.Tensor],
+        begun: torch.cuda.Event,
     ) -> float:
         """The copies of the file's first part go straight to the host, those of the rest through spare memory.
 
@@ -105,7 +110,7 @@ class Snapshot:
         ended = [_mark(stream, timed=True) for stream in device.streams]
         for high, event in done:
             event.synchronize()
-            arena.watermark.set(copies[high - 1].stop)
+            buffer.watermark.set(copies[high - 1].stop)
         for event in ended:
             event.synchronize()
         return max(started.elapsed_time(event) for event in ended) / 1000

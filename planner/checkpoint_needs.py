@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checkpoint.arena import rounded
 from ..checkpoint.config import CheckpointConfig
+from ..checkpoint.staging import rounded
 from ..parallel.layout import Layout
 from .tables import gib
 

@@ -12,8 +12,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from ..arena import Arena
 from ..errors import CheckpointError
+from ..staging import StagingBuffer
 from ..writing.handover import Giver
 from .wire import Address, Connection, receive_line, send
 
@@ -63,15 +63,17 @@ class Keeper:
         """Return whether the process runs and answers."""
         return not self._stuck and self._process.poll() is None
 
-    def hold(self, arena: Arena, size: int, version: str, step: int, group: list[dict[str, Any]], block: int) -> dict[str, Any]:
-        """Keep the first `size` bytes of an arena; returns the blocks' digests once the group has its parity.
+    def hold(
+        self, buffer: StagingBuffer, size: int, version: str, step: int, group: list[dict[str, Any]], block: int
+    ) -> dict[str, Any]:
+        """Keep the first `size` bytes of a staging buffer; returns the blocks' digests once the group has its parity.
 
         group: the addresses of its members, this keeper among them; block: length of a parity block.
         """
         about = {"size": size, "version": version, "step": step, "group": group, "block": block, "timeout": self._timeout}
         with self._conversation():
             try:
-                self._giver.send({"do": "hold", **about}, arena)
+                self._giver.send({"do": "hold", **about}, buffer)
             except OSError as error:
                 raise CheckpointError(f"the keeper process is gone: {error}") from error
             return self._reply()

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from ..arena import Arena, ArenaPool
 from ..commit import file_names
 from ..control import Round
 from ..digest import DIGEST_BYTES, LEAF_BYTES
 from ..errors import CheckpointError, DamageError
 from ..files import Files, RangeReader
 from ..manifest import MANIFEST, Manifest
+from ..staging import StagingBuffer, StagingPool
 from .keeper import Keeper, dismiss, registered
 from .parity import block_bytes, make_groups, span_of
 from .wire import Address, Connection
@@ -37,16 +37,16 @@ ASK_SECONDS = 5.0
 
 
 class MemoryTier:
-    """This rank's part in keeping snapshots: its keeper, and the arena that the keeper holds."""
+    """This rank's part in keeping snapshots: its keeper, and the staging buffer that the keeper holds."""
 
-    def __init__(self, folder: Path, rank: int, group: int, pool: ArenaPool, timeout: float) -> None:
+    def __init__(self, folder: Path, rank: int, group: int, pool: StagingPool, timeout: float) -> None:
         self._folder = folder
         self._timeout = timeout
         self._rank = rank
         self._group = group
         self._pool = pool
         self._keeper: Keeper | None = None
-        self._held: Arena | None = None
+        self._held: StagingBuffer | None = None
 
     def introduce(self, talk: Round) -> None:
         """Tell the coordinator where this rank's keeper is and what fails together with it, or why there is none."""
@@ -61,14 +61,14 @@ class MemoryTier:
             message = {"address": self._keeper.address.as_dict(), "domain": domain}
         except (CheckpointError, OSError) as error:
             message = {"error": str(error)}
-        talk.post("keeper", json.dumps(message).encode())
+        talk.send("keeper", json.dumps(message).encode())
 
     def arrange(self, talk: Round, sizes: list[int], left: Predecessors) -> tuple[list[dict[str, Any]], str]:
         """The coordinator's part: for each rank its group's addresses and the length of a parity block.
 
         And, where some rank has no keeper, why: then the others' are of no use.
         """
-        known: list[dict[str, Any]] = [json.loads(text) for text in talk.collect("keeper")]
+        known: list[dict[str, Any]] = [json.loads(text) for text in talk.gather("keeper")]
         left.find({Address(**entry["address"]) for entry in known if "address" in entry})
         fault = next((entry["error"] for entry in known if "error" in entry), "")
         if fault:
@@ -80,19 +80,19 @@ class MemoryTier:
                 arranged[rank] = {"group": [known[member]["address"] for member in group], "block": block}
         return arranged, ""
 
-    def hold(self, arena: Arena, size: int, version: str, step: int, place: dict[str, Any]) -> list[str]:
+    def hold(self, buffer: StagingBuffer, size: int, version: str, step: int, place: dict[str, Any]) -> list[str]:
         """Give a snapshot to the keeper; returns the digests of its blocks."""
         assert self._keeper is not None
-        return self._keeper.hold(arena, size, version, step, place["group"], place["block"])["blocks"]
+        return self._keeper.hold(buffer, size, version, step, place["group"], place["block"])["blocks"]
 
-    def complete(self, arena: Arena, version: str, manifest: bytes) -> None:
-        """All ranks hold this version: the arena of the one before is free again."""
+    def complete(self, buffer: StagingBuffer, version: str, manifest: bytes) -> None:
+        """All ranks hold this version: the staging buffer of the one before is free again."""
         assert self._keeper is not None
         self._keeper.complete(version, manifest)
-        self._pool.share(arena)
+        self._pool.share(buffer)
         if self._held is not None:
             self._pool.take_back(self._held)
-        self._held = arena
+        self._held = buffer
 
     def drop(self, version: str) -> None:
         """Not all ranks hold this version."""
@@ -249,14 +249,14 @@ def open_recovery(text: str, folder: Path, talk: Round, attempt: int) -> MemoryF
         message: dict[str, Any] = {"made": made}
     except (CheckpointError, OSError) as error:
         message = {"error": str(error)}
-    talk.post(f"made/{attempt}", json.dumps(message).encode())
+    talk.send(f"made/{attempt}", json.dumps(message).encode())
     if control.rank == 0:
-        messages: list[dict[str, Any]] = [json.loads(answer) for answer in talk.collect(f"made/{attempt}")]
+        messages: list[dict[str, Any]] = [json.loads(answer) for answer in talk.gather(f"made/{attempt}")]
         verdict = next((m for m in messages if "error" in m), None)
         if verdict is None:
             verdict = {"made": {slot: entry for m in messages for slot, entry in m["made"].items()}}
-        talk.announce(f"all-made/{attempt}", json.dumps(verdict).encode())
-    verdict = json.loads(talk.hear(f"all-made/{attempt}"))
+        talk.broadcast(f"all-made/{attempt}", json.dumps(verdict).encode())
+    verdict = json.loads(talk.receive(f"all-made/{attempt}"))
     if "error" in verdict:
         raise DamageError(f"memory of step {recovery.step}", verdict["error"])
     extra = {int(slot): (Address(**address), size) for slot, (address, size) in verdict["made"].items()}
@@ -271,8 +271,8 @@ def _make_again(recovery: Recovery, slot: int, group: dict[str, Any], folder: Pa
     manifest = json.loads(_manifest_of(recovery))
     name = file_names(slot)[0]
     size = next((int(file["bytes"]) for file in manifest["files"] if file["name"] == name), 0)
-    arena = Arena(size, pin=False)
-    image = arena.image(size)
+    buffer = StagingBuffer(size, pin=False)
+    image = buffer.image(size)
     links: dict[int, Connection] = {}
     try:
         for member in members:
@@ -296,14 +296,14 @@ def _make_again(recovery: Recovery, slot: int, group: dict[str, Any], folder: Pa
             image[low:high] = value.data[: high - low]
         keeper = Keeper(folder, slot, timeout)
         try:
-            keeper.hold(arena, size, recovery.version, recovery.step, [keeper.address.as_dict()], 0)
+            keeper.hold(buffer, size, recovery.version, recovery.step, [keeper.address.as_dict()], 0)
         finally:
             keeper.leave()
     finally:
         for link in links.values():
             link.close()
         image.release()
-        arena.close()  # the keeper has mapped it
+        buffer.close()  # the keeper has mapped it
     return keeper.address, size
 
 

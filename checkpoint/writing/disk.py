@@ -132,7 +132,7 @@ def _open(path: Path) -> tuple[int, bool]:
 
 
 def _extend(image: memoryview, padded: int) -> memoryview:
-    """The same memory up to the next page boundary. The arena behind an image always ends on one."""
+    """The same memory up to the next page boundary. The staging buffer behind an image always ends on one."""
     whole = memoryview(image.obj).cast("B") if isinstance(image.obj, mmap.mmap) else None
     if whole is None or len(whole) < padded:
         copy = mmap.mmap(-1, max(padded, PAGE))

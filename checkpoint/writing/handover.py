@@ -17,7 +17,7 @@ LINE_BYTES = 1 << 20
 
 
 class SharedMemory(Protocol):
-    """The part of an arena that other processes need."""
+    """The part of a staging buffer that other processes need."""
 
     descriptor: int
     size: int

@@ -25,7 +25,7 @@ EXIT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Request:
-    """Make files `name` and `leaves` in `folder` (a path or URL) out of the first `size` bytes of an arena."""
+    """Make files `name` and `leaves` in `folder` (a path or URL) out of the first `size` bytes of a staging buffer."""
 
     memory: SharedMemory
     size: int
@@ -40,7 +40,7 @@ class Request:
 
 
 class Writer:
-    """Makes files out of arenas, one after the other, in a process of its own.
+    """Makes files out of staging buffers, one after the other, in a process of its own.
 
     So neither the interpreter lock nor a crash of the trainer is in the way, and one that is stuck can be ended.
     """
@@ -65,7 +65,7 @@ class Writer:
         self._giver = Giver(here)
 
     def begin(self, request: Request) -> None:
-        """Start; the writing follows the arena's watermark. Every `begin` needs an `end`."""
+        """Start; the writing follows the staging buffer's watermark. Every `begin` needs an `end`."""
         if self._process is None or self._process.poll() is not None:
             self._start()
         assert self._giver is not None and self._request is None, "one after the other"
@@ -86,7 +86,7 @@ class Writer:
         except CheckpointError:
             self._kill()  # and not waited for: a stuck disk may hold it for as long as it likes
             raise
-        self._request = None  # and with it the arena: one that is closed must not stay mapped in the process either
+        self._request = None  # and with it the staging buffer: one that is closed must not stay mapped in the process either
         if not answer:
             code = process.wait()
             link.close()

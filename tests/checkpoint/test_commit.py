@@ -169,11 +169,11 @@ def test_full_disk_aborts_the_save_on_all_ranks_not_training(tmp_path: Path) -> 
 
     def together_again(control: Control) -> None:
         talk = control.begin("test", 20)
-        talk.post("here")
+        talk.send("here")
         if control.rank == 0:
-            talk.collect("here")
-            talk.announce("go", b"")
-        talk.hear("go")
+            talk.gather("here")
+            talk.broadcast("go", b"")
+        talk.receive("go")
 
     assert together(2, body) == [["committed", "failed", "committed"]] * 2
     assert steps_newest_first(open_files(tmp_path)) == ["step-00000003", "step-00000001"]

@@ -30,7 +30,7 @@ def test_a_snapshot_is_not_torn_by_the_update_that_follows(tmp_path: Path, mode:
     work = torch.randn(4096, 4096, device=device)
     checkpointer = Checkpointer(tmp_path, Control.alone(), CheckpointConfig(mode=mode, keep=0))
     checkpointer.prepare(held(tensors))
-    gpu = checkpointer._tools.device
+    gpu = checkpointer._context.device
     assert gpu is not None
     gpu.learn(late, 1e9, 10**9)
     outcomes: list[str] = []

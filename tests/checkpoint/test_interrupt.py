@@ -78,7 +78,7 @@ def interrupted(*_: Any) -> Any:
 def test_a_writer_that_was_interrupted_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """What it was told may have been cut short, and its late answer must not be taken for that of the next save."""
     run = open_run(tmp_path)
-    first = run._tools.writer._process
+    first = run._context.writer._process
     assert first is not None
     with monkeypatch.context() as patch:
         patch.setattr(f"meshloom.checkpoint.writing.writer.{name}", interrupted)

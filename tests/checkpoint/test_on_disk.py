@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from meshloom.checkpoint.arena import Arena, ArenaPool
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.compare import read_array
 from meshloom.checkpoint.config import CheckpointConfig
@@ -16,6 +15,7 @@ from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
+from meshloom.checkpoint.staging import StagingBuffer, StagingPool
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment
 
@@ -37,23 +37,23 @@ def test_checkpoints_by_way_of_a_folder_hold_what_was_saved(tmp_path: Path, mode
     assert list((tmp_path / "fast").iterdir()) == []
 
 
-def test_arena_in_a_folder_is_one_file_of_its_size_at_a_time(tmp_path: Path) -> None:
-    pool = ArenaPool(None, count=1, pin=True, folder=str(tmp_path / "fast"))
+def test_staging_buffer_in_a_folder_is_one_file_at_a_time(tmp_path: Path) -> None:
+    pool = StagingPool(None, count=1, pin=True, folder=str(tmp_path / "fast"))
     pool.reserve(3 * 2**20)
-    arena = pool.lend(3 * 2**20, 0.0)
+    buffer = pool.lend(3 * 2**20, 0.0)
     assert not pool.has_room(1)
-    assert str(tmp_path / "fast") in str(Path(f"/proc/self/fd/{arena.descriptor}").readlink())
-    assert os.fstat(arena.descriptor).st_blocks * 512 >= arena.size
-    pool.take_back(arena)
+    assert str(tmp_path / "fast") in str(Path(f"/proc/self/fd/{buffer.descriptor}").readlink())
+    assert os.fstat(buffer.descriptor).st_blocks * 512 >= buffer.size
+    pool.take_back(buffer)
     pool.close()
 
 
 def test_a_folder_without_room_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"snapshot_folder=.*file"):
-        Arena(2**20, pin=False, folder=str(tmp_path / "file"))
+        StagingBuffer(2**20, pin=False, folder=str(tmp_path / "file"))
     with pytest.raises(CheckpointError, match=r"GiB for a snapshot"):
-        Arena(2**58, pin=False, folder=str(tmp_path))
+        StagingBuffer(2**58, pin=False, folder=str(tmp_path))
 
 
 @pytest.mark.parametrize("other", [{"memory_every": 10}, {"host_memory_gib": 4.0}])

@@ -101,11 +101,11 @@ def test_save_kept_only_in_memory_does_not_hide_a_busy_writer(tmp_path: Path, wr
 def test_save_after_a_skipped_one_waits_for_the_keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     users, hold, go_on = Users(), Keeper.hold, threading.Event()
 
-    def held(self: Keeper, arena: Any, size: int, version: str, step: int, *rest: Any) -> dict[str, Any]:
+    def held(self: Keeper, buffer: Any, size: int, version: str, step: int, *rest: Any) -> dict[str, Any]:
         users.come(step)
         if step == 2:
             assert go_on.wait(60)
-        answer = hold(self, arena, size, version, step, *rest)
+        answer = hold(self, buffer, size, version, step, *rest)
         users.go()
         return answer
 
@@ -116,8 +116,8 @@ def test_save_after_a_skipped_one_waits_for_the_keeper(tmp_path: Path, monkeypat
     for step in (2, 3, 4):
         save(run, step, disk=False)
     assert [(report.step, report.outcome) for report in told_of(run, 4)] == [(4, "skipped")]
-    assert run._tools.memory is not None
-    run._tools.pool.limit = 4 * 2**21  # room for one more, as if a save had come to its end
+    assert run._context.memory is not None
+    run._context.pool.limit = 4 * 2**21  # room for one more, as if a save had come to its end
     save(run, 5, disk=False)
     time.sleep(0.1)
     go_on.set()

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from meshloom.checkpoint import faults
-from meshloom.checkpoint.arena import Arena, ArenaPool
 from meshloom.checkpoint.errors import CheckpointError
+from meshloom.checkpoint.staging import StagingBuffer, StagingPool
 from meshloom.checkpoint.writing.writer import Writer
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment
 from support.checkpoint_runs import open_run, restored_step
 from support.checkpoint_worlds import fragments, make_arrays
-from support.mapped_memory import arenas_mapped
+from support.mapped_memory import staging_buffers_mapped
 
 
 def resident(process: int) -> int:
@@ -37,7 +37,7 @@ def growing(count: int) -> list[Fragment]:
 
 
 def test_outgrown_memory_is_released_by_writer_and_keeper(tmp_path: Path) -> None:
-    before = arenas_mapped(os.getpid())
+    before = staging_buffers_mapped(os.getpid())
     run = open_run(tmp_path, mode="async", memory_every=1)
     others = []
     for count in range(1, 7):
@@ -46,10 +46,10 @@ def test_outgrown_memory_is_released_by_writer_and_keeper(tmp_path: Path) -> Non
             run.before_update()
         run.wait()
         others.append(os.open(os.devnull, os.O_RDONLY))  # takes the number of a descriptor that was closed
-    writer, memory = run._tools.writer, run._tools.memory
+    writer, memory = run._context.writer, run._context.memory
     assert writer._process is not None
     assert memory is not None and memory._keeper is not None
-    counts = [arenas_mapped(pid) for pid in (os.getpid(), writer._process.pid, memory._keeper._process.pid)]
+    counts = [staging_buffers_mapped(pid) for pid in (os.getpid(), writer._process.pid, memory._keeper._process.pid)]
     run.finish()
     for other in others:
         os.close(other)
@@ -59,15 +59,15 @@ def test_outgrown_memory_is_released_by_writer_and_keeper(tmp_path: Path) -> Non
 
 def test_the_old_memory_is_gone_before_the_larger_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    make = Arena.__init__
+    make = StagingBuffer.__init__
 
-    def count(arena: Arena, *rest: object) -> None:
-        make(arena, *rest)  # type: ignore[arg-type]
-        seen.append(arenas_mapped(os.getpid()))
+    def count(buffer: StagingBuffer, *rest: object) -> None:
+        make(buffer, *rest)  # type: ignore[arg-type]
+        seen.append(staging_buffers_mapped(os.getpid()))
 
-    monkeypatch.setattr(Arena, "__init__", count)
-    before = arenas_mapped(os.getpid())
-    pool = ArenaPool(None, count=1)
+    monkeypatch.setattr(StagingBuffer, "__init__", count)
+    before = staging_buffers_mapped(os.getpid())
+    pool = StagingPool(None, count=1)
     for size in (1, 2, 4):
         pool.take_back(pool.lend(size * 2**22, 0.0))
     pool.close()
@@ -76,25 +76,25 @@ def test_the_old_memory_is_gone_before_the_larger_one_is_made(monkeypatch: pytes
 
 def test_memory_that_somebody_looks_at_goes_when_they_do(caplog: pytest.LogCaptureFixture) -> None:
     gc.collect()
-    before = arenas_mapped(os.getpid()), descriptors(os.getpid())
-    arena = Arena(2**22, pin=False)
-    looks = arena.image(1)
-    arena.close()
+    before = staging_buffers_mapped(os.getpid()), descriptors(os.getpid())
+    buffer = StagingBuffer(2**22, pin=False)
+    looks = buffer.image(1)
+    buffer.close()
     assert "given back only when nobody looks" in caplog.text
-    assert looks[0] == 0 and arenas_mapped(os.getpid()) == before[0] + 1
-    del looks, arena
-    assert (arenas_mapped(os.getpid()), descriptors(os.getpid())) == before
+    assert looks[0] == 0 and staging_buffers_mapped(os.getpid()) == before[0] + 1
+    del looks, buffer
+    assert (staging_buffers_mapped(os.getpid()), descriptors(os.getpid())) == before
 
 
 def test_memory_that_is_not_to_be_had_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(arena: Arena) -> None:
+    def refuse(buffer: StagingBuffer) -> None:
         raise CheckpointError("no memory")
 
     run = open_run(tmp_path, failures=99)
     gc.collect()
     before = descriptors(os.getpid())
     with monkeypatch.context() as patch:
-        patch.setattr(Arena, "_populate", refuse)
+        patch.setattr(StagingBuffer, "_populate", refuse)
         for step in range(1, 6):
             run.save(step, fragments(make_arrays(), 1, 0)[0], {})
     assert {report.reason for report in run.poll()} == {"no memory"}
@@ -108,8 +108,8 @@ def test_memory_that_is_not_to_be_had_leaves_nothing_behind(tmp_path: Path, monk
 def test_two_hundred_saves_take_no_more_than_fifty(tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture) -> None:
     run = open_run(tmp_path, mode=mode, keep=1)
     held = fragments(make_arrays(), 1, 0)[0]
-    assert run._tools.writer._process is not None
-    processes = [os.getpid(), run._tools.writer._process.pid]
+    assert run._context.writer._process is not None
+    processes = [os.getpid(), run._context.writer._process.pid]
     taken: list[list[int]] = []
     for step in range(1, 201):
         run.save(step, held, {}, required=True)
@@ -119,8 +119,8 @@ def test_two_hundred_saves_take_no_more_than_fifty(tmp_path: Path, mode: str, ca
             run.wait()
             for save in run._leaving:
                 save.leave()
-            run._tools.rounds = [talk for talk in run._tools.rounds if not talk.forget()]  # as the next save does
-            assert not run._tools.rounds
+            run._context.rounds = [talk for talk in run._context.rounds if not talk.forget()]  # as the next save does
+            assert not run._context.rounds
             gc.collect()
             counts = [len(gc.get_objects()), threading.active_count(), run.control.store.num_keys()]
             taken.append(counts + [of(process) for process in processes for of in (descriptors, resident)])

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 
 from meshloom.checkpoint import faults
-from meshloom.checkpoint.arena import Arena
 from meshloom.checkpoint.commit import LocalTarget
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.memory import tier
@@ -27,9 +26,10 @@ from meshloom.checkpoint.memory.keeper import REGISTRY, Keeper, registered
 from meshloom.checkpoint.memory.tier import Predecessors
 from meshloom.checkpoint.memory.wire import Address, Connection
 from meshloom.checkpoint.snapshot import Snapshot
+from meshloom.checkpoint.staging import StagingBuffer
 from support.checkpoint_runs import open_run, restored_step, save_steps
 from support.checkpoint_worlds import fragments, make_arrays
-from support.mapped_memory import arenas_mapped
+from support.mapped_memory import staging_buffers_mapped
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -56,7 +56,7 @@ def test_failed_saves_leave_no_memory_to_the_garbage_collection(
     def busy(path: Path) -> None:
         raise OSError("somebody reads it")
 
-    before = arenas_mapped(os.getpid())
+    before = staging_buffers_mapped(os.getpid())
     if what == "writer":
         monkeypatch.setenv(faults.VARIABLE, "enospc:hash.before")
     for mode in ("async", "sync"):
@@ -73,26 +73,26 @@ def test_failed_saves_leave_no_memory_to_the_garbage_collection(
         with contextlib.suppress(CheckpointError):
             run.finish()
         faults.install(None)
-        assert arenas_mapped(os.getpid()) == before
+        assert staging_buffers_mapped(os.getpid()) == before
 
 
 def test_an_arena_that_is_closed_is_gone_whoever_still_knows_it() -> None:
-    before = arenas_mapped(os.getpid())
-    arena = Arena(2**20, pin=False)
-    assert arenas_mapped(os.getpid()) == before + 1
-    arena.close()
-    assert arenas_mapped(os.getpid()) == before
+    before = staging_buffers_mapped(os.getpid())
+    buffer = StagingBuffer(2**20, pin=False)
+    assert staging_buffers_mapped(os.getpid()) == before + 1
+    buffer.close()
+    assert staging_buffers_mapped(os.getpid()) == before
 
 
 def test_memory_that_is_not_to_be_had_is_not_half_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(arena: Arena) -> None:
+    def refuse(buffer: StagingBuffer) -> None:
         raise CheckpointError("no memory")
 
-    before = arenas_mapped(os.getpid())
-    monkeypatch.setattr(Arena, "_populate", refuse)
+    before = staging_buffers_mapped(os.getpid())
+    monkeypatch.setattr(StagingBuffer, "_populate", refuse)
     with pytest.raises(CheckpointError) as caught:
-        Arena(2**20, pin=False)
-    assert caught.tb is not None and arenas_mapped(os.getpid()) == before
+        StagingBuffer(2**20, pin=False)
+    assert caught.tb is not None and staging_buffers_mapped(os.getpid()) == before
 
 
 @contextlib.contextmanager
@@ -123,8 +123,8 @@ def test_the_end_does_not_wait_for_children_of_the_trainer(tmp_path: Path) -> No
 def test_empty_keeper_ends_with_the_run_and_spares_its_children(tmp_path: Path) -> None:
     run = open_run(tmp_path, memory_every=1, host_memory_gib=3.0 / 1024)
     run.save(1, fragments(make_arrays(1), 1, 0)[0], {})
-    assert run._tools.memory is not None and run._tools.memory._keeper is not None
-    process = run._tools.memory._keeper._process
+    assert run._context.memory is not None and run._context.memory._keeper is not None
+    process = run._context.memory._keeper._process
     with a_child():
         run.close()
         process.wait(30)

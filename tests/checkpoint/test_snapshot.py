@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from meshloom.checkpoint import snapshot as snapshot_module
-from meshloom.checkpoint.arena import Arena
 from meshloom.checkpoint.device import ALIGNMENT, SPARE_UNIT, Device, set_aside
 from meshloom.checkpoint.plan import FileLayout, declare, lay_out, make_save_plan
 from meshloom.checkpoint.snapshot import Snapshot
+from meshloom.checkpoint.staging import StagingBuffer
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment
 
@@ -123,13 +123,13 @@ def held(values: list[torch.Tensor]) -> tuple[list[Fragment], FileLayout]:
 
 def filled(fragments: list[Fragment], layout: FileLayout) -> bytes:
     """The file as copies on the host make it."""
-    with closing(Arena(layout.bytes, pin=False)) as arena:
-        Snapshot(fragments).copy(arena, layout, None)
-        return content(arena, layout)
+    with closing(StagingBuffer(layout.bytes, pin=False)) as buffer:
+        Snapshot(fragments).copy(buffer, layout, None)
+        return content(buffer, layout)
 
 
-def content(arena: Arena, layout: FileLayout) -> bytes:
-    with arena.image(layout.bytes) as image:
+def content(buffer: StagingBuffer, layout: FileLayout) -> bytes:
+    with buffer.image(layout.bytes) as image:
         return bytes(image)
 
 
@@ -161,7 +161,7 @@ def test_no_order_that_the_events_allow_tears_a_snapshot(gpu: Any, seed: int, ro
         expected = filled(held(ahead)[0], layout)
         for value in ahead:
             value.add_(1)
-        arena = Arena(layout.bytes, pin=False)
+        buffer = StagingBuffer(layout.bytes, pin=False)
         with machine.use(machine.trainer):
             snapshot = Snapshot(fragments)
             snapshot._device = torch.device("cpu")
@@ -175,9 +175,9 @@ def test_no_order_that_the_events_allow_tears_a_snapshot(gpu: Any, seed: int, ro
                     machine.trainer.put(lambda value=value: value.add_(1))
 
             snapshot._issued = Issued(update)  # type: ignore[assignment]
-            snapshot.copy(arena, layout, device)
-        assert content(arena, layout) == expected
-        arena.close()
+            snapshot.copy(buffer, layout, device)
+        assert content(buffer, layout) == expected
+        buffer.close()
     while machine.step():
         pass
     assert filled(fragments, layout) == filled(held(ahead)[0], layout)
@@ -185,7 +185,7 @@ def test_no_order_that_the_events_allow_tears_a_snapshot(gpu: Any, seed: int, ro
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_copy_that_fails_half_way_leaves_nothing_queued(gpu: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Afterwards the update may change the tensors, or free them, and another save gets the arena."""
+    """Afterwards the update may change the tensors, or free them, and another save gets the staging buffer."""
     machine = gpu(seed)
     fragments, layout = held(tensors())
     device = Device(torch.device("cpu"))
@@ -204,8 +204,8 @@ def test_a_copy_that_fails_half_way_leaves_nothing_queued(gpu: Any, seed: int, m
     snapshot._device = torch.device("cpu")
     snapshot._begun = torch.cuda.Event()
     snapshot._begun.record(machine.trainer)  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="out of memory"), closing(Arena(layout.bytes, pin=False)) as arena:
-        snapshot.copy(arena, layout, device)
+    with pytest.raises(RuntimeError, match="out of memory"), closing(StagingBuffer(layout.bytes, pin=False)) as buffer:
+        snapshot.copy(buffer, layout, device)
     assert left == 0
     assert not any(stream.work for stream in device.streams)  # type: ignore[attr-defined]
 

@@ -88,7 +88,7 @@ def _rank(rank: int, folder: Path, work: Path, fault: Fault | None, log: Path | 
     with (work / f"kept.{rank}").open("w", buffering=1) as told:
         for step in STEPS:
             checkpointer.save(step, fragments(make_arrays(step), WORLD, 5)[rank], {"step": step}, disk=False)
-            keeper = checkpointer._tools.memory and checkpointer._tools.memory._keeper
+            keeper = checkpointer._context.memory and checkpointer._context.memory._keeper
             if keeper is not None:
                 (work / f"keeper.{rank}").write_text(str(keeper._process.pid))
             for report in checkpointer.poll():

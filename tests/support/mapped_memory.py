@@ -5,5 +5,5 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def arenas_mapped(process: int) -> int:
+def staging_buffers_mapped(process: int) -> int:
     return Path(f"/proc/{process}/maps").read_text().count("memfd:meshloom-checkpoint")

@@ -216,10 +216,10 @@ def test_a_dead_keeper_costs_a_version_and_is_replaced(folder: Path) -> None:
     checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=60))
     held = fragments(make_arrays(1), 1, 0)[0]
     checkpointer.save(1, held, {"step": 1}, disk=False)
-    assert checkpointer._tools.memory is not None
-    assert checkpointer._tools.memory._keeper is not None
-    checkpointer._tools.memory._keeper._process.kill()
-    checkpointer._tools.memory._keeper._process.wait()
+    assert checkpointer._context.memory is not None
+    assert checkpointer._context.memory._keeper is not None
+    checkpointer._context.memory._keeper._process.kill()
+    checkpointer._context.memory._keeper._process.wait()
     checkpointer.save(2, held, {"step": 2}, disk=False)
     assert [report.outcome for report in checkpointer.poll()] == ["kept", "kept"]
     checkpointer.save(3, held, {"step": 3})
@@ -254,9 +254,9 @@ def test_a_stuck_keeper_is_given_up_and_replaced(folder: Path, disk: bool) -> No
     config = CheckpointConfig(mode="sync", memory_every=1, timeout=60)
     checkpointer = Checkpointer(folder, Control.alone(), config)
     checkpointer.save(1, fragments(make_arrays(1), 1, 0)[0], {"step": 1}, disk=False)
-    assert checkpointer._tools.memory is not None and checkpointer._tools.memory._keeper is not None
-    checkpointer._tools.memory._keeper._link.settimeout(0.4)  # for this one alone: who is to take its place may need longer
-    os.kill(checkpointer._tools.memory._keeper._process.pid, signal.SIGSTOP)
+    assert checkpointer._context.memory is not None and checkpointer._context.memory._keeper is not None
+    checkpointer._context.memory._keeper._link.settimeout(0.4)  # for this one alone: who is to take its place may need longer
+    os.kill(checkpointer._context.memory._keeper._process.pid, signal.SIGSTOP)
     for step in (2, 3):
         checkpointer.save(step, fragments(make_arrays(step), 1, 0)[0], {"step": step}, disk=disk)
     outcomes = [report.outcome for report in checkpointer.poll()]
@@ -271,7 +271,7 @@ def test_keeper_dying_after_replication_keeps_the_step_on_disk(folder: Path) -> 
 
     def kill(boundary: str, amount: int) -> int:
         if boundary == "keep.complete.before":
-            (memory := checkpointer._tools.memory)._keeper._process.kill()  # type: ignore[union-attr]
+            (memory := checkpointer._context.memory)._keeper._process.kill()  # type: ignore[union-attr]
             memory._keeper._process.wait()  # type: ignore[union-attr]
         return amount
 
@@ -321,7 +321,7 @@ def test_trainer_dying_during_an_answer_leaves_the_keeper_alive(folder: Path) ->
     if child == 0:
         checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=60))
         checkpointer.save(1, fragments(make_arrays(1), 1, 0)[0], {"step": 1}, disk=False)
-        memory = checkpointer._tools.memory
+        memory = checkpointer._context.memory
         assert memory is not None and memory._keeper is not None and memory._held is not None
         group = [memory._keeper.address.as_dict()]
         memory._keeper._reply = lambda: os._exit(0)  # type: ignore[method-assign,return-value]

@@ -5,22 +5,22 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from .arena import ArenaPool
 from .commit import Target
 from .config import CheckpointConfig
 from .control import Round
 from .device import Device
 from .memory.tier import MemoryTier, Predecessors
 from .planner import Planner
+from .staging import StagingPool
 from .writing.writer import Writer
 
 
 @dataclass
-class Tools:
-    """The target and the tools of saves, and the agreements that are still remembered."""
+class SaveContext:
+    """The target of saves, what they are made with, and the rounds of messages that are not forgotten yet."""
 
     target: Target
-    pool: ArenaPool
+    pool: StagingPool
     writer: Writer
     planner: Planner
     memory: MemoryTier | None

@@ -30,7 +30,7 @@ POPULATE_WRITE = 23  # madvise: make the pages now, or say that there are none l
 SLICE_BYTES = 512 * 2**20  # the least that is worth a thread of its own
 
 
-class Arena:
+class StagingBuffer:
     """One mapping of anonymous shared memory that the writer process maps too, by its descriptor.
 
     A page at the end says how much of the file is in place, so that the writer can follow the copy.
@@ -147,10 +147,10 @@ class Arena:
 
 
 @dataclass
-class ArenaPool:
-    """At most `limit` bytes of arenas (None: room for `count`), lent one at a time and reused.
+class StagingPool:
+    """At most `limit` bytes of staging buffers (None: room for `count`), lent one at a time and reused.
 
-    least: how many must find room beside each other for saves to get on. pin: lock new arenas for the GPU's copy engines.
+    least: how many must find room beside each other for saves to get on. pin: lock new buffers for the GPU's copy engines.
     folder: of their files, where they are not to be in memory.
     """
 
@@ -161,31 +161,31 @@ class ArenaPool:
     folder: str | None = None
 
     def __post_init__(self) -> None:
-        self._free: list[Arena] = []
-        self._lent: list[Arena] = []
+        self._free: list[StagingBuffer] = []
+        self._lent: list[StagingBuffer] = []
         self._holders: dict[int, int] = {}
         self._changed = threading.Condition()
 
     @property
     def bytes(self) -> int:
         """Host memory taken now."""
-        return sum(arena.size for arena in [*self._free, *self._lent])
+        return sum(buffer.size for buffer in [*self._free, *self._lent])
 
     def reserve(self, size: int) -> None:
-        """Make the arenas that saves of this size will use now, as many as the limit allows."""
-        arenas = [self.lend(size, 0.0)]
-        while len(arenas) < self.count and self.has_room(size):
-            arenas.append(self.lend(size, 0.0))
-        for arena in arenas:
-            self.take_back(arena)
+        """Make the staging buffers that saves of this size will use now, as many as the limit allows."""
+        buffers = [self.lend(size, 0.0)]
+        while len(buffers) < self.count and self.has_room(size):
+            buffers.append(self.lend(size, 0.0))
+        for buffer in buffers:
+            self.take_back(buffer)
 
     def has_room(self, size: int) -> bool:
-        """Return whether an arena of this size could be lent at once."""
+        """Return whether a staging buffer of this size could be lent at once."""
         with self._changed:
             return self._fits(size)
 
-    def lend(self, size: int, timeout: float) -> Arena:
-        """An arena of at least this size; waits for one to come back. Raises CheckpointError if it never can fit."""
+    def lend(self, size: int, timeout: float) -> StagingBuffer:
+        """A staging buffer of at least this size; waits for one to come back. Raises CheckpointError if it never can fit."""
         if self.limit is not None and self.least * rounded(size) > self.limit:
             what = "a snapshot takes" if self.least == 1 else f"{self.least} snapshots (checkpoint.memory_every keeps one) take"
             raise CheckpointError(
@@ -200,29 +200,29 @@ class ArenaPool:
                         f"no snapshot memory became free within {timeout:g} s (checkpoint.timeout): the disk is too slow or "
                         "stuck; save less often (checkpoint.every), or give more memory (checkpoint.host_memory_gib)"
                     )
-            arena = next((arena for arena in self._free if arena.size >= rounded(size)), None)
-            if arena is not None:
-                self._free.remove(arena)
+            buffer = next((buffer for buffer in self._free if buffer.size >= rounded(size)), None)
+            if buffer is not None:
+                self._free.remove(buffer)
             else:
                 self._drop_free()  # before the new one is made: the limit is for both
-                arena = Arena(size, self.pin, self.folder)
-            self._lent.append(arena)
-            self._holders[id(arena)] = 1
-            return arena
+                buffer = StagingBuffer(size, self.pin, self.folder)
+            self._lent.append(buffer)
+            self._holders[id(buffer)] = 1
+            return buffer
 
-    def share(self, arena: Arena) -> None:
+    def share(self, buffer: StagingBuffer) -> None:
         """One more holder of a loan; it ends when all have given it back."""
         with self._changed:
-            self._holders[id(arena)] += 1
+            self._holders[id(buffer)] += 1
 
-    def take_back(self, arena: Arena) -> None:
+    def take_back(self, buffer: StagingBuffer) -> None:
         """A holder's end of a loan."""
         with self._changed:
-            self._holders[id(arena)] -= 1
-            if self._holders[id(arena)]:
+            self._holders[id(buffer)] -= 1
+            if self._holders[id(buffer)]:
                 return
-            self._lent.remove(arena)
-            self._free.append(arena)
+            self._lent.remove(buffer)
+            self._free.append(buffer)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -235,9 +235,9 @@ class ArenaPool:
             self._free.pop().close()
 
     def _fits(self, size: int) -> bool:
-        if any(arena.size >= rounded(size) for arena in self._free):
+        if any(buffer.size >= rounded(size) for buffer in self._free):
             return True
-        lent = sum(arena.size for arena in self._lent)
+        lent = sum(buffer.size for buffer in self._lent)
         return len(self._lent) < self.count if self.limit is None else lent + rounded(size) <= self.limit
 
 
@@ -260,5 +260,5 @@ def _cuda() -> Any:
 
 
 def rounded(size: int) -> int:
-    """The memory that an arena for so many bytes takes: with its trailer, in whole pages of either kind."""
+    """The memory that a staging buffer for so many bytes takes: with its trailer, in whole pages of either kind."""
     return -(-(size + TRAILER) // HUGE_PAGE) * HUGE_PAGE
