@@ -14,8 +14,6 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 log = logging.getLogger(__name__)
 
 
@@ -46,6 +44,8 @@ def build_once(target: Path, build: Callable[[Path], None]) -> None:
     """
     if target.exists():
         return
+    from filelock import FileLock, Timeout
+
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(target.with_name(f".{target.name}.lock"))
     try:

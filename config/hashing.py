@@ -6,8 +6,13 @@ public-domain reference implementation). Gives the same numbers on every machine
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
+
+from .lazy import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 
 _MASK = (1 << 64) - 1
 _STEP = 0x9E3779B97F4A7C15

@@ -17,8 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count as naturals
 
-import numpy as np
-
+from ..config.lazy import numpy as np
 from .batch import IGNORED, GlobalBatch, MicroBatch, Sample, Samples
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
+from ..config.lazy import numpy as np
 
 if TYPE_CHECKING:
     import torch

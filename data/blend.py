@@ -6,13 +6,15 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from ..config.hashing import hash64
+from ..config.lazy import numpy as np
 from .batch import Sample, Samples
 from .order import Permutation, StoredSamples
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def apportion(weights: Sequence[float], places: int) -> list[int]:

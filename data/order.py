@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Protocol
 
 from ..config.hashing import hash64, mix64, mix64_array, stream64
+from ..config.lazy import numpy as np
 from .batch import Sample
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _ROUNDS = 8
 _TABLE = 4096  # sets up to this size are sorted by hash: a network over so few values reaches only some of their orders

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from bisect import bisect_left, insort
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from ..config.cache import build_once
+from ..config.lazy import numpy as np
 from .batch import IGNORED, Sample
 from .reader import TokenShards
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class Concatenated:

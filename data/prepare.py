@@ -8,17 +8,18 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..config.cache import build_once
+from ..config.lazy import numpy as np
 from .shards import TOKENIZER, ShardWriter
 from .sources import DocumentSource
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _BATCH = 1 << 22  # characters tokenised in one go
 _RECIPE_VERSION = 1  # raise it when the same input is turned into other tokens
@@ -26,6 +27,9 @@ _RECIPE_VERSION = 1  # raise it when the same input is turned into other tokens
 
 @contextmanager
 def _progress(what: str, total: int | None) -> Generator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
     columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(what, total=total)

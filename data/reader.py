@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ..config.lazy import numpy as np
 from .shards import DOCUMENT_TYPE, TOKENIZER, FileEntry, ShardError, ShardManifest, digest_file
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def _check(folder: Path, entry: FileEntry, contents: bool) -> None:
@@ -44,7 +45,7 @@ class TokenShards:
         self.fingerprint = self.manifest.fingerprint
         dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._tokens = [self._map(shard.tokens, dtype, shard.token_count) for shard in shards]
-        self._ends = [self._map(shard.documents, DOCUMENT_TYPE, shard.document_count) for shard in shards]
+        self._ends = [self._map(shard.documents, np.dtype(DOCUMENT_TYPE), shard.document_count) for shard in shards]
         self._starts = np.cumsum([0, *(shard.token_count for shard in shards)], dtype=np.int64)
         for shard, ends in zip(shards, self._ends, strict=True):
             if int(ends[-1]) != shard.token_count:

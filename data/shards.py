@@ -20,19 +20,21 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from ..config.cache import sync_folder
+from ..config.lazy import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 FORMAT = "meshloom-tokens"
 VERSION = 1
 MANIFEST = "dataset.json"
 TOKENIZER = "tokenizer.json"
-DOCUMENT_TYPE = np.dtype("<u8")
+DOCUMENT_TYPE = "<u8"
 
 
 class ShardError(ValueError):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import xxhash
 
 from ..config.hashing import hash64, stream64
+from ..config.lazy import numpy as np
 from ..config.problems import Problem
 from .batch import Sample
 from .config import SyntheticConfig

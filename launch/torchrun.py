@@ -19,8 +19,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-import psutil
-
+from ..config.lazy import psutil
 from ..trainer.signals import INTERRUPTED, STOPPING, show_cursor
 
 RANK = "meshloom.launch.rank"
