@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 LATEST = "LATEST"
 OWNER = "run.json"
+KEEPERS = ".memory"
+"""Folder in which the keepers of in-memory snapshots are registered."""
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -190,6 +192,22 @@ def find_latest(folder: str | Path) -> Path | str | None:
         except CheckpointError:
             continue
         return f"{str(folder).rstrip('/')}/{name}" if is_remote(folder) else Path(folder) / name
+    return None
+
+
+def read_newest(location: str | Path) -> Manifest | None:
+    """Return the manifest of a step's folder, or of the newest finished step on the disk in a folder of checkpoints.
+
+    None for a folder without one. Raises DamageError where the manifest of a given step is not as written.
+    """
+    files = open_files(location)
+    if files.size(MANIFEST) is not None or step_of(files.label().rpartition("/")[2]) is not None:
+        return load_manifest(files)
+    for name in steps_newest_first(files):
+        try:
+            return open_step(files.child(name))
+        except CheckpointError:
+            continue
     return None
 
 

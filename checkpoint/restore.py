@@ -128,18 +128,23 @@ def restore(
 
 
 def read_state(location: str | Path) -> dict[str, Any]:
-    """The JSON state of a step's folder, or of the step that `restore` would try first in a folder of checkpoints.
+    """The JSON state of a checkpoint: see `read_manifest`."""
+    return read_manifest(location).state
+
+
+def read_manifest(location: str | Path) -> Manifest:
+    """The manifest of a step's folder, or of the step that `restore` would try first in a folder of checkpoints.
 
     For one process, or each for itself. Raises DamageError if a step's manifest is not as written, CheckpointError if a
     folder has no complete step.
     """
     if _is_step(location):
-        return load_manifest(open_files(location)).state
+        return load_manifest(open_files(location))
     for candidate in _found_in(location):
         with contextlib.suppress(CheckpointError):
             if candidate.startswith(_IN_MEMORY):
-                return manifest_of(candidate.removeprefix(_IN_MEMORY)).state
-            return open_step(open_files(candidate)).state
+                return manifest_of(candidate.removeprefix(_IN_MEMORY))
+            return open_step(open_files(candidate))
     raise CheckpointError(f"{location}: there is no complete checkpoint here")
 
 
@@ -257,9 +262,9 @@ def _refuse_misfits(files: Files, manifest: Manifest, fragments: Sequence[Fragme
     wrong = [f"{key} has shape {list(manifest.arrays[key].shape)}, the run wants {shapes[key]}" for key in report.mismatched]
     wrong += [f"{key} is not in it" for key in report.missing]
     if wrong:
-        raise CheckpointError(
-            f"{files.label()} does not fit this run: {_some(wrong)}. With checkpoint.strict=false what fits is loaded"
-        )
+        weights = any(key.startswith("weight/") for key in (*report.mismatched, *report.missing))
+        fix = "Choose the model whose weights they are" if weights else "With checkpoint.strict=false what fits is loaded"
+        raise CheckpointError(f"{files.label()} does not fit this run: {_some(wrong)}. {fix}")
 
 
 def _agree(talk: Round, attempt: int, answer: dict[str, Any], strict: bool) -> dict[str, Any]:
@@ -273,10 +278,9 @@ def _agree(talk: Round, attempt: int, answer: dict[str, Any], strict: bool) -> d
         verdict: dict[str, Any] = {"unused": unused}
         if strict and unused:
             where = answer.get("source")
-            verdict = {
-                "refused": f"{where} holds arrays that this run does not have: {_some(unused)}. "
-                "With checkpoint.strict=false they are left out"
-            }
+            weights = any(key.startswith("weight/") for key in unused)
+            fix = "Choose the model whose weights they are" if weights else "With checkpoint.strict=false they are left out"
+            verdict = {"refused": f"{where} holds arrays that this run does not have: {_some(unused)}. {fix}"}
         for kind in ("damaged", "refused"):
             verdict = next(({kind: given[kind]} for given in answers if kind in given), verdict)
         talk.broadcast(f"verdict/{attempt}", json.dumps(verdict).encode())

@@ -67,11 +67,13 @@ class Composition:
     config     the run's config, without the faulty overrides
     problems   one for every faulty override
     notices    messages about keys of recipe files that were left out
+    choices    group → the option that was chosen for it, by the recipe or on the command line
     """
 
     config: DictConfig
     problems: list[Problem]
     notices: list[str] = field(default_factory=list[str])
+    choices: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def _config_loader() -> ConfigLoader:
@@ -112,7 +114,8 @@ class Composer:
         problems: list[Problem] = []
         parsed = [*self._existing(_parse(overrides, self._loader, problems), problems)]
         try:
-            composition = Composition(self._load(_lines(parsed)), problems)
+            config, choices = self._load(_lines(parsed))
+            composition = Composition(config, problems, choices=choices)
         except FAULTS:
             composition = self._without_faults(parsed, problems)
         for key in drop_unknown(composition.config):  # "+key=…" lets Hydra add any
@@ -164,11 +167,13 @@ class Composer:
         task = [override for override in parsed if not override.is_hydra_override()]
         return [[*hydra, *job] for job in itertools.product(*map(_values, task))]
 
-    def _load(self, overrides: list[str]) -> DictConfig:
+    def _load(self, overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
+        """Return the composed config, and the option that it has of each group."""
         config = self._loader.load_configuration(ROOT, [*self._joined, *overrides], RunMode.RUN)
+        made: dict[str, Any] = {str(group): option for group, option in config.hydra.runtime.choices.items()}
         with open_dict(config):
             del config["hydra"]
-        return config
+        return config, {group: option for group, option in made.items() if group in self._schemas and option is not None}
 
     def _existing(self, overrides: Iterable[Override], problems: list[Problem]) -> Iterator[Override]:
         """Yield the overrides. One that chooses an option that does not exist becomes a problem, and chooses the nearest.
@@ -189,35 +194,35 @@ class Composer:
 
     def _without_faults(self, overrides: Sequence[Override], problems: list[Problem]) -> Composition:
         """Return the composition of the overrides that can be taken, with a problem for each of the others."""
-        choices = [override for override in overrides if self._is_choice(override)]
-        values = [override for override in overrides if override not in choices]
+        first = [override for override in overrides if self._is_choice(override)]
+        values = [override for override in overrides if override not in first]
         if all(map(_is_plain, values)):
             try:
-                config = self._load(_lines(choices))
+                config, choices = self._load(_lines(first))
             except FAULTS:
-                return self._one_by_one([*choices, *values], problems)
+                return self._one_by_one([*first, *values], problems)
             for override in values:
                 try:
                     OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
                 except OmegaConfBaseException as error:
                     problems.append(self._diagnose(override, error, config))
-            return Composition(config, problems)
-        return self._one_by_one([*choices, *values], problems)
+            return Composition(config, problems, choices=choices)
+        return self._one_by_one([*first, *values], problems)
 
     def _one_by_one(self, overrides: Sequence[Override], problems: list[Problem]) -> Composition:
         """Compose with one override more at a time, and leave out those that fail."""
         good: list[str] = []
         try:
-            config = self._load(good)
+            config, choices = self._load(good)
         except FAULTS as error:
             raise ConfigError([*problems, Problem("recipes", *_reason(error))]) from error
         for line, override in zip(_lines(overrides), overrides, strict=True):
             try:
-                config = self._load([*good, line])
+                config, choices = self._load([*good, line])
                 good.append(line)
             except FAULTS as error:
                 problems.append(self._diagnose(override, error, config))
-        return Composition(config, problems)
+        return Composition(config, problems, choices=choices)
 
     def _is_there(self, group: str, option: str) -> bool:
         """Return whether nobody needs to ask Hydra for the options of a group, which takes its time."""

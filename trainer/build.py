@@ -128,7 +128,7 @@ class Run:
 def build_run(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Mesh) -> Run:
     """Build a run on prepared data, with fresh weights. `resume.py` then loads a checkpoint's state into it.
 
-    saved: the config as it is stored in checkpoints.
+    saved: what its checkpoints state about it: the config, and the options that were chosen
 
     Raises ConfigError, before any memory is taken, where another run saves into the checkpoint folder.
     """
@@ -190,7 +190,7 @@ def _build(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Me
     saving = None
     if checkpointer is not None:
         fixed = {
-            "config": saved,
+            **saved,
             "data_fingerprint": data.fingerprint,
             "vocabulary": vocabulary,
             "tokenizer": data.tokenizer.fingerprint if data.tokenizer is not None else None,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig
 
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.files import is_remote, open_files
-from ..checkpoint.folder import find_latest
-from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.folder import KEEPERS, find_latest, read_newest, steps_newest_first
+from ..checkpoint.manifest import MANIFEST, Manifest
 from ..config.problems import ConfigError, Problem
 
 AUTO_FROM = "auto:"
@@ -42,7 +44,8 @@ def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
     <path>       that checkpoint
 
     Processes that torchrun has restarted resume from the run's own checkpoints, whatever `resume` says.
-    Raises ConfigError if the path holds no complete checkpoint, or the folder can't be read.
+    Raises ConfigError if the path holds no complete checkpoint, the folder can't be read, or it is empty while the run has
+    checkpoints in another folder.
     """
     wanted = str(config.resume)
     if resumes_own(wanted):
@@ -53,7 +56,33 @@ def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
         except (OSError, CheckpointError) as error:
             fix = "give a checkpoint.folder, or an output_dir, that can be"
             raise ConfigError([Problem("checkpoint.folder", f"'{folder}' can't be read: {error}", fix)]) from error
+        _refuse_forgotten_folder(config, folder)
     return None if wanted in ("auto", "none") else find_checkpoint(wanted.removeprefix(AUTO_FROM), "resume")
+
+
+def _refuse_forgotten_folder(config: DictConfig, folder: str) -> None:
+    """Raise ConfigError where the run of output_dir has saved into another folder of checkpoints than today's empty one."""
+    described = _described_folder(Path(config.output_dir))
+    if described is None or described == folder:
+        return
+    try:
+        if not _holds_checkpoint(described):
+            return
+        holds = "has its checkpoints in"
+    except (OSError, CheckpointError):
+        holds = "saves into a place that can't be read now,"
+    message = f"'{folder}' holds no checkpoint, and the run in '{config.output_dir}' {holds} '{described}'"
+    fix = f"type checkpoint.folder={described}, or begin anew with resume=none"
+    raise ConfigError([Problem("checkpoint.folder", message, fix)])
+
+
+def _described_folder(output_dir: Path) -> str | None:
+    """Return the folder of checkpoints that a run's config.yaml states; None where there is none that can be read."""
+    try:
+        described: Any = yaml.safe_load((output_dir / "config.yaml").read_text())
+        return str(described["checkpoint"]["folder"] or output_dir / "checkpoints")
+    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        return None
 
 
 def find_checkpoint(location: str, key: str) -> Path | str:
@@ -84,19 +113,31 @@ def is_inside(checkpoint: Path | str, folder: str) -> bool:
     return inner.is_relative_to(outer)
 
 
-def is_import(state: dict[str, Any]) -> bool:
+def is_import(state: Mapping[str, Any]) -> bool:
     """Return whether a checkpoint was made by `meshloom checkpoint import`, and so has no progress to resume."""
     return "progress" not in state
 
 
 def _holds_checkpoint(folder: str) -> bool:
+    if not _has_keepers(folder):
+        return bool(steps_newest_first(open_files(folder)))
     from ..checkpoint.restore import holds_checkpoint
 
     return holds_checkpoint(folder)
 
 
-def checkpoint_state(checkpoint: Path | str) -> dict[str, Any]:
-    """Return the JSON state of a checkpoint. Raises CheckpointError where it is damaged."""
-    from ..checkpoint.restore import read_state
+def checkpoint_manifest(checkpoint: Path | str) -> Manifest:
+    """Return the manifest of a checkpoint. Raises CheckpointError where it is damaged. Needs no torch for one on the disk."""
+    if not _has_keepers(str(checkpoint)):
+        found = read_newest(checkpoint)
+        if found is None:
+            raise CheckpointError(f"{checkpoint}: there is no complete checkpoint here")
+        return found
+    from ..checkpoint.restore import read_manifest
 
-    return read_state(checkpoint)
+    return read_manifest(checkpoint)
+
+
+def _has_keepers(folder: str) -> bool:
+    """Return whether processes that keep snapshots in memory are registered in a folder of checkpoints."""
+    return not is_remote(folder) and any((Path(folder) / KEEPERS).glob("*.json"))

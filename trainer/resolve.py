@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint.errors import CheckpointError
+from ..checkpoint.manifest import Manifest
 from ..config.compose import Composer, Composition
 from ..config.problems import ConfigError, Problem
-from .find_checkpoint import checkpoint_state, checkpoint_to_resume, is_import
-from .resumed_config import resume_config, saved_choices, saved_config
+from .checkpoint_fit import checkpoint_problems
+from .find_checkpoint import checkpoint_manifest, checkpoint_to_resume, is_import
+from .imported_config import import_config
+from .resumed_config import Resumed, resume_config, saved_choices, saved_config
 from .schema import RunConfig, make_composer
 from .typed import typed_config
 from .validate import run_problems
@@ -31,6 +34,8 @@ class ResolvedRun:
     world_size  number of its processes; 0: not known
     problems    everything that a person must change
     notices     messages to log at the start
+    warnings    messages to log as warnings: changes that may be mistakes
+    choices     group → the option that it has, as far as that is known
     """
 
     config: RunConfig
@@ -38,6 +43,8 @@ class ResolvedRun:
     world_size: int
     problems: tuple[Problem, ...]
     notices: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    choices: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def refuse(self) -> None:
         """Raise ConfigError if there are problems."""
@@ -73,51 +80,55 @@ def resolve_composed(
     """Return the run of a composed command line: see `resolve`."""
     expand_home(composition.config)
     checkpoint: Path | str | None = None
-    notices: list[str] = []
+    manifest: Manifest | None = None
+    resumed = Resumed(composition.config, choices=composition.choices)
     refused: list[Problem] = []
     if options.resumes:
         try:
-            checkpoint, state = _read_checkpoint(composition.config)
-            if state is not None:
-                composition, notices = _compose_resumed(composer, composition, overrides, state)
+            checkpoint, manifest = _read_checkpoint(composition.config)
+            if manifest is not None:
+                composition, resumed = _compose_resumed(composer, composition, overrides, manifest.state)
         except ConfigError as error:
             refused = error.problems
-    config, untyped = typed_config(composition.config)
+    config, untyped = typed_config(resumed.config)
     known = [*composition.problems, *refused, *untyped]
+    if manifest is not None:
+        known += checkpoint_problems(manifest, config)
     world_size = options.processes(config)
     elsewhere: list[Problem] = []
     found = run_problems(config, world_size, known, elsewhere=elsewhere if options.data_elsewhere else None)
     found += [problem for problem in options.more(config) if problem not in found]
-    return ResolvedRun(config, checkpoint, world_size, tuple(found), (*composition.notices, *notices, *map(str, elsewhere)))
+    notices = (*composition.notices, *resumed.notices, *map(str, elsewhere))
+    return ResolvedRun(config, checkpoint, world_size, tuple(found), notices, tuple(resumed.warnings), resumed.choices)
 
 
-def _read_checkpoint(config: DictConfig) -> tuple[Path | str | None, dict[str, Any] | None]:
-    """Return the checkpoint to resume from, and its state; no state for an import."""
+def _read_checkpoint(config: DictConfig) -> tuple[Path | str | None, Manifest | None]:
+    """Return the checkpoint to resume from, and its manifest."""
     checkpoint = checkpoint_to_resume(config)
     if checkpoint is None:
         return None, None
     try:
-        state = checkpoint_state(checkpoint)
+        return checkpoint, checkpoint_manifest(checkpoint)
     except CheckpointError as error:
         fix = "name another one as resume=<path>, or begin anew with resume=none"
         raise ConfigError([Problem("resume", f"there is no going on from '{checkpoint}': {error}", fix)]) from error
-    return checkpoint, None if is_import(state) else state
 
 
 def _compose_resumed(
     composer: Composer, composition: Composition, overrides: Sequence[str], state: dict[str, Any]
-) -> tuple[Composition, list[str]]:
-    """Return the composition of a resumed run, and notices about it."""
-    saved = saved_config(state)
-    if choices := saved_choices(saved, composition.config, overrides, composer.options("recipe")):
+) -> tuple[Composition, Resumed]:
+    """Return the composition of a command line that resumes, and the config of the resumed run."""
+    saved, recorded = saved_config(state), state.get("choices", {})
+    own = not is_import(state)
+    if own and (choices := saved_choices(saved, recorded, composition.config, overrides, composer.options)):
         composition = composer.compose([*choices, *overrides])
         composition.notices.clear()  # about options that the run already has
         expand_home(composition.config)
     bad = {problem.key for problem in composition.problems}
     good = [line for line in overrides if line.partition("=")[0].lstrip("+~") not in bad and line not in bad]
-    config, notices = resume_config(saved, composition.config, good)
-    expand_home(config)
-    return Composition(config, composition.problems, composition.notices), notices
+    resumed = resume_config(saved, composition, good, recorded) if own else import_config(state, composition, good)
+    expand_home(resumed.config)
+    return composition, resumed
 
 
 def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> tuple[RunConfig, list[Problem]]:

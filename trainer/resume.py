@@ -14,39 +14,43 @@ from ..data.node import DataNode
 from ..optim.progress import Progress
 from ..parallel.fragment import Fragment
 from .build import Run, build_control
+from .checkpoint_fit import optimizer_change
+from .derived import checkpoint_folder
 from .find_checkpoint import is_import, is_inside
 from .hooks.base import hooks_by_name
 from .identity import Origin, is_own
 from .loop import Loop
+from .schema import RunConfig
 
 log = logging.getLogger(__name__)
 
 
-def restore_run(run: Run, checkpoint: Path | str, folder: str, *, strict: bool) -> Origin:
+def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
     """Load a checkpoint's arrays and counters into a freshly built run; from an import (fine-tuning), only the weights.
 
-    folder: of the run's own checkpoints. From another run's, the state of hooks with `of_one_run` is not loaded.
-    strict: raise CheckpointError for optimizer state that does not fit. Otherwise load what fits and log the rest.
+    Under `checkpoint.strict`, raises CheckpointError for optimizer state that does not fit. Otherwise what fits is loaded and
+    the rest is logged; another optimizer begins its state anew.
     """
-    loop = run.loop
+    loop, folder = run.loop, checkpoint_folder(config)
     stated = read_state(checkpoint)
+    _same_tokens(stated, run.data, checkpoint)
     if is_import(stated):
         report = _restore_weights(loop, checkpoint)
         return Origin(report.run, report.step, report.commit, own=False)
-    _same_tokens(stated, run.data, checkpoint)
-    loop.engine.prepare_restore()
-    report = _restore(loop, checkpoint, list(loop.engine.fragments()), strict=strict)
-    _refuse_other_weights(loop, checkpoint, report)
-    state, known = report.state, loop.engine.counters()
-    counters = known.keys() ^ state["counters"].keys()
-    if loop.mesh.is_main and (lost := [*report.missing, *report.mismatched, *report.unused, *counters]):
-        log.warning(
-            "begun anew or left out, because it does not fit: %s", ", ".join(sorted({key.split("/")[0] for key in lost}))
-        )
+    change = optimizer_change(stated, config)
+    if change is not None:
+        report = _restore_weights(loop, checkpoint)
+        if loop.mesh.is_main:
+            log.warning("optim: the state of %s is left out, and that of %s begins anew", *change)
+    else:
+        loop.engine.prepare_restore()
+        report = _restore(loop, checkpoint, list(loop.engine.fragments()), strict=config.checkpoint.strict)
+        _refuse_other_weights(loop, checkpoint, report)
+        _load_counters(loop, report)
+    state = report.state
     if state["data_fingerprint"] != run.data.fingerprint:
         samples = state["progress"]["samples"]
         log.warning("the data differs from the checkpoint's: the run goes on at sample %d of the new data", samples)
-    loop.engine.load_counters({name: value for name, value in state["counters"].items() if name in known})
     loop.progress = Progress.from_state(state["progress"], _first_batch(state))
     # Under a measuring controller a resumed run keeps its current batch size, whatever chose it.
     loop.controller.load_state_dict({"target": loop.progress.batch, **state["controller"]})
@@ -55,6 +59,16 @@ def restore_run(run: Run, checkpoint: Path | str, folder: str, *, strict: bool) 
         if own or not hook.of_one_run:
             hook.load_state_dict(state["hooks"].get(name, {}))
     return Origin(report.run, report.step, report.commit, own)
+
+
+def _load_counters(loop: Loop, report: RestoreReport) -> None:
+    """Load the optimizer's counters, and say what of its state does not fit."""
+    saved, known = report.state["counters"], loop.engine.counters()
+    lost = [*report.missing, *report.mismatched, *report.unused, *(known.keys() ^ saved.keys())]
+    if loop.mesh.is_main and lost:
+        named = ", ".join(sorted({key.split("/")[0] for key in lost}))
+        log.warning("begun anew or left out, because it does not fit: %s", named)
+    loop.engine.load_counters({name: value for name, value in saved.items() if name in known})
 
 
 def _first_batch(state: dict[str, Any]) -> int:
@@ -94,9 +108,17 @@ def _restore_weights(loop: Loop, checkpoint: Path | str) -> RestoreReport:
 
 
 def _refuse_other_weights(loop: Loop, checkpoint: Path | str, report: RestoreReport) -> None:
-    """Raise ConfigError on all ranks if the checkpoint lacks a weight of some rank, or has it in another shape."""
-    absent = sorted(key for key in {*report.missing, *report.mismatched} if key.startswith("weight/"))
-    if loop.mesh.any(bool(absent)):
-        named = f" ({', '.join(absent[:4])}{', …' if len(absent) > 4 else ''})" if absent else ""
-        fix = "choose the model whose weights they are"
-        raise ConfigError([Problem("resume", f"'{checkpoint}' does not have this model's weights{named}", fix)])
+    """Raise ConfigError on all ranks for a weight that the checkpoint lacks, has in another shape, or has left over."""
+    absent, left = (
+        sorted(key for key in keys if key.startswith("weight/"))
+        for keys in ({*report.missing, *report.mismatched}, report.unused)
+    )
+    if loop.mesh.any(bool(absent or left)):
+        message = f"'{checkpoint}' does not have this model's weights{_named(absent)}"
+        if left and not absent:
+            message = f"'{checkpoint}' has weights that this model does not have{_named(left)}"
+        raise ConfigError([Problem("resume", message, "choose the model whose weights they are")])
+
+
+def _named(keys: list[str]) -> str:
+    return f" ({', '.join(keys[:4])}{', …' if len(keys) > 4 else ''})" if keys else ""

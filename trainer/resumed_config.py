@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.compose import drop_unknown, normalize_override
+from ..config.compose import Composition, drop_unknown, normalize_override
 from ..config.keys import MISSING, Side, keys_of
 from ..config.renames import with_moved_targets, with_renamed_keys
 from .schema import OPTIONS, RunConfig
@@ -18,6 +19,28 @@ from .typed import option_of, typed_config
 
 UNREPORTED = ("output_dir", "resume")  # placement that every resume may change
 ABSENT = object()
+CONSEQUENCES = {
+    "seed": "the data comes in another order from here on: samples that were seen may come again, and others never come",
+    "data": "the run goes on at the same sample number of other data",
+    "model": "the weights were trained with the earlier value",
+}
+"""Key or group → what a person should know who changes it on a resume. Such a change is a warning."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The config of a resumed run, and what to say about it.
+
+    config    the checkpoint's, today's and the typed values together
+    notices   what was changed or kept, by key
+    warnings  changes that may be mistakes, by key
+    choices   group → its option, as far as that is known
+    """
+
+    config: DictConfig
+    notices: list[str] = field(default_factory=list[str])
+    warnings: list[str] = field(default_factory=list[str])
+    choices: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def saved_config(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,44 +48,59 @@ def saved_config(state: Mapping[str, Any]) -> dict[str, Any]:
     return with_renamed_keys(with_moved_targets(copy.deepcopy(state.get("config") or {})))
 
 
-def saved_choices(saved: Mapping[str, Any], fresh: DictConfig, overrides: Iterable[str], recipes: Collection[str]) -> list[str]:
+def saved_choices(
+    saved: Mapping[str, Any],
+    recorded: Mapping[str, str],
+    fresh: DictConfig,
+    overrides: Iterable[str],
+    options: Callable[[str], Collection[str]],
+) -> list[str]:
     """Return overrides that choose the checkpoint's recipe, and its option for each group, where the command line names none.
 
     With them the command line is composed and checked against the options that the resumed run has, and placement comes from
     the file of the run's own recipe.
 
-    recipes: the names of those that can be chosen today
+    recorded: group → the option that the checkpoint states; options: group → its options of today
     """
-    typed = {key for key, _ in _typed(overrides)}
+    typed = typed_values(overrides)
     if "recipe" in typed and fresh.get("recipe") != saved.get("recipe"):
         return []
     found: list[str] = []
-    if "recipe" not in typed and saved.get("recipe") != fresh.get("recipe") and saved.get("recipe") in recipes:
+    if "recipe" not in typed and saved.get("recipe") != fresh.get("recipe") and saved.get("recipe") in options("recipe"):
         found.append(f"recipe={saved['recipe']}")
-    for group in OPTIONS:
+    for group in (group for group in OPTIONS if group not in typed):
         node: dict[str, Any] = saved.get(group) or {}
         kind = option_of(group, node)
-        if group != "model" and kind is not None and group not in typed and fresh[group].get("_target_") != node["_target_"]:
+        if recorded.get(group) in options(group):
+            found.append(f"{group}={recorded[group]}")
+        elif group != "model" and kind is not None and fresh[group].get("_target_") != node["_target_"]:
             found.append(f"{group}={cast(Any, kind).name}")
     return found
 
 
-def resume_config(saved: Mapping[str, Any], fresh: DictConfig, overrides: Iterable[str]) -> tuple[DictConfig, list[str]]:
-    """Return the config of a run that resumes from a checkpoint, and notices about it.
+def resume_config(
+    saved: Mapping[str, Any], fresh: Composition, overrides: Iterable[str], recorded: Mapping[str, str] | None = None
+) -> Resumed:
+    """Return the config of a run that resumes from a checkpoint.
 
-    A typed recipe other than the saved one replaces the saved config. Choosing the option that the checkpoint has changes
-    nothing.
+    A typed recipe other than the saved one replaces the saved config. Choosing the option that the checkpoint has keeps all
+    keys of the group, also those that were typed earlier.
 
     saved: the checkpoint's config; fresh: the composition of this command line; overrides: its words
+    recorded: group → the option that the checkpoint states; None: it is from before these were saved
     """
-    today = cast(dict[str, Any], OmegaConf.to_container(fresh, resolve=True, throw_on_missing=False))
-    typed = dict(_typed(overrides))
+    today = cast(dict[str, Any], OmegaConf.to_container(fresh.config, resolve=True, throw_on_missing=False))
+    typed = typed_values(overrides)
+    recorded = recorded or {}
     if "recipe" in typed and today["recipe"] != saved.get("recipe"):
-        return fresh, [f"this run has the recipe {today['recipe']} from now on (it was {saved.get('recipe')})"]
+        told = [f"this run has the recipe {today['recipe']} from now on (it was {saved.get('recipe')})"]
+        sides = key_sides(typed_config(fresh.config)[0])
+        changed = [*_changes(saved, today, sides, Side.RECIPE, "changed recipe", watched=False)]
+        return Resumed(fresh.config, [*told, *changed], [*_watched(saved, today, sides)], fresh.choices)
     merged: dict[str, Any] = copy.deepcopy(dict(saved))
     for key, value in typed.items():
         chooses = key in OPTIONS and isinstance(value, str)
-        if key != "recipe" and not (chooses and key != "model" and _same_option(merged.get(key), today[key])):
+        if key != "recipe" and not (chooses and _is_same_option(key, str(value), recorded, merged, today)):
             _put(merged, key, _at(today, key))
     merged, dropped = _known(merged)
     sides = key_sides(typed_config(_schema(merged))[0])
@@ -71,11 +109,18 @@ def resume_config(saved: Mapping[str, Any], fresh: DictConfig, overrides: Iterab
             _put(merged, key, _placed(key, _at(today, key), _at(merged, key)))
     told = [
         *(f"{key} is no key of this version, and is left out" for key in dropped),
-        *_changes(saved, merged, sides, Side.RECIPE, "changed recipe"),
+        *_replaced(saved, merged, typed),
+        *_changes(saved, merged, sides, Side.RECIPE, "changed recipe", watched=False),
         *_changes(saved, merged, sides, Side.PLACEMENT, "changed placement"),
         *_kept(saved, today, merged, sides),
     ]
-    return _schema(merged), told
+    choices = {**recorded, **{group: option for group, option in fresh.choices.items() if group in typed}}
+    return Resumed(_schema(merged), told, [*_watched(saved, merged, sides)], choices)
+
+
+def typed_values(overrides: Iterable[str]) -> dict[str, Any]:
+    """Return key → value of the words of a command line."""
+    return dict(_typed(overrides))
 
 
 def _typed(overrides: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -89,14 +134,28 @@ def _is_typed(key: str, typed: Mapping[str, Any]) -> bool:
     return any(key == given or (key.startswith(f"{given}.") and given not in OPTIONS) for given in typed)
 
 
-def _same_option(saved: Any, fresh: Any) -> bool:
-    return isinstance(saved, dict) and all(saved.get(key) == fresh.get(key) for key in ("_target_", "name"))
+def _is_same_option(
+    group: str, chosen: str, recorded: Mapping[str, str], merged: Mapping[str, Any], today: Mapping[str, Any]
+) -> bool:
+    """Return whether a typed choice names the option that the checkpoint has.
+
+    Where that is not recorded, options of one class are the same; but all shapes of a model are of one class.
+    """
+    if group in recorded:
+        return chosen == recorded[group]
+    saved, fresh = merged.get(group), today[group]
+    alike = isinstance(saved, dict) and all(saved.get(key) == fresh.get(key) for key in ("_target_", "name"))
+    return alike and group != "model"
 
 
 def _placed(key: str, now: Any, before: Any) -> Any:
-    """Return the value of a placement key: today's; for data that today's command line does not place, the checkpoint's."""
-    if now is ABSENT or now == MISSING or (now is None and key.startswith("data.")):
-        return before if key.startswith("data.") else ABSENT
+    """Return the value of a placement key: today's; for data that today's command line does not place, the checkpoint's.
+
+    Caches are of one machine, and never the checkpoint's.
+    """
+    lies_there = key.startswith("data.") and not key.endswith(".cache_dir")
+    if now is ABSENT or now == MISSING or (now is None and lies_there):
+        return before if lies_there else ABSENT
     return now
 
 
@@ -139,25 +198,59 @@ def _schema(tree: dict[str, Any]) -> DictConfig:
     return cast(DictConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), tree))
 
 
-def _changes(
-    saved: Mapping[str, Any], merged: dict[str, Any], sides: Mapping[str, Side], side: Side, head: str
-) -> Iterator[str]:
-    """Yield one line with the keys of a side whose values differ from the checkpoint's, if any do."""
-    said: list[str] = []
-    for key in (key for key, its in sides.items() if its is side and key not in UNREPORTED and not key.endswith("._target_")):
+def _differences(saved: Mapping[str, Any], merged: dict[str, Any], keys: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield (key, its two values in words) for those whose values differ from the checkpoint's."""
+    for key in (key for key in keys if key not in UNREPORTED and not key.endswith("._target_")):
         before, now = _at(dict(saved), key), _at(merged, key)
         if before != now and ABSENT not in (before, now):
-            said.append(f"{key}={_written(now)} (was {_written(before)})")
+            yield key, f"{key}={_written(now)} (was {_written(before)})"
+
+
+def _changes(
+    saved: Mapping[str, Any], merged: dict[str, Any], sides: Mapping[str, Side], side: Side, head: str, watched: bool = True
+) -> Iterator[str]:
+    """Yield one line with the keys of a side whose values differ from the checkpoint's, if any do.
+
+    watched: also those of which `_watched` warns
+    """
+    keys = (key for key, its in sides.items() if its is side and (watched or _consequence(key) is None))
+    said = [words for _, words in _differences(saved, merged, keys)]
     if said:
         yield f"{head}: {', '.join(said)}"
 
 
+def _watched(saved: Mapping[str, Any], merged: dict[str, Any], sides: Mapping[str, Side]) -> Iterator[str]:
+    """Yield a warning for each changed key of the recipe whose change has consequences for what was trained so far."""
+    keys = (key for key, side in sides.items() if side is Side.RECIPE and _consequence(key) is not None)
+    for key, words in _differences(saved, merged, keys):
+        yield f"{words}: {_consequence(key)}"
+
+
+def _consequence(key: str) -> str | None:
+    if key == "data.tokenizer":  # compared by its fingerprint, wherever it lies
+        return None
+    return CONSEQUENCES.get(key.partition(".")[0])
+
+
+def _replaced(saved: Mapping[str, Any], merged: Mapping[str, Any], typed: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each typed choice of an option that replaces the checkpoint's: the keys that the new one lacks."""
+    for group in (group for group in OPTIONS if isinstance(typed.get(group), str)):
+        before, now = saved.get(group), merged[group]
+        if isinstance(before, dict) and (
+            lost := [f"{group}.{name}={_written(before[name])}" for name in before if name not in now]
+        ):
+            yield f"{group}={typed[group]} has no place for the checkpoint's {', '.join(lost)}"
+
+
 def _kept(saved: Mapping[str, Any], today: dict[str, Any], merged: dict[str, Any], sides: Mapping[str, Side]) -> Iterator[str]:
-    """Yield a line for each key where the recipe files differ from the checkpoint, whose value is kept."""
+    """Yield one line with the keys whose values are the checkpoint's, where the recipe files now say something else."""
+    said: list[str] = []
     for key, side in sides.items():
         now, kept = _at(today, key), _at(merged, key)
         if side is not Side.PLACEMENT and now is not ABSENT and now != kept and kept == _at(dict(saved), key):
-            yield f"resumed run keeps {key}={_written(kept)} (the recipe now says {_written(now)})"
+            said.append(f"{key}={_written(kept)} (now {_written(now)})")
+    if said:
+        yield f"kept from the checkpoint, where the recipe files of today differ: {', '.join(said)}"
 
 
 def _written(value: Any) -> str:

@@ -53,6 +53,8 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
     resolved.refuse()
     for notice in resolved.notices:
         log.info("%s", notice)
+    for warning in resolved.warnings:
+        log.warning("%s", warning)
     config, checkpoint, parallel = resolved.config, resolved.checkpoint, resolved.config.parallel
     # Before connecting: building a large corpus may take longer than the process groups' time-out.
     data = prepared_data(config.data, config.seed, config.model.vocabulary)
@@ -65,7 +67,7 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
             raise RuntimeError(f"processes see different newest checkpoints (this one {checkpoint}): is the folder shared?")
         if mesh.differ(data.fingerprint):
             raise RuntimeError("processes see different data: give all of them the same files (and, for stdlib, one Python)")
-        return _train(config, data, mesh, checkpoint, stop)
+        return _train(resolved, data, mesh, stop)
     except TrainingDiverged as error:
         log.error("%s", error)
         return 1
@@ -99,22 +101,22 @@ def prepared_data(config: DataConfig, seed: int, vocabulary: int | None) -> Data
     return data
 
 
-def _train(config: RunConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None, stop: StopRequest) -> int:
-    output_dir = Path(config.output_dir)
+def _train(resolved: ResolvedRun, data: DataNode, mesh: Mesh, stop: StopRequest) -> int:
+    output_dir = Path(resolved.config.output_dir)
     lock = raise_on_all_ranks(mesh, lambda: _lock_output_dir(output_dir) if mesh.is_main else None)
     try:
-        return _run_locked(config, data, mesh, checkpoint, stop)
+        return _run_locked(resolved, data, mesh, stop)
     finally:
         if lock is not None:
             lock.release()
 
 
-def _run_locked(config: RunConfig, data: DataNode, mesh: Mesh, checkpoint: Path | str | None, stop: StopRequest) -> int:
+def _run_locked(resolved: ResolvedRun, data: DataNode, mesh: Mesh, stop: StopRequest) -> int:
+    config, checkpoint = resolved.config, resolved.checkpoint
     output_dir = Path(config.output_dir)
-    current = build_run(config, plain_config(config), data, mesh)
+    current = build_run(config, {"config": plain_config(config), "choices": dict(resolved.choices)}, data, mesh)
     try:
-        folder, strict = checkpoint_folder(config), config.checkpoint.strict
-        origin = None if checkpoint is None else restore_run(current, checkpoint, folder, strict=strict)
+        origin = None if checkpoint is None else restore_run(current, checkpoint, config)
         on_main(mesh, lambda: _take_over(config, current, origin))
         on_main(mesh, lambda: _write_description(config, data, output_dir))
         if mesh.is_main:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..folder import KEEPERS
 from ..staging import StagingBuffer
 from ..writing.handover import Giver
 from .wire import Address, Connection, receive_line, send
 
-REGISTRY = ".memory"
 PATIENCE_HOURS = 1.0
 EXIT_SECONDS = 10.0
 
@@ -51,7 +51,7 @@ class Keeper:
         if hello is None:
             raise CheckpointError(f"the keeper process of rank {slot} did not start (exit code {self._process.wait()})")
         self.address = Address(hello["host"], hello["port"], secret, slot)
-        self._entry = folder / REGISTRY / f"{slot:05d}-{secrets.token_hex(4)}.json"
+        self._entry = folder / KEEPERS / f"{slot:05d}-{secrets.token_hex(4)}.json"
         self._entry.parent.mkdir(exist_ok=True)
         fresh = self._entry.with_suffix(".new")
         fresh.touch(mode=0o600)
@@ -157,7 +157,7 @@ class Keeper:
 def registered(folder: Path) -> dict[Path, Address]:
     """Every keeper announced in a folder of checkpoints: entry of the registry → address."""
     found: dict[Path, Address] = {}
-    for entry in sorted((folder / REGISTRY).glob("*.json")):
+    for entry in sorted((folder / KEEPERS).glob("*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError):
             found[entry] = Address(**json.loads(entry.read_text()))
     return found

@@ -21,8 +21,9 @@ import pytest
 from meshloom.checkpoint import faults
 from meshloom.checkpoint.commit import LocalTarget
 from meshloom.checkpoint.errors import CheckpointError
+from meshloom.checkpoint.folder import KEEPERS
 from meshloom.checkpoint.memory import tier
-from meshloom.checkpoint.memory.keeper import REGISTRY, Keeper, registered
+from meshloom.checkpoint.memory.keeper import Keeper, registered
 from meshloom.checkpoint.memory.tier import Predecessors
 from meshloom.checkpoint.memory.wire import Address, Connection
 from meshloom.checkpoint.snapshot import Snapshot
@@ -160,9 +161,9 @@ def test_stranger_on_a_dead_keepers_port_does_not_stop_a_restore(tmp_path: Path)
 
         stranger = threading.Thread(target=serve, daemon=True)
         stranger.start()
-        (tmp_path / REGISTRY).mkdir()
+        (tmp_path / KEEPERS).mkdir()
         entry = Address("127.0.0.1", server.getsockname()[1], "secret", 0).as_dict()
-        (tmp_path / REGISTRY / "00000-0123.json").write_text(json.dumps(entry))
+        (tmp_path / KEEPERS / "00000-0123.json").write_text(json.dumps(entry))
         assert restored_step(tmp_path) == 1
         with pytest.raises(CheckpointError, match="nobody who speaks to keepers"):
             Connection(Address(**entry), 30.0).ask({"do": "status"})

@@ -10,6 +10,7 @@ import torch
 
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.compare import read_array
+from meshloom.checkpoint.compose import Source, compose
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.files import open_files
@@ -58,8 +59,31 @@ def test_training_begins_with_the_imported_weights(tmp_path: Path, ranks: int, e
     assert [row["step"] for row in rows if "loss" in row] == [1]
 
 
-def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
+def test_a_shape_of_another_model_is_refused_by_key(tmp_path: Path) -> None:
     run_ranks(1, imported, tmp_path / "imported")
     start = [f"output_dir={tmp_path / 'tuned'}", f"resume={tmp_path / 'imported'}", "trainer.steps=1", "model.layers=3"]
-    with pytest.raises(AssertionError, match=r"resume: .* does not have this model's weights .*layers\.2"):
+    with pytest.raises(AssertionError, match=r"model\.layers: is 3, and the checkpoint's model has 2"):
+        run_ranks(2, tuned, start)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"norm.weight": None}, r"does not have this model's weights \(weight/norm\.weight\)"),
+        ({"norm.bias": (16,)}, r"has weights that this model does not have \(weight/norm\.bias\)"),
+    ],
+)
+def test_weights_that_no_key_tells_are_compared_by_name(
+    tmp_path: Path, changed: dict[str, tuple[int, ...] | None], message: str
+) -> None:
+    weights = run_ranks(1, imported, tmp_path / "whole")[0]
+    weights |= {name: torch.zeros(shape) for name, shape in changed.items() if shape is not None}
+    sources = [
+        Source(name, "weight", weight.dtype, tuple(weight.shape), lambda kept=weight: kept)
+        for name, weight in weights.items()
+        if changed.get(name, ()) is not None
+    ]
+    compose(tmp_path / "imported", 0, sources, {"imported_from": {"format": "dcp"}})
+    start = [f"output_dir={tmp_path / 'tuned'}", f"resume={tmp_path / 'imported'}", "trainer.steps=1"]
+    with pytest.raises(AssertionError, match=message):
         run_ranks(2, tuned, start)

@@ -78,8 +78,19 @@ def test_what_was_moved_aside_can_be_branched_off(tmp_path: Path) -> None:
 def test_a_run_that_is_refused_leaves_the_folder_to_the_other(tmp_path: Path) -> None:
     go(tmp_path, "trainer.steps=2")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(AssertionError, match="does not have this model's weights"):
+    with pytest.raises(AssertionError, match=r"model\.dim: is 32, and the checkpoint's model has 16"):
         go(tmp_path, "trainer.steps=4", "checkpoint.strict=false", "model.dim=32", "resume=auto")
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert {path.name for path in after.keys() ^ before.keys()} <= {".lock", ".run.lock"}
     assert all(after[path] == text for path, text in before.items() if "lock" not in path.name)
+
+
+def test_another_optimizer_begins_its_state_anew(tmp_path: Path) -> None:
+    """AdamW's moments have the names and shapes of LAMB's."""
+    go(tmp_path, "trainer.steps=2", "optim.lr=0.01")
+    with pytest.raises(AssertionError, match=r"optim: the checkpoint holds the state of AdamW"):
+        go(tmp_path, "trainer.steps=3", "resume=auto", "optim=lamb")
+    go(tmp_path, "trainer.steps=3", "resume=auto", "optim=lamb", "optim.lr=1e-30", "checkpoint.strict=false")
+    state = read_state(tmp_path / "checkpoints")
+    assert state["progress"]["step"] == 3 and state["config"]["optim"]["name"] == "lamb"
+    assert set(state["counters"].values()) == {1}, "one update of its own"

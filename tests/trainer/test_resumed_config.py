@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from meshloom.config.compose import Composer
-from meshloom.trainer.resumed_config import resume_config, saved_choices
+from meshloom.config.compose import Composer, Composition
+from meshloom.trainer.resumed_config import Resumed, resume_config, saved_choices
 from meshloom.trainer.schema import RunConfig, make_composer
 from meshloom.trainer.typed import plain_config, typed_config
 
@@ -26,16 +26,30 @@ def saved_run(composer: Composer, *overrides: str) -> dict[str, Any]:
     return plain_config(typed_config(composition.config)[0])
 
 
+def record(composer: Composer, *overrides: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The config and the choices that a run of these words states in its checkpoints."""
+    composition = composer.compose(["recipe=quickstart", *overrides])
+    return plain_config(typed_config(composition.config)[0]), composition.choices
+
+
+def resume_recorded(composer: Composer, saved: tuple[dict[str, Any], dict[str, str]], *words: str) -> Resumed:
+    """The resume of a run whose checkpoints state its choices."""
+    choices = saved_choices(*saved, composer.compose(words).config, words, composer.options)
+    fresh = composer.compose([*choices, *words])
+    assert fresh.problems == []
+    return resume_config(saved[0], fresh, words, saved[1])
+
+
 def resumed(
     composer: Composer, saved: dict[str, Any], words: Sequence[str], recipe: Sequence[str] = ()
 ) -> tuple[RunConfig, list[str]]:
     """The config of a run that goes on with these words, and what is said. recipe: words that stand for a recipe file."""
     today = composer.compose([*recipe, *words]).config
-    choices = saved_choices(saved, today, words, composer.options("recipe"))
+    choices = saved_choices(saved, {}, today, words, composer.options)
     fresh = composer.compose([*choices, *recipe, *words])
     assert fresh.problems == []
-    config, told = resume_config(saved, fresh.config, words)
-    return typed_config(config)[0], told
+    found = resume_config(saved, fresh, words)
+    return typed_config(found.config)[0], found.notices
 
 
 def test_recipe_is_the_checkpoints_and_placement_todays(composer: Composer) -> None:
@@ -47,7 +61,10 @@ def test_recipe_is_the_checkpoints_and_placement_todays(composer: Composer) -> N
     assert config.launch.nproc == "auto" and config.output_dir == "outputs/quickstart" and config.resume == "auto"
     assert "changed recipe: trainer.steps=400 (was 200)" in told
     assert "changed placement: parallel.tp=1 (was 2), parallel.cp=2 (was 1), launch.nproc=auto (was 2)" in told
-    assert "resumed run keeps optim.lr=0.5 (the recipe now says 0.003)" in told and len(told) == 4
+    kept = (
+        "kept from the checkpoint, where the recipe files of today differ: optim.lr=0.5 (now 0.003), batch.samples=64 (now 32)"
+    )
+    assert kept in told and len(told) == 3
 
 
 def test_placement_comes_from_the_file_of_the_runs_own_recipe(composer: Composer) -> None:
@@ -62,7 +79,7 @@ def test_habits_stay_until_another_is_typed(composer: Composer) -> None:
     saved = saved_run(composer, "checkpoint.keep=0", "logging.every=5", "trainer.sample_prompt=null")
     config, told = resumed(composer, saved, ["resume=auto", "logging.every=2"])
     assert config.checkpoint.keep == 0 and config.logging.every == 2 and config.trainer.sample_prompt is None
-    assert "resumed run keeps checkpoint.keep=0 (the recipe now says 3)" in told
+    assert any("kept from the checkpoint" in line and "checkpoint.keep=0 (now 3)" in line for line in told)
 
 
 def test_placement_comes_from_todays_recipe_file_too(composer: Composer) -> None:
@@ -95,7 +112,7 @@ def test_sources_of_a_mixture_may_move(composer: Composer) -> None:
     saved["data"] |= {"sources": {"code": source}, "weights": {"code": 1.0}}
     fresh = composer.compose(["data=mixture"]).config
     OmegaConf.update(fresh, "data.sources", {"code": {**source, "input": "b.jsonl", "field": "text"}}, force_add=True)
-    config = typed_config(resume_config(saved, fresh, ["resume=auto"])[0])[0]
+    config = typed_config(resume_config(saved, Composition(fresh, []), ["resume=auto"]).config)[0]
     assert config.data.sources["code"]["input"] == "b.jsonl" and config.data.sources["code"]["field"] == "body"
 
 
@@ -118,7 +135,7 @@ def test_keys_are_those_of_the_run_that_goes_on(composer: Composer) -> None:
     config, _ = resumed(composer, saved, ["optim.norm_max=3", "resume=auto"])
     assert config.optim.name == "lamb" and config.optim.norm_max == 3
     words = ["optim.fused=true", "resume=auto"]
-    choices = saved_choices(saved, composer.compose(words).config, words, composer.options("recipe"))
+    choices = saved_choices(saved, {}, composer.compose(words).config, words, composer.options)
     (problem,) = composer.compose([*choices, *words]).problems
     assert problem.key == "optim.fused" and "optim=lamb has no such key" in str(problem)
 
@@ -126,7 +143,10 @@ def test_keys_are_those_of_the_run_that_goes_on(composer: Composer) -> None:
 def test_another_recipe_is_taken_altogether(composer: Composer) -> None:
     saved = saved_run(composer, "optim.lr=0.5")
     config, told = resumed(composer, saved, ["recipe=llama_1b"])
-    assert config.recipe == "llama_1b" and config.optim.lr == 1e-3 and len(told) == 1
+    assert config.recipe == "llama_1b" and config.optim.lr == 1e-3
+    assert (
+        told[0] == "this run has the recipe llama_1b from now on (it was quickstart)" and "optim.lr=0.001 (was 0.5)" in told[1]
+    )
 
 
 def test_null_list_and_added_overrides(composer: Composer) -> None:
@@ -155,3 +175,53 @@ def test_key_that_the_checkpoint_lacks_has_its_default(composer: Composer) -> No
     del saved["optim"]["lr_coupling"], saved["trainer"]["max_grad_norm"]
     config, _ = resumed(composer, saved, ["resume=auto"])
     assert config.optim.lr_coupling == "none" and config.trainer.max_grad_norm == 1.0
+
+
+@pytest.mark.parametrize(
+    ("group", "option", "earlier"),
+    [
+        ("optim", "adamw", ("optim.weight_decay=0.5", "optim.betas=[0.8,0.9]")),
+        ("batch", "norm_test", ("batch.eta=0.33", "batch.max=64", "batch.samples=16")),
+        ("schedule", "cosine", ("schedule.final=0.25",)),
+        ("model", "llama_tiny", ("model.dim=32", "model.rope_theta=10000")),
+        ("data", "synthetic", ("data.vocabulary=61", "data.seq_len=32")),
+    ],
+)
+def test_a_repeated_choice_keeps_all_that_was_typed(
+    composer: Composer, group: str, option: str, earlier: tuple[str, ...]
+) -> None:
+    saved = record(composer, f"{group}={option}", *earlier)
+    found = resume_recorded(composer, saved, f"{group}={option}", "resume=auto")
+    assert plain_config(typed_config(found.config)[0])[group] == saved[0][group]
+    (kept,) = [line for line in found.notices if line.startswith("kept")]
+    assert all(word.partition("=")[0] in kept for word in earlier), "it is said"
+
+
+def test_another_choice_says_what_it_drops_and_changes(composer: Composer) -> None:
+    saved = record(composer, "optim=lamb", "optim.norm_max=3", "optim.lr=0.5")
+    found = resume_recorded(composer, saved, "optim=lars", "resume=auto")
+    assert any("optim=lars has no place for the checkpoint's" in line and "optim.norm_max=3" in line for line in found.notices)
+    assert any("changed recipe" in line and "optim.lr=0.003 (was 0.5)" in line for line in found.notices)
+
+
+def test_another_file_of_the_same_class_is_another_choice(composer: Composer) -> None:
+    """All shapes of a model are of one class, and so may be recipes of an optimizer."""
+    saved = record(composer, "model=llama_1b")
+    found = resume_recorded(composer, saved, "model=llama_3b", "resume=auto")
+    assert found.config.model.dim == 3072 and any(line.startswith("model.dim=3072 (was 2048)") for line in found.warnings)
+    assert resume_recorded(composer, saved, "resume=auto").config.model.dim == 2048
+
+
+@pytest.mark.parametrize("word", ["seed=2", "model.rope_theta=1e4", "model.norm_eps=1e-6", "data.seq_len=128"])
+def test_a_change_that_may_be_a_mistake_is_a_warning(composer: Composer, word: str) -> None:
+    found = resume_recorded(composer, record(composer), word, "resume=auto")
+    (warning,) = found.warnings
+    assert warning.startswith(f"{word.partition('=')[0]}=") and "(was" in warning
+    assert resume_recorded(composer, record(composer, word), word, "resume=auto").warnings == []
+
+
+def test_caches_are_never_the_checkpoints(composer: Composer) -> None:
+    saved = record(composer, "data=text", "data.input=/mine/a.txt", "data.cache_dir=/mine/cache")
+    found = resume_recorded(composer, saved, "resume=auto")
+    assert found.config.data.cache_dir is None and found.config.data.input == "/mine/a.txt"
+    assert resume_recorded(composer, saved, "resume=auto", "data.cache_dir=/here").config.data.cache_dir == "/here"

@@ -1,0 +1,96 @@
+"""Whether a checkpoint fits the run that would start from it, told before anything is built. Imports no torch.
+
+A shape that fits is no identity: heads, rotary base or optimizer may differ where every array has the right shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..checkpoint.manifest import Manifest
+from ..config.keys import MISSING, keys_of
+from ..config.nodes import Custom
+from ..config.problems import Problem
+from ..models.config import DecoderConfig, ModelConfig
+from ..models.stored_sizes import stored_sizes, wrong_head_share
+from .find_checkpoint import is_import
+from .resumed_config import saved_config
+from .schema import RunConfig
+
+CHANGEABLE = frozenset({"norm_eps", "rope_theta", "mup_base", "mup_embedding", "mup_residual"})
+"""Keys of a decoder that no stored array depends on, and what the weights compute does. A run may change one on purpose."""
+UNREAD = frozenset({"_target_", "init_std"})
+"""Keys of a decoder that a run which starts from stored weights does not read."""
+
+TAKEN = "leave it and any choice of model=… out: the checkpoint's is taken"
+OTHER_MODEL = "choose the model whose weights they are"
+
+
+def checkpoint_problems(manifest: Manifest, config: RunConfig) -> list[Problem]:
+    """Return a problem for each key in which a run contradicts the checkpoint that it starts from."""
+    found: list[Problem] = []
+    state = manifest.state
+    saved = saved_config(state)
+    if config.model is not None:
+        shapes = {array.name: array.shape for array in manifest.arrays.values() if array.role == "weight"}
+        vocabulary = state.get("vocabulary")
+        known = dict(saved.get("model") or {})
+        if known and is_import(state):  # which states only what another program's config has
+            known = {**{key.name: key.default for key in keys_of(DecoderConfig) if key.default != MISSING}, **known}
+        if known and vocabulary is not None:
+            known["vocabulary"] = vocabulary
+        loose = not is_import(state) or not config.checkpoint.strict
+        found += _model_problems(known, shapes, config.model, changeable=loose)
+    if config.optim is not None and config.checkpoint.strict and (change := optimizer_change(state, config)) is not None:
+        fix = "leave the choice out, or begin the optimizer's state anew with checkpoint.strict=false"
+        found.append(
+            Problem("optim", f"the checkpoint holds the state of {change[0]}, which means nothing to {change[1]}", fix)
+        )
+    return found
+
+
+def optimizer_change(state: Mapping[str, Any], config: RunConfig) -> tuple[str, str] | None:
+    """Return the names of the checkpoint's optimizer and of the run's, where they are of two classes; else None."""
+    saved = saved_config(state).get("optim")
+    if is_import(state) or not isinstance(saved, dict) or "_target_" not in saved:
+        return None
+    before = str(saved["_target_"])
+    now = config.optim.path if isinstance(config.optim, Custom) else config.optim._target_
+    if before == now:
+        return None
+    short, other = before.rpartition(".")[2], now.rpartition(".")[2]
+    return (short, other) if short != other else (before, now)
+
+
+def _model_problems(
+    saved: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, *, changeable: bool
+) -> Iterator[Problem]:
+    """Yield the keys of a decoder that differ from the checkpoint's. A class of the user's own is compared by its weights."""
+    if not isinstance(config, DecoderConfig) or saved.get("_target_", config._target_) != config._target_:
+        return
+    stated = {name: value for name, value in saved.items() if name != "vocabulary" or value is not None}
+    known = {**stored_sizes(shapes), **stated}
+    wrong = [name for name, value in known.items() if name not in UNREAD and _differs(config, name, value)]
+    for name in wrong:
+        if changeable and name in CHANGEABLE:
+            continue
+        message = f"is {_written(getattr(config, name))}, and the checkpoint's model has {_written(known[name])}"
+        fix = TAKEN if name in stated else OTHER_MODEL
+        if name in CHANGEABLE:
+            fix += "; to train on with the other all the same, add checkpoint.strict=false"
+        yield Problem(f"model.{name}", message, fix)
+    if not {"heads", "kv_heads"} & known.keys() and (share := wrong_head_share(shapes, config)) is not None:
+        message = f"{config.heads} heads over {config.kv_heads} is not the checkpoint's share of queries to keys, {share}"
+        yield Problem("model.kv_heads", message, OTHER_MODEL)
+
+
+def _differs(config: DecoderConfig, name: str, value: Any) -> bool:
+    if name not in {key.name for key in keys_of(DecoderConfig)}:
+        return False
+    now = getattr(config, name)
+    return now != value and not (name == "vocabulary" and now is None)  # null: the data's, compared once that is known
+
+
+def _written(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
