@@ -75,7 +75,7 @@ def raw(settings: Settings, label: str) -> None:
     with torch.device(device):
         model = Decoder(DecoderConfig(vocabulary=settings.vocabulary, **MODELS[settings.model])).to(dtype)  # type: ignore[arg-type]
     if device.type == "cuda" and settings.precision == "bf16":
-        shape = attention_timing.Shape(settings.seq, model.config.heads, model.config.kv_heads, model.config.head_dim)
+        shape = attention_timing.Shape(settings.seq, model.config.heads, model.config.kv_heads, model.config.head_width)
         times = {kernel: attention_timing.seconds(kernel, shape, device) for kernel in attention_timing.KERNELS}
         attend = CausalAttention(attention_timing.fastest(times))
         model.use_kernels(dict.fromkeys(model.block_modules(), BlockKernels(attend)))

@@ -8,9 +8,10 @@ Shape legend: T tokens, C tokens of one chunk, D model width, V vocabulary (or t
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,16 +25,39 @@ _ALIGNMENT = 64  # columns the row stride of the logits is rounded up to: an odd
 Merge = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
+@dataclass(frozen=True)
+class LossRule:
+    """How logits become a loss.
+
+    softcap  logits become cap · tanh(logit / cap); None: they stay
+    z_loss   adds this times the square of each token's log-sum-exp to what is differentiated (PaLM, arXiv 2204.02311, 5),
+             and not to the loss that is returned: losses stay comparable
+    ignored  target of positions that count nothing
+    """
+
+    softcap: float | None = None
+    z_loss: float = 0.0
+    ignored: int = IGNORED
+
+
 def linear_cross_entropy(
-    hidden_TD: torch.Tensor, head_VD: torch.Tensor, targets_T: torch.Tensor, *, chunk: int = LOSS_CHUNK, ignored: int = IGNORED
+    hidden_TD: torch.Tensor,
+    head_VD: torch.Tensor,
+    targets_T: torch.Tensor,
+    *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    chunk: int = LOSS_CHUNK,
+    ignored: int = IGNORED,
 ) -> torch.Tensor:
     """Sum over tokens of −log softmax(hidden · headᵀ)[target], a scalar; positions whose target is `ignored` count nothing.
 
-    Gradients to hidden and head are exact. Matmuls run in the inputs' common dtype; softmax, loss and the sum of the head's
-    gradient over chunks are fp32 (fp64 for fp64 inputs), and so is the result. A target outside [0, V) that isn't `ignored`
-    makes the loss infinite.
+    softcap, z_loss: see `LossRule`. Gradients to hidden and head are exact. Matmuls run in the inputs' common dtype; softmax,
+    loss and the sum of the head's gradient over chunks are fp32 (fp64 for fp64 inputs), and so is the result. A target outside
+    [0, V) that isn't `ignored` makes the loss infinite.
     """
-    return sliced_cross_entropy(hidden_TD, head_VD, targets_T, None, chunk=chunk, ignored=ignored)
+    rule = LossRule(softcap, z_loss, ignored)
+    return sliced_cross_entropy(hidden_TD, head_VD, targets_T, None, chunk=chunk, rule=rule)
 
 
 def sliced_cross_entropy(
@@ -44,7 +68,7 @@ def sliced_cross_entropy(
     *,
     first: int = 0,
     chunk: int = LOSS_CHUNK,
-    ignored: int = IGNORED,
+    rule: LossRule = LossRule(),
 ) -> torch.Tensor:
     """`linear_cross_entropy` where head_VD are the rows [first, first + V) of a larger head.
 
@@ -54,15 +78,19 @@ def sliced_cross_entropy(
     if chunk < 1:
         raise ValueError(f"chunk must be at least one token, not {chunk}")
     assert hidden_TD.dtype == head_VD.dtype, f"hidden is {hidden_TD.dtype}, head {head_VD.dtype}"
-    total: Any = _LinearCrossEntropy.apply(hidden_TD, head_VD, targets_T, merge, first, chunk, ignored, torch.is_grad_enabled())
+    total: Any = _LinearCrossEntropy.apply(hidden_TD, head_VD, targets_T, merge, first, chunk, rule, torch.is_grad_enabled())
     return total
 
 
 def _plain_softmax(
-    logits_CV: torch.Tensor, targets_C: torch.Tensor, merge: Merge | None, first: int, ignored: int, differentiate: bool
+    logits_CV: torch.Tensor, targets_C: torch.Tensor, merge: Merge | None, first: int, rule: LossRule, differentiate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`_softmax` in torch's own operations: one exponential an element, in the logits' place where they are wide enough."""
     rows_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    bent_CV = None
+    if rule.softcap is not None:
+        bent_CV = (rows_CV / rule.softcap).tanh_()
+        rows_CV = rule.softcap * bent_CV
     columns_C = targets_C - first
     inside_C = (columns_C >= 0) & (columns_C < rows_CV.shape[1])
     columns_C1 = torch.where(inside_C, columns_C, 0).unsqueeze(1)
@@ -75,16 +103,21 @@ def _plain_softmax(
     log_sum_C = most_C + powers_CV.sum(1).log()
     if merge is not None:
         log_sum_C, picked_C = merge(log_sum_C, picked_C)
-    # The gradient of the summed loss: softmax − one-hot, zero where not valid.
-    valid_C = targets_C != ignored
-    powers_CV.mul_(torch.where(valid_C, (most_C - log_sum_C).exp(), 0).unsqueeze(1))
+    # The gradient of the summed loss: softmax − one-hot, zero where not valid; of z-loss another 2 · z · log-sum-exp · softmax.
+    valid_C = targets_C != rule.ignored
+    shares_C = (most_C - log_sum_C).exp()
+    if rule.z_loss:
+        shares_C = shares_C * (1 + 2 * rule.z_loss * log_sum_C)
+    powers_CV.mul_(torch.where(valid_C, shares_C, 0).unsqueeze(1))
     powers_CV.scatter_add_(1, columns_C1, -(inside_C & valid_C).to(powers_CV.dtype).unsqueeze(1))
+    if bent_CV is not None:
+        powers_CV.mul_(1 - bent_CV.square_())
     if powers_CV is not logits_CV:
         logits_CV.copy_(powers_CV)
     return log_sum_C, picked_C
 
 
-@cache
+@functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
@@ -95,20 +128,21 @@ def runs_triton(tensor: torch.Tensor) -> bool:
 
 
 def _softmax(
-    logits_CV: torch.Tensor, targets_C: torch.Tensor, merge: Merge | None, first: int, ignored: int, differentiate: bool
+    logits_CV: torch.Tensor, targets_C: torch.Tensor, merge: Merge | None, first: int, rule: LossRule, differentiate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's log-sum-exp and target logit over the whole vocabulary. Turns logits into their gradient on request."""
     if runs_triton(logits_CV):
         from .triton_loss import softmax_rows
 
         at_once = differentiate and merge is None
-        log_sum_C, picked_C = softmax_rows(logits_CV, targets_C, first, ignored, differentiate=at_once)
+        compute = functools.partial(softmax_rows, softcap=rule.softcap, z_loss=rule.z_loss)
+        log_sum_C, picked_C = compute(logits_CV, targets_C, first, rule.ignored, differentiate=at_once)
         if merge is not None:
             log_sum_C, picked_C = merge(log_sum_C, picked_C)
             if differentiate:
-                softmax_rows(logits_CV, targets_C, first, ignored, log_sum_C=log_sum_C)
+                compute(logits_CV, targets_C, first, rule.ignored, log_sum_C=log_sum_C)
         return log_sum_C, picked_C
-    return _plain_softmax(logits_CV, targets_C, merge, first, ignored, differentiate)
+    return _plain_softmax(logits_CV, targets_C, merge, first, rule, differentiate)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -121,7 +155,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         merge: Merge | None,
         first: int,
         chunk: int,
-        ignored: int,
+        rule: LossRule,
         recording: bool,
     ) -> torch.Tensor:
         tokens, vocabulary = hidden_TD.shape[0], head_VD.shape[0]
@@ -137,8 +171,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             hidden_CD, targets_C = hidden_TD[part], targets_T[part]
             logits_CV = torch.mm(hidden_CD, head_VD.t(), out=buffer[: hidden_CD.shape[0]])
-            log_sum_C, picked_C = _softmax(logits_CV, targets_C, merge, first, ignored, differentiate)
-            total += torch.where(targets_C != ignored, log_sum_C - picked_C, 0).sum()
+            log_sum_C, picked_C = _softmax(logits_CV, targets_C, merge, first, rule, differentiate)
+            total += torch.where(targets_C != rule.ignored, log_sum_C - picked_C, 0).sum()
             if hidden_grad_TD is not None:
                 torch.mm(logits_CV, head_VD, out=hidden_grad_TD[part])
             if head_grad_VD is not None:

@@ -22,6 +22,11 @@ _LEAST = tl.constexpr(-3.0e38)  # a running maximum to begin with that, unlike �
 
 
 @triton.jit
+def _tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
 def _softmax_row(
     logits,
     row_stride,
@@ -31,6 +36,9 @@ def _softmax_row(
     columns,
     first,
     ignored,
+    softcap,
+    z_loss,
+    CAPPED: tl.constexpr,
     SUMS_GIVEN: tl.constexpr,
     DIFFERENTIATE: tl.constexpr,
     LANES: tl.constexpr,
@@ -47,10 +55,15 @@ def _softmax_row(
     else:
         inside = valid & (column >= 0) & (column < columns)
         chosen = tl.load(logits + column, mask=inside, other=-float("inf")).to(tl.float32)
+        if CAPPED:
+            chosen = tl.where(inside, softcap * _tanh(chosen / softcap), chosen)
         peak = tl.full((LANES,), _LEAST, tl.float32)
         total = tl.zeros((LANES,), tl.float32)
         for start in range(0, columns, LANES * WIDTH):
-            x = tl.load(logits + start + at, mask=start + at < columns, other=-float("inf")).to(tl.float32) * _LOG2E
+            x = tl.load(logits + start + at, mask=start + at < columns, other=-float("inf")).to(tl.float32)
+            if CAPPED:
+                x = tl.where(start + at < columns, softcap * _tanh(x / softcap), x)
+            x *= _LOG2E
             higher = tl.maximum(peak, tl.max(x, 1))
             total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(x - higher[:, None]), 1)
             peak = higher
@@ -60,12 +73,18 @@ def _softmax_row(
         tl.store(picked + row, chosen)
     if DIFFERENTIATE:
         weight = valid.to(tl.float32)
+        more = 1 + 2 * z_loss * log_sum
         # Backwards: what was read last is what the cache still has.
         for block in range(tl.cdiv(columns, LANES * WIDTH) - 1, -1, -1):
             here = block * LANES * WIDTH + at
             x = tl.load(logits + here, mask=here < columns, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            slope = weight
+            if CAPPED:
+                bent = _tanh(x / softcap)
+                x = softcap * bent
+                slope = weight * (1 - bent * bent)
             softmax = tl.exp2((x - log_sum) * _LOG2E)
-            gradient = (softmax - (here == column).to(tl.float32)) * weight
+            gradient = (softmax * more - (here == column).to(tl.float32)) * slope
             tl.store(logits + here, gradient.to(logits.dtype.element_ty), mask=here < columns, eviction_policy="evict_first")
 
 
@@ -91,13 +110,16 @@ def softmax_rows(
     first: int,
     ignored: int,
     *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
     log_sum_C: torch.Tensor | None = None,
     differentiate: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-sum-exp of each row and its logit in column target − first, −∞ where there is none; both fp32.
 
-    logits_CV  half precision or fp32, rows contiguous; overwritten by softmax − one-hot (zero in ignored rows) if
-               `differentiate`
+    logits_CV  half precision or fp32, rows contiguous; overwritten by the gradient, softmax − one-hot without softcap and
+               z-loss (zero in ignored rows), if `differentiate`
+    softcap, z_loss  as in `loss.LossRule`
     log_sum_C  the rows' log-sum-exps, where they are known already: then only the gradient is made, of these
     """
     rows, columns = logits_CV.shape
@@ -106,7 +128,8 @@ def softmax_rows(
     picked = torch.empty_like(sums)
     if rows and columns:
         _softmax_row[(rows,)](
-            *(logits_CV, logits_CV.stride(0), targets_C, sums, picked, columns, first, ignored),
+            *(logits_CV, logits_CV.stride(0), targets_C, sums, picked, columns, first, ignored, softcap or 1.0, z_loss),
+            CAPPED=softcap is not None,
             SUMS_GIVEN=log_sum_C is not None,
             DIFFERENTIATE=differentiate,
             LANES=_LANES,

@@ -13,10 +13,11 @@ from torch import nn
 
 from ..kernels.attention import Attend, CausalAttention
 from ..kernels.documents import Documents
+from .norm import Norm
 from .part import Part, reads_stream, writes_stream
-from .part_config import AttentionConfig
+from .part_config import AttentionConfig, NormConfig
 from .protocol import TensorRole
-from .rotary import rotate
+from .rotary import RotaryTable, rotate
 
 
 class Attention(Part):
@@ -27,33 +28,47 @@ class Attention(Part):
         "wk": TensorRole.KEY_VALUE,
         "wv": TensorRole.KEY_VALUE,
         "wo": TensorRole.ROW,
+        "q_norm": TensorRole.HEADS_NORM,
+        "k_norm": TensorRole.KEY_HEADS_NORM,
     }
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
-        self.head_dim, self.kv_heads, self.scale = config.head_dim, config.kv_heads, config.scale
-        width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.wq = nn.Linear(config.dim, width, bias=False)
-        self.wk = nn.Linear(config.dim, kv_width, bias=False)
-        self.wv = nn.Linear(config.dim, kv_width, bias=False)
-        self.wo = nn.Linear(width, config.dim, bias=False)
+        self.config, self.head_dim, self.kv_heads = config, config.head_dim, config.kv_heads
+        self.wq = nn.Linear(config.dim, config.q_width, bias=config.qkv_bias)
+        self.wk = nn.Linear(config.dim, config.kv_width, bias=config.qkv_bias)
+        self.wv = nn.Linear(config.dim, config.kv_width, bias=config.qkv_bias)
+        self.wo = nn.Linear(config.q_width, config.dim, bias=config.output_bias)
+        self.q_norm = None if config.q_norm is None else Norm(config.q_norm)
+        self.k_norm = None if config.k_norm is None else Norm(config.k_norm)
         self.weight_rules = {
             **dict.fromkeys(("wq", "wk", "wv"), reads_stream(config.scales)),
             "wo": writes_stream(config.scales),
         }
         self.attend: Attend = CausalAttention()
 
-    def forward(
-        self, inputs: Sequence[torch.Tensor], rotary: tuple[torch.Tensor, torch.Tensor], documents: Documents | None
-    ) -> torch.Tensor:
+    def forward(self, inputs: Sequence[torch.Tensor], rotary: RotaryTable | None, documents: Documents | None) -> torch.Tensor:
         """Attend. inputs: the same (B, S, D) for query, key and value. Returns (B, S, D).
 
         The projections' shapes give the number of heads, so they may be column shards.
         """
-        q_BSHE, k_BSKE, v_BSKE = (
-            project(x_BSD).unflatten(-1, (-1, self.head_dim))
-            for project, x_BSD in zip((self.wq, self.wk, self.wv), inputs, strict=True)
-        )
-        q_BSHE, k_BSKE = rotate(q_BSHE, *rotary), rotate(k_BSKE, *rotary)
-        out_BSHE = self.attend(q_BSHE, k_BSKE, v_BSKE, documents, scale=self.scale)
+        q_BSD, k_BSD, v_BSD = inputs
+        q_BSHE = self._heads(self.wq(q_BSD), self.q_norm, rotary)
+        k_BSKE = self._heads(self.wk(k_BSD), self.k_norm, rotary)
+        v_BSKE = self.wv(v_BSD).unflatten(-1, (-1, self.head_dim))
+        out_BSHE = self.attend(q_BSHE, k_BSKE, v_BSKE, documents, scale=self.config.scale)
         return self.wo(out_BSHE.flatten(-2))
+
+    def _heads(self, x: torch.Tensor, norm: Norm | None, rotary: RotaryTable | None) -> torch.Tensor:
+        """Divide queries or keys into heads, norm them before or after that, and rotate them."""
+        if norm is not None and not self._norms_each_head(norm.config):
+            x = norm(x)
+        x_BSHE = x.unflatten(-1, (-1, self.head_dim))
+        if norm is not None and self._norms_each_head(norm.config):
+            x_BSHE = norm(x_BSHE)
+        if rotary is None or self.config.rotary is None:
+            return x_BSHE
+        return rotate(x_BSHE, rotary, interleaved=self.config.rotary.interleaved)
+
+    def _norms_each_head(self, norm: NormConfig) -> bool:
+        return norm.width == self.head_dim

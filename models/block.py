@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from ..kernels.documents import Documents
 from ..kernels.norm import FusedNorm
@@ -18,6 +19,7 @@ from .norm import Norm
 from .part import Part
 from .part_config import AttentionConfig, BlockConfig, FeedForwardConfig
 from .protocol import BlockKernels, TensorRole
+from .rotary import RotaryTable
 
 ATTENTIONS: dict[type, Callable[[Any], Attention]] = {AttentionConfig: Attention}
 """Config → the attention that is built from it. A new kind is listed here."""
@@ -27,19 +29,29 @@ FEED_FORWARDS: dict[type, Callable[[Any], FeedForward]] = {FeedForwardConfig: Fe
 
 
 class Block(Part):
-    """Pre-norm attention and feed-forward, each added to the residual stream times `residual` (muP).
+    """Attention and feed-forward, each added to the residual stream times `residual` (muP).
+
+    A norm stands before each part (Llama), after it (OLMo 2), or both (Gemma 2). In the place of one that is not there stands
+    an identity: it has the norm's role under tensor parallelism, where it gathers the stream.
 
     fused_norm  the kernel to use where it fits; None: the norms' modules are called
     """
 
-    tensor_roles: ClassVar[Mapping[str, TensorRole]] = {"attention_norm": TensorRole.NORM, "ffn_norm": TensorRole.NORM}
+    tensor_roles: ClassVar[Mapping[str, TensorRole]] = {
+        "attention_norm": TensorRole.NORM,
+        "attention_post_norm": TensorRole.POST_NORM,
+        "ffn_norm": TensorRole.NORM,
+        "ffn_post_norm": TensorRole.POST_NORM,
+    }
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.attention_norm = Norm(config.norm)
+        self.attention_norm = Norm(config.norm) if config.norms_before else nn.Identity()
         self.attention = ATTENTIONS[type(config.attention)](config.attention)
-        self.ffn_norm = Norm(config.norm)
+        self.attention_post_norm = Norm(config.norm) if config.norms_after else nn.Identity()
+        self.ffn_norm = Norm(config.norm) if config.norms_before else nn.Identity()
         self.ffn = FEED_FORWARDS[type(config.ffn)](config.ffn)
+        self.ffn_post_norm = Norm(config.norm) if config.norms_after else nn.Identity()
         self.residual, self.eps = config.residual, config.norm.eps
         self.fused_norm: FusedNorm | None = None
 
@@ -48,19 +60,17 @@ class Block(Part):
         self.attention.attend = kernels.attend
         self.fused_norm, self.ffn.swiglu = kernels.norm, kernels.swiglu
 
-    def forward(
-        self, x_BSD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], documents: Documents | None
-    ) -> torch.Tensor:
+    def forward(self, x_BSD: torch.Tensor, rotary: RotaryTable | None, documents: Documents | None) -> torch.Tensor:
         """Apply the block to the residual stream: (B, S, D) → (B, S, D)."""
         x_BSD, *inputs = self._normed(self.attention_norm, x_BSD, 3)
-        x_BSD = self._add(x_BSD, self.attention(inputs, rotary, documents))
+        x_BSD = self._add(x_BSD, self.attention_post_norm(self.attention(inputs, rotary, documents)))
         x_BSD, *inputs = self._normed(self.ffn_norm, x_BSD, self.ffn.num_inputs(x_BSD))
-        return self._add(x_BSD, self.ffn(inputs))
+        return self._add(x_BSD, self.ffn_post_norm(self.ffn(inputs)))
 
-    def _normed(self, module: Norm, x_BSD: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    def _normed(self, module: Norm | nn.Identity, x_BSD: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
         """Return the residual stream, and its norm `count` times."""
-        if self.fused_norm is not None and self.fused_norm.fits(x_BSD):
-            return self.fused_norm(x_BSD, module.weight, self.eps, count)
+        if isinstance(module, Norm) and self.fused_norm is not None and self.fused_norm.fits(x_BSD):
+            return self.fused_norm(x_BSD, module.factor(module.weight), self.eps, count)
         return x_BSD, *[module(x_BSD)] * count
 
     def _add(self, x_BSD: torch.Tensor, y_BSD: torch.Tensor) -> torch.Tensor:

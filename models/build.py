@@ -26,6 +26,6 @@ def build_model(node: Mapping[str, Any], vocabulary: int) -> Model:
     if isinstance(kind, type) and issubclass(kind, Decoder):
         values.pop("_target_")
         with torch.device("meta"):
-            return kind(kind.config_type(**values))
+            return kind(kind.config_type.of(values))
     with parameters_on_meta():
         return adopt(instantiate({**values, "_convert_": "all"}))

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
 
 from ..config.keys import MISSING, Side, key, option, target
 from ..config.nodes import Custom
 from ..config.problems import Problem
 from .part_config import AttentionConfig, BlockConfig, FeedForwardConfig, MatrixScales, NormConfig
+from .rope_config import RopeScaling, RotaryConfig
 
 SIZES = ("dim", "layers", "heads", "kv_heads", "ffn_dim")
+
+CHOICES = {
+    "qk_norm": ("none", "head", "full"),
+    "ffn_activation": ("silu", "gelu_tanh", "gelu"),
+    "norm": ("rms", "rms_plus_one"),
+    "norm_place": ("before", "after", "around"),
+}
+"""Key → what it may be."""
+
+LAYER_TYPES = ("full", "nope")
+"""Kinds of layers."""
 
 DECODER = "meshloom.models.decoder.Decoder"
 """`_target_` of the decoder that this config describes."""
@@ -20,7 +32,7 @@ DECODER = "meshloom.models.decoder.Decoder"
 
 @dataclass
 class DecoderConfig:
-    """A decoder with RMSNorm before each part, rotary positions, grouped-query attention and SwiGLU."""
+    """A decoder of parts. The defaults are Llama's: norms before each part, rotary positions, grouped heads, SwiGLU."""
 
     SIDE: ClassVar[Side] = Side.RECIPE
 
@@ -28,13 +40,33 @@ class DecoderConfig:
     name: str = option("llama")
     dim: int = key(MISSING, "width of the stream between blocks")
     layers: int = key(MISSING, "number of blocks")
-    heads: int = key(MISSING, "query heads; they divide dim")
+    heads: int = key(MISSING, "query heads")
     kv_heads: int = key(MISSING, "key and value heads; they divide heads")
+    head_dim: int | None = key(None, "width of a head; null: dim / heads")
     ffn_dim: int = key(MISSING, "inner width of the feed-forward part")
     vocabulary: int | None = key(None, "tokens the model knows; null: the data's tokenizer says")
     tied: bool = key(False, "the head reuses the embedding")
+    layer_types: list[str] = key(
+        ["full"], "kinds of layers, repeated over them: full, or nope (full attention without positions)"
+    )
+    qkv_bias: bool = key(False, "biases of the projections to queries, keys and values")
+    output_bias: bool = key(False, "a bias of attention's projection back to the stream")
+    qk_norm: str = key("none", "RMSNorm of queries and keys: none, head (each head by itself) or full (all heads together)")
+    attention_scale: float | None = key(None, "factor on the scores; null: 1 / √head_dim, under muP 1 / head_dim")
+    ffn_activation: str = key("silu", "activation of the gate: silu (SwiGLU), gelu_tanh or gelu (GeGLU)")
+    ffn_bias: bool = key(False, "biases of the feed-forward's projections")
+    norm: str = key("rms", "rms: RMSNorm times its weight; rms_plus_one: times 1 + weight")
+    norm_place: str = key("before", "where norms stand: before each part, after it (OLMo 2), or around it (Gemma 2)")
     norm_eps: float = key(1e-5, "added to the mean square in RMSNorm")
     rope_theta: float = key(500_000.0, "base of the rotary positions' wavelengths")
+    rope_fraction: float = key(1.0, "share of a head's width that rotates")
+    rope_interleaved: bool = key(False, "pairs (2i, 2i + 1) rotate, instead of (i, i + half the width)")
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    embedding_scale: float = key(1.0, "factor on the embedding's output")
+    logit_softcap: float | None = key(None, "logits become cap · tanh(logit / cap); null: they stay")
+    z_loss: float = key(
+        0.0, "adds this times the square of the logits' log-sum-exp to what is minimised; the reported loss is without it"
+    )
     init_std: float = key(0.02, "standard deviation of the initial weights")
     mup_base: int | None = key(
         None, "width the hyper-parameters were tuned at (muP, arXiv 2408.13359 table 1); null: standard parametrisation"
@@ -42,10 +74,18 @@ class DecoderConfig:
     mup_embedding: float = key(1.0, "muP multiplier of the embedding's output")
     mup_residual: float = key(1.0, "muP multiplier of each residual branch")
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Make the config from plain values of its keys. Raises TypeError for a key that it does not have."""
+        made: dict[str, Any] = dict(values)
+        if isinstance(scaling := made.get("rope_scaling"), Mapping):
+            made["rope_scaling"] = RopeScaling(**scaling)
+        return cls(**made)
+
     @property
-    def head_dim(self) -> int:
+    def head_width(self) -> int:
         """Width of an attention head."""
-        return self.dim // self.heads
+        return self.dim // self.heads if self.head_dim is None else self.head_dim
 
     @property
     def mup_width(self) -> float:
@@ -53,26 +93,60 @@ class DecoderConfig:
         return self.dim / self.mup_base if self.mup_base else 1.0
 
     @property
+    def embedding_factor(self) -> float:
+        """The factor on the embedding's output."""
+        return self.mup_embedding * self.embedding_scale
+
+    @property
     def known_vocabulary(self) -> int:
         """The vocabulary, of a config in which it is set."""
         assert self.vocabulary is not None, "the vocabulary is not known yet"
         return self.vocabulary
 
+    def layer_type(self, layer: int) -> str:
+        """Return the kind of a layer; layers count from 0."""
+        return self.layer_types[layer % len(self.layer_types)]
+
+    def rotary(self, layer_type: str) -> RotaryConfig | None:
+        """Return the rotary positions of the layers of a kind; None if they have no positions."""
+        if layer_type == "nope":
+            return None
+        return RotaryConfig(self.rotary_width, self.rope_theta, self.rope_interleaved, self.rope_scaling)
+
+    @property
+    def rotary_width(self) -> int:
+        """How much of a head's width rotates."""
+        return int(self.head_width * self.rope_fraction)
+
     def block(self, layer: int) -> BlockConfig:
         """Return what the block of a layer is built from; layers count from 0."""
         assert 0 <= layer < self.layers, f"there is no layer {layer} of {self.layers}"
-        scale = 1 / self.head_dim if self.mup_base else 1 / math.sqrt(self.head_dim)
-        scales = self._matrix_scales()
-        return BlockConfig(
-            AttentionConfig(self.dim, self.heads, self.kv_heads, self.head_dim, scale, self.rope_theta, scales),
-            FeedForwardConfig(self.dim, self.ffn_dim, scales),
-            self.norm(),
-            self.mup_residual,
+        scales, after = self._matrix_scales(), self.norm_place in ("after", "around")
+        attention = self._attention(self.layer_type(layer), scales)
+        ffn = FeedForwardConfig(self.dim, self.ffn_dim, scales, self.ffn_activation, self.ffn_bias)
+        return BlockConfig(attention, ffn, self.norm_of(self.dim), self.mup_residual, self.norm_place != "after", after)
+
+    def _attention(self, layer_type: str, scales: MatrixScales) -> AttentionConfig:
+        width = self.head_width
+        scale = 1 / width if self.mup_base else 1 / math.sqrt(width)
+        norms = {"head": (width, width), "full": (self.heads * width, self.kv_heads * width)}.get(self.qk_norm)
+        return AttentionConfig(
+            dim=self.dim,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=width,
+            scale=scale if self.attention_scale is None else self.attention_scale,
+            rotary=self.rotary(layer_type),
+            scales=scales,
+            qkv_bias=self.qkv_bias,
+            output_bias=self.output_bias,
+            q_norm=None if norms is None else self.norm_of(norms[0]),
+            k_norm=None if norms is None else self.norm_of(norms[1]),
         )
 
-    def norm(self) -> NormConfig:
-        """Return what a norm of the stream is built from."""
-        return NormConfig(self.dim, self.norm_eps)
+    def norm_of(self, width: int) -> NormConfig:
+        """Return what a norm over a width is built from."""
+        return NormConfig(width, self.norm_eps, self.norm == "rms_plus_one")
 
     def _matrix_scales(self) -> MatrixScales:
         """Return how matrices inside the blocks begin and learn: muP's, and GPT-2's scaling by depth."""
@@ -85,33 +159,59 @@ class DecoderConfig:
 
     def problems(self, key: str = "model") -> list[Problem]:
         """Return what is wrong with the values."""
-        return [*self._number_problems(key), *self._shape_problems(key)]
+        return [*self._choice_problems(key), *self._number_problems(key), *self._shape_problems(key)]
+
+    def _choice_problems(self, key: str) -> Iterator[Problem]:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                yield Problem(f"{key}.{name}", f"there is no '{getattr(self, name)}'", f"use {', '.join(choices)}")
+        unknown = [kind for kind in self.layer_types if kind not in LAYER_TYPES]
+        if unknown or not self.layer_types:
+            said = f"there is no '{unknown[0]}'" if unknown else "is empty"
+            yield Problem(f"{key}.layer_types", said, f"use {', '.join(LAYER_TYPES)}")
+        elif 1 <= self.layers < len(self.layer_types):
+            text = f"names {len(self.layer_types)} layers, but there are {self.layers}"
+            yield Problem(f"{key}.layer_types", text, "give the kinds that repeat, or one for each layer")
 
     def _number_problems(self, key: str) -> Iterator[Problem]:
-        for name in (*SIZES, "vocabulary", "mup_base"):
+        for name in (*SIZES, "head_dim", "vocabulary", "mup_base"):
             size = getattr(self, name)
             if size is not None and size < 1:
                 yield Problem(f"{key}.{name}", f"{size} is not a size", "use 1 or more")
-        for name in ("norm_eps", "rope_theta", "init_std"):
-            if not 0 < getattr(self, name) < math.inf:
-                yield Problem(f"{key}.{name}", f"{getattr(self, name)} can't be", "use a number above 0")
-        for name in ("mup_embedding", "mup_residual"):
+        for name in ("norm_eps", "rope_theta", "init_std", "attention_scale", "logit_softcap"):
+            number = getattr(self, name)
+            if number is not None and not 0 < number < math.inf:
+                yield Problem(f"{key}.{name}", f"{number} can't be", "use a number above 0")
+        for name in ("mup_embedding", "mup_residual", "embedding_scale"):
             if not math.isfinite(getattr(self, name)):
                 yield Problem(f"{key}.{name}", f"{getattr(self, name)} can't be", "use a finite number, 1 for none")
+        if not 0 <= self.z_loss < math.inf:
+            yield Problem(f"{key}.z_loss", f"{self.z_loss} can't be", "use 0 for none, or a small number as 1e-4")
 
     def _shape_problems(self, key: str) -> Iterator[Problem]:
-        if min(self.dim, self.heads, self.kv_heads) < 1:
+        if min(self.dim, self.heads, self.kv_heads, self.head_dim or 1) < 1:
             return
-        if self.dim % self.heads:
-            fits = _near_divisors(self.dim, self.heads)
-            yield Problem(f"{key}.heads", f"{self.heads} heads don't divide {key}.dim={self.dim}", f"use {fits}")
-        elif self.dim // self.heads % 2:
-            message = f"a head width of {self.dim // self.heads} is odd, and positions rotate pairs"
-            yield Problem(f"{key}.heads", message, f"change {key}.heads")
         if self.heads % self.kv_heads:
             fits = _near_divisors(self.heads, self.kv_heads)
             message = f"{self.kv_heads} key/value heads don't divide {key}.heads={self.heads}"
             yield Problem(f"{key}.kv_heads", message, f"use {fits}")
+        if self.head_dim is None and self.dim % self.heads:
+            fits = f"use {_near_divisors(self.dim, self.heads)}, or give {key}.head_dim"
+            yield Problem(f"{key}.heads", f"{self.heads} heads don't divide {key}.dim={self.dim}", fits)
+            return
+        yield from self._rotary_problems(key)
+
+    def _rotary_problems(self, key: str) -> Iterator[Problem]:
+        width = self.rotary_width
+        if not 0 < self.rope_fraction <= 1:
+            yield Problem(f"{key}.rope_fraction", f"{self.rope_fraction} is no share", "use a number above 0, up to 1")
+        elif width % 2 or not width:
+            whole = self.rope_fraction == 1
+            name = "rope_fraction" if not whole else "heads" if self.head_dim is None else "head_dim"
+            what = "a head width" if whole else "a rotating width"
+            yield Problem(f"{key}.{name}", f"{what} of {width} is odd, and positions rotate pairs", f"change {key}.{name}")
+        else:
+            yield from self.rope_scaling.problems(f"{key}.rope_scaling", width)
 
 
 class CustomModel(Custom):
@@ -142,10 +242,10 @@ def decoder_config(node: Mapping[str, Any], vocabulary: int | None = None) -> De
     Raises TypeError where a size is missing.
     """
     known: dict[str, Any] = {field.name: node[field.name] for field in fields(DecoderConfig) if field.name in node}
-    if missing := [name for name in ("dim", "layers", "heads", "kv_heads", "ffn_dim") if not isinstance(known.get(name), int)]:
+    if missing := [name for name in SIZES if not isinstance(known.get(name), int)]:
         raise TypeError(f"there is no model.{missing[0]}")
     known["vocabulary"] = known.get("vocabulary") or vocabulary
-    return DecoderConfig(**known)
+    return DecoderConfig.of(known)
 
 
 ModelConfig = DecoderConfig | CustomModel

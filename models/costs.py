@@ -42,14 +42,9 @@ class ForwardPass:
         return self.tp if self.sequence_parallel else 1
 
 
-def block_matrices(block: BlockConfig) -> int:
-    """Count the matrix parameters of one block."""
-    return block.attention.matrices + block.ffn.matrices
-
-
 def parameter_count(config: DecoderConfig, *, embedding: bool = True) -> int:
     """Count the parameters of the whole model. embedding: whether to count the embedding; the head always counts."""
-    blocks = sum(block_matrices(block) + 2 * config.dim for block in config.blocks())
+    blocks = sum(block.matrices + block.vectors for block in config.blocks())
     table = config.known_vocabulary * config.dim
     total = blocks + config.dim + table * (1 if config.tied else 2)
     return total if embedding or config.tied else total - table
@@ -67,7 +62,7 @@ def flops_per_token(config: DecoderConfig, seq_len: int) -> float:
 
 def layer_flops(block: BlockConfig, seq_len: int) -> float:
     """Count forward FLOPs of one block per token: 2 per matrix parameter, and the causal half of attention."""
-    return 2.0 * block_matrices(block) + 2.0 * block.attention.heads * block.attention.head_dim * seq_len
+    return 2.0 * block.matrices + 2.0 * block.attention.heads * block.attention.head_dim * seq_len
 
 
 def recomputed_flops(block: BlockConfig, policy: str, seq_len: int) -> float:

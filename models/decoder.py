@@ -43,12 +43,13 @@ class Decoder(Model, Part):
         self.config = self.decoder_config = config
         self.embed: nn.Embedding | None = nn.Embedding(config.known_vocabulary, config.dim)
         self.layers = nn.ModuleDict({str(layer): Block(block) for layer, block in enumerate(config.blocks())})
-        self.norm: Norm | None = Norm(config.norm())
+        self.norm: Norm | None = Norm(config.norm_of(config.dim))
         self.head: nn.Linear | None = nn.Linear(config.dim, config.known_vocabulary, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
         outer = Normal(config.init_std)
         self.weight_rules = {"embed": WeightRule(outer, decays=False), "head": WeightRule(outer)}
+        self._rotary = {kind: config.rotary(kind) for kind in dict.fromkeys(map(config.layer_type, range(config.layers)))}
         self.token_loss: TokenLoss = linear_cross_entropy
 
     def forward(
@@ -69,22 +70,26 @@ class Decoder(Model, Part):
             positions_BS = row_S if documents is None else documents.positions()
         if self.embed is not None:
             x_BSD = self.embed(inputs)
-            if self.config.mup_embedding != 1.0:
-                x_BSD = x_BSD * self.config.mup_embedding
+            if self.config.embedding_factor != 1.0:
+                x_BSD = x_BSD * self.config.embedding_factor
         else:
             x_BSD = inputs
         table_dtype = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
-        rotary = rotary_table(positions_BS.to(table_dtype), self.config.head_dim, self.config.rope_theta)
-        for layer in self.layers.values():
-            x_BSD = layer(x_BSD, rotary, documents)
+        positions_BS = positions_BS.to(table_dtype)
+        tables = {kind: rotary_table(positions_BS, rotary) for kind, rotary in self._rotary.items() if rotary is not None}
+        for layer, block in self.layers.items():
+            x_BSD = block(x_BSD, tables.get(self.config.layer_type(int(layer))), documents)
         if self.norm is None or self.head is None:
             return x_BSD
         x_BSD = self.norm(x_BSD)
         if self.config.mup_width != 1.0:
             x_BSD = x_BSD / self.config.mup_width
+        softcap = self.config.logit_softcap
         if targets_BS is None:
-            return self.head(x_BSD)
-        return self.token_loss(x_BSD.flatten(0, 1), self.head.weight, targets_BS.flatten())
+            logits_BSV = self.head(x_BSD)
+            return logits_BSV if softcap is None else softcap * torch.tanh(logits_BSV / softcap)
+        hidden_TD, targets_T = x_BSD.flatten(0, 1), targets_BS.flatten()
+        return self.token_loss(hidden_TD, self.head.weight, targets_T, softcap=softcap, z_loss=self.config.z_loss)
 
     def block_modules(self) -> dict[int, nn.Module]:
         """Return the blocks by layer."""

@@ -5,7 +5,8 @@ Shape legend: B batch, S sequence, D model width, F feed-forward width, T = B·S
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -17,9 +18,16 @@ from .part import Part, reads_stream, writes_stream
 from .part_config import FeedForwardConfig
 from .protocol import TensorRole
 
+GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+}
+"""Activation of the gate by its name in the config."""
+
 
 class FeedForward(Part):
-    """SwiGLU: w2(silu(w1 x) · w3 x) (arXiv 2002.05202).
+    """A gated feed-forward: w2(activation(w1 x) · w3 x), SwiGLU or GeGLU (arXiv 2002.05202).
 
     swiglu  the kernels to use where they fit; None: the formula in PyTorch's operations
     """
@@ -32,25 +40,28 @@ class FeedForward(Part):
 
     def __init__(self, config: FeedForwardConfig) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.config = config
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=config.bias)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=config.bias)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=config.bias)
         self.weight_rules = {
             **dict.fromkeys(("w1", "w3"), reads_stream(config.scales)),
             "w2": writes_stream(config.scales),
         }
+        self._gate = GATES[config.activation]
         self.swiglu: FusedSwiglu | None = None
 
     def num_inputs(self, x_BSD: torch.Tensor) -> int:
         """Count the products that take the input: gate's and up's, or one fused product."""
-        return 1 if self.swiglu is not None and self.swiglu.fits(x_BSD, self.w1.weight) else 2
+        fits = self.swiglu is not None and self.config.is_plain_swiglu and self.swiglu.fits(x_BSD, self.w1.weight)
+        return 1 if fits else 2
 
     def forward(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Compute SwiGLU. inputs: the same (B, S, D), `num_inputs` times. Returns (B, S, D)."""
+        """Compute it. inputs: the same (B, S, D), `num_inputs` times. Returns (B, S, D)."""
         if len(inputs) == 1:
             assert self.swiglu is not None
             x_BSD = inputs[0]
             y_TD = self.swiglu(x_BSD.flatten(0, -2), self.w1.weight, self.w3.weight, self.w2.weight)
             return y_TD.view_as(x_BSD)
         gate_BSD, up_BSD = inputs
-        return self.w2(F.silu(self.w1(gate_BSD)) * self.w3(up_BSD))
+        return self.w2(self._gate(self.w1(gate_BSD)) * self.w3(up_BSD))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .rope_config import RotaryConfig
+
 
 @dataclass(frozen=True)
 class MatrixScales:
@@ -24,20 +26,29 @@ class MatrixScales:
 
 @dataclass(frozen=True)
 class NormConfig:
-    """RMSNorm over a width. eps: added to the mean square."""
+    """RMSNorm over a width.
+
+    eps       added to the mean square
+    plus_one  whether the factor is 1 + weight, so that weights begin at zero
+    """
 
     width: int
     eps: float
+    plus_one: bool = False
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
     """Causal grouped-query attention.
 
-    dim       width of the residual stream
-    head_dim  width of a head
-    scale     factor on the scores
-    rope_theta  base of the rotary angles
+    dim          width of the residual stream
+    head_dim     width of a head
+    scale        factor on the scores
+    rotary       rotary positions; None: no positions
+    qkv_bias     whether the projections to queries, keys and values have biases
+    output_bias  whether the projection back to the stream has one
+    q_norm       norm of queries, over a head's width or over all heads; None: none
+    k_norm       the same of keys
     """
 
     dim: int
@@ -45,35 +56,87 @@ class AttentionConfig:
     kv_heads: int
     head_dim: int
     scale: float
-    rope_theta: float
+    rotary: RotaryConfig | None
     scales: MatrixScales
+    qkv_bias: bool = False
+    output_bias: bool = False
+    q_norm: NormConfig | None = None
+    k_norm: NormConfig | None = None
+
+    @property
+    def q_width(self) -> int:
+        """Width of all query heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all key heads, and of all value heads."""
+        return self.kv_heads * self.head_dim
 
     @property
     def matrices(self) -> int:
         """Count the matrix parameters: q and output, k and v."""
-        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return 2 * self.dim * width + 2 * self.dim * kv_width
+        return 2 * self.dim * (self.q_width + self.kv_width)
+
+    @property
+    def vectors(self) -> int:
+        """Count the other parameters."""
+        biases = self.qkv_bias * (self.q_width + 2 * self.kv_width) + self.output_bias * self.dim
+        return biases + sum(norm.width for norm in (self.q_norm, self.k_norm) if norm is not None)
 
 
 @dataclass(frozen=True)
 class FeedForwardConfig:
-    """SwiGLU between the residual stream's width and `ffn_dim`."""
+    """A gated feed-forward between the residual stream's width and `ffn_dim`.
+
+    activation  of the gate: silu makes it SwiGLU, gelu_tanh or gelu GeGLU
+    bias        whether its three projections have biases
+    """
 
     dim: int
     ffn_dim: int
     scales: MatrixScales
+    activation: str = "silu"
+    bias: bool = False
 
     @property
     def matrices(self) -> int:
         """Count the matrix parameters: gate, up and down."""
         return 3 * self.dim * self.ffn_dim
 
+    @property
+    def vectors(self) -> int:
+        """Count the other parameters."""
+        return self.bias * (2 * self.ffn_dim + self.dim)
+
+    @property
+    def is_plain_swiglu(self) -> bool:
+        """Whether it is SwiGLU without biases, which kernels may fuse."""
+        return self.activation == "silu" and not self.bias
+
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One block: its parts, their norms, and muP's factor on what each part adds to the stream."""
+    """One block: its parts, their norms, and muP's factor on what each part adds to the stream.
+
+    norms_before  whether a part reads the normed stream
+    norms_after   whether what a part adds to the stream is normed
+    """
 
     attention: AttentionConfig
     ffn: FeedForwardConfig
     norm: NormConfig
     residual: float
+    norms_before: bool = True
+    norms_after: bool = False
+
+    @property
+    def matrices(self) -> int:
+        """Count the matrix parameters."""
+        return self.attention.matrices + self.ffn.matrices
+
+    @property
+    def vectors(self) -> int:
+        """Count the other parameters."""
+        norms = 2 * (self.norms_before + self.norms_after) * self.norm.width
+        return self.attention.vectors + self.ffn.vectors + norms

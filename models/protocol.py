@@ -27,7 +27,10 @@ class TensorRole(Enum):
     COLUMN     a projection out of the residual stream: output features are cut
     ROW        a projection back into the stream: input features are cut
     KEY_VALUE  a column projection into key/value heads of the parent's `head_dim`; with fewer heads than ranks it is not cut
-    NORM       works on the stream, whole or cut along the sequence
+    NORM       works on the stream, whole or cut along the sequence, before a part that needs the stream whole
+    POST_NORM  works on the stream as it lies, and leaves it there
+    HEADS_NORM      works on a rank's own query heads, each by itself or all ranks' together
+    KEY_HEADS_NORM  the same of key heads, which ranks may share
     EMBEDDING  a table with a row for each token: cut by rows
     HEAD       as the embedding; the loss takes its cut weight
     """
@@ -36,6 +39,9 @@ class TensorRole(Enum):
     ROW = "row"
     KEY_VALUE = "key_value"
     NORM = "norm"
+    POST_NORM = "post_norm"
+    HEADS_NORM = "heads_norm"
+    KEY_HEADS_NORM = "key_heads_norm"
     EMBEDDING = "embedding"
     HEAD = "head"
 

@@ -62,7 +62,7 @@ def shape_of(model: DecoderConfig, parallel: ParallelConfig, seq_len: int) -> Sh
     """Return what a rank's kernel computes at once: in a ring a part of the sequence, with Ulysses a part of the heads."""
     ways = parallel.tp * (parallel.cp if parallel.cp_kind == "ulysses" else 1)
     seen = seq_len // parallel.cp if parallel.cp_kind == "ring" else seq_len
-    return Shape(min(seen, LONGEST), max(1, model.heads // ways), max(1, model.kv_heads // ways), model.head_dim)
+    return Shape(min(seen, LONGEST), max(1, model.heads // ways), max(1, model.kv_heads // ways), model.head_width)
 
 
 def record_path() -> Path:

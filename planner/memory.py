@@ -68,12 +68,12 @@ class WeightShard:
 def pieces(stage: Model, layout: Layout) -> list[WeightShard]:
     """Cut a stage as FSDP2 over tensor-parallel parameters does: along dim 0, into equal chunks except the last."""
     ways = layout.weight_ranks
-    placements = {each.name: each.weight_placement(layout.tp) for each in placed_modules(stage)}
+    placed = {each.name: each for each in placed_modules(stage)}
     found: list[WeightShard] = []
     for name, parameter in stage.named_parameters():
         shape = list(parameter.shape)
         module = name.rpartition(".")[0]
-        placement = placements[module]
+        placement = placed[module].placement(parameter, layout.tp)
         if isinstance(placement, Shard):
             shape[placement.dim] = -(-shape[placement.dim] // layout.tp)
         rows = -(-shape[0] // ways)

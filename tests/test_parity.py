@@ -34,6 +34,20 @@ def work(micro: int = 1, steps: int = 10, **settings: Any) -> Work:
 
 MUP = {"mup_base": 12, "mup_embedding": 12.0, "mup_residual": 0.22}
 TIED = {"tied": True}
+YARN = {"kind": "yarn", "factor": 4.0, "original_positions": 8, "beta_fast": 3.0}
+PARTS: dict[str, dict[str, Any]] = {
+    "norm of each head, biases of q, k, v": {"qk_norm": "head", "head_dim": 8, "qkv_bias": True},
+    "norms after, norm of all heads, yarn": {"norm_place": "after", "qk_norm": "full", "rope_scaling": YARN},
+    "norms around, 1 + weight, GeGLU, soft-cap, z-loss": {
+        **{"norm_place": "around", "norm": "rms_plus_one", "ffn_activation": "gelu_tanh", "logit_softcap": 3.0},
+        **{"embedding_scale": 4.9, "z_loss": 0.1, "tied": True},
+    },
+    "layers without positions, output biases, interleaved part": {
+        **{"layer_types": ["full", "nope"], "output_bias": True, "ffn_bias": True},
+        **{"rope_fraction": 0.67, "rope_interleaved": True},
+    },
+}
+"""Parts of a decoder that Llama does not have."""
 FEW = 3  # steps of what differs from another row in one thing only
 TABLE: dict[str, tuple[int, Work]] = {
     # data parallelism
@@ -107,6 +121,16 @@ TABLE: dict[str, tuple[int, Work]] = {
     "tp 4 × ZeRO-3": (8, work(3, FEW, tp=4)),
     "cp 2, ring × tp 2 × ZeRO-3": (8, work(2, FEW, cp=2, tp=2)),
     "pp 2 × cp 2, ring × tp 2, zb, documents": (8, work(2, FEW, pp=2, cp=2, tp=2, zero=1, schedule="zb", documents=True)),
+    # parts of other families
+    **{f"ZeRO-3, {name}": (2, work(2, FEW, **parts)) for name, parts in PARTS.items()},
+    **{f"tp 2, {name}": (2, work(3, FEW, tp=2, **parts)) for name, parts in PARTS.items()},
+    **{
+        f"tp 2, whole stream, {name}": (2, work(3, FEW, tp=2, sequence_parallel=False, **parts))
+        for name, parts in PARTS.items()
+    },
+    **{f"tp 4, {name}": (4, work(3, FEW, tp=4, **parts)) for name, parts in PARTS.items()},
+    **{f"pp 2, zbv, {name}": (2, work(steps=FEW, pp=2, schedule="zbv", **parts)) for name, parts in PARTS.items()},
+    **{f"cp 2, ring, documents, {name}": (2, work(2, FEW, cp=2, documents=True, **parts)) for name, parts in PARTS.items()},
     # batches that don't divide: 7 samples, so that ranks, micro-batches and passes are filled with blanks
     "one process, 7 samples in micro-batches of 2": (1, work(2, FEW, zero=0, samples=7)),
     **{f"ZeRO-{zero}, 7 samples": (2, work(2, FEW, zero=zero, samples=7)) for zero in range(4)},

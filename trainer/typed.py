@@ -109,7 +109,7 @@ def _typed_node(group: str, node: dict[str, Any], problems: list[Problem]) -> An
         key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
         problems.append(Problem(f"{group}.{key}" if key else group, lines[0], "give a value of its type"))
         return None
-    made = kind(**values)
+    made = _typed(kind, values) if known else kind()
     if custom:
         assert isinstance(made, Custom)
         made.path = str(node.get("_target_"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from ..config import DecoderConfig
@@ -25,6 +26,17 @@ _OUTER = {
 }
 
 
+_KEYS = {
+    *("_target_", "name", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim", "vocabulary", "tied"),
+    *("norm_eps", "rope_theta", "init_std", "z_loss", "mup_base", "mup_embedding", "mup_residual"),
+}
+"""Keys that a config.json says, or that only training reads."""
+
+
+def _default(field: Field[Any]) -> object:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
 def names(config: DecoderConfig) -> dict[str, str]:
     """Map our parameter names to Hugging Face's. A tied head is stored once, as the embedding."""
     found = {ours: theirs for ours, theirs in _OUTER.items() if not (config.tied and ours == "head.weight")}
@@ -34,9 +46,12 @@ def names(config: DecoderConfig) -> dict[str, str]:
 
 
 def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
-    """Return a decoder's config.json. Raises ValueError for muP's multipliers, which Hugging Face's Llama does not have."""
+    """Return a decoder's config.json. Raises ValueError for parts that Hugging Face's Llama does not have."""
     if config.mup_base or config.mup_embedding != 1.0 or config.mup_residual != 1.0:
         raise ValueError("Hugging Face's Llama has no place for muP's multipliers (model.mup_…)")
+    changed = (each.name for each in fields(config) if getattr(config, each.name) != _default(each))
+    if others := [name for name in changed if name not in _KEYS]:
+        raise ValueError(f"Hugging Face's Llama has no place for model.{others[0]}={getattr(config, others[0])}")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -45,7 +60,7 @@ def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
+        "head_dim": config.head_width,
         "vocab_size": config.known_vocabulary,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,

@@ -22,15 +22,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from ...config.problems import Problem
 from ...kernels.documents import Documents
+from ...models.norm import Norm
 from ...models.protocol import Model, TensorRole
 from ..config import ParallelConfig
+from .heads import Heads, NormKind, work_on_heads
 from .vocabulary import VocabularyParallelLoss
 
 STREAM: Literal["stream"] = "stream"  # where the residual stream lies; it depends on the batch
@@ -58,6 +59,9 @@ PLACES = {
     TensorRole.KEY_VALUE: Place(weight=Shard(0), input_layout=Replicate(), output_layout=Shard(-1)),
     TensorRole.ROW: Place(weight=Shard(1), input_layout=Shard(-1), output_layout=STREAM),
     TensorRole.NORM: Place(weight=Replicate(), input_layout=STREAM, output_layout=Replicate(), use_local_output=False),
+    TensorRole.POST_NORM: Place(weight=Replicate(), input_layout=STREAM, output_layout=STREAM),
+    TensorRole.HEADS_NORM: Place(weight=Shard(0), input_layout=Shard(-1), output_layout=Shard(-1)),
+    TensorRole.KEY_HEADS_NORM: Place(weight=Shard(0), input_layout=Shard(-1), output_layout=Shard(-1)),
     TensorRole.EMBEDDING: Place(weight=Shard(0), input_layout=Replicate(), output_layout=STREAM),
     TensorRole.HEAD: Place(weight=Shard(0), input_layout=Replicate(), output_layout=Replicate()),
 }
@@ -148,13 +152,23 @@ class PlacedModule:
     role: TensorRole
     parent: nn.Module
 
-    def splits_heads(self, tp: int) -> bool:
-        """Return whether it is a key/value projection with fewer heads than ranks, so that ranks must share its heads."""
-        return self.role is TensorRole.KEY_VALUE and _heads(self) < tp
+    def heads(self, tp: int) -> Heads | None:
+        """Return how ranks share the heads that it works on; None if ranks have whole heads of their own, or it has none."""
+        if self.role not in (TensorRole.KEY_VALUE, TensorRole.HEADS_NORM, TensorRole.KEY_HEADS_NORM):
+            return None
+        head_dim, kv_heads = cast(Any, self.parent).head_dim, cast(Any, self.parent).kv_heads
+        shared = self.role is not TensorRole.HEADS_NORM and kv_heads < tp
+        if self.role is TensorRole.KEY_VALUE:
+            return Heads(head_dim, kv_heads) if shared else None
+        width = cast(Norm, self.module).config.width
+        return Heads(head_dim, kv_heads if shared else None, norm=NormKind.EACH if width == head_dim else NormKind.ALL)
 
-    def weight_placement(self, tp: int) -> Placement:
-        """Return how its weight is cut over so many ranks."""
-        return Replicate() if self.splits_heads(tp) else PLACES[self.role].weight
+    def placement(self, parameter: nn.Parameter, tp: int) -> Placement:
+        """Return how a parameter of it is cut over so many ranks."""
+        heads = self.heads(tp)
+        if heads is not None and (heads.shared is not None or heads.norm is NormKind.EACH):
+            return Replicate()
+        return fitting(PLACES[self.role].weight, parameter)
 
 
 def placed_modules(model: nn.Module) -> Iterator[PlacedModule]:
@@ -188,8 +202,11 @@ def apply_tensor_parallelism(model: Model, mesh: DeviceMesh, sequence_parallel: 
     stream = Stream(mesh.size(), sequence_parallel)
     cut: dict[nn.Parameter, nn.Parameter] = {}  # a tied head's weight is cut once, as the embedding's
     for each in list(placed_modules(model)):
-        if each.splits_heads(mesh.size()):
-            _share_heads(each, mesh)
+        heads = each.heads(mesh.size())
+        if heads is not None:
+            for name, parameter in list(each.module.named_parameters(recurse=False)):
+                each.module.register_parameter(name, distributed(parameter, mesh, each.placement(parameter, mesh.size())))
+            work_on_heads(each.module, heads, mesh)
         else:
             _place(each.module, mesh, PLACES[each.role], stream, cut)
         if each.role is TensorRole.HEAD:
@@ -197,20 +214,22 @@ def apply_tensor_parallelism(model: Model, mesh: DeviceMesh, sequence_parallel: 
     model.forward = functools.partial(_forward, model.forward, stream)
 
 
-def _heads(projection: PlacedModule) -> int:
-    module, parent = cast(nn.Linear, projection.module), cast(Any, projection.parent)
-    return module.out_features // parent.head_dim
+def fitting(placement: Placement, parameter: nn.Parameter) -> Placement:
+    """Return the placement of a parameter of a module whose weight has this one: a bias has no input features to cut."""
+    return Replicate() if isinstance(placement, Shard) and placement.dim >= parameter.dim() else placement
 
 
-def _cut(
-    module: nn.Module, mesh: DeviceMesh, placement: Placement, known: dict[nn.Parameter, nn.Parameter] | None = None
-) -> None:
+def distributed(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
+    """Return a parameter cut over a mesh."""
+    cut = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+    return nn.Parameter(cut, requires_grad=parameter.requires_grad)
+
+
+def _cut(module: nn.Module, mesh: DeviceMesh, placement: Placement, known: dict[nn.Parameter, nn.Parameter]) -> None:
     """Make a module's parameters DTensors; of one that is in `known`, the DTensor that it has become."""
-    known = {} if known is None else known
     for key, parameter in list(module.named_parameters(recurse=False)):
         if parameter not in known:
-            cut = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
-            known[parameter] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
+            known[parameter] = distributed(parameter, mesh, fitting(placement, parameter))
         module.register_parameter(key, known[parameter])
 
 
@@ -227,25 +246,6 @@ def _place(module: nn.Module, mesh: DeviceMesh, place: Place, stream: Stream, kn
     _cut(module, mesh, place.weight, known)
     module.register_forward_pre_hook(enter)
     module.register_forward_hook(leave)
-
-
-def _share_heads(projection: PlacedModule, mesh: DeviceMesh) -> None:
-    """Share the heads of a key/value projection that has fewer than there are ranks.
-
-    Every rank keeps the whole weight and computes the head that it needs.
-    Each rank's gradient is zero outside that head's rows; declared partial, the sum over ranks is the whole gradient.
-    """
-    module, head_dim = projection.module, cast(Any, projection.parent).head_dim
-    head = mesh.get_local_rank() * _heads(projection) // mesh.size()
-    rows = slice(head * head_dim, (head + 1) * head_dim)
-
-    def project(x_BSD: DTensor) -> torch.Tensor:
-        weight: Any = module.weight
-        own_ED = weight.to_local(grad_placements=[Partial()])[rows]
-        return F.linear(x_BSD.to_local(grad_placements=[Partial()]), own_ED)
-
-    _cut(module, mesh, Replicate())
-    module.forward = project
 
 
 def _forward(

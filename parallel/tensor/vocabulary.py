@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from ...kernels.limits import LOSS_CHUNK
-from ...kernels.loss import IGNORED, Merge, sliced_cross_entropy
+from ...kernels.loss import IGNORED, LossRule, Merge, sliced_cross_entropy
 
 
 def merge_over(group: dist.ProcessGroup) -> Merge:
@@ -45,6 +45,8 @@ class VocabularyParallelLoss:
         head_VD: torch.Tensor,
         targets_T: torch.Tensor,
         *,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
         chunk: int = LOSS_CHUNK,
         ignored: int = IGNORED,
     ) -> torch.Tensor:
@@ -64,5 +66,5 @@ class VocabularyParallelLoss:
             self._merge,
             first=self._mesh.get_local_rank() * rows,
             chunk=chunk,
-            ignored=ignored,
+            rule=LossRule(softcap, z_loss, ignored),
         )

@@ -53,6 +53,22 @@ def test_softmax_and_gradient_of_a_chunk(vocabulary: int, dtype: torch.dtype) ->
     assert torch.equal(before_again, logits)
 
 
+def test_soft_cap_and_z_loss_of_a_chunk() -> None:
+    from meshloom.kernels.triton_loss import softmax_rows
+
+    torch.manual_seed(0)
+    logits = torch.randn(40, 10_000, device="cuda") * 5
+    targets = torch.randint(0, 10_000, (40,), device="cuda")
+    leaf = logits.double().requires_grad_()
+    capped = 3.0 * torch.tanh(leaf / 3.0)
+    log_sum = capped.logsumexp(1)
+    loss = log_sum - capped.gather(1, targets[:, None]).squeeze(1)
+    (gradient,) = torch.autograd.grad((loss + 0.1 * log_sum.square()).sum(), leaf)
+    sums, picked = softmax_rows(logits, targets, 0, IGNORED, softcap=3.0, z_loss=0.1)
+    assert ((sums - picked) - loss).abs().max() < 1e-4
+    assert (logits - gradient).abs().max() < 1e-4
+
+
 def test_loss_of_two_vocabulary_slices_is_that_of_the_whole() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(70, 64, device="cuda", dtype=torch.bfloat16)

@@ -43,6 +43,30 @@ def test_loss_and_gradients_are_those_of_plain_logits(chunk: int, ignore: list[i
         assert (ours - oracle).abs().max() < 1e-12
 
 
+def bent(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, *, softcap: float | None, z_loss: float
+) -> torch.Tensor:
+    """The loss whose gradient is wanted, from whole logits."""
+    logits = hidden @ head.t()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    log_sums = logits[targets != IGNORED].logsumexp(1)
+    loss = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+    return loss + z_loss * log_sums.square().sum()
+
+
+@pytest.mark.parametrize(("softcap", "z_loss"), [(0.7, 0.0), (None, 0.3), (2.0, 0.05)])
+def test_softcap_and_z_loss_are_differentiated(softcap: float | None, z_loss: float) -> None:
+    hidden, head, targets = problem(12, 8, 21)
+    targets[[1, 5]] = IGNORED
+    rule = {"softcap": softcap, "z_loss": z_loss}
+    total, *ours = gradients(linear_cross_entropy, hidden, head, targets, chunk=5, **rule)
+    _, *expected = gradients(bent, hidden, head, targets, **rule)
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert total == pytest.approx(bent(hidden, head, targets, softcap=softcap, z_loss=0.0).item(), rel=1e-12)
+
+
 def test_gradcheck() -> None:
     hidden, head, targets = problem(6, 3, 5)
     targets[2] = IGNORED

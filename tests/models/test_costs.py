@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from meshloom.models.config import DecoderConfig
-from meshloom.models.costs import block_matrices, flops_per_token, head_flops, layer_flops, parameter_count
+from meshloom.models.costs import flops_per_token, head_flops, layer_flops, parameter_count
 from support.models import decoder
 
 SHAPE = {"dim": 24, "layers": 3, "heads": 4, "kv_heads": 2, "ffn_dim": 36, "vocabulary": 61}
@@ -38,8 +38,8 @@ def test_flops_are_those_that_pytorch_counts() -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         logits = model(tokens)
     block, attention = config.block(0), 4 * 24 * 16
-    assert forward.get_total_flops() == 32 * (3 * (2 * block_matrices(block) + attention) + head_flops(config))
-    assert layer_flops(block, 16) == 2 * block_matrices(block) + attention / 2
+    assert forward.get_total_flops() == 32 * (3 * (2 * block.matrices + attention) + head_flops(config))
+    assert layer_flops(block, 16) == 2 * block.matrices + attention / 2
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
     norms = 6 * (2 * 3 + 1) * 24  # the convention counts their weights as if they were matrices

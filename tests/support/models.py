@@ -10,4 +10,4 @@ from meshloom.models.decoder import Decoder
 
 def decoder(**shape: Any) -> Decoder:
     """A decoder of this shape, by the keys of `model`."""
-    return Decoder(DecoderConfig(**shape))
+    return Decoder(DecoderConfig.of(shape))

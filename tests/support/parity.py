@@ -233,14 +233,17 @@ def _plain_run(work: Work) -> Run:
     optimizer = torch.optim.AdamW(groups, betas=work.betas, eps=1e-8)
     run = Run([], [], [])
 
-    def loss_from(first: int) -> torch.Tensor:
+    def losses_from(first: int) -> tuple[torch.Tensor, torch.Tensor]:
         batch = MicroBatch.collate([sample(index, work.documents) for index in range(first, first + work.samples)])
         logits = model(batch.tokens_BS, None, batch.documents)
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets_BS.flatten(), ignore_index=IGNORED)
+        targets_T = batch.targets_BS.flatten()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets_T, ignore_index=IGNORED)
+        log_sums_T = logits.flatten(0, 1)[targets_T != IGNORED].logsumexp(-1)
+        return loss, model.config.z_loss * log_sums_T.square().mean()
 
     for number in _steps(work):
-        loss = loss_from(number * work.samples)
-        loss.backward()
+        loss, z_loss = losses_from(number * work.samples)
+        (loss + z_loss).backward()
         run.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), work.max_norm or torch.inf)))
         run.losses.append(loss.item())
         optimizer.step()
@@ -248,7 +251,7 @@ def _plain_run(work: Work) -> Run:
         if number == work.first_step:
             for name, parameter in model.named_parameters():
                 run.moments.append((name, Box.whole(parameter.shape), optimizer.state[parameter]["exp_avg"].clone()))
-    run.losses.append(loss_from(HELD_OUT).item())
+    run.losses.append(losses_from(HELD_OUT)[0].item())
     return run
 
 
