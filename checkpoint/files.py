@@ -9,6 +9,7 @@ from collections.abc import Generator
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from ..config.names import leads_outside
 from .errors import CheckpointError, DamageError
 
 
@@ -84,6 +85,7 @@ class LocalFiles:
 
     def read(self, name: str) -> bytes:
         """See Files."""
+        self._refuse_outside(name)
         try:
             return (self.path / name).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -94,6 +96,7 @@ class LocalFiles:
     @contextlib.contextmanager
     def reader(self, name: str) -> Generator[RangeReader]:
         """See Files."""
+        self._refuse_outside(name)
         try:
             descriptor = os.open(self.path / name, os.O_RDONLY)
         except FileNotFoundError:
@@ -106,6 +109,11 @@ class LocalFiles:
             yield _LocalReader(descriptor, self.label(name))
         finally:
             os.close(descriptor)
+
+    def _refuse_outside(self, name: str) -> None:
+        if leads_outside(self.path, name):
+            there = (self.path / name).resolve()
+            raise DamageError(self.label(name), f"it is a link to {there}, outside of the folder; put the file itself here")
 
 
 class _LocalReader:

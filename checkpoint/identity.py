@@ -6,6 +6,7 @@ checkpoint that it began from. So two runs in one folder are never taken for eac
 
 from __future__ import annotations
 
+import re
 import uuid
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -37,8 +38,10 @@ class RunIdentity:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> RunIdentity:
-        """Take back what `as_dict` gave."""
+        """Take back what `as_dict` gave. Raises ValueError for an id that can't be part of a file's name."""
         parent = fields["parent"]
+        if not re.fullmatch(r"\w[\w-]*", fields["id"]):
+            raise ValueError(f"{fields['id']!r} is no id of a run")
         return cls(fields["id"], None if parent is None else Parent(parent["id"], parent["step"]))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..config.names import name_fault
 from ..parallel.box import Box
 from .coverage import tiling_fault
 from .digest import BLOCK_BYTES, HASH_NAME, LEAF_BYTES, text_digest
@@ -167,6 +168,9 @@ class Manifest:
                 f"{where}: format version {content['version']} with {content['hash']} is not known here; "
                 f"this Meshloom reads versions {KNOWN[0]} to {KNOWN[-1]} with {HASH_NAME}"
             )
+        for name in (file[kind] for file in content["files"] for kind in ("name", "leaves")):
+            if fault := name_fault(name):
+                raise DamageError(where, fault)
         return cls(
             step=content["step"],
             world_size=content["world_size"],
@@ -175,7 +179,7 @@ class Manifest:
             arrays={key: _array_from_json(entry) for key, entry in content["arrays"].items()},
             leaf_bytes=content["leaf_bytes"],
             block_bytes=content["block_bytes"],
-            run=_run_of(content),
+            run=_run_of(content, where),
             commit=content.get("commit", 0),
         )
 
@@ -212,11 +216,14 @@ def state_fault(state: dict[str, Any]) -> str | None:
     return None
 
 
-def _run_of(content: dict[str, Any]) -> RunIdentity | None:
+def _run_of(content: dict[str, Any], where: str) -> RunIdentity | None:
     """The run that saved a manifest of any version. Before version 3 only its progress told a run's from an import."""
     if content["version"] < 3:
         return UNNAMED if "progress" in content["state"] else None
-    return None if content["run"] is None else RunIdentity.from_dict(content["run"])
+    try:
+        return None if content["run"] is None else RunIdentity.from_dict(content["run"])
+    except ValueError as error:
+        raise DamageError(where, str(error)) from error
 
 
 def _compact(value: Any) -> str:

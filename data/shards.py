@@ -26,6 +26,7 @@ import xxhash
 
 from ..config.cache import sync_folder
 from ..config.lazy import numpy as np
+from ..config.names import name_fault
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,6 +49,11 @@ class FileEntry:
     name: str
     bytes: int
     xxh3: str
+
+    def __post_init__(self) -> None:
+        """Raises ShardError for a name that leads out of the folder."""
+        if fault := name_fault(self.name):
+            raise ShardError(f"{MANIFEST}: {fault}")
 
 
 @dataclass(frozen=True)

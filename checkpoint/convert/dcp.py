@@ -12,9 +12,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from ...config.names import name_fault
 from ..compose import Source, compose
 from ..errors import CheckpointError
+from .pickles import load_index
 
 log = logging.getLogger(__name__)
 
@@ -23,18 +26,32 @@ _OPTIMIZER = re.compile(r"(?:optim|optimizer|optimizers)\.state\.(?P<name>.+)\.(
 _MODEL = re.compile(r"(?:model|module|app\.model)\.(?P<name>.+)")
 
 
+class _IndexedReader(torch_dcp.FileSystemReader):
+    """PyTorch's reader over an index that is read once, without running code, and names files of the folder only."""
+
+    def __init__(self, source: Path) -> None:
+        super().__init__(source)
+        self._index = load_index(source / ".metadata")
+        for stored in (self._index.storage_data or {}).values():
+            fault = name_fault(getattr(stored, "relative_path", None), nested=True)
+            if fault is not None:
+                raise CheckpointError(f"{source}/.metadata: {fault}")
+        self._index.storage_meta = self._index.storage_meta or StorageMeta()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the index."""
+        return self._index
+
+
 def import_dcp(source: Path, folder: str | Path) -> Path:
     """Make a checkpoint out of a DCP folder. Host memory holds one array at a time.
 
     Weights become role "weight", optimizer tensors a role by their name (exp_avg, …), names stay as they are. Tensors of
     one element such as Adam's `step` go into the state, under `imported_from.scalars`. Pickled objects are left out and
-    named in `imported_from.left_out`. DCP's own index is a pickle: import folders from people you trust only.
+    named in `imported_from.left_out`. No code in the files is run.
     """
-    reader = torch_dcp.FileSystemReader(source)
-    try:
-        metadata: Any = reader.read_metadata()
-    except Exception as error:
-        raise CheckpointError(f"{source}: the index of this DCP folder can't be read: {error}") from error
+    reader = _IndexedReader(source)
+    metadata: Any = reader.read_metadata()
     entries: dict[str, Any] = dict(metadata.state_dict_metadata)
     named_model = any(_MODEL.fullmatch(key) for key in entries)
     sources: list[Source] = []
@@ -45,7 +62,7 @@ def import_dcp(source: Path, folder: str | Path) -> Path:
             left_out.append(key)
             continue
         shape, dtype = tuple(entry.size), entry.properties.dtype
-        read = _getter(source, key, shape, dtype)
+        read = _getter(reader, source, key, shape, dtype)
         optimizer, model = _OPTIMIZER.fullmatch(key), _MODEL.fullmatch(key)
         if optimizer and not shape:
             scalars[f"{optimizer['role']}/{optimizer['name']}"] = float(read())
@@ -63,13 +80,15 @@ def import_dcp(source: Path, folder: str | Path) -> Path:
     return compose(folder, int(step[1]) if step else 0, sources, state)
 
 
-def _getter(source: Path, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+def _getter(
+    reader: _IndexedReader, source: Path, key: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Callable[[], torch.Tensor]:
     def read() -> torch.Tensor:
         target = {key: torch.empty(shape, dtype=dtype)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says that no process group is there; none is needed
             try:
-                torch_dcp.load(target, storage_reader=torch_dcp.FileSystemReader(source), no_dist=True)
+                torch_dcp.load(target, storage_reader=reader, no_dist=True)
             except CheckpointException as error:  # no Exception; in it are those of the ranks, here of one
                 reason, _ = next(iter(error.failures.values()))
                 raise CheckpointError(f"{source}: {key} can't be read: {type(reason).__name__}: {reason}") from error

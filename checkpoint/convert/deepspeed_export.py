@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ...config.names import name_fault
 from ...config.renames import with_moved_targets
 from ...models.build import build_model
 from ...models.config import DECODER
@@ -57,6 +58,8 @@ class Contents:
         state = self.manifest.state
         self.module, self.groups = self._of_import() if "imported_from" in state else self._of_run()
         for name in self.names:
+            if fault := name_fault(name):
+                raise CheckpointError(f"{self.label}: {fault}")
             missing = [role for role in ROLES if f"{role}/{name}" not in self.manifest.arrays]
             if missing:
                 raise CheckpointError(f"{self.label}: {name} has no {missing[0]}: only a run with AdamW can become DeepSpeed's")
