@@ -25,13 +25,13 @@ class Normal:
 
 
 @dataclass(frozen=True)
-class Constant:
+class Filled:
     """The same number for every element."""
 
     value: float
 
 
-Initial = Normal | Constant
+Initial = Normal | Filled
 
 
 def _signed(value: int) -> int:
@@ -76,7 +76,7 @@ def fill(
     tensor lies at `offsets` in the parameter called `name` of shape `global_shape`. Values are computed in fp64, then
     rounded. on: the device that draws, if not the tensor's own (a GPU for weights offloaded to the host).
     """
-    if isinstance(rule, Constant):
+    if isinstance(rule, Filled):
         tensor.fill_(rule.value)
         return
     if tensor.numel() == 0:

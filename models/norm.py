@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .init import Constant
+from .init import Filled
 from .part import Part, WeightRule
 from .part_config import NormConfig
 
@@ -21,7 +21,7 @@ class Norm(nn.RMSNorm, Part):
     def weight_rule(self, name: str) -> WeightRule:
         """Return the rule of the weight, the only parameter."""
         assert name == "weight", name
-        return WeightRule(Constant(0.0 if self.config.plus_one else 1.0), decays=False)
+        return WeightRule(Filled(0.0 if self.config.plus_one else 1.0), decays=False)
 
     def factor(self, weight: torch.Tensor) -> torch.Tensor:
         """Return what a normed input is multiplied by."""

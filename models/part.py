@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from .init import Constant, Initial, Normal
+from .init import Filled, Initial, Normal
 from .part_config import MatrixScales
 from .protocol import TensorRole
 
@@ -22,7 +22,7 @@ class WeightRule:
     lr_scale: float = 1.0
 
 
-BIAS = WeightRule(Constant(0.0), decays=False)
+BIAS = WeightRule(Filled(0.0), decays=False)
 
 
 def reads_stream(scales: MatrixScales) -> WeightRule:

@@ -18,7 +18,7 @@ from ..kernels.norm import FusedNorm
 from ..kernels.swiglu import FusedSwiglu
 from .config import DecoderConfig
 from .costs import flops_per_token
-from .init import Constant, Initial, Normal
+from .init import Filled, Initial, Normal
 
 
 class TensorRole(Enum):
@@ -96,7 +96,7 @@ class Model(nn.Module):
         """Return a parameter's initial distribution: matrices normal with 0.02, biases zero, other vectors (norms) one."""
         if name in self.matrix_names:
             return Normal(0.02)
-        return Constant(0.0 if name.rpartition(".")[2] == "bias" else 1.0)
+        return Filled(0.0 if name.rpartition(".")[2] == "bias" else 1.0)
 
     def decays(self, name: str) -> bool:
         """Return whether weight decay applies to a parameter: it does to matrices."""

@@ -12,7 +12,7 @@ import torch
 from torch.optim.adagrad import adagrad
 
 from .config import AdaGradConfig, AdaGradNormConfig, base_rate
-from .parameters import NamedParameter, Shards, decay_groups
+from .parameters import NamedParameter, Shards, decay_groups, members_with_gradients
 
 
 class AdaGrad(torch.optim.Optimizer):
@@ -70,11 +70,8 @@ class AdaGradNorm(torch.optim.Optimizer):
         assert closure is None
         pieces: list[tuple[dict[str, Any], list[NamedParameter], list[torch.Tensor]]] = []
         for group in self.param_groups:
-            members = [self._by_name[name] for name in group["names"]]
-            members = [member for member in members if member.tensor.grad is not None]
+            members, weights, gradients = members_with_gradients(group, self._by_name)
             if members:
-                weights: list[torch.Tensor] = [member.tensor for member in members]
-                gradients = [weight.grad for weight in weights if weight.grad is not None]
                 decayed = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
                 pieces.append((group, members, list(decayed)))
         if not pieces:

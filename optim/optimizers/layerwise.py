@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .config import LAMBConfig, LARSConfig, base_rate
-from .parameters import NamedParameter, Shards, decay_groups
+from .parameters import NamedParameter, Shards, decay_groups, members_with_gradients
 
 
 @dataclass
@@ -49,11 +49,8 @@ class _Layerwise(torch.optim.Optimizer):
     def _slices(self) -> list[_Slice]:
         slices: list[_Slice] = []
         for group in self.param_groups:
-            members = [self._by_name[name] for name in group["names"]]
-            members = [member for member in members if member.tensor.grad is not None]
+            members, weights, gradients = members_with_gradients(group, self._by_name)
             if members:
-                weights: list[torch.Tensor] = [member.tensor for member in members]
-                gradients = [weight.grad for weight in weights if weight.grad is not None]
                 slices.append(_Slice(group, members, weights, gradients, [self.state[weight] for weight in weights]))
         return slices
 

@@ -18,9 +18,9 @@ What engines rely on in any `torch.optim.Optimizer`, built as `Class(parameters=
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -167,3 +167,12 @@ def decay_groups(
             }
         )
     return groups
+
+
+def members_with_gradients(
+    group: Mapping[str, Any], by_name: Mapping[str, NamedParameter]
+) -> tuple[list[NamedParameter], list[torch.Tensor], list[torch.Tensor]]:
+    """List the members of a parameter group that have a gradient, their weights and their gradients, as parallel lists."""
+    members = [member for member in (by_name[name] for name in group["names"]) if member.tensor.grad is not None]
+    weights: list[torch.Tensor] = [member.tensor for member in members]
+    return members, weights, [weight.grad for weight in weights if weight.grad is not None]

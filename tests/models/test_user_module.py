@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from meshloom.config.problems import ConfigError
 from meshloom.data.batch import IGNORED, MicroBatch
 from meshloom.models.build import build_model
-from meshloom.models.init import Constant, Normal, fill
+from meshloom.models.init import Filled, Normal, fill
 from meshloom.models.protocol import Model
 from meshloom.models.user_module import defaults_used
 from meshloom.optim.optimizers.adamw import AdamW
@@ -33,11 +33,11 @@ def gpt(kind: str = "GPT") -> Model:
     return build_model({"_target_": f"support.user_gpt.{kind}", "name": "mine"}, VOCABULARY)
 
 
-def initial(model: Model, name: str) -> Normal | Constant:
+def initial(model: Model, name: str) -> Normal | Filled:
     """Return the default initial distribution, written independently."""
     if name.endswith("bias"):
-        return Constant(0.0)
-    return Constant(1.0) if "ln_" in name else Normal(0.02)
+        return Filled(0.0)
+    return Filled(1.0) if "ln_" in name else Normal(0.02)
 
 
 def plain_losses(kind: str) -> list[float]:
