@@ -187,7 +187,7 @@ def train(search: Search) -> None:
     mesh = Mesh.connect(Layout.plan(parallel, 1), pick_device())
     with torch.device("meta"):
         model = Decoder(DecoderConfig(**search.shape(layers)))
-    how = EngineSettings(seed=1, precision="bf16", activation="full", seq_len=search.seq)
+    how = EngineSettings(policies=("full",) * layers, seed=1, precision="bf16", seq_len=search.seq)
     engine = make_engine(model, mesh, adamw, parallel, how)
     ready = time.perf_counter() - began
     draw = torch.Generator().manual_seed(0)

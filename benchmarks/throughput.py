@@ -33,10 +33,12 @@ from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.optim.optimizers.parameters import NamedParameter, Shards
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.deepspeed.settings import DeepSpeedConfig
+from meshloom.parallel.division import divide_blocks
 from meshloom.parallel.engine import Engine, EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, environment_world_size, pick_device
+from meshloom.parallel.policies import ActivationSettings
 from meshloom.trainer.device_timestamp import DeviceTimestamp
 from meshloom.trainer.hooks.profiling import kernel_table
 
@@ -102,10 +104,14 @@ def build(settings: Settings) -> tuple[Engine, Mesh]:
 
     with torch.device("meta"):
         model = Decoder(DecoderConfig(vocabulary=settings.vocabulary, **MODELS[settings.model]))  # type: ignore[arg-type]
+    policies, stages = divide_blocks(
+        model.decoder_config, len(model.block_modules()), parallel, ActivationSettings(settings.activation), settings.seq
+    )
     how = EngineSettings(
+        policies=policies,
+        stages=stages,
         seed=1,
         precision=settings.precision,
-        activation=settings.activation,
         compile=bool(settings.compile),
         float8=settings.float8,
         seq_len=settings.seq,

@@ -14,7 +14,6 @@ from rich.text import Text
 from ..config.compose import Composer
 from ..config.duration import Duration, Unit
 from ..config.problems import ConfigError, Problem
-from ..models.config import CustomModel, DecoderConfig
 from ..models.costs import parameter_count
 from ..optim.scaling import laws
 from ..optim.scaling.laws import Law, LossLaw, MuP
@@ -112,16 +111,17 @@ def recommend(arguments: HparamsArguments) -> Recommendation:
     base = _base(arguments, composer)
     composition = composer.compose(base)
     config, untyped = typed_config(composition.config)
-    problems += [*composition.problems, *untyped]
-    if not composition.problems and isinstance(config.model, CustomModel):
+    unreadable = [*composition.problems, *untyped]
+    problems += unreadable
+    shape = None if unreadable else config.model.decoder()
+    if shape is None and not unreadable:
         problems.append(Problem("model", "the laws are about Llama-like models", "name one that has model.dim"))
-    if problems:
+    if problems or shape is None:
         raise ConfigError(problems)
-    assert isinstance(config.model, DecoderConfig)
     from ..trainer.automatic import hidden_parameters
 
     hidden = hidden_parameters(config)
-    total = parameter_count(replace(config.model, vocabulary=config.model.vocabulary or 1))
+    total = parameter_count(replace(shape, vocabulary=shape.vocabulary or 1))
     seq_len = arguments.seq_len or config.data.seq_len
     multiple = arguments.multiple or math.lcm(8, config.batch.micro)
     loss = arguments.loss or laws.chinchilla_loss(total, tokens)
@@ -143,7 +143,7 @@ def recommend(arguments: HparamsArguments) -> Recommendation:
         Row(f"critical batch\nat loss {loss:.3f}", _batch(critical, seq_len), laws.CRITICAL_BATCH, {"L": loss}),
     ]
     length = ["trainer.steps=null", f"trainer.tokens={int(tokens)}", f"data.seq_len={seq_len}"]
-    mup = MuP.of(config.model.dim, arguments.mup_base)
+    mup = MuP.of(shape.dim, arguments.mup_base)
     return Recommendation(
         base=base,
         setting=f"precision={config.precision} batch.micro={config.batch.micro} data={config.data.name}",

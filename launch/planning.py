@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 
 from ..config.precision import PRECISIONS
 from ..config.problems import ConfigError, Problem
-from ..models.config import CustomModel
 from ..models.protocol import Model, decoder_shape
 from ..optim.build import build_controller
 from ..optim.progress import Progress
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import Layout
-from ..parallel.policies import block_policies, fused_swiglu_blocker
+from ..parallel.policies import fused_swiglu_blocker
 from ..planner.checkpoint_needs import CheckpointNeeds, checkpoint_needs, describe_needs
 from ..planner.cost import LayoutCost, layout_cost
 from ..planner.engines import engine_cost
@@ -98,9 +97,11 @@ def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False) -
     blanks = blank_notice(assigner, controller, Progress())
     notes += [] if blanks is None else [blanks]
     model = build_model(config.model, vocabulary)
-    settings = engine_settings(config)
+    if model.decoder_config is None:
+        message = "only the costs of decoders are known"
+        raise ConfigError([Problem("model", message, "plan with a model of the recipes, or give yours a decoder_config")])
     try:
-        policies = block_policies(decoder_shape(model), parallel, settings)
+        settings = engine_settings(config, model, config.data.seq_len)
     except ValueError as error:
         raise ConfigError([Problem("trainer.activation_budget", str(error), "give it more")]) from error
     job = Job(
@@ -108,9 +109,9 @@ def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False) -
         micro=min(config.batch.micro, samples),
         micro_batches=assigner.passes(samples, config.batch.micro),
         precision=config.precision,
-        policies=policies,
+        policies=list(settings.policies),
         compiled=config.trainer.compile,
-        fused=fused and fused_swiglu_blocker(decoder_shape(model), parallel, settings, policies) is None,
+        fused=fused and fused_swiglu_blocker(decoder_shape(model), parallel, settings) is None,
     )
     cost, away, held = _costs(config, model, parallel, layout, job)
     needs = checkpoint_needs(config.checkpoint, layout, held)
@@ -138,7 +139,7 @@ def _costs(
 
 def spared_by_fusing(plan: Plan, config: RunConfig) -> int:
     """Bytes of the fullest rank that a plan of plain SwiGLU would not take on GPUs that compute it inside its products."""
-    if fused_swiglu_blocker(decoder_shape(plan.model), plan.parallel, engine_settings(config), plan.job.policies) is not None:
+    if fused_swiglu_blocker(decoder_shape(plan.model), plan.parallel, engine_settings(config, plan.model)) is not None:
         return 0
     cost, *_ = _costs(config, plan.model, plan.parallel, plan.layout, replace(plan.job, fused=True))
     return plan.bytes - replace(plan, cost=cost).bytes
@@ -146,8 +147,6 @@ def spared_by_fusing(plan: Plan, config: RunConfig) -> int:
 
 def _unplanned(config: RunConfig) -> list[Problem]:
     """List the problems of a config that runs but whose costs are not known well enough to plan."""
-    if isinstance(config.model, CustomModel):
-        return [Problem("model", "only the costs of Meshloom's own decoder are known", "plan with a model of the recipes")]
     sizes = {
         "batch.samples": config.batch.samples,
         "model.vocabulary": config.model.vocabulary or config.data.known_vocabulary,

@@ -118,6 +118,10 @@ class DecoderConfig:
         """How much of a head's width rotates."""
         return int(self.head_width * self.rope_fraction)
 
+    def decoder(self) -> DecoderConfig | None:
+        """Return the decoder that the keys describe: this one."""
+        return self
+
     def block(self, layer: int) -> BlockConfig:
         """Return what the block of a layer is built from; layers count from 0."""
         assert 0 <= layer < self.layers, f"there is no layer {layer} of {self.layers}"
@@ -221,6 +225,14 @@ class CustomModel(Custom):
     def vocabulary(self) -> int | None:
         """The vocabulary's size, where the node says it."""
         return self.keys.get("vocabulary")
+
+    def decoder(self) -> DecoderConfig | None:
+        """Return the decoder that the keys describe; None if a decoder's sizes are not among them."""
+        try:
+            found = decoder_config(self.keys)
+            return None if found.problems() else found
+        except TypeError:
+            return None
 
     def problems(self, key: str = "model") -> list[Problem]:
         """Return nothing: only the user's class knows its keys."""

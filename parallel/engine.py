@@ -18,6 +18,7 @@ from ..kernels.attention_blocks import Kernel
 from ..optim.optimizers.parameters import NamedParameter, Shards
 from .fragment import Fragment
 from .gradient_noise import Measure, Moments
+from .pipeline.stages import StagePlan
 
 OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]
 """Builds the run's optimizer over the parameters as a rank holds them."""
@@ -27,27 +28,30 @@ OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Opti
 class EngineSettings:
     """The settings of an engine apart from the layout: everything that engines read of the rest of the config.
 
-    seed               of the initial weights
-    precision          one of PRECISIONS
-    activation         what blocks keep for their backward pass (`policies.POLICIES`)
-    activation_budget  share of it that may be kept, where `activation` is "none"; None: all
-    compile            whether blocks are compiled
-    float8             recipe for the blocks' matrix products (`float8.RECIPES`)
-    seq_len            positions per sample: for the balance of pipeline stages and the choice of attention's kernel; 0: they
-                       do without
-    measures           whether steps may be asked for gradient statistics
-    attention          kernel that the model's attention computes with in half precision on a GPU
+    seed       of the initial weights
+    precision  one of PRECISIONS
+    policies   what each block of the whole model keeps for its backward pass (`policies.POLICIES`); (): all keep everything
+    stages     layers of each pipeline stage, and who holds it; None: there is one stage
+    compile    whether blocks are compiled
+    float8     recipe for the blocks' matrix products (`float8.RECIPES`)
+    seq_len    positions per sample, for the choice of attention's kernel; 0: it does without
+    measures   whether steps may be asked for gradient statistics
+    attention  kernel that the model's attention computes with in half precision on a GPU
     """
 
     seed: int = 0
     precision: str = "bf16"
-    activation: str = "none"
-    activation_budget: float | None = None
+    policies: tuple[str, ...] = ()
+    stages: StagePlan | None = None
     compile: bool = False
     float8: str = "none"
     seq_len: int = 0
     measures: bool = False
     attention: Kernel = "cudnn"
+
+    def policy(self, layer: int) -> str:
+        """Return the activation policy of a layer's block."""
+        return self.policies[layer] if self.policies else "none"
 
     @property
     def compute(self) -> torch.dtype:

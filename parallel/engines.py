@@ -8,7 +8,6 @@ from dataclasses import replace
 from ..kernels import precompile, swiglu
 from ..kernels.attention_timing import flash4_compilations
 from ..kernels.precompile import Compilation
-from ..models.config import DecoderConfig
 from ..models.protocol import Model
 from .attention_choice import choose_attention, shape_of
 from .config import ParallelConfig
@@ -37,15 +36,15 @@ def make_engine(
     return make(model, mesh, make_optimizer, parallel, settings)
 
 
-def start_compiling(model: DecoderConfig, parallel: ParallelConfig, settings: EngineSettings) -> None:
+def start_compiling(model: Model, parallel: ParallelConfig, settings: EngineSettings) -> None:
     """Pre-compile the third-party kernels that `make_engine` will need, where this machine does not have them yet.
 
     Called by the first rank of a machine, before it uses its GPU.
     """
-    if settings.precision != "bf16" or not settings.seq_len:
+    shape = model.decoder_config
+    if shape is None or settings.precision != "bf16" or not settings.seq_len:
         return
-    works: dict[str, Compilation] = {**flash4_compilations(shape_of(model, parallel, settings.seq_len))}
-    policy = settings.activation if settings.activation_budget is None else "none"  # which some blocks may have
-    if fused_swiglu_blocker(model, parallel, settings, [policy]) is None:
+    works: dict[str, Compilation] = {**flash4_compilations(shape_of(shape, parallel, settings.seq_len))}
+    if fused_swiglu_blocker(shape, parallel, settings) is None:
         works[SWIGLU] = swiglu.unsupported_reason
     precompile.start(works)

@@ -1,4 +1,7 @@
-"""Legality of a layout: what keeps it from running a model, checked before the start, and the nearest layouts that can."""
+"""Legality of a layout: what keeps it from running a model, checked before the start, and the nearest layouts that can.
+
+Imports no torch. What only the built model can tell is checked by `capabilities.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config.problems import Problem
-from ..models.protocol import Model, lacks
-from .config import ParallelConfig
-from .context.split import KINDS, context_problems
-from .engine import EngineSettings
+from .config import CONTEXT_KINDS, ParallelConfig
+from .context.sizes import context_problems
 from .layout import layout_problems
 from .pipeline.stages import SCHEDULES, schedule_of, stage_count
-from .tensor.placements import tensor_problems, unplaced_modules
+from .tensor.sizes import tensor_problems
 
 
 @dataclass
 class Work:
-    """The work that a layout must run: the model's shape, the batch, and the blocks' settings for memory and speed.
+    """The work that a layout must run: the model's shape, the length of samples, and the settings of its blocks.
 
     vocabulary  None: not known before the data's tokenizer is
     """
@@ -32,7 +33,6 @@ class Work:
     ffn_dim: int
     vocabulary: int | None
     seq_len: int
-    micro: int
     activation: str = "none"
     compile: bool = False
 
@@ -48,37 +48,6 @@ def layout_and_model_problems(parallel: ParallelConfig, work: Work, world_size: 
         if near:
             problems.append(Problem("parallel", "other layouts can run this work", f"nearest: {'; or '.join(near)}"))
     return problems
-
-
-def model_problems(model: Model, parallel: ParallelConfig, settings: EngineSettings) -> list[Problem]:
-    """List what keeps a model from being trained in a layout: by name, what a user's own class lacks for it."""
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    if frozen:
-        more = f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
-        text = f"every weight is trained here, but {frozen[0]}{more} can't be (requires_grad=False)"
-        fix = "leave requires_grad as it is; to keep a weight as it is, let the model's lr_scale(name) be 0.0"
-        return [Problem("model", text, fix)]
-    return list(_lacking(model, parallel, settings))
-
-
-def _lacking(model: Model, parallel: ParallelConfig, settings: EngineSettings) -> Iterator[Problem]:
-    kind, how = type(model).__name__, "or define it as meshloom.models.protocol.Model tells"
-    unplaced = unplaced_modules(model) if parallel.tp > 1 else []
-    if unplaced:
-        text = f"no module says in tensor_roles how {unplaced[0]} is cut over tensor-parallel ranks"
-        yield Problem("parallel.tp", text, f"use parallel.tp=1, {how}")
-    if parallel.pp > 1 and (lacks(model, "carve") or model.decoder_config is None):
-        text = f"{kind} has no carve, or no decoder_config, and so can't be cut into balanced stages"
-        yield Problem("parallel.pp", text, f"use parallel.pp=1, {how}")
-    if parallel.cp > 1 and lacks(model, "use_kernels"):
-        text = f"{kind} has no use_kernels, and so can't attend across ranks"
-        yield Problem("parallel.cp", text, f"use parallel.cp=1, {how}")
-    if settings.activation != "none" and not model.block_modules():
-        text = f"{kind} has no block_modules, and policies are of blocks"
-        yield Problem("trainer.activation", text, f"use none, {how}")
-    if settings.activation_budget is not None and model.decoder_config is None:
-        text = f"{kind} has no decoder_config, so what its blocks keep is not known"
-        yield Problem("trainer.activation_budget", text, "choose trainer.activation, or leave the budget null")
 
 
 def _problems(parallel: ParallelConfig, work: Work, world_size: int) -> Iterator[Problem]:
@@ -177,14 +146,14 @@ def _variants(sized: ParallelConfig, data: int) -> Iterator[ParallelConfig]:
         "zero": [sized.zero if sized.zero in (0, 1, 2, 3) else 3],
         "replicate": [n for n in (sized.replicate, 1) if n > 0 and data % n == 0],
         "schedule": [name for name in (sized.schedule, "1f1b", "interleaved", "gpipe") if name in SCHEDULES],
-        "cp_kind": [kind for kind in (sized.cp_kind, "ring") if kind in KINDS],
+        "cp_kind": [kind for kind in (sized.cp_kind, "ring") if kind in CONTEXT_KINDS],
         "sequence_parallel": [sized.sequence_parallel, False],
         "stages_per_rank": [sized.stages_per_rank, None],
         "stage_layers": [sized.stage_layers, None],
     }
     if sized.pp == 1 and sized.schedule in SCHEDULES:
         options["schedule"] = [sized.schedule]
-    if sized.cp == 1 and sized.cp_kind in KINDS:
+    if sized.cp == 1 and sized.cp_kind in CONTEXT_KINDS:
         options["cp_kind"] = [sized.cp_kind]
     if sized.tp == 1:
         options["sequence_parallel"] = [sized.sequence_parallel]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,21 @@ if TYPE_CHECKING:
 POLICIES = ("none", "selective", "full", "offload")
 MIXED = ("none", "selective", "full")
 """Policies that a budget mixes."""
+
+
+@dataclass(frozen=True)
+class ActivationSettings:
+    """What the config says of the activations that blocks keep, and what their size depends on.
+
+    policy  `trainer.activation`, one of POLICIES
+    budget  `trainer.activation_budget`: share of them that may be kept, where `policy` is "none"; None: all
+    precision, compile  of the blocks
+    """
+
+    policy: str = "none"
+    budget: float | None = None
+    precision: str = "bf16"
+    compile: bool = False
 
 
 def mixed_policies(layers: int, budget: float, kept: Mapping[str, float], recomputed: Mapping[str, float]) -> list[str]:
@@ -43,28 +59,26 @@ def mixed_policies(layers: int, budget: float, kept: Mapping[str, float], recomp
     return given
 
 
-def block_policies(model: DecoderConfig, parallel: ParallelConfig, settings: EngineSettings) -> list[str]:
+def block_policies(model: DecoderConfig, parallel: ParallelConfig, settings: ActivationSettings) -> list[str]:
     """Choose the activation policy of every block: `trainer.activation`, or what `trainer.activation_budget` leaves to choose.
 
     Raises ValueError for a budget that no choice keeps to.
     """
-    if settings.activation_budget is None:
-        return [settings.activation] * model.layers
+    if settings.budget is None:
+        return [settings.policy] * model.layers
     halves = splits_backward(parallel)
     block = model.block(0)
     # What blocks keep is in proportion to their tokens, so any number of them will do.
     work = ForwardPass(1024, settings.precision, parallel.tp, parallel.sequence_parallel, settings.compile)
     kept = {policy: block_bytes(block, work, policy) for policy in MIXED if not (halves and policy == "selective")}
     recomputed = {policy: recomputed_flops(block, policy, 0) for policy in kept}
-    return mixed_policies(model.layers, settings.activation_budget, kept, recomputed)
+    return mixed_policies(model.layers, settings.budget, kept, recomputed)
 
 
-def fused_swiglu_blocker(
-    model: DecoderConfig, parallel: ParallelConfig, settings: EngineSettings, policies: Sequence[str]
-) -> str | None:
+def fused_swiglu_blocker(model: DecoderConfig, parallel: ParallelConfig, settings: EngineSettings) -> str | None:
     """Return why no block may compute SwiGLU inside the products around it, on whatever GPU; None if some may.
 
-    policies: of the blocks. The kernels are `kernels/swiglu.py`.
+    The kernels are `kernels/swiglu.py`.
     """
     if parallel.engine != "torch":
         return "DeepSpeed runs the blocks as they are"
@@ -76,7 +90,7 @@ def fused_swiglu_blocker(
         return "its kernels are bf16's"
     if settings.float8 != "none":
         return "trainer.float8 computes its products"
-    if all(policy == "selective" for policy in policies):
+    if settings.policies and all(policy == "selective" for policy in settings.policies):
         return "trainer.activation=selective keeps one of them"
     if not limits.fused_swiglu_takes(model.dim, model.ffn_dim):
         return f"its kernels don't take widths of {model.dim} and {model.ffn_dim}"

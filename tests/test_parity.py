@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from meshloom.parallel.config import ParallelConfig
-from meshloom.parallel.context.split import KINDS
+from meshloom.parallel.config import CONTEXT_KINDS, ParallelConfig
 from meshloom.parallel.pipeline.stages import SCHEDULES
 from support.parity import Difference, Work, differences
 
@@ -107,12 +106,15 @@ TABLE: dict[str, tuple[int, Work]] = {
         f"cp 2, ring, documents, activation={policy}": (2, work(4, FEW, cp=2, documents=True, activation=policy))
         for policy in ("selective", "full", "offload")
     },
-    **{f"cp 2, {kind} × HSDP": (4, work(4, cp=2, cp_kind=kind, replicate=2)) for kind in KINDS},
-    **{f"cp 4, {kind}, documents": (4, work(4, FEW, cp=4, cp_kind=kind, documents=True)) for kind in KINDS},
+    **{f"cp 2, {kind} × HSDP": (4, work(4, cp=2, cp_kind=kind, replicate=2)) for kind in CONTEXT_KINDS},
+    **{f"cp 4, {kind}, documents": (4, work(4, FEW, cp=4, cp_kind=kind, documents=True)) for kind in CONTEXT_KINDS},
     # several at once
-    **{f"cp 2, {kind} × tp 2, documents": (4, work(4, cp=2, cp_kind=kind, tp=2, documents=True)) for kind in KINDS},
+    **{f"cp 2, {kind} × tp 2, documents": (4, work(4, cp=2, cp_kind=kind, tp=2, documents=True)) for kind in CONTEXT_KINDS},
     "cp 2, ring × tp 2, whole stream": (4, work(4, FEW, cp=2, tp=2, zero=1, sequence_parallel=False)),
-    **{f"pp 2 × cp 2, {kind}, documents": (4, work(2, pp=2, cp=2, cp_kind=kind, zero=2, documents=True)) for kind in KINDS},
+    **{
+        f"pp 2 × cp 2, {kind}, documents": (4, work(2, pp=2, cp=2, cp_kind=kind, zero=2, documents=True))
+        for kind in CONTEXT_KINDS
+    },
     "pp 2 × tp 2, interleaved, tied head": (4, work(2, FEW, pp=2, tp=2, schedule="interleaved", **TIED)),
     **{f"pp 2 × tp 2 × ZeRO-{zero}": (8, work(2, pp=2, tp=2, zero=zero, layers=2)) for zero in (1, 2, 3)},
     "pp 2 × tp 2 × ZeRO-3, zbv, tied head, documents": (8, work(steps=FEW, pp=2, tp=2, schedule="zbv", documents=True, **TIED)),

@@ -32,11 +32,13 @@ from ..optim.build import build_controller, build_optimizer, build_schedule
 from ..optim.optimizers.config import OptimConfig
 from ..optim.optimizers.parameters import NamedParameter, Shards
 from ..optim.schedules.coupling import Coupling
+from ..parallel.division import divide_blocks
 from ..parallel.engine import EngineSettings, OptimizerFactory
 from ..parallel.engines import make_engine
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline.stages import legal_micro_batches
+from ..parallel.policies import ActivationSettings
 from .all_ranks import raise_on_all_ranks
 from .derived import build_horizon, checkpoint_folder
 from .hooks.base import Hook
@@ -77,17 +79,25 @@ def optimizer_factory(config: OptimConfig) -> OptimizerFactory:
     return make
 
 
-def engine_settings(config: RunConfig, seq_len: int = 0, measures: bool = False) -> EngineSettings:
-    """Return the settings that engines read from a config.
+def activation_settings(config: RunConfig) -> ActivationSettings:
+    """Return what a config says of the activations that blocks keep."""
+    trainer = config.trainer
+    return ActivationSettings(trainer.activation, trainer.activation_budget, config.precision, trainer.compile)
+
+
+def engine_settings(config: RunConfig, model: Model, seq_len: int = 0, measures: bool = False) -> EngineSettings:
+    """Return the settings that engines read from a config, with the division of the model's blocks.
 
     seq_len: positions per sample; measures: whether the batch-size controller needs gradient statistics.
+    Raises ValueError for an activation budget that no choice of policies keeps to.
     """
-    trainer = config.trainer
+    trainer, blocks = config.trainer, len(model.block_modules())
+    policies, stages = divide_blocks(model.decoder_config, blocks, config.parallel, activation_settings(config), seq_len)
     return EngineSettings(
         seed=config.seed,
         precision=config.precision,
-        activation=trainer.activation,
-        activation_budget=trainer.activation_budget,
+        policies=policies,
+        stages=stages,
         compile=trainer.compile,
         float8=trainer.float8,
         seq_len=seq_len,
@@ -169,7 +179,7 @@ def _build(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Me
     flops = model.flops_per_token(data.seq_len)
     horizon = build_horizon(config, data.seq_len)
     controller = build_controller(config.batch, horizon)
-    settings = engine_settings(config, data.seq_len, controller.needs_statistics)
+    settings = engine_settings(config, model, data.seq_len, controller.needs_statistics)
     engine = make_engine(model, mesh, optimizer_factory(config.optim), config.parallel, settings)
     assigner = build_assigner(config, mesh.layout)
     loader = Loader(data.train(), assigner, mesh.data_rank, pin=mesh.device.type == "cuda")

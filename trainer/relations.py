@@ -10,9 +10,11 @@ from ..checkpoint.files import open_files
 from ..config.nodes import Custom
 from ..config.problems import ConfigError, Problem
 from ..data.build import build_node
+from ..models.config import DecoderConfig
 from ..optim.build import build_schedule
 from ..optim.schedules.coupling import coupling_problems
 from ..parallel.layout import layout_problems
+from ..parallel.legality import Work, layout_and_model_problems
 from ..parallel.limits import engine_problems, float8_problems
 from .derived import build_horizon, checkpoint_folder
 from .schema import RunConfig
@@ -45,6 +47,28 @@ def collect_problems(group: str, check: Callable[[], Iterable[Problem]]) -> list
 
 def _layout(config: RunConfig, world_size: int) -> Iterable[Problem]:
     return layout_problems(config.parallel, world_size) if world_size else ()
+
+
+def _decoder(config: RunConfig, world_size: int) -> Iterable[Problem]:
+    """Yield what keeps the torch engine from running a decoder in this layout, and the nearest layouts that can."""
+    shape = config.model.decoder()
+    if not world_size or shape is None or config.parallel.engine != "torch":
+        return ()
+    return layout_and_model_problems(config.parallel, layout_work(config, shape), world_size)
+
+
+def layout_work(config: RunConfig, shape: DecoderConfig) -> Work:
+    """Return what a layout must run, with a decoder of this shape."""
+    return Work(
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        ffn_dim=shape.ffn_dim,
+        vocabulary=shape.vocabulary,
+        seq_len=config.data.seq_len,
+        activation=config.trainer.activation,
+        compile=config.trainer.compile,
+    )
 
 
 def _engine(config: RunConfig, world_size: int) -> Iterable[Problem]:
@@ -91,6 +115,7 @@ LENGTH = ("trainer.steps", "trainer.tokens", "data.seq_len", "batch.samples")
 
 RELATIONS = (
     Relation(("parallel",), _layout),
+    Relation(("parallel", "model", "data.seq_len", "trainer.activation", "trainer.compile"), _decoder),
     Relation(("parallel", "precision"), _engine),
     Relation(("parallel", "precision", "trainer.float8"), _float8),
     Relation(("checkpoint.folder", "output_dir"), _folder),

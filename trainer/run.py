@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoint.errors import HeldError
@@ -15,13 +14,12 @@ from ..data.build import build_node
 from ..data.config import DataConfig
 from ..data.node import DataNode
 from ..data.order import Shuffled
-from ..models.config import DecoderConfig
 from ..parallel.engines import start_compiling
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, pick_device
 from .all_ranks import PeerFailed, on_main, raise_on_all_ranks
 from .blanks import blank_notice
-from .build import Run, build_run, engine_settings
+from .build import Run, build_model, build_run, engine_settings
 from .derived import checkpoint_folder
 from .find_checkpoint import resumes_own
 from .identity import Origin, identify, take_over_metrics
@@ -58,9 +56,9 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
     config, checkpoint, parallel = resolved.config, resolved.checkpoint, resolved.config.parallel
     # Before connecting: building a large corpus may take longer than the process groups' time-out.
     data = prepared_data(config.data, config.seed, config.model.vocabulary)
-    if os.environ.get("LOCAL_RANK", "0") == "0" and isinstance(config.model, DecoderConfig):
-        shape = replace(config.model, vocabulary=config.model.vocabulary or data.vocabulary)
-        start_compiling(shape, parallel, engine_settings(config, data.seq_len))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        model = build_model(config.model, config.model.vocabulary or data.vocabulary)
+        start_compiling(model, parallel, engine_settings(config, model, data.seq_len))
     mesh = Mesh.connect(Layout.plan(parallel, resolved.world_size), pick_device(), parallel.timeout)
     try:
         if mesh.differ(str(checkpoint)):

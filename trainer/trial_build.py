@@ -2,72 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from ..config.nodes import Custom
 from ..config.problems import Problem
 from ..data.build import build_node
-from ..models.config import CustomModel
 from ..models.protocol import decoder_shape
 from ..optim.batch.controller import Controller
 from ..optim.build import build_controller, build_schedule
 from ..optim.optimizers.parameters import NamedParameter, Unsharded
+from ..parallel.capabilities import model_problems
 from ..parallel.deepspeed.optimizer import optimizer_problems
-from ..parallel.legality import Work, layout_and_model_problems, model_problems
+from ..parallel.legality import layout_and_model_problems
 from ..parallel.limits import measuring_problems
 from ..parallel.policies import block_policies
 from ..parallel.torch.float8 import float8_size_problems
-from .build import build_model, engine_settings, optimizer_factory
+from .build import activation_settings, build_model, optimizer_factory
 from .derived import build_horizon
 from .hooks.base import hook_problems
-from .relations import collect_problems
+from .relations import collect_problems, layout_work
 from .schema import RunConfig
-
-SHAPE = ("layers", "heads", "kv_heads", "ffn_dim")
 
 
 def build_problems(config: RunConfig, world_size: int) -> list[Problem]:
     """Return the problems found by building a config without other problems, on `world_size` processes (0: not known)."""
-    found = [*decoder_layout_problems(config, world_size), *hook_problems(config.trainer.hooks)]
+    found = [*hook_problems(config.trainer.hooks)]
     if isinstance(config.data, Custom):
         found += collect_problems("data", lambda: build_node(config.data, config.seed, config.model.vocabulary).problems())
     optimizer = collect_problems("optim", lambda: _optimizer_problems(config))
     if not optimizer and world_size and config.parallel.engine == "deepspeed":
         optimizer = collect_problems("optim", lambda: optimizer_problems(optimizer_factory(config.optim)))
     found += optimizer
-    found += collect_problems("model", lambda: _model_problems(config))
+    found += collect_problems("model", lambda: _model_problems(config, world_size))
     if isinstance(config.schedule, Custom):
         found += collect_problems("schedule", lambda: _schedule_problems(config))
     found += collect_problems("batch", lambda: _batch_problems(config))
     return found
-
-
-def decoder_layout_problems(config: RunConfig, world_size: int) -> list[Problem]:
-    """Return what keeps the torch engine from running a decoder in this layout, and the nearest layouts that can."""
-    work = layout_work(config)
-    if not world_size or work is None or config.parallel.engine != "torch":
-        return []
-    return layout_and_model_problems(config.parallel, work, world_size)
-
-
-def layout_work(config: RunConfig) -> Work | None:
-    """Return the sizes that a layout must divide; None for a user's model without a decoder's keys."""
-    keys: Any = config.model.keys if isinstance(config.model, CustomModel) else vars(config.model)
-    shape: dict[str, int] = {
-        name: keys[name] for name in ("layers", "heads", "kv_heads", "ffn_dim") if isinstance(keys.get(name), int)
-    }
-    if len(shape) < 4:
-        return None
-    return Work(
-        **shape,
-        vocabulary=config.model.vocabulary,
-        seq_len=config.data.seq_len,
-        micro=config.batch.largest_micro,
-        activation=config.trainer.activation,
-        compile=config.trainer.compile,
-    )
 
 
 def _optimizer_problems(config: RunConfig) -> list[Problem]:
@@ -77,10 +49,15 @@ def _optimizer_problems(config: RunConfig) -> list[Problem]:
     return []
 
 
-def _model_problems(config: RunConfig) -> list[Problem]:
+def _model_problems(config: RunConfig, world_size: int) -> list[Problem]:
     """Return the problems of the model: its keys, its partition over ranks, its activation budget."""
     model = build_model(config.model, vocabulary=config.model.vocabulary or 2)
-    found = model_problems(model, config.parallel, engine_settings(config))
+    found = model_problems(model, config.parallel, activation_settings(config))
+    shape = model.decoder_config
+    if shape is not None and config.model.decoder() is None and world_size and config.parallel.engine == "torch":
+        # Its keys did not tell that it is a decoder. Its vocabulary here may be a stand-in.
+        work = replace(layout_work(config, shape), vocabulary=config.model.vocabulary)
+        found += layout_and_model_problems(config.parallel, work, world_size)
     if found:
         return found
     if config.trainer.float8 != "none":
@@ -88,7 +65,7 @@ def _model_problems(config: RunConfig) -> list[Problem]:
         found += float8_size_problems(model.block_modules().values(), tokens)
     if config.trainer.activation_budget is not None:
         try:
-            block_policies(decoder_shape(model), config.parallel, engine_settings(config))
+            block_policies(decoder_shape(model), config.parallel, activation_settings(config))
         except ValueError as error:
             found.append(Problem("trainer.activation_budget", str(error), "give it more"))
     return found

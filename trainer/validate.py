@@ -39,10 +39,6 @@ def run_problems(
                 elsewhere += found
             else:
                 problems += [problem for problem in found if problem not in problems]
-    if problems and not faults and all(problem.key.partition(".")[0] == "parallel" for problem in problems):
-        from .trial_build import decoder_layout_problems  # it names the nearest layouts that can run the model
-
-        problems += [problem for problem in decoder_layout_problems(config, world_size) if problem not in problems]
     if problems:
         return problems
     from .trial_build import build_problems

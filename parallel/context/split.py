@@ -11,60 +11,19 @@ gradients add up to the whole samples' (rule R2).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from ...config.problems import Problem
 from ...data.batch import MicroBatch
 from ...kernels.attention import CausalAttention
 from ...kernels.attention_blocks import Kernel
 from ...kernels.documents import Documents
-from ..config import ParallelConfig
+from ..config import CONTEXT_KINDS
 from ..mesh import Mesh
 from .ring import Ring, ring_attend, with_ring_part
 from .ring_plan import held
 from .ulysses import ulysses_attend
-
-KINDS = ("ring", "ulysses")
-
-
-class ContextParallelSizes(Protocol):
-    """Sizes that must divide: fields of `DecoderConfig`."""
-
-    heads: int
-    kv_heads: int
-
-
-def kind_problems(parallel: ParallelConfig) -> list[Problem]:
-    """Say if there is no such kind, whatever the number of ranks."""
-    if parallel.cp_kind in KINDS:
-        return []
-    return [Problem("parallel.cp_kind", f"{parallel.cp_kind!r} does not exist", f"use {' or '.join(KINDS)}")]
-
-
-def context_problems(shape: ContextParallelSizes, parallel: ParallelConfig, seq_len: int) -> list[Problem]:
-    """List everything that keeps samples of `seq_len` positions from being cut `parallel.cp` ways."""
-    kind, cp = parallel.cp_kind, parallel.cp
-    if unknown := kind_problems(parallel):
-        return unknown
-    if cp < 2:
-        return []
-    problems: list[Problem] = []
-    unit = 2 * cp if kind == "ring" else cp
-    if seq_len % unit:
-        longer = -(-seq_len // unit) * unit
-        message = f"samples of {seq_len} positions (data.seq_len) can't be cut into {unit} equal parts"
-        problems.append(Problem("parallel.cp", message, f"use data.seq_len={longer}, or another parallel.cp"))
-    heads = shape.heads // parallel.tp
-    if kind == "ulysses" and heads % cp:
-        legal = [n for n in range(1, heads + 1) if heads % n == 0]
-        after = f" that parallel.tp={parallel.tp} leaves on a rank" if parallel.tp > 1 else ""
-        message = f"{heads} attention heads (model.heads){after} can't be dealt to {cp} ranks"
-        fix = f"use parallel.cp_kind=ring, or parallel.cp={' or '.join(map(str, legal))}"
-        problems.append(Problem("parallel.cp_kind", message, fix))
-    return problems
 
 
 @dataclass(frozen=True)
@@ -87,7 +46,7 @@ class ContextParallel:
 
         kernel: what computes a rank's part.
         """
-        assert kind in KINDS, kind
+        assert kind in CONTEXT_KINDS, kind
         self._plain = CausalAttention(kernel)
         self._kind, self._size, self._index = kind, mesh.layout.cp, mesh.coordinates["cp"]
         self._group = mesh.group("cp")

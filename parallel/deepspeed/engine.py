@@ -34,7 +34,6 @@ from ..engine import EngineSettings, OptimizerFactory, StepLoss
 from ..fragment import Fragment
 from ..gradient_noise import GradientNoise, Measure, Moments
 from ..mesh import Mesh
-from ..policies import block_policies
 from ..shards import Placed
 from .config import QUANTISED, derive, lossy_features
 from .optimizer import FlatPieces, cpu_adam, require_op
@@ -72,11 +71,10 @@ class DeepSpeedEngine:
         quantised = bool(derived["zero_optimization"].get("zero_quantized_weights"))
         if quantised:
             require_op("QuantizerBuilder", QUANTISED, "leave it out")
-        blocks = list(model.block_modules().values())
-        shape = model.decoder_config
-        policies = [settings.activation] * len(blocks) if shape is None else block_policies(shape, parallel, settings)
-        model.use_kernels(dict.fromkeys(model.block_modules(), BlockKernels(CausalAttention(settings.attention))))
-        for block, policy in zip(blocks, policies, strict=True):
+        blocks = model.block_modules()
+        model.use_kernels(dict.fromkeys(blocks, BlockKernels(CausalAttention(settings.attention))))
+        for layer, block in blocks.items():
+            policy = settings.policy(layer)
             # Leave ZeRO-3's hooks around a block out of the compiled code: they gather its weights.
             hooked = settings.compile and parallel.zero == 3 and policy != "offload"
             apply_policies([block], [policy], compiled=settings.compile and not hooked)
@@ -90,7 +88,7 @@ class DeepSpeedEngine:
         if parallel.zero == 3 and blocks:
             # Gather a block's weights together, before the block. A gather inside it would break the compiled graph and
             # selective recomputation.
-            deepspeed.utils.set_z3_leaf_modules(model, [type(block) for block in blocks])
+            deepspeed.utils.set_z3_leaf_modules(model, [type(block) for block in blocks.values()])
         self.optimizer = make_optimizer(parameters, FlatPieces())
         if parallel.deepspeed.cpu_adam:
             self.optimizer = cpu_adam(self.optimizer)

@@ -110,6 +110,11 @@ class StagePlan:
         return [stage for stage, holder in enumerate(self.ranks) if holder == rank]
 
     @classmethod
+    def single(cls, layers: int) -> StagePlan:
+        """Plan one stage of all layers."""
+        return cls([range(layers)], [0])
+
+    @classmethod
     def of(cls, parallel: ParallelConfig, layers: int, cost: float, first: float, last: float) -> StagePlan:
         """Plan by `parallel.stage_layers`, or balance: a layer costs `cost`, embedding and head cost `first` and `last`."""
         ranks = stage_ranks(parallel)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -23,8 +23,8 @@ from ..config import ParallelConfig
 from ..context.split import ContextParallel
 from ..engine import EngineSettings
 from ..mesh import Mesh
-from ..pipeline.stages import StagePlan, balanced_stages, splits_backward
-from ..policies import block_policies, fused_swiglu_blocker
+from ..pipeline.stages import StagePlan, splits_backward
+from ..policies import fused_swiglu_blocker
 from ..shards import local
 from ..tensor.placements import apply_tensor_parallelism
 from .float8 import use_float8
@@ -35,15 +35,6 @@ log = logging.getLogger(__name__)
 SWIGLU = "SwiGLU inside its products"
 
 
-def policies_and_stages(model: Model, parallel: ParallelConfig, settings: EngineSettings) -> tuple[list[str], StagePlan]:
-    """Choose the activation policy of every block, and the layers of every stage; a model that is no decoder has one stage."""
-    if model.decoder_config is None:
-        layers = len(model.block_modules())
-        return [settings.activation] * layers, StagePlan([range(layers)], [0])
-    policies = block_policies(model.decoder_config, parallel, settings)
-    return policies, balanced_stages(model.decoder_config, parallel, settings.seq_len, policies)
-
-
 def own_stages(model: Model, plan: StagePlan, rank: int) -> dict[int, Model]:
     """Carve out this pipeline rank's stages, by their index; the model itself where there is no pipeline."""
     return {
@@ -51,15 +42,12 @@ def own_stages(model: Model, plan: StagePlan, rank: int) -> dict[int, Model]:
     }
 
 
-def fuses_swiglu(model: Model, mesh: Mesh, parallel: ParallelConfig, settings: EngineSettings, policies: Sequence[str]) -> bool:
-    """Return whether blocks compute SwiGLU inside the products around it, on all ranks alike. Every rank must call it.
-
-    policies: the activation policy of every block of the whole model.
-    """
+def fuses_swiglu(model: Model, mesh: Mesh, parallel: ParallelConfig, settings: EngineSettings) -> bool:
+    """Return whether blocks compute SwiGLU inside the products around it, on all ranks alike. Every rank must call it."""
     shape = model.decoder_config
     if shape is None or mesh.device.type != "cuda":
         return False
-    reason = fused_swiglu_blocker(shape, parallel, settings, policies)
+    reason = fused_swiglu_blocker(shape, parallel, settings)
     if reason is None:
         with contextlib.suppress(Exception):  # it says why below
             swiglu.package()  # seconds, in which others may compile
@@ -76,7 +64,6 @@ def fuses_swiglu(model: Model, mesh: Mesh, parallel: ParallelConfig, settings: E
 
 def parallelize_stage(
     stage: Model,
-    policies: Sequence[str],
     mesh: Mesh,
     context: ContextParallel | None,
     parallel: ParallelConfig,
@@ -86,10 +73,10 @@ def parallelize_stage(
 ) -> None:
     """Apply kernels, float8, tensor parallelism and activation policies to a stage. Each needs the ones before: keep the order.
 
-    policies: the activation policy of every block of the whole model; fuse_swiglu: the result of `fuses_swiglu`.
+    fuse_swiglu: the result of `fuses_swiglu`.
     """
     blocks = stage.block_modules()
-    own = [policies[layer] for layer in blocks]
+    policies = {layer: settings.policy(layer) for layer in blocks}
     # Their weights must be whole where they are used. Before 2.13 torch can't run the second half of a backward pass through
     # an operator of several gradients.
     fused = mesh.layout.tp == 1 and not splits_backward(parallel)
@@ -101,7 +88,7 @@ def parallelize_stage(
         use_float8(blocks.values(), settings.float8, mesh.device)
     if mesh.layout.tp > 1:
         apply_tensor_parallelism(stage, mesh.axes["tp"], parallel.sequence_parallel)
-    apply_policies(list(blocks.values()), own, compiled=settings.compile)
+    apply_policies(list(blocks.values()), list(policies.values()), compiled=settings.compile)
 
 
 def fill_weights(weights: Mapping[str, LocalWeight], model: Model, seed: int, on: torch.device) -> None:

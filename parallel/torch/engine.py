@@ -29,8 +29,9 @@ from ..mesh import Mesh
 from ..observers import GradientObserver, optimizer_observers
 from ..optimizer_state import optimizer_fragments
 from ..pipeline.run import Pipeline
+from ..pipeline.stages import StagePlan, stage_count
 from ..pipeline.tied_head import TiedHead
-from .assembly import fill_weights, fuses_swiglu, own_stages, parallelize_stage, policies_and_stages
+from .assembly import fill_weights, fuses_swiglu, own_stages, parallelize_stage
 from .groups import parameter_groups
 from .inputs import ModelInputs
 from .step import Accumulation, PipelinedStep, StepStrategy
@@ -47,13 +48,14 @@ class TorchEngine:
         """model: on the meta device; it is sharded, allocated and initialised here."""
         self.mesh = mesh
         model.to(settings.storage)
-        policies, plan = policies_and_stages(model, parallel, settings)
+        plan = settings.stages or StagePlan.single(len(model.block_modules()))
+        assert plan.count == stage_count(parallel), f"{plan.count} stages are no division for parallel.pp={parallel.pp}"
         stages = own_stages(model, plan, mesh.coordinates["pp"])
         context = ContextParallel(mesh, parallel.cp_kind, settings.attention) if mesh.layout.cp > 1 else None
         self.weights = Weights(make_strategies(parameter_groups(parallel, mesh.layout), mesh, parallel, settings), mesh)
-        fuse = fuses_swiglu(model, mesh, parallel, settings, policies)
+        fuse = fuses_swiglu(model, mesh, parallel, settings)
         for stage in stages.values():
-            parallelize_stage(stage, policies, mesh, context, parallel, settings, fuse_swiglu=fuse)
+            parallelize_stage(stage, mesh, context, parallel, settings, fuse_swiglu=fuse)
             self.weights.shard(stage)
         held = list(stages.values())
         self.module: nn.Module = held[0] if len(held) == 1 else nn.ModuleList(held)

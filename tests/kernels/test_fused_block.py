@@ -158,9 +158,9 @@ def test_where_blocks_may_be_fused(
         layout=Layout.plan(parallel, 1), device=torch.device("cuda"), rank=0, is_main=True, any=lambda flag: flag
     )
     built = model()
-    settings = EngineSettings(seed=0, **{"precision": "bf16", **change})  # type: ignore[arg-type]
-    fuse = assembly.fuses_swiglu(built, mesh, parallel, settings, [policy] * 2)
-    assembly.parallelize_stage(built, [policy] * 2, mesh, None, parallel, settings, fuse_swiglu=fuse)
+    settings = EngineSettings(policies=(policy,) * 2, **{"precision": "bf16", **change})  # type: ignore[arg-type]
+    fuse = assembly.fuses_swiglu(built, mesh, parallel, settings)
+    assembly.parallelize_stage(built, mesh, None, parallel, settings, fuse_swiglu=fuse)
     for block in built.layers.values():
         assert isinstance(block, Block)
         assert (block.fused_norm is not None, block.ffn.swiglu is not None) == (fused, swiglu_too)
@@ -174,14 +174,14 @@ def test_what_one_rank_can_not_no_rank_does(
     monkeypatch.setattr(swiglu, "unsupported_reason", lambda _: own)
     mesh: Any = SimpleNamespace(device=torch.device("cuda"), rank=rank, is_main=rank == 0, any=lambda _: True)
     settings = EngineSettings(seed=0, precision="bf16")
-    assert not assembly.fuses_swiglu(model(), mesh, ParallelConfig(), settings, ["none"])
+    assert not assembly.fuses_swiglu(model(), mesh, ParallelConfig(), settings)
     assert (own or "another rank can't") in caplog.text and ("rank 1" in caplog.text) is (rank == 1)
 
 
 def test_deepspeed_runs_blocks_as_they_are() -> None:
     settings = EngineSettings(seed=0, precision="bf16")
     for name, plain in (("torch", False), ("deepspeed", True)):
-        assert (fused_swiglu_blocker(model().config, ParallelConfig(engine=name), settings, ["none"]) is not None) is plain
+        assert (fused_swiglu_blocker(model().config, ParallelConfig(engine=name), settings) is not None) is plain
 
 
 @pytest.mark.parametrize("wrong", [False, True])

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from meshloom.kernels import driver, precompile
-from meshloom.models.config import DecoderConfig
 from meshloom.parallel import engines
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
+from support.models import decoder
 
 CPU = torch.device("cpu")
 
@@ -168,7 +168,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path, monkeypat
     ("parallel", "settings", "kernels"),
     [
         (ParallelConfig(), EngineSettings(precision="bf16", seq_len=128), 3),
-        (ParallelConfig(), EngineSettings(precision="bf16", seq_len=128, activation_budget=0.5), 3),
+        (ParallelConfig(), EngineSettings(policies=("selective", "none"), precision="bf16", seq_len=128), 3),
         (ParallelConfig(tp=2), EngineSettings(precision="bf16", seq_len=128), 2),
         (ParallelConfig(), EngineSettings(precision="bf16", seq_len=128, float8="tensorwise"), 2),
         (ParallelConfig(), EngineSettings(precision="fp32", seq_len=128), 0),
@@ -180,6 +180,7 @@ def test_what_a_run_will_need(
 ) -> None:
     begun: list[str] = []
     monkeypatch.setattr(engines.precompile, "start", begun.extend)
-    model = DecoderConfig(dim=256, layers=1, heads=4, kv_heads=2, ffn_dim=512, vocabulary=64)
+    with torch.device("meta"):
+        model = decoder(dim=256, layers=1, heads=4, kv_heads=2, ffn_dim=512, vocabulary=64)
     engines.start_compiling(model, parallel, settings)
     assert len(begun) == kernels

@@ -17,14 +17,15 @@ from meshloom.models.protocol import Model
 from meshloom.models.user_module import defaults_used
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig
+from meshloom.parallel.capabilities import model_problems
 from meshloom.parallel.config import ParallelConfig
-from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
-from meshloom.parallel.legality import model_problems
 from meshloom.parallel.mesh import Mesh
+from meshloom.parallel.policies import ActivationSettings
 from support.parity import VOCABULARY, Work, sample, take_steps
 from support.ranks import run_ranks
+from support.settings import settings_of
 
 RATE, STEPS = 2e-3, 4
 
@@ -70,9 +71,10 @@ def losses(rank: int, world_size: int, cases: list[tuple[str, Work]]) -> list[li
     found: list[list[float]] = []
     for kind, work in cases:
         mesh = Mesh.connect(Layout.plan(work.parallel, world_size), torch.device("cpu"))
-        settings = EngineSettings(seed=7, precision=work.precision, activation=work.activation, compile=work.compile)
+        model = gpt(kind)
+        settings = settings_of(model, work.parallel, work.activation, precision=work.precision, compile=work.compile, seed=7)
         optimizer = partial(AdamW, AdamWConfig(lr=RATE, weight_decay=0.1, betas=[0.9, 0.95], eps=1e-8))
-        engine = make_engine(gpt(kind), mesh, optimizer, work.parallel, settings)  # type: ignore[arg-type]
+        engine = make_engine(model, mesh, optimizer, work.parallel, settings)  # type: ignore[arg-type]
         found.append(take_steps(engine, work, range(STEPS)).losses)
     return found
 
@@ -135,18 +137,18 @@ def test_what_it_lacks_is_said_once() -> None:
         ({"tp": 2}, {}, "parallel.tp", "wte"),
         ({"pp": 2}, {}, "parallel.pp", "carve"),
         ({"cp": 2}, {}, "parallel.cp", "use_kernels"),
-        ({}, {"activation_budget": 0.5}, "trainer.activation_budget", "decoder_config"),
+        ({}, {"budget": 0.5}, "trainer.activation_budget", "decoder_config"),
     ],
 )
 def test_it_is_told_by_name_what_it_lacks(parallel: dict[str, Any], settings: dict[str, Any], key: str, words: str) -> None:
-    (problem,) = model_problems(gpt(), ParallelConfig(**parallel), EngineSettings(**settings))
+    (problem,) = model_problems(gpt(), ParallelConfig(**parallel), ActivationSettings(**settings))
     assert problem.key == key and words in problem.message and problem.fix
-    assert model_problems(gpt(), ParallelConfig(), EngineSettings()) == []
+    assert model_problems(gpt(), ParallelConfig(), ActivationSettings()) == []
 
 
 def test_policies_need_blocks() -> None:
-    assert model_problems(gpt(), ParallelConfig(), EngineSettings(activation="full")) == []
-    (problem,) = model_problems(gpt("SummedGPT"), ParallelConfig(), EngineSettings(activation="full"))
+    assert model_problems(gpt(), ParallelConfig(), ActivationSettings("full")) == []
+    (problem,) = model_problems(gpt("SummedGPT"), ParallelConfig(), ActivationSettings("full"))
     assert problem.key == "trainer.activation" and "block_modules" in problem.message
 
 

@@ -24,7 +24,7 @@ from meshloom.optim.optimizers.config import (
 )
 from meshloom.optim.optimizers.layerwise import LAMB, LARS
 from meshloom.parallel.config import ParallelConfig
-from meshloom.parallel.engine import Engine, EngineSettings
+from meshloom.parallel.engine import Engine
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
@@ -32,6 +32,7 @@ from support.configs import problems_of
 from support.models import decoder
 from support.parity import Work, take_steps
 from support.ranks import run_ranks
+from support.settings import settings_of
 from support.tiny_run import body
 
 CONFIGS: dict[type[torch.optim.Optimizer], type[OptimConfig]] = {
@@ -49,7 +50,7 @@ def build(parallel: ParallelConfig, world_size: int, make: type[torch.optim.Opti
     with torch.device("meta"):
         model = decoder(**Work().llama())
     optimizer = functools.partial(make, CONFIGS[make](lr=0.01, **options))
-    return make_engine(model, mesh, optimizer, parallel, EngineSettings(seed=7, precision="fp64"))
+    return make_engine(model, mesh, optimizer, parallel, settings_of(model, parallel, seed=7))
 
 
 def train(engine: Engine, first: int, last: int, micro: int = 1) -> list[float]:

@@ -19,7 +19,7 @@ from meshloom.optim.optimizers.own_arrays import OwnArray
 from meshloom.optim.optimizers.parameters import NamedParameter, Shards, Unsharded
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.deepspeed.optimizer import optimizer_problems
-from meshloom.parallel.engine import Engine, EngineSettings
+from meshloom.parallel.engine import Engine
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
@@ -28,6 +28,7 @@ from support.factored import Factored
 from support.models import decoder
 from support.parity import Work, take_steps
 from support.ranks import run_ranks
+from support.settings import settings_of
 
 WORK = Work(samples=8, micro=1, max_norm=None)
 LAYOUTS = {
@@ -52,7 +53,7 @@ def build(parallel: ParallelConfig, world_size: int) -> Engine:
         return stage[number % len(stage)] == mesh.rank
 
     optimizer = functools.partial(Factored, lr=0.01, owns=owns)
-    return make_engine(model, mesh, optimizer, parallel, EngineSettings(seed=7, precision="fp64"))
+    return make_engine(model, mesh, optimizer, parallel, settings_of(model, parallel, seed=7))
 
 
 def control(engine: Engine, name: str) -> Control:

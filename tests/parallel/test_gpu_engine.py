@@ -20,13 +20,13 @@ from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.optim.optimizers.parameters import FusedStep, NamedParameter, Shards
 from meshloom.parallel.config import ParallelConfig
-from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, pick_device
 from meshloom.parallel.torch.engine import TorchEngine
 from support.environment import with_tests_on_path
 from support.models import decoder
+from support.settings import settings_of
 
 pytestmark = pytest.mark.gpu
 
@@ -61,7 +61,7 @@ def run(mesh: Mesh, case: Case) -> dict[str, Any]:
     with torch.device("meta"):
         dim, layers, heads, kv_heads, ffn_dim = shape
         model = decoder(dim=dim, layers=layers, heads=heads, kv_heads=kv_heads, ffn_dim=ffn_dim, vocabulary=1000)
-    settings = EngineSettings(seed=3, activation=case.activation, compile=case.compile, seq_len=length)
+    settings = settings_of(model, PARALLEL, case.activation, precision="bf16", compile=case.compile, seq_len=length, seed=3)
     engine = make_engine(model, mesh, optimizer, PARALLEL, settings)
     assert isinstance(engine, TorchEngine)
     tokens = torch.randint(0, 1000, (4, length + 1), generator=torch.Generator().manual_seed(0))

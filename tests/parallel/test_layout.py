@@ -19,17 +19,19 @@ from meshloom.models.config import DecoderConfig
 from meshloom.models.decoder import Decoder
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig
+from meshloom.parallel.capabilities import model_problems
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import AXES, Layout
-from meshloom.parallel.legality import Work, layout_and_model_problems, model_problems, near_layouts
+from meshloom.parallel.legality import Work, layout_and_model_problems, near_layouts
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline.stages import SCHEDULES, legal_micro_batches, stage_count, stage_ranks
+from meshloom.parallel.policies import ActivationSettings
 from support import parity
 from support.ranks import run_ranks
 
-LLAMA_1B = Work(layers=16, heads=32, kv_heads=8, ffn_dim=8192, vocabulary=128256, seq_len=8192, micro=4, activation="none")
+LLAMA_1B = Work(layers=16, heads=32, kv_heads=8, ffn_dim=8192, vocabulary=128256, seq_len=8192, activation="none")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "parallelism.md"
 
 
@@ -250,7 +252,7 @@ def as_asked(question: tuple[ParallelConfig, Work, int]) -> str:
     """A broken layout as its overrides on the command line, for the document."""
     parallel, work, world_size = question
     keys = {"layers": "model.", "heads": "model.", "kv_heads": "model.", "ffn_dim": "model.", "vocabulary": "model."}
-    keys |= {"seq_len": "data.", "micro": "batch.", "activation": "trainer.", "compile": "trainer."}
+    keys |= {"seq_len": "data.", "activation": "trainer.", "compile": "trainer."}
     changes = [f"launch.nproc={world_size}"]
     for prefix, now, plain in ((None, parallel, ParallelConfig()), (keys, work, LLAMA_1B)):
         for field in dataclasses.fields(now):
@@ -291,7 +293,7 @@ def test_docs_list_broken_layouts_with_their_messages() -> None:
 )
 @settings(max_examples=150, deadline=None)
 def test_any_layout_is_legal_or_refused_with_legal_neighbours(world_size: int, axes: dict[str, Any]) -> None:
-    parallel, work = ParallelConfig(**axes), replace(LLAMA_1B, micro=1)
+    parallel, work = ParallelConfig(**axes), LLAMA_1B
     problems = layout_and_model_problems(parallel, work, world_size)
     if not problems:
         layout = Layout.plan(parallel, world_size)
@@ -322,7 +324,7 @@ class Frozen(Decoder):
 
 
 def test_a_model_with_frozen_weights_is_refused_by_their_names() -> None:
-    (problem,) = model_problems(Frozen(DecoderConfig(**parity.Work().llama())), ParallelConfig(), EngineSettings())
+    (problem,) = model_problems(Frozen(DecoderConfig(**parity.Work().llama())), ParallelConfig(), ActivationSettings())
     assert problem.key == "model" and "embed.weight and 1 more" in problem.message and "lr_scale" in problem.fix
 
 
@@ -354,7 +356,7 @@ def test_a_weight_without_a_rate_stays_as_it_is() -> None:
 
 def test_a_module_without_a_role_is_refused_by_name() -> None:
     config = DecoderConfig(**parity.Work().llama())
-    wider, plain = Wider(config), EngineSettings()
+    wider, plain = Wider(config), ActivationSettings()
     assert model_problems(Decoder(config), ParallelConfig(tp=2), plain) == []
     assert model_problems(wider, ParallelConfig(pp=2), plain) == []
     (cut,) = model_problems(wider, ParallelConfig(tp=2), plain)
@@ -397,7 +399,7 @@ def small_works(draw: st.DrawFn) -> parity.Work:
     )
     shape = work.llama()
     sizes = {key: shape[key] for key in ("layers", "heads", "kv_heads", "ffn_dim", "vocabulary")}
-    asked = Work(**sizes, seq_len=parity.SEQ_LEN, micro=work.micro, activation=activation)
+    asked = Work(**sizes, seq_len=parity.SEQ_LEN, activation=activation)
     assume(not layout_and_model_problems(parallel, asked, 4))
     return work
 

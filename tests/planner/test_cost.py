@@ -22,7 +22,6 @@ from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.parallel.activation import apply_policies
 from meshloom.parallel.config import ParallelConfig
-from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout, uses_fsdp
 from meshloom.parallel.mesh import Mesh
@@ -34,7 +33,7 @@ from meshloom.parallel.pipeline.stages import (
     stage_ranks,
     stage_split,
 )
-from meshloom.parallel.policies import block_policies
+from meshloom.parallel.policies import ActivationSettings, block_policies
 from meshloom.planner.cost import layout_cost
 from meshloom.planner.memory import Job
 from meshloom.planner.timeline import Costs, Timeline, simulate, torch_order
@@ -42,6 +41,7 @@ from support.engines import masters_of
 from support.models import decoder
 from support.parity import SEQ_LEN, Work, build, step
 from support.ranks import run_ranks
+from support.settings import settings_of
 from support.stand_in_kernels import stand_in
 
 ONE_B = DecoderConfig(dim=2048, layers=16, heads=32, kv_heads=8, ffn_dim=8192, vocabulary=128256)
@@ -202,13 +202,14 @@ def test_the_head_makes_the_last_stage_shorter() -> None:
     assert [len(layers) for layers in balanced_stages(ONE_B, parallel, 8192, ["full"] * 16).layers] == [9, 7]
 
 
-def engine_stages(rank: int, world_size: int, chosen: EngineSettings) -> list[int]:
+def engine_stages(rank: int, world_size: int, budget: float) -> list[int]:
     """Layers of each stage of this rank, as the engine cuts them."""
     parallel = ParallelConfig(pp=2)
     mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
     with torch.device("meta"):
         model = decoder(**SHORT_AND_WIDE)
-    engine = make_engine(model, mesh, lambda parameters, shards: AdamW(AdamWConfig(), parameters, shards), parallel, chosen)
+    settings = settings_of(model, parallel, budget=budget, precision="bf16", seq_len=64)
+    engine = make_engine(model, mesh, lambda parameters, shards: AdamW(AdamWConfig(), parameters, shards), parallel, settings)
     return [len(engine.module.layers)]  # type: ignore[arg-type]
 
 
@@ -218,7 +219,7 @@ SHORT_AND_WIDE = {"dim": 16, "layers": 16, "heads": 2, "kv_heads": 1, "ffn_dim":
 @pytest.mark.parametrize(("budget", "expected"), [(1.0, [12, 4]), (0.1, [11, 5])])
 def test_plan_and_engine_cut_the_same_stages_under_a_budget(budget: float, expected: list[int]) -> None:
     """A budget of a tenth is kept by computing nearly everything again, which makes layers dearer, and the head less so."""
-    chosen = EngineSettings(activation_budget=budget, seq_len=64)
+    chosen = ActivationSettings(budget=budget)
     with torch.device("meta"):
         model = decoder(**SHORT_AND_WIDE)
     parallel = ParallelConfig(pp=2)
@@ -227,12 +228,12 @@ def test_plan_and_engine_cut_the_same_stages_under_a_budget(budget: float, expec
         model, parallel, Layout.plan(parallel, 2), job, lambda parameters, shards: AdamW(AdamWConfig(), parameters, shards)
     )
     assert [len(layers) for layers in planned.plan.layers] == expected
-    assert [count for counts in run_ranks(2, engine_stages, chosen) for count in counts] == expected
+    assert [count for counts in run_ranks(2, engine_stages, budget) for count in counts] == expected
 
 
 def test_a_budget_that_selective_keeps_to_computes_no_more_again() -> None:
     """Compiled, a block of Llama 1B keeps 75,912 bytes a token, selectively 34,944: 0.46 of it, and not 0.68."""
-    chosen = EngineSettings(activation_budget=0.5, compile=True, seq_len=1024)
+    chosen = ActivationSettings(budget=0.5, compile=True)
     assert block_policies(replace(ONE_B, layers=4), ParallelConfig(), chosen) == ["selective"] * 4
 
 

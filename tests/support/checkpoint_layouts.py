@@ -138,7 +138,7 @@ def _draw(rng: random.Random, model: tuple[tuple[str, Any], ...], most_ranks: in
         work = parity.Work(parallel, place.micro, model=model)
         shape = work.llama()
         sizes = {key: shape[key] for key in ("layers", "heads", "kv_heads", "ffn_dim", "vocabulary")}
-        asked = Work(**sizes, seq_len=parity.SEQ_LEN, micro=place.micro, activation=place.activation)
+        asked = Work(**sizes, seq_len=parity.SEQ_LEN, activation=place.activation)
         if not layout_and_model_problems(parallel, asked, ranks):
             return place
 

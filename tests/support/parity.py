@@ -32,7 +32,7 @@ from meshloom.optim.schedules.coupling import Coupling
 from meshloom.optim.schedules.schedule import Constant
 from meshloom.parallel.box import Box
 from meshloom.parallel.config import ParallelConfig
-from meshloom.parallel.engine import Engine, EngineSettings
+from meshloom.parallel.engine import Engine
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
@@ -42,6 +42,7 @@ from meshloom.trainer.loop import Loop
 from meshloom.trainer.signals import StopRequest
 from support.models import decoder
 from support.ranks import run_ranks
+from support.settings import settings_of
 
 VOCABULARY, SEQ_LEN = 61, 16
 
@@ -90,8 +91,8 @@ def build(work: Work, world_size: int, measures: bool = False) -> Engine:
 
     with torch.device("meta"):
         model = decoder(**work.llama())
-    settings = EngineSettings(
-        seed=7, precision=work.precision, activation=work.activation, compile=work.compile, measures=measures
+    settings = settings_of(
+        model, work.parallel, work.activation, precision=work.precision, compile=work.compile, seed=7, measures=measures
     )
     return make_engine(model, mesh, optimizer, work.parallel, settings)
 

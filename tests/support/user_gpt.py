@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from meshloom.models.config import DecoderConfig
+from meshloom.models.decoder import Decoder
+
 
 class GPTBlock(nn.Module):
     """LayerNorm, attention with biases and a mask in a buffer, LayerNorm, GELU."""
@@ -67,3 +70,8 @@ def clashing(vocabulary: int) -> nn.Module:
     model = GPT(vocabulary)
     model.initial = nn.Linear(2, 2)
     return model
+
+
+def small_decoder(vocabulary: int) -> Decoder:
+    """A decoder whose sizes no key names."""
+    return Decoder(DecoderConfig(dim=24, layers=2, heads=3, kv_heads=3, ffn_dim=36, vocabulary=vocabulary))

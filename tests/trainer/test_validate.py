@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from meshloom.config.compose import Composer
@@ -76,6 +78,21 @@ def test_a_misspelt_key_hides_nothing_of_its_group(composer: Composer) -> None:
     found = run_problems(typed_config(composition.config)[0], 2, composition.problems)
     assert [problem.key for problem in found] == ["parallel.zeroo", "parallel", "parallel"]
     assert "nearest: parallel.tp=2" in found[-1].fix
+
+
+def test_layout_is_judged_beside_other_groups(composer: Composer) -> None:
+    """Also where the optimizer is wrong, so that nothing is built."""
+    found = problems_of(composer, 4, "model.kv_heads=2", "model.heads=4", "parallel.tp=4", "model.ffn_dim=330", "optim.lr=-1")
+    assert found.keys() == {"optim.lr", "parallel.tp", "parallel"}
+    assert "model.ffn_dim=330" in found["parallel.tp"] and "nearest: " in found["parallel"]
+
+
+def test_a_users_decoder_is_judged_by_its_shape(tmp_path: Path) -> None:
+    """Its keys name no sizes; the built model knows them."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("_target_: support.user_gpt.small_decoder\n")
+    found = problems_of(make_composer(str(tmp_path)), 4, "model=mine", "parallel.tp=4")
+    assert "3 attention heads" in found["parallel.tp"]
 
 
 def test_every_floor_is_asked_at_once(composer: Composer) -> None:

@@ -10,7 +10,8 @@ import torch
 from meshloom.data.batch import MicroBatch
 from meshloom.models.config import DecoderConfig
 from meshloom.parallel.config import ParallelConfig
-from meshloom.parallel.context.split import ContextParallel, context_problems
+from meshloom.parallel.context.sizes import context_problems
+from meshloom.parallel.context.split import ContextParallel
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from support.parity import Work, build, sample

@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from meshloom.kernels.documents import Documents
 from meshloom.optim.optimizers.parameters import NamedParameter
 from meshloom.parallel.config import ParallelConfig
-from meshloom.parallel.tensor.placements import apply_tensor_parallelism, stream_dim, tensor_problems
+from meshloom.parallel.tensor.placements import apply_tensor_parallelism, stream_dim
+from meshloom.parallel.tensor.sizes import tensor_problems
 from support.models import decoder
 from support.parity import VOCABULARY, Work, build
 from support.ranks import run_ranks

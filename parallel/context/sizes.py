@@ -1,0 +1,45 @@
+"""Sizes that context parallelism can cut. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ...config.problems import Problem
+from ..config import CONTEXT_KINDS, ParallelConfig
+
+
+class ContextParallelSizes(Protocol):
+    """Sizes that must divide: fields of `DecoderConfig`."""
+
+    heads: int
+    kv_heads: int
+
+
+def kind_problems(parallel: ParallelConfig) -> list[Problem]:
+    """Say if there is no such kind, whatever the number of ranks."""
+    if parallel.cp_kind in CONTEXT_KINDS:
+        return []
+    return [Problem("parallel.cp_kind", f"{parallel.cp_kind!r} does not exist", f"use {' or '.join(CONTEXT_KINDS)}")]
+
+
+def context_problems(shape: ContextParallelSizes, parallel: ParallelConfig, seq_len: int) -> list[Problem]:
+    """List everything that keeps samples of `seq_len` positions from being cut `parallel.cp` ways."""
+    kind, cp = parallel.cp_kind, parallel.cp
+    if unknown := kind_problems(parallel):
+        return unknown
+    if cp < 2:
+        return []
+    problems: list[Problem] = []
+    unit = 2 * cp if kind == "ring" else cp
+    if seq_len % unit:
+        longer = -(-seq_len // unit) * unit
+        message = f"samples of {seq_len} positions (data.seq_len) can't be cut into {unit} equal parts"
+        problems.append(Problem("parallel.cp", message, f"use data.seq_len={longer}, or another parallel.cp"))
+    heads = shape.heads // parallel.tp
+    if kind == "ulysses" and heads % cp:
+        legal = [n for n in range(1, heads + 1) if heads % n == 0]
+        after = f" that parallel.tp={parallel.tp} leaves on a rank" if parallel.tp > 1 else ""
+        message = f"{heads} attention heads (model.heads){after} can't be dealt to {cp} ranks"
+        fix = f"use parallel.cp_kind=ring, or parallel.cp={' or '.join(map(str, legal))}"
+        problems.append(Problem("parallel.cp_kind", message, fix))
+    return problems
