@@ -10,14 +10,15 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, Composition, quoted, sweep_folder, task_overrides
 from ..config.problems import ConfigError, Problem
-from ..trainer.launching import run_processes, under_torchrun, visible_gpus
-from ..trainer.machine import machine_problems
+from ..trainer.launching import LaunchConfig, run_processes, under_torchrun
+from ..trainer.machine import machine_problems, unusable_gpus
 from ..trainer.resolve import ResolvedRun, ResolveOptions, resolve, resolve_composed
-from ..trainer.schema import make_composer, register_schemas
+from ..trainer.schema import RunConfig, make_composer, register_schemas
 from ..trainer.signals import INTERRUPTED, StopRequest, show_cursor
 from .rank import run_here
 from .switches import BAD_CONFIG, read_switches, refuse
@@ -92,13 +93,19 @@ def _hydra(arguments: list[str], task: Any) -> None:
 
 
 def _single(switches: argparse.Namespace, composer: Composer, composition: Composition) -> int:
-    """Run once, here or under torchrun, whose agent imports modules while the run is checked."""
-    several = _starts_several(composition)
-    agent = PreparedAgent(with_share(several)) if several else None
+    """Run once, here or under torchrun, whose agent imports modules while the run is built on trial."""
+    agent: PreparedAgent | None = None
+
+    def prepare(config: RunConfig) -> None:
+        nonlocal agent
+        if several := _processes_for_torchrun(config.launch):
+            agent = PreparedAgent(with_share(several))
+
     try:
-        resolved = resolve_composed(composer, composition, switches.overrides, RESOLVING)
-        if resolved.problems:
-            return refuse(ConfigError(resolved.problems))
+        resolved = resolve_composed(composer, composition, switches.overrides, replace(RESOLVING, before_building=prepare))
+        problems = resolved.problems or unusable_gpus(resolved.config)
+        if problems:
+            return refuse(ConfigError(problems))
         stop = StopRequest(_leave)
         return _run(resolved, switches.overrides, switches.config_dir, stop, agent)
     finally:
@@ -106,16 +113,10 @@ def _single(switches: argparse.Namespace, composer: Composer, composition: Compo
             agent.dismiss()
 
 
-def _starts_several(composition: Composition) -> int:
-    """Return the number of processes for torchrun to start, as far as known without PyTorch; 0 for a run in this process."""
-    if under_torchrun() or composition.problems:
-        return 0
-    asked, restarts = composition.config.launch.nproc, composition.config.launch.max_restarts
-    if asked == "auto":
-        asked = visible_gpus()
-    if not isinstance(asked, int):
-        return 0
-    return max(asked, 0) if asked > 1 or (isinstance(restarts, int) and restarts > 0) else 0
+def _processes_for_torchrun(launch: LaunchConfig) -> int:
+    """Return the number of processes for torchrun to start; 0 for a run in this process."""
+    count = run_processes(launch)
+    return count if not under_torchrun() and (count > 1 or launch.max_restarts > 0) else 0
 
 
 def _sweep(switches: argparse.Namespace, arguments: list[str]) -> int:
@@ -172,7 +173,7 @@ def _run(
     resolved: ResolvedRun, overrides: Sequence[str], config_dir: str | None, stop: StopRequest, agent: PreparedAgent | None
 ) -> int:
     launch = resolved.config.launch
-    if under_torchrun() or (resolved.world_size == 1 and not launch.max_restarts):
+    if not _processes_for_torchrun(launch):
         return run_here(resolved, stop)
     started = TorchRun(
         [

@@ -65,7 +65,7 @@ def visible_gpus() -> int:
 
 
 def gpu_count() -> int:
-    """Return the number of GPUs that this process may use."""
+    """Return the number of GPUs that PyTorch can use in this process."""
     if not visible_gpus():
         return 0
     import torch
@@ -87,5 +87,5 @@ def run_processes(launch: LaunchConfig) -> int:
     if under_torchrun():
         return int(os.environ["WORLD_SIZE"])
     if launch.nproc == "auto":
-        return max(1, gpu_count()) if visible_gpus() > 1 else 1
+        return max(1, visible_gpus())
     return launch.nproc if isinstance(launch.nproc, int) and not isinstance(launch.nproc, bool) else 0

@@ -13,7 +13,7 @@ from ..checkpoint.lock import LOCK, holder_of, refusal
 from ..config.problems import Problem
 from .derived import checkpoint_folder
 from .find_checkpoint import resumes_own_run
-from .launching import gpu_count, run_processes, under_torchrun
+from .launching import gpu_count, run_processes, under_torchrun, visible_gpus
 from .schema import RunConfig
 
 RUN_LOCK = ".run.lock"  # not the checkpoints' lock, which may lie in the same folder
@@ -24,12 +24,32 @@ def machine_problems(config: RunConfig) -> list[Problem]:
     return [*_processes(config), *(_folders(config) if os.environ.get("RANK", "0") == "0" else ()), *_restarts(config)]
 
 
+def unusable_gpus(config: RunConfig) -> list[Problem]:
+    """Return a problem if PyTorch, which this imports, can use fewer of the visible GPUs than the run has processes."""
+    local = _local_processes(config)
+    if local == 1 or not visible_gpus() or (usable := gpu_count()) >= local:
+        return []
+    if usable:
+        return [_too_few(local, usable)]
+    if config.launch.nproc != "auto":
+        return []
+    message = f"auto counts {visible_gpus()} GPUs, and PyTorch can use none of them"
+    return [Problem("launch.nproc", message, "install a PyTorch for these GPUs, or set launch.nproc=1 to train on the CPU")]
+
+
+def _local_processes(config: RunConfig) -> int:
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else run_processes(config.launch)
+
+
+def _too_few(processes: int, gpus: int) -> Problem:
+    fix = f"start at most {gpus}, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+    return Problem("launch.nproc", f"{processes} processes for {gpus} GPU{'s' * (gpus > 1)}", fix)
+
+
 def _processes(config: RunConfig) -> Iterator[Problem]:
-    local = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else run_processes(config.launch)
-    gpus = gpu_count() if local > 1 else 0
-    if 0 < gpus < local:
-        fix = f"start at most {gpus}, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
-        yield Problem("launch.nproc", f"{local} processes for {gpus} GPU{'s' * (gpus > 1)}", fix)
+    local, gpus = _local_processes(config), visible_gpus()
+    if local > 1 and 0 < gpus < local:
+        yield _too_few(local, gpus)
     if not under_torchrun() and config.launch.nodes != 1:
         fix = "use `meshloom slurm`, or start torchrun on every node"
         yield Problem("launch.nodes", "`meshloom train` starts the processes of one node", fix)

@@ -56,16 +56,18 @@ class ResolvedRun:
 class ResolveOptions:
     """What a command asks of `resolve`.
 
-    processes       config → number of the run's processes; 0: not known
-    resumes         whether to resume from the checkpoint that `resume` names; a plan, for example, ignores it
-    data_elsewhere  report problems of the data's files as notices only: they may lie on another machine
-    more            config → further problems, of the machine for example
+    processes        config → number of the run's processes; 0: not known
+    resumes          whether to resume from the checkpoint that `resume` names; a plan, for example, ignores it
+    data_elsewhere   report problems of the data's files as notices only: they may lie on another machine
+    more             config → further problems that need no PyTorch, of the machine for example
+    before_building  called with a config in which nothing was found without PyTorch, before it is built on trial
     """
 
     processes: Callable[[RunConfig], int]
     resumes: bool = True
     data_elsewhere: bool = False
     more: Callable[[RunConfig], Sequence[Problem]] = lambda _: ()
+    before_building: Callable[[RunConfig], None] = lambda _: None
 
 
 def resolve(overrides: Sequence[str], options: ResolveOptions, config_dir: str | None = None) -> ResolvedRun:
@@ -96,8 +98,14 @@ def resolve_composed(
         known += checkpoint_problems(manifest, config)
     world_size = options.processes(config)
     elsewhere: list[Problem] = []
-    found = run_problems(config, world_size, known, elsewhere=elsewhere if options.data_elsewhere else None)
-    found += [problem for problem in options.more(config) if problem not in found]
+    found = run_problems(
+        config,
+        world_size,
+        known,
+        elsewhere=elsewhere if options.data_elsewhere else None,
+        more=options.more,
+        before_building=options.before_building,
+    )
     notices = (*composition.notices, *resumed.notices, *map(str, elsewhere))
     return ResolvedRun(config, checkpoint, world_size, tuple(found), notices, tuple(resumed.warnings), resumed.choices)
 

@@ -7,7 +7,7 @@ together. Only a config without any such problem is built, on the meta device (`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 
 from ..config.problems import Problem
 from .relations import RELATIONS, Relation, data_problems
@@ -15,14 +15,22 @@ from .schema import RunConfig
 
 
 def run_problems(
-    config: RunConfig, world_size: int, known: Collection[Problem] = (), *, elsewhere: list[Problem] | None = None
+    config: RunConfig,
+    world_size: int,
+    known: Collection[Problem] = (),
+    *,
+    elsewhere: list[Problem] | None = None,
+    more: Callable[[RunConfig], Sequence[Problem]] = lambda _: (),
+    before_building: Callable[[RunConfig], None] = lambda _: None,
 ) -> list[Problem]:
     """Return every problem of a config on `world_size` processes (0: not known). Writes nothing and reads no data.
 
     Values that `config` leaves to a scaling law (auto:…) are replaced by their numbers, in place.
 
-    known      problems found so far; returned too, and checks that read their keys are skipped
-    elsewhere  given if the data may lie on another machine: problems of its files are appended here instead
+    known            problems found so far; returned too, and checks that read their keys are skipped
+    elsewhere        given if the data may lie on another machine: problems of its files are appended here instead
+    more             config → further problems that need no PyTorch, of the machine for example
+    before_building  called if nothing was found so far, before PyTorch is imported for the trial build
     """
     said = {(problem.key, problem.message) for problem in known}
     problems = [*known, *(problem for problem in config.problems() if (problem.key, problem.message) not in said)]
@@ -39,8 +47,10 @@ def run_problems(
                 elsewhere += found
             else:
                 problems += [problem for problem in found if problem not in problems]
+    problems += [problem for problem in more(config) if problem not in problems]
     if problems:
         return problems
+    before_building(config)
     from .trial_build import build_problems
 
     return build_problems(config, world_size)

@@ -220,10 +220,42 @@ def test_one_process_runs_here_with_everything_resolved(monkeypatch: pytest.Monk
 
 
 def test_more_processes_than_gpus_are_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("meshloom.trainer.launching.visible_gpus", lambda: 2)
+    for module in ("launching", "machine"):
+        monkeypatch.setattr(f"meshloom.trainer.{module}.visible_gpus", lambda: 2)
     assert cli.main(["train", "recipe=quickstart", "launch.nproc=4"]) == 2
     assert "launch.nproc: 4 processes for 2 GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("usable", "said"), [(1, "launch.nproc: 2 processes for 1 GPU"), (0, "PyTorch can use none of them")])
+def test_gpus_that_pytorch_can_not_use_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, usable: int, said: str, started: list[list[str]]
+) -> None:
+    for module in ("launching", "machine"):
+        monkeypatch.setattr(f"meshloom.trainer.{module}.visible_gpus", lambda: 2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: usable)
+    assert cli.main(["train", "recipe=quickstart"]) == 2
+    assert said in capsys.readouterr().err and not started
+
+
+def test_no_agent_is_started_for_a_config_with_a_problem(
+    monkeypatch: pytest.MonkeyPatch, started: list[list[str]], elsewhere: Path
+) -> None:
+    made: list[int] = []
+
+    class Agent:
+        def __init__(self, _: object) -> None:
+            made.append(1)
+
+        def dismiss(self) -> None:
+            pass
+
+    monkeypatch.setattr(train, "PreparedAgent", Agent)
+    words = ["train", "recipe=quickstart", "launch.nproc=2"]
+    (elsewhere / "file").write_text("")
+    for bad in ("optim.lr=-1", "batch.samples=0", "optim.lrr=1", "output_dir=file"):
+        assert cli.main([*words, bad]) == 2
+    assert not made
+    assert cli.main(words) == 0 and made == [1] and started
 
 
 def test_a_folder_that_can_not_be_written_to_is_refused(
