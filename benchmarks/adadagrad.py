@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from meshloom.config.duration import Duration, Unit
 from meshloom.optim.batch.adaptive import NormTest
+from meshloom.optim.batch.config import FixedConfig, NormTestConfig
 from meshloom.optim.batch.controller import Controller, Fixed
 from meshloom.optim.batch.statistics import GradientStatistics
 from meshloom.optim.horizon import Horizon
@@ -79,10 +80,14 @@ def features(text: str) -> torch.Tensor:
 def controllers(samples: int) -> dict[str, Controller]:
     """Name → controller: two constant batches, and the norm test at three thresholds."""
     horizon = Horizon(Duration(samples, Unit.SAMPLES), 1)
-    found: dict[str, Controller] = {f"constant {size}": Fixed(horizon, 1, samples=size) for size in (SMALL, LARGE)}
+    found: dict[str, Controller] = {
+        f"constant {size}": Fixed(FixedConfig(samples=size, micro=1), horizon) for size in (SMALL, LARGE)
+    }
     for eta in ETAS:
-        options: dict[str, Any] = {"samples": SMALL, "max": LARGE, "interval": INTERVAL, "growth": 2.0}
-        found[f"η = {eta:g}"] = NormTest(horizon, 1, eta=eta, **options)
+        config = NormTestConfig(
+            samples=SMALL, micro=1, max=LARGE, interval=INTERVAL, growth=2.0, eta=eta, ema=0.0, shrink=False
+        )
+        found[f"η = {eta:g}"] = NormTest(config, horizon)
     return found
 
 

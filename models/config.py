@@ -83,6 +83,11 @@ class DecoderConfig:
         return cls(**made)
 
     @property
+    def shares_weights(self) -> bool:
+        """Whether two modules share a weight: the embedding and the head."""
+        return self.tied
+
+    @property
     def head_width(self) -> int:
         """Width of an attention head."""
         return self.dim // self.heads if self.head_dim is None else self.head_dim
@@ -220,6 +225,11 @@ class DecoderConfig:
 
 class CustomModel(Custom):
     """A model of the user's own. Only its class knows its keys."""
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether two modules share a weight, as far as a key called `tied` says."""
+        return bool(self.keys.get("tied", False))
 
     @property
     def vocabulary(self) -> int | None:

@@ -5,11 +5,10 @@ The keys of the trainer are not passed to a user's own class: `name`, and `lr_co
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..config.nodes import Custom, build, import_object
+from ..config.nodes import build
 from .batch.config import BatchConfig
 from .batch.controller import Controller
 from .horizon import Horizon
@@ -35,7 +34,4 @@ def build_optimizer(config: OptimConfig, parameters: Sequence[NamedParameter], s
 
 def build_controller(config: BatchConfig, horizon: Horizon) -> Controller:
     """Build the batch-size controller. Check its `problems()` first."""
-    if isinstance(config, Custom):
-        return build(config, leave_out=("name",), horizon=horizon)
-    keys = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("name", "_target_")}
-    return import_object(config._target_)(**keys, horizon=horizon)
+    return build(config, leave_out=("name",), horizon=horizon)

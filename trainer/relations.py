@@ -11,11 +11,12 @@ from ..config.nodes import Custom
 from ..config.problems import ConfigError, Problem
 from ..data.build import build_node
 from ..models.config import DecoderConfig
-from ..optim.build import build_schedule
+from ..optim.batch.controller import Controller
+from ..optim.build import build_controller, build_schedule
 from ..optim.schedules.coupling import coupling_problems
 from ..parallel.layout import layout_problems
 from ..parallel.legality import Work, layout_and_model_problems
-from ..parallel.limits import engine_problems, float8_problems
+from ..parallel.limits import engine_problems, float8_problems, measuring_problems
 from .derived import build_horizon, checkpoint_folder
 from .schema import RunConfig
 
@@ -92,6 +93,41 @@ def _schedule(config: RunConfig, _: int) -> Iterable[Problem]:
     return build_schedule(config.schedule, config.optim.lr, build_horizon(config, config.data.seq_len)).problems()
 
 
+def _batch(config: RunConfig, _: int) -> Iterable[Problem]:
+    if isinstance(config.batch, Custom):  # which may need PyTorch
+        return ()
+    return batch_problems(config)
+
+
+def batch_problems(config: RunConfig) -> list[Problem]:
+    """Return what keeps the batch-size controller from deciding in this run, and the optimizer from comparing halves."""
+    controller = build_controller(config.batch, build_horizon(config, config.data.seq_len))
+    found = controller.problems()
+    if controller.needs_statistics:
+        if controller.least <= controller.micro:
+            message = "a batch of one micro-batch has nothing to compare, so its noise would never be measured"
+            found.append(Problem("batch.samples", message, "double it, or halve batch.micro"))
+        found += measuring_problems(config.parallel, config.model.shares_weights, controller.needs_projections)
+    if config.optim.compares_halves():
+        found += _halves_problems(config, controller)
+    return found
+
+
+def _halves_problems(config: RunConfig, controller: Controller) -> list[Problem]:
+    """Return the problems that keep AGVM from comparing two halves of every batch."""
+    found: list[Problem] = []
+    if config.parallel.engine != "torch":
+        fix = "use parallel.engine=torch, or another optimizer"
+        found.append(Problem("optim", "AGVM compares halves of a batch's gradient, which DeepSpeed does not give", fix))
+    if config.parallel.pp > 1:
+        fix = "use parallel.pp=1, or another optimizer"
+        found.append(Problem("optim", "AGVM compares halves of a batch's micro-batches, which a pipeline mixes", fix))
+    if controller.least <= controller.micro:
+        fix = "halve batch.micro, or double the smallest batch"
+        found.append(Problem("batch.micro", "AGVM needs two micro-batches or more in every batch", fix))
+    return found
+
+
 def data_problems(config: RunConfig, _: int) -> Iterable[Problem]:
     """Return the problems of the data node's keys and files."""
     if isinstance(config.data, Custom):  # which may need PyTorch
@@ -120,6 +156,7 @@ RELATIONS = (
     Relation(("parallel", "precision", "trainer.float8"), _float8),
     Relation(("checkpoint.folder", "output_dir"), _folder),
     Relation(("schedule", "optim.lr", *LENGTH), _schedule),
+    Relation(("batch", "optim", "parallel", "model", *LENGTH), _batch),
     Relation(("data", "model.vocabulary", "seed"), data_problems),
     Relation(("optim.lr_coupling", "batch", "schedule"), _coupling),
     Relation(("model.vocabulary", "data.vocabulary"), _synthetic),

@@ -10,19 +10,17 @@ from ..config.nodes import Custom
 from ..config.problems import Problem
 from ..data.build import build_node
 from ..models.protocol import decoder_shape
-from ..optim.batch.controller import Controller
-from ..optim.build import build_controller, build_schedule
+from ..optim.build import build_schedule
 from ..optim.optimizers.parameters import NamedParameter, Unsharded
 from ..parallel.capabilities import model_problems
 from ..parallel.deepspeed.optimizer import optimizer_problems
 from ..parallel.legality import layout_and_model_problems
-from ..parallel.limits import measuring_problems
 from ..parallel.policies import block_policies
 from ..parallel.torch.float8 import float8_size_problems
 from .build import activation_settings, build_model, optimizer_factory
 from .derived import build_horizon
 from .hooks.base import hook_problems
-from .relations import collect_problems, layout_work
+from .relations import batch_problems, collect_problems, layout_work
 from .schema import RunConfig
 
 
@@ -38,7 +36,8 @@ def build_problems(config: RunConfig, world_size: int) -> list[Problem]:
     found += collect_problems("model", lambda: _model_problems(config, world_size))
     if isinstance(config.schedule, Custom):
         found += collect_problems("schedule", lambda: _schedule_problems(config))
-    found += collect_problems("batch", lambda: _batch_problems(config))
+    if isinstance(config.batch, Custom):
+        found += collect_problems("batch", lambda: batch_problems(config))
     return found
 
 
@@ -73,33 +72,3 @@ def _model_problems(config: RunConfig, world_size: int) -> list[Problem]:
 
 def _schedule_problems(config: RunConfig) -> list[Problem]:
     return build_schedule(config.schedule, config.optim.lr, build_horizon(config, config.data.seq_len)).problems()
-
-
-def _batch_problems(config: RunConfig) -> list[Problem]:
-    """Return the problems of the batch-size controller in this run."""
-    controller = build_controller(config.batch, build_horizon(config, config.data.seq_len))
-    found = controller.problems()
-    if controller.needs_statistics:
-        if controller.least <= controller.micro:
-            message = "a batch of one micro-batch has nothing to compare, so its noise would never be measured"
-            found.append(Problem("batch.samples", message, "double it, or halve batch.micro"))
-        tied = bool(getattr(config.model, "tied", False))
-        found += measuring_problems(config.parallel, tied, controller.needs_projections)
-    if config.optim.compares_halves():
-        found += _halves_problems(config, controller)
-    return found
-
-
-def _halves_problems(config: RunConfig, controller: Controller) -> list[Problem]:
-    """Return the problems that keep AGVM from comparing two halves of every batch."""
-    found: list[Problem] = []
-    if config.parallel.engine != "torch":
-        fix = "use parallel.engine=torch, or another optimizer"
-        found.append(Problem("optim", "AGVM compares halves of a batch's gradient, which DeepSpeed does not give", fix))
-    if config.parallel.pp > 1:
-        fix = "use parallel.pp=1, or another optimizer"
-        found.append(Problem("optim", "AGVM compares halves of a batch's micro-batches, which a pipeline mixes", fix))
-    if controller.least <= controller.micro:
-        fix = "halve batch.micro, or double the smallest batch"
-        found.append(Problem("batch.micro", "AGVM needs two micro-batches or more in every batch", fix))
-    return found

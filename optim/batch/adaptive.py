@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NotRequired, TypedDict, Unpack
+from typing import Any
 
 from ..horizon import Horizon
 from ..progress import Progress
+from .config import AdaptiveConfig, AugmentedConfig, CriticalLossConfig, NormTestConfig
 from .controller import Controller
 from .statistics import GradientStatistics, MovingMeans
-
-
-class AdaptiveOptions(TypedDict):
-    """Keys of every measuring controller. `Adaptive` explains them, and has their defaults unless a class says otherwise."""
-
-    samples: int
-    micro: int
-    max: int
-    interval: NotRequired[int]
-    ema: NotRequired[float]
-    growth: NotRequired[float | None]
-    shrink: NotRequired[bool]
-    multiple: NotRequired[int | None]
-    micro_max: NotRequired[int | None]
 
 
 class Adaptive(Controller):
@@ -30,42 +17,20 @@ class Adaptive(Controller):
 
     samples   the size at the start, and the smallest
     max       the largest size
+    multiple  sizes in between are multiples of this. Unset, of `micro` where gradients are measured, because the
+              micro-batches are then the workers of the statistics; of 1 elsewhere
     interval  steps between decisions; with no smoothing, only those steps are measured
     ema       weight of the past in the moving means that decisions are taken from; 0: the newest measurement alone
     growth    a decision changes the size at most by this factor, up to rounding; None: no limit
     shrink    whether the size may fall again
-    micro, multiple, micro_max  see `Controller`
     """
 
-    def __init__(
-        self,
-        horizon: Horizon,
-        samples: int,
-        micro: int,
-        max: int,
-        interval: int = 1,
-        ema: float = 0.0,
-        growth: float | None = 2.0,
-        shrink: bool = False,
-        multiple: int | None = None,
-        micro_max: int | None = None,
-    ) -> None:
-        super().__init__(horizon, samples, micro, max, multiple, micro_max)
-        self.interval, self.growth, self.shrink = interval, growth, shrink
-        self._means = MovingMeans(ema)
-        self._target = float(samples)
-        if interval < 1:
-            self._problem("batch.interval", f"{interval} steps are no interval", "use 1 or more")
-        if not 0 <= ema < 1:
-            self._problem("batch.ema", f"{ema:g} is not a weight of the past", "use a number in [0, 1)")
-        if growth is not None and not growth > 1:
-            self._problem("batch.growth", f"a factor of {growth:g} lets nothing grow", "use more than 1, or null")
-
-    def _must_be_positive(self, **settings: float) -> None:
-        """Refuse thresholds and constants that give no finite, positive batch."""
-        for key, value in settings.items():
-            if not 0 < value < math.inf:
-                self._problem(f"batch.{key}", f"{value:g} gives no batch", "use a positive number")
+    def __init__(self, config: AdaptiveConfig, horizon: Horizon) -> None:
+        super().__init__(config, horizon)
+        self.max, self.multiple = config.max, config.multiple or (config.micro if self.needs_statistics else 1)
+        self.interval, self.growth, self.shrink, self.eta = config.interval, config.growth, config.shrink, config.eta
+        self._means = MovingMeans(config.ema)
+        self._target = float(self.samples)
 
     def proposed_batch(self) -> float | None:
         """Return the size that the measurements so far ask for, perhaps infinite; None before they say anything."""
@@ -83,6 +48,18 @@ class Adaptive(Controller):
         """Return the target, rounded to a size that a step may have."""
         return self.rounded(self._target)
 
+    def rounded(self, size: float) -> int:
+        """Round up to a size that a step may have: `samples`, `max`, or a multiple of `multiple` in between.
+
+        Where gradients are measured and the micro-batch has grown, it is also a multiple of that.
+        """
+        if size <= self.samples:
+            return self.samples
+        unit = self.multiple
+        if self.needs_statistics and size < self.max and (micro := self.micro_at(int(size))) > self.micro:
+            unit = math.lcm(unit, micro)
+        return self.max if size >= self.max else min(self.max, math.ceil(size / unit) * unit)
+
     def observe(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> None:
         """Smooth the measurement and, every `interval` steps, move the target."""
         numbers = self.measure(statistics, loss, progress)
@@ -92,7 +69,6 @@ class Adaptive(Controller):
         proposed = self.proposed_batch() if progress.step % self.interval == 0 else None
         if proposed is None:
             return
-        assert self.max is not None
         now = float(self.next_batch(progress))
         most = self.max if self.growth is None else min(self.max, now * self.growth)
         least = now
@@ -149,11 +125,6 @@ def _ratio(noise: float, signal: float) -> float:
     return noise / signal if signal > 0 else math.inf
 
 
-def _with_smoothing(options: AdaptiveOptions) -> AdaptiveOptions:
-    """Fill in the defaults for following a number that is very noisy from step to step."""
-    return {"interval": 10, "ema": 0.95, "growth": 1.25, **options}
-
-
 class NormTest(StatisticsController):
     """The norm test of AdAdaGrad (arXiv 2402.11215), from workers' gradients as in DDP-Norm and FSDP-Norm (2412.21124).
 
@@ -165,17 +136,9 @@ class NormTest(StatisticsController):
               it asks for batches smaller by the factor of samples per worker
     """
 
-    def __init__(
-        self,
-        horizon: Horizon,
-        eta: float = 0.2,
-        unbiased: bool = False,
-        literal: bool = False,
-        **options: Unpack[AdaptiveOptions],
-    ) -> None:
-        super().__init__(horizon, **options)
-        self.eta, self.unbiased, self.literal = eta, unbiased, literal
-        self._must_be_positive(eta=eta)
+    def __init__(self, config: NormTestConfig, horizon: Horizon) -> None:
+        super().__init__(config, horizon)
+        self.unbiased, self.literal = config.unbiased, config.literal
 
     def proposed_batch(self) -> float | None:
         """Return tr Σ / (η² ‖g‖²)."""
@@ -192,11 +155,6 @@ class InnerProduct(StatisticsController):
 
     needs_projections = True
 
-    def __init__(self, horizon: Horizon, eta: float = 0.5, **options: Unpack[AdaptiveOptions]) -> None:
-        super().__init__(horizon, **options)
-        self.eta = eta
-        self._must_be_positive(eta=eta)
-
     def proposed_batch(self) -> float | None:
         """Return Var⟨g_i, g⟩ / (η² ‖g‖⁴)."""
         return _ratio(self._means["along"], self._means["square"] ** 2) / self.eta**2
@@ -208,10 +166,9 @@ class Augmented(InnerProduct):
     nu  the orthogonality test passes if tr Cov(g_i − ⟨g_i, g⟩ g / ‖g‖²) / b ≤ ν² ‖g‖²
     """
 
-    def __init__(self, horizon: Horizon, eta: float = 0.5, nu: float = 1.0, **options: Unpack[AdaptiveOptions]) -> None:
-        super().__init__(horizon, eta, **options)
-        self.nu = nu
-        self._must_be_positive(nu=nu)
+    def __init__(self, config: AugmentedConfig, horizon: Horizon) -> None:
+        super().__init__(config, horizon)
+        self.nu = config.nu
 
     def proposed_batch(self) -> float | None:
         """Return the larger of the two tests' batches."""
@@ -223,14 +180,7 @@ class NoiseScale(StatisticsController):
     """The batch follows the simple noise scale tr Σ / ‖E g‖² (McCandlish et al., arXiv 1812.06162).
 
     eta  the size, as a multiple of the noise scale: at 1 a step makes half the progress that an infinite batch would
-
-    Smoothed unless told otherwise: interval 10, ema 0.95, growth 1.25.
     """
-
-    def __init__(self, horizon: Horizon, eta: float = 1.0, **options: Unpack[AdaptiveOptions]) -> None:
-        super().__init__(horizon, **_with_smoothing(options))
-        self.eta = eta
-        self._must_be_positive(eta=eta)
 
     def proposed_batch(self) -> float | None:
         """Return η × noise scale."""
@@ -246,23 +196,13 @@ class CriticalLoss(Adaptive):
     eta     the size, as a multiple of the critical batch
     tokens  B_*, in tokens; it depends on data and tokenizer, so fit it to your own runs (`meshloom fit`)
     alpha   α_B
-
-    Smoothed unless told otherwise: interval 10, ema 0.95, growth 1.25.
     """
 
     needs_loss = True
 
-    def __init__(
-        self,
-        horizon: Horizon,
-        eta: float = 1.0,
-        tokens: float = 2.1e8,
-        alpha: float = 0.21,
-        **options: Unpack[AdaptiveOptions],
-    ) -> None:
-        super().__init__(horizon, **_with_smoothing(options))
-        self.eta, self.tokens, self.alpha = eta, tokens, alpha
-        self._must_be_positive(eta=eta, tokens=tokens, alpha=alpha)
+    def __init__(self, config: CriticalLossConfig, horizon: Horizon) -> None:
+        super().__init__(config, horizon)
+        self.tokens, self.alpha = config.tokens, config.alpha
 
     def measure(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> dict[str, float] | None:
         """Return the loss."""

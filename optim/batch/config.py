@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ...config.duration import Duration
 from ...config.keys import MISSING, RecipeWhen, Side, key, option, target
 from ...config.nodes import Custom
 from ...config.problems import Problem
@@ -29,11 +33,13 @@ MICRO_SIDE = RecipeWhen("a controller that measures gradients, optim=agvm or tra
 class BatchConfig:
     """Keys of every controller of the batch size.
 
-    MEASURES  whether the controller is given gradient statistics
+    MEASURES      whether the controller is given gradient statistics
+    HOW_TO_START  fix where the size at the start is not said
     """
 
     SIDE: ClassVar[Side] = Side.RECIPE
     MEASURES: ClassVar[bool] = False
+    HOW_TO_START: ClassVar[str] = "give a number of samples"
 
     _target_: str = target(MISSING)
     name: str = option(MISSING)
@@ -42,18 +48,37 @@ class BatchConfig:
 
     def problems(self, key: str = "batch") -> list[Problem]:
         """Return what is wrong with the values. The controller itself checks them against the run."""
-        found: list[Problem] = []
+        found = [*size_problems(key, samples=self.samples, micro=self.micro)]
         if isinstance(self.samples, str) and not self.samples.startswith(AUTOMATIC):
             found.append(Problem(f"{key}.samples", f"'{self.samples}' is not a number", f"write one, or {AUTOMATIC}step_law"))
-        for name, size in (("samples", self.samples), ("micro", self.micro)):
-            if isinstance(size, int) and size < 1:
-                found.append(Problem(f"{key}.{name}", f"{size} is not a number of samples", "use 1 or more"))
+        if self.samples is None:
+            found.append(Problem(f"{key}.samples", "how the run starts is not said", self.HOW_TO_START))
         return found
 
     @property
     def largest_micro(self) -> int:
         """The largest size of a micro-batch."""
-        return getattr(self, "micro_max", None) or self.micro
+        return self.micro
+
+    @property
+    def start(self) -> int:
+        """The size at the start as a number, after a law has decided it."""
+        assert isinstance(self.samples, int), "a law decides batch.samples before a controller is built"
+        return self.samples
+
+
+def size_problems(key: str, **sizes: int | str | None) -> Iterator[Problem]:
+    """Yield a problem for each number of the group `key` that is not a number of samples."""
+    for name, size in sizes.items():
+        if isinstance(size, int) and size < 1:
+            yield Problem(f"{key}.{name}", f"{size} is not a number of samples", "use 1 or more")
+
+
+def _positive_problems(key: str, **settings: float) -> Iterator[Problem]:
+    """Yield a problem for each threshold or constant that gives no finite, positive batch."""
+    for name, value in settings.items():
+        if not 0 < value < math.inf:
+            yield Problem(f"{key}.{name}", f"{value:g} gives no batch", "use a positive number")
 
 
 class CustomBatch(BatchConfig, Custom):
@@ -71,42 +96,127 @@ class FixedConfig(BatchConfig):
 
 
 @dataclass
-class StagesConfig(BatchConfig):
+class GrowingConfig(BatchConfig):
+    """Keys of every controller whose batch may change, and whose micro-batch may grow with it."""
+
+    micro_max: int | None = key(None, MICRO_MAX, MICRO_SIDE)
+
+    def problems(self, key: str = "batch") -> list[Problem]:
+        """Return what is wrong with the values."""
+        found = super().problems(key)
+        growth = self.largest_micro / self.micro if self.micro > 0 else 1
+        if growth < 1 or not math.log2(growth).is_integer():
+            what = f"is {growth:g} times {key}.micro, which doublings don't reach"
+            found.append(Problem(f"{key}.micro_max", what, f"use 2, 4, 8 … times {key}.micro, or leave it out"))
+        return found
+
+    @property
+    def largest_micro(self) -> int:
+        """The largest size of a micro-batch."""
+        return self.micro if self.micro_max is None else self.micro_max
+
+
+@dataclass
+class BoundedConfig(GrowingConfig):
+    """Keys of every controller whose batch moves between `samples` and `max`."""
+
+    max: int = key(512, LARGEST)
+    multiple: int | None = key(None, MULTIPLE)
+
+    def problems(self, key: str = "batch") -> list[Problem]:
+        """Return what is wrong with the values."""
+        found = super().problems(key)
+        if self.multiple is not None and self.multiple < 1:
+            found.append(
+                Problem(f"{key}.multiple", f"{self.multiple} is not a number of samples", "use 1 or more, or leave it out")
+            )
+        if isinstance(self.samples, int) and self.max < self.samples:
+            found.append(Problem(f"{key}.max", f"{self.max} is less than {key}.samples={self.samples}", "raise it"))
+        return found
+
+
+@dataclass
+class StagesConfig(GrowingConfig):
     """Sizes by tokens consumed."""
+
+    HOW_TO_START: ClassVar[str] = "set it, or begin batch.stages with 0:<samples>"
 
     _target_: str = target("meshloom.optim.batch.controller.Stages")
     name: str = option("stages")
     samples: int | str | None = key(None, "the size at the start, read where stages doesn't begin with 0")
-    micro_max: int | None = key(None, MICRO_MAX, MICRO_SIDE)
     stages: str = key(MISSING, 'sizes from points on, such as "0:768 250B:1536"; a bare point counts tokens')
+
+    def problems(self, key: str = "batch") -> list[Problem]:
+        """Return what is wrong with the values."""
+        try:
+            points, unread = self.points(), []
+        except ValueError:
+            fix = "write it as '0:768 250B:1536', points in tokens"
+            points, unread = [], [Problem(f"{key}.stages", f"can't read '{self.stages}'", fix)]
+        found = super().problems(key)
+        if not points or points[0][0].value == 0:  # then `samples` is not read
+            found = [problem for problem in found if problem.key != f"{key}.samples"]
+        for _, size in points:
+            found += size_problems(key, stages=size)
+        return [*found, *unread]
+
+    def points(self) -> list[tuple[Duration, int]]:
+        """Return the points of the run that are written, each with its size. Raises ValueError for what can't be read."""
+        parts = [_read_point(written) for written in re.split(r"[\s,]+", self.stages.strip()) if written]
+        if not parts:
+            raise ValueError("there are no points")
+        return parts
+
+
+def _read_point(written: str) -> tuple[Duration, int]:
+    start, _, size = written.partition(":")
+    named = re.search(r"[a-z]{4,}|%", start, re.I) is not None
+    return Duration.parse(start if named else f"{start} tokens"), int(size)
 
 
 @dataclass
-class RampConfig(BatchConfig):
+class RampConfig(BoundedConfig):
     """From samples to max on a straight line over a duration."""
 
     _target_: str = target("meshloom.optim.batch.controller.Ramp")
     name: str = option("ramp")
-    micro_max: int | None = key(None, MICRO_MAX, MICRO_SIDE)
-    max: int = key(512, LARGEST)
     over: int | float | str = key("10%", "how long the way up takes: a duration")
-    multiple: int | None = key(None, MULTIPLE)
+
+    def problems(self, key: str = "batch") -> list[Problem]:
+        """Return what is wrong with the values."""
+        found = super().problems(key)
+        try:
+            if Duration.parse(self.over).value <= 0:
+                found.append(Problem(f"{key}.over", "a ramp needs a length", "give a duration, or choose batch=fixed"))
+        except ValueError as error:
+            what, _, fix = str(error).partition("; ")
+            found.append(Problem(f"{key}.over", what, fix))
+        return found
 
 
 @dataclass
-class AdaptiveConfig(BatchConfig):
+class AdaptiveConfig(BoundedConfig):
     """Keys of every controller that measures."""
 
     MEASURES: ClassVar[bool] = True
 
-    micro_max: int | None = key(None, MICRO_MAX, MICRO_SIDE)
-    max: int = key(512, LARGEST)
     eta: float = key(0.2, "threshold of the test")
     interval: int = key(1, "steps between decisions")
     ema: float = key(0.0, "weight of the past in what decisions are taken from; 0: the newest measurement alone")
     growth: float | None = key(2.0, "largest factor of one change; null: no limit")
     shrink: bool = key(False, "whether the size may fall again")
-    multiple: int | None = key(None, MULTIPLE)
+
+    def problems(self, key: str = "batch") -> list[Problem]:
+        """Return what is wrong with the values."""
+        found = super().problems(key)
+        if self.interval < 1:
+            found.append(Problem(f"{key}.interval", f"{self.interval} steps are no interval", "use 1 or more"))
+        if not 0 <= self.ema < 1:
+            found.append(Problem(f"{key}.ema", f"{self.ema:g} is not a weight of the past", "use a number in [0, 1)"))
+        if self.growth is not None and not self.growth > 1:
+            what = f"a factor of {self.growth:g} lets nothing grow"
+            found.append(Problem(f"{key}.growth", what, "use more than 1, or null"))
+        return [*found, *_positive_problems(key, eta=self.eta)]
 
 
 @dataclass
@@ -148,6 +258,10 @@ class AugmentedConfig(InnerProductConfig):
     name: str = option("augmented")
     nu: float = key(1.0, "noise across the gradient at most nu × its norm")
 
+    def problems(self, key: str = "batch") -> list[Problem]:
+        """Return what is wrong with the values."""
+        return [*super().problems(key), *_positive_problems(key, nu=self.nu)]
+
 
 @dataclass
 class NoiseScaleConfig(AdaptiveConfig):
@@ -175,6 +289,10 @@ class CriticalLossConfig(AdaptiveConfig):
     growth: float | None = key(1.25, "largest factor of one change; null: no limit")
     tokens: float = key(2.1e8, "factor of the critical batch, in tokens; fit it to your own runs")
     alpha: float = key(0.21, "exponent of the critical batch; fit it to your own runs")
+
+    def problems(self, key: str = "batch") -> list[Problem]:
+        """Return what is wrong with the values."""
+        return [*super().problems(key), *_positive_problems(key, tokens=self.tokens, alpha=self.alpha)]
 
 
 OPTIONS: tuple[type, ...] = (

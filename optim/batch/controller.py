@@ -11,8 +11,7 @@ and larger micro-batches take less time and more memory.
 
 from __future__ import annotations
 
-import math
-import re
+import dataclasses
 from itertools import pairwise
 from typing import Any
 
@@ -20,19 +19,18 @@ from ...config.duration import Duration, Unit
 from ...config.problems import Problem
 from ..horizon import Horizon
 from ..progress import Progress
+from .config import BatchConfig, RampConfig, StagesConfig
 from .statistics import GradientStatistics
 
 
 class Controller:
     """Base of the controllers: a size that never changes.
 
-    horizon    the length of the run
-    samples    the size at the start
-    micro      samples of a micro-batch
-    max        the largest size; None: no limit
-    multiple   sizes between `samples` and `max` are multiples of this. None: of `micro` where gradients are measured, because
-               the micro-batches are then the workers of the statistics; of 1 elsewhere
-    micro_max  a micro-batch may be doubled up to this size: `micro` times a power of two. None: it stays at `micro`
+    config   settings without problems of their own
+    horizon  the length of the run
+
+    samples  the size at the start
+    micro    samples of a micro-batch
 
     needs_loss         whether `observe` must be called with the step's loss
     needs_statistics   whether `observe` must be given a `GradientStatistics`, at steps where `measures` says so
@@ -43,37 +41,15 @@ class Controller:
     needs_statistics = False
     needs_projections = False
 
-    def __init__(
-        self,
-        horizon: Horizon,
-        samples: int,
-        micro: int,
-        max: int | None = None,
-        multiple: int | None = None,
-        micro_max: int | None = None,
-    ) -> None:
+    def __init__(self, config: BatchConfig, horizon: Horizon) -> None:
         self.horizon = horizon
-        self.samples = samples
-        self.micro = micro
-        self.max = max
-        self.multiple = multiple if multiple is not None else micro if self.needs_statistics else 1
-        self._micro_max = micro if micro_max is None else micro_max
-        self._problems: list[Problem] = []
-        self._check_size("batch.samples", samples)
-        if self.multiple < 1:
-            self._problem("batch.multiple", f"{self.multiple} is not a number of samples", "use 1 or more, or leave it out")
-            self.multiple = 1
-        if max is not None and max < samples:
-            self._problem("batch.max", f"{max} is less than batch.samples={samples}", "raise it")
-        growth = self._micro_max / micro
-        if growth < 1 or not math.log2(growth).is_integer():
-            what = f"is {growth:g} times batch.micro, which doublings don't reach"
-            self._problem("batch.micro_max", what, "use 2, 4, 8 … times batch.micro, or leave it out")
-            self._micro_max = micro
+        self.samples = config.start
+        self.micro = config.micro
+        self._largest_micro = config.largest_micro
 
     def problems(self) -> list[Problem]:
-        """Return what a user must change before this controller can be used; empty if nothing."""
-        return list(self._problems)
+        """Return what does not fit the run, and must be changed before this controller can be used; empty if nothing."""
+        return []
 
     @property
     def least(self) -> int:
@@ -103,19 +79,6 @@ class Controller:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
 
-    def rounded(self, size: float) -> int:
-        """Round up to a size that a step may have: `samples`, `max`, or a multiple of `multiple` in between.
-
-        Where gradients are measured and the micro-batch has grown, it is also a multiple of that.
-        """
-        if size <= self.samples:
-            return self.samples
-        most = math.inf if self.max is None else self.max
-        unit = self.multiple
-        if self.needs_statistics and size < most and (micro := self.micro_at(int(size))) > self.micro:
-            unit = math.lcm(unit, micro)
-        return int(most if size >= most else min(most, math.ceil(size / unit) * unit))
-
     def micro_at(self, size: int) -> int:
         """Return how many samples a micro-batch has in a step of `size` samples.
 
@@ -123,23 +86,13 @@ class Controller:
         """
         at_start = -(-self.samples // self.micro)
         micro = self.micro
-        while 2 * micro <= self._micro_max and size >= 2 * micro * at_start:
+        while 2 * micro <= self._largest_micro and size >= 2 * micro * at_start:
             micro *= 2
         return micro
-
-    def _problem(self, key: str, message: str, fix: str) -> None:
-        self._problems.append(Problem(key, message, fix))
-
-    def _check_size(self, key: str, size: int) -> None:
-        if size < 1:
-            self._problem(key, f"{size} is not a number of samples", "use 1 or more")
 
 
 class Fixed(Controller):
     """The same size at every step."""
-
-    def __init__(self, horizon: Horizon, samples: int, micro: int) -> None:
-        super().__init__(horizon, samples, micro)
 
 
 class Stages(Controller):
@@ -150,36 +103,20 @@ class Stages(Controller):
     samples  the size before the first point; not read where that is 0
     """
 
-    def __init__(
-        self, horizon: Horizon, stages: str, micro: int, samples: int | None = None, micro_max: int | None = None
-    ) -> None:
-        parts = [self._read(written) for written in re.split(r"[\s,]+", stages.strip()) if written]
-        self._stages = [part for part in parts if part is not None]
-        first = next((size for start, size in self._stages if start.value == 0), None)
-        start = samples if first is None else first
-        super().__init__(horizon, micro if start is None else start, micro, micro_max=micro_max)
-        if not parts or None in parts:
-            self._problem("batch.stages", f"can't read '{stages}'", "write it as '0:768 250B:1536', points in tokens")
-        if start is None:
-            self._problem("batch.samples", "how the run starts is not said", "set it, or begin batch.stages with 0:<samples>")
-        for _, size in self._stages:
-            if size != first:
-                self._check_size("batch.stages", size)
-        try:
-            order = [horizon.amount(start, horizon.unit) for start, _ in self._stages]
-        except ValueError:
-            order = []  # points in different units without an exchange rate keep the order written
-        if any(later <= earlier for earlier, later in pairwise(order)):
-            self._problem("batch.stages", f"the points of '{stages}' don't rise", "write them in order")
+    def __init__(self, config: StagesConfig, horizon: Horizon) -> None:
+        self._stages, self._written = config.points(), config.stages
+        point, first = self._stages[0]
+        super().__init__(dataclasses.replace(config, samples=first) if point.value == 0 else config, horizon)
 
-    @staticmethod
-    def _read(written: str) -> tuple[Duration, int] | None:
-        start, colon, size = written.partition(":")
+    def problems(self) -> list[Problem]:
+        """Return a problem if the points do not rise along the run."""
         try:
-            named = re.search(r"[a-z]{4,}|%", start, re.I) is not None
-            return (Duration.parse(start if named else f"{start} tokens"), int(size)) if colon else None
+            order = [self.horizon.amount(start, self.horizon.unit) for start, _ in self._stages]
         except ValueError:
-            return None
+            return []  # points in different units without an exchange rate keep the order written
+        if any(later <= earlier for earlier, later in pairwise(order)):
+            return [Problem("batch.stages", f"the points of '{self._written}' don't rise", "write them in order")]
+        return []
 
     @property
     def least(self) -> int:
@@ -197,35 +134,16 @@ class Stages(Controller):
 
 
 class Ramp(Controller):
-    """Sizes that rise from `samples` to `max` on a straight line over `over`, in multiples of `multiple`.
+    """Sizes that rise from `samples` to `max` on a straight line over the duration `over`, in multiples of `multiple`."""
 
-    over  length of the ramp: a duration as for schedules
-    """
-
-    def __init__(
-        self,
-        horizon: Horizon,
-        samples: int,
-        micro: int,
-        max: int,
-        over: str | int | float,
-        multiple: int | None = None,
-        micro_max: int | None = None,
-    ) -> None:
-        super().__init__(horizon, samples, micro, max, multiple, micro_max)
-        self._over = Duration(1, Unit.STEPS)
-        try:
-            self._over = Duration.parse(over)
-        except ValueError as error:
-            what, _, fix = str(error).partition("; ")
-            self._problem("batch.over", what, fix)
-        if self._over.value <= 0:
-            self._problem("batch.over", "a ramp needs a length", "give a duration, or choose batch=fixed")
+    def __init__(self, config: RampConfig, horizon: Horizon) -> None:
+        super().__init__(config, horizon)
+        self._max, self._multiple = config.max, config.multiple or 1
+        self._over = Duration.parse(config.over)
 
     def next_batch(self, progress: Progress) -> int:
         """Return the size on the line from (0, samples) to (over, max), rounded down."""
-        assert self.max is not None
         unit = self.horizon.unit if self._over.unit is Unit.FRACTION else self._over.unit
         part = min(1.0, self.horizon.position(progress, unit) / self.horizon.amount(self._over, unit))
-        reached = self.samples + int(part * (self.max - self.samples))
-        return self.max if reached == self.max else max(self.samples, reached // self.multiple * self.multiple)
+        reached = self.samples + int(part * (self._max - self.samples))
+        return self._max if reached == self._max else max(self.samples, reached // self._multiple * self._multiple)

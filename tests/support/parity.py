@@ -21,6 +21,7 @@ from meshloom.config.duration import Duration, Unit
 from meshloom.data.assignment import Assigner, Share, load_share
 from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch, Sample
 from meshloom.data.loader import Loader
+from meshloom.optim.batch.config import FixedConfig
 from meshloom.optim.batch.controller import Fixed
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.optimizers.adamw import AdamW
@@ -153,7 +154,7 @@ def take_steps(engine: Engine, work: Work, numbers: range, *hooks: Hook) -> Reco
         mesh=mesh,
         engine=engine,
         batches=loader,
-        controller=Fixed(horizon, work.samples, work.micro),
+        controller=Fixed(FixedConfig(samples=work.samples, micro=work.micro), horizon),
         schedule=Constant(ScheduleConfig(warmup=0), work.lr, horizon),
         coupling=Coupling("none"),
         horizon=horizon,

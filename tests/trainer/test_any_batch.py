@@ -10,6 +10,7 @@ import pytest
 
 from meshloom.config.duration import Duration
 from meshloom.data.assignment import Assigner
+from meshloom.optim.batch.config import FixedConfig
 from meshloom.optim.batch.controller import Fixed
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.progress import Progress
@@ -82,7 +83,7 @@ def test_the_start_says_once_what_is_blank(tmp_path: Path) -> None:
 
 
 def test_a_notice_has_the_rows_of_a_pipeline_too() -> None:
-    controller = Fixed(Horizon(Duration.parse("10 steps"), 16), 6, 2)
+    controller = Fixed(FixedConfig(samples=6, micro=2), Horizon(Duration.parse("10 steps"), 16))
     assert blank_notice(Assigner(1), controller, Progress()) is None
     notice = blank_notice(Assigner(1, lambda passes: passes >= 4), controller, Progress())
     assert notice is not None and notice.startswith("25% of the rows") and "batches of 8 samples have no blanks" in notice

@@ -12,8 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshloom.config.duration import Duration
+from meshloom.config.nodes import import_object
 from meshloom.optim.batch.adaptive import Adaptive, Augmented, CriticalLoss, InnerProduct, NoiseScale, NormTest
-from meshloom.optim.batch.controller import Controller, Fixed, Ramp, Stages
+from meshloom.optim.batch.config import (
+    OPTIONS,
+    AdaptiveConfig,
+    AugmentedConfig,
+    BatchConfig,
+    CriticalLossConfig,
+    FixedConfig,
+    InnerProductConfig,
+    NoiseScaleConfig,
+    NormTestConfig,
+    RampConfig,
+    StagesConfig,
+)
+from meshloom.optim.batch.controller import Fixed, Ramp, Stages
 from meshloom.optim.batch.statistics import GradientStatistics, MovingMeans
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.progress import Progress
@@ -25,8 +39,8 @@ def at(samples: int = 0, step: int = 0, batch: int = 0) -> Progress:
     return Progress(step, samples, samples * HORIZON.seq_len, batch)
 
 
-def problems(controller: Controller) -> list[str]:
-    return [str(problem) for problem in controller.problems()]
+def problems(config: BatchConfig) -> list[str]:
+    return [str(problem) for problem in config.problems()]
 
 
 # Estimators.
@@ -56,9 +70,7 @@ def test_estimators_on_gaussian_gradients() -> None:
     assert variance == pytest.approx(100, abs=3 * 100 * math.sqrt(2 / 7000 / draws))
     assert signal == pytest.approx(1, abs=0.02)
     assert square == pytest.approx(4.125, abs=0.02)
-    controller = NormTest(
-        HORIZON, micro=1, samples=32, max=10_000, eta=0.5, unbiased=True, growth=None, ema=0.99999, shrink=True
-    )
+    controller = norm_test(micro=1, max=10_000, unbiased=True, ema=0.99999, shrink=True)
     for statistics in found:
         controller.observe(statistics, 0.0, at(step=1))
     assert controller.next_batch(at()) == pytest.approx(400, rel=0.02)
@@ -118,7 +130,8 @@ def test_moving_means_forget_their_start() -> None:
 
 def growing(multiple: int | None = None, **options: Any) -> NormTest:
     """It starts with two micro-batches of eight."""
-    return NormTest(HORIZON, **{"samples": 16, "micro": 8, "max": 1000, "multiple": multiple, "micro_max": 64, **options})
+    sizes: dict[str, Any] = {"samples": 16, "micro": 8, "max": 1000, "multiple": multiple, "micro_max": 64, **options}
+    return NormTest(NormTestConfig(**sizes), HORIZON)
 
 
 @pytest.mark.parametrize(
@@ -159,70 +172,100 @@ def test_a_size_is_the_start_the_maximum_or_a_multiple(wanted: float, multiple: 
 
 def test_sizes_depend_on_micro_only_where_gradients_are_measured() -> None:
     """There `batch.micro` says how a step is computed, not what."""
-    small, large = (CriticalLoss(HORIZON, samples=16, micro=m, max=1000, micro_max=8 * m) for m in (4, 8))
+    configs = [CriticalLossConfig(samples=16, micro=m, max=1000, micro_max=8 * m) for m in (4, 8)]
+    small, large = (CriticalLoss(config, HORIZON) for config in configs)
     assert [small.rounded(n) for n in range(1, 1200, 7)] == [large.rounded(n) for n in range(1, 1200, 7)]
     assert small.rounded(101) == 101
 
 
 def test_a_micro_batch_stays_where_it_is_not_to_grow() -> None:
-    assert NormTest(HORIZON, samples=16, micro=8, max=1000).micro_at(512) == 8
-    (problem,) = problems(NormTest(HORIZON, samples=16, micro=8, max=1000, micro_max=24))
-    assert "batch.micro_max" in problem
+    assert growing(micro_max=None).micro_at(512) == 8
+    for unreached in (24, 4):
+        (problem,) = problems(NormTestConfig(samples=16, micro=8, max=1000, micro_max=unreached))
+        assert "batch.micro_max" in problem and "doublings" in problem
 
 
 # Planned controllers.
 
 
+def stages(written: str, samples: int | None = None) -> StagesConfig:
+    return StagesConfig(stages=written, samples=samples, micro=8)
+
+
 def test_stages() -> None:
-    controller = Stages(HORIZON, "0:768 250B:1536", micro=8)
-    assert problems(controller) == []
+    config = stages("0:768 250B:1536")
+    controller = Stages(config, HORIZON)
+    assert problems(config) == [] and controller.problems() == []
     sizes = [controller.next_batch(at(samples)) for samples in (0, 249_999_999, 250_000_000, 999_000_000)]
     assert sizes == [768, 768, 1536, 1536]
 
 
 def test_a_first_point_at_zero_wins_over_the_recipes_samples() -> None:
-    controller = Stages(HORIZON, "0:16 5B:24", micro=8, samples=10)
-    assert problems(controller) == [] and controller.next_batch(at()) == 16
+    config = stages("0:16 5B:24", samples=10)
+    assert problems(config) == [] and Stages(config, HORIZON).next_batch(at()) == 16
 
 
 def test_stages_accept_other_durations_and_their_own_start() -> None:
-    controller = Stages(HORIZON, "25%:16 2000steps:24", micro=8, samples=8)
-    assert problems(controller) == []
+    config = stages("25%:16 2000steps:24", samples=8)
+    controller = Stages(config, HORIZON)
+    assert problems(config) == [] and controller.problems() == []
     assert [controller.next_batch(at(s, step)) for s, step in ((0, 0), (250_000_000, 5), (250_000_000, 2000))] == [8, 16, 24]
 
 
 @pytest.mark.parametrize(
-    ("stages", "samples", "key"),
+    ("written", "samples", "key"),
     [
         ("0:768;250B:1536", None, "batch.stages"),
         ("", 8, "batch.stages"),
+        ("5B", 8, "batch.stages"),
         ("5B:16", None, "batch.samples"),
+        ("5B:16", 0, "batch.samples"),
         ("0:16 5B:0", None, "batch.stages"),
-        ("0:16 5B:24 4B:32", None, "batch.stages"),
+        ("0:0 5B:8", None, "batch.stages"),
     ],
 )
-def test_faulty_stages(stages: str, samples: int | None, key: str) -> None:
-    found = Stages(HORIZON, stages, 8, samples).problems()
-    assert key in [problem.key for problem in found]
+def test_faulty_stages(written: str, samples: int | None, key: str) -> None:
+    found = stages(written, samples).problems()
+    assert [problem.key for problem in found] == [key]
     assert all(problem.fix for problem in found)
+
+
+def test_points_of_stages_rise_along_the_run() -> None:
+    (problem,) = Stages(stages("0:16 5B:24 4B:32"), HORIZON).problems()
+    assert problem.key == "batch.stages" and "don't rise" in problem.message
+    assert Stages(stages("0:16 5B:24 50%:32"), HORIZON).problems() == []
+
+
+def ramp_config(samples: int, max: int, over: str | float = "600B tokens", multiple: int | None = None) -> RampConfig:
+    return RampConfig(samples=samples, micro=4, max=max, over=over, multiple=multiple)
 
 
 def test_ramp_rises_in_equal_steps() -> None:
     """16, 24, … 64 over 600 M samples: seven sizes, a new one every 100 M."""
-    controller = Ramp(HORIZON, 16, 8, 64, "600B tokens", multiple=8)
-    assert problems(controller) == []
+    assert problems(ramp_config(16, 64)) == []
+    controller = Ramp(ramp_config(16, 64, multiple=8), HORIZON)
     sizes = [controller.next_batch(at(samples * 10**6)) for samples in (0, 99, 100, 250, 599, 600, 900)]
     assert sizes == [16, 16, 24, 32, 56, 64, 64]
-    assert Ramp(HORIZON, 16, 8, 64, "60%", multiple=8).next_batch(at(250 * 10**6)) == 32
-    assert Ramp(HORIZON, 16, 8, 64, "600B tokens").next_batch(at(250 * 10**6)) == 36, "any number of samples"
-    assert [Ramp(HORIZON, 10, 8, 50, 0.6, multiple=16).next_batch(at(s * 10**6)) for s in (0, 300, 600)] == [10, 16, 50]
+    assert Ramp(ramp_config(16, 64, over="60%", multiple=8), HORIZON).next_batch(at(250 * 10**6)) == 32
+    assert Ramp(ramp_config(16, 64), HORIZON).next_batch(at(250 * 10**6)) == 36, "any number of samples"
+    coarse = Ramp(ramp_config(10, 50, over=0.6, multiple=16), HORIZON)
+    assert [coarse.next_batch(at(s * 10**6)) for s in (0, 300, 600)] == [10, 16, 50]
 
 
 def test_settings_that_give_no_batch_are_refused_with_a_way_out() -> None:
-    assert problems(Fixed(HORIZON, 10, micro=8)) == []
-    assert problems(Fixed(HORIZON, 0, micro=8)) == ["batch.samples: 0 is not a number of samples; use 1 or more"]
-    found = NormTest(HORIZON, samples=32, micro=8, max=16, eta=0, interval=0, ema=1.0, growth=1.0, multiple=0).problems()
-    assert [p.key.removeprefix("batch.") for p in found] == ["multiple", "max", "interval", "ema", "growth", "eta"]
+    assert problems(FixedConfig(samples=10, micro=8)) == []
+    assert problems(FixedConfig(samples=0, micro=8)) == ["batch.samples: 0 is not a number of samples; use 1 or more"]
+    assert problems(RampConfig(samples=8, over="0 steps")) == [
+        "batch.over: a ramp needs a length; give a duration, or choose batch=fixed"
+    ]
+    bad: dict[str, Any] = {"samples": 32, "max": 16, "interval": 0, "ema": 1.0, "growth": 1.0, "multiple": 0, "eta": 0}
+    found = AugmentedConfig(micro=8, nu=-1.0, **bad).problems()
+    assert [p.key.removeprefix("batch.") for p in found] == ["multiple", "max", "interval", "ema", "growth", "eta", "nu"]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_config_says_whether_its_controller_measures(option: type[BatchConfig]) -> None:
+    assert import_object(option._target_).needs_statistics == option.MEASURES
 
 
 # Measured controllers.
@@ -234,7 +277,9 @@ def statistics(variance: float, square: float, workers: int = 4, m: float = 8) -
 
 
 def norm_test(**options: Any) -> NormTest:
-    return NormTest(**{"horizon": HORIZON, "micro": 8, "samples": 32, "max": 1000, "eta": 0.5, "growth": None} | options)
+    """Make one that decides at every step from the newest measurement, and only grows, unless told otherwise."""
+    plain: dict[str, Any] = {"interval": 1, "ema": 0.0, "growth": None, "shrink": False}
+    return NormTest(NormTestConfig(**{"micro": 8, "samples": 32, "max": 1000, "eta": 0.5, **plain, **options}), HORIZON)
 
 
 def test_norm_test_proposes_the_smallest_batch_that_passes() -> None:
@@ -296,7 +341,7 @@ def test_means_are_averaged_not_ratios() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_step_that_diverged_changes_nothing(bad: float) -> None:
-    controller, loss = norm_test(), CriticalLoss(HORIZON, micro=8, samples=32, max=1000)
+    controller, loss = norm_test(), CriticalLoss(CriticalLossConfig(micro=8, samples=32, max=1000), HORIZON)
     before = controller.state_dict(), loss.state_dict()
     controller.observe(statistics(bad, 2), 0.0, at(step=1))
     controller.observe(None, 0.0, at(step=2))
@@ -310,8 +355,8 @@ def with_projection(s: float) -> GradientStatistics:
 
 def test_inner_product_and_augmented_tests() -> None:
     """(S − N²) m J / (J − 1) = (4.3 − 4) · 32 / 3 = 3.2 along, (A − S / N) · 32 / 3 = 83.73 across; N = 2."""
-    inner = InnerProduct(HORIZON, micro=1, samples=1, max=10**6, eta=0.1, growth=None)
-    augmented = Augmented(HORIZON, micro=1, samples=1, max=10**6, eta=0.1, nu=0.5, growth=None)
+    inner = InnerProduct(InnerProductConfig(micro=1, samples=1, max=10**6, eta=0.1, growth=None), HORIZON)
+    augmented = Augmented(AugmentedConfig(micro=1, samples=1, max=10**6, eta=0.1, nu=0.5, growth=None), HORIZON)
     for controller in (inner, augmented):
         controller.observe(with_projection(4.3), 0.0, at(step=1))
     assert inner.next_batch(at()) == math.ceil(3.2 / (0.01 * 4))
@@ -322,7 +367,8 @@ def test_inner_product_and_augmented_tests() -> None:
 
 def test_noise_scale_controller() -> None:
     """‖E g‖² = N − tr Σ / b: with tr Σ = 64, N = 4, b = 32 the signal is 2 and the scale 32; η = 2 wants 64."""
-    controller = NoiseScale(HORIZON, micro=1, samples=8, max=1000, eta=2.0, growth=None, interval=1, ema=0.0)
+    sizes: dict[str, Any] = {"micro": 1, "samples": 8, "max": 1000}
+    controller = NoiseScale(NoiseScaleConfig(**sizes, eta=2.0, growth=None, interval=1, ema=0.0), HORIZON)
     assert controller.noise_scale is None
     controller.observe(statistics(64, 4), 0.0, at(step=1))
     assert controller.noise_scale == pytest.approx(32)
@@ -334,29 +380,32 @@ def test_noise_scale_controller() -> None:
 @pytest.mark.parametrize(("loss", "tokens"), [(4.0, 2.853e5), (3.0, 1.1226e6), (2.5, 2.675e6), (2.0, 7.740e6)])
 def test_critical_batch_of_a_loss(loss: float, tokens: float) -> None:
     """Kaplan's B_crit (ALGORITHMS 1.4)."""
-    controller = CriticalLoss(HORIZON, micro=1, samples=8, max=10**6, growth=None, interval=1, ema=0.0)
+    config = CriticalLossConfig(micro=1, samples=8, max=10**6, growth=None, interval=1, ema=0.0)
+    controller = CriticalLoss(config, HORIZON)
     assert controller.needs_loss and not controller.needs_statistics
     controller.observe(None, loss, at(step=1))
     assert controller.next_batch(at()) == pytest.approx(tokens / HORIZON.seq_len, rel=3e-3)
 
 
-ADAPTIVE: list[tuple[type[Adaptive], dict[str, Any]]] = [
-    (NormTest, {"ema": 0.9}),
-    (InnerProduct, {"interval": 3}),
-    (Augmented, {"shrink": True}),
-    (NoiseScale, {}),
-    (CriticalLoss, {"interval": 2}),
+ADAPTIVE: list[tuple[type[Adaptive], type[AdaptiveConfig], dict[str, Any]]] = [
+    (NormTest, NormTestConfig, {"ema": 0.9, "interval": 1}),
+    (InnerProduct, InnerProductConfig, {"interval": 3}),
+    (Augmented, AugmentedConfig, {"shrink": True}),
+    (NoiseScale, NoiseScaleConfig, {}),
+    (CriticalLoss, CriticalLossConfig, {"interval": 2}),
 ]
 
 
-@pytest.mark.parametrize(("kind", "options"), ADAPTIVE)
+@pytest.mark.parametrize(("kind", "config", "options"), ADAPTIVE)
 @given(cut=st.integers(0, 30), seed=st.integers(0, 1000))
 @settings(deadline=None)
-def test_a_resumed_controller_continues_unchanged(kind: type[Adaptive], options: dict[str, Any], cut: int, seed: int) -> None:
+def test_a_resumed_controller_continues_unchanged(
+    kind: type[Adaptive], config: type[AdaptiveConfig], options: dict[str, Any], cut: int, seed: int
+) -> None:
     """Stopped anywhere, saved as JSON, loaded into a new one: the same sizes; and any size is legal."""
 
     def new() -> Adaptive:
-        return kind(horizon=HORIZON, micro=8, samples=16, max=500, **options)
+        return kind(config(micro=8, samples=16, max=500, **options), HORIZON)
 
     random = np.random.default_rng(seed)
     records = [of_workers(random.normal(0.5, 1, (4, 6)), 4) for _ in range(30)]
@@ -380,8 +429,7 @@ def test_a_resumed_controller_continues_unchanged(kind: type[Adaptive], options:
 
 def test_sizes_that_a_user_wrote_are_not_rounded() -> None:
     """From 4 to 20 in multiples of 8, and the multiple is for what lies in between."""
-    ramp = Ramp(HORIZON, samples=4, micro=4, max=20, over="600B tokens", multiple=8)
-    assert ramp.problems() == []
+    ramp = Ramp(ramp_config(4, 20, multiple=8), HORIZON)
     sizes = [ramp.next_batch(at(samples * 10**6)) for samples in (0, 200, 450, 599, 600)]
     assert sizes == [4, 8, 16, 16, 20]
     measured = norm_test(samples=12, max=100)
@@ -396,11 +444,11 @@ def test_resume_under_another_controller_keeps_the_size() -> None:
     """The new kind's own means start afresh; a size below its own start, or a controller that had none, gives its start."""
     first = norm_test()
     first.observe(statistics(100, 2), 0.0, at(step=1))
-    second = CriticalLoss(HORIZON, micro=8, samples=32, max=1000)
+    second = CriticalLoss(CriticalLossConfig(micro=8, samples=32, max=1000), HORIZON)
     second.load_state_dict(first.state_dict())
     assert second.next_batch(at()) == 200 and second.noise_scale is None
-    larger = NoiseScale(HORIZON, micro=8, samples=256, max=1000)
+    larger = NoiseScale(NoiseScaleConfig(micro=8, samples=256, max=1000), HORIZON)
     larger.load_state_dict(first.state_dict())
     assert larger.next_batch(at()) == 256
-    larger.load_state_dict(Fixed(HORIZON, 32, 8).state_dict())
+    larger.load_state_dict(Fixed(FixedConfig(samples=32, micro=8), HORIZON).state_dict())
     assert larger.next_batch(at()) == 256
