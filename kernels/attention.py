@@ -95,7 +95,7 @@ def attend_documents(
     scale: float,
     kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention inside each document: the output (B, S, H, D) and the log-sum-exp (1, H, B·S)."""
+    """Compute causal attention inside each document: the output (B, S, H, D) and the log-sum-exp (1, H, B·S)."""
     q, k, v = map(_one_row, (q_BSHD, k_BSKD, v_BSKD))
     segments = Segments(cu_seqlens, host_cu_seqlens)
     out_BTHD, lse_BHT = segments_forward(q, k, v, segments, scale=scale, kernel=kernel)
@@ -115,7 +115,7 @@ def attend_documents_backward(
     scale: float,
     kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients (dq, dk, dv) of `attend_documents`."""
+    """Compute the gradients (dq, dk, dv) of `attend_documents`."""
     dout, q, k, v, out = map(_one_row, (dout_BSHD, q_BSHD, k_BSKD, v_BSKD, out_BSHD))
     segments = Segments(cu_seqlens, host_cu_seqlens)
     dq, dk, dv = segments_backward(dout, q, k, v, out, lse_BHT, segments, scale=scale, kernel=kernel)

@@ -1,8 +1,8 @@
-"""Attention of one block of queries on one block of keys, forward and backward, with the log-sum-exp out in the open.
+"""Attention of one block of queries on one block of keys, forward and backward. Returns the log-sum-exp, too.
 
-`scaled_dot_product_attention` keeps the log-sum-exp of a row's scores to itself. Whoever computes attention piecewise needs
-it: pieces of one row are merged by it, and the backward pass of a piece is that of the whole once it is given the whole
-row's output and log-sum-exp: P = exp(S − LSE), dS = P ∘ (dP − rowsum(dO ∘ O)) (FlashAttention-2, arXiv 2307.08691, 3.1.2).
+`scaled_dot_product_attention` does not return the log-sum-exp of a row's scores. Piecewise attention needs it to merge the
+pieces of a row. The backward pass of a piece is a part of the whole one if it is given the whole row's output and log-sum-exp:
+P = exp(S − LSE), dS = P ∘ (dP − rowsum(dO ∘ O)) (FlashAttention-2, arXiv 2307.08691, 3.1.2).
 
 Shape legend: B batch, Q queries, T keys, H query heads, K key/value heads (H is a multiple of K), D head dim.
 "Half" is bfloat16 or float16. Log-sum-exps are fp32, or fp64 for fp64 inputs.
@@ -125,7 +125,7 @@ def block_backward(
 def segments_forward(
     q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, segments: Segments, *, scale: float, kernel: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention inside each segment of the only row (B = 1). Returns (1, T, H, D) and the log-sum-exp (1, H, T)."""
+    """Compute causal attention inside each segment of the only row (B = 1): (1, T, H, D) and the log-sum-exp (1, H, T)."""
     assert q_BTHD.shape[0] == 1, "segments lie in one row"
     longest, cu_seqlens = segments.longest, segments.cu_seqlens
     if kernel_for(q_BTHD, kernel) == "flash4":
@@ -184,7 +184,7 @@ def segments_backward(
 
 
 def kernel_for(q: torch.Tensor, chosen: str) -> str:
-    """Return what computes attention of these queries: cpu, math, or where the GPU's fused kernels fit, the chosen one.
+    """Choose the kernel for these queries: cpu, math, or where the GPU's fused kernels fit, the chosen one.
 
     They know half precision and head dims that are multiples of 8, most only up to 128.
     """

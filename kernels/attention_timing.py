@@ -110,7 +110,7 @@ def flash4_compilations(shape: Shape) -> dict[str, Callable[[torch.device], obje
 
 
 def _inputs(shape: Shape, device: torch.device, samples: int = 1) -> list[torch.Tensor]:
-    """Queries, keys and values, positions first, as the projections leave them."""
+    """Make queries, keys and values, positions first, as the projections leave them."""
     draw = torch.Generator(device).manual_seed(0)
     sizes = ((samples, shape.seq_len, heads, shape.head_dim) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
     return [torch.randn(size, device=device, dtype=torch.bfloat16, generator=draw).requires_grad_() for size in sizes]

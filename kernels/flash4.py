@@ -92,7 +92,7 @@ def _how(causal: bool, scale: float, cu_seqlens: torch.Tensor | None, longest: i
 def flash4_attend(
     q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention over whole sequences: (B, S, H, D) and the log-sum-exp (B, H, S)."""
+    """Compute causal attention over whole sequences: (B, S, H, D) and the log-sum-exp (B, H, S)."""
     return forward(q_BSHD, k_BSKD, v_BSKD, causal=True, scale=scale)
 
 
@@ -106,7 +106,7 @@ def flash4_attend_backward(
     log_sum: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients (dq, dk, dv) of `flash4_attend`."""
+    """Compute the gradients (dq, dk, dv) of `flash4_attend`."""
     return backward(dout, q, k, v, out, log_sum, causal=True, scale=scale)
 
 

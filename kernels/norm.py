@@ -1,7 +1,7 @@
-"""RMSNorm whose output goes to several matrix products: their gradients are added up where the norm's is computed.
+"""RMSNorm whose output feeds several matrix products. Its backward kernel also sums their gradients.
 
-The norm itself, and the sum before it, are the compiler's to fuse. Its backward pass is one visit to memory here: the sum of
-the products' gradients, the gradients of input and weight, and the residual's gradient on top.
+The forward pass, and the sum before it, are left to the compiler to fuse. The backward pass is one kernel that reads and writes
+memory once: it sums the products' gradients, computes those of input and weight, and adds the residual's gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WIDEST = 8192  # a row lies in the registers of one program
 
 
 class FusedNorm:
-    """RMSNorm with this backward pass. It reads the weight: nobody sees a call of the norm's module."""
+    """RMSNorm with a fused backward pass. It is given the weight: the norm's module is not called, so its hooks don't run."""
 
     def fits(self, x: torch.Tensor) -> bool:
         """Return whether there is a kernel for this input."""
@@ -46,7 +46,7 @@ class _Normed(torch.autograd.Function):
 def norm_backward(
     x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, gradients: list[torch.Tensor], eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x and weight, where x also went on with gradient `residual`. Sums are fp32."""
+    """Compute the gradients of x and weight; `residual` is x's gradient from the residual stream. Sums are fp32."""
     from .triton_block import norm_backward_rows
 
     return norm_backward_rows(x, weight, residual, gradients, eps)

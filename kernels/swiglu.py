@@ -1,12 +1,11 @@
 """SwiGLU inside the matrix products around it, on Hopper GPUs where quack-kernels is installed: pip install 'meshloom[flash4]'.
 
-The product with gate's and up's weights ends in silu(gate) · up, and the product that goes back through w2 ends in SwiGLU's
-gradient, so that neither is a pass over memory of its own, and silu(gate) · up is not kept for the backward pass: it falls out
-once more. Operators that `torch.compile` does not look into; quack compiles a kernel when one is first used (seconds), and
+The kernel of the product with the weights of gate and up also computes silu(gate) · up. The kernel of the backward product with
+w2 also computes SwiGLU's gradient. So neither needs a pass over memory of its own. The backward kernel computes silu(gate) · up
+again, so it is not kept. `torch.compile` does not trace these operators. quack compiles a kernel on first use (seconds), and
 keeps it on disk.
 
-A gate's row and its up's row lie next to each other in what the kernels take ("in turns"); the model's weights do not, so they
-are copied together where they are used.
+The kernels take the rows of gate and up interleaved ("in turns"). The model's weights are not, so they are copied before use.
 
 Shape legend: T tokens, D model width, F feed-forward width.
 """
@@ -75,7 +74,7 @@ def package() -> ModuleType:
 
 @functools.cache
 def _tile() -> Any:
-    """The tile that was the fastest of eight, forward and backward, for 32,768 tokens of widths 2,048 and 8,192 on H200."""
+    """Return the fastest of eight tiles, forward and backward, for 32,768 tokens of widths 2,048 and 8,192 on H200."""
     from quack.gemm_config import GemmConfig  # pyright: ignore[reportMissingImports]
 
     return GemmConfig(
@@ -84,7 +83,7 @@ def _tile() -> Any:
 
 
 class FusedSwiglu:
-    """A feed-forward by these kernels. It reads the weights: nobody sees calls of the projections' modules."""
+    """A feed-forward by these kernels. It is given the weights: the projections' modules are not called, so hooks don't run."""
 
     def fits(self, x: torch.Tensor, w1_FD: torch.Tensor) -> bool:
         """Return whether the kernels take this input and the widths of this weight."""
@@ -118,7 +117,7 @@ def apart(both_2FD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.library.custom_op("meshloom::swiglu_up", mutates_args=())
 def swiglu_up(x_TD: torch.Tensor, w1_FD: torch.Tensor, w3_FD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """silu(gate) · up (T, F), which has no gradient, and gate and up in turns (T, 2F), whose gradient is that of both."""
+    """Compute silu(gate) · up (T, F), without a gradient, and interleaved gate and up (T, 2F), which carry the gradient."""
     both, hidden = package().gemm_gated(x_TD, in_turns(w1_FD, w3_FD).T, activation="swiglu", config=_tile(), tuned=False)
     return hidden, both
 
@@ -127,19 +126,19 @@ def swiglu_up(x_TD: torch.Tensor, w1_FD: torch.Tensor, w3_FD: torch.Tensor) -> t
 def swiglu_up_backward(
     dboth_T2F: torch.Tensor, x_TD: torch.Tensor, w1_FD: torch.Tensor, w3_FD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, w1 and w3."""
+    """Compute the gradients of x, w1 and w3."""
     return dboth_T2F @ in_turns(w1_FD, w3_FD), *apart(dboth_T2F.T @ x_TD)
 
 
 @torch.library.custom_op("meshloom::swiglu_down", mutates_args=())
 def swiglu_down(hidden_TF: torch.Tensor, both_T2F: torch.Tensor, w2_DF: torch.Tensor) -> torch.Tensor:
-    """hidden w2ᵀ, as a function of what hidden was made of: `both_T2F` gets the gradient."""
+    """Compute hidden · w2ᵀ. The gradient goes to `both_T2F`, from which hidden was computed."""
     return hidden_TF @ w2_DF.T
 
 
 @torch.library.custom_op("meshloom::swiglu_down_backward", mutates_args=())
 def swiglu_down_backward(dy_TD: torch.Tensor, both_T2F: torch.Tensor, w2_DF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up, in turns, and of w2."""
+    """Compute the gradients of w2 and of gate and up, interleaved."""
     dy_TD = dy_TD.contiguous()
     dboth, hidden = package().gemm_dgated(
         dy_TD, w2_DF, both_T2F, activation="swiglu", config=_tile(), tuned=False, dynamic_scheduler=True

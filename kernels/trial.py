@@ -1,4 +1,4 @@
-"""Third-party kernels are tried before a run relies on them, and may fail in any way."""
+"""Try third-party kernels before a run relies on them: they may fail in any way."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ and copy. torch's fused AdamW moves 28 of these, but needs the gradient clipped 
 Imported only where Triton is at hand.
 """
 
-# Triton comes with torch's CUDA builds alone, and a checker does not see what its decorator makes of a function.
+# Triton comes with CUDA builds of torch only, and type checkers can't see through its decorator.
 # pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportIndexIssue=false
 

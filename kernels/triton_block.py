@@ -1,9 +1,9 @@
-"""Triton kernels of a block's parts: RMSNorm's backward pass with the sums around it, and matrices' rows in turns.
+"""Triton kernels of a block's parts: RMSNorm's backward pass with the sums around it, and interleaving of rows.
 
 Imported only where Triton is at hand.
 """
 
-# Triton comes with torch's CUDA builds alone, and a checker does not see what its decorator makes of a function.
+# Triton comes with CUDA builds of torch only, and type checkers can't see through its decorator.
 # pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportIndexIssue=false
 
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-_AT_ONCE = 3  # gradients that one kernel adds up: those of query, key and value
+_AT_ONCE = 3  # gradients that one kernel sums: those of query, key and value
 _PROGRAMS = 4  # for each multiprocessor: they keep a part of the weight's gradient each
 
 

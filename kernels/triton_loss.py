@@ -1,12 +1,12 @@
-"""The softmax of a chunk's logits in one visit to memory: its statistics, and the loss's gradient written over the logits.
+"""Softmax of a chunk's logits: its statistics, and the loss's gradient, which overwrites the logits.
 
-One program has a row. It reads it once for an online maximum and sum (arXiv 1805.02867) and then, from its end, where the
-second-level cache still has it, a second time to overwrite it.
+Each program handles one row. It reads the row once for an online maximum and sum (arXiv 1805.02867). Then it reads it again,
+backwards from its end, which is still in the L2 cache, and overwrites it.
 
 Imported only where Triton is at hand.
 """
 
-# Triton comes with torch's CUDA builds alone, and a checker does not see what its decorator makes of a function.
+# Triton comes with CUDA builds of torch only, and type checkers can't see through its decorator.
 # pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportIndexIssue=false
 

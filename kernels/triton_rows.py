@@ -1,10 +1,11 @@
-"""Rows of gradients from several ranks added up, in one pass at memory speed: PyTorch's reduction takes twice as long, which is
-not made for a leading dim of two.
+"""Sum rows of gradients from several ranks in one pass, at the speed of memory.
+
+PyTorch's reduction takes twice as long: it is not made for a leading dim of two.
 
 Imported only where Triton is at hand.
 """
 
-# Triton comes with torch's CUDA builds alone, and a checker does not see what its decorator makes of a function.
+# Triton comes with CUDA builds of torch only, and type checkers can't see through its decorator.
 # pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportIndexIssue=false
 
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 
 _BLOCK = 1024
-_UNROLLED = 8  # rows whose loads are all begun at once; beyond that a loop takes them
+_UNROLLED = 8  # rows whose loads are all issued at once; more rows are summed in a loop
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Floor 6: how a run starts, and what a person types."""
+"""Floor 7: how a run starts, and what a person types."""
 
 import os
 

@@ -29,13 +29,13 @@ from ..trainer.validate import run_problems
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on paper.
+    """The plan of a run: its layout, costs and needs, computed without starting it.
 
     model    on the meta device
-    away     what its first rank keeps away from its GPU
+    away     what its first rank offloads
     needs    what its checkpoints take
     samples  global batch, at its start where it changes
-    notes    what whoever reads the figures should know about them
+    notes    remarks on the figures
     """
 
     model: Model
@@ -50,12 +50,12 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Of the fullest rank, at most at once."""
+        """Peak bytes of the rank that needs most."""
         return max(rank.total for rank in self.cost.ranks)
 
 
 def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
-    """The plan of a run. Raises ConfigError with everything that keeps it from running.
+    """Plan the run of a command line. Raises ConfigError with everything that keeps it from running.
 
     Data that are not on this machine do not matter here: they become a note.
     """
@@ -66,7 +66,7 @@ def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
 
 
 def checked_plan(config: RunConfig, *, fused: bool) -> Plan:
-    """The plan of a config that has not been judged: see `plan_of`. Raises ConfigError with its problems."""
+    """Plan a config that is not checked yet: see `plan_of`. Raises ConfigError with its problems."""
     elsewhere: list[Problem] = []
     problems = run_problems(config, planned_processes(config.launch), elsewhere=elsewhere)
     if problems:
@@ -75,10 +75,10 @@ def checked_plan(config: RunConfig, *, fused: bool) -> Plan:
 
 
 def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False) -> Plan:
-    """The plan of a config without problems.
+    """Plan a config without problems.
 
-    notices: what is to be noted besides. fused: the GPUs compute SwiGLU inside its products wherever a run lets them. Raises
-    ConfigError for what runs, but can't be planned.
+    notices: further remarks. fused: whether the GPUs have fused SwiGLU, for runs that can use it. Raises ConfigError for a run
+    whose costs are not known.
     """
     if problems := _unplanned(config):
         raise ConfigError(problems)
@@ -138,7 +138,7 @@ def _costs(
 
 
 def spared_by_fusing(plan: Plan, config: RunConfig) -> int:
-    """Bytes of the fullest rank that a plan of plain SwiGLU would not take on GPUs that compute it inside its products."""
+    """Return the bytes that fused SwiGLU would save on the rank that needs most; 0 where the run can't use it."""
     if fused_swiglu_blocker(decoder_shape(plan.model), plan.parallel, engine_settings(config, plan.model)) is not None:
         return 0
     cost, *_ = _costs(config, plan.model, plan.parallel, plan.layout, replace(plan.job, fused=True))

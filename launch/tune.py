@@ -21,7 +21,7 @@ from .tuned_keys import KEYS
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what is fastest. Returns 0; 2 for a run that can't be, whatever its settings; 1 if none could be measured."""
+    """Print the fastest settings. Return 0; 2 for a run that no setting makes possible; 1 if none could be measured."""
     parser = argparse.ArgumentParser("meshloom tune", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("overrides", nargs="*", help="recipe=… and key=value, as for `meshloom train`")
     told = "memory of a GPU in GiB (default: of the smallest one here)"

@@ -1,4 +1,4 @@
-"""`meshloom tune --measure N`: really run the best candidates, one after another, and rank them by what they did."""
+"""Measure the best candidates of `meshloom tune --measure N`: run them one after another, and rank them by speed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ INSTEAD = {
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate that was run. speed: tokens/s of a process; memory: GiB at most on the first GPU; failure: why neither."""
+    """A measured candidate. speed: tokens/s of a process; memory: peak GiB of the first GPU; failure: why there are neither."""
 
     candidate: Candidate
     speed: float = 0.0
@@ -86,7 +86,7 @@ def check(config: RunConfig) -> None:
 def measure(
     tuned: Tuned, candidates: Sequence[Candidate], overrides: Sequence[str], config_dir: str | None, console: Console
 ) -> Candidate | None:
-    """Run them, say how each did, and return the fastest; None if none ran. Ctrl-C and SIGTERM end what runs, and raise."""
+    """Run the candidates and report each. Return the fastest, None if none ran. Ctrl-C and SIGTERM end the run, and raise."""
     common, notes = common_overrides(tuned, candidates, overrides, config_dir)
     for note in notes:
         console.print(f"· {note}", style="dim", highlight=False)
@@ -113,7 +113,7 @@ def outcome(trial: Trial) -> str:
 def common_overrides(
     tuned: Tuned, candidates: Sequence[Candidate], overrides: Sequence[str], config_dir: str | None
 ) -> tuple[list[str], list[str]]:
-    """The overrides of all trials: the given ones, without what costs time besides training; and notes on them."""
+    """Return the overrides of all trials, and notes on them. What costs time beside training is switched off."""
     replaced = dict(INSTEAD)
     notes: list[str] = []
     samples = trial_samples(tuned.config, candidates)
@@ -136,7 +136,7 @@ def common_overrides(
 
 
 def trial_samples(config: RunConfig, candidates: Sequence[Candidate]) -> int | None:
-    """A smaller global batch on which all of them cost what they do on the whole; None where it is to stay."""
+    """Return a smaller global batch on which candidates compare as on the whole one; None to keep the whole one."""
     plan = candidates[0].plan
     if config.batch.name != "fixed" or isinstance(config.batch.samples, str) or plan.layout.pp > 1:
         return None
@@ -197,7 +197,7 @@ def _until_measured(child: subprocess.Popen[bytes], path: Path, status: Status, 
 
 
 def steps_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file that are of steps."""
+    """Read the rows of a metrics file that belong to steps."""
     if not path.exists():
         return []
     rows: list[dict[str, Any]] = []
@@ -241,7 +241,7 @@ def reason(log: str, code: int) -> str:
 
 @contextlib.contextmanager
 def _stops() -> Generator[Sequence[int]]:
-    """The signals that ask for an end, as they come: Ctrl-C, also where whoever started this ignores it, and SIGTERM."""
+    """Collect signals that ask for an end: SIGTERM, and Ctrl-C even if the parent process ignores it."""
     came: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:

@@ -44,7 +44,7 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings that were planned. settings: key → value, of KEYS; seconds: of a step, for comparison."""
+    """A planned candidate. settings: key → value, of KEYS; seconds: predicted for a step, to compare candidates."""
 
     settings: Settings
     plan: Plan
@@ -52,7 +52,7 @@ class Candidate:
 
     @property
     def bytes(self) -> int:
-        """Of the fullest rank, at most at once."""
+        """Peak bytes of the rank that needs most."""
         return self.plan.bytes
 
     @property
@@ -75,7 +75,7 @@ class Tuned:
     as_given  the given settings, whether or not they fit; None where they can't run
     limit     bytes of a GPU that a plan may take
     host      bytes of host memory that a process may; None where it is not known
-    notes     what whoever reads the figures should know
+    notes     remarks on the figures
     """
 
     config: RunConfig
@@ -87,11 +87,11 @@ class Tuned:
     notes: list[str]
 
     def fits(self, candidate: Candidate) -> bool:
-        """On the GPUs, and in host memory as far as that is known."""
+        """Return whether a candidate fits on the GPUs and, as far as that is known, in host memory."""
         return _fits(candidate, self.limit, self.host)
 
     def changes(self, candidate: Candidate) -> list[str]:
-        """The overrides that turn the given run into a candidate."""
+        """Return the overrides that turn the given run into this candidate."""
         return [f"{key}={written(value)}" for key, value in candidate.settings.items() if value != self.given[key]]
 
 
@@ -111,7 +111,7 @@ def tune(
 
     memory               bytes of a GPU
     host                 bytes of host memory of a machine, which its processes share; None: not known
-    fused_swiglu_blocker  asked once, if the answer matters: why the GPUs can't compute it inside its products, None if they can
+    fused_swiglu_blocker  called once, if the answer matters: returns why the GPUs can't fuse SwiGLU, None if they can
 
     Raises ConfigError with the problems of the given run if no setting can run, and with the smallest if none fits.
     """
@@ -196,13 +196,13 @@ def _less_gpu(parallel: ParallelConfig) -> str:
 
 
 def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Fastest first; of those that the prediction can't tell apart, what takes least memory."""
+    """Rank candidates: fastest first; among those that the prediction can't tell apart, least memory first."""
     fastest = min((one.seconds for one in candidates), default=1.0)
     return sorted(candidates, key=lambda one: (int((one.seconds / fastest - 1) / ALIKE), one.bytes, one.seconds))
 
 
 def given_keys(overrides: Sequence[str]) -> set[str]:
-    """The keys that a command line sets; those of words that can't be read are left out."""
+    """Return the keys that a command line sets. Words that can't be parsed are left out."""
     keys: set[str] = set()
     for line in overrides:
         with contextlib.suppress(OverrideParseException):
@@ -225,7 +225,7 @@ def _get(config: RunConfig, key: str) -> Any:
 
 
 class _Search:
-    """Plans settings of one config. refusals: why some can't run, by their values; notes: on what all plans count on."""
+    """The planner of settings of one config. refusals: why some can't run, by their values; notes: assumptions of all plans."""
 
     def __init__(self, config: RunConfig, fused_swiglu_blocker: Callable[[], str | None]) -> None:
         self._config = config
@@ -235,7 +235,7 @@ class _Search:
         self.notes: list[str] = []
 
     def planned(self, settings: Settings) -> Candidate | None:
-        """None for settings that can't run."""
+        """Plan these settings. Return None if they can't run."""
         config = copy.deepcopy(self._config)
         for key, value in settings.items():
             group, _, name = key.partition(".")
@@ -258,10 +258,10 @@ class _Search:
         return self._fuse
 
     def all(self, given: Settings, fixed: set[str], limit: float) -> list[Candidate]:
-        """Every legal setting of the keys that are not fixed, and the given one if that is legal.
+        """Plan every legal setting of the keys that are not fixed, and the given one if that is legal.
 
-        Larger micro-batches than the first that does not fit are passed by, but for the largest: alone in its step, it needs
-        no room to add gradients up.
+        Beyond the first micro-batch size that does not fit, only the largest is tried: alone in its step, it needs no memory to
+        accumulate gradients.
         """
         parallel = self._config.parallel
         model = max(1, parallel.pp * parallel.cp * parallel.tp)
@@ -308,16 +308,16 @@ class _Search:
 
 
 def divisors(number: int) -> list[int]:
-    """Of a positive number, ascending."""
+    """Return the divisors of a positive number, ascending."""
     small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
     return sorted({*small, *(number // size for size in small)})
 
 
 def written(value: object) -> str:
-    """A value as an override has it."""
+    """Format a value as an override."""
     return "null" if value is None else str(value)
 
 
 def described(settings: Settings) -> str:
-    """Settings in one line, as overrides; a budget only where there is one."""
+    """Format settings in one line, as overrides; a budget only where there is one."""
     return " ".join(f"{key}={value}" for key, value in settings.items() if value is not None)

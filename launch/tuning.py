@@ -25,7 +25,7 @@ SHOWN = 10
 
 
 def tune_and_show(overrides: Sequence[str], config_dir: str | None, memory_gib: float | None, trials: int) -> int:
-    """Print what is fastest, and measure so many of the best. Returns the exit code. Raises ConfigError."""
+    """Print the fastest settings, and measure that many of the best. Return the exit code. Raises ConfigError."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
@@ -69,7 +69,7 @@ def _tuned(overrides: Sequence[str], config_dir: str | None, memory: float | Non
 
 
 def table_of(tuned: Tuned) -> Table:
-    """The fastest settings, best first, and the given ones. Sizes are a process's."""
+    """Tabulate the fastest settings, best first, and the given ones. Sizes are per process."""
     title = "Fastest first, by prediction"
     shown = tuned.fitting[:SHOWN]
     if tuned.as_given is not None and tuned.as_given not in shown:

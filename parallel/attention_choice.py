@@ -1,7 +1,7 @@
-"""The attention kernel of a run: the fastest for all ranks together, measured once on machines of a kind and then remembered.
+"""Choose a run's attention kernel: the fastest over all ranks, measured once on each kind of machine and then remembered.
 
-Remembered, so that a run that goes on computes as it did before: in another measurement noise may choose another kernel, and
-with it other roundings.
+It is remembered so that a resumed run computes as before: noise in a new measurement might choose another kernel, which rounds
+otherwise.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _known(record: Path, work: str, shape: Shape, mesh: Mesh) -> tuple[list[Kern
 
 
 def _measured(kernels: list[Kernel], shape: Shape, mesh: Mesh) -> dict[Kernel, float]:
-    """Averages over all ranks, in seconds; infinite for a kernel that failed on one."""
+    """Average the times over all ranks, in seconds; infinite for a kernel that failed on one."""
     if not kernels:
         return {}
     mine = torch.tensor([seconds(kernel, shape, mesh.device) for kernel in kernels], dtype=torch.float64, device=mesh.device)

@@ -28,7 +28,7 @@ class GradientObserver:
 
 
 class HalvesObserver(GradientObserver):
-    """Passes the gradient of a batch's first half to an optimizer, in the steps in which it wants it."""
+    """Passes the gradient of a batch's first half to the optimizer, in steps for which the optimizer wants it."""
 
     def __init__(self, optimizer: ComparesHalves) -> None:
         self._optimizer = optimizer

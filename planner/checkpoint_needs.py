@@ -14,7 +14,7 @@ from .tables import gib
 
 @dataclass(frozen=True)
 class CheckpointNeeds:
-    """Bytes.
+    """Host memory and disk space that checkpoints need, in bytes.
 
     step      one checkpoint, of all ranks
     kept      checkpoints on the disk at once: those that stay and the one being written; None where all stay
@@ -31,9 +31,10 @@ class CheckpointNeeds:
 
 
 def checkpoint_needs(settings: CheckpointConfig, layout: Layout, held: Sequence[int]) -> CheckpointNeeds:
-    """held: by pipeline coordinate, bytes of weights and optimizer state of a rank there, all that is saved.
+    """Compute the needs of a layout's checkpoints.
 
-    What several ranks hold is dealt out among them. Memory is that of as many snapshots as fit `checkpoint.host_memory_gib`,
+    held: by pipeline coordinate, bytes of weights and optimizer state of a rank there, which are all that is saved.
+    What several ranks hold is divided among them. Memory is that of as many snapshots as fit `checkpoint.host_memory_gib`,
     two or, with the in-memory tier, three, and of that tier's parity: of the version that counts and of the one to come.
     """
     if settings.every == 0:

@@ -62,8 +62,8 @@ class RankCost:
 
     @property
     def total(self) -> int:
-        """Bytes at most at once, by this account. Activations go as gradients come: a forward pass or the last backward
-        pass ends with the most.
+        """Peak bytes, by this account. Activations are freed as gradients appear, so the peak is at the end of the forward pass
+        or of the last backward pass.
         """
         most = max(self.held + self.activations, self.gradients)
         return self.weights + self.gathered + (self.optimizer or 0) + most + self.working
@@ -198,10 +198,10 @@ def _rank_cost(
 
 
 def _parcels(held: Sequence[WeightShard], model: Model, parallel: ParallelConfig, layout: Layout, job: Job) -> int:
-    """Bytes that copy engines reach (`transport.py`), beside weights; of ranks on several hosts, too, which do without.
+    """Count the communication buffers of copy engines (`transport.py`), besides weights, in bytes.
 
-    Whole weights need room for the largest group's gradients as they are sent and as they are received; FSDP2 for two groups
-    that are gathered, and for gradients where it exchanges them, which are bf16's under ZeRO-2 and 3.
+    Whole weights need buffers for the largest group's gradients, sent and received. FSDP2 needs buffers for two gathered groups
+    and, in bf16 under ZeRO-2 and 3, for exchanged gradients. Ranks on several hosts are counted too, though they use none.
     """
     if parallel.engine != "torch" or not parallel.copy_engines or layout.weight_ranks == 1:
         return 0

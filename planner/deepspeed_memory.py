@@ -122,7 +122,7 @@ def deepspeed_cost(
 
 
 def _bucket(keys: dict[str, Any], stage: int, unit: int, whole: int) -> int:
-    """Bytes that gradients are reduced in. Stage 2 fills bf16 and widens what is in it; two take turns with overlap_comm."""
+    """Count the bytes of DeepSpeed's reduction buckets."""
     if not keys.get("contiguous_gradients", True):
         return 0
     elements = int(keys.get("reduce_bucket_size", BUCKET))
@@ -132,7 +132,7 @@ def _bucket(keys: dict[str, Any], stage: int, unit: int, whole: int) -> int:
 
 
 def _persistent(model: Model, keys: dict[str, Any]) -> int:
-    """Elements of the parameters that stage 3 keeps gathered."""
+    """Count the elements of the parameters that stage 3 keeps gathered."""
     largest = int(keys.get("stage3_param_persistence_threshold", PERSISTENT))
     room = int(keys.get("stage3_model_persistence_threshold", sys.maxsize))
     kept = 0
@@ -143,7 +143,7 @@ def _persistent(model: Model, keys: dict[str, Any]) -> int:
 
 
 def _locked(keys: dict[str, Any], place: str) -> Callable[[int], int]:
-    """Bytes that a buffer of a size takes of the host."""
+    """Return the function that gives the host bytes of a buffer of a size: pinned, or as it is."""
     return pinned if (keys.get(place) or {}).get("pin_memory", True) else lambda size: size
 
 

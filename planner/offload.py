@@ -28,7 +28,7 @@ def pinned(size: int) -> int:
 
 
 def torch_offload_cost(rank: RankCost, pieces: Sequence[WeightShard], zero: int, job: Job) -> tuple[RankCost, OffloadAccount]:
-    """FSDP2 with its state on the host: fp32 shards of weights and gradients, each locked, and the optimizer's beside them.
+    """Account for FSDP2's CPU offload: fp32 shards of weights and gradients, pinned, and the optimizer's state on the host.
 
     rank: the account of the layout with `parallel.offload=cpu`, of which this takes away what is on the host. The GPU
     fetches the fp32 shards for each forward and backward pass under ZeRO-3, for each step below; a gradient goes back where

@@ -61,8 +61,11 @@ norm and for the update, the computation's copy written."""
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of a step's weights and gradients that a rank reads and writes within its GPU, and that it sends to others; and of
-    its update, wherever the optimizer's state is.
+    """Bytes that a rank moves in a step.
+
+    within   weights and gradients, read and written within its GPU
+    between  weights and gradients, sent to other ranks
+    update   of the optimizer's update, wherever its state lies
     """
 
     within: float

@@ -1,4 +1,4 @@
-"""A pipeline schedule on paper: the order of actions as torch has it, and when each of them runs. No process is started."""
+"""Simulate a pipeline schedule: torch's order of actions, and the time of each. Starts no process."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """spans[r]: the actions of pipeline rank r in order, with their times."""
+    """The timeline of a pipeline. spans[r]: the actions of pipeline rank r in order, with their times."""
 
     spans: list[list[Span]]
 
@@ -63,16 +63,16 @@ class Timeline:
 
     @property
     def busy(self) -> float:
-        """Time of all ranks' actions together."""
+        """The sum of the times of all ranks' actions."""
         return sum(span.end - span.start for row in self.spans for span in row)
 
     @property
     def bubble(self) -> float:
-        """Part of the ranks' time that is spent waiting: 0 for perfect work, (p − 1) / (v·m + p − 1) for 1F1B."""
+        """The bubble: the share of the ranks' time spent waiting; (p − 1) / (v·m + p − 1) for 1F1B."""
         return 1 - self.busy / (self.length * len(self.spans))
 
     def peak(self, rank: int, size: Callable[[int], float]) -> float:
-        """The most that lives on a rank at once where an activation of stage s, of `size(s)`, lives from F to B or W."""
+        """Return a rank's peak size of live activations: one of stage s has `size(s)`, and lives from F to B or W."""
         most = now = 0.0
         for span in self.spans[rank]:
             action = span.action
@@ -93,7 +93,7 @@ def torch_order(parallel: ParallelConfig, micro_batches: int) -> list[list[Actio
     make = cast(Callable[..., Any], get_schedule_class(chosen.torch_name))
 
     def stand_in(stage: int) -> Any:
-        """As much of a PipelineStage as the order is computed from."""
+        """Return an object with the attributes of a PipelineStage from which torch computes the order."""
         return SimpleNamespace(
             stage_index=stage,
             num_stages=count,
@@ -108,7 +108,8 @@ def torch_order(parallel: ParallelConfig, micro_batches: int) -> list[list[Actio
     single = chosen.stages_per_rank == 1 and chosen.fixed
     schedule = make(mine[0] if single else mine, micro_batches, loss_fn=torch.sub)
     if single:
-        # What these two say of their order is not what they do: 1F1B's last rank would begin with micro-batch 1.
+        # The `pipeline_order` of these two schedules is not the order that they run: in it 1F1B's last rank begins with
+        # micro-batch 1.
         ahead = [micro_batches if parallel.schedule == "gpipe" else parallel.pp - rank for rank in range(parallel.pp)]
         return [_one_stage(rank, micro_batches, ahead[rank]) for rank in range(parallel.pp)]
     order = cast(Mapping[int, Sequence[Any]], schedule.pipeline_order)
@@ -116,7 +117,7 @@ def torch_order(parallel: ParallelConfig, micro_batches: int) -> list[list[Actio
 
 
 def _one_stage(stage: int, micro_batches: int, ahead: int) -> list[Action]:
-    """Forward passes until `ahead` of them wait for their backward pass, then a backward and a forward pass in turn."""
+    """List a rank's actions: `ahead` forward passes, then a backward and a forward pass in turn (1F1B)."""
     forward = [Action(stage, FORWARD, micro) for micro in range(micro_batches)]
     backward = [Action(stage, BACKWARD, micro) for micro in range(micro_batches)]
     actions = forward[:ahead]
@@ -126,7 +127,7 @@ def _one_stage(stage: int, micro_batches: int, ahead: int) -> list[Action]:
 
 
 def _flat(step: Any) -> list[Action]:
-    """The computations of one entry of torch's order: none for a wait, two for an overlapped pair (they run in turn)."""
+    """List the computations of an entry of torch's order: none for a wait, two for an overlapped pair."""
     if step is None:
         return []
     if step.sub_actions:

@@ -1,1 +1,1 @@
-"""Floor 5: the training step, the loop around it, and the hooks that watch it."""
+"""Floor 6: the training step, the loop around it, and the hooks that watch it."""

@@ -1,11 +1,11 @@
 """Ring attention: exact causal attention over sequences that are spread over several ranks, with point-to-point messages.
 
-Every member starts on its own keys and meets the others one after another: in step t it computes on the keys of the member
-t places before it while those of step t + 1 are under way, and merges what it finds by log-sum-exp. Where classic ring
-attention (arXiv 2310.01889) hands whole key blocks round, here the holder sends straight to the member that needs them, and
-just the span it will use: under a causal mask that is three quarters of the volume, in packed rows of short documents next
-to nothing. In the backward pass the keys travel again, and their gradients go straight back to the holder, which adds them
-in fp32. With grouped-query attention keys are cheaper to move than queries, which TokenRing (arXiv 2412.20501) sends.
+Every member starts with its own keys. In step t it computes on the keys of the member t places before it, while those of
+step t + 1 are being received, and merges the results by log-sum-exp. Classic ring attention (arXiv 2310.01889) passes whole key
+blocks from neighbour to neighbour. Here the holder sends directly to the member that needs the keys, and only the span that it
+uses: three quarters of the volume under a causal mask, and almost nothing in packed rows of short documents. In the backward
+pass the keys are sent again, and their gradients go directly back to the holder, which sums them in fp32. With grouped-query
+attention keys are smaller than queries, which TokenRing (arXiv 2412.20501) sends.
 
 The members are a plain list of ranks, given with each call: no process group is made per set of ranks. All messages go over
 one group that contains them.
@@ -32,7 +32,7 @@ from .ring_plan import RingPlan, Step, plan_documents, plan_whole
 
 @dataclass(frozen=True)
 class Ring:
-    """The members that share sequences: their global ranks in order, this process's place among them, and a group to talk on.
+    """The members that share sequences: their global ranks in order, this process's index among them, and a group for messages.
 
     The group contains the members and maybe others. With NCCL its communicator must exist before the first call (one
     collective by all of the group), since not every member takes part in every exchange.
@@ -99,7 +99,7 @@ def ring_forward(
     scale: float,
     kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ring_attend`'s output, and the log-sum-exp of each row: (B, H, T), or (1, H, B·T) with documents."""
+    """Compute `ring_attend`'s output and the log-sum-exp of each row: (B, H, T), or (1, H, B·T) with documents."""
     call = _Call.of(part_cu_seqlens, host_cu_seqlens, length, ranks, index, group, scale, kernel)
     q, k, v = map(call.rows, (q_BTHD, k_BTKD, v_BTKD))
     out, lse = _forward(q, k, v, call)
@@ -123,7 +123,7 @@ def ring_backward(
     scale: float,
     kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients (dq, dk, dv) of `ring_forward`, each member's for what it holds."""
+    """Compute the gradients (dq, dk, dv) of `ring_forward`, each member's for the positions it holds."""
     call = _Call.of(part_cu_seqlens, host_cu_seqlens, length, ranks, index, group, scale, kernel)
     dout, q, k, v, out = map(call.rows, (dout_BTHD.contiguous(), q_BTHD, k_BTKD, v_BTKD, out_BTHD))
     dq, dk, dv = _backward(dout, q, k, v, out, lse, call)
@@ -173,7 +173,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Message:
-    """A tensor and the member it goes to or comes from."""
+    """A tensor and the peer that it is sent to or received from."""
 
     tensor: torch.Tensor
     member: int
@@ -193,13 +193,13 @@ class _Mail:
         self._works: list[Any] = dist.batch_isend_irecv(operations) if operations else []
 
     def wait(self) -> None:
-        """Until they have arrived; on a GPU only the stream waits."""
+        """Wait until the messages have arrived; on a GPU only the stream waits."""
         for work in self._works:
             work.wait()
 
 
 def _rounds(k: torch.Tensor, v: torch.Tensor, call: _Call) -> Iterator[tuple[Step | None, torch.Tensor]]:
-    """(None, k) for the member's own keys, then each step of the plan with the keys that arrived for it.
+    """Yield (None, k) for the member's own keys, then each step of the plan with the keys that arrived for it.
 
     While the caller computes on a step's keys, those of the next are under way.
     """

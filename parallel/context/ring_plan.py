@@ -1,4 +1,4 @@
-"""The zig-zag ring on paper: what each member holds, and which blocks of attention each pair computes. No ranks here.
+"""The plan of a zig-zag ring: the positions of each member, and the blocks of attention that each pair computes. No ranks here.
 
 A row of `length` positions is cut into 2N parts; member i of N holds parts i and 2N − 1 − i, so that under a causal mask
 every member has the same area to compute (zig-zag; ByteScale, arXiv 2502.21231, "dist-attention"). Sequences (documents)
@@ -20,7 +20,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """Every query of one span attends to every key of another."""
+    """A block in which every query of one span attends to every key of another."""
 
     queries: Span
     keys: Span

@@ -62,7 +62,7 @@ class ContextParallel:
         *,
         scale: float | None = None,
     ) -> torch.Tensor:
-        """Causal attention of this rank's positions over the whole samples; documents are those of the whole samples."""
+        """Compute causal attention of this rank's positions over whole samples; documents are those of the whole samples."""
         if self._kind == "ulysses":
             group = self._group
             return ulysses_attend(q_BTHD, k_BTKD, v_BTKD, documents, group=group, attend=self._plain, scale=scale)

@@ -264,7 +264,7 @@ def _backend(group: dist.ProcessGroup, device: torch.device) -> Any:
 
 
 class _Closing:
-    """A callback that closes a transport, if it still exists."""
+    """Return a callback that closes a transport, if it still exists."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = weakref.ref(transport)
