@@ -31,9 +31,9 @@ class Keeper:
     def __init__(self, folder: Path, slot: int, timeout: float) -> None:
         self._timeout = timeout
         self._stuck = False
-        secret = secrets.token_hex(8)
+        secret = secrets.token_hex(16)
         here, there = socket.socketpair()
-        arguments = [str(there.fileno()), str(slot), secret, str(PATIENCE_HOURS)]
+        arguments = [str(there.fileno()), str(slot), str(PATIENCE_HOURS)]
         # It is deliberately not waited for: it goes on when this process ends.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "meshloom.checkpoint.memory.keeper_main", *arguments],
@@ -47,6 +47,8 @@ class Keeper:
         here.settimeout(2 * timeout)
         self._link = here
         self._giver = Giver(here)
+        with contextlib.suppress(CheckpointError):  # it ended at once, which its answer tells
+            self._send({"secret": secret})
         hello = self._receive()
         if hello is None:
             raise CheckpointError(f"the keeper process of rank {slot} did not start (exit code {self._process.wait()})")

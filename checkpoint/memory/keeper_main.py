@@ -1,4 +1,4 @@
-"""The keeper process: `python -m meshloom.checkpoint.memory.keeper_main <socket> <slot> <secret> <hours>`. Imports no torch.
+"""The keeper process: `python -m meshloom.checkpoint.memory.keeper_main <socket> <slot> <hours>`. Imports no torch.
 
 It maps the memory that its trainer gives it and keeps it when the trainer dies. Other keepers send it their blocks for its
 stripe of parity; recovering trainers fetch what they need. It ends when told to, or after some hours without a trainer.
@@ -16,7 +16,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from hmac import compare_digest
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,10 @@ from ..digest import block_digests, leaf_digests_by_many
 from ..faults import install_from_environment, reach
 from ..writing.handover import Taker
 from .parity import span_of
-from .wire import PIECE, Address, Connection, own_host, receive_into, receive_line, send
+from .wire import GREETING_SECONDS, PIECE, Address, Connection, greet, own_host, receive_into, receive_line, send
+
+MOST_STRANGERS = 64  # connections that have not proved themselves yet
+MOST_PEERS = 1024
 
 
 @dataclass
@@ -57,25 +59,45 @@ class KeeperServer:
         self.versions: dict[str, Version] = {}
         self.ended = threading.Event()
         self._changed = threading.Condition()
-        self._listener = socket.create_server(("", 0))
+        self._strangers = threading.BoundedSemaphore(MOST_STRANGERS)
+        self._peers = threading.BoundedSemaphore(MOST_PEERS)
+        self.host = own_host()
+        self._listener = socket.create_server((self.host, 0), backlog=MOST_PEERS)
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         while True:
-            link, _ = self._listener.accept()
+            self._strangers.acquire()  # more of them wait at the door
+            try:
+                link, _ = self._listener.accept()
+            except OSError:  # it hung up again, or there is no descriptor left
+                self._strangers.release()
+                time.sleep(0.1)
+                continue
             threading.Thread(target=self._serve, args=(link,), daemon=True).start()
 
     def _serve(self, link: socket.socket) -> None:
         with link, contextlib.suppress(OSError):
-            while (request := receive_line(link)) is not None:
-                if not compare_digest(str(request.get("secret")).encode(), self.secret.encode()):
-                    send(link, {"error": "wrong secret"})
-                    return
+            try:
+                known = greet(link, self.secret)
+            finally:
+                self._strangers.release()
+            if known and self._peers.acquire(timeout=GREETING_SECONDS):
                 try:
-                    self._answer(link, request)
-                except (KeyError, ValueError) as error:
-                    send(link, {"error": f"{type(error).__name__}: {error}"})
+                    self._answer_all(link)
+                finally:
+                    self._peers.release()
+
+    def _answer_all(self, link: socket.socket) -> None:
+        """Answer the requests of one that has proved itself, until it hangs up or its node is gone."""
+        link.settimeout(None)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        while (request := receive_line(link)) is not None:
+            try:
+                self._answer(link, request)
+            except (KeyError, ValueError) as error:
+                send(link, {"error": f"{type(error).__name__}: {error}"})
 
     def _answer(self, link: socket.socket, request: dict[str, Any]) -> None:
         if request["do"] == "xor":
@@ -229,9 +251,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     install_from_environment()
-    link, slot, secret, hours = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
-    server = KeeperServer(slot, secret)
-    send(link, {"host": own_host(), "port": server.port})
+    link, slot, hours = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3])
+    first = receive_line(link)  # the secret comes this way because arguments and environment are for others to read
+    if first is None:
+        return
+    server = KeeperServer(slot, first["secret"])
+    send(link, {"host": server.host, "port": server.port})
     serve_trainer(server, link, hours * 3600)
 
 

@@ -1,10 +1,17 @@
-"""The messages between keepers and trainers: a line of JSON, then as many raw bytes as it announces. No torch."""
+"""The messages between keepers and trainers: a line of JSON, then as many raw bytes as it announces. No torch.
+
+A connection begins with a proof of both sides that they know the keeper's secret, which itself is never sent. The trainer sends
+a nonce, the keeper its own with an HMAC over both, the trainer another HMAC. Until then lines are short and must come soon.
+"""
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
+import secrets
 import socket
+import time
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -13,6 +20,8 @@ from ..errors import CheckpointError
 PIECE = 4 * 2**20
 STRANGER = "this is nobody who speaks to keepers"  # but has the port that one had once
 LINE_BYTES = 16 * 2**20  # room for the digests of 7 TB
+GREETING_BYTES = 1024  # of a line before the other side has proved itself
+GREETING_SECONDS = 5.0  # for all of its proof
 
 
 @dataclass(frozen=True)
@@ -38,12 +47,18 @@ class Connection:
             self._socket = socket.create_connection((address.host, address.port), timeout)
         except OSError as error:
             raise CheckpointError(f"the keeper of rank {address.slot} at {address.host}:{address.port}: {error}") from error
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _prove(self._socket, address.secret, timeout)
+            self._socket.settimeout(timeout)
+        except OSError as error:
+            self._socket.close()
+            raise CheckpointError(f"the keeper of rank {address.slot} at {address.host}:{address.port}: {error}") from error
 
     def ask(self, request: dict[str, Any], payload: memoryview | None = None) -> dict[str, Any]:
         """Send a request with its payload; returns the answer. Raises CheckpointError if the keeper refuses or is gone."""
         try:
-            send(self._socket, {**request, "secret": self.address.secret, "bytes": len(payload or b"")}, payload)
+            send(self._socket, {**request, "bytes": len(payload or b"")}, payload)
             answer = receive_line(self._socket)
         except OSError as error:
             raise CheckpointError(f"the keeper of rank {self.address.slot} is gone: {error}") from error
@@ -76,14 +91,53 @@ def send(link: socket.socket, header: dict[str, Any], payload: memoryview | None
             link.sendall(payload[at : at + PIECE])
 
 
-def receive_line(link: socket.socket) -> dict[str, Any] | None:
-    """A line; None when the other side has hung up. Raises ConnectionError for one that has no end, or is no such line."""
+def _hmac(secret: str, side: str, nonces: tuple[str, str]) -> str:
+    return hmac.new(secret.encode(), "\n".join((side, *nonces)).encode(), "sha256").hexdigest()
+
+
+def _prove(link: socket.socket, secret: str, timeout: float) -> None:
+    """Prove to a keeper that its secret is known here, and have it prove the same. Raises OSError."""
+    deadline = time.monotonic() + timeout
+    mine = secrets.token_hex(16)
+    send(link, {"nonce": mine})
+    hello = receive_line(link, GREETING_BYTES, deadline) or {}
+    nonces = (mine, str(hello.get("nonce")))
+    if not hmac.compare_digest(str(hello.get("proof")).encode(), _hmac(secret, "keeper", nonces).encode()):
+        raise ConnectionError(STRANGER)
+    send(link, {"proof": _hmac(secret, "trainer", nonces)})
+    if receive_line(link, GREETING_BYTES, deadline) is None:
+        raise ConnectionError(STRANGER)
+
+
+def greet(link: socket.socket, secret: str) -> bool:
+    """Have whoever connects to a keeper prove that it knows the secret, and prove the same. Return whether it does.
+
+    Raises OSError, TimeoutError among it, for one that says something else, too much, or nothing.
+    """
+    deadline = time.monotonic() + GREETING_SECONDS
+    hello = receive_line(link, GREETING_BYTES, deadline) or {}
+    nonces = (str(hello.get("nonce")), secrets.token_hex(16))
+    send(link, {"nonce": nonces[1], "proof": _hmac(secret, "keeper", nonces)})
+    answer = receive_line(link, GREETING_BYTES, deadline) or {}
+    if not hmac.compare_digest(str(answer.get("proof")).encode(), _hmac(secret, "trainer", nonces).encode()):
+        return False
+    send(link, {})
+    return True
+
+
+def receive_line(link: socket.socket, limit: int = LINE_BYTES, deadline: float | None = None) -> dict[str, Any] | None:
+    """A line; None when the other side has hung up. Raises ConnectionError for one that has no end, or is no such line.
+
+    limit: most bytes before its end; deadline: of `time.monotonic`, by which all of it must be there, or TimeoutError
+    """
     line = bytearray()
     while not line.endswith(b"\n"):
-        if len(line) > LINE_BYTES:
+        if len(line) > limit:
             raise ConnectionError(STRANGER)
+        if deadline is not None:
+            link.settimeout(max(deadline - time.monotonic(), 0.001))  # zero would mean not to wait at all
         # One byte at a time after a look ahead: what follows the line is payload and must stay in the socket.
-        ahead = link.recv(65536, socket.MSG_PEEK)
+        ahead = link.recv(min(limit, 65536), socket.MSG_PEEK)
         if not ahead:
             return None
         end = ahead.find(b"\n")

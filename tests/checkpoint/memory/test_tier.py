@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -399,26 +398,3 @@ def test_slow_keepers_skip_a_snapshot_and_never_block_training(folder: Path) -> 
     checkpointer.close()
     assert [reports[step].outcome for step in range(1, 6)] == ["kept"] * 3 + ["skipped"] * 2
     assert "no memory free" in reports[5].reason
-
-
-def test_the_keeper_asks_for_its_secret(folder: Path) -> None:
-    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", memory_every=1, timeout=60))
-    checkpointer.save(1, fragments(make_arrays(1), 1, 0)[0], {"step": 1})
-    (entry, address), *_ = registered(folder).items()
-    assert entry.stat().st_mode & 0o077 == 0
-    from dataclasses import replace
-
-    link = Connection(replace(address, secret="guess"), 5.0)
-    with pytest.raises(CheckpointError, match="wrong secret"):
-        link.ask({"do": "status"})
-    link.close()
-    with socket.create_connection((address.host, address.port), 5.0) as stranger:
-        with contextlib.suppress(OSError):
-            for _ in range(64):
-                stranger.sendall(bytes(2**20))  # a line without an end must not fill the keeper's memory
-        with contextlib.suppress(ConnectionError):
-            assert stranger.recv(1) == b""
-    link = Connection(address, 5.0)
-    assert len(link.ask({"do": "status"})["versions"]) == 1
-    link.close()
-    checkpointer.finish()
