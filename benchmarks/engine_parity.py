@@ -1,4 +1,4 @@
-"""The parity table of docs/engines.md: both engines, every ZeRO stage, 1, 2 and 4 processes, against a bare loop in float64.
+"""Make the parity table of docs/measurements/engines.md: both engines, every ZeRO stage, 1 to 4 processes, against float64.
 
     python benchmarks/engine_parity.py        # on the CPU, some minutes; the rows of NVMe need DeepSpeed's async_io built
 

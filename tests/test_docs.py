@@ -15,7 +15,7 @@ from meshloom.launch.cli import COMMANDS
 from meshloom.trainer.schema import make_composer
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 FILE = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|md|yaml|sh|sbatch|toml)|(?:[\w-]+/)+")
 THE_USERS = ("my/", "mine/", "outputs/")  # folders that the examples make
 GROUPS = ("model", "data", "optim", "schedule", "batch")

@@ -1,7 +1,7 @@
 """The promise, as a table: every layout gives the losses, norms and gradients of a bare PyTorch loop in one process.
 
 In float64, over ten steps (fewer for variants) with clipping, gradients parameter by parameter on the first of them.
-`python tests/test_parity.py` prints the table of docs/parallelism.md.
+`python tests/test_parity.py` prints the table of docs/measurements/parity.md.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def test_the_document_has_every_row() -> None:
 
 
 def table() -> str:
-    """The table of docs/parallelism.md."""
+    """The table of docs/measurements/parity.md."""
     rows = ["| Layout | Processes | Steps | Loss | Norm | Gradient |", "|---|---|---|---|---|---|"]
     for name, (ranks, case) in TABLE.items():
         got = difference(name)

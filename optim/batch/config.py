@@ -223,7 +223,7 @@ class AdaptiveConfig(BoundedConfig):
 class NormTestConfig(AdaptiveConfig):
     """Grow when the gradient is noisier than eta × its norm. A batch that passes is about (1 − eta²) / eta² noise scales.
 
-    The defaults are the ones measured in docs/batch.md.
+    The defaults are the ones measured in docs/measurements/batch.md.
     """
 
     _target_: str = target("meshloom.optim.batch.adaptive.NormTest")
