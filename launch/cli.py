@@ -47,6 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(COMMANDS)}"
         print(f"meshloom has no command '{name}'; {hint}", file=sys.stderr)
         return 2
+    if name == "train":  # its module imports Hydra, which the help does without
+        from .train_help import usage as train_usage
+        from .train_help import wants_help
+
+        if wants_help(rest):
+            print(train_usage(rest), end="")
+            return 0
     module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
     try:
         return int(module.main(rest))

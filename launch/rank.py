@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..trainer.machine import machine_problems
     from ..trainer.resolve import ResolveOptions, resolve
 
-    switches, _ = read_switches(sys.argv[1:] if argv is None else argv)
     try:
+        switches, _ = read_switches(sys.argv[1:] if argv is None else argv)
         options = ResolveOptions(lambda config: run_processes(config.launch), more=machine_problems)
         resolved = resolve(switches.overrides, options, switches.config_dir)
         resolved.refuse()

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+
 from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, Composition, quoted, sweep_folder, task_overrides
 from ..config.problems import ConfigError, Problem
 from ..trainer.launching import LaunchConfig, run_processes, under_torchrun
@@ -39,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     number, as of a shell. A single run that was asked to stop and has saved succeeded: its code is 0, so that torchrun and
     SLURM don't take it for a failure.
     """
-    switches, arguments = read_switches(sys.argv[1:] if argv is None else argv)
     try:
+        switches, arguments = read_switches(sys.argv[1:] if argv is None else argv)
         _refuse_switches(switches)
         if _prints_only(switches):
             return _look(switches, arguments)
@@ -66,16 +68,19 @@ def _refuse_switches(switches: argparse.Namespace) -> None:
 
 def _prints_only(switches: argparse.Namespace) -> bool:
     """Return whether Hydra is only to print something, or to run a job again from its own files."""
-    asks = (switches.help, switches.hydra_help, switches.shell_completion, switches.experimental_rerun)
+    asks = (switches.hydra_help, switches.shell_completion, switches.experimental_rerun)
     return any(asks) or switches.cfg is not None or switches.info is not None
 
 
 def _look(switches: argparse.Namespace, arguments: list[str]) -> int:
-    """Let Hydra print what the switches ask for, if the command line can be composed."""
+    """Print what the switches ask for, if the command line can be composed: the run's config here, all else by Hydra."""
     if switches.cfg is not None or switches.info is not None:
         composition = make_composer(switches.config_dir).compose(switches.overrides)
         if composition.problems:
             raise ConfigError(composition.problems)
+        if switches.cfg == "job" and not switches.package:
+            print(OmegaConf.to_yaml(composition.config, resolve=switches.resolve), end="")
+            return 0
     _hydra(arguments, _nothing)
     return 0
 

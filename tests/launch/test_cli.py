@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from meshloom.launch.generate import GenerateArguments
 from meshloom.launch.torchrun import PreparedAgent
 from meshloom.trainer.machine import RUN_LOCK
 from meshloom.trainer.resolve import ResolvedRun
+from meshloom.trainer.schema import OPTIONS, make_composer
 from meshloom.trainer.signals import StopRequest
+
+EARLIER = Path(__file__).parent.parent / "fixtures" / "checkpoints_2026_11.tar.xz"
 
 
 @pytest.fixture(autouse=True)
@@ -40,30 +44,73 @@ def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
     assert out.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
+def test_what_needs_no_tensor_imports_no_torch(elsewhere: Path) -> None:
+    """One process runs all of them. What one imports, the others have: it must be none of these."""
+    with tarfile.open(EARLIER) as archive:
+        archive.extractall(elsewhere, filter="data")
+    step = next(path.parent for path in sorted(elsewhere.rglob("manifest.json")))
+    lines = [
+        "train --help",
         "train recipe=quikstart",
         "train recipe=quickstart batch.samples=0 optim.lr=-1 parallel.zero=9 schedule.warmup=abc data.seq_len=-4",
+        "train recipe=quickstart optim.lrr=1 launch.nproc=2",
+        "train --steps 10",
+        "train --cfg job",
+        "train -m recipe=quickstart optim.lr=-1,-2",
         "plan parallel.tp=x",
+        "plan --help",
         "tune optim.lrr=1",
+        "tune --help",
         "slurm launch.nodes=0",
-        "checkpoint list .",
         "keys",
         "data verify path=nowhere",
-        "plan --help",
-        "tune --help",
-        "train --cfg job",
-    ],
-)
-def test_what_needs_no_tensor_imports_no_torch(line: str) -> None:
+        "generate --help",
+        "fit --help",
+        f"checkpoint list {step.parent}",
+        f"checkpoint inspect {step} --arrays",
+        f"checkpoint verify {step}",
+        "checkpoint stats .",
+    ]
     program = (
         "import sys; from meshloom.launch import cli\n"
-        "try: cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
-        "print('torch' in sys.modules)"
+        "for line in sys.argv[1:]:\n"
+        "    try: code = cli.main(line.split())\n"
+        "    except SystemExit as end: code = end.code\n"
+        "    print('@', code, 'torch' in sys.modules, line)"
     )
-    ran = subprocess.run([sys.executable, "-c", program, *line.split()], capture_output=True, text=True, check=True)
-    assert ran.stdout.splitlines()[-1] == "False"
+    ran = subprocess.run([sys.executable, "-c", program, *lines], capture_output=True, text=True, check=True)
+    told = [line.split(" ", 3) for line in ran.stdout.splitlines() if line.startswith("@ ")]
+    assert [line for _, _, _, line in told] == lines
+    assert [line for _, _, imported, line in told if imported == "True"] == []
+    refused = [line for _, code, _, line in told if code == "2"]
+    assert refused == [*lines[1:5], lines[6], lines[7], lines[9], lines[11], lines[13]]
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["--steps", "10"], "write trainer.steps=10"),
+        (["--lr=3e-4"], "write optim.lr=3e-4"),
+        (["--warmpu", "5%"], "write schedule.warmup=5%"),
+        (["--gpus", "4", "seed=1"], "see `meshloom keys`"),
+    ],
+)
+def test_a_switch_that_is_a_key_tells_how_to_write_it(capsys: pytest.CaptureFixture[str], words: list[str], fix: str) -> None:
+    assert cli.main(["train", *words]) == 2
+    told = capsys.readouterr().err
+    assert f"- {words[0].partition('=')[0]}: there is no such switch" in told and fix in told
+
+
+def test_help_of_train_lists_what_there_is(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+    (elsewhere / "mine" / "recipe").mkdir(parents=True)
+    (elsewhere / "mine" / "recipe" / "own.yaml").write_text("")
+    assert cli.main(["train", "--config-dir", "mine", "-h"]) == 0
+    out = capsys.readouterr().out
+    composer = make_composer()
+    for group in ("recipe", *OPTIONS):
+        (line,) = [line for line in out.splitlines() if line.startswith(f"  {group}=")]
+        assert set(composer.options(group)) <= {word.strip(" ,") for word in line.partition("=")[2].split()}
+    assert "own" in out and "meshloom train recipe=quickstart" in out
 
 
 def test_every_listed_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
