@@ -84,7 +84,7 @@ class DecoderConfig:
 
     @property
     def shares_weights(self) -> bool:
-        """Whether two modules share a weight: the embedding and the head."""
+        """True if two modules, the embedding and the head, share a weight."""
         return self.tied
 
     @property
@@ -120,7 +120,7 @@ class DecoderConfig:
 
     @property
     def rotary_width(self) -> int:
-        """How much of a head's width rotates."""
+        """The part of a head's width that rotates."""
         return int(self.head_width * self.rope_fraction)
 
     def decoder(self) -> DecoderConfig | None:

@@ -179,8 +179,8 @@ class _Message:
     member: int
 
 
-class _Mail:
-    """Messages under way. Members post theirs in the same order, so that they find each other."""
+class _Exchange:
+    """Point-to-point messages under way. All members post theirs in the same order, so that sends and receives match."""
 
     def __init__(self, call: _Call, sends: Sequence[_Message], receives: Sequence[_Message]) -> None:
         self._kept = [*sends, *receives]  # their memory must live until they have arrived
@@ -206,19 +206,19 @@ def _rounds(k: torch.Tensor, v: torch.Tensor, call: _Call) -> Iterator[tuple[Ste
     step, kv = None, k
     for coming in (*call.plan.steps, None):
         sends, receives = _messages_of_keys(coming, k, v)
-        mail = _Mail(call, sends, receives)
+        exchange = _Exchange(call, sends, receives)
         yield step, kv
-        mail.wait()
+        exchange.wait()
         step, kv = coming, receives[0].tensor if receives else k
 
 
 def _messages_of_keys(step: Step | None, k: torch.Tensor, v: torch.Tensor) -> tuple[list[_Message], list[_Message]]:
-    """Return what to send in a step, and room for what comes; nothing past the last one."""
+    """Return the messages to send in a step, and buffers for those to receive; none after the last step."""
     if step is None:
         return [], []
     kv_spans = [torch.stack((k[:, start:stop], v[:, start:stop])) for start, stop in step.keys]
     sends = [_Message(kv_spans[0] if len(kv_spans) == 1 else torch.cat(kv_spans, dim=2), step.target)] if kv_spans else []
-    return sends, [_Message(_room(k, step.received), step.source)]
+    return sends, [_Message(_receive_buffer(k, step.received), step.source)]
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,9 +247,9 @@ def _backward(
     lse: torch.Tensor,
     call: _Call,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute gradients as `_forward` does outputs; the gradients of a step's keys go home while the next step is computed."""
+    """Compute gradients as `_forward` does outputs; a step's key gradients are sent to their holder during the next step."""
     dq, dk, dv = q, k, v  # the first round replaces them
-    coming_home: _Homecoming | None = None
+    pending: _KeyGradients | None = None
     for step, kv in _rounds(k, v, call):
         if step is None:
             dq, dk, dv = _own_backward(dout, q, k, v, out, lse, call)
@@ -268,25 +268,25 @@ def _backward(
                 kernel=call.kernel,
             )
             dq[:, queries] += dq_part
-        before, coming_home = coming_home, _Homecoming(call, step, dkv_found, k)
+        before, pending = pending, _KeyGradients(call, step, dkv_found, k)
         if before is not None:
             before.add_to(dk, dv)
-    if coming_home is not None:
-        coming_home.add_to(dk, dv)
+    if pending is not None:
+        pending.add_to(dk, dv)
     return dq, dk, dv
 
 
-class _Homecoming:
-    """Gradients of keys on their way to the members that hold the keys: those found here, and those of this member's own."""
+class _KeyGradients:
+    """Gradients of keys, sent to the members that hold the keys; those of this member's own keys are received."""
 
     def __init__(self, call: _Call, step: Step, dkv_found: torch.Tensor, k: torch.Tensor) -> None:
         self._spans = step.keys
-        self._dkv = _room(k, sum(stop - start for start, stop in step.keys))
-        self._mail = _Mail(call, [_Message(dkv_found, step.source)], [_Message(self._dkv, step.target)])
+        self._dkv = _receive_buffer(k, sum(stop - start for start, stop in step.keys))
+        self._exchange = _Exchange(call, [_Message(dkv_found, step.source)], [_Message(self._dkv, step.target)])
 
     def add_to(self, dk: torch.Tensor, dv: torch.Tensor) -> None:
-        """Wait for this member's, and add them where their keys lie."""
-        self._mail.wait()
+        """Wait for the gradients of this member's keys, and add them to dk and dv."""
+        self._exchange.wait()
         at = 0
         for start, stop in self._spans:
             dk[:, start:stop] += self._dkv[0][:, at : at + stop - start]
@@ -294,7 +294,7 @@ class _Homecoming:
             at += stop - start
 
 
-def _room(k: torch.Tensor, length: int) -> torch.Tensor:
+def _receive_buffer(k: torch.Tensor, length: int) -> torch.Tensor:
     """Allocate a message of keys and values to come, (2, B, length, K, D)."""
     return k.new_empty(2, k.shape[0], length, *k.shape[2:])
 

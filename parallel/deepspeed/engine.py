@@ -38,7 +38,8 @@ from ..shards import Placed
 from .config import QUANTISED, derive, lossy_features
 from .optimizer import FlatPieces, cpu_adam, require_op
 from .setup import check_quantisable, import_deepspeed, materialise, quiet, swap_folder
-from .state import state_of, whole_shape
+from .state import whole_shape
+from .state_by_stage import state_of
 
 log = logging.getLogger(__name__)
 

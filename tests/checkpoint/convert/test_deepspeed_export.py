@@ -31,7 +31,7 @@ from meshloom.launch.checkpoint import main
 from meshloom.models.decoder import Decoder
 from meshloom.parallel.box import Box
 from meshloom.parallel.deepspeed.setup import import_deepspeed, quiet
-from meshloom.parallel.deepspeed.state import state_of
+from meshloom.parallel.deepspeed.state_by_stage import state_of
 from meshloom.parallel.fragment import Fragment
 from support.models import decoder
 from support.ranks import run_ranks
