@@ -27,7 +27,7 @@ Merge = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class LossRule:
-    """How logits become a loss.
+    """The rule by which logits become a loss.
 
     softcap  logits become cap · tanh(logit / cap); None: they stay
     z_loss   adds this times the square of each token's log-sum-exp to what is differentiated (PaLM, arXiv 2204.02311, 5),

@@ -228,7 +228,7 @@ class CustomModel(Custom):
 
     @property
     def shares_weights(self) -> bool:
-        """Whether two modules share a weight, as far as a key called `tied` says."""
+        """True if two modules share a weight, as far as a key called `tied` says."""
         return bool(self.keys.get("tied", False))
 
     @property

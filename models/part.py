@@ -15,7 +15,7 @@ from .protocol import TensorRole
 
 @dataclass(frozen=True)
 class WeightRule:
-    """How a parameter begins, whether weight decay applies to it, and the factor on its learning rate."""
+    """The initial distribution of a parameter, whether weight decay applies to it, and the factor on its learning rate."""
 
     initial: Initial
     decays: bool = True

@@ -12,7 +12,7 @@ from .rope_config import RotaryConfig
 
 @dataclass(frozen=True)
 class MatrixScales:
-    """How the matrices of a part begin and learn.
+    """The initial deviation and learning rate of a part's matrices.
 
     std       initial standard deviation of matrices that read the residual stream
     out_std   of those that write to it
@@ -111,7 +111,7 @@ class FeedForwardConfig:
 
     @property
     def is_plain_swiglu(self) -> bool:
-        """Whether it is SwiGLU without biases, which kernels may fuse."""
+        """True if it is SwiGLU without biases, which kernels may fuse."""
         return self.activation == "silu" and not self.bias
 
 

@@ -24,7 +24,7 @@ MIXED = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class ActivationSettings:
-    """What the config says of the activations that blocks keep, and what their size depends on.
+    """The config's settings for the activations that blocks keep, and what their size depends on.
 
     policy  `trainer.activation`, one of POLICIES
     budget  `trainer.activation_budget`: share of them that may be kept, where `policy` is "none"; None: all

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits the run that would start from it, told before anything is built. Imports no torch.
+"""Check that a checkpoint fits the run that would start from it, before anything is built. Imports no torch.
 
 A shape that fits is no identity: heads, rotary base or optimizer may differ where every array has the right shape.
 """

@@ -54,7 +54,7 @@ class ResolvedRun:
 
 @dataclass(frozen=True)
 class ResolveOptions:
-    """What a command asks of `resolve`.
+    """The options with which a command calls `resolve`.
 
     processes        config → number of the run's processes; 0: not known
     resumes          whether to resume from the checkpoint that `resume` names; a plan, for example, ignores it

@@ -24,7 +24,7 @@ from ...models.norm import Norm
 
 
 class NormKind(Enum):
-    """Whether a norm normalises each head by itself, or the heads of all ranks together."""
+    """The extent of a norm: each head by itself, or the heads of all ranks together."""
 
     EACH = "each"
     ALL = "all"
@@ -32,7 +32,7 @@ class NormKind(Enum):
 
 @dataclass(frozen=True)
 class Heads:
-    """How ranks share the heads that a module works on.
+    """The division over ranks of the heads that a module works on.
 
     head_dim  width of a head
     shared    number of heads, where they are fewer than ranks: each rank then computes the one head that it needs
