@@ -49,6 +49,10 @@ OPEN_NODES = tuple(
 FAULTS = (HydraException, yaml.YAMLError, ValueError)  # what composition raises for bad overrides and bad files
 LONGEST_NAME = 200  # file systems take 255
 
+LAUNCHERS = "hydra/launcher"
+EXTRAS = {"submitit": "submitit"}
+"""First word of a launcher of sweeps → the extra of Meshloom that brings it."""
+
 SCHEMA = "schema"
 """Name in Hydra's ConfigStore of the dataclass of the whole config, which `trainer/schema.py` registers."""
 
@@ -186,6 +190,9 @@ class Composer:
             if not options or value in options:
                 yield override
                 continue
+            if (extra := EXTRAS.get(str(value).partition("_")[0])) and group == LAUNCHERS:
+                problems.append(Problem(group, f"'{value}' is not installed", f"pip install 'meshloom[{extra}]'"))
+                continue
             near = difflib.get_close_matches(str(value), options, 1)
             hint = f"did you mean {group}={near[0]}? " if near else ""
             problems.append(Problem(group, f"there is no '{value}'", f"{hint}There are: {', '.join(options)}"))
@@ -215,7 +222,7 @@ class Composer:
         try:
             config, choices = self._load(good)
         except FAULTS as error:
-            raise ConfigError([*problems, Problem("recipes", *_reason(error))]) from error
+            raise ConfigError([*problems, Problem("recipes", *reason_of(error))]) from error
         for line, override in zip(_lines(overrides), overrides, strict=True):
             try:
                 config, choices = self._load([*good, line])
@@ -245,7 +252,7 @@ class Composer:
         """Return the problem of an override that `config`, composed without it, could not take."""
         key = override.get_key_element().lstrip("+~")
         if self._is_choice(override):
-            return Problem(f"{key}={override.value()}", *_reason(error))
+            return Problem(f"{key}={override.value()}", *reason_of(error))
         current = OmegaConf.select(config, key, default=_ABSENT)
         if current is _ABSENT and not override.is_add():
             return unknown_key(key, _keys(config))
@@ -254,7 +261,7 @@ class Composer:
             return Problem(key, f"'{override.input_line}' has several values", fix)
         if override.is_delete():
             return Problem(key, "can't be deleted", f"switch it off with {key}=null where it may be null")
-        message, fix = _reason(error)
+        message, fix = reason_of(error)
         whole = re.match(r"Value '(\d[\d.e+]*)' of type 'float' could not be converted to Integer", message)
         if whole and float(whole[1]).is_integer():
             fix = f"write a whole number in full: {key}={int(float(whole[1])):_}"
@@ -397,7 +404,7 @@ def _unknown(config: DictConfig, kind: type, prefix: str = "") -> Iterator[str]:
             yield from _unknown(value, hints[name], f"{prefix}{name}.")
 
 
-def _reason(error: BaseException) -> tuple[str, str]:
+def reason_of(error: BaseException) -> tuple[str, str]:
     """Return the reason of an error in one line, from its innermost cause without Hydra's framing, and a fix or ''."""
     while error.__cause__ is not None:
         error = error.__cause__

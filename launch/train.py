@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, Composition, quoted, sweep_folder, task_overrides
+from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, Composition, quoted
 from ..config.problems import ConfigError, Problem
 from ..trainer.launching import LaunchConfig, run_processes, under_torchrun
 from ..trainer.machine import machine_problems, unusable_gpus
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _prints_only(switches):
             return _look(switches, arguments)
         if switches.multirun:
-            return _sweep(switches, arguments)
+            return _sweep(switches)
         composer = make_composer(switches.config_dir)
         composition = composer.compose(switches.overrides)
     except ConfigError as error:
@@ -124,8 +124,10 @@ def _processes_for_torchrun(launch: LaunchConfig) -> int:
     return count if not under_torchrun() and (count > 1 or launch.max_restarts > 0) else 0
 
 
-def _sweep(switches: argparse.Namespace, arguments: list[str]) -> int:
-    """Run every job of a sweep, through Hydra, whose launchers may use other machines. All jobs are checked first."""
+def _sweep(switches: argparse.Namespace) -> int:
+    """Run every job of a sweep. All jobs are checked first, and at the end each has a line that says how it went."""
+    from .sweep import run_sweep
+
     composer = make_composer(switches.config_dir)
     problems: list[Problem] = []
     for job in composer.expand(switches.overrides):
@@ -133,45 +135,34 @@ def _sweep(switches: argparse.Namespace, arguments: list[str]) -> int:
         problems += [problem for problem in resolved.problems if problem not in problems]
     if problems:
         raise ConfigError(problems)
-    codes: list[int] = []
-    left = 0
     stop = StopRequest(_leave)
-    launcher = os.getpid()
 
-    def task(config: DictConfig) -> None:
-        nonlocal left
+    def run(overrides: list[str]) -> tuple[int | None, int]:
         if stop.obeyed:  # a signal stops the whole sweep
-            left += 1
-            return
-        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # show a failed run's traceback
-        code = _job(config, switches, stop)
-        if os.getpid() != launcher:  # Hydra's submitit launcher returns nothing of a job but its exception
-            if code:
-                raise RuntimeError(f"the run in {config.output_dir} ended with exit code {code}")
-            if stop.obeyed:
-                raise RuntimeError(f"the run in {config.output_dir} was asked to stop; resume=auto goes on with it")
-        codes.append(code)
+            return None, 0
+        resolved = resolve(overrides, RESOLVING, switches.config_dir)
+        if resolved.problems:
+            return refuse(ConfigError(resolved.problems)), 0
+        code = _run(resolved, overrides, switches.config_dir, stop, None)
+        return code, int(stop.number) if stop.obeyed else 0
 
-    _hydra(arguments, task)
+    outcomes = run_sweep(switches.overrides, switches.config_dir, run)
+    print("\n".join(["results of the sweep:", *(f"  {outcome}" for outcome in outcomes)]))
+    left = sum(outcome.code is None for outcome in outcomes)
     if left:
-        print(f"asked to stop: {left} of {left + len(codes)} runs of the sweep were not begun", file=sys.stderr)
-    failed = [number for number, code in enumerate(codes) if code]
-    if failed and len(codes) > 1:
-        print(f"{len(failed)} of {len(codes)} runs of the sweep failed: {failed}", file=sys.stderr)
-    if stop.obeyed and not under_torchrun():  # torchrun would take the code for a failure, and restart
-        codes.append(128 + stop.number)
+        print(f"asked to stop: {left} of {len(outcomes)} runs of the sweep were not begun", file=sys.stderr)
+    failed = [outcome for outcome in outcomes if outcome.code]
+    if failed and len(outcomes) > 1:
+        print(f"{len(failed)} of {len(outcomes)} runs of the sweep failed", file=sys.stderr)
+    for outcome in failed:
+        print(f"the run in {outcome.folder} ended with exit code {outcome.code}", file=sys.stderr)
+    stopped = [outcome for outcome in outcomes if outcome.stop]
+    for outcome in stopped:
+        print(f"the run in {outcome.folder} was asked to stop; resume=auto goes on with it", file=sys.stderr)
+    codes = [outcome.code or 0 for outcome in outcomes]
+    if not under_torchrun():  # torchrun would take the code for a failure, and restart
+        codes += [128 + outcome.stop for outcome in stopped]
     return max(codes, default=0)
-
-
-def _job(config: DictConfig, switches: argparse.Namespace, stop: StopRequest) -> int:
-    """Run one job of a sweep, in a folder of its own."""
-    words = task_overrides()
-    config.output_dir = f"{config.output_dir}/sweep/{sweep_folder(switches.overrides, words)}"
-    overrides = [*_without_folder(words), f"output_dir={quoted(str(config.output_dir))}"]
-    resolved = resolve(overrides, RESOLVING, switches.config_dir)
-    if resolved.problems:
-        return refuse(ConfigError(resolved.problems))
-    return _run(resolved, overrides, switches.config_dir, stop, None)
 
 
 def _run(

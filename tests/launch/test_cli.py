@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import subprocess
 import sys
@@ -234,18 +233,34 @@ def test_a_signal_that_stops_a_run_stops_its_sweep(
     assert cli.main(["train", *words, "seed=2"]) == 0  # a run by itself has saved, and torchrun and SLURM read its code
 
 
-def test_stopped_sweep_job_reports_the_stop_to_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It runs in a process of its own (submitit), of which only an exception comes back."""
-    launcher = os.getpid()
-
-    def run(_: ResolvedRun, stop: StopRequest) -> int:
-        monkeypatch.setattr(os, "getpid", lambda: launcher + 1)
-        stop.obeyed = True
+def test_a_sweep_tells_results_and_goes_on_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    def run(resolved: ResolvedRun, _: StopRequest) -> int:
+        if resolved.config.seed == 1:
+            raise RuntimeError("a fault of its own")
+        folder = Path(resolved.config.output_dir)
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text('{"step": 3, "loss": 2.5}\n{"step": 4, "eval_loss": 2.25}\n')
         return 0
 
     monkeypatch.setattr("meshloom.trainer.run.run", run)
-    with pytest.raises(RuntimeError, match=r"the run in .*seed=1 was asked to stop; resume=auto"):
-        cli.main(["train", "-m", "recipe=quickstart", "launch.nproc=1", "seed=1,2"])
+    assert cli.main(["train", "-m", "recipe=quickstart", "launch.nproc=1", "seed=1,2"]) == 1
+    told = capsys.readouterr()
+    assert told.err.count("RuntimeError: a fault of its own") == 1 and "1 of 2 runs of the sweep failed" in told.err
+    assert "Error executing job" not in told.err and "HYDRA_FULL_ERROR" not in told.err
+    assert told.out.splitlines() == [
+        "results of the sweep:",
+        "  outputs/quickstart/sweep/seed=1  exit code 1",
+        "  outputs/quickstart/sweep/seed=2  finished  step 4  loss 2.5  eval_loss 2.25",
+    ]
+
+
+def test_a_missing_launcher_names_its_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshloom.config.compose.Composer.options", lambda *_: ["basic"])
+    assert cli.main(["train", "-m", "hydra/launcher=submitit_slurm", "recipe=quickstart", "seed=1,2"]) == 2
+    told = capsys.readouterr().err
+    assert "hydra/launcher: 'submitit_slurm' is not installed; pip install 'meshloom[submitit]'" in told
 
 
 def test_ctrl_c_before_a_run_has_begun_is_a_message(

@@ -57,6 +57,10 @@ def test_jobs_of_their_own_on_this_machine_and_a_failure_is_told(tmp_path: Path)
     assert finished_steps(tmp_path, "optim.lr=0.001") == 3
     assert done.returncode == 1
     assert re.search(r"the run in \S*/sweep/optim\.lr=1e\+30 ended with exit code 1", done.stderr), done.stderr
+    sent = re.findall(r"^job (\S+): .*optim\.lr=(\S+) .*; log (\S+), errors (\S+)$", done.stderr, re.MULTILINE)
+    assert [lr for _, lr, _, _ in sent] == ["0.001", "1e+30"] and all(Path(log).is_file() for _, _, log, _ in sent)
+    assert re.search(r"sweep/optim\.lr=0\.001  finished  step 3  loss \d", done.stdout), done.stdout
+    assert "Error executing job" not in done.stderr
 
 
 def test_a_slurm_array(tmp_path: Path) -> None:
