@@ -52,14 +52,16 @@ def forward(
     scale: float,
     cu_seqlens: torch.Tensor | None = None,
     longest: int | None = None,
+    left: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the output, contiguous, and the log-sum-exp in fp32.
 
     (B, Q, H, D) on (B, T, K, D), with (B, H, Q) log-sum-exps; or with `cu_seqlens` (sequences + 1,) int32, sequences of at most
-    `longest` laid end to end: (T, H, D) on (T, K, D), with (H, T).
+    `longest` laid end to end: (T, H, D) on (T, K, D), with (H, T). left, softcap: as in `attention_blocks.py`.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    how = _how(causal, scale, cu_seqlens, longest)
+    how = _how(causal, scale, cu_seqlens, longest, left, softcap)
     out, log_sum, *_ = package()._flash_attn_fwd(q, k, v, return_lse=True, **how)
     return out, log_sum
 
@@ -76,16 +78,27 @@ def backward(
     scale: float,
     cu_seqlens: torch.Tensor | None = None,
     longest: int | None = None,
+    left: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the gradients (dq, dk, dv), contiguous, for tensors shaped as in `forward`."""
     dout, q, k, v, out, log_sum = (tensor.contiguous() for tensor in (dout, q, k, v, out, log_sum))
-    return package()._flash_attn_bwd(q, k, v, out, dout, log_sum, **_how(causal, scale, cu_seqlens, longest))
+    how = _how(causal, scale, cu_seqlens, longest, left, softcap)
+    return package()._flash_attn_bwd(q, k, v, out, dout, log_sum, **how)
 
 
-def _how(causal: bool, scale: float, cu_seqlens: torch.Tensor | None, longest: int | None) -> dict[str, Any]:
+def _how(
+    causal: bool,
+    scale: float,
+    cu_seqlens: torch.Tensor | None,
+    longest: int | None,
+    left: int | None,
+    softcap: float | None,
+) -> dict[str, Any]:
     """Name the arguments that both of the package's functions take: queries and keys are cut alike."""
     ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": longest, "max_seqlen_k": longest}
-    return {"softmax_scale": scale, "causal": causal, **ends}
+    bounds = {"window_size_left": left, "window_size_right": 0 if causal and left is not None else None}
+    return {"softmax_scale": scale, "causal": causal, "softcap": softcap or 0.0, **bounds, **ends}
 
 
 @torch.library.custom_op("meshloom::flash4_attend", mutates_args=())

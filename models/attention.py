@@ -6,7 +6,7 @@ Shape legend: B batch, S sequence, D model width, H query heads, K key/value hea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,10 +14,27 @@ from torch import nn
 from ..kernels.attention import Attend, CausalAttention
 from ..kernels.documents import Documents
 from .norm import Norm
-from .part import Part, reads_stream, writes_stream
+from .part import BIAS, Part, WeightRule, reads_stream, writes_stream
 from .part_config import AttentionConfig, NormConfig
 from .protocol import TensorRole
 from .rotary import RotaryTable, rotate
+
+
+class Sinks(Part):
+    """A learned logit of each head, which begins at zero and does not decay."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads))
+
+    def weight_rule(self, name: str) -> WeightRule:
+        """Return the rule of the weight, the only parameter."""
+        assert name == "weight", name
+        return BIAS
+
+    def forward(self) -> torch.Tensor:
+        """Return the logits of this rank's heads, (H,)."""
+        return self.weight
 
 
 class Attention(Part):
@@ -30,6 +47,7 @@ class Attention(Part):
         "wo": TensorRole.ROW,
         "q_norm": TensorRole.HEADS_NORM,
         "k_norm": TensorRole.KEY_HEADS_NORM,
+        "sinks": TensorRole.HEADS_VECTOR,
     }
 
     def __init__(self, config: AttentionConfig) -> None:
@@ -41,6 +59,7 @@ class Attention(Part):
         self.wo = nn.Linear(config.q_width, config.dim, bias=config.output_bias)
         self.q_norm = None if config.q_norm is None else Norm(config.q_norm)
         self.k_norm = None if config.k_norm is None else Norm(config.k_norm)
+        self.sinks = Sinks(config.heads) if config.sinks else None
         self.weight_rules = {
             **dict.fromkeys(("wq", "wk", "wv"), reads_stream(config.scales)),
             "wo": writes_stream(config.scales),
@@ -56,7 +75,9 @@ class Attention(Part):
         q_BSHE = self._heads(self.wq(q_BSD), self.q_norm, rotary)
         k_BSKE = self._heads(self.wk(k_BSD), self.k_norm, rotary)
         v_BSKE = self.wv(v_BSD).unflatten(-1, (-1, self.head_dim))
-        out_BSHE = self.attend(q_BSHE, k_BSKE, v_BSKE, documents, scale=self.config.scale)
+        config, sinks_H = self.config, None if self.sinks is None else self.sinks()
+        how: dict[str, Any] = {"scale": config.scale, "window": config.window, "softcap": config.softcap, "sinks": sinks_H}
+        out_BSHE = self.attend(q_BSHE, k_BSKE, v_BSKE, documents, **how)
         return self.wo(out_BSHE.flatten(-2))
 
     def _heads(self, x: torch.Tensor, norm: Norm | None, rotary: RotaryTable | None) -> torch.Tensor:

@@ -23,7 +23,7 @@ CHOICES = {
 }
 """Key → what it may be."""
 
-LAYER_TYPES = ("full", "nope")
+LAYER_TYPES = ("full", "sliding", "nope")
 """Kinds of layers."""
 
 DECODER = "meshloom.models.decoder.Decoder"
@@ -47,11 +47,14 @@ class DecoderConfig:
     vocabulary: int | None = key(None, "tokens the model knows; null: the data's tokenizer says")
     tied: bool = key(False, "the head reuses the embedding")
     layer_types: list[str] = key(
-        ["full"], "kinds of layers, repeated over them: full, or nope (full attention without positions)"
+        ["full"], "kinds of layers, repeated over them: full, sliding (a window), or nope (full, without positions)"
     )
+    sliding_window: int | None = key(None, "positions that a query of a sliding layer sees, its own included")
     qkv_bias: bool = key(False, "biases of the projections to queries, keys and values")
     output_bias: bool = key(False, "a bias of attention's projection back to the stream")
     qk_norm: str = key("none", "RMSNorm of queries and keys: none, head (each head by itself) or full (all heads together)")
+    sinks: bool = key(False, "each head has a learned logit in the softmax's sum (gpt-oss)")
+    attention_softcap: float | None = key(None, "scores become cap · tanh(score / cap); null: they stay")
     attention_scale: float | None = key(None, "factor on the scores; null: 1 / √head_dim, under muP 1 / head_dim")
     ffn_activation: str = key("silu", "activation of the gate: silu (SwiGLU), gelu_tanh or gelu (GeGLU)")
     ffn_bias: bool = key(False, "biases of the feed-forward's projections")
@@ -59,6 +62,7 @@ class DecoderConfig:
     norm_place: str = key("before", "where norms stand: before each part, after it (OLMo 2), or around it (Gemma 2)")
     norm_eps: float = key(1e-5, "added to the mean square in RMSNorm")
     rope_theta: float = key(500_000.0, "base of the rotary positions' wavelengths")
+    rope_theta_sliding: float | None = key(None, "the same of sliding layers; null: rope_theta")
     rope_fraction: float = key(1.0, "share of a head's width that rotates")
     rope_interleaved: bool = key(False, "pairs (2i, 2i + 1) rotate, instead of (i, i + half the width)")
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
@@ -116,7 +120,11 @@ class DecoderConfig:
         """Return the rotary positions of the layers of a kind; None if they have no positions."""
         if layer_type == "nope":
             return None
-        return RotaryConfig(self.rotary_width, self.rope_theta, self.rope_interleaved, self.rope_scaling)
+        theta, scaling = self.rope_theta, self.rope_scaling
+        if layer_type == "sliding":
+            theta = theta if self.rope_theta_sliding is None else self.rope_theta_sliding
+            scaling = scaling if scaling.sliding else RopeScaling()
+        return RotaryConfig(self.rotary_width, theta, self.rope_interleaved, scaling)
 
     @property
     def rotary_width(self) -> int:
@@ -149,6 +157,9 @@ class DecoderConfig:
             scales=scales,
             qkv_bias=self.qkv_bias,
             output_bias=self.output_bias,
+            window=self.sliding_window if layer_type == "sliding" else None,
+            softcap=self.attention_softcap,
+            sinks=self.sinks,
             q_norm=None if norms is None else self.norm_of(norms[0]),
             k_norm=None if norms is None else self.norm_of(norms[1]),
         )
@@ -181,13 +192,23 @@ class DecoderConfig:
         elif 1 <= self.layers < len(self.layer_types):
             text = f"names {len(self.layer_types)} layers, but there are {self.layers}"
             yield Problem(f"{key}.layer_types", text, "give the kinds that repeat, or one for each layer")
+        slides = "sliding" in self.layer_types
+        if slides and self.sliding_window is None:
+            yield Problem(
+                f"{key}.sliding_window", "is not set, and layer_types has sliding layers", "give it, for example 1024"
+            )
+        for name in ("sliding_window", "rope_theta_sliding"):
+            if not slides and getattr(self, name) is not None:
+                fix = f"leave it null, or give {key}.layer_types sliding layers"
+                yield Problem(f"{key}.{name}", "no layer slides", fix)
 
     def _number_problems(self, key: str) -> Iterator[Problem]:
-        for name in (*SIZES, "head_dim", "vocabulary", "mup_base"):
+        for name in (*SIZES, "head_dim", "sliding_window", "vocabulary", "mup_base"):
             size = getattr(self, name)
             if size is not None and size < 1:
                 yield Problem(f"{key}.{name}", f"{size} is not a size", "use 1 or more")
-        for name in ("norm_eps", "rope_theta", "init_std", "attention_scale", "logit_softcap"):
+        above_zero = ("norm_eps", "rope_theta", "rope_theta_sliding", "init_std")
+        for name in (*above_zero, "attention_scale", "attention_softcap", "logit_softcap"):
             number = getattr(self, name)
             if number is not None and not 0 < number < math.inf:
                 yield Problem(f"{key}.{name}", f"{number} can't be", "use a number above 0")

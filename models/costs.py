@@ -56,13 +56,13 @@ def flops_per_token(config: DecoderConfig, seq_len: int) -> float:
     The convention of PaLM's appendix B (and torchtitan): attention counted in full although half is masked, the embedding
     not counted, recomputation not counted.
     """
-    scores = sum(block.attention.heads * block.attention.head_dim for block in config.blocks())
-    return 6 * parameter_count(config, embedding=False) + 12 * scores * seq_len
+    scores = sum(block.attention.score_flops(seq_len) for block in config.blocks())
+    return 6 * parameter_count(config, embedding=False) + 3 * scores
 
 
 def layer_flops(block: BlockConfig, seq_len: int) -> float:
     """Count forward FLOPs of one block per token: 2 per matrix parameter, and the causal half of attention."""
-    return 2.0 * block.matrices + 2.0 * block.attention.heads * block.attention.head_dim * seq_len
+    return 2.0 * block.matrices + block.attention.score_flops(seq_len) / 2
 
 
 def recomputed_flops(block: BlockConfig, policy: str, seq_len: int) -> float:
@@ -92,14 +92,17 @@ def block_bytes(block: BlockConfig, work: ForwardPass, policy: str) -> int:
     matrix product. SwiGLU inside the products keeps neither silu(gate) nor the product. Norms and softmax also keep a few
     numbers per position, in the accumulation's precision.
 
-    Selective checkpointing keeps the block's input, q, k, v, attention's output and its projection, and one of SwiGLU's two
+    Norms of queries and keys keep their inputs, too, and norms after a part that part's output, D/s. An activation other than
+    silu keeps as much, biases nothing; sinks keep nothing besides the log-sum-exp, nor does a window.
+
+    Selective checkpointing keeps the block's input, q, k, v, attention's output and its projection, and one of the gate's two
     factors.
     """
     unit, accum = PRECISIONS[work.precision].bytes, PRECISIONS[work.precision].accum_bytes
     attention, dim, ffn = block.attention, block.attention.dim, block.ffn.ffn_dim / work.tp
     stream = dim / work.stream_cut
     kv_width = max(attention.kv_heads, work.tp) * attention.head_dim  # with fewer heads than ranks, every rank has one
-    heads = 2 * (attention.heads * attention.head_dim + kv_width) / work.tp
+    heads = 2 * (attention.q_width + kv_width) / work.tp
     log_sums = accum * attention.heads / work.tp
     if policy == "full":
         per_token = unit * stream
@@ -108,8 +111,14 @@ def block_bytes(block: BlockConfig, work: ForwardPass, policy: str) -> int:
     elif policy == "selective":
         per_token = unit * (stream + heads + dim + ffn) + log_sums
     else:
-        wide = 2 if work.fused_swiglu else 3 if work.compiled else 4
-        per_token = unit * (2 * stream + 2 * dim + heads + wide * ffn) + log_sums + accum * 2 / work.stream_cut
+        wide = 2 if work.fused_swiglu and block.ffn.is_plain_swiglu else 3 if work.compiled else 4
+        before, after = 2 * block.norms_before, 2 * block.norms_after
+        # Without norms before, products read the stream itself, or what is gathered of it.
+        reads = 2 * dim if block.norms_before or work.stream_cut > 1 else 0
+        normed = (attention.q_width + kv_width) / work.tp if attention.q_norm is not None else 0
+        moments = (before + after) / work.stream_cut + attention.normed_rows / work.tp
+        elements = (2 + after) * stream + reads + heads + normed + wide * ffn
+        per_token = unit * elements + log_sums + accum * moments
     return round(work.tokens * per_token)
 
 

@@ -49,6 +49,9 @@ class AttentionConfig:
     output_bias  whether the projection back to the stream has one
     q_norm       norm of queries, over a head's width or over all heads; None: none
     k_norm       the same of keys
+    window       positions that a query sees, its own included; None: all before it
+    softcap      scores become cap · tanh(score / cap); None: they stay
+    sinks        whether each head has a learned logit in the softmax's sum
     """
 
     dim: int
@@ -62,6 +65,9 @@ class AttentionConfig:
     output_bias: bool = False
     q_norm: NormConfig | None = None
     k_norm: NormConfig | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
 
     @property
     def q_width(self) -> int:
@@ -82,7 +88,25 @@ class AttentionConfig:
     def vectors(self) -> int:
         """Count the other parameters."""
         biases = self.qkv_bias * (self.q_width + 2 * self.kv_width) + self.output_bias * self.dim
-        return biases + sum(norm.width for norm in (self.q_norm, self.k_norm) if norm is not None)
+        norms = sum(norm.width for norm in (self.q_norm, self.k_norm) if norm is not None)
+        return biases + norms + self.sinks * self.heads
+
+    @property
+    def normed_rows(self) -> int:
+        """Count the rows that the norms of queries and keys normalise for each token."""
+        if self.q_norm is None:
+            return 0
+        return self.heads + self.kv_heads if self.q_norm.width == self.head_dim else 2
+
+    def keys_seen(self, seq_len: int) -> float:
+        """Count twice the keys that a query sees on average, its own by half: all positions, where there is no window."""
+        if self.window is None or self.window >= seq_len:
+            return seq_len
+        return self.window * (2 * seq_len - self.window + 1) / seq_len - 1
+
+    def score_flops(self, seq_len: int) -> float:
+        """Count the forward FLOPs of scores and weighted sums per token, without a causal mask."""
+        return 4.0 * self.q_width * self.keys_seen(seq_len)
 
 
 @dataclass(frozen=True)

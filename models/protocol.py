@@ -31,6 +31,7 @@ class TensorRole(Enum):
     POST_NORM  works on the stream as it lies, and leaves it there
     HEADS_NORM      works on a rank's own query heads, each by itself or all ranks' together
     KEY_HEADS_NORM  the same of key heads, which ranks may share
+    HEADS_VECTOR    has a number for each query head, and returns those of a rank's own
     EMBEDDING  a table with a row for each token: cut by rows
     HEAD       as the embedding; the loss takes its cut weight
     """
@@ -42,6 +43,7 @@ class TensorRole(Enum):
     POST_NORM = "post_norm"
     HEADS_NORM = "heads_norm"
     KEY_HEADS_NORM = "key_heads_norm"
+    HEADS_VECTOR = "heads_vector"
     EMBEDDING = "embedding"
     HEAD = "head"
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ..kernels.attention import attend_documents
+from ..kernels.attention_op import attend
 from ..kernels.flash4 import flash4_attend
 from .context.ring import ring_forward
 from .policies import POLICIES
@@ -20,10 +20,11 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    attend_documents._opoverload,
+    attend._opoverload,
     flash4_attend._opoverload,
     ring_forward._opoverload,
 }
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 # The first of a block's seven matrix products (q, k, v, attention's output, SwiGLU's two, the last). The sixth's output is as
 # large as it is expensive to recompute, and the backward pass does not read the seventh's.
 _PRODUCTS_KEPT = 5
@@ -36,7 +37,7 @@ def _selection() -> Any:
 
     def keep(context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
         kept = operation in _ATTENTION
-        if operation is torch.ops.aten.mm.default:
+        if operation in _PRODUCTS:
             kept = products[context.is_recompute] < _PRODUCTS_KEPT
             products[context.is_recompute] += 1
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

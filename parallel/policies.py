@@ -90,6 +90,8 @@ def fused_swiglu_blocker(model: DecoderConfig, parallel: ParallelConfig, setting
         return "its kernels are bf16's"
     if settings.float8 != "none":
         return "trainer.float8 computes its products"
+    if not model.block(0).ffn.is_plain_swiglu:
+        return f"its kernels compute SwiGLU without biases, and the feed-forward is another ({model.ffn_activation})"
     if settings.policies and all(policy == "selective" for policy in settings.policies):
         return "trainer.activation=selective keeps one of them"
     if not limits.fused_swiglu_takes(model.dim, model.ffn_dim):

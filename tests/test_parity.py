@@ -41,6 +41,14 @@ PARTS: dict[str, dict[str, Any]] = {
         **{"norm_place": "around", "norm": "rms_plus_one", "ffn_activation": "gelu_tanh", "logit_softcap": 3.0},
         **{"embedding_scale": 4.9, "z_loss": 0.1, "tied": True},
     },
+    "windows by kind of layer": {
+        **{"layer_types": ["sliding", "full"], "sliding_window": 5, "rope_theta_sliding": 1e4},
+        **{"norm_place": "around", "qk_norm": "head", "norm": "rms_plus_one"},
+    },
+    "windows, sinks, soft-cap of scores": {
+        **{"layer_types": ["sliding", "full"], "sliding_window": 7, "sinks": True, "attention_softcap": 2.0},
+        **{"attention_scale": 0.7},
+    },
     "layers without positions, output biases, interleaved part": {
         **{"layer_types": ["full", "nope"], "output_bias": True, "ffn_bias": True},
         **{"rope_fraction": 0.67, "rope_interleaved": True},

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from torch._C._distributed_c10d import _resolve_process_group
 
 from ...kernels.attention_blocks import Segments, block_backward, block_forward, segments_backward, segments_forward
 from ...kernels.documents import Documents
-from .ring_plan import RingPlan, Step, plan_documents, plan_whole
+from ...kernels.sinks import add_sinks, sinks_gradient
+from .ring_plan import AttentionBlock, RingPlan, Step, plan_documents, plan_whole
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,23 @@ def ring_attend(
     ring: Ring,
     kernel: str = "cudnn",
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal grouped-query attention over rows of `length` positions of which this member holds `held(length, …)`.
 
     documents  of the whole rows, the same on every member but for the part (`with_ring_part`)
     kernel     what computes a member's blocks in half precision on a GPU (`attention_blocks.Kernel`)
+    window, softcap, sinks  as in `kernels.attention.Attend`
     Every member must call it, in the same order as its other calls on the same members. Returns (B, T, H, D).
     """
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
     part, rows = (None, None) if documents is None else (documents.part_cu_seqlens, documents.host_cu_seqlens)
     assert documents is None or part is not None, "the documents do not know this member's part (`with_ring_part`)"
     where = (length, list(ring.ranks), ring.index, ring.group.group_name)
-    out_BTHD, _ = ring_forward(q_BTHD, k_BTKD, v_BTKD, part, rows, *where, scale, kernel)
+    window = None if window is None or window >= length else window
+    out_BTHD, _ = ring_forward(q_BTHD, k_BTKD, v_BTKD, part, rows, sinks, *where, scale, window, softcap, kernel)
     return out_BTHD
 
 
@@ -72,15 +79,24 @@ def with_ring_part(documents: Documents, size: int, index: int) -> Documents:
     """Add to the documents of whole rows where those of the part begin that member `index` of `size` holds."""
     device = documents.cu_seqlens.device
     plan = plan_documents(tuple(documents.host_cu_seqlens.tolist()), documents.ids_BS.shape[1], size, index)
-    part = _part_of(plan)
-    if device.type == "cuda":
-        part = part.pin_memory()
-    return documents._replace(part_cu_seqlens=part.to(device, non_blocking=True))
+    return documents._replace(part_cu_seqlens=_on_device(_part_of(plan.own), device))
 
 
-def _part_of(plan: RingPlan) -> torch.Tensor:
+def _part_of(own: tuple[int, ...]) -> torch.Tensor:
     """Return, on the host, the bounds of a member's own sequences within its part (like `cu_seqlens`)."""
-    return torch.tensor([0, *accumulate(plan.own)], dtype=torch.int32)
+    return torch.tensor([0, *accumulate(own)], dtype=torch.int32)
+
+
+def _on_device(on_host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy without waiting."""
+    return (on_host.pin_memory() if device.type == "cuda" else on_host).to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=16)
+def _windowed_segments(own: tuple[int, ...], device: torch.device) -> Segments:
+    """Return a member's own sequences where a window takes its parts apart: every layer of a micro-batch asks for the same."""
+    on_host = _part_of(own)
+    return Segments(_on_device(on_host, device), on_host)
 
 
 # Operators of their own, so that `torch.compile` does not trace messages and selective activation checkpointing can keep
@@ -92,17 +108,22 @@ def ring_forward(
     v_BTKD: torch.Tensor,
     part_cu_seqlens: torch.Tensor | None,
     host_cu_seqlens: torch.Tensor | None,
+    sinks_H: torch.Tensor | None,
     length: int,
     ranks: Sequence[int],
     index: int,
     group: str,
     scale: float,
+    window: int | None,
+    softcap: float | None,
     kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `ring_attend`'s output and the log-sum-exp of each row: (B, H, T), or (1, H, B·T) with documents."""
-    call = _Call.of(part_cu_seqlens, host_cu_seqlens, length, ranks, index, group, scale, kernel)
+    call = _Call.of(part_cu_seqlens, host_cu_seqlens, length, ranks, index, group, scale, window, softcap, kernel)
     q, k, v = map(call.rows, (q_BTHD, k_BTKD, v_BTKD))
     out, lse = _forward(q, k, v, call)
+    if sinks_H is not None:
+        out, lse = add_sinks(out, lse, sinks_H)
     return out.reshape(q_BTHD.shape).contiguous(), lse.contiguous()
 
 
@@ -116,34 +137,43 @@ def ring_backward(
     lse: torch.Tensor,
     part_cu_seqlens: torch.Tensor | None,
     host_cu_seqlens: torch.Tensor | None,
+    sinks_H: torch.Tensor | None,
     length: int,
     ranks: Sequence[int],
     index: int,
     group: str,
     scale: float,
+    window: int | None,
+    softcap: float | None,
     kernel: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the gradients (dq, dk, dv) of `ring_forward`, each member's for the positions it holds."""
-    call = _Call.of(part_cu_seqlens, host_cu_seqlens, length, ranks, index, group, scale, kernel)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute the gradients (dq, dk, dv, dsinks) of `ring_forward`, each member's for its positions; dsinks may be empty."""
+    call = _Call.of(part_cu_seqlens, host_cu_seqlens, length, ranks, index, group, scale, window, softcap, kernel)
     dout, q, k, v, out = map(call.rows, (dout_BTHD.contiguous(), q_BTHD, k_BTKD, v_BTKD, out_BTHD))
     dq, dk, dv = _backward(dout, q, k, v, out, lse, call)
     return (
         dq.to(q.dtype).reshape(q_BTHD.shape).contiguous(),
         dk.to(k.dtype).reshape(k_BTKD.shape).contiguous(),
         dv.to(v.dtype).reshape(v_BTKD.shape).contiguous(),
+        lse.new_empty(0) if sinks_H is None else sinks_gradient(dout, out, lse, sinks_H),
     )
 
 
 @dataclass(frozen=True)
 class _Call:
-    """The context of one ring attention call. `segments`: this member's own sequences, None for whole rows."""
+    """The context of one ring attention call.
+
+    segments  this member's own sequences; None for whole rows
+    left      keys before its own that a query sees inside a sequence; None: all
+    how       further arguments of the kernels
+    """
 
     plan: RingPlan
     segments: Segments | None
     ranks: Sequence[int]
     group: dist.ProcessGroup
-    scale: float
-    kernel: str
+    left: int | None
+    how: dict[str, Any]
 
     @classmethod
     def of(
@@ -155,20 +185,41 @@ class _Call:
         index: int,
         group: str,
         scale: float,
+        window: int | None,
+        softcap: float | None,
         kernel: str,
     ) -> _Call:
         segments = None
         if part_cu_seqlens is None or host_cu_seqlens is None:
-            plan = plan_whole(length, len(ranks), index)
+            plan = plan_whole(length, len(ranks), index, window)
         else:
-            plan = plan_documents(tuple(host_cu_seqlens.tolist()), length, len(ranks), index)
-            segments = Segments(part_cu_seqlens, _part_of(plan))
+            plan = plan_documents(tuple(host_cu_seqlens.tolist()), length, len(ranks), index, window)
+            if window is None:
+                segments = Segments(part_cu_seqlens, _part_of(plan.own))
+            else:
+                segments = _windowed_segments(plan.own, part_cu_seqlens.device)
         found = _resolve_process_group(group)  # pyright: ignore[reportArgumentType]
-        return cls(plan, segments, ranks, found, scale, kernel)
+        how = {"scale": scale, "softcap": softcap, "kernel": kernel}
+        return cls(plan, segments, ranks, found, None if window is None else window - 1, how)
 
     def rows(self, x_BTHD: torch.Tensor) -> torch.Tensor:
         """With documents the rows are laid end to end into one, as the plan counts."""
         return x_BTHD if self.segments is None else x_BTHD.reshape(1, -1, *x_BTHD.shape[2:])
+
+    @property
+    def merges(self) -> bool:
+        """Whether blocks are merged into what this member has found on its own sequences."""
+        return bool(self.plan.own_blocks) or any(step.blocks for step in self.plan.steps)
+
+    @property
+    def adds_to_keys(self) -> bool:
+        """Whether other blocks' gradients of keys are added to those of this member's own sequences."""
+        return bool(self.plan.own_blocks) or any(step.keys for step in self.plan.steps)
+
+    def own_spans(self) -> list[slice]:
+        """List where the sequences of whole rows lie on this member."""
+        ends = list(accumulate(self.plan.own, initial=0))
+        return [slice(start, stop) for start, stop in pairwise(ends)]
 
 
 @dataclass(frozen=True)
@@ -226,14 +277,15 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> 
     for step, kv in _rounds(k, v, call):
         if step is None:
             out, lse = _own_forward(q, k, v, call)
-            if any(each.blocks for each in call.plan.steps):
+            if call.merges:
                 out = out.to(lse.dtype)
-            continue
-        for block in step.blocks:
+            blocks, keys_met, values_met = call.plan.own_blocks, k, v
+        else:
+            blocks, keys_met, values_met = step.blocks, kv[0], kv[1]
+        for block in blocks:
             queries, keys = slice(*block.queries), slice(*block.keys)
-            found = block_forward(
-                q[:, queries], kv[0][:, keys], kv[1][:, keys], causal=False, scale=call.scale, kernel=call.kernel
-            )
+            tensors = (q[:, queries], keys_met[:, keys], values_met[:, keys])
+            found = block_forward(*tensors, causal=False, left=block.left, **call.how)
             _merge(out[:, queries], lse[:, :, queries], *found)
     return out.to(q.dtype), lse
 
@@ -253,27 +305,46 @@ def _backward(
     for step, kv in _rounds(k, v, call):
         if step is None:
             dq, dk, dv = _own_backward(dout, q, k, v, out, lse, call)
-            if any(each.blocks for each in call.plan.steps):
+            if call.merges:
                 dq = dq.to(lse.dtype)
-            if any(each.keys for each in call.plan.steps):
+            if call.adds_to_keys:
                 dk, dv = dk.to(lse.dtype), dv.to(lse.dtype)
+            _blocks_backward(call.plan.own_blocks, (dout, q, k, v, out, lse), (dq, dk, dv), call)
             continue
-        dkv_found = torch.empty_like(kv)
-        for block in step.blocks:
-            queries, keys = slice(*block.queries), slice(*block.keys)
-            dq_part, dkv_found[0][:, keys], dkv_found[1][:, keys] = block_backward(
-                *(dout[:, queries], q[:, queries], kv[0][:, keys], kv[1][:, keys], out[:, queries], lse[:, :, queries]),
-                causal=False,
-                scale=call.scale,
-                kernel=call.kernel,
-            )
-            dq[:, queries] += dq_part
-        before, pending = pending, _KeyGradients(call, step, dkv_found, k)
+        # In the sum's dtype where several blocks see a key: each would be rounded.
+        seen_often = sum(block.keys[1] - block.keys[0] for block in step.blocks) > step.received
+        dkv_found = torch.zeros_like(kv, dtype=lse.dtype if seen_often else kv.dtype)
+        _blocks_backward(step.blocks, (dout, q, kv[0], kv[1], out, lse), (dq, dkv_found[0], dkv_found[1]), call)
+        before, pending = pending, _KeyGradients(call, step, dkv_found.to(kv.dtype), k)
         if before is not None:
             before.add_to(dk, dv)
     if pending is not None:
         pending.add_to(dk, dv)
     return dq, dk, dv
+
+
+def _blocks_backward(
+    blocks: Sequence[AttentionBlock],
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    call: _Call,
+) -> None:
+    """Add the gradients of blocks to those of queries, keys and values.
+
+    tensors: dout, q, the keys and values met, out and lse; sums: of dq, dk and dv, shaped as q, keys and values.
+    """
+    (dout, q, k, v, out, lse), (dq, dk, dv) = tensors, sums
+    for block in blocks:
+        queries, keys = slice(*block.queries), slice(*block.keys)
+        dq_part, dk_part, dv_part = block_backward(
+            *(dout[:, queries], q[:, queries], k[:, keys], v[:, keys], out[:, queries], lse[:, :, queries]),
+            causal=False,
+            left=block.left,
+            **call.how,
+        )
+        dq[:, queries] += dq_part
+        dk[:, keys] += dk_part
+        dv[:, keys] += dv_part
 
 
 class _KeyGradients:
@@ -310,9 +381,13 @@ def _own_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call)
     if q.shape[1] == 0:
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], 0, dtype=exact)
-    if call.segments is None:
-        return block_forward(q, k, v, causal=True, scale=call.scale, kernel=call.kernel)
-    return segments_forward(q, k, v, call.segments, scale=call.scale, kernel=call.kernel)
+    if call.segments is not None:
+        return segments_forward(q, k, v, call.segments, left=call.left, **call.how)
+    spans = call.own_spans()
+    found = [block_forward(q[:, at], k[:, at], v[:, at], causal=True, left=call.left, **call.how) for at in spans]
+    if len(found) == 1:
+        return found[0]
+    return torch.cat([out for out, _ in found], dim=1), torch.cat([lse for _, lse in found], dim=2)
 
 
 def _own_backward(
@@ -326,9 +401,21 @@ def _own_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if q.shape[1] == 0:
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    if call.segments is None:
-        return block_backward(dout, q, k, v, out, lse, causal=True, scale=call.scale, kernel=call.kernel)
-    return segments_backward(dout, q, k, v, out, lse, call.segments, scale=call.scale, kernel=call.kernel)
+    if call.segments is not None:
+        return segments_backward(dout, q, k, v, out, lse, call.segments, left=call.left, **call.how)
+    found = [
+        block_backward(
+            *(dout[:, at], q[:, at], k[:, at], v[:, at], out[:, at], lse[:, :, at]),
+            causal=True,
+            left=call.left,
+            **call.how,
+        )
+        for at in call.own_spans()
+    ]
+    if len(found) == 1:
+        return found[0]
+    dq, dk, dv = (torch.cat([each[number] for each in found], dim=1) for number in range(3))
+    return dq, dk, dv
 
 
 def _shape_of_forward(
@@ -340,18 +427,30 @@ def _shape_of_forward(
     return q.new_empty(q.shape), q.new_empty(lse, dtype=exact)
 
 
-def _shape_of_backward(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _shape_of_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    part_cu_seqlens: torch.Tensor | None,
+    host_cu_seqlens: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    *rest: Any,
+) -> Any:
+    dsinks = lse.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, part_cu_seqlens, host_cu_seqlens, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, *output, part_cu_seqlens, host_cu_seqlens)
+    q, k, v, part_cu_seqlens, host_cu_seqlens, sinks, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, part_cu_seqlens, host_cu_seqlens, sinks)
 
 
 def _differentiate(ctx: Any, dout: torch.Tensor, dlse: torch.Tensor) -> Any:
-    dq, dk, dv = ring_backward(dout, *ctx.saved_tensors, *ctx.rest)
-    return dq, dk, dv, *[None] * (2 + len(ctx.rest))
+    dq, dk, dv, dsinks = ring_backward(dout, *ctx.saved_tensors, *ctx.rest)
+    return dq, dk, dv, None, None, None if ctx.saved_tensors[-1] is None else dsinks, *[None] * len(ctx.rest)
 
 
 ring_forward.register_fake(_shape_of_forward)

@@ -5,13 +5,17 @@ every member has the same area to compute (zig-zag; ByteScale, arXiv 2502.21231,
 may begin and end anywhere in a row. Two different parts then share at most one sequence, and what the later part sees of
 the earlier one is a full rectangle: the end of the earlier part by the beginning of the later one. So no block between
 members ever needs a mask, and a member's own share is plain causal attention inside each sequence.
+
+Through a window a rectangle has a mask, whose edge runs along a diagonal: `AttentionBlock.left`. What lies wholly outside of
+the window is neither computed nor sent. A member's two parts are then apart: its own share is attention inside each part, and
+rectangles between the two.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 Span = tuple[int, int]
@@ -20,37 +24,42 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """A block in which every query of one span attends to every key of another."""
+    """A block in which every query of one span attends to every key of another.
+
+    left  or only to so many keys before its own place, counted as if the last query and the last key had the same one
+    """
 
     queries: Span
     keys: Span
+    left: int | None = None
 
 
 @dataclass(frozen=True)
 class Step:
     """One exchange at distance t around the ring: a member receives from `source` and sends to `target`.
 
-    blocks  what this member computes on the keys it receives; their `keys` count from the start of the message
-    keys    the spans of its own keys that the target needs, in the order of the message
+    blocks    what this member computes on the keys it receives; their `keys` count from the start of the message
+    received  length of the message from the source
+    keys      the spans of its own keys that the target needs, in the order of the message
     """
 
     source: int
     blocks: tuple[AttentionBlock, ...]
+    received: int
     target: int
     keys: tuple[Span, ...]
-
-    @property
-    def received(self) -> int:
-        """Length of the message from the source."""
-        return sum(stop - start for start, stop in (block.keys for block in self.blocks))
 
 
 @dataclass(frozen=True)
 class RingPlan:
-    """A member's part in one attention: its own sequences in order (their lengths on this member), then N − 1 steps."""
+    """A member's part in one attention: its own sequences in order (their lengths on this member), then N − 1 steps.
+
+    own_blocks  rectangles between its own parts, which a window takes apart
+    """
 
     own: tuple[int, ...]
     steps: tuple[Step, ...]
+    own_blocks: tuple[AttentionBlock, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,21 +83,22 @@ def held(length: int, size: int, index: int, rows: int = 1) -> list[range]:
 
 
 @lru_cache(maxsize=256)
-def plan_whole(length: int, size: int, index: int) -> RingPlan:
+def plan_whole(length: int, size: int, index: int, window: int | None = None) -> RingPlan:
     """Plan for rows that are one sequence each; spans hold for every row of a batch alike."""
-    return plan_ring([0, length], length, size, index)
+    return plan_ring([0, length], length, size, index, window)
 
 
 @lru_cache(maxsize=64)
-def plan_documents(cu_seqlens: tuple[int, ...], length: int, size: int, index: int) -> RingPlan:
+def plan_documents(cu_seqlens: tuple[int, ...], length: int, size: int, index: int, window: int | None = None) -> RingPlan:
     """Call `plan_ring` and remember the plan: every layer asks for the plan of the same micro-batch."""
-    return plan_ring(cu_seqlens, length, size, index)
+    return plan_ring(cu_seqlens, length, size, index, window)
 
 
-def plan_ring(cu_seqlens: Sequence[int], length: int, size: int, index: int) -> RingPlan:
+def plan_ring(cu_seqlens: Sequence[int], length: int, size: int, index: int, window: int | None = None) -> RingPlan:
     """Plan the part of member `index` of `size` for rows of `length` laid end to end, with these sequences.
 
     cu_seqlens: ascending, from 0 to rows × length, and every row's end is among them.
+    window: positions that a query sees, its own included; None: all before it.
     """
     rows = cu_seqlens[-1] // length
     ranges = [held(length, size, member, rows) for member in range(size)]
@@ -96,23 +106,27 @@ def plan_ring(cu_seqlens: Sequence[int], length: int, size: int, index: int) -> 
     steps: list[Step] = []
     for distance in range(1, size):
         source, target = (index - distance) % size, (index + distance) % size
-        wanted = _blocks(pieces[target], pieces[index])
+        received = _blocks(pieces[index], pieces[source], window)
+        spans = _message(received)
         steps.append(
             Step(
                 source=source,
-                blocks=_from_message_start(_blocks(pieces[index], pieces[source])),
+                blocks=_from_message_start(received, spans),
+                received=sum(stop - start for start, stop in spans),
                 target=target,
-                keys=tuple(block.keys for block in wanted),
+                keys=_message(_blocks(pieces[target], pieces[index], window)),
             )
         )
-    return RingPlan(_own_lengths(ranges[index], cu_seqlens), tuple(steps))
+    own_blocks = () if window is None else tuple(_blocks(pieces[index], pieces[index], window))
+    return RingPlan(_own_lengths(ranges[index], cu_seqlens, apart=window is not None), tuple(steps), own_blocks)
 
 
-def _own_lengths(ranges: Sequence[range], cu_seqlens: Sequence[int]) -> tuple[int, ...]:
+def _own_lengths(ranges: Sequence[range], cu_seqlens: Sequence[int], *, apart: bool) -> tuple[int, ...]:
+    """List the lengths of a member's sequences. apart: whether its parts are apart, so that one in both counts as two."""
     lengths: list[int] = []
     latest = -1
     for positions in ranges:
-        at = positions.start
+        at, latest = positions.start, -1 if apart else latest
         while at < positions.stop:
             sequence = bisect_right(cu_seqlens, at) - 1
             stop = min(positions.stop, cu_seqlens[sequence + 1])
@@ -138,7 +152,7 @@ def _edge_pieces(ranges: Sequence[range], cu_seqlens: Sequence[int]) -> list[_Se
     return pieces
 
 
-def _blocks(queries: Sequence[_SequencePart], keys: Sequence[_SequencePart]) -> list[AttentionBlock]:
+def _blocks(queries: Sequence[_SequencePart], keys: Sequence[_SequencePart], window: int | None) -> list[AttentionBlock]:
     """List what the queries' holder computes on the keys' holder's keys, in the order of the positions."""
     of_sequence: dict[int, list[_SequencePart]] = {}
     for key in keys:
@@ -147,6 +161,9 @@ def _blocks(queries: Sequence[_SequencePart], keys: Sequence[_SequencePart]) -> 
     for query in queries:
         seen = [key for key in of_sequence.get(query.sequence, []) if key.start < query.start]
         if not seen:
+            continue
+        if window is not None:
+            blocks += filter(None, (_through_window(query, key, window) for key in seen))
             continue
         span = (seen[0].at, seen[-1].at + seen[-1].length)
         assert span[1] - span[0] == sum(key.length for key in seen), "the keys of a sequence lie side by side"
@@ -158,11 +175,38 @@ def _blocks(queries: Sequence[_SequencePart], keys: Sequence[_SequencePart]) -> 
     return blocks
 
 
-def _from_message_start(blocks: Sequence[AttentionBlock]) -> tuple[AttentionBlock, ...]:
+def _through_window(query: _SequencePart, key: _SequencePart, window: int) -> AttentionBlock | None:
+    """Cut a rectangle to the queries that see a key, and to the keys that a query sees; None where that leaves nothing."""
+    end = key.start + key.length  # not beyond the first query
+    queries = min(query.length, end + window - 1 - query.start)
+    hidden = max(0, query.start - window + 1 - key.start)
+    if queries <= 0 or hidden >= key.length:
+        return None
+    left = window - 1 - (query.start + queries - end)
+    keys = (key.at + hidden, key.at + key.length)
+    return AttentionBlock((query.at, query.at + queries), keys, left if left < keys[1] - keys[0] - 1 else None)
+
+
+def _message(blocks: Sequence[AttentionBlock]) -> tuple[Span, ...]:
+    """Return the spans of keys that these blocks need, ascending, each key once."""
+    spans: list[Span] = []
+    for start, stop in sorted(block.keys for block in blocks):
+        if spans and start < spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(stop, spans[-1][1]))
+        else:
+            spans.append((start, stop))
+    return tuple(spans)
+
+
+def _from_message_start(blocks: Sequence[AttentionBlock], spans: Sequence[Span]) -> tuple[AttentionBlock, ...]:
+    """Count the blocks' keys from the start of a message that holds these spans of them."""
     moved: list[AttentionBlock] = []
-    at = 0
     for block in blocks:
-        length = block.keys[1] - block.keys[0]
-        moved.append(AttentionBlock(block.queries, (at, at + length)))
-        at += length
+        before = 0
+        for start, stop in spans:
+            if start <= block.keys[0] < stop:
+                at = before + block.keys[0] - start
+                moved.append(replace(block, keys=(at, at + block.keys[1] - block.keys[0])))
+                break
+            before += stop - start
     return tuple(moved)

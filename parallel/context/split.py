@@ -11,6 +11,7 @@ gradients add up to the whole samples' (rule R2).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,14 +62,17 @@ class ContextParallel:
         documents: Documents | None = None,
         *,
         scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute causal attention of this rank's positions over whole samples; documents are those of the whole samples."""
+        """Causal attention of this rank's positions over the whole samples; documents are those of the whole samples."""
+        how: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
         if self._kind == "ulysses":
-            group = self._group
-            return ulysses_attend(q_BTHD, k_BTKD, v_BTKD, documents, group=group, attend=self._plain, scale=scale)
+            return ulysses_attend(q_BTHD, k_BTKD, v_BTKD, documents, group=self._group, attend=self._plain, **how)
         length = q_BTHD.shape[1] * self._size
         kernel = self._plain.kernel
-        return ring_attend(q_BTHD, k_BTKD, v_BTKD, documents, length=length, ring=self._ring, kernel=kernel, scale=scale)
+        return ring_attend(q_BTHD, k_BTKD, v_BTKD, documents, length=length, ring=self._ring, kernel=kernel, **how)
 
     def cut(self, micro_batch: MicroBatch) -> ContextSlice:
         """Cut out this rank's part of a micro-batch that is on the device, where a copy of a part waits for nothing."""

@@ -28,6 +28,9 @@ def ulysses_attend(
     group: dist.ProcessGroup,
     attend: Attend,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`attend` over whole rows, of which each rank of `group` holds a slice, in rank order. Returns (B, T, H, D).
 
@@ -45,7 +48,8 @@ def ulysses_attend(
     sent_NBTXD = torch.cat(by_rank, dim=3).permute(2, 0, 1, 3, 4)
     whole_BSXD = _swap(sent_NBTXD, group).permute(1, 0, 2, 3, 4).flatten(1, 2)
     q_BSXD, k_BSXD, v_BSXD = whole_BSXD.split([x.shape[3] for x in by_rank], dim=2)
-    out_BSXD = attend(q_BSXD, k_BSXD, v_BSXD, documents, scale=scale)
+    own_sinks = None if sinks is None else sinks.chunk(ranks)[group.rank()]
+    out_BSXD = attend(q_BSXD, k_BSXD, v_BSXD, documents, scale=scale, window=window, softcap=softcap, sinks=own_sinks)
     sent_NBTXD = out_BSXD.unflatten(1, (ranks, -1)).permute(1, 0, 2, 3, 4)
     return _swap(sent_NBTXD, group).permute(1, 2, 0, 3, 4).flatten(2, 3)
 

@@ -23,11 +23,13 @@ from torch.distributed.tensor import DTensor, Partial
 from ...models.norm import Norm
 
 
-class NormKind(Enum):
-    """The extent of a norm: each head by itself, or the heads of all ranks together."""
+class HeadsWork(Enum):
+    """The work of a module on heads: project to them, norm each by itself or those of all ranks together, or hold numbers."""
 
-    EACH = "each"
-    ALL = "all"
+    PROJECT = "project"
+    NORM_EACH = "norm_each"
+    NORM_ALL = "norm_all"
+    VECTOR = "vector"
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,12 @@ class Heads:
 
     head_dim  width of a head
     shared    number of heads, where they are fewer than ranks: each rank then computes the one head that it needs
-    norm      what kind of norm the module is; None: a projection
+    work      what the module does
     """
 
     head_dim: int
     shared: int | None
-    norm: NormKind | None = None
+    work: HeadsWork
 
     def rows(self, mesh: DeviceMesh) -> slice:
         """Return the rows of a whole weight that belong to this rank's shared head."""
@@ -52,12 +54,15 @@ class Heads:
 
 def work_on_heads(module: nn.Module, heads: Heads, mesh: DeviceMesh) -> None:
     """Make a module, whose parameters are DTensors, compute with the part that belongs to this rank's heads."""
-    if heads.norm is None:
-        _project(cast(nn.Linear, module), heads, mesh)
-    elif heads.norm is NormKind.EACH:
-        _norm_each(cast(Norm, module))
-    else:
-        _norm_all(cast(Norm, module), heads, mesh)
+    match heads.work:
+        case HeadsWork.PROJECT:
+            _project(cast(nn.Linear, module), heads, mesh)
+        case HeadsWork.NORM_EACH:
+            _norm_each(cast(Norm, module))
+        case HeadsWork.NORM_ALL:
+            _norm_all(cast(Norm, module), heads, mesh)
+        case HeadsWork.VECTOR:
+            module.forward = lambda: _own(module.weight, heads, mesh)
 
 
 def _own(parameter: Any, heads: Heads, mesh: DeviceMesh) -> torch.Tensor:

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from ...kernels.documents import Documents
 from ...models.norm import Norm
 from ...models.protocol import Model, TensorRole
-from .heads import Heads, NormKind, work_on_heads
+from .heads import Heads, HeadsWork, work_on_heads
 from .vocabulary import VocabularyParallelLoss
 
 STREAM: Literal["stream"] = "stream"  # where the residual stream lies; it depends on the batch
@@ -60,9 +60,14 @@ PLACES = {
     TensorRole.POST_NORM: Place(weight=Replicate(), input_layout=STREAM, output_layout=STREAM),
     TensorRole.HEADS_NORM: Place(weight=Shard(0), input_layout=Shard(-1), output_layout=Shard(-1)),
     TensorRole.KEY_HEADS_NORM: Place(weight=Shard(0), input_layout=Shard(-1), output_layout=Shard(-1)),
+    TensorRole.HEADS_VECTOR: Place(weight=Shard(0), input_layout=Replicate(), output_layout=Shard(0)),
     TensorRole.EMBEDDING: Place(weight=Shard(0), input_layout=Replicate(), output_layout=STREAM),
     TensorRole.HEAD: Place(weight=Shard(0), input_layout=Replicate(), output_layout=Replicate()),
 }
+
+
+ON_HEADS = (TensorRole.KEY_VALUE, TensorRole.HEADS_NORM, TensorRole.KEY_HEADS_NORM, TensorRole.HEADS_VECTOR)
+"""Roles of modules inside attention, which see plain tensors of a rank's own heads."""
 
 
 def stream_dim(batch: int, length: int, tp: int) -> int | None:
@@ -99,19 +104,22 @@ class PlacedModule:
 
     def heads(self, tp: int) -> Heads | None:
         """Return how ranks share the heads that it works on; None if ranks have whole heads of their own, or it has none."""
-        if self.role not in (TensorRole.KEY_VALUE, TensorRole.HEADS_NORM, TensorRole.KEY_HEADS_NORM):
+        if self.role not in ON_HEADS:
             return None
         head_dim, kv_heads = cast(Any, self.parent).head_dim, cast(Any, self.parent).kv_heads
         shared = self.role is not TensorRole.HEADS_NORM and kv_heads < tp
+        if self.role is TensorRole.HEADS_VECTOR:
+            return Heads(head_dim, None, HeadsWork.VECTOR)
         if self.role is TensorRole.KEY_VALUE:
-            return Heads(head_dim, kv_heads) if shared else None
+            return Heads(head_dim, kv_heads, HeadsWork.PROJECT) if shared else None
         width = cast(Norm, self.module).config.width
-        return Heads(head_dim, kv_heads if shared else None, norm=NormKind.EACH if width == head_dim else NormKind.ALL)
+        work = HeadsWork.NORM_EACH if width == head_dim else HeadsWork.NORM_ALL
+        return Heads(head_dim, kv_heads if shared else None, work)
 
     def placement(self, parameter: nn.Parameter, tp: int) -> Placement:
         """Return how a parameter of it is cut over so many ranks."""
         heads = self.heads(tp)
-        if heads is not None and (heads.shared is not None or heads.norm is NormKind.EACH):
+        if heads is not None and (heads.shared is not None or heads.work is HeadsWork.NORM_EACH):
             return Replicate()
         return fitting(PLACES[self.role].weight, parameter)
 

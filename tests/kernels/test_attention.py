@@ -8,14 +8,22 @@ import pytest
 import torch
 
 from meshloom.kernels import attention_blocks
-from meshloom.kernels.attention import CausalAttention, attend_documents
+from meshloom.kernels.attention import CausalAttention
+from meshloom.kernels.attention_op import attend as attend_op
 from meshloom.kernels.documents import Documents
 
 attend = CausalAttention()
 
 
 def textbook(
-    q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, documents_BS: torch.Tensor | None, scale: float | None
+    q_BSHD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    documents_BS: torch.Tensor | None,
+    scale: float | None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q kᵀ · scale + mask) v, one head at a time, nothing fused."""
     length, heads, dim = q_BSHD.shape[1:]
@@ -23,11 +31,19 @@ def textbook(
     allowed = torch.ones(length, length, dtype=torch.bool).tril().expand(q_BSHD.shape[0], -1, -1)
     if documents_BS is not None:
         allowed = allowed & (documents_BS[:, :, None] == documents_BS[:, None, :])
+    if window is not None:
+        at = torch.arange(length)
+        allowed = allowed & (at[:, None] - at[None, :] < window)
     outs = []
     for head in range(heads):
         scores = q_BSHD[:, :, head] @ k_BSKD[:, :, head // group].transpose(1, 2)
         scores = scores * (1 / math.sqrt(dim) if scale is None else scale)
-        weights = torch.softmax(scores.masked_fill(~allowed, -math.inf), dim=-1)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.masked_fill(~allowed, -math.inf)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[head].expand(*scores.shape[:2], 1)), dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., :length]
         outs.append(weights @ v_BSKD[:, :, head // group])
     return torch.stack(outs, dim=2)
 
@@ -56,10 +72,38 @@ def test_equals_the_textbook_with_gradients(kv_heads: int, with_documents: bool,
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
-def test_the_operator_keeps_pytorchs_rules() -> None:
+@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize(
+    ("window", "softcap", "with_sinks"),
+    [(5, None, False), (1, None, False), (None, 0.6, False), (None, None, True), (7, 0.9, True)],
+)
+def test_windows_caps_and_sinks_equal_the_textbook(
+    window: int | None, softcap: float | None, with_sinks: bool, with_documents: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 23, 4, 8), (3, 23, 2, 8), (3, 23, 2, 8)]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    sinks = torch.randn(4, generator=generator, dtype=torch.float64).requires_grad_() if with_sinks else None
+    documents = random_documents(3, 23, generator) if with_documents else None
+    weight = torch.randn(shapes[0], generator=generator, dtype=torch.float64)
+    q, k, v = inputs
+    packed = None if documents is None else Documents.of(documents)
+    out = attend(q, k, v, packed, scale=0.8, window=window, softcap=softcap, sinks=sinks)
+    expected = textbook(q, k, v, documents, 0.8, window, softcap, sinks)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    leaves = [*inputs, *([] if sinks is None else [sinks])]
+    for got, want in zip(torch.autograd.grad(out, leaves, weight), torch.autograd.grad(expected, leaves, weight), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_operator_keeps_pytorchs_rules(packed: bool, sinks: bool) -> None:
     cu_seqlens = Documents.of(torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]])).cu_seqlens
+    ends = (cu_seqlens, cu_seqlens.clone()) if packed else (None, None)
     q, k = torch.randn(2, 5, 4, 8, requires_grad=True), torch.randn(2, 5, 2, 8, requires_grad=True)
-    torch.library.opcheck(attend_documents, (q, k, k.detach(), cu_seqlens, cu_seqlens.clone(), 0.5, "cudnn"))
+    logits = torch.randn(4, requires_grad=True) if sinks else None
+    torch.library.opcheck(attend_op, (q, k, k.detach(), *ends, logits, 0.5, 3, 2.0, "cudnn"))
 
 
 def test_compiles_without_a_break() -> None:
@@ -82,7 +126,7 @@ def test_the_formula_for_unusual_types_equals_the_fused_kernel(causal: bool, mon
         return [out, lse, *attention_blocks.block_backward(dout, q, k, v, out, lse, causal=causal, scale=0.7, kernel="cudnn")]
 
     fused = both()
-    monkeypatch.setattr(attention_blocks, "kernel_for", lambda q, chosen: "math")
+    monkeypatch.setattr(attention_blocks, "kernel_for", lambda *_: "math")
     for got, want in zip(both(), fused, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 

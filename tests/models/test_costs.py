@@ -46,6 +46,14 @@ def test_flops_are_those_that_pytorch_counts() -> None:
     assert flops_per_token(config, 16) - norms == (forward.get_total_flops() + backward.get_total_flops()) / 32
 
 
+def test_a_window_counts_the_pairs_that_it_leaves() -> None:
+    config = DecoderConfig(**SHAPE, layer_types=["sliding"], sliding_window=5)  # type: ignore[arg-type]
+    for seq_len in (4, 5, 12):
+        seen = sum(min(position + 1, 5) - 0.5 for position in range(seq_len))
+        whole = DecoderConfig(**SHAPE).block(0).attention.score_flops(seq_len)  # type: ignore[arg-type]
+        assert config.block(0).attention.score_flops(seq_len) / whole == pytest.approx(2 * seen / seq_len**2)
+
+
 def test_costs_need_no_torch() -> None:
     modules = ("meshloom.models.costs", "meshloom.parallel.policies", "meshloom.parallel.pipeline.stages")
     code = f"import sys, {', '.join(modules)}; print('torch' in sys.modules)"

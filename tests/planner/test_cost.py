@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -18,6 +19,7 @@ from meshloom.models.block import Block
 from meshloom.models.config import DecoderConfig
 from meshloom.models.costs import ForwardPass, block_bytes
 from meshloom.models.decoder import Decoder
+from meshloom.models.norm import Norm
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.parallel.activation import apply_policies
@@ -112,17 +114,31 @@ def kept(model: Decoder, tokens: torch.Tensor) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-@pytest.mark.parametrize("policy", ["none", "full"])
-def test_what_a_block_keeps_is_what_autograd_keeps(policy: str) -> None:
-    shape = {"dim": 128, "heads": 8, "kv_heads": 4, "ffn_dim": 352, "vocabulary": 500}
+PARTS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen 3": {"qk_norm": "head", "head_dim": 24, "qkv_bias": True},
+    "OLMo 3": {"qk_norm": "full", "norm_place": "after", "layer_types": ["sliding"], "sliding_window": 9},
+    "Gemma 2": {"norm_place": "around", "ffn_activation": "gelu_tanh", "attention_softcap": 5.0, "sinks": True},
+}
+
+
+@pytest.mark.parametrize(("parts", "policy"), [*((name, "none") for name in PARTS), ("Llama", "full"), ("Gemma 2", "full")])
+def test_what_a_block_keeps_is_what_autograd_keeps(parts: str, policy: str) -> None:
+    shape = {"dim": 128, "heads": 8, "kv_heads": 4, "ffn_dim": 352, "vocabulary": 500, **PARTS[parts]}
     models = [decoder(**shape, layers=layers) for layers in (2, 3)]
     tokens = torch.randint(0, 500, (2, 64))
     for model in models:
         apply_policies(list(model.layers.values()), [policy] * model.config.layers)
     per_block = kept(models[1], tokens) - kept(models[0], tokens)
     # On the CPU RMSNorm is made of simple operations, and keeps its normalised input too; the GPU's kernel does not.
-    on_cpu = 2 * tokens.numel() * 128 * 4 if policy == "none" else 0
-    assert per_block - on_cpu == block_bytes(models[0].config.block(0), ForwardPass(tokens.numel(), "fp32"), policy)
+    norms = [module for module in models[0].layers["0"].modules() if isinstance(module, Norm)]
+    block = models[0].config.block(0)
+    widths = {"q_norm": block.attention.q_width, "k_norm": block.attention.kv_width}
+    normed = sum(
+        widths.get(name.rpartition(".")[2], 128) for name, each in models[0].layers["0"].named_modules() if each in norms
+    )
+    on_cpu = tokens.numel() * normed * 4 if policy == "none" else 0
+    assert per_block - on_cpu == block_bytes(block, ForwardPass(tokens.numel(), "fp32"), policy)
 
 
 def test_what_a_compiled_block_keeps_is_what_the_compiler_keeps() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 from meshloom.kernels.attention import CausalAttention
 from meshloom.kernels.documents import Documents
 from meshloom.parallel.context.ring import Ring, ring_attend, with_ring_part
-from meshloom.parallel.context.ring_plan import held, plan_ring
+from meshloom.parallel.context.ring_plan import AttentionBlock, held, plan_ring
 from support.ranks import run_ranks
 
 ROWS, HEADS, DIM = 2, 4, 8
@@ -34,12 +37,32 @@ def documents_of(length: int, lengths: list[list[int]]) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def whole(length: int, kv_heads: int, documents: torch.Tensor | None, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+@dataclass(frozen=True)
+class Scores:
+    """How scores become weights, besides their scale."""
+
+    window: int | None = None
+    softcap: float | None = None
+    with_sinks: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Make the arguments of attention, with fresh sinks."""
+        sinks = torch.linspace(-1, 1, HEADS, dtype=torch.float64).requires_grad_() if self.with_sinks else None
+        return {"scale": 0.4, "window": self.window, "softcap": self.softcap, "sinks": sinks}
+
+
+def whole(
+    length: int,
+    kv_heads: int,
+    documents: torch.Tensor | None,
+    dtype: torch.dtype = torch.float64,
+    scores: Scores = Scores(),
+) -> list[torch.Tensor]:
     *leaves, dout = inputs(length, kv_heads, dtype)
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    packed = None if documents is None else Documents.of(documents)
-    out = CausalAttention()(leaves[0], leaves[1], leaves[2], packed, scale=0.4)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+    packed, how = None if documents is None else Documents.of(documents), scores.arguments()
+    out = CausalAttention()(leaves[0], leaves[1], leaves[2], packed, **how)
+    return [out.detach(), *torch.autograd.grad(out, [*leaves, *filter(lambda x: x is not None, [how["sinks"]])], dout)]
 
 
 def indices(length: int, size: int, index: int) -> torch.Tensor:
@@ -54,6 +77,7 @@ def share(
     documents: torch.Tensor | None,
     dtype: torch.dtype = torch.float64,
     compiled: bool = False,
+    scores: Scores = Scores(),
 ) -> list[torch.Tensor]:
     """This rank's output and gradients in a ring of these members."""
     group = dist.group.WORLD
@@ -65,12 +89,14 @@ def share(
     ring = Ring(tuple(members), at, group)
     packed = None if documents is None else with_ring_part(Documents.of(documents), len(members), at)
 
+    how = scores.arguments()
+
     def attend_in_ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return ring_attend(q * 1.0, k, v, packed, length=length, ring=ring, scale=0.4)
+        return ring_attend(q * 1.0, k, v, packed, length=length, ring=ring, **how)
 
     function = torch.compile(attend_in_ring, fullgraph=True, backend="aot_eager") if compiled else attend_in_ring
     out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+    return [out.detach(), *torch.autograd.grad(out, [*leaves, *filter(lambda x: x is not None, [how["sinks"]])], dout)]
 
 
 def assert_shares_equal(
@@ -116,6 +142,37 @@ def test_equals_attention_in_one_process(size: int) -> None:
     results = run_ranks(size, _every_case)
     for number, (length, _, _) in enumerate(cases(size)):
         assert_shares_equal([result[number] for result in results], expected[number], length)
+
+
+SCORES = (Scores(1), Scores(5), Scores(17), Scores(None, 0.6), Scores(7, 0.9, with_sinks=True))
+
+
+def _every_score(rank: int, size: int) -> list[list[torch.Tensor]]:
+    documents = documents_of(24, DOCUMENTS["many"])
+    return [share(rank, list(range(size)), 24, 2, packed, scores=scores) for scores in SCORES for packed in (None, documents)]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_windows_caps_and_sinks_equal_one_process(size: int) -> None:
+    documents = documents_of(24, DOCUMENTS["many"])
+    expected = [whole(24, 2, packed, scores=scores) for scores in SCORES for packed in (None, documents)]
+    results = run_ranks(size, _every_score)
+    for number, want in enumerate(expected):
+        found = [result[number] for result in results]
+        assert_shares_equal([each[:4] for each in found], want[:4], 24)
+        if len(want) == 5:  # the sinks' gradient is summed over the members
+            torch.testing.assert_close(torch.stack([each[4] for each in found]).sum(0), want[4], rtol=0, atol=1e-10)
+
+
+def test_windows_compile_without_a_break() -> None:
+    scores = Scores(5, 0.9, with_sinks=True)
+    expected = whole(24, 2, None, scores=scores)
+    results = run_ranks(2, _compiled_score, scores)
+    assert_shares_equal([each[:4] for each in results], expected[:4], 24)
+
+
+def _compiled_score(rank: int, size: int, scores: Scores) -> list[torch.Tensor]:
+    return share(rank, list(range(size)), 24, 2, None, compiled=True, scores=scores)
 
 
 def _two_rings(rank: int, size: int) -> list[list[torch.Tensor]]:
@@ -174,22 +231,33 @@ def packed_rows(draw: st.DrawFn) -> tuple[list[int], int, int]:
     return sorted(inner | set(range(0, rows * length + 1, length))), length, draw(st.integers(1, 5))
 
 
-@given(packed_rows())
-@settings(deadline=None, max_examples=150)
-def test_plans_cover_each_pair_of_positions_once(case: tuple[list[int], int, int]) -> None:
+@given(packed_rows(), st.none() | st.integers(1, 40))
+@settings(deadline=None, max_examples=250)
+def test_plans_cover_each_pair_of_positions_once(case: tuple[list[int], int, int], window: int | None) -> None:
     """Own sequences and blocks together are exactly the causal pairs inside sequences, and messages fit one another."""
     bounds, length, size = case
     rows = bounds[-1] // length
     sequence = [sum(position >= bound for bound in bounds) for position in range(bounds[-1])]
     holds = [[position for part in held(length, size, member, rows) for position in part] for member in range(size)]
     assert sorted(position for held_by in holds for position in held_by) == list(range(bounds[-1]))
-    plans = [plan_ring(bounds, length, size, member) for member in range(size)]
+    plans = [plan_ring(bounds, length, size, member, window) for member in range(size)]
+
+    def seen(block: AttentionBlock) -> Iterator[tuple[int, int]]:
+        """Pairs of a query and a key of a block, by the definition of its mask."""
+        aligned = block.keys[1] - block.queries[1]
+        for q in range(*block.queries):
+            sees = [k for k in range(*block.keys) if block.left is None or q + aligned - k <= block.left]
+            assert sees, "every query of a block sees a key"
+            yield from ((q, k) for k in sees)
+
     pairs: Counter[tuple[int, int]] = Counter()
     for member, plan in enumerate(plans):
         at = 0
         for own in plan.own:
-            pairs.update((holds[member][q], holds[member][k]) for q in range(at, at + own) for k in range(at, q + 1))
+            square = ((holds[member][q], holds[member][k]) for q in range(at, at + own) for k in range(at, q + 1))
+            pairs.update((q, k) for q, k in square if window is None or q - k < window)
             at += own
+        pairs.update((holds[member][q], holds[member][k]) for block in plan.own_blocks for q, k in seen(block))
         assert at == len(holds[member])
         for number, step in enumerate(plan.steps):
             sent = plans[step.source].steps[number]
@@ -197,8 +265,9 @@ def test_plans_cover_each_pair_of_positions_once(case: tuple[list[int], int, int
             message = [holds[step.source][position] for start, stop in sent.keys for position in range(start, stop)]
             assert len(message) == step.received
             for block in step.blocks:
-                pairs.update((holds[member][q], message[k]) for q in range(*block.queries) for k in range(*block.keys))
+                pairs.update((holds[member][q], message[k]) for q, k in seen(block))
     expected = {(q, k) for q in range(bounds[-1]) for k in range(q + 1) if sequence[q] == sequence[k]}
+    expected = {(q, k) for q, k in expected if window is None or q - k < window}
     assert set(pairs) == expected
     assert set(pairs.values()) <= {1}
 

@@ -13,6 +13,7 @@ from support.ranks import run_ranks
 
 ROWS, LENGTH, HEADS, DIM = 2, 24, 12, 8
 KV_HEADS = (1, 2, 4, 6, 12)
+SINKS = torch.linspace(-1, 1, HEADS, dtype=torch.float64)
 
 
 def inputs(kv_heads: int) -> list[torch.Tensor]:
@@ -65,3 +66,27 @@ def test_equals_attention_in_one_process(size: int, compiled: bool) -> None:
                 torch.testing.assert_close(
                     got, want.chunk(size, dim=1)[rank], rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
                 )
+
+
+def _special(rank: int, size: int) -> list[torch.Tensor]:
+    group = dist.group.WORLD
+    assert group is not None
+    sinks = SINKS.clone().requires_grad_()
+    *leaves, dout = (tensor.chunk(size, dim=1)[rank] for tensor in inputs(4))
+    q, k, v = (leaf.requires_grad_() for leaf in leaves)
+    attend = CausalAttention()
+    out = ulysses_attend(q, k, v, documents(), group=group, attend=attend, window=5, softcap=0.8, sinks=sinks)
+    return [out.detach(), *torch.autograd.grad(out, [q, k, v, sinks], dout)]
+
+
+def test_a_window_a_cap_and_sinks_are_those_of_one_process() -> None:
+    sinks = SINKS.clone().requires_grad_()
+    *leaves, dout = inputs(4)
+    q, k, v = (leaf.requires_grad_() for leaf in leaves)
+    out = CausalAttention()(q, k, v, documents(), window=5, softcap=0.8, sinks=sinks)
+    *expected, dsinks = [out.detach(), *torch.autograd.grad(out, [q, k, v, sinks], dout)]
+    results = run_ranks(2, _special)
+    for rank, parts in enumerate(results):
+        for got, want in zip(parts[:4], expected, strict=True):
+            torch.testing.assert_close(got, want.chunk(2, dim=1)[rank], rtol=0, atol=1e-10)
+    torch.testing.assert_close(sum(parts[4] for parts in results), dsinks, rtol=0, atol=1e-10)
