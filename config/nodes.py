@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .problems import ConfigError, Problem
 
 
 class Custom:
@@ -41,6 +48,29 @@ def import_object(path: str) -> Any:
 def find_option(options: Iterable[type], path: str | None) -> type | None:
     """Return the option, a config dataclass, whose `_target_` is the path; None if the class is the user's own."""
     return next((kind for kind in options if cast(Any, kind)._target_ == path), None)
+
+
+def typed_option(kind: type, values: Mapping[str, Any], key: str) -> Any:
+    """Return plain values as their dataclass. Raises ConfigError, naming each key that it does not have, or the wrong type.
+
+    key: the node's
+    """
+    known = [field.name for field in dataclasses.fields(kind)]
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ConfigError([Problem(f"{key}.{name}", "there is no such key", _near(name, known)) for name in unknown])
+    try:
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(kind), dict(values)), resolve=True)
+    except OmegaConfBaseException as error:
+        name, message = error.full_key or "", str(error).splitlines()[0].rstrip(".")
+        raise ConfigError([Problem(f"{key}.{name}" if name else key, message, "give a value of its type")]) from error
+    return kind(**merged)
+
+
+def _near(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    shown = [other for other in known if other not in ("_target_", "name")]
+    return f"did you mean {near[0]}?" if near else f"the keys are {', '.join(shown)}"
 
 
 def build(config: Any, *arguments: Any, leave_out: tuple[str, ...] = (), **live: Any) -> Any:

@@ -26,6 +26,10 @@ RENAMED_KEYS: dict[str, str] = {}
 """Old key → new key. A checkpoint's key is read under the new name; a typed one is a problem that names the new key."""
 
 
+FORMER_VALUES: dict[str, Any] = {"data.version": 1}
+"""Key → the value that a checkpoint from before it stands for, of an option that has the key."""
+
+
 def with_moved_targets(node: Any) -> Any:
     """Return a copy of plain containers in which every `_target_` is the current path of its class."""
     if isinstance(node, dict):

@@ -6,15 +6,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 from ..config.hashing import hash64
-from ..config.lazy import numpy as np
 from .batch import Sample, Samples
-from .order import Permutation, StoredSamples
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from .order import Permutation
 
 
 def apportion(weights: Sequence[float], places: int) -> list[int]:
@@ -65,35 +60,4 @@ class MixedSamples:
     def __getitem__(self, index: int) -> Sample:
         """Return the k-th sample of the run."""
         source, within = self.blend(index)
-        return self.sources[source][within]
-
-
-def interleave(lengths: Sequence[int], weights: Sequence[float]) -> NDArray[np.int64]:
-    """Interleave finite sources evenly by weight until one ends: (samples, 2) rows of (source, number within it).
-
-    The j-th sample of a source of weight w is due at time (j + 1/2) / w. Samples come in the order of their times, so
-    any beginning of the list is mixed by weight.
-    """
-    end = min(length / weight for length, weight in zip(lengths, weights, strict=True))
-    counts = [min(length, round(end * weight)) for length, weight in zip(lengths, weights, strict=True)]
-    times = np.concatenate([(np.arange(count) + 0.5) / weight for count, weight in zip(counts, weights, strict=True)])
-    rows = np.stack([np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(count) for count in counts])], axis=1)
-    return rows[np.argsort(times, kind="stable")]
-
-
-class MixedValidationSamples:
-    """Validation samples of several sources, mixed by weight, in a fixed order."""
-
-    def __init__(self, sources: Sequence[StoredSamples], weights: Sequence[float]) -> None:
-        self.sources = list(sources)
-        self.seq_len = sources[0].seq_len
-        self.vocabulary = sources[0].vocabulary
-        self._rows = interleave([len(source) for source in sources], weights)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Return the k-th sample of the validation set."""
-        source, within = self._rows[index].tolist()
         return self.sources[source][within]

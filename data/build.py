@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ..config.nodes import Custom, build, find_option
+from ..config.nodes import Custom, build, find_option, typed_option
+from ..config.problems import ConfigError, Problem
 from .config import OPTIONS, CustomData, DataConfig, SyntheticConfig
 from .node import DataNode
 
@@ -25,13 +26,23 @@ def build_node(config: DataConfig, seed: int, vocabulary: int | None) -> DataNod
     return build(config, seed=seed)
 
 
-def build_source(node: Mapping[str, Any], seq_len: int, seed: int) -> DataNode:
-    """Build a source of a mixture from its node in plain containers. seq_len: the mixture's."""
+def build_source(node: Mapping[str, Any], shared: Mapping[str, Any], seed: int, key: str) -> DataNode:
+    """Build a source of a mixture from its node in plain containers. Raises ConfigError for keys that are wrong.
+
+    shared  keys of the mixture, which replace those of a source that has them
+    key     the node's
+    """
     keys = dict(node)
     path = keys.pop("_target_", "")
     option = find_option(OPTIONS, path)
     if option is not None:
-        return build(option(**{**keys, "seq_len": seq_len}), seed=seed)
+        known = {field.name for field in dataclasses.fields(option)}
+        values = {**keys, **{name: value for name, value in shared.items() if name in known}}
+        return build(typed_option(option, values, key), seed=seed)
+    if not path:
+        kinds = ", ".join(str(kind.name) for kind in OPTIONS)
+        fix = f"choose one in the recipe's defaults (/data@sources.<name>: jsonl): {kinds}"
+        raise ConfigError([Problem(f"{key}._target_", "the source has no kind", fix)])
     custom = CustomData()
-    custom.path, custom.keys = path, keys
+    custom.path, custom.keys = path, {**keys, **{name: value for name, value in shared.items() if name in keys}}
     return build(custom, leave_out=LEFT_OUT, seed=seed)

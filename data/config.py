@@ -5,12 +5,14 @@ Where data lie (paths, caches) is placement. Their fingerprint tells what they a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, cast
 
 from ..config.keys import MISSING, Side, key, option, target
-from ..config.nodes import Custom
+from ..config.nodes import Custom, find_option
 from ..config.problems import Problem
+from .version import NEWEST
 
 SEQ_LEN = "positions per sample"
 DOCUMENT_MASK = "attention stays inside documents"
@@ -20,6 +22,7 @@ TOKENIZER = "bpe: byte-level BPE trained on this corpus; bytes: a token per byte
 VOCABULARY = "size of the trained BPE vocabulary"
 TOKENIZER_SAMPLE = "characters of the corpus the tokenizer is trained on, at most"
 END_OF_DOCUMENT = "the token that ends a document in a tokenizer.json; null: the well-known names are tried"
+RULES = "version of the rules by which documents become samples; a resumed run keeps the one that it began with"
 INPUT = "a path, glob pattern or folder, or a list of them"
 
 
@@ -64,6 +67,7 @@ class PackingConfig(DataConfig):
         " and the pieces fill samples by best-fit decreasing (arXiv 2404.10830), padded at the end",
     )
     document_mask: bool = key(False, DOCUMENT_MASK)
+    version: int = key(NEWEST, RULES)
     verify: bool = key(False, VERIFY, Side.HABIT)
     cache_dir: str | None = key(None, CACHE_DIR, Side.PLACEMENT)
 
@@ -76,7 +80,7 @@ class CorpusConfig(PackingConfig):
     vocabulary: int = key(4096, VOCABULARY)
     tokenizer_sample: int = key(100_000_000, TOKENIZER_SAMPLE)
     end_of_document: str | None = key(None, END_OF_DOCUMENT)
-    validation: float = key(0.01, "fraction of the documents held out")
+    validation: float = key(0.01, "share of the tokens that is held out, in whole documents where that comes near it")
 
 
 @dataclass
@@ -89,17 +93,18 @@ class StdlibConfig(CorpusConfig):
 
 @dataclass
 class TextConfig(CorpusConfig):
-    """Files of UTF-8 text."""
+    """Files of UTF-8 text, plain or compressed by gzip, bzip2, xz or zstd."""
 
     _target_: str = target("meshloom.data.nodes.Text")
     name: str = option("text")
     input: Any = key(None, INPUT, Side.PLACEMENT)
     separator: str | None = key(None, "text that separates documents within a file; null: a file is a document")
+    markup: bool = key(False, "files of JSON are meant as text, with their markup; data=jsonl reads their records")
 
 
 @dataclass
 class JsonlConfig(CorpusConfig):
-    """Files with a JSON object per line, plain, .gz or .zst."""
+    """Files of JSON objects, one a line or not, or of arrays of objects; plain or compressed as those of text."""
 
     _target_: str = target("meshloom.data.nodes.Jsonl")
     name: str = option("jsonl")
@@ -152,15 +157,70 @@ class MixtureConfig(DataConfig):
     sources: dict[str, Any] = key(
         {}, "name → node of any other option of this group (`/data@sources.code: stdlib` in a recipe's defaults)"
     )
-    weights: dict[str, float] = key({}, "name → share of the samples, in any unit")
+    weights: dict[str, Any] = key({}, "name → share of the samples, in any unit")
     block: int = key(1000, "samples over which the shares are exact")
     document_mask: bool = key(False, DOCUMENT_MASK)
+    version: int = key(NEWEST, RULES)
+    version: int = key(NEWEST, RULES)
     verify: bool = key(False, VERIFY, Side.HABIT)
     cache_dir: str | None = key(None, CACHE_DIR, Side.PLACEMENT)
     tokenizer: str = key("bpe", TOKENIZER)
     vocabulary: int = key(4096, VOCABULARY)
     tokenizer_sample: int = key(100_000_000, TOKENIZER_SAMPLE)
     end_of_document: str | None = key(None, END_OF_DOCUMENT)
+
+    def __post_init__(self) -> None:
+        # `object` assigns where the dataclass is frozen, too.
+        object.__setattr__(self, "sources", _nested(self.sources))
+        object.__setattr__(self, "weights", _nested(self.weights))
+
+    @property
+    def named_sources(self) -> dict[str, Any]:
+        """Name of each source → its node. A name may have dots: `c4.en` is a node in a node, as Hydra composes it."""
+        return dict(_flat(self.sources, is_leaf=lambda node: "_target_" in node or not all(map(_is_node, node.values()))))
+
+    @property
+    def named_weights(self) -> dict[str, Any]:
+        """Name of each source → its weight."""
+        return dict(_flat(self.weights, is_leaf=lambda node: False))
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _nested(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tree in which each dot of a name is a level, as in Hydra's keys."""
+    found: dict[str, Any] = {}
+    for name in sorted(tree, key=lambda name: "." not in name):  # what is typed comes as levels, and has the last word
+        *levels, last = name.split(".")
+        node = found
+        for level in levels:
+            node = node.setdefault(level, {})
+        node[last] = _joined(node.get(last), tree[name])
+    return {name: found[name] for name in dict.fromkeys(name.split(".")[0] for name in tree)}
+
+
+def _joined(below: Any, above: Any) -> Any:
+    """Merge two nodes. `above` has the last word, but where it only has its option's default."""
+    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
+        return above
+    one, other = cast(dict[str, Any], below), cast(dict[str, Any], above)
+    option = find_option(OPTIONS, other.get("_target_"))
+    defaults = {field.name: field.default for field in fields(option)} if option is not None else {}
+    untouched = {name for name in one if name in defaults and other.get(name) == defaults[name]}
+    return {
+        name: one[name] if name not in other or name in untouched else _joined(one.get(name), other[name])
+        for name in {**one, **other}
+    }
+
+
+def _flat(tree: Mapping[str, Any], is_leaf: Callable[[Mapping[str, Any]], bool], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, node in tree.items():
+        if isinstance(node, Mapping) and node and not is_leaf(cast(Mapping[str, Any], node)):
+            yield from _flat(cast(Mapping[str, Any], node), is_leaf, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", node
 
 
 @dataclass

@@ -19,6 +19,7 @@ from .reader import TokenShards
 from .shards import ShardError
 from .sources import DocumentSource
 from .tokenizer import SMALLEST_BPE, Tokenizer
+from .version import version_problems
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Packed:
     def __init__(self, config: PackingConfig, seed: int) -> None:
         self.seed = seed
         self.seq_len = config.seq_len
+        self.version = config.version
         self._packing = config.packing
         self._document_mask = config.document_mask
         self._verify = config.verify
@@ -85,30 +87,35 @@ class Packed:
             found.append(Problem(f"{key}.seq_len", f"{self.seq_len} is not a length", "use 1 or more"))
         if self._packing not in PACKINGS:
             found.append(Problem(f"{key}.packing", f"'{self._packing}' is unknown", f"use {' or '.join(PACKINGS)}"))
-        return found
+        return found + version_problems(self.version, key)
 
     def open(self, train: Path, validation: Path | None, key: str = "data") -> None:
         """Open shards and pack them. Raises ConfigError for too few tokens, ShardError for damaged files."""
         shards = TokenShards(train, self._verify)
         held = None if validation is None else TokenShards(validation, self._verify)
-        if held is not None and held.vocabulary != shards.vocabulary:
-            raise ShardError(f"{validation}: a vocabulary of {held.vocabulary}, but {shards.vocabulary} in {train}")
+        if held is not None:
+            _refuse_other_tokens(held, shards)
         if self._tokenizer is None and shards.tokenizer_file is not None:
-            self._tokenizer = Tokenizer.load(shards.tokenizer_file)
+            try:
+                self._tokenizer = Tokenizer.load(shards.tokenizer_file, shards.manifest.end_of_document)
+            except ValueError as problem:
+                raise ShardError(f"{train}: its tokenizer can't be used ({problem})") from problem
         self._train = self._pack(shards, key)
-        self._validation = None if held is None else self._pack(held, key)
-        content = [shards.fingerprint, held.fingerprint if held else "", self._packing, self.seq_len, self._document_mask]
+        self._validation = None if held is None else self._pack(held, key, held_out=True)
+        packing = self._packing if self.version == 1 or self._packing == "concat" else f"{self._packing} {self.version}"
+        content = [shards.fingerprint, held.fingerprint if held else "", packing, self.seq_len, self._document_mask]
         self._fingerprint = xxhash.xxh3_128_hexdigest(repr(content).encode())
 
-    def _pack(self, shards: TokenShards, key: str) -> StoredSamples:
-        if shards.tokens <= self.seq_len:
+    def _pack(self, shards: TokenShards, key: str, *, held_out: bool = False) -> StoredSamples:
+        """Pack shards into samples. Validation data shorter than one sample make one that is padded."""
+        if shards.tokens <= self.seq_len and (shards.tokens < 2 or not held_out):
             said = f"{shards.folder} has {shards.tokens} token{'' if shards.tokens == 1 else 's'}"
             if shards.tokens < 2:
-                fix = f"give it more data (for validation data: a larger {key}.validation)"
-                raise ConfigError([Problem(key, f"{said}, and a sample takes two tokens or more", fix)])
-            fix = f"use at most {shards.tokens - 1}, or more data (for validation data: a larger {key}.validation)"
+                more = f"a larger {key}.validation, or more data" if held_out else "more data"
+                raise ConfigError([Problem(key, f"{said}, and a sample takes two tokens or more", f"give it {more}")])
+            fix = f"use at most {shards.tokens - 1}, or more data"
             raise ConfigError([Problem(f"{key}.seq_len", f"{said}, too few for one sample of {self.seq_len}", fix)])
-        return pack(shards, self._packing, self.seq_len, self._document_mask, self._cache)
+        return pack(shards, self._packing, self.seq_len, self._document_mask, self._cache, self.version, padded=held_out)
 
     def _prepared(self) -> StoredSamples:
         if self._train is None:
@@ -147,6 +154,18 @@ class Packed:
         return None if self._validation is None else ValidationSamples(self._validation)
 
 
+def _refuse_other_tokens(held: TokenShards, train: TokenShards) -> None:
+    """Raise ShardError if validation shards were made with other tokens than the shards that are trained on."""
+    one, other = train.manifest, held.manifest
+    if other.vocabulary != one.vocabulary:
+        raise ShardError(f"{held.folder}: a vocabulary of {other.vocabulary}, but {one.vocabulary} in {train.folder}")
+    if other.end_of_document != one.end_of_document:
+        ends = f"{other.end_of_document} ends a document, but {one.end_of_document} in {train.folder}"
+        raise ShardError(f"{held.folder}: token {ends}; tokenise both with one end_of_document")
+    if one.tokenizer is not None and other.tokenizer is not None and one.tokenizer.xxh3 != other.tokenizer.xxh3:
+        raise ShardError(f"{held.folder}: its tokens come from another tokenizer than those of {train.folder}")
+
+
 class Corpus(Packed):
     """A node that starts from documents."""
 
@@ -170,5 +189,5 @@ class Corpus(Packed):
     def prepare_with(self, tokenizer: Tokenizer, key: str = "data") -> None:
         """Build or find the shards that this tokenizer makes."""
         self._tokenizer = tokenizer
-        folder = tokenize_corpus(self.source, tokenizer, self._held_out, self._cache)
+        folder = tokenize_corpus(self.source, tokenizer, self._held_out, self._cache, self.version)
         self.open(folder / "train", folder / "validation" if self._held_out else None, key)

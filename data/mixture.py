@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import xxhash
 
 from ..config.cache import cache_folder
 from ..config.hashing import hash64
 from ..config.problems import ConfigError, Problem
-from .blend import MixedSamples, MixedValidationSamples, apportion
+from .blend import MixedSamples, apportion
 from .build import build_source
 from .config import MixtureConfig
 from .corpus import Corpus, TokenizerSettings
 from .node import DataNode
+from .shards import ShardError
 from .tokenizer import Tokenizer
+from .validation import ValidationPart, WeightedParts, validation_parts
+from .version import version_problems
 
 # Keys that the mixture sets for all its sources that have them.
-SHARED = ("seq_len", "document_mask", "verify", "cache_dir", "tokenizer", "vocabulary", "tokenizer_sample", "end_of_document")
+SHARED = (
+    "seq_len",
+    "document_mask",
+    "version",
+    "verify",
+    "cache_dir",
+    "tokenizer",
+    "vocabulary",
+    "tokenizer_sample",
+    "end_of_document",
+)
 
 FIX = "name some in a recipe's defaults: /data@sources.code: stdlib"
 
@@ -35,35 +49,49 @@ class Mixture:
     def __init__(self, config: MixtureConfig, seed: int) -> None:
         self.seed = seed
         self.seq_len = config.seq_len
-        self.weights = dict(config.weights)
+        self.version = config.version
+        self.weights = config.named_weights
         self.block = config.block
         self._config = config
         self._cache = cache_folder(config.cache_dir)
         self._settings = TokenizerSettings.of(config)
-        self._no_sources = {name: node for name, node in config.sources.items() if not isinstance(node, Mapping)}
-        self._written: dict[str, dict[str, Any]] = {
-            name: dict(node) for name, node in config.sources.items() if name not in self._no_sources
-        }
-        self.nodes = {name: self._source(name, node) for name, node in self._written.items()}
+        self._written: dict[str, dict[str, Any]] = {}
+        self._unbuilt: list[Problem] = []
+        self.nodes: dict[str, DataNode] = {}
+        for name, node in config.named_sources.items():
+            key = f"data.sources.{name}"
+            if isinstance(node, Mapping):
+                self._written[name] = dict(cast(Mapping[str, Any], node))
+                self._build(name, key)
+            else:
+                self._unbuilt.append(Problem(key, f"{node} is no source", FIX))
         self._tokenizer: Tokenizer | None = None
         self._is_prepared = False
 
-    def _source(self, name: str, node: dict[str, Any]) -> DataNode:
-        shared = {key: getattr(self._config, key) for key in SHARED if key in node}
-        # The order of a source must not change when another one comes or goes: its seed comes from its name.
-        return build_source({**node, **shared}, self.seq_len, hash64(self.seed, *name.encode()))
+    def _build(self, name: str, key: str) -> None:
+        shared = {key: getattr(self._config, key) for key in SHARED}
+        try:
+            # The order of a source must not change when another one comes or goes: its seed comes from its name.
+            self.nodes[name] = build_source(self._written[name], shared, hash64(self.seed, *name.encode()), key)
+        except ConfigError as error:
+            self._unbuilt += error.problems
+        except (ImportError, TypeError, ValueError, KeyError) as error:
+            fix = f"check {key}._target_ and the keys of its node"
+            self._unbuilt.append(Problem(key, f"can't be built: {error or type(error).__name__}", fix))
 
     def problems(self, key: str = "data") -> list[Problem]:
         """Return what is wrong with the node's keys and with those of its sources."""
         found = self._settings.problems(key)
-        found += [Problem(f"{key}.sources.{name}", f"{node} is no source", FIX) for name, node in self._no_sources.items()]
-        if not self.nodes and not self._no_sources:
+        found += version_problems(self.version, key)
+        found += [replace(problem, key=f"{key}{problem.key.removeprefix('data')}") for problem in self._unbuilt]
+        named = {*self._config.named_sources}
+        if not named:
             found.append(Problem(f"{key}.sources", "there are none", FIX))
-        for name in self.weights.keys() - self.nodes.keys() - self._no_sources.keys():
-            found.append(Problem(f"{key}.weights.{name}", "there is no such source", f"use {', '.join(self.nodes)}"))
+        for name in self.weights.keys() - named:
+            found.append(Problem(f"{key}.weights.{name}", "there is no such source", f"use {', '.join(named)}"))
         for name, node in self.nodes.items():
             weight = self.weights.get(name)
-            if weight is None or not 0 < weight < math.inf:
+            if not isinstance(weight, int | float) or not 0 < weight < math.inf:
                 what = "is not given" if weight is None else f"{weight} is no share"
                 found.append(Problem(f"{key}.weights.{name}", what, "give a number above 0, or take the source out"))
             defaults = MixtureConfig()
@@ -76,7 +104,9 @@ class Mixture:
                 leaf = problem.key.removeprefix(f"{key}.sources.{name}.")
                 shared = replace(problem, key=f"{key}.{leaf}") if leaf in SHARED else problem
                 found += [shared] if shared not in found else []
-        if not found and 0 in self._counts():
+        if self.block < 1:
+            found.append(Problem(f"{key}.block", f"{self.block} is no number of samples", "use 1 or more"))
+        elif not found and 0 in self._counts():
             smallest = min(self.weights.values()) / sum(self.weights.values())
             fix = f"use {round(1 / smallest)} or more"
             found.append(Problem(f"{key}.block", f"a share of {smallest:.2g} is no sample in {self.block}", fix))
@@ -87,18 +117,23 @@ class Mixture:
 
     def prepare(self) -> None:
         """Build or find the tokenizer and every source's shards."""
+        if self._unbuilt:
+            raise ConfigError(self._unbuilt)
         corpora = {name: node for name, node in self.nodes.items() if isinstance(node, Corpus)}
         sources = [node.source for node in corpora.values()]
         if self._settings.setting != "bpe":
             self._tokenizer = self._settings.make(sources, self._cache)
         for name, node in self.nodes.items():
             if name not in corpora:
-                node.prepare()
+                with _naming(f"data.sources.{name}"):
+                    node.prepare()
                 self._adopt(node.tokenizer, name)
         if corpora:
-            self._tokenizer = self._tokenizer or self._settings.make(sources, self._cache)
+            if self._tokenizer is None:
+                self._tokenizer = self._settings.make(sources, self._cache)
             for name, node in corpora.items():
-                node.prepare_with(self._tokenizer, f"data.sources.{name}")
+                with _naming(f"data.sources.{name}"):
+                    node.prepare_with(self._tokenizer)
         sizes = {name: node.vocabulary for name, node in self.nodes.items()}
         if len(set(sizes.values())) > 1:
             raise ConfigError([Problem("data.sources", f"vocabularies differ: {sizes}", "tokenise all with one tokenizer")])
@@ -108,8 +143,9 @@ class Mixture:
         if tokenizer is None:
             return
         if self._tokenizer is not None and self._tokenizer.fingerprint != tokenizer.fingerprint:
-            fix = "tokenise all with one tokenizer"
-            raise ConfigError([Problem(f"data.sources.{name}", "its tokens come from another tokenizer", fix)])
+            fix = "tokenise all with one tokenizer and one end_of_document"
+            what = "its tokens come from another tokenizer, or another token ends its documents"
+            raise ConfigError([Problem(f"data.sources.{name}", what, fix)])
         self._tokenizer = tokenizer
 
     def _prepared(self) -> list[DataNode]:
@@ -138,8 +174,27 @@ class Mixture:
         """Return the endless training samples; each source goes through its own epochs."""
         return MixedSamples([node.train() for node in self._prepared()], self._counts(), hash64(self.seed, 0))
 
-    def validation(self) -> MixedValidationSamples | None:
-        """Return the validation samples of the sources that have some, mixed by weight until one of them ends."""
-        held = [(node.validation(), self.weights[name]) for name, node in zip(self.nodes, self._prepared(), strict=True)]
-        having = [(samples, weight) for samples, weight in held if samples is not None]
-        return MixedValidationSamples([samples for samples, _ in having], [weight for _, weight in having]) if having else None
+    def validation(self) -> WeightedParts | None:
+        """Return the validation samples of the sources that have some, apart and with their weights."""
+        parts: list[ValidationPart] = []
+        for name, node in zip(self.nodes, self._prepared(), strict=True):
+            held = validation_parts(node)
+            share = self.weights[name] / math.fsum(part.weight for part in held) if held else 0.0
+            parts += [
+                replace(part, name=f"{name}.{part.name}" if part.name else name, weight=share * part.weight) for part in held
+            ]
+        return WeightedParts(parts) if parts else None
+
+
+@contextmanager
+def _naming(key: str) -> Generator[None]:
+    """Turn what a source raises into problems of its key."""
+    try:
+        yield
+    except ConfigError as error:
+        problems = [replace(problem, key=f"{key}{problem.key.removeprefix('data')}") for problem in error.problems]
+        raise ConfigError(problems) from error
+    except ShardError:
+        raise  # it names the file
+    except ValueError as error:
+        raise ConfigError([Problem(key, str(error))]) from error

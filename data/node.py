@@ -8,6 +8,7 @@ from ..config.problems import Problem
 from .batch import Samples
 from .order import StoredSamples
 from .tokenizer import Tokenizer
+from .validation import WeightedParts
 
 
 class DataNode(Protocol):
@@ -48,6 +49,6 @@ class DataNode(Protocol):
         """Return the endless training samples."""
         ...
 
-    def validation(self) -> StoredSamples | None:
-        """Return the validation samples in a fixed order, or None where nothing is held out."""
+    def validation(self) -> StoredSamples | WeightedParts | None:
+        """Return the validation samples in a fixed order, those of several sources apart; None where nothing is held out."""
         ...

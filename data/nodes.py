@@ -24,21 +24,21 @@ class Text(Corpus):
     """`data=text`: files of UTF-8 text."""
 
     def __init__(self, config: TextConfig, seed: int) -> None:
-        super().__init__(config, seed, TextFiles(config.input, config.separator))
+        super().__init__(config, seed, TextFiles(config.input, config.separator, config.version, config.markup))
 
 
 class Jsonl(Corpus):
     """`data=jsonl`: a JSON object per line."""
 
     def __init__(self, config: JsonlConfig, seed: int) -> None:
-        super().__init__(config, seed, JsonLines(config.input, config.field))
+        super().__init__(config, seed, JsonLines(config.input, config.field, config.version))
 
 
 class Parquet(Corpus):
     """`data=parquet`: a column of text."""
 
     def __init__(self, config: ParquetConfig, seed: int) -> None:
-        super().__init__(config, seed, ParquetFiles(config.input, config.field))
+        super().__init__(config, seed, ParquetFiles(config.input, config.field, config.version))
 
 
 class Hf(Corpus):

@@ -11,6 +11,7 @@ from ..config.cache import build_once
 from ..config.lazy import numpy as np
 from .batch import IGNORED, Sample
 from .reader import TokenShards
+from .version import NEWEST
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,16 +22,18 @@ class Concatenated:
 
     document_mask  number the documents within each sample, so that attention stays inside them, and take the loss off
                    the position before a document's first token
+    padded         where there is no whole sample, pad the incomplete one
 
     The last, incomplete sample is dropped. Raises ValueError where there is not even one.
     """
 
-    def __init__(self, shards: TokenShards, seq_len: int, document_mask: bool = False) -> None:
+    def __init__(self, shards: TokenShards, seq_len: int, document_mask: bool = False, padded: bool = False) -> None:
         self.seq_len = seq_len
         self.vocabulary = shards.vocabulary
         self._shards = shards
         self._document_mask = document_mask
-        self._count = (shards.tokens - 1) // seq_len
+        self._filled = min(seq_len, shards.tokens - 1) if padded else seq_len  # positions of a sample that have a target
+        self._count = (shards.tokens - 1) // max(1, self._filled)
         if self._count < 1:
             text = f"data.seq_len: a sample of {seq_len} takes one token more, and {shards.folder} has {shards.tokens}"
             raise ValueError(text)
@@ -43,13 +46,26 @@ class Concatenated:
         if not 0 <= index < self._count:
             raise IndexError(f"sample {index} is outside [0, {self._count})")
         start = index * self.seq_len
-        tokens = self._shards.read(start, start + self.seq_len + 1)
+        tokens = self._shards.read(start, start + self._filled + 1)
+        if self._filled < self.seq_len:
+            return self._padded(tokens)
         if not self._document_mask:
             return Sample(tokens[:-1], tokens[1:])
         ends = self._shards.ends_within(start, start + self.seq_len) - start
         targets = tokens[1:].copy()
         targets[ends - 1] = IGNORED
         return Sample(tokens[:-1], targets, _number_documents(ends, self.seq_len))
+
+    def _padded(self, found: NDArray[np.int64]) -> Sample:
+        """Make the only sample of fewer tokens than it has positions."""
+        tokens = np.full(self.seq_len + 1, self._shards.manifest.end_of_document or 0, np.int64)
+        tokens[: len(found)] = found
+        targets = np.where(np.arange(self.seq_len) < self._filled, tokens[1:], IGNORED)
+        if not self._document_mask:
+            return Sample(tokens[:-1], targets)
+        ends = self._shards.ends_within(0, len(found))
+        targets[ends - 1] = IGNORED
+        return Sample(tokens[:-1], targets, _number_documents(np.union1d(ends, len(found)), self.seq_len))
 
 
 def _number_documents(ends: NDArray[np.int64], length: int) -> NDArray[np.int64]:
@@ -112,19 +128,23 @@ class BestFit:
 
     Only documents longer than S are cut, into pieces of S and a rest. The pieces fill samples by best-fit decreasing, and
     free positions are padding. A piece that is continued in another sample still predicts its next token. The last
-    position of a document, and padding, carry no loss.
+    position of a document, and padding, carry no loss. A rest of one token would have no target: it is left out, and is still
+    the target of the piece before it.
 
     document_mask  as in `Concatenated`; padding has a document of its own
     cache          folder for the table of pieces, which is built once
+    version        of the rules (`version.py`); under version 1 rests of one token are in samples
     """
 
-    def __init__(self, shards: TokenShards, seq_len: int, document_mask: bool, cache: Path) -> None:
+    def __init__(self, shards: TokenShards, seq_len: int, document_mask: bool, cache: Path, version: int = NEWEST) -> None:
+        self._version = version
         self.seq_len = seq_len
         self.vocabulary = shards.vocabulary
         self._shards = shards
         self._document_mask = document_mask
         self._padding = shards.manifest.end_of_document or 0
-        folder = cache / "packings" / f"bestfit-{seq_len}-{shards.fingerprint[:16]}"
+        kind = "bestfit" if version == 1 else f"bestfit{version}"
+        folder = cache / "packings" / f"{kind}-{seq_len}-{shards.fingerprint[:16]}"
         build_once(folder, self._build)
         self._starts, self._lengths, self._bins = (
             np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("starts", "lengths", "bins")
@@ -136,6 +156,11 @@ class BestFit:
         number = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)  # of the piece in its document
         starts = np.repeat(np.cumsum(documents) - documents, counts) + number * self.seq_len
         lengths = np.minimum(np.repeat(documents, counts) - number * self.seq_len, self.seq_len)
+        if self._version > 1:
+            has_target = (lengths > 1) | (number < np.repeat(counts, counts) - 1)
+            starts, lengths = starts[has_target], lengths[has_target]
+        if not len(lengths):
+            raise ValueError(f"no document of {self._shards.folder} has two tokens or more, and a sample takes two")
         order, bins = best_fit(lengths, self.seq_len)
         for name, table in (("starts", starts[order]), ("lengths", lengths[order]), ("bins", bins)):
             with (folder / f"{name}.npy").open("wb") as file:
@@ -169,8 +194,16 @@ class BestFit:
 PACKINGS = ("concat", "bestfit")
 
 
-def pack(shards: TokenShards, packing: str, seq_len: int, document_mask: bool, cache: Path) -> Concatenated | BestFit:
-    """Pack a shard folder into samples as `data.packing` says."""
+def pack(
+    shards: TokenShards,
+    packing: str,
+    seq_len: int,
+    document_mask: bool,
+    cache: Path,
+    version: int = NEWEST,
+    padded: bool = False,
+) -> Concatenated | BestFit:
+    """Pack a shard folder into samples as `data.packing` says. padded: where there is no whole sample, pad one."""
     if packing == "bestfit":
-        return BestFit(shards, seq_len, document_mask, cache)
-    return Concatenated(shards, seq_len, document_mask)
+        return BestFit(shards, seq_len, document_mask, cache, version)
+    return Concatenated(shards, seq_len, document_mask, padded)

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import heapq
 import json
+import shutil
+from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import xxhash
 
 from ..config.cache import build_once
 from ..config.lazy import numpy as np
+from .reader import TokenShards
 from .shards import TOKENIZER, ShardWriter
 from .sources import DocumentSource
+from .split import PassageSplit, is_near
 from .tokenizer import Tokenizer
+from .version import NEWEST
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+Documents: TypeAlias = "Iterator[tuple[str, NDArray[np.int64]]]"
+"""Documents of a corpus, each with its tokens, the end of the document among them."""
+
+PARTS = ("train", "validation")
 _BATCH = 1 << 22  # characters tokenised in one go
-_RECIPE_VERSION = 1  # raise it when the same input is turned into other tokens
+_TRAINER_VERSION = 1  # raise it when the same documents give another tokenizer
 
 
 @contextmanager
@@ -58,7 +66,7 @@ def uniform_sample(documents: Iterable[str], characters: int) -> list[str]:
 
 def train_tokenizer(sources: Sequence[DocumentSource], vocabulary: int, characters: int, cache: Path) -> Tokenizer:
     """Train a BPE tokenizer on a uniform sample of the sources, or load it from the cache."""
-    inputs = [_RECIPE_VERSION, [source.identity(cache / "identities") for source in sources], vocabulary, characters]
+    inputs = [_TRAINER_VERSION, [source.identity(cache / "identities") for source in sources], vocabulary, characters]
     name = xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
     target = cache / "tokenizers" / f"bpe-{vocabulary}-{name[:16]}"
 
@@ -73,69 +81,138 @@ def train_tokenizer(sources: Sequence[DocumentSource], vocabulary: int, characte
     return Tokenizer.load(target)
 
 
-@dataclass(frozen=True)
-class ValidationSplit:
-    """The split into training and validation data: a document whose content hash is in the lowest `fraction` is held out.
-
-    Copies of a document land on the same side, whatever the order of the files.
-    """
-
-    fraction: float
-
-    def __call__(self, text: str) -> bool:
-        """Return whether this document is validation data."""
-        return _content_hash(text) < self.fraction * 2.0**64
+def is_held_out(text: str, share: float) -> bool:
+    """Return whether a document is held out as a whole: whether its content hash is among the lowest `share` of all hashes."""
+    return _content_hash(text) < share * 2.0**64
 
 
-def tokenize_corpus(source: DocumentSource, tokenizer: Tokenizer, validation: float, cache: Path) -> Path:
+def tokenize_corpus(source: DocumentSource, tokenizer: Tokenizer, validation: float, cache: Path, version: int) -> Path:
     """Tokenise a source, or find it in the cache. Returns the folder of the shards `train` and, if held out, `validation`."""
-    inputs = [_RECIPE_VERSION, source.identity(cache / "identities"), tokenizer.fingerprint, validation]
+    inputs = [version, source.identity(cache / "identities"), tokenizer.fingerprint, validation]
     name = xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
     target = cache / "corpora" / f"{source.name}-{name[:16]}"
-    build_once(target, lambda folder: write_corpus(source, tokenizer, validation, folder))
+    build_once(target, lambda folder: write_corpus(source, tokenizer, validation, folder, version=version))
     return target
 
 
 def write_corpus(
-    source: DocumentSource, tokenizer: Tokenizer, validation: float, folder: Path, shard_tokens: int = 1 << 30
+    source: DocumentSource,
+    tokenizer: Tokenizer,
+    validation: float,
+    folder: Path,
+    shard_tokens: int = 1 << 30,
+    version: int = NEWEST,
 ) -> None:
-    """Tokenise a source into `folder/train` and, where a fraction is held out, `folder/validation`.
+    """Tokenise a source into `folder/train` and, where a share is held out, `folder/validation`.
 
-    Where the hash holds out nothing, the first document is held out, and of a corpus of one document its end.
     Raises ValueError for an empty corpus.
     """
-    with (
-        ShardWriter(folder / "train", tokenizer.vocabulary, tokenizer.end_of_document, tokenizer.save, shard_tokens) as train,
-        _progress(f"tokenising {source.name}", source.size()) as advance,
-    ):
+
+    def writer(place: Path) -> ShardWriter:
+        return ShardWriter(place, tokenizer.vocabulary, tokenizer.end_of_document, tokenizer.save, shard_tokens)
+
+    with _progress(f"tokenising {source.name}", source.size()) as advance:
+        documents = _tokenized(source, tokenizer, version, advance)
         if not validation:
-            for _, tokens in _tokenized(source, tokenizer, lambda text: False, advance):
-                train.add(tokens)
-            _refuse_empty(source, train)
-            return
-        with ShardWriter(
-            folder / "validation", tokenizer.vocabulary, tokenizer.end_of_document, tokenizer.save, shard_tokens
-        ) as held:
-            spare: NDArray[np.int64] | None = None  # the first document for training, while nothing is held out yet
-            for is_held, tokens in _tokenized(source, tokenizer, ValidationSplit(validation), advance):
-                if is_held:
-                    held.add(tokens)
-                elif spare is None and not held.documents:
-                    spare = tokens
-                else:
+            with writer(folder / "train") as train:
+                for _, tokens in documents:
                     train.add(tokens)
-            if spare is not None and held.documents:
-                train.add(spare)
-            elif spare is not None and train.documents:
-                held.add(spare)
-            elif spare is not None:
-                cut = len(spare) - max(1, round(len(spare) * validation))
-                train.add(spare[:cut])
-                held.add(spare[cut:])
-            if spare is None and held.documents and not train.documents:
-                held_out = f"all {held.documents} documents of the corpus '{source.name}' are held out"
-                raise ValueError(f"{held_out}, and none is left to train on; use a smaller data.validation")
+                _refuse_empty(source, train)
+        elif version == 1:
+            _write_split_1(source, documents, validation, writer, folder)
+        else:
+            _write_split(source, documents, validation, writer, folder)
+
+
+def _write_split(
+    source: DocumentSource, documents: Documents, share: float, writer: Callable[[Path], ShardWriter], folder: Path
+) -> None:
+    """Hold out whole documents by their hash; passages, if that does not come near the share."""
+    parts = [writer(folder / name) for name in PARTS]
+    hashes = array("Q")
+    try:
+        for text, tokens in documents:
+            hashes.append(_content_hash(text))
+            parts[is_held_out(text, share)].add(tokens)
+        train, held = parts
+        if not train.documents and not held.documents:
             _refuse_empty(source, train)
+        if is_near(held.tokens, train.tokens + held.tokens, share):
+            train.commit()
+            held.commit()
+            return
+        for part in parts:
+            if part.documents:
+                part.commit()
+            else:
+                part.abandon()
+    except BaseException:
+        for part in parts:
+            part.abandon()
+        raise
+    _split_again(np.frombuffer(hashes, np.uint64), share, writer, folder)
+
+
+def _split_again(hashes: NDArray[np.uint64], share: float, writer: Callable[[Path], ShardWriter], folder: Path) -> None:
+    """Replace the parts that hold whole documents by parts of which one has passages.
+
+    hashes: of the documents, in the order in which they were written
+    """
+    whole = folder / "whole"
+    whole.mkdir()
+    for name in PARTS:
+        if (folder / name).exists():
+            (folder / name).rename(whole / name)
+    parts = {name: TokenShards(whole / name) for name in PARTS if (whole / name).exists()}
+    positions = {name: iter(_spans(shards)) for name, shards in parts.items()}
+    order = [PARTS[hash_ < share * 2.0**64] for hash_ in hashes.tolist()]
+    lengths = np.empty(len(order), np.int64)
+    spans: list[tuple[int, int]] = []
+    for number, name in enumerate(order):
+        spans.append(next(positions[name]))
+        lengths[number] = spans[-1][1] - spans[-1][0]
+    split = PassageSplit(hashes, lengths, share)
+    with writer(folder / PARTS[0]) as train, writer(folder / PARTS[1]) as held:
+        for number, (name, (first, _)) in enumerate(zip(order, spans, strict=True)):
+            for passage in split.passages(number):
+                tokens = parts[name].read(first + passage.start, first + passage.stop)
+                (held if passage.held_out else train).add(tokens)
+    shutil.rmtree(whole)
+
+
+def _spans(shards: TokenShards) -> Iterator[tuple[int, int]]:
+    """Yield where each document begins and ends."""
+    first = 0
+    for length in shards.document_lengths().tolist():
+        yield first, first + length
+        first += length
+
+
+def _write_split_1(
+    source: DocumentSource, documents: Documents, share: float, writer: Callable[[Path], ShardWriter], folder: Path
+) -> None:
+    """Hold out whole documents by their hash; if that is none, the first one, and of a single document its end."""
+    with writer(folder / "train") as train, writer(folder / "validation") as held:
+        spare: NDArray[np.int64] | None = None  # the first document for training, while nothing is held out yet
+        for text, tokens in documents:
+            if is_held_out(text, share):
+                held.add(tokens)
+            elif spare is None and not held.documents:
+                spare = tokens
+            else:
+                train.add(tokens)
+        if spare is not None and held.documents:
+            train.add(spare)
+        elif spare is not None and train.documents:
+            held.add(spare)
+        elif spare is not None:
+            cut = len(spare) - max(1, round(len(spare) * share))
+            train.add(spare[:cut])
+            held.add(spare[cut:])
+        if spare is None and held.documents and not train.documents:
+            held_out = f"all {held.documents} documents of the corpus '{source.name}' are held out"
+            raise ValueError(f"{held_out}, and none is left to train on; use a smaller data.validation")
+        _refuse_empty(source, train)
 
 
 def _refuse_empty(source: DocumentSource, train: ShardWriter) -> None:
@@ -143,20 +220,15 @@ def _refuse_empty(source: DocumentSource, train: ShardWriter) -> None:
         raise ValueError(f"the corpus '{source.name}' has no document to train on")
 
 
-def _tokenized(
-    source: DocumentSource, tokenizer: Tokenizer, is_held: Callable[[str], bool], advance: Callable[[int], None]
-) -> Iterator[tuple[bool, NDArray[np.int64]]]:
+def _tokenized(source: DocumentSource, tokenizer: Tokenizer, version: int, advance: Callable[[int], None]) -> Documents:
     batch: list[str] = []
     waiting = 0
-
-    def encoded() -> Iterator[tuple[bool, NDArray[np.int64]]]:
-        yield from zip((is_held(text) for text in batch), tokenizer.encode_documents(batch), strict=True)
-        advance(waiting)
-
     for text in source.documents():
         batch.append(text)
         waiting += len(text)
         if waiting >= _BATCH:
-            yield from encoded()
+            yield from zip(batch, tokenizer.encode_documents(batch, in_pieces=version == 1), strict=True)
+            advance(waiting)
             batch, waiting = [], 0
-    yield from encoded()
+    yield from zip(batch, tokenizer.encode_documents(batch, in_pieces=version == 1), strict=True)
+    advance(waiting)

@@ -2,78 +2,142 @@
 
 from __future__ import annotations
 
-import gzip
-import importlib
+import codecs
 import json
-import zlib
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import xxhash
 
 from ..config.problems import Problem
+from . import formats
+from .formats import import_extra, missing_extra
 from .sources import FileSource, files_below, identity_of
+from .version import NEWEST
 
-
-def _import_extra(module: str, extra: str, purpose: str) -> Any:
-    """Import an optional library. Raises ValueError saying how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as problem:
-        raise ValueError(f"{purpose} needs {module}; install it with: pip install 'meshloom[{extra}]'") from problem
-
-
-def _missing(module: str, extra: str, key: str, purpose: str) -> list[Problem]:
-    if find_spec(module) is not None:
-        return []
-    return [Problem(key, f"{purpose} needs {module}, which is not installed", f"pip install 'meshloom[{extra}]'")]
+_MARK = codecs.BOM_UTF8
 
 
 class JsonLines(FileSource):
-    """Files with a JSON object per line, plain or compressed (.gz, .zst); the document is the text in `field`."""
+    """Files of JSON records, plain or compressed; the document is the text in `field`.
+
+    A file has an object per line, or objects one behind the other, or one array of objects. Arrays and objects that span lines
+    are held in memory while they are read.
+    """
 
     name = "jsonl"
-    endings = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst")
-    fallback_endings = (".json.gz", ".json.zst")  # as C4 and Dolma name their documents; a bare .json is metadata
+    endings = tuple(f"{name}{packed}" for name in (".jsonl", ".ndjson") for packed in ("", ".gz", ".zst", ".bz2", ".xz"))
+    # As C4 and Dolma name their documents. A bare .json beside others is metadata.
+    fallback_endings = ((".json.gz", ".json.zst", ".json.bz2", ".json.xz"), (".json",))
 
-    def __init__(self, input: str | Sequence[str] | None, field: str = "text") -> None:
-        super().__init__(input)
+    def __init__(self, input: str | Sequence[str] | None, field: str = "text", version: int = NEWEST) -> None:
+        super().__init__(input, version)
         self.field = field
 
     def settings(self) -> str:
         """Name the settings that decide the documents: the field."""
         return f"jsonl {self.field!r}"
 
-    def size(self) -> int | None:
-        """Sum the bytes of all files; None where some are compressed."""
-        files = self.files()
-        return None if any(path.suffix in (".gz", ".zst") for path in files) else sum(path.stat().st_size for path in files)
-
-    def problems(self, key: str) -> list[Problem]:
-        """Check that files match, and that the library for .zst is there."""
-        found = super().problems(key)
-        if not found and any(path.suffix == ".zst" for path in self.files()):
-            found += _missing("zstandard", "zstd", f"{key}.input", "reading .zst files")
+    def file_problems(self, key: str, path: Path) -> list[Problem]:
+        """Check that the file can be read and that its first record has the field."""
+        found = super().file_problems(key, path)
+        if found:
+            return found
+        record = _first_record(formats.head(path))
+        try:
+            if record is not None:
+                self._text(record)
+        except ValueError as problem:
+            what = f"the first record of '{path}' is {problem}" if "object" in str(problem) else f"'{path}' has {problem}"
+            found.append(Problem(f"{key}.field", what, "name the member that holds the text"))
         return found
+
+    def may_hold_data(self, path: Path) -> bool:
+        """Return whether a file that is left out may be data: a bare .json only if its first record has the field."""
+        record = _first_record(formats.head(path)) if path.suffix == ".json" else None
+        return path.suffix != ".json" or (isinstance(record, dict) and self.field in record)
 
     def read(self, path: Path) -> Iterator[str]:
         """Yield the documents of one file."""
-        for number, line in enumerate(_lines(path), 1):
-            if not line.strip():
-                continue
+        for place, record in self._records(path):
             try:
-                text = self._text(json.loads(line))
-            except (ValueError, RecursionError) as problem:
-                raise ValueError(f"{path}, line {number}: {problem}") from problem
+                text = self._text(record)
+            except ValueError as problem:
+                raise ValueError(f"{path}, {place}: {problem}") from problem
             if text:
                 yield text
+
+    def _records(self, path: Path) -> Iterator[tuple[str, Any]]:
+        """Yield the records of one file, each with its place."""
+        if _layout(formats.head(path)) is not _Layout.LINES:
+            yield from _whole_records(path)
+            return
+        for number, line in enumerate(formats.lines(path), 1):
+            if line.strip():
+                try:
+                    yield f"line {number}", json.loads(line)
+                except (ValueError, RecursionError) as problem:
+                    raise ValueError(f"{path}, line {number}: {problem}") from problem
 
     def _text(self, record: Any) -> str:
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
         return field_text(record, self.field)
+
+
+class _Layout(Enum):
+    """How records lie in a file of JSON."""
+
+    LINES = "an object per line"
+    VALUES = "objects that span lines"
+    ARRAY = "an array of objects"
+
+
+def _layout(start: bytes) -> _Layout:
+    """Tell the layout by the first bytes of a file."""
+    start = start.removeprefix(_MARK).lstrip()
+    if start.startswith(b"["):
+        return _Layout.ARRAY
+    line, ended, rest = start.partition(b"\n")
+    if not ended or not line.startswith(b"{") or not rest.strip():
+        return _Layout.LINES
+    return _Layout.VALUES if line.rstrip().endswith((b",", b"{", b"[", b":")) else _Layout.LINES
+
+
+def _whole_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the records of a file that is an array of them, or has one behind the other, each with its place."""
+    try:
+        text = b"".join(formats.blocks(path)).decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{path}: not UTF-8 text ({problem.reason} at byte {problem.start})") from problem
+    place, number = _past_space(text, 0), 0
+    while place < len(text):
+        try:
+            value, place = json.JSONDecoder().raw_decode(text, place)
+        except (ValueError, RecursionError) as problem:
+            line = problem.lineno if isinstance(problem, json.JSONDecodeError) else 1
+            raise ValueError(f"{path}, line {line}: {problem}") from problem
+        for record in cast(list[Any], value) if isinstance(value, list) else [value]:
+            number += 1
+            yield f"record {number}", record
+        place = _past_space(text, place)
+
+
+def _past_space(text: str, place: int) -> int:
+    while place < len(text) and text[place] in " \t\r\n":
+        place += 1
+    return place
+
+
+def _first_record(start: bytes) -> Any | None:
+    """Parse the first record of a file by its first bytes; None where it is longer, or no JSON."""
+    text = start.removeprefix(_MARK).decode(errors="ignore").lstrip().removeprefix("[").lstrip()
+    try:
+        return json.JSONDecoder().raw_decode(text)[0]
+    except (ValueError, RecursionError):
+        return None
 
 
 def field_text(record: dict[str, Any], field: str) -> str:
@@ -91,57 +155,14 @@ def field_text(record: dict[str, Any], field: str) -> str:
     return text
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file, decompressed. Raises ValueError naming a file that is damaged or cut short."""
-    damage: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
-    if path.suffix == ".zst":
-        library = _import_extra("zstandard", "zstd", f"reading {path}")
-        lines = _zstd_lines(path, library)
-        damage = (*damage, library.ZstdError)
-    else:
-        lines = _opened_lines(path)
-    number = 0
-    try:
-        for line in lines:
-            yield line
-            number += 1
-    except damage as problem:
-        if isinstance(problem, OSError) and problem.filename is not None:
-            raise  # opening it failed, and the error names the file
-        raise ValueError(f"{path}: damaged behind line {number} ({problem})") from problem
-
-
-def _opened_lines(path: Path) -> Iterator[bytes]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        yield from file
-
-
-def _zstd_lines(path: Path, library: Any) -> Iterator[bytes]:
-    """Yield the lines of a .zst file. Raises EOFError without the last frame's end, which the library does not check."""
-    frame: Any = None
-    rest = b""
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            while block:
-                if frame is None or frame.eof:
-                    frame = library.ZstdDecompressor().decompressobj()
-                *lines, rest = (rest + frame.decompress(block)).split(b"\n")
-                yield from lines
-                block = frame.unused_data
-    if rest:
-        yield rest
-    if frame is not None and not frame.eof:
-        raise EOFError("the compressed stream is cut short")
-
-
 class ParquetFiles(FileSource):
     """Parquet files; the document is the text in the column `field`."""
 
     name = "parquet"
     endings = (".parquet",)
 
-    def __init__(self, input: str | Sequence[str] | None, field: str = "text") -> None:
-        super().__init__(input)
+    def __init__(self, input: str | Sequence[str] | None, field: str = "text", version: int = NEWEST) -> None:
+        super().__init__(input, version)
         self.field = field
 
     def settings(self) -> str:
@@ -154,11 +175,23 @@ class ParquetFiles(FileSource):
 
     def problems(self, key: str) -> list[Problem]:
         """Check that files match, and that the library is there."""
-        return [*super().problems(key), *_missing("pyarrow", "parquet", key, "data=parquet")]
+        return missing_extra("pyarrow", "parquet", key, "data=parquet") or super().problems(key)
+
+    def file_problems(self, key: str, path: Path) -> list[Problem]:
+        """Check that the file is a Parquet file with the column."""
+        parquet = import_extra("pyarrow.parquet", "parquet", f"reading {path}")
+        try:
+            names: list[str] = parquet.read_schema(path).names
+        except (ValueError, OSError) as problem:  # the library's own errors derive from these two
+            return [Problem(f"{key}.input", f"'{path}' can't be read as Parquet ({problem})", "give Parquet files alone")]
+        if self.field not in names:
+            what = f"'{path}' has no column '{self.field}' among {', '.join(names)}"
+            return [Problem(f"{key}.field", what, "name the column that holds the text")]
+        return []
 
     def read(self, path: Path) -> Iterator[str]:
         """Yield the documents of one file."""
-        parquet = _import_extra("pyarrow.parquet", "parquet", f"reading {path}")
+        parquet = import_extra("pyarrow.parquet", "parquet", f"reading {path}")
         try:
             with parquet.ParquetFile(path) as file:
                 names: list[str] = file.schema_arrow.names
@@ -197,7 +230,7 @@ class HuggingFace:
 
     def problems(self, key: str) -> list[Problem]:
         """Check that a data set is named, and that the library is there."""
-        found = _missing("datasets", "hf", key, "data=hf")
+        found = missing_extra("datasets", "hf", key, "data=hf")
         if not self.path:
             found.append(Problem(f"{key}.path", "no data set is named", "give owner/name, or a folder"))
         return found
@@ -218,7 +251,7 @@ class HuggingFace:
 
     def documents(self) -> Iterator[str]:
         """Yield the documents as they stream in."""
-        library = _import_extra("datasets", "hf", "data=hf")
+        library = import_extra("datasets", "hf", "data=hf")
         what = f"data set {self.path} ({self.split})"
         try:
             rows = library.load_dataset(self.path, self.subset, split=self.split, revision=self.revision, streaming=True)

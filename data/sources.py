@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import io
 import json
 import logging
 import os
@@ -17,10 +18,13 @@ import xxhash
 
 from ..config.cache import expand_user
 from ..config.problems import Problem
+from . import formats
 from .shards import digest_file
+from .version import NEWEST
 
 log = logging.getLogger(__name__)
 
+CHECKED = 32  # files whose first bytes are looked at before a run begins
 _DIGITS = 32  # of a digest
 
 
@@ -53,15 +57,18 @@ class FileSource(ABC):
     """Documents in files. Their order is that of the sorted paths; their identity that of their contents.
 
     input             a path, a glob pattern (`**` crosses folders), a folder, or several of them
+    version           of the rules by which documents become samples (`version.py`)
     endings           of a folder, all files below it with these endings are read, except hidden ones; links are followed
-    fallback_endings  read in a folder that has no file with `endings`; beside others such files are mostly metadata
+    fallback_endings  read in a folder that has no file with `endings`, the first tuple of which it has some; beside others such
+                      files are mostly metadata
     """
 
     name = "files"
     endings: tuple[str, ...] = ("",)
-    fallback_endings: tuple[str, ...] = ()
+    fallback_endings: tuple[tuple[str, ...], ...] = ()
 
-    def __init__(self, input: str | Sequence[str] | None) -> None:
+    def __init__(self, input: str | Sequence[str] | None, version: int = NEWEST) -> None:
+        self.version = version
         given: list[Any] = [] if input is None else [input] if isinstance(input, str | Mapping | int | float) else list(input)
         self.input = [each for each in given if isinstance(each, str)]
         self._no_paths = [each for each in given if not isinstance(each, str)]
@@ -93,20 +100,47 @@ class FileSource(ABC):
 
     def _folder_files(self, folder: Path) -> tuple[list[Path], list[Path]]:
         """List the files to read in a folder, and those with fallback endings that are skipped because of them."""
-        found = [path for path in files_below(folder) if path.name.endswith((*self.endings, *self.fallback_endings))]
-        certain = [path for path in found if path.name.endswith(self.endings)]
-        return (certain, sorted({*found} - {*certain})) if certain else (found, [])
+        below = [(path, path.name if self.version == 1 else path.name.lower()) for path in files_below(folder)]
+        kinds = [[path for path, name in below if name.endswith(ends)] for ends in (self.endings, *self.fallback_endings)]
+        first = next((number for number, kind in enumerate(kinds) if kind), 0)
+        return kinds[first], sorted(path for kind in kinds[first + 1 :] for path in kind)
+
+    def may_hold_data(self, path: Path) -> bool:
+        """Return whether a file that is left out because of its name deserves a word."""
+        return True
 
     def _warn_of_skipped_files(self) -> None:
         for folder in filter(Path.is_dir, map(expand_user, self.input)) if self.fallback_endings and not self._warned else ():
-            taken, left = self._folder_files(folder)
+            taken, skipped = self._folder_files(folder)
+            left = [path for path in skipped if self.may_hold_data(path)]
             if left:
                 which = f"{left[0]} is" if len(left) == 1 else f"{left[0]} and {len(left) - 1} like it are"
                 log.warning("%s not read as data beside files like %s; give them by name to have them read", which, taken[0])
         self._warned = True
 
     def problems(self, key: str) -> list[Problem]:
-        """Check that every pattern matches a file."""
+        """Check that every pattern matches a file, and the beginning of the first files."""
+        found = self._pattern_problems(key)
+        for path in [] if found else self._first_files():
+            found = self.file_problems(key, path)
+            if found:
+                break  # files of one corpus are alike: one of them shows what is wrong
+        return found
+
+    def _first_files(self) -> list[Path]:
+        """List the files that are looked at before a run begins. A broken link fails when the documents are read."""
+        return [path for path in self.files()[:CHECKED] if path.exists()]
+
+    def file_problems(self, key: str, path: Path) -> list[Problem]:
+        """Return what the first bytes of a file show to be wrong."""
+        foreign = formats.foreign_format(formats.head(path))
+        if foreign is not None:
+            return [Problem(f"{key}.input", f"'{path}' is {foreign[0]}", foreign[1])]
+        if formats.compression(path) == "zstd":
+            return formats.missing_extra("zstandard", "zstd", f"{key}.input", "reading .zst files")
+        return []
+
+    def _pattern_problems(self, key: str) -> list[Problem]:
         fix = "give a path, a glob pattern or a folder"
         if self._no_paths:
             return [Problem(f"{key}.input", f"{each} is no path", fix) for each in self._no_paths]
@@ -123,7 +157,7 @@ class FileSource(ABC):
         if not pattern.strip():
             return f"'{pattern}' names no file", "give a path, a glob pattern or a folder"
         if expand_user(pattern).is_dir() and any(self.endings):
-            endings = ", ".join((*self.endings, *self.fallback_endings))
+            endings = ", ".join([*self.endings, *(end for ends in self.fallback_endings for end in ends)])
             fix = f"for files with other names give a pattern, such as {pattern.rstrip('/')}/part-*"
             return f"'{pattern}' is a folder with no file that ends in {endings}", fix
         return f"'{pattern}' matches no file", "give a path, a glob pattern or a folder that has some"
@@ -139,8 +173,9 @@ class FileSource(ABC):
         return identity_of(self.files(), self.settings(), memo)
 
     def size(self) -> int | None:
-        """Sum the bytes of all files."""
-        return sum(path.stat().st_size for path in self.files())
+        """Sum the bytes of all files; None where some are compressed."""
+        files = self.files()
+        return None if any(map(formats.compression, files)) else sum(path.stat().st_size for path in files)
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -192,27 +227,75 @@ def _cached_digest(path: Path, compute: Callable[[], str]) -> str:
 
 
 class TextFiles(FileSource):
-    """Text files in UTF-8: each is a document, or several, separated by `separator`."""
+    """Text files in UTF-8, plain or compressed: each is a document, or several, separated by `separator`.
+
+    markup  files of JSON are meant as text, with their markup
+    """
 
     name = "text"
 
-    def __init__(self, input: str | Sequence[str] | None, separator: str | None = None) -> None:
-        super().__init__(input)
+    def __init__(
+        self,
+        input: str | Sequence[str] | None,
+        separator: str | None = None,
+        version: int = NEWEST,
+        markup: bool = False,
+    ) -> None:
+        super().__init__(input, version)
         self.separator = separator
+        self._markup = markup
+        self._separated = False  # whether the separator has occurred
 
     def settings(self) -> str:
-        """Name the settings that decide the documents: the separator."""
-        return f"text {self.separator!r}"
+        """Name the settings that decide the documents: the separator, and how line ends are read."""
+        return f"text {self.separator!r}" if self.version == 1 else f"text as it stands {self.separator!r}"
+
+    def problems(self, key: str) -> list[Problem]:
+        """Check that every pattern matches a file, and that the first files are text but not JSON."""
+        found = super().problems(key)
+        if found or self._markup or self.version == 1:
+            return found
+        files = self._first_files()
+        if files and all(formats.is_json(formats.head(path)) for path in files):
+            what = f"'{files[0]}' holds JSON, which would be trained on with its braces and names"
+            fix = "use data=jsonl, or data.markup=true if the markup is meant"
+            return [Problem(f"{key}.input", what, fix)]
+        return []
+
+    def documents(self) -> Iterator[str]:
+        """Yield the documents of all files. Warns of a separator that occurs in none of them."""
+        for path in self.files():
+            yield from self.read(path)
+        if self.separator and not self._separated and not self._warned:
+            self._warned = True
+            log.warning("%s", self._separator_notice())
+
+    def _separator_notice(self) -> str:
+        assert self.separator is not None
+        said = f"data.separator: {self.separator!r} occurs in no file of text, so that each file is a document"
+        if "\\" in self.separator:
+            return f"{said}; a backslash stands for itself: give a line break as such (in bash $'data.separator=\"\\n\\n\"')"
+        start = formats.head(self.files()[0])
+        if b"\r\n" in start and "\r" not in self.separator:
+            return f"{said}; lines of '{self.files()[0]}' end in \\r\\n"
+        return said
 
     def read(self, path: Path) -> Iterator[str]:
         """Yield the documents of one file."""
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as problem:
-            raise ValueError(f"{path}: not UTF-8 text ({problem.reason} at byte {problem.start})") from problem
+        text = self._text(path)
+        self._separated |= bool(self.separator) and self.separator in text
         for document in text.split(self.separator) if self.separator else [text]:
             if document:
                 yield document
+
+    def _text(self, path: Path) -> str:
+        content = b"".join(formats.blocks(path))
+        try:
+            if self.version > 1:
+                return content.decode("utf-8-sig")
+            return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()  # universal newlines
+        except UnicodeDecodeError as problem:
+            raise ValueError(f"{path}: not UTF-8 text ({problem.reason} at byte {problem.start})") from problem
 
 
 class StandardLibrary(FileSource):

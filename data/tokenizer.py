@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ..config.lazy import numpy as np
+from .long_documents import encode_long
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,13 +40,16 @@ class Tokenizer:
     fingerprint      digest of its contents
     """
 
-    def __init__(self, engine: Engine, end_of_document: str | None = None) -> None:
+    def __init__(self, engine: Engine, end_of_document: str | int | None = None) -> None:
+        """end_of_document: the token's name or id; None: the first of the well-known names that there is."""
         engine.no_padding()
         engine.no_truncation()
         # The text "<|endoftext|>" in a corpus must not end a document.
         engine.encode_special_tokens = True
         self._engine = engine
         known = engine.get_vocab(with_added_tokens=True)
+        if isinstance(end_of_document, int):
+            end_of_document = engine.id_to_token(end_of_document) or f"with id {end_of_document}"
         names = KNOWN_ENDS if end_of_document is None else (end_of_document,)
         found = next((name for name in names if name in known), None)
         if found is None:
@@ -58,8 +62,8 @@ class Tokenizer:
         self.fingerprint = xxhash.xxh3_128_hexdigest(f"{engine.to_str()}\n{found}".encode())
 
     @classmethod
-    def load(cls, path: Path, end_of_document: str | None = None) -> Tokenizer:
-        """Read a `tokenizer.json`, or the one in a folder. Raises ValueError naming the file."""
+    def load(cls, path: Path, end_of_document: str | int | None = None) -> Tokenizer:
+        """Read a `tokenizer.json`, or the one in a folder; see `__init__`. Raises ValueError naming the file."""
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"data.tokenizer: {path} not found; give bpe, bytes, or the path of a tokenizer.json")
@@ -107,19 +111,25 @@ class Tokenizer:
         """Encode a text as token ids, without an end of document."""
         return self._engine.encode(text, add_special_tokens=False).ids
 
-    def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
-        """Encode many documents as token ids, each with its end of document, on all CPU cores."""
+    def encode_documents(self, texts: Sequence[str], *, in_pieces: bool = False) -> list[NDArray[np.int64]]:
+        """Encode many documents as token ids, each with its end of document, on all CPU cores.
+
+        in_pieces: encode each piece of a long document by itself, as version 1 of the rules does (`version.py`)
+        """
         pieces: list[str] = []
         counts: list[int] = []
         for text in texts:
-            cut = _cut(text)
+            cut = _cut(text) if in_pieces else [text] if len(text) <= _PIECE else []
             pieces += cut
             counts.append(len(cut))
         encoded = iter(self._engine.encode_batch_fast(pieces, add_special_tokens=False))
+        end = np.array([self.end_of_document], dtype=np.int64)
         documents: list[NDArray[np.int64]] = []
-        for count in counts:
+        for text, count in zip(texts, counts, strict=True):
             parts = [np.array(next(encoded).ids, dtype=np.int64) for _ in range(count)]
-            documents.append(np.concatenate([*parts, np.array([self.end_of_document], dtype=np.int64)]))
+            if not parts:
+                parts = [encode_long(text, _PIECE, lambda part: self._engine.encode(part, add_special_tokens=False))]
+            documents.append(np.concatenate([*parts, end]))
         return documents
 
     def decode(self, tokens: Sequence[int] | NDArray[np.int64]) -> str:

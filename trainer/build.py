@@ -24,6 +24,8 @@ from ..data.assignment import Assigner, load_share
 from ..data.batch import GlobalBatch
 from ..data.loader import Loader
 from ..data.node import DataNode
+from ..data.validation import ValidationPart, samples_of_parts, validation_parts
+from ..data.version import rules_version
 from ..models import build as models
 from ..models.config import ModelConfig
 from ..models.protocol import Model
@@ -42,7 +44,7 @@ from ..parallel.policies import ActivationSettings
 from .all_ranks import raise_on_all_ranks
 from .derived import build_horizon, checkpoint_folder
 from .hooks.base import Hook
-from .hooks.evaluation import Evaluation
+from .hooks.evaluation import Evaluation, EvaluationSet
 from .hooks.garbage import CollectGarbage
 from .hooks.loggers.defaults import default_loggers
 from .hooks.profiling import ProfileStep
@@ -188,20 +190,17 @@ def _build(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Me
     if mesh.is_main and config.trainer.profile_step is not None:  # first: what the others do at a step's end is not the step's
         hooks.append(ProfileStep(config.trainer.profile_step, output_dir / "profile"))
     hooks += [CollectGarbage(), *(build_hook(node) for node in config.trainer.hooks)]
-    validation = data.validation()
-    if validation is not None and config.trainer.eval_every != 0:
-        count = min(config.trainer.eval_samples, len(validation))
-        held_out = Assigner(assigner.data_size).assign(GlobalBatch(0, count), config.batch.micro)
-        every = config.trainer.eval_every
-        batches = load_share(validation, held_out, mesh.data_rank).micro_batches
-        hooks.append(Evaluation(batches, None if every is None else Duration.parse(every)))
-    elif validation is None and config.trainer.eval_every and mesh.is_main:
+    parts = validation_parts(data)
+    if parts and config.trainer.eval_every != 0:
+        hooks.append(_evaluation(config, parts, mesh))
+    elif not parts and config.trainer.eval_every and mesh.is_main:
         log.warning("trainer.eval_every: there will be no evaluation, because the data keeps nothing for validation")
     saving = None
     if checkpointer is not None:
         fixed = {
             **saved,
             "data_fingerprint": data.fingerprint,
+            "data_version": rules_version(data),
             "vocabulary": vocabulary,
             "tokenizer": data.tokenizer.fingerprint if data.tokenizer is not None else None,
             "layout": mesh.layout.describe(),
@@ -228,6 +227,18 @@ def _build(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Me
         hooks=hooks,
     )
     return Run(loop, saving, loader, data)
+
+
+def _evaluation(config: RunConfig, parts: Sequence[ValidationPart], mesh: Mesh) -> Evaluation:
+    """Load this rank's share of each part's validation samples, and build the hook that evaluates on them."""
+    assigner = Assigner(mesh.layout.data_size)
+    sets: list[EvaluationSet] = []
+    for part, count in zip(parts, samples_of_parts(parts, config.trainer.eval_samples), strict=True):
+        held_out = assigner.assign(GlobalBatch(0, count), config.batch.micro)
+        share = load_share(part.samples, held_out, mesh.data_rank)
+        sets.append(EvaluationSet(part.name, part.weight, share.micro_batches))
+    every = config.trainer.eval_every
+    return Evaluation(sets, None if every is None else Duration.parse(every))
 
 
 def _sample_hooks(config: RunConfig, build: Callable[[], Model], codec: TextCodec | None, *, saved: bool) -> list[Hook]:

@@ -9,8 +9,11 @@ from typing import Any
 import torch.distributed as dist
 
 from ..checkpoint.restore import RestoreReport, read_state, restore
+from ..config.nodes import find_option
 from ..config.problems import ConfigError, Problem
+from ..data.config import OPTIONS
 from ..data.node import DataNode
+from ..data.version import rules_version
 from ..optim.progress import Progress
 from ..parallel.fragment import Fragment
 from .build import Run, build_control
@@ -37,6 +40,7 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
     if is_import(stated):
         report = _restore_weights(loop, checkpoint)
         return Origin(report.run, report.step, report.commit, own=False)
+    _same_rules(stated, run.data, checkpoint)
     change = optimizer_change(stated, config)
     if change is not None:
         report = _restore_weights(loop, checkpoint)
@@ -85,6 +89,20 @@ def _same_tokens(state: dict[str, Any], data: DataNode, checkpoint: Path | str) 
     message = f"the text is cut into other tokens than '{checkpoint}' was trained on"
     fix = "keep the run's own with data.tokenizer=<its output_dir>/tokenizer.json, or go on with the data it had"
     raise ConfigError([Problem("data.tokenizer", message, fix)])
+
+
+def _same_rules(state: dict[str, Any], data: DataNode, checkpoint: Path | str) -> None:
+    """Raise ConfigError if data of a user's own class make samples by other rules than they did (`data/version.py`).
+
+    Of Meshloom's own classes the config keeps the version, and another one is typed.
+    """
+    path, keys = state["config"]["data"].get("_target_"), state["config"]["data"]
+    saved, now = state.get("data_version", 1), rules_version(data)
+    if find_option(OPTIONS, path) is not None or "version" in keys or None in (saved, now) or saved == now:
+        return
+    message = f"the samples of '{checkpoint}' were made by version {saved} of the rules, and {path} makes them by version {now}"
+    fix = f"let the class hand version={saved} to CorpusConfig, or go on with other samples by a new run (resume=null)"
+    raise ConfigError([Problem("data.version", message, fix)])
 
 
 def _restore(loop: Loop, checkpoint: Path | str, fragments: list[Fragment], *, strict: bool) -> RestoreReport:

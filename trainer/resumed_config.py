@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..config.compose import Composition, drop_unknown, normalize_override
 from ..config.keys import MISSING, Side, keys_of
-from ..config.renames import with_moved_targets, with_renamed_keys
+from ..config.renames import FORMER_VALUES, with_moved_targets, with_renamed_keys
 from .schema import OPTIONS, RunConfig
 from .sides import key_sides
 from .typed import option_of, typed_config
@@ -44,8 +44,14 @@ class Resumed:
 
 
 def saved_config(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config saved in a checkpoint, under the current names."""
-    return with_renamed_keys(with_moved_targets(copy.deepcopy(state.get("config") or {})))
+    """Return the config saved in a checkpoint, under the current names, with the former values of keys that it lacks."""
+    found = with_renamed_keys(with_moved_targets(copy.deepcopy(state.get("config") or {})))
+    for key, value in FORMER_VALUES.items():
+        group, name = key.split(".")
+        kind = option_of(group, found[group]) if group in found else None
+        if kind is not None and name in {each.name for each in keys_of(kind)}:
+            found[group].setdefault(name, value)
+    return found
 
 
 def saved_choices(

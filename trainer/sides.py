@@ -10,6 +10,7 @@ import yaml
 
 from ..config.keys import RecipeWhen, Side, keys_of
 from ..config.nodes import Custom
+from ..data.config import MixtureConfig
 from .schema import RunConfig, groups
 from .typed import option_of, plain_config
 
@@ -36,8 +37,7 @@ def key_sides(config: RunConfig) -> dict[str, Side]:
 
 def _source_sides(config: RunConfig) -> Iterator[tuple[str, Side]]:
     """Yield key → side for the sources of a mixture, which are themselves nodes of the group."""
-    sources: Any = getattr(config.data, "sources", None)
-    for name, node in sources.items() if isinstance(sources, dict) else ():
+    for name, node in config.data.named_sources.items() if isinstance(config.data, MixtureConfig) else ():
         kind = option_of("data", node) if isinstance(node, dict) else None
         if kind is not None:
             yield from (

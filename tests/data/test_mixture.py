@@ -12,14 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshloom.config.keys import Side
 from meshloom.config.problems import ConfigError
-from meshloom.data.blend import Blend, MixedSamples, apportion, interleave
+from meshloom.data.blend import Blend, MixedSamples, apportion
 from meshloom.data.build import build_node
 from meshloom.data.config import MixtureConfig
 from meshloom.data.mixture import Mixture
 from meshloom.data.nodes import Jsonl
+from meshloom.data.order import ValidationSamples
+from meshloom.data.validation import ValidationPart, samples_of_parts, validation_parts
 from meshloom.launch import data as command
 from meshloom.trainer.schema import make_composer
+from meshloom.trainer.sides import key_sides
 from meshloom.trainer.typed import typed_config
 
 WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)
@@ -56,19 +60,6 @@ def test_blocks_differ_in_order_and_are_mixed():
     assert orders[0] != orders[1]
     runs = 1 + np.count_nonzero(np.diff(orders[0]))
     assert 430 < runs < 572  # Wald and Wolfowitz: 501 ± 4.5 standard deviations of 15.8
-
-
-@given(st.lists(st.tuples(st.integers(1, 60), st.floats(0.05, 20)), min_size=1, max_size=5))
-def test_interleaving_keeps_to_the_weights_from_the_start(sources: list[tuple[int, float]]):
-    lengths, weights = [length for length, _ in sources], [weight for _, weight in sources]
-    rows = interleave(lengths, weights)
-    shares = np.array(weights) / sum(weights)
-    counts = np.zeros(len(lengths), int)
-    for source, number in rows.tolist():
-        assert number == counts[source] < lengths[source]
-        counts[source] += 1
-        assert (np.abs(counts - shares * counts.sum()) <= len(lengths)).all()
-    assert (counts == np.array(lengths)).any()
 
 
 def write(path: Path, word: str, count: int) -> str:
@@ -129,18 +120,42 @@ def test_a_source_keeps_its_order_when_others_come_and_go(files: dict[str, str])
     assert both.fingerprint != one.fingerprint
 
 
-def test_validation_is_mixed_by_weight(files: dict[str, str]):
+def test_sources_are_validated_apart_and_weighted(files: dict[str, str]):
+    """The fault: 119 and 2 held-out samples at 0.1 and 0.9 were mixed into 2, none of them of the first source."""
     mixed = mixture(files)
     mixed.prepare()
-    held = mixed.validation()
-    assert held is not None
-    lengths = [len(node.validation()) for node in mixed.nodes.values()]  # type: ignore[arg-type]
-    assert len(held) <= sum(lengths)
-    sources = [held._rows[index][0] for index in range(len(held))]
-    assert abs(sources[:12].count(0) - 3) <= 1
+    parts = validation_parts(mixed)
+    assert [(part.name, part.weight) for part in parts] == [("few", 1), ("many", 3)]
+    for part in parts:
+        own = mixed.nodes[part.name].validation()
+        assert isinstance(own, ValidationSamples) and len(part.samples) == len(own)
+        assert np.array_equal(part.samples[0].tokens, own[0].tokens)
     other = mixture(files, seed=9)
     other.prepare()
-    assert np.array_equal(held[5].tokens, other.validation()[5].tokens)  # type: ignore[index]
+    assert np.array_equal(parts[1].samples[5].tokens, validation_parts(other)[1].samples[5].tokens)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "asked", "expected"),
+    [([119, 2], [0.1, 0.9], 64, [6, 2]), ([100, 100], [1, 3], 64, [16, 48]), ([9, 9], [1, 99], 4, [1, 4]), ([3], [2], 64, [3])],
+)
+def test_samples_of_an_evaluation(sizes: list[int], weights: list[float], asked: int, expected: list[int]):
+    parts = [ValidationPart("", weight, range(size)) for size, weight in zip(sizes, weights, strict=True)]  # type: ignore[arg-type]
+    assert samples_of_parts(parts, asked) == expected
+
+
+def test_a_mixture_in_a_mixture_keeps_names_and_weights(files: dict[str, str]):
+    inner = {
+        "_target_": "meshloom.data.mixture.Mixture",
+        "sources": {"few": node(files["few"]), "many": node(files["many"])},
+        "weights": {"few": 1, "many": 3},
+        "block": 20,
+    }
+    mixed = mixed_sources({"text": inner, "more": node(files["few"])}, weights={"text": 2, "more": 1}, tokenizer="bytes")
+    assert mixed.problems() == []
+    mixed.prepare()
+    shares = {part.name: part.weight for part in validation_parts(mixed)}
+    assert shares == {"text.few": 0.5, "text.many": 1.5, "more": 1}
 
 
 def test_one_tokenizer_is_trained_on_all(files: dict[str, str]):
@@ -183,11 +198,92 @@ def test_all_problems_at_once(files: dict[str, str]):
         "data.sources.many.tokenizer",
         "data.sources.many.validation",
     }
-    for wrong in (float("inf"), float("nan")):
+    for wrong in (float("inf"), float("nan"), "much"):
         (problem,) = mixture(files, weights={"few": 1, "many": wrong}).problems()
         assert f"data.weights.many: {wrong} is no share" in str(problem)
     (problem,) = mixture(files, weights={"few": 1, "many": 999}).problems()
     assert str(problem) == "data.block: a share of 0.001 is no sample in 20; use 1000 or more"
+    assert [problem.key for problem in mixture(files, block=0).problems()] == ["data.block"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"inptu": "x"}, "data.sources.bad.inptu: there is no such key; did you mean input?"),
+        ({"validation": "much"}, "data.sources.bad.validation: Value 'much' of type 'str' could not be converted to Float"),
+        ({"_target_": None}, "data.sources.bad._target_: the source has no kind; choose one in the recipe's defaults"),
+        ({"_target_": "nowhere.Data"}, "data.sources.bad: can't be built: nowhere.Data can't be imported: No module named"),
+        ({"_target_": f"{__name__}.Broken"}, "data.sources.bad: can't be built: no water in the well"),
+    ],
+)
+def test_a_source_that_is_wrong_is_named_with_its_cause(files: dict[str, str], wrong: dict[str, Any], said: str):
+    values = {key: value for key, value in {**node(files["few"]), **wrong}.items() if value is not None}
+    (problem,) = mixed_sources({"bad": values, "many": node(files["many"])}).problems()
+    assert str(problem).startswith(said) and problem.fix
+
+
+class Broken:
+    """A user's source that can't be built."""
+
+    def __init__(self, **keys: Any) -> None:
+        raise ValueError("no water in the well")
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_an_empty_source_is_named_by_its_name(files: dict[str, str], tmp_path: Path, tokenizer: str):
+    (tmp_path / "none.jsonl").write_text('{"text": ""}\n')
+    sources = {"c4.en": node(files["many"]), "c4.fr": node(str(tmp_path / "none.jsonl"))}
+    mixed = mixed_sources(sources, weights={"c4.en": 1, "c4.fr": 1}, tokenizer=tokenizer, vocabulary=300)
+    assert mixed.problems() == []
+    with pytest.raises(ConfigError, match=r"data\.sources\.c4\.fr: the corpus 'jsonl' has no document"):
+        mixed.prepare()
+
+
+def test_shards_of_a_source_are_named_by_its_name(tmp_path: Path, files: dict[str, str]):
+    assert command.main(["tokenize", f"input={files['few']}", f"output={tmp_path}/one", "vocabulary=270"]) == 0
+    shards = {"_target_": "meshloom.data.nodes.Tokenized", "path": f"{tmp_path}/one", "seq_len": 1}
+    with pytest.raises(ConfigError, match=r"data\.sources\.small\.seq_len: .*too few for one sample"):
+        Mixture(MixtureConfig(seq_len=10**6, sources={"small": shards}, weights={"small": 1}), 1).prepare()
+
+
+RECIPES = {
+    "as Hydra composes": """
+defaults: [base_mixture, {/data@sources.c4.en: jsonl}, {/data@sources.c4.fr: jsonl}, _self_]
+sources: {c4.en: {input: EN}, c4: {fr: {input: FR}}}
+weights: {c4.en: 1, c4.fr: 2}
+""",
+    "written out": """
+defaults: [base_mixture, _self_]
+sources:
+  c4.en: {_target_: meshloom.data.nodes.Jsonl, input: EN}
+  c4.fr: {_target_: meshloom.data.nodes.Jsonl, input: FR}
+weights: {c4: {en: 1, fr: 2}}
+""",
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_names_of_sources_may_have_dots(files: dict[str, str], tmp_path: Path, recipe: str):
+    (tmp_path / "recipes/data").mkdir(parents=True)
+    text = RECIPES[recipe].replace("EN", files["few"]).replace("FR", files["many"])
+    (tmp_path / "recipes/data/mine.yaml").write_text(text)
+    words = [
+        "data=mine",
+        "data.seq_len=8",
+        "data.weights.c4.fr=3",
+        "data.sources.c4.en.validation=0.25",
+        "data.tokenizer=bytes",
+    ]
+    composition = make_composer(str(tmp_path / "recipes")).compose(words)
+    assert composition.problems == []
+    config, problems = typed_config(composition.config)
+    assert problems == []
+    mixed = build_node(config.data, 1, None)
+    assert isinstance(mixed, Mixture) and mixed.problems() == [] and mixed.weights == {"c4.en": 1, "c4.fr": 3}
+    mixed.prepare()
+    assert [part.name for part in validation_parts(mixed)] == ["c4.en", "c4.fr"]
+    sides = key_sides(config)
+    assert sides["data.sources.c4.en.input"] is Side.PLACEMENT and sides["data.sources.c4.en.validation"] is Side.RECIPE
 
 
 def test_a_recipe_of_ones_own(files: dict[str, str], tmp_path: Path):

@@ -18,6 +18,7 @@ import pytest
 from scipy import stats
 
 from meshloom.config.cache import build_once
+from meshloom.config.hashing import hash64
 from meshloom.config.nodes import build
 from meshloom.config.problems import ConfigError
 from meshloom.data import nodes, prepare
@@ -120,7 +121,7 @@ def test_stdlib_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     node = composed("data=stdlib", "data.seq_len=16", "data.vocabulary=280")
     assert node.problems() == []
     node.prepare()
-    assert len(stream(node, "train")) == 2 and len(stream(node, "validation")) == 1
+    assert len(stream(node, "train")) == 3 and len(stream(node, "validation")) == 1  # the end of one of them
     assert len(node.validation()) > 0
 
 
@@ -169,19 +170,62 @@ def test_split_ignores_order_and_keeps_copies_together(tmp_path: Path):
 
 
 def test_the_held_out_share_is_the_one_asked_for():
-    chosen = sum(prepare.ValidationSplit(0.1)(f"document {number}") for number in range(5000))
+    chosen = sum(prepare.is_held_out(f"document {number}", 0.1) for number in range(5000))
     assert stats.binomtest(chosen, 5000, 0.1).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_even_the_smallest_corpus_is_held_out_in_part(tmp_path: Path, count: int):
+@pytest.mark.parametrize("version", [1, 2])
+def test_even_the_smallest_corpus_is_held_out_in_part(tmp_path: Path, count: int, version: int):
     for number in range(count):
         (tmp_path / f"{number}.txt").write_text(f"{number} " * 200)
-    node = nodes.Text(TextConfig(input=f"{tmp_path}/*.txt", tokenizer="bytes", seq_len=4, validation=0.05), 1)
+    config = TextConfig(input=f"{tmp_path}/*.txt", tokenizer="bytes", seq_len=4, validation=0.05, version=version)
+    node = nodes.Text(config, 1)
     node.prepare()
     train, held = "".join(stream(node, "train")), "".join(stream(node, "validation"))
     assert sorted(train + held) == sorted("".join(f"{number} " * 200 for number in range(count)))
-    assert len(held) == (19 if count == 1 else 400)  # of 401 tokens 5 % are 20; the last one is the end of the document
+    # Of 401 tokens a document 5 % are 20; the last one is the end of the document. Version 1 held out the first document.
+    assert len(held) == (400 if version == 1 and count > 1 else 20 * count - 1)
+
+
+def test_the_share_is_held_out_of_few_and_unequal_documents(tmp_path: Path):
+    """Three books, of which one is a third of the text: the fault was that it was held out whole at 1 %."""
+    words = [f"{hash64(number) % 9973} " for number in range(60_000)]
+    books = ["".join(words[:20_000]), "".join(words[20_000:21_000]), "".join(words[21_000:])]
+    for number, book in enumerate(books):
+        (tmp_path / f"{number}.txt").write_text(book)
+    node = nodes.Text(TextConfig(input=f"{tmp_path}/*.txt", tokenizer="bytes", seq_len=64), 1)
+    node.prepare()
+    train, held = stream(node, "train"), stream(node, "validation")
+    share = sum(map(len, held)) / sum(map(len, books))
+    assert share == pytest.approx(0.01, rel=0.01) and all(any(text in book for text in train) for book in books)
+    assert sum(any(text in book for text in held) for book in books) >= 2, "of more than one book"
+    assert sum(map(len, train)) + sum(map(len, held)) == sum(map(len, books))
+    longest = max(len(text) for text in held)
+    assert all(sum(text in book for book in [*train, *held]) == 1 for text in held) and longest > 500
+
+
+def test_copies_of_a_passage_are_held_out_of_all_of_them(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "".join(f"{number} " for number in range(900))}) + "\n")
+    (tmp_path / "b.jsonl").write_text((tmp_path / "a.jsonl").read_text() * 3)
+    node = jsonl_node(f"{tmp_path}/*.jsonl", "bytes", validation=0.1)
+    node.prepare()
+    train, held = stream(node, "train"), stream(node, "validation")
+    assert len(held) == 4 and len({*held}) == 1 and not any(held[0] in text for text in train)
+
+
+def test_validation_data_shorter_than_a_sample_are_padded(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("abcdefgh" * 50)
+    keys: dict[str, Any] = {"input": f"{tmp_path}/a.txt", "tokenizer": "bytes", "seq_len": 64, "validation": 0.02}
+    for mask in (False, True):
+        node = nodes.Text(TextConfig(document_mask=mask, **keys), 1)
+        node.prepare()
+        held = node.validation()
+        assert held is not None and len(held) == 1  # 8 of 401 tokens: seven letters and the end
+        sample = held[0]
+        assert sample.tokens.tolist() == [*b"bcdefgh", *[256] * 57]
+        assert sample.targets.tolist() == [*b"cdefgh", 256, *[IGNORED] * 57]
+        assert mask == (sample.documents is not None and sample.documents.tolist() == [*[0] * 8, *[1] * 56])
 
 
 def test_nothing_is_held_out_on_request(jsonl: str):
@@ -244,7 +288,7 @@ def test_a_corpus_that_is_held_out_whole_says_so(tmp_path: Path, cache: Path):
     (tmp_path / "a.txt").write_text("one two three")
     with pytest.raises(ValueError, match=r"all 3 documents.*held out.*data\.validation"):
         nodes.Text(
-            TextConfig(input=f"{tmp_path}/a.txt", separator=" ", tokenizer="bytes", seq_len=4, validation=0.999999), 1
+            TextConfig(input=f"{tmp_path}/a.txt", separator=" ", tokenizer="bytes", validation=0.999999, version=1), 1
         ).prepare()
 
 
@@ -266,11 +310,11 @@ def test_one_process_builds_while_the_others_wait(jsonl: str, tmp_path: Path, mo
     built = prepare.write_corpus
     trained = Tokenizer.train
 
-    def slowly(*arguments: Any) -> None:
+    def slowly(*arguments: Any, **options: Any) -> None:
         with (tmp_path / "log").open("a") as log:
             log.write("corpus\n")
         time.sleep(0.3)
-        built(*arguments)
+        built(*arguments, **options)
 
     def logged(*arguments: Any) -> Tokenizer:
         with (tmp_path / "log").open("a") as log:

@@ -102,10 +102,13 @@ def test_concatenation_with_documents_stops_at_their_ends(corpus: tuple[TokenSha
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
-def test_best_fit_keeps_every_document_whole(corpus: tuple[TokenShards, list[np.ndarray]], tmp_path: Path, document_mask: bool):
+@pytest.mark.parametrize("version", [1, 2])
+def test_best_fit_keeps_every_document_whole(
+    corpus: tuple[TokenShards, list[np.ndarray]], tmp_path: Path, document_mask: bool, version: int
+):
     """Every (token, next token) pair of every document is learned exactly once, and nothing else is."""
     shards, documents = corpus
-    samples = BestFit(shards, 16, document_mask, tmp_path / "cache")
+    samples = BestFit(shards, 16, document_mask, tmp_path / "cache", version)
     expected = sorted(
         pair for document in documents for pair in zip(document[:-1].tolist(), document[1:].tolist(), strict=True)
     )
@@ -120,13 +123,30 @@ def test_best_fit_keeps_every_document_whole(corpus: tuple[TokenShards, list[np.
             for number in np.unique(sample.documents):
                 pieces.append(tuple(sample.tokens[sample.documents == number].tolist()))
     assert sorted(learned) == expected
-    for document in documents if document_mask else []:
-        if len(document) <= 16:
-            assert tuple(document.tolist()) in pieces
-        else:
-            assert tuple(document[:16].tolist()) in pieces and tuple(document[-(len(document) % 16 or 16) :].tolist()) in pieces
-    lengths = [part for document in documents for part in [16] * (len(document) // 16) + [len(document) % 16] if part]
-    assert len(samples) == len(naive_best_fit(lengths, 16))
+    parts = [document[at : at + 16] for document in documents for at in range(0, len(document), 16)]
+    useful = [part for part in parts if len(part) >= version]  # under version 2 a rest of one token is in no sample
+    assert len(useful) == len(parts) or version == 2
+    assert not document_mask or all(tuple(part.tolist()) in pieces for part in useful)
+    assert len(samples) == len(naive_best_fit([len(part) for part in useful], 16))
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 3, 16])
+def test_no_sample_of_best_fit_is_without_a_target(tmp_path: Path, seq_len: int):
+    """A rest of one token made a sample of padding: with a batch of one sample, a step of 0/0."""
+    with ShardWriter(tmp_path / "corpus", 10, 0) as writer:
+        for length in (1, 4, 17, 33, 1, 2, 3):
+            writer.add(np.append(np.full(length - 1, 5), 0))
+    shards = TokenShards(tmp_path / "corpus")
+    samples = BestFit(shards, seq_len, False, tmp_path / "cache")
+    targets = [samples[index].targets for index in range(len(samples))]
+    assert all((target != IGNORED).any() for target in targets)
+    assert sum((target != IGNORED).sum() for target in targets) == sum(length - 1 for length in (1, 4, 17, 33, 1, 2, 3))
+    old = BestFit(shards, seq_len, False, tmp_path / "cache", version=1)
+    assert any((old[index].targets == IGNORED).all() for index in range(len(old))) or seq_len > 2
+    with ShardWriter(tmp_path / "ends", 10, 0) as writer:
+        writer.add(np.zeros(1, np.int64))
+    with pytest.raises(ValueError, match=r"no document of .*ends has two tokens"):
+        BestFit(TokenShards(tmp_path / "ends"), seq_len, False, tmp_path / "cache")
 
 
 def test_best_fit_table_is_built_once(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import errno
 import gzip
 import json
+import lzma
 import os
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -202,13 +205,131 @@ def test_what_lies_beside_json_lines_is_not_read_as_data(tmp_path: Path, metadat
 
 
 def test_a_folder_of_other_names_says_which_are_looked_for(tmp_path: Path):
-    write_lines(tmp_path / "train.json", TEXTS)
+    write_lines(tmp_path / "train-00000", TEXTS)
     (problem,) = JsonLines(f"{tmp_path}/").problems("data")
-    assert "is a folder with no file that ends in .jsonl, " in problem.message and problem.message.endswith(
-        ".json.gz, .json.zst"
-    )
+    assert "is a folder with no file that ends in .jsonl, " in problem.message and problem.message.endswith(".json.xz, .json")
     assert problem.fix.endswith(f"such as {tmp_path}/part-*")
-    assert list(JsonLines(f"{tmp_path}/*.json").documents()) == TEXTS
+    assert list(JsonLines(f"{tmp_path}/train-*").documents()) == TEXTS
+
+
+RECORDS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
+WRITTEN = {
+    "lines": "".join(json.dumps(record) + "\n" for record in RECORDS),
+    "lines with a mark": "\ufeff" + "".join(json.dumps(record) + "\n" for record in RECORDS),
+    "array": json.dumps(RECORDS),
+    "array over lines": json.dumps(RECORDS, indent=1),
+    "array, a record a line": "[\n" + ",\n".join(map(json.dumps, RECORDS)) + "\n]\n",
+    "objects over lines": "\n".join(json.dumps(record, indent=2) for record in RECORDS),
+    "objects in one line": "".join(map(json.dumps, RECORDS[:1])),
+}
+PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+
+
+@pytest.mark.parametrize("layout", WRITTEN)
+def test_json_is_told_by_its_content(tmp_path: Path, layout: str):
+    expected = TEXTS[:1] if layout == "objects in one line" else TEXTS
+    for name in ("a.json", "A.JSONL", "a.jsonl.gz"):
+        (tmp_path / name).write_text(WRITTEN[layout])  # the last one is not compressed, whatever its name says
+        assert JsonLines(str(tmp_path)).problems("data") == []
+        assert list(JsonLines(str(tmp_path)).documents()) == expected
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("ending", PACK)
+@pytest.mark.parametrize("name", ["a", "a.txt"])
+def test_compressed_files_are_told_by_their_content(tmp_path: Path, ending: str, name: str):
+    (tmp_path / "text").mkdir()
+    (tmp_path / f"text/{name}{ending}").write_bytes(PACK[ending]("\n\n".join(TEXTS).encode()))
+    assert list(TextFiles(str(tmp_path / "text"), separator="\n\n").documents()) == TEXTS
+    (tmp_path / f"{name}.records{ending}").write_bytes(PACK[ending](WRITTEN["array"].encode()))
+    assert list(JsonLines(f"{tmp_path}/{name}.records{ending}").documents()) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"PAR1....", "is a Parquet file; use data=parquet"),
+        (b"PK\x03\x04....", "is a zip archive; unpack"),
+        ("über".encode("utf-16"), "is text in UTF-16; convert it to UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("kind", [TextFiles, JsonLines])
+def test_other_formats_are_named_before_the_run(tmp_path: Path, kind: type[FileSource], content: bytes, said: str):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (problem,) = kind(str(tmp_path)).problems("data")  # type: ignore[call-arg]
+    assert problem.key == "data.input" and said in str(problem) and "a.jsonl" in str(problem)
+
+
+@pytest.mark.parametrize("layout", WRITTEN)
+def test_json_is_no_text_unless_it_is_said_to_be(tmp_path: Path, layout: str):
+    (tmp_path / "a.txt").write_text(WRITTEN[layout])
+    (problem,) = TextFiles(str(tmp_path)).problems("data")
+    assert problem.key == "data.input" and "data=jsonl" in problem.fix and "data.markup=true" in problem.fix
+    assert TextFiles(str(tmp_path), markup=True).problems("data") == []
+    assert TextFiles(str(tmp_path), version=1).problems("data") == []  # as runs have begun
+    (tmp_path / "b.py").write_text("x = {'a': 1}\n")  # a program with its settings
+    assert TextFiles(str(tmp_path)).problems("data") == []
+
+
+@pytest.mark.parametrize("text", ["[1] Knuth", "{x} is a set", '"Hello", she said', "{\\rtf1", "[links]: #a\n"])
+def test_text_with_brackets_is_no_json(tmp_path: Path, text: str):
+    (tmp_path / "a.txt").write_text(text)
+    assert TextFiles(str(tmp_path)).problems("data") == []
+
+
+@pytest.mark.parametrize("layout", WRITTEN)
+def test_a_missing_field_is_found_before_the_run(tmp_path: Path, layout: str):
+    (tmp_path / "a.json").write_text(WRITTEN[layout])
+    (problem,) = JsonLines(str(tmp_path), field="body").problems("data.sources.web")
+    assert problem.key == "data.sources.web.field"
+    assert "a.json' has no field 'body'" in problem.message and "among id, text" in problem.message
+    pyarrow.parquet.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet")
+    (problem,) = ParquetFiles(str(tmp_path), field="body").problems("data")
+    assert problem.key == "data.field" and "has no column 'body' among text" in problem.message
+
+
+def test_a_damaged_array_is_named(tmp_path: Path):
+    (tmp_path / "a.json").write_text(WRITTEN["array over lines"][:-4])
+    with pytest.raises(ValueError, match=r"a\.json, line \d\d: "):
+        list(JsonLines(str(tmp_path)).documents())
+    (tmp_path / "a.json").write_text('[{"text": "x"}, 3]')
+    with pytest.raises(ValueError, match=r"a\.json, record 2: not a JSON object"):
+        list(JsonLines(str(tmp_path)).documents())
+
+
+def test_json_beside_json_lines_gets_a_word_if_it_may_be_data(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    write_lines(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "more.json").write_text(WRITTEN["array"])
+    (tmp_path / "info.json").write_text('{"rows": 3}')
+    assert list(JsonLines(str(tmp_path)).documents()) == TEXTS
+    (record,) = caplog.records
+    assert "more.json is not read as data" in record.getMessage()
+
+
+def test_text_is_read_as_it_stands(tmp_path: Path):
+    """Line ends of all three kinds, and the byte order mark that editors write."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\rthree\n\xef\xbb\xbffour")
+    assert list(TextFiles(str(tmp_path)).documents()) == ["one\r\n\r\ntwo\rthree\n\ufefffour"]
+    assert list(TextFiles(str(tmp_path), "\r\n\r\n").documents()) == ["one", "two\rthree\n\ufefffour"]
+    assert list(TextFiles(str(tmp_path), version=1).documents()) == ["\ufeffone\n\ntwo\nthree\n\ufefffour"]
+    identities = {TextFiles(str(tmp_path), version=version).identity(tmp_path / ".memo") for version in (1, 2)}
+    assert len(identities) == 2
+
+
+@pytest.mark.parametrize(
+    ("separator", "said"),
+    [("\n\n\n", "lines of .*a.txt' end in"), (r"\r\n\r\n", r"a backslash stands for itself"), ("§", "each file")],
+)
+def test_a_separator_that_occurs_nowhere_gets_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, separator: str, said: str
+):
+    (tmp_path / "a.txt").write_bytes(b"one\r\n\r\n\r\ntwo")
+    source = TextFiles(str(tmp_path), separator)
+    assert len(list(source.documents())) == len(list(source.documents())) == 1
+    (record,) = caplog.records
+    assert re.search(f"data.separator: .* occurs in no file.*{said}", record.getMessage())
+    caplog.clear()
+    assert list(TextFiles(str(tmp_path), "two").documents()) == ["one\r\n\r\n\r\n"] and not caplog.records
 
 
 def test_doubtful_names_are_read_where_they_are_given(tmp_path: Path):
@@ -362,10 +483,10 @@ def test_a_missing_library_is_a_problem_with_a_remedy(
 ):
     monkeypatch.chdir(tmp_path)
     for name in ("a.parquet", "a.jsonl.zst"):
-        (tmp_path / name).write_bytes(b"")
+        (tmp_path / name).write_bytes(zstandard.compress(b""))
     for name in [module, *(name for name in sys.modules if name.split(".")[0] == module)]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr("meshloom.data.records.find_spec", lambda name: None)
+    monkeypatch.setattr("meshloom.data.formats.find_spec", lambda name: None)
     (problem,) = source.problems("data")
     assert f"needs {module}, which is not installed; pip install 'meshloom[{extra}]'" in str(problem)
     with pytest.raises(ValueError, match=rf"needs {module}.*pip install 'meshloom\[{extra}\]'"):

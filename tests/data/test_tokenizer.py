@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Encoding, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
-from tokenizers import models, pre_tokenizers
 
 from meshloom.data import tokenizer as subject
+from meshloom.data.long_documents import encode_long
 from meshloom.data.tokenizer import END_OF_DOCUMENT, Tokenizer, byte_alphabet
 
 CORPUS = ["def main(argv):\n    return 0\n" * 20, "the cat sat on the mat, the dog did not. " * 30, "Füße, 数, 🙂"]
@@ -56,12 +57,80 @@ def test_documents_end_with_the_end_of_document_and_nowhere_else():
             assert tokenizer.decode(tokens) == text
 
 
-def test_long_documents_are_cut_without_losing_a_character(monkeypatch: pytest.MonkeyPatch):
+def metaspace(scheme: str) -> Engine:
+    engine = Engine(models.BPE(unk_token="?"))
+    setattr(engine, "pre_tokenizer", pre_tokenizers.Metaspace(prepend_scheme=scheme))  # noqa: B010
+    engine.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=200, special_tokens=["?", "</s>"], show_progress=False))
+    return engine
+
+
+def llama_2() -> Engine:
+    """The marks come from a normalizer, and a whole text is one word, as in Llama 2's tokenizer.json."""
+    engine = metaspace("never")
+    setattr(engine, "pre_tokenizer", pre_tokenizers.Split("\ufffc", "isolated"))  # noqa: B010
+    marks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    setattr(engine, "normalizer", normalizers.Sequence(marks))  # noqa: B010
+    return engine
+
+
+def unigram() -> Engine:
+    engine = Engine(models.Unigram())
+    setattr(engine, "pre_tokenizer", pre_tokenizers.Metaspace())  # noqa: B010
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=["?", "</s>"], unk_token="?", show_progress=False)
+    engine.train_from_iterator(CORPUS, trainer)
+    return engine
+
+
+TOKENIZERS = {
+    "bytes": lambda: BYTES,
+    "byte-level BPE": lambda: TRAINED,
+    "Metaspace": lambda: Tokenizer(metaspace("always")),
+    "Metaspace, first": lambda: Tokenizer(metaspace("first")),
+    "Llama 2": lambda: Tokenizer(llama_2()),
+    "Unigram": lambda: Tokenizer(unigram()),
+}
+LONG = {
+    "lines": "".join(f"the cat sat on line {number}\n\n    return the dog  " for number in range(60)),
+    "one word": "x" * 900,
+    "many scripts": "Füße, 数数数 🙂🙂 the mat, " * 60,
+    "white space": ("\n\n" + " " * 7) * 130,
+}
+
+
+@pytest.mark.parametrize("text", LONG)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_long_documents_get_the_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch, name: str, text: str):
+    """The oracle is the library's own encoding of the whole text."""
+    tokenizer = TOKENIZERS[name]()
+    whole = tokenizer.encode(LONG[text])
+    monkeypatch.setattr(subject, "_PIECE", 300)
+    documents = tokenizer.encode_documents([LONG[text], "the end", LONG[text][:300]])
+    assert documents[0].tolist() == [*whole, tokenizer.end_of_document]
+    assert documents[1].tolist() == [*tokenizer.encode("the end"), tokenizer.end_of_document]
+    assert documents[2].tolist() == [*tokenizer.encode(LONG[text][:300]), tokenizer.end_of_document]
+
+
+def test_a_long_document_is_encoded_in_parts(monkeypatch: pytest.MonkeyPatch):
+    """Else the test above would hold of any code that encodes all at once."""
+    lengths: list[int] = []
+
+    def encode(part: str) -> Encoding:
+        lengths.append(len(part))
+        return BYTES._engine.encode(part)
+
+    encode_long(LONG["lines"], 300, encode)
+    assert max(lengths) == 300 and len(lengths) > 5
+
+
+def test_version_1_cuts_long_documents_behind_a_line(monkeypatch: pytest.MonkeyPatch):
+    """As runs have begun: each piece gets a mark of its own, and nothing else is lost or added."""
     text = "".join(f"line {number}\n" for number in range(40)) + "x" * 200
-    whole = BYTES.encode_documents([text, "end"])
+    tokenizer = Tokenizer(metaspace("always"))
     monkeypatch.setattr(subject, "_PIECE", 50)
-    cut = BYTES.encode_documents([text, "end"])
-    assert [tokens.tolist() for tokens in cut] == [tokens.tolist() for tokens in whole]
+    cut = BYTES.encode_documents([text, "end"], in_pieces=True)
+    assert [tokens.tolist() for tokens in cut] == [[*text.encode(), 256], [*b"end", 256]]
+    marks = len(tokenizer.encode_documents(["a" * 120], in_pieces=True)[0]) - len(tokenizer.encode_documents(["a" * 120])[0])
+    assert marks == 2
 
 
 def test_save_and_load(tmp_path: Path):

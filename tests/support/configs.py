@@ -25,9 +25,9 @@ def problems_of(world_size: int, *words: str) -> dict[str, str]:
     return {problem.key: str(problem) for problem in run_problems(config, world_size, untyped)}
 
 
-def resolve_words(base: list[str], overrides: list[str], world_size: int = 1) -> ResolvedRun:
+def resolve_words(base: list[str], overrides: list[str], world_size: int = 1, config_dir: str | None = None) -> ResolvedRun:
     """The run of these words, of which the base ones stand for a recipe: they are not typed."""
-    composer = make_composer()
+    composer = make_composer(config_dir)
     composition = composer.compose([*base, *overrides])
     assert not composition.problems, composition.problems
     return resolve_composed(composer, composition, overrides, ResolveOptions(lambda _: world_size))

@@ -9,7 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from meshloom.config.compose import Composer, Composition
-from meshloom.trainer.resumed_config import Resumed, resume_config, saved_choices
+from meshloom.data.version import NEWEST
+from meshloom.trainer.resumed_config import Resumed, resume_config, saved_choices, saved_config
 from meshloom.trainer.schema import RunConfig, make_composer
 from meshloom.trainer.typed import plain_config, typed_config
 
@@ -225,3 +226,17 @@ def test_caches_are_never_the_checkpoints(composer: Composer) -> None:
     found = resume_recorded(composer, saved, "resume=auto")
     assert found.config.data.cache_dir is None and found.config.data.input == "/mine/a.txt"
     assert resume_recorded(composer, saved, "resume=auto", "data.cache_dir=/here").config.data.cache_dir == "/here"
+
+
+@pytest.mark.parametrize("kind", ["stdlib", "mixture"])
+def test_data_of_older_checkpoints_keep_their_rules(composer: Composer, kind: str) -> None:
+    config, choices = record(composer, f"data={kind}")
+    assert config["data"].pop("version") == NEWEST
+    saved = saved_config({"config": config}), choices
+    kept = resume_recorded(composer, saved, f"data={kind}", "resume=auto")
+    assert kept.config.data.version == 1 and any(f"data.version=1 (now {NEWEST})" in line for line in kept.notices)
+    typed = resume_recorded(composer, saved, "data.version=2", "resume=auto")
+    assert typed.config.data.version == 2
+    assert any("data.version=2 (was 1)" in line for line in [*typed.notices, *typed.warnings])
+    other = resume_recorded(composer, saved, "data=synthetic", "resume=auto")
+    assert other.config.data.name == "synthetic"

@@ -16,7 +16,9 @@ import pytest
 
 from meshloom.checkpoint.folder import find_latest
 from meshloom.checkpoint.lock import FolderLock
+from meshloom.checkpoint.restore import read_state
 from meshloom.config.problems import ConfigError
+from meshloom.data.version import NEWEST
 from meshloom.models.config import DecoderConfig
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
@@ -25,7 +27,8 @@ from meshloom.trainer.find_checkpoint import is_inside
 from meshloom.trainer.machine import RUN_LOCK
 from support.configs import resolve_words
 from support.ranks import run_ranks
-from support.tiny_run import TINY, body
+from support.tiny_run import ANY_DATA, TINY, body
+from support.user_corpus import UserCorpus
 
 
 def go(ranks: int, folder: Path, *overrides: str) -> None:
@@ -275,6 +278,35 @@ def test_going_on_with_other_tokens_is_refused(tmp_path: Path) -> None:
     own = f"data.tokenizer={tmp_path}/run/tokenizer.json"
     assert run_ranks(1, refused, [*changed, own]) == [""]
     assert set(rows(tmp_path / "run", "loss")) == {1, 2, 3}
+
+
+def test_data_keep_the_rules_that_the_run_began_with(tmp_path: Path) -> None:
+    words = "green eggs and ham\r\n"  # line ends that version 1 changed
+    go(1, tmp_path / "run", *on_text(tmp_path, words, "data.version=1", "data.tokenizer=bytes"))
+    go(1, tmp_path / "run", *on_text(tmp_path, words, "resume=auto", "trainer.steps=3"))
+    states = [read_state(tmp_path / f"run/checkpoints/step-0000000{step}") for step in (2, 3)]
+    assert states[0]["data_fingerprint"] == states[1]["data_fingerprint"] and states[1]["data_version"] == 1
+    go(1, tmp_path / "new", *on_text(tmp_path, words, "data.tokenizer=bytes", f"output_dir={tmp_path}/new"))
+    new = read_state(tmp_path / "new/checkpoints/step-00000002")
+    assert new["data_version"] == NEWEST and new["data_fingerprint"] != states[0]["data_fingerprint"]
+
+
+def test_a_users_class_with_newer_rules_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mine.yaml").write_text(
+        f"_target_: support.user_corpus.UserCorpus\nname: mine\nfile: {tmp_path}/a.txt\nseq_len: 8\ncache: {tmp_path}\n"
+    )
+    (tmp_path / "a.txt").write_text("green eggs and ham\n" * 90)
+    words = ["data=mine", f"output_dir={tmp_path}/run", "checkpoint.every=2"]
+
+    def on_own_data(rank: int, world_size: int, *more: str) -> int:
+        return run_module.run(resolve_words(ANY_DATA, [*words, *more], world_size, str(tmp_path)))
+
+    monkeypatch.setattr(UserCorpus, "rules", 1)
+    assert run_ranks(1, on_own_data, "trainer.steps=2") == [0]
+    monkeypatch.setattr(UserCorpus, "rules", 2)
+    with pytest.raises(AssertionError, match=r"data\.version: the samples of .* hand version=1 to CorpusConfig"):
+        run_ranks(1, on_own_data, "trainer.steps=3", "resume=auto")
 
 
 def test_model_with_fewer_tokens_than_the_data_is_refused(tmp_path: Path) -> None:

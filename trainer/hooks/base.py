@@ -48,7 +48,10 @@ class Hook:
         """
 
     def on_evaluate(self, loop: Loop, row: dict[str, Any]) -> None:
-        """Called after an evaluation, with a row that has `step` and `eval_loss`. All earlier rows have arrived."""
+        """Called after an evaluation, with a row that has `step` and `eval_loss`. All earlier rows have arrived.
+
+        Of a mixture the row also has `eval_loss/<source>` for each source.
+        """
 
     def on_checkpoint(self, loop: Loop, row: dict[str, Any]) -> None:
         """Called after a save, complete or not, with a row of `checkpoint_step`, `checkpoint_saved` and its durations."""

@@ -1,8 +1,10 @@
-"""Evaluation: mean loss on the first samples of the validation set, the same on every layout."""
+"""Evaluation: mean loss on the first samples of the validation set of each source, the same on every layout."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...config.duration import Duration, Unit
@@ -11,21 +13,37 @@ from ..loop import Loop
 from .base import Hook
 
 
-class Evaluation(Hook):
-    """Evaluates on the validation set at regular intervals, and at the end.
+@dataclass(frozen=True)
+class EvaluationSet:
+    """This rank's share of the validation samples of one source; as many micro-batches on every rank.
 
-    micro_batches  this rank's share of the validation samples; as many on every rank
-    every          interval: evaluate after each step that reaches or passes a multiple of it; None: only at the end
+    name    of the source; "" where there is but one
+    weight  of its loss in the mean
     """
 
-    def __init__(self, micro_batches: Sequence[MicroBatch], every: Duration | None) -> None:
-        self._micro_batches = micro_batches
+    name: str
+    weight: float
+    micro_batches: Sequence[MicroBatch]
+
+
+class Evaluation(Hook):
+    """Evaluates on the validation set at regular intervals, and at the end; the sources of a mixture apart.
+
+    sets   one for each source
+    every  interval: evaluate after each step that reaches or passes a multiple of it; None: only at the end
+    """
+
+    def __init__(self, sets: Sequence[EvaluationSet], every: Duration | None) -> None:
+        self._sets = sets
         self._every = every
 
     def _evaluate(self, loop: Loop) -> None:
         loop.deliver_metrics(keep=0)
-        loss = loop.engine.evaluate(self._micro_batches)
-        row: dict[str, Any] = {"step": loop.progress.step, "eval_loss": float(loss.mean), "tokens": loop.progress.tokens}
+        losses = [float(loop.engine.evaluate(each.micro_batches).mean) for each in self._sets]
+        weights = [each.weight for each in self._sets]
+        mean = math.fsum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / math.fsum(weights)
+        row: dict[str, Any] = {"step": loop.progress.step, "eval_loss": mean, "tokens": loop.progress.tokens}
+        row |= {f"eval_loss/{each.name}": loss for each, loss in zip(self._sets, losses, strict=True) if each.name}
         for hook in loop.hooks:
             hook.on_evaluate(loop, row)
         loop.restart_clock()

@@ -13,7 +13,7 @@ from meshloom.config.problems import Problem
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.progress import Progress
 from meshloom.trainer.config import TrainerConfig
-from meshloom.trainer.hooks.evaluation import Evaluation
+from meshloom.trainer.hooks.evaluation import Evaluation, EvaluationSet
 
 SEQ_LEN = 10
 
@@ -30,7 +30,7 @@ def evaluated_at(every: str | int | None, sizes: list[int], total: int) -> list[
         restart_clock=lambda: None,
         finished=False,
     )
-    hook = Evaluation([], None if every is None else Duration.parse(every))
+    hook = Evaluation([EvaluationSet("", 1.0, [])], None if every is None else Duration.parse(every))
     for size in sizes:
         loop.progress = loop.progress.after(size, size * SEQ_LEN)
         loop.finished = loop.progress.samples >= total
@@ -51,6 +51,23 @@ def evaluated_at(every: str | int | None, sizes: list[int], total: int) -> list[
 )
 def test_it_evaluates_where_a_multiple_is_reached(every: str | int | None, steps: list[int]) -> None:
     assert evaluated_at(every, [4, 4, 8, 8, 16, 16], total=56) == steps
+
+
+def test_sources_of_a_mixture_are_evaluated_apart_and_weighted() -> None:
+    losses = {"code": 2.0, "c4.en": 4.0}
+    rows: list[dict[str, Any]] = []
+    loop = SimpleNamespace(
+        progress=Progress(),
+        deliver_metrics=lambda keep: None,
+        engine=SimpleNamespace(evaluate=lambda name: SimpleNamespace(mean=torch.tensor(losses[name]))),
+        hooks=[SimpleNamespace(on_evaluate=lambda loop, row: rows.append(row))],
+        restart_clock=lambda: None,
+        finished=True,
+    )
+    sets = [EvaluationSet(name, weight, cast(Any, name)) for name, weight in (("code", 3.0), ("c4.en", 1.0))]
+    Evaluation(sets, None).on_step_end(cast(Any, loop))
+    (row,) = rows
+    assert row["eval_loss"] == 2.5 and row["eval_loss/code"] == 2.0 and row["eval_loss/c4.en"] == 4.0
 
 
 @pytest.mark.parametrize("written", [-1, "often", "0 samples", "0%"])

@@ -57,7 +57,9 @@ class ProgressLine(Hook):
     def on_evaluate(self, loop: Loop, row: dict[str, Any]) -> None:
         """Print the validation loss on a line of its own."""
         self._eval_loss = row["eval_loss"]
-        self._console.print(f"step {row['step']}: validation loss {row['eval_loss']:.4f}")
+        parts = [f"{key.partition('/')[2]} {loss:.4f}" for key, loss in row.items() if key.startswith("eval_loss/")]
+        of_sources = f" ({', '.join(parts)})" if parts else ""
+        self._console.print(f"step {row['step']}: validation loss {row['eval_loss']:.4f}{of_sources}", markup=False)
 
     def on_run_end(self, loop: Loop, output_dir: Path) -> None:
         """Print the final state and the run's folder."""
