@@ -35,6 +35,8 @@ class Duration:
     def parse(cls, written: str | int | float | Duration) -> Duration:
         """Read a duration as a user writes it. A whole number is steps; a number in (0, 1) is a fraction of the run.
 
+        A decimal number from 1 to 100 is refused: beside 0.9 for 90 %, nobody can tell whether 1.0 is a step, all or 1 %.
+
         Raises ValueError saying what forms are understood.
         """
         if isinstance(written, Duration):
@@ -57,6 +59,10 @@ class Duration:
             unit = Unit.STEPS
         if unit is Unit.FRACTION and value > 1:
             raise ValueError(f"'{written}' is more than the whole run; write at most 100%")
+        if not word and not scale and "." in number and 1 <= value <= 100:
+            whole = f"{value:g}" if value == int(value) else f"{round(value)}"
+            share = "100%" if value == 1 else f"{value:g}%"
+            raise ValueError(f"'{written}' may be steps or a share; write {whole} for steps, or '{share}' of the run")
         if unit is Unit.STEPS and value != int(value):
             raise ValueError(f"'{written}' is not a whole number of steps; write steps as an integer or a fraction as '10%'")
         return cls(value, unit)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..config.duration import Duration, Unit
-from .progress import Progress
+from .progress import BEGINNING, Progress
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,13 @@ class Horizon:
     length   of the run, in steps, tokens or samples (`trainer.steps` or `trainer.tokens`)
     seq_len  tokens of a sample
     batch    samples of every step; None where a controller changes them
+    begun    the progress that the run is started with. Only checks before the start read it
     """
 
     length: Duration
     seq_len: int
     batch: int | None = None
+    begun: Progress = BEGINNING
 
     def __post_init__(self) -> None:
         assert self.length.unit is not Unit.FRACTION, "the length of a run is not a fraction of itself"

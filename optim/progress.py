@@ -56,3 +56,7 @@ class Progress:
         first = ChangePoint(0, 0, 0, first_batch)
         constant = point.samples == point.step * first_batch
         return cls(*point, BatchHistory((first,) if constant else (first, point)))
+
+
+BEGINNING = Progress()
+"""The progress of a run that has not taken a step."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..config.duration import Duration, Unit
 from ..optim.horizon import Horizon
+from ..optim.progress import BEGINNING, Progress
 from .config import TrainerConfig
 from .schema import RunConfig
 
@@ -18,10 +19,15 @@ def run_length(trainer: TrainerConfig) -> Duration:
     return Duration(trainer.tokens, Unit.TOKENS)
 
 
-def build_horizon(config: RunConfig, seq_len: int) -> Horizon:
-    """Return the length of the run and what its steps are worth in tokens."""
+def build_horizon(config: RunConfig, seq_len: int, begun: Progress = BEGINNING) -> Horizon:
+    """Return the length of the run and what its steps are worth in tokens.
+
+    begun: the progress of the checkpoint that it resumes from
+    """
     fixed = config.batch.samples if config.batch.name == "fixed" else None
-    return Horizon(run_length(config.trainer), seq_len, fixed)
+    if fixed is not None and begun.history.points:
+        begun = begun.before(fixed, seq_len)
+    return Horizon(run_length(config.trainer), seq_len, fixed, begun)
 
 
 def checkpoint_folder(config: RunConfig) -> str:

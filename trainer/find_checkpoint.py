@@ -15,6 +15,7 @@ from ..checkpoint.files import is_remote, open_files
 from ..checkpoint.folder import KEEPERS, find_latest, read_newest, steps_newest_first
 from ..checkpoint.manifest import MANIFEST, Manifest
 from ..config.problems import ConfigError, Problem
+from ..optim.progress import Progress
 
 AUTO_FROM = "auto:"
 """Prefix of `resume=auto:<path>`."""
@@ -116,6 +117,15 @@ def is_inside(checkpoint: Path | str, folder: str) -> bool:
 def is_import(state: Mapping[str, Any]) -> bool:
     """Return whether a checkpoint was made by `meshloom checkpoint import`, and so has no progress to resume."""
     return "progress" not in state
+
+
+def saved_progress(state: Mapping[str, Any]) -> Progress:
+    """Return the counters and the batch's history of a run's checkpoint.
+
+    A run that began in a stage may have had another first batch than `batch.samples`.
+    """
+    samples = state["config"]["batch"].get("samples")
+    return Progress.from_state(state["progress"], samples if isinstance(samples, int) else state["progress"]["batch"])
 
 
 def _holds_checkpoint(folder: str) -> bool:

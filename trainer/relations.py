@@ -13,6 +13,7 @@ from ..data.build import build_node
 from ..models.config import DecoderConfig
 from ..optim.batch.controller import Controller
 from ..optim.build import build_controller, build_schedule
+from ..optim.progress import BEGINNING, Progress
 from ..optim.schedules.coupling import coupling_problems
 from ..parallel.layout import layout_problems
 from ..parallel.legality import Work, layout_and_model_problems
@@ -22,15 +23,27 @@ from .schema import RunConfig
 
 
 @dataclass(frozen=True)
+class Start:
+    """What a run starts on, and from where.
+
+    world_size  number of its processes; 0: not known
+    progress    of the checkpoint that it resumes from
+    """
+
+    world_size: int
+    progress: Progress = BEGINNING
+
+
+@dataclass(frozen=True)
 class Relation:
     """A check of how keys fit together, skipped if one of them has a problem of its own.
 
     needs  keys, or groups, that it reads
-    check  (config, number of processes or 0 if not known) → problems
+    check  (config, start) → problems
     """
 
     needs: tuple[str, ...]
-    check: Callable[[RunConfig, int], Iterable[Problem]]
+    check: Callable[[RunConfig, Start], Iterable[Problem]]
 
 
 def collect_problems(group: str, check: Callable[[], Iterable[Problem]]) -> list[Problem]:
@@ -46,16 +59,16 @@ def collect_problems(group: str, check: Callable[[], Iterable[Problem]]) -> list
         return [Problem(group, f"can't be built: {error}", f"check {group}._target_ and the keys of its node")]
 
 
-def _layout(config: RunConfig, world_size: int) -> Iterable[Problem]:
-    return layout_problems(config.parallel, world_size) if world_size else ()
+def _layout(config: RunConfig, start: Start) -> Iterable[Problem]:
+    return layout_problems(config.parallel, start.world_size) if start.world_size else ()
 
 
-def _decoder(config: RunConfig, world_size: int) -> Iterable[Problem]:
+def _decoder(config: RunConfig, start: Start) -> Iterable[Problem]:
     """Yield what keeps the torch engine from running a decoder in this layout, and the nearest layouts that can."""
     shape = config.model.decoder()
-    if not world_size or shape is None or config.parallel.engine != "torch":
+    if not start.world_size or shape is None or config.parallel.engine != "torch":
         return ()
-    return layout_and_model_problems(config.parallel, layout_work(config, shape), world_size)
+    return layout_and_model_problems(config.parallel, layout_work(config, shape), start.world_size)
 
 
 def layout_work(config: RunConfig, shape: DecoderConfig) -> Work:
@@ -72,28 +85,30 @@ def layout_work(config: RunConfig, shape: DecoderConfig) -> Work:
     )
 
 
-def _engine(config: RunConfig, world_size: int) -> Iterable[Problem]:
-    return engine_problems(config.parallel, precision=config.precision, world_size=world_size) if world_size else ()
+def _engine(config: RunConfig, start: Start) -> Iterable[Problem]:
+    size = start.world_size
+    return engine_problems(config.parallel, precision=config.precision, world_size=size) if size else ()
 
 
-def _float8(config: RunConfig, _: int) -> Iterable[Problem]:
+def _float8(config: RunConfig, _: Start) -> Iterable[Problem]:
     return float8_problems(config.trainer.float8, config.parallel, config.precision) if config.trainer.float8 != "none" else ()
 
 
-def _folder(config: RunConfig, _: int) -> Iterator[Problem]:
+def _folder(config: RunConfig, _: Start) -> Iterator[Problem]:
     try:
         open_files(checkpoint_folder(config))
     except CheckpointError as error:
         yield Problem("checkpoint.folder", str(error), "give a path, or a URL whose fsspec library is installed")
 
 
-def _schedule(config: RunConfig, _: int) -> Iterable[Problem]:
+def _schedule(config: RunConfig, start: Start) -> Iterable[Problem]:
     if isinstance(config.schedule, Custom):  # which may need PyTorch
         return ()
-    return build_schedule(config.schedule, config.optim.lr, build_horizon(config, config.data.seq_len)).problems()
+    horizon = build_horizon(config, config.data.seq_len, start.progress)
+    return build_schedule(config.schedule, config.optim.lr, horizon).problems()
 
 
-def _batch(config: RunConfig, _: int) -> Iterable[Problem]:
+def _batch(config: RunConfig, _: Start) -> Iterable[Problem]:
     if isinstance(config.batch, Custom):  # which may need PyTorch
         return ()
     return batch_problems(config)
@@ -128,19 +143,19 @@ def _halves_problems(config: RunConfig, controller: Controller) -> list[Problem]
     return found
 
 
-def data_problems(config: RunConfig, _: int) -> Iterable[Problem]:
+def data_problems(config: RunConfig, _: Start) -> Iterable[Problem]:
     """Return the problems of the data node's keys and files."""
     if isinstance(config.data, Custom):  # which may need PyTorch
         return ()
     return collect_problems("data", lambda: build_node(config.data, config.seed, config.model.vocabulary).problems())
 
 
-def _coupling(config: RunConfig, _: int) -> Iterable[Problem]:
+def _coupling(config: RunConfig, _: Start) -> Iterable[Problem]:
     measures = config.batch.MEASURES or config.batch.name == "critical_loss"
     return coupling_problems(config.optim.lr_coupling, measures, config.schedule.name)
 
 
-def _synthetic(config: RunConfig, _: int) -> Iterator[Problem]:
+def _synthetic(config: RunConfig, _: Start) -> Iterator[Problem]:
     known, used = config.model.vocabulary, config.data.known_vocabulary
     if config.data.name == "synthetic" and known is not None and used is not None and known < used:
         message = f"the model knows {known} tokens, and the data has {used}"

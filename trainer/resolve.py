@@ -14,8 +14,9 @@ from ..checkpoint.errors import CheckpointError
 from ..checkpoint.manifest import Manifest
 from ..config.compose import Composer, Composition
 from ..config.problems import ConfigError, Problem
+from ..optim.progress import BEGINNING
 from .checkpoint_fit import checkpoint_problems
-from .find_checkpoint import checkpoint_manifest, checkpoint_to_resume, is_import
+from .find_checkpoint import checkpoint_manifest, checkpoint_to_resume, is_import, saved_progress
 from .imported_config import import_config
 from .resumed_config import Resumed, resume_config, saved_choices, saved_config
 from .schema import RunConfig, make_composer
@@ -103,6 +104,7 @@ def resolve_composed(
         world_size,
         known,
         elsewhere=elsewhere if options.data_elsewhere else None,
+        progress=BEGINNING if manifest is None or is_import(manifest.state) else saved_progress(manifest.state),
         more=options.more,
         before_building=options.before_building,
     )

@@ -14,12 +14,11 @@ from ..config.problems import ConfigError, Problem
 from ..data.config import OPTIONS
 from ..data.node import DataNode
 from ..data.version import rules_version
-from ..optim.progress import Progress
 from ..parallel.fragment import Fragment
 from .build import Run, build_control
 from .checkpoint_fit import optimizer_change
 from .derived import checkpoint_folder
-from .find_checkpoint import is_import, is_inside
+from .find_checkpoint import is_import, is_inside, saved_progress
 from .hooks.base import hooks_by_name
 from .identity import Origin, is_own
 from .loop import Loop
@@ -55,7 +54,7 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
     if state["data_fingerprint"] != run.data.fingerprint:
         samples = state["progress"]["samples"]
         log.warning("the data differs from the checkpoint's: the run goes on at sample %d of the new data", samples)
-    loop.progress = Progress.from_state(state["progress"], _first_batch(state))
+    loop.progress = saved_progress(state)
     # Under a measuring controller a resumed run keeps its current batch size, whatever chose it.
     loop.controller.load_state_dict({"target": loop.progress.batch, **state["controller"]})
     own = is_inside(checkpoint, folder) and is_own(report.run, folder)
@@ -73,12 +72,6 @@ def _load_counters(loop: Loop, report: RestoreReport) -> None:
         named = ", ".join(sorted({key.split("/")[0] for key in lost}))
         log.warning("begun anew or left out, because it does not fit: %s", named)
     loop.engine.load_counters({name: value for name, value in saved.items() if name in known})
-
-
-def _first_batch(state: dict[str, Any]) -> int:
-    """Return the batch size of a run's first step, from its saved config. A run that begins in a stage may have another."""
-    samples = state["config"]["batch"].get("samples")
-    return samples if isinstance(samples, int) else state["progress"]["batch"]
 
 
 def _same_tokens(state: dict[str, Any], data: DataNode, checkpoint: Path | str) -> None:

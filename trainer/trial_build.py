@@ -20,12 +20,13 @@ from ..parallel.torch.float8 import float8_size_problems
 from .build import activation_settings, build_model, optimizer_factory
 from .derived import build_horizon
 from .hooks.base import hook_problems
-from .relations import batch_problems, collect_problems, layout_work
+from .relations import Start, batch_problems, collect_problems, layout_work
 from .schema import RunConfig
 
 
-def build_problems(config: RunConfig, world_size: int) -> list[Problem]:
-    """Return the problems found by building a config without other problems, on `world_size` processes (0: not known)."""
+def build_problems(config: RunConfig, start: Start) -> list[Problem]:
+    """Return the problems found by building a config without other problems."""
+    world_size = start.world_size
     found = [*hook_problems(config.trainer.hooks)]
     if isinstance(config.data, Custom):
         found += collect_problems("data", lambda: build_node(config.data, config.seed, config.model.vocabulary).problems())
@@ -35,7 +36,7 @@ def build_problems(config: RunConfig, world_size: int) -> list[Problem]:
     found += optimizer
     found += collect_problems("model", lambda: _model_problems(config, world_size))
     if isinstance(config.schedule, Custom):
-        found += collect_problems("schedule", lambda: _schedule_problems(config))
+        found += collect_problems("schedule", lambda: _schedule_problems(config, start))
     if isinstance(config.batch, Custom):
         found += collect_problems("batch", lambda: batch_problems(config))
     return found
@@ -70,5 +71,6 @@ def _model_problems(config: RunConfig, world_size: int) -> list[Problem]:
     return found
 
 
-def _schedule_problems(config: RunConfig) -> list[Problem]:
-    return build_schedule(config.schedule, config.optim.lr, build_horizon(config, config.data.seq_len)).problems()
+def _schedule_problems(config: RunConfig, start: Start) -> list[Problem]:
+    horizon = build_horizon(config, config.data.seq_len, start.progress)
+    return build_schedule(config.schedule, config.optim.lr, horizon).problems()

@@ -10,7 +10,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 
 from ..config.problems import Problem
-from .relations import RELATIONS, Relation, data_problems
+from ..optim.progress import BEGINNING, Progress
+from .relations import RELATIONS, Relation, Start, data_problems
 from .schema import RunConfig
 
 
@@ -20,6 +21,7 @@ def run_problems(
     known: Collection[Problem] = (),
     *,
     elsewhere: list[Problem] | None = None,
+    progress: Progress = BEGINNING,
     more: Callable[[RunConfig], Sequence[Problem]] = lambda _: (),
     before_building: Callable[[RunConfig], None] = lambda _: None,
 ) -> list[Problem]:
@@ -29,9 +31,11 @@ def run_problems(
 
     known            problems found so far; returned too, and checks that read their keys are skipped
     elsewhere        given if the data may lie on another machine: problems of its files are appended here instead
+    progress         of the checkpoint that the run resumes from
     more             config → further problems that need no PyTorch, of the machine for example
     before_building  called if nothing was found so far, before PyTorch is imported for the trial build
     """
+    start = Start(world_size, progress)
     said = {(problem.key, problem.message) for problem in known}
     problems = [*known, *(problem for problem in config.problems() if (problem.key, problem.message) not in said)]
     if not problems and any(isinstance(value, str) for value in (config.batch.samples, config.optim.lr)):
@@ -42,7 +46,7 @@ def run_problems(
     faults += [field.name for field in dataclasses.fields(config) if getattr(config, field.name) is None]
     for relation in RELATIONS:
         if not any(_touches(relation, fault) for fault in faults):
-            found = relation.check(config, world_size)
+            found = relation.check(config, start)
             if relation.check is data_problems and elsewhere is not None:
                 elsewhere += found
             else:
@@ -53,7 +57,7 @@ def run_problems(
     before_building(config)
     from .trial_build import build_problems
 
-    return build_problems(config, world_size)
+    return build_problems(config, start)
 
 
 def _is_read(config: RunConfig, key: str) -> bool:

@@ -10,6 +10,8 @@ everything else at its beginning.
 
 from __future__ import annotations
 
+import math
+
 from ...config.duration import Duration, Unit
 from ...config.problems import Problem
 from ..horizon import Horizon
@@ -35,7 +37,7 @@ class Schedule:
         self.warmup = Duration.parse(config.warmup)
         self._warmup_unit = horizon.unit if self.warmup.unit is Unit.FRACTION else self.warmup.unit
         self._warmup_length = self._amount("warmup", self.warmup, self._warmup_unit)
-        if self._amount_or_zero(self.warmup) > horizon.total:
+        if self._end_of_warmup() > horizon.total:
             self._problem(
                 "schedule.warmup", f"{self.warmup} is longer than the run ({horizon.length})", "shorten it or lengthen the run"
             )
@@ -71,12 +73,10 @@ class Schedule:
             self._problem(f"schedule.{key}", str(error), f"write {run} in tokens or samples, or {key} as a fraction")
             return 0.0
 
-    def _amount_or_zero(self, duration: Duration) -> float:
-        """Convert a duration to the run's unit where there is a fixed answer, else return 0."""
-        try:
-            return self.horizon.amount(duration, self.horizon.unit)
-        except ValueError:
-            return 0.0
+    def _end_of_warmup(self) -> float:
+        """Return where the warm-up ends in the unit of the run's length, as far as known before the start; else 0."""
+        end = self.horizon.after_start(self.warmup, self.horizon.unit, self.horizon.begun)
+        return end if math.isfinite(end) else 0.0
 
 
 class Constant(Schedule):

@@ -36,15 +36,16 @@ class Decaying(Schedule):
         """Refuse a decay that starts outside of the run or within the warm-up, as far as that is known before the run."""
         total, unit = self.horizon.total, self.horizon.unit
         if self._decay is not None:
-            key, start = "schedule.decay", total - self._amount("decay", self._decay, unit)
+            known = self._amount("decay", self._decay, unit) > 0  # or there is a problem already
+            key, start = "schedule.decay", self.horizon.before_end(self._decay, self.horizon.begun) if known else total
         else:
             assert self._decay_start is not None
-            key, start = "schedule.decay_start", self.horizon.after_start(self._decay_start, unit, Progress())
+            key, start = "schedule.decay_start", self.horizon.after_start(self._decay_start, unit, self.horizon.begun)
         if start < 0:
             self._problem(key, f"the decay is longer than the run ({self.horizon.length})", "shorten it or lengthen the run")
         elif total < start < math.inf:
             self._problem(key, f"the decay would begin after the run's end ({self.horizon.length})", "begin it earlier")
-        elif start < self._amount_or_zero(self.warmup) <= total:
+        elif start < self._end_of_warmup() <= total:
             self._problem(key, f"the decay would begin before the warm-up ({self.warmup}) is over", "shorten one of them")
 
     def _read_half_life(self, written: Written | None) -> Duration | None:
@@ -109,7 +110,9 @@ class Power(Decaying):
     def __init__(self, config: PowerConfig, peak: float, horizon: Horizon) -> None:
         super().__init__(config, peak, horizon)
         self.a, self.b = config.a, config.b
-        self._amount("warmup", self.warmup, Unit.TOKENS)  # problems where either is not known in tokens before the run
+        # Problems where either is not known in tokens before the start. A warm-up that lies behind is.
+        if not math.isfinite(horizon.after_start(self.warmup, Unit.TOKENS, horizon.begun)):
+            self._amount("warmup", self.warmup, Unit.TOKENS)
         self._amount("decay", horizon.length, Unit.TOKENS)
 
     def law(self, tokens: float, batch: float) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -132,3 +134,27 @@ def test_a_batch_that_is_measured_finds_points_behind_it() -> None:
     assert doubled(schedule, 9) == pytest.approx(1.0)
     part = (160 + 80 - 80) / 920
     assert doubled(schedule, 25) == pytest.approx((1 + math.cos(math.pi * part)) / 2)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"warmup": "30 steps", "decay": 0},  # 480 samples at today's batch
+        {"warmup": 0, "decay": "30 steps"},
+        {"warmup": 0, "decay_start": "30 steps"},
+        {"warmup": "10 steps", "decay_start": "100 samples"},  # at today's batch the warm-up would last to 160
+    ],
+)
+def test_checks_before_a_resume_count_past_steps_as_they_were(keys: dict[str, Any]) -> None:
+    """A run of 400 samples has 35 steps if its first 20 took 8 and the others take 16; 25 at today's batch alone."""
+    config = WSDConfig(decay_form="linear", **keys)
+    ahead, begun = resumed("400 samples"), walk([8] * 20 + [16])[20]
+    assert WSD(config, 1.0, ahead).problems() != []
+    assert WSD(config, 1.0, dataclasses.replace(ahead, begun=begun)).problems() == []
+
+
+def test_a_warm_up_behind_is_known_while_the_batch_is_measured() -> None:
+    config = PowerConfig(warmup="10 steps", decay="10%")
+    ahead = Horizon(Duration.parse("100k tokens"), SEQ_LEN)
+    assert [problem.key for problem in Power(config, 1.0, ahead).problems()] == ["schedule.warmup"]
+    assert Power(config, 1.0, dataclasses.replace(ahead, begun=walk([8] * 21)[20])).problems() == []

@@ -8,10 +8,13 @@ import pytest
 
 from meshloom.config.compose import Composer
 from meshloom.config.problems import Problem
+from meshloom.optim.history import BatchHistory, ChangePoint
+from meshloom.optim.progress import Progress
 from meshloom.trainer.relations import collect_problems
 from meshloom.trainer.schema import make_composer
 from meshloom.trainer.typed import typed_config
 from meshloom.trainer.validate import run_problems
+from support.configs import config_of
 
 
 @pytest.fixture(scope="module")
@@ -271,3 +274,11 @@ def test_an_error_that_names_no_file_keeps_its_words() -> None:
     assert [str(problem) for problem in collect_problems("data", fail)] == [
         "data: the data set's server does not answer; check the keys of data"
     ]
+
+
+def test_a_schedule_is_checked_with_the_batches_that_were() -> None:
+    """20 steps of 8 samples, then 32: 40 steps of the warm-up are 800 samples, and 1,280 at today's batch."""
+    config = config_of("recipe=quickstart", "trainer.steps=null", "trainer.tokens=256000", "schedule.warmup=40")
+    point = Progress(20, 160, 160 * 256, 8, BatchHistory((ChangePoint(0, 0, 0, 8),)))
+    assert [problem.key for problem in run_problems(config, 1)] == ["schedule.warmup"]
+    assert run_problems(config, 1, progress=point) == []
