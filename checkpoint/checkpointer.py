@@ -88,13 +88,14 @@ class Checkpointer:
             config=config,
         )
 
-    def begin_run(self, run: RunIdentity, after: int = 0) -> None:
+    def begin_run(self, run: RunIdentity, after: int = 0, step: int | None = None) -> None:
         """Say which run saves here, before the first save. Another run's checkpoints are moved aside.
 
-        after: number of the commit that the run goes on from (`RestoreReport.commit`).
+        after: number of the commit that the run goes on from (`RestoreReport.commit`)
+        step: its step, where that is the run's own. Until the next save it counts as the newest
         """
         if self.control.rank == 0:
-            self._target.take_over(run, after)
+            self._target.take_over(run, after, step)
 
     def prepare(self, fragments: Iterable[Fragment]) -> None:
         """Make the plan and the snapshot memory now, so that the first save costs no more than the others. Optional.

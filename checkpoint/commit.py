@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import threading
 import uuid
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Protocol
 from .errors import CheckpointError
 from .faults import reach
 from .files import LocalFiles, RemoteFiles, open_files
-from .folder import LATEST, check_lengths, list_steps, load_manifest, step_name, step_of, steps_newest_first
+from .folder import LATEST, OWNER, check_lengths, list_steps, load_manifest, step_name, step_of, steps_newest_first
 from .identity import RunIdentity
 from .lease import Lease
 from .lock import FolderLock
@@ -31,7 +32,9 @@ from .writing.disk import delete_folder, hide_folder, move_into_place, replace_s
 log = logging.getLogger(__name__)
 
 _LEFTOVER = re.compile(r"(step-\d{8,})\.(?:.+\.)?(tmp|replaced|deleted)-[0-9a-f]+")  # the last suffix says what it is
+_SMALL = re.compile(rf"\.({re.escape(LATEST)}|{re.escape(OWNER)})\.[0-9a-f]+")  # one that a crash kept from its name
 _TOKENED = re.compile(r"rank-\d{5,}-[0-9a-f]{12}\.(safetensors|leaves)")
+NO_ROOM = "make room: an old step goes once the new one is complete, so the disk must hold one step more than checkpoint.keep"
 
 
 class Target(Protocol):
@@ -48,15 +51,19 @@ class Target(Protocol):
     run: RunIdentity | None
     """The run that saves here, once `take_over` has named it."""
 
-    def take_over(self, run: RunIdentity, after: int) -> None:
+    def take_over(self, run: RunIdentity, after: int, step: int | None = None) -> None:
         """Coordinator: the folder is this run's from now on; say what becomes of another run's steps.
 
-        after: number of the commit that the run goes on from; its own have higher ones.
+        after: number of the commit that the run goes on from; its own have higher ones. step: that commit's, if it is its own
         """
         ...
 
     def next_commit(self) -> int:
         """Coordinator: the number of the next commit."""
+        ...
+
+    def make_room(self, step: int, size: int, keep: int) -> None:
+        """Coordinator: if a save of `size` bytes has no room, prune first; say so if that is not enough."""
         ...
 
     def begin(self, step: int, token: str) -> None:
@@ -124,15 +131,29 @@ class LocalTarget:
         """See Target."""
         return str(self.path / f"{step_name(step)}.tmp-{token}")
 
-    def take_over(self, run: RunIdentity, after: int) -> None:
+    def take_over(self, run: RunIdentity, after: int, step: int | None = None) -> None:
         """See Target."""
-        take_over(self.path, run)
+        take_over(self.path, run, step)
         self.run, self._commit = run, max(self._commit, after)
 
     def next_commit(self) -> int:
         """See Target."""
         self._commit += 1
         return self._commit
+
+    def make_room(self, step: int, size: int, keep: int) -> None:
+        """See Target."""
+        if shutil.disk_usage(self.path).free >= size:
+            return
+        pruned = self.prune(keep)
+        if pruned:
+            log.info("no room for step %d: %s went before it is saved", step, ", ".join(pruned))
+        free = shutil.disk_usage(self.path).free
+        if free < size:
+            log.warning(
+                "%s has %.2f GiB free, and step %d takes %.2f GiB; %s",
+                self.path, free / 2**30, step, size / 2**30, NO_ROOM,
+            )  # fmt: skip
 
     def begin(self, step: int, token: str) -> None:
         """See Target."""
@@ -205,6 +226,9 @@ class LocalTarget:
 
     def _clear(self) -> None:
         for entry in sorted(self.path.iterdir()):
+            if _SMALL.fullmatch(entry.name):
+                entry.unlink(missing_ok=True)
+                continue
             match = _LEFTOVER.fullmatch(entry.name)
             if match is None:
                 continue
@@ -238,15 +262,18 @@ class RemoteTarget:
         """See Target."""
         return self.files.label(step_name(step))
 
-    def take_over(self, run: RunIdentity, after: int) -> None:
+    def take_over(self, run: RunIdentity, after: int, step: int | None = None) -> None:
         """See Target."""
-        take_over_remote(self.files, run)
+        take_over_remote(self.files, run, step)
         self.run, self._commit = run, max(self._commit, after)
 
     def next_commit(self) -> int:
         """See Target."""
         self._commit += 1
         return self._commit
+
+    def make_room(self, step: int, size: int, keep: int) -> None:
+        """See Target: an object store has room."""
 
     def begin(self, step: int, token: str) -> None:
         """See Target."""

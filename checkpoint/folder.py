@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .digest import DIGEST_BYTES
 from .errors import CheckpointError, DamageError
@@ -97,11 +98,13 @@ class StepListing:
     run    id of the run that the folder belongs to; None: no run has saved here, only imports
     heads  name → manifest without arrays, of every finished step; None: it can't be read
     names  of the run's own steps, the one to resume from first
+    passed  number of the last commit that the run has left behind by going back to an earlier step; 0: none
     """
 
     run: str | None
     heads: dict[str, Manifest | None]
     names: list[str]
+    passed: int = 0
 
     @property
     def commit(self) -> int:
@@ -117,8 +120,9 @@ def steps_newest_first(files: Files) -> list[str]:
 def list_steps(files: Files) -> StepListing:
     """Read the manifests of a folder of checkpoints, and put the steps of its run in order.
 
-    The newest step is the one that was committed last, by the numbers in the manifests. Then come the older steps, then the
-    later steps that the run had reached before it was set back. `LATEST` is a hint: it decides among steps of format
+    The newest step is the one that was committed last, by the numbers in the manifests; or, until there is a later commit, the
+    one that the run was set back to. Then come the older steps, then the later steps that the run had reached before it was
+    set back. `LATEST` is a hint: it decides among steps of format
     versions 1 and 2, which have no numbers, and it names the step that was newest where that one's manifest can't be read.
 
     Steps of other runs are left out. Imports count as long as the run has saved nothing itself. A step whose manifest can't be
@@ -127,7 +131,14 @@ def list_steps(files: Files) -> StepListing:
     heads = {name: _head(files, name) for name in files.names() if step_of(name) is not None and _is_finished(files, name)}
     run = _owner(files, heads)
     own = _steps_of(run, heads)
-    return StepListing(run, heads, _in_order(own, _latest(files)))
+    last = max((head.commit for head in own.values() if head is not None), default=0)
+    back = _read_set_back(files)
+    if back is None or back.name not in own or last > back.last:
+        return StepListing(run, heads, _in_order(own, _latest(files)))
+    head = own[back.name]
+    return StepListing(
+        run, heads, _in_order(own, back.name, given=True), last if head is not None and head.commit < last else 0
+    )
 
 
 def read_owner(files: Files) -> RunIdentity | None:
@@ -167,9 +178,31 @@ def _steps_of(run: str | None, heads: dict[str, Manifest | None]) -> dict[str, M
     return {name: head for name, head in heads.items() if belongs(head) or (head is not None and head.run is None)}
 
 
-def _in_order(heads: dict[str, Manifest | None], latest: str | None) -> list[str]:
+@dataclass(frozen=True)
+class SetBack:
+    """The step that the folder's run went on from, and the number of the last commit that the folder had then."""
+
+    name: str
+    last: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the member of the owner's file."""
+        return {"went_on_from": {"name": self.name, "last": self.last}}
+
+
+def _read_set_back(files: Files) -> SetBack | None:
+    try:
+        return SetBack(**json.loads(files.read(OWNER))["went_on_from"])
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _in_order(heads: dict[str, Manifest | None], latest: str | None, given: bool = False) -> list[str]:
+    """Return the names, the newest first. given: `latest` is known to be it."""
     names = sorted(heads, key=lambda name: step_of(name) or 0, reverse=True)
     counted = {name: head for name, head in heads.items() if head is not None and head.commit > 0}
+    if given:
+        counted = {}
     newest = max(counted, key=lambda name: counted[name].commit, default=latest if latest in heads else None)
     if newest is not None:
         at = names.index(newest)

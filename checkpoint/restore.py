@@ -198,6 +198,8 @@ def _is_newest(in_memory: Recovery, listing: StepListing) -> bool:
         return False  # its keeper has gone
     if listing.run is not None and (version.run is None or version.run.id != listing.run):
         return False
+    if listing.passed and version.commit <= listing.passed:
+        return False
     newest = listing.heads[listing.names[0]] if listing.names else None
     return newest is None or (version.commit, version.step) >= (newest.commit, newest.step)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
+import os
 import threading
 import time
 import zlib
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 
 from ..parallel.fragment import Fragment
-from .commit import file_names, new_token
+from .commit import NO_ROOM, file_names, new_token
 from .control import Round
 from .errors import CheckpointError
 from .faults import reach
@@ -180,6 +182,10 @@ class Save:
     def _fail(self, error: BaseException) -> None:
         self.report.outcome = "failed" if self.disk else "unkept"
         self.report.reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        if any(
+            os.strerror(full) in self.report.reason for full in (errno.ENOSPC, errno.EDQUOT)
+        ):  # also of the writer's process
+            self.report.reason += f"; {NO_ROOM}"
 
     def _end(self) -> None:
         self.after = self.after.unended()  # before the events: who waits for them goes on from here

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 from .files import LocalFiles, RemoteFiles
-from .folder import LATEST, OWNER, StepListing, list_steps
+from .folder import LATEST, OWNER, SetBack, StepListing, list_steps, step_name
 from .identity import RunIdentity
 from .writing.disk import replace_small, sync_folder
 
@@ -19,14 +19,17 @@ SAVES = "saves.jsonl"
 UNREADABLE = RunIdentity("unreadable")
 
 
-def take_over(path: Path, run: RunIdentity) -> None:
+def take_over(path: Path, run: RunIdentity, step: int | None = None) -> None:
     """Make a folder on a file system this run's. Another run's steps move into a folder of their own, with its log of saves.
 
     That one, `replaced-<id>`, is a folder of checkpoints again. Nothing is moved for the run that has the folder already.
+
+    step: its own one that it goes on from, which is the newest from now on, until the next is saved
     """
-    others = others_of(list_steps(LocalFiles(path)), run)
+    listing = list_steps(LocalFiles(path))
+    others = others_of(listing, run)
     # First, so that from here on a crash leaves nothing that counts as this run's.
-    replace_small(path / OWNER, _encode(run), "owner")
+    replace_small(path / OWNER, _encode(run, listing.commit, step), "owner")
     for other, names in others.items():
         place = free_name(path, f"replaced-{other.id[:8]}")
         place.mkdir()
@@ -38,10 +41,14 @@ def take_over(path: Path, run: RunIdentity) -> None:
         log.warning("%s held another run's checkpoints: they are in %s now", path, place.name)
 
 
-def take_over_remote(files: RemoteFiles, run: RunIdentity) -> None:
-    """Make a folder on an object store this run's. Nothing can be renamed there: another run's steps stay, and don't count."""
-    others = others_of(list_steps(files), run)
-    files.write(OWNER, _encode(run))
+def take_over_remote(files: RemoteFiles, run: RunIdentity, step: int | None = None) -> None:
+    """Make a folder on an object store this run's: see `take_over`.
+
+    Nothing can be renamed there: another run's steps stay, and don't count.
+    """
+    listing = list_steps(files)
+    others = others_of(listing, run)
+    files.write(OWNER, _encode(run, listing.commit, step))
     for names in others.values():
         log.warning("%s holds another run's checkpoints, which stay and no longer count: %s", files.label(), ", ".join(names))
 
@@ -63,5 +70,6 @@ def free_name(folder: Path, stem: str, suffix: str = "") -> Path:
     return next(path for path in numbered if not path.exists())
 
 
-def _encode(run: RunIdentity) -> bytes:
-    return json.dumps(run.as_dict()).encode() + b"\n"
+def _encode(run: RunIdentity, commit: int = 0, step: int | None = None) -> bytes:
+    back = {} if step is None else SetBack(step_name(step), commit).as_dict()
+    return json.dumps({**run.as_dict(), **back}).encode() + b"\n"

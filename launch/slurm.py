@@ -9,9 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..config.compose import quoted
 from ..config.problems import ConfigError, Problem
-from ..trainer.find_checkpoint import AUTO_FROM, resumes_own_run
 from ..trainer.launching import LaunchConfig
 from ..trainer.resolve import ResolveOptions, resolve
 from ..trainer.schema import RunConfig
@@ -46,7 +44,7 @@ def script(overrides: Sequence[str], config_dir: str | None = None) -> str:
     )
     resolved = resolve(overrides, options, config_dir)
     resolved.refuse()
-    return fill(TEMPLATE.read_text(), resolved.config, _command_line(overrides, config_dir, str(resolved.config.resume)))
+    return fill(TEMPLATE.read_text(), resolved.config, _command_line(overrides, config_dir))
 
 
 def _job_problems(launch: LaunchConfig) -> Iterator[Problem]:
@@ -81,11 +79,7 @@ def fill(template: str, config: RunConfig, command_line: str) -> str:
     )
 
 
-def _command_line(overrides: Sequence[str], config_dir: str | None, resume: str) -> str:
-    """Return the job's command line. Every start of it resumes its own run, which may begin from `resume`."""
+def _command_line(overrides: Sequence[str], config_dir: str | None) -> str:
+    """Return the job's command line. A job that is queued again goes on with its run by itself (`trainer/restarts.py`)."""
     folder = [f"--config-dir={Path(config_dir).resolve()}"] if config_dir else []
-    kept = [override for override in overrides if not override.startswith("resume=")]
-    again = "auto" if resume == "none" else resume if resumes_own_run(resume) else f"{AUTO_FROM}{resume}"
-    if again != "auto":
-        again = quoted(again)
-    return " ".join(shlex.quote(word) for word in [*folder, *kept, f"resume={again}"])
+    return " ".join(shlex.quote(word) for word in [*folder, *overrides])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ..checkpoint.folder import KEEPERS, find_latest, read_newest, steps_newest_
 from ..checkpoint.manifest import MANIFEST, Manifest
 from ..config.problems import ConfigError, Problem
 from ..optim.progress import Progress
+from .restarts import is_restarted
 
 AUTO_FROM = "auto:"
 """Prefix of `resume=auto:<path>`."""
@@ -26,9 +26,9 @@ def resumes_own_run(resume: str) -> bool:
     return resume == "auto" or resume.startswith(AUTO_FROM)
 
 
-def resumes_own(resume: str) -> bool:
-    """Return whether this process resumes from the run's own checkpoints: by `resume`, or because torchrun restarted it."""
-    return resumes_own_run(resume) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def resumes_own(resume: str, output_dir: str | Path) -> bool:
+    """Return whether this process resumes from the run's own checkpoints: by `resume`, or because it was started again."""
+    return resumes_own_run(resume) or is_restarted(Path(output_dir))
 
 
 def own_folder(config: DictConfig) -> str:
@@ -44,12 +44,12 @@ def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
     auto:<path>  the run's own folder; the path while that is empty. For jobs that are requeued and fine-tune or branch off
     <path>       that checkpoint
 
-    Processes that torchrun has restarted resume from the run's own checkpoints, whatever `resume` says.
+    Processes of a run that torchrun or SLURM has started again resume from its own checkpoints, whatever `resume` says.
     Raises ConfigError if the path holds no complete checkpoint, the folder can't be read, or it is empty while the run has
     checkpoints in another folder.
     """
     wanted = str(config.resume)
-    if resumes_own(wanted):
+    if resumes_own(wanted, config.output_dir):
         folder = own_folder(config)  # not a step: `restore` skips damaged ones and also looks into memory
         try:
             if _holds_checkpoint(folder):

@@ -11,6 +11,7 @@ from ..checkpoint.files import LocalFiles, open_files
 from ..checkpoint.folder import OWNER, list_steps, read_owner
 from ..checkpoint.identity import UNNAMED, Parent, RunIdentity
 from ..checkpoint.takeover import free_name
+from .restarts import start_marks
 
 log = logging.getLogger(__name__)
 
@@ -61,4 +62,4 @@ def take_over_metrics(output_dir: Path, run: RunIdentity) -> None:
         aside = free_name(output_dir, f"metrics.replaced-{before.id[:8]}", ".jsonl")
         metrics.replace(aside)
         log.warning("%s held another run, which this one replaces: its metrics are in %s now", output_dir, aside.name)
-    (output_dir / OWNER).write_text(json.dumps(run.as_dict()) + "\n")
+    (output_dir / OWNER).write_text(json.dumps({**run.as_dict(), **start_marks()}) + "\n")

@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..checkpoint.files import is_remote
-from ..checkpoint.folder import find_latest
 from ..checkpoint.lock import LOCK, holder_of, refusal
 from ..config.problems import Problem
 from .derived import checkpoint_folder
-from .find_checkpoint import resumes_own_run
 from .launching import gpu_count, run_processes, under_torchrun, visible_gpus
 from .schema import RunConfig
 
@@ -21,7 +19,7 @@ RUN_LOCK = ".run.lock"  # not the checkpoints' lock, which may lie in the same f
 
 def machine_problems(config: RunConfig) -> list[Problem]:
     """Return the problems that keep this machine, as it is now, from running a config."""
-    return [*_processes(config), *(_folders(config) if os.environ.get("RANK", "0") == "0" else ()), *_restarts(config)]
+    return [*_processes(config), *(_folders(config) if os.environ.get("RANK", "0") == "0" else ())]
 
 
 def unusable_gpus(config: RunConfig) -> list[Problem]:
@@ -65,20 +63,6 @@ def _folders(config: RunConfig) -> Iterator[Problem]:
     if config.checkpoint.folder is not None and "://" not in config.checkpoint.folder:
         yield from _unwritable("checkpoint.folder", config.checkpoint.folder)
     yield from _taken(config)
-
-
-def _restarts(config: RunConfig) -> Iterator[Problem]:
-    """Yield a problem if restarted processes would mistake an earlier run's checkpoint for their own."""
-    if not under_torchrun() and config.launch.max_restarts and not resumes_own_run(str(config.resume)):
-        try:
-            earlier = find_latest(checkpoint_folder(config))
-        except OSError as error:
-            fix = "give a folder, or a store, that can be"
-            yield Problem("checkpoint.folder", f"'{checkpoint_folder(config)}' can't be read: {error}", fix)
-            return
-        if earlier is not None:  # a restart before the first save could not tell them from its own
-            message = f"restarted processes would go on from '{earlier}', which an earlier run saved"
-            yield Problem("launch.max_restarts", message, "use resume=auto to go on with it, or another output_dir")
 
 
 def _taken(config: RunConfig) -> Iterator[Problem]:

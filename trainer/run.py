@@ -152,11 +152,12 @@ def _run_loop(current: Run, stop: StopRequest) -> bool:
 
 def _take_over(config: RunConfig, current: Run, origin: Origin | None) -> None:
     """Take over the run's folders: move files of an earlier run aside. Called once nothing can refuse this run any more."""
-    resumes = resumes_own(str(config.resume))
+    resumes = resumes_own(str(config.resume), config.output_dir)
     identity = identify(origin, checkpoint_folder(config), resumes=resumes)
     take_over_metrics(Path(config.output_dir), identity)
     if current.saving is not None:
-        current.saving.begin_run(identity, 0 if origin is None or not origin.own else origin.commit)
+        own = origin if origin is not None and origin.own else None
+        current.saving.begin_run(identity, 0 if own is None else own.commit, None if own is None else own.step)
 
 
 def _write_description(config: RunConfig, data: DataNode, output_dir: Path) -> None:

@@ -132,6 +132,43 @@ def test_failed_deletions_are_retried_and_block_nobody(
     assert names() == ["step-00000005"]
 
 
+def test_small_files_of_killed_saves_are_cleared(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1)
+    for name in (".LATEST.0123abcd", ".run.json.89abcdef"):
+        (tmp_path / name).write_text("step-00000009\n")
+    (tmp_path / ".LATEST.notes").write_text("mine")
+    open_run(tmp_path).finish()
+    assert {path.name for path in tmp_path.glob(".LATEST*")} == {".LATEST.notes"}
+    assert not list(tmp_path.glob(".run.json.*"))
+
+
+def test_old_steps_go_first_where_there_is_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two old steps and keep=1: one of them may go before the new one is written, and the other may not."""
+    save_steps(tmp_path, 1, 2)
+    usage = shutil.disk_usage(tmp_path)
+    run = open_run(tmp_path, mode="async", keep=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1))
+    run.save(3, fragments(make_arrays(3), 1, 0)[0], {}, hold=True)
+    run.before_update()
+    assert steps_newest_first(open_files(tmp_path)) == ["step-00000002"]
+    assert "checkpoint.keep" in caplog.text and "GiB free" in caplog.text
+    run.confirm(3)
+    run.finish()
+    assert steps_newest_first(open_files(tmp_path)) == ["step-00000003"]
+
+
+def test_nothing_goes_first_where_there_is_room(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2)
+    run = open_run(tmp_path, mode="async", keep=1)
+    run.save(3, fragments(make_arrays(3), 1, 0)[0], {}, hold=True)
+    run.before_update()
+    assert steps_newest_first(open_files(tmp_path)) == ["step-00000002", "step-00000001"]
+    run.confirm(3)
+    run.finish()
+
+
 def test_any_error_after_the_commit_does_not_block_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -178,3 +178,17 @@ def test_an_import_of_an_older_version_is_no_run(tmp_path: Path) -> None:
     assert list_steps(open_files(tmp_path)).run is None
     run_of(tmp_path, A, 1)
     assert names(tmp_path) == ["step-00000001"]
+
+
+def test_a_run_that_is_set_back_has_its_newest_step_there(tmp_path: Path) -> None:
+    """Until it saves again: then the numbers of the commits tell."""
+    run_of(tmp_path, A, 4, 8, 12, keep=0)
+    checkpointer = open_run(tmp_path, keep=0)
+    checkpointer.begin_run(A, 1, 4)
+    assert names(tmp_path) == ["step-00000004", "step-00000012", "step-00000008"]
+    checkpointer.begin_run(A, 1, 4)  # killed and started again
+    assert names(tmp_path)[0] == "step-00000004"
+    save(checkpointer, 6)
+    checkpointer.finish()
+    assert names(tmp_path)[0] == "step-00000006"
+    assert names(tmp_path)[1] == "step-00000004"

@@ -36,9 +36,9 @@ class Saving(Hook):
         self._saved_step = self._finite_step = -1
         self._prepared = False
 
-    def begin_run(self, run: RunIdentity, after: int) -> None:
+    def begin_run(self, run: RunIdentity, after: int, step: int | None) -> None:
         """Set the run that the checkpoints belong to: see `Checkpointer.begin_run`."""
-        self._checkpointer.begin_run(run, after)
+        self._checkpointer.begin_run(run, after, step)
 
     def on_run_begin(self, loop: Loop) -> None:
         """Count the step that the run resumed from as saved."""
