@@ -253,6 +253,7 @@ class Save:
         self._identity, self._commit = context.target.run, context.target.next_commit()  # in memory and on the disk the same
         token = new_token()
         if disk:
+            self._make_room(context)
             context.target.begin(self.step, token)
         self._token = token
         if context.predecessors is not None and context.memory is None:
@@ -374,6 +375,14 @@ class Save:
             if layout.bytes:
                 files.append(StoredFile(message["name"], message["bytes"], message["leaves"], message["blocks"]))
         return Manifest(self.step, len(messages), self.state, files, self._arrays, run=self._identity, commit=self._commit)
+
+    def _make_room(self, context: SaveContext) -> None:
+        """Delete old steps first where the disk has no room; the save finds out for itself what could not be made."""
+        try:
+            with context.tidying:
+                context.target.make_room(self.step, sum(layout.bytes for layout in self._layouts), context.config.keep)
+        except OSError as error:
+            log.warning("no room could be made for step %d: %s", self.step, error)
 
     def _tidy(self, context: SaveContext) -> None:
         """Delete what earlier saves and runs have left, once this one is safe. A failure here never undoes the save."""
