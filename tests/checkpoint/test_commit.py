@@ -82,7 +82,10 @@ def test_retention_keeps_the_newest_and_counts_intact_steps(tmp_path: Path) -> N
 def test_a_skipped_save_is_told_of_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(Save, "_decide", lambda *_: {"skip": "the disk is slower than the schedule"})
+    def skip(*_: object) -> dict[str, str]:
+        return {"skip": "the disk is slower than the schedule"}
+
+    monkeypatch.setattr(Save, "_decide", skip)
     config = CheckpointConfig(mode="sync", timeout=60.0)
 
     def body(control: Control) -> str:
@@ -149,7 +152,11 @@ def test_old_steps_go_first_where_there_is_no_room(
     save_steps(tmp_path, 1, 2)
     usage = shutil.disk_usage(tmp_path)
     run = open_run(tmp_path, mode="async", keep=1)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1))
+
+    def nearly_full(path: Path) -> object:
+        return usage._replace(free=1)
+
+    monkeypatch.setattr(shutil, "disk_usage", nearly_full)
     run.save(3, fragments(make_arrays(3), 1, 0)[0], {}, hold=True)
     run.before_update()
     assert steps_newest_first(open_files(tmp_path)) == ["step-00000002"]
@@ -173,7 +180,11 @@ def test_any_error_after_the_commit_does_not_block_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = open_run(tmp_path, mode="async")
-    monkeypatch.setattr(run._target, "prune", lambda keep: {}["a library's own error"])
+
+    def prune(keep: int) -> list[str]:
+        raise KeyError("a library's own error")
+
+    monkeypatch.setattr(run._target, "prune", prune)
     run.save(1, fragments(make_arrays(1), 1, 0)[0], {})
     run.before_update()
     ending = threading.Thread(target=run.finish, daemon=True)

@@ -251,7 +251,7 @@ def test_sizes_that_float8_can_not_take_are_refused(
     composer: Composer, monkeypatch: pytest.MonkeyPatch, overrides: list[str], says: str
 ) -> None:
     """Of a weight, and of a micro-batch, along whose tokens the product for a weight's gradient sums."""
-    monkeypatch.setattr("meshloom.parallel.limits.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("meshloom.parallel.limits.importlib.util.find_spec", str)
     base = ["data=synthetic", "precision=bf16", "trainer.float8=tensorwise", "batch.samples=8", "model.ffn_dim=352"]
     found = problems_of(composer, 1, *base, *overrides)
     found_without = problems_of(composer, 1, *base, "data.seq_len=128", "batch.micro=1")
