@@ -20,6 +20,7 @@ from meshloom.parallel.layout import Layout
 from meshloom.parallel.pipeline.stages import schedule_of
 from meshloom.parallel.policies import fused_swiglu_blocker
 from meshloom.parallel.torch import assembly, engine
+from support.compiling import counted_graphs
 from support.models import decoder
 from support.parity import Work, curves
 from support.ranks import run_ranks
@@ -99,9 +100,11 @@ def test_a_model_of_fused_blocks_is_the_plain_one(policy: str, compiled: bool, c
     for block in blocks:
         assert isinstance(block, Block)
         block.use_kernels(BlockKernels(norm=norm.FusedNorm(), swiglu=None if policy == "selective" else swiglu.FusedSwiglu()))
-    apply_policies(blocks, [policy] * 2, compiled=compiled)
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if compiled else {"rtol": 1e-11, "atol": 1e-12}
-    torch.testing.assert_close(passed(built), expected, **tolerance)
+    with counted_graphs("aot_eager_decomp_partition") as counter:
+        apply_policies(blocks, [policy] * 2, compiled=compiled)
+        torch.testing.assert_close(passed(built), expected, **tolerance)
+    assert (counter.frame_count > 0) == compiled
     assert calls.count("norm_backward_rows") == 4
     assert calls.count("gemm_gated") == {"none": 2, "selective": 0, "full": 4, "offload": 2}[policy]
     assert calls.count("gemm_dgated") == (0 if policy == "selective" else 2)

@@ -23,6 +23,7 @@ from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.policies import ActivationSettings
+from support.compiling import counted_graphs
 from support.parity import VOCABULARY, Work, sample, take_steps
 from support.ranks import run_ranks
 from support.settings import settings_of
@@ -96,13 +97,23 @@ def test_it_trains_on_every_data_parallel_layout(ranks: int, layouts: list[dict[
             assert found == pytest.approx(expected[kind], rel=1e-9), (kind, work.parallel)
 
 
-def test_its_blocks_are_recomputed_and_compiled() -> None:
-    cases = [
-        *(("GPT", work) for policy in ("full", "selective", "offload") for work in works({"zero": 3}, activation=policy)),
-        ("GPT", works({"zero": 3}, compile=True)[0]),
-    ]
+def test_its_blocks_are_recomputed() -> None:
+    cases = [("GPT", work) for policy in ("full", "selective", "offload") for work in works({"zero": 3}, activation=policy)]
     for found in run_ranks(2, losses, cases)[0]:
         assert found == pytest.approx(plain_losses("GPT"), rel=1e-9)
+
+
+def losses_compiled(rank: int, world_size: int, work: Work) -> tuple[list[float], int]:
+    """Losses, and how many graphs its blocks became."""
+    with counted_graphs() as counter:
+        (found,) = losses(rank, world_size, [("GPT", work)])
+    return found, counter.frame_count
+
+
+def test_its_blocks_are_compiled() -> None:
+    for found, graphs in run_ranks(2, losses_compiled, works({"zero": 3}, compile=True)[0]):
+        assert found == pytest.approx(plain_losses("GPT"), rel=1e-9)
+        assert graphs > 0
 
 
 def test_deepspeed_trains_it() -> None:

@@ -11,13 +11,14 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter
 
 from meshloom.models.decoder import Decoder
 from meshloom.parallel import activation
 from meshloom.parallel.activation import apply_policies
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.policies import MIXED, POLICIES, mixed_policies
+from support.compiling import counted_graphs
 from support.models import decoder
 from support.parity import Run, Work, differences, runs
 
@@ -95,12 +96,9 @@ def test_a_budget_is_spread_over_the_layers_and_may_be_too_small() -> None:
 def compiled_runs(rank: int, world_size: int, works: Sequence[Work]) -> list[Run]:
     """Traced and differentiated as for a GPU; only the code that comes out of it is not generated, to save time."""
     found: list[Run] = []
-    compile_function = torch.compile
     for work in works:
-        torch._dynamo.reset()
-        counter = CompileCounterWithBackend("aot_eager")
-        torch.compile = lambda function, backend=counter: compile_function(function, backend=backend)  # type: ignore[assignment]
-        found += runs(rank, world_size, [work])
+        with counted_graphs() as counter:
+            found += runs(rank, world_size, [work])
         assert counter.frame_count > 0, work
     return found
 

@@ -28,6 +28,7 @@ from meshloom.parallel.deepspeed.optimizer import require_op
 from meshloom.parallel.deepspeed.settings import DeepSpeedConfig
 from meshloom.parallel.deepspeed.setup import import_deepspeed
 from meshloom.parallel.gradient_noise import Measure
+from support.compiling import counted_graphs
 from support.deepspeed_runs import Arrays, asynchronous_io_is_built, ds, leg, snapshot, whole, zeros
 from support.parity import Work, build, curves, equal_share, global_tokens, plain_curve, sample, share, step, train
 from support.ranks import run_ranks
@@ -265,11 +266,9 @@ def test_gradient_statistics_are_the_torch_engines(ranks: int, parallel: Paralle
 
 def compiled(rank: int, world_size: int, work: Work) -> tuple[list[float], list[float], int]:
     """Losses and norms with compiled blocks, and how many graphs there were. What runs them is PyTorch without optimisation."""
-    from torch._dynamo.testing import CompileCounter
-
-    counter, compile_function = CompileCounter(), torch.compile
-    torch.compile = lambda function: compile_function(function, backend=counter)  # type: ignore[assignment]
-    return *curves(rank, world_size, work), counter.frame_count
+    with counted_graphs("eager") as counter:
+        losses, norms = curves(rank, world_size, work)
+    return losses, norms, counter.frame_count
 
 
 @pytest.mark.parametrize(
