@@ -78,8 +78,8 @@ class StepLoss:
 
     @property
     def mean(self) -> torch.Tensor:
-        """Token-weighted mean loss over the global batch."""
-        return self.total / self.tokens
+        """Token-weighted mean loss over the global batch; 0 for one in which no position carries loss."""
+        return self.total / self.tokens.clamp(min=1)
 
 
 class Engine(Protocol):

@@ -6,6 +6,7 @@ the engine accumulates gradients → clip → update → counters → hooks.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,11 +25,13 @@ from ..optim.schedules.schedule import Schedule
 from ..parallel.engine import Engine
 from ..parallel.gradient_noise import Measure, Moments
 from ..parallel.mesh import Mesh
-from .all_ranks import raise_on_all_ranks
+from .all_ranks import PeerFailed, raise_on_all_ranks
 from .deferred import Deferred
 from .device_timestamp import DeviceTimestamp
 from .hooks.base import Hook
 from .signals import StopRequest
+
+log = logging.getLogger(__name__)
 
 
 class TrainingDiverged(RuntimeError):
@@ -106,13 +109,16 @@ class Loop:
         count = self.controller.next_batch(self.progress)
         before = self.progress.before(count, self.horizon.seq_len)
         share = self.batches.load(GlobalBatch(before.samples, count), self.controller.micro_at(count))
-        tokens, stops = self._sum_over_ranks(share.valid_tokens, stop_requested)
+        tokens, signals = self._sum_over_ranks(share.valid_tokens, stop_requested)
+        if not share.valid_tokens and not tokens:  # only a rank without targets waits here to hear whether others have any
+            self._pass_over(before, count, signals)
+            return
 
         measure = self._measure(before)
         loss = self.engine.accumulate(share, tokens, measure)
         norm = self.engine.gradient_norm()
         moments = None if measure is Measure.NOTHING else self.engine.gradient_moments(count)
-        scalars = {"loss": loss.mean, "grad_norm": norm, "stops": stops, **loss.extras}
+        scalars = {"loss": loss.mean, "grad_norm": norm, **signals, **loss.extras}
         # Copied before the update, so that a controller that needs them does not wait for it.
         numbers = Deferred(scalars if moments is None else {**scalars, **moments.scalars})
         done = DeviceTimestamp(self.mesh.device)
@@ -133,26 +139,46 @@ class Loop:
             return Measure.NOTHING
         return Measure.PROJECTIONS if self.controller.needs_projections else Measure.SQUARES
 
-    def _sum_over_ranks(self, valid_tokens: int, stop_requested: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum over all ranks, in one collective: valid tokens of the global batch, and ranks on which a stop was requested.
+    def _pass_over(self, before: Progress, count: int, signals: dict[str, torch.Tensor]) -> None:
+        """Count a global batch without any target as a step. Its loss is 0, its gradient is none, and nothing is updated."""
+        if self.mesh.is_main:
+            log.warning("step %d: no position of the global batch has a target, so nothing is updated", before.step + 1)
+        zero = torch.zeros((), device=self.mesh.device)
+        self.progress = before.after(count, count * self.horizon.seq_len)
+        numbers = Deferred({"loss": zero, "grad_norm": zero, **signals})
+        self._record(0.0, DeviceTimestamp(self.mesh.device), numbers, None, learned=False)
 
-        All ranks of a data rank (its pipeline, context and tensor peers) count the same tokens; the sum is divided by them.
+    def _sum_over_ranks(self, valid_tokens: int, stop_requested: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Sum over all ranks, in one collective: the valid tokens of the global batch, and signals to end the run.
+
+        The signals count the ranks on which a stop was requested, and those on which a hook has a fault. All ranks of a data
+        rank (its pipeline, context and tensor peers) count the same tokens; the sum is divided by them.
         """
         layout, device = self.mesh.layout, self.mesh.device
         # From pinned memory: a copy to a GPU from pageable memory waits for all work queued before it.
-        counted = torch.tensor([valid_tokens, stop_requested], dtype=torch.float64, pin_memory=device.type == "cuda")
+        counts = [valid_tokens, stop_requested, self._fault is not None]
+        counted = torch.tensor(counts, dtype=torch.float64, pin_memory=device.type == "cuda")
         sums = self.mesh.sum(counted.to(device, non_blocking=True))
-        return sums[0] / (layout.pp * layout.cp * layout.tp), sums[1]
+        return sums[0] / (layout.pp * layout.cp * layout.tp), {"stops": sums[1], "faults": sums[2]}
 
-    def _record(self, lr: float, done: DeviceTimestamp, numbers: Deferred, moments: Moments | None) -> None:
+    @property
+    def _fault(self) -> Exception | None:
+        """What keeps this rank from going on."""
+        return next((hook.fault for hook in self.hooks if hook.fault is not None), None)
+
+    def _record(
+        self, lr: float, done: DeviceTimestamp, numbers: Deferred, moments: Moments | None, *, learned: bool = True
+    ) -> None:
         """Queue the step just done, and hand the numbers of the step before, which have arrived, to the hooks.
 
         The host waits for the newest numbers only after a run's first step, or if the controller needs them.
+
+        learned: whether the step has a loss, for a controller to observe
         """
         tokens = self.progress.batch * self.horizon.seq_len
         self._pending.append(Pending(self.progress, lr, tokens, self._began, done, numbers, moments))
         self._began = done
-        must_know = self.controller.needs_loss or moments is not None
+        must_know = learned and (self.controller.needs_loss or moments is not None)
         self.deliver_metrics(keep=0 if must_know or not self._delivered else 1)  # users wait for the first
         if must_know:
             self.controller.observe(self._last_statistics, self._last_loss, self.progress)
@@ -164,7 +190,8 @@ class Loop:
     def deliver_metrics(self, keep: int) -> None:
         """Hand the numbers of finished steps to the hooks, except the newest `keep`, which may still be computing.
 
-        Raises TrainingDiverged on all ranks for a loss or gradient norm that is not finite.
+        Raises TrainingDiverged on all ranks for a loss or gradient norm that is not finite. Where a hook of some rank has a
+        fault, that rank raises it, and the others raise PeerFailed.
         """
         while len(self._pending) > keep:
             step = self._pending.pop(0)
@@ -184,6 +211,8 @@ class Loop:
                     "Resume from the last checkpoint with a lower optim.lr, a longer schedule.warmup or a smaller "
                     "trainer.max_grad_norm"
                 )
+            if numbers.pop("faults") > 0:
+                raise self._fault or PeerFailed(config_error=False)
             row = {
                 "step": progress.step,
                 "loss": numbers.pop("loss"),

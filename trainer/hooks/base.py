@@ -24,10 +24,13 @@ class Hook:
     alone       it never communicates, so it may exist on one rank only, as loggers do. Its `on_run_begin` is called after those
                 of hooks that may communicate; if it raises on one rank, the run ends cleanly on all
     of_one_run  its state belongs to one run: a run that branches off (resume=<another run's>) does not load it
+    fault       what keeps this rank from going on. It is set instead of raised where only some ranks may see it, or see it at
+                different steps. All ranks end the run together once the next step's numbers have arrived
     """
 
     alone = False
     of_one_run = False
+    fault: Exception | None = None
 
     def on_run_begin(self, loop: Loop) -> None:
         """Called once the run is built and, on a resume, restored; before the first step."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,8 @@ from ...config.duration import Duration, Unit
 from ...data.batch import MicroBatch
 from ..loop import Loop
 from .base import Hook
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,14 @@ class Evaluation(Hook):
 
     def _evaluate(self, loop: Loop) -> None:
         loop.deliver_metrics(keep=0)
-        losses = [float(loop.engine.evaluate(each.micro_batches).mean) for each in self._sets]
-        weights = [each.weight for each in self._sets]
-        mean = math.fsum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / math.fsum(weights)
+        found = [loop.engine.evaluate(each.micro_batches) for each in self._sets]
+        losses = [float(loss.mean) for loss in found]
+        # A source without a target says nothing, and its 0 has no place in the mean.
+        weights = [each.weight if float(loss.tokens) else 0.0 for each, loss in zip(self._sets, found, strict=True)]
+        if not all(weights) and loop.mesh.is_main:
+            silent = ", ".join(each.name or "the data" for each, weight in zip(self._sets, weights, strict=True) if not weight)
+            log.warning("step %d: no held-out sample of %s has a target, so its loss says nothing", loop.progress.step, silent)
+        mean = math.fsum(map(operator.mul, weights, losses)) / math.fsum(weights) if any(weights) else 0.0
         row: dict[str, Any] = {"step": loop.progress.step, "eval_loss": mean, "tokens": loop.progress.tokens}
         row |= {f"eval_loss/{each.name}": loss for each, loss in zip(self._sets, losses, strict=True) if each.name}
         for hook in loop.hooks:

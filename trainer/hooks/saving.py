@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ...checkpoint.checkpointer import Checkpointer
+from ...checkpoint.errors import CheckpointError
 from ...checkpoint.identity import RunIdentity
 from ...checkpoint.report import SaveReport
+from ..all_ranks import raise_on_all_ranks
 from ..loop import Loop
 from .base import Hook, hooks_by_name
 
@@ -61,7 +63,12 @@ class Saving(Hook):
         to_disk, in_memory = (bool(every) and loop.progress.step % every == 0 for every in (self._every, self._memory_every))
         if to_disk or in_memory:
             self._save(loop, disk=to_disk)
-        self._report(loop, self._checkpointer.poll())
+        if self.fault is not None:
+            return
+        try:
+            self._report(loop, self._checkpointer.poll())
+        except CheckpointError as error:  # saves end on each rank in their own time: the ranks must not stop at different steps
+            self.fault = error
 
     def _save(self, loop: Loop, *, disk: bool = True, required: bool = False) -> None:
         # A step whose loss is not finite must not become a checkpoint. But reading the loss now would leave the GPU idle
@@ -89,11 +96,14 @@ class Saving(Hook):
         self._report(loop, self._checkpointer.wait())
 
     def finish(self, loop: Loop) -> None:
-        """Save a last time and wait. Raises CheckpointError if that failed: a run without its last save has not succeeded."""
+        """Save a last time and wait. If that fails on a rank, all raise: a run without its last save has not succeeded.
+
+        Raises CheckpointError where it failed, and PeerFailed on the other ranks.
+        """
         self._report(loop, self._checkpointer.wait())
-        if loop.progress.step != self._saved_step:  # not its turn, skipped, or failed
+        if loop.mesh.any(loop.progress.step != self._saved_step):  # not its turn, skipped, or failed
             self._save(loop, required=True)
-        self._report(loop, self._checkpointer.finish())
+        self._report(loop, raise_on_all_ranks(loop.mesh, self._checkpointer.finish))
 
     def close(self) -> None:
         """Wait for saves under way, and release memory, processes and the folder's lock."""

@@ -8,6 +8,9 @@ import pytest
 
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
+from meshloom.checkpoint.errors import CheckpointError
+from meshloom.checkpoint.report import SaveReport
+from meshloom.trainer.all_ranks import PeerFailed
 from meshloom.trainer.hooks.base import Hook
 from meshloom.trainer.hooks.saving import Saving
 from meshloom.trainer.loop import Loop
@@ -37,6 +40,8 @@ class NotedCalls:
 
     def poll(self) -> list[Any]:
         return []
+
+    wait = finish = poll
 
 
 class StepEnds(Hook):
@@ -71,3 +76,71 @@ def test_saves_wait_for_their_loss_and_updates_for_their_saves(mode: str) -> Non
     start = ["before update", "confirm 1", "prepare", "end 1", "before update"]
     end = ["end 4", "confirm 4"] if mode == "async" else ["end 4"]
     assert calls == [*start, *SAVES[mode], *end]
+
+
+class FullDisk(NotedCalls):
+    """Stands for a checkpointer whose saves fail: the one rank hears of it after the second step, the other never."""
+
+    def __init__(self, rank: int, calls: list[str]) -> None:
+        super().__init__("async", calls)
+        self._rank = rank
+
+    def poll(self) -> list[Any]:
+        if self._rank == 0 and "confirm 1" in self._calls:
+            raise CheckpointError("3 saves in a row failed")
+        return []
+
+
+def saved_to_a_full_disk(rank: int, world_size: int) -> tuple[str, str]:
+    """The exception that ends this rank, and what its checkpointer was asked for last."""
+    calls: list[str] = []
+    saving = Saving(cast(Checkpointer, FullDisk(rank, calls)), 2, {})
+    work = Work(samples=2)
+    with pytest.raises((CheckpointError, PeerFailed)) as caught:
+        take_steps(build(work, world_size), work, range(9), saving)
+    return str(caught.value), calls[-1]
+
+
+def test_saves_that_fail_end_all_ranks_at_the_same_step() -> None:
+    (own, last), (peer, peers_last) = run_ranks(2, saved_to_a_full_disk)
+    assert own == "3 saves in a row failed" and peer == "another rank failed"
+    assert last == peers_last
+
+
+class LastSave(NotedCalls):
+    """Stands for a checkpointer whose save was committed on rank 0, while rank 1 did not hear of it."""
+
+    def __init__(self, rank: int, calls: list[str], fails: bool) -> None:
+        super().__init__("async", calls)
+        self._rank, self._fails = rank, fails
+
+    def wait(self) -> list[SaveReport]:
+        return [SaveReport(step=2, outcome="committed" if self._rank == 0 else "failed")]
+
+    def finish(self) -> list[Any]:
+        if self._fails and self._rank == 0:
+            raise CheckpointError("the last save failed")
+        return []
+
+
+def saved_at_the_end(rank: int, world_size: int, fails: bool) -> tuple[str, str]:
+    """How the end of a run ends on this rank, and what its checkpointer was asked for last."""
+    calls: list[str] = []
+    saving, work = Saving(cast(Checkpointer, LastSave(rank, calls, fails)), 2, {}), Work(samples=2)
+    loops: list[Loop] = []
+
+    class Kept(Hook):
+        def on_step_end(self, loop: Loop) -> None:
+            loops.append(loop)
+
+    take_steps(build(work, world_size), work, range(2), saving, Kept())
+    try:
+        saving.finish(loops[0])
+    except (CheckpointError, PeerFailed) as error:
+        return str(error), calls[-1]
+    return "", calls[-1]
+
+
+def test_ranks_decide_together_on_the_last_save() -> None:
+    assert run_ranks(2, saved_at_the_end, False) == [("", "save 2")] * 2
+    assert [said for said, _ in run_ranks(2, saved_at_the_end, True)] == ["the last save failed", "another rank failed"]
