@@ -15,6 +15,7 @@ import torch
 from ..config.precision import PRECISIONS
 from ..models.config import DecoderConfig
 from ..models.costs import (
+    ForwardPass,
     block_bytes,
     embedding_flops,
     flops_per_token,
@@ -118,83 +119,140 @@ def _rank_cost(
     timeline: Timeline | None,
     make: OptimizerFactory,
 ) -> RankCost:
-    unit, exact = PRECISIONS[job.precision].bytes, PRECISIONS[job.precision].accum_bytes
-    mine = plan.held_by(rank)
-    last = plan.count - 1
+    mine, last = plan.held_by(rank), plan.count - 1
     held = [piece for stage in mine for piece in pieces(stages[stage], layout)]
     # A tied head that is not beside its embedding is borrowed: it has a shard and a gradient, but no optimizer state.
     own = [piece for piece in held if not (plan.count > 1 and decoder_shape(model).tied and piece.name == "head.weight")]
-    whole = sum(piece.whole for piece in held)
-    groups: dict[str, int] = {}
-    for piece in held:
-        groups[piece.group] = groups.get(piece.group, 0) + piece.whole
-    blocks = [count for group, count in groups.items() if group.startswith("layers.")]
-    # One block computes while the next is on its way; what is not in a block stays, and through a pipeline everything.
-    at_once = whole
-    if layout.zero == 3 and parallel.pp == 1:
-        embedding = (
-            0 if decoder_shape(model).tied else groups["embed"]
-        )  # given back after its lookup; a tied one stays with the head
-        at_once = whole - sum(blocks) - embedding + max(embedding, sum(sorted(blocks)[-2:]))
-    accumulates = parallel.pp > 1 or (job.micro_batches > 1 and layout.zero < 2)
-    shards = sum(piece.padded for piece in held) * exact
     parcels = _parcels(held, model, parallel, layout, job)
-    exchanged = parcels > 0 and job.precision == "bf16" and layout.zero >= 2
-    moving = max(groups.values()) * (unit if exchanged else unit + exact)
-    gathered, gradients = at_once * unit, shards + (whole * exact if accumulates else moving)
-    left = 0 if parallel.pp == 1 and job.micro_batches == 1 else whole * exact if accumulates else shards
     state, one_pass = optimizer_bytes(make, own, model, torch.float64 if job.precision == "fp64" else torch.float32)
     if parallel.engine == "torch" and not uses_fsdp(parallel, layout):
-        # Whole weights lie beside their masters; of one dtype, the masters are a part of them. Gradients are added up whole.
-        # While a group's are on their way, as they were sent and as they are received, the next one's are computed.
-        shared = layout.gradient_ranks > 1
-        gathered = whole * unit if unit != exact else max(0, whole * exact - shards)
-        away = 2 * (exact if accumulates else unit) if shared and not parcels else 0
-        moving = max(groups.values()) * (away + (0 if shared and accumulates else unit))
-        gradients = shards + (whole * exact if accumulates and shared else 0) + moving
-        if not shared and job.micro_batches == 1 and unit < exact and one_pass:
-            gradients = whole * unit  # they go to the optimizer as they are
-
+        weights = _whole_weights(held, layout, job, parcels=parcels > 0, one_pass=one_pass)
+    else:
+        weights = _fully_sharded_weights(held, model, parallel, layout, job, parcels=parcels > 0)
     forward_pass = job.forward_pass(parallel)
-    shapes = decoder_shape(model).blocks()
-    blocks_keep = [block_bytes(block, forward_pass, policy) for block, policy in zip(shapes, job.policies, strict=True)]
-    hidden = (
-        job.micro
-        * job.seq_len
-        // parallel.cp
-        * decoder_shape(model).dim
-        * unit
-        // (parallel.tp if parallel.sequence_parallel else 1)
-    )
-    # A stage holds what it sent, too, until the micro-batch's backward pass.
-    sizes = {stage: sum(blocks_keep[layer] for layer in plan.layers[stage]) + (hidden if stage < last else 0) for stage in mine}
-    kept = timeline.peak(rank, lambda stage: sizes[stage]) if timeline else sum(sizes.values())
-    # A block's backward pass holds what policy "none" keeps (computed again or fetched), and gradients of about as much.
-    computed_again = bool({"full", "offload"} & set(job.policies))
-    unfused = replace(forward_pass, fused_swiglu=False)
-    working = max(block_bytes(block, unfused, "none") for block in shapes) * (2 if computed_again else 1)
-    if last in mine:
-        working = max(working, loss_bytes(decoder_shape(model), forward_pass))
-    working += parcels
-    if plan.count > parallel.pp:
-        # These schedules of torch wait for their sends when the step ends, and hold what was sent until then.
-        away = sum(plan.ranks[other] != rank for stage in mine for other in (stage - 1, stage + 1) if 0 <= other <= last)
-        working += hidden * job.micro_batches * away
-
+    hidden = _hidden_bytes(model, parallel, job)
     costs = stage_costs(decoder_shape(model), plan, job)
     tokens = job.micro * job.micro_batches * job.seq_len / parallel.cp / parallel.tp
     return RankCost(
         layers=[plan.layers[stage] for stage in mine],
         elements=sum(torch.Size(piece.shape).numel() for piece in own),
         flops=tokens * sum(costs[stage].forward + costs[stage].of("B") for stage in mine),
-        weights=shards,
-        gathered=gathered,
-        gradients=gradients,
-        held=left,
+        weights=weights.shards,
+        gathered=weights.gathered,
+        gradients=weights.gradients,
+        held=weights.left,
         optimizer=state,
-        activations=round(kept),
-        working=working,
+        activations=_activation_bytes(rank, model, plan, job, forward_pass, hidden, timeline),
+        working=_working_bytes(model, job, forward_pass, loss=last in mine) + parcels + _unsent_bytes(rank, plan, job, hidden),
     )
+
+
+@dataclass(frozen=True)
+class _WeightBytes:
+    """Bytes of a rank's weights and gradients: fields of `RankCost`. left: its `held`."""
+
+    shards: int
+    gathered: int
+    gradients: int
+    left: int
+
+
+def _group_sizes(held: Sequence[WeightShard]) -> dict[str, int]:
+    """Sum the elements of whole weights by the group that is gathered together."""
+    groups: dict[str, int] = {}
+    for piece in held:
+        groups[piece.group] = groups.get(piece.group, 0) + piece.whole
+    return groups
+
+
+def _fully_sharded_weights(
+    held: Sequence[WeightShard], model: Model, parallel: ParallelConfig, layout: Layout, job: Job, *, parcels: bool
+) -> _WeightBytes:
+    """Count weights that FSDP2 or DeepSpeed hold. parcels: whether copy engines send them."""
+    unit, exact = PRECISIONS[job.precision].bytes, PRECISIONS[job.precision].accum_bytes
+    groups, whole = _group_sizes(held), sum(piece.whole for piece in held)
+    blocks = [count for group, count in groups.items() if group.startswith("layers.")]
+    # One block computes while the next is on its way; what is not in a block stays, and through a pipeline everything.
+    at_once = whole
+    if layout.zero == 3 and parallel.pp == 1:
+        # The embedding is given back after its lookup; a tied one stays with the head.
+        embedding = 0 if decoder_shape(model).tied else groups["embed"]
+        at_once = whole - sum(blocks) - embedding + max(embedding, sum(sorted(blocks)[-2:]))
+    accumulates = parallel.pp > 1 or (job.micro_batches > 1 and layout.zero < 2)
+    shards = sum(piece.padded for piece in held) * exact
+    exchanged = parcels and job.precision == "bf16" and layout.zero >= 2
+    moving = max(groups.values()) * (unit if exchanged else unit + exact)
+    gradients = shards + (whole * exact if accumulates else moving)
+    left = 0 if parallel.pp == 1 and job.micro_batches == 1 else whole * exact if accumulates else shards
+    return _WeightBytes(shards, at_once * unit, gradients, left)
+
+
+def _whole_weights(held: Sequence[WeightShard], layout: Layout, job: Job, *, parcels: bool, one_pass: bool) -> _WeightBytes:
+    """Count weights that lie whole beside their masters. Of one dtype, the masters are a part of them.
+
+    Gradients are added up whole. While a group's are on their way, as they were sent and as they are received, the next
+    one's are computed.
+
+    parcels: whether copy engines send them; one_pass: whether the optimizer takes gradients in the dtype of the computation
+    """
+    unit, exact = PRECISIONS[job.precision].bytes, PRECISIONS[job.precision].accum_bytes
+    whole, shards = sum(piece.whole for piece in held), sum(piece.padded for piece in held) * exact
+    accumulates, shared = job.micro_batches > 1 and layout.zero < 2, layout.gradient_ranks > 1
+    gathered = whole * unit if unit != exact else max(0, whole * exact - shards)
+    away = 2 * (exact if accumulates else unit) if shared and not parcels else 0
+    moving = max(_group_sizes(held).values()) * (away + (0 if shared and accumulates else unit))
+    gradients = shards + (whole * exact if accumulates and shared else 0) + moving
+    if not shared and job.micro_batches == 1 and unit < exact and one_pass:
+        gradients = whole * unit  # they go to the optimizer as they are
+    left = 0 if job.micro_batches == 1 else whole * exact if accumulates else shards
+    return _WeightBytes(shards, gathered, gradients, left)
+
+
+def _hidden_bytes(model: Model, parallel: ParallelConfig, job: Job) -> int:
+    """Count the bytes of one micro-batch's hidden states, as they pass between stages."""
+    tokens, cut = job.micro * job.seq_len // parallel.cp, parallel.tp if parallel.sequence_parallel else 1
+    return tokens * decoder_shape(model).dim * PRECISIONS[job.precision].bytes // cut
+
+
+def _activation_bytes(
+    rank: int,
+    model: Model,
+    plan: StagePlan,
+    job: Job,
+    forward_pass: ForwardPass,
+    hidden: int,
+    timeline: Timeline | None,
+) -> int:
+    """Estimate what a rank's stages keep for backward passes, at most at once."""
+    shapes = decoder_shape(model).blocks()
+    blocks_keep = [block_bytes(block, forward_pass, policy) for block, policy in zip(shapes, job.policies, strict=True)]
+    # A stage holds what it sent, too, until the micro-batch's backward pass.
+    sizes = {
+        stage: sum(blocks_keep[layer] for layer in plan.layers[stage]) + (hidden if stage < plan.count - 1 else 0)
+        for stage in plan.held_by(rank)
+    }
+    return round(timeline.peak(rank, lambda stage: sizes[stage]) if timeline else sum(sizes.values()))
+
+
+def _working_bytes(model: Model, job: Job, forward_pass: ForwardPass, *, loss: bool) -> int:
+    """Estimate what lives for moments. loss: whether the rank computes it.
+
+    A block's backward pass holds what policy "none" keeps (computed again or fetched), and gradients of about as much.
+    """
+    computed_again = bool({"full", "offload"} & set(job.policies))
+    unfused = replace(forward_pass, fused_swiglu=False)
+    blocks = decoder_shape(model).blocks()
+    working = max(block_bytes(block, unfused, "none") for block in blocks) * (2 if computed_again else 1)
+    return max(working, loss_bytes(decoder_shape(model), forward_pass)) if loss else working
+
+
+def _unsent_bytes(rank: int, plan: StagePlan, job: Job, hidden: int) -> int:
+    """Count what torch's schedules of several stages a rank have sent: they wait for it only when the step ends."""
+    if plan.count == len(set(plan.ranks)):
+        return 0
+    last, mine = plan.count - 1, plan.held_by(rank)
+    away = sum(plan.ranks[other] != rank for stage in mine for other in (stage - 1, stage + 1) if 0 <= other <= last)
+    return hidden * job.micro_batches * away
 
 
 def _parcels(held: Sequence[WeightShard], model: Model, parallel: ParallelConfig, layout: Layout, job: Job) -> int:
