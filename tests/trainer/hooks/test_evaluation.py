@@ -12,6 +12,7 @@ from meshloom.config.duration import Duration, Unit
 from meshloom.config.problems import Problem
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.progress import Progress
+from meshloom.parallel.engine import StepLoss
 from meshloom.trainer.config import TrainerConfig
 from meshloom.trainer.hooks.evaluation import Evaluation, EvaluationSet
 
@@ -25,7 +26,7 @@ def evaluated_at(every: str | int | None, sizes: list[int], total: int) -> list[
         horizon=Horizon(Duration(total, Unit.SAMPLES), SEQ_LEN),
         progress=Progress(),
         deliver_metrics=lambda keep: None,
-        engine=SimpleNamespace(evaluate=lambda batches: SimpleNamespace(mean=torch.zeros(()))),
+        engine=SimpleNamespace(evaluate=lambda batches: StepLoss(torch.zeros(()), torch.ones(()), {})),
         hooks=[SimpleNamespace(on_evaluate=lambda loop, row: seen.append(row["step"]))],
         restart_clock=lambda: None,
         finished=False,
@@ -54,12 +55,29 @@ def test_it_evaluates_where_a_multiple_is_reached(every: str | int | None, steps
 
 
 def test_sources_of_a_mixture_are_evaluated_apart_and_weighted() -> None:
-    losses = {"code": 2.0, "c4.en": 4.0}
+    found = {
+        "code": StepLoss(torch.tensor(6.0), torch.tensor(3.0), {}),
+        "c4.en": StepLoss(torch.tensor(4.0), torch.ones(()), {}),
+    }
+    row = evaluated(found)
+    assert row["eval_loss"] == 2.5 and row["eval_loss/code"] == 2.0 and row["eval_loss/c4.en"] == 4.0
+
+
+def test_a_source_without_targets_is_left_out_of_the_mean(caplog: pytest.LogCaptureFixture) -> None:
+    nothing = StepLoss(torch.zeros(()), torch.zeros(()), {})
+    assert evaluated({"code": nothing, "c4.en": StepLoss(torch.tensor(4.0), torch.ones(()), {})})["eval_loss"] == 4.0
+    assert "no held-out sample of code has a target" in caplog.text
+    assert evaluated({"code": nothing, "c4.en": nothing})["eval_loss"] == 0.0
+
+
+def evaluated(found: dict[str, StepLoss]) -> dict[str, Any]:
+    """The row of an evaluation of two sources, of which the first has three times the weight."""
     rows: list[dict[str, Any]] = []
     loop = SimpleNamespace(
         progress=Progress(),
+        mesh=SimpleNamespace(is_main=True),
         deliver_metrics=lambda keep: None,
-        engine=SimpleNamespace(evaluate=lambda name: SimpleNamespace(mean=torch.tensor(losses[name]))),
+        engine=SimpleNamespace(evaluate=lambda name: found[name]),
         hooks=[SimpleNamespace(on_evaluate=lambda loop, row: rows.append(row))],
         restart_clock=lambda: None,
         finished=True,
@@ -67,7 +85,7 @@ def test_sources_of_a_mixture_are_evaluated_apart_and_weighted() -> None:
     sets = [EvaluationSet(name, weight, cast(Any, name)) for name, weight in (("code", 3.0), ("c4.en", 1.0))]
     Evaluation(sets, None).on_step_end(cast(Any, loop))
     (row,) = rows
-    assert row["eval_loss"] == 2.5 and row["eval_loss/code"] == 2.0 and row["eval_loss/c4.en"] == 4.0
+    return row
 
 
 @pytest.mark.parametrize("written", [-1, "often", "0 samples", "0%"])
