@@ -6,7 +6,7 @@ Shape legend: B batch, S sequence, H query heads, K key/value heads (H is a mult
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from .attention_blocks import Kernel, kernel_for
 from .attention_op import attend
 from .documents import Documents
 from .flash4 import flash4_attend
+from .flex import compiled, flex_attend
 
 _OTHERS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CUDA_BACKENDS: dict[Kernel, list[SDPBackend]] = {
@@ -25,6 +26,12 @@ CUDA_BACKENDS: dict[Kernel, list[SDPBackend]] = {
 }
 """Order in which PyTorch's own kernels are tried on a GPU, by the run's choice. The first that can run the given shapes and
 types does."""
+
+
+def needs_flex(q: torch.Tensor, kernel: Kernel, softcap: float) -> bool:
+    """Return whether no ready kernel computes capped scores of these queries, in half precision on a GPU."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return q.is_cuda and half and kernel_for(q, kernel, softcap=softcap) == "math"
 
 
 class Attend(Protocol):
@@ -78,6 +85,9 @@ class CausalAttention:
         factor = q_BSHD.shape[-1] ** -0.5 if scale is None else scale
         if window is not None and window >= q_BSHD.shape[1]:
             window = None
+        if softcap is not None and needs_flex(q_BSHD, self.kernel, softcap):
+            how: dict[str, Any] = {"scale": factor, "window": window, "softcap": softcap, "sinks": sinks}
+            return flex_attend(q_BSHD, k_BSKD, v_BSKD, documents, **how, flex=compiled())
         if documents is not None or window is not None or softcap is not None or sinks is not None:
             ends = (None, None) if documents is None else (documents.cu_seqlens, documents.host_cu_seqlens)
             out_BSHD, _ = attend(q_BSHD, k_BSKD, v_BSKD, *ends, sinks, factor, window, softcap, self.kernel)

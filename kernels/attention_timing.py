@@ -10,7 +10,8 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import flash4
 from .attention_blocks import Kernel
+from .attention_op import attend
 from .trial import survived
 
 log = logging.getLogger(__name__)
@@ -33,14 +35,26 @@ _REPEATS = 5
 _WARM_UP = 0.2  # seconds: a GPU that idled, while a kernel was compiled, needs some to bring its clock up
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shape:
-    """Sizes of what one rank's attention computes of a sequence."""
+    """Sizes of what one rank's attention computes of a sequence. window, softcap: as in `kernels.attention.Attend`."""
 
     seq_len: int
     heads: int
     kv_heads: int
     head_dim: int
+    window: int | None = None
+    softcap: float | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is neither a window nor a soft-cap."""
+        return self.window is None and self.softcap is None
+
+    def __repr__(self) -> str:
+        """Name what is set: measured times are remembered by this."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return f"Shape({', '.join(f'{name}={value}' for name, value in values.items() if value is not None)})"
 
 
 def unsupported_reason(kernel: Kernel, shape: Shape, device: torch.device) -> str | None:
@@ -48,6 +62,10 @@ def unsupported_reason(kernel: Kernel, shape: Shape, device: torch.device) -> st
 
     What rules say is the same at every start, unlike a failure: for PyTorch's kernels it is PyTorch who is asked.
     """
+    if shape.softcap is not None and kernel != "flash4":
+        return "it takes no soft-cap"
+    if shape.window is not None and kernel == "cudnn":
+        return "it takes no window here"
     if kernel == "flash4":
         if shape.head_dim % 8 or shape.head_dim > flash4.LARGEST_HEAD:
             return f"it takes head widths that are multiples of 8 up to {flash4.LARGEST_HEAD}, not {shape.head_dim}"
@@ -70,7 +88,7 @@ def seconds(kernel: Kernel, shape: Shape, device: torch.device) -> float:
     def once() -> float:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        torch.autograd.grad(_attend(kernel, q, k, v), (q, k, v), gradient)
+        torch.autograd.grad(_attend(kernel, shape, q, k, v), (q, k, v), gradient)
         stop.record()
         torch.cuda.synchronize(device)
         return start.elapsed_time(stop) / 1000
@@ -92,19 +110,20 @@ def flash4_compilations(shape: Shape) -> dict[str, Callable[[torch.device], obje
 
     They do nothing on a machine that it does not run on.
     """
+    special: dict[str, Any] = {"left": None if shape.window is None else shape.window - 1, "softcap": shape.softcap}
 
     def forward(device: torch.device) -> object:
         if unsupported_reason("flash4", shape, device) is not None:
             return None
         q, k, v = (tensor.detach() for tensor in _inputs(shape, device))
-        return flash4.forward(q, k, v, causal=True, scale=shape.head_dim**-0.5)
+        return flash4.forward(q, k, v, causal=True, scale=shape.head_dim**-0.5, **special)
 
     def backward(device: torch.device) -> object:
         if unsupported_reason("flash4", shape, device) is not None:
             return None
         q, k, v = (tensor.detach() for tensor in _inputs(shape, device))
         log_sum = q.new_zeros(1, shape.heads, shape.seq_len, dtype=torch.float32)
-        return flash4.backward(q, q, k, v, q, log_sum, causal=True, scale=shape.head_dim**-0.5)
+        return flash4.backward(q, q, k, v, q, log_sum, causal=True, scale=shape.head_dim**-0.5, **special)
 
     return {f"FlashAttention 4 {way.__name__}, {shape}": way for way in (forward, backward)}
 
@@ -116,7 +135,9 @@ def _inputs(shape: Shape, device: torch.device, samples: int = 1) -> list[torch.
     return [torch.randn(size, device=device, dtype=torch.bfloat16, generator=draw).requires_grad_() for size in sizes]
 
 
-def _attend(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _attend(kernel: Kernel, shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    if not shape.is_plain:
+        return attend(q, k, v, None, None, None, q.shape[-1] ** -0.5, shape.window, shape.softcap, kernel)[0]
     if kernel == "flash4":
         return flash4.flash4_attend(q, k, v, q.shape[-1] ** -0.5)[0]
     grouped = q.shape[2] != k.shape[2]

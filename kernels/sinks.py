@@ -11,11 +11,15 @@ from __future__ import annotations
 import torch
 
 
+def share_without_sinks(lse_BHQ: torch.Tensor, sinks_H: torch.Tensor) -> torch.Tensor:
+    """Return the share of the softmax that the keys keep, (B, Q, H, 1)."""
+    return torch.sigmoid(lse_BHQ - sinks_H.to(lse_BHQ.dtype)[:, None]).transpose(1, 2).unsqueeze(-1)
+
+
 def add_sinks(out_BQHD: torch.Tensor, lse_BHQ: torch.Tensor, sinks_H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return output and log-sum-exp of the softmax with the sinks."""
     total_BHQ = torch.logaddexp(lse_BHQ, sinks_H.to(lse_BHQ.dtype)[:, None])
-    share_BQH1 = torch.exp(lse_BHQ - total_BHQ).transpose(1, 2).unsqueeze(-1)
-    return (out_BQHD * share_BQH1).to(out_BQHD.dtype), total_BHQ
+    return (out_BQHD * share_without_sinks(lse_BHQ, sinks_H)).to(out_BQHD.dtype), total_BHQ
 
 
 def sinks_gradient(

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ..config.cache import cache_folder
+from ..config.problems import Problem
 from ..kernels import precompile
 from ..kernels.attention_blocks import Kernel
 from ..kernels.attention_timing import KERNELS, Shape, fastest, flash4_compilations, seconds, unsupported_reason
@@ -33,13 +34,16 @@ LONGEST = 16_384
 """Positions: which kernel is faster does not change any more beyond, and a pass over a million takes a minute."""
 
 
-def choose_attention(model: DecoderConfig, mesh: Mesh, parallel: ParallelConfig, seq_len: int) -> Kernel:
+def choose_attention(
+    model: DecoderConfig, mesh: Mesh, parallel: ParallelConfig, seq_len: int, window: int | None = None
+) -> Kernel:
     """Choose the kernel for all ranks: as this machine remembers, or else as all ranks measure now.
 
+    window: of the layers that it is for.
     A kernel that cannot compute the shape on some rank is left out. One that should and yet fails is left out of this run
     only: it is tried again when the next begins, while the others keep the times that they had.
     """
-    shape = shape_of(model, parallel, seq_len)
+    shape = shape_of(model, parallel, seq_len, window)
     record, work = record_path(), f"{machine()}, {mesh.layout.world_size} processes, {shape}"
     usable, times = _known(record, work, shape, mesh)
     if "flash4" in usable:  # also where another machine's times are remembered
@@ -54,15 +58,32 @@ def choose_attention(model: DecoderConfig, mesh: Mesh, parallel: ParallelConfig,
     if mesh.is_main:
         how = {kernel: "measured" if kernel in new else f"as {record} remembers" for kernel in lasting}
         each = "; ".join(f"{kernel} {1000 * time:.2f} ms, {how[kernel]}" for kernel, time in lasting.items())
-        log.info("attention by %s: %s", chosen, each or "no fused kernel can compute it")
+        what = "attention" if window is None else f"attention through a window of {window}"
+        log.info("%s by %s: %s", what, chosen, each or "no ready kernel can compute it")
     return chosen
 
 
-def shape_of(model: DecoderConfig, parallel: ParallelConfig, seq_len: int) -> Shape:
+def shape_of(model: DecoderConfig, parallel: ParallelConfig, seq_len: int, window: int | None = None) -> Shape:
     """Return what a rank's kernel computes at once: in a ring a part of the sequence, with Ulysses a part of the heads."""
     ways = parallel.tp * (parallel.cp if parallel.cp_kind == "ulysses" else 1)
     seen = seq_len // parallel.cp if parallel.cp_kind == "ring" else seq_len
-    return Shape(min(seen, LONGEST), max(1, model.heads // ways), max(1, model.kv_heads // ways), model.head_width)
+    length, heads, kv_heads = min(seen, LONGEST), max(1, model.heads // ways), max(1, model.kv_heads // ways)
+    window = None if window is None or window >= length else window
+    return Shape(length, heads, kv_heads, model.head_width, window, model.attention_softcap)
+
+
+def ring_kernel_problems(model: DecoderConfig, parallel: ParallelConfig, chosen: Mapping[int | None, Kernel]) -> list[Problem]:
+    """Return what is wrong where a ring's blocks would keep all their scores on a GPU."""
+    rings = parallel.cp > 1 and parallel.cp_kind == "ring"
+    if not rings or model.attention_softcap is None or all(kernel == "flash4" for kernel in chosen.values()):
+        return []
+    text = "only FlashAttention 4 computes a ring's blocks with model.attention_softcap, and it can't run here"
+    return [Problem("parallel.cp_kind", text, "use ulysses, or parallel.cp=1")]
+
+
+def windows_of(model: DecoderConfig) -> list[int | None]:
+    """List the kinds of attention that layers have, by their windows; None: the kind without one."""
+    return list(dict.fromkeys(block.attention.window for block in model.blocks()))
 
 
 def record_path() -> Path:

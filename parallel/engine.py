@@ -5,8 +5,8 @@ The trainer never asks which engine it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import torch
@@ -15,6 +15,7 @@ from ..config.precision import PRECISIONS
 from ..data.assignment import Share
 from ..data.batch import MicroBatch
 from ..kernels.attention_blocks import Kernel
+from ..models.config import DecoderConfig
 from ..optim.optimizers.parameters import NamedParameter, Shards
 from .fragment import Fragment
 from .gradient_noise import Measure, Moments
@@ -36,7 +37,7 @@ class EngineSettings:
     float8     recipe for the blocks' matrix products (`float8.RECIPES`)
     seq_len    positions per sample, for the choice of attention's kernel; 0: it does without
     measures   whether steps may be asked for gradient statistics
-    attention  kernel that the model's attention computes with in half precision on a GPU
+    attention  kernel that attention computes with in half precision on a GPU, by the layers' windows (None: without one)
     """
 
     seed: int = 0
@@ -47,7 +48,12 @@ class EngineSettings:
     float8: str = "none"
     seq_len: int = 0
     measures: bool = False
-    attention: Kernel = "cudnn"
+    attention: Mapping[int | None, Kernel] = field(default_factory=dict[int | None, Kernel])
+
+    def kernel(self, shape: DecoderConfig | None, layer: int) -> Kernel:
+        """Return the kernel of a layer's attention. shape: None for a model that is no decoder."""
+        window = None if shape is None else shape.block(layer).attention.window
+        return self.attention.get(window, "cudnn")
 
     def policy(self, layer: int) -> str:
         """Return the activation policy of a layer's block."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from ..config.problems import ConfigError
 from ..kernels import precompile, swiglu
+from ..kernels.attention_blocks import Kernel
 from ..kernels.attention_timing import flash4_compilations
 from ..kernels.precompile import Compilation
 from ..models.protocol import Model
-from .attention_choice import choose_attention, shape_of
+from .attention_choice import choose_attention, ring_kernel_problems, shape_of, windows_of
 from .config import ParallelConfig
 from .deepspeed.engine import DeepSpeedEngine
 from .engine import Engine, EngineSettings, OptimizerFactory
@@ -27,7 +29,12 @@ def make_engine(
     """Build the engine of `parallel.engine` over a model on the meta device, and fill in the initial weights."""
     shape = model.decoder_config
     if shape is not None and mesh.device.type == "cuda" and settings.precision == "bf16" and settings.seq_len:
-        settings = replace(settings, attention=choose_attention(shape, mesh, parallel, settings.seq_len))
+        chosen: dict[int | None, Kernel] = {
+            window: choose_attention(shape, mesh, parallel, settings.seq_len, window) for window in windows_of(shape)
+        }
+        settings = replace(settings, attention=chosen)
+        if problems := ring_kernel_problems(shape, parallel, chosen):
+            raise ConfigError(problems)
     if settings.float8 != "none" and mesh.is_main:
         log.warning("trainer.float8=%s: losses of different layouts differ by float8's rounding", settings.float8)
     if parallel.engine == "torch" and (parallel.deepspeed.config or parallel.deepspeed.cpu_adam) and mesh.is_main:
@@ -44,7 +51,9 @@ def start_compiling(model: Model, parallel: ParallelConfig, settings: EngineSett
     shape = model.decoder_config
     if shape is None or settings.precision != "bf16" or not settings.seq_len:
         return
-    works: dict[str, Compilation] = {**flash4_compilations(shape_of(shape, parallel, settings.seq_len))}
+    works: dict[str, Compilation] = {}
+    for window in windows_of(shape):
+        works |= flash4_compilations(shape_of(shape, parallel, settings.seq_len, window))
     if fused_swiglu_blocker(shape, parallel, settings) is None:
         works[SWIGLU] = swiglu.unsupported_reason
     precompile.start(works)

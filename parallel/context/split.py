@@ -10,6 +10,7 @@ gradients add up to the whole samples' (rule R2).
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,12 @@ class ContextParallel:
         length = q_BTHD.shape[1] * self._size
         kernel = self._plain.kernel
         return ring_attend(q_BTHD, k_BTKD, v_BTKD, documents, length=length, ring=self._ring, kernel=kernel, **how)
+
+    def with_kernel(self, kernel: Kernel) -> ContextParallel:
+        """Return the same, computing with this kernel."""
+        other = copy.copy(self)
+        other._plain = CausalAttention(kernel)
+        return other
 
     def cut(self, micro_batch: MicroBatch) -> ContextSlice:
         """Cut out this rank's part of a micro-batch that is on the device, where a copy of a part waits for nothing."""

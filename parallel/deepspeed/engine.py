@@ -73,7 +73,8 @@ class DeepSpeedEngine:
         if quantised:
             require_op("QuantizerBuilder", QUANTISED, "leave it out")
         blocks = model.block_modules()
-        model.use_kernels(dict.fromkeys(blocks, BlockKernels(CausalAttention(settings.attention))))
+        shape = model.decoder_config
+        model.use_kernels({layer: BlockKernels(CausalAttention(settings.kernel(shape, layer))) for layer in blocks})
         for layer, block in blocks.items():
             policy = settings.policy(layer)
             # Leave ZeRO-3's hooks around a block out of the compiled code: they gather its weights.

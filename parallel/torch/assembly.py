@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
@@ -80,10 +79,14 @@ def parallelize_stage(
     # Their weights must be whole where they are used. Before 2.13 torch can't run the second half of a backward pass through
     # an operator of several gradients.
     fused = mesh.layout.tp == 1 and not splits_backward(parallel)
-    plain = BlockKernels(context or CausalAttention(settings.attention), FusedNorm() if fused else None)
-    whole = replace(plain, swiglu=FusedSwiglu() if fused and fuse_swiglu else None)
-    # Selective checkpointing keeps one of the products that fused SwiGLU computes.
-    stage.use_kernels({layer: plain if policies[layer] == "selective" else whole for layer in blocks})
+    kernels: dict[int, BlockKernels] = {}
+    for layer in blocks:
+        kernel = settings.kernel(stage.decoder_config, layer)
+        attend = CausalAttention(kernel) if context is None else context.with_kernel(kernel)
+        # Selective checkpointing keeps one of the products that fused SwiGLU computes.
+        whole = fused and fuse_swiglu and policies[layer] != "selective"
+        kernels[layer] = BlockKernels(attend, FusedNorm() if fused else None, FusedSwiglu() if whole else None)
+    stage.use_kernels(kernels)
     if settings.float8 != "none":
         use_float8(blocks.values(), settings.float8, mesh.device)
     if mesh.layout.tp > 1:

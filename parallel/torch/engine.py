@@ -51,7 +51,7 @@ class TorchEngine:
         plan = settings.stages or StagePlan.single(len(model.block_modules()))
         assert plan.count == stage_count(parallel), f"{plan.count} stages are no division for parallel.pp={parallel.pp}"
         stages = own_stages(model, plan, mesh.coordinates["pp"])
-        context = ContextParallel(mesh, parallel.cp_kind, settings.attention) if mesh.layout.cp > 1 else None
+        context = ContextParallel(mesh, parallel.cp_kind) if mesh.layout.cp > 1 else None
         self.weights = Weights(make_strategies(parameter_groups(parallel, mesh.layout), mesh, parallel, settings), mesh)
         fuse = fuses_swiglu(model, mesh, parallel, settings)
         for stage in stages.values():

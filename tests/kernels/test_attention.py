@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
-from meshloom.kernels import attention_blocks
+from meshloom.kernels import attention_blocks, flash4
 from meshloom.kernels.attention import CausalAttention
+from meshloom.kernels.attention_blocks import Kernel
 from meshloom.kernels.attention_op import attend as attend_op
 from meshloom.kernels.documents import Documents
+from meshloom.kernels.flex import flex_attend
 
 attend = CausalAttention()
 
@@ -96,6 +99,19 @@ def test_windows_caps_and_sinks_equal_the_textbook(
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize(("window", "with_sinks"), [(None, False), (6, True)])
+def test_flex_attention_equals_the_textbook(window: int | None, with_sinks: bool, with_documents: bool) -> None:
+    """Forward, in its plain form: PyTorch has no backward pass of it for a CPU."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 23, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    sinks = torch.randn(4, generator=generator, dtype=torch.float64) if with_sinks else None
+    documents = random_documents(2, 23, generator) if with_documents else None
+    packed = None if documents is None else Documents.of(documents)
+    out = flex_attend(q, k, v, packed, scale=0.8, window=window, softcap=0.7, sinks=sinks, flex=flex_attention)
+    torch.testing.assert_close(out, textbook(q, k, v, documents, 0.8, window, 0.7, sinks), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_operator_keeps_pytorchs_rules(packed: bool, sinks: bool) -> None:
@@ -169,3 +185,30 @@ def test_documents_on_a_gpu_equal_those_on_the_cpu() -> None:
         results.append([x.detach().float().cpu() for x in (out, *grads)])
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * float(want.std()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["cudnn", "flash4"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize(("window", "softcap", "with_sinks"), [(100, None, False), (None, 5.0, False), (70, 3.0, True)])
+def test_windows_caps_and_sinks_on_a_gpu_equal_those_on_the_cpu(
+    window: int | None, softcap: float | None, with_sinks: bool, with_documents: bool, dim: int, kernel: Kernel
+) -> None:
+    if kernel == "flash4" and flash4.unsupported_reason() is not None:
+        pytest.skip("needs FlashAttention 4")
+    generator = torch.Generator().manual_seed(0)
+    documents = random_documents(2, 256, generator) if with_documents else None
+    inputs = [torch.randn(2, 256, heads, dim, generator=generator).bfloat16() for heads in (8, 2, 2)]
+    inputs += [torch.randn(8, generator=generator).bfloat16()] if with_sinks else []
+    dout = torch.randn(2, 256, 8, dim, generator=generator).bfloat16()
+    results: list[list[torch.Tensor]] = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
+        packed = None if documents is None else Documents.of(documents).to(torch.device(device))
+        sinks = leaves[3] if with_sinks else None
+        out = CausalAttention(kernel)(*leaves[:3], packed, window=window, softcap=softcap, sinks=sinks)
+        grads = torch.autograd.grad(out, leaves, dout.to(device, dtype))
+        results.append([x.detach().float().cpu() for x in (out, *grads)])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.06 * float(want.std()))

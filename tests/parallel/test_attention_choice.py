@@ -5,16 +5,26 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from meshloom.kernels.attention_timing import Shape
+from meshloom.kernels.attention_blocks import Kernel
+from meshloom.kernels.attention_timing import Shape, unsupported_reason
 from meshloom.models.config import DecoderConfig
 from meshloom.parallel import attention_choice
-from meshloom.parallel.attention_choice import choose_attention, read_record, record_path, remember, shape_of
+from meshloom.parallel.attention_choice import (
+    choose_attention,
+    read_record,
+    record_path,
+    remember,
+    ring_kernel_problems,
+    shape_of,
+    windows_of,
+)
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
@@ -148,3 +158,37 @@ def test_a_run_does_not_need_a_folder_to_remember_in(tmp_path: Path) -> None:
 def test_times_are_of_a_gpu_and_of_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert attention_choice.machine().startswith(f"NVIDIA H200, torch {torch.__version__}, cuDNN ")
+
+
+def test_a_window_has_a_kernel_of_its_own_where_it_hides_something() -> None:
+    model = DecoderConfig(
+        **{"dim": 64, "layers": 6, "heads": 4, "kv_heads": 2, "ffn_dim": 64, "vocabulary": 16},  # type: ignore[arg-type]
+        layer_types=["sliding", "sliding", "full"],
+        sliding_window=256,
+    )
+    assert windows_of(model) == [256, None]
+    shapes = [shape_of(model, ParallelConfig(), length, 256) for length in (512, 256)]
+    assert shapes == [Shape(512, 4, 2, 16, window=256), Shape(256, 4, 2, 16)]
+    assert repr(shapes[1]) == "Shape(seq_len=256, heads=4, kv_heads=2, head_dim=16)", "remembered times are found by it"
+    assert "window=256" in repr(shapes[0])
+    device = torch.device("cpu")
+    assert "window" in str(unsupported_reason("cudnn", shapes[0], device))
+    assert "soft-cap" in str(unsupported_reason("flash", replace(shapes[1], softcap=50.0), device))
+
+
+@pytest.mark.parametrize(
+    ("softcap", "layout", "kernel", "refused"),
+    [
+        (50.0, {"cp": 2}, "cudnn", True),
+        (50.0, {"cp": 2}, "flash4", False),
+        (50.0, {"cp": 2, "cp_kind": "ulysses"}, "cudnn", False),
+        (None, {"cp": 2}, "cudnn", False),
+        (50.0, {}, "cudnn", False),
+    ],
+)
+def test_a_ring_with_a_soft_cap_needs_flash_attention_4(
+    softcap: float | None, layout: dict[str, Any], kernel: Kernel, refused: bool
+) -> None:
+    model = DecoderConfig(dim=64, layers=1, heads=4, kv_heads=2, ffn_dim=64, vocabulary=16, attention_softcap=softcap)
+    found = ring_kernel_problems(model, ParallelConfig(**layout), {None: kernel})
+    assert [problem.key for problem in found] == ["parallel.cp_kind"] * refused
