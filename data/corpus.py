@@ -76,6 +76,7 @@ class Packed:
         self._verify = config.verify
         self._cache = cache_folder(config.cache_dir)
         self._tokenizer: Tokenizer | None = None
+        self._shards: tuple[TokenShards, TokenShards | None] | None = None
         self._train: StoredSamples | None = None
         self._validation: StoredSamples | None = None
         self._fingerprint = ""
@@ -100,6 +101,7 @@ class Packed:
                 self._tokenizer = Tokenizer.load(shards.tokenizer_file, shards.manifest.end_of_document)
             except ValueError as problem:
                 raise ShardError(f"{train}: its tokenizer can't be used ({problem})") from problem
+        self._shards = shards, held
         self._train = self._pack(shards, key)
         self._validation = None if held is None else self._pack(held, key, held_out=True)
         packing = self._packing if self.version == 1 or self._packing == "concat" else f"{self._packing} {self.version}"
@@ -144,6 +146,18 @@ class Packed:
         """The training samples of one epoch, in the order they are stored."""
         return self._prepared()
 
+    @property
+    def shards(self) -> TokenShards:
+        """The training shards, once prepared."""
+        assert self._shards is not None, "prepare() this data node before using it"
+        return self._shards[0]
+
+    @property
+    def validation_shards(self) -> TokenShards | None:
+        """The validation shards, once prepared; None where nothing is held out."""
+        assert self._shards is not None, "prepare() this data node before using it"
+        return self._shards[1]
+
     def train(self) -> Shuffled:
         """Return the endless training samples."""
         return Shuffled(self._prepared(), hash64(self.seed, 0))
@@ -181,6 +195,11 @@ class Corpus(Packed):
         if not 0 <= self._held_out < 1:
             found.append(Problem(f"{key}.validation", f"{self._held_out} is not a fraction", "use 0 (none) up to less than 1"))
         return found
+
+    @property
+    def asked_share(self) -> float:
+        """Share of the tokens that is to be held out."""
+        return self._held_out
 
     def prepare(self) -> None:
         """Build or find tokenizer and shards."""

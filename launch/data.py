@@ -11,7 +11,7 @@ from pathlib import Path
 from ..config.problems import ConfigError, Problem
 from .arguments import describe, parse
 
-_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".gz": "jsonl", ".zst": "jsonl", ".parquet": "parquet"}
+_LOOKED_AT = 256  # files whose contents tell the kind of all
 
 
 @dataclass
@@ -20,7 +20,7 @@ class TokenizeArguments:
 
     input             a path, glob pattern or folder; hf: a data set's name; stdlib: leave it out
     output            the folder to write; it must not exist
-    kind              text, jsonl, parquet, hf or stdlib; auto: by the endings of the files, text if they are none of the others
+    kind              text, jsonl, parquet, hf or stdlib; auto: by the contents and endings of the files
     field             the member or column with the text (jsonl, parquet, hf)
     separator         text between documents of a file (text); null: a file is a document
     subset, split, revision   of a Hugging Face data set
@@ -28,7 +28,7 @@ class TokenizeArguments:
     vocabulary        of a trained tokenizer
     tokenizer_sample  characters it is trained on, at most
     end_of_document   the token that ends a document in a tokenizer.json; null: the well-known names are tried
-    validation        fraction of the documents held out
+    validation        share of the tokens that is held out
     shard_tokens      a new file is begun after so many
     """
 
@@ -69,15 +69,14 @@ def tokenize(arguments: TokenizeArguments) -> Path:
     given, field = arguments.input, arguments.field
     kind, problems = arguments.kind, list[Problem]()
     if kind == "auto":
-        # By the files' endings: JSON read as text would be trained on with its markup.
-        names = [path.name for path in TextFiles(given).files()] or [given or ""]
-        kinds = sorted({_KINDS.get(Path(name).suffix, "text") for name in names})
+        # JSON read as text would be trained on with its markup.
+        kinds = _kinds_of(TextFiles(given).files()) or ["text"]
         kind = kinds[0]
         if len(kinds) > 1:
             fix = "give the kind that is meant, or a pattern for its files alone"
             problems.append(Problem("kind", f"'{given}' has files of {' and '.join(kinds)}", fix))
     sources = {
-        "text": lambda: TextFiles(given, arguments.separator),
+        "text": lambda: TextFiles(given, arguments.separator, markup=arguments.kind == "text"),
         "jsonl": lambda: JsonLines(given, field),
         "parquet": lambda: ParquetFiles(given, field),
         "hf": lambda: HuggingFace(given, arguments.subset, arguments.split, field, arguments.revision),
@@ -92,7 +91,9 @@ def tokenize(arguments: TokenizeArguments) -> Path:
         problems.append(Problem("kind", f"'{kind}' is unknown", f"use auto, {', '.join(sources)}"))
     else:
         found = sources[kind]().problems("")
-        problems += [Problem(problem.key.removeprefix(".") or "kind", problem.message, problem.fix) for problem in found]
+        problems += [
+            Problem(problem.key.removeprefix(".") or "kind", problem.message, _without_group(problem.fix)) for problem in found
+        ]
     if not 0 <= arguments.validation < 1:
         problems.append(Problem("validation", f"{arguments.validation} is not a fraction", "use 0 up to less than 1"))
     if arguments.shard_tokens < 1:
@@ -109,6 +110,29 @@ def tokenize(arguments: TokenizeArguments) -> Path:
         lambda folder: write_corpus(source, tokenizer, arguments.validation, folder, arguments.shard_tokens),
     )
     return output
+
+
+def _without_group(fix: str) -> str:
+    """Word a fix that names keys of a data node for this command, whose keys have no group."""
+    return fix.replace("data.markup=true", "kind=text").replace("data=", "kind=").replace("data.", "")
+
+
+def _kinds_of(files: Sequence[Path]) -> list[str]:
+    """Return the kinds of which there are files, told by their contents, and for records by their endings."""
+    from ..data import formats
+    from ..data.records import JsonLines, ParquetFiles
+
+    found: set[str] = set()
+    json_names = (*JsonLines.endings, *JsonLines.fallback_endings[0])
+    for path in files[:: -(-len(files) // _LOOKED_AT)] if files else ():
+        start, name = formats.head(path), path.name.lower()
+        if start.startswith(b"PAR1") or name.endswith(ParquetFiles.endings):
+            found.add("parquet")
+        elif formats.is_json(start) or name.endswith(json_names):
+            found.add("jsonl")
+        elif start:
+            found.add("text")
+    return sorted(found)
 
 
 def describe_shards(path: Path) -> list[str]:

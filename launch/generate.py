@@ -102,7 +102,7 @@ def continue_prompt(arguments: GenerateArguments) -> str:
         raise ConfigError(
             [Problem("context", f"'{checkpoint}' was imported and does not say how far its model looks back", fix)]
         )
-    tokenizer = _tokenizer(checkpoint, config, state.get("data_fingerprint", ""))
+    tokenizer = _tokenizer(checkpoint, config, state)
     vocabulary = state.get("vocabulary") or config["model"]["vocabulary"]
     return generate(
         load_whole_model(
@@ -118,7 +118,7 @@ def continue_prompt(arguments: GenerateArguments) -> str:
     )
 
 
-def _tokenizer(checkpoint: Path | str, config: Mapping[str, Any], fingerprint: str) -> Tokenizer:
+def _tokenizer(checkpoint: Path | str, config: Mapping[str, Any], state: Mapping[str, Any]) -> Tokenizer:
     """Load the tokenizer beside the checkpoints; if there is none, build that of the data again."""
     from ..data.tokenizer import Tokenizer
     from ..trainer.run import prepared_data
@@ -128,7 +128,8 @@ def _tokenizer(checkpoint: Path | str, config: Mapping[str, Any], fingerprint: s
     if isinstance(checkpoint, Path):
         for folder in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
             if (folder / "tokenizer.json").is_file():
-                end = config["data"].get("end_of_document") if "data" in config else None
+                # Only the data know it where they are shards; checkpoints before that say what the config said.
+                end = state.get("end_of_document", config.get("data", {}).get("end_of_document"))
                 try:
                     return Tokenizer.load(folder / "tokenizer.json", end)
                 except (ValueError, OSError) as error:
@@ -143,7 +144,7 @@ def _tokenizer(checkpoint: Path | str, config: Mapping[str, Any], fingerprint: s
     if data.tokenizer is None:
         message = f"'{checkpoint}' was trained on data={config['data']['name']}, which has no text"
         raise ConfigError([Problem("checkpoint", message, "take a checkpoint of a run on text")])
-    if data.fingerprint != fingerprint:
+    if data.fingerprint != state.get("data_fingerprint", ""):
         message = f"the data={config['data']['name']} of this machine is not what '{checkpoint}' was trained on"
         raise ConfigError([Problem("checkpoint", message, beside)])
     return data.tokenizer

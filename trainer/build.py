@@ -203,6 +203,7 @@ def _build(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Me
             "data_version": rules_version(data),
             "vocabulary": vocabulary,
             "tokenizer": data.tokenizer.fingerprint if data.tokenizer is not None else None,
+            "end_of_document": data.tokenizer.end_of_document if data.tokenizer is not None else None,
             "layout": mesh.layout.describe(),
         }
         saving = Saving(checkpointer, config.checkpoint.every, fixed)

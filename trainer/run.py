@@ -14,6 +14,7 @@ from ..data.build import build_node
 from ..data.config import DataConfig
 from ..data.node import DataNode
 from ..data.order import Shuffled
+from ..data.summary import data_notices, data_warnings
 from ..parallel.engines import start_compiling
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, pick_device
@@ -118,6 +119,7 @@ def _run_locked(resolved: ResolvedRun, data: DataNode, mesh: Mesh, stop: StopReq
         on_main(mesh, lambda: _take_over(config, current, origin))
         on_main(mesh, lambda: _write_description(config, data, output_dir))
         if mesh.is_main:
+            _say_data(data)
             _warn_of_repetition(current)
             _warn_of_blanks(current)
         with stop:
@@ -165,6 +167,13 @@ def _write_description(config: RunConfig, data: DataNode, output_dir: Path) -> N
     (output_dir / "config.yaml").write_text(annotated_yaml(config))
     if data.tokenizer is not None:
         data.tokenizer.save(output_dir / "tokenizer.json")  # for `meshloom generate`, wherever the checkpoints go
+
+
+def _say_data(data: DataNode) -> None:
+    for notice in data_notices(data):
+        log.info("%s", notice)
+    for warning in data_warnings(data):
+        log.warning("%s", warning)
 
 
 def _warn_of_repetition(run: Run) -> None:

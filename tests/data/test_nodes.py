@@ -29,6 +29,7 @@ from meshloom.data.corpus import Corpus, Packed
 from meshloom.data.mixture import Mixture
 from meshloom.data.records import JsonLines
 from meshloom.data.shards import ShardError
+from meshloom.data.summary import data_notices, data_warnings, source_sizes
 from meshloom.data.synthetic import Synthetic
 from meshloom.data.tokenizer import Tokenizer
 from meshloom.trainer.schema import make_composer
@@ -429,3 +430,33 @@ def test_synthetic_is_uniform_seeded_and_endless():
     with pytest.raises(IndexError):
         validation[64]
     assert node.fingerprint != synthetic(3, vocabulary=51).fingerprint
+
+
+def test_the_size_of_every_source_is_said(jsonl: str, tmp_path: Path):
+    (tmp_path / "b.jsonl").write_text('{"text": "abcd"}\n' * 400)
+    keys = {"_target_": "meshloom.data.nodes.Jsonl", "validation": 0.1}
+    sources = {"a": {**keys, "input": jsonl}, "b.c": {**keys, "input": f"{tmp_path}/b.jsonl"}}
+    node = Mixture(MixtureConfig(seq_len=16, tokenizer="bytes", sources=sources, weights={"a": 1, "b.c": 3}), 1)
+    assert node.problems() == []
+    node.prepare()
+    one, other = source_sizes(node)
+    assert (one.name, one.weight, other.name, other.weight) == ("a", 0.25, "b.c", 0.75)
+    assert one.tokens + one.held_tokens == sum(len(text) + 1 for text in TEXTS) and one.asked == 0.1
+    assert one.documents + one.held_documents == 200 and one.samples == (one.tokens - 1) // 16
+    # 400 copies of one text: the same passage of each, one token of five.
+    assert (other.tokens, other.held_tokens) == (1600, 400)
+    assert data_notices(node)[1] == "data b.c: 1,600 tokens train, and 400 (20.00%) are held out"
+    assert data_warnings(node) == []
+
+
+def test_a_share_far_from_the_one_asked_for_is_a_warning(tmp_path: Path):
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"{number} " * 200)
+    said: list[list[str]] = []
+    for version in (1, 2):
+        config = TextConfig(input=f"{tmp_path}/*.txt", tokenizer="bytes", seq_len=4, validation=0.01, version=version)
+        node = nodes.Text(config, 1)
+        node.prepare()
+        said.append(data_warnings(node))
+    assert said[1] == [] and len(said[0]) == 1
+    assert said[0][0].startswith("data.validation: 1.00% of the tokens were to be held out, and 33.33% are; ")

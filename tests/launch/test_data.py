@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from tokenizers import Tokenizer as Engine
+from tokenizers import models, pre_tokenizers
 
-from meshloom.data.config import ShardsConfig
+from meshloom.config.problems import ConfigError
+from meshloom.data.config import MixtureConfig, ShardsConfig
+from meshloom.data.mixture import Mixture
 from meshloom.data.nodes import Tokenized
+from meshloom.data.reader import TokenShards
+from meshloom.data.shards import ShardError
+from meshloom.data.tokenizer import Tokenizer
 from meshloom.launch.cli import main as meshloom
 from meshloom.launch.data import main
 
@@ -114,3 +123,82 @@ def test_what_a_folder_holds_is_looked_at_and_not_taken_for_text(
     assert "kind: " in (said := capsys.readouterr().err) and "jsonl and text" in said
     words = [f"input={given}", "kind=text", f"output={tmp_path / 'third'}", "tokenizer=bytes"]
     assert main(["tokenize", *words]) == 0
+
+
+def own_end(tmp_path: Path) -> Path:
+    """A tokenizer whose end of a document has a name of its own, beside one of the well-known names."""
+    engine = Engine(models.WordLevel({"?": 0, "document": 1, "of": 2, "</s>": 3, "[DONE]": 4}, unk_token="?"))
+    setattr(engine, "pre_tokenizer", pre_tokenizers.Whitespace())  # noqa: B010
+    engine.save(str(tmp_path / "words.json"))
+    return tmp_path / "words.json"
+
+
+@pytest.mark.parametrize("end", ["[DONE]", "</s>"])
+def test_shards_know_which_token_ends_a_document(inputs: Path, end: str):
+    """The fault: data=shards, which has no such key, refused these shards or took another end."""
+    words = [f"tokenizer={own_end(inputs)}", f"end_of_document={end}", "validation=0.2"]
+    assert main(["tokenize", f"input={inputs}/a.parquet", f"output={inputs}/out", *words]) == 0
+    node = Tokenized(ShardsConfig(path=f"{inputs}/out", seq_len=8), 1)
+    node.prepare()
+    assert node.tokenizer is not None and node.tokenizer.end_of_document == {"[DONE]": 4, "</s>": 3}[end]
+    assert node.tokenizer.fingerprint == Tokenizer.load(inputs / "words.json", end).fingerprint
+
+
+def test_two_ends_of_a_document_do_not_mix(inputs: Path):
+    """Neither in a mixture nor between what is trained on and what is held out."""
+    for name, end in (("one", "[DONE]"), ("two", "</s>")):
+        words = [f"tokenizer={own_end(inputs)}", f"end_of_document={end}", "validation=0"]
+        assert main(["tokenize", f"input={inputs}/a.parquet", f"output={inputs}/{name}", *words]) == 0
+    paths = {name: f"{inputs}/{name}/train" for name in ("one", "two")}
+    target = "meshloom.data.nodes.Tokenized"
+    sources = {name: {"_target_": target, "path": path} for name, path in paths.items()}
+    mixed = Mixture(MixtureConfig(seq_len=8, sources=sources, weights={"one": 1, "two": 1}), 1)
+    with pytest.raises(ConfigError, match=r"data\.sources\.two: its tokens come from another tokenizer, or another token ends"):
+        mixed.prepare()
+    node = Tokenized(ShardsConfig(path=paths["one"], validation=paths["two"], seq_len=8), 1)
+    with pytest.raises(ShardError, match=r"two/train: token 3 ends a document, but 4 in .*one/train"):
+        node.prepare()
+
+
+def test_validation_shards_of_another_tokenizer_are_refused(inputs: Path):
+    """The same size of vocabulary, and other ids."""
+    for name, text in (("one", "abc "), ("two", "xyz ")):
+        (inputs / f"{name}.txt").write_text(text * 500)
+        words = ["vocabulary=260", "validation=0"]
+        assert main(["tokenize", f"input={inputs}/{name}.txt", f"output={inputs}/{name}", *words]) == 0
+    node = Tokenized(ShardsConfig(path=f"{inputs}/one/train", validation=f"{inputs}/two/train", seq_len=8), 1)
+    with pytest.raises(ShardError, match=r"two/train: its tokens come from another tokenizer than those of .*one/train"):
+        node.prepare()
+
+
+RECORDS = [{"text": text} for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.json", json.dumps(RECORDS).encode(), "jsonl"),
+        ("A.JSONL", "".join(json.dumps(record) + "\n" for record in RECORDS).encode(), "jsonl"),
+        ("part-0", json.dumps(RECORDS, indent=1).encode(), "jsonl"),
+        ("a.bz2", bz2.compress("".join(json.dumps(record) + "\n" for record in RECORDS).encode()), "jsonl"),
+        ("a.jsonl.xz", lzma.compress(json.dumps(RECORDS).encode()), "jsonl"),
+        ("a.txt.gz", gzip.compress("\n".join(TEXTS).encode()), "text"),
+    ],
+)
+def test_the_kind_is_told_by_the_content(tmp_path: Path, name: str, content: bytes, kind: str):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(content)
+    words = ["tokenizer=bytes", "validation=0", "separator=\n"]
+    assert main(["tokenize", f"input={tmp_path}/in/*", f"output={tmp_path}/out", *words]) == 0
+    shards = TokenShards(tmp_path / "out/train")
+    assert shards.documents == 100 and shards.tokens == sum(len(text) + 1 for text in TEXTS), kind
+
+
+def test_markup_as_text_is_said_with_the_kind(inputs: Path, capsys: pytest.CaptureFixture[str]):
+    (inputs / "in").mkdir()
+    (inputs / "in/a.json").write_text(json.dumps(RECORDS))
+    words = ["tokenizer=bytes", "validation=0"]
+    assert main(["tokenize", f"input={inputs}/in/a.json", f"output={inputs}/out", "kind=text", *words]) == 0
+    assert TokenShards(inputs / "out/train").documents == 1
+    assert main(["tokenize", f"input={inputs}/in/a.json", f"output={inputs}/none", "field=body", *words]) == 2
+    assert "field: '" in capsys.readouterr().err

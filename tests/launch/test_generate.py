@@ -11,7 +11,7 @@ import torch
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
-from meshloom.data.tokenizer import Tokenizer
+from meshloom.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from meshloom.launch.generate import main
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment
@@ -48,6 +48,18 @@ def test_an_imported_model_goes_on_when_it_has_its_tokenizer(tmp_path: Path, cap
     Tokenizer.bytes().save(step.parent / "tokenizer.json")
     code, text, _ = said(capsys, *words, "context=8")
     assert code == 0 and text.startswith("def ")
+
+
+def test_the_end_of_a_document_is_the_one_of_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of shards only the checkpoint knows it: their config has no such key."""
+    data = {"_target_": "meshloom.data.nodes.Tokenized", "name": "shards", "seq_len": 8, "path": "elsewhere"}
+    state = {"config": {"model": MODEL, "data": data}, "end_of_document": 256}
+    step = saved(tmp_path / "run", state)
+    Tokenizer.bytes().save(step.parent / "tokenizer.json")
+    named = (step.parent / "tokenizer.json").read_text().replace(END_OF_DOCUMENT, "[DONE]")
+    (step.parent / "tokenizer.json").write_text(named)
+    code, text, error = said(capsys, f"checkpoint={step}", "prompt=def ", "tokens=3", "temperature=0")
+    assert code == 0 and text.startswith("def "), error
 
 
 def test_a_model_of_which_something_is_missing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
