@@ -37,8 +37,8 @@ def main(argv: list[str]) -> int:
     try:
         _run(argv)
     except ChildFailedError as error:
-        print(error, file=sys.stderr)
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
+        print(f"rank {rank} was the first to fail, with exit code {failure.exitcode}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:  # torchrun was told to end the workers, and has
         return 128 + error.sigval

@@ -96,7 +96,11 @@ def train(environment: Mapping[str, str], arguments: Sequence[str]) -> None:
     except KeyboardInterrupt:  # PyTorch would end in a way that torchrun waits for forever
         code = INTERRUPTED
     except Exception:
-        traceback.print_exc()
+        from .once import is_first
+
+        told = traceback.format_exc()
+        if is_first(told):
+            print(told, file=sys.stderr, end="")
         code = 1
     atexit._run_exitfuncs()  # a forked process does not run them at its end
     if agent is not None and not agent.is_alive():  # a rank that ended well waits for its agent

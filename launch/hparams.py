@@ -207,10 +207,10 @@ def show(found: Recommendation, arguments: HparamsArguments, console: Console) -
     console.print(table)
     for name, overrides in (("the step law", found.step_overrides), ("the power schedule", found.power_overrides)):
         console.print(f"\nFor {name}:")
-        console.print(f"meshloom train {base} {' '.join(overrides)}", style="green", highlight=False)
+        console.print(f"meshloom train {base} {' '.join(overrides)}", style="green", highlight=False, markup=False)
         for problem in _unfit([*found.base, *overrides], arguments.config_dir):
-            console.print(f"· {problem}", style="yellow", highlight=False)
-    console.print(f"\nWhat {base} says besides: {found.setting}", highlight=False)
+            console.print(f"· {problem}", style="yellow", highlight=False, markup=False)
+    console.print(f"\nWhat {base} says besides: {found.setting}", highlight=False, markup=False)
 
 
 def _unfit(overrides: Sequence[str], config_dir: str | None) -> list[Problem]:

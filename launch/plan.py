@@ -71,5 +71,5 @@ def show(resolved: ResolvedRun, drawing: Path | None) -> int:
         except OSError as error:
             print(f"meshloom plan: {drawing}: {error.strerror}", file=sys.stderr)
             return 1
-        console.print(f"drew {drawing}")
+        console.print(f"drew {drawing}", highlight=False, markup=False)
     return 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.problems import ConfigError
+from .once import OncePerNode, hook_failure, is_first
 from .switches import BAD_CONFIG, read_switches, refuse
 
 if TYPE_CHECKING:
@@ -61,7 +62,13 @@ def run_here(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
         if error.errno not in UNWRITABLE:
             raise
         code, message = 1, f"{error.filename or resolved.config.output_dir}: {error.strerror} ({_where(error)})"
-    print(f"rank {os.environ['RANK']}: {message}" if under_torchrun() else message, file=sys.stderr)
+    except Exception as error:
+        failure = hook_failure(error)
+        if failure is None:
+            raise
+        code, message = 1, failure
+    if is_first(message):
+        print(f"rank {os.environ['RANK']}: {message}" if under_torchrun() else message, file=sys.stderr)
     return code
 
 
@@ -72,11 +79,12 @@ def _where(error: BaseException) -> str:
 
 
 def _configure_log() -> None:
-    """Send Meshloom's log to stderr without a prefix: all of rank 0's messages, warnings of other ranks."""
+    """Send Meshloom's log to stderr without a prefix: rank 0's messages, and warnings of other ranks that are theirs alone."""
     log = logging.getLogger("meshloom")
     if not log.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.addFilter(OncePerNode())
         log.addHandler(handler)
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 

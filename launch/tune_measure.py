@@ -89,7 +89,7 @@ def measure(
     """Run the candidates and report each. Return the fastest, None if none ran. Ctrl-C and SIGTERM end the run, and raise."""
     common, notes = common_overrides(tuned, candidates, overrides, config_dir)
     for note in notes:
-        console.print(f"· {note}", style="dim", highlight=False)
+        console.print(f"· {note}", style="dim", highlight=False, markup=False)
     trials: list[Trial] = []
     with _stops() as stops, tempfile.TemporaryDirectory(prefix="meshloom-tune-", ignore_cleanup_errors=True) as folder:
         for number, candidate in enumerate(candidates, 1):

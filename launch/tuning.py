@@ -36,7 +36,9 @@ def tune_and_show(overrides: Sequence[str], config_dir: str | None, memory_gib: 
         check(tuned.config)
     console.print()
     usable = f"{tuned.limit / GIB:.1f} of {memory / GIB:.1f} GiB"
-    console.print(f"{tuned.fitting[0].plan.layout.describe().rpartition(',')[0]}; a plan may take {usable}", highlight=False)
+    console.print(
+        f"{tuned.fitting[0].plan.layout.describe().partition(', ZeRO')[0]}; a plan may take {usable}", highlight=False
+    )
     console.print(table_of(tuned))
     for note in tuned.notes:
         console.print(f"· {note}", style="dim", highlight=False, markup=False)

@@ -73,9 +73,9 @@ class Layout:
         return at["replicate"] * self.shard + at["shard"]
 
     def describe(self) -> str:
-        """Describe the layout in one line for logs: the axes larger than one, and the ZeRO stage."""
+        """Describe the layout in one line for logs: the axes larger than one, and the ZeRO stage of several processes."""
         axes = " × ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1)
-        return f"{axes or 'one process'}, ZeRO-{self.zero}"
+        return f"{axes}, ZeRO-{self.zero}" if axes else "one process"
 
     @classmethod
     def plan(cls, config: ParallelConfig, world_size: int) -> Layout:

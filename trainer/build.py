@@ -114,10 +114,16 @@ def build_assigner(config: RunConfig, layout: Layout) -> Assigner:
 
 
 def build_hook(node: Mapping[str, Any]) -> Hook:
-    """Build a user's hook from its config node."""
+    """Build a user's hook from its config node. Raises ConfigError if its constructor fails."""
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
-    return cast(Hook, instantiate(dict(node)))
+    try:
+        return cast(Hook, instantiate(dict(node)))
+    except InstantiationException as error:
+        reason = error.__cause__ or error
+        message = f"{node['_target_']} can't be built: {type(reason).__name__}: {reason}"
+        raise ConfigError([Problem("trainer.hooks", message, "check its keys, and what its constructor needs")]) from error
 
 
 @dataclass

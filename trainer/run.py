@@ -32,6 +32,7 @@ from .resume import restore_run
 from .schema import RunConfig
 from .sides import annotated_yaml
 from .signals import StopRequest
+from .start_summary import start_summary
 from .typed import plain_config
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ def _run_locked(resolved: ResolvedRun, data: DataNode, mesh: Mesh, stop: StopReq
         on_main(mesh, lambda: _take_over(config, current, origin))
         on_main(mesh, lambda: _write_description(config, data, output_dir))
         if mesh.is_main:
+            for line in start_summary(config, current):
+                log.info("%s", line)
             _say_data(data)
             _warn_of_repetition(current)
             _warn_of_blanks(current)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,10 +47,15 @@ def test_train_resume_and_generate(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert "validation loss" in first.stdout and "run" in first.stdout.splitlines()[-1]
     assert (tmp_path / "run" / "sample.txt").read_text().startswith("def ")
+    assert first.stderr.count("128 tokens a step (8 samples of 16), 512 in all") == 1
+    assert "parameters, vocabulary 257, fp32 on cpu, engine torch" in first.stderr
+    told = re.search(r"512 in all, (\S+) epochs of (\d+) samples", first.stderr)
+    assert told and float(told[1]) == pytest.approx(32 / int(told[2]), rel=0.01), first.stderr
 
     second = meshloom(tmp_path, "train", *SMALL, "trainer.steps=6", "resume=auto", "launch.nproc=1")
     assert second.returncode == 0, second.stderr
     assert "going on from step 4" in second.stdout
+    assert "one process, 6 steps" in second.stdout and "ZeRO" not in second.stdout
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "eval_loss" in row] == [2, 4, 6]

@@ -197,6 +197,14 @@ def test_progress_line_says_where_the_run_is(tmp_path: Path) -> None:
     assert str(tmp_path) in text.splitlines()[-1] and "validation loss 3.2500" in text.splitlines()[-1]
 
 
+def test_a_folder_that_looks_like_markup_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    hook = ProgressLine()
+    for folder in (Path("m[/b]"), Path("[red]m")):
+        hook.on_run_begin(loop_at(0, folder))
+        hook.on_run_end(loop_at(10, folder), folder)
+        assert capsys.readouterr().out.count(str(folder)) == 2
+
+
 @pytest.mark.parametrize(("step", "says"), [(0, None), (4, "going on from step 4"), (12, "nothing is left to do: ")])
 def test_progress_line_says_from_where(tmp_path: Path, step: int, says: str | None) -> None:
     out = io.StringIO()

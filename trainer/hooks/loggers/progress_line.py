@@ -23,7 +23,7 @@ class ProgressLine(Hook):
     alone = True
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._console = console or Console(file=sys.stdout, markup=False, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._began = 0.0
         self._begin = 0.0
