@@ -5,6 +5,7 @@ A shape that fits is no identity: heads, rotary base or optimizer may differ whe
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,11 +19,26 @@ from .find_checkpoint import is_import
 from .resumed_config import saved_config
 from .schema import RunConfig
 
-CHANGEABLE = frozenset({"norm_eps", "rope_theta", "mup_base", "mup_embedding", "mup_residual"})
-"""Keys of a decoder that no stored array depends on, and what the weights compute does. A run may change one on purpose."""
-UNREAD = frozenset({"_target_", "init_std"})
-"""Keys of a decoder that a run which starts from stored weights does not read."""
+CHANGEABLE = frozenset(
+    {
+        *(
+            "norm_eps",
+            "rope_theta",
+            "rope_theta_sliding",
+            "sliding_window",
+            "attention_softcap",
+            "attention_scale",
+            "logit_softcap",
+        ),
+        *("embedding_scale", "mup_base", "mup_embedding", "mup_residual"),
+    }
+)
+"""Keys of a decoder that no stored array depends on, and what the weights compute does. A run may change one on purpose.
 
+So it may change those of `rope_scaling`, which lengthen the context of a trained model.
+"""
+UNREAD = frozenset({"_target_", "init_std", "z_loss"})
+"""Keys of a decoder that say nothing of what stored weights compute."""
 TAKEN = "leave it and any choice of model=… out: the checkpoint's is taken"
 OTHER_MODEL = "choose the model whose weights they are"
 
@@ -36,8 +52,8 @@ def checkpoint_problems(manifest: Manifest, config: RunConfig) -> list[Problem]:
         shapes = {array.name: array.shape for array in manifest.arrays.values() if array.role == "weight"}
         vocabulary = state.get("vocabulary")
         known = dict(saved.get("model") or {})
-        if known and is_import(state):  # which states only what another program's config has
-            known = {**{key.name: key.default for key in keys_of(DecoderConfig) if key.default != MISSING}, **known}
+        if known:  # an import states only what another program's config has, and an older version knew fewer keys
+            known = {**{key.name: key.default for key in keys_of(DecoderConfig) if key.default != MISSING}, **flat_keys(known)}
         if known and vocabulary is not None:
             known["vocabulary"] = vocabulary
         loose = not is_import(state) or not config.checkpoint.strict
@@ -71,13 +87,19 @@ def _model_problems(
         return
     stated = {name: value for name, value in saved.items() if name != "vocabulary" or value is not None}
     known = {**stored_sizes(shapes), **stated}
-    wrong = [name for name, value in known.items() if name not in UNREAD and _differs(config, name, value)]
-    for name in wrong:
-        if changeable and name in CHANGEABLE:
+    now = flat_keys(dataclasses.asdict(config))
+    means, meant = _effective(now), _effective(known)
+    if now["vocabulary"] is None:  # the data's, compared once that is known
+        known.pop("vocabulary", None)
+    for name, value in known.items():
+        if name in UNREAD or name not in now or now[name] == value or means[name] == meant[name]:
             continue
-        message = f"is {_written(getattr(config, name))}, and the checkpoint's model has {_written(known[name])}"
+        may_change = name in CHANGEABLE or name.startswith("rope_scaling.")
+        if changeable and may_change:
+            continue
+        message = f"is {_written(now[name])}, and the checkpoint's model has {_written(value)}"
         fix = TAKEN if name in stated else OTHER_MODEL
-        if name in CHANGEABLE:
+        if may_change:
             fix += "; to train on with the other all the same, add checkpoint.strict=false"
         yield Problem(f"model.{name}", message, fix)
     if not {"heads", "kv_heads"} & known.keys() and (share := wrong_head_share(shapes, config)) is not None:
@@ -85,11 +107,24 @@ def _model_problems(
         yield Problem("model.kv_heads", message, OTHER_MODEL)
 
 
-def _differs(config: DecoderConfig, name: str, value: Any) -> bool:
-    if name not in {key.name for key in keys_of(DecoderConfig)}:
-        return False
-    now = getattr(config, name)
-    return now != value and not (name == "vocabulary" and now is None)  # null: the data's, compared once that is known
+def _effective(keys: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a decoder with what null and a repeated list stand for."""
+    found, dim, heads, layers = dict(keys), keys.get("dim"), keys.get("heads"), keys.get("layers")
+    if found.get("head_dim", 0) is None and dim and heads:
+        found["head_dim"] = dim // heads
+    if found.get("rope_theta_sliding", 0) is None:
+        found["rope_theta_sliding"] = found.get("rope_theta")
+    if layers and (kinds := found.get("layer_types")):
+        found["layer_types"] = [kinds[layer % len(kinds)] for layer in range(layers)]
+    return found
+
+
+def flat_keys(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return key → value of a node; keys of nodes inside it have dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in node.items():
+        found |= flat_keys(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
 
 
 def _written(value: Any) -> str:

@@ -193,7 +193,7 @@ def _known(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     tree = cast(dict[str, Any], OmegaConf.to_container(config))
     for group in OPTIONS:
         kind = option_of(group, tree[group])
-        known = {key.name for key in keys_of(kind)} if kind is not None else set(tree[group])
+        known = {key.name.partition(".")[0] for key in keys_of(kind)} if kind is not None else set(tree[group])
         for name in [name for name in tree[group] if name not in known]:
             del tree[group][name]
             dropped.append(f"{group}.{name}")

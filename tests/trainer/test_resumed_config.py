@@ -240,3 +240,10 @@ def test_data_of_older_checkpoints_keep_their_rules(composer: Composer, kind: st
     assert any("data.version=2 (was 1)" in line for line in [*typed.notices, *typed.warnings])
     other = resume_recorded(composer, saved, "data=synthetic", "resume=auto")
     assert other.config.data.name == "synthetic"
+
+
+def test_keys_of_a_node_inside_a_group_are_kept(composer: Composer) -> None:
+    saved = record(composer, "model.rope_scaling.kind=linear", "model.rope_scaling.factor=4")
+    found = resume_recorded(composer, saved, "resume=auto")
+    assert found.config.model.rope_scaling.kind == "linear" and found.config.model.rope_scaling.factor == 4
+    assert not any("no key of this version" in line for line in found.notices)
