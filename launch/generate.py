@@ -24,6 +24,7 @@ class GenerateArguments:
     tokens       most tokens to add; the text ends earlier where the model ends the document
     temperature  0 always takes the likeliest token
     top_k        draw among so many of the likeliest tokens; null: among all
+    model        the class of your own that the model is of, where it is none of Meshloom's
     context      tokens the model looks back at; null: the length it was trained with, which an imported model does not say
     """
 
@@ -33,6 +34,7 @@ class GenerateArguments:
     temperature: float = 0.8
     top_k: int | None = 50
     seed: int = 1
+    model: str | None = None
     context: int | None = None
 
     def problems(self) -> list[Problem]:
@@ -88,14 +90,16 @@ def continue_prompt(arguments: GenerateArguments) -> str:
     from ..trainer.find_checkpoint import find_checkpoint
     from ..trainer.hooks.sampling import generate, load_whole_model
     from ..trainer.resumed_config import saved_config
+    from ..trainer.saved_classes import literal
     from ..trainer.typed import typed_node
 
     checkpoint = find_checkpoint(arguments.checkpoint, "checkpoint")
     state = read_state(checkpoint)
-    config = saved_config(state)
+    config: dict[str, Any] = literal(saved_config(state))
     if "model" not in config:
         message = f"'{checkpoint}' was imported from files that don't say what model their weights belong to"
         raise ConfigError([Problem("checkpoint", message, "train from it (resume=…), and take the run's checkpoint")])
+    _refuse_unnamed_model(config, arguments.model)
     context = arguments.context or (config["data"]["seq_len"] if "data" in config else None)
     if context is None:
         fix = "give the length that it was trained with as context=…"
@@ -118,10 +122,21 @@ def continue_prompt(arguments: GenerateArguments) -> str:
     )
 
 
+def _refuse_unnamed_model(config: Mapping[str, Any], model: str | None) -> None:
+    """Raise ConfigError if the checkpoint's model is of a class that is neither Meshloom's nor named by the arguments."""
+    from ..trainer.saved_classes import unnamed_nodes
+
+    for path, node in unnamed_nodes({"model": config["model"]}, {"model": {"_target_": model}}):
+        found = f"the checkpoint names the class {node['_target_']!r}, which today's command line and recipe don't"
+        fix = f"if it is yours, type model={node['_target_']}" if path == ("model",) else "don't trust it"
+        raise ConfigError([Problem("model", found, fix)])
+
+
 def _tokenizer(checkpoint: Path | str, config: Mapping[str, Any], state: Mapping[str, Any]) -> Tokenizer:
     """Load the tokenizer beside the checkpoints; if there is none, build that of the data again."""
     from ..data.tokenizer import Tokenizer
     from ..trainer.run import prepared_data
+    from ..trainer.saved_classes import refuse_unnamed_classes
     from ..trainer.typed import typed_node
 
     beside = "put the model's tokenizer.json beside the checkpoint"
@@ -137,6 +152,7 @@ def _tokenizer(checkpoint: Path | str, config: Mapping[str, Any], state: Mapping
     if "data" not in config:
         raise ConfigError([Problem("checkpoint", f"'{checkpoint}' was imported without a tokenizer", beside)])
     try:
+        refuse_unnamed_classes({"data": config["data"]}, {})
         data = prepared_data(typed_node("data", config["data"]), config.get("seed", 1), config["model"].get("vocabulary"))
     except ConfigError as error:  # the run's data is not on this machine, or elsewhere
         message = f"there is no tokenizer.json beside '{checkpoint}', and its data can't be read"

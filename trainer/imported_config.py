@@ -11,6 +11,7 @@ from omegaconf import OmegaConf, open_dict
 
 from ..config.compose import Composition
 from .resumed_config import Resumed, saved_config, typed_values
+from .saved_classes import literal, refuse_unnamed_classes
 from .typed import option_of
 
 
@@ -23,6 +24,7 @@ def import_config(state: Mapping[str, Any], fresh: Composition, overrides: Itera
     saved = saved_config(state).get("model")
     if not isinstance(saved, dict) or option_of("model", saved) is None:
         return Resumed(fresh.config, choices=fresh.choices)
+    refuse_unnamed_classes({"model": saved}, {})
     typed = typed_values(overrides)
     today = cast(dict[str, Any], OmegaConf.to_container(fresh.config.model, resolve=True, throw_on_missing=False))
     chosen = "model" in typed or "model._target_" in typed
@@ -34,7 +36,7 @@ def import_config(state: Mapping[str, Any], fresh: Composition, overrides: Itera
         node |= {key.removeprefix("model."): today[key.removeprefix("model.")] for key in typed if key.startswith("model.")}
     config = copy.deepcopy(fresh.config)
     with open_dict(config):
-        config["model"] = OmegaConf.create(node)
+        config["model"] = OmegaConf.create(literal(node))
     return Resumed(config, [*_taken(today, node)], choices=fresh.choices)
 
 

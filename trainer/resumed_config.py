@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..config.compose import Composition, drop_unknown, normalize_override
 from ..config.keys import MISSING, Side, keys_of
 from ..config.renames import FORMER_VALUES, with_moved_targets, with_renamed_keys
+from .saved_classes import literal, refuse_unnamed_classes
 from .schema import OPTIONS, RunConfig
 from .sides import key_sides
 from .typed import option_of, typed_config
@@ -92,6 +93,8 @@ def resume_config(
     A typed recipe other than the saved one replaces the saved config. Choosing the option that the checkpoint has keeps all
     keys of the group, also those that were typed earlier.
 
+    Raises ConfigError where the checkpoint names a class that these words don't.
+
     saved: the checkpoint's config; fresh: the composition of this command line; overrides: its words
     recorded: group → the option that the checkpoint states; None: it is from before these were saved
     """
@@ -108,6 +111,7 @@ def resume_config(
         chooses = key in OPTIONS and isinstance(value, str)
         if key != "recipe" and not (chooses and _is_same_option(key, str(value), recorded, merged, today)):
             _put(merged, key, _at(today, key))
+    refuse_unnamed_classes(merged, today)
     merged, dropped = _known(merged)
     sides = key_sides(typed_config(_schema(merged))[0])
     for key, side in sides.items():
@@ -188,7 +192,7 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def _known(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the config without keys that this version does not have, and the names of these."""
-    config: Any = OmegaConf.create(tree)
+    config: Any = OmegaConf.create(tree)  # resolves nothing: below, too, `${…}` stays as it is
     dropped = drop_unknown(config)
     tree = cast(dict[str, Any], OmegaConf.to_container(config))
     for group in OPTIONS:
@@ -201,7 +205,7 @@ def _known(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _schema(tree: dict[str, Any]) -> DictConfig:
-    return cast(DictConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), tree))
+    return cast(DictConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), literal(tree)))
 
 
 def _differences(saved: Mapping[str, Any], merged: dict[str, Any], keys: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,109 @@
+"""The classes that a saved config names. Whoever wrote a checkpoint must not choose what code runs here.
+
+From a checkpoint only the classes that Meshloom's own options register count, by their exact names, each in its group. A class
+of a user's own counts where today's recipe or command line names it in the same place. A node inside another node never counts,
+unless today's words give it just so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from ..config.compose import quoted
+from ..config.nodes import find_option
+from ..config.problems import ConfigError, Problem
+from .schema import OPTIONS
+
+Path = tuple[str | int, ...]
+HOOKS = ("trainer", "hooks")
+
+
+def refuse_unnamed_classes(saved: Mapping[str, Any], today: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a saved config names a class that is neither an option of Meshloom's nor named by today's words.
+
+    saved: with the typed overrides on top; today: the config of today's command line and recipe files
+    """
+    problems = [_problem(path, node, saved) for path, node in unnamed_nodes(saved, today)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def unnamed_nodes(saved: Mapping[str, Any], today: Mapping[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield path and node of each class of a saved config that is no option of Meshloom's and not named by today's words."""
+    yield from ((path, node) for path, node in _nodes(saved) if not _is_known(path, node, today))
+
+
+def literal(tree: Any) -> Any:
+    """Return plain containers in which no text is an interpolation: `${…}` of a checkpoint stays text."""
+    if isinstance(tree, dict):
+        return {key: literal(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [literal(value) for value in tree]
+    return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", tree) if isinstance(tree, str) else tree
+
+
+def _nodes(tree: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield every node with a `_target_`, and its path."""
+    if isinstance(tree, Mapping):
+        if "_target_" in tree:
+            yield path, dict(tree)
+        for key, value in tree.items():
+            yield from _nodes(value, (*path, key))
+    elif isinstance(tree, list):
+        for index, value in enumerate(tree):
+            yield from _nodes(value, (*path, index))
+
+
+def _is_known(path: Path, node: dict[str, Any], today: Mapping[str, Any]) -> bool:
+    group = _group(path)
+    if group is not None and isinstance(node["_target_"], str) and find_option(OPTIONS[group], node["_target_"]) is not None:
+        return True
+    if path[:2] == HOOKS:
+        hooks = _at(today, HOOKS) or []
+        if len(path) == 3:
+            return any(isinstance(hook, Mapping) and hook.get("_target_") == node["_target_"] for hook in hooks)
+        return any(_at(hook, path[3:]) == node for hook in hooks)
+    named = _at(today, path)
+    return named == node or (group is not None and isinstance(named, Mapping) and named.get("_target_") == node["_target_"])
+
+
+def _group(path: Path) -> str | None:
+    """Return the group of a node that is an option of one: its only node, or a source of a mixture."""
+    if len(path) == 1 and path[0] in OPTIONS:
+        return str(path[0])
+    return "data" if len(path) == 3 and path[:2] == ("data", "sources") else None
+
+
+def _at(tree: Any, path: Path) -> Any:
+    for key in path:
+        if isinstance(tree, list) and isinstance(key, int) and key < len(cast(list[Any], tree)):
+            tree = cast(list[Any], tree)[key]
+        elif isinstance(tree, Mapping) and key in tree:
+            tree = cast(Mapping[Any, Any], tree)[key]
+        else:
+            return None
+    return tree
+
+
+def _written(value: Any) -> str:
+    """Return a value as it is typed on the command line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_written(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, str):
+        return value if re.fullmatch(r"[A-Za-z_][\w./-]*", value) else quoted(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _problem(path: Path, node: dict[str, Any], saved: Mapping[str, Any]) -> Problem:
+    key = ".".join(map(str, path))
+    message = f"the checkpoint names the class {node['_target_']!r}, which today's command line and recipe don't"
+    if path[:2] == HOOKS:
+        return Problem(key, message, f"if it is yours, type 'trainer.hooks={_written(_at(saved, HOOKS))}', or else =[]")
+    if _group(path) is not None:
+        fix = f"if it is yours, type {key}._target_={node['_target_']}, or choose an option as {path[0]}=…"
+        return Problem(key, message, fix)
+    return Problem(key, message, f"if you trust it, type '{key}={_written(node)}'")
