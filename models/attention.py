@@ -49,6 +49,7 @@ class Attention(Part):
         "k_norm": TensorRole.KEY_HEADS_NORM,
         "sinks": TensorRole.HEADS_VECTOR,
     }
+    num_inputs = 3
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()

@@ -15,13 +15,17 @@ from ..kernels.documents import Documents
 from ..kernels.norm import FusedNorm
 from .attention import Attention
 from .feed_forward import FeedForward
+from .latent_attention import LatentAttention
 from .norm import Norm
 from .part import Part
-from .part_config import AttentionConfig, BlockConfig, FeedForwardConfig
+from .part_config import AttentionConfig, BlockConfig, FeedForwardConfig, LatentAttentionConfig
 from .protocol import BlockKernels, TensorRole
 from .rotary import RotaryTable
 
-ATTENTIONS: dict[type, Callable[[Any], Attention]] = {AttentionConfig: Attention}
+ATTENTIONS: dict[type, Callable[[Any], Attention | LatentAttention]] = {
+    AttentionConfig: Attention,
+    LatentAttentionConfig: LatentAttention,
+}
 """Config → the attention that is built from it. A new kind is listed here."""
 
 FEED_FORWARDS: dict[type, Callable[[Any], FeedForward]] = {FeedForwardConfig: FeedForward}
@@ -34,6 +38,8 @@ class Block(Part):
     A norm stands before each part (Llama), after it (OLMo 2), or both (Gemma 2). In the place of one that is not there stands
     an identity: it has the norm's role under tensor parallelism, where it gathers the stream.
 
+    products_kept  matrix products that selective checkpointing keeps: attention's, and the gate's, which is as large as it is
+                   expensive to recompute
     fused_norm  the kernel to use where it fits; None: the norms' modules are called
     """
 
@@ -53,6 +59,7 @@ class Block(Part):
         self.ffn = FEED_FORWARDS[type(config.ffn)](config.ffn)
         self.ffn_post_norm = Norm(config.norm) if config.norms_after else nn.Identity()
         self.residual, self.eps = config.residual, config.norm.eps
+        self.products_kept = config.attention.products + 1
         self.fused_norm: FusedNorm | None = None
 
     def use_kernels(self, kernels: BlockKernels) -> None:
@@ -62,7 +69,7 @@ class Block(Part):
 
     def forward(self, x_BSD: torch.Tensor, rotary: RotaryTable | None, documents: Documents | None) -> torch.Tensor:
         """Apply the block to the residual stream: (B, S, D) → (B, S, D)."""
-        x_BSD, *inputs = self._normed(self.attention_norm, x_BSD, 3)
+        x_BSD, *inputs = self._normed(self.attention_norm, x_BSD, self.attention.num_inputs)
         x_BSD = self._add(x_BSD, self.attention_post_norm(self.attention(inputs, rotary, documents)))
         x_BSD, *inputs = self._normed(self.ffn_norm, x_BSD, self.ffn.num_inputs(x_BSD))
         return self._add(x_BSD, self.ffn_post_norm(self.ffn(inputs)))

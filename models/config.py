@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Self
 from ..config.keys import MISSING, Side, key, option, target
 from ..config.nodes import Custom
 from ..config.problems import Problem
-from .part_config import AttentionConfig, BlockConfig, FeedForwardConfig, MatrixScales, NormConfig
+from .part_config import AttentionConfig, BlockConfig, FeedForwardConfig, LatentAttentionConfig, MatrixScales, NormConfig
 from .rope_config import RopeScaling, RotaryConfig
 
 SIZES = ("dim", "layers", "heads", "kv_heads", "ffn_dim")
 
 CHOICES = {
+    "attention": ("gqa", "mla"),
     "qk_norm": ("none", "head", "full"),
     "ffn_activation": ("silu", "gelu_tanh", "gelu"),
     "norm": ("rms", "rms_plus_one"),
@@ -31,6 +32,28 @@ DECODER = "meshloom.models.decoder.Decoder"
 
 
 @dataclass
+class LatentConfig:
+    """Sizes of multi-head latent attention; the defaults are DeepSeek-V3's, but for its queries' latent of 1536."""
+
+    SIDE: ClassVar[Side] = Side.RECIPE
+
+    q_lora_rank: int | None = key(None, "width of the latent of queries; null: queries have none")
+    kv_lora_rank: int = key(512, "width of the latent of keys and values")
+    qk_nope_head_dim: int = key(128, "width of a query's or key's head without positions")
+    qk_rope_head_dim: int = key(64, "width of the part with rotary positions")
+    v_head_dim: int = key(128, "width of a value's head")
+
+    def problems(self, key: str) -> Iterator[Problem]:
+        """Yield what is wrong with the values."""
+        for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                yield Problem(f"{key}.{name}", f"{size} is not a size", "use 1 or more")
+        if self.v_head_dim > self.qk_nope_head_dim + self.qk_rope_head_dim:
+            yield Problem(f"{key}.v_head_dim", "values are wider than keys", f"use {key}.qk_nope_head_dim or less")
+
+
+@dataclass
 class DecoderConfig:
     """A decoder of parts. The defaults are Llama's: norms before each part, rotary positions, grouped heads, SwiGLU."""
 
@@ -43,6 +66,8 @@ class DecoderConfig:
     heads: int = key(MISSING, "query heads")
     kv_heads: int = key(MISSING, "key and value heads; they divide heads")
     head_dim: int | None = key(None, "width of a head; null: dim / heads")
+    attention: str = key("gqa", "gqa (grouped-query attention) or mla (multi-head latent attention)")
+    mla: LatentConfig = field(default_factory=LatentConfig)
     ffn_dim: int = key(MISSING, "inner width of the feed-forward part")
     vocabulary: int | None = key(None, "tokens the model knows; null: the data's tokenizer says")
     tied: bool = key(False, "the head reuses the embedding")
@@ -82,8 +107,9 @@ class DecoderConfig:
     def of(cls, values: Mapping[str, Any]) -> Self:
         """Make the config from plain values of its keys. Raises TypeError for a key that it does not have."""
         made: dict[str, Any] = dict(values)
-        if isinstance(scaling := made.get("rope_scaling"), Mapping):
-            made["rope_scaling"] = RopeScaling(**scaling)
+        for name, kind in (("rope_scaling", RopeScaling), ("mla", LatentConfig)):
+            if isinstance(made.get(name), Mapping):
+                made[name] = kind(**made[name])
         return cls(**made)
 
     @property
@@ -93,7 +119,9 @@ class DecoderConfig:
 
     @property
     def head_width(self) -> int:
-        """Width of an attention head."""
+        """Width of a query's or key's head."""
+        if self.attention == "mla":
+            return self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim
         return self.dim // self.heads if self.head_dim is None else self.head_dim
 
     @property
@@ -129,6 +157,8 @@ class DecoderConfig:
     @property
     def rotary_width(self) -> int:
         """The part of a head's width that rotates."""
+        if self.attention == "mla":
+            return self.mla.qk_rope_head_dim
         return int(self.head_width * self.rope_fraction)
 
     def decoder(self) -> DecoderConfig | None:
@@ -143,7 +173,25 @@ class DecoderConfig:
         ffn = FeedForwardConfig(self.dim, self.ffn_dim, scales, self.ffn_activation, self.ffn_bias)
         return BlockConfig(attention, ffn, self.norm_of(self.dim), self.mup_residual, self.norm_place != "after", after)
 
-    def _attention(self, layer_type: str, scales: MatrixScales) -> AttentionConfig:
+    def _latent_attention(self, scales: MatrixScales) -> LatentAttentionConfig:
+        rotary = self.rotary("full")
+        assert rotary is not None
+        return LatentAttentionConfig(
+            dim=self.dim,
+            heads=self.heads,
+            nope_dim=self.mla.qk_nope_head_dim,
+            value_dim=self.mla.v_head_dim,
+            scale=1 / math.sqrt(self.head_width) if self.attention_scale is None else self.attention_scale,
+            rotary=rotary,
+            scales=scales,
+            q_norm=None if self.mla.q_lora_rank is None else self.norm_of(self.mla.q_lora_rank),
+            kv_norm=self.norm_of(self.mla.kv_lora_rank),
+            softcap=self.attention_softcap,
+        )
+
+    def _attention(self, layer_type: str, scales: MatrixScales) -> AttentionConfig | LatentAttentionConfig:
+        if self.attention == "mla":
+            return self._latent_attention(scales)
         width = self.head_width
         scale = 1 / width if self.mup_base else 1 / math.sqrt(width)
         norms = {"head": (width, width), "full": (self.heads * width, self.kv_heads * width)}.get(self.qk_norm)
@@ -225,11 +273,30 @@ class DecoderConfig:
             fits = _near_divisors(self.heads, self.kv_heads)
             message = f"{self.kv_heads} key/value heads don't divide {key}.heads={self.heads}"
             yield Problem(f"{key}.kv_heads", message, f"use {fits}")
-        if self.head_dim is None and self.dim % self.heads:
+        if self.attention == "mla":
+            yield from self._latent_problems(key)
+        elif self.head_dim is None and self.dim % self.heads:
             fits = f"use {_near_divisors(self.dim, self.heads)}, or give {key}.head_dim"
             yield Problem(f"{key}.heads", f"{self.heads} heads don't divide {key}.dim={self.dim}", fits)
             return
         yield from self._rotary_problems(key)
+
+    def _latent_problems(self, key: str) -> Iterator[Problem]:
+        """Yield what latent attention does not have."""
+        yield from self.mla.problems(f"{key}.mla")
+        plain: dict[str, Any] = {
+            "kv_heads": self.heads,
+            "head_dim": None,
+            "qk_norm": "none",
+            "sinks": False,
+            "rope_fraction": 1.0,
+        }
+        plain |= {"qkv_bias": False, "output_bias": False, "layer_types": ["full"], "mup_base": None}
+        for name, value in plain.items():
+            if getattr(self, name) != value:
+                text = f"latent attention has no {name}={getattr(self, name)}"
+                fix = f"use {key}.{name}={'null' if value is None else str(value).lower()}, or {key}.attention=gqa"
+                yield Problem(f"{key}.{name}", text, fix)
 
     def _rotary_problems(self, key: str) -> Iterator[Problem]:
         width = self.rotary_width

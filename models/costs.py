@@ -101,8 +101,7 @@ def block_bytes(block: BlockConfig, work: ForwardPass, policy: str) -> int:
     unit, accum = PRECISIONS[work.precision].bytes, PRECISIONS[work.precision].accum_bytes
     attention, dim, ffn = block.attention, block.attention.dim, block.ffn.ffn_dim / work.tp
     stream = dim / work.stream_cut
-    kv_width = max(attention.kv_heads, work.tp) * attention.head_dim  # with fewer heads than ranks, every rank has one
-    heads = 2 * (attention.q_width + kv_width) / work.tp
+    heads = attention.kept(work.tp)
     log_sums = accum * attention.heads / work.tp
     if policy == "full":
         per_token = unit * stream
@@ -115,7 +114,7 @@ def block_bytes(block: BlockConfig, work: ForwardPass, policy: str) -> int:
         before, after = 2 * block.norms_before, 2 * block.norms_after
         # Without norms before, products read the stream itself, or what is gathered of it.
         reads = 2 * dim if block.norms_before or work.stream_cut > 1 else 0
-        normed = (attention.q_width + kv_width) / work.tp if attention.q_norm is not None else 0
+        normed = attention.kept_normed(work.tp)
         moments = (before + after) / work.stream_cut + attention.normed_rows / work.tp
         elements = (2 + after) * stream + reads + heads + normed + wide * ffn
         per_token = unit * elements + log_sums + accum * moments

@@ -92,6 +92,23 @@ class AttentionConfig:
         return biases + norms + self.sinks * self.heads
 
     @property
+    def products(self) -> int:
+        """Count the matrix products with weights."""
+        return 4
+
+    def kept(self, tp: int) -> float:
+        """Count the elements of queries, keys, values and their output on a rank."""
+        return 2 * (self.q_width + self._rank_kv_width(tp)) / tp
+
+    def kept_normed(self, tp: int) -> float:
+        """Count the elements of queries and keys before their norms."""
+        return 0.0 if self.q_norm is None else (self.q_width + self._rank_kv_width(tp)) / tp
+
+    def _rank_kv_width(self, tp: int) -> int:
+        """Return the width of all ranks' key heads: with fewer heads than ranks, every rank has one."""
+        return max(self.kv_heads, tp) * self.head_dim
+
+    @property
     def normed_rows(self) -> int:
         """Count the rows that the norms of queries and keys normalise for each token."""
         if self.q_norm is None:
@@ -107,6 +124,73 @@ class AttentionConfig:
     def score_flops(self, seq_len: int) -> float:
         """Count the forward FLOPs of scores and weighted sums per token, without a causal mask."""
         return 4.0 * self.q_width * self.keys_seen(seq_len)
+
+
+@dataclass(frozen=True)
+class LatentAttentionConfig:
+    """Causal multi-head latent attention.
+
+    dim        width of the residual stream
+    nope_dim   width of the part of a query's or key's head without positions; `rotary.width` is that of the part with
+    value_dim  width of a value's head
+    scale      factor on the scores
+    q_norm     norm of the queries' latent; None: queries have none
+    kv_norm    norm of the latent of keys and values
+    softcap    scores become cap · tanh(score / cap); None: they stay
+    """
+
+    dim: int
+    heads: int
+    nope_dim: int
+    value_dim: int
+    scale: float
+    rotary: RotaryConfig
+    scales: MatrixScales
+    q_norm: NormConfig | None
+    kv_norm: NormConfig
+    softcap: float | None = None
+    window: None = None
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a query's or key's head."""
+        return self.nope_dim + self.rotary.width
+
+    @property
+    def products(self) -> int:
+        """Count the matrix products with weights."""
+        return 4 if self.q_norm is None else 5
+
+    @property
+    def matrices(self) -> int:
+        """Count the matrix parameters."""
+        q_width, latent = self.heads * self.head_dim, self.kv_norm.width
+        queries = self.dim * q_width if self.q_norm is None else self.q_norm.width * (self.dim + q_width)
+        keys_values = self.dim * (latent + self.rotary.width) + latent * self.heads * (self.nope_dim + self.value_dim)
+        return queries + keys_values + self.heads * self.value_dim * self.dim
+
+    @property
+    def vectors(self) -> int:
+        """Count the other parameters."""
+        return self.kv_norm.width + (0 if self.q_norm is None else self.q_norm.width)
+
+    def score_flops(self, seq_len: int) -> float:
+        """Count the forward FLOPs of scores and weighted sums per token, without a causal mask."""
+        return 2.0 * self.heads * (self.head_dim + self.value_dim) * seq_len
+
+    def kept(self, tp: int) -> float:
+        """Count the elements of queries, keys, values as wide as keys, their output, and what of it goes on."""
+        return self.heads * (4 * self.head_dim + self.value_dim) / tp
+
+    def kept_normed(self, tp: int) -> float:
+        """Count the elements of latents before and after their norms."""
+        queries = 0 if self.q_norm is None else 2 * self.q_norm.width
+        return queries + 2 * self.kv_norm.width + self.rotary.width
+
+    @property
+    def normed_rows(self) -> int:
+        """Count the rows that norms inside normalise for each token; every rank has them all."""
+        return 1 if self.q_norm is None else 2
 
 
 @dataclass(frozen=True)
@@ -147,7 +231,7 @@ class BlockConfig:
     norms_after   whether what a part adds to the stream is normed
     """
 
-    attention: AttentionConfig
+    attention: AttentionConfig | LatentAttentionConfig
     ffn: FeedForwardConfig
     norm: NormConfig
     residual: float

@@ -32,6 +32,8 @@ class TensorRole(Enum):
     HEADS_NORM      works on a rank's own query heads, each by itself or all ranks' together
     KEY_HEADS_NORM  the same of key heads, which ranks may share
     HEADS_VECTOR    has a number for each query head, and returns those of a rank's own
+    LATENT     works on a latent that every rank has whole
+    SHARED     hands on what every rank has whole, for each to use with heads of its own
     EMBEDDING  a table with a row for each token: cut by rows
     HEAD       as the embedding; the loss takes its cut weight
     """
@@ -44,6 +46,8 @@ class TensorRole(Enum):
     HEADS_NORM = "heads_norm"
     KEY_HEADS_NORM = "key_heads_norm"
     HEADS_VECTOR = "heads_vector"
+    LATENT = "latent"
+    SHARED = "shared"
     EMBEDDING = "embedding"
     HEAD = "head"
 

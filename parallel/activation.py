@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,36 +26,39 @@ _ATTENTION = {
     ring_forward._opoverload,
 }
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-# The first of a block's seven matrix products (q, k, v, attention's output, SwiGLU's two, the last). The sixth's output is as
-# large as it is expensive to recompute, and the backward pass does not read the seventh's.
 _PRODUCTS_KEPT = 5
+"""The first of the matrix products of a block that does not say how many (`products_kept`): Llama's q, k, v, attention's output
+and the gate. The next one's output is recomputed, and the backward pass does not read the last one's."""
+
 _SMALL = 1 << 16  # bytes: a smaller tensor is not worth a copy to the host
 
 
-def _selection() -> Any:
+def _selection(products_kept: int) -> Any:
     """Make the contexts of one selective checkpoint: keep attention and the first matrix products, recompute the rest."""
     products = {False: 0, True: 0}  # so far, in the forward pass and when it is computed again
 
     def keep(context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
         kept = operation in _ATTENTION
         if operation in _PRODUCTS:
-            kept = products[context.is_recompute] < _PRODUCTS_KEPT
+            kept = products[context.is_recompute] < products_kept
             products[context.is_recompute] += 1
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(keep)
 
 
-def _checkpointed(forward: Callable[..., Any], selectively: bool) -> Callable[..., Any]:
+def _checkpointed(block: nn.Module, forward: Callable[..., Any], *, selectively: bool) -> Callable[..., Any]:
     """Wrap `forward` so that all but its input (or what `_selection` keeps) is recomputed.
 
     The wrapper is our own function because the compiler starts at the first frame outside torch. It would silently skip a
     partial of `checkpoint`, and everything inside it.
     """
 
+    contexts = functools.partial(_selection, getattr(block, "products_kept", _PRODUCTS_KEPT))
+
     def run(*args: Any, **kwargs: Any) -> Any:
         if selectively:
-            return checkpoint(forward, *args, use_reentrant=False, context_fn=_selection, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return run
@@ -116,10 +120,10 @@ def apply_policies(blocks: Sequence[nn.Module], policies: Sequence[str], *, comp
     for block, policy in zip(blocks, policies, strict=True):
         assert policy in POLICIES, policy
         if policy == "full" and compiled and any(isinstance(weight, DTensor) for weight in block.parameters()):
-            block.forward = _checkpointed(torch.compile(block.forward), selectively=False)
+            block.forward = _checkpointed(block, torch.compile(block.forward), selectively=False)
             continue
         if policy in ("selective", "full"):
-            block.forward = _checkpointed(block.forward, selectively=policy == "selective")
+            block.forward = _checkpointed(block, block.forward, selectively=policy == "selective")
         if policy == "offload":
             block.forward = _offloaded(block, torch.compile(block.forward) if compiled else block.forward)
         elif compiled:

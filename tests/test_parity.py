@@ -41,6 +41,10 @@ PARTS: dict[str, dict[str, Any]] = {
         **{"norm_place": "around", "norm": "rms_plus_one", "ffn_activation": "gelu_tanh", "logit_softcap": 3.0},
         **{"embedding_scale": 4.9, "z_loss": 0.1, "tied": True},
     },
+    "latent attention": {
+        **{"attention": "mla", "kv_heads": 4, "rope_interleaved": True},
+        "mla": {"q_lora_rank": 10, "kv_lora_rank": 14, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5},
+    },
     "windows by kind of layer": {
         **{"layer_types": ["sliding", "full"], "sliding_window": 5, "rope_theta_sliding": 1e4},
         **{"norm_place": "around", "qk_norm": "head", "norm": "rms_plus_one"},

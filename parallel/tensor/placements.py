@@ -24,7 +24,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from ...kernels.documents import Documents
 from ...models.norm import Norm
@@ -44,12 +44,14 @@ class Place:
     input_layout      placement of its input, for one that arrives as a plain tensor
     output_layout     placement its output is brought to
     use_local_output  whether the output leaves as a plain local tensor
+    gradient          placement of the gradient of such an output; None: as the output's
     """
 
     weight: Placement
     input_layout: Where
     output_layout: Where
     use_local_output: bool = True
+    gradient: Placement | None = None
 
 
 PLACES = {
@@ -61,6 +63,8 @@ PLACES = {
     TensorRole.HEADS_NORM: Place(weight=Shard(0), input_layout=Shard(-1), output_layout=Shard(-1)),
     TensorRole.KEY_HEADS_NORM: Place(weight=Shard(0), input_layout=Shard(-1), output_layout=Shard(-1)),
     TensorRole.HEADS_VECTOR: Place(weight=Shard(0), input_layout=Replicate(), output_layout=Shard(0)),
+    TensorRole.LATENT: Place(Replicate(), input_layout=Replicate(), output_layout=Replicate(), use_local_output=False),
+    TensorRole.SHARED: Place(Replicate(), input_layout=Replicate(), output_layout=Replicate(), gradient=Partial()),
     TensorRole.EMBEDDING: Place(weight=Shard(0), input_layout=Replicate(), output_layout=STREAM),
     TensorRole.HEAD: Place(weight=Shard(0), input_layout=Replicate(), output_layout=Replicate()),
 }
@@ -194,7 +198,9 @@ def _place(module: nn.Module, mesh: DeviceMesh, place: Place, stream: Stream, kn
     def leave(_module: nn.Module, _inputs: Any, output: DTensor) -> torch.Tensor:
         # Waits for the collective: a tensor still on its way must not enter a compiled block.
         output = output.redistribute(placements=stream.at(place.output_layout))
-        return output.to_local() if place.use_local_output else output
+        if not place.use_local_output:
+            return output
+        return output.to_local(grad_placements=None if place.gradient is None else [place.gradient])
 
     _cut(module, mesh, place.weight, known)
     module.register_forward_pre_hook(enter)

@@ -118,6 +118,10 @@ PARTS: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Qwen 3": {"qk_norm": "head", "head_dim": 24, "qkv_bias": True},
     "OLMo 3": {"qk_norm": "full", "norm_place": "after", "layer_types": ["sliding"], "sliding_window": 9},
+    "DeepSeek-V3": {
+        **{"attention": "mla", "kv_heads": 8},
+        "mla": {"q_lora_rank": 40, "kv_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12},
+    },
     "Gemma 2": {"norm_place": "around", "ffn_activation": "gelu_tanh", "attention_softcap": 5.0, "sinks": True},
 }
 
@@ -133,10 +137,10 @@ def test_what_a_block_keeps_is_what_autograd_keeps(parts: str, policy: str) -> N
     # On the CPU RMSNorm is made of simple operations, and keeps its normalised input too; the GPU's kernel does not.
     norms = [module for module in models[0].layers["0"].modules() if isinstance(module, Norm)]
     block = models[0].config.block(0)
-    widths = {"q_norm": block.attention.q_width, "k_norm": block.attention.kv_width}
-    normed = sum(
-        widths.get(name.rpartition(".")[2], 128) for name, each in models[0].layers["0"].named_modules() if each in norms
-    )
+    each_head = {"q_norm": 8, "k_norm": 4} if parts == "Qwen 3" else {}
+    named = models[0].layers["0"].named_modules()
+    norms = {name.rpartition(".")[2]: module for name, module in named if isinstance(module, Norm)}
+    normed = sum(module.config.width * each_head.get(name, 1) for name, module in norms.items())
     on_cpu = tokens.numel() * normed * 4 if policy == "none" else 0
     assert per_block - on_cpu == block_bytes(block, ForwardPass(tokens.numel(), "fp32"), policy)
 

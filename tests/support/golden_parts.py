@@ -81,6 +81,18 @@ CASES: dict[str, dict[str, Any]] = {
         "tied": True,
     },
     "exact GeGLU": {"ffn_activation": "gelu"},
+    "latent attention": {
+        "kv_heads": 4,
+        "attention": "mla",
+        "rope_interleaved": True,
+        "mla": {"q_lora_rank": 6, "kv_lora_rank": 5, "qk_nope_head_dim": 3, "qk_rope_head_dim": 4, "v_head_dim": 2},
+    },
+    "latent attention, whole queries": {
+        "kv_heads": 4,
+        "attention": "mla",
+        "rope_interleaved": True,
+        "mla": {"kv_lora_rank": 5, "qk_nope_head_dim": 3, "qk_rope_head_dim": 4, "v_head_dim": 7},
+    },
     "a window in every layer": {"layer_types": ["sliding"], "sliding_window": 5},
     "soft-caps and windows": {
         "norm_place": "around",

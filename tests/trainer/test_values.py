@@ -47,6 +47,8 @@ def test_recipes_are_in_order(composer: Composer, recipe: str) -> None:
         ("model.norm_place=below", "model.norm_place", "before, after, around"),
         ("model.layer_types=[local]", "model.layer_types", "full"),
         ("model.layer_types=[]", "model.layer_types", "full"),
+        ("model.attention=mha", "model.attention", "gqa, mla"),
+        ("model.attention=mla", "model.kv_heads", "attention=gqa"),
         ("model.layer_types=[sliding]", "model.sliding_window", "1024"),
         ("model.sliding_window=64", "model.sliding_window", "leave it null"),
         ("model.attention_softcap=-1", "model.attention_softcap", "above 0"),
