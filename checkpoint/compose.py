@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,16 @@ class Source:
         return f"{self.role}/{self.name}"
 
 
-def compose(folder: str | Path, step: int, sources: Sequence[Source], state: dict[str, Any]) -> Path:
+def compose(
+    folder: str | Path,
+    step: int,
+    sources: Sequence[Source],
+    state: dict[str, Any],
+    beside: Mapping[str, bytes] | None = None,
+) -> Path:
     """Write and commit a step with these arrays. Host memory holds one array at a time. Returns the step's folder.
+
+    beside: name → contents of further files in the step's folder
 
     Arrays without elements have nothing to store and are left out. Raises CheckpointError for a state that is not plain
     JSON, a type that can't be stored, two arrays of one name, or a folder that a run is using or has saved into.
@@ -79,6 +87,8 @@ def compose(folder: str | Path, step: int, sources: Sequence[Source], state: dic
             finally:
                 output.close()
             write_small(place / leaves, bytes(output.digests), "leaves")
+            for extra, contents in (beside or {}).items():
+                write_small(place / extra, contents, "beside")
             sync_folder(place, "data.folder")
             files = [StoredFile(name, layout.bytes, leaves, block_digests(bytes(output.digests)))] if layout.bytes else []
             arrays: dict[str, StoredArray] = fill_boxes(plan.arrays, [layout])

@@ -18,6 +18,8 @@ SEQ_LEN = "positions per sample"
 DOCUMENT_MASK = "attention stays inside documents"
 VERIFY = "read all shards at the start and compare digests (sizes are compared in any case)"
 CACHE_DIR = "where what is built is kept; null: $MESHLOOM_CACHE, else ~/.cache/meshloom"
+TRAINED = "bpe"
+"""Value of `tokenizer` that trains one on the corpus."""
 TOKENIZER = "bpe: byte-level BPE trained on this corpus; bytes: a token per byte; or the path of a tokenizer.json"
 VOCABULARY = "size of the trained BPE vocabulary"
 TOKENIZER_SAMPLE = "characters of the corpus the tokenizer is trained on, at most"
@@ -76,7 +78,7 @@ class PackingConfig(DataConfig):
 class CorpusConfig(PackingConfig):
     """Keys of every option that starts from documents."""
 
-    tokenizer: str = key("bpe", TOKENIZER)
+    tokenizer: str = key(TRAINED, TOKENIZER)
     vocabulary: int = key(4096, VOCABULARY)
     tokenizer_sample: int = key(100_000_000, TOKENIZER_SAMPLE)
     end_of_document: str | None = key(None, END_OF_DOCUMENT)
@@ -164,7 +166,7 @@ class MixtureConfig(DataConfig):
     version: int = key(NEWEST, RULES)
     verify: bool = key(False, VERIFY, Side.HABIT)
     cache_dir: str | None = key(None, CACHE_DIR, Side.PLACEMENT)
-    tokenizer: str = key("bpe", TOKENIZER)
+    tokenizer: str = key(TRAINED, TOKENIZER)
     vocabulary: int = key(4096, VOCABULARY)
     tokenizer_sample: int = key(100_000_000, TOKENIZER_SAMPLE)
     end_of_document: str | None = key(None, END_OF_DOCUMENT)

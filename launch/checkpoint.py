@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument("source", type=Path)
     bring.add_argument("output", help="a folder of checkpoints; the new one becomes its newest step")
     bring.add_argument("--format", choices=["hf", "deepspeed", "dcp"], help="default: told by the files in the folder")
+    bring.add_argument("--tokenizer", type=Path, help="the model's tokenizer.json (default: the one in the folder)")
     return parser
 
 
@@ -209,7 +210,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _import(arguments: argparse.Namespace) -> int:
     from ..checkpoint.convert.detect import bring_in
 
-    print(f"{arguments.source} → {bring_in(arguments.source, arguments.output, arguments.format)}")
+    print(f"{arguments.source} → {bring_in(arguments.source, arguments.output, arguments.format, arguments.tokenizer)}")
     return 0
 
 

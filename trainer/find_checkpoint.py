@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.files import is_remote, open_files
-from ..checkpoint.folder import KEEPERS, find_latest, read_newest, steps_newest_first
+from ..checkpoint.folder import KEEPERS, find_latest, read_newest, step_name, steps_newest_first
 from ..checkpoint.manifest import MANIFEST, Manifest
 from ..config.problems import ConfigError, Problem
 from ..optim.progress import Progress
@@ -117,6 +117,14 @@ def is_inside(checkpoint: Path | str, folder: str) -> bool:
 def is_import(state: Mapping[str, Any]) -> bool:
     """Return whether a checkpoint was made by `meshloom checkpoint import`, and so has no progress to resume."""
     return "progress" not in state
+
+
+def carried_tokenizer(checkpoint: Path | str, manifest: Manifest) -> Path | None:
+    """Return the tokenizer that an import has brought with it; None where there is none on a mounted file system."""
+    if is_remote(str(checkpoint)) or manifest.state.get("tokenizer") is None:
+        return None
+    places = (Path(checkpoint), Path(checkpoint) / step_name(manifest.step))
+    return next((place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()), None)
 
 
 def saved_progress(state: Mapping[str, Any]) -> Progress:

@@ -5,39 +5,54 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf, open_dict
 
 from ..config.compose import Composition
+from ..data.config import TRAINED
 from .resumed_config import Resumed, saved_config, typed_values
 from .saved_classes import literal, refuse_unnamed_classes
 from .typed import option_of
 
 
-def import_config(state: Mapping[str, Any], fresh: Composition, overrides: Iterable[str]) -> Resumed:
+def import_config(
+    state: Mapping[str, Any], fresh: Composition, overrides: Iterable[str], tokenizer: Path | None = None
+) -> Resumed:
     """Return the config of a run that begins from an import.
 
     The keys of `model` are the import's where nothing is typed. A typed model is compared with the import's later
-    (`checkpoint_fit.py`); sizes that it leaves open are the import's.
+    (`checkpoint_fit.py`); sizes that it leaves open are the import's. Text is cut by the import's tokenizer, where a new one
+    would be trained.
+
+    tokenizer: the import's, if it has one
     """
-    saved = saved_config(state).get("model")
-    if not isinstance(saved, dict) or option_of("model", saved) is None:
-        return Resumed(fresh.config, choices=fresh.choices)
-    refuse_unnamed_classes({"model": saved}, {})
     typed = typed_values(overrides)
-    today = cast(dict[str, Any], OmegaConf.to_container(fresh.config.model, resolve=True, throw_on_missing=False))
-    chosen = "model" in typed or "model._target_" in typed
-    if chosen:
-        node = {**today, **{name: value for name, value in saved.items() if name in today and today[name] is None}}
-    else:
-        kind = cast(Any, option_of("model", saved))
-        node = {**dataclasses.asdict(kind()), **copy.deepcopy(saved)}
-        node |= {key.removeprefix("model."): today[key.removeprefix("model.")] for key in typed if key.startswith("model.")}
-    config = copy.deepcopy(fresh.config)
-    with open_dict(config):
-        config["model"] = OmegaConf.create(literal(node))
-    return Resumed(config, [*_taken(today, node)], choices=fresh.choices)
+    config, told = copy.deepcopy(fresh.config), list[str]()
+    saved = saved_config(state).get("model")
+    if isinstance(saved, dict) and option_of("model", saved) is not None:
+        refuse_unnamed_classes({"model": saved}, {})
+        today = cast(dict[str, Any], OmegaConf.to_container(fresh.config.model, resolve=True, throw_on_missing=False))
+        node = _model(cast(dict[str, Any], saved), today, typed)
+        with open_dict(config):
+            config["model"] = OmegaConf.create(literal(node))
+        told += _taken(today, node)
+    if tokenizer is not None and config.data.get("tokenizer") == TRAINED and "data.tokenizer" not in typed:
+        config.data.tokenizer = literal(str(tokenizer))
+        if config.data.get("end_of_document") is None:
+            config.data.end_of_document = literal(state.get("end_of_document"))
+        told.append(f"taken from the imported checkpoint: data.tokenizer={tokenizer}")
+    return Resumed(config, told, choices=fresh.choices)
+
+
+def _model(saved: dict[str, Any], today: dict[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the node of the model: the import's, or a typed one with what it leaves open."""
+    if "model" in typed or "model._target_" in typed:
+        return {**today, **{name: value for name, value in saved.items() if name in today and today[name] is None}}
+    kind = cast(Any, option_of("model", saved))
+    node = {**dataclasses.asdict(kind()), **copy.deepcopy(saved)}
+    return node | {key.removeprefix("model."): today[key.removeprefix("model.")] for key in typed if key.startswith("model.")}
 
 
 def _taken(today: Mapping[str, Any], node: Mapping[str, Any]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from ..config.compose import Composer, Composition
 from ..config.problems import ConfigError, Problem
 from ..optim.progress import BEGINNING
 from .checkpoint_fit import checkpoint_problems
-from .find_checkpoint import checkpoint_manifest, checkpoint_to_resume, is_import, saved_progress
+from .find_checkpoint import carried_tokenizer, checkpoint_manifest, checkpoint_to_resume, is_import, saved_progress
 from .imported_config import import_config
 from .resumed_config import Resumed, resume_config, saved_choices, saved_config
 from .schema import RunConfig, make_composer
@@ -90,7 +90,9 @@ def resolve_composed(
         try:
             checkpoint, manifest = _read_checkpoint(composition.config)
             if manifest is not None:
-                composition, resumed = _compose_resumed(composer, composition, overrides, manifest.state)
+                assert checkpoint is not None
+                tokenizer = carried_tokenizer(checkpoint, manifest)
+                composition, resumed = _compose_resumed(composer, composition, overrides, manifest.state, tokenizer)
         except ConfigError as error:
             refused = error.problems
     config, untyped = typed_config(resumed.config)
@@ -125,7 +127,7 @@ def _read_checkpoint(config: DictConfig) -> tuple[Path | str | None, Manifest | 
 
 
 def _compose_resumed(
-    composer: Composer, composition: Composition, overrides: Sequence[str], state: dict[str, Any]
+    composer: Composer, composition: Composition, overrides: Sequence[str], state: dict[str, Any], tokenizer: Path | None
 ) -> tuple[Composition, Resumed]:
     """Return the composition of a command line that resumes, and the config of the resumed run."""
     saved, recorded = saved_config(state), state.get("choices", {})
@@ -136,7 +138,7 @@ def _compose_resumed(
         expand_home(composition.config)
     bad = {problem.key for problem in composition.problems}
     good = [line for line in overrides if line.partition("=")[0].lstrip("+~") not in bad and line not in bad]
-    resumed = resume_config(saved, composition, good, recorded) if own else import_config(state, composition, good)
+    resumed = resume_config(saved, composition, good, recorded) if own else import_config(state, composition, good, tokenizer)
     expand_home(resumed.config)
     return composition, resumed
 

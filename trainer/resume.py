@@ -80,7 +80,7 @@ def _same_tokens(state: dict[str, Any], data: DataNode, checkpoint: Path | str) 
     if saved is None or now is None or saved == now:
         return
     message = f"the text is cut into other tokens than '{checkpoint}' was trained on"
-    fix = "keep the run's own with data.tokenizer=<its output_dir>/tokenizer.json, or go on with the data it had"
+    fix = "use its own: data.tokenizer=<its output_dir>/tokenizer.json, of an import <its step>/tokenizer.json"
     raise ConfigError([Problem("data.tokenizer", message, fix)])
 
 

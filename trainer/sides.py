@@ -58,12 +58,13 @@ def _annotated(tree: dict[str, Any], sides: dict[str, Side], prefix: str = "", i
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if key not in sides and isinstance(value, dict):
-            yield f"{indent}{name}:"
+            yield f"{indent}{_inline(name)}:"
             yield from _annotated(value, sides, f"{key}.", f"{indent}  ")
             continue
-        lines = yaml.safe_dump({name: value}, default_flow_style=None, allow_unicode=True, width=1 << 20).splitlines()
-        side = f"# {sides[key]}" if key in sides else ""
-        if len(lines) == 1:
-            yield f"{indent}{lines[0]}  {side}".rstrip()
-        else:
-            yield from (f"{indent}{line}" for line in (side, *lines) if line)
+        side = f"  # {sides[key]}" if key in sides else ""
+        yield f"{indent}{_inline(name)}: {_inline(value)}{side}"
+
+
+def _inline(value: Any) -> str:
+    """Write a value as YAML in one line."""
+    return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=1 << 20).strip()[1:-1]

@@ -18,6 +18,7 @@ from ...config.names import name_fault
 from ..compose import Source, compose
 from ..errors import CheckpointError
 from .pickles import load_index
+from .tokenizer import carry_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class _IndexedReader(torch_dcp.FileSystemReader):
         return self._index
 
 
-def import_dcp(source: Path, folder: str | Path) -> Path:
+def import_dcp(source: Path, folder: str | Path, tokenizer: Path | None = None) -> Path:
     """Make a checkpoint out of a DCP folder. Host memory holds one array at a time.
 
     Weights become role "weight", optimizer tensors a role by their name (exp_avg, …), names stay as they are. Tensors of
@@ -77,7 +78,8 @@ def import_dcp(source: Path, folder: str | Path) -> Path:
         log.warning("%s: %d pickled objects are left out: %s", source, len(left_out), ", ".join(left_out[:8]))
     step = re.search(r"(\d+)$", source.name)
     state = {"imported_from": {"format": "dcp", "scalars": scalars, "left_out": left_out}}
-    return compose(folder, int(step[1]) if step else 0, sources, state)
+    carried = carry_tokenizer(source, tokenizer)
+    return compose(folder, int(step[1]) if step else 0, sources, state | carried.state, carried.files)
 
 
 def _getter(

@@ -21,12 +21,13 @@ from ..errors import CheckpointError
 from ..manifest import state_fault
 from .deepspeed_export import STATE
 from .pickles import load_mapped
+from .tokenizer import carry_tokenizer
 
 _RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 Cut = list[tuple[torch.Tensor, int, int]]  # pieces of a flattened parameter, in order: (flat array, start, length)
 
 
-def import_deepspeed(source: Path, folder: str | Path) -> Path:
+def import_deepspeed(source: Path, folder: str | Path, tokenizer: Path | None = None) -> Path:
     """Make a checkpoint out of a DeepSpeed folder (the run's, or one tag's). Files are mapped, one array is held at a time.
 
     The fp32 master weights become role "weight", optimizer tensors a role by their name. The optimizer's step count, parameter
@@ -37,10 +38,12 @@ def import_deepspeed(source: Path, folder: str | Path) -> Path:
     tag = _tag(source)
     model = _model(tag)
     step = _step(tag, model)
+    carried = carry_tokenizer(source, tokenizer)
+    own = _own_state(model, step)
     if (tag / "zero").is_dir():
         sources, counters, groups = _universal(tag / "zero")
         state = {"imported_from": {"format": "deepspeed universal", "counters": counters, "groups": groups}}
-        return compose(folder, step, sources, _own_state(model, step) or state)
+        return compose(folder, step, sources, own or state | carried.state, carried.files)
     ranks = _rank_files(tag, _plain(model.get("dp_world_size"), 0))
     optimizers = [load_mapped(path)["optimizer_state_dict"] for path in ranks]
     stage = int(_plain(optimizers[0].get("zero_stage"), 3 if "fp32_flat_groups" in optimizers[0] else 2))
@@ -61,7 +64,7 @@ def import_deepspeed(source: Path, folder: str | Path) -> Path:
             "groups": _groups([list(group) for group in shapes], hyper),
         }
     }
-    return compose(folder, step, sources, _own_state(model, step) or state)
+    return compose(folder, step, sources, own or state | carried.state, carried.files)
 
 
 def _model(tag: Path) -> dict[str, Any]:

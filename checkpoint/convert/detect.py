@@ -7,8 +7,10 @@ from pathlib import Path
 from ..errors import CheckpointError
 
 
-def bring_in(source: Path, folder: str | Path, kind: str | None = None) -> Path:
+def bring_in(source: Path, folder: str | Path, kind: str | None = None, tokenizer: Path | None = None) -> Path:
     """Make a checkpoint out of a folder of kind hf, deepspeed or dcp (None: find out). Returns the step's folder.
+
+    tokenizer: the model's tokenizer.json, or a folder with one; None: that of the folder, if it has one
 
     Raises CheckpointError if the folder is not what such a program writes, or damaged; OSError if the disk says no.
     """
@@ -16,7 +18,7 @@ def bring_in(source: Path, folder: str | Path, kind: str | None = None) -> Path:
         raise CheckpointError(f"{source} is not a folder")
     kind = kind or kind_of(source)
     try:
-        return _bring_in(source, folder, kind)
+        return _bring_in(source, folder, kind, tokenizer)
     except (CheckpointError, OSError):
         raise
     except Exception as error:  # whatever their readers, or ours, make of a file that is cut off or lacks a part
@@ -24,18 +26,18 @@ def bring_in(source: Path, folder: str | Path, kind: str | None = None) -> Path:
         raise CheckpointError(f"{source}: as a folder of kind {kind} it is damaged or incomplete ({what})") from error
 
 
-def _bring_in(source: Path, folder: str | Path, kind: str) -> Path:
+def _bring_in(source: Path, folder: str | Path, kind: str, tokenizer: Path | None) -> Path:
     if kind == "hf":
         from .hf import import_hf
 
-        return import_hf(source, folder)
+        return import_hf(source, folder, tokenizer)
     if kind == "deepspeed":
         from .deepspeed import import_deepspeed
 
-        return import_deepspeed(source, folder)
+        return import_deepspeed(source, folder, tokenizer)
     from .dcp import import_dcp
 
-    return import_dcp(source, folder)
+    return import_dcp(source, folder, tokenizer)
 
 
 def kind_of(source: Path) -> str:

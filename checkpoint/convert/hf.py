@@ -24,6 +24,7 @@ from ..errors import CheckpointError
 from ..files import Files
 from ..folder import open_step
 from ..manifest import ITEM_BYTES, Manifest
+from .tokenizer import carry_tokenizer
 from .whole import write_whole
 
 SHARD_BYTES = 5 * 10**9
@@ -146,7 +147,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
     )
 
 
-def import_hf(source: Path, folder: str | Path) -> Path:
+def import_hf(source: Path, folder: str | Path, tokenizer: Path | None = None) -> Path:
     """Make a checkpoint (step 0, weights only) out of a Hugging Face folder. Host memory holds one array at a time.
 
     Its state carries the model's recipe as `config.model`. Raises CheckpointError for another architecture, a scaled
@@ -171,7 +172,8 @@ def import_hf(source: Path, folder: str | Path) -> Path:
         if extra:
             raise CheckpointError(f"{source}: weights that Meshloom's model does not have: {', '.join(sorted(extra)[:6])}")
         state = {"config": {"model": model}, "imported_from": {"format": "hugging_face", "config": theirs}}
-        return compose(folder, 0, sources, state)
+        carried = carry_tokenizer(source, tokenizer)
+        return compose(folder, 0, sources, state | carried.state, carried.files)
 
 
 def _getter(reader: Any, name: str) -> Callable[[], torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from meshloom.config.compose import Composition
@@ -50,3 +51,14 @@ def test_a_typed_model_is_left_for_the_comparison() -> None:
 def test_an_import_that_states_no_model_takes_todays() -> None:
     found = import_config({"imported_from": {}}, compose("recipe=llama_1b"), ["recipe=llama_1b"])
     assert found.config.model.dim == 2048 and found.notices == []
+
+
+def test_text_is_cut_by_the_imports_tokenizer() -> None:
+    state = {"tokenizer": "1234", "end_of_document": "<end>"}
+    words = ["recipe=quickstart", "data=jsonl", "data.input=a.jsonl"]
+    found = import_config(state, compose(*words), words, Path("/imported/tokenizer.json"))
+    assert found.config.data.tokenizer == "/imported/tokenizer.json" and found.config.data.end_of_document == "<end>"
+    typed = [*words, "data.tokenizer=mine.json"]
+    assert import_config(state, compose(*typed), typed, Path("/imported/tokenizer.json")).config.data.tokenizer == "mine.json"
+    synthetic = ["recipe=llama_1b"]
+    assert "tokenizer" not in import_config(state, compose(*synthetic), synthetic, Path("/imported/t.json")).config.data
