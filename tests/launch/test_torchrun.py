@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
+from meshloom.config.problems import Problem
 from meshloom.launch import agent, train
 from meshloom.launch.torchrun import PreparedAgent, TorchRun, environment
 from meshloom.trainer.signals import STOPPING
@@ -155,16 +155,16 @@ def test_an_agent_whose_launcher_is_gone_ends() -> None:
 
 
 @pytest.mark.parametrize(("override", "several"), [("launch.nproc=2", True), ("launch.nproc=1", False)])
-def test_agent_starts_before_checks_and_ends_on_refusal(
+def test_agent_starts_before_the_build_and_ends_on_refusal(
     override: str, several: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    resolve, seen = train.resolve_composed, list[psutil.Process]()
+    seen = list[psutil.Process]()
 
-    def resolving(*given: Any, **keys: Any) -> Any:
+    def building(*_: object) -> list[Problem]:
         seen.extend(child for child in psutil.Process().children() if "--when-told" in child.cmdline())
-        return resolve(*given, **keys)
+        return [Problem("model", "can't be built", "choose another")]
 
-    monkeypatch.setattr(train, "resolve_composed", resolving)
-    assert train.main([override, "precision=half"]) == 2
-    assert "there is no 'half'" in capsys.readouterr().err
+    monkeypatch.setattr("meshloom.trainer.trial_build.build_problems", building)
+    assert train.main([override]) == 2
+    assert "model: can't be built" in capsys.readouterr().err
     assert len(seen) == several and not any(agent.is_running() for agent in seen)
