@@ -112,8 +112,9 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _differentiate(ctx: Any, dout_BSHD: torch.Tensor, dlse: torch.Tensor) -> Any:
-    *gradients, dsinks = attend_backward(dout_BSHD, *ctx.saved_tensors, *ctx.rest)
-    return *gradients, None, None, None if ctx.saved_tensors[-1] is None else dsinks, *[None] * len(ctx.rest)
+    saved = ctx.saved_tensors  # once: activation checkpointing allows no second time
+    *gradients, dsinks = attend_backward(dout_BSHD, *saved, *ctx.rest)
+    return *gradients, None, None, None if saved[-1] is None else dsinks, *[None] * len(ctx.rest)
 
 
 attend.register_fake(_shape_of_output)

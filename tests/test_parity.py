@@ -143,6 +143,10 @@ TABLE: dict[str, tuple[int, Work]] = {
         for name, parts in PARTS.items()
     },
     **{f"tp 4, {name}": (4, work(3, FEW, tp=4, **parts)) for name, parts in PARTS.items()},
+    **{
+        f"tp 2, activation=selective, {name}": (2, work(3, FEW, tp=2, activation="selective", **PARTS[name]))
+        for name in ("latent attention", "windows, sinks, soft-cap of scores", "norms after, norm of all heads, yarn")
+    },
     **{f"pp 2, zbv, {name}": (2, work(steps=FEW, pp=2, schedule="zbv", **parts)) for name, parts in PARTS.items()},
     **{f"cp 2, ring, documents, {name}": (2, work(2, FEW, cp=2, documents=True, **parts)) for name, parts in PARTS.items()},
     # batches that don't divide: 7 samples, so that ranks, micro-batches and passes are filled with blanks

@@ -449,8 +449,9 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _differentiate(ctx: Any, dout: torch.Tensor, dlse: torch.Tensor) -> Any:
-    dq, dk, dv, dsinks = ring_backward(dout, *ctx.saved_tensors, *ctx.rest)
-    return dq, dk, dv, None, None, None if ctx.saved_tensors[-1] is None else dsinks, *[None] * len(ctx.rest)
+    saved = ctx.saved_tensors  # once: activation checkpointing allows no second time
+    dq, dk, dv, dsinks = ring_backward(dout, *saved, *ctx.rest)
+    return dq, dk, dv, None, None, None if saved[-1] is None else dsinks, *[None] * len(ctx.rest)
 
 
 ring_forward.register_fake(_shape_of_forward)
