@@ -75,6 +75,7 @@ setup(
             "wandb>=0.17",
             "matplotlib>=3.8",
             "scipy>=1.12",
+            "transformers>=5.24",
         ],
     },
     entry_points={"console_scripts": ["meshloom=meshloom.launch.cli:main"]},

@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--ranks", type=int, help="deepspeed: the number of processes that will load it")
     export.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="of the weights (hf: default as stored)")
     export.add_argument("--tokenizer", type=Path, help="a tokenizer.json, or a folder with one")
+    export.add_argument("--family", help="hf: the model_type to export as (default: as imported, or the first that fits)")
     bring = command("import", _import, "make a checkpoint out of a Hugging Face, DeepSpeed or PyTorch DCP folder")
     bring.add_argument("source", type=Path)
     bring.add_argument("output", help="a folder of checkpoints; the new one becomes its newest step")
@@ -195,6 +196,8 @@ def _export(arguments: argparse.Namespace) -> int:
         raise CheckpointError("--zero and --ranks go with --format deepspeed, both: rank files are for one stage and number")
     if arguments.tokenizer is not None and arguments.format != "hf":
         raise CheckpointError("--tokenizer goes with --format hf")
+    if arguments.family is not None and arguments.format != "hf":
+        raise CheckpointError("--family goes with --format hf")
     if arguments.dtype is not None and arguments.format == "universal":
         raise CheckpointError("--dtype does not go with --format universal, which holds fp32 alone")
     if arguments.format == "universal":
@@ -202,7 +205,7 @@ def _export(arguments: argparse.Namespace) -> int:
     elif arguments.format == "deepspeed":
         folder = export_ranks(files, arguments.output, stage=zero, ranks=ranks, dtype=arguments.dtype)
     else:
-        folder = export(files, arguments.output, dtype=arguments.dtype, tokenizer=arguments.tokenizer)
+        folder = export(files, arguments.output, dtype=arguments.dtype, tokenizer=arguments.tokenizer, family=arguments.family)
     print(f"{files.label()} → {folder}")
     return 0
 

@@ -6,17 +6,20 @@ What names and keys a family has there, `models/families` knows. Weights keep th
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 
+from ...models.build import build_model
 from ...models.config import DecoderConfig, decoder_config
-from ...models.families import FAMILIES, Family
+from ...models.families import FAMILIES, Family, StoredWeight, family_of
 from ..compare import read_array
 from ..compose import Source, compose
 from ..dtypes import TORCH_DTYPES, bytes_of
@@ -29,35 +32,45 @@ from .whole import write_whole
 
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+_IMPORTED = ("F64", "F32", "BF16", "F16")
 
 
 def export(
-    files: Files, folder: Path, *, dtype: str | None = None, tokenizer: Path | None = None, shard_bytes: int = SHARD_BYTES
+    files: Files,
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    family: str | None = None,
 ) -> Path:
     """Write a step's weights as a folder that `transformers` loads. Host memory holds one array at a time.
 
     dtype: bf16, fp16 or fp32; None keeps the stored type. tokenizer: a tokenizer.json, or a folder with one, to put in.
+    family: the `model_type` to export as; None: the one it was imported as, or the first that has all parts of the model.
     Raises CheckpointError if the checkpoint is not of a family that is known there, or the folder exists.
     """
     manifest = open_step(files)
-    family, model = _family_and_config(files, manifest)
+    model = _saved_model(files, manifest)
     try:
-        described = family.to_hugging_face(model)
+        chosen = _chosen_family(manifest, model, family)
+        described = chosen.to_hugging_face(model)
     except ValueError as error:
         raise CheckpointError(f"{files.label()}: {error}") from error
-    names = family.names(model)
+    weights = chosen.stored_weights(model)
     stored = {key.removeprefix("weight/") for key in manifest.arrays if key.startswith("weight/")}
-    if stored - set(names) - {"head.weight"} or set(names) - stored:
-        odd = sorted(stored ^ set(names))
+    if stored - set(weights) - {"head.weight"} or set(weights) - stored:
+        odd = sorted(stored ^ set(weights))
         raise CheckpointError(f"{files.label()}: not the weights of such a model: {', '.join(odd[:6])}")
     wanted = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", None: None}.get(dtype, "")
     if wanted == "":
         raise CheckpointError(f"dtype {dtype!r} is not one of bf16, fp16, fp32")
-    types = {ours: wanted or manifest.arrays[f"weight/{ours}"].dtype for ours in names}
+    tensors = _tensors(manifest, weights, wanted)
 
     def write(fresh: Path) -> None:
-        _write_shards(files, manifest, fresh, names, types, shard_bytes)
-        config = described | _of_data(manifest, types["embed.weight"])
+        _write_shards(files, manifest, fresh, tensors, shard_bytes)
+        config = _of_data(manifest, wanted or manifest.arrays["weight/embed.weight"].dtype) | described
         (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             _copy_tokenizer(tokenizer, fresh)
@@ -65,54 +78,80 @@ def export(
     return write_whole(folder, write)
 
 
-def _write_shards(
-    files: Files, manifest: Manifest, folder: Path, names: dict[str, str], types: dict[str, str], shard_bytes: int
-) -> None:
-    def size(ours: str) -> int:
-        array = manifest.arrays[f"weight/{ours}"]
-        return array.bytes // array.item_bytes * ITEM_BYTES[types[ours]]
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the files. weights: ours that it consists of, in the order of its rows."""
 
-    shards: list[list[str]] = [[]]
+    name: str
+    weights: list[str]
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def _tensors(manifest: Manifest, weights: Mapping[str, StoredWeight], dtype: str | None) -> list[_Tensor]:
+    grouped: dict[str, list[str]] = {}
+    for ours in sorted(weights, key=lambda each: weights[each].rows or (0, 0)):
+        grouped.setdefault(weights[ours].name, []).append(ours)
+    found: list[_Tensor] = []
+    for name in dict.fromkeys(place.name for place in weights.values()):
+        arrays = [manifest.arrays[f"weight/{ours}"] for ours in grouped[name]]
+        shape = (sum(array.shape[0] for array in arrays), *arrays[0].shape[1:])
+        found.append(_Tensor(name, grouped[name], dtype or arrays[0].dtype, shape))
+    return found
+
+
+def _write_shards(files: Files, manifest: Manifest, folder: Path, tensors: list[_Tensor], shard_bytes: int) -> None:
+    shards: list[list[_Tensor]] = [[]]
     filled = 0
-    for ours in names:
-        if shards[-1] and filled + size(ours) > shard_bytes:
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.bytes > shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(ours)
-        filled += size(ours)
+        shards[-1].append(tensor)
+        filled += tensor.bytes
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
-        for ours in shard:
-            shape = manifest.arrays[f"weight/{ours}"].shape
-            header[names[ours]] = {"dtype": types[ours], "shape": shape, "data_offsets": (at, at + size(ours))}
-            at += size(ours)
-            index[names[ours]] = name
+        for tensor in shard:
+            offsets = (at, at + tensor.bytes)
+            header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+            at += tensor.bytes
+            index[tensor.name] = name
         text = json.dumps(header, separators=(",", ":")).encode()
         text = text.ljust(-(-len(text) // 8) * 8)
         with (folder / name).open("wb") as output:
             output.write(len(text).to_bytes(8, "little") + text)
-            for ours in shard:
-                values = read_array(files, manifest, f"weight/{ours}").to(TORCH_DTYPES[types[ours]])
-                output.write(bytes_of(values))
+            for ours, kind in ((ours, TORCH_DTYPES[tensor.dtype]) for tensor in shard for ours in tensor.weights):
+                output.write(bytes_of(read_array(files, manifest, f"weight/{ours}").to(kind)))
     if len(shards) > 1:
-        total = sum(size(ours) for ours in names)
+        total = sum(tensor.bytes for tensor in tensors)
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n")
 
 
-def _family_and_config(files: Files, manifest: Manifest) -> tuple[Family, DecoderConfig]:
-    """The model's recipe as it was saved with the run."""
+def _saved_model(files: Files, manifest: Manifest) -> DecoderConfig:
+    """Return the model's config as it was saved with the run."""
     node = manifest.state.get("config", {}).get("model", {})
-    family = FAMILIES.get(node.get("name", "llama"))
-    if family is None:
-        raise CheckpointError(f"{files.label()}: model {node['name']!r} is of no family that can be exported: {_known()}")
     embedding = manifest.arrays.get("weight/embed.weight")
     try:
-        return family, decoder_config(node, None if embedding is None else embedding.shape[0])
+        return decoder_config(node, None if embedding is None else embedding.shape[0])
     except TypeError as error:
-        raise CheckpointError(f"{files.label()}: in the saved config {error}; only {_known()} can be exported") from error
+        raise CheckpointError(f"{files.label()}: in the saved config {error}; only decoders can be exported") from error
+
+
+def _chosen_family(manifest: Manifest, model: DecoderConfig, asked: str | None) -> Family:
+    """Return the family to export as. Raises ValueError where none, or not the one asked for, has all parts of the model."""
+    if asked is not None and asked not in FAMILIES:
+        raise ValueError(f"there is no family {asked!r}: {_known()}")
+    if asked is None:
+        asked = manifest.state.get("imported_from", {}).get("config", {}).get("model_type")
+        asked = FAMILIES[asked].model_type if asked in FAMILIES else None
+    return family_of(model, asked)
 
 
 def _known() -> str:
@@ -150,34 +189,67 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 def import_hf(source: Path, folder: str | Path, tokenizer: Path | None = None) -> Path:
     """Make a checkpoint (step 0, weights only) out of a Hugging Face folder. Host memory holds one array at a time.
 
-    Its state carries the model's recipe as `config.model`. Raises CheckpointError for another architecture, a scaled
-    rotary embedding, or a file or weight that is missing.
+    Its state carries the model's recipe as `config.model`. Names and shapes of all weights are compared before any is read.
+    Raises CheckpointError for an architecture or a key of config.json that the decoder does not have, and for weights that
+    are missing, left over or of another shape.
     """
     theirs, family, model = _from_hf_config(source)
     with ExitStack() as stack:
-        readers = _open_shards(source, stack)
-        names = family.names(decoder_config(model))
-        sources: list[Source] = []
-        for ours, name in names.items():
-            if name not in readers:
-                raise CheckpointError(f"{source}: the weight {name} is missing")
-            reader = readers[name]
-            part = reader.get_slice(name)
-            dtype = TORCH_DTYPES.get(part.get_dtype())
-            if dtype is None:
-                raise CheckpointError(f"{source}: {name} has the unknown type {part.get_dtype()}")
-            sources.append(Source(ours, "weight", dtype, tuple(part.get_shape()), _getter(reader, name)))
-        extra = set(readers) - set(names.values()) - {"lm_head.weight"}
-        extra = {name for name in extra if not name.endswith("rotary_emb.inv_freq")}
-        if extra:
-            raise CheckpointError(f"{source}: weights that Meshloom's model does not have: {', '.join(sorted(extra)[:6])}")
-        state = {"config": {"model": model}, "imported_from": {"format": "hugging_face", "config": theirs}}
+        opened = _open_shards(source, stack)
+        stems = {name: family.stem(name) for name in opened}
+        readers = {stem: _Lazy(opened[name], name) for name, stem in stems.items() if stem is not None}
+        left_out = sorted(name for name, stem in stems.items() if stem is None)
+        sources = _compared(source, model, family, readers)
+        imported = {"format": "hugging_face", "config": theirs, "left_out": left_out}
         carried = carry_tokenizer(source, tokenizer)
+        state = {"config": {"model": model}, "imported_from": imported}
         return compose(folder, 0, sources, state | carried.state, carried.files)
 
 
-def _getter(reader: Any, name: str) -> Callable[[], torch.Tensor]:
-    return lambda: reader.get_tensor(name)
+class _Lazy:
+    """A tensor of an open file, whose shape and type are known before its values are read."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        self._file, self._name = file, name
+        self._slice = file.get_slice(name)
+        self.shape, self.dtype = tuple(self._slice.get_shape()), str(self._slice.get_dtype())
+
+    def read(self, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """Return the values, or those of some rows."""
+        return self._file.get_tensor(self._name) if rows is None else self._slice[rows[0] : rows[1]]
+
+
+def _compared(source: Path, model: dict[str, Any], family: Family, readers: dict[str, _Lazy]) -> list[Source]:
+    """Return the weights to read. Raises CheckpointError for all that don't belong to the model, by name."""
+    weights = family.stored_weights(decoder_config(model))
+    shapes = {name: tuple(weight.shape) for name, weight in build_model(model, model["vocabulary"]).named_parameters()}
+    assert weights.keys() == shapes.keys(), "a family names the decoder's weights"
+    faults: list[str] = []
+    expected: dict[str, int] = {}
+    for ours, place in weights.items():
+        expected[place.name] = max(expected.get(place.name, 0), place.rows[1] if place.rows else shapes[ours][0])
+    for ours, place in weights.items():
+        wanted, found = (expected[place.name], *shapes[ours][1:]), readers.get(place.name)
+        if found is None:
+            faults.append(f"{place.name} is missing")
+        elif found.shape != wanted:
+            faults.append(f"{place.name} has the shape {list(found.shape)}, but config.json describes {list(wanted)}")
+        elif found.dtype not in _IMPORTED:
+            faults.append(f"{place.name} is stored as {found.dtype}; convert it to one of {', '.join(_IMPORTED)}")
+    head = readers.pop(HEAD, None) if HEAD not in expected else None
+    left = (name for name in readers if name not in expected and not name.endswith("rotary_emb.inv_freq"))
+    faults += [f"{name} is no weight of such a model" for name in sorted(left)]
+    faults = list(dict.fromkeys(faults))
+    if not faults and head is not None and not torch.equal(head.read(), readers[weights["embed.weight"].name].read()):
+        faults.append(f"tie_word_embeddings is true, but {HEAD} is not the embedding")
+    if faults:
+        more = f"; and {len(faults) - 6} more" if len(faults) > 6 else ""
+        raise CheckpointError(f"{source}: {'; '.join(faults[:6])}{more}")
+    return [_source(ours, place, readers[place.name], shapes[ours]) for ours, place in weights.items()]
+
+
+def _source(ours: str, place: StoredWeight, tensor: _Lazy, shape: tuple[int, ...]) -> Source:
+    return Source(ours, "weight", TORCH_DTYPES[tensor.dtype], shape, lambda: tensor.read(place.rows))
 
 
 def _open_shards(source: Path, stack: ExitStack) -> dict[str, Any]:

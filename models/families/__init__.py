@@ -1,31 +1,35 @@
-"""Model families: the names that Hugging Face's files use for our decoder's weights and config keys.
+"""Model families: the names that Hugging Face's files use for our decoder's weights and config keys. Imports no torch.
 
-A family is a module of these functions. It imports neither torch nor an engine.
+All families are the same decoder with other parts. A family is a short file here; its sizes are recipes in `recipes/model/`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
-
 from ..config import DecoderConfig
-from . import llama
+from .family import Family
+from .llama import Llama
+from .names import StoredWeight
+from .qwen import Qwen2, Qwen3
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (Llama(), Qwen2(), Qwen3())}
+"""By Hugging Face's `model_type`. An export takes the first that has all parts of a decoder."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """One architecture of Hugging Face's, by its `model_type`.
+def family_of(config: DecoderConfig, model_type: str | None = None) -> Family:
+    """Return the family that a decoder is exported as: the one that is asked for, or the first that has all its parts.
 
-    names            maps a decoder's parameter names to Hugging Face's
-    to_hugging_face  returns a decoder's config.json, without sizes of data; raises ValueError for one it can't express
-    from_hugging_face  returns the keys of `model` for a config.json; raises ValueError for what the decoder does not have
+    Raises ValueError where there is none, with the key that is in the way of each.
     """
+    asked = FAMILIES if model_type is None else {model_type: FAMILIES[model_type]}
+    reasons: list[str] = []
+    for name, family in asked.items():
+        try:
+            family.to_hugging_face(config)
+        except ValueError as error:
+            reasons.append(f"as {name}: {error}")
+        else:
+            return family
+    raise ValueError("the model is of no family that can be exported: " + "; ".join(reasons))
 
-    names: Callable[[DecoderConfig], dict[str, str]]
-    to_hugging_face: Callable[[DecoderConfig], dict[str, Any]]
-    from_hugging_face: Callable[[Mapping[str, Any]], dict[str, Any]]
 
-
-FAMILIES = {"llama": Family(llama.names, llama.to_hugging_face, llama.from_hugging_face)}
-"""By Hugging Face's `model_type`, which is also the `name` of our recipes' schema."""
+__all__ = ["FAMILIES", "Family", "StoredWeight", "family_of"]
