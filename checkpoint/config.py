@@ -9,7 +9,7 @@ from ..config.keys import Side, key
 from ..config.problems import Problem
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Settings of checkpoints: when, how and where to save."""
 

@@ -55,7 +55,15 @@ class RecipeWhen:
 
 def key(default: Any, meaning: str, side: Side | RecipeWhen | None = None) -> Any:
     """Declare a field of a config dataclass. side: None takes the class's `SIDE`."""
-    metadata = {"meaning": meaning, "side": side}
+    return _field(default, {"meaning": meaning, "side": side})
+
+
+def not_a_key(default: Any) -> Any:
+    """Declare a field of a config dataclass that nobody can set by its name."""
+    return _field(default, {"key": False})
+
+
+def _field(default: Any, metadata: dict[str, Any]) -> Any:
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.copy(typing.cast(Any, default)), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -89,7 +97,7 @@ def keys_of(kind: type, only: Collection[str] | None = None) -> Iterator[Key]:
     """
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        if only is not None and field.name not in only:
+        if (only is not None and field.name not in only) or not field.metadata.get("key", True):
             continue
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):

@@ -6,23 +6,29 @@ import dataclasses
 import difflib
 import importlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .keys import not_a_key
 from .problems import ConfigError, Problem
+from .structured import structured
 
 
+@dataclass(frozen=True)
 class Custom:
     """Config of a user's own class, of which Meshloom knows only the path.
 
     path  of the class (`_target_`)
     keys  the other keys of its node
+
+    A group's `Custom…` class also has the keys that are read of every option of the group.
     """
 
-    path: str
-    keys: dict[str, Any]
+    path: str = not_a_key("")
+    keys: dict[str, Any] = not_a_key({})
 
 
 def import_object(path: str) -> Any:
@@ -60,7 +66,7 @@ def typed_option(kind: type, values: Mapping[str, Any], key: str) -> Any:
     if unknown:
         raise ConfigError([Problem(f"{key}.{name}", "there is no such key", _near(name, known)) for name in unknown])
     try:
-        merged: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(kind), dict(values)), resolve=True)
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(structured(kind), dict(values)), resolve=True)
     except OmegaConfBaseException as error:
         name, message = error.full_key or "", str(error).splitlines()[0].rstrip(".")
         raise ConfigError([Problem(f"{key}.{name}" if name else key, message, "give a value of its type")]) from error

@@ -43,6 +43,5 @@ def build_source(node: Mapping[str, Any], shared: Mapping[str, Any], seed: int, 
         kinds = ", ".join(str(kind.name) for kind in OPTIONS)
         fix = f"choose one in the recipe's defaults (/data@sources.<name>: jsonl): {kinds}"
         raise ConfigError([Problem(f"{key}._target_", "the source has no kind", fix)])
-    custom = CustomData()
-    custom.path, custom.keys = path, {**keys, **{name: value for name, value in shared.items() if name in keys}}
-    return build(custom, leave_out=LEFT_OUT, seed=seed)
+    given = {**keys, **{name: value for name, value in shared.items() if name in keys}}
+    return build(CustomData(path=path, keys=given), leave_out=LEFT_OUT, seed=seed)

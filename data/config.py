@@ -28,7 +28,7 @@ RULES = "version of the rules by which documents become samples; a resumed run k
 INPUT = "a path, glob pattern or folder, or a list of them"
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
     """Keys of every option."""
 
@@ -47,20 +47,56 @@ class DataConfig:
     @property
     def known_vocabulary(self) -> int | None:
         """The vocabulary's size, as far as the config says; the tokenizer may have fewer tokens."""
-        return getattr(self, "vocabulary", None)
+        return None
 
     @property
     def cache(self) -> str | None:
         """`cache_dir`, of options that have it."""
-        return getattr(self, "cache_dir", None)
+        return None
+
+    @property
+    def nested(self) -> Mapping[str, Any]:
+        """Nodes of other options inside this one, by name."""
+        return {}
 
 
+@dataclass(frozen=True)
 class CustomData(DataConfig, Custom):
     """Data of the user's own."""
 
 
-@dataclass
-class PackingConfig(DataConfig):
+@dataclass(frozen=True)
+class CachedConfig(DataConfig):
+    """Keys of every option whose samples come from token shards, which are built and cached where they are not given."""
+
+    document_mask: bool = key(False, DOCUMENT_MASK)
+    version: int = key(NEWEST, RULES)
+    verify: bool = key(False, VERIFY, Side.HABIT)
+    cache_dir: str | None = key(None, CACHE_DIR, Side.PLACEMENT)
+
+    @property
+    def cache(self) -> str | None:
+        """Where what is built is kept."""
+        return self.cache_dir
+
+
+@dataclass(frozen=True)
+class TokenizedConfig(DataConfig):
+    """Keys of every option that makes tokens of text."""
+
+    tokenizer: str = key(TRAINED, TOKENIZER)
+    vocabulary: int = key(4096, VOCABULARY)
+    tokenizer_sample: int = key(100_000_000, TOKENIZER_SAMPLE)
+    end_of_document: str | None = key(None, END_OF_DOCUMENT)
+
+    @property
+    def known_vocabulary(self) -> int | None:
+        """The vocabulary's size; the tokenizer may have fewer tokens."""
+        return self.vocabulary
+
+
+@dataclass(frozen=True)
+class PackingConfig(CachedConfig):
     """Keys of every option that reads token shards."""
 
     packing: str = key(
@@ -68,24 +104,16 @@ class PackingConfig(DataConfig):
         "concat: one stream of tokens, split every seq_len; bestfit: documents are cut only where they are longer than seq_len,"
         " and the pieces fill samples by best-fit decreasing (arXiv 2404.10830), padded at the end",
     )
-    document_mask: bool = key(False, DOCUMENT_MASK)
-    version: int = key(NEWEST, RULES)
-    verify: bool = key(False, VERIFY, Side.HABIT)
-    cache_dir: str | None = key(None, CACHE_DIR, Side.PLACEMENT)
 
 
-@dataclass
-class CorpusConfig(PackingConfig):
+@dataclass(frozen=True)
+class CorpusConfig(TokenizedConfig, PackingConfig):
     """Keys of every option that starts from documents."""
 
-    tokenizer: str = key(TRAINED, TOKENIZER)
-    vocabulary: int = key(4096, VOCABULARY)
-    tokenizer_sample: int = key(100_000_000, TOKENIZER_SAMPLE)
-    end_of_document: str | None = key(None, END_OF_DOCUMENT)
     validation: float = key(0.01, "share of the tokens that is held out, in whole documents where that comes near it")
 
 
-@dataclass
+@dataclass(frozen=True)
 class StdlibConfig(CorpusConfig):
     """The source of the running interpreter's standard library."""
 
@@ -93,7 +121,7 @@ class StdlibConfig(CorpusConfig):
     name: str = option("stdlib")
 
 
-@dataclass
+@dataclass(frozen=True)
 class TextConfig(CorpusConfig):
     """Files of UTF-8 text, plain or compressed by gzip, bzip2, xz or zstd."""
 
@@ -104,7 +132,7 @@ class TextConfig(CorpusConfig):
     markup: bool = key(False, "files of JSON are meant as text, with their markup; data=jsonl reads their records")
 
 
-@dataclass
+@dataclass(frozen=True)
 class JsonlConfig(CorpusConfig):
     """Files of JSON objects, one a line or not, or of arrays of objects; plain or compressed as those of text."""
 
@@ -114,7 +142,7 @@ class JsonlConfig(CorpusConfig):
     field: str = key("text", "the member or column that holds the text")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ParquetConfig(CorpusConfig):
     """Parquet files."""
 
@@ -124,7 +152,7 @@ class ParquetConfig(CorpusConfig):
     field: str = key("text", "the member or column that holds the text")
 
 
-@dataclass
+@dataclass(frozen=True)
 class HfConfig(CorpusConfig):
     """A data set of the Hugging Face `datasets` library."""
 
@@ -137,7 +165,7 @@ class HfConfig(CorpusConfig):
     revision: str | None = key(None, "commit or tag: pin it, for it is all that tells one state of the data set from another")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ShardsConfig(PackingConfig):
     """Token shards made by `meshloom data tokenize`."""
 
@@ -149,8 +177,8 @@ class ShardsConfig(PackingConfig):
     validation: str | None = key(None, "another folder of validation shards; null: the one in `path`, if any", Side.PLACEMENT)
 
 
-@dataclass
-class MixtureConfig(DataConfig):
+@dataclass(frozen=True)
+class MixtureConfig(TokenizedConfig, CachedConfig):
     """Several sources by weight, with one tokenizer. Keys that sources have too apply to all of them."""
 
     _target_: str = target("meshloom.data.mixture.Mixture")
@@ -161,20 +189,22 @@ class MixtureConfig(DataConfig):
     )
     weights: dict[str, Any] = key({}, "name → share of the samples, in any unit")
     block: int = key(1000, "samples over which the shares are exact")
-    document_mask: bool = key(False, DOCUMENT_MASK)
-    version: int = key(NEWEST, RULES)
-    version: int = key(NEWEST, RULES)
-    verify: bool = key(False, VERIFY, Side.HABIT)
-    cache_dir: str | None = key(None, CACHE_DIR, Side.PLACEMENT)
-    tokenizer: str = key(TRAINED, TOKENIZER)
-    vocabulary: int = key(4096, VOCABULARY)
-    tokenizer_sample: int = key(100_000_000, TOKENIZER_SAMPLE)
-    end_of_document: str | None = key(None, END_OF_DOCUMENT)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The keys that the mixture sets for all its sources that have them."""
+        own = {field.name for kind in (TokenizedConfig, CachedConfig) for field in fields(kind)} - {"_target_", "name"}
+        return {name: value for name, value in vars(self).items() if name in own}
 
     def __post_init__(self) -> None:
         # `object` assigns where the dataclass is frozen, too.
         object.__setattr__(self, "sources", _nested(self.sources))
         object.__setattr__(self, "weights", _nested(self.weights))
+
+    @property
+    def nested(self) -> Mapping[str, Any]:
+        """The sources by name."""
+        return self.named_sources
 
     @property
     def named_sources(self) -> dict[str, Any]:
@@ -225,7 +255,7 @@ def _flat(tree: Mapping[str, Any], is_leaf: Callable[[Mapping[str, Any]], bool],
             yield f"{prefix}{name}", node
 
 
-@dataclass
+@dataclass(frozen=True)
 class SyntheticConfig(DataConfig):
     """Seeded random tokens, for benchmarks and dry runs."""
 
@@ -233,6 +263,11 @@ class SyntheticConfig(DataConfig):
     name: str = option("synthetic")
     vocabulary: int | None = key(None, "tokens lie in [0, vocabulary); null: the model's")
     validation_samples: int = key(64, "size of the validation set; 0: none")
+
+    @property
+    def known_vocabulary(self) -> int | None:
+        """The vocabulary's size, where it is not the model's."""
+        return self.vocabulary
 
 
 OPTIONS: tuple[type, ...] = (

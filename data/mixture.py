@@ -23,19 +23,6 @@ from .tokenizer import Tokenizer
 from .validation import ValidationPart, WeightedParts, validation_parts
 from .version import version_problems
 
-# Keys that the mixture sets for all its sources that have them.
-SHARED = (
-    "seq_len",
-    "document_mask",
-    "version",
-    "verify",
-    "cache_dir",
-    "tokenizer",
-    "vocabulary",
-    "tokenizer_sample",
-    "end_of_document",
-)
-
 FIX = "name some in a recipe's defaults: /data@sources.code: stdlib"
 
 
@@ -69,10 +56,10 @@ class Mixture:
         self._is_prepared = False
 
     def _build(self, name: str, key: str) -> None:
-        shared = {key: getattr(self._config, key) for key in SHARED}
         try:
             # The order of a source must not change when another one comes or goes: its seed comes from its name.
-            self.nodes[name] = build_source(self._written[name], shared, hash64(self.seed, *name.encode()), key)
+            seed = hash64(self.seed, *name.encode())
+            self.nodes[name] = build_source(self._written[name], self._config.shared, seed, key)
         except ConfigError as error:
             self._unbuilt += error.problems
         except (ImportError, TypeError, ValueError, KeyError) as error:
@@ -94,15 +81,15 @@ class Mixture:
             if not isinstance(weight, int | float) or not 0 < weight < math.inf:
                 what = "is not given" if weight is None else f"{weight} is no share"
                 found.append(Problem(f"{key}.weights.{name}", what, "give a number above 0, or take the source out"))
-            defaults = MixtureConfig()
-            for shared in SHARED:
+            defaults = MixtureConfig().shared
+            for shared, common in self._config.shared.items():
                 value = self._written[name].get(shared)
-                if value not in (None, getattr(self._config, shared), getattr(defaults, shared)):
+                if value not in (None, common, defaults[shared]):
                     where = f"{key}.sources.{name}.{shared}"
                     found.append(Problem(where, "is the same for all sources", f"set {key}.{shared}={value} instead"))
             for problem in node.problems(f"{key}.sources.{name}"):
                 leaf = problem.key.removeprefix(f"{key}.sources.{name}.")
-                shared = replace(problem, key=f"{key}.{leaf}") if leaf in SHARED else problem
+                shared = replace(problem, key=f"{key}.{leaf}") if leaf in self._config.shared else problem
                 found += [shared] if shared not in found else []
         if self.block < 1:
             found.append(Problem(f"{key}.block", f"{self.block} is no number of samples", "use 1 or more"))

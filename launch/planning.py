@@ -24,7 +24,7 @@ from ..trainer.derived import build_horizon
 from ..trainer.launching import planned_processes
 from ..trainer.resolve import ResolveOptions, resolve
 from ..trainer.schema import RunConfig
-from ..trainer.validate import run_problems
+from ..trainer.validate import checked_config
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
 def checked_plan(config: RunConfig, *, fused: bool) -> Plan:
     """Plan a config that is not checked yet: see `plan_of`. Raises ConfigError with its problems."""
     elsewhere: list[Problem] = []
-    problems = run_problems(config, planned_processes(config.launch), elsewhere=elsewhere)
+    config, problems = checked_config(config, planned_processes(config.launch), elsewhere=elsewhere)
     if problems:
         raise ConfigError(problems)
     return plan_of(config, list(map(str, elsewhere)), fused=fused)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,11 @@ from ..planner.checkpoint_needs import fewer_snapshots
 from ..planner.engines import engine_moved
 from ..planner.speed import step_seconds
 from ..planner.tables import GIB, gib
+from ..trainer.automatic import resolve_automatic
 from ..trainer.launching import planned_processes
 from ..trainer.resolve import compose_config
 from ..trainer.schema import RunConfig
+from ..trainer.typed import replace_keys, value_of
 from ..trainer.validate import run_problems
 from .planning import Plan, checked_plan
 from .shortages import shortages
@@ -119,8 +120,12 @@ def tune(
     config, known = compose_config(overrides, config_dir)
     if known:  # no setting mends a key that is not there
         raise ConfigError(run_problems(config, planned_processes(config.launch), known))
+    if config.left_to_laws:
+        config, problems = resolve_automatic(config)
+        if problems:
+            raise ConfigError(problems)
     search = _Search(config, fused_swiglu_blocker)
-    given = {key: _get(config, key) for key in KEYS}
+    given = {key: value_of(config, key) for key in KEYS}
     fixed = given_keys(overrides) & set(KEYS)
     notes = [f"{', '.join(sorted(fixed))} as the command line says"] if fixed else []
     if "batch.micro" not in fixed and (why := micro_is_fixed(config)):
@@ -219,11 +224,6 @@ def micro_is_fixed(config: RunConfig) -> str:
     return ""
 
 
-def _get(config: RunConfig, key: str) -> Any:
-    group, _, name = key.partition(".")
-    return getattr(getattr(config, group), name)
-
-
 class _Search:
     """The planner of settings of one config. refusals: why some can't run, by their values; notes: assumptions of all plans."""
 
@@ -236,10 +236,7 @@ class _Search:
 
     def planned(self, settings: Settings) -> Candidate | None:
         """Plan these settings. Return None if they can't run."""
-        config = copy.deepcopy(self._config)
-        for key, value in settings.items():
-            group, _, name = key.partition(".")
-            setattr(getattr(config, group), name, value)
+        config = replace_keys(self._config, settings)
         try:
             plan = checked_plan(config, fused=self._fuse is not False)
             if plan.job.fused and self._fuse is None and not self._fuses():
@@ -270,7 +267,7 @@ class _Search:
         # Through a pipeline all stages are the same, and so they are on one rank of the torch engine that offloads nothing.
         alone = data * parallel.cp == 1 and parallel.engine != "deepspeed" and parallel.offload == "none"
         alike = "parallel.zero" in fixed or parallel.pp > 1 or alone
-        micros = [micro] if "batch.micro" in fixed else divisors(-(-self._config.batch.samples // data))
+        micros = [micro] if "batch.micro" in fixed else divisors(-(-self._config.batch.start // data))
         found = {tuple(given.values()): self.planned(given)}
         for stage in [zero] if alike else sorted({zero, 1, 2, 3}):
             crowded = False

@@ -31,7 +31,7 @@ DECODER = "meshloom.models.decoder.Decoder"
 """`_target_` of the decoder that this config describes."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class LatentConfig:
     """Sizes of multi-head latent attention; the defaults are DeepSeek-V3's, but for its queries' latent of 1536."""
 
@@ -53,11 +53,33 @@ class LatentConfig:
             yield Problem(f"{key}.v_head_dim", "values are wider than keys", f"use {key}.qk_nope_head_dim or less")
 
 
-@dataclass
-class DecoderConfig:
-    """A decoder of parts. The defaults are Llama's: norms before each part, rotary positions, grouped heads, SwiGLU."""
+@dataclass(frozen=True)
+class ModelConfig:
+    """Keys of every model."""
 
     SIDE: ClassVar[Side] = Side.RECIPE
+
+    _target_: str = target(MISSING)
+    name: str = option(MISSING)
+    vocabulary: int | None = key(None, "tokens the model knows; null: the data's tokenizer says")
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether two modules share a weight."""
+        return False
+
+    def decoder(self) -> DecoderConfig | None:
+        """Return the decoder that the keys describe; None if a decoder's sizes are not among them."""
+        return None
+
+    def problems(self, key: str = "model") -> list[Problem]:
+        """Return what is wrong with the values."""
+        return []
+
+
+@dataclass(frozen=True)
+class DecoderConfig(ModelConfig):
+    """A decoder of parts. The defaults are Llama's: norms before each part, rotary positions, grouped heads, SwiGLU."""
 
     _target_: str = target(DECODER)
     name: str = option("llama")
@@ -69,7 +91,6 @@ class DecoderConfig:
     attention: str = key("gqa", "gqa (grouped-query attention) or mla (multi-head latent attention)")
     mla: LatentConfig = field(default_factory=LatentConfig)
     ffn_dim: int = key(MISSING, "inner width of the feed-forward part")
-    vocabulary: int | None = key(None, "tokens the model knows; null: the data's tokenizer says")
     tied: bool = key(False, "the head reuses the embedding")
     layer_types: list[str] = key(
         ["full"], "kinds of layers, repeated over them: full, sliding (a window), or nope (full, without positions)"
@@ -311,18 +332,14 @@ class DecoderConfig:
             yield from self.rope_scaling.problems(f"{key}.rope_scaling", width)
 
 
-class CustomModel(Custom):
+@dataclass(frozen=True)
+class CustomModel(ModelConfig, Custom):
     """A model of the user's own. Only its class knows its keys."""
 
     @property
     def shares_weights(self) -> bool:
         """True if two modules share a weight, as far as a key called `tied` says."""
         return bool(self.keys.get("tied", False))
-
-    @property
-    def vocabulary(self) -> int | None:
-        """The vocabulary's size, where the node says it."""
-        return self.keys.get("vocabulary")
 
     def decoder(self) -> DecoderConfig | None:
         """Return the decoder that the keys describe; None if a decoder's sizes are not among them."""
@@ -331,10 +348,6 @@ class CustomModel(Custom):
             return None if found.problems() else found
         except TypeError:
             return None
-
-    def problems(self, key: str = "model") -> list[Problem]:
-        """Return nothing: only the user's class knows its keys."""
-        return []
 
 
 def _near_divisors(number: int, wanted: int) -> str:
@@ -358,6 +371,5 @@ def decoder_config(node: Mapping[str, Any], vocabulary: int | None = None) -> De
     return DecoderConfig.of(known)
 
 
-ModelConfig = DecoderConfig | CustomModel
 OPTIONS: tuple[type, ...] = (DecoderConfig,)
 """Schemas of the group, known to Hydra as model/base_<name>; the recipes of the group extend them."""

@@ -44,10 +44,14 @@ class ForwardPass:
 
 def parameter_count(config: DecoderConfig, *, embedding: bool = True) -> int:
     """Count the parameters of the whole model. embedding: whether to count the embedding; the head always counts."""
-    blocks = sum(block.matrices + block.vectors for block in config.blocks())
     table = config.known_vocabulary * config.dim
-    total = blocks + config.dim + table * (1 if config.tied else 2)
+    total = hidden_parameter_count(config) + table * (1 if config.tied else 2)
     return total if embedding or config.tied else total - table
+
+
+def hidden_parameter_count(config: DecoderConfig) -> int:
+    """Count the parameters without embedding and head. The vocabulary need not be known."""
+    return sum(block.matrices + block.vectors for block in config.blocks()) + config.dim
 
 
 def flops_per_token(config: DecoderConfig, seq_len: int) -> float:

@@ -13,7 +13,7 @@ from ..config.problems import Problem
 KINDS = ("none", "linear", "llama3", "yarn", "longrope")
 
 
-@dataclass
+@dataclass(frozen=True)
 class RopeScaling:
     """Scaling of the rotary angles for sequences longer than a model was first trained on."""
 

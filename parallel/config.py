@@ -16,7 +16,7 @@ CONTEXT_KINDS = ("ring", "ulysses")
 YEAR = 365 * 24 * 3600  # clocks of collectives overflow far beyond it
 
 
-@dataclass
+@dataclass(frozen=True)
 class ParallelConfig:
     """Sizes of the mesh axes. Data parallelism takes what the others leave."""
 

@@ -3,53 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from ..config.nodes import Custom
 from ..config.problems import Problem
+from ..models.costs import hidden_parameter_count
 from ..optim.optimizers.config import AUTOMATIC
 from ..optim.scaling.laws import automatic_batch, automatic_lr
-from .build import build_model
 from .schema import RunConfig
+from .typed import replace_keys, value_of
 
 
 def hidden_parameters(config: RunConfig) -> int:
     """Count the parameters of a run's model without embedding and head: the N of the step law."""
+    shape = config.model.decoder()
+    if shape is not None:
+        return hidden_parameter_count(shape)
+    from .build import build_model  # only the user's class tells, which needs PyTorch
+
     model = build_model(config.model, vocabulary=1)
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("embed.", "head.")))
 
 
-def resolve_automatic(config: RunConfig) -> list[Problem]:
-    """Replace every automatic value in `config`, in place, by the law's number. Return the problems of laws that can't apply.
+def resolve_automatic(config: RunConfig) -> tuple[RunConfig, list[Problem]]:
+    """Return the config with the laws' numbers in place of automatic values, and the problems of laws that can't apply.
 
-    The batch becomes a multiple of `batch.multiple`, where that is set.
+    The batch becomes a multiple of `batch.multiple`, where that is set. Imports PyTorch for a model of the user's own only.
     """
     problems: list[Problem] = []
+    tokens, seq_len = config.trainer.tokens or 0, config.data.seq_len
 
-    def apply_law(group: str, key: str, law: Callable[[str], Any]) -> None:
-        node: Any = getattr(config, group)
-        value = getattr(node, key)
+    def decided(config: RunConfig, key: str, law: Callable[[str], int | float]) -> RunConfig:
+        value = value_of(config, key)
         if not isinstance(value, str):
-            return
-        if config.trainer.tokens is None:
+            return config
+        if not tokens:
             fix = "give trainer.tokens (and trainer.steps=null)"
-            problems.append(Problem(f"{group}.{key}", f"{value} needs the run's length in tokens", fix))
-            return
+            problems.append(Problem(key, f"{value} needs the run's length in tokens", fix))
+            return config
         try:
-            number = law(value.removeprefix(AUTOMATIC))
+            return replace_keys(config, {key: law(value.removeprefix(AUTOMATIC))})
         except ValueError as error:
             message, _, fix = str(error).partition("; ")
-            problems.append(Problem(f"{group}.{key}", message, fix))
-            return
-        setattr(node, key, number)
-        if isinstance(node, Custom):
-            node.keys[key] = number
+            problems.append(Problem(key, message, fix))
+            return config
 
-    tokens, seq_len = config.trainer.tokens or 0, config.data.seq_len
-    multiple = getattr(config.batch, "multiple", None) or 1
-    apply_law("batch", "samples", lambda law: automatic_batch(law, tokens, seq_len, multiple))
-    batch = config.batch.samples
-    batch_tokens = batch * seq_len if isinstance(batch, int) else 0
+    config = decided(config, "batch.samples", lambda law: automatic_batch(law, tokens, seq_len, config.batch.rounded_to or 1))
+    samples = config.batch.samples
+    batch_tokens = samples * seq_len if isinstance(samples, int) else 0
 
     def lr(law: str) -> float:
         if law == "power" and config.schedule.name == "power":
@@ -58,5 +57,5 @@ def resolve_automatic(config: RunConfig) -> list[Problem]:
             raise ValueError("auto:power needs the batch; set batch.samples")
         return float(f"{automatic_lr(law, hidden_parameters(config), tokens, batch_tokens):.4g}")
 
-    apply_law("optim", "lr", lr)
-    return problems
+    config = decided(config, "optim.lr", lr)
+    return config, [*problems, *config.batch.problems(), *config.optim.problems()]

@@ -48,7 +48,7 @@ def checkpoint_problems(manifest: Manifest, config: RunConfig) -> list[Problem]:
     found: list[Problem] = []
     state = manifest.state
     saved = saved_config(state)
-    if config.model is not None:
+    if "model" not in config.unusable:
         shapes = {array.name: array.shape for array in manifest.arrays.values() if array.role == "weight"}
         vocabulary = state.get("vocabulary")
         known = dict(saved.get("model") or {})
@@ -58,7 +58,8 @@ def checkpoint_problems(manifest: Manifest, config: RunConfig) -> list[Problem]:
             known["vocabulary"] = vocabulary
         loose = not is_import(state) or not config.checkpoint.strict
         found += _model_problems(known, shapes, config.model, changeable=loose)
-    if config.optim is not None and config.checkpoint.strict and (change := optimizer_change(state, config)) is not None:
+    compared = "optim" not in config.unusable and config.checkpoint.strict
+    if compared and (change := optimizer_change(state, config)) is not None:
         fix = "leave the choice out, or begin the optimizer's state anew with checkpoint.strict=false"
         found.append(
             Problem("optim", f"the checkpoint holds the state of {change[0]}, which means nothing to {change[1]}", fix)

@@ -15,7 +15,7 @@ FLOAT8 = ("none", "tensorwise", "rowwise")
 """One scale for a whole tensor (fastest), or one for each row and column (closer to bf16)."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainerConfig:
     """Length of the run, and how its loop steps and evaluates."""
 

@@ -24,7 +24,7 @@ def build_horizon(config: RunConfig, seq_len: int, begun: Progress = BEGINNING) 
 
     begun: the progress of the checkpoint that it resumes from
     """
-    fixed = config.batch.samples if config.batch.name == "fixed" else None
+    fixed = config.batch.start if config.batch.name == "fixed" else None
     if fixed is not None and begun.history.points:
         begun = begun.before(fixed, seq_len)
     return Horizon(run_length(config.trainer), seq_len, fixed, begun)

@@ -12,7 +12,7 @@ from ..config.keys import Side, key
 from ..config.problems import Problem
 
 
-@dataclass
+@dataclass(frozen=True)
 class LaunchConfig:
     """Processes that `meshloom train` starts, and resources that `meshloom slurm` requests."""
 

@@ -21,7 +21,7 @@ from .imported_config import import_config
 from .resumed_config import Resumed, resume_config, saved_choices, saved_config
 from .schema import RunConfig, make_composer
 from .typed import typed_config
-from .validate import run_problems
+from .validate import checked_config
 
 FOLDERS = ("output_dir", "checkpoint.folder", "checkpoint.snapshot_folder", "parallel.offload_path")
 
@@ -101,7 +101,7 @@ def resolve_composed(
         known += checkpoint_problems(manifest, config)
     world_size = options.processes(config)
     elsewhere: list[Problem] = []
-    found = run_problems(
+    config, found = checked_config(
         config,
         world_size,
         known,

@@ -14,7 +14,7 @@ from ..config.compose import Composition, drop_unknown, normalize_override
 from ..config.keys import MISSING, Side, keys_of
 from ..config.renames import FORMER_VALUES, with_moved_targets, with_renamed_keys
 from .saved_classes import literal, refuse_unnamed_classes
-from .schema import OPTIONS, RunConfig
+from .schema import OPTIONS, run_schema
 from .sides import key_sides
 from .typed import option_of, typed_config
 
@@ -205,7 +205,7 @@ def _known(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _schema(tree: dict[str, Any]) -> DictConfig:
-    return cast(DictConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), literal(tree)))
+    return cast(DictConfig, OmegaConf.merge(run_schema(), literal(tree)))
 
 
 def _differences(saved: Mapping[str, Any], merged: dict[str, Any], keys: Iterable[str]) -> Iterator[tuple[str, str]]:

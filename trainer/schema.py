@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from .hooks.loggers.config import LoggingConfig
 from .launching import LaunchConfig
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from ..config.compose import Composer
 
 OPTIONS: dict[str, tuple[type, ...]] = {
@@ -35,9 +38,13 @@ OPTIONS: dict[str, tuple[type, ...]] = {
 """Group → the schemas of its options. A group's class may also be one of the user's own (`_target_`)."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunConfig:
-    """The whole config of a run."""
+    """The whole config of a run. It is never changed: `replace_keys` of `typed.py` makes another one.
+
+    A group with options has the dataclass of its option, or the group's `Custom…` for a class of the user's own. A group
+    with values of wrong types is None until the run is refused; `unusable` names these, and no check reads them.
+    """
 
     SIDE: ClassVar[Side] = Side.RECIPE
 
@@ -51,11 +58,11 @@ class RunConfig:
         " as auto, and where the run has saved nothing yet, from that path",
         Side.PLACEMENT,
     )
-    model: Any = MISSING
-    data: Any = MISSING
-    optim: Any = MISSING
-    schedule: Any = MISSING
-    batch: Any = MISSING
+    model: models.ModelConfig = MISSING
+    data: data.DataConfig = MISSING
+    optim: optimizers.OptimConfig = MISSING
+    schedule: schedules.ScheduleConfig = MISSING
+    batch: batch.BatchConfig = MISSING
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -66,9 +73,20 @@ class RunConfig:
         """Return the problems of the run's own values and of every group, each checked by itself."""
         found = list(self._own_problems())
         for name in groups():
-            if name and getattr(self, name) is not None:
-                found += getattr(self, name).problems(name)
+            if name and name not in self.unusable:
+                found += vars(self)[name].problems(name)
         return found
+
+    @property
+    def unusable(self) -> frozenset[str]:
+        """Groups that have no dataclass, because their values have wrong types or are missing."""
+        return frozenset(name for name, group in vars(self).items() if group is None)
+
+    @property
+    def left_to_laws(self) -> list[str]:
+        """Keys whose values a scaling law has still to decide."""
+        values = {"batch.samples": self.batch and self.batch.samples, "optim.lr": self.optim and self.optim.lr}
+        return [name for name, value in values.items() if isinstance(value, str)]
 
     def _own_problems(self) -> Iterator[Problem]:
         if self.precision not in PRECISIONS:
@@ -139,20 +157,39 @@ def group_keys(group: str) -> Iterator[GroupKey]:
         yield dataclasses.replace(known, everywhere=len(known.options) == len(kinds))
 
 
+@functools.cache
+def _open_run_config() -> type:
+    """Make the dataclass that Hydra and OmegaConf know the whole config by: a group with options is open there.
+
+    Recipe files extend the option's own schema, and a class of the user's own may have any keys.
+    """
+    hints, members = typing.get_type_hints(RunConfig), list[tuple[str, Any, Any]]()
+    for one in dataclasses.fields(RunConfig):
+        default = dataclasses.field(default=one.default, default_factory=one.default_factory)  # type: ignore[call-overload]
+        members.append((one.name, Any if one.name in OPTIONS else hints[one.name], default))
+    return dataclasses.make_dataclass("OpenRunConfig", members)
+
+
+def run_schema() -> DictConfig:
+    """Return the schema of the whole config, into which values can be merged."""
+    from ..config.structured import structured
+
+    return structured(_open_run_config())
+
+
 def register_schemas() -> None:
     """Register the schema of every recipe group with Hydra."""
     from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
 
     from ..config.compose import SCHEMA
+    from ..config.structured import structured
 
     store = ConfigStore.instance()
-    store.store(name=SCHEMA, node=RunConfig)
+    store.store(name=SCHEMA, node=run_schema())
     for group, kinds in OPTIONS.items():
         for kind in kinds:
             # Open, so that a key of another option in a recipe file can be left out, and a user's own class may have any.
-            node = OmegaConf.structured(kind, flags={"struct": False})
-            store.store(group=group, name=f"base_{typing.cast(Any, kind).name}", node=node)
+            store.store(group=group, name=f"base_{typing.cast(Any, kind).name}", node=structured(kind, struct=False))
 
 
 def make_composer(config_dir: str | None = None) -> Composer:

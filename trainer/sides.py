@@ -10,7 +10,6 @@ import yaml
 
 from ..config.keys import RecipeWhen, Side, keys_of
 from ..config.nodes import Custom
-from ..data.config import MixtureConfig
 from .schema import RunConfig, groups
 from .typed import option_of, plain_config
 
@@ -26,7 +25,7 @@ def key_sides(config: RunConfig) -> dict[str, Side]:
     own = {field.name for field in dataclasses.fields(RunConfig) if field.metadata}
     found = {key.name: _side(key.side, config) for key in keys_of(RunConfig, only=own)}
     for group in filter(None, groups()):
-        node = getattr(config, group)
+        node = vars(config)[group]
         if isinstance(node, Custom):
             found |= {f"{group}.{name}": Side.RECIPE for name in node.keys}
         if dataclasses.is_dataclass(node):
@@ -37,7 +36,9 @@ def key_sides(config: RunConfig) -> dict[str, Side]:
 
 def _source_sides(config: RunConfig) -> Iterator[tuple[str, Side]]:
     """Yield key → side for the sources of a mixture, which are themselves nodes of the group."""
-    for name, node in config.data.named_sources.items() if isinstance(config.data, MixtureConfig) else ():
+    if "data" in config.unusable:
+        return
+    for name, node in config.data.nested.items():
         kind = option_of("data", node) if isinstance(node, dict) else None
         if kind is not None:
             yield from (
@@ -46,7 +47,9 @@ def _source_sides(config: RunConfig) -> Iterator[tuple[str, Side]]:
 
 
 def _side(declared: Side | RecipeWhen, config: RunConfig) -> Side:
-    return declared.of(config) if isinstance(declared, RecipeWhen) else declared
+    if isinstance(declared, Side):
+        return declared
+    return Side.RECIPE if config.unusable else declared.of(config)  # such a run is refused, whatever the side
 
 
 def annotated_yaml(config: RunConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +14,7 @@ from ..config.keys import MISSING
 from ..config.nodes import Custom, find_option
 from ..config.problems import ConfigError, Problem
 from ..config.renames import with_moved_targets
+from ..config.structured import structured
 from ..data.config import CustomData
 from ..models.config import CustomModel
 from ..optim.batch.config import CustomBatch
@@ -38,7 +40,7 @@ def option_of(group: str, node: Any) -> type | None:
 def typed_config(config: DictConfig) -> tuple[RunConfig, list[Problem]]:
     """Return the config as dataclasses, and a problem for every key that is not set or whose value has another type.
 
-    A group with options that has such a problem is None, and is not checked further.
+    A group with options that has such a problem is None (`RunConfig.unusable`), and is not checked further.
     """
     problems = [Problem(key, "is not set", f"give it as {key}=…") for key in sorted(OmegaConf.missing_keys(config))]
     values: dict[str, Any] = {}
@@ -100,28 +102,44 @@ def _typed_node(group: str, node: dict[str, Any], problems: list[Problem]) -> An
     kind = option_of(group, node)
     custom = kind is None
     kind = kind or CUSTOM[group]
-    known = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set[str]()
+    known = {field.name for field in dataclasses.fields(kind) if field.metadata.get("key", True)}
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), {k: v for k, v in node.items() if k in known}) if known else {}
-        values = typing.cast(Any, OmegaConf.to_container(merged, resolve=True)) if known else {}
+        merged = OmegaConf.merge(structured(kind), {k: v for k, v in node.items() if k in known})
+        values = {k: v for k, v in typing.cast(Any, OmegaConf.to_container(merged, resolve=True)).items() if k in known}
     except OmegaConfBaseException as error:
         lines = [line.strip() for line in str(error).splitlines()]
         key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
         problems.append(Problem(f"{group}.{key}" if key else group, lines[0], "give a value of its type"))
         return None
-    made = _typed(kind, values) if known else kind()
     if custom:
-        assert isinstance(made, Custom)
-        made.path = str(node.get("_target_"))
-        made.keys = {key: value for key, value in node.items() if key != "_target_"}
-    return made
+        keys = {key: value for key, value in node.items() if key != "_target_"}
+        return dataclasses.replace(_typed(kind, values), path=str(node.get("_target_")), keys=keys)
+    return _typed(kind, values)
+
+
+def replace_keys(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Return a config with other values, by key as written on the command line."""
+    for key, value in values.items():
+        group, _, name = key.partition(".")
+        node = vars(config)[group]
+        changes: dict[str, Any] = {name: value}
+        if isinstance(node, Custom):  # its class is given the keys of the node
+            changes["keys"] = {**node.keys, name: value}
+        config = dataclasses.replace(config, **{group: dataclasses.replace(node, **changes)})
+    return config
+
+
+def value_of(config: RunConfig, key: str) -> Any:
+    """Return the value of a key of a group, as written on the command line."""
+    group, _, name = key.partition(".")
+    return vars(vars(config)[group])[name]
 
 
 def plain_config(config: RunConfig) -> dict[str, Any]:
     """Return the config as plain containers, as it is saved and shown."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+        value = vars(config)[field.name]
         if isinstance(value, Custom):
             found[field.name] = {"_target_": value.path, **value.keys}
         else:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Collection, Sequence
 
 from ..config.problems import Problem
 from ..optim.progress import BEGINNING, Progress
+from .automatic import resolve_automatic
 from .relations import RELATIONS, Relation, Start, data_problems
 from .schema import RunConfig
 
 
-def run_problems(
+def checked_config(
     config: RunConfig,
     world_size: int,
     known: Collection[Problem] = (),
@@ -24,10 +25,10 @@ def run_problems(
     progress: Progress = BEGINNING,
     more: Callable[[RunConfig], Sequence[Problem]] = lambda _: (),
     before_building: Callable[[RunConfig], None] = lambda _: None,
-) -> list[Problem]:
-    """Return every problem of a config on `world_size` processes (0: not known). Writes nothing and reads no data.
+) -> tuple[RunConfig, list[Problem]]:
+    """Return the config, and every problem of it on `world_size` processes (0: not known). Writes nothing and reads no data.
 
-    Values that `config` leaves to a scaling law (auto:…) are replaced by their numbers, in place.
+    Values that the config leaves to a scaling law (auto:…) are numbers in the config that is returned.
 
     known            problems found so far; returned too, and checks that read their keys are skipped
     elsewhere        given if the data may lie on another machine: problems of its files are appended here instead
@@ -38,12 +39,11 @@ def run_problems(
     start = Start(world_size, progress)
     said = {(problem.key, problem.message) for problem in known}
     problems = [*known, *(problem for problem in config.problems() if (problem.key, problem.message) not in said)]
-    if not problems and any(isinstance(value, str) for value in (config.batch.samples, config.optim.lr)):
-        from .automatic import resolve_automatic
-
-        problems += resolve_automatic(config)
+    if not problems and config.left_to_laws:
+        config, unlawful = resolve_automatic(config)
+        problems += unlawful
     faults = [problem.key for problem in problems if _is_read(config, problem.key)]
-    faults += [field.name for field in dataclasses.fields(config) if getattr(config, field.name) is None]
+    faults += [*config.unusable, *config.left_to_laws]
     for relation in RELATIONS:
         if not any(_touches(relation, fault) for fault in faults):
             found = relation.check(config, start)
@@ -53,11 +53,18 @@ def run_problems(
                 problems += [problem for problem in found if problem not in problems]
     problems += [problem for problem in more(config) if problem not in problems]
     if problems:
-        return problems
+        return config, problems
     before_building(config)
     from .trial_build import build_problems
 
-    return build_problems(config, start)
+    return config, build_problems(config, start)
+
+
+def run_problems(
+    config: RunConfig, world_size: int, known: Collection[Problem] = (), progress: Progress = BEGINNING
+) -> list[Problem]:
+    """Return every problem of a config: see `checked_config`."""
+    return checked_config(config, world_size, known, progress=progress)[1]
 
 
 def _is_read(config: RunConfig, key: str) -> bool:
@@ -66,9 +73,9 @@ def _is_read(config: RunConfig, key: str) -> bool:
     for name in key.partition("=")[0].split("."):
         if not dataclasses.is_dataclass(node):
             return True
-        if not hasattr(node, name):
+        if name not in vars(node):
             return False
-        node = getattr(node, name)
+        node = vars(node)[name]
     return True
 
 

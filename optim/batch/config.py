@@ -29,7 +29,7 @@ MICRO_SIDE = RecipeWhen("a controller that measures gradients, optim=agvm or tra
 """Micro-batches are the workers of gradient statistics and make up AGVM's halves, and float8 scales are taken of each."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class BatchConfig:
     """Keys of every controller of the batch size.
 
@@ -61,6 +61,11 @@ class BatchConfig:
         return self.micro
 
     @property
+    def rounded_to(self) -> int | None:
+        """What sizes are multiples of, where the config says it."""
+        return None
+
+    @property
     def start(self) -> int:
         """The size at the start as a number, after a law has decided it."""
         assert isinstance(self.samples, int), "a law decides batch.samples before a controller is built"
@@ -81,13 +86,14 @@ def _positive_problems(key: str, **settings: float) -> Iterator[Problem]:
             yield Problem(f"{key}.{name}", f"{value:g} gives no batch", "use a positive number")
 
 
+@dataclass(frozen=True)
 class CustomBatch(BatchConfig, Custom):
     """A controller of the user's own. It is taken to measure, because its class does not say."""
 
     MEASURES = True
 
 
-@dataclass
+@dataclass(frozen=True)
 class FixedConfig(BatchConfig):
     """The same size at every step."""
 
@@ -95,7 +101,7 @@ class FixedConfig(BatchConfig):
     name: str = option("fixed")
 
 
-@dataclass
+@dataclass(frozen=True)
 class GrowingConfig(BatchConfig):
     """Keys of every controller whose batch may change, and whose micro-batch may grow with it."""
 
@@ -116,7 +122,7 @@ class GrowingConfig(BatchConfig):
         return self.micro if self.micro_max is None else self.micro_max
 
 
-@dataclass
+@dataclass(frozen=True)
 class BoundedConfig(GrowingConfig):
     """Keys of every controller whose batch moves between `samples` and `max`."""
 
@@ -134,8 +140,13 @@ class BoundedConfig(GrowingConfig):
             found.append(Problem(f"{key}.max", f"{self.max} is less than {key}.samples={self.samples}", "raise it"))
         return found
 
+    @property
+    def rounded_to(self) -> int | None:
+        """What sizes are multiples of, where the config says it."""
+        return self.multiple
 
-@dataclass
+
+@dataclass(frozen=True)
 class StagesConfig(GrowingConfig):
     """Sizes by tokens consumed."""
 
@@ -174,7 +185,7 @@ def _read_point(written: str) -> tuple[Duration, int]:
     return Duration.parse(start if named else f"{start} tokens"), int(size)
 
 
-@dataclass
+@dataclass(frozen=True)
 class RampConfig(BoundedConfig):
     """From samples to max on a straight line over a duration."""
 
@@ -194,7 +205,7 @@ class RampConfig(BoundedConfig):
         return found
 
 
-@dataclass
+@dataclass(frozen=True)
 class AdaptiveConfig(BoundedConfig):
     """Keys of every controller that measures."""
 
@@ -219,7 +230,7 @@ class AdaptiveConfig(BoundedConfig):
         return [*found, *_positive_problems(key, eta=self.eta)]
 
 
-@dataclass
+@dataclass(frozen=True)
 class NormTestConfig(AdaptiveConfig):
     """Grow when the gradient is noisier than eta × its norm. A batch that passes is about (1 − eta²) / eta² noise scales.
 
@@ -241,7 +252,7 @@ class NormTestConfig(AdaptiveConfig):
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class InnerProductConfig(AdaptiveConfig):
     """Grow when the gradient is noisier than eta × its norm along its own direction."""
 
@@ -250,7 +261,7 @@ class InnerProductConfig(AdaptiveConfig):
     eta: float = key(0.5, "threshold of the test: noise along the gradient at most eta × its norm")
 
 
-@dataclass
+@dataclass(frozen=True)
 class AugmentedConfig(InnerProductConfig):
     """The inner-product test, and a bound nu on the noise across the gradient."""
 
@@ -263,7 +274,7 @@ class AugmentedConfig(InnerProductConfig):
         return [*super().problems(key), *_positive_problems(key, nu=self.nu)]
 
 
-@dataclass
+@dataclass(frozen=True)
 class NoiseScaleConfig(AdaptiveConfig):
     """eta × the gradient noise scale (arXiv 1812.06162), smoothed."""
 
@@ -275,7 +286,7 @@ class NoiseScaleConfig(AdaptiveConfig):
     growth: float | None = key(1.25, "largest factor of one change; null: no limit")
 
 
-@dataclass
+@dataclass(frozen=True)
 class CriticalLossConfig(AdaptiveConfig):
     """eta × the critical batch of the loss reached, tokens / loss^(1 / alpha) (arXiv 2001.08361)."""
 

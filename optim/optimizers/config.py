@@ -19,7 +19,7 @@ COUPLINGS = ("none", "sqrt", "linear", "sqrt_saturating")
 COUPLING = "how the learning rate follows a batch size that changes: none, sqrt, linear or sqrt_saturating"
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimConfig:
     """Keys of every optimizer."""
 
@@ -61,6 +61,7 @@ def base_rate(config: OptimConfig) -> float:
     return float(config.lr)
 
 
+@dataclass(frozen=True)
 class CustomOptim(OptimConfig, Custom):
     """An optimizer of the user's own. Only the keys that the trainer reads are typed."""
 
@@ -72,7 +73,7 @@ class CustomOptim(OptimConfig, Custom):
             return False
 
 
-@dataclass
+@dataclass(frozen=True)
 class AdamWConfig(OptimConfig):
     """Adam with decoupled weight decay (arXiv 1711.05101), with the betas that language models are trained with."""
 
@@ -98,7 +99,7 @@ MODULES = {
 OTHER = "other"
 
 
-@dataclass
+@dataclass(frozen=True)
 class AGVMConfig(AdamWConfig):
     """AdamW with a learning rate per kind of module, for large batches: see agvm.py."""
 
@@ -136,7 +137,7 @@ class AGVMConfig(AdamWConfig):
         return True
 
 
-@dataclass
+@dataclass(frozen=True)
 class LAMBConfig(OptimConfig):
     """Layer-wise trust ratios over Adam, for large batches (arXiv 1904.00962)."""
 
@@ -156,7 +157,7 @@ class LAMBConfig(OptimConfig):
         return found + bound_problems(key, POSITIVE, eps=self.eps, **largest)
 
 
-@dataclass
+@dataclass(frozen=True)
 class LARSConfig(OptimConfig):
     """Layer-wise trust ratios over momentum SGD, for large batches (arXiv 1708.03888)."""
 
@@ -173,7 +174,7 @@ class LARSConfig(OptimConfig):
         return found + bound_problems(key, POSITIVE, trust=self.trust)
 
 
-@dataclass
+@dataclass(frozen=True)
 class AdaGradConfig(OptimConfig):
     """AdaGrad; with batch=norm_test this is AdAdaGrad (arXiv 2402.11215)."""
 
@@ -189,7 +190,7 @@ class AdaGradConfig(OptimConfig):
         return [*super().problems(key), *bound_problems(key, NOT_NEGATIVE, eps=self.eps, initial=self.initial)]
 
 
-@dataclass
+@dataclass(frozen=True)
 class AdaGradNormConfig(OptimConfig):
     """AdaGrad-Norm; with batch=norm_test this is AdAdaGrad-Norm (arXiv 2402.11215)."""
 

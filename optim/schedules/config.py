@@ -22,7 +22,7 @@ FORMS = ("exponential", *WINDOWED)
 FINAL = "ratio of the last learning rate to the peak, in [0, 1]"
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScheduleConfig:
     """Constant after the warm-up, and the keys of every schedule."""
 
@@ -37,6 +37,7 @@ class ScheduleConfig:
         return list(_duration_problems(f"{key}.warmup", self.warmup))
 
 
+@dataclass(frozen=True)
 class CustomSchedule(ScheduleConfig, Custom):
     """A schedule of the user's own."""
 
@@ -60,7 +61,7 @@ def _final_problems(key: str, final: float) -> Iterator[Problem]:
         yield Problem(f"{key}.final", f"{final:g} is not a fraction of the peak", "give a number in [0, 1]")
 
 
-@dataclass
+@dataclass(frozen=True)
 class CosineConfig(ScheduleConfig):
     """Half a cosine wave down to the end of the run."""
 
@@ -73,7 +74,7 @@ class CosineConfig(ScheduleConfig):
         return [*super().problems(key), *_final_problems(key, self.final)]
 
 
-@dataclass
+@dataclass(frozen=True)
 class LinearConfig(ScheduleConfig):
     """A straight line down to the end of the run."""
 
@@ -86,7 +87,7 @@ class LinearConfig(ScheduleConfig):
         return [*super().problems(key), *_final_problems(key, self.final)]
 
 
-@dataclass
+@dataclass(frozen=True)
 class WSDConfig(ScheduleConfig):
     """Warm-up, stable, decay."""
 
@@ -119,7 +120,7 @@ class WSDConfig(ScheduleConfig):
         return found
 
 
-@dataclass
+@dataclass(frozen=True)
 class PowerConfig(WSDConfig):
     """The power law min(optim.lr, batch · a · tokens^b) in place of WSD's stable phase; batch in sequences of 4,096 tokens."""
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from ...config.keys import Side, key
 
 
-@dataclass
+@dataclass(frozen=True)
 class DeepSpeedConfig:
     """The DeepSpeed engine's own settings. Everything else it needs is derived from the recipe.
 

@@ -48,7 +48,7 @@ def words() -> frozenset[str]:
 TYPED = {
     (group, field.name)
     for group, hint in typing.get_type_hints(RunConfig).items()
-    if dataclasses.is_dataclass(hint)
+    if dataclasses.is_dataclass(hint) and group not in OPTIONS
     for field in dataclasses.fields(hint)
 } | {("deepspeed", field.name) for field in dataclasses.fields(DeepSpeedConfig)}
 

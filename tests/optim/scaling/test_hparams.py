@@ -9,6 +9,8 @@ import pytest
 
 from meshloom.launch.hparams import HparamsArguments, main, recommend
 from meshloom.trainer.automatic import hidden_parameters, resolve_automatic
+from meshloom.trainer.build import build_model
+from meshloom.trainer.typed import replace_keys
 from meshloom.trainer.validate import run_problems
 from support.configs import config_of
 
@@ -88,30 +90,47 @@ def test_a_recommendation_that_can_not_run_says_so(capsys: pytest.CaptureFixture
 
 def test_automatic_values_become_numbers() -> None:
     overrides = ["model=llama_1b", "data=synthetic", "data.seq_len=2048", "trainer.steps=null", "trainer.tokens=100000000000"]
-    config = config_of(*overrides, "optim.lr=auto:step_law", "batch.samples=auto:step_law", "batch.micro=4")
-    assert resolve_automatic(config) == []
+    left = config_of(*overrides, "optim.lr=auto:step_law", "batch.samples=auto:step_law", "batch.micro=4")
+    before = copy.deepcopy(left)
+    config, found = resolve_automatic(left)
+    assert found == [] and left == before, "another config is made"
     assert config.batch.samples == 541  # 1.1077e6 / 2048 = 540.9
-    rounded = config_of(*overrides, "batch=ramp", "batch.samples=auto:step_law", "batch.multiple=32", "batch.max=1024")
-    assert resolve_automatic(rounded) == [] and rounded.batch.samples == 544
+    ramp = config_of(*overrides, "batch=ramp", "batch.samples=auto:step_law", "batch.multiple=32", "batch.max=1024")
+    rounded, found = resolve_automatic(ramp)
+    assert found == [] and rounded.batch.samples == 544
     assert config.optim.lr == pytest.approx(1.79 * hidden_parameters(config) ** -0.713 * 1e11**0.307, rel=1e-3)
-    resolved = copy.deepcopy(config)
-    assert resolve_automatic(config) == [] and config == resolved, "numbers are left alone"
+    assert resolve_automatic(config) == (config, []), "numbers are left alone"
+
+
+def test_a_lawful_batch_over_the_largest_is_refused() -> None:
+    length = ["data=synthetic", "data.seq_len=2048", "trainer.steps=null", "trainer.tokens=100000000000"]
+    _, found = resolve_automatic(config_of(*length, "batch=ramp", "batch.samples=auto:step_law", "batch.max=512"))
+    assert [str(problem) for problem in found] == ["batch.max: 512 is less than batch.samples=541; raise it"]
 
 
 def test_automatic_values_that_have_no_answer() -> None:
     config = config_of("optim.lr=auto:moon", "batch.samples=auto:step_law")
-    assert [problem.key for problem in resolve_automatic(config)] == ["batch.samples", "optim.lr"]
-    config.trainer.steps, config.trainer.tokens = None, 10**9
-    found = resolve_automatic(config)
+    assert [problem.key for problem in resolve_automatic(config)[1]] == ["batch.samples", "optim.lr"]
+    _, found = resolve_automatic(replace_keys(config, {"trainer.steps": None, "trainer.tokens": 10**9}))
     assert [str(problem) for problem in found] == [
         "optim.lr: there is no law 'auto:moon' for a learning rate; write one of auto:step_law, auto:power"
     ]
-    config.optim.lr = "fast"
-    assert str(config.optim.problems()[0]) == "optim.lr: 'fast' is not a number; write one, or auto:step_law"
+    refused = replace_keys(config, {"optim.lr": "fast"}).optim.problems()
+    assert str(refused[0]) == "optim.lr: 'fast' is not a number; write one, or auto:step_law"
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["model.tied=true"], ["model.qk_norm=full", "model.qkv_bias=true", "model.norm_place=around"]]
+)
+def test_hidden_parameters_are_those_of_the_built_model(words: list[str]) -> None:
+    config = config_of("recipe=quickstart", *words)
+    model = build_model(config.model, vocabulary=7)
+    shared = [model.get_parameter(name) for name in ("embed.weight", "head.weight") if name in dict(model.named_parameters())]
+    assert hidden_parameters(config) == sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in shared)
 
 
 def test_power_schedule_is_not_capped_by_the_power_law() -> None:
     length = ["trainer.steps=null", "trainer.tokens=1000000000", "optim.lr=auto:power", "data=synthetic"]
-    (problem,) = resolve_automatic(config_of(*length, "schedule=power"))
+    (problem,) = resolve_automatic(config_of(*length, "schedule=power"))[1]
     assert problem.key == "optim.lr" and "0.02" in problem.fix
-    assert resolve_automatic(config_of(*length)) == []
+    assert resolve_automatic(config_of(*length))[1] == []

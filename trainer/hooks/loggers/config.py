@@ -10,7 +10,7 @@ from ....config.keys import Side, key
 from ....config.problems import Problem
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoggingConfig:
     """Interval of rows, and loggers besides metrics.jsonl, which is always written."""
 
