@@ -52,6 +52,7 @@ from .hooks.sampling import SampleText, TextCodec
 from .hooks.saving import Saving
 from .loop import Loop
 from .schema import RunConfig
+from .typed import plain_config
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ def _build(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Me
         if config.trainer.sample_prompt is not None:
             build = functools.partial(build_model, config.model, vocabulary)
             hooks += _sample_hooks(config, build, data.tokenizer, saved=saving is not None)
-        hooks += default_loggers(config.logging, output_dir, saved)
+        hooks += default_loggers(config.logging, output_dir, plain_config(config))
 
     loop = Loop(
         mesh=mesh,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,12 +83,17 @@ class Loop:
     def __post_init__(self) -> None:
         self.restart_clock()  # `step` may be called without `run`
 
-    def run(self, stop: StopRequest) -> bool:
-        """Train to the horizon, or until a stop is requested on any rank. Return whether the horizon was reached."""
+    def run(self, stop: StopRequest, accept: Callable[[], None] = lambda: None) -> bool:
+        """Train to the horizon, or until a stop is requested on any rank. Return whether the horizon was reached.
+
+        accept: called once no hook has refused the run, on all ranks
+        """
         for hook in self.hooks:
             if not hook.alone:
                 hook.on_run_begin(self)
         raise_on_all_ranks(self.mesh, lambda: [hook.on_run_begin(self) for hook in self.hooks if hook.alone])
+        accept()
+        raise_on_all_ranks(self.mesh, lambda: [hook.on_run_accepted(self) for hook in self.hooks])
         self.restart_clock()
         while not self.finished and not self.stopping:
             self.step(stop.requested)

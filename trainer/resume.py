@@ -58,7 +58,10 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
     # Under a measuring controller a resumed run keeps its current batch size, whatever chose it.
     loop.controller.load_state_dict({"target": loop.progress.batch, **state["controller"]})
     own = is_inside(checkpoint, folder) and is_own(report.run, folder)
-    for name, hook in hooks_by_name(loop.hooks).items():
+    hooks = hooks_by_name(loop.hooks)
+    if own and run.saving is not None:
+        run.saving.keep_states({name: saved for name, saved in state["hooks"].items() if name not in hooks})
+    for name, hook in hooks.items():
         if own or not hook.of_one_run:
             hook.load_state_dict(state["hooks"].get(name, {}))
     return Origin(report.run, report.step, report.commit, own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from ..checkpoint.errors import HeldError
@@ -117,16 +118,19 @@ def _run_locked(resolved: ResolvedRun, data: DataNode, mesh: Mesh, stop: StopReq
     current = build_run(config, {"config": plain_config(config), "choices": dict(resolved.choices)}, data, mesh)
     try:
         origin = None if checkpoint is None else restore_run(current, checkpoint, config)
-        on_main(mesh, lambda: _take_over(config, current, origin))
-        on_main(mesh, lambda: _write_description(config, data, output_dir))
         if mesh.is_main:
             for line in start_summary(config, current):
                 log.info("%s", line)
             _say_data(data)
             _warn_of_repetition(current)
             _warn_of_blanks(current)
+
+        def accept() -> None:
+            on_main(mesh, lambda: _take_over(config, current, origin))
+            on_main(mesh, lambda: _write_description(config, data, output_dir))
+
         with stop:
-            reached = _run_loop(current, stop)
+            reached = _run_loop(current, stop, accept)
         # A signal after the last step does not change the run, which is over, but must still stop a sweep.
         stop.obeyed = mesh.any(stop.requested) or current.loop.stopping
         if reached:
@@ -140,10 +144,10 @@ def _run_locked(resolved: ResolvedRun, data: DataNode, mesh: Mesh, stop: StopReq
         current.close()
 
 
-def _run_loop(current: Run, stop: StopRequest) -> bool:
-    """Train, and wait for the last save. Return whether the run reached its end."""
+def _run_loop(current: Run, stop: StopRequest, accept: Callable[[], None]) -> bool:
+    """Train, and wait for the last save. Return whether the run reached its end. accept: see `Loop.run`."""
     try:
-        reached = current.loop.run(stop)
+        reached = current.loop.run(stop, accept)
     except TrainingDiverged:  # on all ranks at the same step: they can still complete a save
         if current.saving is not None:
             current.saving.wait(current.loop)

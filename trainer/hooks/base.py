@@ -33,7 +33,16 @@ class Hook:
     fault: Exception | None = None
 
     def on_run_begin(self, loop: Loop) -> None:
-        """Called once the run is built and, on a resume, restored; before the first step."""
+        """Called once the run is built and, on a resume, restored; before the first step. May refuse the run by raising.
+
+        It must leave alone what an earlier run has written: see `on_run_accepted`.
+        """
+
+    def on_run_accepted(self, loop: Loop) -> None:
+        """Called after all hooks' `on_run_begin`: nothing refuses the run any more, and files of an earlier one may be changed.
+
+        Must not communicate. If it raises on one rank, the run ends cleanly on all.
+        """
 
     def on_step_begin(self, loop: Loop) -> None:
         """Called before the global batch is drawn."""

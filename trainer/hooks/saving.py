@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ...checkpoint.checkpointer import Checkpointer
@@ -13,8 +14,10 @@ from ..loop import Loop
 from .base import Hook, hooks_by_name
 
 
-def run_state(loop: Loop, fixed: dict[str, Any]) -> dict[str, Any]:
+def run_state(loop: Loop, fixed: dict[str, Any], absent: Mapping[str, Any]) -> dict[str, Any]:
     """Return the JSON part of a checkpoint: `fixed` (config, data, …), counters, and the states of controller and hooks.
+
+    absent: name → state of hooks that the run had before, and may have again
 
     Schedules and the data order have no state: they are functions of the counters (rules R1, R5).
     """
@@ -23,7 +26,10 @@ def run_state(loop: Loop, fixed: dict[str, Any]) -> dict[str, Any]:
         "progress": loop.progress.state_dict(),
         "counters": loop.engine.counters(),
         "controller": loop.controller.state_dict(),
-        "hooks": {name: state for name, hook in hooks_by_name(loop.hooks).items() if (state := hook.state_dict())},
+        "hooks": {
+            **absent,
+            **{name: state for name, hook in hooks_by_name(loop.hooks).items() if (state := hook.state_dict())},
+        },
     }
 
 
@@ -37,6 +43,11 @@ class Saving(Hook):
         self._fixed = fixed
         self._saved_step = self._finite_step = -1
         self._prepared = False
+        self._absent: dict[str, Any] = {}
+
+    def keep_states(self, states: Mapping[str, Any]) -> None:
+        """Keep in further checkpoints the states of hooks that this segment of the run lacks, such as the id of a wandb run."""
+        self._absent = dict(states)
 
     def begin_run(self, run: RunIdentity, after: int, step: int | None) -> None:
         """Set the run that the checkpoints belong to: see `Checkpointer.begin_run`."""
@@ -79,7 +90,7 @@ class Saving(Hook):
         if not hold or any(hook.waits_for_rows for hook in loop.hooks):
             loop.deliver_metrics(keep=0)
             hold = False
-        state = run_state(loop, self._fixed)
+        state = run_state(loop, self._fixed, self._absent)
         step, fragments = loop.progress.step, loop.engine.fragments()
         self._checkpointer.save(step, fragments, state, required=required, disk=disk, hold=hold)
 

@@ -24,7 +24,7 @@ from meshloom.parallel.layout import Layout
 from meshloom.trainer.hooks.loggers.config import LoggingConfig
 from meshloom.trainer.hooks.loggers.defaults import default_loggers
 from meshloom.trainer.hooks.loggers.metrics_file import MetricsFile
-from meshloom.trainer.hooks.loggers.progress_line import ProgressLine
+from meshloom.trainer.hooks.loggers.progress_line import PatientConsole, ProgressLine
 from meshloom.trainer.hooks.loggers.tensorboard import TensorBoard
 from meshloom.trainer.hooks.loggers.weights_and_biases import WandB, wandb_problems
 
@@ -49,7 +49,7 @@ def steps_in(path: Path) -> list[int]:
 
 def write(path: Path, first: int, last: int, every: int = 1) -> None:
     hook = MetricsFile(path, every)
-    hook.on_run_begin(loop_at(first - 1, path.parent))
+    hook.on_run_accepted(loop_at(first - 1, path.parent))
     for step in range(first, last + 1):
         hook.on_metrics(loop_at(step, path.parent), row(step))
     hook.on_evaluate(loop_at(last, path.parent), {"step": last, "eval_loss": 2.0, "tokens": 64 * last})
@@ -100,7 +100,7 @@ def test_a_full_disk_costs_no_row_once_there_is_room(
 ) -> None:
     disk, path = Disk(monkeypatch), tmp_path / "metrics.jsonl"
     hook = MetricsFile(path, 1)
-    hook.on_run_begin(loop_at(0, tmp_path))
+    hook.on_run_accepted(loop_at(0, tmp_path))
     hook.on_metrics(loop_at(1, tmp_path), row(1))
     assert not hook.waits_for_rows and not hook.state_dict()
     disk.room = 20
@@ -120,7 +120,7 @@ def test_a_full_disk_costs_no_row_once_there_is_room(
 def with_two_rows_waiting(disk: Disk, path: Path) -> MetricsFile:
     """A file that has the first row, and no room for the second and third."""
     first = MetricsFile(path, 1)
-    first.on_run_begin(loop_at(0, path.parent))
+    first.on_run_accepted(loop_at(0, path.parent))
     first.on_metrics(loop_at(1, path.parent), row(1))
     disk.room = 0
     for step in (2, 3):
@@ -132,7 +132,7 @@ def goes_on(path: Path, state: dict[str, Any]) -> None:
     """The fourth step of a run that goes on from a checkpoint of the third with this state."""
     second = MetricsFile(path, 1)
     second.load_state_dict(state)
-    second.on_run_begin(loop_at(3, path.parent))
+    second.on_run_accepted(loop_at(3, path.parent))
     second.on_metrics(loop_at(4, path.parent), row(4))
     second.close()
 
@@ -167,7 +167,7 @@ def test_tensorboard_ends_without_the_run_when_the_disk_is_full(
     pytest.importorskip("tensorboard")
     before = set(threading.enumerate())
     hook = TensorBoard(tmp_path / "tensorboard", 1)
-    hook.on_run_begin(loop_at(0, tmp_path))
+    hook.on_run_accepted(loop_at(0, tmp_path))
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -227,7 +227,7 @@ def test_progress_line_on_a_terminal_stays_in_place(tmp_path: Path) -> None:
 def test_tensorboard_holds_the_numbers(tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     hook = TensorBoard(tmp_path / "tensorboard", 1)
-    hook.on_run_begin(loop_at(0, tmp_path))
+    hook.on_run_accepted(loop_at(0, tmp_path))
     for step in (1, 2, 3):
         hook.on_metrics(loop_at(step, tmp_path), row(step))
     hook.on_evaluate(loop_at(3, tmp_path), {"step": 3, "eval_loss": 2.5})
@@ -320,6 +320,27 @@ def test_a_key_of_another_server_and_a_misspelt_mode_are_refused(no_wandb_key: P
     assert "no API key" in said()[0]
     monkeypatch.setenv("WANDB_MODE", "ofline")
     assert said() == ["logging.wandb: WANDB_MODE=ofline is no mode; use online, offline or disabled"]
+
+
+def test_a_variable_that_wandb_does_not_read_helps_nobody(no_wandb_key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    assert "no API key" in said()[0]
+
+
+def test_nobody_reading_the_progress_line_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # not of pytest's own output
+
+    class Closed(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    for terminal in (False, True):
+        hook = ProgressLine(PatientConsole(file=Closed(), width=200, force_terminal=terminal))
+        hook.on_run_begin(loop_at(0, tmp_path))
+        hook.on_metrics(loop_at(1, tmp_path), row(1))
+        hook.on_evaluate(loop_at(1, tmp_path), {"step": 1, "eval_loss": 2.0})
+        hook.on_run_end(loop_at(1, tmp_path), tmp_path)
+        hook.close()
 
 
 def test_logging_config_chooses_the_hooks(tmp_path: Path) -> None:

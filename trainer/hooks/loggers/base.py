@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from ...loop import Loop
 from ..base import Hook
+
+log = logging.getLogger(__name__)
 
 
 class RowLogger(Hook):
@@ -36,3 +40,51 @@ class RowLogger(Hook):
     def on_checkpoint(self, loop: Loop, row: dict[str, Any]) -> None:
         """Write a save's row, under the step that it saved."""
         self.write({"step": row["checkpoint_step"], **row})
+
+
+class OptionalLogger(RowLogger):
+    """A row logger besides metrics.jsonl. Whatever goes wrong with it ends its rows, with a warning, and never the run.
+
+    title  its name in the warning
+    """
+
+    title = ""
+
+    def __init__(self, every: int) -> None:
+        super().__init__(every)
+        self._given_up = False
+
+    @abstractmethod
+    def send(self, row: dict[str, Any]) -> None:
+        """Write a row, or raise."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """Write what is left and release everything, or raise. Called once, also after a fault."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write a row, unless an earlier one could not be written."""
+        self.attempt(lambda: self.send(row))
+
+    def close(self) -> None:
+        """End the logger."""
+        try:
+            self.end()
+        except Exception as error:
+            self._give_up(error)
+
+    def attempt(self, action: Callable[[], None]) -> None:
+        """Do something; if that fails, warn and do nothing from then on."""
+        if self._given_up:
+            return
+        try:
+            action()
+        except Exception as error:  # a library may raise anything, at a full disk or because a process of its own was killed
+            self._give_up(error)
+            self.close()
+
+    def _give_up(self, error: Exception) -> None:
+        if not self._given_up:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+            log.warning("%s gets no more of this run: %s; training goes on, and metrics.jsonl has it all", self.title, reason)
+        self._given_up = True

@@ -19,7 +19,7 @@ class LoggingConfig:
     every: int = key(1, "steps between rows of metrics (evaluations always write theirs)")
     progress: bool = key(True, "show the progress line on rank 0: in place on a terminal, plain lines elsewhere")
     wandb: bool = key(False, "send metrics to Weights & Biases; WANDB_MODE=offline works without a network")
-    project: str = key("meshloom", "wandb project")
+    project: str | None = key(None, "wandb project; null: that of WANDB_PROJECT, or else meshloom")
     tensorboard: bool = key(False, "write TensorBoard events into <output_dir>/tensorboard")
 
     def problems(self, key: str = "logging") -> list[Problem]:

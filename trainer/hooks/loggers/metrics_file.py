@@ -31,7 +31,7 @@ class MetricsFile(RowLogger):
         self._waiting: list[str] = []
         self._fault: OSError | None = None
 
-    def on_run_begin(self, loop: Loop) -> None:
+    def on_run_accepted(self, loop: Loop) -> None:
         """Drop rows of steps that are repeated, open the file, and write rows that are still waiting.
 
         Raises OSError if the file can't be opened.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,22 @@ from ..base import Hook
 PLAIN_SECONDS = 10.0  # least time between progress lines where there is no terminal
 
 
+class PatientConsole(Console):
+    """A console that falls silent when nobody reads it any more (`| head`): no reason to end training."""
+
+    def on_broken_pipe(self) -> None:
+        """Write nothing from now on, as rich does, but don't exit."""
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
+
+
 class ProgressLine(Hook):
     """Shows the run's progress in one line: in place with a bar on a terminal, elsewhere printed every few seconds."""
 
     alone = True
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(file=sys.stdout, markup=False, highlight=False, soft_wrap=True)
+        self._console = console or PatientConsole(file=sys.stdout, markup=False, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._began = 0.0
         self._begin = 0.0
@@ -32,11 +43,11 @@ class ProgressLine(Hook):
 
     def on_run_begin(self, loop: Loop) -> None:
         """Print layout, length and folder, and the step that the run resumes from."""
-        self._console.print(f"{loop.mesh.layout.describe()}, {loop.horizon.length}, writing to {loop.output_dir}")
+        self._print(f"{loop.mesh.layout.describe()}, {loop.horizon.length}, writing to {loop.output_dir}")
         if loop.finished:
-            self._console.print(f"nothing is left to do: the checkpoint is at step {loop.progress.step}")
+            self._print(f"nothing is left to do: the checkpoint is at step {loop.progress.step}")
         elif loop.progress.step:
-            self._console.print(f"going on from step {loop.progress.step}")
+            self._print(f"going on from step {loop.progress.step}")
         self._began, self._begin = time.monotonic(), loop.horizon.position(loop.progress, loop.horizon.unit)
         if self._console.is_terminal:
             line = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
@@ -49,9 +60,9 @@ class ProgressLine(Hook):
         done = {"steps": row["step"], "tokens": row["tokens"], "samples": row["samples"]}[loop.horizon.unit.value]
         line = self._line(loop, row, done)
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, description=line)
+            self._attempt(lambda bar: bar.update(bar.task_ids[0], completed=done, description=line))
         elif loop.finished or row["step"] == 1 or time.monotonic() - self._shown >= PLAIN_SECONDS:
-            self._console.print(line)
+            self._print(line)
             self._shown = time.monotonic()
 
     def on_evaluate(self, loop: Loop, row: dict[str, Any]) -> None:
@@ -59,13 +70,13 @@ class ProgressLine(Hook):
         self._eval_loss = row["eval_loss"]
         parts = [f"{key.partition('/')[2]} {loss:.4f}" for key, loss in row.items() if key.startswith("eval_loss/")]
         of_sources = f" ({', '.join(parts)})" if parts else ""
-        self._console.print(f"step {row['step']}: validation loss {row['eval_loss']:.4f}{of_sources}", markup=False)
+        self._print(f"step {row['step']}: validation loss {row['eval_loss']:.4f}{of_sources}")
 
     def on_run_end(self, loop: Loop, output_dir: Path) -> None:
         """Print the final state and the run's folder."""
         self._stop()
         final = "" if self._eval_loss is None else f", validation loss {self._eval_loss:.4f}"
-        self._console.print(f"done: {loop.progress.step} steps{final}. Metrics, checkpoints and config are in {output_dir}")
+        self._print(f"done: {loop.progress.step} steps{final}. Metrics, checkpoints and config are in {output_dir}")
 
     def close(self) -> None:
         """Stop the bar, which restores the terminal."""
@@ -73,8 +84,17 @@ class ProgressLine(Hook):
 
     def _stop(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            self._attempt(Progress.stop)
             self._bar = None
+
+    def _print(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._console.print(text)
+
+    def _attempt(self, action: Callable[[Progress], None]) -> None:
+        assert self._bar is not None
+        with contextlib.suppress(OSError):
+            action(self._bar)
 
     def _line(self, loop: Loop, row: dict[str, Any], done: float) -> str:
         total = loop.horizon.total

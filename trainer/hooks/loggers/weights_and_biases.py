@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
+import json
 import netrc
 import os
 import uuid
@@ -13,11 +15,12 @@ from urllib.parse import urlparse
 
 from ....config.problems import ConfigError, Problem
 from ...loop import Loop
-from .base import RowLogger
+from .base import OptionalLogger
 
 ONLINE = ("online", "run", "shared")
 SILENT = ("offline", "dryrun", "disabled")
 SERVERS = ("wandb", "coreweave")  # parts of the names of the library's default servers
+LONGEST_NAME = 128  # of a run, on the server
 FIX = "run `wandb login`, or set WANDB_MODE=offline, or logging.wandb=false"
 
 
@@ -31,7 +34,7 @@ def wandb_problems() -> Iterator[Problem]:
     mode = os.environ.get("WANDB_MODE") or settings.get("mode") or "online"
     if mode not in (*ONLINE, *SILENT):
         yield Problem("logging.wandb", f"WANDB_MODE={mode} is no mode", "use online, offline or disabled")
-    elif mode in ONLINE and not os.environ.get("WANDB_DISABLED") and not _has_key(settings):
+    elif mode in ONLINE and not _has_key(settings):
         yield Problem("logging.wandb", "there is no API key of Weights & Biases", FIX)
 
 
@@ -70,15 +73,17 @@ def _has_key(settings: dict[str, str]) -> bool:
     return False
 
 
-class WandB(RowLogger):
+class WandB(OptionalLogger):
     """Logs to Weights & Biases; WANDB_MODE=offline needs no network. A resumed run continues the same wandb run.
 
-    Needs the extra meshloom[wandb].
+    The library's own variables of the environment (WANDB_RUN_ID, WANDB_DIR, WANDB_NAME, WANDB_RUN_GROUP; WANDB_PROJECT unless
+    `logging.project` is set) count before what would be given here. Needs the extra meshloom[wandb].
     """
 
     of_one_run = True
+    title = "wandb"
 
-    def __init__(self, project: str, output_dir: Path, run_config: Mapping[str, Any], every: int) -> None:
+    def __init__(self, project: str | None, output_dir: Path, run_config: Mapping[str, Any], every: int) -> None:
         import wandb
 
         super().__init__(every)
@@ -86,37 +91,56 @@ class WandB(RowLogger):
         self._project = project
         self._output_dir = output_dir
         self._config = dict(run_config)
-        self._name = str(run_config["recipe"])
         self._id: str | None = None
         self._run: Any = None
+        self._sent = Sent(output_dir / "wandb-sent.json")
 
     def on_run_begin(self, loop: Loop) -> None:
-        """Start a wandb run, or continue the one that the checkpoint names."""
-        self._id = self._id or uuid.uuid4().hex[:12]
+        """Start a wandb run, or continue the one that the checkpoint names. Raises ConfigError if it can't begin."""
+        self._id = os.environ.get("WANDB_RUN_ID") or self._id or uuid.uuid4().hex[:12]
         try:
             self._run = self._wandb.init(
-                project=self._project,
+                project=self._project or os.environ.get("WANDB_PROJECT") or "meshloom",
                 id=self._id,
-                name=self._name,
                 resume="allow",
-                dir=str(self._output_dir),
                 config=self._config,
                 settings=self._wandb.Settings(silent=True),
+                **self._names(),
             )
-        except self._wandb.Error as error:  # no key, no network
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
+        except Exception as error:  # no key, no network, no room, no process of its own
             raise ConfigError([Problem("logging.wandb", f"can't begin: {error}", FIX)]) from error
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Send the row."""
-        self._run.log(row)
+    def on_run_accepted(self, loop: Loop) -> None:
+        """Look up what earlier segments have sent of this wandb run."""
+        assert self._id is not None
+        self._sent.begin(self._id)
 
-    def close(self) -> None:
+    def _names(self) -> dict[str, str]:
+        """Return folder, name and group of the wandb run, as far as the environment does not give them.
+
+        A job of a sweep is named after what the sweep varies, and grouped with the others.
+        """
+        name, group = str(self._config["recipe"]), None
+        if self._output_dir.parent.name == "sweep":
+            group = self._output_dir.parent.parent.name
+            name = f"{name} {self._output_dir.name}"[:LONGEST_NAME]
+        found = {"dir": ("WANDB_DIR", str(self._output_dir)), "name": ("WANDB_NAME", name), "group": ("WANDB_RUN_GROUP", group)}
+        return {key: value for key, (variable, value) in found.items() if value is not None and not os.environ.get(variable)}
+
+    def send(self, row: dict[str, Any]) -> None:
+        """Send the row, unless it is of a step that was sent already: a run that was set back takes steps again."""
+        if self._sent.is_new(row):
+            self._run.log(row)
+            self._sent.add(row)
+
+    def end(self) -> None:
         """Send what is left and finish the wandb run."""
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
+        run, self._run = self._run, None
+        self._sent.close()
+        if run is not None:
+            run.finish()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the id of the wandb run."""
@@ -130,3 +154,45 @@ class WandB(RowLogger):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the id of the wandb run to continue."""
         self._id = state.get("id")
+
+
+class Sent:
+    """A small file that says up to which step rows of each kind were sent to a wandb run, which can't be asked offline."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: int | None = None
+        self._id = ""
+        self._before: dict[str, int] = {}
+        self._now: dict[str, int] = {}
+
+    def begin(self, run_id: str) -> None:
+        """Read what was sent to this wandb run. Raises OSError if the file can't be opened."""
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._id = run_id
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # cut off by a crash: some rows come twice
+            found = json.loads(os.pread(self._file, 4096, 0))
+            if found["id"] == run_id:
+                self._before = {str(kind): int(step) for kind, step in found["steps"].items()}
+        self._now = dict(self._before)
+
+    def is_new(self, row: Mapping[str, Any]) -> bool:
+        """Return whether no earlier segment has sent a row of this kind and step."""
+        return row["step"] > self._before.get(_kind(row), -1)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Note that a row was sent. Raises OSError."""
+        self._now[_kind(row)] = max(row["step"], self._now.get(_kind(row), -1))
+        if self._file is not None:
+            text = json.dumps({"id": self._id, "steps": self._now})
+            os.pwrite(self._file, text.ljust(256).encode(), 0)  # always as long, so that nothing older is left behind it
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    return next((name for name in ("eval_loss", "checkpoint_step") if name in row), "loss")
