@@ -16,6 +16,9 @@ from ..kernels.norm import FusedNorm
 from .attention import Attention
 from .feed_forward import FeedForward
 from .latent_attention import LatentAttention
+from .mixture.charges import Charges, Tally
+from .mixture.config import MixtureConfig
+from .mixture.mixture import Mixture
 from .norm import Norm
 from .part import Part
 from .part_config import AttentionConfig, BlockConfig, FeedForwardConfig, LatentAttentionConfig
@@ -28,7 +31,10 @@ ATTENTIONS: dict[type, Callable[[Any], Attention | LatentAttention]] = {
 }
 """Config → the attention that is built from it. A new kind is listed here."""
 
-FEED_FORWARDS: dict[type, Callable[[Any], FeedForward]] = {FeedForwardConfig: FeedForward}
+FEED_FORWARDS: dict[type, Callable[[Any], FeedForward | Mixture]] = {
+    FeedForwardConfig: FeedForward,
+    MixtureConfig: Mixture,
+}
 """Config → the feed-forward that is built from it."""
 
 
@@ -49,6 +55,12 @@ class Block(Part):
         "ffn_norm": TensorRole.NORM,
         "ffn_post_norm": TensorRole.POST_NORM,
     }
+    # A mixture works on the tokens as they lie, so the norm before it does not gather them.
+    mixture_roles: ClassVar[Mapping[str, TensorRole]] = {
+        **tensor_roles,
+        "ffn_norm": TensorRole.POST_NORM,
+        "ffn": TensorRole.TOKENS,
+    }
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
@@ -58,6 +70,8 @@ class Block(Part):
         self.ffn_norm = Norm(config.norm) if config.norms_before else nn.Identity()
         self.ffn = FEED_FORWARDS[type(config.ffn)](config.ffn)
         self.ffn_post_norm = Norm(config.norm) if config.norms_after else nn.Identity()
+        if isinstance(self.ffn, Mixture):
+            self.tensor_roles = self.mixture_roles  # pyright: ignore[reportAttributeAccessIssue]
         self.residual, self.eps = config.residual, config.norm.eps
         self.products_kept = config.attention.products + 1
         self.fused_norm: FusedNorm | None = None
@@ -65,14 +79,25 @@ class Block(Part):
     def use_kernels(self, kernels: BlockKernels) -> None:
         """Compute with these kernels from now on."""
         self.attention.attend = kernels.attend
-        self.fused_norm, self.ffn.swiglu = kernels.norm, kernels.swiglu
+        self.fused_norm = kernels.norm
+        self.ffn.use_kernels(kernels.swiglu)
 
-    def forward(self, x_BSD: torch.Tensor, rotary: RotaryTable | None, documents: Documents | None) -> torch.Tensor:
-        """Apply the block to the residual stream: (B, S, D) → (B, S, D)."""
+    def forward(
+        self,
+        x_BSD: torch.Tensor,
+        rotary: RotaryTable | None,
+        documents: Documents | None,
+        charges: Charges | None = None,
+    ) -> tuple[torch.Tensor, Tally | None]:
+        """Apply the block to the residual stream: (B, S, D) → (B, S, D), and what a mixture routed under charges.
+
+        The tally is an output, so that a pass that recomputes the block counts nothing twice.
+        """
         x_BSD, *inputs = self._normed(self.attention_norm, x_BSD, self.attention.num_inputs)
         x_BSD = self._add(x_BSD, self.attention_post_norm(self.attention(inputs, rotary, documents)))
         x_BSD, *inputs = self._normed(self.ffn_norm, x_BSD, self.ffn.num_inputs(x_BSD))
-        return self._add(x_BSD, self.ffn_post_norm(self.ffn(inputs)))
+        y_BSD, tally = self.ffn(inputs, charges) if isinstance(self.ffn, Mixture) else (self.ffn(inputs), None)
+        return self._add(x_BSD, self.ffn_post_norm(y_BSD)), tally
 
     def _normed(self, module: Norm | nn.Identity, x_BSD: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
         """Return the residual stream, and its norm `count` times."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 from ..config.keys import MISSING, Side, key, option, target
 from ..config.nodes import Custom
 from ..config.problems import Problem
+from .mixture.config import ExpertsConfig, MixtureConfig
 from .part_config import AttentionConfig, BlockConfig, FeedForwardConfig, LatentAttentionConfig, MatrixScales, NormConfig
 from .rope_config import RopeScaling, RotaryConfig
 
@@ -112,6 +113,7 @@ class DecoderConfig(ModelConfig):
     rope_fraction: float = key(1.0, "share of a head's width that rotates")
     rope_interleaved: bool = key(False, "pairs (2i, 2i + 1) rotate, instead of (i, i + half the width)")
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     embedding_scale: float = key(1.0, "factor on the embedding's output")
     logit_softcap: float | None = key(None, "logits become cap · tanh(logit / cap); null: they stay")
     z_loss: float = key(
@@ -128,7 +130,7 @@ class DecoderConfig(ModelConfig):
     def of(cls, values: Mapping[str, Any]) -> Self:
         """Make the config from plain values of its keys. Raises TypeError for a key that it does not have."""
         made: dict[str, Any] = dict(values)
-        for name, kind in (("rope_scaling", RopeScaling), ("mla", LatentConfig)):
+        for name, kind in (("rope_scaling", RopeScaling), ("mla", LatentConfig), ("experts", ExpertsConfig)):
             if isinstance(made.get(name), Mapping):
                 made[name] = kind(**made[name])
         return cls(**made)
@@ -161,6 +163,10 @@ class DecoderConfig(ModelConfig):
         assert self.vocabulary is not None, "the vocabulary is not known yet"
         return self.vocabulary
 
+    def mixture_layers(self) -> list[int]:
+        """Return the layers whose feed-forward is a mixture of experts."""
+        return [layer for layer in range(self.layers) if self.experts.has_mixture(layer)]
+
     def layer_type(self, layer: int) -> str:
         """Return the kind of a layer; layers count from 0."""
         return self.layer_types[layer % len(self.layer_types)]
@@ -191,7 +197,11 @@ class DecoderConfig(ModelConfig):
         assert 0 <= layer < self.layers, f"there is no layer {layer} of {self.layers}"
         scales, after = self._matrix_scales(), self.norm_place in ("after", "around")
         attention = self._attention(self.layer_type(layer), scales)
+        ffn: FeedForwardConfig | MixtureConfig
         ffn = FeedForwardConfig(self.dim, self.ffn_dim, scales, self.ffn_activation, self.ffn_bias)
+        if self.experts.has_mixture(layer):
+            expert = FeedForwardConfig(self.dim, self.experts.ffn_dim or self.ffn_dim, scales, self.ffn_activation)
+            ffn = MixtureConfig(expert, self.experts)
         return BlockConfig(attention, ffn, self.norm_of(self.dim), self.mup_residual, self.norm_place != "after", after)
 
     def _latent_attention(self, scales: MatrixScales) -> LatentAttentionConfig:
@@ -248,7 +258,12 @@ class DecoderConfig(ModelConfig):
 
     def problems(self, key: str = "model") -> list[Problem]:
         """Return what is wrong with the values."""
-        return [*self._choice_problems(key), *self._number_problems(key), *self._shape_problems(key)]
+        own = [*self._choice_problems(key), *self._number_problems(key), *self._shape_problems(key)]
+        return [*own, *self.experts.problems(f"{key}.experts", self.layers), *self._expert_problems(key)]
+
+    def _expert_problems(self, key: str) -> Iterator[Problem]:
+        if self.experts.count and self.ffn_bias:
+            yield Problem(f"{key}.ffn_bias", "experts have no biases", f"set it to false, or {key}.experts.count=0")
 
     def _choice_problems(self, key: str) -> Iterator[Problem]:
         for name, choices in CHOICES.items():

@@ -42,31 +42,35 @@ class ForwardPass:
         return self.tp if self.sequence_parallel else 1
 
 
-def parameter_count(config: DecoderConfig, *, embedding: bool = True) -> int:
-    """Count the parameters of the whole model. embedding: whether to count the embedding; the head always counts."""
+def parameter_count(config: DecoderConfig, *, embedding: bool = True, active: bool = False) -> int:
+    """Count the parameters of the whole model. embedding: whether to count the embedding; the head always counts.
+
+    active: count only what one token is computed with: of a mixture's experts, those that it chooses.
+    """
     table = config.known_vocabulary * config.dim
-    total = hidden_parameter_count(config) + table * (1 if config.tied else 2)
+    total = hidden_parameter_count(config, active=active) + table * (1 if config.tied else 2)
     return total if embedding or config.tied else total - table
 
 
-def hidden_parameter_count(config: DecoderConfig) -> int:
-    """Count the parameters without embedding and head. The vocabulary need not be known."""
-    return sum(block.matrices + block.vectors for block in config.blocks()) + config.dim
+def hidden_parameter_count(config: DecoderConfig, *, active: bool = False) -> int:
+    """Count the parameters without embedding and head. The vocabulary need not be known. active: see `parameter_count`."""
+    blocks = ((block.active_matrices if active else block.matrices) + block.vectors for block in config.blocks())
+    return sum(blocks) + config.dim
 
 
 def flops_per_token(config: DecoderConfig, seq_len: int) -> float:
-    """Count forward and backward FLOPs per token: 6 per matrix parameter, and 12·heads·head_dim·seq_len a layer for attention.
+    """Count forward and backward FLOPs per token: 6 per active parameter, and 12·heads·head_dim·seq_len a layer for attention.
 
     The convention of PaLM's appendix B (and torchtitan): attention counted in full although half is masked, the embedding
     not counted, recomputation not counted.
     """
     scores = sum(block.attention.score_flops(seq_len) for block in config.blocks())
-    return 6 * parameter_count(config, embedding=False) + 3 * scores
+    return 6 * parameter_count(config, embedding=False, active=True) + 3 * scores
 
 
 def layer_flops(block: BlockConfig, seq_len: int) -> float:
-    """Count forward FLOPs of one block per token: 2 per matrix parameter, and the causal half of attention."""
-    return 2.0 * block.matrices + block.attention.score_flops(seq_len) / 2
+    """Count forward FLOPs of one block per token: 2 per active matrix parameter, and the causal half of attention."""
+    return 2.0 * block.active_matrices + block.attention.score_flops(seq_len) / 2
 
 
 def recomputed_flops(block: BlockConfig, policy: str, seq_len: int) -> float:
@@ -99,6 +103,9 @@ def block_bytes(block: BlockConfig, work: ForwardPass, policy: str) -> int:
     Norms of queries and keys keep their inputs, too, and norms after a part that part's output, D/s. An activation other than
     silu keeps as much, biases nothing; sinks keep nothing besides the log-sum-exp, nor does a window.
 
+    A mixture of experts has F of the experts that a token passes, and besides keeps the copies of a token for them. Its
+    products are not compiled.
+
     Selective checkpointing keeps the block's input, q, k, v, attention's output and its projection, and one of the gate's two
     factors.
     """
@@ -114,13 +121,14 @@ def block_bytes(block: BlockConfig, work: ForwardPass, policy: str) -> int:
     elif policy == "selective":
         per_token = unit * (stream + heads + dim + ffn) + log_sums
     else:
-        wide = 2 if work.fused_swiglu and block.ffn.is_plain_swiglu else 3 if work.compiled else 4
+        wide = 2 if work.fused_swiglu and block.ffn.is_plain_swiglu else 3 if work.compiled and not block.ffn.dispatched else 4
         before, after = 2 * block.norms_before, 2 * block.norms_after
         # Without norms before, products read the stream itself, or what is gathered of it.
         reads = 2 * dim if block.norms_before or work.stream_cut > 1 else 0
         normed = attention.kept_normed(work.tp)
         moments = (before + after) / work.stream_cut + attention.normed_rows / work.tp
-        elements = (2 + after) * stream + reads + heads + normed + wide * ffn
+        sent = block.ffn.dispatched / work.stream_cut
+        elements = (2 + after) * stream + reads + heads + normed + wide * ffn + sent
         per_token = unit * elements + log_sums + accum * moments
     return round(work.tokens * per_token)
 

@@ -20,6 +20,7 @@ from ..kernels.loss import linear_cross_entropy
 from .block import Block
 from .config import DecoderConfig
 from .init import Initial, Normal
+from .mixture.ledger import Routing
 from .norm import Norm
 from .part import Part, WeightRule
 from .protocol import BlockKernels, Model, TensorRole
@@ -58,12 +59,13 @@ class Decoder(Model, Part):
         targets_BS: torch.Tensor | None = None,
         documents: Documents | None = None,
         positions_BS: torch.Tensor | None = None,
+        routing: Routing | None = None,
     ) -> torch.Tensor:
         """Compute logits (B, S, V) of token ids (B, S), or with targets the sum of token losses (scalar, at least fp32).
 
         A stage without `embed` takes hidden states (B, S, D) instead; one without `head` returns them.
         documents: attention stays inside a document, and positions restart there. positions_BS overrides these positions,
-        for a slice of a longer sequence.
+        for a slice of a longer sequence. routing: what mixtures charge, and where they tally; None in evaluations.
         """
         if positions_BS is None:
             row_S = torch.arange(inputs.shape[1], device=inputs.device)
@@ -78,7 +80,10 @@ class Decoder(Model, Part):
         positions_BS = positions_BS.to(table_dtype)
         tables = {kind: rotary_table(positions_BS, rotary) for kind, rotary in self._rotary.items() if rotary is not None}
         for layer, block in self.layers.items():
-            x_BSD = block(x_BSD, tables.get(self.config.layer_type(int(layer))), documents)
+            charges = None if routing is None else routing.charges(int(layer))
+            x_BSD, tally = block(x_BSD, tables.get(self.config.layer_type(int(layer))), documents, charges)
+            if routing is not None and tally is not None:
+                routing.record(int(layer), tally)
         if self.norm is None or self.head is None:
             return x_BSD
         x_BSD = self.norm(x_BSD)
@@ -137,6 +142,10 @@ class Decoder(Model, Part):
             assert isinstance(block, Part)
             return block.weight_rule(rest)
         return super().weight_rule(name)
+
+    def saved_buffers(self) -> dict[str, torch.Tensor]:
+        """Return the biases of the choice of experts."""
+        return dict(self.named_buffers())
 
     def initial(self, name: str) -> Initial:
         """Return a parameter's initial distribution (R3)."""

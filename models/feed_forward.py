@@ -51,6 +51,10 @@ class FeedForward(Part):
         self._gate = GATES[config.activation]
         self.swiglu: FusedSwiglu | None = None
 
+    def use_kernels(self, swiglu: FusedSwiglu | None) -> None:
+        """Compute with this kernel from now on."""
+        self.swiglu = swiglu
+
     def num_inputs(self, x_BSD: torch.Tensor) -> int:
         """Count the products that take the input: gate's and up's, or one fused product."""
         fits = self.swiglu is not None and self.config.is_plain_swiglu and self.swiglu.fits(x_BSD, self.w1.weight)

@@ -6,8 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .rope_config import RotaryConfig
+
+if TYPE_CHECKING:
+    from .mixture.config import MixtureConfig
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,16 @@ class FeedForwardConfig:
         return 3 * self.dim * self.ffn_dim
 
     @property
+    def active_matrices(self) -> int:
+        """Count the matrix parameters that one token is multiplied with: all."""
+        return self.matrices
+
+    @property
+    def dispatched(self) -> int:
+        """Count the elements of copies of a token made for its experts: none."""
+        return 0
+
+    @property
     def vectors(self) -> int:
         """Count the other parameters."""
         return self.bias * (2 * self.ffn_dim + self.dim)
@@ -232,7 +246,7 @@ class BlockConfig:
     """
 
     attention: AttentionConfig | LatentAttentionConfig
-    ffn: FeedForwardConfig
+    ffn: FeedForwardConfig | MixtureConfig
     norm: NormConfig
     residual: float
     norms_before: bool = True
@@ -242,6 +256,11 @@ class BlockConfig:
     def matrices(self) -> int:
         """Count the matrix parameters."""
         return self.attention.matrices + self.ffn.matrices
+
+    @property
+    def active_matrices(self) -> int:
+        """Count the matrix parameters that one token is multiplied with."""
+        return self.attention.matrices + self.ffn.active_matrices
 
     @property
     def vectors(self) -> int:

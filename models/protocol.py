@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from ..kernels.attention import Attend, CausalAttention
@@ -35,6 +36,7 @@ class TensorRole(Enum):
     LATENT     works on a latent that every rank has whole
     SHARED     hands on what every rank has whole, for each to use with heads of its own
     EMBEDDING  a table with a row for each token: cut by rows
+    TOKENS     works on the tokens of the stream as they lie, with whole weights: gradients are summed over ranks
     HEAD       as the embedding; the loss takes its cut weight
     """
 
@@ -49,6 +51,7 @@ class TensorRole(Enum):
     LATENT = "latent"
     SHARED = "shared"
     EMBEDDING = "embedding"
+    TOKENS = "tokens"
     HEAD = "head"
 
 
@@ -111,6 +114,10 @@ class Model(nn.Module):
     def lr_scale(self, name: str) -> float:
         """Return the factor on the learning rate."""
         return 1.0
+
+    def saved_buffers(self) -> dict[str, torch.Tensor]:
+        """Return the buffers that are saved as weights are, by name, though no gradient moves them."""
+        return {}
 
     def flops_per_token(self, seq_len: int) -> float:
         """Count forward and backward FLOPs per token, for MFU: 6 per parameter where the shape is not known."""

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ..kernels.attention_op import attend
 from ..kernels.flash4 import flash4_attend
+from ..models.mixture.mixture import makes_choices
+from ..models.mixture.routing import choose_experts
 from .context.ring import ring_forward
 from .policies import POLICIES
 
@@ -25,6 +27,7 @@ _ATTENTION = {
     flash4_attend._opoverload,
     ring_forward._opoverload,
 }
+_CHOICE = choose_experts._opoverload
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 _PRODUCTS_KEPT = 5
 """The first of the matrix products of a block that does not say how many (`products_kept`): Llama's q, k, v, attention's output
@@ -38,7 +41,7 @@ def _selection(products_kept: int) -> Any:
     products = {False: 0, True: 0}  # so far, in the forward pass and when it is computed again
 
     def keep(context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        kept = operation in _ATTENTION
+        kept = operation in _ATTENTION or operation == _CHOICE
         if operation in _PRODUCTS:
             kept = products[context.is_recompute] < products_kept
             products[context.is_recompute] += 1
@@ -47,18 +50,25 @@ def _selection(products_kept: int) -> Any:
     return create_selective_checkpoint_contexts(keep)
 
 
-def _checkpointed(block: nn.Module, forward: Callable[..., Any], *, selectively: bool) -> Callable[..., Any]:
-    """Wrap `forward` so that all but its input (or what `_selection` keeps) is recomputed.
+def _choices() -> Any:
+    """Make the contexts of a checkpoint that keeps the choice of experts: chosen again, a token's experts might be others."""
+
+    def keep(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operation == _CHOICE else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(keep)
+
+
+def _checkpointed(forward: Callable[..., Any], keep: Callable[[], Any] | None) -> Callable[..., Any]:
+    """Wrap `forward` so that all but its input is recomputed. keep: makes the contexts of what is kept besides.
 
     The wrapper is our own function because the compiler starts at the first frame outside torch. It would silently skip a
     partial of `checkpoint`, and everything inside it.
     """
 
-    contexts = functools.partial(_selection, getattr(block, "products_kept", _PRODUCTS_KEPT))
-
     def run(*args: Any, **kwargs: Any) -> Any:
-        if selectively:
-            return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        if keep is not None:
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=keep, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return run
@@ -110,7 +120,7 @@ def apply_policies(blocks: Sequence[nn.Module], policies: Sequence[str], *, comp
 
     none       keep every intermediate result
     selective  keep attention and all but two of the matrix products, compute the rest again
-    full       keep only the block's input
+    full       keep only the block's input, and the choice of experts
     offload    keep everything, in host memory
 
     Checkpointing is inside of what is compiled, so that the compiler sees what is computed again and fuses it; copies to
@@ -119,11 +129,13 @@ def apply_policies(blocks: Sequence[nn.Module], policies: Sequence[str], *, comp
     """
     for block, policy in zip(blocks, policies, strict=True):
         assert policy in POLICIES, policy
+        full = _choices if makes_choices(block) else None
+        selection = functools.partial(_selection, getattr(block, "products_kept", _PRODUCTS_KEPT))
         if policy == "full" and compiled and any(isinstance(weight, DTensor) for weight in block.parameters()):
-            block.forward = _checkpointed(block, torch.compile(block.forward), selectively=False)
+            block.forward = _checkpointed(torch.compile(block.forward), full)
             continue
         if policy in ("selective", "full"):
-            block.forward = _checkpointed(block, block.forward, selectively=policy == "selective")
+            block.forward = _checkpointed(block.forward, selection if policy == "selective" else full)
         if policy == "offload":
             block.forward = _offloaded(block, torch.compile(block.forward) if compiled else block.forward)
         elif compiled:

@@ -16,6 +16,7 @@ from ..data.assignment import Share
 from ..data.batch import MicroBatch
 from ..kernels.attention_blocks import Kernel
 from ..models.config import DecoderConfig
+from ..models.mixture.balance_config import BalanceConfig
 from ..optim.optimizers.parameters import NamedParameter, Shards
 from .fragment import Fragment
 from .gradient_noise import Measure, Moments
@@ -38,6 +39,7 @@ class EngineSettings:
     seq_len    positions per sample, for the choice of attention's kernel; 0: it does without
     measures   whether steps may be asked for gradient statistics
     attention  kernel that attention computes with in half precision on a GPU, by the layers' windows (None: without one)
+    balance    of the load of a mixture's experts
     """
 
     seed: int = 0
@@ -48,6 +50,7 @@ class EngineSettings:
     float8: str = "none"
     seq_len: int = 0
     measures: bool = False
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     attention: Mapping[int | None, Kernel] = field(default_factory=dict[int | None, Kernel])
 
     def kernel(self, shape: DecoderConfig | None, layer: int) -> Kernel:

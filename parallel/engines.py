@@ -10,6 +10,8 @@ from ..kernels import precompile, swiglu
 from ..kernels.attention_blocks import Kernel
 from ..kernels.attention_timing import flash4_compilations
 from ..kernels.precompile import Compilation
+from ..models.config import DecoderConfig
+from ..models.mixture import grouped
 from ..models.protocol import Model
 from .attention_choice import choose_attention, ring_kernel_problems, shape_of, windows_of
 from .config import ParallelConfig
@@ -35,12 +37,25 @@ def make_engine(
         settings = replace(settings, attention=chosen)
         if problems := ring_kernel_problems(shape, parallel, chosen):
             raise ConfigError(problems)
+    if shape is not None and shape.mixture_layers() and mesh.is_main:
+        _tell_of_experts(shape, settings)
     if settings.float8 != "none" and mesh.is_main:
         log.warning("trainer.float8=%s: losses of different layouts differ by float8's rounding", settings.float8)
     if parallel.engine == "torch" and (parallel.deepspeed.config or parallel.deepspeed.cpu_adam) and mesh.is_main:
         log.warning("parallel.engine=torch does not read parallel.deepspeed")  # a resumed run may still have it
     make = DeepSpeedEngine if parallel.engine == "deepspeed" else TorchEngine
     return make(model, mesh, make_optimizer, parallel, settings)
+
+
+def _tell_of_experts(shape: DecoderConfig, settings: EngineSettings) -> None:
+    """Log what computes the experts' products, and warn of what depends on how a batch is cut."""
+    blocker = grouped.unsupported_reason(settings.compute, shape.dim, shape.experts.ffn_dim or shape.ffn_dim)
+    if blocker is not None:
+        log.info("the experts' products are a loop, because F.grouped_mm can't compute them: %s", blocker)
+    if shape.experts.capacity is not None:
+        log.warning("model.experts.capacity: which tokens are dropped depends on how a batch is cut into ranks and passes")
+    if settings.balance.counts == "prefix":
+        log.warning("balance.counts=prefix: losses depend on how a batch is cut into passes")
 
 
 def start_compiling(model: Model, parallel: ParallelConfig, settings: EngineSettings) -> None:

@@ -25,6 +25,7 @@ class Work:
     """The work that a layout must run: the model's shape, the length of samples, and the settings of its blocks.
 
     vocabulary  None: not known before the data's tokenizer is
+    experts     whether some layers are mixtures of experts
     """
 
     layers: int
@@ -35,6 +36,7 @@ class Work:
     seq_len: int
     activation: str = "none"
     compile: bool = False
+    experts: bool = False
 
 
 def layout_and_model_problems(parallel: ParallelConfig, work: Work, world_size: int) -> list[Problem]:
@@ -56,6 +58,9 @@ def _problems(parallel: ParallelConfig, work: Work, world_size: int) -> Iterator
         yield from sizes
         return
     yield from tensor_problems(work, parallel, work.seq_len)
+    if work.experts and parallel.tp > 1 and not parallel.sequence_parallel:
+        text = "a mixture of experts works on each rank's own tokens, and without it all ranks have the same"
+        yield Problem("parallel.sequence_parallel", text, "set it to true, or use parallel.tp=1")
     yield from context_problems(work, parallel, work.seq_len)
     stages = list(_stage_problems(parallel, work.layers))
     yield from stages
@@ -114,6 +119,9 @@ def _schedule_problems(parallel: ParallelConfig, work: Work) -> Iterator[Problem
         halves = f"{parallel.schedule} runs the backward pass in two halves"
         if work.compile:
             yield Problem("trainer.compile", f"{halves}, and compiled blocks can't", f"set it to false, or {other}")
+        if work.activation == "full" and work.experts:
+            message = f"{halves}, and a checkpoint that keeps the choice of experts allows one"
+            yield Problem("trainer.activation", message, f"use none or offload, or {other}")
         if work.activation == "selective":
             message = f"{halves}, and selective checkpointing allows one"
             yield Problem("trainer.activation", message, f"use none, full or offload, or {other}")

@@ -45,6 +45,7 @@ from .all_ranks import raise_on_all_ranks
 from .derived import build_horizon, checkpoint_folder
 from .hooks.base import Hook
 from .hooks.evaluation import Evaluation, EvaluationSet
+from .hooks.expert_load import WarnOfCollapse
 from .hooks.garbage import CollectGarbage
 from .hooks.loggers.defaults import default_loggers
 from .hooks.profiling import ProfileStep
@@ -105,6 +106,7 @@ def engine_settings(config: RunConfig, model: Model, seq_len: int = 0, measures:
         float8=trainer.float8,
         seq_len=seq_len,
         measures=measures,
+        balance=config.balance,
     )
 
 
@@ -219,6 +221,9 @@ def _build(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Me
         if config.trainer.sample_prompt is not None:
             build = functools.partial(build_model, config.model, vocabulary)
             hooks += _sample_hooks(config, build, data.tokenizer, saved=saving is not None)
+        shape = model.decoder_config
+        if shape is not None and shape.mixture_layers():
+            hooks.append(WarnOfCollapse(shape.experts))
         hooks += default_loggers(config.logging, output_dir, plain_config(config))
 
     loop = Loop(

@@ -82,7 +82,28 @@ def layout_work(config: RunConfig, shape: DecoderConfig) -> Work:
         seq_len=config.data.seq_len,
         activation=config.trainer.activation,
         compile=config.trainer.compile,
+        experts=bool(shape.mixture_layers()),
     )
+
+
+def _experts(config: RunConfig, _: Start) -> Iterator[Problem]:
+    """Yield what does not fit a model's mixtures of experts, and what of the balance has none to act on."""
+    shape = config.model.decoder()
+    experts = shape.experts if isinstance(config.model, DecoderConfig) and shape is not None and shape.experts.count else None
+    yield from config.balance.model_problems(experts)
+    if experts is None:
+        return
+    if config.parallel.engine != "torch":
+        fix = "use parallel.engine=torch, or model.experts.count=0"
+        yield Problem("parallel.engine", f"the {config.parallel.engine} engine can't train a mixture of experts", fix)
+    if config.trainer.activation_budget is not None:
+        fix = "choose trainer.activation, and leave the budget null"
+        yield Problem("trainer.activation_budget", "blocks with and without experts keep different amounts", fix)
+    if experts.capacity is not None:
+        tokens = experts.capacity * config.batch.micro * config.data.seq_len * experts.top_k / experts.count
+        if tokens < 1:
+            text = f"{experts.capacity:g} of a micro-batch's mean load is {tokens:.2g} tokens, less than one"
+            yield Problem("model.experts.capacity", text, "raise it, or batch.micro, or use null to drop no token")
 
 
 def _engine(config: RunConfig, start: Start) -> Iterable[Problem]:
@@ -123,6 +144,9 @@ def batch_problems(config: RunConfig) -> list[Problem]:
             message = "a batch of one micro-batch has nothing to compare, so its noise would never be measured"
             found.append(Problem("batch.samples", message, "double it, or halve batch.micro"))
         found += measuring_problems(config.parallel, config.model.shares_weights, controller.needs_projections)
+        if isinstance(config.model, DecoderConfig) and config.model.experts.count and config.parallel.tp > 1:
+            fix = "use parallel.tp=1, or batch=fixed, stages, ramp or critical_loss"
+            found.append(Problem("batch", "gradients of experts can't be measured under tensor parallelism", fix))
     if config.optim.compares_halves():
         found += _halves_problems(config, controller)
     return found
@@ -167,6 +191,7 @@ LENGTH = ("trainer.steps", "trainer.tokens", "data.seq_len", "batch.samples")
 RELATIONS = (
     Relation(("parallel",), _layout),
     Relation(("parallel", "model", "data.seq_len", "trainer.activation", "trainer.compile"), _decoder),
+    Relation(("model", "balance", "parallel", "trainer", "batch.micro", "data.seq_len"), _experts),
     Relation(("parallel", "precision"), _engine),
     Relation(("parallel", "precision", "trainer.float8"), _float8),
     Relation(("checkpoint.folder", "output_dir"), _folder),

@@ -15,6 +15,7 @@ from ..config.precision import PRECISIONS
 from ..config.problems import Problem
 from ..data import config as data
 from ..models import config as models
+from ..models.mixture.balance_config import BalanceConfig
 from ..optim.batch import config as batch
 from ..optim.optimizers import config as optimizers
 from ..optim.schedules import config as schedules
@@ -63,6 +64,7 @@ class RunConfig:
     optim: optimizers.OptimConfig = MISSING
     schedule: schedules.ScheduleConfig = MISSING
     batch: batch.BatchConfig = MISSING
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

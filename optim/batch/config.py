@@ -22,11 +22,16 @@ LARGEST = "the largest size"
 
 
 def _micro_matters(run: Any) -> bool:
-    return run.batch.MEASURES or run.optim.compares_halves() or run.trainer.float8 != "none"
+    compared = run.batch.MEASURES or run.optim.compares_halves() or run.trainer.float8 != "none"
+    return compared or run.balance.depends_on_micro_batches
 
 
-MICRO_SIDE = RecipeWhen("a controller that measures gradients, optim=agvm or trainer.float8", _micro_matters)
-"""Micro-batches are the workers of gradient statistics and make up AGVM's halves, and float8 scales are taken of each."""
+MICRO_SIDE = RecipeWhen(
+    "a controller that measures gradients, optim=agvm, trainer.float8, balance.micro_batch or balance.counts=prefix",
+    _micro_matters,
+)
+"""Micro-batches are the workers of gradient statistics and make up AGVM's halves. Float8 scales, and experts' shares in losses
+of micro-batches, are taken of each."""
 
 
 @dataclass(frozen=True)

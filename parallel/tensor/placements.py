@@ -24,12 +24,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from ...kernels.documents import Documents
+from ...models.mixture.ledger import Routing
 from ...models.norm import Norm
 from ...models.protocol import Model, TensorRole
 from .heads import Heads, HeadsWork, work_on_heads
+from .tokens import distributed, work_on_tokens
 from .vocabulary import VocabularyParallelLoss
 
 STREAM: Literal["stream"] = "stream"  # where the residual stream lies; it depends on the batch
@@ -66,6 +68,7 @@ PLACES = {
     TensorRole.LATENT: Place(Replicate(), input_layout=Replicate(), output_layout=Replicate(), use_local_output=False),
     TensorRole.SHARED: Place(Replicate(), input_layout=Replicate(), output_layout=Replicate(), gradient=Partial()),
     TensorRole.EMBEDDING: Place(weight=Shard(0), input_layout=Replicate(), output_layout=STREAM),
+    TensorRole.TOKENS: Place(weight=Replicate(), input_layout=STREAM, output_layout=STREAM),
     TensorRole.HEAD: Place(weight=Shard(0), input_layout=Replicate(), output_layout=Replicate()),
 }
 
@@ -83,13 +86,13 @@ class Stream:
     """The present placement of the residual stream, set before every forward pass."""
 
     def __init__(self, tp: int, sequence_parallel: bool) -> None:
-        self._tp, self._sequence_parallel = tp, sequence_parallel
+        self.tp, self._sequence_parallel = tp, sequence_parallel
         self.placement: Placement = Replicate()
 
     def fit(self, batch: int, length: int) -> None:
         """Choose the placement for (batch, length) tokens, which can be cut (`tensor_problems`)."""
-        dim = stream_dim(batch, length, self._tp) if self._sequence_parallel else None
-        assert dim is not None or not self._sequence_parallel, f"({batch}, {length}) tokens can't be cut {self._tp} ways"
+        dim = stream_dim(batch, length, self.tp) if self._sequence_parallel else None
+        assert dim is not None or not self._sequence_parallel, f"({batch}, {length}) tokens can't be cut {self.tp} ways"
         self.placement = Replicate() if dim is None else Shard(dim)
 
     def at(self, where: Where) -> list[Placement]:
@@ -139,7 +142,9 @@ def placed_modules(model: nn.Module) -> Iterator[PlacedModule]:
 
 def unplaced_modules(model: nn.Module) -> list[str]:
     """List the modules with parameters that have no role: those of a user's own class may have none."""
-    placed = {each.module for each in placed_modules(model)}
+    placed: set[nn.Module] = set()
+    for each in placed_modules(model):
+        placed |= set(each.module.modules()) if each.role is TensorRole.TOKENS else {each.module}
     return [
         name or type(module).__name__
         for name, module in model.named_modules()
@@ -164,22 +169,18 @@ def apply_tensor_parallelism(model: Model, mesh: DeviceMesh, sequence_parallel: 
             for name, parameter in list(each.module.named_parameters(recurse=False)):
                 each.module.register_parameter(name, distributed(parameter, mesh, each.placement(parameter, mesh.size())))
             work_on_heads(each.module, heads, mesh)
+        elif each.role is TensorRole.TOKENS:
+            work_on_tokens(each.module, mesh)
         else:
             _place(each.module, mesh, PLACES[each.role], stream, cut)
         if each.role is TensorRole.HEAD:
             each.parent.token_loss = VocabularyParallelLoss(mesh)  # pyright: ignore[reportArgumentType]
-    model.forward = functools.partial(_forward, model.forward, stream)
+    model.forward = functools.partial(_forward, model.forward, stream, mesh.get_local_rank())
 
 
 def fitting(placement: Placement, parameter: nn.Parameter) -> Placement:
     """Return the placement of a parameter of a module whose weight has this one: a bias has no input features to cut."""
     return Replicate() if isinstance(placement, Shard) and placement.dim >= parameter.dim() else placement
-
-
-def distributed(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
-    """Return a parameter cut over a mesh."""
-    cut = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
-    return nn.Parameter(cut, requires_grad=parameter.requires_grad)
 
 
 def _cut(module: nn.Module, mesh: DeviceMesh, placement: Placement, known: dict[nn.Parameter, nn.Parameter]) -> None:
@@ -210,14 +211,19 @@ def _place(module: nn.Module, mesh: DeviceMesh, place: Place, stream: Stream, kn
 def _forward(
     forward: Any,
     stream: Stream,
+    rank: int,
     inputs: torch.Tensor,
     targets_BS: torch.Tensor | None = None,
     documents: Documents | None = None,
     positions_BS: torch.Tensor | None = None,
+    **more: Any,
 ) -> torch.Tensor:
     """Run a cut model's `forward`, after setting where the stream lies.
 
     A stage without embedding sees a slice and must be given the positions of the whole sequences.
     """
     stream.fit(*(inputs.shape[:2] if positions_BS is None else positions_BS.shape))
-    return forward(inputs, targets_BS, documents, positions_BS)
+    routing: Routing | None = more.get("routing")
+    if routing is not None and isinstance(stream.placement, Shard):
+        more["routing"] = routing.cut(stream.placement.dim, stream.tp, rank)
+    return forward(inputs, targets_BS, documents, positions_BS, **more)

@@ -23,6 +23,7 @@ from ...optim.optimizers.parameters import NamedParameter, initial_counter_value
 from ..config import ParallelConfig
 from ..context.split import ContextParallel
 from ..engine import EngineSettings, OptimizerFactory, StepLoss
+from ..experts.balance import ExpertBalance
 from ..fragment import Fragment
 from ..gradient_noise import GradientNoise, Measure, Moments
 from ..mesh import Mesh
@@ -60,7 +61,11 @@ class TorchEngine:
         held = list(stages.values())
         self.module: nn.Module = held[0] if len(held) == 1 else nn.ModuleList(held)
         named = {name: parameter for stage in held for name, parameter in stage.named_parameters()}
-        inputs = ModelInputs(mesh, context, model, sequence_parallel=parallel.sequence_parallel, compiled=settings.compile)
+        shape = model.decoder_config
+        mixes = shape is not None and shape.mixture_layers()
+        self._balance = ExpertBalance(shape, held, mesh, settings.balance) if shape is not None and mixes else None
+        slices = parallel.sequence_parallel
+        inputs = ModelInputs(mesh, context, model, self._balance, sequence_parallel=slices, compiled=settings.compile)
         self._step: StepStrategy
         if plan.count > 1:
             tied = TiedHead.of(mesh, plan, named) if decoder_shape(model).tied else None
@@ -87,11 +92,22 @@ class TorchEngine:
         begun = [observer.begin(share, global_tokens) for observer in self._observers]
         pauses = [number for number in begun if number is not None]
         self.weights.begin_step(single=share.passes == 1, fused=self._update.fused)
-        total = self._step.accumulate(micro_batches, global_tokens, pauses, self._show_part)
+        run = functools.partial(self._step.accumulate, micro_batches, global_tokens, pauses, self._show_part)
+        extras: dict[str, torch.Tensor] = {}
+        if self._balance is None:
+            total = run()
+        else:
+            total, extras = self._balance.run_step(global_tokens, lambda: self._count_routed(micro_batches), run)
         self.weights.wait_reduce()
         for observer in self._observers:
             observer.see_whole(self.weights.gradients())
-        return StepLoss(self._sum_over_batch(total), global_tokens, {})
+        return StepLoss(self._sum_over_batch(total), global_tokens, extras)
+
+    @torch.no_grad()
+    def _count_routed(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Run the forward passes of a step, for what its mixtures count."""
+        self._step.evaluate(micro_batches)
+        self.weights.reshard()
 
     def _show_part(self) -> None:
         for observer in self._observers:
@@ -146,6 +162,8 @@ class TorchEngine:
         """Yield this rank's boxes of weights and of the optimizer's arrays."""
         self.weights.wait_all_gather(compute_copies=False)
         yield from optimizer_fragments(self.optimizer, self._parameters)
+        if self._balance is not None:
+            yield from self._balance.fragments()
 
     def prepare_restore(self) -> None:
         """Make the optimizer create its state: one update with a zero gradient at rate zero, which changes no weight."""

@@ -45,7 +45,9 @@ class Accumulation:
 
     def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:
         part, positions_BS = self._inputs.part(micro_batch)
-        return self._module(part.tokens_BS, part.targets_BS, part.documents, positions_BS)
+        routing = self._inputs.routing(part)  # a user's own module does not know the argument
+        more = {} if routing is None else {"routing": routing}
+        return self._module(part.tokens_BS, part.targets_BS, part.documents, positions_BS, **more)
 
     def accumulate(
         self,

@@ -21,6 +21,7 @@ from meshloom.config.duration import Duration, Unit
 from meshloom.data.assignment import Assigner, Share, load_share
 from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch, Sample
 from meshloom.data.loader import Loader
+from meshloom.models.mixture.balance_config import BalanceConfig
 from meshloom.optim.batch.config import FixedConfig
 from meshloom.optim.batch.controller import Fixed
 from meshloom.optim.horizon import Horizon
@@ -41,6 +42,7 @@ from meshloom.parallel.pipeline.stages import legal_micro_batches
 from meshloom.trainer.hooks.base import Hook
 from meshloom.trainer.loop import Loop
 from meshloom.trainer.signals import StopRequest
+from support.experts import PlainBalance
 from support.models import decoder
 from support.ranks import run_ranks
 from support.settings import settings_of
@@ -66,6 +68,7 @@ class Work:
     compile: bool = False
     halves: bool = False
     model: tuple[tuple[str, Any], ...] = ()
+    balance: tuple[tuple[str, Any], ...] = ()
 
     def llama(self) -> dict[str, Any]:
         """The model's shape: sizes that divide by none of the rank counts, so that shards are uneven."""
@@ -93,7 +96,14 @@ def build(work: Work, world_size: int, measures: bool = False) -> Engine:
     with torch.device("meta"):
         model = decoder(**work.llama())
     settings = settings_of(
-        model, work.parallel, work.activation, precision=work.precision, compile=work.compile, seed=7, measures=measures
+        model,
+        work.parallel,
+        work.activation,
+        precision=work.precision,
+        compile=work.compile,
+        seed=7,
+        measures=measures,
+        balance=BalanceConfig(**dict(work.balance)),
     )
     return make_engine(model, mesh, optimizer, work.parallel, settings)
 
@@ -211,7 +221,9 @@ def plain_run(work: Work) -> Run:
 
     The loss is `F.cross_entropy` over whole logits, the optimizer and the clipping are PyTorch's own.
     """
-    same = replace(work, parallel=ParallelConfig(), micro=1, activation="none", compile=False, halves=False, precision="fp64")
+    same = replace(work, parallel=ParallelConfig(), activation="none", compile=False, halves=False, precision="fp64")
+    if not BalanceConfig(**dict(work.balance)).depends_on_micro_batches:
+        same = replace(same, micro=1)
     if repr(same) not in _known:
         _known[repr(same)] = _plain_run(same)
     return _known[repr(same)]
@@ -234,6 +246,7 @@ def _plain_run(work: Work) -> Run:
     ]
     optimizer = torch.optim.AdamW(groups, betas=work.betas, eps=1e-8)
     run = Run([], [], [])
+    balance = PlainBalance(model, BalanceConfig(**dict(work.balance)), work.micro)
 
     def losses_from(first: int) -> tuple[torch.Tensor, torch.Tensor]:
         batch = MicroBatch.collate([sample(index, work.documents) for index in range(first, first + work.samples)])
@@ -241,7 +254,7 @@ def _plain_run(work: Work) -> Run:
         targets_T = batch.targets_BS.flatten()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets_T, ignore_index=IGNORED)
         log_sums_T = logits.flatten(0, 1)[targets_T != IGNORED].logsumexp(-1)
-        return loss, model.config.z_loss * log_sums_T.square().mean()
+        return loss, model.config.z_loss * log_sums_T.square().mean() + balance.loss(batch.targets_BS != IGNORED)
 
     for number in _steps(work):
         loss, z_loss = losses_from(number * work.samples)
@@ -250,6 +263,7 @@ def _plain_run(work: Work) -> Run:
         run.losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
+        balance.end_step()
         if number == work.first_step:
             for name, parameter in model.named_parameters():
                 run.moments.append((name, Box.whole(parameter.shape), optimizer.state[parameter]["exp_avg"].clone()))

@@ -21,7 +21,7 @@ def problems_of(composer: Composer, *overrides: str) -> dict[str, str]:
     return {problem.key: str(problem) for problem in [*untyped, *config.problems()]}
 
 
-@pytest.mark.parametrize("recipe", ["quickstart", "llama_1b", "llama_3b", "llama_8b", "llama_70b"])
+@pytest.mark.parametrize("recipe", ["quickstart", "moe_tiny", "llama_1b", "llama_3b", "llama_8b", "llama_70b"])
 def test_recipes_are_in_order(composer: Composer, recipe: str) -> None:
     assert problems_of(composer, f"recipe={recipe}") == {}
 
@@ -54,6 +54,20 @@ def test_recipes_are_in_order(composer: Composer, recipe: str) -> None:
         ("model.attention_softcap=-1", "model.attention_softcap", "above 0"),
         ("model.head_dim=7", "model.head_dim", "odd"),
         ("model.rope_fraction=2", "model.rope_fraction", "up to 1"),
+        ("model.experts.count=-1", "model.experts.count", "0 for dense"),
+        ("model.experts={count:4,top_k:5}", "model.experts.top_k", "use 1 to 4"),
+        ("model.experts={count:4,scores:tanh}", "model.experts.scores", "softmax or sigmoid"),
+        ("model.experts={count:4,bias:true}", "model.experts.bias", "sigmoid"),
+        ("model.experts={count:4,capacity:0}", "model.experts.capacity", "null to drop no token"),
+        ("model.experts={count:4,groups:3}", "model.experts.groups", "divisor"),
+        ("model.experts={count:4,groups:2,top_groups:3}", "model.experts.top_groups", "use 1 to 2"),
+        ("model.experts={count:6,top_k:3,groups:3}", "model.experts.top_groups", "fewer than top_k"),
+        ("model.experts={count:4,layers:[9]}", "model.experts.layers", "not there"),
+        ("model.experts={count:4,dense_layers:99}", "model.experts.dense_layers", "no layer is left"),
+        ("model.experts={count:4,shared:-1}", "model.experts.shared", "0 or more"),
+        ("balance.counts=running", "balance.counts", "past, exact, prefix"),
+        ("balance.keep=1", "balance.keep", "[0, 1)"),
+        ("balance.z_loss=-1", "balance.z_loss", "0 for none"),
         ("model.rope_scaling.kind=ntk", "model.rope_scaling.kind", "yarn"),
         ("model.rope_scaling.kind=yarn", "model.rope_scaling.original_positions", "8192"),
         ("model.rope_scaling={kind:linear,factor:0.5}", "model.rope_scaling.factor", "1 or more"),

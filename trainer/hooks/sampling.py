@@ -14,6 +14,7 @@ from ...checkpoint.control import Control
 from ...checkpoint.errors import CheckpointError
 from ...checkpoint.folder import find_latest
 from ...checkpoint.restore import restore
+from ...models.protocol import Model
 from ...parallel.box import Box
 from ...parallel.fragment import Fragment
 from ..loop import Loop
@@ -112,9 +113,10 @@ def load_whole_model(model: nn.Module, checkpoint: Path | str, device: torch.dev
     for name, source in ties:  # `_apply` gives every use of a tied weight its own storage
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
+    buffers = model.saved_buffers() if isinstance(model, Model) else {}
     fragments = [
         Fragment(name, "weight", tuple(parameter.shape), Box.whole(parameter.shape), parameter.detach())
-        for name, parameter in model.named_parameters()
+        for name, parameter in [*model.named_parameters(), *buffers.items()]
     ]
     report = restore(checkpoint, fragments, Control.alone(), strict=False)  # the optimizer's state is not read
     if absent := sorted({*report.missing, *report.mismatched}):

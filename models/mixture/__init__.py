@@ -1,0 +1,1 @@
+"""Mixtures of experts: routing, dispatch, grouped products, combination and the prices that balance the load."""

@@ -1,0 +1,147 @@
+"""Config of mixtures of experts: what the keys say, and what one layer's mixture is built from. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...config.keys import Side, key
+from ...config.problems import Problem
+from ..part_config import FeedForwardConfig, MatrixScales
+
+SCORES = ("softmax", "sigmoid")
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Which layers have a mixture of experts as their feed-forward, and how each token chooses among them."""
+
+    SIDE: ClassVar[Side] = Side.RECIPE
+
+    count: int = key(0, "experts of a mixture; 0: every feed-forward is dense")
+    top_k: int = key(2, "experts that each token chooses")
+    ffn_dim: int | None = key(None, "inner width of an expert; null: that of the dense feed-forward")
+    shared: int = key(0, "experts that every token passes, in one feed-forward as wide as all of them together")
+    dense_layers: int = key(0, "first layers whose feed-forward stays dense")
+    layers: list[int] | None = key(None, "layers with a mixture, counted from 0; null: all but the first dense_layers")
+    scores: str = key("softmax", "an expert's score from its logit: softmax over the experts, or sigmoid of each")
+    renormalise: bool = key(True, "divide the scores of the chosen experts by their sum")
+    scale: float = key(1.0, "factor on the chosen experts' scores")
+    groups: int = key(1, "groups of experts; a token chooses within its best ones, by the sum of a group's two best scores")
+    top_groups: int = key(1, "groups that a token chooses within")
+    bias: bool = key(False, "a bias per expert that only the choice sees (DeepSeek-V3); balance.bias_rate moves it")
+    capacity: float | None = key(
+        None, "an expert takes at most this times the mean number of tokens of a micro-batch; null: no token is dropped"
+    )
+
+    def has_mixture(self, layer: int) -> bool:
+        """Return whether a layer's feed-forward is a mixture."""
+        if self.count == 0:
+            return False
+        return layer >= self.dense_layers if self.layers is None else layer in self.layers
+
+    def problems(self, key: str, layers: int) -> Iterator[Problem]:
+        """Yield what is wrong with the values. layers: of the model."""
+        if self.count < 0:
+            yield Problem(f"{key}.count", f"{self.count} is no number of experts", "use 0 for dense layers, or 1 or more")
+        if self.count < 1:
+            return
+        if not 1 <= self.top_k <= self.count:
+            yield Problem(f"{key}.top_k", f"{self.top_k} can't be chosen of {self.count} experts", f"use 1 to {self.count}")
+        if self.ffn_dim is not None and self.ffn_dim < 1:
+            yield Problem(f"{key}.ffn_dim", f"{self.ffn_dim} is not a size", "use 1 or more")
+        if self.shared < 0:
+            yield Problem(f"{key}.shared", f"{self.shared} is no number of experts", "use 0 or more")
+        if self.scores not in SCORES:
+            yield Problem(f"{key}.scores", f"there is no '{self.scores}'", f"use {' or '.join(SCORES)}")
+        if not 0 < self.scale < math.inf:
+            yield Problem(f"{key}.scale", f"{self.scale} can't be", "use a number above 0, 1 for none")
+        if self.bias and self.scores == "softmax":
+            text = "a bias is added to scores that don't depend on each other, and softmax makes them depend"
+            yield Problem(f"{key}.bias", text, f"use {key}.scores=sigmoid, or false")
+        if self.capacity is not None and not 0 < self.capacity < math.inf:
+            yield Problem(f"{key}.capacity", f"{self.capacity} can't be", "use 1 or more, or null to drop no token")
+        yield from self._layer_problems(key, layers)
+        yield from self._group_problems(key)
+
+    def _layer_problems(self, key: str, layers: int) -> Iterator[Problem]:
+        if self.layers is not None and self.dense_layers:
+            yield Problem(f"{key}.dense_layers", f"{key}.layers names the layers already", "use 0, or leave layers null")
+        elif self.layers is not None and [layer for layer in self.layers if not 0 <= layer < layers]:
+            yield Problem(f"{key}.layers", f"{self.layers} names layers that are not there", f"use 0 to {layers - 1}")
+        elif not any(map(self.has_mixture, range(layers))):
+            name = "dense_layers" if self.layers is None else "layers"
+            yield Problem(f"{key}.{name}", "no layer is left for the experts", f"change it, or use {key}.count=0")
+
+    def _group_problems(self, key: str) -> Iterator[Problem]:
+        if self.groups < 1 or self.count % self.groups:
+            yield Problem(f"{key}.groups", f"{self.groups} groups don't divide {self.count} experts", "use a divisor")
+        elif not 1 <= self.top_groups <= self.groups:
+            yield Problem(f"{key}.top_groups", f"{self.top_groups} of {self.groups} groups can't be", f"use 1 to {self.groups}")
+        elif self.count >= self.top_k > self.top_groups * (self.count // self.groups):
+            text = f"{self.top_groups} groups have {self.top_groups * (self.count // self.groups)} experts, fewer than top_k"
+            yield Problem(f"{key}.top_groups", text, f"raise it, or lower {key}.top_k")
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """One layer's mixture of experts, its router included.
+
+    expert  of one routed expert: its widths, scales and activation; experts have no biases
+    keys    how tokens choose
+    """
+
+    expert: FeedForwardConfig
+    keys: ExpertsConfig
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream."""
+        return self.expert.dim
+
+    @property
+    def scales(self) -> MatrixScales:
+        """How its matrices begin and learn."""
+        return self.expert.scales
+
+    @property
+    def shared(self) -> FeedForwardConfig | None:
+        """The feed-forward that every token passes; None: there is none."""
+        if not self.keys.shared:
+            return None
+        return FeedForwardConfig(self.dim, self.keys.shared * self.expert.ffn_dim, self.scales, self.expert.activation)
+
+    @property
+    def ffn_dim(self) -> int:
+        """Inner width that one token passes: its chosen experts and the shared ones."""
+        return (self.keys.top_k + self.keys.shared) * self.expert.ffn_dim
+
+    @property
+    def matrices(self) -> int:
+        """Count the matrix parameters: experts, shared ones, and the router."""
+        return self._matrices(self.keys.count)
+
+    @property
+    def active_matrices(self) -> int:
+        """Count the matrix parameters that one token is multiplied with."""
+        return self._matrices(self.keys.top_k)
+
+    def _matrices(self, experts: int) -> int:
+        return (experts + self.keys.shared) * self.expert.matrices + self.keys.count * self.dim
+
+    @property
+    def vectors(self) -> int:
+        """Count the other parameters: none. The bias of the choice is not trained by gradients."""
+        return 0
+
+    @property
+    def is_plain_swiglu(self) -> bool:
+        """False: kernels don't fuse its products."""
+        return False
+
+    @property
+    def dispatched(self) -> int:
+        """Count the elements of copies of a token made for its experts: their inputs and outputs."""
+        return 2 * self.keys.top_k * self.dim

@@ -1,0 +1,163 @@
+"""A mixture of experts as the feed-forward of a block: router, experts, and feed-forwards that every token passes.
+
+Shape legend: B batch, S sequence, T = B·S tokens, D model width, F an expert's width, E experts, K chosen experts of a token,
+N = T·K assignments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...kernels.swiglu import FusedSwiglu
+from ..feed_forward import GATES, FeedForward
+from ..part import Part, WeightRule, reads_stream, writes_stream
+from ..protocol import TensorRole
+from .charges import Charges, Tally, charge, charge_z, count_assignments, prices
+from .config import MixtureConfig
+from .dispatch import Dispatch, LocalDispatch, combine, sort_by_expert
+from .grouped import grouped_product
+from .routing import TINY, choose_experts, gates_of, scores_of
+
+
+class Routed(NamedTuple):
+    """Each token's experts (T, K), the weights of their outputs (T, K), and what the tally needs; None: nothing is tallied."""
+
+    choice_TK: torch.Tensor
+    gates_TK: torch.Tensor
+    tally: Tally | None
+
+
+class Router(Part):
+    """Chooses each token's experts. Computes in fp32, in fp64 where the model does.
+
+    bias  added to scores in the choice only. It is no parameter: balance moves it, and it is saved as a weight
+    """
+
+    def __init__(self, config: MixtureConfig) -> None:
+        super().__init__()
+        self.keys = config.keys
+        self.weight = nn.Parameter(torch.empty(config.keys.count, config.dim))
+        self.weight_rules = {"weight": reads_stream(config.scales)}
+        # On the host: values of buffers on the meta device would be lost.
+        self.bias: torch.Tensor | None
+        self.register_buffer("bias", torch.zeros(config.keys.count, device="cpu") if config.keys.bias else None)
+
+    def forward(self, x_TD: torch.Tensor, charges: Charges | None) -> Routed:
+        """Route tokens, and charge for it in the backward pass. charges: None in evaluations, where nothing is counted."""
+        keys = self.keys
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+        if charges is not None and charges.rates.z_loss:
+            rate = (charges.rates.z_loss * charges.unit).to(wide)
+            logits_TE = charge_z(logits_TE, rate, charges.counted_BS.flatten())
+        scores_TE = scores_of(logits_TE, keys.scores)
+        choice_TK = choose_experts(scores_TE.detach(), self.bias, keys.top_k, keys.groups, keys.top_groups)
+        tally = None
+        if charges is not None:
+            # Probabilities of sigmoid scores are the scores over their sum (DeepSeek-V3).
+            sum_T1 = 1.0 if keys.scores == "softmax" else scores_TE.sum(-1, keepdim=True) + TINY
+            p_TE, tally = _charged(scores_TE / sum_T1, logits_TE.detach(), choice_TK, charges)
+            scores_TE = p_TE * sum_T1
+        gates_TK = gates_of(scores_TE, choice_TK, renormalise=keys.renormalise, scale=keys.scale)
+        return Routed(choice_TK, gates_TK, tally)
+
+
+def _charged(
+    p_TE: torch.Tensor, logits_TE: torch.Tensor, choice_TK: torch.Tensor, charges: Charges
+) -> tuple[torch.Tensor, Tally]:
+    """Charge the prices of this micro-batch, and tally it."""
+    counts_BE = count_assignments(choice_TK, charges.counted_BS, p_TE.shape[1])
+    price_BE, micro_1E, rows_BE = prices(charges, counts_BE)
+    counted_T1, seen_TE = charges.counted_BS.flatten()[:, None], p_TE.detach()
+    mass_BE = (seen_TE * counted_T1).view(*charges.counted_BS.shape, -1).sum(1, dtype=torch.float64)
+    z_T1 = logits_TE.logsumexp(-1, keepdim=True).square()
+    entropy_T1 = torch.special.entr(seen_TE).sum(-1, keepdim=True)
+    sums_2 = (torch.cat([z_T1, entropy_T1], dim=1) * counted_T1).sum(0, dtype=torch.float64)
+    none = sums_2.new_zeros(1)
+    others_5 = torch.cat([sums_2, none, (micro_1E * mass_BE).sum()[None], (rows_BE * mass_BE).sum()[None]])
+    tally = Tally(counts_BE.sum(0), mass_BE.sum(0), others_5)
+    return charge(p_TE, price_BE.to(p_TE.dtype), charges.counted_BS.flatten()), tally
+
+
+class Experts(Part):
+    """The routed experts: gated feed-forwards whose matrices are stacked along their rows.
+
+    w1, w3  gate and up of all experts: (E·F, D)
+    w2      down: (E·D, F)
+    """
+
+    def __init__(self, config: MixtureConfig) -> None:
+        super().__init__()
+        count, dim, width = config.keys.count, config.dim, config.expert.ffn_dim
+        self.count = count
+        self.w1 = nn.Parameter(torch.empty(count * width, dim))
+        self.w2 = nn.Parameter(torch.empty(count * dim, width))
+        self.w3 = nn.Parameter(torch.empty(count * width, dim))
+        self.weight_rules: Mapping[str, WeightRule] = {
+            **dict.fromkeys(("w1", "w3"), reads_stream(config.scales)),
+            "w2": writes_stream(config.scales),
+        }
+        self._gate = GATES[config.expert.activation]
+
+    def forward(self, rows_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        """Compute each row's expert. Rows are sorted by expert; those behind the last expert's may come out as anything."""
+        w1_EFD, w2_EDF, w3_EFD = (weight.unflatten(0, (self.count, -1)) for weight in (self.w1, self.w2, self.w3))
+        gate_NF = self._gate(grouped_product(rows_ND, w1_EFD, counts_E))
+        return grouped_product(gate_NF * grouped_product(rows_ND, w3_EFD, counts_E), w2_EDF, counts_E)
+
+
+class SharedExperts(FeedForward):
+    """The feed-forward that every token passes. It is cut with the tokens, not by features."""
+
+    tensor_roles: ClassVar[Mapping[str, TensorRole]] = {}
+
+
+class Mixture(Part):
+    """Routed experts, weighted by the router, plus the shared ones.
+
+    dispatch  brings tokens to experts and back; a run may replace it
+    """
+
+    def __init__(self, config: MixtureConfig) -> None:
+        super().__init__()
+        self.config, self.keys = config, config.keys
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.shared = None if config.shared is None else SharedExperts(config.shared)
+        self.dispatch: Dispatch = LocalDispatch()
+
+    def use_kernels(self, swiglu: FusedSwiglu | None) -> None:
+        """Compute the shared experts with this kernel from now on."""
+        if self.shared is not None:
+            self.shared.use_kernels(swiglu)
+
+    def num_inputs(self, x_BSD: torch.Tensor) -> int:
+        """Count the readers of the input: the router with the experts, and the shared experts' products."""
+        return 1 if self.shared is None else 1 + self.shared.num_inputs(x_BSD)
+
+    def forward(self, inputs: Sequence[torch.Tensor], charges: Charges | None) -> tuple[torch.Tensor, Tally | None]:
+        """Compute it. inputs: the same (B, S, D), `num_inputs` times. Returns (B, S, D), and the tally under charges."""
+        x_BSD, *rest = inputs
+        x_TD = x_BSD.flatten(0, 1)
+        routed = self.router(x_TD, charges)
+        assignment = sort_by_expert(routed.choice_TK, self.keys.count, self.keys.capacity)
+        rows_ND, counts_E = self.dispatch.send(x_TD, assignment)
+        y_TKD = self.dispatch.back(self.experts(rows_ND, counts_E), assignment)
+        y_BSD = combine(y_TKD, routed.gates_TK).view_as(x_BSD)
+        if self.shared is not None:
+            y_BSD = y_BSD + self.shared(rest)
+        if routed.tally is None or charges is None or assignment.kept_TK is None:
+            return y_BSD, routed.tally
+        dropped = (~assignment.kept_TK & charges.counted_BS.flatten()[:, None]).sum()
+        routed.tally.others_5[2] = dropped
+        return y_BSD, routed.tally
+
+
+def makes_choices(module: nn.Module) -> bool:
+    """Return whether a module routes tokens: recomputation must then keep the choice."""
+    return any(isinstance(each, Router) for each in module.modules())

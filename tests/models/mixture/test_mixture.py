@@ -1,0 +1,148 @@
+"""A mixture of experts, held to a loop over tokens and experts in plain tensor arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from meshloom.models.config import DecoderConfig
+from meshloom.models.mixture.charges import Charges, Rates
+from meshloom.models.mixture.config import MixtureConfig
+from meshloom.models.mixture.dispatch import sort_by_expert
+from meshloom.models.mixture.grouped import grouped_product, loop_product, unsupported_reason
+from meshloom.models.mixture.mixture import Mixture
+from support.experts import plain_choice
+
+DIM, WIDTH = 8, 4
+
+
+def mixture(dtype: torch.dtype = torch.float64, **experts: Any) -> Mixture:
+    keys = {"count": 6, "top_k": 2, "ffn_dim": WIDTH, **experts}
+    shape = {"dim": DIM, "layers": 1, "heads": 2, "kv_heads": 2, "ffn_dim": 12, "vocabulary": 5}
+    config = DecoderConfig.of({**shape, "experts": keys})
+    assert config.problems() == []
+    ffn = config.block(0).ffn
+    assert isinstance(ffn, MixtureConfig)
+    made = Mixture(ffn).to(dtype)
+    draw = torch.Generator().manual_seed(3)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, generator=draw)
+    if made.router.bias is not None:
+        made.router.bias.copy_(0.3 * torch.randn(6, generator=draw, dtype=torch.float64))
+    return made
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(3, 5, DIM, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(dtype)
+
+
+def plainly(model: Mixture, x_BSD: torch.Tensor, capacity: int | None = None) -> tuple[torch.Tensor, int]:
+    """Token by token: the output, and the number of assignments that found their expert full."""
+    keys, room, dropped = model.keys, [capacity] * model.keys.count, 0
+    out: list[torch.Tensor] = []
+    for x in x_BSD.reshape(-1, DIM):
+        logits = model.router.weight @ x
+        scores = logits.exp() / logits.exp().sum() if keys.scores == "softmax" else 1 / (1 + (-logits).exp())
+        ranked = scores if model.router.bias is None else scores + model.router.bias
+        chosen = plain_choice(ranked.tolist(), keys.top_k, keys.groups, keys.top_groups)
+        total = sum((scores[expert] for expert in chosen), torch.zeros(())) if keys.renormalise else torch.ones(())
+        y = torch.zeros_like(x)
+        for expert in chosen:
+            if capacity is not None and room[expert] == 0:
+                dropped += 1
+                continue
+            room[expert] = None if capacity is None else room[expert] - 1  # type: ignore[operator]
+            wide, narrow = slice(expert * WIDTH, (expert + 1) * WIDTH), slice(expert * DIM, (expert + 1) * DIM)
+            w1, w3, w2 = model.experts.w1[wide], model.experts.w3[wide], model.experts.w2[narrow]
+            y = y + keys.scale * scores[expert] / total * (w2 @ (F.silu(w1 @ x) * (w3 @ x)))
+        if model.shared is not None:
+            y = y + model.shared([x, x])
+        out.append(y)
+    return torch.stack(out).view_as(x_BSD), dropped
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "softmax, renormalised": {},
+    "softmax, two shared experts": {"renormalise": False, "shared": 2},
+    "top 1": {"top_k": 1},
+    "all experts": {"top_k": 6},
+    "sigmoid, groups, bias, scale": {
+        **{"scores": "sigmoid", "groups": 3, "top_groups": 2, "top_k": 3, "bias": True, "scale": 2.5},
+    },
+    "groups of one": {"groups": 6, "top_groups": 4},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_mixture_is_a_loop_over_tokens_and_experts(name: str) -> None:
+    model, x = mixture(**CASES[name]), inputs().requires_grad_()
+    expected, _ = plainly(model, x)
+    weights = [*model.parameters(), x]
+    gradients = torch.autograd.grad(expected.square().sum(), weights)
+    got, tally = model([x] * model.num_inputs(x), None)
+    assert tally is None
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    for one, other in zip(torch.autograd.grad(got.square().sum(), weights), gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("capacity", "most"), [(1.0, 5), (0.3, 2)])
+def test_capacity_drops_the_last_tokens_and_counts_them(capacity: float, most: int) -> None:
+    model, x = mixture(capacity=capacity), inputs().requires_grad_()
+    expected, dropped = plainly(model, x, most)
+    counted = torch.ones(3, 5, dtype=torch.bool)
+    got, tally = model([x], Charges(counted, torch.tensor(1.0).double(), Rates()))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert dropped > 0
+    assert tally is not None
+    assert tally.others_5[2] == dropped
+    (gradient,) = torch.autograd.grad(got.square().sum(), x)
+    (plain,) = torch.autograd.grad(expected.square().sum(), x)
+    torch.testing.assert_close(gradient, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_enough_capacity_drops_nothing() -> None:
+    model, x = mixture(capacity=3.0), inputs()
+    torch.testing.assert_close(model([x], None)[0], mixture()([x], None)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_products_are_the_loop(dtype: torch.dtype) -> None:
+    assert unsupported_reason(dtype, 16, 8) is None
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(12, 16, generator=draw).to(dtype).requires_grad_()
+    weight = torch.randn(4, 8, 16, generator=draw).to(dtype).requires_grad_()
+    counts = torch.tensor([5, 0, 4, 1])  # the last two rows are nobody's
+    got, expected = (product(rows, weight, counts)[:10] for product in (grouped_product, loop_product))
+    torch.testing.assert_close(got, expected)
+    for one, other in zip(
+        torch.autograd.grad(got.float().square().sum(), (rows, weight)),
+        torch.autograd.grad(expected.float().square().sum(), (rows, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one[:10] if one.dim() == 2 else one, other[:10] if other.dim() == 2 else other)
+
+
+def test_products_that_grouped_mm_refuses_have_a_reason() -> None:
+    assert "float64" in str(unsupported_reason(torch.float64, 16, 16))
+    assert "multiples of 8" in str(unsupported_reason(torch.bfloat16, 16, 12))
+
+
+def test_router_computes_in_fp32_beside_bf16() -> None:
+    model = mixture(torch.bfloat16)
+    routed = model.router(inputs(torch.bfloat16).flatten(0, 1), None)
+    assert routed.gates_TK.dtype == torch.float32
+    assert model([inputs(torch.bfloat16)], None)[0].dtype == torch.bfloat16
+
+
+def test_assignments_are_sorted_by_expert_in_token_order() -> None:
+    choice = torch.tensor([[2, 0], [0, 1], [2, 0]])
+    found = sort_by_expert(choice, 4)
+    assert found.order_N.tolist() == [1, 2, 5, 3, 0, 4]
+    assert found.counts_E.tolist() == [3, 1, 2, 0]
+    dropped = sort_by_expert(choice, 4, capacity=2 / 3)  # one each
+    assert dropped.order_N.tolist() == [1, 3, 0, 2, 4, 5]
+    assert dropped.counts_E.tolist() == [1, 1, 1, 0]

@@ -1,0 +1,81 @@
+"""Mixtures of experts on every layout, by the trainer's own loop, held to closed forms of the balance in a bare loop (fp64)."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from meshloom.parallel.config import CONTEXT_KINDS, ParallelConfig
+from meshloom.parallel.pipeline.stages import SCHEDULES
+from support.parity import Difference, Work, differences
+
+TOLERANCE = 1e-9
+STEPS = 3
+EXPERTS = {"count": 5, "top_k": 2, "ffn_dim": 7, "shared": 1}
+GROUPS = {"count": 6, "top_k": 2, "groups": 3, "top_groups": 2, "scores": "sigmoid", "bias": True, "scale": 2.5}
+LARGE = {"global_batch": 0.5}
+PAST, EXACT = LARGE, {**LARGE, "counts": "exact"}
+ALL = {**EXACT, "micro_batch": 0.3, "sequence": 0.2, "z_loss": 0.1}
+FREE = {"global_batch": 0.0, "sequence": 0.3, "bias_rate": 0.01}
+
+
+def work(micro: int = 1, balance: dict[str, Any] = PAST, experts: dict[str, Any] = EXPERTS, **settings: Any) -> Work:
+    """A run of a decoder with mixtures. Coefficients are large, so that a wrong factor shows."""
+    axes, fields = ParallelConfig.__dataclass_fields__, Work.__dataclass_fields__
+    parallel = ParallelConfig(**{key: value for key, value in settings.items() if key in axes})
+    model: dict[str, Any] = {"experts": experts, "layers": 4 if parallel.pp > 1 else 2}
+    model |= {key: value for key, value in settings.items() if key not in axes and key not in fields}
+    of_work = {key: value for key, value in settings.items() if key in fields}
+    return Work(parallel, micro, steps=STEPS, lr=2e-3, model=tuple(model.items()), balance=tuple(balance.items()), **of_work)
+
+
+DENSE_FIRST = {**EXPERTS, "dense_layers": 1}
+TABLE: dict[str, tuple[int, Work]] = {
+    **{f"past, {micro} sequences at once": (1, work(micro, zero=0)) for micro in (1, 3, 8)},
+    **{f"exact, {micro} sequences at once": (1, work(micro, EXACT, zero=0)) for micro in (1, 3, 8)},
+    "past, last step alone": (1, work(2, {**PAST, "keep": 0.0}, zero=0)),
+    "prefix": (1, work(2, {**LARGE, "counts": "prefix"}, zero=0)),
+    "all losses": (1, work(3, ALL, zero=0)),
+    "sigmoid, groups, bias": (1, work(2, FREE, GROUPS, zero=0)),
+    "sigmoid, not renormalised": (1, work(2, ALL, {**GROUPS, "renormalise": False, "groups": 1}, zero=0)),
+    "one expert, top 1": (1, work(2, PAST, {"count": 1, "top_k": 1}, zero=0)),
+    "second layer only": (1, work(2, PAST, {**EXPERTS, "layers": [1]}, zero=0)),
+    **{f"all losses, activation={policy}": (1, work(3, ALL, activation=policy)) for policy in ("full", "selective", "offload")},
+    "prefix, activation=full": (1, work(2, {**LARGE, "counts": "prefix"}, activation="full")),
+    **{f"past, ZeRO-{zero}": (2, work(1, PAST, DENSE_FIRST, zero=zero)) for zero in range(4)},
+    **{f"exact, ZeRO-{zero}, activation=full": (2, work(2, EXACT, zero=zero, activation="full")) for zero in range(4)},
+    "all losses, ZeRO-3, 7 sequences": (2, work(2, ALL, zero=3, samples=7)),
+    "sigmoid, groups, bias, ZeRO-1": (2, work(2, FREE, GROUPS, zero=1)),
+    "all losses, tp 2": (2, work(3, ALL, DENSE_FIRST, tp=2)),
+    "all losses, tp 2, cut between sequences": (2, work(2, ALL, tp=2, activation="full")),
+    "sigmoid, groups, bias, tp 2": (2, work(3, FREE, GROUPS, tp=2)),
+    **{f"past, pp 2, {schedule}": (2, work(1, PAST, DENSE_FIRST, pp=2, schedule=schedule, zero=0)) for schedule in SCHEDULES},
+    **{f"all losses, pp 2, {schedule}": (2, work(1, ALL, pp=2, schedule=schedule, zero=0)) for schedule in SCHEDULES},
+    "sigmoid, groups, bias, pp 2, documents": (2, work(2, FREE, GROUPS, pp=2, documents=True)),
+    **{f"all losses, cp 2, {kind}": (2, work(2, ALL, cp=2, cp_kind=kind, documents=True)) for kind in CONTEXT_KINDS},
+    "all losses, cp 2 × tp 2": (4, work(4, ALL, cp=2, tp=2)),
+    "past, tp 2 × ZeRO-3": (4, work(3, PAST, tp=2, zero=3)),
+    "exact, tp 2 × ZeRO-1": (4, work(1, EXACT, tp=2, zero=1)),
+    "exact, pp 2 × ZeRO-3, interleaved": (4, work(1, EXACT, pp=2, schedule="interleaved")),
+    "past, HSDP": (4, work(1, PAST, replicate=2, zero=2)),
+}
+
+
+@cache
+def found(ranks: int) -> dict[str, Difference] | AssertionError:
+    """All rows on this many processes, which share them; or what one of them failed with."""
+    rows = [name for name, (size, _) in TABLE.items() if size == ranks]
+    try:
+        return dict(zip(rows, differences(ranks, [TABLE[name][1] for name in rows], timeout=300.0), strict=True))
+    except AssertionError as failure:
+        return failure
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, id=f"p{ranks}: {name}") for name, (ranks, _) in TABLE.items()])
+def test_balance_is_the_closed_form_on_every_layout(name: str) -> None:
+    rows = found(TABLE[name][0])
+    if isinstance(rows, AssertionError):
+        raise rows
+    assert rows[name].worst < TOLERANCE, rows[name]

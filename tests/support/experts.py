@@ -1,0 +1,83 @@
+"""The balance of a mixture of experts as closed forms over a whole batch, differentiated by autograd; written from the papers.
+
+Nothing here uses the charges or the counts of the tested code, only a mixture's input and its router's weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from meshloom.models.decoder import Decoder
+from meshloom.models.mixture.balance_config import BalanceConfig
+
+
+def plain_choice(scores: Sequence[float], top_k: int, groups: int = 1, top_groups: int = 1) -> list[int]:
+    """Choose a token's experts by sorting in Python, as DeepSeek-V3's report describes it."""
+    size = len(scores) // groups
+    members = [list(range(group * size, (group + 1) * size)) for group in range(groups)]
+    best = sorted(members, key=lambda group: -sum(sorted((scores[expert] for expert in group), reverse=True)[:2]))
+    return sorted((expert for group in best[:top_groups] for expert in group), key=lambda expert: -scores[expert])[:top_k]
+
+
+class PlainBalance:
+    """Sees the inputs of a model's mixtures, and computes what is added to the loss of a step."""
+
+    def __init__(self, model: Decoder, config: BalanceConfig, micro: int) -> None:
+        """micro: sequences of a micro-batch."""
+        self._config, self._micro = config, micro
+        self._mixtures: dict[str, Any] = {name: model.layers[name].ffn for name in map(str, model.config.mixture_layers())}
+        self._inputs: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, torch.Tensor] = {}
+        even = torch.full((max(1, model.config.experts.count),), 1.0 / max(1, model.config.experts.count)).double()
+        self._past = dict.fromkeys(self._mixtures, even)
+        for name, mixture in self._mixtures.items():
+            mixture.register_forward_pre_hook(lambda _, inputs, name=name: self._inputs.update({name: inputs[0][0]}))
+
+    def loss(self, counted_BS: torch.Tensor) -> torch.Tensor:
+        """The sum over layers, as a mean over the tokens that count."""
+        return sum((self._layer(name, counted_BS) for name in self._mixtures), torch.zeros((), dtype=torch.float64))
+
+    def _layer(self, name: str, counted_BS: torch.Tensor) -> torch.Tensor:
+        keys, config = self._mixtures[name].keys, self._config
+        logits = self._inputs[name] @ self._mixtures[name].router.weight.T
+        scores = logits.softmax(-1) if keys.scores == "softmax" else logits.sigmoid()
+        p = scores / scores.sum(-1, keepdim=True)
+        bias = self._mixtures[name].router.bias
+        ranked = (scores if bias is None else scores + bias).detach()
+        hits = torch.zeros_like(ranked)
+        for row, line in enumerate(ranked.tolist()):
+            for at, token in enumerate(line):
+                hits[row, at, plain_choice(token, keys.top_k, keys.groups, keys.top_groups)] = 1
+        self._counts[name] = hits[counted_BS].sum(0)
+        tokens = counted_BS.sum()
+
+        def weighted(rows: slice, hits_of: slice | None = None) -> torch.Tensor:
+            """T' · E · Σ f P over some rows; f from other rows if given."""
+            valid = counted_BS[rows]
+            seen = hits[hits_of or rows][counted_BS[hits_of or rows]]
+            share = seen.sum(0) / seen.sum().clamp(min=1)
+            return keys.count * (share * p[rows][valid].sum(0)).sum()
+
+        batch, micro = len(counted_BS), self._micro
+        total = config.z_loss * logits.logsumexp(-1)[counted_BS].square().mean()
+        cuts = range(0, batch, micro)
+        total = total + config.micro_batch * sum(weighted(slice(at, at + micro)) for at in cuts) / tokens
+        total = total + config.sequence * sum(weighted(slice(at, at + 1)) for at in range(batch)) / tokens
+        if config.counts == "exact":
+            lbl = weighted(slice(0, batch)) / tokens
+        elif config.counts == "prefix":
+            lbl = sum(weighted(slice(at, at + micro), slice(0, at + micro)) for at in cuts) / tokens
+        else:
+            lbl = keys.count * (self._past[name] * p[counted_BS].mean(0)).sum()
+        return total + config.global_coefficient * lbl
+
+    def end_step(self) -> None:
+        """Take the step's counts into the average, and move biases."""
+        for name, counts in self._counts.items():
+            keep = self._config.keep
+            self._past[name] = keep * self._past[name] + (1 - keep) * counts / counts.sum()
+            if self._config.bias_rate:
+                self._mixtures[name].router.bias.data += self._config.bias_rate * torch.sign(counts.mean() - counts)

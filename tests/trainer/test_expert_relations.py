@@ -1,0 +1,50 @@
+"""Keys of a mixture of experts that do not fit other keys: refused before anything starts, all at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from meshloom.config.compose import Composer
+from meshloom.trainer.schema import make_composer
+from meshloom.trainer.typed import typed_config
+from meshloom.trainer.validate import run_problems
+
+
+@pytest.fixture(scope="module")
+def composer() -> Composer:
+    return make_composer()
+
+
+def problems_of(composer: Composer, world_size: int, *overrides: str) -> dict[str, str]:
+    composition = composer.compose([*overrides])
+    assert composition.problems == []
+    return {problem.key: str(problem) for problem in run_problems(typed_config(composition.config)[0], world_size)}
+
+
+@pytest.mark.parametrize(("world_size", "words"), [(1, ""), (2, "parallel.tp=2"), (2, "parallel.pp=2"), (4, "batch=norm_test")])
+def test_mixtures_run_in_these_layouts(composer: Composer, world_size: int, words: str) -> None:
+    assert problems_of(composer, world_size, "recipe=moe_tiny", *words.split()) == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "says"),
+    [
+        ("model.experts.capacity=1e-6", "model.experts.capacity", "less than one"),
+        ("balance.bias_rate=0.001", "balance.bias_rate", "model.experts.bias=true"),
+        ("parallel.tp=2 parallel.sequence_parallel=false", "parallel.sequence_parallel", "set it to true"),
+        ("parallel.tp=2 batch=norm_test", "batch", "gradients of experts can't be measured"),
+        ("parallel.pp=2 parallel.schedule=zbv trainer.activation=full", "trainer.activation", "keeps the choice of experts"),
+        ("parallel.engine=deepspeed", "parallel.engine", "can't train a mixture of experts"),
+        ("trainer.activation_budget=0.5", "trainer.activation_budget", "choose trainer.activation"),
+        ("model.ffn_bias=true", "model.ffn_bias", "experts have no biases"),
+    ],
+)
+def test_what_does_not_fit_a_mixture_is_named(composer: Composer, words: str, key: str, says: str) -> None:
+    found = problems_of(composer, 2, "recipe=moe_tiny", *words.split())
+    assert says in found[key]
+
+
+def test_balance_without_a_mixture_is_refused_all_at_once(composer: Composer) -> None:
+    words = ("balance.global_batch=0.01", "balance.sequence=0.1", "balance.bias_rate=0.001")
+    found = problems_of(composer, 1, "recipe=quickstart", *words)
+    assert {"balance.global_batch", "balance.sequence", "balance.bias_rate"} <= found.keys()
