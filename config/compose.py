@@ -128,7 +128,42 @@ class Composer:
         for group in self._schemas:
             if isinstance(composition.config.get(group), DictConfig):
                 self._leave_out(group, composition, typed)
+                if group in typed:
+                    composition.notices.extend(self._foreign_values(group, composition.config[group], parsed))
         return composition
+
+    def _foreign_values(self, group: str, node: Any, parsed: Sequence[Override]) -> Iterator[str]:
+        """Yield a notice for each value that the recipe wrote for its own option of a group, where another one was typed.
+
+        Only keys whose defaults tell the two options apart are meant, such as the learning rate of an optimizer.
+        """
+        typed = {override.get_key_element().lstrip("+~") for override in parsed}
+        schema = self._schema_of(group, node)
+        if schema is None:
+            return
+        names = [
+            one for one in _names(schema) if f"{group}.{one}" not in typed and one in node and one not in ("_target_", "name")
+        ]
+        changed = [one for one in names if node[one] != _default(schema, one) and self._tells_apart(group, one)]
+        if not changed:
+            return
+        others = [override for override in parsed if override.get_key_element().lstrip("+~").partition(".")[0] != group]
+        base: Any = self._load(_lines(others))[0][group]
+        written_for = self._schema_of(group, base)
+        if written_for is None or written_for is schema:
+            return
+        for name in changed:
+            own = _default(schema, name)
+            if base.get(name) == node[name] and own != _default(written_for, name):
+                here, there = (f"{group}={_default(kind, 'name')}" for kind in (schema, written_for))
+                yield f"{group}.{name}={node[name]} was written for {there}; {here} has {group}.{name}={own} of its own"
+
+    def _schema_of(self, group: str, node: Any) -> type | None:
+        path = node.get("_target_") if isinstance(node, DictConfig) else None
+        return next((kind for kind in self._schemas[group] if _default(kind, "_target_") == path), None)
+
+    def _tells_apart(self, group: str, name: str) -> bool:
+        return len({str(_default(kind, name)) for kind in self._schemas[group] if name in _names(kind)}) > 1
 
     def _leave_out(self, group: str, composition: Composition, typed: Collection[str]) -> None:
         """Remove keys of a group that its option does not have.

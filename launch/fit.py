@@ -25,10 +25,17 @@ def main(argv: Sequence[str]) -> int:
     """Fit, print and draw. Return 0; 1 if no law could be fitted or nothing drawn; 2 if there are no runs to read."""
     parser = argparse.ArgumentParser(prog="meshloom fit", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold some")
+    parser.add_argument(
+        "--varies",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a key in which the runs may differ, such as seed",
+    )
     parser.add_argument("--output", type=Path, help="folder for fit.png, fit.svg and fit.json (default: nothing is written)")
     arguments = parser.parse_args(argv)
     try:
-        runs = read_runs(arguments.runs)
+        runs = read_runs(arguments.runs, arguments.varies)
         fits = fit_all(runs)
     except ConfigError as error:
         print(error, file=sys.stderr)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,13 +15,25 @@ from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
+from ..config.keys import Side
 from ..config.problems import ConfigError, Problem
 from ..optim.scaling import fitting
 from ..optim.scaling.fitting import CriticalFit, LossFit, Optimum, PowerLaw
+from ..trainer.schema import RunConfig
+from ..trainer.sides import key_sides
+from ..trainer.typed import plain_config, typed_config
 
 NAMES = {"N": "parameters", "D": "tokens", "B": "batch"}
 UNITS = "N: parameters without embedding and head; D, B: tokens; L: nats per token"
 T = TypeVar("T")
+VARIABLES = frozenset(
+    {
+        *("recipe", "optim.lr", "batch.samples", "trainer.steps", "trainer.tokens", "trainer.eval_every"),
+        *(f"model.{size}" for size in ("name", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim")),
+        *(f"model.{rule}" for rule in ("init_std", "mup_base", "mup_embedding", "mup_residual")),  # which follow the size
+    }
+)
+"""Keys of the recipe that a law's variables stand for, or that no loss depends on."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,7 @@ class FinishedRun:
     lr          optim.lr
     loss        the last evaluation's, or else the mean of the last twentieth of the training losses
     curve       (steps, losses): evaluations where there are enough, or else training losses, smoothed
+    others      key → value of everything else that decides about the loss
     """
 
     folder: Path
@@ -39,6 +54,7 @@ class FinishedRun:
     lr: float
     loss: float
     curve: tuple[np.ndarray, np.ndarray]
+    others: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -70,8 +86,12 @@ class Fits:
     curves: Mapping[float, tuple[np.ndarray, np.ndarray]] | None = None
 
 
-def read_runs(paths: Iterable[Path]) -> list[FinishedRun]:
-    """Read every finished run in or under these folders. Raises ConfigError for each that is not a run or not finished."""
+def read_runs(paths: Iterable[Path], varies: Collection[str] = ()) -> list[FinishedRun]:
+    """Read every finished run in or under these folders.
+
+    Raises ConfigError for each that is not a run or not finished, and for each key in which the runs differ that is neither a
+    variable of the laws nor among `varies`.
+    """
     problems: list[Problem] = []
     runs: list[FinishedRun] = []
     for path in paths:
@@ -83,14 +103,34 @@ def read_runs(paths: Iterable[Path]) -> list[FinishedRun]:
                 runs.append(_read(folder))
             except (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLError, InstantiationException) as error:
                 problems.append(Problem(str(folder), f"can't be read as a finished run: {error}", "leave it out"))
+    problems = problems or list(_differences(runs, varies))
     if problems:
         raise ConfigError(problems)
     return runs
 
 
+def _differences(runs: Sequence[FinishedRun], varies: Collection[str]) -> Iterator[Problem]:
+    """Yield a problem for each key, other than the laws' variables, that has several values and is not named."""
+    for key in dict.fromkeys(key for run in runs for key in run.others):
+        counts = Counter(run.others.get(key, "absent") for run in runs)
+        if len(counts) > 1 and key not in varies:
+            shown = ", ".join(f"{value} ({count} run{'s' if count > 1 else ''})" for value, count in counts.most_common(4))
+            fix = f"give the folders of one value, or --varies {key} if it decides nothing"
+            yield Problem(key, f"differs between the runs: {shown}", fix)
+
+
+def _others(run: RunConfig) -> dict[str, str]:
+    plain = plain_config(run)
+    recipe = [key for key, side in key_sides(run).items() if side is Side.RECIPE and key not in VARIABLES]
+    return {key: str(functools.reduce(_member, key.split("."), plain)) for key in recipe}
+
+
+def _member(node: Any, name: str) -> Any:
+    return node.get(name) if isinstance(node, dict) else None
+
+
 def _read(folder: Path) -> FinishedRun:
     from ..trainer.automatic import hidden_parameters
-    from ..trainer.typed import typed_config
 
     config: Any = OmegaConf.load(folder / "config.yaml")
     run, untyped = typed_config(config)
@@ -121,6 +161,7 @@ def _read(folder: Path) -> FinishedRun:
         lr=float(config.optim.lr),
         loss=float(evaluations[-1]["eval_loss"] if evaluations else train[-tail:].mean()),
         curve=curve,
+        others=_others(run),
     )
 
 

@@ -212,7 +212,7 @@ def test_a_key_of_another_option_is_left_out_of_a_recipe(tmp_path: Path) -> None
     assert composer.compose(["recipe=mine"]).config.optim.betas == [0.8, 0.9]
     composition = composer.compose(["recipe=mine", "optim=lars"])
     assert composition.problems == [] and composition.config.optim.lr == 0.5 and "betas" not in composition.config.optim
-    (notice,) = composition.notices
+    (notice,) = [line for line in composition.notices if "left out" in line]
     assert notice.startswith("optim.betas of the recipe is left out: optim=lars has no such key")
 
 
@@ -236,3 +236,15 @@ def test_an_old_name_of_a_key_tells_the_new_one(composer: Composer, monkeypatch:
     assert fixes == {"optim.rate": "write optim.lr", "trainer.length": "write trainer.steps"}
     saved = {"optim": {"rate": 0.5}, "trainer": {"length": 7}}
     assert with_renamed_keys(saved) == {"optim": {"lr": 0.5}, "trainer": {"steps": 7}}
+
+
+@pytest.mark.parametrize(("option", "own"), [("lars", 1.0), ("adagrad_norm", 1.0), ("lamb", 0.002)])
+def test_a_rate_written_for_another_optimizer_is_told(composer: Composer, option: str, own: float) -> None:
+    (notice,) = composer.compose(["recipe=quickstart", f"optim={option}"]).notices
+    assert notice == f"optim.lr=0.003 was written for optim=adamw; optim={option} has optim.lr={own} of its own"
+    assert composer.compose(["recipe=quickstart", f"optim={option}", "optim.lr=0.003"]).notices == []
+
+
+@pytest.mark.parametrize("words", [["optim=adamw"], ["optim=agvm"], ["schedule=cosine"], ["batch=ramp", "batch.max=64"]])
+def test_values_that_mean_the_same_are_not_told(composer: Composer, words: list[str]) -> None:
+    assert [line for line in composer.compose(["recipe=quickstart", *words]).notices if "was written for" in line] == []

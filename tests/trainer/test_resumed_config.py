@@ -247,3 +247,29 @@ def test_keys_of_a_node_inside_a_group_are_kept(composer: Composer) -> None:
     found = resume_recorded(composer, saved, "resume=auto")
     assert found.config.model.rope_scaling.kind == "linear" and found.config.model.rope_scaling.factor == 4
     assert not any("no key of this version" in line for line in found.notices)
+
+
+CHAIN = (
+    (),
+    ("launch.nproc=2", "parallel.tp=2"),
+    ("launch.nproc=2", "parallel.pp=2"),
+    ("launch.nproc=2", "parallel.cp=2"),
+    ("launch.nproc=2", "parallel.engine=deepspeed", "parallel.zero=2"),
+    ("launch.nproc=3",),
+    (),
+)
+
+
+def test_a_chain_of_resumes_has_each_days_layout_and_one_recipe(composer: Composer) -> None:
+    """Each day types nothing but resume=auto and its layout; docs/resume.md trains this chain."""
+    first = saved = record(composer, "optim.lr=0.5", "model.dim=32", "data=synthetic", "data.vocabulary=61")
+    for number, layout in enumerate(CHAIN):
+        found = resume_recorded(composer, saved, "resume=auto", *layout)
+        config = typed_config(found.config)[0]
+        today = typed_config(composer.compose(["recipe=quickstart", *layout]).config)[0]
+        assert (config.parallel, config.launch) == (today.parallel, today.launch), f"day {number}"
+        plain = plain_config(config)
+        for group in ("model", "data", "optim", "schedule", "seed", "precision", "checkpoint"):
+            assert plain[group] == first[0][group], f"day {number}"
+        assert found.warnings == [] and not any("changed recipe" in line for line in found.notices)
+        saved = (plain, found.choices)

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
@@ -17,6 +16,7 @@ from meshloom.launch.fit_runs import fit_all, read_runs
 from meshloom.optim.scaling import laws
 from meshloom.trainer.automatic import hidden_parameters
 from meshloom.trainer.schema import make_composer
+from meshloom.trainer.sides import annotated_yaml
 from meshloom.trainer.typed import typed_config
 
 SEQ_LEN = 256
@@ -35,7 +35,7 @@ def write(folder: Path, config: Any, losses: list[float], samples: int, **change
     for key, value in changes.items():
         OmegaConf.update(config, key.replace("__", "."), value)
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    (folder / "config.yaml").write_text(annotated_yaml(typed_config(config)[0]))
     rows = [
         {"step": i, "loss": loss, "batch_samples": samples, "samples": i * samples, "tokens": i * samples * SEQ_LEN}
         for i, loss in enumerate(losses, 1)
@@ -71,7 +71,7 @@ def test_curves_give_back_the_critical_batch(tmp_path: Path, plain: Any, capsys:
     """Curves of Kaplan's law at four batches, written as runs; the command prints, draws and writes what it fitted."""
     law = laws.LossLaw(b_scale=2.1e6, b_power=0.21, s_scale=10.0)
     for samples in (4, 16, 64, 256):
-        losses = [law.loss(1e8, step, samples * SEQ_LEN) for step in np.arange(1, 1200)]
+        losses = [law.loss(1e8, step, samples * SEQ_LEN) for step in range(1, 1200)]
         write(tmp_path / f"runs/{samples}", plain, losses, samples)
     assert main([str(tmp_path / "runs"), "--output", str(tmp_path / "fits")]) == 0
     written = json.loads((tmp_path / "fits/fit.json").read_text())
@@ -121,3 +121,17 @@ def test_a_run_whose_last_step_has_no_row_is_finished(tmp_path: Path, plain: Any
         file.write(json.dumps({"step": 25, "eval_loss": 4.5, "tokens": 25 * 8 * SEQ_LEN}) + "\n")
     (run,) = read_runs([tmp_path])
     assert run.tokens == 25 * 8 * SEQ_LEN and run.loss == 4.5
+
+
+def test_runs_that_differ_in_anything_else_are_not_merged(tmp_path: Path, plain: Any) -> None:
+    """AdamW's optimum must not vanish behind LARS's."""
+    write(tmp_path / "a", plain, [2.0, 1.0], 32, seed=1)
+    write(tmp_path / "b", plain, [2.0, 1.1], 32, optim__lr=0.1, seed=2)
+    other = make_composer().compose(["recipe=quickstart", "data=synthetic", f"data.seq_len={SEQ_LEN}", "optim=lars"]).config
+    write(tmp_path / "c", other, [2.0, 0.9], 32)
+    with pytest.raises(ConfigError) as refusal:
+        read_runs([tmp_path])
+    keys = {problem.key for problem in refusal.value.problems}
+    assert {"seed", "optim.name", "optim.momentum"} <= keys and not keys & {"optim.lr", "trainer.steps"}
+    assert "adamw (2 runs), lars (1 run)" in str(refusal.value)
+    assert len(read_runs([tmp_path / "a", tmp_path / "b"], ["seed"])) == 2
