@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from meshloom.config.compose import Composer, Composition
 from meshloom.trainer.resolve import ResolvedRun, ResolveOptions, resolve_composed
-from meshloom.trainer.schema import RunConfig, make_composer
+from meshloom.trainer.schema import OPTIONS, RunConfig, make_composer, register_schemas
 from meshloom.trainer.typed import typed_config
 from meshloom.trainer.validate import run_problems
 
@@ -25,9 +28,22 @@ def problems_of(world_size: int, *words: str) -> dict[str, str]:
     return {problem.key: str(problem) for problem in run_problems(config, world_size, untyped)}
 
 
+class RecipeComposer(Composer):
+    """Composes words behind those that stand for a recipe file, also when a resume composes anew."""
+
+    def __init__(self, recipe: Sequence[str], config_dir: str | None) -> None:
+        register_schemas()
+        super().__init__(config_dir, OPTIONS)
+        self._recipe = recipe
+
+    def compose(self, overrides: Sequence[str]) -> Composition:
+        replaced = {word.partition("=")[0] for word in overrides}
+        return super().compose([*(word for word in self._recipe if word.partition("=")[0] not in replaced), *overrides])
+
+
 def resolve_words(base: list[str], overrides: list[str], world_size: int = 1, config_dir: str | None = None) -> ResolvedRun:
     """The run of these words, of which the base ones stand for a recipe: they are not typed."""
-    composer = make_composer(config_dir)
-    composition = composer.compose([*base, *overrides])
+    composer = RecipeComposer(base, config_dir)
+    composition = composer.compose(overrides)
     assert not composition.problems, composition.problems
     return resolve_composed(composer, composition, overrides, ResolveOptions(lambda _: world_size))

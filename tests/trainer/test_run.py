@@ -19,7 +19,7 @@ from meshloom.checkpoint.lock import FolderLock
 from meshloom.checkpoint.restore import read_state
 from meshloom.config.problems import ConfigError
 from meshloom.data.version import NEWEST
-from meshloom.models.config import DecoderConfig
+from meshloom.models.decoder import Decoder
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
 from meshloom.trainer import run as run_module
@@ -81,7 +81,7 @@ def test_other_optimizer_resumes_weights_only_on_request(tmp_path: Path) -> None
     go(1, tmp_path / "whole", "trainer.steps=4")
     go(1, tmp_path / "run", "trainer.steps=3")
     other = ["trainer.steps=4", "resume=auto", "optim=adagrad"]
-    with pytest.raises(AssertionError, match=r"CheckpointError: .*does not fit this run: sum.*checkpoint\.strict=false"):
+    with pytest.raises(AssertionError, match=r"optim: the checkpoint holds the state of AdamW.*checkpoint\.strict=false"):
         go(1, tmp_path / "run", *other)
     go(1, tmp_path / "run", *other, "checkpoint.strict=false")
     # A step's loss is that of the weights before its update: the same as if nothing had changed.
@@ -149,8 +149,8 @@ def asked_to_compile(rank: int, world_size: int, overrides: list[str]) -> list[t
     """Layers and positions of what this process would have compiled: before it has connected, or there is an error."""
     asked: list[tuple[int, int]] = []
 
-    def start_compiling(model: DecoderConfig, parallel: ParallelConfig, settings: EngineSettings) -> None:
-        asked.append((model.layers, settings.seq_len))
+    def start_compiling(model: Decoder, parallel: ParallelConfig, settings: EngineSettings) -> None:
+        asked.append((len(model.block_modules()), settings.seq_len))
 
     def connect(*_: object) -> None:
         raise ConnectionError
