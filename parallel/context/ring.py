@@ -59,7 +59,7 @@ def ring_attend(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal grouped-query attention over rows of `length` positions of which this member holds `held(length, …)`.
+    """Causal grouped-query attention over rows of `length` positions of which this member holds its pieces (`deal_pieces`).
 
     documents  of the whole rows, the same on every member but for the part (`with_ring_part`)
     kernel     what computes a member's blocks in half precision on a GPU (`attention_blocks.Kernel`)
@@ -79,7 +79,7 @@ def with_ring_part(documents: Documents, size: int, index: int) -> Documents:
     """Add to the documents of whole rows where those of the part begin that member `index` of `size` holds."""
     device = documents.cu_seqlens.device
     plan = plan_documents(tuple(documents.host_cu_seqlens.tolist()), documents.ids_BS.shape[1], size, index)
-    return documents._replace(part_cu_seqlens=_on_device(_part_of(plan.own), device))
+    return documents._replace(part_cu_seqlens=on_device(_part_of(plan.own), device))
 
 
 def _part_of(own: tuple[int, ...]) -> torch.Tensor:
@@ -87,8 +87,8 @@ def _part_of(own: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor([0, *accumulate(own)], dtype=torch.int32)
 
 
-def _on_device(on_host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy without waiting."""
+def on_device(on_host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to a device without waiting for it."""
     return (on_host.pin_memory() if device.type == "cuda" else on_host).to(device, non_blocking=True)
 
 
@@ -96,7 +96,7 @@ def _on_device(on_host: torch.Tensor, device: torch.device) -> torch.Tensor:
 def _windowed_segments(own: tuple[int, ...], device: torch.device) -> Segments:
     """Return a member's own sequences where a window takes its parts apart: every layer of a micro-batch asks for the same."""
     on_host = _part_of(own)
-    return Segments(_on_device(on_host, device), on_host)
+    return Segments(on_device(on_host, device), on_host)
 
 
 # Operators of their own, so that `torch.compile` does not trace messages and selective activation checkpointing can keep

@@ -1,22 +1,22 @@
-"""The plan of a zig-zag ring: the positions of each member, and the blocks of attention that each pair computes. No ranks here.
+"""The plan of a ring: the blocks of attention that each pair of members computes, and the keys that they send. No ranks here.
 
-A row of `length` positions is cut into 2N parts; member i of N holds parts i and 2N − 1 − i, so that under a causal mask
-every member has the same area to compute (zig-zag; ByteScale, arXiv 2502.21231, "dist-attention"). Sequences (documents)
-may begin and end anywhere in a row. Two different parts then share at most one sequence, and what the later part sees of
-the earlier one is a full rectangle: the end of the earlier part by the beginning of the later one. So no block between
-members ever needs a mask, and a member's own share is plain causal attention inside each sequence.
+Members hold pieces of documents (`zigzag.py`): of each document any number, cut anywhere. Two pieces of a document don't
+overlap, and what the later one sees of the earlier one is a full rectangle. So no block between members ever needs a mask, and
+a member's own share is plain causal attention inside each document: the pieces of a document lie side by side on a member.
 
 Through a window a rectangle has a mask, whose edge runs along a diagonal: `AttentionBlock.left`. What lies wholly outside of
-the window is neither computed nor sent. A member's two parts are then apart: its own share is attention inside each part, and
-rectangles between the two.
+the window is neither computed nor sent. A member's pieces of one document are then apart: its own share is attention inside
+each piece, and rectangles between them.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+
+from .zigzag import Piece, deal_pieces
 
 Span = tuple[int, int]
 """Half-open range of positions on a member: [start, stop)."""
@@ -54,7 +54,7 @@ class Step:
 class RingPlan:
     """A member's part in one attention: its own sequences in order (their lengths on this member), then N − 1 steps.
 
-    own_blocks  rectangles between its own parts, which a window takes apart
+    own_blocks  rectangles between its own pieces of a document, which a window takes apart
     """
 
     own: tuple[int, ...]
@@ -63,50 +63,39 @@ class RingPlan:
 
 
 @dataclass(frozen=True)
-class _SequencePart:
-    """The part of a sequence inside one part of a row: where it begins in the whole, and where it lies on the member."""
+class _PlacedPiece:
+    """A piece of a document: where it begins in the rows, its length, and where it lies on the member."""
 
-    sequence: int
+    document: int
     start: int
     length: int
     at: int
 
 
-def held(length: int, size: int, index: int, rows: int = 1) -> list[range]:
-    """List the positions that member `index` of `size` holds, in its order, of rows of `length` laid end to end."""
-    ranges: list[range] = []
-    for row in range(rows):
-        for part in (index, 2 * size - 1 - index):
-            start, stop = part * length // (2 * size), (part + 1) * length // (2 * size)
-            ranges.append(range(row * length + start, row * length + stop))
-    return ranges
-
-
 @lru_cache(maxsize=256)
 def plan_whole(length: int, size: int, index: int, window: int | None = None) -> RingPlan:
-    """Plan for rows that are one sequence each; spans hold for every row of a batch alike."""
-    return plan_ring([0, length], length, size, index, window)
+    """Plan for rows that are one document each; spans hold for every row of a batch alike."""
+    return plan_exchange(deal_pieces((0, length), length, size), index, window)
 
 
 @lru_cache(maxsize=64)
 def plan_documents(cu_seqlens: tuple[int, ...], length: int, size: int, index: int, window: int | None = None) -> RingPlan:
-    """Call `plan_ring` and remember the plan: every layer asks for the plan of the same micro-batch."""
-    return plan_ring(cu_seqlens, length, size, index, window)
+    """Plan for packed rows, and remember the plan: every layer asks for that of the same micro-batch."""
+    return plan_exchange(deal_pieces(cu_seqlens, length, size), index, window)
 
 
-def plan_ring(cu_seqlens: Sequence[int], length: int, size: int, index: int, window: int | None = None) -> RingPlan:
-    """Plan the part of member `index` of `size` for rows of `length` laid end to end, with these sequences.
+def plan_exchange(pieces: Sequence[Sequence[Piece]], index: int, window: int | None = None) -> RingPlan:
+    """Plan the part of member `index` in an attention whose members hold these pieces, each in its order.
 
-    cu_seqlens: ascending, from 0 to rows × length, and every row's end is among them.
+    Pieces of one document lie side by side on a member, ascending.
     window: positions that a query sees, its own included; None: all before it.
     """
-    rows = cu_seqlens[-1] // length
-    ranges = [held(length, size, member, rows) for member in range(size)]
-    pieces = [_edge_pieces(member_ranges, cu_seqlens) for member_ranges in ranges]
+    size = len(pieces)
+    placed = _place_cut_documents(pieces)
     steps: list[Step] = []
     for distance in range(1, size):
         source, target = (index - distance) % size, (index + distance) % size
-        received = _blocks(pieces[index], pieces[source], window)
+        received = _blocks(placed[index], placed[source], window)
         spans = _message(received)
         steps.append(
             Step(
@@ -114,59 +103,55 @@ def plan_ring(cu_seqlens: Sequence[int], length: int, size: int, index: int, win
                 blocks=_from_message_start(received, spans),
                 received=sum(stop - start for start, stop in spans),
                 target=target,
-                keys=_message(_blocks(pieces[target], pieces[index], window)),
+                keys=_message(_blocks(placed[target], placed[index], window)),
             )
         )
-    own_blocks = () if window is None else tuple(_blocks(pieces[index], pieces[index], window))
-    return RingPlan(_own_lengths(ranges[index], cu_seqlens, apart=window is not None), tuple(steps), own_blocks)
+    own_blocks = () if window is None else tuple(_blocks(placed[index], placed[index], window))
+    return RingPlan(_own_lengths(pieces[index], apart=window is not None), tuple(steps), own_blocks)
 
 
-def _own_lengths(ranges: Sequence[range], cu_seqlens: Sequence[int], *, apart: bool) -> tuple[int, ...]:
-    """List the lengths of a member's sequences. apart: whether its parts are apart, so that one in both counts as two."""
+def _own_lengths(pieces: Sequence[Piece], *, apart: bool) -> tuple[int, ...]:
+    """List the lengths of a member's documents. apart: whether each piece counts by itself."""
     lengths: list[int] = []
     latest = -1
-    for positions in ranges:
-        at, latest = positions.start, -1 if apart else latest
-        while at < positions.stop:
-            sequence = bisect_right(cu_seqlens, at) - 1
-            stop = min(positions.stop, cu_seqlens[sequence + 1])
-            if sequence == latest:
-                lengths[-1] += stop - at
-            else:
-                lengths.append(stop - at)
-            at, latest = stop, sequence
+    for piece in pieces:
+        if piece.document == latest and not apart:
+            lengths[-1] += piece.length
+        else:
+            lengths.append(piece.length)
+        latest = piece.document
     return tuple(lengths)
 
 
-def _edge_pieces(ranges: Sequence[range], cu_seqlens: Sequence[int]) -> list[_SequencePart]:
-    """Find the first and the last sequence of each part: the others lie wholly inside it and concern nobody else."""
-    pieces: list[_SequencePart] = []
-    at = 0
-    for positions in ranges:
-        if positions:
-            edges = {bisect_right(cu_seqlens, position) - 1 for position in (positions.start, positions.stop - 1)}
-            for sequence in sorted(edges):
-                start, stop = max(positions.start, cu_seqlens[sequence]), min(positions.stop, cu_seqlens[sequence + 1])
-                pieces.append(_SequencePart(sequence, start, stop - start, at + start - positions.start))
-        at += len(positions)
-    return pieces
+def _place_cut_documents(pieces: Sequence[Sequence[Piece]]) -> list[list[_PlacedPiece]]:
+    """Find where each member's pieces lie on it, without documents of one piece: those concern nobody else."""
+    count = Counter(piece.document for member in pieces for piece in member)
+    placed: list[list[_PlacedPiece]] = []
+    for member in pieces:
+        at = 0
+        placed.append([])
+        for piece in member:
+            if count[piece.document] > 1:
+                placed[-1].append(_PlacedPiece(*piece, at))
+            at += piece.length
+    return placed
 
 
-def _blocks(queries: Sequence[_SequencePart], keys: Sequence[_SequencePart], window: int | None) -> list[AttentionBlock]:
+def _blocks(queries: Sequence[_PlacedPiece], keys: Sequence[_PlacedPiece], window: int | None) -> list[AttentionBlock]:
     """List what the queries' holder computes on the keys' holder's keys, in the order of the positions."""
-    of_sequence: dict[int, list[_SequencePart]] = {}
+    of_document: dict[int, list[_PlacedPiece]] = {}
     for key in keys:
-        of_sequence.setdefault(key.sequence, []).append(key)
+        of_document.setdefault(key.document, []).append(key)
     blocks: list[AttentionBlock] = []
     for query in queries:
-        seen = [key for key in of_sequence.get(query.sequence, []) if key.start < query.start]
+        seen = [key for key in of_document.get(query.document, []) if key.start < query.start]
         if not seen:
             continue
         if window is not None:
             blocks += filter(None, (_through_window(query, key, window) for key in seen))
             continue
         span = (seen[0].at, seen[-1].at + seen[-1].length)
-        assert span[1] - span[0] == sum(key.length for key in seen), "the keys of a sequence lie side by side"
+        assert span[1] - span[0] == sum(key.length for key in seen), "the keys of a document lie side by side"
         if blocks and blocks[-1].keys == span and blocks[-1].queries[1] == query.at:
             blocks[-1] = AttentionBlock((blocks[-1].queries[0], query.at + query.length), span)
         else:
@@ -175,7 +160,7 @@ def _blocks(queries: Sequence[_SequencePart], keys: Sequence[_SequencePart], win
     return blocks
 
 
-def _through_window(query: _SequencePart, key: _SequencePart, window: int) -> AttentionBlock | None:
+def _through_window(query: _PlacedPiece, key: _PlacedPiece, window: int) -> AttentionBlock | None:
     """Cut a rectangle to the queries that see a key, and to the keys that a query sees; None where that leaves nothing."""
     end = key.start + key.length  # not beyond the first query
     queries = min(query.length, end + window - 1 - query.start)

@@ -1,7 +1,7 @@
 """Context parallelism: every sample cut over the `cp` ranks, which find each other again inside attention.
 
     parallel.cp_kind  a rank holds                            attention
-    ring              two parts, zig-zag (`ring_plan.held`)   keys travel between ranks (`ring.py`)
+    ring              pieces of documents (`zigzag.py`)       keys travel between ranks (`ring.py`)
     ulysses           one contiguous part                     heads are exchanged for positions (`ulysses.py`)
 
 Everything but attention works on a rank's own positions, and the loss is a sum over tokens, so the ranks' losses and
@@ -11,6 +11,7 @@ gradients add up to the whole samples' (rule R2).
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +24,14 @@ from ...kernels.attention_blocks import Kernel
 from ...kernels.documents import Documents
 from ..config import CONTEXT_KINDS
 from ..mesh import Mesh
-from .ring import Ring, ring_attend, with_ring_part
-from .ring_plan import held
+from .ring import Ring, on_device, ring_attend, with_ring_part
 from .ulysses import ulysses_attend
+from .zigzag import Piece, deal_pieces
 
 
 @dataclass(frozen=True)
 class ContextSlice:
-    """A rank's part of a micro-batch: T = S / cp positions.
+    """A rank's part of a micro-batch: T = S / cp positions of each row.
 
     micro_batch   tokens and targets (B, T); documents still of the whole rows, for attention needs them
     positions_BT  int64: where each position lies in its document (its sample, without documents)
@@ -90,15 +91,38 @@ class ContextParallel:
         else:
             positions_BS = documents.positions()
         if self._kind == "ring":
-            parts = held(length, self._size, self._index)
-            if documents is not None:
+            if documents is None:
+                cut = _CutRows(deal_pieces((0, length), length, self._size)[self._index])
+            else:
+                cu_seqlens = tuple(documents.host_cu_seqlens.tolist())
+                pieces = deal_pieces(cu_seqlens, length, self._size)[self._index]
+                cut = _TakePieces(pieces, len(micro_batch.tokens_BS), micro_batch.tokens_BS.device)
                 documents = with_ring_part(documents, self._size, self._index)
         else:
             share = length // self._size
-            parts = [range(self._index * share, (self._index + 1) * share)]
-
-        def cut(x_BS: torch.Tensor) -> torch.Tensor:
-            return torch.cat([x_BS[:, part.start : part.stop] for part in parts], dim=1)
-
+            cut = _CutRows([Piece(0, self._index * share, share)])
         own = MicroBatch(cut(micro_batch.tokens_BS), cut(micro_batch.targets_BS), documents)
         return ContextSlice(own, cut(positions_BS))
+
+
+class _CutRows:
+    """Cuts the same positions out of every row."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self._pieces = pieces
+
+    def __call__(self, x_BS: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x_BS[:, piece.start : piece.start + piece.length] for piece in self._pieces], dim=1)
+
+
+class _TakePieces:
+    """Takes pieces of rows laid end to end, equally many positions of each row."""
+
+    def __init__(self, pieces: Sequence[Piece], rows: int, device: torch.device) -> None:
+        starts, lengths = (torch.tensor([piece[at] for piece in pieces]) for at in (1, 2))
+        before = lengths.cumsum(0) - lengths
+        index = torch.arange(int(lengths.sum())) + (starts - before).repeat_interleave(lengths)
+        self._index_BT = on_device(index.reshape(rows, -1), device)
+
+    def __call__(self, x_BS: torch.Tensor) -> torch.Tensor:
+        return x_BS.take(self._index_BT)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from meshloom.kernels.attention import CausalAttention
 from meshloom.kernels.documents import Documents
 from meshloom.parallel.context.ring import Ring, ring_attend, with_ring_part
-from meshloom.parallel.context.ring_plan import AttentionBlock, held, plan_ring
+from meshloom.parallel.context.ring_plan import AttentionBlock, plan_documents
+from meshloom.parallel.context.zigzag import deal_pieces
 from support.ranks import run_ranks
 
 ROWS, HEADS, DIM = 2, 4, 8
@@ -65,8 +66,16 @@ def whole(
     return [out.detach(), *torch.autograd.grad(out, [*leaves, *filter(lambda x: x is not None, [how["sinks"]])], dout)]
 
 
-def indices(length: int, size: int, index: int) -> torch.Tensor:
-    return torch.cat([torch.arange(part.start, part.stop) for part in held(length, size, index)])
+def indices(length: int, size: int, index: int, documents: torch.Tensor | None = None) -> torch.Tensor:
+    """(B, T) positions that a member holds, in the rows laid end to end."""
+    bounds = torch.arange(0, (ROWS + 1) * length, length) if documents is None else Documents.of(documents).host_cu_seqlens
+    pieces = deal_pieces(tuple(bounds.tolist()), length, size)[index]
+    spans = [torch.arange(piece.start, piece.start + piece.length) for piece in pieces]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *spans]).reshape(ROWS, -1)
+
+
+def taken(x_BSHD: torch.Tensor, mine_BT: torch.Tensor) -> torch.Tensor:
+    return x_BSHD.flatten(0, 1)[mine_BT]
 
 
 def share(
@@ -83,8 +92,8 @@ def share(
     group = dist.group.WORLD
     assert group is not None
     at = members.index(rank)
-    mine = indices(length, len(members), at)
-    *leaves, dout = (tensor[:, mine] for tensor in inputs(length, kv_heads, dtype))
+    mine = indices(length, len(members), at, documents)
+    *leaves, dout = (taken(tensor, mine) for tensor in inputs(length, kv_heads, dtype))
     leaves = [leaf.requires_grad_() for leaf in leaves]
     ring = Ring(tuple(members), at, group)
     packed = None if documents is None else with_ring_part(Documents.of(documents), len(members), at)
@@ -100,12 +109,18 @@ def share(
 
 
 def assert_shares_equal(
-    shares: list[list[torch.Tensor]], expected: list[torch.Tensor], length: int, tolerance: float = 1e-10
+    shares: list[list[torch.Tensor]],
+    expected: list[torch.Tensor],
+    length: int,
+    documents: torch.Tensor | None = None,
+    tolerance: float = 1e-10,
 ) -> None:
     for at, parts in enumerate(shares):
-        mine = indices(length, len(shares), at)
+        mine = indices(length, len(shares), at, documents)
         for name, got, want in zip(("out", "dq", "dk", "dv"), parts, expected, strict=True):
-            torch.testing.assert_close(got.to(want), want[:, mine], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                got.to(want), taken(want, mine), rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 DOCUMENTS = {
@@ -140,8 +155,8 @@ def test_equals_attention_in_one_process(size: int) -> None:
     """With and without documents, for every ratio of heads, also where lengths do not divide evenly."""
     expected = [whole(*case) for case in cases(size)]  # before the fork, so that what torch imports late is there
     results = run_ranks(size, _every_case)
-    for number, (length, _, _) in enumerate(cases(size)):
-        assert_shares_equal([result[number] for result in results], expected[number], length)
+    for number, (length, _, documents) in enumerate(cases(size)):
+        assert_shares_equal([result[number] for result in results], expected[number], length, documents)
 
 
 SCORES = (Scores(1), Scores(5), Scores(17), Scores(None, 0.6), Scores(7, 0.9, with_sinks=True))
@@ -159,7 +174,7 @@ def test_windows_caps_and_sinks_equal_one_process(size: int) -> None:
     results = run_ranks(size, _every_score)
     for number, want in enumerate(expected):
         found = [result[number] for result in results]
-        assert_shares_equal([each[:4] for each in found], want[:4], 24)
+        assert_shares_equal([each[:4] for each in found], want[:4], 24, documents if number % 2 else None)
         if len(want) == 5:  # the sinks' gradient is summed over the members
             torch.testing.assert_close(torch.stack([each[4] for each in found]).sum(0), want[4], rtol=0, atol=1e-10)
 
@@ -194,7 +209,7 @@ def _compiled(rank: int, size: int) -> list[torch.Tensor]:
 
 def test_compiles_without_a_break() -> None:
     documents = documents_of(24, [[5, 11, 8], [24]])
-    assert_shares_equal(run_ranks(2, _compiled), whole(24, 2, documents), 24)
+    assert_shares_equal(run_ranks(2, _compiled), whole(24, 2, documents), 24, documents)
 
 
 def _in_float32(rank: int, size: int) -> list[torch.Tensor]:
@@ -217,7 +232,7 @@ def test_gradients_of_keys_are_summed_in_fp32() -> None:
     expected = torch.autograd.grad(out, leaves, dout)
     shares = run_ranks(8, _in_bf16)
     for number in (1, 2):  # keys, values
-        parts = [(part[1 + number], expected[number][:, indices(128, 8, at)]) for at, part in enumerate(shares)]
+        parts = [(part[1 + number], taken(expected[number], indices(128, 8, at))) for at, part in enumerate(shares)]
         error = torch.cat([(got.double() - want).flatten() for got, want in parts]).norm()
         assert float(error / expected[number].norm()) < 0.0042  # 0.0035; in bf16 0.0050 and 0.0058
 
@@ -236,11 +251,11 @@ def packed_rows(draw: st.DrawFn) -> tuple[list[int], int, int]:
 def test_plans_cover_each_pair_of_positions_once(case: tuple[list[int], int, int], window: int | None) -> None:
     """Own sequences and blocks together are exactly the causal pairs inside sequences, and messages fit one another."""
     bounds, length, size = case
-    rows = bounds[-1] // length
     sequence = [sum(position >= bound for bound in bounds) for position in range(bounds[-1])]
-    holds = [[position for part in held(length, size, member, rows) for position in part] for member in range(size)]
+    dealt = deal_pieces(tuple(bounds), length, size)
+    holds = [[at for piece in pieces for at in range(piece.start, piece.start + piece.length)] for pieces in dealt]
     assert sorted(position for held_by in holds for position in held_by) == list(range(bounds[-1]))
-    plans = [plan_ring(bounds, length, size, member, window) for member in range(size)]
+    plans = [plan_documents(tuple(bounds), length, size, member, window) for member in range(size)]
 
     def seen(block: AttentionBlock) -> Iterator[tuple[int, int]]:
         """Pairs of a query and a key of a block, by the definition of its mask."""
@@ -278,7 +293,7 @@ def test_zigzag_balances_the_area(size: int) -> None:
     length = 64 * size
     areas = []
     for member in range(size):
-        plan = plan_ring([0, length], length, size, member)
+        plan = plan_documents((0, length), length, size, member)
         blocks = [block for step in plan.steps for block in step.blocks]
         assert len(blocks) == size - 1
         area = sum((b.queries[1] - b.queries[0]) * (b.keys[1] - b.keys[0]) for b in blocks)
@@ -293,14 +308,14 @@ def test_a_part_knows_where_its_documents_begin(size: int) -> None:
     documents = documents_of(24, [[1, 2, 3, 4, 5, 1, 8], [20, 1, 1, 1, 1]])
     number = documents + 100 * torch.arange(2)[:, None]  # no row shares a document with another
     for index in range(size):
-        mine = number[:, indices(24, size, index)].flatten()
+        mine = number.flatten()[indices(24, size, index, documents)].flatten()
         starts = [0, *(at for at in range(1, len(mine)) if mine[at] != mine[at - 1]), len(mine)]
         part = with_ring_part(Documents.of(documents), size, index).part_cu_seqlens
         assert part is not None and part.dtype == torch.int32 and part.tolist() == starts
 
 
-def test_documents_inside_parts_travel_nowhere() -> None:
-    plan = plan_ring([0, 4, 8, 12, 16], 16, 2, 0)
+def test_short_documents_travel_nowhere() -> None:
+    plan = plan_documents((0, 4, 8, 12, 16), 16, 2, 0)
     assert plan.own == (4, 4)
     assert [step.received for step in plan.steps] == [0]
     assert [step.keys for step in plan.steps] == [()]

@@ -12,6 +12,7 @@ from meshloom.models.config import DecoderConfig
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.context.sizes import context_problems
 from meshloom.parallel.context.split import ContextParallel
+from meshloom.parallel.context.zigzag import deal_pieces
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from support.parity import Work, build, sample
@@ -44,6 +45,19 @@ def _slices(rank: int, size: int, kind: str, documents: bool) -> tuple[MicroBatc
     return part.micro_batch, part.positions_BT
 
 
+def _held(kind: str, whole: MicroBatch, member: int) -> torch.Tensor:
+    """(B, T) positions of a member of two, in the rows laid end to end."""
+    rows, length = whole.tokens_BS.shape
+    eighth = length // 8
+    order = [4 * member + part for part in range(4)] if kind == "ulysses" else [[0, 1, 6, 7], [2, 3, 4, 5]][member]
+    if kind == "ring" and whole.documents is not None:
+        pieces = deal_pieces(tuple(whole.documents.host_cu_seqlens.tolist()), length, 2)[member]
+        spans = [torch.arange(piece.start, piece.start + piece.length) for piece in pieces]
+        return torch.cat(spans).reshape(rows, -1)
+    columns = torch.tensor([eighth * part + offset for part in order for offset in range(eighth)])
+    return columns + length * torch.arange(rows)[:, None]
+
+
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("kind", ["ring", "ulysses"])
 def test_slices_cover_a_micro_batch_and_know_their_positions(kind: str, documents: bool) -> None:
@@ -54,13 +68,11 @@ def test_slices_cover_a_micro_batch_and_know_their_positions(kind: str, document
         at = whole.documents.positions()
     else:
         at = torch.arange(length).expand(2, -1)
-    order = {"ring": [0, 1, 6, 7, 2, 3, 4, 5], "ulysses": list(range(8))}[kind]  # eighths of a row, rank after rank
-    eighth = length // 8
-    index = torch.tensor([eighth * part + offset for part in order for offset in range(eighth)])
+    index_BS = torch.cat([_held(kind, whole, member) for member in range(2)], dim=1)
     parts = run_ranks(2, _slices, kind, documents)
-    assert torch.equal(torch.cat([part.tokens_BS for part, _ in parts], dim=1), whole.tokens_BS[:, index])
-    assert torch.equal(torch.cat([part.targets_BS for part, _ in parts], dim=1), whole.targets_BS[:, index])
-    assert torch.equal(torch.cat([found for _, found in parts], dim=1), at[:, index])
+    assert torch.equal(torch.cat([part.tokens_BS for part, _ in parts], dim=1), whole.tokens_BS.take(index_BS))
+    assert torch.equal(torch.cat([part.targets_BS for part, _ in parts], dim=1), whole.targets_BS.take(index_BS))
+    assert torch.equal(torch.cat([found for _, found in parts], dim=1), at.take(index_BS))
     for part, _ in parts:
         assert (part.documents is None) == (whole.documents is None)
         if part.documents is not None and whole.documents is not None:
