@@ -143,6 +143,10 @@ class Decoder(Model, Part):
             return block.weight_rule(rest)
         return super().weight_rule(name)
 
+    def stacked(self, name: str) -> int:
+        """Return how many matrices of equal shape a parameter stacks along its rows."""
+        return self.weight_rule(name).stacked
+
     def saved_buffers(self) -> dict[str, torch.Tensor]:
         """Return the biases of the choice of experts."""
         return dict(self.named_buffers())

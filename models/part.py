@@ -15,11 +15,15 @@ from .protocol import TensorRole
 
 @dataclass(frozen=True)
 class WeightRule:
-    """The initial distribution of a parameter, whether weight decay applies to it, and the factor on its learning rate."""
+    """The initial distribution of a parameter, whether weight decay applies to it, and the factor on its learning rate.
+
+    stacked  number of matrices of equal shape that it holds, one below the other
+    """
 
     initial: Initial
     decays: bool = True
     lr_scale: float = 1.0
+    stacked: int = 1
 
 
 BIAS = WeightRule(Filled(0.0), decays=False)

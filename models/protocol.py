@@ -115,6 +115,10 @@ class Model(nn.Module):
         """Return the factor on the learning rate."""
         return 1.0
 
+    def stacked(self, name: str) -> int:
+        """Return how many matrices of equal shape a parameter stacks along its rows: the experts of a mixture."""
+        return 1
+
     def saved_buffers(self) -> dict[str, torch.Tensor]:
         """Return the buffers that are saved as weights are, by name, though no gradient moves them."""
         return {}

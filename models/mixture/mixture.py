@@ -7,6 +7,7 @@ N = T·K assignments.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -99,8 +100,8 @@ class Experts(Part):
         self.w2 = nn.Parameter(torch.empty(count * dim, width))
         self.w3 = nn.Parameter(torch.empty(count * width, dim))
         self.weight_rules: Mapping[str, WeightRule] = {
-            **dict.fromkeys(("w1", "w3"), reads_stream(config.scales)),
-            "w2": writes_stream(config.scales),
+            **dict.fromkeys(("w1", "w3"), replace(reads_stream(config.scales), stacked=count)),
+            "w2": replace(writes_stream(config.scales), stacked=count),
         }
         self._gate = GATES[config.expert.activation]
 

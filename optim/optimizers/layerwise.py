@@ -1,5 +1,7 @@
 """LAMB and LARS: every matrix has a learning rate of its own, from the norms of the whole matrix (rule R4).
 
+Of parameters that stack several matrices, as a mixture's experts do, each matrix counts by itself.
+
 The squared norms of all matrices are summed in one collective. Vectors (norms, biases) are updated without a trust ratio.
 """
 
@@ -55,27 +57,47 @@ class _Layerwise(torch.optim.Optimizer):
         return slices
 
     def _norms(self, slices: Sequence[_Slice], *of: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
-        """Compute the norms of whole matrices: (kinds,) for each member of each slice, in fp64.
+        """Compute the norms of whole matrices: (stacked, kinds) for each member of each slice, in fp64.
 
         of: kinds of tensors, each a list per slice. A vector's entry is a tensor of no elements.
         """
         matrices = [(s, m) for s, piece in enumerate(slices) for m in range(len(piece.members)) if _is_matrix(piece.members[m])]
         norms = [[torch.empty(0)] * len(piece.members) for piece in slices]
         if matrices:
-            local = [torch.stack(torch._foreach_norm([kind[s][m] for s, m in matrices])) for kind in of]
-            squares = torch.stack(local, dim=1).double().square()
-            whole = self._shards.sum(squares, [slices[s].members[m] for s, m in matrices]).sqrt()
-            for (s, m), row in zip(matrices, whole.unbind(), strict=True):
-                norms[s][m] = row
+            members = [slices[s].members[m] for s, m in matrices]
+            squares = torch.stack([_squares(members, [kind[s][m] for s, m in matrices]) for kind in of], dim=1)
+            whole = self._shards.sum(squares, [member for member in members for _ in range(member.stacked)]).sqrt()
+            for (s, m), rows in zip(matrices, whole.split([member.stacked for member in members]), strict=True):
+                norms[s][m] = rows
         return norms
 
     @staticmethod
-    def _factors(norms: list[torch.Tensor], like: list[torch.Tensor], rule: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-        """Compute the factor of each member: `rule` of a matrix's norms, 1 for a vector."""
-        return [
-            rule(*row.unbind()).to(tensor.dtype) if row.numel() else tensor.new_ones(())
-            for row, tensor in zip(norms, like, strict=True)
-        ]
+    def _factors(
+        members: list[NamedParameter], norms: list[torch.Tensor], rule: Callable[..., torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Compute the factor of each member: `rule` of a matrix's norms, for the rows of each stacked one; 1 for a vector."""
+
+        def factor(member: NamedParameter, rows: torch.Tensor) -> torch.Tensor:
+            if not rows.numel():
+                return member.tensor.new_ones(())
+            factors = rule(*rows.unbind(1)).to(member.tensor.dtype)
+            return factors[0] if member.stacked == 1 else factors[member.matrix_of_rows()][:, None]
+
+        return [factor(member, rows) for member, rows in zip(members, norms, strict=True)]
+
+
+def _squares(members: Sequence[NamedParameter], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum the squares of this rank's part of each member's matrices, one after another, in fp64."""
+    single = [tensor for member, tensor in zip(members, tensors, strict=True) if member.stacked == 1]
+    norms = iter(torch._foreach_norm(single) if single else ())
+
+    def of(member: NamedParameter, tensor: torch.Tensor) -> torch.Tensor:
+        if member.stacked == 1:
+            return next(norms).double().square()[None]
+        sums = torch.zeros(member.stacked, dtype=torch.float64, device=tensor.device)
+        return sums.index_add_(0, member.matrix_of_rows(), tensor.square().sum(1, dtype=torch.float64))
+
+    return torch.cat([of(member, tensor) for member, tensor in zip(members, tensors, strict=True)])
 
 
 def _is_matrix(parameter: NamedParameter) -> bool:
@@ -106,7 +128,7 @@ class LAMB(_Layerwise):
         updates = [self._direction(piece) for piece in slices]
         norms = self._norms(slices, [piece.weights for piece in slices], updates)
         for piece, update, rows in zip(slices, updates, norms, strict=True):
-            torch._foreach_mul_(update, self._factors(rows, update, self._trust))
+            torch._foreach_mul_(update, self._factors(piece.members, rows, self._trust))
             torch._foreach_add_(piece.weights, update, alpha=-piece.group["lr"])
 
     def _direction(self, piece: _Slice) -> list[torch.Tensor]:
@@ -162,7 +184,7 @@ class LARS(_Layerwise):
 
             velocity = piece.zeros("momentum_buffer")
             move = torch._foreach_add(piece.gradients, piece.weights, alpha=decay)
-            torch._foreach_mul_(move, self._factors(rows, piece.weights, rate))
+            torch._foreach_mul_(move, self._factors(piece.members, rows, rate))
             torch._foreach_mul_(velocity, self._momentum)
             torch._foreach_add_(velocity, move, alpha=piece.group["lr"])
             torch._foreach_sub_(piece.weights, velocity)

@@ -36,6 +36,7 @@ class NamedParameter:
     lr_scale      factor on the learning rate (muP); 1 otherwise
     compute_copy  the copy of the shard, in lower precision, that the forward pass reads; None: it reads `tensor`
     offsets       where the shard begins in the whole parameter; (): at its beginning
+    stacked       matrices of equal shape that the whole stacks along its rows; a norm or projection is of each by itself
     """
 
     name: str
@@ -45,9 +46,15 @@ class NamedParameter:
     lr_scale: float = 1.0
     compute_copy: torch.Tensor | None = None
     offsets: tuple[int, ...] = ()
+    stacked: int = 1
 
     def __post_init__(self) -> None:
         self.offsets = self.offsets or (0,) * len(self.global_shape)
+
+    def matrix_of_rows(self) -> torch.Tensor:
+        """Return the index of the stacked matrix that each row of the shard belongs to: (rows,) int64."""
+        rows = torch.arange(self.tensor.shape[0], device=self.tensor.device) + self.offsets[0]
+        return rows // (self.global_shape[0] // self.stacked)
 
 
 @runtime_checkable

@@ -71,7 +71,8 @@ class Weights(WeightStrategy):
         def seen(name: str, weight: LocalWeight) -> NamedParameter:
             place, copy = weight.placed, weight.compute_copy
             settings = model.decays(name), model.lr_scale(name)
-            return NamedParameter(name, weight.tensor, place.global_shape, *settings, copy, place.box.offsets)
+            stacked = model.stacked(name)
+            return NamedParameter(name, weight.tensor, place.global_shape, *settings, copy, place.box.offsets, stacked)
 
         return [seen(name, weight) for name, weight in self.local.items()]
 

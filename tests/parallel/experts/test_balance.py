@@ -9,7 +9,8 @@ import pytest
 
 from meshloom.parallel.config import CONTEXT_KINDS, ParallelConfig
 from meshloom.parallel.pipeline.stages import SCHEDULES
-from support.parity import Difference, Work, differences
+from support.parity import Difference, Work, build, differences, global_tokens, share
+from support.ranks import run_ranks
 
 TOLERANCE = 1e-9
 STEPS = 3
@@ -46,6 +47,7 @@ TABLE: dict[str, tuple[int, Work]] = {
     "prefix, activation=full": (1, work(2, {**LARGE, "counts": "prefix"}, activation="full")),
     **{f"past, ZeRO-{zero}": (2, work(1, PAST, DENSE_FIRST, zero=zero)) for zero in range(4)},
     **{f"exact, ZeRO-{zero}, activation=full": (2, work(2, EXACT, zero=zero, activation="full")) for zero in range(4)},
+    "experts without a token, ZeRO-3": (2, work(1, ALL, {"count": 40, "top_k": 1, "ffn_dim": 3}, zero=3)),
     "all losses, ZeRO-3, 7 sequences": (2, work(2, ALL, zero=3, samples=7)),
     "sigmoid, groups, bias, ZeRO-1": (2, work(2, FREE, GROUPS, zero=1)),
     "all losses, tp 2": (2, work(3, ALL, DENSE_FIRST, tp=2)),
@@ -79,3 +81,27 @@ def test_balance_is_the_closed_form_on_every_layout(name: str) -> None:
     if isinstance(rows, AssertionError):
         raise rows
     assert rows[name].worst < TOLERANCE, rows[name]
+
+
+def reported(rank: int, world_size: int, work: Work) -> tuple[dict[str, float], int]:
+    """What one step reports of its experts after an evaluation, and its tokens."""
+    engine = build(work, world_size)
+    batch = share(engine.mesh, work, 0)
+    engine.evaluate(batch.micro_batches)
+    tokens = global_tokens(engine.mesh, batch)
+    extras = engine.accumulate(batch, tokens).extras
+    return {name: float(value) for name, value in extras.items()}, int(tokens)
+
+
+def test_every_token_is_reported_once() -> None:
+    """Entropy and load of one expert alone are known; recomputation, evaluation, other ranks and tokens must not count."""
+    one = {"count": 1, "top_k": 1}
+    for ranks, layout in ((1, {"activation": "full"}), (2, {"pp": 2, "zero": 0}), (2, {"tp": 2}), (2, {"cp": 2})):
+        for found, _ in run_ranks(ranks, reported, work(2, EXACT, one, **layout)):
+            assert found["experts/1/lbl"] == pytest.approx(1.0, rel=1e-12), layout
+            assert found["experts/1/entropy"] == found["experts/1/dropped"] == found["experts/1/violation"] == 0.0
+
+
+def test_dropped_tokens_are_reported() -> None:
+    ((found, _),) = run_ranks(1, reported, work(8, PAST, {**EXPERTS, "capacity": 0.5}, zero=0))
+    assert 0.4 < found["experts/0/dropped"] < 0.6  # every expert of an uneven load has room for at most half of a mean one
