@@ -15,7 +15,7 @@ from ..optim.optimizers.parameters import FusedStep, NamedParameter, Unsharded
 from ..parallel.config import ParallelConfig
 from ..parallel.engine import OptimizerFactory
 from ..parallel.layout import Layout
-from ..parallel.tensor.placements import placed_modules
+from ..parallel.tensor.placements import weight_owners
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class WeightShard:
 def pieces(stage: Model, layout: Layout) -> list[WeightShard]:
     """Cut a stage as FSDP2 over tensor-parallel parameters does: along dim 0, into equal chunks except the last."""
     ways = layout.weight_ranks
-    placed = {each.name: each for each in placed_modules(stage)}
+    placed = weight_owners(stage)
     found: list[WeightShard] = []
     for name, parameter in stage.named_parameters():
         shape = list(parameter.shape)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -140,11 +140,21 @@ def placed_modules(model: nn.Module) -> Iterator[PlacedModule]:
                 yield PlacedModule(f"{prefix}.{child}" if prefix else child, module, roles[child], parent)
 
 
+def weight_owners(model: nn.Module) -> dict[str, PlacedModule]:
+    """Find the modules whose weights a role places, by name: those that have one, and those inside of `TensorRole.TOKENS`."""
+    found: dict[str, PlacedModule] = {}
+    for each in placed_modules(model):
+        found[each.name] = each
+        if each.role is TensorRole.TOKENS:
+            found |= {
+                name: replace(each, name=name, module=module) for name, module in each.module.named_modules(prefix=each.name)
+            }
+    return found
+
+
 def unplaced_modules(model: nn.Module) -> list[str]:
     """List the modules with parameters that have no role: those of a user's own class may have none."""
-    placed: set[nn.Module] = set()
-    for each in placed_modules(model):
-        placed |= set(each.module.modules()) if each.role is TensorRole.TOKENS else {each.module}
+    placed = {each.module for each in weight_owners(model).values()}
     return [
         name or type(module).__name__
         for name, module in model.named_modules()

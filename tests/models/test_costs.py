@@ -59,3 +59,12 @@ def test_costs_need_no_torch() -> None:
     code = f"import sys, {', '.join(modules)}; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+def test_active_parameters_of_a_mixture_are_counted_apart() -> None:
+    shape = {"dim": 8, "layers": 2, "heads": 2, "kv_heads": 2, "ffn_dim": 20, "vocabulary": 11}
+    experts = {"count": 6, "top_k": 2, "ffn_dim": 5, "shared": 1, "dense_layers": 1}
+    config = DecoderConfig.of({**shape, "experts": experts})
+    total = sum(parameter.numel() for parameter in decoder(**shape, experts=experts).parameters())
+    assert parameter_count(config) == total
+    assert parameter_count(config, active=True) == total - 4 * 3 * 8 * 5  # four experts of the second layer are not chosen
