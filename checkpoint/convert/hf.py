@@ -148,10 +148,7 @@ def _chosen_family(manifest: Manifest, model: DecoderConfig, asked: str | None) 
     """Return the family to export as. Raises ValueError where none, or not the one asked for, has all parts of the model."""
     if asked is not None and asked not in FAMILIES:
         raise ValueError(f"there is no family {asked!r}: {_known()}")
-    if asked is None:
-        asked = manifest.state.get("imported_from", {}).get("config", {}).get("model_type")
-        asked = FAMILIES[asked].model_type if asked in FAMILIES else None
-    return family_of(model, asked)
+    return family_of(model, asked, manifest.state.get("imported_from", {}).get("config", {}).get("model_type"))
 
 
 def _known() -> str:
@@ -162,8 +159,14 @@ def _of_data(manifest: Manifest, dtype: str) -> dict[str, Any]:
     """The keys of config.json that follow from the data and the stored types."""
     data = manifest.state.get("config", {}).get("data", {})
     length = data.get("seq_len") if isinstance(data, dict) else None
-    return {
-        "max_position_embeddings": length if isinstance(length, int) else 8192,
+    imported = manifest.state.get("imported_from", {}).get("config", {})
+    imported = {**imported, **imported.get("text_config", {})}
+    if not isinstance(length, int):
+        length = imported.get("max_position_embeddings", 8192)
+    # Without them transformers takes ids of the published models, which may lie outside a vocabulary.
+    tokens = {key: imported.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return tokens | {
+        "max_position_embeddings": length,
         "torch_dtype": {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}[dtype],
     }
 

@@ -7,22 +7,31 @@ from __future__ import annotations
 
 from ..config import DecoderConfig
 from .family import Family
+from .gemma import Gemma2, Gemma3, Gemma3Text
 from .llama import Llama
+from .mistral import Mistral
 from .names import StoredWeight
+from .olmo import Olmo2, Olmo3
+from .phi import Phi3
 from .qwen import Qwen2, Qwen3
+from .smollm import SmolLM3
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (Llama(), Qwen2(), Qwen3())}
+_ALL = (Llama, Qwen2, Qwen3, Olmo2, Olmo3, Gemma2, Gemma3Text, Gemma3, Mistral, SmolLM3, Phi3)
+
+FAMILIES: dict[str, Family] = {family.model_type: family() for family in _ALL}
 """By Hugging Face's `model_type`. An export takes the first that has all parts of a decoder."""
 
 
-def family_of(config: DecoderConfig, model_type: str | None = None) -> Family:
-    """Return the family that a decoder is exported as: the one that is asked for, or the first that has all its parts.
+def family_of(config: DecoderConfig, asked: str | None = None, preferred: str | None = None) -> Family:
+    """Return the family that a decoder is exported as: the first that has all its parts.
 
-    Raises ValueError where there is none, with the key that is in the way of each.
+    asked: the only one that will do; preferred: the one to try first. Raises ValueError where there is none, with the key
+    that is in the way of each.
     """
-    asked = FAMILIES if model_type is None else {model_type: FAMILIES[model_type]}
+    order = sorted(FAMILIES, key=lambda name: name != preferred) if asked is None else [asked]
     reasons: list[str] = []
-    for name, family in asked.items():
+    for name in order:
+        family = FAMILIES[name]
         try:
             family.to_hugging_face(config)
         except ValueError as error:

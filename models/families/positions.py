@@ -6,7 +6,7 @@ Version 4 has `rope_theta` and `rope_scaling`; version 5 has `rope_parameters`, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import DecoderConfig
@@ -44,11 +44,30 @@ _NAMES = {
 """Kind → their key → our field of `rope_scaling`."""
 
 
-def read_positions(theirs: Mapping[str, Any], *, scales_sliding: bool = True) -> dict[str, Any]:
-    """Read `rope_theta` and `rope_scaling`. Raises ValueError for a kind of scaling that the decoder does not have.
+def read_positions(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Read `rope_theta` and `rope_scaling`, which are those of all layers.
 
-    scales_sliding: whether layers with a window are scaled as all others in this family
+    Raises ValueError for a kind of scaling that the decoder does not have.
     """
+    return _read(theirs, scales_sliding=True)
+
+
+def read_positions_by_kind(theirs: Mapping[str, Any], layer_types: Sequence[str]) -> dict[str, Any]:
+    """Read positions where layers with a window are never scaled, and may have a theta of their own.
+
+    layer_types: ours. Raises ValueError for a kind of scaling that the decoder does not have.
+    """
+    read = _read(theirs, scales_sliding=False)
+    newest: dict[str, Any] = (theirs.get("rope_parameters") or {}).get("sliding_attention") or {}
+    kind = newest.get("rope_type", "default")
+    if kind != "default":
+        raise ValueError(f"rope_parameters.sliding_attention.rope_type={kind}: layers with a window aren't scaled here")
+    theta = float(newest.get("rope_theta", theirs.get("rope_local_base_freq", read["rope_theta"])))
+    own = "sliding" in layer_types and theta != read["rope_theta"]
+    return {**read, "rope_theta_sliding": theta if own else None}
+
+
+def _read(theirs: Mapping[str, Any], *, scales_sliding: bool) -> dict[str, Any]:
     said: dict[str, Any] = theirs.get("rope_parameters") or {}
     newest: dict[str, Any] = said.get("full_attention", said)
     scaling: dict[str, Any] = theirs.get("rope_scaling") or newest

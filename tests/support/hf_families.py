@@ -66,6 +66,51 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24, "beta_fast": 3.0},
         },
     ),
+    "OLMo 2": ("Olmo2", {}),
+    "OLMo 3": (
+        "Olmo3",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 5,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24, "beta_fast": 3.0},
+        },
+    ),
+    "Gemma 2": (
+        "Gemma2",
+        {
+            "head_dim": 8,
+            "sliding_window": 5,
+            "tie_word_embeddings": True,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 9,
+        },
+    ),
+    "Gemma 3": (
+        "Gemma3Text",
+        {
+            "num_hidden_layers": 6,
+            "head_dim": 8,
+            "sliding_window": 5,
+            "tie_word_embeddings": True,
+            "query_pre_attn_scalar": 9,
+            "rope_local_base_freq": 10.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+    ),
+    "Mistral": ("Mistral", {"sliding_window": 5, "head_dim": 6}),
+    "Mistral without windows": ("Mistral", {"sliding_window": None}),
+    "SmolLM3": ("SmolLM3", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
+    "Phi-3": ("Phi3", {"sliding_window": 5}),
+    "Phi-3, long context": (
+        "Phi3",
+        {
+            "max_position_embeddings": 128,
+            "original_max_position_embeddings": 32,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0, 2.5], "long_factor": [1.5, 3.0]},
+        },
+    ),
+    "Phi-4, half the width rotates": ("Phi3", {"hidden_size": 32, "partial_rotary_factor": 0.5}),
 }
 """Case → the model's class there, and its config besides SIZES."""
 
@@ -82,6 +127,26 @@ def make_model(name: str) -> Any:
         for each, parameter in model.named_parameters():
             plain_norm = each.endswith("norm.weight") and not kind.startswith("Gemma")
             parameter.normal_(1.0 if plain_norm else 0.0, 0.2 if parameter.dim() == 1 else 0.3)
+    return model
+
+
+def make_model_with_pictures() -> Any:
+    """Make a Gemma 3 that sees pictures, too, around the text model of the case."""
+    import transformers
+
+    text = make_model("Gemma 3")
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(
+        text_config=text.config.to_dict(),
+        vision_config=vision,
+        mm_tokens_per_image=1,
+        image_token_index=SIZES["vocab_size"] - 1,
+        attn_implementation="eager",
+    )
+    model: Any = transformers.Gemma3ForConditionalGeneration(config).float().eval()
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.tie_weights()
     return model
 
 

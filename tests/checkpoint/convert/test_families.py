@@ -16,7 +16,7 @@ from meshloom.launch.checkpoint import main
 from meshloom.models.config import decoder_config
 from meshloom.models.decoder import Decoder
 from meshloom.models.families import FAMILIES, StoredWeight
-from support.hf_families import CASES, SIZES, make_model, save_tokenizer
+from support.hf_families import CASES, SIZES, make_model, make_model_with_pictures, save_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'meshloom[hf]'")
 
@@ -83,3 +83,18 @@ def test_a_family_goes_back_to_transformers_bit_for_bit(tmp_path: Path, name: st
     assert torch.equal(back(tokens).logits, theirs(tokens).logits)
     how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(back.generate(tokens, **how), theirs.generate(tokens, **how))
+
+
+def test_the_text_part_of_a_model_with_pictures_comes_in(tmp_path: Path) -> None:
+    theirs = make_model_with_pictures()
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 0
+    left_out = load_manifest(open_files(tmp_path / "ours/step-00000000")).state["imported_from"]["left_out"]
+    assert left_out and all("vision_tower" in name or "multi_modal_projector" in name for name in left_out)
+    tokens = torch.randint(3, SIZES["vocab_size"], (1, 9))
+    expected = theirs(input_ids=tokens, token_type_ids=torch.zeros_like(tokens)).logits
+    torch.testing.assert_close(imported(tmp_path / "ours/step-00000000")(tokens), expected, rtol=1e-5, atol=1e-5)
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    assert back.config.model_type == "gemma3_text"
+    torch.testing.assert_close(back(tokens).logits, expected)

@@ -12,12 +12,27 @@ from meshloom.trainer.schema import make_composer
 PUBLISHED = {
     "llama_8b": ("llama", 8_030_261_248),
     "llama_70b": ("llama", 70_553_706_496),
+    "llama2_7b": ("llama", 6_738_415_616),
+    "llama3.1_8b": ("llama", 8_030_261_248),
+    "llama3.2_1b": ("llama", 1_235_814_400),
+    "llama3.2_3b": ("llama", 3_212_749_824),
+    "llama3.3_70b": ("llama", 70_553_706_496),
     "qwen2.5_0.5b": ("qwen2", 494_032_768),
     "qwen2.5_7b": ("qwen2", 7_615_616_512),
     "qwen3_0.6b": ("qwen3", 596_049_920),
     "qwen3_1.7b": ("qwen3", 1_720_574_976),
     "qwen3_4b": ("qwen3", 4_022_468_096),
     "qwen3_8b": ("qwen3", 8_190_735_360),
+    "olmo2_1b": ("olmo2", 1_484_916_736),
+    "olmo2_7b": ("olmo2", 7_298_617_344),
+    "olmo3_7b": ("olmo3", 7_298_011_136),
+    "gemma2_2b": ("gemma2", 2_614_341_888),
+    "gemma2_9b": ("gemma2", 9_241_705_984),
+    "gemma3_1b": ("gemma3_text", 999_885_952),
+    "gemma3_4b": ("gemma3_text", 3_880_263_168),
+    "mistral_7b": ("mistral", 7_241_732_096),
+    "smollm3_3b": ("smollm3", 3_075_098_624),
+    "phi3_mini": ("phi3", 3_821_079_552),
 }
 """Recipe → family and parameters, as the safetensors files of the public models sum up to."""
 
@@ -30,4 +45,4 @@ def test_a_recipe_has_the_published_number_of_weights(recipe: str) -> None:
     assert config.problems() == []
     model_type, parameters = PUBLISHED[recipe]
     assert parameter_count(config) == parameters
-    assert family_of(config) is FAMILIES[model_type]
+    assert family_of(config, model_type) is FAMILIES[model_type]
