@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -59,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--zero", type=int, choices=[1, 2, 3], help="deepspeed: the ZeRO stage that will load it")
     export.add_argument("--ranks", type=int, help="deepspeed: the number of processes that will load it")
     export.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="of the weights (hf: default as stored)")
-    export.add_argument("--tokenizer", type=Path, help="a tokenizer.json, or a folder with one")
+    export.add_argument("--tokenizer", type=Path, help="hf: a tokenizer.json, or a folder with one; default: the run's own")
+    export.add_argument("--shard-size", help="hf: most bytes of a file, as 500MB or 2GB (default: 5GB)")
     export.add_argument("--family", help="hf: the model_type to export as (default: as imported, or the first that fits)")
     bring = command("import", _import, "make a checkpoint out of a Hugging Face, DeepSpeed or PyTorch DCP folder")
     bring.add_argument("source", type=Path)
@@ -186,7 +188,7 @@ def _stats(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from ..checkpoint.convert.deepspeed_export import export_ranks, export_universal
-    from ..checkpoint.convert.hf import export
+    from ..checkpoint.convert.hf import SHARD_BYTES, export
     from ..checkpoint.folder import step_folders
 
     files = step_folders(arguments.path)[0]
@@ -196,6 +198,8 @@ def _export(arguments: argparse.Namespace) -> int:
         raise CheckpointError("--zero and --ranks go with --format deepspeed, both: rank files are for one stage and number")
     if arguments.tokenizer is not None and arguments.format != "hf":
         raise CheckpointError("--tokenizer goes with --format hf")
+    if arguments.shard_size is not None and arguments.format != "hf":
+        raise CheckpointError("--shard-size goes with --format hf")
     if arguments.family is not None and arguments.format != "hf":
         raise CheckpointError("--family goes with --format hf")
     if arguments.dtype is not None and arguments.format == "universal":
@@ -205,9 +209,23 @@ def _export(arguments: argparse.Namespace) -> int:
     elif arguments.format == "deepspeed":
         folder = export_ranks(files, arguments.output, stage=zero, ranks=ranks, dtype=arguments.dtype)
     else:
-        folder = export(files, arguments.output, dtype=arguments.dtype, tokenizer=arguments.tokenizer, family=arguments.family)
+        size = SHARD_BYTES if arguments.shard_size is None else _bytes(arguments.shard_size)
+        options: dict[str, Any] = {"dtype": arguments.dtype, "tokenizer": arguments.tokenizer, "family": arguments.family}
+        folder = export(files, arguments.output, **options, shard_bytes=size)
     print(f"{files.label()} → {folder}")
     return 0
+
+
+def _bytes(written: str) -> int:
+    """Read a size as transformers writes it: GB is 10^9 bytes, GiB 2^30."""
+    units = {"": 1} | {f"{letter}{mark}": base**power for power, letter in enumerate("KMGT", 1) for mark, base in _UNITS}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", written)
+    if match is None or match[2].removesuffix("B") not in units or float(match[1]) <= 0:
+        raise CheckpointError(f"--shard-size {written!r} is no size; write 500MB or 2GB")
+    return int(float(match[1]) * units[match[2].removesuffix("B")])
+
+
+_UNITS = (("", 1000), ("i", 1024))
 
 
 def _import(arguments: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 # What get_state_dict and the trainers built on it call their parts.
 _OPTIMIZER = re.compile(r"(?:optim|optimizer|optimizers)\.state\.(?P<name>.+)\.(?P<role>[^.]+)")
+_HUGGING_FACE = re.compile(r"lm_head\.|model\.(?:embed_tokens|norm)\.|model\.layers\.\d+\.(?:self_attn|mlp)\.")
 _MODEL = re.compile(r"(?:model|module|app\.model)\.(?P<name>.+)")
 
 
@@ -54,7 +55,8 @@ def import_dcp(source: Path, folder: str | Path, tokenizer: Path | None = None) 
     reader = _IndexedReader(source)
     metadata: Any = reader.read_metadata()
     entries: dict[str, Any] = dict(metadata.state_dict_metadata)
-    named_model = any(_MODEL.fullmatch(key) for key in entries)
+    # Hugging Face's own names begin with "model." too: then nothing stands before the names, and all are weights.
+    named_model = any(_MODEL.fullmatch(key) for key in entries) and not any(_HUGGING_FACE.match(key) for key in entries)
     sources: list[Source] = []
     scalars: dict[str, float] = {}
     left_out: list[str] = []
@@ -64,16 +66,18 @@ def import_dcp(source: Path, folder: str | Path, tokenizer: Path | None = None) 
             continue
         shape, dtype = tuple(entry.size), entry.properties.dtype
         read = _getter(reader, source, key, shape, dtype)
-        optimizer, model = _OPTIMIZER.fullmatch(key), _MODEL.fullmatch(key)
+        optimizer, model = _OPTIMIZER.fullmatch(key), _MODEL.fullmatch(key) if named_model else None
         if optimizer and not shape:
             scalars[f"{optimizer['role']}/{optimizer['name']}"] = float(read())
         elif optimizer:
-            plain = _MODEL.fullmatch(optimizer["name"])
+            plain = _MODEL.fullmatch(optimizer["name"]) if named_model else None
             sources.append(Source(plain["name"] if plain else optimizer["name"], optimizer["role"], dtype, shape, read))
         elif model or not named_model:
             sources.append(Source(model["name"] if model else key, "weight", dtype, shape, read))
         else:
             sources.append(Source(key, "other", dtype, shape, read))
+    if others := [source.name for source in sources if source.role == "other"]:
+        log.warning("%s: %d arrays are neither weights nor of an optimizer: %s", source, len(others), ", ".join(others[:8]))
     if left_out:
         log.warning("%s: %d pickled objects are left out: %s", source, len(left_out), ", ".join(left_out[:8]))
     step = re.search(r"(\d+)$", source.name)

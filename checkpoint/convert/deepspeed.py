@@ -240,8 +240,11 @@ def _universal(zero: Path) -> tuple[list[Source], dict[str, float], list[dict[st
     """One folder per parameter, one file per role; stages 1 and 2 store {"param": …}, stage 3 flat tensors."""
     shapes: dict[str, tuple[int, ...]] = {}
     names: list[list[str]] = []
+    tied: dict[str, str] = {}
     for path in sorted(zero.parent.glob("*model_states.pt")):
-        groups: list[Any] = load_mapped(path).get("param_shapes") or []
+        model = load_mapped(path)
+        tied |= model.get("shared_params") or {}
+        groups: list[Any] = model.get("param_shapes") or []
         for group in groups:
             shapes |= {key: tuple(shape) for key, shape in group.items()}
         names = names or [list(group) for group in groups]
@@ -251,6 +254,9 @@ def _universal(zero: Path) -> tuple[list[Source], dict[str, float], list[dict[st
     counters: dict[str, float] = {}
     for parameter in sorted(path for path in zero.iterdir() if path.is_dir()):
         name = parameter.name
+        if name in tied and (zero / tied[name]).is_dir():
+            _refuse_untied(parameter, zero / tied[name])
+            continue
         for file in sorted(parameter.glob("*.pt")):
             value = _universal_value(file)
             if value is None or not value.dim():
@@ -264,6 +270,13 @@ def _universal(zero: Path) -> tuple[list[Source], dict[str, float], list[dict[st
     if not sources:
         raise CheckpointError(f"{zero}: there are no parameters in it")
     return sources, counters, _groups(names, hyper)
+
+
+def _refuse_untied(alias: Path, owner: Path) -> None:
+    """Raise CheckpointError if a weight that the model ties to another one has other values."""
+    one, other = (_universal_value(folder / "fp32.pt") for folder in (alias, owner))
+    if one is not None and other is not None and not torch.equal(one.reshape(-1), other.reshape(-1)):
+        raise CheckpointError(f"{alias}: the model's file ties it to {owner.name}, but their values differ")
 
 
 def _universal_value(file: Path) -> torch.Tensor | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import safetensors
 import torch
 
+from ...config.names import name_fault
 from ...models.build import build_model
 from ...models.config import DecoderConfig, decoder_config
 from ...models.families import FAMILIES, Family, StoredWeight, family_of
@@ -27,11 +27,14 @@ from ..errors import CheckpointError
 from ..files import Files
 from ..folder import open_step
 from ..manifest import ITEM_BYTES, Manifest
-from .tokenizer import carry_tokenizer
+from .hf_tokenizer import copy_tokenizer, find_tokenizer, imported_config, special_tokens, write_generation_config
+from .tokenizer import TOKENIZER, carry_tokenizer
 from .whole import write_whole
 
 SHARD_BYTES = 5 * 10**9
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED = ("pytorch_model*.bin", "*.bin", "*.pth", "*.pt")
 HEAD = "lm_head.weight"
 _IMPORTED = ("F64", "F32", "BF16", "F16")
 
@@ -47,7 +50,8 @@ def export(
 ) -> Path:
     """Write a step's weights as a folder that `transformers` loads. Host memory holds one array at a time.
 
-    dtype: bf16, fp16 or fp32; None keeps the stored type. tokenizer: a tokenizer.json, or a folder with one, to put in.
+    dtype: bf16, fp16 or fp32; None keeps the stored type. tokenizer: a tokenizer.json, or a folder with one, to put in; None:
+    the run's own, where it lies beside the checkpoint.
     family: the `model_type` to export as; None: the one it was imported as, or the first that has all parts of the model.
     Raises CheckpointError if the checkpoint is not of a family that is known there, or the folder exists.
     """
@@ -67,15 +71,25 @@ def export(
     if wanted == "":
         raise CheckpointError(f"dtype {dtype!r} is not one of bf16, fp16, fp32")
     tensors = _tensors(manifest, weights, wanted)
+    vocabulary = _given_tokenizer(tokenizer) if tokenizer is not None else find_tokenizer(files, manifest.state)
+    special = special_tokens(manifest.state, vocabulary)
 
     def write(fresh: Path) -> None:
         _write_shards(files, manifest, fresh, tensors, shard_bytes)
-        config = _of_data(manifest, wanted or manifest.arrays["weight/embed.weight"].dtype) | described
+        config = _of_data(manifest, wanted or manifest.arrays["weight/embed.weight"].dtype) | described | special
         (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if tokenizer is not None:
-            _copy_tokenizer(tokenizer, fresh)
+        write_generation_config(fresh, manifest.state, special)
+        if vocabulary is not None:
+            copy_tokenizer(vocabulary, fresh, special["eos_token_id"])
 
     return write_whole(folder, write)
+
+
+def _given_tokenizer(place: Path) -> Path:
+    file = place / TOKENIZER if place.is_dir() else place
+    if not file.is_file():
+        raise CheckpointError(f"{file}: there is no tokenizer.json")
+    return file
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,7 @@ def _write_shards(files: Files, manifest: Manifest, folder: Path, tensors: list[
         filled += tensor.bytes
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
         for tensor in shard:
@@ -159,34 +173,12 @@ def _of_data(manifest: Manifest, dtype: str) -> dict[str, Any]:
     """The keys of config.json that follow from the data and the stored types."""
     data = manifest.state.get("config", {}).get("data", {})
     length = data.get("seq_len") if isinstance(data, dict) else None
-    imported = manifest.state.get("imported_from", {}).get("config", {})
-    imported = {**imported, **imported.get("text_config", {})}
     if not isinstance(length, int):
-        length = imported.get("max_position_embeddings", 8192)
-    # Without them transformers takes ids of the published models, which may lie outside a vocabulary.
-    tokens = {key: imported.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return tokens | {
+        length = imported_config(manifest.state).get("max_position_embeddings", 8192)
+    return {
         "max_position_embeddings": length,
         "torch_dtype": {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}[dtype],
     }
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    file = source / "tokenizer.json" if source.is_dir() else source
-    if not file.is_file():
-        raise CheckpointError(f"{file}: there is no tokenizer.json")
-    shutil.copyfile(file, folder / "tokenizer.json")
-    beside = file.parent / "tokenizer_config.json"
-    if beside.is_file():
-        shutil.copyfile(beside, folder / "tokenizer_config.json")
-        return
-    tokens = [entry["content"] for entry in json.loads(file.read_text()).get("added_tokens", [])]
-    known = ("<|endoftext|>", "<|end_of_text|>", "<|eod|>", "</s>", "<eos>")
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    ends = [token for token in known if token in tokens]
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(config | ({"eos_token": ends[0]} if ends else {}), indent=2) + "\n"
-    )
 
 
 def import_hf(source: Path, folder: str | Path, tokenizer: Path | None = None) -> Path:
@@ -204,6 +196,9 @@ def import_hf(source: Path, folder: str | Path, tokenizer: Path | None = None) -
         left_out = sorted(name for name, stem in stems.items() if stem is None)
         sources = _compared(source, model, family, readers)
         imported = {"format": "hugging_face", "config": theirs, "left_out": left_out}
+        settings = source / "generation_config.json"
+        if settings.is_file():
+            imported["generation_config"] = json.loads(settings.read_text())
         carried = carry_tokenizer(source, tokenizer)
         state = {"config": {"model": model}, "imported_from": imported}
         return compose(folder, 0, sources, state | carried.state, carried.files)
@@ -267,11 +262,21 @@ def _open_shards(source: Path, stack: ExitStack) -> dict[str, Any]:
 
 
 def _shard_paths(source: Path) -> Iterator[Path]:
-    if (source / INDEX).is_file():
+    """Yield the files that transformers reads: one file counts before an index of several."""
+    if (source / SINGLE).is_file():
+        yield source / SINGLE
+    elif (source / INDEX).is_file():
         weight_map: dict[str, str] = json.loads((source / INDEX).read_text())["weight_map"]
-        yield from (source / name for name in sorted(set(weight_map.values())))
+        for name in sorted(set(weight_map.values())):
+            if fault := name_fault(name, nested=True):
+                raise CheckpointError(f"{source / INDEX}: {fault}")
+            yield source / name
     else:
-        yield source / "model.safetensors"
+        pickled = next((name for name in PICKLED if list(source.glob(name))), None)
+        if pickled is None:
+            raise CheckpointError(f"{source}: there is neither {SINGLE} nor {INDEX}, so no weights")
+        fix = "convert them with transformers: save_pretrained(…, safe_serialization=True)"
+        raise CheckpointError(f"{source}: the weights are in {pickled}, and only safetensors can be read; {fix}")
 
 
 def _from_hf_config(source: Path) -> tuple[dict[str, Any], Family, dict[str, Any]]:
