@@ -1,0 +1,82 @@
+"""Assignments of documents to ranks: whole, within capacity, near the bound, and beside an integer program."""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshloom.parallel.hybrid.assignment import METHODS, HybridAssignment, assign
+from meshloom.parallel.hybrid.cost import CostModel, least_time
+
+COSTS = CostModel(quadratic=1 / 45_600, linear=1.0)
+
+
+def check(plan: HybridAssignment, lengths: list[int], ranks: int, capacity: int) -> None:
+    """Every document once, whole or on each of its ranks, and no row beyond its capacity."""
+    whole = Counter(document for rows in plan.rows for row in rows for document in row.whole)
+    assert whole + Counter(each.document for each in plan.shared) == Counter(range(len(lengths)))
+    for rank, rows in enumerate(plan.rows):
+        mine = [number for row in rows for number in row.shared]
+        assert mine == [n for n, each in enumerate(plan.shared) if each.first <= rank < each.first + each.ranks]
+        for row in rows:
+            parts = sum(lengths[plan.shared[n].document] / plan.shared[n].ranks for n in row.shared)
+            assert parts + sum(lengths[n] for n in row.whole) <= capacity + 1e-6
+    assert all(each.first in range(ranks + 1 - each.ranks) for each in plan.shared)
+
+
+@given(st.lists(st.integers(1, 400), max_size=40), st.integers(4, 9), st.sampled_from(sorted(METHODS)))
+@settings(deadline=None, max_examples=150)
+def test_every_document_is_dealt_once(lengths: list[int], ranks: int, method: str) -> None:
+    plan = assign(lengths, ranks, 100, COSTS, method)
+    check(plan, lengths, ranks, 100)
+    assert max(plan.times(lengths, COSTS)) >= least_time(lengths, ranks, 100, COSTS) * (1 - 1e-12)
+
+
+def fastest(lengths: list[int], ranks: int, capacity: int) -> float:
+    """Time of the slowest rank in the best assignment to runs of ranks, by an integer program."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    choices = [
+        (document, first, width)
+        for document, length in enumerate(lengths)
+        for width in range(-(-length // capacity), ranks + 1)
+        for first in range(ranks - width + 1)
+    ]
+    once, load = np.zeros((len(lengths), len(choices) + 1)), np.zeros((ranks, len(choices) + 1))
+    load[:, -1] = -1
+    for column, (document, first, width) in enumerate(choices):
+        once[document, column] = 1
+        load[first : first + width, column] = COSTS.document(lengths[document]) / width
+    solved = milp(
+        [*np.zeros(len(choices)), 1],
+        integrality=[*np.ones(len(choices)), 0],
+        bounds=Bounds(0, [*np.ones(len(choices)), np.inf]),
+        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(load, -np.inf, 0)],
+    )
+    assert solved.success
+    return float(solved.fun)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_greedy_is_near_an_integer_program(seed: int) -> None:
+    random = Random(seed)
+    lengths = [*(random.randrange(20_000, 120_000) for _ in range(2)), *(random.randrange(500, 12_000) for _ in range(10))]
+    best = fastest(lengths, 4, 32_768)
+    found = max(assign(lengths, 4, 32_768, COSTS).times(lengths, COSTS))
+    assert least_time(lengths, 4, 32_768, COSTS) <= best * (1 + 1e-6)
+    assert best * (1 - 1e-6) <= found <= 1.12 * best
+
+
+def test_static_groups_as_many_ranks_as_the_longest_needs() -> None:
+    plan = assign([250, 50, 100], 8, 100, COSTS, "static")
+    assert [(each.first, each.ranks) for each in plan.shared] == [(0, 4)] * 3  # 3 ranks hold it; 4 divides 8
+
+
+def test_a_document_beyond_all_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="401 tokens is longer than 4 rows of 100"):
+        assign([401], 4, 100, COSTS)
