@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from .dispatch import count_sorted
+
 
 @torch.library.custom_op("meshloom::charge", mutates_args=())
 def charge(p_TE: torch.Tensor, price_BE: torch.Tensor, counted_T: torch.Tensor) -> torch.Tensor:
@@ -171,6 +173,5 @@ def count_assignments(choice_TK: torch.Tensor, counted_BS: torch.Tensor, experts
     rows, length = counted_BS.shape
     row_T = torch.arange(rows, device=choice_TK.device).repeat_interleave(length)
     keys_TK = row_T[:, None] * experts + choice_TK
-    ones_TK = counted_BS.flatten()[:, None].expand_as(keys_TK).double()
-    counts = torch.zeros(rows * experts, dtype=torch.float64, device=choice_TK.device)
-    return counts.scatter_add_(0, keys_TK.flatten(), ones_TK.flatten()).view(rows, experts)
+    keys_TK = keys_TK.masked_fill(~counted_BS.flatten()[:, None], rows * experts)
+    return count_sorted(keys_TK.flatten().sort().values, rows * experts).double().view(rows, experts)

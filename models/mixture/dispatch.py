@@ -34,8 +34,8 @@ def sort_by_expert(choice_TK: torch.Tensor, experts: int, capacity: float | None
     capacity: an expert takes the first ⌈capacity · T·K / E⌉ assignments, in the order of tokens; None: all of them.
     """
     keys_N = choice_TK.flatten()
-    order_N = keys_N.argsort(stable=True)
-    counts_E = _counted(keys_N, experts)
+    sorted_N, order_N = keys_N.sort(stable=True)
+    counts_E = count_sorted(sorted_N, experts)
     kept_TK = None
     if capacity is not None:
         most = math.ceil(capacity * len(keys_N) / experts)
@@ -51,9 +51,12 @@ def sort_by_expert(choice_TK: torch.Tensor, experts: int, capacity: float | None
     return Assignment(order_N, inverse_N.view_as(choice_TK), counts_E, kept_TK)
 
 
-def _counted(keys_N: torch.Tensor, size: int) -> torch.Tensor:
-    """Count keys; `torch.bincount` would wait for the device."""
-    return torch.zeros(size, dtype=torch.int64, device=keys_N.device).scatter_add_(0, keys_N, torch.ones_like(keys_N))
+def count_sorted(sorted_N: torch.Tensor, size: int) -> torch.Tensor:
+    """Count the keys 0 to size − 1 in a sorted list: (size,) int64.
+
+    `torch.bincount` would wait for the device, and additions to so few places would wait for one another.
+    """
+    return torch.searchsorted(sorted_N, torch.arange(size + 1, device=sorted_N.device)).diff()
 
 
 @torch.library.custom_op("meshloom::gather_assignments", mutates_args=())
