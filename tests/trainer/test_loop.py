@@ -10,6 +10,11 @@ import pytest
 import torch
 
 from meshloom.data.batch import IGNORED, Sample
+from meshloom.optim.batch.config import FixedConfig
+from meshloom.optim.batch.controller import Fixed
+from meshloom.optim.batch.statistics import GradientStatistics
+from meshloom.optim.horizon import Horizon
+from meshloom.optim.progress import Progress
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import StepLoss
 from meshloom.trainer.all_ranks import PeerFailed
@@ -105,6 +110,43 @@ def test_a_rank_without_targets_updates_with_the_others() -> None:
     for found in run_ranks(2, counted, 2, 3, 1):
         assert found[0] == pytest.approx(alone[0], rel=1e-9) and found[1] == pytest.approx(alone[1], rel=1e-9)
         assert found[2] == 3
+
+
+class Observing(Fixed):
+    """A batch size that never changes, and the losses that it was shown."""
+
+    needs_loss = True
+
+    def __init__(self, horizon: Horizon) -> None:
+        super().__init__(FixedConfig(samples=2, micro=1), horizon)
+        self.losses: list[float] = []
+
+    def observe(self, statistics: GradientStatistics | None, loss: float, progress: Progress) -> None:
+        self.losses.append(loss)
+
+
+class Observed(Hook):
+    """Replaces the run's controller by one that observes."""
+
+    controller: Observing
+
+    def on_run_begin(self, loop: Loop) -> None:
+        loop.controller = self.controller = Observing(loop.horizon)
+
+
+def observed(rank: int, world_size: int) -> tuple[list[float], list[float]]:
+    """The losses of three steps, of which the second has no target, and those that the controller observed."""
+    work, hook = Work(samples=2), Observed()
+    engine = build(work, world_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "sample", blind(lambda index: not 2 <= index < 4))
+        return take_steps(engine, work, range(3), hook).losses, hook.controller.losses
+
+
+def test_a_controller_observes_no_loss_of_a_step_without_targets() -> None:
+    ((losses, seen),) = run_ranks(1, observed)
+    assert len(losses) == 3 and losses[1] == 0.0
+    assert seen == [losses[0], losses[2]]
 
 
 def test_the_mean_loss_of_no_target_is_zero() -> None:

@@ -309,6 +309,21 @@ def test_a_users_class_with_newer_rules_is_refused(tmp_path: Path, monkeypatch: 
         run_ranks(1, on_own_data, "trainer.steps=3", "resume=auto")
 
 
+@pytest.mark.parametrize("change", ["width=24", "depth=2"])
+def test_a_users_model_that_has_changed_is_refused(tmp_path: Path, change: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.yaml").write_text("_target_: support.user_gpt.GPT\nname: mine\nwidth: 16\ndepth: 3\n")
+    words = [word for word in TINY if not word.startswith("model.")]
+
+    def own_model(rank: int, world_size: int, *more: str) -> int:
+        own = ["model=mine", f"output_dir={tmp_path}/run", "checkpoint.every=2", "trainer.eval_every=0", *more]
+        return run_module.run(resolve_words(words, own, world_size, str(tmp_path)))
+
+    assert run_ranks(1, own_model, "trainer.steps=2") == [0]
+    with pytest.raises(AssertionError, match=r"resume: .* weights .*weight/.* choose the model whose weights they are"):
+        run_ranks(1, own_model, "trainer.steps=3", "resume=auto", "checkpoint.strict=false", f"model.{change}")
+
+
 def test_model_with_fewer_tokens_than_the_data_is_refused(tmp_path: Path) -> None:
     (said,) = run_ranks(1, refused, on_text(tmp_path, "green eggs", "model.vocabulary=200"))
     assert "model.vocabulary: the model knows 200 tokens, and the data has 2" in said
