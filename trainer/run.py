@@ -124,10 +124,15 @@ def _run_locked(resolved: ResolvedRun, data: DataNode, mesh: Mesh, stop: StopReq
             _say_data(data)
             _warn_of_repetition(current)
             _warn_of_blanks(current)
+        nothing_left = current.loop.finished
+        if nothing_left and mesh.is_main:
+            at = current.loop.progress.step
+            log.warning("the run is at its end already (step %d): nothing is trained; raise its length to go on", at)
 
         def accept() -> None:
             on_main(mesh, lambda: _take_over(config, current, origin))
-            on_main(mesh, lambda: _write_description(config, data, output_dir))
+            if not (nothing_left and origin is not None and origin.own):  # else config.yaml would tell what trained nothing
+                on_main(mesh, lambda: _write_description(config, data, output_dir))
 
         with stop:
             reached = _run_loop(current, stop, accept)

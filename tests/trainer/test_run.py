@@ -409,6 +409,15 @@ def test_branch_of_a_finished_run_does_nothing_and_no_sample(tmp_path: Path) -> 
     assert not (tmp_path / "branch" / "sample.txt").exists()
 
 
+def test_a_run_at_its_end_keeps_the_config_it_trained_with(tmp_path: Path) -> None:
+    words = [f"output_dir={tmp_path}", "trainer.steps=2"]
+    run_ranks(1, warned, words)
+    before = (tmp_path / "config.yaml").read_text()
+    (messages,) = run_ranks(1, warned, [*words, "resume=auto", "optim.weight_decay=0.5"])
+    assert "the run is at its end already (step 2): nothing is trained" in "\n".join(messages)
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
 def test_that_nothing_is_kept_for_validation_is_said(tmp_path: Path) -> None:
     text = on_text(tmp_path, "the cat in the hat", "data.validation=0")
     (messages,) = run_ranks(1, warned, [*text, "trainer.eval_every=1"])
