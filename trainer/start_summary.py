@@ -34,12 +34,11 @@ def start_summary(config: RunConfig, run: Run) -> Iterator[str]:
 
 
 def _total_tokens(run: Run) -> int | None:
-    """Return the tokens of the whole run; None if its length is in steps of a batch size that changes."""
-    horizon = run.loop.horizon
-    try:
-        return math.ceil(horizon.amount(horizon.length, Unit.TOKENS))
-    except ValueError:
-        return None
+    """Return the tokens of the whole run, past steps as they were; None if a batch size that changes decides."""
+    horizon, progress = run.loop.horizon, run.loop.progress
+    today = progress.before(run.loop.controller.next_batch(progress), horizon.seq_len)
+    total = horizon.convert(horizon.total, horizon.unit, Unit.TOKENS, today)
+    return math.ceil(total) if math.isfinite(total) else None
 
 
 def _device(device: torch.device) -> str:

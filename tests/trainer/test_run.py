@@ -391,6 +391,12 @@ def warned(rank: int, world_size: int, overrides: list[str]) -> list[str]:
     return messages
 
 
+def told(rank: int, world_size: int, overrides: list[str]) -> list[str]:
+    """Return the notices of a run, too."""
+    logging.getLogger("meshloom.trainer").setLevel(logging.INFO)
+    return warned(rank, world_size, overrides)
+
+
 def test_a_sample_is_never_of_an_earlier_runs_model(tmp_path: Path) -> None:
     text = on_text(tmp_path, "the cat in the hat", "trainer.steps=2", "trainer.sample_prompt=the", "trainer.sample_tokens=3")
     run_ranks(1, warned, text)
@@ -416,6 +422,13 @@ def test_a_run_at_its_end_keeps_the_config_it_trained_with(tmp_path: Path) -> No
     (messages,) = run_ranks(1, warned, [*words, "resume=auto", "optim.weight_decay=0.5"])
     assert "the run is at its end already (step 2): nothing is trained" in "\n".join(messages)
     assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_the_length_told_counts_past_steps_as_they_were(tmp_path: Path) -> None:
+    words = [f"output_dir={tmp_path}", "trainer.eval_every=0"]
+    run_ranks(1, told, [*words, "trainer.steps=2"])
+    (messages,) = run_ranks(1, told, [*words, "trainer.steps=4", "resume=auto", "batch.samples=16"])
+    assert "256 tokens a step (16 samples of 16), 768 in all" in messages
 
 
 def test_that_nothing_is_kept_for_validation_is_said(tmp_path: Path) -> None:
