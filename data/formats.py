@@ -120,6 +120,8 @@ def head(path: Path) -> bytes:
 def foreign_format(start: bytes) -> tuple[str, str] | None:
     """Tell from a file's first bytes that it is neither text nor compressed text: (what it is, what to do). None: it may be."""
     name = next((name for magic, name in _FOREIGN.items() if start.startswith(magic)), None)
+    if start[257:262] == b"ustar":  # of the first member's header
+        name = "a tar archive"
     return None if name is None else (name, _FIXES.get(name, _UNPACK))
 
 

@@ -250,6 +250,7 @@ def test_compressed_files_are_told_by_their_content(tmp_path: Path, ending: str,
     [
         (b"PAR1....", "is a Parquet file; use data=parquet"),
         (b"PK\x03\x04....", "is a zip archive; unpack"),
+        (gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar\x0000"), "is a tar archive; unpack"),
         ("über".encode("utf-16"), "is text in UTF-16; convert it to UTF-8"),
     ],
 )
