@@ -1,7 +1,8 @@
-"""Schemas for OmegaConf, made of config dataclasses."""
+"""Schemas for OmegaConf, made of config dataclasses, and values that it leaves as they are."""
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -23,3 +24,12 @@ def _make_writable(node: DictConfig) -> None:
     for value in inner:
         if isinstance(value, DictConfig) and not value._is_missing() and not value._is_none():
             _make_writable(value)
+
+
+def literal(tree: Any) -> Any:
+    """Return plain containers in which no text is an interpolation: `${…}` of a checkpoint stays text."""
+    if isinstance(tree, dict):
+        return {key: literal(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [literal(value) for value in tree]
+    return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", tree) if isinstance(tree, str) else tree

@@ -85,12 +85,12 @@ def continue_prompt(arguments: GenerateArguments) -> str:
     import torch
 
     from ..checkpoint.restore import read_state
+    from ..config.structured import literal
     from ..parallel.mesh import pick_device
     from ..trainer.build import build_model
     from ..trainer.find_checkpoint import find_checkpoint
     from ..trainer.hooks.sampling import generate, load_whole_model
     from ..trainer.resumed_config import saved_config
-    from ..trainer.saved_classes import literal
     from ..trainer.typed import typed_node
 
     checkpoint = find_checkpoint(arguments.checkpoint, "checkpoint")

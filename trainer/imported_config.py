@@ -11,9 +11,10 @@ from typing import Any, cast
 from omegaconf import OmegaConf, open_dict
 
 from ..config.compose import Composition
+from ..config.structured import literal
 from ..data.config import TRAINED
 from .resumed_config import Resumed, saved_config, typed_values
-from .saved_classes import literal, refuse_unnamed_classes
+from .saved_classes import refuse_unnamed_classes
 from .typed import option_of
 
 

@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from ..config.compose import Composition, drop_unknown, normalize_override
 from ..config.keys import MISSING, Side, keys_of
 from ..config.renames import FORMER_VALUES, with_moved_targets, with_renamed_keys
-from .saved_classes import literal, refuse_unnamed_classes
+from ..config.structured import literal
+from .saved_classes import refuse_unnamed_classes
 from .schema import OPTIONS, run_schema
 from .sides import key_sides
 from .typed import option_of, typed_config

@@ -35,15 +35,6 @@ def unnamed_nodes(saved: Mapping[str, Any], today: Mapping[str, Any]) -> Iterato
     yield from ((path, node) for path, node in _nodes(saved) if not _is_known(path, node, today))
 
 
-def literal(tree: Any) -> Any:
-    """Return plain containers in which no text is an interpolation: `${…}` of a checkpoint stays text."""
-    if isinstance(tree, dict):
-        return {key: literal(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [literal(value) for value in tree]
-    return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", tree) if isinstance(tree, str) else tree
-
-
 def _nodes(tree: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield every node with a `_target_`, and its path."""
     if isinstance(tree, Mapping):

@@ -14,7 +14,7 @@ from ..config.keys import MISSING
 from ..config.nodes import Custom, find_option
 from ..config.problems import ConfigError, Problem
 from ..config.renames import with_moved_targets
-from ..config.structured import structured
+from ..config.structured import literal, structured
 from ..data.config import CustomData
 from ..models.config import CustomModel
 from ..optim.batch.config import CustomBatch
@@ -98,13 +98,16 @@ def typed_node(group: str, node: dict[str, Any]) -> Any:
 
 
 def _typed_node(group: str, node: dict[str, Any], problems: list[Problem]) -> Any:
-    """Return a node as its option's dataclass, or the group's for a user's class; None, with a problem, for wrong types."""
+    """Return a node as its option's dataclass, or the group's for a user's class; None, with a problem, for wrong types.
+
+    node: resolved, so that `${…}` in it is text, which the environment must not fill in
+    """
     kind = option_of(group, node)
     custom = kind is None
     kind = kind or CUSTOM[group]
     known = {field.name for field in dataclasses.fields(kind) if field.metadata.get("key", True)}
     try:
-        merged = OmegaConf.merge(structured(kind), {k: v for k, v in node.items() if k in known})
+        merged = OmegaConf.merge(structured(kind), literal({k: v for k, v in node.items() if k in known}))
         values = {k: v for k, v in typing.cast(Any, OmegaConf.to_container(merged, resolve=True)).items() if k in known}
     except OmegaConfBaseException as error:
         lines = [line.strip() for line in str(error).splitlines()]

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
+from meshloom.config.structured import literal
 from meshloom.launch.generate import main as generate
 from meshloom.trainer.resolve import ResolvedRun
-from meshloom.trainer.saved_classes import literal
 from support.configs import resolve_words
 from support.tiny_run import TINY, body
 
@@ -118,3 +118,15 @@ def test_a_model_of_ones_own_generates_when_it_is_named(
 def test_a_text_of_a_checkpoint_is_no_interpolation(text: str) -> None:
     config: Any = OmegaConf.create({"a": [literal(text)], "b": 1})
     assert OmegaConf.to_container(config, resolve=True) == {"a": [text], "b": 1}
+
+
+@pytest.mark.parametrize("group, key", [("model", "init_std"), ("optim", "lr"), ("data", "tokenizer"), ("schedule", "warmup")])
+def test_no_text_of_a_checkpoint_reads_the_environment(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str, key: str
+) -> None:
+    monkeypatch.setenv("SECRET", "0.5")
+    step = forge(trained, tmp_path, lambda config: config[group].update({key: "${oc.env:SECRET}"}))
+    found = resolved(step)
+    assert "0.5" not in str([str(problem) for problem in found.problems])
+    node = vars(found.config)[group]
+    assert node is None or vars(node).get(key) in (None, "${oc.env:SECRET}")
