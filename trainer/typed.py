@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -42,7 +42,10 @@ def typed_config(config: DictConfig) -> tuple[RunConfig, list[Problem]]:
 
     A group with options that has such a problem is None (`RunConfig.unusable`), and is not checked further.
     """
-    problems = [Problem(key, "is not set", f"give it as {key}=…") for key in sorted(OmegaConf.missing_keys(config))]
+    problems = [
+        Problem(key, "is not set", f"give it as {key}=…")
+        for key in sorted(_missing_keys(OmegaConf.to_container(config, resolve=False)))
+    ]
     values: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(RunConfig).items():
         if name not in {field.name for field in dataclasses.fields(RunConfig)}:
@@ -50,6 +53,8 @@ def typed_config(config: DictConfig) -> tuple[RunConfig, list[Problem]]:
         value = _plain(config, name, problems)
         if name in OPTIONS:
             values[name] = None
+            if value is _UNRESOLVED:
+                continue
             value = with_moved_targets(value)
             if isinstance(value, dict) and not any(problem.key.startswith(f"{name}.") for problem in problems):
                 values[name] = _typed_node(name, value, problems)
@@ -60,8 +65,26 @@ def typed_config(config: DictConfig) -> tuple[RunConfig, list[Problem]]:
     return RunConfig(**values), problems
 
 
+_UNRESOLVED = object()
+
+
+def _missing_keys(tree: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the keys without a value. References are not followed: OmegaConf's `missing_keys` fails where one has no value."""
+    if isinstance(tree, dict):
+        for name, value in typing.cast(dict[str, Any], tree).items():
+            yield from _missing_keys(value, f"{prefix}.{name}" if prefix else name)
+    elif isinstance(tree, list):
+        for number, value in enumerate(typing.cast(list[Any], tree)):
+            yield from _missing_keys(value, f"{prefix}[{number}]")
+    elif tree == MISSING:
+        yield prefix
+
+
 def _plain(config: DictConfig, name: str, problems: list[Problem]) -> Any:
-    """Return one key of the whole config in plain containers; unresolved, with a problem, if it refers to a missing key."""
+    """Return one key of the whole config in plain containers.
+
+    If it refers to a missing key, there is a problem; a group with options is then _UNRESOLVED.
+    """
     if OmegaConf.is_missing(config, name):
         return None
     try:
@@ -71,6 +94,8 @@ def _plain(config: DictConfig, name: str, problems: list[Problem]) -> Any:
         known = {problem.key for problem in problems}
         if not any(key in str(error) for key in known):
             problems.append(Problem(name, str(error).splitlines()[0], "refer to a key that is set"))
+        if name in OPTIONS:
+            return _UNRESOLVED
         node = OmegaConf.to_container(config, resolve=False)
         return typing.cast(Any, node)[name]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,6 @@ import pyarrow.parquet
 import pytest
 from scipy import stats
 
-from meshloom.config.cache import build_once
 from meshloom.config.hashing import hash64
 from meshloom.config.nodes import build
 from meshloom.config.problems import ConfigError
@@ -337,34 +334,6 @@ def test_one_process_builds_while_the_others_wait(jsonl: str, tmp_path: Path, mo
     alone = body(2, 1)
     assert alone == results[2]
     assert len((tmp_path / "log").read_text().split()) == 2
-
-
-def test_a_builder_that_is_killed_leaves_no_half_and_no_lock(tmp_path: Path):
-    target = tmp_path / "built"
-
-    def halfway(folder: Path) -> None:
-        (folder / "half").write_text("x")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:
-        build_once(target, halfway)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert not target.exists() and len(list(tmp_path.glob(".built.building-*/half"))) == 1
-    build_once(target, lambda folder: (folder / "whole").touch())
-    assert [path.name for path in target.iterdir()] == ["whole"]
-    assert [path.name for path in tmp_path.iterdir()] == ["built"], "neither a half nor the lock stays"
-    build_once(target, lambda folder: pytest.fail("built again"))
-
-
-def test_a_build_that_fails_leaves_nothing(tmp_path: Path):
-    def fail(folder: Path) -> None:
-        (folder / "half").write_text("x")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        build_once(tmp_path / "built", fail)
-    assert not (tmp_path / "built").exists() and not list(tmp_path.glob("*.building-*"))
 
 
 def test_tokenizer_sample_is_bounded_uniform_and_orderless():

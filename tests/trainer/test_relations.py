@@ -1,0 +1,79 @@
+"""Checks of how groups fit together: what each finds, that each names the keys it reads, and that none needs PyTorch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from meshloom.config.problems import ConfigError, Problem
+from meshloom.trainer.relations import RELATIONS, Start, collect_problems
+from meshloom.trainer.schema import group_keys, groups
+from support.configs import config_of, problems_of
+
+MEASURED = ["batch=norm_test", "batch.samples=8", "batch.micro=2", "batch.max=64"]
+FIT = [
+    ("parallel", 4, ["parallel.tp=3"]),
+    ("parallel.offload", 1, ["parallel.offload=nvme"]),
+    ("trainer.float8", 1, ["trainer.float8=tensorwise", "precision=fp32"]),
+    ("checkpoint.folder", 1, ["checkpoint.folder='nowhere://x'"]),
+    ("schedule.warmup", 1, ["schedule.warmup=500", "trainer.steps=100"]),
+    ("batch.samples", 1, ["batch=norm_test", "batch.samples=2", "batch.micro=2"]),
+    ("batch", 2, [*MEASURED, "parallel.cp=2"]),
+    ("batch", 2, [*MEASURED, "parallel.pp=2", "model.tied=true"]),
+    ("batch.micro", 1, ["optim=agvm", "batch.samples=2", "batch.micro=2"]),
+    ("batch.stages", 1, ["batch=stages", "batch.stages='0:8 0:16'"]),
+    ("data.input", 1, ["data=jsonl"]),
+    ("optim.lr_coupling", 1, ["batch=ramp", "optim.lr_coupling=sqrt_saturating"]),
+    ("model.vocabulary", 1, ["data=synthetic", "data.vocabulary=99", "model.vocabulary=50"]),
+]
+
+
+@pytest.mark.parametrize(("key", "world_size", "words"), FIT, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_does_not_fit_is_told_by_key_with_a_fix(key: str, world_size: int, words: list[str]) -> None:
+    config = config_of("recipe=quickstart", *words)
+    found = [problem for relation in RELATIONS for problem in relation.check(config, Start(world_size))]
+    assert key in [problem.key for problem in found] and all(problem.fix for problem in found)
+    assert key in problems_of(world_size, "recipe=quickstart", *words)
+
+
+def test_relations_name_keys_that_there_are() -> None:
+    known = {one.name for group in groups() for one in group_keys(group)} | set(groups())
+    assert {need for relation in RELATIONS for need in relation.needs} <= known
+
+
+def test_a_relation_is_skipped_where_a_key_that_it_reads_is_wrong() -> None:
+    found = problems_of(1, "recipe=quickstart", "schedule.warmup=500", "trainer.steps=-1")
+    assert found.keys() == {"trainer.steps"}
+
+
+def test_relations_need_no_torch() -> None:
+    program = (
+        "import sys\n"
+        "from meshloom.trainer.automatic import resolve_automatic\n"
+        "from meshloom.trainer.relations import RELATIONS, Start\n"
+        "from meshloom.trainer.resolve import compose_config\n"
+        "length = ['trainer.steps=null', 'trainer.tokens=1000000']\n"
+        "words = ['recipe=quickstart', 'batch=norm_test', 'optim.lr=auto:step_law', *length]\n"
+        "config, problems = resolve_automatic(compose_config(words)[0])\n"
+        "assert not problems and isinstance(config.optim.lr, float)\n"
+        "for relation in RELATIONS: list(relation.check(config, Start(2)))\n"
+        "print('torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
+
+
+def test_what_can_not_be_built_is_a_problem_of_its_group() -> None:
+    def fails(error: Exception) -> list[Problem]:
+        def check() -> list[Problem]:
+            raise error
+
+        return collect_problems("data", check)
+
+    assert fails(ConfigError([Problem("data.x", "is wrong")])) == [Problem("data.x", "is wrong")]
+    (absent,) = fails(FileNotFoundError(2, "No such file", "a.txt"))
+    assert (absent.key, absent.message) == ("data", "a.txt: No such file")
+    (unbuilt,) = fails(TypeError("no argument b"))
+    assert "no argument b" in unbuilt.message and "data._target_" in unbuilt.fix
