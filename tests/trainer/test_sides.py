@@ -12,7 +12,7 @@ from support.configs import config_of
 RECIPE, PLACEMENT, HABIT = Side.RECIPE, Side.PLACEMENT, Side.HABIT
 IT_DEPENDS = "recipe where micro-batches change what is computed, else placement"
 
-ALL_OF = {"model": RECIPE, "schedule": RECIPE, "parallel": PLACEMENT, "launch": PLACEMENT, "logging": HABIT}
+ALL_OF = {"model": RECIPE, "schedule": RECIPE, "balance": RECIPE, "parallel": PLACEMENT, "launch": PLACEMENT, "logging": HABIT}
 """Groups of which every key has one side: what is computed, where, and what is told of it."""
 
 EACH = {
@@ -74,6 +74,8 @@ def test_every_key_has_the_side_of_the_table(group: str) -> None:
         ["optim=agvm"],
         ["trainer.float8=tensorwise", "precision=bf16"],
         ["batch._target_=mine.Controller"],
+        ["balance.micro_batch=0.01"],
+        ["balance.counts=prefix"],
     ],
 )
 def test_the_micro_batch_is_recipe_where_it_changes_numbers(words: list[str]) -> None:
