@@ -121,7 +121,7 @@ def recommend(arguments: HparamsArguments) -> Recommendation:
     from ..trainer.automatic import hidden_parameters
 
     hidden = hidden_parameters(config)
-    total = parameter_count(replace(shape, vocabulary=shape.vocabulary or 1))
+    total = parameter_count(replace(shape, vocabulary=shape.vocabulary or config.data.known_vocabulary or 1))
     seq_len = arguments.seq_len or config.data.seq_len
     multiple = arguments.multiple or math.lcm(8, config.batch.micro)
     loss = arguments.loss or laws.chinchilla_loss(total, tokens)
