@@ -10,6 +10,7 @@ traceback; ranks that wait for it are ended.
 from __future__ import annotations
 
 import datetime
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -45,6 +46,9 @@ def _child(rank: int, world_size: int, store: str, pipe: Any, timeout: float, bo
 
 def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 150.0) -> list[Any]:
     """Call `body(rank, world_size, *args)` on every rank; returns what each returned, in rank order."""
+    # A process group that has ended here must not be destroyed in a child: it would wait for threads that a fork leaves behind.
+    gc.collect()
+    gc.freeze()  # so that neither this process nor a child looks through the same objects again
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         children: list[Any] = []
