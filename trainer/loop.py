@@ -16,6 +16,7 @@ import torch
 
 from ..data.batch import GlobalBatch
 from ..data.loader import Loader
+from ..kernels.gpu_peaks import peak_flops
 from ..optim.batch.controller import Controller
 from ..optim.batch.statistics import GradientStatistics
 from ..optim.horizon import Horizon
@@ -77,11 +78,17 @@ class Loop:
     _pending: list[Pending] = field(default_factory=list)
     _began: DeviceTimestamp = field(init=False)
     _delivered: bool = False
+    _peak: float | None = None
     _last_loss: float = math.nan
     _last_statistics: GradientStatistics | None = None
 
     def __post_init__(self) -> None:
         self.restart_clock()  # `step` may be called without `run`
+        if self.mesh.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.mesh.device)
+            self._peak = peak_flops(name)
+            if self._peak is None:
+                log.warning("no mfu is reported: the peak of '%s' is not in kernels/gpu_peaks.py", name)
 
     def run(self, stop: StopRequest, accept: Callable[[], None] = lambda: None) -> bool:
         """Train to the horizon, or until a stop is requested on any rank. Return whether the horizon was reached.
@@ -243,13 +250,6 @@ class Loop:
             "memory_gib": torch.cuda.max_memory_allocated(self.mesh.device) / 2**30,
             "memory_reserved_gib": torch.cuda.max_memory_reserved(self.mesh.device) / 2**30,
         }
-        peak = peak_flops(torch.cuda.get_device_name(self.mesh.device))
-        if peak:
-            numbers["mfu"] = self.flops_per_token * tokens_per_second / (peak * self.mesh.layout.world_size)
+        if self._peak:
+            numbers["mfu"] = self.flops_per_token * tokens_per_second / (self._peak * self.mesh.layout.world_size)
         return numbers
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Return a GPU's dense bf16 peak in FLOP/s by its name, from the vendors' datasheets; None for one not listed."""
-    peaks = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "MI300X": 1307e12}
-    return next((peak for name, peak in peaks.items() if name in device_name), None)
