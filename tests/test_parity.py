@@ -17,7 +17,7 @@ from meshloom.parallel.pipeline.stages import SCHEDULES
 from support.parity import Difference, Work, differences
 
 TOLERANCE = 1e-9
-DOCUMENT = Path(__file__).parent.parent / "docs" / "parallelism.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "measurements" / "parity.md"
 
 
 def work(micro: int = 1, steps: int = 10, **settings: Any) -> Work:
