@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from meshloom.data.batch import MicroBatch
 from meshloom.models.config import DecoderConfig
 from meshloom.models.decoder import Decoder
+from meshloom.models.init import Normal
+from meshloom.models.part import WeightRule
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.parallel.config import ParallelConfig
@@ -122,6 +124,7 @@ class Spare(Decoder):
         super().__init__(config)
         for block in self.layers.values():
             block.spare = torch.nn.Linear(6, 6, bias=False)
+            block.weight_rules = {**block.weight_rules, "spare": WeightRule(Normal(0.02))}
 
 
 def with_a_spare_weight(rank: int, world_size: int, layouts: list[ParallelConfig]) -> list[tuple[list[float], dict[str, bool]]]:
