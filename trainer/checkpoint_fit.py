@@ -18,6 +18,7 @@ from ..models.stored_sizes import stored_sizes, wrong_head_share
 from .find_checkpoint import is_import
 from .resumed_config import saved_config
 from .schema import RunConfig
+from .typed import option_of
 
 CHANGEABLE = frozenset(
     {
@@ -68,13 +69,17 @@ def checkpoint_problems(manifest: Manifest, config: RunConfig) -> list[Problem]:
 
 
 def optimizer_change(state: Mapping[str, Any], config: RunConfig) -> tuple[str, str] | None:
-    """Return the names of the checkpoint's optimizer and of the run's, where they are of two classes; else None."""
+    """Return the names of the checkpoint's optimizer and of the run's, where one's state means nothing to the other; else None.
+
+    An optimizer that extends another's config, as AGVM does AdamW's, goes on with its state.
+    """
     saved = saved_config(state).get("optim")
     if is_import(state) or not isinstance(saved, dict) or "_target_" not in saved:
         return None
     before = str(saved["_target_"])
     now = config.optim.path if isinstance(config.optim, Custom) else config.optim._target_
-    if before == now:
+    kept = option_of("optim", saved)
+    if before == now or (kept is not None and isinstance(config.optim, kept)):
         return None
     short, other = before.rpartition(".")[2], now.rpartition(".")[2]
     return (short, other) if short != other else (before, now)

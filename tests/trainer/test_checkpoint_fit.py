@@ -93,7 +93,7 @@ def test_arrays_tell_the_shape_of_an_import_without_a_config(word: str, key: str
     assert keys(checkpoint({"imported_from": {"format": "dcp"}}, tied=not TIED)) == ["model.tied"]
 
 
-@pytest.mark.parametrize("option", ["lamb", "lars", "adagrad", "agvm"])
+@pytest.mark.parametrize("option", ["lamb", "lars", "adagrad"])
 def test_another_optimizers_state_is_refused(option: str) -> None:
     assert keys(own(), f"optim={option}") == ["optim"]
     assert keys(own(), f"optim={option}", "checkpoint.strict=false") == []
