@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.library import CustomOpDef
 
 from .attention_blocks import Segments, block_backward, block_forward, segments_backward, segments_forward
 from .sinks import add_sinks, sinks_gradient
@@ -111,12 +112,21 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, host_cu_seqlens, sinks)
 
 
-def _differentiate(ctx: Any, dout_BSHD: torch.Tensor, dlse: torch.Tensor) -> Any:
-    saved = ctx.saved_tensors  # once: activation checkpointing allows no second time
-    *gradients, dsinks = attend_backward(dout_BSHD, *saved, *ctx.rest)
-    return *gradients, None, None, None if saved[-1] is None else dsinks, *[None] * len(ctx.rest)
+def register_backward(forward: CustomOpDef, backward: CustomOpDef) -> None:
+    """Register shapes and the gradient of an attention operator, whose arguments begin as those of `attend`.
+
+    backward: takes the gradient of the output, q, k, v, the outputs, cu_seqlens, host_cu_seqlens, sinks, and the arguments of
+    `forward` that follow those; it returns the gradients of q, k, v and of the sinks (empty without any)
+    """
+
+    def differentiate(ctx: Any, dout_BSHD: torch.Tensor, dlse: torch.Tensor) -> Any:
+        saved = ctx.saved_tensors  # once: activation checkpointing allows no second time
+        *gradients, dsinks = backward(dout_BSHD, *saved, *ctx.rest)
+        return *gradients, None, None, None if saved[-1] is None else dsinks, *[None] * len(ctx.rest)
+
+    forward.register_fake(_shape_of_output)
+    backward.register_fake(_shapes_of_gradients)
+    forward.register_autograd(differentiate, setup_context=_keep)
 
 
-attend.register_fake(_shape_of_output)
-attend_backward.register_fake(_shapes_of_gradients)
-attend.register_autograd(_differentiate, setup_context=_keep)
+register_backward(attend, attend_backward)

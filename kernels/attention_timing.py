@@ -48,7 +48,7 @@ class Shape:
 
     @property
     def is_plain(self) -> bool:
-        """Whether there is neither a window nor a soft-cap."""
+        """True if there is neither a window nor a soft-cap."""
         return self.window is None and self.softcap is None
 
     def __repr__(self) -> str:

@@ -66,7 +66,7 @@ class ModelConfig:
 
     @property
     def shares_weights(self) -> bool:
-        """Whether two modules share a weight."""
+        """True if two modules share a weight."""
         return False
 
     def decoder(self) -> DecoderConfig | None:

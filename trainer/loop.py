@@ -175,7 +175,7 @@ class Loop:
 
     @property
     def _fault(self) -> Exception | None:
-        """What keeps this rank from going on."""
+        """Return the fault that keeps this rank from going on."""
         return next((hook.fault for hook in self.hooks if hook.fault is not None), None)
 
     def _record(

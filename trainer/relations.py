@@ -24,7 +24,7 @@ from .schema import RunConfig
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts on, and from where.
+    """The number of processes that a run starts on, and the progress that it starts from.
 
     world_size  number of its processes; 0: not known
     progress    of the checkpoint that it resumes from

@@ -1,4 +1,4 @@
-"""Whether a scheduler or torchrun has started this run again, and it has begun before: then it goes on by itself.
+"""Tell a run that a scheduler or torchrun has started again, and that has begun before: it goes on by itself.
 
 A run's folder states the job and the launch that began it. So a job that is put back into the queue before it has taken the
 folder over begins as its command line says, and not with the run that lay there before.
@@ -14,7 +14,7 @@ from typing import Any
 from ..checkpoint.folder import OWNER
 
 STARTS = {"job": ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), "launch": ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")}
-"""What is stated → the variables with its value, and with the number of times that it has been started again."""
+"""Each statement → the variables with its value, and with the number of times that it has been started again."""
 
 
 def start_marks() -> dict[str, str]:

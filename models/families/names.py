@@ -13,7 +13,7 @@ from ..config import DecoderConfig
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """Where a weight lies: a tensor of the file, or some rows of one that several weights share.
+    """The place of a weight: a tensor of the file, or some rows of one that several weights share.
 
     rows  first row and the row after the last; None: the whole tensor
     """

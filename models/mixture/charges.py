@@ -112,7 +112,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Charges:
-    """What one layer charges for one micro-batch, and which tokens count.
+    """The charges of one layer for one micro-batch, and which tokens count.
 
     counted_BS  tokens with a target, as the layer sees the stream
     rows_cut    whether its rows are slices because the stream is cut along the sequence
@@ -131,7 +131,7 @@ class Charges:
 
 
 class Tally(NamedTuple):
-    """What a layer routed of one micro-batch on this rank: sums over the tokens that count, detached, fp64.
+    """Sums of one layer's routing of a micro-batch on this rank, over the tokens that count: detached, fp64.
 
     counts_E  assignments of each expert
     mass_E    sums of probabilities

@@ -103,7 +103,7 @@ class MixtureConfig:
 
     @property
     def scales(self) -> MatrixScales:
-        """How its matrices begin and learn."""
+        """Return the standard deviations and rates of its matrices."""
         return self.expert.scales
 
     @property

@@ -67,7 +67,7 @@ class BatchConfig:
 
     @property
     def rounded_to(self) -> int | None:
-        """What sizes are multiples of, where the config says it."""
+        """Return the number that sizes are multiples of, where the config says it."""
         return None
 
     @property
@@ -147,7 +147,7 @@ class BoundedConfig(GrowingConfig):
 
     @property
     def rounded_to(self) -> int | None:
-        """What sizes are multiples of, where the config says it."""
+        """Return the number that sizes are multiples of, where the config says it."""
         return self.multiple
 
 

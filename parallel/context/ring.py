@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _resolve_process_group
 
 from ...kernels.attention_blocks import Segments, block_backward, block_forward, segments_backward, segments_forward
+from ...kernels.attention_op import register_backward
 from ...kernels.documents import Documents
 from ...kernels.sinks import add_sinks, sinks_gradient
 from .ring_plan import AttentionBlock, RingPlan, Step, plan_documents, plan_whole
@@ -208,12 +209,12 @@ class _Call:
 
     @property
     def merges(self) -> bool:
-        """Whether blocks are merged into what this member has found on its own sequences."""
+        """True if blocks are merged into what this member has found on its own sequences."""
         return bool(self.plan.own_blocks) or any(step.blocks for step in self.plan.steps)
 
     @property
     def adds_to_keys(self) -> bool:
-        """Whether other blocks' gradients of keys are added to those of this member's own sequences."""
+        """True if other blocks' gradients of keys are added to those of this member's own sequences."""
         return bool(self.plan.own_blocks) or any(step.keys for step in self.plan.steps)
 
     def own_spans(self) -> list[slice]:
@@ -418,42 +419,4 @@ def _own_backward(
     return dq, dk, dv
 
 
-def _shape_of_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part_cu_seqlens: torch.Tensor | None, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    rows, positions, heads = q.shape[:3]
-    lse = (rows, heads, positions) if part_cu_seqlens is None else (1, heads, rows * positions)
-    return q.new_empty(q.shape), q.new_empty(lse, dtype=exact)
-
-
-def _shape_of_backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    part_cu_seqlens: torch.Tensor | None,
-    host_cu_seqlens: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    *rest: Any,
-) -> Any:
-    dsinks = lse.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
-
-
-def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, part_cu_seqlens, host_cu_seqlens, sinks, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, *output, part_cu_seqlens, host_cu_seqlens, sinks)
-
-
-def _differentiate(ctx: Any, dout: torch.Tensor, dlse: torch.Tensor) -> Any:
-    saved = ctx.saved_tensors  # once: activation checkpointing allows no second time
-    dq, dk, dv, dsinks = ring_backward(dout, *saved, *ctx.rest)
-    return dq, dk, dv, None, None, None if saved[-1] is None else dsinks, *[None] * len(ctx.rest)
-
-
-ring_forward.register_fake(_shape_of_forward)
-ring_backward.register_fake(_shape_of_backward)
-ring_forward.register_autograd(_differentiate, setup_context=_keep)
+register_backward(ring_forward, ring_backward)

@@ -1,4 +1,4 @@
-"""What a document costs a rank, and the least time that a step of given documents can take."""
+"""The cost of a document to a rank, and the least time that a step of given documents can take."""
 
 from __future__ import annotations
 

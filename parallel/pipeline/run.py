@@ -23,7 +23,7 @@ from .lean_stage import LeanStage
 from .stages import StagePlan, legal_micro_batches, schedule_of
 
 SPLITS_THE_LOSS = TorchVersion(torch.__version__) >= "2.13"
-"""Whether torch can run the backward pass of an `autograd.Function` (our loss) in two halves. Before 2.13 it raises."""
+"""True if torch can run the backward pass of an `autograd.Function` (our loss) in two halves. Before 2.13 it raises."""
 
 EVALUATED_AT_ONCE = 4
 """Micro-batches per rank that an evaluation sends before it waits: enough to keep ranks busy, and a bound on memory."""
