@@ -42,7 +42,7 @@ def _unknown_switch(word: str, arguments: Sequence[str]) -> Problem:
     meant = [key for key in dict.fromkeys(keys) if name in (key, key.rpartition(".")[2])]
     if not meant:
         last = {key.rpartition(".")[2]: key for key in keys}
-        meant = [last[near] for near in difflib.get_close_matches(name, last, 1)]
+        meant = [last[near] for near in difflib.get_close_matches(name, last, 1, cutoff=0.75)]
     hint = " or ".join(f"{key}={value}" for key in meant)
     fix = f"write {hint}" if hint else "write keys as key=value; see `meshloom keys` and `meshloom train --help`"
     return Problem(switch, "there is no such switch", fix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import signal
 import subprocess
 import sys
@@ -107,8 +108,9 @@ def test_help_of_train_lists_what_there_is(capsys: pytest.CaptureFixture[str], e
     out = capsys.readouterr().out
     composer = make_composer()
     for group in ("recipe", *OPTIONS):
-        (line,) = [line for line in out.splitlines() if line.startswith(f"  {group}=")]
-        assert set(composer.options(group)) <= {word.strip(" ,") for word in line.partition("=")[2].split()}
+        _, begin, rest = out.partition(f"\n  {group}=")
+        listed = re.split(r"\n  \w+=|\n\n", rest)[0]
+        assert begin and set(composer.options(group)) <= {word.strip(" ,") for word in listed.split()}
     assert "own" in out and "meshloom train recipe=quickstart" in out
 
 
