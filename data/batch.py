@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from ..config.lazy import numpy as np
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
     from ..kernels.documents import Documents
 
@@ -35,6 +36,10 @@ class Sample:
     targets: np.ndarray
     documents: np.ndarray | None = None
 
+    def part(self, start: int, stop: int) -> Sample:
+        """Return the tokens and targets of positions [start, stop)."""
+        return Sample(self.tokens[start:stop], self.targets[start:stop])
+
 
 class Samples(Protocol):
     """An endless, randomly accessible sequence of samples: the k-th is a function of (recipe, seed, k) alone (R1)."""
@@ -45,6 +50,40 @@ class Samples(Protocol):
     def __getitem__(self, index: int) -> Sample:
         """Return the k-th sample of the run, k ≥ 0."""
         ...
+
+
+@runtime_checkable
+class SamplesInParts(Protocol):
+    """Samples that tell their documents without reading tokens, and read a part of one alone."""
+
+    def lengths(self, index: int) -> NDArray[np.int64]:
+        """Return the lengths of the k-th sample's documents, in order, without the padding at its end."""
+        ...
+
+    def part(self, index: int, start: int, stop: int) -> Sample:
+        """Return the tokens and targets of positions [start, stop) of the k-th sample, without its documents."""
+        ...
+
+
+def document_lengths(samples: object, index: int) -> NDArray[np.int64]:
+    """Return the lengths of a sample's documents. A sample without document boundaries is one document.
+
+    Samples that can't tell are read; padding at the end then counts as a document.
+    """
+    if isinstance(samples, SamplesInParts):
+        return samples.lengths(index)
+    sample = cast(Samples, samples)[index]
+    if sample.documents is None:
+        return np.array([len(sample.tokens)], np.int64)
+    begins = np.flatnonzero(np.diff(sample.documents, prepend=sample.documents[0] - 1))
+    return np.diff(begins, append=len(sample.tokens)).astype(np.int64)
+
+
+def sample_part(samples: object, index: int, start: int, stop: int) -> Sample:
+    """Return the tokens and targets of positions [start, stop) of a sample, without its documents."""
+    if isinstance(samples, SamplesInParts):
+        return samples.part(index, start, stop)
+    return cast(Samples, samples)[index].part(start, stop)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,15 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from ..config.hashing import hash64
-from .batch import Sample, Samples
+from .batch import Sample, Samples, document_lengths, sample_part
 from .order import Permutation
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def apportion(weights: Sequence[float], places: int) -> list[int]:
@@ -61,3 +66,13 @@ class MixedSamples:
         """Return the k-th sample of the run."""
         source, within = self.blend(index)
         return self.sources[source][within]
+
+    def lengths(self, index: int) -> NDArray[np.int64]:
+        """Return the lengths of the k-th sample's documents."""
+        source, within = self.blend(index)
+        return document_lengths(self.sources[source], within)
+
+    def part(self, index: int, start: int, stop: int) -> Sample:
+        """Return the tokens and targets of positions [start, stop) of the k-th sample."""
+        source, within = self.blend(index)
+        return sample_part(self.sources[source], within, start, stop)

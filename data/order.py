@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..config.hashing import hash64, mix64, mix64_array, stream64
 from ..config.lazy import numpy as np
-from .batch import Sample
+from .batch import Sample, document_lengths, sample_part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -113,7 +113,18 @@ class Shuffled:
 
     def __getitem__(self, index: int) -> Sample:
         """Return the k-th sample of the run."""
-        return self.stored[shuffled_position(index, self.epoch_size, self.seed)[1]]
+        return self.stored[self._position(index)]
+
+    def lengths(self, index: int) -> NDArray[np.int64]:
+        """Return the lengths of the k-th sample's documents."""
+        return document_lengths(self.stored, self._position(index))
+
+    def part(self, index: int, start: int, stop: int) -> Sample:
+        """Return the tokens and targets of positions [start, stop) of the k-th sample."""
+        return sample_part(self.stored, self._position(index), start, stop)
+
+    def _position(self, index: int) -> int:
+        return shuffled_position(index, self.epoch_size, self.seed)[1]
 
 
 class ValidationSamples:
@@ -131,3 +142,11 @@ class ValidationSamples:
     def __getitem__(self, index: int) -> Sample:
         """Return the k-th sample of the validation set."""
         return self.stored[self._order(index)]
+
+    def lengths(self, index: int) -> NDArray[np.int64]:
+        """Return the lengths of the k-th sample's documents."""
+        return document_lengths(self.stored, self._order(index))
+
+    def part(self, index: int, start: int, stop: int) -> Sample:
+        """Return the tokens and targets of positions [start, stop) of the k-th sample."""
+        return sample_part(self.stored, self._order(index), start, stop)

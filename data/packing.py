@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left, insort
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,16 +46,35 @@ class Concatenated:
         """Return the sample at a position in [0, len)."""
         if not 0 <= index < self._count:
             raise IndexError(f"sample {index} is outside [0, {self._count})")
-        start = index * self.seq_len
-        tokens = self._shards.read(start, start + self._filled + 1)
         if self._filled < self.seq_len:
-            return self._padded(tokens)
+            return self._padded(self._shards.read(0, self._filled + 1))
+        whole = self.part(index, 0, self.seq_len)
         if not self._document_mask:
-            return Sample(tokens[:-1], tokens[1:])
+            return whole
+        start = index * self.seq_len
         ends = self._shards.ends_within(start, start + self.seq_len) - start
-        targets = tokens[1:].copy()
-        targets[ends - 1] = IGNORED
-        return Sample(tokens[:-1], targets, _number_documents(ends, self.seq_len))
+        return replace(whole, documents=_number_documents(ends, self.seq_len))
+
+    def lengths(self, index: int) -> NDArray[np.int64]:
+        """Return the lengths of a sample's documents, without padding; of the whole sample where attention crosses them."""
+        start = index * self.seq_len
+        if not self._document_mask:
+            return np.array([self.seq_len], np.int64)
+        filled = self.seq_len if self._filled == self.seq_len else self._filled + 1
+        ends = self._shards.ends_within(start, start + filled) - start
+        return np.diff(ends if len(ends) and ends[-1] == filled else np.append(ends, filled), prepend=0)
+
+    def part(self, index: int, start: int, stop: int) -> Sample:
+        """Return the tokens and targets of positions [start, stop) of a sample."""
+        if self._filled < self.seq_len:
+            return self[index].part(start, stop)
+        start, stop = index * self.seq_len + start, index * self.seq_len + stop
+        tokens = self._shards.read(start, stop + 1)
+        targets = tokens[1:]
+        if self._document_mask:
+            targets = targets.copy()
+            targets[self._shards.ends_within(start, stop) - start - 1] = IGNORED
+        return Sample(tokens[:-1], targets)
 
     def _padded(self, found: NDArray[np.int64]) -> Sample:
         """Make the only sample of fewer tokens than it has positions."""
@@ -175,20 +195,38 @@ class BestFit:
         """Return the sample at a position in [0, len)."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is outside [0, {len(self)})")
-        first, last = int(self._bins[index]), int(self._bins[index + 1])
-        starts, lengths = self._starts[first:last], self._lengths[first:last]
+        whole = self.part(index, 0, self.seq_len)
+        if not self._document_mask:
+            return whole
+        return replace(whole, documents=_number_documents(np.cumsum(self._pieces(index)[1]), self.seq_len))
+
+    def lengths(self, index: int) -> NDArray[np.int64]:
+        """Return the lengths of a sample's documents, without padding; of the whole sample where attention crosses them."""
+        return self._pieces(index)[1] if self._document_mask else np.array([self.seq_len], np.int64)
+
+    def part(self, index: int, start: int, stop: int) -> Sample:
+        """Return the tokens and targets of positions [start, stop) of a sample."""
+        starts, lengths = self._pieces(index)
         ends = np.cumsum(lengths)
-        filled = int(ends[-1])
-        tokens = np.full(self.seq_len + 1, self._padding, np.int64)
-        tokens[:filled] = self._shards.read_pieces(starts, lengths)
+        begins = ends - lengths
+        first, last = np.maximum(begins, start), np.minimum(ends, stop + 1)
+        read = last > first
+        tokens = np.full(stop + 1 - start, self._padding, np.int64)
+        filled = int(np.clip(ends[-1] - start, 0, len(tokens)))
+        if filled:
+            tokens[:filled] = self._shards.read_pieces((starts + first - begins)[read], (last - first)[read])
         targets = tokens[1:].copy()
-        targets[ends - 1] = IGNORED
+        targets[ends[(start < ends) & (ends <= stop)] - 1 - start] = IGNORED
         targets[filled:] = IGNORED
-        stop = int(starts[0]) + self.seq_len
-        if lengths[0] == self.seq_len and not len(self._shards.ends_within(stop - 1, stop)):
-            targets[-1] = self._shards.read(stop, stop + 1)[0]  # only a piece as long as a sample is continued elsewhere
-        documents = _number_documents(ends, self.seq_len) if self._document_mask else None
-        return Sample(tokens[:-1], targets, documents)
+        end = int(starts[0]) + self.seq_len
+        if stop == self.seq_len == lengths[0] and not len(self._shards.ends_within(end - 1, end)):
+            targets[-1] = self._shards.read(end, end + 1)[0]  # only a piece as long as a sample is continued elsewhere
+        return Sample(tokens[:-1], targets)
+
+    def _pieces(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return where the pieces of a sample begin in the shards, and their lengths."""
+        first, last = int(self._bins[index]), int(self._bins[index + 1])
+        return self._starts[first:last], self._lengths[first:last]
 
 
 PACKINGS = ("concat", "bestfit")

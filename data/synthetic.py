@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import xxhash
 
 from ..config.hashing import hash64, stream64
@@ -9,6 +11,9 @@ from ..config.lazy import numpy as np
 from ..config.problems import Problem
 from .batch import Sample
 from .config import SyntheticConfig
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class RandomTokens:
@@ -33,6 +38,14 @@ class RandomTokens:
         # Multiply and shift instead of a modulo: the upper 32 bits, scaled to [0, vocabulary).
         tokens = (((numbers >> np.uint64(32)) * np.uint64(self.vocabulary)) >> np.uint64(32)).astype(np.int64)
         return Sample(tokens[:-1], tokens[1:])
+
+    def lengths(self, index: int) -> NDArray[np.int64]:
+        """Return the lengths of a sample's documents: it is one."""
+        return np.array([self.seq_len], np.int64)
+
+    def part(self, index: int, start: int, stop: int) -> Sample:
+        """Return the tokens and targets of positions [start, stop) of a sample."""
+        return self[index].part(start, stop)
 
 
 class Synthetic:

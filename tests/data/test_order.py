@@ -12,7 +12,8 @@ from scipy import stats
 
 from meshloom.config.hashing import hash64
 from meshloom.data.assignment import Assigner
-from meshloom.data.batch import GlobalBatch, Sample
+from meshloom.data.batch import GlobalBatch, Sample, document_lengths, sample_part
+from meshloom.data.blend import MixedSamples
 from meshloom.data.order import Permutation, Shuffled, ValidationSamples, shuffled_position
 
 
@@ -119,3 +120,41 @@ def test_validation_order_is_finite_fixed_and_complete():
     assert sorted(order) == list(range(37)) and order != list(range(37))
     with pytest.raises(IndexError):
         held[37]
+
+
+class Marked(Numbers):
+    """Samples of eight positions in three documents, which say so or not."""
+
+    seq_len = 8
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(np.arange(index, index + 8), np.arange(index + 1, index + 9), np.array([0, 0, 0, 1, 2, 2, 2, 2]))
+
+
+class Telling(Marked):
+    """Samples that must not be read for their lengths and parts."""
+
+    def __getitem__(self, index: int) -> Sample:
+        raise AssertionError("nobody asked for the whole sample")
+
+    def lengths(self, index: int) -> np.ndarray:
+        return np.array([3, 1, 4])
+
+    def part(self, index: int, start: int, stop: int) -> Sample:
+        return Marked.__getitem__(self, index).part(start, stop)
+
+
+@pytest.mark.parametrize("kind", [Marked, Telling])
+def test_orders_pass_on_lengths_and_parts(kind: type[Marked]):
+    reference = Shuffled(Marked(11), seed=5)
+    mixed = MixedSamples([Shuffled(kind(11), seed=5), Shuffled(kind(11), seed=5)], [2, 1], seed=4)
+    for index in range(25):
+        source, within = mixed.blend(index)
+        assert source in (0, 1) and document_lengths(mixed, index).tolist() == [3, 1, 4]
+        whole = reference[within]
+        part = sample_part(mixed, index, 2, 5)
+        assert (part.tokens.tolist(), part.targets.tolist()) == (whole.tokens[2:5].tolist(), whole.targets[2:5].tolist())
+    held = ValidationSamples(kind(11))
+    assert [document_lengths(held, k).tolist() for k in range(11)] == [[3, 1, 4]] * 11
+    expected = [ValidationSamples(Marked(11))[k].tokens[6:].tolist() for k in range(11)]
+    assert [sample_part(held, k, 6, 8).tokens.tolist() for k in range(11)] == expected

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshloom.data.batch import IGNORED, MicroBatch
-from meshloom.data.packing import BestFit, Concatenated, best_fit
+from meshloom.data.packing import BestFit, Concatenated, best_fit, pack
 from meshloom.data.reader import TokenShards
 from meshloom.data.shards import ShardWriter
 
@@ -128,6 +128,30 @@ def test_best_fit_keeps_every_document_whole(
     assert len(useful) == len(parts) or version == 2
     assert not document_mask or all(tuple(part.tolist()) in pieces for part in useful)
     assert len(samples) == len(naive_best_fit([len(part) for part in useful], 16))
+
+
+@pytest.mark.parametrize("packing", ["bestfit", "concat"])
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("seq_len", [16, 2000])
+def test_parts_and_lengths_are_those_of_samples(
+    corpus: tuple[TokenShards, list[np.ndarray]], tmp_path: Path, packing: str, document_mask: bool, seq_len: int
+):
+    samples = pack(corpus[0], packing, seq_len, document_mask, tmp_path / "cache", padded=True)
+    numbers = np.random.default_rng(2)
+    for index in range(len(samples)):
+        whole = samples[index]
+        start, stop = np.sort(numbers.choice(np.arange(seq_len + 1), size=2, replace=False)).tolist()
+        for low, high in ((start, stop), (0, stop), (start, seq_len)):
+            part = samples.part(index, low, high)
+            assert part.tokens.tolist() == whole.tokens[low:high].tolist()
+            assert part.targets.tolist() == whole.targets[low:high].tolist()
+        lengths = samples.lengths(index)
+        if whole.documents is None:
+            assert lengths.tolist() == [seq_len]
+        else:
+            told = np.bincount(whole.documents)[: len(lengths)]
+            assert lengths.tolist() == told.tolist()
+            assert (whole.targets[lengths.sum() :] == IGNORED).all()
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 3, 16])
