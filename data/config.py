@@ -129,7 +129,7 @@ class TextConfig(CorpusConfig):
     name: str = option("text")
     input: Any = key(None, INPUT, Side.PLACEMENT)
     separator: str | None = key(None, "text that separates documents within a file; null: a file is a document")
-    markup: bool = key(False, "files of JSON are meant as text, with their markup; data=jsonl reads their records")
+    markup: bool = key(False, "files of JSON, HTML, XML or CSV are meant as text, with their markup")
 
 
 @dataclass(frozen=True)

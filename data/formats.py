@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import bz2
+import codecs
+import csv
 import gzip
 import importlib
+import io
 import lzma
 import re
+import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -39,6 +43,9 @@ _FIXES = {
     "compressed by lz4": "compress it by gzip, bzip2, xz or zstd",
 }
 _UNPACK = "unpack or convert it first"
+_RECORDS = "convert it to JSON lines and use data=jsonl"
+_MARKUP = re.compile(rb"\s*(?:<!--.*?-->\s*)*<(?:(!doctype\s+html|html)|\?xml)\b", re.IGNORECASE | re.DOTALL)
+_TABLE_ROWS, _TABLE_CELLS = 5, 10  # rows, and cells beyond the first column, that must agree before lines are a table
 _STRING = rb'"(?:[^"\\]|\\.)*"\s*'
 _JSON = re.compile(rb"\s*(?:(?:\[\s*)?\{\s*" + _STRING + rb":|\[\s*" + _STRING + rb"[,\]])")
 
@@ -125,9 +132,53 @@ def foreign_format(start: bytes) -> tuple[str, str] | None:
     return None if name is None else (name, _FIXES.get(name, _UNPACK))
 
 
-def is_json(start: bytes) -> bool:
-    """Return whether a file that begins so holds JSON: objects, one a line or not, or an array of objects or strings."""
-    return _JSON.match(start.removeprefix(b"\xef\xbb\xbf")) is not None
+def undecodable(path: Path, start: bytes) -> tuple[str, str] | None:
+    """Tell that a file's first bytes are no text in UTF-8: (what is wrong, what to do). None: they are."""
+    if start.count(0) * 10 > len(start):  # of UTF-16 without a mark every second byte is 0, in most scripts
+        return "holds zero bytes, as UTF-16 without a mark or binary data do", _FIXES["text in UTF-16"]
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start, final=len(start) < HEAD)  # else a character may be cut
+    except UnicodeDecodeError as problem:
+        what, fix = not_utf8(path, problem)
+        return f"is {what}", fix
+    return None
+
+
+def not_utf8(path: Path, problem: UnicodeDecodeError) -> tuple[str, str]:
+    """Word that a file is not UTF-8: (what is wrong, what to do)."""
+    fix = f"convert it; if it is Latin-1: iconv -f LATIN1 -t UTF-8 {shlex.quote(path.name)}"
+    return f"not UTF-8 text ({problem.reason} at byte {problem.start})", fix
+
+
+def markup(start: bytes) -> tuple[str, str] | None:
+    """Tell that a file that begins so is text with markup: (JSON, HTML, XML or a table; what to do). None: it is plain.
+
+    JSON is objects, one a line or not, or an array of objects or strings. A table has a separator as often in every line.
+    """
+    start = start.removeprefix(codecs.BOM_UTF8)
+    if _JSON.match(start):
+        return "JSON", "use data=jsonl"
+    if found := _MARKUP.match(start):
+        return ("HTML" if found[1] else "XML"), "extract its text first"
+    return ("a table", _RECORDS) if _is_table(start) else None
+
+
+def _is_table(start: bytes) -> bool:
+    """Return whether the first lines are the rows of a CSV or TSV file. Quoted cells may hold line breaks."""
+    text = start.decode(errors="ignore")
+    for separator in "\t,;":
+        if separator not in text[:4096]:
+            continue
+        try:
+            rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if row][:32]
+        except csv.Error:
+            continue
+        whole = rows[:-1] if len(rows) > 1 else rows  # the last one may be cut
+        columns = {len(row) for row in whole}
+        cells = (columns.pop() - 1) * len(whole) if len(columns) == 1 else 0
+        if len(whole) >= _TABLE_ROWS and cells >= _TABLE_CELLS:
+            return True
+    return False
 
 
 def _opened_blocks(path: Path, kind: str | None) -> Iterator[bytes]:

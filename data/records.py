@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -17,10 +19,60 @@ from .formats import import_extra, missing_extra
 from .sources import FileSource, files_below, identity_of
 from .version import NEWEST
 
+log = logging.getLogger(__name__)
+
 _MARK = codecs.BOM_UTF8
 
 
-class JsonLines(FileSource):
+class TextCount:
+    """Counts the records of a source, and those without a text, which make no document."""
+
+    def __init__(self) -> None:
+        self._records = self._empty = 0
+        self._told = False
+
+    def nonempty(self, texts: Iterable[str]) -> Iterator[str]:
+        """Yield the texts that are not empty."""
+        self._records = self._empty = 0
+        for text in texts:
+            self._records += 1
+            if text:
+                yield text
+            else:
+                self._empty += 1
+
+    def warn(self, name: str, field: str) -> None:
+        """Warn, the first time that all records were read, of those without a text."""
+        if self._empty and not self._told:
+            of = f"{self._empty:,} of {self._records:,} records ({self._empty / self._records:.1%})"
+            log.warning("data.field: %s of data=%s have no text in '%s' (null or empty) and are left out", of, name, field)
+        self._told = True
+
+
+class RecordFiles(FileSource):
+    """Files of records; the document is the text in `field`. Warns, once all are read, of records without a text."""
+
+    def __init__(self, input: str | Sequence[str] | None, field: str = "text", version: int = NEWEST) -> None:
+        super().__init__(input, version)
+        self.field = field
+        self._count = TextCount()
+
+    @abstractmethod
+    def texts(self, path: Path) -> Iterator[str]:
+        """Yield the text of each record of one file; "" where it has none."""
+
+    def read(self, path: Path) -> Iterator[str]:
+        """Yield the documents of one file."""
+        return filter(None, self.texts(path))
+
+    def documents(self) -> Iterator[str]:
+        """Yield the documents of all files."""
+        self._warn_of_skipped_files()
+        yield from self._count.nonempty(text for path in self.files() for text in self.texts(path))
+        self._count.warn(self.name, self.field)
+
+
+class JsonLines(RecordFiles):
     """Files of JSON records, plain or compressed; the document is the text in `field`.
 
     A file has an object per line, or objects one behind the other, or one array of objects. Arrays and objects that span lines
@@ -31,10 +83,6 @@ class JsonLines(FileSource):
     endings = tuple(f"{name}{packed}" for name in (".jsonl", ".ndjson") for packed in ("", ".gz", ".zst", ".bz2", ".xz"))
     # As C4 and Dolma name their documents. A bare .json beside others is metadata.
     fallback_endings = ((".json.gz", ".json.zst", ".json.bz2", ".json.xz"), (".json",))
-
-    def __init__(self, input: str | Sequence[str] | None, field: str = "text", version: int = NEWEST) -> None:
-        super().__init__(input, version)
-        self.field = field
 
     def settings(self) -> str:
         """Name the settings that decide the documents: the field."""
@@ -59,15 +107,14 @@ class JsonLines(FileSource):
         record = _first_record(formats.head(path)) if path.suffix == ".json" else None
         return path.suffix != ".json" or (isinstance(record, dict) and self.field in record)
 
-    def read(self, path: Path) -> Iterator[str]:
-        """Yield the documents of one file."""
+    def texts(self, path: Path) -> Iterator[str]:
+        """Yield the text of each record of one file; "" where it has none."""
         for place, record in self._records(path):
             try:
                 text = self._text(record)
             except ValueError as problem:
                 raise ValueError(f"{path}, {place}: {problem}") from problem
-            if text:
-                yield text
+            yield text
 
     def _records(self, path: Path) -> Iterator[tuple[str, Any]]:
         """Yield the records of one file, each with its place."""
@@ -78,6 +125,8 @@ class JsonLines(FileSource):
             if line.strip():
                 try:
                     yield f"line {number}", json.loads(line)
+                except UnicodeDecodeError as problem:
+                    raise ValueError(f"{path}, line {number}: {'; '.join(formats.not_utf8(path, problem))}") from problem
                 except (ValueError, RecursionError) as problem:
                     raise ValueError(f"{path}, line {number}: {problem}") from problem
 
@@ -111,7 +160,7 @@ def _whole_records(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         text = b"".join(formats.blocks(path)).decode("utf-8-sig")
     except UnicodeDecodeError as problem:
-        raise ValueError(f"{path}: not UTF-8 text ({problem.reason} at byte {problem.start})") from problem
+        raise ValueError(f"{path}: {'; '.join(formats.not_utf8(path, problem))}") from problem
     place, number = _past_space(text, 0), 0
     while place < len(text):
         try:
@@ -155,15 +204,11 @@ def field_text(record: dict[str, Any], field: str) -> str:
     return text
 
 
-class ParquetFiles(FileSource):
+class ParquetFiles(RecordFiles):
     """Parquet files; the document is the text in the column `field`."""
 
     name = "parquet"
     endings = (".parquet",)
-
-    def __init__(self, input: str | Sequence[str] | None, field: str = "text", version: int = NEWEST) -> None:
-        super().__init__(input, version)
-        self.field = field
 
     def settings(self) -> str:
         """Name the settings that decide the documents: the column."""
@@ -189,8 +234,8 @@ class ParquetFiles(FileSource):
             return [Problem(f"{key}.field", what, "name the column that holds the text")]
         return []
 
-    def read(self, path: Path) -> Iterator[str]:
-        """Yield the documents of one file."""
+    def texts(self, path: Path) -> Iterator[str]:
+        """Yield the text of each row of one file; "" where it has none."""
         parquet = import_extra("pyarrow.parquet", "parquet", f"reading {path}")
         try:
             with parquet.ParquetFile(path) as file:
@@ -199,8 +244,7 @@ class ParquetFiles(FileSource):
                     raise ValueError(f"no column '{self.field}' (data.field) among {', '.join(names)}")
                 for batch in file.iter_batches(batch_size=1024, columns=[self.field]):
                     for text in batch.column(0).to_pylist():
-                        if text := field_text({self.field: text}, self.field):
-                            yield text
+                        yield field_text({self.field: text}, self.field)
         except (ValueError, OSError) as problem:  # the library's own errors derive from these two
             raise ValueError(f"{path}: {problem}") from problem
 
@@ -227,6 +271,7 @@ class HuggingFace:
         self.split = split
         self.field = field
         self.revision = revision
+        self._count = TextCount()
 
     def problems(self, key: str) -> list[Problem]:
         """Check that a data set is named, and that the library is there."""
@@ -251,6 +296,11 @@ class HuggingFace:
 
     def documents(self) -> Iterator[str]:
         """Yield the documents as they stream in."""
+        yield from self._count.nonempty(self._texts())
+        self._count.warn(self.name, self.field)
+
+    def _texts(self) -> Iterator[str]:
+        """Yield the text of each row; "" where it has none."""
         library = import_extra("datasets", "hf", "data=hf")
         what = f"data set {self.path} ({self.split})"
         try:
@@ -270,6 +320,5 @@ class HuggingFace:
                 text = field_text(row, self.field)
             except ValueError as problem:
                 raise ValueError(f"{what}, row {number}: {problem}") from problem
-            if text:
-                yield text
+            yield text
             number += 1

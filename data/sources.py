@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 CHECKED = 32  # files whose first bytes are looked at before a run begins
 _DIGITS = 32  # of a digest
+_MARKS = {"JSON": "braces and names", "HTML": "tags", "XML": "tags", "a table": "separators"}
 
 
 class DocumentSource(Protocol):
@@ -136,9 +137,12 @@ class FileSource(ABC):
         foreign = formats.foreign_format(formats.head(path))
         if foreign is not None:
             return [Problem(f"{key}.input", f"'{path}' is {foreign[0]}", foreign[1])]
-        if formats.compression(path) == "zstd":
-            return formats.missing_extra("zstandard", "zstd", f"{key}.input", "reading .zst files")
-        return []
+        if formats.compression(path) == "zstd" and (
+            missing := formats.missing_extra("zstandard", "zstd", f"{key}.input", "reading .zst files")
+        ):
+            return missing
+        wrong = formats.undecodable(path, formats.head(path))
+        return [] if wrong is None else [Problem(f"{key}.input", f"'{path}' {wrong[0]}", wrong[1])]
 
     def _pattern_problems(self, key: str) -> list[Problem]:
         fix = "give a path, a glob pattern or a folder"
@@ -229,7 +233,7 @@ def _cached_digest(path: Path, compute: Callable[[], str]) -> str:
 class TextFiles(FileSource):
     """Text files in UTF-8, plain or compressed: each is a document, or several, separated by `separator`.
 
-    markup  files of JSON are meant as text, with their markup
+    markup  files of JSON, HTML, XML or CSV are meant as text, with their markup
     """
 
     name = "text"
@@ -245,30 +249,48 @@ class TextFiles(FileSource):
         self.separator = separator
         self._markup = markup
         self._separated = False  # whether the separator has occurred
+        self._told = False
 
     def settings(self) -> str:
         """Name the settings that decide the documents: the separator, and how line ends are read."""
         return f"text {self.separator!r}" if self.version == 1 else f"text as it stands {self.separator!r}"
 
     def problems(self, key: str) -> list[Problem]:
-        """Check that every pattern matches a file, and that the first files are text but not JSON."""
+        """Check the separator, that every pattern matches a file, and that the first files are text without markup."""
         found = super().problems(key)
-        if found or self._markup or self.version == 1:
-            return found
-        files = self._first_files()
-        if files and all(formats.is_json(formats.head(path)) for path in files):
-            what = f"'{files[0]}' holds JSON, which would be trained on with its braces and names"
-            fix = "use data=jsonl, or data.markup=true if the markup is meant"
-            return [Problem(f"{key}.input", what, fix)]
-        return []
+        if self.separator == "":
+            fix = f"give the text between documents, or {key or 'data'}.separator=null where each file is one"
+            found.append(Problem(f"{key}.separator", "is empty, and separates nothing", fix))
+        kinds = {} if found else self._markup_kinds()
+        if kinds and None not in kinds:
+            (what, fix), path = next((kind, path) for kind, path in kinds.items() if kind is not None)
+            message = f"'{path}' holds {what}, which would be trained on with its {_MARKS[what]}"
+            found.append(Problem(f"{key}.input", message, f"{fix}, or {key or 'data'}.markup=true if the markup is meant"))
+        return found
+
+    def _markup_kinds(self) -> dict[tuple[str, str] | None, Path]:
+        """Return each kind of markup among the first files, None for none, and the first file of it."""
+        if self._markup or self.version == 1:
+            return {}
+        kinds: dict[tuple[str, str] | None, Path] = {}
+        for path in self._first_files():
+            kinds.setdefault(formats.markup(formats.head(path)), path)
+        return kinds
 
     def documents(self) -> Iterator[str]:
-        """Yield the documents of all files. Warns of a separator that occurs in none of them."""
+        """Yield the documents of all files. Warns of files with markup among others, and of a separator that occurs nowhere."""
+        self._warn_of_markup()
         for path in self.files():
             yield from self.read(path)
         if self.separator and not self._separated and not self._warned:
             self._warned = True
             log.warning("%s", self._separator_notice())
+
+    def _warn_of_markup(self) -> None:
+        told, self._told = self._told, True
+        for kind, path in self._markup_kinds().items() if not told else ():
+            if kind is not None:
+                log.warning("data.input: '%s' holds %s, and is trained on with its %s", path, kind[0], _MARKS[kind[0]])
 
     def _separator_notice(self) -> str:
         assert self.separator is not None
@@ -295,7 +317,7 @@ class TextFiles(FileSource):
                 return content.decode("utf-8-sig")
             return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()  # universal newlines
         except UnicodeDecodeError as problem:
-            raise ValueError(f"{path}: not UTF-8 text ({problem.reason} at byte {problem.start})") from problem
+            raise ValueError(f"{path}: {'; '.join(formats.not_utf8(path, problem))}") from problem
 
 
 class StandardLibrary(FileSource):

@@ -126,9 +126,10 @@ def _kinds_of(files: Sequence[Path]) -> list[str]:
     json_names = (*JsonLines.endings, *JsonLines.fallback_endings[0])
     for path in files[:: -(-len(files) // _LOOKED_AT)] if files else ():
         start, name = formats.head(path), path.name.lower()
+        marked = formats.markup(start)
         if start.startswith(b"PAR1") or name.endswith(ParquetFiles.endings):
             found.add("parquet")
-        elif formats.is_json(start) or name.endswith(json_names):
+        elif (marked is not None and marked[0] == "JSON") or name.endswith(json_names):
             found.add("jsonl")
         elif start:
             found.add("text")

@@ -238,7 +238,7 @@ def _watched(saved: Mapping[str, Any], merged: dict[str, Any], sides: Mapping[st
 
 
 def _consequence(key: str) -> str | None:
-    if key == "data.tokenizer":  # compared by its fingerprint, wherever it lies
+    if key in ("data.tokenizer", "data.markup"):  # one is compared by its fingerprint; the other changes no document
         return None
     return CONSEQUENCES.get(key.partition(".")[0])
 

@@ -272,6 +272,84 @@ def test_json_is_no_text_unless_it_is_said_to_be(tmp_path: Path, layout: str):
     assert TextFiles(str(tmp_path)).problems("data") == []
 
 
+MARKED = {
+    "HTML": "<!-- saved -->\n<!DOCTYPE html>\n<html><p>text</p></html>",
+    "XML": "\ufeff<?xml version='1.0'?>\n<a>text</a>",
+    "a table": "id,text\n" + "".join(f'{row},"a line,\nand more"\n' for row in range(12)),
+}
+
+
+@pytest.mark.parametrize("kind", MARKED)
+def test_markup_is_no_text_unless_it_is_said_to_be(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "a.txt").write_text(MARKED[kind])
+    (problem,) = TextFiles(str(tmp_path)).problems("data")
+    assert problem.key == "data.input" and f"a.txt' holds {kind}" in str(problem) and "data.markup=true" in problem.fix
+    assert TextFiles(str(tmp_path), markup=True).problems("data") == []
+    (tmp_path / "b.txt").write_text("plain")
+    source = TextFiles(str(tmp_path))
+    assert source.problems("data") == [] and len(list(source.documents())) == len(list(source.documents())) == 2
+    (record,) = caplog.records
+    assert f"a.txt' holds {kind}, and is trained on" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "one, two, three, four, five, six, seven, eight, nine, ten, eleven\n",  # of one line
+        "roses, red\nviolets, blue\nsugar is sweet\n" * 20,
+        "x < html and <p>\n",
+        "".join(f"    f({n}, {n}, [{n}])\n" for n in range(4)) + "    g()\n" + "    h(1, 2, 3)\n" * 9,
+    ],
+)
+def test_text_with_commas_and_angles_has_no_markup(tmp_path: Path, text: str):
+    (tmp_path / "a.txt").write_text(text)
+    assert TextFiles(str(tmp_path)).problems("data") == []
+
+
+@pytest.mark.parametrize("kind", [TextFiles, JsonLines])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"text": "Füße"}\n'.encode("latin-1"), r"is not UTF-8 text \(.* at byte 11\); .*iconv -f LATIN1 -t UTF-8 'a b.txt'"),
+        ('{"text": "Feet"}\n'.encode("utf-16-le"), "zero bytes, as UTF-16 without a mark"),
+    ],
+)
+def test_another_encoding_is_told_with_a_fix(tmp_path: Path, kind: type[FileSource], content: bytes, said: str):
+    (tmp_path / "a b.txt").write_bytes(content)
+    (problem,) = kind(f"{tmp_path}/a b.txt").problems("data")  # type: ignore[call-arg]
+    assert problem.key == "data.input" and re.search(said, str(problem))
+    if "byte 11" in said:  # and where only a later part of the file shows it
+        with pytest.raises(ValueError, match=r"not UTF-8 text .*iconv"):
+            list(kind(f"{tmp_path}/a b.txt").documents())  # type: ignore[call-arg]
+
+
+def test_a_character_cut_at_the_end_of_what_is_looked_at_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("meshloom.data.formats.HEAD", 3)
+    monkeypatch.setattr("meshloom.data.formats._BLOCK", 3)
+    (tmp_path / "a.txt").write_text("xxü")
+    assert TextFiles(str(tmp_path)).problems("data") == []
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_records_without_a_text_are_counted(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture):
+    texts = [*TEXTS, None, "", None]
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        write_lines(path, texts)
+    else:
+        pyarrow.parquet.write_table(pa.table({"text": texts}), path)
+    source = {"jsonl": JsonLines, "parquet": ParquetFiles}[kind](str(path))
+    assert list(source.documents()) == list(source.documents()) == TEXTS
+    (record,) = caplog.records
+    assert f"data.field: 3 of 6 records (50.0%) of data={kind} have no text in 'text'" in record.getMessage()
+
+
+def test_an_empty_separator_is_refused(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one two")
+    (problem,) = TextFiles(str(tmp_path), separator="").problems("data")
+    assert problem.key == "data.separator" and "data.separator=null" in problem.fix
+
+
 @pytest.mark.parametrize("text", ["[1] Knuth", "{x} is a set", '"Hello", she said', "{\\rtf1", "[links]: #a\n"])
 def test_text_with_brackets_is_no_json(tmp_path: Path, text: str):
     (tmp_path / "a.txt").write_text(text)
