@@ -25,7 +25,11 @@ from .writing.disk import sync_folder, write_small
 
 @dataclass(frozen=True)
 class Source:
-    """A whole array that can be had when its turn comes; `read` must give `dtype` and `shape`."""
+    """An array, or a box of it, that can be had when its turn comes; `read` must give `dtype` and the box's shape.
+
+    shape  of the whole array
+    box    the part of it that this is; None: all. All parts of an array must be among the sources
+    """
 
     name: str
     role: str
@@ -33,6 +37,12 @@ class Source:
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
     splits: tuple[int, ...] = ()
+    box: Box | None = None
+
+    @property
+    def region(self) -> Box:
+        """The box of the array that this is."""
+        return Box.whole(self.shape) if self.box is None else self.box
 
     @property
     def key(self) -> str:
@@ -47,7 +57,7 @@ def compose(
     state: dict[str, Any],
     beside: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write and commit a step with these arrays. Host memory holds one array at a time. Returns the step's folder.
+    """Write and commit a step with these arrays. Host memory holds one source at a time. Returns the step's folder.
 
     beside: name → contents of further files in the step's folder
 
@@ -61,7 +71,8 @@ def compose(
     if fault is not None:
         raise CheckpointError(fault)
     declarations = [_declared(source) for source in sources]
-    twice = next((key for key, count in Counter(source.key for source in sources).items() if count > 1), None)
+    counted = Counter((source.key, source.region) for source in sources)
+    twice = next((key for (key, _), count in counted.items() if count > 1), None)
     if twice is not None:
         raise CheckpointError(f"two arrays are called {twice}")
     plan = make_save_plan([declarations])
@@ -82,7 +93,7 @@ def compose(
                 for placed in layout.placed:
                     if placed.source != current:
                         current, values = placed.source, _checked(sources[placed.source])
-                    output.write(bytes_of(in_panels(values[placed.box.slices()], placed.panels)))
+                    output.write(bytes_of(in_panels(values[placed.box.slices(sources[current].region.offsets)], placed.panels)))
                 output.finish()
             finally:
                 output.close()
@@ -107,14 +118,15 @@ def _declared(source: Source) -> Declaration:
         dtype = name_of(source.dtype)
     except ValueError as error:
         raise CheckpointError(f"{source.key}: {error}") from error
-    return Declaration(source.name, source.role, dtype, source.shape, source.splits, Box.whole(source.shape))
+    return Declaration(source.name, source.role, dtype, source.shape, source.splits, source.region)
 
 
 def _checked(source: Source) -> torch.Tensor:
     values = source.read().detach().cpu()
-    if tuple(values.shape) != source.shape or values.dtype != source.dtype:
+    if tuple(values.shape) != source.region.shape or values.dtype != source.dtype:
         found = f"{values.dtype}{list(values.shape)}"
-        raise CheckpointError(f"{source.key}: expected {source.dtype}{list(source.shape)}, the source holds {found}")
+        expected = f"{source.dtype}{list(source.region.shape)}"
+        raise CheckpointError(f"{source.key}: expected {expected}, the source holds {found}")
     return values
 
 

@@ -87,12 +87,20 @@ class StoredArray:
 
 @dataclass
 class StoredFile:
-    """One data file: its length, the file with its leaves' digests, and the digests of its blocks."""
+    """One data file: its length, the file with its leaves' digests, and the digests of its blocks.
+
+    leaves  empty for another program's file, which has no digests
+    """
 
     name: str
     bytes: int
     leaves: str
     blocks: list[str]
+
+    @property
+    def has_digests(self) -> bool:
+        """True if what is read of it can be checked."""
+        return bool(self.leaves)
 
 
 @dataclass

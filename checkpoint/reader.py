@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,20 @@ class Reader:
         for _ in self.fetch(items):
             pass
 
+    def stream(self, wanted: Sequence[tuple[StoredArray, Box]]) -> Iterator[tuple[int, Box, Raw]]:
+        """Yield the values of wanted boxes piece by piece, in the order of the files: (number of the box, region, values).
+
+        Values are unsigned integers of the element's size, good until the next ones. Raises DamageError, as `read` does.
+        """
+        items: list[ReadItem] = []
+        numbers: dict[int, int] = {}
+        for number, (array, box) in enumerate(wanted):
+            own = read_items(array, box, np.empty(0, RAW[array.item_bytes]))
+            numbers |= {id(item): number for item in own}
+            items += own
+        for item, buffer, base in self.fetch(items):
+            yield numbers[id(item)], item.part, values_of(item, buffer, base)
+
     def fetch(self, items: list[ReadItem]) -> Iterator[tuple[ReadItem, np.ndarray[Any, np.dtype[np.uint8]], int]]:
         """Each item with a buffer that holds its checked bytes, and the file offset of the buffer's first byte.
 
@@ -132,6 +146,8 @@ class Reader:
 
     def _check_header(self, number: int, reader: RangeReader) -> None:
         """The manifest alone says where everything is, but a damaged header is damage all the same."""
+        if not self.manifest.files[number].has_digests:
+            return
         leaf, size = self.manifest.leaf_bytes, self.manifest.files[number].bytes
         first = np.empty(min(leaf, size), np.uint8)
         self._read_checked(number, reader, 0, len(first), np.ones(1, np.bool_), first)
@@ -153,6 +169,8 @@ class Reader:
         for low, high in runs:
             reader.fill(view[low:high], base + low)
             self.traffic.read += high - low
+            if not self.manifest.files[number].has_digests:
+                continue
             digests, known = b"", -1
             for at in range(low, high, leaf):
                 proof, index = divmod((base + at) // leaf, proof_leaves)
@@ -258,8 +276,11 @@ def needed_leaves(batch: list[ReadItem], base: int, stop: int, leaf: int) -> np.
 
 def place(item: ReadItem, buffer: np.ndarray[Any, np.dtype[np.uint8]], base: int) -> None:
     """Copy an item's values out of a buffer that starts at file offset `base`."""
-    raw = RAW[item.item_bytes]
-    view = item.target[(*item.part.slices(item.origin), ...)]
+    item.target[(*item.part.slices(item.origin), ...)] = values_of(item, buffer, base)
+
+
+def values_of(item: ReadItem, buffer: np.ndarray[Any, np.dtype[np.uint8]], base: int) -> Raw:
+    """Return an item's values, in the shape of its part. They may be in the buffer, which starts at file offset `base`."""
     first, starts = item.start - base, item.run_starts
     steps = np.diff(starts)
     if len(starts) == 1:
@@ -269,4 +290,4 @@ def place(item: ReadItem, buffer: np.ndarray[Any, np.dtype[np.uint8]], base: int
         values = np.ascontiguousarray(np.lib.stride_tricks.as_strided(buffer[first:], shape, strides)).reshape(-1)
     else:
         values = np.concatenate([buffer[first + at : first + at + item.run_bytes] for at in starts.tolist()])
-    view[...] = values.view(raw).reshape(view.shape)
+    return values.view(RAW[item.item_bytes]).reshape(item.part.shape)

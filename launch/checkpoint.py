@@ -188,7 +188,7 @@ def _stats(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from ..checkpoint.convert.deepspeed_export import export_ranks, export_universal
-    from ..checkpoint.convert.hf import SHARD_BYTES, export
+    from ..checkpoint.convert.hugging_face.exporting import SHARD_BYTES, export
     from ..checkpoint.folder import step_folders
 
     files = step_folders(arguments.path)[0]

@@ -28,7 +28,7 @@ def bring_in(source: Path, folder: str | Path, kind: str | None = None, tokenize
 
 def _bring_in(source: Path, folder: str | Path, kind: str, tokenizer: Path | None) -> Path:
     if kind == "hf":
-        from .hf import import_hf
+        from .hugging_face.importing import import_hf
 
         return import_hf(source, folder, tokenizer)
     if kind == "deepspeed":

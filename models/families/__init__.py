@@ -10,7 +10,7 @@ from .family import Family
 from .gemma import Gemma2, Gemma3, Gemma3Text
 from .llama import Llama
 from .mistral import Mistral
-from .names import StoredWeight
+from .names import StoredPart, StoredWeights
 from .olmo import Olmo2, Olmo3
 from .phi import Phi3
 from .qwen import Qwen2, Qwen3
@@ -41,4 +41,4 @@ def family_of(config: DecoderConfig, asked: str | None = None, preferred: str | 
     raise ValueError("the model is of no family that can be exported: " + "; ".join(reasons))
 
 
-__all__ = ["FAMILIES", "Family", "StoredWeight", "family_of"]
+__all__ = ["FAMILIES", "Family", "StoredPart", "StoredWeights", "family_of"]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from ..config import DECODER, DecoderConfig, decoder_config
 from ..rope_config import RopeScaling
-from .names import StoredWeight, stored_weights
+from .names import StoredWeights, stored_weights
 from .positions import read_positions, write_positions
 
 Json = Mapping[str, Any]
@@ -65,8 +65,8 @@ class Family:
     constants: ClassVar[Json] = {}
     parts: ClassVar[Json] = {}
 
-    def stored_weights(self, config: DecoderConfig) -> dict[str, StoredWeight]:
-        """Map a decoder's parameter names to those of the files."""
+    def stored_weights(self, config: DecoderConfig) -> StoredWeights:
+        """Map the names of a decoder's parameters and saved buffers to their parts in the files."""
         return stored_weights(config)
 
     def stem(self, name: str) -> str | None:

@@ -12,14 +12,30 @@ from ..config import DecoderConfig
 
 
 @dataclass(frozen=True)
-class StoredWeight:
-    """The place of a weight: a tensor of the file, or some rows of one that several weights share.
+class StoredPart:
+    """A part of one of our weights, and where it is in the files: some rows of a tensor, in the order of our rows.
 
-    rows  first row and the row after the last; None: the whole tensor
+    name        of the tensor
+    rows        first row and the row after the last, of what the index leaves; None: all
+    step        every so many of these rows, where the rows of two weights take turns; it goes with `rows`
+    index       in the leading dims of a tensor that stacks several (experts, say)
+    transposed  whether the two dims of a matrix are the other way round there
     """
 
     name: str
     rows: tuple[int, int] | None = None
+    step: int = 1
+    index: tuple[int, ...] = ()
+    transposed: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """True if its values lie there one after the other, as ours do."""
+        return self.step == 1 and not self.transposed
+
+
+StoredWeights = dict[str, tuple[StoredPart, ...]]
+"""Our name of a weight → its parts, whose rows are its rows, one after the other. Parts without `rows` are equally long."""
 
 
 _PROJECTIONS = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
@@ -42,12 +58,12 @@ _NORMS = {
 """`norm_place` → our norm → theirs."""
 
 
-def stored_weights(config: DecoderConfig) -> dict[str, StoredWeight]:
+def stored_weights(config: DecoderConfig) -> StoredWeights:
     """Map our parameter names to Hugging Face's. A tied head is stored once, as the embedding."""
     found = {ours: theirs for ours, theirs in _OUTER.items() if not (config.tied and ours == "head.weight")}
     for layer in range(config.layers):
         found |= {f"layers.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in _of_block(config)}
-    return {ours: StoredWeight(theirs) for ours, theirs in found.items()}
+    return {ours: (StoredPart(theirs),) for ours, theirs in found.items()}
 
 
 def _of_block(config: DecoderConfig) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from ..config import DecoderConfig
 from .family import Family, Json
-from .names import StoredWeight
+from .names import StoredPart, StoredWeights
 
 _FUSED = {
     "q_proj": "qkv_proj",
@@ -32,15 +32,15 @@ class Phi3(Family):
         "sliding_window": None,
     }
 
-    def stored_weights(self, config: DecoderConfig) -> dict[str, StoredWeight]:
+    def stored_weights(self, config: DecoderConfig) -> StoredWeights:
         """Map a decoder's parameter names to rows of the files' tensors."""
-        return {ours: self._fused(place, config) for ours, place in super().stored_weights(config).items()}
+        return {ours: (self._fused(part, config),) for ours, (part,) in super().stored_weights(config).items()}
 
-    def _fused(self, place: StoredWeight, config: DecoderConfig) -> StoredWeight:
-        *path, module, kind = place.name.split(".")
+    def _fused(self, part: StoredPart, config: DecoderConfig) -> StoredPart:
+        *path, module, kind = part.name.split(".")
         if module not in _FUSED:
-            return place
-        return StoredWeight(".".join((*path, _FUSED[module], kind)), dict(_rows(config))[module])
+            return part
+        return StoredPart(".".join((*path, _FUSED[module], kind)), dict(_rows(config))[module])
 
     def read(self, theirs: Json) -> dict[str, Any]:
         """Return keys of `model`."""

@@ -17,7 +17,7 @@ from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.compare import read_array
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
-from meshloom.checkpoint.convert.hf import export
+from meshloom.checkpoint.convert.hugging_face.exporting import export
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
 from meshloom.launch.checkpoint import main
@@ -160,7 +160,7 @@ def test_damaged_folders_of_others_are_refused_with_a_message(tmp_path: Path, ca
         refused(llama)
     (llama / "config.json").write_text(json.dumps({"model_type": "llama", "num_attention_heads": 2, **sizes}))
     (llama / "model.safetensors").write_bytes(b"123")
-    refused(llama, "Safetensor")
+    refused(llama, "no safetensors file")
 
     zero = tmp_path / "zero"
     zero.mkdir()

@@ -30,7 +30,7 @@ def a_qwen(**keys: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     family = FAMILIES["qwen3"]
     values = dict(Decoder(config).named_parameters())
     return family.to_hugging_face(config), {
-        place.name: values[ours].detach().clone() for ours, place in family.stored_weights(config).items()
+        part.name: values[ours].detach().clone() for ours, (part,) in family.stored_weights(config).items()
     }
 
 

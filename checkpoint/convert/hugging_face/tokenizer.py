@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...data.tokenizer import Tokenizer
-from ..errors import CheckpointError
-from ..files import Files, LocalFiles
-from .tokenizer import TOKENIZER
+from ....data.tokenizer import Tokenizer
+from ...errors import CheckpointError
+from ...files import Files, LocalFiles
+from ..tokenizer import TOKENIZER
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from meshloom.kernels.documents import Documents
 from meshloom.launch.checkpoint import main
 from meshloom.models.config import decoder_config
 from meshloom.models.decoder import Decoder
-from meshloom.models.families import FAMILIES, StoredWeight
+from meshloom.models.families import FAMILIES, StoredPart
 from support.hf_families import CASES, SIZES, make_model, make_model_with_pictures, save_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'meshloom[hf]'")
@@ -35,8 +35,8 @@ def imported(step: Path) -> Decoder:
     return model
 
 
-def rows_of(tensor: torch.Tensor, place: StoredWeight) -> torch.Tensor:
-    return tensor if place.rows is None else tensor[place.rows[0] : place.rows[1]]
+def rows_of(tensor: torch.Tensor, part: StoredPart) -> torch.Tensor:
+    return tensor if part.rows is None else tensor[part.rows[0] : part.rows[1]]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,7 +61,8 @@ def test_a_family_computes_and_learns_as_in_transformers(tmp_path: Path, name: s
     stored = FAMILIES[theirs.config.model_type].stored_weights(ours.config)
     gradients = {key: parameter.grad for key, parameter in theirs.named_parameters()}
     for key, parameter in ours.named_parameters():
-        wanted = rows_of(gradients[stored[key].name], stored[key])
+        (part,) = stored[key]
+        wanted = rows_of(gradients[part.name], part)
         torch.testing.assert_close(parameter.grad, wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max())), msg=key)
 
 

@@ -1,0 +1,67 @@
+"""How tensors of the files are stored: as their values, or as codes with scales from which values are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ....parallel.box import Box
+from ...manifest import StoredArray
+
+
+class Tensor(Protocol):
+    """A tensor as it is read. dtype: of its values, as in safetensors"""
+
+    @property
+    def dtype(self) -> str:
+        """Type of the values, as in safetensors."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the values."""
+        ...
+
+    def sources(self, region: Box) -> Sequence[tuple[StoredArray, Box]]:
+        """Return what must be read for a region of the values; the largest first."""
+        ...
+
+    def decode(self, read: Sequence[torch.Tensor], region: Box) -> torch.Tensor:
+        """Return the values of a region. read: what was read of its sources"""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """A tensor that is stored as its values."""
+
+    stored: StoredArray
+
+    @property
+    def dtype(self) -> str:
+        """See Tensor."""
+        return self.stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See Tensor."""
+        return self.stored.shape
+
+    def sources(self, region: Box) -> Sequence[tuple[StoredArray, Box]]:
+        """See Tensor."""
+        return [(self.stored, region)]
+
+    def decode(self, read: Sequence[torch.Tensor], region: Box) -> torch.Tensor:
+        """See Tensor."""
+        return read[0]
+
+
+def decodable(stored: Mapping[str, StoredArray], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors that the stored ones stand for: those that are stored as values, and those that can be decoded.
+
+    stored: name → tensor of the files; config: the folder's config.json, which may describe a quantisation
+    """
+    return {name: PlainTensor(each) for name, each in stored.items()}
