@@ -134,6 +134,13 @@ class Engine(Protocol):
         """Compute the loss without gradients. `tokens` is counted over all ranks here."""
         ...
 
+    def assignments(self) -> torch.Tensor | None:
+        """Return each expert's assignments in the last `accumulate` or `evaluate`, over all ranks: (L, E), fp64, on the device.
+
+        Rows are the layers with a mixture. None for a model without experts.
+        """
+        ...
+
     def fragments(self) -> Iterator[Fragment]:
         """Yield this rank's boxes of the weights and of the optimizer's state, live: writing into them restores."""
         ...

@@ -46,6 +46,7 @@ from .derived import build_horizon, checkpoint_folder
 from .hooks.base import Hook
 from .hooks.evaluation import Evaluation, EvaluationSet
 from .hooks.expert_load import WarnOfCollapse
+from .hooks.expert_map import ExpertMap
 from .hooks.garbage import CollectGarbage
 from .hooks.loggers.defaults import default_loggers
 from .hooks.profiling import ProfileStep
@@ -195,13 +196,15 @@ def _build(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Me
     assigner = build_assigner(config, mesh.layout)
     loader = Loader(data.train(), assigner, mesh.data_rank, pin=mesh.device.type == "cuda")
 
+    shape = model.decoder_config
+    mixtures = [] if shape is None else shape.mixture_layers()
     hooks: list[Hook] = []
     if mesh.is_main and config.trainer.profile_step is not None:  # first: what the others do at a step's end is not the step's
         hooks.append(ProfileStep(config.trainer.profile_step, output_dir / "profile"))
     hooks += [CollectGarbage(), *(build_hook(node) for node in config.trainer.hooks)]
     parts = validation_parts(data)
     if parts and config.trainer.eval_every != 0:
-        hooks.append(_evaluation(config, parts, mesh))
+        hooks.append(_evaluation(config, parts, mesh, mixtures))
     elif not parts and config.trainer.eval_every and mesh.is_main:
         log.warning("trainer.eval_every: there will be no evaluation, because the data keeps nothing for validation")
     saving = None
@@ -221,9 +224,8 @@ def _build(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Me
         if config.trainer.sample_prompt is not None:
             build = functools.partial(build_model, config.model, vocabulary)
             hooks += _sample_hooks(config, build, data.tokenizer, saved=saving is not None)
-        shape = model.decoder_config
-        if shape is not None and shape.mixture_layers():
-            hooks.append(WarnOfCollapse(shape.experts))
+        if shape is not None and mixtures:
+            hooks += [WarnOfCollapse(shape.experts), ExpertMap(mixtures, output_dir / "experts")]
         hooks += default_loggers(config.logging, output_dir, plain_config(config))
 
     loop = Loop(
@@ -242,8 +244,11 @@ def _build(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Me
     return Run(loop, saving, loader, data)
 
 
-def _evaluation(config: RunConfig, parts: Sequence[ValidationPart], mesh: Mesh) -> Evaluation:
-    """Load this rank's share of each part's validation samples, and build the hook that evaluates on them."""
+def _evaluation(config: RunConfig, parts: Sequence[ValidationPart], mesh: Mesh, mixtures: Sequence[int]) -> Evaluation:
+    """Load this rank's share of each part's validation samples, and build the hook that evaluates on them.
+
+    mixtures: the layers with experts
+    """
     assigner = Assigner(mesh.layout.data_size)
     sets: list[EvaluationSet] = []
     for part, count in zip(parts, samples_of_parts(parts, config.trainer.eval_samples), strict=True):
@@ -251,7 +256,7 @@ def _evaluation(config: RunConfig, parts: Sequence[ValidationPart], mesh: Mesh) 
         share = load_share(part.samples, held_out, mesh.data_rank)
         sets.append(EvaluationSet(part.name, part.weight, share.micro_batches))
     every = config.trainer.eval_every
-    return Evaluation(sets, None if every is None else Duration.parse(every))
+    return Evaluation(sets, None if every is None else Duration.parse(every), mixtures)
 
 
 def _sample_hooks(config: RunConfig, build: Callable[[], Model], codec: TextCodec | None, *, saved: bool) -> list[Hook]:

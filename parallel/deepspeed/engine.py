@@ -184,6 +184,10 @@ class DeepSpeedEngine:
         self.mesh.sum(sums, "data")
         return StepLoss(sums[0], sums[1], {})
 
+    def assignments(self) -> torch.Tensor | None:
+        """Return None: models with experts are refused."""
+        return None
+
     def fragments(self) -> Iterator[Fragment]:
         """Yield this rank's boxes of the fp32 masters and of the optimizer's tensors that have a weight's shape."""
         return self._state.fragments()

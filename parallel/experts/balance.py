@@ -55,13 +55,21 @@ class ExpertBalance:
         self._prefix = coefficient if config.counts == "prefix" else 0.0
         rates = Rates(self._prefix, config.micro_batch, config.sequence, config.z_loss)
         self.ledger = Ledger(self._layers, self._experts, mesh.device, rates, MeshSums(mesh))
+        self._evaluated = Ledger(self._layers, self._experts, mesh.device, Rates())
+        self._counts_LE: torch.Tensor | None = None
         self.shares_LE = torch.ones(len(self._layers), self._experts, dtype=torch.float64, device=mesh.device)
         held = {layer for stage in stages for layer in stage.block_modules()}
         self._held = [layer for layer in self._layers if layer in held]
         self._biases: Mapping[str, torch.Tensor] = {
             name: bias for stage in stages for name, bias in stage.saved_buffers().items()
         }
-        self._active = False
+        self._active: Ledger | None = None
+
+    @property
+    def assignments(self) -> torch.Tensor:
+        """The assignments (L, E) of the last step or evaluation, summed over all ranks, on the device; fp64."""
+        assert self._counts_LE is not None, "nothing was routed yet"
+        return self._counts_LE
 
     @property
     def counts_first(self) -> bool:
@@ -69,8 +77,19 @@ class ExpertBalance:
         return self._config.counts == "exact" and self._config.global_coefficient > 0
 
     def routing(self, counted_BS: torch.Tensor) -> Routing | None:
-        """Return a micro-batch's access to the ledger; None outside of a step's passes: evaluations count nothing."""
-        return Routing(self.ledger, counted_BS) if self._active else None
+        """Return a micro-batch's access to the ledger of the step, or of the evaluation; None outside of both."""
+        return None if self._active is None else Routing(self._active, counted_BS)
+
+    def run_evaluation(self, global_tokens: torch.Tensor, evaluate: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return `evaluate`'s result, and count what it routes, apart from the step's counts. Nothing learns of it."""
+        self._active = self._evaluated
+        try:
+            self._evaluated.begin(global_tokens, None)
+            total = evaluate()
+        finally:
+            self._active = None
+        self._counts_LE = self._whole_sums(self._evaluated)[:, : self._experts]
+        return total
 
     def run_step(
         self, global_tokens: torch.Tensor, count: Callable[[], object], accumulate: Callable[[], torch.Tensor]
@@ -80,12 +99,12 @@ class ExpertBalance:
         count: runs forward passes over the step's micro-batches; called where prices need the counts of this very step.
         """
         price_LE = None
-        self._active = True
+        self._active = self.ledger
         try:
             if self.counts_first:
                 self.ledger.begin(global_tokens, None)
                 count()
-                price_LE = share_of(self._whole_sums()[:, : self._experts])
+                price_LE = share_of(self._whole_sums(self.ledger)[:, : self._experts])
             elif not self._prefix and self._config.global_coefficient:
                 price_LE = self.shares_LE
             if price_LE is not None:
@@ -93,14 +112,15 @@ class ExpertBalance:
             self.ledger.begin(global_tokens, price_LE)
             total = accumulate()
         finally:
-            self._active = False
-        sums_LN = self._whole_sums()
-        self._learn(sums_LN[:, : self._experts])
+            self._active = None
+        sums_LN = self._whole_sums(self.ledger)
+        self._counts_LE = sums_LN[:, : self._experts]
+        self._learn(self._counts_LE)
         return total, self._report(sums_LN, global_tokens)
 
-    def _whole_sums(self) -> torch.Tensor:
-        """Sum the ledger over all ranks: each token and layer is tallied on one of them."""
-        return self._mesh.sum(self.ledger.sums_LN.clone())
+    def _whole_sums(self, ledger: Ledger) -> torch.Tensor:
+        """Sum a ledger over all ranks: each token and layer is tallied on one of them."""
+        return self._mesh.sum(ledger.sums_LN.clone())
 
     @torch.no_grad()
     def _learn(self, counts_LE: torch.Tensor) -> None:

@@ -153,10 +153,15 @@ class TorchEngine:
         """Compute the loss without gradients, over all ranks."""
         tokens = torch.tensor(sum(batch.valid_tokens for batch in micro_batches), dtype=torch.float64, device=self.mesh.device)
         self.weights.sync_from_masters()
-        total = self._step.evaluate(micro_batches)
+        run = functools.partial(self._step.evaluate, micro_batches)
+        total = run() if self._balance is None else self._balance.run_evaluation(tokens, run)
         self.weights.reshard()
         # Context-parallel ranks have each counted the tokens of whole samples.
         return StepLoss(self._sum_over_batch(total), self.mesh.sum(tokens, "data") / self.mesh.layout.cp, {})
+
+    def assignments(self) -> torch.Tensor | None:
+        """See `engine.Engine`."""
+        return None if self._balance is None else self._balance.assignments
 
     def fragments(self) -> Iterator[Fragment]:
         """Yield this rank's boxes of weights and of the optimizer's arrays."""

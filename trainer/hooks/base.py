@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 from ...config.problems import Problem
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
     from ..loop import Loop
 
 
@@ -64,6 +67,12 @@ class Hook:
 
         Of a mixture the row also has `eval_loss/<source>` for each source.
         """
+
+    def on_routed(self, loop: Loop, counts: Mapping[str, torch.Tensor]) -> None:
+        """Called before `on_evaluate`, in a run with mixtures of experts: source → assignments of its samples (L, E)."""
+
+    def on_picture(self, loop: Loop, name: str, picture: np.ndarray) -> None:
+        """Called when a hook has drawn something, (height, width, 3) uint8, at the step of `loop.progress`."""
 
     def on_checkpoint(self, loop: Loop, row: dict[str, Any]) -> None:
         """Called after a save, complete or not, with a row of `checkpoint_step`, `checkpoint_saved` and its durations."""

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ...config.duration import Duration, Unit
 from ...data.batch import MicroBatch
+from ...parallel.engine import StepLoss
 from ..loop import Loop
 from .base import Hook
+from .expert_map import mutual_information
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +39,21 @@ class Evaluation(Hook):
 
     sets   one for each source
     every  interval: evaluate after each step that reaches or passes a multiple of it; None: only at the end
+    layers  those with a mixture of experts
     """
 
-    def __init__(self, sets: Sequence[EvaluationSet], every: Duration | None) -> None:
-        self._sets = sets
+    def __init__(self, sets: Sequence[EvaluationSet], every: Duration | None, layers: Sequence[int] = ()) -> None:
+        self._sets, self._layers = sets, layers
         self._every = every
 
     def _evaluate(self, loop: Loop) -> None:
         loop.deliver_metrics(keep=0)
-        found = [loop.engine.evaluate(each.micro_batches) for each in self._sets]
+        found: list[StepLoss] = []
+        routed: dict[str, torch.Tensor] = {}
+        for each in self._sets:
+            found.append(loop.engine.evaluate(each.micro_batches))
+            if (counts := loop.engine.assignments()) is not None:
+                routed[each.name] = counts
         losses = [float(loss.mean) for loss in found]
         # A source without a target says nothing, and its 0 has no place in the mean.
         weights = [each.weight if float(loss.tokens) else 0.0 for each, loss in zip(self._sets, found, strict=True)]
@@ -53,9 +63,20 @@ class Evaluation(Hook):
         mean = math.fsum(map(operator.mul, weights, losses)) / math.fsum(weights) if any(weights) else 0.0
         row: dict[str, Any] = {"step": loop.progress.step, "eval_loss": mean, "tokens": loop.progress.tokens}
         row |= {f"eval_loss/{each.name}": loss for each, loss in zip(self._sets, losses, strict=True) if each.name}
+        if routed:
+            row |= self._specialisation(loop, routed)
         for hook in loop.hooks:
             hook.on_evaluate(loop, row)
         loop.restart_clock()
+
+    def _specialisation(self, loop: Loop, routed: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Show the hooks what each source was routed to. Returns the mutual information of source and expert by layer."""
+        for hook in loop.hooks:
+            hook.on_routed(loop, routed)
+        if len(routed) < 2:
+            return {}
+        information = mutual_information(torch.stack(list(routed.values()))).tolist()
+        return {f"experts/{layer}/information": value for layer, value in zip(self._layers, information, strict=True)}
 
     def on_step_end(self, loop: Loop) -> None:
         """Evaluate if an evaluation is due; it always is after the last step."""

@@ -83,21 +83,25 @@ def test_balance_is_the_closed_form_on_every_layout(name: str) -> None:
     assert rows[name].worst < TOLERANCE, rows[name]
 
 
-def reported(rank: int, world_size: int, work: Work) -> tuple[dict[str, float], int]:
-    """What one step reports of its experts after an evaluation, and its tokens."""
+def reported(rank: int, world_size: int, work: Work) -> tuple[dict[str, float], set[float]]:
+    """What one step reports of its experts after an evaluation, and each layer's assignments in both over the tokens."""
     engine = build(work, world_size)
     batch = share(engine.mesh, work, 0)
-    engine.evaluate(batch.micro_batches)
     tokens = global_tokens(engine.mesh, batch)
+    counts: list[float] = []
+    engine.evaluate(batch.micro_batches)
+    counts += (engine.assignments().sum(1) / tokens).tolist()
     extras = engine.accumulate(batch, tokens).extras
-    return {name: float(value) for name, value in extras.items()}, int(tokens)
+    counts += (engine.assignments().sum(1) / tokens).tolist()
+    return {name: float(value) for name, value in extras.items()}, set(counts)
 
 
 def test_every_token_is_reported_once() -> None:
     """Entropy and load of one expert alone are known; recomputation, evaluation, other ranks and tokens must not count."""
     one = {"count": 1, "top_k": 1}
     for ranks, layout in ((1, {"activation": "full"}), (2, {"pp": 2, "zero": 0}), (2, {"tp": 2}), (2, {"cp": 2})):
-        for found, _ in run_ranks(ranks, reported, work(2, EXACT, one, **layout)):
+        for found, per_token in run_ranks(ranks, reported, work(2, EXACT, one, **layout)):
+            assert per_token == {1.0}, layout
             assert found["experts/1/lbl"] == pytest.approx(1.0, rel=1e-12), layout
             assert found["experts/1/entropy"] == found["experts/1/dropped"] == found["experts/1/violation"] == 0.0
 

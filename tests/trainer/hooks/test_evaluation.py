@@ -26,7 +26,9 @@ def evaluated_at(every: str | int | None, sizes: list[int], total: int) -> list[
         horizon=Horizon(Duration(total, Unit.SAMPLES), SEQ_LEN),
         progress=Progress(),
         deliver_metrics=lambda keep: None,
-        engine=SimpleNamespace(evaluate=lambda batches: StepLoss(torch.zeros(()), torch.ones(()), {})),
+        engine=SimpleNamespace(
+            evaluate=lambda batches: StepLoss(torch.zeros(()), torch.ones(()), {}), assignments=lambda: None
+        ),
         hooks=[SimpleNamespace(on_evaluate=lambda loop, row: seen.append(row["step"]))],
         restart_clock=lambda: None,
         finished=False,
@@ -77,7 +79,7 @@ def evaluated(found: dict[str, StepLoss]) -> dict[str, Any]:
         progress=Progress(),
         mesh=SimpleNamespace(is_main=True),
         deliver_metrics=lambda keep: None,
-        engine=SimpleNamespace(evaluate=lambda name: found[name]),
+        engine=SimpleNamespace(evaluate=lambda name: found[name], assignments=lambda: None),
         hooks=[SimpleNamespace(on_evaluate=lambda loop, row: rows.append(row))],
         restart_clock=lambda: None,
         finished=True,

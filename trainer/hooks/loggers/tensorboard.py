@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...loop import Loop
 from .base import OptionalLogger
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class TensorBoard(OptionalLogger):
@@ -38,6 +41,10 @@ class TensorBoard(OptionalLogger):
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(name, value, row["step"])
+
+    def on_picture(self, loop: Loop, name: str, picture: np.ndarray) -> None:
+        """Pass a picture on."""
+        self.attempt(lambda: self._writer.add_image(name, picture, loop.progress.step, dataformats="HWC"))
 
     def end(self) -> None:
         """Flush and close."""

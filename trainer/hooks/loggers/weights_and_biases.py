@@ -10,12 +10,15 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from ....config.problems import ConfigError, Problem
 from ...loop import Loop
 from .base import OptionalLogger
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ONLINE = ("online", "run", "shared")
 SILENT = ("offline", "dryrun", "disabled")
@@ -134,6 +137,10 @@ class WandB(OptionalLogger):
         if self._sent.is_new(row):
             self._run.log(row)
             self._sent.add(row)
+
+    def on_picture(self, loop: Loop, name: str, picture: np.ndarray) -> None:
+        """Send a picture."""
+        self.attempt(lambda: self._run.log({"step": loop.progress.step, name: self._wandb.Image(picture)}))
 
     def end(self) -> None:
         """Send what is left and finish the wandb run."""
