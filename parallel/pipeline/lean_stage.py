@@ -62,6 +62,13 @@ class LeanStage(PipelineStage):
         _release(self.grad_recv_info[bwd_chunk_id])
         return received
 
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Leave out the inputs that are no tensors (absent fields of `Documents`): torch 2.11 asks each for its gradient."""
+        cache: dict[int, tuple[Any, list[Any]]] = self.fwd_cache
+        outputs, inputs = cache[bwd_chunk_id]
+        cache[bwd_chunk_id] = (outputs, [value for value in inputs if isinstance(value, torch.Tensor)])
+        return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+
     def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> None:
         """Run the second half of a zero-bubble backward pass, and accumulate its gradients in fp32.
 
