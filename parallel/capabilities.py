@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..config.problems import Problem
+from ..models.mixture.mixture import mixtures_of
 from ..models.protocol import Model, lacks
 from .config import ParallelConfig
 from .policies import ActivationSettings
@@ -34,6 +35,9 @@ def _lacking(model: Model, parallel: ParallelConfig, activation: ActivationSetti
     if parallel.cp > 1 and lacks(model, "use_kernels"):
         text = f"{kind} has no use_kernels, and so can't attend across ranks"
         yield Problem("parallel.cp", text, f"use parallel.cp=1, {how}")
+    if parallel.ep > 1 and not mixtures_of(model):
+        text = f"{kind} has no mixture of experts whose experts ranks could share out"
+        yield Problem("parallel.ep", text, f"use parallel.ep=1, {how}")
     if activation.policy != "none" and not model.block_modules():
         text = f"{kind} has no block_modules, and policies are of blocks"
         yield Problem("trainer.activation", text, f"use none, {how}")

@@ -28,6 +28,7 @@ class ParallelConfig:
     tp: int = key(1, "tensor-parallel size")
     sequence_parallel: bool = key(True, "with tp > 1: shard activations along the sequence between tensor-parallel regions")
     pp: int = key(1, "ranks that hold a pipeline's stages")
+    ep: int = key(1, "expert-parallel size: ranks of a stage that each hold other experts of every mixture")
     schedule: str = key("1f1b", "pipeline schedule: gpipe, 1f1b, interleaved, zb, zbv or dualpipev")
     stages_per_rank: int | None = key(None, "pipeline stages of each rank; null: what the schedule needs")
     stage_layers: list[int] | None = key(None, "layers of each stage, written by hand; null: balanced by cost")
@@ -49,7 +50,7 @@ class ParallelConfig:
     def problems(self, key: str = "parallel") -> list[Problem]:
         """Return what is wrong with the values; what does not fit the work or the processes, `layout.py` and others say."""
         found: list[Problem] = []
-        for name in ("replicate", "tp", "pp", "cp"):
+        for name in ("replicate", "tp", "pp", "cp", "ep"):
             size = getattr(self, name)
             if size < 1:
                 found.append(Problem(f"{key}.{name}", f"{size} is not a size", f"use {key}.{name}=1 to switch it off"))

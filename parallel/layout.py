@@ -10,23 +10,34 @@ most communication, tensor parallelism, stays inside a node):
     tp        tensor parallelism
 
 A global batch is dealt over replicate × shard ("data ranks"); gradients are summed over replicate × shard × cp.
+
+The experts of mixtures see the same ranks of a stage in another way, again from the outermost to the innermost:
+
+    expert_copies   ranks that hold the same part of the same experts
+    expert_weights  ZeRO sharding: ranks that each hold a part of the same experts
+    ep              expert parallelism: ranks that hold other experts, and send each other tokens
+
+Every rank of a stage has tokens of its own (of a tensor-parallel rank: its slice of the sequence), so an expert's gradient
+is summed over expert_copies × expert_weights. What the ranks along ep send it comes with the tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..config.problems import ConfigError, Problem
 from .config import ParallelConfig
 
-SIZES = ("replicate", "tp", "pp", "cp", "zero")
+SIZES = ("replicate", "tp", "pp", "cp", "ep", "zero")
 """Keys of `parallel` that a layout is made of."""
 AXES = ("pp", "replicate", "shard", "cp", "tp")
+EXPERT_AXES = ("pp", "expert_copies", "expert_weights", "ep")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the mesh axes of a run. Their product is its number of processes."""
+    """Sizes of the mesh axes of a run. The product of AXES, as that of EXPERT_AXES, is its number of processes."""
 
     pp: int = 1
     replicate: int = 1
@@ -34,11 +45,17 @@ class Layout:
     cp: int = 1
     tp: int = 1
     zero: int = 3
+    ep: int = 1
+
+    @property
+    def stage_ranks(self) -> int:
+        """Number of ranks of one pipeline stage."""
+        return self.replicate * self.shard * self.cp * self.tp
 
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        return self.pp * self.replicate * self.shard * self.cp * self.tp
+        return self.pp * self.stage_ranks
 
     @property
     def data_size(self) -> int:
@@ -56,16 +73,32 @@ class Layout:
         return self.shard * self.cp if self.zero else 1
 
     @property
+    def expert_weights(self) -> int:
+        """Number of ranks that share one copy of an expert's state: under ZeRO-0 each has its own."""
+        return self.shard * self.cp * self.tp // self.ep if self.zero else 1
+
+    @property
+    def expert_copies(self) -> int:
+        """Number of ranks that hold the same part of the same experts."""
+        return self.stage_ranks // (self.ep * self.expert_weights)
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Axis name → size, outermost first."""
         return {axis: getattr(self, axis) for axis in AXES}
 
+    @property
+    def expert_sizes(self) -> dict[str, int]:
+        """Axis name → size of the axes as experts see them, outermost first."""
+        return {axis: getattr(self, axis) for axis in EXPERT_AXES}
+
     def coordinates(self, rank: int) -> dict[str, int]:
         """Return axis name → this rank's index along it."""
-        found: dict[str, int] = {}
-        for axis in reversed(AXES):
-            rank, found[axis] = divmod(rank, getattr(self, axis))
-        return {axis: found[axis] for axis in AXES}
+        return _indices(rank, self.sizes)
+
+    def expert_coordinates(self, rank: int) -> dict[str, int]:
+        """Return the same along the axes as experts see them."""
+        return _indices(rank, self.expert_sizes)
 
     def data_rank(self, rank: int) -> int:
         """Return the index of the share of the global batch that this rank works on, in [0, data_size)."""
@@ -74,8 +107,12 @@ class Layout:
 
     def describe(self) -> str:
         """Describe the layout in one line for logs: the axes larger than one, and the ZeRO stage of several processes."""
-        axes = " × ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1)
-        return f"{axes}, ZeRO-{self.zero}" if axes else "one process"
+        axes, experts = (
+            " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
+            for sizes in (self.sizes, {axis: size for axis, size in self.expert_sizes.items() if axis != "pp"})
+        )
+        told = f"; experts: {experts}" if self.ep > 1 else ""
+        return f"{axes}, ZeRO-{self.zero}{told}" if axes else "one process"
 
     @classmethod
     def plan(cls, config: ParallelConfig, world_size: int) -> Layout:
@@ -88,12 +125,24 @@ class Layout:
             raise ConfigError(problems)
         data = world_size // (config.pp * config.cp * config.tp)
         replicate = data if config.zero == 0 else config.replicate
-        return cls(config.pp, replicate, data // replicate, config.cp, config.tp, config.zero)
+        return cls(config.pp, replicate, data // replicate, config.cp, config.tp, config.zero, config.ep)
 
 
-def uses_fsdp(parallel: ParallelConfig, layout: Layout) -> bool:
-    """Return whether FSDP2 holds the torch engine's weights; otherwise they are whole beside sharded masters (`masters.py`)."""
-    return parallel.pp > 1 or parallel.offload == "cpu" or (layout.zero >= 2 and layout.gradient_ranks > 1)
+def _indices(rank: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return a rank's index along each axis. sizes: outermost first."""
+    found: dict[str, int] = {}
+    for axis, size in reversed(list(sizes.items())):
+        rank, found[axis] = divmod(rank, size)
+    return {axis: found[axis] for axis in sizes}
+
+
+def uses_fsdp(parallel: ParallelConfig, layout: Layout, *, experts: bool = False) -> bool:
+    """Return whether FSDP2 holds the torch engine's weights; otherwise they are whole beside sharded masters (`masters.py`).
+
+    experts: asks of those of experts under expert parallelism, which other ranks share.
+    """
+    ranks = layout.expert_copies * layout.expert_weights if experts else layout.gradient_ranks
+    return parallel.pp > 1 or parallel.offload == "cpu" or (layout.zero >= 2 and ranks > 1)
 
 
 def layout_problems(config: ParallelConfig, world_size: int) -> list[Problem]:
@@ -130,4 +179,17 @@ def layout_problems(config: ParallelConfig, world_size: int) -> list[Problem]:
                 "leave parallel.replicate at 1, or use parallel.zero=1, 2 or 3 for hybrid sharding",
             )
         )
+    problems += _expert_size_problems(config, data)
     return problems
+
+
+def _expert_size_problems(config: ParallelConfig, data: int) -> list[Problem]:
+    """List what is wrong with `parallel.ep`. data: number of data-parallel ranks."""
+    replicate = 1 if config.zero == 0 or data % config.replicate else config.replicate
+    ranks = data // replicate * config.cp * config.tp
+    if ranks % config.ep == 0:
+        return []
+    what = "ranks of a pipeline stage" if replicate == 1 else "ranks of a stage that hold one copy of the weights"
+    divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
+    text = f"{config.ep} does not divide the {ranks} {what}"
+    return [Problem("parallel.ep", text, f"use one of {', '.join(map(str, divisors))}")]

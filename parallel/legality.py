@@ -25,7 +25,7 @@ class Work:
     """The work that a layout must run: the model's shape, the length of samples, and the settings of its blocks.
 
     vocabulary  None: not known before the data's tokenizer is
-    experts     whether some layers are mixtures of experts
+    experts     of each layer that is a mixture of them; 0: there is none
     """
 
     layers: int
@@ -36,7 +36,7 @@ class Work:
     seq_len: int
     activation: str = "none"
     compile: bool = False
-    experts: bool = False
+    experts: int = 0
 
 
 def layout_and_model_problems(parallel: ParallelConfig, work: Work, world_size: int) -> list[Problem]:
@@ -61,11 +61,22 @@ def _problems(parallel: ParallelConfig, work: Work, world_size: int) -> Iterator
     if work.experts and parallel.tp > 1 and not parallel.sequence_parallel:
         text = "a mixture of experts works on each rank's own tokens, and without it all ranks have the same"
         yield Problem("parallel.sequence_parallel", text, "set it to true, or use parallel.tp=1")
+    yield from _expert_problems(parallel, work.experts)
     yield from context_problems(work, parallel, work.seq_len)
     stages = list(_stage_problems(parallel, work.layers))
     yield from stages
     if parallel.pp > 1 and not stages:
         yield from _schedule_problems(parallel, work)
+
+
+def _expert_problems(parallel: ParallelConfig, experts: int) -> Iterator[Problem]:
+    if parallel.ep > 1 and not experts:
+        text = "the model has no mixture of experts whose experts ranks could share out"
+        yield Problem("parallel.ep", text, "use parallel.ep=1, or give model.experts.count")
+    elif experts % parallel.ep:
+        fits = [n for n in range(1, experts + 1) if experts % n == 0]
+        text = f"{experts} experts (model.experts.count) can't be dealt to {parallel.ep} ranks evenly"
+        yield Problem("parallel.ep", text, f"use parallel.ep={' or '.join(map(str, fits))}")
 
 
 def _stage_key_problems(parallel: ParallelConfig) -> Iterator[Problem]:
@@ -130,14 +141,14 @@ def _schedule_problems(parallel: ParallelConfig, work: Work) -> Iterator[Problem
 def near_layouts(parallel: ParallelConfig, work: Work, world_size: int, most: int = 3) -> list[str]:
     """Return the overrides of the legal layouts nearest to an illegal one, nearest first; empty where none is legal.
 
-    Distance: doublings of tp, pp, cp and replicate, and 1 for every other key changed.
+    Distance: doublings of tp, pp, cp, replicate and ep, and 1 for every other key changed.
     """
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     legal: list[tuple[float, dict[str, str]]] = []
     for tp, pp, cp in itertools.product(divisors, repeat=3):
         if world_size % (tp * pp * cp):
             continue
-        for candidate in _variants(replace(parallel, tp=tp, pp=pp, cp=cp), world_size // (tp * pp * cp)):
+        for candidate in _variants(replace(parallel, tp=tp, pp=pp, cp=cp), world_size // (tp * pp * cp), work.experts):
             if next(_problems(candidate, work, world_size), None) is None:
                 legal.append((_distance(parallel, candidate), _changes(parallel, candidate)))
     chosen: list[dict[str, str]] = []
@@ -148,11 +159,13 @@ def near_layouts(parallel: ParallelConfig, work: Work, world_size: int, most: in
     return [" ".join(f"{key}={value}" for key, value in changes.items()) for changes in chosen]
 
 
-def _variants(sized: ParallelConfig, data: int) -> Iterator[ParallelConfig]:
+def _variants(sized: ParallelConfig, data: int, experts: int) -> Iterator[ParallelConfig]:
     """Yield layouts of these sizes: as given, and with other values of the keys that may be in conflict."""
+    dealt = math.gcd(sized.ep, experts, data * sized.cp * sized.tp) if experts and sized.ep > 0 else 1
     options: dict[str, list[Any]] = {
         "zero": [sized.zero if sized.zero in (0, 1, 2, 3) else 3],
         "replicate": [n for n in (sized.replicate, 1) if n > 0 and data % n == 0],
+        "ep": [n for n in (sized.ep, dealt, 1) if n > 0],
         "schedule": [name for name in (sized.schedule, "1f1b", "interleaved", "gpipe") if name in SCHEDULES],
         "cp_kind": [kind for kind in (sized.cp_kind, "ring") if kind in CONTEXT_KINDS],
         "sequence_parallel": [sized.sequence_parallel, False],
@@ -170,7 +183,7 @@ def _variants(sized: ParallelConfig, data: int) -> Iterator[ParallelConfig]:
         yield replace(sized, **dict(zip(options, values, strict=True)))
 
 
-_SIZES = ("tp", "pp", "cp", "replicate")
+_SIZES = ("tp", "pp", "cp", "replicate", "ep")
 _OTHERS = ("zero", "schedule", "cp_kind", "sequence_parallel", "stages_per_rank", "stage_layers")
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .layout import Layout
+from .layout import EXPERT_AXES, Layout
 
 
 def environment_world_size() -> int:
@@ -35,11 +35,19 @@ class WeightAxes:
     shards  those that each hold a part of every weight
     copies  those that hold the same part
     both    copies × shards, or shards alone where there is one copy: as FSDP2 takes them
+    outer   those between whom every weight's rows are divided before that (experts: "ep"); None: a weight is not
     """
 
     shards: DeviceMesh
     copies: DeviceMesh
     both: DeviceMesh
+    outer: DeviceMesh | None = None
+
+    @classmethod
+    def of(cls, root: DeviceMesh, copies: str, shards: str, outer: str | None = None) -> WeightAxes:
+        """Read them off a mesh, by the names of its axes."""
+        both = root[copies, shards] if root[copies].size() > 1 else root[shards]
+        return cls(root[shards], root[copies], both, None if outer is None else root[outer])
 
     @property
     def num_shards(self) -> int:
@@ -62,8 +70,8 @@ class Mesh:
     """This process's place in a layout, and its process groups.
 
     axes            name → 1-D device mesh: "pp", "cp", "tp"; "data" (the ranks over which losses and gradients are
-                    summed); "stage" (all ranks of this pipeline stage)
-    weight_axes     name of a group of parameters → the ranks that hold it; "dense" are all of a model's
+                    summed); "stage" (all ranks of this pipeline stage); "ep", where it is larger than one
+    weight_axes     name of a group of parameters → the ranks that hold it: "dense", and under expert parallelism "experts"
     limit           how long a collective waits for a lost rank
     before_closing  callbacks to run before the process groups are destroyed
     """
@@ -102,10 +110,15 @@ class Mesh:
         axes["stage"] = root["copies", "weights", "tp"]._flatten("stage")
         slices = {"pp": layout.pp, "data_rank": layout.data_size, "cp": layout.cp, "tp": layout.tp}
         axes["cp"] = init_device_mesh(device.type, tuple(slices.values()), mesh_dim_names=tuple(slices))["cp"]
-        dense = WeightAxes(root["weights"], root["copies"], root["copies", "weights"] if copies > 1 else root["weights"])
-        for axis in (*axes.values(), dense.shards, dense.copies):  # a device mesh gives its groups PyTorch's own limit
+        weight_axes = {"dense": WeightAxes.of(root, "copies", "weights")}
+        if layout.ep > 1:
+            root = init_device_mesh(device.type, tuple(layout.expert_sizes.values()), mesh_dim_names=EXPERT_AXES)
+            axes["ep"] = root["ep"]
+            weight_axes["experts"] = WeightAxes.of(root, "expert_copies", "expert_weights", outer="ep")
+        held = [axis for each in weight_axes.values() for axis in (each.shards, each.copies)]
+        for axis in (*axes.values(), *held):  # a device mesh gives its groups PyTorch's own limit
             dist.distributed_c10d._set_pg_timeout(limit, axis.get_group())
-        return cls(layout, dist.get_rank(), device, axes, {"dense": dense}, limit)
+        return cls(layout, dist.get_rank(), device, axes, weight_axes, limit)
 
     @property
     def coordinates(self) -> dict[str, int]:

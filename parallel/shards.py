@@ -72,10 +72,17 @@ class Placed:
     cuts: tuple[Cut, ...] = ()
 
     @classmethod
-    def of(cls, parameter: torch.nn.Parameter, mesh: Mesh) -> Placed:
-        """Read the place off the DTensor's placements; a plain tensor is whole on every rank."""
+    def of(cls, parameter: torch.nn.Parameter, mesh: Mesh, outer: DeviceMesh | None = None) -> Placed:
+        """Read the place off the DTensor's placements; a plain tensor is whole on every rank.
+
+        outer: ranks that each have equally many other rows of the whole (`WeightAxes`); the parameter is this rank's.
+        """
         shape = tuple(parameter.shape)
+        if outer is not None:
+            shape = (shape[0] * outer.size(), *shape[1:])
         place = cls(parameter, shape, Box.whole(shape), mesh.size("stage"))
+        if outer is not None:
+            place = place.cut(outer)
         if not isinstance(parameter, DTensor):
             return place
         axes = [(axis, kind) for axis, kind in enumerate(parameter.placements) if isinstance(kind, (Shard, _StridedShard))]

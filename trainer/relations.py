@@ -82,7 +82,7 @@ def layout_work(config: RunConfig, shape: DecoderConfig) -> Work:
         seq_len=config.data.seq_len,
         activation=config.trainer.activation,
         compile=config.trainer.compile,
-        experts=bool(shape.mixture_layers()),
+        experts=shape.experts.count if shape.mixture_layers() else 0,
     )
 
 
@@ -144,9 +144,11 @@ def batch_problems(config: RunConfig) -> list[Problem]:
             message = "a batch of one micro-batch has nothing to compare, so its noise would never be measured"
             found.append(Problem("batch.samples", message, "double it, or halve batch.micro"))
         found += measuring_problems(config.parallel, config.model.shares_weights, controller.needs_projections)
-        if isinstance(config.model, DecoderConfig) and config.model.experts.count and config.parallel.tp > 1:
-            fix = "use parallel.tp=1, or batch=fixed, stages, ramp or critical_loss"
-            found.append(Problem("batch", "gradients of experts can't be measured under tensor parallelism", fix))
+        if isinstance(config.model, DecoderConfig) and config.model.experts.count:
+            for key, axis in (("tp", "tensor"), ("ep", "expert")):
+                if getattr(config.parallel, key) > 1:
+                    fix = f"use parallel.{key}=1, or batch=fixed, stages, ramp or critical_loss"
+                    found.append(Problem("batch", f"gradients of experts can't be measured under {axis} parallelism", fix))
     if config.optim.compares_halves():
         found += _halves_problems(config, controller)
     return found

@@ -6,6 +6,7 @@ Shape legend: T tokens, K experts of a token, N = T·K assignments, E experts, D
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -100,30 +101,39 @@ gather_assignments.register_autograd(_assignments_backward, setup_context=_save_
 gather_outputs.register_autograd(_outputs_backward, setup_context=_save_indices)
 
 
-class Dispatch(Protocol):
-    """Brings tokens to the experts that they chose, wherever these are, and the outputs back."""
+class Journey(Protocol):
+    """The way of one micro-batch's tokens to the experts that they chose, wherever these are, and back."""
 
-    def send(self, x_TD: torch.Tensor, assignment: Assignment) -> tuple[torch.Tensor, torch.Tensor]:
+    def send(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows of the experts here, sorted by expert, and each one's number of rows (int64, on the device)."""
         ...
 
-    def back(self, rows_ND: torch.Tensor, assignment: Assignment) -> torch.Tensor:
+    def back(self, rows_ND: torch.Tensor) -> torch.Tensor:
         """Return the experts' outputs at the tokens that sent for them: (T, K, D), zero where an assignment was dropped."""
         ...
 
 
-class LocalDispatch:
-    """Every expert is here. Implements `Dispatch`."""
+Dispatch = Callable[[Assignment], Journey]
+"""Begins the way of an assignment's tokens. What is done before `Journey.send` may hide what it waits for."""
 
-    def send(self, x_TD: torch.Tensor, assignment: Assignment) -> tuple[torch.Tensor, torch.Tensor]:
+
+class LocalJourney:
+    """Every expert is here. Implements `Journey`."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        self._assignment = assignment
+
+    def send(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sort the tokens by expert."""
+        assignment = self._assignment
         rows_ND = gather_assignments(x_TD, assignment.order_N, assignment.inverse_TK)
         if assignment.kept_TK is not None:
             rows_ND = torch.where(_taken(assignment), rows_ND, 0)  # a product may leave garbage in a dropped row's gradient
         return rows_ND, assignment.counts_E
 
-    def back(self, rows_ND: torch.Tensor, assignment: Assignment) -> torch.Tensor:
+    def back(self, rows_ND: torch.Tensor) -> torch.Tensor:
         """Sort the outputs by token."""
+        assignment = self._assignment
         if assignment.kept_TK is not None:
             rows_ND = torch.where(_taken(assignment), rows_ND, 0)
         return gather_outputs(rows_ND, assignment.order_N, assignment.inverse_TK)

@@ -26,6 +26,8 @@ def grouped_product(rows_NI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: t
 
     counts_E: rows of each expert, int64. Rows behind the last expert's are not computed: they may hold anything.
     """
+    if len(rows_NI) == 0:  # which `F.grouped_mm` refuses; the gradients are zeros
+        return F.linear(rows_NI, weight_EOI[0])
     if unsupported_reason(rows_NI.dtype, *weight_EOI.shape[1:]) is None:
         return F.grouped_mm(rows_NI, weight_EOI.transpose(1, 2), offs=counts_E.cumsum(0, dtype=torch.int32))
     return loop_product(rows_NI, weight_EOI, counts_E)

@@ -20,7 +20,7 @@ from ..part import Part, WeightRule, reads_stream, writes_stream
 from ..protocol import TensorRole
 from .charges import Charges, Tally, charge, charge_z, count_assignments, prices
 from .config import MixtureConfig
-from .dispatch import Dispatch, LocalDispatch, combine, sort_by_expert
+from .dispatch import Dispatch, LocalJourney, combine, sort_by_expert
 from .grouped import grouped_product
 from .routing import TINY, choose_experts, gates_of, scores_of
 
@@ -88,6 +88,7 @@ def _charged(
 class Experts(Part):
     """The routed experts: gated feed-forwards whose matrices are stacked along their rows.
 
+    count   of the experts here: all of them, but for `keep`
     w1, w3  gate and up of all experts: (E·F, D)
     w2      down: (E·D, F)
     """
@@ -104,6 +105,14 @@ class Experts(Part):
             "w2": replace(writes_stream(config.scales), stacked=count),
         }
         self._gate = GATES[config.expert.activation]
+
+    def keep(self, experts: range) -> None:
+        """Keep only the weights of these experts, which then are all that it computes. Rules and names stay."""
+        for name, weight in list(self.named_parameters()):
+            rows = len(weight) // self.count
+            kept = weight.detach()[experts.start * rows : experts.stop * rows].clone()
+            self.register_parameter(name, nn.Parameter(kept))
+        self.count = len(experts)
 
     def forward(self, rows_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """Compute each row's expert. Rows are sorted by expert; those behind the last expert's may come out as anything."""
@@ -130,7 +139,7 @@ class Mixture(Part):
         self.router = Router(config)
         self.experts = Experts(config)
         self.shared = None if config.shared is None else SharedExperts(config.shared)
-        self.dispatch: Dispatch = LocalDispatch()
+        self.dispatch: Dispatch = LocalJourney
 
     def use_kernels(self, swiglu: FusedSwiglu | None) -> None:
         """Compute the shared experts with this kernel from now on."""
@@ -147,16 +156,28 @@ class Mixture(Part):
         x_TD = x_BSD.flatten(0, 1)
         routed = self.router(x_TD, charges)
         assignment = sort_by_expert(routed.choice_TK, self.keys.count, self.keys.capacity)
-        rows_ND, counts_E = self.dispatch.send(x_TD, assignment)
-        y_TKD = self.dispatch.back(self.experts(rows_ND, counts_E), assignment)
+        journey = self.dispatch(assignment)
+        shared_BSD = None if self.shared is None else self.shared(rest)  # while ranks tell each other what they will send
+        rows_ND, counts_E = journey.send(x_TD)
+        y_TKD = journey.back(self.experts(rows_ND, counts_E))
         y_BSD = combine(y_TKD, routed.gates_TK).view_as(x_BSD)
-        if self.shared is not None:
-            y_BSD = y_BSD + self.shared(rest)
+        if shared_BSD is not None:
+            y_BSD = y_BSD + shared_BSD
         if routed.tally is None or charges is None or assignment.kept_TK is None:
             return y_BSD, routed.tally
         dropped = (~assignment.kept_TK & charges.counted_BS.flatten()[:, None]).sum()
         routed.tally.others_5[2] = dropped
         return y_BSD, routed.tally
+
+
+def mixtures_of(module: nn.Module) -> dict[str, Mixture]:
+    """Find the mixtures in a module, by name."""
+    return {name: each for name, each in module.named_modules() if isinstance(each, Mixture)}
+
+
+def experts_of(module: nn.Module) -> dict[str, Experts]:
+    """Find the routed experts in a module, by name."""
+    return {name: each for name, each in module.named_modules() if isinstance(each, Experts)}
 
 
 def makes_choices(module: nn.Module) -> bool:

@@ -121,7 +121,7 @@ def deepspeed_problems(config: ParallelConfig, precision: str, world_size: int) 
     """List what is wrong with a recipe with parallel.engine=deepspeed on this many processes."""
     problems: list[Problem] = []
     use_torch = "use parallel.engine=torch"
-    for key in ("tp", "pp", "cp"):
+    for key in ("tp", "pp", "cp", "ep"):
         if getattr(config, key) > 1:
             problems.append(
                 Problem(f"parallel.{key}", "the DeepSpeed engine is data-parallel only", f"{use_torch} or parallel.{key}=1")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -162,11 +162,14 @@ def unplaced_modules(model: nn.Module) -> list[str]:
     ]
 
 
-def apply_tensor_parallelism(model: Model, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+def apply_tensor_parallelism(
+    model: Model, mesh: DeviceMesh, sequence_parallel: bool, elsewhere: Collection[nn.Module] = ()
+) -> None:
     """Cut the model (or pipeline stage) over a 1-D mesh, in place. Parameters become DTensors; call it before FSDP.
 
     The model is usually on the meta device; real weights are taken to be the same on every rank. Shapes that don't
     divide are refused by `tensor_problems`, modules without a role by `unplaced_modules`.
+    elsewhere: modules within those of `TensorRole.TOKENS` whose weights are divided over other ranks, and left as they are.
     """
     assert not any(isinstance(parameter, DTensor) for parameter in model.parameters()), "the model is cut already"
     # The embedding's output is a DTensor's local tensor. FSDP warns of views, for somebody might write into one; nobody does.
@@ -180,7 +183,7 @@ def apply_tensor_parallelism(model: Model, mesh: DeviceMesh, sequence_parallel: 
                 each.module.register_parameter(name, distributed(parameter, mesh, each.placement(parameter, mesh.size())))
             work_on_heads(each.module, heads, mesh)
         elif each.role is TensorRole.TOKENS:
-            work_on_tokens(each.module, mesh)
+            work_on_tokens(each.module, mesh, elsewhere)
         else:
             _place(each.module, mesh, PLACES[each.role], stream, cut)
         if each.role is TensorRole.HEAD:

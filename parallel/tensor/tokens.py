@@ -6,7 +6,7 @@ of a sum, and is declared partial.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -21,9 +21,12 @@ def distributed(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement)
     return nn.Parameter(cut, requires_grad=parameter.requires_grad)
 
 
-def work_on_tokens(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Make a module's parameters, and those of the modules in it, whole on every rank with gradients to be summed."""
-    owners = [owner for owner in module.modules() if list(owner.parameters(recurse=False))]
+def work_on_tokens(module: nn.Module, mesh: DeviceMesh, elsewhere: Collection[nn.Module] = ()) -> None:
+    """Make a module's parameters, and those of the modules in it, whole on every rank with gradients to be summed.
+
+    elsewhere: modules whose weights are left as they are.
+    """
+    owners = [owner for owner in module.modules() if list(owner.parameters(recurse=False)) and owner not in elsewhere]
     for owner in owners:
         for key, parameter in list(owner.named_parameters(recurse=False)):
             owner.register_parameter(key, distributed(parameter, mesh, Replicate()))

@@ -21,6 +21,7 @@ from ..activation import apply_policies
 from ..config import ParallelConfig
 from ..context.split import ContextParallel
 from ..engine import EngineSettings
+from ..experts.dispatch import spread_experts
 from ..mesh import Mesh
 from ..pipeline.stages import StagePlan, splits_backward
 from ..policies import fused_swiglu_blocker
@@ -70,7 +71,7 @@ def parallelize_stage(
     *,
     fuse_swiglu: bool,
 ) -> None:
-    """Apply kernels, float8, tensor parallelism and activation policies to a stage. Each needs the ones before: keep the order.
+    """Apply kernels, float8, expert and tensor parallelism, and activation policies to a stage. The order matters.
 
     fuse_swiglu: the result of `fuses_swiglu`.
     """
@@ -89,8 +90,9 @@ def parallelize_stage(
     stage.use_kernels(kernels)
     if settings.float8 != "none":
         use_float8(blocks.values(), settings.float8, mesh.device)
+    elsewhere = spread_experts(stage, mesh.axes["ep"]) if mesh.layout.ep > 1 else ()
     if mesh.layout.tp > 1:
-        apply_tensor_parallelism(stage, mesh.axes["tp"], parallel.sequence_parallel)
+        apply_tensor_parallelism(stage, mesh.axes["tp"], parallel.sequence_parallel, elsewhere)
     apply_policies(list(blocks.values()), list(policies.values()), compiled=settings.compile)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from ...data.assignment import Share
 from ...data.batch import MicroBatch
+from ...models.mixture.mixture import experts_of
 from ...models.protocol import Model, decoder_shape
 from ...optim.optimizers.parameters import NamedParameter, initial_counter_values
 from ..config import ParallelConfig
@@ -53,7 +54,8 @@ class TorchEngine:
         assert plan.count == stage_count(parallel), f"{plan.count} stages are no division for parallel.pp={parallel.pp}"
         stages = own_stages(model, plan, mesh.coordinates["pp"])
         context = ContextParallel(mesh, parallel.cp_kind) if mesh.layout.cp > 1 else None
-        self.weights = Weights(make_strategies(parameter_groups(parallel, mesh.layout), mesh, parallel, settings), mesh)
+        groups = parameter_groups(parallel, mesh.layout, experts_of(model))
+        self.weights = Weights(make_strategies(groups, mesh, parallel, settings), mesh)
         fuse = fuses_swiglu(model, mesh, parallel, settings)
         for stage in stages.values():
             parallelize_stage(stage, mesh, context, parallel, settings, fuse_swiglu=fuse)

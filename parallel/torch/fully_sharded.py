@@ -95,7 +95,7 @@ class FullyShardedWeights(WeightStrategy):
         self._stages: list[Model] = []
         self._units: list[FSDPModule] = []
         axes = mesh.weight_axes[group.name]
-        self._mesh, self._num_shards = mesh, axes.num_shards
+        self._mesh, self._axes = mesh, axes
         # Where shards, gradients and optimizer state live: with CPU offload, FSDP2 copies to and from it.
         self._home = torch.device("cpu") if parallel.offload == "cpu" else mesh.device
         pinned = mesh.device.type == "cuda"
@@ -127,8 +127,9 @@ class FullyShardedWeights(WeightStrategy):
         ignored = set(others.values())
         units = list(gather_units(stage, self._group, self._groups))
         for unit in units:
-            rows = [(local(weight), -(-len(local(weight)) // self._num_shards)) for weight in unit.weights]
-            padded_numel = self._num_shards * sum(count * weight[0].numel() for weight, count in rows)
+            num_shards = self._axes.num_shards
+            rows = [(local(weight), -(-len(local(weight)) // num_shards)) for weight in unit.weights]
+            padded_numel = num_shards * sum(count * weight[0].numel() for weight, count in rows)
             for transport in self._transports:
                 transport.reserve(padded_numel)
         for unit in units:
@@ -137,12 +138,14 @@ class FullyShardedWeights(WeightStrategy):
             fully_shard(module, reshard_after_forward=reshard and module is not stage, ignored_params=ignored, **self._settings)
             self._tell(cast(FSDPModule, module))
 
-        def give(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.is_meta:
-                return torch.empty_like(tensor, device=self._home)
-            return tensor if isinstance(tensor, nn.Parameter) else tensor.to(self._mesh.device)
+        own = {id(weight) for weight in split_by_group(stage, self._group, self._groups)[0].values()}
 
-        stage._apply(give)  # as `to_empty`, which would take the memory of other groups away
+        def give(tensor: torch.Tensor) -> torch.Tensor:
+            if isinstance(tensor, nn.Parameter):  # those of other groups are not theirs alone yet
+                return torch.empty_like(tensor, device=self._home) if id(tensor) in own else tensor
+            return torch.empty_like(tensor, device=self._mesh.device) if tensor.is_meta else tensor.to(self._mesh.device)
+
+        stage._apply(give)
 
     def _tell(self, unit: FSDPModule) -> None:
         """Tell FSDP2 how this unit communicates."""
@@ -150,7 +153,7 @@ class FullyShardedWeights(WeightStrategy):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
         if self._cast_to is not None:
-            set_gather_dtype(unit, self._num_shards, self._cast_to)
+            set_gather_dtype(unit, self._axes.num_shards, self._cast_to)
         if self._gather is not None:
             unit.set_custom_all_gather(cast(Any, self._gather))
         if self._scatters is not None:
@@ -161,7 +164,7 @@ class FullyShardedWeights(WeightStrategy):
         for stage in stages:
             for name in split_by_group(stage, self._group, self._groups)[0]:
                 if name in named:
-                    placed = Placed.of(named[name], self._mesh)
+                    placed = Placed.of(named[name], self._mesh, self._axes.outer)
                     self.local[name] = LocalWeight(placed, nn.Parameter(local(named[name])))
 
     def watch(self, see: Callable[[str, nn.Parameter], None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -42,9 +42,15 @@ class GatherUnit:
     weights: list[nn.Parameter]
 
 
-def parameter_groups(parallel: ParallelConfig, layout: Layout) -> list[ParameterGroup]:
-    """List the groups of a model. The one without `modules` is last: its units enclose those of the others."""
-    return [ParameterGroup("dense", uses_fsdp(parallel, layout))]
+def parameter_groups(parallel: ParallelConfig, layout: Layout, experts: Collection[str] = ()) -> list[ParameterGroup]:
+    """List the groups of a model. The one without `modules` is last: its units enclose those of the others.
+
+    experts: names of the modules that hold experts' weights
+    """
+    dense = ParameterGroup("dense", uses_fsdp(parallel, layout))
+    if layout.ep == 1:
+        return [dense]
+    return [ParameterGroup("experts", uses_fsdp(parallel, layout, experts=True), frozenset(experts).__contains__), dense]
 
 
 def group_of(parameter: str, groups: Sequence[ParameterGroup]) -> ParameterGroup:

@@ -83,7 +83,7 @@ class MasterWeights(WeightStrategy):
         separate = shard.dtype != self._accum_dtype
         master = nn.Parameter(torch.empty_like(shard, dtype=self._accum_dtype) if separate else shard)
         master.grad_dtype = None  # any will do
-        placed = Placed.of(parameter, self._mesh).cut(self._axes.shards)
+        placed = Placed.of(parameter, self._mesh, self._axes.outer).cut(self._axes.shards)
         self.local[name] = LocalWeight(placed, master, shard if separate else None)
         over_tp = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
         return MasterWeight(over_tp, whole, -(-len(whole) // num_shards), shard, master)

@@ -98,7 +98,7 @@ class Transport:
 
     def permanent(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
         """Allocate tensors of these shapes, uninitialised, for the life of the transport. They can be gathered in place."""
-        if not self.by_copy_engines:
+        if not self.by_copy_engines or not shapes:
             return [torch.empty(shape, dtype=dtype, device=self._device) for shape in shapes]
         sizes = [_bytes(shape, dtype) for shape in shapes]
         ends = list(itertools.accumulate(-(-size // ALIGNED) * ALIGNED for size in sizes))

@@ -23,7 +23,7 @@ from meshloom.parallel.capabilities import model_problems
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
-from meshloom.parallel.layout import AXES, Layout
+from meshloom.parallel.layout import AXES, EXPERT_AXES, Layout, uses_fsdp
 from meshloom.parallel.legality import Work, layout_and_model_problems, near_layouts
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline.stages import SCHEDULES, legal_micro_batches, stage_count, stage_ranks
@@ -51,6 +51,34 @@ def test_tensor_ranks_are_neighbours_and_stages_far_apart() -> None:
     assert [layout.coordinates(rank)["tp"] for rank in range(8)] == [0, 1] * 4
     assert [layout.coordinates(rank)["pp"] for rank in range(8)] == [0] * 4 + [1] * 4
     assert [layout.data_rank(rank) for rank in range(8)] == [0, 0, 1, 1] * 2
+
+
+@given(st.tuples(*[st.integers(1, 4) for _ in AXES]), st.integers(0, 3), st.data())
+@settings(deadline=None)
+def test_experts_see_the_ranks_of_a_stage_in_another_way(sizes: tuple[int, ...], zero: int, data: st.DataObject) -> None:
+    pp, replicate, shard, cp, tp = sizes
+    if zero == 0:
+        replicate, shard = replicate * shard, 1
+    within = shard * cp * tp if zero else replicate * cp * tp
+    ep = data.draw(st.sampled_from([n for n in range(1, within + 1) if within % n == 0]))
+    layout = Layout(pp, replicate, shard, cp, tp, zero, ep)
+    seen = [tuple(layout.expert_coordinates(rank).values()) for rank in range(layout.world_size)]
+    assert sorted(set(seen)) == seen and len(seen) == layout.world_size, "one to one, `ep` the fastest"
+    assert layout.expert_copies * layout.expert_weights * layout.ep == layout.stage_ranks
+    # Copies of an expert's part are where copies of a dense one's are, and no further apart.
+    assert layout.expert_copies == (replicate if zero else layout.stage_ranks // ep)
+    stage = layout.stage_ranks
+    assert all(layout.expert_coordinates(rank)["pp"] == rank // stage for rank in range(layout.world_size))
+
+
+def test_tensor_ranks_double_as_expert_ranks() -> None:
+    layout = Layout(replicate=2, shard=2, tp=2, ep=4)
+    assert [layout.expert_coordinates(rank)["ep"] for rank in range(8)] == [0, 1, 2, 3] * 2
+    assert layout.describe() == "replicate 2 × shard 2 × tp 2, ZeRO-3; experts: expert_copies 2 × ep 4"
+    assert Layout(shard=4, tp=2, ep=2).expert_sizes == dict(zip(EXPERT_AXES, (1, 1, 4, 2), strict=True))
+    parallel = ParallelConfig(zero=3)
+    whole, shared = Layout(shard=4, ep=4), Layout(shard=4, ep=2)
+    assert [uses_fsdp(parallel, each, experts=True) for each in (whole, shared)] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +153,23 @@ BROKEN: list[tuple[tuple[ParallelConfig, Work, int], str]] = [
         broken(8, zero=0, replicate=2),
         "parallel.replicate: with parallel.zero=0 every one of the 8 data-parallel processes is a replica already;"
         " leave parallel.replicate at 1, or use parallel.zero=1, 2 or 3 for hybrid sharding",
+    ),
+    (
+        broken(8, ep=3),
+        "parallel.ep: 3 does not divide the 8 ranks of a pipeline stage; use one of 1, 2, 4, 8",
+    ),
+    (
+        broken(8, replicate=4, ep=4),
+        "parallel.ep: 4 does not divide the 2 ranks of a stage that hold one copy of the weights; use one of 1, 2",
+    ),
+    (
+        broken(8, {"experts": 6}, ep=4),
+        "parallel.ep: 6 experts (model.experts.count) can't be dealt to 4 ranks evenly; use parallel.ep=1 or 2 or 3 or 6",
+    ),
+    (
+        broken(8, ep=2),
+        "parallel.ep: the model has no mixture of experts whose experts ranks could share out;"
+        " use parallel.ep=1, or give model.experts.count",
     ),
     (
         broken(64, tp=64),
@@ -257,7 +302,9 @@ def as_asked(question: tuple[ParallelConfig, Work, int]) -> str:
     for prefix, now, plain in ((None, parallel, ParallelConfig()), (keys, work, LLAMA_1B)):
         for field in dataclasses.fields(now):
             value = getattr(now, field.name)
-            if value != getattr(plain, field.name):
+            if field.name == "experts" and value:
+                changes.append(f"model.experts.count={value}")
+            elif value != getattr(plain, field.name):
                 place = prefix[field.name] if prefix else "parallel."
                 changes.append(f"{place}{field.name}={str(value).replace(' ', '') if not isinstance(value, bool) else 'true'}")
     return " ".join(changes)
@@ -282,6 +329,7 @@ def test_docs_list_broken_layouts_with_their_messages() -> None:
             "pp": st.integers(0, 9),
             "cp": st.integers(0, 5),
             "replicate": st.integers(0, 4),
+            "ep": st.sampled_from([1, 1, 1, 0, 2, 3, 4]),
             "zero": st.integers(-1, 4),
             "schedule": st.sampled_from([*SCHEDULES, "other"]),
             "cp_kind": st.sampled_from(["ring", "ulysses", "other"]),
@@ -293,7 +341,7 @@ def test_docs_list_broken_layouts_with_their_messages() -> None:
 )
 @settings(max_examples=150, deadline=None)
 def test_any_layout_is_legal_or_refused_with_legal_neighbours(world_size: int, axes: dict[str, Any]) -> None:
-    parallel, work = ParallelConfig(**axes), LLAMA_1B
+    parallel, work = ParallelConfig(**axes), replace(LLAMA_1B, experts=12)
     problems = layout_and_model_problems(parallel, work, world_size)
     if not problems:
         layout = Layout.plan(parallel, world_size)

@@ -21,7 +21,16 @@ def problems_of(composer: Composer, world_size: int, *overrides: str) -> dict[st
     return {problem.key: str(problem) for problem in run_problems(typed_config(composition.config)[0], world_size)}
 
 
-@pytest.mark.parametrize(("world_size", "words"), [(1, ""), (2, "parallel.tp=2"), (2, "parallel.pp=2"), (4, "batch=norm_test")])
+@pytest.mark.parametrize(
+    ("world_size", "words"),
+    [
+        (1, ""),
+        (2, "parallel.tp=2 parallel.ep=2"),
+        (2, "parallel.pp=2"),
+        (4, "batch=norm_test"),
+        (8, "parallel.ep=4 parallel.replicate=2"),
+    ],
+)
 def test_mixtures_run_in_these_layouts(composer: Composer, world_size: int, words: str) -> None:
     assert problems_of(composer, world_size, "recipe=moe_tiny", *words.split()) == {}
 
@@ -32,7 +41,11 @@ def test_mixtures_run_in_these_layouts(composer: Composer, world_size: int, word
         ("model.experts.capacity=1e-6", "model.experts.capacity", "less than one"),
         ("balance.bias_rate=0.001", "balance.bias_rate", "model.experts.bias=true"),
         ("parallel.tp=2 parallel.sequence_parallel=false", "parallel.sequence_parallel", "set it to true"),
-        ("parallel.tp=2 batch=norm_test", "batch", "gradients of experts can't be measured"),
+        ("parallel.tp=2 batch=norm_test", "batch", "can't be measured under tensor parallelism"),
+        ("parallel.ep=2 batch=norm_test", "batch", "can't be measured under expert parallelism"),
+        ("parallel.ep=4", "parallel.ep", "does not divide the 2 ranks of a pipeline stage"),
+        ("parallel.ep=2 model.experts.count=5", "parallel.ep", "5 experts (model.experts.count) can't be dealt to 2 ranks"),
+        ("parallel.ep=2 parallel.engine=deepspeed", "parallel.ep", "data-parallel only"),
         ("parallel.pp=2 parallel.schedule=zbv trainer.activation=full", "trainer.activation", "keeps the choice of experts"),
         ("parallel.engine=deepspeed", "parallel.engine", "can't train a mixture of experts"),
         ("trainer.activation_budget=0.5", "trainer.activation_budget", "choose trainer.activation"),

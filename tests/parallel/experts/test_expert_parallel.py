@@ -1,0 +1,134 @@
+"""Expert parallelism: tokens reach their experts on other ranks, and every layout trains the run of one process (fp64)."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from meshloom.models.mixture.dispatch import LocalJourney, sort_by_expert
+from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.experts.dispatch import ExchangedJourney
+from support.checkpoint_layouts import Pair, Place, matrix
+from support.parity import Difference, Work, build, curves, differences
+from support.ranks import run_ranks
+
+TOLERANCE = 1e-9
+RANKS = 4
+EXPERTS = {"count": 8, "top_k": 2, "ffn_dim": 7, "shared": 1}
+GROUPS = {"count": 6, "top_k": 2, "groups": 3, "top_groups": 2, "scores": "sigmoid", "bias": True, "scale": 2.5}
+MANY = {"count": 40, "top_k": 1, "ffn_dim": 3}
+PAST = {"global_batch": 0.5}
+ALL = {**PAST, "counts": "exact", "micro_batch": 0.3, "sequence": 0.2, "z_loss": 0.1}
+FREE = {"global_batch": 0.0, "sequence": 0.3, "bias_rate": 0.01}
+
+
+def work(micro: int, experts: dict[str, Any], balance: dict[str, Any], activation: str = "none", **settings: Any) -> Work:
+    """A run of a decoder with mixtures. Coefficients are large, so that a wrong factor shows."""
+    fields = Work.__dataclass_fields__
+    of_work = {key: value for key, value in settings.items() if key in fields}
+    parallel = ParallelConfig(**{key: value for key, value in settings.items() if key not in fields})
+    model = (("experts", experts), ("layers", 4 if parallel.pp > 1 else 2))
+    balances = tuple(balance.items())
+    return Work(parallel, micro, steps=3, lr=2e-3, activation=activation, model=model, balance=balances, **of_work)
+
+
+# Together: ep 2 and 4 with every ZeRO stage, copies of experts and none, experts on all ranks and some, and every other axis.
+ROWS = {
+    "ep 2, ZeRO-0": work(1, EXPERTS, ALL, ep=2, zero=0),
+    "ep 4, ZeRO-1, 3 and 1 sequences": work(3, EXPERTS, PAST, ep=4, zero=1, samples=7),
+    "ep 2, ZeRO-2, HSDP": work(1, EXPERTS, ALL, ep=2, zero=2, replicate=2),
+    "ep 2, ZeRO-3, activation=full": work(1, EXPERTS, ALL, "full", ep=2, zero=3),
+    "ep 4, ZeRO-3, experts without a token": work(1, MANY, ALL, ep=4, zero=3),
+    "ep 2, ZeRO-1, sigmoid, groups, bias": work(2, GROUPS, FREE, ep=2, zero=1),
+    "ep 4 over tp 2, ZeRO-3, cut inside sequences": work(3, EXPERTS, ALL, ep=4, tp=2),
+    "ep 2, tp 2, ZeRO-1": work(4, EXPERTS, PAST, ep=2, tp=2, zero=1),
+    "ep 4 over cp 2, documents": work(2, EXPERTS, ALL, ep=4, cp=2, documents=True),
+    "ep 2, pp 2, interleaved, ZeRO-3": work(1, {**EXPERTS, "dense_layers": 1}, PAST, ep=2, pp=2, schedule="interleaved"),
+    "ep 2, pp 2, zbv, ZeRO-0": work(1, EXPERTS, ALL, ep=2, pp=2, schedule="zbv", zero=0),
+}
+
+
+@cache
+def found() -> dict[str, Difference] | AssertionError:
+    """All rows, which share their processes; or what one of them failed with."""
+    try:
+        return dict(zip(ROWS, differences(RANKS, list(ROWS.values()), timeout=300.0), strict=True))
+    except AssertionError as failure:
+        return failure
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_experts_on_other_ranks_train_the_same_run(name: str) -> None:
+    """Losses, gradients (neither doubled nor divided), and on every rank the norm that it clips by."""
+    rows = found()
+    if isinstance(rows, AssertionError):
+        raise rows
+    assert rows[name].worst < TOLERANCE, rows[name]
+
+
+def held(rank: int, world_size: int, work: Work) -> list[tuple[str, int, tuple[int, ...]]]:
+    """This rank's weights of experts: name, rows of the whole, and box's shape."""
+    fragments = build(work, world_size).fragments()
+    experts = [each for each in fragments if ".experts." in each.name]
+    return [(each.name, each.global_shape[0], each.box.shape) for each in experts]
+
+
+@pytest.mark.parametrize(("zero", "rows"), [(0, 4 * 7), (1, 2 * 7), (3, 2 * 7)])
+def test_a_rank_holds_its_part_of_its_own_experts_only(zero: int, rows: int) -> None:
+    for mine in run_ranks(RANKS, held, work(1, EXPERTS, PAST, ep=2, zero=zero)):
+        assert ("layers.1.ffn.experts.w1", 8 * 7, (rows, 24)) in mine
+        assert len(mine) == 2 * 3
+
+
+def test_capacity_drops_the_same_tokens_wherever_experts_are() -> None:
+    small = {**EXPERTS, "capacity": 0.7}
+    here, there = (run_ranks(2, curves, work(4, small, PAST, ep=ep, zero=1))[0] for ep in (1, 2))
+    assert there[0] == pytest.approx(here[0], rel=TOLERANCE) and there[1] == pytest.approx(here[1], rel=TOLERANCE)
+
+
+def travelled(rank: int, world_size: int, choices: list[list[list[int]]], capacity: float | None) -> float:
+    """The largest difference of outputs and gradients from those with all experts here. Experts multiply by a number."""
+    choice_TK = torch.tensor(choices[rank])
+    draw = torch.Generator().manual_seed(rank)
+    x_TD = torch.randn(len(choice_TK), 3, generator=draw, dtype=torch.float64, requires_grad=True)
+    factor_E = torch.arange(2.0, 6.0, dtype=torch.float64, requires_grad=True)
+    weight_TKD = torch.randn(*choice_TK.shape, 3, generator=draw, dtype=torch.float64)
+    found: list[torch.Tensor] = []
+    for experts, journey in (
+        (slice(0, 4), LocalJourney(sort_by_expert(choice_TK, 4, capacity))),
+        (slice(2 * rank, 2 * rank + 2), ExchangedJourney(dist.group.WORLD, sort_by_expert(choice_TK, 4, capacity))),
+    ):
+        rows_ND, counts = journey.send(x_TD)
+        taken = factor_E[experts].repeat_interleave(counts)
+        rows_ND = torch.cat([rows_ND[: len(taken)] * taken[:, None], rows_ND[len(taken) :]])
+        y_TKD = journey.back(rows_ND)
+        gradients = torch.autograd.grad((y_TKD * weight_TKD).sum(), (x_TD, factor_E))
+        dist.all_reduce(gradients[1])
+        found += [y_TKD.detach(), *gradients]
+    return max(float((one - other).abs().max()) for one, other in zip(found[:3], found[3:], strict=True))
+
+
+@pytest.mark.parametrize("capacity", [None, 0.5])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [[[0, 3], [2, 1], [3, 2]], [[1, 0], [3, 0], [2, 3]]],
+        [[[0, 1]] * 3, [[1, 0]] * 3],  # the second rank's experts get no token, and it none back from itself
+        [[[2, 3]] * 3, [[0, 1]]],  # all tokens leave their rank
+    ],
+)
+def test_tokens_travel_to_any_expert_and_back(choices: list[list[list[int]]], capacity: float | None) -> None:
+    assert max(run_ranks(2, travelled, choices, capacity, timeout=60.0)) < 1e-14
+
+
+def test_checkpoints_keep_every_bit_under_another_ep(tmp_path: Path) -> None:
+    """There and back, with losses that go on: no rank's experts are lost."""
+    here = Place(2, ParallelConfig(zero=3, ep=2), 1, "none")
+    there = Place(4, ParallelConfig(zero=1, ep=4, tp=2), 2, "full")
+    (result,) = matrix([Pair(here, there, (("experts", EXPERTS),))], tmp_path)
+    assert result.fault() is None
