@@ -27,7 +27,7 @@ ENTRIES_PER_POSITION = 45_600 / 2
 
 @dataclass
 class Settings:
-    """What is simulated: so many rows of each kind."""
+    """The simulated rows: so many of each kind."""
 
     rows: int = 40
 

@@ -76,7 +76,7 @@ class CachedConfig(DataConfig):
 
     @property
     def cache(self) -> str | None:
-        """Where what is built is kept."""
+        """The folder of what is built."""
         return self.cache_dir
 
 

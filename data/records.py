@@ -137,7 +137,7 @@ class JsonLines(RecordFiles):
 
 
 class _Layout(Enum):
-    """How records lie in a file of JSON."""
+    """The arrangement of records in a file of JSON."""
 
     LINES = "an object per line"
     VALUES = "objects that span lines"

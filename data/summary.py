@@ -1,4 +1,4 @@
-"""How much data there is: tokens and samples that train, and that are held out, for each source."""
+"""The amount of data: tokens and samples that train, and that are held out, for each source."""
 
 from __future__ import annotations
 

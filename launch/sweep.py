@@ -24,7 +24,7 @@ from ..trainer.schema import register_schemas
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job of a sweep ended.
+    """The end of a job of a sweep.
 
     code   the run's exit code; None: not begun
     stop   number of the signal that asked it to stop; 0: none did

@@ -55,7 +55,7 @@ INSTEAD = {
     "trainer.sample_prompt": "null",
     "trainer.hooks": "[]",
 }
-"""What a run that is measured leaves out: nothing is saved, sent or evaluated."""
+"""Keys of a run that is measured: nothing is saved, sent or evaluated."""
 
 
 @dataclass(frozen=True)

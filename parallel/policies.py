@@ -68,7 +68,7 @@ def block_policies(model: DecoderConfig, parallel: ParallelConfig, settings: Act
         return [settings.policy] * model.layers
     halves = splits_backward(parallel)
     block = model.block(0)
-    # What blocks keep is in proportion to their tokens, so any number of them will do.
+    # Blocks keep memory in proportion to their tokens, so any number of them will do.
     work = ForwardPass(1024, settings.precision, parallel.tp, parallel.sequence_parallel, settings.compile)
     kept = {policy: block_bytes(block, work, policy) for policy in MIXED if not (halves and policy == "selective")}
     recomputed = {policy: recomputed_flops(block, policy, 0) for policy in kept}

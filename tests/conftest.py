@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no CUDA in the parent that ranks are forked from, and examples that do not change."""
+"""Settings of every test: one thread, no CUDA in the parent that ranks are forked from, and examples that do not change."""
 
 from __future__ import annotations
 

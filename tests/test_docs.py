@@ -1,4 +1,4 @@
-"""What the documents name exists: files, commands, config keys, and the command lines themselves compose."""
+"""Files, commands and config keys that the documents name exist, and their command lines compose."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GROUPS = ("model", "data", "optim", "schedule", "batch")
 
 
 def named_in(text: str) -> Iterator[str]:
-    """What stands in backticks, and the targets of links."""
+    """Return what stands in backticks, and the targets of links."""
     yield from re.findall(r"`([^`\n]+)`", text)
     yield from (target for target in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in target)
 

@@ -21,8 +21,10 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "measurements" / "parity.md"
 
 
 def work(micro: int = 1, steps: int = 10, **settings: Any) -> Work:
-    """What is a key neither of `parallel` nor of `Work` changes the model. No size divides by the numbers of ranks: shards
-    are uneven. The rate keeps deep models from amplifying the last bit."""
+    """Make a `Work`. A key neither of `parallel` nor of `Work` changes the model.
+
+    No size divides by the numbers of ranks: shards are uneven. The rate keeps deep models from amplifying the last bit.
+    """
     axes, fields = ParallelConfig.__dataclass_fields__, Work.__dataclass_fields__
     parallel = ParallelConfig(**{key: value for key, value in settings.items() if key in axes})
     model = {"layers": 4} if parallel.pp > 1 else {}

@@ -150,7 +150,7 @@ def cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     )
 
 
-# What each compiled extension of DeepSpeed needs.
+# The needs of each compiled extension of DeepSpeed.
 NEEDS = {
     "CPUAdamBuilder": "a C++ compiler (g++) and ninja",
     "QuantizerBuilder": "a GPU, CUDA's toolkit (nvcc) of PyTorch's own CUDA version, a C++ compiler (g++) and ninja",

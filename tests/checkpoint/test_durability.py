@@ -13,7 +13,7 @@ from support.checkpoint_runs import save_steps
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What this process syncs and renames, in order."""
+    """Record what this process syncs and renames, in order."""
     noted: list[str] = []
     sync, rename = os.fsync, Path.rename
 

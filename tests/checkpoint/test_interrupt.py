@@ -76,7 +76,7 @@ def interrupted(*_: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["Giver.send", "_answer"])
 def test_a_writer_that_was_interrupted_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """What it was told may have been cut short, and its late answer must not be taken for that of the next save."""
+    """Its orders may have been cut short, and its late answer must not be taken for that of the next save."""
     run = open_run(tmp_path)
     first = run._context.writer._process
     assert first is not None

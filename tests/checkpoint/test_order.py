@@ -29,7 +29,7 @@ def save(run: Checkpointer, step: int, **how: Any) -> None:
 
 
 class Users:
-    """Who uses a process; each user's turn ends no sooner than its gate is opened."""
+    """The users of a process; each one's turn ends no sooner than its gate is opened."""
 
     def __init__(self) -> None:
         self.gates: dict[int, threading.Event] = {}

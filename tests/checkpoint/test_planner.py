@@ -35,7 +35,7 @@ class Ranks:
         return new
 
     def agree(self, cut: int) -> bool:
-        """Whether each rank's file is the one that the coordinator will put into the manifest, for these boxes."""
+        """Return whether each rank's file is the one that the coordinator will put into the manifest, for these boxes."""
         mine = [planner.layout for planner in self.planners]
         boxes = [layout.placed[0].box for layout in mine]
         return mine == self.planners[0].layouts and boxes == [Box((0, 0), (cut, 2)), Box((cut, 0), (8 - cut, 2))]

@@ -1,4 +1,4 @@
-"""What reading a checkpoint costs beside the bytes that are wanted, and what it makes of a disk that fails."""
+"""The cost of reading a checkpoint beside the bytes that are wanted, and reads from a disk that fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What saves, failed ones too, do not keep: memory, processes, keepers of others; and what must not stop them."""
+"""Saves, failed ones too, keep no memory, processes or keepers of others; and what must not stop them."""
 
 from __future__ import annotations
 

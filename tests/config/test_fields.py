@@ -20,7 +20,7 @@ CODE = ["models", "optim", "data", "parallel", "checkpoint", "planner", "trainer
 OWN = {"_target_", "_recursive_", "name"}  # Hydra's; `name` tells options apart for people and for the checkpoint
 
 
-# Where a function is given one group alone it calls it `config`.
+# A function that is given one group alone calls it `config`.
 GIVEN_ALONE = {
     "checkpoint": "checkpoint/",
     "logging": "trainer/hooks/loggers/",
@@ -96,5 +96,5 @@ def test_every_key_of_an_option_is_an_argument_of_its_class(schema: type) -> Non
     target = next(field.default for field in dataclasses.fields(schema) if field.name == "_target_")
     keys = {field.name for field in dataclasses.fields(schema)} - OWN
     taken = parameters(get_class(typing.cast(str, target)))
-    # What the class does not take is read from the node before the class is built.
+    # Keys that the class does not take are read from the node before the class is built.
     assert keys - taken <= {name for _, _, name in attributes_read()} | words()

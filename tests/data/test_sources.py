@@ -52,7 +52,7 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path: Path):
 
 
 def test_zstd_frames_one_behind_the_other(tmp_path: Path):
-    """What `cat a.zst b.zst` gives; a frame may end within a line."""
+    """Join them as `cat a.zst b.zst` does; a frame may end within a line."""
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(zstandard.compress(lines[at : at + 25]) for at in range(0, len(lines), 25)))
     assert list(JsonLines(str(tmp_path)).documents()) == TEXTS

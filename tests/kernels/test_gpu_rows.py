@@ -13,7 +13,7 @@ GIB = 2**30
 
 
 def in_order(rows: torch.Tensor) -> torch.Tensor:
-    """What ranks 0, 1, 2, … sent, added up in fp32 in this order."""
+    """Add up what ranks 0, 1, 2, … sent, in fp32 in this order."""
     total = rows[0].to(torch.float32, copy=True)
     for row in rows[1:]:
         total += row

@@ -1,4 +1,4 @@
-"""What all ranks have to say is said once, and a user's hook that fails is named."""
+"""Messages of all ranks are said once, and a user's hook that fails is named."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def start(folder: Path, mode: str) -> subprocess.Popen[str]:
 
 
 def runs(number: int) -> bool:
-    """Whether a process is there, and not only because nobody has waited for it."""
+    """Return whether a process is there, and not only because nobody has waited for it."""
     try:
         return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""What the decoder computes, held to numbers that `transformers` computed for the same weights and tokens."""
+"""The decoder's results, held to numbers that `transformers` computed for the same weights and tokens."""
 
 from __future__ import annotations
 

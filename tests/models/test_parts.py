@@ -1,4 +1,4 @@
-"""What the decoder computes with every kind of part, held to numbers that `transformers` computed."""
+"""The decoder with every kind of part, held to numbers that `transformers` computed."""
 
 from __future__ import annotations
 

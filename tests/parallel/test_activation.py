@@ -1,4 +1,4 @@
-"""What blocks keep for their backward pass changes no number, is kept where it should be, and survives compilation."""
+"""Activation policies change no number, keep activations where they should, and survive compilation."""
 
 from __future__ import annotations
 

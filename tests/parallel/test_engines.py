@@ -1,4 +1,4 @@
-"""What either engine refuses, before anything is started; DeepSpeed's derived configuration; offloading by FSDP2."""
+"""Refusals of either engine, before anything is started; DeepSpeed's derived configuration; offloading by FSDP2."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def broken(world_size: int, change: dict[str, object] | None = None, **axes: obj
     return ParallelConfig(**axes), replace(LLAMA_1B, **(change or {})), world_size  # type: ignore[arg-type]
 
 
-# What is asked on how many processes → the first problem's text, as a user reads it.
+# Keys and number of processes → the first problem's text, as a user reads it.
 BROKEN: list[tuple[tuple[ParallelConfig, Work, int], str]] = [
     (
         broken(8, tp=3),
@@ -377,7 +377,7 @@ def test_a_model_with_frozen_weights_is_refused_by_their_names() -> None:
 
 
 class Kept(Decoder):
-    """What is said instead: a decoder whose embedding has no rate."""
+    """Make what is said instead: a decoder whose embedding has no rate."""
 
     def lr_scale(self, name: str) -> float:
         return 0.0 if name == "embed.weight" else super().lr_scale(name)

@@ -1,4 +1,4 @@
-"""What engines are given as values is computed without PyTorch."""
+"""The values that engines are given are computed without PyTorch."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ ONE_B = DecoderConfig(dim=2048, layers=16, heads=32, kv_heads=8, ffn_dim=8192, v
 
 
 def held(rank: int, world_size: int, work: Work) -> tuple[int, int, int, int]:
-    """What this rank of an engine really holds: pipeline coordinate, weights' and optimizer's bytes, elements."""
+    """Return what this rank of an engine really holds: pipeline coordinate, weights' and optimizer's bytes, elements."""
     engine = build(work, world_size)
     step(engine, work, 0)
     if uses_fsdp(work.parallel, engine.mesh.layout):

@@ -1,4 +1,4 @@
-"""What a run takes of its host, and what the host has: snapshots, disks, and the limits of a container."""
+"""The needs of a run and the limits of its host: snapshots, disks, containers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Files = dict[str, str | int]
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Files], int]:
-    """What can be had of 64 GiB, in the control groups that /proc names and with these files under /sys/fs/cgroup."""
+    """Return the memory to be had of 64 GiB, in the control groups that /proc names, with these files under /sys/fs/cgroup."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 64 * GIB})())
 
     def available(groups: str, files: Files) -> int:

@@ -72,7 +72,7 @@ class Factored(torch.optim.Optimizer):
             kept = average.square().sum()
         else:
             kept = whole.new_zeros(())
-        # What the owners say, over how many said it: `sum` divides both by the copies of the parameter.
+        # The sum of the owners' words over their number: `sum` divides both by the copies of the parameter.
         told = torch.stack([kept, whole.new_tensor(float(self._owns[parameter.name]))])
         sums = self._shards.sum(told[None], [parameter])[0]
         strength = (sums[0] / sums[1]).sqrt()

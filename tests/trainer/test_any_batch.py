@@ -22,7 +22,7 @@ NINE = ["batch.samples=9", "batch.micro=2", "trainer.eval_every=2", "trainer.eva
 
 
 def said(rank: int, world_size: int, overrides: list[str]) -> list[str]:
-    """What the start of a run says."""
+    """Return what the start of a run says."""
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -32,7 +32,7 @@ def said(rank: int, world_size: int, overrides: list[str]) -> list[str]:
 
 
 def train(ranks: int, folder: Path, *overrides: str) -> tuple[list[str], list[str]]:
-    """What the first and the second rank said."""
+    """Return what the first and the second rank said."""
     found = run_ranks(ranks, said, [f"output_dir={folder}", *NINE, *overrides])
     return found[0], found[-1]
 

@@ -1,4 +1,4 @@
-"""What contradicts a checkpoint is told by key, before anything is built and whatever shapes happen to fit."""
+"""Contradictions to a checkpoint are told by key, before anything is built and whatever shapes happen to fit."""
 
 from __future__ import annotations
 

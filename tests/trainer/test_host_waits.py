@@ -1,4 +1,4 @@
-"""What would make the host wait for a GPU's queue at every micro-batch, seen without a GPU: memory that is not the loader's
+"""Causes for the host to wait for a GPU's queue at every micro-batch, seen without a GPU: memory that is not the loader's
 pinned own on its way to the device, and documents counted on the device.
 """
 
@@ -26,7 +26,7 @@ from support.ranks import run_ranks
 
 
 def watched(rank: int, world_size: int, work: Work) -> tuple[bool, bool]:
-    """Whether just the loader's tensors were sent, and whether nothing on the device was asked for its documents."""
+    """Return whether just the loader's tensors were sent, and whether nothing on the device was asked for its documents."""
     engine = build(work, world_size)
     mine = share(engine.mesh, work, 0)
     batches = mine.micro_batches
@@ -63,7 +63,7 @@ def watched(rank: int, world_size: int, work: Work) -> tuple[bool, bool]:
 
 
 def tensors_of(batch: MicroBatch) -> list[torch.Tensor]:
-    """What of a micro-batch is sent to the device."""
+    """Return the tensors of a micro-batch that are sent to the device."""
     assert batch.documents is not None
     return [batch.tokens_BS, batch.targets_BS, batch.documents.ids_BS, batch.documents.cu_seqlens]
 

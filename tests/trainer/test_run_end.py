@@ -1,4 +1,4 @@
-"""How a run ends: nothing of it goes on behind the interpreter's back."""
+"""The end of a run: nothing of it goes on behind the interpreter's back."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def finished(rank: int, world_size: int, folder: str, *overrides: str) -> tuple[
 
 
 def diverged(rank: int, world_size: int, folder: str) -> list[int]:
-    """How many gatherings are under way when a run has ended of a loss that is no number."""
+    """Count the gatherings under way when a run has ended of a loss that is no number."""
     engines: list[TorchEngine] = []
     make = TorchEngine.__init__
 
@@ -65,7 +65,7 @@ def test_the_last_weights_are_gathered_before_a_run_ends(tmp_path: Path, last: s
 
 
 def stopped_late(rank: int, world_size: int, folder: str) -> tuple[bool, bool]:
-    """Whether this rank of a run heard a signal that came to rank 1 behind the last step, and whether the run obeyed one."""
+    """Return whether this rank heard a signal that came to rank 1 behind the last step, and whether the run obeyed one."""
     words = [*TINY, f"output_dir={folder}", "trainer.steps=2", "checkpoint.every=0"]
     stop, plain = StopRequest(), TorchEngine.finish
 

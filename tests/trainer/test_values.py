@@ -1,4 +1,4 @@
-"""What the config alone shows to be wrong: each problem is named with its key and a fix."""
+"""Problems that the config alone shows: each is named with its key and a fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each expert of a run's mixtures is given: files and pictures beside the run, over time and by data source.
+"""The load of each expert of a run's mixtures: files and pictures beside the run, over time and by data source.
 
 Shape legend: L layers with a mixture, E experts, S sources, W windows of steps.
 """

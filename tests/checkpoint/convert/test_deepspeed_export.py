@@ -81,7 +81,7 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
-    """What decays, then what does not. Hyper-parameters of nobody's: the folder's must take their place."""
+    """Group what decays, then what does not. Hyper-parameters of nobody's: the folder's must take their place."""
     named = list(model.named_parameters())
     assert isinstance(model, Decoder)
     return [{"params": [p for n, p in named if model.decays(n) is decays], "weight_decay": 0.0} for decays in (True, False)]

@@ -1,4 +1,4 @@
-"""What of a DeepSpeed folder is taken for what, and what is said of one that something is missing of."""
+"""Imports of a DeepSpeed folder: which part becomes which, and what is said where one is missing."""
 
 from __future__ import annotations
 

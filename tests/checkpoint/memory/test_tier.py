@@ -82,7 +82,7 @@ def _fork_ranks(folder: Path, world: int, children: list[int], steps: int, group
 
 
 def lose_keepers(folder: Path, slots: set[int]) -> None:
-    """What a node takes with it: the keepers of its ranks. Their entries in the registry stay behind."""
+    """End what a node takes with it: the keepers of its ranks. Their entries in the registry stay behind."""
     for address in registered(folder).values():
         if address.slot in slots:
             link = Connection(address, 5.0)

@@ -128,7 +128,7 @@ def test_micro_batches_grow_without_changing_the_run(tmp_path: Path) -> None:
 
 
 def test_a_measured_batch_with_micro_batches_that_grow(tmp_path: Path) -> None:
-    """What is measured stays an estimate of the same thing, so the batch grows as before, nearly."""
+    """A measurement stays an estimate of the same thing, so the batch grows nearly as before."""
     rows = run_ranks(1, trained, str(tmp_path), LONG, ["batch.micro_max=8"])[0]
     sizes = [row["batch_samples"] for row in rows]
     assert sizes[-1] > 16 and sizes == sorted(sizes) and all("gradient_variance" in row for row in rows)

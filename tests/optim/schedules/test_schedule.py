@@ -183,7 +183,7 @@ def test_power_warms_up_to_the_law_and_decays_from_it() -> None:
     assert rate(0.95e12) == pytest.approx((math.exp(1 - part) - 1) / (math.e - 1) * law(0.9e12))
 
 
-# What a user is told.
+# Messages to a user.
 
 
 def problems(schedule: Schedule) -> list[str]:

@@ -40,7 +40,7 @@ def documents_of(length: int, lengths: list[list[int]]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Scores:
-    """How scores become weights, besides their scale."""
+    """The way from scores to weights, besides their scale."""
 
     window: int | None = None
     softcap: float | None = None

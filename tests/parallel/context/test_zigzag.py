@@ -1,4 +1,4 @@
-"""How packed rows are dealt to the members of a ring: positions, balance, and what stays whole."""
+"""Packed rows as they are dealt to the members of a ring: positions, balance, and what stays whole."""
 
 from __future__ import annotations
 

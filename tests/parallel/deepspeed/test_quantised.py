@@ -58,7 +58,7 @@ class Kernel:
 
 
 class Builder:
-    """What builds the kernel."""
+    """Stand in for what builds the kernel."""
 
     def is_compatible(self, verbose: bool = True) -> bool:
         return True

@@ -84,7 +84,7 @@ def test_balance_is_the_closed_form_on_every_layout(name: str) -> None:
 
 
 def reported(rank: int, world_size: int, work: Work) -> tuple[dict[str, float], set[float]]:
-    """What one step reports of its experts after an evaluation, and each layer's assignments in both over the tokens."""
+    """Return what one step reports of its experts after an evaluation, and each layer's assignments in both over the tokens."""
     engine = build(work, world_size)
     batch = share(engine.mesh, work, 0)
     tokens = global_tokens(engine.mesh, batch)

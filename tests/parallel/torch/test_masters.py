@@ -174,7 +174,7 @@ def test_gradient_moments_are_those_of_fsdp() -> None:
 
 
 def restored_again_and_again(rank: int, world_size: int, precision: str) -> int:
-    """How often whole weights were not what had just been restored, while a gathering of the old ones was under way."""
+    """Count how often whole weights were not what had just been restored, while old ones were being gathered."""
     engine = build(Work(ParallelConfig(zero=1), precision=precision), world_size)
     masters = masters_of(engine)
     gate, stale = engine.mesh.store("gate"), 0
@@ -214,7 +214,7 @@ def test_what_is_restored_is_not_overtaken_by_what_was_under_way(precision: str)
 
 
 def travelled(rank: int, world_size: int, micro_batches: int) -> list[str]:
-    """What happened in a step under ZeRO-1, in order: gradients that were ready, pieces sent, pieces waited for."""
+    """Return what happened in a step under ZeRO-1, in order: gradients that were ready, pieces sent, pieces waited for."""
     engine = build(Work(ParallelConfig(zero=1), precision="bf16"), world_size)
     assert isinstance(engine, TorchEngine)
     events: list[str] = []
@@ -269,7 +269,7 @@ def reduced_over_tp(rank: int, world_size: int, counts: list[int]) -> list[tuple
 
 
 class Sizes(TorchDispatchMode):
-    """How many elements each all-reduce has."""
+    """Return the number of elements of each all-reduce."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -67,7 +67,7 @@ def alone() -> Reached:
     return Reached(SimpleNamespace(size=lambda: 2))
 
 
-# What is trained.
+# Runs that are trained.
 
 BF16: dict[str, Any] = {"precision": "bf16", "samples": 4}
 TWO = {
@@ -293,7 +293,7 @@ class Pool:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
-    """What waiting for the device does."""
+    """Return a place for what waiting for the device does."""
     does: list[Callable[[], object]] = [lambda: None]
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: does[0]())
     return does
@@ -369,7 +369,7 @@ def test_what_is_to_be_done_before_the_groups_go_is_done_once() -> None:
     assert run_ranks(1, closed) == [[True, False]]
 
 
-# Who may.
+# Ranks that may.
 
 
 def chosen(rank: int, world_size: int, works: list[tuple[bool, bool, bool]]) -> list[bool]:
@@ -429,7 +429,7 @@ def test_copy_engines_need_peer_gpus_of_one_host_and_new_nccl() -> None:
 
 
 def tried(rank: int, world_size: int) -> list[bool]:
-    """Whether the trial is content: with a true transport, and with one that brings what was not sent."""
+    """Return whether the trial is content: with a true transport, and with one that brings what was not sent."""
     mesh = Mesh.connect(Layout.plan(ParallelConfig(zero=1), world_size), CPU)
     exchange = dist.all_to_all_single
 

@@ -55,7 +55,7 @@ class StepEnds(Hook):
 
 
 def asked(rank: int, world_size: int, mode: str) -> list[str]:
-    """What a run of four steps that saves every second one asks its checkpointer for."""
+    """Return what a run of four steps that saves every second one asks its checkpointer for."""
     calls: list[str] = []
     saving = Saving(cast(Checkpointer, NotedCalls(mode, calls)), 2, {})
     work = Work(samples=2)
@@ -124,7 +124,7 @@ class LastSave(NotedCalls):
 
 
 def saved_at_the_end(rank: int, world_size: int, fails: bool) -> tuple[str, str]:
-    """How the end of a run ends on this rank, and what its checkpointer was asked for last."""
+    """Return how the end of a run ends on this rank, and what its checkpointer was asked for last."""
     calls: list[str] = []
     saving, work = Saving(cast(Checkpointer, LastSave(rank, calls, fails)), 2, {}), Work(samples=2)
     loops: list[Loop] = []

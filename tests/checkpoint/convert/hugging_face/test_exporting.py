@@ -1,4 +1,4 @@
-"""What a client of Hugging Face's layout needs besides the weights, and which of its files count."""
+"""Files that a client of Hugging Face's layout needs besides the weights, and those that count."""
 
 from __future__ import annotations
 
