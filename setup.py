@@ -76,6 +76,7 @@ setup(
             "matplotlib>=3.8",
             "scipy>=1.12",
             "transformers>=5.24",
+            "pytorch_optimizer>=4.1",
         ],
     },
     entry_points={"console_scripts": ["meshloom=meshloom.launch.cli:main"]},

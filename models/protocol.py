@@ -136,6 +136,14 @@ def decoder_shape(model: Model) -> DecoderConfig:
     return model.decoder_config
 
 
+def hidden_matrices(model: Model) -> frozenset[str]:
+    """Return the names of the matrices within blocks: no embedding, no head, no vector, nothing that does not decay."""
+    blocks = {id(block) for block in model.block_modules().values()}
+    prefixes = tuple(f"{name}." for name, module in model.named_modules() if id(module) in blocks)
+    named = ((name, parameter) for name, parameter in model.named_parameters() if name.startswith(prefixes))
+    return frozenset(name for name, parameter in named if parameter.dim() == 2 and model.decays(name))
+
+
 def lacks(model: Model, method: str) -> bool:
     """Return whether a model does not override this method of `Model`."""
     found: Any = getattr(type(model), method)

@@ -43,6 +43,10 @@ class Box:
             return None
         return Box(offsets, tuple(end - offset for offset, end in zip(offsets, ends, strict=True)))
 
+    def shifted(self, by: tuple[int, ...]) -> Box:
+        """Return the box moved by this many indices along each dim."""
+        return Box(tuple(offset + step for offset, step in zip(self.offsets, by, strict=True)), self.shape)
+
     def without(self, other: Box) -> list[Box]:
         """Tile the part of this box that is outside the other: at most two boxes per dim."""
         common = self.intersect(other)

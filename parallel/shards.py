@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from ..optim.optimizers.parameters import NamedParameter
+from ..optim.optimizers.parameters import LocalMatrices, NamedParameter, WholeMatrices
 from .box import Box
+from .matrices import MeshMatrices
 from .mesh import Mesh
 
 Placements = tuple[Placement, ...]
@@ -148,3 +149,9 @@ class MeshShards:
     def scatter(self, parameter: NamedParameter, whole: torch.Tensor) -> torch.Tensor:
         """Return this rank's shard of a whole array."""
         return whole[self._placed[parameter.name].box.slices()]
+
+    def whole_matrices(self, parameters: Sequence[NamedParameter], cost: Callable[[int, int], float]) -> WholeMatrices:
+        """Share the matrices out among the ranks of the stage that hold them."""
+        if self._mesh.size("stage") == 1:
+            return LocalMatrices(parameters)
+        return MeshMatrices(self._mesh, {each.name: self._placed[each.name].box for each in parameters}, parameters, cost)

@@ -17,7 +17,8 @@ from ..data import config as data
 from ..models import config as models
 from ..models.mixture.balance_config import BalanceConfig
 from ..optim.batch import config as batch
-from ..optim.optimizers import config as optimizers
+from ..optim.optimizers.config import OptimConfig
+from ..optim.optimizers.options import OPTIONS as OPTIM_OPTIONS
 from ..optim.schedules import config as schedules
 from ..parallel.config import ParallelConfig
 from .config import TrainerConfig
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 OPTIONS: dict[str, tuple[type, ...]] = {
     "model": models.OPTIONS,
     "data": data.OPTIONS,
-    "optim": optimizers.OPTIONS,
+    "optim": OPTIM_OPTIONS,
     "schedule": schedules.OPTIONS,
     "batch": batch.OPTIONS,
 }
@@ -61,7 +62,7 @@ class RunConfig:
     )
     model: models.ModelConfig = MISSING
     data: data.DataConfig = MISSING
-    optim: optimizers.OptimConfig = MISSING
+    optim: OptimConfig = MISSING
     schedule: schedules.ScheduleConfig = MISSING
     batch: batch.BatchConfig = MISSING
     balance: BalanceConfig = field(default_factory=BalanceConfig)

@@ -9,8 +9,9 @@ import torch
 from ..config.nodes import Custom
 from ..config.problems import Problem
 from ..data.build import build_node
-from ..models.protocol import decoder_shape
+from ..models.protocol import decoder_shape, hidden_matrices
 from ..optim.build import build_schedule
+from ..optim.optimizers.matrix_config import MatrixOptimConfig
 from ..optim.optimizers.parameters import NamedParameter, Unsharded
 from ..parallel.capabilities import model_problems
 from ..parallel.deepspeed.optimizer import optimizer_problems
@@ -53,6 +54,9 @@ def _model_problems(config: RunConfig, world_size: int) -> list[Problem]:
     """Return the problems of the model: its keys, its partition over ranks, its activation budget."""
     model = build_model(config.model, vocabulary=config.model.vocabulary or 2)
     found = model_problems(model, config.parallel, activation_settings(config))
+    if isinstance(config.optim, MatrixOptimConfig) and not hidden_matrices(model):
+        message = f"{config.optim.name} updates the matrices of blocks, and {type(model).__name__} has none"
+        found.append(Problem("optim", message, "use optim=adamw, or keep the model's blocks in a ModuleList"))
     shape = model.decoder_config
     if shape is not None and config.model.decoder() is None and world_size and config.parallel.engine == "torch":
         # Its keys did not tell that it is a decoder. Its vocabulary here may be a stand-in.

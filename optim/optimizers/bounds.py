@@ -32,8 +32,8 @@ def bound_problems(key: str, bound: Bound, **settings: float) -> list[Problem]:
     ]
 
 
-def beta_problems(key: str, betas: Sequence[float]) -> list[Problem]:
-    """Return what is wrong with `betas`, the weights of the past in Adam's two moments."""
+def beta_problems(key: str, betas: Sequence[float], name: str = "betas") -> list[Problem]:
+    """Return what is wrong with the weights of the past in Adam's two moments. name: of their key."""
     if len(betas) != 2:
-        return [Problem(f"{key}.betas", f"{list(betas)} are not two numbers", "give two, such as [0.9, 0.95]")]
-    return [problem for beta in betas for problem in bound_problems(key, FRACTION, betas=beta)]
+        return [Problem(f"{key}.{name}", f"{list(betas)} are not two numbers", "give two, such as [0.9, 0.95]")]
+    return [problem for beta in betas for problem in bound_problems(key, FRACTION, **{name: beta})]

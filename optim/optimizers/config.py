@@ -205,5 +205,16 @@ class AdaGradNormConfig(OptimConfig):
         return [*super().problems(key), *bound_problems(key, POSITIVE, initial=self.initial)]
 
 
-OPTIONS: tuple[type, ...] = (AdamWConfig, AGVMConfig, LAMBConfig, LARSConfig, AdaGradConfig, AdaGradNormConfig)
-"""Schemas of the group, known to Hydra as optim/base_<name>; the recipes of the group extend them."""
+@dataclass(frozen=True)
+class LionConfig(OptimConfig):
+    """The sign of a momentum (arXiv 2302.06675): see lion.py."""
+
+    _target_: str = target("meshloom.optim.optimizers.lion.Lion")
+    name: str = option("lion")
+    lr: int | float | str = key(1e-4, "peak learning rate (`schedule` moves it), or auto:step_law")
+    weight_decay: float = key(1.0, "of matrices; norms, biases and embeddings have none")
+    betas: list[float] = key([0.9, 0.99], "weights of the past in the step and in the momentum")
+
+    def problems(self, key: str = "optim") -> list[Problem]:
+        """Return what is wrong with the values."""
+        return [*super().problems(key), *beta_problems(key, self.betas)]

@@ -37,6 +37,8 @@ class NamedParameter:
     compute_copy  the copy of the shard, in lower precision, that the forward pass reads; None: it reads `tensor`
     offsets       where the shard begins in the whole parameter; (): at its beginning
     stacked       matrices of equal shape that the whole stacks along its rows; a norm or projection is of each by itself
+    hidden        whether it is a matrix (or a stack) within a block: not of an embedding or the head, and no vector
+    compute       dtype of the forward pass; None: that of `tensor`
     """
 
     name: str
@@ -47,6 +49,8 @@ class NamedParameter:
     compute_copy: torch.Tensor | None = None
     offsets: tuple[int, ...] = ()
     stacked: int = 1
+    hidden: bool = False
+    compute: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         self.offsets = self.offsets or (0,) * len(self.global_shape)
@@ -102,6 +106,53 @@ def initial_counter_values(optimizer: torch.optim.Optimizer, counters: Iterable[
     return {name: known.get(name, 0.0) for name in counters}
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """One whole matrix: a parameter, or one of those that it stacks.
+
+    index  number of the matrix in the stack
+    """
+
+    parameter: NamedParameter
+    index: int = 0
+
+    @property
+    def name(self) -> str:
+        """The parameter's name, with the matrix's number where it stacks several."""
+        return self.parameter.name if self.parameter.stacked == 1 else f"{self.parameter.name}[{self.index}]"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the matrix."""
+        rows, columns = self.parameter.global_shape
+        return rows // self.parameter.stacked, columns
+
+    @property
+    def first_row(self) -> int:
+        """Where the matrix begins in the parameter."""
+        return self.index * self.shape[0]
+
+
+MatrixFunction = Callable[[Sequence[Matrix], Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+"""A function of whole matrices, some at a time: their arrays in, arrays of the same shapes out."""
+
+
+class WholeMatrices(Protocol):
+    """Matrices whose parts lie on many ranks, each computed as a whole by the one rank that owns it.
+
+    owned  the matrices of this rank
+    """
+
+    owned: Sequence[Matrix]
+
+    def map(self, parts: Sequence[torch.Tensor], function: MatrixFunction, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Apply a function to every whole matrix, and return this rank's parts of the results.
+
+        parts: parallel to the parameters, shaped as the local shards; they travel, and are computed, in `dtype`.
+        """
+        ...
+
+
 class Shards(Protocol):
     """Collectives over the shards of the same parameters on other ranks. Every rank must call the same ones, in order."""
 
@@ -128,6 +179,13 @@ class Shards(Protocol):
         """Return the part of the whole array (global_shape) that lies in this rank's shard. No communication."""
         ...
 
+    def whole_matrices(self, parameters: Sequence[NamedParameter], cost: Callable[[int, int], float]) -> WholeMatrices:
+        """Give each matrix of these parameters to one of the ranks that hold it, so that costs are balanced.
+
+        cost: of a matrix, from its rows and columns, in any unit.
+        """
+        ...
+
 
 class Unsharded:
     """Shards of parameters that are whole on this rank: every sum is already global."""
@@ -147,6 +205,33 @@ class Unsharded:
     def scatter(self, parameter: NamedParameter, whole: torch.Tensor) -> torch.Tensor:
         """Return the whole array unchanged."""
         return whole
+
+    def whole_matrices(self, parameters: Sequence[NamedParameter], cost: Callable[[int, int], float]) -> WholeMatrices:
+        """Own all matrices."""
+        return LocalMatrices(parameters)
+
+
+def matrices_of(parameters: Sequence[NamedParameter]) -> list[Matrix]:
+    """List the matrices of parameters, those of a stack one after another."""
+    return [Matrix(parameter, index) for parameter in parameters for index in range(parameter.stacked)]
+
+
+class LocalMatrices:
+    """`WholeMatrices` of parameters that are whole on this rank."""
+
+    def __init__(self, parameters: Sequence[NamedParameter]) -> None:
+        self._parameters = parameters
+        self.owned: Sequence[Matrix] = matrices_of(parameters)
+
+    def map(self, parts: Sequence[torch.Tensor], function: MatrixFunction, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Apply the function to all matrices at once."""
+        pieces = [
+            piece
+            for parameter, part in zip(self._parameters, parts, strict=True)
+            for piece in part.to(dtype).chunk(parameter.stacked)
+        ]
+        results = iter(function(self.owned, pieces))
+        return [torch.cat([next(results) for _ in range(parameter.stacked)]) for parameter in self._parameters]
 
 
 def decay_groups(

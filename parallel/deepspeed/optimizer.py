@@ -6,7 +6,7 @@ rates, so those are refused. Of the other classes that it treats specially, only
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from ...config.problems import ConfigError, Problem
 from ...optim.optimizers.own_arrays import HoldsOwnArrays
-from ...optim.optimizers.parameters import NamedParameter
+from ...optim.optimizers.parameters import NamedParameter, WholeMatrices
 from ..engine import OptimizerFactory
 
 
@@ -36,6 +36,10 @@ class FlatPieces:
     def scatter(self, parameter: NamedParameter, whole: torch.Tensor) -> torch.Tensor:
         """Raise ConfigError."""
         raise _refusal("asks for its part of whole parameters")
+
+    def whole_matrices(self, parameters: Sequence[NamedParameter], cost: Callable[[int, int], float]) -> WholeMatrices:
+        """Raise ConfigError."""
+        raise _refusal("asks for whole matrices")
 
 
 def _refusal(what: str) -> ConfigError:

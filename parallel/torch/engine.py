@@ -55,7 +55,7 @@ class TorchEngine:
         stages = own_stages(model, plan, mesh.coordinates["pp"])
         context = ContextParallel(mesh, parallel.cp_kind) if mesh.layout.cp > 1 else None
         groups = parameter_groups(parallel, mesh.layout, experts_of(model))
-        self.weights = Weights(make_strategies(groups, mesh, parallel, settings), mesh)
+        self.weights = Weights(make_strategies(groups, mesh, parallel, settings), mesh, settings.compute)
         fuse = fuses_swiglu(model, mesh, parallel, settings)
         for stage in stages.values():
             parallelize_stage(stage, mesh, context, parallel, settings, fuse_swiglu=fuse)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from ...models.protocol import Model
+from ...models.protocol import Model, hidden_matrices
 from ...optim.optimizers.parameters import NamedParameter
 from ..config import ParallelConfig
 from ..engine import EngineSettings
@@ -41,9 +41,10 @@ class Weights(WeightStrategy):
     shards  the optimizers' access to the other ranks' shards
     """
 
-    def __init__(self, strategies: Sequence[WeightStrategy], mesh: Mesh) -> None:
+    def __init__(self, strategies: Sequence[WeightStrategy], mesh: Mesh, compute: torch.dtype) -> None:
+        """compute: dtype of the forward pass."""
         super().__init__()
-        self.strategies, self._mesh = strategies, mesh
+        self.strategies, self._mesh, self._compute = strategies, mesh, compute
 
     def shard(self, stage: Model) -> None:
         """Shard every group's weights in a stage."""
@@ -67,12 +68,22 @@ class Weights(WeightStrategy):
 
     def named_parameters(self, model: Model) -> list[NamedParameter]:
         """List the parameters for an optimizer, as plain local tensors: any elementwise optimizer is correct on them."""
+        hidden = hidden_matrices(model)
 
         def seen(name: str, weight: LocalWeight) -> NamedParameter:
             place, copy = weight.placed, weight.compute_copy
-            settings = model.decays(name), model.lr_scale(name)
-            stacked = model.stacked(name)
-            return NamedParameter(name, weight.tensor, place.global_shape, *settings, copy, place.box.offsets, stacked)
+            return NamedParameter(
+                name,
+                weight.tensor,
+                place.global_shape,
+                decay=model.decays(name),
+                lr_scale=model.lr_scale(name),
+                compute_copy=copy,
+                offsets=place.box.offsets,
+                stacked=model.stacked(name),
+                hidden=name in hidden,
+                compute=self._compute,
+            )
 
         return [seen(name, weight) for name, weight in self.local.items()]
 

@@ -1,0 +1,140 @@
+"""The base of optimizers that update the matrices of blocks as wholes, and everything else by AdamW."""
+
+# pyright: reportPrivateImportUsage=false
+# torch does not export its operations on lists (_foreach_…), which its own optimizers use.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+from .adamw import FUSED_DEVICES
+from .config import base_rate
+from .matrix_config import MatrixOptimConfig
+from .own_arrays import OwnArray
+from .parameters import Matrix, NamedParameter, Shards, decay_groups
+
+HIDDEN, ELEMENTWISE = "hidden", "elementwise"
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """Updates whole matrices of blocks by a method of its subclass; embeddings, head and vectors by AdamW.
+
+    Weight decay is decoupled in both. AdamW's rate is `adamw_lr`, moved by the schedule as `lr` is; by default it is `lr`.
+    """
+
+    keeps_lr_scale = True
+    """Whether the factors of muP apply to matrices, too: not where the method itself makes steps independent of the width."""
+
+    def __init__(
+        self, config: MatrixOptimConfig, parameters: Sequence[NamedParameter], shards: Shards, cost: Callable[[int, int], float]
+    ) -> None:
+        """cost: of a matrix, by its rows and columns, in any unit; matrices are shared out among ranks by it."""
+        rate = base_rate(config)
+        self.hidden = [parameter for parameter in parameters if parameter.hidden]
+        names = {parameter.name for parameter in self.hidden}
+        groups = decay_groups(parameters, config.weight_decay, lambda name: HIDDEN if name in names else ELEMENTWISE)
+        for group in groups:
+            if group["label"] == ELEMENTWISE and config.adamw_lr is not None:
+                group["lr_scale"] = float(str(group["lr_scale"])) * config.adamw_lr / rate
+            elif group["label"] == HIDDEN and not self.keeps_lr_scale:
+                group["lr_scale"] = 1.0
+        super().__init__(groups, {"lr": rate})
+        self._betas, self._eps = tuple(config.adamw_betas), config.adamw_eps
+        self._decay = {name: group["weight_decay"] for group in groups for name in group["names"]}  # type: ignore[attr-defined]
+        self._owned: dict[str, dict[str, torch.Tensor]] = {}  # role → name of the matrix → array
+        self.matrices = shards.whole_matrices(self.hidden, cost)
+
+    def updates_taken(self, matrix: Matrix) -> int:
+        """Return the number of a matrix's updates, with the one under way."""
+        return int(self.state[matrix.parameter.tensor]["step"])
+
+    def owned_array(self, matrix: Matrix, role: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return an array of state of a matrix that this rank owns; of zeros, in the masters' dtype, at first.
+
+        In checkpoints the arrays of stacked matrices are stacked along dim 0, as the matrices are.
+        """
+        held = self._owned.setdefault(role, {})
+        if matrix.name not in held:
+            held[matrix.name] = torch.zeros(shape, dtype=matrix.parameter.tensor.dtype, device=matrix.parameter.tensor.device)
+        return held[matrix.name]
+
+    def own_arrays(self) -> Iterator[OwnArray]:
+        """Yield the arrays of this rank's matrices."""
+        for role, held in self._owned.items():
+            for matrix in self.matrices.owned:
+                if matrix.name in held:
+                    array = held[matrix.name]
+                    rows, *others = array.shape
+                    whole = (rows * matrix.parameter.stacked, *others)
+                    begin = (rows * matrix.index, *(0 for _ in others))
+                    yield OwnArray(matrix.parameter.name, role, array, whole, begin)
+
+    def updates(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Compute what `lr` times is subtracted from each hidden parameter's shard, from the shards of the gradients.
+
+        A collective: parallel to `hidden`, on every rank. By default each matrix is updated by `update_matrix`.
+        """
+        dtype = gradients[0].dtype
+        return self.matrices.map(gradients, lambda matrices, whole: list(map(self.update_matrix, matrices, whole)), dtype)
+
+    def update_matrix(self, matrix: Matrix, gradient: torch.Tensor) -> torch.Tensor:
+        """Compute what `lr` times is subtracted from a whole matrix that this rank owns, and move its state."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take one update, with the exchanges of whole matrices."""
+        assert closure is None
+        for group in self.param_groups:
+            if group["label"] == ELEMENTWISE:
+                self._step_elementwise(group)
+        # A matrix that no token reached has no gradient; its owner still waits for every part.
+        given = (parameter.tensor.grad for parameter in self.hidden)
+        weights: list[torch.Tensor] = [parameter.tensor for parameter in self.hidden]
+        gradients = [torch.zeros_like(w) if grad is None else grad.to(w.dtype) for w, grad in zip(weights, given, strict=True)]
+        if not self.hidden:
+            return
+        for parameter in self.hidden:
+            state = self.state[parameter.tensor]
+            state["step"] = state.get("step", 0) + 1
+        updates = self.updates(gradients)
+        rates = {name: group["lr"] for group in self.param_groups for name in group["names"]}
+        for parameter, update in zip(self.hidden, updates, strict=True):
+            rate = rates[parameter.name]
+            parameter.tensor.mul_(1 - rate * self._decay[parameter.name])
+            parameter.tensor.add_(update.to(parameter.tensor.dtype), alpha=-rate)
+
+    def _step_elementwise(self, group: dict[str, Any]) -> None:
+        weights: list[torch.Tensor] = [weight for weight in group["params"] if weight.grad is not None]
+        if not weights:
+            return
+        for weight in weights:
+            state = self.state[weight]
+            if "exp_avg" not in state:
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+            state["step"] = state.get("step", 0) + 1
+        first, second = self._betas
+        fused = all(weight.device.type in FUSED_DEVICES and weight.is_floating_point() for weight in weights)
+        steps = [torch.tensor(float(self.state[weight]["step"] - 1), device=weight.device) for weight in weights]
+        means, squares = ([self.state[weight][role] for weight in weights] for role in ("exp_avg", "exp_avg_sq"))
+        adamw(
+            weights,
+            [weight.grad for weight in weights if weight.grad is not None],
+            exp_avgs=means,
+            exp_avg_sqs=squares,
+            max_exp_avg_sqs=[],
+            state_steps=steps,
+            foreach=not fused,
+            fused=fused,
+            amsgrad=False,
+            beta1=first,
+            beta2=second,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=self._eps,
+            maximize=False,
+        )

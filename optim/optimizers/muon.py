@@ -1,0 +1,97 @@
+"""Muon and NorMuon: steps whose singular values are equal, by Newton–Schulz iteration on whole matrices."""
+
+# pyright: reportPrivateImportUsage=false
+# torch does not export its operations on lists (_foreach_…), which its own optimizers use.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .matrix import MatrixOptimizer
+from .matrix_config import MuonConfig, NorMuonConfig
+from .newton_schulz import cost, orthogonalize_all
+from .parameters import Matrix, NamedParameter, Shards
+
+
+class Muon(MatrixOptimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+    m ← μ·m + (1 − μ)·g;  u = (1 − μ)·g + μ·m with Nesterov's momentum, m without;  w ← w − lr·(s·orthogonal(u) + decay·w)
+
+    The factor s of a matrix (rows × columns = outputs × inputs), by `scale`:
+
+    match_rms_adamw  0.2·√max(rows, columns): steps are as large as AdamW's, for the same rates and decay (arXiv 2502.16982)
+    original         √max(1, rows/columns)
+    mup              √(rows/columns): the spectral norm that lets the best rate carry over widths (arXiv 2310.17813)
+
+    The products of the iteration are in the dtype of the forward pass, and so is what travels between ranks.
+    """
+
+    def __init__(self, config: MuonConfig, parameters: Sequence[NamedParameter], shards: Shards) -> None:
+        self._momentum, self._nesterov, self._scale, self._steps = (
+            config.momentum,
+            config.nesterov,
+            config.scale,
+            config.ns_steps,
+        )
+        self.keeps_lr_scale = config.scale == "match_rms_adamw"
+        super().__init__(config, parameters, shards, cost)
+        computed = {parameter.compute or parameter.tensor.dtype for parameter in self.hidden}
+        assert len(computed) <= 1, f"matrices of one model are computed in {computed}"
+        self._dtype = next(iter(computed), torch.float32)
+
+    def updates(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Orthogonalise the momenta."""
+        return self.matrices.map(self._momenta(gradients), self._direction, self._dtype)
+
+    def _momenta(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Move the momenta, and return what is orthogonalised."""
+        states = [self.state[parameter.tensor] for parameter in self.hidden]
+        for state, gradient in zip(states, gradients, strict=True):
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(gradient)
+        momenta = [state["momentum"] for state in states]
+        torch._foreach_lerp_(momenta, list(gradients), 1 - self._momentum)
+        if not self._nesterov:
+            return momenta
+        return list(torch._foreach_lerp(list(gradients), momenta, self._momentum))
+
+    def _direction(self, matrices: Sequence[Matrix], momenta: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        orthogonal = orthogonalize_all(momenta, self._steps)
+        return [each * self._factor(*matrix.shape) for matrix, each in zip(matrices, orthogonal, strict=True)]
+
+    def _factor(self, rows: int, columns: int) -> float:
+        if self._scale == "match_rms_adamw":
+            return 0.2 * math.sqrt(max(rows, columns))
+        ratio = rows / columns
+        return math.sqrt(max(1.0, ratio) if self._scale == "original" else ratio)
+
+
+class NorMuon(Muon):
+    """Muon whose rows (neurons) are normalised by a second moment each (arXiv 2510.05491).
+
+    o = orthogonal(u);  v ← β₂·v + (1 − β₂)·mean over columns of o²;  ô = o / (√v + eps)
+
+    The step is ô, scaled to the root mean square that Muon's has under `scale`. A matrix's v (rows,) is held by its owner.
+    """
+
+    def __init__(self, config: NorMuonConfig, parameters: Sequence[NamedParameter], shards: Shards) -> None:
+        super().__init__(config, parameters, shards)
+        self._second, self._normuon_eps = config.beta2, config.eps
+
+    def _direction(self, matrices: Sequence[Matrix], momenta: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        results: list[torch.Tensor] = []
+        for matrix, orthogonal in zip(matrices, orthogonalize_all(momenta, self._steps), strict=True):
+            moments = self.owned_array(matrix, "row_sq", (matrix.shape[0],))
+            values = orthogonal.to(moments.dtype)
+            moments.lerp_(values.square().mean(1), 1 - self._second)
+            rescaled = values / (moments.sqrt() + self._normuon_eps)[:, None]
+            rows, columns = matrix.shape
+            # Muon's root mean square: an orthogonal matrix's is 1/√max(rows, columns).
+            wanted = self._factor(rows, columns) * math.sqrt(min(rows, columns))
+            norm = rescaled.norm()
+            results.append(rescaled * torch.where(norm > 0, wanted / norm, 0.0))
+        return results

@@ -1,0 +1,286 @@
+"""Optimizers of whole matrices: their formulas beside outside ones, and every layout beside one process (rule R4)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_optimizer
+import torch
+
+from meshloom.checkpoint.checkpointer import Checkpointer
+from meshloom.checkpoint.config import CheckpointConfig
+from meshloom.checkpoint.control import Control
+from meshloom.checkpoint.restore import restore
+from meshloom.optim.build import build_optimizer
+from meshloom.optim.optimizers.config import OptimConfig
+from meshloom.optim.optimizers.eight_bit_config import AdamW8bitConfig
+from meshloom.optim.optimizers.low_rank import drawn_projection
+from meshloom.optim.optimizers.matrix_config import (
+    AdafactorConfig,
+    APOLLOConfig,
+    GaLoreConfig,
+    MatrixOptimConfig,
+    MuonConfig,
+    NorMuonConfig,
+    SOAPConfig,
+)
+from meshloom.optim.optimizers.newton_schulz import COEFFICIENTS, orthogonalize, orthogonalize_all
+from meshloom.optim.optimizers.parameters import NamedParameter, Unsharded
+from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.engine import Engine
+from meshloom.parallel.engines import make_engine
+from meshloom.parallel.layout import Layout
+from meshloom.parallel.mesh import Mesh
+from support.models import decoder
+from support.parity import Work, take_steps
+from support.ranks import run_ranks
+from support.settings import settings_of
+
+CONFIGS: dict[str, OptimConfig] = {
+    "muon": MuonConfig(lr=0.02),
+    "normuon": NorMuonConfig(lr=0.02, scale="original", nesterov=False),
+    "soap": SOAPConfig(lr=0.01, interval=2, max_dim=30),
+    "apollo": APOLLOConfig(lr=0.01, rank=4, interval=2),
+    "galore": GaLoreConfig(lr=0.01, rank=4, interval=2),
+    "adafactor": AdafactorConfig(lr=0.01),
+    "adamw_8bit": AdamW8bitConfig(lr=0.01, block=6, min_size=500),
+}
+LAYOUTS = {
+    "zero0": (2, ParallelConfig(zero=0)),
+    "zero3": (3, ParallelConfig(zero=3)),
+    "tp2_zero1": (4, ParallelConfig(zero=1, tp=2)),
+    "pp2": (2, ParallelConfig(zero=1, pp=2)),
+}
+WORK = Work(samples=8, micro=1)
+
+
+def build(kind: str, parallel: ParallelConfig, world_size: int) -> Engine:
+    mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
+    with torch.device("meta"):
+        model = decoder(**WORK.llama())
+    make = functools.partial(build_optimizer, CONFIGS[kind])
+    return make_engine(model, mesh, make, parallel, settings_of(model, parallel, seed=7))
+
+
+def control(engine: Engine, name: str) -> Control:
+    return Control(engine.mesh.rank, engine.mesh.layout.world_size, engine.mesh.store(name))
+
+
+def begun(rank: int, world_size: int, kinds: list[str], parallel: ParallelConfig, folder: Path) -> list[list[float]]:
+    """Train three steps with each optimizer, and save."""
+    found: list[list[float]] = []
+    for kind in kinds:
+        engine = build(kind, parallel, world_size)
+        found.append(take_steps(engine, WORK, range(3)).losses)
+        checkpointer = Checkpointer(folder / kind, control(engine, kind), CheckpointConfig(mode="sync", timeout=60))
+        checkpointer.save(3, engine.fragments(), {"counters": engine.counters()})
+        checkpointer.finish()
+    return found
+
+
+def gone_on(rank: int, world_size: int, kinds: list[str], parallel: ParallelConfig, folder: Path) -> list[list[float]]:
+    """Train three more steps from those saves."""
+    found: list[list[float]] = []
+    for kind in kinds:
+        engine = build(kind, parallel, world_size)
+        engine.prepare_restore()
+        report = restore(folder / kind, engine.fragments(), control(engine, f"restore-{kind}"))
+        engine.load_counters(report.state["counters"])
+        found.append(take_steps(engine, WORK, range(3, 6)).losses)
+    return found
+
+
+def alone(rank: int, world_size: int) -> list[list[float]]:
+    return [take_steps(build(kind, ParallelConfig(zero=0), 1), WORK, range(6)).losses for kind in CONFIGS]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[float]]:
+    (losses,) = run_ranks(1, alone)
+    assert len({round(loss, 6) for each in losses for loss in each[1:]}) > 5 * len(CONFIGS) - 2
+    return losses
+
+
+PAIRS = [("zero0", "pp2"), ("zero3", "tp2_zero1")]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_every_layout_trains_as_one_process(tmp_path: Path, expected: list[list[float]], first: str, second: str) -> None:
+    kinds = list(CONFIGS)
+    ranks, parallel = LAYOUTS[first]
+    for losses in run_ranks(ranks, begun, kinds, parallel, tmp_path):
+        for kind, found, each in zip(kinds, losses, expected, strict=True):
+            assert found == pytest.approx(each[:3], rel=1e-9), kind
+    ranks, parallel = LAYOUTS[second]
+    for losses in run_ranks(ranks, gone_on, kinds, parallel, tmp_path):
+        for kind, found, each in zip(kinds, losses, expected, strict=True):
+            assert found == pytest.approx(each[3:], rel=1e-9), kind
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def polynomial_of_singular_values(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """What Newton–Schulz does, without its products: the polynomial iterated on the singular values."""
+    left, values, right = np.linalg.svd(matrix.numpy(), full_matrices=False)
+    a, b, c = COEFFICIENTS
+    values = values / np.linalg.norm(values)
+    for _ in range(steps):
+        values = a * values + b * values**3 + c * values**5
+    return torch.from_numpy(left @ np.diag(values) @ right)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5), (6, 6), (1, 4)])
+def test_newton_schulz_moves_singular_values_alone(shape: tuple[int, int]) -> None:
+    matrix = drawn(*shape)
+    found = orthogonalize(matrix[None])[0]
+    torch.testing.assert_close(found, polynomial_of_singular_values(matrix), rtol=1e-5, atol=1e-5)  # its EPS
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert orthogonalize(torch.zeros(2, *shape)).count_nonzero() == 0
+
+
+def test_matrices_of_many_shapes_keep_their_places() -> None:
+    matrices = [drawn(4, 6), drawn(6, 4, seed=1), drawn(4, 6, seed=2)]
+    for found, matrix in zip(orthogonalize_all(matrices), matrices, strict=True):
+        torch.testing.assert_close(found, orthogonalize(matrix[None])[0])
+
+
+def steps_of(
+    config: OptimConfig, gradients: list[torch.Tensor], weight: torch.Tensor, name: str = "layers.0.w", stacked: int = 1
+) -> torch.Tensor:
+    """The weight after an update by each gradient."""
+    held = torch.nn.Parameter(weight.clone())
+    named = NamedParameter(name, held, tuple(weight.shape), hidden=True, stacked=stacked)
+    optimizer = build_optimizer(config, [named], Unsharded())
+    for gradient in gradients:
+        held.grad = gradient.clone()
+        optimizer.step()
+    return held.detach()
+
+
+FACTORS: dict[str, Callable[[int, int], float]] = {
+    "original": lambda rows, columns: max(1.0, rows / columns) ** 0.5,
+    "match_rms_adamw": lambda rows, columns: 0.2 * max(rows, columns) ** 0.5,
+    "mup": lambda rows, columns: (rows / columns) ** 0.5,
+}
+
+
+@pytest.mark.parametrize("scale", FACTORS)
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_its_formula(scale: str, nesterov: bool) -> None:
+    weight, gradients = drawn(6, 4), [drawn(6, 4, seed=1 + step) for step in range(3)]
+    config = MuonConfig(lr=0.1, weight_decay=0.3, momentum=0.8, scale=scale, nesterov=nesterov)
+    expected, momentum = weight.clone(), torch.zeros_like(weight)
+    for gradient in gradients:
+        momentum = 0.8 * momentum + 0.2 * gradient
+        wanted = polynomial_of_singular_values(0.2 * gradient + 0.8 * momentum if nesterov else momentum)
+        expected = (1 - 0.1 * 0.3) * expected - 0.1 * FACTORS[scale](6, 4) * wanted
+    torch.testing.assert_close(steps_of(config, gradients, weight), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_stacked_matrices_are_updated_each_by_itself(kind: str) -> None:
+    weight, gradients = drawn(6, 4), [drawn(6, 4, seed=1 + step) for step in range(2)]
+    found = steps_of(CONFIGS[kind], gradients, weight, stacked=3)
+    rows = [slice(2 * each, 2 * each + 2) for each in range(3)]
+    apart = [steps_of(CONFIGS[kind], [g[r] for g in gradients], weight[r], f"layers.0.w[{i}]") for i, r in enumerate(rows)]
+    torch.testing.assert_close(found, torch.cat(apart), rtol=1e-12, atol=1e-14)
+
+
+def steps_of_outside(
+    make: Callable[..., torch.optim.Optimizer], gradients: list[torch.Tensor], weight: torch.Tensor
+) -> torch.Tensor:
+    """The weight after an update by each gradient, by an optimizer of another library."""
+    held = torch.nn.Parameter(weight.clone())
+    optimizer = make([held])
+    for gradient in gradients:
+        held.grad = gradient.clone()
+        optimizer.step()
+    return held.detach()
+
+
+@pytest.mark.parametrize("max_dim", [100, 5])
+def test_soap_is_the_published_one(max_dim: int) -> None:
+    weight, gradients = drawn(6, 4), [drawn(6, 4, seed=1 + step) for step in range(7)]
+    config = SOAPConfig(lr=0.01, weight_decay=0.0, interval=2, max_dim=max_dim, damping=0.0)
+    keys = {"precondition_frequency": 2, "max_precondition_dim": max_dim}
+    outside = functools.partial(pytorch_optimizer.SOAP, lr=0.01, weight_decay=0.0, **keys)
+    expected = steps_of_outside(outside, gradients, weight)
+    torch.testing.assert_close(steps_of(config, gradients, weight), expected, rtol=1e-5, atol=1e-6)  # its QR is in fp32
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_galore_is_the_published_one(shape: tuple[int, int]) -> None:
+    weight, gradients = drawn(*shape), [drawn(*shape, seed=1 + step) for step in range(4)]
+    keys = {"rank": 2, "scale": 0.5, "update_proj_gap": 100, "projection_type": "std"}
+
+    def outside(weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return pytorch_optimizer.GaLore([{"params": weights, **keys}], lr=0.01)
+
+    config = GaLoreConfig(lr=0.01, rank=2, scale=0.5, interval=100)
+    expected = steps_of_outside(outside, gradients, weight)
+    torch.testing.assert_close(steps_of(config, gradients, weight), expected, rtol=1e-5, atol=1e-6)  # its SVD is in fp32
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_adafactor_is_torchs(shape: tuple[int, int]) -> None:
+    weight, gradients = drawn(*shape) / 10, [drawn(*shape, seed=1 + step) * (1 + step) for step in range(4)]
+    # Its rate is relative to the weight's root mean square, or to its second eps, where that is more.
+    outside = functools.partial(torch.optim.Adafactor, lr=0.01, eps=(1e-15, 1.0), weight_decay=0.1)
+    config = AdafactorConfig(lr=0.01, weight_decay=0.1)
+    torch.testing.assert_close(steps_of(config, gradients, weight), steps_of_outside(outside, gradients, weight))
+
+
+def test_apollo_scales_each_channel_as_adam_would() -> None:
+    weight, gradients = drawn(8, 5), [drawn(8, 5, seed=1 + step) for step in range(5)]
+    config = APOLLOConfig(lr=0.1, rank=3, interval=2, scale=4.0, growth=1.05)
+    expected, mean, square, before = weight.clone(), torch.zeros(8, 3).double(), torch.zeros(8, 3).double(), None
+    for number, gradient in enumerate(gradients):
+        projection = drawn_projection(0, "layers.0.w", number // 2, 5, 3).double()
+        low = gradient @ projection
+        mean, square = 0.9 * mean + 0.1 * low, 0.999 * square + 0.001 * low**2
+        scales = (mean / (square.sqrt() + 1e-6)).norm(dim=1) / low.norm(dim=1)
+        update = scales[:, None] * gradient
+        if before is not None and update.norm() > 1.05 * before:
+            update *= 1.05 * before / update.norm()
+        before = update.norm()
+        expected -= 0.1 * 2.0 * update * (1 - 0.999 ** (number + 1)) ** 0.5 / (1 - 0.9 ** (number + 1))
+    torch.testing.assert_close(steps_of(config, gradients, weight), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_projections_depend_on_names_and_numbers_alone() -> None:
+    first = drawn_projection(1, "a", 2, 4000, 4)
+    assert torch.equal(first, drawn_projection(1, "a", 2, 4000, 4))
+    for other in ((2, "a", 2), (1, "b", 2), (1, "a", 3)):
+        assert not torch.equal(first, drawn_projection(*other, 4000, 4))
+    torch.testing.assert_close(first.T @ first / 1000, torch.eye(4), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_rates_of_embeddings_may_differ(kind: str) -> None:
+    config = CONFIGS[kind]
+    if not isinstance(config, MatrixOptimConfig):
+        return
+    held = [torch.nn.Parameter(drawn(6, 4)), torch.nn.Parameter(drawn(6, 4))]
+    named = [
+        NamedParameter("embed.weight", held[0], (6, 4), decay=False),
+        NamedParameter("layers.0.w", held[1], (6, 4), hidden=True),
+    ]
+    optimizer = build_optimizer(replace(config, adamw_lr=float(config.lr) / 4), named, Unsharded())
+    assert {group["label"]: group["lr_scale"] for group in optimizer.param_groups} == {"elementwise": 0.25, "hidden": 1.0}
+    before = held[0].detach().clone()
+    for weight in held:
+        weight.grad = drawn(6, 4, seed=3)
+    for group in optimizer.param_groups:
+        group["lr"] = float(config.lr) * group["lr_scale"]
+    optimizer.step()
+    torch.testing.assert_close(
+        (before - held[0]).abs(), torch.full((6, 4), float(config.lr) / 4).double(), rtol=1e-4, atol=1e-9
+    )
