@@ -257,6 +257,16 @@ def _as_os_errors() -> Generator[None]:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
+HUGGING_FACE = "hf:"
+"""Prefix of a location that is a Hugging Face folder, which is read as a checkpoint."""
+
+
+def hugging_face_folder(location: str | Path) -> Path | None:
+    """Return the folder that `hf:<folder>` names; None for any other location."""
+    text = str(location)
+    return Path(text.removeprefix(HUGGING_FACE)).expanduser() if text.startswith(HUGGING_FACE) else None
+
+
 def is_remote(location: str | Path) -> bool:
     """Return whether a location is an fsspec URL rather than a path."""
     return isinstance(location, str) and "://" in location and not location.startswith("file://")

@@ -16,9 +16,11 @@ from torch.distributed import ProcessGroup
 
 from ..parallel.fragment import Fragment
 from .control import Control, Round
+from .convert.hugging_face.folder import HuggingFaceFolder, open_folder
+from .convert.hugging_face.reading import check_head, fill
 from .dtypes import as_tensor, name_of
 from .errors import CheckpointError, DamageError
-from .files import Files, is_remote, open_files
+from .files import Files, hugging_face_folder, is_remote, open_files
 from .folder import StepListing, list_steps, load_manifest, open_step, step_of
 from .identity import RunIdentity
 from .manifest import MANIFEST, Manifest, StoredArray
@@ -72,6 +74,7 @@ def restore(
     """Fill the fragments' tensors from a step's folder, or from the newest good step of a folder of checkpoints.
 
     A version in the memory of keepers that a crashed run left (`checkpoint.memory_every`) counts as a step of the folder.
+    `hf:<folder>` is a step whose files have no digests: its values go into the tensors while they are read.
 
     All ranks call this together. Manifest, coverage and the digest of every byte needed are checked on every rank before
     the first tensor is touched on any. When a folder of checkpoints is given, a damaged step is passed over with a
@@ -83,7 +86,8 @@ def restore(
     group: a process group of the same ranks, with a CPU backend, that nothing else uses meanwhile. With it each byte that
     several ranks need is read by one of them and passed on.
 
-    Raises DamageError (file and block named) or CheckpointError; no tensor has been changed then.
+    Raises DamageError (file and block named) or CheckpointError; no tensor has been changed then, unless by a folder of
+    Hugging Face's.
     """
     began = time.perf_counter()
     mine = list(fragments)
@@ -95,7 +99,7 @@ def restore(
             step = _open(candidate, location, talk, attempt)
             match = _match(step, mine, strict)
             if group is None or _all_matched(talk, attempt, True):
-                prepared, answer = _read(match, step, group)
+                prepared, answer = _read(match, group)
             else:
                 answer = {"used": [], "stored": []}
         except DamageError as error:
@@ -138,6 +142,9 @@ def read_manifest(location: str | Path) -> Manifest:
     For one process, or each for itself. Raises DamageError if a step's manifest is not as written, CheckpointError if a
     folder has no complete step.
     """
+    foreign = hugging_face_folder(location)
+    if foreign is not None:
+        return open_folder(foreign).manifest
     if _is_step(location):
         return load_manifest(open_files(location))
     for candidate in _found_in(location):
@@ -160,6 +167,8 @@ class _Prepared:
 
 
 def _is_step(location: str | Path) -> bool:
+    if hugging_face_folder(location) is not None:
+        return True
     named = step_of(str(location).rstrip("/").rpartition("/")[2]) is not None
     return named or open_files(location).size(MANIFEST) is not None
 
@@ -204,24 +213,41 @@ def _is_newest(in_memory: Recovery, listing: StepListing) -> bool:
     return newest is None or (version.commit, version.step) >= (newest.commit, newest.step)
 
 
-def _open(candidate: str, location: str | Path, talk: Round, attempt: int) -> Files:
+@dataclass
+class _Opened:
+    """A step that is complete as far as can be told. foreign: the folder of Hugging Face's that it is"""
+
+    files: Files
+    manifest: Manifest
+    foreign: HuggingFaceFolder | None = None
+
+
+def _open(candidate: str, location: str | Path, talk: Round, attempt: int) -> _Opened:
     if candidate.startswith(_IN_MEMORY):
-        return open_recovery(candidate.removeprefix(_IN_MEMORY), Path(location), talk, attempt)
-    return open_files(candidate)
+        files: Files = open_recovery(candidate.removeprefix(_IN_MEMORY), Path(location), talk, attempt)
+        return _Opened(files, open_step(files))
+    path = hugging_face_folder(candidate)
+    if path is None:
+        files = open_files(candidate)
+        return _Opened(files, open_step(files))
+    folder = open_folder(path)
+    if talk.control.rank == 0:
+        check_head(folder)
+    return _Opened(folder.files, folder.manifest, folder)
 
 
 @dataclass
 class _Match:
     """The stored arrays matched with the fragments that they go into."""
 
-    manifest: Manifest
+    step: _Opened
     report: RestoreReport
     wanted: list[tuple[Fragment, StoredArray]]
 
 
-def _match(files: Files, fragments: Sequence[Fragment], strict: bool) -> _Match:
+def _match(step: _Opened, fragments: Sequence[Fragment], strict: bool) -> _Match:
     """Check what can be checked without the data."""
-    manifest = open_step(files)
+    files, manifest = step.files, step.manifest
     report = RestoreReport(files.label(), manifest.step, manifest.state, manifest.run, manifest.commit)
     wanted: list[tuple[Fragment, StoredArray]] = []
     for fragment in fragments:
@@ -237,18 +263,28 @@ def _match(files: Files, fragments: Sequence[Fragment], strict: bool) -> _Match:
                 report.converted[fragment.key] = f"{array.dtype} → {live}"
     if strict:
         _refuse_misfits(files, manifest, fragments, report)
-    return _Match(manifest, report, wanted)
+    return _Match(step, report, wanted)
 
 
-def _read(match: _Match, files: Files, group: ProcessGroup | None) -> tuple[_Prepared, dict[str, Any]]:
-    """Read this rank's values into fresh memory, all of them checked. Returns them, and what the others should know."""
-    report, wanted = match.report, match.wanted
-    reader = Reader(files, match.manifest) if group is None else SharedReader(files, match.manifest, group)
-    arrays: list[Raw] = reader.read((array, fragment.box) for fragment, array in wanted)
-    report.bytes_wanted, report.bytes_read = reader.traffic.wanted, reader.traffic.read
-    values = [(fragment.tensor, as_tensor(raw, array.dtype)) for (fragment, array), raw in zip(wanted, arrays, strict=True)]
+def _read(match: _Match, group: ProcessGroup | None) -> tuple[_Prepared, dict[str, Any]]:
+    """Read this rank's values into fresh memory, all of them checked. Returns them, and what the others should know.
+
+    What has no digests is read into the fragments at once.
+    """
+    report, wanted, step = match.report, match.wanted, match.step
+    values: list[tuple[torch.Tensor, torch.Tensor]] = []
+    if step.foreign is not None:
+        traffic = fill(step.foreign, ((fragment.name, fragment.box, fragment.tensor) for fragment, _ in wanted), group)
+    else:
+        files, manifest = step.files, step.manifest
+        reader = Reader(files, manifest) if group is None else SharedReader(files, manifest, group)
+        arrays: list[Raw] = reader.read((array, fragment.box) for fragment, array in wanted)
+        values = [(fragment.tensor, as_tensor(raw, array.dtype)) for (fragment, array), raw in zip(wanted, arrays, strict=True)]
+        traffic = reader.traffic
+    report.bytes_wanted, report.bytes_read = traffic.wanted, traffic.read
     used = sorted({array.key for _, array in wanted})
-    return _Prepared(report, values), {"used": used, "stored": sorted(match.manifest.arrays), "source": files.label()}
+    told = {"used": used, "stored": sorted(step.manifest.arrays), "source": step.files.label()}
+    return _Prepared(report, values), told
 
 
 def _all_matched(talk: Round, attempt: int, mine: bool) -> bool:

@@ -10,7 +10,7 @@ import yaml
 from omegaconf import DictConfig
 
 from ..checkpoint.errors import CheckpointError
-from ..checkpoint.files import is_remote, open_files
+from ..checkpoint.files import HUGGING_FACE, hugging_face_folder, is_remote, open_files
 from ..checkpoint.folder import KEEPERS, find_latest, read_newest, step_name, steps_newest_first
 from ..checkpoint.manifest import MANIFEST, Manifest
 from ..config.problems import ConfigError, Problem
@@ -43,6 +43,7 @@ def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
     auto         the run's own checkpoint folder; no checkpoint while it is empty
     auto:<path>  the run's own folder; the path while that is empty. For jobs that are requeued and fine-tune or branch off
     <path>       that checkpoint
+    hf:<folder>  a Hugging Face folder, read as a checkpoint; also as auto:hf:<folder>
 
     Processes of a run that torchrun or SLURM has started again resume from its own checkpoints, whatever `resume` says.
     Raises ConfigError if the path holds no complete checkpoint, the folder can't be read, or it is empty while the run has
@@ -89,9 +90,15 @@ def _described_folder(output_dir: Path) -> str | None:
 def find_checkpoint(location: str, key: str) -> Path | str:
     """Return the checkpoint that a user named by a step's folder, a folder of steps or a run's folder (path or URL), as `key`.
 
-    Raises ConfigError if none there is complete.
+    A Hugging Face folder, `hf:<folder>`, stays as it is. Raises ConfigError if none there is complete.
     """
     fix = "give a step-… folder, or the folder of a run that has saved one"
+    folder = hugging_face_folder(location)
+    if folder is not None:
+        if not (folder / "config.json").is_file():
+            message = f"'{folder}' holds no config.json, so it is no model folder of Hugging Face"
+            raise ConfigError([Problem(key, message, "give the folder of a model, downloaded, as hf:<folder>")])
+        return f"{HUGGING_FACE}{folder}"
     if not location:
         raise ConfigError([Problem(key, "is empty", fix)])
     location = location if is_remote(location) else str(Path(location.removeprefix("file://")).expanduser())
@@ -102,6 +109,8 @@ def find_checkpoint(location: str, key: str) -> Path | str:
     except (OSError, ValueError, CheckpointError) as error:  # somebody else's folder, an unknown protocol, no name at all
         raise ConfigError([Problem(key, f"'{location}' can't be read: {error}", fix)]) from error
     if found is None:
+        if not is_remote(location) and (Path(location) / "config.json").is_file():
+            fix = f"it seems to be a model folder of Hugging Face: type {key}=hf:{location}"
         raise ConfigError([Problem(key, f"'{location}' holds no complete checkpoint", fix)])
     return found
 
@@ -123,7 +132,8 @@ def carried_tokenizer(checkpoint: Path | str, manifest: Manifest) -> Path | None
     """Return the tokenizer that an import has brought with it; None where there is none on a mounted file system."""
     if is_remote(str(checkpoint)) or manifest.state.get("tokenizer") is None:
         return None
-    places = (Path(checkpoint), Path(checkpoint) / step_name(manifest.step))
+    folder = hugging_face_folder(checkpoint) or Path(checkpoint)
+    places = (folder, folder / step_name(manifest.step))
     return next((place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()), None)
 
 
@@ -146,7 +156,7 @@ def _holds_checkpoint(folder: str) -> bool:
 
 def checkpoint_manifest(checkpoint: Path | str) -> Manifest:
     """Return the manifest of a checkpoint. Raises CheckpointError where it is damaged. Needs no torch for one on the disk."""
-    if not _has_keepers(str(checkpoint)):
+    if hugging_face_folder(checkpoint) is None and not _has_keepers(str(checkpoint)):
         found = read_newest(checkpoint)
         if found is None:
             raise CheckpointError(f"{checkpoint}: there is no complete checkpoint here")

@@ -56,8 +56,8 @@ class RunConfig:
     precision: str = key("bf16", "what the model computes in: fp32, bf16 or fp64; masters are at least fp32")
     resume: str = key(
         "none",
-        "none; auto: go on from the run's newest complete checkpoint, if there is one; the path of any checkpoint; auto:<path>:"
-        " as auto, and where the run has saved nothing yet, from that path",
+        "none; auto: go on from the run's newest complete checkpoint, if there is one; the path of any checkpoint; hf:<folder>:"
+        " from a model folder of Hugging Face; auto:<path>: as auto, and where the run has saved nothing yet, from that path",
         Side.PLACEMENT,
     )
     model: models.ModelConfig = MISSING
