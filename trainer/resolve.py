@@ -18,6 +18,7 @@ from ..optim.progress import BEGINNING
 from .checkpoint_fit import checkpoint_problems
 from .find_checkpoint import carried_tokenizer, checkpoint_manifest, checkpoint_to_resume, is_import, saved_progress
 from .imported_config import import_config
+from .imported_model import ImportedModel, imported_model
 from .resumed_config import Resumed, resume_config, saved_choices, saved_config
 from .schema import RunConfig, make_composer
 from .typed import typed_config
@@ -37,6 +38,7 @@ class ResolvedRun:
     notices     messages to log at the start
     warnings    messages to log as warnings: changes that may be mistakes
     choices     group → the option that it has, as far as that is known
+    imported    what it keeps of the Hugging Face model that it, or a run before it, began from; None: nothing
     """
 
     config: RunConfig
@@ -46,6 +48,7 @@ class ResolvedRun:
     notices: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     choices: Mapping[str, str] = field(default_factory=dict[str, str])
+    imported: ImportedModel | None = None
 
     def refuse(self) -> None:
         """Raise ConfigError if there are problems."""
@@ -111,7 +114,9 @@ def resolve_composed(
         before_building=options.before_building,
     )
     notices = (*composition.notices, *resumed.notices, *map(str, elsewhere))
-    return ResolvedRun(config, checkpoint, world_size, tuple(found), notices, tuple(resumed.warnings), resumed.choices)
+    imported = None if checkpoint is None or manifest is None else imported_model(checkpoint, manifest)
+    warnings = tuple(resumed.warnings)
+    return ResolvedRun(config, checkpoint, world_size, tuple(found), notices, warnings, resumed.choices, imported)
 
 
 def _read_checkpoint(config: DictConfig) -> tuple[Path | str | None, Manifest | None]:

@@ -25,6 +25,7 @@ from .build import Run, build_model, build_run, engine_settings
 from .derived import checkpoint_folder
 from .find_checkpoint import resumes_own
 from .identity import Origin, identify, take_over_metrics
+from .imported_model import ImportedModel
 from .loop import TrainingDiverged
 from .machine import RUN_LOCK
 from .relations import collect_problems
@@ -115,7 +116,10 @@ def _train(resolved: ResolvedRun, data: DataNode, mesh: Mesh, stop: StopRequest)
 def _run_locked(resolved: ResolvedRun, data: DataNode, mesh: Mesh, stop: StopRequest) -> int:
     config, checkpoint = resolved.config, resolved.checkpoint
     output_dir = Path(config.output_dir)
-    current = build_run(config, {"config": plain_config(config), "choices": dict(resolved.choices)}, data, mesh)
+    imported = resolved.imported
+    saved = {"config": plain_config(config), "choices": dict(resolved.choices)}
+    saved |= {} if imported is None else {"imported_from": dict(imported.said)}
+    current = build_run(config, saved, data, mesh)
     try:
         origin = None if checkpoint is None else restore_run(current, checkpoint, config)
         if mesh.is_main:
@@ -132,7 +136,7 @@ def _run_locked(resolved: ResolvedRun, data: DataNode, mesh: Mesh, stop: StopReq
         def accept() -> None:
             on_main(mesh, lambda: _take_over(config, current, origin))
             if not (nothing_left and origin is not None and origin.own):  # else config.yaml would tell what trained nothing
-                on_main(mesh, lambda: _write_description(config, data, output_dir))
+                on_main(mesh, lambda: _write_description(config, data, output_dir, imported))
 
         with stop:
             reached = _run_loop(current, stop, accept)
@@ -174,11 +178,13 @@ def _take_over(config: RunConfig, current: Run, origin: Origin | None) -> None:
         current.saving.begin_run(identity, 0 if own is None else own.commit, None if own is None else own.step)
 
 
-def _write_description(config: RunConfig, data: DataNode, output_dir: Path) -> None:
+def _write_description(config: RunConfig, data: DataNode, output_dir: Path, imported: ImportedModel | None) -> None:
     """Write the whole config and the tokenizer into the run's folder."""
     (output_dir / "config.yaml").write_text(annotated_yaml(config))
     if data.tokenizer is not None:
         data.tokenizer.save(output_dir / "tokenizer.json")  # for `meshloom generate`, wherever the checkpoints go
+        if imported is not None:
+            imported.copy_companions(output_dir)
 
 
 def _say_data(data: DataNode) -> None:

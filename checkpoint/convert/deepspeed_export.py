@@ -56,7 +56,7 @@ class Contents:
         self.label = files.label()
         self._reader = Reader(files, self.manifest)
         state = self.manifest.state
-        self.module, self.groups = self._of_import() if "imported_from" in state else self._of_run()
+        self.module, self.groups = self._of_run() if "progress" in state else self._of_import()
         for name in self.names:
             if fault := name_fault(name):
                 raise CheckpointError(f"{self.label}: {fault}")

@@ -10,10 +10,9 @@ from typing import Any
 
 from ...data.tokenizer import Tokenizer
 from ..errors import CheckpointError
+from .companions import COMPANIONS, SETTINGS, TOKENIZER
 
 log = logging.getLogger(__name__)
-
-TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,14 @@ def carry_tokenizer(source: Path, given: Path | None = None) -> Carried:
             log.warning("the tokenizer is left behind: %s", error)
             return Carried()
     state: dict[str, Any] = {"tokenizer": tokenizer.fingerprint, "end_of_document": end}
-    return Carried(state, {TOKENIZER: file.read_bytes()})
+    beside = [file.parent / name for name in COMPANIONS]
+    return Carried(state, {each.name: each.read_bytes() for each in (file, *beside) if each.is_file()})
 
 
 def _end_of_sequence(folder: Path) -> str | None:
     """Return the token that a model's folder names as the end of a sequence."""
     try:
-        end: Any = json.loads((folder / "tokenizer_config.json").read_text()).get("eos_token")
+        end: Any = json.loads((folder / SETTINGS).read_text()).get("eos_token")
     except (OSError, ValueError):
         return None
     return end.get("content") if isinstance(end, dict) else end

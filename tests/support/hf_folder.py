@@ -16,13 +16,15 @@ from meshloom.models.families import family_of
 SIZES: dict[str, Any] = {"dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 12, "vocabulary": 61}
 
 
-def write_model(folder: Path, dtype: torch.dtype = torch.float32, **keys: Any) -> dict[str, torch.Tensor]:
+def write_model(
+    folder: Path, dtype: torch.dtype = torch.float32, kind: str | None = None, **keys: Any
+) -> dict[str, torch.Tensor]:
     """Write the folder of a decoder with random weights in two files and an index. Returns its weights, under our names.
 
-    keys: of `model`, besides SIZES; of a family in which each weight is a tensor
+    kind: the family, by its model_type; keys: of `model`, besides SIZES; of a family in which each weight is a tensor
     """
     config = DecoderConfig.of({**SIZES, **keys})
-    family = family_of(config)
+    family = family_of(config, kind)
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.randn(parameter.shape, generator=generator).mul(0.1).to(dtype)

@@ -24,7 +24,7 @@ from ...files import Files
 from ...folder import open_step
 from ...manifest import ITEM_BYTES, Manifest, StoredArray
 from ...reader import Reader
-from ..tokenizer import TOKENIZER
+from ..companions import TOKENIZER
 from ..whole import write_whole
 from .folder import known_families
 from .headers import INDEX, SINGLE
@@ -184,16 +184,16 @@ def _chosen_family(manifest: Manifest, model: DecoderConfig, asked: str | None) 
     """Return the family to export as. Raises ValueError where none, or not the one asked for, has all parts of the model."""
     if asked is not None and asked not in FAMILIES:
         raise ValueError(f"there is no family {asked!r}: {known_families()}")
-    return family_of(model, asked, manifest.state.get("imported_from", {}).get("config", {}).get("model_type"))
+    return family_of(model, asked, (manifest.state.get("imported_from") or {}).get("config", {}).get("model_type"))
 
 
 def _of_data(manifest: Manifest, dtype: str) -> dict[str, Any]:
     """The keys of config.json that follow from the data and the stored types."""
     data = manifest.state.get("config", {}).get("data", {})
-    length = data.get("seq_len") if isinstance(data, dict) else None
-    if not isinstance(length, int):
-        length = imported_config(manifest.state).get("max_position_embeddings", 8192)
+    trained = data.get("seq_len") if isinstance(data, dict) else None
+    stated = imported_config(manifest.state).get("max_position_embeddings")
+    lengths = [length for length in (trained, stated) if isinstance(length, int)]
     return {
-        "max_position_embeddings": length,
+        "max_position_embeddings": max(lengths, default=8192),
         "torch_dtype": {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}[dtype],
     }

@@ -12,7 +12,7 @@ from typing import Any
 from ....data.tokenizer import Tokenizer
 from ...errors import CheckpointError
 from ...files import Files, LocalFiles
-from ..tokenizer import TOKENIZER
+from ..companions import COMPANIONS, SETTINGS, TOKENIZER
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def find_tokenizer(files: Files, state: Mapping[str, Any]) -> Path | None:
 
 def imported_config(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config.json that a model was imported with, that of its text part on top; empty for a run's own."""
-    theirs: dict[str, Any] = state.get("imported_from", {}).get("config") or {}
+    theirs: dict[str, Any] = (state.get("imported_from") or {}).get("config") or {}
     return {**theirs, **(theirs.get("text_config") or {})}
 
 
@@ -66,24 +66,25 @@ def special_tokens(state: Mapping[str, Any], tokenizer: Path | None) -> dict[str
 
 def write_generation_config(folder: Path, state: Mapping[str, Any], special: Mapping[str, Any]) -> None:
     """Write what `generate` of transformers reads: the import's own settings, and the ids of special tokens."""
-    theirs: dict[str, Any] = state.get("imported_from", {}).get("generation_config") or {}
+    theirs: dict[str, Any] = (state.get("imported_from") or {}).get("generation_config") or {}
     ids = {key: value for key, value in special.items() if value is not None and key not in theirs}
     (folder / "generation_config.json").write_text(json.dumps(theirs | ids, indent=2) + "\n")
 
 
 def copy_tokenizer(source: Path, folder: Path, end: Any) -> None:
-    """Copy a tokenizer.json, with its tokenizer_config.json or one that names the end of a sequence.
+    """Copy a tokenizer.json with its settings, or settings that name the end of a sequence.
 
     end: the id of that token, or several
     """
     shutil.copyfile(source, folder / TOKENIZER)
-    beside = source.parent / "tokenizer_config.json"
-    if beside.is_file():
-        shutil.copyfile(beside, folder / "tokenizer_config.json")
+    for name in COMPANIONS:
+        if (source.parent / name).is_file():
+            shutil.copyfile(source.parent / name, folder / name)
+    if (folder / SETTINGS).is_file():
         return
     first = end[0] if isinstance(end, list) and end else end
     names = {entry["id"]: entry["content"] for entry in json.loads(source.read_text()).get("added_tokens", [])}
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if first in names:
         config["eos_token"] = names[first]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / SETTINGS).write_text(json.dumps(config, indent=2) + "\n")
