@@ -142,7 +142,7 @@ class Manifest:
             f'"hash": {json.dumps(HASH_NAME)},',
             f'"leaf_bytes": {self.leaf_bytes},',
             f'"block_bytes": {self.block_bytes},',
-            f'"state": {_compact(self.state)},',
+            f'"state": {_compact(self.state, sort_keys=False)},',  # the order of sources and stages has a meaning
             '"files": [',
             ",\n".join(
                 _compact({"name": f.name, "bytes": f.bytes, "leaves": f.leaves, "blocks": f.blocks}) for f in self.files
@@ -234,8 +234,8 @@ def _run_of(content: dict[str, Any], where: str) -> RunIdentity | None:
         raise DamageError(where, str(error)) from error
 
 
-def _compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False)
+def _compact(value: Any, *, sort_keys: bool = True) -> str:
+    return json.dumps(value, separators=(",", ":"), sort_keys=sort_keys, allow_nan=False)
 
 
 def _array_to_json(array: StoredArray) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -51,6 +51,18 @@ class Blend:
         slot = self._order(block)(within)
         source = bisect_right(self._limits, slot)
         return source, block * self.counts[source] + slot - (self._limits[source] - self.counts[source])
+
+    def numbers(self, count: int, more: Iterable[int] = ()) -> list[tuple[int, list[int]]]:
+        """Return which samples of each source the first `count` samples of the run are, and those of the numbers in `more`.
+
+        (n, further) of each source: its numbers 0 to n - 1, and these further ones.
+        """
+        blocks, rest = divmod(count, self._limits[-1])
+        found = [(blocks * each, list[int]()) for each in self.counts]
+        for index in (*range(count - rest, count), *more):
+            source, number = self(index)
+            found[source][1].append(number)
+        return found
 
 
 class MixedSamples:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -13,6 +13,7 @@ import xxhash
 from ..config.cache import cache_folder
 from ..config.hashing import hash64
 from ..config.problems import ConfigError, Problem
+from .batch import Samples
 from .blend import MixedSamples, apportion
 from .build import build_source
 from .config import MixtureConfig
@@ -78,9 +79,9 @@ class Mixture:
             found.append(Problem(f"{key}.weights.{name}", "there is no such source", f"use {', '.join(named)}"))
         for name, node in self.nodes.items():
             weight = self.weights.get(name)
-            if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
                 what = "is not given" if weight is None else f"{weight} is no share"
-                found.append(Problem(f"{key}.weights.{name}", what, "give a number above 0, or take the source out"))
+                found.append(Problem(f"{key}.weights.{name}", what, "give a number, 0 for a source that is not read now"))
             defaults = MixtureConfig().shared
             for shared, common in self._config.shared.items():
                 value = self._written[name].get(shared)
@@ -91,10 +92,14 @@ class Mixture:
                 leaf = problem.key.removeprefix(f"{key}.sources.{name}.")
                 shared = replace(problem, key=f"{key}.{leaf}") if leaf in self._config.shared else problem
                 found += [shared] if shared not in found else []
+        if named and not found and not any(self.weights.values()):
+            found.append(Problem(f"{key}.weights", "all of them are 0", "give one source a share"))
         if self.block < 1:
             found.append(Problem(f"{key}.block", f"{self.block} is no number of samples", "use 1 or more"))
-        elif not found and 0 in self._counts():
-            smallest = min(self.weights.values()) / sum(self.weights.values())
+        elif not found and any(
+            self.weights[name] and not count for name, count in zip(self.nodes, self._counts(), strict=True)
+        ):
+            smallest = min(filter(None, self.weights.values())) / sum(self.weights.values())
             fix = f"use {round(1 / smallest)} or more"
             found.append(Problem(f"{key}.block", f"a share of {smallest:.2g} is no sample in {self.block}", fix))
         return found
@@ -159,7 +164,11 @@ class Mixture:
 
     def train(self) -> MixedSamples:
         """Return the endless training samples; each source goes through its own epochs."""
-        return MixedSamples([node.train() for node in self._prepared()], self._counts(), hash64(self.seed, 0))
+        return self.mixed([node.train() for node in self._prepared()])
+
+    def mixed(self, sources: Sequence[Samples]) -> MixedSamples:
+        """Mix the training samples of the sources, which are given in the order of `nodes`."""
+        return MixedSamples(sources, self._counts(), hash64(self.seed, 0))
 
     def validation(self) -> WeightedParts | None:
         """Return the validation samples of the sources that have some, apart and with their weights."""

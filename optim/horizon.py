@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..config.duration import Duration, Unit
+from .history import ChangePoint
 from .progress import BEGINNING, Progress
 
 
@@ -13,16 +14,21 @@ from .progress import BEGINNING, Progress
 class Horizon:
     """The length of a run, and the exchange rates between the units of a `Duration`.
 
+    Of a schedule that begins in the middle of a run (in a stage), it is the horizon of that schedule: points are counted from
+    `origin`, and the length is that of the schedule's part of the run.
+
     length   of the run, in steps, tokens or samples (`trainer.steps` or `trainer.tokens`)
     seq_len  tokens of a sample
     batch    samples of every step; None where a controller changes them
     begun    the progress that the run is started with. Only checks before the start read it
+    origin   the run's counters at the point that everything is counted from
     """
 
     length: Duration
     seq_len: int
     batch: int | None = None
     begun: Progress = BEGINNING
+    origin: ChangePoint = BEGINNING.point
 
     def __post_init__(self) -> None:
         assert self.length.unit is not Unit.FRACTION, "the length of a run is not a fraction of itself"
@@ -82,12 +88,13 @@ class Horizon:
         if ahead and self.batch is None and Unit.STEPS in (here, there):
             return math.inf
         if progress.history.points:
-            return progress.history.convert(value, here, there, progress.point, self.seq_len)
+            value += self.origin.at(here)
+            return progress.history.convert(value, here, there, progress.point, self.seq_len) - self.origin.at(there)
         return self.amount(Duration(value, here), there)
 
     def position(self, progress: Progress, unit: Unit) -> float:
-        """Return how far the run has come at the beginning of the step, in `unit`."""
-        return {Unit.STEPS: progress.step, Unit.TOKENS: progress.tokens, Unit.SAMPLES: progress.samples}[unit]
+        """Return how far the run has come from the origin, at the beginning of the step, in `unit`."""
+        return progress.point.at(unit) - self.origin.at(unit)
 
     def stride(self, progress: Progress, unit: Unit) -> float:
         """Return the length of the step about to be taken, in `unit`."""

@@ -178,9 +178,18 @@ class Mesh:
         if self.layout.world_size > 1:
             dist.barrier()
 
-    def close(self) -> None:
-        """Run the callbacks of `before_closing` and destroy the process groups."""
+    def release(self) -> None:
+        """Run the callbacks of `before_closing`: what a run has made on these process groups ends, and another may begin."""
         while self.before_closing:
             self.before_closing.pop()()
+
+    def rearranged(self, layout: Layout) -> Mesh:
+        """Return a mesh of the same processes in another layout. The process groups of this one stay until the end."""
+        self.release()
+        return Mesh.connect(layout, self.device, self.limit.total_seconds())
+
+    def close(self) -> None:
+        """Run the callbacks of `before_closing` and destroy the process groups."""
+        self.release()
         if dist.is_initialized():
             dist.destroy_process_group()

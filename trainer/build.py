@@ -21,9 +21,10 @@ from ..config.duration import Duration
 from ..config.nodes import Custom
 from ..config.problems import ConfigError, Problem
 from ..data.assignment import Assigner, load_share
-from ..data.batch import GlobalBatch
+from ..data.batch import GlobalBatch, Samples
 from ..data.loader import Loader
 from ..data.node import DataNode
+from ..data.reading import read_on, shifted
 from ..data.validation import ValidationPart, samples_of_parts, validation_parts
 from ..data.version import rules_version
 from ..models import build as models
@@ -33,6 +34,7 @@ from ..models.user_module import defaults_used
 from ..optim.build import build_controller, build_optimizer, build_schedule
 from ..optim.optimizers.config import OptimConfig
 from ..optim.optimizers.parameters import NamedParameter, Shards
+from ..optim.progress import Progress
 from ..optim.schedules.coupling import Coupling
 from ..parallel.division import divide_blocks
 from ..parallel.engine import EngineSettings, OptimizerFactory
@@ -54,6 +56,7 @@ from .hooks.sampling import SampleText, TextCodec
 from .hooks.saving import Saving
 from .loop import Loop
 from .schema import RunConfig
+from .stages.record import Place
 from .typed import plain_config
 
 log = logging.getLogger(__name__)
@@ -69,10 +72,11 @@ def build_model(config: ModelConfig, vocabulary: int) -> Model:
     return models.build_model(dataclasses.asdict(config), vocabulary)
 
 
-def build_control(mesh: Mesh, name: str) -> Control:
-    """Build the control channel of saves or restores: a store client of its own, whose keys a restart does not share."""
+def build_control(mesh: Mesh, name: str, place: Place | None = None) -> Control:
+    """Build the control channel of saves or restores: a store client of its own, whose keys no restart and no stage shares."""
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Control(mesh.rank, mesh.layout.world_size, mesh.store(f"{name}-{restart}"))
+    stage = "" if place is None else f"-{place.number}"
+    return Control(mesh.rank, mesh.layout.world_size, mesh.store(f"{name}-{restart}{stage}"))
 
 
 def optimizer_factory(config: OptimConfig) -> OptimizerFactory:
@@ -132,12 +136,16 @@ def build_hook(node: Mapping[str, Any]) -> Hook:
 
 @dataclass
 class Run:
-    """A loop, with the resources that must be closed and the saves that must be finished."""
+    """A loop, with the resources that must be closed and the saves that must be finished.
+
+    place  the stage that it trains, of a run that has some
+    """
 
     loop: Loop
     saving: Saving | None
     loader: Loader
     data: DataNode
+    place: Place | None = None
 
     def close(self) -> None:
         """Release threads, files and connections. An exception from one does not keep the others open."""
@@ -147,24 +155,25 @@ class Run:
                 all_of_them.callback(hook.close)
 
 
-def build_run(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Mesh) -> Run:
+def build_run(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Mesh, place: Place | None = None) -> Run:
     """Build a run on prepared data, with fresh weights. `resume.py` then loads a checkpoint's state into it.
 
     saved: what its checkpoints state about it: the config, and the options that were chosen
+    place: the stage that it trains, of a run that has some
 
     Raises ConfigError, before any memory is taken, where another run saves into the checkpoint folder.
     """
     # Rank 0 locks the checkpoint folder: it may lie outside `output_dir`, whose lock the run already has.
-    checkpointer = raise_on_all_ranks(mesh, lambda: open_checkpointer(config, mesh))
+    checkpointer = raise_on_all_ranks(mesh, lambda: open_checkpointer(config, mesh, place))
     try:
-        return _build(config, saved, data, mesh, checkpointer)
+        return _build(config, saved, data, mesh, checkpointer, place)
     except BaseException:
         if checkpointer is not None:
             checkpointer.close()
         raise
 
 
-def open_checkpointer(config: RunConfig, mesh: Mesh) -> Checkpointer | None:
+def open_checkpointer(config: RunConfig, mesh: Mesh, place: Place | None = None) -> Checkpointer | None:
     """Open the checkpointer of a run; None with checkpoint.every=0.
 
     Raises ConfigError if another run saves into the folder, or it can't be written to.
@@ -173,7 +182,7 @@ def open_checkpointer(config: RunConfig, mesh: Mesh) -> Checkpointer | None:
     if settings.every == 0:
         return None
     try:
-        return Checkpointer(checkpoint_folder(config), build_control(mesh, "save"), settings)
+        return Checkpointer(checkpoint_folder(config), build_control(mesh, "save", place), settings)
     except HeldError as error:
         raise ConfigError([Problem("checkpoint.folder", str(error))]) from error
     except OSError as error:
@@ -181,7 +190,14 @@ def open_checkpointer(config: RunConfig, mesh: Mesh) -> Checkpointer | None:
         raise ConfigError([Problem("checkpoint.folder", message, "give a folder to write to")]) from error
 
 
-def _build(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Mesh, checkpointer: Checkpointer | None) -> Run:
+def _build(
+    config: RunConfig,
+    saved: Mapping[str, Any],
+    data: DataNode,
+    mesh: Mesh,
+    checkpointer: Checkpointer | None,
+    place: Place | None,
+) -> Run:
     output_dir = Path(config.output_dir)
     vocabulary = config.model.vocabulary or data.vocabulary
     model = build_model(config.model, vocabulary)
@@ -190,11 +206,12 @@ def _build(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Me
             log.info("%s has no %s", type(model).__name__, default)
     flops = model.flops_per_token(data.seq_len)
     horizon = build_horizon(config, data.seq_len)
-    controller = build_controller(config.batch, horizon)
+    controller = build_controller(config.batch, build_horizon(config, data.seq_len, place=place, group="batch"))
+    schedule_horizon = build_horizon(config, data.seq_len, place=place, group="schedule")
     settings = engine_settings(config, model, data.seq_len, controller.needs_statistics)
     engine = make_engine(model, mesh, optimizer_factory(config.optim), config.parallel, settings)
     assigner = build_assigner(config, mesh.layout)
-    loader = Loader(data.train(), assigner, mesh.data_rank, pin=mesh.device.type == "cuda")
+    loader = Loader(_training_samples(data, place), assigner, mesh.data_rank, pin=mesh.device.type == "cuda")
 
     shape = model.decoder_config
     mixtures = [] if shape is None else shape.mixture_layers()
@@ -218,7 +235,7 @@ def _build(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Me
             "end_of_document": data.tokenizer.end_of_document if data.tokenizer is not None else None,
             "layout": mesh.layout.describe(),
         }
-        saving = Saving(checkpointer, config.checkpoint.every, fixed)
+        saving = Saving(checkpointer, config.checkpoint.every, fixed, functools.partial(_stages_state, place, data))
         hooks.append(saving)
     if mesh.is_main:
         if config.trainer.sample_prompt is not None:
@@ -233,15 +250,30 @@ def _build(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Me
         engine=engine,
         batches=loader,
         controller=controller,
-        schedule=build_schedule(config.schedule, config.optim.lr, horizon),
+        schedule=build_schedule(config.schedule, config.optim.lr, schedule_horizon),
         coupling=Coupling(config.optim.lr_coupling),
         horizon=horizon,
         flops_per_token=flops,
         output_dir=output_dir,
         max_grad_norm=config.trainer.max_grad_norm,
         hooks=hooks,
+        stage=None if place is None else place.stage,
     )
-    return Run(loop, saving, loader, data)
+    return Run(loop, saving, loader, data, place)
+
+
+def _training_samples(data: DataNode, place: Place | None) -> Samples:
+    """Return the training samples under the run's numbers; in a stage with data of its own, those not read before."""
+    if place is None or place.record is None:
+        return data.train()
+    return shifted(read_on(data, place.record.read_before), -place.origin("data").samples)
+
+
+def _stages_state(place: Place | None, data: DataNode, progress: Progress) -> dict[str, Any]:
+    """Return what a checkpoint states of the run's stages; nothing of a run without."""
+    if place is None or place.record is None:
+        return {}
+    return {"stages": place.record.after(data, progress.samples - place.origin("data").samples).as_json()}
 
 
 def _evaluation(config: RunConfig, parts: Sequence[ValidationPart], mesh: Mesh, mixtures: Sequence[int]) -> Evaluation:

@@ -100,7 +100,7 @@ def _model_problems(
     for name, value in known.items():
         if name in UNREAD or name not in now or now[name] == value or means[name] == meant[name]:
             continue
-        may_change = name in CHANGEABLE or name.startswith("rope_scaling.")
+        may_change = _may_change(name)
         if changeable and may_change:
             continue
         message = f"is {_written(now[name])}, and the checkpoint's model has {_written(value)}"
@@ -111,6 +111,24 @@ def _model_problems(
     if not {"heads", "kv_heads"} & known.keys() and (share := wrong_head_share(shapes, config)) is not None:
         message = f"{config.heads} heads over {config.kv_heads} is not the checkpoint's share of queries to keys, {share}"
         yield Problem("model.kv_heads", message, OTHER_MODEL)
+
+
+def changed_shape(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a decoder that differ and that a run can't change: stored arrays depend on them.
+
+    before, now: the decoder's config in plain containers
+    """
+    known, keys = flat_keys(before), flat_keys(now)
+    means, meant = _effective(keys), _effective(known)
+    return [
+        name
+        for name in keys
+        if name not in UNREAD and not _may_change(name) and known.get(name) != keys[name] and meant.get(name) != means[name]
+    ]
+
+
+def _may_change(name: str) -> bool:
+    return name in CHANGEABLE or name.startswith("rope_scaling.")
 
 
 def _effective(keys: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from ..optim.horizon import Horizon
 from ..optim.progress import BEGINNING, Progress
 from .config import TrainerConfig
 from .schema import RunConfig
+from .stages.record import Place
 
 
 def run_length(trainer: TrainerConfig) -> Duration:
@@ -19,14 +20,19 @@ def run_length(trainer: TrainerConfig) -> Duration:
     return Duration(trainer.tokens, Unit.TOKENS)
 
 
-def build_horizon(config: RunConfig, seq_len: int, begun: Progress = BEGINNING) -> Horizon:
+def build_horizon(
+    config: RunConfig, seq_len: int, begun: Progress = BEGINNING, place: Place | None = None, group: str = "schedule"
+) -> Horizon:
     """Return the length of the run and what its steps are worth in tokens.
 
     begun: the progress of the checkpoint that it resumes from
+    place: of a run with stages. The horizon is then that of a group's current values: see `Place.length`
     """
     fixed = config.batch.start if config.batch.name == "fixed" else None
     if fixed is not None and begun.history.points:
         begun = begun.before(fixed, seq_len)
+    if place is not None:
+        return Horizon(place.length(group), seq_len, fixed, begun, place.origin(group))
     return Horizon(run_length(config.trainer), seq_len, fixed, begun)
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ from .deferred import Deferred
 from .device_timestamp import DeviceTimestamp
 from .hooks.base import Hook
 from .signals import StopRequest
+from .stages.written import Stage
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,11 @@ class Pending:
 
 @dataclass
 class Loop:
-    """A run in progress. `build.py` builds its parts; the counters are the only state of its own."""
+    """A run in progress. `build.py` builds its parts; the counters are the only state of its own.
+
+    horizon  of the whole run
+    stage    the stage that it trains, of a run that has some
+    """
 
     mesh: Mesh
     engine: Engine
@@ -73,6 +79,7 @@ class Loop:
     output_dir: Path
     max_grad_norm: float | None = None
     hooks: Sequence[Hook] = ()
+    stage: Stage | None = None
     progress: Progress = field(default_factory=Progress)
     stopping: bool = False
     _pending: list[Pending] = field(default_factory=list)
@@ -91,7 +98,7 @@ class Loop:
                 log.warning("no mfu is reported: the peak of '%s' is not in kernels/gpu_peaks.py", name)
 
     def run(self, stop: StopRequest, accept: Callable[[], None] = lambda: None) -> bool:
-        """Train to the horizon, or until a stop is requested on any rank. Return whether the horizon was reached.
+        """Train to the end of the run or of its stage, or until a stop is requested on any rank. Return whether it was reached.
 
         accept: called once no hook has refused the run, on all ranks
         """
@@ -111,7 +118,9 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        """True once the run has reached its horizon."""
+        """True once the run has reached its horizon, or the end of its stage."""
+        if self.stage is not None and self.progress.tokens >= self.stage.end:
+            return True
         return self.horizon.position(self.progress, self.horizon.unit) >= self.horizon.total
 
     def step(self, stop_requested: bool = False) -> None:
@@ -225,7 +234,7 @@ class Loop:
                 )
             if numbers.pop("faults") > 0:
                 raise self._fault or PeerFailed(config_error=False)
-            row = {
+            row: dict[str, Any] = {
                 "step": progress.step,
                 "loss": numbers.pop("loss"),
                 "lr": step.lr,
@@ -239,6 +248,8 @@ class Loop:
                 **(self._last_statistics.metrics() if self._last_statistics is not None else {}),
                 **self._device_numbers(rate),
             }
+            if self.stage is not None:
+                row["stage"] = self.stage.name
             for hook in self.hooks:
                 hook.on_metrics(self, row)
 

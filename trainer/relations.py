@@ -20,18 +20,21 @@ from ..parallel.legality import Work, layout_and_model_problems
 from ..parallel.limits import engine_problems, float8_problems, measuring_problems
 from .derived import build_horizon, checkpoint_folder
 from .schema import RunConfig
+from .stages.record import Place
 
 
 @dataclass(frozen=True)
 class Start:
-    """The number of processes that a run starts on, and the progress that it starts from.
+    """The number of processes that a run starts on, and the point that it starts from.
 
     world_size  number of its processes; 0: not known
     progress    of the checkpoint that it resumes from
+    place       its place among its stages; None: it has none
     """
 
     world_size: int
     progress: Progress = BEGINNING
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -122,22 +125,29 @@ def _folder(config: RunConfig, _: Start) -> Iterator[Problem]:
         yield Problem("checkpoint.folder", str(error), "give a path, or a URL whose fsspec library is installed")
 
 
+def _stages(config: RunConfig, start: Start) -> Iterator[Problem]:
+    if start.place is not None and config.checkpoint.every == 0:
+        message = "0 saves nothing, and each stage begins from the checkpoint of the one before it"
+        yield Problem("checkpoint.every", message, "use null to save at the end of each stage only")
+
+
 def _schedule(config: RunConfig, start: Start) -> Iterable[Problem]:
     if isinstance(config.schedule, Custom):  # which may need PyTorch
         return ()
-    horizon = build_horizon(config, config.data.seq_len, start.progress)
+    horizon = build_horizon(config, config.data.seq_len, start.progress, start.place)
     return build_schedule(config.schedule, config.optim.lr, horizon).problems()
 
 
-def _batch(config: RunConfig, _: Start) -> Iterable[Problem]:
+def _batch(config: RunConfig, start: Start) -> Iterable[Problem]:
     if isinstance(config.batch, Custom):  # which may need PyTorch
         return ()
-    return batch_problems(config)
+    return batch_problems(config, start.place)
 
 
-def batch_problems(config: RunConfig) -> list[Problem]:
+def batch_problems(config: RunConfig, place: Place | None = None) -> list[Problem]:
     """Return what keeps the batch-size controller from deciding in this run, and the optimizer from comparing halves."""
-    controller = build_controller(config.batch, build_horizon(config, config.data.seq_len))
+    horizon = build_horizon(config, config.data.seq_len, place=place, group="batch")
+    controller = build_controller(config.batch, horizon)
     found = controller.problems()
     if controller.needs_statistics:
         if controller.least <= controller.micro:
@@ -197,6 +207,7 @@ RELATIONS = (
     Relation(("parallel", "precision"), _engine),
     Relation(("parallel", "precision", "trainer.float8"), _float8),
     Relation(("checkpoint.folder", "output_dir"), _folder),
+    Relation(("checkpoint.every",), _stages),
     Relation(("schedule", "optim.lr", *LENGTH), _schedule),
     Relation(("batch", "optim", "parallel", "model", *LENGTH), _batch),
     Relation(("data", "model.vocabulary", "seed"), data_problems),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,24 @@ from ..checkpoint.errors import CheckpointError
 from ..checkpoint.manifest import Manifest
 from ..config.compose import Composer, Composition
 from ..config.problems import ConfigError, Problem
-from ..optim.progress import BEGINNING
+from ..optim.progress import BEGINNING, Progress
 from .checkpoint_fit import checkpoint_problems
 from .find_checkpoint import carried_tokenizer, checkpoint_manifest, checkpoint_to_resume, is_import, saved_progress
 from .imported_config import import_config
 from .imported_model import ImportedModel, imported_model
 from .resumed_config import Resumed, resume_config, saved_choices, saved_config
 from .schema import RunConfig, make_composer
+from .stages.configs import (
+    StageConfig,
+    border_problems,
+    length_problems,
+    prefixed,
+    stage_configs,
+    typed_notices,
+    with_length,
+)
+from .stages.record import Place, StageRecord, stage_at
+from .stages.written import Stage, read_stages
 from .typed import typed_config
 from .validate import checked_config
 
@@ -39,6 +50,8 @@ class ResolvedRun:
     warnings    messages to log as warnings: changes that may be mistakes
     choices     group → the option that it has, as far as that is known
     imported    what it keeps of the Hugging Face model that it, or a run before it, began from; None: nothing
+    place       of a run with stages: the stage that it is in
+    then        the runs of the stages after it, each of which resumes from the one before
     """
 
     config: RunConfig
@@ -49,6 +62,8 @@ class ResolvedRun:
     warnings: tuple[str, ...] = ()
     choices: Mapping[str, str] = field(default_factory=dict[str, str])
     imported: ImportedModel | None = None
+    place: Place | None = None
+    then: tuple[ResolvedRun, ...] = ()
 
     def refuse(self) -> None:
         """Raise ConfigError if there are problems."""
@@ -87,7 +102,7 @@ def resolve_composed(
     expand_home(composition.config)
     checkpoint: Path | str | None = None
     manifest: Manifest | None = None
-    resumed = Resumed(composition.config, choices=composition.choices)
+    resumed, words = Resumed(composition.config, choices=composition.choices), list(overrides)
     refused: list[Problem] = []
     if options.resumes:
         try:
@@ -95,28 +110,118 @@ def resolve_composed(
             if manifest is not None:
                 assert checkpoint is not None
                 tokenizer = carried_tokenizer(checkpoint, manifest)
-                composition, resumed = _compose_resumed(composer, composition, overrides, manifest.state, tokenizer)
+                composition, resumed, words = _compose_resumed(composer, composition, overrides, manifest.state, tokenizer)
         except ConfigError as error:
             refused = error.problems
-    config, untyped = typed_config(resumed.config)
-    known = [*composition.problems, *refused, *untyped]
-    if manifest is not None:
-        known += checkpoint_problems(manifest, config)
-    world_size = options.processes(config)
-    elsewhere: list[Problem] = []
-    config, found = checked_config(
-        config,
-        world_size,
-        known,
-        elsewhere=elsewhere if options.data_elsewhere else None,
-        progress=BEGINNING if manifest is None or is_import(manifest.state) else saved_progress(manifest.state),
-        more=options.more,
-        before_building=options.before_building,
-    )
-    notices = (*composition.notices, *resumed.notices, *map(str, elsewhere))
+    stages, unread = read_stages(OmegaConf.to_container(resumed.config.stages, resolve=True))
+    checking = Checking(options, manifest, [*composition.problems, *refused, *unread])
+    if stages:
+        found = _resolve_stages(composer, words, overrides, resumed, stages, checkpoint, checking)
+    else:
+        found = checking.resolved(resumed, checkpoint)
     imported = None if checkpoint is None or manifest is None else imported_model(checkpoint, manifest)
-    warnings = tuple(resumed.warnings)
-    return ResolvedRun(config, checkpoint, world_size, tuple(found), notices, warnings, resumed.choices, imported)
+    then = tuple(replace(run, imported=imported) for run in found.then)
+    return replace(found, notices=(*composition.notices, *found.notices), imported=imported, then=then)
+
+
+def _resolve_stages(
+    composer: Composer,
+    words: Sequence[str],
+    overrides: Sequence[str],
+    start: Resumed,
+    stages: Sequence[Stage],
+    checkpoint: Path | str | None,
+    checking: Checking,
+) -> ResolvedRun:
+    """Return the run of the stage that a run is in, with those of the stages after it.
+
+    words: of the command line, with the checkpoint's choices; start: the config before the changes of the stages
+    """
+    progress, record = checking.progress, checking.record
+    now = stage_at(stages, progress.tokens)
+    checking.known += [*length_problems(start.config), *record.problems(stages, progress.tokens)]
+    start = replace(start, config=with_length(start.config, stages))
+    found = list(stage_configs(composer, words, start, stages))
+    for each in found[: now + 1]:
+        checking.known += each.problems
+    place = Place(tuple(stages), now).begun(record.at(stages, now, progress, start.config.data.seq_len))
+    notices = [*start.notices, *typed_notices(stages[: now + 1], overrides)]
+    first = checking.resolved(replace(found[now].resumed, notices=notices, warnings=start.warnings), checkpoint, place)
+    runs = [first]
+    for each in found[now + 1 :]:
+        place = Place(tuple(stages), each.stage.number)
+        runs.append(checking.later(each, runs[-1].config, place))
+    problems = tuple(problem for run in runs for problem in run.problems)
+    return replace(first, problems=problems, then=tuple(replace(run, problems=()) for run in runs[1:]))
+
+
+@dataclass
+class Checking:
+    """The checks of one command line's run: of the stage that it is in, then of the stages after it.
+
+    manifest  of the checkpoint that it resumes from
+    known     problems found so far
+    """
+
+    options: ResolveOptions
+    manifest: Manifest | None
+    known: list[Problem]
+
+    @property
+    def progress(self) -> Progress:
+        """The progress that the run starts from."""
+        state = None if self.manifest is None else self.manifest.state
+        return BEGINNING if state is None or is_import(state) else saved_progress(state)
+
+    @property
+    def record(self) -> StageRecord:
+        """The stages that the checkpoint has begun."""
+        return StageRecord() if self.manifest is None else StageRecord.from_state(self.manifest.state)
+
+    def resolved(self, resumed: Resumed, checkpoint: Path | str | None, place: Place | None = None) -> ResolvedRun:
+        """Return the run of a config, with its problems."""
+        config, untyped = typed_config(resumed.config)
+        self.known += untyped
+        if self.manifest is not None:
+            self.known += checkpoint_problems(self.manifest, config)
+        run = self._checked(config, resumed, checkpoint, place, self.progress, self.known, self.options.before_building)
+        self.known = list(run.problems)
+        return run
+
+    def later(self, found: StageConfig, before: RunConfig, place: Place) -> ResolvedRun:
+        """Return the run of a later stage, with the problems that its changes add. before: the config of the stage before."""
+        stage, (config, untyped) = found.stage, typed_config(found.resumed.config)
+        run = self._checked(config, found.resumed, None, place, BEGINNING, untyped, lambda _: None)
+        added = [*found.problems, *border_problems(before, config, stage), *prefixed(stage, run.problems, self.known)]
+        self.known += run.problems
+        return replace(run, problems=tuple(added))
+
+    def _checked(
+        self,
+        config: RunConfig,
+        resumed: Resumed,
+        checkpoint: Path | str | None,
+        place: Place | None,
+        progress: Progress,
+        known: Sequence[Problem],
+        before_building: Callable[[RunConfig], None],
+    ) -> ResolvedRun:
+        elsewhere: list[Problem] = []
+        world_size = self.options.processes(config)
+        config, found = checked_config(
+            config,
+            world_size,
+            known,
+            elsewhere=elsewhere if self.options.data_elsewhere else None,
+            progress=progress,
+            place=place,
+            more=self.options.more,
+            before_building=before_building,
+        )
+        notices = (*resumed.notices, *map(str, elsewhere))
+        return ResolvedRun(
+            config, checkpoint, world_size, tuple(found), notices, tuple(resumed.warnings), resumed.choices, place=place
+        )
 
 
 def _read_checkpoint(config: DictConfig) -> tuple[Path | str | None, Manifest | None]:
@@ -133,19 +238,22 @@ def _read_checkpoint(config: DictConfig) -> tuple[Path | str | None, Manifest | 
 
 def _compose_resumed(
     composer: Composer, composition: Composition, overrides: Sequence[str], state: dict[str, Any], tokenizer: Path | None
-) -> tuple[Composition, Resumed]:
-    """Return the composition of a command line that resumes, and the config of the resumed run."""
-    saved, recorded = saved_config(state), state.get("choices", {})
+) -> tuple[Composition, Resumed, list[str]]:
+    """Return the composition of a command line that resumes, the config of the resumed run, and the words composed."""
+    saved, recorded, words = saved_config(state), state.get("choices", {}), list(overrides)
     own = not is_import(state)
+    if own and saved.get("stages"):
+        saved["trainer"]["tokens"] = None  # the stages give the length
     if own and (choices := saved_choices(saved, recorded, composition.config, overrides, composer.options)):
-        composition = composer.compose([*choices, *overrides])
+        words = [*choices, *overrides]
+        composition = composer.compose(words)
         composition.notices.clear()  # about options that the run already has
         expand_home(composition.config)
     bad = {problem.key for problem in composition.problems}
     good = [line for line in overrides if line.partition("=")[0].lstrip("+~") not in bad and line not in bad]
     resumed = resume_config(saved, composition, good, recorded) if own else import_config(state, composition, good, tokenizer)
     expand_home(resumed.config)
-    return composition, resumed
+    return composition, resumed, words
 
 
 def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> tuple[RunConfig, list[Problem]]:

@@ -23,6 +23,7 @@ from .hooks.base import hooks_by_name
 from .identity import Origin, is_own
 from .loop import Loop
 from .schema import RunConfig
+from .stages.record import Place, StageRecord
 
 log = logging.getLogger(__name__)
 
@@ -37,26 +38,30 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
     stated = read_state(checkpoint)
     _same_tokens(stated, run.data, checkpoint)
     if is_import(stated):
-        report = _restore_weights(loop, checkpoint)
+        report = _restore_weights(loop, checkpoint, run.place)
         return Origin(report.run, report.step, report.commit, own=False)
     _same_rules(stated, run.data, checkpoint)
     change = optimizer_change(stated, config)
     if change is not None:
-        report = _restore_weights(loop, checkpoint)
+        report = _restore_weights(loop, checkpoint, run.place)
         if loop.mesh.is_main:
             log.warning("optim: the state of %s is left out, and that of %s begins anew", *change)
     else:
         loop.engine.prepare_restore()
-        report = _restore(loop, checkpoint, list(loop.engine.fragments()), strict=config.checkpoint.strict)
+        fragments = list(loop.engine.fragments())
+        report = _restore(loop, checkpoint, fragments, run.place, strict=config.checkpoint.strict)
         _refuse_other_weights(loop, checkpoint, report)
         _load_counters(loop, report)
     state = report.state
-    if state["data_fingerprint"] != run.data.fingerprint:
+    loop.progress = saved_progress(state)
+    _same_stage(run, state, checkpoint)
+    begins = run.place is not None and _begins(run.place, state)
+    if state["data_fingerprint"] != run.data.fingerprint and not begins:
         samples = state["progress"]["samples"]
         log.warning("the data differs from the checkpoint's: the run goes on at sample %d of the new data", samples)
-    loop.progress = saved_progress(state)
     # Under a measuring controller a resumed run keeps its current batch size, whatever chose it.
-    loop.controller.load_state_dict({"target": loop.progress.batch, **state["controller"]})
+    if not (begins and run.place is not None and run.place.begins("batch")):
+        loop.controller.load_state_dict({"target": loop.progress.batch, **state["controller"]})
     own = is_inside(checkpoint, folder) and is_own(report.run, folder)
     hooks = hooks_by_name(loop.hooks)
     if own and run.saving is not None:
@@ -65,6 +70,20 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
         if own or not hook.of_one_run:
             hook.load_state_dict(state["hooks"].get(name, {}))
     return Origin(report.run, report.step, report.commit, own)
+
+
+def _begins(place: Place, state: dict[str, Any]) -> bool:
+    """Return whether the stage begins from this checkpoint, which an earlier stage saved."""
+    return len(StageRecord.from_state(state).begun) <= place.number
+
+
+def _same_stage(run: Run, state: dict[str, Any], checkpoint: Path | str) -> None:
+    """Raise ConfigError if a damaged checkpoint made the run fall back on one of an earlier stage, whose config it has not."""
+    place, tokens = run.place, run.loop.progress.tokens
+    if place is None or place.holds(tokens):
+        return
+    message = f"the newest whole checkpoint in '{checkpoint}' is of step {state['progress']['step']}, in an earlier stage"
+    raise ConfigError([Problem("resume", message, "name it: resume=<its step-… folder>, with a new output_dir")])
 
 
 def _load_counters(loop: Loop, report: RestoreReport) -> None:
@@ -101,21 +120,23 @@ def _same_rules(state: dict[str, Any], data: DataNode, checkpoint: Path | str) -
     raise ConfigError([Problem("data.version", message, fix)])
 
 
-def _restore(loop: Loop, checkpoint: Path | str, fragments: list[Fragment], *, strict: bool) -> RestoreReport:
+def _restore(
+    loop: Loop, checkpoint: Path | str, fragments: list[Fragment], place: Place | None, *, strict: bool
+) -> RestoreReport:
     """Restore on all ranks. Each byte is read by one rank, which sends it to others through a temporary process group."""
     group = dist.new_group(backend="gloo") if loop.mesh.layout.world_size > 1 else None
     assert not isinstance(group, int), "every process is a member"
     try:
-        return restore(checkpoint, fragments, build_control(loop.mesh, "restore"), strict=strict, group=group)
+        return restore(checkpoint, fragments, build_control(loop.mesh, "restore", place), strict=strict, group=group)
     finally:
         if group is not None:
             dist.destroy_process_group(group)
 
 
-def _restore_weights(loop: Loop, checkpoint: Path | str) -> RestoreReport:
+def _restore_weights(loop: Loop, checkpoint: Path | str, place: Place | None) -> RestoreReport:
     """Start a run from imported weights: step 0, fresh optimizer state. Raises ConfigError on all ranks if some don't fit."""
     weights = [fragment for fragment in loop.engine.fragments() if fragment.role == "weight"]
-    report = _restore(loop, checkpoint, weights, strict=False)
+    report = _restore(loop, checkpoint, weights, place, strict=False)
     _refuse_other_weights(loop, checkpoint, report)
     loop.engine.load_counters(loop.engine.counters())
     return report

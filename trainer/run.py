@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoint.errors import HeldError
@@ -34,6 +35,8 @@ from .resume import restore_run
 from .schema import RunConfig
 from .sides import annotated_yaml
 from .signals import StopRequest
+from .stages.border import begin_stage, refuse_other_tokens, release_memory
+from .stages.written import stage_table
 from .start_summary import start_summary
 from .typed import plain_config
 
@@ -59,15 +62,15 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
         log.warning("%s", warning)
     config, checkpoint, parallel = resolved.config, resolved.checkpoint, resolved.config.parallel
     # Before connecting: building a large corpus may take longer than the process groups' time-out.
-    data = prepared_data(config.data, config.seed, config.model.vocabulary)
+    data = prepared_stages(resolved)
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        model = build_model(config.model, config.model.vocabulary or data.vocabulary)
-        start_compiling(model, parallel, engine_settings(config, model, data.seq_len))
+        model = build_model(config.model, config.model.vocabulary or data[0].vocabulary)
+        start_compiling(model, parallel, engine_settings(config, model, data[0].seq_len))
     mesh = Mesh.connect(Layout.plan(parallel, resolved.world_size), pick_device(), parallel.timeout)
     try:
         if mesh.differ(str(checkpoint)):
             raise RuntimeError(f"processes see different newest checkpoints (this one {checkpoint}): is the folder shared?")
-        if mesh.differ(data.fingerprint):
+        if mesh.differ(" ".join(each.fingerprint for each in data)):
             raise RuntimeError("processes see different data: give all of them the same files (and, for stdlib, one Python)")
         return _train(resolved, data, mesh, stop)
     except TrainingDiverged as error:
@@ -77,6 +80,28 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
         return 2 if error.config_error else 1
     finally:
         mesh.close()
+
+
+def prepared_stages(resolved: ResolvedRun) -> list[DataNode]:
+    """Build and prepare the data of the current stage and of all later ones: what is wrong with them shows before the start.
+
+    Raises ConfigError as `prepared_data`, and for a stage whose tokens are not those of the stage before it.
+    """
+    runs = (resolved, *resolved.then)
+    found: list[DataNode] = []
+    for number, one in enumerate(runs):
+        if number and one.config.data == runs[number - 1].config.data:
+            found.append(found[-1])
+            continue
+        try:
+            found.append(prepared_data(one.config.data, one.config.seed, one.config.model.vocabulary))
+        except ConfigError as error:
+            if not number or one.place is None:
+                raise
+            raise ConfigError([replace(each, key=f"{one.place.stage.key}.{each.key}") for each in error.problems]) from error
+        if number and one.place is not None:
+            refuse_other_tokens(found[-2], found[-1], one.place.stage)
+    return found
 
 
 def prepared_data(config: DataConfig, seed: int, vocabulary: int | None) -> DataNode:
@@ -103,27 +128,43 @@ def prepared_data(config: DataConfig, seed: int, vocabulary: int | None) -> Data
     return data
 
 
-def _train(resolved: ResolvedRun, data: DataNode, mesh: Mesh, stop: StopRequest) -> int:
+def _train(resolved: ResolvedRun, data: Sequence[DataNode], mesh: Mesh, stop: StopRequest) -> int:
+    """Train the current stage and those after it, each of which resumes from the checkpoint of the one before."""
     output_dir = Path(resolved.config.output_dir)
     lock = raise_on_all_ranks(mesh, lambda: _lock_output_dir(output_dir) if mesh.is_main else None)
     try:
-        return _run_locked(resolved, data, mesh, stop)
+        run = resolved
+        for number, node in enumerate(data):
+            if number:
+                run = begin_stage(resolved.then[number - 1])
+                mesh = _mesh_of(run, mesh)
+            if not _run_locked(run, node, mesh, stop):
+                break
+            release_memory(mesh)
+        return 0
     finally:
         if lock is not None:
             lock.release()
 
 
-def _run_locked(resolved: ResolvedRun, data: DataNode, mesh: Mesh, stop: StopRequest) -> int:
-    config, checkpoint = resolved.config, resolved.checkpoint
+def _mesh_of(run: ResolvedRun, mesh: Mesh) -> Mesh:
+    """Return the mesh of a stage's layout: the one that is there, if the layout is the same."""
+    layout = Layout.plan(run.config.parallel, run.world_size)
+    return mesh if layout == mesh.layout else mesh.rearranged(layout)
+
+
+def _run_locked(resolved: ResolvedRun, data: DataNode, mesh: Mesh, stop: StopRequest) -> bool:
+    """Train one stage, or a run without any. Return whether it reached its end, and nobody asked to stop."""
+    config, checkpoint, place = resolved.config, resolved.checkpoint, resolved.place
     output_dir = Path(config.output_dir)
     imported = resolved.imported
     saved = {"config": plain_config(config), "choices": dict(resolved.choices)}
     saved |= {} if imported is None else {"imported_from": dict(imported.said)}
-    current = build_run(config, saved, data, mesh)
+    current = build_run(config, saved, data, mesh, place)
     try:
         origin = None if checkpoint is None else restore_run(current, checkpoint, config)
         if mesh.is_main:
-            for line in start_summary(config, current):
+            for line in _start_lines(config, current):
                 log.info("%s", line)
             _say_data(data)
             _warn_of_repetition(current)
@@ -142,13 +183,13 @@ def _run_locked(resolved: ResolvedRun, data: DataNode, mesh: Mesh, stop: StopReq
             reached = _run_loop(current, stop, accept)
         # A signal after the last step does not change the run, which is over, but must still stop a sweep.
         stop.obeyed = mesh.any(stop.requested) or current.loop.stopping
-        if reached:
+        if reached and (place is None or place.is_last):
             for hook in current.loop.hooks:
                 hook.on_run_end(current.loop, output_dir)
-        elif mesh.is_main:
+        elif (not reached or stop.obeyed) and mesh.is_main:
             on = "the run goes on with resume=auto" if current.saving is not None else "nothing was saved (checkpoint.every=0)"
             log.warning("asked to stop at step %d; %s", current.loop.progress.step, on)
-        return 0
+        return reached and not stop.obeyed
     finally:
         current.close()
 
@@ -187,6 +228,13 @@ def _write_description(config: RunConfig, data: DataNode, output_dir: Path, impo
             imported.copy_companions(output_dir)
 
 
+def _start_lines(config: RunConfig, run: Run) -> Iterator[str]:
+    """Yield what to say at the start of a run, or of a stage: the table of stages first."""
+    if run.place is not None:
+        yield from stage_table(run.place.stages, run.place.number)
+    yield from start_summary(config, run)
+
+
 def _say_data(data: DataNode) -> None:
     for notice in data_notices(data):
         log.info("%s", notice)
@@ -195,7 +243,7 @@ def _say_data(data: DataNode) -> None:
 
 
 def _warn_of_repetition(run: Run) -> None:
-    samples, batch = run.loader.samples, run.loop.controller.samples
+    samples, batch = run.data.train(), run.loop.controller.samples
     if isinstance(samples, Shuffled) and samples.epoch_size < batch:
         log.warning("the data has %d samples, fewer than a batch of %d: every step repeats some", samples.epoch_size, batch)
 

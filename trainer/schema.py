@@ -60,6 +60,11 @@ class RunConfig:
         " from a model folder of Hugging Face; auto:<path>: as auto, and where the run has saved nothing yet, from that path",
         Side.PLACEMENT,
     )
+    stages: dict[str, Any] = key(
+        {},
+        "name → a stage: its length in tokens, and what it changes from the stage before it, as a tree of keys;"
+        " {}: the run has one, as long as trainer.steps or trainer.tokens says",
+    )
     model: models.ModelConfig = MISSING
     data: data.DataConfig = MISSING
     optim: OptimConfig = MISSING

@@ -27,8 +27,8 @@ def start_summary(config: RunConfig, run: Run) -> Iterator[str]:
     total = _total_tokens(run)
     if total is not None:
         length.append(f"{total:,} in all")
-        if isinstance(run.loader.samples, Shuffled):
-            epoch = run.loader.samples.epoch_size
+        if isinstance(samples_of_data := data.train(), Shuffled) and loop.stage is None:
+            epoch = samples_of_data.epoch_size
             length.append(f"{total / (epoch * seq_len):.3g} epochs of {epoch:,} samples")
     yield ", ".join(length)
 

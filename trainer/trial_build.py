@@ -39,7 +39,7 @@ def build_problems(config: RunConfig, start: Start) -> list[Problem]:
     if isinstance(config.schedule, Custom):
         found += collect_problems("schedule", lambda: _schedule_problems(config, start))
     if isinstance(config.batch, Custom):
-        found += collect_problems("batch", lambda: batch_problems(config))
+        found += collect_problems("batch", lambda: batch_problems(config, start.place))
     return found
 
 
@@ -76,5 +76,5 @@ def _model_problems(config: RunConfig, world_size: int) -> list[Problem]:
 
 
 def _schedule_problems(config: RunConfig, start: Start) -> list[Problem]:
-    horizon = build_horizon(config, config.data.seq_len, start.progress)
+    horizon = build_horizon(config, config.data.seq_len, start.progress, start.place)
     return build_schedule(config.schedule, config.optim.lr, horizon).problems()

@@ -14,6 +14,7 @@ from ..optim.progress import BEGINNING, Progress
 from .automatic import resolve_automatic
 from .relations import RELATIONS, Relation, Start, data_problems
 from .schema import RunConfig
+from .stages.record import Place
 
 
 def checked_config(
@@ -23,6 +24,7 @@ def checked_config(
     *,
     elsewhere: list[Problem] | None = None,
     progress: Progress = BEGINNING,
+    place: Place | None = None,
     more: Callable[[RunConfig], Sequence[Problem]] = lambda _: (),
     before_building: Callable[[RunConfig], None] = lambda _: None,
 ) -> tuple[RunConfig, list[Problem]]:
@@ -33,10 +35,11 @@ def checked_config(
     known            problems found so far; returned too, and checks that read their keys are skipped
     elsewhere        given if the data may lie on another machine: problems of its files are appended here instead
     progress         of the checkpoint that the run resumes from
+    place            of the run among its stages; None: it has none
     more             config → further problems that need no PyTorch, of the machine for example
     before_building  called if nothing was found so far, before PyTorch is imported for the trial build
     """
-    start = Start(world_size, progress)
+    start = Start(world_size, progress, place)
     said = {(problem.key, problem.message) for problem in known}
     problems = [*known, *(problem for problem in config.problems() if (problem.key, problem.message) not in said)]
     if not problems and config.left_to_laws:

@@ -126,5 +126,5 @@ class Power(Decaying):
         """Return the learning rate without the warm-up's factor."""
         first = self.horizon.after_start(self.warmup, Unit.TOKENS, progress)
         last = self.horizon.convert(self.start_of_decay(progress), self.horizon.unit, Unit.TOKENS, progress)
-        tokens = min(max(progress.tokens, first), last)
+        tokens = min(max(self.horizon.position(progress, Unit.TOKENS), first), last)
         return self.law(tokens, progress.batch) * self.decay_factor(progress)

@@ -188,7 +188,7 @@ def test_ready_shards_bring_their_tokenizer(files: dict[str, str], tmp_path: Pat
 
 def test_all_problems_at_once(files: dict[str, str]):
     sources = {"few": node("gone.jsonl"), "many": node(files["many"], tokenizer="bytes", validation=2)}
-    mixed = mixed_sources(sources, weights={"few": 0, "other": 1}, vocabulary=5)
+    mixed = mixed_sources(sources, weights={"few": -1, "other": 1}, vocabulary=5)
     assert {problem.key for problem in mixed.problems()} == {
         "data.vocabulary",
         "data.weights.other",

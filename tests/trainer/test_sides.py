@@ -17,12 +17,12 @@ ALL_OF = {"model": RECIPE, "schedule": RECIPE, "balance": RECIPE, "parallel": PL
 
 EACH = {
     "": {
-        RECIPE: "recipe seed precision",
+        RECIPE: "recipe seed precision stages",
         PLACEMENT: "output_dir resume",
     },
     "data": {
         RECIPE: "_target_ _recursive_ name seq_len packing document_mask version tokenizer vocabulary tokenizer_sample"
-        " end_of_document separator markup field subset split revision sources weights block validation_samples",
+        " end_of_document separator markup part field subset split revision sources weights block validation_samples",
         PLACEMENT: "input path cache_dir",
         HABIT: "verify",
     },

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...checkpoint.checkpointer import Checkpointer
 from ...checkpoint.errors import CheckpointError
 from ...checkpoint.identity import RunIdentity
 from ...checkpoint.report import SaveReport
+from ...optim.progress import Progress
 from ..all_ranks import raise_on_all_ranks
 from ..loop import Loop
 from .base import Hook, hooks_by_name
@@ -34,13 +35,24 @@ def run_state(loop: Loop, fixed: dict[str, Any], absent: Mapping[str, Any]) -> d
 
 
 class Saving(Hook):
-    """Saves every so many steps, and at the end of a run that reached its end or was asked to stop."""
+    """Saves every so many steps, and at the end of a run that reached its end or was asked to stop.
 
-    def __init__(self, checkpointer: Checkpointer, every: int | None, fixed: dict[str, Any]) -> None:
+    fixed    JSON state that stays the same
+    of_data  progress → JSON state that depends on it
+    """
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        every: int | None,
+        fixed: dict[str, Any],
+        of_data: Callable[[Progress], dict[str, Any]] = lambda _: {},
+    ) -> None:
         self._checkpointer = checkpointer
         self._every = every
         self._memory_every = checkpointer.config.memory_every
         self._fixed = fixed
+        self._of_data = of_data
         self._saved_step = self._finite_step = -1
         self._prepared = False
         self._absent: dict[str, Any] = {}
@@ -90,7 +102,7 @@ class Saving(Hook):
         if not hold or any(hook.waits_for_rows for hook in loop.hooks):
             loop.deliver_metrics(keep=0)
             hold = False
-        state = run_state(loop, self._fixed, self._absent)
+        state = run_state(loop, self._fixed | self._of_data(loop.progress), self._absent)
         step, fragments = loop.progress.step, loop.engine.fragments()
         self._checkpointer.save(step, fragments, state, required=required, disk=disk, hold=hold)
 

@@ -1,0 +1,71 @@
+"""Runs in stages: each border is a resume, and a stop anywhere, with another layout after it, changes no loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshloom.checkpoint.restore import read_state
+from support.ranks import run_ranks
+from support.tiny_run import body
+
+STAGES = (
+    "stages={base: {tokens: 500}, long: {tokens: 700, data: {seq_len: 32}, model: {rope_theta: 50000}},"
+    " anneal: {tokens: 600, schedule: {name: linear, warmup: 0}, batch: {samples: 4}, optim: {lr: 0.002}}}"
+)
+WORDS = ["trainer.steps=null", "checkpoint.every=3", "optim.lr=0.003", STAGES]
+
+
+def go(ranks: int, folder: Path, *overrides: str) -> None:
+    assert run_ranks(ranks, body, [f"output_dir={folder}", *WORDS, *overrides]) == [0] * ranks
+
+
+def rows(folder: Path, key: str) -> dict[int, Any]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run through all stages, on one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    go(1, folder)
+    return folder
+
+
+def test_the_step_that_reaches_a_border_ends_its_stage(whole: Path) -> None:
+    assert rows(whole, "stage") == {step: "base" if step <= 4 else "long" if step <= 7 else "anneal" for step in range(1, 13)}
+    assert list(rows(whole, "tokens").values())[3::3] == [512, 1280, 1664]
+    assert set(rows(whole, "eval_loss")) == {4, 7, 8, 12}, "each stage is evaluated at its end"
+    state = read_state(whole / "checkpoints")
+    assert state["stages"]["begun"] == [["base", 0, 0, 0, 0], ["long", 4, 32, 512, 8], ["anneal", 7, 56, 1280, 8]]
+    assert sorted(state["stages"]["read"].values()) == [[32], [44]], "two sources: sequences of 16 and of 32"
+
+
+def test_a_schedule_spans_the_stages_up_to_the_next_one_named(whole: Path) -> None:
+    """The warm-up of two steps goes on from stage to stage; the line falls over the tokens that are left of the last stage."""
+    left = 1800 - 1280
+    line = [0.002 * (1 - 4 * 32 * step / left) for step in range(5)]
+    assert list(rows(whole, "lr").values()) == pytest.approx([0.0015, *[0.003] * 6, *line], rel=1e-12)
+
+
+@pytest.mark.parametrize(("first", "ranks"), [(7, 1), (9, 2)])
+def test_a_stop_near_a_border_changes_no_loss(whole: Path, tmp_path: Path, first: int, ranks: int) -> None:
+    """Stopped at a border and behind one; resumed on another number of processes, under another ZeRO stage."""
+    stop = f"trainer.hooks=[{{_target_:support.run_hooks.Signal,step:{first},rank:0,name:SIGTERM}}]"
+    go(3 - ranks, tmp_path, stop)
+    stopped = rows(tmp_path, "loss")
+    assert max(stopped) < 12
+    go(ranks, tmp_path, "resume=auto", "trainer.hooks=[]", "parallel.zero=3")
+    for key in ("loss", "lr", "eval_loss"):
+        assert rows(tmp_path, key) == pytest.approx(rows(whole, key), rel=1e-9)
+    assert rows(tmp_path, "stage") == rows(whole, "stage")
+    assert read_state(tmp_path / "checkpoints")["stages"] == read_state(whole / "checkpoints")["stages"]
+
+
+def test_a_stage_may_have_a_layout_of_its_own(whole: Path, tmp_path: Path) -> None:
+    go(2, tmp_path, "stages.long.parallel.tp=2", "stages.anneal.parallel={tp: 1, zero: 3}")
+    assert rows(tmp_path, "loss") == pytest.approx(rows(whole, "loss"), rel=1e-9)

@@ -1,0 +1,45 @@
+"""The border of two stages: the run of the next stage resumes, in the same processes, from the last one's checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+
+import torch
+
+from ...config.problems import ConfigError, Problem
+from ...data.node import DataNode
+from ...parallel.mesh import Mesh
+from ..derived import checkpoint_folder
+from ..find_checkpoint import checkpoint_manifest, saved_progress
+from ..resolve import ResolvedRun
+from .record import StageRecord
+from .written import Stage
+
+
+def begin_stage(run: ResolvedRun) -> ResolvedRun:
+    """Return the run of a stage that begins from the newest checkpoint in the run's folder."""
+    assert run.place is not None
+    folder, place = checkpoint_folder(run.config), run.place
+    state = checkpoint_manifest(folder).state
+    progress, seq_len = saved_progress(state), run.config.data.seq_len
+    record = StageRecord.from_state(state).at(place.stages, place.number, progress, seq_len)
+    return dataclasses.replace(run, checkpoint=folder, place=place.begun(record))
+
+
+def refuse_other_tokens(before: DataNode, now: DataNode, stage: Stage) -> None:
+    """Raise ConfigError if the data of a stage are cut into other tokens than those of the stage before it."""
+    one, other = (None if node.tokenizer is None else node.tokenizer.fingerprint for node in (before, now))
+    if before.vocabulary == now.vocabulary and (one is None or other is None or one == other):
+        return
+    message = "its text is cut into other tokens than that of the stage before it"
+    fix = "give all stages one data.tokenizer (a tokenizer.json, or bytes), or one mixture whose weights the stages change"
+    raise ConfigError([Problem(f"{stage.key}.data", message, fix)])
+
+
+def release_memory(mesh: Mesh) -> None:
+    """Free the memory of a stage's objects, which refer to one another, before the next stage takes as much."""
+    mesh.release()
+    gc.collect()
+    if mesh.device.type == "cuda":
+        torch.cuda.empty_cache()
