@@ -119,6 +119,7 @@ class StdlibConfig(CorpusConfig):
 
     _target_: str = target("meshloom.data.nodes.Stdlib")
     name: str = option("stdlib")
+    part: str = key("source", "source: the modules themselves; docs: their docstrings, which are prose")
 
 
 @dataclass(frozen=True)

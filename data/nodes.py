@@ -17,7 +17,7 @@ class Stdlib(Corpus):
     """`data=stdlib`: the standard library source of the running interpreter."""
 
     def __init__(self, config: StdlibConfig, seed: int) -> None:
-        super().__init__(config, seed, StandardLibrary())
+        super().__init__(config, seed, StandardLibrary(config.part))
 
 
 class Text(Corpus):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import glob
 import io
 import json
@@ -9,6 +10,7 @@ import logging
 import os
 import sysconfig
 import uuid
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from .version import NEWEST
 
 log = logging.getLogger(__name__)
 
+STDLIB_PARTS = ("source", "docs")
 CHECKED = 32  # files whose first bytes are looked at before a run begins
 _DIGITS = 32  # of a digest
 _MARKS = {"JSON": "braces and names", "HTML": "tags", "XML": "tags", "a table": "separators"}
@@ -328,8 +331,14 @@ class StandardLibrary(FileSource):
 
     name = "stdlib"
 
-    def __init__(self) -> None:
+    def __init__(self, part: str = "source") -> None:
+        """part: source, the modules themselves, or docs, their docstrings."""
         super().__init__(sysconfig.get_path("stdlib"))
+        self.part = part
+
+    def settings(self) -> str:
+        """Name the part that is read."""
+        return self.name if self.part == "source" else f"{self.name} {self.part}"
 
     def files(self) -> list[Path]:
         """List all modules, in the order of their names."""
@@ -339,15 +348,34 @@ class StandardLibrary(FileSource):
 
     def problems(self, key: str) -> list[Problem]:
         """Check that the source is there: some embedded interpreters come without it."""
+        if self.part not in STDLIB_PARTS:
+            return [Problem(f"{key}.part", f"there is no '{self.part}'", f"use {' or '.join(STDLIB_PARTS)}")]
         if next(Path(self.input[0]).glob("*.py"), None) is None:
             return [Problem(key, f"{self.input[0]} has no Python source", "use data=text with data.input=<folder>")]
         return []
 
     def read(self, path: Path) -> Iterator[str]:
-        """Yield the module as one document."""
+        """Yield the module, or its docstrings, as one document."""
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             return
+        if self.part == "docs":
+            text = "\n\n".join(_docstrings(text))
         if text:
             yield text
+
+
+def _docstrings(source: str) -> Iterator[str]:
+    """Yield the docstrings of a module, its classes and functions; none of a file that does not parse (there are some)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old escapes in the library's own tests
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node) or ""
+            if text and not any("\ud800" <= letter <= "\udfff" for letter in text):  # no tokenizer takes these
+                yield text
