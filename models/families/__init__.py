@@ -6,17 +6,35 @@ All families are the same decoder with other parts. A family is a short file her
 from __future__ import annotations
 
 from ..config import DecoderConfig
+from .deepseek import DeepseekV3
 from .family import Family
 from .gemma import Gemma2, Gemma3, Gemma3Text
 from .llama import Llama
 from .mistral import Mistral
+from .mixtral import Mixtral
 from .names import StoredPart, StoredWeights
-from .olmo import Olmo2, Olmo3
+from .olmo import Olmo2, Olmo3, Olmoe
 from .phi import Phi3
-from .qwen import Qwen2, Qwen3
+from .qwen import Qwen2, Qwen3, Qwen3Moe
 from .smollm import SmolLM3
 
-_ALL = (Llama, Qwen2, Qwen3, Olmo2, Olmo3, Gemma2, Gemma3Text, Gemma3, Mistral, SmolLM3, Phi3)
+_ALL = (
+    Llama,
+    Qwen2,
+    Qwen3,
+    Olmo2,
+    Olmo3,
+    Gemma2,
+    Gemma3Text,
+    Gemma3,
+    Mistral,
+    SmolLM3,
+    Phi3,
+    Mixtral,
+    Qwen3Moe,
+    Olmoe,
+    DeepseekV3,
+)
 
 FAMILIES: dict[str, Family] = {family.model_type: family() for family in _ALL}
 """By Hugging Face's `model_type`. An export takes the first that has all parts of a decoder."""

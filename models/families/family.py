@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 from ..config import DECODER, DecoderConfig, decoder_config
 from ..rope_config import RopeScaling
-from .names import StoredWeights, stored_weights
+from .experts import acting_experts
+from .names import MixtureNames, StoredWeights, stored_weights
 from .positions import read_positions, write_positions
 
 Json = Mapping[str, Any]
@@ -36,7 +37,7 @@ ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 _DEFAULTS: Json = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0}
 
-_NOT_COMPUTED = {"_target_", "name", "init_std", "z_loss", "mup_base", "mup_embedding", "mup_residual"}
+_NOT_COMPUTED = {"_target_", "name", "experts", "init_std", "z_loss", "mup_base", "mup_embedding", "mup_residual"}
 """Keys of `model` that a file of weights need not tell."""
 
 _SCALING = {
@@ -57,6 +58,7 @@ class Family:
     defaults      key of config.json → its value where a file leaves it out
     constants     key of config.json → the only value with which the decoder computes the same
     parts         key of `model` → its value in all models of the family
+    mixture       names of the weights of a mixture of experts
     """
 
     model_type: ClassVar[str]
@@ -64,13 +66,14 @@ class Family:
     defaults: ClassVar[Json] = {}
     constants: ClassVar[Json] = {}
     parts: ClassVar[Json] = {}
+    mixture: ClassVar[MixtureNames] = MixtureNames()
 
     def stored_weights(self, config: DecoderConfig) -> StoredWeights:
         """Map the names of a decoder's parameters and saved buffers to their parts in the files."""
-        return stored_weights(config)
+        return stored_weights(config, self.mixture)
 
-    def stem(self, name: str) -> str | None:
-        """Return a weight's name in the files of a text model, or None for a weight that is left behind."""
+    def stem(self, name: str, theirs: Json) -> str | None:
+        """Return a weight's name in the files of a text model, or None for a weight that is left behind. theirs: config.json"""
         return name
 
     def read(self, theirs: Json) -> dict[str, Any]:
@@ -137,6 +140,7 @@ def acting_keys(config: DecoderConfig) -> dict[str, Any]:
         "attention_scale": config.block(0).attention.scale,
         "rope_theta_sliding": theta if slides else None,
         "rope_scaling": _acting_scaling(config.rope_scaling, slides),
+        **acting_experts(config),
     }
 
 

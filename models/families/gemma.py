@@ -100,7 +100,7 @@ class Gemma3(Gemma3Text):
 
     model_type = "gemma3"
 
-    def stem(self, name: str) -> str | None:
+    def stem(self, name: str, theirs: Json) -> str | None:
         """Return the name of a text model's weight. The language model's prefix changed between versions of transformers."""
         if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name):
             return None

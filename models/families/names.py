@@ -38,7 +38,26 @@ StoredWeights = dict[str, tuple[StoredPart, ...]]
 """Our name of a weight → its parts, whose rows are its rows, one after the other. Parts without `rows` are equally long."""
 
 
+@dataclass(frozen=True)
+class MixtureNames:
+    """Names of a mixture's weights in a layer. Each expert is a feed-forward of its own there.
+
+    router     its weight; bias: of the choice; experts: before an expert's number; shared: the feed-forward of shared experts
+    gate, down, up  an expert's projections
+    """
+
+    router: str = "mlp.gate.weight"
+    bias: str = "mlp.gate.e_score_correction_bias"
+    experts: str = "mlp.experts"
+    shared: str = "mlp.shared_experts"
+    gate: str = "gate_proj"
+    down: str = "down_proj"
+    up: str = "up_proj"
+
+
 _PROJECTIONS = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
+_LATENT = {"wkv_a": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "wkv_b": "kv_b_proj", "wo": "o_proj"}
+_LATENT_QUERIES = {"wq_a": "q_a_proj", "q_norm": "q_a_layernorm", "wq_b": "q_b_proj"}
 _FEED_FORWARD = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _OUTER = {
     "embed.weight": "model.embed_tokens.weight",
@@ -58,17 +77,31 @@ _NORMS = {
 """`norm_place` → our norm → theirs."""
 
 
-def stored_weights(config: DecoderConfig) -> StoredWeights:
-    """Map our parameter names to Hugging Face's. A tied head is stored once, as the embedding."""
-    found = {ours: theirs for ours, theirs in _OUTER.items() if not (config.tied and ours == "head.weight")}
+def stored_weights(config: DecoderConfig, mixture: MixtureNames | None = None) -> StoredWeights:
+    """Map our parameter names to Hugging Face's. A tied head is stored once, as the embedding.
+
+    mixture: names of its weights; None: those of most families
+    """
+    outer = ((ours, theirs) for ours, theirs in _OUTER.items() if not (config.tied and ours == "head.weight"))
+    found: StoredWeights = {ours: (StoredPart(theirs),) for ours, theirs in outer}
     for layer in range(config.layers):
-        found |= {f"layers.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in _of_block(config)}
-    return {ours: (StoredPart(theirs),) for ours, theirs in found.items()}
+        of_block = [*_norms(config), *(_latent(config) if config.attention == "mla" else _attention(config))]
+        mixes = config.experts.has_mixture(layer)
+        if not mixes:
+            of_block += _feed_forward("ffn", "mlp", biased=config.ffn_bias)
+        found |= {f"layers.{layer}.{ours}": (StoredPart(f"model.layers.{layer}.{theirs}"),) for ours, theirs in of_block}
+        if mixes:
+            for ours, names in _mixture(config, mixture or MixtureNames()):
+                found[f"layers.{layer}.{ours}"] = tuple(StoredPart(f"model.layers.{layer}.{name}") for name in names)
+    return found
 
 
-def _of_block(config: DecoderConfig) -> Iterator[tuple[str, str]]:
+def _norms(config: DecoderConfig) -> Iterator[tuple[str, str]]:
     for ours, theirs in _NORMS[config.norm_place].items():
         yield f"{ours}.weight", f"{theirs}.weight"
+
+
+def _attention(config: DecoderConfig) -> Iterator[tuple[str, str]]:
     for ours, theirs in _PROJECTIONS.items():
         yield f"attention.{ours}.weight", f"self_attn.{theirs}.weight"
         if config.output_bias if ours == "wo" else config.qkv_bias:
@@ -76,7 +109,29 @@ def _of_block(config: DecoderConfig) -> Iterator[tuple[str, str]]:
     if config.qk_norm != "none":
         for each in ("q_norm", "k_norm"):
             yield f"attention.{each}.weight", f"self_attn.{each}.weight"
+
+
+def _latent(config: DecoderConfig) -> Iterator[tuple[str, str]]:
+    queries = {"wq": "q_proj"} if config.mla.q_lora_rank is None else _LATENT_QUERIES
+    for ours, theirs in (queries | _LATENT).items():
+        yield f"attention.{ours}.weight", f"self_attn.{theirs}.weight"
+
+
+def _feed_forward(own: str, their: str, *, biased: bool = False) -> Iterator[tuple[str, str]]:
     for ours, theirs in _FEED_FORWARD.items():
-        yield f"ffn.{ours}.weight", f"mlp.{theirs}.weight"
-        if config.ffn_bias:
-            yield f"ffn.{ours}.bias", f"mlp.{theirs}.bias"
+        yield f"{own}.{ours}.weight", f"{their}.{theirs}.weight"
+        if biased:
+            yield f"{own}.{ours}.bias", f"{their}.{theirs}.bias"
+
+
+def _mixture(config: DecoderConfig, names: MixtureNames) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield a mixture's weights: our name, and the tensors whose rows are its rows."""
+    experts = config.experts
+    yield "ffn.router.weight", (names.router,)
+    if experts.bias:
+        yield "ffn.router.bias", (names.bias,)
+    for ours, theirs in (("w1", names.gate), ("w2", names.down), ("w3", names.up)):
+        yield f"ffn.experts.{ours}", tuple(f"{names.experts}.{expert}.{theirs}.weight" for expert in range(experts.count))
+    if experts.shared:
+        for ours, theirs in _feed_forward("ffn.shared", names.shared):
+            yield ours, (theirs,)

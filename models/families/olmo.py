@@ -1,4 +1,4 @@
-"""OLMo 2 and 3: norms after each part, and over all heads of queries and of keys."""
+"""OLMo 2 and 3, with norms after each part, and OLMoE: norms before each part, and experts."""
 
 from __future__ import annotations
 
@@ -44,3 +44,37 @@ class Olmo3(Olmo2):
     def write(self, config: DecoderConfig) -> dict[str, Any]:
         """Return keys of config.json."""
         return {**super().write(config), **write_layer_kinds(config), **write_positions_by_kind(config)}
+
+
+class Olmoe(Family):
+    """A mixture in every layer, whose scores are not renormalised; no shared experts."""
+
+    model_type = "olmoe"
+    architecture = "OlmoeForCausalLM"
+    constants: ClassVar[Json] = {"hidden_act": "silu", "attention_bias": False, "clip_qkv": None}
+    parts: ClassVar[Json] = {"qk_norm": "full"}
+    defaults: ClassVar[Json] = {
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+    }
+
+    def read(self, theirs: Json) -> dict[str, Any]:
+        """Return keys of `model`."""
+        experts = {"count": theirs["num_experts"], "top_k": theirs["num_experts_per_tok"]}
+        return {**super().read(theirs), "experts": {**experts, "renormalise": bool(theirs["norm_topk_prob"])}}
+
+    def write(self, config: DecoderConfig) -> dict[str, Any]:
+        """Return keys of config.json."""
+        if config.heads * config.head_width != config.dim:
+            raise ValueError(f"model.head_dim={config.head_width} has no place there (heads divide dim)")
+        experts = config.experts
+        return {
+            **super().write(config),
+            "intermediate_size": experts.ffn_dim or config.ffn_dim,
+            "num_experts": experts.count,
+            "num_experts_per_tok": experts.top_k,
+            "norm_topk_prob": experts.renormalise,
+        }

@@ -1,10 +1,11 @@
-"""Qwen 2, 2.5 and 3."""
+"""Qwen 2, 2.5 and 3, and Qwen 3's mixtures of experts."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
 from ..config import DecoderConfig
+from .experts import layers_with_experts
 from .family import Family, Json
 from .layer_kinds import read_layer_kinds, write_layer_kinds
 
@@ -48,3 +49,46 @@ class Qwen3(Qwen2):
     def write(self, config: DecoderConfig) -> dict[str, Any]:
         """Return keys of config.json."""
         return {**super().write(config), "attention_bias": config.qkv_bias}
+
+
+class Qwen3Moe(Qwen3):
+    """A mixture in each layer that is not named as dense; narrow experts without shared ones."""
+
+    model_type = "qwen3_moe"
+    architecture = "Qwen3MoeForCausalLM"
+    defaults: ClassVar[Json] = {
+        **Qwen3.defaults,
+        "head_dim": None,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": None,
+    }
+
+    def read(self, theirs: Json) -> dict[str, Any]:
+        """Return keys of `model`."""
+        layers, step, dense = theirs["num_hidden_layers"], theirs["decoder_sparse_step"], theirs["mlp_only_layers"] or ()
+        mixed = [layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0]
+        experts = {
+            "count": theirs.get("num_local_experts", theirs["num_experts"]),
+            "top_k": theirs["num_experts_per_tok"],
+            "ffn_dim": theirs["moe_intermediate_size"],
+            "renormalise": bool(theirs["norm_topk_prob"]),
+            **layers_with_experts(mixed, layers),
+        }
+        return {**super().read(theirs), "experts": experts}
+
+    def write(self, config: DecoderConfig) -> dict[str, Any]:
+        """Return keys of config.json."""
+        experts = config.experts
+        return {
+            **super().write(config),
+            "num_experts": experts.count,
+            "num_experts_per_tok": experts.top_k,
+            "moe_intermediate_size": experts.ffn_dim or config.ffn_dim,
+            "norm_topk_prob": experts.renormalise,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [layer for layer in range(config.layers) if not experts.has_mixture(layer)],
+        }

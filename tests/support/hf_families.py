@@ -23,6 +23,26 @@ SIZES: dict[str, Any] = {
     "pad_token_id": None,
 }
 
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+
+DEEPSEEK: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "kv_lora_rank": 6,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 5,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 10,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama 2": ("Llama", {"num_key_value_heads": 4}),
     "Llama 3.1": (
@@ -110,6 +130,36 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_scaling": {"type": "longrope", "short_factor": [1.0, 2.5], "long_factor": [1.5, 3.0]},
         },
     ),
+    "Mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "Qwen 3 with experts": (
+        "Qwen3Moe",
+        {
+            "head_dim": 6,
+            "num_hidden_layers": 3,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 10,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+        },
+    ),
+    "OLMoE": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3}),
+    "DeepSeek-V3": (
+        "DeepseekV3",
+        {
+            **DEEPSEEK,
+            "q_lora_rank": 8,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 24,
+                "beta_fast": 3.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.7,
+            },
+        },
+    ),
+    "DeepSeek-V3, queries without a latent": ("DeepseekV3", {**DEEPSEEK, "q_lora_rank": None, "rope_interleave": False}),
     "Phi-4, half the width rotates": ("Phi3", {"hidden_size": 32, "partial_rotary_factor": 0.5}),
 }
 """Case → the model's class there, and its config besides SIZES."""
@@ -120,14 +170,35 @@ def make_model(name: str) -> Any:
     import transformers
 
     kind, values = CASES[name]
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **values}, attn_implementation="eager")
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **values}, **EAGER)
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).float().eval()
     with torch.no_grad():
         for each, parameter in model.named_parameters():
             plain_norm = each.endswith("norm.weight") and not kind.startswith("Gemma")
             parameter.normal_(1.0 if plain_norm else 0.0, 0.2 if parameter.dim() == 1 else 0.3)
+        for each, buffer in model.named_buffers():
+            if each.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.1)
     return model
+
+
+def stored_gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Return the gradients by the names of the files, where each expert's projections are tensors of their own."""
+    mixtral = model.config.model_type == "mixtral"
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        path, _, kind = name.rpartition(".")
+        if mixtral:
+            name, path = (each.replace(".mlp.", ".block_sparse_moe.") for each in (name, path))
+        for expert, gradient in enumerate(parameter.grad if kind in ("gate_up_proj", "down_proj") else ()):
+            if kind == "down_proj":
+                found[f"{path}.{expert}.{down}.weight"] = gradient
+            else:
+                found[f"{path}.{expert}.{gate}.weight"], found[f"{path}.{expert}.{up}.weight"] = gradient.chunk(2)
+        found.setdefault(name, parameter.grad)
+    return found
 
 
 def make_model_with_pictures() -> Any:

@@ -68,7 +68,7 @@ def open_folder(path: Path, tokenizer: Path | None = None) -> HuggingFaceFolder:
     """
     theirs, family, model = _read_config(path)
     shards = read_headers(path)
-    stems = {name: family.stem(name) for name in shards.tensors}
+    stems = {name: family.stem(name, theirs) for name in shards.tensors}
     tensors = decodable({stem: shards.tensors[name] for name, stem in stems.items() if stem is not None}, theirs)
     placed: dict[str, list[PlacedPart]] = {}
     for part in place_parts(family.stored_weights(decoder_config(model)), weight_shapes(model)):

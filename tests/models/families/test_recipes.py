@@ -33,8 +33,30 @@ PUBLISHED = {
     "mistral_7b": ("mistral", 7_241_732_096),
     "smollm3_3b": ("smollm3", 3_075_098_624),
     "phi3_mini": ("phi3", 3_821_079_552),
+    "mixtral_8x7b": ("mixtral", 46_702_792_704),
+    "olmoe_1b_7b": ("olmoe", 6_919_161_856),
+    "qwen3_30b_a3b": ("qwen3_moe", 30_532_122_624),
+    "qwen3_235b_a22b": ("qwen3_moe", 235_093_634_560),
+    "deepseek_v3": ("deepseek_v3", 671_026_404_352),
 }
 """Recipe → family and parameters, as the safetensors files of the public models sum up to."""
+
+ACTIVE = {
+    "mixtral_8x7b": 12.9,
+    "olmoe_1b_7b": 1.3,
+    "qwen3_30b_a3b": 3.4,
+    "qwen3_235b_a22b": 22.2,
+    "deepseek_v3": 37.6,
+}
+"""Recipe → parameters that a token passes, in billions, with the embedding. Published: 12.9, 1.3, 3.3, 22 and 37."""
+
+
+@pytest.mark.parametrize("recipe", ACTIVE)
+def test_a_mixture_has_the_published_number_of_active_weights(recipe: str) -> None:
+    config = decoder_config(
+        {str(key): value for key, value in make_composer().compose([f"model={recipe}"]).config.model.items()}
+    )
+    assert round(parameter_count(config, active=True) / 1e9, 1) == ACTIVE[recipe]
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)

@@ -16,7 +16,7 @@ from meshloom.launch.checkpoint import main
 from meshloom.models.config import decoder_config
 from meshloom.models.decoder import Decoder
 from meshloom.models.families import FAMILIES, StoredPart
-from support.hf_families import CASES, SIZES, make_model, make_model_with_pictures, save_tokenizer
+from support.hf_families import CASES, EAGER, SIZES, make_model, make_model_with_pictures, save_tokenizer, stored_gradients
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'meshloom[hf]'")
 
@@ -30,7 +30,7 @@ def imported(step: Path) -> Decoder:
     manifest = load_manifest(files)
     model = Decoder(decoder_config(manifest.state["config"]["model"]))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in (*model.named_parameters(), *model.saved_buffers().items()):
             parameter.copy_(read_array(files, manifest, f"weight/{name}"))
     return model
 
@@ -59,10 +59,9 @@ def test_a_family_computes_and_learns_as_in_transformers(tmp_path: Path, name: s
     targets = torch.cat([packed[:, 1:], torch.full((1, 1), -100)], dim=1)
     ours(packed, targets).backward()
     stored = FAMILIES[theirs.config.model_type].stored_weights(ours.config)
-    gradients = {key: parameter.grad for key, parameter in theirs.named_parameters()}
+    gradients = stored_gradients(theirs)
     for key, parameter in ours.named_parameters():
-        (part,) = stored[key]
-        wanted = rows_of(gradients[part.name], part)
+        wanted = torch.cat([rows_of(gradients[part.name], part) for part in stored[key]])
         torch.testing.assert_close(parameter.grad, wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max())), msg=key)
 
 
@@ -74,7 +73,7 @@ def test_a_family_goes_back_to_transformers_bit_for_bit(tmp_path: Path, name: st
     assert main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 0
     words = ["export", str(tmp_path / "ours"), str(tmp_path / "back"), "--tokenizer", str(tmp_path / "theirs")]
     assert main(words) == 0
-    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", **EAGER).eval()
     assert type(back) is type(theirs) and back.dtype == torch.float32
     weights = theirs.state_dict()
     assert back.state_dict().keys() == weights.keys()
