@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -68,6 +69,16 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument("output", help="a folder of checkpoints; the new one becomes its newest step")
     bring.add_argument("--format", choices=["hf", "deepspeed", "dcp"], help="default: told by the files in the folder")
     bring.add_argument("--tokenizer", type=Path, help="the model's tokenizer.json (default: the one in the folder)")
+    copies = command(
+        "upcycle", _upcycle, "make a mixture of experts out of a dense model: each expert a copy of a feed-forward"
+    )
+    copies.add_argument("source", help="a step, a run (its newest step) or an import, of a dense model")
+    copies.add_argument("output", help="a folder of checkpoints; a run begins from it with resume=<folder>")
+    copies.add_argument("experts", nargs="+", metavar="key=value", help="keys of model.experts, as count=8 top_k=2")
+    copies.add_argument(
+        "--noise", type=float, default=0.0, help="of the copies, over the weight's root mean square (default: 0)"
+    )
+    copies.add_argument("--seed", type=int, default=0, help="of noise and routers (default: 0)")
     return parser
 
 
@@ -232,6 +243,25 @@ def _import(arguments: argparse.Namespace) -> int:
     from ..checkpoint.convert.detect import bring_in
 
     print(f"{arguments.source} → {bring_in(arguments.source, arguments.output, arguments.format, arguments.tokenizer)}")
+    return 0
+
+
+def _upcycle(arguments: argparse.Namespace) -> int:
+    import yaml
+
+    from ..checkpoint.convert.upcycle import upcycle
+    from ..checkpoint.folder import step_folders
+    from ..models.mixture.config import ExpertsConfig
+
+    known, given = {each.name for each in dataclasses.fields(ExpertsConfig)}, dict[str, Any]()
+    for word in arguments.experts:
+        name, _, value = word.removeprefix("model.experts.").partition("=")
+        if name not in known:
+            raise CheckpointError(f"model.experts has no key '{name}'; there are {', '.join(sorted(known))}")
+        given[name] = yaml.safe_load(value)
+    files = step_folders(arguments.source)[0]
+    made = upcycle(files, arguments.output, ExpertsConfig(**given), noise=arguments.noise, seed=arguments.seed)
+    print(f"{files.label()} → {made}")
     return 0
 
 
