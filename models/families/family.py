@@ -97,8 +97,9 @@ class Family:
             **self.defaults,
             **theirs,
         }
-        if said.get("quantization_config"):
-            how = said["quantization_config"].get("quant_method", "some")
+        quantised: Json = said.get("quantization_config") or {}
+        how = quantised.get("quant_method", "some")
+        if quantised and not (how == "fp8" and quantised.get("weight_block_size")):
             raise ValueError(f"quantization_config: weights of {how} quantisation can't be read; convert them to bf16 first")
         for key, value in self.constants.items():
             if said.get(key, value) != value:

@@ -10,6 +10,10 @@ import torch
 
 from ....parallel.box import Box
 from ...manifest import StoredArray
+from .quantised import BlockScaled
+
+SCALES = "_scale_inv"
+"""What the name of the scales of fp8 blocks has behind that of their codes."""
 
 
 class Tensor(Protocol):
@@ -64,4 +68,13 @@ def decodable(stored: Mapping[str, StoredArray], config: Mapping[str, Any]) -> d
 
     stored: name → tensor of the files; config: the folder's config.json, which may describe a quantisation
     """
-    return {name: PlainTensor(each) for name, each in stored.items()}
+    found: dict[str, Tensor] = {name: PlainTensor(each) for name, each in stored.items()}
+    block = (config.get("quantization_config") or {}).get("weight_block_size")
+    for name, scales in stored.items():
+        codes = stored.get(name.removesuffix(SCALES))
+        if block and name.endswith(SCALES) and codes is not None and (codes.dtype, scales.dtype) == ("F8_E4M3", "F32"):
+            expected = tuple(-(-extent // size) for extent, size in zip(codes.shape, block, strict=True))
+            if scales.shape == expected:
+                found[codes.name] = BlockScaled(codes, scales, tuple(block))
+                del found[name]
+    return found
