@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from ..config import DECODER, DecoderConfig, decoder_config
 from ..rope_config import RopeScaling
 from .experts import acting_experts
+from .json_types import type_faults
 from .names import MixtureNames, StoredWeights, stored_weights
 from .positions import read_positions, write_positions
 
@@ -90,6 +91,8 @@ class Family:
 
     def from_hugging_face(self, theirs: Json) -> dict[str, Any]:
         """Read the keys of `model` from a config.json. Raises ValueError for what the decoder does not have, by its key."""
+        if faults := list(type_faults(theirs)):
+            raise ValueError("; ".join(faults))
         said: dict[str, Any] = {
             "tie_word_embeddings": False,
             "rms_norm_eps": 1e-6,
@@ -99,7 +102,7 @@ class Family:
         }
         quantised: Json = said.get("quantization_config") or {}
         how = quantised.get("quant_method", "some")
-        if quantised and not (how == "fp8" and quantised.get("weight_block_size")):
+        if quantised and not (how == "fp8" and _is_block(quantised.get("weight_block_size"))):
             raise ValueError(f"quantization_config: weights of {how} quantisation can't be read; convert them to bf16 first")
         for key, value in self.constants.items():
             if said.get(key, value) != value:
@@ -127,6 +130,11 @@ class Family:
         """Return a config.json of a decoder whose parts may be more than the family has."""
         kind = {"architectures": [self.architecture], "model_type": self.model_type}
         return {**kind, **self.constants, **self.write(config)}
+
+
+def _is_block(size: Any) -> bool:
+    """Return whether this is a number of rows and one of columns."""
+    return isinstance(size, list) and len(size) == 2 and all(isinstance(each, int) and each > 0 for each in size)
 
 
 def acting_keys(config: DecoderConfig) -> dict[str, Any]:

@@ -73,8 +73,8 @@ def decodable(stored: Mapping[str, StoredArray], config: Mapping[str, Any]) -> d
     for name, scales in stored.items():
         codes = stored.get(name.removesuffix(SCALES))
         if block and name.endswith(SCALES) and codes is not None and (codes.dtype, scales.dtype) == ("F8_E4M3", "F32"):
-            expected = tuple(-(-extent // size) for extent, size in zip(codes.shape, block, strict=True))
-            if scales.shape == expected:
+            expected = tuple(-(-extent // size) for extent, size in zip(codes.shape, block, strict=False))
+            if len(codes.shape) == 2 and scales.shape == expected:
                 found[codes.name] = BlockScaled(codes, scales, tuple(block))
                 del found[name]
     return found

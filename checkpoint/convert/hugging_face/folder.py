@@ -70,6 +70,8 @@ def open_folder(path: Path, tokenizer: Path | None = None) -> HuggingFaceFolder:
     shards = read_headers(path)
     stems = {name: family.stem(name, theirs) for name in shards.tensors}
     tensors = decodable({stem: shards.tensors[name] for name, stem in stems.items() if stem is not None}, theirs)
+    if model["layers"] > len(tensors):  # else it would take long to build, only to be refused
+        raise CheckpointError(f"{path}: config.json describes {model['layers']} layers, and there are {len(tensors)} tensors")
     placed: dict[str, list[PlacedPart]] = {}
     for part in place_parts(family.stored_weights(decoder_config(model)), weight_shapes(model)):
         placed.setdefault(part.ours, []).append(part)
@@ -115,13 +117,15 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Family, dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: not a Hugging Face model folder")
     theirs = read_json(path)
-    family = FAMILIES.get(theirs.get("model_type", ""))
+    family = FAMILIES.get(str(theirs.get("model_type")))
     if family is None:
         raise CheckpointError(f"{path}: model_type {theirs.get('model_type')!r}; only {known_families()} can be imported")
     try:
         return theirs, family, family.from_hugging_face(theirs)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # whatever a value makes of an unforeseen kind
+        raise CheckpointError(f"{path} can't be understood ({type(error).__name__}: {error})") from error
 
 
 def _compare(path: Path, placed: Mapping[str, list[PlacedPart]], tensors: Mapping[str, Tensor]) -> str | None:
