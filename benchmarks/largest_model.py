@@ -47,6 +47,7 @@ from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, pick_device
+from meshloom.planner.built_model import model_inventory, tried_optimizer
 from meshloom.planner.cost import RankCost, layout_cost
 from meshloom.planner.engines import engine_cost
 from meshloom.planner.memory import Job
@@ -119,8 +120,9 @@ class Search:
         job = Job(self.seq, self.micro, 1, "bf16", ["full"] * layers, compiled=False)
         parallel = self.parallel(level)
         layout = Layout.plan(parallel, 1)
-        rank = layout_cost(model, parallel, layout, job, adamw).ranks[0]
-        return parameter_count(model.config), *engine_cost(rank, model, parallel, layout, job)
+        inventory = model_inventory(model, parallel.tp)
+        rank = layout_cost(inventory, parallel, layout, job, tried_optimizer(adamw)).ranks[0]
+        return parameter_count(model.config), *engine_cost(rank, inventory, parallel, layout, job)
 
 
 def adamw(parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:

@@ -21,11 +21,11 @@ import torch
 from .dtypes import TORCH_DTYPES
 from .errors import CheckpointError
 from .plan import FileLayout
-from .writing.watermark import TRAILER, Watermark
+from .staging_size import HUGE_PAGE, rounded
+from .writing.watermark import Watermark
 
 log = logging.getLogger(__name__)
 
-HUGE_PAGE = 2 * 1024 * 1024
 POPULATE_WRITE = 23  # madvise: make the pages now, or say that there are none left (Linux 5.14)
 SLICE_BYTES = 512 * 2**20  # the least that is worth a thread of its own
 
@@ -257,8 +257,3 @@ def _nameless_file(folder: str, size: int) -> int:
 def _cuda() -> Any:
     """The CUDA runtime's own functions."""
     return torch.cuda.cudart()
-
-
-def rounded(size: int) -> int:
-    """The memory that a staging buffer for so many bytes takes: with its trailer, in whole pages of either kind."""
-    return -(-(size + TRAILER) // HUGE_PAGE) * HUGE_PAGE

@@ -1,18 +1,22 @@
 """`meshloom plan`: what a run would ask of its processes, by arithmetic. Starts no process and touches no GPU.
 
 meshloom plan recipe=llama_8b launch.nproc=8 parallel.tp=2 parallel.pp=2 --draw-pipeline pipeline.svg
+meshloom plan recipe=llama_70b cluster=h100x512 --parts     seconds of a step, days, cost
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.problems import ConfigError, Problem
-from ..trainer.launching import planned_processes
-from ..trainer.resolve import ResolvedRun, ResolveOptions, resolve
+from ..planner.cluster import ClusterConfig, options
+from ..trainer.resolve import ResolvedRun
+from .plan_cluster import refuse_too_few, split_words
+from .planning import resolve_plan
 from .switches import BAD_CONFIG
 
 WIDTH = 120  # columns, where no terminal says
@@ -23,29 +27,78 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("meshloom plan", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("overrides", nargs="*", help="recipe=… and key=value, as for `meshloom train`")
     parser.add_argument("--draw-pipeline", metavar="FILE.svg", type=Path, help="draw the pipeline's schedule")
+    parser.add_argument("--parts", action="store_true", help="with cluster=…: where the seconds of a step go")
+    parser.add_argument("--best", metavar="N", type=int, default=0, help="with cluster=…: the N fastest layouts that fit")
+    parser.add_argument("--json", action="store_true", help="with cluster=…: print the prediction as JSON")
+    told = "mean tokens of a document, where attention stays inside documents (default: a whole sample)"
+    parser.add_argument("--documents", metavar="TOKENS", type=float, help=told)
     parser.add_argument("--config-dir", help="folder of further recipes")
     arguments = parser.parse_intermixed_args(list(argv))
     try:
-        options = ResolveOptions(lambda config: planned_processes(config.launch), resumes=False, data_elsewhere=True)
-        resolved = resolve(arguments.overrides, options, arguments.config_dir)
+        words, cluster = split_words(arguments.overrides, arguments.config_dir)
+        asked = arguments.parts or arguments.best or arguments.json or arguments.documents is not None
+        if cluster is None and asked:
+            fix = f"add cluster=…; there are: {', '.join(options(arguments.config_dir))}"
+            raise ConfigError([Problem("cluster", "times are of a cluster, and none is chosen", fix)])
+        if arguments.best < 0:
+            raise ConfigError([Problem("--best", f"{arguments.best} is not a number of layouts", "give 1 or more")])
+        resolved = resolve_plan(words, arguments.config_dir)
         resolved.refuse()
-        return show(resolved, arguments.draw_pipeline)
+        if cluster is not None:
+            refuse_too_few(resolved.config, cluster)
+        if cluster is not None and arguments.best:
+            return show_best(resolved, words, cluster, arguments)
+        return show(resolved, cluster, arguments)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return BAD_CONFIG
 
 
-def show(resolved: ResolvedRun, drawing: Path | None) -> int:
+def show_best(resolved: ResolvedRun, words: Sequence[str], cluster: ClusterConfig, arguments: argparse.Namespace) -> int:
+    """Print the fastest layouts of a run. Returns 0. Raises ConfigError where nothing fits."""
+    from rich.console import Console
+
+    from ..planner.time_tables import parts_table
+    from .plan_best import best_as_dict, best_layouts, best_table, memory_table, reasons, train_line
+
+    best = best_layouts(resolved.config, words, cluster, arguments.best, arguments.documents)
+    words = [*([f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []), *words]
+    if arguments.json:
+        print(json.dumps(best_as_dict(best, words), indent=2))
+        return 0
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    console.print()
+    tables = [best_table(best, cluster), memory_table(best)]
+    for table in [*tables, *([parts_table(best.candidates[0].prediction)] if arguments.parts else [])]:
+        console.print(table)
+    for line in [*reasons(best), *best.notes]:
+        console.print(f"· {line}", highlight=False, markup=False)
+    console.print()
+    for candidate in best.candidates:  # not through rich, which would wrap a line that is there to be copied
+        print(train_line(best, candidate, words))
+    return 0
+
+
+def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argparse.Namespace) -> int:
     """Print the plan of a run, and draw its pipeline. Returns 0, or 1 if the drawing can't be written. Raises ConfigError."""
     from rich.console import Console
 
     from ..planner.drawing import pipeline_svg
     from ..planner.host import available_memory
     from ..planner.tables import gib, plan_tables
+    from ..planner.time_tables import misfits, time_tables
+    from .plan_cluster import predict
     from .planning import plan_of, spared_by_fusing
     from .shortages import shortages
 
+    drawing: Path | None = arguments.draw_pipeline
     plan = plan_of(resolved.config, resolved.notices)
+    found = None if cluster is None else predict(plan, resolved.config, cluster, arguments.documents)
+    if found is not None and arguments.json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return 0
     if drawing is not None and plan.cost.timeline is None:
         fix = "set parallel.pp to 2 or more, or leave --draw-pipeline out"
         raise ConfigError([Problem("--draw-pipeline", "there is no pipeline with parallel.pp=1", fix)])
@@ -54,6 +107,8 @@ def show(resolved: ResolvedRun, drawing: Path | None) -> int:
         console = Console(width=WIDTH)
     for table in plan_tables(plan.parallel, plan.layout, plan.job, plan.cost, plan.samples):
         console.print(table)
+    for table in time_tables(found, parts=arguments.parts) if found is not None else ():
+        console.print(table)
     notes = list(plan.notes)
     if spared := spared_by_fusing(plan, resolved.config):
         where = "where SwiGLU is computed inside its products: Hopper GPUs, pip install 'meshloom[flash4]'"
@@ -61,7 +116,11 @@ def show(resolved: ResolvedRun, drawing: Path | None) -> int:
     for note in notes:
         console.print(f"· {note}", style="dim", highlight=False, markup=False)
     local = plan.layout.world_size // resolved.config.launch.nodes
-    for problem in shortages(resolved.config, plan.needs, plan.away, local, available_memory()):
+    if found is None:
+        problems = [*map(str, shortages(resolved.config, plan.needs, plan.away, local, available_memory()))]
+    else:  # what is free on this machine says nothing about the cluster
+        problems = misfits(found, plan.needs)
+    for problem in problems:
         console.print(f"! {problem}", style="yellow", highlight=False, markup=False)
     if drawing is not None:
         assert plan.cost.timeline is not None

@@ -1,28 +1,33 @@
-"""Plan a run: what it would need of its processes, by arithmetic."""
+"""Plan a run: what it would need of its processes, by arithmetic. PyTorch is imported only for classes of a user's own."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ..config.nodes import Custom
 from ..config.precision import PRECISIONS
 from ..config.problems import ConfigError, Problem
-from ..models.protocol import Model, decoder_shape
+from ..data.assignment import Assigner
+from ..models.config import DecoderConfig
 from ..optim.build import build_controller
 from ..optim.progress import Progress
 from ..parallel.config import ParallelConfig
+from ..parallel.division import divide_blocks
 from ..parallel.layout import Layout
-from ..parallel.policies import fused_swiglu_blocker
+from ..parallel.pipeline.stages import legal_micro_batches
+from ..parallel.policies import ActivationSettings, fused_swiglu_blocker
 from ..planner.checkpoint_needs import CheckpointNeeds, checkpoint_needs, describe_needs
-from ..planner.cost import LayoutCost, layout_cost
+from ..planner.cost import LayoutCost, drawn, layout_cost
 from ..planner.engines import engine_cost
-from ..planner.memory import Job
+from ..planner.memory import Job, OptimizerBytes, optimizer_bytes
 from ..planner.offload import OffloadAccount, describe
+from ..planner.parameters import Inventory, decoder_inventory
 from ..trainer.blanks import blank_notice
-from ..trainer.build import build_assigner, build_model, engine_settings, optimizer_factory
 from ..trainer.derived import build_horizon
 from ..trainer.launching import planned_processes
-from ..trainer.resolve import ResolveOptions, resolve
+from ..trainer.resolve import ResolvedRun, ResolveOptions, resolve
 from ..trainer.schema import RunConfig
 from ..trainer.validate import checked_config
 
@@ -31,14 +36,14 @@ from ..trainer.validate import checked_config
 class Plan:
     """The plan of a run: its layout, costs and needs, computed without starting it.
 
-    model    on the meta device
+    model    the shape of the decoder and its parameters
     away     what its first rank offloads
     needs    what its checkpoints take
     samples  global batch, at its start where it changes
     notes    remarks on the figures
     """
 
-    model: Model
+    model: Inventory
     parallel: ParallelConfig
     layout: Layout
     job: Job
@@ -54,21 +59,35 @@ class Plan:
         return max(rank.total for rank in self.cost.ranks)
 
 
+def resolve_plan(overrides: Sequence[str], config_dir: str | None = None) -> ResolvedRun:
+    """Resolve a command line as a plan does: data may lie elsewhere, and nothing is resumed. Does not refuse its problems."""
+    options = ResolveOptions(
+        lambda config: planned_processes(config.launch), resumes=False, data_elsewhere=True, builds=needs_building
+    )
+    return resolve(overrides, options, config_dir)
+
+
 def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:
     """Plan the run of a command line. Raises ConfigError with everything that keeps it from running.
 
     Data that are not on this machine do not matter here: they become a note.
     """
-    options = ResolveOptions(lambda config: planned_processes(config.launch), resumes=False, data_elsewhere=True)
-    resolved = resolve(overrides, options, config_dir)
+    resolved = resolve_plan(overrides, config_dir)
     resolved.refuse()
     return plan_of(resolved.config, resolved.notices)
+
+
+def needs_building(config: RunConfig) -> bool:
+    """Return whether only building the run's objects shows all of its problems: classes of a user's own, or of torchao."""
+    groups = (config.model, config.data, config.optim, config.schedule, config.batch)
+    own = any(isinstance(group, Custom) for group in groups) or bool(config.trainer.hooks)
+    return own or not isinstance(config.model, DecoderConfig) or config.trainer.float8 != "none"
 
 
 def checked_plan(config: RunConfig, *, fused: bool) -> Plan:
     """Plan a config that is not checked yet: see `plan_of`. Raises ConfigError with its problems."""
     elsewhere: list[Problem] = []
-    config, problems = checked_config(config, planned_processes(config.launch), elsewhere=elsewhere)
+    config, problems = checked_config(config, planned_processes(config.launch), elsewhere=elsewhere, builds=needs_building)
     if problems:
         raise ConfigError(problems)
     return plan_of(config, list(map(str, elsewhere)), fused=fused)
@@ -86,34 +105,18 @@ def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False) -
     parallel, samples = config.parallel, config.batch.samples
     assert isinstance(samples, int)
     layout = Layout.plan(parallel, planned_processes(config.launch))
-    vocabulary = config.model.vocabulary or config.data.known_vocabulary
-    assert isinstance(vocabulary, int)
     if not config.model.vocabulary:
+        vocabulary = config.data.known_vocabulary
         notes.append(f"a vocabulary of {vocabulary:,} tokens, as data.vocabulary asks for; the tokenizer has the last word")
     if config.batch.name != "fixed":
         notes.append(f"the batch size changes during the run; these are the figures of its start, {samples} samples")
-    assigner = build_assigner(config, layout)
+    assigner = assigner_of(config, layout)
     controller = build_controller(config.batch, build_horizon(config, config.data.seq_len))
     blanks = blank_notice(assigner, controller, Progress())
     notes += [] if blanks is None else [blanks]
-    model = build_model(config.model, vocabulary)
-    if model.decoder_config is None:
-        message = "only the costs of decoders are known"
-        raise ConfigError([Problem("model", message, "plan with a model of the recipes, or give yours a decoder_config")])
-    try:
-        settings = engine_settings(config, model, config.data.seq_len)
-    except ValueError as error:
-        raise ConfigError([Problem("trainer.activation_budget", str(error), "give it more")]) from error
-    job = Job(
-        seq_len=config.data.seq_len,
-        micro=min(config.batch.micro, samples),
-        micro_batches=assigner.passes(samples, config.batch.micro),
-        precision=config.precision,
-        policies=list(settings.policies),
-        compiled=config.trainer.compile,
-        fused=fused and fused_swiglu_blocker(decoder_shape(model), parallel, settings) is None,
-    )
-    cost, away, held = _costs(config, model, parallel, layout, job)
+    model = inventory_of(config)
+    job = job_of(config, model.shape, assigner, fused=fused)
+    cost, away, held = costs_of(model, parallel, layout, job, optimizer_of(config))
     needs = checkpoint_needs(config.checkpoint, layout, held)
     notes += [*describe(away), *describe_needs(needs)]
     notes += [
@@ -121,17 +124,70 @@ def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False) -
         " NCCL and the allocator take is not in them",
         *_caveats(parallel),
     ]
-    return Plan(model, parallel, layout, job, cost, away, needs, samples, notes)
+    return Plan(model, parallel, layout, job, drawn(cost, model.shape, parallel, job), away, needs, samples, notes)
 
 
-def _costs(
-    config: RunConfig, model: Model, parallel: ParallelConfig, layout: Layout, job: Job
+def inventory_of(config: RunConfig) -> Inventory:
+    """List the model's parameters. Raises ConfigError for a model that is no decoder."""
+    vocabulary = config.model.vocabulary or config.data.known_vocabulary
+    assert isinstance(vocabulary, int)
+    if isinstance(config.model, DecoderConfig):
+        return decoder_inventory(replace(config.model, vocabulary=vocabulary))
+    from ..planner.built_model import model_inventory
+    from ..trainer.build import build_model
+
+    model = build_model(config.model, vocabulary)
+    if model.decoder_config is None:
+        message = "only the costs of decoders are known"
+        raise ConfigError([Problem("model", message, "plan with a model of the recipes, or give yours a decoder_config")])
+    return model_inventory(model, config.parallel.tp)
+
+
+def optimizer_of(config: RunConfig) -> OptimizerBytes:
+    """Return the count of what the optimizer keeps."""
+    if (known := optimizer_bytes(config.optim)) is not None:
+        return known
+    from ..planner.built_model import tried_optimizer
+    from ..trainer.build import optimizer_factory
+
+    return tried_optimizer(optimizer_factory(config.optim))
+
+
+def assigner_of(config: RunConfig, layout: Layout) -> Assigner:
+    """Return what deals global batches to the data ranks."""
+    can_run = functools.partial(legal_micro_batches, config.parallel)
+    return Assigner(layout.data_size, can_run, config.optim.compares_halves())
+
+
+def job_of(config: RunConfig, shape: DecoderConfig, assigner: Assigner, *, fused: bool) -> Job:
+    """Return the work of a step. Raises ConfigError for an activation budget that nothing keeps to."""
+    trainer, samples = config.trainer, config.batch.samples
+    assert isinstance(samples, int)
+    settings = ActivationSettings(trainer.activation, trainer.activation_budget, config.precision, trainer.compile)
+    try:
+        policies, _ = divide_blocks(shape, shape.layers, config.parallel, settings, config.data.seq_len)
+    except ValueError as error:
+        raise ConfigError([Problem("trainer.activation_budget", str(error), "give it more")]) from error
+    job = Job(
+        seq_len=config.data.seq_len,
+        micro=min(config.batch.micro, samples),
+        micro_batches=assigner.passes(samples, config.batch.micro),
+        precision=config.precision,
+        policies=list(policies),
+        compiled=trainer.compile,
+        float8=trainer.float8,
+    )
+    return replace(job, fused=fused and fused_swiglu_blocker(shape, config.parallel, job) is None)
+
+
+def costs_of(
+    model: Inventory, parallel: ParallelConfig, layout: Layout, job: Job, optimizer: OptimizerBytes
 ) -> tuple[LayoutCost, OffloadAccount, list[int]]:
     """Compute what every rank's GPU holds, what the first rank offloads, and every rank's weights and optimizer state.
 
     The last are in bytes, wherever they lie. A pipeline offloads nothing; without one all ranks offload the same.
     """
-    cost = layout_cost(model, parallel, layout, job, optimizer_factory(config.optim))
+    cost = layout_cost(model, parallel, layout, job, optimizer)
     held = [rank.elements * PRECISIONS[job.precision].accum_bytes + (rank.optimizer or 0) for rank in cost.ranks]
     ranks, away = zip(*(engine_cost(rank, model, parallel, layout, job) for rank in cost.ranks), strict=True)
     return replace(cost, ranks=list(ranks)), away[0], held
@@ -139,9 +195,10 @@ def _costs(
 
 def spared_by_fusing(plan: Plan, config: RunConfig) -> int:
     """Return the bytes that fused SwiGLU would save on the rank that needs most; 0 where the run can't use it."""
-    if fused_swiglu_blocker(decoder_shape(plan.model), plan.parallel, engine_settings(config, plan.model)) is not None:
+    if fused_swiglu_blocker(plan.model.shape, plan.parallel, plan.job) is not None:
         return 0
-    cost, *_ = _costs(config, plan.model, plan.parallel, plan.layout, replace(plan.job, fused=True))
+    job = replace(plan.job, fused=True)
+    cost, *_ = costs_of(plan.model, plan.parallel, plan.layout, job, optimizer_of(config))
     return plan.bytes - replace(plan, cost=cost).bytes
 
 

@@ -27,11 +27,11 @@ from rich.text import Text
 
 from ..config.compose import quoted
 from ..config.problems import ConfigError, Problem
-from ..models.protocol import decoder_shape
 from ..planner.tables import gib, right
 from ..trainer.launching import gpu_count, run_processes
 from ..trainer.schema import RunConfig, make_composer
-from .tune_search import Candidate, Tuned, described, given_keys
+from .tune_search import Candidate, Tuned, described
+from .typed_words import given_keys
 
 WARM_UP = 3
 """Steps that are not counted: kernels are compiled and chosen, memory is found."""
@@ -122,7 +122,7 @@ def common_overrides(
         notes.append(f"measured with batch.samples={samples}, which has micro-batches enough to tell")
     kept = [word for word in overrides if not given_keys([word]) & {*replaced, "output_dir"}]
     words = [*kept, *(f"{key}={value}" for key, value in replaced.items())]
-    vocabulary = decoder_shape(candidates[0].plan.model).known_vocabulary
+    vocabulary = candidates[0].plan.model.shape.known_vocabulary
     synthetic = [f"data.seq_len={tuned.config.data.seq_len}", f"data.vocabulary={vocabulary}", "data=synthetic"]
     without = [word for word in words if not any(key.partition(".")[0] == "data" for key in given_keys([word]))]
     try:

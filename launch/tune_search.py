@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
-
-from ..config.compose import normalize_override
-from ..config.keys import Side
 from ..config.problems import ConfigError, Problem
-from ..optim.batch.config import MICRO_SIDE
 from ..parallel.config import ParallelConfig
 from ..planner.checkpoint_needs import fewer_snapshots
-from ..planner.engines import engine_moved
-from ..planner.speed import step_seconds
-from ..planner.tables import GIB, gib
+from ..planner.cluster import load_cluster
+from ..planner.prediction import usable_bytes
+from ..planner.step_time import Step, step_time
+from ..planner.tables import gib
 from ..trainer.automatic import resolve_automatic
 from ..trainer.launching import planned_processes
 from ..trainer.resolve import compose_config
@@ -29,14 +23,13 @@ from ..trainer.validate import run_problems
 from .planning import Plan, checked_plan
 from .shortages import shortages
 from .tuned_keys import BUDGET, KEYS
+from .typed_words import given_keys, micro_is_fixed
 
 POLICIES = ("none", "selective", "full")
-RESERVE = 2.0
-"""GiB of a GPU that plans don't know of: CUDA, NCCL and compiled kernels."""
-SHARE = 0.03
-"""Part of a GPU that is left free besides: plans are within 2 % of what ranks hold (docs/parallelism.md), and fragments."""
 ALIKE = 0.01
 """Predictions that differ by less say nothing about which is faster: steps of one and the same run differ by more."""
+REFERENCE = "h200"
+"""The cluster whose rates predictions are made with where none is chosen: those of another are mostly in like proportion."""
 STEP = 0.05
 """Budgets are multiples of this."""
 TRIES = 3
@@ -116,7 +109,7 @@ def tune(
 
     Raises ConfigError with the problems of the given run if no setting can run, and with the smallest if none fits.
     """
-    limit = memory - RESERVE * GIB - SHARE * memory
+    limit = usable_bytes(memory)
     config, known = compose_config(overrides, config_dir)
     if known:  # no setting mends a key that is not there
         raise ConfigError(run_problems(config, planned_processes(config.launch), known))
@@ -206,29 +199,12 @@ def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
     return sorted(candidates, key=lambda one: (int((one.seconds / fastest - 1) / ALIKE), one.bytes, one.seconds))
 
 
-def given_keys(overrides: Sequence[str]) -> set[str]:
-    """Return the keys that a command line sets. Words that can't be parsed are left out."""
-    keys: set[str] = set()
-    for line in overrides:
-        with contextlib.suppress(OverrideParseException):
-            keys |= {word.key_or_group for word in OverridesParser.create().parse_overrides([normalize_override(line)])}
-    return keys
-
-
-def micro_is_fixed(config: RunConfig) -> str:
-    """Return why another batch.micro would mean other losses or other batches; empty where it would not."""
-    if config.batch.name != "fixed":
-        return f"what batch={config.batch.name} takes or measures may depend on it"
-    if MICRO_SIDE.of(config) is Side.RECIPE:
-        return f"it is recipe under {MICRO_SIDE.when}"
-    return ""
-
-
 class _Search:
     """The planner of settings of one config. refusals: why some can't run, by their values; notes: assumptions of all plans."""
 
     def __init__(self, config: RunConfig, fused_swiglu_blocker: Callable[[], str | None]) -> None:
         self._config = config
+        self._cluster = load_cluster([f"cluster={REFERENCE}"])
         self._fused_swiglu_blocker = fused_swiglu_blocker
         self._fuse: bool | None = None  # unknown, while nothing has been planned that the answer matters to
         self.refusals: dict[tuple[Any, ...], ConfigError] = {}
@@ -244,8 +220,9 @@ class _Search:
         except ConfigError as error:
             self.refusals[tuple(settings.values())] = error
             return None
-        described_step = (plan.model, plan.parallel, plan.layout, plan.job, plan.cost, plan.away)
-        return Candidate(settings, plan, step_seconds(*described_step, engine_moved(plan.parallel), config.launch.nodes))
+        cluster = replace(self._cluster, gpus=plan.layout.world_size)
+        step = Step(plan.model.shape, plan.parallel, plan.layout, plan.job, plan.cost, plan.away, cluster)
+        return Candidate(settings, plan, step_time(step).seconds)
 
     def _fuses(self) -> bool:
         reason = self._fused_swiglu_blocker()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 from ..config.keys import MISSING, Side, key, option, target
@@ -253,8 +254,19 @@ class DecoderConfig(ModelConfig):
         return MatrixScales(std, std / math.sqrt(2 * self.layers), 1 / self.mup_width)
 
     def blocks(self) -> list[BlockConfig]:
-        """Return what the block of each layer is built from."""
-        return [self.block(layer) for layer in range(self.layers)]
+        """Return what the block of each layer is built from: one object for all layers of a kind."""
+        return list(self._blocks)
+
+    @cached_property
+    def _blocks(self) -> tuple[BlockConfig, ...]:
+        kinds: dict[tuple[str, bool], BlockConfig] = {}
+        found: list[BlockConfig] = []
+        for layer in range(self.layers):
+            kind = self.layer_type(layer), self.experts.has_mixture(layer)
+            if kind not in kinds:
+                kinds[kind] = self.block(layer)
+            found.append(kinds[kind])
+        return tuple(found)
 
     def problems(self, key: str = "model") -> list[Problem]:
         """Return what is wrong with the values."""

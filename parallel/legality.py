@@ -52,6 +52,11 @@ def layout_and_model_problems(parallel: ParallelConfig, work: Work, world_size: 
     return problems
 
 
+def is_legal(parallel: ParallelConfig, work: Work, world_size: int) -> bool:
+    """Return whether the torch engine can run this work in this layout on this many processes."""
+    return next(_problems(parallel, work, world_size), None) is None
+
+
 def _problems(parallel: ParallelConfig, work: Work, world_size: int) -> Iterator[Problem]:
     sizes = layout_problems(parallel, world_size)
     if sizes:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ..kernels import limits
 from ..models.config import DecoderConfig
 from ..models.costs import ForwardPass, block_bytes, recomputed_flops
 from .config import ParallelConfig
 from .pipeline.stages import splits_backward
-
-if TYPE_CHECKING:
-    from .engine import EngineSettings
 
 POLICIES = ("none", "selective", "full", "offload")
 MIXED = ("none", "selective", "full")
@@ -75,7 +72,26 @@ def block_policies(model: DecoderConfig, parallel: ParallelConfig, settings: Act
     return mixed_policies(model.layers, settings.budget, kept, recomputed)
 
 
-def fused_swiglu_blocker(model: DecoderConfig, parallel: ParallelConfig, settings: EngineSettings) -> str | None:
+class ComputeSettings(Protocol):
+    """What the choice of kernels depends on: fields of `EngineSettings`, and of a plan's `Job`."""
+
+    @property
+    def precision(self) -> str:
+        """Precision of the computation."""
+        ...
+
+    @property
+    def float8(self) -> str:
+        """`trainer.float8`."""
+        ...
+
+    @property
+    def policies(self) -> Sequence[str]:
+        """Activation policy of each block."""
+        ...
+
+
+def fused_swiglu_blocker(model: DecoderConfig, parallel: ParallelConfig, settings: ComputeSettings) -> str | None:
     """Return why no block may compute SwiGLU inside the products around it, on whatever GPU; None if some may.
 
     The kernels are `kernels/swiglu.py`.

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from ..config.precision import PRECISIONS
 from ..models.config import DecoderConfig
 from ..models.costs import (
@@ -24,13 +22,13 @@ from ..models.costs import (
     loss_bytes,
     recomputed_flops,
 )
-from ..models.protocol import Model, decoder_shape
 from ..parallel.config import ParallelConfig
-from ..parallel.engine import OptimizerFactory
 from ..parallel.layout import Layout, uses_fsdp
 from ..parallel.pipeline.stages import StagePlan, balanced_stages
-from .memory import Job, WeightShard, optimizer_bytes, pieces
-from .timeline import Costs, Timeline, simulate, torch_order
+from .memory import Cutter, Job, OptimizerBytes, WeightGroup
+from .orders import Order, pipeline_order, repeated
+from .parameters import Inventory
+from .timeline import Costs, Timeline, peak, simulate
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class LayoutCost:
     """A layout's costs.
 
     ranks      by pipeline coordinate
-    timeline   of the pipeline, in FLOPs of one micro-batch; None without a pipeline
+    timeline   of the pipeline, in FLOPs of one micro-batch; None without a pipeline, and where nobody asked (`drawn`)
     model_flops  of the whole step over all ranks, by the convention of `models.costs.flops_per_token`
     """
 
@@ -85,64 +83,80 @@ class LayoutCost:
     model_flops: float
 
 
-def layout_cost(model: Model, parallel: ParallelConfig, layout: Layout, job: Job, make: OptimizerFactory) -> LayoutCost:
-    """Estimate the costs of a legal layout. model: on the meta device."""
-    plan = balanced_stages(decoder_shape(model), parallel, job.seq_len, job.policies)
-    timeline = None
-    if plan.count > 1:
-        timeline = simulate(torch_order(parallel, job.micro_batches), stage_costs(decoder_shape(model), plan, job))
-    stages = [model.carve(layers, first=at == 0, last=at == plan.count - 1) for at, layers in enumerate(plan.layers)]
-    ranks = [_rank_cost(rank, model, stages, plan, parallel, layout, job, timeline, make) for rank in range(parallel.pp)]
+def layout_cost(model: Inventory, parallel: ParallelConfig, layout: Layout, job: Job, optimizer: OptimizerBytes) -> LayoutCost:
+    """Estimate the costs of a legal layout."""
+    plan = balanced_stages(model.shape, parallel, job.seq_len, job.policies)
+    costs, cutter = stage_costs(model.shape, plan, job), Cutter(layout)
+    # What more rounds than a few keep, those few keep already.
+    count = repeated(parallel, job.micro_batches, least=4)
+    order = pipeline_order(parallel, count) if plan.count > 1 else None
+    ranks = [
+        _rank_cost(rank, model, plan, parallel, layout, job, costs, cutter, order, optimizer) for rank in range(parallel.pp)
+    ]
     samples = job.micro * job.micro_batches * layout.data_size
-    return LayoutCost(plan, ranks, timeline, flops_per_token(decoder_shape(model), job.seq_len) * samples * job.seq_len)
+    return LayoutCost(plan, ranks, None, flops_per_token(model.shape, job.seq_len) * samples * job.seq_len)
+
+
+def drawn(cost: LayoutCost, model: DecoderConfig, parallel: ParallelConfig, job: Job) -> LayoutCost:
+    """Add the timeline of a pipeline to its costs."""
+    if cost.plan.count == 1:
+        return cost
+    order = pipeline_order(parallel, job.micro_batches)
+    return replace(cost, timeline=simulate(order, stage_costs(model, cost.plan, job)))
 
 
 def stage_costs(model: DecoderConfig, plan: StagePlan, job: Job) -> list[Costs]:
     """Count the FLOPs per token of each stage's actions: gradients of inputs and of weights cost a forward pass each."""
     costs: list[Costs] = []
+    shapes, known = model.blocks(), dict[tuple[int, str], tuple[float, float]]()
+    for block, policy in zip(shapes, job.policies, strict=True):
+        if (id(block), policy) not in known:
+            known[id(block), policy] = layer_flops(block, job.seq_len), recomputed_flops(block, policy, job.seq_len)
+    of_layers = [known[id(block), policy] for block, policy in zip(shapes, job.policies, strict=True)]
     for at, layers in enumerate(plan.layers):
-        blocks = sum(layer_flops(model.block(layer), job.seq_len) for layer in layers)
+        blocks = sum(of_layers[layer][0] for layer in layers)
         ends = (embedding_flops(model) if at == 0 else 0.0) + (head_flops(model) if at == plan.count - 1 else 0.0)
-        again = sum(recomputed_flops(model.block(layer), job.policies[layer], job.seq_len) for layer in layers)
+        again = sum(of_layers[layer][1] for layer in layers)
         costs.append(Costs(blocks + ends, blocks + ends + again, blocks + ends))
     return costs
 
 
 def _rank_cost(
     rank: int,
-    model: Model,
-    stages: list[Model],
+    model: Inventory,
     plan: StagePlan,
     parallel: ParallelConfig,
     layout: Layout,
     job: Job,
-    timeline: Timeline | None,
-    make: OptimizerFactory,
+    costs: Sequence[Costs],
+    cutter: Cutter,
+    order: Order | None,
+    optimizer: OptimizerBytes,
 ) -> RankCost:
     mine, last = plan.held_by(rank), plan.count - 1
-    held = [piece for stage in mine for piece in pieces(stages[stage], layout)]
+    stages = [model.stage(plan.layers[at], first=at == 0, last=at == last) for at in mine]
+    held = [group for stage in stages for group in cutter.cut(stage)]
     # A tied head that is not beside its embedding is borrowed: it has a shard and a gradient, but no optimizer state.
-    own = [piece for piece in held if not (plan.count > 1 and decoder_shape(model).tied and piece.name == "head.weight")]
+    own = [group for group in held if not (plan.count > 1 and model.shape.tied and group.name == "head")]
     parcels = _parcels(held, model, parallel, layout, job)
-    state, one_pass = optimizer_bytes(make, own, model, torch.float64 if job.precision == "fp64" else torch.float32)
+    state, one_pass = optimizer(own, PRECISIONS[job.precision].accum_bytes)
     if parallel.engine == "torch" and not uses_fsdp(parallel, layout):
         weights = _whole_weights(held, layout, job, parcels=parcels > 0, one_pass=one_pass)
     else:
         weights = _fully_sharded_weights(held, model, parallel, layout, job, parcels=parcels > 0)
     forward_pass = job.forward_pass(parallel)
     hidden = _hidden_bytes(model, parallel, job)
-    costs = stage_costs(decoder_shape(model), plan, job)
     tokens = job.micro * job.micro_batches * job.seq_len / parallel.cp / parallel.tp
     return RankCost(
         layers=[plan.layers[stage] for stage in mine],
-        elements=sum(torch.Size(piece.shape).numel() for piece in own),
+        elements=sum(group.padded for group in own),
         flops=tokens * sum(costs[stage].forward + costs[stage].of("B") for stage in mine),
         weights=weights.shards,
         gathered=weights.gathered,
         gradients=weights.gradients,
         held=weights.left,
         optimizer=state,
-        activations=_activation_bytes(rank, model, plan, job, forward_pass, hidden, timeline),
+        activations=_activation_bytes(rank, model, plan, job, forward_pass, hidden, order),
         working=_working_bytes(model, job, forward_pass, loss=last in mine) + parcels + _unsent_bytes(rank, plan, job, hidden),
     )
 
@@ -157,29 +171,22 @@ class _WeightBytes:
     left: int
 
 
-def _group_sizes(held: Sequence[WeightShard]) -> dict[str, int]:
-    """Sum the elements of whole weights by the group that is gathered together."""
-    groups: dict[str, int] = {}
-    for piece in held:
-        groups[piece.group] = groups.get(piece.group, 0) + piece.whole
-    return groups
-
-
 def _fully_sharded_weights(
-    held: Sequence[WeightShard], model: Model, parallel: ParallelConfig, layout: Layout, job: Job, *, parcels: bool
+    held: Sequence[WeightGroup], model: Inventory, parallel: ParallelConfig, layout: Layout, job: Job, *, parcels: bool
 ) -> _WeightBytes:
     """Count weights that FSDP2 or DeepSpeed hold. parcels: whether copy engines send them."""
     unit, exact = PRECISIONS[job.precision].bytes, PRECISIONS[job.precision].accum_bytes
-    groups, whole = _group_sizes(held), sum(piece.whole for piece in held)
+    groups = {group.name: group.whole for group in held}
+    whole = sum(groups.values())
     blocks = [count for group, count in groups.items() if group.startswith("layers.")]
     # One block computes while the next is on its way; what is not in a block stays, and through a pipeline everything.
     at_once = whole
     if layout.zero == 3 and parallel.pp == 1:
         # The embedding is given back after its lookup; a tied one stays with the head.
-        embedding = 0 if decoder_shape(model).tied else groups["embed"]
+        embedding = 0 if model.shape.tied else groups["embed"]
         at_once = whole - sum(blocks) - embedding + max(embedding, sum(sorted(blocks)[-2:]))
     accumulates = parallel.pp > 1 or (job.micro_batches > 1 and layout.zero < 2)
-    shards = sum(piece.padded for piece in held) * exact
+    shards = sum(group.padded for group in held) * exact
     exchanged = parcels and job.precision == "bf16" and layout.zero >= 2
     moving = max(groups.values()) * (unit if exchanged else unit + exact)
     gradients = shards + (whole * exact if accumulates else moving)
@@ -187,7 +194,7 @@ def _fully_sharded_weights(
     return _WeightBytes(shards, at_once * unit, gradients, left)
 
 
-def _whole_weights(held: Sequence[WeightShard], layout: Layout, job: Job, *, parcels: bool, one_pass: bool) -> _WeightBytes:
+def _whole_weights(held: Sequence[WeightGroup], layout: Layout, job: Job, *, parcels: bool, one_pass: bool) -> _WeightBytes:
     """Count weights that lie whole beside their masters. Of one dtype, the masters are a part of them.
 
     Gradients are added up whole. While a group's are on their way, as they were sent and as they are received, the next
@@ -196,11 +203,11 @@ def _whole_weights(held: Sequence[WeightShard], layout: Layout, job: Job, *, par
     parcels: whether copy engines send them; one_pass: whether the optimizer takes gradients in the dtype of the computation
     """
     unit, exact = PRECISIONS[job.precision].bytes, PRECISIONS[job.precision].accum_bytes
-    whole, shards = sum(piece.whole for piece in held), sum(piece.padded for piece in held) * exact
+    whole, shards = sum(group.whole for group in held), sum(group.padded for group in held) * exact
     accumulates, shared = job.micro_batches > 1 and layout.zero < 2, layout.gradient_ranks > 1
     gathered = whole * unit if unit != exact else max(0, whole * exact - shards)
     away = 2 * (exact if accumulates else unit) if shared and not parcels else 0
-    moving = max(_group_sizes(held).values()) * (away + (0 if shared and accumulates else unit))
+    moving = max(group.whole for group in held) * (away + (0 if shared and accumulates else unit))
     gradients = shards + (whole * exact if accumulates and shared else 0) + moving
     if not shared and job.micro_batches == 1 and unit < exact and one_pass:
         gradients = whole * unit  # they go to the optimizer as they are
@@ -208,42 +215,49 @@ def _whole_weights(held: Sequence[WeightShard], layout: Layout, job: Job, *, par
     return _WeightBytes(shards, gathered, gradients, left)
 
 
-def _hidden_bytes(model: Model, parallel: ParallelConfig, job: Job) -> int:
+def _hidden_bytes(model: Inventory, parallel: ParallelConfig, job: Job) -> int:
     """Count the bytes of one micro-batch's hidden states, as they pass between stages."""
     tokens, cut = job.micro * job.seq_len // parallel.cp, parallel.tp if parallel.sequence_parallel else 1
-    return tokens * decoder_shape(model).dim * PRECISIONS[job.precision].bytes // cut
+    return tokens * model.shape.dim * PRECISIONS[job.precision].bytes // cut
 
 
 def _activation_bytes(
     rank: int,
-    model: Model,
+    model: Inventory,
     plan: StagePlan,
     job: Job,
     forward_pass: ForwardPass,
     hidden: int,
-    timeline: Timeline | None,
+    order: Order | None,
 ) -> int:
     """Estimate what a rank's stages keep for backward passes, at most at once."""
-    shapes = decoder_shape(model).blocks()
-    blocks_keep = [block_bytes(block, forward_pass, policy) for block, policy in zip(shapes, job.policies, strict=True)]
+    blocks_keep = _bytes_kept(model.shape, job.policies, forward_pass)
     # A stage holds what it sent, too, until the micro-batch's backward pass.
     sizes = {
         stage: sum(blocks_keep[layer] for layer in plan.layers[stage]) + (hidden if stage < plan.count - 1 else 0)
         for stage in plan.held_by(rank)
     }
-    return round(timeline.peak(rank, lambda stage: sizes[stage]) if timeline else sum(sizes.values()))
+    return round(peak(order[rank], lambda stage: sizes[stage]) if order else sum(sizes.values()))
 
 
-def _working_bytes(model: Model, job: Job, forward_pass: ForwardPass, *, loss: bool) -> int:
+def _bytes_kept(model: DecoderConfig, policies: Sequence[str], forward_pass: ForwardPass) -> list[int]:
+    """Estimate what each block keeps of one micro-batch."""
+    known, blocks = dict[tuple[int, str], int](), model.blocks()
+    for block, policy in zip(blocks, policies, strict=True):
+        if (id(block), policy) not in known:
+            known[id(block), policy] = block_bytes(block, forward_pass, policy)
+    return [known[id(block), policy] for block, policy in zip(blocks, policies, strict=True)]
+
+
+def _working_bytes(model: Inventory, job: Job, forward_pass: ForwardPass, *, loss: bool) -> int:
     """Estimate what lives for moments. loss: whether the rank computes it.
 
     A block's backward pass holds what policy "none" keeps (computed again or fetched), and gradients of about as much.
     """
     computed_again = bool({"full", "offload"} & set(job.policies))
     unfused = replace(forward_pass, fused_swiglu=False)
-    blocks = decoder_shape(model).blocks()
-    working = max(block_bytes(block, unfused, "none") for block in blocks) * (2 if computed_again else 1)
-    return max(working, loss_bytes(decoder_shape(model), forward_pass)) if loss else working
+    working = max(_bytes_kept(model.shape, ["none"] * model.shape.layers, unfused)) * (2 if computed_again else 1)
+    return max(working, loss_bytes(model.shape, forward_pass)) if loss else working
 
 
 def _unsent_bytes(rank: int, plan: StagePlan, job: Job, hidden: int) -> int:
@@ -255,7 +269,7 @@ def _unsent_bytes(rank: int, plan: StagePlan, job: Job, hidden: int) -> int:
     return hidden * job.micro_batches * away
 
 
-def _parcels(held: Sequence[WeightShard], model: Model, parallel: ParallelConfig, layout: Layout, job: Job) -> int:
+def _parcels(held: Sequence[WeightGroup], model: Inventory, parallel: ParallelConfig, layout: Layout, job: Job) -> int:
     """Count the communication buffers of copy engines (`transport.py`), besides weights, in bytes.
 
     Whole weights need buffers for the largest group's gradients, sent and received. FSDP2 needs buffers for two gathered groups
@@ -264,10 +278,10 @@ def _parcels(held: Sequence[WeightShard], model: Model, parallel: ParallelConfig
     if parallel.engine != "torch" or not parallel.copy_engines or layout.weight_ranks == 1:
         return 0
     groups: dict[str, int] = {}
-    for piece in held:
-        apart = piece.group.startswith("layers.") or (piece.group == "embed" and not decoder_shape(model).tied)
-        group = piece.group if apart else "the rest"
-        groups[group] = groups.get(group, 0) + piece.padded * layout.weight_ranks
+    for group in held:
+        apart = group.name.startswith("layers.") or (group.name == "embed" and not model.shape.tied)
+        name = group.name if apart else "the rest"
+        groups[name] = groups.get(name, 0) + group.padded * layout.weight_ranks
     unit, largest = PRECISIONS[job.precision].bytes, max(groups.values())
     if not uses_fsdp(parallel, layout):
         return 2 * largest * (unit if job.micro_batches == 1 else PRECISIONS[job.precision].accum_bytes)

@@ -29,12 +29,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..models.protocol import Model
 from ..parallel.config import ParallelConfig
 from ..parallel.deepspeed.config import NVME_SUB_GROUP, as_dict
 from .cost import RankCost
 from .memory import Job
 from .offload import OffloadAccount, pinned
+from .parameters import Inventory, parameter_total
 
 BUCKET = 500_000_000  # DeepSpeed's defaults, elements: reduce_bucket_size
 SUB_GROUP = 1_000_000_000  # sub_group_size
@@ -49,14 +49,13 @@ PERSISTENT = 100_000  # stage3_param_persistence_threshold: what is no larger st
 class _Sizes:
     """Elements of one rank's share, by DeepSpeed's groups."""
 
-    def __init__(self, model: Model, ranks: int, limit: int) -> None:
+    def __init__(self, model: Inventory, ranks: int, limit: int) -> None:
         self.ranks = ranks
-        self.parameters = [parameter.numel() for parameter in model.parameters()]
+        self.parameters = [each.numel for each in model.parameters]
         self.largest = max(self.parameters)
         by_group: dict[tuple[bool, float], list[int]] = {}
-        for name, parameter in model.named_parameters():
-            share = -(-parameter.numel() // ranks)
-            by_group.setdefault((model.decays(name), model.lr_scale(name)), []).append(share)
+        for each in model.parameters:
+            by_group.setdefault((each.decays, each.lr_scale), []).append(-(-each.numel // ranks))
         self.groups = [sum(shares) for shares in by_group.values()]
         self.shard = sum(self.groups)
         self.sub_groups: list[int] = []
@@ -72,7 +71,7 @@ class _Sizes:
 
 
 def deepspeed_cost(
-    rank: RankCost, model: Model, parallel: ParallelConfig, job: Job, ranks: int
+    rank: RankCost, model: Inventory, parallel: ParallelConfig, job: Job, ranks: int
 ) -> tuple[RankCost, OffloadAccount]:
     """Estimate a rank's costs under DeepSpeed, on the GPU and off it.
 
@@ -82,7 +81,7 @@ def deepspeed_cost(
     keys: dict[str, Any] = as_dict(parallel.deepspeed.config).get("zero_optimization") or {}
     limit = int(keys.get("sub_group_size", NVME_SUB_GROUP if parallel.offload == "nvme" else SUB_GROUP))
     sizes = _Sizes(model, ranks, limit)
-    whole, shard = sum(parameter.numel() for parameter in model.parameters()), sizes.shard
+    whole, shard = parameter_total(model.parameters), sizes.shard
     bucket = _bucket(keys, stage, unit, whole)
     away, working, optimizer = OffloadAccount(), rank.working, rank.optimizer
     masters = 4 * shard if stage else 0  # stage 0 updates the weights themselves
@@ -131,14 +130,14 @@ def _bucket(keys: dict[str, Any], stage: int, unit: int, whole: int) -> int:
     return (unit if stage == 2 else 4) * elements * turns + widened
 
 
-def _persistent(model: Model, keys: dict[str, Any]) -> int:
+def _persistent(model: Inventory, keys: dict[str, Any]) -> int:
     """Count the elements of the parameters that stage 3 keeps gathered."""
     largest = int(keys.get("stage3_param_persistence_threshold", PERSISTENT))
     room = int(keys.get("stage3_model_persistence_threshold", sys.maxsize))
     kept = 0
-    for parameter in model.parameters():
-        if parameter.numel() <= largest and kept + parameter.numel() <= room:
-            kept += parameter.numel()
+    for each in model.parameters:
+        if each.numel <= largest and kept + each.numel <= room:
+            kept += each.numel
     return kept
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from ..models.protocol import Model
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import Layout
 from .cost import RankCost
 from .deepspeed_memory import deepspeed_cost
-from .deepspeed_speed import deepspeed_moved
-from .memory import Job, pieces
+from .deepspeed_traffic import deepspeed_moved
+from .memory import Cutter, Job
 from .offload import OffloadAccount, torch_offload_cost
-from .speed import Moved, torch_moved
+from .parameters import Inventory
+from .traffic import Moved, torch_moved
 
 
 def engine_cost(
-    rank: RankCost, model: Model, parallel: ParallelConfig, layout: Layout, job: Job
+    rank: RankCost, model: Inventory, parallel: ParallelConfig, layout: Layout, job: Job
 ) -> tuple[RankCost, OffloadAccount]:
     """Adjust a rank's costs to the engine: what its GPU holds, what is offloaded, and what a step moves between them.
 
@@ -23,10 +23,12 @@ def engine_cost(
     if parallel.engine == "deepspeed":
         return deepspeed_cost(rank, model, parallel, job, layout.world_size)
     if parallel.offload != "none":
-        return torch_offload_cost(rank, pieces(model, layout), layout.zero, job)
+        return torch_offload_cost(
+            rank, Cutter(layout).cut(model.stage(range(model.shape.layers), first=True, last=True)), layout.zero, job
+        )
     return rank, OffloadAccount()
 
 
 def engine_moved(parallel: ParallelConfig) -> Moved:
-    """Choose the function that counts what the engine's step moves, for `speed.step_seconds`."""
+    """Choose the function that counts what the engine's step moves, for `step_time.step_time`."""
     return deepspeed_moved if parallel.engine == "deepspeed" else torch_moved

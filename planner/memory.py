@@ -1,21 +1,24 @@
-"""Compute what a layout holds, by arithmetic: parts of parameters, and the optimizer's state for them."""
+"""Compute what a layout holds, by arithmetic: parts of parameters, and the optimizer's state for them. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
-from torch import nn
-from torch.distributed.tensor import Shard
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from ..models.costs import ForwardPass
-from ..models.protocol import Model
-from ..optim.optimizers.parameters import FusedStep, NamedParameter, Unsharded
+from ..optim.optimizers.config import (
+    AdaGradConfig,
+    AdaGradNormConfig,
+    AdamWConfig,
+    AGVMConfig,
+    LAMBConfig,
+    LARSConfig,
+    OptimConfig,
+)
 from ..parallel.config import ParallelConfig
-from ..parallel.engine import OptimizerFactory
 from ..parallel.layout import Layout
-from ..parallel.tensor.placements import weight_owners
+from .parameters import ParameterGroup, ParameterShape
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Job:
     precision         bf16, fp32 or fp64
     policies          of each block: none, selective, full or offload; compiled: whether blocks are compiled
     fused             whether SwiGLU is computed inside the products around it (`kernels/swiglu.py`)
+    float8            none, tensorwise or rowwise: of the blocks' products
     """
 
     seq_len: int
@@ -36,6 +40,7 @@ class Job:
     policies: list[str]
     compiled: bool
     fused: bool = False
+    float8: str = "none"
 
     def forward_pass(self, parallel: ParallelConfig) -> ForwardPass:
         """Describe a rank's forward pass of one micro-batch."""
@@ -53,57 +58,87 @@ class Job:
 class WeightShard:
     """One parameter of a stage, for the rank with the largest shard.
 
-    group   the module whose weights are gathered together
+    of      the parameter
     whole   elements after tensor parallelism, as the computation uses them
-    padded  elements that storage is kept for; shape: of the shard itself
+    shape   of the shard itself, for which storage is kept
+    """
+
+    of: ParameterShape
+    whole: int
+    shape: tuple[int, ...]
+
+    @property
+    def padded(self) -> int:
+        """Elements of the shard."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """What a rank has of parameters that are gathered together. whole, padded: elements, as `WeightShard`'s of one.
+
+    Groups of one kind share their shards, which have the names of the first of them: see `named`.
     """
 
     name: str
-    group: str
+    shards: tuple[WeightShard, ...]
     whole: int
     padded: int
-    shape: tuple[int, ...]
+
+    def named(self) -> Iterator[tuple[str, WeightShard]]:
+        """Yield each shard with the name of its parameter."""
+        for shard in self.shards:
+            yield self.name + shard.of.name.removeprefix(shard.of.group), shard
 
 
-def pieces(stage: Model, layout: Layout) -> list[WeightShard]:
-    """Cut a stage as FSDP2 over tensor-parallel parameters does: along dim 0, into equal chunks except the last."""
-    ways = layout.weight_ranks
-    placed = weight_owners(stage)
-    found: list[WeightShard] = []
-    for name, parameter in stage.named_parameters():
-        shape = list(parameter.shape)
-        module = name.rpartition(".")[0]
-        placement = placed[module].placement(parameter, layout.tp)
-        if isinstance(placement, Shard):
-            shape[placement.dim] = -(-shape[placement.dim] // layout.tp)
-        rows = -(-shape[0] // ways)
-        row = torch.Size(shape[1:]).numel()
-        group = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name.split(".")[0]
-        found.append(WeightShard(name, group, shape[0] * row, rows * row, (rows, *shape[1:])))
-    return found
-
-
-def optimizer_bytes(
-    make: OptimizerFactory, own: Sequence[WeightShard], model: Model, dtype: torch.dtype
-) -> tuple[int | None, bool]:
-    """Count the bytes that an optimizer keeps of these shards; tell if it takes compute-dtype gradients (`FusedStep`).
-
-    Found by a step on tensors without storage; (None, False) where it can't take one.
+class Cutter:
+    """Cuts parameters over the ranks of a layout, as FSDP2 over tensor-parallel parameters does: along dim 0, into equal chunks
+    except the last.
     """
-    try:
-        with torch.device("meta"):
-            tensors = [nn.Parameter(torch.empty(piece.shape, dtype=dtype)) for piece in own]
-        parameters = [
-            NamedParameter(piece.name, tensor, piece.shape, model.decays(piece.name), model.lr_scale(piece.name))
-            for piece, tensor in zip(own, tensors, strict=True)
-        ]
-        for parameter in parameters:
-            parameter.tensor.grad = torch.empty_like(parameter.tensor)
-        # Not under the meta device: counters, which an optimizer makes without naming a device, are numbers that it reads.
-        optimizer = make(parameters, Unsharded())
-        optimizer.step()
-    except (RuntimeError, NotImplementedError):  # an optimizer whose step asks for numbers
-        return None, False
-    values = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    size = sum(value.numel() * value.element_size() for value in values if value.dim())
-    return size, isinstance(optimizer, FusedStep)
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._known: dict[int, WeightGroup] = {}
+
+    def cut(self, groups: Iterable[ParameterGroup]) -> list[WeightGroup]:
+        """Return the shards of each group."""
+        return [replace(self._cut(each), name=each.name) for each in groups]
+
+    def _cut(self, group: ParameterGroup) -> WeightGroup:
+        if group.kind not in self._known:
+            shards: list[WeightShard] = []
+            for each in group.parameters:
+                first, *others = each.local_shape(self._layout.tp)
+                shape = (-(-first // self._layout.weight_ranks), *others)
+                shards.append(WeightShard(each, math.prod((first, *others)), shape))
+            whole, padded = sum(each.whole for each in shards), sum(each.padded for each in shards)
+            self._known[group.kind] = WeightGroup(group.name, tuple(shards), whole, padded)
+        return self._known[group.kind]
+
+
+OptimizerBytes = Callable[[Sequence[WeightGroup], int], tuple[int | None, bool]]
+"""(weights, bytes of an element) → bytes of the optimizer's state for them, None where that is not known before it runs; and
+whether the optimizer takes gradients in the dtype of the computation (`optim.optimizers.parameters.FusedStep`)."""
+
+_MOMENTS: dict[type, int] = {
+    AdamWConfig: 2,
+    AGVMConfig: 2,
+    LAMBConfig: 2,
+    LARSConfig: 1,
+    AdaGradConfig: 1,
+    AdaGradNormConfig: 0,
+}
+"""Config of an optimizer → arrays of the weights' shape that it keeps."""
+
+
+def optimizer_bytes(config: OptimConfig) -> OptimizerBytes | None:
+    """Return the count of what an optimizer of Meshloom's keeps; None for a class of the user's own."""
+    moments = _MOMENTS.get(type(config))
+    if moments is None:
+        return None
+    fused = isinstance(config, AdamWConfig)
+
+    def count(groups: Sequence[WeightGroup], unit: int) -> tuple[int | None, bool]:
+        return moments * unit * sum(each.padded for each in groups), fused
+
+    return count

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ..config.precision import PRECISIONS
 from .cost import RankCost
-from .memory import Job, WeightShard
+from .memory import Job, WeightGroup
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def pinned(size: int) -> int:
     return 1 << (size - 1).bit_length() if size else 0
 
 
-def torch_offload_cost(rank: RankCost, pieces: Sequence[WeightShard], zero: int, job: Job) -> tuple[RankCost, OffloadAccount]:
+def torch_offload_cost(rank: RankCost, groups: Sequence[WeightGroup], zero: int, job: Job) -> tuple[RankCost, OffloadAccount]:
     """Account for FSDP2's CPU offload: fp32 shards of weights and gradients, pinned, and the optimizer's state on the host.
 
     rank: the account of the layout with `parallel.offload=cpu`, of which this takes away what is on the host. The GPU
@@ -35,7 +35,7 @@ def torch_offload_cost(rank: RankCost, pieces: Sequence[WeightShard], zero: int,
     it is reduced: with every micro-batch under ZeRO-2 and 3, once a step below. Under ZeRO-2 and 3 the host adds up.
     """
     exact = PRECISIONS[job.precision].accum_bytes
-    locked = sum(pinned(piece.padded * exact) for piece in pieces)
+    locked = sum(pinned(each.padded * exact) for group in groups for each in group.shards)
     away = OffloadAccount(
         host=2 * locked + (rank.optimizer or 0),
         to_host=rank.weights * (job.micro_batches if zero >= 2 else 1),

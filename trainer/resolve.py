@@ -80,6 +80,7 @@ class ResolveOptions:
     data_elsewhere   report problems of the data's files as notices only: they may lie on another machine
     more             config → further problems that need no PyTorch, of the machine for example
     before_building  called with a config in which nothing was found without PyTorch, before it is built on trial
+    builds           whether to build a config on trial
     """
 
     processes: Callable[[RunConfig], int]
@@ -87,6 +88,7 @@ class ResolveOptions:
     data_elsewhere: bool = False
     more: Callable[[RunConfig], Sequence[Problem]] = lambda _: ()
     before_building: Callable[[RunConfig], None] = lambda _: None
+    builds: Callable[[RunConfig], bool] = lambda _: True
 
 
 def resolve(overrides: Sequence[str], options: ResolveOptions, config_dir: str | None = None) -> ResolvedRun:
@@ -217,6 +219,7 @@ class Checking:
             place=place,
             more=self.options.more,
             before_building=before_building,
+            builds=self.options.builds,
         )
         notices = (*resumed.notices, *map(str, elsewhere))
         return ResolvedRun(

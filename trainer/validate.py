@@ -27,6 +27,7 @@ def checked_config(
     place: Place | None = None,
     more: Callable[[RunConfig], Sequence[Problem]] = lambda _: (),
     before_building: Callable[[RunConfig], None] = lambda _: None,
+    builds: Callable[[RunConfig], bool] = lambda _: True,
 ) -> tuple[RunConfig, list[Problem]]:
     """Return the config, and every problem of it on `world_size` processes (0: not known). Writes nothing and reads no data.
 
@@ -38,6 +39,7 @@ def checked_config(
     place            of the run among its stages; None: it has none
     more             config → further problems that need no PyTorch, of the machine for example
     before_building  called if nothing was found so far, before PyTorch is imported for the trial build
+    builds           whether to build a config without problems on trial; a plan need not, where costs are known without
     """
     start = Start(world_size, progress, place)
     said = {(problem.key, problem.message) for problem in known}
@@ -55,7 +57,7 @@ def checked_config(
             else:
                 problems += [problem for problem in found if problem not in problems]
     problems += [problem for problem in more(config) if problem not in problems]
-    if problems:
+    if problems or not builds(config):
         return config, problems
     before_building(config)
     from .trial_build import build_problems

@@ -92,7 +92,7 @@ def test_stages_lie_on_ranks_in_rows_or_folded(schedule: str, ranks: list[int]) 
 @given(st.sampled_from([*SCHEDULES]), st.integers(2, 6), st.integers(1, 40))
 @settings(deadline=None)
 def test_legal_micro_batch_counts_are_those_that_torch_takes(schedule: str, pp: int, count: int) -> None:
-    from meshloom.planner.timeline import torch_order
+    from support.torch_orders import torch_order
 
     parallel = ParallelConfig(pp=pp, schedule=schedule)
     try:

@@ -36,9 +36,11 @@ from meshloom.parallel.pipeline.stages import (
     stage_split,
 )
 from meshloom.parallel.policies import ActivationSettings, block_policies
+from meshloom.planner.built_model import model_inventory, tried_optimizer
 from meshloom.planner.cost import layout_cost
-from meshloom.planner.memory import Job
-from meshloom.planner.timeline import Costs, Timeline, simulate, torch_order
+from meshloom.planner.memory import Job, optimizer_bytes
+from meshloom.planner.orders import pipeline_order
+from meshloom.planner.timeline import Costs, Timeline, peak, simulate
 from support.engines import masters_of
 from support.models import decoder
 from support.parity import SEQ_LEN, Work, build, step
@@ -69,7 +71,10 @@ def planned(work: Work, world_size: int) -> list[tuple[int, int | None, int]]:
     micro_batches = work.samples // layout.data_size // work.micro
     job = Job(SEQ_LEN, work.micro, micro_batches, "fp64", ["none"] * 4, compiled=False)
     make = lambda parameters, shards: torch.optim.AdamW([p.tensor for p in parameters])  # noqa: E731
-    return [(r.weights, r.optimizer, r.elements) for r in layout_cost(model, work.parallel, layout, job, make).ranks]
+    return [
+        (r.weights, r.optimizer, r.elements)
+        for r in layout_cost(model_inventory(model, work.parallel.tp), work.parallel, layout, job, tried_optimizer(make)).ranks
+    ]
 
 
 PLAIN = [
@@ -244,9 +249,9 @@ def test_plan_and_engine_cut_the_same_stages_under_a_budget(budget: float, expec
         model = decoder(**SHORT_AND_WIDE)
     parallel = ParallelConfig(pp=2)
     job = Job(64, 1, 2, "bf16", block_policies(model.config, parallel, chosen), False)
-    planned = layout_cost(
-        model, parallel, Layout.plan(parallel, 2), job, lambda parameters, shards: AdamW(AdamWConfig(), parameters, shards)
-    )
+    optimizer = optimizer_bytes(AdamWConfig())
+    assert optimizer is not None
+    planned = layout_cost(model_inventory(model, 1), parallel, Layout.plan(parallel, 2), job, optimizer)
     assert [len(layers) for layers in planned.plan.layers] == expected
     assert [count for counts in run_ranks(2, engine_stages, budget) for count in counts] == expected
 
@@ -262,7 +267,7 @@ def test_a_budget_that_selective_keeps_to_computes_no_more_again() -> None:
 def test_bubbles_have_their_closed_form(schedule: str, chunks: int, pp: int, count: int) -> None:
     """(p − 1) / (v·m + p − 1) of wall time (Narayanan et al., arXiv 2104.04473)."""
     parallel = ParallelConfig(pp=pp, schedule=schedule, stages_per_rank=chunks if chunks > 1 else None)
-    timeline = simulate(torch_order(parallel, count), [Costs(1.0, 1.0, 1.0)] * (pp * chunks))
+    timeline = simulate(pipeline_order(parallel, count), [Costs(1.0, 1.0, 1.0)] * (pp * chunks))
     assert timeline.bubble == pytest.approx((pp - 1) / (chunks * count + pp - 1))
 
 
@@ -270,13 +275,15 @@ def test_bubbles_have_their_closed_form(schedule: str, chunks: int, pp: int, cou
 def test_what_schedules_keep_alive_and_lose(pp: int) -> None:
     def timeline(schedule: str) -> Timeline:
         parallel = ParallelConfig(pp=pp, schedule=schedule)
-        return simulate(torch_order(parallel, 2 * pp), [Costs(1.0, 1.0, 1.0)] * stage_count(parallel))
+        return simulate(pipeline_order(parallel, 2 * pp), [Costs(1.0, 1.0, 1.0)] * stage_count(parallel))
 
-    one = lambda _stage: 1.0  # noqa: E731
-    assert [timeline("gpipe").peak(rank, one) for rank in range(pp)] == [2 * pp] * pp
-    assert [timeline("1f1b").peak(rank, one) for rank in range(pp)] == [pp - rank for rank in range(pp)]
+    def peaks(schedule: str) -> list[float]:
+        return [peak([span.action for span in row], lambda _stage: 1.0) for row in timeline(schedule).spans]
+
+    assert peaks("gpipe") == [2 * pp] * pp
+    assert peaks("1f1b") == [pp - rank for rank in range(pp)]
     # Zero bubble, ZB-V: all ranks hold alike, as much as 1F1B's first (arXiv 2401.10241, section 6), and wait less.
-    assert [timeline("zbv").peak(rank, one) for rank in range(pp)] == [2 * pp] * pp
+    assert peaks("zbv") == [2 * pp] * pp
     for schedule in ("zb", "zbv", "dualpipev"):
         assert timeline(schedule).bubble < timeline("interleaved").bubble
 
@@ -286,7 +293,7 @@ def test_what_schedules_keep_alive_and_lose(pp: int) -> None:
 def test_every_action_runs_once_and_not_before_its_input(schedule: str, pp: int, times: int) -> None:
     parallel = ParallelConfig(pp=pp, schedule=schedule)
     count = Assigner(1, functools.partial(legal_micro_batches, parallel)).passes(times * pp, 1)
-    timeline = simulate(torch_order(parallel, count), [Costs(1.0, 1.5, 0.5)] * stage_count(parallel), hop=0.25)
+    timeline = simulate(pipeline_order(parallel, count), [Costs(1.0, 1.5, 0.5)] * stage_count(parallel), hop=0.25)
     ends = {(s.action.kind, s.action.stage, s.action.micro): s.end for row in timeline.spans for s in row}
     for stage, micro in itertools.product(range(stage_count(parallel)), range(count)):
         whole, halves = ("B", stage, micro) in ends, ("I", stage, micro) in ends and ("W", stage, micro) in ends

@@ -16,6 +16,7 @@ from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.deepspeed.settings import DeepSpeedConfig
 from meshloom.parallel.layout import Layout
 from meshloom.planner import deepspeed_memory, offload
+from meshloom.planner.built_model import model_inventory, tried_optimizer
 from meshloom.planner.cost import RankCost, layout_cost
 from meshloom.planner.engines import engine_cost
 from meshloom.planner.memory import Job
@@ -43,8 +44,9 @@ def account(
     job = Job(SEQ_LEN, 1, micro_batches, precision, ["none"] * model.config.layers, compiled=False)
     layout = Layout.plan(parallel, ranks)
     make = lambda parameters, shards: AdamW(AdamWConfig(), parameters, shards)  # noqa: E731
-    rank = layout_cost(model, parallel, layout, job, make).ranks[0]
-    return parameter_count(model.config), *engine_cost(rank, model, parallel, layout, job)
+    inventory = model_inventory(model, parallel.tp)
+    rank = layout_cost(inventory, parallel, layout, job, tried_optimizer(make)).ranks[0]
+    return parameter_count(model.config), *engine_cost(rank, inventory, parallel, layout, job)
 
 
 def held(rank: int, world_size: int, work: Work) -> int:
@@ -236,8 +238,10 @@ def test_gpu_gathers_a_few_blocks_of_offloaded_weights() -> None:
     )
     job = Job(4096, 1, 1, "bf16", ["full"] * 80, compiled=False)
     layout = Layout.plan(parallel, 1)
-    rank = layout_cost(model, parallel, layout, job, lambda p, s: AdamW(AdamWConfig(), p, s)).ranks[0]
-    cost, _ = engine_cost(rank, model, parallel, layout, job)
+    inventory = model_inventory(model, parallel.tp)
+    optimizer = tried_optimizer(lambda p, s: AdamW(AdamWConfig(), p, s))
+    rank = layout_cost(inventory, parallel, layout, job, optimizer).ranks[0]
+    cost, _ = engine_cost(rank, inventory, parallel, layout, job)
     block = sum(weight.numel() for weight in model.layers["0"].parameters())
     assert 2 * 2 * block <= cost.gathered < 2 * (2 * block + 2 * 128256 * 8192)
 

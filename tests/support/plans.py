@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from meshloom.launch.planning import Plan, make_plan
-from meshloom.planner.engines import engine_moved
-from meshloom.planner.speed import step_seconds
+from meshloom.planner.cluster import load_cluster
+from meshloom.planner.step_time import Step, step_time
 
 LLAMA = ["recipe=llama_1b", "batch.samples=8"]
 
@@ -19,6 +19,6 @@ def tokens_per_second(*words: str) -> float:
 
 
 def seconds(plan: Plan) -> float:
-    """Predicted, of a step."""
-    moved = engine_moved(plan.parallel)
-    return step_seconds(plan.model, plan.parallel, plan.layout, plan.job, plan.cost, plan.away, moved)
+    """Predicted, of a step on H200."""
+    cluster = load_cluster([f"cluster=h200x{max(8, plan.layout.world_size)}"])
+    return step_time(Step(plan.model.shape, plan.parallel, plan.layout, plan.job, plan.cost, plan.away, cluster)).seconds

@@ -1,4 +1,4 @@
-"""Count what a step of DeepSpeed 0.19.8 reads, writes and sends for weights, gradients and update (`planner/speed.py`)."""
+"""Count what a step of DeepSpeed 0.19.8 reads, writes and sends for weights, gradients and update (`planner/traffic.py`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..parallel.deepspeed.config import as_dict
 from ..parallel.layout import Layout
 from .cost import RankCost
 from .memory import Job
-from .speed import Traffic
+from .traffic import Traffic
 
 UPDATE = 46
 """Bytes per parameter of the update, in passes of their own: the gradient read for its norm (4) and scaled (8), torch's fused

@@ -1,0 +1,231 @@
+"""Score predicted times against published tables and against our own measured runs.
+
+    python benchmarks/planner_score.py                  every table
+    python benchmarks/planner_score.py megascale -v     one of them, row by row
+
+Of each table two rows calibrate one rate (`cluster.rates.speed`), and the others are scored; a constant MFU from the same two
+rows stands beside. The rows that calibrate are the first and the last in the order of the file, which is by size. The error is
+of tokens/s: |predicted / published − 1|. `planner/published.csv` has the rows, `planner/README.md` their sources.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from meshloom.models.config import DecoderConfig
+from meshloom.models.costs import flops_per_token
+from meshloom.optim.optimizers.config import AdamWConfig
+from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.layout import Layout
+from meshloom.planner.cluster import ClusterConfig, load_cluster
+from meshloom.planner.cost import layout_cost
+from meshloom.planner.engines import engine_cost
+from meshloom.planner.memory import Job, optimizer_bytes
+from meshloom.planner.parameters import decoder_inventory
+from meshloom.planner.software import COMPILED, EAGER, Software
+from meshloom.planner.step_time import Step, StepTime, step_time
+
+HERE = Path(__file__).parent / "planner"
+
+SOFTWARE = {
+    "mpt": Software(passes=2.6, launches=2.5),
+    "megatron2021": Software(passes=1.8, flash=False, reduces_late=True),
+    "megatron2022": Software(passes=1.8, flash=False, reduces_late=True),
+    "megatron2022sp": Software(passes=1.8, flash=False, selective="attention", reduces_late=True),
+    "megatron2023": Software(passes=1.8, flash=False, selective="attention", reduces_late=True),
+    "megascale": Software(passes=1.2, selective="attention", tensor_overlap=0.6),
+    "titan_eager": replace(EAGER, selective="products"),
+    "titan": replace(COMPILED, selective="products"),
+    "titan_async": replace(COMPILED, selective="products", tensor_overlap=0.6),
+}
+"""What is known of the programs behind the tables."""
+
+FLASH_1 = {"a100": ["cluster.rates.attention=0.33", "cluster.rates.attention_backward=0.30"]}
+FLASH_1["h100"] = ["cluster.rates.attention=0.20", "cluster.rates.attention_backward=0.18"]
+CLUSTERS: dict[str, list[str]] = {
+    "mpt_h100": ["h100", *FLASH_1["h100"]],
+    "mpt_a100_80": ["a100", *FLASH_1["a100"]],
+    "mpt_a100_40": ["a100", "cluster.bandwidth=1.555", *FLASH_1["a100"]],
+    "torchtitan": ["h100", "cluster.bandwidth=2.4"],
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published row: what ran, and tokens per second and GPU."""
+
+    step: Callable[[float], Step]
+    published: float
+    name: str
+    tokens: float
+
+    def seconds(self, speed: float) -> StepTime:
+        """Predict a step with this speed of kernels."""
+        return step_time(self.step(speed))
+
+    def rate(self, speed: float) -> float:
+        """Predict tokens per second and GPU."""
+        step = self.step(speed)
+        return self.tokens / self.seconds(speed).seconds / step.layout.world_size
+
+    def flops_per_token(self) -> float:
+        """Count FLOPs by the convention of MFU."""
+        step = self.step(1.0)
+        return flops_per_token(step.model, step.job.seq_len)
+
+
+def models() -> dict[str, DecoderConfig]:
+    """Read the shapes of the models in the tables."""
+    found: dict[str, DecoderConfig] = {}
+    for row in csv.DictReader((HERE / "models.csv").open()):
+        dim, ffn, gated = int(row["dim"]), int(row["ffn_dim"]), row["gated"] == "1"
+        found[row["model"]] = DecoderConfig(
+            dim=dim,
+            layers=int(row["layers"]),
+            heads=int(row["heads"]),
+            kv_heads=int(row["kv_heads"]),
+            ffn_dim=ffn if gated else ffn * 2 // 3,  # two matrices of one width have as many elements as three of this
+            vocabulary=int(row["vocabulary"]),
+            tied=row["tied"] == "1",
+        )
+    return found
+
+
+def made(
+    model: DecoderConfig, values: dict[str, Any], software: Software | None, clusters: Callable[[float], ClusterConfig]
+) -> Callable[[float], Step]:
+    """Return speed → the step of a row."""
+    number = {name: int(values[name]) for name in ("seq", "gpus", "batch", "tp", "pp", "cp", "zero")}
+    chunks = int(values.get("chunks", 1))
+    parallel = ParallelConfig(
+        engine=values.get("engine", "torch"),
+        zero=number["zero"], tp=number["tp"], pp=number["pp"], cp=number["cp"],
+        cp_kind=values.get("cp_kind", "ring"),
+        schedule="interleaved" if chunks > 1 else "1f1b",
+        stages_per_rank=chunks if chunks > 1 else None,
+        sequence_parallel=values.get("software") not in ("megatron2021", "megatron2022"),
+        copy_engines="engine" in values,
+    )  # fmt: skip
+    layout = Layout.plan(parallel, number["gpus"])
+    micro = int(values["micro"] or 1)
+    many = max(1, -(-number["batch"] // (layout.data_size * micro)))
+    compiled = values.get("compile", "1") == "1" and values.get("software") != "titan_eager"
+    job = Job(
+        number["seq"], micro, many, "bf16", [values["policy"]] * model.layers, compiled,
+        fused=values.get("fused") == "1", float8=values["float8"],
+    )  # fmt: skip
+    inventory = decoder_inventory(model)
+    optimizer = optimizer_bytes(AdamWConfig())
+    assert optimizer is not None
+    cost = layout_cost(inventory, parallel, layout, job, optimizer)
+    ranks, away = zip(*(engine_cost(rank, inventory, parallel, layout, job) for rank in cost.ranks), strict=True)
+    cost = replace(cost, ranks=list(ranks))
+    return lambda speed: Step(model, parallel, layout, job, cost, away[0], clusters(speed), software=software)
+
+
+def published(table: str) -> list[Row]:
+    """Read the rows of a table."""
+    shapes, found = models(), list[Row]()
+    for values in csv.DictReader((HERE / "published.csv").open()):
+        if values["table"] != table:
+            continue
+        name, *changes = CLUSTERS.get(table, ["a100"])
+        words = [f"cluster={name}x{max(8, int(values['gpus']))}", *changes]
+        step = made(shapes[values["model"]], values, SOFTWARE[values["software"]], clustered(words))
+        tokens = int(values["batch"]) * int(values["seq"])
+        told = [values[key] for key in ("model", "seq", "gpus", "batch", "micro", "tp", "pp", "policy", "float8", "software")]
+        found.append(Row(step, float(values["tokens_per_s_gpu"]), " ".join(told), tokens))
+    return found
+
+
+def clustered(words: Sequence[str]) -> Callable[[float], ClusterConfig]:
+    """Return speed → the cluster of these words."""
+    base = load_cluster(words)
+    return lambda speed: replace(base, rates=replace(base.rates, speed=speed))
+
+
+def measured() -> list[Row]:
+    """Our own runs on H200."""
+    import yaml
+
+    from meshloom.config.compose import RECIPE_FOLDER
+
+    found: list[Row] = []
+    for values in csv.DictReader((HERE / "measured.csv").open()):
+        keys = yaml.safe_load((RECIPE_FOLDER / "model" / f"{values['model']}.yaml").read_text())
+        model = DecoderConfig.of({key: value for key, value in keys.items() if key != "defaults"})
+        step = made(model, values, None, clustered(["cluster=h200x8"]))
+        told = [values[key] for key in values if key not in ("tokens_per_s_gpu", "source", "seq")]
+        found.append(Row(step, float(values["tokens_per_s_gpu"]), " ".join(told), int(values["batch"]) * int(values["seq"])))
+    return found
+
+
+def fitted(rows: Sequence[Row]) -> float:
+    """Find the speed with which the mean logarithmic error of these rows is 0."""
+    low, high = 0.05, 4.0
+    for _ in range(14):
+        middle = math.sqrt(low * high)
+        error = sum(math.log(row.rate(middle) / row.published) for row in rows)
+        low, high = (middle, high) if error < 0 else (low, middle)
+    return math.sqrt(low * high)
+
+
+def errors(rows: Sequence[Row], used: Sequence[Row]) -> tuple[float, list[float], list[float]]:
+    """Return the fitted speed, and the errors of the model and of a constant MFU on the rows that were not used."""
+    speed = fitted(used)
+    constant = math.exp(sum(math.log(row.published * row.flops_per_token()) for row in used) / len(used))
+    left = [row for row in rows if row not in used]
+    ours = [row.rate(speed) / row.published - 1 for row in left]
+    theirs = [constant / row.flops_per_token() / row.published - 1 for row in left]
+    return speed, ours, theirs
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return the value below which this share lies."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
+
+
+def told(values: Sequence[float]) -> str:
+    """Word median, p90 and worst."""
+    sizes = [abs(value) for value in values]
+    return f"{median(sizes):6.1%} {quantile(sizes, 0.9):6.1%} {max(sizes):6.1%}"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the scores of all tables, or of those named."""
+    names = [word for word in argv if not word.startswith("-")]
+    tables = list(dict.fromkeys(row["table"] for row in csv.DictReader((HERE / "published.csv").open())))
+    print(f"{'table':<20}{'rows':>5} {'speed':>6}   median p90 worst: model, constant MFU")
+    every: list[float] = []
+    other: list[float] = []
+    for table in [*tables, "measured"]:
+        if names and table not in names:
+            continue
+        rows = measured() if table == "measured" else published(table)
+        used = rows[::2] if table == "measured" else [rows[0], rows[-1]]
+        speed, ours, theirs = errors(rows, used)
+        print(f"{table:<20}{len(ours):>5} {speed:6.3f}   {told(ours)}   {told(theirs)}")
+        every += ours if table != "measured" else []
+        other += theirs if table != "measured" else []
+        if "-v" in argv:
+            left = [row for row in rows if row not in used]
+            for row, error, constant in zip(left, ours, theirs, strict=True):
+                print(f"    {row.name:<62} {row.published:9.1f} {error:+7.1%} {constant:+7.1%}")
+                if "-p" in argv:
+                    parts = row.seconds(speed).parts
+                    whole = sum(parts.values())
+                    print("        " + ", ".join(f"{name} {value / whole:.0%}" for name, value in parts.items()))
+    if every:
+        print(f"{'published, all':<20}{len(every):>5}          {told(every)}   {told(other)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

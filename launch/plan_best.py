@@ -1,0 +1,212 @@
+"""`meshloom plan --best N`: the fastest layouts of a run that fit a cluster, and why each is before the next."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from ..config.problems import ConfigError, Problem
+from ..data.assignment import Assigner
+from ..parallel.config import ParallelConfig
+from ..parallel.deepspeed.config import deepspeed_problems
+from ..parallel.layout import Layout, layout_problems
+from ..parallel.legality import is_legal
+from ..planner.cluster import GIB, ClusterConfig
+from ..planner.prediction import KINDS
+from ..planner.search import KEYS, Candidate, Question, difference, limit_of, search, smallest_cluster
+from ..planner.tables import gib, right
+from ..planner.time_tables import duration
+from ..trainer.launching import planned_processes
+from ..trainer.relations import layout_work
+from ..trainer.schema import RunConfig
+from ..trainer.typed import replace_keys, value_of
+from ..trainer.validate import checked_config
+from .plan_cluster import run_tokens
+from .planning import assigner_of, inventory_of, job_of, needs_building, optimizer_of
+from .typed_words import given_keys, micro_is_fixed
+
+MORE = 4
+"""Candidates that are searched beyond those asked for: the trainer's own checks may refuse some."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best layouts of a run. given: key → value of the run as written; notes: what was not varied."""
+
+    config: RunConfig
+    given: dict[str, Any]
+    candidates: list[Candidate]
+    planned: int
+    notes: list[str]
+
+    def changes(self, candidate: Candidate) -> list[str]:
+        """Return the overrides that turn the run as written into a candidate."""
+        return [
+            f"{key}={'null' if value is None else value}"
+            for key, value in candidate.settings.items()
+            if value != self.given[key]
+        ]
+
+
+def best_layouts(
+    config: RunConfig, overrides: Sequence[str], cluster: ClusterConfig, most: int, length: float | None = None
+) -> Best:
+    """Search the layouts of a checked run on a cluster. Raises ConfigError where nothing fits, with what is in the way."""
+    cluster = replace(cluster, gpus=planned_processes(config.launch))
+    given = {key: value_of(config, key) for key in KEYS}
+    typed = given_keys(overrides)
+    fixed = {key: value for key, value in given.items() if key in typed}
+    notes = [f"{', '.join(sorted(fixed))} as typed"] if fixed else []
+    if "batch.micro" not in fixed and (why := micro_is_fixed(config)):
+        fixed["batch.micro"] = given["batch.micro"]
+        notes.append(f"batch.micro={given['batch.micro']} stays: {why}")
+    question = _question(config, cluster, fixed, length)
+    found = search(question, most + MORE)
+    if not found.best:
+        raise ConfigError([_in_the_way(question, found.least)])
+    legal = [one for one in found.best if _runs(config, one)][:most]
+    return Best(config, given, legal, found.planned, notes)
+
+
+def _question(config: RunConfig, cluster: ClusterConfig, fixed: dict[str, Any], length: float | None) -> Question:
+    model = inventory_of(config)
+    layout = Layout.plan(config.parallel, cluster.gpus)
+    work = layout_work(config, model.shape)
+    samples = config.batch.samples
+    assert isinstance(samples, int)
+
+    def passes(data: int, parallel: ParallelConfig, micro: int) -> int:
+        same = assigner_of(replace(config, parallel=parallel), layout)
+        return Assigner(data, same.can_run, same.halves).passes(samples, micro)
+
+    def legal(parallel: ParallelConfig) -> bool:
+        if parallel.engine == "deepspeed":
+            sizes = layout_problems(parallel, cluster.gpus)
+            return not sizes and not deepspeed_problems(parallel, config.precision, cluster.gpus)
+        return is_legal(parallel, work, cluster.gpus)
+
+    plain = replace(config, trainer=replace(config.trainer, activation="none", activation_budget=None))
+    job = job_of(plain, model.shape, assigner_of(config, layout), fused=False)
+    engines = ["torch"]
+    if importlib.util.find_spec("deepspeed") is not None and not model.shape.mixture_layers():
+        engines.append("deepspeed")
+    return Question(
+        model, config.parallel, job, samples, run_tokens(config), optimizer_of(config), cluster,
+        passes, legal, fixed, engines, length,
+    )  # fmt: skip
+
+
+def _runs(config: RunConfig, candidate: Candidate) -> bool:
+    """Return whether the trainer, too, takes a candidate."""
+    changed = replace_keys(config, candidate.settings)
+    if changed.trainer.activation_budget is not None and changed.trainer.activation != "none":
+        changed = replace_keys(changed, {"trainer.activation_budget": None})
+    _, problems = checked_config(changed, planned_processes(config.launch), elsewhere=[], builds=needs_building)
+    return not problems
+
+
+def _in_the_way(question: Question, least: Candidate | None) -> Problem:
+    """Explain why nothing fits: what the least layout needs, and the smallest cluster on which something does."""
+    cluster = question.cluster
+    if least is None:
+        fix = "leave keys out that fix the layout, or use another number of GPUs"
+        return Problem("cluster.gpus", f"no layout of this run divides {cluster.gpus} GPUs, or none could hold its state", fix)
+    rank = least.prediction.fullest
+    sizes = sorted(((getattr(rank, kind) or 0, kind) for kind in KINDS), reverse=True)[:3]
+    told = ", ".join(f"{kind} {gib(size)}" for size, kind in sizes)
+    where = " ".join(described(least))
+    message = (
+        f"nothing fits {cluster.gpus} × {cluster.gpu}: the least, {where}, takes {gib(rank.total)} GiB a GPU ({told}),"
+        f" and a plan may take {gib(limit_of(cluster))} of {cluster.memory:g}"
+    )
+    enough = smallest_cluster(question)
+    if enough is None:
+        return Problem("cluster.gpus", message, "use GPUs with more memory: more of these do not help")
+    return Problem("cluster.gpus", message, f"cluster.gpus={enough.prediction.gpus} is enough: {' '.join(described(enough))}")
+
+
+def described(candidate: Candidate) -> list[str]:
+    """Word the settings of a candidate briefly, those that say something."""
+    values, found = candidate.settings, list[str]()
+    sizes = [("tp", "tp"), ("pp", "pp"), ("cp", "cp"), ("replicate", "replicate")]
+    for key, name in sizes:
+        if values[f"parallel.{key}"] > 1:
+            found.append(f"{name} {values[f'parallel.{key}']}")
+    if values["parallel.pp"] > 1:
+        chunks = values["parallel.stages_per_rank"]
+        found.append(values["parallel.schedule"] + (f" × {chunks}" if chunks else ""))
+    found.append(f"ZeRO-{values['parallel.zero']}")
+    if values["parallel.engine"] != "torch":
+        found.append(values["parallel.engine"])
+    if values["parallel.offload"] != "none":
+        found.append(f"offload {values['parallel.offload']}")
+    found += [f"micro {values['batch.micro']}", f"activation {values['trainer.activation']}"]
+    return found
+
+
+def best_table(best: Best, cluster: ClusterConfig) -> Table:
+    """Tabulate the candidates, fastest first."""
+    table = Table(
+        right(""), "layout", right("tokens/s a GPU"), right("MFU"), right("GiB"), right("a step"), right("the run"),
+        right("GPU-hours"), *([right("cost")] if cluster.price is not None else []),
+        title=f"Fastest of {best.planned:,} plans that were looked at, ± {cluster.band:.0%}",
+        title_justify="left", box=box.SIMPLE,
+    )  # fmt: skip
+    for number, one in enumerate(best.candidates, 1):
+        each = one.prediction
+        cost = [f"{each.cost:,.0f}"] if each.cost is not None else []
+        table.add_row(
+            str(number), " · ".join(described(one)), f"{each.tokens_per_second:,.0f}", f"{each.mfu:.1%}", gib(each.bytes),
+            f"{each.seconds:.3g} s", duration(each.days), f"{each.gpu_hours:,.0f}", *cost,
+        )  # fmt: skip
+    return table
+
+
+def memory_table(best: Best) -> Table:
+    """Tabulate what fills the fullest GPU of each candidate."""
+    table = Table(
+        right(""), *map(right, KINDS), right("at most"), title="GiB of the fullest GPU", title_justify="left", box=box.SIMPLE
+    )
+    for number, one in enumerate(best.candidates, 1):
+        rank = one.prediction.fullest
+        table.add_row(str(number), *(gib(getattr(rank, kind) or 0) for kind in KINDS), gib(rank.total))
+    return table
+
+
+def reasons(best: Best) -> Iterator[str]:
+    """Yield why each candidate is before the next: how much longer the next one's step is, and where."""
+    for number, (one, other) in enumerate(zip(best.candidates, best.candidates[1:], strict=False), 1):
+        behind = other.prediction.seconds / one.prediction.seconds - 1
+        parts = ", ".join(difference(one, other)) or "nothing that shows"
+        yield f"{number + 1} takes {behind:.1%} longer than {number}: {parts}"
+
+
+def train_line(best: Best, candidate: Candidate, words: Sequence[str]) -> str:
+    """Return the command line that trains in a candidate's layout."""
+    changed = {change.partition("=")[0] for change in best.changes(candidate)}
+    kept = [word for word in words if word.partition("=")[0] not in changed]
+    return shlex.join(["meshloom", "train", *kept, *best.changes(candidate)])
+
+
+def best_as_dict(best: Best, words: Sequence[str]) -> dict[str, Any]:
+    """Return the result as plain values."""
+    return {
+        "planned": best.planned,
+        "notes": best.notes,
+        "best": [
+            {
+                "settings": dict(one.settings),
+                "command": train_line(best, one, words),
+                "usable_gib": limit_of(one.prediction.cluster) / GIB,
+                **one.prediction.as_dict(),
+            }
+            for one in best.candidates
+        ],
+        "why": list(reasons(best)),
+    }

@@ -1,0 +1,59 @@
+"""Join a plan and a cluster: how many processes the cluster means, and what the run costs there. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..config.problems import ConfigError, Problem
+from ..planner.cluster import ClusterConfig, is_cluster_word, load_cluster
+from ..planner.prediction import Prediction
+from ..planner.step_time import Step
+from ..trainer.derived import run_length
+from ..trainer.launching import planned_processes
+from ..trainer.schema import RunConfig
+from .planning import Plan
+
+LAUNCH = ("launch.nproc", "launch.nodes", "launch.gpus_per_node")
+
+
+def split_words(words: Sequence[str], config_dir: str | None = None) -> tuple[list[str], ClusterConfig | None]:
+    """Split a command line into the run's words and its cluster, whose processes it has where it names none.
+
+    Raises ConfigError for the cluster's problems.
+    """
+    run = [word for word in words if not is_cluster_word(word)]
+    if len(run) == len(words):
+        return run, None
+    cluster = load_cluster([word for word in words if is_cluster_word(word)], config_dir)
+    if not any(word.partition("=")[0] in LAUNCH for word in run):
+        run += launch_words(cluster)
+    return run, cluster
+
+
+def launch_words(cluster: ClusterConfig) -> list[str]:
+    """Return the overrides that start a process on each GPU of a cluster."""
+    if cluster.nodes == 1:
+        return [f"launch.nproc={cluster.gpus}"]
+    return [f"launch.nodes={cluster.nodes}", f"launch.nproc={cluster.gpus_per_node}"]
+
+
+def refuse_too_few(config: RunConfig, cluster: ClusterConfig) -> None:
+    """Raise ConfigError for a run that has more processes than the cluster has GPUs."""
+    if (processes := planned_processes(config.launch)) > cluster.gpus:
+        fix = f"give the cluster more, for example cluster.gpus={processes}, or start fewer processes"
+        raise ConfigError([Problem("cluster.gpus", f"{cluster.gpus} GPUs for {processes} processes", fix)])
+
+
+def predict(plan: Plan, config: RunConfig, cluster: ClusterConfig, length: float | None = None) -> Prediction:
+    """Predict what a planned run costs on a cluster. length: mean tokens of a document that attention stays inside."""
+    step = Step(plan.model.shape, plan.parallel, plan.layout, plan.job, plan.cost, plan.away, cluster, length)
+    return Prediction(step, plan.samples, run_tokens(config))
+
+
+def run_tokens(config: RunConfig) -> float:
+    """Return the tokens of the whole run, with the batch that it begins with."""
+    if config.trainer.tokens is not None:
+        return config.trainer.tokens
+    samples = config.batch.samples
+    assert isinstance(samples, int)
+    return run_length(config.trainer).value * samples * config.data.seq_len

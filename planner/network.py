@@ -1,0 +1,82 @@
+"""Time of collectives inside a node and across nodes. Imports no torch.
+
+A group's bandwidth across nodes is min(link of a GPU, the group's ranks in a node × a GPU's share of the node's cards): a ring
+through all ranks of a node leaves it once. An all-gather or reduce-scatter of S bytes over P ranks takes (P − 1)/P · S/B, an
+all-reduce twice that (Thakur et al., 2005), and each has a latency that grows with the ring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from ..parallel.layout import AXES, Layout
+from .cluster import ClusterConfig
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of ranks that communicate.
+
+    ranks      number of them
+    bandwidth  bytes per second that each gets, in each direction
+    latency    seconds of a collective that moves nothing
+    local      bytes per second of the links inside a node, whose traffic computation feels
+    """
+
+    ranks: int
+    bandwidth: float
+    latency: float
+    local: float
+
+    def gather(self, size: float, times: int = 1) -> float:
+        """Return the seconds of so many all-gathers or reduce-scatters, of `size` bytes of whole arrays in all."""
+        if self.ranks == 1:
+            return 0.0
+        return size * (self.ranks - 1) / self.ranks / self.bandwidth + times * self.latency
+
+    def all_reduce(self, size: float, times: int = 1) -> float:
+        """Return the seconds of so many all-reduces, of `size` bytes of arrays in all."""
+        return 2 * self.gather(size, times)
+
+    def exchange(self, size: float, times: int = 1) -> float:
+        """Return the seconds of so many all-to-alls, in which each rank has `size` bytes in all and keeps a part of them."""
+        return self.gather(size, times)
+
+    def send(self, size: float) -> float:
+        """Return the seconds in which a rank sends `size` bytes to a neighbour."""
+        return size / self.bandwidth + self.latency / max(1, self.ranks - 1)
+
+
+def group_of(cluster: ClusterConfig, layout: Layout, *axes: str) -> Group:
+    """Describe the groups of ranks that differ along these neighbouring axes, by the slowest of them."""
+    outer, inner = AXES.index(axes[0]), AXES.index(axes[-1])
+    size, stride = 1, 1
+    for axis in AXES[outer : inner + 1]:
+        size *= layout.sizes[axis]
+    for axis in AXES[inner + 1 :]:
+        stride *= layout.sizes[axis]
+    return group(cluster, size, stride, layout.world_size)
+
+
+def group(cluster: ClusterConfig, size: int, stride: int = 1, world_size: int | None = None) -> Group:
+    """Describe groups of `size` ranks that lie `stride` apart, by the slowest of them."""
+    rates, local = cluster.rates, cluster.link * 1e9 * cluster.rates.link
+    reach = min(stride * size, world_size or stride * size)
+    if reach <= cluster.gpus_per_node:
+        return Group(size, local, rates.latency * (size - 1), local)
+    here = max(1, cluster.gpus_per_node // stride)  # ranks of the group on one node
+    nodes = -(-size // here)
+    share = _node_bytes(cluster, reach) * rates.network / cluster.gpus_per_node
+    latency = rates.latency * (here - 1) + rates.network_latency * (nodes - 1)
+    return Group(size, min(local, here * share), latency, local)
+
+
+def _node_bytes(cluster: ClusterConfig, reach: int) -> float:
+    """Return the bytes per second of a node for groups of neighbours that span `reach` ranks: the slowest's."""
+    if not cluster.islands:
+        return cluster.node_network
+    ends = [0, *accumulate(island.nodes * cluster.gpus_per_node for island in cluster.islands)]
+    crosses = any(end % reach for end in ends[1:-1])
+    inside = [island.gbit for island, (start, end) in zip(cluster.islands, pairwise(ends), strict=True) if end - start >= reach]
+    return min([*inside, *([cluster.between] if crosses or not inside else [])]) * 1e9 / 8

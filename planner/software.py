@@ -1,0 +1,37 @@
+"""Traits of the software that trains, as far as time depends on them. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Software:
+    """Traits of a training program.
+
+    passes      memory traffic of pointwise kernels, against blocks whose kernels are fused by a compiler
+    flash       whether attention's scores stay inside its kernel; otherwise they are written and read
+    scores      times that scores cross memory in a forward pass where they do; a backward pass takes twice as many
+    selective   what policy "selective" computes again: "product" (one of the feed-forward's, and what is pointwise), "products"
+                (half of all), or "attention" (scores and weighted sums: arXiv 2205.05198)
+    tensor_overlap  part of tensor parallelism's exchanges that products hide
+    launches    time of launching a block, against compiled blocks
+    overlaps    part of a pass beside which gathering and reducing may hide
+    reduces_late  whether gradients are reduced only after the last backward pass
+    """
+
+    passes: float = 1.0
+    flash: bool = True
+    scores: float = 6.0
+    selective: str = "product"
+    tensor_overlap: float = 0.0
+    launches: float = 1.0
+    overlaps: float = 0.9
+    reduces_late: bool = False
+
+
+COMPILED = Software()
+"""This program with `trainer.compile`."""
+
+EAGER = Software(passes=2.2, launches=2.5)
+"""This program without it: each pointwise operation is a kernel of its own."""

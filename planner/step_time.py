@@ -1,0 +1,283 @@
+"""Predict the seconds of a step, by named parts. Imports no torch.
+
+step = compute of the busiest pipeline rank (products, attention, pointwise, experts, recomputation, exchanges inside blocks)
+     + the pipeline's waiting, from its schedule simulated in seconds
+     + what gathering weights and reducing gradients can't hide, and what hidden collectives take from computation
+     + copies of weights and gradients in memory, offloading, the update, checkpoints, waiting for the slowest rank
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..config.precision import PRECISIONS
+from ..models.config import DecoderConfig
+from ..models.costs import block_bytes
+from ..parallel.config import ParallelConfig
+from ..parallel.layout import Layout, uses_fsdp
+from ..parallel.pipeline.stages import StagePlan
+from .block_time import BlockTime, BlockWork, Parts, block_time, scaled, summed
+from .cluster import ClusterConfig
+from .cost import LayoutCost, RankCost
+from .engines import engine_moved
+from .kernel_time import Kernels
+from .memory import Job
+from .network import group_of
+from .offload import OffloadAccount
+from .orders import pipeline_order, repeated
+from .software import COMPILED, EAGER, Software
+from .timeline import Costs, simulate
+
+STEP = 2e-3
+"""Seconds of a step besides its kernels: numbers read, hooks, the beginning of the next."""
+HOST_UPDATE = 60e9
+"""Bytes per second that an update in host memory reads and writes (docs/measurements/engines.md)."""
+ROUNDS = 4
+"""Rounds of `pp` micro-batches that are simulated; more of them only repeat the middle."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by part. beside: seconds of communication that computation hides, and that are no part of the step."""
+
+    parts: Parts
+    beside: Parts
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the step."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step's time is predicted of.
+
+    away      what a rank offloads
+    length    mean positions of a document; None: documents are not told apart
+    """
+
+    model: DecoderConfig
+    parallel: ParallelConfig
+    layout: Layout
+    job: Job
+    cost: LayoutCost
+    away: OffloadAccount
+    cluster: ClusterConfig
+    length: float | None = None
+    software: Software | None = None
+
+    @property
+    def traits(self) -> Software:
+        """Traits of the software: this program's, where no other was named."""
+        return self.software or (COMPILED if self.job.compiled else EAGER)
+
+
+def step_time(step: Step, *, simulated: bool = True) -> StepTime:
+    """Predict a step. simulated: whether to count what a pipeline waits; without, the result is a bound from below."""
+    kernels = Kernels(step.cluster, step.job.precision)
+    stages = _stage_times(step, kernels)
+    compute, forward, backward = _compute(step, stages, simulated)
+    rank = max(step.cost.ranks, key=lambda each: each.elements)
+    outside, beside = _outside(step, kernels, rank, forward, backward)
+    parts = summed(compute, outside)
+    nodes = -(-step.layout.world_size // step.cluster.gpus_per_node)
+    if nodes > 1:
+        parts["slowest rank"] = sum(parts.values()) * step.cluster.rates.jitter * math.log2(nodes)
+    return StepTime({name: seconds for name, seconds in parts.items() if seconds > 0}, beside)
+
+
+def _stage_times(step: Step, kernels: Kernels) -> list[BlockTime]:
+    """Predict the passes of every stage over one micro-batch."""
+    parallel, job, layout = step.parallel, step.job, step.layout
+    tokens = job.micro * job.seq_len / parallel.cp
+    groups = group_of(step.cluster, layout, "tp"), group_of(step.cluster, layout, "cp")
+    times: dict[tuple[int, str], BlockTime] = {}
+    shapes = step.model.blocks()
+    stages: list[BlockTime] = []
+    plan = step.cost.plan
+    for at, layers in enumerate(plan.layers):
+        passes = [_ends(step, kernels, tokens, first=at == 0, last=at == plan.count - 1)]
+        for layer in layers:
+            block, policy = shapes[layer], job.policies[layer]
+            if (id(block), policy) not in times:
+                float8 = job.float8 != "none"
+                length = min(step.length or job.seq_len, job.seq_len)
+                work = BlockWork(tokens, length, policy, float8, job.fused, parallel, step.traits, *groups)
+                times[id(block), policy] = block_time(block, work, kernels)
+            passes.append(times[id(block), policy])
+        stages.append(
+            BlockTime(
+                summed(*(each.forward for each in passes)),
+                summed(*(each.to_input for each in passes)),
+                summed(*(each.to_weight for each in passes)),
+            )
+        )
+    return stages
+
+
+def _ends(step: Step, kernels: Kernels, tokens: float, *, first: bool, last: bool) -> BlockTime:
+    """Predict the passes of the embedding, and of the head with the loss, whose gradient comes with the forward pass."""
+    dim, rows = step.model.dim, step.model.known_vocabulary / step.parallel.tp
+    forward, to_input, to_weight = dict[str, float](), dict[str, float](), dict[str, float]()
+    if first:
+        forward["embedding"] = kernels.pointwise(2 * dim * tokens * kernels.unit)
+        to_weight["embedding"] = kernels.pointwise(6 * dim * tokens * kernels.unit)
+    if last:
+        head = kernels.product(tokens, rows, dim)
+        # Logits are written, read for their softmax, and their gradient is written and read twice.
+        forward["head and loss"] = head + kernels.pointwise(5 * kernels.unit * tokens * rows)
+        to_input["head and loss"], to_weight["head and loss"] = head, head
+    return BlockTime(forward, to_input, to_weight)
+
+
+def _compute(step: Step, stages: Sequence[BlockTime], simulated: bool) -> tuple[dict[str, float], float, float]:
+    """Predict the compute of the busiest rank in a step, with its waiting, and the passes beside which collectives may hide.
+
+    Returns parts, and seconds of a micro-batch's forward and backward pass on that rank.
+    """
+    plan, many = step.cost.plan, step.job.micro_batches
+    ranks = [[stages[stage] for stage in plan.held_by(rank)] for rank in range(step.parallel.pp)]
+    work = [summed(*(parts for each in held for parts in (each.forward, each.to_input, each.to_weight))) for held in ranks]
+    busiest = max(range(len(ranks)), key=lambda rank: sum(work[rank].values()))
+    forward = sum(sum(each.forward.values()) for each in ranks[busiest])
+    backward = sum(work[busiest].values()) - forward
+    parts = scaled(work[busiest], many)
+    if plan.count > 1 and simulated:
+        parts["pipeline bubble"] = _pipeline_seconds(step, stages, plan) - sum(parts.values())
+    return parts, forward, backward
+
+
+def _pipeline_seconds(step: Step, stages: Sequence[BlockTime], plan: StagePlan) -> float:
+    """Simulate the schedule in seconds; long ones are continued from their middle."""
+    parallel, many = step.parallel, step.job.micro_batches
+    costs = [Costs(*(sum(parts.values()) for parts in (each.forward, each.to_input, each.to_weight))) for each in stages]
+    tokens = step.job.micro * step.job.seq_len / parallel.cp
+    cut = parallel.tp if parallel.sequence_parallel else 1
+    link = group_of(step.cluster, step.layout, "pp")
+    hop = link.send(tokens * step.model.dim * PRECISIONS[step.job.precision].bytes / cut)
+
+    def seconds(count: int) -> float:
+        return simulate(pipeline_order(parallel, count), costs, hop).length
+
+    short, shorter = (repeated(parallel, many, least) for least in (ROUNDS, ROUNDS - 1))
+    end = seconds(short)
+    return end if short == many else end + (end - seconds(shorter)) / (short - shorter) * (many - short)
+
+
+def _outside(
+    step: Step, kernels: Kernels, rank: RankCost, forward: float, backward: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Predict what a step takes outside of blocks, and the communication that is hidden.
+
+    forward, backward: seconds of a micro-batch's passes
+    """
+    job, away, cluster = step.job, step.away, step.cluster
+    traffic = engine_moved(step.parallel)(rank, step.parallel, step.layout, job)
+    parts = {"copies of weights and gradients": kernels.pointwise(traffic.within)}
+    if step.parallel.engine == "deepspeed":
+        exposed, beside = _deepspeed_exchanges(step, traffic.between, forward, backward)
+    else:
+        exposed, beside = _exchanges(step, rank, forward, backward)
+    parts |= exposed
+    host = away.to_host + away.from_host
+    if "offload" in job.policies:  # there and back, in order with the computation
+        shapes = [step.model.block(layer) for layers in rank.layers for layer in layers]
+        host += 2 * job.micro_batches * sum(block_bytes(each, job.forward_pass(step.parallel), "none") for each in shapes)
+    parts["host transfers"] = host / (cluster.host_link * 1e9)
+    local = min(step.layout.world_size, cluster.gpus_per_node)
+    parts["disk"] = (away.disk_read + away.disk_written) * local / (cluster.disk * 1e9)
+    update = kernels.pointwise(traffic.update) if step.parallel.offload == "none" else traffic.update / HOST_UPDATE
+    parts["update"] = update + STEP
+    return parts, beside
+
+
+def _exchanges(step: Step, rank: RankCost, forward: float, backward: float) -> tuple[dict[str, float], dict[str, float]]:
+    """Predict gathering of weights and reducing of gradients, each with the pass that may hide it.
+
+    Whole weights are gathered and reduced once a step. FSDP2 gathers for every pass under ZeRO-3, once a step otherwise, and
+    reduces every micro-batch under ZeRO-2 and 3; through a pipeline both once.
+    """
+    parallel, layout, job = step.parallel, step.layout, step.job
+    if layout.gradient_ranks == 1:
+        return {}, {}
+    unit, exact, many = PRECISIONS[job.precision].bytes, PRECISIONS[job.precision].accum_bytes, job.micro_batches
+    whole, blocks = rank.elements * layout.weight_ranks, sum(map(len, rank.layers)) + 1
+    shards, copies = group_of(step.cluster, layout, "shard", "cp"), group_of(step.cluster, layout, "replicate")
+    fully = (parallel.engine == "deepspeed" and layout.zero == 3) or (
+        uses_fsdp(parallel, layout) and parallel.engine == "torch"
+    )
+    every = fully and parallel.pp == 1
+    exchange = _Hiding(step.cluster, step.traits.overlaps)
+    if layout.zero == 0:
+        reduced = copies if layout.cp == 1 else group_of(step.cluster, layout, "replicate", "shard", "cp")
+        sent = _grad(unit, exact, many) * whole
+        exchange.add("gradient reduction", reduced.all_reduce(sent, blocks), 2 * sent, backward, blocks)
+    elif not every:
+        sent = _grad(unit, exact, many) * whole
+        late = parallel.pp > 1 or step.traits.reduces_late
+        exchange.add("gradient reduction", shards.gather(sent, blocks), sent, 0.0 if late else backward, blocks)
+        exchange.add("weight gathering", shards.gather(unit * whole, blocks), unit * whole, forward, blocks)
+    else:
+        times = 2 * many if layout.zero == 3 else 1
+        reductions = many if layout.zero >= 2 else 1
+        # Copy engines exchange gradients as they are computed; NCCL sums them in fp32.
+        narrow = parallel.copy_engines and shards.bandwidth == shards.local
+        gathered, sent = unit * whole, (unit if narrow else exact) * whole
+        exchange.add("weight gathering", shards.gather(gathered, blocks), gathered, forward, blocks, max(1, times // 2))
+        # A backward pass hides its gathering and its reduction.
+        again = gathered if layout.zero == 3 else 0
+        seconds = shards.gather(again + sent, 2 * blocks if again else blocks)
+        exchange.add("gradient reduction", seconds, again + sent, backward, blocks, reductions)
+    if layout.replicate > 1 and layout.zero:
+        own = exact * rank.elements
+        window = 0.0 if parallel.pp > 1 else backward
+        exchange.add("gradient reduction", copies.all_reduce(own, blocks), 2 * own, window, blocks)
+    return exchange.parts, exchange.beside
+
+
+def _deepspeed_exchanges(
+    step: Step, between: float, forward: float, backward: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Predict DeepSpeed's exchanges of `between` bytes sent in a step: beside passes under ZeRO-3, at the end of the others."""
+    layout, many = step.layout, step.job.micro_batches
+    if layout.world_size == 1:
+        return {}, {}
+    ranks = group_of(step.cluster, layout, "replicate", "shard")
+    blocks = step.model.layers + 1
+    exchange = _Hiding(step.cluster, step.traits.overlaps)
+    times = many if layout.zero >= 2 else 1
+    seconds = between / times / ranks.bandwidth + 3 * blocks * ranks.latency
+    window = forward + backward if layout.zero == 3 else 0.0
+    exchange.add("gradient reduction", seconds, between / times, window, blocks, times)
+    return exchange.parts, exchange.beside
+
+
+def _grad(unit: int, exact: int, many: int) -> int:
+    """Return the bytes in which an element of a gradient travels: added up, it is as wide as the masters."""
+    return unit if many == 1 else exact
+
+
+class _Hiding:
+    """Adds up communication beside computation: what sticks out, what it takes from computation, and what is hidden."""
+
+    def __init__(self, cluster: ClusterConfig, overlaps: float) -> None:
+        self._rates, self._local, self._overlaps = cluster.rates, cluster.link * 1e9 * cluster.rates.link, overlaps
+        self.parts: dict[str, float] = {}
+        self.beside: dict[str, float] = {}
+
+    def add(self, name: str, seconds: float, size: float, window: float, groups: int, times: int = 1) -> None:
+        """Add communication of `size` bytes in so many groups, `times` a step, each time beside `window` seconds.
+
+        The first group's has nothing to hide behind.
+        """
+        if not seconds:
+            return
+        hidden = min(seconds * (1 - 1 / groups), window * self._overlaps)
+        self.parts[name] = self.parts.get(name, 0.0) + times * (seconds - hidden)
+        if hidden:
+            felt = hidden / seconds * size / self._local * self._rates.contention
+            self.parts["contention"] = self.parts.get("contention", 0.0) + times * felt
+            self.beside[name] = self.beside.get(name, 0.0) + times * hidden

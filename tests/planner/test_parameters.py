@@ -1,0 +1,64 @@
+"""Parameters listed from a config, held to those of the built model; and the optimizers' state to what a step makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from meshloom.models.config import DecoderConfig
+from meshloom.optim.optimizers.config import OPTIONS
+from meshloom.parallel.layout import Layout
+from meshloom.planner.built_model import model_inventory, tried_optimizer
+from meshloom.planner.memory import Cutter, optimizer_bytes
+from meshloom.planner.parameters import Inventory, decoder_inventory
+from meshloom.trainer.build import build_model, optimizer_factory
+
+SHAPE = {"dim": 64, "layers": 4, "heads": 8, "kv_heads": 2, "ffn_dim": 96, "vocabulary": 100}
+LATENT = {"kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+PARTS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "tied, biases": {"tied": True, "qkv_bias": True, "output_bias": True, "ffn_bias": True},
+    "Gemma 3": {"norm_place": "around", "qk_norm": "head", "layer_types": ["sliding", "full"], "sliding_window": 8},
+    "OLMo 2": {"norm_place": "after", "qk_norm": "full", "sinks": True, "mup_base": 32},
+    "DeepSeek-V3": {
+        **{"attention": "mla", "kv_heads": 8, "mla": {"q_lora_rank": 20, **LATENT}},
+        "experts": {"count": 8, "ffn_dim": 16, "shared": 1, "dense_layers": 1},
+    },
+    "latent keys only": {"attention": "mla", "kv_heads": 8, "mla": {"q_lora_rank": None, **LATENT}},
+}
+
+
+def stages(inventory: Inventory) -> list[list[tuple[str, tuple[int, ...]]]]:
+    cuts = [(range(4), True, True), (range(2), True, False), (range(2, 4), False, True)]
+    found = [inventory.stage(layers, first=first, last=last) for layers, first, last in cuts]
+    return [[(each.name, each.shape) for group in groups for each in group.parameters] for groups in found]
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_config_lists_what_the_built_model_has(parts: str) -> None:
+    config = DecoderConfig.of({**SHAPE, **PARTS[parts]})
+    model, listed = build_model(config, 100), decoder_inventory(config)
+    for tp in (1, 2, 4, 8):
+        built = model_inventory(model, tp)
+        for ours, theirs in zip(listed.parameters, built.parameters, strict=True):
+            assert (ours.name, ours.shape, ours.decays, ours.lr_scale) == (
+                *(theirs.name, theirs.shape),
+                *(theirs.decays, theirs.lr_scale),
+            )
+            assert ours.local_shape(tp) == theirs.local_shape(tp), (ours.name, tp)
+    cuts = [(range(4), True, True), (range(2), True, False), (range(2, 4), False, True)]
+    carved = [model.carve(layers, first=first, last=last) for layers, first, last in cuts]
+    expected = [[(name, tuple(each.shape)) for name, each in stage.named_parameters()] for stage in carved]
+    assert list(map(sorted, stages(listed))) == list(map(sorted, expected))
+
+
+@pytest.mark.parametrize("unit", [4, 8])
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_an_optimizers_state_is_what_its_step_makes(kind: Any, unit: int) -> None:
+    config = kind()
+    count = optimizer_bytes(config)
+    assert count is not None
+    inventory = decoder_inventory(DecoderConfig.of(SHAPE))
+    groups = Cutter(Layout(shard=3, tp=2)).cut(inventory.stage(range(4), first=True, last=True))
+    assert count(groups, unit) == tried_optimizer(optimizer_factory(config))(groups, unit)
