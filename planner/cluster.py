@@ -277,9 +277,11 @@ def _value(hint: Any, value: Any, key: str, problems: list[Problem]) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and types.NoneType in kinds:
         return None
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if (float in kinds and number) or (int in kinds and number and value == int(value)):
-        return float(value) if float in kinds else int(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if float in kinds:
+            return float(value)
+        if int in kinds and value == int(value):
+            return int(value)
     if bool in kinds and isinstance(value, bool):
         return value
     if str in kinds and isinstance(value, str):

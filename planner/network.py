@@ -79,4 +79,5 @@ def _node_bytes(cluster: ClusterConfig, reach: int) -> float:
     ends = [0, *accumulate(island.nodes * cluster.gpus_per_node for island in cluster.islands)]
     crosses = any(end % reach for end in ends[1:-1])
     inside = [island.gbit for island, (start, end) in zip(cluster.islands, pairwise(ends), strict=True) if end - start >= reach]
-    return min([*inside, *([cluster.between] if crosses or not inside else [])]) * 1e9 / 8
+    slowest: float = min([*inside, *([cluster.between] if crosses or not inside else [])])
+    return slowest * 1e9 / 8
