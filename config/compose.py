@@ -44,7 +44,7 @@ ROOT = "config"
 HYDRA_VERSION = "1.3"
 NAMED = ("model", "data", "optim", "schedule", "batch")  # groups whose options carry a name
 OPEN_NODES = tuple(
-    f"{node}{mark}" for node in ("parallel.deepspeed.config", "optim.modules", "stages") for mark in ".="
+    f"{node}{mark}" for node in ("parallel.deepspeed.config", "optim.modules", "stages", "validation") for mark in ".="
 )  # their keys are in no schema
 FAULTS = (HydraException, yaml.YAMLError, ValueError)  # what composition raises for bad overrides and bad files
 LONGEST_NAME = 200  # file systems take 255

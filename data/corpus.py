@@ -119,6 +119,13 @@ class Packed:
             raise ConfigError([Problem(f"{key}.seq_len", f"{said}, too few for one sample of {self.seq_len}", fix)])
         return pack(shards, self._packing, self.seq_len, self._document_mask, self._cache, self.version, padded=held_out)
 
+    def whole(self, tokenizer: Tokenizer | None, key: str) -> StoredSamples:
+        """Return samples of all documents of the node, cut into tokens by `tokenizer`, for validation.
+
+        Raises ConfigError, naming keys of the node `key`, where they can't be.
+        """
+        raise NotImplementedError
+
     def _prepared(self) -> StoredSamples:
         if self._train is None:
             raise RuntimeError("prepare() this data node before using it")
@@ -200,6 +207,13 @@ class Corpus(Packed):
     def asked_share(self) -> float:
         """Share of the tokens that is to be held out."""
         return self._held_out
+
+    def whole(self, tokenizer: Tokenizer | None, key: str) -> StoredSamples:
+        """Return samples of all documents."""
+        if tokenizer is None:
+            raise ConfigError([Problem(key, "the training data have no tokenizer", "give token shards (shards)")])
+        folder = tokenize_corpus(self.source, tokenizer, 0.0, self._cache, self.version)
+        return self._pack(TokenShards(folder / "train", self._verify), key, held_out=True)
 
     def prepare(self) -> None:
         """Build or find tokenizer and shards."""

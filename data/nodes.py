@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config.cache import expand_user
-from ..config.problems import Problem
+from ..config.problems import ConfigError, Problem
 from .config import HfConfig, JsonlConfig, ParquetConfig, ShardsConfig, StdlibConfig, TextConfig
 from .corpus import Corpus, Packed
+from .order import StoredSamples
+from .reader import TokenShards
 from .records import HuggingFace, JsonLines, ParquetFiles
 from .shards import MANIFEST
 from .sources import StandardLibrary, TextFiles
+from .tokenizer import Tokenizer
 
 
 class Stdlib(Corpus):
@@ -72,6 +75,16 @@ class Tokenized(Packed):
 
     def _train_folder(self) -> Path:
         return self._path if (self._path / MANIFEST).is_file() else self._path / "train"
+
+    def whole(self, tokenizer: Tokenizer | None, key: str) -> StoredSamples:
+        """Return samples of all documents of the shards."""
+        shards = TokenShards(self._train_folder(), self._verify)
+        if tokenizer is not None and shards.tokenizer_file is not None:
+            own = Tokenizer.load(shards.tokenizer_file, shards.manifest.end_of_document)
+            if own.fingerprint != tokenizer.fingerprint:
+                fix = "tokenise both with one tokenizer and one end_of_document"
+                raise ConfigError([Problem(key, "its tokens come from another tokenizer than the training data's", fix)])
+        return self._pack(shards, key, held_out=True)
 
     def prepare(self) -> None:
         """Open the shards."""

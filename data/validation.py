@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ValidationPart:
-    """Validation samples of one source: its name ("" where there is but one), its weight in the loss, its samples."""
+    """Validation samples of one source or set: its name ("" where there is but one), its weight in the loss, its samples.
+
+    A weight of 0 is that of a named set, or of a source that is not trained on now.
+    """
 
     name: str
     weight: float
@@ -38,6 +41,11 @@ def validation_parts(node: DataNode) -> list[ValidationPart]:
 
 
 def samples_of_parts(parts: Sequence[ValidationPart], samples: int) -> list[int]:
-    """Divide an evaluation's samples among parts by weight: at least one of each, and at most all that it has."""
-    shares = apportion([part.weight for part in parts], samples)
-    return [min(max(1, share), len(part.samples)) for part, share in zip(parts, shares, strict=True)]
+    """Divide an evaluation's samples among parts by weight: at least one of each, and at most all that it has.
+
+    A part without weight has as many as all others together.
+    """
+    weights = [part.weight for part in parts]
+    shares = apportion(weights, samples) if any(weights) else weights
+    asked = [max(1, share) if part.weight else samples for part, share in zip(parts, shares, strict=True)]
+    return [min(count, len(part.samples)) for part, count in zip(parts, asked, strict=True)]

@@ -155,18 +155,25 @@ class Run:
                 all_of_them.callback(hook.close)
 
 
-def build_run(config: RunConfig, saved: Mapping[str, Any], data: DataNode, mesh: Mesh, place: Place | None = None) -> Run:
+def build_run(
+    config: RunConfig,
+    saved: Mapping[str, Any],
+    data: DataNode,
+    mesh: Mesh,
+    place: Place | None = None,
+    sets: Sequence[ValidationPart] = (),
+) -> Run:
     """Build a run on prepared data, with fresh weights. `resume.py` then loads a checkpoint's state into it.
 
     saved: what its checkpoints state about it: the config, and the options that were chosen
-    place: the stage that it trains, of a run that has some
+    place: the stage that it trains, of a run that has some; sets: its named validation sets
 
     Raises ConfigError, before any memory is taken, where another run saves into the checkpoint folder.
     """
     # Rank 0 locks the checkpoint folder: it may lie outside `output_dir`, whose lock the run already has.
     checkpointer = raise_on_all_ranks(mesh, lambda: open_checkpointer(config, mesh, place))
     try:
-        return _build(config, saved, data, mesh, checkpointer, place)
+        return _build(config, saved, data, mesh, checkpointer, place, sets)
     except BaseException:
         if checkpointer is not None:
             checkpointer.close()
@@ -197,6 +204,7 @@ def _build(
     mesh: Mesh,
     checkpointer: Checkpointer | None,
     place: Place | None,
+    sets: Sequence[ValidationPart],
 ) -> Run:
     output_dir = Path(config.output_dir)
     vocabulary = config.model.vocabulary or data.vocabulary
@@ -219,7 +227,7 @@ def _build(
     if mesh.is_main and config.trainer.profile_step is not None:  # first: what the others do at a step's end is not the step's
         hooks.append(ProfileStep(config.trainer.profile_step, output_dir / "profile"))
     hooks += [CollectGarbage(), *(build_hook(node) for node in config.trainer.hooks)]
-    parts = validation_parts(data)
+    parts = [*validation_parts(data), *sets]
     if parts and config.trainer.eval_every != 0:
         hooks.append(_evaluation(config, parts, mesh, mixtures))
     elif not parts and config.trainer.eval_every and mesh.is_main:

@@ -10,6 +10,7 @@ from ..checkpoint.files import open_files
 from ..config.nodes import Custom
 from ..config.problems import ConfigError, Problem
 from ..data.build import build_node
+from ..data.validation_sets import ValidationSets
 from ..models.config import DecoderConfig
 from ..optim.batch.controller import Controller
 from ..optim.build import build_controller, build_schedule
@@ -186,6 +187,11 @@ def data_problems(config: RunConfig, _: Start) -> Iterable[Problem]:
     return collect_problems("data", lambda: build_node(config.data, config.seed, config.model.vocabulary).problems())
 
 
+def validation_problems(config: RunConfig, _: Start) -> Iterable[Problem]:
+    """Return the problems of the named validation sets: of their keys and files, as far as no data are read."""
+    return collect_problems("validation", lambda: ValidationSets(config.validation, config.data, config.seed).problems())
+
+
 def _coupling(config: RunConfig, _: Start) -> Iterable[Problem]:
     measures = config.batch.MEASURES or config.batch.name == "critical_loss"
     return coupling_problems(config.optim.lr_coupling, measures, config.schedule.name)
@@ -211,6 +217,7 @@ RELATIONS = (
     Relation(("schedule", "optim.lr", *LENGTH), _schedule),
     Relation(("batch", "optim", "parallel", "model", *LENGTH), _batch),
     Relation(("data", "model.vocabulary", "seed"), data_problems),
+    Relation(("validation", "data", "seed"), validation_problems),
     Relation(("optim.lr_coupling", "batch", "schedule"), _coupling),
     Relation(("model.vocabulary", "data.vocabulary"), _synthetic),
 )

@@ -17,6 +17,8 @@ from ..data.config import DataConfig
 from ..data.node import DataNode
 from ..data.order import Shuffled
 from ..data.summary import data_notices, data_warnings
+from ..data.validation import ValidationPart
+from ..data.validation_sets import ValidationSets
 from ..parallel.engines import start_compiling
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, pick_device
@@ -62,7 +64,7 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
         log.warning("%s", warning)
     config, checkpoint, parallel = resolved.config, resolved.checkpoint, resolved.config.parallel
     # Before connecting: building a large corpus may take longer than the process groups' time-out.
-    data = prepared_stages(resolved)
+    data, sets = prepared_stages(resolved)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         model = build_model(config.model, config.model.vocabulary or data[0].vocabulary)
         start_compiling(model, parallel, engine_settings(config, model, data[0].seq_len))
@@ -72,7 +74,7 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
             raise RuntimeError(f"processes see different newest checkpoints (this one {checkpoint}): is the folder shared?")
         if mesh.differ(" ".join(each.fingerprint for each in data)):
             raise RuntimeError("processes see different data: give all of them the same files (and, for stdlib, one Python)")
-        return _train(resolved, data, mesh, stop)
+        return _train(resolved, data, sets, mesh, stop)
     except TrainingDiverged as error:
         log.error("%s", error)
         return 1
@@ -82,10 +84,11 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
         mesh.close()
 
 
-def prepared_stages(resolved: ResolvedRun) -> list[DataNode]:
+def prepared_stages(resolved: ResolvedRun) -> tuple[list[DataNode], list[list[ValidationPart]]]:
     """Build and prepare the data of the current stage and of all later ones: what is wrong with them shows before the start.
 
-    Raises ConfigError as `prepared_data`, and for a stage whose tokens are not those of the stage before it.
+    Returns the data and the named validation sets of each stage. Raises ConfigError as `prepared_data`, and for a stage whose
+    tokens are not those of the stage before it.
     """
     runs = (resolved, *resolved.then)
     found: list[DataNode] = []
@@ -101,7 +104,12 @@ def prepared_stages(resolved: ResolvedRun) -> list[DataNode]:
             raise ConfigError([replace(each, key=f"{one.place.stage.key}.{each.key}") for each in error.problems]) from error
         if number and one.place is not None:
             refuse_other_tokens(found[-2], found[-1], one.place.stage)
-    return found
+    configs = [one.config for one in runs]
+    sets = [
+        ValidationSets(config.validation, config.data, config.seed).parts(data)
+        for config, data in zip(configs, found, strict=True)
+    ]
+    return found, sets
 
 
 def prepared_data(config: DataConfig, seed: int, vocabulary: int | None) -> DataNode:
@@ -128,8 +136,17 @@ def prepared_data(config: DataConfig, seed: int, vocabulary: int | None) -> Data
     return data
 
 
-def _train(resolved: ResolvedRun, data: Sequence[DataNode], mesh: Mesh, stop: StopRequest) -> int:
-    """Train the current stage and those after it, each of which resumes from the checkpoint of the one before."""
+def _train(
+    resolved: ResolvedRun,
+    data: Sequence[DataNode],
+    sets: Sequence[Sequence[ValidationPart]],
+    mesh: Mesh,
+    stop: StopRequest,
+) -> int:
+    """Train the current stage and those after it, each of which resumes from the checkpoint of the one before.
+
+    data, sets: of each of these stages
+    """
     output_dir = Path(resolved.config.output_dir)
     lock = raise_on_all_ranks(mesh, lambda: _lock_output_dir(output_dir) if mesh.is_main else None)
     try:
@@ -138,7 +155,7 @@ def _train(resolved: ResolvedRun, data: Sequence[DataNode], mesh: Mesh, stop: St
             if number:
                 run = begin_stage(resolved.then[number - 1])
                 mesh = _mesh_of(run, mesh)
-            if not _run_locked(run, node, mesh, stop):
+            if not _run_locked(run, node, sets[number], mesh, stop):
                 break
             release_memory(mesh)
         return 0
@@ -153,14 +170,14 @@ def _mesh_of(run: ResolvedRun, mesh: Mesh) -> Mesh:
     return mesh if layout == mesh.layout else mesh.rearranged(layout)
 
 
-def _run_locked(resolved: ResolvedRun, data: DataNode, mesh: Mesh, stop: StopRequest) -> bool:
+def _run_locked(resolved: ResolvedRun, data: DataNode, sets: Sequence[ValidationPart], mesh: Mesh, stop: StopRequest) -> bool:
     """Train one stage, or a run without any. Return whether it reached its end, and nobody asked to stop."""
     config, checkpoint, place = resolved.config, resolved.checkpoint, resolved.place
     output_dir = Path(config.output_dir)
     imported = resolved.imported
     saved = {"config": plain_config(config), "choices": dict(resolved.choices)}
     saved |= {} if imported is None else {"imported_from": dict(imported.said)}
-    current = build_run(config, saved, data, mesh, place)
+    current = build_run(config, saved, data, mesh, place, sets)
     try:
         origin = None if checkpoint is None else restore_run(current, checkpoint, config)
         if mesh.is_main:

@@ -65,6 +65,11 @@ class RunConfig:
         "name → a stage: its length in tokens, and what it changes from the stage before it, as a tree of keys;"
         " {}: the run has one, as long as trainer.steps or trainer.tokens says",
     )
+    validation: dict[str, Any] = key(
+        {},
+        "name → node of any option of data (`/data@validation.wiki: text` in a recipe's defaults): a validation set, read whole"
+        " and evaluated apart as validation/<name>/loss",
+    )
     model: models.ModelConfig = MISSING
     data: data.DataConfig = MISSING
     optim: OptimConfig = MISSING

@@ -35,15 +35,14 @@ def key_sides(config: RunConfig) -> dict[str, Side]:
 
 
 def _source_sides(config: RunConfig) -> Iterator[tuple[str, Side]]:
-    """Yield key → side for the sources of a mixture, which are themselves nodes of the group."""
-    if "data" in config.unusable:
-        return
-    for name, node in config.data.nested.items():
+    """Yield key → side for the sources of a mixture, and for named validation sets: they are nodes of the group data."""
+    nodes = {f"validation.{name}": node for name, node in config.validation.items()}
+    if "data" not in config.unusable:
+        nodes |= {f"data.sources.{name}": node for name, node in config.data.nested.items()}
+    for name, node in nodes.items():
         kind = option_of("data", node) if isinstance(node, dict) else None
         if kind is not None:
-            yield from (
-                (f"data.sources.{name}.{key.name}", _side(key.side, config)) for key in keys_of(kind) if key.name in node
-            )
+            yield from ((f"{name}.{key.name}", _side(key.side, config)) for key in keys_of(kind) if key.name in node)
 
 
 def _side(declared: Side | RecipeWhen, config: RunConfig) -> Side:

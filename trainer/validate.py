@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from ..config.problems import Problem
 from ..optim.progress import BEGINNING, Progress
 from .automatic import resolve_automatic
-from .relations import RELATIONS, Relation, Start, data_problems
+from .relations import RELATIONS, Relation, Start, data_problems, validation_problems
 from .schema import RunConfig
 from .stages.record import Place
 
@@ -52,7 +52,7 @@ def checked_config(
     for relation in RELATIONS:
         if not any(_touches(relation, fault) for fault in faults):
             found = relation.check(config, start)
-            if relation.check is data_problems and elsewhere is not None:
+            if relation.check in (data_problems, validation_problems) and elsewhere is not None:
                 elsewhere += found
             else:
                 problems += [problem for problem in found if problem not in problems]

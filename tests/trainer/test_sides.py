@@ -17,7 +17,7 @@ ALL_OF = {"model": RECIPE, "schedule": RECIPE, "balance": RECIPE, "parallel": PL
 
 EACH = {
     "": {
-        RECIPE: "recipe seed precision stages",
+        RECIPE: "recipe seed precision stages validation",
         PLACEMENT: "output_dir resume",
     },
     "data": {

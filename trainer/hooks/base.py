@@ -65,7 +65,7 @@ class Hook:
     def on_evaluate(self, loop: Loop, row: dict[str, Any]) -> None:
         """Called after an evaluation, with a row that has `step` and `eval_loss`. All earlier rows have arrived.
 
-        Of a mixture the row also has `eval_loss/<source>` for each source.
+        It also has `validation/<name>/loss` for each source of a mixture, and for each named validation set.
         """
 
     def on_routed(self, loop: Loop, counts: Mapping[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation: mean loss on the first samples of the validation set of each source, the same on every layout."""
+"""Evaluation: mean loss on the first samples of each validation set, the same on every layout."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """This rank's share of the validation samples of one source; as many micro-batches on every rank.
+    """This rank's share of the validation samples of one source or named set; as many micro-batches on every rank.
 
-    name    of the source; "" where there is but one
-    weight  of its loss in the mean
+    name    "" where there is but one source
+    weight  of its loss in the mean; 0: it is evaluated apart only
     """
 
     name: str
@@ -55,19 +55,34 @@ class Evaluation(Hook):
             if (counts := loop.engine.assignments()) is not None:
                 routed[each.name] = counts
         losses = [float(loss.mean) for loss in found]
-        # A source without a target says nothing, and its 0 has no place in the mean.
-        weights = [each.weight if float(loss.tokens) else 0.0 for each, loss in zip(self._sets, found, strict=True)]
-        if not all(weights) and loop.mesh.is_main:
-            silent = ", ".join(each.name or "the data" for each, weight in zip(self._sets, weights, strict=True) if not weight)
-            log.warning("step %d: no held-out sample of %s has a target, so its loss says nothing", loop.progress.step, silent)
-        mean = math.fsum(map(operator.mul, weights, losses)) / math.fsum(weights) if any(weights) else 0.0
-        row: dict[str, Any] = {"step": loop.progress.step, "eval_loss": mean, "tokens": loop.progress.tokens}
-        row |= {f"eval_loss/{each.name}": loss for each, loss in zip(self._sets, losses, strict=True) if each.name}
+        silent = [each.name or "the data" for each, loss in zip(self._sets, found, strict=True) if not float(loss.tokens)]
+        if silent and loop.mesh.is_main:
+            text = "step %d: no held-out sample of %s has a target, so its loss says nothing"
+            log.warning(text, loop.progress.step, ", ".join(silent))
+        row: dict[str, Any] = {
+            "step": loop.progress.step,
+            "eval_loss": self._mean(found, losses),
+            "tokens": loop.progress.tokens,
+        }
+        row |= {f"validation/{each.name}/loss": loss for each, loss in zip(self._sets, losses, strict=True) if each.name}
+        if loop.stage is not None:
+            row["stage"] = loop.stage.name
         if routed:
             row |= self._specialisation(loop, routed)
         for hook in loop.hooks:
             hook.on_evaluate(loop, row)
         loop.restart_clock()
+
+    def _mean(self, found: Sequence[StepLoss], losses: Sequence[float]) -> float:
+        """Return the mean loss by weight; of named sets alone, where the training data hold nothing out, the plain mean.
+
+        A set without a target says nothing, and its 0 has no place in the mean.
+        """
+        alike = not any(each.weight for each in self._sets)
+        weights = [
+            (1.0 if alike else each.weight) if float(loss.tokens) else 0.0 for each, loss in zip(self._sets, found, strict=True)
+        ]
+        return math.fsum(map(operator.mul, weights, losses)) / math.fsum(weights) if any(weights) else 0.0
 
     def _specialisation(self, loop: Loop, routed: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Show the hooks what each source was routed to. Returns the mutual information of source and expert by layer."""

@@ -32,6 +32,7 @@ def evaluated_at(every: str | int | None, sizes: list[int], total: int) -> list[
         hooks=[SimpleNamespace(on_evaluate=lambda loop, row: seen.append(row["step"]))],
         restart_clock=lambda: None,
         finished=False,
+        stage=None,
     )
     hook = Evaluation([EvaluationSet("", 1.0, [])], None if every is None else Duration.parse(every))
     for size in sizes:
@@ -62,7 +63,7 @@ def test_sources_of_a_mixture_are_evaluated_apart_and_weighted() -> None:
         "c4.en": StepLoss(torch.tensor(4.0), torch.ones(()), {}),
     }
     row = evaluated(found)
-    assert row["eval_loss"] == 2.5 and row["eval_loss/code"] == 2.0 and row["eval_loss/c4.en"] == 4.0
+    assert row["eval_loss"] == 2.5 and row["validation/code/loss"] == 2.0 and row["validation/c4.en/loss"] == 4.0
 
 
 def test_a_source_without_targets_is_left_out_of_the_mean(caplog: pytest.LogCaptureFixture) -> None:
@@ -72,8 +73,20 @@ def test_a_source_without_targets_is_left_out_of_the_mean(caplog: pytest.LogCapt
     assert evaluated({"code": nothing, "c4.en": nothing})["eval_loss"] == 0.0
 
 
-def evaluated(found: dict[str, StepLoss]) -> dict[str, Any]:
-    """The row of an evaluation of two sources, of which the first has three times the weight."""
+def test_a_named_set_is_no_part_of_the_mean() -> None:
+    found = {
+        name: StepLoss(torch.tensor(loss), torch.ones(()), {}) for name, loss in (("code", 2.0), ("wiki", 5.0), ("law", 9.0))
+    }
+    row = evaluated(found, {"code": 1.0, "wiki": 0.0})
+    assert row["eval_loss"] == 2.0 and row["validation/wiki/loss"] == 5.0
+    assert evaluated(found, {"wiki": 0.0, "law": 0.0})["eval_loss"] == 7.0, "where the training data hold nothing out"
+
+
+SHARES = {"code": 3.0, "c4.en": 1.0}
+
+
+def evaluated(found: dict[str, StepLoss], weights: dict[str, float] = SHARES) -> dict[str, Any]:
+    """The row of an evaluation of sets with these weights."""
     rows: list[dict[str, Any]] = []
     loop = SimpleNamespace(
         progress=Progress(),
@@ -83,8 +96,9 @@ def evaluated(found: dict[str, StepLoss]) -> dict[str, Any]:
         hooks=[SimpleNamespace(on_evaluate=lambda loop, row: rows.append(row))],
         restart_clock=lambda: None,
         finished=True,
+        stage=None,
     )
-    sets = [EvaluationSet(name, weight, cast(Any, name)) for name, weight in (("code", 3.0), ("c4.en", 1.0))]
+    sets = [EvaluationSet(name, weight, cast(Any, name)) for name, weight in weights.items()]
     Evaluation(sets, None).on_step_end(cast(Any, loop))
     (row,) = rows
     return row

@@ -69,3 +69,16 @@ def test_a_stop_near_a_border_changes_no_loss(whole: Path, tmp_path: Path, first
 def test_a_stage_may_have_a_layout_of_its_own(whole: Path, tmp_path: Path) -> None:
     go(2, tmp_path, "stages.long.parallel.tp=2", "stages.anneal.parallel={tp: 1, zero: 3}")
     assert rows(tmp_path, "loss") == pytest.approx(rows(whole, "loss"), rel=1e-9)
+
+
+def test_named_sets_are_evaluated_apart_in_every_stage(tmp_path: Path) -> None:
+    (tmp_path / "wiki.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    words = [
+        *("data=text", f"data.input={tmp_path}/wiki.txt", "data.tokenizer=bytes", "data.seq_len=16", "data.validation=0.1"),
+        f"data.cache_dir={tmp_path}/cache",
+        f"validation={{wiki: {{_target_: meshloom.data.nodes.Text, input: {tmp_path}/wiki.txt}}}}",
+    ]
+    assert run_ranks(1, body, [f"output_dir={tmp_path}/run", *WORDS, *words]) == [0]
+    found = rows(tmp_path / "run", "validation/wiki/loss")
+    assert set(found) == {4, 7, 8, 12} and 0 < found[12] < found[4]
+    assert rows(tmp_path / "run", "eval_loss").keys() == found.keys()

@@ -68,7 +68,10 @@ class ProgressLine(Hook):
     def on_evaluate(self, loop: Loop, row: dict[str, Any]) -> None:
         """Print the validation loss on a line of its own."""
         self._eval_loss = row["eval_loss"]
-        parts = [f"{key.partition('/')[2]} {loss:.4f}" for key, loss in row.items() if key.startswith("eval_loss/")]
+        named = {
+            key.removeprefix("validation/").removesuffix("/loss"): row[key] for key in row if key.startswith("validation/")
+        }
+        parts = [f"{name} {loss:.4f}" for name, loss in named.items()]
         of_sources = f" ({', '.join(parts)})" if parts else ""
         self._print(f"step {row['step']}: validation loss {row['eval_loss']:.4f}{of_sources}")
 

@@ -1,0 +1,58 @@
+"""Named validation sets: read whole, cut as the training data are, and refused by key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshloom.config.problems import ConfigError
+from meshloom.data.build import build_node
+from meshloom.data.config import SyntheticConfig, TextConfig
+from meshloom.data.validation_sets import ValidationSets
+
+TEXT = "meshloom.data.nodes.Text"
+
+
+def training(folder: Path, **keys: Any) -> TextConfig:
+    (folder / "train.txt").write_text("the quick brown fox " * 20)
+    return TextConfig(input=f"{folder}/train.txt", tokenizer="bytes", seq_len=8, cache_dir=str(folder / "cache"), **keys)
+
+
+def sets(config: Any, **nodes: Any) -> ValidationSets:
+    return ValidationSets(nodes, config, 1)
+
+
+def test_a_set_is_read_whole_in_the_tokens_of_the_training_data(tmp_path: Path) -> None:
+    (tmp_path / "wiki.txt").write_text("abcdefghijklmnop")
+    config = training(tmp_path)
+    data = build_node(config, 1, None)
+    data.prepare()
+    # A share to hold out, another tokenizer and another length say nothing here.
+    node = {"_target_": TEXT, "input": f"{tmp_path}/wiki.txt", "validation": 0.5, "tokenizer": "bpe", "seq_len": 4}
+    (part,) = sets(config, wiki=node).parts(data)
+    assert (part.name, part.weight, len(part.samples)) == ("wiki", 0.0, 2)
+    assert data.tokenizer is not None
+    assert sorted(data.tokenizer.decode(part.samples[k].tokens) for k in range(2)) == ["abcdefgh", "ijklmnop"]
+
+
+def test_what_is_no_set_is_refused_by_key(tmp_path: Path) -> None:
+    config = training(tmp_path)
+    wrong = {
+        "gone": {"_target_": TEXT, "input": f"{tmp_path}/gone.txt"},
+        "typo": {"_target_": TEXT, "inptu": "x"},
+        "flat": "wiki.txt",
+        "mixed": {"_target_": "meshloom.data.mixture.Mixture", "sources": {}, "weights": {}},
+    }
+    found = {problem.key for problem in sets(config, **wrong).problems()}
+    assert {"validation.gone.input", "validation.typo.inptu", "validation.flat", "validation.mixed"} == found
+
+
+def test_text_beside_data_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "wiki.txt").write_text("abc")
+    config = SyntheticConfig(seq_len=8, vocabulary=61)
+    data = build_node(config, 1, None)
+    data.prepare()
+    with pytest.raises(ConfigError, match=r"validation\.wiki: the training data have no tokenizer"):
+        sets(config, wiki={"_target_": TEXT, "input": f"{tmp_path}/wiki.txt", "cache_dir": str(tmp_path)}).parts(data)
