@@ -46,6 +46,6 @@ def samples_of_parts(parts: Sequence[ValidationPart], samples: int) -> list[int]
     A part without weight has as many as all others together.
     """
     weights = [part.weight for part in parts]
-    shares = apportion(weights, samples) if any(weights) else weights
+    shares = apportion(weights, samples) if any(weights) else [0] * len(parts)
     asked = [max(1, share) if part.weight else samples for part, share in zip(parts, shares, strict=True)]
     return [min(count, len(part.samples)) for part, count in zip(parts, asked, strict=True)]
