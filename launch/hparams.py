@@ -69,11 +69,13 @@ class Recommendation:
 
     base     overrides that choose recipe and model
     setting  other values of the base, which the overrides don't change
+    active   of the parameters, those that one token passes
     """
 
     base: list[str]
     setting: str
     parameters: int
+    active: int
     hidden: int
     tokens: float
     rows: list[Row]
@@ -121,7 +123,8 @@ def recommend(arguments: HparamsArguments) -> Recommendation:
     from ..trainer.automatic import hidden_parameters
 
     hidden = hidden_parameters(config)
-    total = parameter_count(replace(shape, vocabulary=shape.vocabulary or config.data.known_vocabulary or 1))
+    sized = replace(shape, vocabulary=shape.vocabulary or config.data.known_vocabulary or 1)
+    total = parameter_count(sized)
     seq_len = arguments.seq_len or config.data.seq_len
     multiple = arguments.multiple or math.lcm(8, config.batch.micro)
     loss = arguments.loss or laws.chinchilla_loss(total, tokens)
@@ -148,6 +151,7 @@ def recommend(arguments: HparamsArguments) -> Recommendation:
         base=base,
         setting=f"precision={config.precision} batch.micro={config.batch.micro} data={config.data.name}",
         parameters=total,
+        active=parameter_count(sized, active=True),
         hidden=hidden,
         tokens=tokens,
         rows=rows,
@@ -185,8 +189,9 @@ def _base(arguments: HparamsArguments, composer: Composer) -> list[str]:
 def show(found: Recommendation, arguments: HparamsArguments, console: Console) -> None:
     """Print the recommendation."""
     base = " ".join(found.base)
+    passed = f" ({_count(found.active)} of them active)" if found.active < found.parameters else ""
     console.print(
-        f"{base}: {_count(found.parameters)} parameters, {_count(found.hidden)} of them neither embedding nor head; "
+        f"{base}: {_count(found.parameters)} parameters{passed}, {_count(found.hidden)} neither embedding nor head; "
         f"{_count(found.tokens)} tokens\n"
     )
     table = Table(show_lines=True)

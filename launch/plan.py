@@ -105,7 +105,7 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    for table in plan_tables(plan.parallel, plan.layout, plan.job, plan.cost, plan.samples):
+    for table in plan_tables(plan.model.shape, plan.parallel, plan.layout, plan.job, plan.cost, plan.samples):
         console.print(table)
     for table in time_tables(found, parts=arguments.parts) if found is not None else ():
         console.print(table)

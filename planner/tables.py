@@ -9,6 +9,8 @@ from rich import box
 from rich.table import Column, Table
 from rich.text import Text
 
+from ..models.config import DecoderConfig
+from ..models.costs import parameter_count
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import AXES, Layout
 from .cost import LayoutCost, RankCost
@@ -29,7 +31,9 @@ def right(header: str) -> Column:
     return Column(header, justify="right")
 
 
-def plan_tables(parallel: ParallelConfig, layout: Layout, job: Job, cost: LayoutCost, samples: int) -> Iterator[Table | Text]:
+def plan_tables(
+    model: DecoderConfig, parallel: ParallelConfig, layout: Layout, job: Job, cost: LayoutCost, samples: int
+) -> Iterator[Table | Text]:
     """Make all tables of a plan, in the order of printing."""
     count = f"{layout.world_size} processes: " if layout.world_size > 1 else ""
     yield Text(f"\n{count}{layout.describe()}", style="bold")
@@ -37,7 +41,7 @@ def plan_tables(parallel: ParallelConfig, layout: Layout, job: Job, cost: Layout
         yield mesh_table(layout)
     yield holders_table(layout, cost)
     yield memory_table(cost)
-    yield step_table(parallel, job, cost, samples)
+    yield step_table(model, parallel, job, cost, samples)
 
 
 def axis_groups(layout: Layout, axis: str) -> list[list[int]]:
@@ -113,12 +117,15 @@ def gib(count: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.4f}"
 
 
-def step_table(parallel: ParallelConfig, job: Job, cost: LayoutCost, samples: int) -> Table:
+def step_table(model: DecoderConfig, parallel: ParallelConfig, job: Job, cost: LayoutCost, samples: int) -> Table:
     """Make the table of one step's work."""
     table = Table(show_header=False, title="One step", title_justify="left", box=box.SIMPLE)
     tokens = samples * job.seq_len
     table.add_row("global batch", f"{samples:,} samples × {job.seq_len:,} positions = {tokens:,} tokens")
     table.add_row("each rank", f"{job.micro_batches} micro-batches of {job.micro} samples")
+    total, active = parameter_count(model), parameter_count(model, active=True)
+    passed = f", of which a token passes {active:,} ({active / total:.1%})" if active < total else ""
+    table.add_row("parameters", f"{total:,}{passed}")
     counts = Counter(job.policies)
     table.add_row("activations", ", ".join(f"{policy} in {count} blocks" for policy, count in counts.items()))
     table.add_row("model FLOPs", f"{cost.model_flops:.3g} (6 per parameter and token, and full attention)")
