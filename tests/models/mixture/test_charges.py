@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshloom.models.mixture.charges import Charges, Rates, charge, count_assignments, prices, share_of
+from meshloom.models.mixture.config import ExpertsConfig, MixtureConfig
+from meshloom.models.mixture.mixture import Mixture
+from meshloom.models.part_config import FeedForwardConfig, MatrixScales
 
 COUNTS = torch.tensor([[3.0, 1.0, 0.0, 4.0]]).double()
 
@@ -46,3 +52,32 @@ def test_a_micro_batch_without_a_target_has_no_price() -> None:
     assert not price.any()
     assert not micro.any()
     assert not rows.any()
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the number of elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(each, torch.Tensor):
+                self.elements = max(self.elements, each.numel())
+        return out
+
+
+def test_no_tensor_has_tokens_times_chosen_times_experts() -> None:
+    """A one-hot of the choice took 81 GB elsewhere (transformers issue 48131)."""
+    tokens, experts, top_k, dim, width = 512, 64, 8, 4, 4
+    keys = ExpertsConfig(count=experts, top_k=top_k)
+    mixture = Mixture(MixtureConfig(FeedForwardConfig(dim, width, MatrixScales(0.02, 0.02, 1.0)), keys))
+    for parameter in mixture.parameters():
+        torch.nn.init.normal_(parameter)
+    charges = Charges(torch.ones(2, tokens // 2).bool(), torch.tensor(1 / tokens), Rates(0.1, 0.1, 0.1, 0.1))
+    x = torch.randn(2, tokens // 2, dim, requires_grad=True)
+    with Largest() as largest:
+        y, tally = mixture([x] * mixture.num_inputs(x), charges)
+        y.sum().backward()
+    assert tally is not None and int(tally.counts_E.sum()) == tokens * top_k
+    assert largest.elements <= tokens * max(experts, top_k * max(dim, width))

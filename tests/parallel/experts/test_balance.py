@@ -109,3 +109,23 @@ def test_every_token_is_reported_once() -> None:
 def test_dropped_tokens_are_reported() -> None:
     ((found, _),) = run_ranks(1, reported, work(8, PAST, {**EXPERTS, "capacity": 0.5}, zero=0))
     assert 0.4 < found["experts/0/dropped"] < 0.6  # every expert of an uneven load has room for at most half of a mean one
+
+
+def with_one_layer_collapsed(rank: int, world_size: int, work: Work) -> tuple[dict[str, float], float]:
+    """Return what a step reports whose second layer sends every token to experts 0 and 1, and its loss."""
+    engine = build(work, world_size)
+    batch = share(engine.mesh, work, 0)
+    biases = dict(engine.module.named_buffers())
+    biases["layers.1.ffn.router.bias"][:2] = 100.0
+    loss = engine.accumulate(batch, global_tokens(engine.mesh, batch))
+    engine.gradient_norm()
+    return {name: float(value) for name, value in loss.extras.items()}, float(loss.mean)
+
+
+def test_one_collapsed_layer_is_seen_and_loses_nothing() -> None:
+    """A mean over layers would hide it (Qwen3 issue 1418)."""
+    even = {"count": 8, "top_k": 2, "scores": "sigmoid", "bias": True}
+    ((found, loss),) = run_ranks(1, with_one_layer_collapsed, work(2, PAST, even, zero=0))
+    assert found["experts/1/load_max"] == 4.0 and found["experts/1/idle"] == 6.0 and found["experts/1/dropped"] == 0.0
+    assert found["experts/0/load_max"] < 3.0 and found["experts/0/idle"] < 6.0
+    assert 0 < loss < float("inf")
