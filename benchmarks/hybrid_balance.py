@@ -18,8 +18,8 @@ from random import Random
 from arguments import read
 from document_lengths import QUANTILES, draw_length
 
-from meshloom.parallel.hybrid.assignment import assign
 from meshloom.parallel.hybrid.cost import CostModel, least_time
+from meshloom.parallel.hybrid.planning import assign
 
 CAPACITY = 32 * 1024
 COSTS = CostModel(quadratic=1 / 45_600, linear=1.0, row=512.0)
@@ -48,8 +48,8 @@ def simulate(name: str, ranks: int, steps: int) -> tuple[float, float, float, fl
         began = time.perf_counter()
         plan = assign(lengths, ranks, CAPACITY, COSTS)
         seconds += time.perf_counter() - began
-        greedy += max(plan.times(lengths, COSTS))
-        static += max(assign(lengths, ranks, CAPACITY, COSTS, "static").times(lengths, COSTS))
+        greedy += plan.step_time(lengths, COSTS)
+        static += assign(lengths, ranks, CAPACITY, COSTS, "static").step_time(lengths, COSTS)
         bound += least_time(lengths, ranks, CAPACITY, COSTS)
         documents += len(lengths)
     return static / bound, greedy / bound, documents / steps, seconds / steps

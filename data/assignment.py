@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count as naturals
+from typing import Protocol
 
 from ..config.lazy import numpy as np
 from .batch import IGNORED, GlobalBatch, MicroBatch, Sample, Samples
@@ -53,17 +54,29 @@ class Share:
     passes         the largest number of micro-batches that any rank runs; the same on every rank
     workers        micro-batches of the whole batch that hold samples: blanks are no workers of the gradient statistics
     first_half     how many of this rank's micro-batches come from the first half of the global batch; None: not known
+    checksum       of the plan that the share is taken from; the same on every rank, which must agree on it. None: no plan
+    flops          of the model on the whole global batch, each document at its own length; None: not counted
     """
 
     micro_batches: Sequence[MicroBatch]
     passes: int
     workers: int
     first_half: int | None = None
+    checksum: int | None = None
+    flops: float | None = None
 
     @property
     def valid_tokens(self) -> int:
         """Positions of this share that carry loss. Call it while the targets are still on the CPU."""
         return sum(batch.valid_tokens for batch in self.micro_batches)
+
+
+class Dealer(Protocol):
+    """A rule by which global batches are dealt to data ranks."""
+
+    def load(self, samples: Samples, batch: GlobalBatch, micro: int, data_rank: int) -> Share:
+        """Deal a global batch in micro-batches of `micro` samples, and read the share of one data rank."""
+        ...
 
 
 def any_number(passes: int) -> bool:
@@ -73,7 +86,7 @@ def any_number(passes: int) -> bool:
 
 @dataclass(frozen=True)
 class Assigner:
-    """The rule by which a run deals its global batches to data ranks.
+    """The rule by which a run deals whole samples to data ranks. Implements `Dealer`.
 
     data_size  number of data ranks
     can_run    whether a step may have this number of passes; the schedule of a pipeline may not allow every number
@@ -100,6 +113,10 @@ class Assigner:
 
         ranks = tuple(dealt(rank) for rank in range(self.data_size))
         return Assignment(ranks, rows, first_half if self.halves else None)
+
+    def load(self, samples: Samples, batch: GlobalBatch, micro: int, data_rank: int) -> Share:
+        """Deal a global batch in micro-batches of `micro` samples, and read the share of one data rank."""
+        return load_share(samples, self.assign(batch, micro), data_rank)
 
     def passes(self, count: int, micro: int) -> int:
         """Count the micro-batches that each rank runs for a global batch of `count` samples."""

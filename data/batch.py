@@ -104,11 +104,13 @@ class MicroBatch:
 
     tokens_BS, targets_BS  int64
     documents              the document of each position; None where attention crosses documents
+    positions_BS           int64: where each position lies in its document, if the micro-batch alone does not tell
     """
 
     tokens_BS: torch.Tensor
     targets_BS: torch.Tensor
     documents: Documents | None = None
+    positions_BS: torch.Tensor | None = None
 
     @classmethod
     def collate(cls, samples: Sequence[Sample]) -> MicroBatch:
@@ -141,6 +143,7 @@ class MicroBatch:
             self.tokens_BS.to(device, non_blocking=True),
             self.targets_BS.to(device, non_blocking=True),
             None if self.documents is None else self.documents.to(device),
+            None if self.positions_BS is None else self.positions_BS.to(device, non_blocking=True),
         )
 
     def pin(self) -> MicroBatch:
@@ -149,4 +152,5 @@ class MicroBatch:
             self.tokens_BS.pin_memory(),
             self.targets_BS.pin_memory(),
             None if self.documents is None else self.documents.pin(),
+            None if self.positions_BS is None else self.positions_BS.pin_memory(),
         )

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from .assignment import Assigner, Share, load_share
+from .assignment import Dealer, Share
 from .batch import GlobalBatch, Samples
 
 
@@ -22,9 +22,9 @@ class Loader:
     pin  put them in page-locked memory, so that copies to the GPU don't wait
     """
 
-    def __init__(self, samples: Samples, assigner: Assigner, data_rank: int, pin: bool = False) -> None:
+    def __init__(self, samples: Samples, dealer: Dealer, data_rank: int, pin: bool = False) -> None:
         self.samples = samples
-        self.assigner = assigner
+        self.dealer = dealer
         self.data_rank = data_rank
         self._pin = pin
         self._device = torch.cuda.current_device() if pin else None
@@ -59,5 +59,5 @@ class Loader:
             torch.cuda.set_device(self._device)
 
     def _make(self, batch: GlobalBatch, micro: int) -> Share:
-        share = load_share(self.samples, self.assigner.assign(batch, micro), self.data_rank)
+        share = self.dealer.load(self.samples, batch, micro, self.data_rank)
         return replace(share, micro_batches=[each.pin() for each in share.micro_batches]) if self._pin else share

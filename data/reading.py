@@ -11,11 +11,15 @@ were left out, because a mixture's block was not read to its end.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from .batch import Sample, Samples
+from .batch import Sample, Samples, document_lengths, sample_part
 from .mixture import Mixture
 from .node import DataNode
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Read: TypeAlias = Mapping[str, Sequence[int]]
 """Source → what was read of it: see the module."""
@@ -39,6 +43,14 @@ class Unread:
         """Return the k-th unread sample."""
         return self.samples[self.number(index)]
 
+    def lengths(self, index: int) -> NDArray[np.int64]:
+        """Return the lengths of the k-th unread sample's documents."""
+        return document_lengths(self.samples, self.number(index))
+
+    def part(self, index: int, start: int, stop: int) -> Sample:
+        """Return the tokens and targets of positions [start, stop) of the k-th unread sample."""
+        return sample_part(self.samples, self.number(index), start, stop)
+
 
 class Shifted:
     """Samples under other numbers: the k-th is the (k + by)-th of `samples`. Implements `Samples`."""
@@ -52,6 +64,14 @@ class Shifted:
     def __getitem__(self, index: int) -> Sample:
         """Return the k-th sample."""
         return self.samples[index + self.by]
+
+    def lengths(self, index: int) -> NDArray[np.int64]:
+        """Return the lengths of the k-th sample's documents."""
+        return document_lengths(self.samples, index + self.by)
+
+    def part(self, index: int, start: int, stop: int) -> Sample:
+        """Return the tokens and targets of positions [start, stop) of the k-th sample."""
+        return sample_part(self.samples, index + self.by, start, stop)
 
 
 def shifted(samples: Samples, by: int) -> Samples:

@@ -17,12 +17,15 @@ class Documents(NamedTuple):
     cu_seqlens       (N + 1,) int32, beside the ids: where each document begins in the rows laid end to end, and the last ends
     host_cu_seqlens  the same numbers on the host: whoever needs them there must not wait for the device
     part_cu_seqlens  of the part of the rows that this rank holds, beside the ids, where a ring of ranks shares them
+    host_rings       1-D int64 on the host, where this rank has a row of its own whose first documents it shares with others:
+                     what `parallel/context/ring_plan.py` plans from
     """
 
     ids_BS: torch.Tensor
     cu_seqlens: torch.Tensor
     host_cu_seqlens: torch.Tensor
     part_cu_seqlens: torch.Tensor | None = None
+    host_rings: torch.Tensor | None = None
 
     @classmethod
     def of(cls, ids_BS: torch.Tensor) -> Documents:
@@ -36,11 +39,11 @@ class Documents(NamedTuple):
     def to(self, device: torch.device) -> Documents:
         """Copy to a device, without waiting where memory is pinned; what is for the host stays there."""
         ids_BS, cu_seqlens = (tensor.to(device, non_blocking=True) for tensor in (self.ids_BS, self.cu_seqlens))
-        return Documents(ids_BS, cu_seqlens, self.host_cu_seqlens)
+        return self._replace(ids_BS=ids_BS, cu_seqlens=cu_seqlens)
 
     def pin(self) -> Documents:
         """Put what will be copied to a device into page-locked memory."""
-        return Documents(self.ids_BS.pin_memory(), self.cu_seqlens.pin_memory(), self.host_cu_seqlens)
+        return self._replace(ids_BS=self.ids_BS.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
 
     def mark_dynamic(self) -> None:
         """Tell the compiler that the number of documents varies, lest it compile a second time for the next micro-batch.
@@ -49,7 +52,7 @@ class Documents(NamedTuple):
         """
         from torch._dynamo import maybe_mark_dynamic  # late: seconds, which a run without a compiler spares
 
-        for tensor in (self.cu_seqlens, self.host_cu_seqlens, self.part_cu_seqlens):
+        for tensor in (self.cu_seqlens, self.host_cu_seqlens, self.part_cu_seqlens, self.host_rings):
             if tensor is not None:
                 maybe_mark_dynamic(tensor, 0)
 

@@ -38,6 +38,9 @@ def _lacking(model: Model, parallel: ParallelConfig, activation: ActivationSetti
     if parallel.ep > 1 and not mixtures_of(model):
         text = f"{kind} has no mixture of experts whose experts ranks could share out"
         yield Problem("parallel.ep", text, f"use parallel.ep=1, {how}")
+    if parallel.hdp != "none" and lacks(model, "use_kernels"):
+        text = f"{kind} has no use_kernels, and so can't attend across ranks"
+        yield Problem("parallel.hdp", text, f"use parallel.hdp=none, {how}")
     if activation.policy != "none" and not model.block_modules():
         text = f"{kind} has no block_modules, and policies are of blocks"
         yield Problem("trainer.activation", text, f"use none, {how}")

@@ -13,6 +13,7 @@ from .deepspeed.settings import DeepSpeedConfig
 ENGINES = ("torch", "deepspeed")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb", "zbv", "dualpipev")
 CONTEXT_KINDS = ("ring", "ulysses")
+HYBRID_KINDS = ("none", "greedy")
 YEAR = 365 * 24 * 3600  # clocks of collectives overflow far beyond it
 
 
@@ -34,6 +35,11 @@ class ParallelConfig:
     stage_layers: list[int] | None = key(None, "layers of each stage, written by hand; null: balanced by cost")
     cp: int = key(1, "context-parallel size")
     cp_kind: str = key("ring", "ring (zig-zag ring attention) or ulysses (all-to-all over heads)")
+    hdp: str = key(
+        "none",
+        "hybrid data parallelism: none deals samples to ranks; greedy their documents, by cost, and long ones to several ranks",
+    )
+    hdp_tokens: int | None = key(None, "with hdp: tokens of a rank's micro-batch at most; null: batch.micro times data.seq_len")
     copy_engines: bool = key(
         True, "GPUs of one host send weights and gradients that only move by their copy engines, where NCCL can (torch engine)"
     )
@@ -65,6 +71,14 @@ class ParallelConfig:
         if self.cp_kind not in CONTEXT_KINDS:
             fix = f"use {' or '.join(CONTEXT_KINDS)}"
             found.append(Problem(f"{key}.cp_kind", f"there is no '{self.cp_kind}'", fix))
+        if self.hdp not in HYBRID_KINDS:
+            found.append(Problem(f"{key}.hdp", f"there is no '{self.hdp}'", f"use {' or '.join(HYBRID_KINDS)}"))
+        elif self.hdp == "none" and self.hdp_tokens is not None:
+            fix = f"leave it null, or use {key}.hdp=greedy"
+            found.append(Problem(f"{key}.hdp_tokens", "only hybrid data parallelism reads it", fix))
+        if self.hdp_tokens is not None and self.hdp_tokens < max(1, self.tp):
+            message = f"{self.hdp_tokens} tokens are no micro-batch for {key}.tp={self.tp}"
+            found.append(Problem(f"{key}.hdp_tokens", message, "use thousands, or null"))
         for name in ("stages_per_rank", "stage_layers"):
             if self.pp == 1 and getattr(self, name) is not None:
                 fix = f"leave it null, or set {key}.pp"

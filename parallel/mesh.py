@@ -169,6 +169,12 @@ class Mesh:
         codes[self.rank] = zlib.crc32(text.encode())
         return bool((self.sum(codes) != zlib.crc32(text.encode())).any())
 
+    def codes(self, code: int) -> list[int]:
+        """Return the code of every process, by rank. A collective over all of them, on the host: it waits for no device."""
+        codes = torch.zeros(self.layout.world_size, dtype=torch.int64)
+        codes[self.rank] = code
+        return self.sum(codes).tolist()
+
     def store(self, name: str) -> dist.Store:
         """Open a key-value store of all processes under its own name: agreement without a collective."""
         return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())

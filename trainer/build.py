@@ -20,7 +20,7 @@ from ..checkpoint.errors import HeldError
 from ..config.duration import Duration
 from ..config.nodes import Custom
 from ..config.problems import ConfigError, Problem
-from ..data.assignment import Assigner, load_share
+from ..data.assignment import Assigner, Dealer
 from ..data.batch import GlobalBatch, Samples
 from ..data.loader import Loader
 from ..data.node import DataNode
@@ -39,7 +39,8 @@ from ..optim.schedules.coupling import Coupling
 from ..parallel.division import divide_blocks
 from ..parallel.engine import EngineSettings, OptimizerFactory
 from ..parallel.engines import make_engine
-from ..parallel.layout import Layout
+from ..parallel.hybrid.share import HybridAssigner, row_unit
+from ..parallel.layout import Layout, uses_fsdp
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline.stages import legal_micro_batches
 from ..parallel.policies import ActivationSettings
@@ -119,6 +120,21 @@ def build_assigner(config: RunConfig, layout: Layout) -> Assigner:
     """Build what assigns the micro-batches of each global batch to the data ranks."""
     can_run = functools.partial(legal_micro_batches, config.parallel)
     return Assigner(layout.data_size, can_run, config.optim.compares_halves())
+
+
+def build_dealer(config: RunConfig, layout: Layout, model: Model) -> Dealer:
+    """Build what deals global batches to the data ranks: their samples, or under hybrid data parallelism their documents."""
+    parallel = config.parallel
+    if parallel.hdp == "none":
+        return build_assigner(config, layout)
+    capacity = parallel.hdp_tokens or config.batch.micro * config.data.seq_len
+    return HybridAssigner(
+        layout.data_size,
+        model.flops_per_token,
+        parallel.hdp_tokens,
+        unit=row_unit(capacity, layout.tp),
+        lockstep=uses_fsdp(parallel, layout),
+    )
 
 
 def build_hook(node: Mapping[str, Any]) -> Hook:
@@ -218,8 +234,8 @@ def _build(
     schedule_horizon = build_horizon(config, data.seq_len, place=place, group="schedule")
     settings = engine_settings(config, model, data.seq_len, controller.needs_statistics)
     engine = make_engine(model, mesh, optimizer_factory(config.optim), config.parallel, settings)
-    assigner = build_assigner(config, mesh.layout)
-    loader = Loader(_training_samples(data, place), assigner, mesh.data_rank, pin=mesh.device.type == "cuda")
+    dealer = build_dealer(config, mesh.layout, model)
+    loader = Loader(_training_samples(data, place), dealer, mesh.data_rank, pin=mesh.device.type == "cuda")
 
     shape = model.decoder_config
     mixtures = [] if shape is None else shape.mixture_layers()
@@ -229,7 +245,8 @@ def _build(
     hooks += [CollectGarbage(), *(build_hook(node) for node in config.trainer.hooks)]
     parts = [*validation_parts(data), *sets]
     if parts and config.trainer.eval_every != 0:
-        hooks.append(_evaluation(config, parts, mesh, mixtures))
+        held_out = dealer if config.parallel.hdp != "none" else Assigner(mesh.layout.data_size)
+        hooks.append(_evaluation(config, parts, mesh, held_out, mixtures))
     elif not parts and config.trainer.eval_every and mesh.is_main:
         log.warning("trainer.eval_every: there will be no evaluation, because the data keeps nothing for validation")
     saving = None
@@ -284,16 +301,16 @@ def _stages_state(place: Place | None, data: DataNode, progress: Progress) -> di
     return {"stages": place.record.after(data, progress.samples - place.origin("data").samples).as_json()}
 
 
-def _evaluation(config: RunConfig, parts: Sequence[ValidationPart], mesh: Mesh, mixtures: Sequence[int]) -> Evaluation:
+def _evaluation(
+    config: RunConfig, parts: Sequence[ValidationPart], mesh: Mesh, dealer: Dealer, mixtures: Sequence[int]
+) -> Evaluation:
     """Load this rank's share of each part's validation samples, and build the hook that evaluates on them.
 
     mixtures: the layers with experts
     """
-    assigner = Assigner(mesh.layout.data_size)
     sets: list[EvaluationSet] = []
     for part, count in zip(parts, samples_of_parts(parts, config.trainer.eval_samples), strict=True):
-        held_out = assigner.assign(GlobalBatch(0, count), config.batch.micro)
-        share = load_share(part.samples, held_out, mesh.data_rank)
+        share = dealer.load(part.samples, GlobalBatch(0, count), config.batch.micro, mesh.data_rank)
         sets.append(EvaluationSet(part.name, part.weight, share.micro_batches))
     every = config.trainer.eval_every
     return Evaluation(sets, None if every is None else Duration.parse(every), mixtures)

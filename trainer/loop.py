@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..data.assignment import Share
 from ..data.batch import GlobalBatch
 from ..data.loader import Loader
 from ..kernels.gpu_peaks import peak_flops
@@ -37,6 +38,10 @@ from .stages.written import Stage
 log = logging.getLogger(__name__)
 
 
+class PlansDiffer(RuntimeError):
+    """Processes have planned a step's documents in different ways."""
+
+
 class TrainingDiverged(RuntimeError):
     """The loss or the gradient norm is not finite."""
 
@@ -49,6 +54,7 @@ class Pending:
     began    when the numbers of the step before were computed
     done     when its own were
     moments  the gradient statistics that it measured, if any; their values are among the numbers
+    flops    of the model on the global batch
     """
 
     progress: Progress
@@ -58,6 +64,7 @@ class Pending:
     done: DeviceTimestamp
     numbers: Deferred
     moments: Moments | None
+    flops: float
 
 
 @dataclass
@@ -130,6 +137,7 @@ class Loop:
         count = self.controller.next_batch(self.progress)
         before = self.progress.before(count, self.horizon.seq_len)
         share = self.batches.load(GlobalBatch(before.samples, count), self.controller.micro_at(count))
+        self._agree_on_plan(share, before)
         tokens, signals = self._sum_over_ranks(share.valid_tokens, stop_requested)
         if not share.valid_tokens and not tokens:  # only a rank without targets waits here to hear whether others have any
             self._pass_over(before, count, signals)
@@ -152,7 +160,7 @@ class Loop:
         self.engine.zero_grad()
 
         self.progress = before.after(count, count * self.horizon.seq_len)
-        self._record(lr, done, numbers, moments)
+        self._record(lr, done, numbers, moments, flops=share.flops)
 
     def _measure(self, before: Progress) -> Measure:
         """Return the gradient statistics that the controller needs of the coming step."""
@@ -168,6 +176,19 @@ class Loop:
         self.progress = before.after(count, count * self.horizon.seq_len)
         numbers = Deferred({"loss": zero, "grad_norm": zero, **signals})
         self._record(0.0, DeviceTimestamp(self.mesh.device), numbers, None, learned=False)
+
+    def _agree_on_plan(self, share: Share, before: Progress) -> None:
+        """Raise PlansDiffer, on all ranks and before their first message, where ranks have planned the step in other ways."""
+        if share.checksum is None:
+            return
+        codes = self.mesh.codes(share.checksum)
+        usual = max(codes, key=codes.count)
+        others = [rank for rank, code in enumerate(codes) if code != usual]
+        if others:
+            raise PlansDiffer(
+                f"step {before.step + 1}: rank {', '.join(map(str, others))} deals the batch's documents in another way than"
+                " the other ranks (parallel.hdp): give all of them the same data files and the same version of Meshloom"
+            )
 
     def _sum_over_ranks(self, valid_tokens: int, stop_requested: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Sum over all ranks, in one collective: the valid tokens of the global batch, and signals to end the run.
@@ -188,16 +209,25 @@ class Loop:
         return next((hook.fault for hook in self.hooks if hook.fault is not None), None)
 
     def _record(
-        self, lr: float, done: DeviceTimestamp, numbers: Deferred, moments: Moments | None, *, learned: bool = True
+        self,
+        lr: float,
+        done: DeviceTimestamp,
+        numbers: Deferred,
+        moments: Moments | None,
+        *,
+        learned: bool = True,
+        flops: float | None = None,
     ) -> None:
         """Queue the step just done, and hand the numbers of the step before, which have arrived, to the hooks.
 
         The host waits for the newest numbers only after a run's first step, or if the controller needs them.
 
         learned: whether the step has a loss, for a controller to observe
+        flops: of the model on the global batch; None: those of samples that are one document each
         """
         tokens = self.progress.batch * self.horizon.seq_len
-        self._pending.append(Pending(self.progress, lr, tokens, self._began, done, numbers, moments))
+        flops = self.flops_per_token * tokens if flops is None else flops
+        self._pending.append(Pending(self.progress, lr, tokens, self._began, done, numbers, moments, flops))
         self._began = done
         must_know = learned and (self.controller.needs_loss or moments is not None)
         self.deliver_metrics(keep=0 if must_know or not self._delivered else 1)  # users wait for the first
@@ -219,7 +249,6 @@ class Loop:
             self._delivered = True
             progress, numbers = step.progress, step.numbers.read()
             seconds = step.done.seconds_since(step.began)
-            rate = step.tokens / seconds
             self.stopping |= numbers.pop("stops") > 0
             self._last_loss = numbers["loss"]
             self._last_statistics = None
@@ -243,17 +272,17 @@ class Loop:
                 "samples": progress.samples,
                 "batch_samples": progress.batch,
                 "step_seconds": seconds,
-                "tokens_per_second": rate,
+                "tokens_per_second": step.tokens / seconds,
                 **numbers,
                 **(self._last_statistics.metrics() if self._last_statistics is not None else {}),
-                **self._device_numbers(rate),
+                **self._device_numbers(step.flops / seconds),
             }
             if self.stage is not None:
                 row["stage"] = self.stage.name
             for hook in self.hooks:
                 hook.on_metrics(self, row)
 
-    def _device_numbers(self, tokens_per_second: float) -> dict[str, float]:
+    def _device_numbers(self, flops_per_second: float) -> dict[str, float]:
         """Return peak memory, and model FLOPs utilisation where the GPU's peak is known; nothing on a CPU."""
         if self.mesh.device.type != "cuda":
             return {}
@@ -262,5 +291,5 @@ class Loop:
             "memory_reserved_gib": torch.cuda.max_memory_reserved(self.mesh.device) / 2**30,
         }
         if self._peak:
-            numbers["mfu"] = self.flops_per_token * tokens_per_second / (self._peak * self.mesh.layout.world_size)
+            numbers["mfu"] = flops_per_second / (self._peak * self.mesh.layout.world_size)
         return numbers

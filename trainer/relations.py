@@ -10,12 +10,14 @@ from ..checkpoint.files import open_files
 from ..config.nodes import Custom
 from ..config.problems import ConfigError, Problem
 from ..data.build import build_node
+from ..data.config import CachedConfig
 from ..data.validation_sets import ValidationSets
 from ..models.config import DecoderConfig
 from ..optim.batch.controller import Controller
 from ..optim.build import build_controller, build_schedule
 from ..optim.progress import BEGINNING, Progress
 from ..optim.schedules.coupling import coupling_problems
+from ..parallel.hybrid.limits import capacity_problems, hybrid_problems
 from ..parallel.layout import layout_problems
 from ..parallel.legality import Work, layout_and_model_problems
 from ..parallel.limits import engine_problems, float8_problems, measuring_problems
@@ -119,6 +121,23 @@ def _float8(config: RunConfig, _: Start) -> Iterable[Problem]:
     return float8_problems(config.trainer.float8, config.parallel, config.precision) if config.trainer.float8 != "none" else ()
 
 
+def _hybrid(config: RunConfig, start: Start) -> Iterator[Problem]:
+    """Yield what does not fit hybrid data parallelism."""
+    parallel, balance = config.parallel, config.balance
+    if parallel.hdp == "none":
+        return
+    yield from hybrid_problems(
+        parallel,
+        masked=config.data.document_mask if isinstance(config.data, CachedConfig) else None,
+        measures=config.batch.MEASURES,
+        halves=config.optim.compares_halves(),
+        cut_losses=balance.depends_on_micro_batches or balance.sequence > 0,
+    )
+    model = parallel.pp * parallel.cp * parallel.tp
+    if start.world_size and not start.world_size % model:
+        yield from capacity_problems(parallel, config.batch.micro, config.data.seq_len, start.world_size // model)
+
+
 def _folder(config: RunConfig, _: Start) -> Iterator[Problem]:
     try:
         open_files(checkpoint_folder(config))
@@ -212,6 +231,7 @@ RELATIONS = (
     Relation(("model", "balance", "parallel", "trainer", "batch.micro", "data.seq_len"), _experts),
     Relation(("parallel", "precision"), _engine),
     Relation(("parallel", "precision", "trainer.float8"), _float8),
+    Relation(("parallel", "data", "batch", "optim", "balance"), _hybrid),
     Relation(("checkpoint.folder", "output_dir"), _folder),
     Relation(("checkpoint.every",), _stages),
     Relation(("schedule", "optim.lr", *LENGTH), _schedule),

@@ -12,6 +12,7 @@ from ..checkpoint.errors import HeldError
 from ..checkpoint.lock import FolderLock
 from ..config.cache import cache_folder
 from ..config.problems import ConfigError, Problem
+from ..data.assignment import Assigner
 from ..data.build import build_node
 from ..data.config import DataConfig
 from ..data.node import DataNode
@@ -266,7 +267,8 @@ def _warn_of_repetition(run: Run) -> None:
 
 
 def _warn_of_blanks(run: Run) -> None:
-    notice = blank_notice(run.loader.assigner, run.loop.controller, run.loop.progress)
+    dealer = run.loader.dealer
+    notice = blank_notice(dealer, run.loop.controller, run.loop.progress) if isinstance(dealer, Assigner) else None
     if notice is not None:
         log.warning("batch.samples: %s", notice)
 

@@ -30,7 +30,7 @@ from ...kernels.attention_blocks import Segments, block_backward, block_forward,
 from ...kernels.attention_op import register_backward
 from ...kernels.documents import Documents
 from ...kernels.sinks import add_sinks, sinks_gradient
-from .ring_plan import AttentionBlock, RingPlan, Step, plan_documents, plan_whole
+from .ring_plan import AttentionBlock, RingPlan, Step, plan_documents, plan_rings, plan_whole
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def ring_attend(
     v_BTKD: torch.Tensor,
     documents: Documents | None = None,
     *,
-    length: int,
+    length: int | None,
     ring: Ring,
     kernel: str = "cudnn",
     scale: float | None = None,
@@ -62,16 +62,21 @@ def ring_attend(
 ) -> torch.Tensor:
     """Causal grouped-query attention over rows of `length` positions of which this member holds its pieces (`deal_pieces`).
 
-    documents  of the whole rows, the same on every member but for the part (`with_ring_part`)
+    length     None: this member's row has documents of its own, of which it shares the first with other members, each with
+               some (`ring_plan.plan_rings`)
+    documents  of the whole rows, the same on every member but for the part (`with_ring_part`); without a length, of this row
     kernel     what computes a member's blocks in half precision on a GPU (`attention_blocks.Kernel`)
     window, softcap, sinks  as in `kernels.attention.Attend`
     Every member must call it, in the same order as its other calls on the same members. Returns (B, T, H, D).
     """
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
     part, rows = (None, None) if documents is None else (documents.part_cu_seqlens, documents.host_cu_seqlens)
+    if length is None:
+        assert documents is not None
+        part, rows = documents.cu_seqlens, documents.host_rings
     assert documents is None or part is not None, "the documents do not know this member's part (`with_ring_part`)"
     where = (length, list(ring.ranks), ring.index, ring.group.group_name)
-    window = None if window is None or window >= length else window
+    window = None if window is None or (length is not None and window >= length) else window
     out_BTHD, _ = ring_forward(q_BTHD, k_BTKD, v_BTKD, part, rows, sinks, *where, scale, window, softcap, kernel)
     return out_BTHD
 
@@ -110,7 +115,7 @@ def ring_forward(
     part_cu_seqlens: torch.Tensor | None,
     host_cu_seqlens: torch.Tensor | None,
     sinks_H: torch.Tensor | None,
-    length: int,
+    length: int | None,
     ranks: Sequence[int],
     index: int,
     group: str,
@@ -139,7 +144,7 @@ def ring_backward(
     part_cu_seqlens: torch.Tensor | None,
     host_cu_seqlens: torch.Tensor | None,
     sinks_H: torch.Tensor | None,
-    length: int,
+    length: int | None,
     ranks: Sequence[int],
     index: int,
     group: str,
@@ -181,7 +186,7 @@ class _Call:
         cls,
         part_cu_seqlens: torch.Tensor | None,
         host_cu_seqlens: torch.Tensor | None,
-        length: int,
+        length: int | None,
         ranks: Sequence[int],
         index: int,
         group: str,
@@ -192,9 +197,13 @@ class _Call:
     ) -> _Call:
         segments = None
         if part_cu_seqlens is None or host_cu_seqlens is None:
+            assert length is not None
             plan = plan_whole(length, len(ranks), index, window)
         else:
-            plan = plan_documents(tuple(host_cu_seqlens.tolist()), length, len(ranks), index, window)
+            if length is None:
+                plan = plan_rings(tuple(host_cu_seqlens.tolist()), index, window)
+            else:
+                plan = plan_documents(tuple(host_cu_seqlens.tolist()), length, len(ranks), index, window)
             if window is None:
                 segments = Segments(part_cu_seqlens, _part_of(plan.own))
             else:
@@ -210,12 +219,12 @@ class _Call:
     @property
     def merges(self) -> bool:
         """True if blocks are merged into what this member has found on its own sequences."""
-        return bool(self.plan.own_blocks) or any(step.blocks for step in self.plan.steps)
+        return bool(self.plan.own_blocks) or any(step.receives for step in self.plan.steps)
 
     @property
     def adds_to_keys(self) -> bool:
         """True if other blocks' gradients of keys are added to those of this member's own sequences."""
-        return bool(self.plan.own_blocks) or any(step.keys for step in self.plan.steps)
+        return bool(self.plan.own_blocks) or any(step.sends for step in self.plan.steps)
 
     def own_spans(self) -> list[slice]:
         """List where the sequences of whole rows lie on this member."""
@@ -240,7 +249,6 @@ class _Exchange:
             dist.P2POp(operation, message.tensor, call.ranks[message.member], call.group)
             for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
             for message in messages
-            if message.tensor.numel()
         ]
         self._works: list[Any] = dist.batch_isend_irecv(operations) if operations else []
 
@@ -250,44 +258,48 @@ class _Exchange:
             work.wait()
 
 
-def _rounds(k: torch.Tensor, v: torch.Tensor, call: _Call) -> Iterator[tuple[Step | None, torch.Tensor]]:
-    """Yield (None, k) for the member's own keys, then each step of the plan with the keys that arrived for it.
+def _rounds(k: torch.Tensor, v: torch.Tensor, call: _Call) -> Iterator[tuple[Step | None, list[torch.Tensor]]]:
+    """Yield (None, []) for the member's own keys, then each step of the plan with the messages that arrived for it.
 
     While the caller computes on a step's keys, those of the next are under way.
     """
-    step, kv = None, k
+    step: Step | None = None
+    arrived: list[torch.Tensor] = []
     for coming in (*call.plan.steps, None):
         sends, receives = _messages_of_keys(coming, k, v)
         exchange = _Exchange(call, sends, receives)
-        yield step, kv
+        yield step, arrived
         exchange.wait()
-        step, kv = coming, receives[0].tensor if receives else k
+        step, arrived = coming, [message.tensor for message in receives]
 
 
 def _messages_of_keys(step: Step | None, k: torch.Tensor, v: torch.Tensor) -> tuple[list[_Message], list[_Message]]:
     """Return the messages to send in a step, and buffers for those to receive; none after the last step."""
     if step is None:
         return [], []
-    kv_spans = [torch.stack((k[:, start:stop], v[:, start:stop])) for start, stop in step.keys]
-    sends = [_Message(kv_spans[0] if len(kv_spans) == 1 else torch.cat(kv_spans, dim=2), step.target)] if kv_spans else []
-    return sends, [_Message(_receive_buffer(k, step.received), step.source)]
+    sends: list[_Message] = []
+    for send in step.sends:
+        kv_spans = [torch.stack((k[:, start:stop], v[:, start:stop])) for start, stop in send.keys]
+        sends.append(_Message(kv_spans[0] if len(kv_spans) == 1 else torch.cat(kv_spans, dim=2), send.member))
+    return sends, [_Message(_receive_buffer(k, each.length), each.member) for each in step.receives]
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = q, q  # the first round replaces them
-    for step, kv in _rounds(k, v, call):
+    for step, arrived in _rounds(k, v, call):
         if step is None:
             out, lse = _own_forward(q, k, v, call)
             if call.merges:
                 out = out.to(lse.dtype)
-            blocks, keys_met, values_met = call.plan.own_blocks, k, v
+            met = [(call.plan.own_blocks, k, v)]
         else:
-            blocks, keys_met, values_met = step.blocks, kv[0], kv[1]
-        for block in blocks:
-            queries, keys = slice(*block.queries), slice(*block.keys)
-            tensors = (q[:, queries], keys_met[:, keys], values_met[:, keys])
-            found = block_forward(*tensors, causal=False, left=block.left, **call.how)
-            _merge(out[:, queries], lse[:, :, queries], *found)
+            met = [(each.blocks, kv[0], kv[1]) for each, kv in zip(step.receives, arrived, strict=True)]
+        for blocks, keys_met, values_met in met:
+            for block in blocks:
+                queries, keys = slice(*block.queries), slice(*block.keys)
+                tensors = (q[:, queries], keys_met[:, keys], values_met[:, keys])
+                found = block_forward(*tensors, causal=False, left=block.left, **call.how)
+                _merge(out[:, queries], lse[:, :, queries], *found)
     return out.to(q.dtype), lse
 
 
@@ -303,7 +315,7 @@ def _backward(
     """Compute gradients as `_forward` does outputs; a step's key gradients are sent to their holder during the next step."""
     dq, dk, dv = q, k, v  # the first round replaces them
     pending: _KeyGradients | None = None
-    for step, kv in _rounds(k, v, call):
+    for step, arrived in _rounds(k, v, call):
         if step is None:
             dq, dk, dv = _own_backward(dout, q, k, v, out, lse, call)
             if call.merges:
@@ -312,11 +324,14 @@ def _backward(
                 dk, dv = dk.to(lse.dtype), dv.to(lse.dtype)
             _blocks_backward(call.plan.own_blocks, (dout, q, k, v, out, lse), (dq, dk, dv), call)
             continue
-        # In the sum's dtype where several blocks see a key: each would be rounded.
-        seen_often = sum(block.keys[1] - block.keys[0] for block in step.blocks) > step.received
-        dkv_found = torch.zeros_like(kv, dtype=lse.dtype if seen_often else kv.dtype)
-        _blocks_backward(step.blocks, (dout, q, kv[0], kv[1], out, lse), (dq, dkv_found[0], dkv_found[1]), call)
-        before, pending = pending, _KeyGradients(call, step, dkv_found.to(kv.dtype), k)
+        found: list[_Message] = []
+        for each, kv in zip(step.receives, arrived, strict=True):
+            # In the sum's dtype where several blocks see a key: each would be rounded.
+            seen_often = sum(block.keys[1] - block.keys[0] for block in each.blocks) > each.length
+            dkv = torch.zeros_like(kv, dtype=lse.dtype if seen_often else kv.dtype)
+            _blocks_backward(each.blocks, (dout, q, kv[0], kv[1], out, lse), (dq, dkv[0], dkv[1]), call)
+            found.append(_Message(dkv.to(kv.dtype), each.member))
+        before, pending = pending, _KeyGradients(call, step, found, k)
         if before is not None:
             before.add_to(dk, dv)
     if pending is not None:
@@ -351,19 +366,20 @@ def _blocks_backward(
 class _KeyGradients:
     """Gradients of keys, sent to the members that hold the keys; those of this member's own keys are received."""
 
-    def __init__(self, call: _Call, step: Step, dkv_found: torch.Tensor, k: torch.Tensor) -> None:
-        self._spans = step.keys
-        self._dkv = _receive_buffer(k, sum(stop - start for start, stop in step.keys))
-        self._exchange = _Exchange(call, [_Message(dkv_found, step.source)], [_Message(self._dkv, step.target)])
+    def __init__(self, call: _Call, step: Step, found: Sequence[_Message], k: torch.Tensor) -> None:
+        self._step = step
+        self._arriving = [_Message(_receive_buffer(k, send.length), send.member) for send in step.sends]
+        self._exchange = _Exchange(call, found, self._arriving)
 
     def add_to(self, dk: torch.Tensor, dv: torch.Tensor) -> None:
         """Wait for the gradients of this member's keys, and add them to dk and dv."""
         self._exchange.wait()
-        at = 0
-        for start, stop in self._spans:
-            dk[:, start:stop] += self._dkv[0][:, at : at + stop - start]
-            dv[:, start:stop] += self._dkv[1][:, at : at + stop - start]
-            at += stop - start
+        for send, message in zip(self._step.sends, self._arriving, strict=True):
+            at = 0
+            for start, stop in send.keys:
+                dk[:, start:stop] += message.tensor[0][:, at : at + stop - start]
+                dv[:, start:stop] += message.tensor[1][:, at : at + stop - start]
+                at += stop - start
 
 
 def _receive_buffer(k: torch.Tensor, length: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .zigzag import Piece, deal_pieces
+from .zigzag import Piece, cut_document, deal_pieces
 
 Span = tuple[int, int]
 """Half-open range of positions on a member: [start, stop)."""
@@ -35,19 +35,33 @@ class AttentionBlock:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One exchange at distance t around the ring: a member receives from `source` and sends to `target`.
+class Receive:
+    """Keys that a member receives: from whom, how many, and what it computes on them. Blocks count from the message's start."""
 
-    blocks    what this member computes on the keys it receives; their `keys` count from the start of the message
-    received  length of the message from the source
-    keys      the spans of its own keys that the target needs, in the order of the message
-    """
-
-    source: int
+    member: int
+    length: int
     blocks: tuple[AttentionBlock, ...]
-    received: int
-    target: int
+
+
+@dataclass(frozen=True)
+class Send:
+    """Keys that a member sends: to whom, and which spans of its own, in the order of the message."""
+
+    member: int
     keys: tuple[Span, ...]
+
+    @property
+    def length(self) -> int:
+        """Length of the message."""
+        return sum(stop - start for start, stop in self.keys)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One exchange at distance t around each ring that a member belongs to, all its messages at once."""
+
+    receives: tuple[Receive, ...]
+    sends: tuple[Send, ...]
 
 
 @dataclass(frozen=True)
@@ -95,19 +109,60 @@ def plan_exchange(pieces: Sequence[Sequence[Piece]], index: int, window: int | N
     steps: list[Step] = []
     for distance in range(1, size):
         source, target = (index - distance) % size, (index + distance) % size
-        received = _blocks(placed[index], placed[source], window)
-        spans = _message(received)
-        steps.append(
-            Step(
-                source=source,
-                blocks=_from_message_start(received, spans),
-                received=sum(stop - start for start, stop in spans),
-                target=target,
-                keys=_message(_blocks(placed[target], placed[index], window)),
-            )
-        )
+        seen = _blocks(placed[index], placed[source], window)
+        spans = _message(seen)
+        receive = Receive(source, sum(stop - start for start, stop in spans), _from_message_start(seen, spans))
+        send = Send(target, _message(_blocks(placed[target], placed[index], window)))
+        steps.append(Step((receive,) if receive.length else (), (send,) if send.length else ()))
     own_blocks = () if window is None else tuple(_blocks(placed[index], placed[index], window))
     return RingPlan(_own_lengths(pieces[index], apart=window is not None), tuple(steps), own_blocks)
+
+
+@lru_cache(maxsize=64)
+def plan_rings(rings: tuple[int, ...], index: int, window: int | None = None) -> RingPlan:
+    """Plan a row whose first documents are shared, each with a run of members of its own, and whose others are whole.
+
+    rings: the number of all members, that of shared documents, (length, first member, number of members) of each, then the
+    lengths of whole ones. Behind the last member comes the first. index: of this member among all. Members that share a
+    document must hold it in rows that they run at the same time.
+    In the t-th exchange each pair of members at distance t in a ring exchanges its keys, in the order of the documents.
+    """
+    members, count = rings[:2]
+    shared = [rings[at : at + 3] for at in range(2, 2 + 3 * count, 3)]
+    own: list[int] = []
+    own_blocks: list[AttentionBlock] = []
+    steps: list[Step] = []
+    at = 0
+    for length, first, size in shared:
+        plan = _plan_document(length, size, (index - first) % members, window)
+        own += plan.own
+        own_blocks += (_shifted(block, at, at) for block in plan.own_blocks)
+        steps += [Step((), ())] * (len(plan.steps) - len(steps))
+        for number, step in enumerate(plan.steps):
+            receives = (
+                replace(
+                    each, member=(first + each.member) % members, blocks=tuple(_shifted(block, at, 0) for block in each.blocks)
+                )
+                for each in step.receives
+            )
+            sends = (
+                Send((first + each.member) % members, tuple((at + start, at + stop) for start, stop in each.keys))
+                for each in step.sends
+            )
+            steps[number] = Step((*steps[number].receives, *receives), (*steps[number].sends, *sends))
+        at += sum(plan.own)
+    return RingPlan((*own, *rings[2 + 3 * count :]), tuple(steps), tuple(own_blocks))
+
+
+@lru_cache(maxsize=256)
+def _plan_document(length: int, size: int, index: int, window: int | None) -> RingPlan:
+    return plan_exchange(cut_document(length, size), index, window)
+
+
+def _shifted(block: AttentionBlock, queries: int, keys: int) -> AttentionBlock:
+    """Move a block along the member's positions."""
+    moved = (queries + block.queries[0], queries + block.queries[1]), (keys + block.keys[0], keys + block.keys[1])
+    return replace(block, queries=moved[0], keys=moved[1])
 
 
 def _own_lengths(pieces: Sequence[Piece], *, apart: bool) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 BLOCK_ENTRIES = 1 << 20  # score entries that take as long as starting one more block: some 20 µs of an H200 at 32 heads of 128
@@ -46,6 +46,19 @@ def deal_pieces(cu_seqlens: tuple[int, ...], length: int, size: int) -> tuple[tu
                 held[member] += pieces
             row = []
     return tuple(map(tuple, held))
+
+
+def cut_document(length: int, size: int) -> list[list[Piece]]:
+    """Cut one document over `size` members: the zig-zag. No member holds more than ⌈length / size⌉ positions."""
+    slots = 2 * size
+    base, over = divmod(length, slots)
+    given = [*range(size), *reversed(range(size, slots))]  # what is left over goes to each member once, then once more
+    parts = [base] * slots
+    for slot in given[:over]:
+        parts[slot] += 1
+    ends = list(accumulate(parts, initial=0))
+    pieces = [Piece(0, start, stop - start) for start, stop in pairwise(ends)]
+    return [[piece for piece in (pieces[i], pieces[slots - 1 - i]) if piece.length] for i in range(size)]
 
 
 def _deal_row(documents: Sequence[Piece], length: int, size: int) -> list[list[Piece]]:

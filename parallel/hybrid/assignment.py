@@ -1,205 +1,163 @@
-"""Deal the documents of a global batch to ranks: `static`, as a mesh of data × context ranks does, or `greedy`, by cost.
+"""What a plan of hybrid data parallelism says: which rank holds which documents, or parts of them, in which row.
 
-Both are pure functions of the documents' lengths, so that every rank finds the same assignment without a message.
+A *row* is what a rank passes through the model at once. A document that several ranks share is a part of a row on each of them,
+and they must run those rows at the same time. So every shared document has a *wave*: a rank holds all that it shares in a wave
+in one row, and runs such rows in the order of their waves. No rank then waits for one that waits for it: whoever is in the
+earliest wave waits for no other wave. Rows without shared documents may stand anywhere.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heapreplace
-from itertools import pairwise
 
-from ...config.lazy import numpy as np
-from ...data.packing import best_fit
 from .cost import CostModel
-
-BRICKS = 8  # documents of less than an eighth of a row are laid end to end into bricks of an eighth
 
 
 @dataclass(frozen=True)
 class Shared:
-    """A document that `ranks` ranks from `first` on share, zig-zag: each holds that fraction of its tokens."""
+    """A document that `ranks` ranks from `first` on share, zig-zag; behind the last rank comes the first.
+
+    wave  ranks run rows with shared documents in the order of the waves
+    """
 
     document: int
     first: int
     ranks: int
+    wave: int = 0
+
+    def members(self, of: int) -> list[int]:
+        """List the ranks that share it, of so many in all."""
+        return [(self.first + at) % of for at in range(self.ranks)]
 
 
 @dataclass(frozen=True)
 class Row:
     """A micro-batch of one rank: its parts of shared documents (numbers in `HybridAssignment.shared`), and whole documents."""
 
-    shared: tuple[int, ...]
-    whole: tuple[int, ...]
+    shared: tuple[int, ...] = ()
+    whole: tuple[int, ...] = ()
+
+
+BLANK = Row()
+
+
+@dataclass(frozen=True)
+class Span:
+    """When a rank runs a row: it arrives, starts when all that share documents with it have arrived, works, and waits for them.
+
+    arrives, starts, worked, ends  seconds, or the unit of the costs, from the beginning of the step
+    """
+
+    row: Row
+    arrives: float
+    starts: float
+    worked: float
+    ends: float
+
+    @property
+    def waits(self) -> float:
+        """Time in which the rank does not work."""
+        return self.starts - self.arrives + self.ends - self.worked
 
 
 @dataclass(frozen=True)
 class HybridAssignment:
-    """The rows of each rank, and the shared documents in the global order in which every rank runs its own of them."""
+    """The rows of each rank, and the shared documents in the global order in which every rank runs its own of them.
+
+    lockstep  every rank has as many rows, those of a number run at the same time, and a wave is the number of a row
+    """
 
     rows: tuple[tuple[Row, ...], ...]
     shared: tuple[Shared, ...]
+    lockstep: bool = False
+
+    @property
+    def passes(self) -> int:
+        """The largest number of rows that any rank runs."""
+        return max(map(len, self.rows))
+
+    def wave(self, row: Row) -> int | None:
+        """Return the wave of a row; None for one that no other rank waits for."""
+        return self.shared[row.shared[0]].wave if row.shared else None
+
+    def row_cost(self, row: Row, cost: Sequence[float], costs: CostModel) -> float:
+        """Return the time of a row by itself. cost: of each document, on one rank."""
+        parts = sum(cost[self.shared[number].document] / self.shared[number].ranks for number in row.shared)
+        return costs.row + parts + sum(cost[document] for document in row.whole)
 
     def times(self, lengths: Sequence[int], costs: CostModel) -> list[float]:
-        """Return each rank's time; no messages are charged."""
-        parts = [costs.document(lengths[each.document]) / each.ranks for each in self.shared]
-        return [
-            sum(
-                costs.row + sum(parts[number] for number in row.shared) + sum(costs.document(lengths[n]) for n in row.whole)
-                for row in rows
-            )
-            for rows in self.rows
-        ]
+        """Return each rank's time at work; no messages are charged, and no waiting."""
+        cost = [costs.document(length) for length in lengths]
+        return [sum(self.row_cost(row, cost, costs) for row in rows) for rows in self.rows]
+
+    def step_time(self, lengths: Sequence[int], costs: CostModel) -> float:
+        """Return the time of the step, waiting included: when the last rank has run its last row."""
+        return max(spans[-1].ends for spans in self.timeline(lengths, costs))
+
+    def timeline(self, lengths: Sequence[int], costs: CostModel) -> list[list[Span]]:
+        """Simulate the step. Returns for each rank when it runs its rows.
+
+        Ranks whose documents hang together in a wave run their rows layer by layer at the pace of the slowest.
+        """
+        cost = [costs.document(length) for length in lengths]
+        found: list[list[Span]] = [[] for _ in self.rows]
+        waiting = [iter(rows) for rows in self.rows]
+
+        def clock(rank: int) -> float:
+            return found[rank][-1].ends if found[rank] else 0.0
+
+        def run_together(members: Sequence[tuple[int, Row]]) -> None:
+            begin = max(clock(rank) for rank, _ in members)
+            each = [self.row_cost(row, cost, costs) for _, row in members]
+            for (rank, row), own in zip(members, each, strict=True):
+                found[rank].append(Span(row, clock(rank), begin, begin + own, begin + max(each)))
+
+        if self.lockstep:
+            for rows in zip(*self.rows, strict=True):
+                run_together(list(enumerate(rows)))
+            return found
+        for wave in sorted({each.wave for each in self.shared}):
+            at: dict[int, Row] = {}
+            for rank in self._ranks_of(wave):
+                for row in waiting[rank]:
+                    if row.shared:
+                        at[rank] = row
+                        break
+                    run_together([(rank, row)])
+            for component in self.components(wave):
+                run_together([(rank, at[rank]) for rank in component])
+        for rank, rows in enumerate(waiting):
+            for row in rows:
+                run_together([(rank, row)])
+        return found
+
+    def _ranks_of(self, wave: int) -> Iterator[int]:
+        return iter(sorted(rank for component in self.components(wave) for rank in component))
+
+    def components(self, wave: int) -> list[list[int]]:
+        """List the sets of ranks that hang together in a wave, by the documents that they share."""
+        return components([each for each in self.shared if each.wave == wave], len(self.rows))
 
 
-def assign(lengths: Sequence[int], ranks: int, capacity: int, costs: CostModel, method: str = "greedy") -> HybridAssignment:
-    """Deal documents of these lengths to `ranks` ranks, in rows of at most `capacity` tokens, by one of `METHODS`.
-
-    Raises ValueError for a document that is longer than the rows of all ranks together.
-    """
-    if lengths and max(lengths) > ranks * capacity:
-        raise ValueError(f"a document of {max(lengths)} tokens is longer than {ranks} rows of {capacity}, one on each rank")
-    return METHODS[method](lengths, ranks, capacity, costs)
-
-
-def static(lengths: Sequence[int], ranks: int, capacity: int, costs: CostModel) -> HybridAssignment:
-    """Pack rows for as many ranks as the longest document needs, a divisor of all, and deal them in turn to such groups."""
-    needed = -(-max(lengths, default=1) // capacity)
-    group = next(n for n in range(needed, ranks + 1) if ranks % n == 0)
-    shared: list[Shared] = []
-    rows: list[list[Row]] = [[] for _ in range(ranks)]
-    for number, documents in enumerate(_pack(range(len(lengths)), lengths, group * capacity)):
-        first = number % (ranks // group) * group
-        if group == 1:
-            rows[first].append(Row((), tuple(documents)))
-            continue
-        numbers = tuple(range(len(shared), len(shared) + len(documents)))
-        shared += [Shared(document, first, group) for document in documents]
-        for rank in range(first, first + group):
-            rows[rank].append(Row(numbers, ()))
-    return HybridAssignment(tuple(map(tuple, rows)), tuple(shared))
-
-
-def greedy(lengths: Sequence[int], ranks: int, capacity: int, costs: CostModel) -> HybridAssignment:
-    """Spread each document that is too long or too dear for one rank over a run of ranks, and level out with the rest.
-
-    A document gets as many ranks as hold it, and as keep its cost on each within the mean of all. The widest come first,
-    each on the run whose slowest rank is fastest. Then come whole documents, the dearest first, to the fastest rank.
-    """
-    cost = [costs.document(length) for length in lengths]
-    mean = sum(cost) / ranks
-    is_long = [length > capacity or own > mean for length, own in zip(lengths, cost, strict=True)]
-    widths = {
-        document: min(ranks, max(-(-lengths[document] // capacity), int(cost[document] / mean) + 1))
-        for document, long in enumerate(is_long)
-        if long
-    }
-    rest = sum(own for own, long in zip(cost, is_long, strict=True) if not long)
-    rounded = {document: -(-ranks // (ranks // width)) for document, width in widths.items()}
-    shared, times = min(
-        (_place_shared(choice, cost, ranks) for choice in (widths, rounded)),
-        key=lambda placed: max(*placed[1], (sum(placed[1]) + rest) / ranks),
-    )
-    whole = _place_whole([document for document, long in enumerate(is_long) if not long], lengths, cost, times, capacity)
-    rows = [_rows_of(rank, shared, whole[rank], lengths, capacity) for rank in range(ranks)]
-    return HybridAssignment(tuple(rows), tuple(shared))
-
-
-METHODS: dict[str, Callable[[Sequence[int], int, int, CostModel], HybridAssignment]] = {"static": static, "greedy": greedy}
-
-
-def _place_shared(widths: dict[int, int], cost: Sequence[float], ranks: int) -> tuple[list[Shared], list[float]]:
-    """Place each document on the run of ranks whose slowest is fastest; return also the ranks' times."""
-    times = [0.0] * ranks
-    shared: list[Shared] = []
-    for document in sorted(widths, key=lambda each: (-widths[each], -cost[each], each)):
-        width = widths[document]
-        first = _fastest_run(times, width)
-        shared.append(Shared(document, first, width))
-        for rank in range(first, first + width):
-            times[rank] += cost[document] / width
-    return shared, times
-
-
-def _fastest_run(times: Sequence[float], width: int) -> int:
-    """Find the first run of `width` ranks whose slowest is fastest: a maximum over a sliding window."""
-    falling: deque[int] = deque()
-    best, slowest = 0, float("inf")
-    for rank, time in enumerate(times):
-        while falling and times[falling[-1]] <= time:
-            falling.pop()
-        falling.append(rank)
-        if falling[0] <= rank - width:
-            falling.popleft()
-        if rank >= width - 1 and times[falling[0]] < slowest:
-            best, slowest = rank - width + 1, times[falling[0]]
-    return best
-
-
-def _place_whole(
-    documents: Sequence[int], lengths: Sequence[int], cost: Sequence[float], times: Sequence[float], capacity: int
-) -> list[list[int]]:
-    """Give documents, short ones in bricks, to the fastest rank, the dearest first; return each rank's."""
-    found: list[list[int]] = [[] for _ in times]
-    heap = [(time, rank) for rank, time in enumerate(times)]
-    heapify(heap)
-    bricks = _bricks(documents, lengths, capacity // BRICKS)
-    for own, brick in sorted(((sum(cost[each] for each in brick), brick) for brick in bricks), reverse=True):
-        time, rank = heap[0]
-        found[rank] += brick
-        heapreplace(heap, (time + own, rank))
+def components(shared: Sequence[Shared], ranks: int) -> list[list[int]]:
+    """List the sets of ranks that hang together by these documents."""
+    linked = [False] * ranks  # whether a rank is in one set with the rank before it
+    held = [False] * ranks
+    for each in shared:
+        for at, rank in enumerate(each.members(ranks)):
+            held[rank] = True
+            linked[rank] |= at > 0
+    begin = next((rank for rank in range(ranks) if not linked[rank]), 0)
+    found: list[list[int]] = []
+    for rank in (*range(begin, ranks), *range(begin)):
+        if held[rank] and linked[rank] and found:
+            found[-1].append(rank)
+        elif held[rank]:
+            found.append([rank])
     return found
 
 
-def _bricks(documents: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Lay documents shorter than `size` end to end into bricks of about so many tokens; longer ones are a brick each."""
-    bricks = [[document] for document in documents if lengths[document] >= size]
-    brick: list[int] = []
-    room = size
-    for document in documents:
-        if lengths[document] < size:
-            if lengths[document] > room:
-                bricks.append(brick)
-                brick, room = [], size
-            brick.append(document)
-            room -= lengths[document]
-    return bricks + [brick] * bool(brick)
-
-
-def _rows_of(
-    rank: int, shared: Sequence[Shared], whole: Sequence[int], lengths: Sequence[int], capacity: int
-) -> tuple[Row, ...]:
-    """Make a rank's rows: shared documents in their order, the room beside them filled, then the other documents packed."""
-    rows: list[tuple[list[int], list[int]]] = []
-    rooms: list[int] = []
-    for number, each in enumerate(shared):
-        if each.first <= rank < each.first + each.ranks:
-            part = -(-lengths[each.document] // each.ranks)
-            if not rooms or part > rooms[-1]:
-                rows.append(([], []))
-                rooms.append(capacity)
-            rows[-1][0].append(number)
-            rooms[-1] -= part
-    left: list[int] = []
-    for document in sorted(whole, key=lambda each: (-lengths[each], each)):
-        fits = [(room, row) for row, room in enumerate(rooms) if room >= lengths[document]]
-        if fits:
-            _, row = min(fits)
-            rows[row][1].append(document)
-            rooms[row] -= lengths[document]
-        else:
-            left.append(document)
-    made = [Row(tuple(numbers), tuple(documents)) for numbers, documents in rows]
-    return (*made, *(Row((), tuple(documents)) for documents in _pack(left, lengths, capacity)))
-
-
-def _pack(documents: Iterable[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Pack documents into rows by best fit."""
-    numbers = np.fromiter(documents, np.int64)
-    if not len(numbers):
-        return []
-    order, bins = best_fit(np.array([lengths[number] for number in numbers.tolist()], np.int64), capacity)
-    bounds = bins.tolist()
-    return [numbers[order[start:stop]].tolist() for start, stop in pairwise(bounds)]
+def part_tokens(length: int, ranks: int) -> int:
+    """Return the positions of a shared document that a rank holds at most."""
+    return -(-length // ranks)

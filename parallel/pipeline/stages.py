@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate, pairwise
 
 from ...models.config import DecoderConfig
@@ -78,105 +77,20 @@ def legal_micro_batches(parallel: ParallelConfig, count: int) -> bool:
     return count % max(1, count // parallel.pp) == 0
 
 
-def stage_split(costs: Sequence[float], ends: Sequence[float], ranks: Sequence[int]) -> list[Layers]:
-    """Cut a row of layers into consecutive stages so that the most expensive rank costs as little as possible.
+def stage_split(layers: int, cost: float, ends: Sequence[float], ranks: Sequence[int]) -> list[Layers]:
+    """Cut a row of equal layers into consecutive stages so that the most expensive rank costs as little as possible.
 
-    costs: of each layer; ends: what each stage costs besides its layers (embedding, head); ranks: that hold the stages.
-    Every stage gets one layer at least. Equal layers go one by one to the cheapest rank, which is optimal, and there to its
-    cheapest stage. Ties go to the last stage, where schedules keep fewer activations alive. Layers that differ begin with
-    the cut of equal ones, and with the best one for a stage on each rank; then layers change stages as long as that helps.
+    cost: of a layer; ends: what each stage costs besides its layers (embedding, head); ranks: that hold the stages.
+    Every stage gets one layer at least. The others go one by one to the cheapest rank, which is optimal for equal items,
+    and there to its cheapest stage. Ties go to the last stage, where schedules keep fewer activations alive.
     """
-    assert 1 <= len(ends) <= len(costs), f"{len(costs)} layers can't fill {len(ends)} stages"
-    mean = sum(costs) / len(costs)
-    counts = _split_equal(len(costs), mean, ends, ranks)
-    if max(costs) - min(costs) > 1e-9 * mean:
-        row = _Row(costs, ends, ranks)
-        starts = [counts, _split_to_stages(costs, ends)] if len(set(ranks)) == len(ranks) else [counts]
-        counts = min((_improve(row, start) for start in starts), key=row.loads)
-    return [range(start, stop) for start, stop in pairwise([0, *accumulate(counts)])]
-
-
-def _split_equal(layers: int, cost: float, ends: Sequence[float], ranks: Sequence[int]) -> list[int]:
-    """Return the number of layers of each stage, of layers that cost the same."""
+    assert 1 <= len(ends) <= layers, f"{layers} layers can't fill {len(ends)} stages"
     counts = [1] * len(ends)
     for _ in range(layers - len(ends)):
         of_stage = [end + cost * count for end, count in zip(ends, counts, strict=True)]
         of_rank = [sum(price for price, holder in zip(of_stage, ranks, strict=True) if holder == rank) for rank in ranks]
         counts[min(reversed(range(len(ends))), key=lambda stage: (of_rank[stage], of_stage[stage]))] += 1
-    return counts
-
-
-def _split_to_stages(costs: Sequence[float], ends: Sequence[float]) -> list[int]:
-    """Return the number of layers of each stage so that the most expensive stage costs as little as possible.
-
-    Whether a cost suffices is told by filling stages with it, from the last one on.
-    """
-
-    def filled(most: float) -> list[int] | None:
-        counts, left = [0] * len(ends), len(costs)
-        for stage in reversed(range(len(ends))):
-            spent = ends[stage] + costs[left - 1]
-            counts[stage] = 1
-            while left - counts[stage] > stage and spent + costs[left - counts[stage] - 1] <= most:
-                spent += costs[left - counts[stage] - 1]
-                counts[stage] += 1
-            if spent > most:
-                return None
-            left -= counts[stage]
-        return None if left else counts
-
-    low, high = 0.0, sum(costs) + sum(ends)
-    best = filled(high * 2)
-    for _ in range(50):
-        middle = (low + high) / 2
-        found = filled(middle)
-        low, high, best = (middle, high, best) if found is None else (low, middle, found)
-    assert best is not None
-    return best
-
-
-@dataclass(frozen=True)
-class _Row:
-    """Layers of different costs, what stages cost besides, and the ranks that hold them."""
-
-    costs: Sequence[float]
-    ends: Sequence[float]
-    ranks: Sequence[int]
-
-    @cached_property
-    def sums(self) -> list[float]:
-        """The costs of all layers before each."""
-        return [0.0, *accumulate(self.costs)]
-
-    def of_ranks(self, counts: Sequence[int]) -> dict[int, float]:
-        """Return rank → cost."""
-        found: dict[int, float] = {}
-        for (start, stop), end, rank in zip(pairwise([0, *accumulate(counts)]), self.ends, self.ranks, strict=True):
-            found[rank] = found.get(rank, 0.0) + end + self.sums[stop] - self.sums[start]
-        return found
-
-    def loads(self, counts: Sequence[int]) -> tuple[float, float]:
-        """Return the cost of the most expensive rank, and how unequal all are. Rounded, so that ties are ties."""
-        of_ranks = list(self.of_ranks(counts).values())
-        return round(max(of_ranks) / self.sums[-1], 9), round(sum((each / self.sums[-1]) ** 2 for each in of_ranks), 9)
-
-
-def _improve(row: _Row, counts: list[int]) -> list[int]:
-    """Let the most expensive rank hand a layer to another stage, as long as that helps."""
-    while True:
-        of_ranks = row.of_ranks(counts)
-        dearest = max(of_ranks.values())
-        givers = [stage for stage, rank in enumerate(row.ranks) if of_ranks[rank] >= dearest * (1 - 1e-9) and counts[stage] > 1]
-        moves = [
-            [count - (stage == giver) + (stage == taker) for stage, count in enumerate(counts)]
-            for giver in givers
-            for taker in reversed(range(len(counts)))
-            if taker != giver
-        ]
-        best = min(moves, key=row.loads, default=counts)
-        if row.loads(best) >= row.loads(counts):
-            return counts
-        counts = best
+    return [range(start, stop) for start, stop in pairwise([0, *accumulate(counts)])]
 
 
 @dataclass(frozen=True)
@@ -201,14 +115,14 @@ class StagePlan:
         return cls([range(layers)], [0])
 
     @classmethod
-    def of(cls, parallel: ParallelConfig, costs: Sequence[float], first: float, last: float) -> StagePlan:
-        """Plan by `parallel.stage_layers`, or balance: layers cost `costs`, embedding and head cost `first` and `last`."""
+    def of(cls, parallel: ParallelConfig, layers: int, cost: float, first: float, last: float) -> StagePlan:
+        """Plan by `parallel.stage_layers`, or balance: a layer costs `cost`, embedding and head cost `first` and `last`."""
         ranks = stage_ranks(parallel)
         if parallel.stage_layers is None:
             ends = [0.0] * len(ranks)
             ends[0] += first
             ends[-1] += last
-            return cls(stage_split(costs, ends, ranks), ranks)
+            return cls(stage_split(layers, cost, ends, ranks), ranks)
         return cls([range(start, stop) for start, stop in pairwise([0, *accumulate(parallel.stage_layers)])], ranks)
 
 
@@ -216,10 +130,9 @@ def balanced_stages(model: DecoderConfig, parallel: ParallelConfig, seq_len: int
     """Give each stage its layers by `parallel.stage_layers`, or so that the slowest rank is as fast as possible.
 
     policies: the activation policy of every block. A backward pass costs two forward passes plus the recomputation.
-    Policies that differ are spread evenly, so every layer is taken to cost their mean of recomputation.
+    Policies that differ are spread evenly, so every layer is taken to cost their mean.
     """
     costs = [3.0 * layer_flops(block, seq_len) for block in model.blocks()]
     recomputed = [recomputed_flops(block, policy, seq_len) for block, policy in zip(model.blocks(), policies, strict=True)]
-    mean = sum(recomputed) / model.layers
-    layers = [cost + mean for cost in costs]
-    return StagePlan.of(parallel, layers, 3.0 * embedding_flops(model), 3.0 * head_flops(model))
+    layer = sum((*costs, *recomputed)) / model.layers
+    return StagePlan.of(parallel, model.layers, layer, 3.0 * embedding_flops(model), 3.0 * head_flops(model))

@@ -22,6 +22,7 @@ from ..config import ParallelConfig
 from ..context.split import ContextParallel
 from ..engine import EngineSettings
 from ..experts.dispatch import spread_experts
+from ..hybrid.attention import HybridAttention
 from ..mesh import Mesh
 from ..pipeline.stages import StagePlan, splits_backward
 from ..policies import fused_swiglu_blocker
@@ -65,7 +66,7 @@ def fuses_swiglu(model: Model, mesh: Mesh, parallel: ParallelConfig, settings: E
 def parallelize_stage(
     stage: Model,
     mesh: Mesh,
-    context: ContextParallel | None,
+    context: ContextParallel | HybridAttention | None,
     parallel: ParallelConfig,
     settings: EngineSettings,
     *,

@@ -27,6 +27,7 @@ from ..engine import EngineSettings, OptimizerFactory, StepLoss
 from ..experts.balance import ExpertBalance
 from ..fragment import Fragment
 from ..gradient_noise import GradientNoise, Measure, Moments
+from ..hybrid.attention import HybridAttention
 from ..mesh import Mesh
 from ..observers import GradientObserver, optimizer_observers
 from ..optimizer_state import optimizer_fragments
@@ -54,11 +55,12 @@ class TorchEngine:
         assert plan.count == stage_count(parallel), f"{plan.count} stages are no division for parallel.pp={parallel.pp}"
         stages = own_stages(model, plan, mesh.coordinates["pp"])
         context = ContextParallel(mesh, parallel.cp_kind) if mesh.layout.cp > 1 else None
+        attention = HybridAttention(mesh) if parallel.hdp != "none" else context
         groups = parameter_groups(parallel, mesh.layout, experts_of(model))
         self.weights = Weights(make_strategies(groups, mesh, parallel, settings), mesh, settings.compute)
         fuse = fuses_swiglu(model, mesh, parallel, settings)
         for stage in stages.values():
-            parallelize_stage(stage, mesh, context, parallel, settings, fuse_swiglu=fuse)
+            parallelize_stage(stage, mesh, attention, parallel, settings, fuse_swiglu=fuse)
             self.weights.shard(stage)
         held = list(stages.values())
         self.module: nn.Module = held[0] if len(held) == 1 else nn.ModuleList(held)

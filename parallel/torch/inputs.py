@@ -39,7 +39,8 @@ class ModelInputs:
 
     def part(self, micro_batch: MicroBatch) -> tuple[MicroBatch, torch.Tensor | None]:
         """Cut out this rank's part. Also returns the positions where the part alone does not give them."""
-        micro_batch, positions_BS = micro_batch.to(self._mesh.device), None
+        micro_batch = micro_batch.to(self._mesh.device)
+        positions_BS = micro_batch.positions_BS
         if self._context is not None:
             part = self._context.cut(micro_batch)
             micro_batch, positions_BS = part.micro_batch, part.positions_BT

@@ -15,6 +15,7 @@ from meshloom.data.assignment import Assigner
 from meshloom.data.batch import GlobalBatch, Sample, document_lengths, sample_part
 from meshloom.data.blend import MixedSamples
 from meshloom.data.order import Permutation, Shuffled, ValidationSamples, shuffled_position
+from meshloom.data.reading import Shifted, Unread
 
 
 class Numbers:
@@ -154,6 +155,9 @@ def test_orders_pass_on_lengths_and_parts(kind: type[Marked]):
         whole = reference[within]
         part = sample_part(mixed, index, 2, 5)
         assert (part.tokens.tolist(), part.targets.tolist()) == (whole.tokens[2:5].tolist(), whole.targets[2:5].tolist())
+    later = Shifted(Unread(Shuffled(kind(11), seed=5), [3, 1]), by=2)  # of the unread 1, 3, 4, 5, … from the third on
+    assert document_lengths(later, 0).tolist() == [3, 1, 4]
+    assert sample_part(later, 0, 2, 5).tokens.tolist() == reference[4].tokens[2:5].tolist()
     held = ValidationSamples(kind(11))
     assert [document_lengths(held, k).tolist() for k in range(11)] == [[3, 1, 4]] * 11
     expected = [ValidationSamples(Marked(11))[k].tokens[6:].tolist() for k in range(11)]

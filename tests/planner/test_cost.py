@@ -216,44 +216,9 @@ def test_costliest_rank_is_minimal_over_all_splits(schedule: str, pp: int, layer
         prices = [5 * count + end for count, end in zip(counts, ends, strict=True)]
         return max(sum(price for price, holder in zip(prices, ranks, strict=True) if holder == rank) for rank in ranks)
 
-    split = stage_split([5] * layers, ends, ranks)
+    split = stage_split(layers, 5, ends, ranks)
     assert [layer for part in split for layer in part] == list(range(layers)) and all(split)
     assert dearest([len(part) for part in split]) == min(map(dearest, compositions(layers, len(ranks))))
-
-
-@given(st.integers(2, 4), st.lists(st.integers(1, 9), min_size=4, max_size=11), st.integers(0, 30))
-@settings(deadline=None)
-def test_unequal_layers_are_cut_as_well_as_can_be(pp: int, costs: list[int], last: int) -> None:
-    ends = [0] * pp
-    ends[-1] = last
-
-    def dearest(counts: Sequence[int]) -> int:
-        borders = [0, *itertools.accumulate(counts)]
-        return max(sum(costs[a:b]) + end for (a, b), end in zip(itertools.pairwise(borders), ends, strict=True))
-
-    split = stage_split(costs, ends, list(range(pp)))
-    assert [layer for part in split for layer in part] == list(range(len(costs))) and all(split)
-    assert dearest([len(part) for part in split]) == min(map(dearest, compositions(len(costs), pp)))
-
-
-@pytest.mark.parametrize("schedule", ["interleaved", "zbv"])
-def test_stages_that_share_a_rank_are_balanced_together(schedule: str) -> None:
-    ranks = stage_ranks(ParallelConfig(pp=2, schedule=schedule))
-    costs = [1, 1, 1, 1, 1, 6, 1, 1, 1, 1, 1, 6]
-
-    def of_ranks(counts: Sequence[int]) -> list[int]:
-        prices = [sum(costs[a:b]) for a, b in itertools.pairwise([0, *itertools.accumulate(counts)])]
-        return [sum(price for price, holder in zip(prices, ranks, strict=True) if holder == rank) for rank in range(2)]
-
-    assert of_ranks([len(part) for part in stage_split(costs, [0, 0, 0, 0], ranks)]) == [11, 11]
-
-
-def test_layers_that_see_everything_weigh_more_than_windows() -> None:
-    """Four layers with a window, then four without, of 64K tokens: the later stage has fewer layers."""
-    shape = {"dim": 64, "layers": 8, "heads": 4, "kv_heads": 4, "ffn_dim": 64, "vocabulary": 16, "sliding_window": 8}
-    model = DecoderConfig.of({**shape, "layer_types": ["sliding"] * 4 + ["full"] * 4})
-    plan = balanced_stages(model, ParallelConfig(pp=2), 65_536, ["none"] * 8)
-    assert [len(layers) for layers in plan.layers] == [6, 2]
 
 
 def test_the_head_makes_the_last_stage_shorter() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from meshloom.config.duration import Duration, Unit
-from meshloom.data.assignment import Assigner, Share, load_share
+from meshloom.data.assignment import Assigner, Dealer, Share
 from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch, Sample
 from meshloom.data.loader import Loader
 from meshloom.models.mixture.balance_config import BalanceConfig
@@ -36,7 +36,8 @@ from meshloom.parallel.box import Box
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import Engine
 from meshloom.parallel.engines import make_engine
-from meshloom.parallel.layout import Layout
+from meshloom.parallel.hybrid.share import HybridAssigner
+from meshloom.parallel.layout import Layout, uses_fsdp
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline.stages import legal_micro_batches
 from meshloom.trainer.hooks.base import Hook
@@ -125,10 +126,20 @@ def assigner(mesh: Mesh, work: Work) -> Assigner:
     return Assigner(mesh.layout.data_size, functools.partial(legal_micro_batches, work.parallel), work.halves)
 
 
+def dealer(mesh: Mesh, work: Work) -> Dealer:
+    """Return what deals the work's batches: samples, or under hybrid data parallelism their documents."""
+    if work.parallel.hdp == "none":
+        return assigner(mesh, work)
+    layout, tokens = mesh.layout, work.parallel.hdp_tokens
+    return HybridAssigner(
+        layout.data_size, lambda length: 100.0 + 10 * length, tokens, layout.tp, uses_fsdp(work.parallel, layout)
+    )
+
+
 def share(mesh: Mesh, work: Work, first: int) -> Share:
     """This rank's share of the global batch that begins with a sample."""
-    assignment = assigner(mesh, work).assign(GlobalBatch(first, work.samples), work.micro)
-    return load_share(UnevenSamples(work.documents), assignment, mesh.data_rank)
+    batch = GlobalBatch(first, work.samples)
+    return dealer(mesh, work).load(UnevenSamples(work.documents), batch, work.micro, mesh.data_rank)
 
 
 def global_tokens(mesh: Mesh, share: Share) -> torch.Tensor:
@@ -158,7 +169,7 @@ def take_steps(engine: Engine, work: Work, numbers: range, *hooks: Hook) -> Reco
     """Take the steps of these numbers with the trainer's own loop, loader, clipping and schedule."""
     mesh, recorder = engine.mesh, Recorder()
     horizon = Horizon(Duration(numbers.stop, Unit.STEPS), SEQ_LEN, work.samples)
-    loader = Loader(UnevenSamples(work.documents), assigner(mesh, work), mesh.data_rank)
+    loader = Loader(UnevenSamples(work.documents), dealer(mesh, work), mesh.data_rank)
     done = numbers.start * work.samples
     loop = Loop(
         mesh=mesh,

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from meshloom.kernels.attention import CausalAttention
 from meshloom.kernels.documents import Documents
 from meshloom.parallel.context.ring import Ring, ring_attend, with_ring_part
-from meshloom.parallel.context.ring_plan import AttentionBlock, plan_documents
-from meshloom.parallel.context.zigzag import deal_pieces
+from meshloom.parallel.context.ring_plan import AttentionBlock, RingPlan, plan_documents, plan_rings
+from meshloom.parallel.context.zigzag import cut_document, deal_pieces
 from support.ranks import run_ranks
 
 ROWS, HEADS, DIM = 2, 4, 8
@@ -246,16 +246,11 @@ def packed_rows(draw: st.DrawFn) -> tuple[list[int], int, int]:
     return sorted(inner | set(range(0, rows * length + 1, length))), length, draw(st.integers(1, 5))
 
 
-@given(packed_rows(), st.none() | st.integers(1, 40))
-@settings(deadline=None, max_examples=250)
-def test_plans_cover_each_pair_of_positions_once(case: tuple[list[int], int, int], window: int | None) -> None:
-    """Own sequences and blocks together are exactly the causal pairs inside sequences, and messages fit one another."""
-    bounds, length, size = case
-    sequence = [sum(position >= bound for bound in bounds) for position in range(bounds[-1])]
-    dealt = deal_pieces(tuple(bounds), length, size)
-    holds = [[at for piece in pieces for at in range(piece.start, piece.start + piece.length)] for pieces in dealt]
-    assert sorted(position for held_by in holds for position in held_by) == list(range(bounds[-1]))
-    plans = [plan_documents(tuple(bounds), length, size, member, window) for member in range(size)]
+def assert_pairs_once(plans: list[RingPlan], holds: list[list[int]], sequence: list[int], window: int | None) -> None:
+    """Own sequences and blocks together are exactly the causal pairs inside sequences, and messages fit one another.
+
+    holds: the positions of each member; sequence: of each position
+    """
 
     def seen(block: AttentionBlock) -> Iterator[tuple[int, int]]:
         """Pairs of a query and a key of a block, by the definition of its mask."""
@@ -275,16 +270,67 @@ def test_plans_cover_each_pair_of_positions_once(case: tuple[list[int], int, int
         pairs.update((holds[member][q], holds[member][k]) for block in plan.own_blocks for q, k in seen(block))
         assert at == len(holds[member])
         for number, step in enumerate(plan.steps):
-            sent = plans[step.source].steps[number]
-            assert sent.target == member
-            message = [holds[step.source][position] for start, stop in sent.keys for position in range(start, stop)]
-            assert len(message) == step.received
-            for block in step.blocks:
-                pairs.update((holds[member][q], message[k]) for q, k in seen(block))
-    expected = {(q, k) for q in range(bounds[-1]) for k in range(q + 1) if sequence[q] == sequence[k]}
+            sending = {
+                n: [each for each in plan.steps[number].sends if each.member == member] if number < len(plan.steps) else []
+                for n, plan in enumerate(plans)
+            }
+            for receive in step.receives:
+                sent = sending[receive.member].pop(0)  # messages of one pair arrive in order
+                message = [holds[receive.member][position] for start, stop in sent.keys for position in range(start, stop)]
+                assert len(message) == receive.length > 0
+                for block in receive.blocks:
+                    pairs.update((holds[member][q], message[k]) for q, k in seen(block))
+            assert not any(sending.values())
+    expected = {(q, k) for q in range(len(sequence)) for k in range(q + 1) if sequence[q] == sequence[k]}
     expected = {(q, k) for q, k in expected if window is None or q - k < window}
     assert set(pairs) == expected
     assert set(pairs.values()) <= {1}
+
+
+@given(packed_rows(), st.none() | st.integers(1, 40))
+@settings(deadline=None, max_examples=250)
+def test_plans_cover_each_pair_of_positions_once(case: tuple[list[int], int, int], window: int | None) -> None:
+    bounds, length, size = case
+    sequence = [sum(position >= bound for bound in bounds) for position in range(bounds[-1])]
+    dealt = deal_pieces(tuple(bounds), length, size)
+    holds = [[at for piece in pieces for at in range(piece.start, piece.start + piece.length)] for pieces in dealt]
+    assert sorted(position for held_by in holds for position in held_by) == list(range(bounds[-1]))
+    plans = [plan_documents(tuple(bounds), length, size, member, window) for member in range(size)]
+    assert_pairs_once(plans, holds, sequence, window)
+
+
+@st.composite
+def rings(draw: st.DrawFn) -> tuple[int, list[tuple[int, int, int]]]:
+    """(members, (length, first member, number of members) of each shared document)."""
+    members = draw(st.integers(1, 6))
+    each = st.tuples(st.integers(1, 30), st.integers(0, members - 1), st.integers(1, members))
+    return members, draw(st.lists(each, max_size=4))
+
+
+@given(rings(), st.none() | st.integers(1, 40))
+@settings(deadline=None, max_examples=150)
+def test_rings_of_any_runs_cover_each_pair_once(case: tuple[int, list[tuple[int, int, int]]], window: int | None) -> None:
+    members, shared = case
+    holds: list[list[int]] = []
+    plans: list[RingPlan] = []
+    for member in range(members):
+        held: list[int] = []
+        own: list[tuple[int, int, int]] = []
+        before = 0
+        for length, first, size in shared:
+            index = (member - first) % members
+            if index < size:
+                own.append((length, first, size))
+                pieces = cut_document(length, size)[index]
+                assert sum(piece.length for piece in pieces) <= -(-length // size)
+                held += [before + at for piece in pieces for at in range(piece.start, piece.start + piece.length)]
+            before += length
+        alone = range(before + member, before + member + 1)  # a document of its own behind them
+        holds.append([*held, *alone])
+        plans.append(plan_rings((members, len(own), *(number for ring in own for number in ring), 1), member, window))
+    sequence = [number for number, (length, *_) in enumerate(shared) for _ in range(length)]
+    sequence += [len(shared) + member for member in range(members)]
+    assert_pairs_once(plans, holds, sequence, window)
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
@@ -294,7 +340,7 @@ def test_zigzag_balances_the_area(size: int) -> None:
     areas = []
     for member in range(size):
         plan = plan_documents((0, length), length, size, member)
-        blocks = [block for step in plan.steps for block in step.blocks]
+        blocks = [block for step in plan.steps for receive in step.receives for block in receive.blocks]
         assert len(blocks) == size - 1
         area = sum((b.queries[1] - b.queries[0]) * (b.keys[1] - b.keys[0]) for b in blocks)
         areas.append(area + sum(own * (own + 1) // 2 for own in plan.own))
@@ -317,5 +363,4 @@ def test_a_part_knows_where_its_documents_begin(size: int) -> None:
 def test_short_documents_travel_nowhere() -> None:
     plan = plan_documents((0, 4, 8, 12, 16), 16, 2, 0)
     assert plan.own == (4, 4)
-    assert [step.received for step in plan.steps] == [0]
-    assert [step.keys for step in plan.steps] == [()]
+    assert [(step.receives, step.sends) for step in plan.steps] == [((), ())]

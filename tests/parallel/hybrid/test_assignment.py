@@ -10,30 +10,39 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshloom.parallel.hybrid.assignment import METHODS, HybridAssignment, assign
+from meshloom.parallel.hybrid.assignment import HybridAssignment, part_tokens
 from meshloom.parallel.hybrid.cost import CostModel, least_time
+from meshloom.parallel.hybrid.planning import METHODS, assign
 
 COSTS = CostModel(quadratic=1 / 45_600, linear=1.0)
 
 
 def check(plan: HybridAssignment, lengths: list[int], ranks: int, capacity: int) -> None:
-    """Every document once, whole or on each of its ranks, and no row beyond its capacity."""
+    """Every document once, whole or on each of its ranks; no row beyond its capacity; no circle of waiting ranks."""
     whole = Counter(document for rows in plan.rows for row in rows for document in row.whole)
     assert whole + Counter(each.document for each in plan.shared) == Counter(range(len(lengths)))
+    waves = [each.wave for each in plan.shared]
+    assert waves == sorted(waves) and all(1 <= each.ranks <= ranks > each.first for each in plan.shared)
     for rank, rows in enumerate(plan.rows):
         mine = [number for row in rows for number in row.shared]
-        assert mine == [n for n, each in enumerate(plan.shared) if each.first <= rank < each.first + each.ranks]
-        for row in rows:
-            parts = sum(lengths[plan.shared[n].document] / plan.shared[n].ranks for n in row.shared)
-            assert parts + sum(lengths[n] for n in row.whole) <= capacity + 1e-6
-    assert all(each.first in range(ranks + 1 - each.ranks) for each in plan.shared)
+        assert mine == [n for n, each in enumerate(plan.shared) if rank in each.members(ranks)]
+        own_waves = [plan.wave(row) for row in rows if row.shared]
+        assert len(set(own_waves)) == len(own_waves), "what a rank shares in a wave is in one row"
+        for number, row in enumerate(rows):
+            assert {plan.shared[n].wave for n in row.shared} <= {number if plan.lockstep else plan.wave(row)}
+            parts = sum(part_tokens(lengths[plan.shared[n].document], plan.shared[n].ranks) for n in row.shared)
+            assert parts + sum(lengths[n] for n in row.whole) <= capacity
+        assert plan.lockstep or not rows[-1].shared, "a rank's last row is its own"
+    assert not plan.lockstep or len({len(rows) for rows in plan.rows}) == 1
+    assert all(spans for spans in plan.timeline(lengths, COSTS))
 
 
 @given(st.lists(st.integers(1, 400), max_size=40), st.integers(4, 9), st.sampled_from(sorted(METHODS)))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=200)
 def test_every_document_is_dealt_once(lengths: list[int], ranks: int, method: str) -> None:
     plan = assign(lengths, ranks, 100, COSTS, method)
-    check(plan, lengths, ranks, 100)
+    if method != "static":
+        check(plan, lengths, ranks, 100)
     assert max(plan.times(lengths, COSTS)) >= least_time(lengths, ranks, 100, COSTS) * (1 - 1e-12)
 
 

@@ -1,0 +1,53 @@
+"""Limits of hybrid data parallelism, checked from the config alone. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...config.problems import Problem
+from ..config import ParallelConfig
+
+
+def hybrid_problems(
+    parallel: ParallelConfig, *, masked: bool | None, measures: bool, halves: bool, cut_losses: bool
+) -> Iterator[Problem]:
+    """Yield what can't be combined with `parallel.hdp`.
+
+    masked      whether attention stays inside documents; None: it can't be told from the config
+    measures    whether the batch-size controller measures gradients
+    halves      whether the optimizer compares halves of a batch
+    cut_losses  whether the balance of experts counts samples or micro-batches
+    """
+    off = "or parallel.hdp=none"
+    if parallel.engine != "torch":
+        fix = f"use parallel.engine=torch, {off}"
+        yield Problem("parallel.hdp", f"the {parallel.engine} engine can't share documents between ranks", fix)
+    if parallel.cp > 1:
+        text = "it shares long documents by itself, and short ones not at all"
+        yield Problem("parallel.cp", text, f"use parallel.cp=1, {off}")
+    if parallel.pp > 1:
+        yield Problem("parallel.pp", "a pipeline can't run shared documents yet", f"use parallel.pp=1, {off}")
+    if parallel.ep > 1:
+        text = "ranks run different numbers of micro-batches, and experts on other ranks need the same"
+        yield Problem("parallel.ep", text, f"use parallel.ep=1, {off}")
+    if masked is False:
+        text = "attention crosses documents, so that they can't be dealt apart"
+        yield Problem("data.document_mask", text, f"set it to true, {off}")
+    if measures:
+        text = "it measures the gradients of micro-batches, which hybrid data parallelism cuts by cost"
+        yield Problem("batch", text, f"use batch=fixed, stages, ramp or critical_loss, {off}")
+    if halves:
+        text = "it compares halves of the list of micro-batches, which hybrid data parallelism cuts by cost"
+        yield Problem("optim", text, f"use another optimizer, {off}")
+    if cut_losses:
+        text = "shares per sample or micro-batch change when a step's documents are dealt by cost"
+        yield Problem("balance", text, f"use balance.counts=exact, balance.sequence=0 and balance.micro_batch=0, {off}")
+
+
+def capacity_problems(parallel: ParallelConfig, micro: int, seq_len: int, data_size: int) -> Iterator[Problem]:
+    """Yield why a document that is as long as a sample does not fit into a row on each data rank."""
+    capacity = parallel.hdp_tokens or micro * seq_len
+    if seq_len > data_size * capacity:
+        held = f"a row on each data rank holds {data_size} × {capacity}"
+        text = f"a document may have {seq_len} tokens (data.seq_len), and {held}"
+        yield Problem("parallel.hdp_tokens", text, f"use {-(-seq_len // data_size)} or more, or start more processes")

@@ -1,0 +1,105 @@
+"""Deal documents to ranks that run their rows together, as many each: weights are gathered, and gradients reduced, in every row
+(ZeRO-2 and 3).
+
+A step takes the sum over rows of the slowest rank's row, so that every row must be balanced by itself. Few rows are full of
+tokens: next to a long document, whose tokens are dear, short ones fill a row's room and not its time. Many rows cost their
+starts. So several numbers of rows are tried. For each number, a row may take the same part of all cost on every rank:
+
+1. Documents longer than a row, or dearer than that part, are cut out of the rows' rectangles of ranks × time (`rectangles.py`).
+2. Whole documents, the dearest first, go to where most time is left, as far as there is room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from heapq import heapify, heappop, heappush
+
+from .assignment import HybridAssignment, Row
+from .cost import CostModel
+from .rectangles import Free, Rectangles
+
+MOST = (1.0, 0.5, 0.2)
+CHOICES = 6  # numbers of rows that are tried
+
+
+def lockstep(lengths: Sequence[int], ranks: int, capacity: int, costs: CostModel) -> HybridAssignment:
+    """Deal documents to `ranks` ranks in rows of at most `capacity` tokens."""
+    cost = [costs.document(length) for length in lengths]
+    plans = (
+        _Rows(lengths, cost, ranks, capacity, count, most).plan()
+        for count in _numbers_of_rows(lengths, cost, ranks, capacity, costs)
+        for most in MOST
+    )
+    return min(plans, key=lambda plan: plan.step_time(lengths, costs))
+
+
+def _numbers_of_rows(
+    lengths: Sequence[int], cost: Sequence[float], ranks: int, capacity: int, costs: CostModel
+) -> Iterator[int]:
+    """Yield numbers of rows: from as few as hold the tokens to as many as have the time for a row full of short documents."""
+    least = max(1, -(-sum(lengths) // (ranks * capacity)))
+    most = max(least, int(-(-sum(cost) // (ranks * costs.linear * capacity))))
+    found = {round(least * (most / least) ** (at / (CHOICES - 1))) for at in range(CHOICES)}
+    yield from sorted(found)
+
+
+class _Rows:
+    """Rows of all ranks being filled, each with the same time on every rank."""
+
+    def __init__(
+        self, lengths: Sequence[int], cost: Sequence[float], ranks: int, capacity: int, count: int, most: float
+    ) -> None:
+        self._lengths, self._cost, self._ranks, self._capacity = lengths, cost, ranks, capacity
+        self._count = count
+        self._level = sum(cost) / (ranks * count)
+        free = [Free(0, ranks, self._level, capacity, wave) for wave in range(count)]
+        self._rectangles = Rectangles(free, lengths, cost, most=most, stacked=False)
+
+    def plan(self) -> HybridAssignment:
+        """Place all documents."""
+        order = sorted(range(len(self._lengths)), key=lambda each: (-self._cost[each], each))
+        whole: list[int] = []
+        for document in order:
+            if self._lengths[document] <= self._capacity and self._cost[document] <= self._level:
+                whole.append(document)
+            elif not self._rectangles.place(document):
+                row = Free(0, self._ranks, max(self._level, self._cost[document] / self._ranks), self._capacity, self._count)
+                self._count += 1
+                self._rectangles.free.append(row)
+                if not self._rectangles.place(document):
+                    self._rectangles.cut(document, row, self._ranks)
+        dealt = self._deal(whole)
+        shared = sorted(self._rectangles.placed, key=lambda each: (each.wave, each.first, each.document))
+        numbers: dict[tuple[int, int], list[int]] = {}
+        for number, each in enumerate(shared):
+            for rank in each.members(self._ranks):
+                numbers.setdefault((rank, each.wave), []).append(number)
+        rows = tuple(
+            tuple(Row(tuple(numbers.get((rank, wave), ())), tuple(dealt.get((rank, wave), ()))) for wave in range(self._count))
+            for rank in range(self._ranks)
+        )
+        return HybridAssignment(rows, tuple(shared), lockstep=True)
+
+    def _deal(self, documents: Sequence[int]) -> dict[tuple[int, int], list[int]]:
+        """Put each document where most time is left. Returns the documents of each (rank, row)."""
+        slots = [
+            (-each.time, each.tokens, rank, each.wave)
+            for each in self._rectangles.free
+            for rank in range(each.first, each.first + each.ranks)
+        ]
+        heapify(slots)
+        found: dict[tuple[int, int], list[int]] = {}
+        for document in documents:
+            length, full = self._lengths[document], []
+            while slots and slots[0][1] < length:
+                full.append(heappop(slots))
+            if not slots:
+                slots = [(-self._level, self._capacity, rank, self._count) for rank in range(self._ranks)]
+                self._count += 1
+            time, room, rank, row = heappop(slots)
+            found.setdefault((rank, row), []).append(document)
+            heappush(slots, (time + self._cost[document], room - length, rank, row))
+            for slot in full:
+                if slot[1] > 0:
+                    heappush(slots, slot)
+        return found

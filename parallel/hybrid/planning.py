@@ -1,0 +1,27 @@
+"""Plan a step: deal documents of known lengths to ranks. Every rank finds the same plan without a message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .assignment import HybridAssignment
+from .cost import CostModel
+from .greedy import greedy
+from .lockstep import lockstep
+from .static import static
+
+METHODS: dict[str, Callable[[Sequence[int], int, int, CostModel], HybridAssignment]] = {
+    "static": static,
+    "greedy": greedy,
+    "lockstep": lockstep,
+}
+
+
+def assign(lengths: Sequence[int], ranks: int, capacity: int, costs: CostModel, method: str = "greedy") -> HybridAssignment:
+    """Deal documents of these lengths to `ranks` ranks, in rows of at most `capacity` tokens, by one of `METHODS`.
+
+    Raises ValueError for a document that is longer than the rows of all ranks together.
+    """
+    if lengths and max(lengths) > ranks * capacity:
+        raise ValueError(f"a document of {max(lengths)} tokens is longer than {ranks} rows of {capacity}, one on each rank")
+    return METHODS[method](lengths, ranks, capacity, costs)

@@ -1,0 +1,155 @@
+"""A data rank's share of a global batch under hybrid data parallelism: plan the step, and read this rank's rows.
+
+The samples of the global batch are taken apart into their documents, without the padding between them. Which documents are in
+the batch stays a matter of the data order (R1); only who computes them changes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...config.lazy import numpy as np
+from ...data.assignment import Share
+from ...data.batch import IGNORED, GlobalBatch, MicroBatch, Samples, document_lengths, sample_part
+from ..context.zigzag import cut_document
+from .assignment import HybridAssignment, Row
+from .cost import costs_of_flops
+from .planning import assign
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def row_unit(capacity: int, tp: int) -> int:
+    """Return the number of which a row's positions are a multiple: kernels like multiples of 128, tensor parallelism of tp."""
+    return tp * (128 if capacity >= 8192 else 16 if capacity >= 512 else 1)
+
+
+@dataclass(frozen=True)
+class BatchDocuments:
+    """The documents of a global batch, by number: the sample of each, where it begins there, and its length."""
+
+    samples: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, samples: Samples, batch: GlobalBatch) -> BatchDocuments:
+        """Ask the samples for their documents."""
+        found = [document_lengths(samples, index) for index in batch.indices()]
+        owner = np.repeat(np.arange(batch.first, batch.first + batch.count), [len(lengths) for lengths in found])
+        starts = np.concatenate([np.cumsum(lengths) - lengths for lengths in found])
+        return cls(owner, starts, np.concatenate(found).tolist())
+
+    @property
+    def mean_length(self) -> float:
+        """Mean length of a token's document: Σ length² / Σ length."""
+        return sum(length * length for length in self.lengths) / max(1, sum(self.lengths))
+
+
+@dataclass(frozen=True)
+class HybridAssigner:
+    """The rule by which a run deals the documents of its global batches to data ranks. Implements `data.assignment.Dealer`.
+
+    flops_per_token  of the model, by the length of a document: what costs are estimated from
+    capacity  tokens of a row at most; None: those of a micro-batch of samples
+    unit      a row's positions are a multiple of it, filled up with padding
+    lockstep  all ranks run as many rows, each at the same time
+    """
+
+    data_size: int
+    flops_per_token: Callable[[int], float]
+    capacity: int | None = None
+    unit: int = 1
+    lockstep: bool = False
+
+    def plan(self, lengths: Sequence[int], seq_len: int, micro: int) -> HybridAssignment:
+        """Deal documents of these lengths, from samples of `seq_len` positions."""
+        costs = costs_of_flops(self.flops_per_token, seq_len)
+        method = "lockstep" if self.lockstep else "greedy"
+        return assign(lengths, self.data_size, self.capacity or micro * seq_len, costs, method)
+
+    def load(self, samples: Samples, batch: GlobalBatch, micro: int, data_rank: int) -> Share:
+        """Plan the step of a global batch, and read the rows of one data rank."""
+        documents = BatchDocuments.of(samples, batch)
+        plan = self.plan(documents.lengths, samples.seq_len, micro)
+        rows = _RowReader(samples, documents, plan, data_rank, self.unit)
+        return Share(
+            [rows.read(row) for row in plan.rows[data_rank]],
+            passes=plan.passes,
+            workers=sum(map(len, plan.rows)),
+            checksum=zlib.crc32(repr((documents.lengths, plan)).encode()),
+            flops=self.flops_per_token(round(documents.mean_length)) * sum(documents.lengths),
+        )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Positions [start, start + length) of a document, and whether the piece before it in the row is of the same one."""
+
+    document: int
+    start: int
+    length: int
+    goes_on: bool = False
+
+
+class _RowReader:
+    """Reads the rows of one data rank."""
+
+    def __init__(self, samples: Samples, documents: BatchDocuments, plan: HybridAssignment, data_rank: int, unit: int) -> None:
+        self._samples, self._documents, self._plan = samples, documents, plan
+        self._rank, self._unit = data_rank, unit
+
+    def read(self, row: Row) -> MicroBatch:
+        """Read the documents of a row, shared ones first, and fill it up with padding."""
+        import torch
+
+        from ...kernels.documents import Documents
+
+        pieces = list(self._pieces(row))
+        filled = sum(piece.length for piece in pieces)
+        length = max(1, -(-filled // self._unit)) * self._unit
+        tokens, positions, ids = (np.zeros(length, np.int64) for _ in range(3))
+        targets = np.full(length, IGNORED, np.int64)
+        own: list[int] = []
+        at = 0
+        for piece in pieces:
+            here = slice(at, at + piece.length)
+            start = int(self._documents.starts[piece.document]) + piece.start
+            sample = int(self._documents.samples[piece.document])
+            part = sample_part(self._samples, sample, start, start + piece.length)
+            tokens[here], targets[here] = part.tokens, part.targets
+            positions[here] = np.arange(piece.start, piece.start + piece.length)
+            if piece.goes_on:
+                own[-1] += piece.length
+            else:
+                own.append(piece.length)
+            ids[here] = len(own) - 1
+            at += piece.length
+        if filled < length:
+            positions[filled:], ids[filled:] = np.arange(length - filled), len(own)
+            own.append(length - filled)
+        whole = [self._documents.lengths[document] for document in row.whole] + own[len(own) - (filled < length) :]
+        bounds = torch.tensor(np.cumsum([0, *own]), dtype=torch.int32)
+        documents = Documents(torch.from_numpy(ids)[None], bounds, bounds, host_rings=torch.tensor(self._rings(row, whole)))
+        return MicroBatch(
+            torch.from_numpy(tokens)[None], torch.from_numpy(targets)[None], documents, torch.from_numpy(positions)[None]
+        )
+
+    def _pieces(self, row: Row) -> Iterator[_Piece]:
+        for number in row.shared:
+            shared = self._plan.shared[number]
+            index = (self._rank - shared.first) % len(self._plan.rows)
+            for at, piece in enumerate(cut_document(self._documents.lengths[shared.document], shared.ranks)[index]):
+                yield _Piece(shared.document, piece.start, piece.length, goes_on=at > 0)
+        for document in row.whole:
+            yield _Piece(document, 0, self._documents.lengths[document])
+
+    def _rings(self, row: Row, whole: Sequence[int]) -> list[int]:
+        """Describe a row and the lengths of its whole documents for its rings, as `context.ring_plan.plan_rings` reads it."""
+        shared = [self._plan.shared[number] for number in row.shared]
+        rings = [(self._documents.lengths[each.document], each.first, each.ranks) for each in shared]
+        return [len(self._plan.rows), len(shared), *(number for ring in rings for number in ring), *whole]

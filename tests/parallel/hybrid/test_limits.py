@@ -1,0 +1,49 @@
+"""What hybrid data parallelism can't be combined with, told by key with a fix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.hybrid.limits import capacity_problems, hybrid_problems
+
+FINE: dict[str, Any] = {"masked": True, "measures": False, "halves": False, "cut_losses": False}
+REFUSED = [
+    ("parallel.hdp", {"engine": "deepspeed"}, {}),
+    ("parallel.cp", {"cp": 2}, {}),
+    ("parallel.pp", {"pp": 2}, {}),
+    ("parallel.ep", {"ep": 2}, {}),
+    ("data.document_mask", {}, {"masked": False}),
+    ("batch", {}, {"measures": True}),
+    ("optim", {}, {"halves": True}),
+    ("balance", {}, {"cut_losses": True}),
+]
+
+
+@pytest.mark.parametrize(("key", "parallel", "others"), REFUSED, ids=[key for key, *_ in REFUSED])
+def test_what_does_not_fit_is_refused_by_key(key: str, parallel: dict[str, Any], others: dict[str, Any]) -> None:
+    found = list(hybrid_problems(ParallelConfig(hdp="greedy", **parallel), **{**FINE, **others}))
+    assert [problem.key for problem in found] == [key] and all(problem.fix for problem in found)
+    assert not list(hybrid_problems(ParallelConfig(hdp="greedy"), **FINE))
+
+
+@pytest.mark.parametrize(("tokens", "ranks", "refused"), [(100, 10, False), (100, 9, True), (None, 1, False)])
+def test_a_document_must_fit_on_all_ranks_together(tokens: int | None, ranks: int, refused: bool) -> None:
+    parallel = ParallelConfig(hdp="greedy", hdp_tokens=tokens)
+    found = list(capacity_problems(parallel, micro=2, seq_len=1000, data_size=ranks))
+    assert [problem.key for problem in found] == ["parallel.hdp_tokens"] * refused
+    assert not refused or "112 or more" in found[0].fix
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("parallel.hdp", {"hdp": "best"}),
+        ("parallel.hdp_tokens", {"hdp_tokens": 100}),
+        ("parallel.hdp_tokens", {"hdp": "greedy", "hdp_tokens": 1, "tp": 2}),
+    ],
+)
+def test_values_are_checked(key: str, values: dict[str, Any]) -> None:
+    assert [problem.key for problem in ParallelConfig(**values).problems()] == [key]

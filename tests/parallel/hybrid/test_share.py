@@ -1,0 +1,85 @@
+"""The rows that ranks read: all of them together hold every position of the batch's documents once, and its targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshloom.data.assignment import Share
+from meshloom.data.batch import IGNORED, GlobalBatch, Sample
+from meshloom.parallel.context.ring_plan import plan_rings
+from meshloom.parallel.hybrid.share import HybridAssigner, row_unit
+
+
+class Packed:
+    """Samples of documents of these lengths, padded; a token tells its sample, document and position. Implements `Samples`."""
+
+    seq_len, vocabulary = 40, 10**9
+
+    def __init__(self, lengths: Sequence[Sequence[int]]) -> None:
+        self._lengths = lengths
+
+    def lengths(self, index: int) -> np.ndarray:
+        return np.array(self._lengths[index], np.int64)
+
+    def part(self, index: int, start: int, stop: int) -> Sample:
+        places = [(n, at) for n, length in enumerate(self._lengths[index]) for at in range(length)][start:stop]
+        tokens = np.array([1_000_000 + index * 10_000 + number * 100 + at for number, at in places], np.int64)
+        return Sample(tokens, np.where(tokens % 3 == 0, IGNORED, tokens + 1))
+
+    def __getitem__(self, index: int) -> Sample:
+        raise AssertionError("nobody needs whole samples")
+
+
+def shares(lengths: Sequence[Sequence[int]], ranks: int, **settings: bool | int) -> list[Share]:
+    assigner = HybridAssigner(ranks, lambda length: 50.0 + length, **settings)
+    return [assigner.load(Packed(lengths), GlobalBatch(0, len(lengths)), 1, rank) for rank in range(ranks)]
+
+
+ROWS = st.lists(st.integers(1, 40), min_size=1, max_size=6).filter(lambda row: sum(row) <= 40)
+
+
+@given(st.lists(ROWS, min_size=1, max_size=5), st.integers(2, 5), st.integers(20, 40), st.booleans(), st.integers(1, 3))
+@settings(deadline=None, max_examples=60)
+def test_every_position_is_read_once(lengths: list[list[int]], ranks: int, capacity: int, lockstep: bool, unit: int) -> None:
+    found: list[tuple[int, int, int]] = []
+    dealt = shares(lengths, ranks, capacity=capacity, lockstep=lockstep, unit=unit)
+    for rank, share in enumerate(dealt):
+        for row in share.micro_batches:
+            assert row.documents is not None and row.positions_BS is not None and row.documents.host_rings is not None
+            assert row.tokens_BS.shape[0] == 1 and row.tokens_BS.shape[1] % unit == 0
+            tokens, targets, positions = (each[0].tolist() for each in (row.tokens_BS, row.targets_BS, row.positions_BS))
+            bounds = row.documents.host_cu_seqlens.tolist()
+            plan = plan_rings(tuple(row.documents.host_rings.tolist()), rank)
+            assert list(plan.own) == [stop - start for start, stop in pairwise(bounds)]
+            ids = row.documents.ids_BS[0].tolist()
+            assert [ids.index(n) for n in range(len(bounds) - 1)] == bounds[:-1]
+            padded = [at for at, token in enumerate(tokens) if token == 0]
+            assert padded == list(range(len(tokens) - len(padded), len(tokens))) and len(padded) <= unit
+            for at, token in enumerate(tokens):
+                if at in padded:
+                    assert targets[at] == IGNORED and ids[at] == ids[-1]
+                    continue
+                assert positions[at] == token % 100
+                assert targets[at] == (IGNORED if token % 3 == 0 else token + 1)
+                found.append((token // 10_000 - 100, token // 100 % 100, token % 100))
+    expected = [(k, n, at) for k, row in enumerate(lengths) for n, length in enumerate(row) for at in range(length)]
+    assert sorted(found) == expected
+
+
+def test_ranks_agree_on_what_a_step_needs() -> None:
+    lengths = [[40], [10, 20], [5, 5, 5]]
+    dealt = shares(lengths, 3, capacity=20)
+    assert len({(share.passes, share.checksum, share.flops) for share in dealt}) == 1
+    squares = 40**2 + 10**2 + 20**2 + 3 * 5**2
+    assert dealt[0].flops == pytest.approx((50 + round(squares / 85)) * 85)
+    assert shares([[40], [10, 20], [5, 5, 6]], 3, capacity=20)[0].checksum != dealt[0].checksum
+
+
+def test_long_rows_are_multiples_of_what_kernels_like() -> None:
+    assert [row_unit(capacity, 2) for capacity in (32_768, 1024, 100)] == [256, 32, 2]

@@ -1,0 +1,84 @@
+"""Hybrid data parallelism through the trainer's own loop, in float64: losses, norms and gradients of a bare loop.
+
+`python tests/parallel/hybrid/test_training.py 40` tries as many random layouts, lengths and sizes.
+"""
+
+from __future__ import annotations
+
+import sys
+from random import Random
+from typing import Any
+
+import pytest
+
+from meshloom.data.batch import GlobalBatch
+from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.hybrid.assignment import HybridAssignment
+from meshloom.parallel.hybrid.share import BatchDocuments, HybridAssigner
+from meshloom.trainer.loop import PlansDiffer
+from support.parity import UnevenSamples, Work, build, differences, take_steps
+from support.ranks import run_ranks
+
+TOLERANCE = 1e-9
+
+
+def work(tokens: int, samples: int = 8, documents: bool = True, model: tuple[Any, ...] = (), **parallel: Any) -> Work:
+    config = ParallelConfig(hdp="greedy", hdp_tokens=tokens, **parallel)
+    return Work(config, micro=2, samples=samples, steps=2, documents=documents, lr=2e-3, model=model)
+
+
+WINDOW = (("layer_types", ["sliding", "full"]), ("sliding_window", 3), ("sinks", True))
+CASES = {
+    2: [work(8, zero=0), work(9, zero=1), work(8, zero=2), work(8, zero=1, model=WINDOW), work(8, zero=3, samples=3)],
+    3: [work(6, zero=1, samples=1, documents=False), work(6, zero=1, model=WINDOW)],  # of the first, nothing is left unshared
+    4: [work(8, zero=1, tp=2), work(5, zero=3, replicate=2)],
+}
+
+
+def plan_of(case: Work, ranks: int) -> HybridAssignment:
+    lengths = BatchDocuments.of(UnevenSamples(case.documents), GlobalBatch(0, case.samples)).lengths
+    assigner = HybridAssigner(ranks // case.parallel.tp, lambda length: 100.0 + 10 * length, case.parallel.hdp_tokens)
+    return assigner.plan(lengths, 16, 2)
+
+
+def test_cases_share_documents() -> None:
+    plans = {ranks: [plan_of(case, ranks) for case in cases] for ranks, cases in CASES.items()}
+    assert all(plan.shared for cases in plans.values() for plan in cases)
+    assert not any(row.whole for rows in plans[3][0].rows for row in rows)
+
+
+@pytest.mark.parametrize("ranks", CASES)
+def test_losses_and_gradients_are_those_of_one_process(ranks: int) -> None:
+    for case, found in zip(CASES[ranks], differences(ranks, CASES[ranks], timeout=100.0), strict=True):
+        assert found.worst < TOLERANCE, (case.parallel, found)
+
+
+def differing(rank: int, world_size: int) -> str:
+    case = work(8 + rank, zero=1)
+    try:
+        take_steps(build(case, world_size), case, range(1))
+    except PlansDiffer as problem:
+        return str(problem)
+    return "nothing was noticed"
+
+
+def test_plans_that_differ_are_named_before_a_message() -> None:
+    for told in run_ranks(2, differing, timeout=60.0):
+        assert told.startswith("step 1: rank 1 deals the batch's documents in another way")
+
+
+def main(count: int) -> None:
+    """Try random cases, and print the worst differences."""
+    random = Random(count)
+    for _ in range(count):
+        ranks, tp = random.choice([(2, 1), (3, 1), (4, 1), (4, 2)])
+        zero, samples = random.randrange(4), random.randrange(1, 9)
+        tokens = random.randrange(-(-16 // (ranks // tp)) + tp, 34)
+        case = work(tokens, samples=samples, zero=zero, tp=tp, model=random.choice([(), WINDOW]))
+        (found,) = differences(ranks, [case], timeout=100.0)
+        print(f"{ranks} ranks, tp {tp}, ZeRO-{zero}, {samples} samples, rows of {tokens}: {found.worst:.1e}", flush=True)
+        assert found.worst < TOLERANCE
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
