@@ -60,14 +60,14 @@ class Rates:
     speed: float = key(1.0, "factor on the speed of all kernels, by which measured steps are fitted")
     products: float = key(0.80, "share of the peak that a large matrix product reaches")
     float8: float = key(0.62, "share of float8's peak that a large product reaches, casts not included")
-    half_area: float = key(2.5e6, "elements of a product's output at which half of its time is spent on filling the GPU")
+    half_area: float = key(1.0e6, "elements of a product's output at which half of its time is spent on filling the GPU")
     grouped: float = key(0.85, "speed of experts' grouped products, of that of one product of their size")
     attention: float = key(0.66, "share of the peak of attention's forward pass at head width 128, masked scores not counted")
     attention_backward: float = key(0.57, "the same of its backward pass")
     half_width: float = key(28.0, "head width at which attention reaches half the rate of endless heads")
     half_length: float = key(350.0, "positions of a document at which attention reaches half the rate of endless ones")
     memory: float = key(0.88, "share of the memory's bandwidth that pointwise kernels reach")
-    tail: float = key(8.0e-6, "seconds that the beginning and the end of a kernel take")
+    tail: float = key(1.4e-5, "seconds that the beginning and the end of a kernel take")
     launch: float = key(
         2.5e-4, "seconds in which the host launches a block's forward pass; twice as long for the backward pass"
     )
