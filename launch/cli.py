@@ -11,7 +11,8 @@ from collections.abc import Sequence
 # name → (module with `main(argv) -> int`, what it does)
 COMMANDS = {
     "train": ("train", "train a model; `meshloom train --help` lists recipes and keys"),
-    "plan": ("plan", "what a run would need: mesh, memory, pipeline; starts nothing"),
+    "plan": ("plan", "what a run would need and take on a cluster, and its fastest layouts; starts nothing"),
+    "calibrate": ("calibrate", "measure this machine, so that plans know its speed"),
     "tune": ("tune", "the fastest settings that fit this machine, by arithmetic or by trying them"),
     "slurm": ("slurm", "print a complete sbatch script for a run"),
     "generate": ("generate", "continue a prompt with a checkpoint's model"),

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..config.problems import ConfigError, Problem
@@ -43,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
         if arguments.best < 0:
             raise ConfigError([Problem("--best", f"{arguments.best} is not a number of layouts", "give 1 or more")])
         resolved = resolve_plan(words, arguments.config_dir)
+        if arguments.best:
+            resolved = without_searched(resolved, words)
         resolved.refuse()
         if cluster is not None:
             refuse_too_few(resolved.config, cluster)
@@ -52,6 +55,15 @@ def main(argv: Sequence[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return BAD_CONFIG
+
+
+def without_searched(resolved: ResolvedRun, words: Sequence[str]) -> ResolvedRun:
+    """Leave out the problems that another layout mends."""
+    from .plan_best import is_searched
+    from .typed_words import given_keys
+
+    typed = given_keys(words)
+    return replace(resolved, problems=tuple(each for each in resolved.problems if not is_searched(each, typed)))
 
 
 def show_best(resolved: ResolvedRun, words: Sequence[str], cluster: ClusterConfig, arguments: argparse.Namespace) -> int:

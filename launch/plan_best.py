@@ -21,7 +21,7 @@ from ..planner.cluster import GIB, ClusterConfig
 from ..planner.prediction import KINDS
 from ..planner.search import KEYS, Candidate, Question, difference, limit_of, search, smallest_cluster
 from ..planner.tables import gib, right
-from ..planner.time_tables import duration
+from ..planner.time_tables import duration, seconds
 from ..trainer.launching import planned_processes
 from ..trainer.relations import layout_work
 from ..trainer.schema import RunConfig
@@ -74,15 +74,33 @@ def best_layouts(
     return Best(config, given, legal, found.planned, notes)
 
 
+def is_searched(problem: Problem, typed: set[str]) -> bool:
+    """Return whether a problem of the run as written is of keys that the search varies, and nobody typed."""
+    sizes = {"parallel.tp", "parallel.pp", "parallel.cp", "parallel.replicate", "parallel.ep"}
+    meant = sizes if problem.key == "parallel" else {problem.key}
+    return (problem.key.partition(".")[0] == "parallel" or problem.key in KEYS) and not meant & typed
+
+
 def _question(config: RunConfig, cluster: ClusterConfig, fixed: dict[str, Any], length: float | None) -> Question:
     model = inventory_of(config)
-    layout = Layout.plan(config.parallel, cluster.gpus)
+    # What the recipe says of these may not suit the cluster; what is typed is fixed, and stays.
+    alone: dict[str, Any] = {
+        "tp": 1,
+        "pp": 1,
+        "cp": 1,
+        "replicate": 1,
+        "zero": 1,
+        "stage_layers": None,
+        "stages_per_rank": None,
+    }
+    neutral = replace(config.parallel, **{key: value for key, value in alone.items() if f"parallel.{key}" not in fixed})
+    one, single = Layout(), replace(config, parallel=replace(config.parallel, **alone))
     work = layout_work(config, model.shape)
     samples = config.batch.samples
     assert isinstance(samples, int)
 
     def passes(data: int, parallel: ParallelConfig, micro: int) -> int:
-        same = assigner_of(replace(config, parallel=parallel), layout)
+        same = assigner_of(replace(config, parallel=parallel), one)
         return Assigner(data, same.can_run, same.halves).passes(samples, micro)
 
     def legal(parallel: ParallelConfig) -> bool:
@@ -91,13 +109,13 @@ def _question(config: RunConfig, cluster: ClusterConfig, fixed: dict[str, Any], 
             return not sizes and not deepspeed_problems(parallel, config.precision, cluster.gpus)
         return is_legal(parallel, work, cluster.gpus)
 
-    plain = replace(config, trainer=replace(config.trainer, activation="none", activation_budget=None))
-    job = job_of(plain, model.shape, assigner_of(config, layout), fused=False)
+    plain = replace(single, trainer=replace(config.trainer, activation="none", activation_budget=None))
+    job = job_of(plain, model.shape, assigner_of(single, one), fused=False)
     engines = ["torch"]
     if importlib.util.find_spec("deepspeed") is not None and not model.shape.mixture_layers():
         engines.append("deepspeed")
     return Question(
-        model, config.parallel, job, samples, run_tokens(config), optimizer_of(config), cluster,
+        model, neutral, job, samples, run_tokens(config), optimizer_of(config), cluster,
         passes, legal, fixed, engines, length,
     )  # fmt: skip
 
@@ -163,7 +181,7 @@ def best_table(best: Best, cluster: ClusterConfig) -> Table:
         cost = [f"{each.cost:,.0f}"] if each.cost is not None else []
         table.add_row(
             str(number), " · ".join(described(one)), f"{each.tokens_per_second:,.0f}", f"{each.mfu:.1%}", gib(each.bytes),
-            f"{each.seconds:.3g} s", duration(each.days), f"{each.gpu_hours:,.0f}", *cost,
+            seconds(each.seconds), duration(each.days), f"{each.gpu_hours:,.0f}", *cost,
         )  # fmt: skip
     return table
 

@@ -83,18 +83,26 @@ class LayoutCost:
     model_flops: float
 
 
-def layout_cost(model: Inventory, parallel: ParallelConfig, layout: Layout, job: Job, optimizer: OptimizerBytes) -> LayoutCost:
-    """Estimate the costs of a legal layout."""
+def layout_cost(
+    model: Inventory,
+    parallel: ParallelConfig,
+    layout: Layout,
+    job: Job,
+    optimizer: OptimizerBytes,
+    ranks: Sequence[int] | None = None,
+) -> LayoutCost:
+    """Estimate the costs of a legal layout. ranks: the pipeline coordinates whose costs are wanted; None: all."""
     plan = balanced_stages(model.shape, parallel, job.seq_len, job.policies)
     costs, cutter = stage_costs(model.shape, plan, job), Cutter(layout)
     # What more rounds than a few keep, those few keep already.
     count = repeated(parallel, job.micro_batches, least=4)
     order = pipeline_order(parallel, count) if plan.count > 1 else None
-    ranks = [
-        _rank_cost(rank, model, plan, parallel, layout, job, costs, cutter, order, optimizer) for rank in range(parallel.pp)
+    of_ranks = [
+        _rank_cost(rank, model, plan, parallel, layout, job, costs, cutter, order, optimizer)
+        for rank in (range(parallel.pp) if ranks is None else ranks)
     ]
     samples = job.micro * job.micro_batches * layout.data_size
-    return LayoutCost(plan, ranks, None, flops_per_token(model.shape, job.seq_len) * samples * job.seq_len)
+    return LayoutCost(plan, of_ranks, None, flops_per_token(model.shape, job.seq_len) * samples * job.seq_len)
 
 
 def drawn(cost: LayoutCost, model: DecoderConfig, parallel: ParallelConfig, job: Job) -> LayoutCost:

@@ -32,6 +32,7 @@ KEYS = (*LAYOUT_KEYS, "batch.micro", "trainer.activation")
 """Keys that the search varies: placement, which changes what a run costs and not what it computes."""
 POLICIES = ("none", "selective", "full")
 MICROS = (1, 2, 4, 8, 16, 32)
+LONG = 32768  # positions of a sample from which context parallelism is tried, or where there are more ranks than samples
 LEAST_SLICE = 4096  # positions of a context-parallel rank
 MOST_PIPELINE = 64
 Settings = Mapping[str, Any]
@@ -78,7 +79,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """The result of a search: the best candidates, fastest first; the one that needs least memory; how many were planned."""
+    """The result of a search: the best candidates, fastest first; where none fits, the least; how many were planned."""
 
     best: list[Candidate]
     least: Candidate | None
@@ -88,13 +89,10 @@ class Found:
 def search(question: Question, most: int) -> Found:
     """Find the fastest candidates that fit, one for each layout."""
     bounded: list[tuple[float, Candidate]] = []
-    least: Candidate | None = None
     planned = 0
     for parallel in layouts(question):
         for candidate in _sized(question, parallel):
             planned += 1
-            if least is None or candidate.prediction.bytes < least.prediction.bytes:
-                least = candidate
             if candidate.prediction.fits:
                 bounded.append((step_time(candidate.prediction.step, simulated=False).seconds, candidate))
     bounded.sort(key=lambda found: found[0])
@@ -106,7 +104,15 @@ def search(question: Question, most: int) -> Found:
         known = best.get(candidate.layout)
         if known is None or candidate.prediction.seconds < known.prediction.seconds:
             best[candidate.layout] = candidate
-    return Found(sorted(best.values(), key=lambda one: one.prediction.seconds)[:most], least, planned)
+    ranked = sorted(best.values(), key=lambda one: one.prediction.seconds)[:most]
+    return Found(ranked, None if ranked else _least(question), planned)
+
+
+def _least(question: Question) -> Candidate | None:
+    """Return the candidate that needs least memory; None where no layout is legal."""
+    tight = replace(question, fixed={"trainer.activation": "full", "batch.micro": 1, **question.fixed})
+    found = (each for parallel in layouts(tight) for each in _sized(tight, parallel, hopeless=True))
+    return min(found, key=lambda each: each.prediction.bytes, default=None)
 
 
 def layouts(question: Question) -> Iterator[ParallelConfig]:
@@ -117,7 +123,9 @@ def layouts(question: Question) -> Iterator[ParallelConfig]:
         alone = engine == "deepspeed"
         for tp in _choices(question, "parallel.tp", [1] if alone else _divisors(min(gpus, node))):
             for pp in _choices(question, "parallel.pp", [1] if alone else _divisors(gpus, min(layers, MOST_PIPELINE))):
-                cps = [1] if alone else [cp for cp in _divisors(gpus, 2 * node) if cp == 1 or length // cp >= LEAST_SLICE]
+                long = length >= LONG or gpus // (tp * pp) > question.samples
+                cps = [cp for cp in _divisors(gpus, 2 * node) if cp == 1 or length // cp >= LEAST_SLICE] if long else [1]
+                cps = [1] if alone else cps
                 for cp in _choices(question, "parallel.cp", cps):
                     if gpus % (tp * pp * cp) == 0:
                         sized = replace(question.parallel, engine=engine, tp=tp, pp=pp, cp=cp, stage_layers=None)
@@ -181,10 +189,13 @@ def _offloads(question: Question, sized: ParallelConfig, zero: int) -> list[tupl
     return [("none", "none"), ("cpu", "none")] + ([("cpu", "cpu")] if sized.engine == "deepspeed" else [])
 
 
-def _sized(question: Question, parallel: ParallelConfig) -> Iterator[Candidate]:
-    """Plan a layout with every micro-batch and policy, up to the first micro-batch that does not fit in any way."""
+def _sized(question: Question, parallel: ParallelConfig, *, hopeless: bool = False) -> Iterator[Candidate]:
+    """Plan a layout with every micro-batch and policy, up to the first micro-batch that does not fit in any way.
+
+    hopeless: whether to plan what can't fit, too
+    """
     layout = Layout.plan(parallel, question.cluster.gpus)
-    if not _may_fit(question, parallel, layout):
+    if not hopeless and not _may_fit(question, parallel, layout):
         return
     share = -(-question.samples // layout.data_size)
     micros = [micro for micro in MICROS if micro <= share and share % micro == 0]
@@ -192,13 +203,23 @@ def _sized(question: Question, parallel: ParallelConfig) -> Iterator[Candidate]:
         many = question.passes(layout.data_size, parallel, micro)
         if not legal_micro_batches(parallel, many):
             continue
-        crowded = True
-        for policy in _policies(question, parallel):
-            candidate = planned(question, parallel, layout, micro, many, policy)
-            crowded = crowded and not candidate.prediction.fits
-            yield candidate
-        if crowded:
+        found = _lightest(question, parallel, layout, micro, many)
+        yield from found
+        if not found[-1].prediction.fits:
             return
+
+
+def _lightest(question: Question, parallel: ParallelConfig, layout: Layout, micro: int, many: int) -> list[Candidate]:
+    """Plan policies as far as need be: the last is the fastest that fits, or the one that keeps least."""
+    *others, least = _policies(question, parallel)
+    found = [planned(question, parallel, layout, micro, many, least)]
+    if not found[0].prediction.fits:
+        return found
+    for policy in others:
+        candidate = planned(question, parallel, layout, micro, many, policy)
+        if candidate.prediction.fits:
+            return [candidate]
+    return found
 
 
 def _policies(question: Question, parallel: ParallelConfig) -> Sequence[str]:
@@ -218,7 +239,8 @@ def planned(question: Question, parallel: ParallelConfig, layout: Layout, micro:
     """Plan one candidate."""
     layers = question.model.shape.layers
     job = replace(question.job, micro=micro, micro_batches=many, policies=[policy] * layers)
-    cost = layout_cost(question.model, parallel, layout, job, question.optimizer)
+    ends = sorted({0, parallel.pp // 2, parallel.pp - 1})  # the others are like these
+    cost = layout_cost(question.model, parallel, layout, job, question.optimizer, ends)
     ranks, away = zip(*(engine_cost(rank, question.model, parallel, layout, job) for rank in cost.ranks), strict=True)
     cost = replace(cost, ranks=list(ranks))
     step = Step(question.model.shape, parallel, layout, job, cost, away[0], question.cluster, question.length)

@@ -250,7 +250,7 @@ def _deepspeed_exchanges(
     exchange = _Hiding(step.cluster, step.traits.overlaps)
     times = many if layout.zero >= 2 else 1
     seconds = between / times / ranks.bandwidth + 3 * blocks * ranks.latency
-    window = forward + backward if layout.zero == 3 else 0.0
+    window = (forward + backward) / 2 if layout.zero == 3 else 0.0
     exchange.add("gradient reduction", seconds, between / times, window, blocks, times)
     return exchange.parts, exchange.beside
 

@@ -25,6 +25,8 @@ def duration(days: float) -> str:
 
 def seconds(value: float) -> str:
     """Format seconds with three digits."""
+    if value >= 100:
+        return f"{value:,.0f} s"
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 

@@ -1,0 +1,117 @@
+"""`meshloom calibrate`: measure this machine for plans. A minute or two on one GPU; the rates are kept under a name.
+
+meshloom calibrate --as mine                             kernels, copies, blocks; then: meshloom plan recipe=… cluster=minex64
+torchrun --nproc-per-node 8 -m meshloom.launch.cli calibrate --as mine     the network, too; on several nodes also between them
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..config.problems import ConfigError, Problem
+from ..planner.calibration import as_yaml, block_errors, calibrated
+from ..planner.cluster import ClusterConfig, load_cluster, options, profile_folder
+from ..trainer.launching import under_torchrun, visible_gpus
+from .switches import BAD_CONFIG
+
+NAMES = ("MI300X", "MI250X", "B200", "H200", "H100", "A100")
+"""Names of GPUs that have a recipe."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure this machine and write its cluster. Returns 0, or 2 for options that can't be."""
+    parser = argparse.ArgumentParser("meshloom calibrate", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--as", dest="name", metavar="NAME", help="name of the cluster (default: by the GPU)")
+    told = "the cluster whose data sheet is meant (default: by the GPU's name); there are: "
+    parser.add_argument("--base", metavar="CLUSTER", help=told + ", ".join(options()))
+    parser.add_argument("--cpu", action="store_true", help="measure the processor with small sizes, to try the command")
+    arguments = parser.parse_args(list(argv))
+    try:
+        if not arguments.cpu and not visible_gpus():
+            raise ConfigError([Problem("--cpu", "there is no GPU here to measure", "add --cpu to measure the processor")])
+        name = arguments.name
+        if name is not None and not re.fullmatch(r"[A-Za-z][\w.-]*", name):
+            raise ConfigError([Problem("--as", f"'{name}' can't be a name", "use letters, digits, dots and dashes")])
+        if name in ("a100", "h100", "h200", "b200", "mi250x", "mi300x"):
+            raise ConfigError([Problem("--as", f"{name} is a recipe of Meshloom", f"use for example my_{name}")])
+        base = load_cluster([f"cluster={arguments.base}"]) if arguments.base else None
+        return calibrate(name, base, cpu=arguments.cpu)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return BAD_CONFIG
+
+
+def calibrate(name: str | None, base: ClusterConfig | None, *, cpu: bool) -> int:
+    """Measure, fit and write. Of several processes the first writes."""
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .calibrate_measure import LARGE, SMALL, Bench, join_group, machine, with_measured_peaks
+
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu") if cpu else torch.device("cuda", local)
+    cluster = base or _by_name("" if cpu else torch.cuda.get_device_name(device))
+    bench = Bench(device, SMALL if cpu else LARGE, cluster)
+    first = os.environ.get("RANK", "0") == "0"
+    parts = list(bench.parts())
+    if under_torchrun():
+        parts += list(bench.collectives(join_group(device)))
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True, quiet=not first)) as progress:
+        task = progress.add_task("", total=len(parts))
+        for told, run in parts:
+            progress.update(task, description=told)
+            run()
+            progress.advance(task)
+    if under_torchrun():
+        torch.distributed.destroy_process_group()
+    if not first:
+        return 0
+    if base is None and cpu:
+        cluster = with_measured_peaks(cluster, bench.found)
+    gpus = int(os.environ.get("WORLD_SIZE", 1)) if under_torchrun() else max(1, 1 if cpu else visible_gpus())
+    cluster = replace(cluster, gpus=gpus, gpus_per_node=max(1, int(os.environ.get("LOCAL_WORLD_SIZE", gpus))))
+    cluster = calibrated(cluster, bench.found)
+    label = name or re.sub(r"\W+", "_", cluster.gpu.lower()).strip("_")
+    file = profile_folder() / f"{label}.yaml"
+    _write(file, as_yaml(cluster, [f"Measured on {datetime.date.today()} by meshloom calibrate.", *machine()]))
+    _report(cluster, block_errors(cluster, bench.found), file, label)
+    return 0
+
+
+def _by_name(gpu: str) -> ClusterConfig:
+    """Return the recipe of a GPU by its name; for a processor, one whose figures are measured afterwards."""
+    found = next((name for name in NAMES if name in gpu), None)
+    if found is not None:
+        return load_cluster([f"cluster={found.lower()}"])
+    if gpu:
+        fix = f"give the one whose data sheet is nearest as --base; there are: {', '.join(options())}"
+        raise ConfigError([Problem("--base", f"no cluster has a {gpu}", fix)])
+    cluster = load_cluster(["cluster=h100"])
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return replace(cluster, gpu="processor", memory=memory, host_memory=memory, link=5.0, price=None)
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(f".{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
+
+
+def _report(cluster: ClusterConfig, errors: Sequence[float], file: Path, label: str) -> None:
+    rates = cluster.rates
+    passes = f"{rates.attention:.0%} and {rates.attention_backward:.0%}"
+    print(f"products reach {rates.products:.0%} of the peak, attention's passes {passes}, memory {rates.memory:.0%}")
+    print(f"links reach {rates.link:.0%}; whole blocks run at {rates.speed:.2f} of their kernels' speed")
+    if errors:
+        print(f"blocks are predicted within {max(map(abs, errors)):.1%}")
+    print(f"wrote {file}; use it as cluster={label}")

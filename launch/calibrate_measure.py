@@ -1,0 +1,227 @@
+"""Measure kernels, copies and collectives of this machine, for `meshloom calibrate`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..kernels.attention import CausalAttention
+from ..kernels.documents import Documents
+from ..models.block import Block
+from ..models.config import DecoderConfig
+from ..models.rotary import rotary_table
+from ..parallel.config import ParallelConfig
+from ..parallel.layout import Layout
+from ..planner.block_time import BlockWork, block_time
+from ..planner.calibration import Attention, Collective, Measured, Product
+from ..planner.cluster import ClusterConfig
+from ..planner.kernel_time import Kernels
+from ..planner.network import group_of
+from ..planner.software import COMPILED, EAGER
+
+REPEATS = 5
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes that are measured.
+
+    products  (rows, out, inner); attention: (head width, positions, documents of a row); tokens: of blocks; dim: of theirs
+    copies    bytes; collectives: bytes in all
+    """
+
+    products: Sequence[tuple[int, int, int]]
+    attention: Sequence[tuple[int, int, int]]
+    attention_tokens: int
+    heads: int
+    tokens: Sequence[int]
+    dim: int
+    copies: Sequence[int]
+    collectives: Sequence[int]
+
+
+LARGE = Sizes(
+    products=[
+        (rows, out, inner)
+        for rows in (2048, 8192, 32768)
+        for out, inner in ((2048, 2048), (8192, 2048), (4096, 4096), (4096, 14336))
+    ],
+    attention=[
+        (width, length, parts) for width in (64, 128) for length, parts in ((2048, 1), (8192, 1), (32768, 1), (8192, 8))
+    ],
+    attention_tokens=32768,
+    heads=16,
+    tokens=(2048, 8192, 32768),
+    dim=4096,
+    copies=(2**28, 2**30),
+    collectives=(2**22, 2**26, 2**30),
+)
+"""Sizes for a GPU: about a minute."""
+
+SMALL = Sizes(
+    products=[(rows, out, inner) for rows in (64, 256) for out, inner in ((64, 64), (256, 64), (256, 256))],
+    attention=[(16, 128, 1), (16, 256, 1), (32, 256, 1), (16, 256, 4)],
+    attention_tokens=256,
+    heads=4,
+    tokens=(64, 128, 256),
+    dim=64,
+    copies=(2**22,),
+    collectives=(2**14, 2**18, 2**21),
+)
+"""Sizes for a processor, on which the command can be tried: seconds."""
+
+Parts = Iterator[tuple[str, Callable[[], None]]]
+
+
+class Bench:
+    """Measures one machine. found: what it has measured so far."""
+
+    def __init__(self, device: torch.device, sizes: Sizes, cluster: ClusterConfig) -> None:
+        self.device, self.sizes = device, sizes
+        self.precision = "bf16" if device.type == "cuda" else "fp32"
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._cluster = cluster
+        self.found = Measured(self.precision)
+
+    def parts(self) -> Parts:
+        """Yield each measurement with its name, to be called in order."""
+        for rows, out, inner in self.sizes.products:
+            yield f"product {rows} × {out} × {inner}", functools.partial(self._product, rows, out, inner)
+        for width, length, documents in self.sizes.attention:
+            packed = f", {documents} documents" if documents > 1 else ""
+            yield f"attention {width} wide, {length}{packed}", functools.partial(self._attention, width, length, documents)
+        for size in self.sizes.copies:
+            yield f"copy of {size / 2**20:g} MiB", functools.partial(self._copy, size)
+        if self.device.type == "cuda":
+            yield "copies to the host and back", self._host
+        for tokens in self.sizes.tokens:
+            yield f"block, {tokens} tokens", functools.partial(self._block, tokens)
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Return the median time of a call, after some to warm up."""
+        for _ in range(WARM_UP):
+            run()
+        times: list[float] = []
+        for _ in range(REPEATS):
+            if self.device.type == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                run()
+                end.record()
+                end.synchronize()
+                times.append(start.elapsed_time(end) / 1e3)
+            else:
+                began = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - began)
+        return median(times)
+
+    def _random(self, *shape: int, grad: bool = False) -> torch.Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype).requires_grad_(grad)
+
+    def _product(self, rows: int, out: int, inner: int) -> None:
+        x, w = self._random(rows, inner), self._random(out, inner)
+        self.found.products.append(Product(rows, out, inner, self.seconds(lambda: nn.functional.linear(x, w))))
+
+    def _attention(self, width: int, length: int, documents: int) -> None:
+        rows, heads = max(1, self.sizes.attention_tokens // length), self.sizes.heads
+        q, k, v = (self._random(rows, length, heads, width, grad=True) for _ in range(3))
+        attend, packed, part = CausalAttention(), None, length // documents
+        if documents > 1:
+            packed = Documents.of((torch.arange(length) // part).expand(rows, length).contiguous()).to(self.device)
+        forward = self.seconds(lambda: attend(q, k, v, packed))
+        both = self.seconds(lambda: attend(q, k, v, packed).sum().backward())
+        flops = 2.0 * rows * length * heads * width * part  # the causal half of 4 · width · keys
+        self.found.attention.append(Attention(flops, width, part, False, forward))
+        self.found.attention.append(Attention(flops, width, part, True, max(both - forward, 0.1 * both)))
+
+    def _copy(self, size: int) -> None:
+        source = torch.zeros(size // 4, device=self.device)
+        target = torch.empty_like(source)
+        self.found.copies.append(2 * size / self.seconds(lambda: torch.add(source, 1.0, out=target)))
+
+    def _host(self) -> None:
+        there = torch.zeros(2**26, device=self.device)
+        here = torch.empty(2**26, pin_memory=True)
+        self.found.host.append(2**28 / self.seconds(lambda: here.copy_(there, non_blocking=True)))
+        self.found.host.append(2**28 / self.seconds(lambda: there.copy_(here, non_blocking=True)))
+
+    def _block(self, tokens: int) -> None:
+        """Measure a block of Llama's shape both ways, compiled on a GPU, and say how it is predicted."""
+        dim, compiled = self.sizes.dim, self.device.type == "cuda"
+        shape = DecoderConfig(
+            dim=dim, layers=1, heads=dim // self.width, kv_heads=max(1, dim // self.width // 4), ffn_dim=7 * dim // 2,
+            vocabulary=2,
+        )  # fmt: skip
+        config = shape.block(0)
+        block = Block(config).to(self.device, self.dtype)
+        if compiled:
+            block.compile()
+        length = min(tokens, 8192)
+        x = self._random(tokens // length, length, dim, grad=True)
+        rotary = shape.rotary("full")
+        assert rotary is not None
+        table = rotary_table(torch.arange(length, device=self.device, dtype=torch.float32), rotary)
+        measured = self.seconds(lambda: block(x, table, None)[0].sum().backward())
+        software = COMPILED if compiled else EAGER
+        parallel, layout = ParallelConfig(), Layout()
+
+        def predicted(cluster: ClusterConfig) -> float:
+            one = group_of(cluster, layout, "tp")
+            work = BlockWork(tokens, length, "none", False, False, parallel, software, one, one)
+            times = block_time(config, work, Kernels(cluster, self.precision))
+            return sum(sum(parts.values()) for parts in (times.forward, times.to_input, times.to_weight))
+
+        self.found.blocks.append((predicted, measured))
+
+    @property
+    def width(self) -> int:
+        """Width of a block's heads."""
+        return 128 if self.sizes.dim >= 1024 else 16
+
+    def collectives(self, nodes: int) -> Parts:
+        """Yield the measurements of the process group."""
+        for size in self.sizes.collectives:
+            yield f"all-gather of {size / 2**20:g} MiB", functools.partial(self._gather, size, nodes)
+
+    def _gather(self, size: int, nodes: int) -> None:
+        ranks = dist.get_world_size()
+        part = torch.zeros(size // ranks // 4, device=self.device)
+        whole = torch.empty(part.numel() * ranks, device=self.device)
+        seconds = self.seconds(lambda: dist.all_gather_into_tensor(whole, part))
+        self.found.collectives.append(Collective(ranks, nodes, 4 * whole.numel(), seconds))
+
+
+def measured_peak(found: Measured) -> float:
+    """Return the FLOP/s of the fastest product."""
+    return max(2 * each.rows * each.out * each.inner / each.seconds for each in found.products)
+
+
+def with_measured_peaks(cluster: ClusterConfig, found: Measured) -> ClusterConfig:
+    """Return the cluster of a processor without a data sheet: its peaks are the fastest that was measured."""
+    peak = 1.05 * measured_peak(found) / 1e12
+    bandwidth = 1.05 * max(found.copies) / 1e12
+    return replace(cluster, bf16=peak, fp32=peak, fp64=peak, fp8=None, bandwidth=bandwidth)
+
+
+def machine() -> list[str]:
+    """Say on what a profile was measured."""
+    told = [f"torch {torch.__version__}"]
+    if torch.cuda.is_available():
+        told.append(f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}")
+    return [*told, f"{os.cpu_count()} processor cores"]
+
+
+def join_group(device: torch.device) -> int:
+    """Join the process group of torchrun, which started this process; return the number of nodes."""
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))

@@ -1,0 +1,114 @@
+"""`meshloom plan … cluster=…`: seconds, cost and the fastest layouts from the command line, without PyTorch."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from meshloom.launch.cli import main
+from meshloom.launch.plan_best import best_layouts, reasons
+from meshloom.launch.plan_cluster import split_words
+from meshloom.launch.planning import resolve_plan
+from meshloom.planner.prediction import usable_bytes
+from meshloom.planner.search import search
+
+SMALL = ["recipe=llama_1b", "batch.samples=64"]
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["plan", *words]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["plan", *words]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_plan_tells_seconds_days_and_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(capsys, *SMALL, "cluster=h200x16", "cluster.price=2", "--parts")
+    for part in ("16 processes", "± 25%", "tokens/s a GPU", "GPU-hours", "at 2 a GPU-hour", "products", "slowest rank"):
+        assert part in out
+    found = json.loads(said(capsys, *SMALL, "cluster=h200x16", "cluster.price=2", "--json"))
+    assert found["cost"] == pytest.approx(2 * found["gpu_hours"]) and found["gpu_hours"] == pytest.approx(
+        24 * 16 * found["days"]
+    )
+    tokens = 64 * 8192 / found["seconds_per_step"] / 16
+    assert tokens == pytest.approx(found["tokens_per_second_per_gpu"])
+    assert sum(found["parts_seconds"].values()) == pytest.approx(found["seconds_per_step"])
+    assert found["days"] == pytest.approx(30e9 / (16 * tokens) / 86400)
+
+
+def test_mistakes_are_told_by_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "times are of a cluster, and none is chosen" in refused(capsys, *SMALL, "--best", "3")
+    assert "--best: -1 is not a number of layouts" in refused(capsys, *SMALL, "cluster=h100", "--best", "-1")
+    assert "8 GPUs for 16 processes" in refused(capsys, *SMALL, "cluster=h100", "launch.nproc=16")
+    told = refused(capsys, "recipe=llama_70b", "cluster=a100x2", "parallel.offload=none", "--best", "1")
+    assert "nothing fits 2 × NVIDIA A100" in told and "is enough" in told and "cluster.gpus=" in told
+
+
+def test_the_fastest_layouts_fit_and_are_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    words, cluster = split_words([*SMALL, "cluster=a100x8"])
+    assert cluster is not None
+    resolved = resolve_plan(words)
+    resolved.refuse()
+    best = best_layouts(resolved.config, words, cluster, 4)
+    times = [one.prediction.seconds for one in best.candidates]
+    assert len(times) == 4 and times == sorted(times)
+    assert len({one.layout for one in best.candidates}) == 4
+    assert all(one.prediction.bytes <= usable_bytes(79.2 * 2**30) for one in best.candidates)
+    assert len(list(reasons(best))) == 3
+    held = best_layouts(resolved.config, [*words, "parallel.tp=1", "batch.micro=4"], cluster, 2)
+    assert all(one.settings["parallel.tp"] == 1 and one.settings["batch.micro"] == 4 for one in held.candidates)
+    assert held.notes == ["batch.micro, parallel.tp as typed"]
+
+
+def test_the_printed_line_has_the_printed_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    best = json.loads(said(capsys, *SMALL, "cluster=h100", "--best", "2", "--json"))["best"][0]
+    words = shlex.split(best["command"])
+    assert words[:2] == ["meshloom", "train"]
+    again = json.loads(said(capsys, *words[2:], "cluster=h100", "--json"))
+    assert again["seconds_per_step"] == pytest.approx(best["seconds_per_step"], rel=1e-6)
+
+
+def test_a_bound_never_drops_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search with bounds finds what planning everything finds."""
+    from meshloom.launch import plan_best
+
+    words, cluster = split_words([*SMALL, "cluster=a100x8"])
+    assert cluster is not None
+    config = resolve_plan(words).config
+    question = plan_best._question(config, replace(cluster, gpus=8), {}, None)
+    found = search(question, 3)
+    everything = search(question, 10_000)
+    assert [one.settings for one in found.best] == [one.settings for one in everything.best[:3]]
+
+
+def test_a_large_plan_imports_no_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys; from meshloom.launch.cli import main\n"
+        "code = main('plan recipe=llama_8b cluster=h100 --best 2 --json'.split())\n"
+        "print(code, 'torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stderr.split() == ["0", "False"] and len(json.loads(done.stdout)["best"]) == 2
+
+
+def test_a_processor_can_be_calibrated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MESHLOOM_CACHE", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["calibrate", "--as", "h100", "--cpu"]) == 2 and main(["calibrate", "--as", "mine"]) == 2
+    assert main(["calibrate", "--as", "mine", "--cpu"]) == 0
+    assert "use it as cluster=mine" in capsys.readouterr().out
+    words, cluster = split_words(["recipe=quickstart", "cluster=minex4"])
+    assert cluster is not None and cluster.calibrated and words[-2:] == ["launch.nodes=4", "launch.nproc=1"]
+    out = said(capsys, "recipe=quickstart", "cluster=minex1", "model.vocabulary=256")
+    assert "± 10% (measured on these machines)" in out

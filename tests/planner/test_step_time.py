@@ -1,0 +1,125 @@
+"""Predicted time held to closed forms and to its own bounds; rates are found again from the times that they predict."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from meshloom.models.config import DecoderConfig
+from meshloom.optim.optimizers.config import AdamWConfig
+from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.layout import Layout
+from meshloom.planner.block_time import BlockWork, block_time
+from meshloom.planner.calibration import Attention, Collective, Measured, Product, block_errors, calibrated
+from meshloom.planner.cluster import ClusterConfig, Rates, load_cluster
+from meshloom.planner.cost import layout_cost
+from meshloom.planner.kernel_time import HIDDEN, Kernels
+from meshloom.planner.memory import Job, optimizer_bytes
+from meshloom.planner.network import group
+from meshloom.planner.offload import OffloadAccount
+from meshloom.planner.parameters import decoder_inventory
+from meshloom.planner.software import COMPILED
+from meshloom.planner.step_time import Step, step_time
+
+SHAPE = DecoderConfig(dim=4096, layers=32, heads=32, kv_heads=8, ffn_dim=14336, vocabulary=128256)
+H100 = load_cluster(["cluster=h100x512"])
+
+
+def step(parallel: ParallelConfig, cluster: ClusterConfig = H100, ranks: int = 64, many: int = 8, policy: str = "full") -> Step:
+    layout = Layout.plan(parallel, ranks)
+    job = Job(8192, 1, many, "bf16", [policy] * SHAPE.layers, compiled=True)
+    optimizer = optimizer_bytes(AdamWConfig())
+    assert optimizer is not None
+    cost = layout_cost(decoder_inventory(SHAPE), parallel, layout, job, optimizer)
+    return Step(SHAPE, parallel, layout, job, cost, OffloadAccount(), cluster)
+
+
+def ideal() -> ClusterConfig:
+    """A cluster whose kernels reach their peaks at once, whose memory and network cost nothing."""
+    free = {
+        "half_area": 0.0,
+        "half_width": 0.0,
+        "half_length": 0.0,
+        "tail": 0.0,
+        "launch": 0.0,
+        "jitter": 0.0,
+        "contention": 0.0,
+    }
+    rates = Rates(
+        **{**free, "products": 1.0, "attention": 1.0, "attention_backward": 1.0, "latency": 0.0, "network_latency": 0.0}
+    )
+    return replace(H100, rates=rates, bandwidth=1e12, link=1e12, nics=[replace(H100.nics[0], gbit=1e12)])
+
+
+def test_an_ideal_step_takes_its_flops_at_the_peak() -> None:
+    """2 FLOPs a parameter forward, 4 backward; attention's causal half once, and 2.5 times again (arXiv 2205.14135)."""
+    found = step_time(step(ParallelConfig(zero=1), ideal(), ranks=8, policy="none"))
+    tokens = 8 * 8192
+    matrices = 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)
+    scores = 32 * 4 * 4096 * 8192 / 2
+    assert found.parts["products"] == pytest.approx(6 * matrices * tokens / 989e12, rel=1e-6)
+    assert found.parts["attention"] == pytest.approx(3.5 * scores * tokens / 989e12, rel=1e-6)
+    assert found.parts["head and loss"] == pytest.approx(6 * 4096 * 128256 * tokens / 989e12, rel=1e-3)
+    again = step_time(step(ParallelConfig(zero=1), ideal(), ranks=8, policy="full")).parts["recomputation"]
+    assert again == pytest.approx((2 * matrices + scores) * tokens / 989e12, rel=1e-6)
+
+
+def test_an_even_pipeline_waits_as_the_closed_form_says() -> None:
+    """(p − 1) / (v · m) of the ideal time (arXiv 2104.04473); here the head makes the last stage the busiest."""
+    for schedule, chunks, most in (("1f1b", 1, 7 / 32), ("interleaved", 2, 7 / 64)):
+        parallel = ParallelConfig(pp=8, zero=1, schedule=schedule, stages_per_rank=chunks if chunks > 1 else None)
+        parts = step_time(step(parallel, ideal(), ranks=8, many=32)).parts
+        busy = sum(parts.values()) - parts["pipeline bubble"]
+        assert 0.5 * most < parts["pipeline bubble"] / busy < 1.1 * most
+    bound = step_time(step(parallel, ideal(), ranks=8, many=32), simulated=False)
+    assert "pipeline bubble" not in bound.parts and bound.seconds == pytest.approx(busy)
+
+
+def test_what_costs_time_is_a_part_of_its_own() -> None:
+    plain = step_time(step(ParallelConfig(zero=3)))
+    assert {"products", "attention", "pointwise", "recomputation", "update", "contention", "slowest rank"} <= plain.parts.keys()
+    tensor = step_time(step(ParallelConfig(zero=3, tp=8)))
+    slow = step_time(step(ParallelConfig(zero=3, tp=8), replace(H100, link=45.0)))
+    assert slow.parts["tensor exchange"] == pytest.approx(10 * tensor.parts["tensor exchange"], rel=0.3)
+    narrow = step_time(step(ParallelConfig(zero=3), replace(H100, nics=[replace(H100.nics[0], gbit=10.0)])))
+    assert narrow.parts["gradient reduction"] > 10 * plain.parts["gradient reduction"]
+    assert narrow.seconds > plain.seconds and narrow.beside["weight gathering"] > 0
+    assert step_time(replace(step(ParallelConfig(zero=3)), length=512.0)).parts["attention"] < plain.parts["attention"] / 3
+    ring = step_time(step(ParallelConfig(zero=3, cp=8), replace(H100, link=20.0))).parts["context exchange"]
+    assert ring > step_time(step(ParallelConfig(zero=3, cp=8))).parts["context exchange"] > 0
+
+
+def test_calibration_finds_the_rates_that_made_the_times() -> None:
+    truth = replace(
+        H100.rates, products=0.7, half_area=2e6, attention=0.5, attention_backward=0.4, memory=0.8, link=0.7, latency=5e-6,
+        network=0.6, network_latency=2e-5, speed=0.9,
+    )  # fmt: skip
+    kernels = Kernels(replace(H100, rates=replace(truth, speed=1.0)), "bf16")
+    real = replace(H100, rates=truth)
+    sizes = [(rows, out, 4096) for rows in (1024, 8192, 32768) for out in (2048, 14336)]
+    # What products hide of their traffic, their measured times do not show.
+    products = [Product(*size, kernels.product(*size)) for size in sizes]
+    attention = [
+        Attention(1e12, width, length, backward, kernels.attention(1e12, width, length, backward=backward))
+        for width in (64, 128) for length in (2048, 32768) for backward in (False, True)
+    ]  # fmt: skip
+    collectives = [
+        Collective(ranks, nodes, size, group(real, ranks).gather(size))
+        for ranks, nodes in ((8, 1), (32, 4)) for size in (2**20, 2**26, 2**30)
+    ]  # fmt: skip
+    alone = group(H100, 1)
+    work = BlockWork(8192, 8192, "none", False, False, ParallelConfig(), COMPILED, alone, alone)
+
+    def predicted(cluster: ClusterConfig) -> float:
+        times = block_time(SHAPE.block(0), work, Kernels(cluster, "bf16"))
+        return sum(sum(parts.values()) for parts in (times.forward, times.to_input, times.to_weight))
+
+    measured = Measured(
+        "bf16", products, attention, [3.35e12 * 0.8], [25e9], collectives, [(predicted, predicted(real))]
+    )  # fmt: skip
+    found = calibrated(H100, measured)
+    assert HIDDEN < 1 and found.calibrated and found.band == 0.10
+    for name in ("products", "half_area", "attention", "attention_backward", "memory", "link", "latency", "network", "speed"):
+        assert getattr(found.rates, name) == pytest.approx(getattr(truth, name), rel=0.02), name
+    assert block_errors(found, measured) == [pytest.approx(0.0, abs=0.01)]
