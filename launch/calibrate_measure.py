@@ -139,7 +139,11 @@ class Bench:
         if documents > 1:
             packed = Documents.of((torch.arange(length) // part).expand(rows, length).contiguous()).to(self.device)
         forward = self.seconds(lambda: attend(q, k, v, packed))
-        both = self.seconds(lambda: attend(q, k, v, packed).sum().backward())
+
+        def both_ways() -> None:
+            attend(q, k, v, packed).sum().backward()
+
+        both = self.seconds(both_ways)
         flops = 2.0 * rows * length * heads * width * part  # the causal half of 4 · width · keys
         self.found.attention.append(Attention(flops, width, part, False, forward))
         self.found.attention.append(Attention(flops, width, part, True, max(both - forward, 0.1 * both)))
@@ -171,7 +175,11 @@ class Bench:
         rotary = shape.rotary("full")
         assert rotary is not None
         table = rotary_table(torch.arange(length, device=self.device, dtype=torch.float32), rotary)
-        measured = self.seconds(lambda: block(x, table, None)[0].sum().backward())
+
+        def both_ways() -> None:
+            block(x, table, None)[0].sum().backward()
+
+        measured = self.seconds(both_ways)
         software = COMPILED if compiled else EAGER
         parallel, layout = ParallelConfig(), Layout()
 
@@ -197,7 +205,11 @@ class Bench:
         ranks = dist.get_world_size()
         part = torch.zeros(size // ranks // 4, device=self.device)
         whole = torch.empty(part.numel() * ranks, device=self.device)
-        seconds = self.seconds(lambda: dist.all_gather_into_tensor(whole, part))
+
+        def gather() -> None:
+            dist.all_gather_into_tensor(whole, part)  # pyright: ignore[reportDeprecated] (torch 2.11 has no other)
+
+        seconds = self.seconds(gather)
         self.found.collectives.append(Collective(ranks, nodes, 4 * whole.numel(), seconds))
 
 
