@@ -111,6 +111,8 @@ class CorpusConfig(TokenizedConfig, PackingConfig):
     """Keys of every option that starts from documents."""
 
     validation: float = key(0.01, "share of the tokens that is held out, in whole documents where that comes near it")
+    fim_rate: float = key(0.0, "share of the documents that are cut for fill-in-the-middle (arXiv 2207.14255)")
+    fim_spm_rate: float = key(0.5, "share of these that are written suffix first")
 
 
 @dataclass(frozen=True)
@@ -134,27 +136,38 @@ class TextConfig(CorpusConfig):
 
 
 @dataclass(frozen=True)
-class JsonlConfig(CorpusConfig):
+class RecordConfig(CorpusConfig):
+    """Keys of every option whose documents are in records."""
+
+    field: str = key("text", "the member or column that holds the text")
+    prompt: str | None = key(None, "the member with a text that stands before that of field, and carries no loss; null: none")
+    messages: str | None = key(
+        None,
+        "the member with a conversation, written by the chat template: only what the assistant says carries loss",
+    )
+    chat_template: str | None = key(None, "file of the Jinja template for messages; null: the one beside the tokenizer")
+
+
+@dataclass(frozen=True)
+class JsonlConfig(RecordConfig):
     """Files of JSON objects, one a line or not, or of arrays of objects; plain or compressed as those of text."""
 
     _target_: str = target("meshloom.data.nodes.Jsonl")
     name: str = option("jsonl")
     input: Any = key(None, INPUT, Side.PLACEMENT)
-    field: str = key("text", "the member or column that holds the text")
 
 
 @dataclass(frozen=True)
-class ParquetConfig(CorpusConfig):
+class ParquetConfig(RecordConfig):
     """Parquet files."""
 
     _target_: str = target("meshloom.data.nodes.Parquet")
     name: str = option("parquet")
     input: Any = key(None, INPUT, Side.PLACEMENT)
-    field: str = key("text", "the member or column that holds the text")
 
 
 @dataclass(frozen=True)
-class HfConfig(CorpusConfig):
+class HfConfig(RecordConfig):
     """A data set of the Hugging Face `datasets` library."""
 
     _target_: str = target("meshloom.data.nodes.Hf")
@@ -162,7 +175,6 @@ class HfConfig(CorpusConfig):
     path: str | None = key(None, "name of the data set on the hub, or a folder", Side.PLACEMENT)
     subset: str | None = key(None, "the data set's configuration, where it has several")
     split: str = key("train", "which part of the data set")
-    field: str = key("text", "the member or column that holds the text")
     revision: str | None = key(None, "commit or tag: pin it, for it is all that tells one state of the data set from another")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import xxhash
 
@@ -12,6 +13,7 @@ from ..config.cache import cache_folder, expand_user
 from ..config.hashing import hash64
 from ..config.problems import ConfigError, Problem
 from .config import CorpusConfig, MixtureConfig, PackingConfig
+from .fill_in_the_middle import FillInTheMiddle
 from .order import Shuffled, StoredSamples, ValidationSamples
 from .packing import PACKINGS, pack
 from .prepare import tokenize_corpus, train_tokenizer
@@ -30,17 +32,24 @@ class TokenizerSettings:
     vocabulary       of a trained one
     sample           characters it is trained on, at most
     end_of_document  of one from a file: the token's name
+    fim              whether one that is made needs the tokens of fill-in-the-middle
     """
 
     setting: str
     vocabulary: int
     sample: int
     end_of_document: str | None
+    fim: bool = False
 
     @classmethod
     def of(cls, config: CorpusConfig | MixtureConfig) -> TokenizerSettings:
-        """Return the settings of a data node."""
-        return cls(config.tokenizer, config.vocabulary, config.tokenizer_sample, config.end_of_document)
+        """Return the settings of a data node; of a mixture, those that all its sources need."""
+        if isinstance(config, MixtureConfig):
+            nodes = [node for node in config.named_sources.values() if isinstance(node, Mapping)]
+            fim = any(cast(Mapping[str, Any], node).get("fim_rate") for node in nodes)
+        else:
+            fim = config.fim_rate > 0
+        return cls(config.tokenizer, config.vocabulary, config.tokenizer_sample, config.end_of_document, fim)
 
     def problems(self, key: str) -> list[Problem]:
         """Return what is wrong with these keys."""
@@ -58,9 +67,9 @@ class TokenizerSettings:
     def make(self, sources: Sequence[DocumentSource], cache: Path) -> Tokenizer:
         """Train the tokenizer, find it in the cache, or load it."""
         if self.setting == "bpe":
-            return train_tokenizer(sources, self.vocabulary, self.sample, cache)
+            return train_tokenizer(sources, self.vocabulary, self.sample, cache, fim=self.fim)
         if self.setting == "bytes":
-            return Tokenizer.bytes()
+            return Tokenizer.bytes(fim=self.fim)
         return Tokenizer.load(expand_user(self.setting), self.end_of_document)
 
 
@@ -195,12 +204,22 @@ class Corpus(Packed):
         self.source = source
         self._settings = TokenizerSettings.of(config)
         self._held_out = config.validation
+        # Drawn apart from the order of samples, which is drawn from the seed and 0.
+        self._fim = FillInTheMiddle(config.fim_rate, config.fim_spm_rate, hash64(seed, 1)) if config.fim_rate else None
 
     def problems(self, key: str = "data") -> list[Problem]:
         """Return what is wrong with the node's keys."""
         found = [*super().problems(key), *self.source.problems(key), *self._settings.problems(key)]
         if not 0 <= self._held_out < 1:
             found.append(Problem(f"{key}.validation", f"{self._held_out} is not a fraction", "use 0 (none) up to less than 1"))
+        if self._fim is not None:
+            found += self._fim.problems(key)
+        if self.version == 1 and (self._fim is not None or self.source.masked):
+            found.append(
+                Problem(f"{key}.version", "version 1 of the rules has no loss mask and no fill-in-the-middle", "use 2")
+            )
+        if self._fim is not None and self.source.masked:
+            found.append(Problem(f"{key}.fim_rate", "a document with a loss mask is not cut", "use 0, or leave the mask out"))
         return found
 
     @property
@@ -222,5 +241,5 @@ class Corpus(Packed):
     def prepare_with(self, tokenizer: Tokenizer, key: str = "data") -> None:
         """Build or find the shards that this tokenizer makes."""
         self._tokenizer = tokenizer
-        folder = tokenize_corpus(self.source, tokenizer, self._held_out, self._cache, self.version)
+        folder = tokenize_corpus(self.source, tokenizer, self._held_out, self._cache, self.version, self._fim)
         self.open(folder / "train", folder / "validation" if self._held_out else None, key)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from ..config.cache import expand_user
 from ..config.problems import ConfigError, Problem
-from .config import HfConfig, JsonlConfig, ParquetConfig, ShardsConfig, StdlibConfig, TextConfig
+from .chat import ChatTemplate
+from .config import HfConfig, JsonlConfig, ParquetConfig, RecordConfig, ShardsConfig, StdlibConfig, TextConfig
 from .corpus import Corpus, Packed
 from .order import StoredSamples
 from .reader import TokenShards
+from .record_text import RecordText
 from .records import HuggingFace, JsonLines, ParquetFiles
 from .shards import MANIFEST
 from .sources import StandardLibrary, TextFiles
@@ -30,25 +32,32 @@ class Text(Corpus):
         super().__init__(config, seed, TextFiles(config.input, config.separator, config.version, config.markup))
 
 
+def _record_text(config: RecordConfig) -> RecordText:
+    """Return how the records of a node become documents."""
+    template = None if config.messages is None else ChatTemplate.find(config.chat_template, config.tokenizer)
+    return RecordText(config.field, config.prompt, config.messages, template)
+
+
 class Jsonl(Corpus):
     """`data=jsonl`: a JSON object per line."""
 
     def __init__(self, config: JsonlConfig, seed: int) -> None:
-        super().__init__(config, seed, JsonLines(config.input, config.field, config.version))
+        super().__init__(config, seed, JsonLines(config.input, config.field, config.version, _record_text(config)))
 
 
 class Parquet(Corpus):
     """`data=parquet`: a column of text."""
 
     def __init__(self, config: ParquetConfig, seed: int) -> None:
-        super().__init__(config, seed, ParquetFiles(config.input, config.field, config.version))
+        super().__init__(config, seed, ParquetFiles(config.input, config.field, config.version, _record_text(config)))
 
 
 class Hf(Corpus):
     """`data=hf`: a data set of the Hugging Face `datasets` library."""
 
     def __init__(self, config: HfConfig, seed: int) -> None:
-        source = HuggingFace(config.path, config.subset, config.split, config.field, config.revision)
+        record = _record_text(config)
+        source = HuggingFace(config.path, config.subset, config.split, config.field, config.revision, record)
         super().__init__(config, seed, source)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..config.cache import build_once
 from ..config.lazy import numpy as np
 from .batch import IGNORED, Sample
-from .reader import TokenShards
+from .reader import TokenShards, positions_of
 from .version import NEWEST
 
 if TYPE_CHECKING:
@@ -70,17 +70,25 @@ class Concatenated:
             return self[index].part(start, stop)
         start, stop = index * self.seq_len + start, index * self.seq_len + stop
         tokens = self._shards.read(start, stop + 1)
-        targets = tokens[1:]
+        targets = self._targets(tokens, start)
         if self._document_mask:
             targets = targets.copy()
             targets[self._shards.ends_within(start, stop) - start - 1] = IGNORED
         return Sample(tokens[:-1], targets)
 
+    def _targets(self, tokens: NDArray[np.int64], start: int) -> NDArray[np.int64]:
+        """Return the targets of the tokens that were read from `start` on: those that carry loss."""
+        if not self._shards.masked:
+            return tokens[1:]
+        learned = self._shards.learned(np.arange(start + 1, start + len(tokens)))
+        return np.where(learned, tokens[1:], IGNORED)
+
     def _padded(self, found: NDArray[np.int64]) -> Sample:
         """Make the only sample of fewer tokens than it has positions."""
         tokens = np.full(self.seq_len + 1, self._shards.manifest.end_of_document or 0, np.int64)
         tokens[: len(found)] = found
-        targets = np.where(np.arange(self.seq_len) < self._filled, tokens[1:], IGNORED)
+        targets = np.full(self.seq_len, IGNORED, np.int64)
+        targets[: len(found) - 1] = self._targets(found, 0)
         if not self._document_mask:
             return Sample(tokens[:-1], targets)
         ends = self._shards.ends_within(0, len(found))
@@ -216,11 +224,15 @@ class BestFit:
         if filled:
             tokens[:filled] = self._shards.read_pieces((starts + first - begins)[read], (last - first)[read])
         targets = tokens[1:].copy()
+        if self._shards.masked and filled:
+            places = positions_of((starts + first - begins)[read], (last - first)[read])
+            targets[: filled - 1][~self._shards.learned(places)[1:]] = IGNORED
         targets[ends[(start < ends) & (ends <= stop)] - 1 - start] = IGNORED
         targets[filled:] = IGNORED
         end = int(starts[0]) + self.seq_len
         if stop == self.seq_len == lengths[0] and not len(self._shards.ends_within(end - 1, end)):
-            targets[-1] = self._shards.read(end, end + 1)[0]  # only a piece as long as a sample is continued elsewhere
+            following = self._shards.read(end, end + 1)[0]  # only a piece as long as a sample is continued elsewhere
+            targets[-1] = following if self._shards.learned(np.array([end]))[0] else IGNORED
         return Sample(tokens[:-1], targets)
 
     def _pieces(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

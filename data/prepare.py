@@ -9,12 +9,14 @@ from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import xxhash
 
 from ..config.cache import build_once
 from ..config.lazy import numpy as np
+from .fill_in_the_middle import FillInTheMiddle
+from .marked import MarkedText
 from .reader import TokenShards
 from .shards import TOKENIZER, ShardWriter
 from .sources import DocumentSource
@@ -25,8 +27,8 @@ from .version import NEWEST
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Documents: TypeAlias = "Iterator[tuple[str, NDArray[np.int64]]]"
-"""Documents of a corpus, each with its tokens, the end of the document among them."""
+Documents: TypeAlias = "Iterator[tuple[str, NDArray[np.int64], NDArray[np.bool_] | None]]"
+"""Documents of a corpus, each with its tokens, the end of the document among them, and which of them carry loss (None: all)."""
 
 PARTS = ("train", "validation")
 _BATCH = 1 << 22  # characters tokenised in one go
@@ -64,9 +66,12 @@ def uniform_sample(documents: Iterable[str], characters: int) -> list[str]:
     return [text for _, _, text in sorted(kept, reverse=True)]
 
 
-def train_tokenizer(sources: Sequence[DocumentSource], vocabulary: int, characters: int, cache: Path) -> Tokenizer:
-    """Train a BPE tokenizer on a uniform sample of the sources, or load it from the cache."""
+def train_tokenizer(
+    sources: Sequence[DocumentSource], vocabulary: int, characters: int, cache: Path, *, fim: bool = False
+) -> Tokenizer:
+    """Train a BPE tokenizer on a uniform sample of the sources, or load it from the cache. fim: see `Tokenizer.bytes`."""
     inputs = [_TRAINER_VERSION, [source.identity(cache / "identities") for source in sources], vocabulary, characters]
+    inputs += ["fim"] if fim else []
     name = xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
     target = cache / "tokenizers" / f"bpe-{vocabulary}-{name[:16]}"
 
@@ -75,7 +80,7 @@ def train_tokenizer(sources: Sequence[DocumentSource], vocabulary: int, characte
             sample = [text for source in sources for text in uniform_sample(source.documents(), characters // len(sources))]
             if not sample:
                 raise ValueError(f"the corpus '{', '.join(source.name for source in sources)}' is empty")
-            Tokenizer.train(sample, vocabulary).save(folder / TOKENIZER)
+            Tokenizer.train(sample, vocabulary, fim=fim).save(folder / TOKENIZER)
 
     build_once(target, build)
     return Tokenizer.load(target)
@@ -86,12 +91,20 @@ def is_held_out(text: str, share: float) -> bool:
     return _content_hash(text) < share * 2.0**64
 
 
-def tokenize_corpus(source: DocumentSource, tokenizer: Tokenizer, validation: float, cache: Path, version: int) -> Path:
+def tokenize_corpus(
+    source: DocumentSource,
+    tokenizer: Tokenizer,
+    validation: float,
+    cache: Path,
+    version: int,
+    fim: FillInTheMiddle | None = None,
+) -> Path:
     """Tokenise a source, or find it in the cache. Returns the folder of the shards `train` and, if held out, `validation`."""
     inputs = [version, source.identity(cache / "identities"), tokenizer.fingerprint, validation]
+    inputs += [] if fim is None else [["fim", fim.rate, fim.spm_rate, fim.seed]]
     name = xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
     target = cache / "corpora" / f"{source.name}-{name[:16]}"
-    build_once(target, lambda folder: write_corpus(source, tokenizer, validation, folder, version=version))
+    build_once(target, lambda folder: write_corpus(source, tokenizer, validation, folder, version=version, fim=fim))
     return target
 
 
@@ -102,6 +115,7 @@ def write_corpus(
     folder: Path,
     shard_tokens: int = 1 << 30,
     version: int = NEWEST,
+    fim: FillInTheMiddle | None = None,
 ) -> None:
     """Tokenise a source into `folder/train` and, where a share is held out, `folder/validation`.
 
@@ -109,14 +123,15 @@ def write_corpus(
     """
 
     def writer(place: Path) -> ShardWriter:
-        return ShardWriter(place, tokenizer.vocabulary, tokenizer.end_of_document, tokenizer.save, shard_tokens)
+        ends = tokenizer.end_of_document
+        return ShardWriter(place, tokenizer.vocabulary, ends, tokenizer.save, shard_tokens, masked=source.masked)
 
     with _progress(f"tokenising {source.name}", source.size()) as advance:
-        documents = _tokenized(source, tokenizer, version, advance)
+        documents = _tokenized(source, tokenizer, version, advance, fim)
         if not validation:
             with writer(folder / "train") as train:
-                for _, tokens in documents:
-                    train.add(tokens)
+                for _, tokens, learned in documents:
+                    train.add(tokens, learned)
                 _refuse_empty(source, train)
         elif version == 1:
             _write_split_1(source, documents, validation, writer, folder)
@@ -131,9 +146,9 @@ def _write_split(
     parts = [writer(folder / name) for name in PARTS]
     hashes = array("Q")
     try:
-        for text, tokens in documents:
+        for text, tokens, learned in documents:
             hashes.append(_content_hash(text))
-            parts[is_held_out(text, share)].add(tokens)
+            parts[is_held_out(text, share)].add(tokens, learned)
         train, held = parts
         if not train.documents and not held.documents:
             _refuse_empty(source, train)
@@ -175,8 +190,9 @@ def _split_again(hashes: NDArray[np.uint64], share: float, writer: Callable[[Pat
     with writer(folder / PARTS[0]) as train, writer(folder / PARTS[1]) as held:
         for number, (name, (first, _)) in enumerate(zip(order, spans, strict=True)):
             for passage in split.passages(number):
-                tokens = parts[name].read(first + passage.start, first + passage.stop)
-                (held if passage.held_out else train).add(tokens)
+                start, stop = first + passage.start, first + passage.stop
+                learned = parts[name].learned(np.arange(start, stop)) if parts[name].masked else None
+                (held if passage.held_out else train).add(parts[name].read(start, stop), learned)
     shutil.rmtree(whole)
 
 
@@ -194,7 +210,7 @@ def _write_split_1(
     """Hold out whole documents by their hash; if that is none, the first one, and of a single document its end."""
     with writer(folder / "train") as train, writer(folder / "validation") as held:
         spare: NDArray[np.int64] | None = None  # the first document for training, while nothing is held out yet
-        for text, tokens in documents:
+        for text, tokens, _ in documents:
             if is_held_out(text, share):
                 held.add(tokens)
             elif spare is None and not held.documents:
@@ -220,15 +236,33 @@ def _refuse_empty(source: DocumentSource, train: ShardWriter) -> None:
         raise ValueError(f"the corpus '{source.name}' has no document to train on")
 
 
-def _tokenized(source: DocumentSource, tokenizer: Tokenizer, version: int, advance: Callable[[int], None]) -> Documents:
+def _tokenized(
+    source: DocumentSource,
+    tokenizer: Tokenizer,
+    version: int,
+    advance: Callable[[int], None],
+    fim: FillInTheMiddle | None,
+) -> Documents:
     batch: list[str] = []
-    waiting = 0
+    waiting = done = 0
     for text in source.documents():
         batch.append(text)
         waiting += len(text)
         if waiting >= _BATCH:
-            yield from zip(batch, tokenizer.encode_documents(batch, in_pieces=version == 1), strict=True)
+            yield from _encoded(tokenizer, batch, version, done, fim)
             advance(waiting)
+            done += len(batch)
             batch, waiting = [], 0
-    yield from zip(batch, tokenizer.encode_documents(batch, in_pieces=version == 1), strict=True)
+    yield from _encoded(tokenizer, batch, version, done, fim)
     advance(waiting)
+
+
+def _encoded(tokenizer: Tokenizer, texts: Sequence[str], version: int, first: int, fim: FillInTheMiddle | None) -> Documents:
+    """Encode documents of one kind. first: number of the first of them in its source."""
+    if texts and isinstance(texts[0], MarkedText):
+        marked = cast(Sequence[MarkedText], texts)
+        yield from ((text, *encoded) for text, encoded in zip(texts, tokenizer.encode_marked(marked), strict=True))
+        return
+    cut = fim is not None
+    found = fim.encode(tokenizer, first, texts) if cut else tokenizer.encode_documents(texts, in_pieces=version == 1)
+    yield from ((text, tokens, None) for text, tokens in zip(texts, found, strict=True))

@@ -26,6 +26,12 @@ def _check(folder: Path, entry: FileEntry, contents: bool) -> None:
         raise ShardError(f"{path}: damaged (its xxh3 digest differs from dataset.json); copy or build the data set again")
 
 
+def positions_of(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the positions in pieces [start, start + length), one behind the other."""
+    within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return np.repeat(starts, lengths) + within
+
+
 class TokenShards:
     """An opened shard folder.
 
@@ -38,7 +44,7 @@ class TokenShards:
         self.folder = folder
         self.manifest = ShardManifest.read(folder)
         shards = self.manifest.shards
-        entries = [entry for shard in shards for entry in (shard.tokens, shard.documents)]
+        entries = [entry for shard in shards for entry in (shard.tokens, shard.documents, shard.learned) if entry is not None]
         for entry in [*entries, *([self.manifest.tokenizer] if self.manifest.tokenizer else [])]:
             _check(folder, entry, verify)
         self.vocabulary = self.manifest.vocabulary
@@ -46,6 +52,8 @@ class TokenShards:
         dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._tokens = [self._map(shard.tokens, dtype, shard.token_count) for shard in shards]
         self._ends = [self._map(shard.documents, np.dtype(DOCUMENT_TYPE), shard.document_count) for shard in shards]
+        masks = [self._map(shard.learned, np.dtype(np.uint8), shard.token_count) for shard in shards if shard.learned]
+        self._learned = masks if len(masks) == len(shards) else []
         self._starts = np.cumsum([0, *(shard.token_count for shard in shards)], dtype=np.int64)
         for shard, ends in zip(shards, self._ends, strict=True):
             if int(ends[-1]) != shard.token_count:
@@ -81,10 +89,25 @@ class TokenShards:
             start, shard = end, shard + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens carry no loss."""
+        return bool(self._learned)
+
+    def learned(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return whether the tokens at these positions of the whole data set carry loss as targets."""
+        if not self._learned:
+            return np.ones(len(positions), np.bool_)
+        shards = np.searchsorted(self._starts, positions, side="right") - 1
+        found = np.empty(len(positions), np.bool_)
+        for shard in np.unique(shards):
+            here = shards == shard
+            found[here] = self._learned[shard][positions[here] - self._starts[shard]] != 0
+        return found
+
     def read_pieces(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """Read and concatenate pieces [start, start + length), none of which crosses shards. Raises as `read`."""
-        within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        positions = np.repeat(starts, lengths) + within
+        positions = positions_of(starts, lengths)
         shards = np.searchsorted(self._starts, starts, side="right") - 1
         if (shards == shards[0]).all():
             shard = int(shards[0])

@@ -25,53 +25,54 @@ Read: TypeAlias = Mapping[str, Sequence[int]]
 """Source → what was read of it: see the module."""
 
 
-class Unread:
-    """Samples of a source without those that were read. Implements `Samples`."""
+class Renumbered:
+    """Samples under other numbers. Implements `Samples` and `SamplesInParts`."""
 
-    def __init__(self, samples: Samples, read: Sequence[int]) -> None:
+    def __init__(self, samples: Samples) -> None:
         self.samples = samples
-        self._next, *self._left = read
         self.seq_len = samples.seq_len
         self.vocabulary = samples.vocabulary
+
+    def number(self, index: int) -> int:
+        """Return the number that the k-th sample has in `samples`."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return the k-th sample."""
+        return self.samples[self.number(index)]
+
+    def lengths(self, index: int) -> NDArray[np.int64]:
+        """Return the lengths of the k-th sample's documents."""
+        return document_lengths(self.samples, self.number(index))
+
+    def part(self, index: int, start: int, stop: int) -> Sample:
+        """Return the tokens and targets of positions [start, stop) of the k-th sample."""
+        return sample_part(self.samples, self.number(index), start, stop)
+
+
+class Unread(Renumbered):
+    """Samples of a source without those that were read."""
+
+    def __init__(self, samples: Samples, read: Sequence[int]) -> None:
+        super().__init__(samples)
+        self._next, *self._left = read
 
     def number(self, index: int) -> int:
         """Return the number of the k-th unread sample in its source."""
         left = len(self._left)
         return self._left[index] if index < left else self._next + index - left
 
-    def __getitem__(self, index: int) -> Sample:
-        """Return the k-th unread sample."""
-        return self.samples[self.number(index)]
 
-    def lengths(self, index: int) -> NDArray[np.int64]:
-        """Return the lengths of the k-th unread sample's documents."""
-        return document_lengths(self.samples, self.number(index))
-
-    def part(self, index: int, start: int, stop: int) -> Sample:
-        """Return the tokens and targets of positions [start, stop) of the k-th unread sample."""
-        return sample_part(self.samples, self.number(index), start, stop)
-
-
-class Shifted:
-    """Samples under other numbers: the k-th is the (k + by)-th of `samples`. Implements `Samples`."""
+class Shifted(Renumbered):
+    """Samples under shifted numbers: the k-th is the (k + by)-th of `samples`."""
 
     def __init__(self, samples: Samples, by: int) -> None:
-        self.samples = samples
+        super().__init__(samples)
         self.by = by
-        self.seq_len = samples.seq_len
-        self.vocabulary = samples.vocabulary
 
-    def __getitem__(self, index: int) -> Sample:
-        """Return the k-th sample."""
-        return self.samples[index + self.by]
-
-    def lengths(self, index: int) -> NDArray[np.int64]:
-        """Return the lengths of the k-th sample's documents."""
-        return document_lengths(self.samples, index + self.by)
-
-    def part(self, index: int, start: int, stop: int) -> Sample:
-        """Return the tokens and targets of positions [start, stop) of the k-th sample."""
-        return sample_part(self.samples, index + self.by, start, stop)
+    def number(self, index: int) -> int:
+        """Return k + by."""
+        return index + self.by
 
 
 def shifted(samples: Samples, by: int) -> Samples:

@@ -16,6 +16,7 @@ import xxhash
 from ..config.problems import Problem
 from . import formats
 from .formats import import_extra, missing_extra
+from .record_text import RecordText
 from .sources import FileSource, files_below, identity_of
 from .version import NEWEST
 
@@ -41,21 +42,44 @@ class TextCount:
             else:
                 self._empty += 1
 
-    def warn(self, name: str, field: str) -> None:
+    def warn(self, name: str, record: RecordText) -> None:
         """Warn, the first time that all records were read, of those without a text."""
         if self._empty and not self._told:
             of = f"{self._empty:,} of {self._records:,} records ({self._empty / self._records:.1%})"
-            log.warning("data.field: %s of data=%s have no text in '%s' (null or empty) and are left out", of, name, field)
+            key, field = ("messages", record.messages) if record.messages else ("field", record.field)
+            log.warning("data.%s: %s of data=%s have no text in '%s' (null or empty) and are left out", key, of, name, field)
         self._told = True
 
 
 class RecordFiles(FileSource):
-    """Files of records; the document is the text in `field`. Warns, once all are read, of records without a text."""
+    """Files of records; the document is the text in `field`. Warns, once all are read, of records without a text.
 
-    def __init__(self, input: str | Sequence[str] | None, field: str = "text", version: int = NEWEST) -> None:
+    record  how a record becomes a document, where that is not its field alone
+    """
+
+    def __init__(
+        self,
+        input: str | Sequence[str] | None,
+        field: str = "text",
+        version: int = NEWEST,
+        record: RecordText | None = None,
+    ) -> None:
         super().__init__(input, version)
-        self.field = field
+        self.record = record or RecordText(field)
         self._count = TextCount()
+
+    @property
+    def masked(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether only a part of each document carries loss."""
+        return self.record.masked
+
+    def settings(self) -> str:
+        """Name the settings that decide the documents: the members that are read, and how."""
+        return f"{self.name} {self.record.settings}"
+
+    def problems(self, key: str) -> list[Problem]:
+        """Check the files, and how their records are read."""
+        return self.record.problems(key) or super().problems(key)
 
     @abstractmethod
     def texts(self, path: Path) -> Iterator[str]:
@@ -69,7 +93,7 @@ class RecordFiles(FileSource):
         """Yield the documents of all files."""
         self._warn_of_skipped_files()
         yield from self._count.nonempty(text for path in self.files() for text in self.texts(path))
-        self._count.warn(self.name, self.field)
+        self._count.warn(self.name, self.record)
 
 
 class JsonLines(RecordFiles):
@@ -84,10 +108,6 @@ class JsonLines(RecordFiles):
     # As C4 and Dolma name their documents. A bare .json beside others is metadata.
     fallback_endings = ((".json.gz", ".json.zst", ".json.bz2", ".json.xz"), (".json",))
 
-    def settings(self) -> str:
-        """Name the settings that decide the documents: the field."""
-        return f"jsonl {self.field!r}"
-
     def file_problems(self, key: str, path: Path) -> list[Problem]:
         """Check that the file can be read and that its first record has the field."""
         found = super().file_problems(key, path)
@@ -99,13 +119,15 @@ class JsonLines(RecordFiles):
                 self._text(record)
         except ValueError as problem:
             what = f"the first record of '{path}' is {problem}" if "object" in str(problem) else f"'{path}' has {problem}"
-            found.append(Problem(f"{key}.field", what, "name the member that holds the text"))
+            of_chat = self.record.messages is not None
+            fix = "name the member that holds the conversation" if of_chat else "name the member that holds the text"
+            found.append(Problem(f"{key}.{'messages' if of_chat else 'field'}", what, fix))
         return found
 
     def may_hold_data(self, path: Path) -> bool:
         """Return whether a file that is left out may be data: a bare .json only if its first record has the field."""
         record = _first_record(formats.head(path)) if path.suffix == ".json" else None
-        return path.suffix != ".json" or (isinstance(record, dict) and self.field in record)
+        return path.suffix != ".json" or (isinstance(record, dict) and all(name in record for name in self.record.members))
 
     def texts(self, path: Path) -> Iterator[str]:
         """Yield the text of each record of one file; "" where it has none."""
@@ -133,7 +155,7 @@ class JsonLines(RecordFiles):
     def _text(self, record: Any) -> str:
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
-        return field_text(record, self.field)
+        return self.record.of(cast(dict[str, Any], record))
 
 
 class _Layout(Enum):
@@ -189,30 +211,11 @@ def _first_record(start: bytes) -> Any | None:
         return None
 
 
-def field_text(record: dict[str, Any], field: str) -> str:
-    """Return the text in a record's field; "" for a null. Raises ValueError naming the fields that there are."""
-    if field not in record:
-        raise ValueError(f"no field '{field}' (data.field) among {', '.join(record) or 'none'}")
-    text = record[field]
-    if not isinstance(text, str | None):
-        raise ValueError(f"field '{field}' (data.field) is not text but {type(text).__name__}")
-    text = text or ""
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no tokenizer takes
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
 class ParquetFiles(RecordFiles):
     """Parquet files; the document is the text in the column `field`."""
 
     name = "parquet"
     endings = (".parquet",)
-
-    def settings(self) -> str:
-        """Name the settings that decide the documents: the column."""
-        return f"parquet {self.field!r}"
 
     def size(self) -> int | None:
         """Return None: files are compressed."""
@@ -229,10 +232,15 @@ class ParquetFiles(RecordFiles):
             names: list[str] = parquet.read_schema(path).names
         except (ValueError, OSError) as problem:  # the library's own errors derive from these two
             return [Problem(f"{key}.input", f"'{path}' can't be read as Parquet ({problem})", "give Parquet files alone")]
-        if self.field not in names:
-            what = f"'{path}' has no column '{self.field}' among {', '.join(names)}"
-            return [Problem(f"{key}.field", what, "name the column that holds the text")]
-        return []
+        return [
+            Problem(
+                f"{key}.field",
+                f"'{path}' has no column '{name}' among {', '.join(names)}",
+                "name the column that holds the text",
+            )
+            for name in self.record.members
+            if name not in names
+        ]
 
     def texts(self, path: Path) -> Iterator[str]:
         """Yield the text of each row of one file; "" where it has none."""
@@ -240,11 +248,10 @@ class ParquetFiles(RecordFiles):
         try:
             with parquet.ParquetFile(path) as file:
                 names: list[str] = file.schema_arrow.names
-                if self.field not in names:
-                    raise ValueError(f"no column '{self.field}' (data.field) among {', '.join(names)}")
-                for batch in file.iter_batches(batch_size=1024, columns=[self.field]):
-                    for text in batch.column(0).to_pylist():
-                        yield field_text({self.field: text}, self.field)
+                if absent := [name for name in self.record.members if name not in names]:
+                    raise ValueError(f"no column '{absent[0]}' (data.field) among {', '.join(names)}")
+                for batch in file.iter_batches(batch_size=1024, columns=self.record.members):
+                    yield from map(self.record.of, batch.to_pylist())
         except (ValueError, OSError) as problem:  # the library's own errors derive from these two
             raise ValueError(f"{path}: {problem}") from problem
 
@@ -265,11 +272,12 @@ class HuggingFace:
         split: str = "train",
         field: str = "text",
         revision: str | None = None,
+        record: RecordText | None = None,
     ) -> None:
         self.path = path
         self.subset = subset
         self.split = split
-        self.field = field
+        self.record = record or RecordText(field)
         self.revision = revision
         self._count = TextCount()
 
@@ -278,16 +286,26 @@ class HuggingFace:
         found = missing_extra("datasets", "hf", key, "data=hf")
         if not self.path:
             found.append(Problem(f"{key}.path", "no data set is named", "give owner/name, or a folder"))
-        return found
+        return found + self.record.problems(key)
+
+    @property
+    def masked(self) -> bool:
+        """Whether only a part of each document carries loss."""
+        return self.record.masked
+
+    @property
+    def _read(self) -> str:
+        """What is read of a row, for the identity."""
+        return self.record.settings if self.record.masked else self.record.field
 
     def identity(self, memo: Path) -> str:
-        """Digest name, subset, split, revision and field; of a folder its files and their names in place of its name."""
+        """Digest name, subset, split, revision and what is read of a row; of a folder its files and their names."""
         folder = Path(self.path or "")
         if self.path and folder.is_dir():  # the library prefers a folder to a name, too
             files = list(files_below(folder))
             names = [path.relative_to(folder).as_posix() for path in files]  # the library tells splits and subsets by them
-            return identity_of(files, json.dumps(["hf", self.subset, self.split, self.revision, self.field, names]), memo)
-        inputs = ["hf", self.path, self.subset, self.split, self.revision, self.field]
+            return identity_of(files, json.dumps(["hf", self.subset, self.split, self.revision, self._read, names]), memo)
+        inputs = ["hf", self.path, self.subset, self.split, self.revision, self._read]
         return xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
 
     def size(self) -> int | None:
@@ -297,7 +315,7 @@ class HuggingFace:
     def documents(self) -> Iterator[str]:
         """Yield the documents as they stream in."""
         yield from self._count.nonempty(self._texts())
-        self._count.warn(self.name, self.field)
+        self._count.warn(self.name, self.record)
 
     def _texts(self) -> Iterator[str]:
         """Yield the text of each row; "" where it has none."""
@@ -317,7 +335,7 @@ class HuggingFace:
             except Exception as problem:  # rows are read from the network one by one
                 raise ValueError(f"{what}, behind row {number - 1}: {problem}") from problem
             try:
-                text = field_text(row, self.field)
+                text = self.record.of(row)
             except ValueError as problem:
                 raise ValueError(f"{what}, row {number}: {problem}") from problem
             yield text

@@ -4,6 +4,7 @@
     tokenizer.json        the tokenizer that made the tokens, where there is one
     tokens-00000.bin      token ids, uint16 or uint32, little endian, documents one behind the other
     documents-00000.bin   uint64, little endian: where each document of this shard ends, counted from the shard's first token
+    learned-00000.bin     uint8: 1 for a token that carries loss as a target, else 0; absent where all of them do
 
 A document never crosses shards. Sizes are checked whenever a folder is opened, contents (xxh3) on request, and token ids
 against the vocabulary each time they are read.
@@ -58,12 +59,16 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A pair of files, and how many tokens and documents they hold."""
+    """A pair of files, and how many tokens and documents they hold.
+
+    learned  a third file, where there is a loss mask
+    """
 
     tokens: FileEntry
     documents: FileEntry
     token_count: int
     document_count: int
+    learned: FileEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,15 @@ class ShardManifest:
     @property
     def fingerprint(self) -> str:
         """The xxh3-128 of the manifest, digests of all files included. It names the data set by its contents."""
-        return xxhash.xxh3_128_hexdigest(json.dumps(asdict(self), sort_keys=True).encode())
+        return xxhash.xxh3_128_hexdigest(json.dumps(self.stated(), sort_keys=True).encode())
+
+    def stated(self) -> dict[str, Any]:
+        """Return the content as JSON values; a shard without a loss mask names none."""
+        found = asdict(self)
+        for shard in found["shards"]:
+            if shard["learned"] is None:
+                del shard["learned"]
+        return found
 
     @classmethod
     def read(cls, folder: Path) -> ShardManifest:
@@ -94,7 +107,12 @@ class ShardManifest:
                 raise ShardError(f"{path}: {found}; this program reads {FORMAT} version {VERSION}")
             fingerprint = stated.pop("fingerprint")
             shards = tuple(
-                ShardEntry(FileEntry(**shard.pop("tokens")), FileEntry(**shard.pop("documents")), **shard)
+                ShardEntry(
+                    FileEntry(**shard.pop("tokens")),
+                    FileEntry(**shard.pop("documents")),
+                    learned=FileEntry(**shard.pop("learned")) if "learned" in shard else None,
+                    **shard,
+                )
                 for shard in stated.pop("shards")
             )
             tokenizer = stated.pop("tokenizer")
@@ -114,7 +132,7 @@ class ShardManifest:
     def write(self, folder: Path) -> None:
         """Write `dataset.json` and wait until it is on disk."""
         with (folder / MANIFEST).open("w") as file:
-            json.dump({**asdict(self), "fingerprint": self.fingerprint}, file, indent=1)
+            json.dump({**self.stated(), "fingerprint": self.fingerprint}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
 
@@ -165,6 +183,7 @@ class ShardWriter:
     end_of_document  the token that ends each document, for the record
     save_tokenizer   writes the tokenizer into the path it is given; None: the tokens come without one
     shard_tokens     a new pair of files is begun once a shard holds this many tokens
+    masked           whether there is a loss mask
     """
 
     def __init__(
@@ -174,6 +193,8 @@ class ShardWriter:
         end_of_document: int | None = None,
         save_tokenizer: Callable[[Path], None] | None = None,
         shard_tokens: int = 1 << 30,
+        *,
+        masked: bool = False,
     ) -> None:
         if folder.exists():
             raise FileExistsError(f"{folder} exists already; remove it or write to another folder")
@@ -191,14 +212,17 @@ class ShardWriter:
             save_tokenizer(path)
             self._tokenizer = FileEntry(path.name, path.stat().st_size, digest_file(path))
         self._shards: list[ShardEntry] = []
-        self._open: tuple[_DigestedFile, _DigestedFile] | None = None
+        self._masked = masked
+        self._open: tuple[_DigestedFile, _DigestedFile, _DigestedFile | None] | None = None
         self._in_shard = 0
         self._ends_in_shard = array("Q")
         self.tokens = 0
         self.documents = 0
 
-    def add(self, tokens: NDArray[np.integer[Any]]) -> None:
+    def add(self, tokens: NDArray[np.integer[Any]], learned: NDArray[np.bool_] | None = None) -> None:
         """Append a document: a one-dimensional array of token ids. An empty one is skipped.
+
+        learned: (tokens,) whether each carries loss; None: all of them do
 
         Raises ValueError for a token id outside the vocabulary.
         """
@@ -214,8 +238,13 @@ class ShardWriter:
             self._open = (
                 _DigestedFile(self._building / f"tokens-{number:05d}.bin"),
                 _DigestedFile(self._building / f"documents-{number:05d}.bin"),
+                _DigestedFile(self._building / f"learned-{number:05d}.bin") if self._masked else None,
             )
         self._open[0].write(tokens.astype(self._dtype).tobytes())
+        if self._open[2] is not None:
+            self._open[2].write(
+                np.ones(len(tokens), np.uint8).tobytes() if learned is None else learned.astype(np.uint8).tobytes()
+            )
         self._in_shard += len(tokens)
         self._ends_in_shard.append(self._in_shard)
         self.tokens += len(tokens)
@@ -226,9 +255,10 @@ class ShardWriter:
     def _close_shard(self) -> None:
         if self._open is None:
             return
-        tokens, documents = self._open
+        tokens, documents, learned = self._open
         documents.write(np.array(self._ends_in_shard, dtype=DOCUMENT_TYPE).tobytes())
-        self._shards.append(ShardEntry(tokens.close(), documents.close(), self._in_shard, len(self._ends_in_shard)))
+        mask = None if learned is None else learned.close()
+        self._shards.append(ShardEntry(tokens.close(), documents.close(), self._in_shard, len(self._ends_in_shard), mask))
         self._open, self._in_shard, self._ends_in_shard = None, 0, array("Q")
 
     def commit(self) -> ShardManifest:
@@ -249,7 +279,7 @@ class ShardWriter:
     def abandon(self) -> None:
         """Remove what was written so far."""
         if self._open is not None:
-            for file in self._open:
+            for file in filter(None, self._open):
                 file.abandon()
         shutil.rmtree(self._building, ignore_errors=True)
 

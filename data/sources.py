@@ -40,6 +40,11 @@ class DocumentSource(Protocol):
         """Short word for file names and progress lines."""
         ...
 
+    @property
+    def masked(self) -> bool:
+        """Whether documents are `MarkedText`, of which only some tokens carry loss."""
+        ...
+
     def problems(self, key: str) -> list[Problem]:
         """Return what is wrong with the settings, without reading documents. key: the config node's."""
         ...
@@ -68,6 +73,7 @@ class FileSource(ABC):
     """
 
     name = "files"
+    masked = False
     endings: tuple[str, ...] = ("",)
     fallback_endings: tuple[tuple[str, ...], ...] = ()
 

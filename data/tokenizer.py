@@ -12,7 +12,9 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ..config.lazy import numpy as np
+from .fill_in_the_middle import NAMES as FIM_NAMES
 from .long_documents import encode_long
+from .marked import MarkedText, learned_tokens
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,6 +39,7 @@ class Tokenizer:
 
     vocabulary       ids lie in [0, vocabulary)
     end_of_document  id of the token put behind every document
+    fill_in_the_middle  ids of the prefix, suffix and middle tokens; None where there are none
     fingerprint      digest of its contents
     """
 
@@ -58,6 +61,8 @@ class Tokenizer:
                 "name the one that ends a document"
             )
         self.end_of_document = known[found]
+        fim = next((names for names in FIM_NAMES if all(name in known for name in names)), None)
+        self.fill_in_the_middle = None if fim is None else (known[fim[0]], known[fim[1]], known[fim[2]])
         self.vocabulary = max(known.values()) + 1
         self.fingerprint = xxhash.xxh3_128_hexdigest(f"{engine.to_str()}\n{found}".encode())
 
@@ -74,26 +79,29 @@ class Tokenizer:
         return cls(engine, end_of_document)
 
     @classmethod
-    def bytes(cls) -> Tokenizer:
-        """Build a tokenizer whose tokens are the bytes of the UTF-8 text, the ids their values; 256 ends a document."""
+    def bytes(cls, *, fim: bool = False) -> Tokenizer:
+        """Build a tokenizer whose tokens are the bytes of the UTF-8 text, the ids their values; 256 ends a document.
+
+        fim: with the tokens of fill-in-the-middle behind it
+        """
         vocabulary = {character: byte for byte, character in enumerate(byte_alphabet())}
         engine = Engine(models.BPE(vocab=vocabulary, merges=[]))
         _byte_level(engine)
-        engine.add_special_tokens([END_OF_DOCUMENT])
+        engine.add_special_tokens([END_OF_DOCUMENT, *(FIM_NAMES[0] if fim else ())])
         return cls(engine)
 
     @classmethod
-    def train(cls, documents: Iterable[str], vocabulary: int) -> Tokenizer:
+    def train(cls, documents: Iterable[str], vocabulary: int, *, fim: bool = False) -> Tokenizer:
         """Train byte-level BPE (Sennrich et al., arXiv 1508.07909; byte level: GPT-2). It can encode any text.
 
-        A small corpus may yield fewer merges than requested: read `vocabulary` of the result.
+        A small corpus may yield fewer merges than requested: read `vocabulary` of the result. fim: see `bytes`
         """
         assert vocabulary >= SMALLEST_BPE
         engine = Engine(models.BPE())
         _byte_level(engine)
         trainer = trainers.BpeTrainer(
             vocab_size=vocabulary,
-            special_tokens=[END_OF_DOCUMENT],
+            special_tokens=[END_OF_DOCUMENT, *(FIM_NAMES[0] if fim else ())],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -131,6 +139,19 @@ class Tokenizer:
                 parts = [encode_long(text, _PIECE, lambda part: self._engine.encode(part, add_special_tokens=False))]
             documents.append(np.concatenate([*parts, end]))
         return documents
+
+    def encode_marked(self, texts: Sequence[MarkedText]) -> list[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+        """Encode documents with a loss mask: token ids, the end of document among them, and whether each carries loss."""
+        found: list[tuple[NDArray[np.int64], NDArray[np.bool_]]] = []
+        for text in texts:
+            self._engine.encode_special_tokens = not text.specials
+            try:
+                encoding = self._engine.encode(str(text), add_special_tokens=False)
+            finally:
+                self._engine.encode_special_tokens = True
+            tokens = np.array([*encoding.ids, self.end_of_document], np.int64)
+            found.append((tokens, learned_tokens(text, encoding.offsets)))
+        return found
 
     def decode(self, tokens: Sequence[int] | NDArray[np.int64]) -> str:
         """Decode token ids to text. Ends of documents are left out; broken UTF-8 becomes replacement characters."""

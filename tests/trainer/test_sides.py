@@ -22,7 +22,8 @@ EACH = {
     },
     "data": {
         RECIPE: "_target_ _recursive_ name seq_len packing document_mask version tokenizer vocabulary tokenizer_sample"
-        " end_of_document separator markup part field subset split revision sources weights block validation_samples",
+        " end_of_document separator markup part field prompt messages chat_template fim_rate fim_spm_rate"
+        " subset split revision sources weights block validation_samples",
         PLACEMENT: "input path cache_dir",
         HABIT: "verify",
     },
