@@ -315,10 +315,10 @@ def test_one_process_builds_while_the_others_wait(jsonl: str, tmp_path: Path, mo
         time.sleep(0.3)
         built(*arguments, **options)
 
-    def logged(*arguments: Any) -> Tokenizer:
+    def logged(*arguments: Any, **keys: Any) -> Tokenizer:
         with (tmp_path / "log").open("a") as log:
             log.write("tokenizer\n")
-        return trained(*arguments)
+        return trained(*arguments, **keys)
 
     monkeypatch.setattr(prepare, "write_corpus", slowly)
     monkeypatch.setattr(Tokenizer, "train", logged)
