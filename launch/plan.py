@@ -10,14 +10,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ..config.problems import ConfigError, Problem
 from ..planner.cluster import ClusterConfig, options
 from ..trainer.resolve import ResolvedRun
 from .plan_cluster import refuse_too_few, split_words
-from .planning import resolve_plan
+from .planning import resolve_plan, without_searched
 from .switches import BAD_CONFIG
 
 WIDTH = 120  # columns, where no terminal says
@@ -30,6 +29,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--draw-pipeline", metavar="FILE.svg", type=Path, help="draw the pipeline's schedule")
     parser.add_argument("--parts", action="store_true", help="with cluster=…: where the seconds of a step go")
     parser.add_argument("--best", metavar="N", type=int, default=0, help="with cluster=…: the N fastest layouts that fit")
+    told = "with cluster=…: predict the run of this folder, and hold it against its metrics"
+    parser.add_argument("--against", metavar="FOLDER", type=Path, help=told)
     parser.add_argument("--json", action="store_true", help="with cluster=…: print the prediction as JSON")
     told = "mean tokens of a document, where attention stays inside documents (default: a whole sample)"
     parser.add_argument("--documents", metavar="TOKENS", type=float, help=told)
@@ -37,10 +38,12 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(list(argv))
     try:
         words, cluster = split_words(arguments.overrides, arguments.config_dir)
-        asked = arguments.parts or arguments.best or arguments.json or arguments.documents is not None
+        asked = arguments.parts or arguments.best or arguments.json or arguments.documents or arguments.against
         if cluster is None and asked:
             fix = f"add cluster=…; there are: {', '.join(options(arguments.config_dir))}"
             raise ConfigError([Problem("cluster", "times are of a cluster, and none is chosen", fix)])
+        if cluster is not None and arguments.against is not None:
+            return show_against(arguments.against, cluster, arguments)
         if arguments.best < 0:
             raise ConfigError([Problem("--best", f"{arguments.best} is not a number of layouts", "give 1 or more")])
         resolved = resolve_plan(words, arguments.config_dir)
@@ -57,13 +60,24 @@ def main(argv: Sequence[str]) -> int:
         return BAD_CONFIG
 
 
-def without_searched(resolved: ResolvedRun, words: Sequence[str]) -> ResolvedRun:
-    """Leave out the problems that another layout mends."""
-    from .plan_best import is_searched
-    from .typed_words import given_keys
+def show_against(folder: Path, cluster: ClusterConfig, arguments: argparse.Namespace) -> int:
+    """Print what was predicted of a run beside its metrics. Returns 0. Raises ConfigError for a folder without a run."""
+    from dataclasses import asdict
 
-    typed = given_keys(words)
-    return replace(resolved, problems=tuple(each for each in resolved.problems if not is_searched(each, typed)))
+    from rich.console import Console
+
+    from ..planner.time_tables import parts_table
+    from .plan_against import against, against_table
+
+    predicted, measured = against(folder, cluster)
+    if arguments.json:
+        print(json.dumps({"predicted": predicted.as_dict(), "measured": asdict(measured)}, indent=2))
+        return 0
+    console = Console()
+    console.print(against_table(predicted, measured))
+    if arguments.parts:
+        console.print(parts_table(predicted))
+    return 0
 
 
 def show_best(resolved: ResolvedRun, words: Sequence[str], cluster: ClusterConfig, arguments: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from ..parallel.layout import Layout, layout_problems
 from ..parallel.legality import is_legal
 from ..planner.cluster import GIB, ClusterConfig
 from ..planner.prediction import KINDS
-from ..planner.search import KEYS, Candidate, Question, difference, limit_of, search, smallest_cluster
+from ..planner.search import KEYS, Candidate, Question, Settings, difference, limit_of, search, smallest_cluster
 from ..planner.tables import gib, right
 from ..planner.time_tables import duration, seconds
 from ..trainer.launching import planned_processes
@@ -72,13 +72,6 @@ def best_layouts(
         raise ConfigError([_in_the_way(question, found.least)])
     legal = [one for one in found.best if _runs(config, one)][:most]
     return Best(config, given, legal, found.planned, notes)
-
-
-def is_searched(problem: Problem, typed: set[str]) -> bool:
-    """Return whether a problem of the run as written is of keys that the search varies, and nobody typed."""
-    sizes = {"parallel.tp", "parallel.pp", "parallel.cp", "parallel.replicate", "parallel.ep"}
-    meant = sizes if problem.key == "parallel" else {problem.key}
-    return (problem.key.partition(".")[0] == "parallel" or problem.key in KEYS) and not meant & typed
 
 
 def _question(config: RunConfig, cluster: ClusterConfig, fixed: dict[str, Any], length: float | None) -> Question:
@@ -150,8 +143,13 @@ def _in_the_way(question: Question, least: Candidate | None) -> Problem:
 
 
 def described(candidate: Candidate) -> list[str]:
-    """Word the settings of a candidate briefly, those that say something."""
-    values, found = candidate.settings, list[str]()
+    """Word the settings of a candidate briefly."""
+    return described_settings(candidate.settings)
+
+
+def described_settings(values: Settings) -> list[str]:
+    """Word settings of all keys that are searched, those that say something."""
+    found = list[str]()
     sizes = [("tp", "tp"), ("pp", "pp"), ("cp", "cp"), ("replicate", "replicate")]
     for key, name in sizes:
         if values[f"parallel.{key}"] > 1:

@@ -24,12 +24,14 @@ from ..planner.engines import engine_cost
 from ..planner.memory import Job, OptimizerBytes, optimizer_bytes
 from ..planner.offload import OffloadAccount, describe
 from ..planner.parameters import Inventory, decoder_inventory
+from ..planner.search import KEYS
 from ..trainer.blanks import blank_notice
 from ..trainer.derived import build_horizon
 from ..trainer.launching import planned_processes
 from ..trainer.resolve import ResolvedRun, ResolveOptions, resolve
 from ..trainer.schema import RunConfig
 from ..trainer.validate import checked_config
+from .typed_words import given_keys
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,19 @@ def resolve_plan(overrides: Sequence[str], config_dir: str | None = None) -> Res
         lambda config: planned_processes(config.launch), resumes=False, data_elsewhere=True, builds=needs_building
     )
     return resolve(overrides, options, config_dir)
+
+
+def is_searched(problem: Problem, typed: set[str]) -> bool:
+    """Return whether a problem of the run as written is of keys that the search varies, and nobody typed."""
+    sizes = {"parallel.tp", "parallel.pp", "parallel.cp", "parallel.replicate", "parallel.ep"}
+    meant = sizes if problem.key == "parallel" else {problem.key}
+    return (problem.key.partition(".")[0] == "parallel" or problem.key in KEYS) and not meant & typed
+
+
+def without_searched(resolved: ResolvedRun, words: Sequence[str]) -> ResolvedRun:
+    """Leave out the problems that another layout mends."""
+    typed = given_keys(words)
+    return replace(resolved, problems=tuple(each for each in resolved.problems if not is_searched(each, typed)))
 
 
 def make_plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan:

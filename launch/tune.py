@@ -1,9 +1,11 @@
 """`meshloom tune`: the fastest settings that fit, for a recipe and a machine. By arithmetic; --measure N tries the N best.
 
 meshloom tune recipe=llama_8b launch.nproc=2 --measure 3
+meshloom tune recipe=llama_8b cluster=h200x2 --measure 3
 
 It varies what changes speed and memory alone: parallel.zero, batch.micro, trainer.activation and, where blocks can't keep
-everything, trainer.activation_budget. What the command line gives stays as it is, and so does all else.
+everything, trainer.activation_budget. With a cluster it searches the layouts, too: parallel.tp, pp, cp and the others that
+`meshloom plan --best` varies. What the command line gives stays as it is, and so does all else.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from ..config.problems import ConfigError, Problem
 from ..trainer.launching import planned_processes
 from ..trainer.resolve import compose_config
 from ..trainer.validate import run_problems
+from .plan_cluster import split_words
 from .switches import BAD_CONFIG
 from .tuned_keys import KEYS
 
@@ -33,10 +36,15 @@ def main(argv: Sequence[str]) -> int:
     try:
         if arguments.measure < 0:
             raise ConfigError([Problem("--measure", f"{arguments.measure} is not a number of runs", "give 1 or more")])
-        _refuse(arguments.overrides, arguments.config_dir)
+        words, cluster = split_words(arguments.overrides, arguments.config_dir)
+        if cluster is not None and arguments.memory is not None:
+            fix = f"leave it out, or give cluster.memory={arguments.memory:g}"
+            raise ConfigError([Problem("--memory", "the cluster says what its GPUs have", fix)])
+        if cluster is None:
+            _refuse(words, arguments.config_dir)
         from .tuning import tune_and_show  # which needs PyTorch
 
-        return tune_and_show(arguments.overrides, arguments.config_dir, arguments.memory, arguments.measure)
+        return tune_and_show(words, arguments.config_dir, arguments.memory, arguments.measure, cluster)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return BAD_CONFIG

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 import signal
@@ -16,7 +15,6 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import psutil
 from rich import box
@@ -30,6 +28,7 @@ from ..config.problems import ConfigError, Problem
 from ..planner.tables import gib, right
 from ..trainer.launching import gpu_count, run_processes
 from ..trainer.schema import RunConfig, make_composer
+from .run_metrics import steps_of
 from .tune_search import Candidate, Tuned, described
 from .typed_words import given_keys
 
@@ -196,17 +195,6 @@ def _until_measured(child: subprocess.Popen[bytes], path: Path, status: Status, 
         time.sleep(POLL_SECONDS)
 
 
-def steps_of(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a metrics file that belong to steps."""
-    if not path.exists():
-        return []
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # a row that is just being written
-            rows.append(json.loads(line))
-    return [row for row in rows if "tokens_per_second" in row]
-
-
 def end(child: subprocess.Popen[bytes]) -> None:
     """End a run and every process that it has started; nothing for one that has ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -256,12 +244,15 @@ def _stops() -> Generator[Sequence[int]]:
 
 
 def _table(trials: Sequence[Trial]) -> Table:
-    columns = [right(name) for name in ("tokens/s per process", "GiB", "planned GiB")]
+    columns = [right(name) for name in ("tokens/s per process", "predicted", "off by", "GiB", "planned GiB")]
     title = f"Measured: medians of {TIMED} steps after {WARM_UP}"
     table = Table("settings", *columns, "", title=title, title_justify="left", box=box.SIMPLE)
     for trial in trials:
         speed = f"{trial.speed:,.0f}" if trial.speed else "–"
         held = "–" if trial.memory is None else f"{trial.memory:.1f}"
         planned = gib(trial.candidate.bytes)
-        table.add_row(described(trial.candidate.settings), speed, held, planned, Text(trial.failure.partition(":")[0]))
+        predicted = f"{trial.candidate.speed:,.0f}"
+        off = f"{trial.candidate.speed / trial.speed - 1:+.1%}" if trial.speed else "–"
+        why = Text(trial.failure.partition(":")[0])
+        table.add_row(described(trial.candidate.settings), speed, predicted, off, held, planned, why)
     return table

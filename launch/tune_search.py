@@ -38,7 +38,7 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A planned candidate. settings: key → value, of KEYS; seconds: predicted for a step, to compare candidates."""
+    """A planned candidate. settings: key → value, of KEYS; seconds: predicted for a step."""
 
     settings: Settings
     plan: Plan
@@ -48,6 +48,11 @@ class Candidate:
     def bytes(self) -> int:
         """Peak bytes of the rank that needs most."""
         return self.plan.bytes
+
+    @property
+    def speed(self) -> float:
+        """Predicted tokens per second of a process."""
+        return self.plan.samples * self.plan.job.seq_len / self.seconds / self.plan.layout.world_size
 
     @property
     def host(self) -> int:

@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config.problems import ConfigError, Problem
+from ..planner.cluster import ClusterConfig
 from ..planner.gpus import GpusHere
 from ..planner.host import available_memory
 from ..planner.tables import GIB, gib, right
 from .plan import WIDTH
+from .tune_cluster import layouts_table, tuned_on
 from .tune_measure import check, measure
 from .tune_search import Tuned, tune
 
@@ -24,22 +26,34 @@ SHOWN = 10
 """Candidates in the table."""
 
 
-def tune_and_show(overrides: Sequence[str], config_dir: str | None, memory_gib: float | None, trials: int) -> int:
-    """Print the fastest settings, and measure that many of the best. Return the exit code. Raises ConfigError."""
+def tune_and_show(
+    overrides: Sequence[str],
+    config_dir: str | None,
+    memory_gib: float | None,
+    trials: int,
+    cluster: ClusterConfig | None = None,
+) -> int:
+    """Print the fastest settings, and measure that many of the best. Return the exit code. Raises ConfigError.
+
+    cluster: whose layouts are searched, too; None: only what a layout leaves to choose
+    """
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
     command = [*([f"--config-dir={config_dir}"] if config_dir else []), *overrides]
     with console.status("planning …"):
-        tuned, memory = _tuned(overrides, config_dir, memory_gib)
+        if cluster is None:
+            tuned, memory = _tuned(overrides, config_dir, memory_gib)
+        else:
+            tuned, memory = tuned_on(overrides, cluster, config_dir), cluster.memory * GIB
     if trials:
         check(tuned.config)
     console.print()
     usable = f"{tuned.limit / GIB:.1f} of {memory / GIB:.1f} GiB"
-    console.print(
-        f"{tuned.fitting[0].plan.layout.describe().partition(', ZeRO')[0]}; a plan may take {usable}", highlight=False
-    )
-    console.print(table_of(tuned))
+    layout = tuned.fitting[0].plan.layout
+    told = layout.describe().partition(", ZeRO")[0] if cluster is None else f"{layout.world_size} processes"
+    console.print(f"{told}; a plan may take {usable}", highlight=False)
+    console.print(table_of(tuned) if cluster is None else layouts_table(tuned))
     for note in tuned.notes:
         console.print(f"· {note}", style="dim", highlight=False, markup=False)
     best = tuned.fitting[0]

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from meshloom.launch.cli import main
 from meshloom.launch.plan_best import best_layouts, reasons
@@ -17,6 +18,7 @@ from meshloom.launch.plan_cluster import split_words
 from meshloom.launch.planning import resolve_plan
 from meshloom.planner.prediction import usable_bytes
 from meshloom.planner.search import search
+from meshloom.trainer.typed import plain_config
 
 SMALL = ["recipe=llama_1b", "batch.samples=64"]
 
@@ -112,3 +114,27 @@ def test_a_processor_can_be_calibrated(
     assert cluster is not None and cluster.calibrated and words[-2:] == ["launch.nodes=4", "launch.nproc=1"]
     out = said(capsys, "recipe=quickstart", "cluster=minex1", "model.vocabulary=256")
     assert "± 10% (measured on these machines)" in out
+
+
+def test_a_run_is_held_against_its_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = resolve_plan([*SMALL, "launch.nproc=2"]).config
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain_config(config)))
+    rows = [{"step": step, "step_seconds": 5.0, "tokens_per_second": 64 * 8192 / 5.0, "memory_gib": 50.0} for step in range(9)]
+    rows[0]["step_seconds"] = 60.0  # the compiler's
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found = json.loads(said(capsys, "--against", str(tmp_path), "cluster=h200x2", "--json"))
+    assert found["measured"] == {"seconds": 5.0, "tokens_per_second": 64 * 8192 / 10.0, "memory": 50.0, "steps": 6}
+    planned = json.loads(said(capsys, *SMALL, "cluster=h200x2", "--json"))
+    assert found["predicted"]["seconds_per_step"] == pytest.approx(planned["seconds_per_step"])
+    assert "off by" in said(capsys, "--against", str(tmp_path), "cluster=h200x2")
+    assert "can't be read" in refused(capsys, "--against", str(tmp_path / "nowhere"), "cluster=h200x2")
+
+
+def test_tune_searches_the_layouts_of_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", *SMALL, "cluster=h200x2"]) == 0
+    out = capsys.readouterr().out
+    assert "Fastest first, by prediction" in out and "tp 2" in out and "pp 2" in out
+    line = shlex.split(out.splitlines()[-1])
+    assert line[:2] == ["meshloom", "train"] and "launch.nproc=2" in line
+    assert main(["tune", *SMALL, "cluster=h200x2", "--memory=80"]) == 2
+    assert "give cluster.memory=80" in capsys.readouterr().err
