@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..config.problems import ConfigError, Problem
@@ -107,6 +107,22 @@ def show_best(resolved: ResolvedRun, words: Sequence[str], cluster: ClusterConfi
     return 0
 
 
+def stage_lines(resolved: ResolvedRun) -> Iterator[str]:
+    """Yield the table of a run's stages, and what the rank that needs most holds in each; nothing of a run without any."""
+    from ..planner.tables import gib
+    from ..trainer.stages.written import stage_table
+    from .planning import plan_of
+
+    if resolved.place is None:
+        return
+    yield from stage_table(resolved.place.stages, resolved.place.number)
+    for run in (resolved, *resolved.then):
+        assert run.place is not None
+        plan = plan_of(run.config, ())
+        yield f"  {run.place.stage.name}: {plan.samples} samples of {run.config.data.seq_len:,}, {gib(plan.bytes)} GiB at most"
+    yield "the tables below are of the first stage"
+
+
 def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argparse.Namespace) -> int:
     """Print the plan of a run, and draw its pipeline. Returns 0, or 1 if the drawing can't be written. Raises ConfigError."""
     from rich.console import Console
@@ -131,6 +147,8 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
+    for line in stage_lines(resolved):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     for table in plan_tables(plan.model.shape, plan.parallel, plan.layout, plan.job, plan.cost, plan.samples):
         console.print(table)
     for table in time_tables(found, parts=arguments.parts) if found is not None else ():

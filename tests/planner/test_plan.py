@@ -154,3 +154,12 @@ def test_ranks_in_few_words() -> None:
         "0, 8, 16, …, 56",
     ]
     assert axis_groups(Layout(pp=2, shard=2, tp=2), "pp") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+def test_stages_are_listed_with_what_each_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["recipe=long_context", "launch.nproc=8", "stages.long.parallel.cp=8"]
+    assert main(["plan", *words]) == 0
+    told = capsys.readouterr().out
+    assert "2 stages, 33,000,000,000 tokens:" in told
+    assert "base: 512 samples of 8,192, 52.8 GiB at most" in told
+    assert "long: 64 samples of 65,536, 19.7 GiB at most" in told

@@ -16,10 +16,12 @@ def problems(*words: str) -> dict[str, str]:
 
 def test_changes_add_up_and_what_is_typed_is_their_base() -> None:
     words = ["optim.lr=0.5", "stages.b.data.seq_len=32", "stages.b.optim.lr=0.2", "stages.c.schedule={name: linear, warmup: 0}"]
+    words.append("stages.b.trainer.activation=full")
     found = resolve_words(RECIPE, words)
     assert found.problems == ()
     runs = [found, *found.then]
     assert [run.config.data.seq_len for run in runs] == [16, 32, 32]
+    assert [run.config.trainer.activation for run in runs] == ["none", "full", "full"], "placement, too"
     assert [run.config.optim.lr for run in runs] == [0.5, 0.2, 0.2]
     assert [run.config.schedule.name for run in runs] == ["constant", "constant", "linear"]
     assert {run.config.trainer.tokens for run in runs} == {1500} and {run.config.trainer.steps for run in runs} == {None}
