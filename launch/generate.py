@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class GenerateArguments:
     """The arguments of `meshloom generate`.
 
-    checkpoint   a step-… folder, or a folder of them (the newest complete one is taken)
+    checkpoint   a step-… folder, a folder of them (the newest complete one is taken), or hf:<folder>, a model of Hugging Face's
     tokens       most tokens to add; the text ends earlier where the model ends the document
     temperature  0 always takes the likeliest token
     top_k        draw among so many of the likeliest tokens; null: among all
@@ -134,14 +134,17 @@ def _refuse_unnamed_model(config: Mapping[str, Any], model: str | None) -> None:
 
 def _tokenizer(checkpoint: Path | str, config: Mapping[str, Any], state: Mapping[str, Any]) -> Tokenizer:
     """Load the tokenizer beside the checkpoints; if there is none, build that of the data again."""
+    from ..checkpoint.files import hugging_face_folder
     from ..data.tokenizer import Tokenizer
     from ..trainer.run import prepared_data
     from ..trainer.saved_classes import refuse_unnamed_classes
     from ..trainer.typed import typed_node
 
     beside = "put the model's tokenizer.json beside the checkpoint"
-    if isinstance(checkpoint, Path):
-        for folder in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
+    foreign = hugging_face_folder(checkpoint)
+    if foreign is not None or isinstance(checkpoint, Path):
+        step = Path(checkpoint)
+        for folder in (step, step.parent, step.parent.parent) if foreign is None else (foreign,):
             if (folder / "tokenizer.json").is_file():
                 # Only the data know it where they are shards; checkpoints before that say what the config said.
                 end = state.get("end_of_document", config.get("data", {}).get("end_of_document"))

@@ -15,6 +15,7 @@ from meshloom.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from meshloom.launch.generate import main
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment
+from support.hf_folder import write_model
 from support.models import decoder
 
 SHAPE = {"dim": 16, "layers": 1, "heads": 2, "kv_heads": 1, "ffn_dim": 24, "vocabulary": Tokenizer.bytes().vocabulary}
@@ -48,6 +49,14 @@ def test_an_imported_model_goes_on_when_it_has_its_tokenizer(tmp_path: Path, cap
     Tokenizer.bytes().save(step.parent / "tokenizer.json")
     code, text, _ = said(capsys, *words, "context=8")
     assert code == 0 and text.startswith("def ")
+
+
+def test_a_folder_of_hugging_face_s_goes_on_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path / "theirs", vocabulary=257)
+    Tokenizer.bytes().save(tmp_path / "theirs/tokenizer.json")
+    words = (f"checkpoint=hf:{tmp_path / 'theirs'}", "prompt=def ", "tokens=3", "temperature=0", "context=16")
+    code, text, error = said(capsys, *words)
+    assert code == 0 and text.startswith("def "), error
 
 
 def test_the_end_of_a_document_is_the_one_of_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,8 @@ Opening it reads config.json and the files' headers. Names and shapes of all wei
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,9 +99,15 @@ def open_folder(path: Path, tokenizer: Path | None = None) -> HuggingFaceFolder:
     )
 
 
-def weight_shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def weight_shapes(model: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
     """Return name → shape of all that is saved as weights of a model. model: keys, the vocabulary included"""
-    built = build_model(model, model["vocabulary"])
+    return _weight_shapes(json.dumps(model))
+
+
+@functools.lru_cache(maxsize=2)  # a run opens its folder three times, and building 80 layers takes seconds
+def _weight_shapes(model: str) -> Mapping[str, tuple[int, ...]]:
+    node = json.loads(model)
+    built = build_model(node, node["vocabulary"])
     return {name: tuple(each.shape) for name, each in (*built.named_parameters(), *built.saved_buffers().items())}
 
 
