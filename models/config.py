@@ -20,7 +20,7 @@ SIZES = ("dim", "layers", "heads", "kv_heads", "ffn_dim")
 CHOICES = {
     "attention": ("gqa", "mla"),
     "qk_norm": ("none", "head", "full"),
-    "ffn_activation": ("silu", "gelu_tanh", "gelu"),
+    "ffn_activation": ("silu", "gelu_tanh", "gelu", "clamped_swiglu"),
     "norm": ("rms", "rms_plus_one"),
     "norm_place": ("before", "after", "around"),
 }
@@ -104,8 +104,10 @@ class DecoderConfig(ModelConfig):
     sinks: bool = key(False, "each head has a learned logit in the softmax's sum (gpt-oss)")
     attention_softcap: float | None = key(None, "scores become cap · tanh(score / cap); null: they stay")
     attention_scale: float | None = key(None, "factor on the scores; null: 1 / √head_dim, under muP 1 / head_dim")
-    ffn_activation: str = key("silu", "activation of the gate: silu (SwiGLU), gelu_tanh or gelu (GeGLU)")
-    ffn_bias: bool = key(False, "biases of the feed-forward's projections")
+    ffn_activation: str = key(
+        "silu", "activation of the gate: silu (SwiGLU), gelu_tanh or gelu (GeGLU), clamped_swiglu (gpt-oss)"
+    )
+    ffn_bias: bool = key(False, "biases of the feed-forward's projections, those of experts too")
     norm: str = key("rms", "rms: RMSNorm times its weight; rms_plus_one: times 1 + weight")
     norm_place: str = key("before", "where norms stand: before each part, after it (OLMo 2), or around it (Gemma 2)")
     norm_eps: float = key(1e-5, "added to the mean square in RMSNorm")
@@ -201,7 +203,9 @@ class DecoderConfig(ModelConfig):
         ffn: FeedForwardConfig | MixtureConfig
         ffn = FeedForwardConfig(self.dim, self.ffn_dim, scales, self.ffn_activation, self.ffn_bias)
         if self.experts.has_mixture(layer):
-            expert = FeedForwardConfig(self.dim, self.experts.ffn_dim or self.ffn_dim, scales, self.ffn_activation)
+            expert = FeedForwardConfig(
+                self.dim, self.experts.ffn_dim or self.ffn_dim, scales, self.ffn_activation, self.ffn_bias
+            )
             ffn = MixtureConfig(expert, self.experts)
         return BlockConfig(attention, ffn, self.norm_of(self.dim), self.mup_residual, self.norm_place != "after", after)
 
@@ -271,11 +275,7 @@ class DecoderConfig(ModelConfig):
     def problems(self, key: str = "model") -> list[Problem]:
         """Return what is wrong with the values."""
         own = [*self._choice_problems(key), *self._number_problems(key), *self._shape_problems(key)]
-        return [*own, *self.experts.problems(f"{key}.experts", self.layers), *self._expert_problems(key)]
-
-    def _expert_problems(self, key: str) -> Iterator[Problem]:
-        if self.experts.count and self.ffn_bias:
-            yield Problem(f"{key}.ffn_bias", "experts have no biases", f"set it to false, or {key}.experts.count=0")
+        return [*own, *self.experts.problems(f"{key}.experts", self.layers)]
 
     def _choice_problems(self, key: str) -> Iterator[Problem]:
         for name, choices in CHOICES.items():

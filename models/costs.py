@@ -54,7 +54,9 @@ def parameter_count(config: DecoderConfig, *, embedding: bool = True, active: bo
 
 def hidden_parameter_count(config: DecoderConfig, *, active: bool = False) -> int:
     """Count the parameters without embedding and head. The vocabulary need not be known. active: see `parameter_count`."""
-    blocks = ((block.active_matrices if active else block.matrices) + block.vectors for block in config.blocks())
+    blocks = (
+        block.active_matrices + block.active_vectors if active else block.matrices + block.vectors for block in config.blocks()
+    )
     return sum(blocks) + config.dim
 
 

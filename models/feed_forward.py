@@ -18,12 +18,29 @@ from .part import Part, reads_stream, writes_stream
 from .part_config import FeedForwardConfig
 from .protocol import TensorRole
 
-GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "gelu": F.gelu,
+Gate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From the outputs of gate and up to the input of down."""
+
+CLAMPED_SLOPE, CLAMPED_LIMIT = 1.702, 7.0
+
+
+def _product(activation: Callable[[torch.Tensor], torch.Tensor]) -> Gate:
+    return lambda gate, up: activation(gate) * up
+
+
+def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Compute gate · sigmoid(1.702 gate) · (up + 1), of a gate clamped from above and an up from both sides (gpt-oss)."""
+    gate, up = gate.clamp(max=CLAMPED_LIMIT), up.clamp(-CLAMPED_LIMIT, CLAMPED_LIMIT)
+    return gate * torch.sigmoid(CLAMPED_SLOPE * gate) * (up + 1)
+
+
+GATES: dict[str, Gate] = {
+    "silu": _product(F.silu),
+    "gelu_tanh": _product(functools.partial(F.gelu, approximate="tanh")),
+    "gelu": _product(F.gelu),
+    "clamped_swiglu": clamped_swiglu,
 }
-"""Activation of the gate by its name in the config."""
+"""Gates by the name of the activation in the config."""
 
 
 class FeedForward(Part):
@@ -68,4 +85,4 @@ class FeedForward(Part):
             y_TD = self.swiglu(x_BSD.flatten(0, -2), self.w1.weight, self.w3.weight, self.w2.weight)
             return y_TD.view_as(x_BSD)
         gate_BSD, up_BSD = inputs
-        return self.w2(self._gate(self.w1(gate_BSD)) * self.w3(up_BSD))
+        return self.w2(self._gate(self.w1(gate_BSD), self.w3(up_BSD)))

@@ -232,6 +232,11 @@ class FeedForwardConfig:
         return self.bias * (2 * self.ffn_dim + self.dim)
 
     @property
+    def active_vectors(self) -> int:
+        """Count the other parameters that one token passes: all."""
+        return self.vectors
+
+    @property
     def is_plain_swiglu(self) -> bool:
         """True if it is SwiGLU without biases, which kernels may fuse."""
         return self.activation == "silu" and not self.bias
@@ -265,5 +270,14 @@ class BlockConfig:
     @property
     def vectors(self) -> int:
         """Count the other parameters."""
+        return self._outer_vectors + self.ffn.vectors
+
+    @property
+    def active_vectors(self) -> int:
+        """Count the other parameters that one token passes."""
+        return self._outer_vectors + self.ffn.active_vectors
+
+    @property
+    def _outer_vectors(self) -> int:
         norms = 2 * (self.norms_before + self.norms_after) * self.norm.width
-        return self.attention.vectors + self.ffn.vectors + norms
+        return self.attention.vectors + norms

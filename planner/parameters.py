@@ -193,12 +193,16 @@ def _mixture(part: MixtureConfig) -> Iterator[ParameterShape]:
     """List a mixture's parameters: tensor parallelism cuts its tokens, and every rank has the whole weights."""
     rate, count, width = part.scales.lr_scale, part.keys.count, part.expert.ffn_dim
     yield ParameterShape("router.weight", (count, part.dim), lr_scale=rate)
+    if part.keys.logit_bias:
+        yield ParameterShape("router.logit_bias", (count,), decays=False)
     for name, shape in (
         ("w1", (count * width, part.dim)),
         ("w2", (count * part.dim, width)),
         ("w3", (count * width, part.dim)),
     ):
         yield ParameterShape(f"experts.{name}", shape, lr_scale=rate)
+        if part.expert.bias:
+            yield ParameterShape(f"experts.b{name[1:]}", shape[:1], decays=False)
     if part.shared is not None:
         yield from _inside("shared", _feed_forward(part.shared, cut=False))
 

@@ -9,6 +9,7 @@ from ..config import DecoderConfig
 from .deepseek import DeepseekV3
 from .family import Family
 from .gemma import Gemma2, Gemma3, Gemma3Text
+from .gpt_oss import GptOss
 from .llama import Llama
 from .mistral import Mistral
 from .mixtral import Mixtral
@@ -34,6 +35,7 @@ _ALL = (
     Qwen3Moe,
     Olmoe,
     DeepseekV3,
+    GptOss,
 )
 
 FAMILIES: dict[str, Family] = {family.model_type: family() for family in _ALL}

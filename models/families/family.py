@@ -102,7 +102,7 @@ class Family:
         }
         quantised: Json = said.get("quantization_config") or {}
         how = quantised.get("quant_method", "some")
-        if quantised and not (how == "fp8" and _is_block(quantised.get("weight_block_size"))):
+        if quantised and how != "mxfp4" and not (how == "fp8" and _is_block(quantised.get("weight_block_size"))):
             raise ValueError(f"quantization_config: weights of {how} quantisation can't be read; convert them to bf16 first")
         for key, value in self.constants.items():
             if said.get(key, value) != value:

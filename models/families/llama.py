@@ -16,8 +16,11 @@ def read_activation(name: str) -> str:
 
 
 def write_activation(name: str) -> str:
-    """Return Hugging Face's name of an activation."""
-    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)
+    """Return Hugging Face's name of an activation. Raises ValueError for one that it has no name for."""
+    known = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    if name not in known:
+        raise ValueError(f"model.ffn_activation={name} has no place there")
+    return known[name]
 
 
 class Llama(Family):

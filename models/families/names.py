@@ -106,6 +106,8 @@ def _attention(config: DecoderConfig) -> Iterator[tuple[str, str]]:
         yield f"attention.{ours}.weight", f"self_attn.{theirs}.weight"
         if config.output_bias if ours == "wo" else config.qkv_bias:
             yield f"attention.{ours}.bias", f"self_attn.{theirs}.bias"
+    if config.sinks:
+        yield "attention.sinks.weight", "self_attn.sinks"
     if config.qk_norm != "none":
         for each in ("q_norm", "k_norm"):
             yield f"attention.{each}.weight", f"self_attn.{each}.weight"

@@ -32,6 +32,7 @@ class ExpertsConfig:
     groups: int = key(1, "groups of experts; a token chooses within its best ones, by the sum of a group's two best scores")
     top_groups: int = key(1, "groups that a token chooses within")
     bias: bool = key(False, "a bias per expert that only the choice sees (DeepSeek-V3); balance.bias_rate moves it")
+    logit_bias: bool = key(False, "a trained bias of the router's logits (gpt-oss)")
     capacity: float | None = key(
         None, "an expert takes at most this times the mean number of tokens of a micro-batch; null: no token is dropped"
     )
@@ -89,7 +90,7 @@ class ExpertsConfig:
 class MixtureConfig:
     """One layer's mixture of experts, its router included.
 
-    expert  of one routed expert: its widths, scales and activation; experts have no biases
+    expert  of one routed expert: its widths, scales, activation and biases
     keys    how tokens choose
     """
 
@@ -111,7 +112,8 @@ class MixtureConfig:
         """The feed-forward that every token passes; None: there is none."""
         if not self.keys.shared:
             return None
-        return FeedForwardConfig(self.dim, self.keys.shared * self.expert.ffn_dim, self.scales, self.expert.activation)
+        expert = self.expert
+        return FeedForwardConfig(self.dim, self.keys.shared * expert.ffn_dim, self.scales, expert.activation, expert.bias)
 
     @property
     def ffn_dim(self) -> int:
@@ -133,8 +135,17 @@ class MixtureConfig:
 
     @property
     def vectors(self) -> int:
-        """Count the other parameters: none. The bias of the choice is not trained by gradients."""
-        return 0
+        """Count the other parameters. The bias of the choice is not trained by gradients."""
+        return self._vectors(self.keys.count)
+
+    @property
+    def active_vectors(self) -> int:
+        """Count the other parameters that one token passes."""
+        return self._vectors(self.keys.top_k)
+
+    def _vectors(self, experts: int) -> int:
+        shared = 0 if self.shared is None else self.shared.vectors
+        return experts * self.expert.vectors + shared + self.keys.logit_bias * self.keys.count
 
     @property
     def is_plain_swiglu(self) -> bool:

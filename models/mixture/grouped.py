@@ -5,6 +5,8 @@ Shape legend: N rows, E experts, I input width, O output width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -39,3 +41,33 @@ def loop_product(rows_NI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: torc
     *parts, rest = rows_NI.split([*counts, len(rows_NI) - sum(counts)])
     outputs = [F.linear(part, weight) for part, weight in zip(parts, weight_EOI.unbind(), strict=True)]
     return torch.cat([*outputs, rest.new_zeros(len(rest), weight_EOI.shape[1])])
+
+
+@torch.library.custom_op("meshloom::add_expert_bias", mutates_args=())
+def add_bias(rows_NO: torch.Tensor, bias_EO: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+    """Add each expert's bias to its rows. The gradient sums an expert's rows in their order: no atomics."""
+    ends_E = counts_E.cumsum(0)
+    places_N = torch.arange(len(rows_NO), device=rows_NO.device)
+    expert_N = torch.searchsorted(ends_E, places_N, right=True).clamp(max=len(bias_EO) - 1)
+    return rows_NO + bias_EO[expert_N]
+
+
+@add_bias.register_fake
+def _(rows_NO: torch.Tensor, bias_EO: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(rows_NO)
+
+
+def _save_counts(ctx: Any, inputs: Any, output: torch.Tensor) -> None:
+    ctx.save_for_backward(inputs[2])
+    ctx.dtype = inputs[1].dtype
+
+
+def _add_bias_backward(ctx: Any, grad_NO: torch.Tensor) -> Any:
+    (counts_E,) = ctx.saved_tensors
+    wide = torch.promote_types(grad_NO.dtype, torch.float32)
+    rest = len(grad_NO) - counts_E.sum(0, keepdim=True)
+    sums = torch.segment_reduce(grad_NO.to(wide).contiguous(), "sum", lengths=torch.cat([counts_E, rest]), unsafe=True)
+    return grad_NO, sums[:-1].to(ctx.dtype), None
+
+
+add_bias.register_autograd(_add_bias_backward, setup_context=_save_counts)

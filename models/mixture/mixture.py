@@ -16,12 +16,12 @@ from torch import nn
 
 from ...kernels.swiglu import FusedSwiglu
 from ..feed_forward import GATES, FeedForward
-from ..part import Part, WeightRule, reads_stream, writes_stream
+from ..part import BIAS, Part, WeightRule, reads_stream, writes_stream
 from ..protocol import TensorRole
 from .charges import Charges, Tally, charge, charge_z, count_assignments, prices
 from .config import MixtureConfig
 from .dispatch import Dispatch, LocalJourney, combine, sort_by_expert
-from .grouped import grouped_product
+from .grouped import add_bias, grouped_product
 from .routing import TINY, choose_experts, gates_of, scores_of
 
 
@@ -43,7 +43,8 @@ class Router(Part):
         super().__init__()
         self.keys = config.keys
         self.weight = nn.Parameter(torch.empty(config.keys.count, config.dim))
-        self.weight_rules = {"weight": reads_stream(config.scales)}
+        self.logit_bias = nn.Parameter(torch.empty(config.keys.count)) if config.keys.logit_bias else None
+        self.weight_rules = {"weight": reads_stream(config.scales), "logit_bias": BIAS}
         # On the host: values of buffers on the meta device would be lost.
         self.bias: torch.Tensor | None
         self.register_buffer("bias", torch.zeros(config.keys.count, device="cpu") if config.keys.bias else None)
@@ -52,7 +53,7 @@ class Router(Part):
         """Route tokens, and charge for it in the backward pass. charges: None in evaluations, where nothing is counted."""
         keys = self.keys
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+        logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide), None if self.logit_bias is None else self.logit_bias.to(wide))
         if charges is not None and charges.rates.z_loss:
             rate = (charges.rates.z_loss * charges.unit).to(wide)
             logits_TE = charge_z(logits_TE, rate, charges.counted_BS.flatten())
@@ -91,6 +92,7 @@ class Experts(Part):
     count   of the experts here: all of them, but for `keep`
     w1, w3  gate and up of all experts: (E·F, D)
     w2      down: (E·D, F)
+    b1, b3, b2  their biases, (E·F,) and (E·D,); None without
     """
 
     def __init__(self, config: MixtureConfig) -> None:
@@ -100,11 +102,19 @@ class Experts(Part):
         self.w1 = nn.Parameter(torch.empty(count * width, dim))
         self.w2 = nn.Parameter(torch.empty(count * dim, width))
         self.w3 = nn.Parameter(torch.empty(count * width, dim))
+        biases = {"b1": width, "b2": dim, "b3": width} if config.expert.bias else {}
+        for name in ("b1", "b2", "b3"):
+            size = biases.get(name)
+            self.register_parameter(name, None if size is None else nn.Parameter(torch.empty(count * size)))
         self.weight_rules: Mapping[str, WeightRule] = {
+            **dict.fromkeys(biases, BIAS),
             **dict.fromkeys(("w1", "w3"), replace(reads_stream(config.scales), stacked=count)),
             "w2": replace(writes_stream(config.scales), stacked=count),
         }
         self._gate = GATES[config.expert.activation]
+        self.b1: nn.Parameter | None
+        self.b2: nn.Parameter | None
+        self.b3: nn.Parameter | None
 
     def keep(self, experts: range) -> None:
         """Keep only the weights of these experts, which then are all that it computes. Rules and names stay."""
@@ -116,9 +126,15 @@ class Experts(Part):
 
     def forward(self, rows_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """Compute each row's expert. Rows are sorted by expert; those behind the last expert's may come out as anything."""
-        w1_EFD, w2_EDF, w3_EFD = (weight.unflatten(0, (self.count, -1)) for weight in (self.w1, self.w2, self.w3))
-        gate_NF = self._gate(grouped_product(rows_ND, w1_EFD, counts_E))
-        return grouped_product(gate_NF * grouped_product(rows_ND, w3_EFD, counts_E), w2_EDF, counts_E)
+        gate_NF = self._projected(rows_ND, self.w1, self.b1, counts_E)
+        up_NF = self._projected(rows_ND, self.w3, self.b3, counts_E)
+        return self._projected(self._gate(gate_NF, up_NF), self.w2, self.b2, counts_E)
+
+    def _projected(
+        self, rows_NI: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counts_E: torch.Tensor
+    ) -> torch.Tensor:
+        out_NO = grouped_product(rows_NI, weight.unflatten(0, (self.count, -1)), counts_E)
+        return out_NO if bias is None else add_bias(out_NO, bias.unflatten(0, (self.count, -1)), counts_E)
 
 
 class SharedExperts(FeedForward):

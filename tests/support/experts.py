@@ -42,7 +42,8 @@ class PlainBalance:
 
     def _layer(self, name: str, counted_BS: torch.Tensor) -> torch.Tensor:
         keys, config = self._mixtures[name].keys, self._config
-        logits = self._inputs[name] @ self._mixtures[name].router.weight.T
+        router = self._mixtures[name].router
+        logits = self._inputs[name] @ router.weight.T + (0 if router.logit_bias is None else router.logit_bias)
         scores = logits.softmax(-1) if keys.scores == "softmax" else logits.sigmoid()
         p = scores / scores.sum(-1, keepdim=True)
         bias = self._mixtures[name].router.bias

@@ -144,6 +144,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "OLMoE": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3}),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "head_dim": 8,
+            "sliding_window": 5,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 24,
+                "beta_fast": 3.0,
+                "truncate": False,
+            },
+        },
+    ),
     "DeepSeek-V3": (
         "DeepseekV3",
         {
@@ -165,12 +181,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """Case → the model's class there, and its config besides SIZES."""
 
 
-def make_model(name: str) -> Any:
-    """Make the model of a case in float32, with weights as large as trained ones."""
+def make_model(name: str, **more: Any) -> Any:
+    """Make the model of a case in float32, with weights as large as trained ones. more: keys of its config"""
     import transformers
 
     kind, values = CASES[name]
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **values}, **EAGER)
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **values, **more}, **EAGER)
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).float().eval()
     with torch.no_grad():

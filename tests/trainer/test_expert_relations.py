@@ -49,7 +49,6 @@ def test_mixtures_run_in_these_layouts(composer: Composer, world_size: int, word
         ("parallel.pp=2 parallel.schedule=zbv trainer.activation=full", "trainer.activation", "keeps the choice of experts"),
         ("parallel.engine=deepspeed", "parallel.engine", "can't train a mixture of experts"),
         ("trainer.activation_budget=0.5", "trainer.activation_budget", "choose trainer.activation"),
-        ("model.ffn_bias=true", "model.ffn_bias", "experts have no biases"),
     ],
 )
 def test_what_does_not_fit_a_mixture_is_named(composer: Composer, words: str, key: str, says: str) -> None:

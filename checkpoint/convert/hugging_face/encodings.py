@@ -10,10 +10,13 @@ import torch
 
 from ....parallel.box import Box
 from ...manifest import StoredArray
-from .quantised import BlockScaled
+from .quantised import MX_BLOCK, BlockScaled, Microscaled
 
 SCALES = "_scale_inv"
 """What the name of the scales of fp8 blocks has behind that of their codes."""
+
+MX_CODES, MX_SCALES = "_blocks", "_scales"
+"""What the names of codes and scales of MXFP4 have behind that of their tensor."""
 
 
 class Tensor(Protocol):
@@ -69,7 +72,17 @@ def decodable(stored: Mapping[str, StoredArray], config: Mapping[str, Any]) -> d
     stored: name → tensor of the files; config: the folder's config.json, which may describe a quantisation
     """
     found: dict[str, Tensor] = {name: PlainTensor(each) for name, each in stored.items()}
-    block = (config.get("quantization_config") or {}).get("weight_block_size")
+    how: Mapping[str, Any] = config.get("quantization_config") or {}
+    if how.get("quant_method") == "mxfp4":
+        for name, codes in stored.items():
+            whole = name.removesuffix(MX_CODES)
+            scales = stored.get(whole + MX_SCALES)
+            if name == whole or scales is None or len(scales.shape) != 3 or not codes.dtype == scales.dtype == "U8":
+                continue
+            if codes.shape == (*scales.shape, MX_BLOCK // 2):
+                found[whole] = Microscaled(codes, scales)
+                del found[name], found[scales.name]
+    block = how.get("weight_block_size")
     for name, scales in stored.items():
         codes = stored.get(name.removesuffix(SCALES))
         if block and name.endswith(SCALES) and codes is not None and (codes.dtype, scales.dtype) == ("F8_E4M3", "F32"):

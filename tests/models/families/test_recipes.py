@@ -38,6 +38,7 @@ PUBLISHED = {
     "qwen3_30b_a3b": ("qwen3_moe", 30_532_122_624),
     "qwen3_235b_a22b": ("qwen3_moe", 235_093_634_560),
     "deepseek_v3": ("deepseek_v3", 671_026_404_352),
+    "gpt_oss_20b": ("gpt_oss", 20_914_757_184),
 }
 """Recipe → family and parameters, as the safetensors files of the public models sum up to."""
 
@@ -47,8 +48,10 @@ ACTIVE = {
     "qwen3_30b_a3b": 3.4,
     "qwen3_235b_a22b": 22.2,
     "deepseek_v3": 37.6,
+    "gpt_oss_20b": 4.2,
 }
-"""Recipe → parameters that a token passes, in billions, with the embedding. Published: 12.9, 1.3, 3.3, 22 and 37."""
+"""Recipe → parameters that a token passes, in billions, with the embedding. Published: 12.9, 1.3, 3.3, 22 and 37; 3.6 without
+the embedding."""
 
 
 @pytest.mark.parametrize("recipe", ACTIVE)
@@ -57,6 +60,7 @@ def test_a_mixture_has_the_published_number_of_active_weights(recipe: str) -> No
         {str(key): value for key, value in make_composer().compose([f"model={recipe}"]).config.model.items()}
     )
     assert round(parameter_count(config, active=True) / 1e9, 1) == ACTIVE[recipe]
+    assert family_of(config) is FAMILIES[PUBLISHED[recipe][0]]
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)

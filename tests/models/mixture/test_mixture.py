@@ -19,17 +19,18 @@ from support.experts import plain_choice
 DIM, WIDTH = 8, 4
 
 
-def mixture(dtype: torch.dtype = torch.float64, **experts: Any) -> Mixture:
+def mixture(dtype: torch.dtype = torch.float64, gpt_oss: bool = False, **experts: Any) -> Mixture:
     keys = {"count": 6, "top_k": 2, "ffn_dim": WIDTH, **experts}
     shape = {"dim": DIM, "layers": 1, "heads": 2, "kv_heads": 2, "ffn_dim": 12, "vocabulary": 5}
-    config = DecoderConfig.of({**shape, "experts": keys})
+    gate = {"ffn_bias": True, "ffn_activation": "clamped_swiglu"} if gpt_oss else {}
+    config = DecoderConfig.of({**shape, **gate, "experts": keys})
     assert config.problems() == []
     ffn = config.block(0).ffn
     assert isinstance(ffn, MixtureConfig)
     made = Mixture(ffn).to(dtype)
     draw = torch.Generator().manual_seed(3)
     for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, generator=draw)
+        torch.nn.init.normal_(parameter, std=3.0 if gpt_oss else 1.0, generator=draw)  # large: the clamps act
     if made.router.bias is not None:
         made.router.bias.copy_(0.3 * torch.randn(6, generator=draw, dtype=torch.float64))
     return made
@@ -44,7 +45,7 @@ def plainly(model: Mixture, x_BSD: torch.Tensor, capacity: int | None = None) ->
     keys, room, dropped = model.keys, [capacity] * model.keys.count, 0
     out: list[torch.Tensor] = []
     for x in x_BSD.reshape(-1, DIM):
-        logits = model.router.weight @ x
+        logits = model.router.weight @ x + (0 if model.router.logit_bias is None else model.router.logit_bias)
         scores = logits.exp() / logits.exp().sum() if keys.scores == "softmax" else 1 / (1 + (-logits).exp())
         ranked = scores if model.router.bias is None else scores + model.router.bias
         chosen = plain_choice(ranked.tolist(), keys.top_k, keys.groups, keys.top_groups)
@@ -57,7 +58,13 @@ def plainly(model: Mixture, x_BSD: torch.Tensor, capacity: int | None = None) ->
             room[expert] = None if capacity is None else room[expert] - 1  # type: ignore[operator]
             wide, narrow = slice(expert * WIDTH, (expert + 1) * WIDTH), slice(expert * DIM, (expert + 1) * DIM)
             w1, w3, w2 = model.experts.w1[wide], model.experts.w3[wide], model.experts.w2[narrow]
-            y = y + keys.scale * scores[expert] / total * (w2 @ (F.silu(w1 @ x) * (w3 @ x)))
+            gate, up = w1 @ x, w3 @ x
+            if model.experts.b1 is None:
+                out_of_expert = w2 @ (F.silu(gate) * up)
+            else:
+                gate, up = (gate + model.experts.b1[wide]).clamp(max=7), (up + model.experts.b3[wide]).clamp(-7, 7)
+                out_of_expert = w2 @ (gate / (1 + (-1.702 * gate).exp()) * (up + 1)) + model.experts.b2[narrow]
+            y = y + keys.scale * scores[expert] / total * out_of_expert
         if model.shared is not None:
             y = y + model.shared([x, x])
         out.append(y)
@@ -72,6 +79,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sigmoid, groups, bias, scale": {
         **{"scores": "sigmoid", "groups": 3, "top_groups": 2, "top_k": 3, "bias": True, "scale": 2.5},
     },
+    "biases and clamps, as in gpt-oss": {"gpt_oss": True, "logit_bias": True},
     "groups of one": {"groups": 6, "top_groups": 4},
 }
 

@@ -33,6 +33,7 @@ def work(micro: int = 1, balance: dict[str, Any] = PAST, experts: dict[str, Any]
 
 
 DENSE_FIRST = {**EXPERTS, "dense_layers": 1}
+BIASED = {**EXPERTS, "logit_bias": True}
 TABLE: dict[str, tuple[int, Work]] = {
     **{f"past, {micro} sequences at once": (1, work(micro, zero=0)) for micro in (1, 3, 8)},
     **{f"exact, {micro} sequences at once": (1, work(micro, EXACT, zero=0)) for micro in (1, 3, 8)},
@@ -58,6 +59,8 @@ TABLE: dict[str, tuple[int, Work]] = {
     "sigmoid, groups, bias, pp 2, documents": (2, work(2, FREE, GROUPS, pp=2, documents=True)),
     **{f"all losses, cp 2, {kind}": (2, work(2, ALL, cp=2, cp_kind=kind, documents=True)) for kind in CONTEXT_KINDS},
     "all losses, cp 2 × tp 2": (4, work(4, ALL, cp=2, tp=2)),
+    "biases as in gpt-oss, tp 2": (2, work(2, PAST, BIASED, tp=2, ffn_bias=True, ffn_activation="clamped_swiglu")),
+    "biases as in gpt-oss, ZeRO-3": (2, work(2, PAST, BIASED, zero=3, ffn_bias=True, ffn_activation="clamped_swiglu")),
     "past, tp 2 × ZeRO-3": (4, work(3, PAST, tp=2, zero=3)),
     "exact, tp 2 × ZeRO-1": (4, work(1, EXACT, tp=2, zero=1)),
     "exact, pp 2 × ZeRO-3, interleaved": (4, work(1, EXACT, pp=2, schedule="interleaved")),

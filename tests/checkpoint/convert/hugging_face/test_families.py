@@ -36,7 +36,10 @@ def imported(step: Path) -> Decoder:
 
 
 def rows_of(tensor: torch.Tensor, part: StoredPart) -> torch.Tensor:
-    return tensor if part.rows is None else tensor[part.rows[0] : part.rows[1]]
+    """Return the rows of a part that are ours, one by one."""
+    inner = tensor[part.index]
+    rows = list(inner.T if part.transposed else inner)
+    return torch.stack(rows if part.rows is None else rows[part.rows[0] : part.rows[1] : part.step])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,4 +1,4 @@
-"""Weights stored as fp8 blocks come in as bf16, and the layers of DeepSeek-V3 that predict more tokens are left behind."""
+"""Weights stored as blocks of fp8 or MXFP4 come in as bf16, and layers of DeepSeek-V3 behind the last are left behind."""
 
 from __future__ import annotations
 
@@ -91,3 +91,26 @@ def test_codes_without_scales_are_refused(
     (tmp_path / "broken" / "config.json").write_text((place / "config.json").read_text())
     assert main(["import", str(tmp_path / "broken"), str(tmp_path / "ours")]) == 1
     assert "model.layers.0.mlp.gate_proj.weight is stored as F8_E4M3" in capsys.readouterr().err
+
+
+def test_mxfp4_is_decoded_as_by_transformers(tmp_path: Path) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    make_model("gpt-oss", hidden_size=64, intermediate_size=32).bfloat16().save_pretrained(tmp_path / "theirs")
+    tensors = load_file(tmp_path / "theirs/model.safetensors")
+    expected: dict[str, torch.Tensor] = {}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        codes = torch.randint(256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 130, codes.shape[:-1], dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": codes, f"{name}_scales": scales}
+        expected[name] = convert_moe_packed_tensors(codes, scales).contiguous()
+    save_file(tensors, tmp_path / "theirs/model.safetensors")
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    (tmp_path / "theirs/config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    opened = open_folder(tmp_path / "theirs")
+    both, down = (expected[f"model.layers.1.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
+    gate, up = (torch.cat([each.T[first::2] for each in both]) for first in (0, 1))
+    for ours, values in (("w1", gate), ("w3", up), ("w2", torch.cat([each.T for each in down]))):
+        for box in (Box.whole(values.shape), Box((30, 7), (5, 20)), Box((1, 5), (2, 1))):
+            assert torch.equal(read_box(opened, f"layers.1.ffn.experts.{ours}", box), values[box.slices()]), (ours, box)
