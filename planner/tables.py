@@ -23,6 +23,9 @@ MEANING = {
     "shard": "data parallel, sharded by ZeRO",
     "cp": "context parallel: parts of the same samples",
     "tp": "tensor parallel: parts of the same matrices",
+    "expert_copies": "the same ranks as experts see them: copies of experts",
+    "expert_weights": "parts of the same experts, sharded by ZeRO",
+    "ep": "expert parallel: other experts of every mixture",
 }
 
 
@@ -48,8 +51,8 @@ def axis_groups(layout: Layout, axis: str) -> list[list[int]]:
     """List the groups of ranks that differ along this axis alone, in order of their first rank."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank in range(layout.world_size):
-        at = layout.coordinates(rank)
-        groups.setdefault(tuple(at[other] for other in AXES if other != axis), []).append(rank)
+        at = layout.coordinates(rank) if axis in AXES else layout.expert_coordinates(rank)
+        groups.setdefault(tuple(index for other, index in at.items() if other != axis), []).append(rank)
     return list(groups.values())
 
 
@@ -63,10 +66,10 @@ def written_ranks(ranks: Sequence[int]) -> str:
 
 
 def mesh_table(layout: Layout) -> Table:
-    """Tabulate the axes larger than one, outermost first, with the ranks of each group."""
+    """Tabulate the axes larger than one, outermost first, with the ranks of each group; under `ep` also those of experts."""
     table = Table("axis", right("size"), "meaning", "ranks that talk", title="Mesh", title_justify="left", box=box.SIMPLE)
-    for axis in AXES:
-        size = layout.sizes[axis]
+    sizes = layout.sizes | (layout.expert_sizes if layout.ep > 1 else {})
+    for axis, size in sizes.items():
         if size == 1:
             continue
         groups = axis_groups(layout, axis)

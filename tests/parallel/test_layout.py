@@ -421,6 +421,7 @@ def test_a_layout_that_does_not_fit_raises_with_every_problem() -> None:
 def small_works(draw: st.DrawFn) -> parity.Work:
     """Some work in a legal layout on four processes."""
     tp, pp, cp = (draw(st.sampled_from([1, 2, 4])) for _ in range(3))
+    ep = draw(st.sampled_from([1, 2, 4]))
     # Data parallelism alone is in the parity table; it also is what is drawn first, always.
     assume(4 % (tp * pp * cp) == 0 and max(tp, pp, cp) > 1)
     data = 4 // (tp * pp * cp)
@@ -428,13 +429,16 @@ def small_works(draw: st.DrawFn) -> parity.Work:
         tp=tp,
         pp=pp,
         cp=cp,
+        ep=ep,
         zero=draw(st.integers(0, 3)),
         replicate=draw(st.sampled_from([n for n in (1, 2, 4) if data % n == 0])),
         schedule=draw(st.sampled_from([*SCHEDULES])),
         cp_kind=draw(st.sampled_from(["ring", "ulysses"])),
         sequence_parallel=draw(st.booleans()),
     )
-    model = {"layers": 8, "kv_heads": draw(st.sampled_from([1, 4])), "tied": draw(st.booleans())}
+    model: dict[str, Any] = {"layers": 8, "kv_heads": draw(st.sampled_from([1, 4])), "tied": draw(st.booleans())}
+    if ep > 1:
+        model["experts"] = {"count": 4, "top_k": 2, "ffn_dim": 5}
     activation = draw(st.sampled_from(["none", "none", "selective", "full"]))
     work = parity.Work(
         parallel,
@@ -447,7 +451,7 @@ def small_works(draw: st.DrawFn) -> parity.Work:
     )
     shape = work.llama()
     sizes = {key: shape[key] for key in ("layers", "heads", "kv_heads", "ffn_dim", "vocabulary")}
-    asked = Work(**sizes, seq_len=parity.SEQ_LEN, activation=activation)
+    asked = Work(**sizes, seq_len=parity.SEQ_LEN, activation=activation, experts=4 if ep > 1 else 0)
     assume(not layout_and_model_problems(parallel, asked, 4))
     return work
 

@@ -45,7 +45,9 @@ class Place:
     def __str__(self) -> str:
         p = self.parallel
         axes = [
-            f"{name} {value}" for name, value in (("tp", p.tp), ("pp", p.pp), ("cp", p.cp), ("×", p.replicate)) if value > 1
+            f"{name} {value}"
+            for name, value in (("tp", p.tp), ("pp", p.pp), ("cp", p.cp), ("ep", p.ep), ("×", p.replicate))
+            if value > 1
         ]
         kind = [p.schedule] * (p.pp > 1) + [p.cp_kind] * (p.cp > 1) + ["sp"] * (p.tp > 1 and p.sequence_parallel)
         return " ".join([f"{self.ranks}:", f"zero {p.zero}", *axes, *kind])

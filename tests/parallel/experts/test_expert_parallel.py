@@ -34,7 +34,7 @@ def work(micro: int, experts: dict[str, Any], balance: dict[str, Any], activatio
     parallel = ParallelConfig(**{key: value for key, value in settings.items() if key not in fields})
     model = (("experts", experts), ("layers", 4 if parallel.pp > 1 else 2))
     balances = tuple(balance.items())
-    return Work(parallel, micro, steps=3, lr=2e-3, activation=activation, model=model, balance=balances, **of_work)
+    return Work(parallel, micro, steps=2, lr=2e-3, activation=activation, model=model, balance=balances, **of_work)
 
 
 # Together: ep 2 and 4 with every ZeRO stage, copies of experts and none, experts on all ranks and some, and every other axis.
