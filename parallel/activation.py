@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ..kernels.attention_op import attend
 from ..kernels.flash4 import flash4_attend
-from ..models.mixture.mixture import makes_choices
+from ..models.mixture.mixture import makes_choices, sends_tokens
 from ..models.mixture.routing import choose_experts
 from .context.ring import ring_forward
 from .policies import POLICIES
@@ -126,12 +126,14 @@ def apply_policies(blocks: Sequence[nn.Module], policies: Sequence[str], *, comp
     Checkpointing is inside of what is compiled, so that the compiler sees what is computed again and fuses it; copies to
     the host are outside, because it can't see them. Around a tensor-parallel block, policy "full" is outside too: the
     compiler would save its mesh as if that were a tensor, and fail. There the block's last product is computed again as well.
+    The same holds around tokens that travel to other ranks, where the compiler pauses: it can't inside of a checkpoint.
     """
     for block, policy in zip(blocks, policies, strict=True):
         assert policy in POLICIES, policy
         full = _choices if makes_choices(block) else None
         selection = functools.partial(_selection, getattr(block, "products_kept", _PRODUCTS_KEPT))
-        if policy == "full" and compiled and any(isinstance(weight, DTensor) for weight in block.parameters()):
+        outside = sends_tokens(block) or any(isinstance(weight, DTensor) for weight in block.parameters())
+        if policy == "full" and compiled and outside:
             block.forward = _checkpointed(torch.compile(block.forward), full)
             continue
         if policy in ("selective", "full"):

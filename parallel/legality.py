@@ -66,7 +66,7 @@ def _problems(parallel: ParallelConfig, work: Work, world_size: int) -> Iterator
     if work.experts and parallel.tp > 1 and not parallel.sequence_parallel:
         text = "a mixture of experts works on each rank's own tokens, and without it all ranks have the same"
         yield Problem("parallel.sequence_parallel", text, "set it to true, or use parallel.tp=1")
-    yield from _expert_problems(parallel, work.experts)
+    yield from _expert_problems(parallel, work)
     yield from context_problems(work, parallel, work.seq_len)
     stages = list(_stage_problems(parallel, work.layers))
     yield from stages
@@ -74,7 +74,13 @@ def _problems(parallel: ParallelConfig, work: Work, world_size: int) -> Iterator
         yield from _schedule_problems(parallel, work)
 
 
-def _expert_problems(parallel: ParallelConfig, experts: int) -> Iterator[Problem]:
+def _expert_problems(parallel: ParallelConfig, work: Work) -> Iterator[Problem]:
+    experts = work.experts
+    if parallel.ep > 1 and work.compile and work.activation == "selective":
+        text = (
+            "tokens travel between ranks inside a block, where the compiler pauses, and selective checkpointing allows no pause"
+        )
+        yield Problem("trainer.activation", text, "use none, full or offload, or trainer.compile=false, or parallel.ep=1")
     if parallel.ep > 1 and not experts:
         text = "the model has no mixture of experts whose experts ranks could share out"
         yield Problem("parallel.ep", text, "use parallel.ep=1, or give model.experts.count")

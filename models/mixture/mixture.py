@@ -196,6 +196,11 @@ def experts_of(module: nn.Module) -> dict[str, Experts]:
     return {name: each for name, each in module.named_modules() if isinstance(each, Experts)}
 
 
+def sends_tokens(module: nn.Module) -> bool:
+    """Return whether a module's tokens travel to experts elsewhere."""
+    return any(mixture.dispatch is not LocalJourney for mixture in mixtures_of(module).values())
+
+
 def makes_choices(module: nn.Module) -> bool:
     """Return whether a module routes tokens: recomputation must then keep the choice."""
     return any(isinstance(each, Router) for each in module.modules())

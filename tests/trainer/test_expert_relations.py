@@ -43,6 +43,7 @@ def test_mixtures_run_in_these_layouts(composer: Composer, world_size: int, word
         ("parallel.tp=2 parallel.sequence_parallel=false", "parallel.sequence_parallel", "set it to true"),
         ("parallel.tp=2 batch=norm_test", "batch", "can't be measured under tensor parallelism"),
         ("parallel.ep=2 batch=norm_test", "batch", "can't be measured under expert parallelism"),
+        ("parallel.ep=2 trainer.activation=selective trainer.compile=true", "trainer.activation", "allows no pause"),
         ("parallel.ep=4", "parallel.ep", "does not divide the 2 ranks of a pipeline stage"),
         ("parallel.ep=2 model.experts.count=5", "parallel.ep", "5 experts (model.experts.count) can't be dealt to 2 ranks"),
         ("parallel.ep=2 parallel.engine=deepspeed", "parallel.ep", "data-parallel only"),
