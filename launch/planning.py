@@ -132,7 +132,8 @@ def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False) -
     model = inventory_of(config)
     job = job_of(config, model.shape, assigner, fused=fused)
     cost, away, held = costs_of(model, parallel, layout, job, optimizer_of(config))
-    needs = checkpoint_needs(config.checkpoint, layout, held)
+    shares = [rank.experts / rank.elements for rank in cost.ranks]
+    needs = checkpoint_needs(config.checkpoint, layout, held, shares)
     notes += [*describe(away), *describe_needs(needs)]
     notes += [
         "weights, gradients and optimizer state are exact; activations and working memory are estimates, and what CUDA,"

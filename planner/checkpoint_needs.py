@@ -30,17 +30,24 @@ class CheckpointNeeds:
     spill: int = 0
 
 
-def checkpoint_needs(settings: CheckpointConfig, layout: Layout, held: Sequence[int]) -> CheckpointNeeds:
+def checkpoint_needs(
+    settings: CheckpointConfig, layout: Layout, held: Sequence[int], experts: Sequence[float] = ()
+) -> CheckpointNeeds:
     """Compute the needs of a layout's checkpoints.
 
-    held: by pipeline coordinate, bytes of weights and optimizer state of a rank there, which are all that is saved.
+    held: by pipeline coordinate, bytes of weights and optimizer state of a rank there, which are all that is saved; experts:
+    the share of these that are experts that expert parallelism deals out.
     What several ranks hold is divided among them. Memory is that of as many snapshots as fit `checkpoint.host_memory_gib`,
     two or, with the in-memory tier, three, and of that tier's parity: of the version that counts and of the one to come.
     """
     if settings.every == 0:
         return CheckpointNeeds()
     copies = layout.gradient_ranks // layout.weight_ranks
-    written = [-(-size // copies) for size in held]
+    shares = experts or [0.0] * len(held)
+    written = [
+        math.ceil(size * (1 - share) / copies + size * share / layout.expert_copies)
+        for size, share in zip(held, shares, strict=True)
+    ]
     largest, step = rounded(max(written)), sum(written) * layout.world_size // layout.pp
     kept = settings.keep + 1 if settings.keep else None
     if settings.snapshot_folder is not None:

@@ -8,7 +8,7 @@ rest of what lives for moments. What CUDA, NCCL and a fragmented allocator take 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from ..config.precision import PRECISIONS
 from ..models.config import DecoderConfig
@@ -37,6 +37,7 @@ class RankCost:
 
     layers      layers of each of its stages
     elements    parameters that it holds the master of
+    experts     of these, those of experts that expert parallelism deals out
     flops       forward and backward, recomputation included, per step
     weights     its shards of the weights, in training precision
     gathered    weights in the precision of the computation, at most at once
@@ -50,6 +51,7 @@ class RankCost:
 
     layers: list[range]
     elements: int
+    experts: int
     flops: float
     weights: int
     gathered: int
@@ -58,6 +60,10 @@ class RankCost:
     optimizer: int | None
     activations: int
     working: int
+
+    def whole(self, layout: Layout) -> int:
+        """Return the elements of its weights where they are gathered."""
+        return (self.elements - self.experts) * layout.weight_ranks + self.experts * layout.expert_weights
 
     @property
     def total(self) -> int:
@@ -146,18 +152,23 @@ def _rank_cost(
     held = [group for stage in stages for group in cutter.cut(stage)]
     # A tied head that is not beside its embedding is borrowed: it has a shard and a gradient, but no optimizer state.
     own = [group for group in held if not (plan.count > 1 and model.shape.tied and group.name == "head")]
-    parcels = _parcels(held, model, parallel, layout, job)
     state, one_pass = optimizer(own, PRECISIONS[job.precision].accum_bytes)
-    if parallel.engine == "torch" and not uses_fsdp(parallel, layout):
-        weights = _whole_weights(held, layout, job, parcels=parcels > 0, one_pass=one_pass)
-    else:
-        weights = _fully_sharded_weights(held, model, parallel, layout, job, parcels=parcels > 0)
+    weights, parcels = _WeightBytes(0, 0, 0, 0), 0
+    for experts in (False, True):
+        part = [group for group in held if group.experts is experts]
+        if part:
+            sent = _parcels(part, model, parallel, layout, job)
+            weights, parcels = (
+                weights.plus(_weight_bytes(part, model, parallel, layout, job, sent > 0, one_pass)),
+                parcels + sent,
+            )
     forward_pass = job.forward_pass(parallel)
     hidden = _hidden_bytes(model, parallel, job)
     tokens = job.micro * job.micro_batches * job.seq_len / parallel.cp / parallel.tp
     return RankCost(
         layers=[plan.layers[stage] for stage in mine],
         elements=sum(group.padded for group in own),
+        experts=sum(group.padded for group in own if group.experts),
         flops=tokens * sum(costs[stage].forward + costs[stage].of("B") for stage in mine),
         weights=weights.shards,
         gathered=weights.gathered,
@@ -178,6 +189,26 @@ class _WeightBytes:
     gradients: int
     left: int
 
+    def plus(self, other: _WeightBytes) -> _WeightBytes:
+        """Add those of other weights."""
+        mine, more = astuple(self), astuple(other)
+        return _WeightBytes(*map(sum, zip(mine, more, strict=True)))
+
+
+def _weight_bytes(
+    held: Sequence[WeightGroup],
+    model: Inventory,
+    parallel: ParallelConfig,
+    layout: Layout,
+    job: Job,
+    parcels: bool,
+    one_pass: bool,
+) -> _WeightBytes:
+    """Count weights that are held in one way: all experts that are dealt out, or all others."""
+    if parallel.engine == "torch" and not uses_fsdp(parallel, layout, experts=held[0].experts):
+        return _whole_weights(held, layout, job, parcels=parcels, one_pass=one_pass)
+    return _fully_sharded_weights(held, model, parallel, layout, job, parcels=parcels)
+
 
 def _fully_sharded_weights(
     held: Sequence[WeightGroup], model: Inventory, parallel: ParallelConfig, layout: Layout, job: Job, *, parcels: bool
@@ -191,7 +222,7 @@ def _fully_sharded_weights(
     at_once = whole
     if layout.zero == 3 and parallel.pp == 1:
         # The embedding is given back after its lookup; a tied one stays with the head.
-        embedding = 0 if model.shape.tied else groups["embed"]
+        embedding = 0 if model.shape.tied else groups.get("embed", 0)
         at_once = whole - sum(blocks) - embedding + max(embedding, sum(sorted(blocks)[-2:]))
     accumulates = parallel.pp > 1 or (job.micro_batches > 1 and layout.zero < 2)
     shards = sum(group.padded for group in held) * exact
@@ -212,7 +243,8 @@ def _whole_weights(held: Sequence[WeightGroup], layout: Layout, job: Job, *, par
     """
     unit, exact = PRECISIONS[job.precision].bytes, PRECISIONS[job.precision].accum_bytes
     whole, shards = sum(group.whole for group in held), sum(group.padded for group in held) * exact
-    accumulates, shared = job.micro_batches > 1 and layout.zero < 2, layout.gradient_ranks > 1
+    sharing = layout.expert_weights * layout.expert_copies if held[0].experts else layout.gradient_ranks
+    accumulates, shared = job.micro_batches > 1 and layout.zero < 2, sharing > 1
     gathered = whole * unit if unit != exact else max(0, whole * exact - shards)
     away = 2 * (exact if accumulates else unit) if shared and not parcels else 0
     moving = max(group.whole for group in held) * (away + (0 if shared and accumulates else unit))
@@ -283,15 +315,15 @@ def _parcels(held: Sequence[WeightGroup], model: Inventory, parallel: ParallelCo
     Whole weights need buffers for the largest group's gradients, sent and received. FSDP2 needs buffers for two gathered groups
     and, in bf16 under ZeRO-2 and 3, for exchanged gradients. Ranks on several hosts are counted too, though they use none.
     """
-    if parallel.engine != "torch" or not parallel.copy_engines or layout.weight_ranks == 1:
+    if parallel.engine != "torch" or not parallel.copy_engines or held[0].ranks == 1:
         return 0
     groups: dict[str, int] = {}
     for group in held:
         apart = group.name.startswith("layers.") or (group.name == "embed" and not model.shape.tied)
         name = group.name if apart else "the rest"
-        groups[name] = groups.get(name, 0) + group.padded * layout.weight_ranks
+        groups[name] = groups.get(name, 0) + group.padded * group.ranks
     unit, largest = PRECISIONS[job.precision].bytes, max(groups.values())
-    if not uses_fsdp(parallel, layout):
+    if not uses_fsdp(parallel, layout, experts=held[0].experts):
         return 2 * largest * (unit if job.micro_batches == 1 else PRECISIONS[job.precision].accum_bytes)
     exchanges = job.precision == "bf16" and layout.zero >= 2 and parallel.pp == 1
     return (4 if exchanges else 2) * largest * unit

@@ -30,7 +30,7 @@ def deepspeed_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, jo
     """
     precision, ranks, many = PRECISIONS[job.precision], layout.world_size, job.micro_batches
     unit, exact = precision.bytes, precision.accum_bytes
-    own, whole = rank.elements, rank.elements * layout.weight_ranks
+    own, whole = rank.elements, rank.whole(layout)
     away = (ranks - 1) / ranks
     summed = 2 * exact * whole * away
     if layout.zero < 2:

@@ -78,12 +78,16 @@ class WeightGroup:
     """What a rank has of parameters that are gathered together. whole, padded: elements, as `WeightShard`'s of one.
 
     Groups of one kind share their shards, which have the names of the first of them: see `named`.
+    ranks    that share the weights after expert parallelism has dealt them out
+    experts  whether they are experts that it deals out: those of a block are a group apart
     """
 
     name: str
     shards: tuple[WeightShard, ...]
     whole: int
     padded: int
+    ranks: int = 1
+    experts: bool = False
 
     def named(self) -> Iterator[tuple[str, WeightShard]]:
         """Yield each shard with the name of its parameter."""
@@ -98,22 +102,29 @@ class Cutter:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._known: dict[int, WeightGroup] = {}
+        self._known: dict[int, list[WeightGroup]] = {}
 
     def cut(self, groups: Iterable[ParameterGroup]) -> list[WeightGroup]:
-        """Return the shards of each group."""
-        return [replace(self._cut(each), name=each.name) for each in groups]
+        """Return the shards of each group; under expert parallelism those of its experts apart."""
+        return [replace(part, name=each.name) for each in groups for part in self._cut(each)]
 
-    def _cut(self, group: ParameterGroup) -> WeightGroup:
+    def _cut(self, group: ParameterGroup) -> list[WeightGroup]:
         if group.kind not in self._known:
-            shards: list[WeightShard] = []
+            parts: dict[bool, list[ParameterShape]] = {}
             for each in group.parameters:
-                first, *others = each.local_shape(self._layout.tp)
-                shape = (-(-first // self._layout.weight_ranks), *others)
-                shards.append(WeightShard(each, math.prod((first, *others)), shape))
-            whole, padded = sum(each.whole for each in shards), sum(each.padded for each in shards)
-            self._known[group.kind] = WeightGroup(group.name, tuple(shards), whole, padded)
+                parts.setdefault(self._layout.ep > 1 and each.of_experts, []).append(each)
+            self._known[group.kind] = [self._part(group.name, members, experts) for experts, members in parts.items()]
         return self._known[group.kind]
+
+    def _part(self, name: str, parameters: Sequence[ParameterShape], experts: bool) -> WeightGroup:
+        layout, shards = self._layout, list[WeightShard]()
+        dealt, ranks = (layout.ep, layout.expert_weights) if experts else (1, layout.weight_ranks)
+        for each in parameters:
+            first, *others = each.local_shape(layout.tp)
+            first //= dealt
+            shards.append(WeightShard(each, math.prod((first, *others)), (-(-first // ranks), *others)))
+        whole, padded = sum(each.whole for each in shards), sum(each.padded for each in shards)
+        return WeightGroup(name, tuple(shards), whole, padded, ranks, experts)
 
 
 OptimizerBytes = Callable[[Sequence[WeightGroup], int], tuple[int | None, bool]]

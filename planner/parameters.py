@@ -35,6 +35,11 @@ class ParameterShape:
         return math.prod(self.shape)
 
     @property
+    def of_experts(self) -> bool:
+        """True for a matrix of a mixture's routed experts, which expert parallelism deals out."""
+        return ".experts." in self.name
+
+    @property
     def group(self) -> str:
         """Name of the module whose weights are gathered together."""
         parts = self.name.split(".")

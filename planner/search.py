@@ -6,6 +6,7 @@ waiting, and only the most promising are simulated: a layout whose bound is slow
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from .step_time import Step, step_time
 
 LAYOUT_KEYS = (
     "parallel.engine", "parallel.tp", "parallel.pp", "parallel.schedule", "parallel.stages_per_rank", "parallel.cp",
-    "parallel.zero", "parallel.replicate", "parallel.offload", "parallel.offload_weights",
+    "parallel.ep", "parallel.zero", "parallel.replicate", "parallel.offload", "parallel.offload_weights",
 )  # fmt: skip
 """Keys that tell layouts apart. Of each layout the fastest micro-batch and activation policy are kept."""
 KEYS = (*LAYOUT_KEYS, "batch.micro", "trainer.activation")
@@ -140,13 +141,24 @@ def _variants(question: Question, sized: ParallelConfig, data: int) -> Iterator[
         for zero in _choices(question, "parallel.zero", zeros):
             shards = [1] if alone or sized.engine == "deepspeed" or zero == 0 else _replicas(question, sized, data)
             for replicate in _choices(question, "parallel.replicate", shards):
-                for offload, weights in _offloads(question, sized, zero):
+                ranks = data // (replicate if zero else 1) * sized.cp * sized.tp
+                eps = _choices(question, "parallel.ep", _expert_sizes(question, sized, ranks))
+                for ep, (offload, weights) in itertools.product(eps, _offloads(question, sized, zero)):
                     found = replace(
-                        sized, schedule=schedule, stages_per_rank=chunks, zero=zero, replicate=replicate,
+                        sized, schedule=schedule, stages_per_rank=chunks, zero=zero, replicate=replicate, ep=ep,
                         offload=offload, offload_weights=weights,
                     )  # fmt: skip
                     if question.legal(found):
                         yield found
+
+
+def _expert_sizes(question: Question, sized: ParallelConfig, ranks: int) -> list[int]:
+    """List sizes of expert parallelism: none, a node's ranks, and the most that the experts of a mixture and `ranks` allow."""
+    shape = question.model.shape
+    if not shape.mixture_layers() or sized.engine != "torch":
+        return [1]
+    most = math.gcd(ranks, shape.experts.count)
+    return sorted({1, math.gcd(most, question.cluster.gpus_per_node), most})
 
 
 def _choices(question: Question, key: str, values: Sequence[Any]) -> Sequence[Any]:
@@ -231,7 +243,8 @@ def _may_fit(question: Question, parallel: ParallelConfig, layout: Layout) -> bo
     """Return whether masters and optimizer state alone could fit; where nothing is offloaded."""
     if parallel.offload != "none":
         return True
-    ranks = parallel.pp * (parallel.tp if not question.model.shape.mixture_layers() else 1) * layout.weight_ranks
+    whole = question.model.shape.mixture_layers() and parallel.ep == 1  # tensor-parallel ranks then all have the experts
+    ranks = parallel.pp * (1 if whole else parallel.tp) * layout.weight_ranks
     return 8 * parameter_count(question.model.shape) / ranks <= question.cluster.memory * GIB
 
 

@@ -24,7 +24,7 @@ from .cost import LayoutCost, RankCost
 from .engines import engine_moved
 from .kernel_time import Kernels
 from .memory import Job
-from .network import group_of
+from .network import group, group_of
 from .offload import OffloadAccount
 from .orders import pipeline_order, repeated
 from .software import COMPILED, EAGER, Software
@@ -93,7 +93,8 @@ def _stage_times(step: Step, kernels: Kernels) -> list[BlockTime]:
     """Predict the passes of every stage over one micro-batch."""
     parallel, job, layout = step.parallel, step.job, step.layout
     tokens = job.micro * job.seq_len / parallel.cp
-    groups = group_of(step.cluster, layout, "tp"), group_of(step.cluster, layout, "cp")
+    ep = group(step.cluster, layout.ep, 1, layout.world_size) if layout.ep > 1 else None  # the innermost as experts see it
+    groups = group_of(step.cluster, layout, "tp"), group_of(step.cluster, layout, "cp"), ep
     times: dict[tuple[int, str], BlockTime] = {}
     shapes = step.model.blocks()
     stages: list[BlockTime] = []
@@ -204,7 +205,7 @@ def _exchanges(step: Step, rank: RankCost, forward: float, backward: float) -> t
     if layout.gradient_ranks == 1:
         return {}, {}
     unit, exact, many = PRECISIONS[job.precision].bytes, PRECISIONS[job.precision].accum_bytes, job.micro_batches
-    whole, blocks = rank.elements * layout.weight_ranks, sum(map(len, rank.layers)) + 1
+    whole, blocks = rank.whole(layout), sum(map(len, rank.layers)) + 1
     shards, copies = group_of(step.cluster, layout, "shard", "cp"), group_of(step.cluster, layout, "replicate")
     fully = (parallel.engine == "deepspeed" and layout.zero == 3) or (
         uses_fsdp(parallel, layout) and parallel.engine == "torch"

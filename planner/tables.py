@@ -82,11 +82,13 @@ def mesh_table(layout: Layout) -> Table:
 
 def holders_table(layout: Layout, cost: LayoutCost) -> Table:
     """Tabulate which ranks hold which part of the model, and how much of it each."""
-    table = Table("ranks", "holds", right("parameters per rank"), title="Who holds what", title_justify="left", box=box.SIMPLE)
+    columns = ["parameters per rank", *(["of experts"] if layout.ep > 1 else [])]
+    table = Table("ranks", "holds", *map(right, columns), title="Who holds what", title_justify="left", box=box.SIMPLE)
     per_stage = layout.world_size // layout.pp
     for pp, rank in enumerate(cost.ranks):
         ranks = range(pp * per_stage, (pp + 1) * per_stage)
-        table.add_row(written_ranks(ranks), parts_held(cost, pp), f"{rank.elements:,}")
+        numbers = [rank.elements, rank.experts][: len(columns)]
+        table.add_row(written_ranks(ranks), parts_held(cost, pp), *(f"{number:,}" for number in numbers))
     return table
 
 

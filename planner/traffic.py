@@ -47,7 +47,7 @@ def torch_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: J
     ways, ranks = layout.weight_ranks, layout.gradient_ranks
     copies = ranks // ways
     many = job.micro_batches
-    own, whole = rank.elements, rank.elements * ways
+    own, whole = rank.elements, rank.whole(layout)
     away, copied = (ways - 1) / ways, 2 * (copies - 1) / copies
     adding = (unit + 2 * exact) * whole
     update = UPDATE * own

@@ -103,6 +103,42 @@ def test_shards_and_optimizer_state_are_counted_to_the_byte(tied: bool, layouts:
             assert max(found) == expected[pp], work.parallel
 
 
+DEALT = [
+    ParallelConfig(zero=3, ep=2),
+    ParallelConfig(zero=1, ep=4),
+    ParallelConfig(zero=3, tp=2, ep=2),
+    ParallelConfig(zero=0, pp=2, ep=2),
+]
+
+
+def elements_held(rank: int, world_size: int, works: list[Work]) -> list[tuple[int, int, int]]:
+    """Pipeline coordinate, elements that this rank updates, and of these those of experts."""
+    found: list[tuple[int, int, int]] = []
+    for work in works:
+        engine = build(work, world_size)
+        sizes = {each.name: each.box.numel for each in engine.fragments() if each.role == "weight"}
+        experts = sum(size for name, size in sizes.items() if ".experts." in name)
+        found.append((engine.mesh.coordinates["pp"], sum(sizes.values()), experts))
+    return found
+
+
+def test_experts_dealt_to_ranks_are_counted_apart() -> None:
+    experts = {"count": 8, "top_k": 2, "ffn_dim": 8, "shared": 1, "dense_layers": 1}
+    works = [Work(parallel, model=(("layers", 4), ("dim", 32), ("experts", experts))) for parallel in DEALT]
+    everything = run_ranks(4, elements_held, works)
+    for at, work in enumerate(works):
+        with torch.device("meta"):
+            inventory = model_inventory(decoder(**work.llama()), work.parallel.tp)
+        layout, job = Layout.plan(work.parallel, 4), Job(SEQ_LEN, 1, 2, "bf16", ["none"] * 4, compiled=False)
+        cost = layout_cost(inventory, work.parallel, layout, job, lambda *_: (None, False))
+        for pp, rank in enumerate(cost.ranks):
+            found = [result[at][1:] for result in everything if result[at][0] == pp]
+            assert max(found) == (rank.elements, rank.experts), work.parallel
+            assert rank.experts == 8 * 3 * 8 * 32 * sum(layer > 0 for layers in rank.layers for layer in layers) // (
+                layout.ep * layout.expert_weights
+            )
+
+
 def kept(model: Decoder, tokens: torch.Tensor) -> int:
     """Bytes of the storages that autograd keeps for the backward pass, weights left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
