@@ -1,6 +1,6 @@
 """Break central lines one at a time, run the tests concerned, and list the faults that no test noticed.
 
-    python benchmarks/mutants.py                    # all of mutants.toml: about an hour on two cores
+    python benchmarks/mutants.py                    # all of mutants.toml: about half an hour on two cores
     python benchmarks/mutants.py resume tied        # those whose subject or fault contains one of these words
     python benchmarks/mutants.py --check            # only whether every line is still there, and in docs/testing.md
     python benchmarks/mutants.py --table            # the table of docs/testing.md, from the last results
@@ -13,24 +13,30 @@ the scratch copy, so that a run that was stopped goes on. The exit code is 1 for
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import tomllib
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".toml")
 DOCUMENT = ROOT / "docs" / "testing.md"
 RESULTS = Path(tempfile.gettempdir()) / "meshloom-mutants.json"
 LEFT_OUT = shutil.ignore_patterns(".*", "outputs", "build", "dist", "__pycache__", "*.egg-info", "*.png")
+IMPORTED = ("hydra", "hypothesis", "torch", "torch.distributed.fsdp", "torch.distributed.tensor")
+"""Packages of others that are imported once, in the process that those of the tests are forked from."""
 PATIENCE = 900.0  # seconds: a mutant whose tests take longer hangs, which is noticed, too
 
 
@@ -69,20 +75,35 @@ class Scratch:
 
     def passes(self, arguments: str) -> bool:
         """Run pytest with these arguments in the copy; return whether all tests pass."""
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(arguments)]
-        environment = {**os.environ, "PYTHONPATH": str(self._folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         output = self._folder / "output.txt"
-        with output.open("w") as file:
-            tests = subprocess.Popen(command, cwd=self.tree, env=environment, stdout=file, stderr=file, start_new_session=True)
-            try:
-                code = tests.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                os.killpg(tests.pid, signal.SIGKILL)  # the ranks that it has forked, too
-                tests.wait()
-                return False
+        child = os.fork()
+        if not child:
+            self._become_pytest(shlex.split(arguments), output)
+        code = wait(child, PATIENCE)
+        if code is None:
+            return False
         if code > 1:  # no test was selected, or pytest itself failed
             raise RuntimeError(f"pytest {arguments}: exit code {code}\n{output.read_text()[-3000:]}")
         return code == 0
+
+    def _become_pytest(self, arguments: list[str], output: Path) -> NoReturn:
+        """Run pytest in this forked process, and end it. Torch and others are imported already; meshloom is the copy's."""
+        os.setsid()  # so that the ranks that it forks can be ended with it
+        with output.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        os.chdir(self.tree)
+        os.environ["PYTHONPATH"] = str(self._folder)  # for what the tests start
+        sys.path.insert(0, str(self._folder))
+        code = 3
+        try:
+            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments]))
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
     def survives(self, mutant: Mutant) -> bool:
         """Return whether the mutant's tests pass in spite of its fault."""
@@ -93,6 +114,19 @@ class Scratch:
             return self.passes(mutant.tests)
         finally:
             file.write_text(whole)
+
+
+def wait(child: int, patience: float) -> int | None:
+    """Wait for a child to end; return its exit code. After `patience` seconds kill it with its group, and return None."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
 
 
 def read_table() -> list[Mutant]:
@@ -113,6 +147,10 @@ def missing_lines(mutants: list[Mutant]) -> list[str]:
 
 def run(mutants: list[Mutant], results: dict[str, str]) -> None:
     """Try the mutants that have no result yet, and keep each result as it comes."""
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    sys.dont_write_bytecode = True
+    for name in IMPORTED:
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="meshloom-mutants-") as folder:
         scratch = Scratch(Path(folder))
         sound: set[str] = set()

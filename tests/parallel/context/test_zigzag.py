@@ -67,6 +67,13 @@ def test_what_fits_nowhere_whole_fills_the_room() -> None:
     assert [[piece[1:] for piece in pieces] for pieces in dealt] == [[(0, 400), (800, 200)], [(400, 400), (1000, 200)]]
 
 
+def test_documents_are_cut_where_whole_ones_would_not_balance() -> None:
+    """Three long documents on two members: whole, the late half of the third would make one member a sixth slower."""
+    cu_seqlens = bounds(51_200, 51_200, 51_200)
+    first, second = (entries(pieces, cu_seqlens) for pieces in deal_pieces(cu_seqlens, 153_600, 2))
+    assert first == second
+
+
 def test_a_row_of_one_document_is_the_plain_zigzag() -> None:
     dealt = deal_pieces((0, 16), 16, 4)
     assert [[piece.start for piece in pieces] for pieces in dealt] == [[0, 14], [2, 12], [4, 10], [6, 8]]
