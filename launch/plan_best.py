@@ -150,9 +150,9 @@ def described(candidate: Candidate) -> list[str]:
 def described_settings(values: Settings) -> list[str]:
     """Word settings of all keys that are searched, those that say something."""
     found = list[str]()
-    sizes = [("tp", "tp"), ("pp", "pp"), ("cp", "cp"), ("replicate", "replicate")]
+    sizes = [("tp", "tp"), ("pp", "pp"), ("cp", "cp"), ("ep", "ep"), ("replicate", "replicate")]
     for key, name in sizes:
-        if values[f"parallel.{key}"] > 1:
+        if values.get(f"parallel.{key}", 1) > 1:
             found.append(f"{name} {values[f'parallel.{key}']}")
     if values["parallel.pp"] > 1:
         chunks = values["parallel.stages_per_rank"]

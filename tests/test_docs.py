@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from meshloom.config.compose import OPEN_NODES
 from meshloom.launch.cli import COMMANDS
+from meshloom.planner.cluster import is_cluster_word, load_cluster
 from meshloom.trainer.schema import make_composer
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +81,9 @@ def test_commands_exist_and_their_configs_compose(line: str, tmp_path: Path) -> 
     if "submitit" in line:
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs pip install 'meshloom[submitit]'")
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    if cluster := [word for word in overrides if is_cluster_word(word)]:
+        load_cluster(cluster)
+        overrides = [word for word in overrides if word not in cluster]
     composer = make_composer()
     for job in composer.expand(overrides):
         assert composer.compose(job).problems == []
