@@ -79,6 +79,14 @@ def test_the_printed_line_has_the_printed_speed(capsys: pytest.CaptureFixture[st
     assert again["seconds_per_step"] == pytest.approx(best["seconds_per_step"], rel=1e-6)
 
 
+def test_experts_of_a_mixture_are_dealt_to_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    """Qwen3's 30 B fit eight GPUs faster that way; a size that is typed stays."""
+    mixture = ["recipe=llama_8b", "model=qwen3_30b_a3b", "cluster=h100", "batch.samples=256", "trainer.activation=full"]
+    out = said(capsys, *mixture, "--best", "1")
+    assert "ep 8 ·" in out and "parallel.ep=8" in out
+    assert "parallel.ep=8" not in said(capsys, *mixture, "parallel.ep=1", "--best", "1")
+
+
 def test_a_bound_never_drops_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search with bounds finds what planning everything finds."""
     from meshloom.launch import plan_best
