@@ -24,7 +24,8 @@ def model_inventory(model: Model, tp: int) -> Inventory:
         owner = placed.get(name.rpartition(".")[0])
         placement = None if owner is None else owner.placement(parameter, tp)
         cut = placement.dim if isinstance(placement, Shard) else None
-        found.append(ParameterShape(name, tuple(parameter.shape), cut, None, model.decays(name), model.lr_scale(name)))
+        settings = model.decays(name), model.lr_scale(name), model.stacked(name)
+        found.append(ParameterShape(name, tuple(parameter.shape), cut, None, *settings))
     return Inventory(decoder_shape(model), tuple(found))
 
 

@@ -7,15 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..models.costs import ForwardPass
-from ..optim.optimizers.config import (
-    AdaGradConfig,
-    AdaGradNormConfig,
-    AdamWConfig,
-    AGVMConfig,
-    LAMBConfig,
-    LARSConfig,
-    OptimConfig,
-)
+from ..optim.optimizers.config import AdamWConfig, OptimConfig
+from ..optim.optimizers.state_size import state_size
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import Layout
 from .parameters import ParameterGroup, ParameterShape
@@ -80,6 +73,7 @@ class WeightGroup:
     Groups of one kind share their shards, which have the names of the first of them: see `named`.
     ranks    that share the weights after expert parallelism has dealt them out
     experts  whether they are experts that it deals out: those of a block are a group apart
+    stage_ranks  of their pipeline stage, among whom matrices are shared out that an optimizer updates as wholes
     """
 
     name: str
@@ -88,6 +82,7 @@ class WeightGroup:
     padded: int
     ranks: int = 1
     experts: bool = False
+    stage_ranks: int = 1
 
     def named(self) -> Iterator[tuple[str, WeightShard]]:
         """Yield each shard with the name of its parameter."""
@@ -124,32 +119,30 @@ class Cutter:
             first //= dealt
             shards.append(WeightShard(each, math.prod((first, *others)), (-(-first // ranks), *others)))
         whole, padded = sum(each.whole for each in shards), sum(each.padded for each in shards)
-        return WeightGroup(name, tuple(shards), whole, padded, ranks, experts)
+        return WeightGroup(name, tuple(shards), whole, padded, ranks, experts, layout.stage_ranks)
 
 
 OptimizerBytes = Callable[[Sequence[WeightGroup], int], tuple[int | None, bool]]
 """(weights, bytes of an element) → bytes of the optimizer's state for them, None where that is not known before it runs; and
 whether the optimizer takes gradients in the dtype of the computation (`optim.optimizers.parameters.FusedStep`)."""
 
-_MOMENTS: dict[type, int] = {
-    AdamWConfig: 2,
-    AGVMConfig: 2,
-    LAMBConfig: 2,
-    LARSConfig: 1,
-    AdaGradConfig: 1,
-    AdaGradNormConfig: 0,
-}
-"""Config of an optimizer → arrays of the weights' shape that it keeps."""
-
 
 def optimizer_bytes(config: OptimConfig) -> OptimizerBytes | None:
-    """Return the count of what an optimizer of Meshloom's keeps; None for a class of the user's own."""
-    moments = _MOMENTS.get(type(config))
-    if moments is None:
+    """Return the count of what an optimizer of Meshloom's keeps; None for a class of the user's own.
+
+    State of whole matrices is counted as if it lay evenly on the ranks of a stage.
+    """
+    if state_size(config, (1, 1), 1, hidden=False) is None:
         return None
     fused = isinstance(config, AdamWConfig)
 
     def count(groups: Sequence[WeightGroup], unit: int) -> tuple[int | None, bool]:
-        return moments * unit * sum(each.padded for each in groups), fused
+        return sum(_state_bytes(config, shard, unit, group.stage_ranks) for group in groups for shard in group.shards), fused
 
     return count
+
+
+def _state_bytes(config: OptimConfig, shard: WeightShard, unit: int, stage_ranks: int) -> int:
+    size = state_size(config, shard.of.shape, unit, hidden=shard.of.hidden, stacked=shard.of.stacked)
+    assert size is not None
+    return round(size.element * shard.padded + size.owned / stage_ranks)

@@ -20,6 +20,7 @@ class ParameterShape:
     cut_dim   dim that tensor-parallel ranks share; None: each of them has the whole
     cut_most  ranks that can share it; with more, each has the whole
     decays    whether weight decay applies; lr_scale: factor on its learning rate
+    stacked   matrices of equal shape that it stacks along its rows
     """
 
     name: str
@@ -28,6 +29,12 @@ class ParameterShape:
     cut_most: int | None = None
     decays: bool = True
     lr_scale: float = 1.0
+    stacked: int = 1
+
+    @property
+    def hidden(self) -> bool:
+        """True for a matrix of a block, or a stack of them."""
+        return self.layer is not None and self.decays and len(self.shape) == 2
 
     @property
     def numel(self) -> int:
@@ -205,7 +212,7 @@ def _mixture(part: MixtureConfig) -> Iterator[ParameterShape]:
         ("w2", (count * part.dim, width)),
         ("w3", (count * width, part.dim)),
     ):
-        yield ParameterShape(f"experts.{name}", shape, lr_scale=rate)
+        yield ParameterShape(f"experts.{name}", shape, lr_scale=rate, stacked=count)
         if part.expert.bias:
             yield ParameterShape(f"experts.b{name[1:]}", shape[:1], decays=False)
     if part.shared is not None:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from meshloom.models.config import DecoderConfig
+from meshloom.optim.optimizers.eight_bit_config import AdamW8bitConfig
+from meshloom.optim.optimizers.matrix_config import MatrixOptimConfig, SOAPConfig
 from meshloom.optim.optimizers.options import OPTIONS
 from meshloom.parallel.layout import Layout
 from meshloom.planner.built_model import model_inventory, tried_optimizer
@@ -54,7 +56,7 @@ def test_a_config_lists_what_the_built_model_has(parts: str) -> None:
 
 
 @pytest.mark.parametrize("unit", [4, 8])
-@pytest.mark.parametrize("kind", [kind for kind in OPTIONS if optimizer_bytes(kind()) is not None])
+@pytest.mark.parametrize("kind", [kind for kind in OPTIONS if not issubclass(kind, (MatrixOptimConfig, AdamW8bitConfig))])
 def test_an_optimizers_state_is_what_its_step_makes(kind: Any, unit: int) -> None:
     config = kind()
     count = optimizer_bytes(config)
@@ -62,3 +64,13 @@ def test_an_optimizers_state_is_what_its_step_makes(kind: Any, unit: int) -> Non
     inventory = decoder_inventory(DecoderConfig.of(SHAPE))
     groups = Cutter(Layout(shard=3, tp=2)).cut(inventory.stage(range(4), first=True, last=True))
     assert count(groups, unit) == tried_optimizer(optimizer_factory(config))(groups, unit)
+
+
+def test_state_of_whole_matrices_is_shared_out() -> None:
+    count = optimizer_bytes(SOAPConfig())
+    assert count is not None
+    inventory = decoder_inventory(DecoderConfig.of(SHAPE))
+    stage = inventory.stage(range(4), first=True, last=True)
+    (whole, _), (shared, _) = (count(Cutter(layout).cut(stage), 4) for layout in (Layout(), Layout(shard=3, tp=2)))
+    assert whole is not None and shared is not None
+    assert whole / 6 <= shared < 1.2 * whole / 6
