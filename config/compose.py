@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import json
 import re
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from xxhash import xxh3_64_hexdigest
 
+from .duration import Unit, parse_count
+from .keys import MISSING, field_of
 from .problems import ConfigError, Problem
 from .renames import RENAMED_KEYS
 
@@ -116,21 +119,56 @@ class Composer:
     def compose(self, overrides: Sequence[str]) -> Composition:
         """Compose the config of these overrides. Raises ConfigError if the recipe itself can't be composed."""
         problems: list[Problem] = []
-        parsed = [*self._existing(_parse(overrides, self._loader, problems), problems)]
-        try:
-            config, choices = self._load(_lines(parsed))
-            composition = Composition(config, problems, choices=choices)
-        except FAULTS:
-            composition = self._without_faults(parsed, problems)
+        parsed = [self._in_full(each) for each in self._existing(_parse(overrides, self._loader, problems), problems)]
+        deletions = [each for each in parsed if each.is_delete() and not each.is_hydra_override()]
+        parsed = [each for each in parsed if each not in deletions]
+        composition = self._composed(parsed, problems)
+        for override in deletions:
+            self._delete(override.key_or_group, composition)
+        problems = composition.problems
         for key in drop_unknown(composition.config):  # "+key=…" lets Hydra add any
             problems.append(unknown_key(key, _keys(composition.config)))
         typed = {override.get_key_element().lstrip("+~") for override in parsed}
         for group in self._schemas:
             if isinstance(composition.config.get(group), DictConfig):
                 self._leave_out(group, composition, typed)
-                if group in typed:
+                if group in typed and not problems:  # which would end the run, and can't be composed again
                     composition.notices.extend(self._foreign_values(group, composition.config[group], parsed))
         return composition
+
+    def _composed(self, parsed: Sequence[Override], problems: list[Problem]) -> Composition:
+        """Return the composition of the overrides that can be taken, and add a problem for each of the others."""
+        try:
+            config, choices = self._load(_lines(parsed))
+            return Composition(config, problems, choices=choices)
+        except FAULTS:
+            return self._without_faults(parsed, problems)
+
+    def _delete(self, key: str, composition: Composition) -> None:
+        """Delete a key of a user's own class. A declared key would get its default instead, which is a problem."""
+        if self._declares(key, composition.config):
+            composition.problems.append(Problem(key, "can't be deleted", self._default_fix(key)))
+        elif not _delete(composition.config, key):
+            composition.problems.append(unknown_key(key, _keys(composition.config)))
+
+    def _declares(self, key: str, config: DictConfig) -> bool:
+        """Return whether a key is declared, in this config. A node of a user's own class declares none."""
+        group, _, inner = key.partition(".")
+        if group not in self._schemas:
+            return field_of(run_schema(), key) is not None
+        schema = self._schema_of(group, config.get(group))
+        return not inner or (schema is not None and field_of(schema, inner) is not None)
+
+    def _default_fix(self, key: str) -> str:
+        """Word the fix for a key that can't be deleted: its default."""
+        group, _, inner = key.partition(".")
+        if group in self._schemas and not inner:
+            return f"choose another option: {group}={', '.join(self.options(group))}"
+        kinds, name = (self._schemas[group], inner) if group in self._schemas else ([run_schema()], key)
+        declared = [field for kind in kinds if (field := field_of(kind, name)) is not None]
+        defaults = {json.dumps(field.default) for field in declared if isinstance(field.default, str | int | float | None)}
+        default = defaults.pop().strip('"') if len(defaults) == 1 else MISSING  # options differ
+        return "give it another value" if default == MISSING else f"write {key}={default}, its default"
 
     def _foreign_values(self, group: str, node: Any, parsed: Sequence[Override]) -> Iterator[str]:
         """Yield a notice for each value that the recipe wrote for its own option of a group, where another one was typed.
@@ -234,6 +272,22 @@ class Composer:
             if near:
                 yield from OverridesParser.create().parse_overrides([f"{group}={near[0]}"])
 
+    def _in_full(self, override: Override) -> Override:
+        """Return an override with a number such as 1.5B written in full, where its key is a number of steps or tokens."""
+        unit, value = self._unit(override.key_or_group), override.value()
+        if unit is None or not isinstance(value, str | float):
+            return override
+        try:
+            count = parse_count(value, unit)
+        except ValueError:
+            return override  # which Hydra refuses
+        return OverridesParser.create().parse_override(f"{override.get_key_element()}={count}")
+
+    def _unit(self, key: str) -> Unit | None:
+        """Return the unit with which a key is declared, if it is a whole number of one."""
+        found = field_of(run_schema(), key)
+        return None if found is None else found.metadata.get("unit")
+
     def _without_faults(self, overrides: Sequence[Override], problems: list[Problem]) -> Composition:
         """Return the composition of the overrides that can be taken, with a problem for each of the others."""
         first = [override for override in overrides if self._is_choice(override)]
@@ -294,16 +348,22 @@ class Composer:
         if override.is_sweep_override():
             fix = f"add -m to sweep over it, or write a list as {key}=[1,2] and a text as {key}='\"1,2\"'"
             return Problem(key, f"'{override.input_line}' has several values", fix)
-        if override.is_delete():
-            return Problem(key, "can't be deleted", f"switch it off with {key}=null where it may be null")
+        if (unit := self._unit(key)) is not None and isinstance(override.value(), str | float | bool):
+            return Problem(key, f"'{override.value()}' is no number of {unit.value}", "write it as 1500000 or 1.5M")
         message, fix = reason_of(error)
-        whole = re.match(r"Value '(\d[\d.e+]*)' of type 'float' could not be converted to Integer", message)
-        if whole and float(whole[1]).is_integer():
-            fix = f"write a whole number in full: {key}={int(float(whole[1])):_}"
-        return Problem(key, message, fix or _current_value(key, current))
+        return Problem(key, message, _in_full(key, message) or fix or _current_value(key, current))
 
 
 _ABSENT = object()
+
+
+def _in_full(key: str, message: str) -> str:
+    """Word the fix for a whole number that is written as 1e9 or 1.5B; "" for another error of Hydra's."""
+    written = re.match(r"Value '(.+)' of type '\w+' could not be converted to Integer", message)
+    try:
+        return f"write a whole number in full: {key}={parse_count(written[1], Unit.STEPS):_}" if written else ""
+    except ValueError:
+        return ""
 
 
 def _lines(overrides: Iterable[Override]) -> list[str]:
@@ -389,12 +449,15 @@ def sweep_folder(overrides: Sequence[str], job: Sequence[str]) -> str:
     return plain if plain == name else f"{plain}_{xxh3_64_hexdigest(name.encode())}"  # two names must not become one
 
 
-def _delete(config: DictConfig, key: str) -> None:
+def _delete(config: DictConfig, key: str) -> bool:
+    """Delete a key, also one whose value is null. Return whether it was there."""
     parent, _, leaf = key.rpartition(".")
     node: Any = OmegaConf.select(config, parent) if parent else config
     if isinstance(node, DictConfig) and leaf in node:
         with open_dict(node):
             del node[leaf]
+        return True
+    return False
 
 
 def _parse(overrides: Sequence[str], loader: ConfigLoader, problems: list[Problem]) -> Iterator[Override]:
@@ -452,5 +515,6 @@ def reason_of(error: BaseException) -> tuple[str, str]:
         if key == "recipe" and "DictConfig" in lines[1]:
             what = "its keys were read as those of a group called recipe"
             return what, f"put '# @package _global_' on the first line of {framed[1]}.yaml"
-        return f"{lines[1]}{f' ({key})' if key else ''}", f"correct recipes file {framed[1]}.yaml"
+        whole = _in_full(key, lines[1])
+        return f"{lines[1]}{f' ({key})' if key else ''}", f"correct recipes file {framed[1]}.yaml{whole and f': {whole}'}"
     return lines[0].rstrip("."), ""

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from enum import Enum
+from fractions import Fraction
 
 
 class Unit(Enum):
@@ -22,6 +23,19 @@ Written = str | int | float
 
 _SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _PATTERN = re.compile(r"^\s*([0-9][0-9_]*\.?[0-9]*(?:e[+-]?[0-9]+)?)\s*([kmbt]?)\s*(steps?|tokens?|samples?|%)?\s*$", re.I)
+
+
+def parse_count(written: str | int | float, unit: Unit) -> int:
+    """Read a whole number of steps, tokens or samples: 1000000000, 1_000M, 1.5B, 1e9, '1.5B tokens'.
+
+    Raises ValueError for anything else, another unit included.
+    """
+    match = _PATTERN.match(str(written))
+    word = (match[3] or "").lower().rstrip("s") if match else ""
+    value = Fraction(match[1].replace("_", "")) * _SCALE[match[2].lower()] if match else None
+    if value is None or value.denominator != 1 or word not in ("", unit.value.rstrip("s")):
+        raise ValueError(f"'{written}' is no number of {unit.value}")
+    return int(value)
 
 
 @dataclass(frozen=True)
@@ -70,4 +84,4 @@ class Duration:
     def __str__(self) -> str:
         if self.unit is Unit.FRACTION:
             return f"{self.value * 100:g}%"
-        return f"{self.value:.15g} {self.unit.value}"
+        return f"{self.value:.15g} {self.unit.value if self.value != 1 else self.unit.value.removesuffix('s')}"

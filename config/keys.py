@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from .duration import Unit
+
 MISSING: Any = "???"
 """Default of a key that must be given, as in omegaconf."""
 
@@ -53,9 +55,12 @@ class RecipeWhen:
         return f"placement; recipe under {self.when}"
 
 
-def key(default: Any, meaning: str, side: Side | RecipeWhen | None = None) -> Any:
-    """Declare a field of a config dataclass. side: None takes the class's `SIDE`."""
-    return _field(default, {"meaning": meaning, "side": side})
+def key(default: Any, meaning: str, side: Side | RecipeWhen | None = None, unit: Unit | None = None) -> Any:
+    """Declare a field of a config dataclass.
+
+    side: None takes the class's `SIDE`; unit: of a whole number, which may then be typed as 1.5B (`parse_count`)
+    """
+    return _field(default, {"meaning": meaning, "side": side, "unit": unit})
 
 
 def not_a_key(default: Any) -> Any:
@@ -109,6 +114,16 @@ def keys_of(kind: type, only: Collection[str] | None = None) -> Iterator[Key]:
         if side is None or not field.metadata.get("meaning"):
             raise TypeError(f"{kind.__name__}.{field.name}: declare it with key(default, meaning), and a side")
         yield Key(field.name, type_name(hint), default, side, field.metadata["meaning"])
+
+
+def field_of(kind: type, key: str) -> dataclasses.Field[Any] | None:
+    """Return the field that declares a key of a config dataclass; None where there is none. Nested keys have dotted names."""
+    name, _, inner = key.partition(".")
+    found = next((one for one in dataclasses.fields(kind) if one.name == name), None)
+    if found is None or not inner:
+        return found
+    hint = typing.get_type_hints(kind)[name]
+    return field_of(hint, inner) if dataclasses.is_dataclass(hint) and isinstance(hint, type) else None
 
 
 def type_name(hint: Any) -> str:

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .words import counted
+
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem that the user must fix: the config key, what is wrong with it, and a fix."""
+    """A problem that the user must fix: the config key, what is wrong with it, and a fix.
+
+    unless  other keys that would mend it: it is not reported where one of them has a problem of its own
+    """
 
     key: str
     message: str
     fix: str = ""
+    unless: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         named = self.message if self.message.startswith(self.key) else f"{self.key}: {self.message}"
@@ -24,6 +30,5 @@ class ConfigError(ValueError):
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = list(problems)
-        count = len(self.problems)
-        head = f"{count} problem{'s' if count != 1 else ''} in the config:"
+        head = f"{counted(len(self.problems), 'problem')} in the config:"
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.errors import CheckpointError
+from ..config.words import counted
 
 
 def main(argv: list[str]) -> int:
@@ -90,10 +91,6 @@ def _size(count: float) -> str:
     raise AssertionError
 
 
-def _ranks(count: int) -> str:
-    return "1 rank" if count == 1 else f"{count} ranks"
-
-
 def _list(arguments: argparse.Namespace) -> int:
     from ..checkpoint.folder import open_step, step_folders
 
@@ -101,7 +98,7 @@ def _list(arguments: argparse.Namespace) -> int:
     for files in step_folders(arguments.path):
         try:
             manifest = open_step(files)
-            print(f"{files.label()}  step {manifest.step}  {_size(manifest.bytes)}  {_ranks(manifest.world_size)}")
+            print(f"{files.label()}  step {manifest.step}  {_size(manifest.bytes)}  {counted(manifest.world_size, 'rank')}")
         except CheckpointError as error:
             damaged += 1
             print(f"{files.label()}  damaged: {error}")
@@ -117,7 +114,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.state:
         print(json.dumps(found["state"], indent=2))
         return 0
-    print(f"{found['path']}: step {found['step']}, {_size(found['bytes'])}, saved by {_ranks(found['saved_by_ranks'])}")
+    print(
+        f"{found['path']}: step {found['step']}, {_size(found['bytes'])}, saved by {counted(found['saved_by_ranks'], 'rank')}"
+    )
     for name, size in found["files"].items():
         print(f"  {name}  {_size(size)}")
     for role, counts in sorted(found["roles"].items()):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.problems import ConfigError, Problem
+from ..config.words import counted
 from .arguments import describe, parse
 
 _LOOKED_AT = 256  # files whose contents tell the kind of all
@@ -150,7 +151,8 @@ def describe_shards(path: Path) -> list[str]:
         raise ConfigError([Problem("path", f"'{path}' holds no token shards", "give the output of 'meshloom data tokenize'")])
     opened = [TokenShards(folder, verify=True) for folder in folders]
     return [
-        f"{shards.folder}: {shards.tokens:,} tokens in {shards.documents:,} documents and {len(shards.manifest.shards)} files, "
+        f"{shards.folder}: {counted(shards.tokens, 'token')} in {counted(shards.documents, 'document')} and "
+        f"{counted(len(shards.manifest.shards), 'file')}, "
         f"vocabulary {shards.vocabulary:,}, fingerprint {shards.fingerprint}"
         for shards in opened
     ]

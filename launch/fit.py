@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.problems import ConfigError
+from ..config.words import counted
 from ..optim.scaling.fitting import PowerLaw
 from .fit_runs import UNITS, FinishedRun, Fits, fit_all, read_runs
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
 
 def describe(runs: Sequence[FinishedRun], fits: Fits) -> list[str]:
     """Return the lines of the report."""
-    lines = [f"{len(runs)} finished runs. {UNITS}", ""]
+    lines = [f"{counted(len(runs), 'finished run')}. {UNITS}", ""]
     for title, sweeps, unit in (("learning rate", fits.lr_sweeps, ""), ("batch", fits.batch_sweeps, " tokens")):
         for sweep in sweeps:
             at = ", ".join(f"{name} = {value:.4g}" for name, value in sweep.at.items())

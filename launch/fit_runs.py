@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from ..config.keys import Side
 from ..config.problems import ConfigError, Problem
+from ..config.words import counted
 from ..optim.scaling import fitting
 from ..optim.scaling.fitting import CriticalFit, LossFit, Optimum, PowerLaw
 from ..trainer.schema import RunConfig
@@ -114,7 +115,7 @@ def _differences(runs: Sequence[FinishedRun], varies: Collection[str]) -> Iterat
     for key in dict.fromkeys(key for run in runs for key in run.others):
         counts = Counter(run.others.get(key, "absent") for run in runs)
         if len(counts) > 1 and key not in varies:
-            shown = ", ".join(f"{value} ({count} run{'s' if count > 1 else ''})" for value, count in counts.most_common(4))
+            shown = ", ".join(f"{value} ({counted(count, 'run')})" for value, count in counts.most_common(4))
             fix = f"give the folders of one value, or --varies {key} if it decides nothing"
             yield Problem(key, f"differs between the runs: {shown}", fix)
 

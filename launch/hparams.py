@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config.compose import Composer
-from ..config.duration import Duration, Unit
+from ..config.duration import Unit, parse_count
 from ..config.problems import ConfigError, Problem
 from ..models.costs import parameter_count
 from ..optim.scaling import laws
@@ -194,6 +194,8 @@ def show(found: Recommendation, arguments: HparamsArguments, console: Console) -
         f"{base}: {_count(found.parameters)} parameters{passed}, {_count(found.hidden)} neither embedding nor head; "
         f"{_count(found.tokens)} tokens\n"
     )
+    if passed:
+        console.print("The laws were fitted on dense models: N is all parameters here, and a mixture is not one of these.\n")
     table = Table(show_lines=True)
     table.add_column("recommended")
     table.add_column("value", style="bold")
@@ -232,11 +234,8 @@ def _unfit(overrides: Sequence[str], config_dir: str | None) -> list[Problem]:
 
 def _tokens(written: str, problems: list[Problem]) -> float:
     try:
-        length = Duration.parse(
-            written if any(word in written.lower() for word in ("tok", "step", "%")) else f"{written} tokens"
-        )
-        if length.unit is Unit.TOKENS and length.value >= 1:
-            return length.value
+        if (tokens := parse_count(written, Unit.TOKENS)) >= 1:
+            return float(tokens)
     except ValueError:
         pass
     problems.append(Problem("tokens", f"'{written}' is not a number of tokens", "write 100B or 1.5e12"))

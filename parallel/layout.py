@@ -27,6 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..config.problems import ConfigError, Problem
+from ..config.words import counted
 from .config import ParallelConfig
 
 SIZES = ("replicate", "tp", "pp", "cp", "ep", "zero")
@@ -156,7 +157,7 @@ def layout_problems(config: ParallelConfig, world_size: int) -> list[Problem]:
         problems.append(
             Problem(
                 "parallel",
-                f"pp {config.pp} × cp {config.cp} × tp {config.tp} = {model} does not divide {world_size} processes",
+                f"pp {config.pp} × cp {config.cp} × tp {config.tp} = {model} does not divide {counted(world_size, 'process')}",
                 f"start {' or '.join(map(str, fits))} processes, or change parallel.pp, parallel.cp or parallel.tp",
             )
         )

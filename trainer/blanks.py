@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..config.words import counted
 from ..data.assignment import Assigner
 from ..optim.batch.controller import Controller
 from ..optim.progress import Progress
@@ -16,6 +17,7 @@ def blank_notice(assigner: Assigner, controller: Controller, progress: Progress)
         return None
     sizes = " or ".join(map(str, assigner.sizes_without_blanks(count, micro)))
     rows = min(micro, count)
-    cut = f"{count} samples make {-(-count // rows)} micro-batches of {rows}"
-    dealt = f"{assigner.data_size} data-parallel ranks run {assigner.passes(count, micro)} each"
+    cut = f"{counted(count, 'sample')} make {counted(-(-count // rows), 'micro-batch')} of {rows}"
+    verb = "runs" if assigner.data_size == 1 else "run"
+    dealt = f"{counted(assigner.data_size, 'data-parallel rank')} {verb} {assigner.passes(count, micro)} each"
     return f"{share:.0%} of the rows of a step are blank ({cut}, and {dealt}); batches of {sizes} samples have no blanks"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..config.duration import Duration
+from ..config.duration import Duration, Unit
 from ..config.keys import Side, key
 from ..config.problems import Problem
 
@@ -21,8 +21,8 @@ class TrainerConfig:
 
     SIDE: ClassVar[Side] = Side.RECIPE
 
-    steps: int | None = key(None, "length of the run in steps; give this or tokens")
-    tokens: int | None = key(None, "length of the run in tokens; give this or steps")
+    steps: int | None = key(None, "length of the run in steps, typed as 2000 or 2k; give this or tokens", unit=Unit.STEPS)
+    tokens: int | None = key(None, "length of the run in tokens, typed as 1500 or 1.5k; give this or steps", unit=Unit.TOKENS)
     max_grad_norm: float | None = key(1.0, "clip the global gradient norm to this; null: never")
     eval_every: int | float | str | None = key(
         100, "evaluate every so many steps, or after any duration ('4k samples', '5%'); null: only at the end; 0: never"
@@ -54,7 +54,8 @@ class TrainerConfig:
 
     def _length_problems(self, key: str) -> Iterator[Problem]:
         if self.steps is None and self.tokens is None:
-            yield Problem(f"{key}.steps", "the run has no length", f"give {key}.steps or {key}.tokens")
+            fix = f"give {key}.steps or {key}.tokens"
+            yield Problem(f"{key}.steps", "the run has no length", fix, unless=(f"{key}.steps", f"{key}.tokens"))
         if self.steps is not None and self.tokens is not None:
             yield Problem(f"{key}.steps", f"{key}.tokens says the run's length too", "set one of them to null")
         for name, length in (("steps", self.steps), ("tokens", self.tokens)):

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..checkpoint.files import is_remote
 from ..checkpoint.lock import LOCK, holder_of, refusal
 from ..config.problems import Problem
+from ..config.words import counted
 from .derived import checkpoint_folder
 from .launching import gpu_count, run_processes, under_torchrun, visible_gpus
 from .schema import RunConfig
@@ -41,7 +42,7 @@ def _local_processes(config: RunConfig) -> int:
 
 def _too_few(processes: int, gpus: int) -> Problem:
     fix = f"start at most {gpus}, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
-    return Problem("launch.nproc", f"{processes} processes for {gpus} GPU{'s' * (gpus > 1)}", fix)
+    return Problem("launch.nproc", f"{counted(processes, 'process')} for {counted(gpus, 'GPU')}", fix)
 
 
 def _processes(config: RunConfig) -> Iterator[Problem]:

@@ -26,11 +26,24 @@ def start_summary(config: RunConfig, run: Run) -> Iterator[str]:
     length = [f"{samples * seq_len:,} tokens a step ({samples:,} samples of {seq_len:,})"]
     total = _total_tokens(run)
     if total is not None:
-        length.append(f"{total:,} in all")
+        asked = loop.horizon.total if loop.horizon.unit is Unit.TOKENS and loop.stage is None else total
+        length.append(f"{total:,} in all{'' if asked == total else f' (trainer.tokens={asked:.0f}, in whole steps)'}")
         if isinstance(samples_of_data := data.train(), Shuffled) and loop.stage is None:
             epoch = samples_of_data.epoch_size
             length.append(f"{total / (epoch * seq_len):.3g} epochs of {epoch:,} samples")
     yield ", ".join(length)
+
+
+def batch_jump(run: Run) -> str | None:
+    """Say that a resumed run's next batch is far from its last one: its size may be counted from the start of the run."""
+    progress, controller = run.loop.progress, run.loop.controller
+    before, now = progress.batch, controller.next_batch(progress)
+    if not progress.step or max(before, now) <= 2 * min(before, now) or run.loop.horizon.batch is not None:
+        return None
+    return (
+        f"the batch has {now:,} samples from step {progress.step + 1} on, and had {before:,} before: its size is counted from "
+        "the start of the run, not from the resume"
+    )
 
 
 def _total_tokens(run: Run) -> int | None:
@@ -38,6 +51,10 @@ def _total_tokens(run: Run) -> int | None:
     horizon, progress = run.loop.horizon, run.loop.progress
     today = progress.before(run.loop.controller.next_batch(progress), horizon.seq_len)
     total = horizon.convert(horizon.total, horizon.unit, Unit.TOKENS, today)
+    whole = horizon.unit is Unit.TOKENS and horizon.batch is not None and run.loop.stage is None
+    if whole and total > progress.tokens:  # the last step is whole, too
+        step = horizon.stride(today, Unit.TOKENS)
+        return round(progress.tokens + math.ceil((total - progress.tokens) / step) * step)
     return math.ceil(total) if math.isfinite(total) else None
 
 

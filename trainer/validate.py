@@ -42,8 +42,9 @@ def checked_config(
     builds           whether to build a config without problems on trial; a plan need not, where costs are known without
     """
     start = Start(world_size, progress, place)
-    said = {(problem.key, problem.message) for problem in known}
-    problems = [*known, *(problem for problem in config.problems() if (problem.key, problem.message) not in said)]
+    said, keys = {(problem.key, problem.message) for problem in known}, {problem.key for problem in known}
+    own = (problem for problem in config.problems() if (problem.key, problem.message) not in said)
+    problems = [*known, *(problem for problem in own if keys.isdisjoint(problem.unless))]
     if not problems and config.left_to_laws:
         config, unlawful = resolve_automatic(config)
         problems += unlawful

@@ -71,7 +71,8 @@ def test_every_fault_is_named_at_once_with_a_fix(composer: Composer) -> None:
             "no equals sign",
             "~trainer.steps",
             "optim.lr=1,2",
-            "trainer.tokens=2e9",
+            "trainer.tokens=2 gigatokens",
+            "checkpoint.every=2e3",
             "seed=7",
         ]
     )
@@ -85,9 +86,11 @@ def test_every_fault_is_named_at_once_with_a_fix(composer: Composer) -> None:
         "no equals sign",
         "trainer.steps",
         "trainer.tokens",
+        "checkpoint.every",
         "optim.lr",
     }
-    assert "trainer.tokens=2_000_000_000" in said["trainer.tokens"]
+    assert "1.5M" in said["trainer.tokens"]
+    assert "checkpoint.every=2_000" in said["checkpoint.every"]
     assert "recipe=quickstart" in said["recipe"]
     assert "optim.lr?" in said["optim.lrr"]
     assert "trainer.steps" in said["trainer.step"]
@@ -136,6 +139,45 @@ def test_user_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name / "recipe").mkdir(parents=True)
     (tmp_path / name / "recipe" / "mine.yaml").write_text("# @package _global_\ndefaults: [quickstart, _self_]\nseed: 5\n")
     assert config_of(make_composer(str(tmp_path / name)), "recipe=mine").seed == 5
+
+
+@pytest.mark.parametrize("word", ["trainer.tokens=1.5B", "++trainer.tokens='1.5B tokens'", "trainer.tokens=1.5e9"])
+def test_a_run_may_be_as_long_as_one_says(composer: Composer, word: str) -> None:
+    assert config_of(composer, "recipe=quickstart", word, "trainer.steps=2k").trainer.tokens == 1_500_000_000
+    assert config_of(composer, "recipe=quickstart", word, "trainer.steps=2k").trainer.steps == 2000
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("trainer.tokens='8 samples'", "trainer.tokens: '8 samples' is no number of tokens; write it as 1500000 or 1.5M"),
+        ("data.seq_len=1e3", "could not be converted to Integer; write a whole number in full: data.seq_len=1_000"),
+        ("data.seq_len=8k", "could not be converted to Integer; write a whole number in full: data.seq_len=8_000"),
+    ],
+)
+def test_a_count_that_is_none_is_told_how_to_write_one(composer: Composer, word: str, said: str) -> None:
+    (problem,) = composer.compose(["recipe=quickstart", word]).problems
+    assert said in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("key", "fix"),
+    [
+        ("schedule.warmup", "write schedule.warmup=1%, its default"),
+        ("trainer.tokens", "write trainer.tokens=null, its default"),
+        ("model.experts.count", "write model.experts.count=0, its default"),
+        ("model.dim", "give it another value"),
+        ("batch.samples", "give it another value"),
+        ("seed", "write seed=1, its default"),
+        ("schedule", "choose another option: schedule=constant, cosine"),
+    ],
+)
+def test_a_key_can_not_be_deleted(composer: Composer, key: str, fix: str) -> None:
+    """A resumed run would take its default, in place of the value that it has, without a word."""
+    composition = composer.compose(["recipe=quickstart", f"~{key}", "schedule=wsd"])
+    (problem,) = composition.problems
+    assert problem.key == key and fix in str(problem)
+    assert composition.config.seed == 1 and composition.config.schedule.warmup == "5%"
 
 
 def test_sweep_expands_into_jobs(composer: Composer) -> None:
@@ -222,6 +264,13 @@ def test_a_key_that_no_option_has_is_refused_in_a_recipe_too(tmp_path: Path) -> 
     (tmp_path / "recipe" / "mine.yaml").write_text(recipe)
     (problem,) = make_composer(str(tmp_path)).compose(["recipe=mine"]).problems
     assert problem.key == "optim.lrr" and "did you mean optim.lr?" in problem.fix
+
+
+def test_keys_of_another_class_may_be_deleted(composer: Composer) -> None:
+    words = ["recipe=quickstart", "optim._target_=my.Optimizer", "~optim.betas", "~optim.fused"]
+    assert not {"betas", "fused"} & config_of(composer, *words).optim.keys()  # a list, and null
+    (problem,) = composer.compose([*words, "~optim.beta"]).problems
+    assert problem.key == "optim.beta" and "there is no such key" in problem.message
 
 
 def test_a_class_of_ones_own_may_have_any_keys(composer: Composer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from meshloom.config.duration import Duration, Unit
+from meshloom.config.duration import Duration, Unit, parse_count
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,19 @@ def test_a_number_that_may_be_steps_or_a_share_is_refused(written: float | str, 
     with pytest.raises(ValueError, match="may be steps or a share") as refusal:
         Duration.parse(written)
     assert str(refusal.value).endswith(fix)
+
+
+@pytest.mark.parametrize("written", [1_500_000_000, "1500M", "1.5B", "1.5e9", 1.5e9, "1_500_000k", "1.5B tokens", "0.0015T"])
+def test_a_count_is_read(written: str | int | float) -> None:
+    assert parse_count(written, Unit.TOKENS) == 1_500_000_000
+
+
+def test_a_count_is_exact() -> None:
+    assert parse_count("1.001T", Unit.STEPS) == 1_001_000_000_000
+    assert parse_count("9007199254740993", Unit.STEPS) == 2**53 + 1
+
+
+@pytest.mark.parametrize("written", ["8 samples", "10%", "1.5", "1.0001k", "-3", "many", "inf", "1.5BB", ""])
+def test_what_is_no_count_is_refused(written: str) -> None:
+    with pytest.raises(ValueError, match="is no number of tokens"):
+        parse_count(written, Unit.TOKENS)

@@ -76,6 +76,12 @@ def test_five_wrong_things_are_named_at_once(composer: Composer) -> None:
     assert all("; " in said for said in found.values()), "each has a fix"
 
 
+def test_a_length_that_can_not_be_read_is_one_problem(composer: Composer) -> None:
+    composition = composer.compose(["recipe=quickstart", "trainer.steps=null", "trainer.tokens=many"])
+    found = run_problems(typed_config(composition.config)[0], 1, composition.problems)
+    assert [problem.key for problem in found] == ["trainer.tokens"]
+
+
 def test_a_misspelt_key_hides_nothing_of_its_group(composer: Composer) -> None:
     composition = composer.compose(["recipe=quickstart", "parallel.zeroo=1", "parallel.tp=3"])
     found = run_problems(typed_config(composition.config)[0], 2, composition.problems)

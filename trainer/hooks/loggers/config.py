@@ -16,7 +16,7 @@ class LoggingConfig:
 
     SIDE: ClassVar[Side] = Side.HABIT
 
-    every: int = key(1, "steps between rows of metrics (evaluations always write theirs)")
+    every: int = key(1, "steps between rows of metrics (the first and last step, and evaluations, always have theirs)")
     progress: bool = key(True, "show the progress line on rank 0: in place on a terminal, plain lines elsewhere")
     wandb: bool = key(False, "send metrics to Weights & Biases; WANDB_MODE=offline works without a network")
     project: str | None = key(None, "wandb project; null: that of WANDB_PROJECT, or else meshloom")

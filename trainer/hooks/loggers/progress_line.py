@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from ....config.words import counted
 from ...loop import Loop
 from ..base import Hook
 
@@ -79,7 +80,7 @@ class ProgressLine(Hook):
         """Print the final state and the run's folder."""
         self._stop()
         final = "" if self._eval_loss is None else f", validation loss {self._eval_loss:.4f}"
-        self._print(f"done: {loop.progress.step} steps{final}. Metrics, checkpoints and config are in {output_dir}")
+        self._print(f"done: {counted(loop.progress.step, 'step')}{final}. Metrics, checkpoints and config are in {output_dir}")
 
     def close(self) -> None:
         """Stop the bar, which restores the terminal."""

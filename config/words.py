@@ -1,0 +1,9 @@
+"""Words of messages."""
+
+from __future__ import annotations
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun in singular or plural: '1 run', '2,000 runs', '2 processes'."""
+    plural = noun if number == 1 else f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
+    return f"{number:,} {plural}"
