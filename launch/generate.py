@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -124,11 +125,13 @@ def continue_prompt(arguments: GenerateArguments) -> str:
 
 def _refuse_unnamed_model(config: Mapping[str, Any], model: str | None) -> None:
     """Raise ConfigError if the checkpoint's model is of a class that is neither Meshloom's nor named by the arguments."""
-    from ..trainer.saved_classes import unnamed_nodes
+    from ..trainer.saved_classes import may_be_a_users, unnamed_nodes
 
     for path, node in unnamed_nodes({"model": config["model"]}, {"model": {"_target_": model}}):
         found = f"the checkpoint names the class {node['_target_']!r}, which today's command line and recipe don't"
-        fix = f"if it is yours, type model={node['_target_']}" if path == ("model",) else "don't trust it"
+        typed = shlex.quote(f"model={node['_target_']}")
+        own = path == ("model",) and may_be_a_users(node["_target_"])
+        fix = f"if it is yours, type {typed}" if own else "don't trust it"
         raise ConfigError([Problem("model", found, fix)])
 
 

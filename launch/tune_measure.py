@@ -25,6 +25,8 @@ from rich.text import Text
 
 from ..config.compose import quoted
 from ..config.problems import ConfigError, Problem
+from ..config.words import counted
+from ..models.costs import flops_per_token
 from ..planner.tables import gib, right
 from ..trainer.launching import gpu_count, run_processes
 from ..trainer.schema import RunConfig, make_composer
@@ -37,6 +39,8 @@ WARM_UP = 3
 TIMED = 5
 MICRO_BATCHES = 4
 """A larger batch is cut short to so many of the largest micro-batches per rank; its steps would only repeat them."""
+CPU_FLOPS = 3.6e14
+"""Work that takes a CPU an hour, at 100 GFLOP/s."""
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 60.0
 END_SECONDS = 10.0
@@ -77,9 +81,22 @@ def check(config: RunConfig) -> None:
     count = run_processes(config.launch)
     if 0 < gpus < count:
         fix = f"start at most {gpus}, or leave --measure out"
-        problems.append(Problem("launch.nproc", f"{count} processes for {gpus} GPU{'s' * (gpus > 1)}", fix))
+        problems.append(Problem("launch.nproc", f"{counted(count, 'process')} for {counted(gpus, 'GPU')}", fix))
     if problems:
         raise ConfigError(problems)
+
+
+def refuse_on_cpu(tuned: Tuned, candidates: Sequence[Candidate]) -> None:
+    """Raises ConfigError where there is no GPU and the steps of a candidate would take a CPU more than an hour."""
+    plan = candidates[0].plan
+    tokens = (trial_samples(tuned.config, candidates) or plan.samples) * tuned.config.data.seq_len
+    work = flops_per_token(plan.model.shape, tuned.config.data.seq_len) * tokens * (WARM_UP + TIMED)
+    if gpu_count() == 0 and work > CPU_FLOPS:
+        hours = work / CPU_FLOPS
+        message = (
+            f"there is no GPU here, and {WARM_UP + TIMED} steps of one candidate would take a CPU about {hours:,.0f} hours"
+        )
+        raise ConfigError([Problem("--measure", message, "leave it out, or run it on the machine that trains")])
 
 
 def measure(

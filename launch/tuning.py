@@ -19,7 +19,7 @@ from ..planner.host import available_memory
 from ..planner.tables import GIB, gib, right
 from .plan import WIDTH
 from .tune_cluster import layouts_table, tuned_on
-from .tune_measure import check, measure
+from .tune_measure import check, measure, refuse_on_cpu
 from .tune_search import Tuned, tune
 
 SHOWN = 10
@@ -48,6 +48,7 @@ def tune_and_show(
             tuned, memory = tuned_on(overrides, cluster, config_dir), cluster.memory * GIB
     if trials:
         check(tuned.config)
+        refuse_on_cpu(tuned, tuned.fitting[:trials])
     console.print()
     usable = f"{tuned.limit / GIB:.1f} of {memory / GIB:.1f} GiB"
     layout = tuned.fitting[0].plan.layout

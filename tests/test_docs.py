@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,7 +16,10 @@ from omegaconf import DictConfig
 from meshloom.config.compose import OPEN_NODES
 from meshloom.launch.cli import COMMANDS
 from meshloom.planner.cluster import is_cluster_word, load_cluster
+from meshloom.trainer.run import run
 from meshloom.trainer.schema import make_composer
+from support.configs import resolve_words
+from support.tiny_run import TINY
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -148,3 +153,27 @@ def test_make_targets_that_are_named_exist() -> None:
 def test_benchmarks_of_the_table_exist() -> None:
     table = re.findall(r"^\| `([\w.]+)` \|", (ROOT / "benchmarks" / "README.md").read_text(), re.M)
     assert table and [name for name in table if not (ROOT / "benchmarks" / name).exists()] == []
+
+
+def write_examples(document: Path, folder: Path) -> None:
+    """Write the files that a document shows in full: blocks that begin with a comment of their path."""
+    lines = [*document.read_text().splitlines(), "end"]
+    for first, line in enumerate(lines):
+        if found := re.fullmatch(r"    # (mine/\S+)", line):
+            rest = lines[first + 1 :]
+            other = re.compile(r"\S| {1,3}\S|    # mine/|    (\S+=\S+ )?meshloom ")  # text, another file, a command
+            ends = next(at for at, one in enumerate(rest) if other.match(one))
+            (folder / found[1]).parent.mkdir(parents=True, exist_ok=True)
+            (folder / found[1]).write_text(textwrap.dedent("\n".join(rest[:ends])))
+
+
+def test_what_contributing_shows_trains_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_examples(ROOT / "CONTRIBUTING.md", tmp_path)
+    mine = str(tmp_path / "mine")
+    monkeypatch.syspath_prepend(mine)
+    assert not resolve_words(["recipe=quickstart", "data=synthetic"], ["model=llama_wide"], config_dir=mine).problems
+    words = ["optim=lion", "optim.lr=3e-4", f"output_dir={tmp_path}/run", "resume=auto"]
+    for steps in (2, 3):
+        assert run(resolve_words(TINY, [*words, f"trainer.steps={steps}"], config_dir=mine)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]

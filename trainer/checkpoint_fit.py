@@ -59,6 +59,12 @@ def checkpoint_problems(manifest: Manifest, config: RunConfig) -> list[Problem]:
             known["vocabulary"] = vocabulary
         loose = not is_import(state) or not config.checkpoint.strict
         found += _model_problems(known, shapes, config.model, changeable=loose)
+    if found and not is_import(state) and saved.get("recipe") not in (None, config.recipe):
+        # One cause, and one fix: a typed recipe replaces the run's whole config.
+        first, more = found[0], len(found) - 1
+        said = f"{first.key} {first.message}" + (f"; {more} more differ" if more else "")
+        fix = f"leave recipe=… out, and the run goes on with its own, {saved['recipe']}; or choose the checkpoint's model"
+        found = [Problem("recipe", f"{config.recipe} has another model: {said}", fix)]
     compared = "optim" not in config.unusable and config.checkpoint.strict
     if compared and (change := optimizer_change(state, config)) is not None:
         fix = "leave the choice out, or begin the optimizer's state anew with checkpoint.strict=false"

@@ -256,11 +256,7 @@ class Loop:
                 self._last_statistics = step.moments.statistics(numbers)
                 numbers = {name: number for name, number in numbers.items() if name not in step.moments.scalars}
             if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
-                raise TrainingDiverged(
-                    f"step {progress.step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}. "
-                    "Resume from the last checkpoint with a lower optim.lr, a longer schedule.warmup or a smaller "
-                    "trainer.max_grad_norm"
-                )
+                raise TrainingDiverged(f"step {progress.step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}")
             if numbers.pop("faults") > 0:
                 raise self._fault or PeerFailed(config_error=False)
             row: dict[str, Any] = {

@@ -116,7 +116,7 @@ def resolve_composed(
         except ConfigError as error:
             refused = error.problems
     stages, unread = read_stages(OmegaConf.to_container(resumed.config.stages, resolve=True))
-    checking = Checking(options, manifest, [*composition.problems, *refused, *unread])
+    checking = Checking(options, manifest, [*composition.problems, *refused, *unread], compares=not refused)
     if stages:
         found = _resolve_stages(composer, words, overrides, resumed, stages, checkpoint, checking)
     else:
@@ -163,11 +163,13 @@ class Checking:
 
     manifest  of the checkpoint that it resumes from
     known     problems found so far
+    compares  whether the config is that of the resumed run, which then must fit the checkpoint
     """
 
     options: ResolveOptions
     manifest: Manifest | None
     known: list[Problem]
+    compares: bool = True
 
     @property
     def progress(self) -> Progress:
@@ -184,7 +186,7 @@ class Checking:
         """Return the run of a config, with its problems."""
         config, untyped = typed_config(resumed.config)
         self.known += untyped
-        if self.manifest is not None:
+        if self.manifest is not None and self.compares:
             self.known += checkpoint_problems(self.manifest, config)
         run = self._checked(config, resumed, checkpoint, place, self.progress, self.known, self.options.before_building)
         self.known = list(run.problems)

@@ -27,6 +27,9 @@ CONSEQUENCES = {
     "model": "the weights were trained with the earlier value",
 }
 """Key or group → what a person should know who changes it on a resume. Such a change is a warning."""
+HARMLESS = frozenset({"data.tokenizer", "data.markup", "model.init_std"})
+"""Keys of these groups without such a consequence: a tokenizer is compared by its fingerprint, markup changes no document, and
+the initial weights have been drawn."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,7 @@ def _watched(saved: Mapping[str, Any], merged: dict[str, Any], sides: Mapping[st
 
 
 def _consequence(key: str) -> str | None:
-    if key in ("data.tokenizer", "data.markup"):  # one is compared by its fingerprint; the other changes no document
+    if key in HARMLESS:
         return None
     return CONSEQUENCES.get(key.partition(".")[0])
 

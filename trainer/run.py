@@ -40,7 +40,7 @@ from .sides import annotated_yaml
 from .signals import StopRequest
 from .stages.border import begin_stage, refuse_other_tokens, release_memory
 from .stages.written import stage_table
-from .start_summary import start_summary
+from .start_summary import batch_jump, start_summary
 from .typed import plain_config
 
 log = logging.getLogger(__name__)
@@ -187,6 +187,7 @@ def _run_locked(resolved: ResolvedRun, data: DataNode, sets: Sequence[Validation
             _say_data(data)
             _warn_of_repetition(current)
             _warn_of_blanks(current)
+            _warn_of_a_jump(current)
         nothing_left = current.loop.finished
         if nothing_left and mesh.is_main:
             at = current.loop.progress.step
@@ -216,15 +217,26 @@ def _run_loop(current: Run, stop: StopRequest, accept: Callable[[], None]) -> bo
     """Train, and wait for the last save. Return whether the run reached its end. accept: see `Loop.run`."""
     try:
         reached = current.loop.run(stop, accept)
-    except TrainingDiverged:  # on all ranks at the same step: they can still complete a save
+    except TrainingDiverged as error:  # on all ranks at the same step: they can still complete a save
+        saved = 0
         if current.saving is not None:
             current.saving.wait(current.loop)
+            saved = current.saving.saved_step
         current.loop.engine.finish()
-        raise
+        raise TrainingDiverged(f"{error}. {_way_on(saved)}") from error
     if current.saving is not None:
         current.saving.finish(current.loop)
     current.loop.engine.finish()
     return reached
+
+
+def _way_on(saved: int) -> str:
+    """Word what to do after a run diverged. saved: the step of its newest checkpoint; 0: there is none."""
+    place = f"Resume from step {saved}, the newest that is saved," if saved else "Nothing was saved before it, so begin anew"
+    return (
+        f"{place} with a lower optim.lr, a longer schedule.warmup or a smaller trainer.max_grad_norm, if the loss had been "
+        "rising; if it had not, look at this step's data, trainer.float8 and the machine"
+    )
 
 
 def _take_over(config: RunConfig, current: Run, origin: Origin | None) -> None:
@@ -264,6 +276,11 @@ def _warn_of_repetition(run: Run) -> None:
     samples, batch = run.data.train(), run.loop.controller.samples
     if isinstance(samples, Shuffled) and samples.epoch_size < batch:
         log.warning("the data has %d samples, fewer than a batch of %d: every step repeats some", samples.epoch_size, batch)
+
+
+def _warn_of_a_jump(run: Run) -> None:
+    if (jump := batch_jump(run)) is not None:
+        log.warning("batch: %s", jump)
 
 
 def _warn_of_blanks(run: Run) -> None:

@@ -8,6 +8,8 @@ unless today's words give it just so.
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -18,6 +20,9 @@ from .schema import OPTIONS
 
 Path = tuple[str | int, ...]
 HOOKS = ("trainer", "hooks")
+OWN_PACKAGES = ("meshloom", "hydra", "omegaconf")
+REACHES_ALL = frozenset({"os", "sys", "subprocess", "shutil", "builtins", "importlib", "runpy", "pickle", "ctypes"})
+"""Modules of Python's that other modules have among their attributes, as in `torch.os.system`."""
 
 
 def refuse_unnamed_classes(saved: Mapping[str, Any], today: Mapping[str, Any]) -> None:
@@ -90,11 +95,38 @@ def _written(value: Any) -> str:
 
 
 def _problem(path: Path, node: dict[str, Any], saved: Mapping[str, Any]) -> Problem:
+    """Return the problem of a class that nobody named today.
+
+    What to type is told only where Meshloom builds a user's class, and of none that is no user's own.
+    """
     key = ".".join(map(str, path))
     message = f"the checkpoint names the class {node['_target_']!r}, which today's command line and recipe don't"
+    if not all(map(may_be_a_users, _targets(node))):
+        return Problem(key, message, "that is no class for a run: don't trust this checkpoint")
     if path[:2] == HOOKS:
-        return Problem(key, message, f"if it is yours, type 'trainer.hooks={_written(_at(saved, HOOKS))}', or else =[]")
+        hooks = _at(saved, HOOKS)
+        if not all(map(may_be_a_users, _targets(hooks))):
+            return Problem(key, message, "type trainer.hooks=[] to go on without hooks")
+        return Problem(key, message, f"if it is yours, type {_typed('trainer.hooks', hooks)}, or else =[]")
     if _group(path) is not None:
-        fix = f"if it is yours, type {key}._target_={node['_target_']}, or choose an option as {path[0]}=…"
+        fix = f"if it is yours, type {_typed(f'{key}._target_', node['_target_'])}, or choose an option as {path[0]}=…"
         return Problem(key, message, fix)
-    return Problem(key, message, f"if you trust it, type '{key}={_written(node)}'")
+    return Problem(key, message, "if it is yours, name it there in a recipe file of today (--config-dir)")
+
+
+def _typed(key: str, value: Any) -> str:
+    """Return a word of the command line, quoted for a shell."""
+    return shlex.quote(f"{key}={_written(value)}")
+
+
+def _targets(tree: Any) -> Iterator[Any]:
+    """Yield what every `_target_` in a tree names."""
+    return (node["_target_"] for _, node in _nodes(tree))
+
+
+def may_be_a_users(target: Any) -> bool:
+    """Return whether a name may be that of a user's own class: of a package that is not Python's, Hydra's or Meshloom's."""
+    if not isinstance(target, str):
+        return False
+    package, *inner = target.split(".")
+    return package not in {*sys.stdlib_module_names, *OWN_PACKAGES} and REACHES_ALL.isdisjoint(inner)

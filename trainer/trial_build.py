@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -44,10 +45,26 @@ def build_problems(config: RunConfig, start: Start) -> list[Problem]:
 
 
 def _optimizer_problems(config: RunConfig) -> list[Problem]:
-    """Build the optimizer over one small parameter, to see whether it takes its keys."""
-    parameter = NamedParameter("probe.weight", torch.nn.Parameter(torch.zeros(2, 2)), (2, 2))
-    optimizer_factory(config.optim)([parameter], Unsharded())
-    return []
+    """Build the optimizer over two small parameters, to see whether it takes its keys, and has the groups that engines need."""
+    matrix = NamedParameter("probe.weight", torch.nn.Parameter(torch.zeros(2, 2)), (2, 2))
+    vector = NamedParameter("probe.bias", torch.nn.Parameter(torch.zeros(2)), (2,), decay=False)
+    optimizer = optimizer_factory(config.optim)([matrix, vector], Unsharded())
+    return [*optimizer_group_problems(optimizer, [matrix, vector])]
+
+
+def optimizer_group_problems(optimizer: object, parameters: Sequence[NamedParameter]) -> Iterator[Problem]:
+    """Yield what keeps an engine from driving an optimizer: see `optim/optimizers/parameters.py`."""
+    name = type(optimizer).__name__
+    fix = "give torch.optim.Optimizer the groups of decay_groups(parameters, weight_decay) (optim/optimizers/parameters.py)"
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        yield Problem("optim", f"{name} is no torch.optim.Optimizer", "derive it from torch.optim.Optimizer")
+        return
+    groups = optimizer.param_groups
+    if any("lr_scale" not in group for group in groups):
+        yield Problem("optim", f"{name} has a parameter group without 'lr_scale', by which engines set its rate", fix)
+    held = {id(tensor) for group in groups for tensor in group["params"]}
+    if left := [parameter.name for parameter in parameters if id(parameter.tensor) not in held]:
+        yield Problem("optim", f"{name} has {', '.join(left)} in no parameter group, and would not train it", fix)
 
 
 def _model_problems(config: RunConfig, world_size: int) -> list[Problem]:

@@ -191,6 +191,7 @@ def test_every_refusal_has_a_way_out(capsys: pytest.CaptureFixture[str], monkeyp
     text = refused(*LLAMA, "launch.nproc=2", "parallel.tp=3", "parallel.zeroo=1", "--memory=80")
     assert "did you mean parallel.zero?" in text and "does not divide 2 processes" in text
     assert "batch.samples" in refused(*SMALL, "batch.samples=???", "--memory=80")
+    assert "one candidate would take a CPU about" in refused(*LLAMA, "--memory=80", "--measure=1", "launch.nproc=1")
     text = refused(*SMALL, "launch.nproc=8", "launch.nodes=2", "--memory=80", "--measure=1", "batch.samples=16")
     assert "not on launch.nodes=2" in text
 

@@ -69,6 +69,12 @@ def test_every_key_is_named_at_once() -> None:
     assert keys(own(), "model.dim=32", "model.layers=5", "optim=lamb") == ["model.dim", "model.layers", "optim"]
 
 
+def test_a_typed_recipe_of_another_model_is_one_problem() -> None:
+    (problem,) = checkpoint_problems(own(), config_of("recipe=llama_1b"))
+    assert problem.key == "recipe" and "model.dim is 2048, and the checkpoint's model has 16; 6 more differ" in problem.message
+    assert "leave recipe=… out, and the run goes on with its own, quickstart" in problem.fix
+
+
 def test_a_run_may_change_what_its_weights_compute() -> None:
     assert keys(own(), "model.rope_theta=1e4", "model.norm_eps=1e-6", "model.init_std=1") == []
 

@@ -221,6 +221,11 @@ def test_a_change_that_may_be_a_mistake_is_a_warning(composer: Composer, word: s
     assert resume_recorded(composer, record(composer, word), word, "resume=auto").warnings == []
 
 
+def test_initial_weights_may_be_drawn_otherwise_without_a_warning(composer: Composer) -> None:
+    found = resume_recorded(composer, record(composer), "model.init_std=0.01", "resume=auto")
+    assert found.warnings == [] and "changed recipe: model.init_std=0.01 (was 0.02)" in found.notices
+
+
 def test_caches_are_never_the_checkpoints(composer: Composer) -> None:
     saved = record(composer, "data=text", "data.input=/mine/a.txt", "data.cache_dir=/mine/cache")
     found = resume_recorded(composer, saved, "resume=auto")

@@ -431,6 +431,23 @@ def test_the_length_told_counts_past_steps_as_they_were(tmp_path: Path) -> None:
     assert "256 tokens a step (16 samples of 16), 768 in all" in messages
 
 
+def test_the_length_told_is_the_one_that_is_trained(tmp_path: Path) -> None:
+    words = [f"output_dir={tmp_path}", "trainer.steps=null", "trainer.tokens=300", "trainer.eval_every=0"]
+    (messages,) = run_ranks(1, told, words)
+    assert "128 tokens a step (8 samples of 16), 384 in all (trainer.tokens=300, in whole steps)" in messages
+    assert rows(tmp_path, "tokens")[3] == 384 and max(rows(tmp_path, "loss")) == 3
+
+
+def test_a_batch_that_jumps_on_a_resume_is_a_warning(tmp_path: Path) -> None:
+    words = [f"output_dir={tmp_path}", "trainer.eval_every=0", "resume=auto"]
+    run_ranks(1, warned, [*words, "trainer.steps=2"])
+    ramp = ["batch=ramp", "batch.max=64", "batch.over=10%", "batch.micro=2"]
+    (messages,) = run_ranks(1, warned, [*words, "trainer.steps=3", *ramp])
+    assert any("the batch has 64 samples from step 3 on, and had 8 before" in message for message in messages)
+    (messages,) = run_ranks(1, warned, [*words, "trainer.steps=4"])
+    assert not any("the batch has" in message for message in messages)
+
+
 def test_that_nothing_is_kept_for_validation_is_said(tmp_path: Path) -> None:
     text = on_text(tmp_path, "the cat in the hat", "data.validation=0")
     (messages,) = run_ranks(1, warned, [*text, "trainer.eval_every=1"])
@@ -457,6 +474,22 @@ def test_loss_that_is_not_a_number_ends_the_run_unsaved(tmp_path: Path, mode: st
     assert results == [(1, False), (1, False)]
     found = find_latest(tmp_path / "checkpoints")
     assert found is not None and Path(found).name == "step-00000002"
+
+
+def fails(rank: int, world_size: int, overrides: list[str]) -> str:
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("meshloom.trainer").addHandler(handler)
+    assert body(rank, world_size, overrides) == 1
+    return messages[-1]
+
+
+@pytest.mark.parametrize(("step", "said"), [(2, "Nothing was saved before it"), (4, "Resume from step 2, the newest")])
+def test_a_diverged_run_says_where_it_can_go_on(tmp_path: Path, step: int, said: str) -> None:
+    words = [f"output_dir={tmp_path}", "trainer.steps=9", "checkpoint.every=2"]
+    (message,) = run_ranks(1, fails, [*words, f"trainer.hooks=[{{_target_:support.run_hooks.Poison,step:{step}}}]"])
+    assert message.startswith(f"step {step}: loss nan") and said in message
 
 
 def test_a_save_under_way_is_finished_before_a_diverged_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,30 @@ def test_a_class_that_todays_words_name_is_taken(trained: Path, tmp_path: Path) 
     assert problem.key == "trainer.hooks.0" and f"'{typed}'" in str(problem)
     assert not resolved(step, typed).problems
     assert not resolved(step, "trainer.hooks=[]").problems
+
+
+@pytest.mark.parametrize("target", ["os.system", "meshloom.launch.torchrun.subprocess.run", "torch.os.system"])
+@pytest.mark.parametrize("place", [("extra",), ("optim", "nested"), ("trainer", "hooks"), ("optim",)])
+def test_what_is_no_class_for_a_run_is_never_offered(trained: Path, tmp_path: Path, place: Any, target: str) -> None:
+    node = {"_target_": target, "command": "it's"}
+
+    def put(config: Any) -> None:
+        *above, last = place
+        for key in above:
+            config = config[key]
+        config[last] = [node] if last == "hooks" else {**config.get(last, {}), **node}
+
+    (problem,) = resolved(forge(trained, tmp_path, put)).problems
+    assert target in problem.message and target not in problem.fix and "don't trust" in problem.fix
+
+
+def test_what_is_offered_can_be_typed(trained: Path, tmp_path: Path) -> None:
+    """In a shell, where a value has both kinds of quotation marks."""
+    hook = {"_target_": "support.run_hooks.Signal", "step": 9, "rank": 0, "name": "SIG'\"TERM"}
+    step = forge(trained, tmp_path, lambda config: config["trainer"].update(hooks=[hook]))
+    (problem,) = resolved(step).problems
+    word = shlex.split(problem.fix.partition("type ")[2])[0].removesuffix(",")
+    assert resolved(step, word).config.trainer.hooks == [hook]
 
 
 def test_a_model_of_ones_own_generates_when_it_is_named(

@@ -61,6 +61,11 @@ class Saving(Hook):
         """Keep in further checkpoints the states of hooks that this segment of the run lacks, such as the id of a wandb run."""
         self._absent = dict(states)
 
+    @property
+    def saved_step(self) -> int:
+        """The newest step that this run has saved or resumed from; 0: there is none."""
+        return max(0, self._saved_step)
+
     def begin_run(self, run: RunIdentity, after: int, step: int | None) -> None:
         """Set the run that the checkpoints belong to: see `Checkpointer.begin_run`."""
         self._checkpointer.begin_run(run, after, step)

@@ -27,6 +27,20 @@ def test_recommendations_for_llama_1b() -> None:
     assert recommend(HparamsArguments(model="llama_8b", tokens="1T")).rows[0].extrapolated == "N = 6.98 B, D = 1 T"
 
 
+def test_active_parameters_of_a_mixture_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 8 experts a token chooses 2, in every layer: 6 of 8 feed-forwards less than in all."""
+    found = recommend(HparamsArguments(recipe="moe_tiny", tokens="1B"))
+    model = config_of("recipe=moe_tiny").model.decoder()
+    assert model is not None
+    experts = model.experts
+    idle = (experts.count - experts.top_k) * 3 * model.dim * (experts.ffn_dim or model.ffn_dim) * len(model.mixture_layers())
+    assert found.parameters - found.active == idle > 0
+    assert main(["recipe=moe_tiny", "tokens=1B"]) == 0
+    assert " of them active), " in capsys.readouterr().out
+    dense = recommend(HparamsArguments(recipe="llama_1b", tokens="1B"))
+    assert dense.parameters == dense.active
+
+
 @pytest.mark.parametrize("name", ["step_overrides", "power_overrides"])
 @pytest.mark.parametrize(
     "asked", [HparamsArguments(recipe="llama_8b", tokens="200B"), HparamsArguments(model="llama_tiny", tokens="2B")]

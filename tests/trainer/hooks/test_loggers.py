@@ -36,6 +36,7 @@ def loop_at(step: int, folder: Path, total: int = 10) -> Any:
         mesh=SimpleNamespace(layout=Layout()),
         output_dir=folder,
         finished=step >= total,
+        stopping=False,
     )
 
 
@@ -64,6 +65,23 @@ def test_metrics_file_drops_what_a_resumed_run_does_again(tmp_path: Path) -> Non
     write(path, 4, 6)
     assert steps_in(path) == [1, 2, 3, 4, 5, 6, 6]
     assert json.loads(path.read_text().splitlines()[-1])["eval_loss"] == 2.0
+
+
+def test_the_last_step_has_a_row_and_every_row_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the run's end, and where it is asked to stop. A step's row comes when the loop may be a step ahead."""
+    monkeypatch.setattr("time.time", lambda: 1234.56789)
+    hook = MetricsFile(tmp_path / "metrics.jsonl", every=4)
+    hook.on_run_accepted(loop_at(0, tmp_path))
+    for step in (5, 6):
+        hook.on_metrics(loop_at(step + 1, tmp_path), row(step))
+    stopped = loop_at(6, tmp_path)
+    stopped.stopping = True
+    hook.on_metrics(stopped, row(6))
+    hook.on_metrics(loop_at(10, tmp_path), row(9))
+    hook.on_metrics(loop_at(10, tmp_path), row(10))
+    hook.close()
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(one["step"], one["time"]) for one in found] == [(6, 1234.568), (10, 1234.568)]
 
 
 def test_a_run_from_the_beginning_starts_the_file_anew(tmp_path: Path) -> None:

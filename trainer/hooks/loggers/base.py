@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 class RowLogger(Hook):
     """Writes a row for every evaluation, every save, and every step that is due.
 
-    every  `logging.every`: steps between rows; the first step always has one
+    every  `logging.every`: steps between rows; the first and the last step of a run always have one
     """
 
     alone = True
@@ -30,7 +30,8 @@ class RowLogger(Hook):
 
     def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
         """Write a step's row, if it is due."""
-        if row["step"] % self._every == 0 or row["step"] == 1:
+        last = (loop.finished or loop.stopping) and row["step"] == loop.progress.step
+        if row["step"] % self._every == 0 or row["step"] == 1 or last:
             self.write(row)
 
     def on_evaluate(self, loop: Loop, row: dict[str, Any]) -> None:

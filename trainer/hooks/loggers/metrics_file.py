@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 
 class MetricsFile(RowLogger):
     """Appends each row at once, whole or not at all. A resumed run first drops rows after the step it resumes from.
+
+    `time` of a row is when it was written, in seconds since 1970 (UTC).
 
     Rows that can't be written (a full disk, a quota, an unreachable file server) are kept, and tried again with the next one.
     Meanwhile the run continues, and its checkpoints carry these rows to a resumed run.
@@ -48,8 +51,8 @@ class MetricsFile(RowLogger):
         self._flush()
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append the row, after those that still wait."""
-        self._waiting.append(json.dumps(row) + "\n")
+        """Append the row, with the time of now, after those that still wait."""
+        self._waiting.append(json.dumps({**row, "time": round(time.time(), 3)}) + "\n")
         self._flush()
 
     def on_run_end(self, loop: Loop, output_dir: Path) -> None:
