@@ -9,7 +9,7 @@ ARGS ?=
 
 help:
 	@echo "make train   train the quickstart recipe (ARGS='trainer.steps=400' for overrides)"
-	@echo "make test    run the test suite (ARGS='-k layout' for pytest's options)"
+	@echo "make test    run the test suite, a process for each core (ARGS='-k layout' for pytest's options)"
 	@echo "make lint    ruff, pyright and the import contract"
 	@echo "make clean   remove .venv and what tools left behind; outputs/ stays"
 
@@ -17,7 +17,7 @@ train: .venv/core
 	$(BIN)/meshloom train recipe=quickstart $(ARGS)
 
 test: .venv/dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

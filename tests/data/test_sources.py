@@ -253,6 +253,7 @@ def test_compressed_files_are_told_by_their_content(tmp_path: Path, ending: str,
         (gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar\x0000"), "is a tar archive; unpack"),
         ("über".encode("utf-16"), "is text in UTF-16; convert it to UTF-8"),
     ],
+    ids=["parquet", "zip", "tar", "utf-16"],
 )
 @pytest.mark.parametrize("kind", [TextFiles, JsonLines])
 def test_other_formats_are_named_before_the_run(tmp_path: Path, kind: type[FileSource], content: bytes, said: str):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -277,9 +279,11 @@ def test_one_process_from_the_command_line(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stop_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, request: pytest.FixtureRequest) -> None:
+    brief = Path(tempfile.mkdtemp())  # a socket's path has at most 107 characters, and `tmp_path` takes most of them
+    request.addfinalizer(lambda: shutil.rmtree(brief))
     command = [sys.executable, "-m", "meshloom.launch.cli", "tune", *TINY, "launch.nproc=2", "--memory=4", "--measure=3"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "TMPDIR": str(brief), "CUDA_VISIBLE_DEVICES": ""}
     child = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     started: list[psutil.Process] = []
     while len(started) < 4 and child.poll() is None:  # the run, the agent, and its two processes
@@ -289,7 +293,7 @@ def test_a_stop_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) ->
     _, err = child.communicate(timeout=120)
     assert child.returncode == 130 and b"stopped, with what it had started" in err
     assert not psutil.wait_procs(started, timeout=10)[1]
-    assert not list(tmp_path.glob("meshloom-tune-*"))
+    assert not list(brief.glob("meshloom-tune-*"))
 
 
 def test_gpus_are_asked_what_they_have_and_can(monkeypatch: pytest.MonkeyPatch) -> None:
