@@ -59,10 +59,10 @@ LAYOUTS = {
 WORK = Work(samples=8, micro=1)
 
 
-def build(kind: str, parallel: ParallelConfig, world_size: int) -> Engine:
+def build(kind: str, parallel: ParallelConfig, world_size: int, work: Work = WORK) -> Engine:
     mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
     with torch.device("meta"):
-        model = decoder(**WORK.llama())
+        model = decoder(**work.llama())
     make = functools.partial(build_optimizer, CONFIGS[kind])
     return make_engine(model, mesh, make, parallel, settings_of(model, parallel, seed=7))
 
@@ -284,3 +284,18 @@ def test_rates_of_embeddings_may_differ(kind: str) -> None:
     torch.testing.assert_close(
         (before - held[0]).abs(), torch.full((6, 4), float(config.lr) / 4).double(), rtol=1e-4, atol=1e-9
     )
+
+
+EXPERTS = {"experts": {"count": 4, "top_k": 2, "ffn_dim": 20}}
+
+
+def mixture_losses(rank: int, world_size: int, parallel: ParallelConfig) -> list[list[float]]:
+    work = replace(WORK, model=tuple(EXPERTS.items()), parallel=parallel)
+    return [take_steps(build(kind, parallel, world_size, work), work, range(3)).losses for kind in ("muon", "soap")]
+
+
+def test_experts_are_updated_where_they_are() -> None:
+    (expected,) = run_ranks(1, mixture_losses, ParallelConfig(zero=0))
+    for found in run_ranks(4, mixture_losses, ParallelConfig(zero=1, ep=2)):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-9)
