@@ -13,8 +13,8 @@ rank computes alike. No rank may infer it from its own micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import count as naturals
 from typing import Protocol
 
@@ -56,6 +56,7 @@ class Share:
     first_half     how many of this rank's micro-batches come from the first half of the global batch; None: not known
     checksum       of the plan that the share is taken from; the same on every rank, which must agree on it. None: no plan
     flops          of the model on the whole global batch, each document at its own length; None: not counted
+    numbers        of the plan, by name, for the loggers
     """
 
     micro_batches: Sequence[MicroBatch]
@@ -64,6 +65,7 @@ class Share:
     first_half: int | None = None
     checksum: int | None = None
     flops: float | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def valid_tokens(self) -> int:

@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="with cluster=…: print the prediction as JSON")
     told = "mean tokens of a document, where attention stays inside documents (default: a whole sample)"
     parser.add_argument("--documents", metavar="TOKENS", type=float, help=told)
+    parser.add_argument("--draw-step", metavar="FILE.svg", type=Path, help="draw the first step's documents on the data ranks")
     parser.add_argument("--config-dir", help="folder of further recipes")
     arguments = parser.parse_intermixed_args(list(argv))
     try:
@@ -124,7 +125,10 @@ def stage_lines(resolved: ResolvedRun) -> Iterator[str]:
 
 
 def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argparse.Namespace) -> int:
-    """Print the plan of a run, and draw its pipeline. Returns 0, or 1 if the drawing can't be written. Raises ConfigError."""
+    """Print the plan of a run, and draw its pipeline and its first step. Returns 0, or 1 if a drawing can't be written.
+
+    Raises ConfigError.
+    """
     from rich.console import Console
 
     from ..planner.drawing import pipeline_svg
@@ -144,6 +148,9 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
     if drawing is not None and plan.cost.timeline is None:
         fix = "set parallel.pp to 2 or more, or leave --draw-pipeline out"
         raise ConfigError([Problem("--draw-pipeline", "there is no pipeline with parallel.pp=1", fix)])
+    if arguments.draw_step is not None and plan.parallel.hdp == "none":
+        fix = "set parallel.hdp=greedy, or leave --draw-step out"
+        raise ConfigError([Problem("--draw-step", "with parallel.hdp=none whole samples are dealt, not documents", fix)])
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
@@ -166,13 +173,20 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
         problems = misfits(found, plan.needs)
     for problem in problems:
         console.print(f"! {problem}", style="yellow", highlight=False, markup=False)
+    drawings: list[tuple[Path, str]] = []
     if drawing is not None:
         assert plan.cost.timeline is not None
         title = f"{plan.parallel.schedule} on {plan.parallel.pp} ranks, {plan.job.micro_batches} micro-batches"
+        drawings.append((drawing, pipeline_svg(plan.cost.timeline, title)))
+    if arguments.draw_step is not None:
+        from .step_picture import step_picture
+
+        drawings.append((arguments.draw_step, step_picture(resolved.config, plan)))
+    for path, picture in drawings:
         try:
-            drawing.write_text(pipeline_svg(plan.cost.timeline, title), encoding="utf-8")
+            path.write_text(picture, encoding="utf-8")
         except OSError as error:
-            print(f"meshloom plan: {drawing}: {error.strerror}", file=sys.stderr)
+            print(f"meshloom plan: {path}: {error.strerror}", file=sys.stderr)
             return 1
-        console.print(f"drew {drawing}", highlight=False, markup=False)
+        console.print(f"drew {path}", highlight=False, markup=False)
     return 0

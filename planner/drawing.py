@@ -24,21 +24,24 @@ def pipeline_svg(timeline: Timeline, title: str) -> str:
         f"width='{LEFT + WIDTH + 24}' height='{height}'>",
         f"<title>{escape(title)}</title>",
         "<rect width='100%' height='100%' fill='white'/>",
-        _text(LEFT, 32, escape(title), size=19, weight=600),
-        _text(
+        drawn_text(LEFT, 32, escape(title), size=19, weight=600),
+        drawn_text(
             LEFT, 56, f"bubble {timeline.bubble:.1%} of the ranks' time; times in proportion to FLOPs", size=13, fill="#64748b"
         ),
     ]
     for rank, row in enumerate(timeline.spans):
         y = TOP + rank * (ROW + GAP)
-        parts.append(_text(LEFT - 12, y + ROW / 2 + 4.5, f"rank {rank}", anchor="end", size=13, fill="#334155"))
+        parts.append(drawn_text(LEFT - 12, y + ROW / 2 + 4.5, f"rank {rank}", anchor="end", size=13, fill="#334155"))
         parts.append(f"<rect x='{LEFT}' y='{y}' width='{WIDTH}' height='{ROW}' rx='3' fill='#eef1f5'/>")
         parts += [_box(span, y, scale, chunks.index(span.action.stage // ranks), len(chunks)) for span in row]
     parts += _legend(timeline, TOP + ranks * (ROW + GAP) + 30, len(chunks))
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _text(x: float, y: float, words: str, *, size: int, fill: str = "#0f172a", weight: int = 400, anchor: str = "start") -> str:
+def drawn_text(
+    x: float, y: float, words: str, *, size: int, fill: str = "#0f172a", weight: int = 400, anchor: str = "start"
+) -> str:
+    """Write a line of text; the words are XML."""
     style = f"font-size='{size}' font-weight='{weight}' fill='{fill}' text-anchor='{anchor}'"
     return f"<text x='{x:.2f}' y='{y:.2f}' {FONT} {style}>{words}</text>"
 
@@ -61,7 +64,7 @@ def _box(span: Span, y: float, scale: float, chunk: int, chunks: int) -> str:
     if width < 7 * len(label) + 4:
         return drawn
     ink = "#0f172a" if chunks == 1 or chunk < chunks / 2 else "white"
-    return drawn + _text(x + width / 2, y + ROW / 2 + 4, label, size=11, fill=ink, anchor="middle")
+    return drawn + drawn_text(x + width / 2, y + ROW / 2 + 4, label, size=11, fill=ink, anchor="middle")
 
 
 def _legend(timeline: Timeline, y: float, chunks: int) -> list[str]:
@@ -72,8 +75,8 @@ def _legend(timeline: Timeline, y: float, chunks: int) -> list[str]:
         for chunk in range(chunks):
             parts.append(f"<rect x='{x}' y='{y}' width='14' height='14' rx='2.5' fill='{_colour(kind, chunk, chunks)}'/>")
             x += 17
-        parts.append(_text(x + 4, y + 11.5, NAMES[kind], size=12, fill="#334155"))
+        parts.append(drawn_text(x + 4, y + 11.5, NAMES[kind], size=12, fill="#334155"))
         x += 30 + 6.6 * len(NAMES[kind])
     if chunks > 1:
-        parts.append(_text(x, y + 11.5, "darker: a rank's later stages", size=12, fill="#64748b"))
+        parts.append(drawn_text(x, y + 11.5, "darker: a rank's later stages", size=12, fill="#64748b"))
     return parts

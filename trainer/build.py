@@ -39,8 +39,8 @@ from ..optim.schedules.coupling import Coupling
 from ..parallel.division import divide_blocks
 from ..parallel.engine import EngineSettings, OptimizerFactory
 from ..parallel.engines import make_engine
-from ..parallel.hybrid.share import HybridAssigner, row_unit
-from ..parallel.layout import Layout, uses_fsdp
+from ..parallel.hybrid.share import HybridAssigner
+from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline.stages import legal_micro_batches
 from ..parallel.policies import ActivationSettings
@@ -124,17 +124,9 @@ def build_assigner(config: RunConfig, layout: Layout) -> Assigner:
 
 def build_dealer(config: RunConfig, layout: Layout, model: Model) -> Dealer:
     """Build what deals global batches to the data ranks: their samples, or under hybrid data parallelism their documents."""
-    parallel = config.parallel
-    if parallel.hdp == "none":
+    if config.parallel.hdp == "none":
         return build_assigner(config, layout)
-    capacity = parallel.hdp_tokens or config.batch.micro * config.data.seq_len
-    return HybridAssigner(
-        layout.data_size,
-        model.flops_per_token,
-        parallel.hdp_tokens,
-        unit=row_unit(capacity, layout.tp),
-        lockstep=uses_fsdp(parallel, layout),
-    )
+    return HybridAssigner.of(config.parallel, layout, config.batch.micro * config.data.seq_len, model.flops_per_token)
 
 
 def build_hook(node: Mapping[str, Any]) -> Hook:

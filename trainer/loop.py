@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class Pending:
     done     when its own were
     moments  the gradient statistics that it measured, if any; their values are among the numbers
     flops    of the model on the global batch
+    planned  numbers of the plan by which it was dealt
     """
 
     progress: Progress
@@ -65,6 +66,7 @@ class Pending:
     numbers: Deferred
     moments: Moments | None
     flops: float
+    planned: Mapping[str, float]
 
 
 @dataclass
@@ -140,7 +142,7 @@ class Loop:
         self._agree_on_plan(share, before)
         tokens, signals = self._sum_over_ranks(share.valid_tokens, stop_requested)
         if not share.valid_tokens and not tokens:  # only a rank without targets waits here to hear whether others have any
-            self._pass_over(before, count, signals)
+            self._pass_over(before, count, share, signals)
             return
 
         measure = self._measure(before)
@@ -160,7 +162,7 @@ class Loop:
         self.engine.zero_grad()
 
         self.progress = before.after(count, count * self.horizon.seq_len)
-        self._record(lr, done, numbers, moments, flops=share.flops)
+        self._record(lr, done, numbers, moments, share)
 
     def _measure(self, before: Progress) -> Measure:
         """Return the gradient statistics that the controller needs of the coming step."""
@@ -168,14 +170,14 @@ class Loop:
             return Measure.NOTHING
         return Measure.PROJECTIONS if self.controller.needs_projections else Measure.SQUARES
 
-    def _pass_over(self, before: Progress, count: int, signals: dict[str, torch.Tensor]) -> None:
+    def _pass_over(self, before: Progress, count: int, share: Share, signals: dict[str, torch.Tensor]) -> None:
         """Count a global batch without any target as a step. Its loss is 0, its gradient is none, and nothing is updated."""
         if self.mesh.is_main:
             log.warning("step %d: no position of the global batch has a target, so nothing is updated", before.step + 1)
         zero = torch.zeros((), device=self.mesh.device)
         self.progress = before.after(count, count * self.horizon.seq_len)
         numbers = Deferred({"loss": zero, "grad_norm": zero, **signals})
-        self._record(0.0, DeviceTimestamp(self.mesh.device), numbers, None, learned=False)
+        self._record(0.0, DeviceTimestamp(self.mesh.device), numbers, None, share, learned=False)
 
     def _agree_on_plan(self, share: Share, before: Progress) -> None:
         """Raise PlansDiffer, on all ranks and before their first message, where ranks have planned the step in other ways."""
@@ -214,20 +216,20 @@ class Loop:
         done: DeviceTimestamp,
         numbers: Deferred,
         moments: Moments | None,
+        share: Share,
         *,
         learned: bool = True,
-        flops: float | None = None,
     ) -> None:
         """Queue the step just done, and hand the numbers of the step before, which have arrived, to the hooks.
 
         The host waits for the newest numbers only after a run's first step, or if the controller needs them.
 
         learned: whether the step has a loss, for a controller to observe
-        flops: of the model on the global batch; None: those of samples that are one document each
         """
         tokens = self.progress.batch * self.horizon.seq_len
-        flops = self.flops_per_token * tokens if flops is None else flops
-        self._pending.append(Pending(self.progress, lr, tokens, self._began, done, numbers, moments, flops))
+        # By convention a sample counts as one document where nobody has counted its own.
+        flops = self.flops_per_token * tokens if share.flops is None else share.flops
+        self._pending.append(Pending(self.progress, lr, tokens, self._began, done, numbers, moments, flops, share.numbers))
         self._began = done
         must_know = learned and (self.controller.needs_loss or moments is not None)
         self.deliver_metrics(keep=0 if must_know or not self._delivered else 1)  # users wait for the first
@@ -270,6 +272,7 @@ class Loop:
                 "step_seconds": seconds,
                 "tokens_per_second": step.tokens / seconds,
                 **numbers,
+                **step.planned,
                 **(self._last_statistics.metrics() if self._last_statistics is not None else {}),
                 **self._device_numbers(step.flops / seconds),
             }

@@ -95,6 +95,12 @@ class HybridAssignment:
         """Return the time of the step, waiting included: when the last rank has run its last row."""
         return max(spans[-1].ends for spans in self.timeline(lengths, costs))
 
+    def waiting(self, lengths: Sequence[int], costs: CostModel) -> float:
+        """Return the part of all ranks' time in which they wait for others, in [0, 1)."""
+        timeline = self.timeline(lengths, costs)
+        end = max(spans[-1].ends for spans in timeline)
+        return 1 - sum(span.worked - span.starts for spans in timeline for span in spans) / (end * len(timeline))
+
     def timeline(self, lengths: Sequence[int], costs: CostModel) -> list[list[Span]]:
         """Simulate the step. Returns for each rank when it runs its rows.
 
@@ -138,6 +144,12 @@ class HybridAssignment:
     def components(self, wave: int) -> list[list[int]]:
         """List the sets of ranks that hang together in a wave, by the documents that they share."""
         return components([each for each in self.shared if each.wave == wave], len(self.rows))
+
+
+def in_lockstep(plan: HybridAssignment) -> HybridAssignment:
+    """Fill a plan whose waves are numbers of rows up with blank rows, so that all ranks run as many, each at the same time."""
+    rows = tuple((*each, *[BLANK] * (plan.passes - len(each))) for each in plan.rows)
+    return HybridAssignment(rows, plan.shared, lockstep=True)
 
 
 def components(shared: Sequence[Shared], ranks: int) -> list[list[int]]:

@@ -67,10 +67,8 @@ def _place_shared(
     """Cut documents out of the rectangle of ranks × a rank's share of the step. Returns also the time that each rank needs."""
     step = Rectangles([Free(0, ranks, share, capacity)], lengths, cost, most=most, stacked=True)
     for document in sorted(documents, key=lambda each: (-cost[each], each)):
-        if not step.place(document) and not step.place_late(document):
-            late = Free(0, ranks, min(each.time for each in step.free), capacity, max(each.wave for each in step.free))
-            step.free = [late]
-            step.cut(document, late, ranks)
+        if not step.place(document):
+            step.place_late(document)
     load = [0.0] * ranks
     for each in step.free:
         load[each.first : each.first + each.ranks] = [share - each.time] * each.ranks

@@ -5,7 +5,8 @@ A step takes the sum over rows of the slowest rank's row, so that every row must
 tokens: next to a long document, whose tokens are dear, short ones fill a row's room and not its time. Many rows cost their
 starts. So several numbers of rows are tried. For each number, a row may take the same part of all cost on every rank:
 
-1. Documents longer than a row, or dearer than that part, are cut out of the rows' rectangles of ranks × time (`rectangles.py`).
+1. Documents longer than a row, or dearer than a part of that time, are cut out of the rows' rectangles of ranks × time
+   (`rectangles.py`).
 2. Whole documents, the dearest first, go to where most time is left, as far as there is room.
 """
 
@@ -15,22 +16,32 @@ from collections.abc import Iterator, Sequence
 from heapq import heapify, heappop, heappush
 
 from .assignment import HybridAssignment, Row
-from .cost import CostModel
+from .cost import CostModel, least_time
 from .rectangles import Free, Rectangles
 
-MOST = (1.0, 0.5, 0.2)
+SHARING = ((1.0, 1.0), (1.0, 0.5), (1.0, 0.2), (0.25, 0.0), (0.1, 0.0))
+"""What is tried of sharing, with the fewest messages first. A document is shared that takes more than the first part of a row's
+time. If it would take more than the second part of the ranks that are free, it takes all of them."""
+ENOUGH = 1.01  # times the least time that any plan takes: no further one is tried
 CHOICES = 6  # numbers of rows that are tried
 
 
 def lockstep(lengths: Sequence[int], ranks: int, capacity: int, costs: CostModel) -> HybridAssignment:
     """Deal documents to `ranks` ranks in rows of at most `capacity` tokens."""
     cost = [costs.document(length) for length in lengths]
-    plans = (
-        _Rows(lengths, cost, ranks, capacity, count, most).plan()
-        for count in _numbers_of_rows(lengths, cost, ranks, capacity, costs)
-        for most in MOST
-    )
-    return min(plans, key=lambda plan: plan.step_time(lengths, costs))
+    least = least_time(lengths, ranks, capacity, costs)
+    numbers = list(_numbers_of_rows(lengths, cost, ranks, capacity, costs))
+    best: tuple[float, HybridAssignment] | None = None
+    for large, most in SHARING:
+        for count in numbers:
+            plan = _Rows(lengths, cost, ranks, capacity, count, large, most).plan()
+            time = plan.step_time(lengths, costs)
+            if best is None or time < best[0]:
+                best = time, plan
+            if best[0] <= ENOUGH * least:
+                return best[1]
+    assert best is not None
+    return best[1]
 
 
 def _numbers_of_rows(
@@ -47,10 +58,10 @@ class _Rows:
     """Rows of all ranks being filled, each with the same time on every rank."""
 
     def __init__(
-        self, lengths: Sequence[int], cost: Sequence[float], ranks: int, capacity: int, count: int, most: float
+        self, lengths: Sequence[int], cost: Sequence[float], ranks: int, capacity: int, count: int, large: float, most: float
     ) -> None:
         self._lengths, self._cost, self._ranks, self._capacity = lengths, cost, ranks, capacity
-        self._count = count
+        self._count, self._large = count, large
         self._level = sum(cost) / (ranks * count)
         free = [Free(0, ranks, self._level, capacity, wave) for wave in range(count)]
         self._rectangles = Rectangles(free, lengths, cost, most=most, stacked=False)
@@ -60,14 +71,12 @@ class _Rows:
         order = sorted(range(len(self._lengths)), key=lambda each: (-self._cost[each], each))
         whole: list[int] = []
         for document in order:
-            if self._lengths[document] <= self._capacity and self._cost[document] <= self._level:
+            if self._lengths[document] <= self._capacity and self._cost[document] <= self._large * self._level:
                 whole.append(document)
             elif not self._rectangles.place(document):
                 row = Free(0, self._ranks, max(self._level, self._cost[document] / self._ranks), self._capacity, self._count)
                 self._count += 1
-                self._rectangles.free.append(row)
-                if not self._rectangles.place(document):
-                    self._rectangles.cut(document, row, self._ranks)
+                self._rectangles.place_alone(document, row)
         dealt = self._deal(whole)
         shared = sorted(self._rectangles.placed, key=lambda each: (each.wave, each.first, each.document))
         numbers: dict[tuple[int, int], list[int]] = {}
@@ -89,17 +98,19 @@ class _Rows:
         ]
         heapify(slots)
         found: dict[tuple[int, int], list[int]] = {}
+        parked: list[tuple[int, float, int, int]] = []  # too little room for documents so far, the most room first
         for document in documents:
-            length, full = self._lengths[document], []
+            length = self._lengths[document]
+            while parked and -parked[0][0] >= length:
+                room, time, rank, row = heappop(parked)
+                heappush(slots, (time, -room, rank, row))
             while slots and slots[0][1] < length:
-                full.append(heappop(slots))
+                time, room, rank, row = heappop(slots)
+                heappush(parked, (-room, time, rank, row))
             if not slots:
                 slots = [(-self._level, self._capacity, rank, self._count) for rank in range(self._ranks)]
                 self._count += 1
             time, room, rank, row = heappop(slots)
             found.setdefault((rank, row), []).append(document)
             heappush(slots, (time + self._cost[document], room - length, rank, row))
-            for slot in full:
-                if slot[1] > 0:
-                    heappush(slots, slot)
         return found

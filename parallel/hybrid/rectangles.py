@@ -6,6 +6,7 @@ other ranks. The dearest document comes first, and takes the smallest rectangle 
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -42,39 +43,62 @@ class Rectangles:
     def __init__(
         self, free: Iterable[Free], lengths: Sequence[int], cost: Sequence[float], *, most: float, stacked: bool
     ) -> None:
-        self.free = list(free)
         self.placed: list[Shared] = []
         self._lengths, self._cost, self._most, self._stacked = lengths, cost, most, stacked
+        self._number = 0
+        self._by_area: list[tuple[float, int, Free]] = []
+        for each in free:
+            self.add(each)
+
+    @property
+    def free(self) -> list[Free]:
+        """List the free rectangles, the smallest first."""
+        return [each for *_, each in self._by_area]
+
+    def add(self, rectangle: Free) -> None:
+        """Add a free rectangle."""
+        self._number += 1
+        insort(self._by_area, (rectangle.ranks * rectangle.time, self._number, rectangle))
 
     def place(self, document: int) -> bool:
         """Cut a document out of the smallest rectangle that holds it. Returns False if none does."""
         length, cost = self._lengths[document], self._cost[document]
-        fits = [(each.ranks * each.time, at) for at, each in enumerate(self.free) if each.ranks_for(length, cost) <= each.ranks]
-        if not fits:
-            return False
-        here = self.free[min(fits)[1]]
-        width = here.ranks_for(length, cost)
-        self.cut(document, here, here.ranks if width > self._most * here.ranks else width)
-        return True
+        for at in range(bisect_left(self._by_area, (cost * (1 - 1e-9), 0)), len(self._by_area)):
+            here = self._by_area[at][2]
+            width = here.ranks_for(length, cost)
+            if width <= here.ranks:
+                del self._by_area[at]
+                self._cut(document, here, here.ranks if width > self._most * here.ranks else width)
+                return True
+        return False
 
-    def place_late(self, document: int) -> bool:
-        """Cut a document out where it ends least late, on all ranks there. Returns False if no rectangle has the room."""
+    def place_late(self, document: int) -> None:
+        """Cut a document out where it ends least late, on all ranks there; on all ranks if no rectangle has the room."""
         length, cost = self._lengths[document], self._cost[document]
-        wide = [each for each in self.free if each.tokens * each.ranks >= length]
+        wide = [entry for entry in self._by_area if entry[2].tokens * entry[2].ranks >= length]
         if wide:
-            here = max(wide, key=lambda each: each.time - cost / each.ranks)
-            self.cut(document, here, here.ranks)
-        return bool(wide)
+            entry = max(wide, key=lambda each: each[2].time - cost / each[2].ranks)
+            self._by_area.remove(entry)
+            here = entry[2]
+        else:
+            every = self.free
+            ranks, tokens = sum(each.ranks for each in every), max(each.tokens for each in every)
+            here = Free(0, ranks, min(each.time for each in every), tokens, max(each.wave for each in every))
+            self._by_area = []
+        self._cut(document, here, here.ranks)
 
-    def cut(self, document: int, here: Free, width: int) -> None:
-        """Cut a document out of the first ranks of a rectangle."""
+    def place_alone(self, document: int, row: Free) -> None:
+        """Cut a document out of a new rectangle, on as few ranks as that allows, or else on all of them."""
+        width = row.ranks_for(self._lengths[document], self._cost[document])
+        self._cut(document, row, min(width, row.ranks))
+
+    def _cut(self, document: int, here: Free, width: int) -> None:
+        """Cut a document out of the first ranks of a rectangle, which is no longer among the free ones."""
         self.placed.append(Shared(document, here.first, width, here.wave))
-        self.free.remove(here)
         time = here.time - self._cost[document] / width
         if self._stacked:
-            self.free.append(Free(here.first, width, time, here.tokens, here.wave + 1))
+            self.add(Free(here.first, width, time, here.tokens, here.wave + 1))
         else:
-            room = here.tokens - part_tokens(self._lengths[document], width)
-            self.free.append(Free(here.first, width, time, room, here.wave))
+            self.add(Free(here.first, width, time, here.tokens - part_tokens(self._lengths[document], width), here.wave))
         if width < here.ranks:
-            self.free.append(replace(here, first=here.first + width, ranks=here.ranks - width))
+            self.add(replace(here, first=here.first + width, ranks=here.ranks - width))

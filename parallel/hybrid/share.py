@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 from ...config.lazy import numpy as np
 from ...data.assignment import Share
 from ...data.batch import IGNORED, GlobalBatch, MicroBatch, Samples, document_lengths, sample_part
+from ..config import ParallelConfig
 from ..context.zigzag import cut_document
+from ..layout import Layout, uses_fsdp
 from .assignment import HybridAssignment, Row
-from .cost import costs_of_flops
+from .cost import CostModel, costs_of_flops
 from .planning import assign
 
 if TYPE_CHECKING:
@@ -66,9 +68,19 @@ class HybridAssigner:
     unit: int = 1
     lockstep: bool = False
 
+    @classmethod
+    def of(cls, parallel: ParallelConfig, layout: Layout, row: int, flops_per_token: Callable[[int], float]) -> HybridAssigner:
+        """Make the rule that a config asks for. row: tokens of a micro-batch of samples."""
+        unit = row_unit(parallel.hdp_tokens or row, layout.tp)
+        return cls(layout.data_size, flops_per_token, parallel.hdp_tokens, unit, uses_fsdp(parallel, layout))
+
+    def costs(self, seq_len: int) -> CostModel:
+        """Return the costs by which documents are dealt, from samples of `seq_len` positions."""
+        return costs_of_flops(self.flops_per_token, seq_len)
+
     def plan(self, lengths: Sequence[int], seq_len: int, micro: int) -> HybridAssignment:
         """Deal documents of these lengths, from samples of `seq_len` positions."""
-        costs = costs_of_flops(self.flops_per_token, seq_len)
+        costs = self.costs(seq_len)
         method = "lockstep" if self.lockstep else "greedy"
         return assign(lengths, self.data_size, self.capacity or micro * seq_len, costs, method)
 
@@ -82,6 +94,11 @@ class HybridAssigner:
             passes=plan.passes,
             workers=sum(map(len, plan.rows)),
             checksum=zlib.crc32(repr((documents.lengths, plan)).encode()),
+            numbers={
+                "hybrid/planned_wait": plan.waiting(documents.lengths, self.costs(samples.seq_len)),
+                "hybrid/shared_documents": len(plan.shared),
+                "hybrid/passes": plan.passes,
+            },
             flops=self.flops_per_token(round(documents.mean_length)) * sum(documents.lengths),
         )
 

@@ -163,3 +163,15 @@ def test_stages_are_listed_with_what_each_needs(capsys: pytest.CaptureFixture[st
     assert "2 stages, 33,000,000,000 tokens:" in told
     assert "base: 512 samples of 8,192, 52.8 GiB at most" in told
     assert "long: 64 samples of 65,536, 19.7 GiB at most" in told
+
+
+def test_a_step_is_drawn_under_hybrid_data_parallelism(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    corpus, svg = tmp_path / "corpus.txt", tmp_path / "step.svg"
+    corpus.write_text("\n\n".join("word " * (n % 97 + 3) for n in range(400)))
+    words = ["recipe=quickstart", "data=text", f"data.input={corpus}", "data.separator='\\n\\n'", "data.tokenizer=bytes"]
+    words += ["data.document_mask=true", f"data.cache_dir={tmp_path / 'cache'}", "launch.nproc=4", f"--draw-step={svg}"]
+    code, out, err = planned(capsys, *words)
+    assert code == 2 and not out and "--draw-step" in err and "parallel.hdp=greedy" in err
+    code, out, err = planned(capsys, *words, "parallel.hdp=greedy", "parallel.hdp_tokens=64", "parallel.zero=1")
+    assert code == 0 and "drew" in out, err
+    assert "documents of" in svg.read_text()
