@@ -85,22 +85,26 @@ def continue_prompt(arguments: GenerateArguments) -> str:
     """
     import torch
 
-    from ..checkpoint.restore import read_state
+    from ..checkpoint.restore import read_manifest
     from ..config.structured import literal
     from ..parallel.mesh import pick_device
     from ..trainer.build import build_model
+    from ..trainer.checkpoint_fit import misstated_size, weight_shapes
     from ..trainer.find_checkpoint import find_checkpoint
     from ..trainer.hooks.sampling import generate, load_whole_model
     from ..trainer.resumed_config import saved_config
     from ..trainer.typed import typed_node
 
     checkpoint = find_checkpoint(arguments.checkpoint, "checkpoint")
-    state = read_state(checkpoint)
+    manifest = read_manifest(checkpoint)
+    state = manifest.state
     config: dict[str, Any] = literal(saved_config(state))
     if "model" not in config:
         message = f"'{checkpoint}' was imported from files that don't say what model their weights belong to"
         raise ConfigError([Problem("checkpoint", message, "train from it (resume=…), and take the run's checkpoint")])
     _refuse_unnamed_model(config, arguments.model)
+    if (message := misstated_size(config, weight_shapes(manifest))) is not None:
+        raise ConfigError([Problem("checkpoint", message, "take another: this one is damaged")])
     context = arguments.context or (config["data"]["seq_len"] if "data" in config else None)
     if context is None:
         fix = "give the length that it was trained with as context=…"

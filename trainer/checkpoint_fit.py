@@ -50,7 +50,7 @@ def checkpoint_problems(manifest: Manifest, config: RunConfig) -> list[Problem]:
     state = manifest.state
     saved = saved_config(state)
     if "model" not in config.unusable:
-        shapes = {array.name: array.shape for array in manifest.arrays.values() if array.role == "weight"}
+        shapes = weight_shapes(manifest)
         vocabulary = state.get("vocabulary")
         known = dict(saved.get("model") or {})
         if known:  # an import states only what another program's config has, and an older version knew fewer keys
@@ -59,6 +59,8 @@ def checkpoint_problems(manifest: Manifest, config: RunConfig) -> list[Problem]:
             known["vocabulary"] = vocabulary
         loose = not is_import(state) or not config.checkpoint.strict
         found += _model_problems(known, shapes, config.model, changeable=loose)
+        if not found and (message := misstated_size(saved, shapes)) is not None:
+            found.append(Problem("resume", message, "take another checkpoint: this one is damaged"))
     if found and not is_import(state) and saved.get("recipe") not in (None, config.recipe):
         # One cause, and one fix: a typed recipe replaces the run's whole config.
         first, more = found[0], len(found) - 1
@@ -72,6 +74,23 @@ def checkpoint_problems(manifest: Manifest, config: RunConfig) -> list[Problem]:
             Problem("optim", f"the checkpoint holds the state of {change[0]}, which means nothing to {change[1]}", fix)
         )
     return found
+
+
+def weight_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint's weights, by the parameter's name."""
+    return {array.name: array.shape for array in manifest.arrays.values() if array.role == "weight"}
+
+
+def misstated_size(saved: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return how a checkpoint's config contradicts its own arrays, before memory is taken for the model; else None.
+
+    shapes: of the stored weights, by the parameter's name
+    """
+    model, stored = saved.get("model") or {}, stored_sizes(shapes)
+    for name in ("dim", "layers"):
+        if name in stored and model.get(name, stored[name]) != stored[name]:
+            return f"the checkpoint's config says model.{name}={model[name]}, and its arrays are of {stored[name]}"
+    return None
 
 
 def optimizer_change(state: Mapping[str, Any], config: RunConfig) -> tuple[str, str] | None:

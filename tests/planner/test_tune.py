@@ -228,6 +228,7 @@ def test_long_steps_are_cut_short() -> None:
 
 
 def test_nothing_measured_is_a_failure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_measure, "gpu_count", lambda: 1)
     monkeypatch.setattr(tune_measure, "_trial", lambda candidate, *_rest: Trial(candidate, failure="out of memory (x)"))
     words = [*SMALL, "launch.nproc=1", "batch.samples=4", "trainer.activation=none", "--memory=80", "--measure=9"]
     assert main(["tune", *words]) == 1

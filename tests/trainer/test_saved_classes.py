@@ -155,3 +155,14 @@ def test_no_text_of_a_checkpoint_reads_the_environment(
     assert "0.5" not in str([str(problem) for problem in found.problems])
     node = vars(found.config)[group]
     assert node is None or vars(node).get(key) in (None, "${oc.env:SECRET}")
+
+
+@pytest.mark.parametrize(("key", "value"), [("dim", 160_000), ("layers", 10_000_000)])
+def test_a_config_of_more_than_the_arrays_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: int
+) -> None:
+    step = forge(trained, tmp_path, lambda config: config["model"].update({key: value}))
+    (problem,) = resolved(step).problems
+    assert f"says model.{key}={value}, and its arrays are of" in str(problem)
+    assert generate([f"checkpoint={step}"]) == 2
+    assert f"says model.{key}={value}, and its arrays are of" in capsys.readouterr().err
