@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import pytest
@@ -13,7 +14,7 @@ from meshloom.checkpoint.report import SaveReport
 from meshloom.trainer.all_ranks import PeerFailed
 from meshloom.trainer.hooks.base import Hook
 from meshloom.trainer.hooks.saving import Saving
-from meshloom.trainer.loop import Loop
+from meshloom.trainer.loop import Loop, TrainingDiverged
 from support.parity import Work, build, take_steps
 from support.ranks import run_ranks
 
@@ -105,6 +106,27 @@ def test_saves_that_fail_end_all_ranks_at_the_same_step() -> None:
     (own, last), (peer, peers_last) = run_ranks(2, saved_to_a_full_disk)
     assert own == "3 saves in a row failed" and peer == "another rank failed"
     assert last == peers_last
+
+
+class Poison(Hook):
+    """Makes every weight NaN after the first step. The second, by which ranks hear of the full disk, then has no loss."""
+
+    def on_step_end(self, loop: Loop) -> None:
+        if loop.progress.step == 1:
+            for fragment in loop.engine.fragments():
+                fragment.tensor.fill_(math.nan)
+
+
+def diverged_on_a_full_disk(rank: int, world_size: int) -> str:
+    calls: list[str] = []
+    saving, work = Saving(cast(Checkpointer, FullDisk(rank, calls)), 2, {}), Work(samples=2)
+    with pytest.raises((CheckpointError, PeerFailed, TrainingDiverged)) as caught:
+        take_steps(build(work, world_size), work, range(9), Poison(), saving)
+    return type(caught.value).__name__
+
+
+def test_a_full_disk_and_a_nan_in_one_step_end_all_ranks() -> None:
+    assert run_ranks(2, diverged_on_a_full_disk) == ["TrainingDiverged"] * 2
 
 
 class LastSave(NotedCalls):
