@@ -22,14 +22,30 @@ from support.ranks import run_ranks
 TOLERANCE = 1e-9
 
 
-def work(tokens: int, samples: int = 8, documents: bool = True, model: tuple[Any, ...] = (), **parallel: Any) -> Work:
+def work(
+    tokens: int,
+    samples: int = 8,
+    documents: bool = True,
+    model: tuple[Any, ...] = (),
+    balance: tuple[Any, ...] = (),
+    **parallel: Any,
+) -> Work:
     config = ParallelConfig(hdp="greedy", hdp_tokens=tokens, **parallel)
-    return Work(config, micro=2, samples=samples, steps=2, documents=documents, lr=2e-3, model=model)
+    return Work(config, micro=2, samples=samples, steps=2, documents=documents, lr=2e-3, model=model, balance=balance)
 
 
 WINDOW = (("layer_types", ["sliding", "full"]), ("sliding_window", 3), ("sinks", True))
+EXPERTS = (("experts", {"count": 8, "top_k": 2, "ffn_dim": 7, "shared": 1}),)
+PRICES = (("global_batch", 0.5), ("counts", "exact"), ("z_loss", 0.1))
 CASES = {
-    2: [work(8, zero=0), work(9, zero=1), work(8, zero=2), work(8, zero=1, model=WINDOW), work(8, zero=3, samples=3)],
+    2: [
+        work(8, zero=1, model=EXPERTS, balance=PRICES),
+        work(8, zero=0),
+        work(9, zero=1),
+        work(8, zero=2),
+        work(8, zero=1, model=WINDOW),
+        work(8, zero=3, samples=3),
+    ],
     3: [work(6, zero=1, samples=1, documents=False), work(6, zero=1, model=WINDOW)],  # of the first, nothing is left unshared
     4: [work(8, zero=1, tp=2), work(5, zero=3, replicate=2)],
 }
