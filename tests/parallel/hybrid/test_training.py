@@ -1,6 +1,6 @@
 """Hybrid data parallelism through the trainer's own loop, in float64: losses, norms and gradients of a bare loop.
 
-`python tests/parallel/hybrid/test_training.py 40` tries as many random layouts, lengths and sizes.
+`PYTHONPATH=tests python tests/parallel/hybrid/test_training.py 40` tries as many random layouts, lengths and sizes.
 """
 
 from __future__ import annotations
