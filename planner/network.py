@@ -2,7 +2,8 @@
 
 A group's bandwidth across nodes is min(link of a GPU, the group's ranks in a node × a GPU's share of the node's cards): a ring
 through all ranks of a node leaves it once. An all-gather or reduce-scatter of S bytes over P ranks takes (P − 1)/P · S/B, an
-all-reduce twice that (Thakur et al., 2005), and each has a latency that grows with the ring.
+all-reduce twice that (Thakur et al., 2005), and each has a latency that grows with the ring. In an all-to-all no rank passes on
+what others sent, so what a rank sends to other nodes goes at its own GPU's share of the cards.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ class Group:
     bandwidth  bytes per second that each gets, in each direction
     latency    seconds of a collective that moves nothing
     local      bytes per second of the links inside a node, whose traffic computation feels
+    here       ranks of the group on one node
+    own        bytes per second that a rank sends to other nodes when all send to all; inside one node, the links'
     """
 
     ranks: int
     bandwidth: float
     latency: float
     local: float
+    here: int
+    own: float
 
     def gather(self, size: float, times: int = 1) -> float:
         """Return the seconds of so many all-gathers or reduce-scatters, of `size` bytes of whole arrays in all."""
@@ -40,8 +45,15 @@ class Group:
         return 2 * self.gather(size, times)
 
     def exchange(self, size: float, times: int = 1) -> float:
-        """Return the seconds of so many all-to-alls, in which each rank has `size` bytes in all and keeps a part of them."""
-        return self.gather(size, times)
+        """Return the seconds of so many all-to-alls, in which each rank has `size` bytes in all and keeps a part of them.
+
+        The links inside nodes and the network cards work at the same time; the slower of them tells.
+        """
+        if self.ranks == 1:
+            return 0.0
+        part = size / self.ranks
+        inside, outside = part * (self.here - 1) / self.local, part * (self.ranks - self.here) / self.own
+        return max(inside, outside) + times * self.latency
 
     def send(self, size: float) -> float:
         """Return the seconds in which a rank sends `size` bytes to a neighbour."""
@@ -64,12 +76,12 @@ def group(cluster: ClusterConfig, size: int, stride: int = 1, world_size: int | 
     rates, local = cluster.rates, cluster.link * 1e9 * cluster.rates.link
     reach = min(stride * size, world_size or stride * size)
     if reach <= cluster.gpus_per_node:
-        return Group(size, local, rates.latency * (size - 1), local)
+        return Group(size, local, rates.latency * (size - 1), local, size, local)
     here = max(1, cluster.gpus_per_node // stride)  # ranks of the group on one node
     nodes = -(-size // here)
     share = _node_bytes(cluster, reach) * rates.network / cluster.gpus_per_node
     latency = rates.latency * (here - 1) + rates.network_latency * (nodes - 1)
-    return Group(size, min(local, here * share), latency, local)
+    return Group(size, min(local, here * share), latency, local, min(here, size), min(local, share))
 
 
 def _node_bytes(cluster: ClusterConfig, reach: int) -> float:

@@ -64,6 +64,21 @@ def test_collectives_have_their_closed_form() -> None:
     assert group_of(cluster, layout, "tp") == inside and group_of(cluster, layout, "shard") == group(cluster, 8, 8)
 
 
+def test_an_all_to_all_has_its_closed_form() -> None:
+    """Every rank sends S/P to each other one: over its links inside its node, over its own share of the cards to the rest."""
+    cluster = load_cluster(["cluster=h100x64"])
+    rates = cluster.rates
+    link, card = 450e9 * rates.link, 50e9 * rates.network  # eight cards of 400 Gbit/s for eight GPUs
+    assert group(cluster, 8).exchange(1e9) == pytest.approx(7 / 8 * 1e9 / link + 7 * rates.latency)
+    whole = group(cluster, 64)
+    assert whole.exchange(1e9, 3) == pytest.approx(56 / 64 * 1e9 / card + 3 * whole.latency)
+    wide = group(cluster, 8, stride=8)  # one rank of each node: an all-to-all then is as fast as a ring
+    assert wide.exchange(1e9) == pytest.approx(7 / 8 * 1e9 / card + wide.latency) == wide.gather(1e9)
+    fast = group(replace(cluster, link=10.0), 64)
+    assert fast.exchange(1e9) == pytest.approx(56 / 64 * 1e9 / fast.local + fast.latency)  # no card outruns its GPU's link
+    assert group(cluster, 1).exchange(1e9) == 0.0
+
+
 def test_groups_inside_an_island_have_its_network() -> None:
     """Holmes, arXiv 2312.03549: stages of a pipeline on islands of their own keep their groups off the slow link."""
     cluster = replace(load_cluster(["cluster=a100x32"]), islands=[Island(2, 1600), Island(2, 800)], between=100)
