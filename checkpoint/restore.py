@@ -233,6 +233,7 @@ def _open(candidate: str, location: str | Path, talk: Round, attempt: int) -> _O
     folder = open_folder(path)
     if talk.control.rank == 0:
         check_head(folder)
+        folder.warn_of_left_out()
     return _Opened(folder.files, folder.manifest, folder)
 
 

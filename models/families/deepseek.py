@@ -26,7 +26,7 @@ _EXPERTS = {
 class DeepseekV3(Family):
     """Sigmoid scores, a bias of the choice, shared experts. Norms of latents have an eps of 1e-6 whatever the file says.
 
-    The layers behind the last, which predict more tokens (MTP), are left behind: `num_nextn_predict_layers` counts them.
+    The layers behind the last, which predict more tokens (MTP), are left behind: as many as `num_nextn_predict_layers` says.
     """
 
     model_type = "deepseek_v3"
@@ -49,10 +49,11 @@ class DeepseekV3(Family):
     }
 
     def stem(self, name: str, theirs: Json) -> str | None:
-        """Return a weight's name, or None for one of a layer behind the last."""
+        """Return a weight's name, or None for one of a layer that predicts more tokens."""
         _, _, rest = name.partition("model.layers.")
-        layer = rest.partition(".")[0]
-        return None if layer.isdigit() and int(layer) >= theirs.get("num_hidden_layers", math.inf) else name
+        layer, layers = rest.partition(".")[0], theirs["num_hidden_layers"]
+        more = theirs.get("num_nextn_predict_layers", 1) or 0
+        return None if layer.isdecimal() and layers <= int(layer) < layers + more else name
 
     def read(self, theirs: Json) -> dict[str, Any]:
         """Return keys of `model`."""

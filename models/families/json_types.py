@@ -12,9 +12,13 @@ _SIZES = {
     *("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
     *("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_group", "topk_group"),
 }
-MOST_LAYERS = 10_000
-"""More would take long to describe, only to be refused."""
-_COUNTS = {"sliding_window", "max_window_layers", "sliding_window_pattern", "n_shared_experts", "first_k_dense_replace"}
+MOST = 10_000
+"""Layers or experts, at most: more would take long to describe, only to be refused."""
+_LISTED = {"num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts"}
+_COUNTS = {
+    *("sliding_window", "max_window_layers", "sliding_window_pattern", "n_shared_experts", "first_k_dense_replace"),
+    "num_nextn_predict_layers",
+}
 _NUMBERS = {
     *("rms_norm_eps", "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "query_pre_attn_scalar"),
     *("attn_logit_softcapping", "final_logit_softcapping", "factor", "low_freq_factor", "high_freq_factor"),
@@ -38,8 +42,8 @@ def type_faults(theirs: Mapping[str, Any], within: str = "") -> Iterator[str]:
             least = int(key in _SIZES)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 yield f"{name}={value!r} is no whole number from {least} on"
-            elif key == "num_hidden_layers" and value > MOST_LAYERS:
-                yield f"{name}={value} is more than {MOST_LAYERS}"
+            elif key in _LISTED and value > MOST:
+                yield f"{name}={value} is more than {MOST}"
         elif key in _NUMBERS and not _is_number(value):
             yield f"{name}={value!r} is no number"
         elif key in _SWITCHES and not isinstance(value, bool):

@@ -82,7 +82,7 @@ def decodable(stored: Mapping[str, StoredArray], config: Mapping[str, Any]) -> d
             if codes.shape == (*scales.shape, MX_BLOCK // 2):
                 found[whole] = Microscaled(codes, scales)
                 del found[name], found[scales.name]
-    block = how.get("weight_block_size")
+    block = how.get("weight_block_size") if how.get("quant_method") == "fp8" else None
     for name, scales in stored.items():
         codes = stored.get(name.removesuffix(SCALES))
         if block and name.endswith(SCALES) and codes is not None and (codes.dtype, scales.dtype) == ("F8_E4M3", "F32"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from ..tokenizer import carry_tokenizer
 from .encodings import Tensor, decodable
 from .headers import read_headers, read_json, some
 from .layout import PlacedPart, place_parts, tensor_shapes
+
+log = logging.getLogger(__name__)
 
 HEAD = "lm_head.weight"
 _READ = ("F64", "F32", "BF16", "F16")
@@ -59,6 +62,12 @@ class HuggingFaceFolder:
         """The folder as a set of files."""
         return LinkedFiles(self.path)
 
+    def warn_of_left_out(self) -> None:
+        """Warn of the tensors that are no part of the text model, such as a vision tower's."""
+        left_out = self.manifest.state["imported_from"]["left_out"]
+        if left_out:
+            log.warning("%s: %d tensors are left behind: %s", self.path, len(left_out), some(left_out))
+
 
 def open_folder(path: Path, tokenizer: Path | None = None) -> HuggingFaceFolder:
     """Open a folder of a family that the decoder has.
@@ -75,7 +84,12 @@ def open_folder(path: Path, tokenizer: Path | None = None) -> HuggingFaceFolder:
     if model["layers"] > len(tensors):  # else it would take long to build, only to be refused
         raise CheckpointError(f"{path}: config.json describes {model['layers']} layers, and there are {len(tensors)} tensors")
     placed: dict[str, list[PlacedPart]] = {}
-    for part in place_parts(family.stored_weights(decoder_config(model)), weight_shapes(model)):
+    try:
+        shapes = weight_shapes(model)
+    except (ArithmeticError, MemoryError, RuntimeError, TypeError) as error:  # as PyTorch raises for a size beyond 64 bits
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: config.json describes weights of impossible sizes ({reason})") from error
+    for part in place_parts(family.stored_weights(decoder_config(model)), shapes):
         placed.setdefault(part.ours, []).append(part)
     head = _compare(path, placed, tensors)
     arrays: dict[str, StoredArray] = {}

@@ -68,7 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found: Any = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds no JSON object")
@@ -107,11 +107,11 @@ def _read_header(path: Path, number: int) -> tuple[int, dict[str, StoredArray]]:
         raise CheckpointError(f"{path}: the file is missing") from None
     except OSError as error:
         raise CheckpointError(f"{path}: it can't be read: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is not JSON: {error}") from error
     try:
         found = {name: _tensor(name, entry, number, 8 + length) for name, entry in header.items() if name != "__metadata__"}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path}: its header is not that of a safetensors file ({reason})") from error
     end = max((tensor.boxes[0].stop for tensor in found.values()), default=0)

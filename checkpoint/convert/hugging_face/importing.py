@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import functools
-import logging
 from pathlib import Path
 
 from ...compare import parts
 from ...compose import Source, compose
 from ...dtypes import TORCH_DTYPES
 from .folder import open_folder
-from .headers import some
 from .reading import check_head, read_box
-
-log = logging.getLogger(__name__)
 
 
 def import_hf(source: Path, folder: str | Path, tokenizer: Path | None = None) -> Path:
@@ -24,9 +20,7 @@ def import_hf(source: Path, folder: str | Path, tokenizer: Path | None = None) -
     """
     opened = open_folder(source, tokenizer)
     check_head(opened)
-    left_out = opened.manifest.state["imported_from"]["left_out"]
-    if left_out:
-        log.warning("%s: %d tensors are left behind: %s", source, len(left_out), some(left_out))
+    opened.warn_of_left_out()
     sources = [
         Source(
             array.name,

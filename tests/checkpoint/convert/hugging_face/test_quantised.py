@@ -15,8 +15,11 @@ from meshloom.checkpoint.convert.hugging_face.folder import open_folder
 from meshloom.checkpoint.convert.hugging_face.reading import read_box
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
+from meshloom.checkpoint.restore import restore
 from meshloom.launch.checkpoint import main
 from meshloom.parallel.box import Box
+from meshloom.parallel.fragment import Fragment
+from support.checkpoint_worlds import together
 from support.hf_families import make_model
 
 pytest.importorskip("transformers", reason="needs the extra: pip install 'meshloom[hf]'")
@@ -78,6 +81,29 @@ def test_a_box_inside_fp8_blocks_is_decoded_alone(folder: tuple[Path, dict[str, 
     weight = values["model.layers.0.mlp.gate_proj.weight"]
     for box in (Box((3, 2), (4, 9)), Box((5, 4), (5, 4)), Box((11, 15), (1, 1))):
         assert torch.equal(read_box(opened, "layers.0.ffn.w1.weight", box), weight[box.slices()])
+
+
+def test_only_layers_that_predict_more_tokens_are_left_behind(
+    folder: tuple[Path, dict[str, torch.Tensor]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    place, _ = folder
+    fragments = [
+        Fragment(each.name, "weight", each.shape, Box.whole(each.shape), torch.empty(each.shape))
+        for each in open_folder(place).manifest.arrays.values()
+    ]
+    together(2, lambda control: restore(f"hf:{place}", fragments, control))
+    assert caplog.text.count("1 tensors are left behind: model.layers.3.eh_proj.weight") == 1, "one rank says it"
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/model.safetensors").symlink_to(place / "model.safetensors")
+    config = json.loads((place / "config.json").read_text())
+    for changed in ({"num_hidden_layers": 2}, {"num_nextn_predict_layers": 0}):
+        (tmp_path / "half/config.json").write_text(json.dumps(config | changed))
+        assert main(["import", str(tmp_path / "half"), str(tmp_path / "ours")]) == 1
+        said = capsys.readouterr().err
+        assert "model.layers.3.eh_proj.weight is no weight of such a model" in said and "model.layers.2." not in said
 
 
 def test_codes_without_scales_are_refused(

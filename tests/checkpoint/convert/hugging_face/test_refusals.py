@@ -68,6 +68,9 @@ def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
         ({"layer_types": "full"}, "layer_types='full' is no list"),
         ({"model_type": ["qwen3"]}, "model_type ['qwen3']"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is more than 10000"),
+        ({"num_local_experts": 10**9}, "num_local_experts=1000000000 is more than 10000"),
+        ({"hidden_size": 10**30}, "config.json describes weights of impossible sizes"),
+        ({"vocab_size": 10**18}, "config.json describes weights of impossible sizes"),
         ({"num_hidden_layers": 9999}, "config.json describes 9999 layers, and there are 25 tensors"),
         ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight is no weight of such a model"),
         ({"intermediate_size": 13}, "mlp.gate_proj.weight has the shape [12, 16], but config.json describes [13, 16]"),
@@ -88,6 +91,8 @@ def test_a_folder_is_refused_by_the_key_in_the_way(
         (lambda data: data[:100], "it is cut off, or no safetensors file"),
         (lambda data: b"\xff" * 16 + data[16:], "it is cut off, or no safetensors file"),
         (lambda data: data[:8] + b"?" + data[9:], "its header is not JSON"),
+        (lambda data: (200_000).to_bytes(8, "little") + b"[" * 200_000, "its header is not JSON"),
+        (lambda data: data.replace(b'"shape":[29,', b'"shape":[1e999,', 1), "OverflowError"),
         (lambda data: data.replace(b'"F32"', b'"F16"', 1), "is not that of a safetensors file"),
         (lambda data: data.replace(b'"shape"', b'"shade"', 1), "is not that of a safetensors file (KeyError: 'shape')"),
     ],
@@ -100,6 +105,12 @@ def test_a_damaged_file_is_refused_by_name(
     file.write_bytes(damage(file.read_bytes()))
     told = refusal(tmp_path, capsys)
     assert said in told and str(file) in told
+
+
+def test_nested_json_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folder(tmp_path / "theirs", *a_qwen())
+    (tmp_path / "theirs/config.json").write_text("[" * 200_000)
+    assert "config.json can't be read as JSON" in refusal(tmp_path, capsys)
 
 
 def test_an_index_must_hold_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
