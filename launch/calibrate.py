@@ -77,14 +77,23 @@ def calibrate(name: str | None, base: ClusterConfig | None, *, cpu: bool) -> int
         return 0
     if base is None and cpu:
         cluster = with_measured_peaks(cluster, bench.found)
-    gpus = int(os.environ.get("WORLD_SIZE", 1)) if under_torchrun() else max(1, 1 if cpu else visible_gpus())
-    cluster = replace(cluster, gpus=gpus, gpus_per_node=max(1, int(os.environ.get("LOCAL_WORLD_SIZE", gpus))))
-    cluster = calibrated(cluster, bench.found)
+    cluster = calibrated(_sized(cluster, 1 if cpu else visible_gpus()), bench.found)
     label = name or re.sub(r"\W+", "_", cluster.gpu.lower()).strip("_")
     file = profile_folder() / f"{label}.yaml"
     _write(file, as_yaml(cluster, [f"Measured on {datetime.date.today()} by meshloom calibrate.", *machine()]))
     _report(cluster, block_errors(cluster, bench.found), file, label)
     return 0
+
+
+def _sized(cluster: ClusterConfig, visible: int) -> ClusterConfig:
+    """Return the cluster with as many GPUs as torchrun started processes, else with those that are visible.
+
+    A job that sees a part of its node says nothing of the node, so that without torchrun its size stays the data sheet's.
+    """
+    if under_torchrun():
+        gpus = int(os.environ["WORLD_SIZE"])
+        return replace(cluster, gpus=gpus, gpus_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", gpus)))
+    return replace(cluster, gpus=max(1, visible), gpus_per_node=max(cluster.gpus_per_node, visible))
 
 
 def _by_name(gpu: str) -> ClusterConfig:

@@ -119,7 +119,9 @@ def test_a_processor_can_be_calibrated(
     assert main(["calibrate", "--as", "mine", "--cpu"]) == 0
     assert "use it as cluster=mine" in capsys.readouterr().out
     words, cluster = split_words(["recipe=quickstart", "cluster=minex4"])
-    assert cluster is not None and cluster.calibrated and words[-2:] == ["launch.nodes=4", "launch.nproc=1"]
+    assert cluster is not None and cluster.calibrated and words[-1:] == ["launch.nproc=4"]
+    words, cluster = split_words(["recipe=quickstart", "cluster=minex16"])  # a node has as many as the data sheet says
+    assert words[-2:] == ["launch.nodes=2", "launch.nproc=8"]
     out = said(capsys, "recipe=quickstart", "cluster=minex1", "model.vocabulary=256")
     assert "± 10% (measured on these machines)" in out
 
