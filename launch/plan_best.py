@@ -97,11 +97,10 @@ def _question(config: RunConfig, cluster: ClusterConfig, fixed: dict[str, Any], 
         same = assigner_of(replace(config, parallel=parallel), one)
         return Assigner(data, same.can_run, same.halves).passes(samples, micro)
 
-    def legal(parallel: ParallelConfig) -> bool:
+    def legal(parallel: ParallelConfig, gpus: int) -> bool:
         if parallel.engine == "deepspeed":
-            sizes = layout_problems(parallel, cluster.gpus)
-            return not sizes and not deepspeed_problems(parallel, config.precision, cluster.gpus)
-        return is_legal(parallel, work, cluster.gpus)
+            return not layout_problems(parallel, gpus) and not deepspeed_problems(parallel, config.precision, gpus)
+        return is_legal(parallel, work, gpus)
 
     plain = replace(single, trainer=replace(config.trainer, activation="none", activation_budget=None))
     job = job_of(plain, model.shape, assigner_of(single, one), fused=False)

@@ -46,7 +46,7 @@ class Question:
     job        its work; micro-batches and policies are the search's
     samples    of the global batch
     passes     (layout's data ranks, parallel config, micro) → micro-batches of each rank in a step
-    legal      whether the run can have a layout
+    legal      (parallel config, GPUs) → whether the run can have this layout on so many
     fixed      keys that are not varied, with their values
     engines    that can run it
     """
@@ -59,7 +59,7 @@ class Question:
     optimizer: OptimizerBytes
     cluster: ClusterConfig
     passes: Callable[[int, ParallelConfig, int], int]
-    legal: Callable[[ParallelConfig], bool]
+    legal: Callable[[ParallelConfig, int], bool]
     fixed: Settings = field(default_factory=dict[str, Any])
     engines: Sequence[str] = ("torch",)
     length: float | None = None
@@ -111,9 +111,14 @@ def search(question: Question, most: int) -> Found:
 
 def _least(question: Question) -> Candidate | None:
     """Return the candidate that needs least memory; None where no layout is legal."""
-    tight = replace(question, fixed={"trainer.activation": "full", "batch.micro": 1, **question.fixed})
+    tight = replace(question, fixed=_tight(question))
     found = (each for parallel in layouts(tight) for each in _sized(tight, parallel, hopeless=True))
     return min(found, key=lambda each: each.prediction.bytes, default=None)
+
+
+def _tight(question: Question) -> Settings:
+    """Return the settings that need least memory, as far as nothing else was typed."""
+    return {"trainer.activation": "full", "batch.micro": 1, **question.fixed}
 
 
 def layouts(question: Question) -> Iterator[ParallelConfig]:
@@ -148,7 +153,7 @@ def _variants(question: Question, sized: ParallelConfig, data: int) -> Iterator[
                         sized, schedule=schedule, stages_per_rank=chunks, zero=zero, replicate=replicate, ep=ep,
                         offload=offload, offload_weights=weights,
                     )  # fmt: skip
-                    if question.legal(found):
+                    if question.legal(found, question.cluster.gpus):
                         yield found
 
 
@@ -270,7 +275,7 @@ def smallest_cluster(question: Question, most: int = 16384) -> Candidate | None:
     for gpus in [*sizes, *(count * node for count in nodes)]:
         if question.cluster.gpus < gpus <= most:
             larger = replace(question, cluster=replace(question.cluster, gpus=gpus))
-            tight = replace(larger, fixed={**question.fixed, "trainer.activation": "full", "batch.micro": 1})
+            tight = replace(larger, fixed=_tight(question))
             for parallel in layouts(tight):
                 found = next((each for each in _sized(tight, parallel) if each.prediction.fits), None)
                 if found is not None:

@@ -52,7 +52,15 @@ def test_mistakes_are_told_by_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--best: -1 is not a number of layouts" in refused(capsys, *SMALL, "cluster=h100", "--best", "-1")
     assert "8 GPUs for 16 processes" in refused(capsys, *SMALL, "cluster=h100", "launch.nproc=16")
     told = refused(capsys, "recipe=llama_70b", "cluster=a100x2", "parallel.offload=none", "--best", "1")
-    assert "nothing fits 2 × NVIDIA A100" in told and "is enough" in told and "cluster.gpus=" in told
+    assert "nothing fits 2 × NVIDIA A100" in told and "cluster.gpus=16 is enough: tp 4" in told
+
+
+def test_a_larger_cluster_is_named_for_what_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Layouts of a larger cluster are checked at its own size: tp 8 divides no two GPUs. What is typed is not changed."""
+    words = ["recipe=llama_70b", "parallel.offload=none", "parallel.pp=1", "trainer.activation=none", "--best", "1"]
+    told = refused(capsys, *words, "cluster=a100x2")
+    assert "cluster.gpus=32 is enough: tp 8 ZeRO-3 micro 1 activation none" in told
+    assert "tp 8 · ZeRO-3" in said(capsys, *words, "cluster=a100x32")
 
 
 def test_the_fastest_layouts_fit_and_are_in_order(capsys: pytest.CaptureFixture[str]) -> None:
