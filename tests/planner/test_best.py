@@ -57,7 +57,7 @@ def test_mistakes_are_told_by_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_larger_cluster_is_named_for_what_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
     """Layouts of a larger cluster are checked at its own size: tp 8 divides no two GPUs. What is typed is not changed."""
-    words = ["recipe=llama_70b", "parallel.offload=none", "parallel.pp=1", "trainer.activation=none", "--best", "1"]
+    words = ["recipe=llama_70b", "parallel.offload=none", "parallel.zero=3", "trainer.activation=none", "--best", "1"]
     told = refused(capsys, *words, "cluster=a100x2")
     assert "cluster.gpus=32 is enough: tp 8 ZeRO-3 micro 1 activation none" in told
     assert "tp 8 · ZeRO-3" in said(capsys, *words, "cluster=a100x32")
