@@ -13,6 +13,14 @@ from .chat import ChatTemplate
 from .marked import MarkedText
 
 
+class MemberError(ValueError):
+    """A record whose member is missing, or no text. key: of the config, which names the member"""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 @dataclass(frozen=True)
 class RecordText:
     """How a record becomes a document.
@@ -34,11 +42,16 @@ class RecordText:
         return self.prompt is not None or self.messages is not None
 
     @property
-    def members(self) -> list[str]:
-        """The members of a record that are read."""
+    def members(self) -> dict[str, str]:
+        """Key of the config → the member of a record that it names; the member with what is learned comes last."""
         if self.messages is not None:
-            return [self.messages]
-        return [self.field] if self.prompt is None else [self.prompt, self.field]
+            return {"messages": self.messages}
+        return {"field": self.field} if self.prompt is None else {"prompt": self.prompt, "field": self.field}
+
+    @property
+    def learned(self) -> tuple[str, str]:
+        """Key and name of the member with what is learned."""
+        return [*self.members.items()][-1]
 
     @property
     def settings(self) -> str:
@@ -56,7 +69,10 @@ class RecordText:
         return found + ([] if self.template is None else self.template.problems(key))
 
     def of(self, record: dict[str, Any]) -> str:
-        """Return the document of a record; "" for none. Raises ValueError naming the members that there are."""
+        """Return the document of a record; "" for none. Raises ValueError for what is none.
+
+        It is a MemberError, which names the members that there are, where one is missing or not text.
+        """
         if self.messages is not None:
             assert self.template is not None
             return self.template.render(_member(record, self.messages))
@@ -69,20 +85,20 @@ class RecordText:
 
 def _member(record: dict[str, Any], name: str) -> Any:
     if name not in record:
-        raise ValueError(f"no field '{name}' (data.messages) among {', '.join(record) or 'none'}")
+        raise MemberError("messages", f"no field '{name}' (data.messages) among {', '.join(record) or 'none'}")
     return record[name]
 
 
 def field_text(record: dict[str, Any], field: str, key: str = "field") -> str:
-    """Return the text in a record's field; "" for a null. Raises ValueError naming the fields that there are.
+    """Return the text in a record's field; "" for a null. Raises MemberError naming the fields that there are.
 
     key: of the config, which names the field
     """
     if field not in record:
-        raise ValueError(f"no field '{field}' (data.{key}) among {', '.join(record) or 'none'}")
+        raise MemberError(key, f"no field '{field}' (data.{key}) among {', '.join(record) or 'none'}")
     text = record[field]
     if not isinstance(text, str | None):
-        raise ValueError(f"field '{field}' (data.{key}) is not text but {type(text).__name__}")
+        raise MemberError(key, f"field '{field}' (data.{key}) is not text but {type(text).__name__}")
     text = text or ""
     try:
         text.encode()

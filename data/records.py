@@ -16,13 +16,19 @@ import xxhash
 from ..config.problems import Problem
 from . import formats
 from .formats import import_extra, missing_extra
-from .record_text import RecordText
+from .record_text import MemberError, RecordText
 from .sources import FileSource, files_below, identity_of
 from .version import NEWEST
 
 log = logging.getLogger(__name__)
 
 _MARK = codecs.BOM_UTF8
+_FIXES = {
+    "field": "name the member that holds the text",
+    "prompt": "name the member that holds the text before it",
+    "messages": "name the member that holds the conversation",
+}
+"""Key that names a member → what to do where no record has it."""
 
 
 class TextCount:
@@ -46,7 +52,7 @@ class TextCount:
         """Warn, the first time that all records were read, of those without a text."""
         if self._empty and not self._told:
             of = f"{self._empty:,} of {self._records:,} records ({self._empty / self._records:.1%})"
-            key, field = ("messages", record.messages) if record.messages else ("field", record.field)
+            key, field = record.learned
             log.warning("data.%s: %s of data=%s have no text in '%s' (null or empty) and are left out", key, of, name, field)
         self._told = True
 
@@ -119,15 +125,16 @@ class JsonLines(RecordFiles):
                 self._text(record)
         except ValueError as problem:
             what = f"the first record of '{path}' is {problem}" if "object" in str(problem) else f"'{path}' has {problem}"
-            of_chat = self.record.messages is not None
-            fix = "name the member that holds the conversation" if of_chat else "name the member that holds the text"
-            found.append(Problem(f"{key}.{'messages' if of_chat else 'field'}", what, fix))
+            by = problem.key if isinstance(problem, MemberError) else self.record.learned[0]
+            found.append(Problem(f"{key}.{by}", what, _FIXES[by]))
         return found
 
     def may_hold_data(self, path: Path) -> bool:
         """Return whether a file that is left out may be data: a bare .json only if its first record has the field."""
         record = _first_record(formats.head(path)) if path.suffix == ".json" else None
-        return path.suffix != ".json" or (isinstance(record, dict) and all(name in record for name in self.record.members))
+        return path.suffix != ".json" or (
+            isinstance(record, dict) and all(name in record for name in self.record.members.values())
+        )
 
     def texts(self, path: Path) -> Iterator[str]:
         """Yield the text of each record of one file; "" where it has none."""
@@ -233,12 +240,8 @@ class ParquetFiles(RecordFiles):
         except (ValueError, OSError) as problem:  # the library's own errors derive from these two
             return [Problem(f"{key}.input", f"'{path}' can't be read as Parquet ({problem})", "give Parquet files alone")]
         return [
-            Problem(
-                f"{key}.field",
-                f"'{path}' has no column '{name}' among {', '.join(names)}",
-                "name the column that holds the text",
-            )
-            for name in self.record.members
+            Problem(f"{key}.{by}", f"'{path}' has no column '{name}' among {', '.join(names)}", _FIXES[by])
+            for by, name in self.record.members.items()
             if name not in names
         ]
 
@@ -248,9 +251,10 @@ class ParquetFiles(RecordFiles):
         try:
             with parquet.ParquetFile(path) as file:
                 names: list[str] = file.schema_arrow.names
-                if absent := [name for name in self.record.members if name not in names]:
-                    raise ValueError(f"no column '{absent[0]}' (data.field) among {', '.join(names)}")
-                for batch in file.iter_batches(batch_size=1024, columns=self.record.members):
+                for key, name in self.record.members.items():
+                    if name not in names:
+                        raise MemberError(key, f"no column '{name}' (data.{key}) among {', '.join(names)}")
+                for batch in file.iter_batches(batch_size=1024, columns=[*self.record.members.values()]):
                     yield from map(self.record.of, batch.to_pylist())
         except (ValueError, OSError) as problem:  # the library's own errors derive from these two
             raise ValueError(f"{path}: {problem}") from problem

@@ -20,6 +20,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from meshloom.data.chat import ChatTemplate
+from meshloom.data.record_text import RecordText
 from meshloom.data.records import HuggingFace, JsonLines, ParquetFiles
 from meshloom.data.sources import FileSource, StandardLibrary, TextFiles
 
@@ -366,6 +368,18 @@ def test_a_missing_field_is_found_before_the_run(tmp_path: Path, layout: str):
     pyarrow.parquet.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet")
     (problem,) = ParquetFiles(str(tmp_path), field="body").problems("data")
     assert problem.key == "data.field" and "has no column 'body' among text" in problem.message
+
+
+@pytest.mark.parametrize(("key", "names"), [("prompt", {"prompt": "body"}), ("messages", {"messages": "body"})])
+def test_a_missing_member_is_refused_by_its_own_key(tmp_path: Path, key: str, names: dict[str, str]):
+    record = RecordText("text", **names, template=ChatTemplate("{% generation %}{% endgeneration %}", {}))
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    pyarrow.parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    for source in (JsonLines(str(tmp_path), record=record), ParquetFiles(str(tmp_path), record=record)):
+        (problem,) = source.file_problems("data", tmp_path / f"a{source.endings[0]}")
+        assert problem.key == f"data.{key}" and "'body'" in problem.message
+        with pytest.raises(ValueError, match=rf"no (field|column) 'body' \(data\.{key}\)"):
+            list(source.documents())
 
 
 def test_a_damaged_array_is_named(tmp_path: Path):
