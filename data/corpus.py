@@ -239,7 +239,9 @@ class Corpus(Packed):
         self.prepare_with(self._settings.make([self.source], self._cache))
 
     def prepare_with(self, tokenizer: Tokenizer, key: str = "data") -> None:
-        """Build or find the shards that this tokenizer makes."""
+        """Build or find the shards that this tokenizer makes. Raises ConfigError where it lacks tokens that they need."""
+        if self._fim is not None and (found := self._fim.tokenizer_problems(tokenizer, key)):
+            raise ConfigError(found)
         self._tokenizer = tokenizer
         folder = tokenize_corpus(self.source, tokenizer, self._held_out, self._cache, self.version, self._fim)
         self.open(folder / "train", folder / "validation" if self._held_out else None, key)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NAMES = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
-    ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),  # DeepSeek's
 )
 """Names of the prefix, suffix and middle tokens in well-known tokenizers; a trained one is given the first."""
 
@@ -52,6 +52,14 @@ class FillInTheMiddle:
             if not 0 <= share <= 1
         ]
 
+    def tokenizer_problems(self, tokenizer: Tokenizer, key: str) -> list[Problem]:
+        """Return what keeps a tokenizer from marking the parts. key: the config node's."""
+        if tokenizer.fill_in_the_middle is not None:
+            return []
+        known = "; ".join(", ".join(names) for names in NAMES)
+        fix = f"use 0, or a tokenizer with the prefix, suffix and middle tokens of one of these: {known}"
+        return [Problem(f"{key}.fim_rate", "the tokenizer has no tokens of fill-in-the-middle", fix)]
+
     def cut(self, number: int, text: str) -> tuple[str, str, str, bool] | None:
         """Return prefix, middle and suffix of a document, and whether the suffix comes first; None: it stays as it is."""
         draws = [hash64(self.seed, number, draw) / 2.0**64 for draw in range(4)]
@@ -66,8 +74,7 @@ class FillInTheMiddle:
         first: number of the first of them in its source
         """
         names = tokenizer.fill_in_the_middle
-        if names is None:
-            raise ValueError(f"data.fim_rate: the tokenizer has no tokens {', '.join(NAMES[0])}, or others known for it")
+        assert names is not None, "tokenizer_problems says so"
         prefix_token, suffix_token, middle_token = (np.array([each], np.int64) for each in names)
         cuts = [self.cut(first + place, text) for place, text in enumerate(texts)]
         written: list[str] = []

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Engine
+from tokenizers import models
 
+from meshloom.config.problems import ConfigError
 from meshloom.data.build import build_node
 from meshloom.data.config import TextConfig
 from meshloom.data.fill_in_the_middle import FillInTheMiddle
@@ -60,5 +63,15 @@ def test_the_data_node_trains_with_it_and_refuses_by_key(tmp_path: Path) -> None
     assert {problem.key for problem in wrong.problems()} >= {"data.fim_rate", "data.version"}
     Tokenizer.bytes().save(tmp_path / "plain.json")
     bare = build_node(TextConfig(**keys, tokenizer=f"{tmp_path}/plain.json", fim_rate=0.5), 3, None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"data\.fim_rate: the tokenizer has no tokens"):
+    with pytest.raises(ConfigError) as refused:
         bare.prepare()
+    assert [problem.key for problem in refused.value.problems] == ["data.fim_rate"]
+
+
+def test_deepseek_s_tokens_are_known() -> None:
+    """Written as in the tokenizer.json of DeepSeek-Coder: a full-width bar and a block for a space."""
+    engine = Engine(models.BPE(vocab={"a": 0}, merges=[]))
+    engine.add_special_tokens(
+        ["<|endoftext|>", *(f"<\N{FULLWIDTH VERTICAL LINE}fim\u2581{name}\uff5c>" for name in ("hole", "begin", "end"))]
+    )
+    assert Tokenizer(engine).fill_in_the_middle == (3, 2, 4), "begin, hole, end: prefix, suffix, middle"
