@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,16 +142,21 @@ class Tokenizer:
         return documents
 
     def encode_marked(self, texts: Sequence[MarkedText]) -> list[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
-        """Encode documents with a loss mask: token ids, the end of document among them, and whether each carries loss."""
+        """Encode documents with a loss mask, on all CPU cores.
+
+        Returns of each its token ids, the end of document among them, and whether each carries loss.
+        """
         found: list[tuple[NDArray[np.int64], NDArray[np.bool_]]] = []
-        for text in texts:
-            self._engine.encode_special_tokens = not text.specials
+        for specials, alike in groupby(texts, lambda text: text.specials):
+            group = list(alike)
+            self._engine.encode_special_tokens = not specials
             try:
-                encoding = self._engine.encode(str(text), add_special_tokens=False)
+                encoded = self._engine.encode_batch([str(text) for text in group], add_special_tokens=False)
             finally:
                 self._engine.encode_special_tokens = True
-            tokens = np.array([*encoding.ids, self.end_of_document], np.int64)
-            found.append((tokens, learned_tokens(text, encoding.offsets)))
+            for text, encoding in zip(group, encoded, strict=True):
+                tokens = np.array([*encoding.ids, self.end_of_document], np.int64)
+                found.append((tokens, learned_tokens(text, encoding.offsets)))
         return found
 
     def decode(self, tokens: Sequence[int] | NDArray[np.int64]) -> str:
