@@ -17,29 +17,34 @@ from .marked import MarkedText
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 SETTINGS = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
+MADE = ("bpe", "bytes")
+"""Settings of a tokenizer that is made here, so that nothing lies beside it."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
     """A chat template in Jinja, as `apply_chat_template` of transformers takes it.
 
-    text   the template; "" where none was found
-    names  bos_token, eos_token and the like, which it may refer to
+    text    the template; "" where none was found
+    names   bos_token, eos_token and the like, which it may refer to
+    needed  whether none was given for a tokenizer that is made here, which has none
     """
 
     text: str
     names: Mapping[str, str]
+    needed: bool = False
 
     @classmethod
     def find(cls, template: str | None, tokenizer: str) -> ChatTemplate:
         """Read a template from a file; None: the one beside the tokenizer, which is a file or a folder."""
-        place = expand_user(tokenizer)
-        folder = place if place.is_dir() else place.parent
-        settings = _settings(folder / SETTINGS)
+        folder = _folder_of(tokenizer)
+        settings = {} if folder is None else _settings(folder / SETTINGS)
         names = {key: _content(value) for key, value in settings.items() if key.endswith("_token") and value}
         if template is not None:
             path = expand_user(template)
             return cls(path.read_text() if path.is_file() else "", names)
+        if folder is None:
+            return cls("", names, needed=tokenizer in MADE)
         if (folder / TEMPLATE).is_file():
             return cls((folder / TEMPLATE).read_text(), names)
         return cls(_default(settings.get("chat_template")), names)
@@ -47,7 +52,10 @@ class ChatTemplate:
     def problems(self, key: str) -> list[Problem]:
         """Return what keeps the template from being used. key: the config node's."""
         found = missing_extra("transformers", "hf", f"{key}.messages", "a chat template")
-        if not self.text:
+        if self.needed:
+            fix = f"give the file of a Jinja template as {key}.chat_template, or a folder with one as data.tokenizer"
+            found.append(Problem(f"{key}.messages", "a tokenizer that is made here has no chat template", fix))
+        elif not self.text:
             fix = f"give the file of a Jinja template, or a folder with {TEMPLATE} as data.tokenizer"
             found.append(Problem(f"{key}.chat_template", "there is no chat template", fix))
         elif not MARK.search(self.text):
@@ -65,6 +73,14 @@ class ChatTemplate:
         except Exception as problem:  # a template may raise anything for roles that it does not know
             raise ValueError(f"is no conversation of this chat template ({problem})") from problem
         return MarkedText(text, [(start, stop) for start, stop in spans if start < stop], specials=True)
+
+
+def _folder_of(tokenizer: str) -> Path | None:
+    """Return the folder in which a tokenizer lies; None for one that is made here, or not found."""
+    place = expand_user(tokenizer)
+    if tokenizer in MADE or not place.exists():
+        return None
+    return place if place.is_dir() else place.parent
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import xxhash
 from ..config.cache import cache_folder, expand_user
 from ..config.hashing import hash64
 from ..config.problems import ConfigError, Problem
+from .chat import MADE
 from .config import CorpusConfig, MixtureConfig, PackingConfig
 from .fill_in_the_middle import FillInTheMiddle
 from .order import Shuffled, StoredSamples, ValidationSamples
@@ -59,7 +60,7 @@ class TokenizerSettings:
             found.append(Problem(f"{key}.vocabulary", message, f"use {SMALLEST_BPE} or more"))
         if self.setting == "bpe" and self.sample < 1:
             found.append(Problem(f"{key}.tokenizer_sample", f"{self.sample} characters can't train it", "use 1 or more"))
-        if self.setting not in ("bpe", "bytes") and not (self.setting and expand_user(self.setting).exists()):
+        if self.setting not in MADE and not (self.setting and expand_user(self.setting).exists()):
             fix = "use bpe, bytes, or the path of a tokenizer.json"
             found.append(Problem(f"{key}.tokenizer", f"'{self.setting}' not found", fix))
         return found

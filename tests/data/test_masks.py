@@ -10,7 +10,9 @@ import pytest
 
 from meshloom.data.batch import IGNORED
 from meshloom.data.build import build_node
+from meshloom.data.chat import ChatTemplate
 from meshloom.data.config import JsonlConfig
+from meshloom.data.marked import MarkedText
 from meshloom.data.node import DataNode
 from meshloom.data.tokenizer import Tokenizer
 from meshloom.data.validation_sets import ValidationSets
@@ -127,6 +129,9 @@ def test_records_that_are_no_conversation_are_named(tmp_path: Path, tokenizer: P
 def test_templates_that_mark_nothing_are_refused(tmp_path: Path, tokenizer: Path) -> None:
     pytest.importorskip("transformers")
     (tmp_path / "plain.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    Tokenizer.bytes().save(bare / "tokenizer.json")
     keys: dict[str, Any] = {"messages": "chat", "input": f"{tokenizer}/tokenizer.json", "tokenizer": str(tokenizer)}
 
     def problems(**more: Any) -> list[str]:
@@ -135,6 +140,33 @@ def test_templates_that_mark_nothing_are_refused(tmp_path: Path, tokenizer: Path
 
     (plain,) = problems(chat_template=f"{tmp_path}/plain.jinja")
     assert plain.startswith("data.chat_template: it does not mark what the assistant says")
-    (none,) = problems(tokenizer="bytes")
+    (none,) = problems(tokenizer=f"{bare}/tokenizer.json")
     assert none.startswith("data.chat_template: there is no chat template")
     assert any("data.prompt" in text for text in problems(prompt="question"))
+
+
+@pytest.mark.parametrize("made", ["bpe", "bytes"])
+def test_the_current_folder_is_beside_no_made_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    settings = {"bos_token": "<stray>", "chat_template": TEMPLATE}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"chat": CHATS[0]}))
+    keys: dict[str, Any] = {"messages": "chat", "input": f"{tmp_path}/data.jsonl", "tokenizer": made}
+    (problem,) = build_node(JsonlConfig(**keys), 1, None).problems()
+    assert problem.key == "data.messages" and "has no chat template" in problem.message
+    assert build_node(JsonlConfig(**keys, chat_template="chat_template.jinja"), 1, None).problems() == []
+    assert ChatTemplate.find("chat_template.jinja", made) == ChatTemplate(TEMPLATE, {}), "no name of a stray tokenizer"
+
+
+def test_documents_are_encoded_together_as_alone(tokenizer: Path) -> None:
+    made = Tokenizer.load(tokenizer)
+    words = ("Größe 😀 <|im_end|> gut", "", "the quick", "naïve – fox", "<s>user")
+    texts = [MarkedText(text, [(1, len(text))], specials=at in (1, 2, 4)) for at, text in enumerate(words)]
+    together = made.encode_marked(texts)
+    for text, (tokens, learned) in zip(texts, together, strict=True):
+        ((alone, marks),) = made.encode_marked([text])
+        assert tokens.tolist() == alone.tolist() and learned.tolist() == marks.tolist()
+    assert together[0][0].tolist()[:-1] == made.encode(str(texts[0])), "the name of a special token is text here"
+    assert len(together[4][0]) < len(made.encode(str(texts[4]))), "and stands for it here"
