@@ -57,7 +57,11 @@ class Best:
 def best_layouts(
     config: RunConfig, overrides: Sequence[str], cluster: ClusterConfig, most: int, length: float | None = None
 ) -> Best:
-    """Search the layouts of a checked run on a cluster. Raises ConfigError where nothing fits, with what is in the way."""
+    """Search the layouts of a checked run on a cluster.
+
+    Raises ConfigError where nothing fits, with what is in the way, and where the trainer refuses all that fit, with the
+    problems of the fastest.
+    """
     cluster = replace(cluster, gpus=planned_processes(config.launch))
     given = {key: value_of(config, key) for key in KEYS}
     typed = given_keys(overrides)
@@ -70,7 +74,10 @@ def best_layouts(
     found = search(question, most + MORE)
     if not found.best:
         raise ConfigError([_in_the_way(question, found.least)])
-    legal = [one for one in found.best if _runs(config, one)][:most]
+    checked = [(one, _refusals(config, one)) for one in found.best]
+    legal = [one for one, problems in checked if not problems][:most]
+    if not legal:
+        raise ConfigError(checked[0][1])
     return Best(config, given, legal, found.planned, notes)
 
 
@@ -113,13 +120,13 @@ def _question(config: RunConfig, cluster: ClusterConfig, fixed: dict[str, Any], 
     )  # fmt: skip
 
 
-def _runs(config: RunConfig, candidate: Candidate) -> bool:
-    """Return whether the trainer, too, takes a candidate."""
+def _refusals(config: RunConfig, candidate: Candidate) -> list[Problem]:
+    """List what the trainer's own checks have against a candidate."""
     changed = replace_keys(config, candidate.settings)
     if changed.trainer.activation_budget is not None and changed.trainer.activation != "none":
         changed = replace_keys(changed, {"trainer.activation_budget": None})
     _, problems = checked_config(changed, planned_processes(config.launch), elsewhere=[], builds=needs_building)
-    return not problems
+    return list(problems)
 
 
 def _in_the_way(question: Question, least: Candidate | None) -> Problem:

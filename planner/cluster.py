@@ -153,9 +153,12 @@ class ClusterConfig:
             yield Problem(f"{key}.gpus", text, f"use a multiple of {self.gpus_per_node}, or change {key}.gpus_per_node")
 
     def _networks(self, key: str) -> Iterator[Problem]:
-        for at, cards in enumerate(self.nics):
-            if cards.count < 1 or not cards.gbit > 0:
-                yield Problem(f"{key}.nics[{at}]", f"{cards.count} × {cards.gbit:g} Gbit/s can't be", "use positive numbers")
+        kinds = [("nics", [(cards.count, cards.gbit) for cards in self.nics])]
+        kinds += [("islands", [(island.nodes, island.gbit) for island in self.islands])]
+        for name, counted in kinds:
+            for at, (count, gbit) in enumerate(counted):
+                if count < 1 or not 0 < gbit < math.inf:
+                    yield Problem(f"{key}.{name}[{at}]", f"{count} × {gbit:g} Gbit/s can't be", "use positive numbers")
         if self.gpus_per_node >= 1 and self.nodes > 1 and not self.nics and not self.islands:
             fix = f"give {key}.nics, for example [{{count: 8, gbit: 400}}]"
             yield Problem(f"{key}.nics", f"{self.nodes} nodes, and nothing connects them", fix)
@@ -177,25 +180,44 @@ def is_cluster_word(word: str) -> bool:
 def load_cluster(words: Sequence[str], config_dir: str | None = None) -> ClusterConfig:
     """Return the cluster of the words `cluster=…` and `cluster.key=…`. Raises ConfigError with all of their problems."""
     chosen, changes = "", dict[str, Any]()
+    problems: list[Problem] = []
     for word in words:
         name, _, written = word.partition("=")
         if name == GROUP:
             chosen = written
-        else:
+            continue
+        try:
             changes[name.removeprefix(f"{GROUP}.")] = yaml.safe_load(written)
+        except yaml.YAMLError:
+            problems.append(
+                Problem(name, f"{written} is no YAML", "close its brackets and quotes, as in [{count: 8, gbit: 400}]")
+            )
     if not chosen:
         raise ConfigError([Problem(GROUP, "is not chosen", f"add {GROUP}=…; there are: {', '.join(options(config_dir))}")])
     values = _recipe(chosen, config_dir)
-    problems: list[Problem] = []
     for name, value in changes.items():
         group, _, leaf = name.rpartition(".")
-        (values.setdefault(group, {}) if group else values)[leaf] = value
+        keys = _group(values, group)
+        if keys is None:
+            problems.append(Problem(f"{GROUP}.{name}", f"{GROUP}.{group} has no keys of its own", f"write {GROUP}.{group}=…"))
+        else:
+            keys[leaf] = value
     cluster = _typed(ClusterConfig, values, GROUP, problems)
     problems += cluster.problems() if cluster is not None and not problems else []
     if problems:
         raise ConfigError(problems)
     assert cluster is not None
     return cluster
+
+
+def _group(values: dict[str, Any], group: str) -> dict[str, Any] | None:
+    """Return the dictionary of a group's keys, made where the group is empty; None for what has no keys."""
+    if not group:
+        return values
+    if values.get(group) is None:
+        values[group] = dict[str, Any]()
+    found = values[group]
+    return typing.cast(dict[str, Any], found) if isinstance(found, dict) else None
 
 
 def profile_folder() -> Path:
@@ -212,29 +234,43 @@ def options(config_dir: str | None = None) -> list[str]:
     return sorted({file.stem for folder in _folders(config_dir) for file in folder.glob("*.yaml")})
 
 
-def _recipe(name: str, config_dir: str | None) -> dict[str, Any]:
-    """Read a cluster's values; `<name>x<GPUs>` is the cluster of that name with so many GPUs."""
-    files = {file.stem: file for folder in reversed(_folders(config_dir)) for file in folder.glob("*.yaml")}
+def _recipe(name: str, config_dir: str | None, above: Sequence[Path] = ()) -> dict[str, Any]:
+    """Read a cluster's values; `<name>x<GPUs>` is the cluster of that name with so many GPUs.
+
+    above: the files that are based on it. They are passed over, so that one's own `h100` may extend the recipe `h100`.
+    """
+    folders = _folders(config_dir)
+    files = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml") if file not in above}
     sized = re.fullmatch(r"(.+)x(\d+)", name)
     found = name if name in files else sized[1] if sized and sized[1] in files else None
     if found is None:
+        if above:
+            raise ConfigError([Problem(GROUP, f"{above[-1]} extends '{name}', which is no other cluster", _mend(files))])
         near = difflib.get_close_matches(sized[1] if sized else name, files, 1)
         size = f"x{sized[2]}" if sized else ""
         hint = f"did you mean {GROUP}={near[0]}{size}? " if near else ""
         raise ConfigError([Problem(GROUP, f"there is no '{name}'", f"{hint}There are: {', '.join(sorted(files))}")])
-    values = _read(files[found])
-    bases = [base for base in values.pop("defaults", []) if base != "_self_"]
-    for base in bases:
-        values = _merged(_recipe(base, config_dir), values)
+    file = files[found]
+    values = _read(file)
+    bases = values.pop("defaults", [])
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in typing.cast(list[Any], bases)):
+        raise ConfigError([Problem(GROUP, f"{file}: defaults: {bases!r} is no list of clusters", _mend(files))])
+    for base in typing.cast(list[str], bases):
+        if base != "_self_":
+            values = _merged(_recipe(base, config_dir, [*above, file]), values)
     if found != name and sized:
         values["gpus"] = int(sized[2])
     return values
 
 
+def _mend(files: Mapping[str, Path]) -> str:
+    return f"write for example defaults: [h100]; there are: {', '.join(sorted(files))}"
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError([Problem(GROUP, f"{file} can't be read: {error}", "mend the file")]) from error
     if not isinstance(values, dict):
         raise ConfigError([Problem(GROUP, f"{file} has no keys", "write key: value")])
@@ -242,7 +278,11 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    both = {name: {**base[name], **value} for name, value in values.items() if isinstance(base.get(name), dict) and value}
+    both = {
+        name: {**base[name], **(value or {})}
+        for name, value in values.items()
+        if isinstance(base.get(name), dict) and (value is None or isinstance(value, dict))
+    }
     return {**base, **values, **both}
 
 
@@ -280,7 +320,7 @@ def _value(hint: Any, value: Any, key: str, problems: list[Problem]) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         if float in kinds:
             return float(value)
-        if int in kinds and value == int(value):
+        if int in kinds and math.isfinite(value) and value == int(value):
             return int(value)
     if bool in kinds and isinstance(value, bool):
         return value

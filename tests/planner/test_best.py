@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from meshloom.config.problems import Problem
 from meshloom.launch.cli import main
 from meshloom.launch.plan_best import best_layouts, reasons
 from meshloom.launch.plan_cluster import split_words
@@ -77,6 +78,16 @@ def test_the_fastest_layouts_fit_and_are_in_order(capsys: pytest.CaptureFixture[
     held = best_layouts(resolved.config, [*words, "parallel.tp=1", "batch.micro=4"], cluster, 2)
     assert all(one.settings["parallel.tp"] == 1 and one.settings["batch.micro"] == 4 for one in held.candidates)
     assert held.notes == ["batch.micro, parallel.tp as typed"]
+
+
+def test_layouts_that_the_trainer_refuses_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where its own checks take none of the layouts that fit, there is no empty table but their problems."""
+    from meshloom.launch import plan_best
+
+    problem = Problem("trainer.float8", "not like this", "leave it out")
+    monkeypatch.setattr(plan_best, "checked_config", lambda config, *_, **__: (config, [problem]))
+    told = refused(capsys, *SMALL, "cluster=h100x1", "--best", "1", "--parts")
+    assert "trainer.float8: not like this; leave it out" in told
 
 
 def test_the_printed_line_has_the_printed_speed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,46 @@ def test_problems_of_a_cluster_are_told_all_at_once_by_key(tmp_path: Path) -> No
         load_cluster(["cluster=half"], str(tmp_path))
 
 
+def test_what_is_no_value_is_refused_by_key(tmp_path: Path) -> None:
+    told = refused(
+        "cluster=h100", "cluster.nics=[{count: 4", "cluster.gpus=.inf", "cluster.gpus_per_node=.nan", "cluster.gpu.a=1"
+    )
+    for part in (
+        "nics: [{count: 4 is no YAML",
+        "gpus: inf is not",
+        "per_node: nan is not",
+        "cluster.gpu has no keys of its own",
+    ):
+        assert part in told
+    told = refused("cluster=h100x16", "cluster.islands=[{nodes: 2, gbit: 0}, {nodes: 0, gbit: 8}]", "cluster.between=8")
+    assert "islands[0]: 2 × 0 Gbit/s can't be" in told and "islands[1]: 0 × 8" in told
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    for name, text in {
+        "word": "defaults: h100",
+        "one": "defaults: [two]",
+        "two": "defaults: [one]",
+        "no": "defaults: [h100]\nrates: 5",
+    }.items():
+        (folder / f"{name}.yaml").write_text(text)
+    for name, part in (
+        ("word", "defaults: 'h100' is no list of clusters; write for example defaults: [h100]"),
+        ("one", "two.yaml extends 'one', which is no other cluster"),
+        ("no", "cluster.rates: 5 has no keys"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_cluster([f"cluster={name}"], str(tmp_path))
+        assert part in str(caught.value)
+
+
+def test_ones_own_cluster_may_extend_its_namesake(tmp_path: Path) -> None:
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "h100.yaml").write_text("defaults: [h100]\nprice: 2\nrates:\n")
+    cluster = load_cluster(["cluster=h100x16", "cluster.rates.link=0.7"], str(tmp_path))
+    assert (cluster.gpus, cluster.price, cluster.bf16, cluster.rates.link) == (16, 2.0, 989, 0.7)
+    assert cluster.rates.products == 0.76
+
+
 def test_collectives_have_their_closed_form() -> None:
     """(P − 1)/P · S/B and a ring's latency; across nodes B is what the group's ranks of a node have of its cards together."""
     cluster = load_cluster(["cluster=h100x64"])
