@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,14 +40,13 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(list(argv))
     try:
         words, cluster = split_words(arguments.overrides, arguments.config_dir)
+        _refuse_options(arguments)
         asked = arguments.parts or arguments.best or arguments.json or arguments.documents or arguments.against
         if cluster is None and asked:
             fix = f"add cluster=…; there are: {', '.join(options(arguments.config_dir))}"
             raise ConfigError([Problem("cluster", "times are of a cluster, and none is chosen", fix)])
         if cluster is not None and arguments.against is not None:
             return show_against(arguments.against, cluster, arguments)
-        if arguments.best < 0:
-            raise ConfigError([Problem("--best", f"{arguments.best} is not a number of layouts", "give 1 or more")])
         resolved = resolve_plan(words, arguments.config_dir)
         if arguments.best:
             resolved = without_searched(resolved, words)
@@ -61,6 +61,23 @@ def main(argv: Sequence[str]) -> int:
         return BAD_CONFIG
 
 
+def _refuse_options(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for values of options that can't be, and for options that say nothing together."""
+    problems: list[Problem] = []
+    if arguments.best < 0:
+        problems.append(Problem("--best", f"{arguments.best} is not a number of layouts", "give 1 or more"))
+    if arguments.documents is not None and not 0 < arguments.documents < math.inf:
+        problems.append(Problem("--documents", f"{arguments.documents:g} is no length", "give a number of tokens above 0"))
+    shown = "--best" if arguments.best else "--against" if arguments.against is not None else None
+    for option in ("--draw-step", "--draw-pipeline") if shown is not None else ():
+        if getattr(arguments, option.strip("-").replace("-", "_")) is not None:
+            problems.append(
+                Problem(option, f"nothing is drawn with {shown}", f"leave one of them out: {option} draws one plan")
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
 def show_against(folder: Path, cluster: ClusterConfig, arguments: argparse.Namespace) -> int:
     """Print what was predicted of a run beside its metrics. Returns 0. Raises ConfigError for a folder without a run."""
     from dataclasses import asdict
@@ -70,7 +87,7 @@ def show_against(folder: Path, cluster: ClusterConfig, arguments: argparse.Names
     from ..planner.time_tables import parts_table
     from .plan_against import against, against_table
 
-    predicted, measured = against(folder, cluster)
+    predicted, measured = against(folder, cluster, arguments.documents)
     if arguments.json:
         print(json.dumps({"predicted": predicted.as_dict(), "measured": asdict(measured)}, indent=2))
         return 0

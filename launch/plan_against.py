@@ -35,8 +35,11 @@ class Measured:
     steps: int
 
 
-def against(folder: Path, cluster: ClusterConfig) -> tuple[Prediction, Measured]:
-    """Predict the run of a folder on as many GPUs as the cluster has. Raises ConfigError for a folder without a run."""
+def against(folder: Path, cluster: ClusterConfig, length: float | None = None) -> tuple[Prediction, Measured]:
+    """Predict the run of a folder on as many GPUs as the cluster has. Raises ConfigError for a folder without a run.
+
+    length: mean tokens of a document that attention stays inside
+    """
     file = folder / "config.yaml"
     try:
         node = OmegaConf.load(file)
@@ -59,7 +62,7 @@ def against(folder: Path, cluster: ClusterConfig) -> tuple[Prediction, Measured]
         max(memory) if memory else None,
         len(counted),
     )
-    return predict(plan, config, replace(cluster, gpus=plan.layout.world_size)), found
+    return predict(plan, config, replace(cluster, gpus=plan.layout.world_size), length), found
 
 
 def against_table(predicted: Prediction, measured: Measured) -> Table:

@@ -51,6 +51,11 @@ def test_a_plan_tells_seconds_days_and_cost(capsys: pytest.CaptureFixture[str]) 
 def test_mistakes_are_told_by_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert "times are of a cluster, and none is chosen" in refused(capsys, *SMALL, "--best", "3")
     assert "--best: -1 is not a number of layouts" in refused(capsys, *SMALL, "cluster=h100", "--best", "-1")
+    for length in ("-350", "nan", "0"):
+        told = refused(capsys, *SMALL, "cluster=h100", f"--documents={length}")
+        assert f"--documents: {length} is no length" in told
+    told = refused(capsys, *SMALL, "cluster=h100", "--best=1", "--draw-step=a.svg", "--draw-pipeline=b.svg")
+    assert "--draw-step: nothing is drawn with --best" in told and "--draw-pipeline: nothing" in told
     assert "8 GPUs for 16 processes" in refused(capsys, *SMALL, "cluster=h100", "launch.nproc=16")
     told = refused(capsys, "recipe=llama_70b", "cluster=a100x2", "parallel.offload=none", "--best", "1")
     assert "nothing fits 2 × NVIDIA A100" in told and "cluster.gpus=16 is enough: tp 4" in told
@@ -155,6 +160,8 @@ def test_a_run_is_held_against_its_metrics(tmp_path: Path, capsys: pytest.Captur
     assert found["measured"] == {"seconds": 5.0, "tokens_per_second": 64 * 8192 / 10.0, "memory": 50.0, "steps": 6}
     planned = json.loads(said(capsys, *SMALL, "cluster=h200x2", "--json"))
     assert found["predicted"]["seconds_per_step"] == pytest.approx(planned["seconds_per_step"])
+    short = json.loads(said(capsys, "--against", str(tmp_path), "cluster=h200x2", "--documents=512", "--json"))["predicted"]
+    assert short["parts_seconds"]["attention"] < found["predicted"]["parts_seconds"]["attention"] / 2
     assert "off by" in said(capsys, "--against", str(tmp_path), "cluster=h200x2")
     assert "can't be read" in refused(capsys, "--against", str(tmp_path / "nowhere"), "cluster=h200x2")
 
