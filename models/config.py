@@ -74,6 +74,12 @@ class ModelConfig:
         """Return the decoder that the keys describe; None if a decoder's sizes are not among them."""
         return None
 
+    @property
+    def drops_tokens(self) -> bool:
+        """True if experts drop tokens, so that what is computed depends on how the global batch is cut into micro-batches."""
+        shape = self.decoder()
+        return shape is not None and shape.experts.capacity is not None and bool(shape.mixture_layers())
+
     def problems(self, key: str = "model") -> list[Problem]:
         """Return what is wrong with the values."""
         return []

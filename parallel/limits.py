@@ -57,6 +57,9 @@ def measuring_problems(parallel: ParallelConfig, tied: bool, projections: bool) 
         problems.append(
             Problem("batch", f"the {parallel.engine} engine has no whole gradient to project on", "use batch=norm_test")
         )
+    if parallel.hdp != "none":
+        text = "it measures the gradients of micro-batches, which hybrid data parallelism cuts by cost"
+        problems.append(Problem("batch", text, f"{fix} parallel.hdp=none"))
     if parallel.cp > 1:
         problems.append(Problem("batch", "gradients can't be measured under context parallelism", f"{fix} parallel.cp=1"))
     if parallel.pp > 1 and tied:

@@ -55,7 +55,7 @@ from .hooks.loggers.defaults import default_loggers
 from .hooks.profiling import ProfileStep
 from .hooks.sampling import SampleText, TextCodec
 from .hooks.saving import Saving
-from .loop import Loop
+from .loop import Loop, agree_on_plan
 from .schema import RunConfig
 from .stages.record import Place
 from .typed import plain_config
@@ -298,11 +298,12 @@ def _evaluation(
 ) -> Evaluation:
     """Load this rank's share of each part's validation samples, and build the hook that evaluates on them.
 
-    mixtures: the layers with experts
+    mixtures: the layers with experts. Raises PlansDiffer where ranks deal a part's documents in other ways.
     """
     sets: list[EvaluationSet] = []
     for part, count in zip(parts, samples_of_parts(parts, config.trainer.eval_samples), strict=True):
         share = dealer.load(part.samples, GlobalBatch(0, count), config.batch.micro, mesh.data_rank)
+        agree_on_plan(mesh, share, f"validation set {part.name}" if part.name else "the validation samples")
         sets.append(EvaluationSet(part.name, part.weight, share.micro_batches))
     every = config.trainer.eval_every
     return Evaluation(sets, None if every is None else Duration.parse(every), mixtures)

@@ -42,6 +42,23 @@ class PlansDiffer(RuntimeError):
     """Processes have planned a step's documents in different ways."""
 
 
+def agree_on_plan(mesh: Mesh, share: Share, what: str) -> None:
+    """Raise PlansDiffer, on all ranks and before their first message, where ranks have planned in other ways.
+
+    what: the batch of which it is the share, as the message begins
+    """
+    if share.checksum is None:
+        return
+    codes = mesh.codes(share.checksum)
+    usual = max(codes, key=codes.count)
+    others = [rank for rank, code in enumerate(codes) if code != usual]
+    if others:
+        raise PlansDiffer(
+            f"{what}: rank {', '.join(map(str, others))} deals the batch's documents in another way than"
+            " the other ranks (parallel.hdp): give all of them the same data files and the same version of Meshloom"
+        )
+
+
 class TrainingDiverged(RuntimeError):
     """The loss or the gradient norm is not finite."""
 
@@ -139,7 +156,7 @@ class Loop:
         count = self.controller.next_batch(self.progress)
         before = self.progress.before(count, self.horizon.seq_len)
         share = self.batches.load(GlobalBatch(before.samples, count), self.controller.micro_at(count))
-        self._agree_on_plan(share, before)
+        agree_on_plan(self.mesh, share, f"step {before.step + 1}")
         tokens, signals = self._sum_over_ranks(share.valid_tokens, stop_requested)
         if not share.valid_tokens and not tokens:  # only a rank without targets waits here to hear whether others have any
             self._pass_over(before, count, share, signals)
@@ -178,19 +195,6 @@ class Loop:
         self.progress = before.after(count, count * self.horizon.seq_len)
         numbers = Deferred({"loss": zero, "grad_norm": zero, **signals})
         self._record(0.0, DeviceTimestamp(self.mesh.device), numbers, None, share, learned=False)
-
-    def _agree_on_plan(self, share: Share, before: Progress) -> None:
-        """Raise PlansDiffer, on all ranks and before their first message, where ranks have planned the step in other ways."""
-        if share.checksum is None:
-            return
-        codes = self.mesh.codes(share.checksum)
-        usual = max(codes, key=codes.count)
-        others = [rank for rank, code in enumerate(codes) if code != usual]
-        if others:
-            raise PlansDiffer(
-                f"step {before.step + 1}: rank {', '.join(map(str, others))} deals the batch's documents in another way than"
-                " the other ranks (parallel.hdp): give all of them the same data files and the same version of Meshloom"
-            )
 
     def _sum_over_ranks(self, valid_tokens: int, stop_requested: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Sum over all ranks, in one collective: the valid tokens of the global batch, and signals to end the run.

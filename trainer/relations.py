@@ -129,9 +129,9 @@ def _hybrid(config: RunConfig, start: Start) -> Iterator[Problem]:
     yield from hybrid_problems(
         parallel,
         masked=config.data.document_mask if isinstance(config.data, CachedConfig) else None,
-        measures=config.batch.MEASURES,
         halves=config.optim.compares_halves(),
-        cut_losses=balance.depends_on_micro_batches or balance.sequence > 0,
+        cut_losses=[f"balance.{name}" for name in balance.counted_in_parts],
+        drops_tokens=config.model.drops_tokens,
     )
     model = parallel.pp * parallel.cp * parallel.tp
     if start.world_size and not start.world_size % model:
@@ -231,7 +231,7 @@ RELATIONS = (
     Relation(("model", "balance", "parallel", "trainer", "batch.micro", "data.seq_len"), _experts),
     Relation(("parallel", "precision"), _engine),
     Relation(("parallel", "precision", "trainer.float8"), _float8),
-    Relation(("parallel", "data", "batch", "optim", "balance"), _hybrid),
+    Relation(("parallel", "model", "data", "batch", "optim", "balance"), _hybrid),
     Relation(("checkpoint.folder", "output_dir"), _folder),
     Relation(("checkpoint.every",), _stages),
     Relation(("schedule", "optim.lr", *LENGTH), _schedule),

@@ -50,7 +50,17 @@ class BalanceConfig:
     @property
     def depends_on_micro_batches(self) -> bool:
         """True if what is computed depends on how the global batch is cut into micro-batches."""
-        return self.micro_batch > 0 or (self.counts == "prefix" and self.global_coefficient > 0)
+        return bool({"micro_batch", "counts"} & {*self.counted_in_parts})
+
+    @property
+    def counted_in_parts(self) -> list[str]:
+        """The keys that ask for experts' shares within a sample or a micro-batch, or among the micro-batches so far."""
+        asked = {
+            "sequence": self.sequence > 0,
+            "micro_batch": self.micro_batch > 0,
+            "counts": self.counts == "prefix" and self.global_coefficient > 0,
+        }
+        return [name for name, is_asked in asked.items() if is_asked]
 
     def problems(self, key: str = "balance") -> list[Problem]:
         """Return what is wrong with the values."""

@@ -23,15 +23,16 @@ LARGEST = "the largest size"
 
 def _micro_matters(run: Any) -> bool:
     compared = run.batch.MEASURES or run.optim.compares_halves() or run.trainer.float8 != "none"
-    return compared or run.balance.depends_on_micro_batches
+    return compared or run.balance.depends_on_micro_batches or run.model.drops_tokens
 
 
 MICRO_SIDE = RecipeWhen(
-    "a controller that measures gradients, optim=agvm, trainer.float8, balance.micro_batch or balance.counts=prefix",
+    "a controller that measures gradients, optim=agvm, trainer.float8, balance.micro_batch, balance.counts=prefix or"
+    " model.experts.capacity",
     _micro_matters,
 )
-"""Micro-batches are the workers of gradient statistics and make up AGVM's halves. Float8 scales, and experts' shares in losses
-of micro-batches, are taken of each."""
+"""Micro-batches are the workers of gradient statistics and make up AGVM's halves. Float8 scales, experts'
+shares in losses of micro-batches, and the tokens that experts drop, are taken of each."""
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ...config.problems import Problem
 from ..config import ParallelConfig
 
 
 def hybrid_problems(
-    parallel: ParallelConfig, *, masked: bool | None, measures: bool, halves: bool, cut_losses: bool
+    parallel: ParallelConfig, *, masked: bool | None, halves: bool, cut_losses: Sequence[str], drops_tokens: bool
 ) -> Iterator[Problem]:
     """Yield what can't be combined with `parallel.hdp`.
 
-    masked      whether attention stays inside documents; None: it can't be told from the config
-    measures    whether the batch-size controller measures gradients
-    halves      whether the optimizer compares halves of a batch
-    cut_losses  whether the balance of experts counts samples or micro-batches
+    masked        whether attention stays inside documents; None: it can't be told from the config
+    halves        whether the optimizer compares halves of a batch
+    cut_losses    keys by which the balance of experts counts samples or micro-batches
+    drops_tokens  whether experts drop tokens beyond a part of a micro-batch's
     """
     off = "or parallel.hdp=none"
     if parallel.engine != "torch":
@@ -28,20 +28,19 @@ def hybrid_problems(
     if parallel.pp > 1:
         yield Problem("parallel.pp", "a pipeline can't run shared documents yet", f"use parallel.pp=1, {off}")
     if parallel.ep > 1:
-        text = "ranks run different numbers of micro-batches, and experts on other ranks need the same"
-        yield Problem("parallel.ep", text, f"use parallel.ep=1, {off}")
+        yield Problem("parallel.ep", "experts on other ranks are not tried with it yet", f"use parallel.ep=1, {off}")
     if masked is False:
         text = "attention crosses documents, so that they can't be dealt apart"
         yield Problem("data.document_mask", text, f"set it to true, {off}")
-    if measures:
-        text = "it measures the gradients of micro-batches, which hybrid data parallelism cuts by cost"
-        yield Problem("batch", text, f"use batch=fixed, stages, ramp or critical_loss, {off}")
     if halves:
         text = "it compares halves of the list of micro-batches, which hybrid data parallelism cuts by cost"
         yield Problem("optim", text, f"use another optimizer, {off}")
-    if cut_losses:
+    for key in cut_losses:
         text = "shares per sample or micro-batch change when a step's documents are dealt by cost"
-        yield Problem("balance", text, f"use balance.counts=exact, balance.sequence=0 and balance.micro_batch=0, {off}")
+        yield Problem(key, text, f"use {'past or exact' if key == 'balance.counts' else '0'}, {off}")
+    if drops_tokens:
+        text = "which tokens are dropped depends on the micro-batch, which hybrid data parallelism cuts by cost"
+        yield Problem("model.experts.capacity", text, f"use null, {off}")
 
 
 def capacity_problems(parallel: ParallelConfig, micro: int, seq_len: int, data_size: int) -> Iterator[Problem]:

@@ -17,7 +17,7 @@ from ...data.batch import IGNORED, GlobalBatch, MicroBatch, Samples, document_le
 from ..config import ParallelConfig
 from ..context.zigzag import cut_document
 from ..layout import Layout, uses_fsdp
-from .assignment import HybridAssignment, Row
+from .assignment import BLANK, HybridAssignment, Row
 from .cost import CostModel, costs_of_flops
 from .planning import assign
 
@@ -92,7 +92,7 @@ class HybridAssigner:
         return Share(
             [rows.read(row) for row in plan.rows[data_rank]],
             passes=plan.passes,
-            workers=sum(map(len, plan.rows)),
+            workers=sum(row != BLANK for rows in plan.rows for row in rows),
             checksum=zlib.crc32(repr((documents.lengths, plan)).encode()),
             numbers={
                 "hybrid/planned_wait": plan.waiting(documents.lengths, self.costs(samples.seq_len)),

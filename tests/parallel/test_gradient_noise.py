@@ -147,6 +147,7 @@ def test_one_worker_can_not_be_told_apart() -> None:
     ("parallel", "tied", "projections", "key_word"),
     [
         (ParallelConfig(cp=2), False, False, "context"),
+        (ParallelConfig(hdp="greedy"), False, False, "parallel.hdp=none"),
         (ParallelConfig(pp=2), True, False, "tied"),
         (ParallelConfig(tp=2), False, True, "projections"),
         (ParallelConfig(engine="deepspeed"), False, True, "deepspeed"),

@@ -9,6 +9,8 @@ from meshloom.trainer.schema import make_composer
 from meshloom.trainer.typed import typed_config
 from meshloom.trainer.validate import run_problems
 
+HYBRID = "parallel.hdp=greedy parallel.zero=1 data.document_mask=true"
+
 
 @pytest.fixture(scope="module")
 def composer() -> Composer:
@@ -44,6 +46,11 @@ def test_mixtures_run_in_these_layouts(composer: Composer, world_size: int, word
         ("parallel.tp=2 batch=norm_test", "batch", "can't be measured under tensor parallelism"),
         ("parallel.ep=2 batch=norm_test", "batch", "can't be measured under expert parallelism"),
         ("parallel.ep=2 trainer.activation=selective trainer.compile=true", "trainer.activation", "allows no pause"),
+        (f"{HYBRID} balance.sequence=0.1 balance.counts=prefix", "balance.sequence", "use 0"),
+        (f"{HYBRID} balance.sequence=0.1 balance.counts=prefix", "balance.counts", "use past or exact"),
+        (f"{HYBRID} model.experts.capacity=2", "model.experts.capacity", "use null"),
+        (f"{HYBRID} parallel.ep=2", "parallel.ep", "not tried with it yet"),
+        (f"{HYBRID} batch=norm_test", "batch", "critical_loss, or parallel.hdp=none"),
         ("parallel.ep=4", "parallel.ep", "does not divide the 2 ranks of a pipeline stage"),
         ("parallel.ep=2 model.experts.count=5", "parallel.ep", "5 experts (model.experts.count) can't be dealt to 2 ranks"),
         ("parallel.ep=2 parallel.engine=deepspeed", "parallel.ep", "data-parallel only"),

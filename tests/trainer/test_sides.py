@@ -78,6 +78,7 @@ def test_every_key_has_the_side_of_the_table(group: str) -> None:
         ["batch._target_=mine.Controller"],
         ["balance.micro_batch=0.01"],
         ["balance.counts=prefix"],
+        ["model=moe_a1b", "model.experts.capacity=2"],
     ],
 )
 def test_the_micro_batch_is_recipe_where_it_changes_numbers(words: list[str]) -> None:

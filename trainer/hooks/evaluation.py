@@ -23,10 +23,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """This rank's share of the validation samples of one source or named set; as many micro-batches on every rank.
+    """This rank's share of the validation samples of one source or named set.
 
     name    "" where there is but one source
     weight  of its loss in the mean; 0: it is evaluated apart only
+    micro_batches  as many on every rank, but under hybrid data parallelism with ZeRO-0 and 1
     """
 
     name: str

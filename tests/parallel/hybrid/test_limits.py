@@ -9,16 +9,17 @@ import pytest
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.hybrid.limits import capacity_problems, hybrid_problems
 
-FINE: dict[str, Any] = {"masked": True, "measures": False, "halves": False, "cut_losses": False}
+FINE: dict[str, Any] = {"masked": True, "halves": False, "cut_losses": [], "drops_tokens": False}
 REFUSED = [
     ("parallel.hdp", {"engine": "deepspeed"}, {}),
     ("parallel.cp", {"cp": 2}, {}),
     ("parallel.pp", {"pp": 2}, {}),
     ("parallel.ep", {"ep": 2}, {}),
     ("data.document_mask", {}, {"masked": False}),
-    ("batch", {}, {"measures": True}),
     ("optim", {}, {"halves": True}),
-    ("balance", {}, {"cut_losses": True}),
+    ("balance.sequence", {}, {"cut_losses": ["balance.sequence"]}),
+    ("balance.counts", {}, {"cut_losses": ["balance.counts"]}),
+    ("model.experts.capacity", {}, {"drops_tokens": True}),
 ]
 
 

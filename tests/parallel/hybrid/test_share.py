@@ -81,5 +81,10 @@ def test_ranks_agree_on_what_a_step_needs() -> None:
     assert shares([[40], [10, 20], [5, 5, 6]], 3, capacity=20)[0].checksum != dealt[0].checksum
 
 
+def test_blank_rows_are_no_workers() -> None:
+    for share in shares([[4]], 3, capacity=40):  # a third of the document, and a blank row
+        assert share.workers == 3 and len(share.micro_batches) == 2
+
+
 def test_long_rows_are_multiples_of_what_kernels_like() -> None:
     assert [row_unit(capacity, 2) for capacity in (32_768, 1024, 100)] == [256, 32, 2]
