@@ -17,12 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..optim.optimizers import parameters as optimizer_parameters
 from ..optim.optimizers.parameters import Matrix, MatrixFunction, NamedParameter, matrices_of
 from .box import Box
 from .mesh import Mesh
-
-WAVE = 1 << 26
-"""Elements that one rank owns in a wave, at most, or one matrix: 128 MiB in bf16."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def number_waves(matrices: Sequence[Matrix], owners: Sequence[int]) -> list[int]
     for matrix, owner in zip(matrices, owners, strict=True):
         size = matrix.shape[0] * matrix.shape[1]
         wave, filled = begun.get(owner, (0, 0))
-        if filled and filled + size > WAVE:
+        if filled and filled + size > optimizer_parameters.WAVE:
             wave, filled = wave + 1, 0
         begun[owner] = wave, filled + size
         numbers.append(wave)
@@ -150,21 +148,21 @@ class MeshMatrices:
     def map(self, parts: Sequence[torch.Tensor], function: MatrixFunction, dtype: torch.dtype) -> list[torch.Tensor]:
         """Apply a function to every whole matrix, each on its owner, and return this rank's parts of the results."""
         results = [torch.empty_like(part, dtype=dtype) for part in parts]
-        leaving: list[tuple[Wave, _Exchange]] = []
+        leaving: list[_Exchange] = []
         arriving = self._exchange(self._waves[0].send, parts, self._waves[0].collect, dtype) if self._waves else None
         for wave, following in zip(self._waves, [*self._waves[1:], None], strict=True):
             assert arriving is not None
             current = arriving
             arriving = self._exchange(following.send, parts, following.collect, dtype) if following else None
             whole = {n: torch.empty(self._matrices[n].shape, dtype=dtype, device=self._device) for n in wave.owned}
-            for part, values in current.wait():
-                whole[part.number][part.box.slices()] = values
+            _deliver(current, whole)
             results_of = function([self._matrices[number] for number in wave.owned], list(whole.values())) if whole else []
             computed = dict(zip(whole, results_of, strict=True))
-            leaving.append((wave, self._exchange(wave.give, computed, wave.receive, dtype)))
-        for _, exchange in leaving:
-            for part, values in exchange.wait():
-                results[part.number][part.box.slices()] = values
+            leaving.append(self._exchange(wave.give, computed, wave.receive, dtype))
+            if len(leaving) > 1:
+                _deliver(leaving.pop(0), results)
+        for exchange in leaving:
+            _deliver(exchange, results)
         return results
 
     def _exchange(
@@ -202,6 +200,12 @@ class _Exchange:
         pieces = self.received.split([part.box.numel for part in self.parts])
         for part, values in zip(self.parts, pieces, strict=True):
             yield part, values.view(part.box.shape)
+
+
+def _deliver(exchange: _Exchange, arrays: Mapping[int, torch.Tensor] | Sequence[torch.Tensor]) -> None:
+    """Wait for an exchange, and write the parts that arrived into their arrays."""
+    for part, values in exchange.wait():
+        arrays[part.number][part.box.slices()] = values
 
 
 def _by_rank(parts: Mapping[int, Sequence[Part]]) -> list[tuple[int, Sequence[Part]]]:

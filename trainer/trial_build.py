@@ -12,6 +12,7 @@ from ..config.problems import Problem
 from ..data.build import build_node
 from ..models.protocol import decoder_shape, hidden_matrices
 from ..optim.build import build_schedule
+from ..optim.optimizers.eight_bit_config import AdamW8bitConfig
 from ..optim.optimizers.matrix_config import MatrixOptimConfig
 from ..optim.optimizers.parameters import NamedParameter, Unsharded
 from ..parallel.capabilities import model_problems
@@ -19,6 +20,7 @@ from ..parallel.deepspeed.optimizer import optimizer_problems
 from ..parallel.legality import layout_and_model_problems
 from ..parallel.policies import block_policies
 from ..parallel.torch.float8 import float8_size_problems
+from ..planner.parameters import Inventory, decoder_inventory
 from .build import activation_settings, build_model, optimizer_factory
 from .derived import build_horizon
 from .hooks.base import hook_problems
@@ -67,6 +69,15 @@ def optimizer_group_problems(optimizer: object, parameters: Sequence[NamedParame
         yield Problem("optim", f"{name} has {', '.join(left)} in no parameter group, and would not train it", fix)
 
 
+def _block_problems(optim: AdamW8bitConfig, model: Inventory, tp: int) -> list[Problem]:
+    """Return the problem of blocks of columns that tensor parallelism would cut; at most one."""
+    for each in model.parameters:
+        if each.cut_dim == 1 and each.numel >= optim.min_size and (columns := each.local_shape(tp)[1]) % optim.block:
+            message = f"{optim.block} does not divide the {columns} columns that a rank has of {each.name}"
+            return [Problem("optim.block", message, "choose a smaller block, or another parallel.tp")] if tp > 1 else []
+    return []
+
+
 def _model_problems(config: RunConfig, world_size: int) -> list[Problem]:
     """Return the problems of the model: its keys, its partition over ranks, its activation budget."""
     model = build_model(config.model, vocabulary=config.model.vocabulary or 2)
@@ -74,6 +85,11 @@ def _model_problems(config: RunConfig, world_size: int) -> list[Problem]:
     if isinstance(config.optim, MatrixOptimConfig) and not hidden_matrices(model):
         message = f"{config.optim.name} updates the matrices of blocks, and {type(model).__name__} has none"
         found.append(Problem("optim", message, "use optim=adamw, or keep the model's blocks in a ModuleList"))
+    if isinstance(config.optim, MatrixOptimConfig) and config.parallel.offload != "none":
+        message = f"{config.optim.name} computes whole matrices on the GPU, where offloaded shards are not"
+        found.append(Problem("parallel.offload", message, "use none, or optim=adamw"))
+    if isinstance(config.optim, AdamW8bitConfig) and model.decoder_config is not None:
+        found += _block_problems(config.optim, decoder_inventory(model.decoder_config), config.parallel.tp)
     shape = model.decoder_config
     if shape is not None and config.model.decoder() is None and world_size and config.parallel.engine == "torch":
         # Its keys did not tell that it is a decoder. Its vocabulary here may be a stand-in.

@@ -33,6 +33,6 @@ class Adafactor(MatrixOptimizer):
         squares = gradient.square()
         rows.lerp_(squares.mean(1), weight)
         columns.lerp_(squares.mean(0), weight)
-        estimate = torch.outer(rows, columns) / rows.mean().clamp(min=self._floor)
+        estimate = torch.outer(rows / rows.mean().clamp(min=self._floor), columns)
         update = gradient / estimate.clamp(min=self._floor**2).sqrt()
         return update / (update.norm() / update.numel() ** 0.5 / self._clip).clamp(min=1.0)

@@ -45,7 +45,7 @@ def quantize(values_RC: torch.Tensor, table_256: torch.Tensor, block: int) -> tu
     borders_255 = (table_256[:-1] + table_256[1:]) / 2
     relative = padded / scales_RB.clamp(min=torch.finfo(padded.dtype).tiny)[:, :, None]
     codes = torch.bucketize(relative, borders_255, out_int32=True).to(torch.uint8)
-    return codes.view(rows, -1)[:, :columns].contiguous(), scales_RB
+    return codes.view(rows, blocks * block)[:, :columns].contiguous(), scales_RB
 
 
 def dequantize(codes_RC: torch.Tensor, scales_RB: torch.Tensor, table_256: torch.Tensor, block: int) -> torch.Tensor:
@@ -63,6 +63,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def __init__(self, config: AdamW8bitConfig, parameters: Sequence[NamedParameter], shards: Shards) -> None:
         self._betas, self._eps, self._block = config.betas, config.eps, config.block
         self._parameters = list(parameters)
+        self._tables: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
         self._coded = {p.name: _is_coded(p, config) for p in parameters}
         cut = [p for p in parameters if self._coded[p.name] and _inside_block(p, config.block)]
         if cut:
@@ -109,7 +110,11 @@ class AdamW8bit(torch.optim.Optimizer):
         weight.addcdiv_(means, size, value=-lr / (1 - first**step))
 
     def _table(self, role: str, like: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(dynamic_table(role == "exp_avg"), dtype=like.dtype, device=like.device)
+        """Return the values of a moment's codes. Kept: a copy from the host would wait for the device."""
+        key = role, like.dtype, like.device
+        if key not in self._tables:
+            self._tables[key] = torch.tensor(dynamic_table(role == "exp_avg"), dtype=like.dtype, device=like.device)
+        return self._tables[key]
 
     def _read(self, parameter: NamedParameter, role: str) -> torch.Tensor:
         """Return a moment's values; zeros where there is none."""

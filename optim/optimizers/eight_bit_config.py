@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...config.keys import key, option, target
 from ...config.problems import Problem
-from .bounds import COUNT, NOT_NEGATIVE, beta_problems, bound_problems
+from .bounds import COUNT, POSITIVE, beta_problems, bound_problems
 from .config import OptimConfig
 
 
@@ -26,6 +26,6 @@ class AdamW8bitConfig(OptimConfig):
         return [
             *super().problems(key),
             *beta_problems(key, self.betas),
-            *bound_problems(key, NOT_NEGATIVE, eps=self.eps),
+            *bound_problems(key, POSITIVE, eps=self.eps),
             *bound_problems(key, COUNT, block=self.block, min_size=self.min_size),
         ]

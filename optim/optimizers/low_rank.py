@@ -61,20 +61,22 @@ class APOLLO(_LowRank):
     which with `rank=1` is APOLLO-Mini);  the step is √scale · s · G, and grows by at most `growth` from one to the next (Fira).
 
     A projection is random, a function of (seed, name, number of the interval) alone, so nothing of it is saved.
+
+    projections  matrix's name → number of the interval, projection: of this rank's matrices
     """
 
     def __init__(self, config: APOLLOConfig, parameters: Sequence[NamedParameter], shards: Shards) -> None:
         self._seed, self._scaling, self._growth = config.seed, config.scaling, config.growth
         self._scale = math.sqrt(config.scale)
-        self._drawn: dict[str, tuple[int, torch.Tensor]] = {}
+        self.projections: dict[str, tuple[int, torch.Tensor]] = {}
         super().__init__(config, parameters, shards)
 
     def _projection(self, matrix: Matrix, wide: torch.Tensor, rank: int, *, renewed: bool) -> torch.Tensor:
         number = (self.updates_taken(matrix) - 1) // self._interval
-        known = self._drawn.get(matrix.name)
+        known = self.projections.get(matrix.name)
         if known is None or known[0] != number:
             known = number, drawn_projection(self._seed, matrix.name, number, wide.shape[0], rank).to(wide)
-            self._drawn[matrix.name] = known
+            self.projections[matrix.name] = known
         return known[1]
 
     def _step(
@@ -111,7 +113,10 @@ class GaLore(_LowRank):
     def _projection(self, matrix: Matrix, wide: torch.Tensor, rank: int, *, renewed: bool) -> torch.Tensor:
         held = self.owned_array(matrix, "subspace", (wide.shape[0], rank))
         if renewed:
-            held.copy_(torch.linalg.svd(wide, full_matrices=False).U[:, :rank])
+            left, values, _ = torch.linalg.svd(wide, full_matrices=False)
+            # Vectors of directions without gradients are arbitrary: rounding would choose them.
+            kept = values[:rank] > values[0] * torch.finfo(values.dtype).eps * max(wide.shape)
+            held.copy_(left[:, :rank] * kept)
         return held
 
     def _step(

@@ -1,8 +1,5 @@
 """The base of optimizers that update the matrices of blocks as wholes, and everything else by AdamW."""
 
-# pyright: reportPrivateImportUsage=false
-# torch does not export its operations on lists (_foreach_…), which its own optimizers use.
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -92,12 +89,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["label"] == ELEMENTWISE:
                 self._step_elementwise(group)
+        if not self.hidden:
+            return
         # A matrix that no token reached has no gradient; its owner still waits for every part.
         given = (parameter.tensor.grad for parameter in self.hidden)
         weights: list[torch.Tensor] = [parameter.tensor for parameter in self.hidden]
         gradients = [torch.zeros_like(w) if grad is None else grad.to(w.dtype) for w, grad in zip(weights, given, strict=True)]
-        if not self.hidden:
-            return
         for parameter in self.hidden:
             state = self.state[parameter.tensor]
             state["step"] = state.get("step", 0) + 1
@@ -119,7 +116,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             state["step"] = state.get("step", 0) + 1
         first, second = self._betas
         fused = all(weight.device.type in FUSED_DEVICES and weight.is_floating_point() for weight in weights)
-        steps = [torch.tensor(float(self.state[weight]["step"] - 1), device=weight.device) for weight in weights]
+        steps = [torch.full((), float(self.state[weight]["step"] - 1), device=weight.device) for weight in weights]
         means, squares = ([self.state[weight][role] for weight in weights] for role in ("exp_avg", "exp_avg_sq"))
         adamw(
             weights,

@@ -62,7 +62,7 @@ class NorMuonConfig(MuonConfig):
         return [
             *super().problems(key),
             *bound_problems(key, FRACTION, beta2=self.beta2),
-            *bound_problems(key, NOT_NEGATIVE, eps=self.eps),
+            *bound_problems(key, POSITIVE, eps=self.eps),
         ]
 
 
@@ -88,7 +88,8 @@ class SOAPConfig(MatrixOptimConfig):
             *super().problems(key),
             *beta_problems(key, self.betas),
             *bound_problems(key, FRACTION, **past),
-            *bound_problems(key, NOT_NEGATIVE, eps=self.eps, damping=self.damping),
+            *bound_problems(key, POSITIVE, eps=self.eps),
+            *bound_problems(key, NOT_NEGATIVE, damping=self.damping),
             *bound_problems(key, COUNT, interval=self.interval, max_dim=self.max_dim),
         ]
 
@@ -107,7 +108,7 @@ class LowRankConfig(MatrixOptimConfig):
         return [
             *super().problems(key),
             *beta_problems(key, self.betas),
-            *bound_problems(key, NOT_NEGATIVE, eps=self.eps),
+            *bound_problems(key, POSITIVE, eps=self.eps),
             *bound_problems(key, COUNT, rank=self.rank, interval=self.interval),
         ]
 

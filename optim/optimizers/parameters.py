@@ -133,6 +133,9 @@ class Matrix:
         return self.index * self.shape[0]
 
 
+WAVE = 1 << 26
+"""Elements of the matrices that a rank computes together, at most, or one matrix: 128 MiB in bf16."""
+
 MatrixFunction = Callable[[Sequence[Matrix], Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 """A function of whole matrices, some at a time: their arrays in, arrays of the same shapes out."""
 
@@ -224,14 +227,24 @@ class LocalMatrices:
         self.owned: Sequence[Matrix] = matrices_of(parameters)
 
     def map(self, parts: Sequence[torch.Tensor], function: MatrixFunction, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Apply the function to all matrices at once."""
-        pieces = [
-            piece
-            for parameter, part in zip(self._parameters, parts, strict=True)
-            for piece in part.to(dtype).chunk(parameter.stacked)
+        """Apply the function to some matrices at a time: as many as `WAVE` elements hold, or one."""
+        results = [torch.empty_like(part, dtype=dtype) for part in parts]
+        homes = [
+            home
+            for parameter, part, result in zip(self._parameters, parts, results, strict=True)
+            for home in zip(part.chunk(parameter.stacked), result.chunk(parameter.stacked), strict=True)
         ]
-        results = iter(function(self.owned, pieces))
-        return [torch.cat([next(results) for _ in range(parameter.stacked)]) for parameter in self._parameters]
+        begin = 0
+        while begin < len(homes):
+            end, elements = begin + 1, homes[begin][0].numel()
+            while end < len(homes) and elements + homes[end][0].numel() <= WAVE:
+                elements += homes[end][0].numel()
+                end += 1
+            wave = [part.to(dtype) for part, _ in homes[begin:end]]
+            for (_, home), result in zip(homes[begin:end], function(self.owned[begin:end], wave), strict=True):
+                home.copy_(result)
+            begin = end
+        return results
 
 
 def decay_groups(

@@ -29,19 +29,27 @@ class SOAP(MatrixOptimizer):
         self._shampoo = self._second if config.shampoo_beta is None else config.shampoo_beta
         self._soap_eps, self._interval = config.eps, config.interval
         self._max_dim, self._damping = config.max_dim, config.damping
-        super().__init__(config, parameters, shards, lambda rows, columns: float(rows**3 + columns**3))
+        super().__init__(config, parameters, shards, self._cost)
+
+    def _cost(self, rows: int, columns: int) -> float:
+        """Count the multiplications of a turn of the bases, and of a step's rotations."""
+        sides = [side for side in (rows, columns) if side <= self._max_dim]
+        return float(sum(side**3 / self._interval + 4 * rows * columns * side for side in sides) + rows * columns)
 
     def update_matrix(self, matrix: Matrix, gradient: torch.Tensor) -> torch.Tensor:
         """Return the step of a matrix, and move its state."""
         step = self.updates_taken(matrix) - 1  # the first made the bases
-        grams = {0: gradient @ gradient.mT, 1: gradient.mT @ gradient}
         sides = [dim for dim in (0, 1) if matrix.shape[dim] <= self._max_dim]
+        grams = {dim: gradient @ gradient.mT if dim == 0 else gradient.mT @ gradient for dim in sides}
         averages = {dim: self.owned_array(matrix, f"gram_{dim}", (matrix.shape[dim],) * 2) for dim in sides}
         bases = {dim: self.owned_array(matrix, f"basis_{dim}", (matrix.shape[dim],) * 2) for dim in sides}
         mean, square = (self.owned_array(matrix, role, matrix.shape) for role in ("exp_avg", "exp_avg_sq"))
         if step == 0:
             for dim in sides:
                 averages[dim].lerp_(grams[dim], 1 - self._shampoo)
+                if not averages[dim].any():  # no token has reached it, or a step makes the state that is then restored
+                    bases[dim].copy_(torch.eye(len(bases[dim])))
+                    continue
                 bases[dim].copy_(torch.linalg.eigh(_damped(averages[dim], self._damping)).eigenvectors.flip(1))
             return torch.zeros_like(gradient)
         mean.lerp_(gradient, 1 - self._first)

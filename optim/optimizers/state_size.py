@@ -73,5 +73,5 @@ def _owned_elements(config: MatrixOptimConfig, rows: int, columns: int) -> int:
         return rows + columns
     if isinstance(config, LowRankConfig):
         rank = min(config.rank, short)
-        return 2 * rank * long + (1 if config.name == "apollo" else short * rank)
+        return 2 * rank * long + short * rank + (1 if config.name == "apollo" else 0)
     return 0

@@ -90,3 +90,11 @@ def test_lion_is_its_formula() -> None:
         expected = expected * (1 - 0.1 * 0.5) - 0.1 * torch.sign(0.9 * momentum + 0.1 * gradient)
         momentum = 0.99 * momentum + 0.01 * gradient
     torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_a_rank_without_rows_takes_its_step() -> None:
+    empty = NamedParameter("layers.0.w", torch.nn.Parameter(torch.zeros(0, 512)), (8, 512), offsets=(8, 0))
+    optimizer = build_optimizer(AdamW8bitConfig(), [empty], Unsharded())
+    empty.tensor.grad = torch.zeros(0, 512)
+    optimizer.step()
+    assert optimizer.state[empty.tensor]["exp_avg_code"].shape == (0, 512)

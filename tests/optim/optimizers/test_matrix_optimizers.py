@@ -17,6 +17,7 @@ from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.restore import restore
 from meshloom.optim.build import build_optimizer
+from meshloom.optim.optimizers import parameters
 from meshloom.optim.optimizers.config import OptimConfig
 from meshloom.optim.optimizers.eight_bit_config import AdamW8bitConfig
 from meshloom.optim.optimizers.low_rank import drawn_projection
@@ -299,3 +300,28 @@ def test_experts_are_updated_where_they_are() -> None:
     for found in run_ranks(4, mixture_losses, ParallelConfig(zero=1, ep=2)):
         for ours, theirs in zip(found, expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_matrix_without_gradient_stays(kind: str) -> None:
+    """As an expert that no token reached, and as the step that makes the state for a restore."""
+    weight, gradients = drawn(6, 4), [torch.zeros(6, 4).double()] * 2
+    assert torch.equal(steps_of(replace(CONFIGS[kind], weight_decay=0.0), gradients, weight), weight)
+
+
+def test_galores_subspace_has_no_direction_without_gradient() -> None:
+    weight, low = drawn(6, 8), drawn(6, 1) @ drawn(1, 8, seed=1)  # a gradient of rank 1
+    config = GaLoreConfig(lr=0.1, rank=4, interval=9)
+    moved = steps_of(config, [low, drawn(6, 8, seed=2)], weight) - weight
+    assert torch.linalg.matrix_rank(moved, rtol=1e-9) == 1
+
+
+def losses_in_waves(rank: int, world_size: int) -> list[float]:
+    parameters.WAVE = 900  # one matrix of the larger ones, or some of the smaller
+    return take_steps(build("normuon", ParallelConfig(zero=1), world_size), WORK, range(3)).losses
+
+
+def test_matrices_travel_in_several_waves(expected: list[list[float]]) -> None:
+    for ranks in (1, 2):
+        for losses in run_ranks(ranks, losses_in_waves):
+            assert losses == pytest.approx(expected[1][:3], rel=1e-9)

@@ -49,6 +49,8 @@ def test_state_takes_what_it_is_said_to_take(kind: Any) -> None:
     for parameter in named:
         arrays = [value for value in optimizer.state[parameter.tensor].values() if torch.is_tensor(value) and value.dim()]
         arrays += [each.tensor for each in declared(optimizer) if each.name == parameter.name]
+        projections: dict[str, tuple[int, torch.Tensor]] = getattr(optimizer, "projections", {})
+        arrays += [drawn for name, (_, drawn) in projections.items() if name.partition("[")[0] == parameter.name]
         found = sum(value.numel() * value.element_size() for value in {id(value): value for value in arrays}.values())
         size = state_size(config, parameter.global_shape, 4, hidden=parameter.hidden, stacked=parameter.stacked)
         assert size is not None
