@@ -128,7 +128,10 @@ def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False) -
     assigner = assigner_of(config, layout)
     controller = build_controller(config.batch, build_horizon(config, config.data.seq_len))
     blanks = blank_notice(assigner, controller, Progress())
-    notes += [] if blanks is None else [blanks]
+    if parallel.hdp != "none":
+        notes.append(f"parallel.hdp={parallel.hdp} is not planned for: memory and time are those of batch.micro samples")
+    elif blanks is not None:
+        notes.append(blanks)
     model = inventory_of(config)
     job = job_of(config, model.shape, assigner, fused=fused)
     cost, away, held = costs_of(model, parallel, layout, job, optimizer_of(config))

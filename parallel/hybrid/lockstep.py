@@ -23,6 +23,7 @@ SHARING = ((1.0, 1.0), (1.0, 0.5), (1.0, 0.2), (0.25, 0.0), (0.1, 0.0))
 """What is tried of sharing, with the fewest messages first. A document is shared that takes more than the first part of a row's
 time. If it would take more than the second part of the ranks that are free, it takes all of them."""
 ENOUGH = 1.01  # times the least time that any plan takes: no further one is tried
+CLEARLY = 0.99  # a plan with more messages is chosen only if its time is less than this times the best so far
 CHOICES = 6  # numbers of rows that are tried
 
 
@@ -36,7 +37,7 @@ def lockstep(lengths: Sequence[int], ranks: int, capacity: int, costs: CostModel
         for count in numbers:
             plan = _Rows(lengths, cost, ranks, capacity, count, large, most).plan()
             time = plan.step_time(lengths, costs)
-            if best is None or time < best[0]:
+            if best is None or time < CLEARLY * best[0]:
                 best = time, plan
             if best[0] <= ENOUGH * least:
                 return best[1]

@@ -7,6 +7,7 @@ the batch stays a matter of the data order (R1); only who computes them changes.
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -45,11 +46,6 @@ class BatchDocuments:
         owner = np.repeat(np.arange(batch.first, batch.first + batch.count), [len(lengths) for lengths in found])
         starts = np.concatenate([np.cumsum(lengths) - lengths for lengths in found])
         return cls(owner, starts, np.concatenate(found).tolist())
-
-    @property
-    def mean_length(self) -> float:
-        """Mean length of a token's document: Σ length² / Σ length."""
-        return sum(length * length for length in self.lengths) / max(1, sum(self.lengths))
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ class HybridAssigner:
                 "hybrid/shared_documents": len(plan.shared),
                 "hybrid/passes": plan.passes,
             },
-            flops=self.flops_per_token(round(documents.mean_length)) * sum(documents.lengths),
+            flops=sum(self.flops_per_token(n) * count * n for n, count in Counter(documents.lengths).items()),
         )
 
 

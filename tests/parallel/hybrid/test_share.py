@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,8 +76,14 @@ def test_ranks_agree_on_what_a_step_needs() -> None:
     dealt = shares(lengths, 3, capacity=20)
     assert len({(share.passes, share.checksum, share.flops) for share in dealt}) == 1
     squares = 40**2 + 10**2 + 20**2 + 3 * 5**2
-    assert dealt[0].flops == pytest.approx((50 + round(squares / 85)) * 85)
+    assert dealt[0].flops == 50 * 85 + squares
     assert shares([[40], [10, 20], [5, 5, 6]], 3, capacity=20)[0].checksum != dealt[0].checksum
+
+
+def test_flops_are_those_of_each_document_at_its_length() -> None:
+    windowed = HybridAssigner(2, lambda length: 50.0 + min(length, 10))
+    share = windowed.load(Packed([[40], [5, 5]]), GlobalBatch(0, 2), 1, 0)
+    assert share.flops == (50 + 10) * 40 + (50 + 5) * 10
 
 
 def test_blank_rows_are_no_workers() -> None:
