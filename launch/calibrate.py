@@ -17,12 +17,9 @@ from pathlib import Path
 
 from ..config.problems import ConfigError, Problem
 from ..planner.calibration import as_yaml, block_errors, calibrated
-from ..planner.cluster import ClusterConfig, load_cluster, options, profile_folder
+from ..planner.cluster import ClusterConfig, load_cluster, options, profile_folder, recipes
 from ..trainer.launching import under_torchrun, visible_gpus
 from .switches import BAD_CONFIG
-
-NAMES = ("MI300X", "MI250X", "B200", "H200", "H100", "A100")
-"""Names of GPUs that have a recipe."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         name = arguments.name
         if name is not None and not re.fullmatch(r"[A-Za-z][\w.-]*", name):
             raise ConfigError([Problem("--as", f"'{name}' can't be a name", "use letters, digits, dots and dashes")])
-        if name in ("a100", "h100", "h200", "b200", "mi250x", "mi300x"):
+        if name in recipes():
             raise ConfigError([Problem("--as", f"{name} is a recipe of Meshloom", f"use for example my_{name}")])
         base = load_cluster([f"cluster={arguments.base}"]) if arguments.base else None
         return calibrate(name, base, cpu=arguments.cpu)
@@ -59,6 +56,8 @@ def calibrate(name: str | None, base: ClusterConfig | None, *, cpu: bool) -> int
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu") if cpu else torch.device("cuda", local)
     cluster = base or _by_name("" if cpu else torch.cuda.get_device_name(device))
+    if not cpu:
+        torch.cuda.set_device(device)  # NCCL and kernels launch on the current one, which is the first on every rank otherwise
     bench = Bench(device, SMALL if cpu else LARGE, cluster)
     first = os.environ.get("RANK", "0") == "0"
     parts = list(bench.parts())
@@ -98,9 +97,9 @@ def _sized(cluster: ClusterConfig, visible: int) -> ClusterConfig:
 
 def _by_name(gpu: str) -> ClusterConfig:
     """Return the recipe of a GPU by its name; for a processor, one whose figures are measured afterwards."""
-    found = next((name for name in NAMES if name in gpu), None)
+    found = next((name for name in recipes() if name.upper() in gpu.upper()), None)
     if found is not None:
-        return load_cluster([f"cluster={found.lower()}"])
+        return load_cluster([f"cluster={found}"])
     if gpu:
         fix = f"give the one whose data sheet is nearest as --base; there are: {', '.join(options())}"
         raise ConfigError([Problem("--base", f"no cluster has a {gpu}", fix)])
@@ -120,7 +119,14 @@ def _report(cluster: ClusterConfig, errors: Sequence[float], file: Path, label: 
     rates = cluster.rates
     passes = f"{rates.attention:.0%} and {rates.attention_backward:.0%}"
     print(f"products reach {rates.products:.0%} of the peak, attention's passes {passes}, memory {rates.memory:.0%}")
-    print(f"links reach {rates.link:.0%}; whole blocks run at {rates.speed:.2f} of their kernels' speed")
+    print(f"whole blocks run at {rates.speed:.2f} of their kernels' speed")
+    for told, rate, measured in (
+        ("links of a node", rates.link, cluster.link_calibrated),
+        ("the network", rates.network, cluster.network_calibrated),
+    ):
+        print(
+            f"{told}: {rate:.0%} of its figure, " + ("measured" if measured else "not measured, which torchrun's processes do")
+        )
     if errors:
         print(f"blocks are predicted within {max(map(abs, errors)):.1%}")
     print(f"wrote {file}; use it as cluster={label}")

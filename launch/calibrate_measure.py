@@ -197,17 +197,24 @@ class Bench:
         return 128 if self.sizes.dim >= 1024 else 16
 
     def collectives(self, nodes: int) -> Parts:
-        """Yield the measurements of the process group."""
-        for size in self.sizes.collectives:
-            yield f"all-gather of {size / 2**20:g} MiB", functools.partial(self._gather, size, nodes)
+        """Yield the measurements of the process group; of several nodes also inside each, on all of them at once."""
+        groups: list[tuple[dist.ProcessGroup | None, int]] = [(None, nodes)]
+        if nodes > 1 and (local := dist.get_world_size() // nodes) > 1:
+            own, _ = dist.new_subgroups(local)
+            assert isinstance(own, dist.ProcessGroup)
+            groups.insert(0, (own, 1))
+        for group, over in groups:
+            where = " across nodes" if over > 1 else ""
+            for size in self.sizes.collectives:
+                yield f"all-gather of {size / 2**20:g} MiB{where}", functools.partial(self._gather, size, over, group)
 
-    def _gather(self, size: int, nodes: int) -> None:
-        ranks = dist.get_world_size()
+    def _gather(self, size: int, nodes: int, group: dist.ProcessGroup | None) -> None:
+        ranks = dist.get_world_size(group)
         part = torch.zeros(size // ranks // 4, device=self.device)
         whole = torch.empty(part.numel() * ranks, device=self.device)
 
         def gather() -> None:
-            dist.all_gather_into_tensor(whole, part)  # pyright: ignore[reportDeprecated] (torch 2.11 has no other)
+            dist.all_gather_into_tensor(whole, part, group=group)  # pyright: ignore[reportDeprecated] (torch 2.11 has no other)
 
         seconds = self.seconds(gather)
         self.found.collectives.append(Collective(ranks, nodes, 4 * whole.numel(), seconds))

@@ -74,7 +74,10 @@ def calibrated(cluster: ClusterConfig, found: Measured) -> ClusterConfig:
     rates = replace(cluster.rates, speed=1.0)
     if found.copies:
         rates = replace(rates, memory=min(1.0, max(found.copies) / (cluster.bandwidth * 1e12)))
-    cluster = replace(cluster, rates=rates, calibrated=True)
+    linked, networked = (
+        any((each.nodes > 1) is across and each.ranks > 1 for each in found.collectives) for across in (False, True)
+    )
+    cluster = replace(cluster, rates=rates, calibrated=True, link_calibrated=linked, network_calibrated=networked)
     if found.host:
         cluster = replace(cluster, host_link=median(found.host) / 1e9)
     if found.products:

@@ -112,7 +112,9 @@ class ClusterConfig:
     host_link: float = key(25.0, "GB/s between a GPU and its host's memory")
     disk: float = key(2.0, "GB/s of a node's local disk")
     price: float | None = key(None, "price of a GPU-hour; null: plans tell no cost")
-    calibrated: bool = key(False, "whether rates were measured on these machines")
+    calibrated: bool = key(False, "whether rates of kernels were measured on these machines")
+    link_calibrated: bool = key(False, "whether collectives were measured inside a node")
+    network_calibrated: bool = key(False, "whether collectives were measured across nodes")
     rates: Rates = field(default_factory=Rates)
 
     @property
@@ -121,9 +123,15 @@ class ClusterConfig:
         return -(-self.gpus // self.gpus_per_node)
 
     @property
+    def measured(self) -> bool:
+        """Whether the rates of all that this many GPUs use were measured: kernels, links of a node, the network."""
+        linked = min(self.gpus, self.gpus_per_node) == 1 or self.link_calibrated
+        return self.calibrated and linked and (self.nodes == 1 or self.network_calibrated)
+
+    @property
     def band(self) -> float:
         """Share by which a predicted time may be off: more where rates are data sheets' than where they were measured."""
-        return 0.10 if self.calibrated else 0.25
+        return 0.10 if self.measured else 0.25
 
     @property
     def node_network(self) -> float:
@@ -227,6 +235,11 @@ def profile_folder() -> Path:
 
 def _folders(config_dir: str | None) -> list[Path]:
     return [*([Path(config_dir) / GROUP] if config_dir else []), profile_folder(), RECIPE_FOLDER / GROUP]
+
+
+def recipes() -> list[str]:
+    """Return the names of the clusters that Meshloom has recipes of."""
+    return sorted(file.stem for file in (RECIPE_FOLDER / GROUP).glob("*.yaml"))
 
 
 def options(config_dir: str | None = None) -> list[str]:

@@ -33,7 +33,10 @@ def seconds(value: float) -> str:
 def prediction_table(found: Prediction) -> Table:
     """Tabulate what a run costs."""
     cluster = found.cluster
-    how = "measured on these machines" if cluster.calibrated else "from data sheets; `meshloom calibrate` measures yours"
+    how = "from data sheets; `meshloom calibrate` measures yours"
+    if cluster.calibrated:
+        unmeasured = "kernels measured, not all links; `meshloom calibrate` does under torchrun"
+        how = "measured on these machines" if cluster.measured else unmeasured
     table = Table(show_header=False, title=f"Predicted on {found.gpus:,} × {cluster.gpu}", title_justify="left", box=box.SIMPLE)
     table.add_row("a step", f"{seconds(found.seconds)} ± {cluster.band:.0%} ({how})")
     table.add_row("speed", f"{found.tokens_per_second:,.0f} tokens/s a GPU, MFU {found.mfu:.1%}")

@@ -148,6 +148,8 @@ def test_a_processor_can_be_calibrated(
     assert words[-2:] == ["launch.nodes=2", "launch.nproc=8"]
     out = said(capsys, "recipe=quickstart", "cluster=minex1", "model.vocabulary=256")
     assert "± 10% (measured on these machines)" in out
+    out = said(capsys, "recipe=quickstart", "cluster=minex4", "model.vocabulary=256")
+    assert "± 25% (kernels measured, not all links" in out
 
 
 def test_a_run_is_held_against_its_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

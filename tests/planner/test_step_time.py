@@ -120,6 +120,9 @@ def test_calibration_finds_the_rates_that_made_the_times() -> None:
     )  # fmt: skip
     found = calibrated(H100, measured)
     assert HIDDEN < 1 and found.calibrated and found.band == 0.10
+    for kept, bands in ((collectives[:3], (0.10, 0.10, 0.25)), ([], (0.10, 0.25, 0.25))):  # one GPU, one node, many
+        less = calibrated(H100, replace(measured, collectives=kept))
+        assert tuple(replace(less, gpus=gpus).band for gpus in (1, 8, 512)) == bands
     for name in ("products", "half_area", "attention", "attention_backward", "memory", "link", "latency", "network", "speed"):
         assert getattr(found.rates, name) == pytest.approx(getattr(truth, name), rel=0.02), name
     assert block_errors(found, measured) == [pytest.approx(0.0, abs=0.01)]
