@@ -119,6 +119,19 @@ def test_codes_without_scales_are_refused(
     assert "model.layers.0.mlp.gate_proj.weight is stored as F8_E4M3" in capsys.readouterr().err
 
 
+def test_blocks_of_another_quantisation_are_not_decoded(
+    folder: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, _ = folder
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/model.safetensors").symlink_to(place / "model.safetensors")
+    config = json.loads((place / "config.json").read_text())
+    how = {"quant_method": "mxfp4", "weight_block_size": 7}
+    (tmp_path / "other/config.json").write_text(json.dumps(config | {"quantization_config": how}))
+    assert main(["import", str(tmp_path / "other"), str(tmp_path / "ours")]) == 1
+    assert "is stored as F8_E4M3" in capsys.readouterr().err
+
+
 def test_mxfp4_is_decoded_as_by_transformers(tmp_path: Path) -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
