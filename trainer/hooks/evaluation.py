@@ -45,15 +45,17 @@ class Evaluation(Hook):
 
     def __init__(self, sets: Sequence[EvaluationSet], every: Duration | None, layers: Sequence[int] = ()) -> None:
         self._sets, self._layers = sets, layers
+        alike = not any(each.weight for each in sets)
+        self._weights = [1.0 if alike else each.weight for each in sets]
         self._every = every
 
     def _evaluate(self, loop: Loop) -> None:
         loop.deliver_metrics(keep=0)
         found: list[StepLoss] = []
         routed: dict[str, torch.Tensor] = {}
-        for each in self._sets:
+        for each, counted in zip(self._sets, self._weights, strict=True):
             found.append(loop.engine.evaluate(each.micro_batches))
-            if (counts := loop.engine.assignments()) is not None:
+            if (counts := loop.engine.assignments()) is not None and counted and float(found[-1].tokens):
                 routed[each.name] = counts
         losses = [float(loss.mean) for loss in found]
         silent = [each.name or "the data" for each, loss in zip(self._sets, found, strict=True) if not float(loss.tokens)]
@@ -79,14 +81,14 @@ class Evaluation(Hook):
 
         A set without a target says nothing, and its 0 has no place in the mean.
         """
-        alike = not any(each.weight for each in self._sets)
-        weights = [
-            (1.0 if alike else each.weight) if float(loss.tokens) else 0.0 for each, loss in zip(self._sets, found, strict=True)
-        ]
+        weights = [weight if float(loss.tokens) else 0.0 for weight, loss in zip(self._weights, found, strict=True)]
         return math.fsum(map(operator.mul, weights, losses)) / math.fsum(weights) if any(weights) else 0.0
 
     def _specialisation(self, loop: Loop, routed: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Show the hooks what each source was routed to. Returns the mutual information of source and expert by layer."""
+        """Show the hooks what each source was routed to. Returns the mutual information of source and expert by layer.
+
+        routed: of the sets that have a place in the mean loss. Padding is routed alike in all, and named sets are no sources.
+        """
         for hook in loop.hooks:
             hook.on_routed(loop, routed)
         if len(routed) < 2:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -82,24 +84,51 @@ def test_a_named_set_is_no_part_of_the_mean() -> None:
     assert evaluated(found, {"wiki": 0.0, "law": 0.0})["eval_loss"] == 7.0, "where the training data hold nothing out"
 
 
+def test_information_is_that_of_sources_with_targets() -> None:
+    one = torch.ones(())
+    found = {"code": one, "wiki": one, "silent": torch.zeros(()), "law": one}
+    counts = {"code": [4.0, 0], "wiki": [0.0, 4], "silent": [2.0, 2], "law": [1.0, 3]}
+    row = evaluated(
+        {name: StepLoss(tokens, tokens, {}) for name, tokens in found.items()},
+        {"code": 1.0, "wiki": 1.0, "silent": 1.0, "law": 0.0},
+        {name: torch.tensor([each]) for name, each in counts.items()},
+    )
+    assert row["routed"] == ["code", "wiki"] and row["experts/0/information"] == pytest.approx(math.log(2))
+
+
 SHARES = {"code": 3.0, "c4.en": 1.0}
+NO_COUNTS: Mapping[str, torch.Tensor] = {}
 
 
-def evaluated(found: dict[str, StepLoss], weights: dict[str, float] = SHARES) -> dict[str, Any]:
-    """The row of an evaluation of sets with these weights."""
+def evaluated(
+    found: dict[str, StepLoss], weights: dict[str, float] = SHARES, counts: Mapping[str, torch.Tensor] = NO_COUNTS
+) -> dict[str, Any]:
+    """The row of an evaluation of sets with these weights; counts: of experts' assignments, layer 0 alone."""
     rows: list[dict[str, Any]] = []
+    routed: list[str] = []
+    asked: list[str] = []
+
+    def evaluate(name: Any) -> StepLoss:
+        asked.append(name)
+        return found[name]
+
     loop = SimpleNamespace(
         progress=Progress(),
         mesh=SimpleNamespace(is_main=True),
         deliver_metrics=lambda keep: None,
-        engine=SimpleNamespace(evaluate=lambda name: found[name], assignments=lambda: None),
-        hooks=[SimpleNamespace(on_evaluate=lambda loop, row: rows.append(row))],
+        engine=SimpleNamespace(evaluate=evaluate, assignments=lambda: counts.get(asked[-1])),
+        hooks=[
+            SimpleNamespace(
+                on_evaluate=lambda loop, row: rows.append({**row, "routed": routed}),
+                on_routed=lambda loop, counts: routed.extend(counts),
+            )
+        ],
         restart_clock=lambda: None,
         finished=True,
         stage=None,
     )
     sets = [EvaluationSet(name, weight, cast(Any, name)) for name, weight in weights.items()]
-    Evaluation(sets, None).on_step_end(cast(Any, loop))
+    Evaluation(sets, None, [0]).on_step_end(cast(Any, loop))
     (row,) = rows
     return row
 
