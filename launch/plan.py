@@ -153,7 +153,7 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
     from ..planner.tables import gib, plan_tables
     from ..planner.time_tables import misfits, time_tables
     from .plan_cluster import predict
-    from .planning import plan_of, spared_by_fusing
+    from .planning import plan_of, spared_by_fusing, time_caveats
     from .shortages import shortages
 
     drawing: Path | None = arguments.draw_pipeline
@@ -177,7 +177,7 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
         console.print(table)
     for table in time_tables(found, parts=arguments.parts) if found is not None else ():
         console.print(table)
-    notes = list(plan.notes)
+    notes = [*plan.notes, *(time_caveats(resolved.config) if found is not None else [])]
     if spared := spared_by_fusing(plan, resolved.config):
         where = "where SwiGLU is computed inside its products: Hopper GPUs, pip install 'meshloom[flash4]'"
         notes.append(f"{gib(spared)} GiB less {where}")

@@ -28,7 +28,7 @@ from ..trainer.schema import RunConfig
 from ..trainer.typed import replace_keys, value_of
 from ..trainer.validate import checked_config
 from .plan_cluster import run_tokens
-from .planning import assigner_of, inventory_of, job_of, needs_building, optimizer_of
+from .planning import assigner_of, inventory_of, job_of, needs_building, optimizer_of, time_caveats
 from .typed_words import given_keys, micro_is_fixed
 
 MORE = 4
@@ -67,6 +67,7 @@ def best_layouts(
     typed = given_keys(overrides)
     fixed = {key: value for key, value in given.items() if key in typed}
     notes = [f"{', '.join(sorted(fixed))} as typed"] if fixed else []
+    notes += time_caveats(config)
     if "batch.micro" not in fixed and (why := micro_is_fixed(config)):
         fixed["batch.micro"] = given["batch.micro"]
         notes.append(f"batch.micro={given['batch.micro']} stays: {why}")

@@ -12,6 +12,7 @@ from ..config.problems import ConfigError, Problem
 from ..data.assignment import Assigner
 from ..models.config import DecoderConfig
 from ..optim.build import build_controller
+from ..optim.optimizers.matrix_config import MatrixOptimConfig
 from ..optim.progress import Progress
 from ..parallel.config import ParallelConfig
 from ..parallel.division import divide_blocks
@@ -228,6 +229,14 @@ def _unplanned(config: RunConfig) -> list[Problem]:
         "model.vocabulary": config.model.vocabulary or config.data.known_vocabulary,
     }
     return [Problem(key, "is not known before the run", f"give a number as {key}=…") for key, size in sizes.items() if not size]
+
+
+def time_caveats(config: RunConfig) -> list[str]:
+    """List what predicted times of this run leave out."""
+    if not isinstance(config.optim, MatrixOptimConfig):
+        return []
+    own = f"what optim={config.optim.name} computes and sends for whole matrices comes on top"
+    return [f"times are of AdamW's update: {own}, once a step"]
 
 
 def _caveats(parallel: ParallelConfig) -> list[str]:

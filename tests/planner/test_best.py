@@ -48,6 +48,13 @@ def test_a_plan_tells_seconds_days_and_cost(capsys: pytest.CaptureFixture[str]) 
     assert found["days"] == pytest.approx(30e9 / (16 * tokens) / 86400)
 
 
+def test_times_of_whole_matrix_optimizers_are_caveated(capsys: pytest.CaptureFixture[str]) -> None:
+    muon = ["recipe=llama_1b", "optim=muon", "cluster=h100x2"]
+    for words in ([], ["--best", "1"]):
+        assert "times are of AdamW's update: what optim=muon" in said(capsys, *muon, *words)
+    assert "AdamW's update" not in said(capsys, *muon[:1], *muon[2:])
+
+
 def test_mistakes_are_told_by_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert "times are of a cluster, and none is chosen" in refused(capsys, *SMALL, "--best", "3")
     assert "--best: -1 is not a number of layouts" in refused(capsys, *SMALL, "cluster=h100", "--best", "-1")
