@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ...config.problems import Problem
 from ..config import ParallelConfig
+from .planning import row_unit
 
 
 def hybrid_problems(
@@ -45,8 +46,11 @@ def hybrid_problems(
 
 def capacity_problems(parallel: ParallelConfig, micro: int, seq_len: int, data_size: int) -> Iterator[Problem]:
     """Yield why a document that is as long as a sample does not fit into a row on each data rank."""
-    capacity = parallel.hdp_tokens or micro * seq_len
+    given = parallel.hdp_tokens or micro * seq_len
+    unit = 1 if parallel.hdp_tokens is None else row_unit(given, parallel.tp)
+    capacity = given // unit * unit
     if seq_len > data_size * capacity:
-        held = f"a row on each data rank holds {data_size} × {capacity}"
+        held = f"a row on each data rank, a multiple of {unit}, holds {data_size} × {capacity}"
         text = f"a document may have {seq_len} tokens (data.seq_len), and {held}"
-        yield Problem("parallel.hdp_tokens", text, f"use {-(-seq_len // data_size)} or more, or start more processes")
+        least = -(-seq_len // (data_size * unit)) * unit
+        yield Problem("parallel.hdp_tokens", text, f"use {least} or more, or start more processes")

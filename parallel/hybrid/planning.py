@@ -17,6 +17,11 @@ METHODS: dict[str, Callable[[Sequence[int], int, int, CostModel], HybridAssignme
 }
 
 
+def row_unit(capacity: int, tp: int) -> int:
+    """Return the number of which a row's positions are a multiple: kernels like multiples of 128, tensor parallelism of tp."""
+    return tp * (128 if capacity >= 8192 else 16 if capacity >= 512 else 1)
+
+
 def assign(lengths: Sequence[int], ranks: int, capacity: int, costs: CostModel, method: str = "greedy") -> HybridAssignment:
     """Deal documents of these lengths to `ranks` ranks, in rows of at most `capacity` tokens, by one of `METHODS`.
 

@@ -20,15 +20,10 @@ from ..context.zigzag import cut_document
 from ..layout import Layout, uses_fsdp
 from .assignment import BLANK, HybridAssignment, Row
 from .cost import CostModel, costs_of_flops
-from .planning import assign
+from .planning import assign, row_unit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-
-def row_unit(capacity: int, tp: int) -> int:
-    """Return the number of which a row's positions are a multiple: kernels like multiples of 128, tensor parallelism of tp."""
-    return tp * (128 if capacity >= 8192 else 16 if capacity >= 512 else 1)
 
 
 @dataclass(frozen=True)
@@ -77,8 +72,10 @@ class HybridAssigner:
     def plan(self, lengths: Sequence[int], seq_len: int, micro: int) -> HybridAssignment:
         """Deal documents of these lengths, from samples of `seq_len` positions."""
         costs = self.costs(seq_len)
+        whole = (self.capacity or 0) // self.unit * self.unit  # no row grows beyond the capacity when it is filled up
+        capacity = whole if self.data_size * whole >= seq_len else self.capacity or micro * seq_len
         method = "lockstep" if self.lockstep else "greedy"
-        return assign(lengths, self.data_size, self.capacity or micro * seq_len, costs, method)
+        return assign(lengths, self.data_size, capacity, costs, method)
 
     def load(self, samples: Samples, batch: GlobalBatch, micro: int, data_rank: int) -> Share:
         """Plan the step of a global batch, and read the rows of one data rank."""

@@ -38,6 +38,15 @@ def test_a_document_must_fit_on_all_ranks_together(tokens: int | None, ranks: in
     assert not refused or "112 or more" in found[0].fix
 
 
+def test_rows_are_counted_in_what_kernels_like() -> None:
+    refused, fits = (
+        list(capacity_problems(ParallelConfig(hdp="greedy", hdp_tokens=tokens), micro=1, seq_len=8000, data_size=8))
+        for tokens in (1005, 1008)
+    )
+    assert [problem.key for problem in refused] == ["parallel.hdp_tokens"] and not fits
+    assert "8 × 992" in refused[0].message and "use 1008 or more" in refused[0].fix
+
+
 @pytest.mark.parametrize(
     ("key", "values"),
     [

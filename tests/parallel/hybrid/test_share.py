@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from meshloom.data.assignment import Share
 from meshloom.data.batch import IGNORED, GlobalBatch, Sample
 from meshloom.parallel.context.ring_plan import plan_rings
-from meshloom.parallel.hybrid.share import HybridAssigner, row_unit
+from meshloom.parallel.hybrid.planning import row_unit
+from meshloom.parallel.hybrid.share import HybridAssigner
 
 
 class Packed:
@@ -89,6 +90,11 @@ def test_flops_are_those_of_each_document_at_its_length() -> None:
 def test_blank_rows_are_no_workers() -> None:
     for share in shares([[4]], 3, capacity=40):  # a third of the document, and a blank row
         assert share.workers == 3 and len(share.micro_batches) == 2
+
+
+def test_no_row_is_filled_up_beyond_the_capacity() -> None:
+    dealt = shares([[17, 17]] * 6, 4, capacity=19, unit=4)
+    assert max(row.tokens_BS.shape[1] for share in dealt for row in share.micro_batches) <= 19
 
 
 def test_long_rows_are_multiples_of_what_kernels_like() -> None:
