@@ -57,7 +57,7 @@ from .hooks.sampling import SampleText, TextCodec
 from .hooks.saving import Saving
 from .loop import Loop, agree_on_plan
 from .schema import RunConfig
-from .stages.record import Place
+from .stages.record import Place, StageRecord
 from .typed import plain_config
 
 log = logging.getLogger(__name__)
@@ -287,9 +287,9 @@ def _training_samples(data: DataNode, place: Place | None) -> Samples:
 
 
 def _stages_state(place: Place | None, data: DataNode, progress: Progress) -> dict[str, Any]:
-    """Return what a checkpoint states of the run's stages; nothing of a run without."""
+    """Return what a checkpoint states of the run's stages, and of the samples read: stages may be given to a run later."""
     if place is None or place.record is None:
-        return {}
+        return {"stages": StageRecord().after(data, progress.samples).as_json()}
     return {"stages": place.record.after(data, progress.samples - place.origin("data").samples).as_json()}
 
 

@@ -120,6 +120,8 @@ def resolve_composed(
     if stages:
         found = _resolve_stages(composer, words, overrides, resumed, stages, checkpoint, checking)
     else:
+        if not unread and checking.compares:
+            checking.known += checking.record.absent()
         found = checking.resolved(resumed, checkpoint)
     imported = None if checkpoint is None or manifest is None else imported_model(checkpoint, manifest)
     then = tuple(replace(run, imported=imported) for run in found.then)
@@ -141,7 +143,7 @@ def _resolve_stages(
     """
     progress, record = checking.progress, checking.record
     now = stage_at(stages, progress.tokens)
-    checking.known += [*length_problems(start.config), *record.problems(stages, progress.tokens)]
+    checking.known += [*length_problems(start.config), *record.problems(stages, progress.tokens, checking.saved_stages)]
     start = replace(start, config=with_length(start.config, stages))
     found = list(stage_configs(composer, words, start, stages))
     for each in found[: now + 1]:
@@ -181,6 +183,11 @@ class Checking:
     def record(self) -> StageRecord:
         """The stages that the checkpoint has begun."""
         return StageRecord() if self.manifest is None else StageRecord.from_state(self.manifest.state)
+
+    @property
+    def saved_stages(self) -> list[Stage]:
+        """The stages as the checkpoint states them."""
+        return [] if self.manifest is None else read_stages(self.manifest.state.get("config", {}).get("stages"))[0]
 
     def resolved(self, resumed: Resumed, checkpoint: Path | str | None, place: Place | None = None) -> ResolvedRun:
         """Return the run of a config, with its problems."""

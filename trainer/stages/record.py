@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...config.duration import Duration, Unit
+from ...config.nodes import find_option
 from ...config.problems import Problem
+from ...data.config import OPTIONS, MixtureConfig
 from ...data.node import DataNode
 from ...data.reading import Read, samples_read
 from ...optim.history import ChangePoint
@@ -23,11 +25,13 @@ class StageRecord:
     begun        name of each, and the run's counters at its beginning
     read         source of data → which of its samples the run has read (`data/reading.py`)
     read_before  as `read`, when the current data began
+    read_known   False for an older checkpoint without stages whose data are a mixture: it does not state what it read
     """
 
     begun: tuple[tuple[str, ChangePoint], ...] = ()
     read: Read = field(default_factory=dict[str, list[int]])
     read_before: Read = field(default_factory=dict[str, list[int]])
+    read_known: bool = True
 
     def as_json(self) -> dict[str, Any]:
         """Return the record as JSON values."""
@@ -43,31 +47,52 @@ class StageRecord:
             return cls(begun, saved["read"], saved["read_before"])
         if "progress" not in state:  # an import
             return cls()
-        return cls(read={state["data_fingerprint"]: [state["progress"]["samples"]]})  # of a mixture, this names no source
+        if find_option(OPTIONS, state.get("config", {}).get("data", {}).get("_target_")) is MixtureConfig:
+            return cls(read_known=False)
+        return cls(read={state["data_fingerprint"]: [state["progress"]["samples"]]})
 
-    def problems(self, stages: Sequence[Stage], tokens: int) -> Iterator[Problem]:
-        """Yield how the stages of a resumed run contradict those that it has been through. tokens: of the run so far."""
+    def absent(self) -> Iterator[Problem]:
+        """Yield what is wrong with a resumed run that has no stages."""
+        if self.begun:
+            message = "the checkpoint's run has stages, and this one has none: it would read samples again"
+            yield Problem("stages", message, "keep them, and add one to go on")
+
+    def problems(self, stages: Sequence[Stage], tokens: int, saved: Sequence[Stage]) -> Iterator[Problem]:
+        """Yield how the stages of a resumed run contradict those that it has been through.
+
+        tokens: of the run so far; saved: the stages as the checkpoint states them
+        """
         names, known = [stage.name for stage in stages], [name for name, _ in self.begun]
         if names[: len(known)] != known:
             fix = "keep their names and order, and change only what comes after them"
             yield Problem("stages", f"the checkpoint has begun {', '.join(known)}, and these are {', '.join(names)}", fix)
             return
-        for stage in stages[: max(0, len(known) - 1)]:
-            if stage.end > tokens:
-                ended = f"the stage has ended, and the run is at {tokens:,} tokens"
+        for stage, before in zip(stages[: max(0, len(known) - 1)], saved, strict=False):
+            if stage.end != before.end:
+                ended = f"the stage has ended, at {before.end:,} tokens of the run, and can't end at {stage.end:,}"
                 yield Problem(f"{stage.key}.tokens", ended, "leave it as it was, and change the stages after it")
+                return  # those after it end elsewhere for the same reason
+        if not self.read_known:
+            changed = [stage for stage in stages[1 : stage_at(stages, tokens) + 1] if stage.names("data")]
+            if changed:
+                name = changed[0].name
+                message = f"stage '{name}' changes the data, and the checkpoint does not state what was read of each source"
+                fix = f"let stage '{stages[0].name}' end behind the run's {tokens:,} tokens: what it saves states it"
+                yield Problem("stages", message, fix)
 
     def at(self, stages: Sequence[Stage], number: int, progress: Progress, seq_len: int) -> StageRecord:
         """Return the record of a run in stage `number`, which begins now where it has not begun.
 
-        Stages that are not recorded, of a run that began without any, began where their tokens say.
+        Stages that are not recorded, of a run that began without any or stepped over them, began where their tokens say. From
+        one on that changes the data they begin now, because nothing of its data has been read.
         """
         begun = list(self.begun[: number + 1])
         new = stages[len(begun) : number + 1]
+        other_data = False
         for stage in new:
-            point = progress.point if stage.number == number and number else _point_at(stage.begin, progress, seq_len)
-            begun.append((stage.name, point))
-        other_data = any(stage.names("data") and stage.number for stage in new)
+            other_data |= stage.number > 0 and stage.names("data")
+            now = other_data or (stage.number == number and number > 0)
+            begun.append((stage.name, progress.point if now else _point_at(stage.begin, progress, seq_len)))
         return StageRecord(tuple(begun), self.read, self.read if other_data else self.read_before)
 
     def after(self, data: DataNode, samples: int) -> StageRecord:

@@ -50,8 +50,26 @@ def test_stages_of_a_run_that_began_without_any() -> None:
     progress = Progress(64, 640, 1600, 10, BatchHistory((ChangePoint(0, 0, 0, 10),)))
     record = StageRecord.from_state({"progress": progress.state_dict(), "data_fingerprint": "f"})
     assert record.read == {"f": [640]}
-    begun = record.at(THREE, 2, progress, 4).begun
-    assert begun == (("base", START), ("long", ChangePoint(40, 400, 1000, 10)), ("anneal", progress.point))
+    begun = record.at(stages(base=1000, more=500, anneal=300), 2, progress, 4).begun
+    assert begun == (("base", START), ("more", ChangePoint(40, 400, 1000, 10)), ("anneal", progress.point))
+
+
+def test_a_skipped_stage_begins_its_data_where_the_run_is() -> None:
+    """Nothing of its data has been read: an origin in the past would leave samples of it out."""
+    progress = Progress(64, 640, 1600, 10, BatchHistory((ChangePoint(0, 0, 0, 10),)))
+    for record in (StageRecord(read={"f": [640]}), StageRecord((("base", START),), {"f": [640]})):
+        entered = record.at(THREE, 2, progress, 4)
+        assert entered.begun == (("base", START), ("long", progress.point), ("anneal", progress.point))
+        assert entered.read_before == {"f": [640]} and Place(THREE, 2, entered).origin("data") == progress.point
+
+
+def test_a_mixture_that_states_no_reading_gets_no_other_data() -> None:
+    state = {"progress": BEGINNING.state_dict(), "data_fingerprint": "f"}
+    old = StageRecord.from_state({**state, "config": {"data": {"_target_": "meshloom.data.mixture.Mixture"}}})
+    (problem,) = old.problems(THREE, 1000, [])
+    assert problem.key == "stages" and "long" in problem.message and "base" in problem.fix
+    assert list(old.problems(THREE, 999, [])) == [], "it saves what it reads, and then enters the stage"
+    assert list(StageRecord.from_state(state).problems(THREE, 1000, [])) == []
 
 
 def test_the_record_survives_the_checkpoint() -> None:
@@ -61,8 +79,15 @@ def test_the_record_survives_the_checkpoint() -> None:
 
 def test_stages_that_are_begun_keep_names_order_and_ends() -> None:
     record = StageRecord((("base", START), ("long", LONG)))
-    assert list(record.problems(stages(base=1000, long=900, more=5), 1040)) == []
-    (other,) = record.problems(stages(first=1000, long=500), 1040)
+    saved = stages(base=1000, long=500)
+    assert list(record.problems(stages(base=1000, long=900, more=5), 1040, saved)) == []
+    (other,) = record.problems(stages(first=1000, long=500), 1040, saved)
     assert other.key == "stages" and "base, long" in other.message
-    (longer,) = record.problems(stages(base=1041, long=500), 1040)
-    assert longer.key == "stages.base.tokens" and "has ended" in longer.message
+    for end in (1041, 1001, 300):
+        (other,) = record.problems(stages(base=end, long=500), 1040, saved)
+        assert other.key == "stages.base.tokens" and "has ended" in other.message
+
+
+def test_stages_of_a_run_can_not_be_dropped() -> None:
+    assert [problem.key for problem in StageRecord((("base", START),)).absent()] == ["stages"]
+    assert list(StageRecord().absent()) == []

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from meshloom.checkpoint.restore import read_state
+from support.configs import resolve_words
 from support.ranks import run_ranks
-from support.tiny_run import body
+from support.tiny_run import TINY, body
 
 STAGES = (
     "stages={base: {tokens: 500}, long: {tokens: 700, data: {seq_len: 32}, model: {rope_theta: 50000}},"
@@ -64,6 +65,19 @@ def test_a_stop_near_a_border_changes_no_loss(whole: Path, tmp_path: Path, first
         assert rows(tmp_path, key) == pytest.approx(rows(whole, key), rel=1e-9)
     assert rows(tmp_path, "stage") == rows(whole, "stage")
     assert read_state(tmp_path / "checkpoints")["stages"] == read_state(whole / "checkpoints")["stages"]
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["stages={}", "trainer.tokens=3000"], "stages"),
+        (["stages.base.tokens=400"], "stages.base.tokens"),
+        (["stages.more.tokens=400"], None),
+    ],
+)
+def test_a_resume_keeps_the_stages_that_are_over(whole: Path, words: list[str], key: str | None) -> None:
+    found = resolve_words(TINY, [f"output_dir={whole}", "resume=auto", *words])
+    assert [problem.key for problem in found.problems] == ([] if key is None else [key]), found.problems
 
 
 def test_a_stage_may_have_a_layout_of_its_own(whole: Path, tmp_path: Path) -> None:
