@@ -80,7 +80,7 @@ def _begins(place: Place, state: dict[str, Any]) -> bool:
 def _same_stage(run: Run, state: dict[str, Any], checkpoint: Path | str) -> None:
     """Raise ConfigError if a damaged checkpoint made the run fall back on one of an earlier stage, whose config it has not."""
     place, tokens = run.place, run.loop.progress.tokens
-    if place is None or place.holds(tokens):
+    if place is None or tokens >= place.stage.begin:
         return
     message = f"the newest whole checkpoint in '{checkpoint}' is of step {state['progress']['step']}, in an earlier stage"
     raise ConfigError([Problem("resume", message, "name it: resume=<its step-… folder>, with a new output_dir")])

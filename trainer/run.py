@@ -93,23 +93,19 @@ def prepared_stages(resolved: ResolvedRun) -> tuple[list[DataNode], list[list[Va
     """
     runs = (resolved, *resolved.then)
     found: list[DataNode] = []
+    sets: list[list[ValidationPart]] = []
     for number, one in enumerate(runs):
-        if number and one.config.data == runs[number - 1].config.data:
-            found.append(found[-1])
-            continue
+        config = one.config
+        same = number > 0 and config.data == runs[number - 1].config.data
         try:
-            found.append(prepared_data(one.config.data, one.config.seed, one.config.model.vocabulary))
+            found.append(found[-1] if same else prepared_data(config.data, config.seed, config.model.vocabulary))
+            sets.append(ValidationSets(config.validation, config.data, config.seed).parts(found[-1]))
         except ConfigError as error:
             if not number or one.place is None:
                 raise
             raise ConfigError([replace(each, key=f"{one.place.stage.key}.{each.key}") for each in error.problems]) from error
         if number and one.place is not None:
             refuse_other_tokens(found[-2], found[-1], one.place.stage)
-    configs = [one.config for one in runs]
-    sets = [
-        ValidationSets(config.validation, config.data, config.seed).parts(data)
-        for config, data in zip(configs, found, strict=True)
-    ]
     return found, sets
 
 
@@ -154,15 +150,39 @@ def _train(
         run = resolved
         for number, node in enumerate(data):
             if number:
-                run = begin_stage(resolved.then[number - 1])
+                stop.obeyed = mesh.any(stop.requested)
+                if stop.obeyed:
+                    if mesh.is_main:
+                        log.warning("asked to stop at the border of a stage; the run goes on with resume=auto")
+                    break
+                following = _next_stage(resolved.then[number - 1], mesh)
+                if following is None:
+                    continue
+                run = following
                 mesh = _mesh_of(run, mesh)
             if not _run_locked(run, node, sets[number], mesh, stop):
                 break
             release_memory(mesh)
         return 0
     finally:
+        stop.release()
         if lock is not None:
             lock.release()
+
+
+def _next_stage(planned: ResolvedRun, mesh: Mesh) -> ResolvedRun | None:
+    """Return the run of the next stage, which all ranks begin from one checkpoint; None if it has its tokens already."""
+    run = raise_on_all_ranks(mesh, lambda: begin_stage(planned))
+    if mesh.differ(repr(run.place)):
+        raise RuntimeError("processes see different newest checkpoints at the border of a stage: is the folder shared?")
+    assert run.place is not None
+    if not run.place.is_over:
+        return run
+    if mesh.is_main:
+        log.warning(
+            "%s: nothing is trained, because the step before it went past its end; its changes stay", run.place.stage.key
+        )
+    return None
 
 
 def _mesh_of(run: ResolvedRun, mesh: Mesh) -> Mesh:
@@ -198,8 +218,10 @@ def _run_locked(resolved: ResolvedRun, data: DataNode, sets: Sequence[Validation
             if not (nothing_left and origin is not None and origin.own):  # else config.yaml would tell what trained nothing
                 on_main(mesh, lambda: _write_description(config, data, output_dir, imported))
 
-        with stop:
-            reached = _run_loop(current, stop, accept)
+        stop.hold()  # to the end of the last stage, so that a signal at a border counts, too
+        reached = _run_loop(current, stop, accept)
+        if place is None or place.is_last:
+            stop.release()
         # A signal after the last step does not change the run, which is over, but must still stop a sweep.
         stop.obeyed = mesh.any(stop.requested) or current.loop.stopping
         if reached and (place is None or place.is_last):

@@ -54,11 +54,20 @@ class StopRequest:
                 os.write(2, f"\n{STOPPING}\n".encode())
         self.requested = True
 
-    def __enter__(self) -> StopRequest:
+    def hold(self) -> None:
+        """Install the handlers, where they are not."""
         for number in self.SIGNALS:
-            self._previous[number] = signal.signal(number, self._remember)
+            if number not in self._previous:
+                self._previous[number] = signal.signal(number, self._remember)
+
+    def release(self) -> None:
+        """Restore the handlers from before `hold`."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def __enter__(self) -> StopRequest:
+        self.hold()
         return self
 
     def __exit__(self, *_error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self.release()

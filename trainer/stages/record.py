@@ -133,13 +133,14 @@ class Place:
         """True for the last stage."""
         return self.number == len(self.stages) - 1
 
+    @property
+    def is_over(self) -> bool:
+        """True if the stage begins with its tokens read already, by a long step before it. The last stage never is."""
+        return self.record is not None and not self.is_last and self.record.begun[-1][1].tokens >= self.stage.end
+
     def begun(self, record: StageRecord) -> Place:
         """Return the place once the stage has begun."""
         return dataclasses.replace(self, record=record)
-
-    def holds(self, tokens: int) -> bool:
-        """Return whether a run of this many tokens is in the current stage, or at the end of the last one."""
-        return tokens >= self.stage.begin and (tokens < self.stage.end or self.is_last)
 
     def first(self, group: str) -> Stage:
         """Return the stage from which on a group has its current values: the last one, up to this, that names it."""

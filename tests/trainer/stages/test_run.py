@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from meshloom.checkpoint.restore import read_state
+from meshloom.trainer import run as run_module
+from meshloom.trainer.resolve import ResolvedRun
 from support.configs import resolve_words
 from support.ranks import run_ranks
 from support.tiny_run import TINY, body
@@ -96,3 +100,45 @@ def test_named_sets_are_evaluated_apart_in_every_stage(tmp_path: Path) -> None:
     found = rows(tmp_path / "run", "validation/wiki/loss")
     assert set(found) == {4, 7, 8, 12} and 0 < found[12] < found[4]
     assert rows(tmp_path / "run", "eval_loss").keys() == found.keys()
+
+
+def signalled_at_the_border(rank: int, world_size: int, words: list[str]) -> int:
+    plain = run_module.begin_stage
+
+    def begin_stage(run: ResolvedRun) -> ResolvedRun:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(run)
+
+    run_module.begin_stage = begin_stage  # the process ends with this
+    return body(rank, world_size, words)
+
+
+def test_a_stage_that_is_over_is_skipped_and_a_border_obeys(tmp_path: Path) -> None:
+    """The step that ends `base` at 512 tokens goes past the end of `short`, at 510. A signal there stops before `last`."""
+    stages = "stages={base: {tokens: 500}, short: {tokens: 10, data: {seq_len: 32}}, last: {tokens: 300}}"
+    words = [f"output_dir={tmp_path}", *WORDS[:-1], "trainer.eval_every=null", stages]
+    assert run_ranks(1, signalled_at_the_border, words) == [0]
+    assert max(rows(tmp_path, "stage")) == 4
+    assert run_ranks(1, body, [*words, "resume=auto"]) == [0]
+    assert [stage for step, stage in rows(tmp_path, "stage").items() if step > 4] == ["last", "last"]
+    state = read_state(tmp_path / "checkpoints")
+    assert state["stages"]["begun"] == [["base", 0, 0, 0, 0], *([name, 4, 32, 512, 8] for name in ("short", "last"))]
+
+
+def test_a_run_without_stages_states_what_it_read_of_each_source(tmp_path: Path) -> None:
+    """A stage that changes the weights, given to the finished run, repeats nothing."""
+    for name in ("few", "many"):
+        (tmp_path / f"{name}.txt").write_text(f"the quick brown {name} jumps over the lazy dog. " * 50)
+    sources = ", ".join(
+        f"{name}: {{_target_: meshloom.data.nodes.Text, input: {tmp_path}/{name}.txt}}" for name in ("few", "many")
+    )
+    words = [
+        *("data=mixture", f"data.sources={{{sources}}}", "data.weights={few: 1, many: 3}", "data.tokenizer=bytes"),
+        *("data.seq_len=16", "trainer.eval_every=0", f"data.cache_dir={tmp_path}/cache", f"output_dir={tmp_path}/run"),
+    ]
+    assert run_ranks(1, body, [*words, "trainer.steps=3"]) == [0]
+    plain = read_state(tmp_path / "run/checkpoints")["stages"]
+    assert plain["begun"] == [] and [source.split()[0] for source in plain["read"]] == ["/few", "/many"]
+    more = "stages={base: {tokens: 384}, more: {tokens: 128, data: {weights: {few: 1, many: 1}}}}"
+    assert run_ranks(1, body, [*words, "resume=auto", "trainer.steps=null", more]) == [0]
+    assert read_state(tmp_path / "run/checkpoints")["stages"]["read_before"] == plain["read"]
