@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
+from meshloom.config.problems import ConfigError
+from meshloom.trainer.run import prepared_stages
 from support.configs import resolve_words
 from support.tiny_run import TINY
 
@@ -61,6 +65,15 @@ def test_a_stage_is_refused_by_name() -> None:
     found = problems("stages.b.schedule=wds", "stages.b.parallel.tp=3")
     assert "did you mean schedule=wsd?" in found["stages.b.schedule"]
     assert "does not divide 1 processes" in found["stages.b.parallel"] or "nearest" in found["stages.b.parallel"]
+
+
+def test_what_only_the_data_of_a_stage_show_names_the_stage() -> None:
+    odd = "stages.b.validation={odd: {_target_: meshloom.data.synthetic.Synthetic, vocabulary: 99, validation_samples: 4}}"
+    found = resolve_words(RECIPE, [odd])
+    assert found.problems == ()
+    with pytest.raises(ConfigError) as refused:
+        prepared_stages(found)
+    assert [problem.key for problem in refused.value.problems] == ["stages.b.validation.odd"]
 
 
 def test_a_problem_of_the_base_is_told_once() -> None:
