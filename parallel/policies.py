@@ -11,6 +11,7 @@ from typing import Protocol
 from ..kernels import limits
 from ..models.config import DecoderConfig
 from ..models.costs import ForwardPass, block_bytes, recomputed_flops
+from ..models.mixture.config import MixtureConfig
 from .config import ParallelConfig
 from .pipeline.stages import splits_backward
 
@@ -106,10 +107,15 @@ def fused_swiglu_blocker(model: DecoderConfig, parallel: ParallelConfig, setting
         return "its kernels are bf16's"
     if settings.float8 != "none":
         return "trainer.float8 computes its products"
-    if not model.block(0).ffn.is_plain_swiglu:
+    parts = [block.ffn.shared if isinstance(block.ffn, MixtureConfig) else block.ffn for block in model.blocks()]
+    dense = [part for part in parts if part is not None]
+    if not dense:
+        return "experts' products are grouped"
+    if not dense[0].is_plain_swiglu:
         return f"its kernels compute SwiGLU without biases, and the feed-forward is another ({model.ffn_activation})"
     if settings.policies and all(policy == "selective" for policy in settings.policies):
         return "trainer.activation=selective keeps one of them"
-    if not limits.fused_swiglu_takes(model.dim, model.ffn_dim):
-        return f"its kernels don't take widths of {model.dim} and {model.ffn_dim}"
+    widths = sorted({part.ffn_dim for part in dense})
+    if not any(limits.fused_swiglu_takes(model.dim, width) for width in widths):
+        return f"its kernels don't take widths of {model.dim} and {', '.join(map(str, widths))}"
     return None
