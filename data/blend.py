@@ -9,12 +9,12 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from ..config.hashing import hash64
-from .batch import Sample, Samples, document_lengths, sample_part
+from .batch import Samples
 from .order import Permutation
+from .rearranged import Rearranged
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    pass
 
 
 def apportion(weights: Sequence[float], places: int) -> list[int]:
@@ -65,26 +65,15 @@ class Blend:
         return found
 
 
-class MixedSamples:
+class MixedSamples(Rearranged):
     """Endless training samples of several sources. Implements `Samples`."""
 
     def __init__(self, sources: Sequence[Samples], counts: Sequence[int], seed: int) -> None:
+        super().__init__(sources[0])
         self.sources = list(sources)
-        self.seq_len = sources[0].seq_len
-        self.vocabulary = sources[0].vocabulary
         self.blend = Blend(counts, seed)
 
-    def __getitem__(self, index: int) -> Sample:
-        """Return the k-th sample of the run."""
+    def place(self, index: int) -> tuple[Samples, int]:
+        """Return the source of the k-th sample of the run, and its number there."""
         source, within = self.blend(index)
-        return self.sources[source][within]
-
-    def lengths(self, index: int) -> NDArray[np.int64]:
-        """Return the lengths of the k-th sample's documents."""
-        source, within = self.blend(index)
-        return document_lengths(self.sources[source], within)
-
-    def part(self, index: int, start: int, stop: int) -> Sample:
-        """Return the tokens and targets of positions [start, stop) of the k-th sample."""
-        source, within = self.blend(index)
-        return sample_part(self.sources[source], within, start, stop)
+        return self.sources[source], within

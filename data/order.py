@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..config.hashing import hash64, mix64, mix64_array, stream64
 from ..config.lazy import numpy as np
-from .batch import Sample, document_lengths, sample_part
+from .batch import Sample, Samples
+from .rearranged import Rearranged
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -101,52 +102,31 @@ class StoredSamples(Protocol):
         ...
 
 
-class Shuffled:
+class Shuffled(Rearranged):
     """Samples in training order: endless, every sample once per epoch, a new order each epoch. Implements `Samples`."""
 
     def __init__(self, stored: StoredSamples, seed: int) -> None:
+        super().__init__(stored)
         self.stored = stored
         self.seed = seed
-        self.seq_len = stored.seq_len
-        self.vocabulary = stored.vocabulary
         self.epoch_size = len(stored)
 
-    def __getitem__(self, index: int) -> Sample:
-        """Return the k-th sample of the run."""
-        return self.stored[self._position(index)]
-
-    def lengths(self, index: int) -> NDArray[np.int64]:
-        """Return the lengths of the k-th sample's documents."""
-        return document_lengths(self.stored, self._position(index))
-
-    def part(self, index: int, start: int, stop: int) -> Sample:
-        """Return the tokens and targets of positions [start, stop) of the k-th sample."""
-        return sample_part(self.stored, self._position(index), start, stop)
-
-    def _position(self, index: int) -> int:
-        return shuffled_position(index, self.epoch_size, self.seed)[1]
+    def place(self, index: int) -> tuple[Samples, int]:
+        """Return the position of the k-th sample of the run."""
+        return self.stored, shuffled_position(index, self.epoch_size, self.seed)[1]
 
 
-class ValidationSamples:
+class ValidationSamples(Rearranged):
     """Samples in validation order: finite, the same for every seed, shuffled so that the first ones represent the whole."""
 
     def __init__(self, stored: StoredSamples) -> None:
+        super().__init__(stored)
         self.stored = stored
-        self.seq_len = stored.seq_len
-        self.vocabulary = stored.vocabulary
         self._order = Permutation(len(stored), key=0)
 
     def __len__(self) -> int:
         return self._order.size
 
-    def __getitem__(self, index: int) -> Sample:
-        """Return the k-th sample of the validation set."""
-        return self.stored[self._order(index)]
-
-    def lengths(self, index: int) -> NDArray[np.int64]:
-        """Return the lengths of the k-th sample's documents."""
-        return document_lengths(self.stored, self._order(index))
-
-    def part(self, index: int, start: int, stop: int) -> Sample:
-        """Return the tokens and targets of positions [start, stop) of the k-th sample."""
-        return sample_part(self.stored, self._order(index), start, stop)
+    def place(self, index: int) -> tuple[Samples, int]:
+        """Return the position of the k-th sample of the validation set."""
+        return self.stored, self._order(index)

@@ -13,48 +13,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from .batch import Sample, Samples, document_lengths, sample_part
+from .batch import Samples
 from .mixture import Mixture
 from .node import DataNode
+from .rearranged import Rearranged
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    pass
 
 Read: TypeAlias = Mapping[str, Sequence[int]]
 """Source → what was read of it: see the module."""
 
 
-class Renumbered:
-    """Samples under other numbers. Implements `Samples` and `SamplesInParts`."""
-
-    def __init__(self, samples: Samples) -> None:
-        self.samples = samples
-        self.seq_len = samples.seq_len
-        self.vocabulary = samples.vocabulary
-
-    def number(self, index: int) -> int:
-        """Return the number that the k-th sample has in `samples`."""
-        raise NotImplementedError
-
-    def __getitem__(self, index: int) -> Sample:
-        """Return the k-th sample."""
-        return self.samples[self.number(index)]
-
-    def lengths(self, index: int) -> NDArray[np.int64]:
-        """Return the lengths of the k-th sample's documents."""
-        return document_lengths(self.samples, self.number(index))
-
-    def part(self, index: int, start: int, stop: int) -> Sample:
-        """Return the tokens and targets of positions [start, stop) of the k-th sample."""
-        return sample_part(self.samples, self.number(index), start, stop)
-
-
-class Unread(Renumbered):
+class Unread(Rearranged):
     """Samples of a source without those that were read."""
 
     def __init__(self, samples: Samples, read: Sequence[int]) -> None:
         super().__init__(samples)
+        self._samples = samples
         self._next, *self._left = read
 
     def number(self, index: int) -> int:
@@ -62,17 +38,21 @@ class Unread(Renumbered):
         left = len(self._left)
         return self._left[index] if index < left else self._next + index - left
 
+    def place(self, index: int) -> tuple[Samples, int]:
+        """Return the source, and the number of the k-th unread sample there."""
+        return self._samples, self.number(index)
 
-class Shifted(Renumbered):
+
+class Shifted(Rearranged):
     """Samples under shifted numbers: the k-th is the (k + by)-th of `samples`."""
 
     def __init__(self, samples: Samples, by: int) -> None:
         super().__init__(samples)
-        self.by = by
+        self._samples, self._by = samples, by
 
-    def number(self, index: int) -> int:
-        """Return k + by."""
-        return index + self.by
+    def place(self, index: int) -> tuple[Samples, int]:
+        """Return the samples, and k + by."""
+        return self._samples, index + self._by
 
 
 def shifted(samples: Samples, by: int) -> Samples:
