@@ -17,8 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..optim.optimizers import parameters as optimizer_parameters
-from ..optim.optimizers.parameters import Matrix, MatrixFunction, NamedParameter, matrices_of
+from ..optim.optimizers.parameters import Matrix, MatrixFunction, NamedParameter, matrices_of, number_waves
 from .box import Box
 from .mesh import Mesh
 
@@ -75,20 +74,6 @@ def choose_owners(costs: Sequence[float], candidates: Sequence[Sequence[int]]) -
         loads[owner] = loads.get(owner, 0.0) + costs[number]
         owners[number] = owner
     return owners
-
-
-def number_waves(matrices: Sequence[Matrix], owners: Sequence[int]) -> list[int]:
-    """Number the wave of each matrix: an owner's matrices in order, as many in a wave as `WAVE` elements hold."""
-    begun: dict[int, tuple[int, int]] = {}  # owner → its current wave, and the elements in it
-    numbers: list[int] = []
-    for matrix, owner in zip(matrices, owners, strict=True):
-        size = matrix.shape[0] * matrix.shape[1]
-        wave, filled = begun.get(owner, (0, 0))
-        if filled and filled + size > optimizer_parameters.WAVE:
-            wave, filled = wave + 1, 0
-        begun[owner] = wave, filled + size
-        numbers.append(wave)
-    return numbers
 
 
 class MeshMatrices:

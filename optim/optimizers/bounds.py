@@ -37,3 +37,10 @@ def beta_problems(key: str, betas: Sequence[float], name: str = "betas") -> list
     if len(betas) != 2:
         return [Problem(f"{key}.{name}", f"{list(betas)} are not two numbers", "give two, such as [0.9, 0.95]")]
     return [problem for beta in betas for problem in bound_problems(key, FRACTION, **{name: beta})]
+
+
+def choice_problems(key: str, name: str, value: str, choices: Sequence[str]) -> list[Problem]:
+    """Return a problem if the setting of the group `key` is none of the choices."""
+    if value in choices:
+        return []
+    return [Problem(f"{key}.{name}", f"'{value}' is unknown", f"choose one of {', '.join(choices)}")]

@@ -11,7 +11,7 @@ from typing import ClassVar
 from ...config.keys import MISSING, Side, key, option, target
 from ...config.nodes import Custom, import_object
 from ...config.problems import Problem
-from .bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, beta_problems, bound_problems
+from .bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, beta_problems, bound_problems, choice_problems
 
 AUTOMATIC = "auto:"
 """Prefix of a value that a law of scale decides (`trainer/automatic.py`)."""
@@ -34,10 +34,7 @@ class OptimConfig:
     def problems(self, key: str = "optim") -> list[Problem]:
         """Return what is wrong with the values."""
         found = list(_rate_problems(key, self.lr))
-        if self.lr_coupling not in COUPLINGS:
-            found.append(
-                Problem(f"{key}.lr_coupling", f"'{self.lr_coupling}' is unknown", f"choose one of {', '.join(COUPLINGS)}")
-            )
+        found += choice_problems(key, "lr_coupling", self.lr_coupling, COUPLINGS)
         return found + bound_problems(key, NOT_NEGATIVE, weight_decay=self.weight_decay)
 
     def compares_halves(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...config.keys import key, option, target
 from ...config.problems import Problem
-from .bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, beta_problems, bound_problems
+from .bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, beta_problems, bound_problems, choice_problems
 from .config import OptimConfig
 
 
@@ -43,9 +43,7 @@ class MuonConfig(MatrixOptimConfig):
         """Return what is wrong with the values."""
         found = [*super().problems(key), *bound_problems(key, FRACTION, momentum=self.momentum)]
         found += bound_problems(key, COUNT, ns_steps=self.ns_steps)
-        if self.scale not in SCALES:
-            found.append(Problem(f"{key}.scale", f"'{self.scale}' is unknown", f"choose one of {', '.join(SCALES)}"))
-        return found
+        return found + choice_problems(key, "scale", self.scale, SCALES)
 
 
 @dataclass(frozen=True)
@@ -134,9 +132,7 @@ class APOLLOConfig(LowRankConfig):
         """Return what is wrong with the values."""
         found = [*super().problems(key), *bound_problems(key, POSITIVE, scale=self.scale)]
         found += bound_problems(key, COUNT, growth=self.growth)
-        if self.scaling not in SCALINGS:
-            found.append(Problem(f"{key}.scaling", f"'{self.scaling}' is unknown", f"choose one of {', '.join(SCALINGS)}"))
-        return found
+        return found + choice_problems(key, "scaling", self.scaling, SCALINGS)
 
 
 @dataclass(frozen=True)

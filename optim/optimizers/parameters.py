@@ -219,6 +219,20 @@ def matrices_of(parameters: Sequence[NamedParameter]) -> list[Matrix]:
     return [Matrix(parameter, index) for parameter in parameters for index in range(parameter.stacked)]
 
 
+def number_waves(matrices: Sequence[Matrix], owners: Sequence[int]) -> list[int]:
+    """Number the wave of each matrix: an owner's matrices in order, as many in a wave as `WAVE` elements hold."""
+    begun: dict[int, tuple[int, int]] = {}  # owner → its current wave, and the elements in it
+    numbers: list[int] = []
+    for matrix, owner in zip(matrices, owners, strict=True):
+        size = matrix.shape[0] * matrix.shape[1]
+        wave, filled = begun.get(owner, (0, 0))
+        if filled and filled + size > WAVE:
+            wave, filled = wave + 1, 0
+        begun[owner] = wave, filled + size
+        numbers.append(wave)
+    return numbers
+
+
 class LocalMatrices:
     """`WholeMatrices` of parameters that are whole on this rank."""
 
@@ -234,16 +248,12 @@ class LocalMatrices:
             for parameter, part, result in zip(self._parameters, parts, results, strict=True)
             for home in zip(part.chunk(parameter.stacked), result.chunk(parameter.stacked), strict=True)
         ]
-        begin = 0
-        while begin < len(homes):
-            end, elements = begin + 1, homes[begin][0].numel()
-            while end < len(homes) and elements + homes[end][0].numel() <= WAVE:
-                elements += homes[end][0].numel()
-                end += 1
-            wave = [part.to(dtype) for part, _ in homes[begin:end]]
-            for (_, home), result in zip(homes[begin:end], function(self.owned[begin:end], wave), strict=True):
+        waves = number_waves(self.owned, [0] * len(homes))
+        for wave in sorted(set(waves)):
+            begin, end = waves.index(wave), waves.index(wave) + waves.count(wave)
+            whole = [part.to(dtype) for part, _ in homes[begin:end]]
+            for (_, home), result in zip(homes[begin:end], function(self.owned[begin:end], whole), strict=True):
                 home.copy_(result)
-            begin = end
         return results
 
 
