@@ -29,10 +29,13 @@ class Assignment:
     kept_TK: torch.Tensor | None = None
 
 
-def sort_by_expert(choice_TK: torch.Tensor, experts: int, capacity: float | None = None) -> Assignment:
+def sort_by_expert(
+    choice_TK: torch.Tensor, experts: int, capacity: float | None = None, counted_T: torch.Tensor | None = None
+) -> Assignment:
     """Sort assignments by expert, without waiting for the device.
 
     capacity: an expert takes the first ⌈capacity · T·K / E⌉ assignments, in the order of tokens; None: all of them.
+    counted_T: tokens that count take their places before all others, such as padding; None: all count.
     """
     keys_N = choice_TK.flatten()
     sorted_N, order_N = keys_N.sort(stable=True)
@@ -40,6 +43,9 @@ def sort_by_expert(choice_TK: torch.Tensor, experts: int, capacity: float | None
     kept_TK = None
     if capacity is not None:
         most = math.ceil(capacity * len(keys_N) / experts)
+        if counted_T is not None:
+            last_N = (~counted_T)[:, None].expand_as(choice_TK).flatten()
+            order_N = (2 * keys_N + last_N).argsort(stable=True)
         begins_E = counts_E.cumsum(0) - counts_E
         places_N = torch.arange(len(keys_N), device=keys_N.device)
         taken_N = torch.empty_like(keys_N, dtype=torch.bool)

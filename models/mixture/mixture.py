@@ -171,7 +171,8 @@ class Mixture(Part):
         x_BSD, *rest = inputs
         x_TD = x_BSD.flatten(0, 1)
         routed = self.router(x_TD, charges)
-        assignment = sort_by_expert(routed.choice_TK, self.keys.count, self.keys.capacity)
+        counted_T = None if charges is None else charges.counted_BS.flatten()
+        assignment = sort_by_expert(routed.choice_TK, self.keys.count, self.keys.capacity, counted_T)
         journey = self.dispatch(assignment)
         shared_BSD = None if self.shared is None else self.shared(rest)  # while ranks tell each other what they will send
         rows_ND, counts_E = journey.send(x_TD)

@@ -112,6 +112,17 @@ def test_capacity_drops_the_last_tokens_and_counts_them(capacity: float, most: i
     torch.testing.assert_close(gradient, plain, rtol=1e-10, atol=1e-10)
 
 
+def test_padding_takes_no_room_from_tokens_that_count() -> None:
+    """The first sequence is padding: the others lose no more assignments than without it, and those in their order."""
+    model, x = mixture(capacity=0.6), inputs()
+    counted = torch.ones(3, 5, dtype=torch.bool)
+    counted[0] = False
+    expected, dropped = plainly(model, x[1:], 3)  # ⌈0.6 · 30 / 6⌉
+    got, tally = model([x], Charges(counted, torch.tensor(1.0).double(), Rates()))
+    torch.testing.assert_close(got[1:], expected, rtol=1e-12, atol=1e-12)
+    assert tally is not None and 0 < dropped == tally.others_5[2]
+
+
 def test_enough_capacity_drops_nothing() -> None:
     model, x = mixture(capacity=3.0), inputs()
     torch.testing.assert_close(model([x], None)[0], mixture()([x], None)[0], rtol=0, atol=0)
