@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 from ..data.batch import GlobalBatch
-from ..models.costs import flops_per_token
 from ..parallel.hybrid.assignment import in_lockstep
+from ..parallel.hybrid.cost import decoder_flops
 from ..parallel.hybrid.planning import assign
 from ..parallel.hybrid.share import BatchDocuments, HybridAssigner
 from ..planner.step_drawing import Panel, step_svg
@@ -22,10 +20,9 @@ def step_picture(config: RunConfig, plan: Plan) -> str:
     """
     data = prepared_data(config.data, config.seed, config.model.vocabulary)
     micro, seq_len = plan.job.micro, data.seq_len
-    flops = functools.partial(flops_per_token, plan.model.shape)
-    dealer = HybridAssigner.of(config.parallel, plan.layout, micro * seq_len, flops)
+    dealer = HybridAssigner.of(config.parallel, plan.layout, micro * seq_len, decoder_flops(plan.model.shape))
     lengths = BatchDocuments.of(data.train(), GlobalBatch(0, plan.samples)).lengths
-    costs, capacity = dealer.costs(seq_len), dealer.capacity or micro * seq_len
+    costs, capacity = dealer.costs, dealer.capacity or micro * seq_len
     static = assign(lengths, dealer.data_size, capacity, costs, "static")
     panels = [
         Panel("static groups of ranks", in_lockstep(static) if dealer.lockstep else static),

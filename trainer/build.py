@@ -39,6 +39,7 @@ from ..optim.schedules.coupling import Coupling
 from ..parallel.division import divide_blocks
 from ..parallel.engine import EngineSettings, OptimizerFactory
 from ..parallel.engines import make_engine
+from ..parallel.hybrid.cost import decoder_flops, module_flops
 from ..parallel.hybrid.share import HybridAssigner
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh
@@ -126,7 +127,9 @@ def build_dealer(config: RunConfig, layout: Layout, model: Model) -> Dealer:
     """Build what deals global batches to the data ranks: their samples, or under hybrid data parallelism their documents."""
     if config.parallel.hdp == "none":
         return build_assigner(config, layout)
-    return HybridAssigner.of(config.parallel, layout, config.batch.micro * config.data.seq_len, model.flops_per_token)
+    seq_len, shape = config.data.seq_len, model.decoder_config
+    flops = module_flops(model.flops_per_token, seq_len) if shape is None else decoder_flops(shape)
+    return HybridAssigner.of(config.parallel, layout, config.batch.micro * seq_len, flops)
 
 
 def build_hook(node: Mapping[str, Any]) -> Hook:

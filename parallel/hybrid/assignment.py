@@ -88,7 +88,7 @@ class HybridAssignment:
 
     def times(self, lengths: Sequence[int], costs: CostModel) -> list[float]:
         """Return each rank's time at work; no messages are charged, and no waiting."""
-        cost = [costs.document(length) for length in lengths]
+        cost = costs.documents(lengths)
         return [sum(self.row_cost(row, cost, costs) for row in rows) for rows in self.rows]
 
     def step_time(self, lengths: Sequence[int], costs: CostModel) -> float:
@@ -106,7 +106,7 @@ class HybridAssignment:
 
         Ranks whose documents hang together in a wave run their rows layer by layer at the pace of the slowest.
         """
-        cost = [costs.document(length) for length in lengths]
+        cost = costs.documents(lengths)
         found: list[list[Span]] = [[] for _ in self.rows]
         waiting = [iter(rows) for rows in self.rows]
 

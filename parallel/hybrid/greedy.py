@@ -39,8 +39,7 @@ def greedy(lengths: Sequence[int], ranks: int, capacity: int, costs: CostModel) 
 
 def effective_costs(lengths: Sequence[int], capacity: int, costs: CostModel) -> list[float]:
     """Return the cost of each document on one rank, with its part of the cost of a full row."""
-    per_token = costs.linear + costs.row / capacity
-    return [(costs.quadratic * length + per_token) * length for length in lengths]
+    return replace(costs, linear=costs.linear + costs.row / capacity).documents(lengths)
 
 
 def _first_within(choices: Iterable[tuple[list[Shared], list[float]]], share: float) -> tuple[list[Shared], list[float]]:

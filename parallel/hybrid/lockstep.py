@@ -29,7 +29,7 @@ CHOICES = 6  # numbers of rows that are tried
 
 def lockstep(lengths: Sequence[int], ranks: int, capacity: int, costs: CostModel) -> HybridAssignment:
     """Deal documents to `ranks` ranks in rows of at most `capacity` tokens."""
-    cost = [costs.document(length) for length in lengths]
+    cost = costs.documents(lengths)
     least = least_time(lengths, ranks, capacity, costs)
     numbers = list(_numbers_of_rows(lengths, cost, ranks, capacity, costs))
     best: tuple[float, HybridAssignment] | None = None

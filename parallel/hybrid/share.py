@@ -7,8 +7,7 @@ the batch stays a matter of the data order (R1); only who computes them changes.
 from __future__ import annotations
 
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from ..config import ParallelConfig
 from ..context.zigzag import cut_document
 from ..layout import Layout, uses_fsdp
 from .assignment import BLANK, HybridAssignment, Row
-from .cost import CostModel, costs_of_flops
+from .cost import CostModel, costs_of
 from .planning import assign, row_unit
 
 if TYPE_CHECKING:
@@ -47,35 +46,35 @@ class BatchDocuments:
 class HybridAssigner:
     """The rule by which a run deals the documents of its global batches to data ranks. Implements `data.assignment.Dealer`.
 
-    flops_per_token  of the model, by the length of a document: what costs are estimated from
+    flops     of the model, by the length of a document: what costs are estimated from
     capacity  tokens of a row at most; None: those of a micro-batch of samples
     unit      a row's positions are a multiple of it, filled up with padding
     lockstep  all ranks run as many rows, each at the same time
     """
 
     data_size: int
-    flops_per_token: Callable[[int], float]
+    flops: CostModel
     capacity: int | None = None
     unit: int = 1
     lockstep: bool = False
 
     @classmethod
-    def of(cls, parallel: ParallelConfig, layout: Layout, row: int, flops_per_token: Callable[[int], float]) -> HybridAssigner:
+    def of(cls, parallel: ParallelConfig, layout: Layout, row: int, flops: CostModel) -> HybridAssigner:
         """Make the rule that a config asks for. row: tokens of a micro-batch of samples."""
         unit = row_unit(parallel.hdp_tokens or row, layout.tp)
-        return cls(layout.data_size, flops_per_token, parallel.hdp_tokens, unit, uses_fsdp(parallel, layout))
+        return cls(layout.data_size, flops, parallel.hdp_tokens, unit, uses_fsdp(parallel, layout))
 
-    def costs(self, seq_len: int) -> CostModel:
-        """Return the costs by which documents are dealt, from samples of `seq_len` positions."""
-        return costs_of_flops(self.flops_per_token, seq_len)
+    @property
+    def costs(self) -> CostModel:
+        """The costs by which documents are dealt."""
+        return costs_of(self.flops)
 
     def plan(self, lengths: Sequence[int], seq_len: int, micro: int) -> HybridAssignment:
         """Deal documents of these lengths, from samples of `seq_len` positions."""
-        costs = self.costs(seq_len)
         whole = (self.capacity or 0) // self.unit * self.unit  # no row grows beyond the capacity when it is filled up
         capacity = whole if self.data_size * whole >= seq_len else self.capacity or micro * seq_len
         method = "lockstep" if self.lockstep else "greedy"
-        return assign(lengths, self.data_size, capacity, costs, method)
+        return assign(lengths, self.data_size, capacity, self.costs, method)
 
     def load(self, samples: Samples, batch: GlobalBatch, micro: int, data_rank: int) -> Share:
         """Plan the step of a global batch, and read the rows of one data rank."""
@@ -88,11 +87,11 @@ class HybridAssigner:
             workers=sum(row != BLANK for rows in plan.rows for row in rows),
             checksum=zlib.crc32(repr((documents.lengths, plan)).encode()),
             numbers={
-                "hybrid/planned_wait": plan.waiting(documents.lengths, self.costs(samples.seq_len)),
+                "hybrid/planned_wait": plan.waiting(documents.lengths, self.costs),
                 "hybrid/shared_documents": len(plan.shared),
                 "hybrid/passes": plan.passes,
             },
-            flops=sum(self.flops_per_token(n) * count * n for n, count in Counter(documents.lengths).items()),
+            flops=sum(self.flops.documents(documents.lengths)),
         )
 
 

@@ -36,6 +36,7 @@ from meshloom.parallel.box import Box
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import Engine
 from meshloom.parallel.engines import make_engine
+from meshloom.parallel.hybrid.cost import CostModel
 from meshloom.parallel.hybrid.share import HybridAssigner
 from meshloom.parallel.layout import Layout, uses_fsdp
 from meshloom.parallel.mesh import Mesh
@@ -131,9 +132,7 @@ def dealer(mesh: Mesh, work: Work) -> Dealer:
     if work.parallel.hdp == "none":
         return assigner(mesh, work)
     layout, tokens = mesh.layout, work.parallel.hdp_tokens
-    return HybridAssigner(
-        layout.data_size, lambda length: 100.0 + 10 * length, tokens, layout.tp, uses_fsdp(work.parallel, layout)
-    )
+    return HybridAssigner(layout.data_size, CostModel(10.0, 100.0), tokens, layout.tp, uses_fsdp(work.parallel, layout))
 
 
 def share(mesh: Mesh, work: Work, first: int) -> Share:

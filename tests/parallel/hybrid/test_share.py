@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from meshloom.data.assignment import Share
 from meshloom.data.batch import IGNORED, GlobalBatch, Sample
 from meshloom.parallel.context.ring_plan import plan_rings
+from meshloom.parallel.hybrid.cost import CostModel
 from meshloom.parallel.hybrid.planning import row_unit
 from meshloom.parallel.hybrid.share import HybridAssigner
 
@@ -37,7 +38,7 @@ class Packed:
 
 
 def shares(lengths: Sequence[Sequence[int]], ranks: int, **settings: bool | int) -> list[Share]:
-    assigner = HybridAssigner(ranks, lambda length: 50.0 + length, **settings)
+    assigner = HybridAssigner(ranks, CostModel(1.0, 50.0), **settings)
     return [assigner.load(Packed(lengths), GlobalBatch(0, len(lengths)), 1, rank) for rank in range(ranks)]
 
 
@@ -82,9 +83,9 @@ def test_ranks_agree_on_what_a_step_needs() -> None:
 
 
 def test_flops_are_those_of_each_document_at_its_length() -> None:
-    windowed = HybridAssigner(2, lambda length: 50.0 + min(length, 10))
+    windowed = HybridAssigner(2, CostModel(0.0, 50.0, windows=((10, 1.0),)))
     share = windowed.load(Packed([[40], [5, 5]]), GlobalBatch(0, 2), 1, 0)
-    assert share.flops == (50 + 10) * 40 + (50 + 5) * 10
+    assert share.flops == 50 * 50 + (10 * 71 - 40) + 2 * 25
 
 
 def test_blank_rows_are_no_workers() -> None:

@@ -14,6 +14,7 @@ import pytest
 from meshloom.data.batch import GlobalBatch
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.hybrid.assignment import HybridAssignment
+from meshloom.parallel.hybrid.cost import CostModel
 from meshloom.parallel.hybrid.share import BatchDocuments, HybridAssigner
 from meshloom.trainer.loop import PlansDiffer
 from support.parity import UnevenSamples, Work, build, differences, take_steps
@@ -53,7 +54,7 @@ CASES = {
 
 def plan_of(case: Work, ranks: int) -> HybridAssignment:
     lengths = BatchDocuments.of(UnevenSamples(case.documents), GlobalBatch(0, case.samples)).lengths
-    assigner = HybridAssigner(ranks // case.parallel.tp, lambda length: 100.0 + 10 * length, case.parallel.hdp_tokens)
+    assigner = HybridAssigner(ranks // case.parallel.tp, CostModel(10.0, 100.0), case.parallel.hdp_tokens)
     return assigner.plan(lengths, 16, 2)
 
 
