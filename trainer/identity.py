@@ -12,6 +12,7 @@ from ..checkpoint.folder import OWNER, list_steps, read_owner
 from ..checkpoint.identity import UNNAMED, Parent, RunIdentity
 from ..checkpoint.takeover import free_name
 from .restarts import start_marks
+from .watch.incidents import INCIDENTS
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +56,15 @@ def identify(origin: Origin | None, folder: str, *, resumes: bool) -> RunIdentit
 
 
 def take_over_metrics(output_dir: Path, run: RunIdentity) -> None:
-    """Take over the metrics file of a folder: rename that of another run."""
+    """Take over the files of rows in a folder, metrics and incidents: rename those of another run."""
     before = read_owner(LocalFiles(output_dir)) or UNNAMED
-    metrics = output_dir / METRICS
-    if metrics.exists() and before.id != run.id:
-        aside = free_name(output_dir, f"metrics.replaced-{before.id[:8]}", ".jsonl")
-        metrics.replace(aside)
-        log.warning("%s held another run, which this one replaces: its metrics are in %s now", output_dir, aside.name)
+    if before.id != run.id:
+        moved: list[str] = []
+        for name in (METRICS, INCIDENTS):
+            if (file := output_dir / name).exists():
+                aside = free_name(output_dir, f"{file.stem}.replaced-{before.id[:8]}", file.suffix)
+                file.replace(aside)
+                moved.append(f"its {file.stem} are in {aside.name} now")
+        if moved:
+            log.warning("%s held another run, which this one replaces: %s", output_dir, ", and ".join(moved))
     (output_dir / OWNER).write_text(json.dumps({**run.as_dict(), **start_marks()}) + "\n")

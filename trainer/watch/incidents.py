@@ -1,0 +1,93 @@
+"""`incidents.jsonl` in a run's folder: what has happened to the run besides training, one JSON object a line.
+
+    IncidentLog(output_dir).write(Incident("skipped_step", "step 120: …", step=120, rank=3, details={"samples": [7, 9]}))
+
+Whoever notices something writes it once for the run: rank 0 what all ranks know alike, the launcher what has become of a rank.
+The file is kept over restarts and resumes; another run that takes the folder over moves it aside, as it does `metrics.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+INCIDENTS = "incidents.jsonl"
+"""Name of the file in a run's folder."""
+
+
+@dataclass(frozen=True)
+class Incident:
+    """Something that happened to a run.
+
+    kind     what it was, one word for programs to search for (docs/resilience.md lists them): "hang", "death", …
+    message  the sentence that people were told, without its details
+    step     the step that was under way, counted from 1; None: none was
+    rank     the rank that it happened to, or that caused it; None: all ranks alike, or nobody knows
+    host     of that rank; default: this machine
+    pid      process id of that rank on its host; None: not known
+    phase    what that rank was doing: the name of a `Phase`; None: not known
+    details  what else is known, plain JSON
+    time     seconds since 1970
+    """
+
+    kind: str
+    message: str
+    step: int | None = None
+    rank: int | None = None
+    host: str | None = field(default_factory=socket.gethostname)
+    pid: int | None = None
+    phase: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    time: float = field(default_factory=time.time)
+
+    @classmethod
+    def here(cls, kind: str, message: str, step: int | None = None, **more: Any) -> Incident:
+        """Make an incident of this process: its rank, host and pid are filled in."""
+        return cls(kind, message, step, rank=int(os.environ.get("RANK", "0")), pid=os.getpid(), **more)
+
+
+class IncidentLog:
+    """Appends incidents to a run's file. A fault of the disk is warned of once, and never ends the run."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.path = output_dir / INCIDENTS
+        self._warned = False
+
+    def write(self, incident: Incident) -> None:
+        """Append an incident. One system call writes the whole line, so that lines of several processes don't mix."""
+        line = json.dumps(asdict(incident), allow_nan=True, default=str) + "\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(descriptor, line.encode())
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if not self._warned:
+                log.warning("%s can't be written to: %s; incidents are only in this log", self.path, error.strerror or error)
+            self._warned = True
+
+
+def read_incidents(output_dir: Path) -> Iterator[dict[str, Any]]:
+    """Yield the incidents of a run's folder, oldest first. A line that a crash has torn is passed over."""
+    try:
+        lines = (output_dir / INCIDENTS).read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        try:
+            row: Any = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "kind" in row:
+            yield row
