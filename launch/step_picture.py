@@ -22,7 +22,8 @@ def step_picture(config: RunConfig, plan: Plan) -> str:
     micro, seq_len = plan.job.micro, data.seq_len
     dealer = HybridAssigner.of(config.parallel, plan.layout, micro * seq_len, decoder_flops(plan.model.shape))
     lengths = BatchDocuments.of(data.train(), GlobalBatch(0, plan.samples)).lengths
-    costs, capacity = dealer.costs, dealer.capacity or micro * seq_len
+    capacity = dealer.row_tokens(seq_len, micro)
+    costs = dealer.costs(capacity)
     static = assign(lengths, dealer.data_size, capacity, costs, "static")
     panels = [
         Panel("static groups of ranks", in_lockstep(static) if dealer.lockstep else static),

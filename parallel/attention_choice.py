@@ -74,10 +74,13 @@ def shape_of(model: DecoderConfig, parallel: ParallelConfig, seq_len: int, windo
 
 def ring_kernel_problems(model: DecoderConfig, parallel: ParallelConfig, chosen: Mapping[int | None, Kernel]) -> list[Problem]:
     """Return what is wrong where a ring's blocks would keep all their scores on a GPU."""
-    rings = parallel.cp > 1 and parallel.cp_kind == "ring"
+    hybrid = parallel.hdp != "none"
+    rings = hybrid or (parallel.cp > 1 and parallel.cp_kind == "ring")
     if not rings or model.attention_softcap is None or all(kernel == "flash4" for kernel in chosen.values()):
         return []
     text = "only FlashAttention 4 computes a ring's blocks with model.attention_softcap, and it can't run here"
+    if hybrid:
+        return [Problem("parallel.hdp", text, "use none")]
     return [Problem("parallel.cp_kind", text, "use ulysses, or parallel.cp=1")]
 
 

@@ -66,11 +66,14 @@ class HybridAssignment:
     """The rows of each rank, and the shared documents in the global order in which every rank runs its own of them.
 
     lockstep  every rank has as many rows, those of a number run at the same time, and a wave is the number of a row
+    stages    of a pipeline for each of the ranks, through which it passes its rows. Ranks then have as many rows, too, and a
+              wave is the number of a row, but only ranks that share a document meet before the end of the step
     """
 
     rows: tuple[tuple[Row, ...], ...]
     shared: tuple[Shared, ...]
     lockstep: bool = False
+    stages: int = 1
 
     @property
     def passes(self) -> int:
@@ -92,14 +95,20 @@ class HybridAssignment:
         return [sum(self.row_cost(row, cost, costs) for row in rows) for rows in self.rows]
 
     def step_time(self, lengths: Sequence[int], costs: CostModel) -> float:
-        """Return the time of the step, waiting included: when the last rank has run its last row."""
-        return max(spans[-1].ends for spans in self.timeline(lengths, costs))
+        """Return the time of the step, waiting included: when the last rank has run its last row.
+
+        A pipeline takes the time of its rows, and that of its slowest for each stage but one, over the number of stages.
+        """
+        timeline = self.timeline(lengths, costs)
+        if self.stages == 1:
+            return max(spans[-1].ends for spans in timeline)
+        rows = [[span.ends - span.starts for span in spans] for spans in timeline]
+        return max(sum(times) + (self.stages - 1) * max(times) for times in rows) / self.stages
 
     def waiting(self, lengths: Sequence[int], costs: CostModel) -> float:
         """Return the part of all ranks' time in which they wait for others, in [0, 1)."""
-        timeline = self.timeline(lengths, costs)
-        end = max(spans[-1].ends for spans in timeline)
-        return 1 - sum(span.worked - span.starts for spans in timeline for span in spans) / (end * len(timeline))
+        ranks_time = self.step_time(lengths, costs) * self.stages * len(self.rows)
+        return 1 - sum(self.times(lengths, costs)) / ranks_time
 
     def timeline(self, lengths: Sequence[int], costs: CostModel) -> list[list[Span]]:
         """Simulate the step. Returns for each rank when it runs its rows.

@@ -26,10 +26,6 @@ def hybrid_problems(
     if parallel.cp > 1:
         text = "it shares long documents by itself, and short ones not at all"
         yield Problem("parallel.cp", text, f"use parallel.cp=1, {off}")
-    if parallel.pp > 1:
-        yield Problem("parallel.pp", "a pipeline can't run shared documents yet", f"use parallel.pp=1, {off}")
-    if parallel.ep > 1:
-        yield Problem("parallel.ep", "experts on other ranks are not tried with it yet", f"use parallel.ep=1, {off}")
     if masked is False:
         text = "attention crosses documents, so that they can't be dealt apart"
         yield Problem("data.document_mask", text, f"set it to true, {off}")

@@ -1,5 +1,5 @@
 """Deal documents to ranks that run their rows together, as many each: weights are gathered, and gradients reduced, in every row
-(ZeRO-2 and 3).
+(ZeRO-2 and 3), or tokens travel to the ranks of their experts.
 
 A step takes the sum over rows of the slowest rank's row, so that every row must be balanced by itself. Few rows are full of
 tokens: next to a long document, whose tokens are dear, short ones fill a row's room and not its time. Many rows cost their
@@ -12,7 +12,7 @@ starts. So several numbers of rows are tried. For each number, a row may take th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 
 from .assignment import HybridAssignment, Row
@@ -29,30 +29,45 @@ CHOICES = 6  # numbers of rows that are tried
 
 def lockstep(lengths: Sequence[int], ranks: int, capacity: int, costs: CostModel) -> HybridAssignment:
     """Deal documents to `ranks` ranks in rows of at most `capacity` tokens."""
-    cost = costs.documents(lengths)
-    least = least_time(lengths, ranks, capacity, costs)
-    numbers = list(_numbers_of_rows(lengths, cost, ranks, capacity, costs))
+    least, cost = fewest_rows(lengths, ranks, capacity), costs.documents(lengths)
+    most = max(least, int(-(-sum(cost) // (ranks * costs.linear * capacity))))  # these have time for rows of short documents
+    numbers = sorted({round(least * (most / least) ** (at / (CHOICES - 1))) for at in range(CHOICES)})
+    plans = plans_of_rows(lengths, ranks, capacity, cost, numbers, SHARING)
+    return first_fast(plans, lambda plan: plan.step_time(lengths, costs), least_time(lengths, ranks, capacity, costs))
+
+
+def fewest_rows(lengths: Sequence[int], ranks: int, capacity: int) -> int:
+    """Return the number of rows of each rank that hold the tokens."""
+    return max(1, -(-sum(lengths) // (ranks * capacity)))
+
+
+def first_fast(
+    plans: Iterable[HybridAssignment], time_of: Callable[[HybridAssignment], float], least: float
+) -> HybridAssignment:
+    """Return the first plan that is about as fast as `least`, or else the fastest; of about as fast ones the first."""
     best: tuple[float, HybridAssignment] | None = None
-    for large, most in SHARING:
-        for count in numbers:
-            plan = _Rows(lengths, cost, ranks, capacity, count, large, most).plan()
-            time = plan.step_time(lengths, costs)
-            if best is None or time < CLEARLY * best[0]:
-                best = time, plan
-            if best[0] <= ENOUGH * least:
-                return best[1]
+    for plan in plans:
+        time = time_of(plan)
+        if best is None or time < CLEARLY * best[0]:
+            best = time, plan
+        if best[0] <= ENOUGH * least:
+            break
     assert best is not None
     return best[1]
 
 
-def _numbers_of_rows(
-    lengths: Sequence[int], cost: Sequence[float], ranks: int, capacity: int, costs: CostModel
-) -> Iterator[int]:
-    """Yield numbers of rows: from as few as hold the tokens to as many as have the time for a row full of short documents."""
-    least = max(1, -(-sum(lengths) // (ranks * capacity)))
-    most = max(least, int(-(-sum(cost) // (ranks * costs.linear * capacity))))
-    found = {round(least * (most / least) ** (at / (CHOICES - 1))) for at in range(CHOICES)}
-    yield from sorted(found)
+def plans_of_rows(
+    lengths: Sequence[int],
+    ranks: int,
+    capacity: int,
+    cost: Sequence[float],
+    numbers: Sequence[int],
+    sharing: Sequence[tuple[float, float]],
+) -> Iterator[HybridAssignment]:
+    """Yield plans that begin with each of these numbers of rows, for each way to share (see `SHARING`)."""
+    for large, part in sharing:
+        for count in numbers:
+            yield _Rows(lengths, cost, ranks, capacity, count, large, part).plan()
 
 
 class _Rows:

@@ -7,19 +7,24 @@ the batch stays a matter of the data order (R1); only who computes them changes.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ...config.lazy import numpy as np
-from ...data.assignment import Share
+from ...data.assignment import Share, any_number
 from ...data.batch import IGNORED, GlobalBatch, MicroBatch, Samples, document_lengths, sample_part
 from ..config import ParallelConfig
 from ..context.zigzag import cut_document
 from ..layout import Layout, uses_fsdp
+from ..pipeline.stages import legal_micro_batches
 from .assignment import BLANK, HybridAssignment, Row
 from .cost import CostModel, costs_of
+from .pipelined import filled
 from .planning import assign, row_unit
+
+PADDING = 128  # positions of a document of padding at most: attention to a longer one would cost something
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,6 +55,8 @@ class HybridAssigner:
     capacity  tokens of a row at most; None: those of a micro-batch of samples
     unit      a row's positions are a multiple of it, filled up with padding
     lockstep  all ranks run as many rows, each at the same time
+    stages    ranks of the pipeline that runs the rows of a data rank; in one, every row has as many positions
+    can_run   whether a step may have this number of rows; the schedule of a pipeline may not allow every number
     """
 
     data_size: int
@@ -57,37 +64,48 @@ class HybridAssigner:
     capacity: int | None = None
     unit: int = 1
     lockstep: bool = False
+    stages: int = 1
+    can_run: Callable[[int], bool] = any_number
 
     @classmethod
     def of(cls, parallel: ParallelConfig, layout: Layout, row: int, flops: CostModel) -> HybridAssigner:
         """Make the rule that a config asks for. row: tokens of a micro-batch of samples."""
         unit = row_unit(parallel.hdp_tokens or row, layout.tp)
-        return cls(layout.data_size, flops, parallel.hdp_tokens, unit, uses_fsdp(parallel, layout))
+        if layout.pp > 1:
+            can_run = partial(legal_micro_batches, parallel)
+            return cls(layout.data_size, flops, parallel.hdp_tokens, unit, layout.ep > 1, layout.pp, can_run)
+        return cls(layout.data_size, flops, parallel.hdp_tokens, unit, uses_fsdp(parallel, layout) or layout.ep > 1)
 
-    @property
-    def costs(self) -> CostModel:
-        """The costs by which documents are dealt."""
-        return costs_of(self.flops)
+    def row_tokens(self, seq_len: int, micro: int) -> int:
+        """Return the tokens of a row at most, of micro-batches of `micro` samples of `seq_len` positions."""
+        whole = (self.capacity or 0) // self.unit * self.unit  # no row grows beyond the capacity when it is filled up
+        return whole if self.data_size * whole >= seq_len else self.capacity or micro * seq_len
+
+    def costs(self, row_tokens: int) -> CostModel:
+        """Return the costs by which documents are dealt to rows of so many tokens at most."""
+        costs = costs_of(self.flops)
+        return costs if self.stages == 1 else filled(costs, row_tokens)
 
     def plan(self, lengths: Sequence[int], seq_len: int, micro: int) -> HybridAssignment:
         """Deal documents of these lengths, from samples of `seq_len` positions."""
-        whole = (self.capacity or 0) // self.unit * self.unit  # no row grows beyond the capacity when it is filled up
-        capacity = whole if self.data_size * whole >= seq_len else self.capacity or micro * seq_len
+        capacity = self.row_tokens(seq_len, micro)
         method = "lockstep" if self.lockstep else "greedy"
-        return assign(lengths, self.data_size, capacity, self.costs, method)
+        return assign(lengths, self.data_size, capacity, self.costs(capacity), method, self.stages, self.can_run)
 
     def load(self, samples: Samples, batch: GlobalBatch, micro: int, data_rank: int) -> Share:
         """Plan the step of a global batch, and read the rows of one data rank."""
         documents = BatchDocuments.of(samples, batch)
         plan = self.plan(documents.lengths, samples.seq_len, micro)
-        rows = _RowReader(samples, documents, plan, data_rank, self.unit)
+        row_tokens = self.row_tokens(samples.seq_len, micro)
+        unit = self.unit if self.stages == 1 else -(-row_tokens // self.unit) * self.unit
+        rows = _RowReader(samples, documents, plan, data_rank, unit)
         return Share(
             [rows.read(row) for row in plan.rows[data_rank]],
             passes=plan.passes,
             workers=sum(row != BLANK for rows in plan.rows for row in rows),
             checksum=zlib.crc32(repr((documents.lengths, plan)).encode()),
             numbers={
-                "hybrid/planned_wait": plan.waiting(documents.lengths, self.costs),
+                "hybrid/planned_wait": plan.waiting(documents.lengths, self.costs(row_tokens)),
                 "hybrid/shared_documents": len(plan.shared),
                 "hybrid/passes": plan.passes,
             },
@@ -113,7 +131,7 @@ class _RowReader:
         self._rank, self._unit = data_rank, unit
 
     def read(self, row: Row) -> MicroBatch:
-        """Read the documents of a row, shared ones first, and fill it up with padding."""
+        """Read the documents of a row, shared ones first, and fill it up with short documents of padding."""
         import torch
 
         from ...kernels.documents import Documents
@@ -138,10 +156,13 @@ class _RowReader:
                 own.append(piece.length)
             ids[here] = len(own) - 1
             at += piece.length
-        if filled < length:
-            positions[filled:], ids[filled:] = np.arange(length - filled), len(own)
-            own.append(length - filled)
-        whole = [self._documents.lengths[document] for document in row.whole] + own[len(own) - (filled < length) :]
+        whole = [self._documents.lengths[document] for document in row.whole]
+        for start in range(filled, length, PADDING):
+            here = slice(start, min(start + PADDING, length))
+            padding = here.stop - here.start
+            positions[here], ids[here] = np.arange(padding), len(own)
+            own.append(padding)
+            whole.append(padding)
         bounds = torch.tensor(np.cumsum([0, *own]), dtype=torch.int32)
         documents = Documents(torch.from_numpy(ids)[None], bounds, bounds, host_rings=torch.tensor(self._rings(row, whole)))
         return MicroBatch(

@@ -179,16 +179,18 @@ def test_a_window_has_a_kernel_of_its_own_where_it_hides_something() -> None:
 @pytest.mark.parametrize(
     ("softcap", "layout", "kernel", "refused"),
     [
-        (50.0, {"cp": 2}, "cudnn", True),
-        (50.0, {"cp": 2}, "flash4", False),
-        (50.0, {"cp": 2, "cp_kind": "ulysses"}, "cudnn", False),
-        (None, {"cp": 2}, "cudnn", False),
-        (50.0, {}, "cudnn", False),
+        (50.0, {"cp": 2}, "cudnn", ["parallel.cp_kind"]),
+        (50.0, {"cp": 2}, "flash4", []),
+        (50.0, {"cp": 2, "cp_kind": "ulysses"}, "cudnn", []),
+        (None, {"cp": 2}, "cudnn", []),
+        (50.0, {}, "cudnn", []),
+        (50.0, {"hdp": "greedy"}, "cudnn", ["parallel.hdp"]),
+        (50.0, {"hdp": "greedy"}, "flash4", []),
     ],
 )
 def test_a_ring_with_a_soft_cap_needs_flash_attention_4(
-    softcap: float | None, layout: dict[str, Any], kernel: Kernel, refused: bool
+    softcap: float | None, layout: dict[str, Any], kernel: Kernel, refused: list[str]
 ) -> None:
     model = DecoderConfig(dim=64, layers=1, heads=4, kv_heads=2, ffn_dim=64, vocabulary=16, attention_softcap=softcap)
     found = ring_kernel_problems(model, ParallelConfig(**layout), {None: kernel})
-    assert [problem.key for problem in found] == ["parallel.cp_kind"] * refused
+    assert [problem.key for problem in found] == refused

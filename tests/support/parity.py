@@ -38,7 +38,7 @@ from meshloom.parallel.engine import Engine
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.hybrid.cost import CostModel
 from meshloom.parallel.hybrid.share import HybridAssigner
-from meshloom.parallel.layout import Layout, uses_fsdp
+from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline.stages import legal_micro_batches
 from meshloom.trainer.hooks.base import Hook
@@ -131,8 +131,7 @@ def dealer(mesh: Mesh, work: Work) -> Dealer:
     """Return what deals the work's batches: samples, or under hybrid data parallelism their documents."""
     if work.parallel.hdp == "none":
         return assigner(mesh, work)
-    layout, tokens = mesh.layout, work.parallel.hdp_tokens
-    return HybridAssigner(layout.data_size, CostModel(10.0, 100.0), tokens, layout.tp, uses_fsdp(work.parallel, layout))
+    return HybridAssigner.of(work.parallel, mesh.layout, work.micro * SEQ_LEN, CostModel(10.0, 100.0))
 
 
 def share(mesh: Mesh, work: Work, first: int) -> Share:

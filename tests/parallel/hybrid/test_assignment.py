@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshloom.parallel.hybrid.assignment import HybridAssignment, part_tokens
+from meshloom.parallel.hybrid.assignment import HybridAssignment, Row, Shared, part_tokens
 from meshloom.parallel.hybrid.cost import CostModel, least_time
+from meshloom.parallel.hybrid.pipelined import filled
 from meshloom.parallel.hybrid.planning import METHODS, assign
 
 COSTS = CostModel(quadratic=1 / 45_600, linear=1.0)
@@ -19,6 +20,7 @@ COSTS = CostModel(quadratic=1 / 45_600, linear=1.0)
 
 def check(plan: HybridAssignment, lengths: list[int], ranks: int, capacity: int) -> None:
     """Every document once, whole or on each of its ranks; no row beyond its capacity; no circle of waiting ranks."""
+    in_step = plan.lockstep or plan.stages > 1
     whole = Counter(document for rows in plan.rows for row in rows for document in row.whole)
     assert whole + Counter(each.document for each in plan.shared) == Counter(range(len(lengths)))
     waves = [each.wave for each in plan.shared]
@@ -29,11 +31,11 @@ def check(plan: HybridAssignment, lengths: list[int], ranks: int, capacity: int)
         own_waves = [plan.wave(row) for row in rows if row.shared]
         assert len(set(own_waves)) == len(own_waves), "what a rank shares in a wave is in one row"
         for number, row in enumerate(rows):
-            assert {plan.shared[n].wave for n in row.shared} <= {number if plan.lockstep else plan.wave(row)}
+            assert {plan.shared[n].wave for n in row.shared} <= {number if in_step else plan.wave(row)}
             parts = sum(part_tokens(lengths[plan.shared[n].document], plan.shared[n].ranks) for n in row.shared)
             assert parts + sum(lengths[n] for n in row.whole) <= capacity
-        assert plan.lockstep or not rows[-1].shared, "a rank's last row is its own"
-    assert not plan.lockstep or len({len(rows) for rows in plan.rows}) == 1
+        assert in_step or not rows[-1].shared, "a rank's last row is its own"
+    assert not in_step or len({len(rows) for rows in plan.rows}) == 1
     assert all(spans for spans in plan.timeline(lengths, COSTS))
 
 
@@ -44,6 +46,36 @@ def test_every_document_is_dealt_once(lengths: list[int], ranks: int, method: st
     if method != "static":
         check(plan, lengths, ranks, 100)
     assert max(plan.times(lengths, COSTS)) >= least_time(lengths, ranks, 100, COSTS) * (1 - 1e-12)
+
+
+@given(st.lists(st.integers(1, 400), max_size=40), st.integers(4, 9), st.integers(2, 4), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_pipelines_share_in_rows_of_one_number(lengths: list[int], ranks: int, stages: int, together: bool) -> None:
+    costs, method = filled(COSTS, 100), "lockstep" if together else "greedy"
+    plan = assign(lengths, ranks, 100, costs, method, stages, lambda count: count % 3 == 0)
+    check(plan, lengths, ranks, 100)
+    assert plan.passes % 3 == 0 and plan.lockstep is together
+    assert plan.step_time(lengths, costs) >= least_time(lengths, ranks, 100, costs) / stages * (1 - 1e-12)
+    assert 0 <= plan.waiting(lengths, costs) < 1
+
+
+def test_a_pipeline_is_as_slow_as_its_slowest_row() -> None:
+    """By hand: rows of 3, 1 and 2, and of 1, 4 and 1, through two ranks; the first rows share a document of 2."""
+    shared = (Shared(0, 0, 2),)
+    rows = (Row((0,), (1,)), Row((), (2,)), Row((), (3,))), (Row((0,)), Row((), (4,)), Row((), (2,)))
+    plan = HybridAssignment(rows, shared, stages=2)
+    lengths, costs = [2, 2, 1, 2, 4], CostModel(0.0, 1.0)
+    assert plan.step_time(lengths, costs) == ((3 + 4 + 1) + 4) / 2
+    assert plan.waiting(lengths, costs) == 1 - (6 + 6) / (6 * 2 * 2)
+
+
+def test_few_rows_are_best_where_all_are_filled() -> None:
+    """Short documents fill 5 rows of each of 4 pipelines. Two long ones need all of them, and a row each."""
+    lengths = [*[300] * 2, *[30] * 60]
+    costs = filled(CostModel(quadratic=1 / 100, linear=1.0, row=5.0), 100)
+    assert costs == CostModel(quadratic=1 / 100, linear=0.0, row=105.0)
+    plan = assign(lengths, 4, 100, costs, stages=2)
+    assert plan.passes == 7 and [each.ranks for each in plan.shared] == [4, 4]
 
 
 def fastest(lengths: list[int], ranks: int, capacity: int) -> float:

@@ -13,8 +13,6 @@ FINE: dict[str, Any] = {"masked": True, "halves": False, "cut_losses": [], "drop
 REFUSED = [
     ("parallel.hdp", {"engine": "deepspeed"}, {}),
     ("parallel.cp", {"cp": 2}, {}),
-    ("parallel.pp", {"pp": 2}, {}),
-    ("parallel.ep", {"ep": 2}, {}),
     ("data.document_mask", {}, {"masked": False}),
     ("optim", {}, {"halves": True}),
     ("balance.sequence", {}, {"cut_losses": ["balance.sequence"]}),

@@ -16,8 +16,10 @@ from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.hybrid.assignment import HybridAssignment
 from meshloom.parallel.hybrid.cost import CostModel
 from meshloom.parallel.hybrid.share import BatchDocuments, HybridAssigner
+from meshloom.parallel.layout import Layout
+from meshloom.parallel.pipeline.stages import SCHEDULES
 from meshloom.trainer.loop import PlansDiffer
-from support.parity import UnevenSamples, Work, build, differences, take_steps
+from support.parity import SEQ_LEN, UnevenSamples, Work, build, differences, take_steps
 from support.ranks import run_ranks
 
 TOLERANCE = 1e-9
@@ -38,6 +40,8 @@ def work(
 WINDOW = (("layer_types", ["sliding", "full"]), ("sliding_window", 3), ("sinks", True))
 EXPERTS = (("experts", {"count": 8, "top_k": 2, "ffn_dim": 7, "shared": 1}),)
 PRICES = (("global_batch", 0.5), ("counts", "exact"), ("z_loss", 0.1))
+LAYOUTS = [(2, 1, 1, 1), (3, 1, 1, 1), (4, 1, 1, 1), (4, 2, 1, 1), (4, 1, 2, 1), (4, 1, 1, 2), (4, 2, 1, 4), (4, 1, 2, 2)]
+"""Ranks, tp, pp and ep of random cases."""
 CASES = {
     2: [
         work(8, zero=1, model=EXPERTS, balance=PRICES),
@@ -48,14 +52,23 @@ CASES = {
         work(8, zero=3, samples=3),
     ],
     3: [work(6, zero=1, samples=1, documents=False), work(6, zero=1, model=WINDOW)],  # of the first, nothing is left unshared
-    4: [work(8, zero=1, tp=2), work(5, zero=3, replicate=2)],
+    4: [
+        work(8, zero=1, tp=2),
+        work(5, zero=3, replicate=2),
+        work(8, zero=1, ep=4, model=EXPERTS, balance=PRICES),
+        work(8, zero=2, ep=2, tp=2, model=EXPERTS),
+        work(8, pp=2, zero=1),
+        work(9, pp=2, zero=3, schedule="interleaved", model=(("layers", 4), *WINDOW)),
+        work(12, pp=2, zero=0, schedule="zbv", model=(("layers", 4),)),
+        work(8, pp=2, zero=2, ep=2, model=EXPERTS, balance=PRICES),
+    ],
 }
 
 
 def plan_of(case: Work, ranks: int) -> HybridAssignment:
     lengths = BatchDocuments.of(UnevenSamples(case.documents), GlobalBatch(0, case.samples)).lengths
-    assigner = HybridAssigner(ranks // case.parallel.tp, CostModel(10.0, 100.0), case.parallel.hdp_tokens)
-    return assigner.plan(lengths, 16, 2)
+    layout = Layout.plan(case.parallel, ranks)
+    return HybridAssigner.of(case.parallel, layout, 2 * SEQ_LEN, CostModel(10.0, 100.0)).plan(lengths, SEQ_LEN, 2)
 
 
 def test_cases_share_documents() -> None:
@@ -88,12 +101,15 @@ def main(count: int) -> None:
     """Try random cases, and print the worst differences."""
     random = Random(count)
     for _ in range(count):
-        ranks, tp = random.choice([(2, 1), (3, 1), (4, 1), (4, 2)])
+        ranks, tp, pp, ep = random.choice(LAYOUTS)
         zero, samples = random.randrange(4), random.randrange(1, 9)
-        tokens = random.randrange(-(-16 // (ranks // tp)) + tp, 34)
-        case = work(tokens, samples=samples, zero=zero, tp=tp, model=random.choice([(), WINDOW]))
+        schedule = random.choice(sorted(SCHEDULES)) if pp > 1 else "1f1b"
+        tokens = random.randrange(-(-SEQ_LEN // (ranks // (tp * pp))) + tp, 34)
+        model = (*random.choice([(), WINDOW]), *(EXPERTS if ep > 1 else ()), ("layers", 4))
+        case = work(tokens, samples=samples, zero=zero, tp=tp, pp=pp, ep=ep, schedule=schedule, model=model)
         (found,) = differences(ranks, [case], timeout=100.0)
-        print(f"{ranks} ranks, tp {tp}, ZeRO-{zero}, {samples} samples, rows of {tokens}: {found.worst:.1e}", flush=True)
+        layout = f"{ranks} ranks, tp {tp}, pp {pp} ({schedule}), ep {ep}, ZeRO-{zero}"
+        print(f"{layout}, {samples} samples, rows of {tokens}: {found.worst:.1e}", flush=True)
         assert found.worst < TOLERANCE
 
 
