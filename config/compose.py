@@ -28,7 +28,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -119,7 +119,8 @@ class Composer:
     def compose(self, overrides: Sequence[str]) -> Composition:
         """Compose the config of these overrides. Raises ConfigError if the recipe itself can't be composed."""
         problems: list[Problem] = []
-        parsed = [self._in_full(each) for each in self._existing(_parse(overrides, self._loader, problems), problems)]
+        existing = self._existing(_parse(overrides, self._loader, problems), problems)
+        parsed = [_added_to_open_mapping(self._in_full(each)) for each in existing]
         deletions = [each for each in parsed if each.is_delete() and not each.is_hydra_override()]
         parsed = [each for each in parsed if each not in deletions]
         composition = self._composed(parsed, problems)
@@ -364,6 +365,14 @@ def _in_full(key: str, message: str) -> str:
         return f"write a whole number in full: {key}={parse_count(written[1], Unit.STEPS):_}" if written else ""
     except ValueError:
         return ""
+
+
+def _added_to_open_mapping(override: Override) -> Override:
+    """Return the override with Hydra's ++ in front, if it sets a name in a mapping that takes any (`key(…, open=True)`)."""
+    mapping = field_of(run_schema(), override.key_or_group.rpartition(".")[0])
+    if override.type is not OverrideType.CHANGE or mapping is None or not mapping.metadata.get("open"):
+        return override
+    return OverridesParser.create().parse_override(f"++{override.input_line}")
 
 
 def _lines(overrides: Iterable[Override]) -> list[str]:

@@ -1,4 +1,7 @@
-"""`meshloom slurm`: print a complete sbatch script for a run. The template is `slurm.sbatch` beside this file."""
+"""`meshloom slurm`: print a complete sbatch script for a run, or for every run of a sweep.
+
+The template is `slurm.sbatch` beside this file; what the script asks of the cluster is in `sbatch_directives.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,24 @@ import argparse
 import shlex
 import string
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from ..config.compose import normalize_override, quoted, sweep_folder
 from ..config.problems import ConfigError, Problem
-from ..trainer.launching import LaunchConfig
+from ..trainer.launching import ContainerConfig
 from ..trainer.resolve import ResolveOptions, resolve
-from ..trainer.schema import RunConfig
+from ..trainer.schema import RunConfig, make_composer
+from .sbatch_directives import directive_problems, directives
 
 TEMPLATE = Path(__file__).with_name("slurm.sbatch")
+
+RESOLVING = ResolveOptions(
+    lambda config: config.launch.nodes * config.launch.gpus_per_node,
+    resumes=False,
+    more=lambda config: list(directive_problems(config.launch)),
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,13 +34,16 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="meshloom slurm",
         description="Print a complete sbatch script for the run that these overrides describe; launch.* sets the resources.",
-        epilog="example: meshloom slurm recipe=llama_1b launch.nodes=4 > run.sbatch",
+        epilog="examples: meshloom slurm recipe=llama_1b launch.nodes=4 > run.sbatch;"
+        " meshloom slurm -m recipe=llama_1b optim.lr=3e-4,1e-3 launch.nodes=1 > sweep.sbatch",
     )
     parser.add_argument("--config-dir", help="folder of further recipes, as for meshloom train")
+    parser.add_argument("-m", "--multirun", action="store_true", help="a sweep: a job array with a run for each combination")
     parser.add_argument("overrides", nargs="*", help="key=value")
     arguments = parser.parse_args(argv)
+    write = sweep_script if arguments.multirun else script
     try:
-        print(script(arguments.overrides, arguments.config_dir), end="")
+        print(write([normalize_override(word) for word in arguments.overrides], arguments.config_dir), end="")
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -37,49 +52,100 @@ def main(argv: Sequence[str]) -> int:
 
 def script(overrides: Sequence[str], config_dir: str | None = None) -> str:
     """Return the sbatch script of a run. Raises ConfigError with every problem of its config on launch.nodes full nodes."""
-    options = ResolveOptions(
-        lambda config: config.launch.nodes * config.launch.gpus_per_node,
-        resumes=False,
-        more=lambda config: list(_job_problems(config.launch)),
-    )
-    resolved = resolve(overrides, options, config_dir)
+    resolved = resolve(overrides, RESOLVING, config_dir)
     resolved.refuse()
-    return fill(TEMPLATE.read_text(), resolved.config, _command_line(overrides, config_dir))
+    # A job that is queued again goes on with its run by itself (`trainer/restarts.py`).
+    return fill(TEMPLATE.read_text(), resolved.config, Runs(_words(overrides, config_dir)))
 
 
-def _job_problems(launch: LaunchConfig) -> Iterator[Problem]:
-    """Yield the values that sbatch would refuse or misread."""
-    for key in ("job_name", "partition", "account"):
-        name = getattr(launch, key)
-        if name is not None and (not name.strip() or not name.isprintable()):
-            yield Problem(f"launch.{key}", f"{name!r} is no name", "write one, in one line")
-    if "/" in launch.job_name:
-        fix = "leave the slash out: the job's output goes to <job_name>-<number>.out"
-        yield Problem("launch.job_name", f"'{launch.job_name}' is no name of a file", fix)
-    if launch.cpus_per_task is not None and launch.cpus_per_task < 1:
-        fix = "use 1 or more, or null for the cluster's default"
-        yield Problem("launch.cpus_per_task", f"{launch.cpus_per_task} is not a number of them", fix)
+def sweep_script(overrides: Sequence[str], config_dir: str | None = None) -> str:
+    """Return the sbatch script of a sweep: an array of jobs, each of which trains one combination in a folder of its own.
+
+    The folders are those of `meshloom train -m`. Raises ConfigError with the problems of all runs, or if their `launch` differ.
+    """
+    if used := [word for word in overrides if word.startswith("hydra")]:
+        raise ConfigError([Problem(used[0], "the array is SLURM's, not Hydra's", "leave it out")])
+    jobs = make_composer(config_dir).expand(overrides)
+    problems: list[Problem] = []
+    configs: list[RunConfig] = []
+    for job in jobs:
+        resolved = resolve(job, RESOLVING, config_dir)
+        problems += [problem for problem in resolved.problems if problem not in problems]
+        configs.append(resolved.config)
+    if not problems and any(config.launch != configs[0].launch for config in configs):
+        problems.append(Problem("launch", "the jobs of an array are alike", "write one script for each value of launch.*"))
+    if problems:
+        raise ConfigError(problems)
+    folders = [f"{config.output_dir}/sweep/{sweep_folder(overrides, job)}" for job, config in zip(jobs, configs, strict=True)]
+    lines = [
+        f"    {number}) RUN=({_words([*_without_folder(job), f'output_dir={quoted(folder)}'], config_dir)}) ;;"
+        for number, (job, folder) in enumerate(zip(jobs, folders, strict=True))
+    ]
+    choice = "\n".join(['case "$SLURM_ARRAY_TASK_ID" in', *lines, "esac"])
+    parents = list(dict.fromkeys(str(Path(folder).parent) for folder in folders))
+    return fill(TEMPLATE.read_text(), configs[0], Runs('"${RUN[@]}"', choice, len(jobs), parents))
 
 
-def fill(template: str, config: RunConfig, command_line: str) -> str:
-    """Fill the template with the run's values. Lines of sbatch options that are not set are left out."""
+@dataclass(frozen=True)
+class Runs:
+    """What the script trains.
+
+    words    arguments of the run, as the node's shell gets them
+    choice   lines that set RUN, the arguments of this job of an array; "": the script is no array
+    count    jobs of the array
+    folders  folders that hold the runs of the sweep
+    """
+
+    words: str
+    choice: str = ""
+    count: int = 0
+    folders: Sequence[str] = ()
+
+
+def fill(template: str, config: RunConfig, runs: Runs) -> str:
+    """Fill the template with the run's values."""
     launch = config.launch
-    optional = {"partition": launch.partition, "account": launch.account, "cpus-per-task": launch.cpus_per_task}
-    given = {name: shlex.quote(str(value)) for name, value in optional.items() if value is not None}
+    container = _container_words(launch.container)
     return string.Template(template).substitute(
-        job_name=shlex.quote(launch.job_name),
-        nodes=launch.nodes,
+        directives="".join(f"#SBATCH {directive}\n" for directive in directives(launch, runs.count)),
+        setup=_section("What the site needs", [str(line) for line in launch.setup]),
+        choice=_section("Which run of the sweep this job trains", runs.choice.splitlines()),
         gpus=launch.gpus_per_node,
-        time=launch.time,
-        signal_seconds=launch.signal_seconds,
-        optional="".join(f"#SBATCH --{name}={value}\n" for name, value in given.items()),
         max_restarts=launch.max_restarts,
-        python=shlex.quote(sys.executable),
-        command_line=command_line,
+        python=shlex.quote(sys.executable if launch.container.image is None else launch.container.python),
+        srun_words=" ".join([*(shlex.quote(str(word)) for word in launch.srun_args), *container, ""]),
+        command_line=runs.words,
+        results="".join(_results_lines(runs.folders, container)),
     )
 
 
-def _command_line(overrides: Sequence[str], config_dir: str | None) -> str:
-    """Return the job's command line. A job that is queued again goes on with its run by itself (`trainer/restarts.py`)."""
+def _section(title: str, lines: Sequence[str]) -> str:
+    """Return lines of the script under a heading; "" for none."""
+    return "\n".join([f"# ---- {title} ".ljust(120, "-"), *lines, "", ""]) if lines else ""
+
+
+def _container_words(container: ContainerConfig) -> list[str]:
+    """Return the words between srun and the command that it starts, for a shell. The working folder is the same inside."""
+    if container.image is None:
+        return []
+    mounts = ",".join(["$PWD:$PWD", *(str(mount) for mount in container.mounts)])
+    image = shlex.quote(container.image)
+    if container.runtime == "pyxis":
+        return [f"--container-image={image}", f'--container-mounts="{mounts}"', '--container-workdir="$PWD"']
+    return ["apptainer", "exec", "--nv", "--bind", f'"{mounts}"', "--pwd", '"$PWD"', image]
+
+
+def _results_lines(folders: Sequence[str], container: Sequence[str]) -> list[str]:
+    """Return the command that tells how far the runs of a sweep have come, for the end of each of its jobs."""
+    inside = ["srun", "--nodes=1", "--ntasks=1", *container] if container else []
+    return [" ".join([*inside, '"$PYTHON"', "-m", "meshloom.launch.sweep_results", shlex.quote(one)]) + "\n" for one in folders]
+
+
+def _words(overrides: Sequence[str], config_dir: str | None) -> str:
+    """Return the arguments of `meshloom train`, quoted for a shell."""
     folder = [f"--config-dir={Path(config_dir).resolve()}"] if config_dir else []
     return " ".join(shlex.quote(word) for word in [*folder, *overrides])
+
+
+def _without_folder(overrides: Sequence[str]) -> list[str]:
+    return [word for word in overrides if not word.startswith("output_dir=")]

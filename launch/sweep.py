@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import sys
 import traceback
 from collections.abc import Callable, Generator, Sequence
@@ -20,6 +19,7 @@ from ..config.compose import FAULTS, HYDRA_VERSION, RECIPES_MODULE, ROOT, quoted
 from ..config.problems import ConfigError, Problem
 from ..trainer.identity import METRICS
 from ..trainer.schema import register_schemas
+from .run_metrics import last_numbers
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,9 @@ class Outcome:
     def __str__(self) -> str:
         """One row of the table at the end of a sweep: the folder, how it ended, and its last numbers."""
         ended = "not begun" if self.code is None else "finished" if not self.code else f"exit code {self.code}"
-        numbers = _last_numbers(Path(self.folder) / METRICS) if self.code is not None else {}
+        numbers = last_numbers(Path(self.folder) / METRICS) if self.code is not None else {}
         shown = [f"{name} {value:,.4g}" for name, value in numbers.items()]
         return "  ".join([self.folder, "asked to stop" if self.stop and not self.code else ended, *shown])
-
-
-def _last_numbers(metrics: Path) -> dict[str, float]:
-    """Return the last step, loss and validation loss of a run."""
-    found: dict[str, float] = {}
-    with contextlib.suppress(OSError):
-        for line in metrics.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                row: dict[str, Any] = json.loads(line)
-                found |= {name: row[name] for name in ("step", "loss", "eval_loss") if isinstance(row.get(name), int | float)}
-    return found
 
 
 def run_sweep(

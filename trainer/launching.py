@@ -4,12 +4,39 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..config.keys import Side, key
 from ..config.problems import Problem
+
+CONTAINERS = ("pyxis", "apptainer")
+"""Ways in which a SLURM job enters a container: srun's own options (enroot with pyxis), or a command on each node."""
+
+
+@dataclass(frozen=True)
+class ContainerConfig:
+    """Container in which the processes of a SLURM job run. Without an image they run on the nodes themselves."""
+
+    SIDE: ClassVar[Side] = Side.PLACEMENT
+
+    image: str | None = key(None, "image to run in: a .sqsh file or name for pyxis, a .sif file or address for apptainer")
+    runtime: str = key("pyxis", "what enters the container: pyxis (enroot), or apptainer")
+    mounts: list[Any] = key([], "folders to mount, each as outside:inside, besides the folder that the job is submitted from")
+    python: str = key("python3", "Python inside of the container, which has Meshloom installed")
+
+    def problems(self, key: str) -> list[Problem]:
+        """Return what is wrong with the values."""
+        found: list[Problem] = []
+        if self.runtime not in CONTAINERS:
+            found.append(Problem(f"{key}.runtime", f"there is no '{self.runtime}'", f"use {' or '.join(CONTAINERS)}"))
+        if self.image is None and self.mounts:
+            found.append(Problem(f"{key}.mounts", "there is no container to mount them in", f"give the image as {key}.image=…"))
+        for mount in self.mounts:
+            if not isinstance(mount, str) or not re.fullmatch(r"[^:,\n]+(:[^:,\n]+){0,2}", mount):
+                found.append(Problem(f"{key}.mounts", f"{mount!r} is no mount", "write outside:inside, without commas"))
+        return found
 
 
 @dataclass(frozen=True)
@@ -28,7 +55,20 @@ class LaunchConfig:
     account: str | None = key(None, "account of the SLURM job; null: the cluster's default")
     time: str = key("24:00:00", "time limit of the SLURM job")
     gpus_per_node: int = key(8, "GPUs of each machine of the SLURM job")
-    cpus_per_task: int | None = key(None, "CPU cores of each process of the SLURM job; null: the cluster's default")
+    cpus_per_task: Any = key(
+        "auto", "CPU cores of each node of the SLURM job, on which one torchrun starts all ranks; auto: 8 for each GPU"
+    )
+    memory: str | None = key("0", "memory of each node of the SLURM job; 0: all of it; null: the cluster's default")
+    log: str = key("auto", "file of the SLURM job's output; auto: <job name>-<job number>.out where it is submitted")
+    sbatch: dict[str, Any] = key(
+        {},
+        "further directives of sbatch by their long names, such as qos: high; true: without a value; null: leave ours out",
+        open=True,
+    )
+    setup: list[Any] = key([], "lines of shell to run before the job's processes start: modules, environment, NCCL's settings")
+    srun_args: list[Any] = key([], "further arguments of srun, each a word")
+    runs_at_once: int | None = key(None, "runs of a sweep that SLURM has going at a time (`meshloom slurm -m`); null: no limit")
+    container: ContainerConfig = field(default_factory=ContainerConfig)
     signal_seconds: int = key(300, "how long before its time limit the SLURM job saves, stops and queues itself again")
 
     def problems(self, key: str = "launch") -> list[Problem]:
@@ -49,7 +89,16 @@ class LaunchConfig:
             refuse("signal_seconds", f"{self.signal_seconds} leaves no time to save", "use for example 300")
         if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", self.time):
             refuse("time", f"'{self.time}' is not a time limit", "write hours:minutes:seconds, or days-hours")
-        return found
+        cores = self.cpus_per_task
+        if cores not in ("auto", None) and (not isinstance(cores, int) or isinstance(cores, bool) or cores < 1):
+            refuse(
+                "cpus_per_task", f"{cores!r} is not a number of cores", "use auto, 1 or more, or null for the cluster's default"
+            )
+        if self.runs_at_once is not None and self.runs_at_once < 1:
+            refuse("runs_at_once", f"{self.runs_at_once} starts none", "use 1 or more, or null for no limit")
+        if self.memory is not None and not re.fullmatch(r"\d+[KMGT]?", self.memory):
+            refuse("memory", f"'{self.memory}' is no amount of memory", "write for example 900G, or 0 for all that a node has")
+        return [*found, *self.container.problems(f"{key}.container")]
 
 
 def under_torchrun() -> bool:

@@ -9,6 +9,7 @@ import shlex
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -33,6 +34,12 @@ for pid in "${pids[@]}"; do
     [ $one -gt $code ] && code=$one
 done
 exit $code
+"""
+# Runs the command behind the image, as apptainer does, without a container.
+APPTAINER = """#!/bin/bash
+echo "apptainer $*" >> "$SCONTROL_LOG"
+while [[ "$1" != *.sif ]]; do shift; done
+exec "${@:2}"
 """
 SCONTROL = """#!/bin/bash
 echo "scontrol $*" >> "$SCONTROL_LOG"
@@ -62,7 +69,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
     """The environment of a batch job on a cluster of stand-ins."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("apptainer", APPTAINER)):
         (tools / name).write_text(text)
         (tools / name).chmod(stat.S_IRWXU)
     return {
@@ -127,11 +134,73 @@ def test_bad_config_prints_problems_and_no_script(capsys: pytest.CaptureFixture[
         ("launch.partition=''", "launch.partition"),
         ("launch.account=' '", "launch.account"),
         ("launch.cpus_per_task=0", "launch.cpus_per_task"),
+        ("launch.memory=much", "launch.memory"),
+        ("launch.log=/no/such/folder/%j.out", "launch.log"),
+        ("launch.runs_at_once=0", "launch.runs_at_once"),
+        ("launch.sbatch.nodes=3", "launch.sbatch.nodes"),
+        ("launch.sbatch.ntasks_per_node=8", "launch.sbatch.ntasks_per_node"),
+        ("launch.sbatch.qos='a b\n#'", "launch.sbatch.qos"),
+        ("launch.setup=[3]", "launch.setup[0]"),
+        ("launch.container.image=a.sif & launch.container.runtime=docker", "launch.container.runtime"),
+        ("launch.container.mounts=[/data]", "launch.container.mounts"),
+        ("launch.container.image=a.sif & launch.container.mounts=['a,b']", "launch.container.mounts"),
     ],
 )
 def test_what_sbatch_would_stumble_over_is_refused(override: str, key: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        slurm.script(["recipe=llama_1b", override])
+        slurm.script(["recipe=llama_1b", *override.split(" & ")])
+    assert [problem.key for problem in caught.value.problems] == [key]
+
+
+def test_a_node_gives_what_eight_ranks_need() -> None:
+    asked = directives(slurm.script(["recipe=llama_1b", "launch.nodes=2"]))
+    assert asked["cpus-per-task"] == "64" and asked["mem"] == "0" and asked["output"] == "%x-%j.out"
+
+
+def test_directives_of_a_site_come_beside_ours_or_in_their_place() -> None:
+    site = ["qos=high", "exclusive=true", "requeue=null", "gpus_per_node=null", "gres='gpu:h100:8'", "cpus-per-gpu=12"]
+    asked = directives(slurm.script(["recipe=llama_1b", "launch.nodes=2", *(f"launch.sbatch.{word}" for word in site)]))
+    assert asked["qos"] == "high" and asked["exclusive"] == "" and asked["gres"] == "gpu:h100:8"
+    assert asked["cpus-per-gpu"] == "12" and not {"requeue", "gpus-per-node", "cpus-per-task"} & asked.keys()
+
+
+def test_setup_comes_before_the_python_that_it_finds(tmp_path: Path) -> None:
+    text = slurm.script(["recipe=llama_1b", "launch.setup=['module load cuda/13','export NCCL_IB_HCA=mlx5']"])
+    (tmp_path / "run.sbatch").write_text(text)
+    subprocess.run(["bash", "-n", str(tmp_path / "run.sbatch")], check=True)
+    lines = text.splitlines()
+    assert lines.index("module load cuda/13") + 1 == lines.index("export NCCL_IB_HCA=mlx5") < lines.index("set -uo pipefail")
+
+
+def test_srun_enters_the_container_with_its_folders() -> None:
+    image = ["recipe=llama_1b", "launch.container.image=/img/our image.sqsh", "launch.container.mounts=['/data:/data']"]
+    text = slurm.script([*image, "launch.srun_args=['--mpi=pmix']"])
+    (line,) = [line for line in text.splitlines() if line.startswith("srun ")]
+    words = shlex.split(line.removesuffix("bash -c '"))
+    assert words[1:3] == ["--kill-on-bad-exit=1", "--mpi=pmix"] and "--container-image=/img/our image.sqsh" in words
+    assert "--container-mounts=$PWD:$PWD,/data:/data" in words and "PYTHON=python3" in text.splitlines()
+
+
+def test_a_sweep_is_an_array_with_the_folders_of_train_m() -> None:
+    text = slurm.sweep_script(["recipe=llama_1b", "optim.lr=1e-3,3e-3", "seed=1,2", "launch.runs_at_once=2"])
+    assert directives(text)["array"] == "0-3%2" and directives(text)["output"] == "%x-%A_%a.out"
+    (line,) = [line for line in text.splitlines() if line.startswith("    2) RUN=(")]
+    words = shlex.split(line.removeprefix("    2) RUN=(").removesuffix(") ;;"))
+    assert words[:3] == ["recipe=llama_1b", "optim.lr=0.003", "seed=1"]
+    assert words[-1] == "output_dir='outputs/llama_1b/sweep/optim.lr=0.003_seed=1'"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("hydra/launcher=submitit_slurm", "hydra/launcher=submitit_slurm"),
+        ("launch.nodes=1,2", "launch"),
+        ("optim.lrr=1,2", "optim.lrr"),
+    ],
+)
+def test_sweeps_that_are_no_array_are_refused(override: str, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        slurm.sweep_script(["recipe=llama_1b", override])
     assert [problem.key for problem in caught.value.problems] == [key]
 
 
@@ -175,3 +244,23 @@ def test_time_limit_saves_and_queues_again(tmp_path: Path, cluster: dict[str, st
     assert job.returncode == 0, said
     assert f"scontrol requeue {cluster['SLURM_JOB_ID']}" in (tmp_path / "scontrol.log").read_text()
     assert list((tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # minutes where the cores are shared, half a minute where they are not
+def test_a_job_of_an_array_trains_its_run_in_a_container(tmp_path: Path, cluster: dict[str, str]) -> None:
+    words = [*SMALL, "launch.nodes=1", "trainer.steps=2", "launch.setup=['export SITE=here']", "optim.lr=1e-3,3e-3"]
+    words += [
+        "launch.container.image=img.sif",
+        "launch.container.runtime=apptainer",
+        f"launch.container.python={sys.executable}",
+    ]
+    (tmp_path / "sweep.sbatch").write_text(slurm.sweep_script(words))
+    alone = {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "SLURM_ARRAY_TASK_ID": "1"}
+    call = {"cwd": tmp_path, "env": {**cluster, **alone}, "capture_output": True, "text": True, "timeout": PATIENCE}
+    done = subprocess.run(["bash", "sweep.sbatch"], **call)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "run" / "sweep" / "optim.lr=0.003"
+    assert (run / "checkpoints" / "step-00000002" / "manifest.json").is_file()
+    assert "runs of the sweep in run/sweep:" in done.stdout and re.search(r"optim\.lr=0\.003  step 2  loss \d", done.stdout)
+    assert "apptainer exec --nv" in (tmp_path / "scontrol.log").read_text()

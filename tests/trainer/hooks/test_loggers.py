@@ -261,11 +261,11 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
     logged: list[dict[str, Any]] = []
     run = SimpleNamespace(define_metric=lambda *_, **__: None, log=logged.append, finish=lambda: None)
     monkeypatch.setattr(wandb, "init", lambda **settings: calls.append(settings) or run)
-    first = WandB("project", tmp_path, OmegaConf.create({"recipe": "r", "seed": 1}), 1)
+    first = WandB(LoggingConfig(), tmp_path, OmegaConf.create({"recipe": "r", "seed": 1}))
     first.on_run_begin(loop_at(0, tmp_path))
     first.on_metrics(loop_at(1, tmp_path), row(1))
     first.close()
-    second = WandB("project", tmp_path, OmegaConf.create({"recipe": "r", "seed": 1}), 1)
+    second = WandB(LoggingConfig(), tmp_path, OmegaConf.create({"recipe": "r", "seed": 1}))
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     second.on_run_begin(loop_at(1, tmp_path))
     assert calls[0]["id"] == calls[1]["id"] and calls[1]["resume"] == "allow"
@@ -280,7 +280,7 @@ def test_wandb_that_can_not_begin_says_what_to_do(tmp_path: Path, monkeypatch: p
         raise wandb.errors.UsageError("No API key configured.")
 
     monkeypatch.setattr(wandb, "init", fail)
-    hook = WandB("project", tmp_path, OmegaConf.create({"recipe": "r"}), 1)
+    hook = WandB(LoggingConfig(), tmp_path, OmegaConf.create({"recipe": "r"}))
     with pytest.raises(ConfigError, match=r"logging\.wandb: can't begin: No API key configured\.; .*WANDB_MODE=offline"):
         hook.on_run_begin(loop_at(0, tmp_path))
     hook.close()

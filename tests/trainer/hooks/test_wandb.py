@@ -11,6 +11,7 @@ import pytest
 
 from meshloom.checkpoint.restore import read_state
 from meshloom.config.problems import ConfigError
+from meshloom.trainer.hooks.loggers.config import LoggingConfig
 from meshloom.trainer.hooks.loggers.weights_and_biases import WandB
 from support.run_hooks import Refuse
 from support.tiny_run import body
@@ -112,8 +113,8 @@ def test_steps_that_are_taken_again_are_not_sent_again(tmp_path: Path, server: S
     assert server.calls[2]["id"] != server.calls[1]["id"]
 
 
-def begun(server: Server, folder: Path, project: str | None = None) -> dict[str, Any]:
-    hook = WandB(project, folder, {"recipe": "tiny"}, 1)
+def begun(server: Server, folder: Path, **logging: Any) -> dict[str, Any]:
+    hook = WandB(LoggingConfig(**logging), folder, {"recipe": "tiny"})
     hook.on_run_begin(SimpleNamespace())  # type: ignore[arg-type]
     return server.calls[-1]
 
@@ -121,12 +122,19 @@ def begun(server: Server, folder: Path, project: str | None = None) -> dict[str,
 def test_its_own_variables_come_first(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     call = begun(server, tmp_path)
     assert (call["project"], call["name"], call["dir"]) == ("meshloom", "tiny", str(tmp_path))
-    for name in ("RUN_ID", "DIR", "NAME", "PROJECT", "RUN_GROUP"):
-        monkeypatch.setenv(f"WANDB_{name}", f"my-{name}")
+    named = {"id": "RUN_ID", "dir": "DIR", "name": "NAME", "project": "PROJECT", "group": "RUN_GROUP", "entity": "ENTITY"}
+    for variable in named.values():
+        monkeypatch.setenv(f"WANDB_{variable}", f"my-{variable}")
     call = begun(server, tmp_path / "sweep/a=1")
-    assert (call["project"], call["id"]) == ("my-PROJECT", "my-RUN_ID")
-    assert not {"name", "dir", "group"} & call.keys()
-    assert begun(server, tmp_path, "typed")["project"] == "typed"
+    assert {key: call[key] for key in named} == {key: f"my-{variable}" for key, variable in named.items()}
+
+
+def test_keys_of_the_config_come_before_variables(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = {"project": "p", "entity": "e", "name": "n", "group": "g"}
+    for variable in ("PROJECT", "ENTITY", "NAME", "RUN_GROUP"):
+        monkeypatch.setenv(f"WANDB_{variable}", "mine")
+    call = begun(server, tmp_path, **typed, tags=["a", "b"])
+    assert {key: call[key] for key in typed} == typed and call["tags"] == ["a", "b"]
 
 
 def test_jobs_of_a_sweep_have_names_and_a_group(tmp_path: Path, server: Server) -> None:

@@ -25,5 +25,5 @@ def default_loggers(config: LoggingConfig, output_dir: Path, run_config: Mapping
     if config.tensorboard:
         loggers.append(TensorBoard(output_dir / "tensorboard", config.every))
     if config.wandb:
-        loggers.append(WandB(config.project, output_dir, run_config, config.every))
+        loggers.append(WandB(config, output_dir, run_config))
     return loggers

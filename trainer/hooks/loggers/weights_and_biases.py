@@ -16,6 +16,7 @@ from urllib.parse import urlparse
 from ....config.problems import ConfigError, Problem
 from ...loop import Loop
 from .base import OptionalLogger
+from .config import LoggingConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,19 +80,19 @@ def _has_key(settings: dict[str, str]) -> bool:
 class WandB(OptionalLogger):
     """Logs to Weights & Biases; WANDB_MODE=offline needs no network. A resumed run continues the same wandb run.
 
-    The library's own variables of the environment (WANDB_RUN_ID, WANDB_DIR, WANDB_NAME, WANDB_RUN_GROUP; WANDB_PROJECT unless
-    `logging.project` is set) count before what would be given here. Needs the extra meshloom[wandb].
+    `logging` counts first, then the library's own variables of the environment (WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME,
+    WANDB_RUN_GROUP, WANDB_DIR, WANDB_RUN_ID), then what is given here. Needs the extra meshloom[wandb].
     """
 
     of_one_run = True
     title = "wandb"
 
-    def __init__(self, project: str | None, output_dir: Path, run_config: Mapping[str, Any], every: int) -> None:
+    def __init__(self, logging: LoggingConfig, output_dir: Path, run_config: Mapping[str, Any]) -> None:
         import wandb
 
-        super().__init__(every)
+        super().__init__(logging.every)
         self._wandb: Any = wandb
-        self._project = project
+        self._logging = logging
         self._output_dir = output_dir
         self._config = dict(run_config)
         self._id: str | None = None
@@ -103,7 +104,6 @@ class WandB(OptionalLogger):
         self._id = os.environ.get("WANDB_RUN_ID") or self._id or uuid.uuid4().hex[:12]
         try:
             self._run = self._wandb.init(
-                project=self._project or os.environ.get("WANDB_PROJECT") or "meshloom",
                 id=self._id,
                 resume="allow",
                 config=self._config,
@@ -120,8 +120,8 @@ class WandB(OptionalLogger):
         assert self._id is not None
         self._sent.begin(self._id)
 
-    def _names(self) -> dict[str, str]:
-        """Return folder, name and group of the wandb run, as far as the environment does not give them.
+    def _names(self) -> dict[str, Any]:
+        """Return what the wandb run is filed under, as far as the environment does not say it.
 
         A job of a sweep is named after what the sweep varies, and grouped with the others.
         """
@@ -129,8 +129,16 @@ class WandB(OptionalLogger):
         if self._output_dir.parent.name == "sweep":
             group = self._output_dir.parent.parent.name
             name = f"{name} {self._output_dir.name}"[:LONGEST_NAME]
-        found = {"dir": ("WANDB_DIR", str(self._output_dir)), "name": ("WANDB_NAME", name), "group": ("WANDB_RUN_GROUP", group)}
-        return {key: value for key, (variable, value) in found.items() if value is not None and not os.environ.get(variable)}
+        typed = self._logging
+        found = {
+            "project": (typed.project, "WANDB_PROJECT", "meshloom"),
+            "entity": (typed.entity, "WANDB_ENTITY", None),
+            "name": (typed.name, "WANDB_NAME", name),
+            "group": (typed.group, "WANDB_RUN_GROUP", group),
+            "dir": (None, "WANDB_DIR", str(self._output_dir)),
+        }
+        named = {key: first or os.environ.get(variable) or default for key, (first, variable, default) in found.items()}
+        return {**{key: value for key, value in named.items() if value is not None}, "tags": typed.tags or None}
 
     def send(self, row: dict[str, Any]) -> None:
         """Send the row, unless it is of a step that was sent already: a run that was set back takes steps again."""
