@@ -12,6 +12,7 @@ from meshloom.kernels import norm, swiglu
 from meshloom.models.block import Block
 from meshloom.models.config import DecoderConfig
 from meshloom.models.protocol import BlockKernels
+from meshloom.models.rope_config import RotaryConfig
 from meshloom.models.rotary import rotary_table
 
 pytestmark = pytest.mark.gpu
@@ -89,11 +90,11 @@ def test_a_fused_block_is_the_plain_one(compiled: bool) -> None:
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.05)
     x, gradient = draw(2, 384, 512).requires_grad_(), draw(2, 384, 512, std=1e-3)
-    rotary = rotary_table(torch.arange(384, device="cuda"), 64, 10_000.0)
+    rotary = rotary_table(torch.arange(384, device="cuda"), RotaryConfig(64, 10_000.0))
     results: list[list[torch.Tensor]] = []
     for fused in (False, True):
         block.use_kernels(BlockKernels(norm=norm.FusedNorm(), swiglu=swiglu.FusedSwiglu()) if fused else BlockKernels())
         run = torch.compile(block.forward, dynamic=False) if compiled else block.forward
-        y = run(x, rotary, None)
+        y, _ = run(x, rotary, None)
         results.append([y.detach(), *torch.autograd.grad(y, [x, *block.parameters()], gradient)])
     assert all(far(one, other) < 2e-2 for one, other in zip(*results, strict=True))
