@@ -80,7 +80,7 @@ class Block(Part):
         """Compute with these kernels from now on."""
         self.attention.attend = kernels.attend
         self.fused_norm = kernels.norm
-        self.ffn.use_kernels(kernels.swiglu)
+        self.ffn.use_kernels(kernels)
 
     def forward(
         self,

@@ -16,7 +16,7 @@ from torch import nn
 from ..kernels.swiglu import FusedSwiglu
 from .part import Part, reads_stream, writes_stream
 from .part_config import FeedForwardConfig
-from .protocol import TensorRole
+from .protocol import BlockKernels, TensorRole
 
 Gate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From the outputs of gate and up to the input of down."""
@@ -68,9 +68,9 @@ class FeedForward(Part):
         self._gate = GATES[config.activation]
         self.swiglu: FusedSwiglu | None = None
 
-    def use_kernels(self, swiglu: FusedSwiglu | None) -> None:
-        """Compute with this kernel from now on."""
-        self.swiglu = swiglu
+    def use_kernels(self, kernels: BlockKernels) -> None:
+        """Compute with these kernels from now on."""
+        self.swiglu = kernels.swiglu
 
     def num_inputs(self, x_BSD: torch.Tensor) -> int:
         """Count the products that take the input: gate's and up's, or one fused product."""

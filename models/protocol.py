@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..kernels.attention import Attend, CausalAttention
+from ..kernels.experts.fused import FusedExperts
 from ..kernels.norm import FusedNorm
 from ..kernels.swiglu import FusedSwiglu
 from .config import DecoderConfig
@@ -57,11 +58,12 @@ class TensorRole(Enum):
 
 @dataclass(frozen=True)
 class BlockKernels:
-    """Kernels of the parts of a block. norm, swiglu: None for PyTorch's own operations."""
+    """Kernels of the parts of a block. norm, swiglu, experts: None for PyTorch's own operations."""
 
     attend: Attend = CausalAttention()
     norm: FusedNorm | None = None
     swiglu: FusedSwiglu | None = None
+    experts: FusedExperts | None = None
 
 
 class Model(nn.Module):

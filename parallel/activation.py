@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..kernels.attention_op import attend
+from ..kernels.experts.operators import experts_up
 from ..kernels.flash4 import flash4_attend
 from ..models.mixture.mixture import makes_choices, sends_tokens
 from ..models.mixture.routing import choose_experts
@@ -28,6 +29,7 @@ _ATTENTION = {
     ring_forward._opoverload,
 }
 _CHOICE = choose_experts._opoverload
+_EXPERTS_UP = experts_up._opoverload
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 _PRODUCTS_KEPT = 5
 """The first of the matrix products of a block that does not say how many (`products_kept`): Llama's q, k, v, attention's output
@@ -41,7 +43,7 @@ def _selection(products_kept: int) -> Any:
     products = {False: 0, True: 0}  # so far, in the forward pass and when it is computed again
 
     def keep(context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        kept = operation in _ATTENTION or operation == _CHOICE
+        kept = operation in _ATTENTION or operation in (_CHOICE, _EXPERTS_UP)
         if operation in _PRODUCTS:
             kept = products[context.is_recompute] < products_kept
             products[context.is_recompute] += 1
@@ -119,7 +121,8 @@ def apply_policies(blocks: Sequence[nn.Module], policies: Sequence[str], *, comp
     The blocks' `forward` is replaced, so parameter names stay as they are.
 
     none       keep every intermediate result
-    selective  keep attention and all but two of the matrix products, compute the rest again
+    selective  keep attention and all but two of the matrix products, compute the rest again; of experts that are computed by
+               kernels, keep what the backward pass reads
     full       keep only the block's input, and the choice of experts
     offload    keep everything, in host memory
 

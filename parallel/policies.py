@@ -97,14 +97,9 @@ def fused_swiglu_blocker(model: DecoderConfig, parallel: ParallelConfig, setting
 
     The kernels are `kernels/swiglu.py`.
     """
-    if parallel.engine != "torch":
-        return "DeepSpeed runs the blocks as they are"
-    if parallel.tp > 1:
-        return "parallel.tp cuts its products"
-    if splits_backward(parallel):  # before 2.13 torch can't run the second half through an operator of several gradients
-        return f"parallel.schedule={parallel.schedule} cuts its backward pass"
-    if settings.precision != "bf16":
-        return "its kernels are bf16's"
+    reason = _fusion_blocker(parallel, settings)
+    if reason is not None:
+        return reason
     if settings.float8 != "none":
         return "trainer.float8 computes its products"
     parts = [block.ffn.shared if isinstance(block.ffn, MixtureConfig) else block.ffn for block in model.blocks()]
@@ -119,3 +114,32 @@ def fused_swiglu_blocker(model: DecoderConfig, parallel: ParallelConfig, setting
     if not any(limits.fused_swiglu_takes(model.dim, width) for width in widths):
         return f"its kernels don't take widths of {model.dim} and {', '.join(map(str, widths))}"
     return None
+
+
+def fused_experts_blocker(model: DecoderConfig, parallel: ParallelConfig, settings: ComputeSettings) -> str | None:
+    """Return why no mixture may use the kernels of `kernels/experts/fused.py`, on whatever GPU; None if some may."""
+    reason = _fusion_blocker(parallel, settings)
+    if reason is not None:
+        return reason
+    if parallel.ep > 1:
+        return "parallel.ep sends tokens to experts elsewhere"
+    mixtures = [block.ffn for block in model.blocks() if isinstance(block.ffn, MixtureConfig)]
+    if not mixtures:
+        return "there are no experts"
+    mixture = mixtures[0]
+    if not mixture.can_fuse:
+        return "its kernels compute SwiGLU without biases and without model.experts.capacity"
+    if not limits.fused_swiglu_takes(mixture.dim, mixture.expert.ffn_dim):
+        return f"its kernels don't take widths of {mixture.dim} and {mixture.expert.ffn_dim}"
+    return None
+
+
+def _fusion_blocker(parallel: ParallelConfig, settings: ComputeSettings) -> str | None:
+    """Return what keeps a run from the kernels that compute a feed-forward as a whole."""
+    if parallel.engine != "torch":
+        return "DeepSpeed runs the blocks as they are"
+    if parallel.tp > 1:
+        return "parallel.tp cuts its products"
+    if splits_backward(parallel):  # before 2.13 torch can't run the second half through an operator of several gradients
+        return f"parallel.schedule={parallel.schedule} cuts its backward pass"
+    return None if settings.precision == "bf16" else "its kernels are bf16's"

@@ -153,6 +153,11 @@ class MixtureConfig:
         return False
 
     @property
+    def can_fuse(self) -> bool:
+        """True if kernels can compute the experts with what stands around their products inside."""
+        return self.expert.is_plain_swiglu and self.keys.capacity is None
+
+    @property
     def dispatched(self) -> int:
         """Count the elements of copies of a token made for its experts: their inputs and outputs."""
         return 2 * self.keys.top_k * self.dim

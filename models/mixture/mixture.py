@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...kernels.swiglu import FusedSwiglu
+from ...kernels.experts.fused import FusedExperts
 from ..feed_forward import GATES, FeedForward
 from ..part import BIAS, Part, WeightRule, reads_stream, writes_stream
-from ..protocol import TensorRole
+from ..protocol import BlockKernels, TensorRole
 from .charges import Charges, Tally, charge, charge_z, count_assignments, prices
 from .config import MixtureConfig
-from .dispatch import Dispatch, LocalJourney, combine, sort_by_expert
+from .dispatch import Assignment, Dispatch, LocalJourney, combine, sort_by_expert
 from .grouped import add_bias, grouped_product
 from .routing import TINY, choose_experts, gates_of, scores_of
 
@@ -147,6 +147,7 @@ class Mixture(Part):
     """Routed experts, weighted by the router, plus the shared ones.
 
     dispatch  brings tokens to experts and back; a run may replace it
+    fused     the kernels to use where they fit; None: tokens are copied for their experts, and products are grouped
     """
 
     def __init__(self, config: MixtureConfig) -> None:
@@ -156,23 +157,28 @@ class Mixture(Part):
         self.experts = Experts(config)
         self.shared = None if config.shared is None else SharedExperts(config.shared)
         self.dispatch: Dispatch = LocalJourney
+        self.fused: FusedExperts | None = None
 
-    def use_kernels(self, swiglu: FusedSwiglu | None) -> None:
-        """Compute the shared experts with this kernel from now on."""
+    def use_kernels(self, kernels: BlockKernels) -> None:
+        """Compute with these kernels from now on."""
+        self.fused = kernels.experts if self.config.can_fuse else None
         if self.shared is not None:
-            self.shared.use_kernels(swiglu)
+            self.shared.use_kernels(kernels)
 
     def num_inputs(self, x_BSD: torch.Tensor) -> int:
-        """Count the readers of the input: the router with the experts, and the shared experts' products."""
-        return 1 if self.shared is None else 1 + self.shared.num_inputs(x_BSD)
+        """Count the readers of the input: the router, the experts, and the shared experts' products."""
+        return 2 if self.shared is None else 2 + self.shared.num_inputs(x_BSD)
 
     def forward(self, inputs: Sequence[torch.Tensor], charges: Charges | None) -> tuple[torch.Tensor, Tally | None]:
         """Compute it. inputs: the same (B, S, D), `num_inputs` times. Returns (B, S, D), and the tally under charges."""
-        x_BSD, *rest = inputs
+        routed_BSD, x_BSD, *rest = inputs
         x_TD = x_BSD.flatten(0, 1)
-        routed = self.router(x_TD, charges)
+        routed = self.router(routed_BSD.flatten(0, 1), charges)
         counted_T = None if charges is None else charges.counted_BS.flatten()
         assignment = sort_by_expert(routed.choice_TK, self.keys.count, self.keys.capacity, counted_T)
+        if self._fuses(x_TD):
+            y_BSD = self._fused(x_TD, routed.gates_TK, assignment).view_as(x_BSD)
+            return y_BSD if self.shared is None else y_BSD + self.shared(rest), routed.tally
         journey = self.dispatch(assignment)
         shared_BSD = None if self.shared is None else self.shared(rest)  # while ranks tell each other what they will send
         rows_ND, counts_E = journey.send(x_TD)
@@ -185,6 +191,16 @@ class Mixture(Part):
         dropped = (~assignment.kept_TK & charges.counted_BS.flatten()[:, None]).sum()
         routed.tally.others_5[2] = dropped
         return y_BSD, routed.tally
+
+    def _fuses(self, x_TD: torch.Tensor) -> bool:
+        own = self.experts
+        return self.fused is not None and self.dispatch is LocalJourney and self.fused.fits(x_TD, own.w1, own.count)
+
+    def _fused(self, x_TD: torch.Tensor, gates_TK: torch.Tensor, assignment: Assignment) -> torch.Tensor:
+        """Compute the experts, and the sum of their outputs, by the fused kernels: (T, D)."""
+        own, fused = self.experts, self.fused
+        assert fused is not None
+        return fused(x_TD, own.w1, own.w3, own.w2, gates_TK, assignment.order_N, assignment.inverse_TK, assignment.counts_E)
 
 
 def mixtures_of(module: nn.Module) -> dict[str, Mixture]:

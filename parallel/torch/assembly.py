@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from ...kernels import precompile, swiglu
 from ...kernels.attention import CausalAttention
+from ...kernels.experts import fused as fused_experts
+from ...kernels.experts.fused import FusedExperts
 from ...kernels.norm import FusedNorm
 from ...kernels.swiglu import FusedSwiglu
 from ...models.init import fill
@@ -25,7 +27,7 @@ from ..experts.dispatch import spread_experts
 from ..hybrid.attention import HybridAttention
 from ..mesh import Mesh
 from ..pipeline.stages import StagePlan, splits_backward
-from ..policies import fused_swiglu_blocker
+from ..policies import fused_experts_blocker, fused_swiglu_blocker
 from ..shards import local
 from ..tensor.placements import apply_tensor_parallelism
 from .float8 import use_float8
@@ -34,6 +36,7 @@ from .strategy import LocalWeight
 log = logging.getLogger(__name__)
 
 SWIGLU = "SwiGLU inside its products"
+EXPERTS = "experts' products with gathering and SwiGLU inside"
 
 
 def own_stages(model: Model, plan: StagePlan, rank: int) -> dict[int, Model]:
@@ -48,19 +51,31 @@ def fuses_swiglu(model: Model, mesh: Mesh, parallel: ParallelConfig, settings: E
     shape = model.decoder_config
     if shape is None or mesh.device.type != "cuda":
         return False
-    reason = fused_swiglu_blocker(shape, parallel, settings)
-    if reason is None:
+    return _works_on_all(mesh, SWIGLU, fused_swiglu_blocker(shape, parallel, settings), swiglu.unsupported_reason)
+
+
+def fuses_experts(model: Model, mesh: Mesh, parallel: ParallelConfig, settings: EngineSettings) -> bool:
+    """Return whether mixtures use `kernels/experts/fused.py`, on all ranks alike. Every rank must call it."""
+    shape = model.decoder_config
+    if shape is None or mesh.device.type != "cuda" or not shape.experts.count:
+        return False
+    return _works_on_all(mesh, EXPERTS, fused_experts_blocker(shape, parallel, settings), fused_experts.unsupported_reason)
+
+
+def _works_on_all(mesh: Mesh, kernel: str, blocker: str | None, unsupported_reason: Callable[..., str | None]) -> bool:
+    """Return whether a third-party kernel can be used on every rank, and log why if not. blocker: why it may not be."""
+    if blocker is None:
         with contextlib.suppress(Exception):  # it says why below
             swiglu.package()  # seconds, in which others may compile
-        precompile.wait(SWIGLU, swiglu.unsupported_reason, mesh.device)
-        mine = swiglu.unsupported_reason(mesh.device)
+        precompile.wait(kernel, unsupported_reason, mesh.device)
+        mine = unsupported_reason(mesh.device)
         if mine is not None and not mesh.is_main:
-            log.warning("rank %d can't compute SwiGLU inside the products around it: %s", mesh.rank, mine)
+            log.warning("rank %d can't use the kernel of %s: %s", mesh.rank, kernel, mine)
         if mesh.any(mine is not None):
-            reason = mine or "another rank can't"
-    if reason is not None and mesh.is_main:
-        log.info("SwiGLU is not computed inside the products around it: %s", reason)
-    return reason is None
+            blocker = mine or "another rank can't"
+    if blocker is not None and mesh.is_main:
+        log.info("no kernel computes %s: %s", kernel, blocker)
+    return blocker is None
 
 
 def parallelize_stage(
@@ -71,10 +86,11 @@ def parallelize_stage(
     settings: EngineSettings,
     *,
     fuse_swiglu: bool,
+    fuse_experts: bool,
 ) -> None:
     """Apply kernels, float8, expert and tensor parallelism, and activation policies to a stage. The order matters.
 
-    fuse_swiglu: the result of `fuses_swiglu`.
+    fuse_swiglu, fuse_experts: the results of `fuses_swiglu` and `fuses_experts`.
     """
     blocks = stage.block_modules()
     policies = {layer: settings.policy(layer) for layer in blocks}
@@ -87,7 +103,12 @@ def parallelize_stage(
         attend = CausalAttention(kernel) if context is None else context.with_kernel(kernel)
         # Selective checkpointing keeps one of the products that fused SwiGLU computes.
         whole = fused and fuse_swiglu and policies[layer] != "selective"
-        kernels[layer] = BlockKernels(attend, FusedNorm() if fused else None, FusedSwiglu() if whole else None)
+        kernels[layer] = BlockKernels(
+            attend,
+            norm=FusedNorm() if fused else None,
+            swiglu=FusedSwiglu() if whole else None,
+            experts=FusedExperts() if fused and fuse_experts else None,
+        )
     stage.use_kernels(kernels)
     if settings.float8 != "none":
         use_float8(blocks.values(), settings.float8, mesh.device)

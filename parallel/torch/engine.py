@@ -34,7 +34,7 @@ from ..optimizer_state import optimizer_fragments
 from ..pipeline.run import Pipeline
 from ..pipeline.stages import StagePlan, stage_count
 from ..pipeline.tied_head import TiedHead
-from .assembly import fill_weights, fuses_swiglu, own_stages, parallelize_stage
+from .assembly import fill_weights, fuses_experts, fuses_swiglu, own_stages, parallelize_stage
 from .groups import parameter_groups
 from .inputs import ModelInputs
 from .step import Accumulation, PipelinedStep, StepStrategy
@@ -58,9 +58,9 @@ class TorchEngine:
         attention = HybridAttention(mesh) if parallel.hdp != "none" else context
         groups = parameter_groups(parallel, mesh.layout, experts_of(model))
         self.weights = Weights(make_strategies(groups, mesh, parallel, settings), mesh, settings.compute)
-        fuse = fuses_swiglu(model, mesh, parallel, settings)
+        fused = fuses_swiglu(model, mesh, parallel, settings), fuses_experts(model, mesh, parallel, settings)
         for stage in stages.values():
-            parallelize_stage(stage, mesh, attention, parallel, settings, fuse_swiglu=fuse)
+            parallelize_stage(stage, mesh, attention, parallel, settings, fuse_swiglu=fused[0], fuse_experts=fused[1])
             self.weights.shard(stage)
         held = list(stages.values())
         self.module: nn.Module = held[0] if len(held) == 1 else nn.ModuleList(held)

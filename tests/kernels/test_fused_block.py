@@ -163,7 +163,7 @@ def test_where_blocks_may_be_fused(
     built = model()
     settings = EngineSettings(policies=(policy,) * 2, **{"precision": "bf16", **change})  # type: ignore[arg-type]
     fuse = assembly.fuses_swiglu(built, mesh, parallel, settings)
-    assembly.parallelize_stage(built, mesh, None, parallel, settings, fuse_swiglu=fuse)
+    assembly.parallelize_stage(built, mesh, None, parallel, settings, fuse_swiglu=fuse, fuse_experts=False)
     for block in built.layers.values():
         assert isinstance(block, Block)
         assert (block.fused_norm is not None, block.ffn.swiglu is not None) == (fused, swiglu_too)

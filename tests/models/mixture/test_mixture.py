@@ -102,7 +102,7 @@ def test_capacity_drops_the_last_tokens_and_counts_them(capacity: float, most: i
     model, x = mixture(capacity=capacity), inputs().requires_grad_()
     expected, dropped = plainly(model, x, most)
     counted = torch.ones(3, 5, dtype=torch.bool)
-    got, tally = model([x], Charges(counted, torch.tensor(1.0).double(), Rates()))
+    got, tally = model([x] * model.num_inputs(x), Charges(counted, torch.tensor(1.0).double(), Rates()))
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     assert dropped > 0
     assert tally is not None
@@ -125,7 +125,7 @@ def test_padding_takes_no_room_from_tokens_that_count() -> None:
 
 def test_enough_capacity_drops_nothing() -> None:
     model, x = mixture(capacity=3.0), inputs()
-    torch.testing.assert_close(model([x], None)[0], mixture()([x], None)[0], rtol=0, atol=0)
+    torch.testing.assert_close(model([x] * model.num_inputs(x), None)[0], mixture()([x] * 2, None)[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,7 +154,7 @@ def test_router_computes_in_fp32_beside_bf16() -> None:
     model = mixture(torch.bfloat16)
     routed = model.router(inputs(torch.bfloat16).flatten(0, 1), None)
     assert routed.gates_TK.dtype == torch.float32
-    assert model([inputs(torch.bfloat16)], None)[0].dtype == torch.bfloat16
+    assert model([inputs(torch.bfloat16)] * 2, None)[0].dtype == torch.bfloat16
 
 
 def test_assignments_are_sorted_by_expert_in_token_order() -> None:
