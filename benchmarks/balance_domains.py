@@ -2,10 +2,14 @@
 
     python benchmarks/balance_domains.py --output outputs/domains
     python benchmarks/balance_domains.py --output outputs/domains --runs past,sequence,past:2,sequence:2
+    python benchmarks/balance_domains.py --size gpu --processes 8 --steps 400 --runs past,micro,past:2,micro:2,exact,prefix
 
 The domains are found on the machine: Python source of the standard library, English manual pages, C headers, and JSON. All runs
 have the same data, cut and initial weights; they differ in the shares that the balance loss charges. A run written `past:2` has
 seed 2. Written to the output folder: the texts, the runs, and table.md. Runs that are there are not run again.
+
+On a GPU several processes share it: a model of this size leaves it idle most of the time. Texts that an earlier call has
+gathered, on another machine perhaps, are used as they are.
 """
 
 from __future__ import annotations
@@ -43,12 +47,23 @@ BALANCE = {
 }
 """Run → its keys. `sequence` is what micro-batches of one sequence each would be charged, and faster to run."""
 
+SIZES = {
+    "cpu": (
+        *("data.seq_len=256", "data.vocabulary=1024", "batch.samples=16", "batch.micro=4"),
+        *("model.dim=64", "model.layers=4", "model.heads=4", "model.kv_heads=2", "model.ffn_dim=192", "optim.lr=4e-3"),
+        *("model.experts.count=16", "model.experts.top_k=2", "model.experts.ffn_dim=64", "trainer.eval_samples=256"),
+    ),
+    "gpu": (
+        *("data.seq_len=512", "data.vocabulary=4096", "batch.samples=32", "batch.micro=4", "precision=bf16"),
+        *("model.dim=256", "model.layers=8", "model.heads=4", "model.kv_heads=2", "model.ffn_dim=512", "optim.lr=2e-3"),
+        *("model.experts.count=32", "model.experts.top_k=4", "model.experts.ffn_dim=128", "trainer.eval_samples=512"),
+    ),
+}
+"""Name → keys of the model and of a step."""
+
 COMMON = (
     *("recipe=moe_tiny", "data=domains", "resume=none", "trainer.sample_prompt=null", "checkpoint.every=0"),
-    *("logging.progress=false", "data.seq_len=256", "data.vocabulary=1024", "batch.samples=16", "batch.micro=4"),
-    *("model.dim=64", "model.layers=4", "model.heads=4", "model.kv_heads=2", "model.ffn_dim=192", "optim.lr=4e-3"),
-    *("model.experts.count=16", "model.experts.top_k=2", "model.experts.ffn_dim=64", "model.experts.shared=0"),
-    *("trainer.eval_every=25%", "trainer.eval_samples=256"),
+    *("logging.progress=false", "model.experts.shared=0", "trainer.eval_every=25%", "launch.nproc=1"),
 )
 
 
@@ -97,11 +112,11 @@ def write_recipe(folder: Path, texts: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def command_line(name: str, steps: int, folder: Path) -> list[str]:
+def command_line(name: str, steps: int, size: str, folder: Path) -> list[str]:
     """Return the arguments of `meshloom train` for the run of this name."""
     kind, _, seed = name.partition(":")
     fixed = [f"trainer.steps={steps}", f"seed={seed or 1}", f"output_dir={folder / 'runs' / name.replace(':', '-seed-')}"]
-    return ["--config-dir", str((folder / "config").resolve()), *COMMON, *BALANCE[kind], *fixed]
+    return ["--config-dir", str((folder / "config").resolve()), *COMMON, *SIZES[size], *BALANCE[kind], *fixed]
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
@@ -137,14 +152,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/domains"))
     parser.add_argument("--runs", default=RUNS, help="separated by commas")
     parser.add_argument("--steps", type=int, default=350)
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--processes", type=int, default=1, help="that share the runs, side by side")
+    parser.add_argument("--seconds", type=float, default=None, help="what is still running then is ended")
     parser.add_argument("--tabulate", action="store_true", help="run nothing")
     given = parser.parse_args(arguments)
     names = given.runs.split(",")
     gather(given.output / "texts")
     write_recipe(given.output / "config", given.output / "texts")
-    lines = [command_line(name, given.steps, given.output) for name in names]
+    lines = [command_line(name, given.steps, given.size, given.output) for name in names]
     if not given.tabulate:
-        run_all([lines], given.output)
+        run_all([lines[at :: given.processes] for at in range(given.processes)], given.output, given.seconds)
     folders = {name: given.output / "runs" / name.replace(":", "-seed-") for name in names}
     finished = {name: folder for name, folder in folders.items() if (folder / FINISHED).exists()}
     (given.output / "table.md").write_text(table(finished))

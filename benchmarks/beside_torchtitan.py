@@ -3,13 +3,17 @@
     python benchmarks/beside_torchtitan.py model=1B batch=4 rounds=3
     python benchmarks/beside_torchtitan.py model=3B batch=2 theirs="--activation_checkpoint.mode selective"
     python benchmarks/beside_torchtitan.py model=8B batch=2 gpus=2 ours="trainer.float8=tensorwise" theirs="…" logs=folder
+    python benchmarks/beside_torchtitan.py model=moe_a batch=4 newer=folder balance=forced
 
 Each is run as its users run it: `meshloom train` with the model's recipe, torchtitan's trainer, logging every step or fourth.
 `ours` are more overrides, `theirs` more arguments of torchtitan; both take `batch` sequences of 8,192 random tokens per GPU
 and step, with one setting of PyTorch's allocator (torchtitan's own start script has this one). The first run of each system
 starts with an empty compile cache, which the later ones find filled. Prints a row per run as JSON (rate; GiB that tensors
 take and that the allocator holds, at most; seconds from the start of the command to the first loss, ours once the second step
-is under way, when we read it; the median clock and power of the busiest GPU) and the table's row at the end. With `profile=1`
+is under way, when we read it; the median clock and power of the busiest GPU) and the table's row at the end. With `newer`, a
+folder that holds torchtitan 0.3.0, that is run as well (`torchtitan_newer.py`). moe_a and moe_b are the mixtures of
+docs/performance_experts.md: tokens choose their experts, or with `balance=forced` every expert gets as many. `systems` names
+what is run, in this order: titan, newer, ours. A system that fails is said, and left out. With `profile=1`
 our last run takes two steps more, which are not timed, and leaves a table of the last one's kernels in `logs`.
 """
 
@@ -54,6 +58,9 @@ class Settings:
     allocator: str = "expandable_segments:True"
     logs: str = ""
     profile: int = 0
+    newer: str = ""
+    balance: str = "routed"
+    systems: str = "titan,newer,ours"
 
 
 @dataclasses.dataclass
@@ -100,6 +107,15 @@ class Watch:
         return statistics.median(clock for clock, _ in busy), statistics.median(power for _, power in busy)
 
 
+MIXTURES = {
+    "moe_a": ["model.experts.count=32", "model.experts.top_k=4", "model.experts.ffn_dim=1024"],
+    "moe_b": ["model.experts.count=64", "model.experts.top_k=8", "model.experts.ffn_dim=512"],
+}
+"""Mixture → what our recipe's model is given; torchtitan's Qwen3 has norms of queries and keys, so ours has."""
+
+NAMES = {"titan": "torchtitan", "newer": "torchtitan 0.3.0", "ours": "meshloom"}
+
+
 def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
     """One run of one system, in processes of its own. cache: the folder of what either system compiles."""
     output = cache / f"run-{number}"
@@ -114,7 +130,12 @@ def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
         "PYTHONUNBUFFERED": "1",
     }
     profiled = bool(settings.profile) and number == settings.rounds - 1
-    command = our_command(settings, output, profiled=profiled) if system == "meshloom" else their_command(settings)
+    if system == "ours":
+        command = our_command(settings, output, profiled=profiled)
+    else:
+        command = their_command(settings) if system == "titan" else newer_command(settings)
+    if system == "newer":
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (settings.newer, os.environ.get("PYTHONPATH"))))
     watch, began = Watch(), time.perf_counter()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
@@ -128,9 +149,9 @@ def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
         Path(settings.logs).mkdir(parents=True, exist_ok=True)
         Path(settings.logs, f"{system}-{number}.log").write_text(f"{shlex.join(command)}\n{text}")
     if code:
-        raise SystemExit(f"{shlex.join(command)} ended with code {code}:\n{text[-4000:]}")
-    if system == "torchtitan":
-        measured = read_theirs(lines)
+        raise RuntimeError(f"{shlex.join(command)} ended with code {code}:\n{text[-4000:]}")
+    if system != "ours":
+        measured = read_theirs(NAMES[system], lines)
     else:
         measured = read_ours(output / "metrics.jsonl", first.seconds, settings)
         for table in output.glob("profile/*.txt"):
@@ -163,12 +184,18 @@ class FirstRow:
 def our_command(settings: Settings, output: Path, *, profiled: bool) -> list[str]:
     """Of `meshloom train`: a recipe on random tokens, which saves and evaluates nothing. profiled: two steps more."""
     steps = settings.steps + WARM_UP + 2 * profiled
-    work = [f"recipe=llama_{settings.model.lower()}", "data=synthetic", "data.seq_len=8192", f"launch.nproc={settings.gpus}"]
+    mixture = MIXTURES.get(settings.model)
+    shape = [f"recipe=llama_{settings.model.lower()}"]
+    if mixture is not None:
+        shape = ["recipe=moe_a1b", *mixture, "model.qk_norm=head", "model.norm_eps=1e-6", "model.rope_theta=1e6"]
+    work = [*shape, "data=synthetic", "data.seq_len=8192", f"launch.nproc={settings.gpus}"]
     batch = [f"batch.samples={settings.batch * settings.gpus}", f"batch.micro={settings.batch}"]
     length = ["trainer.tokens=null", f"trainer.steps={steps}", "schedule.warmup=2"]
     without = ["trainer.eval_every=0", "checkpoint.every=0", "logging.progress=false", f"output_dir={output}"]
     profile = [f"trainer.profile_step={steps}"] if profiled else []
     words = [*work, *batch, *length, *without, *profile, *shlex.split(settings.ours)]
+    if settings.balance == "forced":
+        return [sys.executable, str(HERE / "balanced_train.py"), *words]
     return [sys.executable, "-m", "meshloom.launch.cli", "train", *words]
 
 
@@ -178,7 +205,17 @@ def their_command(settings: Settings) -> list[str]:
     steps = ["--training.steps", str(settings.steps + WARM_UP), "--metrics.log_freq", "4"]
     shape = ["--model.flavor", settings.model, "--training.local_batch_size", str(settings.batch)]
     fixed = ["--training.seq_len", "8192", "--compile.enable"]
+    if settings.model in MIXTURES:
+        shape += ["--model.name", "qwen3"]
+        fixed += ["--debug.moe_force_load_balance"] if settings.balance == "forced" else []
     return [*launcher, str(HERE / "torchtitan_synthetic.py"), *steps, *shape, *fixed, *shlex.split(settings.theirs)]
+
+
+def newer_command(settings: Settings) -> list[str]:
+    """Of torchtitan 0.3.0, as many timed steps as ours."""
+    launcher = ["torchrun", "--standalone", "--nproc-per-node", str(settings.gpus), str(HERE / "torchtitan_newer.py")]
+    work = {"model": settings.model, "batch": settings.batch, "balance": settings.balance}
+    return [*launcher, *(f"{key}={value}" for key, value in work.items()), f"steps={settings.steps + WARM_UP}"]
 
 
 def read_ours(path: Path, first_step: float, settings: Settings) -> Measured:
@@ -192,44 +229,57 @@ def read_ours(path: Path, first_step: float, settings: Settings) -> Measured:
     )
 
 
-def read_theirs(lines: Sequence[tuple[float, str]]) -> Measured:
+def read_theirs(system: str, lines: Sequence[tuple[float, str]]) -> Measured:
     """From torchtitan's log: its averages over 4 steps, those of the warm-up left out."""
     found = [(seconds, match) for seconds, line in lines if (match := TITAN_STEP.search(line))]
     rates = [float(match[3].replace(",", "")) for _, match in found if int(match[1]) > WARM_UP]
     peaks = next(match for _, line in lines if (match := TITAN_PEAKS.search(line)))
     first_seconds, first = found[0]
     memory = float(peaks[1]), float(peaks[2])
-    return Measured("torchtitan", statistics.median(rates), min(rates), max(rates), *memory, first_seconds, float(first[2]))
+    return Measured(system, statistics.median(rates), min(rates), max(rates), *memory, first_seconds, float(first[2]))
 
 
 def row(settings: Settings, results: Sequence[Measured]) -> str:
     """Medians over the rounds, with the least and the most of any; the first loss is the first run's, with a cold cache."""
+    cells: list[str] = []
+    own = _median([result for result in results if result.system == NAMES["ours"]])
+    for system in dict.fromkeys(result.system for result in results):
+        whole = _median([result for result in results if result.system == system])
+        assert whole is not None
+        memory = f"{whole.allocated:.1f} GiB of tensors, {whole.reserved:.1f} held"
+        rate = f"{whole.rate:,.0f} ({whole.least:,.0f}–{whole.most:,.0f})"
+        cells.append(f"{system}: {rate}, {memory}, first loss after {whole.first_step:.1f} s")
+        if own is not None and whole.system != own.system:
+            memory = f"{own.allocated / whole.allocated:.3f} × tensors, {own.reserved / whole.reserved:.3f} × held"
+            start = f"{own.first_step / whole.first_step:.2f} × first loss"
+            cells.append(f"ours: {own.rate / whole.rate:.3f} × rate, {memory}, {start}")
+    balance = f", {settings.balance}" if settings.model in MIXTURES else ""
+    work = f"{settings.model}, {settings.gpus} GPU, {settings.batch} × 8,192{balance}"
+    return f"| {work} | {' | '.join(cells)} |"
 
-    def cell(system: str) -> tuple[str, Measured]:
-        mine = [result for result in results if result.system == system]
-        fields = ("rate", "allocated", "reserved")
-        rate, allocated, reserved = (statistics.median(getattr(each, field) for each in mine) for field in fields)
-        least, most = min(each.least for each in mine), max(each.most for each in mine)
-        whole = Measured(system, rate, least, most, allocated, reserved, mine[0].first_step, mine[0].first_loss)
-        memory = f"{allocated:.1f} GiB of tensors, {reserved:.1f} held"
-        return f"{rate:,.0f} ({least:,.0f}–{most:,.0f}), {memory}, first loss after {whole.first_step:.1f} s", whole
 
-    theirs, titan = cell("torchtitan")
-    ours, own = cell("meshloom")
-    work = f"{settings.model}, {settings.gpus} GPU, {settings.batch} × 8,192"
-    memory = f"{own.allocated / titan.allocated:.3f} × tensors, {own.reserved / titan.reserved:.3f} × held"
-    start = f"{own.first_step / titan.first_step:.2f} × first loss"
-    return f"| {work} | {theirs} | {ours} | {own.rate / titan.rate:.3f} × rate, {memory}, {start} |"
+def _median(mine: Sequence[Measured]) -> Measured | None:
+    if not mine:
+        return None
+    fields = ("rate", "allocated", "reserved")
+    rate, allocated, reserved = (statistics.median(getattr(each, field) for each in mine) for field in fields)
+    least, most = min(each.least for each in mine), max(each.most for each in mine)
+    return Measured(mine[0].system, rate, least, most, allocated, reserved, mine[0].first_step, mine[0].first_loss)
 
 
 def main() -> None:
-    """Run both in turns and print."""
+    """Run the systems in turns and print."""
     settings = read(Settings(), sys.argv[1:])
+    systems = [system for system in settings.systems.split(",") if system != "newer" or settings.newer]
     results: list[Measured] = []
     with tempfile.TemporaryDirectory() as cache:
         for number in range(settings.rounds):
-            for system in ("torchtitan", "meshloom"):
-                results.append(run(system, settings, number, Path(cache)))
+            for system in systems:
+                try:
+                    results.append(run(system, settings, number, Path(cache)))
+                except (RuntimeError, StopIteration, IndexError, statistics.StatisticsError) as error:
+                    print(f"{NAMES[system]} failed: {error!r}"[:5000], flush=True)
+                    continue
                 print(json.dumps(dataclasses.asdict(results[-1])), flush=True)
     print(row(settings, results))
 

@@ -4,6 +4,9 @@
         --training.local_batch_size 4 --training.seq_len 8192 --metrics.log_freq 4 --compile.enable \
         --activation_checkpoint.mode none
 
+A mixture of experts, of shape A or B of docs/performance_experts.md: --model.name qwen3 --model.flavor moe_a (or moe_b), and
+--debug.moe_force_load_balance for a forced balance.
+
 It needs the packages torchtitan==0.2.2, torchdata, tyro and datasets, and torchao for float8:
 
     --model.converters quantize.linear.float8 --quantize.linear.float8.enable_fsdp_float8_all_gather \
@@ -23,6 +26,8 @@ import torchtitan.protocols.train_spec as train_spec
 import torchtitan.train as titan
 from torchtitan.components.metrics import DeviceMemoryMonitor
 from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
+from torchtitan.models.moe import MoEArgs
+from torchtitan.models.qwen3 import Qwen3ModelArgs, qwen3_args
 
 VOCABULARY = 128_256
 BATCHES = 4
@@ -30,6 +35,21 @@ COMMON = {"n_kv_heads": 8, "rope_theta": 500_000, "vocab_size": VOCABULARY, "mul
 llama3_args["1B"] = TransformerModelArgs(dim=2048, n_layers=16, n_heads=32, ffn_dim_multiplier=1.5, **COMMON)
 llama3_args["3B"] = TransformerModelArgs(dim=3072, n_layers=28, n_heads=24, ffn_dim_multiplier=1.0, **COMMON)
 llama3_args["8B"].vocab_size = VOCABULARY
+for name, (count, top_k, width) in {"moe_a": (32, 4, 1024), "moe_b": (64, 8, 512)}.items():
+    choice = {"num_experts": count, "num_shared_experts": 0, "top_k": top_k, "score_func": "softmax", "route_norm": True}
+    qwen3_args[name] = Qwen3ModelArgs(
+        vocab_size=VOCABULARY,
+        dim=2048,
+        n_layers=16,
+        n_heads=16,
+        n_kv_heads=4,
+        head_dim=128,
+        qk_norm=True,
+        hidden_dim=4096,
+        moe_enabled=True,
+        moe_inter_dim=width,
+        moe_args=MoEArgs(score_before_experts=False, **choice),
+    )
 
 original_spec = train_spec.get_train_spec
 
