@@ -118,7 +118,7 @@ def test_padding_takes_no_room_from_tokens_that_count() -> None:
     counted = torch.ones(3, 5, dtype=torch.bool)
     counted[0] = False
     expected, dropped = plainly(model, x[1:], 3)  # ⌈0.6 · 30 / 6⌉
-    got, tally = model([x], Charges(counted, torch.tensor(1.0).double(), Rates()))
+    got, tally = model([x] * model.num_inputs(x), Charges(counted, torch.tensor(1.0).double(), Rates()))
     torch.testing.assert_close(got[1:], expected, rtol=1e-12, atol=1e-12)
     assert tally is not None and 0 < dropped == tally.others_5[2]
 
