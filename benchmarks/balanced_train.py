@@ -5,6 +5,8 @@
 torchtitan has the same, for benchmarks (`--debug.moe_force_load_balance`). Scores, gates and their gradients stay.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import sys

@@ -8,6 +8,8 @@ several processes first. Prints milliseconds, TFLOP/s or GB/s of each, and what 
 with the best of each. What fails is printed, and left out.
 """
 
+# pyright: reportMissingImports=false, reportUnknownLambdaType=false
+
 from __future__ import annotations
 
 import concurrent.futures

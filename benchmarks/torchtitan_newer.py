@@ -9,6 +9,8 @@ does anything. Attention is PyTorch's, by cuDNN: its own choice on Hopper, Flash
 one, because its chunked one fails on torch 2.11.
 """
 
+# pyright: reportMissingImports=false, reportUnknownLambdaType=false, reportUntypedBaseClass=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -59,7 +61,7 @@ def make_up_for_newer_names() -> None:
         fsdp.DataParallelMeshDims = _Unused
     if not hasattr(fsdp_common, "ShardPlacementResult"):
         fsdp_common.ShardPlacementResult = _Unused
-    torch.distributed.set_timeout = lambda *_own, **_named: None
+    setattr(torch.distributed, "set_timeout", lambda *_own, **_named: None)  # noqa: B010
 
 
 make_up_for_newer_names()

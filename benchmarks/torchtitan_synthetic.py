@@ -13,6 +13,8 @@ It needs the packages torchtitan==0.2.2, torchdata, tyro and datasets, and torch
     --quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp --quantize.linear.float8.filter_fqns output
 """
 
+# pyright: reportMissingImports=false, reportUnknownLambdaType=false, reportUntypedBaseClass=false
+
 from __future__ import annotations
 
 import itertools
