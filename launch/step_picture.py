@@ -20,7 +20,9 @@ def step_picture(config: RunConfig, plan: Plan) -> str:
     """
     data = prepared_data(config.data, config.seed, config.model.vocabulary)
     micro, seq_len = plan.job.micro, data.seq_len
-    dealer = HybridAssigner.of(config.parallel, plan.layout, micro * seq_len, decoder_flops(plan.model.shape))
+    dealer = HybridAssigner.of(
+        config.parallel, plan.layout, micro * seq_len, decoder_flops(plan.model.shape), compiled=config.trainer.compile
+    )
     lengths = BatchDocuments.of(data.train(), GlobalBatch(0, plan.samples)).lengths
     capacity = dealer.row_tokens(seq_len, micro)
     costs = dealer.costs(capacity)

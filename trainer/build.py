@@ -129,7 +129,7 @@ def build_dealer(config: RunConfig, layout: Layout, model: Model) -> Dealer:
         return build_assigner(config, layout)
     seq_len, shape = config.data.seq_len, model.decoder_config
     flops = module_flops(model.flops_per_token, seq_len) if shape is None else decoder_flops(shape)
-    return HybridAssigner.of(config.parallel, layout, config.batch.micro * seq_len, flops)
+    return HybridAssigner.of(config.parallel, layout, config.batch.micro * seq_len, flops, compiled=config.trainer.compile)
 
 
 def build_hook(node: Mapping[str, Any]) -> Hook:

@@ -24,6 +24,7 @@ from .cost import CostModel, costs_of
 from .pipelined import filled
 from .planning import assign, row_unit
 
+CLASSES = 8
 PADDING = 128  # positions of a document of padding at most: attention to a longer one would cost something
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class HybridAssigner:
     capacity  tokens of a row at most; None: those of a micro-batch of samples
     unit      a row's positions are a multiple of it, filled up with padding
     lockstep  all ranks run as many rows, each at the same time
+    classes   the number of lengths that rows may have, filled up with padding: a compiler makes kernels for each. None: any
     stages    ranks of the pipeline that runs the rows of a data rank; in one, every row has as many positions
     can_run   whether a step may have this number of rows; the schedule of a pipeline may not allow every number
     """
@@ -64,22 +66,33 @@ class HybridAssigner:
     capacity: int | None = None
     unit: int = 1
     lockstep: bool = False
+    classes: int | None = None
     stages: int = 1
     can_run: Callable[[int], bool] = any_number
 
     @classmethod
-    def of(cls, parallel: ParallelConfig, layout: Layout, row: int, flops: CostModel) -> HybridAssigner:
-        """Make the rule that a config asks for. row: tokens of a micro-batch of samples."""
+    def of(
+        cls, parallel: ParallelConfig, layout: Layout, row: int, flops: CostModel, *, compiled: bool = False
+    ) -> HybridAssigner:
+        """Make the rule that a config asks for. row: tokens of a micro-batch of samples; compiled: whether blocks are."""
         unit = row_unit(parallel.hdp_tokens or row, layout.tp)
         if layout.pp > 1:
             can_run = partial(legal_micro_batches, parallel)
-            return cls(layout.data_size, flops, parallel.hdp_tokens, unit, layout.ep > 1, layout.pp, can_run)
-        return cls(layout.data_size, flops, parallel.hdp_tokens, unit, uses_fsdp(parallel, layout) or layout.ep > 1)
+            return cls(layout.data_size, flops, parallel.hdp_tokens, unit, layout.ep > 1, 1, layout.pp, can_run)
+        together = uses_fsdp(parallel, layout) or layout.ep > 1
+        return cls(layout.data_size, flops, parallel.hdp_tokens, unit, together, CLASSES if compiled else None)
 
     def row_tokens(self, seq_len: int, micro: int) -> int:
         """Return the tokens of a row at most, of micro-batches of `micro` samples of `seq_len` positions."""
         whole = (self.capacity or 0) // self.unit * self.unit  # no row grows beyond the capacity when it is filled up
         return whole if self.data_size * whole >= seq_len else self.capacity or micro * seq_len
+
+    def padded(self, filled: int, row_tokens: int) -> int:
+        """Return the positions of a row with so many tokens, where rows have at most `row_tokens`."""
+        whole = -(-row_tokens // self.unit) * self.unit
+        if self.classes is not None:
+            filled = -(-max(1, -(-filled * self.classes // whole)) * whole // self.classes)
+        return max(1, -(-filled // self.unit)) * self.unit
 
     def costs(self, row_tokens: int) -> CostModel:
         """Return the costs by which documents are dealt to rows of so many tokens at most."""
@@ -97,8 +110,7 @@ class HybridAssigner:
         documents = BatchDocuments.of(samples, batch)
         plan = self.plan(documents.lengths, samples.seq_len, micro)
         row_tokens = self.row_tokens(samples.seq_len, micro)
-        unit = self.unit if self.stages == 1 else -(-row_tokens // self.unit) * self.unit
-        rows = _RowReader(samples, documents, plan, data_rank, unit)
+        rows = _RowReader(samples, documents, plan, data_rank, partial(self.padded, row_tokens=row_tokens))
         return Share(
             [rows.read(row) for row in plan.rows[data_rank]],
             passes=plan.passes,
@@ -126,9 +138,17 @@ class _Piece:
 class _RowReader:
     """Reads the rows of one data rank."""
 
-    def __init__(self, samples: Samples, documents: BatchDocuments, plan: HybridAssignment, data_rank: int, unit: int) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        documents: BatchDocuments,
+        plan: HybridAssignment,
+        data_rank: int,
+        padded: Callable[[int], int],
+    ) -> None:
+        """padded: the positions of a row with so many tokens."""
         self._samples, self._documents, self._plan = samples, documents, plan
-        self._rank, self._unit = data_rank, unit
+        self._rank, self._padded = data_rank, padded
 
     def read(self, row: Row) -> MicroBatch:
         """Read the documents of a row, shared ones first, and fill it up with short documents of padding."""
@@ -138,7 +158,7 @@ class _RowReader:
 
         pieces = list(self._pieces(row))
         filled = sum(piece.length for piece in pieces)
-        length = max(1, -(-filled // self._unit)) * self._unit
+        length = self._padded(filled)
         tokens, positions, ids = (np.zeros(length, np.int64) for _ in range(3))
         targets = np.full(length, IGNORED, np.int64)
         own: list[int] = []

@@ -100,3 +100,13 @@ def test_no_row_is_filled_up_beyond_the_capacity() -> None:
 
 def test_long_rows_are_multiples_of_what_kernels_like() -> None:
     assert [row_unit(capacity, 2) for capacity in (32_768, 1024, 100)] == [256, 32, 2]
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 7), st.sampled_from([None, 1, 8]))
+def test_a_compiler_sees_few_lengths_of_rows(filled: int, row_tokens: int, unit: int, classes: int | None) -> None:
+    assigner = HybridAssigner(2, CostModel(1.0, 50.0), unit=unit, classes=classes)
+    whole, length = -(-row_tokens // unit) * unit, assigner.padded(min(filled, row_tokens), row_tokens)
+    assert min(filled, row_tokens) <= length <= whole and length % unit == 0
+    assert assigner.padded(row_tokens, row_tokens) == whole
+    if classes is not None:
+        assert len({assigner.padded(n, row_tokens) for n in range(row_tokens + 1)}) <= classes
