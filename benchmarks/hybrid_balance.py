@@ -1,6 +1,7 @@
 """Simulate steps whose documents are dealt statically, or by cost to runs of ranks: time over a bound that none can beat.
 
     python benchmarks/hybrid_balance.py [draw=docs/pictures/hybrid_balance.png]
+    python benchmarks/hybrid_balance.py stages=4          each rank is the first of a pipeline of four, with 16 rows
 
 A step has 4 rows of 32K tokens a rank. Quadratic and linear cost are equal at 45.6K tokens (a model like Llama 8B); a row costs
 as much as 512 tokens. Ranks that share a document wait for one another. All wait at the end of the step (ZeRO-0 and 1), or
@@ -8,6 +9,8 @@ after each row (in lock-step: ZeRO-2 and 3). No messages are charged. Documents 
 `static` groups as many ranks as the longest document needs, and cuts every document over its group by itself, which is better
 than a zig-zag of rows.
 """
+
+# pyright: basic, reportMissingImports=false
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from document_lengths import QUANTILES, draw_length
 
 from meshloom.parallel.hybrid.assignment import in_lockstep
 from meshloom.parallel.hybrid.cost import CostModel, least_time
+from meshloom.parallel.hybrid.pipelined import filled
 from meshloom.parallel.hybrid.planning import assign
 
 CAPACITY = 32 * 1024
@@ -30,11 +34,12 @@ RANKS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 @dataclass
 class Settings:
-    """draw: file of a picture; least, most: ranks of the points."""
+    """draw: file of a picture; least, most: ranks of the points; stages: of a pipeline for each rank."""
 
     draw: str = ""
     least: int = 8
     most: int = 1024
+    stages: int = 1
 
 
 @dataclass
@@ -49,25 +54,52 @@ class Point:
     seconds: float = 0.0
 
 
-def simulate(name: str, ranks: int) -> Point:
-    """Simulate one step."""
+def draw_step(name: str, ranks: int, rows: int) -> list[int]:
+    """Draw the documents of a step of so many rows a rank."""
     random = Random(ranks)
     lengths: list[int] = []
-    room = 4 * CAPACITY * ranks
+    room = rows * CAPACITY * ranks
     while room > 0:
         lengths.append(min(draw_length(name, random), ranks * CAPACITY, room))
         room -= lengths[-1]
+    return lengths
+
+
+def simulate(name: str, ranks: int) -> Point:
+    """Simulate one step."""
+    lengths = draw_step(name, ranks, 4)
     bound = least_time(lengths, ranks, CAPACITY, COSTS)
     began = time.process_time()
     greedy = assign(lengths, ranks, CAPACITY, COSTS)
     seconds = time.process_time() - began
     static = assign(lengths, ranks, CAPACITY, COSTS, "static")
-    plans = (static, greedy, in_lockstep(static), assign(lengths, ranks, CAPACITY, COSTS, "lockstep"))
-    return Point(*(plan.step_time(lengths, COSTS) / bound for plan in plans), len(lengths), seconds)
+    together = in_lockstep(static), assign(lengths, ranks, CAPACITY, COSTS, "lockstep")
+    over = [plan.step_time(lengths, COSTS) / bound for plan in (static, greedy, *together)]
+    return Point(over[0], over[1], over[2], over[3], len(lengths), seconds)
+
+
+def print_pipelines(settings: Settings) -> None:
+    """Print a table for pipelines of `stages` ranks, each with 16 rows of the tokens."""
+    print("| Lengths | Pipelines | Documents | Rows | Time over the bound | Planning, s |")
+    print("|---" * 6 + "|")
+    costs = filled(COSTS, CAPACITY)
+    for name in QUANTILES:
+        for ranks in (each for each in RANKS if settings.least <= each <= settings.most):
+            lengths = draw_step(name, ranks, 16)
+            began = time.process_time()
+            plan = assign(lengths, ranks, CAPACITY, costs, stages=settings.stages)
+            seconds = time.process_time() - began
+            slowest = costs.row + costs.document(max(lengths)) / ranks
+            bound = (least_time(lengths, ranks, CAPACITY, costs) + (settings.stages - 1) * slowest) / settings.stages
+            over = plan.step_time(lengths, costs) / bound
+            print(f"| {name} | {ranks} | {len(lengths):,} | {plan.passes} | {over:.3f} | {seconds:.2f} |", flush=True)
 
 
 def main(settings: Settings) -> None:
     """Print a table, and draw it where a file is named."""
+    if settings.stages > 1:
+        print_pipelines(settings)
+        return
     curves: dict[str, list[tuple[int, Point]]] = {}
     print("| Lengths | Ranks | Documents | Static | Greedy | Static, lock-step | Lock-step | Planning, s |")
     print("|---" * 8 + "|")

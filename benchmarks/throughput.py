@@ -9,6 +9,8 @@ steps, peak memory, first loss, seconds to the first step. `trace=file` writes w
 Steps are timed by events on the device, and nothing waits for it between them, as nothing does in training.
 """
 
+# pyright: basic, reportMissingImports=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -67,6 +69,8 @@ class Settings:
     cp: int = 1
     schedule: str = "1f1b"
     cp_kind: str = "ring"
+    hdp: str = "none"
+    hdp_tokens: int = 0
     offload: str = "none"
     offload_weights: str = "none"
     offload_path: str = ""
@@ -91,6 +95,8 @@ def build(settings: Settings) -> tuple[Engine, Mesh]:
         cp=settings.cp,
         schedule=settings.schedule,
         cp_kind=settings.cp_kind,
+        hdp=settings.hdp,
+        hdp_tokens=settings.hdp_tokens or None,
         offload=settings.offload,
         offload_weights=settings.offload_weights,
         offload_path=settings.offload_path or None,

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from meshloom.data.assignment import Assigner, Share
-from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch
+from meshloom.data.assignment import Assigner, Dealer
+from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch, Sample
 from meshloom.kernels.documents import Documents
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig
@@ -21,6 +21,8 @@ from meshloom.optim.optimizers.parameters import NamedParameter, Shards
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
 from meshloom.parallel.engines import make_engine
+from meshloom.parallel.hybrid.cost import CostModel
+from meshloom.parallel.hybrid.share import HybridAssigner
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, environment_world_size, pick_device
 from support.environment import with_tests_on_path
@@ -39,6 +41,8 @@ LAYOUTS = {
     "tp 2, whole stream": ParallelConfig(tp=2, sequence_parallel=False),
     "cp 2, ring": ParallelConfig(cp=2),
     "cp 2, ulysses": ParallelConfig(cp=2, cp_kind="ulysses"),
+    "hdp, ZeRO-1": ParallelConfig(hdp="greedy", hdp_tokens=200, zero=1),
+    "hdp, ZeRO-3": ParallelConfig(hdp="greedy", hdp_tokens=200, zero=3),
     "pp 2, 1f1b": ParallelConfig(pp=2),
     "pp 2, interleaved": ParallelConfig(pp=2, schedule="interleaved"),
     "pp 2, zb": ParallelConfig(pp=2, schedule="zb"),
@@ -68,6 +72,20 @@ def micro_batch(indices: Sequence[int], documents: bool) -> MicroBatch:
     return MicroBatch(torch.cat([part.tokens_BS for part in parts]), torch.cat([part.targets_BS for part in parts]), borders)
 
 
+class Drawn:
+    """The same samples one by one. Implements `Samples`."""
+
+    seq_len, vocabulary = LENGTH, VOCABULARY
+
+    def __init__(self, documents: bool) -> None:
+        self._documents = documents
+
+    def __getitem__(self, index: int) -> Sample:
+        batch = micro_batch([index], self._documents)
+        ids = None if batch.documents is None else batch.documents.ids_BS[0].numpy()
+        return Sample(batch.tokens_BS[0].numpy(), batch.targets_BS[0].numpy(), ids)
+
+
 def curve_of(
     parallel: ParallelConfig, precision: str, tied: bool = False, documents: bool = False, micro: int = 1
 ) -> list[float]:
@@ -80,12 +98,13 @@ def curve_of(
     with torch.device("meta"):
         model = decoder(dim=128, layers=4, heads=4, kv_heads=2, ffn_dim=256, vocabulary=VOCABULARY, tied=tied)
     engine = make_engine(model, mesh, optimizer, parallel, EngineSettings(seed=3, precision=precision))
-    assigner = Assigner(mesh.layout.data_size)
+    dealer: Dealer = Assigner(mesh.layout.data_size)
+    if parallel.hdp != "none":
+        dealer = HybridAssigner.of(parallel, mesh.layout, micro * LENGTH, CostModel(1.0, 100.0))
+    samples = Drawn(documents)
     curve: list[float] = []
     for number in range(STEPS):
-        assignment = assigner.assign(GlobalBatch(number * SAMPLES, SAMPLES), micro)
-        batches = [micro_batch(indices, documents) for indices in assignment.ranks[mesh.data_rank]]
-        share = Share(batches, assignment.passes, assignment.workers)
+        share = dealer.load(samples, GlobalBatch(number * SAMPLES, SAMPLES), micro, mesh.data_rank)
         tokens = torch.tensor(float(share.valid_tokens), dtype=torch.float64, device=mesh.device)
         tokens = mesh.sum(tokens) / (mesh.layout.pp * mesh.layout.cp * mesh.layout.tp)
         loss = engine.accumulate(share, tokens)
@@ -95,8 +114,8 @@ def curve_of(
         engine.zero_grad()
         curve += [float(loss.mean), float(norm)]  # Adam does not show a wrong scale in its losses
         if number % 2:
-            held_out = assigner.assign(GlobalBatch(1000, 20), 2).ranks[mesh.data_rank]
-            curve.append(float(engine.evaluate([micro_batch(indices, documents) for indices in held_out]).mean))
+            held_out = dealer.load(samples, GlobalBatch(1000, 20), 2, mesh.data_rank)
+            curve.append(float(engine.evaluate(held_out.micro_batches).mean))
     return curve
 
 
