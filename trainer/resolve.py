@@ -31,6 +31,7 @@ from .stages.configs import (
     with_length,
 )
 from .stages.record import Place, StageRecord, stage_at
+from .stages.typed_words import Words, held_words
 from .stages.written import Stage, read_stages
 from .typed import typed_config
 from .validate import checked_config
@@ -49,6 +50,7 @@ class ResolvedRun:
     notices     messages to log at the start
     warnings    messages to log as warnings: changes that may be mistakes
     choices     group → the option that it has, as far as that is known
+    typed       words of this start, and of earlier ones, that its checkpoints keep for the options of later stages
     imported    what it keeps of the Hugging Face model that it, or a run before it, began from; None: nothing
     place       of a run with stages: the stage that it is in
     then        the runs of the stages after it, each of which resumes from the one before
@@ -61,6 +63,7 @@ class ResolvedRun:
     notices: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     choices: Mapping[str, str] = field(default_factory=dict[str, str])
+    typed: tuple[str, ...] = ()
     imported: ImportedModel | None = None
     place: Place | None = None
     then: tuple[ResolvedRun, ...] = ()
@@ -104,7 +107,9 @@ def resolve_composed(
     expand_home(composition.config)
     checkpoint: Path | str | None = None
     manifest: Manifest | None = None
-    resumed, words = Resumed(composition.config, choices=composition.choices), list(overrides)
+    unread = {problem.key for problem in composition.problems}
+    overrides = [word for word in overrides if word not in unread]  # what can't be read is a problem of the composition
+    resumed, words = Resumed(composition.config, choices=composition.choices), Words(overrides)
     refused: list[Problem] = []
     if options.resumes:
         try:
@@ -115,23 +120,23 @@ def resolve_composed(
                 composition, resumed, words = _compose_resumed(composer, composition, overrides, manifest.state, tokenizer)
         except ConfigError as error:
             refused = error.problems
-    stages, unread = read_stages(OmegaConf.to_container(resumed.config.stages, resolve=True))
-    checking = Checking(options, manifest, [*composition.problems, *refused, *unread], compares=not refused)
+    stages, faults = read_stages(OmegaConf.to_container(resumed.config.stages, resolve=True))
+    checking = Checking(options, manifest, [*composition.problems, *refused, *faults], compares=not refused)
     if stages:
-        found = _resolve_stages(composer, words, overrides, resumed, stages, checkpoint, checking)
+        found = _resolve_stages(composer, words, resumed, stages, checkpoint, checking)
     else:
-        if not unread and checking.compares:
+        if not faults and checking.compares:
             checking.known += checking.record.absent()
         found = checking.resolved(resumed, checkpoint)
     imported = None if checkpoint is None or manifest is None else imported_model(checkpoint, manifest)
-    then = tuple(replace(run, imported=imported) for run in found.then)
-    return replace(found, notices=(*composition.notices, *found.notices), imported=imported, then=then)
+    kept = () if found.problems else words.kept(found.config)
+    then = tuple(replace(run, imported=imported, typed=kept) for run in found.then)
+    return replace(found, notices=(*composition.notices, *found.notices), imported=imported, typed=kept, then=then)
 
 
 def _resolve_stages(
     composer: Composer,
-    words: Sequence[str],
-    overrides: Sequence[str],
+    words: Words,
     start: Resumed,
     stages: Sequence[Stage],
     checkpoint: Path | str | None,
@@ -139,17 +144,18 @@ def _resolve_stages(
 ) -> ResolvedRun:
     """Return the run of the stage that a run is in, with those of the stages after it.
 
-    words: of the command line, with the checkpoint's choices; start: the config before the changes of the stages
+    start: the config before the changes of the stages
     """
     progress, record = checking.progress, checking.record
     now = stage_at(stages, progress.tokens)
     checking.known += [*length_problems(start.config), *record.problems(stages, progress.tokens, checking.saved_stages)]
     start = replace(start, config=with_length(start.config, stages))
-    found = list(stage_configs(composer, words, start, stages))
+    found = list(stage_configs(composer, words.all, start, stages))
     for each in found[: now + 1]:
         checking.known += each.problems
     place = Place(tuple(stages), now).begun(record.at(stages, now, progress, start.config.data.seq_len))
-    notices = [*start.notices, *typed_notices(stages[: now + 1], overrides)]
+    notices = [*start.notices, *typed_notices(stages[: now + 1], words.typed), *words.notices(stages[now:])]
+    notices += [notice for each in found for notice in each.left_out]
     first = checking.resolved(replace(found[now].resumed, notices=notices, warnings=start.warnings), checkpoint, place)
     runs = [first]
     for each in found[now + 1 :]:
@@ -250,21 +256,23 @@ def _read_checkpoint(config: DictConfig) -> tuple[Path | str | None, Manifest | 
 
 def _compose_resumed(
     composer: Composer, composition: Composition, overrides: Sequence[str], state: dict[str, Any], tokenizer: Path | None
-) -> tuple[Composition, Resumed, list[str]]:
-    """Return the composition of a command line that resumes, the config of the resumed run, and the words composed."""
-    saved, recorded, words = saved_config(state), state.get("choices", {}), list(overrides)
+) -> tuple[Composition, Resumed, Words]:
+    """Return the composition of a command line that resumes, the config of the resumed run, and the words of its stages."""
+    saved, recorded, words = saved_config(state), state.get("choices", {}), Words(overrides)
     own = not is_import(state)
     if own and saved.get("stages"):
         saved["trainer"]["tokens"] = None  # the stages give the length
     if own and (choices := saved_choices(saved, recorded, composition.config, overrides, composer.options)):
-        words = [*choices, *overrides]
-        composition = composer.compose(words)
+        words = Words(overrides, choices)
+        composition = composer.compose(words.all)
         composition.notices.clear()  # about options that the run already has
         expand_home(composition.config)
     bad = {problem.key for problem in composition.problems}
     good = [line for line in overrides if line.partition("=")[0].lstrip("+~") not in bad and line not in bad]
     resumed = resume_config(saved, composition, good, recorded) if own else import_config(state, composition, good, tokenizer)
     expand_home(resumed.config)
+    if own and resumed.config.recipe == saved.get("recipe"):
+        words = replace(words, held=held_words(state, good))
     return composition, resumed, words
 
 

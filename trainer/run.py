@@ -196,7 +196,7 @@ def _run_locked(resolved: ResolvedRun, data: DataNode, sets: Sequence[Validation
     config, checkpoint, place = resolved.config, resolved.checkpoint, resolved.place
     output_dir = Path(config.output_dir)
     imported = resolved.imported
-    saved = {"config": plain_config(config), "choices": dict(resolved.choices)}
+    saved = {"config": plain_config(config), "choices": dict(resolved.choices), "typed": list(resolved.typed)}
     saved |= {} if imported is None else {"imported_from": dict(imported.said)}
     current = build_run(config, saved, data, mesh, place, sets)
     try:

@@ -20,41 +20,55 @@ from .written import Stage, written_value
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage, the config that it trains under, and what is wrong with its changes."""
+    """One stage, the config that it trains under, and what is wrong with its changes.
+
+    left_out: notices of words, typed or of a stage before it, that mean nothing to an option which it chooses
+    """
 
     stage: Stage
     resumed: Resumed
     problems: list[Problem] = field(default_factory=list[Problem])
+    left_out: list[str] = field(default_factory=list[str])
 
 
 def stage_configs(composer: Composer, words: Sequence[str], start: Resumed, stages: Sequence[Stage]) -> Iterator[StageConfig]:
     """Yield the config of each stage, in order.
 
-    words: of the command line, with the checkpoint's choices
+    words: of the command line and of earlier ones, with the checkpoint's choices
     start: the config before the first of these stages; of a resumed run the checkpoint's. What a stage names, it sets again
     """
     now, said, known = start, list(words), list[Problem]()
     for stage in stages:
+        found = _changed(composer, said, now, stage)
         said += stage.words
-        now, problems = _changed(composer, said, now, stage)
-        yield StageConfig(stage, now, prefixed(stage, problems, known))
-        known += problems
+        yield replace(found, problems=prefixed(stage, found.problems, known))
+        now, known = found.resumed, [*known, *found.problems]
 
 
-def _changed(composer: Composer, words: Sequence[str], before: Resumed, stage: Stage) -> tuple[Resumed, list[Problem]]:
-    """Return the config of a stage, as far as its changes can be taken, and the problems of the others."""
+def _changed(composer: Composer, words: Sequence[str], before: Resumed, stage: Stage) -> StageConfig:
+    """Return the config of a stage, as far as its changes can be taken, and the problems of the others.
+
+    words: all that come before those of the stage
+    """
     if not stage.changes:
-        return replace(before, notices=[], warnings=[]), []
+        return StageConfig(stage, replace(before, notices=[], warnings=[]))
     try:
-        fresh = composer.compose(words)
+        fresh = composer.compose([*words, *stage.words])
     except ConfigError as error:
-        return before, error.problems
-    problems = [problem for problem in fresh.problems if stage.touches(problem.key.partition("=")[0])]
+        return StageConfig(stage, before, error.problems)
+    others = typed_values(words).keys() - typed_values(stage.words).keys()
+    problems, left_out = list[Problem](), list[str]()
+    for problem in fresh.problems:
+        key = problem.key.partition("=")[0]
+        if stage.touches(key) and key in others:
+            left_out.append(f"{stage.key}: {key} is left out, because {problem.message}")
+        elif stage.touches(key):
+            problems.append(problem)
     bad = {problem.key.partition("=")[0] for problem in problems}
     good = [word for word, key in zip(stage.words, stage.changes, strict=True) if key not in bad]
     saved = cast(dict[str, Any], OmegaConf.to_container(before.config, resolve=True, throw_on_missing=False))
     found = resume_config(saved, fresh, good, before.choices)
-    return Resumed(found.config, choices=found.choices), problems
+    return StageConfig(stage, Resumed(found.config, choices=found.choices), problems, left_out)
 
 
 def with_length(config: DictConfig, stages: Sequence[Stage]) -> DictConfig:

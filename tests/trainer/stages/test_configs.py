@@ -7,6 +7,7 @@ import json
 import pytest
 
 from meshloom.config.problems import ConfigError
+from meshloom.trainer.resolve import ResolveOptions, resolve
 from meshloom.trainer.run import prepared_stages
 from support.configs import resolve_words
 from support.tiny_run import TINY
@@ -65,6 +66,11 @@ def test_a_stage_is_refused_by_name() -> None:
     found = problems("stages.b.schedule=wds", "stages.b.parallel.tp=3")
     assert "did you mean schedule=wsd?" in found["stages.b.schedule"]
     assert "does not divide 1 processes" in found["stages.b.parallel"] or "nearest" in found["stages.b.parallel"]
+
+
+def test_a_word_that_cannot_be_read_is_a_problem_beside_stages_too() -> None:
+    found = resolve(["recipe=three_stages", "optim.lr=[", "stages.long.optim.lr=-1"], ResolveOptions(lambda _: 1))
+    assert [problem.key for problem in found.problems] == ["optim.lr=[", "stages.long.optim.lr"]
 
 
 def test_what_only_the_data_of_a_stage_show_names_the_stage() -> None:
