@@ -4,6 +4,8 @@
     python benchmarks/beside_torchtitan.py model=3B batch=2 theirs="--activation_checkpoint.mode selective"
     python benchmarks/beside_torchtitan.py model=8B batch=2 gpus=2 ours="trainer.float8=tensorwise" theirs="…" logs=folder
     python benchmarks/beside_torchtitan.py model=moe_a batch=4 newer=folder balance=forced
+    python benchmarks/beside_torchtitan.py model=qwen3_1.7b newer=folder
+    python benchmarks/beside_torchtitan.py model=gemma3_1b batch=2 systems=titan,full,ours
 
 Each is run as its users run it: `meshloom train` with the model's recipe, torchtitan's trainer, logging every step or fourth.
 `ours` are more overrides, `theirs` more arguments of torchtitan; both take `batch` sequences of 8,192 random tokens per GPU
@@ -13,9 +15,15 @@ take and that the allocator holds, at most; seconds from the start of the comman
 is under way, when we read it; the median clock and power of the busiest GPU) and the table's row at the end. With `newer`, a
 folder that holds torchtitan 0.3.0, that is run as well (`torchtitan_newer.py`). moe_a and moe_b are the mixtures of
 docs/performance_experts.md: tokens choose their experts, or with `balance=forced` every expert gets as many. `systems` names
-what is run, in this order: titan, newer, ours. A system that fails is said, and left out. With `profile=1`
-our last run takes two steps more, which are not timed, and leaves a table of the last one's kernels in `logs`.
+what is run, in this order: titan, newer, ours; full is ours without the model's sliding windows. A system that fails is said,
+and left out. With `profile=1` our last run takes two steps more, which are not timed, and leaves a table of the last one's
+kernels in `logs`.
+
+Beside full the last line compares the two rates with the FLOPs of a token that the two count. Windows cost no more than their
+share of attention if the rate rises by as much as the FLOPs fall: attention takes longer for a FLOP than matrix products do.
 """
+
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
@@ -36,6 +44,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arguments import read
+
+from meshloom.models.config import DecoderConfig
+from meshloom.models.costs import head_flops, layer_flops
+from meshloom.trainer.resolve import compose_config
 
 HERE = Path(__file__).parent
 WARM_UP = 4  # steps; torchtitan's first averages hold compilation
@@ -113,12 +125,17 @@ MIXTURES = {
 }
 """Mixture → what our recipe's model is given; torchtitan's Qwen3 has norms of queries and keys, so ours has."""
 
-NAMES = {"titan": "torchtitan", "newer": "torchtitan 0.3.0", "ours": "meshloom"}
+DENSE = ("qwen3_1.7b", "gemma3_1b")
+"""Recipes of models that torchtitan has as a Qwen3 (the second: its dims), with an untied head."""
+
+FULL = ["model.layer_types=[full]", "model.sliding_window=null", "model.rope_theta_sliding=null"]
+
+NAMES = {"titan": "torchtitan", "newer": "torchtitan 0.3.0", "ours": "meshloom", "full": "meshloom without windows"}
 
 
 def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
     """One run of one system, in processes of its own. cache: the folder of what either system compiles."""
-    output = cache / f"run-{number}"
+    output = cache / system / f"run-{number}"
     environment = {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(cache / system / "inductor"),
@@ -129,9 +146,9 @@ def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
         "PYTORCH_ALLOC_CONF": settings.allocator,
         "PYTHONUNBUFFERED": "1",
     }
-    profiled = bool(settings.profile) and number == settings.rounds - 1
-    if system == "ours":
-        command = our_command(settings, output, profiled=profiled)
+    profiled = bool(settings.profile) and number == settings.rounds - 1 and system == "ours"
+    if system in ("ours", "full"):
+        command = our_command(settings, output, FULL if system == "full" else [], profiled=profiled)
     else:
         command = their_command(settings) if system == "titan" else newer_command(settings)
     if system == "newer":
@@ -150,10 +167,10 @@ def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
         Path(settings.logs, f"{system}-{number}.log").write_text(f"{shlex.join(command)}\n{text}")
     if code:
         raise RuntimeError(f"{shlex.join(command)} ended with code {code}:\n{text[-4000:]}")
-    if system != "ours":
+    if system in ("titan", "newer"):
         measured = read_theirs(NAMES[system], lines)
     else:
-        measured = read_ours(output / "metrics.jsonl", first.seconds, settings)
+        measured = read_ours(NAMES[system], output / "metrics.jsonl", first.seconds, settings)
         for table in output.glob("profile/*.txt"):
             shutil.copy(table, Path(settings.logs, f"profile-{settings.model}.txt"))
     measured.clock, measured.power = clock, power
@@ -181,19 +198,28 @@ class FirstRow:
         self._thread.join()
 
 
-def our_command(settings: Settings, output: Path, *, profiled: bool) -> list[str]:
-    """Of `meshloom train`: a recipe on random tokens, which saves and evaluates nothing. profiled: two steps more."""
+def our_recipe(settings: Settings) -> list[str]:
+    """Of the model. A dense model of another family than Llama's is trained as Llama 1B is."""
+    if settings.model in MIXTURES:
+        mixture = MIXTURES[settings.model]
+        return ["recipe=moe_a1b", *mixture, "model.qk_norm=head", "model.norm_eps=1e-6", "model.rope_theta=1e6"]
+    if settings.model in DENSE:
+        return ["recipe=llama_1b", f"model={settings.model}", "model.tied=false"]
+    return [f"recipe=llama_{settings.model.lower()}"]
+
+
+def our_command(settings: Settings, output: Path, more: Sequence[str], *, profiled: bool) -> list[str]:
+    """Of `meshloom train`: a recipe on random tokens, which saves and evaluates nothing.
+
+    more: the last overrides; profiled: two steps more
+    """
     steps = settings.steps + WARM_UP + 2 * profiled
-    mixture = MIXTURES.get(settings.model)
-    shape = [f"recipe=llama_{settings.model.lower()}"]
-    if mixture is not None:
-        shape = ["recipe=moe_a1b", *mixture, "model.qk_norm=head", "model.norm_eps=1e-6", "model.rope_theta=1e6"]
-    work = [*shape, "data=synthetic", "data.seq_len=8192", f"launch.nproc={settings.gpus}"]
+    work = [*our_recipe(settings), "data=synthetic", "data.seq_len=8192", f"launch.nproc={settings.gpus}"]
     batch = [f"batch.samples={settings.batch * settings.gpus}", f"batch.micro={settings.batch}"]
     length = ["trainer.tokens=null", f"trainer.steps={steps}", "schedule.warmup=2"]
     without = ["trainer.eval_every=0", "checkpoint.every=0", "logging.progress=false", f"output_dir={output}"]
     profile = [f"trainer.profile_step={steps}"] if profiled else []
-    words = [*work, *batch, *length, *without, *profile, *shlex.split(settings.ours)]
+    words = [*work, *batch, *length, *without, *profile, *shlex.split(settings.ours), *more]
     if settings.balance == "forced":
         return [sys.executable, str(HERE / "balanced_train.py"), *words]
     return [sys.executable, "-m", "meshloom.launch.cli", "train", *words]
@@ -205,8 +231,9 @@ def their_command(settings: Settings) -> list[str]:
     steps = ["--training.steps", str(settings.steps + WARM_UP), "--metrics.log_freq", "4"]
     shape = ["--model.flavor", settings.model, "--training.local_batch_size", str(settings.batch)]
     fixed = ["--training.seq_len", "8192", "--compile.enable"]
-    if settings.model in MIXTURES:
+    if settings.model in (*MIXTURES, *DENSE):
         shape += ["--model.name", "qwen3"]
+    if settings.model in MIXTURES:
         fixed += ["--debug.moe_force_load_balance"] if settings.balance == "forced" else []
     return [*launcher, str(HERE / "torchtitan_synthetic.py"), *steps, *shape, *fixed, *shlex.split(settings.theirs)]
 
@@ -218,15 +245,13 @@ def newer_command(settings: Settings) -> list[str]:
     return [*launcher, *(f"{key}={value}" for key, value in work.items()), f"steps={settings.steps + WARM_UP}"]
 
 
-def read_ours(path: Path, first_step: float, settings: Settings) -> Measured:
+def read_ours(system: str, path: Path, first_step: float, settings: Settings) -> Measured:
     """From the run's metrics."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     rows = rows[: settings.steps + WARM_UP]
     rates = [row["tokens_per_second"] / settings.gpus for row in rows[WARM_UP:]]
     allocated, reserved = (rows[-1].get(key, math.nan) for key in ("memory_gib", "memory_reserved_gib"))
-    return Measured(
-        "meshloom", statistics.median(rates), min(rates), max(rates), allocated, reserved, first_step, rows[0]["loss"]
-    )
+    return Measured(system, statistics.median(rates), min(rates), max(rates), allocated, reserved, first_step, rows[0]["loss"])
 
 
 def read_theirs(system: str, lines: Sequence[tuple[float, str]]) -> Measured:
@@ -267,6 +292,25 @@ def _median(mine: Sequence[Measured]) -> Measured | None:
     return Measured(mine[0].system, rate, least, most, allocated, reserved, mine[0].first_step, mine[0].first_loss)
 
 
+def windows_line(settings: Settings, results: Sequence[Measured]) -> str:
+    """Our rate with windows over that without, beside the FLOPs of a token without over those with."""
+    own, full = (_median([each for each in results if each.system == NAMES[system]]) for system in ("ours", "full"))
+    if own is None or full is None:
+        return "windows: nothing to compare"
+    without, counted = _flops(settings, FULL), _flops(settings, [])
+    return (
+        f"windows: {own.rate / full.rate:.3f} × the rate of full attention; "
+        f"FLOPs of a token {without / 1e9:.3f} and {counted / 1e9:.3f} G, {without / counted:.3f} ×"
+    )
+
+
+def _flops(settings: Settings, more: Sequence[str]) -> float:
+    """Count the FLOPs of a token, forward and backward, with the half of attention that is not masked."""
+    model = compose_config([*our_recipe(settings), *shlex.split(settings.ours), *more])[0].model
+    assert isinstance(model, DecoderConfig)
+    return 3 * (sum(layer_flops(block, 8192) for block in model.blocks()) + head_flops(model))
+
+
 def main() -> None:
     """Run the systems in turns and print."""
     settings = read(Settings(), sys.argv[1:])
@@ -282,6 +326,8 @@ def main() -> None:
                     continue
                 print(json.dumps(dataclasses.asdict(results[-1])), flush=True)
     print(row(settings, results))
+    if "full" in systems:
+        print(windows_line(settings, results))
 
 
 if __name__ == "__main__":

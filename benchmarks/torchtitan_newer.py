@@ -29,11 +29,15 @@ from arguments import read
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 VOCABULARY, LENGTH, BATCHES = 128_256, 8192, 4
+QWEN3 = {"dim": 2048, "layers": 28, "heads": 16, "kv_heads": 8, "head_dim": 128, "ffn_dim": 6144, "vocabulary": 151_936}
+GEMMA3 = {"dim": 1152, "layers": 26, "heads": 4, "kv_heads": 1, "head_dim": 256, "ffn_dim": 6912, "vocabulary": 262_144}
+DENSE = {"qwen3_1.7b": QWEN3, "gemma3_1b": GEMMA3}
+"""Recipe → the shape of a dense Qwen3."""
 
 
 @dataclasses.dataclass
 class Settings:
-    """One run. model: 1B, or a mixture, moe_a or moe_b. balance: routed or forced."""
+    """One run. model: 1B, a mixture, moe_a or moe_b, or a dense Qwen3 (`DENSE`). balance: of a mixture, routed or forced."""
 
     model: str = "moe_a"
     batch: int = 4
@@ -92,7 +96,8 @@ class RandomTokens(BaseDataLoader):
     def __init__(self, config: Config, **named: Any) -> None:
         size = named["local_batch_size"]
         draw = torch.Generator().manual_seed(0)
-        self._batches = [torch.randint(0, VOCABULARY, (size, LENGTH + 1), generator=draw) for _ in range(BATCHES)]
+        vocabulary = named["tokenizer"].get_vocab_size()
+        self._batches = [torch.randint(0, vocabulary, (size, LENGTH + 1), generator=draw) for _ in range(BATCHES)]
         self._positions = torch.arange(LENGTH).expand(size, LENGTH).contiguous().pin_memory()
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
@@ -109,14 +114,16 @@ class RandomTokens(BaseDataLoader):
 
 
 class NoTokenizer(BaseTokenizer):
-    """Random tokens need none."""
+    """Random tokens need none but its size."""
 
     @dataclasses.dataclass(kw_only=True, slots=True)
     class Config(BaseTokenizer.Config):
-        """It has no key."""
+        """vocabulary: of the random tokens."""
 
-    def __init__(self, config: Any = None, **_named: Any) -> None:
-        self.eos_id = 0
+        vocabulary: int = VOCABULARY
+
+    def __init__(self, config: Any, **_named: Any) -> None:
+        self.eos_id, self._vocabulary = 0, config.vocabulary
 
     def encode(self, *_own: Any, **_named: Any) -> list[int]:
         """Nothing is encoded."""
@@ -128,7 +135,7 @@ class NoTokenizer(BaseTokenizer):
 
     def get_vocab_size(self) -> int:
         """Return the number of random tokens."""
-        return VOCABULARY
+        return self._vocabulary
 
 
 class Peaks:
@@ -168,6 +175,8 @@ def spec_of(model: str) -> Any:
         spec.model.enable_weight_tying = False
         spec.model.tok_embeddings.param_init = llama3._EMBEDDING_INIT
         return spec
+    if model in DENSE:
+        return dense_spec(**DENSE[model])
     count, top_k, width = {"moe_a": (32, 4, 1024), "moe_b": (64, 8, 512)}[model]
     spec = qwen3.model_registry("30B-A3B", attn_backend="varlen")
     spec.model.vocab_size = spec.model.tok_embeddings.num_embeddings = spec.model.lm_head.out_features = VOCABULARY
@@ -187,13 +196,34 @@ def spec_of(model: str) -> Any:
     return spec
 
 
+def dense_spec(dim: int, layers: int, heads: int, kv_heads: int, head_dim: int, ffn_dim: int, vocabulary: int) -> Any:
+    """Return the spec of a Qwen3 of this shape, whose head has weights of its own."""
+    spec = qwen3.model_registry("8B", attn_backend="varlen")  # the smallest with such a head
+    model = spec.model
+    model.dim = model.norm.normalized_shape = model.tok_embeddings.embedding_dim = model.lm_head.in_features = dim
+    model.vocab_size = model.tok_embeddings.num_embeddings = model.lm_head.out_features = vocabulary
+    model.layers = qwen3._build_qwen3_layers(
+        n_layers=layers,
+        dim=dim,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        head_dim=head_dim,
+        hidden_dim=ffn_dim,
+        attn_backend="varlen",
+        rope=qwen3.CosSinRoPE.Config(dim=head_dim, max_seq_len=LENGTH, theta=1e6),
+    )
+    return spec
+
+
 def main() -> None:
     """Train, and print the peaks of memory."""
     settings = read(Settings(), sys.argv[1:])
+    spec = spec_of(settings.model)
+    vocabulary = spec.model.vocab_size
     attention.VarlenAttention.__init__, attention.VarlenAttention.forward = _begin, _attend
     config = Trainer.Config(
-        model_spec=spec_of(settings.model),
-        tokenizer=NoTokenizer.Config(),
+        model_spec=spec,
+        tokenizer=NoTokenizer.Config(vocabulary=vocabulary),
         dataloader=RandomTokens.Config(),
         optimizer=default_adamw(lr=3e-4),
         lr_scheduler=LRSchedulersContainer.Config(warmup_steps=2),
@@ -201,7 +231,7 @@ def main() -> None:
         training=TrainingConfig(
             local_batch_size=settings.batch, seq_len=LENGTH, steps=settings.steps, disable_cuda_graphs=True
         ),
-        loss=CrossEntropyLoss.Config(global_vocab_size=VOCABULARY),
+        loss=CrossEntropyLoss.Config(global_vocab_size=vocabulary),
         checkpoint=CheckpointManager.Config(enable=False),
         compile=CompileConfig(enable=True),
         parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),

@@ -7,6 +7,9 @@
 A mixture of experts, of shape A or B of docs/performance_experts.md: --model.name qwen3 --model.flavor moe_a (or moe_b), and
 --debug.moe_force_load_balance for a forced balance.
 
+A dense Qwen3 with an untied head, of the dims of a recipe: --model.name qwen3 --model.flavor qwen3_1.7b (or gemma3_1b, the
+nearest that torchtitan has to Gemma 3: it has SwiGLU, two norms a block, and full attention in every layer).
+
 It needs the packages torchtitan==0.2.2, torchdata, tyro and datasets, and torchao for float8:
 
     --model.converters quantize.linear.float8 --quantize.linear.float8.enable_fsdp_float8_all_gather \
@@ -53,6 +56,13 @@ for name, (count, top_k, width) in {"moe_a": (32, 4, 1024), "moe_b": (64, 8, 512
         moe_args=MoEArgs(score_before_experts=False, **choice),
     )
 
+qwen3_args["qwen3_1.7b"] = Qwen3ModelArgs(
+    dim=2048, n_layers=28, n_heads=16, n_kv_heads=8, head_dim=128, hidden_dim=6144, vocab_size=151_936
+)
+qwen3_args["gemma3_1b"] = Qwen3ModelArgs(
+    dim=1152, n_layers=26, n_heads=4, n_kv_heads=1, head_dim=256, hidden_dim=6912, vocab_size=262_144
+)
+
 original_spec = train_spec.get_train_spec
 
 
@@ -65,7 +75,8 @@ class RandomTokens:
     def __init__(self, dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: Any) -> None:
         shape = (job_config.training.local_batch_size, job_config.training.seq_len + 1)
         draw = torch.Generator().manual_seed(dp_rank)
-        drawn = [torch.randint(0, VOCABULARY, shape, generator=draw) for _ in range(BATCHES)]
+        vocabulary = synthetic(job_config.model.name).model_args[job_config.model.flavor].vocab_size
+        drawn = [torch.randint(0, vocabulary, shape, generator=draw) for _ in range(BATCHES)]
         self._batches = [
             (tokens[:, :-1].contiguous().pin_memory(), tokens[:, 1:].contiguous().pin_memory()) for tokens in drawn
         ]
