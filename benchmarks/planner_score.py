@@ -3,6 +3,7 @@
     python benchmarks/planner_score.py                  every table
     python benchmarks/planner_score.py megascale -v     one of them, row by row; -p: with the parts of each step
     python benchmarks/planner_score.py pairs=5          with five random pairs of rows instead of the fixed one
+    python benchmarks/planner_score.py rows=rows.json   the rows that planner_rows.py measured on a GPU: time and memory
 
 Of each table two rows calibrate one rate (`cluster.rates.speed`), and the others are scored; a constant MFU from the same two
 rows stands beside. The rows that calibrate stand at one and at two thirds of the file's order. The error is
@@ -12,27 +13,32 @@ of tokens/s: |predicted / published − 1|. `planner/published.csv` has the rows
 from __future__ import annotations
 
 import csv
+import json
 import math
 import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meshloom.models.config import DecoderConfig
 from meshloom.models.costs import flops_per_token
 from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.layout import Layout
-from meshloom.planner.cluster import ClusterConfig, load_cluster
+from meshloom.planner.cluster import ClusterConfig, Rates, load_cluster, recipes
 from meshloom.planner.cost import layout_cost
 from meshloom.planner.engines import engine_cost
 from meshloom.planner.memory import Job, optimizer_bytes
+from meshloom.planner.offload import OffloadAccount
 from meshloom.planner.parameters import decoder_inventory
 from meshloom.planner.software import COMPILED, EAGER, Software
 from meshloom.planner.step_time import Step, StepTime, step_time
+
+if TYPE_CHECKING:
+    import planner_rows
 
 HERE = Path(__file__).parent / "planner"
 
@@ -178,6 +184,62 @@ def measured() -> list[Row]:
     return found
 
 
+def score_own(path: Path) -> None:
+    """Score rows of `planner_rows.py`: every second one fits the speed, the others are scored; memory of all of them."""
+    import planner_rows
+
+    told = json.loads(path.read_text())
+    words = {name: value for name, value in told["cluster"].items() if name not in ("rates", "nics", "islands")}
+    calibrated = replace(ClusterConfig(**words), rates=Rates(**told["cluster"]["rates"]))
+    sheet = next((name for name in recipes() if name.upper() in calibrated.gpu.upper()), "h100")
+    names = [field.name for field in fields(planner_rows.Work)]
+    measured = [row for row in told["rows"] if "failed" not in row]
+    for row in told["rows"]:
+        if "failed" in row:
+            print(f"failed: {row['model']} {row['seq']}: {row['failed']}")
+    for label, base in (("as calibrated", calibrated), ("data sheet", load_cluster([f"cluster={sheet}"]))):
+        rows: list[Row] = []
+        for values in measured:
+            work = planner_rows.Work(**{name: values[name] for name in names})
+            step = own_step(work, planner_rows.shape_of(work), bool(values["fused"]), base)
+            name = " ".join(str(values[key]) for key in names)
+            rows.append(Row((name,), step, values["tokens_per_s_gpu"], name, work.micro * work.many * work.seq))
+        used, scored = rows[::2], rows[1::2]
+        speed = fitted(used)
+        found: list[tuple[str, float]] = [(f"{label}, one speed fitted to every second row", speed)]
+        if base is calibrated:
+            found.append((f"{label}, nothing fitted", base.rates.speed))
+        for how, used_speed in found:
+            off = [row.rate(used_speed) / row.published - 1 for row in scored]
+            print(f"{how} ({used_speed:.3f}): {len(scored)} rows, median p90 worst {spread(off)}")
+        constant = math.exp(sum(math.log(row.published * row.flops_per_token()) for row in used) / len(used))
+        off = [constant / row.flops_per_token() / row.published - 1 for row in scored]
+        print(f"constant MFU from the same rows: {spread(off)}")
+        for at, row in enumerate(rows):
+            mark = "fit  " if at % 2 == 0 else "score"
+            values = measured[at]
+            line = f"  {mark} {row.name:<52} {row.published:9.0f} {row.rate(speed) / row.published - 1:+7.1%}"
+            if "allocated_gib" in values:
+                planned = row.step(1.0).cost.ranks[0].total / 2**30
+                line += f"   {values['allocated_gib']:6.1f} GiB {planned / values['allocated_gib'] - 1:+7.1%}"
+            print(line)
+
+
+def own_step(work: planner_rows.Work, model: DecoderConfig, fused: bool, base: ClusterConfig) -> Callable[[float], Step]:
+    """Return speed → the step of a measured work, on one GPU."""
+    parallel, layout = ParallelConfig(zero=1), Layout()
+    job = Job(
+        work.seq, work.micro, work.many, "bf16", [work.policy] * work.layers, work.compile, fused=fused, float8=work.float8
+    )
+    optimizer = optimizer_bytes(AdamWConfig())
+    assert optimizer is not None
+    cost = layout_cost(decoder_inventory(model), parallel, layout, job, optimizer)
+    return lambda speed: Step(
+        model, parallel, layout, job, cost, OffloadAccount(),
+        replace(base, gpus=1, rates=replace(base.rates, speed=speed)),
+    )  # fmt: skip
+
+
 def fitted(rows: Sequence[Row]) -> float:
     """Find the speed with which the mean logarithmic error of these rows is 0."""
     low, high = 0.05, 4.0
@@ -204,7 +266,7 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
 
 
-def told(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     """Word median, p90 and worst."""
     sizes = [abs(value) for value in values]
     return f"{median(sizes):6.1%} {quantile(sizes, 0.9):6.1%} {max(sizes):6.1%}"
@@ -231,11 +293,15 @@ def score_pairs(names: Sequence[str], count: int) -> None:
             _, mine, constant = errors(rows, draw.sample(rows, 2))
             ours += mine
             theirs += constant
-    print(f"{count} random pairs of rows a table, {len(ours)} errors: model {told(ours)}, constant MFU {told(theirs)}")
+    print(f"{count} random pairs of rows a table, {len(ours)} errors: model {spread(ours)}, constant MFU {spread(theirs)}")
 
 
 def main(argv: Sequence[str]) -> None:
     """Print the scores of all tables, or of those named."""
+    own = next((word.partition("=")[2] for word in argv if word.startswith("rows=")), None)
+    if own is not None:
+        score_own(Path(own))
+        return
     names = [word for word in argv if not word.startswith(("-", "pairs="))]
     pairs = next((int(word.partition("=")[2]) for word in argv if word.startswith("pairs=")), 0)
     if pairs:
@@ -253,7 +319,8 @@ def main(argv: Sequence[str]) -> None:
         used = rows[::2] if table == "measured" else [rows[len(rows) // 3], rows[2 * len(rows) // 3]]
         speed, ours, theirs = errors(rows, used)
         print(
-            f"{table + (' (apart)' if table in APART else ''):<22}{len(ours):>4} {speed:6.3f}   {told(ours)}   {told(theirs)}"
+            f"{table + (' (apart)' if table in APART else ''):<22}{len(ours):>4} {speed:6.3f}   "
+            f"{spread(ours)}   {spread(theirs)}"
         )
         if table not in (*APART, "measured"):
             every += ours
@@ -272,7 +339,7 @@ def main(argv: Sequence[str]) -> None:
         near = sum(each <= 0.05 for each in behind)
         print(f"of {len(behind)} works in several layouts the predicted best is within 5 % of the best for {near}")
     if every:
-        print(f"{'published, all':<22}{len(every):>4}          {told(every)}   {told(other)}")
+        print(f"{'published, all':<22}{len(every):>4}          {spread(every)}   {spread(other)}")
 
 
 if __name__ == "__main__":

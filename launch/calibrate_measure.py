@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +15,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ..kernels.attention import CausalAttention
+from ..kernels.attention_blocks import Kernel
+from ..kernels.attention_timing import KERNELS, Shape, fastest, seconds, unsupported_reason
 from ..kernels.documents import Documents
-from ..models.block import Block
+from ..models.block import Block, BlockKernels
 from ..models.config import DecoderConfig
 from ..models.rotary import rotary_table
 from ..parallel.config import ParallelConfig
@@ -28,6 +31,8 @@ from ..planner.network import group_of
 from ..planner.software import COMPILED, EAGER
 
 REPEATS = 5
+LENGTH = 8192
+"""Positions at which attention kernels are compared."""
 WARM_UP = 2
 
 
@@ -91,6 +96,7 @@ class Bench:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self._cluster = cluster
         self.found = Measured(self.precision)
+        self._chosen: dict[int, Kernel] = {}
 
     def parts(self) -> Parts:
         """Yield each measurement with its name, to be called in order."""
@@ -135,7 +141,7 @@ class Bench:
     def _attention(self, width: int, length: int, documents: int) -> None:
         rows, heads = max(1, self.sizes.attention_tokens // length), self.sizes.heads
         q, k, v = (self._random(rows, length, heads, width, grad=True) for _ in range(3))
-        attend, packed, part = CausalAttention(), None, length // documents
+        attend, packed, part = CausalAttention(self._kernel(heads, width)), None, length // documents
         if documents > 1:
             packed = Documents.of((torch.arange(length) // part).expand(rows, length).contiguous()).to(self.device)
         forward = self.seconds(lambda: attend(q, k, v, packed))
@@ -147,6 +153,18 @@ class Bench:
         flops = 2.0 * rows * length * heads * width * part  # the causal half of 4 · width · keys
         self.found.attention.append(Attention(flops, width, part, False, forward))
         self.found.attention.append(Attention(flops, width, part, True, max(both - forward, 0.1 * both)))
+
+    def _kernel(self, heads: int, width: int) -> Kernel:
+        """Choose the kernel that runs choose: the fastest at this head width."""
+        shape = Shape(LENGTH, heads, heads, width)
+        if self.device.type != "cuda":
+            return "cudnn"
+        if width not in self._chosen:
+            usable = [kernel for kernel in KERNELS if unsupported_reason(kernel, shape, self.device) is None]
+            self._chosen[width] = fastest(
+                {kernel: seconds(kernel, shape, self.device) if kernel in usable else math.inf for kernel in KERNELS}
+            )
+        return self._chosen[width]
 
     def _copy(self, size: int) -> None:
         source = torch.zeros(size // 4, device=self.device)
@@ -168,6 +186,7 @@ class Bench:
         )  # fmt: skip
         config = shape.block(0)
         block = Block(config).to(self.device, self.dtype)
+        block.use_kernels(BlockKernels(CausalAttention(self._kernel(shape.heads, self.width))))
         if compiled:
             block.compile()
         length = min(tokens, 8192)
