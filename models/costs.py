@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ..config.precision import PRECISIONS
 from ..kernels.limits import LOSS_CHUNK
 from .config import DecoderConfig
+from .mixture.config import MixtureConfig
 from .part_config import BlockConfig
 
 FLOPS_PER_BYTE = 165.0
@@ -77,7 +78,9 @@ def layer_flops(block: BlockConfig, seq_len: int) -> float:
 
 def recomputed_flops(block: BlockConfig, policy: str, seq_len: int) -> float:
     """Count the FLOPs per token that a block's backward pass spends on computing activations again."""
-    return {"full": layer_flops(block, seq_len), "selective": 2.0 * block.ffn.dim * block.ffn.ffn_dim}.get(policy, 0.0)
+    if policy == "full":
+        return layer_flops(block, seq_len)
+    return 2.0 * block.ffn.recomputed_matrices(policy)
 
 
 def head_flops(config: DecoderConfig) -> float:
@@ -105,33 +108,39 @@ def block_bytes(block: BlockConfig, work: ForwardPass, policy: str) -> int:
     Norms of queries and keys keep their inputs, too, and norms after a part that part's output, D/s. An activation other than
     silu keeps as much, biases nothing; sinks keep nothing besides the log-sum-exp, nor does a window.
 
-    A mixture of experts has F of the experts that a token passes, and besides keeps the copies of a token for them. Its
-    products are not compiled.
+    A mixture of experts has F of the experts that a token passes, and keeps more (`MixtureConfig.kept_beside`). Its products
+    are not compiled.
 
     Selective checkpointing keeps the block's input, q, k, v, attention's output and its projection, and one of the gate's two
-    factors.
+    factors; of a mixture instead the router's logits and its choice.
     """
     unit, accum = PRECISIONS[work.precision].bytes, PRECISIONS[work.precision].accum_bytes
     attention, dim, ffn = block.attention, block.attention.dim, block.ffn.ffn_dim / work.tp
     stream = dim / work.stream_cut
     heads = attention.kept(work.tp)
     log_sums = accum * attention.heads / work.tp
+    beside = block.ffn.kept_beside(policy, unit, accum)
+    if isinstance(block.ffn, MixtureConfig):
+        beside /= work.stream_cut  # whose tokens are cut
     if policy == "full":
-        per_token = unit * stream
+        per_token = unit * stream + beside
     elif policy == "offload":
         per_token = 0.0
     elif policy == "selective":
-        per_token = unit * (stream + heads + dim + ffn) + log_sums
+        gate = 0 if isinstance(block.ffn, MixtureConfig) else ffn
+        per_token = unit * (stream + heads + dim + gate) + log_sums + beside
     else:
         wide = 2 if work.fused_swiglu and block.ffn.is_plain_swiglu else 3 if work.compiled and not block.ffn.dispatched else 4
         before, after = 2 * block.norms_before, 2 * block.norms_after
         # Without norms before, products read the stream itself, or what is gathered of it.
-        reads = 2 * dim if block.norms_before or work.stream_cut > 1 else 0
+        apart = block.norms_before or work.stream_cut > 1
+        reads = dim if apart else 0
+        if not apart and not isinstance(block.ffn, MixtureConfig):
+            beside = 0.0
         normed = attention.kept_normed(work.tp)
         moments = (before + after) / work.stream_cut + attention.normed_rows / work.tp
-        sent = block.ffn.dispatched / work.stream_cut
-        elements = (2 + after) * stream + reads + heads + normed + wide * ffn + sent
-        per_token = unit * elements + log_sums + accum * moments
+        elements = (2 + after) * stream + reads + heads + normed + wide * ffn
+        per_token = unit * elements + log_sums + accum * moments + beside
     return round(work.tokens * per_token)
 
 

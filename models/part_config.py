@@ -226,6 +226,17 @@ class FeedForwardConfig:
         """Count the elements of copies of a token made for its experts: none."""
         return 0
 
+    def kept_beside(self, policy: str, unit: int, accum: int) -> float:
+        """Count the bytes per token that it keeps for its backward pass beside its inner width's, under an activation policy.
+
+        unit, accum: bytes of an element that is computed with, and of one that is added up. Here they are of its input.
+        """
+        return unit * self.dim if policy == "none" else 0.0
+
+    def recomputed_matrices(self, policy: str) -> int:
+        """Count the elements of the matrices that a token is multiplied with again in the backward pass."""
+        return {"full": self.active_matrices, "selective": self.dim * self.ffn_dim}.get(policy, 0)
+
     @property
     def vectors(self) -> int:
         """Count the other parameters."""

@@ -232,7 +232,7 @@ def _recomputation(block: BlockConfig, work: BlockWork, kernels: Kernels, forwar
         return forward.get("attention", 0.0)
     if work.software.selective == "products":
         return forward["products"] / 2 + forward["pointwise"]
-    if isinstance(block.ffn, MixtureConfig):
-        return forward["experts"] / 3 + forward["pointwise"]
+    if isinstance(block.ffn, MixtureConfig):  # all of its products, since outputs are read for the gates' gradient
+        return forward["experts"] + forward["pointwise"] + forward.get("expert exchange", 0.0)
     product = kernels.float8_product if work.float8 else kernels.product
     return product(work.tokens, block.ffn.ffn_dim / work.parallel.tp, block.ffn.dim) + forward["pointwise"]

@@ -86,6 +86,10 @@ class ExpertsConfig:
             yield Problem(f"{key}.top_groups", text, f"raise it, or lower {key}.top_k")
 
 
+INDEX = 8
+"""Bytes of an index of a token or an expert."""
+
+
 @dataclass(frozen=True)
 class MixtureConfig:
     """One layer's mixture of experts, its router included.
@@ -151,6 +155,35 @@ class MixtureConfig:
     def is_plain_swiglu(self) -> bool:
         """False: kernels don't fuse its products."""
         return False
+
+    def kept_beside(self, policy: str, unit: int, accum: int) -> float:
+        """Count the bytes per token that it keeps for its backward pass beside its experts' inner width.
+
+        unit, accum: bytes of an element that is computed with, and of one that is added up
+
+        Every policy keeps the choice, selective checkpointing also the router's logits. Where all is kept, that is the router's
+        input as the router takes it, scores and their sum; of each chosen expert the probability, the gate twice and the places
+        in both orders of tokens; copies of the token, and outputs, which are weighted in the precision of the gates.
+        """
+        keys, choice = self.keys, INDEX * self.keys.top_k
+        if policy == "full":
+            return choice
+        if policy == "selective":
+            return choice + accum * keys.count
+        if policy != "none":
+            return 0.0
+        inputs = accum * self.dim + (unit * self.dim if keys.shared and unit != accum else 0)
+        routing = accum * (keys.count + 1) + keys.top_k * (2 * accum + 2 * INDEX) + choice
+        return inputs + routing + keys.top_k * self.dim * (unit + accum)
+
+    def recomputed_matrices(self, policy: str) -> int:
+        """Count the elements of the matrices that a token is multiplied with again in the backward pass.
+
+        Selective checkpointing keeps the router's product, and computes all of the experts' again: outputs are read for gates.
+        """
+        if policy == "selective":
+            return (self.keys.top_k + self.keys.shared) * self.expert.matrices
+        return self.active_matrices if policy == "full" else 0
 
     @property
     def can_fuse(self) -> bool:

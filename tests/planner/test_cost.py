@@ -12,6 +12,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import assume, given, settings
+from torch.profiler import ProfilerActivity, profile
 
 from meshloom.data.assignment import Assigner
 from meshloom.kernels.swiglu import FusedSwiglu
@@ -184,6 +185,38 @@ def test_what_a_block_keeps_is_what_autograd_keeps(parts: str, policy: str) -> N
     normed = sum(module.config.width * each_head.get(name, 1) for name, module in norms.items())
     on_cpu = tokens.numel() * normed * 4 if policy == "none" else 0
     assert per_block - on_cpu == block_bytes(block, ForwardPass(tokens.numel(), "fp32"), policy)
+
+
+MIXTURE = {"dim": 128, "heads": 8, "kv_heads": 4, "ffn_dim": 352, "vocabulary": 500}
+
+
+def live_bytes(model: Decoder, tokens: torch.Tensor) -> int:
+    """Return the bytes that a forward pass leaves allocated, by PyTorch's own account."""
+    model(tokens, tokens)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept_alive = model(tokens, tokens)
+    del kept_alive
+    return sum(event.self_cpu_memory_usage for event in profiler.events())
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_what_a_mixture_keeps_is_what_stays_allocated(policy: str, shared: int) -> None:
+    """A dense block of the same attention is taken away, and with it what norms keep on the CPU alone."""
+    tokens = torch.randint(0, 500, (2, 64))
+    for dtype, precision in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        sizes: list[float] = []
+        planned: list[float] = []
+        for experts in ({}, {"experts": {"count": 8, "top_k": 2, "ffn_dim": 64, "shared": shared}}):
+            models = [decoder(**MIXTURE, **experts, layers=layers).to(dtype) for layers in (2, 3)]
+            for model in models:
+                apply_policies(list(model.layers.values()), [policy] * model.config.layers)
+            sizes.append(live_bytes(models[1], tokens) - live_bytes(models[0], tokens))
+            planned.append(block_bytes(models[0].config.block(0), ForwardPass(tokens.numel(), precision), policy))
+        measured, expected = ((pair[1] - pair[0]) / tokens.numel() for pair in (sizes, planned))
+        # Beside its tokens a block keeps where each expert's rows end, for three products, and in bf16 the router in fp32.
+        own = (3 * 8 * 4 + (8 * 128 * 4 if dtype == torch.bfloat16 else 0)) / tokens.numel() if policy == "none" else 0.0
+        assert measured - own == pytest.approx(expected, abs=0.01), (precision, policy)
 
 
 def test_what_a_compiled_block_keeps_is_what_the_compiler_keeps() -> None:
