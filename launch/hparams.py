@@ -44,7 +44,7 @@ NOTES = """
   seq_len   positions of a sequence; null: the recipe's
   batch     global batch in sequences; null: what the step law gives
   loss      the loss to be reached, in nats per token; null: what Chinchilla's law predicts
-  multiple  batches are rounded to multiples of this; null: of 8 and the recipe's batch.micro
+  multiple  batches are rounded to multiples of this; null: of 8 and the recipe's batch.micro, if that is a number
   mup_base  width at which muP's hyper-parameters were tuned"""
 
 
@@ -126,7 +126,8 @@ def recommend(arguments: HparamsArguments) -> Recommendation:
     sized = replace(shape, vocabulary=shape.vocabulary or config.data.known_vocabulary or 1)
     total = parameter_count(sized)
     seq_len = arguments.seq_len or config.data.seq_len
-    multiple = arguments.multiple or math.lcm(8, config.batch.micro)
+    micro = config.batch.micro
+    multiple = arguments.multiple or math.lcm(8, micro if isinstance(micro, int) else 1)
     loss = arguments.loss or laws.chinchilla_loss(total, tokens)
     step_batch = laws.automatic_batch("step_law", tokens, seq_len, multiple)
     batch = arguments.batch or step_batch
@@ -149,7 +150,7 @@ def recommend(arguments: HparamsArguments) -> Recommendation:
     mup = MuP.of(shape.dim, arguments.mup_base)
     return Recommendation(
         base=base,
-        setting=f"precision={config.precision} batch.micro={config.batch.micro} data={config.data.name}",
+        setting=f"precision={config.precision} batch.micro={micro} data={config.data.name}",
         parameters=total,
         active=parameter_count(sized, active=True),
         hidden=hidden,

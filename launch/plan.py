@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError([Problem("cluster", "times are of a cluster, and none is chosen", fix)])
         if cluster is not None and arguments.against is not None:
             return show_against(arguments.against, cluster, arguments)
-        resolved = resolve_plan(words, arguments.config_dir)
+        resolved = resolve_plan(words, arguments.config_dir, cluster)
         if arguments.best:
             resolved = without_searched(resolved, words)
         resolved.refuse()
@@ -105,7 +105,7 @@ def show_best(resolved: ResolvedRun, words: Sequence[str], cluster: ClusterConfi
     from ..planner.time_tables import parts_table
     from .plan_best import best_as_dict, best_layouts, best_table, memory_table, reasons, train_line
 
-    best = best_layouts(resolved.config, words, cluster, arguments.best, arguments.documents)
+    best = best_layouts(resolved, words, cluster, arguments.best, arguments.documents)
     words = [*([f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []), *words]
     if arguments.json:
         print(json.dumps(best_as_dict(best, words), indent=2))

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..config.problems import ConfigError, Problem
 from ..data.assignment import Assigner
+from ..optim.batch.config import FITTED
 from ..parallel.config import ParallelConfig
 from ..parallel.deepspeed.config import deepspeed_problems
 from ..parallel.layout import Layout, layout_problems
@@ -22,13 +23,14 @@ from ..planner.prediction import KINDS
 from ..planner.search import KEYS, Candidate, Question, Settings, difference, limit_of, search, smallest_cluster
 from ..planner.tables import gib, right
 from ..planner.time_tables import duration, seconds
+from ..trainer.costs import assigner_of, inventory_of, job_of, optimizer_of, run_tokens
 from ..trainer.launching import planned_processes
 from ..trainer.relations import layout_work
+from ..trainer.resolve import ResolvedRun
 from ..trainer.schema import RunConfig
 from ..trainer.typed import replace_keys, value_of
 from ..trainer.validate import checked_config
-from .plan_cluster import run_tokens
-from .planning import assigner_of, inventory_of, job_of, needs_building, optimizer_of, time_caveats
+from .planning import needs_building, time_caveats
 from .typed_words import given_keys, micro_is_fixed
 
 MORE = 4
@@ -55,16 +57,19 @@ class Best:
 
 
 def best_layouts(
-    config: RunConfig, overrides: Sequence[str], cluster: ClusterConfig, most: int, length: float | None = None
+    resolved: ResolvedRun, overrides: Sequence[str], cluster: ClusterConfig, most: int, length: float | None = None
 ) -> Best:
     """Search the layouts of a checked run on a cluster.
+
+    Keys that the run leaves to a plan are searched and told, whatever the plan of the run as written found for them.
 
     Raises ConfigError where nothing fits, with what is in the way, and where the trainer refuses all that fit, with the
     problems of the fastest.
     """
+    config, fitted = resolved.config, resolved.fitted
     cluster = replace(cluster, gpus=planned_processes(config.launch))
     given = {key: value_of(config, key) for key in KEYS}
-    typed = given_keys(overrides)
+    typed = given_keys(overrides) - set(fitted)
     fixed = {key: value for key, value in given.items() if key in typed}
     notes = [f"{', '.join(sorted(fixed))} as typed"] if fixed else []
     notes += time_caveats(config)
@@ -79,7 +84,7 @@ def best_layouts(
     legal = [one for one, problems in checked if not problems][:most]
     if not legal:
         raise ConfigError(checked[0][1])
-    return Best(config, given, legal, found.planned, notes)
+    return Best(config, {**given, **dict.fromkeys(fitted, FITTED)}, legal, found.planned, notes)
 
 
 def _question(config: RunConfig, cluster: ClusterConfig, fixed: dict[str, Any], length: float | None) -> Question:

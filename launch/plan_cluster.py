@@ -8,7 +8,7 @@ from ..config.problems import ConfigError, Problem
 from ..planner.cluster import ClusterConfig, is_cluster_word, load_cluster
 from ..planner.prediction import Prediction
 from ..planner.step_time import Step
-from ..trainer.derived import run_length
+from ..trainer.costs import run_tokens
 from ..trainer.launching import planned_processes
 from ..trainer.schema import RunConfig
 from .planning import Plan
@@ -48,12 +48,3 @@ def predict(plan: Plan, config: RunConfig, cluster: ClusterConfig, length: float
     """Predict what a planned run costs on a cluster. length: mean tokens of a document that attention stays inside."""
     step = Step(plan.model.shape, plan.parallel, plan.layout, plan.job, plan.cost, plan.away, cluster, length)
     return Prediction(step, plan.samples, run_tokens(config))
-
-
-def run_tokens(config: RunConfig) -> float:
-    """Return the tokens of the whole run, with the batch that it begins with."""
-    if config.trainer.tokens is not None:
-        return config.trainer.tokens
-    samples = config.batch.samples
-    assert isinstance(samples, int)
-    return run_length(config.trainer).value * samples * config.data.seq_len

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..config.nodes import Custom
-from ..config.precision import PRECISIONS
 from ..config.problems import ConfigError, Problem
-from ..data.assignment import Assigner
 from ..models.config import DecoderConfig
 from ..optim.build import build_controller
 from ..optim.optimizers.matrix_config import MatrixOptimConfig
 from ..optim.progress import Progress
 from ..parallel.config import ParallelConfig
-from ..parallel.division import divide_blocks
 from ..parallel.layout import Layout
-from ..parallel.pipeline.stages import legal_micro_batches
-from ..parallel.policies import ActivationSettings, fused_swiglu_blocker
+from ..parallel.policies import fused_swiglu_blocker
 from ..planner.checkpoint_needs import CheckpointNeeds, checkpoint_needs, describe_needs
-from ..planner.cost import LayoutCost, drawn, layout_cost
-from ..planner.engines import engine_cost
-from ..planner.memory import Job, OptimizerBytes, optimizer_bytes
+from ..planner.cluster import ClusterConfig
+from ..planner.cost import LayoutCost, drawn
+from ..planner.memory import Job
 from ..planner.offload import OffloadAccount, describe
-from ..planner.parameters import Inventory, decoder_inventory
+from ..planner.parameters import Inventory
 from ..planner.search import KEYS
 from ..trainer.blanks import blank_notice
+from ..trainer.costs import assigner_of, costs_of, inventory_of, job_of, optimizer_of
 from ..trainer.derived import build_horizon
 from ..trainer.launching import planned_processes
+from ..trainer.machine_gpus import planned_machine
 from ..trainer.resolve import ResolvedRun, ResolveOptions, resolve
 from ..trainer.schema import RunConfig
 from ..trainer.validate import checked_config
@@ -62,10 +59,17 @@ class Plan:
         return max(rank.total for rank in self.cost.ranks)
 
 
-def resolve_plan(overrides: Sequence[str], config_dir: str | None = None) -> ResolvedRun:
-    """Resolve a command line as a plan does: data may lie elsewhere, and nothing is resumed. Does not refuse its problems."""
+def resolve_plan(overrides: Sequence[str], config_dir: str | None = None, cluster: ClusterConfig | None = None) -> ResolvedRun:
+    """Resolve a command line as a plan does: data may lie elsewhere, and nothing is resumed. Does not refuse its problems.
+
+    cluster: the machines to which automatic values are fitted; None: this machine's GPUs, or else H100s
+    """
     options = ResolveOptions(
-        lambda config: planned_processes(config.launch), resumes=False, data_elsewhere=True, builds=needs_building
+        lambda config: planned_processes(config.launch),
+        resumes=False,
+        data_elsewhere=True,
+        builds=needs_building,
+        machine=planned_machine if cluster is None else lambda _: cluster,
     )
     return resolve(overrides, options, config_dir)
 
@@ -145,72 +149,6 @@ def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False) -
         *_caveats(parallel),
     ]
     return Plan(model, parallel, layout, job, drawn(cost, model.shape, parallel, job), away, needs, samples, notes)
-
-
-def inventory_of(config: RunConfig) -> Inventory:
-    """List the model's parameters. Raises ConfigError for a model that is no decoder."""
-    vocabulary = config.model.vocabulary or config.data.known_vocabulary
-    assert isinstance(vocabulary, int)
-    if isinstance(config.model, DecoderConfig):
-        return decoder_inventory(replace(config.model, vocabulary=vocabulary))
-    from ..planner.built_model import model_inventory
-    from ..trainer.build import build_model
-
-    model = build_model(config.model, vocabulary)
-    if model.decoder_config is None:
-        message = "only the costs of decoders are known"
-        raise ConfigError([Problem("model", message, "plan with a model of the recipes, or give yours a decoder_config")])
-    return model_inventory(model, config.parallel.tp)
-
-
-def optimizer_of(config: RunConfig) -> OptimizerBytes:
-    """Return the count of what the optimizer keeps."""
-    if (known := optimizer_bytes(config.optim)) is not None:
-        return known
-    from ..planner.built_model import tried_optimizer
-    from ..trainer.build import optimizer_factory
-
-    return tried_optimizer(optimizer_factory(config.optim))
-
-
-def assigner_of(config: RunConfig, layout: Layout) -> Assigner:
-    """Return what deals global batches to the data ranks."""
-    can_run = functools.partial(legal_micro_batches, config.parallel)
-    return Assigner(layout.data_size, can_run, config.optim.compares_halves())
-
-
-def job_of(config: RunConfig, shape: DecoderConfig, assigner: Assigner, *, fused: bool) -> Job:
-    """Return the work of a step. Raises ConfigError for an activation budget that nothing keeps to."""
-    trainer, samples = config.trainer, config.batch.samples
-    assert isinstance(samples, int)
-    settings = ActivationSettings(trainer.activation, trainer.activation_budget, config.precision, trainer.compile)
-    try:
-        policies, _ = divide_blocks(shape, shape.layers, config.parallel, settings, config.data.seq_len)
-    except ValueError as error:
-        raise ConfigError([Problem("trainer.activation_budget", str(error), "give it more")]) from error
-    job = Job(
-        seq_len=config.data.seq_len,
-        micro=min(config.batch.micro, samples),
-        micro_batches=assigner.passes(samples, config.batch.micro),
-        precision=config.precision,
-        policies=list(policies),
-        compiled=trainer.compile,
-        float8=trainer.float8,
-    )
-    return replace(job, fused=fused and fused_swiglu_blocker(shape, config.parallel, job) is None)
-
-
-def costs_of(
-    model: Inventory, parallel: ParallelConfig, layout: Layout, job: Job, optimizer: OptimizerBytes
-) -> tuple[LayoutCost, OffloadAccount, list[int]]:
-    """Compute what every rank's GPU holds, what the first rank offloads, and every rank's weights and optimizer state.
-
-    The last are in bytes, wherever they lie. A pipeline offloads nothing; without one all ranks offload the same.
-    """
-    cost = layout_cost(model, parallel, layout, job, optimizer)
-    held = [rank.elements * PRECISIONS[job.precision].accum_bytes + (rank.optimizer or 0) for rank in cost.ranks]
-    ranks, away = zip(*(engine_cost(rank, model, parallel, layout, job) for rank in cost.ranks), strict=True)
-    return replace(cost, ranks=list(ranks)), away[0], held
 
 
 def spared_by_fusing(plan: Plan, config: RunConfig) -> int:

@@ -34,11 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what this command line says, as one of the run's processes. Return the exit code."""
     from ..trainer.launching import run_processes
     from ..trainer.machine import machine_problems
+    from ..trainer.machine_gpus import machine_here
     from ..trainer.resolve import ResolveOptions, resolve
 
     try:
         switches, _ = read_switches(sys.argv[1:] if argv is None else argv)
-        options = ResolveOptions(lambda config: run_processes(config.launch), more=machine_problems)
+        options = ResolveOptions(lambda config: run_processes(config.launch), more=machine_problems, machine=machine_here)
         resolved = resolve(switches.overrides, options, switches.config_dir)
         resolved.refuse()
     except ConfigError as error:

@@ -55,7 +55,7 @@ def script(overrides: Sequence[str], config_dir: str | None = None) -> str:
     resolved = resolve(overrides, RESOLVING, config_dir)
     resolved.refuse()
     # A job that is queued again goes on with its run by itself (`trainer/restarts.py`).
-    return fill(TEMPLATE.read_text(), resolved.config, Runs(_words(overrides, config_dir)))
+    return fill(TEMPLATE.read_text(), resolved.config, Runs(_words(overrides, config_dir), automatic=list(resolved.fitted)))
 
 
 def sweep_script(overrides: Sequence[str], config_dir: str | None = None) -> str:
@@ -68,10 +68,12 @@ def sweep_script(overrides: Sequence[str], config_dir: str | None = None) -> str
     jobs = make_composer(config_dir).expand(overrides)
     problems: list[Problem] = []
     configs: list[RunConfig] = []
+    automatic: list[str] = []
     for job in jobs:
         resolved = resolve(job, RESOLVING, config_dir)
         problems += [problem for problem in resolved.problems if problem not in problems]
         configs.append(resolved.config)
+        automatic = list(dict.fromkeys([*automatic, *resolved.fitted]))
     if not problems and any(config.launch != configs[0].launch for config in configs):
         problems.append(Problem("launch", "the jobs of an array are alike", "write one script for each value of launch.*"))
     if problems:
@@ -83,7 +85,7 @@ def sweep_script(overrides: Sequence[str], config_dir: str | None = None) -> str
     ]
     choice = "\n".join(['case "$SLURM_ARRAY_TASK_ID" in', *lines, "esac"])
     parents = list(dict.fromkeys(str(Path(folder).parent) for folder in folders))
-    return fill(TEMPLATE.read_text(), configs[0], Runs('"${RUN[@]}"', choice, len(jobs), parents))
+    return fill(TEMPLATE.read_text(), configs[0], Runs('"${RUN[@]}"', choice, len(jobs), parents, automatic))
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,14 @@ class Runs:
     choice   lines that set RUN, the arguments of this job of an array; "": the script is no array
     count    jobs of the array
     folders  folders that hold the runs of the sweep
+    automatic  keys that every start of a job decides for the GPUs that it is given
     """
 
     words: str
     choice: str = ""
     count: int = 0
     folders: Sequence[str] = ()
+    automatic: Sequence[str] = ()
 
 
 def fill(template: str, config: RunConfig, runs: Runs) -> str:
@@ -112,6 +116,7 @@ def fill(template: str, config: RunConfig, runs: Runs) -> str:
         choice=_section("Which run of the sweep this job trains", runs.choice.splitlines()),
         gpus=launch.gpus_per_node,
         max_restarts=launch.max_restarts,
+        automatic=f"# On the job's GPUs it finds {' and '.join(runs.automatic)}, which are auto.\n" if runs.automatic else "",
         python=shlex.quote(sys.executable if launch.container.image is None else launch.container.python),
         srun_words=" ".join([*(shlex.quote(str(word)) for word in launch.srun_args), *container, ""]),
         command_line=runs.words,

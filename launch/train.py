@@ -19,6 +19,7 @@ from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, Composition
 from ..config.problems import ConfigError, Problem
 from ..trainer.launching import LaunchConfig, run_processes, under_torchrun
 from ..trainer.machine import machine_problems, unusable_gpus
+from ..trainer.machine_gpus import machine_here
 from ..trainer.resolve import ResolvedRun, ResolveOptions, resolve, resolve_composed
 from ..trainer.schema import RunConfig, make_composer, register_schemas
 from ..trainer.signals import INTERRUPTED, StopRequest, show_cursor
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BAD_CONFIG", "main"]
 
-RESOLVING = ResolveOptions(lambda config: run_processes(config.launch), more=machine_problems)
+RESOLVING = ResolveOptions(lambda config: run_processes(config.launch), more=machine_problems, machine=machine_here)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

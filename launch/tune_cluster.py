@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..planner.cluster import ClusterConfig
-from ..planner.search import KEYS, limit_of
+from ..planner.search import limit_of
 from ..planner.tables import gib, right
-from ..trainer.typed import replace_keys, value_of
+from ..trainer.typed import replace_keys
 from .plan_best import best_layouts, described_settings
 from .plan_cluster import refuse_too_few
 from .planning import plan_of, resolve_plan, without_searched
@@ -23,17 +23,16 @@ MOST = 10
 
 def tuned_on(words: Sequence[str], cluster: ClusterConfig, config_dir: str | None) -> Tuned:
     """Search the layouts of a run on a cluster. Raises ConfigError with its problems, or where nothing fits."""
-    resolved = without_searched(resolve_plan(words, config_dir), words)
+    resolved = without_searched(resolve_plan(words, config_dir, cluster), words)
     resolved.refuse()
     config = resolved.config
     refuse_too_few(config, cluster)
-    best = best_layouts(config, words, cluster, MOST)
+    best = best_layouts(resolved, words, cluster, MOST)
     found = [
         Candidate(one.settings, plan_of(replace_keys(config, one.settings), ()), one.prediction.seconds)
         for one in best.candidates
     ]
-    given = {key: value_of(config, key) for key in KEYS}
-    return Tuned(config, given, found, None, limit_of(cluster), None, best.notes)
+    return Tuned(config, best.given, found, None, limit_of(cluster), None, best.notes)
 
 
 def layouts_table(tuned: Tuned) -> Table:

@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config.problems import ConfigError, Problem
+from ..optim.batch.config import FITTED
 from ..parallel.config import ParallelConfig
 from ..planner.checkpoint_needs import fewer_snapshots
 from ..planner.cluster import load_cluster
 from ..planner.prediction import usable_bytes
 from ..planner.step_time import Step, step_time
-from ..planner.tables import gib
+from ..planner.tables import GIB, gib
 from ..trainer.automatic import resolve_automatic
+from ..trainer.fitting import Fitting
 from ..trainer.launching import planned_processes
+from ..trainer.relations import Start
 from ..trainer.resolve import compose_config
 from ..trainer.schema import RunConfig
 from ..trainer.typed import replace_keys, value_of
@@ -122,9 +125,11 @@ def tune(
         config, problems = resolve_automatic(config)
         if problems:
             raise ConfigError(problems)
+    left = config.left_to_plan
+    config = fitted_to(config, memory)
     search = _Search(config, fused_swiglu_blocker)
     given = {key: value_of(config, key) for key in KEYS}
-    fixed = given_keys(overrides) & set(KEYS)
+    fixed = given_keys(overrides) & set(KEYS) - set(left)
     notes = [f"{', '.join(sorted(fixed))} as the command line says"] if fixed else []
     if "batch.micro" not in fixed and (why := micro_is_fixed(config)):
         fixed.add("batch.micro")
@@ -151,7 +156,17 @@ def tune(
         notes.append("what this optimizer keeps is not known before it runs, and not in these figures")
     notes.append("only the order of the predicted speeds means something; within 1 %, what takes less memory comes first")
     as_given = next((one for one in found if one.settings == given), None)
-    return Tuned(config, given, fitting, as_given, limit, share, notes)
+    return Tuned(config, {**given, **dict.fromkeys(left, FITTED)}, fitting, as_given, limit, share, notes)
+
+
+def fitted_to(config: RunConfig, memory: float) -> RunConfig:
+    """Return the config with numbers in place of `auto`, for GPUs of so many bytes. Raises ConfigError."""
+    processes = planned_processes(config.launch)
+    cluster = replace(load_cluster([f"cluster={REFERENCE}"]), memory=memory / GIB)
+    config, problems = Fitting(lambda _: cluster).resolve(config, Start(processes), sound=not config.problems())
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
 def _fits(one: Candidate, limit: float, host: float | None) -> bool:

@@ -129,7 +129,7 @@ def build_dealer(config: RunConfig, layout: Layout, model: Model) -> Dealer:
         return build_assigner(config, layout)
     seq_len, shape = config.data.seq_len, model.decoder_config
     flops = module_flops(model.flops_per_token, seq_len) if shape is None else decoder_flops(shape)
-    return HybridAssigner.of(config.parallel, layout, config.batch.micro * seq_len, flops, compiled=config.trainer.compile)
+    return HybridAssigner.of(config.parallel, layout, config.batch.micro_size * seq_len, flops, compiled=config.trainer.compile)
 
 
 def build_hook(node: Mapping[str, Any]) -> Hook:
@@ -305,7 +305,7 @@ def _evaluation(
     """
     sets: list[EvaluationSet] = []
     for part, count in zip(parts, samples_of_parts(parts, config.trainer.eval_samples), strict=True):
-        share = dealer.load(part.samples, GlobalBatch(0, count), config.batch.micro, mesh.data_rank)
+        share = dealer.load(part.samples, GlobalBatch(0, count), config.batch.micro_size, mesh.data_rank)
         agree_on_plan(mesh, share, f"validation set {part.name}" if part.name else "the validation samples")
         sets.append(EvaluationSet(part.name, part.weight, share.micro_batches))
     every = config.trainer.eval_every

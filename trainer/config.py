@@ -10,7 +10,7 @@ from ..config.duration import Duration, Unit
 from ..config.keys import Side, key
 from ..config.problems import Problem
 
-ACTIVATIONS = ("none", "selective", "full", "offload")
+ACTIVATIONS = ("none", "selective", "full", "offload", "auto")
 FLOAT8 = ("none", "tensorwise", "rowwise")
 """One scale for a whole tensor (fastest), or one for each row and column (closer to bf16)."""
 
@@ -29,7 +29,10 @@ class TrainerConfig:
     )
     eval_samples: int = key(64, "samples of the validation set per evaluation")
     activation: str = key(
-        "none", "what the forward pass keeps for the backward pass: none (keep all), selective, full or offload", Side.PLACEMENT
+        "none",
+        "what the forward pass keeps for the backward pass: none (keep all), selective, full or offload; auto: the fastest of"
+        " the first three that a plan fits into the GPUs that the run is started on",
+        Side.PLACEMENT,
     )
     activation_budget: float | None = key(
         None,

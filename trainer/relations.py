@@ -106,7 +106,7 @@ def _experts(config: RunConfig, _: Start) -> Iterator[Problem]:
         fix = "choose trainer.activation, and leave the budget null"
         yield Problem("trainer.activation_budget", "blocks with and without experts keep different amounts", fix)
     if experts.capacity is not None:
-        tokens = experts.capacity * config.batch.micro * config.data.seq_len * experts.top_k / experts.count
+        tokens = experts.capacity * config.batch.micro_size * config.data.seq_len * experts.top_k / experts.count
         if tokens < 1:
             text = f"{experts.capacity:g} of a micro-batch's mean load is {tokens:.2g} tokens, less than one"
             yield Problem("model.experts.capacity", text, "raise it, or batch.micro, or use null to drop no token")
@@ -135,7 +135,7 @@ def _hybrid(config: RunConfig, start: Start) -> Iterator[Problem]:
     )
     model = parallel.pp * parallel.cp * parallel.tp
     if start.world_size and not start.world_size % model:
-        yield from capacity_problems(parallel, config.batch.micro, config.data.seq_len, start.world_size // model)
+        yield from capacity_problems(parallel, config.batch.micro_size, config.data.seq_len, start.world_size // model)
 
 
 def _folder(config: RunConfig, _: Start) -> Iterator[Problem]:

@@ -15,8 +15,10 @@ from ..checkpoint.manifest import Manifest
 from ..config.compose import Composer, Composition
 from ..config.problems import ConfigError, Problem
 from ..optim.progress import BEGINNING, Progress
+from ..planner.cluster import ClusterConfig
 from .checkpoint_fit import checkpoint_problems
 from .find_checkpoint import carried_tokenizer, checkpoint_manifest, checkpoint_to_resume, is_import, saved_progress
+from .fitting import Fitting
 from .imported_config import import_config
 from .imported_model import ImportedModel, imported_model
 from .resumed_config import Resumed, resume_config, saved_choices, saved_config
@@ -51,6 +53,7 @@ class ResolvedRun:
     warnings    messages to log as warnings: changes that may be mistakes
     choices     group → the option that it has, as far as that is known
     typed       words of this start, and of earlier ones, that its checkpoints keep for the options of later stages
+    fitted      key → value that a plan decided, where the config says auto
     imported    what it keeps of the Hugging Face model that it, or a run before it, began from; None: nothing
     place       of a run with stages: the stage that it is in
     then        the runs of the stages after it, each of which resumes from the one before
@@ -64,6 +67,7 @@ class ResolvedRun:
     warnings: tuple[str, ...] = ()
     choices: Mapping[str, str] = field(default_factory=dict[str, str])
     typed: tuple[str, ...] = ()
+    fitted: Mapping[str, Any] = field(default_factory=dict[str, Any])
     imported: ImportedModel | None = None
     place: Place | None = None
     then: tuple[ResolvedRun, ...] = ()
@@ -84,6 +88,7 @@ class ResolveOptions:
     more             config → further problems that need no PyTorch, of the machine for example
     before_building  called with a config in which nothing was found without PyTorch, before it is built on trial
     builds           whether to build a config on trial
+    machine          config → the GPUs for which values that are left to a plan are decided; None: there are none
     """
 
     processes: Callable[[RunConfig], int]
@@ -92,6 +97,7 @@ class ResolveOptions:
     more: Callable[[RunConfig], Sequence[Problem]] = lambda _: ()
     before_building: Callable[[RunConfig], None] = lambda _: None
     builds: Callable[[RunConfig], bool] = lambda _: True
+    machine: Callable[[RunConfig], ClusterConfig | None] = lambda _: None
 
 
 def resolve(overrides: Sequence[str], options: ResolveOptions, config_dir: str | None = None) -> ResolvedRun:
@@ -225,6 +231,7 @@ class Checking:
     ) -> ResolvedRun:
         elsewhere: list[Problem] = []
         world_size = self.options.processes(config)
+        fitting = Fitting(self.options.machine)
         config, found = checked_config(
             config,
             world_size,
@@ -235,10 +242,12 @@ class Checking:
             more=self.options.more,
             before_building=before_building,
             builds=self.options.builds,
+            fitting=fitting,
         )
-        notices = (*resumed.notices, *map(str, elsewhere))
+        notices = (*resumed.notices, *fitting.notices, *map(str, elsewhere))
+        warnings, choices = tuple(resumed.warnings), resumed.choices
         return ResolvedRun(
-            config, checkpoint, world_size, tuple(found), notices, tuple(resumed.warnings), resumed.choices, place=place
+            config, checkpoint, world_size, tuple(found), notices, warnings, choices, fitted=fitting.values, place=place
         )
 
 

@@ -61,6 +61,9 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
     resolved.refuse()
     for notice in resolved.notices:
         log.info("%s", notice)
+    for later in resolved.then:
+        for notice in later.notices:
+            log.info("%s: %s", later.place.stage.key if later.place is not None else "", notice)
     for warning in resolved.warnings:
         log.warning("%s", warning)
     config, checkpoint, parallel = resolved.config, resolved.checkpoint, resolved.config.parallel
@@ -73,6 +76,8 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
     try:
         if mesh.differ(str(checkpoint)):
             raise RuntimeError(f"processes see different newest checkpoints (this one {checkpoint}): is the folder shared?")
+        if mesh.differ(fitted := " ".join(f"{key}={value}" for key, value in _fitted(resolved))):
+            raise RuntimeError(f"processes have unlike GPUs, and auto is not the same on all (here {fitted}): give these keys")
         if mesh.differ(" ".join(each.fingerprint for each in data)):
             raise RuntimeError("processes see different data: give all of them the same files (and, for stdlib, one Python)")
         return _train(resolved, data, sets, mesh, stop)
@@ -83,6 +88,12 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
         return 2 if error.config_error else 1
     finally:
         mesh.close()
+
+
+def _fitted(resolved: ResolvedRun) -> Iterator[tuple[str, object]]:
+    """Yield the keys that a plan decided on this process, of every stage, with their values."""
+    for run in (resolved, *resolved.then):
+        yield from run.fitted.items()
 
 
 def prepared_stages(resolved: ResolvedRun) -> tuple[list[DataNode], list[list[ValidationPart]]]:

@@ -17,6 +17,7 @@ from ..data import config as data
 from ..models import config as models
 from ..models.mixture.balance_config import BalanceConfig
 from ..optim.batch import config as batch
+from ..optim.batch.config import FITTED
 from ..optim.optimizers.config import OptimConfig
 from ..optim.optimizers.options import OPTIONS as OPTIM_OPTIONS
 from ..optim.schedules import config as schedules
@@ -100,6 +101,12 @@ class RunConfig:
         """Keys whose values a scaling law has still to decide."""
         values = {"batch.samples": self.batch and self.batch.samples, "optim.lr": self.optim and self.optim.lr}
         return [name for name, value in values.items() if isinstance(value, str)]
+
+    @property
+    def left_to_plan(self) -> list[str]:
+        """Keys whose values a plan has still to decide, by what fits."""
+        values = {"batch.micro": self.batch and self.batch.micro, "trainer.activation": self.trainer.activation}
+        return [name for name, value in values.items() if value == FITTED]
 
     def _own_problems(self) -> Iterator[Problem]:
         if self.precision not in PRECISIONS:

@@ -98,7 +98,7 @@ def _model_problems(config: RunConfig, world_size: int) -> list[Problem]:
     if found:
         return found
     if config.trainer.float8 != "none":
-        tokens = config.batch.micro * config.data.seq_len // config.parallel.cp
+        tokens = config.batch.micro_size * config.data.seq_len // config.parallel.cp
         found += float8_size_problems(model.block_modules().values(), tokens)
     if config.trainer.activation_budget is not None:
         try:

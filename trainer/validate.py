@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from ..config.problems import Problem
 from ..optim.progress import BEGINNING, Progress
 from .automatic import resolve_automatic
+from .fitting import Fitting
 from .relations import RELATIONS, Relation, Start, data_problems, validation_problems
 from .schema import RunConfig
 from .stages.record import Place
@@ -28,10 +29,11 @@ def checked_config(
     more: Callable[[RunConfig], Sequence[Problem]] = lambda _: (),
     before_building: Callable[[RunConfig], None] = lambda _: None,
     builds: Callable[[RunConfig], bool] = lambda _: True,
+    fitting: Fitting | None = None,
 ) -> tuple[RunConfig, list[Problem]]:
     """Return the config, and every problem of it on `world_size` processes (0: not known). Writes nothing and reads no data.
 
-    Values that the config leaves to a scaling law (auto:…) are numbers in the config that is returned.
+    Values that the config leaves to a scaling law (auto:…) or to a plan (auto) are decided in the config that is returned.
 
     known            problems found so far; returned too, and checks that read their keys are skipped
     elsewhere        given if the data may lie on another machine: problems of its files are appended here instead
@@ -40,6 +42,7 @@ def checked_config(
     more             config → further problems that need no PyTorch, of the machine for example
     before_building  called if nothing was found so far, before PyTorch is imported for the trial build
     builds           whether to build a config without problems on trial; a plan need not, where costs are known without
+    fitting          how values that are left to a plan are decided; None: as on a machine without GPUs
     """
     start = Start(world_size, progress, place)
     said, keys = {(problem.key, problem.message) for problem in known}, {problem.key for problem in known}
@@ -48,6 +51,8 @@ def checked_config(
     if not problems and config.left_to_laws:
         config, unlawful = resolve_automatic(config)
         problems += unlawful
+    config, undecided = (fitting or Fitting()).resolve(config, start, sound=not problems and not config.left_to_laws)
+    problems += undecided
     faults = [problem.key for problem in problems if _is_read(config, problem.key)]
     faults += [*config.unusable, *config.left_to_laws]
     for relation in RELATIONS:

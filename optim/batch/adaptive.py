@@ -27,7 +27,7 @@ class Adaptive(Controller):
 
     def __init__(self, config: AdaptiveConfig, horizon: Horizon) -> None:
         super().__init__(config, horizon)
-        self.max, self.multiple = config.max, config.multiple or (config.micro if self.needs_statistics else 1)
+        self.max, self.multiple = config.max, config.multiple or (config.micro_size if self.needs_statistics else 1)
         self.interval, self.growth, self.shrink, self.eta = config.interval, config.growth, config.shrink, config.eta
         self._means = MovingMeans(config.ema)
         self._target = float(self.samples)

@@ -15,7 +15,9 @@ from ...config.problems import Problem
 from ..optimizers.config import AUTOMATIC
 
 START = "global batch in sequences at the start, or auto:step_law"
-MICRO = "sequences per rank and pass"
+MICRO = "sequences per rank and pass; auto: the fastest that a plan fits into the GPUs that the run is started on"
+FITTED = "auto"
+"""The value of a key that a plan decides, by what fits: `trainer/fitting.py`."""
 MICRO_MAX = "a micro-batch doubles up to this size while a step keeps as many as the run started with; null: it stays at micro"
 MULTIPLE = "sizes between samples and max are multiples of this; null: of micro where gradients are measured, else of 1"
 LARGEST = "the largest size"
@@ -50,21 +52,29 @@ class BatchConfig:
     _target_: str = target(MISSING)
     name: str = option(MISSING)
     samples: int | str | None = key(32, START)
-    micro: int = key(8, MICRO, MICRO_SIDE)
+    micro: int | str = key(8, MICRO, MICRO_SIDE)
 
     def problems(self, key: str = "batch") -> list[Problem]:
         """Return what is wrong with the values. The controller itself checks them against the run."""
         found = [*size_problems(key, samples=self.samples, micro=self.micro)]
         if isinstance(self.samples, str) and not self.samples.startswith(AUTOMATIC):
             found.append(Problem(f"{key}.samples", f"'{self.samples}' is not a number", f"write one, or {AUTOMATIC}step_law"))
+        if isinstance(self.micro, str) and self.micro != FITTED:
+            found.append(Problem(f"{key}.micro", f"'{self.micro}' is not a number", f"write one, or {FITTED}"))
         if self.samples is None:
             found.append(Problem(f"{key}.samples", "how the run starts is not said", self.HOW_TO_START))
         return found
 
     @property
+    def micro_size(self) -> int:
+        """The size of a micro-batch as a number, after a plan has decided it."""
+        assert isinstance(self.micro, int), "a plan decides batch.micro before anything reads it"
+        return self.micro
+
+    @property
     def largest_micro(self) -> int:
         """The largest size of a micro-batch."""
-        return self.micro
+        return self.micro_size
 
     @property
     def rounded_to(self) -> int | None:
@@ -116,6 +126,11 @@ class GrowingConfig(BatchConfig):
     def problems(self, key: str = "batch") -> list[Problem]:
         """Return what is wrong with the values."""
         found = super().problems(key)
+        if isinstance(self.micro, str):
+            if self.micro_max is not None:
+                text = f"it is a number of doublings of {key}.micro={self.micro}, which is none yet"
+                found.append(Problem(f"{key}.micro_max", text, f"give {key}.micro as a number, or leave it out"))
+            return found
         growth = self.largest_micro / self.micro if self.micro > 0 else 1
         if growth < 1 or not math.log2(growth).is_integer():
             what = f"is {growth:g} times {key}.micro, which doublings don't reach"
@@ -125,7 +140,7 @@ class GrowingConfig(BatchConfig):
     @property
     def largest_micro(self) -> int:
         """The largest size of a micro-batch."""
-        return self.micro if self.micro_max is None else self.micro_max
+        return self.micro_size if self.micro_max is None else self.micro_max
 
 
 @dataclass(frozen=True)

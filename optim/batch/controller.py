@@ -44,7 +44,7 @@ class Controller:
     def __init__(self, config: BatchConfig, horizon: Horizon) -> None:
         self.horizon = horizon
         self.samples = config.start
-        self.micro = config.micro
+        self.micro = config.micro_size
         self._largest_micro = config.largest_micro
 
     def problems(self) -> list[Problem]:

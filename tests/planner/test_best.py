@@ -81,15 +81,16 @@ def test_the_fastest_layouts_fit_and_are_in_order(capsys: pytest.CaptureFixture[
     assert cluster is not None
     resolved = resolve_plan(words)
     resolved.refuse()
-    best = best_layouts(resolved.config, words, cluster, 4)
+    best = best_layouts(resolved, words, cluster, 4)
     times = [one.prediction.seconds for one in best.candidates]
     assert len(times) == 4 and times == sorted(times)
     assert len({one.layout for one in best.candidates}) == 4
     assert all(one.prediction.bytes <= usable_bytes(79.2 * 2**30) for one in best.candidates)
     assert len(list(reasons(best))) == 3
-    held = best_layouts(resolved.config, [*words, "parallel.tp=1", "batch.micro=4"], cluster, 2)
+    words = [*words, "parallel.tp=1", "batch.micro=4"]
+    held = best_layouts(resolve_plan(words), words, cluster, 2)
     assert all(one.settings["parallel.tp"] == 1 and one.settings["batch.micro"] == 4 for one in held.candidates)
-    assert held.notes == ["batch.micro, parallel.tp as typed"]
+    assert held.notes == ["batch.micro, parallel.tp as typed"], held.notes
 
 
 def test_layouts_that_the_trainer_refuses_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,14 +161,15 @@ def test_a_processor_can_be_calibrated(
 
 
 def test_a_run_is_held_against_its_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = resolve_plan([*SMALL, "launch.nproc=2"]).config
+    words = [*SMALL, "batch.micro=4", "trainer.activation=none"]
+    config = resolve_plan([*words, "launch.nproc=2"]).config
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain_config(config)))
     rows = [{"step": step, "step_seconds": 5.0, "tokens_per_second": 64 * 8192 / 5.0, "memory_gib": 50.0} for step in range(9)]
     rows[0]["step_seconds"] = 60.0  # the compiler's
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     found = json.loads(said(capsys, "--against", str(tmp_path), "cluster=h200x2", "--json"))
     assert found["measured"] == {"seconds": 5.0, "tokens_per_second": 64 * 8192 / 10.0, "memory": 50.0, "steps": 6}
-    planned = json.loads(said(capsys, *SMALL, "cluster=h200x2", "--json"))
+    planned = json.loads(said(capsys, *words, "cluster=h200x2", "--json"))
     assert found["predicted"]["seconds_per_step"] == pytest.approx(planned["seconds_per_step"])
     short = json.loads(said(capsys, "--against", str(tmp_path), "cluster=h200x2", "--documents=512", "--json"))["predicted"]
     assert short["parts_seconds"]["attention"] < found["predicted"]["parts_seconds"]["attention"] / 2

@@ -37,7 +37,7 @@ def test_says_who_holds_what_and_what_it_takes(capsys: pytest.CaptureFixture[str
 def test_says_what_is_blank(capsys: pytest.CaptureFixture[str]) -> None:
     """Nine micro-batches of four on four stages, where `interleaved` runs 8 or 10 of them."""
     pipeline = ["launch.nproc=4", "parallel.pp=4", "parallel.schedule=interleaved", "batch.samples=36"]
-    _, out, _ = planned(capsys, "recipe=llama_1b", *pipeline)
+    _, out, _ = planned(capsys, "recipe=llama_1b", "batch.micro=4", *pipeline)
     assert "10 micro-batches of 4 samples" in out
     assert "10% of the rows of a step are blank" in out and "batches of 32 or 40 samples have no blanks" in " ".join(
         out.split()
@@ -133,7 +133,8 @@ def test_nodes_count(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "dualpipev"])
 def test_the_drawing_shows_every_action(capsys: pytest.CaptureFixture[str], tmp_path: Path, schedule: str) -> None:
     svg = tmp_path / "out.svg"
-    words = [*LLAMA, "launch.nproc=4", "parallel.pp=4", f"parallel.schedule={schedule}", "trainer.compile=false"]
+    layout = ["launch.nproc=4", "parallel.pp=4", f"parallel.schedule={schedule}"]
+    words = [*LLAMA, *layout, "batch.micro=4", "trainer.activation=none", "trainer.compile=false"]
     code, out, _ = planned(capsys, *words, "--draw-pipeline", str(svg))
     assert code == 0 and f"drew {svg}" in out.replace("\n", "")
     timeline = make_plan(words).cost.timeline
@@ -157,7 +158,8 @@ def test_ranks_in_few_words() -> None:
 
 
 def test_stages_are_listed_with_what_each_needs(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["recipe=long_context", "launch.nproc=8", "stages.long.parallel.cp=8"]
+    words = ["recipe=long_context", "launch.nproc=8", "stages.long.parallel.cp=8", "stages.long.batch.micro=1"]
+    words.append("stages.long.trainer.activation=selective")
     assert main(["plan", *words]) == 0
     told = capsys.readouterr().out
     assert "2 stages, 33,000,000,000 tokens:" in told

@@ -102,8 +102,12 @@ def test_what_is_given_stays(given: dict[str, object]) -> None:
     assert any("as the command line says" in note for note in tuned.notes)
 
 
-def test_micro_batches_divide_a_ranks_share() -> None:
-    tuned = tune([*SMALL, "batch.samples=12", "launch.nproc=2", "trainer.activation=none"], 139 * GIB)
+def test_micro_batches_divide_a_ranks_share(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    own = "# @package _global_\ndefaults:\n  - /recipe/llama_1b\n  - _self_\nrecipe: mine\nbatch:\n  micro: 4\n"
+    (tmp_path / "recipe" / "mine.yaml").write_text(own)
+    words = ["recipe=mine", *SMALL[1:], "batch.samples=12", "launch.nproc=2", "trainer.activation=none"]
+    tuned = tune(words, 139 * GIB, str(tmp_path))
     others = [one for one in tuned.fitting if one is not tuned.as_given]
     assert {one.settings["batch.micro"] for one in others} == {1, 2, 3, 6}
     assert all(one.plan.job.micro * one.plan.job.micro_batches == 6 for one in others)

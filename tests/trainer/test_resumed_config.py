@@ -71,8 +71,8 @@ def test_recipe_is_the_checkpoints_and_placement_todays(composer: Composer) -> N
 def test_placement_comes_from_the_file_of_the_runs_own_recipe(composer: Composer) -> None:
     saved = saved_run(composer, "recipe=llama_8b")
     config, told = resumed(composer, saved, ["resume=auto", "output_dir=big"])
-    assert config.recipe == "llama_8b" and config.batch.micro == 2
-    assert config.trainer.activation == "selective" and config.trainer.compile
+    assert config.recipe == "llama_8b" and config.batch.micro == "auto"
+    assert config.trainer.activation == "auto" and config.trainer.compile
     assert not any("trainer.activation" in line or "recipe=" in line for line in told)
 
 

@@ -75,7 +75,7 @@ def wrong(*changes: tuple[str, Any]) -> tuple[RunConfig, list[str]]:
 
 
 def test_a_group_of_wrong_values_is_left_out_and_named() -> None:
-    config, keys = wrong(("batch.micro", "abc"), ("model.dim", "???"), ("seed", 7))
+    config, keys = wrong(("batch.micro", [1]), ("model.dim", "???"), ("seed", 7))
     assert sorted(keys) == ["batch.micro", "model.dim"] and config.unusable == {"batch", "model"}
     assert config.seed == 7 and config.optim.lr == config_of("recipe=quickstart").optim.lr
     assert config.problems() == [], "what is usable is in order"

@@ -57,7 +57,7 @@ def test_overrides_sit_on_the_recipe_that_is_named() -> None:
     """Its precision, micro-batch and length of sequences are the run's, so they are what the numbers are meant for."""
     found = recommend(HparamsArguments(recipe="llama_3b", tokens="100B"))
     assert found.base == ["recipe=llama_3b"]
-    assert "precision=bf16 batch.micro=2" in found.setting
+    assert "precision=bf16 batch.micro=auto" in found.setting
     assert "data.seq_len=8192" in found.step_overrides
     assert recommend(HparamsArguments(model="llama_3b", tokens="100B")).base == ["recipe=llama_3b"]
     assert recommend(HparamsArguments(model="llama_tiny", tokens="1B")).base == ["recipe=quickstart", "model=llama_tiny"]

@@ -1,0 +1,174 @@
+"""`batch.micro=auto` and `trainer.activation=auto`: what is decided, for which GPUs, and what stays."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from meshloom.config.problems import ConfigError
+from meshloom.launch.cli import main
+from meshloom.launch.planning import resolve_plan
+from meshloom.planner.cluster import ClusterConfig, load_cluster
+from meshloom.trainer import machine_gpus
+from meshloom.trainer.costs import Costing
+from meshloom.trainer.fitting import ALIKE, MICROS, POLICIES, Fitting
+from meshloom.trainer.machine_gpus import machine_here, smallest_gpu
+from meshloom.trainer.relations import Start
+from meshloom.trainer.resolve import compose_config
+from meshloom.trainer.resumed_config import resume_config
+from meshloom.trainer.schema import RunConfig, make_composer
+from meshloom.trainer.typed import plain_config, replace_keys, typed_config
+from meshloom.trainer.validate import checked_config
+
+AUTO = ["recipe=llama_1b", "batch.samples=64"]
+TINY = ["recipe=quickstart", "batch.micro=auto", "trainer.activation=auto"]
+
+
+def composed(*words: str) -> RunConfig:
+    config, problems = compose_config(words)
+    assert not problems
+    return config
+
+
+def h100(gpus: int, **changes: Any) -> Callable[[RunConfig], ClusterConfig]:
+    cluster = replace(load_cluster([f"cluster=h100x{gpus}"]), **changes)
+    return lambda _: cluster
+
+
+def decided(words: Sequence[str], gpus: int, **changes: Any) -> tuple[int, str, str]:
+    fitting = Fitting(h100(max(8, gpus), **changes))
+    config, problems = fitting.resolve(composed(*words), Start(gpus), sound=True)
+    assert problems == []
+    return config.batch.micro_size, config.trainer.activation, " ".join(fitting.notices)
+
+
+@pytest.mark.parametrize("memory", [30.0, 79.1, 178.0])
+def test_no_other_choice_that_fits_is_faster(memory: float) -> None:
+    """Every choice is planned by itself, and the best of them is what was decided, up to what predictions can't tell apart."""
+    micro, policy, told = decided(AUTO, 8, memory=memory)
+    config = replace_keys(composed(*AUTO), {"batch.micro": 1, "trainer.activation": "none"})
+    costing = Costing(config, 8, h100(8, memory=memory)(config))
+    found: dict[tuple[int, str], Any] = {}
+    for size, kept in itertools.product(MICROS[:4], POLICIES):
+        found[size, kept] = costing.predict(replace_keys(config, {"batch.micro": size, "trainer.activation": kept}))
+    fitting = {choice: each for choice, each in found.items() if each.fits}
+    fastest = min(each.seconds for each in fitting.values())
+    assert fitting[micro, policy].seconds <= fastest * (1 + ALIKE)
+    alike = [each for each in fitting.values() if each.seconds <= fastest * (1 + ALIKE)]
+    assert fitting[micro, policy].bytes == min(each.bytes for each in alike)
+    assert f"batch.micro={micro}, trainer.activation={policy}, in place of auto" in told and f"{memory:.4g} GiB" in told
+
+
+def test_more_memory_keeps_more() -> None:
+    micro, policy, told = decided(["recipe=llama_8b", "batch.samples=16"], 2, memory=20.0)
+    assert (micro, policy) == (1, "full") and "NOTHING FITS" in told and "--best" in told
+    assert decided(["recipe=llama_8b", "batch.samples=16"], 2, memory=178.0)[1] == "none"
+
+
+def test_what_is_typed_stays() -> None:
+    assert decided([*AUTO, "trainer.activation=full"], 8)[1] == "full"
+    assert decided([*AUTO, "batch.micro=2"], 8)[0] == 2
+    fitting = Fitting(h100(8))
+    typed = composed(*AUTO, "batch.micro=2", "trainer.activation=none")
+    assert fitting.resolve(typed, Start(8), sound=True) == (typed, []) and not fitting.notices and not fitting.values
+
+
+def test_a_processor_computes_as_by_default() -> None:
+    config, problems = checked_config(composed(*TINY), 1)
+    assert problems == [] and (config.batch.micro, config.trainer.activation) == (8, "none")
+    config, problems = checked_config(composed(*TINY, "batch.samples=4"), 2)
+    assert problems == [] and config.batch.micro == 2, "a rank's share of the batch"
+
+
+def test_a_choice_obeys_what_other_keys_ask_for() -> None:
+    """Gradients are measured over micro-batches of which a batch must have several; compiled experts can't be kept in part."""
+    measured = [*TINY, "batch=norm_test", "batch.samples=8", "batch.max=64"]
+    config, problems = checked_config(composed(*measured), 1)
+    assert problems == [] and config.batch.micro_size < 8
+    micro, _, _ = decided(measured, 1)
+    assert micro < 8
+    dealt = ["recipe=moe_a1b", "parallel.ep=8", "trainer.compile=true", "batch.samples=64"]
+    assert decided(dealt, 8, memory=24.0)[1] in ("none", "full")
+
+
+def test_all_problems_are_told_of_a_run_that_has_others() -> None:
+    _, problems = checked_config(composed(*TINY, "parallel.tp=3", "optim.lr=-1"), 4)
+    assert {problem.key for problem in problems} >= {"optim.lr", "parallel"}
+    _, problems = checked_config(composed(*TINY[:1], "batch.micro=some"), 1)
+    assert [problem.key for problem in problems] == ["batch.micro"] and "auto" in str(problems[0])
+    growing = ["recipe=quickstart", "batch=ramp", "batch.micro=auto", "batch.micro_max=8"]
+    assert [problem.key for problem in checked_config(composed(*growing), 1)[1]] == ["batch.micro_max"]
+
+
+def test_stages_may_not_find_micro_batches_that_are_recipe() -> None:
+    stages = ["stages.one.tokens=100k", "stages.two.tokens=100k", "trainer.steps=null"]
+    agvm = [*TINY, *(f"+{word}" for word in stages[:2]), stages[2], "optim=agvm"]
+    _, problems = checked_config(composed(*agvm), 1)
+    assert any(problem.key == "batch.micro" and "every stage" in problem.message for problem in problems)
+
+
+def test_where_it_is_recipe_the_checkpoint_keeps_the_number() -> None:
+    composer = make_composer()
+    for choice, kept in ((["optim=agvm"], 2), ([], "auto")):
+        saved = plain_config(typed_config(composer.compose([*TINY, *choice, "batch.micro=2"]).config)[0])
+        today = composer.compose([*TINY[:1], *choice, "resume=auto"])
+        OmegaConf.update(today.config, "batch.micro", "auto")
+        config, _ = typed_config(resume_config(saved, today, ["resume=auto"]).config)
+        assert config.batch.micro == kept
+
+
+def test_a_plan_shows_what_the_cluster_decides(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *AUTO, "cluster=a100x8", "cluster.memory=39.4"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "in place of auto: the fastest that fits NVIDIA A100 80GB of 39.4 GiB" in out
+    assert main(["plan", *AUTO, "cluster=a100x8", "--best", "2", "--json"]) == 0
+    for each in json.loads(capsys.readouterr().out)["best"]:
+        for key in ("batch.micro", "trainer.activation"):
+            assert f"{key}={each['settings'][key]}" in each["command"], "the line says what auto might decide otherwise"
+
+
+def test_a_plan_without_a_cluster_is_made_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "H100" in " ".join(resolve_plan([*AUTO, "launch.nproc=8"]).notices)
+    answering(monkeypatch, "0, GPU-a1, NVIDIA A100-SXM4-40GB, 40960\n")
+    assert "A100-SXM4-40GB of 39.84 GiB" in " ".join(resolve_plan([*AUTO, "launch.nproc=8"]).notices)
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, text: str, gpus: int = 8) -> None:
+    """Have nvidia-smi answer so."""
+    smallest_gpu.cache_clear()
+    monkeypatch.setattr(machine_gpus, "visible_gpus", lambda: gpus)
+
+    def answer(*_: Any, **__: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess([], 0, stdout=text)
+
+    monkeypatch.setattr(machine_gpus.subprocess, "run", answer)
+
+
+def test_the_smallest_visible_gpu_is_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "0, GPU-a1, NVIDIA H200, 143771\n1, GPU-b2, NVIDIA H100 80GB HBM3, 81559\n2, GPU-c3, NVIDIA L40S, 46068\n"
+    for visible, gpu, memory in ((None, "L40S", 44.8), ("0,1", "H100", 79.3), ("GPU-a1", "H200", 139.8)):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        answering(monkeypatch, text)
+        found = machine_here(composed(*TINY))
+        assert found is not None and gpu in found.gpu and found.memory == pytest.approx(memory, abs=0.1)
+    assert load_cluster(["cluster=h200"]).memory == pytest.approx(139.8)
+    answering(monkeypatch, text, gpus=0)
+    assert machine_here(composed(*TINY)) is None
+
+
+def test_gpus_that_do_not_answer_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, "No devices were found\n")
+    with pytest.raises(ConfigError, match=r"trainer\.activation: auto asks nvidia-smi"):
+        machine_here(composed(*TINY))
+    _, problems = checked_config(composed(*TINY), 1, fitting=Fitting(machine_here))
+    assert [problem.key for problem in problems] == ["trainer.activation"]
+    smallest_gpu.cache_clear()

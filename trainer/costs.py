@@ -1,0 +1,118 @@
+"""Cost a config: its work, memory and time on a cluster. PyTorch is imported only for classes of a user's own."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+from ..config.precision import PRECISIONS
+from ..config.problems import ConfigError, Problem
+from ..data.assignment import Assigner
+from ..models.config import DecoderConfig
+from ..parallel.config import ParallelConfig
+from ..parallel.division import divide_blocks
+from ..parallel.layout import Layout
+from ..parallel.pipeline.stages import legal_micro_batches
+from ..parallel.policies import ActivationSettings, fused_swiglu_blocker
+from ..planner.cluster import ClusterConfig
+from ..planner.cost import LayoutCost, layout_cost
+from ..planner.engines import engine_cost
+from ..planner.memory import Job, OptimizerBytes, optimizer_bytes
+from ..planner.offload import OffloadAccount
+from ..planner.parameters import Inventory, decoder_inventory
+from ..planner.prediction import Prediction
+from ..planner.step_time import Step
+from .derived import run_length
+from .schema import RunConfig
+
+
+def inventory_of(config: RunConfig) -> Inventory:
+    """List the model's parameters. Raises ConfigError for a model that is no decoder."""
+    vocabulary = config.model.vocabulary or config.data.known_vocabulary
+    assert isinstance(vocabulary, int)
+    if isinstance(config.model, DecoderConfig):
+        return decoder_inventory(replace(config.model, vocabulary=vocabulary))
+    from ..planner.built_model import model_inventory
+    from .build import build_model
+
+    model = build_model(config.model, vocabulary)
+    if model.decoder_config is None:
+        message = "only the costs of decoders are known"
+        raise ConfigError([Problem("model", message, "plan with a model of the recipes, or give yours a decoder_config")])
+    return model_inventory(model, config.parallel.tp)
+
+
+def optimizer_of(config: RunConfig) -> OptimizerBytes:
+    """Return the count of what the optimizer keeps."""
+    if (known := optimizer_bytes(config.optim)) is not None:
+        return known
+    from ..planner.built_model import tried_optimizer
+    from .build import optimizer_factory
+
+    return tried_optimizer(optimizer_factory(config.optim))
+
+
+def assigner_of(config: RunConfig, layout: Layout) -> Assigner:
+    """Return what deals global batches to the data ranks."""
+    can_run = functools.partial(legal_micro_batches, config.parallel)
+    return Assigner(layout.data_size, can_run, config.optim.compares_halves())
+
+
+def job_of(config: RunConfig, shape: DecoderConfig, assigner: Assigner, *, fused: bool) -> Job:
+    """Return the work of a step. Raises ConfigError for an activation budget that nothing keeps to."""
+    trainer, samples = config.trainer, config.batch.samples
+    assert isinstance(samples, int)
+    settings = ActivationSettings(trainer.activation, trainer.activation_budget, config.precision, trainer.compile)
+    try:
+        policies, _ = divide_blocks(shape, shape.layers, config.parallel, settings, config.data.seq_len)
+    except ValueError as error:
+        raise ConfigError([Problem("trainer.activation_budget", str(error), "give it more")]) from error
+    job = Job(
+        seq_len=config.data.seq_len,
+        micro=min(config.batch.micro_size, samples),
+        micro_batches=assigner.passes(samples, config.batch.micro_size),
+        precision=config.precision,
+        policies=list(policies),
+        compiled=trainer.compile,
+        float8=trainer.float8,
+    )
+    return replace(job, fused=fused and fused_swiglu_blocker(shape, config.parallel, job) is None)
+
+
+def costs_of(
+    model: Inventory, parallel: ParallelConfig, layout: Layout, job: Job, optimizer: OptimizerBytes
+) -> tuple[LayoutCost, OffloadAccount, list[int]]:
+    """Compute what every rank's GPU holds, what the first rank offloads, and every rank's weights and optimizer state.
+
+    The last are in bytes, wherever they lie. A pipeline offloads nothing; without one all ranks offload the same.
+    """
+    cost = layout_cost(model, parallel, layout, job, optimizer)
+    held = [rank.elements * PRECISIONS[job.precision].accum_bytes + (rank.optimizer or 0) for rank in cost.ranks]
+    ranks, away = zip(*(engine_cost(rank, model, parallel, layout, job) for rank in cost.ranks), strict=True)
+    return replace(cost, ranks=list(ranks)), away[0], held
+
+
+def run_tokens(config: RunConfig) -> float:
+    """Return the tokens of the whole run, with the batch that it begins with."""
+    if config.trainer.tokens is not None:
+        return config.trainer.tokens
+    samples = config.batch.samples
+    assert isinstance(samples, int)
+    return run_length(config.trainer).value * samples * config.data.seq_len
+
+
+class Costing:
+    """Costs settings of one run on a cluster: what does not depend on the settings is counted once."""
+
+    def __init__(self, config: RunConfig, world_size: int, cluster: ClusterConfig) -> None:
+        self._model, self._optimizer = inventory_of(config), optimizer_of(config)
+        self._layout = Layout.plan(config.parallel, world_size)
+        self._cluster = replace(cluster, gpus=world_size)
+
+    def predict(self, config: RunConfig) -> Prediction:
+        """Predict the run of a config of the same model, optimizer and layout."""
+        samples = config.batch.start
+        job = job_of(config, self._model.shape, assigner_of(config, self._layout), fused=False)
+        cost, away, _ = costs_of(self._model, config.parallel, self._layout, job, self._optimizer)
+        step = Step(self._model.shape, config.parallel, self._layout, job, cost, away, self._cluster)
+        return Prediction(step, samples, run_tokens(config))
