@@ -10,10 +10,13 @@ beside each other, each with one layer; a lock gives the GPU to one of them whil
 others run meanwhile are single steps of one layer.
 """
 
+# pyright: reportMissingImports=false, reportUnknownLambdaType=false, reportUnknownParameterType=false
+
 from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -240,7 +243,7 @@ class Bench:
 
 def worker(settings: Settings, works: Queue[Any], rows: Queue[Any], gpu: Any, ready: Any, end: float) -> None:
     """Measure works until there are none, or the time is over. A work that fails says so in its row."""
-    import torch  # noqa: F401 (before the calibration ends)
+    importlib.import_module("torch")  # before the calibration ends
 
     ready.wait()
     bench = Bench(settings)

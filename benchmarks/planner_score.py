@@ -10,6 +10,8 @@ rows stands beside. The rows that calibrate stand at one and at two thirds of th
 of tokens/s: |predicted / published − 1|. `planner/published.csv` has the rows, `planner/README.md` their sources.
 """
 
+# pyright: reportMissingImports=false, reportUnknownLambdaType=false, reportUnknownParameterType=false
+
 from __future__ import annotations
 
 import csv
