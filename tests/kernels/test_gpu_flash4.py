@@ -28,11 +28,14 @@ def draw(queries: int, keys: int, dim: int, batch: int = 2) -> list[torch.Tensor
     return [torch.randn(batch, length, heads, dim, device="cuda", dtype=torch.bfloat16) for length, heads in sizes]
 
 
-def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, seen: torch.Tensor) -> list[torch.Tensor]:
+def exact(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, seen: torch.Tensor, softcap: float | None = None
+) -> list[torch.Tensor]:
     """Output, log-sum-exp and gradients in float64; seen: (Q, T), which keys a query attends to."""
     q, k, v = (tensor.double().requires_grad_() for tensor in (q, k, v))
     groups = q.shape[2] // k.shape[2]
     scores = torch.einsum("bqhd,bthd->bhqt", q, k.repeat_interleave(groups, 2)) * q.shape[-1] ** -0.5
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~seen, -torch.inf)
     out = torch.einsum("bhqt,bthd->bqhd", scores.softmax(-1), v.repeat_interleave(groups, 2))
     return [out, scores.logsumexp(-1), *torch.autograd.grad(out, (q, k, v), dout.double())]
@@ -56,6 +59,23 @@ def test_blocks(dim: int, queries: int, keys: int, square: bool) -> None:
     out, log_sum = block_forward(q, k, v, causal=square, scale=dim**-0.5, kernel="flash4")
     grads = block_backward(dout, q, k, v, out, log_sum, causal=square, scale=dim**-0.5, kernel="flash4")
     check([out, log_sum, *grads], exact(q, k, v, dout, seen))
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "left", "softcap"), [(384, 384, 100, None), (200, 328, 150, None), (200, 328, None, 5.0)]
+)
+def test_blocks_through_a_window_or_with_capped_scores(
+    queries: int, keys: int, left: int | None, softcap: float | None
+) -> None:
+    """Of a ring: the last query and the last key lie at one position, whatever their numbers."""
+    q, k, v, dout = draw(queries, keys, 128)
+    square = queries == keys
+    behind = torch.arange(queries, device="cuda")[:, None] + keys - queries - torch.arange(keys, device="cuda")
+    seen = (behind >= 0 if square else behind == behind) & (behind <= (keys if left is None else left))
+    how = {"causal": square, "scale": 128**-0.5, "kernel": "flash4", "left": left, "softcap": softcap}
+    out, log_sum = block_forward(q, k, v, **how)
+    grads = block_backward(dout, q, k, v, out, log_sum, **how)
+    check([out, log_sum, *grads], exact(q, k, v, dout, seen, softcap))
 
 
 def test_documents_laid_end_to_end() -> None:
