@@ -179,11 +179,20 @@ class Checkpointer:
         if save.snapshot.starves():
             save.report.stall_seconds += time.perf_counter() - start
 
-    def confirm(self, step: int) -> None:
-        """The step is known to be good: its save, if one is held, may be committed."""
+    def confirm(self, step: int, doubt: str = "") -> None:
+        """Commit the save of a step that is known to be good, if one is held; give it up if there is a doubt."""
         for save in self._saves:
             if save.step == step:
-                save.confirm()
+                save.confirm(doubt)
+
+    @property
+    def suspected(self) -> int | None:
+        """A step at which something was wrong. Retention keeps the newest checkpoint before it; None: it is free."""
+        return self._target.suspected
+
+    @suspected.setter
+    def suspected(self, step: int | None) -> None:
+        self._target.suspected = step
 
     def before_update(self) -> float:
         """Wait until no snapshot needs the tensors as they are. Returns the seconds that this took on the host."""

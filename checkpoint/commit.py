@@ -51,6 +51,9 @@ class Target(Protocol):
     run: RunIdentity | None
     """The run that saves here, once `take_over` has named it."""
 
+    suspected: int | None
+    """A step at which something was wrong with the run: `prune` keeps the newest complete step before it. None: none."""
+
     def take_over(self, run: RunIdentity, after: int, step: int | None = None) -> None:
         """Coordinator: the folder is this run's from now on; say what becomes of another run's steps.
 
@@ -108,6 +111,7 @@ class LocalTarget:
     def __init__(self, path: Path, coordinator: bool) -> None:
         self.path = path
         self.run: RunIdentity | None = None
+        self.suspected: int | None = None
         self._commit = 0
         self._lock: FolderLock | None = None
         self._leftovers: list[Path] = []  # under names that no step has
@@ -186,7 +190,7 @@ class LocalTarget:
         """See Target."""
         fault = ""
         with self._announcing:
-            doomed = steps_to_prune(LocalFiles(self.path), keep)
+            doomed = steps_to_prune(LocalFiles(self.path), keep, self.suspected)
             for name in doomed:
                 try:
                     self._leftovers.append(hide_folder(self.path / name, "prune"))
@@ -248,6 +252,7 @@ class RemoteTarget:
     def __init__(self, files: RemoteFiles, coordinator: bool) -> None:
         self.files = files
         self.run: RunIdentity | None = None
+        self.suspected: int | None = None
         self._commit = list_steps(files).commit if coordinator else 0
         self._lease = Lease(files) if coordinator else None
         self._announcing = threading.Lock()  # as LocalTarget's
@@ -327,7 +332,7 @@ class RemoteTarget:
         with self._announcing:
             if self._committed is committed:  # no later one has come meanwhile
                 self._committed = None
-            doomed = steps_to_prune(self.files, keep)
+            doomed = steps_to_prune(self.files, keep, self.suspected)
         for name in doomed:
             self.files.delete(f"{name}/{MANIFEST}")  # first: without it the rest is no checkpoint
             self.files.delete(name)
@@ -342,8 +347,10 @@ class RemoteTarget:
             self._lease.release()
 
 
-def steps_to_prune(files: LocalFiles | RemoteFiles, keep: int) -> list[str]:
+def steps_to_prune(files: LocalFiles | RemoteFiles, keep: int, suspected: int | None = None) -> list[str]:
     """Finished steps beyond the newest `keep` (0: keep all) that are complete.
+
+    suspected: a step at which something was wrong with the run; the newest complete step before it is kept, too
 
     A step that is damaged as far as can be told without reading its data does not count among those kept, so that
     retention never deletes the last checkpoint that can be restored.
@@ -353,7 +360,9 @@ def steps_to_prune(files: LocalFiles | RemoteFiles, keep: int) -> list[str]:
     good = 0
     doomed: list[str] = []
     for name in steps_newest_first(files):
-        if good >= keep:
+        step = step_of(name)
+        last_good = suspected is not None and step is not None and step < suspected
+        if good >= keep and not last_good:
             doomed.append(name)
             continue
         try:
@@ -362,6 +371,8 @@ def steps_to_prune(files: LocalFiles | RemoteFiles, keep: int) -> list[str]:
             log.warning("retention: %s does not count as kept: %s", name, error)
             continue
         good += 1
+        if last_good:
+            suspected = None  # it is the newest before it
     return doomed
 
 

@@ -27,6 +27,7 @@ def _adamw(
     second,
     copy,
     scale,
+    skip,
     size,
     keep,
     rate_first,
@@ -36,10 +37,13 @@ def _adamw(
     eps,
     SCALED: tl.constexpr,
     COPIED: tl.constexpr,
+    SKIPPABLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
+    if SKIPPABLE:
+        inside = inside & (tl.load(skip) == 0)  # a skipped update reads and writes nothing
     g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
         g *= tl.load(scale)
@@ -63,6 +67,7 @@ def adamw_update(
     second: torch.Tensor,
     copy: torch.Tensor | None,
     scale: torch.Tensor | None,
+    skip: torch.Tensor | None = None,
     *,
     step: float,
     lr: float,
@@ -74,6 +79,7 @@ def adamw_update(
 
     gradient, copy  of any floating type; the copy is overwritten by the new weight
     scale           one number on the device that the gradient is multiplied by; None: 1
+    skip            one number on the device; where it is not 0, nothing is changed; None: 0
     step            number of this update, the first being 1
     """
     size = weight.numel()
@@ -83,11 +89,13 @@ def adamw_update(
     assert all(t.is_contiguous() for t in (weight, first, second)), "elements are matched by their place in memory"
     beta_first, beta_second = betas
     _adamw[(triton.cdiv(size, _BLOCK),)](
-        *(weight, gradient, first, second, weight if copy is None else copy, weight if scale is None else scale, size),
+        *(weight, gradient, first, second, weight if copy is None else copy, weight if scale is None else scale),
+        *(weight if skip is None else skip, size),
         *(1 - lr * weight_decay, 1 - beta_first, 1 - beta_second),
         *(lr / (1 - beta_first**step), (1 - beta_second**step) ** -0.5, eps),
         SCALED=scale is not None,
         COPIED=copy is not None,
+        SKIPPABLE=skip is not None,
         BLOCK=_BLOCK,
         num_warps=4,
     )

@@ -79,11 +79,13 @@ class StepLoss:
 
     total   sum of token losses; tokens: number of positions that carry loss; `mean` is rule R2's loss
     extras  sums over the global batch of what the model also reports (a load-balancing loss, for example)
+    own     this rank's part of the total; None: not known, as of an evaluation
     """
 
     total: torch.Tensor
     tokens: torch.Tensor
     extras: dict[str, torch.Tensor]
+    own: torch.Tensor | None = None
 
     @property
     def mean(self) -> torch.Tensor:
@@ -95,6 +97,11 @@ class Engine(Protocol):
     """Forward, backward, update and state of a model spread over a layout."""
 
     module: torch.nn.Module
+
+    @property
+    def masks_updates(self) -> bool:
+        """True if `update` can be skipped on the device; otherwise the host waits there for `skip`."""
+        ...
 
     def accumulate(self, share: Share, global_tokens: torch.Tensor, measure: Measure = Measure.NOTHING) -> StepLoss:
         """Run forward and backward of this rank's share; gradients of `total / global_tokens` are ready afterwards.
@@ -122,8 +129,16 @@ class Engine(Protocol):
         """
         ...
 
-    def update(self, lr: float) -> None:
-        """Take one optimizer step at this learning rate."""
+    def update(self, lr: float, skip: torch.Tensor | None = None) -> None:
+        """Take one optimizer step at this learning rate.
+
+        skip: one fp32 number on the device, the same on every rank. Where it is 1, no weight and no state changes, neither
+        the optimizer's nor that of the balance of experts.
+        """
+        ...
+
+    def forget_updates(self, count: int) -> None:
+        """Take the last `count` updates, all of which were skipped, out of the optimizer's counts."""
         ...
 
     def zero_grad(self) -> None:

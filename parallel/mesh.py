@@ -175,6 +175,20 @@ class Mesh:
         codes[self.rank] = code
         return self.sum(codes).tolist()
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return the values of all processes, which can be pickled, by rank. A collective over all of them."""
+        held: list[Any] = [value] * self.layout.world_size
+        if self.layout.world_size > 1:
+            dist.all_gather_object(held, value)
+        return held
+
+    def from_main(self, value: Any) -> Any:
+        """Return rank 0's value, which can be pickled, on every process. A collective over all of them."""
+        held = [value]
+        if self.layout.world_size > 1:
+            dist.broadcast_object_list(held, src=0)
+        return held[0]
+
     def store(self, name: str) -> dist.Store:
         """Open a key-value store of all processes under its own name: agreement without a collective."""
         return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())

@@ -22,6 +22,7 @@ from ..config.nodes import Custom
 from ..config.problems import ConfigError, Problem
 from ..data.assignment import Assigner, Dealer
 from ..data.batch import GlobalBatch, Samples
+from ..data.left_out import LeftOut
 from ..data.loader import Loader
 from ..data.node import DataNode
 from ..data.reading import read_on, shifted
@@ -47,6 +48,8 @@ from ..parallel.pipeline.stages import legal_micro_batches
 from ..parallel.policies import ActivationSettings
 from .all_ranks import raise_on_all_ranks
 from .derived import build_horizon, checkpoint_folder
+from .guard.guard import StepGuard
+from .guard.journal import Journal
 from .hooks.base import Hook
 from .hooks.evaluation import Evaluation, EvaluationSet
 from .hooks.expert_load import WarnOfCollapse
@@ -54,6 +57,7 @@ from .hooks.expert_map import ExpertMap
 from .hooks.garbage import CollectGarbage
 from .hooks.loggers.defaults import default_loggers
 from .hooks.profiling import ProfileStep
+from .hooks.replicas import CompareReplicas
 from .hooks.sampling import SampleText, TextCodec
 from .hooks.saving import Saving
 from .loop import Loop, agree_on_plan
@@ -230,7 +234,9 @@ def _build(
     settings = engine_settings(config, model, data.seq_len, controller.needs_statistics)
     engine = make_engine(model, mesh, optimizer_factory(config.optim), config.parallel, settings)
     dealer = build_dealer(config, mesh.layout, model)
-    loader = Loader(_training_samples(data, place), dealer, mesh.data_rank, pin=mesh.device.type == "cuda")
+    journal = Journal(data.fingerprint)
+    samples = LeftOut(_training_samples(data, place), journal.is_left_out)
+    loader = Loader(samples, dealer, mesh.data_rank, pin=mesh.device.type == "cuda")
 
     shape = model.decoder_config
     mixtures = [] if shape is None else shape.mixture_layers()
@@ -245,7 +251,9 @@ def _build(
     elif not parts and config.trainer.eval_every and mesh.is_main:
         log.warning("trainer.eval_every: there will be no evaluation, because the data keeps nothing for validation")
     saving = None
-    if checkpointer is not None:
+    if checkpointer is None:
+        _compare_replicas(hooks, config)
+    else:
         fixed = {
             **saved,
             "data_fingerprint": data.fingerprint,
@@ -255,6 +263,7 @@ def _build(
             "end_of_document": data.tokenizer.end_of_document if data.tokenizer is not None else None,
             "layout": mesh.layout.describe(),
         }
+        _compare_replicas(hooks, config)
         saving = Saving(checkpointer, config.checkpoint.every, fixed, functools.partial(_stages_state, place, data))
         hooks.append(saving)
     if mesh.is_main:
@@ -277,9 +286,17 @@ def _build(
         output_dir=output_dir,
         max_grad_norm=config.trainer.max_grad_norm,
         hooks=hooks,
+        guard=StepGuard(mesh, config.trainer, journal, checkpoint_folder(config), output_dir),
         stage=None if place is None else place.stage,
     )
     return Run(loop, saving, loader, data, place)
+
+
+def _compare_replicas(hooks: list[Hook], config: RunConfig) -> None:
+    """Add the comparison of copies: before saving, which confirms what it has found in order."""
+    every, saves = config.trainer.compare_replicas_every, (config.checkpoint.every, config.checkpoint.memory_every)
+    if every is not None:
+        hooks.append(CompareReplicas(every, saves, config.trainer.on_bad_step))
 
 
 def _training_samples(data: DataNode, place: Place | None) -> Samples:

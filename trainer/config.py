@@ -10,6 +10,7 @@ from ..config.duration import Duration, Unit
 from ..config.keys import Side, key
 from ..config.problems import Problem
 
+ON_BAD_STEP = ("skip", "rewind", "stop")
 ACTIVATIONS = ("none", "selective", "full", "offload", "auto")
 FLOAT8 = ("none", "tensorwise", "rowwise")
 """One scale for a whole tensor (fastest), or one for each row and column (closer to bf16)."""
@@ -24,6 +25,26 @@ class TrainerConfig:
     steps: int | None = key(None, "length of the run in steps, typed as 2000 or 2k; give this or tokens", unit=Unit.STEPS)
     tokens: int | None = key(None, "length of the run in tokens, typed as 1500 or 1.5k; give this or steps", unit=Unit.TOKENS)
     max_grad_norm: float | None = key(1.0, "clip the global gradient norm to this; null: never")
+    on_bad_step: str = key(
+        "skip",
+        "of a step whose loss or gradient norm is not finite or a spike: skip its update, rewind (leave out its samples; after"
+        " a spike, from the last checkpoint on), or stop with the weights before it",
+    )
+    spike_sigmas: float | None = key(
+        6.0,
+        "a step is a spike if its loss, or its gradient norm's logarithm, is as many robust standard deviations above the"
+        " median of the last 128 accepted steps; null: no finite step is",
+    )
+    bad_step_limit: int = key(
+        10,
+        "bad steps in a row after which spikes count as a new level and all else ends the run; also the most rewinds",
+    )
+    compare_replicas_every: int | None = key(
+        50,
+        "compare all copies of weights and optimizer state every so many steps, and before saves; 0: before saves only;"
+        " null: never",
+        Side.HABIT,
+    )
     eval_every: int | float | str | None = key(
         100, "evaluate every so many steps, or after any duration ('4k samples', '5%'); null: only at the end; 0: never"
     )
@@ -82,9 +103,24 @@ class TrainerConfig:
         if length.value == 0 and self.eval_every != 0:
             yield Problem(f"{key}.eval_every", f"'{self.eval_every}' is no length", fix)
 
+    def _guard_problems(self, key: str) -> Iterator[Problem]:
+        if self.on_bad_step not in ON_BAD_STEP:
+            yield Problem(f"{key}.on_bad_step", f"there is no '{self.on_bad_step}'", f"use {', '.join(ON_BAD_STEP)}")
+        if self.spike_sigmas is not None and not self.spike_sigmas > 0:
+            fix = "use 4 or more, or null for no spikes"
+            yield Problem(f"{key}.spike_sigmas", f"{self.spike_sigmas} makes every second step a spike", fix)
+        if self.bad_step_limit < 1:
+            fix = f"use 1 or more; {key}.on_bad_step=stop ends at the first"
+            yield Problem(f"{key}.bad_step_limit", f"{self.bad_step_limit} allows no bad step", fix)
+        every = self.compare_replicas_every
+        if every is not None and every < 0:
+            fix = "use 0 for before saves, null for never"
+            yield Problem(f"{key}.compare_replicas_every", f"{every} is no number of steps", fix)
+
     def _step_problems(self, key: str) -> Iterator[Problem]:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             yield Problem(f"{key}.max_grad_norm", f"{self.max_grad_norm} stops all learning", "use null to never clip")
+        yield from self._guard_problems(key)
         step, last = self.profile_step, self.steps
         if step is not None and not 1 <= step <= (last or step):
             length = f" of {last}" if last else ""

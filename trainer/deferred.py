@@ -5,26 +5,46 @@ from __future__ import annotations
 import torch
 
 
-class Deferred:
-    """Device scalars that one asynchronous copy brings to the host.
+class _Copy:
+    """A tensor on its way to the host.
 
     `read()` waits for that copy only, not for work queued after it. A step later the copy has long finished.
     """
 
-    def __init__(self, scalars: dict[str, torch.Tensor]) -> None:
-        self._names = list(scalars)
-        stacked = torch.stack([scalar.detach().double().reshape(()) for scalar in scalars.values()])
+    def __init__(self, tensor: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        if stacked.is_cuda:
-            self._host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
-            self._host.copy_(stacked, non_blocking=True)
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
         else:
-            self._host = stacked
+            self._host = tensor
+
+    def read(self) -> torch.Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
+class Deferred:
+    """Device scalars that one asynchronous copy brings to the host."""
+
+    def __init__(self, scalars: dict[str, torch.Tensor]) -> None:
+        self._names = list(scalars)
+        self._copy = _Copy(torch.stack([scalar.detach().double().reshape(()) for scalar in scalars.values()]))
 
     def read(self) -> dict[str, float]:
         """Return name → number."""
-        if self._event is not None:
-            self._event.synchronize()
-        return dict(zip(self._names, self._host.tolist(), strict=True))
+        return dict(zip(self._names, self._copy.read().tolist(), strict=True))
+
+
+class DeferredIntegers:
+    """A vector of integers that an asynchronous copy brings to the host, bit by bit."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._copy = _Copy(numbers.detach())
+
+    def read(self) -> list[int]:
+        """Return the numbers."""
+        return self._copy.read().tolist()

@@ -31,6 +31,8 @@ from ..parallel.mesh import Mesh
 from .all_ranks import PeerFailed, raise_on_all_ranks
 from .deferred import Deferred
 from .device_timestamp import DeviceTimestamp
+from .guard.guard import StepGuard, TrainingDiverged
+from .guard.spikes import Verdict
 from .hooks.base import Hook
 from .signals import StopRequest
 from .stages.written import Stage
@@ -59,22 +61,21 @@ def agree_on_plan(mesh: Mesh, share: Share, what: str) -> None:
         )
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss or the gradient norm is not finite."""
-
-
 @dataclass
 class Pending:
     """A finished step whose numbers are still on the device.
 
+    start    the progress at its beginning, and `progress` that at its end
     tokens   of its global batch, padding included
     began    when the numbers of the step before were computed
     done     when its own were
     moments  the gradient statistics that it measured, if any; their values are among the numbers
     flops    of the model on the global batch
     planned  numbers of the plan by which it was dealt
+    learned  whether it had a loss, and so an update
     """
 
+    start: Progress
     progress: Progress
     lr: float
     tokens: int
@@ -84,12 +85,14 @@ class Pending:
     moments: Moments | None
     flops: float
     planned: Mapping[str, float]
+    learned: bool
 
 
 @dataclass
 class Loop:
     """A run in progress. `build.py` builds its parts; the counters are the only state of its own.
 
+    guard    judges its steps; None: a number that is not finite ends the run
     horizon  of the whole run
     stage    the stage that it trains, of a run that has some
     """
@@ -105,6 +108,7 @@ class Loop:
     output_dir: Path
     max_grad_norm: float | None = None
     hooks: Sequence[Hook] = ()
+    guard: StepGuard | None = None
     stage: Stage | None = None
     progress: Progress = field(default_factory=Progress)
     stopping: bool = False
@@ -114,6 +118,7 @@ class Loop:
     _peak: float | None = None
     _last_loss: float = math.nan
     _last_statistics: GradientStatistics | None = None
+    _last_bad: bool = False
 
     def __post_init__(self) -> None:
         self.restart_clock()  # `step` may be called without `run`
@@ -136,10 +141,11 @@ class Loop:
         raise_on_all_ranks(self.mesh, lambda: [hook.on_run_accepted(self) for hook in self.hooks])
         self.restart_clock()
         while not self.finished and not self.stopping:
-            self.step(stop.requested)
-            for hook in self.hooks:
-                hook.on_step_end(self)
-        self.deliver_metrics(keep=0)
+            if self.step(stop.requested):
+                for hook in self.hooks:
+                    hook.on_step_end(self)
+            if self.finished or self.stopping:
+                self.deliver_metrics(keep=0)  # the last step may have to be taken again
         return self.finished
 
     @property
@@ -149,24 +155,29 @@ class Loop:
             return True
         return self.horizon.position(self.progress, self.horizon.unit) >= self.horizon.total
 
-    def step(self, stop_requested: bool = False) -> None:
-        """Update the weights once, from one global batch."""
+    def step(self, stop_requested: bool = False) -> bool:
+        """Update the weights once, from one global batch.
+
+        Return False if the step does not count, because one before it has turned out to be bad.
+        """
+        start = self.progress
         for hook in self.hooks:
             hook.on_step_begin(self)
         count = self.controller.next_batch(self.progress)
         before = self.progress.before(count, self.horizon.seq_len)
         share = self.batches.load(GlobalBatch(before.samples, count), self.controller.micro_at(count))
         agree_on_plan(self.mesh, share, f"step {before.step + 1}")
-        tokens, signals = self._sum_over_ranks(share.valid_tokens, stop_requested)
+        tokens, signals = self.sum_over_ranks(share.valid_tokens, stop_requested)
         if not share.valid_tokens and not tokens:  # only a rank without targets waits here to hear whether others have any
-            self._pass_over(before, count, share, signals)
-            return
+            return self._pass_over(start, before, count, share, signals)
 
         measure = self._measure(before)
         loss = self.engine.accumulate(share, tokens, measure)
         norm = self.engine.gradient_norm()
         moments = None if measure is Measure.NOTHING else self.engine.gradient_moments(count)
         scalars = {"loss": loss.mean, "grad_norm": norm, **signals, **loss.extras}
+        if self.guard is not None:
+            scalars |= self.guard.judge(loss, norm)
         # Copied before the update, so that a controller that needs them does not wait for it.
         numbers = Deferred(scalars if moments is None else {**scalars, **moments.scalars})
         done = DeviceTimestamp(self.mesh.device)
@@ -175,11 +186,11 @@ class Loop:
         for hook in self.hooks:
             hook.before_update(self)
         lr = self.schedule.lr(before) * self.coupling.factor(before, self.controller.noise_scale)
-        self.engine.update(lr)
+        self.engine.update(lr, None if self.guard is None else self.guard.skip)
         self.engine.zero_grad()
 
         self.progress = before.after(count, count * self.horizon.seq_len)
-        self._record(lr, done, numbers, moments, share)
+        return self._record(start, lr, done, numbers, moments, share)
 
     def _measure(self, before: Progress) -> Measure:
         """Return the gradient statistics that the controller needs of the coming step."""
@@ -187,16 +198,16 @@ class Loop:
             return Measure.NOTHING
         return Measure.PROJECTIONS if self.controller.needs_projections else Measure.SQUARES
 
-    def _pass_over(self, before: Progress, count: int, share: Share, signals: dict[str, torch.Tensor]) -> None:
+    def _pass_over(self, start: Progress, before: Progress, count: int, share: Share, signals: dict[str, torch.Tensor]) -> bool:
         """Count a global batch without any target as a step. Its loss is 0, its gradient is none, and nothing is updated."""
         if self.mesh.is_main:
             log.warning("step %d: no position of the global batch has a target, so nothing is updated", before.step + 1)
         zero = torch.zeros((), device=self.mesh.device)
         self.progress = before.after(count, count * self.horizon.seq_len)
         numbers = Deferred({"loss": zero, "grad_norm": zero, **signals})
-        self._record(0.0, DeviceTimestamp(self.mesh.device), numbers, None, share, learned=False)
+        return self._record(start, 0.0, DeviceTimestamp(self.mesh.device), numbers, None, share, learned=False)
 
-    def _sum_over_ranks(self, valid_tokens: int, stop_requested: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def sum_over_ranks(self, valid_tokens: int, stop_requested: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Sum over all ranks, in one collective: the valid tokens of the global batch, and signals to end the run.
 
         The signals count the ranks on which a stop was requested, and those on which a hook has a fault. All ranks of a data
@@ -216,6 +227,7 @@ class Loop:
 
     def _record(
         self,
+        start: Progress,
         lr: float,
         done: DeviceTimestamp,
         numbers: Deferred,
@@ -223,22 +235,29 @@ class Loop:
         share: Share,
         *,
         learned: bool = True,
-    ) -> None:
+    ) -> bool:
         """Queue the step just done, and hand the numbers of the step before, which have arrived, to the hooks.
 
         The host waits for the newest numbers only after a run's first step, or if the controller needs them.
 
         learned: whether the step has a loss, for a controller to observe
+
+        Return whether the step counts: see `step`.
         """
+        after = self.progress
         tokens = self.progress.batch * self.horizon.seq_len
         # By convention a sample counts as one document where nobody has counted its own.
         flops = self.flops_per_token * tokens if share.flops is None else share.flops
-        self._pending.append(Pending(self.progress, lr, tokens, self._began, done, numbers, moments, flops, share.numbers))
+        self._pending.append(
+            Pending(start, after, lr, tokens, self._began, done, numbers, moments, flops, share.numbers, learned)
+        )
         self._began = done
         must_know = learned and (self.controller.needs_loss or moments is not None)
         self.deliver_metrics(keep=0 if must_know or not self._delivered else 1)  # users wait for the first
-        if must_know:
+        counts = self.progress is after
+        if must_know and counts and not self._last_bad:
             self.controller.observe(self._last_statistics, self._last_loss, self.progress)
+        return counts
 
     def restart_clock(self) -> None:
         """Exclude the time since the last step (of an evaluation, for example) from the next step's seconds."""
@@ -247,8 +266,8 @@ class Loop:
     def deliver_metrics(self, keep: int) -> None:
         """Hand the numbers of finished steps to the hooks, except the newest `keep`, which may still be computing.
 
-        Raises TrainingDiverged on all ranks for a loss or gradient norm that is not finite. Where a hook of some rank has a
-        fault, that rank raises it, and the others raise PeerFailed.
+        Raises what the guard does about a bad step or, without a guard, TrainingDiverged on all ranks for a loss or gradient
+        norm that is not finite. Where a hook of some rank has a fault, that rank raises it, and the others raise PeerFailed.
         """
         while len(self._pending) > keep:
             step = self._pending.pop(0)
@@ -261,7 +280,11 @@ class Loop:
             if step.moments is not None:
                 self._last_statistics = step.moments.statistics(numbers)
                 numbers = {name: number for name, number in numbers.items() if name not in step.moments.scalars}
-            if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
+            verdict = Verdict.taken_from(numbers)
+            self._last_bad = verdict is not None and verdict.bad
+            if verdict is not None and self._repeats(step, verdict):
+                return
+            if verdict is None and not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
                 raise TrainingDiverged(f"step {progress.step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}")
             if numbers.pop("faults") > 0:
                 raise self._fault or PeerFailed(config_error=False)
@@ -280,10 +303,33 @@ class Loop:
                 **(self._last_statistics.metrics() if self._last_statistics is not None else {}),
                 **self._device_numbers(step.flops / seconds),
             }
+            if self.guard is not None and self.guard.bad_steps:
+                row |= {"skipped": int(self._last_bad), "bad_steps": self.guard.bad_steps}
             if self.stage is not None:
                 row["stage"] = self.stage.name
             for hook in self.hooks:
                 hook.on_metrics(self, row)
+
+    def _repeats(self, step: Pending, verdict: Verdict) -> bool:
+        """Take in the guard's verdict on a step. Return whether the step must be taken again, and so is not reported.
+
+        The device has skipped what followed a bad step. That is taken again in any case.
+        """
+        assert self.guard is not None
+        if not verdict.bad:
+            self.guard.accept(verdict)
+            return False
+        skipped = [step, *self._pending]
+        self._pending.clear()
+        self.engine.forget_updates(sum(each.learned for each in skipped))
+        self.progress = step.progress
+        repeats = self.guard.handle(self, step.progress, verdict)
+        if repeats:
+            self.progress = step.start
+            for hook in self.hooks:
+                hook.on_repeat(self, step.progress.step)
+        self.restart_clock()
+        return repeats
 
     def _device_numbers(self, flops_per_second: float) -> dict[str, float]:
         """Return peak memory, and model FLOPs utilisation where the GPU's peak is known; nothing on a CPU."""

@@ -69,6 +69,12 @@ def _layout(config: RunConfig, start: Start) -> Iterable[Problem]:
     return layout_problems(config.parallel, start.world_size) if start.world_size else ()
 
 
+def _rewinds(config: RunConfig, _: Start) -> Iterator[Problem]:
+    if config.trainer.on_bad_step == "rewind" and config.checkpoint.every == 0:
+        fix = "save (checkpoint.every), or use trainer.on_bad_step=skip"
+        yield Problem("trainer.on_bad_step", "checkpoint.every=0 leaves nothing to go back to", fix)
+
+
 def _decoder(config: RunConfig, start: Start) -> Iterable[Problem]:
     """Yield what keeps the torch engine from running a decoder in this layout, and the nearest layouts that can."""
     shape = config.model.decoder()
@@ -227,6 +233,7 @@ LENGTH = ("trainer.steps", "trainer.tokens", "data.seq_len", "batch.samples")
 
 RELATIONS = (
     Relation(("parallel",), _layout),
+    Relation(("trainer.on_bad_step", "checkpoint.every"), _rewinds),
     Relation(("parallel", "model", "data.seq_len", "trainer.activation", "trainer.compile"), _decoder),
     Relation(("model", "balance", "parallel", "trainer", "batch.micro", "data.seq_len"), _experts),
     Relation(("parallel", "precision"), _engine),

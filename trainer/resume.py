@@ -15,10 +15,12 @@ from ..data.config import OPTIONS
 from ..data.node import DataNode
 from ..data.version import rules_version
 from ..parallel.fragment import Fragment
+from .all_ranks import raise_on_all_ranks
 from .build import Run, build_control
 from .checkpoint_fit import optimizer_change
 from .derived import checkpoint_folder
 from .find_checkpoint import is_import, is_inside, saved_progress
+from .guard.journal import read_journal
 from .hooks.base import hooks_by_name
 from .identity import Origin, is_own
 from .loop import Loop
@@ -41,6 +43,7 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
         report = _restore_weights(loop, checkpoint, run.place)
         return Origin(report.run, report.step, report.commit, own=False)
     _same_rules(stated, run.data, checkpoint)
+    restore_journal(loop, checkpoint, stated)
     change = optimizer_change(stated, config)
     if change is not None:
         report = _restore_weights(loop, checkpoint, run.place)
@@ -62,6 +65,7 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
     # Under a measuring controller a resumed run keeps its current batch size, whatever chose it.
     if not (begins and run.place is not None and run.place.begins("batch")):
         loop.controller.load_state_dict({"target": loop.progress.batch, **state["controller"]})
+    _restore_guard(run, state, begins=begins)
     own = is_inside(checkpoint, folder) and is_own(report.run, folder)
     hooks = hooks_by_name(loop.hooks)
     if own and run.saving is not None:
@@ -70,6 +74,25 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
         if own or not hook.of_one_run:
             hook.load_state_dict(state["hooks"].get(name, {}))
     return Origin(report.run, report.step, report.commit, own)
+
+
+def restore_journal(loop: Loop, checkpoint: Path | str, state: dict[str, Any] | None = None) -> None:
+    """Take over the rewinds of the journal beside a checkpoint and of its state: their samples stay left out."""
+    assert loop.guard is not None
+    rewinds = list((state or {}).get("rewinds", []))
+    found = raise_on_all_ranks(loop.mesh, lambda: read_journal(checkpoint) if loop.mesh.is_main else [])
+    loop.guard.journal.add(loop.mesh.from_main([*rewinds, *found]))
+
+
+def _restore_guard(run: Run, state: dict[str, Any], *, begins: bool) -> None:
+    """Load the statistic of past steps, unless it is of other data."""
+    guard = run.loop.guard
+    assert guard is not None
+    if "guard" in state and not begins and state["data_fingerprint"] == run.data.fingerprint:
+        guard.load_state_dict(state["guard"])
+    guard.suspect_rewound(run.loop.progress.step)
+    if guard.journal.left_out and run.loop.mesh.is_main:
+        log.info("%d samples of the data are left out, by %d rewinds", guard.journal.left_out, len(guard.journal.rewinds))
 
 
 def _begins(place: Place, state: dict[str, Any]) -> bool:

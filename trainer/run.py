@@ -28,13 +28,14 @@ from .blanks import blank_notice
 from .build import Run, build_model, build_run, engine_settings
 from .derived import checkpoint_folder
 from .find_checkpoint import resumes_own
+from .guard.going_back import go_back
+from .guard.guard import RewindNeeded, TrainingDiverged
 from .identity import Origin, identify, take_over_metrics
 from .imported_model import ImportedModel
-from .loop import TrainingDiverged
 from .machine import RUN_LOCK
 from .relations import collect_problems
 from .resolve import ResolvedRun
-from .resume import restore_run
+from .resume import restore_journal, restore_run
 from .schema import RunConfig
 from .sides import annotated_yaml
 from .signals import StopRequest
@@ -171,7 +172,13 @@ def _train(
                     continue
                 run = following
                 mesh = _mesh_of(run, mesh)
-            if not _run_locked(run, node, sets[number], mesh, stop):
+            reached = None
+            while reached is None:
+                try:
+                    reached = _run_locked(run, node, sets[number], mesh, stop)
+                except RewindNeeded as needed:
+                    run = _rewound(run, needed, mesh)
+            if not reached:
                 break
             release_memory(mesh)
         return 0
@@ -179,6 +186,18 @@ def _train(
         stop.release()
         if lock is not None:
             lock.release()
+
+
+def _rewound(run: ResolvedRun, needed: RewindNeeded, mesh: Mesh) -> ResolvedRun:
+    """Return the run that goes on from an earlier checkpoint, once the journal says so."""
+    release_memory(mesh)
+    back, journal = raise_on_all_ranks(mesh, lambda: go_back(run, needed))
+    if mesh.differ(f"{back.checkpoint} {journal.as_json()}"):
+        raise RuntimeError("processes see different checkpoints to go back to: is the folder shared?")
+    on_main(mesh, lambda: journal.write(checkpoint_folder(run.config)))
+    if mesh.is_main:
+        log.warning("%s. The run goes back to step %d", needed.reason, journal.rewinds[-1].to)
+    return back
 
 
 def _next_stage(planned: ResolvedRun, mesh: Mesh) -> ResolvedRun | None:
@@ -212,6 +231,8 @@ def _run_locked(resolved: ResolvedRun, data: DataNode, sets: Sequence[Validation
     current = build_run(config, saved, data, mesh, place, sets)
     try:
         origin = None if checkpoint is None else restore_run(current, checkpoint, config)
+        if checkpoint is None and resumes_own(str(config.resume), config.output_dir):  # it has not saved yet
+            restore_journal(current.loop, checkpoint_folder(config))
         if mesh.is_main:
             for line in _start_lines(config, current):
                 log.info("%s", line)
@@ -250,6 +271,11 @@ def _run_loop(current: Run, stop: StopRequest, accept: Callable[[], None]) -> bo
     """Train, and wait for the last save. Return whether the run reached its end. accept: see `Loop.run`."""
     try:
         reached = current.loop.run(stop, accept)
+    except RewindNeeded:  # likewise on all ranks
+        if current.saving is not None:
+            current.saving.wait(current.loop)
+        current.loop.engine.finish()
+        raise
     except TrainingDiverged as error:  # on all ranks at the same step: they can still complete a save
         saved = 0
         if current.saving is not None:
@@ -277,6 +303,8 @@ def _take_over(config: RunConfig, current: Run, origin: Origin | None) -> None:
     resumes = resumes_own(str(config.resume), config.output_dir)
     identity = identify(origin, checkpoint_folder(config), resumes=resumes)
     take_over_metrics(Path(config.output_dir), identity)
+    assert current.loop.guard is not None
+    current.loop.guard.journal.begin(checkpoint_folder(config))
     if current.saving is not None:
         own = origin if origin is not None and origin.own else None
         current.saving.begin_run(identity, 0 if own is None else own.commit, None if own is None else own.step)

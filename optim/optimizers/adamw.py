@@ -24,6 +24,7 @@ class AdamW(torch.optim.AdamW):
     """
 
     gradient_scale: torch.Tensor | None = None
+    skip: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -54,11 +55,24 @@ class AdamW(torch.optim.AdamW):
         held = (tensor for group in self.param_groups for tensor in group["params"])
         return self._kernel and all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in held)
 
+    @property
+    def masked_step(self) -> bool:
+        """True where the step is one kernel: ours and torch's can be skipped on the device. See `MaskedStep`."""
+        return all(group["fused"] for group in self.param_groups)
+
+    def forget_steps(self, count: int) -> None:
+        """See `MaskedStep`. torch's own kernel counts on the device, and has not counted them."""
+        if self.fused_step:
+            for state in self.state.values():
+                state["step"] -= count
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Take one update."""
         if not self.fused_step or closure is not None:
             assert self.gradient_scale is None, "only the fused step scales gradients"
+            self.found_inf = self.skip  # torch's name for it; read with getattr by its fused kernel
+            self.skip = None
             return super().step(closure)
         from ...kernels.triton_adamw import adamw_update
 
@@ -75,7 +89,9 @@ class AdamW(torch.optim.AdamW):
                 moments = state["exp_avg"], state["exp_avg_sq"]
                 compute_copy = self._compute_copies.get(weight)
                 adamw_update(
-                    *(weight, weight.grad, *moments, compute_copy, self.gradient_scale), step=float(state["step"]), **settings
+                    *(weight, weight.grad, *moments, compute_copy, self.gradient_scale, self.skip),
+                    step=float(state["step"]),
+                    **settings,
                 )
-        self.gradient_scale = None
+        self.gradient_scale = self.skip = None
         return None

@@ -42,7 +42,13 @@ class AGVM(AdamW):
         self._parameters = list(parameters)
         self._interval, self._begin, self._anchor = config.interval, config.begin, config.anchor
         self._smoothing, self._eps = config.smoothing, config.eps
+        self._measured: dict[str, float] | None = None  # the scales of the step about to be taken
         super().__init__(config, parameters, shards, label=self._label)
+
+    @property
+    def masked_step(self) -> bool:
+        """False: the scales of modules and their updates are counted on the host. See `MaskedStep`."""
+        return False
 
     @property
     def wants_halves(self) -> bool:
@@ -52,7 +58,12 @@ class AGVM(AdamW):
 
     @property
     def scales(self) -> dict[str, float]:
-        """The factor s_i of each module."""
+        """The factor s_i of each module, for the step about to be taken."""
+        # Those measured for a step that is not taken are measured again for the next, which then is the same update.
+        return self._taken_scales() if self._measured is None else self._measured
+
+    def _taken_scales(self) -> dict[str, float]:
+        """Return the factors of the last step that was taken."""
         return {name: float(self._counters.get(f"scale.{name}", 1.0)) for name in self._names}
 
     @property
@@ -84,12 +95,12 @@ class AGVM(AdamW):
         length = (a_square * b_square).sqrt()
         disagreement = torch.where(length > 0, 1 - dot / length, torch.nan).tolist()
         measure = disagreement[self._names.index(self._anchor)]
-        scales = self.scales
+        scales = self._taken_scales()
         for name, there in zip(self._names, disagreement, strict=True):
             if there == there and measure == measure:  # a module of no parameters, or without gradient, keeps its scale
                 ratio = min(10.0, max(0.5, (measure + FLOOR) / (there + FLOOR)))
                 scales[name] = self._smoothing * scales[name] + (1 - self._smoothing) * ratio**0.5
-        self._store(scales, int(self._counters.get("updates", 0)))
+        self._measured = scales
 
     def _store(self, scales: Mapping[str, float], updates: int) -> None:
         for parameter in self._parameters:
@@ -100,7 +111,8 @@ class AGVM(AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Take one update, each module at its own rate."""
         assert closure is None
-        scales, updates = self.scales, int(self._counters.get("updates", 0))
+        updates = int(self._counters.get("updates", 0))
+        scales, self._measured = self.scales, None
         rates = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
             group["lr"] *= scales[group["label"]]

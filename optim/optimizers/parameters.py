@@ -75,6 +75,23 @@ class FusedStep(Protocol):
 
 
 @runtime_checkable
+class MaskedStep(Protocol):
+    """An optimizer whose `step()` can be skipped on the device, without the host knowing: see `trainer/guard`."""
+
+    @property
+    def masked_step(self) -> bool:
+        """True if `step()` obeys `skip`."""
+        ...
+
+    skip: torch.Tensor | None
+    """One fp32 number on the device: where it is 1, the next `step()`, and only that, changes no weight or state; None: 0."""
+
+    def forget_steps(self, count: int) -> None:
+        """Take the last steps, all of them skipped, out of counts that the host keeps."""
+        ...
+
+
+@runtime_checkable
 class InitialCounters(Protocol):
     """An optimizer some of whose counters do not begin at 0."""
 

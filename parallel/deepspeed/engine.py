@@ -140,7 +140,8 @@ class DeepSpeedEngine:
             loss = self._forward(micro_batch)
             self._engine.backward(loss * (self._ranks / global_tokens), scale_wrt_gas=False)
             total += loss.detach()
-        return StepLoss(self.mesh.sum(total, "data"), global_tokens, {})
+        own = total.clone()  # sums are taken in place
+        return StepLoss(self.mesh.sum(total, "data"), global_tokens, {}, own)
 
     @torch.no_grad()
     def gradient_norm(self) -> torch.Tensor:
@@ -160,8 +161,18 @@ class DeepSpeedEngine:
         """Return what `gradient_norm` summed; no projections."""
         return self._noise.moments(samples)
 
-    def update(self, lr: float) -> None:
-        """Take one optimizer step."""
+    @property
+    def masks_updates(self) -> bool:
+        """False: DeepSpeed's update can't be skipped on the device."""
+        return False
+
+    def forget_updates(self, count: int) -> None:
+        """Do nothing: an update that was skipped was never begun."""
+
+    def update(self, lr: float, skip: torch.Tensor | None = None) -> None:
+        """Take one optimizer step, unless the device says to skip it, for which the host waits."""
+        if skip is not None and skip.item():
+            return
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._engine.step()

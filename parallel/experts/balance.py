@@ -57,6 +57,7 @@ class ExpertBalance:
         self.ledger = Ledger(self._layers, self._experts, mesh.device, rates, MeshSums(mesh))
         self._evaluated = Ledger(self._layers, self._experts, mesh.device, Rates())
         self._counts_LE: torch.Tensor | None = None
+        self._unlearned_LE: torch.Tensor | None = None  # the counts of a step that has not been updated
         self.shares_LE = torch.ones(len(self._layers), self._experts, dtype=torch.float64, device=mesh.device)
         held = {layer for stage in stages for layer in stage.block_modules()}
         self._held = [layer for layer in self._layers if layer in held]
@@ -115,21 +116,32 @@ class ExpertBalance:
             self._active = None
         sums_LN = self._whole_sums(self.ledger)
         self._counts_LE = sums_LN[:, : self._experts]
-        self._learn(self._counts_LE)
+        self._unlearned_LE = self._counts_LE
         return total, self._report(sums_LN, global_tokens)
 
     def _whole_sums(self, ledger: Ledger) -> torch.Tensor:
         """Sum a ledger over all ranks: each token and layer is tallied on one of them."""
         return self._mesh.sum(ledger.sums_LN.clone())
 
+    def forget(self) -> None:
+        """Discard the counts of the last step if nothing has learned of them."""
+        self._unlearned_LE = None
+
     @torch.no_grad()
-    def _learn(self, counts_LE: torch.Tensor) -> None:
-        """Take a step's counts into the average of shares, and move the biases of the choice towards even loads."""
-        self.shares_LE.lerp_(share_of(counts_LE), 1 - self._config.keep)
+    def learn(self, skip: torch.Tensor | None = None) -> None:
+        """Take the last step's counts into the average of shares, and move the biases of the choice towards even loads.
+
+        skip: 1 on the device, if nothing shall be learned; None: 0
+        """
+        if self._unlearned_LE is None:  # an update without a step, which only makes the optimizer's state
+            return
+        counts_LE, self._unlearned_LE = self._unlearned_LE, None
+        taken = torch.ones_like(counts_LE[0, 0]) if skip is None else 1 - skip.to(counts_LE.dtype)
+        self.shares_LE.lerp_(share_of(counts_LE), (1 - self._config.keep) * taken)
         if self._config.bias_rate:
             for layer in self._held:
                 counts_E = counts_LE[self._layers.index(layer)]
-                move_E = (counts_E.mean() - counts_E).sign() * self._config.bias_rate
+                move_E = (counts_E.mean() - counts_E).sign() * (self._config.bias_rate * taken)
                 bias_E = self._biases[f"layers.{layer}.ffn.router.bias"]
                 bias_E.add_(move_E.to(bias_E.dtype))
 

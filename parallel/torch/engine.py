@@ -105,7 +105,8 @@ class TorchEngine:
         self.weights.wait_reduce()
         for observer in self._observers:
             observer.see_whole(self.weights.gradients())
-        return StepLoss(self._sum_over_batch(total), global_tokens, extras)
+        own = total.clone()  # sums are taken in place
+        return StepLoss(self._sum_over_batch(total), global_tokens, extras, own)
 
     @torch.no_grad()
     def _count_routed(self, micro_batches: Sequence[MicroBatch]) -> None:
@@ -142,14 +143,27 @@ class TorchEngine:
         assert parameter.tensor.grad is not None
         return self.weights.shards.gather(parameter, parameter.tensor.grad.to(parameter.tensor.dtype))
 
-    def update(self, lr: float) -> None:
-        """Take one optimizer step."""
+    @property
+    def masks_updates(self) -> bool:
+        """See `engine.Engine`."""
+        return self._update.masked
+
+    def update(self, lr: float, skip: torch.Tensor | None = None) -> None:
+        """Take one optimizer step, and let the balance of experts learn from the step."""
+        if self._balance is not None:
+            self._balance.learn(skip)
         self.weights.wait_all_gather(compute_copies=self._update.fused)
-        self._update.step(lr)
+        self._update.step(lr, skip)
         self.weights.all_gather_weights(copied=self._update.fused)
 
+    def forget_updates(self, count: int) -> None:
+        """See `engine.Engine`."""
+        self._update.forget(count)
+
     def zero_grad(self) -> None:
-        """Discard the gradient."""
+        """Discard the gradient, and what the balance of experts has counted."""
+        if self._balance is not None:
+            self._balance.forget()
         self._update.zero_grad()
 
     @torch.no_grad()

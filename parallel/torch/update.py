@@ -7,19 +7,21 @@ from typing import cast
 
 import torch
 
-from ...optim.optimizers.parameters import FusedStep
+from ...optim.optimizers.parameters import FusedStep, MaskedStep
 from .strategy import LocalWeight
 
 
 class Update:
     """An optimizer over a rank's weights.
 
-    fused  whether its step scales gradients and writes compute copies on the way (`FusedStep`)
+    fused   whether its step scales gradients and writes compute copies on the way (`FusedStep`)
+    masked  whether its step can be skipped on the device (`MaskedStep`)
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, weights: Mapping[str, LocalWeight]) -> None:
         self._optimizer, self._weights = optimizer, weights
         self.fused = isinstance(optimizer, FusedStep) and optimizer.fused_step
+        self.masked = isinstance(optimizer, MaskedStep) and optimizer.masked_step
 
     @property
     def _fused_step(self) -> FusedStep:
@@ -32,11 +34,24 @@ class Update:
         else:
             torch._foreach_mul_(gradients, factor)
 
-    def step(self, lr: float) -> None:
-        """Take one optimizer step at this learning rate."""
+    def step(self, lr: float, skip: torch.Tensor | None = None) -> None:
+        """Take one optimizer step at this learning rate.
+
+        skip: 1 on the device if the step is not to be taken; the host waits for it unless `masked`
+        """
+        if skip is not None:
+            if self.masked:
+                cast(MaskedStep, self._optimizer).skip = skip
+            elif skip.item():
+                return
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._optimizer.step()
+
+    def forget(self, count: int) -> None:
+        """Take the last `count` steps, all of them skipped, out of the optimizer's counts."""
+        if self.masked:
+            cast(MaskedStep, self._optimizer).forget_steps(count)
 
     def zero_grad(self) -> None:
         """Discard the gradients and their pending scale."""

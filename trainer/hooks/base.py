@@ -62,6 +62,9 @@ class Hook:
         One step late, so that the host does not wait for the device; not late for a run's first step.
         """
 
+    def on_repeat(self, loop: Loop, step: int) -> None:
+        """Called when it turns out that a step has to be taken again. Its `on_step_end` may have been called already."""
+
     def on_evaluate(self, loop: Loop, row: dict[str, Any]) -> None:
         """Called after an evaluation, with a row that has `step` and `eval_loss`. All earlier rows have arrived.
 

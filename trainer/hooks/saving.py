@@ -22,8 +22,10 @@ def run_state(loop: Loop, fixed: dict[str, Any], absent: Mapping[str, Any]) -> d
 
     Schedules and the data order have no state: they are functions of the counters (rules R1, R5).
     """
+    guard = {} if loop.guard is None else {"guard": loop.guard.state_dict(), "rewinds": loop.guard.journal.as_json()}
     return {
         **fixed,
+        **guard,
         "progress": loop.progress.state_dict(),
         "counters": loop.engine.counters(),
         "controller": loop.controller.state_dict(),
@@ -56,6 +58,7 @@ class Saving(Hook):
         self._saved_step = self._finite_step = -1
         self._prepared = False
         self._absent: dict[str, Any] = {}
+        self._held: dict[int, dict[str, Any]] = {}  # step → state of a save that waits for the step's numbers
 
     def keep_states(self, states: Mapping[str, Any]) -> None:
         """Keep in further checkpoints the states of hooks that this segment of the run lacks, such as the id of a wandb run."""
@@ -80,8 +83,19 @@ class Saving(Hook):
 
     def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
         """Confirm a step whose loss is finite: a save of it may become a checkpoint."""
-        self._finite_step = row["step"]
-        self._checkpointer.confirm(row["step"])
+        self._finite_step = step = row["step"]
+        self._checkpointer.suspected = None if loop.guard is None else loop.guard.suspected
+        state = self._held.pop(step, None)
+        if state is not None and loop.guard is not None:  # only now is it known whether the step was taken
+            state["guard"] = loop.guard.state_dict()
+            if row.get("skipped"):
+                state["counters"] = loop.engine.counters()
+        self._checkpointer.confirm(step)
+
+    def on_repeat(self, loop: Loop, step: int) -> None:
+        """Give up the save of a step that is taken again."""
+        self._held.pop(step, None)
+        self._checkpointer.confirm(step, f"step {step} is taken again")
 
     def on_step_end(self, loop: Loop) -> None:
         """Start a save if one is due, and report those that have ended."""
@@ -108,6 +122,8 @@ class Saving(Hook):
             loop.deliver_metrics(keep=0)
             hold = False
         state = run_state(loop, self._fixed | self._of_data(loop.progress), self._absent)
+        if hold:
+            self._held[loop.progress.step] = state
         step, fragments = loop.progress.step, loop.engine.fragments()
         self._checkpointer.save(step, fragments, state, required=required, disk=disk, hold=hold)
 

@@ -1,0 +1,65 @@
+"""Runs of `parity` with a guard of their steps, and faults in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meshloom.data.left_out import LeftOut
+from meshloom.parallel.engine import Engine
+from meshloom.trainer.config import TrainerConfig
+from meshloom.trainer.guard.guard import StepGuard
+from meshloom.trainer.guard.journal import Journal
+from meshloom.trainer.hooks.base import Hook
+from meshloom.trainer.loop import Loop
+from support import parity
+
+DATA = "data of the tests"
+
+
+class Guarded(Hook):
+    """Gives the loop a guard, and the samples of its journal to leave out."""
+
+    def __init__(self, folder: Path | str = "", **keys: object) -> None:
+        self._folder, self._config = Path(folder), TrainerConfig(steps=1, **keys)  # type: ignore[arg-type]
+        self.guard: StepGuard | None = None
+
+    def on_run_begin(self, loop: Loop) -> None:
+        journal = Journal(DATA)
+        self.guard = loop.guard = StepGuard(loop.mesh, self._config, journal, str(self._folder), self._folder)
+        loop.batches.samples = LeftOut(loop.batches.samples, journal.is_left_out)
+
+
+def poison(parameter: torch.nn.Parameter, factor: Callable[[], float]) -> None:
+    """Multiply a parameter's gradient on this rank, before it is exchanged."""
+
+    def multiply(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * factor()
+
+    parameter.register_hook(multiply)
+
+
+class BadSamples:
+    """Multiplies what a module computes of some samples, in their rows, on whatever rank they are.
+
+    Samples are known by their tokens, which are drawn from their numbers.
+    """
+
+    def __init__(self, engine: Engine, layer: int, samples: Sequence[int], factor: float = torch.nan) -> None:
+        self._rows = [torch.from_numpy(parity.sample(index).tokens) for index in samples]
+        self._factor = factor
+        self._bad_B = torch.zeros(1, dtype=torch.bool)
+        engine.module.register_forward_pre_hook(self._look)
+        engine.module.block_modules()[layer].register_forward_hook(self._spoil)  # type: ignore[operator]
+
+    def _look(self, _module: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._bad_B = torch.stack([(inputs[0] == row).all(1) for row in self._rows]).any(0)
+
+    def _spoil(self, _module: object, _inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
+        x_BSD = output[0] if isinstance(output, tuple) else output
+        # One product, whose gradient is finite in the rows of other samples; that of torch.where would not be.
+        spoilt_BSD = x_BSD * torch.where(self._bad_B, self._factor, 1.0).to(x_BSD.dtype)[:, None, None]
+        return (spoilt_BSD, *output[1:]) if isinstance(output, tuple) else spoilt_BSD

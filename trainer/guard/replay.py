@@ -1,0 +1,213 @@
+"""Replay a step that was skipped, with its own weights, to find out where a number went wrong: rank, layer, samples.
+
+The passes run once more with hooks on modules and weights, which an ordinary step does without. Then every data rank runs its
+neighbour's share: what moves with the samples is the data's fault, and what stays on its rank is the device's. What does not
+come again was a passing fault.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ...data.assignment import Assigner, Share
+from ...data.batch import GlobalBatch
+from ...models.protocol import Model
+
+if TYPE_CHECKING:
+    from ..loop import Loop
+
+DATA, DEVICE, PASSING, UNKNOWN = "data", "device", "passing fault", "unknown"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The first number of a rank's share that is not finite.
+
+    pass_   forward pass, backward pass, or gradient of a weight
+    layer   the module, or the weight
+    number  of the micro-batch among the rank's own
+    rows    of the micro-batch; empty where a weight's gradient does not tell
+    """
+
+    rank: int
+    pass_: str
+    layer: str
+    number: int
+    rows: tuple[int, ...] = ()
+
+
+@dataclass
+class Diagnosis:
+    """What a replay has found.
+
+    kind     DATA, DEVICE, PASSING or UNKNOWN
+    traces   of the ranks on which a number went wrong, in the replay on the same ranks
+    samples  of the run, in whose rows it did
+    """
+
+    kind: str
+    traces: list[Trace] = field(default_factory=list[Trace])
+    samples: list[int] = field(default_factory=list[int])
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks on which a number went wrong."""
+        return sorted({trace.rank for trace in self.traces})
+
+    def describe(self) -> str:
+        """Return a sentence without its full stop."""
+        if self.kind == PASSING:
+            return "a replay of it on the same ranks is in order: a passing fault"
+        found = (
+            "; ".join(f"rank {t.rank}, {t.pass_} of {t.layer}" for t in self.traces[:4]) or "no rank's own numbers show where"
+        )
+        where = f"replayed: {found}"
+        if self.samples:
+            where += f"; samples {_some(self.samples)} of the run"
+        return (
+            where
+            + {
+                DATA: "; another rank finds the same in them: bad data, or weights that can't bear them",
+                DEVICE: "; another rank finds nothing in the same samples: a bad device",
+                UNKNOWN: "",
+            }[self.kind]
+        )
+
+
+@dataclass
+class _Watch:
+    """Hooks of one replay on this rank."""
+
+    rank: int
+    share: Share
+    found: list[Trace] = field(default_factory=list[Trace])
+    number: int = -1
+
+    def attach(self, module: nn.Module) -> list[Any]:
+        """Watch the stages in a module, their blocks, what stands beside these, and the gradients of weights."""
+        stages = list(module) if isinstance(module, nn.ModuleList) else [module]
+        handles: list[Any] = []
+        for stage in stages:
+            handles.append(stage.register_forward_pre_hook(self._count))
+            blocks = {id(block): f"layer {layer}" for layer, block in _blocks(stage)}
+            inside = {id(part) for part in stage.modules() if id(part) in blocks for part in part.modules()}
+            for name, part in stage.named_modules():
+                if id(part) in blocks:
+                    handles.append(part.register_forward_hook(self._see_output(blocks[id(part)])))
+                elif id(part) not in inside and name and not list(part.children()):
+                    handles.append(part.register_forward_hook(self._see_output(name)))
+            for name, weight in stage.named_parameters():
+                if weight.requires_grad:
+                    handles.append(weight.register_hook(self._see_gradient("gradient of a weight", name)))
+        return handles
+
+    def _count(self, _module: nn.Module, _inputs: object) -> None:
+        self.number += 1
+
+    def _see_output(self, layer: str) -> Callable[[nn.Module, object, object], None]:
+        def see(_module: nn.Module, _inputs: object, output: object) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+                return
+            number = self.number
+            self._note("forward pass", layer, number, tensor)
+            if tensor.requires_grad:
+
+                def see_gradient(gradient: torch.Tensor) -> None:
+                    self._note("backward pass", layer, number, gradient)
+
+                tensor.register_hook(see_gradient)
+
+        return see
+
+    def _see_gradient(self, pass_: str, layer: str) -> Callable[[torch.Tensor], None]:
+        return lambda gradient: self._note(pass_, layer, self.number, gradient)
+
+    def _note(self, pass_: str, layer: str, number: int, tensor: torch.Tensor) -> None:
+        if any(trace.number == number for trace in self.found):
+            return  # of each micro-batch the first is where it began
+        here = tensor.detach()
+        here = here.to_local() if isinstance(here, DTensor) else here
+        wrong = ~here.isfinite()
+        if bool(wrong.any()):
+            # Where a layer's output is not (B, S, D), its rows are not those of the micro-batch.
+            batch = self.share.micro_batches[number % len(self.share.micro_batches)]
+            known = here.dim() == 3 and here.shape[0] == len(batch.tokens_BS)
+            rows = wrong.flatten(1).any(1).nonzero().flatten().tolist() if known else []
+            self.found.append(Trace(self.rank, pass_, layer, number % len(self.share.micro_batches), tuple(rows)))
+
+
+def _blocks(stage: nn.Module) -> list[tuple[int, nn.Module]]:
+    return list(stage.block_modules().items()) if isinstance(stage, Model) else []
+
+
+def replay(loop: Loop, batch: GlobalBatch) -> Diagnosis:
+    """Find out why a step's loss or gradient was not finite. All ranks call it, between steps; nothing is updated.
+
+    batch: of the step, whose weights must be in place. Takes two or three steps' time.
+    """
+    first, wrong = _pass(loop, batch, 0)
+    if not wrong:
+        return Diagnosis(PASSING)
+    samples = _samples(loop, batch, first, 0)
+    diagnosis = Diagnosis(UNKNOWN, first, samples)
+    dealer, ranks = loop.batches.dealer, loop.mesh.layout.data_size
+    if ranks == 1 or not isinstance(dealer, Assigner) or not first:
+        return diagnosis
+    second, _ = _pass(loop, batch, 1)
+    moved = _samples(loop, batch, second, 1)
+    if set(samples) & set(moved):
+        diagnosis.kind = DATA
+    elif not second or {trace.rank for trace in second} & set(diagnosis.ranks):
+        diagnosis.kind = DEVICE
+        diagnosis.samples = []
+    return diagnosis
+
+
+def _pass(loop: Loop, batch: GlobalBatch, by: int) -> tuple[list[Trace], bool]:
+    """Run the step's passes, each data rank those of the rank `by` further on.
+
+    Return the traces of all ranks, and whether the loss or the gradient norm is not finite.
+    """
+    share = _share(loop, batch, by)
+    tokens, _ = loop.sum_over_ranks(share.valid_tokens, stop_requested=False)
+    watch = _Watch(loop.mesh.rank, share)
+    handles = watch.attach(loop.engine.module)
+    try:
+        loss = loop.engine.accumulate(share, tokens)
+        norm = loop.engine.gradient_norm()
+    finally:
+        for handle in handles:
+            handle.remove()
+        loop.engine.zero_grad()
+    wrong = not (math.isfinite(float(loss.mean)) and math.isfinite(float(norm)))
+    return [trace for found in loop.mesh.gather_objects(watch.found) for trace in found], wrong
+
+
+def _share(loop: Loop, batch: GlobalBatch, by: int) -> Share:
+    data_rank = (loop.mesh.data_rank + by) % loop.mesh.layout.data_size
+    return loop.batches.dealer.load(loop.batches.samples, batch, loop.controller.micro_at(batch.count), data_rank)
+
+
+def _samples(loop: Loop, batch: GlobalBatch, traces: Sequence[Trace], by: int) -> list[int]:
+    """Return the run's samples in whose rows the traces lie; all of the micro-batch where its rows are not known."""
+    dealer, layout = loop.batches.dealer, loop.mesh.layout
+    if not isinstance(dealer, Assigner):
+        return []
+    dealt = dealer.assign(batch, loop.controller.micro_at(batch.count)).ranks
+    found: set[int] = set()
+    for trace in traces:
+        indices = dealt[(layout.data_rank(trace.rank) + by) % layout.data_size][trace.number]
+        found |= {indices[row] for row in trace.rows if row < len(indices)} if trace.rows else set(indices)
+    return sorted(found)
+
+
+def _some(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")

@@ -1,0 +1,138 @@
+"""Compare copies of weights and optimizer state every so many steps and before saves, and go back where they differ."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...parallel.fragment import Fragment
+from ...parallel.replicas import Disagreement, Replicas
+from ..deferred import DeferredIntegers
+from ..guard.guard import RewindNeeded, TrainingDiverged
+from ..guard.journal import Rewind
+from ..loop import Loop
+from ..watch.incidents import Incident, IncidentLog
+from .base import Hook
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Compared:
+    """A comparison whose result is on its way to the host: the number of copies that differ, then the table."""
+
+    step: int
+    replicas: Replicas
+    numbers: DeferredIntegers
+
+
+class CompareReplicas(Hook):
+    """Compares at every `every`-th step (0: never by itself), before saves, and at the end of the run.
+
+    Hashes are computed on the device after the update. The host reads them with the step's numbers, which are a step late, so
+    it does not wait for them. A save of a step is confirmed after that, so no save holds what has not been compared.
+
+    A difference has spread by then: every rank's gradient has seen it. So the run goes back to the last checkpoint, on which
+    all agreed. Once it comes by the step again, the hashes tell which copy was wrong, if two were not enough to know.
+    """
+
+    def __init__(self, every: int, saves: tuple[int | None, ...], mode: str) -> None:
+        """saves: every how many steps there are saves; mode: `trainer.on_bad_step`."""
+        self._intervals = [each for each in (every, *saves) if each]
+        self._mode = mode
+        self._replicas: Replicas | None = None
+        self._compared: _Compared | None = None
+        self._unjudged: dict[int, Rewind] = {}
+
+    def on_run_begin(self, loop: Loop) -> None:
+        """Say what is compared. A collective."""
+        found = Replicas(loop.mesh, loop.engine.fragments())
+        if loop.mesh.is_main:
+            if not found.copied:
+                log.info("no rank holds a copy of another's weights: nothing is compared (trainer.compare_replicas_every)")
+            elif found.copied < found.elements:
+                share = found.copied / found.elements
+                log.info(
+                    "%.0f %% of rank 0's weights have copies, which are compared; nothing has a copy of the rest", 100 * share
+                )
+        if loop.guard is not None:
+            ahead = [each for each in loop.guard.journal.rewinds if each.hashes and each.step > loop.progress.step]
+            self._unjudged = {each.step: each for each in ahead}
+        self._intervals = self._intervals if found.copied else []
+
+    def on_step_end(self, loop: Loop) -> None:
+        """Start a comparison if one is due."""
+        step = loop.progress.step
+        due = loop.finished or step in self._unjudged or any(step % each == 0 for each in self._intervals)
+        if not due or not self._intervals:
+            return
+        fragments: list[Fragment] = list(loop.engine.fragments())
+        if self._replicas is None or not self._replicas.same_fragments(fragments):
+            self._replicas = Replicas(loop.mesh, fragments)
+        table = self._replicas.table()
+        numbers = DeferredIntegers(torch.cat([self._replicas.differing(table)[None], table]))
+        self._compared = _Compared(step, self._replicas, numbers)
+
+    def on_repeat(self, loop: Loop, step: int) -> None:
+        """Drop a comparison of a step that is taken again."""
+        self._compared = None
+
+    def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
+        """Read the comparison of the step. Raises RewindNeeded or TrainingDiverged on all ranks where copies differ."""
+        compared = self._compared
+        if compared is None or row["step"] < compared.step:
+            return
+        self._compared = None
+        differing, *table = compared.numbers.read()
+        if not differing:
+            self._judge(loop, compared, table)
+            return
+        found = compared.replicas.disagreements(table)
+        messages = [describe(compared.step, each) for each in found]
+        if loop.mesh.is_main:
+            for each, message in zip(found, messages, strict=True):
+                rank = each.odd[0] if len(each.odd) == 1 else None
+                details = {"holders": each.holders, "odd": each.odd, "arrays": each.arrays}
+                self._write(loop, Incident("replicas_differ", message, compared.step, rank=rank, host=None, details=details))
+        if self._mode == "stop" or loop.guard is None:
+            raise TrainingDiverged(f"{messages[0]}. Resume from the last checkpoint, on which all agreed")
+        first = found[0]
+        hashes = {str(rank): [each] for rank, each in zip(first.holders, first.hashes, strict=True)}
+        raise RewindNeeded(compared.step, messages[0], loop.guard.journal.data, hashes=hashes)
+
+    def _judge(self, loop: Loop, compared: _Compared, table: list[int]) -> None:
+        """Tell which copies were wrong when they differed at this step, now that they agree."""
+        rewind = self._unjudged.pop(compared.step, None)
+        if rewind is None or not loop.mesh.is_main:
+            return
+        held = tuple(sorted(map(int, rewind.hashes)))
+        if held not in compared.replicas.sets:
+            return
+        right = compared.replicas.hashes_of(table, held)[0]
+        wrong = [rank for rank in held if rewind.hashes[str(rank)][0] != right]
+        if len(wrong) < len(held):
+            named = ", ".join(map(str, wrong))
+            message = f"step {compared.step}, replayed: the copy of rank {named} was wrong, and the others are as before"
+        else:
+            message = f"step {compared.step}, replayed: neither copy is as before, so its kernels round differently each time"
+        log.warning("%s", message)
+        rank = wrong[0] if len(wrong) == 1 else None
+        self._write(loop, Incident("replicas_judged", message, compared.step, rank=rank, host=None, details={"wrong": wrong}))
+
+    def _write(self, loop: Loop, incident: Incident) -> None:
+        IncidentLog(loop.output_dir).write(incident)
+
+
+def describe(step: int, found: Disagreement) -> str:
+    """Return who differs in what, in one line without its full stop."""
+    ranks, holders = ", ".join(map(str, found.odd)), len(found.holders)
+    who = (
+        f"rank {ranks} differs from the other {holders - len(found.odd)}"
+        if found.odd != found.holders
+        else f"ranks {ranks} differ"
+    )
+    what = ", ".join(found.arrays[:3]) + (f" and {len(found.arrays) - 3} more" if len(found.arrays) > 3 else "")
+    return f"step {step}: copies of the same arrays do not agree: {who}, in {what}"
