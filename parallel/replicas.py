@@ -24,6 +24,8 @@ from .mesh import Mesh
 
 BLOCK = 1 << 22
 """Words that are hashed at once: 32 MiB of numbers for their positions, and as much for products."""
+_STRETCH = 1 << 12
+"""Elements that are looked at one by one where copies differ."""
 _CHAIN = 0x2545F4914F6CDD1D  # odd: joins the hashes of a tensor's blocks
 
 
@@ -33,13 +35,17 @@ class Disagreement:
 
     holders  the ranks that hold them, and `hashes` theirs, in this order
     odd      the ranks that differ from most of them; all holders where there is no majority
-    arrays   the arrays that differ, as `role/name`
+    arrays   the arrays that differ, as `role/name`; weights first
+    element  the first element of the first of them that differs, counted in the part that these ranks hold
+    values   what each holder has there
     """
 
     holders: tuple[int, ...]
     hashes: tuple[int, ...]
     odd: tuple[int, ...]
     arrays: tuple[str, ...]
+    element: int
+    values: tuple[float, ...]
 
 
 class Replicas:
@@ -117,8 +123,34 @@ class Replicas:
             (usual, times), *_ = Counter(hashes).most_common()
             odd = tuple(rank for rank, each in zip(held, hashes, strict=True) if each != usual)
             arrays = [key for key in everywhere[held[0]] if len({everywhere[rank].get(key) for rank in held}) > 1]
-            found.append(Disagreement(held, hashes, odd if 2 * times > len(held) else held, tuple(arrays)))
+            arrays.sort(key=lambda key: not key.startswith("weight/"))
+            element, values = self._first_difference(held, arrays[0])
+            odd = odd if 2 * times > len(held) else held
+            found.append(Disagreement(held, hashes, odd, tuple(arrays), element, values))
         return found
+
+    def _part(self, held: tuple[int, ...], key: str) -> torch.Tensor | None:
+        """Return this rank's part of an array, flat, that just these ranks hold."""
+        parts = [each.tensor for each, holders in self._compared if each.key == key and holders == held]
+        return parts[0].detach().reshape(-1) if parts else None
+
+    def values(self, held: tuple[int, ...], key: str, element: int) -> tuple[float, ...]:
+        """Return an element of an array as each of its holders has it. A collective over all ranks."""
+        part = self._part(held, key)
+        everywhere = self._mesh.gather_objects(None if part is None else float(part[element]))
+        return tuple(everywhere[rank] for rank in held)
+
+    def _first_difference(self, held: tuple[int, ...], key: str) -> tuple[int, tuple[float, ...]]:
+        """Find the first element that differs, by hashes of stretches. A collective over all ranks."""
+        part = self._part(held, key)
+        sums = None if part is None else [int(hash_tensor(each)) for each in part.split(_STRETCH)]
+        everywhere = self._mesh.gather_objects(sums)
+        stretch = next(n for n in range(len(everywhere[held[0]])) if len({everywhere[rank][n] for rank in held}) > 1)
+        begin = stretch * _STRETCH
+        bits = None if part is None else [int(hash_tensor(each)) for each in part[begin : begin + _STRETCH].split(1)]
+        everywhere = self._mesh.gather_objects(bits)
+        offset = next(n for n in range(len(everywhere[held[0]])) if len({everywhere[rank][n] for rank in held}) > 1)
+        return begin + offset, self.values(held, key, begin + offset)
 
 
 def hash_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ def test_a_view_that_begins_off_a_word_has_a_hash() -> None:
     assert int(hash_tensor(torch.empty(0))) == 0
 
 
-Found = tuple[int, float, int, list[tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]]]
+Found = tuple[int, float, int, list[tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...], int]]]
 
 
 def compared(rank: int, world_size: int, parallel: ParallelConfig, flipped: int | None) -> Found:
@@ -69,7 +69,7 @@ def compared(rank: int, world_size: int, parallel: ParallelConfig, flipped: int 
         len(replicas.sets),
         replicas.copied / replicas.elements,
         differing,
-        [(each.holders, each.odd, each.arrays) for each in found],
+        [(each.holders, each.odd, each.arrays, each.element) for each in found],
     )
 
 
@@ -94,13 +94,13 @@ def test_copies_agree_bit_for_bit_on_every_layout(layout: str) -> None:
 def test_of_three_the_odd_rank_is_named_with_its_array() -> None:
     for _, _, differing, found in run_ranks(3, compared, ParallelConfig(zero=0), 0):
         assert differing == 2  # from rank 0, which is the odd one
-        ((holders, odd, arrays),) = found
-        assert (holders, odd) == ((0, 1, 2), (0,))
+        ((holders, odd, arrays, element),) = found
+        assert (holders, odd, element) == ((0, 1, 2), (0,), 1)
         assert len(arrays) == 1 and arrays[0].startswith("exp_avg/")
 
 
 def test_of_two_both_are_named() -> None:
     for _, _, differing, found in run_ranks(4, compared, ParallelConfig(zero=3, replicate=2), 3):
         assert differing == 1
-        ((holders, odd, _),) = found
+        ((holders, odd, _, _),) = found
         assert holders == odd and 3 in holders and len(holders) == 2

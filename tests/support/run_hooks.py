@@ -93,3 +93,36 @@ class Arrivals(Hook):
     def _note(self, loop: Loop, line: str) -> None:
         with (loop.output_dir / "arrivals").open("a") as file:
             file.write(f"{line}\n")
+
+
+class Jolt(Hook):
+    """Multiplies the gradient of some steps: a spike that comes again however often they are taken."""
+
+    def __init__(self, first: int, last: int, factor: float = 1e6, samples: int = 8) -> None:
+        self.first, self.last, self.factor, self.samples = first, last, factor, samples
+
+    def on_run_begin(self, loop: Loop) -> None:
+        norm = loop.engine.gradient_norm
+
+        def spoilt() -> torch.Tensor:
+            inside = self.first <= loop.progress.samples // self.samples + 1 <= self.last
+            data = loop.batches.samples[loop.progress.samples]
+            return norm() * self.factor if inside and data.tokens.any() else norm()
+
+        loop.engine.gradient_norm = spoilt  # type: ignore[method-assign]
+
+
+class FlipBit(Hook):
+    """Flips a bit of a weight on one rank, once in the life of the output folder."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    @torch.no_grad()
+    def on_step_begin(self, loop: Loop) -> None:
+        done = loop.output_dir / "flipped"
+        if loop.progress.step + 1 == self.step and loop.mesh.rank == self.rank and not done.exists():
+            done.touch()
+            for fragment in loop.engine.fragments():
+                if fragment.name == "norm.weight" and fragment.role == "weight":
+                    fragment.tensor[1:2].view(torch.int64).bitwise_xor_(1 << 48)

@@ -18,7 +18,7 @@ from ..all_ranks import on_main
 from ..config import TrainerConfig
 from ..watch.incidents import Incident, IncidentLog
 from .journal import Journal, Rewind
-from .replay import DEVICE, PASSING, Diagnosis, replay
+from .replay import DEVICE, PASSING, WEIGHTS, Diagnosis, replay
 from .spikes import LOSS_SPIKE, SpikeDetector, Verdict
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ ACTIONS = {
 WHY_STOPPED = {
     "stop": "The run stops (trainer.on_bad_step=stop)",
     "limit": "The run stops, after as many bad steps in a row as trainer.bad_step_limit",
+    "weights": "The run stops: no step can be taken with these weights",
     "device": "The run stops: every step on this device is in doubt. Start it again without it",
 }
 SETTLED = 64
@@ -52,7 +53,7 @@ class RewindNeeded(Exception):
     step, reason  where, and why
     ranges        samples to leave out, as [first, end) pairs
     data          fingerprint of the data whose samples these are
-    hashes        of copies of weights that did not agree, by rank
+    copies        of a weight that did not agree: see `Rewind`
     """
 
     def __init__(
@@ -61,10 +62,10 @@ class RewindNeeded(Exception):
         reason: str,
         data: str,
         ranges: Sequence[Sequence[int]] = (),
-        hashes: Mapping[str, Sequence[int]] | None = None,
+        copies: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(reason)
-        self.step, self.reason, self.data, self.ranges, self.hashes = step, reason, data, ranges, hashes or {}
+        self.step, self.reason, self.data, self.ranges, self.copies = step, reason, data, ranges, copies or {}
 
 
 class StepGuard:
@@ -130,7 +131,8 @@ class StepGuard:
         if action in WHY_STOPPED:
             raise TrainingDiverged(f"{message}. {WHY_STOPPED[action]}; the weights are those before the step")
         if action == "rewind":
-            raise RewindNeeded(step, message, self.journal.data, ranges)
+            at_fault = diagnosis is None or diagnosis.kind != WEIGHTS
+            raise RewindNeeded(step, message, self.journal.data, ranges if at_fault else ())
         if action == "leave out":
             self.leave_out(Rewind(step, step - 1, ranges, message, self.journal.data))
         if action == "accept":
@@ -146,6 +148,8 @@ class StepGuard:
             return "stop"
         if diagnosis is not None and diagnosis.kind == DEVICE:
             return "device"
+        if diagnosis is not None and diagnosis.kind == WEIGHTS:
+            return "rewind" if self._mode == "rewind" else "weights"
         if self._in_a_row >= self._limit:
             return "accept" if verdict.finite and self._mode == "skip" else "limit"
         if diagnosis is not None and diagnosis.kind == PASSING and step != self._redone:

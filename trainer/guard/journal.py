@@ -28,7 +28,7 @@ class Rewind:
     ranges  samples left out since, as [first, end) pairs of the run's numbers
     reason  in one sentence
     data    fingerprint of the data whose samples these are
-    hashes  of the copies that did not agree, by rank: see `CompareReplicas`
+    copies  of a weight that did not agree: its "array", the "element" that differed, and "values", by rank, in hexadecimal
     """
 
     step: int
@@ -36,7 +36,7 @@ class Rewind:
     ranges: Sequence[Sequence[int]]
     reason: str
     data: str
-    hashes: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]])
+    copies: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 class Journal:

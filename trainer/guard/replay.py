@@ -23,7 +23,7 @@ from ...models.protocol import Model
 if TYPE_CHECKING:
     from ..loop import Loop
 
-DATA, DEVICE, PASSING, UNKNOWN = "data", "device", "passing fault", "unknown"
+DATA, DEVICE, WEIGHTS, PASSING, UNKNOWN = "data", "device", "weights", "passing fault", "unknown"
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,16 @@ class Trace:
 class Diagnosis:
     """What a replay has found.
 
-    kind     DATA, DEVICE, PASSING or UNKNOWN
+    kind     DATA, DEVICE, WEIGHTS (which bear no sample), PASSING or UNKNOWN
     traces   of the ranks on which a number went wrong, in the replay on the same ranks
     samples  of the run, in whose rows it did
+    broken   the arrays of the weights and the optimizer that are not finite themselves
     """
 
     kind: str
     traces: list[Trace] = field(default_factory=list[Trace])
     samples: list[int] = field(default_factory=list[int])
+    broken: list[str] = field(default_factory=list[str])
 
     @property
     def ranks(self) -> list[int]:
@@ -76,6 +78,9 @@ class Diagnosis:
             + {
                 DATA: "; another rank finds the same in them: bad data, or weights that can't bear them",
                 DEVICE: "; another rank finds nothing in the same samples: a bad device",
+                WEIGHTS: f"; not finite themselves: {_some(self.broken)}"
+                if self.broken
+                else "; every sample is affected: it is the weights",
                 UNKNOWN: "",
             }[self.kind]
         )
@@ -156,7 +161,10 @@ def replay(loop: Loop, batch: GlobalBatch) -> Diagnosis:
     first, wrong = _pass(loop, batch, 0)
     if not wrong:
         return Diagnosis(PASSING)
+    broken = _broken_arrays(loop)
     samples = _samples(loop, batch, first, 0)
+    if broken or 1 < len(samples) == batch.count:
+        return Diagnosis(WEIGHTS, first, broken=broken)
     diagnosis = Diagnosis(UNKNOWN, first, samples)
     dealer, ranks = loop.batches.dealer, loop.mesh.layout.data_size
     if ranks == 1 or not isinstance(dealer, Assigner) or not first:
@@ -169,6 +177,13 @@ def replay(loop: Loop, batch: GlobalBatch) -> Diagnosis:
         diagnosis.kind = DEVICE
         diagnosis.samples = []
     return diagnosis
+
+
+def _broken_arrays(loop: Loop) -> list[str]:
+    """Return the names of weights and optimizer state that are not finite on some rank."""
+    floating = [each for each in loop.engine.fragments() if each.tensor.is_floating_point()]
+    mine = [each.key for each in floating if not bool(each.tensor.isfinite().all())]
+    return sorted({key for keys in loop.mesh.gather_objects(mine[:8]) for key in keys})
 
 
 def _pass(loop: Loop, batch: GlobalBatch, by: int) -> tuple[list[Trace], bool]:
@@ -209,5 +224,5 @@ def _samples(loop: Loop, batch: GlobalBatch, traces: Sequence[Trace], by: int) -
     return sorted(found)
 
 
-def _some(numbers: Sequence[int]) -> str:
+def _some(numbers: Sequence[object]) -> str:
     return ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,8 @@ class CompareReplicas(Hook):
     it does not wait for them. A save of a step is confirmed after that, so no save holds what has not been compared.
 
     A difference has spread by then: every rank's gradient has seen it. So the run goes back to the last checkpoint, on which
-    all agreed. Once it comes by the step again, the hashes tell which copy was wrong, if two were not enough to know.
+    all agreed. When it comes by the step again, the element that differed tells which copy was wrong, if two did not agree:
+    the one that is farther from its value now. The right one is not equal to it, for the wrong one was in its gradient.
     """
 
     def __init__(self, every: int, saves: tuple[int | None, ...], mode: str) -> None:
@@ -59,7 +61,7 @@ class CompareReplicas(Hook):
                     "%.0f %% of rank 0's weights have copies, which are compared; nothing has a copy of the rest", 100 * share
                 )
         if loop.guard is not None:
-            ahead = [each for each in loop.guard.journal.rewinds if each.hashes and each.step > loop.progress.step]
+            ahead = [each for each in loop.guard.journal.rewinds if each.copies and each.step > loop.progress.step]
             self._unjudged = {each.step: each for each in ahead}
         self._intervals = self._intervals if found.copied else []
 
@@ -88,7 +90,7 @@ class CompareReplicas(Hook):
         self._compared = None
         differing, *table = compared.numbers.read()
         if not differing:
-            self._judge(loop, compared, table)
+            self._judge(loop, compared)
             return
         found = compared.replicas.disagreements(table)
         messages = [describe(compared.step, each) for each in found]
@@ -100,27 +102,28 @@ class CompareReplicas(Hook):
         if self._mode == "stop" or loop.guard is None:
             raise TrainingDiverged(f"{messages[0]}. Resume from the last checkpoint, on which all agreed")
         first = found[0]
-        hashes = {str(rank): [each] for rank, each in zip(first.holders, first.hashes, strict=True)}
-        raise RewindNeeded(compared.step, messages[0], loop.guard.journal.data, hashes=hashes)
+        values = {str(rank): each.hex() for rank, each in zip(first.holders, first.values, strict=True)}
+        copies = {"array": first.arrays[0], "element": first.element, "values": values}
+        raise RewindNeeded(compared.step, messages[0], loop.guard.journal.data, copies=copies)
 
-    def _judge(self, loop: Loop, compared: _Compared, table: list[int]) -> None:
-        """Tell which copies were wrong when they differed at this step, now that they agree."""
+    def _judge(self, loop: Loop, compared: _Compared) -> None:
+        """Tell which copies were wrong when they differed at this step, now that they agree. A collective where they did."""
         rewind = self._unjudged.pop(compared.step, None)
-        if rewind is None or not loop.mesh.is_main:
+        if rewind is None:
             return
-        held = tuple(sorted(map(int, rewind.hashes)))
-        if held not in compared.replicas.sets:
+        then = {int(rank): float.fromhex(value) for rank, value in rewind.copies["values"].items()}
+        held = tuple(sorted(then))
+        if held not in compared.replicas.sets:  # another layout
             return
-        right = compared.replicas.hashes_of(table, held)[0]
-        wrong = [rank for rank in held if rewind.hashes[str(rank)][0] != right]
-        if len(wrong) < len(held):
-            named = ", ".join(map(str, wrong))
-            message = f"step {compared.step}, replayed: the copy of rank {named} was wrong, and the others are as before"
-        else:
-            message = f"step {compared.step}, replayed: neither copy is as before, so its kernels round differently each time"
-        log.warning("%s", message)
-        rank = wrong[0] if len(wrong) == 1 else None
-        self._write(loop, Incident("replicas_judged", message, compared.step, rank=rank, host=None, details={"wrong": wrong}))
+        now = compared.replicas.values(held, rewind.copies["array"], rewind.copies["element"])[0]
+        distance = {rank: abs(value - now) if math.isfinite(value) else math.inf for rank, value in then.items()}
+        wrong = [rank for rank in held if distance[rank] > min(distance.values())]
+        named = ", ".join(map(str, wrong))
+        message = f"step {compared.step}, replayed: the copy of rank {named} was wrong ({rewind.copies['array']})"
+        if loop.mesh.is_main:
+            log.warning("%s", message)
+            rank, details = wrong[0] if len(wrong) == 1 else None, {"wrong": wrong, "now": now, "then": then}
+            self._write(loop, Incident("replicas_judged", message, compared.step, rank=rank, host=None, details=details))
 
     def _write(self, loop: Loop, incident: Incident) -> None:
         IncidentLog(loop.output_dir).write(incident)

@@ -1,0 +1,76 @@
+"""Whole runs that go back: after a spike without its samples, after a flipped bit to the losses of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from meshloom.trainer.guard import spikes
+from meshloom.trainer.guard.journal import read_journal
+from meshloom.trainer.watch.incidents import read_incidents
+from support.ranks import run_ranks
+from support.tiny_run import body
+
+
+def trained(rank: int, world_size: int, words: list[str]) -> int:
+    """Exit code of a run whose statistic is ready after four steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spikes, "WARM_UP", 4)
+        return body(rank, world_size, words)
+
+
+def run(ranks: int, folder: Path, *words: str) -> list[float]:
+    """The losses of a run that reached its end."""
+    common = [f"output_dir={folder}", "checkpoint.every=3", "trainer.eval_every=0", "parallel.zero=0"]
+    assert run_ranks(ranks, trained, [*common, *words]) == [0] * ranks
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def hook(name: str, **keys: float) -> str:
+    written = ",".join(f"{key}:{value}" for key, value in keys.items())
+    return f"trainer.hooks=[{{_target_:support.run_hooks.{name},{written}}}]"
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_flipped_bit_is_noticed_and_costs_no_loss(tmp_path: Path, mode: str) -> None:
+    words = ["trainer.steps=8", f"checkpoint.mode={mode}", "trainer.compare_replicas_every=1"]
+    whole = run(1, tmp_path / "whole", *words)
+    found = run(3, tmp_path / "flipped", *words, hook("FlipBit", step=5, rank=1))
+    assert found == pytest.approx(whole, rel=1e-9)
+    incidents = list(read_incidents(tmp_path / "flipped"))
+    assert [each["kind"] for each in incidents] == ["replicas_differ", "replicas_judged"]
+    assert (incidents[0]["step"], incidents[0]["rank"], incidents[0]["details"]["odd"]) == (5, 1, [1])
+    assert "weight/norm.weight" in incidents[0]["details"]["arrays"]
+    assert incidents[1]["details"]["wrong"] == [1]
+    (rewind,) = read_journal(tmp_path / "flipped" / "checkpoints")
+    assert (rewind["step"], rewind["to"], rewind["ranges"]) == (5, 3, [])
+
+
+def test_of_two_copies_a_replay_tells_which_was_wrong(tmp_path: Path) -> None:
+    run(2, tmp_path, "trainer.steps=6", "trainer.compare_replicas_every=0", hook("FlipBit", step=5, rank=0))
+    first, second = read_incidents(tmp_path)
+    assert (first["step"], first["rank"], first["details"]["odd"]) == (6, None, [0, 1])
+    assert second["kind"] == "replicas_judged" and second["rank"] == 0 and "the copy of rank 0 was wrong" in second["message"]
+
+
+def test_after_a_spike_the_run_goes_back_and_leaves_its_samples_out(tmp_path: Path) -> None:
+    """The oracle: a run that is told from its beginning to leave these samples out."""
+    words = ["trainer.steps=10", "trainer.on_bad_step=rewind"]
+    found = run(2, tmp_path / "spiked", *words, hook("Jolt", first=8, last=8))
+    (rewind,) = read_journal(tmp_path / "spiked" / "checkpoints")
+    assert (rewind["step"], rewind["to"], rewind["ranges"]) == (8, 6, [[56, 64]])
+    assert len(found) == 10 and found[7] == 0.0  # no sample of the step is left
+    told = tmp_path / "told" / "checkpoints"
+    told.mkdir(parents=True)
+    (told / "rewinds.json").write_text(json.dumps({"rewinds": [rewind]}))
+    assert run(1, tmp_path / "told", *words, "resume=auto") == pytest.approx(found, rel=1e-9)
+
+
+def test_a_spike_that_comes_again_ends_the_run_in_the_end(tmp_path: Path) -> None:
+    words = [f"output_dir={tmp_path}", "checkpoint.every=3", "trainer.eval_every=0", "trainer.steps=12"]
+    keys = ["trainer.on_bad_step=rewind", "trainer.bad_step_limit=2", hook("Jolt", first=8, last=12)]
+    assert run_ranks(1, trained, [*words, *keys]) == [1]
+    assert [(each["step"], each["to"]) for each in read_journal(tmp_path / "checkpoints")] == [(8, 6), (9, 3)]
