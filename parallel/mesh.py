@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +75,7 @@ class Mesh:
     weight_axes     name of a group of parameters → the ranks that hold it: "dense", and under expert parallelism "experts"
     limit           how long a collective waits for a lost rank
     before_closing  callbacks to run before the process groups are destroyed
+    opened          how often each of its stores was opened
     """
 
     layout: Layout
@@ -83,6 +85,7 @@ class Mesh:
     weight_axes: dict[str, WeightAxes]
     limit: datetime.timedelta
     before_closing: list[Callable[[], object]] = field(default_factory=list)
+    opened: Counter[str] = field(default_factory=Counter[str])
 
     @classmethod
     def connect(cls, layout: Layout, device: torch.device, timeout: float = 600.0) -> Mesh:
@@ -190,8 +193,13 @@ class Mesh:
         return held[0]
 
     def store(self, name: str) -> dist.Store:
-        """Open a key-value store of all processes under its own name: agreement without a collective."""
-        return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+        """Open a key-value store of all processes under its own name: agreement without a collective.
+
+        Every process must open it equally often. Who opens a name again, as a run that goes back does, gets an empty store.
+        """
+        number = self.opened[name]
+        self.opened[name] += 1
+        return dist.PrefixStore(f"{name}+{number}" if number else name, dist.distributed_c10d._get_default_store())
 
     def barrier(self) -> None:
         """Wait for every process."""

@@ -1,36 +1,14 @@
-"""Runs of `parity` with a guard of their steps, and faults in them."""
+"""Faults in runs of `parity`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from meshloom.data.left_out import LeftOut
 from meshloom.parallel.engine import Engine
-from meshloom.trainer.config import TrainerConfig
-from meshloom.trainer.guard.guard import StepGuard
-from meshloom.trainer.guard.journal import Journal
-from meshloom.trainer.hooks.base import Hook
-from meshloom.trainer.loop import Loop
 from support import parity
-
-DATA = "data of the tests"
-
-
-class Guarded(Hook):
-    """Gives the loop a guard, and the samples of its journal to leave out."""
-
-    def __init__(self, folder: Path | str = "", **keys: object) -> None:
-        self._folder, self._config = Path(folder), TrainerConfig(steps=1, **keys)  # type: ignore[arg-type]
-        self.guard: StepGuard | None = None
-
-    def on_run_begin(self, loop: Loop) -> None:
-        journal = Journal(DATA)
-        self.guard = loop.guard = StepGuard(loop.mesh, self._config, journal, str(self._folder), self._folder)
-        loop.batches.samples = LeftOut(loop.batches.samples, journal.is_left_out)
 
 
 def poison(parameter: torch.nn.Parameter, factor: Callable[[], float]) -> None:

@@ -20,6 +20,7 @@ import torch
 from meshloom.config.duration import Duration, Unit
 from meshloom.data.assignment import Assigner, Dealer, Share
 from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch, Sample
+from meshloom.data.left_out import LeftOut
 from meshloom.data.loader import Loader
 from meshloom.models.mixture.balance_config import BalanceConfig
 from meshloom.optim.batch.config import FixedConfig
@@ -41,6 +42,9 @@ from meshloom.parallel.hybrid.share import HybridAssigner
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline.stages import legal_micro_batches
+from meshloom.trainer.config import TrainerConfig
+from meshloom.trainer.guard.guard import StepGuard
+from meshloom.trainer.guard.journal import Journal
 from meshloom.trainer.hooks.base import Hook
 from meshloom.trainer.loop import Loop
 from meshloom.trainer.signals import StopRequest
@@ -286,6 +290,19 @@ def plain_curve(work: Work) -> tuple[list[float], list[float]]:
     return run.losses[:-1], run.norms
 
 
+class Guarded(Hook):
+    """Gives the loop a guard, and the samples of its journal to leave out."""
+
+    def __init__(self, folder: Path | str = "", **keys: object) -> None:
+        self._folder, self._config = Path(folder), TrainerConfig(steps=1, **keys)  # type: ignore[arg-type]
+        self.guard: StepGuard | None = None
+
+    def on_run_begin(self, loop: Loop) -> None:
+        journal = Journal("data of the tests")
+        self.guard = loop.guard = StepGuard(loop.mesh, self._config, journal, str(self._folder), self._folder)
+        loop.batches.samples = LeftOut(loop.batches.samples, journal.is_left_out)
+
+
 class FirstMoments(Hook):
     """Keeps this rank's boxes of Adam's first moment after the first of the steps."""
 
@@ -305,7 +322,7 @@ def runs(rank: int, world_size: int, works: Sequence[Work]) -> list[Run]:
         try:
             engine = build(work, world_size)
             moments = FirstMoments()
-            done = take_steps(engine, work, _steps(work), moments)
+            done = take_steps(engine, work, _steps(work), moments, Guarded())
             evaluated = float(engine.evaluate(share(engine.mesh, work, HELD_OUT).micro_batches).mean)
             found.append(Run([*done.losses, evaluated], done.norms, moments.boxes))
         except Exception as error:

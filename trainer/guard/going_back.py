@@ -32,13 +32,13 @@ def go_back(run: ResolvedRun, needed: RewindNeeded) -> tuple[ResolvedRun, Journa
     newest = read_manifest(folder)
     on_disk = (step_of(name) for name in list_steps(open_files(folder)).names)
     older = sorted((step for step in on_disk if step is not None and step < newest.step), reverse=True)
-    tried = {each.to for each in journal.rewinds if not each.copies and each.step > each.to + 1}
+    tried = {each.to for each in journal.rewinds if not each.copies and not each.in_place}
     steps = [newest.step, *older]
     to = next((step for step in steps if step not in tried), steps[-1])
     if sum(each.step > to for each in journal.rewinds) >= run.config.trainer.bad_step_limit:
         times = "the run went back from there as often as trainer.bad_step_limit allows"
         raise TrainingDiverged(f"{needed.reason}. It does not go back to step {to} again: {times}")
-    journal.rewinds.append(Rewind(needed.step, to, needed.ranges, needed.reason, needed.data, needed.copies))
+    journal.rewinds.append(Rewind(needed.step, to, needed.ranges, needed.reason, needed.data, copies=needed.copies))
     checkpoint: Path | str = folder if to == newest.step else f"{folder.rstrip('/')}/{step_name(to)}"
     back = dataclasses.replace(run, checkpoint=checkpoint)
     if run.place is None:

@@ -134,7 +134,7 @@ class StepGuard:
             at_fault = diagnosis is None or diagnosis.kind != WEIGHTS
             raise RewindNeeded(step, message, self.journal.data, ranges if at_fault else ())
         if action == "leave out":
-            self.leave_out(Rewind(step, step - 1, ranges, message, self.journal.data))
+            self.leave_out(Rewind(step, step - 1, ranges, message, self.journal.data, in_place=True))
         if action == "accept":
             self._accept_new_level(step)
         self._detector.release()

@@ -23,12 +23,13 @@ JOURNAL = "rewinds.json"
 class Rewind:
     """One rewind.
 
-    step    at which it was decided, counted from 1
-    to      the step whose state the run went back to
-    ranges  samples left out since, as [first, end) pairs of the run's numbers
-    reason  in one sentence
-    data    fingerprint of the data whose samples these are
-    copies  of a weight that did not agree: its "array", the "element" that differed, and "values", by rank, in hexadecimal
+    step      at which it was decided, counted from 1
+    to        the step whose state the run went back to
+    ranges    samples left out since, as [first, end) pairs of the run's numbers
+    reason    in one sentence
+    data      fingerprint of the data whose samples these are
+    in_place  whether the weights were still those before the step, so that nothing had to be restored
+    copies    of a weight that did not agree: its "array", the "element" that differed, and "values", by rank, in hexadecimal
     """
 
     step: int
@@ -36,6 +37,7 @@ class Rewind:
     ranges: Sequence[Sequence[int]]
     reason: str
     data: str
+    in_place: bool = False
     copies: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 

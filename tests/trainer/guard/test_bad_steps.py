@@ -22,9 +22,9 @@ from meshloom.trainer.hooks.base import Hook
 from meshloom.trainer.loop import Loop
 from meshloom.trainer.watch.incidents import read_incidents
 from support import parity
-from support.guarded import BadSamples, Guarded, poison
+from support.guarded import BadSamples, poison
 from support.models import decoder
-from support.parity import Work, build, take_steps
+from support.parity import Guarded, Work, build, take_steps
 from support.ranks import run_ranks
 
 STEPS = 6
