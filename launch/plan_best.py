@@ -21,6 +21,7 @@ from ..parallel.legality import is_legal
 from ..planner.cluster import GIB, ClusterConfig
 from ..planner.prediction import KINDS
 from ..planner.search import KEYS, Candidate, Question, Settings, difference, limit_of, search, smallest_cluster
+from ..planner.step_time import matrices_of
 from ..planner.tables import gib, right
 from ..planner.time_tables import duration, seconds
 from ..trainer.costs import assigner_of, inventory_of, job_of, optimizer_of, run_tokens
@@ -122,7 +123,7 @@ def _question(config: RunConfig, cluster: ClusterConfig, fixed: dict[str, Any], 
         engines.append("deepspeed")
     return Question(
         model, neutral, job, samples, run_tokens(config), optimizer_of(config), cluster,
-        passes, legal, fixed, engines, length,
+        passes, legal, fixed, engines, length, matrices_of(config.optim, model),
     )  # fmt: skip
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..config.problems import ConfigError, Problem
 from ..planner.cluster import ClusterConfig, is_cluster_word, load_cluster
 from ..planner.prediction import Prediction
-from ..planner.step_time import Step
+from ..planner.step_time import Step, matrices_of
 from ..trainer.costs import run_tokens
 from ..trainer.launching import planned_processes
 from ..trainer.schema import RunConfig
@@ -47,4 +48,5 @@ def refuse_too_few(config: RunConfig, cluster: ClusterConfig) -> None:
 def predict(plan: Plan, config: RunConfig, cluster: ClusterConfig, length: float | None = None) -> Prediction:
     """Predict what a planned run costs on a cluster. length: mean tokens of a document that attention stays inside."""
     step = Step(plan.model.shape, plan.parallel, plan.layout, plan.job, plan.cost, plan.away, cluster, length)
+    step = replace(step, matrices=matrices_of(config.optim, plan.model))
     return Prediction(step, plan.samples, run_tokens(config))

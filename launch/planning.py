@@ -173,8 +173,7 @@ def time_caveats(config: RunConfig) -> list[str]:
     """List what predicted times of this run leave out."""
     if not isinstance(config.optim, MatrixOptimConfig):
         return []
-    own = f"what optim={config.optim.name} computes and sends for whole matrices comes on top"
-    return [f"times are of AdamW's update: {own}, once a step"]
+    return [f"what optim={config.optim.name} computes and sends for whole matrices was never held to a measured run"]
 
 
 def _caveats(parallel: ParallelConfig) -> list[str]:

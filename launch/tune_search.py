@@ -13,7 +13,7 @@ from ..parallel.config import ParallelConfig
 from ..planner.checkpoint_needs import fewer_snapshots
 from ..planner.cluster import load_cluster
 from ..planner.prediction import usable_bytes
-from ..planner.step_time import Step, step_time
+from ..planner.step_time import Step, matrices_of, step_time
 from ..planner.tables import GIB, gib
 from ..trainer.automatic import resolve_automatic
 from ..trainer.fitting import Fitting
@@ -242,6 +242,7 @@ class _Search:
             return None
         cluster = replace(self._cluster, gpus=plan.layout.world_size)
         step = Step(plan.model.shape, plan.parallel, plan.layout, plan.job, plan.cost, plan.away, cluster)
+        step = replace(step, matrices=matrices_of(config.optim, plan.model))
         return Candidate(settings, plan, step_time(step).seconds)
 
     def _fuses(self) -> bool:

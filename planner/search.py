@@ -22,7 +22,7 @@ from .engines import engine_cost
 from .memory import Job, OptimizerBytes
 from .parameters import Inventory
 from .prediction import Prediction, usable_bytes
-from .step_time import Step, step_time
+from .step_time import Matrices, Step, step_time
 
 LAYOUT_KEYS = (
     "parallel.engine", "parallel.tp", "parallel.pp", "parallel.schedule", "parallel.stages_per_rank", "parallel.cp",
@@ -49,6 +49,7 @@ class Question:
     legal      (parallel config, GPUs) → whether the run can have this layout on so many
     fixed      keys that are not varied, with their values
     engines    that can run it
+    length, matrices  see `step_time.Step`
     """
 
     model: Inventory
@@ -63,6 +64,7 @@ class Question:
     fixed: Settings = field(default_factory=dict[str, Any])
     engines: Sequence[str] = ("torch",)
     length: float | None = None
+    matrices: Matrices | None = None
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,7 @@ def planned(question: Question, parallel: ParallelConfig, layout: Layout, micro:
     ranks, away = zip(*(engine_cost(rank, question.model, parallel, layout, job) for rank in cost.ranks), strict=True)
     cost = replace(cost, ranks=list(ranks))
     step = Step(question.model.shape, parallel, layout, job, cost, away[0], question.cluster, question.length)
+    step = replace(step, matrices=question.matrices)
     values = {f"parallel.{name}": getattr(parallel, name) for name in (key.partition(".")[2] for key in LAYOUT_KEYS)}
     settings = {**values, "batch.micro": micro, "trainer.activation": policy}
     return Candidate(settings, Prediction(step, question.samples, question.tokens))

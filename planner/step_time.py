@@ -9,12 +9,14 @@ step = compute of the busiest pipeline rank (products, attention, pointwise, exp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..config.precision import PRECISIONS
 from ..models.config import DecoderConfig
 from ..models.costs import block_bytes
+from ..optim.optimizers.config import OptimConfig
+from ..optim.optimizers.matrix_config import MatrixOptimConfig
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import Layout, uses_fsdp
 from ..parallel.pipeline.stages import StagePlan
@@ -23,10 +25,12 @@ from .cluster import ClusterConfig
 from .cost import LayoutCost, RankCost
 from .engines import engine_moved
 from .kernel_time import Kernels
+from .matrix_time import MatrixWork, matrix_parts
 from .memory import Job
 from .network import group, group_of
 from .offload import OffloadAccount
 from .orders import pipeline_order, repeated
+from .parameters import Inventory
 from .software import COMPILED, EAGER, Software
 from .timeline import Costs, simulate
 
@@ -36,6 +40,17 @@ HOST_UPDATE = 60e9
 """Bytes per second that an update in host memory reads and writes (docs/measurements/engines.md)."""
 ROUNDS = 4
 """Rounds of `pp` micro-batches that are simulated; more of them only repeat the middle."""
+
+
+Matrices = Callable[[frozenset[int], int], MatrixWork]
+"""(layers, ranks of a stage) → the matrices of these layers."""
+
+
+def matrices_of(optim: OptimConfig, model: Inventory) -> Matrices | None:
+    """Return what a step's whole matrices are counted by; None for an optimizer that has none."""
+    if not isinstance(optim, MatrixOptimConfig):
+        return None
+    return lambda layers, ranks: MatrixWork.of(optim, model, layers, ranks)
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,7 @@ class Step:
 
     away      what a rank offloads
     length    mean positions of a document; None: documents are not told apart
+    matrices  (layers of a rank) → the whole matrices that its optimizer computes; None: it updates element by element
     """
 
     model: DecoderConfig
@@ -68,6 +84,7 @@ class Step:
     cluster: ClusterConfig
     length: float | None = None
     software: Software | None = None
+    matrices: Matrices | None = None
 
     @property
     def traits(self) -> Software:
@@ -190,7 +207,16 @@ def _outside(
     parts["host transfers"] = host / (cluster.host_link * 1e9)
     local = min(step.layout.world_size, cluster.gpus_per_node)
     parts["disk"] = (away.disk_read + away.disk_written) * local / (cluster.disk * 1e9)
-    update = kernels.pointwise(traffic.update) if step.parallel.offload == "none" else traffic.update / HOST_UPDATE
+    elementwise = 1.0
+    if step.matrices is not None and step.parallel.offload == "none":
+        layout, layers = step.layout, frozenset(layer for held in rank.layers for layer in held)
+        work = step.matrices(layers, layout.stage_ranks)
+        masters = Kernels(cluster, "fp64" if PRECISIONS[job.precision].accum_bytes == 8 else "fp32")
+        stage = group(cluster, layout.stage_ranks, 1, layout.world_size)
+        parts |= matrix_parts(work, masters, stage, job.precision)
+        elementwise = max(0.0, 1 - work.elements / layout.stage_ranks / max(1, rank.elements))
+    traffic_left = traffic.update * elementwise
+    update = kernels.pointwise(traffic_left) if step.parallel.offload == "none" else traffic_left / HOST_UPDATE
     parts["update"] = update + STEP
     return parts, beside
 

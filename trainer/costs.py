@@ -21,7 +21,7 @@ from ..planner.memory import Job, OptimizerBytes, optimizer_bytes
 from ..planner.offload import OffloadAccount
 from ..planner.parameters import Inventory, decoder_inventory
 from ..planner.prediction import Prediction
-from ..planner.step_time import Step
+from ..planner.step_time import Step, matrices_of
 from .derived import run_length
 from .schema import RunConfig
 
@@ -115,4 +115,5 @@ class Costing:
         job = job_of(config, self._model.shape, assigner_of(config, self._layout), fused=False)
         cost, away, _ = costs_of(self._model, config.parallel, self._layout, job, self._optimizer)
         step = Step(self._model.shape, config.parallel, self._layout, job, cost, away, self._cluster)
+        step = replace(step, matrices=matrices_of(config.optim, self._model))
         return Prediction(step, samples, run_tokens(config))

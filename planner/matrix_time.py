@@ -1,0 +1,132 @@
+"""Predict the update of optimizers that compute whole matrices: their products, and the way of matrices to their owners.
+
+Each matrix of a stage is computed once, by the rank that owns it, the heaviest first given to the least loaded
+(`parallel/matrices.py`). Matrices travel in waves: while one is computed the next arrives. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ..config.precision import PRECISIONS
+from ..optim.optimizers.matrix_config import LowRankConfig, MatrixOptimConfig, MuonConfig, SOAPConfig
+from .kernel_time import Kernels
+from .network import Group
+from .parameters import Inventory
+
+WAVE = 1 << 26
+"""Elements that an owner computes together (`optim.optimizers.parameters.WAVE`, which needs torch; a test compares them)."""
+FACTORING = 0.1
+"""Speed of a decomposition (QR, SVD), of that of a product of as many FLOPs: a guess, which nobody has measured here."""
+LOCAL = {True: 44, False: 20}
+"""Bytes per element that are read and written where it lies: of Muon, which has its momentum there, and of the others."""
+OWNED = 40
+"""Bytes per element that an owner's pointwise operations read and write, in fp32: moments, their roots, scales, norms."""
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class MatrixWork:
+    """The whole matrices of a pipeline stage.
+
+    config  of the optimizer
+    counts  (rows, columns) → number of such matrices
+    ranks   of the stage, which share them
+    """
+
+    config: MatrixOptimConfig
+    counts: Mapping[Shape, int]
+    ranks: int
+
+    @classmethod
+    def of(cls, config: MatrixOptimConfig, model: Inventory, layers: frozenset[int], ranks: int) -> MatrixWork:
+        """List the matrices of these layers of a model."""
+        counts: Counter[Shape] = Counter()
+        for group in model.groups:
+            if group.layer in layers:
+                for each in group.parameters:
+                    if each.hidden:
+                        counts[each.shape[0] // each.stacked, each.shape[1]] += each.stacked
+        return cls(config, counts, ranks)
+
+    @property
+    def elements(self) -> int:
+        """Elements of all of them."""
+        return sum(rows * columns * count for (rows, columns), count in self.counts.items())
+
+
+def matrix_parts(work: MatrixWork, kernels: Kernels, group: Group, forward: str) -> dict[str, float]:
+    """Predict the parts of an update, of the rank that has most to compute.
+
+    kernels: of the masters' precision; forward: the precision in which Muon computes and sends; group: of the stage's ranks
+    """
+    muon = isinstance(work.config, MuonConfig)
+    computing = Kernels(kernels.cluster, forward) if muon else kernels
+    costs = {shape: matrix_seconds(work.config, shape, computing) for shape in work.counts}
+    owned = busiest(tuple((costs[shape], count, shape) for shape, count in sorted(work.counts.items())), work.ranks)
+    compute = sum(costs[shape] * count for shape, count in owned.items())
+    local = work.elements / work.ranks
+    parts = {"matrix update": compute + kernels.pointwise(LOCAL[muon] * local)}
+    if work.ranks > 1:
+        mine = sum(rows * columns * count for (rows, columns), count in owned.items())
+        unit = PRECISIONS[forward].bytes if muon else kernels.unit
+        waves = max(1, -(-mine // WAVE))
+        # There with gradients, back with updates. What arrives while the wave before it is computed costs no time of its own.
+        way = 2 * group.exchange(unit * max(local, mine), waves)
+        parts["matrix exchange"] = max(compute, way) + min(compute, way) / waves - compute
+    return parts
+
+
+@functools.lru_cache(maxsize=4096)
+def busiest(kinds: tuple[tuple[float, int, Shape], ...], ranks: int) -> Mapping[Shape, int]:
+    """Deal matrices to ranks, the heaviest first to the least loaded. Return the most loaded rank's, by shape.
+
+    kinds: (cost of one, number of them, shape)
+    """
+    loads: list[tuple[float, int]] = [(0.0, rank) for rank in range(ranks)]
+    held: list[Counter[Shape]] = [Counter() for _ in range(ranks)]
+    for cost, count, shape in sorted(kinds, key=lambda kind: -kind[0]):
+        for _ in range(count):
+            load, rank = heapq.heappop(loads)
+            held[rank][shape] += 1
+            heapq.heappush(loads, (load + cost, rank))
+    return held[max(loads)[1]]
+
+
+def matrix_seconds(config: MatrixOptimConfig, shape: Shape, kernels: Kernels) -> float:
+    """Predict the update of one matrix on its owner."""
+    rows, columns = shape
+    if isinstance(config, MuonConfig):
+        return config.ns_steps * _iteration(shape, kernels) + kernels.pointwise(4 * kernels.unit * rows * columns)
+    products = sum(kernels.product(*sizes) * times for sizes, times in _products(config, shape))
+    return products + kernels.pointwise(OWNED * rows * columns)
+
+
+def _iteration(shape: Shape, kernels: Kernels) -> float:
+    """Predict a Newton–Schulz iteration: X·Xᵀ, its square, and their product with X."""
+    short, long = sorted(shape)
+    seconds = kernels.product(short, short, long) + kernels.product(short, short, short)
+    return seconds + kernels.product(short, long, short) + kernels.pointwise(3 * kernels.unit * short * long)
+
+
+def _products(config: MatrixOptimConfig, shape: Shape) -> Iterator[tuple[tuple[int, int, int], float]]:
+    """Yield (rows, output width, input width) of products, and how many of them a step takes."""
+    rows, columns = shape
+    short, long = sorted(shape)
+    if isinstance(config, SOAPConfig):
+        for side, other in ((rows, columns), (columns, rows)):
+            if side <= config.max_dim:
+                yield (side, side, other), 1.0  # G·Gᵀ
+                yield (side, other, side), 3.0  # into the basis twice, and back
+                yield (side, side, side), (1.0 + 4 / 3 / FACTORING) / config.interval  # a turn: a product, and QR
+    elif isinstance(config, LowRankConfig):
+        rank = min(config.rank, short)
+        yield (rank, long, short), 1.0
+        if config.name == "galore":
+            yield (short, long, rank), 1.0
+            yield (short, long, short), 10 / FACTORING / config.interval  # singular vectors: 20 short² long FLOPs
