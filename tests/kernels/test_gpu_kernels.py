@@ -9,6 +9,7 @@ from meshloom.kernels.loss import IGNORED, sliced_cross_entropy
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.optim.optimizers.parameters import NamedParameter, Unsharded
+from meshloom.parallel.replicas import hash_tensor
 
 pytestmark = pytest.mark.gpu
 
@@ -130,3 +131,40 @@ def test_adamw_in_a_fused_step_is_adamw(gradient_dtype: torch.dtype) -> None:
         assert float(state["step"]) == float(expected["step"]) == 5
         for moment in ("exp_avg", "exp_avg_sq"):
             assert (state[moment] - expected[moment]).norm() < 1e-5 * expected[moment].norm()
+
+
+def test_a_skipped_fused_step_changes_no_bit() -> None:
+    torch.manual_seed(2)
+    weight = torch.nn.Parameter(torch.randn(300, 77, device="cuda"))
+    weight.grad_dtype = None
+    copy = weight.detach().bfloat16()
+    optimizer = AdamW(AdamWConfig(lr=1e-2), [NamedParameter("w", weight, (300, 77), compute_copy=copy)], Unsharded())
+    assert optimizer.fused_step and optimizer.masked_step
+    kept: list[torch.Tensor] = []
+    for skipped in (0.0, 1.0, 1.0, 0.0):
+        # Not a number: what is skipped must not even be read.
+        weight.grad = torch.full_like(weight, torch.nan if skipped else 0.5, dtype=torch.bfloat16)
+        optimizer.skip = torch.tensor(skipped, device="cuda")
+        optimizer.step()
+        state = optimizer.state[weight]
+        now = [weight.detach().clone(), copy.clone(), state["exp_avg"].clone(), state["exp_avg_sq"].clone()]
+        assert optimizer.skip is None
+        if skipped:
+            optimizer.forget_steps(1)
+            assert all(torch.equal(one, two) for one, two in zip(now, kept, strict=True)) and float(state["step"]) == 1
+        kept = now
+    oracle_weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    oracle = torch.optim.AdamW([oracle_weight], lr=1e-2, betas=(0.9, 0.95))
+    for _ in range(2):
+        oracle_weight.grad = torch.full_like(oracle_weight, 0.5)
+        oracle.step()
+    state = optimizer.state[weight]
+    assert float(state["step"]) == 2
+    assert float(state["exp_avg"][0, 0]) == pytest.approx(float(oracle.state[oracle_weight]["exp_avg"]), rel=1e-5)
+
+
+def test_hashes_of_a_gpu_are_those_of_the_cpu() -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        tensor = torch.randn(3001, 5).to(dtype)
+        assert int(hash_tensor(tensor.cuda())) == int(hash_tensor(tensor))
+        assert int(hash_tensor(tensor.cuda()[1:, :].reshape(-1)[1:])) == int(hash_tensor(tensor[1:, :].reshape(-1)[1:]))
