@@ -32,6 +32,11 @@ def start_summary(config: RunConfig, run: Run) -> Iterator[str]:
             epoch = samples_of_data.epoch_size
             length.append(f"{total / (epoch * seq_len):.3g} epochs of {epoch:,} samples")
     yield ", ".join(length)
+    if not loop.engine.masks_updates:
+        yield (
+            "each update waits on the host until the step is judged (trainer.on_bad_step): this optimizer, or engine, can't be"
+            " told on the device to skip it"
+        )
 
 
 def batch_jump(run: Run) -> str | None:

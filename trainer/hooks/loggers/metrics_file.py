@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -51,8 +52,9 @@ class MetricsFile(RowLogger):
         self._flush()
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append the row, with the time of now, after those that still wait."""
-        self._waiting.append(json.dumps({**row, "time": round(time.time(), 3)}) + "\n")
+        """Append the row, with the time of now, after those that still wait. JSON has no name for what is not finite."""
+        finite = {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
+        self._waiting.append(json.dumps({**finite, "time": round(time.time(), 3)}) + "\n")
         self._flush()
 
     def on_run_end(self, loop: Loop, output_dir: Path) -> None:
