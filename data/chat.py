@@ -65,6 +65,8 @@ class ChatTemplate:
 
     def render(self, messages: Any) -> MarkedText:
         """Return a conversation as text, of which the assistant's spans are learned. Raises ValueError for what is none."""
+        if not isinstance(messages, list) or not all(isinstance(each, dict) for each in cast(list[Any], messages)):
+            raise ValueError("is no conversation of this chat template (it is no list of messages, each an object)")
         library = import_extra("transformers.utils.chat_template_utils", "hf", "a chat template")
         try:
             (text,), (spans,) = library.render_jinja_template(

@@ -23,8 +23,6 @@ SIZES: dict[str, Any] = {
     "pad_token_id": None,
 }
 
-EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
-
 DEEPSEEK: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_key_value_heads": 4,
@@ -181,12 +179,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """Case → the model's class there, and its config besides SIZES."""
 
 
+def eager() -> dict[str, str]:
+    """Return the keys that choose plain attention and plain experts. transformers 4 knows no other experts."""
+    import transformers
+
+    experts = {} if transformers.__version__.startswith("4.") else {"experts_implementation": "eager"}
+    return {"attn_implementation": "eager", **experts}
+
+
 def make_model(name: str, **more: Any) -> Any:
     """Make the model of a case in float32, with weights as large as trained ones. more: keys of its config"""
     import transformers
 
     kind, values = CASES[name]
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **values, **more}, **EAGER)
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **values, **more}, **eager())
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).float().eval()
     with torch.no_grad():

@@ -16,7 +16,7 @@ from meshloom.launch.checkpoint import main
 from meshloom.models.config import decoder_config
 from meshloom.models.decoder import Decoder
 from meshloom.models.families import FAMILIES, StoredPart
-from support.hf_families import CASES, EAGER, SIZES, make_model, make_model_with_pictures, save_tokenizer, stored_gradients
+from support.hf_families import CASES, SIZES, eager, make_model, make_model_with_pictures, save_tokenizer, stored_gradients
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'meshloom[hf]'")
 
@@ -76,7 +76,7 @@ def test_a_family_goes_back_to_transformers_bit_for_bit(tmp_path: Path, name: st
     assert main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 0
     words = ["export", str(tmp_path / "ours"), str(tmp_path / "back"), "--tokenizer", str(tmp_path / "theirs")]
     assert main(words) == 0
-    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", **EAGER).eval()
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", **eager()).eval()
     assert type(back) is type(theirs) and back.dtype == torch.float32
     weights = theirs.state_dict()
     assert back.state_dict().keys() == weights.keys()
