@@ -21,12 +21,15 @@ def poison(parameter: torch.nn.Parameter, factor: Callable[[], float]) -> None:
 
 
 class BadSamples:
-    """Multiplies what a module computes of some samples, in their rows, on whatever rank they are.
+    """Multiplies what a layer computes of some samples, in their rows, on whatever rank they are, or just its gradient.
 
     Samples are known by their tokens, which are drawn from their numbers.
     """
 
-    def __init__(self, engine: Engine, layer: int, samples: Sequence[int], factor: float = torch.nan) -> None:
+    def __init__(
+        self, engine: Engine, layer: int, samples: Sequence[int], factor: float = torch.nan, *, gradient: bool = False
+    ) -> None:
+        self._gradient = gradient
         self._rows = [torch.from_numpy(parity.sample(index).tokens) for index in samples]
         self._factor = factor
         self._bad_B = torch.zeros(1, dtype=torch.bool)
@@ -39,5 +42,6 @@ class BadSamples:
     def _spoil(self, _module: object, _inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
         x_BSD = output[0] if isinstance(output, tuple) else output
         # One product, whose gradient is finite in the rows of other samples; that of torch.where would not be.
-        spoilt_BSD = x_BSD * torch.where(self._bad_B, self._factor, 1.0).to(x_BSD.dtype)[:, None, None]
+        factor_B11 = torch.where(self._bad_B, self._factor, 1.0).to(x_BSD.dtype)[:, None, None]
+        spoilt_BSD = x_BSD + (factor_B11 - 1) * (x_BSD - x_BSD.detach()) if self._gradient else x_BSD * factor_B11
         return (spoilt_BSD, *output[1:]) if isinstance(output, tuple) else spoilt_BSD

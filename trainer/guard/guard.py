@@ -18,7 +18,7 @@ from ..all_ranks import on_main
 from ..config import TrainerConfig
 from ..watch.incidents import Incident, IncidentLog
 from .journal import Journal, Rewind
-from .replay import DEVICE, PASSING, WEIGHTS, Diagnosis, replay
+from .replay import DEVICE, PASSING, WEIGHTS, Diagnosis, replay, replay_spike
 from .spikes import LOSS_SPIKE, SpikeDetector, Verdict
 
 if TYPE_CHECKING:
@@ -122,17 +122,15 @@ class StepGuard:
         self._good_in_a_row = 0
         if self.suspected is None:
             self.suspected = step
-        diagnosis = None if verdict.finite else replay(loop, batch)
+        diagnosis = replay_spike(loop, batch, verdict.loss, verdict.norm) if verdict.finite else replay(loop, batch)
         message = describe(verdict, step, batch, diagnosis)
         action = self._choose(step, verdict, diagnosis)
         self._note(message, step, batch, verdict, diagnosis, action)
-        samples = [] if diagnosis is None else diagnosis.samples
-        ranges = [[each, each + 1] for each in samples] or [[batch.first, batch.first + batch.count]]
+        ranges = [[each, each + 1] for each in diagnosis.samples] or [[batch.first, batch.first + batch.count]]
         if action in WHY_STOPPED:
             raise TrainingDiverged(f"{message}. {WHY_STOPPED[action]}; the weights are those before the step")
         if action == "rewind":
-            at_fault = diagnosis is None or diagnosis.kind != WEIGHTS
-            raise RewindNeeded(step, message, self.journal.data, ranges if at_fault else ())
+            raise RewindNeeded(step, message, self.journal.data, () if diagnosis.kind == WEIGHTS else ranges)
         if action == "leave out":
             self.leave_out(Rewind(step, step - 1, ranges, message, self.journal.data, in_place=True))
         if action == "accept":
@@ -142,17 +140,17 @@ class StepGuard:
             log.warning("%s. %s", message, ACTIONS[action])
         return action in ("redo", "leave out")
 
-    def _choose(self, step: int, verdict: Verdict, diagnosis: Diagnosis | None) -> str:
+    def _choose(self, step: int, verdict: Verdict, diagnosis: Diagnosis) -> str:
         """Return what to do about a bad step: a key of ACTIONS or of WHY_STOPPED."""
         if self._mode == "stop":
             return "stop"
-        if diagnosis is not None and diagnosis.kind == DEVICE:
+        if diagnosis.kind == DEVICE:
             return "device"
-        if diagnosis is not None and diagnosis.kind == WEIGHTS:
+        if diagnosis.kind == WEIGHTS:
             return "rewind" if self._mode == "rewind" else "weights"
         if self._in_a_row >= self._limit:
             return "accept" if verdict.finite and self._mode == "skip" else "limit"
-        if diagnosis is not None and diagnosis.kind == PASSING and step != self._redone:
+        if diagnosis.kind == PASSING and step != self._redone:
             self._redone = step
             return "redo"
         if self._mode == "skip":
@@ -181,22 +179,19 @@ class StepGuard:
             log.warning("%s", message)
             self._incidents.write(Incident("new_level", message, step))
 
-    def _note(
-        self, message: str, step: int, batch: GlobalBatch, verdict: Verdict, diagnosis: Diagnosis | None, action: str
-    ) -> None:
+    def _note(self, message: str, step: int, batch: GlobalBatch, verdict: Verdict, diagnosis: Diagnosis, action: str) -> None:
         if not self._mesh.is_main:
             return
-        ranks = [] if diagnosis is None else diagnosis.ranks
-        rank = verdict.rank if len(ranks) != 1 else ranks[0]
+        rank = diagnosis.ranks[0] if len(diagnosis.ranks) == 1 else verdict.rank
         details: dict[str, Any] = {
             "loss": verdict.loss,
             "grad_norm": verdict.norm,
             "samples_of_step": [batch.first, batch.first + batch.count],
             "action": action,
+            "cause": diagnosis.kind,
+            "samples": diagnosis.samples,
+            "found": [[t.rank, t.pass_, t.layer, t.number] for t in diagnosis.traces],
         }
-        if diagnosis is not None:
-            details |= {"cause": diagnosis.kind, "samples": diagnosis.samples}
-            details["found"] = [[t.rank, t.pass_, t.layer, t.number] for t in diagnosis.traces]
         self._incidents.write(Incident("bad_step", message, step, rank=rank, host=None, details=details))
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,7 +206,7 @@ class StepGuard:
         self._in_a_row, self._good_in_a_row = state["in_a_row"], state["good_in_a_row"]
 
 
-def describe(verdict: Verdict, step: int, batch: GlobalBatch, diagnosis: Diagnosis | None) -> str:
+def describe(verdict: Verdict, step: int, batch: GlobalBatch, diagnosis: Diagnosis) -> str:
     """Return what is known of a bad step, in one line without its full stop."""
     what = f"step {step}: loss {verdict.loss:.6g}, gradient norm {verdict.norm:.6g}"
     if verdict.finite:
@@ -223,6 +218,4 @@ def describe(verdict: Verdict, step: int, batch: GlobalBatch, diagnosis: Diagnos
         what += f"; the losses of {verdict.bad_ranks} ranks are not finite"
     elif not math.isfinite(verdict.norm) and math.isfinite(verdict.loss):
         what += "; the backward pass is at fault"
-    if diagnosis is not None:
-        what += f"; {diagnosis.describe()}"
-    return f"{what} (samples {batch.first} to {batch.first + batch.count - 1})"
+    return f"{what}; {diagnosis.describe()} (samples {batch.first} to {batch.first + batch.count - 1})"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..loop import Loop
 
 DATA, DEVICE, WEIGHTS, PASSING, UNKNOWN = "data", "device", "weights", "passing fault", "unknown"
+AGAIN = "comes again"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Trace:
 class Diagnosis:
     """What a replay has found.
 
-    kind     DATA, DEVICE, WEIGHTS (which bear no sample), PASSING or UNKNOWN
+    kind     DATA, DEVICE, WEIGHTS (which bear no sample), PASSING, UNKNOWN, or of a spike AGAIN
     traces   of the ranks on which a number went wrong, in the replay on the same ranks
     samples  of the run, in whose rows it did
     broken   the arrays of the weights and the optimizer that are not finite themselves
@@ -67,6 +68,8 @@ class Diagnosis:
         """Return a sentence without its full stop."""
         if self.kind == PASSING:
             return "a replay of it on the same ranks is in order: a passing fault"
+        if self.kind == AGAIN:
+            return "it comes again in a replay"
         found = (
             "; ".join(f"rank {t.rank}, {t.pass_} of {t.layer}" for t in self.traces[:4]) or "no rank's own numbers show where"
         )
@@ -179,6 +182,25 @@ def replay(loop: Loop, batch: GlobalBatch) -> Diagnosis:
     return diagnosis
 
 
+SAME_LOSS, SAME_NORM = 0.01, 0.1
+"""Relative differences from a spike's loss and gradient norm within which a replay has met it again, in any precision."""
+
+
+def replay_spike(loop: Loop, batch: GlobalBatch, loss: float, norm: float) -> Diagnosis:
+    """Find out whether a step's finite loss and gradient norm come again. All ranks call it, as `replay`."""
+
+    def comes_again(by: int) -> bool:
+        found, there = _sums(loop, _share(loop, batch, by))
+        return abs(found - loss) <= SAME_LOSS * abs(loss) and abs(there - norm) <= SAME_NORM * norm
+
+    if not comes_again(0):
+        return Diagnosis(PASSING)
+    dealer, ranks = loop.batches.dealer, loop.mesh.layout.data_size
+    if ranks == 1 or not isinstance(dealer, Assigner):
+        return Diagnosis(AGAIN)
+    return Diagnosis(DATA if comes_again(1) else DEVICE)
+
+
 def _broken_arrays(loop: Loop) -> list[str]:
     """Return the names of weights and optimizer state that are not finite on some rank."""
     floating = [each for each in loop.engine.fragments() if each.tensor.is_floating_point()]
@@ -192,18 +214,24 @@ def _pass(loop: Loop, batch: GlobalBatch, by: int) -> tuple[list[Trace], bool]:
     Return the traces of all ranks, and whether the loss or the gradient norm is not finite.
     """
     share = _share(loop, batch, by)
-    tokens, _ = loop.sum_over_ranks(share.valid_tokens, stop_requested=False)
     watch = _Watch(loop.mesh.rank, share)
     handles = watch.attach(loop.engine.module)
     try:
-        loss = loop.engine.accumulate(share, tokens)
-        norm = loop.engine.gradient_norm()
+        loss, norm = _sums(loop, share)
     finally:
         for handle in handles:
             handle.remove()
-        loop.engine.zero_grad()
-    wrong = not (math.isfinite(float(loss.mean)) and math.isfinite(float(norm)))
+    wrong = not (math.isfinite(loss) and math.isfinite(norm))
     return [trace for found in loop.mesh.gather_objects(watch.found) for trace in found], wrong
+
+
+def _sums(loop: Loop, share: Share) -> tuple[float, float]:
+    """Run a share's passes. Return the loss of the global batch and the norm of its gradient, which is discarded."""
+    tokens, _ = loop.sum_over_ranks(share.valid_tokens, stop_requested=False)
+    loss = loop.engine.accumulate(share, tokens)
+    norm = loop.engine.gradient_norm()
+    loop.engine.zero_grad()
+    return float(loss.mean), float(norm)
 
 
 def _share(loop: Loop, batch: GlobalBatch, by: int) -> Share:

@@ -85,20 +85,22 @@ def spoilt(rank: int, world_size: int, parallel: ParallelConfig, folder: str, fa
     engine, clock, fired = build(work, world_size), Clock(), []
     weight = next(iter(engine.module.block_modules().values())).attention.wo.weight  # type: ignore[operator, union-attr]
 
-    def once() -> float:
-        if rank != 1 or clock.step != 3 or fired:
+    def once(step: int, factor: float) -> float:
+        if rank != 1 or clock.step != step or fired:
             return 1.0
         fired.append(rank)
-        return math.inf
+        return factor
 
     if fault == "samples":
         BadSamples(engine, 1, [19, 20])
     elif fault == "device":
         poison(weight, lambda: math.nan if rank == 1 and clock.step >= 3 else 1.0)
     elif fault == "passing":
-        poison(weight, once)
+        poison(weight, lambda: once(3, math.inf))
+    elif fault == "passing spike":
+        poison(weight, lambda: once(5, 1e6))
     elif fault == "spike":
-        poison(weight, lambda: 1e4 if clock.step == 5 else 1.0)
+        BadSamples(engine, 1, [33], 1e6, gradient=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spikes, "WARM_UP", 3)
         said = ""
@@ -174,12 +176,20 @@ def test_a_stop_leaves_the_weights_before_the_step(tmp_path: Path) -> None:
         assert said.startswith("step 3: loss nan") and "samples 19, 20 of the run" in said
 
 
-@pytest.mark.parametrize("layout", ["zero 0", "zero 1"])
+@pytest.mark.parametrize("layout", ["one", "zero 3"])
 def test_a_spike_is_skipped(layout: str, tmp_path: Path) -> None:
     found, (incident,) = run(layout, tmp_path, "spike")
     for losses, updates, _ in found:
         assert equal(losses, plain_losses(skipped=(5,))) and updates == STEPS - 1
     assert incident["step"] == 5 and "the gradient norm is" in incident["message"]
+    assert incident["details"]["cause"] == ("comes again" if layout == "one" else "data")
+
+
+def test_a_spike_that_does_not_come_again_costs_nothing(tmp_path: Path) -> None:
+    found, (incident,) = run("zero 1", tmp_path, "passing spike")
+    for losses, updates, _ in found:
+        assert equal(losses, plain_losses()) and updates == STEPS
+    assert (incident["step"], incident["details"]["cause"], incident["details"]["action"]) == (5, "passing fault", "redo")
 
 
 def test_as_many_bad_steps_in_a_row_as_the_limit_end_the_run(tmp_path: Path) -> None:
