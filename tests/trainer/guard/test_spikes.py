@@ -72,13 +72,15 @@ def body(rank: int, world_size: int, *arguments: object) -> list[int]:
 
 
 BAD = {30: (math.nan, 1.0), 90: (9.0, 1.0), 91: (2.4, 40.0), 92: (2.4, math.inf), 200: (math.inf, math.nan), 201: (2.9, 1.0)}
+LONG = {300 + number: (9.0, 1.0) for number in range(80)}  # more than half a window: were they admitted, they'd be the median
 
 
 @pytest.mark.parametrize(("sigmas", "resumed_at"), [(6.0, -1), (3.0, 250), (3.0, 70)])
 def test_steps_are_judged_as_by_medians_of_lists(sigmas: float, resumed_at: int) -> None:
-    values = series(BAD)
+    values = series(BAD | LONG)
     expected = plain_codes(values, sigmas)
     assert {NOT_FINITE, LOSS_SPIKE, NORM_SPIKE} <= set(expected) and expected[91] == NORM_SPIKE
+    assert expected[300:380] == [LOSS_SPIKE] * 80
     assert run_ranks(1, body, values, sigmas, resumed_at) == [expected]
 
 
