@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from ..config.nodes import Custom
 from ..config.problems import ConfigError, Problem
-from ..models.config import DecoderConfig
 from ..optim.build import build_controller
 from ..optim.optimizers.matrix_config import MatrixOptimConfig
 from ..optim.progress import Progress
@@ -22,7 +21,7 @@ from ..planner.offload import OffloadAccount, describe
 from ..planner.parameters import Inventory
 from ..planner.search import KEYS
 from ..trainer.blanks import blank_notice
-from ..trainer.costs import assigner_of, costs_of, inventory_of, job_of, optimizer_of
+from ..trainer.costs import assigner_of, costs_of, inventory_of, is_known_decoder, job_of, optimizer_of
 from ..trainer.derived import build_horizon
 from ..trainer.launching import planned_processes
 from ..trainer.machine_gpus import planned_machine
@@ -101,7 +100,7 @@ def needs_building(config: RunConfig) -> bool:
     """Return whether only building the run's objects shows all of its problems: classes of a user's own, or of torchao."""
     groups = (config.model, config.data, config.optim, config.schedule, config.batch)
     own = any(isinstance(group, Custom) for group in groups) or bool(config.trainer.hooks)
-    return own or not isinstance(config.model, DecoderConfig) or config.trainer.float8 != "none"
+    return own or not is_known_decoder(config.model) or config.trainer.float8 != "none"
 
 
 def checked_plan(config: RunConfig, *, fused: bool) -> Plan:

@@ -19,6 +19,7 @@ from .latent_attention import LatentAttention
 from .mixture.charges import Charges, Tally
 from .mixture.config import MixtureConfig
 from .mixture.mixture import Mixture
+from .mixture.router import Carried
 from .norm import Norm
 from .part import Part
 from .part_config import AttentionConfig, BlockConfig, FeedForwardConfig, LatentAttentionConfig
@@ -88,16 +89,20 @@ class Block(Part):
         rotary: RotaryTable | None,
         documents: Documents | None,
         charges: Charges | None = None,
-    ) -> tuple[torch.Tensor, Tally | None]:
+        carried: Carried | None = None,
+    ) -> tuple[torch.Tensor, Tally | None, torch.Tensor | None]:
         """Apply the block to the residual stream: (B, S, D) → (B, S, D), and what a mixture routed under charges.
 
-        The tally is an output, so that a pass that recomputes the block counts nothing twice.
+        The tally is an output, so that a pass that recomputes the block counts nothing twice. carried: by recurrent routers;
+        the last output is the state that goes to the next layer, None without such a router.
         """
         x_BSD, *inputs = self._normed(self.attention_norm, x_BSD, self.attention.num_inputs)
         x_BSD = self._add(x_BSD, self.attention_post_norm(self.attention(inputs, rotary, documents)))
         x_BSD, *inputs = self._normed(self.ffn_norm, x_BSD, self.ffn.num_inputs(x_BSD))
-        y_BSD, tally = self.ffn(inputs, charges) if isinstance(self.ffn, Mixture) else (self.ffn(inputs), None)
-        return self._add(x_BSD, self.ffn_post_norm(y_BSD)), tally
+        y_BSD, tally, state_BSP = (
+            self.ffn(inputs, charges, carried) if isinstance(self.ffn, Mixture) else (self.ffn(inputs), None, None)
+        )
+        return self._add(x_BSD, self.ffn_post_norm(y_BSD)), tally, state_BSP
 
     def _normed(self, module: Norm | nn.Identity, x_BSD: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
         """Return the residual stream, and its norm `count` times."""

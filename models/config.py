@@ -139,9 +139,11 @@ class DecoderConfig(ModelConfig):
     def of(cls, values: Mapping[str, Any]) -> Self:
         """Make the config from plain values of its keys. Raises TypeError for a key that it does not have."""
         made: dict[str, Any] = dict(values)
-        for name, kind in (("rope_scaling", RopeScaling), ("mla", LatentConfig), ("experts", ExpertsConfig)):
+        for name, kind in (("rope_scaling", RopeScaling), ("mla", LatentConfig)):
             if isinstance(made.get(name), Mapping):
                 made[name] = kind(**made[name])
+        if isinstance(made.get("experts"), Mapping):
+            made["experts"] = ExpertsConfig.of(made["experts"])
         return cls(**made)
 
     @property

@@ -81,7 +81,7 @@ class Decoder(Model, Part):
         tables = {kind: rotary_table(positions_BS, rotary) for kind, rotary in self._rotary.items() if rotary is not None}
         for layer, block in self.layers.items():
             charges = None if routing is None else routing.charges(int(layer))
-            x_BSD, tally = block(x_BSD, tables.get(self.config.layer_type(int(layer))), documents, charges)
+            x_BSD, tally, _ = block(x_BSD, tables.get(self.config.layer_type(int(layer))), documents, charges)
             if routing is not None and tally is not None:
                 routing.record(int(layer), tally)
         if self.norm is None or self.head is None:

@@ -124,11 +124,11 @@ def decoder_inventory(shape: DecoderConfig) -> Inventory:
 def _decoder(shape: DecoderConfig) -> Iterator[ParameterShape]:
     table = (shape.known_vocabulary, shape.dim)
     yield ParameterShape("embed.weight", table, 0, decays=False)
-    listed: dict[BlockConfig, list[ParameterShape]] = {}
-    for layer, block in enumerate(shape.blocks()):
-        if block not in listed:
-            listed[block] = list(_block(block))
-        yield from (replace(each, name=f"layers.{layer}.{each.name}") for each in listed[block])
+    listed: dict[int, list[ParameterShape]] = {}
+    for layer, block in enumerate(shape.blocks()):  # one object for all layers of a kind
+        if id(block) not in listed:
+            listed[id(block)] = list(_block(block))
+        yield from (replace(each, name=f"layers.{layer}.{each.name}") for each in listed[id(block)])
     yield _norm("norm", shape.norm_of(shape.dim))
     if not shape.tied:
         yield ParameterShape("head.weight", table, 0)

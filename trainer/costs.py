@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import TypeGuard
 
 from ..config.precision import PRECISIONS
 from ..config.problems import ConfigError, Problem
 from ..data.assignment import Assigner
-from ..models.config import DecoderConfig
+from ..models.config import DecoderConfig, ModelConfig
 from ..parallel.config import ParallelConfig
 from ..parallel.division import divide_blocks
 from ..parallel.layout import Layout
@@ -26,11 +27,16 @@ from .derived import run_length
 from .schema import RunConfig
 
 
+def is_known_decoder(model: ModelConfig) -> TypeGuard[DecoderConfig]:
+    """Return whether a model's parameters follow from its config: it has no router of a user's own class."""
+    return isinstance(model, DecoderConfig) and model.experts.parts.router is None
+
+
 def inventory_of(config: RunConfig) -> Inventory:
     """List the model's parameters. Raises ConfigError for a model that is no decoder."""
     vocabulary = config.model.vocabulary or config.data.known_vocabulary
     assert isinstance(vocabulary, int)
-    if isinstance(config.model, DecoderConfig):
+    if is_known_decoder(config.model):
         return decoder_inventory(replace(config.model, vocabulary=vocabulary))
     from ..planner.built_model import model_inventory
     from .build import build_model

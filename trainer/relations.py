@@ -111,6 +111,9 @@ def _experts(config: RunConfig, _: Start) -> Iterator[Problem]:
     if config.trainer.activation_budget is not None:
         fix = "choose trainer.activation, and leave the budget null"
         yield Problem("trainer.activation_budget", "blocks with and without experts keep different amounts", fix)
+    if experts.parts.dispatch and config.parallel.ep > 1:
+        fix = "use parallel.ep=1, or leave model.experts.parts.dispatch null"
+        yield Problem("model.experts.parts.dispatch", "expert parallelism has a dispatch of its own", fix)
     if experts.capacity is not None:
         tokens = experts.capacity * config.batch.micro_size * config.data.seq_len * experts.top_k / experts.count
         if tokens < 1:

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self, cast
 
 from ...config.keys import Side, key
+from ...config.nodes import Custom
 from ...config.problems import Problem
 from ..part_config import FeedForwardConfig, MatrixScales
 
 SCORES = ("softmax", "sigmoid")
+ROUTERS = ("top_k",)
+
+
+@dataclass(frozen=True)
+class PartsConfig:
+    """Parts of a mixture of a user's own class: its `_target_` and the keys that it is called with; null: Meshloom's own."""
+
+    SIDE: ClassVar[Side] = Side.RECIPE
+
+    router: Any = key(None, "a router of your own (`_target_`), in the place of model.experts.router")
+    dispatch: Any = key(None, "what brings tokens to their experts and back (`_target_`)")
+    product: Any = key(None, "what multiplies each expert's rows with its matrix (`_target_`)")
+    combine: Any = key(None, "what sums the outputs of a token's experts (`_target_`)")
+
+    def node(self, name: str) -> Custom | None:
+        """Return the class of a part and its keys; None for Meshloom's own."""
+        keys = dict(getattr(self, name) or {})
+        return Custom(str(keys.pop("_target_")), keys) if "_target_" in keys else None
+
+    def problems(self, key: str) -> Iterator[Problem]:
+        """Yield a problem for each part whose class is not named."""
+        for each in fields(self):
+            node = getattr(self, each.name)
+            if node is not None and not (isinstance(node, Mapping) and isinstance(cast(Any, node).get("_target_"), str)):
+                yield Problem(f"{key}.{each.name}", "names no class", f"give {key}.{each.name}._target_, or null for ours")
 
 
 @dataclass(frozen=True)
@@ -22,6 +48,7 @@ class ExpertsConfig:
 
     count: int = key(0, "experts of a mixture; 0: every feed-forward is dense")
     top_k: int = key(2, "experts that each token chooses")
+    router: str = key("top_k", "what chooses them: top_k, a linear router (GShard, Mixtral, DeepSeek-V3)")
     ffn_dim: int | None = key(None, "inner width of an expert; null: that of the dense feed-forward")
     shared: int = key(0, "experts that every token passes, in one feed-forward as wide as all of them together")
     dense_layers: int = key(0, "first layers whose feed-forward stays dense")
@@ -36,6 +63,16 @@ class ExpertsConfig:
     capacity: float | None = key(
         None, "an expert takes at most this times the mean number of tokens of a micro-batch; null: no token is dropped"
     )
+
+    parts: PartsConfig = field(default_factory=PartsConfig)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Make the config from plain values of its keys. Raises TypeError for a key that it does not have."""
+        made = dict(values)
+        if isinstance(made.get("parts"), Mapping):
+            made["parts"] = PartsConfig(**made["parts"])
+        return cls(**made)
 
     def has_mixture(self, layer: int) -> bool:
         """Return whether a layer's feed-forward is a mixture."""
@@ -55,6 +92,9 @@ class ExpertsConfig:
             yield Problem(f"{key}.ffn_dim", f"{self.ffn_dim} is not a size", "use 1 or more")
         if self.shared < 0:
             yield Problem(f"{key}.shared", f"{self.shared} is no number of experts", "use 0 or more")
+        if self.router not in ROUTERS:
+            yield Problem(f"{key}.router", f"there is no '{self.router}'", f"use {' or '.join(ROUTERS)}, or {key}.parts.router")
+        yield from self.parts.problems(f"{key}.parts")
         if self.scores not in SCORES:
             yield Problem(f"{key}.scores", f"there is no '{self.scores}'", f"use {' or '.join(SCORES)}")
         if not 0 < self.scale < math.inf:
@@ -188,7 +228,9 @@ class MixtureConfig:
     @property
     def can_fuse(self) -> bool:
         """True if kernels can compute the experts with what stands around their products inside."""
-        return self.expert.is_plain_swiglu and self.keys.capacity is None
+        parts = self.keys.parts
+        own = parts.dispatch is not None or parts.product is not None or parts.combine is not None
+        return self.expert.is_plain_swiglu and self.keys.capacity is None and not own
 
     @property
     def dispatched(self) -> int:

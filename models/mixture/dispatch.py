@@ -122,6 +122,9 @@ class Journey(Protocol):
 Dispatch = Callable[[Assignment], Journey]
 """Begins the way of an assignment's tokens. What is done before `Journey.send` may hide what it waits for."""
 
+Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From the outputs of each token's experts (T, K, D) and their gates (T, K) to the token's (T, D), in the outputs' dtype."""
+
 
 class LocalJourney:
     """Every expert is here. Implements `Journey`."""

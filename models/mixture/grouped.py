@@ -5,10 +5,14 @@ Shape legend: N rows, E experts, I input width, O output width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From rows (N, I) sorted by expert, matrices (E, O, I) and each expert's number of rows (E,) to (N, O)."""
 
 ALIGNMENT = 16  # bytes that strides must be multiples of
 

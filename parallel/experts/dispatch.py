@@ -40,7 +40,7 @@ def spread_experts(stage: Model, ep: DeviceMesh) -> Collection[nn.Module]:
         count = mixture.experts.count // ep.size()
         first = ep.get_local_rank() * count
         mixture.experts.keep(range(first, first + count))
-        mixture.dispatch = _exchange_in(ep.get_group())
+        mixture.dispatch, mixture.sends_tokens = _exchange_in(ep.get_group()), True
         found.append(mixture.experts)
     return found
 

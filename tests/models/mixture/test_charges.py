@@ -77,7 +77,7 @@ def test_no_tensor_has_tokens_times_chosen_times_experts() -> None:
     charges = Charges(torch.ones(2, tokens // 2).bool(), torch.tensor(1 / tokens), Rates(0.1, 0.1, 0.1, 0.1))
     x = torch.randn(2, tokens // 2, dim, requires_grad=True)
     with Largest() as largest:
-        y, tally = mixture([x] * mixture.num_inputs(x), charges)
+        y, tally, _ = mixture([x] * mixture.num_inputs(x), charges)
         y.sum().backward()
     assert tally is not None and int(tally.counts_E.sum()) == tokens * top_k
     assert largest.elements <= tokens * max(experts, top_k * max(dim, width))

@@ -90,7 +90,7 @@ def test_a_mixture_is_a_loop_over_tokens_and_experts(name: str) -> None:
     expected, _ = plainly(model, x)
     weights = [*model.parameters(), x]
     gradients = torch.autograd.grad(expected.square().sum(), weights)
-    got, tally = model([x] * model.num_inputs(x), None)
+    got, tally, _ = model([x] * model.num_inputs(x), None)
     assert tally is None
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     for one, other in zip(torch.autograd.grad(got.square().sum(), weights), gradients, strict=True):
@@ -102,7 +102,7 @@ def test_capacity_drops_the_last_tokens_and_counts_them(capacity: float, most: i
     model, x = mixture(capacity=capacity), inputs().requires_grad_()
     expected, dropped = plainly(model, x, most)
     counted = torch.ones(3, 5, dtype=torch.bool)
-    got, tally = model([x] * model.num_inputs(x), Charges(counted, torch.tensor(1.0).double(), Rates()))
+    got, tally, _ = model([x] * model.num_inputs(x), Charges(counted, torch.tensor(1.0).double(), Rates()))
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     assert dropped > 0
     assert tally is not None
@@ -118,7 +118,7 @@ def test_padding_takes_no_room_from_tokens_that_count() -> None:
     counted = torch.ones(3, 5, dtype=torch.bool)
     counted[0] = False
     expected, dropped = plainly(model, x[1:], 3)  # ⌈0.6 · 30 / 6⌉
-    got, tally = model([x] * model.num_inputs(x), Charges(counted, torch.tensor(1.0).double(), Rates()))
+    got, tally, _ = model([x] * model.num_inputs(x), Charges(counted, torch.tensor(1.0).double(), Rates()))
     torch.testing.assert_close(got[1:], expected, rtol=1e-12, atol=1e-12)
     assert tally is not None and 0 < dropped == tally.others_5[2]
 
