@@ -99,10 +99,10 @@ class Block(Part):
         x_BSD, *inputs = self._normed(self.attention_norm, x_BSD, self.attention.num_inputs)
         x_BSD = self._add(x_BSD, self.attention_post_norm(self.attention(inputs, rotary, documents)))
         x_BSD, *inputs = self._normed(self.ffn_norm, x_BSD, self.ffn.num_inputs(x_BSD))
-        y_BSD, tally, state_BSP = (
+        y_BSD, tally, state_TP = (
             self.ffn(inputs, charges, carried) if isinstance(self.ffn, Mixture) else (self.ffn(inputs), None, None)
         )
-        return self._add(x_BSD, self.ffn_post_norm(y_BSD)), tally, state_BSP
+        return self._add(x_BSD, self.ffn_post_norm(y_BSD)), tally, state_TP
 
     def _normed(self, module: Norm | nn.Identity, x_BSD: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
         """Return the residual stream, and its norm `count` times."""

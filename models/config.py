@@ -152,6 +152,11 @@ class DecoderConfig(ModelConfig):
         return self.tied
 
     @property
+    def stream_width(self) -> int:
+        """Width of what passes from block to block: the stream, and the state of recurrent routers."""
+        return self.dim + self.experts.carried_dim
+
+    @property
     def head_width(self) -> int:
         """Width of a query's or key's head."""
         if self.attention == "mla":

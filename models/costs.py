@@ -6,6 +6,7 @@ are exact.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..config.precision import PRECISIONS
@@ -58,17 +59,19 @@ def hidden_parameter_count(config: DecoderConfig, *, active: bool = False) -> in
     blocks = (
         block.active_matrices + block.active_vectors if active else block.matrices + block.vectors for block in config.blocks()
     )
-    return sum(blocks) + config.dim
+    return sum(blocks) + config.dim + sum(map(math.prod, config.experts.cell_shapes.values()))
 
 
 def flops_per_token(config: DecoderConfig, seq_len: int) -> float:
     """Count forward and backward FLOPs per token: 6 per active parameter, and 12·heads·head_dim·seq_len a layer for attention.
+    The cell of recurrent routers counts once in each layer that uses it.
 
     The convention of PaLM's appendix B (and torchtitan): attention counted in full although half is masked, the embedding
     not counted, recomputation not counted.
     """
     scores = sum(block.attention.score_flops(seq_len) for block in config.blocks())
-    return 6 * parameter_count(config, embedding=False, active=True) + 3 * scores
+    again = sum(map(math.prod, config.experts.cell_shapes.values())) * (len(config.mixture_layers()) - 1)  # counted once below
+    return 6 * (parameter_count(config, embedding=False, active=True) + max(0, again)) + 3 * scores
 
 
 def layer_flops(block: BlockConfig, seq_len: int) -> float:

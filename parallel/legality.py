@@ -26,6 +26,7 @@ class Work:
 
     vocabulary  None: not known before the data's tokenizer is
     experts     of each layer that is a mixture of them; 0: there is none
+    recurrent   whether their routers share a recurrent cell
     """
 
     layers: int
@@ -37,6 +38,7 @@ class Work:
     activation: str = "none"
     compile: bool = False
     experts: int = 0
+    recurrent: bool = False
 
 
 def layout_and_model_problems(parallel: ParallelConfig, work: Work, world_size: int) -> list[Problem]:
@@ -139,6 +141,9 @@ def _schedule_problems(parallel: ParallelConfig, work: Work) -> Iterator[Problem
     other = "use parallel.schedule=1f1b or interleaved"
     if schedule_of(parallel).splits_backward:
         halves = f"{parallel.schedule} runs the backward pass in two halves"
+        if work.recurrent:
+            message = f"{halves}, and torch can't do that with the cell that all layers of a recurrent router use"
+            yield Problem("parallel.schedule", message, f"{other}, or model.experts.router=top_k")
         if work.compile:
             yield Problem("trainer.compile", f"{halves}, and compiled blocks can't", f"set it to false, or {other}")
         if work.activation == "full" and work.experts:

@@ -24,10 +24,10 @@ from ..models.costs import (
 )
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import Layout, uses_fsdp
-from ..parallel.pipeline.stages import StagePlan, balanced_stages
+from ..parallel.pipeline.stages import StagePlan, balanced_stages, cell_stages
 from .memory import Cutter, Job, OptimizerBytes, WeightGroup
 from .orders import Order, pipeline_order, repeated
-from .parameters import Inventory
+from .parameters import CELL, Inventory
 from .timeline import Costs, Timeline, peak, simulate
 
 
@@ -150,8 +150,11 @@ def _rank_cost(
     mine, last = plan.held_by(rank), plan.count - 1
     stages = [model.stage(plan.layers[at], first=at == 0, last=at == last) for at in mine]
     held = [group for stage in stages for group in cutter.cut(stage)]
-    # A tied head that is not beside its embedding is borrowed: it has a shard and a gradient, but no optimizer state.
-    own = [group for group in held if not (plan.count > 1 and model.shape.tied and group.name == "head")]
+    # A tied head that is not beside its embedding is borrowed: it has a shard and a gradient, but no optimizer state. So is the
+    # cell of recurrent routers, but for the first stage with a mixture.
+    borrowed = {"head"} if plan.count > 1 and model.shape.tied else set[str]()
+    borrowed |= {CELL} if not {*cell_stages(model.shape, plan)[:1]} & {*mine} else set()
+    own = [group for group in held if group.name not in borrowed]
     state, one_pass = optimizer(own, PRECISIONS[job.precision].accum_bytes)
     weights, parcels = _WeightBytes(0, 0, 0, 0), 0
     for experts in (False, True):
@@ -258,7 +261,7 @@ def _whole_weights(held: Sequence[WeightGroup], layout: Layout, job: Job, *, par
 def _hidden_bytes(model: Inventory, parallel: ParallelConfig, job: Job) -> int:
     """Count the bytes of one micro-batch's hidden states, as they pass between stages."""
     tokens, cut = job.micro * job.seq_len // parallel.cp, parallel.tp if parallel.sequence_parallel else 1
-    return tokens * model.shape.dim * PRECISIONS[job.precision].bytes // cut
+    return tokens * model.shape.stream_width * PRECISIONS[job.precision].bytes // cut
 
 
 def _activation_bytes(

@@ -11,6 +11,9 @@ from ..models.config import DecoderConfig
 from ..models.mixture.config import MixtureConfig
 from ..models.part_config import AttentionConfig, BlockConfig, FeedForwardConfig, LatentAttentionConfig, NormConfig
 
+CELL = "router_cell"
+"""Name of what recurrent routers share. Each stage of a pipeline with a mixture has a copy."""
+
 
 @dataclass(frozen=True)
 class ParameterShape:
@@ -111,6 +114,8 @@ class Inventory:
                 found += [each] if whole or each.layer in layers else []
             elif each.name == "embed":
                 found += [each] if first else []
+            elif each.name == CELL:
+                found += [each] if any(map(self.shape.experts.has_mixture, layers)) else []
             elif last and not (whole and tied and each.name == "head"):
                 found.append(each)
         return found
@@ -132,6 +137,9 @@ def _decoder(shape: DecoderConfig) -> Iterator[ParameterShape]:
     yield _norm("norm", shape.norm_of(shape.dim))
     if not shape.tied:
         yield ParameterShape("head.weight", table, 0)
+    for name, size in shape.experts.cell_shapes.items():
+        matrix = len(size) == 2
+        yield ParameterShape(f"{CELL}.{name}", size, decays=matrix, stacked=3 if matrix else 1)
 
 
 def _block(block: BlockConfig) -> Iterator[ParameterShape]:
@@ -204,7 +212,11 @@ def _feed_forward(part: FeedForwardConfig, *, cut: bool = True) -> Iterator[Para
 def _mixture(part: MixtureConfig) -> Iterator[ParameterShape]:
     """List a mixture's parameters: tensor parallelism cuts its tokens, and every rank has the whole weights."""
     rate, count, width = part.scales.lr_scale, part.keys.count, part.expert.ffn_dim
-    yield ParameterShape("router.weight", (count, part.dim), lr_scale=rate)
+    yield ParameterShape(
+        "router.weight", (count, part.keys.carried_dim or part.dim), lr_scale=1.0 if part.keys.carried_dim else rate
+    )
+    if part.keys.carried_dim:
+        yield ParameterShape("router.project", (part.keys.carried_dim, part.dim), lr_scale=rate)
     if part.keys.logit_bias:
         yield ParameterShape("router.logit_bias", (count,), decays=False)
     for name, shape in (

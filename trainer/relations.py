@@ -95,6 +95,7 @@ def layout_work(config: RunConfig, shape: DecoderConfig) -> Work:
         activation=config.trainer.activation,
         compile=config.trainer.compile,
         experts=shape.experts.count if shape.mixture_layers() else 0,
+        recurrent=shape.experts.carried_dim > 0,
     )
 
 
@@ -188,6 +189,10 @@ def batch_problems(config: RunConfig, place: Place | None = None) -> list[Proble
                 if getattr(config.parallel, key) > 1:
                     fix = f"use parallel.{key}=1, or batch=fixed, stages, ramp or critical_loss"
                     found.append(Problem("batch", f"gradients of experts can't be measured under {axis} parallelism", fix))
+            if config.model.experts.carried_dim and config.parallel.pp > 1:
+                fix = "use parallel.pp=1, or batch=fixed, stages, ramp or critical_loss"
+                text = "the gradient of what recurrent routers share can't be measured in a pipeline"
+                found.append(Problem("batch", text, fix))
     if config.optim.compares_halves():
         found += _halves_problems(config, controller)
     return found

@@ -96,7 +96,7 @@ def _sources(
         for box in parts(dense):
             read = functools.partial(_part, files, manifest, dense, box)
             yield Source(name, "weight", TORCH_DTYPES[dense.dtype], shape, read, box=box)
-    elif ".ffn." in name:
+    elif ".ffn." in name or name.startswith("router_cell."):
         begin = functools.partial(_begin, model, name, shape, seed)
         yield Source(name, "weight", torch.float32, shape, begin)
     else:

@@ -19,6 +19,8 @@ def acting_experts(config: DecoderConfig) -> dict[str, Any]:
         told |= {"ffn_dim": experts.ffn_dim or config.ffn_dim, "layers": layers, "dense_layers": 0}
         if experts.top_groups == experts.groups:
             told |= {"groups": 1, "top_groups": 1}
+        if not experts.carried_dim:
+            told["state_dim"] = None  # of no router
         values = {f"experts.{name}": value for name, value in told.items()}
     if len(layers) == config.layers:
         values["ffn_dim"] = None  # of no layer

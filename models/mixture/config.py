@@ -13,7 +13,8 @@ from ...config.problems import Problem
 from ..part_config import FeedForwardConfig, MatrixScales
 
 SCORES = ("softmax", "sigmoid")
-ROUTERS = ("top_k",)
+ROUTERS = ("top_k", "recurrent")
+STATE_DIM = 128
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ class ExpertsConfig:
 
     count: int = key(0, "experts of a mixture; 0: every feed-forward is dense")
     top_k: int = key(2, "experts that each token chooses")
-    router: str = key("top_k", "what chooses them: top_k, a linear router (GShard, Mixtral, DeepSeek-V3)")
+    router: str = key(
+        "top_k",
+        "what chooses them: top_k, a linear router of each layer, or recurrent, a gated recurrent unit that layers share, whose"
+        " state passes from layer to layer (RMoE, arXiv 2408.06793)",
+    )
+    state_dim: int = key(STATE_DIM, "width of a recurrent router's state")
     ffn_dim: int | None = key(None, "inner width of an expert; null: that of the dense feed-forward")
     shared: int = key(0, "experts that every token passes, in one feed-forward as wide as all of them together")
     dense_layers: int = key(0, "first layers whose feed-forward stays dense")
@@ -74,6 +80,18 @@ class ExpertsConfig:
             made["parts"] = PartsConfig(**made["parts"])
         return cls(**made)
 
+    @property
+    def carried_dim(self) -> int:
+        """The width of the state that routers hand from layer to layer; 0: they hand on nothing."""
+        return self.state_dim if self.count and self.router == "recurrent" else 0
+
+    @property
+    def cell_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the weights that recurrent routers share, by name."""
+        width = self.carried_dim
+        matrix, vector = (3 * width, width), (3 * width,)
+        return {"weight_ih": matrix, "weight_hh": matrix, "bias_ih": vector, "bias_hh": vector} if width else {}
+
     def has_mixture(self, layer: int) -> bool:
         """Return whether a layer's feed-forward is a mixture."""
         if self.count == 0:
@@ -94,6 +112,11 @@ class ExpertsConfig:
             yield Problem(f"{key}.shared", f"{self.shared} is no number of experts", "use 0 or more")
         if self.router not in ROUTERS:
             yield Problem(f"{key}.router", f"there is no '{self.router}'", f"use {' or '.join(ROUTERS)}, or {key}.parts.router")
+        if self.state_dim < 1:
+            yield Problem(f"{key}.state_dim", f"{self.state_dim} is not a size", "use 1 or more")
+        elif self.state_dim != STATE_DIM and self.router != "recurrent":
+            fix = f"use {key}.router=recurrent, or leave it at {STATE_DIM}"
+            yield Problem(f"{key}.state_dim", f"{key}.router={self.router} has no state", fix)
         yield from self.parts.problems(f"{key}.parts")
         if self.scores not in SCORES:
             yield Problem(f"{key}.scores", f"there is no '{self.scores}'", f"use {' or '.join(SCORES)}")
@@ -175,7 +198,9 @@ class MixtureConfig:
         return self._matrices(self.keys.top_k)
 
     def _matrices(self, experts: int) -> int:
-        return (experts + self.keys.shared) * self.expert.matrices + self.keys.count * self.dim
+        keys = self.keys
+        router = keys.carried_dim * (keys.count + self.dim) if keys.carried_dim else keys.count * self.dim
+        return (experts + keys.shared) * self.expert.matrices + router
 
     @property
     def vectors(self) -> int:

@@ -117,20 +117,18 @@ class Mixture(Part):
     def forward(
         self, inputs: Sequence[torch.Tensor], charges: Charges | None, carried: Carried | None = None
     ) -> tuple[torch.Tensor, Tally | None, torch.Tensor | None]:
-        """Compute it. inputs: the same (B, S, D), `num_inputs` times; carried: by recurrent routers, its state (B, S, P).
+        """Compute it. inputs: the same (B, S, D), `num_inputs` times; carried: by recurrent routers.
 
-        Returns (B, S, D), the tally under charges, and the state that goes to the next layer, if the router makes one.
+        Returns (B, S, D), the tally under charges, and the state (T, P) that goes to the next layer, if the router makes one.
         """
         routed_BSD, x_BSD, *rest = inputs
         x_TD = x_BSD.flatten(0, 1)
-        carried_T = None if carried is None else carried._replace(state=carried.state.flatten(0, 1))
-        routed = self.router(routed_BSD.flatten(0, 1), charges, carried_T)
-        state_BSP = None if routed.state_TP is None else routed.state_TP.unflatten(0, x_BSD.shape[:2])
+        routed = self.router(routed_BSD.flatten(0, 1), charges, carried)
         counted_T = None if charges is None else charges.counted_BS.flatten()
         assignment = sort_by_expert(routed.choice_TK, self.keys.count, self.keys.capacity, counted_T)
         if self._fuses(x_TD):
             y_BSD = self._fused(x_TD, routed.gates_TK, assignment).view_as(x_BSD)
-            return y_BSD if self.shared is None else y_BSD + self.shared(rest), routed.tally, state_BSP
+            return y_BSD if self.shared is None else y_BSD + self.shared(rest), routed.tally, routed.state_TP
         journey = self.dispatch(assignment)
         shared_BSD = None if self.shared is None else self.shared(rest)  # while ranks tell each other what they will send
         rows_ND, counts_E = journey.send(x_TD)
@@ -140,7 +138,7 @@ class Mixture(Part):
             y_BSD = y_BSD + shared_BSD
         if routed.tally is not None and counted_T is not None and assignment.kept_TK is not None:
             routed.tally.others_5[2] = (~assignment.kept_TK & counted_T[:, None]).sum()
-        return y_BSD, routed.tally, state_BSP
+        return y_BSD, routed.tally, routed.state_TP
 
     def _fuses(self, x_TD: torch.Tensor) -> bool:
         own = self.experts

@@ -9,9 +9,10 @@ from ...config.nodes import Custom, build, import_object
 from .config import MixtureConfig
 from .dispatch import Combine, Dispatch, LocalJourney, combine
 from .grouped import Product, grouped_product
+from .recurrent import RecurrentRouter
 from .router import Router, TopKRouter
 
-ROUTERS: dict[str, Callable[[MixtureConfig], Router]] = {"top_k": TopKRouter}
+ROUTERS: dict[str, Callable[[MixtureConfig], Router]] = {"top_k": TopKRouter, "recurrent": RecurrentRouter}
 """`model.experts.router` → the router. A new one is listed here, and in `config.ROUTERS`."""
 
 

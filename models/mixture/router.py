@@ -27,9 +27,9 @@ class CellWeights(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """What recurrent routers hand from layer to layer: the state (…, P) of each token, and the cell that they share."""
+    """What recurrent routers hand from layer to layer: each token's state, and the cell that they share."""
 
-    state: torch.Tensor
+    state_TP: torch.Tensor
     cell: CellWeights
 
 

@@ -136,3 +136,10 @@ def balanced_stages(model: DecoderConfig, parallel: ParallelConfig, seq_len: int
     recomputed = [recomputed_flops(block, policy, seq_len) for block, policy in zip(model.blocks(), policies, strict=True)]
     layer = sum((*costs, *recomputed)) / model.layers
     return StagePlan.of(parallel, model.layers, layer, 3.0 * embedding_flops(model), 3.0 * head_flops(model))
+
+
+def cell_stages(model: DecoderConfig, plan: StagePlan) -> list[int]:
+    """List the stages that use what recurrent routers share; the first of them owns it. Without such routers there is none."""
+    if not model.experts.carried_dim:
+        return []
+    return [index for index, layers in enumerate(plan.layers) if any(map(model.experts.has_mixture, layers))]

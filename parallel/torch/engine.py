@@ -32,12 +32,13 @@ from ..mesh import Mesh
 from ..observers import GradientObserver, optimizer_observers
 from ..optimizer_state import optimizer_fragments
 from ..pipeline.run import Pipeline
+from ..pipeline.shared_cell import SharedCell, own_parameters
 from ..pipeline.stages import StagePlan, stage_count
 from ..pipeline.tied_head import TiedHead
 from .assembly import fill_weights, fuses_experts, fuses_swiglu, own_stages, parallelize_stage
 from .groups import parameter_groups
 from .inputs import ModelInputs
-from .step import Accumulation, PipelinedStep, StepStrategy
+from .step import Accumulation, PipelinedStep, SharedWeights, StepStrategy
 from .update import Update
 from .weights import Weights, make_strategies
 
@@ -64,17 +65,20 @@ class TorchEngine:
             self.weights.shard(stage)
         held = list(stages.values())
         self.module: nn.Module = held[0] if len(held) == 1 else nn.ModuleList(held)
-        named = {name: parameter for stage in held for name, parameter in stage.named_parameters()}
         shape = model.decoder_config
+        named = own_parameters(stages, shape, plan)
         mixes = shape is not None and shape.mixture_layers()
         self._balance = ExpertBalance(shape, held, mesh, settings.balance) if shape is not None and mixes else None
         slices = parallel.sequence_parallel
         inputs = ModelInputs(mesh, context, model, self._balance, sequence_parallel=slices, compiled=settings.compile)
         self._step: StepStrategy
         if plan.count > 1:
-            tied = TiedHead.of(mesh, plan, named) if decoder_shape(model).tied else None
+            decoder = decoder_shape(model)
+            shared: list[SharedWeights] = [TiedHead.of(mesh, plan, named)] if decoder.tied else []
+            if decoder.experts.carried_dim:
+                shared.append(SharedCell(mesh, plan, decoder, stages))
             pipeline = Pipeline(stages, plan, parallel, mesh, settings.compute)
-            self._step = PipelinedStep(pipeline, inputs, tied)
+            self._step = PipelinedStep(pipeline, inputs, shared)
         else:
             self._step = Accumulation(self.module, inputs, self.weights, mesh.device)
         self.weights.adopt(held, named)

@@ -34,7 +34,7 @@ class ModelInputs:
         """
         self._balance = balance
         self._mesh, self._context, self._compiled = mesh, context, compiled
-        self._width = 0 if model.decoder_config is None else model.decoder_config.dim
+        self._width = 0 if model.decoder_config is None else model.decoder_config.stream_width
         self._slices_sequences = sequence_parallel and mesh.layout.tp > 1
 
     def part(self, micro_batch: MicroBatch) -> tuple[MicroBatch, torch.Tensor | None]:

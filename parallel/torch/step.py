@@ -10,7 +10,6 @@ from torch import nn
 
 from ...data.batch import MicroBatch
 from ..pipeline.run import Pipeline
-from ..pipeline.tied_head import TiedHead
 from .inputs import ModelInputs
 from .weights import Weights
 
@@ -76,12 +75,23 @@ class Accumulation:
         return total
 
 
+class SharedWeights(Protocol):
+    """Weights that several stages of a pipeline use. One of them owns them, and others have copies."""
+
+    def fetch(self) -> None:
+        """Bring the copies up to date, before a pass. Every rank must call it."""
+        ...
+
+    def return_gradient(self) -> None:
+        """Add the copies' gradients to the owner's, and discard them. Every rank must call it."""
+        ...
+
+
 class PipelinedStep:
     """Micro-batches through the stages of a pipeline."""
 
-    def __init__(self, pipeline: Pipeline, inputs: ModelInputs, tied: TiedHead | None) -> None:
-        """tied: the head, where its weight is that of the embedding."""
-        self._pipeline, self._inputs, self._tied = pipeline, inputs, tied
+    def __init__(self, pipeline: Pipeline, inputs: ModelInputs, shared: Sequence[SharedWeights]) -> None:
+        self._pipeline, self._inputs, self._shared = pipeline, inputs, shared
 
     def accumulate(
         self,
@@ -92,15 +102,15 @@ class PipelinedStep:
     ) -> torch.Tensor:
         """See `StepStrategy`; a pipeline does not pause."""
         assert not pauses, "a pipeline's gradients are complete at its end only"
-        if self._tied is not None:
-            self._tied.fetch()
+        for weights in self._shared:
+            weights.fetch()
         total = self._pipeline.accumulate([self._inputs.of_stages(batch) for batch in micro_batches], global_tokens)
-        if self._tied is not None:
-            self._tied.return_gradient()
+        for weights in self._shared:
+            weights.return_gradient()
         return total
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         """See `StepStrategy`."""
-        if self._tied is not None:
-            self._tied.fetch()
+        for weights in self._shared:
+            weights.fetch()
         return self._pipeline.evaluate([self._inputs.of_stages(batch) for batch in micro_batches])

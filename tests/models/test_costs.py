@@ -68,3 +68,14 @@ def test_active_parameters_of_a_mixture_are_counted_apart() -> None:
     total = sum(parameter.numel() for parameter in decoder(**shape, experts=experts).parameters())
     assert parameter_count(config) == total
     assert parameter_count(config, active=True) == total - 4 * 3 * 8 * 5  # four experts of the second layer are not chosen
+
+
+def test_the_cell_of_recurrent_routers_is_held_once_and_computed_in_each_layer() -> None:
+    shape = {"dim": 8, "layers": 3, "heads": 2, "kv_heads": 2, "ffn_dim": 20, "vocabulary": 11}
+    experts = {"count": 6, "top_k": 6, "ffn_dim": 5, "router": "recurrent", "state_dim": 4}
+    config = DecoderConfig.of({**shape, "experts": experts})
+    total = sum(parameter.numel() for parameter in decoder(**shape, experts=experts).parameters())
+    assert parameter_count(config) == parameter_count(config, active=True) == total
+    plain = DecoderConfig.of({**shape, "experts": {"count": 6, "top_k": 6, "ffn_dim": 5}})
+    cell, own = 6 * 4 * 4 + 6 * 4, 4 * 8 + 6 * 4 - 6 * 8  # a layer's projection and logits, in place of logits alone
+    assert flops_per_token(config, 16) - flops_per_token(plain, 16) == 3 * 6 * (cell + own)

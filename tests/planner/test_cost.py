@@ -86,6 +86,8 @@ PLAIN = [
     ParallelConfig(zero=3, cp=2),
     ParallelConfig(zero=1, pp=2, tp=2, schedule="interleaved"),
 ]
+PIPELINES = [ParallelConfig(zero=3, pp=2, schedule="interleaved"), ParallelConfig(zero=1, pp=2, tp=2)]
+RECURRENT = {"count": 4, "top_k": 2, "ffn_dim": 8, "dense_layers": 1, "router": "recurrent", "state_dim": 6}
 TIED = [ParallelConfig(zero=3), ParallelConfig(zero=3, pp=2), ParallelConfig(zero=1, pp=2, schedule="zbv")]
 
 
@@ -93,9 +95,11 @@ def all_held(rank: int, world_size: int, works: list[Work]) -> list[tuple[int, i
     return [held(rank, world_size, work) for work in works]
 
 
-@pytest.mark.parametrize(("tied", "layouts"), [(False, PLAIN), (True, TIED)])
-def test_shards_and_optimizer_state_are_counted_to_the_byte(tied: bool, layouts: list[ParallelConfig]) -> None:
-    works = [Work(parallel, model=(("layers", 4), ("tied", tied), ("dim", 32))) for parallel in layouts]
+@pytest.mark.parametrize(
+    ("more", "layouts"), [(("tied", False), PLAIN), (("tied", True), TIED), (("experts", RECURRENT), PIPELINES)]
+)
+def test_shards_and_optimizer_state_are_counted_to_the_byte(more: tuple[str, Any], layouts: list[ParallelConfig]) -> None:
+    works = [Work(parallel, model=(("layers", 4), more, ("dim", 32))) for parallel in layouts]
     everything = run_ranks(4, all_held, works)
     for at, work in enumerate(works):
         expected = planned(work, 4)

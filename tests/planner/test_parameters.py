@@ -27,6 +27,7 @@ PARTS: dict[str, dict[str, Any]] = {
         **{"attention": "mla", "kv_heads": 8, "mla": {"q_lora_rank": 20, **LATENT}},
         "experts": {"count": 8, "ffn_dim": 16, "shared": 1, "dense_layers": 1},
     },
+    "RMoE": {"experts": {"count": 4, "router": "recurrent", "state_dim": 6, "layers": [2, 3]}, "mup_base": 32},
     "latent keys only": {"attention": "mla", "kv_heads": 8, "mla": {"q_lora_rank": None, **LATENT}},
 }
 

@@ -31,6 +31,8 @@ class PlainBalance:
         self._mixtures: dict[str, Any] = {name: model.layers[name].ffn for name in map(str, model.config.mixture_layers())}
         self._inputs: dict[str, torch.Tensor] = {}
         self._counts: dict[str, torch.Tensor] = {}
+        self._cell: Any = model.router_cell
+        self._state: torch.Tensor | None = None
         even = torch.full((max(1, model.config.experts.count),), 1.0 / max(1, model.config.experts.count)).double()
         self._past = dict.fromkeys(self._mixtures, even)
         for name, mixture in self._mixtures.items():
@@ -38,12 +40,25 @@ class PlainBalance:
 
     def loss(self, counted_BS: torch.Tensor) -> torch.Tensor:
         """The sum over layers, as a mean over the tokens that count."""
+        self._state = None
         return sum((self._layer(name, counted_BS) for name in self._mixtures), torch.zeros((), dtype=torch.float64))
+
+    def _read(self, name: str, router: Any) -> torch.Tensor:
+        """What a layer's logits are linear in: the input of the mixture, or the state of PyTorch's own cell in this layer."""
+        x_BSD = self._inputs[name]
+        if self._cell is None:
+            return x_BSD
+        weights = dict(self._cell.named_parameters())
+        width = weights["weight_hh"].shape[1]
+        cell = torch.nn.GRUCell(width, width, dtype=x_BSD.dtype)
+        inputs = ((x_BSD @ router.project.T).flatten(0, 1), self._state)
+        self._state = torch.func.functional_call(cell, weights, inputs)
+        return self._state.unflatten(0, x_BSD.shape[:2])
 
     def _layer(self, name: str, counted_BS: torch.Tensor) -> torch.Tensor:
         keys, config = self._mixtures[name].keys, self._config
         router = self._mixtures[name].router
-        logits = self._inputs[name] @ router.weight.T + (0 if router.logit_bias is None else router.logit_bias)
+        logits = self._read(name, router) @ router.weight.T + (0 if router.logit_bias is None else router.logit_bias)
         scores = logits.softmax(-1) if keys.scores == "softmax" else logits.sigmoid()
         p = scores / scores.sum(-1, keepdim=True)
         bias = self._mixtures[name].router.bias

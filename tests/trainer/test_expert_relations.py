@@ -29,6 +29,7 @@ def problems_of(composer: Composer, world_size: int, *overrides: str) -> dict[st
         (1, ""),
         (2, "parallel.tp=2 parallel.ep=2"),
         (2, "parallel.pp=2"),
+        (2, "parallel.pp=2 model.experts.router=recurrent"),
         (4, "batch=norm_test"),
         (8, "parallel.ep=4 parallel.replicate=2"),
     ],
@@ -56,6 +57,14 @@ def test_mixtures_run_in_these_layouts(composer: Composer, world_size: int, word
         ("parallel.ep=2 parallel.engine=deepspeed", "parallel.ep", "data-parallel only"),
         ("parallel.pp=2 parallel.schedule=zbv trainer.activation=full", "trainer.activation", "keeps the choice of experts"),
         ("parallel.engine=deepspeed", "parallel.engine", "can't train a mixture of experts"),
+        (
+            "model.experts.router=recurrent parallel.pp=2 parallel.schedule=zb",
+            "parallel.schedule",
+            "use parallel.schedule=1f1b",
+        ),
+        ("model.experts.router=recurrent parallel.pp=2 batch=norm_test", "batch", "recurrent routers share"),
+        ("model.experts.state_dim=64", "model.experts.state_dim", "has no state"),
+        ("model.experts.router=recurrent model.experts.state_dim=0", "model.experts.state_dim", "is not a size"),
         ("trainer.activation_budget=0.5", "trainer.activation_budget", "choose trainer.activation"),
     ],
 )
