@@ -288,6 +288,9 @@ class DecoderConfig(ModelConfig):
     def problems(self, key: str = "model") -> list[Problem]:
         """Return what is wrong with the values."""
         own = [*self._choice_problems(key), *self._number_problems(key), *self._shape_problems(key)]
+        if self.experts.count and not self.experts.gated and self.ffn_activation == "clamped_swiglu":
+            fix = f"use another, or {key}.experts.gated=true"
+            own.append(Problem(f"{key}.ffn_activation", "clamped_swiglu is a gate, and the experts have none", fix))
         return [*own, *self.experts.problems(f"{key}.experts", self.layers)]
 
     def _choice_problems(self, key: str) -> Iterator[Problem]:

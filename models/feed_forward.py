@@ -34,10 +34,15 @@ def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return gate * torch.sigmoid(CLAMPED_SLOPE * gate) * (up + 1)
 
 
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+}
+"""Activations without a gate, by their name in the config."""
+
 GATES: dict[str, Gate] = {
-    "silu": _product(F.silu),
-    "gelu_tanh": _product(functools.partial(F.gelu, approximate="tanh")),
-    "gelu": _product(F.gelu),
+    **{name: _product(activation) for name, activation in ACTIVATIONS.items()},
     "clamped_swiglu": clamped_swiglu,
 }
 """Gates by the name of the activation in the config."""

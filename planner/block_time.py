@@ -151,7 +151,7 @@ def _experts(part: MixtureConfig, work: BlockWork, kernels: Kernels) -> float:
     tokens, width, dim, keys = _local_tokens(work), part.expert.ffn_dim, part.dim, part.keys
     experts = keys.count // (work.ep.ranks if work.ep is not None else 1)
     seconds = kernels.product(tokens, keys.count, dim)
-    for out, inner in ((width, dim), (width, dim), (dim, width)):
+    for out, inner in ((width, dim), (width, dim), (dim, width))[3 - part.products :]:
         seconds += kernels.product(tokens * keys.top_k, out, inner, groups=experts)
         if keys.shared:
             seconds += kernels.product(tokens, out * keys.shared, inner) if out == width else 0.0

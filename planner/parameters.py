@@ -217,16 +217,16 @@ def _mixture(part: MixtureConfig) -> Iterator[ParameterShape]:
     )
     if part.keys.carried_dim:
         yield ParameterShape("router.project", (part.keys.carried_dim, part.dim), lr_scale=rate)
+    if part.keys.router == "relu":
+        yield ParameterShape("router.gain", (count,), decays=False)
     if part.keys.logit_bias:
         yield ParameterShape("router.logit_bias", (count,), decays=False)
-    for name, shape in (
-        ("w1", (count * width, part.dim)),
-        ("w2", (count * part.dim, width)),
-        ("w3", (count * width, part.dim)),
-    ):
-        yield ParameterShape(f"experts.{name}", shape, lr_scale=rate, stacked=count)
-        if part.expert.bias:
-            yield ParameterShape(f"experts.b{name[1:]}", shape[:1], decays=False)
+    wide, narrow = (count * width, part.dim), (count * part.dim, width)
+    stacks = {"1": wide, "2": narrow, **({"3": wide} if part.keys.gated else {})}
+    for number, shape in stacks.items():
+        yield ParameterShape(f"experts.w{number}", shape, lr_scale=rate, stacked=count)
+    for number, shape in stacks.items() if part.expert.bias else ():
+        yield ParameterShape(f"experts.b{number}", shape[:1], decays=False)
     if part.shared is not None:
         yield from _inside("shared", _feed_forward(part.shared, cut=False))
 

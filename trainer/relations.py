@@ -13,6 +13,7 @@ from ..data.build import build_node
 from ..data.config import CachedConfig
 from ..data.validation_sets import ValidationSets
 from ..models.config import DecoderConfig
+from ..models.mixture.balance_config import SPARSITY
 from ..optim.batch.controller import Controller
 from ..optim.build import build_controller, build_schedule
 from ..optim.progress import BEGINNING, Progress
@@ -112,6 +113,12 @@ def _experts(config: RunConfig, _: Start) -> Iterator[Problem]:
     if config.trainer.activation_budget is not None:
         fix = "choose trainer.activation, and leave the budget null"
         yield Problem("trainer.activation_budget", "blocks with and without experts keep different amounts", fix)
+    cut = [f"parallel.{axis}={getattr(config.parallel, axis)}" for axis in ("cp", "tp") if getattr(config.parallel, axis) > 1]
+    cut += [f"parallel.hdp={config.parallel.hdp}"] if config.parallel.hdp != "none" else []
+    for name in SPARSITY if cut else ():
+        if getattr(config.balance, name):
+            text = f"it compares neighbouring tokens, which {' and '.join(cut)} may give to different ranks"
+            yield Problem(f"balance.{name}", text, "use 0, or leave sequences whole")
     if experts.parts.dispatch and config.parallel.ep > 1:
         fix = "use parallel.ep=1, or leave model.experts.parts.dispatch null"
         yield Problem("model.experts.parts.dispatch", "expert parallelism has a dispatch of its own", fix)

@@ -73,6 +73,8 @@ def _mixture_of(files: Files, manifest: Manifest, experts: ExpertsConfig, noise:
         faults.append("the model has experts already")
     if experts.count < 1:
         faults.append("experts.count: give the number of experts")
+    if not experts.gated:
+        faults.append("experts.gated=false: a copy of the dense feed-forward has its gate")
     if experts.ffn_dim not in (None, dense.ffn_dim):
         faults.append(f"experts.ffn_dim={experts.ffn_dim}: a copy is as wide as the dense feed-forward, {dense.ffn_dim}")
     if not 0 <= noise < float("inf"):

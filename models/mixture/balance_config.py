@@ -11,7 +11,9 @@ from ...config.problems import Problem
 from .config import ExpertsConfig
 
 COUNTS = ("past", "exact", "prefix")
-COEFFICIENTS = ("global_batch", "micro_batch", "sequence", "z_loss", "bias_rate")
+COEFFICIENTS = ("global_batch", "micro_batch", "sequence", "z_loss", "bias_rate", "locality", "chunk_sparsity")
+SPARSITY = ("locality", "chunk_sparsity")
+"""Coefficients of objectives for ReLU routers."""
 LONG_KEEP = 0.8
 """Averages of counts longer than this turned negative in the first steps of measurements."""
 
@@ -40,6 +42,19 @@ class BalanceConfig:
     z_loss: float = key(0.0, "coefficient of the square of the router logits' log-sum-exp (ST-MoE, arXiv 2202.08906)")
     bias_rate: float = key(
         0.0, "loss-free balance (arXiv 2408.15664): a step moves the bias of each expert's choice by this; needs experts.bias"
+    )
+
+    locality: float = key(
+        0.0, "coefficient of the objective that a token activates the experts of the one before it (BlockFFN, arXiv 2507.08771)"
+    )
+    steepness: float = key(100.0, "factor on the logits in that objective's sigmoids")
+    chunk_sparsity: float = key(0.0, "coefficient, at first, of the experts that a chunk of tokens activates (BlockFFN)")
+    chunk_length: int = key(8, "tokens of a chunk")
+    chunk_steady: int = key(1000, "steps that leave the coefficient of chunk_sparsity as it is")
+    chunk_adjust: int = key(
+        100,
+        "each so many steps after them the coefficient is multiplied by what the objective has changed by, by 1.025 at least if"
+        " it has grown; 0: never",
     )
 
     @property
@@ -73,6 +88,11 @@ class BalanceConfig:
             number = getattr(self, name)
             if number is not None and not 0 <= number < math.inf:
                 found.append(Problem(f"{key}.{name}", f"{number} can't be", "use 0 for none, or a number above"))
+        if not 0 < self.steepness < math.inf:
+            found.append(Problem(f"{key}.steepness", f"{self.steepness} can't be", "use a number above 0, such as 100"))
+        for name, least in (("chunk_length", 1), ("chunk_steady", 0), ("chunk_adjust", 0)):
+            if getattr(self, name) < least:
+                found.append(Problem(f"{key}.{name}", f"{getattr(self, name)} can't be", f"use {least} or more"))
         return found
 
     def model_problems(self, experts: ExpertsConfig | None, key: str = "balance") -> list[Problem]:
@@ -81,7 +101,15 @@ class BalanceConfig:
         if experts is None:
             fix = "use 0 or null, or give model.experts.count"
             return [Problem(f"{key}.{name}", "the model has no mixture of experts to balance", fix) for name in given]
+        found: list[Problem] = []
         if self.bias_rate and not experts.bias:
             text = "the choice of experts has no bias to move"
-            return [Problem(f"{key}.bias_rate", text, "use model.experts.bias=true with scores=sigmoid, or 0")]
-        return []
+            found.append(Problem(f"{key}.bias_rate", text, "use model.experts.bias=true with scores=sigmoid, or 0"))
+        if experts.router != "relu" and experts.parts.router is None:
+            text = "a token of this router activates a fixed number of experts"
+            found += [
+                Problem(f"{key}.{name}", text, "use model.experts.router=relu, or 0") for name in given if name in SPARSITY
+            ]
+        if experts.router == "relu" and self.z_loss:
+            found.append(Problem(f"{key}.z_loss", "a ReLU router has no softmax whose logits it could keep small", "use 0"))
+        return found

@@ -102,12 +102,19 @@ class NoSums:
 
 @dataclass(frozen=True)
 class Rates:
-    """Coefficients of the losses whose shares are counted while the micro-batch is routed, and of the z-loss."""
+    """Coefficients of the losses whose shares are counted while the micro-batch is routed, of the z-loss and of locality.
+
+    steepness     of locality's sigmoids
+    chunk_length  tokens of a chunk, for chunk sparsity
+    """
 
     prefix: float = 0.0
     micro_batch: float = 0.0
     sequence: float = 0.0
     z_loss: float = 0.0
+    locality: float = 0.0
+    steepness: float = 100.0
+    chunk_length: int = 8
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,7 @@ class Charges:
     """The charges of one layer for one micro-batch, and which tokens count.
 
     counted_BS  tokens with a target, as the layer sees the stream
+    chunk_rate  coefficient of chunk sparsity, a scalar; None: there is none
     rows_cut    whether its rows are slices because the stream is cut along the sequence
     unit        1 / the tokens of the global batch, a scalar
     price_E     coefficient times shares known before the micro-batch; None: there are none
@@ -126,8 +134,13 @@ class Charges:
     rates: Rates
     price_E: torch.Tensor | None = None
     before_E: torch.Tensor | None = None
+    chunk_rate: torch.Tensor | None = None
     sums: CountSums = NoSums()
     rows_cut: bool = False
+
+
+OTHERS = ("z", "entropy", "dropped", "micro_batch", "sequence", "locality", "chunk", "chunk_active")
+"""Names of a tally's other sums."""
 
 
 class Tally(NamedTuple):
@@ -135,16 +148,17 @@ class Tally(NamedTuple):
 
     counts_E  assignments of each expert
     mass_E    sums of probabilities
-    others_5  sums of logsumexp², entropy, dropped assignments, and the losses of micro-batch and sequence, each E · Σ f · p
+    others_O  other sums, named in `OTHERS`: logsumexp², entropy, dropped assignments, the losses of micro-batch and sequence,
+              each E · Σ f · p, and of ReLU routers locality, chunk sparsity, and the experts that chunks activate
     """
 
     counts_E: torch.Tensor
     mass_E: torch.Tensor
-    others_5: torch.Tensor
+    others_O: torch.Tensor
 
     @property
     def row(self) -> torch.Tensor:
-        """All of it in one vector: (2 E + 5,)."""
+        """All of it in one vector: (2 E + O,)."""
         return torch.cat(self)
 
 
@@ -168,10 +182,16 @@ def prices(charges: Charges, counts_BE: torch.Tensor) -> tuple[torch.Tensor, tor
     return price_BE * charges.unit, micro_1E, rows_BE
 
 
-def count_assignments(choice_TK: torch.Tensor, counted_BS: torch.Tensor, experts: int) -> torch.Tensor:
-    """Count each row's assignments of tokens that count, by expert: (B, E) fp64. No (T, K, E) array is made."""
+def count_assignments(
+    choice_TK: torch.Tensor, counted_BS: torch.Tensor, experts: int, taken_TK: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Count each row's assignments of tokens that count, by expert: (B, E) fp64. No (T, K, E) array is made.
+
+    taken_TK: which of the choices are assignments; None: all are
+    """
     rows, length = counted_BS.shape
     row_T = torch.arange(rows, device=choice_TK.device).repeat_interleave(length)
     keys_TK = row_T[:, None] * experts + choice_TK
-    keys_TK = keys_TK.masked_fill(~counted_BS.flatten()[:, None], rows * experts)
+    counted_TK = counted_BS.flatten()[:, None] if taken_TK is None else counted_BS.flatten()[:, None] & taken_TK
+    keys_TK = keys_TK.masked_fill(~counted_TK, rows * experts)
     return count_sorted(keys_TK.flatten().sort().values, rows * experts).double().view(rows, experts)

@@ -13,7 +13,7 @@ from ...config.problems import Problem
 from ..part_config import FeedForwardConfig, MatrixScales
 
 SCORES = ("softmax", "sigmoid")
-ROUTERS = ("top_k", "recurrent")
+ROUTERS = ("top_k", "recurrent", "relu")
 STATE_DIM = 128
 
 
@@ -51,10 +51,12 @@ class ExpertsConfig:
     top_k: int = key(2, "experts that each token chooses")
     router: str = key(
         "top_k",
-        "what chooses them: top_k, a linear router of each layer, or recurrent, a gated recurrent unit that layers share, whose"
-        " state passes from layer to layer (RMoE, arXiv 2408.06793)",
+        "what chooses them: top_k, a linear router of each layer; recurrent, a gated recurrent unit that layers share, whose"
+        " state passes from layer to layer (RMoE, arXiv 2408.06793); relu: all experts with a positive logit act, at most top_k"
+        " of them (BlockFFN, arXiv 2507.08771)",
     )
     state_dim: int = key(STATE_DIM, "width of a recurrent router's state")
+    gated: bool = key(True, "experts have a gate: w2(activation(w1 x) · w3 x); false: w2(activation(w1 x)), as BlockFFN's")
     ffn_dim: int | None = key(None, "inner width of an expert; null: that of the dense feed-forward")
     shared: int = key(0, "experts that every token passes, in one feed-forward as wide as all of them together")
     dense_layers: int = key(0, "first layers whose feed-forward stays dense")
@@ -117,6 +119,9 @@ class ExpertsConfig:
         elif self.state_dim != STATE_DIM and self.router != "recurrent":
             fix = f"use {key}.router=recurrent, or leave it at {STATE_DIM}"
             yield Problem(f"{key}.state_dim", f"{key}.router={self.router} has no state", fix)
+        yield from self._relu_problems(key) if self.router == "relu" else ()
+        if not self.gated and self.shared:
+            yield Problem(f"{key}.shared", "shared experts have a gate, and the others none", f"use 0, or {key}.gated=true")
         yield from self.parts.problems(f"{key}.parts")
         if self.scores not in SCORES:
             yield Problem(f"{key}.scores", f"there is no '{self.scores}'", f"use {' or '.join(SCORES)}")
@@ -138,6 +143,16 @@ class ExpertsConfig:
         elif not any(map(self.has_mixture, range(layers))):
             name = "dense_layers" if self.layers is None else "layers"
             yield Problem(f"{key}.{name}", "no layer is left for the experts", f"change it, or use {key}.count=0")
+
+    def _relu_problems(self, key: str) -> Iterator[Problem]:
+        """Yield the keys of other routers, which a ReLU router does not read."""
+        for name, value in {"scores": "softmax", "renormalise": True, "scale": 1.0, "groups": 1, "capacity": None}.items():
+            if getattr(self, name) != value:
+                fix = f"use {'null' if value is None else str(value).lower()}, or {key}.router=top_k"
+                yield Problem(f"{key}.{name}", "a ReLU router does not have it", fix)
+        for name in ("bias", "logit_bias"):
+            if getattr(self, name):
+                yield Problem(f"{key}.{name}", "a ReLU router has no bias", f"use false, or {key}.router=top_k")
 
     def _group_problems(self, key: str) -> Iterator[Problem]:
         if self.groups < 1 or self.count % self.groups:
@@ -198,9 +213,14 @@ class MixtureConfig:
         return self._matrices(self.keys.top_k)
 
     def _matrices(self, experts: int) -> int:
-        keys = self.keys
+        keys, expert = self.keys, self.expert
         router = keys.carried_dim * (keys.count + self.dim) if keys.carried_dim else keys.count * self.dim
-        return (experts + keys.shared) * self.expert.matrices + router
+        return experts * self.products * self.dim * expert.ffn_dim + keys.shared * expert.matrices + router
+
+    @property
+    def products(self) -> int:
+        """Count an expert's matrices: gate, up and down, or up and down."""
+        return 3 if self.keys.gated else 2
 
     @property
     def vectors(self) -> int:
@@ -214,7 +234,9 @@ class MixtureConfig:
 
     def _vectors(self, experts: int) -> int:
         shared = 0 if self.shared is None else self.shared.vectors
-        return experts * self.expert.vectors + shared + self.keys.logit_bias * self.keys.count
+        of_expert = self.expert.vectors - self.expert.bias * self.expert.ffn_dim * (not self.keys.gated)
+        router = (self.keys.logit_bias + (self.keys.router == "relu")) * self.keys.count
+        return experts * of_expert + shared + router
 
     @property
     def is_plain_swiglu(self) -> bool:
@@ -255,7 +277,7 @@ class MixtureConfig:
         """True if kernels can compute the experts with what stands around their products inside."""
         parts = self.keys.parts
         own = parts.dispatch is not None or parts.product is not None or parts.combine is not None
-        return self.expert.is_plain_swiglu and self.keys.capacity is None and not own
+        return self.expert.is_plain_swiglu and self.keys.gated and self.keys.capacity is None and not own
 
     @property
     def dispatched(self) -> int:

@@ -30,17 +30,25 @@ class Assignment:
 
 
 def sort_by_expert(
-    choice_TK: torch.Tensor, experts: int, capacity: float | None = None, counted_T: torch.Tensor | None = None
+    choice_TK: torch.Tensor,
+    experts: int,
+    capacity: float | None = None,
+    counted_T: torch.Tensor | None = None,
+    taken_TK: torch.Tensor | None = None,
 ) -> Assignment:
     """Sort assignments by expert, without waiting for the device.
 
     capacity: an expert takes the first ⌈capacity · T·K / E⌉ assignments, in the order of tokens; None: all of them.
     counted_T: tokens that count take their places before all others, such as padding; None: all count.
+    taken_TK: which of the choices are assignments at all, without a capacity; None: all are.
     """
+    assert capacity is None or taken_TK is None, "there is no room to be given to choices that are not taken"
     keys_N = choice_TK.flatten()
+    if taken_TK is not None:
+        keys_N = keys_N.masked_fill(~taken_TK.flatten(), experts)
     sorted_N, order_N = keys_N.sort(stable=True)
     counts_E = count_sorted(sorted_N, experts)
-    kept_TK = None
+    kept_TK = taken_TK
     if capacity is not None:
         most = math.ceil(capacity * len(keys_N) / experts)
         if counted_T is not None:

@@ -10,16 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .charges import Charges, CountSums, NoSums, Rates, Tally
-
-OTHERS = ("z", "entropy", "dropped", "micro_batch", "sequence")
-"""Names of a tally's other sums."""
+from .charges import OTHERS, Charges, CountSums, NoSums, Rates, Tally
 
 
 class Ledger:
     """The charges and tallies of one step. A block's tally is written once, where its output is used.
 
-    sums_LN  sums of the step's tallies on this rank, N = 2 E + 5, fp64
+    sums_LN  sums of the step's tallies on this rank, N = 2 E + O, fp64
     """
 
     def __init__(
@@ -30,10 +27,15 @@ class Ledger:
         self._experts, self._rates, self._count_sums = experts, rates, sums or NoSums()
         self.sums_LN = torch.zeros(len(layers), 2 * experts + len(OTHERS), dtype=torch.float64, device=device)
         self._price_LE: torch.Tensor | None = None
+        self._chunk_rate: torch.Tensor | None = None
         self._unit = torch.zeros((), dtype=torch.float64, device=device)
 
-    def begin(self, global_tokens: torch.Tensor, price_LE: torch.Tensor | None) -> None:
-        """Begin a step, or the pass of a step that only counts. price_LE: prices known beforehand, times the tokens."""
+    def begin(self, global_tokens: torch.Tensor, price_LE: torch.Tensor | None, chunk_rate: torch.Tensor | None = None) -> None:
+        """Begin a step, or the pass of a step that only counts.
+
+        price_LE: prices known beforehand, times the tokens; chunk_rate: coefficient of chunk sparsity
+        """
+        self._chunk_rate = chunk_rate
         self._unit = 1 / global_tokens.double()
         self._price_LE = price_LE
         self.sums_LN = torch.zeros_like(self.sums_LN)
@@ -45,7 +47,7 @@ class Ledger:
         row = self._rows[layer]
         before = self.sums_LN[row, : self._experts].clone() if self._rates.prefix else None
         price = None if self._price_LE is None else self._price_LE[row]
-        return Charges(counted_BS, self._unit, self._rates, price, before, self._count_sums, rows_cut)
+        return Charges(counted_BS, self._unit, self._rates, price, before, self._chunk_rate, self._count_sums, rows_cut)
 
     def record(self, layer: int, tally: Tally) -> None:
         """Add what a layer routed of one micro-batch."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ...kernels.experts.fused import FusedExperts
-from ..feed_forward import GATES, FeedForward
+from ..feed_forward import ACTIVATIONS, GATES, FeedForward
 from ..part import BIAS, Part, WeightRule, reads_stream, writes_stream
 from ..protocol import BlockKernels, TensorRole
 from .charges import Charges, Tally
@@ -26,11 +26,11 @@ from .router import Carried, Router
 
 
 class Experts(Part):
-    """The routed experts: gated feed-forwards whose matrices are stacked along their rows.
+    """The routed experts: feed-forwards whose matrices are stacked along their rows.
 
     count    of the experts here: all of them, but for `keep`
     product  multiplies each expert's rows with its matrix
-    w1, w3  gate and up of all experts: (E·F, D)
+    w1, w3  gate and up of all experts: (E·F, D); w3 is None where they have no gate
     w2      down: (E·D, F)
     b1, b3, b2  their biases, (E·F,) and (E·D,); None without
     """
@@ -41,8 +41,9 @@ class Experts(Part):
         self.count = count
         self.w1 = nn.Parameter(torch.empty(count * width, dim))
         self.w2 = nn.Parameter(torch.empty(count * dim, width))
-        self.w3 = nn.Parameter(torch.empty(count * width, dim))
-        biases = {"b1": width, "b2": dim, "b3": width} if config.expert.bias else {}
+        gated = config.keys.gated
+        self.w3 = nn.Parameter(torch.empty(count * width, dim)) if gated else None
+        biases = {"b1": width, "b2": dim, **({"b3": width} if gated else {})} if config.expert.bias else {}
         for name in ("b1", "b2", "b3"):
             size = biases.get(name)
             self.register_parameter(name, None if size is None else nn.Parameter(torch.empty(count * size)))
@@ -51,8 +52,8 @@ class Experts(Part):
             **dict.fromkeys(("w1", "w3"), replace(reads_stream(config.scales), stacked=count)),
             "w2": replace(writes_stream(config.scales), stacked=count),
         }
-        self._gate, self.product = GATES[config.expert.activation], make_product(config)
-        self.product: Product
+        self._activation = config.expert.activation
+        self.product: Product = make_product(config)
         self.b1: nn.Parameter | None
         self.b2: nn.Parameter | None
         self.b3: nn.Parameter | None
@@ -67,9 +68,13 @@ class Experts(Part):
 
     def forward(self, rows_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """Compute each row's expert. Rows are sorted by expert; those behind the last expert's may come out as anything."""
-        gate_NF = self._projected(rows_ND, self.w1, self.b1, counts_E)
-        up_NF = self._projected(rows_ND, self.w3, self.b3, counts_E)
-        return self._projected(self._gate(gate_NF, up_NF), self.w2, self.b2, counts_E)
+        inner_NF = self._projected(rows_ND, self.w1, self.b1, counts_E)
+        if self.w3 is None:
+            inner_NF = ACTIVATIONS[self._activation](inner_NF)
+        else:
+            up_NF = self._projected(rows_ND, self.w3, self.b3, counts_E)
+            inner_NF = GATES[self._activation](inner_NF, up_NF)
+        return self._projected(inner_NF, self.w2, self.b2, counts_E)
 
     def _projected(
         self, rows_NI: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counts_E: torch.Tensor
@@ -125,8 +130,9 @@ class Mixture(Part):
         x_TD = x_BSD.flatten(0, 1)
         routed = self.router(routed_BSD.flatten(0, 1), charges, carried)
         counted_T = None if charges is None else charges.counted_BS.flatten()
-        assignment = sort_by_expert(routed.choice_TK, self.keys.count, self.keys.capacity, counted_T)
-        if self._fuses(x_TD):
+        choice_TK, taken_TK = routed.choice_TK, routed.taken_TK
+        assignment = sort_by_expert(choice_TK, self.keys.count, self.keys.capacity, counted_T, taken_TK)
+        if self._fuses(x_TD, assignment):
             y_BSD = self._fused(x_TD, routed.gates_TK, assignment).view_as(x_BSD)
             return y_BSD if self.shared is None else y_BSD + self.shared(rest), routed.tally, routed.state_TP
         journey = self.dispatch(assignment)
@@ -136,18 +142,19 @@ class Mixture(Part):
         y_BSD = self.combine(y_TKD, routed.gates_TK).view_as(x_BSD)
         if shared_BSD is not None:
             y_BSD = y_BSD + shared_BSD
-        if routed.tally is not None and counted_T is not None and assignment.kept_TK is not None:
-            routed.tally.others_5[2] = (~assignment.kept_TK & counted_T[:, None]).sum()
+        kept_TK = None if self.keys.capacity is None else assignment.kept_TK
+        if kept_TK is not None and counted_T is not None and routed.tally is not None:
+            routed.tally.others_O[2] = (~kept_TK & counted_T[:, None]).sum()
         return y_BSD, routed.tally, routed.state_TP
 
-    def _fuses(self, x_TD: torch.Tensor) -> bool:
-        own = self.experts
-        return self.fused is not None and self.dispatch is LocalJourney and self.fused.fits(x_TD, own.w1, own.count)
+    def _fuses(self, x_TD: torch.Tensor, assignment: Assignment) -> bool:
+        whole = self.dispatch is LocalJourney and assignment.kept_TK is None
+        return self.fused is not None and whole and self.fused.fits(x_TD, self.experts.w1, self.experts.count)
 
     def _fused(self, x_TD: torch.Tensor, gates_TK: torch.Tensor, assignment: Assignment) -> torch.Tensor:
         """Compute the experts, and the sum of their outputs, by the fused kernels: (T, D)."""
         own, fused = self.experts, self.fused
-        assert fused is not None
+        assert fused is not None and own.w3 is not None
         return fused(x_TD, own.w1, own.w3, own.w2, gates_TK, assignment.order_N, assignment.inverse_TK, assignment.counts_E)
 
 

@@ -10,9 +10,10 @@ from .config import MixtureConfig
 from .dispatch import Combine, Dispatch, LocalJourney, combine
 from .grouped import Product, grouped_product
 from .recurrent import RecurrentRouter
+from .relu import ReluRouter
 from .router import Router, TopKRouter
 
-ROUTERS: dict[str, Callable[[MixtureConfig], Router]] = {"top_k": TopKRouter, "recurrent": RecurrentRouter}
+ROUTERS: dict[str, Callable[[MixtureConfig], Router]] = {"top_k": TopKRouter, "recurrent": RecurrentRouter, "relu": ReluRouter}
 """`model.experts.router` → the router. A new one is listed here, and in `config.ROUTERS`."""
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..part import BIAS, Part, reads_stream
-from .charges import Charges, Tally, charge, charge_z, count_assignments, prices
+from .charges import OTHERS, Charges, Tally, charge, charge_z, count_assignments, prices
 from .config import MixtureConfig
 from .routing import TINY, choose_experts, gates_of, scores_of
 
@@ -115,20 +115,24 @@ class TopKRouter(Router):
 
 
 def charged(
-    p_TE: torch.Tensor, logits_TE: torch.Tensor, choice_TK: torch.Tensor, charges: Charges
+    p_TE: torch.Tensor,
+    logits_TE: torch.Tensor,
+    choice_TK: torch.Tensor,
+    charges: Charges,
+    taken_TK: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Tally]:
-    """Charge the prices of this micro-batch on probabilities, and tally it. logits_TE: detached.
+    """Charge the prices of this micro-batch on probabilities, and tally it. logits_TE: detached; taken_TK: see `Routed`.
 
     Returns the probabilities, which must be used in the place of those that were given, and the tally.
     """
-    counts_BE = count_assignments(choice_TK, charges.counted_BS, p_TE.shape[1])
+    counts_BE = count_assignments(choice_TK, charges.counted_BS, p_TE.shape[1], taken_TK)
     price_BE, micro_1E, rows_BE = prices(charges, counts_BE)
     counted_T1, seen_TE = charges.counted_BS.flatten()[:, None], p_TE.detach()
     mass_BE = (seen_TE * counted_T1).view(*charges.counted_BS.shape, -1).sum(1, dtype=torch.float64)
     z_T1 = logits_TE.logsumexp(-1, keepdim=True).square()
     entropy_T1 = torch.special.entr(seen_TE).sum(-1, keepdim=True)
     sums_2 = (torch.cat([z_T1, entropy_T1], dim=1) * counted_T1).sum(0, dtype=torch.float64)
-    none = sums_2.new_zeros(1)
-    others_5 = torch.cat([sums_2, none, (micro_1E * mass_BE).sum()[None], (rows_BE * mass_BE).sum()[None]])
-    tally = Tally(counts_BE.sum(0), mass_BE.sum(0), others_5)
+    losses_2 = torch.stack([(micro_1E * mass_BE).sum(), (rows_BE * mass_BE).sum()])
+    others_O = torch.cat([sums_2, sums_2.new_zeros(1), losses_2, sums_2.new_zeros(len(OTHERS) - 5)])
+    tally = Tally(counts_BE.sum(0), mass_BE.sum(0), others_O)
     return charge(p_TE, price_BE.to(p_TE.dtype), charges.counted_BS.flatten()), tally

@@ -11,13 +11,14 @@ import torch
 
 from ...models.config import DecoderConfig
 from ...models.mixture.balance_config import BalanceConfig
-from ...models.mixture.charges import Rates, share_of
-from ...models.mixture.ledger import OTHERS, Ledger, Routing
+from ...models.mixture.charges import OTHERS, Rates, share_of
+from ...models.mixture.ledger import Ledger, Routing
 from ...models.protocol import Model
 from ...optim.optimizers.own_arrays import RUN
 from ..box import Box
 from ..fragment import Fragment
 from ..mesh import Mesh
+from .chunk_rate import ChunkRate
 
 
 class MeshSums:
@@ -53,11 +54,15 @@ class ExpertBalance:
         self._top_k, self._experts = shape.experts.top_k, shape.experts.count
         coefficient = config.global_coefficient
         self._prefix = coefficient if config.counts == "prefix" else 0.0
-        rates = Rates(self._prefix, config.micro_batch, config.sequence, config.z_loss)
+        in_parts = (self._prefix, config.micro_batch, config.sequence)
+        rates = Rates(*in_parts, config.z_loss, config.locality, config.steepness, config.chunk_length)
+        self._varies, self._whole_rows = shape.experts.router == "relu", mesh.layout.cp == mesh.layout.tp == 1
+        self._chunks = ChunkRate(config, mesh.device) if self._varies or config.chunk_sparsity else None
         self.ledger = Ledger(self._layers, self._experts, mesh.device, rates, MeshSums(mesh))
-        self._evaluated = Ledger(self._layers, self._experts, mesh.device, Rates())
+        self._evaluated = Ledger(self._layers, self._experts, mesh.device, Rates(chunk_length=config.chunk_length))
         self._counts_LE: torch.Tensor | None = None
         self._unlearned_LE: torch.Tensor | None = None  # the counts of a step that has not been updated
+        self._chunk_loss = torch.zeros((), dtype=torch.float64, device=mesh.device)  # of the same step
         self.shares_LE = torch.ones(len(self._layers), self._experts, dtype=torch.float64, device=mesh.device)
         held = {layer for stage in stages for layer in stage.block_modules()}
         self._held = [layer for layer in self._layers if layer in held]
@@ -110,13 +115,15 @@ class ExpertBalance:
                 price_LE = self.shares_LE
             if price_LE is not None:
                 price_LE = self._config.global_coefficient * price_LE
-            self.ledger.begin(global_tokens, price_LE)
+            chunk_rate = None if self._chunks is None or not self._config.chunk_sparsity else self._chunks.rate
+            self.ledger.begin(global_tokens, price_LE, chunk_rate)
             total = accumulate()
         finally:
             self._active = None
         sums_LN = self._whole_sums(self.ledger)
         self._counts_LE = sums_LN[:, : self._experts]
         self._unlearned_LE = self._counts_LE
+        self._chunk_loss = sums_LN[:, 2 * self._experts + OTHERS.index("chunk")].mean() / global_tokens
         return total, self._report(sums_LN, global_tokens)
 
     def _whole_sums(self, ledger: Ledger) -> torch.Tensor:
@@ -131,6 +138,8 @@ class ExpertBalance:
     def learn(self, skip: torch.Tensor | None = None) -> None:
         """Take the last step's counts into the average of shares, and move the biases of the choice towards even loads.
 
+        The coefficient of chunk sparsity follows the step's objective.
+
         skip: 1 on the device, if nothing shall be learned; None: 0
         """
         if self._unlearned_LE is None:  # an update without a step, which only makes the optimizer's state
@@ -138,6 +147,8 @@ class ExpertBalance:
         counts_LE, self._unlearned_LE = self._unlearned_LE, None
         taken = torch.ones_like(counts_LE[0, 0]) if skip is None else 1 - skip.to(counts_LE.dtype)
         self.shares_LE.lerp_(share_of(counts_LE), (1 - self._config.keep) * taken)
+        if self._chunks is not None:
+            self._chunks.observe(self._chunk_loss, taken)
         if self._config.bias_rate:
             for layer in self._held:
                 counts_E = counts_LE[self._layers.index(layer)]
@@ -160,6 +171,15 @@ class ExpertBalance:
             "entropy": others["entropy"],
             "dropped": others["dropped"] / self._top_k,
         }
+        if self._varies:
+            numbers |= {
+                "active": counts_LE.sum(-1) / global_tokens,
+                "token_sparsity": 1 - counts_LE.sum(-1) / global_tokens / self._experts,
+            }
+        if self._varies and self._whole_rows:
+            numbers |= {"chunk_sparsity": 1 - others["chunk_active"], "chunk_loss": others["chunk"]}
+        if self._config.locality:
+            numbers["locality_loss"] = others["locality"]
         numbers |= {f"lbl_{name}": others[name] for name in ("micro_batch", "sequence") if getattr(self._config, name)}
         return {
             f"experts/{layer}/{name}": values_L[row]
@@ -168,9 +188,12 @@ class ExpertBalance:
         }
 
     def fragments(self) -> Iterator[Fragment]:
-        """Yield the shares and the biases of this rank's layers, live."""
+        """Yield the shares and the biases of this rank's layers, and the coefficient of chunk sparsity, live."""
         for layer in self._held:
             shares_E = self.shares_LE[self._layers.index(layer)]
             yield Fragment(f"layers.{layer}.ffn.router.shares", RUN, (self._experts,), Box.whole(shares_E.shape), shares_E)
+        if self._chunks is not None:
+            state_4 = self._chunks.state_4
+            yield Fragment("router.chunk_rate", RUN, (4,), Box.whole(state_4.shape), state_4)
         for name, bias_E in self._biases.items():
             yield Fragment(name, "weight", tuple(bias_E.shape), Box.whole(bias_E.shape), bias_E)

@@ -79,3 +79,10 @@ def test_the_cell_of_recurrent_routers_is_held_once_and_computed_in_each_layer()
     plain = DecoderConfig.of({**shape, "experts": {"count": 6, "top_k": 6, "ffn_dim": 5}})
     cell, own = 6 * 4 * 4 + 6 * 4, 4 * 8 + 6 * 4 - 6 * 8  # a layer's projection and logits, in place of logits alone
     assert flops_per_token(config, 16) - flops_per_token(plain, 16) == 3 * 6 * (cell + own)
+
+
+def test_experts_without_a_gate_hold_two_matrices() -> None:
+    shape = {"dim": 8, "layers": 2, "heads": 2, "kv_heads": 2, "ffn_dim": 20, "vocabulary": 11, "ffn_bias": True}
+    experts = {"count": 6, "top_k": 6, "ffn_dim": 5, "router": "relu", "gated": False}
+    total = sum(parameter.numel() for parameter in decoder(**shape, experts=experts).parameters())
+    assert parameter_count(DecoderConfig.of({**shape, "experts": experts})) == total

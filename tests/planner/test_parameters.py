@@ -28,6 +28,7 @@ PARTS: dict[str, dict[str, Any]] = {
         "experts": {"count": 8, "ffn_dim": 16, "shared": 1, "dense_layers": 1},
     },
     "RMoE": {"experts": {"count": 4, "router": "recurrent", "state_dim": 6, "layers": [2, 3]}, "mup_base": 32},
+    "BlockFFN": {"experts": {"count": 4, "top_k": 4, "router": "relu", "gated": False}, "ffn_bias": True},
     "latent keys only": {"attention": "mla", "kv_heads": 8, "mla": {"q_lora_rank": None, **LATENT}},
 }
 

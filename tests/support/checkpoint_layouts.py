@@ -55,11 +55,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Pair:
-    """From `here` to `there` and back, with one model."""
+    """From `here` to `there` and back, with one model and balance."""
 
     here: Place
     there: Place
     model: tuple[tuple[str, Any], ...]
+    balance: tuple[tuple[str, Any], ...] = ()
 
     def work(self, place: Place) -> parity.Work:
         """Return the work that is trained at a place."""
@@ -70,6 +71,7 @@ class Pair:
             documents=True,
             activation=place.activation,
             model=self.model,
+            balance=self.balance,
         )
 
 

@@ -31,6 +31,7 @@ class PlainBalance:
         self._mixtures: dict[str, Any] = {name: model.layers[name].ffn for name in map(str, model.config.mixture_layers())}
         self._inputs: dict[str, torch.Tensor] = {}
         self._counts: dict[str, torch.Tensor] = {}
+        self._chunk_rate, self._chunks, self._windows = config.chunk_sparsity, list[float](), list[float]()
         self._cell: Any = model.router_cell
         self._state: torch.Tensor | None = None
         even = torch.full((max(1, model.config.experts.count),), 1.0 / max(1, model.config.experts.count)).double()
@@ -40,7 +41,7 @@ class PlainBalance:
 
     def loss(self, counted_BS: torch.Tensor) -> torch.Tensor:
         """The sum over layers, as a mean over the tokens that count."""
-        self._state = None
+        self._state, self._chunks = None, []
         return sum((self._layer(name, counted_BS) for name in self._mixtures), torch.zeros((), dtype=torch.float64))
 
     def _read(self, name: str, router: Any) -> torch.Tensor:
@@ -58,15 +59,19 @@ class PlainBalance:
     def _layer(self, name: str, counted_BS: torch.Tensor) -> torch.Tensor:
         keys, config = self._mixtures[name].keys, self._config
         router = self._mixtures[name].router
-        logits = self._read(name, router) @ router.weight.T + (0 if router.logit_bias is None else router.logit_bias)
-        scores = logits.softmax(-1) if keys.scores == "softmax" else logits.sigmoid()
-        p = scores / scores.sum(-1, keepdim=True)
-        bias = self._mixtures[name].router.bias
-        ranked = (scores if bias is None else scores + bias).detach()
-        hits = torch.zeros_like(ranked)
-        for row, line in enumerate(ranked.tolist()):
-            for at, token in enumerate(line):
-                hits[row, at, plain_choice(token, keys.top_k, keys.groups, keys.top_groups)] = 1
+        logit_bias = getattr(router, "logit_bias", None)
+        logits = self._read(name, router) @ router.weight.T + (0 if logit_bias is None else logit_bias)
+        if keys.router == "relu":
+            p = logits.relu() / (logits.relu().sum(-1, keepdim=True) + 1e-5)
+            hits = (logits.detach() > 0).double()
+        else:
+            scores = logits.softmax(-1) if keys.scores == "softmax" else logits.sigmoid()
+            p = scores / scores.sum(-1, keepdim=True)
+            ranked = (scores if router.bias is None else scores + router.bias).detach()
+            hits = torch.zeros_like(ranked)
+            for row, line in enumerate(ranked.tolist()):
+                for at, token in enumerate(line):
+                    hits[row, at, plain_choice(token, keys.top_k, keys.groups, keys.top_groups)] = 1
         self._counts[name] = hits[counted_BS].sum(0)
         tokens = counted_BS.sum()
 
@@ -88,10 +93,35 @@ class PlainBalance:
             lbl = sum(weighted(slice(at, at + micro), slice(0, at + micro)) for at in cuts) / tokens
         else:
             lbl = keys.count * (self._past[name] * p[counted_BS].mean(0)).sum()
-        return total + config.global_coefficient * lbl
+        return total + config.global_coefficient * lbl + self._sparsity(p, logits, counted_BS)
+
+    def _sparsity(self, p: torch.Tensor, logits: torch.Tensor, counted_BS: torch.Tensor) -> torch.Tensor:
+        """BlockFFN's objectives: PyTorch's cross-entropy of neighbours, and the chance that a chunk uses an expert."""
+        config, total = self._config, torch.zeros((), dtype=torch.float64)
+        if not config.locality and not config.chunk_sparsity:
+            return total
+        for row, counted in enumerate(counted_BS.tolist()):
+            steep = logits[row] * config.steepness
+            pairs = [at for at in range(len(counted) - 1) if counted[at] and counted[at + 1]]
+            for at in pairs if config.locality else ():
+                bce = torch.nn.functional.binary_cross_entropy_with_logits(steep[at], steep[at + 1].sigmoid())
+                total = total + config.locality * bce
+            for start in range(0, len(counted), config.chunk_length):
+                tokens = [at for at in range(start, min(start + config.chunk_length, len(counted))) if counted[at]]
+                used = len(tokens) * (1 - (1 - p[row, tokens]).prod(0)).mean() / counted_BS.sum()
+                self._chunks.append(used.item())
+                total = total + self._chunk_rate * used * counted_BS.sum()
+        return total / counted_BS.sum()
 
     def end_step(self) -> None:
-        """Take the step's counts into the average, and move biases."""
+        """Take the step's counts into the average, and move biases and the coefficient of chunk sparsity."""
+        self._windows.append(sum(self._chunks) / max(1, len(self._mixtures)))
+        self._chunks, every = [], self._config.chunk_adjust
+        if every and len(self._windows) % every == 0:
+            mean = sum(self._windows[-every:]) / every
+            if len(self._windows) > max(every, self._config.chunk_steady):
+                growth = mean * every / sum(self._windows[-2 * every : -every])
+                self._chunk_rate *= max(1.025, growth) if growth > 1 else growth
         for name, counts in self._counts.items():
             keep = self._config.keep
             self._past[name] = keep * self._past[name] + (1 - keep) * counts / counts.sum()

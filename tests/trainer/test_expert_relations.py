@@ -9,6 +9,7 @@ from meshloom.trainer.schema import make_composer
 from meshloom.trainer.typed import typed_config
 from meshloom.trainer.validate import run_problems
 
+RELU = "model.experts.router=relu"
 HYBRID = "parallel.hdp=greedy parallel.zero=1 data.document_mask=true"
 
 
@@ -30,8 +31,10 @@ def problems_of(composer: Composer, world_size: int, *overrides: str) -> dict[st
         (2, "parallel.tp=2 parallel.ep=2"),
         (2, "parallel.pp=2"),
         (2, "parallel.pp=2 model.experts.router=recurrent"),
+        (2, "parallel.pp=2 parallel.schedule=zb model.experts.router=relu balance.locality=0.002 balance.chunk_sparsity=0.05"),
         (4, "batch=norm_test"),
         (8, "parallel.ep=4 parallel.replicate=2"),
+        (2, f"{HYBRID} parallel.ep=2"),
     ],
 )
 def test_mixtures_run_in_these_layouts(composer: Composer, world_size: int, words: str) -> None:
@@ -50,7 +53,6 @@ def test_mixtures_run_in_these_layouts(composer: Composer, world_size: int, word
         (f"{HYBRID} balance.sequence=0.1 balance.counts=prefix", "balance.sequence", "use 0"),
         (f"{HYBRID} balance.sequence=0.1 balance.counts=prefix", "balance.counts", "use past or exact"),
         (f"{HYBRID} model.experts.capacity=2", "model.experts.capacity", "use null"),
-        (f"{HYBRID} parallel.ep=2", "parallel.ep", "not tried with it yet"),
         (f"{HYBRID} batch=norm_test", "batch", "critical_loss, or parallel.hdp=none"),
         ("parallel.ep=4", "parallel.ep", "does not divide the 2 ranks of a pipeline stage"),
         ("parallel.ep=2 model.experts.count=5", "parallel.ep", "5 experts (model.experts.count) can't be dealt to 2 ranks"),
@@ -65,6 +67,16 @@ def test_mixtures_run_in_these_layouts(composer: Composer, world_size: int, word
         ("model.experts.router=recurrent parallel.pp=2 batch=norm_test", "batch", "recurrent routers share"),
         ("model.experts.state_dim=64", "model.experts.state_dim", "has no state"),
         ("model.experts.router=recurrent model.experts.state_dim=0", "model.experts.state_dim", "is not a size"),
+        (f"{RELU} model.experts.capacity=2", "model.experts.capacity", "does not have it"),
+        (f"{RELU} model.experts.logit_bias=true", "model.experts.logit_bias", "has no bias"),
+        (f"{RELU} model.experts.scores=sigmoid model.experts.bias=true", "model.experts.scores", "does not have it"),
+        (f"{RELU} balance.z_loss=0.1", "balance.z_loss", "has no softmax"),
+        (f"{RELU} balance.chunk_sparsity=0.1 parallel.tp=2", "balance.chunk_sparsity", "parallel.tp=2 may give"),
+        (f"{RELU} balance.locality=0.1 parallel.cp=2", "balance.locality", "parallel.cp=2 may give"),
+        (f"{RELU} {HYBRID} balance.locality=0.1", "balance.locality", "parallel.hdp=greedy may give"),
+        (f"{RELU} balance.chunk_length=0", "balance.chunk_length", "use 1 or more"),
+        ("balance.locality=0.1", "balance.locality", "use model.experts.router=relu"),
+        ("model.experts.gated=false", "model.experts.shared", "use 0"),
         ("trainer.activation_budget=0.5", "trainer.activation_budget", "choose trainer.activation"),
     ],
 )

@@ -21,21 +21,21 @@ class WarnOfCollapse(Hook):
     alone = True
 
     def __init__(self, experts: ExpertsConfig) -> None:
-        # A load is in units of an even one, top_k tokens of count.
-        self._tokens = experts.top_k / experts.count
-        self._silent = self._tokens >= COLLAPSED  # nearly all experts see every token
+        self._experts, self._silent = experts, False
 
     def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
         """Warn of the first layer found."""
-        if self._silent:
-            return
-        for name, load in row.items():
-            if name.startswith("experts/") and name.endswith("/load_max") and load * self._tokens >= COLLAPSED:
-                layer, share = name.split("/")[1], load * self._tokens
+        for name, load in row.items() if not self._silent else ():
+            if not (name.startswith("experts/") and name.endswith("/load_max")):
+                continue
+            layer = name.split("/")[1]
+            # A load is in units of an even one. Under a ReLU router tokens choose as many experts as they like.
+            even = row.get(f"experts/{layer}/active", self._experts.top_k) / self._experts.count
+            if even < COLLAPSED <= load * even:  # otherwise nearly all experts see every token
                 log.warning(
                     "step %d: %.0f %% of the tokens choose one expert of layer %s; raise balance.global_batch if it stays so",
                     row["step"],
-                    100 * share,
+                    100 * load * even,
                     layer,
                 )
                 self._silent = True

@@ -106,7 +106,7 @@ def test_capacity_drops_the_last_tokens_and_counts_them(capacity: float, most: i
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     assert dropped > 0
     assert tally is not None
-    assert tally.others_5[2] == dropped
+    assert tally.others_O[2] == dropped
     (gradient,) = torch.autograd.grad(got.square().sum(), x)
     (plain,) = torch.autograd.grad(expected.square().sum(), x)
     torch.testing.assert_close(gradient, plain, rtol=1e-10, atol=1e-10)
@@ -120,7 +120,7 @@ def test_padding_takes_no_room_from_tokens_that_count() -> None:
     expected, dropped = plainly(model, x[1:], 3)  # ⌈0.6 · 30 / 6⌉
     got, tally, _ = model([x] * model.num_inputs(x), Charges(counted, torch.tensor(1.0).double(), Rates()))
     torch.testing.assert_close(got[1:], expected, rtol=1e-12, atol=1e-12)
-    assert tally is not None and 0 < dropped == tally.others_5[2]
+    assert tally is not None and 0 < dropped == tally.others_O[2]
 
 
 def test_enough_capacity_drops_nothing() -> None:
