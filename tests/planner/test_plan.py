@@ -84,6 +84,19 @@ def test_memory_that_copy_engines_reach_is_counted(words: list[str], kept: int) 
         assert one.working - other.working == pytest.approx(kept * head, rel=1e-4)
 
 
+def test_experts_of_deepseek_v3_are_dealt_over_2048_gpus() -> None:
+    """By hand: a stage of four layers has 128 ranks, of which 64 hold four experts of each layer, and two share their state."""
+    plan = make_plan(["recipe=deepseek_v3", "launch.nproc=2048"])
+    assert 128 * sum(rank.elements for rank in plan.cost.ranks) == pytest.approx(671_026_404_352, rel=1e-4)
+    rank = plan.cost.ranks[1]
+    experts = 4 * 4 * 3 * 7168 * 2048
+    assert rank.experts == experts // 2
+    assert rank.weights == 4 * rank.elements and rank.optimizer == 8 * rank.elements
+    dense = rank.elements - rank.experts
+    assert rank.gathered - 2 * experts == pytest.approx(2 * 128 * dense, rel=1e-3)
+    assert rank.total < 80e9
+
+
 def test_a_drawing_that_can_not_be_written_is_a_message(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = ["launch.nproc=2", "parallel.pp=2", f"--draw-pipeline={tmp_path / 'nowhere' / 'out.svg'}"]
     code, out, err = planned(capsys, *LLAMA, *words)

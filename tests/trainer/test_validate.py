@@ -30,7 +30,15 @@ def problems_of(composer: Composer, world_size: int, *overrides: str) -> dict[st
 
 @pytest.mark.parametrize(
     ("recipe", "world_size"),
-    [("quickstart", 1), ("quickstart", 4), ("llama_1b", 1), ("llama_3b", 8), ("llama_8b", 2), ("llama_70b", 64)],
+    [
+        ("quickstart", 1),
+        ("quickstart", 4),
+        ("llama_1b", 1),
+        ("llama_3b", 8),
+        ("llama_8b", 2),
+        ("llama_70b", 64),
+        ("deepseek_v3", 2048),
+    ],
 )
 def test_recipes_run_on_the_machines_they_are_for(composer: Composer, recipe: str, world_size: int) -> None:
     assert problems_of(composer, world_size, f"recipe={recipe}") == {}

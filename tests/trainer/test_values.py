@@ -21,7 +21,9 @@ def problems_of(composer: Composer, *overrides: str) -> dict[str, str]:
     return {problem.key: str(problem) for problem in [*untyped, *config.problems()]}
 
 
-@pytest.mark.parametrize("recipe", ["quickstart", "moe_tiny", "moe_a1b", "llama_1b", "llama_3b", "llama_8b", "llama_70b"])
+@pytest.mark.parametrize(
+    "recipe", ["quickstart", "moe_tiny", "moe_a1b", "llama_1b", "llama_3b", "llama_8b", "llama_70b", "deepseek_v3"]
+)
 def test_recipes_are_in_order(composer: Composer, recipe: str) -> None:
     assert problems_of(composer, f"recipe={recipe}") == {}
 

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshloom.models.mixture.dispatch import LocalJourney, sort_by_expert
+from meshloom.models.mixture.mixture import mixtures_of
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.experts.dispatch import ExchangedJourney
 from support.checkpoint_layouts import Pair, Place, matrix
-from support.parity import Difference, Work, build, curves, differences
+from support.parity import Difference, Work, build, curves, differences, global_tokens, share
 from support.ranks import run_ranks
 
 TOLERANCE = 1e-9
@@ -124,6 +126,62 @@ def travelled(rank: int, world_size: int, choices: list[list[list[int]]], capaci
 )
 def test_tokens_travel_to_any_expert_and_back(choices: list[list[list[int]]], capacity: float | None) -> None:
     assert max(run_ranks(2, travelled, choices, capacity, timeout=60.0)) < 1e-14
+
+
+COLLAPSED = {"count": 8, "top_k": 2, "ffn_dim": 7, "scores": "sigmoid", "bias": True}
+
+
+def with_all_tokens_on_one_rank(rank: int, world_size: int, works: list[Work]) -> list[tuple[float, float]]:
+    """Loss and gradient norm of a step in which the biases of the choice send every token to the first two experts."""
+    found: list[tuple[float, float]] = []
+    for each in works:
+        engine = build(each, world_size)
+        for bias in engine.module.buffers():
+            bias[:2] = 100.0
+        batch = share(engine.mesh, each, 0)
+        loss = float(engine.accumulate(batch, global_tokens(engine.mesh, batch)).mean)
+        found.append((loss, float(engine.gradient_norm())))
+        engine.update(1e-3)
+    return found
+
+
+def test_ranks_whose_experts_get_no_token_wait_for_none() -> None:
+    """Under every ZeRO stage; elsewhere such ranks hang (DeepSpeed issues 2870, 1392, 4808)."""
+    works = [work(1, COLLAPSED, PAST, activation, ep=4, zero=zero) for zero, activation in enumerate(["none", "full"] * 2)]
+    (expected,) = run_ranks(1, with_all_tokens_on_one_rank, [work(1, COLLAPSED, PAST, zero=0)])[0]
+    for found in run_ranks(RANKS, with_all_tokens_on_one_rank, works, timeout=100.0):
+        assert found == [pytest.approx(expected, rel=TOLERANCE)] * 4
+
+
+class Order(TorchDispatchMode):
+    """What is begun in a forward pass of a mixture: exchanges of counts and of rows, and the shared experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "all_to_all" in str(func):
+            self.begun.append("rows" if args[0].is_floating_point() else "counts")
+        return func(*args, **(kwargs or {}))
+
+
+def order_of(rank: int, world_size: int, work: Work) -> list[str]:
+    module = build(work, world_size).module
+    order, mixture = Order(), next(iter(mixtures_of(module).values()))
+    assert mixture.shared is not None
+    mixture.shared.register_forward_pre_hook(lambda *_: order.begun.append("shared"))
+    mixture.shared.register_forward_hook(lambda *_: order.begun.append("shared ends"))
+    x = torch.ones(1, 4, 24, dtype=torch.float64)
+    with torch.no_grad(), order:
+        mixture([x] * mixture.num_inputs(x), None)
+    return order.begun
+
+
+def test_shared_experts_hide_the_wait_for_counts() -> None:
+    """The host reads the counts when rows are sent. The exchange back has the same counts, and waits for none."""
+    for begun in run_ranks(2, order_of, work(1, EXPERTS, PAST, ep=2, zero=1), timeout=60.0):
+        assert begun == ["counts", "shared", "shared ends", "rows", "rows"]
 
 
 def test_checkpoints_keep_every_bit_under_another_ep(tmp_path: Path) -> None:

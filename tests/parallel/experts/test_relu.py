@@ -59,14 +59,15 @@ def test_a_relu_router_trains_the_same_run_on_every_layout(name: str) -> None:
 
 
 def test_the_coefficient_follows_the_objective() -> None:
-    """Constant for three steps; then by windows of two: growth of 0.5 / 0.4, less than 1.025, and a fall of 0.25 / 0.505."""
-    config = BalanceConfig(chunk_sparsity=2.0, chunk_steady=3, chunk_adjust=2)
+    """Windows of two steps, means 0.4, 0.5, 0.505, 0.25, 0.4. The first change is after step 4, of growth less than 1.025."""
+    config = BalanceConfig(chunk_sparsity=2.0, chunk_steady=4, chunk_adjust=2)
     follower, rates = ChunkRate(config, torch.device("cpu")), list[float]()
-    for objective in (0.3, 0.5, 0.4, 0.6, 0.6, 0.41, 0.2, 0.3):
+    for objective in (0.3, 0.5, 0.4, 0.6, 0.6, 0.41, 0.2, 0.3, 0.3, 0.5):
         follower.observe(torch.tensor(objective, dtype=torch.float64))
         rates.append(float(follower.rate))
-    third = 2.0 * 0.5 / 0.4
-    assert rates == pytest.approx([2, 2, 2, third, third, third * 1.025, third * 1.025, third * 1.025 * 0.25 / 0.505])
+    third = 2.0 * 1.025
+    fourth = third * 0.25 / 0.505
+    assert rates == pytest.approx([2, 2, 2, 2, 2, third, third, fourth, fourth, fourth * 0.4 / 0.25])
 
 
 def test_a_checkpoint_goes_on_elsewhere_with_the_coefficient(tmp_path: Path) -> None:
