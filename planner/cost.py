@@ -148,13 +148,18 @@ def _rank_cost(
     optimizer: OptimizerBytes,
 ) -> RankCost:
     mine, last = plan.held_by(rank), plan.count - 1
-    stages = [model.stage(plan.layers[at], first=at == 0, last=at == last) for at in mine]
-    held = [group for stage in stages for group in cutter.cut(stage)]
+    held_by = {at: cutter.cut(model.stage(plan.layers[at], first=at == 0, last=at == last)) for at in mine}
+    held = [group for groups in held_by.values() for group in groups]
     # A tied head that is not beside its embedding is borrowed: it has a shard and a gradient, but no optimizer state. So is the
-    # cell of recurrent routers, but for the first stage with a mixture.
-    borrowed = {"head"} if plan.count > 1 and model.shape.tied else set[str]()
-    borrowed |= {CELL} if not {*cell_stages(model.shape, plan)[:1]} & {*mine} else set()
-    own = [group for group in held if group.name not in borrowed]
+    # cell of recurrent routers, but in the first stage with a mixture.
+    lent = {"head"} if plan.count > 1 and model.shape.tied else set[str]()
+    owner = next(iter(cell_stages(model.shape, plan)), None)
+    own = [
+        group
+        for at, groups in held_by.items()
+        for group in groups
+        if group.name not in (lent if at == owner else {*lent, CELL})
+    ]
     state, one_pass = optimizer(own, PRECISIONS[job.precision].accum_bytes)
     weights, parcels = _WeightBytes(0, 0, 0, 0), 0
     for experts in (False, True):
