@@ -128,7 +128,7 @@ def fused_experts_blocker(model: DecoderConfig, parallel: ParallelConfig, settin
         return "there are no experts"
     mixture = mixtures[0]
     if not mixture.can_fuse:
-        return "its kernels compute SwiGLU without biases and without model.experts.capacity"
+        return "its kernels compute SwiGLU without biases, model.experts.capacity, a ReLU router or parts of your own"
     if not limits.fused_swiglu_takes(mixture.dim, mixture.expert.ffn_dim):
         return f"its kernels don't take widths of {mixture.dim} and {mixture.expert.ffn_dim}"
     return None

@@ -275,9 +275,9 @@ class MixtureConfig:
     @property
     def can_fuse(self) -> bool:
         """True if kernels can compute the experts with what stands around their products inside."""
-        parts = self.keys.parts
+        keys, parts = self.keys, self.keys.parts
         own = parts.dispatch is not None or parts.product is not None or parts.combine is not None
-        return self.expert.is_plain_swiglu and self.keys.gated and self.keys.capacity is None and not own
+        return self.expert.is_plain_swiglu and keys.gated and keys.router != "relu" and keys.capacity is None and not own
 
     @property
     def dispatched(self) -> int:

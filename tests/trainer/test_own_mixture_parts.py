@@ -109,7 +109,7 @@ def computed(parts: dict[str, Any]) -> list[torch.Tensor]:
     for weight in mixture.parameters():
         torch.nn.init.normal_(weight, generator=draw)
     x = torch.randn(2, 7, 6, generator=draw, dtype=torch.float64, requires_grad=True)
-    y, *_ = mixture([x], None)
+    y, *_ = mixture([x] * mixture.num_inputs(x), None)
     return [y, *torch.autograd.grad(y.square().sum(), [x, *mixture.parameters()])]
 
 

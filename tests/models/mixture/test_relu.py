@@ -59,7 +59,7 @@ def test_a_relu_router_is_a_loop_over_tokens_and_experts(gated: bool, most: int)
     expected = plainly(model, x, most)
     weights = [*model.parameters(), x]
     wanted = torch.autograd.grad(expected.square().sum(), weights)
-    got, *_ = model([x], None)
+    got, *_ = model([x] * model.num_inputs(x), None)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     for one, other in zip(torch.autograd.grad(got.square().sum(), weights), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
@@ -69,7 +69,9 @@ def test_only_acting_experts_are_counted() -> None:
     model, x = mixture(), inputs()
     counted = torch.ones(2, 9).bool()
     counted[1, 4:] = False
-    *_, tally, _ = model([x], Charges(counted, torch.tensor(1.0, dtype=torch.float64), Rates(chunk_length=4)))
+    *_, tally, _ = model(
+        [x] * model.num_inputs(x), Charges(counted, torch.tensor(1.0, dtype=torch.float64), Rates(chunk_length=4))
+    )
     active = (x @ model.router.weight.T > 0) & counted[..., None]
     assert tally is not None and tally.counts_E.tolist() == active.sum((0, 1)).tolist()
     assert 0 < int(tally.counts_E.sum()) < int(counted.sum()) * COUNT
@@ -123,7 +125,7 @@ def test_a_charged_router_has_the_gradient_of_the_objectives() -> None:
     model, x = mixture(), inputs()
     unit, rates = torch.tensor(0.1, dtype=torch.float64), Rates(locality=0.2, steepness=3.0, chunk_length=4)
     charges = Charges(COUNTED, unit, rates, chunk_rate=torch.tensor(0.7, dtype=torch.float64))
-    y, *_ = model([x], charges)
+    y, *_ = model([x] * model.num_inputs(x), charges)
     got = torch.autograd.grad(y.square().sum(), [x, model.router.weight])
     logits = (x @ model.router.weight.T).flatten(0, 1)
     p = logits.relu() / (logits.relu().sum(-1, keepdim=True) + 1e-5)
@@ -132,7 +134,7 @@ def test_a_charged_router_has_the_gradient_of_the_objectives() -> None:
     locality = (bce * (COUNTED[:, :-1] & COUNTED[:, 1:])).sum()
     q = F.pad(1 - p.view(2, 9, -1) * COUNTED[..., None], (0, 0, 0, 3), value=1.0).view(2, 3, 4, -1)
     chunks = ((1 - q.prod(2)).mean(-1) * F.pad(COUNTED, (0, 3)).view(2, 3, 4).sum(2)).sum()
-    plain, *_ = model([x], None)
+    plain, *_ = model([x] * model.num_inputs(x), None)
     loss = plain.square().sum() + 0.1 * (0.2 * locality + 0.7 * chunks)
     for one, other in zip(got, torch.autograd.grad(loss, [x, model.router.weight]), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
