@@ -17,6 +17,7 @@ from ..kernels.flash4 import flash4_attend
 from ..models.mixture.mixture import makes_choices, sends_tokens
 from ..models.mixture.routing import choose_experts
 from .context.ring import ring_forward
+from .kept_results import Keeps, keeping
 from .policies import POLICIES
 
 _ATTENTION = {
@@ -38,27 +39,40 @@ and the gate. The next one's output is recomputed, and the backward pass does no
 _SMALL = 1 << 16  # bytes: a smaller tensor is not worth a copy to the host
 
 
-def _selection(products_kept: int) -> Any:
-    """Make the contexts of one selective checkpoint: keep attention and the first matrix products, recompute the rest."""
-    products = {False: 0, True: 0}  # so far, in the forward pass and when it is computed again
+def _selection(products_kept: int) -> Keeps:
+    """Keep attention and the first matrix products of a pass over a block."""
+    products = 0
 
-    def keep(context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        kept = operation in _ATTENTION or operation in (_CHOICE, _EXPERTS_UP)
+    def keeps(operation: Any) -> bool:
+        nonlocal products
         if operation in _PRODUCTS:
-            kept = products[context.is_recompute] < products_kept
-            products[context.is_recompute] += 1
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+            products += 1
+            return products <= products_kept
+        return operation in _ATTENTION or operation in (_CHOICE, _EXPERTS_UP)
 
-    return create_selective_checkpoint_contexts(keep)
+    return keeps
 
 
-def _choices() -> Any:
-    """Make the contexts of a checkpoint that keeps the choice of experts: chosen again, a token's experts might be others."""
+def _choices() -> Keeps:
+    """Keep the choice of experts: chosen again, a token's experts might be others."""
+    return lambda operation: operation == _CHOICE
 
-    def keep(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operation == _CHOICE else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(keep)
+def _contexts(make: Callable[[], Keeps], *, compiled: bool) -> Callable[[], Any]:
+    """Make a checkpoint's `context_fn`. compiled: whether a compiler traces it, which knows torch's own."""
+    if not compiled:
+        return functools.partial(keeping, make)
+
+    def contexts() -> Any:
+        passes = {False: make(), True: make()}  # the first pass, and the one that computes it again
+
+        def policy(context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+            kept = passes[context.is_recompute](operation)
+            return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+        return create_selective_checkpoint_contexts(policy)
+
+    return contexts
 
 
 def _checkpointed(forward: Callable[..., Any], keep: Callable[[], Any] | None) -> Callable[..., Any]:
@@ -133,14 +147,16 @@ def apply_policies(blocks: Sequence[nn.Module], policies: Sequence[str], *, comp
     """
     for block, policy in zip(blocks, policies, strict=True):
         assert policy in POLICIES, policy
-        full = _choices if makes_choices(block) else None
-        selection = functools.partial(_selection, getattr(block, "products_kept", _PRODUCTS_KEPT))
         outside = sends_tokens(block) or any(isinstance(weight, DTensor) for weight in block.parameters())
-        if policy == "full" and compiled and outside:
-            block.forward = _checkpointed(torch.compile(block.forward), full)
+        selection = functools.partial(_selection, getattr(block, "products_kept", _PRODUCTS_KEPT))
+        keeps = selection if policy == "selective" else _choices if makes_choices(block) else None
+        outside = outside and policy == "full" and compiled
+        contexts = None if keeps is None else _contexts(keeps, compiled=compiled and not outside)
+        if outside:
+            block.forward = _checkpointed(torch.compile(block.forward), contexts)
             continue
         if policy in ("selective", "full"):
-            block.forward = _checkpointed(block.forward, selection if policy == "selective" else full)
+            block.forward = _checkpointed(block.forward, contexts)
         if policy == "offload":
             block.forward = _offloaded(block, torch.compile(block.forward) if compiled else block.forward)
         elif compiled:

@@ -78,7 +78,9 @@ FORGERIES: dict[str, Callable[[Any], Any]] = {
     "a source": lambda config: config["data"].update(sources={"a": {"_target_": "forged.call"}}),
     "another group's": lambda config: config["model"].update(_target_="meshloom.optim.optimizers.adamw.AdamW"),
     "a hook": lambda config: config["trainer"].update(hooks=[{"_target_": "forged.call"}]),
-    "a mixture's part": lambda config: config["model"]["experts"].update(count=2, parts={"combine": {"_target_": "forged.call"}}),
+    "a mixture's part": lambda config: config["model"]["experts"].update(
+        count=2, parts={"combine": {"_target_": "forged.call"}}
+    ),
     "a key of no group": at("logging", "project"),
 }
 

@@ -51,6 +51,8 @@ ROWS = {
     "ep 2, tp 2, ZeRO-1": work(4, EXPERTS, PAST, ep=2, tp=2, zero=1),
     "ep 4 over cp 2, documents": work(2, EXPERTS, ALL, ep=4, cp=2, documents=True),
     "ep 2, pp 2, interleaved, ZeRO-3": work(1, {**EXPERTS, "dense_layers": 1}, PAST, ep=2, pp=2, schedule="interleaved"),
+    "ep 2, pp 2, ZeRO-1, activation=full": work(1, EXPERTS, ALL, "full", ep=2, pp=2, zero=1),
+    "ep 2, pp 2, ZeRO-3, activation=selective": work(1, EXPERTS, PAST, "selective", ep=2, pp=2, zero=3),
     "ep 2, pp 2, zbv, ZeRO-0": work(1, EXPERTS, ALL, ep=2, pp=2, schedule="zbv", zero=0),
 }
 

@@ -1,0 +1,58 @@
+"""A checkpoint that keeps the results of some operations: computed again, the rest of its region uses what was kept.
+
+torch has `create_selective_checkpoint_contexts` for this, which compiled blocks need. In regions that run as they are, it wants
+every operation of the first pass to come again, no more. FSDP2 breaks that where it holds weights inside a region, as those of
+experts: in a pipeline it gathers once a step, so passes of later micro-batches differ in its profiler marks alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Keeps = Callable[[Any], bool]
+"""Whether an operation's result is kept. It may count: each pass over a region has one of its own, made anew."""
+
+
+def keeping(make: Callable[[], Keeps]) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """Make the contexts of a checkpoint (`context_fn`): of the first pass, and of the one that computes it again."""
+    kept: deque[Any] = deque()
+    return _Keeping(make(), kept), _Reusing(make(), kept)
+
+
+class _Eager(TorchDispatchMode):
+    """A mode that a compiled function inside of the region does not see."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __init__(self, keeps: Keeps, kept: deque[Any]) -> None:
+        super().__init__()
+        self.keeps, self.kept = keeps, kept
+
+
+class _Keeping(_Eager):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.keeps(func):
+            self.kept.append(_detached(out))
+        return out
+
+
+class _Reusing(_Eager):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.keeps(func):
+            return self.kept.popleft()
+        return func(*args, **(kwargs or {}))
+
+
+def _detached(out: Any) -> Any:
+    """Return the result outside of the graph of the first pass, which it must not keep alive."""
+    if isinstance(out, tuple | list):
+        return type(out)(map(_detached, cast(list[Any], out)))
+    return out.detach() if isinstance(out, torch.Tensor) else out
