@@ -25,6 +25,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from meshloom.config.compose import RECIPE_FOLDER
 from meshloom.models.config import DecoderConfig
 from meshloom.models.costs import flops_per_token
 from meshloom.optim.optimizers.config import AdamWConfig
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
     import planner_rows
 
 HERE = Path(__file__).parent / "planner"
+MIXTURES = ("gpt_oss_20b", "qwen3_30b_a3b", "qwen3_235b_a22b", "deepseek_v3")
+"""Models of the tables that are recipes."""
 
 SOFTWARE = {
     "mpt": Software(passes=2.6, launches=2.5),
@@ -55,6 +60,7 @@ SOFTWARE = {
     "titan": replace(COMPILED, selective="products"),
     "titan_async": replace(COMPILED, selective="products", tensor_overlap=0.6),
 }
+SOFTWARE |= dict.fromkeys(("megatron2025_09", "megatron2025", "megatron2026"), Software(passes=1.2, tensor_overlap=0.6))
 """What is known of the programs behind the tables."""
 
 FLASH_1 = {"a100": ["cluster.rates.attention=0.33", "cluster.rates.attention_backward=0.30"]}
@@ -64,12 +70,15 @@ CLUSTERS: dict[str, list[str]] = {
     "mpt_a100_80": ["a100", *FLASH_1["a100"]],
     "mpt_a100_40": ["a100", "cluster.bandwidth=1.555", *FLASH_1["a100"]],
     # FlashAttention 2 on a Hopper GPU (arXiv 2407.08608, figures 5 and 6), HBM2e.
+    "megatron_bridge": ["h100"],
+    "megatron_bridge_moe": ["h100"],
     "torchtitan": ["h100", "cluster.bandwidth=2.4", "cluster.rates.attention=0.40", "cluster.rates.attention_backward=0.31"],
 }
 
 
-APART = ("megatron_sc21",)
-"""Tables that do not tell the micro-batch: taken to be 1, and not counted with the others."""
+APART = ("megatron_sc21", "megatron_bridge_moe")
+"""Tables that are not counted with the others: SC'21 does not tell the micro-batch, which is taken to be 1; Megatron-Bridge
+computes experts in float8, which plans never do."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,11 @@ def models() -> dict[str, DecoderConfig]:
             vocabulary=int(row["vocabulary"]),
             tied=row["tied"] == "1",
         )
+    for name in MIXTURES:
+        keys = yaml.safe_load((RECIPE_FOLDER / "model" / f"{name}.yaml").read_text())
+        found[name] = DecoderConfig.of({key: value for key, value in keys.items() if key != "defaults"})
+    small = found["gpt_oss_20b"]
+    found["gpt_oss_120b"] = replace(small, layers=36, experts=replace(small.experts, count=128))
     return found
 
 
@@ -124,6 +138,7 @@ def made(
         engine=values.get("engine", "torch"),
         zero=number["zero"], tp=number["tp"], pp=number["pp"], cp=number["cp"],
         cp_kind=values.get("cp_kind", "ring"),
+        ep=int(values.get("ep") or 1),
         schedule="interleaved" if chunks > 1 else "1f1b",
         stages_per_rank=chunks if chunks > 1 else None,
         sequence_parallel=values.get("software") not in ("megatron2021", "megatron2022"),
@@ -170,10 +185,6 @@ def clustered(words: Sequence[str]) -> Callable[[float], ClusterConfig]:
 
 def measured() -> list[Row]:
     """Our own runs on H200."""
-    import yaml
-
-    from meshloom.config.compose import RECIPE_FOLDER
-
     found: list[Row] = []
     for values in csv.DictReader((HERE / "measured.csv").open()):
         keys = yaml.safe_load((RECIPE_FOLDER / "model" / f"{values['model']}.yaml").read_text())

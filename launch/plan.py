@@ -21,6 +21,7 @@ from .planning import resolve_plan, without_searched
 from .switches import BAD_CONFIG
 
 WIDTH = 120  # columns, where no terminal says
+WIDE = 140  # of a table of layouts
 
 
 def main(argv: Sequence[str]) -> int:
@@ -112,7 +113,7 @@ def show_best(resolved: ResolvedRun, words: Sequence[str], cluster: ClusterConfi
         return 0
     console = Console()
     if not console.is_terminal:
-        console = Console(width=WIDTH)
+        console = Console(width=WIDE)
     console.print()
     tables = [best_table(best, cluster), memory_table(best)]
     for table in [*tables, *([parts_table(best.candidates[0].prediction)] if arguments.parts else [])]:

@@ -242,7 +242,7 @@ class _Search:
             return None
         cluster = replace(self._cluster, gpus=plan.layout.world_size)
         step = Step(plan.model.shape, plan.parallel, plan.layout, plan.job, plan.cost, plan.away, cluster)
-        step = replace(step, matrices=matrices_of(config.optim, plan.model))
+        step = replace(step, matrices=matrices_of(config.optim, plan.model), saving=config.checkpoint)
         return Candidate(settings, plan, step_time(step).seconds)
 
     def _fuses(self) -> bool:

@@ -34,7 +34,14 @@ def _torch_problems(parallel: ParallelConfig) -> Iterator[Problem]:
 
 
 def float8_problems(float8: str, parallel: ParallelConfig, precision: str) -> Iterator[Problem]:
-    """Yield why `trainer.float8` can't be used. float8: not none."""
+    """Yield why `trainer.float8` can't be used here. float8: not none."""
+    yield from float8_layout_problems(parallel, precision)
+    if importlib.util.find_spec("torchao") is None:
+        yield Problem("trainer.float8", "torchao is not installed", "pip install 'meshloom[float8]'")
+
+
+def float8_layout_problems(parallel: ParallelConfig, precision: str) -> Iterator[Problem]:
+    """Yield why a layout can't have `trainer.float8`, on whatever machine."""
     key = "trainer.float8"
     if precision != "bf16":
         yield Problem(key, f"it casts from bf16, and precision is {precision}", "use precision=bf16")
@@ -42,8 +49,6 @@ def float8_problems(float8: str, parallel: ParallelConfig, precision: str) -> It
         yield Problem(key, f"the {parallel.engine} engine does not have it", "use parallel.engine=torch")
     if parallel.tp > 1:
         yield Problem(key, "tensor parallelism cuts the products that it casts", "use parallel.tp=1")
-    if importlib.util.find_spec("torchao") is None:
-        yield Problem(key, "torchao is not installed", "pip install 'meshloom[float8]'")
 
 
 def measuring_problems(parallel: ParallelConfig, tied: bool, projections: bool) -> list[Problem]:

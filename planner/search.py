@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..checkpoint.config import CheckpointConfig
 from ..models.costs import parameter_count
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import Layout
@@ -49,7 +50,7 @@ class Question:
     legal      (parallel config, GPUs) → whether the run can have this layout on so many
     fixed      keys that are not varied, with their values
     engines    that can run it
-    length, matrices  see `step_time.Step`
+    length, matrices, saving  see `step_time.Step`
     """
 
     model: Inventory
@@ -65,6 +66,7 @@ class Question:
     engines: Sequence[str] = ("torch",)
     length: float | None = None
     matrices: Matrices | None = None
+    saving: CheckpointConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,7 @@ def planned(question: Question, parallel: ParallelConfig, layout: Layout, micro:
     ranks, away = zip(*(engine_cost(rank, question.model, parallel, layout, job) for rank in cost.ranks), strict=True)
     cost = replace(cost, ranks=list(ranks))
     step = Step(question.model.shape, parallel, layout, job, cost, away[0], question.cluster, question.length)
-    step = replace(step, matrices=question.matrices)
+    step = replace(step, matrices=question.matrices, saving=question.saving)
     values = {f"parallel.{name}": getattr(parallel, name) for name in (key.partition(".")[2] for key in LAYOUT_KEYS)}
     settings = {**values, "batch.micro": micro, "trainer.activation": policy}
     return Candidate(settings, Prediction(step, question.samples, question.tokens))

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..checkpoint.config import CheckpointConfig
 from ..config.precision import PRECISIONS
 from ..models.config import DecoderConfig
 from ..models.costs import block_bytes
@@ -73,6 +74,7 @@ class Step:
     away      what a rank offloads
     length    mean positions of a document; None: documents are not told apart
     matrices  (layers of a rank) → the whole matrices that its optimizer computes; None: it updates element by element
+    saving    how checkpoints are saved; None: not at all
     """
 
     model: DecoderConfig
@@ -85,6 +87,7 @@ class Step:
     length: float | None = None
     software: Software | None = None
     matrices: Matrices | None = None
+    saving: CheckpointConfig | None = None
 
     @property
     def traits(self) -> Software:
@@ -103,6 +106,7 @@ def step_time(step: Step, *, simulated: bool = True) -> StepTime:
     nodes = -(-step.layout.world_size // step.cluster.gpus_per_node)
     if nodes > 1:
         parts["slowest rank"] = sum(parts.values()) * step.cluster.rates.jitter * math.log2(nodes)
+    parts["checkpoints"] = _waiting_for_checkpoints(step, rank, sum(parts.values()) - parts["update"])
     return StepTime({name: seconds for name, seconds in parts.items() if seconds > 0}, beside)
 
 
@@ -219,6 +223,25 @@ def _outside(
     update = kernels.pointwise(traffic_left) if step.parallel.offload == "none" else traffic_left / HOST_UPDATE
     parts["update"] = update + STEP
     return parts, beside
+
+
+def _waiting_for_checkpoints(step: Step, rank: RankCost, passes: float) -> float:
+    """Predict what saving makes training wait, as a part of every step.
+
+    passes: seconds of a step before its update, in which a snapshot is copied; the update waits for the rest. Waiting for the
+    disk, too, is asked for by mode sync, and by snapshots that are put together there.
+    """
+    saving, layout, cluster = step.saving, step.layout, step.cluster
+    if saving is None or not saving.every:
+        return 0.0
+    kept = rank.elements * PRECISIONS[step.job.precision].accum_bytes + (rank.optimizer or 0)
+    size = kept * layout.weight_ranks / layout.gradient_ranks  # of copies each saves a part
+    copied = size / (cluster.host_link * 1e9)
+    written = size * min(layout.world_size, cluster.gpus_per_node) / (cluster.disk * 1e9)
+    if saving.mode == "sync":
+        return (copied + written) / saving.every
+    seconds = written if saving.snapshot_folder is not None else copied
+    return max(0.0, seconds - passes) / saving.every
 
 
 def _exchanges(step: Step, rank: RankCost, forward: float, backward: float) -> tuple[dict[str, float], dict[str, float]]:

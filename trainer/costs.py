@@ -121,5 +121,5 @@ class Costing:
         job = job_of(config, self._model.shape, assigner_of(config, self._layout), fused=False)
         cost, away, _ = costs_of(self._model, config.parallel, self._layout, job, self._optimizer)
         step = Step(self._model.shape, config.parallel, self._layout, job, cost, away, self._cluster)
-        step = replace(step, matrices=matrices_of(config.optim, self._model))
+        step = replace(step, matrices=matrices_of(config.optim, self._model), saving=config.checkpoint)
         return Prediction(step, samples, run_tokens(config))

@@ -55,6 +55,13 @@ def test_times_of_whole_matrix_optimizers_are_caveated(capsys: pytest.CaptureFix
     assert "whole matrices" not in said(capsys, *muon[:1], *muon[2:])
 
 
+def test_float8_is_told_where_it_would_be_faster(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["recipe=llama_8b", "batch.samples=64", "--best", "1"]
+    assert "trainer.float8=tensorwise, which is recipe" in said(capsys, *words, "cluster=h100x8")
+    assert "float8" not in said(capsys, *words, "cluster=a100x8"), "it has none"
+    assert "never changed" not in said(capsys, *words, "cluster=h100x8", "trainer.float8=tensorwise")
+
+
 def test_mistakes_are_told_by_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert "times are of a cluster, and none is chosen" in refused(capsys, *SMALL, "--best", "3")
     assert "--best: -1 is not a number of layouts" in refused(capsys, *SMALL, "cluster=h100", "--best", "-1")
@@ -72,7 +79,7 @@ def test_a_larger_cluster_is_named_for_what_is_typed(capsys: pytest.CaptureFixtu
     """Layouts of a larger cluster are checked at its own size: tp 8 divides no two GPUs. What is typed is not changed."""
     words = ["recipe=llama_70b", "parallel.offload=none", "parallel.zero=3", "trainer.activation=none", "--best", "1"]
     told = refused(capsys, *words, "cluster=a100x2")
-    assert "cluster.gpus=32 is enough: tp 8 ZeRO-3 micro 1 activation none" in told
+    assert "cluster.gpus=32 is enough: tp 8 ZeRO-3 micro 1 keep all" in told
     assert "tp 8 · ZeRO-3" in said(capsys, *words, "cluster=a100x32")
 
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from meshloom.data.assignment import Assigner
 from meshloom.kernels.swiglu import FusedSwiglu
 from meshloom.models.block import Block
 from meshloom.models.config import DecoderConfig
-from meshloom.models.costs import ForwardPass, block_bytes
+from meshloom.models.costs import ForwardPass, block_bytes, recomputed_flops
 from meshloom.models.decoder import Decoder
 from meshloom.models.norm import Norm
 from meshloom.optim.optimizers.adamw import AdamW
@@ -221,6 +222,22 @@ def test_what_a_mixture_keeps_is_what_stays_allocated(policy: str, shared: int) 
         # Beside its tokens a block keeps where each expert's rows end, for three products, and in bf16 the router in fp32.
         own = (3 * 8 * 4 + (8 * 128 * 4 if dtype == torch.bfloat16 else 0)) / tokens.numel() if policy == "none" else 0.0
         assert measured - own == pytest.approx(expected, abs=0.01), (precision, policy)
+
+
+@pytest.mark.parametrize("experts", [None, {"count": 8, "top_k": 2, "ffn_dim": 64, "shared": 1}])
+def test_what_is_computed_again_is_what_pytorch_counts(experts: dict[str, int] | None) -> None:
+    """In float64 experts are a loop of products, which the counter knows."""
+    tokens = torch.randint(0, 500, (2, 64))
+    shape = MIXTURE if experts is None else {**MIXTURE, "experts": experts}
+    counted: dict[str, int] = {}
+    for policy in ("none", "selective"):
+        model = decoder(**shape, layers=2).double()
+        apply_policies(list(model.layers.values()), [policy] * 2)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, tokens).backward()
+        counted[policy] = counter.get_total_flops()
+    again = recomputed_flops(model.config.block(0), "selective", 64)
+    assert (counted["selective"] - counted["none"]) / tokens.numel() / 2 == pytest.approx(again)
 
 
 def test_what_a_compiled_block_keeps_is_what_the_compiler_keeps() -> None:

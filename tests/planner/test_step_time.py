@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.models.config import DecoderConfig
+from meshloom.models.costs import parameter_count
 from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.layout import Layout
@@ -88,6 +90,21 @@ def test_what_costs_time_is_a_part_of_its_own() -> None:
     assert step_time(replace(step(ParallelConfig(zero=3)), length=512.0)).parts["attention"] < plain.parts["attention"] / 3
     ring = step_time(step(ParallelConfig(zero=3, cp=8), replace(H100, link=20.0))).parts["context exchange"]
     assert ring > step_time(step(ParallelConfig(zero=3, cp=8))).parts["context exchange"] > 0
+
+
+def test_checkpoints_cost_what_passes_do_not_hide() -> None:
+    """12 bytes of state a parameter over 8 GPUs at 25 GB/s; the disk of a node takes what its 8 GPUs write."""
+    plain = step(ParallelConfig(zero=3), ranks=8)
+    every = CheckpointConfig(every=10)
+    assert "checkpoints" not in step_time(replace(plain, saving=every)).parts, "the passes hide it"
+    size = 12 * parameter_count(SHAPE) / 8
+    slow = replace(plain, cluster=replace(H100, host_link=0.5))
+    passes = step_time(slow).seconds - step_time(slow).parts["update"]
+    found = step_time(replace(slow, saving=every)).parts["checkpoints"]
+    assert found == pytest.approx((size / 0.5e9 - passes) / 10, rel=1e-3)
+    sync = step_time(replace(plain, saving=CheckpointConfig(every=10, mode="sync"))).parts["checkpoints"]
+    assert sync == pytest.approx((size / (H100.host_link * 1e9) + 8 * size / 2e9) / 10, rel=1e-3)
+    assert "checkpoints" not in step_time(replace(slow, saving=CheckpointConfig(every=0))).parts
 
 
 def test_calibration_finds_the_rates_that_made_the_times() -> None:
