@@ -59,8 +59,8 @@ SOFTWARE = {
     "titan_eager": replace(EAGER, selective="products"),
     "titan": replace(COMPILED, selective="products"),
     "titan_async": replace(COMPILED, selective="products", tensor_overlap=0.6),
+    **dict.fromkeys(("megatron2025_09", "megatron2025", "megatron2026"), Software(passes=1.2, tensor_overlap=0.6)),
 }
-SOFTWARE |= dict.fromkeys(("megatron2025_09", "megatron2025", "megatron2026"), Software(passes=1.2, tensor_overlap=0.6))
 """What is known of the programs behind the tables."""
 
 FLASH_1 = {"a100": ["cluster.rates.attention=0.33", "cluster.rates.attention_backward=0.30"]}
