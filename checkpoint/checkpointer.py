@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import threading
 import time
@@ -10,11 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config.problems import ConfigError, Problem
 from ..parallel.fragment import Fragment
 from .commit import LocalTarget, open_target
 from .config import CheckpointConfig
-from .control import Control
+from .control import Control, Round
 from .device import Device
 from .errors import CheckpointError
 from .identity import RunIdentity
@@ -67,6 +69,8 @@ class Checkpointer:
         self._last_report: SaveReport | None = None
         self._newest = ""  # outcome of the last save that holds anything
         self._failures = 0
+        self._preparing: threading.Thread | None = None
+        self._context.planned.set()
 
     def _save_context(self) -> SaveContext:
         config, control = self.config, self.control
@@ -100,24 +104,40 @@ class Checkpointer:
     def prepare(self, fragments: Iterable[Fragment]) -> None:
         """Make the plan and the snapshot memory now, so that the first save costs no more than the others. Optional.
 
-        Raises CheckpointError where a save of these fragments would fail for its plan or its memory.
+        In mode async a thread of its own does it, which the first save waits for. What is in its way is logged, and said again
+        by the first save, which then fails for it.
         """
         held = list(fragments)
         self._meet_device(held)
         talk = self.control.begin("prepare", self.config.timeout, "checkpoint.timeout")
-        planner = self._context.planner
+        self._context.planned.clear()
+        if not self._asynchronous:
+            self._prepare(held, talk)
+            return
+        self._preparing = threading.Thread(target=self._prepare, args=(held, talk), name="checkpoint-plan", daemon=True)
+        self._preparing.start()
+
+    def _prepare(self, held: list[Fragment], talk: Round) -> None:
+        planner, device = self._context.planner, self._context.device
         try:
-            planner.vote(talk, held, FREE)
-            if self.control.rank == 0:
-                talk.broadcast("decision", json.dumps(planner.decide(talk)[1]).encode())
-            if json.loads(talk.receive("decision")):
-                planner.adopt(talk)
+            if device is not None:
+                torch.cuda.set_device(device.device)  # a thread begins on device 0, whichever its process uses
+            ballot = planner.vote(talk, held, FREE)
+            if talk.control.rank == 0:
+                talk.broadcast(planner.decide(ballot) or b"")
+            description = talk.receive("decision")
+            if description:
+                planner.adopt(description, talk.control.rank)
             if planner.layout.bytes:
                 self._context.pool.reserve(planner.layout.bytes)
-        except BaseException as error:
-            talk.abort(str(error))
+        except Exception as error:
+            log.warning("saves can't be prepared: %s", error)
             planner.forget()
-            raise
+            with contextlib.suppress(Exception):  # the store may be gone
+                talk.abort(str(error))
+        finally:
+            self._context.planned.set()
+            talk.leave()
 
     def save(
         self,
@@ -153,9 +173,7 @@ class Checkpointer:
         memory = self._context.memory is not None
         assert not hold or self._asynchronous, "in mode sync nothing is left to do when this returns"
         assert disk or memory, "a save that goes nowhere: checkpoint.memory_every is not set"
-        self._context.rounds = [talk for talk in self._context.rounds if not talk.forget()]
         talk = self.control.begin("save", self.config.timeout, "checkpoint.timeout")
-        self._context.rounds.append(talk)
         save = Save(step, held, state, disk=disk, memory=memory, required=required, talk=talk, after=self._order)
         if not hold:
             save.confirm()
@@ -244,6 +262,9 @@ class Checkpointer:
         A snapshot that is newer than the last checkpoint on the disk stays in the keepers' memory for the next run.
         """
         self._give_up_held()
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
         for save in self._leaving:
             if not save.leave(QUIET_SECONDS):
                 log.warning("waiting for the save of step %d to end", save.step)

@@ -40,8 +40,8 @@ NO_ROOM = "make room: an old step goes once the new one is complete, so the disk
 class Target(Protocol):
     """A folder of checkpoints that a run saves into."""
 
-    def data_names(self, rank: int, token: str) -> tuple[str, str]:
-        """Names of a rank's data file and of its leaves' digests, as the manifest will have them."""
+    def suffix(self, token: str) -> str:
+        """Part of the names of a save's data files that is its alone; empty where its folder is."""
         ...
 
     def place(self, step: int, token: str) -> str:
@@ -127,9 +127,9 @@ class LocalTarget:
                 self.close()  # or the next try would be told of another run
                 raise
 
-    def data_names(self, rank: int, token: str) -> tuple[str, str]:
+    def suffix(self, token: str) -> str:
         """See Target."""
-        return file_names(rank)
+        return ""
 
     def place(self, step: int, token: str) -> str:
         """See Target."""
@@ -259,9 +259,9 @@ class RemoteTarget:
         self._committed: Manifest | None = None
         self._first = True
 
-    def data_names(self, rank: int, token: str) -> tuple[str, str]:
+    def suffix(self, token: str) -> str:
         """See Target."""
-        return f"rank-{rank:05d}-{token}.safetensors", f"rank-{rank:05d}-{token}.leaves"
+        return f"-{token}"
 
     def place(self, step: int, token: str) -> str:
         """See Target."""
@@ -302,7 +302,7 @@ class RemoteTarget:
         """See Target. A save that failed after its manifest was put stands."""
         folder = self.files.child(step_name(step))
         with contextlib.suppress(OSError):
-            if folder.size(MANIFEST) is not None and f"-{token}.".encode() in folder.read(MANIFEST):
+            if folder.size(MANIFEST) is not None and f'"suffix": "-{token}"'.encode() in folder.read(MANIFEST):
                 return
             for name in folder.names():
                 if f"-{token}." in name:
@@ -378,19 +378,15 @@ def steps_to_prune(files: LocalFiles | RemoteFiles, keep: int, suspected: int | 
 
 def _check_files(folder: LocalFiles | RemoteFiles, manifest: Manifest) -> None:
     """The coordinator must see every rank's file; it would not if the folder were on a disk of one node alone."""
+    sizes = folder.sizes()
     for file in manifest.files:
-        size = folder.size(file.name)
+        size = sizes.get(file.name)
         if size != file.bytes:
             found = "is not there" if size is None else f"has {size} bytes instead of {file.bytes}"
             raise CheckpointError(
                 f"{folder.label(file.name)} {found} as seen from the coordinator; "
                 "checkpoint.folder must be on a file system that all nodes share"
             )
-
-
-def file_names(rank: int) -> tuple[str, str]:
-    """Names of a rank's data file and of its leaves' digests, where they need not be unique to a save."""
-    return f"rank-{rank:05d}.safetensors", f"rank-{rank:05d}.leaves"
 
 
 def new_token() -> str:

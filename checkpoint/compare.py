@@ -13,8 +13,8 @@ from .dtypes import as_tensor, same_bits
 from .files import Files
 from .folder import open_step
 from .manifest import Manifest, StoredArray
-from .plan import cut_rows
 from .reader import Reader
+from .tiling import cut_part
 
 PART_BYTES = 64 * 2**20
 """Host memory for one part of an array that is read, compared or exported."""
@@ -22,7 +22,10 @@ PART_BYTES = 64 * 2**20
 
 def parts(array: StoredArray, limit: int = PART_BYTES) -> list[Box]:
     """Cut an array into boxes of at most about `limit` bytes, in row-major order."""
-    return cut_rows(Box.whole(array.shape), array.item_bytes, limit)
+    whole = Box.whole(array.shape)
+    rows = next((extent for extent in whole.shape if extent > 1), 1)
+    count = min(rows, -(-array.bytes // limit))
+    return [cut_part(whole, index, count) for index in range(count)] if count > 1 else [whole]
 
 
 def read_array(files: Files, manifest: Manifest, key: str) -> torch.Tensor:

@@ -13,13 +13,14 @@ import torch
 
 from ..parallel.box import Box
 from .commit import new_token, open_target
-from .digest import LEAF_BYTES, block_digests, leaf_digests
+from .description import Declaration, Description
+from .digest import LEAF_BYTES, leaf_digests, seal
 from .dtypes import bytes_of, in_panels, name_of
 from .errors import CheckpointError
 from .files import is_remote, open_files
 from .folder import list_steps, step_name
-from .manifest import Manifest, StoredArray, StoredFile, state_fault
-from .plan import Declaration, fill_boxes, lay_out, make_save_plan
+from .manifest import Manifest, StoredFile, data_file_names, state_fault
+from .plan import SavePlan, lay_out
 from .writing.disk import sync_folder, write_small
 
 
@@ -75,8 +76,8 @@ def compose(
     twice = next((key for (key, _), count in counted.items() if count > 1), None)
     if twice is not None:
         raise CheckpointError(f"two arrays are called {twice}")
-    plan = make_save_plan([declarations])
-    layout = lay_out(declarations, plan.pieces[0])
+    plan = SavePlan.of(Description.of(declarations, 0))
+    layout = lay_out(declarations, plan.pieces(0, declarations))
     token = new_token()
     if list_steps(open_files(folder)).run is not None:
         raise CheckpointError(f"{folder} holds a run's checkpoints, which an import must not mix with; give another folder")
@@ -85,7 +86,7 @@ def compose(
         target.begin(step, token)
         try:
             place = Path(target.place(step, token))
-            name, leaves = target.data_names(0, token)
+            name, leaves = data_file_names(0, target.suffix(token))
             output = _Output(place / name)
             try:
                 output.write(memoryview(layout.header))
@@ -97,13 +98,14 @@ def compose(
                 output.finish()
             finally:
                 output.close()
-            write_small(place / leaves, bytes(output.digests), "leaves")
+            digests, sealed = seal(bytes(output.digests))
+            write_small(place / leaves, digests, "leaves")
             for extra, contents in (beside or {}).items():
                 write_small(place / extra, contents, "beside")
             sync_folder(place, "data.folder")
-            files = [StoredFile(name, layout.bytes, leaves, block_digests(bytes(output.digests)))] if layout.bytes else []
-            arrays: dict[str, StoredArray] = fill_boxes(plan.arrays, [layout])
-            manifest = Manifest(step, 1, state, files, arrays, commit=target.next_commit())
+            written = StoredFile(name, layout.bytes, leaves, [], sealed, 0, len(layout.header))
+            files = [written] if layout.bytes else []
+            manifest = Manifest(step, 1, state, files, plan.arrays, commit=target.next_commit(), tilings=plan.tilings)
             target.commit(manifest, manifest.encode(), token)
         except BaseException:
             target.discard(step, token)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 from ..parallel.box import Box
 
@@ -19,9 +20,9 @@ def tiling_fault(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
             return f"box {describe(box)} has {len(box.shape)} dims, the array has {len(shape)}"
         if any(o < 0 or n <= 0 or o + n > s for o, n, s in zip(box.offsets, box.shape, shape, strict=True)):
             return f"box {describe(box)} reaches outside of shape {list(shape)}"
-    pair = _overlap(boxes)
+    pair = next(overlaps(boxes), None)
     if pair is not None:
-        return f"boxes {describe(pair[0])} and {describe(pair[1])} overlap"
+        return f"boxes {describe(boxes[pair[0]])} and {describe(boxes[pair[1]])} overlap"
     covered = sum(box.numel for box in boxes)
     if covered != volume:
         return f"{volume - covered} of {volume} elements are in no box"
@@ -33,19 +34,21 @@ def describe(box: Box) -> str:
     return "[" + ", ".join(f"{o}:{o + n}" for o, n in zip(box.offsets, box.shape, strict=True)) + "]"
 
 
-def _overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
+def overlaps(boxes: Sequence[Box]) -> Iterator[tuple[int, int]]:
+    """Yield the pairs of boxes, by number, that have elements in common."""
     if len(boxes) < 2:
-        return None
+        return
     dims = len(boxes[0].shape)
     if dims == 0:
-        return boxes[0], boxes[1]
+        yield from itertools.combinations(range(len(boxes)), 2)
+        return
     along = max(range(dims), key=lambda dim: len({box.offsets[dim] for box in boxes}))
-    active: list[Box] = []
-    for box in sorted(boxes, key=lambda box: box.offsets[along]):
+    active: list[int] = []
+    for number in sorted(range(len(boxes)), key=lambda number: boxes[number].offsets[along]):
+        box = boxes[number]
         start = box.offsets[along]
-        active = [other for other in active if other.ends[along] > start]
+        active = [other for other in active if boxes[other].ends[along] > start]
         for other in active:
-            if box.intersect(other) is not None:
-                return other, box
-        active.append(box)
-    return None
+            if box.intersect(boxes[other]) is not None:
+                yield other, number
+        active.append(number)

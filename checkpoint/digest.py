@@ -1,8 +1,9 @@
-"""Digests of a file, in two layers, so that a part can be checked without reading the whole.
+"""Digests of a file, in three layers, so that a part can be checked without reading the whole.
 
 A *leaf* is 4 KiB of the file (the last one may be shorter) and has an xxh3-128 digest of its bytes. A *block* is 4,096
-leaves (16 MiB) and its digest is the xxh3-128 of its leaves' digests, one after the other. The manifest carries the
-blocks' digests; the leaves' lie beside the data in a file of their own, which proves itself by hashing to the blocks'.
+leaves (16 MiB) and its digest is the xxh3-128 of its leaves' digests, one after the other. Both lie beside the data in a
+file of their own, the leaves' first. A *file* has the xxh3-128 of its blocks' digests, one after the other. The manifest
+carries the files' digests, so that whatever is read is proved by it.
 """
 
 from __future__ import annotations
@@ -60,6 +61,12 @@ def block_digests(leaves: bytes, leaf_bytes: int = LEAF_BYTES, block_bytes: int 
     """Hexadecimal digests of the blocks of a file whose leaves have these digests."""
     span = block_bytes // leaf_bytes * DIGEST_BYTES
     return [xxhash.xxh3_128_hexdigest(leaves[at : at + span]) for at in range(0, len(leaves), span)]
+
+
+def seal(leaves: bytes) -> tuple[bytes, str]:
+    """Return the content of the file beside a data file whose leaves have these digests, and that one's digest."""
+    blocks = bytes.fromhex("".join(block_digests(leaves)))
+    return leaves + blocks, text_digest(blocks)
 
 
 def text_digest(data: bytes) -> str:

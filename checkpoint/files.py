@@ -32,6 +32,13 @@ class Files(Protocol):
         """Length of a file in bytes; None if there is none. Raises DamageError if that can't be told."""
         ...
 
+    def sizes(self) -> dict[str, int]:
+        """Lengths in bytes of all files directly inside, by one listing; empty if the folder does not exist.
+
+        Raises DamageError if that can't be told.
+        """
+        ...
+
     def read(self, name: str) -> bytes:
         """A whole small file. Raises FileNotFoundError, or DamageError if it is there and can't be read."""
         ...
@@ -82,6 +89,16 @@ class LocalFiles:
             return None
         except OSError as error:
             raise DamageError(self.label(name), f"asking for its length failed: {error}") from error
+
+    def sizes(self) -> dict[str, int]:
+        """See Files."""
+        try:
+            with os.scandir(self.path) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except OSError as error:
+            raise DamageError(self.label(), f"asking for the lengths of its files failed: {error}") from error
 
     def read(self, name: str) -> bytes:
         """See Files."""
@@ -174,6 +191,18 @@ class RemoteFiles:
             return None
         except OSError as error:
             raise DamageError(self.label(name), f"asking for its length failed: {error}") from error
+
+    def sizes(self) -> dict[str, int]:
+        """See Files."""
+        try:
+            with _as_os_errors():
+                self.system.invalidate_cache(self.path)
+                found = self.system.ls(self.path, detail=True)
+                return {PurePosixPath(each["name"]).name: int(each["size"]) for each in found if each["type"] == "file"}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except OSError as error:
+            raise DamageError(self.label(), f"asking for the lengths of its files failed: {error}") from error
 
     def read(self, name: str) -> bytes:
         """See Files."""

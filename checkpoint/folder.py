@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .digest import DIGEST_BYTES
 from .errors import CheckpointError, DamageError
 from .files import Files, is_remote, open_files
 from .identity import RunIdentity
-from .manifest import MANIFEST, Manifest, StoredFile, prove_coverage
+from .manifest import MANIFEST, Manifest, StoredFile, prove_manifest
 
 log = logging.getLogger(__name__)
 
@@ -41,35 +40,43 @@ def load_manifest(files: Files, *, arrays: bool = True) -> Manifest:
 
     Raises DamageError if there is none, or not as written.
     """
+    return Manifest.decode(read_manifest_text(files), files.label(MANIFEST), arrays=arrays)
+
+
+def read_manifest_text(files: Files) -> bytes:
+    """The manifest of a step's folder, unchecked. Raises DamageError if there is none, or it can't be read."""
     try:
-        data = files.read(MANIFEST)
+        return files.read(MANIFEST)
     except FileNotFoundError:
         raise DamageError(files.label(MANIFEST), "the manifest is missing: this is not a finished checkpoint") from None
-    return Manifest.decode(data, files.label(MANIFEST), arrays=arrays)
 
 
 def open_step(files: Files) -> Manifest:
-    """The manifest of a step that is complete as far as can be told without reading its data.
+    """The manifest of a step that is complete as far as the folder's listing tells: every rank that starts may ask.
 
-    Checks the manifest's digest, that every array is covered, and that every file is there with its length.
-    Raises DamageError naming the file.
+    Checks the manifest's digest, that every array is covered, and that every file is there. Their lengths are for whoever
+    reads them, and for `check_lengths`. Raises DamageError naming the file.
     """
     manifest = open_manifest(files)
-    check_lengths(files, manifest)
+    there = set(files.names())
+    missing = next((name for file in manifest.files for name in (file.name, file.leaves) if name not in there), None)
+    if missing is not None:
+        raise DamageError(files.label(missing), "the file is missing")
     return manifest
 
 
-def open_manifest(files: Files) -> Manifest:
-    """The manifest of a step, whose digest and coverage are right. Raises DamageError."""
-    manifest = load_manifest(files)
-    prove_coverage(manifest.arrays, [file.bytes for file in manifest.files], files.label(MANIFEST))
+def open_manifest(files: Files, text: bytes | None = None) -> Manifest:
+    """The manifest of a step, whose digest and coverage are right. Raises DamageError. text: it, where it is read already"""
+    manifest = Manifest.decode(read_manifest_text(files) if text is None else text, files.label(MANIFEST))
+    prove_manifest(manifest, files.label(MANIFEST))
     return manifest
 
 
 def check_lengths(files: Files, manifest: Manifest) -> None:
     """Check that every file is there with its length. Raises DamageError naming the file."""
+    sizes = files.sizes()
     for file in manifest.files:
-        fault = next(length_faults(files, manifest, file), None)
+        fault = next(length_faults(files, manifest, file, sizes), None)
         if fault is not None:
             try:
                 raise fault
@@ -77,14 +84,10 @@ def check_lengths(files: Files, manifest: Manifest) -> None:
                 del fault  # or it and this frame would hold each other, and their callers, until garbage is collected
 
 
-def length_faults(files: Files, manifest: Manifest, file: StoredFile) -> Iterator[DamageError]:
-    """List what is wrong with the lengths of a data file and of the file with its digests."""
-    for name, expected in ((file.name, file.bytes), (file.leaves, -(-file.bytes // manifest.leaf_bytes) * DIGEST_BYTES)):
-        try:
-            size = files.size(name)
-        except DamageError as error:
-            yield error
-            continue
+def length_faults(files: Files, manifest: Manifest, file: StoredFile, sizes: Mapping[str, int]) -> Iterator[DamageError]:
+    """List what is wrong with the lengths of a data file and of the file with its digests. sizes: of the folder's files."""
+    for name, expected in ((file.name, file.bytes), (file.leaves, manifest.leaves_bytes(file))):
+        size = sizes.get(name)
         if size is None:
             yield DamageError(files.label(name), "the file is missing")
         elif size != expected:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config.names import name_fault
 from ..parallel.box import Box
 from .coverage import tiling_fault
-from .digest import BLOCK_BYTES, HASH_NAME, LEAF_BYTES, text_digest
+from .digest import BLOCK_BYTES, DIGEST_BYTES, HASH_NAME, LEAF_BYTES, text_digest
 from .errors import CheckpointError, DamageError
 from .identity import UNNAMED, RunIdentity
 
+if TYPE_CHECKING:
+    from .tiling import Tiling
+
 FORMAT = "meshloom-checkpoint"
-VERSION = 3
-KNOWN = (1, 2, 3)  # version 1 had no panels, versions 1 and 2 neither run nor commit: docs/checkpoint.md
+VERSION = 4
+KNOWN = (1, 2, 3, 4)  # up to version 3 the manifest listed every box, and every block's digest: docs/checkpoint.md
 MANIFEST = "manifest.json"
+_TILINGS_LINE = b'\n"tilings": {'
 _ARRAYS_LINE = b'\n"arrays": {'
 _DIGEST_LINE = b'"digest": "'
 
@@ -60,7 +64,12 @@ def entry_shape(box: Box, panels: int) -> tuple[int, ...]:
 
 @dataclass
 class StoredArray:
-    """One named global array. `dtype` as in safetensors; `splits`: logical split points along dim 0."""
+    """One named global array. `dtype` as in safetensors; `splits`: logical split points along dim 0.
+
+    boxes   where its values are, up to format version 3 and in other programs' files
+    tiling  how it is cut, as an index into the manifest's tilings, since version 4: the data files' headers say the rest
+    turn    where the deal of its parts among the holders of copies begins
+    """
 
     name: str
     role: str
@@ -68,6 +77,8 @@ class StoredArray:
     shape: tuple[int, ...]
     splits: tuple[int, ...] = ()
     boxes: list[StoredBox] = field(default_factory=list)
+    tiling: int = -1
+    turn: int = 0
 
     @property
     def key(self) -> str:
@@ -87,15 +98,20 @@ class StoredArray:
 
 @dataclass
 class StoredFile:
-    """One data file: its length, the file with its leaves' digests, and the digests of its blocks.
+    """One data file: its length, the file with its leaves' digests, and what proves these.
 
     leaves  empty for another program's file, which has no digests
+    blocks  up to format version 3 the digests of its blocks; since then they lie behind the leaves', and `digest` is theirs
+    rank    that wrote it, and header: bytes before its first value, both since version 4
     """
 
     name: str
     bytes: int
     leaves: str
     blocks: list[str]
+    digest: str = ""
+    rank: int = -1
+    header: int = 0
 
     @property
     def has_digests(self) -> bool:
@@ -109,6 +125,7 @@ class Manifest:
 
     run     the run that saved it; None for an import
     commit  number of the commit among those of its folder, which rises with each; 0: from before commits were counted
+    suffix  part of the data files' names that is this save's alone, on object stores
     """
 
     step: int
@@ -120,16 +137,30 @@ class Manifest:
     block_bytes: int = BLOCK_BYTES
     run: RunIdentity | None = None
     commit: int = 0
+    version: int = VERSION
+    suffix: str = ""
+    tilings: list[Tiling] = field(default_factory=list["Tiling"])
 
     @property
     def bytes(self) -> int:
         """Total size of the data files."""
         return sum(file.bytes for file in self.files)
 
+    def leaves_bytes(self, file: StoredFile) -> int:
+        """Length of a file with the digests of a data file."""
+        blocks = -(-file.bytes // self.block_bytes) if self.version >= 4 else 0
+        return (-(-file.bytes // self.leaf_bytes) + blocks) * DIGEST_BYTES
+
+    def count_boxes(self, array: StoredArray) -> int:
+        """Number of boxes that an array is stored in."""
+        if array.tiling < 0:
+            return len(array.boxes)
+        return self.tilings[array.tiling].count_parts(array.item_bytes)
+
     def encode(self, arrays_text: str | None = None) -> bytes:
         """The manifest as text: one line per file and array, and at the end the digest of all lines before it.
 
-        arrays_text: what `encode_arrays` gave for these arrays, where it is kept from save to save.
+        arrays_text: what `encode_arrays` gave for these arrays and tilings, where it is kept from save to save.
         """
         lines = [
             "{",
@@ -143,14 +174,11 @@ class Manifest:
             f'"leaf_bytes": {self.leaf_bytes},',
             f'"block_bytes": {self.block_bytes},',
             f'"state": {_compact(self.state, sort_keys=False)},',  # the order of sources and stages has a meaning
+            f'"suffix": {json.dumps(self.suffix)},',
             '"files": [',
-            ",\n".join(
-                _compact({"name": f.name, "bytes": f.bytes, "leaves": f.leaves, "blocks": f.blocks}) for f in self.files
-            ),
+            ",\n".join(f'[{f.rank},{f.bytes},{f.header},"{f.digest}"]' for f in self.files),
             "],",
-            '"arrays": {',
-            encode_arrays(self.arrays) if arrays_text is None else arrays_text,
-            "},",
+            encode_arrays(self.arrays, self.tilings) if arrays_text is None else arrays_text,
         ]
         body = ("\n".join(lines) + "\n").encode()
         return body + _DIGEST_LINE + text_digest(body).encode() + b'"\n}\n'
@@ -167,8 +195,9 @@ class Manifest:
         said = data[at + len(_DIGEST_LINE) : -len(b'"\n}\n')].decode(errors="replace")
         if text_digest(data[:at]) != said:
             raise DamageError(where, "the manifest's digest does not match its text")
-        start = -1 if arrays else data.find(_ARRAYS_LINE)
-        content = json.loads(data if start < 0 else data[: start + len(_ARRAYS_LINE)] + b"}}")
+        lines = () if arrays else (_TILINGS_LINE, _ARRAYS_LINE)
+        start = next((found for found in map(data.find, lines) if found >= 0), -1)
+        content = json.loads(data if start < 0 else data[:start] + b'\n"tilings": {}, "arrays": {}}')
         if content.get("format") != FORMAT:
             raise CheckpointError(f"{where}: this is not a {FORMAT}")
         if content["version"] not in KNOWN or content["hash"] != HASH_NAME:
@@ -176,20 +205,71 @@ class Manifest:
                 f"{where}: format version {content['version']} with {content['hash']} is not known here; "
                 f"this Meshloom reads versions {KNOWN[0]} to {KNOWN[-1]} with {HASH_NAME}"
             )
-        for name in (file[kind] for file in content["files"] for kind in ("name", "leaves")):
+        files = _files_from_json(content)
+        for name in (name for file in files for name in (file.name, file.leaves)):
             if fault := name_fault(name):
                 raise DamageError(where, fault)
         return cls(
             step=content["step"],
             world_size=content["world_size"],
             state=content["state"],
-            files=[StoredFile(f["name"], f["bytes"], f["leaves"], f["blocks"]) for f in content["files"]],
+            files=files,
             arrays={key: _array_from_json(entry) for key, entry in content["arrays"].items()},
             leaf_bytes=content["leaf_bytes"],
             block_bytes=content["block_bytes"],
             run=_run_of(content, where),
             commit=content.get("commit", 0),
+            version=content["version"],
+            suffix=content.get("suffix", ""),
+            tilings=_tilings_from_json(content.get("tilings"), where),
         )
+
+
+def data_file_names(rank: int, suffix: str = "") -> tuple[str, str]:
+    """Names of a rank's data file and of its leaves' digests."""
+    return f"rank-{rank:05d}{suffix}.safetensors", f"rank-{rank:05d}{suffix}.leaves"
+
+
+def _files_from_json(content: dict[str, Any]) -> list[StoredFile]:
+    if content["version"] < 4:
+        return [StoredFile(f["name"], f["bytes"], f["leaves"], f["blocks"]) for f in content["files"]]
+    files: list[StoredFile] = []
+    for rank, size, header, digest in content["files"]:
+        name, leaves = data_file_names(rank, content["suffix"])
+        files.append(StoredFile(name, size, leaves, [], digest, rank, header))
+    return files
+
+
+def _tilings_from_json(content: dict[str, Any] | None, where: str) -> list[Tiling]:
+    if not content:
+        return []
+    from .tiling import decode_tilings  # only where it is used: NumPy takes a tenth of a second
+
+    try:
+        return decode_tilings(content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamageError(where, f"how its arrays are cut can't be read: {error}") from error
+
+
+def prove_manifest(manifest: Manifest, where: str) -> None:
+    """Check that the boxes, or the tiling, of every array cover it. Raises DamageError naming the array."""
+    if manifest.version < 4:
+        prove_coverage(manifest.arrays, [file.bytes for file in manifest.files], where)
+        return
+    proved: set[tuple[int, tuple[int, ...]]] = set()
+    for key, array in manifest.arrays.items():
+        if (array.tiling, array.shape) in proved:
+            continue
+        if not 0 <= array.tiling < len(manifest.tilings):
+            raise DamageError(where, f"array {key}: there is no tiling number {array.tiling}")
+        tiling = manifest.tilings[array.tiling]
+        fault = tiling.fault(array.shape)
+        if fault is not None:
+            raise DamageError(where, f"array {key}: {fault}")
+        proved.add((array.tiling, array.shape))
+    stored, whole = sum(f.bytes - f.header for f in manifest.files), sum(array.bytes for array in manifest.arrays.values())
+    if stored != whole:
+        raise DamageError(where, f"its arrays have {whole} bytes, and its files hold {stored}")
 
 
 def prove_coverage(arrays: dict[str, StoredArray], file_bytes: Sequence[int], where: str) -> None:
@@ -208,9 +288,12 @@ def prove_coverage(arrays: dict[str, StoredArray], file_bytes: Sequence[int], wh
                 raise DamageError(where, f"array {key}: {list(stored.box.shape)} can't be cut into {stored.panels} panels")
 
 
-def encode_arrays(arrays: dict[str, StoredArray]) -> str:
-    """The lines of the manifest about the arrays."""
-    return ",\n".join(f"{json.dumps(key)}: {_compact(_array_to_json(array))}" for key, array in sorted(arrays.items()))
+def encode_arrays(arrays: dict[str, StoredArray], tilings: list[Tiling]) -> str:
+    """The lines of the manifest about the arrays, and how they are cut."""
+    from .tiling import encode_tilings
+
+    lines = ",\n".join(f"{json.dumps(key)}: {_compact(_array_to_json(array))}" for key, array in sorted(arrays.items()))
+    return f'"tilings": {_compact(encode_tilings(tilings))},\n"arrays": {{\n{lines}\n}},'
 
 
 def state_fault(state: dict[str, Any]) -> str | None:
@@ -245,23 +328,16 @@ def _array_to_json(array: StoredArray) -> dict[str, Any]:
         "dtype": array.dtype,
         "shape": array.shape,
         "splits": array.splits,
-        "boxes": [
-            {"offsets": s.box.offsets, "shape": s.box.shape, "file": s.file, "range": (s.start, s.stop)}
-            | ({"panels": s.panels} if s.panels > 1 else {})
-            for s in array.boxes
-        ],
+        "tiling": array.tiling,
+        "turn": array.turn,
     }
 
 
 def _array_from_json(entry: dict[str, Any]) -> StoredArray:
-    return StoredArray(
-        name=entry["name"],
-        role=entry["role"],
-        dtype=entry["dtype"],
-        shape=tuple(entry["shape"]),
-        splits=tuple(entry["splits"]),
-        boxes=[
-            StoredBox(Box(tuple(b["offsets"]), tuple(b["shape"])), b["file"], b["range"][0], b["range"][1], b.get("panels", 1))
-            for b in entry["boxes"]
-        ],
-    )
+    boxes = [
+        StoredBox(Box(tuple(b["offsets"]), tuple(b["shape"])), b["file"], b["range"][0], b["range"][1], b.get("panels", 1))
+        for b in entry.get("boxes", ())
+    ]
+    shape, splits = tuple(entry["shape"]), tuple(entry["splits"])
+    tiling, turn = entry.get("tiling", -1), entry.get("turn", 0)
+    return StoredArray(entry["name"], entry["role"], entry["dtype"], shape, splits, boxes, tiling, turn)

@@ -1,26 +1,22 @@
-"""The plan of a save: ranks declare the boxes they hold, and each element of each array is given to exactly one of them.
+"""The plan of a save: which part of its fragments each rank writes, and where in its file.
 
-The plan depends on the declarations alone, so it is made once and kept until some rank's declaration changes.
+Nobody sends it. All ranks know the description of the state (`description.py`), and each derives its own part from it.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..parallel.box import Box
-from ..parallel.fragment import Fragment
-from .coverage import describe, tiling_fault
-from .digest import LEAF_BYTES, text_digest
-from .dtypes import name_of
+from .description import Declaration, Description
+from .digest import LEAF_BYTES
 from .errors import CheckpointError
-from .manifest import FORMAT, ITEM_BYTES, VERSION, StoredArray, StoredBox, entry_shape
+from .manifest import FORMAT, ITEM_BYTES, VERSION, StoredArray, entry_shape
+from .tiling import DEAL_BYTES, Tiling, deal_turns
 
-# A box that several ranks hold is dealt out among them in pieces of about this size, so that the shares come out even.
-DEAL_BYTES = 32 * 2**20
 # A box of at least this size is stored as so many panels of columns, each not narrower than that, so that reading a slice
 # of the columns (another tensor-parallel layout) is as sequential as reading a slice of the rows.
 PANEL_BOX_BYTES = 256 * 2**10
@@ -28,60 +24,6 @@ PANELS = 8
 PANEL_ROW_BYTES = 64
 # Panels side by side are copied by one call up to this size; a GPU puts them in order in a temporary of its own first.
 COPY_BYTES = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class Declaration:
-    """A rank's description of one of its fragments."""
-
-    name: str
-    role: str
-    dtype: str
-    shape: tuple[int, ...]
-    splits: tuple[int, ...]
-    box: Box
-
-    @property
-    def key(self) -> str:
-        """Name of the global array in the checkpoint."""
-        return f"{self.role}/{self.name}"
-
-    @property
-    def item_bytes(self) -> int:
-        """Size of one element in bytes."""
-        return ITEM_BYTES[self.dtype]
-
-
-def declare(fragments: Iterable[Fragment]) -> tuple[Declaration, ...]:
-    """The declarations of a rank's fragments, in their order. Raises CheckpointError for a type that can't be stored."""
-    declared: list[Declaration] = []
-    for fragment in fragments:
-        try:
-            dtype = name_of(fragment.tensor.dtype)
-        except ValueError as error:
-            raise CheckpointError(f"{fragment.key}: {error}") from error
-        shape = tuple(fragment.global_shape)
-        declared.append(Declaration(fragment.name, fragment.role, dtype, shape, tuple(fragment.splits), fragment.box))
-    return tuple(declared)
-
-
-def pack(declarations: Sequence[Declaration]) -> bytes:
-    """Declarations as a message."""
-    rows = [[d.name, d.role, d.dtype, d.shape, d.splits, d.box.offsets, d.box.shape] for d in declarations]
-    return zlib.compress(json.dumps(rows, separators=(",", ":")).encode(), 1)
-
-
-def unpack(message: bytes) -> tuple[Declaration, ...]:
-    """The declarations in a message."""
-    return tuple(
-        Declaration(name, role, dtype, tuple(shape), tuple(splits), Box(tuple(offsets), tuple(extent)))
-        for name, role, dtype, shape, splits, offsets, extent in json.loads(zlib.decompress(message))
-    )
-
-
-def signature(declarations: Sequence[Declaration]) -> str:
-    """A digest that changes with anything in the declarations."""
-    return text_digest(repr(declarations).encode())
 
 
 @dataclass(frozen=True)
@@ -95,87 +37,54 @@ class Piece:
 
 @dataclass(frozen=True)
 class SavePlan:
-    """The arrays of a checkpoint (without boxes) and, for each rank, the pieces it writes."""
+    """The plan of a save: a pure function of the description of all ranks' state, which each rank derives for itself."""
 
     arrays: dict[str, StoredArray]
-    pieces: list[list[Piece]]
+    tilings: list[Tiling]
+
+    @classmethod
+    def of(cls, description: Description, least: int = DEAL_BYTES) -> SavePlan:
+        """Plan. Raises CheckpointError naming the array of which some element is held by no rank.
+
+        least: bytes of the smallest part in which what several ranks hold is dealt out among them
+        """
+        tilings: list[Tiling] = []
+        first = {entry.cut: entry for entry in reversed(description.entries)}
+        for number, holdings in enumerate(description.holdings):
+            entry = first[number]
+            try:
+                tilings.append(Tiling.of(entry.shape, holdings.ranks, holdings.offsets, holdings.shapes, least))
+            except ValueError as error:
+                raise CheckpointError(f"{entry.key}: {error}") from error
+        turns = deal_turns([(tilings[entry.cut], ITEM_BYTES[entry.dtype]) for entry in description.entries])
+        arrays = {
+            entry.key: StoredArray(entry.name, entry.role, entry.dtype, entry.shape, entry.splits, tiling=entry.cut, turn=turn)
+            for entry, turn in zip(description.entries, turns, strict=True)
+        }
+        return cls(arrays, tilings)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all arrays in bytes."""
+        return sum(array.bytes for array in self.arrays.values())
+
+    def pieces(self, rank: int, declarations: Sequence[Declaration]) -> list[Piece]:
+        """List what a rank writes of the fragments that it has declared."""
+        held: dict[str, list[int]] = {}
+        for index, declared in enumerate(declarations):
+            held.setdefault(declared.key, []).append(index)
+        pieces: list[Piece] = []
+        for key, indices in held.items():
+            array = self.arrays[key]
+            for box in self.tilings[array.tiling].written_by(rank, array.item_bytes, array.turn):
+                source = next(index for index in indices if is_inside(box, declarations[index].box))
+                pieces.append(Piece(source, box, panels_for(box, array.item_bytes)))
+        return pieces
 
 
-def make_save_plan(declared: Sequence[Sequence[Declaration]]) -> SavePlan:
-    """Assign every element of every array to one rank that holds it.
-
-    Raises CheckpointError naming the array when the ranks contradict each other or some element is held by none.
-    """
-    arrays: dict[str, StoredArray] = {}
-    holders: dict[tuple[str, Box], list[tuple[int, int]]] = {}
-    first: dict[str, int] = {}
-    for rank, declarations in enumerate(declared):
-        for index, d in enumerate(declarations):
-            known = arrays.setdefault(d.key, StoredArray(d.name, d.role, d.dtype, d.shape, d.splits))
-            if (known.dtype, known.shape, known.splits) != (d.dtype, d.shape, d.splits):
-                raise CheckpointError(
-                    f"{d.key}: rank {rank} holds it as {d.dtype}{list(d.shape)}, rank {first[d.key]} as "
-                    f"{known.dtype}{list(known.shape)}; one array has one shape, type and set of split points on all ranks"
-                )
-            first.setdefault(d.key, rank)
-            holders.setdefault((d.key, d.box), []).append((rank, index))
-    pieces: list[list[Piece]] = [[] for _ in declared]
-    load = [0] * len(declared)
-    shared: list[tuple[int, str, Box, list[tuple[int, int]]]] = []
-    for key, held, box in _choose(arrays, holders):
-        who = holders[key, held]
-        item = arrays[key].item_bytes
-        if len(who) == 1:
-            rank, index = who[0]
-            pieces[rank].append(Piece(index, box))
-            load[rank] += box.numel * item
-        else:
-            shared += [(part.numel * item, key, part, who) for part in cut_rows(box, item, DEAL_BYTES)]
-    for size, _, part, who in sorted(shared, key=lambda entry: (-entry[0], entry[1], entry[2])):
-        rank, index = min(who, key=lambda holder: load[holder[0]])
-        pieces[rank].append(Piece(index, part))
-        load[rank] += size
-    for rank, mine in enumerate(pieces):
-        pieces[rank] = [Piece(p.source, p.box, panels_for(p.box, declared[rank][p.source].item_bytes)) for p in mine]
-    return SavePlan(arrays, pieces)
-
-
-def _choose(
-    arrays: dict[str, StoredArray], holders: dict[tuple[str, Box], list[tuple[int, int]]]
-) -> list[tuple[str, Box, Box]]:
-    """For each array, boxes that tile it, each inside a box that is held: (key, held box, the part of it that is taken).
-
-    All boxes are taken whole unless some overlap (blocks that lie across a cut are held on both sides of it). Then the
-    largest are taken first, and of the others what is left of them.
-    """
-    held: dict[str, list[Box]] = {key: [] for key in arrays}
-    for key, box in holders:
-        held[key].append(box)
-    chosen: list[tuple[str, Box, Box]] = []
-    for key, boxes in held.items():
-        taken = [(box, box) for box in sorted(boxes)]
-        if tiling_fault(arrays[key].shape, boxes) is not None:
-            taken = []
-            for box in sorted(boxes, key=lambda box: (-box.numel, box)):
-                rest = [box]
-                for _, other in taken:
-                    rest = [part for piece in rest for part in piece.without(other)]
-                taken += [(box, part) for part in rest]
-            fault = tiling_fault(arrays[key].shape, [part for _, part in taken])
-            if fault is not None:
-                shown = ", ".join(describe(box) for box in boxes[:8])
-                raise CheckpointError(f"{key}: the boxes that the ranks hold ({shown}) don't make up the array: {fault}")
-        chosen += [(key, box, part) for box, part in taken]
-    return chosen
-
-
-def cut_rows(box: Box, item_bytes: int, limit: int) -> list[Box]:
-    """Cut a box along its first dim that is longer than one, into pieces of at most about `limit` bytes."""
-    dim = next((dim for dim, extent in enumerate(box.shape) if extent > 1), None)
-    if dim is None or box.numel * item_bytes <= limit:
-        return [box]
-    rows = max(1, limit * box.shape[dim] // (box.numel * item_bytes))
-    return [_part(box, dim, at, min(rows, box.shape[dim] - at)) for at in range(0, box.shape[dim], rows)]
+def is_inside(box: Box, outer: Box) -> bool:
+    """Return whether a box lies in another."""
+    return box == outer or box.intersect(outer) == box
 
 
 def panels_for(box: Box, item_bytes: int) -> int:
@@ -233,6 +142,10 @@ class FileLayout:
         return tuple(copy for piece in self.placed for copy in _copies_of(piece))
 
 
+EMPTY = FileLayout(b"", (), 0)
+"""That of a rank without a file."""
+
+
 def _copies_of(piece: PlacedPiece) -> Iterator[Copy]:
     if piece.panels == 1:
         yield Copy(piece.source, piece.dtype, piece.box, 1, piece.start, piece.stop)
@@ -284,16 +197,3 @@ def lay_out(declarations: Sequence[Declaration], pieces: Sequence[Piece]) -> Fil
         for piece, d, start, stop in spans
     )
     return FileLayout(header, placed, len(header) + at)
-
-
-def fill_boxes(arrays: dict[str, StoredArray], layouts: Sequence[FileLayout]) -> dict[str, StoredArray]:
-    """The arrays with their boxes; ranks without a file don't count in the numbering of files."""
-    filled = {key: StoredArray(a.name, a.role, a.dtype, a.shape, a.splits) for key, a in arrays.items()}
-    number = 0
-    for layout in layouts:
-        for placed in layout.placed:
-            filled[placed.key].boxes.append(StoredBox(placed.box, number, placed.start, placed.stop, placed.panels))
-        number += bool(layout.placed)
-    for array in filled.values():
-        array.boxes.sort(key=lambda stored: stored.box)
-    return filled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,12 @@ import numpy as np
 import xxhash
 
 from ..parallel.box import Box
-from .digest import DIGEST_BYTES
+from .digest import DIGEST_BYTES, text_digest
 from .dtypes import RAW
 from .errors import CheckpointError, DamageError
 from .files import Files, RangeReader
-from .manifest import Manifest, StoredArray, StoredBox
+from .index import FileIndex, Locator
+from .manifest import MANIFEST, Manifest, StoredArray, StoredBox
 
 # Most bytes of a file between the first and the last that are read at once; one item's share of it is at most half.
 BATCH_BYTES = 16 * 2**20
@@ -24,6 +25,7 @@ GAP_BYTES = 64 * 2**10
 # Leaves' digests are read and proved for so many blocks at once, and those read last are kept for the next boxes.
 PROOF_BLOCKS = 4
 PROOFS_KEPT = 8
+BLOCKS_KEPT = 64  # files whose blocks' digests are kept
 
 Raw = np.ndarray[Any, np.dtype[Any]]
 
@@ -67,28 +69,24 @@ class Reader:
 
     def __post_init__(self) -> None:
         self._proved: dict[tuple[int, int], bytes] = {}
+        self._blocks: dict[int, list[str]] = {}
+        self._locator = Locator(self.manifest, self.files.label(MANIFEST))
 
     def read(self, wanted: Iterable[tuple[StoredArray, Box]]) -> list[Raw]:
         """The values of each wanted box, as unsigned integers of the element's size.
 
         Raises DamageError naming file and block if any byte read is not what was written.
         """
-        results: list[Raw] = []
-        items: list[ReadItem] = []
-        for array, box in wanted:
-            result = np.empty(box.shape, RAW[array.item_bytes])
-            results.append(result)
-            items += read_items(array, box, result)
+        wanted = list(wanted)
+        results = [np.empty(box.shape, RAW[array.item_bytes]) for array, box in wanted]
+        items = [item for own in self.items(wanted, results) for item in own]
         for item, buffer, base in self.fetch(items):
             place(item, buffer, base)
         return results
 
     def check(self, wanted: Iterable[tuple[StoredArray, Box]]) -> None:
         """Read and check as `read` would, keeping nothing."""
-        items: list[ReadItem] = []
-        for array, box in wanted:
-            items += read_items(array, box, np.empty(0, RAW[array.item_bytes]))
-        for _ in self.fetch(items):
+        for _ in self.fetch([item for own in self.items(list(wanted)) for item in own]):
             pass
 
     def stream(self, wanted: Sequence[tuple[StoredArray, Box]]) -> Iterator[tuple[int, Box, Raw]]:
@@ -98,12 +96,36 @@ class Reader:
         """
         items: list[ReadItem] = []
         numbers: dict[int, int] = {}
-        for number, (array, box) in enumerate(wanted):
-            own = read_items(array, box, np.empty(0, RAW[array.item_bytes]))
+        for number, own in enumerate(self.items(wanted)):
             numbers |= {id(item): number for item in own}
             items += own
         for item, buffer, base in self.fetch(items):
             yield numbers[id(item)], item.part, values_of(item, buffer, base)
+
+    def items(self, wanted: Sequence[tuple[StoredArray, Box]], targets: Sequence[Raw] = ()) -> list[list[ReadItem]]:
+        """List the reads for each wanted box, after reading the indexes of the files that hold them.
+
+        targets: where the values go, if they are to be placed. Raises as `read` does.
+        """
+        self.load_indexes(wanted)
+        return [
+            read_items(array, box, targets[number] if targets else np.empty(0, RAW[array.item_bytes]), self._locator)
+            for number, (array, box) in enumerate(wanted)
+        ]
+
+    def load_indexes(self, wanted: Sequence[tuple[StoredArray, Box]]) -> None:
+        """Read the headers of the files that hold parts of these boxes, unless they have been read."""
+        if self.manifest.version < 4:
+            return
+        headers = {number: np.empty(self.manifest.files[number].header, np.uint8) for number in self._missing_indexes(wanted)}
+        items = [item for number, header in headers.items() for item in header_items(number, header)]
+        wanted_before = self.traffic.wanted
+        for item, buffer, base in self.fetch(items):
+            place(item, buffer, base)
+        self.traffic.wanted = wanted_before  # nobody has asked for a header
+        for number, header in headers.items():
+            label = self.files.label(self.manifest.files[number].name)
+            self._locator.indexes[number] = FileIndex.parse(self.manifest, number, header.tobytes(), label)
 
     def fetch(self, items: list[ReadItem]) -> Iterator[tuple[ReadItem, np.ndarray[Any, np.dtype[np.uint8]], int]]:
         """Each item with a buffer that holds its checked bytes, and the file offset of the buffer's first byte.
@@ -118,8 +140,7 @@ class Reader:
                 number = batch[0].file
                 if opened is None or opened[0] != number:
                     stack.close()  # of thousands of ranks' files one is open at a time
-                    opened = number, stack.enter_context(self.files.reader(self.manifest.files[number].name))
-                    self._check_header(*opened)
+                    opened = number, stack.enter_context(self.open(number))
                 leaf = self.manifest.leaf_bytes
                 base = batch[0].start // leaf * leaf
                 stop = min(-(-max(item.stop for item in batch) // leaf) * leaf, self.manifest.files[number].bytes)
@@ -129,6 +150,24 @@ class Reader:
                 for item in batch:
                     self.traffic.wanted += len(item.run_starts) * item.run_bytes
                     yield item, buffer, base
+
+    def _missing_indexes(self, wanted: Sequence[tuple[StoredArray, Box]]) -> list[int]:
+        return self._locator.files_with(wanted)
+
+    @contextlib.contextmanager
+    def open(self, number: int) -> Generator[RangeReader]:
+        """Open a data file, after a look at its length and, where the manifest lists all boxes, at its header."""
+        file = self.manifest.files[number]
+        if self.manifest.version >= 4 and file.has_digests:
+            for name, expected in ((file.name, file.bytes), (file.leaves, self.manifest.leaves_bytes(file))):
+                size = self.files.size(name)
+                if size != expected:
+                    what = "the file is missing" if size is None else f"the file has {size} bytes, not {expected}"
+                    raise DamageError(self.files.label(name), what)
+        with self.files.reader(file.name) as opened:
+            if self.manifest.version < 4:
+                self._check_header(number, opened)
+            yield opened
 
     def _batches(self, items: list[ReadItem]) -> Iterator[list[ReadItem]]:
         batch: list[ReadItem] = []
@@ -185,7 +224,7 @@ class Reader:
         if (number, proof) not in self._proved:
             file = self.manifest.files[number]
             first = proof * PROOF_BLOCKS
-            blocks = file.blocks[first : first + PROOF_BLOCKS]
+            blocks = self.blocks_of(number)[first : first + PROOF_BLOCKS]
             span = self.manifest.block_bytes // self.manifest.leaf_bytes * DIGEST_BYTES
             whole = -(-file.bytes // self.manifest.leaf_bytes) * DIGEST_BYTES
             data = bytearray(min(len(blocks) * span, whole - first * span))
@@ -201,28 +240,63 @@ class Reader:
             self._proved[number, proof] = bytes(data)
         return self._proved[number, proof]
 
+    def blocks_of(self, number: int) -> list[str]:
+        """The digests of a file's blocks: the manifest's, or those behind the leaves', proved by the manifest's of the file."""
+        file = self.manifest.files[number]
+        if self.manifest.version < 4:
+            return file.blocks
+        if number not in self._blocks:
+            leaves = -(-file.bytes // self.manifest.leaf_bytes) * DIGEST_BYTES
+            data = bytearray(self.manifest.leaves_bytes(file) - leaves)
+            with self.files.reader(file.leaves) as reader:
+                reader.fill(memoryview(data), leaves)
+            self.traffic.read += len(data)
+            if text_digest(bytes(data)) != file.digest:
+                raise DamageError(self.files.label(file.leaves), f"the digests of {file.name} do not match the manifest")
+            while len(self._blocks) >= BLOCKS_KEPT:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[number] = [data[at : at + DIGEST_BYTES].hex() for at in range(0, len(data), DIGEST_BYTES)]
+        return self._blocks[number]
+
+    def boxes(self, array: StoredArray) -> Sequence[StoredBox]:
+        """Return all boxes that an array is stored in. Raises as `read` does."""
+        whole = Box.whole(array.shape)
+        self.load_indexes([(array, whole)])
+        return self._locator.boxes(array, whole)
+
+    def _boxes_in(self, number: int) -> Iterator[tuple[str, StoredBox]]:
+        """Yield the boxes that are known to be in a file, each with the key of its array."""
+        index = self._locator.indexes.get(number)
+        for key, array in self.manifest.arrays.items():
+            if array.tiling < 0:
+                yield from ((key, stored) for stored in array.boxes if stored.file == number)
+            elif index is not None:
+                rank = self.manifest.files[number].rank
+                for part in self.manifest.tilings[array.tiling].written_by(rank, array.item_bytes, array.turn):
+                    yield key, index.find(array, part)
+
     def _damage(self, number: int, offset: int, what: str) -> DamageError:
         file = self.manifest.files[number]
-        keys = sorted(
-            {
-                key
-                for key, array in self.manifest.arrays.items()
-                for s in array.boxes
-                if s.file == number and s.start < offset + self.manifest.leaf_bytes and s.stop > offset
-            }
-        )
+        stop = offset + self.manifest.leaf_bytes
+        keys = sorted({key for key, stored in self._boxes_in(number) if stored.start < stop and stored.stop > offset})
         inside = f" (inside {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})" if keys else ""
         return DamageError(
             self.files.label(file.name), f"{what}, at byte {offset}{inside}", block=offset // self.manifest.block_bytes
         )
 
 
-def read_items(array: StoredArray, box: Box, target: Raw) -> list[ReadItem]:
+def header_items(number: int, target: Raw) -> Iterator[ReadItem]:
+    """List the reads of a file's header, as of an array of bytes."""
+    box = Box((0,), target.shape)
+    yield from _split(StoredArray("header", "", "U8", target.shape), StoredBox(box, number, 0, len(target)), box, target, (0,))
+
+
+def read_items(array: StoredArray, box: Box, target: Raw, locator: Locator) -> list[ReadItem]:
     """List the reads for one box of one array. Raises CheckpointError if the array doesn't contain the box."""
     items: list[ReadItem] = []
     if len(box.shape) != len(array.shape) or any(end > size for end, size in zip(box.ends, array.shape, strict=True)):
         raise CheckpointError(f"{array.key}: {box} is outside of the stored shape {list(array.shape)}")
-    for whole in array.boxes:
+    for whole in locator.boxes(array, box):
         if box.shape and whole.box.intersect(box) is None:
             continue
         for stored in whole.parts():

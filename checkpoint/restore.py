@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from ..parallel.fragment import Fragment
@@ -21,7 +22,7 @@ from .convert.hugging_face.reading import check_head, fill
 from .dtypes import as_tensor, name_of
 from .errors import CheckpointError, DamageError
 from .files import Files, hugging_face_folder, is_remote, open_files
-from .folder import StepListing, list_steps, load_manifest, open_step, step_of
+from .folder import StepListing, list_steps, load_manifest, open_manifest, open_step, read_manifest_text, step_of
 from .identity import RunIdentity
 from .manifest import MANIFEST, Manifest, StoredArray
 from .memory.tier import Recovery, find_recovery, manifest_of, open_recovery
@@ -92,16 +93,25 @@ def restore(
     began = time.perf_counter()
     mine = list(fragments)
     talk = control.begin("restore", timeout)
+    try:
+        return _restore(location, mine, talk, strict, group, began)
+    finally:
+        talk.leave()
+
+
+def _restore(
+    location: str | Path, mine: list[Fragment], talk: Round, strict: bool, group: ProcessGroup | None, began: float
+) -> RestoreReport:
     skipped: list[str] = []
-    for attempt, candidate in enumerate(_candidates(location, talk)):
+    for candidate in _candidates(location, talk):
         prepared = match = None
         try:
-            step = _open(candidate, location, talk, attempt)
+            step = _open(candidate, location, talk, group)
             match = _match(step, mine, strict)
-            if group is None or _all_matched(talk, attempt, True):
+            if group is None or _all_matched(talk, True):
                 prepared, answer = _read(match, group)
             else:
-                answer = {"used": [], "stored": []}
+                answer = {"unused": []}  # another rank says why
         except DamageError as error:
             answer = {"damaged": [error.file, error.what, error.block]}
         except CheckpointError as error:
@@ -110,8 +120,8 @@ def restore(
             talk.abort(f"restoring from {location} failed: {type(error).__name__}: {error}")
             raise
         if group is not None and match is None:
-            _all_matched(talk, attempt, False)
-        verdict = _agree(talk, attempt, answer, strict)
+            _all_matched(talk, False)
+        verdict = _agree(talk, answer, strict)
         if "refused" in verdict:
             raise CheckpointError(verdict["refused"])
         if "damaged" not in verdict:
@@ -180,7 +190,7 @@ def _candidates(location: str | Path, talk: Round) -> list[str]:
     """
     if talk.control.rank == 0:
         try:
-            talk.broadcast("candidates", json.dumps(_found_in(location)).encode())
+            talk.broadcast(json.dumps(_found_in(location)).encode())
         except BaseException as error:
             talk.abort(f"looking for checkpoints in {location} failed: {type(error).__name__}: {error}")
             raise
@@ -222,19 +232,42 @@ class _Opened:
     foreign: HuggingFaceFolder | None = None
 
 
-def _open(candidate: str, location: str | Path, talk: Round, attempt: int) -> _Opened:
-    if candidate.startswith(_IN_MEMORY):
-        files: Files = open_recovery(candidate.removeprefix(_IN_MEMORY), Path(location), talk, attempt)
-        return _Opened(files, open_step(files))
+def _open(candidate: str, location: str | Path, talk: Round, group: ProcessGroup | None) -> _Opened:
+    """Open a step, whose coverage is proved. The lengths of files are for those that read them. Raises CheckpointError.
+
+    With a group one rank reads the manifest and passes it to the others.
+    """
     path = hugging_face_folder(candidate)
-    if path is None:
-        files = open_files(candidate)
-        return _Opened(files, open_step(files))
-    folder = open_folder(path)
-    if talk.control.rank == 0:
-        check_head(folder)
-        folder.warn_of_left_out()
-    return _Opened(folder.files, folder.manifest, folder)
+    if path is not None:
+        folder = open_folder(path)
+        if talk.control.rank == 0:
+            check_head(folder)
+            folder.warn_of_left_out()
+        return _Opened(folder.files, folder.manifest, folder)
+    files: Files | None = None
+    fault: CheckpointError | None = None
+    try:
+        if candidate.startswith(_IN_MEMORY):
+            files = open_recovery(candidate.removeprefix(_IN_MEMORY), Path(location), talk)
+        else:
+            files = open_files(candidate)
+    except CheckpointError as error:
+        fault = error
+    text = None if group is None else _share_manifest(files, group)
+    if files is None:
+        assert fault is not None
+        raise fault
+    return _Opened(files, open_manifest(files, text))
+
+
+def _share_manifest(files: Files | None, group: ProcessGroup) -> bytes | None:
+    """The manifest's text, as the group's first rank reads it; None where it can't, so that all look for themselves."""
+    held: list[Any] = [None]
+    if group.rank() == 0 and files is not None:
+        with contextlib.suppress(DamageError):
+            held = [read_manifest_text(files)]
+    dist.broadcast_object_list(held, dist.get_global_rank(group, 0), group)
+    return held[0]
 
 
 @dataclass
@@ -283,17 +316,13 @@ def _read(match: _Match, group: ProcessGroup | None) -> tuple[_Prepared, dict[st
         values = [(fragment.tensor, as_tensor(raw, array.dtype)) for (fragment, array), raw in zip(wanted, arrays, strict=True)]
         traffic = reader.traffic
     report.bytes_wanted, report.bytes_read = traffic.wanted, traffic.read
-    used = sorted({array.key for _, array in wanted})
-    told = {"used": used, "stored": sorted(step.manifest.arrays), "source": step.files.label()}
-    return _Prepared(report, values), told
+    unused = sorted(step.manifest.arrays.keys() - {array.key for _, array in wanted})
+    return _Prepared(report, values), {"unused": unused, "source": step.files.label()}
 
 
-def _all_matched(talk: Round, attempt: int, mine: bool) -> bool:
+def _all_matched(talk: Round, mine: bool) -> bool:
     """Agree whether every rank has come as far as reading, which they then do together."""
-    talk.send(f"matched/{attempt}", b"1" if mine else b"0")
-    if talk.control.rank == 0:
-        talk.broadcast(f"all-matched/{attempt}", b"1" if all(a == b"1" for a in talk.gather(f"matched/{attempt}")) else b"0")
-    return talk.receive(f"all-matched/{attempt}") == b"1"
+    return talk.agree("matched", b"1" if mine else b"0", min, lambda least: least) == b"1"
 
 
 def _refuse_misfits(files: Files, manifest: Manifest, fragments: Sequence[Fragment], report: RestoreReport) -> None:
@@ -306,24 +335,33 @@ def _refuse_misfits(files: Files, manifest: Manifest, fragments: Sequence[Fragme
         raise CheckpointError(f"{files.label()} does not fit this run: {_some(wrong)}. {fix}")
 
 
-def _agree(talk: Round, attempt: int, answer: dict[str, Any], strict: bool) -> dict[str, Any]:
-    """One verdict for all ranks: {"unused": …} to go on, {"damaged": …} to try an older step, {"refused": …} to stop."""
-    rank_0 = talk.control.rank == 0
-    stored: list[str] = answer.pop("stored", [])
-    talk.send(f"prepared/{attempt}", json.dumps(answer).encode())
-    if rank_0:
-        answers: list[dict[str, Any]] = [json.loads(text) for text in talk.gather(f"prepared/{attempt}")]
-        unused = sorted(set(stored).difference(*(given.get("used", ()) for given in answers)))
-        verdict: dict[str, Any] = {"unused": unused}
-        if strict and unused:
-            where = answer.get("source")
-            weights = any(key.startswith("weight/") for key in unused)
+def _agree(talk: Round, answer: dict[str, Any], strict: bool) -> dict[str, Any]:
+    """One verdict for all ranks: {"unused": …} to go on, {"damaged": …} to try an older step, {"refused": …} to stop.
+
+    A rank says which of the stored arrays it has no use for, which mostly are the same few, or none, on many ranks.
+    """
+
+    def decide(joined: bytes) -> bytes:
+        verdict: dict[str, Any] = json.loads(joined)
+        if strict and verdict.get("unused"):
+            weights = any(key.startswith("weight/") for key in verdict["unused"])
             fix = "Choose the model whose weights they are" if weights else "With checkpoint.strict=false they are left out"
-            verdict = {"refused": f"{where} holds arrays that this run does not have: {_some(unused)}. {fix}"}
-        for kind in ("damaged", "refused"):
-            verdict = next(({kind: given[kind]} for given in answers if kind in given), verdict)
-        talk.broadcast(f"verdict/{attempt}", json.dumps(verdict).encode())
-    return json.loads(talk.receive(f"verdict/{attempt}"))
+            what = f"holds arrays that this run does not have: {_some(verdict['unused'])}"
+            verdict = {"refused": f"{verdict['source']} {what}. {fix}"}
+        return json.dumps(verdict).encode()
+
+    return json.loads(talk.agree("prepared", json.dumps(answer).encode(), _join_answers, decide))
+
+
+def _join_answers(messages: Sequence[bytes]) -> bytes:
+    """Join the answers of several ranks: a refusal counts most, then damage; otherwise what none of them has used."""
+    answers: list[dict[str, Any]] = [json.loads(message) for message in messages]
+    for kind in ("refused", "damaged"):
+        found = next((answer for answer in answers if kind in answer), None)
+        if found is not None:
+            return json.dumps(found).encode()
+    unused = set(answers[0]["unused"]).intersection(*(answer["unused"] for answer in answers[1:]))
+    return json.dumps({**answers[0], "unused": sorted(unused)}).encode()
 
 
 def _some(items: list[str]) -> str:

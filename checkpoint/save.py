@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -17,18 +18,20 @@ from typing import Any
 import torch
 
 from ..parallel.fragment import Fragment
-from .commit import NO_ROOM, file_names, new_token
+from .commit import NO_ROOM, new_token
 from .control import Round
 from .errors import CheckpointError
 from .faults import reach
+from .file_report import FileReport, failure, failure_in, join_reports
 from .identity import RunIdentity
-from .manifest import Manifest, StoredArray, StoredFile
-from .plan import FileLayout
+from .manifest import Manifest, StoredArray, data_file_names
+from .plan import EMPTY, FileLayout
 from .planner import DISK_BUSY, FREE, NO_MEMORY
 from .report import SaveReport
 from .save_context import SaveContext
 from .snapshot import Snapshot
 from .staging import StagingBuffer
+from .tiling import Tiling
 from .writing.writer import Request
 
 log = logging.getLogger(__name__)
@@ -67,12 +70,12 @@ class EarlierSaves:
 class Save:
     """A save under way. `run` does it all, in a thread of its own or in the caller's; saves go through each stage in order.
 
-    1. vote      every rank says whether its fragments are those of the plan in force, and whether it has memory
-    2. decision  the coordinator (rank 0) says: skip, go on with the plan, or here is a new one; to the disk, into memory
+    1. vote      every rank says what it holds, if that has changed, and whether it has memory
+    2. decision  the coordinator (rank 0) says: skip, go on with the plan, or derive a new one; to the disk, into memory
     3. stage     copy into the staging buffer — the only part during which the tensors must not change
     4. keep      (into memory) give the staging buffer to the keeper; complete when every rank's keeper has it and its parity
     5. write     (to the disk) the rank's file and its digests, durable; it follows the copy
-    6. report    every rank's digests to the coordinator, which commits what the plan has proved, and announces the verdict
+    6. report    every file's digest to the coordinator, which commits what the plan has proved, and announces the verdict
 
     Any rank's error or silence ends the round for all of them; the coordinator deletes what there is.
     """
@@ -110,8 +113,8 @@ class Save:
         self._buffer: StagingBuffer | None = None
         self._writing = False
         self._token = ""
-        self._layouts: list[FileLayout] = []  # of all ranks, and the arrays: this save's, whatever later saves plan
-        self._arrays: dict[str, StoredArray] = {}
+        self._arrays: dict[str, StoredArray] = {}  # of all ranks: this save's, whatever later saves plan
+        self._tilings: list[Tiling] = []
         self._arrays_text = ""
         self._identity: RunIdentity | None = None
         self._commit = 0
@@ -152,6 +155,7 @@ class Save:
         start = time.perf_counter()
         report = self.report
         try:
+            context.planned.wait()
             if self.after.any is not None:
                 self.after.any._staged.wait()
             if context.device is not None:
@@ -196,32 +200,36 @@ class Save:
 
     def _run(self, context: SaveContext) -> None:
         report, talk = self.report, self.talk
-        decision = self._agree(context)
+        decision, description = self._agree(context)
+        talk.control.forget(decision["left"])
         if "skip" in decision:
             report.outcome, report.reason = "skipped", decision["skip"]
             return
         self._token = decision["token"]
-        if decision["new"]:
-            context.planner.adopt(talk)
+        if description:
+            context.planner.adopt(description, talk.control.rank)
         self.disk, report.reason = decision["disk"], decision["reason"]
-        if decision["unkept"]:
-            self.memory = False
-            self._not_kept(decision["unkept"])
+        layout = context.planner.layout  # this save's, whatever later saves plan
+        if self.memory:
+            assert context.memory is not None and context.predecessors is not None
+            unkept = context.memory.arrange(talk, layout.bytes, context.predecessors)
+            if unkept:
+                self.memory = False
+                self._not_kept(unkept)
         if not self.disk and not self.memory:
             return
-        layout = context.planner.layout  # this save's, whatever later saves plan
         request = self._stage(context, layout)
         self._confirmed.wait()
         if self._doubt:
             raise CheckpointError(self._doubt)
         if self.memory:
-            self._keep(context, layout, json.loads(talk.receive(f"place/{talk.control.rank}")))
+            self._keep(context, layout)
         self._kept.set()
         if self.disk:
-            self._write(context, request)
+            self._write(context, request, layout)
 
-    def _agree(self, context: SaveContext) -> dict[str, Any]:
-        """Stages 1 and 2. Returns the decision: {"skip": why}, or what to do."""
+    def _agree(self, context: SaveContext) -> tuple[dict[str, Any], bytes]:
+        """Stages 1 and 2. Returns the decision ({"skip": why}, or what to do) and, for a new plan, the state of all ranks."""
         planner, talk = context.planner, self.talk
         size = planner.layout.bytes
         reach("vote.before")
@@ -231,41 +239,36 @@ class Save:
                 note = DISK_BUSY
             if size > 0 and not context.pool.has_room(size):
                 note = NO_MEMORY
-        if context.memory is not None and self.memory:
-            context.memory.introduce(talk)
-        planner.vote(talk, self.snapshot.fragments, note)
+        ballot = planner.vote(talk, self.snapshot.fragments, note)
         if talk.control.rank == 0:
-            talk.broadcast("decision", json.dumps(self._decide(context)).encode())
-        return json.loads(talk.receive("decision"))
+            decision, description = self._decide(context, ballot)
+            talk.broadcast(json.dumps({**decision, "left": ballot["left"]}).encode() + b"\n" + description)
+        line, _, description = talk.receive("decision").partition(b"\n")
+        return json.loads(line), description
 
-    def _decide(self, context: SaveContext) -> dict[str, Any]:
-        planner = context.planner
-        notes, new = planner.decide(self.talk)
-        disk, reason, unkept = self.disk, "", ""
+    def _decide(self, context: SaveContext, ballot: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        planner, obstacles = context.planner, ballot["obstacles"]
+        description = planner.decide(ballot) or b""
+        disk, reason = self.disk, ""
         taken = f"{context.pool.bytes / 2**30:.2f} GiB of snapshots in use on rank 0"
-        if NO_MEMORY in notes:
+        if NO_MEMORY in obstacles:
             slow = "disk or the keepers are" if self.memory else "disk is"
-            return {"skip": f"the {slow} slower than the schedule: rank {notes.index(NO_MEMORY)} has no memory free, {taken}"}
-        if DISK_BUSY in notes:
-            reason = f"the disk is slower than the schedule: rank {notes.index(DISK_BUSY)} is still at an earlier save, {taken}"
+            why = f"the {slow} slower than the schedule: rank {obstacles[NO_MEMORY]} has no memory free, {taken}"
+            return {"skip": why}, b""
+        if DISK_BUSY in obstacles:
+            reason = f"the disk is slower than the schedule: rank {obstacles[DISK_BUSY]} is still at an earlier save, {taken}"
             disk = False
-        self._layouts, self._arrays, self._arrays_text = planner.layouts, planner.arrays, planner.arrays_text
+        self._arrays, self._tilings, self._arrays_text = planner.arrays, planner.tilings, planner.arrays_text
         self._identity, self._commit = context.target.run, context.target.next_commit()  # in memory and on the disk the same
         token = new_token()
         if disk:
-            self._make_room(context)
+            self._make_room(context, planner.bytes)
             context.target.begin(self.step, token)
         self._token = token
         if context.predecessors is not None and context.memory is None:
             context.predecessors.find(set())
-        if context.memory is not None and self.memory:
-            assert context.predecessors is not None
-            sizes = [layout.bytes for layout in self._layouts]
-            places, unkept = context.memory.arrange(self.talk, sizes, context.predecessors)
-            for rank, place in enumerate(places):
-                self.talk.broadcast(f"place/{rank}", json.dumps(place).encode())
         reach("decision.before")
-        return {"token": token, "new": new, "disk": disk, "reason": reason, "unkept": unkept}
+        return {"token": token, "disk": disk, "reason": reason}, description
 
     def _stage(self, context: SaveContext, layout: FileLayout) -> Request | None:
         """Stage 3. The writer, if it is free, begins at once and follows the copy; returns its request."""
@@ -276,7 +279,7 @@ class Save:
         buffer.watermark.set(0)
         request = None
         if self.disk and layout.bytes:
-            name, leaves = context.target.data_names(self.talk.control.rank, self._token)
+            name, leaves = data_file_names(self.talk.control.rank, context.target.suffix(self._token))
             request = Request(buffer, layout.bytes, context.target.place(self.step, self._token), name, leaves)
         follow = request is not None and self._writer_is_free()
         if follow and request is not None:
@@ -296,7 +299,7 @@ class Save:
     def _writer_is_free(self) -> bool:
         return all(earlier._written.is_set() for earlier in self.after.to_disk())
 
-    def _keep(self, context: SaveContext, layout: FileLayout, place: dict[str, Any]) -> None:
+    def _keep(self, context: SaveContext, layout: FileLayout) -> None:
         """Stage 4. A failure here is reported and costs nothing but this version."""
         assert context.memory is not None and self._buffer is not None
         talk = self.talk
@@ -304,24 +307,17 @@ class Save:
         for earlier in self.after.into_memory():
             earlier._kept.wait()
         try:
-            blocks = context.memory.hold(self._buffer, layout.bytes, self._token, self.step, place)
-            name, leaves = file_names(talk.control.rank)
-            message: dict[str, Any] = {"name": name, "bytes": layout.bytes, "leaves": leaves, "blocks": blocks}
+            digest = context.memory.hold(self._buffer, layout.bytes, self._token, self.step)
+            message = FileReport.of(talk.control.rank, layout, digest)
         except CheckpointError as error:
-            message = {"error": str(error)}
+            message = failure(str(error))
         reach("keep.posted.before")
-        talk.send("kept", json.dumps(message).encode())
-        if talk.control.rank == 0:
-            messages: list[dict[str, Any]] = [json.loads(text) for text in talk.gather("kept")]
-            fault = next((m["error"] for m in messages if "error" in m), None)
-            text = b"" if fault else zlib.compress(self._manifest(messages).encode(self._arrays_text), 1)
-            talk.broadcast("kept-verdict", json.dumps({"error": fault}).encode() + b"\n" + text)
-        verdict, _, manifest = talk.receive("kept-verdict").partition(b"\n")
+        verdict = talk.agree("kept", message, join_reports, functools.partial(self._judge_kept, context))
         fault = json.loads(verdict)["error"]
         if fault is None:
             reach("keep.complete.before")
             try:
-                context.memory.complete(self._buffer, self._token, manifest)
+                context.memory.complete(self._buffer, self._token, talk)
             except CheckpointError as error:  # the others keep it, with what makes this rank's part again
                 fault = str(error)
             reach("keep.complete.after")
@@ -333,32 +329,47 @@ class Save:
                 context.memory.drop(self._token)
         self.report.keeping_seconds = time.perf_counter() - start
 
+    def _judge_kept(self, context: SaveContext, reports: bytes) -> bytes:
+        """The coordinator's verdict on a version in memory; those that keep its manifest find it left for them."""
+        fault = failure_in(reports)
+        if fault is None:
+            assert context.memory is not None
+            manifest = self._manifest(FileReport.read_all(reports), "")
+            context.memory.leave_manifest(self.talk, zlib.compress(manifest.encode(self._arrays_text), 1))
+        return json.dumps({"error": fault}).encode()
+
     def _not_kept(self, fault: str) -> None:
         log.warning("step %d is not kept in memory: %s", self.step, fault)
         self.report.reason = f"not kept in memory: {fault}"
         self.report.outcome = "unkept"  # and, if it goes to the disk, what comes of that
 
-    def _write(self, context: SaveContext, request: Request | None) -> None:
+    def _commit_all(self, context: SaveContext, reports: bytes) -> bytes:
+        """The coordinator's part, once all files are written."""
+        manifest = self._manifest(FileReport.read_all(reports), context.target.suffix(self._token))
+        context.target.commit(manifest, manifest.encode(self._arrays_text), self._token)
+        return json.dumps({"bytes": manifest.bytes}).encode()
+
+    def _write(self, context: SaveContext, request: Request | None, layout: FileLayout) -> None:
         """Stages 5 and 6."""
         report, talk = self.report, self.talk
-        message: dict[str, Any] = {}
+        message = FileReport.of(talk.control.rank, EMPTY, "")
         if request is not None:
             written = context.writer.end(context.config.timeout)
             self._writing = False
             report.hashing_seconds, report.writing_seconds = written.hashing, written.writing
             report.bytes, report.direct = written.bytes, written.direct
-            message = {"name": request.name, "bytes": written.bytes, "leaves": request.leaves, "blocks": written.blocks}
+            if written.bytes != layout.bytes:
+                raise CheckpointError(
+                    f"rank {talk.control.rank} wrote {written.bytes} bytes, the plan has {layout.bytes} for it"
+                )
+            message = FileReport.of(talk.control.rank, layout, written.digest)
         for earlier in self.after.to_disk():
             earlier._ended.wait()
         self._written.set()
         written_at = time.perf_counter()
         reach("report.before")
-        talk.send("report", json.dumps(message).encode())
-        if talk.control.rank == 0:
-            manifest = self._manifest([json.loads(text) for text in talk.gather("report")])
-            context.target.commit(manifest, manifest.encode(self._arrays_text), self._token)
-            talk.broadcast("verdict", json.dumps({"bytes": manifest.bytes}).encode())
-        report.total_bytes = json.loads(talk.receive("verdict"))["bytes"]
+        verdict = talk.agree("report", message, join_reports, functools.partial(self._commit_all, context))
+        report.total_bytes = json.loads(verdict)["bytes"]
         report.commit_seconds = time.perf_counter() - written_at
         report.outcome = "committed"
 
@@ -366,21 +377,22 @@ class Save:
         self.snapshot.release()
         self._staged.set()
 
-    def _manifest(self, messages: list[dict[str, Any]]) -> Manifest:
-        """The coordinator's part: what the ranks say they wrote must be what the plan says."""
-        files: list[StoredFile] = []
-        for rank, (message, layout) in enumerate(zip(messages, self._layouts, strict=True)):
-            if message.get("bytes", 0) != layout.bytes:
-                raise CheckpointError(f"rank {rank} wrote {message.get('bytes', 0)} bytes, the plan has {layout.bytes} for it")
-            if layout.bytes:
-                files.append(StoredFile(message["name"], message["bytes"], message["leaves"], message["blocks"]))
-        return Manifest(self.step, len(messages), self.state, files, self._arrays, run=self._identity, commit=self._commit)
+    def _manifest(self, reports: list[FileReport], suffix: str) -> Manifest:
+        """The coordinator's part: what the ranks say they wrote must be as much as there is."""
+        files = [report.file(suffix) for report in reports]
+        written, whole = sum(f.bytes - f.header for f in files), sum(array.bytes for array in self._arrays.values())
+        if written != whole:
+            raise CheckpointError(f"the ranks wrote {written} bytes, and the arrays have {whole}")
+        world, run, commit = self.talk.control.world_size, self._identity, self._commit
+        return Manifest(
+            self.step, world, self.state, files, self._arrays, run=run, commit=commit, suffix=suffix, tilings=self._tilings
+        )
 
-    def _make_room(self, context: SaveContext) -> None:
+    def _make_room(self, context: SaveContext, size: int) -> None:
         """Delete old steps first where the disk has no room; the save finds out for itself what could not be made."""
         try:
             with context.tidying:
-                context.target.make_room(self.step, sum(layout.bytes for layout in self._layouts), context.config.keep)
+                context.target.make_room(self.step, size, context.config.keep)
         except OSError as error:
             log.warning("no room could be made for step %d: %s", self.step, error)
 
@@ -410,6 +422,8 @@ class Save:
             with contextlib.suppress(Exception):  # whatever it was: this save has failed already
                 context.writer.end(context.config.timeout)
         context.planner.forget()
+        if context.memory is not None:
+            context.memory.forget()
         if self.talk.control.rank == 0 and self._token:
             try:
                 context.target.discard(self.step, self._token)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from .commit import Target
 from .config import CheckpointConfig
-from .control import Round
 from .device import Device
 from .memory.tier import MemoryTier, Predecessors
 from .planner import Planner
@@ -17,7 +16,10 @@ from .writing.writer import Writer
 
 @dataclass
 class SaveContext:
-    """The target of saves, what they are made with, and the rounds of messages that are not forgotten yet."""
+    """The target of saves, and what they are made with.
+
+    planned  set unless a plan is being made before the first save
+    """
 
     target: Target
     pool: StagingPool
@@ -27,5 +29,5 @@ class SaveContext:
     predecessors: Predecessors | None
     config: CheckpointConfig
     device: Device | None = None
-    rounds: list[Round] = field(default_factory=list[Round])
+    planned: threading.Event = field(default_factory=threading.Event)
     tidying: threading.Lock = field(default_factory=threading.Lock)  # one save's thread at a time

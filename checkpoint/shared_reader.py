@@ -10,17 +10,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..parallel.box import Box
 from .errors import DamageError
 from .files import Files, RangeReader
-from .manifest import Manifest
-from .reader import BATCH_BYTES, Reader, ReadItem, needed_leaves
+from .manifest import Manifest, StoredArray
+from .reader import BATCH_BYTES, Raw, Reader, ReadItem, needed_leaves
 
 WINDOW_BYTES = 4 * BATCH_BYTES
 Leaves = np.ndarray[Any, np.dtype[np.bool_]]
@@ -35,22 +36,34 @@ class SharedReader(Reader):
         self.group = group
         self._fault: DamageError | None = None
 
+    def items(self, wanted: Sequence[tuple[StoredArray, Box]], targets: Sequence[Raw] = ()) -> list[list[ReadItem]]:
+        """See Reader. A rank that meets damage in an index needs nothing more, and raises once it has served the others."""
+        try:
+            return super().items(wanted, targets)
+        except DamageError as error:
+            self._fault = self._fault or error
+            return [[] for _ in wanted]
+
+    def _missing_indexes(self, wanted: Sequence[tuple[StoredArray, Box]]) -> list[int]:
+        try:
+            return super()._missing_indexes(wanted)
+        except DamageError as error:  # of the manifest: the others read the indexes all the same
+            self._fault = self._fault or error
+            return []
+
     def fetch(self, items: list[ReadItem]) -> Iterator[tuple[ReadItem, Bytes, int]]:
         """See Reader. A rank that meets damage goes on serving the others, which learn of it, and raises at the end."""
         items = sorted(items, key=lambda item: (item.file, item.stop))
         everyone: list[Any] = [None] * self.group.size()
         dist.all_gather_object(everyone, self._needs(items), group=self.group)
         at = 0
-        for number in sorted({number for needs in everyone for number in needs}):
+        me = self.group.rank()
+        for number in sorted(everyone[me]):
             size = self.manifest.files[number].bytes
             count = -(-size // self.manifest.leaf_bytes)
             needs = [unpacked(n[number], count) if number in n else None for n in everyone]
-            me = self.group.rank()
-            if needs[me] is None:
-                continue
             with contextlib.ExitStack() as stack:
-                reader = self._open(stack, self.manifest.files[number].name)
-                self._try(self._check_header, number, reader)
+                reader = self._open(stack, number)
                 # The tail before the window keeps what items that end in it began with.
                 buffer = np.empty(min(BATCH_BYTES + WINDOW_BYTES, size + BATCH_BYTES), np.uint8)
                 for start in range(0, size, WINDOW_BYTES):
@@ -107,10 +120,10 @@ class SharedReader(Reader):
                 )
             _scatter(window, take, leaf, stop - start, data[:-1])
 
-    def _open(self, stack: contextlib.ExitStack, name: str) -> RangeReader:
+    def _open(self, stack: contextlib.ExitStack, number: int) -> RangeReader:
         """A file, or what raises when it is read: the others wait for this rank's part all the same."""
         try:
-            return stack.enter_context(self.files.reader(name))
+            return stack.enter_context(self.open(number))
         except DamageError as error:
             return _Unreadable(error)
 

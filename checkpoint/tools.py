@@ -9,11 +9,13 @@ from pathlib import Path
 
 from ..parallel.box import Box
 from .commit import open_target
-from .digest import block_digests, leaf_digests
+from .digest import block_digests, leaf_digests, text_digest
 from .errors import CheckpointError, DamageError
 from .files import Files, open_files
 from .folder import length_faults, load_manifest, open_manifest, step_folders, steps_newest_first
+from .index import FileIndex, entry_name
 from .manifest import MANIFEST, Manifest, entry_shape
+from .reader import Reader
 from .takeover import SAVES
 
 
@@ -24,48 +26,75 @@ def verify(files: Files) -> Iterator[DamageError | int]:
     except DamageError as error:
         yield error
         return
-    leaf, span = manifest.leaf_bytes, manifest.block_bytes
-    for file in manifest.files:
-        faults = {fault.file: fault for fault in length_faults(files, manifest, file)}
+    sizes, reader = files.sizes(), Reader(files, manifest)
+    for number, file in enumerate(manifest.files):
+        faults = {fault.file: fault for fault in length_faults(files, manifest, file, sizes)}
         yield from faults.values()
         if files.label(file.name) in faults:
             continue
         try:
             good = True
-            buffer = bytearray(manifest.block_bytes)
-            with files.reader(file.name) as reader:
-                for block, at in enumerate(range(0, file.bytes, manifest.block_bytes)):
-                    view = memoryview(buffer)[: min(manifest.block_bytes, file.bytes - at)]
-                    reader.fill(view, at)
-                    if block_digests(leaf_digests(view, leaf), leaf, span) == [file.blocks[block]]:
-                        yield len(view)
-                    else:
-                        good = False
-                        yield DamageError(files.label(file.name), "its bytes do not match the manifest", block)
-            if files.label(file.leaves) not in faults and block_digests(files.read(file.leaves), leaf, span) != file.blocks:
-                yield DamageError(files.label(file.leaves), f"it does not hold the digests of {file.name}")
+            for found in _verify_blocks(files, manifest, reader, number, files.label(file.leaves) not in faults):
+                good = good and isinstance(found, int)
+                yield found
             if good:
-                yield from _verify_header(files, manifest, file.name)
+                yield from _verify_header(files, manifest, number)
         except DamageError as error:  # a disk that can't read it, or a file that is gone by now
             yield error
 
 
-def _verify_header(files: Files, manifest: Manifest, name: str) -> Iterator[DamageError]:
-    """The safetensors header must say of every box what the manifest says."""
-    number = next(index for index, file in enumerate(manifest.files) if file.name == name)
-    with files.reader(name) as reader:
+def _verify_blocks(files: Files, manifest: Manifest, reader: Reader, number: int, proved: bool) -> Iterator[DamageError | int]:
+    """Read a data file. proved: its digests are there; otherwise the file is good or bad as a whole."""
+    file, leaf, span = manifest.files[number], manifest.leaf_bytes, manifest.block_bytes
+    listed: list[str] = file.blocks
+    if proved:
+        try:
+            listed = reader.blocks_of(number)
+        except DamageError as error:
+            yield error
+    leaves: list[bytes] = []
+    lengths: list[int] = []
+    buffer = bytearray(span)
+    with files.reader(file.name) as opened:
+        for block, at in enumerate(range(0, file.bytes, span)):
+            view = memoryview(buffer)[: min(span, file.bytes - at)]
+            opened.fill(view, at)
+            leaves.append(leaf_digests(view, leaf))
+            lengths.append(len(view))
+            if listed and block_digests(leaves[-1], leaf, span) != [listed[block]]:
+                yield DamageError(files.label(file.name), "its bytes do not match the manifest", block)
+            elif listed:
+                yield len(view)
+    whole = b"".join(leaves)
+    if not listed and manifest.version >= 4:
+        blocks = bytes.fromhex("".join(block_digests(whole, leaf, span)))
+        if text_digest(blocks) != file.digest:
+            yield DamageError(files.label(file.name), "its bytes do not match the manifest")
+        else:
+            yield from lengths
+    elif proved and block_digests(files.read(file.leaves)[: len(whole)], leaf, span) != listed:
+        yield DamageError(files.label(file.leaves), f"it does not hold the digests of {file.name}")
+
+
+def _verify_header(files: Files, manifest: Manifest, number: int) -> Iterator[DamageError]:
+    """The safetensors header must say of every box what the manifest says, and of no other."""
+    file = manifest.files[number]
+    with files.reader(file.name) as reader:
         length = bytearray(8)
         reader.fill(memoryview(length), 0)
         size = int.from_bytes(length, "little")
-        if size > manifest.files[number].bytes - 8:
-            yield DamageError(files.label(name), f"its header claims {size} bytes")
+        if size > file.bytes - 8:
+            yield DamageError(files.label(file.name), f"its header claims {size} bytes")
             return
         text = bytearray(size)
         reader.fill(memoryview(text), 8)
     said = json.loads(text)
     said.pop("__metadata__", None)
+    if manifest.version >= 4:
+        yield from _compare_with_tilings(files, manifest, number, bytes(length + text), len(said))
+        return
     expected = {
-        f"{key}@{','.join(map(str, stored.box.offsets))}": {
+        entry_name(key, stored.box): {
             "dtype": array.dtype,
             "shape": list(entry_shape(stored.box, stored.panels)),
             "data_offsets": [stored.start - 8 - size, stored.stop - 8 - size],
@@ -75,7 +104,23 @@ def _verify_header(files: Files, manifest: Manifest, name: str) -> Iterator[Dama
         if stored.file == number
     }
     if said != expected:
-        yield DamageError(files.label(name), "its header and the manifest disagree")
+        yield DamageError(files.label(file.name), "its header and the manifest disagree")
+
+
+def _compare_with_tilings(files: Files, manifest: Manifest, number: int, header: bytes, count: int) -> Iterator[DamageError]:
+    """Check that a file holds the parts that its rank wrote, one after the other, and nothing else."""
+    file = manifest.files[number]
+    label = files.label(file.name)
+    index = FileIndex.parse(manifest, number, header, label)
+    found = sorted(
+        (stored.start, stored.stop)
+        for array in manifest.arrays.values()
+        for part in manifest.tilings[array.tiling].written_by(file.rank, array.item_bytes, array.turn)
+        for stored in [index.find(array, part)]
+    )
+    edges = [file.header, *(stop for _, stop in found)]
+    if len(found) != count or [*(start for start, _ in found), file.bytes] != edges:
+        yield DamageError(label, "its header and the manifest disagree")
 
 
 def prune(location: str | Path, keep: int) -> list[str]:

@@ -1,14 +1,16 @@
-"""Read a Meshloom checkpoint with `numpy` and `safetensors` alone: a second reader of docs/checkpoint.md, formats 1 to 3.
+"""Read a Meshloom checkpoint with `numpy` and `safetensors` alone: a second reader of docs/checkpoint.md, formats 1 to 4.
 
     python read_checkpoint.py step-00000200                       # what is in it
     python read_checkpoint.py step-00000200 weight/norm.weight    # one array, put together from its boxes
     from read_checkpoint import Checkpoint; Checkpoint("step-00000200")["weight/norm.weight"]
 
-It checks that the manifest is complete, that files are there with their lengths, and that the safetensors headers say what
-the manifest says. It does not check digests (that takes `xxhash`): `meshloom checkpoint verify` does.
+It checks that the manifest is complete, that files are there with their lengths, and that the safetensors headers say what the
+manifest says. In format 4 the headers alone list the boxes; it checks that these are as large as the arrays. It does not check
+digests (that takes `xxhash`): `meshloom checkpoint verify` does.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -34,35 +36,57 @@ class Checkpoint:
         if not text.endswith('"\n}\n') or '\n"digest": "' not in text:
             raise ValueError(f"{self.folder}: the manifest is cut off")
         self.manifest = json.loads(text)
-        if self.manifest["format"] != "meshloom-checkpoint" or self.manifest["version"] > 3:
-            raise ValueError(f"{self.folder}: not a meshloom-checkpoint of version 1, 2 or 3")
+        version = self.manifest["version"]
+        if self.manifest["format"] != "meshloom-checkpoint" or version > 4:
+            raise ValueError(f"{self.folder}: not a meshloom-checkpoint of version 1 to 4")
         self.step, self.state, self.arrays = (self.manifest[key] for key in ("step", "state", "arrays"))
-        for file in self.manifest["files"]:
-            if (self.folder / file["name"]).stat().st_size != file["bytes"]:
-                raise ValueError(f"{file['name']}: wrong length")
-            self._check_header(file["name"])
+        if version == 4:
+            names = [f"rank-{rank:05d}{self.manifest['suffix']}.safetensors" for rank, *_ in self.manifest["files"]]
+            self.files = [(name, size) for name, (_, size, *_) in zip(names, self.manifest["files"], strict=True)]
+        else:
+            self.files = [(file["name"], file["bytes"]) for file in self.manifest["files"]]
+        for number, (name, size) in enumerate(self.files):
+            if (self.folder / name).stat().st_size != size:
+                raise ValueError(f"{name}: wrong length")
+            found = list(self._boxes(number))
+            if version == 4:
+                for key, box in found:
+                    self.arrays[key].setdefault("boxes", []).append(box)
+            elif found != self._listed(number):
+                raise ValueError(f"{name}: its header and the manifest disagree")
+        for key, array in self.arrays.items():
+            if sum(math.prod(box["shape"]) for box in array["boxes"]) != math.prod(array["shape"]):
+                raise ValueError(f"{key}: its boxes do not make it up")
 
-    def _check_header(self, name):
-        """Check that the safetensors library sees in a file what the manifest says of it."""
-        number = [file["name"] for file in self.manifest["files"]].index(name)
-        boxes = {
-            f"{key}@{','.join(map(str, box['offsets']))}": (array["dtype"], stored_shape(box))
-            for key, array in self.arrays.items()
-            for box in array["boxes"]
-            if box["file"] == number
-        }
-        with safe_open(self.folder / name, "np") as file:
-            parts = {key: file.get_slice(key) for key in list(file.keys())}
-            found = {key: (part.get_dtype(), part.get_shape()) for key, part in parts.items()}
-        if found != boxes:
-            raise ValueError(f"{name}: its header and the manifest disagree")
+    def _boxes(self, number):
+        """The boxes that a file's header lists, as the safetensors library sees it, in the file's order."""
+        path = self.folder / self.files[number][0]
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        with safe_open(path, "np") as file:
+            for name in sorted(file.keys(), key=lambda name: header[name]["data_offsets"]):
+                key, _, at = name.rpartition("@")
+                part, offsets = file.get_slice(name), [int(each) for each in at.split(",") if each]
+                shape, span = part.get_shape(), [8 + length + each for each in header[name]["data_offsets"]]
+                box = {"offsets": offsets, "shape": shape, "file": number, "range": span}
+                if len(shape) > len(offsets):
+                    box |= {"panels": shape[0], "shape": [*shape[1:-1], shape[0] * shape[-1]]}
+                if part.get_dtype() != self.arrays[key]["dtype"]:
+                    raise ValueError(f"{name}: its header and the manifest disagree")
+                yield key, box
+
+    def _listed(self, number):
+        """The same as a manifest up to format 3 lists them."""
+        listed = [(key, box) for key, array in self.arrays.items() for box in array["boxes"] if box["file"] == number]
+        return sorted(listed, key=lambda each: each[1]["range"])
 
     def __getitem__(self, key):
         """One array, whole."""
         array = self.arrays[key]
         whole = np.empty(array["shape"], DTYPES[array["dtype"]])
         for box in array["boxes"]:
-            path = self.folder / self.manifest["files"][box["file"]]["name"]
+            path = self.folder / self.files[box["file"]][0]
             count = (box["range"][1] - box["range"][0]) // whole.itemsize
             values = np.fromfile(path, whole.dtype, count, offset=box["range"][0])
             where = tuple(slice(start, start + extent) for start, extent in zip(box["offsets"], box["shape"], strict=True))

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from ..parallel.open_files import raise_file_limit
 from . import forked
 from .torchrun import RANK
 
@@ -26,6 +27,10 @@ LAST_WORDS = 5.0
 
 torchrun's default is half a minute, which ranks that hang in a collective with the failed one use up.
 """
+
+
+MOST_RANKS = 16384
+"""Ranks that the limit of open files is raised for, as far as the system allows: how many there will be is not known here."""
 
 
 def main(argv: list[str]) -> int:
@@ -56,6 +61,7 @@ def _run(argv: list[str]) -> None:
     from torch.multiprocessing import ProcessContext
 
     options = run.parse_args(argv)
+    raise_file_limit(MOST_RANKS, tell=False)  # the store that all ranks talk through may live in this process
     trains = options.module and options.training_script == RANK
     if trains:
         forked.prepare()

@@ -92,12 +92,13 @@ def _size(count: float) -> str:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from ..checkpoint.folder import open_step, step_folders
+    from ..checkpoint.folder import check_lengths, open_step, step_folders
 
     damaged = 0
     for files in step_folders(arguments.path):
         try:
             manifest = open_step(files)
+            check_lengths(files, manifest)
             print(f"{files.label()}  step {manifest.step}  {_size(manifest.bytes)}  {counted(manifest.world_size, 'rank')}")
         except CheckpointError as error:
             damaged += 1
@@ -123,8 +124,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(f"  {role}: {counts['arrays']} arrays, {counts['elements']:,} elements, {_size(counts['bytes'])}")
     print(f"  state: {', '.join(sorted(found['state']))}")
     if arguments.arrays:
-        for key, array in load_manifest(files).arrays.items():
-            print(f"  {key}  {array.dtype}{list(array.shape)}  {len(array.boxes)} boxes")
+        manifest = load_manifest(files)
+        for key, array in manifest.arrays.items():
+            print(f"  {key}  {array.dtype}{list(array.shape)}  {manifest.count_boxes(array)} boxes")
     return 0
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .layout import EXPERT_AXES, Layout
+from .open_files import raise_file_limit
 
 
 def environment_world_size() -> int:
@@ -95,6 +96,7 @@ class Mesh:
         """
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        raise_file_limit(layout.world_size, tell=os.environ.get("RANK", "0") == "0")
         limit = datetime.timedelta(seconds=timeout)
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

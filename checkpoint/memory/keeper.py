@@ -68,7 +68,7 @@ class Keeper:
     def hold(
         self, buffer: StagingBuffer, size: int, version: str, step: int, group: list[dict[str, Any]], block: int
     ) -> dict[str, Any]:
-        """Keep the first `size` bytes of a staging buffer; returns the blocks' digests once the group has its parity.
+        """Keep the first `size` bytes of a staging buffer; returns the file's digest once the group has its parity.
 
         group: the addresses of its members, this keeper among them; block: length of a parity block.
         """

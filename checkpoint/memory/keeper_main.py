@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..digest import block_digests, leaf_digests_by_many
+from ..digest import leaf_digests_by_many, seal
 from ..faults import install_from_environment, reach
 from ..writing.handover import Taker
 from .parity import span_of
@@ -162,13 +162,13 @@ class KeeperServer:
                 for stripe, member in enumerate(request["group"])
                 if member["slot"] != self.slot
             ]
-            version.leaves = leaf_digests_by_many(image, hashers())
+            version.leaves, sealed = seal(leaf_digests_by_many(image, hashers()))
             for sent in sends:
                 sent.result()
         reach("hold.sent")
         self._await_group(version, request)
         reach("hold.after")
-        return {"blocks": block_digests(version.leaves), "seconds": time.perf_counter() - start}
+        return {"digest": sealed, "seconds": time.perf_counter() - start}
 
     def _await_group(self, version: Version, request: dict[str, Any]) -> None:
         """Wait for the other members' blocks; a member that is late is asked whether it is alive."""

@@ -1,6 +1,7 @@
 """The in-memory tier: snapshots in the keepers' memory, and recovery from them without reading a disk.
 
-A version is *complete* when every rank's keeper holds its file and its group's parity; then each keeper gets the manifest.
+A version is *complete* when every rank's keeper holds its file and its group's parity; then some keepers, the witnesses, get
+the manifest, which has the digest of every file.
 To recover, the coordinator asks every keeper in the registry. A version can be had if some keeper has its manifest and no
 group has lost more than one member; the files of lost members are made again from parity, and everything is checked by the
 manifest's digests like a checkpoint on a disk.
@@ -13,7 +14,7 @@ import json
 import os
 import socket
 import zlib
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from ..commit import file_names
 from ..control import Round
-from ..digest import DIGEST_BYTES, LEAF_BYTES
+from ..digest import BLOCK_BYTES, DIGEST_BYTES, LEAF_BYTES
 from ..errors import CheckpointError, DamageError
 from ..files import Files, RangeReader
-from ..manifest import MANIFEST, Manifest
+from ..gathering import ChangeGathering
+from ..manifest import MANIFEST, Manifest, data_file_names
 from ..staging import StagingBuffer, StagingPool
 from .keeper import Keeper, dismiss, registered
 from .parity import block_bytes, make_groups, span_of
@@ -34,6 +35,7 @@ from .wire import Address, Connection
 
 DOMAIN_VARIABLE = "MESHLOOM_FAILURE_DOMAIN"
 ASK_SECONDS = 5.0
+WITNESSES = 16  # keepers that have a version's manifest, if there are so many
 
 
 class MemoryTier:
@@ -47,10 +49,27 @@ class MemoryTier:
         self._pool = pool
         self._keeper: Keeper | None = None
         self._held: StagingBuffer | None = None
+        self._gathering = ChangeGathering(_join)
+        self._arranged = ""  # digest of the keepers that `_place` was arranged for
+        self._place: dict[str, Any] = {}
 
-    def introduce(self, talk: Round) -> None:
-        """Tell the coordinator where this rank's keeper is and what fails together with it, or why there is none."""
-        message: dict[str, Any]
+    def arrange(self, talk: Round, size: int, left: Predecessors) -> str:
+        """All ranks: agree on whose keepers protect each other. What was agreed stands until a keeper or a size changes.
+
+        size: of this rank's file. Returns why it is not possible where some rank has no keeper; empty if nothing is in the way.
+        """
+        note = {"arranged": self._arranged}
+        note = self._gathering.gather(talk, "keepers", json.dumps([self._introduction(size)]).encode(), note, _same_arrangement)
+        if talk.control.rank == 0:
+            talk.broadcast(json.dumps(self._decide(talk, note["arranged"], left)).encode())
+        verdict = json.loads(talk.receive("keepers"))
+        if verdict["arranged"] != self._arranged and not verdict["fault"]:
+            self._place = json.loads(talk.fetch(f"place/{self._rank}"))
+            self._arranged = verdict["arranged"]
+        return verdict["fault"]
+
+    def _introduction(self, size: int) -> dict[str, Any]:
+        """Say where this rank's keeper is and what fails together with it, or why there is none."""
         try:
             if self._keeper is None or not self._keeper.alive:
                 if self._keeper is not None:
@@ -58,37 +77,46 @@ class MemoryTier:
                 self._keeper = None
                 self._keeper = Keeper(self._folder, self._rank, self._timeout)
             domain = os.environ.get(DOMAIN_VARIABLE, socket.gethostname())
-            message = {"address": self._keeper.address.as_dict(), "domain": domain}
+            return {"address": self._keeper.address.as_dict(), "domain": domain, "size": size}
         except (CheckpointError, OSError) as error:
-            message = {"error": str(error)}
-        talk.send("keeper", json.dumps(message).encode())
+            return {"error": str(error)}
 
-    def arrange(self, talk: Round, sizes: list[int], left: Predecessors) -> tuple[list[dict[str, Any]], str]:
-        """The coordinator's part: for each rank its group's addresses and the length of a parity block.
-
-        And, where some rank has no keeper, why: then the others' are of no use.
-        """
-        known: list[dict[str, Any]] = [json.loads(text) for text in talk.gather("keeper")]
+    def _decide(self, talk: Round, arranged: str, left: Predecessors) -> dict[str, str]:
+        """The coordinator's part. Each rank finds its group's addresses and the length of a parity block left for it."""
+        known: list[dict[str, Any]] = json.loads(self._gathering.joined)
         left.find({Address(**entry["address"]) for entry in known if "address" in entry})
         fault = next((entry["error"] for entry in known if "error" in entry), "")
-        if fault:
-            return [], fault
-        arranged: list[dict[str, Any]] = [{} for _ in known]
-        for group in make_groups([entry["domain"] for entry in known], self._group):
-            block = block_bytes([sizes[rank] for rank in group]) if len(group) > 1 else 0
+        wanted = self._gathering.digest
+        if fault or arranged == wanted:
+            return {"arranged": wanted, "fault": fault}
+        groups = make_groups([entry["domain"] for entry in known], self._group)
+        witnesses = choose_witnesses([entry["domain"] for entry in known], groups)
+        for group in groups:
+            block = block_bytes([known[rank]["size"] for rank in group]) if len(group) > 1 else 0
+            addresses = [known[member]["address"] for member in group]
             for rank in group:
-                arranged[rank] = {"group": [known[member]["address"] for member in group], "block": block}
-        return arranged, ""
+                place = {"group": addresses, "block": block, "witness": rank in witnesses}
+                talk.post(f"place/{rank}", json.dumps(place).encode())
+        return {"arranged": wanted, "fault": ""}
 
-    def hold(self, buffer: StagingBuffer, size: int, version: str, step: int, place: dict[str, Any]) -> list[str]:
-        """Give a snapshot to the keeper; returns the digests of its blocks."""
+    def hold(self, buffer: StagingBuffer, size: int, version: str, step: int) -> str:
+        """Give a snapshot to the keeper; returns the digest of the file."""
         assert self._keeper is not None
-        return self._keeper.hold(buffer, size, version, step, place["group"], place["block"])["blocks"]
+        return self._keeper.hold(buffer, size, version, step, self._place["group"], self._place["block"])["digest"]
 
-    def complete(self, buffer: StagingBuffer, version: str, manifest: bytes) -> None:
-        """All ranks hold this version: the staging buffer of the one before is free again."""
+    def leave_manifest(self, talk: Round, manifest: bytes) -> None:
+        """The coordinator's part: leave the manifest for the witnesses, before all are told that the version is complete."""
+        talk.post("manifest", manifest)
+
+    def forget(self) -> None:
+        """After a failure it is not known who has what."""
+        self._gathering.forget()
+        self._arranged = ""
+
+    def complete(self, buffer: StagingBuffer, version: str, talk: Round) -> None:
+        """All ranks hold this version: the staging buffer of the one before is free again. Witnesses keep the manifest."""
         assert self._keeper is not None
-        self._keeper.complete(version, manifest)
+        self._keeper.complete(version, talk.fetch("manifest") if self._place["witness"] else b"")
         self._pool.share(buffer)
         if self._held is not None:
             self._pool.take_back(self._held)
@@ -108,6 +136,28 @@ class MemoryTier:
         if self._held is not None:
             self._pool.take_back(self._held)
         self._keeper = self._held = None
+
+
+def choose_witnesses(domains: Sequence[str], groups: Sequence[Sequence[int]]) -> set[int]:
+    """Choose the ranks whose keepers have the manifest: those of rank 0's group, and others in as many domains as there are.
+
+    domains: of each rank; groups: of ranks that protect each other
+    """
+    first = list({domain: rank for rank, domain in reversed([*enumerate(domains)])}.values())
+    spread = range(0, len(domains), max(1, len(domains) // WITNESSES))
+    chosen = {rank for group in groups if 0 in group for rank in group}
+    for rank in [*first, *spread]:
+        if len(chosen) < WITNESSES:
+            chosen.add(rank)
+    return chosen
+
+
+def _join(messages: Sequence[bytes]) -> bytes:
+    return json.dumps([entry for message in messages for entry in json.loads(message)]).encode()
+
+
+def _same_arrangement(notes: list[dict[str, Any]]) -> dict[str, Any]:
+    return notes[0] if all(note == notes[0] for note in notes) else {"arranged": ""}
 
 
 class Predecessors:
@@ -233,7 +283,7 @@ def manifest_of(text: str) -> Manifest:
     return Manifest.decode(_manifest_of(recovery), f"memory of step {recovery.step}/{MANIFEST}")
 
 
-def open_recovery(text: str, folder: Path, talk: Round, attempt: int) -> MemoryFiles:
+def open_recovery(text: str, folder: Path, talk: Round) -> MemoryFiles:
     """All ranks together: make lost files again, each by one rank, and return the version as a folder of files.
 
     Raises DamageError if some keeper has gone in the meantime.
@@ -249,18 +299,18 @@ def open_recovery(text: str, folder: Path, talk: Round, attempt: int) -> MemoryF
         message: dict[str, Any] = {"made": made}
     except (CheckpointError, OSError) as error:
         message = {"error": str(error)}
-    talk.send(f"made/{attempt}", json.dumps(message).encode())
-    if control.rank == 0:
-        messages: list[dict[str, Any]] = [json.loads(answer) for answer in talk.gather(f"made/{attempt}")]
-        verdict = next((m for m in messages if "error" in m), None)
-        if verdict is None:
-            verdict = {"made": {slot: entry for m in messages for slot, entry in m["made"].items()}}
-        talk.broadcast(f"all-made/{attempt}", json.dumps(verdict).encode())
-    verdict = json.loads(talk.receive(f"all-made/{attempt}"))
+    verdict = json.loads(talk.agree("made", json.dumps(message).encode(), _join_made, lambda joined: joined))
     if "error" in verdict:
         raise DamageError(f"memory of step {recovery.step}", verdict["error"])
     extra = {int(slot): (Address(**address), size) for slot, (address, size) in verdict["made"].items()}
     return MemoryFiles(recovery, {**recovery.holders, **extra})
+
+
+def _join_made(messages: Sequence[bytes]) -> bytes:
+    """What all of them made again, or the first error."""
+    said: list[dict[str, Any]] = [json.loads(message) for message in messages]
+    failed = next((each for each in said if "error" in each), None)
+    return json.dumps(failed or {"made": {slot: entry for each in said for slot, entry in each["made"].items()}}).encode()
 
 
 def _make_again(recovery: Recovery, slot: int, group: dict[str, Any], folder: Path, timeout: float) -> tuple[Address, int]:
@@ -268,9 +318,9 @@ def _make_again(recovery: Recovery, slot: int, group: dict[str, Any], folder: Pa
     members: list[int] = group["members"]
     block: int = group["block"]
     me = members.index(slot)
-    manifest = json.loads(_manifest_of(recovery))
-    name = file_names(slot)[0]
-    size = next((int(file["bytes"]) for file in manifest["files"] if file["name"] == name), 0)
+    manifest = Manifest.decode(_manifest_of(recovery), f"memory of step {recovery.step}/{MANIFEST}", arrays=False)
+    name = data_file_names(slot)[0]
+    size = next((file.bytes for file in manifest.files if file.name == name), 0)
     buffer = StagingBuffer(size, pin=False)
     image = buffer.image(size)
     links: dict[int, Connection] = {}
@@ -320,7 +370,7 @@ class MemoryFiles:
 
     def names(self) -> list[str]:
         """See Files."""
-        return [MANIFEST, *(file_names(slot)[0] for slot in sorted(self._holders))]
+        return [MANIFEST, *(data_file_names(slot)[0] for slot in sorted(self._holders))]
 
     def child(self, name: str) -> Files:
         """See Files."""
@@ -332,7 +382,12 @@ class MemoryFiles:
         if slot not in self._holders:
             return None
         length = self._holders[slot][1]
-        return length if name.endswith(".safetensors") else -(-length // LEAF_BYTES) * DIGEST_BYTES
+        return length if name.endswith(".safetensors") else (-(-length // LEAF_BYTES) - (-length // BLOCK_BYTES)) * DIGEST_BYTES
+
+    def sizes(self) -> dict[str, int]:
+        """See Files."""
+        names = [name for slot in self._holders for name in data_file_names(slot)]
+        return {name: size for name in names if (size := self.size(name)) is not None}
 
     def read(self, name: str) -> bytes:
         """See Files."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...config import cache
-from ..digest import BLOCK_BYTES, block_digests, leaf_digests
+from ..digest import BLOCK_BYTES, leaf_digests, seal
 from ..faults import reach
 
 PAGE = 4096
@@ -32,10 +32,10 @@ Ready = Callable[[int], None]
 
 @dataclass
 class Written:
-    """The result of writing one rank's file: the digests of its blocks, and the seconds of each phase."""
+    """The result of writing one rank's file: its digest, and the seconds of each phase."""
 
     bytes: int
-    blocks: list[str]
+    digest: str
     hashing: float
     writing: float
     direct: bool
@@ -78,9 +78,10 @@ def write_image(image: memoryview, path: Path, leaves_path: Path, ready: Ready) 
         finally:
             del result  # or it and this frame would hold each other, and the image, until garbage is collected
     leaves, hashing = result
-    write_small(leaves_path, leaves, "leaves")
+    beside, sealed = seal(leaves)
+    write_small(leaves_path, beside, "leaves")
     sync_folder(path.parent, "data.folder")
-    return Written(len(image), block_digests(leaves), hashing, time.perf_counter() - start, direct)
+    return Written(len(image), sealed, hashing, time.perf_counter() - start, direct)
 
 
 def _write_data(image: memoryview, path: Path, ready: Ready) -> bool:

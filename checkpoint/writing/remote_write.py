@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from ..digest import BLOCK_BYTES, block_digests, leaf_digests
+from ..digest import BLOCK_BYTES, leaf_digests, seal
 from ..faults import reach
 from .disk import Ready, Written
 
@@ -28,7 +28,7 @@ def write_image_remote(image: memoryview, folder: str, name: str, leaves: str, r
             reach("data.put", len(block))
             file.write(block)
     reach("data.put.after")
-    joined = b"".join(digests)
-    system.pipe_file(f"{path}/{leaves}", joined)
+    beside, sealed = seal(b"".join(digests))
+    system.pipe_file(f"{path}/{leaves}", beside)
     reach("leaves.put.after")
-    return Written(len(image), block_digests(joined), hashing, time.perf_counter() - start, False)
+    return Written(len(image), sealed, hashing, time.perf_counter() - start, False)

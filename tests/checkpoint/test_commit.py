@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import threading
 import time
@@ -82,8 +83,8 @@ def test_retention_keeps_the_newest_and_counts_intact_steps(tmp_path: Path) -> N
 def test_a_skipped_save_is_told_of_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def skip(*_: object) -> dict[str, str]:
-        return {"skip": "the disk is slower than the schedule"}
+    def skip(*_: object) -> tuple[dict[str, str], bytes]:
+        return {"skip": "the disk is slower than the schedule"}, b""
 
     monkeypatch.setattr(Save, "_decide", skip)
     config = CheckpointConfig(mode="sync", timeout=60.0)
@@ -217,11 +218,8 @@ def test_full_disk_aborts_the_save_on_all_ranks_not_training(tmp_path: Path) -> 
 
     def together_again(control: Control) -> None:
         talk = control.begin("test", 20)
-        talk.send("here")
-        if control.rank == 0:
-            talk.gather("here")
-            talk.broadcast("go", b"")
-        talk.receive("go")
+        talk.agree("here", b"", b"".join, lambda _: b"")
+        talk.leave()
 
     assert together(2, body) == [["committed", "failed", "committed"]] * 2
     assert steps_newest_first(open_files(tmp_path)) == ["step-00000003", "step-00000001"]
@@ -362,10 +360,10 @@ def test_snapshot_above_the_memory_limit_is_refused_by_key(tmp_path: Path) -> No
     run.close()
 
 
-def test_memory_too_small_for_kept_and_next_is_refused_by_key(tmp_path: Path) -> None:
+def test_memory_too_small_for_kept_and_next_is_refused_by_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = open_run(tmp_path, memory_every=1, host_memory_gib=3.0 / 1024)  # a snapshot takes 2 MiB
-    with pytest.raises(CheckpointError, match=r"2 snapshots.*checkpoint\.host_memory_gib"):
-        run.prepare(fragments(make_arrays(1), 1, 0)[0])
+    run.prepare(fragments(make_arrays(1), 1, 0)[0])
+    assert re.search(r"2 snapshots.*checkpoint\.host_memory_gib", caplog.text), "said at once"
     run.save(1, fragments(make_arrays(1), 1, 0)[0], {})
     assert "checkpoint.memory_every" in run.poll()[0].reason
     run.close()

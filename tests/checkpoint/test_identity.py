@@ -13,7 +13,6 @@ import torch
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.compose import Source, compose
 from meshloom.checkpoint.control import Control
-from meshloom.checkpoint.digest import text_digest
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import find_latest, list_steps, steps_newest_first
@@ -23,6 +22,7 @@ from meshloom.checkpoint.restore import holds_checkpoint, restore
 from meshloom.checkpoint.tools import prune
 from support.checkpoint_runs import open_run, restored_step, save_steps
 from support.checkpoint_worlds import fragments, make_arrays
+from support.old_formats import rewrite_as
 
 A, B = RunIdentity("a" * 32), RunIdentity("b" * 32, Parent("a" * 32, 20))
 
@@ -148,20 +148,10 @@ def test_an_import_does_not_count_beside_a_runs_own_steps(tmp_path: Path) -> Non
         bring_in(tmp_path / "imp", 9)
 
 
-def older(step: Path, version: int, state: dict[str, object]) -> None:
-    """Make a step one of an older version of the format (its arrays were stored alike)."""
-    manifest = head(step)
-    manifest.state = state
-    lines = manifest.encode().decode().splitlines()[:-2]
-    kept = [line for line in lines if not line.startswith(('"run"', '"commit"'))]
-    body = "\n".join(kept).replace('"version": 3', f'"version": {version}') + "\n"
-    (step / "manifest.json").write_text(f'{body}"digest": "{text_digest(body.encode())}"\n}}\n')
-
-
 def test_a_run_of_an_older_version_goes_on_in_its_folder(tmp_path: Path) -> None:
     save_steps(tmp_path, 10, 20, 30)
     for step in (10, 20, 30):
-        older(tmp_path / f"step-{step:08d}", 2, {"progress": {"step": step}})
+        rewrite_as(tmp_path / f"step-{step:08d}", 2, {"progress": {"step": step}})
     (tmp_path / "LATEST").write_text("step-00000020\n")
     listing = list_steps(open_files(tmp_path))
     assert (listing.run, listing.commit) == (UNNAMED.id, 0)
@@ -174,7 +164,7 @@ def test_a_run_of_an_older_version_goes_on_in_its_folder(tmp_path: Path) -> None
 
 def test_an_import_of_an_older_version_is_no_run(tmp_path: Path) -> None:
     bring_in(tmp_path)
-    older(tmp_path / "step-00000000", 2, {"imported_from": {}})
+    rewrite_as(tmp_path / "step-00000000", 2, {"imported_from": {}})
     assert list_steps(open_files(tmp_path)).run is None
     run_of(tmp_path, A, 1)
     assert names(tmp_path) == ["step-00000001"]

@@ -23,22 +23,22 @@ class Ranks:
         self.controls = [Control(rank, 2, store) for rank in range(2)]
         self.planners = [Planner(), Planner()]
 
-    def round(self, cut: int, adopts: tuple[int, ...] = (0, 1), notes: tuple[bytes, bytes] = (FREE, FREE)) -> bool:
+    def round(self, cut: int, adopts: tuple[int, ...] = (0, 1), notes: tuple[str, str] = (FREE, FREE)) -> bool:
         """One agreement in which rank 0 holds the rows before `cut` and rank 1 the others. Returns whether the plan is new."""
         talks: list[Round] = [control.begin("test", 5.0) for control in self.controls]
         held = rows(0, cut), rows(cut, 8)
-        for planner, talk, mine, note in zip(self.planners, talks, held, notes, strict=True):
-            planner.vote(talk, mine, note)
-        _, new = self.planners[0].decide(talks[0])
-        for rank in adopts if new else ():
-            self.planners[rank].adopt(talks[rank])
-        return new
+        self.planners[1].vote(talks[1], held[1], notes[1])  # the coordinator comes last: it waits for the others
+        description = self.planners[0].decide(self.planners[0].vote(talks[0], held[0], notes[0]))
+        for rank in adopts if description else ():
+            self.planners[rank].adopt(description or b"", rank)
+        return description is not None
 
     def agree(self, cut: int) -> bool:
-        """Return whether each rank's file is the one that the coordinator will put into the manifest, for these boxes."""
-        mine = [planner.layout for planner in self.planners]
-        boxes = [layout.placed[0].box for layout in mine]
-        return mine == self.planners[0].layouts and boxes == [Box((0, 0), (cut, 2)), Box((cut, 0), (8 - cut, 2))]
+        """Return whether each rank writes what it holds, and the coordinator's part of the manifest says so."""
+        boxes = [planner.layout.placed[0].box for planner in self.planners]
+        (array,) = self.planners[0].arrays.values()
+        told = [box for _, box in self.planners[0].tilings[array.tiling].parts(4, array.turn)]
+        return boxes == told == [Box((0, 0), (cut, 2)), Box((cut, 0), (8 - cut, 2))]
 
 
 def test_a_plan_stands_until_a_rank_holds_something_else() -> None:

@@ -119,15 +119,13 @@ def test_two_hundred_saves_take_no_more_than_fifty(tmp_path: Path, mode: str, ca
             run.wait()
             for save in run._leaving:
                 save.leave()
-            run._context.rounds = [talk for talk in run._context.rounds if not talk.forget()]  # as the next save does
-            assert not run._context.rounds
             gc.collect()
             counts = [len(gc.get_objects()), threading.active_count(), run.control.store.num_keys()]
             taken.append(counts + [of(process) for process in processes for of in (descriptors, resident)])
     run.finish()
     assert "could not be deleted" not in caplog.text
     objects, threads, keys, *pairs = (late - early for early, late in zip(*taken, strict=True))
-    assert objects < 150 and threads <= 1 and keys == 0
+    assert objects < 150 and threads <= 1 and keys <= 8, "keys: those of the last rounds"
     assert max(pairs[::2]) <= 2 and max(pairs[1::2]) < 4 * 2**20, "descriptors, or memory"
 
 

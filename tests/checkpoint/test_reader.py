@@ -20,7 +20,7 @@ from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError, DamageError
 from meshloom.checkpoint.files import LocalFiles
 from meshloom.checkpoint.folder import open_step
-from meshloom.checkpoint.reader import Reader, read_items
+from meshloom.checkpoint.reader import Reader
 from meshloom.checkpoint.restore import restore
 from meshloom.checkpoint.shared_reader import SharedReader, unpacked
 from meshloom.launch.checkpoint import main
@@ -159,9 +159,8 @@ def test_what_ranks_tell_each_other_of_their_needs_is_small(tmp_path: Path) -> N
     files = LocalFiles(tmp_path / "step-00000001")
     save(tmp_path, [[Fragment("w", "weight", (count,), Box.whole((count,)), torch.zeros(count))]], 1)
     manifest = open_step(files)
-    reader = SharedReader(files, manifest, None)  # type: ignore[arg-type]
-    items = read_items(manifest.arrays["weight/w"], Box((5,), (count - 10,)), np.empty(count - 10, np.uint32))
-    needs = reader._needs(items)
+    (items,) = Reader(files, manifest).items([(manifest.arrays["weight/w"], Box((5,), (count - 10,)))])
+    needs = SharedReader(files, manifest, None)._needs(items)  # type: ignore[arg-type]
     assert len(needs[0]) < 200
     leaves = unpacked(needs[0], -(-manifest.files[0].bytes // 4096))
     assert leaves.sum() == 10240 and not leaves[0]
@@ -212,7 +211,7 @@ def test_small_reads_are_all_announced_before_the_first_wait(tmp_path: Path) -> 
     files = Watched(tmp_path / "step-00000001")
     manifest = open_step(files)
     array = manifest.arrays["weight/w"]
-    begin = array.boxes[0].start
+    begin = manifest.files[0].header
     assert begin == 4096  # after a leaf of header, which is read as well
     parts = Reader(files, manifest).read([(array, Box((first,), (600,))) for first in (0, 4096)])
     assert [part.view(np.float64)[0] for part in parts] == [0.0, 4096.0]

@@ -21,6 +21,7 @@ from meshloom.checkpoint.folder import find_latest, load_manifest
 from meshloom.checkpoint.restore import read_state, restore
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment
+from support.checkpoint_runs import stored_boxes
 from support.checkpoint_worlds import fragments, holds, make_arrays, same_bits, together
 from support.ranks import run_ranks
 
@@ -55,7 +56,7 @@ def test_panels_of_large_arrays_are_read_by_rows_and_columns(tmp_path: Path) -> 
     save(tmp_path, fragments(arrays, 2, 5))
     whole = arrays["weight/head.weight"]
     step = find_latest(tmp_path)
-    assert {stored.panels for stored in load_manifest(open_files(step)).arrays["weight/head.weight"].boxes} == {5}
+    assert {stored.panels for stored in stored_boxes(step, "weight/head.weight")} == {5}
     for box in (Box((0, 100), (4096, 137)), Box((256, 0), (256, 1100)), Box((1000, 500), (3, 333)), Box.whole((4096, 1100))):
         tensor = torch.zeros(box.shape)
         report = restore(step, [Fragment("head.weight", "weight", (4096, 1100), box, tensor)], Control.alone(), strict=False)

@@ -22,6 +22,7 @@ from meshloom.checkpoint import faults
 from meshloom.checkpoint.commit import LocalTarget
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.folder import KEEPERS
+from meshloom.checkpoint.manifest import Manifest, StoredFile
 from meshloom.checkpoint.memory import tier
 from meshloom.checkpoint.memory.keeper import Keeper, registered
 from meshloom.checkpoint.memory.tier import Predecessors
@@ -240,8 +241,9 @@ def test_shard_that_can_not_be_rebuilt_leaves_no_memory(tmp_path: Path, monkeypa
     def out_of_reach(*_: object) -> None:
         raise CheckpointError("node a does not answer")
 
+    file = StoredFile("rank-00001.safetensors", 1000, "rank-00001.leaves", [], "", 1)
     monkeypatch.setattr(tier, "Connection", out_of_reach)
-    monkeypatch.setattr(tier, "_manifest_of", lambda _: '{"files": [{"name": "rank-00001.safetensors", "bytes": 1000}]}')
+    monkeypatch.setattr(tier, "_manifest_of", lambda _: Manifest(1, 2, {}, [file], {}).encode())
     recovery: Any = SimpleNamespace(holders={0: (None, 1000)}, version="a", step=1)
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     with pytest.raises(CheckpointError, match="does not answer"):

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from meshloom.checkpoint import snapshot as snapshot_module
+from meshloom.checkpoint.description import Description, declare
 from meshloom.checkpoint.device import ALIGNMENT, SPARE_UNIT, Device, set_aside
-from meshloom.checkpoint.plan import FileLayout, declare, lay_out, make_save_plan
+from meshloom.checkpoint.plan import FileLayout, SavePlan, lay_out
 from meshloom.checkpoint.snapshot import Snapshot
 from meshloom.checkpoint.staging import StagingBuffer
 from meshloom.parallel.box import Box
@@ -118,7 +119,7 @@ def tensors() -> list[torch.Tensor]:
 def held(values: list[torch.Tensor]) -> tuple[list[Fragment], FileLayout]:
     fragments = [Fragment(f"t{i}", "weight", tuple(t.shape), Box.whole(t.shape), t) for i, t in enumerate(values)]
     declared = declare(fragments)
-    return fragments, lay_out(declared, make_save_plan([declared]).pieces[0])
+    return fragments, lay_out(declared, SavePlan.of(Description.of(declared, 0)).pieces(0, declared))
 
 
 def filled(fragments: list[Fragment], layout: FileLayout) -> bytes:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
+from meshloom.checkpoint.files import open_files
+from meshloom.checkpoint.folder import open_step
+from meshloom.checkpoint.manifest import StoredBox
+from meshloom.checkpoint.reader import Reader
 from meshloom.checkpoint.restore import restore
 from support.checkpoint_worlds import fragments, holds, make_arrays
 
@@ -28,3 +33,11 @@ def restored_step(folder: Path) -> int:
     report = restore(folder, ranks[0], Control.alone())
     assert holds(ranks, make_arrays(report.step))
     return report.step
+
+
+def stored_boxes(step: Path | str | None, key: str) -> Sequence[StoredBox]:
+    """The boxes that an array of a finished step is stored in."""
+    assert step is not None
+    files = open_files(step)
+    manifest = open_step(files)
+    return Reader(files, manifest).boxes(manifest.arrays[key])

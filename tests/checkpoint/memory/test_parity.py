@@ -8,6 +8,7 @@ import random
 import numpy as np
 
 from meshloom.checkpoint.memory.parity import block_bytes, block_of, make_groups, span_of
+from meshloom.checkpoint.memory.tier import WITNESSES, choose_witnesses
 
 
 def test_parity_makes_any_member_again() -> None:
@@ -45,3 +46,12 @@ def test_groups_spread_over_failure_domains() -> None:
         if nodes >= size and nodes % size == 0:
             for group in groups:
                 assert len({domains[rank] for rank in group}) == len(group), (nodes, local, size, groups)
+
+
+def test_witnesses_are_few_and_on_every_node() -> None:
+    domains = [f"node {rank // 8}" for rank in range(96)]
+    groups = make_groups(domains, 2)
+    chosen = choose_witnesses(domains, groups)
+    assert len(chosen) == WITNESSES and {domains[rank] for rank in chosen} == set(domains)
+    assert next(set(group) for group in groups if 0 in group) <= chosen, "two failure domains, whatever happens to one"
+    assert choose_witnesses(["a"] * 5, make_groups(["a"] * 5, 2)) == set(range(5)), "all of a small run"

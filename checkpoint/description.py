@@ -1,0 +1,215 @@
+"""Description of a run's state: which arrays there are, and which rank holds which box of them.
+
+Arrays of one shape are mostly cut alike, so their boxes are kept once, in a table (`Holdings`): a few tables describe the
+state of thousands of ranks. Each rank describes its own; on the way up the tree (`control.py`) descriptions are joined.
+No shape or cut is a special case: tables of boxes describe meshes, DeepSpeed's flat pieces, blocks that lie across a cut, and
+matrices that one rank owns.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..parallel.box import Box
+from ..parallel.fragment import Fragment
+from .columns import Integers, pack, unpack
+from .dtypes import name_of
+from .errors import CheckpointError
+from .manifest import ITEM_BYTES
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A rank's description of one of its fragments."""
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple[int, ...]
+    splits: tuple[int, ...]
+    box: Box
+
+    @property
+    def key(self) -> str:
+        """Name of the global array in the checkpoint."""
+        return f"{self.role}/{self.name}"
+
+    @property
+    def item_bytes(self) -> int:
+        """Size of one element in bytes."""
+        return ITEM_BYTES[self.dtype]
+
+
+def declare(fragments: Iterable[Fragment]) -> tuple[Declaration, ...]:
+    """Declare a rank's fragments, in their order. Raises CheckpointError for a type that can't be stored."""
+    declared: list[Declaration] = []
+    for fragment in fragments:
+        try:
+            dtype = name_of(fragment.tensor.dtype)
+        except ValueError as error:
+            raise CheckpointError(f"{fragment.key}: {error}") from error
+        shape = tuple(fragment.global_shape)
+        declared.append(Declaration(fragment.name, fragment.role, dtype, shape, tuple(fragment.splits), fragment.box))
+    return tuple(declared)
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Boxes of arrays that are cut alike, with their holders, in the order of the ranks.
+
+    ranks    (n,) rank of each row
+    offsets  (n, dims) where its box begins; shapes: (n, dims) its extents
+    """
+
+    ranks: Integers
+    offsets: Integers
+    shapes: Integers
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One array. cut: index of its table in `Description.holdings`"""
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple[int, ...]
+    splits: tuple[int, ...]
+    cut: int
+
+    @property
+    def key(self) -> str:
+        """`<role>/<name>`, unique in a checkpoint."""
+        return f"{self.role}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Description:
+    """The state of some ranks.
+
+    text      the arrays, by key in sorted order (`encode_entries`): the same on most ranks, and then never taken apart
+    holdings  the tables, in the order in which the arrays first use them
+    """
+
+    text: str
+    holdings: tuple[Holdings, ...]
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The arrays."""
+        return _decoded(self.text)
+
+    @classmethod
+    def of(cls, declarations: Sequence[Declaration], rank: int) -> Description:
+        """Describe the state of one rank. Raises CheckpointError where it declares an array in two ways."""
+        first: dict[str, Declaration] = {}
+        boxes: dict[str, list[Box]] = {}
+        for declared in declarations:
+            known = first.setdefault(declared.key, declared)
+            if (known.dtype, known.shape, known.splits) != (declared.dtype, declared.shape, declared.splits):
+                raise _contradiction(_entry(known, 0), rank, _entry(declared, 0), rank)
+            boxes.setdefault(declared.key, []).append(declared.box)
+        cuts: dict[tuple[tuple[int, ...], tuple[Box, ...]], int] = {}
+        entries: list[Entry] = []
+        for key in sorted(first):
+            held = first[key].shape, tuple(sorted(set(boxes[key])))
+            entries.append(_entry(first[key], cuts.setdefault(held, len(cuts))))
+        return cls(encode_entries(entries), tuple(_table(held, rank) for _, held in cuts))
+
+    def encode(self) -> bytes:
+        """Encode as a message."""
+        ranks = [table.ranks for table in self.holdings]
+        columns = [column.T.reshape(-1) for table in self.holdings for column in (table.offsets, table.shapes)]
+        content = {
+            "entries": self.text,
+            "rows": [len(each) for each in ranks],
+            "dims": [table.offsets.shape[1] for table in self.holdings],
+            "ranks": pack(np.concatenate(ranks)) if ranks else "",
+            "boxes": pack(np.concatenate(columns)) if columns else "",
+        }
+        return json.dumps(content, separators=(",", ":")).encode()
+
+    @classmethod
+    def decode(cls, message: bytes) -> Description:
+        """Decode what `encode` gave."""
+        content: dict[str, Any] = json.loads(message)
+        if not content["rows"]:
+            return cls(content["entries"], ())
+        ranks, boxes = unpack(content["ranks"]), unpack(content["boxes"])
+        tables: list[Holdings] = []
+        row = at = 0
+        for rows, dims in zip(content["rows"], content["dims"], strict=True):
+            size = rows * dims
+            offsets, shapes = (boxes[start : start + size].reshape(dims, rows).T for start in (at, at + size))
+            tables.append(Holdings(ranks[row : row + rows], offsets, shapes))
+            row, at = row + rows, at + 2 * size
+        return cls(content["entries"], tuple(tables))
+
+
+def join(descriptions: Sequence[Description]) -> Description:
+    """Join the descriptions of runs of ranks, given in the ranks' order.
+
+    Raises CheckpointError naming the array where ranks contradict each other.
+    """
+    if len(descriptions) == 1:
+        return descriptions[0]
+    if all(each.text == descriptions[0].text for each in descriptions[1:]):  # nearly always: tables go together by number
+        tables = [_stack(tables) for tables in zip(*(each.holdings for each in descriptions), strict=True)]
+        return Description(descriptions[0].text, tuple(tables))
+    where: dict[str, list[tuple[int, int]]] = {}  # of each array: (number of the description, its table there)
+    known: dict[str, tuple[Entry, int]] = {}
+    for number, description in enumerate(descriptions):
+        for entry in description.entries:
+            first, other = known.setdefault(entry.key, (entry, number))
+            if (first.dtype, first.shape, first.splits) != (entry.dtype, entry.shape, entry.splits):
+                ranks = [int(descriptions[at].holdings[e.cut].ranks[0]) for at, e in ((number, entry), (other, first))]
+                raise _contradiction(first, ranks[1], entry, ranks[0])
+            where.setdefault(entry.key, []).append((number, entry.cut))
+    cuts: dict[tuple[tuple[int, int], ...], int] = {}
+    entries = [_entry(known[key][0], cuts.setdefault(tuple(where[key]), len(cuts))) for key in sorted(known)]
+    tables = [_stack([descriptions[number].holdings[cut] for number, cut in parts]) for parts in cuts]
+    return Description(encode_entries(entries), tuple(tables))
+
+
+def encode_entries(entries: Sequence[Entry]) -> str:
+    """Encode arrays as a text."""
+    rows = [[e.name, e.role, e.dtype, e.shape, e.splits, e.cut] for e in entries]
+    return base64.b64encode(zlib.compress(json.dumps(rows, separators=(",", ":")).encode(), 1)).decode()
+
+
+@functools.lru_cache(maxsize=8)
+def _decoded(text: str) -> tuple[Entry, ...]:
+    rows = json.loads(zlib.decompress(base64.b64decode(text)))
+    return tuple(Entry(n, r, d, tuple(shape), tuple(splits), cut) for n, r, d, shape, splits, cut in rows)
+
+
+def _stack(tables: Sequence[Holdings]) -> Holdings:
+    columns = ([getattr(table, name) for table in tables] for name in ("ranks", "offsets", "shapes"))
+    return Holdings(*(np.concatenate(column) for column in columns))
+
+
+def _table(boxes: Sequence[Box], rank: int) -> Holdings:
+    dims = len(boxes[0].shape)
+    columns = ([getattr(box, name) for box in boxes] for name in ("offsets", "shape"))
+    return Holdings(
+        np.full(len(boxes), rank, np.int64), *(np.array(each, np.int64).reshape(len(boxes), dims) for each in columns)
+    )
+
+
+def _entry(of: Declaration | Entry, cut: int) -> Entry:
+    return Entry(of.name, of.role, of.dtype, of.shape, of.splits, cut)
+
+
+def _contradiction(first: Entry, first_rank: int, entry: Entry, rank: int) -> CheckpointError:
+    return CheckpointError(
+        f"{entry.key}: rank {rank} holds it as {entry.dtype}{list(entry.shape)}, rank {first_rank} as "
+        f"{first.dtype}{list(first.shape)}; one array has one shape, type and set of split points on all ranks"
+    )
