@@ -7,6 +7,8 @@ Only the state of the other ranks is made up (`scale_state.py`): what they would
 that the played rank exchanges are counted there. Nothing is said of how fast a network or a file system is.
 """
 
+# pyright: basic, reportMissingImports=false
+
 from __future__ import annotations
 
 import json
@@ -20,7 +22,7 @@ from typing import Any
 
 import torch
 from scale_state import MODELS, ROLES, Tensor, box_of, declarations, describe, layouts
-from torch.distributed import HashStore
+from torch._C._distributed_c10d import HashStore
 
 from meshloom.checkpoint.control import Control, children_of
 from meshloom.checkpoint.description import Description, join

@@ -4,6 +4,8 @@ No model is built: names, shapes and cuts follow from the sizes, by the arithmet
 `parallel/shards.py` (`chunk`).
 """
 
+# pyright: basic, reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator

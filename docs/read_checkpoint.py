@@ -9,6 +9,8 @@ manifest says. In format 4 the headers alone list the boxes; it checks that thes
 digests (that takes `xxhash`): `meshloom checkpoint verify` does.
 """
 
+# pyright: basic
+
 import json
 import math
 import sys
