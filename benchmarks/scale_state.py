@@ -154,7 +154,9 @@ def describe(tensors: list[Tensor], layout: Layout, ranks: range) -> Description
 
 
 def _holdings(tensor: Tensor, layers: int, layout: Layout, ranks: range) -> Holdings | None:
-    rows = [(rank, box) for rank in ranks if (box := box_of(tensor, layers, layout, rank)) is not None]
+    stage, size = stage_of(tensor, layers, layout), layout.stage_ranks
+    holders = range(max(ranks.start, stage * size), min(ranks.stop, (stage + 1) * size))
+    rows = [(rank, box) for rank in holders if (box := box_of(tensor, layers, layout, rank)) is not None]
     if not rows:
         return None
     columns = (np.array([getattr(box, name) for _, box in rows], np.int64) for name in ("offsets", "shape"))
