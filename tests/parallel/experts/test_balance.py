@@ -119,7 +119,7 @@ def test_every_token_is_reported_once() -> None:
 def test_dropped_tokens_are_reported() -> None:
     ((found, _),) = run_ranks(1, reported, work(8, PAST, {**EXPERTS, "capacity": 0.5}, zero=0))
     # An expert has room for half of a mean load, ⌈0.5 · 128 · 2 / 5⌉. Of the 128 positions 107 count, and are taken first.
-    assert 1 - 5 * 26 / (107 * 2) <= found["experts/0/dropped"] < 0.6
+    assert 1 - 5 * 26 / (107 * 2) - 1e-12 <= found["experts/0/dropped"] < 0.6
 
 
 def with_one_layer_collapsed(rank: int, world_size: int, work: Work) -> tuple[dict[str, float], float]:
