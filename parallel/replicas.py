@@ -22,8 +22,8 @@ import torch
 from .fragment import Fragment
 from .mesh import Mesh
 
-BLOCK = 1 << 22
-"""Words that are hashed at once: 32 MiB of numbers for their positions, and as much for products."""
+BLOCK, SMALL = 1 << 22, 1 << 14
+"""Words that are hashed at once: 32 MiB of numbers for their positions, and as much for products; of small tensors fewer."""
 _STRETCH = 1 << 12
 """Elements that are looked at one by one where copies differ."""
 _CHAIN = 0x2545F4914F6CDD1D  # odd: joins the hashes of a tensor's blocks
@@ -157,9 +157,10 @@ def hash_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Hash a tensor's bits with their positions, on its device: see the module. Returns one int64."""
     words = _words(tensor)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    numbers = _numbers_on(tensor.device)
-    for begin in range(0, len(words), BLOCK):
-        part = words[begin : begin + BLOCK]
+    block = SMALL if len(words) <= SMALL else BLOCK
+    numbers = _numbers_on(tensor.device, block)
+    for begin in range(0, len(words), block):
+        part = words[begin : begin + block]
         total = total * _CHAIN + (part.to(torch.int64) * numbers[: len(part)]).sum()
     return total
 
@@ -179,10 +180,10 @@ def _position_numbers(count: int) -> torch.Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator, dtype=torch.int64) | 1
 
 
-_numbers: dict[torch.device, torch.Tensor] = {}
+_numbers: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
-def _numbers_on(device: torch.device) -> torch.Tensor:
-    if device not in _numbers:
-        _numbers[device] = _position_numbers(BLOCK).to(device)
-    return _numbers[device]
+def _numbers_on(device: torch.device, count: int) -> torch.Tensor:
+    if (device, count) not in _numbers:
+        _numbers[device, count] = _position_numbers(count).to(device)
+    return _numbers[device, count]

@@ -32,6 +32,7 @@ def test_the_hash_is_the_sum_of_words_times_their_odd_numbers(monkeypatch: pytes
     from meshloom.parallel import replicas
 
     monkeypatch.setattr(replicas, "BLOCK", 4)
+    monkeypatch.setattr(replicas, "SMALL", 2)
     monkeypatch.setattr(replicas, "_numbers", {})
     numbers = [int(n) for n in replicas._position_numbers(4)]  # pyright: ignore[reportPrivateUsage]
     assert all(number % 2 for number in numbers)
