@@ -42,6 +42,11 @@ class Concatenated:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def padding(self) -> float:
+        """Share of all positions that is padding, in [0, 1)."""
+        return 1 - self._filled / self.seq_len
+
     def __getitem__(self, index: int) -> Sample:
         """Return the sample at a position in [0, len)."""
         if not 0 <= index < self._count:
@@ -198,6 +203,11 @@ class BestFit:
 
     def __len__(self) -> int:
         return len(self._bins) - 1
+
+    @property
+    def padding(self) -> float:
+        """Share of all positions that is padding, in [0, 1)."""
+        return 1 - int(self._lengths.sum()) / (len(self) * self.seq_len)
 
     def __getitem__(self, index: int) -> Sample:
         """Return the sample at a position in [0, len)."""

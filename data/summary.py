@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from .corpus import Corpus, Packed
 from .mixture import Mixture
 from .node import DataNode
+from .packing import BestFit, Concatenated
 from .split import is_near
 from .validation import validation_parts
+
+TOLD_PADDING = 0.01  # less goes without saying
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class SourceSize:
     name    "" where there is but one
     weight  its share of the samples of a mixture; 1 where there is but one
     asked   the share that was to be held out; None where that is not known
+    padding share of the positions of its samples that is padding, in [0, 1)
     """
 
     name: str
@@ -30,6 +34,7 @@ class SourceSize:
     held_documents: int
     held_samples: int
     asked: float | None
+    padding: float
 
     @property
     def held_share(self) -> float:
@@ -55,6 +60,7 @@ def source_sizes(node: DataNode, name: str = "", weight: float = 1.0) -> Iterato
             0 if held is None else held.documents,
             sum(len(part.samples) for part in validation_parts(node)),
             node.asked_share if isinstance(node, Corpus) else None,
+            node.stored.padding if isinstance(node.stored, Concatenated | BestFit) else 0.0,
         )
 
 
@@ -63,6 +69,7 @@ def data_notices(node: DataNode) -> list[str]:
     return [
         f"data{f' {size.name}' if size.name else ''}: {size.tokens:,} tokens train, and "
         + (f"{size.held_tokens:,} ({size.held_share:.2%}) are held out" if size.held_tokens else "none are held out")
+        + (f"; {size.padding:.1%} of its positions are padding" if size.padding >= TOLD_PADDING else "")
         for size in source_sizes(node)
     ]
 

@@ -17,6 +17,7 @@ from ..config.problems import ConfigError, Problem
 from ..planner.cluster import ClusterConfig, options
 from ..trainer.resolve import ResolvedRun
 from .plan_cluster import refuse_too_few, split_words
+from .plan_documents import mean_length, read_documents, step_documents
 from .planning import resolve_plan, without_searched
 from .switches import BAD_CONFIG
 
@@ -34,15 +35,16 @@ def main(argv: Sequence[str]) -> int:
     told = "with cluster=…: predict the run of this folder, and hold it against its metrics"
     parser.add_argument("--against", metavar="FOLDER", type=Path, help=told)
     parser.add_argument("--json", action="store_true", help="with cluster=…: print the prediction as JSON")
-    told = "mean tokens of a document, where attention stays inside documents (default: a whole sample)"
-    parser.add_argument("--documents", metavar="TOKENS", type=float, help=told)
+    told = "mean tokens of a document, where attention stays inside documents (default: a whole sample); data: the run's own"
+    parser.add_argument("--documents", metavar="TOKENS", type=read_documents, help=told)
     parser.add_argument("--draw-step", metavar="FILE.svg", type=Path, help="draw the first step's documents on the data ranks")
     parser.add_argument("--config-dir", help="folder of further recipes")
     arguments = parser.parse_intermixed_args(list(argv))
     try:
         words, cluster = split_words(arguments.overrides, arguments.config_dir)
         _refuse_options(arguments)
-        asked = arguments.parts or arguments.best or arguments.json or arguments.documents or arguments.against
+        asked = arguments.parts or arguments.best or arguments.json or arguments.against
+        asked = asked or (arguments.documents and not any(word.startswith("parallel.hdp=") for word in words))
         if cluster is None and asked:
             fix = f"add cluster=…; there are: {', '.join(options(arguments.config_dir))}"
             raise ConfigError([Problem("cluster", "times are of a cluster, and none is chosen", fix)])
@@ -67,7 +69,11 @@ def _refuse_options(arguments: argparse.Namespace) -> None:
     problems: list[Problem] = []
     if arguments.best < 0:
         problems.append(Problem("--best", f"{arguments.best} is not a number of layouts", "give 1 or more"))
-    if arguments.documents is not None and not 0 < arguments.documents < math.inf:
+    if arguments.documents == "data":
+        if arguments.against is not None:
+            text = "the data of a run's folder are not read again"
+            problems.append(Problem("--documents", text, "give the mean tokens of a document"))
+    elif arguments.documents is not None and not 0 < arguments.documents < math.inf:
         problems.append(Problem("--documents", f"{arguments.documents:g} is no length", "give a number of tokens above 0"))
     shown = "--best" if arguments.best else "--against" if arguments.against is not None else None
     for option in ("--draw-step", "--draw-pipeline") if shown is not None else ():
@@ -106,7 +112,10 @@ def show_best(resolved: ResolvedRun, words: Sequence[str], cluster: ClusterConfi
     from ..planner.time_tables import parts_table
     from .plan_best import best_as_dict, best_layouts, best_table, memory_table, reasons, train_line
 
-    best = best_layouts(resolved, words, cluster, arguments.best, arguments.documents)
+    length = arguments.documents
+    if length == "data":
+        length = mean_length(step_documents(resolved.config, length))
+    best = best_layouts(resolved, words, cluster, arguments.best, length)
     words = [*([f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []), *words]
     if arguments.json:
         print(json.dumps(best_as_dict(best, words), indent=2))
@@ -149,6 +158,7 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
     """
     from rich.console import Console
 
+    from ..data.lengths import describe_lengths
     from ..planner.drawing import pipeline_svg
     from ..planner.host import available_memory
     from ..planner.tables import gib, plan_tables
@@ -158,8 +168,10 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
     from .shortages import shortages
 
     drawing: Path | None = arguments.draw_pipeline
-    plan = plan_of(resolved.config, resolved.notices)
-    found = None if cluster is None else predict(plan, resolved.config, cluster, arguments.documents)
+    documents = None if arguments.documents is None else step_documents(resolved.config, arguments.documents)
+    plan = plan_of(resolved.config, resolved.notices, documents=documents)
+    length = mean_length(documents) if documents is not None and arguments.documents == "data" else arguments.documents
+    found = None if cluster is None else predict(plan, resolved.config, cluster, length)
     if found is not None and arguments.json:
         print(json.dumps(found.as_dict(), indent=2))
         return 0
@@ -178,7 +190,10 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
         console.print(table)
     for table in time_tables(found, parts=arguments.parts) if found is not None else ():
         console.print(table)
-    notes = [*plan.notes, *(time_caveats(resolved.config) if found is not None else [])]
+    own: list[str] = []
+    if documents and arguments.documents == "data":
+        own.append(f"own documents of the first step: {describe_lengths(documents)}")
+    notes = [*own, *plan.notes, *(time_caveats(resolved.config) if found is not None else [])]
     if spared := spared_by_fusing(plan, resolved.config):
         where = "where SwiGLU is computed inside its products: Hopper GPUs, pip install 'meshloom[flash4]'"
         notes.append(f"{gib(spared)} GiB less {where}")

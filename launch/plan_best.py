@@ -124,7 +124,7 @@ def _question(config: RunConfig, cluster: ClusterConfig, fixed: dict[str, Any], 
         "stages_per_rank": None,
     }
     neutral = replace(config.parallel, **{key: value for key, value in alone.items() if f"parallel.{key}" not in fixed})
-    one, single = Layout(), replace(config, parallel=replace(config.parallel, **alone))
+    one, single = Layout(), replace(config, parallel=replace(config.parallel, **alone, hdp="none", hdp_tokens=None))
     work = layout_work(config, model.shape)
     samples = config.batch.samples
     assert isinstance(samples, int)

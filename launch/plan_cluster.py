@@ -47,6 +47,8 @@ def refuse_too_few(config: RunConfig, cluster: ClusterConfig) -> None:
 
 def predict(plan: Plan, config: RunConfig, cluster: ClusterConfig, length: float | None = None) -> Prediction:
     """Predict what a planned run costs on a cluster. length: mean tokens of a document that attention stays inside."""
+    if plan.dealt is not None:
+        length = plan.dealt.length
     step = Step(plan.model.shape, plan.parallel, plan.layout, plan.job, plan.cost, plan.away, cluster, length)
-    step = replace(step, matrices=matrices_of(config.optim, plan.model), saving=config.checkpoint)
+    step = replace(step, matrices=matrices_of(config.optim, plan.model), saving=config.checkpoint, dealt=plan.dealt)
     return Prediction(step, plan.samples, run_tokens(config))

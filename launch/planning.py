@@ -7,15 +7,19 @@ from dataclasses import dataclass, replace
 
 from ..config.nodes import Custom
 from ..config.problems import ConfigError, Problem
+from ..models.config import DecoderConfig
 from ..optim.build import build_controller
 from ..optim.optimizers.matrix_config import MatrixOptimConfig
 from ..optim.progress import Progress
 from ..parallel.config import ParallelConfig
+from ..parallel.hybrid.cost import decoder_flops
+from ..parallel.hybrid.share import HybridAssigner
 from ..parallel.layout import Layout
 from ..parallel.policies import fused_swiglu_blocker
 from ..planner.checkpoint_needs import CheckpointNeeds, checkpoint_needs, describe_needs
 from ..planner.cluster import ClusterConfig
 from ..planner.cost import LayoutCost, drawn
+from ..planner.hybrid import DealtStep, dealt_step
 from ..planner.memory import Job
 from ..planner.offload import OffloadAccount, describe
 from ..planner.parameters import Inventory
@@ -40,6 +44,7 @@ class Plan:
     needs    what its checkpoints take
     samples  global batch, at its start where it changes
     notes    remarks on the figures
+    dealt    the first step's documents under hybrid data parallelism; None without
     """
 
     model: Inventory
@@ -51,6 +56,7 @@ class Plan:
     needs: CheckpointNeeds
     samples: int
     notes: list[str]
+    dealt: DealtStep | None = None
 
     @property
     def bytes(self) -> int:
@@ -111,20 +117,21 @@ def needs_building(config: RunConfig) -> bool:
     return own or not is_known_decoder(config.model) or config.trainer.float8 != "none"
 
 
-def checked_plan(config: RunConfig, *, fused: bool) -> Plan:
+def checked_plan(config: RunConfig, *, fused: bool, documents: Sequence[int] | None = None) -> Plan:
     """Plan a config that is not checked yet: see `plan_of`. Raises ConfigError with its problems."""
     elsewhere: list[Problem] = []
     config, problems = checked_config(config, planned_processes(config.launch), elsewhere=elsewhere, builds=needs_building)
     if problems:
         raise ConfigError(problems)
-    return plan_of(config, list(map(str, elsewhere)), fused=fused)
+    return plan_of(config, list(map(str, elsewhere)), fused=fused, documents=documents)
 
 
-def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False) -> Plan:
+def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False, documents: Sequence[int] | None = None) -> Plan:
     """Plan a config without problems.
 
-    notices: further remarks. fused: whether the GPUs have fused SwiGLU, for runs that can use it. Raises ConfigError for a run
-    whose costs are not known.
+    notices: further remarks. fused: whether the GPUs have fused SwiGLU, for runs that can use it. documents: lengths of those
+    of a step, which hybrid data parallelism deals; None: each sample is one. Raises ConfigError for a run whose costs are not
+    known.
     """
     if problems := _unplanned(config):
         raise ConfigError(problems)
@@ -140,13 +147,25 @@ def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False) -
     assigner = assigner_of(config, layout)
     controller = build_controller(config.batch, build_horizon(config, config.data.seq_len))
     blanks = blank_notice(assigner, controller, Progress())
-    if parallel.hdp != "none":
-        notes.append(f"parallel.hdp={parallel.hdp} is not planned for: memory and time are those of batch.micro samples")
-    elif blanks is not None:
+    if blanks is not None and parallel.hdp == "none":
         notes.append(blanks)
     model = inventory_of(config)
     job = job_of(config, model.shape, assigner, fused=fused)
+    dealt: DealtStep | None = None
+    if parallel.hdp != "none":
+        dealer = hybrid_dealer(config, layout, model.shape)
+        if documents is None:
+            notes.append("each sample is taken for one document; --documents says what they are, or takes the data's own")
+        dealt = dealt_step(documents or [job.seq_len] * samples, dealer, job.seq_len, job.micro)
+        notes.append(
+            f"parallel.hdp: the first step's documents lie in up to {dealt.rows} rows a rank, {dealt.shared} are shared, and by"
+            f" the plan ranks wait {dealt.waiting:.1%} of the time; messages of shared ones are not counted"
+        )
+        job = replace(job, row=dealer.row_tokens(job.seq_len, job.micro), micro_batches=dealt.rows)
     cost, away, held = costs_of(model, parallel, layout, job, optimizer_of(config))
+    if dealt is not None:  # not all rows are full
+        ranks = [replace(rank, flops=rank.flops * dealt.filled) for rank in cost.ranks]
+        cost = replace(cost, ranks=ranks, model_flops=cost.model_flops * dealt.filled)
     shares = [rank.experts / rank.elements for rank in cost.ranks]
     needs = checkpoint_needs(config.checkpoint, layout, held, shares)
     notes += [*describe(away), *describe_needs(needs)]
@@ -155,7 +174,13 @@ def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False) -
         " NCCL and the allocator take is not in them",
         *_caveats(parallel),
     ]
-    return Plan(model, parallel, layout, job, drawn(cost, model.shape, parallel, job), away, needs, samples, notes)
+    return Plan(model, parallel, layout, job, drawn(cost, model.shape, parallel, job), away, needs, samples, notes, dealt)
+
+
+def hybrid_dealer(config: RunConfig, layout: Layout, shape: DecoderConfig) -> HybridAssigner:
+    """Return what deals the documents of global batches to the data ranks."""
+    row = config.batch.micro_size * config.data.seq_len
+    return HybridAssigner.of(config.parallel, layout, row, decoder_flops(shape), compiled=config.trainer.compile)
 
 
 def spared_by_fusing(plan: Plan, config: RunConfig) -> int:

@@ -23,9 +23,10 @@ from ..trainer.resolve import compose_config
 from ..trainer.schema import RunConfig
 from ..trainer.typed import replace_keys, value_of
 from ..trainer.validate import run_problems
+from .plan_documents import step_documents
 from .planning import Plan, checked_plan
 from .shortages import shortages
-from .tuned_keys import BUDGET, KEYS
+from .tuned_keys import BUDGET, HYBRID_KEYS, KEYS
 from .typed_words import given_keys, micro_is_fixed
 
 POLICIES = ("none", "selective", "full")
@@ -41,7 +42,7 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A planned candidate. settings: key → value, of KEYS; seconds: predicted for a step."""
+    """A planned candidate. settings: key → value, of KEYS or HYBRID_KEYS; seconds: predicted for a step."""
 
     settings: Settings
     plan: Plan
@@ -127,11 +128,12 @@ def tune(
             raise ConfigError(problems)
     left = config.left_to_plan
     config = fitted_to(config, memory)
-    search = _Search(config, fused_swiglu_blocker)
-    given = {key: value_of(config, key) for key in KEYS}
-    fixed = given_keys(overrides) & set(KEYS) - set(left)
+    hybrid = config.parallel.hdp != "none"
+    search = _Search(config, fused_swiglu_blocker, step_documents(config, "data") if hybrid else None)
+    given = {key: value_of(config, key) for key in (HYBRID_KEYS if hybrid else KEYS)}
+    fixed = given_keys(overrides) & set(given) - set(left)
     notes = [f"{', '.join(sorted(fixed))} as the command line says"] if fixed else []
-    if "batch.micro" not in fixed and (why := micro_is_fixed(config)):
+    if not hybrid and "batch.micro" not in fixed and (why := micro_is_fixed(config)):
         fixed.add("batch.micro")
         notes.append(f"batch.micro={given['batch.micro']} stays: {why}")
     found = search.all(given, fixed, limit)
@@ -222,8 +224,11 @@ def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
 class _Search:
     """The planner of settings of one config. refusals: why some can't run, by their values; notes: assumptions of all plans."""
 
-    def __init__(self, config: RunConfig, fused_swiglu_blocker: Callable[[], str | None]) -> None:
-        self._config = config
+    def __init__(
+        self, config: RunConfig, fused_swiglu_blocker: Callable[[], str | None], documents: Sequence[int] | None
+    ) -> None:
+        """documents: lengths of those of the first step, where they are dealt one by one."""
+        self._config, self._documents = config, documents
         self._cluster = load_cluster([f"cluster={REFERENCE}"])
         self._fused_swiglu_blocker = fused_swiglu_blocker
         self._fuse: bool | None = None  # unknown, while nothing has been planned that the answer matters to
@@ -234,15 +239,16 @@ class _Search:
         """Plan these settings. Return None if they can't run."""
         config = replace_keys(self._config, settings)
         try:
-            plan = checked_plan(config, fused=self._fuse is not False)
+            plan = checked_plan(config, fused=self._fuse is not False, documents=self._documents)
             if plan.job.fused and self._fuse is None and not self._fuses():
-                plan = checked_plan(config, fused=False)
+                plan = checked_plan(config, fused=False, documents=self._documents)
         except ConfigError as error:
             self.refusals[tuple(settings.values())] = error
             return None
         cluster = replace(self._cluster, gpus=plan.layout.world_size)
-        step = Step(plan.model.shape, plan.parallel, plan.layout, plan.job, plan.cost, plan.away, cluster)
-        step = replace(step, matrices=matrices_of(config.optim, plan.model), saving=config.checkpoint)
+        length = None if plan.dealt is None else plan.dealt.length
+        step = Step(plan.model.shape, plan.parallel, plan.layout, plan.job, plan.cost, plan.away, cluster, length)
+        step = replace(step, matrices=matrices_of(config.optim, plan.model), saving=config.checkpoint, dealt=plan.dealt)
         return Candidate(settings, plan, step_time(step).seconds)
 
     def _fuses(self) -> bool:
@@ -265,7 +271,12 @@ class _Search:
         # Through a pipeline all stages are the same, and so they are on one rank of the torch engine that offloads nothing.
         alone = data * parallel.cp == 1 and parallel.engine != "deepspeed" and parallel.offload == "none"
         alike = "parallel.zero" in fixed or parallel.pp > 1 or alone
-        micros = [micro] if "batch.micro" in fixed else divisors(-(-self._config.batch.start // data))
+        if {"batch.micro", "parallel.hdp_tokens"} & fixed:
+            micros = [micro]
+        elif self._documents is not None:
+            micros = row_sizes(sum(self._documents), self._config.data.seq_len, data)
+        else:
+            micros = divisors(-(-self._config.batch.start // data))
         found = {tuple(given.values()): self.planned(given)}
         for stage in [zero] if alike else sorted({zero, 1, 2, 3}):
             crowded = False
@@ -275,7 +286,7 @@ class _Search:
                 tried: list[Candidate | None] = []
                 for policy in [activation] if "trainer.activation" in fixed else dict.fromkeys([*POLICIES, activation]):
                     settings: dict[str, Any] = dict(
-                        zip(KEYS, (stage, size, policy, budget if BUDGET in fixed else None), strict=True)
+                        zip(given, (stage, size, policy, budget if BUDGET in fixed else None), strict=True)
                     )
                     key = tuple(settings.values())
                     if key not in found:
@@ -300,6 +311,17 @@ class _Search:
             if found is None or found.bytes <= limit:
                 return found if found is not None and len(set(found.plan.job.policies)) > 1 else None
         return None
+
+
+def row_sizes(tokens: int, seq_len: int, ranks: int) -> list[int]:
+    """Return capacities of rows to try, ascending: powers of two in which all ranks together hold the longest document.
+
+    tokens: of the documents of a step, of which the largest row holds a rank's part
+    """
+    least = max(1, -(-seq_len // ranks), min(128, seq_len))
+    most = max(least, -(-tokens // ranks))
+    sizes = [1 << power for power in range((least - 1).bit_length(), (most - 1).bit_length() + 1)]
+    return sizes or [least]
 
 
 def divisors(number: int) -> list[int]:

@@ -2,3 +2,5 @@
 
 BUDGET = "trainer.activation_budget"
 KEYS = ("parallel.zero", "batch.micro", "trainer.activation", BUDGET)
+HYBRID_KEYS = tuple("parallel.hdp_tokens" if key == "batch.micro" else key for key in KEYS)
+"""Those of a run with hybrid data parallelism, whose micro-batches are rows of so many tokens at most."""

@@ -101,11 +101,17 @@ def table_of(tuned: Tuned) -> Table:
     fastest = min(one.seconds for one in tuned.fitting)
     for one in shown:
         zero, micro, activation, budget = one.settings.values()
+        size = one.plan.job.row or micro
         remark = "as given" if one is tuned.as_given else ""
         remark += "" if tuned.fits(one) else ", does not fit"
         kept = activation if budget is None else f"{budget:.0%} kept"
         sizes = [gib(one.bytes), *(gib(getattr(one, place)) for place in places)]
         table.add_row(
-            str(zero), f"{one.plan.job.micro_batches} × {micro}", kept, *sizes, f"{fastest / one.seconds:.1%}", remark
+            str(zero),
+            f"{one.plan.job.micro_batches} × {size}",
+            kept,
+            *sizes,
+            f"{fastest / one.seconds:.1%}",
+            remark,
         )
     return table

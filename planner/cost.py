@@ -107,8 +107,8 @@ def layout_cost(
         _rank_cost(rank, model, plan, parallel, layout, job, costs, cutter, order, optimizer)
         for rank in (range(parallel.pp) if ranks is None else ranks)
     ]
-    samples = job.micro * job.micro_batches * layout.data_size
-    return LayoutCost(plan, of_ranks, None, flops_per_token(model.shape, job.seq_len) * samples * job.seq_len)
+    tokens = job.tokens * job.micro_batches * layout.data_size
+    return LayoutCost(plan, of_ranks, None, flops_per_token(model.shape, job.seq_len) * tokens)
 
 
 def drawn(cost: LayoutCost, model: DecoderConfig, parallel: ParallelConfig, job: Job) -> LayoutCost:
@@ -172,7 +172,7 @@ def _rank_cost(
             )
     forward_pass = job.forward_pass(parallel)
     hidden = _hidden_bytes(model, parallel, job)
-    tokens = job.micro * job.micro_batches * job.seq_len / parallel.cp / parallel.tp
+    tokens = job.micro_batches * job.tokens / parallel.cp / parallel.tp
     return RankCost(
         layers=[plan.layers[stage] for stage in mine],
         elements=sum(group.padded for group in own),
@@ -265,7 +265,7 @@ def _whole_weights(held: Sequence[WeightGroup], layout: Layout, job: Job, *, par
 
 def _hidden_bytes(model: Inventory, parallel: ParallelConfig, job: Job) -> int:
     """Count the bytes of one micro-batch's hidden states, as they pass between stages."""
-    tokens, cut = job.micro * job.seq_len // parallel.cp, parallel.tp if parallel.sequence_parallel else 1
+    tokens, cut = job.tokens // parallel.cp, parallel.tp if parallel.sequence_parallel else 1
     return tokens * model.shape.stream_width * PRECISIONS[job.precision].bytes // cut
 
 

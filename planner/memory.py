@@ -24,6 +24,7 @@ class Job:
     policies          of each block: none, selective, full or offload; compiled: whether blocks are compiled
     fused             whether SwiGLU is computed inside the products around it (`kernels/swiglu.py`)
     float8            none, tensorwise or rowwise: of the blocks' products
+    row               tokens of a micro-batch under hybrid data parallelism, which deals documents; None: it deals samples
     """
 
     seq_len: int
@@ -34,11 +35,17 @@ class Job:
     compiled: bool
     fused: bool = False
     float8: str = "none"
+    row: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a micro-batch, before context parallelism cuts them."""
+        return self.micro * self.seq_len if self.row is None else self.row
 
     def forward_pass(self, parallel: ParallelConfig) -> ForwardPass:
         """Describe a rank's forward pass of one micro-batch."""
         return ForwardPass(
-            tokens=self.micro * self.seq_len // parallel.cp,
+            tokens=self.tokens // parallel.cp,
             precision=self.precision,
             tp=parallel.tp,
             sequence_parallel=parallel.sequence_parallel,

@@ -25,6 +25,7 @@ from .block_time import BlockTime, BlockWork, Parts, block_time, scaled, summed
 from .cluster import ClusterConfig
 from .cost import LayoutCost, RankCost
 from .engines import engine_moved
+from .hybrid import DealtStep
 from .kernel_time import Kernels
 from .matrix_time import MatrixWork, matrix_parts
 from .memory import Job
@@ -75,6 +76,7 @@ class Step:
     length    mean positions of a document; None: documents are not told apart
     matrices  (layers of a rank) → the whole matrices that its optimizer computes; None: it updates element by element
     saving    how checkpoints are saved; None: not at all
+    dealt     how hybrid data parallelism deals documents of known lengths; None: it does not, or they are not known
     """
 
     model: DecoderConfig
@@ -88,6 +90,7 @@ class Step:
     software: Software | None = None
     matrices: Matrices | None = None
     saving: CheckpointConfig | None = None
+    dealt: DealtStep | None = None
 
     @property
     def traits(self) -> Software:
@@ -113,7 +116,7 @@ def step_time(step: Step, *, simulated: bool = True) -> StepTime:
 def _stage_times(step: Step, kernels: Kernels) -> list[BlockTime]:
     """Predict the passes of every stage over one micro-batch."""
     parallel, job, layout = step.parallel, step.job, step.layout
-    tokens = job.micro * job.seq_len / parallel.cp
+    tokens = job.tokens / parallel.cp
     ep = group(step.cluster, layout.ep, 1, layout.world_size) if layout.ep > 1 else None  # the innermost as experts see it
     groups = group_of(step.cluster, layout, "tp"), group_of(step.cluster, layout, "cp"), ep
     times: dict[tuple[int, str], BlockTime] = {}
@@ -169,6 +172,9 @@ def _compute(step: Step, stages: Sequence[BlockTime], simulated: bool) -> tuple[
     parts = scaled(work[busiest], many)
     if plan.count > 1 and simulated:
         parts["pipeline bubble"] = _pipeline_seconds(step, stages, plan) - sum(parts.values())
+    if step.dealt is not None:
+        parts = scaled(parts, step.dealt.filled)
+        parts["waiting for documents"] = sum(parts.values()) * step.dealt.waiting / (1 - step.dealt.waiting)
     return parts, forward, backward
 
 
@@ -176,7 +182,7 @@ def _pipeline_seconds(step: Step, stages: Sequence[BlockTime], plan: StagePlan) 
     """Simulate the schedule in seconds; long ones are continued from their middle."""
     parallel, many = step.parallel, step.job.micro_batches
     costs = [Costs(*(sum(parts.values()) for parts in (each.forward, each.to_input, each.to_weight))) for each in stages]
-    tokens = step.job.micro * step.job.seq_len / parallel.cp
+    tokens = step.job.tokens / parallel.cp
     cut = parallel.tp if parallel.sequence_parallel else 1
     link = group_of(step.cluster, step.layout, "pp")
     hop = link.send(tokens * step.model.dim * PRECISIONS[step.job.precision].bytes / cut)

@@ -127,7 +127,8 @@ def step_table(model: DecoderConfig, parallel: ParallelConfig, job: Job, cost: L
     table = Table(show_header=False, title="One step", title_justify="left", box=box.SIMPLE)
     tokens = samples * job.seq_len
     table.add_row("global batch", f"{samples:,} samples × {job.seq_len:,} positions = {tokens:,} tokens")
-    table.add_row("each rank", f"{job.micro_batches} micro-batches of {job.micro} samples")
+    rows = f"{job.micro} samples" if job.row is None else f"documents, {job.row:,} positions at most"
+    table.add_row("each rank", f"{job.micro_batches} micro-batches of {rows}")
     total, active = parameter_count(model), parameter_count(model, active=True)
     passed = f", of which a token passes {active:,} ({active / total:.1%})" if active < total else ""
     table.add_row("parameters", f"{total:,}{passed}")

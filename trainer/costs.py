@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from itertools import count as naturals
 from typing import TypeGuard
 
 from ..config.precision import PRECISIONS
@@ -82,6 +83,10 @@ def job_of(config: RunConfig, shape: DecoderConfig, assigner: Assigner, *, fused
         compiled=trainer.compile,
         float8=trainer.float8,
     )
+    row = config.parallel.hdp_tokens
+    if config.parallel.hdp != "none" and row is not None:  # documents are known by their tokens alone
+        rows = -(-samples * config.data.seq_len // (assigner.data_size * row))
+        job = replace(job, row=row, micro_batches=next(count for count in naturals(rows) if assigner.can_run(count)))
     return replace(job, fused=fused and fused_swiglu_blocker(shape, config.parallel, job) is None)
 
 

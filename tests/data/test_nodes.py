@@ -416,6 +416,12 @@ def test_the_size_of_every_source_is_said(jsonl: str, tmp_path: Path):
     # 400 copies of one text: the same passage of each, one token of five.
     assert (other.tokens, other.held_tokens) == (1600, 400)
     assert data_notices(node)[1] == "data b.c: 1,600 tokens train, and 400 (20.00%) are held out"
+    assert one.padding == other.padding == 0.0
+    sources["b.c"] |= {"packing": "bestfit", "validation": 0.0}  # three documents of five tokens in sixteen positions
+    packed = Mixture(MixtureConfig(seq_len=16, tokenizer="bytes", sources=sources, weights={"a": 1, "b.c": 3}), 1)
+    packed.prepare()
+    assert [each.padding for each in source_sizes(packed)][1] == pytest.approx(1 - 2000 / (16 * 134))
+    assert data_notices(packed)[1].endswith("; 6.7% of its positions are padding")
     assert data_warnings(node) == []
 
 

@@ -188,5 +188,6 @@ def test_a_step_is_drawn_under_hybrid_data_parallelism(capsys: pytest.CaptureFix
     code, out, err = planned(capsys, *words)
     assert code == 2 and not out and "--draw-step" in err and "parallel.hdp=greedy" in err
     code, out, err = planned(capsys, *words, "parallel.hdp=greedy", "parallel.hdp_tokens=64", "parallel.zero=1")
-    assert code == 0 and "drew" in out and "parallel.hdp=greedy is not planned for" in out, err
+    assert code == 0 and "drew" in out and "each sample is taken for one document" in out, err
+    assert "documents, 64 positions at most" in out
     assert "documents of" in svg.read_text()

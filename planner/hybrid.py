@@ -1,0 +1,42 @@
+"""The load of a step that hybrid data parallelism deals, from the lengths of its documents. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..parallel.hybrid.share import HybridAssigner
+
+
+@dataclass(frozen=True)
+class DealtStep:
+    """How the documents of a step are dealt.
+
+    rows     of the rank that runs most
+    filled   tokens of all ranks' rows, over those of `rows` full rows on each
+    waiting  part of the ranks' time in which the plan has them wait for one another, in [0, 1)
+    length   mean positions of the document that a token is in: attention costs as much as with documents of that length
+    shared   documents that several ranks share
+    """
+
+    rows: int
+    filled: float
+    waiting: float
+    length: float
+    shared: int
+
+
+def dealt_step(lengths: Sequence[int], dealer: HybridAssigner, seq_len: int, micro: int) -> DealtStep:
+    """Plan a step of these documents as a run does, from samples of `seq_len` positions in micro-batches of `micro`.
+
+    Raises ValueError for a document that is longer than all ranks' rows together.
+    """
+    plan, row = dealer.plan(lengths, seq_len, micro), dealer.row_tokens(seq_len, micro)
+    costs = dealer.costs(row)
+    # A pipeline's bubble is simulated by its schedule, and its rows are full.
+    mean = sum(plan.times(lengths, costs)) / len(plan.rows)
+    even = mean * (1 + (plan.stages - 1) / plan.passes) / plan.stages
+    waiting = max(0.0, 1 - even / plan.step_time(lengths, costs))
+    filled = 1.0 if plan.stages > 1 else sum(lengths) / (len(plan.rows) * plan.passes * row)
+    length = sum(length * length for length in lengths) / sum(lengths)
+    return DealtStep(plan.passes, filled, waiting, length, len(plan.shared))

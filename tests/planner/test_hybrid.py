@@ -1,0 +1,101 @@
+"""Plans under hybrid data parallelism: rows and waiting of a step of known documents, its time, memory and capacity."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from meshloom.launch.cli import main
+from meshloom.launch.plan_cluster import predict
+from meshloom.launch.plan_documents import mean_length
+from meshloom.launch.planning import make_plan, plan_of, resolve_plan
+from meshloom.launch.tune_search import row_sizes, tune
+from meshloom.parallel.hybrid.cost import CostModel
+from meshloom.parallel.hybrid.share import HybridAssigner
+from meshloom.parallel.layout import Layout
+from meshloom.planner.cluster import load_cluster
+from meshloom.planner.hybrid import dealt_step
+from meshloom.trainer.costs import assigner_of, inventory_of, job_of
+
+WORDS = ["recipe=quickstart", "data=stdlib", "model.vocabulary=300", "data.document_mask=true", "data.packing=bestfit"]
+WORDS += ["data.seq_len=1024", "batch.micro=1", "batch.samples=16", "launch.nproc=4", "parallel.zero=1", "parallel.hdp=greedy"]
+
+
+def test_a_step_is_counted_as_it_is_dealt() -> None:
+    """By hand: a document of 200 over two ranks, two of 50 beside it, rows of 100; each rank has 150 tokens, in two rows."""
+    dealer = HybridAssigner(2, CostModel(0.0, 1.0), capacity=100)
+    found = dealt_step([200, 50, 50], dealer, 200, 1)
+    assert (found.rows, found.shared, found.waiting) == (2, 1, 0.0)
+    assert found.filled == 300 / (2 * 2 * 100) and found.length == (200**2 + 2 * 50**2) / 300
+    one = dealt_step([40], dealer, 200, 1)  # the other rank waits for all of it, or both share it
+    assert one.waiting == pytest.approx(0.5) or one.shared
+
+
+def test_pipelines_wait_for_their_slowest_row() -> None:
+    even = dealt_step([50] * 8, HybridAssigner(2, CostModel(1.0, 1.0), capacity=50, stages=2), 50, 1)
+    assert even.waiting == pytest.approx(0.0) and even.filled == 1.0
+    uneven = dealt_step([50, *[5] * 20], HybridAssigner(2, CostModel(1.0, 0.0), capacity=50, stages=2), 50, 1)
+    assert uneven.waiting > 0.1
+
+
+def test_a_plan_holds_a_row_and_takes_the_time_of_its_tokens() -> None:
+    config = resolve_plan(WORDS).config
+    cluster = load_cluster(["cluster=h100"])
+    short, long = [64] * 256, [*[64] * 128, *[1024] * 8]
+    flops: list[float] = []
+    for row in (256, 512):
+        sized = replace(config, parallel=replace(config.parallel, hdp_tokens=row))
+        plans = [plan_of(sized, (), documents=documents) for documents in (short, long)]
+        assert plans[0].job.tokens == row and plans[0].bytes == plans[1].bytes
+        predicted = [predict(plan, sized, cluster) for plan in plans]
+        assert predicted[0].time.parts["attention"] < predicted[1].time.parts["attention"]
+        assert predicted[1].step.length == mean_length(long)
+        flops.append(plans[0].cost.ranks[0].flops)
+        assert predicted[0].samples * 1024 == sum(short)
+    assert flops[0] == pytest.approx(flops[1], rel=1e-9), "as many tokens"
+    rows = [make_plan([*WORDS, f"parallel.hdp_tokens={row}"]).bytes for row in (256, 512)]
+    assert rows[0] < rows[1]
+
+
+def corpus(folder: Path) -> list[str]:
+    """Words for a corpus of documents of some lengths, of which few are long."""
+    file = folder / "corpus.jsonl"
+    lengths = [*[30] * 200, *[300] * 20, 1000]
+    file.write_text("\n".join(json.dumps({"text": "x" * length}) for length in lengths))
+    words = [word for word in WORDS if not word.startswith("data=")]
+    return [*words, "data=jsonl", f"data.input={file}", "data.tokenizer=bytes", f"data.cache_dir={folder / 'cache'}"]
+
+
+def test_own_documents_are_planned_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = [*corpus(tmp_path), "parallel.hdp_tokens=512", "cluster=h100", "--documents=data"]
+    assert main(["plan", *words, "--parts"]) == 0
+    told = capsys.readouterr().out
+    assert "512 positions at most" in told and "parallel.hdp: the first step's documents" in told
+    assert "each sample is taken" not in told and "own documents of the first step" in told and "half of all tokens" in told
+    assert main(["plan", *words, f"--against={tmp_path}"]) == 2
+    assert "not read again" in capsys.readouterr().err
+
+
+def test_tune_finds_the_capacity_of_rows(tmp_path: Path) -> None:
+    found = tune([*corpus(tmp_path), "trainer.activation=none"], 8 * 2**30)
+    sizes = {one.settings["parallel.hdp_tokens"] for one in found.fitting}
+    assert {256, 512, 1024} <= sizes and "batch.micro" not in found.fitting[0].settings
+    best = found.fitting[0]
+    assert any(word.startswith("parallel.hdp_tokens=") for word in found.changes(best)) or best.settings == found.given
+    by_size = {one.settings["parallel.hdp_tokens"]: one.bytes for one in found.fitting}
+    assert by_size[256] < by_size[1024]
+
+
+def test_capacities_hold_the_longest_document_on_all_ranks() -> None:
+    assert row_sizes(tokens=100_000, seq_len=8192, ranks=4) == [2048, 4096, 8192, 16_384, 32_768]
+    assert row_sizes(tokens=300, seq_len=64, ranks=4) == [64, 128]
+
+
+def test_an_activation_left_to_the_plan_is_fitted_to_rows() -> None:
+    config = resolve_plan([*WORDS, "parallel.hdp_tokens=512"]).config
+    layout = Layout.plan(config.parallel, 4)
+    job = job_of(config, inventory_of(config).shape, assigner_of(config, layout), fused=False)
+    assert (job.tokens, job.micro_batches) == (512, 16 * 1024 // (4 * 512))
