@@ -1,5 +1,8 @@
 """The base of optimizers that update the matrices of blocks as wholes, and everything else by AdamW."""
 
+# pyright: reportPrivateImportUsage=false
+# torch does not export its operations on lists (_foreach_…), which its own optimizers use.
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +26,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
     Weight decay is decoupled in both. AdamW's rate is `adamw_lr`, moved by the schedule as `lr` is; by default it is `lr`.
     """
 
+    skip: torch.Tensor | None = None
+    can_skip = False
+    """Whether `updates` obeys `taken`: not where the method decides on the host by the number of the step."""
     keeps_lr_scale = True
     """Whether the factors of muP apply to matrices, too: not where the method itself makes steps independent of the width."""
 
@@ -82,6 +88,30 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Compute what `lr` times is subtracted from a whole matrix that this rank owns, and move its state."""
         raise NotImplementedError
 
+    @property
+    def masked_step(self) -> bool:
+        """See `MaskedStep`; what is not of blocks must have torch's fused kernel."""
+        held = (weight for group in self.param_groups if group["label"] == ELEMENTWISE for weight in group["params"])
+        return self.can_skip and all(_is_fused(weight) for weight in held)
+
+    def forget_steps(self, count: int) -> None:
+        """See `MaskedStep`."""
+        for state in self.state.values():
+            state["step"] -= count
+
+    @property
+    def taken(self) -> torch.Tensor | None:
+        """1 on the device if the step is taken, and 0 if not; None: it is."""
+        return None if self.skip is None else 1 - self.skip
+
+    def move(self, averages: Sequence[torch.Tensor], towards: Sequence[torch.Tensor], rate: float) -> None:
+        """Move averages in place by a share of their distance to other tensors, unless the step is not taken."""
+        if self.taken is None:
+            torch._foreach_lerp_(list(averages), list(towards), rate)
+            return
+        for average, other in zip(averages, towards, strict=True):
+            average.lerp_(other, rate * self.taken.to(average.dtype))  # not in the fp32 of `taken`
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Take one update, with the exchanges of whole matrices."""
@@ -89,21 +119,31 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["label"] == ELEMENTWISE:
                 self._step_elementwise(group)
-        if not self.hidden:
-            return
+        if self.hidden:
+            self._step_hidden()
+        self.skip = None
+
+    def _step_hidden(self) -> None:
         # A matrix that no token reached has no gradient; its owner still waits for every part.
         given = (parameter.tensor.grad for parameter in self.hidden)
         weights: list[torch.Tensor] = [parameter.tensor for parameter in self.hidden]
         gradients = [torch.zeros_like(w) if grad is None else grad.to(w.dtype) for w, grad in zip(weights, given, strict=True)]
+        if self.skip is not None:  # what is not finite would be, times 0, too
+            gradients = [torch.where(self.skip > 0, torch.zeros_like(each), each) for each in gradients]
         for parameter in self.hidden:
             state = self.state[parameter.tensor]
             state["step"] = state.get("step", 0) + 1
         updates = self.updates(gradients)
         rates = {name: group["lr"] for group in self.param_groups for name in group["names"]}
         for parameter, update in zip(self.hidden, updates, strict=True):
-            rate = rates[parameter.name]
-            parameter.tensor.mul_(1 - rate * self._decay[parameter.name])
-            parameter.tensor.add_(update.to(parameter.tensor.dtype), alpha=-rate)
+            rate, weight = rates[parameter.name], parameter.tensor
+            if self.taken is None:
+                weight.mul_(1 - rate * self._decay[parameter.name])
+                weight.add_(update.to(weight.dtype), alpha=-rate)
+            else:
+                taken = self.taken.to(weight.dtype)
+                weight.mul_(1 - rate * self._decay[parameter.name] * taken)
+                weight.addcmul_(update.to(weight.dtype), -rate * taken)
 
     def _step_elementwise(self, group: dict[str, Any]) -> None:
         weights: list[torch.Tensor] = [weight for weight in group["params"] if weight.grad is not None]
@@ -115,7 +155,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
             state["step"] = state.get("step", 0) + 1
         first, second = self._betas
-        fused = all(weight.device.type in FUSED_DEVICES and weight.is_floating_point() for weight in weights)
+        fused = all(map(_is_fused, weights))
         steps = [torch.full((), float(self.state[weight]["step"] - 1), device=weight.device) for weight in weights]
         means, squares = ([self.state[weight][role] for weight in weights] for role in ("exp_avg", "exp_avg_sq"))
         adamw(
@@ -134,4 +174,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=self._eps,
             maximize=False,
+            found_inf=self.skip if fused else None,
         )
+
+
+def _is_fused(weight: torch.Tensor) -> bool:
+    return weight.device.type in FUSED_DEVICES and weight.is_floating_point()

@@ -30,6 +30,8 @@ class Muon(MatrixOptimizer):
     The products of the iteration are in the dtype of the forward pass, and so is what travels between ranks.
     """
 
+    can_skip = True
+
     def __init__(self, config: MuonConfig, parameters: Sequence[NamedParameter], shards: Shards) -> None:
         self._momentum, self._nesterov, self._scale, self._steps = (
             config.momentum,
@@ -54,7 +56,7 @@ class Muon(MatrixOptimizer):
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(gradient)
         momenta = [state["momentum"] for state in states]
-        torch._foreach_lerp_(momenta, list(gradients), 1 - self._momentum)
+        self.move(momenta, gradients, 1 - self._momentum)
         if not self._nesterov:
             return momenta
         return list(torch._foreach_lerp(list(gradients), momenta, self._momentum))
@@ -87,7 +89,7 @@ class NorMuon(Muon):
         for matrix, orthogonal in zip(matrices, orthogonalize_all(momenta, self._steps), strict=True):
             moments = self.owned_array(matrix, "row_sq", (matrix.shape[0],))
             values = orthogonal.to(moments.dtype)
-            moments.lerp_(values.square().mean(1), 1 - self._second)
+            self.move([moments], [values.square().mean(1)], 1 - self._second)
             rescaled = values / (moments.sqrt() + self._normuon_eps)[:, None]
             rows, columns = matrix.shape
             # Muon's root mean square: an orthogonal matrix's is 1/√max(rows, columns).

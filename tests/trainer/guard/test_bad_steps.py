@@ -97,6 +97,8 @@ def spoilt(rank: int, world_size: int, parallel: ParallelConfig, folder: str, fa
         poison(weight, lambda: math.nan if rank == 1 and clock.step >= 3 else 1.0)
     elif fault == "passing":
         poison(weight, lambda: once(3, math.inf))
+    elif fault == "new level":
+        BadSamples(engine, 1, range(24, 48), 1e6, gradient=True)
     elif fault == "passing spike":
         poison(weight, lambda: once(5, 1e6))
     elif fault == "spike":
@@ -195,3 +197,9 @@ def test_a_spike_that_does_not_come_again_costs_nothing(tmp_path: Path) -> None:
 def test_as_many_bad_steps_in_a_row_as_the_limit_end_the_run(tmp_path: Path) -> None:
     (((losses, _, said),), incidents) = run("one", tmp_path, "samples", bad_step_limit=1)
     assert len(losses) == 2 and "trainer.bad_step_limit" in said and len(incidents) == 1
+
+
+def test_so_many_spikes_in_a_row_are_a_new_level(tmp_path: Path) -> None:
+    (((losses, updates, said),), incidents) = run("one", tmp_path, "new level", bad_step_limit=2)
+    assert [(each["kind"], each["step"]) for each in incidents] == [("bad_step", 4), ("bad_step", 5), ("new_level", 5)]
+    assert (updates, said) == (STEPS - 2, "") and equal(losses, plain_losses(skipped=(4, 5)))

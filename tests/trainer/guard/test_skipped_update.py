@@ -16,7 +16,7 @@ from meshloom.data.left_out import LeftOut
 from meshloom.models.mixture.balance_config import BalanceConfig
 from meshloom.optim.build import build_optimizer
 from meshloom.optim.optimizers.config import AdamWConfig, AGVMConfig, LionConfig, OptimConfig
-from meshloom.optim.optimizers.matrix_config import MuonConfig
+from meshloom.optim.optimizers.matrix_config import MuonConfig, NorMuonConfig, SOAPConfig
 from meshloom.parallel.engine import Engine
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
@@ -33,7 +33,9 @@ CASES: dict[str, tuple[Work, OptimConfig, bool]] = {
     "adamw, of experts": (MIXTURE, AdamWConfig(lr=0.01), True),
     "adamw, not fused": (Work(samples=4), AdamWConfig(lr=0.01, fused=False), False),
     "agvm": (Work(samples=4, halves=True), AGVMConfig(lr=0.01, interval=1), False),
-    "muon": (Work(samples=4), MuonConfig(lr=0.02), False),
+    "muon": (Work(samples=4), MuonConfig(lr=0.02), True),
+    "normuon": (Work(samples=4), NorMuonConfig(lr=0.02), True),
+    "soap": (Work(samples=4), SOAPConfig(lr=0.01, interval=2), False),
     "lion": (Work(samples=4), LionConfig(lr=0.01), False),
 }
 
@@ -82,6 +84,26 @@ def steps(rank: int, world_size: int, name: str) -> tuple[bool, bool, bool]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_skipped_update_changes_no_bit(name: str) -> None:
     assert run_ranks(1, steps, name) == [(True, True, CASES[name][2])]
+
+
+def twice(rank: int, world_size: int, name: str) -> float:
+    """The largest relative difference between two updates that may be skipped, and are not, and two that may not."""
+    work, config, _ = CASES[name]
+    found: list[dict[str, torch.Tensor]] = []
+    for skip in (None, torch.tensor(0.0)):
+        engine = engine_of(work, config, world_size)
+        for number in range(2):
+            engine.accumulate(share(engine.mesh, work, number * work.samples), torch.tensor(40.0, dtype=torch.float64))
+            engine.update(0.01, skip)
+            engine.zero_grad()
+        found.append(state_of(engine)[0])
+    return max(float((found[0][key] - found[1][key]).norm() / found[0][key].norm()) for key in found[0])
+
+
+@pytest.mark.parametrize("name", ["adamw, of experts", "muon", "normuon"])
+def test_an_update_that_may_be_skipped_is_the_same(name: str) -> None:
+    (difference,) = run_ranks(1, twice, name)
+    assert difference < 1e-12
 
 
 def test_retention_keeps_the_last_step_before_a_suspicion(tmp_path: Path) -> None:
