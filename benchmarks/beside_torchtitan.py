@@ -14,9 +14,10 @@ starts with an empty compile cache, which the later ones find filled. Prints a r
 take and that the allocator holds, at most; seconds from the start of the command to the first loss, ours once the second step
 is under way, when we read it; the median clock and power of the busiest GPU) and the table's row at the end. With `newer`, a
 folder that holds torchtitan 0.3.0, that is run as well (`torchtitan_newer.py`). moe_a and moe_b are the mixtures of
-docs/performance_experts.md: tokens choose their experts, or with `balance=forced` every expert gets as many. `systems` names
-what is run, in this order: titan, newer, ours; full is ours without the model's sliding windows. A system that fails is said,
-and left out. With `profile=1` our last run takes two steps more, which are not timed, and leaves a table of the last one's
+docs/measurements/mixture_speed.md: tokens choose their experts, or with `balance=forced` every expert gets as many. `systems`
+names what is run, in this order: titan, newer, ours; full is ours without the model's sliding windows. A system that fails is
+said, and left out. `altered` names what altered_train.py changes in ours. With `cache`, a folder, a later call finds what this
+one has compiled. With `profile=1` our last run takes two steps more, which are not timed, and leaves a table of the last one's
 kernels in `logs`.
 
 Beside full the last line compares the two rates with the FLOPs of a token that the two count. Windows cost no more than their
@@ -73,6 +74,8 @@ class Settings:
     newer: str = ""
     balance: str = "routed"
     systems: str = "titan,newer,ours"
+    altered: str = ""
+    cache: str = ""
 
 
 @dataclasses.dataclass
@@ -133,9 +136,9 @@ FULL = ["model.layer_types=[full]", "model.sliding_window=null", "model.rope_the
 NAMES = {"titan": "torchtitan", "newer": "torchtitan 0.3.0", "ours": "meshloom", "full": "meshloom without windows"}
 
 
-def run(system: str, settings: Settings, number: int, cache: Path) -> Measured:
-    """One run of one system, in processes of its own. cache: the folder of what either system compiles."""
-    output = cache / system / f"run-{number}"
+def run(system: str, settings: Settings, number: int, scratch: Path) -> Measured:
+    """One run of one system, in processes of its own. scratch: a folder for what it writes, and compiles."""
+    output, cache = scratch / system / f"run-{number}", Path(settings.cache) if settings.cache else scratch
     environment = {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(cache / system / "inductor"),
@@ -220,8 +223,9 @@ def our_command(settings: Settings, output: Path, more: Sequence[str], *, profil
     without = ["trainer.eval_every=0", "checkpoint.every=0", "logging.progress=false", f"output_dir={output}"]
     profile = [f"trainer.profile_step={steps}"] if profiled else []
     words = [*work, *batch, *length, *without, *profile, *shlex.split(settings.ours), *more]
-    if settings.balance == "forced":
-        return [sys.executable, str(HERE / "balanced_train.py"), *words]
+    altered = [settings.altered, "balanced" if settings.balance == "forced" else ""]
+    if any(altered):
+        return [sys.executable, str(HERE / "altered_train.py"), ",".join(filter(None, altered)), *words]
     return [sys.executable, "-m", "meshloom.launch.cli", "train", *words]
 
 
@@ -316,11 +320,11 @@ def main() -> None:
     settings = read(Settings(), sys.argv[1:])
     systems = [system for system in settings.systems.split(",") if system != "newer" or settings.newer]
     results: list[Measured] = []
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as scratch:
         for number in range(settings.rounds):
             for system in systems:
                 try:
-                    results.append(run(system, settings, number, Path(cache)))
+                    results.append(run(system, settings, number, Path(scratch)))
                 except (RuntimeError, StopIteration, IndexError, statistics.StatisticsError) as error:
                     print(f"{NAMES[system]} failed: {error!r}"[:5000], flush=True)
                     continue

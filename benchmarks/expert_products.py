@@ -3,8 +3,8 @@
     python benchmarks/expert_products.py shape=A
     python benchmarks/expert_products.py shape=B tiles=128x192p,256x128 skew=1
 
-Shapes A and B are those of docs/performance_experts.md. A tile is rows x columns, p for "pingpong". Kernels are compiled by
-several processes first. Prints milliseconds, TFLOP/s or GB/s of each, and what a layer's forward and backward pass take
+Shapes A and B are those of docs/measurements/mixture_speed.md. A tile is rows x columns, p for "pingpong". Kernels are compiled
+by several processes first. Prints milliseconds, TFLOP/s or GB/s of each, and what a layer's forward and backward pass take
 with the best of each. What fails is printed, and left out.
 """
 
@@ -40,10 +40,11 @@ REPEATS = 12
 
 @dataclasses.dataclass
 class Settings:
-    """What is timed. skew: experts get numbers of rows that fall from 3 times the mean to nothing."""
+    """What is timed. products: some of PRODUCTS; skew: the later experts get more rows than the first."""
 
     shape: str = "A"
     tiles: str = "128x192p,128x256,256x128,256x192,128x128p"
+    products: str = ",".join(PRODUCTS)
     skew: int = 0
     jobs: int = 8
 
@@ -51,7 +52,7 @@ class Settings:
 def tile_of(text: str) -> Any:
     """Read rows x columns, and p for pingpong."""
     rows, columns = text.rstrip("p").split("x")
-    return hopper.tile(int(rows), int(columns), pingpong=text.endswith("p"))
+    return hopper.tile(int(rows), int(columns), text.endswith("p"))
 
 
 class Work:
@@ -124,17 +125,17 @@ class Work:
             ),
             "quack, gradient of gate and up, rows copied before": (
                 lambda: hopper.package().gemm_tuned.fn(
-                    self.rows_ND.T, self.both_N2F, self.dw13_E2FD.mT, cu_seqlens_k=self.bounds_E1, config=hopper.tile()
+                    self.rows_ND.T, self.both_N2F, self.dw13_E2FD.mT, cu_seqlens_k=self.bounds_E1, config=tile_of("128x192p")
                 ), self.flops("dx"), 0,
             ),
             "quack, the same, transposed": (
                 lambda: hopper.package().gemm_tuned.fn(
-                    self.both_N2F.T, self.rows_ND, self.dw13_E2FD, cu_seqlens_k=self.bounds_E1, config=hopper.tile()
+                    self.both_N2F.T, self.rows_ND, self.dw13_E2FD, cu_seqlens_k=self.bounds_E1, config=tile_of("128x192p")
                 ), self.flops("dx"), 0,
             ),
             "quack, gradient of w2, rows copied before": (
                 lambda: hopper.package().gemm_tuned.fn(
-                    self.rows_ND.T, self.hidden_NF, self.dw2_EDF, cu_seqlens_k=self.bounds_E1, config=hopper.tile()
+                    self.rows_ND.T, self.hidden_NF, self.dw2_EDF, cu_seqlens_k=self.bounds_E1, config=tile_of("128x192p")
                 ), self.flops("down"), 0,
             ),
             "one dense product of gate's size": (lambda: self.rows_ND @ self.w1[:width].T, self.flops("down"), 0),
@@ -180,7 +181,7 @@ def main() -> None:
     """Compile, time, print."""
     settings = read(Settings(), sys.argv[1:])
     tiles, began = settings.tiles.split(","), time.perf_counter()
-    tasks = [(name, tile) for name in PRODUCTS for tile in tiles]
+    tasks = [(name, tile) for name in settings.products.split(",") for tile in tiles]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(settings.jobs, mp_context=context) as pool:
         faults = dict(zip(tasks, pool.map(compiled, tasks), strict=True))

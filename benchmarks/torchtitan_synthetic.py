@@ -4,7 +4,7 @@
         --training.local_batch_size 4 --training.seq_len 8192 --metrics.log_freq 4 --compile.enable \
         --activation_checkpoint.mode none
 
-A mixture of experts, of shape A or B of docs/performance_experts.md: --model.name qwen3 --model.flavor moe_a (or moe_b), and
+A mixture of experts, A or B of docs/measurements/mixture_speed.md: --model.name qwen3 --model.flavor moe_a (or moe_b), and
 --debug.moe_force_load_balance for a forced balance.
 
 A dense Qwen3 with an untied head, of the dims of a recipe: --model.name qwen3 --model.flavor qwen3_1.7b (or gemma3_1b, the

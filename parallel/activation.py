@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..kernels.attention_op import attend
+from ..kernels.experts.logits import router_logits
 from ..kernels.experts.operators import experts_up
 from ..kernels.flash4 import flash4_attend
 from ..models.mixture.mixture import makes_choices, sends_tokens
@@ -30,7 +31,7 @@ _ATTENTION = {
     ring_forward._opoverload,
 }
 _CHOICE = choose_experts._opoverload
-_EXPERTS_UP = experts_up._opoverload
+_EXPERTS = {choose_experts._opoverload, experts_up._opoverload, router_logits._opoverload}
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 _PRODUCTS_KEPT = 5
 """The first of the matrix products of a block that does not say how many (`products_kept`): Llama's q, k, v, attention's output
@@ -48,7 +49,7 @@ def _selection(products_kept: int) -> Keeps:
         if operation in _PRODUCTS:
             products += 1
             return products <= products_kept
-        return operation in _ATTENTION or operation in (_CHOICE, _EXPERTS_UP)
+        return operation in _ATTENTION or operation in _EXPERTS
 
     return keeps
 
@@ -135,8 +136,8 @@ def apply_policies(blocks: Sequence[nn.Module], policies: Sequence[str], *, comp
     The blocks' `forward` is replaced, so parameter names stay as they are.
 
     none       keep every intermediate result
-    selective  keep attention and all but two of the matrix products, compute the rest again; of experts that are computed by
-               kernels, keep what the backward pass reads
+    selective  keep attention and all but two of the matrix products, compute the rest again; of a mixture keep logits, choice,
+               and what the backward pass of experts reads that kernels compute
     full       keep only the block's input, and the choice of experts
     offload    keep everything, in host memory
 

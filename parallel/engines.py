@@ -9,7 +9,6 @@ from ..config.problems import ConfigError
 from ..kernels import precompile, swiglu
 from ..kernels.attention_blocks import Kernel
 from ..kernels.attention_timing import flash4_compilations
-from ..kernels.experts import fused as fused_experts
 from ..kernels.precompile import Compilation
 from ..models.config import DecoderConfig
 from ..models.mixture import grouped
@@ -20,7 +19,7 @@ from .deepspeed.engine import DeepSpeedEngine
 from .engine import Engine, EngineSettings, OptimizerFactory
 from .mesh import Mesh
 from .policies import fused_experts_blocker, fused_swiglu_blocker
-from .torch.assembly import EXPERTS, SWIGLU
+from .torch.assembly import SWIGLU, experts_compilations
 from .torch.engine import TorchEngine
 
 log = logging.getLogger(__name__)
@@ -73,5 +72,5 @@ def start_compiling(model: Model, parallel: ParallelConfig, settings: EngineSett
     if fused_swiglu_blocker(shape, parallel, settings) is None:
         works[SWIGLU] = swiglu.unsupported_reason
     if fused_experts_blocker(shape, parallel, settings) is None:
-        works[EXPERTS] = fused_experts.unsupported_reason
+        works |= experts_compilations()
     precompile.start(works)

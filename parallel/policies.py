@@ -12,6 +12,7 @@ from ..kernels import limits
 from ..models.config import DecoderConfig
 from ..models.costs import ForwardPass, block_bytes, recomputed_flops
 from ..models.mixture.config import MixtureConfig
+from ..models.part_config import FeedForwardConfig
 from .config import ParallelConfig
 from .pipeline.stages import splits_backward
 
@@ -102,8 +103,7 @@ def fused_swiglu_blocker(model: DecoderConfig, parallel: ParallelConfig, setting
         return reason
     if settings.float8 != "none":
         return "trainer.float8 computes its products"
-    parts = [block.ffn.shared if isinstance(block.ffn, MixtureConfig) else block.ffn for block in model.blocks()]
-    dense = [part for part in parts if part is not None]
+    dense = dense_feed_forwards(model)
     if not dense:
         return "experts' products are grouped"
     if not dense[0].is_plain_swiglu:
@@ -114,6 +114,12 @@ def fused_swiglu_blocker(model: DecoderConfig, parallel: ParallelConfig, setting
     if not any(limits.fused_swiglu_takes(model.dim, width) for width in widths):
         return f"its kernels don't take widths of {model.dim} and {', '.join(map(str, widths))}"
     return None
+
+
+def dense_feed_forwards(model: DecoderConfig) -> list[FeedForwardConfig]:
+    """Return the feed-forwards that every token passes: those of dense layers, and mixtures' shared experts."""
+    parts = [block.ffn.shared if isinstance(block.ffn, MixtureConfig) else block.ffn for block in model.blocks()]
+    return [part for part in parts if part is not None]
 
 
 def fused_experts_blocker(model: DecoderConfig, parallel: ParallelConfig, settings: ComputeSettings) -> str | None:

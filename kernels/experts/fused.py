@@ -8,13 +8,15 @@ Shape legend: see `operators.py`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from .. import limits
 from ..trial import survived
-from . import operators
+from . import hopper, operators
+from .logits import router_logits
 
 _TOLERANCE = 0.03  # bf16 rounds by 0.002 to 0.004 a product
 
@@ -26,6 +28,10 @@ class FusedExperts:
         """Return whether the kernels take this input and these widths. w1: (count · F, D)."""
         rows, dim = w1.shape
         return x.is_cuda and x.dtype == w1.dtype == torch.bfloat16 and limits.fused_swiglu_takes(dim, rows // count)
+
+    def logits(self, x_TD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
+        """Compute the router's logits in at least fp32: (T, E)."""
+        return router_logits(x_TD, weight_ED)
 
     def __call__(
         self,
@@ -47,6 +53,39 @@ class FusedExperts:
         bounds_E1 = F.pad(counts_E.cumsum(0), (1, 0)).int()
         hidden_NF, both_N2F = operators.experts_up(x_TD, w1, w3, token_N, place_TK, bounds_E1)
         return operators.experts_down(hidden_NF, both_N2F, w2, gates_TK, token_N, place_TK, bounds_E1)
+
+
+def compilations() -> dict[str, Callable[[torch.device], object]]:
+    """Return what has each kernel compiled, by name, so that several processes may at once: a kernel takes seconds."""
+    return {name: functools.partial(_compute_once, name) for name in _KERNELS}
+
+
+_KERNELS = ("gated", "gated_backward", "rows by w2", "rows by gate and up", "weights of w2", "weights of gate and up")
+
+
+def _compute_once(name: str, device: torch.device) -> None:
+    """Compute one product of a mixture of zeros, whose layout in memory is that of a real one. name: of _KERNELS."""
+    tokens, count, dim, width = 2 * limits.SWIGLU_UNIT, 2, 2 * limits.SWIGLU_UNIT, limits.SWIGLU_UNIT
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    x_TD, both_N2F, hidden_NF = zeros(tokens, dim), zeros(tokens, 2 * width), zeros(tokens, width)
+    w_E2FD, w_EDF = zeros(count, 2 * width, dim), zeros(count, dim, width)
+    token_N = torch.arange(tokens, dtype=torch.int32, device=device)
+    bounds_E1 = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32, device=device)
+    if name == "gated":
+        hopper.gated(x_TD, w_E2FD, token_N, bounds_E1)
+    elif name == "gated_backward":
+        hopper.gated_backward(x_TD, w_EDF, both_N2F, zeros(tokens, dtype=torch.float32), token_N, bounds_E1)
+    elif name == "rows by w2":
+        hopper.rows(hidden_NF, w_EDF.mT, bounds_E1)
+    elif name == "rows by gate and up":
+        hopper.rows(both_N2F, w_E2FD, bounds_E1)
+    elif name == "weights of w2":
+        hopper.weights(x_TD, hidden_NF, token_N, bounds_E1, w_EDF)
+    else:
+        hopper.weights(x_TD, both_N2F, token_N, bounds_E1, w_E2FD.mT)
 
 
 @functools.cache

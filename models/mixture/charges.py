@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from .dispatch import count_sorted
+from .dispatch import count_sorted, narrow
 
 
 @torch.library.custom_op("meshloom::charge", mutates_args=())
@@ -194,4 +194,4 @@ def count_assignments(
     keys_TK = row_T[:, None] * experts + choice_TK
     counted_TK = counted_BS.flatten()[:, None] if taken_TK is None else counted_BS.flatten()[:, None] & taken_TK
     keys_TK = keys_TK.masked_fill(~counted_TK, rows * experts)
-    return count_sorted(keys_TK.flatten().sort().values, rows * experts).double().view(rows, experts)
+    return count_sorted(narrow(keys_TK.flatten(), rows * experts).sort().values, rows * experts).double().view(rows, experts)

@@ -46,7 +46,7 @@ def sort_by_expert(
     keys_N = choice_TK.flatten()
     if taken_TK is not None:
         keys_N = keys_N.masked_fill(~taken_TK.flatten(), experts)
-    sorted_N, order_N = keys_N.sort(stable=True)
+    sorted_N, order_N = narrow(keys_N, experts).sort(stable=True)
     counts_E = count_sorted(sorted_N, experts)
     kept_TK = taken_TK
     if capacity is not None:
@@ -71,7 +71,12 @@ def count_sorted(sorted_N: torch.Tensor, size: int) -> torch.Tensor:
 
     `torch.bincount` would wait for the device, and additions to so few places would wait for one another.
     """
-    return torch.searchsorted(sorted_N, torch.arange(size + 1, device=sorted_N.device)).diff()
+    return torch.searchsorted(sorted_N, torch.arange(size + 1, dtype=sorted_N.dtype, device=sorted_N.device)).diff()
+
+
+def narrow(keys_N: torch.Tensor, most: int) -> torch.Tensor:
+    """Return keys of 0 to `most` as int16 where they fit, which takes a quarter of the passes of sorting int64."""
+    return keys_N.to(torch.int16) if most <= torch.iinfo(torch.int16).max else keys_N
 
 
 @torch.library.custom_op("meshloom::gather_assignments", mutates_args=())

@@ -111,6 +111,7 @@ class Mixture(Part):
 
     def use_kernels(self, kernels: BlockKernels) -> None:
         """Compute with these kernels from now on."""
+        self.router.use_kernels(kernels.experts)
         self.fused = kernels.experts if self.config.can_fuse else None
         if self.shared is not None:
             self.shared.use_kernels(kernels)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...kernels.experts.fused import FusedExperts
 from ..part import BIAS, Part, reads_stream
 from .charges import OTHERS, Charges, Tally, charge, charge_z, count_assignments, prices
 from .config import MixtureConfig
@@ -66,6 +67,9 @@ class Router(Part):
         # On the host: values of buffers on the meta device would be lost.
         self.register_buffer("bias", torch.zeros(config.keys.count, device="cpu") if config.keys.bias else None)
 
+    def use_kernels(self, experts: FusedExperts | None) -> None:
+        """Compute with these kernels from now on, if it can."""
+
     def forward(self, x_TD: torch.Tensor, charges: Charges | None, carried: Carried | None = None) -> Routed:
         """Route tokens, and charge for it in the backward pass.
 
@@ -75,13 +79,21 @@ class Router(Part):
 
 
 class TopKRouter(Router):
-    """Chooses each token's `top_k` best experts. Computes in fp32, in fp64 where the model does."""
+    """Chooses each token's `top_k` best experts. Computes in fp32, in fp64 where the model does.
+
+    fused  the kernels that compute logits; None: PyTorch's product, of tokens that are copied in fp32
+    """
 
     def __init__(self, config: MixtureConfig) -> None:
         super().__init__(config)
         self.weight = nn.Parameter(torch.empty(config.keys.count, config.dim))
         self.logit_bias = nn.Parameter(torch.empty(config.keys.count)) if config.keys.logit_bias else None
         self.weight_rules = {"weight": reads_stream(config.scales), "logit_bias": BIAS}
+        self.fused: FusedExperts | None = None
+
+    def use_kernels(self, experts: FusedExperts | None) -> None:
+        """See `Router`. A class of a user's own may have other logits."""
+        self.fused = experts if type(self).logits is TopKRouter.logits else None
 
     def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Compute the logits (T, E) of tokens that are in the router's precision."""
@@ -94,6 +106,9 @@ class TopKRouter(Router):
 
     def forward(self, x_TD: torch.Tensor, charges: Charges | None, carried: Carried | None = None) -> Routed:
         """See `Router`."""
+        if self.fused is not None:
+            logits_TE = self.fused.logits(x_TD, self.weight)
+            return self.route(logits_TE if self.logit_bias is None else logits_TE + self.logit_bias, charges)
         return self.route(self.logits(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))), charges)
 
     def route(self, logits_TE: torch.Tensor, charges: Charges | None) -> Routed:

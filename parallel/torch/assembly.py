@@ -16,6 +16,7 @@ from ...kernels.attention import CausalAttention
 from ...kernels.experts import fused as fused_experts
 from ...kernels.experts.fused import FusedExperts
 from ...kernels.norm import FusedNorm
+from ...kernels.precompile import Compilation
 from ...kernels.swiglu import FusedSwiglu
 from ...models.init import fill
 from ...models.protocol import BlockKernels, Model
@@ -27,7 +28,7 @@ from ..experts.dispatch import spread_experts
 from ..hybrid.attention import HybridAttention
 from ..mesh import Mesh
 from ..pipeline.stages import StagePlan, splits_backward
-from ..policies import fused_experts_blocker, fused_swiglu_blocker
+from ..policies import dense_feed_forwards, fused_experts_blocker, fused_swiglu_blocker
 from ..shards import local
 from ..tensor.placements import apply_tensor_parallelism
 from .float8 import use_float8
@@ -37,6 +38,11 @@ log = logging.getLogger(__name__)
 
 SWIGLU = "SwiGLU inside its products"
 EXPERTS = "experts' products with gathering and SwiGLU inside"
+
+
+def experts_compilations() -> dict[str, Compilation]:
+    """Return what compiles the kernels of experts, by name: several processes do it at once."""
+    return {f"{EXPERTS}: {name}": work for name, work in fused_experts.compilations().items()}
 
 
 def own_stages(model: Model, plan: StagePlan, rank: int) -> dict[int, Model]:
@@ -51,7 +57,10 @@ def fuses_swiglu(model: Model, mesh: Mesh, parallel: ParallelConfig, settings: E
     shape = model.decoder_config
     if shape is None or mesh.device.type != "cuda":
         return False
-    return _works_on_all(mesh, SWIGLU, fused_swiglu_blocker(shape, parallel, settings), swiglu.unsupported_reason)
+    if not dense_feed_forwards(shape):
+        return False
+    blocker = fused_swiglu_blocker(shape, parallel, settings)
+    return _works_on_all(mesh, SWIGLU, blocker, swiglu.unsupported_reason, {SWIGLU: swiglu.unsupported_reason})
 
 
 def fuses_experts(model: Model, mesh: Mesh, parallel: ParallelConfig, settings: EngineSettings) -> bool:
@@ -59,15 +68,23 @@ def fuses_experts(model: Model, mesh: Mesh, parallel: ParallelConfig, settings: 
     shape = model.decoder_config
     if shape is None or mesh.device.type != "cuda" or not shape.experts.count:
         return False
-    return _works_on_all(mesh, EXPERTS, fused_experts_blocker(shape, parallel, settings), fused_experts.unsupported_reason)
+    blocker = fused_experts_blocker(shape, parallel, settings)
+    return _works_on_all(mesh, EXPERTS, blocker, fused_experts.unsupported_reason, experts_compilations())
 
 
-def _works_on_all(mesh: Mesh, kernel: str, blocker: str | None, unsupported_reason: Callable[..., str | None]) -> bool:
+def _works_on_all(
+    mesh: Mesh,
+    kernel: str,
+    blocker: str | None,
+    unsupported_reason: Callable[[torch.device], str | None],
+    compilations: Mapping[str, Compilation],
+) -> bool:
     """Return whether a third-party kernel can be used on every rank, and log why if not. blocker: why it may not be."""
     if blocker is None:
         with contextlib.suppress(Exception):  # it says why below
             swiglu.package()  # seconds, in which others may compile
-        precompile.wait(kernel, unsupported_reason, mesh.device)
+        for name, compilation in compilations.items():
+            precompile.wait(name, compilation, mesh.device)
         mine = unsupported_reason(mesh.device)
         if mine is not None and not mesh.is_main:
             log.warning("rank %d can't use the kernel of %s: %s", mesh.rank, kernel, mine)

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from meshloom.kernels.experts import fused, plain
 from meshloom.kernels.experts.fused import FusedExperts
 from meshloom.kernels.experts.gather_sum import gather_sum
+from meshloom.kernels.experts.logits import bf16_parts, router_logits
 from meshloom.models.block import Block
 from meshloom.models.config import DecoderConfig
 from meshloom.models.decoder import Decoder
@@ -179,7 +180,10 @@ def test_where_mixtures_may_be_fused(change: dict[str, Any], parallel: dict[str,
 
 
 @pytest.mark.parametrize("works", [False, True])
-def test_mixtures_are_fused_where_the_trial_succeeds(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixtures_are_fused_where_the_trial_succeeds(
+    works: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="meshloom")
     monkeypatch.setattr(fused, "unsupported_reason", lambda _: None if works else "it is wrong by 1")
     parallel = ParallelConfig()
     mesh: Any = SimpleNamespace(
@@ -192,10 +196,49 @@ def test_mixtures_are_fused_where_the_trial_succeeds(works: bool, monkeypatch: p
     assembly.parallelize_stage(built, mesh, None, parallel, settings, fuse_swiglu=False, fuse_experts=fuse)
     (block,) = built.layers.values()
     assert isinstance(block, Block) and isinstance(block.ffn, Mixture)
-    assert (block.ffn.fused is not None) is works
+    assert (block.ffn.fused is not None, block.ffn.router.fused is not None) == (works, works)
+    assert not assembly.fuses_swiglu(built, mesh, parallel, settings)  # it has no dense part
+    assert ("no kernel computes" in caplog.text) is not works and "SwiGLU inside its products" not in caplog.text
 
 
 def test_the_trial_measures_the_error() -> None:
     assert fused.trial_error(FusedExperts(), torch.device("cpu"), torch.float64) < 1e-13
     assert 1e-3 < fused.trial_error(FusedExperts(), torch.device("cpu"), torch.bfloat16) < 0.01
     assert fused.unsupported_reason(torch.device("cpu")) == "it needs a Hopper GPU"
+
+
+def test_an_fp32_number_is_the_sum_of_its_bf16_parts() -> None:
+    wide = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 5)
+    parts = bf16_parts(wide).double().unflatten(1, (-1, 5))
+    assert torch.equal(parts.sum(1), wide.double())
+
+
+def test_logits_and_their_gradients_are_those_of_a_product() -> None:
+    x, weight = drawn(9, 8), drawn(4, 8)
+    gradient = torch.randn(9, 4, dtype=torch.float64)
+    found, expected = (torch.autograd.grad(y, (x, weight), gradient) for y in (router_logits(x, weight), x @ weight.T))
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    assert router_logits(x.bfloat16(), weight.bfloat16()).dtype == torch.float32
+
+
+def test_kernels_are_compiled_beforehand_as_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which dim of a tensor lies densely is compiled into a kernel, sizes are not."""
+    seen: set[tuple[Any, ...]] = set()
+
+    def noted(product: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*own: torch.Tensor) -> Any:
+            seen.add((product.__name__, *((one.dim(), one.dtype, one.stride().index(1)) for one in own)))
+            return product(*own)
+
+        return call
+
+    for name in ("gated", "gated_backward", "rows", "weights"):
+        monkeypatch.setattr(plain, name, noted(getattr(plain, name)))
+    used = fused.trial_error(FusedExperts(), torch.device("cpu"), torch.bfloat16)
+    in_use, _ = set(seen), seen.clear()
+    assert used < 0.01 and len(in_use) == 6
+    monkeypatch.setattr(fused, "hopper", plain)
+    works = fused.compilations()
+    for work in works.values():
+        work(torch.device("cpu"))
+    assert seen == in_use and len(works) == 6

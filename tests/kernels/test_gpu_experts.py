@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from meshloom.kernels import norm
 from meshloom.kernels.experts import fused
 from meshloom.kernels.experts.gather_sum import gather_sum
+from meshloom.kernels.experts.logits import router_logits
 from meshloom.models.block import Block
 from meshloom.models.config import DecoderConfig
 from meshloom.models.mixture.dispatch import Assignment, sort_by_expert
@@ -170,3 +171,17 @@ def test_a_fused_block_is_the_plain_one(compiled: bool) -> None:
         y, _ = run(x, table, None)
         results.append([y.detach(), *torch.autograd.grad(y, [x, *block.parameters()], gradient)])
     assert all(far(one, other) < 3e-2 for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(("tokens", "count", "dim"), [(32768, 64, 2048), (1000, 7, 96)])
+def test_logits_are_as_good_as_a_product_in_fp32(tokens: int, count: int, dim: int) -> None:
+    torch.manual_seed(tokens)
+    x, weight, gradient = draw(tokens, dim), draw(count, dim, std=0.02), torch.randn(tokens, count, device="cuda")
+    results: list[list[torch.Tensor]] = []
+    for dtype in (None, torch.float32, torch.float64):
+        own = [leaf.detach().requires_grad_() for leaf in (x, weight)]
+        y = router_logits(*own) if dtype is None else own[0].to(dtype) @ own[1].to(dtype).T
+        results.append([y.detach(), *torch.autograd.grad(y, own, gradient.to(y.dtype))])
+    assert results[0][0].dtype == torch.float32
+    for one, other, true in zip(*results, strict=True):
+        assert far(one, true) < max(2 * far(other, true), 1e-6)
