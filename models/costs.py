@@ -7,7 +7,7 @@ are exact.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config.precision import PRECISIONS
 from ..kernels.limits import LOSS_CHUNK
@@ -29,6 +29,7 @@ class ForwardPass:
     sequence_parallel  whether these ranks also cut the residual stream along the sequence
     compiled           whether blocks are compiled
     fused_swiglu       whether SwiGLU is computed inside the products around it (`kernels/swiglu.py`)
+    fused_experts      whether experts are computed by `kernels/experts/`; None: not known, what keeps more is counted
     """
 
     tokens: int
@@ -37,6 +38,7 @@ class ForwardPass:
     sequence_parallel: bool = False
     compiled: bool = False
     fused_swiglu: bool = False
+    fused_experts: bool | None = None
 
     @property
     def stream_cut(self) -> int:
@@ -115,30 +117,37 @@ def block_bytes(block: BlockConfig, work: ForwardPass, policy: str) -> int:
     are not compiled.
 
     Selective checkpointing keeps the block's input, q, k, v, attention's output and its projection, and one of the gate's two
-    factors; of a mixture instead the router's logits and its choice.
+    factors; of a mixture instead the router's logits and its choice. Kernels of experts keep gate and up under either policy.
     """
+    mixture = block.ffn if isinstance(block.ffn, MixtureConfig) else None
+    if mixture is not None and work.fused_experts is None:
+        may_fuse = mixture.can_fuse and work.precision == "bf16" and work.tp == 1
+        answers = (False, True) if may_fuse else (False,)
+        return max(block_bytes(block, replace(work, fused_experts=answer), policy) for answer in answers)
+    fused = mixture is not None and bool(work.fused_experts)
     unit, accum = PRECISIONS[work.precision].bytes, PRECISIONS[work.precision].accum_bytes
     attention, dim, ffn = block.attention, block.attention.dim, block.ffn.ffn_dim / work.tp
     stream = dim / work.stream_cut
     heads = attention.kept(work.tp)
     log_sums = accum * attention.heads / work.tp
     beside = block.ffn.kept_beside(policy, unit, accum)
-    if isinstance(block.ffn, MixtureConfig):
-        beside /= work.stream_cut  # whose tokens are cut
+    if mixture is not None:
+        beside = mixture.kept_by_kernels(policy, unit, accum, work.compiled) if fused else beside / work.stream_cut
     if policy == "full":
         per_token = unit * stream + beside
     elif policy == "offload":
         per_token = 0.0
     elif policy == "selective":
-        gate = 0 if isinstance(block.ffn, MixtureConfig) else ffn
+        gate = 0 if mixture is not None else ffn
         per_token = unit * (stream + heads + dim + gate) + log_sums + beside
     else:
         wide = 2 if work.fused_swiglu and block.ffn.is_plain_swiglu else 3 if work.compiled and not block.ffn.dispatched else 4
+        wide = 0 if fused else wide
         before, after = 2 * block.norms_before, 2 * block.norms_after
         # Without norms before, products read the stream itself, or what is gathered of it.
         apart = block.norms_before or work.stream_cut > 1
         reads = dim if apart else 0
-        if not apart and not isinstance(block.ffn, MixtureConfig):
+        if not apart and mixture is None:
             beside = 0.0
         normed = attention.kept_normed(work.tp)
         moments = (before + after) / work.stream_cut + attention.normed_rows / work.tp

@@ -263,6 +263,22 @@ class MixtureConfig:
         routing = accum * (keys.count + 1) + keys.top_k * (2 * accum + 2 * INDEX) + choice
         return inputs + routing + keys.top_k * self.dim * (unit + accum)
 
+    def kept_by_kernels(self, policy: str, unit: int, accum: int, compiled: bool) -> float:
+        """Count the bytes per token that it keeps for its backward pass where `kernels/experts/` compute the experts.
+
+        Where all is kept, that is its input, the outputs of gate and up, scores and their sum, of each chosen expert the
+        probability and the gate, and both orders in int32. Selective checkpointing keeps gate and up, logits and choice; where
+        blocks are not compiled, also the activation, because one operator computes all three.
+        """
+        keys, choice = self.keys, INDEX * self.keys.top_k
+        both = 2 * unit * keys.top_k * self.expert.ffn_dim
+        shared = 4 * unit * keys.shared * self.expert.ffn_dim
+        if policy == "none":
+            routing = accum * (keys.count + 1) + keys.top_k * (2 * accum + INDEX) + choice
+            return unit * self.dim + both + shared + routing
+        up = (both if compiled else 1.5 * both) if policy == "selective" else 0
+        return self.kept_beside(policy, unit, accum) + up
+
     def recomputed_matrices(self, policy: str) -> int:
         """Count the elements of the matrices that a token is multiplied with again in the backward pass.
 

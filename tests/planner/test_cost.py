@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,12 +17,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from meshloom.data.assignment import Assigner
+from meshloom.kernels.experts.fused import FusedExperts
 from meshloom.kernels.swiglu import FusedSwiglu
 from meshloom.models.block import Block
 from meshloom.models.config import DecoderConfig
 from meshloom.models.costs import ForwardPass, block_bytes, recomputed_flops
 from meshloom.models.decoder import Decoder
 from meshloom.models.norm import Norm
+from meshloom.models.protocol import BlockKernels
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.parallel.activation import apply_policies
@@ -198,30 +201,48 @@ MIXTURE = {"dim": 128, "heads": 8, "kv_heads": 4, "ffn_dim": 352, "vocabulary": 
 def live_bytes(model: Decoder, tokens: torch.Tensor) -> int:
     """Return the bytes that a forward pass leaves allocated, by PyTorch's own account."""
     model(tokens, tokens)
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept_alive = model(tokens, tokens)
+        gc.collect()  # what cycles of references hold is no longer needed
     del kept_alive
     return sum(event.self_cpu_memory_usage for event in profiler.events())
 
 
 @pytest.mark.parametrize("shared", [0, 1])
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
-def test_what_a_mixture_keeps_is_what_stays_allocated(policy: str, shared: int) -> None:
+def test_what_a_mixture_keeps_is_what_stays_allocated(policy: str, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dense block of the same attention is taken away, and with it what norms keep on the CPU alone."""
     tokens = torch.randint(0, 500, (2, 64))
-    for dtype, precision in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+    monkeypatch.setattr(FusedExperts, "fits", lambda *_: True)
+    for precision, fused in (("fp32", False), ("bf16", False), ("bf16", True)):
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         sizes: list[float] = []
         planned: list[float] = []
         for experts in ({}, {"experts": {"count": 8, "top_k": 2, "ffn_dim": 64, "shared": shared}}):
             models = [decoder(**MIXTURE, **experts, layers=layers).to(dtype) for layers in (2, 3)]
             for model in models:
+                kernels = BlockKernels(experts=FusedExperts() if fused else None)
+                model.use_kernels(dict.fromkeys(range(model.config.layers), kernels))
                 apply_policies(list(model.layers.values()), [policy] * model.config.layers)
             sizes.append(live_bytes(models[1], tokens) - live_bytes(models[0], tokens))
-            planned.append(block_bytes(models[0].config.block(0), ForwardPass(tokens.numel(), precision), policy))
+            work = ForwardPass(tokens.numel(), precision, fused_experts=fused)
+            planned.append(block_bytes(models[0].config.block(0), work, policy))
         measured, expected = ((pair[1] - pair[0]) / tokens.numel() for pair in (sizes, planned))
         # Beside its tokens a block keeps where each expert's rows end, for three products, and in bf16 the router in fp32.
-        own = (3 * 8 * 4 + (8 * 128 * 4 if dtype == torch.bfloat16 else 0)) / tokens.numel() if policy == "none" else 0.0
-        assert measured - own == pytest.approx(expected, abs=0.01), (precision, policy)
+        plain = 3 * 8 * 4 + (8 * 128 * 4 if precision == "bf16" else 0)
+        own = ((9 * 4 if fused else plain) if policy == "none" else 0) / tokens.numel()
+        assert measured - own == pytest.approx(expected, abs=0.01), (precision, policy, fused)
+
+
+def test_of_kernels_that_may_be_used_the_larger_need_counts() -> None:
+    experts = {"count": 8, "top_k": 2, "ffn_dim": 64}
+    block = DecoderConfig.of({**MIXTURE, "layers": 1, "experts": experts}).block(0)
+    for policy in ("none", "selective", "full", "offload"):
+        both = [block_bytes(block, ForwardPass(128, "bf16", fused_experts=fused), policy) for fused in (False, True)]
+        assert block_bytes(block, ForwardPass(128, "bf16"), policy) == max(both)
+        plain = block_bytes(block, ForwardPass(128, "fp32", fused_experts=False), policy)
+        assert block_bytes(block, ForwardPass(128, "fp32"), policy) == plain
 
 
 @pytest.mark.parametrize("experts", [None, {"count": 8, "top_k": 2, "ffn_dim": 64, "shared": 1}])
