@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
-from meshloom.kernels.experts import fused, plain
+from meshloom.kernels.experts import fused, logits, plain
 from meshloom.kernels.experts.fused import FusedExperts
 from meshloom.kernels.experts.gather_sum import gather_sum
 from meshloom.kernels.experts.logits import bf16_parts, router_logits
@@ -242,3 +242,20 @@ def test_kernels_are_compiled_beforehand_as_they_are_used(monkeypatch: pytest.Mo
     for work in works.values():
         work(torch.device("cpu"))
     assert seen == in_use and len(works) == 6
+
+
+def test_logits_by_bf16_products_are_those_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU computes, with its product of bf16 matrices that ends in fp32 replaced by one in fp32."""
+    monkeypatch.setattr(logits, "_exact_in_parts", lambda _: True)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=draw).bfloat16().requires_grad_() for shape in ((50, 16), (6, 16)))
+    gradient = torch.randn(50, 6, generator=draw)
+    y = router_logits(x, weight)
+    wide = [leaf.detach().double().requires_grad_() for leaf in (x, weight)]
+    expected = wide[0] @ wide[1].T
+    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
+    found, exact = torch.autograd.grad(y, (x, weight), gradient), torch.autograd.grad(expected, wide, gradient.double())
+    for one, other in zip(found, exact, strict=True):
+        assert one.dtype == torch.bfloat16
+        torch.testing.assert_close(one.double(), other, rtol=2**-8, atol=1e-4)  # rounded once, at the end

@@ -15,6 +15,7 @@ from meshloom.kernels.experts.gather_sum import gather_sum
 from meshloom.kernels.experts.logits import router_logits
 from meshloom.models.block import Block
 from meshloom.models.config import DecoderConfig
+from meshloom.models.mixture import mixture
 from meshloom.models.mixture.dispatch import Assignment, sort_by_expert
 from meshloom.models.mixture.mixture import Mixture
 from meshloom.models.protocol import BlockKernels
@@ -148,9 +149,17 @@ def test_gather_sum(tokens: int, count: int, width: int, dtype: torch.dtype) -> 
         assert far(gather_sum(rows, place, weights), expected) < (3e-3 if dtype == torch.bfloat16 else 1e-6)
 
 
+def in_turn(scores_TE: torch.Tensor) -> torch.Tensor:
+    tokens, count = scores_TE.shape
+    return (torch.arange(2 * tokens, device=scores_TE.device) % count).view(tokens, 2)
+
+
 @pytest.mark.usefixtures("quack")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_fused_block_is_the_plain_one(compiled: bool) -> None:
+def test_a_fused_block_is_the_plain_one(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The compiler hands the plain router its input before it is rounded to bf16, so of two scores that are nearly equal the
+    # plain block may take the other: experts are given in turn, and all else is compared.
+    monkeypatch.setattr(mixture, "choose_experts", lambda scores, *_: in_turn(scores))
     torch.manual_seed(0)
     experts = {"count": 8, "top_k": 2, "ffn_dim": 256, "shared": 1}
     config = DecoderConfig.of(
