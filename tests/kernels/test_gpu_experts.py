@@ -15,7 +15,7 @@ from meshloom.kernels.experts.gather_sum import gather_sum
 from meshloom.kernels.experts.logits import router_logits
 from meshloom.models.block import Block
 from meshloom.models.config import DecoderConfig
-from meshloom.models.mixture import mixture
+from meshloom.models.mixture import router
 from meshloom.models.mixture.dispatch import Assignment, sort_by_expert
 from meshloom.models.mixture.mixture import Mixture
 from meshloom.models.protocol import BlockKernels
@@ -159,7 +159,7 @@ def in_turn(scores_TE: torch.Tensor) -> torch.Tensor:
 def test_a_fused_block_is_the_plain_one(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # The compiler hands the plain router its input before it is rounded to bf16, so of two scores that are nearly equal the
     # plain block may take the other: experts are given in turn, and all else is compared.
-    monkeypatch.setattr(mixture, "choose_experts", lambda scores, *_: in_turn(scores))
+    monkeypatch.setattr(router, "choose_experts", lambda scores, *_: in_turn(scores))
     torch.manual_seed(0)
     experts = {"count": 8, "top_k": 2, "ffn_dim": 256, "shared": 1}
     config = DecoderConfig.of(
@@ -177,7 +177,7 @@ def test_a_fused_block_is_the_plain_one(compiled: bool, monkeypatch: pytest.Monk
     for kernels in (BlockKernels(), BlockKernels(norm=norm.FusedNorm(), experts=fused.FusedExperts())):
         block.use_kernels(kernels)
         run = torch.compile(block.forward, dynamic=False) if compiled else block.forward
-        y, _ = run(x, table, None)
+        y, *_ = run(x, table, None)
         results.append([y.detach(), *torch.autograd.grad(y, [x, *block.parameters()], gradient)])
     assert all(far(one, other) < 3e-2 for one, other in zip(*results, strict=True))
 
