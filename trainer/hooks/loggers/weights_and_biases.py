@@ -129,16 +129,16 @@ class WandB(OptionalLogger):
         if self._output_dir.parent.name == "sweep":
             group = self._output_dir.parent.parent.name
             name = f"{name} {self._output_dir.name}"[:LONGEST_NAME]
-        typed = self._logging
+        config = self._logging
         found = {
-            "project": (typed.project, "WANDB_PROJECT", "meshloom"),
-            "entity": (typed.entity, "WANDB_ENTITY", None),
-            "name": (typed.name, "WANDB_NAME", name),
-            "group": (typed.group, "WANDB_RUN_GROUP", group),
+            "project": (config.project, "WANDB_PROJECT", "meshloom"),
+            "entity": (config.entity, "WANDB_ENTITY", None),
+            "name": (config.name, "WANDB_NAME", name),
+            "group": (config.group, "WANDB_RUN_GROUP", group),
             "dir": (None, "WANDB_DIR", str(self._output_dir)),
         }
         named = {key: first or os.environ.get(variable) or default for key, (first, variable, default) in found.items()}
-        return {**{key: value for key, value in named.items() if value is not None}, "tags": typed.tags or None}
+        return {**{key: value for key, value in named.items() if value is not None}, "tags": config.tags or None}
 
     def send(self, row: dict[str, Any]) -> None:
         """Send the row, unless it is of a step that was sent already: a run that was set back takes steps again."""
