@@ -7,7 +7,6 @@ decided at the first start alone, and the checkpoint keeps the number. Imports n
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -143,12 +142,16 @@ def _fitted(config: RunConfig, start: Start, left: Sequence[str], machine: Clust
     micros = _micros(config, start) if MICRO in left else [config.batch.micro_size]
     policies = POLICIES if ACTIVATION in left else [config.trainer.activation]
     tried: list[tuple[int, Prediction, RunConfig]] = []
-    for micro, policy in itertools.product(micros, policies):
-        each = replace_keys(config, {MICRO: micro, ACTIVATION: policy})
-        faults = _faults(each, start)
-        # A choice that is refused anyway need not be planned, but for the last: its problems are then what is said.
-        if not faults or not tried:
-            tried.append((faults, costing.predict(_priced(each)), each))
+    for micro in micros:
+        for policy in policies:
+            each = replace_keys(config, {MICRO: micro, ACTIVATION: policy})
+            faults = _faults(each, start)
+            # A choice that is refused anyway need not be planned, but for the first: its problems are then what is said.
+            if not faults or not tried:
+                tried.append((faults, costing.predict(_priced(each)), each))
+        fit = [found.fits for _, found, each in tried if each.batch.micro == micro]
+        if fit and not any(fit):
+            break  # nor does a larger one
     lawful = [each for each in tried if each[0] == min(faults for faults, *_ in tried)]
     fitting = [(found, each) for _, found, each in lawful if found.fits]
     gib, where = 2**30, f"{machine.gpu} of {machine.memory:.4g} GiB"
