@@ -60,6 +60,7 @@ setup(
         "plots": ["matplotlib>=3.8"],
         "fit": ["scipy>=1.12"],
         "submitit": ["hydra-submitit-launcher>=1.2"],
+        "watch": ["py-spy>=0.4"],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -10,13 +10,18 @@ Ranks are forked (`forked.py`) if the arguments are for `-m meshloom.launch.rank
 
 from __future__ import annotations
 
+import argparse
+import atexit
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from ..parallel.open_files import raise_file_limit
 from . import forked
@@ -27,6 +32,10 @@ LAST_WORDS = 5.0
 
 torchrun's default is half a minute, which ranks that hang in a collective with the failed one use up.
 """
+PARENT_SECONDS = 0.5
+"""Time between two looks at whether the launcher lives."""
+ORPHAN_SECONDS = 30.0
+"""Time for ranks to finish their step and save when their launcher has died; then they are killed."""
 
 
 MOST_RANKS = 16384
@@ -40,14 +49,13 @@ def main(argv: list[str]) -> int:
 
     ignore_requests()
     try:
-        _run(argv)
+        return _run(argv)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(f"rank {rank} was the first to fail, with exit code {failure.exitcode}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:  # torchrun was told to end the workers, and has
         return 128 + error.sigval
-    return 0
 
 
 def ignore_requests() -> None:
@@ -55,17 +63,46 @@ def ignore_requests() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def _run(argv: list[str]) -> None:
-    """Run torchrun's `main`, with forked ranks."""
+def _run(argv: list[str]) -> int:
+    """Run torchrun's `main`. If it starts ranks, they are watched; return the exit code then, else 0."""
     from torch.distributed import run
-    from torch.multiprocessing import ProcessContext
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from .watch.supervisor import Supervisor
 
     options = run.parse_args(argv)
     raise_file_limit(MOST_RANKS, tell=False)  # the store that all ranks talk through may live in this process
-    trains = options.module and options.training_script == RANK
-    if trains:
-        forked.prepare()
-    if not trains or not forked.can_fork():
+    if not (options.module and options.training_script == RANK):
+        run.run(options)
+        return 0
+    forked.prepare()
+    supervisor = Supervisor(options.max_restarts, several=options.nnodes != "1")
+    unfollow, undo = follow_launcher(supervisor.ranks), supervisor.watch(LocalElasticAgent)
+    logs = [logging.getLogger(f"torch.distributed.elastic.{name}") for name in ("multiprocessing.api", "agent.server.api")]
+    for log in logs:
+        log.addFilter(_without_failures)
+    try:
+        _run_ranks(options)
+    except ChildFailedError:
+        if supervisor.judgement is None:
+            raise
+        return supervisor.judgement.code  # it has told which rank failed first
+    finally:
+        for log in logs:
+            log.removeFilter(_without_failures)
+        undo()
+        unfollow()
+        supervisor.close()
+    return 0
+
+
+def _run_ranks(options: argparse.Namespace) -> None:
+    """Run torchrun with ranks forked, where that works."""
+    from torch.distributed import run
+    from torch.multiprocessing import ProcessContext
+
+    if not forked.can_fork():
         run.run(options)
         return
     launch: Any = run.elastic_launch
@@ -79,7 +116,6 @@ def _run(argv: list[str]) -> None:
         config.start_method = forked.METHOD
         return lambda *_: launch(config, forked.train)(dict(os.environ), options.training_script_args)
 
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_without_trace)
     run.elastic_launch = forking  # the last step of torchrun's `run`; the steps before stay as they are
     ranks.join = joining
     try:
@@ -88,10 +124,35 @@ def _run(argv: list[str]) -> None:
         run.elastic_launch, ranks.join = launch, join
 
 
-def _without_trace(record: logging.LogRecord) -> bool:
-    """Drop the agent's own traceback from its log of a rank's failure, which hides the rank's."""
-    record.exc_info = None
-    return True
+def _without_failures(record: logging.LogRecord) -> bool:
+    """Drop the agent's own messages about failed workers: the supervisor tells of the first, in one line."""
+    return record.levelno < logging.WARNING or record.levelno >= logging.CRITICAL
+
+
+def follow_launcher(ranks: Callable[[], list[int]]) -> Callable[[], None]:
+    """Stop the ranks when the launcher dies, however: nobody else would tell them. They save first, if they can.
+
+    ranks: gives their process ids. Returns what ends the following.
+    """
+    launcher, over = os.getppid(), threading.Event()
+
+    def follow() -> None:
+        while os.getppid() == launcher:
+            if over.wait(PARENT_SECONDS):
+                return
+        deadline = time.monotonic() + ORPHAN_SECONDS
+        while time.monotonic() < deadline and ranks():
+            for rank in ranks():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank, signal.SIGUSR1)
+            time.sleep(ORPHAN_SECONDS / 5)
+        for rank in ranks():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
+    return over.set
 
 
 def read_arguments(descriptor: int) -> list[str] | None:
@@ -117,5 +178,14 @@ def wait_for_arguments(descriptor: int) -> int:
     return 0 if arguments is None else main(arguments)
 
 
+def leave(code: int) -> NoReturn:
+    """End this process without taking its objects apart one by one, for which PyTorch's need seconds."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(wait_for_arguments(int(sys.argv[2])) if sys.argv[1:2] == ["--when-told"] else main(sys.argv[1:]))
+    leave(wait_for_arguments(int(sys.argv[2])) if sys.argv[1:2] == ["--when-told"] else main(sys.argv[1:]))

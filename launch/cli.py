@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
+import gc
 import importlib
 import signal
 import sys
 from collections.abc import Sequence
 
+# At its end Python looks through all objects once more; PyTorch's take it seconds.
+atexit.register(gc.freeze)
+
 # name → (module with `main(argv) -> int`, what it does)
 COMMANDS = {
     "train": ("train", "train a model; `meshloom train --help` lists recipes and keys"),
     "plan": ("plan", "what a run would need and take on a cluster, and its fastest layouts; starts nothing"),
+    "check": ("check", "check GPUs, links, storage and versions of this machine, or of all nodes of a job"),
     "calibrate": ("calibrate", "measure this machine, so that plans know its speed"),
     "tune": ("tune", "the fastest settings that fit this machine, by arithmetic or by trying them"),
     "slurm": ("slurm", "print a complete sbatch script for a run"),

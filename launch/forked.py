@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Generator, Mapping, Sequence
 from multiprocessing import connection, forkserver, resource_tracker
@@ -23,6 +24,8 @@ from ..trainer.signals import INTERRUPTED
 
 METHOD = "forkserver"
 PRELOADED = "meshloom.launch.preload"
+ORPHAN_SECONDS = 60.0
+"""Time for a rank to finish its step and save when its agent was killed; then it ends at once."""
 
 
 def prepare() -> None:
@@ -110,6 +113,8 @@ def train(environment: Mapping[str, str], arguments: Sequence[str]) -> None:
 
 
 def _stop_with(agent: int) -> None:
-    """Ask this rank to stop when its agent was killed: nothing else would end it. agent: the agent's sentinel."""
+    """Ask this rank to stop when its agent was killed, and end it later: nothing else would. agent: the agent's sentinel."""
     connection.wait([agent])
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_SECONDS)  # it may hang in a collective, where it never looks at the request
+    os._exit(128 + signal.SIGTERM)

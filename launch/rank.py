@@ -44,7 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         resolved.refuse()
     except ConfigError as error:
         return refuse(error)
-    return run_here(resolved)
+    try:
+        return run_here(resolved)
+    except Exception as error:  # its launcher tells it once for the run, in order
+        from ..trainer.watch.rank import write_failure
+
+        if write_failure(error):
+            return 1
+        raise
 
 
 def run_here(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..config.compose import normalize_override, quoted, sweep_folder
 from ..config.problems import ConfigError, Problem
-from ..trainer.launching import ContainerConfig
+from ..trainer.launching import ContainerConfig, restarts
 from ..trainer.resolve import ResolveOptions, resolve
 from ..trainer.schema import RunConfig, make_composer
 from .sbatch_directives import directive_problems, directives
@@ -115,7 +115,7 @@ def fill(template: str, config: RunConfig, runs: Runs) -> str:
         setup=_section("What the site needs", [str(line) for line in launch.setup]),
         choice=_section("Which run of the sweep this job trains", runs.choice.splitlines()),
         gpus=launch.gpus_per_node,
-        max_restarts=launch.max_restarts,
+        max_restarts=restarts(launch, launch.nodes * launch.gpus_per_node),
         automatic=f"# On the job's GPUs it finds {' and '.join(runs.automatic)}, which are auto.\n" if runs.automatic else "",
         python=shlex.quote(sys.executable if launch.container.image is None else launch.container.python),
         srun_words=" ".join([*(shlex.quote(str(word)) for word in launch.srun_args), *container, ""]),

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, Composition, quoted
 from ..config.problems import ConfigError, Problem
-from ..trainer.launching import LaunchConfig, run_processes, under_torchrun
+from ..trainer.launching import LaunchConfig, restarts, run_processes, under_torchrun
 from ..trainer.machine import machine_problems, unusable_gpus
 from ..trainer.machine_gpus import machine_here
 from ..trainer.resolve import ResolvedRun, ResolveOptions, resolve, resolve_composed
@@ -122,7 +122,7 @@ def _single(switches: argparse.Namespace, composer: Composer, composition: Compo
 def _processes_for_torchrun(launch: LaunchConfig) -> int:
     """Return the number of processes for torchrun to start; 0 for a run in this process."""
     count = run_processes(launch)
-    return count if not under_torchrun() and (count > 1 or launch.max_restarts > 0) else 0
+    return count if not under_torchrun() and (count > 1 or restarts(launch, count) > 0) else 0
 
 
 def _sweep(switches: argparse.Namespace) -> int:
@@ -176,7 +176,7 @@ def _run(
         [
             "--standalone",
             f"--nproc-per-node={resolved.world_size}",
-            f"--max-restarts={launch.max_restarts}",
+            f"--max-restarts={restarts(launch, resolved.world_size)}",
             "-m",
             RANK,
             *([f"--config-dir={config_dir}"] if config_dir else []),

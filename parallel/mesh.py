@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from .compute_time import ComputeTime
+from .heartbeat import Heartbeat
 from .layout import EXPERT_AXES, Layout
 from .open_files import raise_file_limit
 
@@ -75,6 +77,8 @@ class Mesh:
                     summed); "stage" (all ranks of this pipeline stage); "ep", where it is larger than one
     weight_axes     name of a group of parameters → the ranks that hold it: "dense", and under expert parallelism "experts"
     limit           how long a collective waits for a lost rank
+    heartbeat       says what this rank is doing
+    compute_time    measures this rank's own work
     before_closing  callbacks to run before the process groups are destroyed
     opened          how often each of its stores was opened
     """
@@ -85,14 +89,20 @@ class Mesh:
     axes: dict[str, DeviceMesh]
     weight_axes: dict[str, WeightAxes]
     limit: datetime.timedelta
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    compute_time: ComputeTime = field(init=False)
     before_closing: list[Callable[[], object]] = field(default_factory=list)
     opened: Counter[str] = field(default_factory=Counter[str])
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "compute_time", ComputeTime(self.device, self.heartbeat))
+
     @classmethod
-    def connect(cls, layout: Layout, device: torch.device, timeout: float = 600.0) -> Mesh:
+    def connect(cls, layout: Layout, device: torch.device, timeout: float = 600.0, heartbeat: Heartbeat | None = None) -> Mesh:
         """Join the process groups. Every process of the run calls it once, with the same layout.
 
-        timeout: seconds before a collective that waits for a lost rank raises.
+        timeout: seconds before a collective that waits for a lost rank raises
+        heartbeat: of this process; default: one that nobody watches
         """
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -123,7 +133,7 @@ class Mesh:
         held = [axis for each in weight_axes.values() for axis in (each.shards, each.copies)]
         for axis in (*axes.values(), *held):  # a device mesh gives its groups PyTorch's own limit
             dist.distributed_c10d._set_pg_timeout(limit, axis.get_group())
-        return cls(layout, dist.get_rank(), device, axes, weight_axes, limit)
+        return cls(layout, dist.get_rank(), device, axes, weight_axes, limit, heartbeat or Heartbeat())
 
     @property
     def coordinates(self) -> dict[str, int]:
@@ -216,7 +226,7 @@ class Mesh:
     def rearranged(self, layout: Layout) -> Mesh:
         """Return a mesh of the same processes in another layout. The process groups of this one stay until the end."""
         self.release()
-        return Mesh.connect(layout, self.device, self.limit.total_seconds())
+        return Mesh.connect(layout, self.device, self.limit.total_seconds(), self.heartbeat)
 
     def close(self) -> None:
         """Run the callbacks of `before_closing` and destroy the process groups."""

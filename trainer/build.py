@@ -60,6 +60,7 @@ from .hooks.profiling import ProfileStep
 from .hooks.replicas import CompareReplicas
 from .hooks.sampling import SampleText, TextCodec
 from .hooks.saving import Saving
+from .hooks.stragglers import NameStragglers
 from .loop import Loop, agree_on_plan
 from .schema import RunConfig
 from .stages.record import Place, StageRecord
@@ -267,6 +268,8 @@ def _build(
         saving = Saving(checkpointer, config.checkpoint.every, fixed, functools.partial(_stages_state, place, data))
         hooks.append(saving)
     if mesh.is_main:
+        if mesh.layout.world_size > 1:
+            hooks.append(NameStragglers())
         if config.trainer.sample_prompt is not None:
             build = functools.partial(build_model, config.model, vocabulary)
             hooks += _sample_hooks(config, build, data.tokenizer, saved=saving is not None)

@@ -30,13 +30,19 @@ class _Copy:
 class Deferred:
     """Device scalars that one asynchronous copy brings to the host."""
 
-    def __init__(self, scalars: dict[str, torch.Tensor]) -> None:
+    def __init__(self, scalars: dict[str, torch.Tensor], vector: torch.Tensor | None = None) -> None:
+        """vector: (N,) float64, numbers without names that are copied with them."""
         self._names = list(scalars)
-        self._copy = _Copy(torch.stack([scalar.detach().double().reshape(()) for scalar in scalars.values()]))
+        stacked = torch.stack([scalar.detach().double().reshape(()) for scalar in scalars.values()])
+        self._copy = _Copy(stacked if vector is None else torch.cat([stacked, vector]))
 
     def read(self) -> dict[str, float]:
         """Return name → number."""
-        return dict(zip(self._names, self._copy.read().tolist(), strict=True))
+        return dict(zip(self._names, self._copy.read()[: len(self._names)].tolist(), strict=True))
+
+    def read_vector(self) -> list[float]:
+        """Return the numbers without names."""
+        return self._copy.read()[len(self._names) :].tolist()
 
 
 class DeferredIntegers:

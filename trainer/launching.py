@@ -39,6 +39,9 @@ class ContainerConfig:
         return found
 
 
+AUTO_RESTARTS = 3
+
+
 @dataclass(frozen=True)
 class LaunchConfig:
     """Processes that `meshloom train` starts, and resources that `meshloom slurm` requests."""
@@ -47,8 +50,20 @@ class LaunchConfig:
 
     nproc: Any = key("auto", "processes on this machine; auto: one per GPU, or one where there is none")
     nodes: int = key(1, "machines of the SLURM job")
-    max_restarts: int = key(
-        0, "how often torchrun starts all processes again after one has failed; they go on from the last checkpoint"
+    max_restarts: Any = key(
+        "auto",
+        "how often all processes are started again after one has failed, to go on from what is saved; auto: 3 times, and never"
+        " for a run of one process. A config error is not tried again, nor what failed without progress",
+    )
+    silence: Any = key(
+        "auto",
+        "seconds without any progress of a rank after which the run is ended, with its name and stack; auto: learned from the"
+        " run's own times; null: the rank is named, and only parallel.timeout ends the run",
+    )
+    check: bool = key(
+        True,
+        "before a run of several processes, compare GPUs' speed, the folder's storage, and clocks and versions of all nodes;"
+        " warn of what is wrong",
     )
     job_name: str = key("meshloom", "name of the SLURM job")
     partition: str | None = key(None, "partition of the SLURM job; null: the cluster's default")
@@ -78,13 +93,15 @@ class LaunchConfig:
         def refuse(name: str, message: str, fix: str) -> None:
             found.append(Problem(f"{key}.{name}", message, fix))
 
-        if self.nproc != "auto" and (not isinstance(self.nproc, int) or isinstance(self.nproc, bool) or self.nproc < 1):
+        if self.nproc != "auto" and (not _is_count(self.nproc) or self.nproc < 1):
             refuse("nproc", f"{self.nproc!r} is not a number of processes", "use auto, or 1 or more")
         for name, count in (("nodes", self.nodes), ("gpus_per_node", self.gpus_per_node)):
             if count < 1:
                 refuse(name, f"{count} is not a number of them", "use 1 or more")
-        if self.max_restarts < 0:
-            refuse("max_restarts", f"{self.max_restarts} is negative", "use 0 for none")
+        if self.max_restarts != "auto" and (not _is_count(self.max_restarts) or self.max_restarts < 0):
+            refuse("max_restarts", f"{self.max_restarts!r} is not a number of restarts", "use auto, or 0 for none")
+        if self.silence not in ("auto", None) and not (_is_number(self.silence) and self.silence > 0):
+            refuse("silence", f"{self.silence!r} is not a time", "use auto, null, or seconds")
         if self.signal_seconds < 1:
             refuse("signal_seconds", f"{self.signal_seconds} leaves no time to save", "use for example 300")
         if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", self.time):
@@ -99,6 +116,19 @@ class LaunchConfig:
         if self.memory is not None and not re.fullmatch(r"\d+[KMGT]?", self.memory):
             refuse("memory", f"'{self.memory}' is no amount of memory", "write for example 900G, or 0 for all that a node has")
         return [*found, *self.container.problems(f"{key}.container")]
+
+
+def restarts(launch: LaunchConfig, processes: int) -> int:
+    """Return how often a run of so many processes is started again."""
+    return (AUTO_RESTARTS if processes > 1 else 0) if launch.max_restarts == "auto" else int(launch.max_restarts)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def under_torchrun() -> bool:
@@ -137,4 +167,4 @@ def run_processes(launch: LaunchConfig) -> int:
         return int(os.environ["WORLD_SIZE"])
     if launch.nproc == "auto":
         return max(1, visible_gpus())
-    return launch.nproc if isinstance(launch.nproc, int) and not isinstance(launch.nproc, bool) else 0
+    return launch.nproc if _is_count(launch.nproc) else 0

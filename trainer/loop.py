@@ -27,6 +27,7 @@ from ..optim.schedules.coupling import Coupling
 from ..optim.schedules.schedule import Schedule
 from ..parallel.engine import Engine
 from ..parallel.gradient_noise import Measure, Moments
+from ..parallel.heartbeat import Phase
 from ..parallel.mesh import Mesh
 from .all_ranks import PeerFailed, raise_on_all_ranks
 from .deferred import Deferred
@@ -92,9 +93,10 @@ class Pending:
 class Loop:
     """A run in progress. `build.py` builds its parts; the counters are the only state of its own.
 
-    guard    judges its steps; None: a number that is not finite ends the run
-    horizon  of the whole run
-    stage    the stage that it trains, of a run that has some
+    guard     judges its steps; None: a number that is not finite ends the run
+    horizon   of the whole run
+    stage     the stage that it trains, of a run that has some
+    own_work  seconds that each rank itself worked in the step before that of the newest metrics, by rank
     """
 
     mesh: Mesh
@@ -112,8 +114,10 @@ class Loop:
     stage: Stage | None = None
     progress: Progress = field(default_factory=Progress)
     stopping: bool = False
+    own_work: list[float] = field(default_factory=list[float])
     _pending: list[Pending] = field(default_factory=list)
     _began: DeviceTimestamp = field(init=False)
+    _own_work: torch.Tensor | None = None
     _delivered: bool = False
     _peak: float | None = None
     _last_loss: float = math.nan
@@ -140,8 +144,11 @@ class Loop:
         accept()
         raise_on_all_ranks(self.mesh, lambda: [hook.on_run_accepted(self) for hook in self.hooks])
         self.restart_clock()
+        self.mesh.heartbeat.beat(Phase.HOOKS)
         while not self.finished and not self.stopping:
-            if self.step(stop.requested):
+            counts = self.step(stop.requested)
+            self.mesh.heartbeat.beat(Phase.HOOKS)
+            if counts:
                 for hook in self.hooks:
                     hook.on_step_end(self)
             if self.finished or self.stopping:
@@ -161,12 +168,15 @@ class Loop:
         Return False if the step does not count, because one before it has turned out to be bad.
         """
         start = self.progress
+        heartbeat = self.mesh.heartbeat
+        heartbeat.begin_step(start.step + 1)
         for hook in self.hooks:
             hook.on_step_begin(self)
         count = self.controller.next_batch(self.progress)
         before = self.progress.before(count, self.horizon.seq_len)
         share = self.batches.load(GlobalBatch(before.samples, count), self.controller.micro_at(count))
         agree_on_plan(self.mesh, share, f"step {before.step + 1}")
+        heartbeat.beat(Phase.EXCHANGE)
         tokens, signals = self.sum_over_ranks(share.valid_tokens, stop_requested)
         if not share.valid_tokens and not tokens:  # only a rank without targets waits here to hear whether others have any
             return self._pass_over(start, before, count, share, signals)
@@ -179,10 +189,11 @@ class Loop:
         if self.guard is not None:
             scalars |= self.guard.judge(loss, norm)
         # Copied before the update, so that a controller that needs them does not wait for it.
-        numbers = Deferred(scalars if moments is None else {**scalars, **moments.scalars})
+        numbers = Deferred(scalars if moments is None else {**scalars, **moments.scalars}, self._own_work)
         done = DeviceTimestamp(self.mesh.device)
         if self.max_grad_norm is not None:
             self.engine.clip(self.max_grad_norm, norm)
+        heartbeat.beat(Phase.UPDATE)
         for hook in self.hooks:
             hook.before_update(self)
         lr = self.schedule.lr(before) * self.coupling.factor(before, self.controller.noise_scale)
@@ -190,6 +201,7 @@ class Loop:
         self.engine.zero_grad()
 
         self.progress = before.after(count, count * self.horizon.seq_len)
+        heartbeat.beat(Phase.EXCHANGE)
         return self._record(start, lr, done, numbers, moments, share)
 
     def _measure(self, before: Progress) -> Measure:
@@ -204,20 +216,24 @@ class Loop:
             log.warning("step %d: no position of the global batch has a target, so nothing is updated", before.step + 1)
         zero = torch.zeros((), device=self.mesh.device)
         self.progress = before.after(count, count * self.horizon.seq_len)
-        numbers = Deferred({"loss": zero, "grad_norm": zero, **signals})
+        numbers = Deferred({"loss": zero, "grad_norm": zero, **signals}, self._own_work)
         return self._record(start, 0.0, DeviceTimestamp(self.mesh.device), numbers, None, share, learned=False)
 
     def sum_over_ranks(self, valid_tokens: int, stop_requested: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Sum over all ranks, in one collective: the valid tokens of the global batch, and signals to end the run.
+        """Sum over all ranks, in one collective: the valid tokens of the global batch, signals to end the run, and own work.
 
         The signals count the ranks on which a stop was requested, and those on which a hook has a fault. All ranks of a data
-        rank (its pipeline, context and tensor peers) count the same tokens; the sum is divided by them.
+        rank (its pipeline, context and tensor peers) count the same tokens; the sum is divided by them. Own work is the seconds
+        that each rank itself worked in its newest step; it goes to the host with the step's numbers.
         """
         layout, device = self.mesh.layout, self.mesh.device
+        own_work = [0.0] * layout.world_size
+        own_work[self.mesh.rank] = self.mesh.compute_time.newest()
+        counts = [valid_tokens, stop_requested, self._fault is not None, *own_work]
         # From pinned memory: a copy to a GPU from pageable memory waits for all work queued before it.
-        counts = [valid_tokens, stop_requested, self._fault is not None]
         counted = torch.tensor(counts, dtype=torch.float64, pin_memory=device.type == "cuda")
         sums = self.mesh.sum(counted.to(device, non_blocking=True))
+        self._own_work = sums[3:]
         return sums[0] / (layout.pp * layout.cp * layout.tp), {"stops": sums[1], "faults": sums[2]}
 
     @property
@@ -273,6 +289,7 @@ class Loop:
             step = self._pending.pop(0)
             self._delivered = True
             progress, numbers = step.progress, step.numbers.read()
+            self.own_work = step.numbers.read_vector()
             seconds = step.done.seconds_since(step.began)
             self.stopping |= numbers.pop("stops") > 0
             self._last_loss = numbers["loss"]

@@ -21,6 +21,7 @@ from ..data.summary import data_notices, data_warnings
 from ..data.validation import ValidationPart
 from ..data.validation_sets import ValidationSets
 from ..parallel.engines import start_compiling
+from ..parallel.heartbeat import Phase
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, pick_device
 from .all_ranks import PeerFailed, on_main, raise_on_all_ranks
@@ -33,6 +34,7 @@ from .guard.guard import RewindNeeded, TrainingDiverged
 from .identity import Origin, identify, take_over_metrics
 from .imported_model import ImportedModel
 from .machine import RUN_LOCK
+from .preflight.check import check_at_start
 from .relations import collect_problems
 from .resolve import ResolvedRun
 from .resume import restore_journal, restore_run
@@ -43,6 +45,7 @@ from .stages.border import begin_stage, refuse_other_tokens, release_memory
 from .stages.written import stage_table
 from .start_summary import batch_jump, start_summary
 from .typed import plain_config
+from .watch.rank import introduce, join_watch
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +71,15 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
     for warning in resolved.warnings:
         log.warning("%s", warning)
     config, checkpoint, parallel = resolved.config, resolved.checkpoint, resolved.config.parallel
+    heartbeat = join_watch(config)
     # Before connecting: building a large corpus may take longer than the process groups' time-out.
     data, sets = prepared_stages(resolved)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         model = build_model(config.model, config.model.vocabulary or data[0].vocabulary)
         start_compiling(model, parallel, engine_settings(config, model, data[0].seq_len))
-    mesh = Mesh.connect(Layout.plan(parallel, resolved.world_size), pick_device(), parallel.timeout)
+    heartbeat.beat(Phase.JOIN)
+    mesh = Mesh.connect(Layout.plan(parallel, resolved.world_size), pick_device(), parallel.timeout, heartbeat)
+    heartbeat.beat(Phase.START)
     try:
         if mesh.differ(str(checkpoint)):
             raise RuntimeError(f"processes see different newest checkpoints (this one {checkpoint}): is the folder shared?")
@@ -81,7 +87,9 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
             raise RuntimeError(f"processes have unlike GPUs, and auto is not the same on all (here {fitted}): give these keys")
         if mesh.differ(" ".join(each.fingerprint for each in data)):
             raise RuntimeError("processes see different data: give all of them the same files (and, for stdlib, one Python)")
-        return _train(resolved, data, sets, mesh, stop)
+        code = _train(resolved, data, sets, mesh, stop)
+        heartbeat.beat(Phase.END)  # not of a run that has failed: its launcher tells in which phase
+        return code
     except TrainingDiverged as error:
         log.error("%s", error)
         return 1
@@ -159,6 +167,8 @@ def _train(
     output_dir = Path(resolved.config.output_dir)
     lock = raise_on_all_ranks(mesh, lambda: _lock_output_dir(output_dir) if mesh.is_main else None)
     try:
+        if resolved.config.launch.check and resolved.world_size > 1:
+            check_at_start(mesh, output_dir)
         run = resolved
         for number, node in enumerate(data):
             if number:
@@ -247,6 +257,7 @@ def _run_locked(resolved: ResolvedRun, data: DataNode, sets: Sequence[Validation
 
         def accept() -> None:
             on_main(mesh, lambda: _take_over(config, current, origin))
+            introduce(mesh, output_dir)
             if not (nothing_left and origin is not None and origin.own):  # else config.yaml would tell what trained nothing
                 on_main(mesh, lambda: _write_description(config, data, output_dir, imported))
 

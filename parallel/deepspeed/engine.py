@@ -33,6 +33,7 @@ from ..config import ParallelConfig
 from ..engine import EngineSettings, OptimizerFactory, StepLoss
 from ..fragment import Fragment
 from ..gradient_noise import GradientNoise, Measure, Moments
+from ..heartbeat import Phase
 from ..mesh import Mesh
 from ..shards import Placed
 from .config import QUANTISED, derive, lossy_features
@@ -135,11 +136,15 @@ class DeepSpeedEngine:
         self._noise.begin(share, global_tokens)
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         self._pending = True
-        for index, micro_batch in enumerate(micro_batches):
-            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            loss = self._forward(micro_batch)
-            self._engine.backward(loss * (self._ranks / global_tokens), scale_wrt_gas=False)
-            total += loss.detach()
+        with self.mesh.compute_time:
+            for index, micro_batch in enumerate(micro_batches):
+                self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+                self.mesh.heartbeat.beat(Phase.FORWARD, index + 1)
+                loss = self._forward(micro_batch)
+                self.mesh.heartbeat.beat(Phase.BACKWARD, index + 1)
+                self._engine.backward(loss * (self._ranks / global_tokens), scale_wrt_gas=False)
+                total += loss.detach()
+        self.mesh.heartbeat.beat(Phase.EXCHANGE)
         own = total.clone()  # sums are taken in place
         return StepLoss(self.mesh.sum(total, "data"), global_tokens, {}, own)
 
@@ -189,7 +194,8 @@ class DeepSpeedEngine:
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
         """Compute the loss without gradients, over all ranks."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        for micro_batch in micro_batches:
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            self.mesh.heartbeat.beat(Phase.EVALUATION, number)
             sums[0] += self._forward(micro_batch)
             sums[1] += micro_batch.valid_tokens
         self.mesh.sum(sums, "data")

@@ -19,11 +19,14 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
+from ..heartbeat import Heartbeat, Phase
 from ..torch.fsdp_gather import fsdp_parameters
 
 
 class LeanStage(PipelineStage):
-    """A drop-in PipelineStage with static shapes; see the module's docstring."""
+    """A drop-in PipelineStage with static shapes; see the module's docstring. Between its passes a rank waits for others."""
+
+    heartbeat: Heartbeat
 
     @contextmanager
     def _without_storage(self) -> Generator[None]:
@@ -62,12 +65,22 @@ class LeanStage(PipelineStage):
         _release(self.grad_recv_info[bwd_chunk_id])
         return received
 
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Tell the heartbeat, around torch's own."""
+        self.heartbeat.beat(Phase.FORWARD, fwd_chunk_id + 1)
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        self.heartbeat.beat(Phase.EXCHANGE, fwd_chunk_id + 1)
+        return output
+
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Leave out the inputs that are no tensors (absent fields of `Documents`): torch 2.11 asks each for its gradient."""
         cache: dict[int, tuple[Any, list[Any]]] = self.fwd_cache
         outputs, inputs = cache[bwd_chunk_id]
         cache[bwd_chunk_id] = (outputs, [value for value in inputs if isinstance(value, torch.Tensor)])
-        return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self.heartbeat.beat(Phase.BACKWARD, bwd_chunk_id + 1)
+        output = super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self.heartbeat.beat(Phase.EXCHANGE, bwd_chunk_id + 1)
+        return output
 
     def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> None:
         """Run the second half of a zero-bubble backward pass, and accumulate its gradients in fp32.

@@ -101,18 +101,18 @@ class Pipeline:
         stages: list[LeanStage] = []
         for index, module in self._modules.items():
             last = index == self._plan.count - 1
-            stages.append(
-                LeanStage(
-                    module,
-                    index,
-                    self._plan.count,
-                    self._mesh.device,
-                    input_args=passed() if index else torch.empty(like.tokens.shape, dtype=like.tokens.dtype, device="meta"),
-                    output_args=torch.empty((), dtype=loss_dtype, device="meta", requires_grad=True) if last else passed(),
-                    group=self._group,
-                    dw_builder=_no_weight_gradient if last and chosen.splits_backward and not SPLITS_THE_LOSS else None,
-                )
+            stage = LeanStage(
+                module,
+                index,
+                self._plan.count,
+                self._mesh.device,
+                input_args=passed() if index else torch.empty(like.tokens.shape, dtype=like.tokens.dtype, device="meta"),
+                output_args=torch.empty((), dtype=loss_dtype, device="meta", requires_grad=True) if last else passed(),
+                group=self._group,
+                dw_builder=_no_weight_gradient if last and chosen.splits_backward and not SPLITS_THE_LOSS else None,
             )
+            stage.heartbeat = self._mesh.heartbeat
+            stages.append(stage)
         make = cast(Callable[..., Any], get_schedule_class(chosen.torch_name))
         single = chosen.stages_per_rank == 1 and chosen.fixed
         schedule = make(stages[0] if single else stages, count, loss_fn=self._loss, scale_grads=False)
@@ -135,6 +135,7 @@ class Pipeline:
         (the ends of an interleaved pipeline of two ranks) then never wait for each other.
         """
         total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        self._mesh.heartbeat.beat(self._mesh.heartbeat.phase)  # the same as before, but it goes on
         ranks = self._plan.ranks
         sends: list[tuple[torch.Tensor, Any]] = []
         outputs: list[torch.Tensor] = []

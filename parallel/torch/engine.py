@@ -27,6 +27,7 @@ from ..engine import EngineSettings, OptimizerFactory, StepLoss
 from ..experts.balance import ExpertBalance
 from ..fragment import Fragment
 from ..gradient_noise import GradientNoise, Measure, Moments
+from ..heartbeat import Phase
 from ..hybrid.attention import HybridAttention
 from ..mesh import Mesh
 from ..observers import GradientObserver, optimizer_observers
@@ -80,7 +81,7 @@ class TorchEngine:
             pipeline = Pipeline(stages, plan, parallel, mesh, settings.compute)
             self._step = PipelinedStep(pipeline, inputs, shared)
         else:
-            self._step = Accumulation(self.module, inputs, self.weights, mesh.device)
+            self._step = Accumulation(self.module, inputs, self.weights, mesh)
         self.weights.adopt(held, named)
         fill_weights(self.weights.local, model, settings.seed, mesh.device)
 
@@ -102,10 +103,12 @@ class TorchEngine:
         self.weights.begin_step(single=share.passes == 1, fused=self._update.fused)
         run = functools.partial(self._step.accumulate, micro_batches, global_tokens, pauses, self._show_part)
         extras: dict[str, torch.Tensor] = {}
-        if self._balance is None:
-            total = run()
-        else:
-            total, extras = self._balance.run_step(global_tokens, lambda: self._count_routed(micro_batches), run)
+        with self.mesh.compute_time:
+            if self._balance is None:
+                total = run()
+            else:
+                total, extras = self._balance.run_step(global_tokens, lambda: self._count_routed(micro_batches), run)
+        self.mesh.heartbeat.beat(Phase.EXCHANGE)
         self.weights.wait_reduce()
         for observer in self._observers:
             observer.see_whole(self.weights.gradients())

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from ...data.batch import MicroBatch
+from ..heartbeat import Phase
+from ..mesh import Mesh
 from ..pipeline.run import Pipeline
 from .inputs import ModelInputs
 from .weights import Weights
@@ -39,8 +41,9 @@ class StepStrategy(Protocol):
 class Accumulation:
     """Gradient accumulation: micro-batches one after another, each forward and backward."""
 
-    def __init__(self, module: nn.Module, inputs: ModelInputs, weights: Weights, device: torch.device) -> None:
-        self._module, self._inputs, self._weights, self._device = module, inputs, weights, device
+    def __init__(self, module: nn.Module, inputs: ModelInputs, weights: Weights, mesh: Mesh) -> None:
+        self._module, self._inputs, self._weights = module, inputs, weights
+        self._device, self._heartbeat = mesh.device, mesh.heartbeat
 
     def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:
         part, positions_BS = self._inputs.part(micro_batch)
@@ -59,10 +62,13 @@ class Accumulation:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for number, micro_batch in enumerate(micro_batches, start=1):
             self._weights.set_last_micro_batch(number in pauses or number == len(micro_batches))
+            self._heartbeat.beat(Phase.FORWARD, number)
             loss = self._forward(micro_batch)
+            self._heartbeat.beat(Phase.BACKWARD, number)
             (loss / global_tokens).backward()
             total += loss.detach()
             if number in pauses:
+                self._heartbeat.beat(Phase.EXCHANGE, number)
                 self._weights.wait_reduce()
                 pause()
         return total
@@ -70,7 +76,10 @@ class Accumulation:
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         """See `StepStrategy`."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for micro_batch in micro_batches:
+        # Mixtures run a pass without gradients inside a step, too.
+        phase = Phase.EVALUATION if self._heartbeat.phase is Phase.EVALUATION else Phase.FORWARD
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            self._heartbeat.beat(phase, number)
             total += self._forward(micro_batch)
         return total
 

@@ -188,7 +188,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_torchrun_starts_processes_with_the_same_overrides(started: list[list[str]]) -> None:
     assert cli.main(["train", "recipe=quickstart", "launch.nproc=4", "optim.lr=3e-3"]) == 0
     (arguments,) = started
-    assert arguments[:3] == ["--standalone", "--nproc-per-node=4", "--max-restarts=0"]
+    assert arguments[:3] == ["--standalone", "--nproc-per-node=4", "--max-restarts=3"]
     assert arguments[3:5] == ["-m", "meshloom.launch.rank"]
     assert arguments[5:] == ["recipe=quickstart", "launch.nproc=4", "optim.lr=3e-3", "output_dir='outputs/quickstart'"]
 

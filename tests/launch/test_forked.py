@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from torch.multiprocessing import ProcessContext
 
 from meshloom.kernels import driver
 from meshloom.launch import agent
+from meshloom.launch.exit_codes import HUNG
 from meshloom.launch.torchrun import TorchRun
+from meshloom.trainer.watch.incidents import read_incidents
 
 PATIENCE = 280.0  # seconds: some, as a rule
 TINY = ["model.layers=1", "data.seq_len=64", "batch.samples=4", "batch.micro=2", "logging.progress=false"]
@@ -29,7 +32,8 @@ SMALL = ["recipe=quickstart", "data=synthetic", "trainer.tokens=null", "trainer.
 @pytest.fixture
 def launcher(tmp_path: Path) -> Generator[subprocess.Popen[str]]:
     """A long run of two ranks."""
-    line = [*SMALL, "launch.nproc=2", "trainer.steps=100000", "checkpoint.every=0", f"output_dir={tmp_path}"]
+    line = [*SMALL, "launch.nproc=2", "launch.max_restarts=0", "trainer.steps=100000", "checkpoint.every=0"]
+    line.append(f"output_dir={tmp_path}")
     command = [sys.executable, "-m", "meshloom.launch.cli", "train", *line]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     yield process
@@ -67,7 +71,11 @@ def test_a_killed_rank_ends_the_run_with_its_code(launcher: subprocess.Popen[str
     first.suspend()  # or it may fail, too, before the agent has looked
     second.kill()
     assert launcher.stderr is not None
-    errors = ""
+    errors = launcher.stderr.readline()
+    while "was killed" not in errors:
+        assert "Traceback" not in errors and errors, errors
+        errors += launcher.stderr.readline()
+    assert re.search(rf"^rank [01] \(.+, pid {second.pid}\) was killed by SIGKILL in .+ step \d+", errors, re.MULTILINE), errors
     while f"Terminating process {first.pid}" not in errors:
         line = launcher.stderr.readline()
         assert line, errors
@@ -75,20 +83,37 @@ def test_a_killed_rank_ends_the_run_with_its_code(launcher: subprocess.Popen[str
     first.resume()
     _, rest = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode == 128 + signal.SIGKILL, errors + rest
+    (incident,) = read_incidents(tmp_path)
+    assert incident["kind"] == "death" and incident["pid"] == second.pid and incident["details"]["code"] == 137
     assert "ProcessExitedException" not in errors + rest  # which says nothing of the rank
 
 
 @pytest.mark.timeout(900)
-def test_ranks_end_if_their_agent_is_killed(launcher: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_stopped_rank_is_named_and_ends_the_run(launcher: subprocess.Popen[str], tmp_path: Path) -> None:
+    running = ranks(launcher, tmp_path)
+    known = {row["pid"]: row["rank"] for row in json.loads((tmp_path / "ranks.json").read_text())}
+    assert sorted(known) == sorted(rank.pid for rank in running)
+    running[1].suspend()
+    _, errors = launcher.communicate(timeout=PATIENCE)
+    assert launcher.returncode == HUNG, errors
+    assert f"run ended: rank {known[running[1].pid]} (" in errors and f"pid {running[1].pid}) is stopped (SIGSTOP)" in errors
+    assert "Traceback" not in errors and not any(rank.is_running() for rank in running)
+    incidents = list(read_incidents(tmp_path))
+    assert [incident["kind"] for incident in incidents] == ["hang", "end"] and incidents[0]["pid"] == running[1].pid
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("killed", ["agent", "launcher"])
+def test_ranks_end_if_those_above_are_killed(launcher: subprocess.Popen[str], tmp_path: Path, killed: str) -> None:
     running = ranks(launcher, tmp_path)
     (above,) = psutil.Process(launcher.pid).children()
-    above.kill()
+    (above if killed == "agent" else launcher).kill()
     _, left = psutil.wait_procs(running, PATIENCE)
     for rank in left:
         rank.kill()
     assert not left
     launcher.communicate(timeout=PATIENCE)
-    assert launcher.returncode == 128 + signal.SIGKILL
+    assert launcher.returncode == (128 + signal.SIGKILL if killed == "agent" else -signal.SIGKILL)
 
 
 @pytest.mark.timeout(900)

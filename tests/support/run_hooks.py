@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 import torch
@@ -126,3 +127,14 @@ class FlipBit(Hook):
             for fragment in loop.engine.fragments():
                 if fragment.name == "norm.weight" and fragment.role == "weight":
                     fragment.tensor[1:2].view(torch.int64).bitwise_xor_(1 << 48)
+
+
+class Slow(Hook):
+    """Makes the steps of one rank longer."""
+
+    def __init__(self, rank: int, seconds: float) -> None:
+        self.rank, self.seconds = rank, seconds
+
+    def on_step_begin(self, loop: Loop) -> None:
+        if loop.mesh.rank == self.rank:
+            time.sleep(self.seconds)

@@ -14,6 +14,7 @@ import torch
 from ...config.duration import Duration, Unit
 from ...data.batch import MicroBatch
 from ...parallel.engine import StepLoss
+from ...parallel.heartbeat import Phase
 from ..loop import Loop
 from .base import Hook
 from .expert_map import mutual_information
@@ -51,6 +52,7 @@ class Evaluation(Hook):
 
     def _evaluate(self, loop: Loop) -> None:
         loop.deliver_metrics(keep=0)
+        loop.mesh.heartbeat.beat(Phase.EVALUATION)
         found: list[StepLoss] = []
         routed: dict[str, torch.Tensor] = {}
         for each, counted in zip(self._sets, self._weights, strict=True):
@@ -74,6 +76,7 @@ class Evaluation(Hook):
             row |= self._specialisation(loop, routed)
         for hook in loop.hooks:
             hook.on_evaluate(loop, row)
+        loop.mesh.heartbeat.beat(Phase.HOOKS)
         loop.restart_clock()
 
     def _mean(self, found: Sequence[StepLoss], losses: Sequence[float]) -> float:

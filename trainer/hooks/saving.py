@@ -10,6 +10,7 @@ from ...checkpoint.errors import CheckpointError
 from ...checkpoint.identity import RunIdentity
 from ...checkpoint.report import SaveReport
 from ...optim.progress import Progress
+from ...parallel.heartbeat import Phase
 from ..all_ranks import raise_on_all_ranks
 from ..loop import Loop
 from .base import Hook, hooks_by_name
@@ -113,6 +114,7 @@ class Saving(Hook):
             self.fault = error
 
     def _save(self, loop: Loop, *, disk: bool = True, required: bool = False) -> None:
+        loop.mesh.heartbeat.beat(Phase.SAVE)
         # A step whose loss is not finite must not become a checkpoint. But reading the loss now would leave the GPU idle
         # until the next step is queued. So the save starts, and is committed only when the numbers have arrived.
         # After an evaluation they already have.
@@ -126,6 +128,7 @@ class Saving(Hook):
             self._held[loop.progress.step] = state
         step, fragments = loop.progress.step, loop.engine.fragments()
         self._checkpointer.save(step, fragments, state, required=required, disk=disk, hold=hold)
+        loop.mesh.heartbeat.beat(Phase.HOOKS)
 
     def _report(self, loop: Loop, reports: list[SaveReport]) -> None:
         for report in reports:
@@ -137,6 +140,7 @@ class Saving(Hook):
 
     def wait(self, loop: Loop) -> None:
         """Wait for saves that are under way, so that a run that can't continue leaves its newest checkpoint."""
+        loop.mesh.heartbeat.beat(Phase.SAVE)
         self._report(loop, self._checkpointer.wait())
 
     def finish(self, loop: Loop) -> None:
@@ -144,9 +148,11 @@ class Saving(Hook):
 
         Raises CheckpointError where it failed, and PeerFailed on the other ranks.
         """
+        loop.mesh.heartbeat.beat(Phase.SAVE)
         self._report(loop, self._checkpointer.wait())
         if loop.mesh.any(loop.progress.step != self._saved_step):  # not its turn, skipped, or failed
             self._save(loop, required=True)
+        loop.mesh.heartbeat.beat(Phase.SAVE)
         self._report(loop, raise_on_all_ranks(loop.mesh, self._checkpointer.finish))
 
     def close(self) -> None:

@@ -1,0 +1,13 @@
+"""Exit codes of a run. A code of 128 + n says that signal n ended the process that failed first, as a shell gives it."""
+
+from __future__ import annotations
+
+SUCCESS = 0
+FAILED = 1
+"""A rank raised an exception, or the run diverged."""
+BAD_CONFIG = 2
+"""The config, the data or the folders can't be used as they are: starting again changes nothing."""
+HUNG = 75
+"""A rank did not go on, and the run was ended for it. Starting again may help (`EX_TEMPFAIL` of sysexits.h)."""
+NO_PROGRESS = 76
+"""Attempts fail without any progress: starting again would repeat it."""

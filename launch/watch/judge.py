@@ -1,0 +1,170 @@
+"""Judge from heartbeats which rank keeps the others waiting, and whether to end the run for it. Pure functions.
+
+A rank is silent if its heartbeat has not changed for longer than is usual for it. Ranks wait for one another within a step, so
+one that hangs silences all. Who is to blame is told in this order:
+
+1. ranks whose process is stopped, or whose host does not answer
+2. ranks that are behind: in an earlier step, or in an earlier part of the same step
+3. ranks that are not in the phase EXCHANGE, if others are
+4. ranks whose stack is not in a collective, if those of others are
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ...config.words import counted
+from ...parallel.heartbeat import Phase
+
+NAMED_STEPS, NAMED_SECONDS, STOPPED_SECONDS = 2.0, 10.0, 3.0
+"""A rank is named when it is silent for so many of its usual steps and so many seconds more; fewer if it is stopped."""
+ENDED_STEPS, ENDED_SECONDS = 10.0, 30.0
+"""A run is ended for a rank that still runs when it is silent for so long. A file server may fall silent for that long, too."""
+UNKNOWN_SECONDS = 10.0
+"""Stands for NAMED while no usual time of a step is known: the first steps compile."""
+MOVES = 1.0
+"""Seconds within which a rank has to beat for its run not to be silent."""
+STOPPED = "T"
+"""Linux's state of a process that a signal has stopped, not of one that is being traced."""
+TOGETHER = {Phase.FORWARD: 1, Phase.BACKWARD: 1, Phase.EXCHANGE: 1}
+"""Phases through which a rank goes many times in a step count as one part of it."""
+UNBOUNDED = (Phase.START, Phase.SAVE, Phase.HOOKS, Phase.END)
+"""Phases without a usual time: data are prepared, a last checkpoint is written. Only parallel.timeout bounds them."""
+
+
+@dataclass(frozen=True)
+class RankState:
+    """What is known of a rank at one moment.
+
+    host        where it runs, with its pid
+    age         seconds since its last beat
+    usual       median seconds of its phase (0: not known), and of a step (None: not known)
+    state       Linux's letter for its process; "": its host does not answer
+    stack       innermost Python frames, one line; "": not taken
+    collective  whether that stack is in a collective; None: not known
+    compiles    whether it is in torch.compile
+    """
+
+    rank: int
+    host: str
+    pid: int
+    phase: Phase
+    step: int
+    micro_batch: int
+    age: float
+    usual: float = 0.0
+    step_usual: float | None = None
+    state: str = "S"
+    stack: str = ""
+    collective: bool | None = None
+    compiles: bool = False
+
+    @property
+    def stopped(self) -> bool:
+        """True for a process that can't go on by itself."""
+        return self.state in (STOPPED, "")
+
+    @property
+    def where(self) -> str:
+        """The phase, micro-batch and step, in words."""
+        within = f" of micro-batch {self.micro_batch}" if self.micro_batch else ""
+        return f"{self.phase.word}{within} in step {self.step}" if self.step else self.phase.word
+
+    @property
+    def named_after(self) -> float:
+        """Seconds of silence after which the rank is named."""
+        if self.step_usual is None:
+            return UNKNOWN_SECONDS
+        if self.stopped:
+            return NAMED_STEPS * self.step_usual + STOPPED_SECONDS
+        return NAMED_STEPS * max(self.step_usual, self.usual) + NAMED_SECONDS
+
+    def ended_after(self, limit: float | None, timeout: float) -> float:
+        """Return the seconds of silence after which the run is ended for this rank.
+
+        limit: launch.silence, if it is a number; timeout: parallel.timeout, which holds where nothing was learned
+        """
+        if limit is not None:
+            return limit
+        if self.stopped:
+            return self.named_after
+        if self.step_usual is None or not self.usual or self.phase in UNBOUNDED or self.compiles:
+            return timeout
+        return min(timeout, ENDED_STEPS * max(self.step_usual, self.usual) + ENDED_SECONDS)
+
+
+@dataclass(frozen=True)
+class Silence:
+    """A silent run.
+
+    blamed   the ranks that keep the others waiting
+    waiting  those that wait for them
+    ends     whether the silence is long enough to end the run
+    limit    seconds of silence after which that is so
+    """
+
+    blamed: list[RankState]
+    waiting: list[RankState] = field(default_factory=list[RankState])
+    ends: bool = False
+    limit: float = 0.0
+
+
+def judge(ranks: Sequence[RankState], limit: float | None = None, timeout: float = 600.0) -> Silence | None:
+    """Return the silence of a run, if it is silent. limit, timeout: see `RankState.ended_after`."""
+    live = [each for each in ranks if each.phase is not Phase.END or each.stopped]
+    stopped = [each for each in live if each.stopped and each.age > each.named_after]
+    if not stopped and (not live or min(each.age for each in live) < MOVES):
+        return None
+    blamed = stopped or blame(live)
+    if not any(each.age > each.named_after for each in blamed):
+        return None
+    if not stopped and len({each.phase for each in live}) == 1 and blamed[0].phase in UNBOUNDED:
+        return None  # all prepare, or save: nobody waits for another
+    limits = [each.ended_after(limit, timeout) for each in blamed]
+    waiting = [each for each in live if each not in blamed]
+    ends = any(each.age > after for each, after in zip(blamed, limits, strict=True))
+    return Silence(blamed, waiting, ends, min(limits))
+
+
+def blame(ranks: Sequence[RankState]) -> list[RankState]:
+    """Return the ranks that keep the others waiting, as far as these states can tell; all of them if they can't."""
+    least = min((each.step, _part(each)) for each in ranks)
+    blamed = [each for each in ranks if (each.step, _part(each)) == least]
+    blamed = [each for each in blamed if each.phase is not Phase.EXCHANGE] or blamed
+    return [each for each in blamed if each.collective is False] or [each for each in blamed if not each.collective] or blamed
+
+
+def _part(state: RankState) -> int:
+    """Return the part of a step that a rank is in, in their order."""
+    if state.phase in (Phase.START, Phase.JOIN, Phase.DATA):
+        return 0
+    return TOGETHER.get(state.phase, int(state.phase))
+
+
+def describe(silence: Silence) -> str:
+    """Return the sentence that says who is silent since when, and what the others wait for."""
+    parts: list[str] = []
+    for each in silence.blamed[:4]:
+        if each.state == "":
+            how = "gives no answer, nor does its host's launcher,"
+        elif each.stopped:
+            how = "is stopped (SIGSTOP)"
+        elif each.state == "D":
+            how = "waits for a disk or a file server"
+        else:
+            how = "does not go on"
+        parts.append(f"rank {each.rank} ({each.host}, pid {each.pid}) {how} in {each.where}, for {each.age:.1f} s")
+    if len(silence.blamed) > 4:
+        parts.append(f"and {counted(len(silence.blamed) - 4, 'more rank')}")
+    text = "; ".join(parts)
+    places: dict[str, list[int]] = {}
+    for each in silence.waiting:
+        places.setdefault(each.where, []).append(each.rank)
+    waits = [f"{_ranks(found)} in {where}" for where, found in places.items()]
+    return text + (f"; waiting for it: {'; '.join(waits[:3])}" if waits else "")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return ("rank " if len(ranks) == 1 else "ranks ") + shown + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

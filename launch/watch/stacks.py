@@ -1,0 +1,114 @@
+"""Python stacks of other processes: by py-spy where it is installed, of running ranks also by a signal.
+
+A rank writes its own stack when it gets `STACK_SIGNAL`. A stopped process can't; py-spy reads its memory instead
+(pip install 'meshloom[watch]').
+"""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import os
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...trainer.watch.rank import STACK_SIGNAL
+
+PY_SPY_SECONDS = 4.0
+SIGNAL_SECONDS = 0.5
+FRAMES = 4
+_OWN = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+)(?: in (?P<name>.+))?')
+_PY_SPY = re.compile(r"^\s+(?P<name>\S.*?) \((?P<file>[^()]+):(?P<line>\d+)\)$")
+_WAITS = re.compile(
+    r"\bwait\w*\(|\.item\(\)|\.tolist\(\)|synchronize\(|all_reduce|all_gather|all_to_all|broadcast|barrier|recv\("
+)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The innermost Python frames of a process's main thread.
+
+    told        "file:line name < …": the innermost frame, then those outside of PyTorch, and by what they were read
+    collective  whether it waits in a collective, or for the device
+    compiles    whether torch.compile is at work
+    """
+
+    told: str
+    collective: bool
+    compiles: bool
+
+
+def process_state(pid: int) -> str:
+    """Return Linux's letter for a process's state; "X" if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "X"
+
+
+def take_stack(pid: int, file: Path, *, stopped: bool) -> Stack | None:
+    """Read the stack of a rank; None if nothing can.
+
+    file: into which the rank writes its own; stopped: whether its process is stopped, so that it can't
+    """
+    if not stopped and (text := _signalled(pid, file)):
+        return parse_own(text)
+    tool = shutil.which("py-spy")
+    if tool is None:
+        return None
+    command = [tool, "dump", "--nonblocking", "--full-filenames", "--pid", str(pid)]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        found = subprocess.run(command, capture_output=True, text=True, timeout=PY_SPY_SECONDS, check=False)
+        return parse_py_spy(found.stdout)
+    return None
+
+
+def _signalled(pid: int, file: Path) -> str:
+    """Ask a rank for its stack, and return what it has written within half a second."""
+    try:
+        before = file.stat().st_size  # no file: the rank does not handle the signal yet, and would die of it
+        os.kill(pid, STACK_SIGNAL)
+    except OSError:
+        return ""
+    deadline, text = time.monotonic() + SIGNAL_SECONDS, ""
+    while time.monotonic() < deadline:
+        time.sleep(0.02)
+        after = file.read_bytes()[before:].decode(errors="replace")
+        if after and after == text:  # it has not grown since
+            break
+        text = after
+    return text
+
+
+def parse_own(text: str) -> Stack | None:
+    """Parse what Python's faulthandler has written: of its threads, the current one, which is the main thread."""
+    parts = re.split(r"^(?:Current thread|Thread) .*$", text, flags=re.MULTILINE)
+    heads = re.findall(r"^(Current thread|Thread) .*$", text, flags=re.MULTILINE)
+    if not heads:
+        return None
+    number = heads.index("Current thread") if "Current thread" in heads else len(heads) - 1
+    frames = [(m["file"], int(m["line"]), m["name"] or "?") for m in _OWN.finditer(parts[number + 1])]
+    return _stack(frames, "")
+
+
+def parse_py_spy(text: str) -> Stack | None:
+    """Parse what `py-spy dump` has printed, of the main thread."""
+    threads = re.split(r"^Thread ", text, flags=re.MULTILINE)[1:]
+    main = next((thread for thread in threads if "MainThread" in thread.partition("\n")[0]), threads[0] if threads else "")
+    frames = [(m["file"], int(m["line"]), m["name"]) for line in main.splitlines() if (m := _PY_SPY.match(line))]
+    return _stack(frames, " (py-spy)")
+
+
+def _stack(frames: list[tuple[str, int, str]], source: str) -> Stack | None:
+    if not frames:
+        return None
+    own = [frame for frame in frames[1:] if "/torch/" not in frame[0] and "/multiprocessing/" not in frame[0]]
+    told = " < ".join(f"{Path(file).name}:{line} {name}" for file, line, name in [frames[0], *own[: FRAMES - 1]])
+    file, line, _ = frames[0]
+    waits = "torch/distributed/" in file or bool(_WAITS.search(linecache.getline(file, line)))
+    compiles = any("torch/_dynamo/" in each or "torch/_inductor/" in each for each, _, _ in frames)
+    return Stack(told + source, waits, compiles)

@@ -1,0 +1,156 @@
+"""The watch of one torchrun agent: it tells of the first failure before torchrun does, and decides about another start."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...parallel.heartbeat import Beat, read_beat
+from ...trainer.watch.folder import WATCH_FOLDER, WATCH_PORT, AttemptFolder, read_json
+from ...trainer.watch.incidents import Incident, IncidentLog
+from .attempts import Attempt, Judgement, judge_attempts
+from .failures import Failure, first_failure, read_failure
+from .host import HostWatch
+from .recorder import recorder_environment
+from .stacks import process_state
+
+OWN_REASON_SECONDS = 2.0
+"""Time for the rank that failed first to be seen, where all that ended so far only lost a peer."""
+
+
+class Supervisor:
+    """Watches the attempts of one torchrun agent.
+
+    judgement  of the newest failed attempt; None: none has failed
+    """
+
+    def __init__(self, max_restarts: int, *, several: bool) -> None:
+        """several: whether the run has several hosts, each with an agent."""
+        shared = Path("/dev/shm")
+        self._root = Path(tempfile.mkdtemp(prefix="meshloom-watch-", dir=shared if os.access(shared, os.W_OK) else None))
+        self._max_restarts = max_restarts
+        self._attempts: list[Attempt] = []
+        self._told: AttemptFolder | None = None
+        self.judgement: Judgement | None = None
+        store: Any = None
+        self._environment = dict(os.environ)
+        os.environ[WATCH_FOLDER] = str(self._root)
+        for name, value in recorder_environment(self._root).items():
+            os.environ.setdefault(name, value)
+        if several:
+            from torch.distributed import TCPStore
+
+            store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+            os.environ[WATCH_PORT] = str(store.port)
+        self._watch = HostWatch(self._root, store)
+        self._watch.start()
+
+    def ranks(self) -> list[int]:
+        """Return the process ids of this host's ranks that run."""
+        folder = AttemptFolder.newest(self._root)
+        beats = [] if folder is None else [read_beat(folder.beat(rank)) for rank in folder.ranks()]
+        return [beat.pid for beat in beats if beat is not None and process_state(beat.pid) not in "XZ"]
+
+    def close(self) -> None:
+        """End the watch and remove its folder."""
+        self._watch.stop()
+        os.environ.clear()
+        os.environ.update(self._environment)
+        shutil.rmtree(self._root, ignore_errors=True)
+
+    def watch(self, agent_class: Any) -> Callable[[], None]:
+        """Make torchrun's agents of this class ask here about their workers. Returns what undoes it."""
+        # Private: the method with which the agent looks at its workers, and its counter of restarts. Nothing public tells of
+        # a failure before the other workers have ended, or gives up early. tests/launch/watch/test_supervisor.py notices.
+        before = agent_class._monitor_workers
+
+        def monitor(agent: Any, group: Any) -> Any:
+            codes = exit_codes(agent._pcontext)
+            failed = {group.workers[local].global_rank: code for local, code in codes.items() if code}
+            if failed:
+                self.tell(failed, lambda: self._codes(agent, group))
+                if self.judgement is not None and not self.judgement.again:
+                    agent._remaining_restarts = 0
+            return before(agent, group)
+
+        agent_class._monitor_workers = monitor
+        return lambda: setattr(agent_class, "_monitor_workers", before)
+
+    @staticmethod
+    def _codes(agent: Any, group: Any) -> dict[int, int]:
+        return {group.workers[local].global_rank: code for local, code in exit_codes(agent._pcontext).items() if code}
+
+    def tell(self, failed: dict[int, int], again: Callable[[], dict[int, int]] = dict) -> None:
+        """Print which rank was the first to fail and what is done about it, once an attempt.
+
+        failed: rank → exit code, of those that have ended so far; again: reads them anew
+        """
+        folder = AttemptFolder.newest(self._root)
+        if folder is None or folder == self._told:
+            return
+        self._told = folder
+        beats = {rank: read_beat(folder.beat(rank)) for rank in folder.ranks()}
+        ended = self._watch.ended
+        if ended is not None and folder == AttemptFolder.of(self._root, ended.attempt):
+            attempt = _attempt(beats, ended.code, ended.rank, ended.host)
+            self._decide(folder, attempt, None)
+            return
+        deadline = time.monotonic() + OWN_REASON_SECONDS
+        failures = self._failures(folder, failed, beats)
+        while all(each.peer for each in failures.values()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            failures = self._failures(folder, failed | again(), beats)
+        first = first_failure(failures)
+        code = first.code if first.code > 0 else 128 - first.code
+        error = f"exit code {code}" if first.spoke else "" if first.peer else first.error.partition("\n")[0]
+        self._decide(folder, _attempt(beats, code, first.rank, os.uname().nodename, error), first)
+
+    @staticmethod
+    def _failures(folder: AttemptFolder, failed: dict[int, int], beats: dict[int, Beat | None]) -> dict[int, Failure]:
+        return {rank: read_failure(folder, rank, code, beats.get(rank)) for rank, code in failed.items()}
+
+    def _decide(self, folder: AttemptFolder, attempt: Attempt, first: Failure | None) -> None:
+        self._attempts.append(attempt)
+        self.judgement = judge_attempts(self._attempts, self._max_restarts)
+        about: Any = read_json(folder.run) or {}
+        lines = [self.judgement.said]
+        if first is not None:
+            lines = [f"{first.message}; {self.judgement.said}", *([first.traceback.rstrip()] if first.traceback else [])]
+        # Of one rank alone that has told its own fault, nothing is left to say.
+        if first is None or not (first.spoke and self._max_restarts == 0):
+            print("\n".join(lines), file=sys.stderr, flush=True)
+        if "output_dir" not in about:
+            return
+        kind = "death" if first is not None and first.code < 0 else "error"
+        details = {"code": attempt.code, "attempt": len(self._attempts), "said": self.judgement.said}
+        step = attempt.last or None
+        incident = Incident(
+            "restart" if self.judgement.again else "end", self.judgement.said, step, attempt.rank, details=details
+        )
+        if first is not None:
+            more = {**details, "traceback": first.traceback} if first.traceback else details
+            incident = replace(incident, kind=kind, message=first.message, pid=first.pid, phase=first.phase, details=more)
+        IncidentLog(Path(about["output_dir"])).write(incident)
+
+
+def _attempt(beats: dict[int, Beat | None], code: int, rank: int, host: str, error: str = "") -> Attempt:
+    known = [beat for beat in beats.values() if beat is not None and beat.step]
+    first = min((beat.step - beat.steps_done for beat in known), default=0)
+    return Attempt(first, max((beat.step for beat in known), default=0), code, rank, host, error)
+
+
+def exit_codes(context: Any) -> dict[int, int | None]:
+    """Return the exit codes of a torchrun agent's workers by local rank; None for those that run."""
+    if context is None:
+        return {}
+    if hasattr(context, "subprocess_handlers"):
+        return {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
+    processes = getattr(context, "_pc", None)
+    return {} if processes is None else {local: process.exitcode for local, process in enumerate(processes.processes)}

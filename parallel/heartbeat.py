@@ -1,0 +1,160 @@
+"""Heartbeat: what this rank is doing, in memory that a watching process of the same host can read at any time.
+
+A rank writes at each change of phase; nothing is sent and nobody waits. One beat costs about a microsecond. The record is a
+small file, mapped into memory, so it outlives a rank that dies or is stopped. Times are of CLOCK_MONOTONIC, which all processes
+of a host share.
+"""
+
+from __future__ import annotations
+
+import enum
+import mmap
+import os
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+
+class Phase(enum.IntEnum):
+    """What a rank is doing, in the order in which a run and each of its steps goes through it.
+
+    START is everything before the first step but JOIN, in which ranks connect. EXCHANGE is waiting for other ranks (and, on
+    GPUs, for the device). HOOKS is what a run does between steps and has no phase of its own. END is that of a rank that is
+    done or has failed.
+    """
+
+    START = 0
+    JOIN = 1
+    DATA = 2
+    FORWARD = 3
+    BACKWARD = 4
+    EXCHANGE = 5
+    UPDATE = 6
+    HOOKS = 7
+    EVALUATION = 8
+    SAVE = 9
+    END = 10
+
+    @property
+    def word(self) -> str:
+        """The phase's name in messages."""
+        return self.name.lower()
+
+
+OWN_WORK = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE)
+"""Phases of a step that are a rank's own work, as far as the host sees it."""
+
+RECENT = 8
+"""Durations of each phase, and of whole steps, that are kept: their median is what is usual."""
+
+_HEAD = struct.Struct("<QdqqqqqQ")  # beats, since, step, phase, micro-batch, pid, steps done, beats again
+_DURATION = struct.Struct("<d")
+_ROWS = len(Phase) + 1  # one for each phase, and one for steps
+SIZE = _HEAD.size + _ROWS * RECENT * _DURATION.size
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A heartbeat as read from outside.
+
+    beats        number of beats so far
+    since        when the phase began, seconds of CLOCK_MONOTONIC
+    step         the step under way, counted from 1; 0: none yet
+    phase        what the rank is doing
+    micro_batch  counted from 1; 0: not in one
+    pid          of the rank
+    steps_done   steps that it has completed since it was started
+    usual        phase → median of its recent durations, in seconds; a phase that has not ended twice is absent
+    step_usual   the same of steps; None: fewer than two
+    """
+
+    beats: int
+    since: float
+    step: int
+    phase: Phase
+    micro_batch: int
+    pid: int
+    steps_done: int
+    usual: dict[Phase, float]
+    step_usual: float | None
+
+
+class Heartbeat:
+    """Writes this rank's record. Without a file it keeps the durations only.
+
+    totals  phase → seconds spent in it so far
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        """path: of the record; it is created."""
+        if path is None:
+            self._memory = mmap.mmap(-1, SIZE)
+        else:
+            with path.open("w+b") as file:
+                file.truncate(SIZE)
+                self._memory = mmap.mmap(file.fileno(), SIZE)
+        self.totals = [0.0] * len(Phase)
+        self._beats = self._step = self._steps_done = 0
+        self._ended = [0] * _ROWS
+        self._phase, self._pid = Phase.START, os.getpid()
+        self._since = self._step_since = time.monotonic()
+        self._write(0)
+
+    def beat(self, phase: Phase, micro_batch: int = 0) -> None:
+        """Begin a phase, which ends the one before."""
+        now = time.monotonic()
+        before, seconds = self._phase, now - self._since
+        self.totals[before] += seconds
+        self._keep(before, seconds)
+        self._phase, self._since = phase, now
+        self._write(micro_batch)
+
+    def begin_step(self, step: int) -> None:
+        """Begin a step, in the phase DATA. step: counted from 1."""
+        now = time.monotonic()
+        if self._step:
+            self._steps_done += 1
+            self._keep(len(Phase), now - self._step_since)
+        self._step, self._step_since = step, now
+        self.beat(Phase.DATA)
+
+    @property
+    def step(self) -> int:
+        """The step under way; 0: none yet."""
+        return self._step
+
+    @property
+    def phase(self) -> Phase:
+        """What this rank is doing."""
+        return self._phase
+
+    def _keep(self, row: int, seconds: float) -> None:
+        """Keep a duration in place of the oldest of its row."""
+        place = row * RECENT + self._ended[row] % RECENT
+        self._ended[row] += 1
+        _DURATION.pack_into(self._memory, _HEAD.size + place * _DURATION.size, seconds)
+
+    def _write(self, micro_batch: int) -> None:
+        self._beats += 1
+        head = (self._beats, self._since, self._step, self._phase, micro_batch, self._pid, self._steps_done, self._beats)
+        _HEAD.pack_into(self._memory, 0, *head)
+
+
+def read_beat(path: Path) -> Beat | None:
+    """Read a rank's record; None if there is none yet, or it is being written at this moment."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    if len(content) < SIZE:
+        return None
+    beats, since, step, phase, micro_batch, pid, done, again = _HEAD.unpack_from(content)
+    if not beats or beats != again:
+        return None
+    rows = struct.unpack_from(f"<{_ROWS * RECENT}d", content, _HEAD.size)
+    kept = [[seconds for seconds in rows[at : at + RECENT] if seconds > 0] for at in range(0, len(rows), RECENT)]
+    usual = {each: median(kept[each]) for each in Phase if len(kept[each]) > 1}
+    of_steps = median(kept[-1]) if len(kept[-1]) > 1 else None
+    return Beat(beats, since, step, Phase(phase), micro_batch, pid, done, usual, of_steps)

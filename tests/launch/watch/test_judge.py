@@ -1,0 +1,108 @@
+"""Who keeps a run waiting: told from heartbeats alone, for situations whose culprit is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from meshloom.launch.watch.judge import (
+    ENDED_SECONDS,
+    ENDED_STEPS,
+    NAMED_SECONDS,
+    NAMED_STEPS,
+    STOPPED_SECONDS,
+    UNKNOWN_SECONDS,
+    RankState,
+    describe,
+    judge,
+)
+from meshloom.parallel.heartbeat import Phase
+
+USUAL: dict[str, Any] = {"usual": 0.1, "step_usual": 1.0}
+NAMED = NAMED_STEPS + NAMED_SECONDS
+STOPPED = NAMED_STEPS + STOPPED_SECONDS
+
+
+def state(rank: int, phase: Phase, age: float, step: int = 7, micro_batch: int = 0, **more: Any) -> RankState:
+    return RankState(rank, f"node{rank // 2}", 100 + rank, phase, step, micro_batch, age, **{**USUAL, **more})
+
+
+def ranks(culprit: RankState, *others: RankState) -> list[RankState]:
+    return sorted([culprit, *others], key=lambda each: each.rank)
+
+
+WAITING = [state(0, Phase.EXCHANGE, 40.0), state(2, Phase.EXCHANGE, 40.5)]
+SITUATIONS = {
+    "stopped, though others are behind it": (state(1, Phase.UPDATE, 6.0, state="T"), [state(0, Phase.EXCHANGE, 5.9)]),
+    "stopped while others still beat": (state(1, Phase.BACKWARD, 6.0, state="T"), [state(0, Phase.FORWARD, 0.2)]),
+    "its host does not answer": (state(3, Phase.FORWARD, 8.0, state=""), [state(0, Phase.FORWARD, 8.0)]),
+    "in an earlier step": (state(1, Phase.EVALUATION, 41.0, step=6), WAITING),
+    "in an earlier part of the step": (state(1, Phase.DATA, 41.0), WAITING),
+    "at the same part, where others exchange": (state(1, Phase.BACKWARD, 41.0, micro_batch=2), WAITING),
+    "by its stack, where all are in the same pass": (
+        state(1, Phase.FORWARD, 41.0, collective=False),
+        [state(0, Phase.FORWARD, 40.0, collective=True), state(2, Phase.FORWARD, 40.0, collective=True)],
+    ),
+    "by its stack, where its own could not be read": (
+        state(1, Phase.FORWARD, 41.0, collective=None),
+        [state(0, Phase.FORWARD, 40.0, collective=True), state(2, Phase.FORWARD, 40.0, collective=True)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_the_rank_that_others_wait_for_is_blamed(name: str) -> None:
+    culprit, others = SITUATIONS[name]
+    found = judge(ranks(culprit, *others))
+    assert found is not None and found.blamed == [culprit] and found.waiting == others and found.ends
+    told = describe(found)
+    assert f"rank {culprit.rank} ({culprit.host}, pid {culprit.pid})" in told
+    assert culprit.phase.word in told.partition(";")[0] and f"{culprit.age:.1f} s" in told
+
+
+def test_where_nothing_tells_all_are_named() -> None:
+    alike = [state(rank, Phase.FORWARD, 50.0) for rank in range(6)]
+    found = judge(alike)
+    assert found is not None and found.blamed == alike and not found.waiting
+    assert "rank 3 (" in describe(found) and "2 more ranks" in describe(found)
+
+
+@pytest.mark.parametrize(
+    ("culprit", "named", "ended"),
+    [
+        (state(1, Phase.DATA, 0.0, state="T"), STOPPED, STOPPED),
+        (state(1, Phase.SAVE, 0.0, state="T", usual=90.0), STOPPED, STOPPED),
+        (state(1, Phase.DATA, 0.0), NAMED, ENDED_STEPS + ENDED_SECONDS),
+        (state(1, Phase.DATA, 0.0, usual=8.0), 8 * NAMED_STEPS + NAMED_SECONDS, 8 * ENDED_STEPS + ENDED_SECONDS),
+        (state(1, Phase.DATA, 0.0, usual=0.0), NAMED, 600.0),
+        (state(1, Phase.DATA, 0.0, compiles=True), NAMED, 600.0),
+        (state(1, Phase.DATA, 0.0, step_usual=None), UNKNOWN_SECONDS, 600.0),
+        (state(1, Phase.DATA, 0.0, step_usual=None, state="T"), UNKNOWN_SECONDS, UNKNOWN_SECONDS),
+        (state(1, Phase.DATA, 0.0, step_usual=100.0), 100 * NAMED_STEPS + NAMED_SECONDS, 600.0),
+    ],
+)
+def test_limits_are_learned(culprit: RankState, named: float, ended: float) -> None:
+    def at(age: float) -> bool | None:
+        found = judge([replace(culprit, age=age), state(0, Phase.EXCHANGE, age)])
+        return None if found is None else found.ends
+
+    assert at(named - 0.1) is None
+    assert at(named + 0.1) is (named == ended)
+    assert at(ended + 0.1) is True and (at(ended - 0.1) is not True)
+
+
+def test_a_limit_of_the_users_own_holds() -> None:
+    silent = [state(1, Phase.DATA, 12.5), state(0, Phase.EXCHANGE, 12.5)]
+    assert [found.ends for limit in (12.0, 13.0) if (found := judge(silent, limit)) is not None] == [True, False]
+
+
+def test_nobody_is_blamed_while_the_run_goes_on() -> None:
+    assert judge([]) is None
+    assert judge([state(0, Phase.HOOKS, 50.0), state(1, Phase.DATA, 0.3)]) is None  # rank 0 draws, and rank 1 goes on
+    assert judge([state(0, Phase.END, 900.0, step=9)]) is None
+    for phase in (Phase.START, Phase.SAVE):  # all do the same, and nobody waits for another
+        assert judge([state(rank, phase, 5000.0) for rank in range(2)]) is None
+    found = judge([state(0, Phase.SAVE, 700.0), state(1, Phase.EXCHANGE, 700.0, step=8)])
+    assert found is not None and [each.rank for each in found.blamed] == [0] and found.ends

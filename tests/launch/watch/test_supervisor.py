@@ -1,0 +1,140 @@
+"""The supervisor of torchrun's agent: one message a failure, and no start that would repeat one."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+from collections.abc import Generator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import MultiprocessContext, SubprocessContext
+
+from meshloom.launch.exit_codes import BAD_CONFIG
+from meshloom.launch.watch.supervisor import Supervisor, exit_codes
+from meshloom.parallel.heartbeat import Heartbeat, Phase
+from meshloom.trainer.watch.folder import WATCH_FOLDER, AttemptFolder, write_json
+from meshloom.trainer.watch.incidents import read_incidents
+from meshloom.trainer.watch.rank import write_failure
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Generator[Supervisor]:
+    found = Supervisor(3, several=False)
+    yield found
+    found.close()
+
+
+def attempt(number: int, output_dir: Path, reasons: dict[int, BaseException], step: int = 7) -> None:
+    """Leave what two ranks of an attempt would leave that failed for these reasons."""
+    folder = AttemptFolder.of(Path(os.environ[WATCH_FOLDER]), number)
+    folder.path.mkdir(parents=True)
+    write_json(folder.run, {"output_dir": str(output_dir), "silence": None, "timeout": 600, "nodes": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        for rank in range(2):
+            patch.setenv("RANK", str(rank))
+            patch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
+            heartbeat = Heartbeat(folder.beat(rank))
+            heartbeat.begin_step(step)
+            heartbeat.beat(Phase.BACKWARD, 2)
+            if rank in reasons:
+                try:
+                    raise reasons[rank]
+                except BaseException as error:
+                    assert write_failure(error)
+
+
+PEER = RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1")
+
+
+def test_a_killed_rank_goes_before_what_its_peer_says(
+    supervisor: Supervisor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempt(0, tmp_path, {0: PEER})
+    supervisor.tell({0: 1, 1: -signal.SIGKILL})
+    supervisor.tell({0: 1, 1: -signal.SIGKILL})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        f"rank 1 ({os.uname().nodename}, pid {os.getpid()}) was killed by SIGKILL in backward of micro-batch 2 in step 7"
+        in line
+    )
+    assert line.endswith("starting again from what is saved (restart 1 of 3)")
+    (incident,) = read_incidents(tmp_path)
+    assert (incident["kind"], incident["rank"], incident["step"], incident["phase"]) == ("death", 1, 7, "backward")
+    assert incident["details"]["code"] == 137
+    assert supervisor.judgement is not None and supervisor.judgement.again
+
+
+def test_the_error_of_its_own_is_told_with_its_traceback(
+    supervisor: Supervisor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempt(0, tmp_path, {0: PEER})
+    later = {1: 1}
+
+    def fails_later() -> dict[int, int]:
+        if later:
+            attempt_error(tmp_path, ValueError("no such document"))
+        return later
+
+    supervisor.tell({0: 1}, fails_later)
+    told = capsys.readouterr().err
+    assert told.startswith("rank 1 (") and "ValueError: no such document" in told.splitlines()[0]
+    assert told.count("Traceback") == 1 and "Connection closed" not in told
+
+
+def attempt_error(output_dir: Path, error: BaseException) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", "1")
+        try:
+            raise error
+        except BaseException as raised:
+            assert write_failure(raised)
+
+
+def test_an_error_that_comes_again_ends_the_run(supervisor: Supervisor, tmp_path: Path) -> None:
+    for number in range(2):
+        attempt(number, tmp_path, {1: ValueError("bad sample")}, step=7)
+        Heartbeat(AttemptFolder.of(Path(os.environ[WATCH_FOLDER]), number).beat(0)).begin_step(3)  # it began at 3
+        supervisor.tell({1: 1})
+        assert supervisor.judgement is not None and supervisor.judgement.again is (number == 0)
+    assert "2 attempts came no further than step 7" in supervisor.judgement.said
+
+
+def test_the_agent_gives_up_where_the_judgement_says_so(supervisor: Supervisor, tmp_path: Path) -> None:
+    attempt(0, tmp_path, {})
+    seen: list[int] = []
+    agent_class: Any = type("Agent", (), {"_monitor_workers": lambda self, group: seen.append(1)})
+    undo = supervisor.watch(agent_class)
+    agent = agent_class()
+    agent._remaining_restarts = 3
+    handler = SimpleNamespace(proc=SimpleNamespace(poll=lambda: BAD_CONFIG))
+    agent._pcontext = SimpleNamespace(subprocess_handlers={0: handler})
+    agent._monitor_workers(SimpleNamespace(workers=[SimpleNamespace(global_rank=1)]))
+    assert agent._remaining_restarts == 0 and seen == [1]
+    undo()
+    agent._monitor_workers(None)
+    assert seen == [1, 1]
+
+
+def test_what_is_private_in_torchrun_is_there() -> None:
+    assert inspect.signature(LocalElasticAgent._monitor_workers).parameters.keys() == {"self", "worker_group"}
+    for name in ("_remaining_restarts", "_monitor_workers"):
+        assert name in inspect.getsource(SimpleElasticAgent._invoke_run)
+    assert "_pcontext" in inspect.getsource(LocalElasticAgent)
+    assert "subprocess_handlers" in inspect.getsource(SubprocessContext)
+    assert "_pc.processes" in inspect.getsource(MultiprocessContext)
+    assert exit_codes(None) == {} and exit_codes(SimpleNamespace(_pc=None)) == {}
+
+
+def test_the_environment_and_the_folder_are_given_back() -> None:
+    before = dict(os.environ)
+    supervisor = Supervisor(0, several=True)
+    root = Path(os.environ[WATCH_FOLDER])
+    assert root.is_dir() and int(os.environ["MESHLOOM_WATCH_PORT"]) > 0
+    supervisor.close()
+    assert dict(os.environ) == before and not root.exists()
