@@ -165,7 +165,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head_grad_VD = torch.zeros_like(head_VD, dtype=wide) if to_head else None
         differentiate = hidden_grad_TD is not None or head_grad_VD is not None
         stride = -(-vocabulary // _ALIGNMENT) * _ALIGNMENT
-        buffer = hidden_TD.new_empty(min(chunk, tokens), stride)[:, :vocabulary]
+        padded = hidden_TD.new_empty(min(chunk, tokens), stride)
+        padded[:, vocabulary:] = 0  # oneDNN's bf16 products on CPUs with AMX read it, and 0 times a NaN is one
+        buffer = padded[:, :vocabulary]
         total = hidden_TD.new_zeros((), dtype=wide)
         for start in range(0, tokens, chunk):
             part = slice(start, start + chunk)
