@@ -32,7 +32,7 @@ _ATTENTION = {
 }
 _CHOICE = choose_experts._opoverload
 _EXPERTS = {choose_experts._opoverload, experts_up._opoverload, router_logits._opoverload}
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, router_logits._opoverload)
 _PRODUCTS_KEPT = 5
 """The first of the matrix products of a block that does not say how many (`products_kept`): Llama's q, k, v, attention's output
 and the gate. The next one's output is recomputed, and the backward pass does not read the last one's."""
@@ -46,10 +46,11 @@ def _selection(products_kept: int) -> Keeps:
 
     def keeps(operation: Any) -> bool:
         nonlocal products
-        if operation in _PRODUCTS:
-            products += 1
-            return products <= products_kept
-        return operation in _ATTENTION or operation in _EXPERTS
+        # A router's kernel takes the place of its product: otherwise a product of shared experts would be kept in its stead.
+        products += operation in _PRODUCTS
+        if operation in _ATTENTION or operation in _EXPERTS:
+            return True
+        return operation in _PRODUCTS and products <= products_kept
 
     return keeps
 
