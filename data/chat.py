@@ -76,6 +76,17 @@ class ChatTemplate:
             raise ValueError(f"is no conversation of this chat template ({problem})") from problem
         return MarkedText(text, [(start, stop) for start, stop in spans if start < stop], specials=True)
 
+    def prompt(self, messages: list[dict[str, str]]) -> str:
+        """Return a conversation as text, up to where the assistant begins to speak. Raises ValueError for what is none."""
+        library = import_extra("transformers.utils.chat_template_utils", "hf", "a chat template")
+        try:
+            (text,), _ = library.render_jinja_template(
+                [messages], chat_template=self.text, add_generation_prompt=True, **self.names
+            )
+        except Exception as problem:  # as above
+            raise ValueError(f"is no conversation of this chat template ({problem})") from problem
+        return text
+
 
 def _folder_of(tokenizer: str) -> Path | None:
     """Return the folder in which a tokenizer lies; None for one that is made here, or not found."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -109,6 +111,27 @@ class Tokenizer:
         engine.train_from_iterator(documents, trainer)
         return cls(engine)
 
+    def byte_lengths(self) -> NDArray[np.int64]:
+        """Return the bytes of UTF-8 text that each token stands for, (vocabulary,) int64; 0 for special tokens.
+
+        The lengths of a text's tokens add up to the text's. A tokenizer of SentencePiece's kind may put a space before a
+        document, which then counts.
+        """
+        alphabet = frozenset(byte_alphabet())
+        described = json.loads(self._engine.to_str())
+        added = {token["id"]: token for token in described["added_tokens"]}
+        byte_level = '"ByteLevel"' in json.dumps([described["decoder"], described["pre_tokenizer"]])
+        lengths = np.zeros(self.vocabulary, np.int64)
+        for text, token in self._engine.get_vocab(with_added_tokens=True).items():
+            if token in added:
+                lengths[token] = 0 if added[token]["special"] else len(text.encode())
+            elif byte_level and alphabet.issuperset(text):
+                lengths[token] = len(text)
+            else:
+                lengths[token] = 1 if re.fullmatch("<0x[0-9A-F]{2}>", text) else len(text.replace("▁", " ").encode())
+        lengths[self.end_of_document] = 0
+        return lengths
+
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json` and wait until it is on disk. Raises OSError (the library's writer raises Exception)."""
         with path.open("w", encoding="utf-8") as file:
@@ -116,9 +139,17 @@ class Tokenizer:
             file.flush()
             os.fsync(file.fileno())  # the folder that it is built into counts as complete once it is renamed
 
-    def encode(self, text: str) -> list[int]:
-        """Encode a text as token ids, without an end of document."""
-        return self._engine.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+        """Encode a text as token ids, without an end of document. specials: names of special tokens stand for these tokens."""
+        self._engine.encode_special_tokens = not specials
+        try:
+            return self._engine.encode(text, add_special_tokens=False).ids
+        finally:
+            self._engine.encode_special_tokens = True
+
+    def token_id(self, name: str) -> int | None:
+        """Return the id of the token of this name; None where there is none."""
+        return self._engine.token_to_id(name)
 
     def encode_documents(self, texts: Sequence[str], *, in_pieces: bool = False) -> list[NDArray[np.int64]]:
         """Encode many documents as token ids, each with its end of document, on all CPU cores.

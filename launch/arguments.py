@@ -17,7 +17,8 @@ T = TypeVar("T")
 def parse(kind: type[T], argv: Sequence[str]) -> T:
     """Build a dataclass from `key=value` words. A value is taken literally, spaces and brackets included.
 
-    Fields are str, int, float, bool, or one of these or None (written `null`). Raises ConfigError with all problems.
+    Fields are str, int, float, bool, or one of these or None (written `null`); a field of tuple[str, ...] has a value of every
+    word. Raises ConfigError with all problems.
     """
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, kind))}
@@ -33,7 +34,8 @@ def parse(kind: type[T], argv: Sequence[str]) -> T:
             problems.append(Problem(key, "there is no such key", fix))
         else:
             try:
-                values[key] = _read(written, hints[key])
+                is_list = typing.get_origin(hints[key]) is tuple
+                values[key] = (*values.get(key, ()), written) if is_list else _read(written, hints[key])
             except ValueError:
                 problems.append(Problem(key, f"'{written}' is not {_name(hints[key])}", f"write {key}={_name(hints[key])}"))
     for name, field in fields.items():
@@ -61,6 +63,8 @@ def _read(written: str, hint: Any) -> Any:
 
 def _name(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if typing.get_origin(hint) is tuple:
+        return "text, may be given several times"
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return " or ".join(names[kind] for kind in kinds)
 

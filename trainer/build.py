@@ -48,6 +48,7 @@ from ..parallel.pipeline.stages import legal_micro_batches
 from ..parallel.policies import ActivationSettings
 from .all_ranks import raise_on_all_ranks
 from .derived import build_horizon, checkpoint_folder
+from .generation import TextCodec
 from .guard.guard import StepGuard
 from .guard.journal import Journal
 from .hooks.base import Hook
@@ -58,7 +59,7 @@ from .hooks.garbage import CollectGarbage
 from .hooks.loggers.defaults import default_loggers
 from .hooks.profiling import ProfileStep
 from .hooks.replicas import CompareReplicas
-from .hooks.sampling import SampleText, TextCodec
+from .hooks.sampling import SampleText
 from .hooks.saving import Saving
 from .hooks.stragglers import NameStragglers
 from .loop import Loop, agree_on_plan
@@ -247,7 +248,7 @@ def _build(
     hooks += [CollectGarbage(), *(build_hook(node) for node in config.trainer.hooks)]
     parts = [*validation_parts(data), *sets]
     if parts and config.trainer.eval_every != 0:
-        held_out = dealer if config.parallel.hdp != "none" else Assigner(mesh.layout.data_size)
+        held_out = build_evaluation_dealer(config, mesh.layout, dealer)
         hooks.append(_evaluation(config, parts, mesh, held_out, mixtures))
     elif not parts and config.trainer.eval_every and mesh.is_main:
         log.warning("trainer.eval_every: there will be no evaluation, because the data keeps nothing for validation")
@@ -316,18 +317,31 @@ def _stages_state(place: Place | None, data: DataNode, progress: Progress) -> di
     return {"stages": place.record.after(data, progress.samples - place.origin("data").samples).as_json()}
 
 
-def _evaluation(
-    config: RunConfig, parts: Sequence[ValidationPart], mesh: Mesh, dealer: Dealer, mixtures: Sequence[int]
-) -> Evaluation:
-    """Load this rank's share of each part's validation samples, and build the hook that evaluates on them.
+def evaluation_sets(
+    config: RunConfig, parts: Sequence[ValidationPart], counts: Sequence[int], mesh: Mesh, dealer: Dealer
+) -> list[EvaluationSet]:
+    """Load this rank's share of the first samples of each part's validation data. counts: samples of each part.
 
-    mixtures: the layers with experts. Raises PlansDiffer where ranks deal a part's documents in other ways.
+    Raises PlansDiffer where ranks deal a part's documents in other ways.
     """
     sets: list[EvaluationSet] = []
-    for part, count in zip(parts, samples_of_parts(parts, config.trainer.eval_samples), strict=True):
+    for part, count in zip(parts, counts, strict=True):
         share = dealer.load(part.samples, GlobalBatch(0, count), config.batch.micro_size, mesh.data_rank)
         agree_on_plan(mesh, share, f"validation set {part.name}" if part.name else "the validation samples")
         sets.append(EvaluationSet(part.name, part.weight, share.micro_batches))
+    return sets
+
+
+def build_evaluation_dealer(config: RunConfig, layout: Layout, dealer: Dealer) -> Dealer:
+    """Build what deals validation samples to the data ranks. dealer: that of the run's global batches."""
+    return dealer if config.parallel.hdp != "none" else Assigner(layout.data_size)
+
+
+def _evaluation(
+    config: RunConfig, parts: Sequence[ValidationPart], mesh: Mesh, dealer: Dealer, mixtures: Sequence[int]
+) -> Evaluation:
+    """Build the hook that evaluates on the parts' validation samples. mixtures: the layers with experts."""
+    sets = evaluation_sets(config, parts, samples_of_parts(parts, config.trainer.eval_samples), mesh, dealer)
     every = config.trainer.eval_every
     return Evaluation(sets, None if every is None else Duration.parse(every), mixtures)
 

@@ -137,6 +137,16 @@ def carried_tokenizer(checkpoint: Path | str, manifest: Manifest) -> Path | None
     return next((place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()), None)
 
 
+def tokenizer_beside(checkpoint: Path | str) -> Path | None:
+    """Return the tokenizer.json that lies in a checkpoint's folder, or in one of the two above it; None where there is none."""
+    foreign = hugging_face_folder(checkpoint)
+    if foreign is None and is_remote(str(checkpoint)):
+        return None
+    step = Path(checkpoint)
+    places = (step, step.parent, step.parent.parent) if foreign is None else (foreign,)
+    return next((place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()), None)
+
+
 def saved_progress(state: Mapping[str, Any]) -> Progress:
     """Return the counters and the batch's history of a run's checkpoint.
 

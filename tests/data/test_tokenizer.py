@@ -30,6 +30,21 @@ def test_round_trip_of_any_text(text: str):
     assert BYTES.encode(text) == [*text.encode()]
 
 
+@pytest.mark.parametrize("text", ["", "def main(argv):\n", f"Füße, 数, 🙂 the cat {END_OF_DOCUMENT}"])
+def test_the_bytes_of_its_tokens_are_those_of_the_text(text: str):
+    for tokenizer in (TRAINED, BYTES):
+        (tokens,) = tokenizer.encode_documents([text])
+        assert tokenizer.byte_lengths()[tokens].sum() == len(text.encode())
+
+
+def test_the_bytes_of_sentence_piece_s_tokens():
+    """Its word boundary is a space, and a byte without a token of its own is one byte."""
+    vocabulary = {"<unk>": 0, "</s>": 1, "▁the": 2, "▁": 3, "ü": 4, "<0xE6>": 5}
+    engine = Engine(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    engine.add_special_tokens(["</s>"])
+    assert Tokenizer(engine).byte_lengths().tolist() == [5, 0, 4, 1, 2, 1]
+
+
 def test_the_alphabet_is_that_of_byte_level_tokenizers():
     assert sorted(byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
     assert byte_alphabet()[ord("A")] == "A" and byte_alphabet()[ord(" ")] == "Ġ" and byte_alphabet()[ord("\n")] == "Ċ"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import io
+import json
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,70 @@ def test_a_file_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "file").write_text("")
     code, _, error = said(capsys, f"checkpoint={tmp_path / 'file'}")
     assert code == 2 and "checkpoint: " in error
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    write_model(tmp_path / "theirs", vocabulary=257)
+    Tokenizer.bytes().save(tmp_path / "theirs/tokenizer.json")
+    return tmp_path / "theirs"
+
+
+def test_prompts_of_words_and_of_a_file_and_samples(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / "prompts.txt").write_text("two\nthree\n")
+    words = (f"checkpoint=hf:{model}", "context=32", "tokens=3", f"prompts={model}/prompts.txt", "prompt=one", "samples=2")
+    code, text, error = said(capsys, *words)
+    assert code == 0, error
+    heads = [line for line in text.splitlines() if line.startswith("---")]
+    assert heads == [f"--- prompt {prompt}, sample {sample}" for prompt in (1, 2, 3) for sample in (1, 2)]
+    assert said(capsys, *words, f"output={model}/found.jsonl", "batch=4")[:2] == (0, "")
+    rows = [json.loads(line) for line in (model / "found.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["sample"]) for row in rows] == [(one, two) for one in ("one", "two", "three") for two in (1, 2)]
+    for row in rows:
+        assert row["prompt"] + row["text"] in text, "batches change no text"
+        assert row["tokens"] <= 3 and row["ended"] in ("end", "length")
+
+
+def test_a_conversation_goes_through_the_chat_template(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="needs the extra: pip install 'meshloom[hf]'")
+    words = (f"checkpoint=hf:{model}", "context=200", "tokens=3", "chat=true")
+    assert "no chat template" in said(capsys, *words, "prompt=hi")[2]
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}<assistant>"
+    (model / "chat_template.jinja").write_text(template)
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": END_OF_DOCUMENT}))
+    seen: list[str] = []
+
+    def encode(self: Tokenizer, text: str, *, specials: bool = False) -> list[int]:
+        seen.append(text)
+        assert specials and plain(self, text, specials=True).count(self.end_of_document) == text.count(END_OF_DOCUMENT)
+        return plain(self, text, specials=True)
+
+    plain = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\nho\n"))
+    code, text, error = said(capsys, *words, "interactive=true")
+    first, end = text.splitlines()[0], END_OF_DOCUMENT
+    assert code == 0 and seen[0] == f"<user>hi{end}<assistant>", error
+    assert seen[1].startswith(f"<user>hi{end}<assistant>{first[:1]}") and seen[1].endswith(f"{end}<user>ho{end}<assistant>")
+    (model / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hey"}]}) + "\n")
+    assert said(capsys, *words, f"prompts={model}/chats.jsonl")[0] == 0 and seen[2] == f"<user>hey{end}<assistant>"
+    assert "messages need chat=true" in said(capsys, *words[:3], f"prompts={model}/chats.jsonl")[2]
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("top_p=0", "top_p"),
+        ("min_p=2", "min_p"),
+        ("samples=0", "samples"),
+        ("batch=0", "batch"),
+        ("stop=", "stop"),
+        ("prompts=gone.txt", "prompts"),
+    ],
+)
+def test_what_can_not_be_drawn_is_refused(capsys: pytest.CaptureFixture[str], word: str, key: str) -> None:
+    code, _, error = said(capsys, "checkpoint=any", word)
+    assert code == 2 and f"- {key}: " in error
+    assert "- interactive: " in said(capsys, "checkpoint=any", "interactive=true", "prompt=a")[2]

@@ -43,4 +43,4 @@ def write_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     weight_map = {name: f"model-{1 + (at >= len(names) // 2):05d}-of-00002.safetensors" for at, name in enumerate(names)}
     for file in set(weight_map.values()):
         save_file({name: tensors[name].contiguous() for name in names if weight_map[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

@@ -36,6 +36,21 @@ class EvaluationSet:
     micro_batches: Sequence[MicroBatch]
 
 
+def counted_weights(sets: Sequence[EvaluationSet]) -> list[float]:
+    """Return the weights with which sets count: alike where there are named sets alone."""
+    alike = not any(each.weight for each in sets)
+    return [1.0 if alike else each.weight for each in sets]
+
+
+def weighted_mean(weights: Sequence[float], found: Sequence[StepLoss], values: Sequence[float]) -> float:
+    """Return the mean of a value of each set by weight; 0 where none has a target.
+
+    A set without a target says nothing, and its 0 has no place in the mean.
+    """
+    weights = [weight if float(loss.tokens) else 0.0 for weight, loss in zip(weights, found, strict=True)]
+    return math.fsum(map(operator.mul, weights, values)) / math.fsum(weights) if any(weights) else 0.0
+
+
 class Evaluation(Hook):
     """Evaluates on the validation set at regular intervals, and at the end; the sources of a mixture apart.
 
@@ -46,8 +61,7 @@ class Evaluation(Hook):
 
     def __init__(self, sets: Sequence[EvaluationSet], every: Duration | None, layers: Sequence[int] = ()) -> None:
         self._sets, self._layers = sets, layers
-        alike = not any(each.weight for each in sets)
-        self._weights = [1.0 if alike else each.weight for each in sets]
+        self._weights = counted_weights(sets)
         self._every = every
 
     def _evaluate(self, loop: Loop) -> None:
@@ -66,7 +80,7 @@ class Evaluation(Hook):
             log.warning(text, loop.progress.step, ", ".join(silent))
         row: dict[str, Any] = {
             "step": loop.progress.step,
-            "eval_loss": self._mean(found, losses),
+            "eval_loss": weighted_mean(self._weights, found, losses),
             "tokens": loop.progress.tokens,
         }
         row |= {f"validation/{each.name}/loss": loss for each, loss in zip(self._sets, losses, strict=True) if each.name}
@@ -78,14 +92,6 @@ class Evaluation(Hook):
             hook.on_evaluate(loop, row)
         loop.mesh.heartbeat.beat(Phase.HOOKS)
         loop.restart_clock()
-
-    def _mean(self, found: Sequence[StepLoss], losses: Sequence[float]) -> float:
-        """Return the mean loss by weight; of named sets alone, where the training data hold nothing out, the plain mean.
-
-        A set without a target says nothing, and its 0 has no place in the mean.
-        """
-        weights = [weight if float(loss.tokens) else 0.0 for weight, loss in zip(self._weights, found, strict=True)]
-        return math.fsum(map(operator.mul, weights, losses)) / math.fsum(weights) if any(weights) else 0.0
 
     def _specialisation(self, loop: Loop, routed: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Show the hooks what each source was routed to. Returns the mutual information of source and expert by layer.

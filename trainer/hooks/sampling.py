@@ -1,11 +1,10 @@
-"""Sample text from a model: at the end of a run, and for `meshloom generate`."""
+"""Sample text at the end of a run, from a whole model of its last checkpoint."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -17,82 +16,11 @@ from ...checkpoint.restore import restore
 from ...models.protocol import Model
 from ...parallel.box import Box
 from ...parallel.fragment import Fragment
+from ..generation import Sampling, TextCodec, generate_texts
 from ..loop import Loop
 from .base import Hook
 
 log = logging.getLogger(__name__)
-
-
-class TextCodec(Protocol):
-    """Turns text into token ids and back (`data.tokenizer.Tokenizer`)."""
-
-    end_of_document: int
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text."""
-        ...
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of token ids."""
-        ...
-
-
-def sample_token(logits_V: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    """Sample a token from softmax(logits / temperature) among the top_k likeliest; at temperature 0 take the likeliest."""
-    if temperature == 0:
-        return int(logits_V.argmax())
-    scaled_V = logits_V.double() / temperature
-    if top_k is not None and top_k < scaled_V.numel():
-        smallest = torch.topk(scaled_V, top_k).values[-1]
-        scaled_V = scaled_V.masked_fill(scaled_V < smallest, float("-inf"))
-    return int(torch.multinomial(torch.softmax(scaled_V, dim=-1), 1, generator=generator))
-
-
-@torch.no_grad()
-def generate_tokens(
-    model: nn.Module,
-    prompt: Sequence[int],
-    *,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
-    context: int,
-) -> Iterator[int]:
-    """Yield tokens that continue a prompt of at least one token, without end. Each sees at most `context` tokens before it.
-
-    The model maps token ids (1, S) to logits (1, S, V). The whole context is computed again for every token.
-    """
-    assert len(prompt) > 0, "a model needs a token to begin with"
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt)
-    while True:
-        logits_1SV = model(torch.tensor([tokens[-context:]], device=device))
-        tokens.append(sample_token(logits_1SV[0, -1].float().cpu(), temperature, top_k, generator))
-        yield tokens[-1]
-
-
-def generate(
-    model: nn.Module,
-    codec: TextCodec,
-    prompt: str,
-    *,
-    tokens: int,
-    temperature: float = 0.8,
-    top_k: int | None = 50,
-    seed: int = 1,
-    context: int,
-) -> str:
-    """Return the prompt and up to `tokens` tokens of its continuation, which ends early at the end of the document."""
-    start = codec.encode(prompt) or [codec.end_of_document]
-    added: list[int] = []
-    for token in generate_tokens(model, start, temperature=temperature, top_k=top_k, seed=seed, context=context):
-        if token == codec.end_of_document:
-            break
-        added.append(token)
-        if len(added) >= tokens:
-            break
-    return prompt + codec.decode(added)
 
 
 def load_whole_model(model: nn.Module, checkpoint: Path | str, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -153,6 +81,8 @@ class SampleText(Hook):
             log.warning("trainer.sample_prompt: no sample, because '%s' holds no checkpoint", self._checkpoints)
             return
         model = load_whole_model(self._build(), checkpoint, loop.mesh.device, torch.float32)
-        text = generate(model, self._codec, self._prompt, tokens=self._tokens, seed=self._seed, context=loop.horizon.seq_len)
+        limits = {"tokens": self._tokens, "seed": self._seed, "context": loop.horizon.seq_len}
+        (found,) = generate_texts(model, self._codec, [self._codec.encode(self._prompt)], Sampling(), **limits)
+        text = self._prompt + found.text
         (output_dir / "sample.txt").write_text(text + "\n", encoding="utf-8")
         print(f"\n{text}\n")

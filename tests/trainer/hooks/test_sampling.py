@@ -17,7 +17,8 @@ from meshloom.checkpoint.folder import find_latest
 from meshloom.models.decoder import Decoder
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment
-from meshloom.trainer.hooks.sampling import generate, generate_tokens, load_whole_model, sample_token
+from meshloom.trainer.generation import Sampling, generate_texts, sample_token
+from meshloom.trainer.hooks.sampling import load_whole_model
 from support.models import decoder
 
 
@@ -46,32 +47,38 @@ class Letters:
 
 def test_generation_follows_the_model_and_stops_at_document_end() -> None:
     model = Successor(27)
-    assert generate(model, Letters(), "uv", tokens=50, seed=0, context=4) == "uvwxyz"
-    assert generate(model, Letters(), "a", tokens=3, seed=0, context=4) == "abcd"
+
+    def added(prompt: str, tokens: int) -> tuple[str, str]:
+        codec = Letters()
+        (text,) = generate_texts(model, codec, [codec.encode(prompt)], Sampling(), tokens=tokens, seed=0, context=4)
+        return text.text, text.ended
+
+    assert added("uv", 50) == ("wxyz", "end")
+    assert added("a", 3) == ("bcd", "length")
     assert model.longest == 4
-    assert generate(model, Letters(), "", tokens=2, seed=0, context=4) == "ab"  # begins at an end of document
+    assert added("", 2) == ("ab", "length")  # begins at an end of document
 
 
 def test_draw_has_the_softmax_frequencies() -> None:
     logits = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4]))
     generator = torch.Generator().manual_seed(1)
-    counts = Counter(sample_token(logits, 1.0, None, generator) for _ in range(4000))
+    counts = Counter(sample_token(logits, Sampling(1.0, None), generator) for _ in range(4000))
     assert [counts[token] / 4000 for token in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.03)
-    counts = Counter(sample_token(logits, 0.5, None, generator) for _ in range(4000))  # squares, normalised
+    counts = Counter(sample_token(logits, Sampling(0.5, None), generator) for _ in range(4000))  # squares, normalised
     assert [counts[token] / 4000 for token in range(4)] == pytest.approx([1 / 30, 4 / 30, 9 / 30, 16 / 30], abs=0.03)
-    counts = Counter(sample_token(logits, 1.0, 2, generator) for _ in range(2000))
+    counts = Counter(sample_token(logits, Sampling(1.0, 2), generator) for _ in range(2000))
     assert set(counts) == {2, 3} and counts[3] / 2000 == pytest.approx(4 / 7, abs=0.04)
 
 
 def test_temperature_zero_takes_the_likeliest_and_seeds_repeat() -> None:
     logits = torch.tensor([0.0, 3.0, 2.9])
-    assert sample_token(logits, 0, None, torch.Generator()) == 1
+    assert sample_token(logits, Sampling(0, None), torch.Generator()) == 1
     torch.manual_seed(0)
     model = nn.Embedding(9, 9)
 
     def first(seed: int) -> list[int]:
-        tokens = generate_tokens(model, [1], temperature=1.0, top_k=None, seed=seed, context=5)
-        return [next(tokens) for _ in range(20)]
+        (text,) = generate_texts(model, Letters(), [[1]], Sampling(1.0, None), tokens=20, seed=seed, context=5)
+        return text.tokens
 
     assert first(3) == first(3) != first(4)
 
