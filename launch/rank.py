@@ -61,7 +61,7 @@ def run_here(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
     from ..trainer.launching import under_torchrun
     from ..trainer.run import run
 
-    _configure_log()
+    configure_log()
     try:
         return run(resolved, stop)
     except (ConfigError, CheckpointError, ShardError) as error:
@@ -86,7 +86,7 @@ def _where(error: BaseException) -> str:
     return "in " + ", ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
 
 
-def _configure_log() -> None:
+def configure_log() -> None:
     """Send Meshloom's log to stderr without a prefix: rank 0's messages, and warnings of other ranks that are theirs alone."""
     log = logging.getLogger("meshloom")
     if not log.handlers:

@@ -20,7 +20,7 @@ RUN_LOCK = ".run.lock"  # not the checkpoints' lock, which may lie in the same f
 
 def machine_problems(config: RunConfig) -> list[Problem]:
     """Return the problems that keep this machine, as it is now, from running a config."""
-    return [*_processes(config), *(_folders(config) if os.environ.get("RANK", "0") == "0" else ())]
+    return [*process_problems(config), *(_folders(config) if os.environ.get("RANK", "0") == "0" else ())]
 
 
 def unusable_gpus(config: RunConfig) -> list[Problem]:
@@ -45,7 +45,8 @@ def _too_few(processes: int, gpus: int) -> Problem:
     return Problem("launch.nproc", f"{counted(processes, 'process')} for {counted(gpus, 'GPU')}", fix)
 
 
-def _processes(config: RunConfig) -> Iterator[Problem]:
+def process_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield the problems of starting a config's processes on this machine."""
     local, gpus = _local_processes(config), visible_gpus()
     if local > 1 and 0 < gpus < local:
         yield _too_few(local, gpus)

@@ -14,7 +14,9 @@ from ..config.problems import ConfigError, Problem
 from ..data.config import OPTIONS
 from ..data.node import DataNode
 from ..data.version import rules_version
+from ..parallel.engine import Engine
 from ..parallel.fragment import Fragment
+from ..parallel.mesh import Mesh
 from .all_ranks import raise_on_all_ranks
 from .build import Run, build_control
 from .checkpoint_fit import optimizer_change
@@ -38,22 +40,22 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
     """
     loop, folder = run.loop, checkpoint_folder(config)
     stated = read_state(checkpoint)
-    _same_tokens(stated, run.data, checkpoint)
+    refuse_another_tokenizer(stated, run.data, checkpoint)
     if is_import(stated):
-        report = _restore_weights(loop, checkpoint, run.place)
+        report = restore_weights(loop.engine, loop.mesh, checkpoint, run.place)
         return Origin(report.run, report.step, report.commit, own=False)
     _same_rules(stated, run.data, checkpoint)
     restore_journal(loop, checkpoint, stated)
     change = optimizer_change(stated, config)
     if change is not None:
-        report = _restore_weights(loop, checkpoint, run.place)
+        report = restore_weights(loop.engine, loop.mesh, checkpoint, run.place)
         if loop.mesh.is_main:
             log.warning("optim: the state of %s is left out, and that of %s begins anew", *change)
     else:
         loop.engine.prepare_restore()
         fragments = list(loop.engine.fragments())
-        report = _restore(loop, checkpoint, fragments, run.place, strict=config.checkpoint.strict)
-        _refuse_other_weights(loop, checkpoint, report)
+        report = _restore(loop.mesh, checkpoint, fragments, run.place, strict=config.checkpoint.strict)
+        _refuse_other_weights(loop.mesh, checkpoint, report)
         _load_counters(loop, report)
     state = report.state
     loop.progress = saved_progress(state)
@@ -119,7 +121,7 @@ def _load_counters(loop: Loop, report: RestoreReport) -> None:
     loop.engine.load_counters({name: value for name, value in saved.items() if name in known})
 
 
-def _same_tokens(state: dict[str, Any], data: DataNode, checkpoint: Path | str) -> None:
+def refuse_another_tokenizer(state: dict[str, Any], data: DataNode, checkpoint: Path | str) -> None:
     """Raise ConfigError if the data's tokenizer is not the one that the model was trained with."""
     saved, now = state.get("tokenizer"), None if data.tokenizer is None else data.tokenizer.fingerprint
     if saved is None or now is None or saved == now:
@@ -144,34 +146,37 @@ def _same_rules(state: dict[str, Any], data: DataNode, checkpoint: Path | str) -
 
 
 def _restore(
-    loop: Loop, checkpoint: Path | str, fragments: list[Fragment], place: Place | None, *, strict: bool
+    mesh: Mesh, checkpoint: Path | str, fragments: list[Fragment], place: Place | None, *, strict: bool
 ) -> RestoreReport:
     """Restore on all ranks. Each byte is read by one rank, which sends it to others through a temporary process group."""
-    group = dist.new_group(backend="gloo") if loop.mesh.layout.world_size > 1 else None
+    group = dist.new_group(backend="gloo") if mesh.layout.world_size > 1 else None
     assert not isinstance(group, int), "every process is a member"
     try:
-        return restore(checkpoint, fragments, build_control(loop.mesh, "restore", place), strict=strict, group=group)
+        return restore(checkpoint, fragments, build_control(mesh, "restore", place), strict=strict, group=group)
     finally:
         if group is not None:
             dist.destroy_process_group(group)
 
 
-def _restore_weights(loop: Loop, checkpoint: Path | str, place: Place | None) -> RestoreReport:
-    """Start a run from imported weights: step 0, fresh optimizer state. Raises ConfigError on all ranks if some don't fit."""
-    weights = [fragment for fragment in loop.engine.fragments() if fragment.role == "weight"]
-    report = _restore(loop, checkpoint, weights, place, strict=False)
-    _refuse_other_weights(loop, checkpoint, report)
-    loop.engine.load_counters(loop.engine.counters())
+def restore_weights(engine: Engine, mesh: Mesh, checkpoint: Path | str, place: Place | None = None) -> RestoreReport:
+    """Load a checkpoint's weights and nothing else, on every rank: the optimizer's state stays fresh.
+
+    Raises ConfigError on all ranks if some don't fit.
+    """
+    weights = [fragment for fragment in engine.fragments() if fragment.role == "weight"]
+    report = _restore(mesh, checkpoint, weights, place, strict=False)
+    _refuse_other_weights(mesh, checkpoint, report)
+    engine.load_counters(engine.counters())
     return report
 
 
-def _refuse_other_weights(loop: Loop, checkpoint: Path | str, report: RestoreReport) -> None:
+def _refuse_other_weights(mesh: Mesh, checkpoint: Path | str, report: RestoreReport) -> None:
     """Raise ConfigError on all ranks for a weight that the checkpoint lacks, has in another shape, or has left over."""
     absent, left = (
         sorted(key for key in keys if key.startswith("weight/"))
         for keys in ({*report.missing, *report.mismatched}, report.unused)
     )
-    if loop.mesh.any(bool(absent or left)):
+    if mesh.any(bool(absent or left)):
         message = f"'{checkpoint}' does not have this model's weights{_named(absent)}"
         if left and not absent:
             message = f"'{checkpoint}' has weights that this model does not have{_named(left)}"

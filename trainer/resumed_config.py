@@ -21,6 +21,8 @@ from .typed import option_of, typed_config
 
 UNREPORTED = ("output_dir", "resume")  # placement that every resume may change
 ABSENT = object()
+KEPT = "kept from the checkpoint, where the recipe files of today differ"
+"""How the notice about keys of the checkpoint that stay begins."""
 CONSEQUENCES = {
     "seed": "the data comes in another order from here on: samples that were seen may come again, and others never come",
     "data": "the run goes on at the same sample number of other data",
@@ -167,7 +169,7 @@ def _placed(key: str, now: Any, before: Any) -> Any:
 
     Caches are of one machine, and never the checkpoint's.
     """
-    lies_there = key.startswith("data.") and not key.endswith(".cache_dir")
+    lies_there = key.startswith(("data.", "validation.")) and not key.endswith(".cache_dir")
     if now is ABSENT or now == MISSING or (now is None and lies_there):
         return before if lies_there else ABSENT
     return now
@@ -264,7 +266,7 @@ def _kept(saved: Mapping[str, Any], today: dict[str, Any], merged: dict[str, Any
         if side is not Side.PLACEMENT and now is not ABSENT and now != kept and kept == _at(dict(saved), key):
             said.append(f"{key}={_written(kept)} (now {_written(now)})")
     if said:
-        yield f"kept from the checkpoint, where the recipe files of today differ: {', '.join(said)}"
+        yield f"{KEPT}: {', '.join(said)}"
 
 
 def _written(value: Any) -> str:

@@ -66,10 +66,11 @@ def _is_known(path: Path, node: dict[str, Any], today: Mapping[str, Any]) -> boo
 
 
 def _group(path: Path) -> str | None:
-    """Return the group of a node that is an option of one: its only node, or a source of a mixture."""
+    """Return the group of a node that is an option of one: its only node, a source of a mixture, or a named validation set."""
     if len(path) == 1 and path[0] in OPTIONS:
         return str(path[0])
-    return "data" if len(path) == 3 and path[:2] == ("data", "sources") else None
+    is_data = (len(path) == 3 and path[:2] == ("data", "sources")) or (len(path) == 2 and path[0] == "validation")
+    return "data" if is_data else None
 
 
 def _at(tree: Any, path: Path) -> Any:
@@ -109,8 +110,8 @@ def _problem(path: Path, node: dict[str, Any], saved: Mapping[str, Any]) -> Prob
             return Problem(key, message, "type trainer.hooks=[] to go on without hooks")
         return Problem(key, message, f"if it is yours, type {_typed('trainer.hooks', hooks)}, or else =[]")
     if _group(path) is not None:
-        fix = f"if it is yours, type {_typed(f'{key}._target_', node['_target_'])}, or choose an option as {path[0]}=…"
-        return Problem(key, message, fix)
+        fix = f"if it is yours, type {_typed(f'{key}._target_', node['_target_'])}"
+        return Problem(key, message, f"{fix}, or choose an option as {path[0]}=…" if path[0] in OPTIONS else fix)
     return Problem(key, message, "if it is yours, name it there in a recipe file of today (--config-dir)")
 
 

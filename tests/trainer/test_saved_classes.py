@@ -76,6 +76,7 @@ FORGERIES: dict[str, Callable[[Any], Any]] = {
     "nested": at("data", "vocabulary"),
     "nested in nested": at("model", "rope_theta"),
     "a source": lambda config: config["data"].update(sources={"a": {"_target_": "forged.call"}}),
+    "a validation set": lambda config: config.update(validation={"a": {"_target_": "forged.call"}}),
     "another group's": lambda config: config["model"].update(_target_="meshloom.optim.optimizers.adamw.AdamW"),
     "a hook": lambda config: config["trainer"].update(hooks=[{"_target_": "forged.call"}]),
     "a mixture's part": lambda config: config["model"]["experts"].update(

@@ -81,8 +81,10 @@ class SampleText(Hook):
             log.warning("trainer.sample_prompt: no sample, because '%s' holds no checkpoint", self._checkpoints)
             return
         model = load_whole_model(self._build(), checkpoint, loop.mesh.device, torch.float32)
-        limits = {"tokens": self._tokens, "seed": self._seed, "context": loop.horizon.seq_len}
-        (found,) = generate_texts(model, self._codec, [self._codec.encode(self._prompt)], Sampling(), **limits)
+        start, context = self._codec.encode(self._prompt), loop.horizon.seq_len
+        (found,) = generate_texts(
+            model, self._codec, [start], Sampling(), tokens=self._tokens, seed=self._seed, context=context
+        )
         text = self._prompt + found.text
         (output_dir / "sample.txt").write_text(text + "\n", encoding="utf-8")
         print(f"\n{text}\n")

@@ -1,0 +1,204 @@
+"""Evaluate a checkpoint's model on validation data, by the same path as a run evaluates itself, on any layout."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..checkpoint.restore import read_state
+from ..config.lazy import numpy as np
+from ..config.problems import ConfigError, Problem
+from ..data.batch import IGNORED
+from ..data.node import DataNode
+from ..data.tokenizer import Tokenizer
+from ..data.validation import ValidationPart, samples_of_parts, validation_parts
+from ..data.validation_sets import ValidationSets
+from ..parallel.engine import StepLoss
+from ..parallel.engines import make_engine, start_compiling
+from ..parallel.layout import Layout
+from ..parallel.mesh import Mesh, pick_device
+from .build import (
+    build_dealer,
+    build_evaluation_dealer,
+    build_model,
+    engine_settings,
+    evaluation_sets,
+    optimizer_factory,
+)
+from .hooks.evaluation import counted_weights, weighted_mean
+from .resolve import ResolvedRun
+from .resume import refuse_another_tokenizer, restore_weights
+from .resumed_config import KEPT
+from .run import prepared_data
+from .schema import RunConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SourceLoss:
+    """Loss on the validation samples of one source or named set.
+
+    name     "" where the data are one source
+    weight   of the source in the mean; 0 for a named set
+    samples  that were evaluated
+    tokens   positions that carry loss
+    loss     mean over these, in nats
+    bytes    of UTF-8 text that these stand for; None where tokens have no text
+    """
+
+    name: str
+    weight: float
+    samples: int
+    tokens: int
+    loss: float
+    bytes: int | None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits that the model needs for a byte of text: the loss of all tokens, ends of documents included, over the bytes."""
+        return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return its numbers; None where there is nothing that a number could say."""
+        told = self.loss if self.tokens else None
+        return {
+            "loss": told,
+            "perplexity": perplexity(told),
+            "bits_per_byte": self.bits_per_byte,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "weight": self.weight,
+        }
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Losses of a checkpoint's model.
+
+    loss  the mean of the sources by weight, as `eval_loss` of a run; None where no source has a target
+    """
+
+    checkpoint: str
+    step: int
+    layout: str
+    precision: str
+    loss: float | None
+    bits_per_byte: float | None
+    sources: tuple[SourceLoss, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as plain values, the sources by name."""
+        return {
+            "checkpoint": self.checkpoint,
+            "step": self.step,
+            "layout": self.layout,
+            "precision": self.precision,
+            "loss": self.loss,
+            "perplexity": perplexity(self.loss),
+            "bits_per_byte": self.bits_per_byte,
+            "sources": {each.name: each.as_json() for each in self.sources},
+        }
+
+
+def perplexity(loss: float | None) -> float | None:
+    """Return e to the loss; None for no loss, and for one so large that the result is no number."""
+    return None if loss is None or not loss < 700 else math.exp(loss)
+
+
+def evaluate(resolved: ResolvedRun, *, whole: bool = False) -> EvaluationResult:
+    """Evaluate the model of `resolved.checkpoint`, as one of the run's processes. The same on every rank.
+
+    whole: all validation samples; otherwise the first `trainer.eval_samples`, as a run does
+
+    Raises ConfigError for data without validation samples, or cut by another tokenizer than the model's, and
+    CheckpointError for a damaged checkpoint.
+    """
+    resolved.refuse()
+    for notice in resolved.notices:
+        if not notice.startswith(KEPT):  # as is to be expected of an evaluation
+            log.info("%s", notice)
+    config, checkpoint = resolved.config, resolved.checkpoint
+    assert checkpoint is not None, "the command names one"
+    data = prepared_data(config.data, config.seed, config.model.vocabulary)
+    refuse_another_tokenizer(read_state(checkpoint), data, checkpoint)
+    parts = [*validation_parts(data), *ValidationSets(config.validation, config.data, config.seed).parts(data)]
+    if not parts:
+        fix = "hold some out (data.validation=0.01), or name sets: see docs/evaluate.md"
+        raise ConfigError([Problem("data", "it keeps nothing for validation, and there are no named sets", fix)])
+    model = build_model(config.model, config.model.vocabulary or data.vocabulary)
+    settings = engine_settings(config, model, data.seq_len)
+    start_compiling(model, config.parallel, settings)
+    mesh = Mesh.connect(Layout.plan(config.parallel, resolved.world_size), pick_device(), config.parallel.timeout)
+    try:
+        if mesh.differ(f"{checkpoint} {data.fingerprint}"):
+            raise RuntimeError("processes see different checkpoints or data: give all of them the same files")
+        dealer = build_evaluation_dealer(config, mesh.layout, build_dealer(config, mesh.layout, model))
+        engine = make_engine(model, mesh, optimizer_factory(config.optim), config.parallel, settings)
+        report = restore_weights(engine, mesh, checkpoint)
+        counts = [len(part.samples) for part in parts] if whole else samples_of_parts(parts, config.trainer.eval_samples)
+        sets = evaluation_sets(config, parts, counts, mesh, dealer)
+        found = [engine.evaluate(each.micro_batches) for each in sets]
+        engine.finish()
+        sizes = _bytes_of_parts(mesh, data, parts, counts)
+        sources = [_source(*each) for each in zip(parts, counts, found, sizes, strict=True)]
+        return _result(config, str(checkpoint), report.step, mesh, sources, counted_weights(sets), found)
+    finally:
+        mesh.close()
+
+
+def _source(part: ValidationPart, samples: int, loss: StepLoss, size: int | None) -> SourceLoss:
+    return SourceLoss(part.name, part.weight, samples, round(float(loss.tokens)), float(loss.mean), size)
+
+
+def _result(
+    config: RunConfig,
+    checkpoint: str,
+    step: int,
+    mesh: Mesh,
+    sources: Sequence[SourceLoss],
+    weights: Sequence[float],
+    found: Sequence[StepLoss],
+) -> EvaluationResult:
+    """Put the result together, with the means over sources.
+
+    Bits per byte of all: those of text whose tokens come from the sources by their weights.
+    """
+    loss = weighted_mean(weights, found, [each.loss for each in sources]) if any(each.tokens for each in sources) else None
+    bits = None
+    if loss is not None and all(each.bytes is not None for each in sources):
+        per_token = weighted_mean(weights, found, [(each.bytes or 0) / max(1, each.tokens) for each in sources])
+        bits = loss / math.log(2) / per_token if per_token else None
+    return EvaluationResult(checkpoint, step, mesh.layout.describe(), config.precision, loss, bits, tuple(sources))
+
+
+def _bytes_of_parts(
+    mesh: Mesh, data: DataNode, parts: Sequence[ValidationPart], counts: Sequence[int]
+) -> list[int] | list[None]:
+    """Count the bytes of text of each part's targets, on all ranks: each reads every n-th sample, whatever the layout."""
+    if data.tokenizer is None:
+        return [None] * len(parts)
+    sizes = token_sizes(data.tokenizer, data.vocabulary)
+    mine = [
+        sum(_target_bytes(part, index, sizes) for index in range(mesh.rank, count, mesh.layout.world_size))
+        for part, count in zip(parts, counts, strict=True)
+    ]
+    total = mesh.sum(torch.tensor(mine, dtype=torch.float64, device=mesh.device))
+    return [round(each) for each in total.tolist()]
+
+
+def token_sizes(tokenizer: Tokenizer, vocabulary: int) -> np.ndarray:
+    """Return the bytes of each token of the data, whose vocabulary may be padded beyond the tokenizer's."""
+    sizes = tokenizer.byte_lengths()
+    return np.concatenate([sizes, np.zeros(max(0, vocabulary - len(sizes)), np.int64)])
+
+
+def _target_bytes(part: ValidationPart, index: int, sizes: np.ndarray) -> int:
+    targets = part.samples[index].targets
+    return int(sizes[targets[targets != IGNORED]].sum())
