@@ -70,6 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument("output", help="a folder of checkpoints; the new one becomes its newest step")
     bring.add_argument("--format", choices=["hf", "deepspeed", "dcp"], help="default: told by the files in the folder")
     bring.add_argument("--tokenizer", type=Path, help="the model's tokenizer.json (default: the one in the folder)")
+    mean = command(
+        "average", _average, "the mean of the weights of several steps, as a checkpoint to evaluate, export or go on from"
+    )
+    mean.add_argument("sources", nargs="+", help="steps of one model; with --last, a run")
+    mean.add_argument("--output", required=True, help="a folder of checkpoints; a run begins from it with resume=<folder>")
+    mean.add_argument("--last", type=int, help="take so many of the newest complete steps of the run")
+    mean.add_argument(
+        "--weights", type=float, nargs="+", help="of the steps, in any unit (default: alike); newest first with --last"
+    )
     copies = command(
         "upcycle", _upcycle, "make a mixture of experts out of a dense model: each expert a copy of a feed-forward"
     )
@@ -244,6 +253,26 @@ def _import(arguments: argparse.Namespace) -> int:
     from ..checkpoint.convert.detect import bring_in
 
     print(f"{arguments.source} → {bring_in(arguments.source, arguments.output, arguments.format, arguments.tokenizer)}")
+    return 0
+
+
+def _average(arguments: argparse.Namespace) -> int:
+    from ..checkpoint.convert.average import average
+    from ..checkpoint.folder import step_folders
+
+    if arguments.last is None:
+        steps = [step_folders(source)[0] for source in arguments.sources]
+    else:
+        if len(arguments.sources) > 1:
+            raise CheckpointError("--last goes with one run")
+        there = step_folders(arguments.sources[0])
+        if not 2 <= arguments.last <= len(there):
+            raise CheckpointError(
+                f"--last {arguments.last}: the run has {counted(len(there), 'complete step')}, and two are needed"
+            )
+        steps = there[: arguments.last]
+    made = average(steps, arguments.output, arguments.weights)
+    print(f"{', '.join(files.label() for files in steps)} → {made}")
     return 0
 
 
