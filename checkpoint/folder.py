@@ -84,6 +84,13 @@ def check_lengths(files: Files, manifest: Manifest) -> None:
                 del fault  # or it and this frame would hold each other, and their callers, until garbage is collected
 
 
+def open_whole_step(files: Files) -> Manifest:
+    """The manifest of a step whose files are all there with their lengths: for whoever chooses a step. Raises DamageError."""
+    manifest = open_step(files)
+    check_lengths(files, manifest)
+    return manifest
+
+
 def length_faults(files: Files, manifest: Manifest, file: StoredFile, sizes: Mapping[str, int]) -> Iterator[DamageError]:
     """List what is wrong with the lengths of a data file and of the file with its digests. sizes: of the folder's files."""
     for name, expected in ((file.name, file.bytes), (file.leaves, manifest.leaves_bytes(file))):
@@ -219,12 +226,13 @@ def _in_order(heads: dict[str, Manifest | None], latest: str | None, given: bool
 def find_latest(folder: str | Path) -> Path | str | None:
     """The newest finished step in a folder of checkpoints (a Path, or a URL where `folder` is one); None if there is none.
 
-    Anything not committed is ignored, and so is a step whose manifest is damaged or whose files are not all there.
+    Anything not committed is ignored, and so is a step whose manifest is damaged or whose files are not all there
+    with their lengths.
     """
     files = open_files(folder)
     for name in steps_newest_first(files):
         try:
-            open_step(files.child(name))
+            open_whole_step(files.child(name))
         except CheckpointError:
             continue
         return f"{str(folder).rstrip('/')}/{name}" if is_remote(folder) else Path(folder) / name
@@ -241,7 +249,7 @@ def read_newest(location: str | Path) -> Manifest | None:
         return load_manifest(files)
     for name in steps_newest_first(files):
         try:
-            return open_step(files.child(name))
+            return open_whole_step(files.child(name))
         except CheckpointError:
             continue
     return None

@@ -22,7 +22,7 @@ from .convert.hugging_face.reading import check_head, fill
 from .dtypes import as_tensor, name_of
 from .errors import CheckpointError, DamageError
 from .files import Files, hugging_face_folder, is_remote, open_files
-from .folder import StepListing, list_steps, load_manifest, open_manifest, open_step, read_manifest_text, step_of
+from .folder import StepListing, list_steps, load_manifest, open_manifest, open_whole_step, read_manifest_text, step_of
 from .identity import RunIdentity
 from .manifest import MANIFEST, Manifest, StoredArray
 from .memory.tier import Recovery, find_recovery, manifest_of, open_recovery
@@ -161,7 +161,7 @@ def read_manifest(location: str | Path) -> Manifest:
         with contextlib.suppress(CheckpointError):
             if candidate.startswith(_IN_MEMORY):
                 return manifest_of(candidate.removeprefix(_IN_MEMORY))
-            return open_step(open_files(candidate))
+            return open_whole_step(open_files(candidate))
     raise CheckpointError(f"{location}: there is no complete checkpoint here")
 
 

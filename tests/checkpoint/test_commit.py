@@ -20,8 +20,8 @@ from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError, DamageError
 from meshloom.checkpoint.files import open_files
-from meshloom.checkpoint.folder import find_latest, steps_newest_first
-from meshloom.checkpoint.restore import restore
+from meshloom.checkpoint.folder import find_latest, read_newest, steps_newest_first
+from meshloom.checkpoint.restore import read_manifest, restore
 from meshloom.checkpoint.save import Save
 from meshloom.config.problems import ConfigError
 from meshloom.parallel.box import Box
@@ -51,6 +51,17 @@ def test_the_newest_complete_step_is_found_and_the_rest_ignored(tmp_path: Path) 
     assert find_latest(tmp_path) == tmp_path / "step-00000003"
     (tmp_path / "step-00000003/rank-00000.safetensors").unlink()
     assert find_latest(tmp_path) == tmp_path / "step-00000002"
+
+
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00000.leaves"])
+def test_a_truncated_newest_step_is_not_chosen(tmp_path: Path, name: str) -> None:
+    save_steps(tmp_path, 1, 2)
+    path = tmp_path / "step-00000002" / name
+    os.truncate(path, path.stat().st_size - 1)
+    assert find_latest(tmp_path) == tmp_path / "step-00000001"
+    newest = read_newest(tmp_path)
+    assert newest is not None and newest.step == 1
+    assert read_manifest(tmp_path).step == 1
 
 
 def test_a_run_that_was_set_back_goes_on_from_where_it_was_last(tmp_path: Path) -> None:
