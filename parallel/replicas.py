@@ -29,6 +29,10 @@ _STRETCH = 1 << 12
 _CHAIN = 0x2545F4914F6CDD1D  # odd: joins the hashes of a tensor's blocks
 
 
+Part = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and shape of a part of an array."""
+
+
 @dataclass(frozen=True)
 class Disagreement:
     """Copies that differ.
@@ -38,6 +42,7 @@ class Disagreement:
     arrays   the arrays that differ, as `role/name`; weights first
     element  the first element of the first of them that differs, counted in the part that these ranks hold
     values   what each holder has there
+    box      offsets and shape of that part in the whole array
     """
 
     holders: tuple[int, ...]
@@ -46,6 +51,7 @@ class Disagreement:
     arrays: tuple[str, ...]
     element: int
     values: tuple[float, ...]
+    box: Part
 
 
 class Replicas:
@@ -69,6 +75,9 @@ class Replicas:
         self.elements = sum(each.box.numel for each in self._fragments)
         self.copied = sum(each.box.numel for each, held in zip(self._fragments, mine_set, strict=True) if len(held) > 1)
         """Elements of this rank, and those of them that another rank holds, too."""
+        counts = mesh.sum(torch.tensor([self.copied, self.elements], dtype=torch.float64, device=mesh.device)).tolist()
+        self.share = counts[0] / counts[1] if counts[1] else 0.0
+        """Share of what all ranks hold of which another rank holds a copy."""
         self._compared = [(each, held) for each, held in zip(self._fragments, mine_set, strict=True) if len(held) > 1]
         self._own_sets = sorted({held for _, held in self._compared})
         device = mesh.device
@@ -113,7 +122,8 @@ class Replicas:
 
     def disagreements(self, table: Sequence[int]) -> list[Disagreement]:
         """Find who differs from whom, and in which arrays. A collective over all ranks, right after `table`."""
-        named = {each.key: int(hashed) for (each, _), hashed in zip(self._compared, self._hashes.tolist(), strict=True)}
+        hashed = zip(self._compared, self._hashes.tolist(), strict=True)
+        named = {(each.key, _part_of(each)): int(number) for (each, _), number in hashed}
         everywhere = self._mesh.gather_objects(named)
         found: list[Disagreement] = []
         for held in self.sets:
@@ -122,27 +132,29 @@ class Replicas:
                 continue
             (usual, times), *_ = Counter(hashes).most_common()
             odd = tuple(rank for rank, each in zip(held, hashes, strict=True) if each != usual)
-            arrays = [key for key in everywhere[held[0]] if len({everywhere[rank].get(key) for rank in held}) > 1]
-            arrays.sort(key=lambda key: not key.startswith("weight/"))
-            element, values = self._first_difference(held, arrays[0])
+            parts = [part for part in everywhere[held[0]] if len({everywhere[rank].get(part) for rank in held}) > 1]
+            parts.sort(key=lambda part: not part[0].startswith("weight/"))
+            element, values = self._first_difference(held, *parts[0])
             odd = odd if 2 * times > len(held) else held
-            found.append(Disagreement(held, hashes, odd, tuple(arrays), element, values))
+            arrays = tuple(dict.fromkeys(key for key, _ in parts))
+            found.append(Disagreement(held, hashes, odd, arrays, element, values, parts[0][1]))
         return found
 
-    def _part(self, held: tuple[int, ...], key: str) -> torch.Tensor | None:
-        """Return this rank's part of an array, flat, that just these ranks hold."""
-        parts = [each.tensor for each, holders in self._compared if each.key == key and holders == held]
+    def _part(self, held: tuple[int, ...], key: str, box: Part) -> torch.Tensor | None:
+        """Return this rank's part of an array in a box, flat, that just these ranks hold."""
+        parts = [each.tensor for each, by in self._compared if (each.key, _part_of(each), by) == (key, box, held)]
         return parts[0].detach().reshape(-1) if parts else None
 
-    def values(self, held: tuple[int, ...], key: str, element: int) -> tuple[float, ...]:
-        """Return an element of an array as each of its holders has it. A collective over all ranks."""
-        part = self._part(held, key)
+    def values(self, held: tuple[int, ...], key: str, box: Part, element: int) -> tuple[float, ...]:
+        """Return an element of a part as each of its holders has it; empty where they don't hold it. A collective over all."""
+        part = self._part(held, key, box)
         everywhere = self._mesh.gather_objects(None if part is None else float(part[element]))
-        return tuple(everywhere[rank] for rank in held)
+        there = [everywhere[rank] for rank in held]
+        return () if None in there else tuple(there)
 
-    def _first_difference(self, held: tuple[int, ...], key: str) -> tuple[int, tuple[float, ...]]:
+    def _first_difference(self, held: tuple[int, ...], key: str, box: Part) -> tuple[int, tuple[float, ...]]:
         """Find the first element that differs, by hashes of stretches. A collective over all ranks."""
-        part = self._part(held, key)
+        part = self._part(held, key, box)
         sums = None if part is None else [int(hash_tensor(each)) for each in part.split(_STRETCH)]
         everywhere = self._mesh.gather_objects(sums)
         stretch = next(n for n in range(len(everywhere[held[0]])) if len({everywhere[rank][n] for rank in held}) > 1)
@@ -150,7 +162,11 @@ class Replicas:
         bits = None if part is None else [int(hash_tensor(each)) for each in part[begin : begin + _STRETCH].split(1)]
         everywhere = self._mesh.gather_objects(bits)
         offset = next(n for n in range(len(everywhere[held[0]])) if len({everywhere[rank][n] for rank in held}) > 1)
-        return begin + offset, self.values(held, key, begin + offset)
+        return begin + offset, self.values(held, key, box, begin + offset)
+
+
+def _part_of(fragment: Fragment) -> Part:
+    return tuple(fragment.box.offsets), tuple(fragment.box.shape)
 
 
 def hash_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -53,22 +53,22 @@ class CompareReplicas(Hook):
         """Say what is compared. A collective."""
         found = Replicas(loop.mesh, loop.engine.fragments())
         if loop.mesh.is_main:
-            if not found.copied:
+            if not found.sets:
                 log.info("no rank holds a copy of another's weights: nothing is compared (trainer.compare_replicas_every)")
-            elif found.copied < found.elements:
-                share = found.copied / found.elements
-                log.info(
-                    "%.0f %% of rank 0's weights have copies, which are compared; nothing has a copy of the rest", 100 * share
-                )
+            elif found.share < 1:
+                share = 100 * found.share
+                log.info("%.0f %% of the weights have copies, which are compared; nothing has a copy of the rest", share)
         if loop.guard is not None:
             ahead = [each for each in loop.guard.journal.rewinds if each.copies and each.step > loop.progress.step]
             self._unjudged = {each.step: each for each in ahead}
-        self._intervals = self._intervals if found.copied else []
+        # Not by this rank's own copies: a pipeline stage without any takes part in the collective, too.
+        self._intervals = self._intervals if found.sets else []
 
     def on_step_end(self, loop: Loop) -> None:
         """Start a comparison if one is due."""
         step = loop.progress.step
-        due = loop.finished or step in self._unjudged or any(step % each == 0 for each in self._intervals)
+        ends = loop.finished or loop.stopping  # a last save follows
+        due = ends or step in self._unjudged or any(step % each == 0 for each in self._intervals)
         if not due or not self._intervals:
             return
         fragments: list[Fragment] = list(loop.engine.fragments())
@@ -103,7 +103,7 @@ class CompareReplicas(Hook):
             raise TrainingDiverged(f"{messages[0]}. Resume from the last checkpoint, on which all agreed")
         first = found[0]
         values = {str(rank): each.hex() for rank, each in zip(first.holders, first.values, strict=True)}
-        copies = {"array": first.arrays[0], "element": first.element, "values": values}
+        copies = {"array": first.arrays[0], "element": first.element, "values": values, "box": first.box}
         raise RewindNeeded(compared.step, messages[0], loop.guard.journal.data, copies=copies)
 
     def _judge(self, loop: Loop, compared: _Compared) -> None:
@@ -113,9 +113,12 @@ class CompareReplicas(Hook):
             return
         then = {int(rank): float.fromhex(value) for rank, value in rewind.copies["values"].items()}
         held = tuple(sorted(then))
-        if held not in compared.replicas.sets:  # another layout
+        offsets, shape = rewind.copies.get("box", ((), ()))
+        box = tuple(offsets), tuple(shape)
+        values = compared.replicas.values(held, rewind.copies["array"], box, rewind.copies["element"])
+        if not values:  # another layout
             return
-        now = compared.replicas.values(held, rewind.copies["array"], rewind.copies["element"])[0]
+        now = values[0]
         distance = {rank: abs(value - now) if math.isfinite(value) else math.inf for rank, value in then.items()}
         wrong = [rank for rank in held if distance[rank] > min(distance.values())]
         named = ", ".join(map(str, wrong))
