@@ -15,7 +15,6 @@ from ..parallel.config import ParallelConfig
 from ..parallel.hybrid.cost import decoder_flops
 from ..parallel.hybrid.share import HybridAssigner
 from ..parallel.layout import Layout
-from ..parallel.policies import fused_swiglu_blocker
 from ..planner.checkpoint_needs import CheckpointNeeds, checkpoint_needs, describe_needs
 from ..planner.cluster import ClusterConfig
 from ..planner.cost import LayoutCost, drawn
@@ -25,7 +24,7 @@ from ..planner.offload import OffloadAccount, describe
 from ..planner.parameters import Inventory
 from ..planner.search import KEYS
 from ..trainer.blanks import blank_notice
-from ..trainer.costs import assigner_of, costs_of, inventory_of, is_known_decoder, job_of, optimizer_of
+from ..trainer.costs import assigner_of, costs_of, inventory_of, is_known_decoder, job_of, optimizer_of, with_kernels
 from ..trainer.derived import build_horizon
 from ..trainer.launching import planned_processes
 from ..trainer.machine_gpus import planned_machine
@@ -185,9 +184,9 @@ def hybrid_dealer(config: RunConfig, layout: Layout, shape: DecoderConfig) -> Hy
 
 def spared_by_fusing(plan: Plan, config: RunConfig) -> int:
     """Return the bytes that fused SwiGLU would save on the rank that needs most; 0 where the run can't use it."""
-    if fused_swiglu_blocker(plan.model.shape, plan.parallel, plan.job) is not None:
+    job = with_kernels(plan.job, plan.model.shape, plan.parallel, fused=True)
+    if job == plan.job:
         return 0
-    job = replace(plan.job, fused=True)
     cost, *_ = costs_of(plan.model, plan.parallel, plan.layout, job, optimizer_of(config))
     return plan.bytes - replace(plan, cost=cost).bytes
 

@@ -240,7 +240,7 @@ class _Search:
         config = replace_keys(self._config, settings)
         try:
             plan = checked_plan(config, fused=self._fuse is not False, documents=self._documents)
-            if plan.job.fused and self._fuse is None and not self._fuses():
+            if (plan.job.fused or plan.job.fused_experts) and self._fuse is None and not self._fuses():
                 plan = checked_plan(config, fused=False, documents=self._documents)
         except ConfigError as error:
             self.refusals[tuple(settings.values())] = error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 from typing import Protocol
 
@@ -69,18 +69,24 @@ def block_policies(model: DecoderConfig, parallel: ParallelConfig, settings: Act
     block = model.block(0)
     # Blocks keep memory in proportion to their tokens, so any number of them will do.
     work = ForwardPass(1024, settings.precision, parallel.tp, parallel.sequence_parallel, settings.compile)
+    if fused_experts_blocker(model, parallel, settings) is not None:
+        work = replace(work, fused_experts=False)
     kept = {policy: block_bytes(block, work, policy) for policy in MIXED if not (halves and policy == "selective")}
     recomputed = {policy: recomputed_flops(block, policy, 0) for policy in kept}
     return mixed_policies(model.layers, settings.budget, kept, recomputed)
 
 
-class ComputeSettings(Protocol):
-    """What the choice of kernels depends on: fields of `EngineSettings`, and of a plan's `Job`."""
+class HasPrecision(Protocol):
+    """Settings with a precision."""
 
     @property
     def precision(self) -> str:
         """Precision of the computation."""
         ...
+
+
+class ComputeSettings(HasPrecision, Protocol):
+    """What the choice of kernels depends on: fields of `EngineSettings`, and of a plan's `Job`."""
 
     @property
     def float8(self) -> str:
@@ -122,7 +128,7 @@ def dense_feed_forwards(model: DecoderConfig) -> list[FeedForwardConfig]:
     return [part for part in parts if part is not None]
 
 
-def fused_experts_blocker(model: DecoderConfig, parallel: ParallelConfig, settings: ComputeSettings) -> str | None:
+def fused_experts_blocker(model: DecoderConfig, parallel: ParallelConfig, settings: HasPrecision) -> str | None:
     """Return why no mixture may use the kernels of `kernels/experts/fused.py`, on whatever GPU; None if some may."""
     reason = _fusion_blocker(parallel, settings)
     if reason is not None:
@@ -140,7 +146,7 @@ def fused_experts_blocker(model: DecoderConfig, parallel: ParallelConfig, settin
     return None
 
 
-def _fusion_blocker(parallel: ParallelConfig, settings: ComputeSettings) -> str | None:
+def _fusion_blocker(parallel: ParallelConfig, settings: HasPrecision) -> str | None:
     """Return what keeps a run from the kernels that compute a feed-forward as a whole."""
     if parallel.engine != "torch":
         return "DeepSpeed runs the blocks as they are"

@@ -23,6 +23,7 @@ class Job:
     precision         bf16, fp32 or fp64
     policies          of each block: none, selective, full or offload; compiled: whether blocks are compiled
     fused             whether SwiGLU is computed inside the products around it (`kernels/swiglu.py`)
+    fused_experts     whether `kernels/experts/` compute the experts; None: not known, what keeps more is counted
     float8            none, tensorwise or rowwise: of the blocks' products
     row               tokens of a micro-batch under hybrid data parallelism, which deals documents; None: it deals samples
     """
@@ -34,6 +35,7 @@ class Job:
     policies: list[str]
     compiled: bool
     fused: bool = False
+    fused_experts: bool | None = None
     float8: str = "none"
     row: int | None = None
 
@@ -51,6 +53,7 @@ class Job:
             sequence_parallel=parallel.sequence_parallel,
             compiled=self.compiled,
             fused_swiglu=self.fused,
+            fused_experts=self.fused_experts,
         )
 
 

@@ -15,7 +15,7 @@ from ..parallel.config import ParallelConfig
 from ..parallel.division import divide_blocks
 from ..parallel.layout import Layout
 from ..parallel.pipeline.stages import legal_micro_batches
-from ..parallel.policies import ActivationSettings, fused_swiglu_blocker
+from ..parallel.policies import ActivationSettings, fused_experts_blocker, fused_swiglu_blocker
 from ..planner.cluster import ClusterConfig
 from ..planner.cost import LayoutCost, layout_cost
 from ..planner.engines import engine_cost
@@ -66,7 +66,10 @@ def assigner_of(config: RunConfig, layout: Layout) -> Assigner:
 
 
 def job_of(config: RunConfig, shape: DecoderConfig, assigner: Assigner, *, fused: bool) -> Job:
-    """Return the work of a step. Raises ConfigError for an activation budget that nothing keeps to."""
+    """Return the work of a step. fused: see `with_kernels`.
+
+    Raises ConfigError for an activation budget that nothing keeps to.
+    """
     trainer, samples = config.trainer, config.batch.samples
     assert isinstance(samples, int)
     settings = ActivationSettings(trainer.activation, trainer.activation_budget, config.precision, trainer.compile)
@@ -87,7 +90,14 @@ def job_of(config: RunConfig, shape: DecoderConfig, assigner: Assigner, *, fused
     if config.parallel.hdp != "none" and row is not None:  # documents are known by their tokens alone
         rows = -(-samples * config.data.seq_len // (assigner.data_size * row))
         job = replace(job, row=row, micro_batches=next(count for count in naturals(rows) if assigner.can_run(count)))
-    return replace(job, fused=fused and fused_swiglu_blocker(shape, config.parallel, job) is None)
+    return with_kernels(job, shape, config.parallel, fused=fused)
+
+
+def with_kernels(job: Job, shape: DecoderConfig, parallel: ParallelConfig, *, fused: bool) -> Job:
+    """Say which kernels compute the products. fused: whether the GPUs are known to have those with SwiGLU inside."""
+    swiglu = fused and fused_swiglu_blocker(shape, parallel, job) is None
+    experts = False if fused_experts_blocker(shape, parallel, job) is not None else True if fused else None
+    return replace(job, fused=swiglu, fused_experts=experts)
 
 
 def costs_of(

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from meshloom.launch.cli import main
-from meshloom.launch.planning import make_plan
+from meshloom.launch.planning import checked_plan, make_plan, resolve_plan, spared_by_fusing
 from meshloom.parallel.layout import Layout
 from meshloom.planner.drawing import pipeline_svg
 from meshloom.planner.tables import axis_groups, written_ranks
@@ -191,3 +191,27 @@ def test_a_step_is_drawn_under_hybrid_data_parallelism(capsys: pytest.CaptureFix
     assert code == 0 and "drew" in out and "each sample is taken for one document" in out, err
     assert "documents, 64 positions at most" in out
     assert "documents of" in svg.read_text()
+
+
+def test_kernels_of_experts_are_counted_where_a_run_can_use_them() -> None:
+    """What GPUs can is not known to a plan: the larger need counts, unless the run keeps from the kernels."""
+    words = [
+        "recipe=moe_tiny",
+        "model.dim=64",
+        "model.experts.ffn_dim=64",
+        "launch.nproc=2",
+        "precision=bf16",
+        "trainer.compile=false",
+    ]
+
+    def planned_with(*more: str) -> tuple[bool | None, bool | None]:
+        run = resolve_plan([*words, *more]).config
+        unknown, known = (checked_plan(run, fused=fused).job.fused_experts for fused in (False, True))
+        return unknown, known
+
+    assert planned_with() == (None, True)
+    for keeps in ("parallel.ep=2", "precision=fp32", "model.experts.capacity=2", "model.experts.ffn_dim=72"):
+        assert planned_with(keeps) == (False, False), keeps
+    run = resolve_plan([*words, "trainer.activation=none"]).config
+    plan, fused = (checked_plan(run, fused=fused) for fused in (False, True))
+    assert spared_by_fusing(plan, run) == plan.bytes - fused.bytes > 0
