@@ -120,6 +120,9 @@ class ExpertsConfig:
             fix = f"use {key}.router=recurrent, or leave it at {STATE_DIM}"
             yield Problem(f"{key}.state_dim", f"{key}.router={self.router} has no state", fix)
         yield from self._relu_problems(key) if self.router == "relu" else ()
+        if self.parts.router is not None and self.router in ROUTERS and self.router != "top_k":
+            text = f"{key}.parts.router takes the place of it, and need not have what it has"
+            yield Problem(f"{key}.router", text, f"use top_k, or leave {key}.parts.router null")
         if not self.gated and self.shared:
             yield Problem(f"{key}.shared", "shared experts have a gate, and the others none", f"use 0, or {key}.gated=true")
         yield from self.parts.problems(f"{key}.parts")

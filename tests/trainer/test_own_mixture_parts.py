@@ -153,6 +153,7 @@ def test_a_folder_of_ones_own_trains_the_same_run_on_two_ranks(mine: Path) -> No
         (f"{PARTS}.router._target_=torch.nn.Identity", "model", "is no meshloom.models.mixture.router.Router"),
         (f"{PARTS}.combine._target_=builtins.dict", "model", "makes nothing that can be called"),
         (f"{PARTS}.dispatch._target_=own_mixture.Sorted parallel.ep=2", f"{PARTS}.dispatch", "parallel.ep=1"),
+        (f"{PARTS}.router._target_=own_mixture.DotRouter model.experts.router=recurrent", "model.experts.router", "use top_k"),
         ("model.experts.router=best", "model.experts.router", f"or {PARTS}.router"),
     ],
 )
