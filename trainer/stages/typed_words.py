@@ -6,15 +6,20 @@ later stage chooses, so the words themselves are kept beside it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from hydra.errors import OverrideParseException
 
 from ...config.keys import Side
 from ..resumed_config import typed_values
 from ..schema import OPTIONS, RunConfig
 from ..sides import key_sides
 from .written import Stage
+
+log = logging.getLogger(__name__)
 
 UNKEPT = ("_target_", "${")
 """No word with one of these is kept: a resume takes no class, and nothing of its environment, from a checkpoint's text."""
@@ -58,7 +63,7 @@ def held_words(state: Mapping[str, Any], typed: Sequence[str]) -> list[str]:
     A word holds over an earlier one of its key. The choice of an option ends all words of its group, unless it is the option
     that was typed earlier, or that the checkpoint has.
     """
-    words = [word for word in state.get("typed", []) if _may_be_kept(word)]
+    words = [word for word in state.get("typed", []) if _may_be_kept(word) and _is_readable(word)]
     now, before, recorded = typed_values(typed), typed_values(words), state.get("choices", {})
     ended = {group for group in OPTIONS if group in now and now[group] not in (before.get(group), recorded.get(group))}
     inside = tuple(f"{key}." for key in (*ended, *(key for key in now if key not in OPTIONS)))
@@ -67,6 +72,16 @@ def held_words(state: Mapping[str, Any], typed: Sequence[str]) -> list[str]:
 
 def _may_be_kept(word: str) -> bool:
     return not any(text in word for text in UNKEPT)
+
+
+def _is_readable(word: str) -> bool:
+    """Return whether a checkpoint's word can be parsed; warn of one that can't, as another version's may."""
+    try:
+        typed_values([word])
+    except OverrideParseException:
+        log.warning("the checkpoint keeps a word of an earlier start that can't be read, and it is left out: %s", word)
+        return False
+    return True
 
 
 def _key(word: str) -> str:

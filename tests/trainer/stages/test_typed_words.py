@@ -82,5 +82,5 @@ def test_only_recipe_words_without_classes_are_kept(stopped: list[Path]) -> None
     assert held_words(state, ["schedule.decay=1"]) == [choice, *values[1:]]
     assert held_words(state, [choice]) == held_words(state, ["schedule=cosine"]) == values, "typed earlier; the checkpoint's"
     assert held_words(state, ["schedule=constant"]) == [], "another option begins without them"
-    odd = ["optim._target_=os.system", "data.tokenizer=${oc.env:HOME}", "optim.lr=1"]
+    odd = ["optim._target_=os.system", "data.tokenizer=${oc.env:HOME}", "optim.lr=[1", "optim.lr=1"]
     assert held_words({**state, "typed": odd}, []) == ["optim.lr=1"], "whatever a checkpoint's text says"
