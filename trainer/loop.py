@@ -148,9 +148,11 @@ class Loop:
         while not self.finished and not self.stopping:
             counts = self.step(stop.requested)
             self.mesh.heartbeat.beat(Phase.HOOKS)
-            if counts:
-                for hook in self.hooks:
-                    hook.on_step_end(self)
+            after = self.progress
+            for hook in self.hooks if counts else ():
+                hook.on_step_end(self)
+                if self.progress is not after:  # it has read the step's numbers, and the step is taken again
+                    break
             if self.finished or self.stopping:
                 self.deliver_metrics(keep=0)  # the last step may have to be taken again
         return self.finished

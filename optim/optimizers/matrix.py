@@ -110,7 +110,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             torch._foreach_lerp_(list(averages), list(towards), rate)
             return
         for average, other in zip(averages, towards, strict=True):
-            average.lerp_(other, rate * self.taken.to(average.dtype))  # not in the fp32 of `taken`
+            # The rate stays a number: as a tensor it would be rounded to the average's precision.
+            average.lerp_(torch.where(self.taken > 0, other, average), rate)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -141,9 +142,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 weight.mul_(1 - rate * self._decay[parameter.name])
                 weight.add_(update.to(weight.dtype), alpha=-rate)
             else:
-                taken = self.taken.to(weight.dtype)
-                weight.mul_(1 - rate * self._decay[parameter.name] * taken)
-                weight.addcmul_(update.to(weight.dtype), -rate * taken)
+                # The rates stay numbers: as tensors they would be rounded to the weight's precision.
+                decayed = weight * (1 - rate * self._decay[parameter.name])
+                decayed.add_(update.to(weight.dtype), alpha=-rate)
+                weight.copy_(torch.where(self.taken > 0, decayed, weight))
 
     def _step_elementwise(self, group: dict[str, Any]) -> None:
         weights: list[torch.Tensor] = [weight for weight in group["params"] if weight.grad is not None]

@@ -36,6 +36,11 @@ class BadSamples:
         engine.module.register_forward_pre_hook(self._look)
         engine.module.block_modules()[layer].register_forward_hook(self._spoil)  # type: ignore[operator]
 
+    @property
+    def are_here(self) -> bool:
+        """Whether one of the samples is in the newest micro-batch."""
+        return bool(self._bad_B.any())
+
     def _look(self, _module: object, inputs: tuple[torch.Tensor, ...]) -> None:
         self._bad_B = torch.stack([(inputs[0] == row).all(1) for row in self._rows]).any(0)
 

@@ -50,7 +50,7 @@ class Diagnosis:
 
     kind     DATA, DEVICE, WEIGHTS (which bear no sample), PASSING, UNKNOWN, or of a spike AGAIN
     traces   of the ranks on which a number went wrong, in the replay on the same ranks
-    samples  of the run, in whose rows it did
+    samples  of the run, in whose rows it did; empty unless all traces have rows: a micro-batch is the layout's, not the run's
     broken   the arrays of the weights and the optimizer that are not finite themselves
     """
 
@@ -96,35 +96,39 @@ class _Watch:
     rank: int
     share: Share
     found: list[Trace] = field(default_factory=list[Trace])
-    number: int = -1
+    passes: dict[nn.Module, int] = field(default_factory=dict[nn.Module, int])
 
     def attach(self, module: nn.Module) -> list[Any]:
         """Watch the stages in a module, their blocks, what stands beside these, and the gradients of weights."""
         stages = list(module) if isinstance(module, nn.ModuleList) else [module]
         handles: list[Any] = []
         for stage in stages:
-            handles.append(stage.register_forward_pre_hook(self._count))
+            handles.append(stage.register_forward_pre_hook(self._count))  # interleaved, each stage has its own turn
             blocks = {id(block): f"layer {layer}" for layer, block in _blocks(stage)}
             inside = {id(part) for part in stage.modules() if id(part) in blocks for part in part.modules()}
             for name, part in stage.named_modules():
                 if id(part) in blocks:
-                    handles.append(part.register_forward_hook(self._see_output(blocks[id(part)])))
+                    handles.append(part.register_forward_hook(self._see_output(stage, blocks[id(part)])))
                 elif id(part) not in inside and name and not list(part.children()):
-                    handles.append(part.register_forward_hook(self._see_output(name)))
+                    handles.append(part.register_forward_hook(self._see_output(stage, name)))
             for name, weight in stage.named_parameters():
                 if weight.requires_grad:
-                    handles.append(weight.register_hook(self._see_gradient("gradient of a weight", name)))
+                    handles.append(weight.register_hook(self._see_gradient(stage, name)))
         return handles
 
-    def _count(self, _module: nn.Module, _inputs: object) -> None:
-        self.number += 1
+    def _count(self, stage: nn.Module, _inputs: object) -> None:
+        self.passes[stage] = self.passes.get(stage, 0) + 1
 
-    def _see_output(self, layer: str) -> Callable[[nn.Module, object, object], None]:
+    def _number(self, stage: nn.Module) -> int:
+        """Return the number of the micro-batch whose forward pass the stage ran last."""
+        return (self.passes.get(stage, 1) - 1) % len(self.share.micro_batches)
+
+    def _see_output(self, stage: nn.Module, layer: str) -> Callable[[nn.Module, object, object], None]:
         def see(_module: nn.Module, _inputs: object, output: object) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
             if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
                 return
-            number = self.number
+            number = self._number(stage)
             self._note("forward pass", layer, number, tensor)
             if tensor.requires_grad:
 
@@ -135,8 +139,8 @@ class _Watch:
 
         return see
 
-    def _see_gradient(self, pass_: str, layer: str) -> Callable[[torch.Tensor], None]:
-        return lambda gradient: self._note(pass_, layer, self.number, gradient)
+    def _see_gradient(self, stage: nn.Module, weight: str) -> Callable[[torch.Tensor], None]:
+        return lambda gradient: self._note("gradient of a weight", weight, self._number(stage), gradient)
 
     def _note(self, pass_: str, layer: str, number: int, tensor: torch.Tensor) -> None:
         if any(trace.number == number for trace in self.found):
@@ -146,10 +150,10 @@ class _Watch:
         wrong = ~here.isfinite()
         if bool(wrong.any()):
             # Where a layer's output is not (B, S, D), its rows are not those of the micro-batch.
-            batch = self.share.micro_batches[number % len(self.share.micro_batches)]
+            batch = self.share.micro_batches[number]
             known = here.dim() == 3 and here.shape[0] == len(batch.tokens_BS)
             rows = wrong.flatten(1).any(1).nonzero().flatten().tolist() if known else []
-            self.found.append(Trace(self.rank, pass_, layer, number % len(self.share.micro_batches), tuple(rows)))
+            self.found.append(Trace(self.rank, pass_, layer, number, tuple(rows)))
 
 
 def _blocks(stage: nn.Module) -> list[tuple[int, nn.Module]]:
@@ -165,7 +169,8 @@ def replay(loop: Loop, batch: GlobalBatch) -> Diagnosis:
     if not wrong:
         return Diagnosis(PASSING)
     broken = _broken_arrays(loop)
-    samples = _samples(loop, batch, first, 0)
+    suspects = _suspects(loop, batch, first, 0)
+    samples = suspects if all(trace.rows for trace in first) else []
     if broken or 1 < len(samples) == batch.count:
         return Diagnosis(WEIGHTS, first, broken=broken)
     diagnosis = Diagnosis(UNKNOWN, first, samples)
@@ -173,8 +178,8 @@ def replay(loop: Loop, batch: GlobalBatch) -> Diagnosis:
     if ranks == 1 or not isinstance(dealer, Assigner) or not first:
         return diagnosis
     second, _ = _pass(loop, batch, 1)
-    moved = _samples(loop, batch, second, 1)
-    if set(samples) & set(moved):
+    moved = _suspects(loop, batch, second, 1)
+    if set(suspects) & set(moved):
         diagnosis.kind = DATA
     elif not second or {trace.rank for trace in second} & set(diagnosis.ranks):
         diagnosis.kind = DEVICE
@@ -239,16 +244,22 @@ def _share(loop: Loop, batch: GlobalBatch, by: int) -> Share:
     return loop.batches.dealer.load(loop.batches.samples, batch, loop.controller.micro_at(batch.count), data_rank)
 
 
-def _samples(loop: Loop, batch: GlobalBatch, traces: Sequence[Trace], by: int) -> list[int]:
-    """Return the run's samples in whose rows the traces lie; all of the micro-batch where its rows are not known."""
+def _suspects(loop: Loop, batch: GlobalBatch, traces: Sequence[Trace], by: int) -> list[int]:
+    """Return the run's samples in whose rows the traces lie; all of the rank where rows are not known.
+
+    A weight's gradient does not tell its micro-batch: in a pipeline the forward passes of others have come in between.
+    """
     dealer, layout = loop.batches.dealer, loop.mesh.layout
     if not isinstance(dealer, Assigner):
         return []
     dealt = dealer.assign(batch, loop.controller.micro_at(batch.count)).ranks
     found: set[int] = set()
     for trace in traces:
-        indices = dealt[(layout.data_rank(trace.rank) + by) % layout.data_size][trace.number]
-        found |= {indices[row] for row in trace.rows if row < len(indices)} if trace.rows else set(indices)
+        share = dealt[(layout.data_rank(trace.rank) + by) % layout.data_size]
+        if trace.rows:
+            found |= {share[trace.number][row] for row in trace.rows if row < len(share[trace.number])}
+        else:
+            found |= {index for indices in share for index in indices}
     return sorted(found)
 
 

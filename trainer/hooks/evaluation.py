@@ -65,7 +65,10 @@ class Evaluation(Hook):
         self._every = every
 
     def _evaluate(self, loop: Loop) -> None:
+        progress = loop.progress
         loop.deliver_metrics(keep=0)
+        if loop.progress is not progress:  # the step is taken again, and evaluated then
+            return
         loop.mesh.heartbeat.beat(Phase.EVALUATION)
         found: list[StepLoss] = []
         routed: dict[str, torch.Tensor] = {}

@@ -81,7 +81,7 @@ Found = tuple[list[float], float, str]
 
 def spoilt(rank: int, world_size: int, parallel: ParallelConfig, folder: str, fault: str, keys: dict[str, Any]) -> Found:
     """Losses, the optimizer's count, and the message with which it ended, if it did."""
-    work = Work(parallel, samples=WORK.samples, micro=2)
+    work = Work(parallel, samples=WORK.samples, micro=8 if fault == "gradient" else 2)
     engine, clock, fired = build(work, world_size), Clock(), []
     weight = next(iter(engine.module.block_modules().values())).attention.wo.weight  # type: ignore[operator, union-attr]
 
@@ -95,6 +95,9 @@ def spoilt(rank: int, world_size: int, parallel: ParallelConfig, folder: str, fa
         BadSamples(engine, 1, [19, 20])
     elif fault == "device":
         poison(weight, lambda: math.nan if rank == 1 and clock.step >= 3 else 1.0)
+    elif fault == "gradient":
+        seen = BadSamples(engine, 1, [19], 1.0)
+        poison(weight, lambda: math.inf if seen.are_here else 1.0)
     elif fault == "passing":
         poison(weight, lambda: once(3, math.inf))
     elif fault == "new level":
@@ -169,6 +172,13 @@ def test_a_bad_device_ends_the_run_and_is_named(layout: str, tmp_path: Path) -> 
         assert equal(losses, plain_losses()[:2]) and updates == 2
         assert "rank 1, gradient of a weight of layers.0.attention.wo.weight" in said and "every step on this device" in said
     assert (incident["rank"], incident["details"]["cause"]) == (1, "device")
+
+
+def test_a_gradient_that_names_no_row_is_not_taken_for_the_weights(tmp_path: Path) -> None:
+    """Of one micro-batch, the whole batch is suspect: what there is to be known does not depend on the micro-batch."""
+    (((losses, updates, said),), (incident,)) = run("one", tmp_path, "gradient")
+    assert (said, updates) == ("", STEPS - 1) and equal(losses, plain_losses(skipped=(3,)))
+    assert (incident["details"]["cause"], incident["details"]["samples"]) == ("unknown", [])
 
 
 def test_a_stop_leaves_the_weights_before_the_step(tmp_path: Path) -> None:
