@@ -49,7 +49,7 @@ class FileIndex:
     def find(self, array: StoredArray, box: Box) -> StoredBox:
         """Find a box of an array. Raises DamageError if the file does not hold it as the manifest says."""
         name = _hash(entry_name(array.key, box), array.dtype, box.shape)
-        at = int(np.searchsorted(self.names, name))
+        at = int(np.searchsorted(self.names, np.uint64(name)))  # a Python int would be compared as float64
         if at == len(self.names) or int(self.names[at]) != name:
             what = f"its header and the manifest disagree: {array.dtype} box {entry_name(array.key, box)} is not in it"
             raise DamageError(self.label, what)

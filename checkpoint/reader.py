@@ -16,7 +16,7 @@ from .dtypes import RAW
 from .errors import CheckpointError, DamageError
 from .files import Files, RangeReader
 from .index import FileIndex, Locator
-from .manifest import MANIFEST, Manifest, StoredArray, StoredBox
+from .manifest import MANIFEST, Manifest, StoredArray, StoredBox, StoredFile
 
 # Most bytes of a file between the first and the last that are read at once; one item's share of it is at most half.
 BATCH_BYTES = 16 * 2**20
@@ -70,6 +70,7 @@ class Reader:
     def __post_init__(self) -> None:
         self._proved: dict[tuple[int, int], bytes] = {}
         self._blocks: dict[int, list[str]] = {}
+        self._measured: set[int] = set()
         self._locator = Locator(self.manifest, self.files.label(MANIFEST))
 
     def read(self, wanted: Iterable[tuple[StoredArray, Box]]) -> list[Raw]:
@@ -158,16 +159,24 @@ class Reader:
     def open(self, number: int) -> Generator[RangeReader]:
         """Open a data file, after a look at its length and, where the manifest lists all boxes, at its header."""
         file = self.manifest.files[number]
-        if self.manifest.version >= 4 and file.has_digests:
-            for name, expected in ((file.name, file.bytes), (file.leaves, self.manifest.leaves_bytes(file))):
-                size = self.files.size(name)
-                if size != expected:
-                    what = "the file is missing" if size is None else f"the file has {size} bytes, not {expected}"
-                    raise DamageError(self.files.label(name), what)
+        if file.has_digests and number not in self._measured:
+            self._measure(file)
+            self._measured.add(number)
         with self.files.reader(file.name) as opened:
             if self.manifest.version < 4:
                 self._check_header(number, opened)
             yield opened
+
+    def _measure(self, file: StoredFile) -> None:
+        """Raise DamageError if a file's length is not the manifest's."""
+        expected = {file.name: file.bytes}
+        if self.manifest.version >= 4:  # those with older digests are proved by the manifest as far as they are read
+            expected[file.leaves] = self.manifest.leaves_bytes(file)
+        for name, length in expected.items():
+            size = self.files.size(name)
+            if size != length:
+                what = "the file is missing" if size is None else f"the file has {size} bytes, not {length}"
+                raise DamageError(self.files.label(name), what)
 
     def _batches(self, items: list[ReadItem]) -> Iterator[list[ReadItem]]:
         batch: list[ReadItem] = []

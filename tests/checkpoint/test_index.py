@@ -6,19 +6,22 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import DamageError
-from meshloom.checkpoint.files import open_files
+from meshloom.checkpoint.files import LocalFiles, open_files
 from meshloom.checkpoint.folder import load_manifest, open_step
 from meshloom.checkpoint.index import FileIndex
 from meshloom.checkpoint.manifest import Manifest
+from meshloom.checkpoint.reader import Reader
 from meshloom.checkpoint.restore import restore
 from meshloom.parallel.box import Box
 from support.checkpoint_worlds import fragments, make_arrays, together
+from support.old_formats import rewrite_as
 
 
 @pytest.fixture
@@ -35,13 +38,34 @@ def step(tmp_path: Path) -> Path:
     return tmp_path / "step-00000001"
 
 
-@pytest.mark.parametrize("name", ["rank-00001.safetensors", "rank-00001.leaves"])
-def test_a_file_of_another_length_is_refused_by_who_reads_it(step: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [(4, "rank-00001.safetensors"), (4, "rank-00001.leaves"), (3, "rank-00001.safetensors"), (2, "rank-00001.safetensors")],
+)
+def test_a_file_of_another_length_is_refused_by_who_reads_it(step: Path, version: int, name: str) -> None:
+    if version < 4:
+        rewrite_as(step, version)
     with (step / name).open("ab") as file:
         file.write(b"more")
     (blank,) = fragments(make_arrays(large=True), 1, 0, blank=True)
     with pytest.raises(DamageError, match=rf"{name}: the file has \d+ bytes, not \d+"):
         restore(step, blank, Control.alone())
+
+
+def test_the_length_of_a_file_is_asked_for_once(step: Path) -> None:
+    asked: list[str] = []
+
+    class Watched(LocalFiles):
+        def size(self, name: str) -> int | None:
+            asked.append(name)
+            return super().size(name)
+
+    files = Watched(step)
+    manifest = load_manifest(files)
+    reader = Reader(files, manifest)
+    for array in manifest.arrays.values():
+        reader.read([(array, Box.whole(array.shape))])
+    assert sorted(asked) == sorted(name for file in manifest.files for name in (file.name, file.leaves))
 
 
 def test_files_must_hold_as_many_bytes_as_the_arrays_have(step: Path) -> None:
@@ -68,6 +92,11 @@ def test_boxes_are_found_where_the_header_says(step: Path) -> None:
             assert [found.start, found.stop] == [len(header) + at for at in entry["data_offsets"]]
             assert found.panels == (entry["shape"][0] if len(entry["shape"]) > len(box.shape) else 1)
     assert not entries, "the file has what nobody looks for"
+    near = np.stack([index.names - np.uint64(1), index.names], 1).reshape(-1)  # equal, if they were rounded to float64
+    crowded = replace(index, names=near, starts=index.starts.repeat(2), panels=index.panels.repeat(2))
+    for array in manifest.arrays.values():
+        for box in manifest.tilings[array.tiling].written_by(0, array.item_bytes, array.turn):
+            assert crowded.find(array, box) == index.find(array, box)
     array = manifest.arrays["weight/head.weight"]
     with pytest.raises(DamageError, match=r"here: its header and the manifest disagree: F32 box weight/head.weight@1,1"):
         index.find(array, Box((1, 1), (2, 2)))
