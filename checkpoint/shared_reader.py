@@ -62,12 +62,15 @@ class SharedReader(Reader):
             size = self.manifest.files[number].bytes
             count = -(-size // self.manifest.leaf_bytes)
             needs = [unpacked(n[number], count) if number in n else None for n in everyone]
+            mine = unpacked(everyone[me][number], count)
             with contextlib.ExitStack() as stack:
                 reader = self._open(stack, number)
                 # The tail before the window keeps what items that end in it began with.
                 buffer = np.empty(min(BATCH_BYTES + WINDOW_BYTES, size + BATCH_BYTES), np.uint8)
                 for start in range(0, size, WINDOW_BYTES):
                     stop = min(start + WINDOW_BYTES, size)
+                    if not mine[start // self.manifest.leaf_bytes : -(-stop // self.manifest.leaf_bytes)].any():
+                        continue  # this rank neither needs nor reads anything here; of a header only the first windows count
                     buffer[:BATCH_BYTES] = buffer[WINDOW_BYTES : WINDOW_BYTES + BATCH_BYTES] if start else 0
                     self._exchange(number, reader, start, stop, needs, buffer[BATCH_BYTES:])
                     while at < len(items) and items[at].file == number and items[at].stop <= stop:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from meshloom.checkpoint import shared_reader
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
@@ -164,6 +165,29 @@ def test_what_ranks_tell_each_other_of_their_needs_is_small(tmp_path: Path) -> N
     assert len(needs[0]) < 200
     leaves = unpacked(needs[0], -(-manifest.files[0].bytes // 4096))
     assert leaves.sum() == 10240 and not leaves[0]
+
+
+def _windows_of_a_header(rank: int, world: int, folder: str) -> int:
+    shared_reader.WINDOW_BYTES, dealt = 2**20, 0
+    deal = shared_reader.deal
+
+    def counted(wanted: Any) -> Any:
+        nonlocal dealt
+        dealt += 1
+        return deal(wanted)
+
+    shared_reader.deal = counted
+    files = LocalFiles(Path(folder) / "step-00000001")
+    manifest = open_step(files)
+    assert dist.group.WORLD is not None
+    SharedReader(files, manifest, dist.group.WORLD).load_indexes([(manifest.arrays["weight/w"], Box((0,), (4,)))])
+    return dealt
+
+
+def test_of_a_file_whose_header_is_read_the_rest_is_not_walked(tmp_path: Path) -> None:
+    count = 2**20  # four windows
+    save(tmp_path, [[Fragment("w", "weight", (count,), Box.whole((count,)), torch.zeros(count))]], 1)
+    assert run_ranks(2, _windows_of_a_header, str(tmp_path)) == [1, 1]
 
 
 @pytest.mark.parametrize("suffix", [".leaves", "rank-00001.safetensors"])
