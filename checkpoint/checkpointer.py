@@ -131,7 +131,7 @@ class Checkpointer:
             if planner.layout.bytes:
                 self._context.pool.reserve(planner.layout.bytes)
         except Exception as error:
-            log.warning("saves can't be prepared: %s", error)
+            log.error("saves can't be prepared, and the first one will fail for it unless it is mended: %s", error)
             planner.forget()
             with contextlib.suppress(Exception):  # the store may be gone
                 talk.abort(str(error))

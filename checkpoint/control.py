@@ -94,8 +94,10 @@ class Control:
     def lend(self) -> Store:
         """A client of the store for one round."""
         with self._lock:
-            store: Any = self.store  # its stub knows no clones
-            return self._idle.pop() if self._idle else store.clone()
+            if self._idle:
+                return self._idle.pop()
+        store: Any = self.store  # its stub knows no clones
+        return store.clone()  # connects, which may take long: nobody else waits for it
 
     def take_back(self, client: Store) -> None:
         """Keep a client for the next round."""

@@ -58,12 +58,13 @@ class MemoryTier:
 
         size: of this rank's file. Returns why it is not possible where some rank has no keeper; empty if nothing is in the way.
         """
-        note = {"arranged": self._arranged}
+        arranged = self._arranged  # once: another save that fails meanwhile makes this one forget it
+        note = {"arranged": arranged}
         note = self._gathering.gather(talk, "keepers", json.dumps([self._introduction(size)]).encode(), note, _same_arrangement)
         if talk.control.rank == 0:
             talk.broadcast(json.dumps(self._decide(talk, note["arranged"], left)).encode())
         verdict = json.loads(talk.receive("keepers"))
-        if verdict["arranged"] != self._arranged and not verdict["fault"]:
+        if verdict["arranged"] != arranged and not verdict["fault"]:
             self._place = json.loads(talk.fetch(f"place/{self._rank}"))
             self._arranged = verdict["arranged"]
         return verdict["fault"]
