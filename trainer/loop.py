@@ -195,9 +195,10 @@ class Loop:
         done = DeviceTimestamp(self.mesh.device)
         if self.max_grad_norm is not None:
             self.engine.clip(self.max_grad_norm, norm)
-        heartbeat.beat(Phase.UPDATE)
+        heartbeat.beat(Phase.HOOKS)
         for hook in self.hooks:
             hook.before_update(self)
+        heartbeat.beat(Phase.UPDATE)
         lr = self.schedule.lr(before) * self.coupling.factor(before, self.controller.noise_scale)
         self.engine.update(lr, None if self.guard is None else self.guard.skip)
         self.engine.zero_grad()
@@ -291,6 +292,8 @@ class Loop:
             step = self._pending.pop(0)
             self._delivered = True
             progress, numbers = step.progress, step.numbers.read()
+            phase = self.mesh.heartbeat.phase
+            self.mesh.heartbeat.beat(Phase.HOOKS)  # nobody knows how long a hook, or a replay of the guard, takes
             self.own_work = step.numbers.read_vector()
             seconds = step.done.seconds_since(step.began)
             self.stopping |= numbers.pop("stops") > 0
@@ -328,6 +331,7 @@ class Loop:
                 row["stage"] = self.stage.name
             for hook in self.hooks:
                 hook.on_metrics(self, row)
+            self.mesh.heartbeat.beat(phase)
 
     def _repeats(self, step: Pending, verdict: Verdict) -> bool:
         """Take in the guard's verdict on a step. Return whether the step must be taken again, and so is not reported.

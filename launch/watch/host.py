@@ -23,7 +23,7 @@ from ...parallel.heartbeat import Phase, read_beat
 from ...trainer.watch.folder import AttemptFolder, read_json
 from ...trainer.watch.incidents import Incident, IncidentLog
 from ..exit_codes import HUNG
-from .judge import RankState, Silence, describe, judge
+from .judge import GONE, TRACED, RankState, Silence, describe, judge
 from .recorder import collect_dumps, read_dumps
 from .stacks import Stack, process_state, take_stack
 
@@ -31,9 +31,13 @@ POLL_SECONDS = 0.25
 PAUSED_SECONDS = 2.0
 """A poll that comes so late says that this host was suspended: its silence counts for nobody."""
 LOST_SECONDS = 5.0
-"""Seconds without news after which a host does not answer."""
+"""Seconds without news after which a host does not answer. It is judged much later: see `judge.LOST_SECONDS`."""
 STACKS = 8
 """At most so many stacks are read at a time: each takes up to half a second."""
+EARLY_SECONDS = 1.0
+"""So long before a rank is named its stack is read, so that other hosts' stacks have come when the judge names them."""
+STACK_SECONDS = 15.0
+"""Age of a stack after which it is read anew: a rank may have begun to compile."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class HostWatch(threading.Thread):
         self._over = threading.Event()
         self._host = socket.gethostname()
         self._mine: list[RankState] = []
-        self._stacks: dict[int, tuple[int, Stack | None]] = {}
+        self._stacks: dict[int, tuple[int, float, Stack | None]] = {}  # rank → beats and time of its newest stack
+        self._faults: set[str] = set()
         self._seen: dict[int, tuple[float, int, list[RankState]]] = {}  # node → when its newest news came, their number
         self._attempt = -1
         self._polls, self._resumed, self._lost = 0, time.monotonic(), 0.0
@@ -81,11 +86,17 @@ class HostWatch(threading.Thread):
             if now - last > PAUSED_SECONDS:
                 self._resumed = now
             last = now
-            folder = AttemptFolder.newest(self._root)
-            about: Any = None if folder is None else read_json(folder.run)
-            if folder is not None and about is not None:
-                self._poll(folder, about, now)
-                last = max(last, time.monotonic() - PAUSED_SECONDS / 2)  # reading stacks takes a while
+            try:
+                folder = AttemptFolder.newest(self._root)
+                about: Any = None if folder is None else read_json(folder.run)
+                if folder is not None and about is not None:
+                    self._poll(folder, about, now)
+                    last = max(last, time.monotonic() - PAUSED_SECONDS / 2)  # reading stacks takes a while
+            except Exception as error:  # the watch must not end of one bad turn, nor the run
+                told = f"{type(error).__name__}: {error}"
+                if told not in self._faults:
+                    self._faults.add(told)
+                    self._say(f"{self._host}: the watch over the ranks has failed, and goes on: {told}")
 
     def _poll(self, folder: AttemptFolder, about: Mapping[str, Any], now: float) -> None:
         attempt = int(folder.path.name.rpartition("-")[2])
@@ -95,19 +106,25 @@ class HostWatch(threading.Thread):
         if self.ended is not None and self.ended.attempt == attempt:
             return
         self._polls += 1
-        states = self._mine = self._local(folder, now)
-        if any(each.state in "XZ" and each.state for each in states):
-            return  # a rank has died: torchrun ends the others
-        judges = any(each.rank == 0 for each in states)
-        if about["nodes"] > 1:
-            states = self._exchange(about, states, judges, now)
-        if judges:
-            self._judge(about, states, judge(states, _limit(about["silence"]), float(about["timeout"])))
+        mine = self._mine = self._local(folder, now)
+        others: list[RankState] = []
+        judges = any(each.rank == 0 for each in mine)
+        if about["nodes"] > 1:  # before stacks are read: news must not be late
+            others = self._exchange(about, mine, judges, now)
+        mine = self._take_stacks(folder, mine, now)
+        if not judges or any(each.state in (*GONE, TRACED) for each in [*mine, *others]):
+            return  # torchrun ends the others of a rank that has exited; somebody debugs one that is traced
+        limit, timeout = _limit(about["silence"]), float(about["timeout"])
+        silence = judge([*mine, *others], limit, timeout)
+        if silence is not None and silence.ends:  # a stack may be old: look again before anything is ended
+            later = time.monotonic()
+            mine = self._take_stacks(folder, self._local(folder, later), later, anew=True)
+            silence = judge([*mine, *others], limit, timeout)
+        self._judge(about, [*mine, *others], silence)
 
     def _local(self, folder: AttemptFolder, now: float) -> list[RankState]:
-        """Read the states of this host's ranks, with the stacks of those that are silent."""
+        """Read the states of this host's ranks, with the stacks that have been read since their last beats."""
         found: list[RankState] = []
-        taken = 0
         for rank in folder.ranks():
             beat = read_beat(folder.beat(rank))
             if beat is None:
@@ -124,26 +141,39 @@ class HostWatch(threading.Thread):
                 beat.step_usual,
                 process_state(beat.pid),
             )
-            if state.age > state.named_after and state.phase is not Phase.END and state.state not in "XZ":
-                known = self._stacks.get(rank, (-1, None))
-                if known[0] != beat.beats and taken < STACKS:
-                    taken += 1
-                    known = beat.beats, take_stack(beat.pid, folder.stack(rank), stopped=state.stopped)
-                    self._stacks[rank] = known
-                if (stack := known[1]) is not None:
-                    state = replace(state, stack=stack.told, collective=stack.collective, compiles=stack.compiles)
+            beats, _, stack = self._stacks.get(rank, (-1, 0.0, None))
+            if beats != beat.beats:
+                self._stacks.pop(rank, None)
+            found.append(_with_stack(state, stack if beats == beat.beats else None))
+        return found
+
+    def _take_stacks(
+        self, folder: AttemptFolder, states: Sequence[RankState], now: float, *, anew: bool = False
+    ) -> list[RankState]:
+        """Read the stacks of the ranks that are silent, and return all states with them. anew: also where one is known."""
+        found: list[RankState] = []
+        taken = 0
+        for state in states:
+            silent = state.age > state.named_after - EARLY_SECONDS and state.phase is not Phase.END
+            beat = read_beat(folder.beat(state.rank)) if silent and state.state not in (*GONE, TRACED) else None
+            known = self._stacks.get(state.rank)
+            if beat is not None and taken < STACKS and (anew or known is None or now - known[1] > STACK_SECONDS):
+                taken += 1
+                stack = take_stack(beat.pid, folder.stack(state.rank), stopped=state.stopped)
+                self._stacks[state.rank] = beat.beats, now, stack
+                state = _with_stack(state, stack)
             found.append(state)
         return found
 
     def _exchange(self, about: Mapping[str, Any], states: list[RankState], judges: bool, now: float) -> list[RankState]:
-        """Send this host's states to the judging host, or gather there those of all hosts."""
+        """Send this host's states to the judging host, or return there those of all other hosts."""
         prefix = f"attempt-{self._attempt}"
         try:
             if judges:
-                return states + self._gather(prefix, about, now)
+                return self._gather(prefix, about, now)
             if self._news is None:
                 if not about.get("address"):
-                    return states
+                    return []
                 from torch.distributed import TCPStore
 
                 host, _, port = str(about["address"]).rpartition(":")
@@ -158,7 +188,7 @@ class HostWatch(threading.Thread):
             if self._lost and now - self._lost > LOST_SECONDS:
                 self._lost = 0.0
                 self._say(f"{self._host}: the launcher of rank 0's host does not answer ({type(error).__name__})")
-        return states
+        return []
 
     def _gather(self, prefix: str, about: Mapping[str, Any], now: float) -> list[RankState]:
         """Return the newest states of the other hosts' ranks; those of a host without news don't answer."""
@@ -175,7 +205,7 @@ class HostWatch(threading.Thread):
             if node in self._seen:
                 came, _, rows = self._seen[node]
                 late = now - max(came, self._resumed)
-                lost = late > LOST_SECONDS
+                lost = late > LOST_SECONDS and not any(each.state in GONE for each in rows)
                 found += [replace(each, age=each.age + late, state="" if lost else each.state) for each in rows]
         return found
 
@@ -199,11 +229,12 @@ class HostWatch(threading.Thread):
         if about.get("recorder"):
             recorded = read_dumps(collect_dumps(Path(about["recorder"]), [each.rank for each in states if not each.stopped]))
         message = text + (f"; {recorded}" if recorded else "") + _stack_of(first)
-        self._tell(about, "hang", f"run ended: {message}", silence)
         self.ended = Ended(self._attempt, first.rank, first.host, message)
         if self._store is not None:
-            self._store.set(f"attempt-{self._attempt}/ended", json.dumps(asdict(self.ended)))
+            with contextlib.suppress(Exception):  # a store may raise anything
+                self._store.set(f"attempt-{self._attempt}/ended", json.dumps(asdict(self.ended)))
         self._kill()
+        self._tell(about, "hang", f"run ended: {message}", silence)
 
     def _obey(self, ended: dict[str, Any]) -> None:
         """End this host's ranks, as the judging host has decided."""
@@ -236,7 +267,8 @@ class HostWatch(threading.Thread):
 
     @staticmethod
     def _say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # a terminal or a log that is gone must not end the watch
+            print(text, file=sys.stderr, flush=True)
 
 
 def _limit(silence: object) -> float | None:
@@ -244,6 +276,12 @@ def _limit(silence: object) -> float | None:
     if silence is None:
         return float("inf")
     return float(silence) if isinstance(silence, int | float) else None
+
+
+def _with_stack(state: RankState, stack: Stack | None) -> RankState:
+    if stack is None:
+        return state
+    return replace(state, stack=stack.told, collective=stack.collective, compiles=stack.compiles)
 
 
 def _stack_of(state: RankState) -> str:

@@ -20,17 +20,21 @@ from ...parallel.heartbeat import Phase
 NAMED_STEPS, NAMED_SECONDS, STOPPED_SECONDS = 2.0, 10.0, 3.0
 """A rank is named when it is silent for so many of its usual steps and so many seconds more; fewer if it is stopped."""
 ENDED_STEPS, ENDED_SECONDS = 10.0, 30.0
-"""A run is ended for a rank that still runs when it is silent for so long. A file server may fall silent for that long, too."""
+"""A run is ended for a rank that still runs when it is silent for so long."""
+LOST_SECONDS = 30.0
+"""A host that gives no news is named after 2 usual steps and so many seconds."""
 UNKNOWN_SECONDS = 10.0
 """Stands for NAMED while no usual time of a step is known: the first steps compile."""
 MOVES = 1.0
 """Seconds within which a rank has to beat for its run not to be silent."""
-STOPPED = "T"
-"""Linux's state of a process that a signal has stopped, not of one that is being traced."""
+STOPPED, TRACED, STORAGE = "T", "t", "D"
+"""Linux's states of a process: stopped by a signal; held or followed by a debugger; waiting for a disk or a file server."""
+GONE = ("X", "Z")
+"""States of a process that has exited."""
 TOGETHER = {Phase.FORWARD: 1, Phase.BACKWARD: 1, Phase.EXCHANGE: 1}
 """Phases through which a rank goes many times in a step count as one part of it."""
 UNBOUNDED = (Phase.START, Phase.SAVE, Phase.HOOKS, Phase.END)
-"""Phases without a usual time: data are prepared, a last checkpoint is written. Only parallel.timeout bounds them."""
+"""Phases without a usual time: data are prepared, a hook draws, a checkpoint is written. Only parallel.timeout bounds them."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class RankState:
     state       Linux's letter for its process; "": its host does not answer
     stack       innermost Python frames, one line; "": not taken
     collective  whether that stack is in a collective; None: not known
-    compiles    whether it is in torch.compile
+    compiles    whether one of its threads compiles
     """
 
     rank: int
@@ -74,6 +78,8 @@ class RankState:
     @property
     def named_after(self) -> float:
         """Seconds of silence after which the rank is named."""
+        if self.state == "":
+            return NAMED_STEPS * (self.step_usual or 0.0) + LOST_SECONDS
         if self.step_usual is None:
             return UNKNOWN_SECONDS
         if self.stopped:
@@ -85,11 +91,14 @@ class RankState:
 
         limit: launch.silence, if it is a number; timeout: parallel.timeout, which holds where nothing was learned
         """
+        if self.state == STOPPED:
+            return self.named_after if limit is None else max(limit, self.named_after)
+        unknown = self.step_usual is None or not self.usual or self.phase in UNBOUNDED or self.compiles
+        if unknown or self.state == STORAGE:
+            return timeout if limit is None else max(limit, timeout)
         if limit is not None:
             return limit
-        if self.stopped:
-            return self.named_after
-        if self.step_usual is None or not self.usual or self.phase in UNBOUNDED or self.compiles:
+        if self.step_usual is None or self.phase is Phase.DATA:  # a file server, or a cold cache, may take minutes
             return timeout
         return min(timeout, ENDED_STEPS * max(self.step_usual, self.usual) + ENDED_SECONDS)
 
@@ -111,20 +120,39 @@ class Silence:
 
 
 def judge(ranks: Sequence[RankState], limit: float | None = None, timeout: float = 600.0) -> Silence | None:
-    """Return the silence of a run, if it is silent. limit, timeout: see `RankState.ended_after`."""
-    live = [each for each in ranks if each.phase is not Phase.END or each.stopped]
-    stopped = [each for each in live if each.stopped and each.age > each.named_after]
-    if not stopped and (not live or min(each.age for each in live) < MOVES):
+    """Return the silence of a run, if it is silent. limit, timeout: see `RankState.ended_after`.
+
+    A run of which a rank has exited is not judged: torchrun ends its others. Nor is one that somebody debugs.
+    """
+    live = [each for each in ranks if each.phase is not Phase.END]
+    if not live or any(each.state in GONE for each in ranks) or any(each.state == TRACED for each in live):
         return None
-    blamed = stopped or blame(live)
-    if not any(each.age > each.named_after for each in blamed):
+    stopped = [each for each in live if each.state == STOPPED and each.age > each.named_after]
+    answering = [each for each in live if each.state]
+    lost = [each for each in live if not each.state and not stopped]
+    if not answering:
+        return None
+    if lost and not all(each.age > each.named_after for each in answering):
+        lost, live = [], answering  # the run goes on: only the news of a host are lost
+    if not stopped and min(each.age for each in live) < MOVES:
+        return None
+    blamed = stopped or lost or blame(live)
+    if not any(each.age > _named_after(each, timeout) for each in blamed):
         return None
     if not stopped and len({each.phase for each in live}) == 1 and blamed[0].phase in UNBOUNDED:
         return None  # all prepare, or save: nobody waits for another
-    limits = [each.ended_after(limit, timeout) for each in blamed]
+    # Where no rank is stopped, the most patient limit of all holds: who is to blame is not certain.
+    limits = [each.ended_after(limit, timeout) for each in stopped or live]
+    after = min(limits) if stopped else max(limits)
     waiting = [each for each in live if each not in blamed]
-    ends = any(each.age > after for each, after in zip(blamed, limits, strict=True))
-    return Silence(blamed, waiting, ends, min(limits))
+    return Silence(blamed, waiting, any(each.age > after for each in blamed), after)
+
+
+def _named_after(state: RankState, timeout: float) -> float:
+    """Return the seconds after which a rank is named: in a phase without a usual time, half of what bounds it."""
+    if state.stopped or state.phase not in UNBOUNDED:
+        return state.named_after
+    return max(state.named_after, timeout / 2)
 
 
 def blame(ranks: Sequence[RankState]) -> list[RankState]:

@@ -23,6 +23,7 @@ SIGNAL_SECONDS = 0.5
 FRAMES = 4
 _OWN = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+)(?: in (?P<name>.+))?')
 _PY_SPY = re.compile(r"^\s+(?P<name>\S.*?) \((?P<file>[^()]+):(?P<line>\d+)\)$")
+_COMPILER = re.compile(r"torch/_dynamo/|torch/_inductor/|/triton/|cutlass|cpp_extension")
 _WAITS = re.compile(
     r"\bwait\w*\(|\.item\(\)|\.tolist\(\)|synchronize\(|all_reduce|all_gather|all_to_all|broadcast|barrier|recv\("
 )
@@ -34,7 +35,7 @@ class Stack:
 
     told        "file:line name < …": the innermost frame, then those outside of PyTorch, and by what they were read
     collective  whether it waits in a collective, or for the device
-    compiles    whether torch.compile is at work
+    compiles    whether a compiler is at work in any thread: autograd's own compiles the backward pass
     """
 
     told: str
@@ -43,11 +44,15 @@ class Stack:
 
 
 def process_state(pid: int) -> str:
-    """Return Linux's letter for a process's state; "X" if it is gone."""
+    """Return Linux's letter for a process's state; "X" if it is gone, "t" also where a debugger follows a process that runs."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
         return "X"
+    letter, tracer = re.search(r"^State:\s*(\S)", text, re.MULTILINE), re.search(r"^TracerPid:\s*(\d+)", text, re.MULTILINE)
+    if letter is None or letter[1] in "XZ":
+        return "X" if letter is None else letter[1]
+    return letter[1] if tracer is None or tracer[1] == "0" else "t"
 
 
 def take_stack(pid: int, file: Path, *, stopped: bool) -> Stack | None:
@@ -85,14 +90,14 @@ def _signalled(pid: int, file: Path) -> str:
 
 
 def parse_own(text: str) -> Stack | None:
-    """Parse what Python's faulthandler has written: of its threads, the current one, which is the main thread."""
+    """Parse what Python's faulthandler has written: the frames of the current thread, which is the main thread."""
     parts = re.split(r"^(?:Current thread|Thread) .*$", text, flags=re.MULTILINE)
     heads = re.findall(r"^(Current thread|Thread) .*$", text, flags=re.MULTILINE)
     if not heads:
         return None
     number = heads.index("Current thread") if "Current thread" in heads else len(heads) - 1
     frames = [(m["file"], int(m["line"]), m["name"] or "?") for m in _OWN.finditer(parts[number + 1])]
-    return _stack(frames, "")
+    return _stack(frames, "", _compiles(text))
 
 
 def parse_py_spy(text: str) -> Stack | None:
@@ -100,15 +105,19 @@ def parse_py_spy(text: str) -> Stack | None:
     threads = re.split(r"^Thread ", text, flags=re.MULTILINE)[1:]
     main = next((thread for thread in threads if "MainThread" in thread.partition("\n")[0]), threads[0] if threads else "")
     frames = [(m["file"], int(m["line"]), m["name"]) for line in main.splitlines() if (m := _PY_SPY.match(line))]
-    return _stack(frames, " (py-spy)")
+    return _stack(frames, " (py-spy)", _compiles(text))
 
 
-def _stack(frames: list[tuple[str, int, str]], source: str) -> Stack | None:
+def _compiles(text: str) -> bool:
+    """Return whether a frame of any thread belongs to a compiler. Inductor's idle reader of its workers does not count."""
+    return any(_COMPILER.search(line) and "subproc_pool.py" not in line for line in text.splitlines())
+
+
+def _stack(frames: list[tuple[str, int, str]], source: str, compiles: bool) -> Stack | None:
     if not frames:
         return None
     own = [frame for frame in frames[1:] if "/torch/" not in frame[0] and "/multiprocessing/" not in frame[0]]
     told = " < ".join(f"{Path(file).name}:{line} {name}" for file, line, name in [frames[0], *own[: FRAMES - 1]])
     file, line, _ = frames[0]
     waits = "torch/distributed/" in file or bool(_WAITS.search(linecache.getline(file, line)))
-    compiles = any("torch/_dynamo/" in each or "torch/_inductor/" in each for each, _, _ in frames)
     return Stack(told + source, waits, compiles)

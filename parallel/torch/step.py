@@ -77,10 +77,13 @@ class Accumulation:
         """See `StepStrategy`."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         # Mixtures run a pass without gradients inside a step, too.
-        phase = Phase.EVALUATION if self._heartbeat.phase is Phase.EVALUATION else Phase.FORWARD
+        before = self._heartbeat.phase
+        phase = Phase.EVALUATION if before is Phase.EVALUATION else Phase.FORWARD
         for number, micro_batch in enumerate(micro_batches, start=1):
             self._heartbeat.beat(phase, number)
             total += self._forward(micro_batch)
+        if before is not phase:
+            self._heartbeat.beat(before)  # a hook that evaluates goes on with its own work
         return total
 
 

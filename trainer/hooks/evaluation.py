@@ -91,9 +91,9 @@ class Evaluation(Hook):
             row["stage"] = loop.stage.name
         if routed:
             row |= self._specialisation(loop, routed)
+        loop.mesh.heartbeat.beat(Phase.HOOKS)
         for hook in loop.hooks:
             hook.on_evaluate(loop, row)
-        loop.mesh.heartbeat.beat(Phase.HOOKS)
         loop.restart_clock()
 
     def _specialisation(self, loop: Loop, routed: Mapping[str, torch.Tensor]) -> dict[str, float]:
