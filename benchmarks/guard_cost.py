@@ -71,7 +71,7 @@ def main() -> None:
     def step(judges: bool) -> None:
         loss: StepLoss = engine.accumulate(share, global_tokens)
         norm = engine.gradient_norm()
-        numbers = guard.judge(loss, norm) if judges else {}
+        numbers = guard.judge(loss, norm, 1) if judges else {}
         Deferred({"loss": loss.mean, "grad_norm": norm, **numbers})
         engine.clip(1.0, norm)
         engine.update(3e-4, guard.skip if judges else None)
@@ -94,7 +94,7 @@ def main() -> None:
             times[judges] += clock.seconds()
     with Operations() as operations:
         one = torch.ones((), dtype=torch.float64, device=mesh.device)
-        guard.judge(StepLoss(one, one, {}, one), one)
+        guard.judge(StepLoss(one, one, {}, one), one, 1)
 
     fragments = list(engine.fragments())
     hashed: list[tuple[float, float]] = []

@@ -189,7 +189,7 @@ class Loop:
         moments = None if measure is Measure.NOTHING else self.engine.gradient_moments(count)
         scalars = {"loss": loss.mean, "grad_norm": norm, **signals, **loss.extras}
         if self.guard is not None:
-            scalars |= self.guard.judge(loss, norm)
+            scalars |= self.guard.judge(loss, norm, count)
         # Copied before the update, so that a controller that needs them does not wait for it.
         numbers = Deferred(scalars if moments is None else {**scalars, **moments.scalars}, self._own_work)
         done = DeviceTimestamp(self.mesh.device)
@@ -340,7 +340,7 @@ class Loop:
         """
         assert self.guard is not None
         if not verdict.bad:
-            self.guard.accept(verdict)
+            self.guard.accept(verdict, step.progress)
             return False
         skipped = [step, *self._pending]
         self._pending.clear()

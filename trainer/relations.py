@@ -71,9 +71,11 @@ def _layout(config: RunConfig, start: Start) -> Iterable[Problem]:
 
 
 def _rewinds(config: RunConfig, _: Start) -> Iterator[Problem]:
-    if config.trainer.on_bad_step == "rewind" and config.checkpoint.every == 0:
+    every, memory_every = config.checkpoint.every, config.checkpoint.memory_every
+    if config.trainer.on_bad_step == "rewind" and (every == 0 or (every is None and memory_every is None)):
         fix = "save (checkpoint.every), or use trainer.on_bad_step=skip"
-        yield Problem("trainer.on_bad_step", "checkpoint.every=0 leaves nothing to go back to", fix)
+        value = "null" if every is None else every
+        yield Problem("trainer.on_bad_step", f"checkpoint.every={value} leaves nothing to go back to", fix)
 
 
 def _decoder(config: RunConfig, start: Start) -> Iterable[Problem]:
@@ -248,7 +250,7 @@ LENGTH = ("trainer.steps", "trainer.tokens", "data.seq_len", "batch.samples")
 
 RELATIONS = (
     Relation(("parallel",), _layout),
-    Relation(("trainer.on_bad_step", "checkpoint.every"), _rewinds),
+    Relation(("trainer.on_bad_step", "checkpoint.every", "checkpoint.memory_every"), _rewinds),
     Relation(("parallel", "model", "data.seq_len", "trainer.activation", "trainer.compile"), _decoder),
     Relation(("model", "balance", "parallel", "trainer", "batch.micro", "data.seq_len"), _experts),
     Relation(("parallel", "precision"), _engine),

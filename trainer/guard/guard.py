@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...checkpoint.restore import holds_checkpoint
 from ...data.batch import GlobalBatch
 from ...optim.progress import Progress
 from ...parallel.engine import StepLoss
 from ...parallel.mesh import Mesh
-from ..all_ranks import on_main
+from ..all_ranks import on_main, raise_on_all_ranks
 from ..config import TrainerConfig
 from ..watch.incidents import Incident, IncidentLog
 from .journal import Journal, Rewind
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 ACTIONS = {
     "skip": "The step is skipped (trainer.on_bad_step=skip)",
-    "accept": "The step is skipped (trainer.on_bad_step=skip), as the last one",
+    "accept": "The step is skipped, as the last one before a new level",
     "redo": "The step is taken again, with the same weights",
     "leave out": "The step is taken again without these samples (trainer.on_bad_step=rewind)",
     "rewind": "The run goes back (trainer.on_bad_step=rewind)",
@@ -89,22 +90,36 @@ class StepGuard:
         self.suspected: int | None = None
         self._in_a_row = self._good_in_a_row = 0
         self._redone: int | None = None
+        self._judged_batch = self._seen_batch = 0  # the largest of the level, on the device and on the host
 
     @property
     def skip(self) -> torch.Tensor:
         """1 on the device if the step just judged, or one before it that the host has not seen, is bad."""
         return self._detector.skip
 
-    def judge(self, loss: StepLoss, norm: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Judge a step before its update: sets `skip`. Return numbers for the host."""
+    def judge(self, loss: StepLoss, norm: torch.Tensor, batch: int) -> dict[str, torch.Tensor]:
+        """Judge a step of so many samples before its update: sets `skip`. Return numbers for the host."""
+        if falls(self._judged_batch, batch):
+            self._detector.restart_window()
+            self._judged_batch = 0
+        self._judged_batch = max(self._judged_batch, batch)
         own = loss.mean if loss.own is None else loss.own
         return self._detector.judge(loss.mean, norm, own)
 
-    def accept(self, verdict: Verdict) -> None:
-        """Note a good step."""
+    def _see(self, batch: int) -> None:
+        """Begin the statistic anew on the host where the device has."""
+        if falls(self._seen_batch, batch):
+            self._detector.restart_mirror()
+            self._seen_batch = 0
+        self._seen_batch = max(self._seen_batch, batch)
+
+    def accept(self, verdict: Verdict, progress: Progress) -> None:
+        """Note a good step. progress: after it"""
+        self._see(progress.batch)
         self._detector.accept(verdict)
         self._in_a_row = 0
-        self._good_in_a_row += 1
+        # Before the suspected step, to which the run is on its way again, nothing has been put in order yet.
+        self._good_in_a_row = self._good_in_a_row + 1 if self.suspected is None or progress.step > self.suspected else 0
         if self.suspected is not None and self._good_in_a_row >= SETTLED:
             self.suspected = None
 
@@ -117,6 +132,7 @@ class StepGuard:
         Raises TrainingDiverged or RewindNeeded where the run can't go on with these weights.
         """
         step, batch = progress.step, GlobalBatch(progress.samples - progress.batch, progress.batch)
+        self._see(progress.batch)
         self.bad_steps += 1
         self._in_a_row += 1
         self._good_in_a_row = 0
@@ -148,20 +164,34 @@ class StepGuard:
             return "device"
         if diagnosis.kind == WEIGHTS:
             return "rewind" if self._mode == "rewind" else "weights"
+        if verdict.finite and max(self._in_a_row, self._spikes_before(step) + 1) >= self._limit:
+            return "accept"
         if self._in_a_row >= self._limit:
-            return "accept" if verdict.finite and self._mode == "skip" else "limit"
+            return "limit"
         if diagnosis.kind == PASSING and step != self._redone:
             self._redone = step
             return "redo"
         if self._mode == "skip":
             return "skip"
-        return "rewind" if verdict.finite else "leave out"
+        # The weights are still those before the step: without a checkpoint it is as good to go on from them.
+        return "rewind" if verdict.finite and self._something_is_saved() else "leave out"
+
+    def _spikes_before(self, step: int) -> int:
+        """Return how many steps the run has left out shortly before this one. Other samples spike, too: it is the level."""
+        own = (each for each in self.journal.rewinds if each.data == self.journal.data and each.ranges)
+        return len({each.step for each in own if step - 2 * self._limit <= each.step < step})
+
+    def _something_is_saved(self) -> bool:
+        return self._mesh.from_main(
+            raise_on_all_ranks(self._mesh, lambda: self._mesh.is_main and holds_checkpoint(self._folder))
+        )
 
     def suspect_rewound(self, step: int) -> None:
         """Keep suspecting the step from which the run went back to this one or an earlier."""
         ahead = [each.step for each in self.journal.rewinds if each.step > step]
         if ahead:
             self.suspected = min([*ahead, *([] if self.suspected is None else [self.suspected])])
+            self._good_in_a_row = 0
 
     def leave_out(self, rewind: Rewind) -> None:
         """Add a rewind to the journal, and write that before the run meets the samples again. Raises on all ranks."""
@@ -171,9 +201,7 @@ class StepGuard:
     def _accept_new_level(self, step: int) -> None:
         """Begin the statistic anew: so many finite steps in a row are no outliers."""
         self._detector.restart()
-        message = (
-            f"step {step}: {self._in_a_row} spikes in a row (trainer.bad_step_limit) are taken for a new level from here on"
-        )
+        message = f"step {step}: {self._limit} spikes in a row (trainer.bad_step_limit) are taken for a new level from here on"
         self._in_a_row = 0
         if self._mesh.is_main:
             log.warning("%s", message)
@@ -196,7 +224,7 @@ class StepGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as JSON values, as far as the host knows it. It waits for no device."""
-        counts = {"bad_steps": self.bad_steps, "suspected": self.suspected}
+        counts = {"bad_steps": self.bad_steps, "suspected": self.suspected, "batch": self._seen_batch}
         return {**self._detector.state_dict(), **counts, "in_a_row": self._in_a_row, "good_in_a_row": self._good_in_a_row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -204,6 +232,12 @@ class StepGuard:
         self._detector.load_state_dict(state)
         self.bad_steps, self.suspected = state["bad_steps"], state["suspected"]
         self._in_a_row, self._good_in_a_row = state["in_a_row"], state["good_in_a_row"]
+        self._judged_batch = self._seen_batch = state.get("batch", 0)
+
+
+def falls(largest: int, batch: int) -> bool:
+    """Return whether a batch is so small, beside the largest of the level, that gradients are much noisier: half or less."""
+    return 2 * batch <= largest
 
 
 def describe(verdict: Verdict, step: int, batch: GlobalBatch, diagnosis: Diagnosis) -> str:

@@ -20,10 +20,10 @@ WARM_UP = 64
 """Accepted steps before the first one can be called a spike."""
 MAD_TO_SIGMA = 1.4826
 """The standard deviation of normal numbers whose MAD is 1."""
-LEAST_OF_LOSS = 0.01
+LEAST_OF_LOSS = 0.02
 """Least sigma of the loss, as a share of its median: smaller moves harm nobody."""
-LEAST_OF_NORM = 0.1
-"""Least sigma of the gradient norm's logarithm."""
+LEAST_OF_NORM = 0.3
+"""Least sigma of the gradient norm's logarithm: six are a norm of six times the median. Clipping bounds what is below."""
 
 NOT_FINITE, LOSS_SPIKE, NORM_SPIKE = 1, 2, 4
 """What may be wrong with a step: bits of a verdict's code."""
@@ -152,7 +152,15 @@ class SpikeDetector:
 
     def restart(self) -> None:
         """Forget all steps: a new level has begun, and warms up."""
+        self.restart_mirror()
+        self.restart_window()
+
+    def restart_mirror(self) -> None:
+        """Forget on the host: it comes to the step where a new level begins."""
         self._mirror, self._count = [], 0
+
+    def restart_window(self) -> None:
+        """Forget on the device, which is ahead of the host."""
         self._window_2W = torch.full_like(self._window_2W, torch.nan)
         self._accepted = torch.zeros_like(self._accepted)
 

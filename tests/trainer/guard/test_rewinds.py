@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from meshloom.checkpoint.folder import step_name
+from meshloom.checkpoint.restore import read_manifest
 from meshloom.trainer.guard import spikes
 from meshloom.trainer.guard.journal import read_journal
 from meshloom.trainer.watch.incidents import read_incidents
@@ -69,8 +71,23 @@ def test_after_a_spike_the_run_goes_back_and_leaves_its_samples_out(tmp_path: Pa
     assert run(1, tmp_path / "told", *words, "resume=auto") == pytest.approx(found, rel=1e-9)
 
 
-def test_a_spike_that_comes_again_ends_the_run_in_the_end(tmp_path: Path) -> None:
-    words = [f"output_dir={tmp_path}", "checkpoint.every=3", "trainer.eval_every=0", "trainer.steps=12"]
-    keys = ["trainer.on_bad_step=rewind", "trainer.bad_step_limit=2", hook("Jolt", first=8, last=12)]
-    assert run_ranks(1, trained, [*words, *keys]) == [1]
-    assert [(each["step"], each["to"]) for each in read_journal(tmp_path / "checkpoints")] == [(8, 6), (9, 3), (10, 9)]
+def test_as_many_spikes_as_the_limit_are_a_new_level(tmp_path: Path) -> None:
+    """Each leaves out other samples, so it is not these."""
+    words = ["trainer.steps=12", "trainer.on_bad_step=rewind", "trainer.bad_step_limit=2"]
+    assert len(run(1, tmp_path, *words, hook("Jolt", first=8, last=12))) == 12
+    assert [(each["step"], each["to"]) for each in read_journal(tmp_path / "checkpoints")] == [(8, 6)]
+    assert [(each["kind"], each["step"]) for each in read_incidents(tmp_path)] == [
+        ("bad_step", 8),
+        ("bad_step", 9),
+        ("new_level", 9),
+    ]
+
+
+def test_before_the_first_checkpoint_a_spike_is_left_out_in_place(tmp_path: Path) -> None:
+    """At the very step of the first save, too, which reads the step's numbers: then that is given up, and done again."""
+    words = ["trainer.steps=7", "trainer.on_bad_step=rewind", "checkpoint.every=6"]
+    found = run(1, tmp_path, *words, hook("Jolt", first=6, last=6))
+    (rewind,) = read_journal(tmp_path / "checkpoints")
+    assert (rewind["step"], rewind["to"], rewind["in_place"]) == (6, 5, True)
+    assert len(found) == 7 and found[5] == 0.0
+    assert read_manifest(tmp_path / "checkpoints" / step_name(6)).state["progress"]["step"] == 6

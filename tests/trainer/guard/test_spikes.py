@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 
+from meshloom.optim.progress import Progress
 from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.engine import StepLoss
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
+from meshloom.trainer.config import TrainerConfig
 from meshloom.trainer.guard import spikes
+from meshloom.trainer.guard.guard import StepGuard
+from meshloom.trainer.guard.journal import Journal, Rewind
 from meshloom.trainer.guard.spikes import LOSS_SPIKE, NORM_SPIKE, NOT_FINITE, SpikeDetector, Verdict
 from support.ranks import run_ranks
 
@@ -33,7 +39,7 @@ def plain_codes(values: list[tuple[float, float]], sigmas: float) -> list[int]:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             code = NOT_FINITE
         elif len(accepted) >= 64:
-            for number, least, bit in ((0, 0.01, LOSS_SPIKE), (1, 0.1, NORM_SPIKE)):
+            for number, least, bit in ((0, 0.02, LOSS_SPIKE), (1, 0.3, NORM_SPIKE)):
                 past = [pair[number] for pair in accepted[-128:]]
                 middle = statistics.median_low(past)
                 spread = 1.4826 * statistics.median_low([abs(x - middle) for x in past])
@@ -135,6 +141,35 @@ def test_nothing_is_taken_after_a_bad_step_before_the_host_has_seen_it() -> None
     for seen, ranks in run_ranks(2, frozen):
         assert seen == [0.0, 1.0, 1.0, 0.0]
         assert ranks == [-1, 1, -1, -1]
+
+
+def guarded(rank: int, world_size: int, batches: tuple[int, int], folder: str) -> tuple[list[int], list[int], bool]:
+    """Bad steps among 70 of one batch size, and some of another with a larger norm; what is suspected; a restored mirror."""
+    mesh = Mesh.connect(Layout.plan(ParallelConfig(), 1), torch.device("cpu"))
+    guard = StepGuard(mesh, TrainerConfig(steps=9), Journal("d"), folder, Path(folder))
+    guard.journal.rewinds.append(Rewind(75, 60, [], "", "d"))
+    guard.suspect_rewound(60)
+    progress, bad, suspected = Progress(), [], []
+    for number in range(145):
+        batch = batches[number >= 70]
+        progress = progress.before(batch, 16).after(batch, batch * 16)
+        loss, norm = torch.tensor(2.0, dtype=torch.float64), torch.tensor(40.0 if number >= 70 else 1.0, dtype=torch.float64)
+        numbers = {name: float(n) for name, n in guard.judge(StepLoss(loss, loss, {}, loss), norm, batch).items()}
+        verdict = Verdict.taken_from({"loss": 2.0, "grad_norm": float(norm), **numbers})
+        assert verdict is not None
+        if verdict.bad:
+            return [number], suspected, True
+        guard.accept(verdict, progress)
+        suspected += [] if guard.suspected is None else [progress.step]
+    return bad, suspected, guard.state_dict()["accepted"] == 75
+
+
+@pytest.mark.parametrize(("batches", "bad"), [((8, 8), [70]), ((8, 5), [70]), ((8, 4), []), ((8, 2), [])])
+def test_a_batch_of_half_the_size_begins_a_new_level(batches: tuple[int, int], bad: list[int], tmp_path: Path) -> None:
+    ((found, suspected, mirrored),) = run_ranks(1, guarded, batches, str(tmp_path))
+    assert found == bad and mirrored
+    if not bad:  # 64 good steps beyond the suspected one, not before it
+        assert suspected == list(range(1, 75 + 64))
 
 
 def test_the_windows_numbers_are_those_of_the_docs() -> None:
