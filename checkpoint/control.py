@@ -3,7 +3,8 @@
 A process group must not be used from the background while the trainer communicates (both hang); a store may.
 
 Messages to the coordinator, rank 0, go up a tree and are merged on the way, so that no rank waits for more than a few others.
-The coordinator's answers are one key that all ranks wait for. Every wait blocks in the store; nobody asks again and again.
+The coordinator's answers are one key that all ranks wait for. Every wait blocks in the store. Who waits long
+asks every few seconds whether some rank has aborted, since that rank's word may be held up behind a slow one's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from .errors import CheckpointError
 
 FAN_OUT = 8
 """Ranks of each level of the tree that send to the same rank: as many as a host usually has, so that it has one parent."""
+ABORT_SECONDS = 5.0
+"""Seconds of a wait between two looks for an abort."""
 _MESSAGE, _ABORT = b"m", b"a"  # the first byte of every message
 # Whoever waits longer for others waits a little longer in all, so that the rank that is nearest to a lost one names it.
 PATIENCE_PER_LEVEL = 0.02  # as a part of the time-out
@@ -120,7 +123,7 @@ class Round:
 
     A step is either a message up the tree (`send` and `collect`) or one down to all (`broadcast` and `receive`). Every wait
     ends with CheckpointError when some rank has called `abort`, whose word goes up to the coordinator and from there to
-    all; or after `timeout` seconds.
+    all, and also lies where whoever waits long looks for it; or after `timeout` seconds.
     """
 
     def __init__(self, control: Control, number: int, kind: str, timeout: float, key: str = "") -> None:
@@ -195,6 +198,9 @@ class Round:
         key = f"up/{self.control.rank}/{self._sent}" if self.control.rank else f"down/{self._told}"
         self._written.append(key)
         self._set(key, message)
+        self._written.append("abort")
+        if not self._store().check([f"{self._prefix}/abort"]):
+            self._set("abort", self._aborted.encode())
 
     def leave(self) -> None:
         """This rank reads nothing more of this round."""
@@ -227,7 +233,8 @@ class Round:
         store, full = self._store(), f"{self._prefix}/{key}"
         limit = max(0.001, deadline - time.monotonic())
         self._client = None  # until it has answered: one that is given up may be in the middle of something
-        if not _await_key(store, full, limit):
+        if not _await_key(store, full, limit, self._raise_if_aborted):
+            self._raise_if_aborted()  # before a rank is blamed that only was slower
             said = f"{self.timeout:g} s" + (f" ({self._key})" if self._key else "")
             raise CheckpointError(f"rank {self.control.rank}: no answer on “{topic}” within {said}{absent}")
         self._client = store
@@ -236,14 +243,24 @@ class Round:
             raise CheckpointError(payload[1:].decode())
         return payload[1:]
 
+    def _raise_if_aborted(self) -> None:
+        """Raise CheckpointError if some rank has aborted this round."""
+        key, client = f"{self._prefix}/abort", self.control.lend()
+        try:
+            reason = client.get(key).decode() if client.check([key]) else ""
+        except RuntimeError:
+            return  # the store is gone: who waits there says so
+        self.control.take_back(client)
+        if reason:
+            raise CheckpointError(reason)
 
-def _await_key(store: Store, key: str, limit: float) -> bool:
-    """Wait in the store until it has a key; return whether it came in time.
 
-    The main thread waits for another thread that does: a signal (Ctrl-C) would find nobody in the interpreter otherwise.
+def _await_key(store: Store, key: str, limit: float, look: Callable[[], None]) -> bool:
+    """Wait in the store until it has a key; return whether it came in time. look: raises what ends the wait before
+
+    Another thread does the waiting, while this one looks up now and then: waits in slices would have the store log a warning
+    at the end of each. And a signal (Ctrl-C) would find nobody in the interpreter while the main thread is in the store.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return _blocked(store, key, limit)
     if store.check([key]):
         return True
     outcome: list[bool | BaseException] = []
@@ -257,7 +274,8 @@ def _await_key(store: Store, key: str, limit: float) -> bool:
         over.set()
 
     threading.Thread(target=wait, name="checkpoint-wait", daemon=True).start()
-    over.wait()
+    while not over.wait(ABORT_SECONDS):
+        look()
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
+from meshloom.checkpoint import control as control_module
 from meshloom.checkpoint.control import FAN_OUT, Control, children_of, parent_of
 from meshloom.checkpoint.errors import CheckpointError
 from support.checkpoint_worlds import together
@@ -81,6 +82,27 @@ def test_an_abort_reaches_every_rank_at_once(at: int) -> None:
         return str(error.value)
 
     assert set(together(14, body)) == {f"rank {at}: the disk is full"}, "nobody waits for a time-out"
+
+
+@pytest.mark.parametrize(("timeout", "look"), [(0.5, 5.0), (60, 0.1)])
+def test_an_abort_is_told_before_a_slow_rank_is_blamed(monkeypatch: pytest.MonkeyPatch, timeout: float, look: float) -> None:
+    monkeypatch.setattr(control_module, "ABORT_SECONDS", look)
+    told = threading.Event()
+
+    def body(control: Control) -> str:
+        talk = control.begin("test", timeout)
+        if control.rank == 2:
+            talk.abort("disk is full")
+            return "rank 2: disk is full"
+        if control.rank == 1:
+            assert told.wait(20), "rank 0 waits for this rank until its time is over"
+        with pytest.raises(CheckpointError) as error:
+            talk.agree("here", b"", b"".join, lambda _: b"")
+        told.set()
+        talk.abort(str(error.value))
+        return str(error.value)
+
+    assert set(together(3, body)) == {"rank 2: disk is full"}
 
 
 def test_a_rank_that_is_silent_is_named() -> None:
