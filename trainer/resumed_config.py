@@ -14,11 +14,13 @@ from ..config.compose import Composition, drop_unknown, normalize_override
 from ..config.keys import MISSING, Side, keys_of
 from ..config.renames import FORMER_VALUES, with_moved_targets, with_renamed_keys
 from ..config.structured import literal
+from ..optim.batch.config import FITTED, MICRO_SIDE
 from .saved_classes import refuse_unnamed_classes
 from .schema import OPTIONS, run_schema
 from .sides import key_sides
 from .typed import option_of, typed_config
 
+MICRO = "batch.micro"
 UNREPORTED = ("output_dir", "resume")  # placement that every resume may change
 ABSENT = object()
 KEPT = "kept from the checkpoint, where the recipe files of today differ"
@@ -119,12 +121,14 @@ def resume_config(
             _put(merged, key, _at(today, key))
     refuse_unnamed_classes(merged, today)
     merged, dropped = _known(merged)
+    stays = [*_keep_fitted(saved, merged)]
     sides = key_sides(typed_config(_schema(merged))[0])
     for key, side in sides.items():
         if side is Side.PLACEMENT and not _is_typed(key, typed):
             _put(merged, key, _placed(key, _at(today, key), _at(merged, key)))
     told = [
         *(f"{key} is no key of this version, and is left out" for key in dropped),
+        *stays,
         *_replaced(saved, merged, typed),
         *_changes(saved, merged, sides, Side.RECIPE, "changed recipe", watched=False),
         *_changes(saved, merged, sides, Side.PLACEMENT, "changed placement"),
@@ -132,6 +136,16 @@ def resume_config(
     ]
     choices = {**recorded, **{group: option for group, option in fresh.choices.items() if group in typed}}
     return Resumed(_schema(merged), told, [*_watched(saved, merged, sides)], choices)
+
+
+def _keep_fitted(saved: Mapping[str, Any], merged: dict[str, Any]) -> Iterator[str]:
+    """Keep the checkpoint's micro-batch where `auto` was typed and it is recipe; return what to say about it."""
+    before = _at(dict(saved), MICRO)
+    if _at(merged, MICRO) != FITTED or not isinstance(before, int):
+        return
+    if MICRO_SIDE.of(typed_config(_schema(merged))[0]) is Side.RECIPE:
+        _put(merged, MICRO, before)
+        yield f"{MICRO}={before} stays, in place of {FITTED}: it is recipe under {MICRO_SIDE.when}"
 
 
 def typed_values(overrides: Iterable[str]) -> dict[str, Any]:
