@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.keys import Side
 from ..config.problems import ConfigError, Problem
-from ..optim.batch.config import FITTED, MICRO_SIDE, StagesConfig
+from ..optim.batch.config import FITTED, MICRO_SIDE, BoundedConfig, StagesConfig
 from ..parallel.layout import Layout, layout_problems
-from .relations import RELATIONS, Start
+from .relations import RELATIONS, Relation, Start, data_problems, validation_problems
 from .schema import RunConfig
 from .typed import replace_keys
 
@@ -34,6 +34,10 @@ ALIKE = 0.01
 """Predictions that differ by less say nothing about which is faster."""
 
 
+class UnknownMachineError(Exception):
+    """There are GPUs, and nobody tells how large they are. The text says why."""
+
+
 def _no_machine(_: RunConfig) -> ClusterConfig | None:
     return None
 
@@ -42,7 +46,8 @@ def _no_machine(_: RunConfig) -> ClusterConfig | None:
 class Fitting:
     """How keys that are left to a plan are decided, and what was decided.
 
-    machine  config → the GPUs that the run is started on; None where it runs on processors, or nobody knows
+    machine  config → the GPUs that the run is started on; None where it runs on processors, or nobody knows. It may raise
+             ConfigError for GPUs that nothing can be fitted to, and UnknownMachineError for those whose size is not told
     values   key → value that was found
     notices  what to say about it
     """
@@ -68,6 +73,8 @@ class Fitting:
                 machine = self.machine(config)
                 if machine is not None:
                     return self._told(_fitted(config, start, left, machine), left), []
+            except UnknownMachineError as reason:
+                return self._told((_smallest(config, start, left), f"what holds least, for {reason}"), left), []
             except ConfigError as error:
                 problems = error.problems
         return self._told((_sized(config, start, left) if sound else _usual(config, left), ""), left), problems
@@ -85,23 +92,25 @@ def _usual(config: RunConfig, left: Sequence[str], micro: int = USUAL) -> RunCon
     return replace_keys(config, {key: {MICRO: micro, ACTIVATION: "none"}[key] for key in left})
 
 
-def _first_batch(config: RunConfig) -> int | None:
-    """Return the samples of the step that the run begins with; None where only the controller knows them."""
-    samples = config.batch.samples
-    if not isinstance(samples, int) and isinstance(config.batch, StagesConfig):
-        samples = config.batch.points()[0][1]
-    return samples if isinstance(samples, int) else None
+def _largest_batch(config: RunConfig) -> int | None:
+    """Return the samples of the run's largest step, as far as the config says it; None where only the controller knows them."""
+    samples = [config.batch.samples] if isinstance(config.batch.samples, int) else []
+    if isinstance(config.batch, BoundedConfig):
+        samples.append(config.batch.max)
+    elif isinstance(config.batch, StagesConfig):
+        samples += [size for _, size in config.batch.points()]
+    return max(samples, default=None)
 
 
 def _share(config: RunConfig, start: Start) -> int:
     """Return the samples of a data rank in that step."""
     data = Layout.plan(config.parallel, start.world_size).data_size if start.world_size else 1
-    return -(-(_first_batch(config) or 1) // data)
+    return -(-(_largest_batch(config) or 1) // data)
 
 
 def _priced(config: RunConfig) -> RunConfig:
     """Return a config whose costs can be counted, with numbers for what the run has not told yet."""
-    values: dict[str, Any] = {"batch.samples": _first_batch(config) or 1}
+    values: dict[str, Any] = {"batch.samples": _largest_batch(config) or 1}
     if not (config.model.vocabulary or config.data.known_vocabulary):
         values["model.vocabulary"] = LARGE_VOCABULARY
     return replace_keys(config, values)
@@ -112,13 +121,20 @@ def _micros(config: RunConfig, start: Start) -> list[int]:
     return [micro for micro in MICROS if micro <= share]
 
 
+def _reads_choice(relation: Relation) -> bool:
+    """Return whether a relation reads a key that may be left to a plan."""
+    return any(key == need or key.startswith(f"{need}.") for need in relation.needs for key in (MICRO, ACTIVATION))
+
+
 def _faults(config: RunConfig, start: Start) -> int:
     """Count what relations of keys have against a choice."""
-    keys = MICRO, ACTIVATION
-    touched = (
-        each for each in RELATIONS if any(key == need or key.startswith(f"{need}.") for need in each.needs for key in keys)
-    )
-    return sum(len(list(relation.check(config, start))) for relation in touched)
+    return sum(len(list(relation.check(config, start))) for relation in RELATIONS if _reads_choice(relation))
+
+
+def _is_refused(config: RunConfig, start: Start) -> bool:
+    """Return whether the run is refused whatever is chosen, its data aside: costs of such a run may not be defined."""
+    others = (each for each in RELATIONS if not _reads_choice(each) and each.check not in (data_problems, validation_problems))
+    return any(list(relation.check(config, start)) for relation in others)
 
 
 def _sized(config: RunConfig, start: Start, left: Sequence[str]) -> RunConfig:
@@ -130,6 +146,16 @@ def _sized(config: RunConfig, start: Start, left: Sequence[str]) -> RunConfig:
     return min(tried, key=lambda each: _faults(each, start)) if MICRO in left else tried[0]
 
 
+def _smallest(config: RunConfig, start: Start, left: Sequence[str]) -> RunConfig:
+    """Return the values that hold least, of those that nothing is against."""
+    tried = [
+        replace_keys(config, {key: {MICRO: micro, ACTIVATION: policy}[key] for key in left})
+        for micro in (_micros(config, start) if MICRO in left else MICROS[:1])
+        for policy in (reversed(POLICIES) if ACTIVATION in left else POLICIES[:1])
+    ]
+    return min(tried, key=lambda each: _faults(each, start))
+
+
 def _fitted(config: RunConfig, start: Start, left: Sequence[str], machine: ClusterConfig) -> tuple[RunConfig, str]:
     """Return the config with the fastest values that fit, and how they were found.
 
@@ -138,25 +164,30 @@ def _fitted(config: RunConfig, start: Start, left: Sequence[str], machine: Clust
     from ..planner.prediction import usable_bytes
     from .costs import Costing
 
-    costing = Costing(_priced(config), start.world_size, machine)
+    refused = _sized(config, start, left), "usual values, for the run is refused whatever they are"
+    if _is_refused(refused[0], start):
+        return refused
     micros = _micros(config, start) if MICRO in left else [config.batch.micro_size]
     policies = POLICIES if ACTIVATION in left else [config.trainer.activation]
-    tried: list[tuple[int, Prediction, RunConfig]] = []
+    costing: Costing | None = None
+    tried: list[tuple[Prediction, RunConfig]] = []
+    crowded = False
     for micro in micros:
-        for policy in policies:
-            each = replace_keys(config, {MICRO: micro, ACTIVATION: policy})
-            faults = _faults(each, start)
-            # A choice that is refused anyway need not be planned, but for the first: its problems are then what is said.
-            if not faults or not tried:
-                tried.append((faults, costing.predict(_priced(each)), each))
-        fit = [found.fits for _, found, each in tried if each.batch.micro == micro]
-        if fit and not any(fit):
-            break  # nor does a larger one
-    lawful = [each for each in tried if each[0] == min(faults for faults, *_ in tried)]
-    fitting = [(found, each) for _, found, each in lawful if found.fits]
+        # Beyond the first that does not fit, a micro-batch may only fit where it is alone in its step: it adds up no gradients.
+        if crowded and micro < _share(config, start):
+            continue
+        lawful = [replace_keys(config, {MICRO: micro, ACTIVATION: policy}) for policy in policies]
+        lawful = [each for each in lawful if not _faults(each, start)]
+        costing = costing or (Costing(_priced(config), start.world_size, machine) if lawful else None)
+        found = [(costing.predict(_priced(each)), each) for each in lawful] if costing is not None else []
+        crowded = crowded or (bool(found) and not any(each.fits for each, _ in found))
+        tried += found
+    if not tried:
+        return refused
+    fitting = [(found, each) for found, each in tried if found.fits]
     gib, where = 2**30, f"{machine.gpu} of {machine.memory:.4g} GiB"
     if not fitting:
-        found, each = min(((found, each) for _, found, each in lawful), key=lambda pair: pair[0].bytes)
+        found, each = min(tried, key=lambda pair: pair[0].bytes)
         usable = usable_bytes(machine.memory * gib) / gib
         told = f"planned at {found.bytes / gib:.4g} GiB, and a plan may take {usable:.4g} of {where}"
         return each, f"NOTHING FITS, and this holds least; {told}: `meshloom plan --best 3` finds layouts that do"

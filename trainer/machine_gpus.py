@@ -9,10 +9,11 @@ from dataclasses import replace
 
 from ..config.problems import ConfigError, Problem
 from ..planner.cluster import ClusterConfig, load_cluster, recipes
+from .fitting import UnknownMachineError
 from .launching import run_processes, visible_gpus
 from .schema import RunConfig
 
-QUERY = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
+QUERY = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,mig.mode.current", "--format=csv,noheader,nounits"]
 SECONDS = 60
 """Time in which nvidia-smi answers; without persistence mode it first wakes every GPU."""
 OWN = 0.004
@@ -24,11 +25,14 @@ USUAL = "h100"
 def machine_here(config: RunConfig) -> ClusterConfig | None:
     """Return this machine's GPUs as a cluster of the run's processes; None if the run is on processors.
 
-    Raises ConfigError where the GPUs can't be asked.
+    Raises UnknownMachineError where the GPUs can't be asked, and ConfigError where they are split by MIG.
     """
     if not visible_gpus():
         return None
-    name, memory = smallest_gpu(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    name, memory, split = smallest_gpu(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if split:
+        told = "auto is fitted to whole GPUs, and those of this run are split by MIG"
+        raise ConfigError([Problem(key, told, f"give {key} a value of its own") for key in config.left_to_plan])
     local = int(os.environ.get("LOCAL_WORLD_SIZE", run_processes(config.launch)))
     return replace(cluster_of(name, memory), gpus_per_node=max(1, local))
 
@@ -45,20 +49,25 @@ def cluster_of(name: str, memory: float) -> ClusterConfig:
 
 
 @functools.cache
-def smallest_gpu(visible: str | None) -> tuple[str, float]:
-    """Return name and GiB of the smallest GPU among those that CUDA_VISIBLE_DEVICES lets a run see.
+def smallest_gpu(visible: str | None) -> tuple[str, float, bool]:
+    """Return name and GiB of the smallest GPU among those that CUDA_VISIBLE_DEVICES lets a run see, and whether MIG splits any.
 
-    Raises ConfigError if nvidia-smi does not tell.
+    Raises UnknownMachineError if nvidia-smi does not tell.
     """
+    if (visible or "").strip().startswith("MIG"):
+        return "MIG", 0.0, True
     try:
         answer = subprocess.run(QUERY, capture_output=True, text=True, timeout=SECONDS, check=True)
         rows = [[word.strip() for word in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
-        found = [(name, float(mib)) for index, uuid, name, mib in rows if _is_visible(index, uuid, visible)]
-        name, mib = min(found, key=lambda each: each[1])
+        shown = [(name, mib, mig) for index, uuid, name, mib, *mig in rows if _is_visible(index, uuid, visible)]
+        if any("Enabled" in mig for *_, mig in shown):
+            return "MIG", 0.0, True
+        name, mib = min(((name, float(mib)) for name, mib, _ in shown), key=lambda each: each[1])
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        told = f"auto asks nvidia-smi for the memory of the GPUs, and it does not tell: {error or type(error).__name__}"
-        raise ConfigError([Problem("trainer.activation", told, "give batch.micro and trainer.activation")]) from error
-    return name, mib / 1024 * (1 - OWN)
+        raise UnknownMachineError(
+            f"nvidia-smi does not tell the memory of the GPUs ({error or type(error).__name__})"
+        ) from error
+    return name, mib / 1024 * (1 - OWN), False
 
 
 def _is_visible(index: str, uuid: str, visible: str | None) -> bool:

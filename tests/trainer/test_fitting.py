@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from meshloom.config.problems import ConfigError
 from meshloom.launch.cli import main
 from meshloom.launch.planning import resolve_plan
 from meshloom.planner.cluster import ClusterConfig, load_cluster
@@ -124,6 +123,17 @@ def test_where_it_is_recipe_the_checkpoint_keeps_the_number() -> None:
         assert config.batch.micro == kept
 
 
+def test_a_typed_auto_is_decided_again_only_where_it_is_placement() -> None:
+    """Words as a person repeats them to resume; the checkpoint has the number that the first start found."""
+    composer = make_composer()
+    for choice, kept in ((["optim=agvm"], 2), (["trainer.float8=tensorwise"], 2), ([], "auto")):
+        words = ["recipe=quickstart", *choice, "batch.micro=auto"]
+        saved = plain_config(typed_config(composer.compose([*words[:-1], "batch.micro=2"]).config)[0])
+        resumed = resume_config(saved, composer.compose([*words, "resume=auto"]), [*words, "resume=auto"])
+        assert typed_config(resumed.config)[0].batch.micro == kept
+        assert any("batch.micro=2 stays" in told for told in resumed.notices) == (kept == 2)
+
+
 def test_a_plan_shows_what_the_cluster_decides(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *AUTO, "cluster=a100x8", "cluster.memory=39.4"]) == 0
     out = " ".join(capsys.readouterr().out.split())
@@ -165,10 +175,47 @@ def test_the_smallest_visible_gpu_is_what_counts(monkeypatch: pytest.MonkeyPatch
     assert machine_here(composed(*TINY)) is None
 
 
-def test_gpus_that_do_not_answer_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    answering(monkeypatch, "No devices were found\n")
-    with pytest.raises(ConfigError, match=r"trainer\.activation: auto asks nvidia-smi"):
-        machine_here(composed(*TINY))
-    _, problems = checked_config(composed(*TINY), 1, fitting=Fitting(machine_here))
-    assert [problem.key for problem in problems] == ["trainer.activation"]
+@pytest.mark.parametrize("text", ["No devices were found\n", "0, GPU-a1, NVIDIA GB10, [N/A], [N/A]\n"])
+def test_gpus_that_do_not_answer_get_what_holds_least(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    answering(monkeypatch, text)
+    fitting = Fitting(machine_here)
+    config, problems = checked_config(composed(*TINY), 1, fitting=fitting)
+    assert problems == [] and (config.batch.micro, config.trainer.activation) == (1, "full")
+    assert "what holds least, for nvidia-smi does not tell" in fitting.notices[0]
     smallest_gpu.cache_clear()
+
+
+@pytest.mark.parametrize("visible", [None, "MIG-5c6d"])
+def test_parts_of_gpus_are_refused_by_key(monkeypatch: pytest.MonkeyPatch, visible: str | None) -> None:
+    answering(monkeypatch, f"0, GPU-a1, NVIDIA H100 80GB HBM3, 81559, {'Disabled' if visible else 'Enabled'}\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "0")
+    _, problems = checked_config(composed(*TINY), 1, fitting=Fitting(machine_here))
+    assert [problem.key for problem in problems] == ["batch.micro", "trainer.activation"] and "MIG" in str(problems[0])
+    smallest_gpu.cache_clear()
+
+
+def test_a_layout_that_can_not_be_is_refused_not_planned() -> None:
+    """A pipeline longer than the model, alone and beside a fault that has nothing to do with the choice."""
+    for more in ([], ["trainer.on_bad_step=rewind", "checkpoint.every=0"]):
+        config = composed(*AUTO, "parallel.pp=32", *more)
+        _, problems = checked_config(config, 64, fitting=Fitting(h100(64)))
+        assert any(problem.key.startswith("parallel") for problem in problems), problems
+        assert bool(more) == any(problem.key == "trainer.on_bad_step" for problem in problems)
+
+
+def test_a_batch_that_grows_is_fitted_at_its_largest() -> None:
+    small = [word for word in AUTO if not word.startswith("batch.")]
+    growing = [["batch=ramp", "batch.samples=8", "batch.max=64"], ["batch=stages", "batch.stages='0:8 1B:64'"]]
+    for words in growing:
+        assert decided([*small, *words, "batch.micro=auto"], 8)[0] == decided(AUTO, 8)[0] > 1
+
+
+def test_a_micro_batch_alone_in_its_step_is_tried_where_smaller_ones_do_not_fit() -> None:
+    """It holds no added-up gradients: between what it needs and what smaller ones need, it alone fits."""
+    words = ["recipe=llama_1b", "batch.samples=16", "trainer.activation=full"]
+    config = replace_keys(composed(*words), {"batch.micro": 1})
+    costing = Costing(config, 8, h100(8)(config))
+    bytes_of = {micro: costing.predict(replace_keys(config, {"batch.micro": micro})).bytes for micro in (1, 2)}
+    assert bytes_of[2] < bytes_of[1]
+    memory = ((bytes_of[1] + bytes_of[2]) / 2 / 2**30 + 2) / 0.97
+    assert decided(words, 8, memory=memory)[0] == 2
