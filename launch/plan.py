@@ -44,16 +44,16 @@ def main(argv: Sequence[str]) -> int:
         words, cluster = split_words(arguments.overrides, arguments.config_dir)
         _refuse_options(arguments)
         asked = arguments.parts or arguments.best or arguments.json or arguments.against
-        asked = asked or (arguments.documents and not any(word.startswith("parallel.hdp=") for word in words))
-        if cluster is None and asked:
-            fix = f"add cluster=…; there are: {', '.join(options(arguments.config_dir))}"
-            raise ConfigError([Problem("cluster", "times are of a cluster, and none is chosen", fix)])
+        if asked:
+            _refuse_no_cluster(cluster, arguments)
         if cluster is not None and arguments.against is not None:
             return show_against(arguments.against, cluster, arguments)
         resolved = resolve_plan(words, arguments.config_dir, cluster)
         if arguments.best:
             resolved = without_searched(resolved, words)
         resolved.refuse()
+        if arguments.documents is not None and resolved.config.parallel.hdp == "none":
+            _refuse_no_cluster(cluster, arguments)  # documents are of times alone, where they are not dealt
         if cluster is not None:
             refuse_too_few(resolved.config, cluster)
         if cluster is not None and arguments.best:
@@ -62,6 +62,13 @@ def main(argv: Sequence[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return BAD_CONFIG
+
+
+def _refuse_no_cluster(cluster: ClusterConfig | None, arguments: argparse.Namespace) -> None:
+    """Raise ConfigError where what is asked for are times, and no cluster is chosen."""
+    if cluster is None:
+        fix = f"add cluster=…; there are: {', '.join(options(arguments.config_dir))}"
+        raise ConfigError([Problem("cluster", "times are of a cluster, and none is chosen", fix)])
 
 
 def _refuse_options(arguments: argparse.Namespace) -> None:

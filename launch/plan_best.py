@@ -32,7 +32,7 @@ from ..trainer.resolve import ResolvedRun
 from ..trainer.schema import RunConfig
 from ..trainer.typed import replace_keys, value_of
 from ..trainer.validate import checked_config
-from .planning import is_of_this_machine, needs_building, time_caveats
+from .planning import is_of_this_machine, needs_building, time_caveats, unplanned_problems
 from .typed_words import given_keys, micro_is_fixed
 
 KEEPS = {"none": "keep all", "full": "recompute all"}
@@ -71,12 +71,16 @@ def best_layouts(
     problems of the fastest.
     """
     config, fitted = resolved.config, resolved.fitted
+    if problems := unplanned_problems(config):
+        raise ConfigError(problems)
     cluster = replace(cluster, gpus=planned_processes(config.launch))
     given = {key: value_of(config, key) for key in KEYS}
     typed = given_keys(overrides) - set(fitted)
     fixed = {key: value for key, value in given.items() if key in typed}
     notes = [f"{', '.join(sorted(fixed))} as typed"] if fixed else []
     notes += time_caveats(config)
+    if config.parallel.hdp != "none":
+        notes.append("layouts are planned for whole samples; parallel.hdp deals documents: plan the one you take by itself")
     if "batch.micro" not in fixed and (why := micro_is_fixed(config)):
         fixed["batch.micro"] = given["batch.micro"]
         notes.append(f"batch.micro={given['batch.micro']} stays: {why}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from ..config.problems import ConfigError, Problem
 from ..trainer.schema import RunConfig
 
 Documents = float | Literal["data"] | None
@@ -19,10 +20,12 @@ def read_documents(text: str) -> float | Literal["data"]:
 def step_documents(config: RunConfig, documents: Documents) -> list[int]:
     """List the lengths of a step's documents: the run's own, for which its data are prepared, or all of one length.
 
-    Raises ConfigError for data that can't be read.
+    Raises ConfigError for data that can't be read, and where the samples of the step are not known.
     """
     samples, seq_len = config.batch.samples, config.data.seq_len
-    assert isinstance(samples, int)
+    if not isinstance(samples, int):
+        text = "the samples of the first step are not known before the run"
+        raise ConfigError([Problem("batch.samples", text, "give a number as batch.samples=…, or leave --documents out")])
     if documents == "data":
         from ..data.batch import GlobalBatch
         from ..parallel.hybrid.share import BatchDocuments

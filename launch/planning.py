@@ -132,7 +132,7 @@ def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False, d
     of a step, which hybrid data parallelism deals; None: each sample is one. Raises ConfigError for a run whose costs are not
     known.
     """
-    if problems := _unplanned(config):
+    if problems := unplanned_problems(config):
         raise ConfigError(problems)
     notes = list(notices)
     parallel, samples = config.parallel, config.batch.samples
@@ -191,7 +191,7 @@ def spared_by_fusing(plan: Plan, config: RunConfig) -> int:
     return plan.bytes - replace(plan, cost=cost).bytes
 
 
-def _unplanned(config: RunConfig) -> list[Problem]:
+def unplanned_problems(config: RunConfig) -> list[Problem]:
     """List the problems of a config that runs but whose costs are not known well enough to plan."""
     sizes = {
         "batch.samples": config.batch.samples,

@@ -276,7 +276,8 @@ class _Search:
         elif self._documents is not None:
             micros = row_sizes(sum(self._documents), self._config.data.seq_len, data)
         else:
-            micros = divisors(-(-self._config.batch.start // data))
+            samples = self._config.batch.samples  # where they are not known no plan is made, and the refusal says so
+            micros = divisors(-(-samples // data)) if isinstance(samples, int) else [micro]
         found = {tuple(given.values()): self.planned(given)}
         for stage in [zero] if alike else sorted({zero, 1, 2, 3}):
             crowded = False

@@ -25,8 +25,6 @@ def given_keys(overrides: Sequence[str]) -> set[str]:
 
 def micro_is_fixed(config: RunConfig) -> str:
     """Return why another batch.micro would mean other losses or other batches; empty where it would not."""
-    if config.batch.name != "fixed":
-        return f"what batch={config.batch.name} takes or measures may depend on it"
     if MICRO_SIDE.of(config) is Side.RECIPE:
         return f"it is recipe under {MICRO_SIDE.when}"
     return ""

@@ -63,8 +63,10 @@ class Prediction:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation: of the peak of the precision, attention counted in full, recomputation not counted."""
-        flops = flops_per_token(self.step.model, self.step.job.seq_len)
+        """Model FLOPs utilisation: of the peak of the precision, attention counted in full at the length
+        of a document where these are told apart, recomputation not counted."""
+        seq_len = self.step.job.seq_len
+        flops = flops_per_token(self.step.model, round(min(self.step.length or seq_len, seq_len)))
         return self.tokens_per_second * flops / self.cluster.peak(self.step.job.precision)
 
     @property

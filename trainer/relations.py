@@ -151,6 +151,7 @@ def _hybrid(config: RunConfig, start: Start) -> Iterator[Problem]:
         halves=config.optim.compares_halves(),
         cut_losses=[f"balance.{name}" for name in balance.counted_in_parts],
         drops_tokens=config.model.drops_tokens,
+        float8=config.trainer.float8,
     )
     model = parallel.pp * parallel.cp * parallel.tp
     if start.world_size and not start.world_size % model:
@@ -255,7 +256,7 @@ RELATIONS = (
     Relation(("model", "balance", "parallel", "trainer", "batch.micro", "data.seq_len"), _experts),
     Relation(("parallel", "precision"), _engine),
     Relation(("parallel", "precision", "trainer.float8"), _float8),
-    Relation(("parallel", "model", "data", "batch", "optim", "balance"), _hybrid),
+    Relation(("parallel", "model", "data", "batch", "optim", "balance", "trainer.float8"), _hybrid),
     Relation(("checkpoint.folder", "output_dir"), _folder),
     Relation(("checkpoint.every",), _stages),
     Relation(("schedule", "optim.lr", *LENGTH), _schedule),

@@ -10,7 +10,7 @@ from .planning import row_unit
 
 
 def hybrid_problems(
-    parallel: ParallelConfig, *, masked: bool | None, halves: bool, cut_losses: Sequence[str], drops_tokens: bool
+    parallel: ParallelConfig, *, masked: bool | None, halves: bool, cut_losses: Sequence[str], drops_tokens: bool, float8: str
 ) -> Iterator[Problem]:
     """Yield what can't be combined with `parallel.hdp`.
 
@@ -18,6 +18,7 @@ def hybrid_problems(
     halves        whether the optimizer compares halves of a batch
     cut_losses    keys by which the balance of experts counts samples or micro-batches
     drops_tokens  whether experts drop tokens beyond a part of a micro-batch's
+    float8        trainer.float8
     """
     off = "or parallel.hdp=none"
     if parallel.engine != "torch":
@@ -38,6 +39,9 @@ def hybrid_problems(
     if drops_tokens:
         text = "which tokens are dropped depends on the micro-batch, which hybrid data parallelism cuts by cost"
         yield Problem("model.experts.capacity", text, f"use null, {off}")
+    if float8 != "none":
+        text = "scales are taken of each micro-batch, which hybrid data parallelism cuts by cost"
+        yield Problem("trainer.float8", text, f"use none, {off}")
 
 
 def capacity_problems(parallel: ParallelConfig, micro: int, seq_len: int, data_size: int) -> Iterator[Problem]:

@@ -99,3 +99,34 @@ def test_an_activation_left_to_the_plan_is_fitted_to_rows() -> None:
     layout = Layout.plan(config.parallel, 4)
     job = job_of(config, inventory_of(config).shape, assigner_of(config, layout), fused=False)
     assert (job.tokens, job.micro_batches) == (512, 16 * 1024 // (4 * 512))
+
+
+def test_rows_are_filled_up_as_they_run() -> None:
+    """A row of 30 tokens on each of two ranks, filled up to half of 100: they run 100 positions of 200."""
+    dealer = HybridAssigner(2, CostModel(0.0, 1.0), capacity=100, classes=2)
+    assert dealt_step([30, 30], dealer, 100, 1).filled == 100 / 200
+
+
+def test_utilisation_counts_attention_at_the_length_of_documents(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["recipe=llama_1b", "data.seq_len=131072", "batch.samples=8", "batch.micro=1", "trainer.activation=full"]
+    words += ["cluster=h100x8", "--documents=512", "--json"]
+    assert main(["plan", *words]) == 0
+    assert 0 < json.loads(capsys.readouterr().out)["mfu"] < 1
+
+
+def test_documents_ask_for_what_they_need(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a cluster they are refused where they are of times alone, by what the config says and not its words."""
+    assert main(["plan", *WORDS, "parallel.hdp=none", "--documents=64"]) == 2
+    assert "none is chosen" in capsys.readouterr().err
+    assert main(["plan", *WORDS[:-1], "parallel={hdp: greedy}", "--documents=64"]) == 0
+    assert "each sample is taken" not in capsys.readouterr().out
+    growing = ["batch=stages", "batch.stages='0:8 1B:16'", "batch.samples=null"]
+    words = [word for word in WORDS if not word.startswith("batch.samples")]
+    for option in (["--documents=64"], ["cluster=h100x4", "--best=1"]):
+        assert main(["plan", *words, *growing, *option]) == 2
+        assert "batch.samples" in capsys.readouterr().err
+
+
+def test_a_search_of_layouts_says_that_it_deals_no_documents(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *WORDS, "cluster=h100x4", "--best=1"]) == 0
+    assert "planned for whole samples" in " ".join(capsys.readouterr().out.split())

@@ -118,7 +118,7 @@ def test_micro_batches_divide_a_ranks_share(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["batch=norm_test", "batch.max=64"], "batch=norm_test"),
+        (["batch=norm_test", "batch.max=64"], "measures gradients"),
         (["optim=agvm"], "optim=agvm"),
     ],
 )

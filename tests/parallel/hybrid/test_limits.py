@@ -9,7 +9,7 @@ import pytest
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.hybrid.limits import capacity_problems, hybrid_problems
 
-FINE: dict[str, Any] = {"masked": True, "halves": False, "cut_losses": [], "drops_tokens": False}
+FINE: dict[str, Any] = {"masked": True, "halves": False, "cut_losses": [], "drops_tokens": False, "float8": "none"}
 REFUSED = [
     ("parallel.hdp", {"engine": "deepspeed"}, {}),
     ("parallel.cp", {"cp": 2}, {}),
@@ -18,6 +18,7 @@ REFUSED = [
     ("balance.sequence", {}, {"cut_losses": ["balance.sequence"]}),
     ("balance.counts", {}, {"cut_losses": ["balance.counts"]}),
     ("model.experts.capacity", {}, {"drops_tokens": True}),
+    ("trainer.float8", {}, {"float8": "rowwise"}),
 ]
 
 
