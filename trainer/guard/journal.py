@@ -7,8 +7,9 @@ too, for a run that branches off or whose folder is copied. So a resume anywhere
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from ...checkpoint.errors import CheckpointError
 from ...checkpoint.files import RemoteFiles, is_remote, open_files
 from ...checkpoint.writing.disk import replace_small
 
-JOURNAL = "rewinds.json"
+log = logging.getLogger(__name__)
+
+JOURNAL, ASIDE = "rewinds.json", "rewinds-before.json"
 
 
 @dataclass(frozen=True)
@@ -72,16 +75,20 @@ class Journal:
         return [asdict(each) for each in self.rewinds]
 
     def begin(self, folder: str) -> None:
-        """Make the file in a folder of checkpoints this run's: that of another run goes, unless this one has taken it over."""
+        """Make the file in a folder of checkpoints this run's: that of another run is moved aside, unless taken over."""
         if self.rewinds:
             self.write(folder)
             return
         files = open_files(folder)
+        if files.size(JOURNAL) is None:
+            return
         if isinstance(files, RemoteFiles):
-            if files.size(JOURNAL) is not None:
-                files.delete(JOURNAL)
+            files.write(ASIDE, files.read(JOURNAL))
+            files.delete(JOURNAL)
         else:
-            (Path(folder) / JOURNAL).unlink(missing_ok=True)
+            (Path(folder) / JOURNAL).replace(Path(folder) / ASIDE)
+        text = "%s is another run's, for this one begins anew: it is %s now. To leave its samples out, begin with resume=auto"
+        log.warning(text, files.label(JOURNAL), ASIDE)
 
     def write(self, folder: str) -> None:
         """Replace the file in a folder of checkpoints. Raises OSError."""
@@ -104,9 +111,32 @@ def read_journal(checkpoint: Path | str) -> list[dict[str, Any]]:
             continue
         files = open_files(place)
         try:
-            return json.loads(files.read(JOURNAL))["rewinds"]
+            found = json.loads(files.read(JOURNAL))["rewinds"]
         except FileNotFoundError:
             continue
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{files.label(JOURNAL)} is damaged ({error}): mend it, or move it away") from error
+        for number, entry in enumerate(found):
+            problem = _problem(entry)
+            if problem is not None:
+                raise CheckpointError(f"{files.label(JOURNAL)}: rewinds[{number}] {problem}: mend it, or move it away")
+        return found
     return []
+
+
+def _problem(entry: Any) -> str | None:
+    """Return what is wrong with an entry that someone may have written by hand."""
+    if not isinstance(entry, dict):
+        return "is no object"
+    names: set[str] = set(entry)  # pyright: ignore[reportUnknownArgumentType]
+    known = {each.name for each in fields(Rewind)}
+    missing = {"step", "to", "ranges", "reason", "data"} - names
+    if missing or names - known:
+        return f"lacks {', '.join(sorted(missing))}" if missing else f"has unknown {', '.join(sorted(names - known))}"
+    for name, kind in (("step", int), ("to", int), ("reason", str), ("data", str), ("ranges", list)):
+        if not isinstance(entry[name], kind):
+            return f"has a {name} that is no {kind.__name__}"
+    for each in entry["ranges"]:  # pyright: ignore[reportUnknownVariableType]
+        if not (isinstance(each, list) and len(each) == 2 and all(isinstance(n, int) for n in each) and 0 <= each[0] < each[1]):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+            return f"has a range {each} that is no [first, end) pair of sample numbers"
+    return None
