@@ -18,6 +18,7 @@ FIT = [
     ("parallel.offload", 1, ["parallel.offload=nvme"]),
     ("trainer.float8", 1, ["trainer.float8=tensorwise", "precision=fp32"]),
     ("checkpoint.folder", 1, ["checkpoint.folder='nowhere://x'"]),
+    ("trainer.on_bad_step", 1, ["trainer.on_bad_step=rewind", "checkpoint.every=null"]),
     ("schedule.warmup", 1, ["schedule.warmup=500", "trainer.steps=100"]),
     ("batch.samples", 1, ["batch=norm_test", "batch.samples=2", "batch.micro=2"]),
     ("batch", 2, [*MEASURED, "parallel.cp=2"]),
