@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from ..trainer.signals import DIVERGED as DIVERGED
+
 SUCCESS = 0
 FAILED = 1
-"""A rank raised an exception, or the run diverged."""
+"""A rank raised an exception."""
 BAD_CONFIG = 2
 """The config, the data or the folders can't be used as they are: starting again changes nothing."""
 HUNG = 75

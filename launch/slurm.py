@@ -115,7 +115,7 @@ def fill(template: str, config: RunConfig, runs: Runs) -> str:
         setup=_section("What the site needs", [str(line) for line in launch.setup]),
         choice=_section("Which run of the sweep this job trains", runs.choice.splitlines()),
         gpus=launch.gpus_per_node,
-        max_restarts=restarts(launch, launch.nodes * launch.gpus_per_node),
+        max_restarts=restarts(launch, launch.nodes * launch.gpus_per_node, launch.nodes),
         automatic=f"# On the job's GPUs it finds {' and '.join(runs.automatic)}, which are auto.\n" if runs.automatic else "",
         python=shlex.quote(sys.executable if launch.container.image is None else launch.container.python),
         srun_words=" ".join([*(shlex.quote(str(word)) for word in launch.srun_args), *container, ""]),

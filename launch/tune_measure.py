@@ -48,6 +48,7 @@ TAIL = 200_000  # bytes of a log that are searched for what went wrong
 INSTEAD = {
     "resume": "none",
     "launch.max_restarts": "0",
+    "launch.check": "false",
     "checkpoint.every": "0",
     "checkpoint.folder": "null",
     "logging.every": "1",

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,10 +80,12 @@ def build_model(config: ModelConfig, vocabulary: int) -> Model:
 
 
 def build_control(mesh: Mesh, name: str, place: Place | None = None) -> Control:
-    """Build the control channel of saves or restores: a store client of its own, whose keys no restart and no stage shares."""
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    """Build the control channel of saves or restores: a store client of its own, whose keys no restart and no stage shares.
+
+    The processes' store is new at each start. Its name must not hold torchrun's count of restarts, on which nodes differ.
+    """
     stage = "" if place is None else f"-{place.number}"
-    return Control(mesh.rank, mesh.layout.world_size, mesh.store(f"{name}-{restart}{stage}"))
+    return Control(mesh.rank, mesh.layout.world_size, mesh.store(f"{name}{stage}"))
 
 
 def optimizer_factory(config: OptimConfig) -> OptimizerFactory:

@@ -53,7 +53,7 @@ class LaunchConfig:
     max_restarts: Any = key(
         "auto",
         "how often all processes are started again after one has failed, to go on from what is saved; auto: 3 times, and never"
-        " for a run of one process. A config error is not tried again, nor what failed without progress",
+        " for a run of one process or of several nodes. A config error is not tried again, nor what failed without progress",
     )
     silence: Any = key(
         "auto",
@@ -118,9 +118,14 @@ class LaunchConfig:
         return [*found, *self.container.problems(f"{key}.container")]
 
 
-def restarts(launch: LaunchConfig, processes: int) -> int:
-    """Return how often a run of so many processes is started again."""
-    return (AUTO_RESTARTS if processes > 1 else 0) if launch.max_restarts == "auto" else int(launch.max_restarts)
+def restarts(launch: LaunchConfig, processes: int, nodes: int = 1) -> int:
+    """Return how often a run of so many processes on so many nodes is started again.
+
+    Each node's torchrun counts its own failures only, so nodes don't agree on how often a run was started: not by default.
+    """
+    if launch.max_restarts != "auto":
+        return int(launch.max_restarts)
+    return AUTO_RESTARTS if processes > 1 and nodes == 1 else 0
 
 
 def _is_count(value: object) -> bool:

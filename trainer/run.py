@@ -40,12 +40,12 @@ from .resolve import ResolvedRun
 from .resume import restore_journal, restore_run
 from .schema import RunConfig
 from .sides import annotated_yaml
-from .signals import StopRequest
+from .signals import DIVERGED, StopRequest
 from .stages.border import begin_stage, refuse_other_tokens, release_memory
 from .stages.written import stage_table
 from .start_summary import batch_jump, start_summary
 from .typed import plain_config
-from .watch.rank import introduce, join_watch
+from .watch.rank import introduce, join_watch, write_failure
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +92,9 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
         return code
     except TrainingDiverged as error:
         log.error("%s", error)
-        return 1
+        return DIVERGED
     except PeerFailed as error:
+        write_failure(error)  # so that this rank is not named in place of that other
         return 2 if error.config_error else 1
     finally:
         mesh.close()

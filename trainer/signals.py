@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+DIVERGED = 77  # exit code of a run that ended by its own decision: its loss or its weights are beyond repair
 INTERRUPTED = 128 + signal.SIGINT  # exit code after a second Ctrl-C, as a shell gives it
 STOPPING = "stopping after this step; press again to stop at once"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...config.words import counted
-from ..exit_codes import BAD_CONFIG, NO_PROGRESS
+from ..exit_codes import BAD_CONFIG, DIVERGED, NO_PROGRESS
 
 FRUITLESS = 2
 """Restarts without progress after which a run is given up; one is enough for an exception that has come again."""
@@ -44,6 +44,8 @@ def judge_attempts(attempts: Sequence[Attempt], max_restarts: int) -> Judgement:
     last = attempts[-1]
     if last.code == BAD_CONFIG:
         return Judgement(False, BAD_CONFIG, "a config error is not tried again")
+    if last.code == DIVERGED:
+        return Judgement(False, DIVERGED, "the run ended by its own decision, and is not started again")
     if len(attempts) == 1 and last.error and last.first == last.last:
         return Judgement(False, last.code, "an error in the first step is not tried again" if max_restarts else "the run ends")
     fruitless = _fruitless(attempts)
@@ -55,7 +57,9 @@ def judge_attempts(attempts: Sequence[Attempt], max_restarts: int) -> Judgement:
     if len(attempts) > max_restarts:
         spent = f" after {counted(max_restarts, 'restart')}" if max_restarts else ""
         return Judgement(False, last.code, f"the run ends{spent}")
-    return Judgement(True, last.code, f"starting again from what is saved (restart {len(attempts)} of {max_restarts})")
+    return Judgement(
+        True, last.code, f"starting again, from what is saved if anything is (restart {len(attempts)} of {max_restarts})"
+    )
 
 
 def _fruitless(attempts: Sequence[Attempt]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import socket
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ class Failure:
     where      the phase and step in which it was
     error      the exception in one line; "": it left no reason
     peer       whether its reason is that another rank is gone
+    time       when it wrote its reason, seconds of CLOCK_MONOTONIC; infinite: it wrote none
     """
 
     rank: int
@@ -30,6 +32,7 @@ class Failure:
     error: str = ""
     traceback: str = ""
     peer: bool = False
+    time: float = math.inf
 
     @property
     def spoke(self) -> bool:
@@ -59,16 +62,21 @@ def read_failure(folder: AttemptFolder, rank: int, code: int, beat: Beat | None)
     pid = None if beat is None else beat.pid
     error, trace = str(reason.get("error", "")), str(reason.get("traceback", ""))
     phase = None if beat is None else beat.phase.word
-    return Failure(rank, code, where, pid, phase, error, trace, bool(reason.get("peer")))
+    written = float(reason.get("time", math.inf))
+    return Failure(rank, code, where, pid, phase, error, trace, bool(reason.get("peer")), written)
 
 
 def first_failure(failures: Mapping[int, Failure]) -> Failure:
-    """Choose the one that the others follow from: killed by a signal, then an error of its own, then any."""
+    """Choose the one that the others follow from: killed by a signal, then an error of its own, then any.
+
+    Of several the one that wrote its reason first. NCCL's watchdog aborts a rank whose peer is gone: errors go before SIGABRT.
+    """
+    found = sorted(failures.values(), key=lambda each: each.time)
     for chosen in (
-        [each for each in failures.values() if each.code < 0],
-        [each for each in failures.values() if not each.peer and not each.spoke],
-        [each for each in failures.values() if not each.peer],
+        [each for each in found if each.code < 0 and each.code != -signal.SIGABRT],
+        [each for each in found if not each.peer and not each.spoke and each.code > 0],
+        [each for each in found if not each.peer],
     ):
         if chosen:
             return chosen[0]
-    return next(iter(failures.values()))
+    return found[0]

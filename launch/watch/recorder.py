@@ -33,6 +33,7 @@ def collect_dumps(folder: Path, ranks: Sequence[int]) -> dict[int, dict[str, Any
     asked: list[int] = []
     for rank in ranks:
         with contextlib.suppress(OSError):  # no pipe, or nobody reads it: no NCCL
+            (folder / f"flight-{rank}").unlink(missing_ok=True)  # of an attempt before
             pipe = os.open(folder / f"flight-{rank}.pipe", os.O_WRONLY | os.O_NONBLOCK)
             os.write(pipe, b"1\n")
             os.close(pipe)

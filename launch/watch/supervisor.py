@@ -74,8 +74,9 @@ class Supervisor:
         def monitor(agent: Any, group: Any) -> Any:
             codes = exit_codes(agent._pcontext)
             failed = {group.workers[local].global_rank: code for local, code in codes.items() if code}
-            if failed:
-                self.tell(failed, lambda: self._codes(agent, group))
+            if failed and (self.judgement is None or self.judgement.again):  # else the count below is no more
+                attempt = self._max_restarts - int(agent._remaining_restarts)
+                self.tell(failed, lambda: self._codes(agent, group), attempt)
                 if self.judgement is not None and not self.judgement.again:
                     agent._remaining_restarts = 0
             return before(agent, group)
@@ -87,14 +88,16 @@ class Supervisor:
     def _codes(agent: Any, group: Any) -> dict[int, int]:
         return {group.workers[local].global_rank: code for local, code in exit_codes(agent._pcontext).items() if code}
 
-    def tell(self, failed: dict[int, int], again: Callable[[], dict[int, int]] = dict) -> None:
+    def tell(self, failed: dict[int, int], again: Callable[[], dict[int, int]] = dict, number: int | None = None) -> None:
         """Print which rank was the first to fail and what is done about it, once an attempt.
 
         failed: rank → exit code, of those that have ended so far; again: reads them anew
+        number: of the attempt, as ranks are told it; None: the newest of which ranks have a folder
         """
-        folder = AttemptFolder.newest(self._root)
+        folder = AttemptFolder.newest(self._root) if number is None else AttemptFolder.of(self._root, number)
         if folder is None or folder == self._told:
             return
+        folder.path.mkdir(exist_ok=True)  # ranks that end before they are watched, as of a config error, make none
         self._told = folder
         beats = {rank: read_beat(folder.beat(rank)) for rank in folder.ranks()}
         ended = self._watch.ended

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from meshloom.launch.exit_codes import DIVERGED
+
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs pip install 'meshloom[submitit]'")
 
 SMALL = [
@@ -55,8 +57,8 @@ def test_jobs_of_their_own_on_this_machine_and_a_failure_is_told(tmp_path: Path)
     """The second run diverges: the first is there, and the command says which failed and fails."""
     done = sweep(tmp_path, "submitit_local", "optim.lr=1e-3,1e30", "trainer.max_grad_norm=null")
     assert finished_steps(tmp_path, "optim.lr=0.001") == 3
-    assert done.returncode == 1
-    assert re.search(r"the run in \S*/sweep/optim\.lr=1e\+30 ended with exit code 1", done.stderr), done.stderr
+    assert done.returncode == DIVERGED
+    assert re.search(r"the run in \S*/sweep/optim\.lr=1e\+30 ended with exit code 77", done.stderr), done.stderr
     sent = re.findall(r"^job (\S+): .*optim\.lr=(\S+) .*; log (\S+), errors (\S+)$", done.stderr, re.MULTILINE)
     assert [lr for _, lr, _, _ in sent] == ["0.001", "1e+30"] and all(Path(log).is_file() for _, _, log, _ in sent)
     assert re.search(r"sweep/optim\.lr=0\.001  finished  step 3  loss \d", done.stdout), done.stdout

@@ -25,6 +25,7 @@ from meshloom.parallel.engine import EngineSettings
 from meshloom.trainer import run as run_module
 from meshloom.trainer.find_checkpoint import is_inside
 from meshloom.trainer.machine import RUN_LOCK
+from meshloom.trainer.signals import DIVERGED
 from support.configs import resolve_words
 from support.ranks import run_ranks
 from support.tiny_run import ANY_DATA, TINY, body
@@ -471,7 +472,7 @@ def diverging(rank: int, world_size: int, overrides: list[str]) -> tuple[int, bo
 def test_loss_that_is_not_a_number_ends_the_run_unsaved(tmp_path: Path, mode: str) -> None:
     overrides = ["trainer.hooks=[{_target_:support.run_hooks.Poison,step:4}]", f"checkpoint.mode={mode}"]
     results = run_ranks(2, diverging, [f"output_dir={tmp_path}", "trainer.steps=9", "checkpoint.every=2", *overrides])
-    assert results == [(1, False), (1, False)]
+    assert results == [(DIVERGED, False)] * 2
     found = find_latest(tmp_path / "checkpoints")
     assert found is not None and Path(found).name == "step-00000002"
 
@@ -481,7 +482,7 @@ def fails(rank: int, world_size: int, overrides: list[str]) -> str:
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("meshloom.trainer").addHandler(handler)
-    assert body(rank, world_size, overrides) == 1
+    assert body(rank, world_size, overrides) == DIVERGED
     return messages[-1]
 
 

@@ -13,7 +13,7 @@ from meshloom.checkpoint.folder import find_latest
 from meshloom.checkpoint.lock import FolderLock
 from meshloom.parallel.torch.engine import TorchEngine
 from meshloom.trainer.run import run
-from meshloom.trainer.signals import StopRequest
+from meshloom.trainer.signals import DIVERGED, StopRequest
 from support.configs import resolve_words
 from support.engines import masters_of
 from support.ranks import run_ranks
@@ -47,7 +47,7 @@ def diverged(rank: int, world_size: int, folder: str) -> list[int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchEngine, "__init__", keep)
         words = ["parallel.zero=1", "trainer.steps=6", "checkpoint.every=0", "trainer.eval_every=0", "optim.lr=1e300"]
-        assert body(rank, world_size, [f"output_dir={folder}", *words, "trainer.max_grad_norm=null"]) == 1
+        assert body(rank, world_size, [f"output_dir={folder}", *words, "trainer.max_grad_norm=null"]) == DIVERGED
     return [len(group.gathering) for group in masters_of(engines[0]).units]
 
 

@@ -104,7 +104,7 @@ class Check:
             time.time(),
             versions(),
         )
-        store = self.mesh.store(f"check-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
+        store = self.mesh.store("check")
         store.set(f"{self.mesh.rank}", json.dumps(asdict(mine)))
         if not self.mesh.is_main:
             return []
@@ -117,8 +117,11 @@ class Check:
 def check_at_start(mesh: Mesh, output_dir: Path) -> None:
     """Run the short form before a run, and warn of what it finds. Every rank calls it."""
     check = Check(mesh, output_dir, whole=False)
-    for _, run in check.parts():
-        run()
+    for told, measure in check.parts():  # none waits for other ranks
+        try:
+            measure()
+        except (RuntimeError, OSError) as error:  # such as a GPU that others have filled
+            log.warning("launch.check: %s on rank %d was not measured: %s", told, mesh.rank, error)
     reports = check.report()
     for finding in findings(reports) if mesh.is_main else ():
         log.warning("launch.check: %s", finding)

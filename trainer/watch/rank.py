@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ...parallel.heartbeat import Heartbeat
 from ...parallel.mesh import Mesh
+from ..all_ranks import PeerFailed
 from ..launching import visible_gpus
 from ..schema import RunConfig
 from .folder import WATCH_FOLDER, WATCH_PORT, AttemptFolder, read_json, write_json
@@ -61,7 +62,7 @@ def control_process(option: int, value: int) -> None:
 
 def introduce(mesh: Mesh, output_dir: Path) -> None:
     """Write `ranks.json`, and tell the launchers of all hosts where their news are gathered. Every rank calls it."""
-    store = mesh.store(f"watch-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
+    store = mesh.store("watch")
     here = f"{socket.gethostname()} {os.getpid()} {mesh.device}"
     store.set(f"rank-{mesh.rank}", here)
     folder = AttemptFolder.mine()
@@ -101,6 +102,6 @@ def is_peers_fault(error: BaseException) -> bool:
     """Return whether an error says that another rank is gone, and not what was wrong with it."""
     from torch.distributed import DistError
 
-    if isinstance(error, DistError):
+    if isinstance(error, DistError | PeerFailed):
         return True
     return isinstance(error, RuntimeError) and any(part in str(error) for part in PEER_IS_GONE)

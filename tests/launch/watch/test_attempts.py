@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from meshloom.launch.exit_codes import BAD_CONFIG, HUNG, NO_PROGRESS
+from meshloom.launch.exit_codes import BAD_CONFIG, DIVERGED, HUNG, NO_PROGRESS
 from meshloom.launch.watch.attempts import Attempt, judge_attempts
 
 
@@ -19,6 +19,7 @@ STORIES: dict[str, tuple[Sequence[Attempt], int, bool, int]] = {
     "no restarts are wanted": ([attempt(1, 6)], 0, False, 137),
     "restarts are used up": ([attempt(1, 6), attempt(5, 9)], 1, False, 137),
     "a config error is never tried again": ([attempt(0, 0, BAD_CONFIG)], 3, False, BAD_CONFIG),
+    "a run that diverged ends by its own decision": ([attempt(1, 60, DIVERGED)], 3, False, DIVERGED),
     "once without progress": ([attempt(1, 6), attempt(5, 6)], 9, True, 137),  # it began later: there was a checkpoint
     "twice the same step": ([attempt(1, 6), attempt(1, 6), attempt(1, 6)], 9, False, NO_PROGRESS),
     "never as far as the first": ([attempt(1, 60), attempt(1, 6), attempt(1, 7)], 9, False, NO_PROGRESS),

@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.api import MultiprocessContext, S
 from meshloom.launch.exit_codes import BAD_CONFIG
 from meshloom.launch.watch.supervisor import Supervisor, exit_codes
 from meshloom.parallel.heartbeat import Heartbeat, Phase
+from meshloom.trainer.all_ranks import PeerFailed
 from meshloom.trainer.watch.folder import WATCH_FOLDER, AttemptFolder, write_json
 from meshloom.trainer.watch.incidents import read_incidents
 from meshloom.trainer.watch.rank import write_failure
@@ -63,7 +64,7 @@ def test_a_killed_rank_goes_before_what_its_peer_says(
         f"rank 1 ({os.uname().nodename}, pid {os.getpid()}) was killed by SIGKILL in backward of micro-batch 2 in step 7"
         in line
     )
-    assert line.endswith("starting again from what is saved (restart 1 of 3)")
+    assert line.endswith("starting again, from what is saved if anything is (restart 1 of 3)")
     (incident,) = read_incidents(tmp_path)
     assert (incident["kind"], incident["rank"], incident["step"], incident["phase"]) == ("death", 1, 7, "backward")
     assert incident["details"]["code"] == 137
@@ -119,6 +120,36 @@ def test_the_agent_gives_up_where_the_judgement_says_so(supervisor: Supervisor, 
     undo()
     agent._monitor_workers(None)
     assert seen == [1, 1]
+
+
+def test_a_config_error_before_any_rank_is_watched_is_not_tried_again(supervisor: Supervisor) -> None:
+    supervisor.tell({1: BAD_CONFIG}, number=0)
+    assert supervisor.judgement is not None and not supervisor.judgement.again and supervisor.judgement.code == BAD_CONFIG
+
+
+def test_the_first_error_is_named_not_the_lowest_rank(
+    supervisor: Supervisor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempt(0, tmp_path, {1: ValueError("the cause")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", "0")
+        assert write_failure(ValueError("what follows"))
+    supervisor.tell({0: 1, 1: 1})
+    assert capsys.readouterr().err.startswith("rank 1 (")
+
+
+@pytest.mark.parametrize(("reason", "codes"), [(ValueError("own"), {0: -signal.SIGABRT, 1: 1}), (None, {0: 1, 1: BAD_CONFIG})])
+def test_ranks_that_follow_another_are_not_named(
+    supervisor: Supervisor,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    reason: BaseException | None,
+    codes: dict[int, int],
+) -> None:
+    """NCCL aborts rank 0, or it tells of a failed peer; rank 1 fails of an error, or has told its config error itself."""
+    attempt(0, tmp_path, {1: reason} if reason is not None else {0: PeerFailed(config_error=True)})
+    supervisor.tell(codes)
+    assert capsys.readouterr().err.startswith("rank 1 (")
 
 
 def test_what_is_private_in_torchrun_is_there() -> None:
