@@ -28,7 +28,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -47,7 +47,9 @@ ROOT = "config"
 HYDRA_VERSION = "1.3"
 NAMED = ("model", "data", "optim", "schedule", "batch")  # groups whose options carry a name
 OPEN_NODES = tuple(
-    f"{node}{mark}" for node in ("parallel.deepspeed.config", "optim.modules", "stages", "validation") for mark in ".="
+    f"{node}{mark}"
+    for node in ("parallel.deepspeed.config", "optim.modules", "stages", "validation", "launch.sbatch")
+    for mark in ".="
 )  # their keys are in no schema
 FAULTS = (HydraException, yaml.YAMLError, ValueError)  # what composition raises for bad overrides and bad files
 LONGEST_NAME = 200  # file systems take 255
@@ -120,7 +122,7 @@ class Composer:
         """Compose the config of these overrides. Raises ConfigError if the recipe itself can't be composed."""
         problems: list[Problem] = []
         existing = self._existing(_parse(overrides, self._loader, problems), problems)
-        parsed = [_added_to_open_mapping(self._in_full(each)) for each in existing]
+        parsed = [self._in_full(each) for each in existing]
         deletions = [each for each in parsed if each.is_delete() and not each.is_hydra_override()]
         parsed = [each for each in parsed if each not in deletions]
         composition = self._composed(parsed, problems)
@@ -365,14 +367,6 @@ def _in_full(key: str, message: str) -> str:
         return f"write a whole number in full: {key}={parse_count(written[1], Unit.STEPS):_}" if written else ""
     except ValueError:
         return ""
-
-
-def _added_to_open_mapping(override: Override) -> Override:
-    """Return the override with Hydra's ++ in front, if it sets a name in a mapping that takes any (`key(…, open=True)`)."""
-    mapping = field_of(run_schema(), override.key_or_group.rpartition(".")[0])
-    if override.type is not OverrideType.CHANGE or mapping is None or not mapping.metadata.get("open"):
-        return override
-    return OverridesParser.create().parse_override(f"++{override.input_line}")
 
 
 def _lines(overrides: Iterable[Override]) -> list[str]:

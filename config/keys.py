@@ -55,16 +55,12 @@ class RecipeWhen:
         return f"placement; recipe under {self.when}"
 
 
-def key(
-    default: Any, meaning: str, side: Side | RecipeWhen | None = None, unit: Unit | None = None, *, open: bool = False
-) -> Any:
+def key(default: Any, meaning: str, side: Side | RecipeWhen | None = None, unit: Unit | None = None) -> Any:
     """Declare a field of a config dataclass.
 
-    side  None takes the class's `SIDE`
-    unit  of a whole number, which may then be typed as 1.5B (`parse_count`)
-    open  of a mapping to which any name may be added on the command line, without Hydra's +
+    side: None takes the class's `SIDE`; unit: of a whole number, which may then be typed as 1.5B (`parse_count`)
     """
-    return _field(default, {"meaning": meaning, "side": side, "unit": unit, "open": open})
+    return _field(default, {"meaning": meaning, "side": side, "unit": unit})
 
 
 def not_a_key(default: Any) -> Any:

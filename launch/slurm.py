@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     write = sweep_script if arguments.multirun else script
     try:
-        print(write([normalize_override(word) for word in arguments.overrides], arguments.config_dir), end="")
+        print(write(arguments.overrides, arguments.config_dir), end="")
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -52,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
 def script(overrides: Sequence[str], config_dir: str | None = None) -> str:
     """Return the sbatch script of a run. Raises ConfigError with every problem of its config on launch.nodes full nodes."""
+    overrides = [normalize_override(word) for word in overrides]
     resolved = resolve(overrides, RESOLVING, config_dir)
     resolved.refuse()
     # A job that is queued again goes on with its run by itself (`trainer/restarts.py`).
@@ -65,6 +66,7 @@ def sweep_script(overrides: Sequence[str], config_dir: str | None = None) -> str
     """
     if used := [word for word in overrides if word.startswith("hydra")]:
         raise ConfigError([Problem(used[0], "the array is SLURM's, not Hydra's", "leave it out")])
+    overrides = [normalize_override(word) for word in overrides]
     jobs = make_composer(config_dir).expand(overrides)
     problems: list[Problem] = []
     configs: list[RunConfig] = []

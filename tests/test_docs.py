@@ -133,7 +133,7 @@ def test_keys_that_are_named_exist(document: Path) -> None:
     words = {word for name in named_in(document.read_text()) for word in re.split(r"[\s,]+", name)}
     keys = {match[1] for word in words if (match := re.fullmatch(r"((?:\w+\.)+\w+)(=.*)?", word))}
     named = {key for key in keys if key.partition(".")[0] in groups and not FILE.fullmatch(key)}
-    absent = {key for key in named if key not in known and not key.startswith((*OPEN_NODES, "launch.sbatch."))}
+    absent = {key for key in named if key not in known and not key.startswith(OPEN_NODES)}
     assert absent == set()
 
 

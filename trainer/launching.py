@@ -78,7 +78,6 @@ class LaunchConfig:
     sbatch: dict[str, Any] = key(
         {},
         "further directives of sbatch by their long names, such as qos: high; true: without a value; null: leave ours out",
-        open=True,
     )
     setup: list[Any] = key([], "lines of shell to run before the job's processes start: modules, environment, NCCL's settings")
     srun_args: list[Any] = key([], "further arguments of srun, each a word")
