@@ -26,7 +26,6 @@ TORCH_DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-RAW: dict[int, np.dtype[Any]] = {size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -374,7 +374,7 @@ def test_several_nodes_need_slurm_or_torchrun(capsys: pytest.CaptureFixture[str]
 
 def test_arguments_are_typed_and_all_mistakes_are_named() -> None:
     arguments = parse(GenerateArguments, ["checkpoint=a=b", "prompt=def [x] ", "tokens=3", "top_k=null", "temperature=0"])
-    assert arguments == GenerateArguments(checkpoint="a=b", prompt="def [x] ", tokens=3, top_k=None, temperature=0.0)
+    assert arguments == GenerateArguments(checkpoint="a=b", prompt=("def [x] ",), tokens=3, top_k=None, temperature=0.0)
     with pytest.raises(ConfigError) as caught:
         parse(GenerateArguments, ["tokns=3", "seed=x", "loose"])
     assert [problem.key for problem in caught.value.problems] == ["tokns", "seed", "loose", "checkpoint"]

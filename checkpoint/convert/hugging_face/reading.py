@@ -11,9 +11,10 @@ from torch.distributed import ProcessGroup
 
 from ....parallel.box import Box
 from ...compare import parts as cut
-from ...dtypes import RAW, TORCH_DTYPES, as_tensor, same_bits
+from ...dtypes import TORCH_DTYPES, as_tensor, same_bits
 from ...errors import CheckpointError
 from ...manifest import StoredArray
+from ...raw import RAW
 from ...reader import Raw, ReadBytes, Reader
 from ...shared_reader import SharedReader
 from .encodings import PlainTensor, Tensor
