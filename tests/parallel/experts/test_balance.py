@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
 
 from meshloom.parallel.config import CONTEXT_KINDS, ParallelConfig
 from meshloom.parallel.pipeline.stages import SCHEDULES
-from support.parity import Difference, Work, build, curves, differences, global_tokens, share
+from support.parity import Work, build, curves, global_tokens, share
+from support.parity_table import ParityTable
 from support.ranks import run_ranks
 
 TOLERANCE = 1e-9
@@ -34,56 +34,53 @@ def work(micro: int = 1, balance: dict[str, Any] = PAST, experts: dict[str, Any]
 
 DENSE_FIRST = {**EXPERTS, "dense_layers": 1}
 BIASED = {**EXPERTS, "logit_bias": True}
-TABLE: dict[str, tuple[int, Work]] = {
-    **{f"past, {micro} sequences at once": (1, work(micro, zero=0)) for micro in (1, 3, 8)},
-    **{f"exact, {micro} sequences at once": (1, work(micro, EXACT, zero=0)) for micro in (1, 3, 8)},
-    "past, last step alone": (1, work(2, {**PAST, "keep": 0.0}, zero=0)),
-    "prefix": (1, work(2, {**LARGE, "counts": "prefix"}, zero=0)),
-    "all losses": (1, work(3, ALL, zero=0)),
-    "sigmoid, groups, bias": (1, work(2, FREE, GROUPS, zero=0)),
-    "sigmoid, not renormalised": (1, work(2, ALL, {**GROUPS, "renormalise": False, "groups": 1}, zero=0)),
-    "one expert, top 1": (1, work(2, PAST, {"count": 1, "top_k": 1}, zero=0)),
-    "second layer only": (1, work(2, PAST, {**EXPERTS, "layers": [1]}, zero=0)),
-    **{f"all losses, activation={policy}": (1, work(3, ALL, activation=policy)) for policy in ("full", "selective", "offload")},
-    "prefix, activation=full": (1, work(2, {**LARGE, "counts": "prefix"}, activation="full")),
-    **{f"past, ZeRO-{zero}": (2, work(1, PAST, DENSE_FIRST, zero=zero)) for zero in range(4)},
-    **{f"exact, ZeRO-{zero}, activation=full": (2, work(2, EXACT, zero=zero, activation="full")) for zero in range(4)},
-    "experts without a token, ZeRO-3": (2, work(1, ALL, {"count": 40, "top_k": 1, "ffn_dim": 3}, zero=3)),
-    "all losses, ZeRO-3, 7 sequences": (2, work(2, ALL, zero=3, samples=7)),
-    "sigmoid, groups, bias, ZeRO-1": (2, work(2, FREE, GROUPS, zero=1)),
-    "all losses, tp 2": (2, work(3, ALL, DENSE_FIRST, tp=2)),
-    "all losses, tp 2, cut between sequences": (2, work(2, ALL, tp=2, activation="full")),
-    "sigmoid, groups, bias, tp 2": (2, work(3, FREE, GROUPS, tp=2)),
-    **{f"past, pp 2, {schedule}": (2, work(1, PAST, DENSE_FIRST, pp=2, schedule=schedule, zero=0)) for schedule in SCHEDULES},
-    **{f"all losses, pp 2, {schedule}": (2, work(1, ALL, pp=2, schedule=schedule, zero=0)) for schedule in SCHEDULES},
-    "sigmoid, groups, bias, pp 2, documents": (2, work(2, FREE, GROUPS, pp=2, documents=True)),
-    **{f"all losses, cp 2, {kind}": (2, work(2, ALL, cp=2, cp_kind=kind, documents=True)) for kind in CONTEXT_KINDS},
-    "all losses, cp 2 × tp 2": (4, work(4, ALL, cp=2, tp=2)),
-    "biases as in gpt-oss, tp 2": (2, work(2, PAST, BIASED, tp=2, ffn_bias=True, ffn_activation="clamped_swiglu")),
-    "biases as in gpt-oss, ZeRO-3": (2, work(2, PAST, BIASED, zero=3, ffn_bias=True, ffn_activation="clamped_swiglu")),
-    "past, tp 2 × ZeRO-3": (4, work(3, PAST, tp=2, zero=3)),
-    "exact, tp 2 × ZeRO-1": (4, work(1, EXACT, tp=2, zero=1)),
-    "exact, pp 2 × ZeRO-3, interleaved": (4, work(1, EXACT, pp=2, schedule="interleaved")),
-    "past, HSDP": (4, work(1, PAST, replicate=2, zero=2)),
-}
+TABLE = ParityTable(
+    {
+        **{f"past, {micro} sequences at once": (1, work(micro, zero=0)) for micro in (1, 3, 8)},
+        **{f"exact, {micro} sequences at once": (1, work(micro, EXACT, zero=0)) for micro in (1, 3, 8)},
+        "past, last step alone": (1, work(2, {**PAST, "keep": 0.0}, zero=0)),
+        "prefix": (1, work(2, {**LARGE, "counts": "prefix"}, zero=0)),
+        "all losses": (1, work(3, ALL, zero=0)),
+        "sigmoid, groups, bias": (1, work(2, FREE, GROUPS, zero=0)),
+        "sigmoid, not renormalised": (1, work(2, ALL, {**GROUPS, "renormalise": False, "groups": 1}, zero=0)),
+        "one expert, top 1": (1, work(2, PAST, {"count": 1, "top_k": 1}, zero=0)),
+        "second layer only": (1, work(2, PAST, {**EXPERTS, "layers": [1]}, zero=0)),
+        **{
+            f"all losses, activation={policy}": (1, work(3, ALL, activation=policy))
+            for policy in ("full", "selective", "offload")
+        },
+        "prefix, activation=full": (1, work(2, {**LARGE, "counts": "prefix"}, activation="full")),
+        **{f"past, ZeRO-{zero}": (2, work(1, PAST, DENSE_FIRST, zero=zero)) for zero in range(4)},
+        **{f"exact, ZeRO-{zero}, activation=full": (2, work(2, EXACT, zero=zero, activation="full")) for zero in range(4)},
+        "experts without a token, ZeRO-3": (2, work(1, ALL, {"count": 40, "top_k": 1, "ffn_dim": 3}, zero=3)),
+        "all losses, ZeRO-3, 7 sequences": (2, work(2, ALL, zero=3, samples=7)),
+        "sigmoid, groups, bias, ZeRO-1": (2, work(2, FREE, GROUPS, zero=1)),
+        "all losses, tp 2": (2, work(3, ALL, DENSE_FIRST, tp=2)),
+        "all losses, tp 2, cut between sequences": (2, work(2, ALL, tp=2, activation="full")),
+        "sigmoid, groups, bias, tp 2": (2, work(3, FREE, GROUPS, tp=2)),
+        **{
+            f"past, pp 2, {schedule}": (2, work(1, PAST, DENSE_FIRST, pp=2, schedule=schedule, zero=0))
+            for schedule in SCHEDULES
+        },
+        **{f"all losses, pp 2, {schedule}": (2, work(1, ALL, pp=2, schedule=schedule, zero=0)) for schedule in SCHEDULES},
+        "sigmoid, groups, bias, pp 2, documents": (2, work(2, FREE, GROUPS, pp=2, documents=True)),
+        **{f"all losses, cp 2, {kind}": (2, work(2, ALL, cp=2, cp_kind=kind, documents=True)) for kind in CONTEXT_KINDS},
+        "all losses, cp 2 × tp 2": (4, work(4, ALL, cp=2, tp=2)),
+        "biases as in gpt-oss, tp 2": (2, work(2, PAST, BIASED, tp=2, ffn_bias=True, ffn_activation="clamped_swiglu")),
+        "biases as in gpt-oss, ZeRO-3": (2, work(2, PAST, BIASED, zero=3, ffn_bias=True, ffn_activation="clamped_swiglu")),
+        "past, tp 2 × ZeRO-3": (4, work(3, PAST, tp=2, zero=3)),
+        "exact, tp 2 × ZeRO-1": (4, work(1, EXACT, tp=2, zero=1)),
+        "exact, pp 2 × ZeRO-3, interleaved": (4, work(1, EXACT, pp=2, schedule="interleaved")),
+        "past, HSDP": (4, work(1, PAST, replicate=2, zero=2)),
+    },
+    timeout=300.0,
+)
 
 
-@cache
-def found(ranks: int) -> dict[str, Difference] | AssertionError:
-    """All rows on this many processes, which share them; or what one of them failed with."""
-    rows = [name for name, (size, _) in TABLE.items() if size == ranks]
-    try:
-        return dict(zip(rows, differences(ranks, [TABLE[name][1] for name in rows], timeout=300.0), strict=True))
-    except AssertionError as failure:
-        return failure
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, id=f"p{ranks}: {name}") for name, (ranks, _) in TABLE.items()])
+@pytest.mark.parametrize("name", TABLE.names())
 def test_balance_is_the_closed_form_on_every_layout(name: str) -> None:
-    rows = found(TABLE[name][0])
-    if isinstance(rows, AssertionError):
-        raise rows
-    assert rows[name].worst < TOLERANCE, rows[name]
+    found = TABLE.difference(name)
+    assert found.worst < TOLERANCE, found
 
 
 def test_a_prefix_is_of_all_ranks_passes() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from meshloom.models.mixture.mixture import mixtures_of
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.experts.dispatch import ExchangedJourney
 from support.checkpoint_layouts import Pair, Place, matrix
-from support.parity import Difference, Work, build, curves, differences, global_tokens, share
+from support.parity import Work, build, curves, global_tokens, share
+from support.parity_table import ParityTable
 from support.ranks import run_ranks
 
 TOLERANCE = 1e-9
@@ -55,24 +55,14 @@ ROWS = {
     "ep 2, pp 2, ZeRO-3, activation=selective": work(1, EXPERTS, PAST, "selective", ep=2, pp=2, zero=3),
     "ep 2, pp 2, zbv, ZeRO-0": work(1, EXPERTS, ALL, ep=2, pp=2, schedule="zbv", zero=0),
 }
+TABLE = ParityTable({name: (RANKS, row) for name, row in ROWS.items()}, timeout=300.0)
 
 
-@cache
-def found() -> dict[str, Difference] | AssertionError:
-    """All rows, which share their processes; or what one of them failed with."""
-    try:
-        return dict(zip(ROWS, differences(RANKS, list(ROWS.values()), timeout=300.0), strict=True))
-    except AssertionError as failure:
-        return failure
-
-
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", TABLE.names())
 def test_experts_on_other_ranks_train_the_same_run(name: str) -> None:
     """Losses, gradients (neither doubled nor divided), and on every rank the norm that it clips by."""
-    rows = found()
-    if isinstance(rows, AssertionError):
-        raise rows
-    assert rows[name].worst < TOLERANCE, rows[name]
+    found = TABLE.difference(name)
+    assert found.worst < TOLERANCE, found
 
 
 def held(rank: int, world_size: int, work: Work) -> list[tuple[str, int, tuple[int, ...]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import pytest
 
 from meshloom.parallel.config import ParallelConfig
 from support.checkpoint_layouts import Pair, Place, matrix
-from support.parity import Difference, Work, differences
+from support.parity import Work
+from support.parity_table import ParityTable
 
 TOLERANCE = 1e-9
 EXPERTS = {"count": 4, "top_k": 2, "ffn_dim": 7, "router": "recurrent", "state_dim": 5}
@@ -26,38 +26,28 @@ def work(micro: int, experts: dict[str, Any] = EXPERTS, activation: str = "none"
 
 
 # Together: every axis and ZeRO stage; stages without a mixture, the first too; stages that share a rank.
-TABLE = {
-    "one process": (1, work(3, zero=0)),
-    "recomputed": (1, work(8, GAPS, "full", 4, zero=0)),
-    "ZeRO-1": (2, work(1, zero=1)),
-    "ZeRO-3, selective": (2, work(2, GAPS, "selective", 4, zero=3)),
-    "tp 2": (2, work(3, tp=2, zero=0)),
-    "cp 2, ZeRO-2": (2, work(2, cp=2, zero=2)),
-    "ep 2, ZeRO-3": (2, work(1, ep=2, zero=3)),
-    "pp 2, 1f1b": (2, work(1, GAPS, layers=4, pp=2, schedule="1f1b")),
-    "pp 2, gpipe, late": (2, work(1, LATE, layers=4, pp=2, schedule="gpipe")),
-    "pp 2, interleaved": (2, work(1, GAPS, layers=4, pp=2, schedule="interleaved")),
-    "pp 2 × tp 2": (4, work(1, GAPS, "full", 4, pp=2, tp=2)),
-    "pp 2 × ZeRO-3, ep 2": (4, work(1, GAPS, layers=4, pp=2, zero=3, ep=2)),
-}
+TABLE = ParityTable(
+    {
+        "one process": (1, work(3, zero=0)),
+        "recomputed": (1, work(8, GAPS, "full", 4, zero=0)),
+        "ZeRO-1": (2, work(1, zero=1)),
+        "ZeRO-3, selective": (2, work(2, GAPS, "selective", 4, zero=3)),
+        "tp 2": (2, work(3, tp=2, zero=0)),
+        "cp 2, ZeRO-2": (2, work(2, cp=2, zero=2)),
+        "ep 2, ZeRO-3": (2, work(1, ep=2, zero=3)),
+        "pp 2, 1f1b": (2, work(1, GAPS, layers=4, pp=2, schedule="1f1b")),
+        "pp 2, gpipe, late": (2, work(1, LATE, layers=4, pp=2, schedule="gpipe")),
+        "pp 2, interleaved": (2, work(1, GAPS, layers=4, pp=2, schedule="interleaved")),
+        "pp 2 × tp 2": (4, work(1, GAPS, "full", 4, pp=2, tp=2)),
+        "pp 2 × ZeRO-3, ep 2": (4, work(1, GAPS, layers=4, pp=2, zero=3, ep=2)),
+    }
+)
 
 
-@cache
-def found(ranks: int) -> dict[str, Difference] | AssertionError:
-    """All rows on this many processes, which share them; or what one of them failed with."""
-    rows = [name for name, (size, _) in TABLE.items() if size == ranks]
-    try:
-        return dict(zip(rows, differences(ranks, [TABLE[name][1] for name in rows]), strict=True))
-    except AssertionError as failure:
-        return failure
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, id=f"p{ranks}: {name}") for name, (ranks, _) in TABLE.items()])
+@pytest.mark.parametrize("name", TABLE.names())
 def test_a_recurrent_router_trains_the_same_run_on_every_layout(name: str) -> None:
-    rows = found(TABLE[name][0])
-    if isinstance(rows, AssertionError):
-        raise rows
-    assert rows[name].worst < TOLERANCE, rows[name]
+    found = TABLE.difference(name)
+    assert found.worst < TOLERANCE, found
 
 
 def test_a_checkpoint_holds_the_cell_once_and_goes_on_elsewhere(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from meshloom.models.mixture.balance_config import BalanceConfig
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.experts.chunk_rate import ChunkRate
 from support.checkpoint_layouts import Pair, Place, matrix
-from support.parity import Difference, Work, differences
+from support.parity import Work
+from support.parity_table import ParityTable
 
 TOLERANCE = 1e-9
 EXPERTS = {"count": 6, "top_k": 6, "ffn_dim": 7, "router": "relu", "gated": False}
@@ -28,34 +28,24 @@ def work(micro: int, balance: dict[str, Any] = ALL, activation: str = "none", la
     return Work(parallel, micro, steps=3, lr=2e-3, activation=activation, model=model, balance=tuple(balance.items()))
 
 
-TABLE = {
-    "one process": (1, work(3, zero=0)),
-    "recomputed": (1, work(8, activation="full", zero=0)),
-    "ZeRO-3": (2, work(2, zero=3)),
-    "tp 2": (2, work(3, BALANCED, tp=2, zero=0)),
-    "cp 2": (2, work(2, BALANCED, cp=2)),
-    "ep 2, ZeRO-1": (2, work(1, ep=2, zero=1)),
-    "pp 2, zbv": (2, work(1, layers=4, pp=2, schedule="zbv")),
-    "ep 2 × pp 2, ZeRO-3, recomputed": (4, work(1, activation="full", pp=2, ep=2, zero=3)),
-}
+TABLE = ParityTable(
+    {
+        "one process": (1, work(3, zero=0)),
+        "recomputed": (1, work(8, activation="full", zero=0)),
+        "ZeRO-3": (2, work(2, zero=3)),
+        "tp 2": (2, work(3, BALANCED, tp=2, zero=0)),
+        "cp 2": (2, work(2, BALANCED, cp=2)),
+        "ep 2, ZeRO-1": (2, work(1, ep=2, zero=1)),
+        "pp 2, zbv": (2, work(1, layers=4, pp=2, schedule="zbv")),
+        "ep 2 × pp 2, ZeRO-3, recomputed": (4, work(1, activation="full", pp=2, ep=2, zero=3)),
+    }
+)
 
 
-@cache
-def found(ranks: int) -> dict[str, Difference] | AssertionError:
-    """All rows on this many processes, which share them; or what one of them failed with."""
-    rows = [name for name, (size, _) in TABLE.items() if size == ranks]
-    try:
-        return dict(zip(rows, differences(ranks, [TABLE[name][1] for name in rows]), strict=True))
-    except AssertionError as failure:
-        return failure
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, id=f"p{ranks}: {name}") for name, (ranks, _) in TABLE.items()])
+@pytest.mark.parametrize("name", TABLE.names())
 def test_a_relu_router_trains_the_same_run_on_every_layout(name: str) -> None:
-    rows = found(TABLE[name][0])
-    if isinstance(rows, AssertionError):
-        raise rows
-    assert rows[name].worst < TOLERANCE, rows[name]
+    found = TABLE.difference(name)
+    assert found.worst < TOLERANCE, found
 
 
 def test_the_coefficient_follows_the_objective() -> None:
