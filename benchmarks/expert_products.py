@@ -40,7 +40,7 @@ REPEATS = 12
 
 @dataclasses.dataclass
 class Settings:
-    """What is timed. products: some of PRODUCTS; skew: the later experts get more rows than the first."""
+    """The products to time. products: some of PRODUCTS; skew: the later experts get more rows than the first."""
 
     shape: str = "A"
     tiles: str = "128x192p,128x256,256x128,256x192,128x128p"

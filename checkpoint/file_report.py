@@ -1,4 +1,4 @@
-"""What a rank reports of the file that it has written, as a few bytes that go up the tree beside those of others."""
+"""A rank's report of the file that it has written, as a few bytes that go up the tree beside those of others."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from ..config.problems import ConfigError, Problem
 from ..trainer.schema import RunConfig
 
 Documents = float | Literal["data"] | None
-"""What a command line says of them: their mean tokens, or to take those of the run's first step. None: a sample is one."""
+"""Documents as a command line gives them: mean tokens, or those of the run's first step. None: a sample is one."""
 
 
 def read_documents(text: str) -> float | Literal["data"]:

@@ -92,7 +92,7 @@ def sweep_script(overrides: Sequence[str], config_dir: str | None = None) -> str
 
 @dataclass(frozen=True)
 class Runs:
-    """What the script trains.
+    """The runs that the script trains.
 
     words    arguments of the run, as the node's shell gets them
     choice   lines that set RUN, the arguments of this job of an array; "": the script is no array

@@ -18,7 +18,7 @@ from statistics import median
 
 
 class Phase(enum.IntEnum):
-    """What a rank is doing, in the order in which a run and each of its steps goes through it.
+    """A rank's occupation, in the order in which a run and each of its steps goes through it.
 
     START is everything before the first step but JOIN, in which ranks connect. EXCHANGE is waiting for other ranks (and, on
     GPUs, for the device). HOOKS is what a run does between steps and has no phase of its own. END is that of a rank that is
@@ -127,7 +127,7 @@ class Heartbeat:
 
     @property
     def phase(self) -> Phase:
-        """What this rank is doing."""
+        """The phase that this rank is in."""
         return self._phase
 
     def _keep(self, row: int, seconds: float) -> None:

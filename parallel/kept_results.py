@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Keeps = Callable[[Any], bool]
-"""Whether an operation's result is kept. It may count: each pass over a region has one of its own, made anew."""
+"""Tells if an operation's result is kept. It may count: each pass over a region has one of its own, made anew."""
 
 _FIX = "use trainer.activation=none, or mend the model's code"
 

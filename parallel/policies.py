@@ -86,7 +86,7 @@ class HasPrecision(Protocol):
 
 
 class ComputeSettings(HasPrecision, Protocol):
-    """What the choice of kernels depends on: fields of `EngineSettings`, and of a plan's `Job`."""
+    """The settings on which the choice of kernels depends: fields of `EngineSettings`, and of a plan's `Job`."""
 
     @property
     def float8(self) -> str:

@@ -124,7 +124,7 @@ class ClusterConfig:
 
     @property
     def measured(self) -> bool:
-        """Whether the rates of all that this many GPUs use were measured: kernels, links of a node, the network."""
+        """Return whether the rates of all that this many GPUs use were measured: kernels, links of a node, the network."""
         linked = min(self.gpus, self.gpus_per_node) == 1 or self.link_calibrated
         return self.calibrated and linked and (self.nodes == 1 or self.network_calibrated)
 

@@ -12,7 +12,7 @@ from ..parallel.hybrid.share import HybridAssigner
 
 @dataclass(frozen=True)
 class DealtStep:
-    """How the documents of a step are dealt.
+    """The documents of a step, as they are dealt.
 
     rows     of the rank that runs most
     filled   tokens of all ranks' rows, padding included, over those of `rows` full rows on each

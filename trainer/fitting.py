@@ -44,7 +44,7 @@ def _no_machine(_: RunConfig) -> ClusterConfig | None:
 
 @dataclass
 class Fitting:
-    """How keys that are left to a plan are decided, and what was decided.
+    """Decides the keys that are left to a plan, and keeps what was decided.
 
     machine  config → the GPUs that the run is started on; None where it runs on processors, or nobody knows. It may raise
              ConfigError for GPUs that nothing can be fitted to, and UnknownMachineError for those whose size is not told

@@ -30,7 +30,7 @@ class TextCodec(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Of the likeliest tokens, those remain that pass every limit.
+    """A rule for drawing tokens. Of the likeliest tokens, those remain that pass every limit.
 
     temperature  divides the logits; 0 always takes the likeliest token
     top_k        so many of the likeliest tokens; None: all

@@ -24,7 +24,7 @@ MICRO = "batch.micro"
 UNREPORTED = ("output_dir", "resume")  # placement that every resume may change
 ABSENT = object()
 KEPT = "kept from the checkpoint, where the recipe files of today differ"
-"""How the notice about keys of the checkpoint that stay begins."""
+"""Beginning of the notice about keys of the checkpoint that stay."""
 CONSEQUENCES = {
     "seed": "the data comes in another order from here on: samples that were seen may come again, and others never come",
     "data": "the run goes on at the same sample number of other data",

@@ -308,7 +308,7 @@ def open_recovery(text: str, folder: Path, talk: Round) -> MemoryFiles:
 
 
 def _join_made(messages: Sequence[bytes]) -> bytes:
-    """What all of them made again, or the first error."""
+    """Return the results of all of them again, or the first error."""
     said: list[dict[str, Any]] = [json.loads(message) for message in messages]
     failed = next((each for each in said if "error" in each), None)
     return json.dumps(failed or {"made": {slot: entry for each in said for slot, entry in each["made"].items()}}).encode()

@@ -32,7 +32,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What to do after a failed attempt. code: with which to end, unless it is started again. said: the reason, for people."""
+    """A decision after a failed attempt. code: with which to end, unless it is started again. said: the reason, for people."""
 
     again: bool
     code: int

@@ -39,7 +39,7 @@ UNBOUNDED = (Phase.START, Phase.SAVE, Phase.HOOKS, Phase.END)
 
 @dataclass(frozen=True)
 class RankState:
-    """What is known of a rank at one moment.
+    """A rank as its heartbeat and its host show it at one moment.
 
     host        where it runs, with its pid
     age         seconds since its last beat

@@ -28,7 +28,7 @@ class CellWeights(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """What recurrent routers hand from layer to layer: each token's state, and the cell that they share."""
+    """The recurrent routers' way from layer to layer: each token's state, and the cell that they share."""
 
     state_TP: torch.Tensor
     cell: CellWeights

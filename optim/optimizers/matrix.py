@@ -28,7 +28,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     skip: torch.Tensor | None = None
     can_skip = False
-    """Whether `updates` obeys `taken`: not where the method decides on the host by the number of the step."""
+    """True if `updates` obeys `taken`: false where the method decides on the host by the number of the step."""
     keeps_lr_scale = True
     """Whether the factors of muP apply to matrices, too: not where the method itself makes steps independent of the width."""
 

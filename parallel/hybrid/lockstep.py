@@ -20,8 +20,8 @@ from .cost import CostModel, least_time
 from .rectangles import Free, Rectangles
 
 SHARING = ((1.0, 1.0), (1.0, 0.5), (1.0, 0.2), (0.25, 0.0), (0.1, 0.0))
-"""What is tried of sharing, with the fewest messages first. A document is shared that takes more than the first part of a row's
-time. If it would take more than the second part of the ranks that are free, it takes all of them."""
+"""Ways of sharing that are tried, with the fewest messages first. A document is shared that takes more than the first part of a
+row's time. If it would take more than the second part of the ranks that are free, it takes all of them."""
 ENOUGH = 1.01  # times the least time that any plan takes: no further one is tried
 CLEARLY = 0.99  # a plan with more messages is chosen only if its time is less than this times the best so far
 CHOICES = 6  # numbers of rows that are tried

@@ -18,7 +18,7 @@ from .lockstep import fewest_rows, first_fast, plans_of_rows
 TRIED = (0.5, 0.75, 1.0)
 """Numbers of rows that a plan begins with, over the fewest that hold the tokens. Documents that fit into none get new ones."""
 SHARING = ((1.0, 1.0), (0.25, 0.0), (0.1, 0.0))
-"""What is tried of sharing, as `lockstep.SHARING`."""
+"""Ways of sharing that are tried, as `lockstep.SHARING`."""
 
 
 def pipelined(

@@ -46,7 +46,7 @@ class Trace:
 
 @dataclass
 class Diagnosis:
-    """What a replay has found.
+    """The finding of a replay.
 
     kind     DATA, DEVICE, WEIGHTS (which bear no sample), PASSING, UNKNOWN, or of a spike AGAIN
     traces   of the ranks on which a number went wrong, in the replay on the same ranks

@@ -26,7 +26,7 @@ LEAST_OF_NORM = 0.3
 """Least sigma of the gradient norm's logarithm: six are a norm of six times the median. Clipping bounds what is below."""
 
 NOT_FINITE, LOSS_SPIKE, NORM_SPIKE = 1, 2, 4
-"""What may be wrong with a step: bits of a verdict's code."""
+"""Faults of a step: bits of a verdict's code."""
 
 NUMBERS = ("bad_step", "log_norm", "loss_sigmas", "norm_sigmas", "bad_ranks", "bad_rank_sum")
 """Names of the numbers that a judged step brings to the host."""
@@ -34,7 +34,7 @@ NUMBERS = ("bad_step", "log_norm", "loss_sigmas", "norm_sigmas", "bad_ranks", "b
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of a judged step.
+    """The verdict on a step.
 
     code                      0, or a sum of NOT_FINITE, LOSS_SPIKE and NORM_SPIKE
     loss_sigmas, norm_sigmas  distance from the median in sigmas; nan before there is one

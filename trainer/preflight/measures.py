@@ -24,7 +24,7 @@ STORAGE_BYTES = 2**23
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: side of a square product, bytes of a copy and of a message, and how often."""
+    """Sizes of what is measured: side of a square product, bytes of a copy and of a message, and how often."""
 
     product: int
     copy: int
@@ -40,7 +40,7 @@ CPU = Sizes(512, 2**24, 2**20, 5)
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank has found.
+    """The findings of one rank.
 
     product   FLOP/s of a matrix product, bf16 on a GPU; copy: bytes/s read and written; None: not measured
     links     peer → bytes/s in each direction

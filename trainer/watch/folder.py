@@ -45,7 +45,7 @@ class AttemptFolder:
 
     @property
     def run(self) -> Path:
-        """What a launcher must know of the run, JSON; local rank 0 writes it."""
+        """Facts of the run for the launcher, JSON; local rank 0 writes it."""
         return self.path / "run.json"
 
     def beat(self, rank: int) -> Path:

@@ -1,4 +1,4 @@
-"""What a watched rank does for its launcher: a heartbeat, its stack on a signal, the reason when it fails."""
+"""The part of a watched rank: a heartbeat, its stack on a signal, the reason when it fails."""
 
 from __future__ import annotations
 
