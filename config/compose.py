@@ -33,7 +33,6 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from xxhash import xxh3_64_hexdigest
 
 from .duration import Unit, parse_count
 from .keys import MISSING, field_of
@@ -52,7 +51,6 @@ OPEN_NODES = tuple(
     for mark in ".="
 )  # their keys are in no schema
 FAULTS = (HydraException, yaml.YAMLError, ValueError)  # what composition raises for bad overrides and bad files
-LONGEST_NAME = 200  # file systems take 255
 
 LAUNCHERS = "hydra/launcher"
 EXTRAS = {"submitit": "submitit"}
@@ -437,19 +435,6 @@ def quoted(text: str) -> str:
 def task_overrides() -> list[str]:
     """Return the overrides of this process's command line; none outside of `hydra.main`."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-
-
-def sweep_folder(overrides: Sequence[str], job: Sequence[str]) -> str:
-    """Return the name of a sweep job's folder: the job's overrides of the keys that the sweep varies.
-
-    It stays the same if the sweep is extended later, so that its jobs can be resumed.
-    """
-    parser = OverridesParser.create()
-    swept = {override.get_key_element() for override in parser.parse_overrides(list(overrides)) if override.is_sweep_override()}
-    lines = [override for override in parser.parse_overrides(list(job)) if override.get_key_element() in swept]
-    name = "_".join(f"{line.get_key_element()}={line.get_value_element_as_str()}" for line in lines) or "job"
-    plain = re.sub(r"[^A-Za-z0-9.,=+_\[\]-]+", "-", name)[:LONGEST_NAME]
-    return plain if plain == name else f"{plain}_{xxh3_64_hexdigest(name.encode())}"  # two names must not become one
 
 
 def _delete(config: DictConfig, key: str) -> bool:

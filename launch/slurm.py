@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config.compose import normalize_override, quoted, sweep_folder
+from ..config.compose import normalize_override, quoted
 from ..config.problems import ConfigError, Problem
+from ..config.sweeps import job_folder, without_output_dir
 from ..trainer.launching import ContainerConfig, restarts
 from ..trainer.resolve import ResolveOptions, resolve
 from ..trainer.schema import RunConfig, make_composer
@@ -80,9 +81,9 @@ def sweep_script(overrides: Sequence[str], config_dir: str | None = None) -> str
         problems.append(Problem("launch", "the jobs of an array are alike", "write one script for each value of launch.*"))
     if problems:
         raise ConfigError(problems)
-    folders = [f"{config.output_dir}/sweep/{sweep_folder(overrides, job)}" for job, config in zip(jobs, configs, strict=True)]
+    folders = [job_folder(config.output_dir, overrides, job) for job, config in zip(jobs, configs, strict=True)]
     lines = [
-        f"    {number}) RUN=({_words([*_without_folder(job), f'output_dir={quoted(folder)}'], config_dir)}) ;;"
+        f"    {number}) RUN=({_words([*without_output_dir(job), f'output_dir={quoted(folder)}'], config_dir)}) ;;"
         for number, (job, folder) in enumerate(zip(jobs, folders, strict=True))
     ]
     choice = "\n".join(['case "$SLURM_ARRAY_TASK_ID" in', *lines, "esac"])
@@ -152,7 +153,3 @@ def _words(overrides: Sequence[str], config_dir: str | None) -> str:
     """Return the arguments of `meshloom train`, quoted for a shell."""
     folder = [f"--config-dir={Path(config_dir).resolve()}"] if config_dir else []
     return " ".join(shlex.quote(word) for word in [*folder, *overrides])
-
-
-def _without_folder(overrides: Sequence[str]) -> list[str]:
-    return [word for word in overrides if not word.startswith("output_dir=")]

@@ -15,8 +15,9 @@ from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from ..config.compose import FAULTS, HYDRA_VERSION, RECIPES_MODULE, ROOT, quoted, reason_of, sweep_folder, task_overrides
+from ..config.compose import FAULTS, HYDRA_VERSION, RECIPES_MODULE, ROOT, quoted, reason_of, task_overrides
 from ..config.problems import ConfigError, Problem
+from ..config.sweeps import job_folder, without_output_dir
 from ..trainer.identity import METRICS
 from ..trainer.schema import register_schemas
 from .run_metrics import last_numbers
@@ -53,8 +54,8 @@ def run_sweep(
     words = list(overrides)
 
     def task(config: DictConfig) -> Outcome:
-        job = [line for line in task_overrides() if not line.startswith("output_dir=")]
-        folder = f"{config.output_dir}/sweep/{sweep_folder(words, task_overrides())}"
+        job = without_output_dir(task_overrides())
+        folder = job_folder(config.output_dir, words, task_overrides())
         try:
             code, stop = run([*job, f"output_dir={quoted(folder)}"])
         except Exception:  # raised, it would become Hydra's message, and end the jobs to come

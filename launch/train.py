@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, Composition, quoted
 from ..config.problems import ConfigError, Problem
+from ..config.sweeps import without_output_dir
 from ..trainer.launching import LaunchConfig, restarts, run_processes, under_torchrun
 from ..trainer.machine import machine_problems, unusable_gpus
 from ..trainer.machine_gpus import machine_here
@@ -180,17 +181,13 @@ def _run(
             "-m",
             RANK,
             *([f"--config-dir={config_dir}"] if config_dir else []),
-            *_without_folder(overrides),
+            *without_output_dir(overrides),
             f"output_dir={quoted(str(resolved.config.output_dir))}",
         ]
     )
     code = started.run(agent)
     stop.obeyed, stop.number = started.stop_requested, started.number
     return code
-
-
-def _without_folder(overrides: Sequence[str]) -> list[str]:
-    return [line for line in overrides if not line.startswith("output_dir=")]
 
 
 def _leave() -> None:

@@ -9,9 +9,10 @@ import pytest
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 
-from meshloom.config.compose import Composer, near_miss, quoted, sweep_folder
+from meshloom.config.compose import Composer, near_miss, quoted
 from meshloom.config.problems import ConfigError
 from meshloom.config.renames import RENAMED_KEYS, with_renamed_keys
+from meshloom.config.sweeps import sweep_folder
 from meshloom.trainer.schema import make_composer
 
 
