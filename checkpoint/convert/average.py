@@ -14,26 +14,25 @@ from typing import Any
 
 import torch
 
-from ..compare import read_array
+from ...parallel.box import Box
+from ..compare import parts
 from ..compose import Source, compose
-from ..dtypes import TORCH_DTYPES
+from ..dtypes import TORCH_DTYPES, as_tensor
 from ..errors import CheckpointError
 from ..files import Files
 from ..folder import open_step
 from ..manifest import Manifest
-from .hugging_face.tokenizer import find_tokenizer
-from .tokenizer import TOKENIZER
+from ..reader import Reader
+from .inherited import inherit_tokenizer
 
-KEPT = ("tokenizer", "end_of_document", "vocabulary")
-"""Members of the first step's state that go on."""
 GROUPS = ("model", "data")
-"""Groups of its config that do: what `generate` needs to know."""
+"""Groups of the first step's config that go on: what `generate` needs to know."""
 
 
 def average(steps: Sequence[Files], folder: str | Path, weights: Sequence[float] | None = None) -> Path:
     """Write a checkpoint (step 0, weights only) whose weights are the mean of those of several steps of one model.
 
-    It stands for the first of them in all else. Sums are taken in float64. Host memory holds two arrays at a time.
+    It stands for the first of them in all else. Sums are taken in float64. Host memory holds a part of an array at a time.
 
     weights: of the steps in the mean, in any unit; None: alike
 
@@ -44,26 +43,29 @@ def average(steps: Sequence[Files], folder: str | Path, weights: Sequence[float]
     first, manifest = opened[0]
     for files, other in opened[1:]:
         _refuse_another_model(first, manifest, files, other)
+    readers = [Reader(files, each) for files, each in opened]
     sources = [
         Source(
             array.name,
             "weight",
             TORCH_DTYPES[array.dtype],
             array.shape,
-            functools.partial(_mean, opened, given, array.key, TORCH_DTYPES[array.dtype]),
+            functools.partial(_mean, readers, given, array.key, box, TORCH_DTYPES[array.dtype]),
+            box=box,
         )
         for array in manifest.arrays.values()
         if array.role == "weight"
+        for box in parts(array)
     ]
     config: dict[str, Any] = manifest.state.get("config", {})
+    tokenizer = inherit_tokenizer(first, manifest.state)
     how = {"average_of": [files.label() for files in steps], "weights": given}
     state = {
         "config": {name: config[name] for name in GROUPS if name in config},
         "imported_from": {"format": "average", **manifest.state.get("imported_from", {}), **how},
-        **{name: manifest.state[name] for name in KEPT if name in manifest.state},
+        **tokenizer.state,
     }
-    vocabulary = find_tokenizer(first, manifest.state)
-    return compose(folder, 0, sources, state, {} if vocabulary is None else {TOKENIZER: vocabulary.read_bytes()})
+    return compose(folder, 0, sources, state, tokenizer.files)
 
 
 def _checked_weights(count: int, weights: Sequence[float] | None) -> list[float]:
@@ -92,10 +94,11 @@ def _refuse_another_model(first: Files, manifest: Manifest, files: Files, other:
         raise CheckpointError(f"{files.label()} was trained with another tokenizer than {first.label()}")
 
 
-def _mean(opened: Sequence[tuple[Files, Manifest]], weights: Sequence[float], key: str, dtype: torch.dtype) -> torch.Tensor:
-    """Return the mean of one array. It is divided once, so that no share is rounded before."""
-    total = torch.zeros(opened[0][1].arrays[key].shape, dtype=torch.float64)
-    for (files, manifest), weight in zip(opened, weights, strict=True):
+def _mean(readers: Sequence[Reader], weights: Sequence[float], key: str, box: Box, dtype: torch.dtype) -> torch.Tensor:
+    """Return the mean of a box of one array. It is divided once, so that no share is rounded before."""
+    total = torch.zeros(box.shape, dtype=torch.float64)
+    for reader, weight in zip(readers, weights, strict=True):
         if weight:
-            total += weight * read_array(files, manifest, key).double()
+            array = reader.manifest.arrays[key]
+            total += weight * as_tensor(reader.read([(array, box)])[0], array.dtype).double()
     return (total / math.fsum(weights)).to(dtype)

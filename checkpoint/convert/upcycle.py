@@ -27,11 +27,7 @@ from ..files import Files
 from ..folder import open_step
 from ..manifest import Manifest, StoredArray
 from ..reader import Reader
-from .hugging_face.tokenizer import find_tokenizer
-from .tokenizer import TOKENIZER
-
-KEPT = ("tokenizer", "end_of_document", "vocabulary")
-"""Members of the state that go on."""
+from .inherited import inherit_tokenizer
 
 
 def upcycle(files: Files, folder: str | Path, experts: ExpertsConfig, *, noise: float = 0.0, seed: int = 0) -> Path:
@@ -53,10 +49,9 @@ def upcycle(files: Files, folder: str | Path, experts: ExpertsConfig, *, noise: 
         for source in _sources(files, manifest, built, name, tuple(value.shape), noise, seed)
     ]
     how = {"format": "upcycled", "from": files.label(), "noise": noise, "seed": seed}
-    kept = {name: manifest.state[name] for name in KEPT if name in manifest.state}
-    vocabulary = find_tokenizer(files, manifest.state)
-    beside = {} if vocabulary is None else {TOKENIZER: vocabulary.read_bytes()}
-    return compose(folder, 0, sources, {"config": {"model": dataclasses.asdict(model)}, "imported_from": how, **kept}, beside)
+    tokenizer = inherit_tokenizer(files, manifest.state)
+    state = {"config": {"model": dataclasses.asdict(model)}, "imported_from": how, **tokenizer.state}
+    return compose(folder, 0, sources, state, tokenizer.files)
 
 
 def _mixture_of(files: Files, manifest: Manifest, experts: ExpertsConfig, noise: float) -> DecoderConfig:
