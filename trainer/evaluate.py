@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,7 +135,8 @@ def evaluate(resolved: ResolvedRun, *, whole: bool = False) -> EvaluationResult:
         raise ConfigError([Problem("data", "it keeps nothing for validation, and there are no named sets", fix)])
     model = build_model(config.model, config.model.vocabulary or data.vocabulary)
     settings = engine_settings(config, model, data.seq_len)
-    start_compiling(model, config.parallel, settings)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        start_compiling(model, config.parallel, settings)
     mesh = Mesh.connect(Layout.plan(config.parallel, resolved.world_size), pick_device(), config.parallel.timeout)
     try:
         if mesh.differ(f"{checkpoint} {data.fingerprint}"):

@@ -202,7 +202,7 @@ class _Reader:
         if not self._caches:
             self._begin(texts, longest)
         width = longest if self._read == 0 else 1
-        filled = [[*([text[0]] * (longest - len(text))), *text][-width:] for text in texts]
+        filled = [text[-1:] if self._read else [*([text[0]] * (longest - len(text))), *text] for text in texts]
         positions_BS = torch.arange(self._read, self._read + width, device=self._device) - self._padding_B[:, None]
         logits_BSV = self._model(self._tensor(filled), positions_BS=positions_BS.clamp(min=0))
         self._read += width
