@@ -34,7 +34,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"meshloom": "."},
     packages=["meshloom", "meshloom.recipes", *(f"meshloom.{name}" for name in packages())],
-    package_data={"meshloom": ["py.typed", "launch/slurm.sbatch", *recipes()]},
+    package_data={"meshloom": ["py.typed", "launch/slurm.sbatch", "launch/report/page.html", *recipes()]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",
@@ -57,7 +57,7 @@ setup(
         "zstd": ["zstandard>=0.22"],
         "float8": ["torchao>=0.15"],
         "flash4": ["flash-attn-4>=4.0.0b36", "quack-kernels>=0.6.5", "nvidia-cutlass-dsl[cu13]>=4.7"],
-        "plots": ["matplotlib>=3.8"],
+        "plots": ["matplotlib>=3.8", "jinja2>=3.1"],
         "fit": ["scipy>=1.12"],
         "submitit": ["hydra-submitit-launcher>=1.2"],
         "watch": ["py-spy>=0.4"],

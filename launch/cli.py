@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": ("generate", "continue a prompt with a checkpoint's model"),
     "hparams": ("hparams", "what scaling laws recommend for a model and a number of tokens"),
     "keys": ("keys", "every key of the config: type, default, side, meaning"),
+    "report": ("report.command", "one page about runs: losses, speed, saves, incidents, what differs between them"),
     "fit": ("fit", "fit scaling laws to finished runs, and draw the fits"),
     "data": ("data", "tokenize text into shards, and look into them"),
     "checkpoint": ("checkpoint", "list, inspect, verify, diff, prune, export and import checkpoints"),

@@ -4,26 +4,98 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from ..config.lazy import numpy as np
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The rows of a run's metrics.jsonl, as they were written.
+
+    A step that was taken again after a stop counts once: its newest row is kept.
+    """
+
+    rows: Sequence[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> Metrics:
+        """Read a file; without one there are no rows. A line that a crash or a write under way has cut is passed over."""
+        return cls(list(_rows(path)) if path.exists() else [])
+
+    @cached_property
+    def steps(self) -> list[dict[str, Any]]:
+        """The rows of steps, in order of the steps."""
+        return _newest(row for row in self.rows if "tokens_per_second" in row)
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of evaluations, in order of the steps: `eval_loss`, and `validation/<name>/loss` of each source."""
+        return _newest(row for row in self.rows if "eval_loss" in row or any(is_source_loss(name) for name in row))
+
+    @cached_property
+    def saves(self) -> list[dict[str, Any]]:
+        """The rows of checkpoints, in order of the steps."""
+        return _newest(row for row in self.rows if "checkpoint_step" in row)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The names of all numbers, in the order in which they first appear."""
+        return list({name: None for row in self.rows for name, value in row.items() if _is_number(value)})
+
+    def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the steps, and the values of a number at them. Both are empty if no row has it."""
+        rows = next((kind for kind in (self.steps, self.evaluations, self.saves) if any(name in row for row in kind)), [])
+        found = [(row["step"], row[name]) for row in rows if _is_number(row.get(name))]
+        return np.array([step for step, _ in found], np.int64), np.array([value for _, value in found], np.float64)
+
+    @cached_property
+    def seconds(self) -> np.ndarray:
+        """Seconds that training took to the end of each of `steps`: without evaluations, stops and steps taken again.
+
+        With `logging.every` above 1, steps without a row are taken to last as long as the next one that has one.
+        """
+        taken = np.array([row["step_seconds"] for row in self.steps], np.float64)
+        steps = np.array([row["step"] for row in self.steps], np.int64)
+        return np.cumsum(taken * np.diff(steps, prepend=steps[:1] - 1))
+
+
+def is_source_loss(name: str) -> bool:
+    """Return whether a number is the validation loss of a single source or named set."""
+    return name.startswith("validation/") and name.endswith("/loss")
 
 
 def steps_of(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a metrics file that belong to steps."""
-    return [row for row in _rows(path) if "tokens_per_second" in row] if path.exists() else []
+    return Metrics.read(path).steps
 
 
 def last_numbers(path: Path) -> dict[str, float]:
     """Return the last step, loss and validation loss of a metrics file; {} where there is none."""
     found: dict[str, float] = {}
     for row in _rows(path) if path.exists() else ():
-        found |= {name: row[name] for name in ("step", "loss", "eval_loss") if isinstance(row.get(name), int | float)}
+        found |= {name: row[name] for name in ("step", "loss", "eval_loss") if _is_number(row.get(name))}
     return found
+
+
+def _newest(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    by_step = {row["step"]: row for row in rows}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a metrics file."""
-    for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):  # a row that is just being written
-            yield json.loads(line)
+    with path.open(errors="replace") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):  # a row that is just being written
+                row = json.loads(line)
+                if isinstance(row, dict) and _is_number(row.get("step")):
+                    yield row

@@ -33,7 +33,7 @@ def test_wheel_contains_every_module_and_recipe(wheel: Path) -> None:
     packages = [path.parent for path in tree.glob("*/__init__.py")]
     assert len(packages) >= 9
     wanted = {tree / "__init__.py", tree / "py.typed", tree / "launch" / "slurm.sbatch"}
-    wanted |= {path for package in packages for kind in ("*.py", "*.yaml") for path in package.rglob(kind)}
+    wanted |= {path for package in packages for kind in ("*.py", "*.yaml", "*.html") for path in package.rglob(kind)}
     assert {f"meshloom/{path.relative_to(tree)}" for path in wanted} <= inside
     assert not any(name.startswith("meshloom/tests/") for name in inside)
 

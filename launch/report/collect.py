@@ -1,0 +1,110 @@
+"""Find the runs of a report, and read them once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...config.lazy import numpy as np
+from ...config.problems import ConfigError, Problem
+from ..run_folder import CONFIG, Run
+from ..run_metrics import Metrics
+
+TAIL = 20
+"""A final training loss is the mean of the last twentieth of the steps."""
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """A run as a report shows it, read once.
+
+    name       unique within the report
+    config     as plain values; {} if it can't be read, with the reason in `fault`
+    """
+
+    name: str
+    run: Run
+    config: dict[str, Any]
+    metrics: Metrics
+    incidents: list[dict[str, Any]]
+    fault: str = ""
+
+    @property
+    def length(self) -> tuple[str, int] | None:
+        """The unit and the number of steps, tokens or samples that the run is to take; None if the config does not say."""
+        trainer = self.config.get("trainer") or {}
+        for unit in ("steps", "tokens"):
+            if isinstance(trainer.get(unit), int | float):
+                return unit, int(trainer[unit])
+        return None
+
+    @property
+    def reached(self) -> dict[str, int]:
+        """The counters at the run's newest row."""
+        if not self.metrics.steps:
+            return {"steps": 0, "tokens": 0, "samples": 0}
+        last = self.metrics.steps[-1]
+        found = {"steps": last["step"], "tokens": last["tokens"], "samples": last["samples"]}
+        if self.metrics.evaluations:  # with logging.every the last step may have no row of its own
+            row = self.metrics.evaluations[-1]
+            found["steps"], found["tokens"] = max(found["steps"], row["step"]), max(found["tokens"], row.get("tokens", 0))
+        return found
+
+    @property
+    def finished(self) -> bool:
+        """True if the run has reached its length."""
+        return self.length is not None and self.reached[self.length[0]] >= self.length[1]
+
+    @property
+    def training_loss(self) -> float | None:
+        """The mean training loss of the last twentieth of the steps; None without a step, or if the last has no finite loss."""
+        rows = self.metrics.steps[-max(1, len(self.metrics.steps) // TAIL) :]
+        if not rows or "loss" not in rows[-1]:
+            return None
+        return float(np.mean([row["loss"] for row in rows if "loss" in row]))
+
+    @property
+    def validation_loss(self) -> float | None:
+        """The loss of the last evaluation; None without one, or if it was not finite."""
+        return self.metrics.evaluations[-1].get("eval_loss") if self.metrics.evaluations else None
+
+
+def find_runs(paths: Sequence[Path]) -> list[ReportedRun]:
+    """Read every run in or under these folders. Raises ConfigError for each folder without any."""
+    problems: list[Problem] = []
+    folders: list[Path] = []
+    for path in paths:
+        found = [path] if Run(path).is_run else sorted(file.parent for file in path.rglob(CONFIG) if _has_begun(file.parent))
+        if not found:
+            what = "holds no run" if path.is_dir() else "is no folder"
+            problems.append(Problem(str(path), what, f"give a run's output_dir (it has a {CONFIG}), or a folder of runs"))
+        folders += [folder for folder in found if folder not in folders]
+    if problems:
+        raise ConfigError(problems)
+    return [_read(name, folder) for name, folder in zip(_names(folders), folders, strict=True)]
+
+
+def _has_begun(folder: Path) -> bool:
+    """Return whether a folder with a config.yaml is a run's: Hydra and others have files of that name, too."""
+    return any((folder / name).exists() for name in ("run.json", "metrics.jsonl"))
+
+
+def _read(name: str, folder: Path) -> ReportedRun:
+    run, fault, config = Run(folder), "", dict[str, Any]()
+    try:
+        config = run.config
+    except ConfigError as error:
+        fault = str(error.problems[0])
+    return ReportedRun(name, run, config, run.metrics, run.incidents, fault)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Name folders by what differs in their paths; a single one by its last part."""
+    whole = [folder.resolve() for folder in folders]
+    if len(whole) == 1:
+        return [whole[0].name]
+    common = Path(os.path.commonpath(whole))
+    return [str(folder.relative_to(common)) if folder != common else folder.name for folder in whole]
