@@ -6,6 +6,7 @@ Shape legend: B batch, S sequence, D model width, H query heads, K key/value hea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -61,8 +62,10 @@ class Attention(Part):
         self.q_norm = None if config.q_norm is None else Norm(config.q_norm)
         self.k_norm = None if config.k_norm is None else Norm(config.k_norm)
         self.sinks = Sinks(config.heads) if config.sinks else None
+        reads = reads_stream(config.scales)
         self.weight_rules = {
-            **dict.fromkeys(("wq", "wk", "wv"), reads_stream(config.scales)),
+            "wq": replace(reads, row_parts=(config.head_dim,) * config.heads),
+            **dict.fromkeys(("wk", "wv"), replace(reads, row_parts=(config.head_dim,) * config.kv_heads)),
             "wo": writes_stream(config.scales),
         }
         self.attend: Attend = CausalAttention()

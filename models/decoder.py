@@ -164,6 +164,10 @@ class Decoder(Model, Part):
         """Return how many matrices of equal shape a parameter stacks along its rows."""
         return self.weight_rule(name).stacked
 
+    def row_parts(self, name: str) -> tuple[int, ...]:
+        """Return the rows of each part that a matrix joins."""
+        return self.weight_rule(name).row_parts
+
     def saved_buffers(self) -> dict[str, torch.Tensor]:
         """Return the biases of the choice of experts."""
         return dict(self.named_buffers())

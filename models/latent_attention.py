@@ -8,6 +8,7 @@ Shape legend: B batch, S sequence, D model width, H heads, E width of a query's 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -58,8 +59,12 @@ class LatentAttention(Part):
         self.wkv_b = nn.Linear(config.kv_norm.width, config.heads * (config.nope_dim + config.value_dim), bias=False)
         self.shared_key = nn.Identity()  # where tensor-parallel ranks begin to use it for heads of their own
         self.wo = nn.Linear(config.heads * config.value_dim, config.dim, bias=False)
+        reads = reads_stream(config.scales)
         self.weight_rules = {
-            **dict.fromkeys(("wq", "wq_a", "wq_b", "wkv_a", "wkv_b"), reads_stream(config.scales)),
+            **dict.fromkeys(("wq", "wq_b"), replace(reads, row_parts=(config.head_dim,) * config.heads)),
+            "wq_a": reads,
+            "wkv_a": replace(reads, row_parts=(config.kv_norm.width, config.rotary.width)),
+            "wkv_b": replace(reads, row_parts=(config.nope_dim, config.value_dim) * config.heads),
             "wo": writes_stream(config.scales),
         }
         self.attend: Attend = CausalAttention()

@@ -17,13 +17,15 @@ from .protocol import TensorRole
 class WeightRule:
     """The initial distribution of a parameter, whether weight decay applies to it, and the factor on its learning rate.
 
-    stacked  number of matrices of equal shape that it holds, one below the other
+    stacked    number of matrices of equal shape that it holds, one below the other
+    row_parts  rows of each part that a matrix joins, one below the other: of each head, or each fused projection
     """
 
     initial: Initial
     decays: bool = True
     lr_scale: float = 1.0
     stacked: int = 1
+    row_parts: tuple[int, ...] = ()
 
 
 BIAS = WeightRule(Filled(0.0), decays=False)

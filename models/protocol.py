@@ -121,6 +121,10 @@ class Model(nn.Module):
         """Return how many matrices of equal shape a parameter stacks along its rows: the experts of a mixture."""
         return 1
 
+    def row_parts(self, name: str) -> tuple[int, ...]:
+        """Return the rows of each part that a matrix joins: of each head, or each fused projection. (): it has no parts."""
+        return ()
+
     def saved_buffers(self) -> dict[str, torch.Tensor]:
         """Return the buffers that are saved as weights are, by name, though no gradient moves them."""
         return {}

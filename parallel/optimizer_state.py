@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..optim.optimizers.own_arrays import declared
-from ..optim.optimizers.parameters import NamedParameter
+from ..optim.optimizers.parameters import AveragesWeights, NamedParameter
 from .box import Box
 from .fragment import Fragment
 
@@ -18,6 +18,7 @@ def optimizer_fragments(optimizer: torch.optim.Optimizer, parameters: Sequence[N
     Raises ValueError for an array in `optimizer.state` that has another shape than the shard and is not declared.
     """
     own = declared(optimizer)
+    average = optimizer.average_role if isinstance(optimizer, AveragesWeights) else None
     apart = {(array.name, array.role) for array in own}
     for parameter in parameters:
         box = Box(parameter.offsets, tuple(parameter.tensor.shape))
@@ -25,6 +26,8 @@ def optimizer_fragments(optimizer: torch.optim.Optimizer, parameters: Sequence[N
         for role, value in optimizer.state[parameter.tensor].items():
             if not torch.is_tensor(value) or not value.dim() or (parameter.name, role) in apart:
                 continue
+            if role == average:  # what is saved as the weight; the weights that are trained at follow from it
+                role = "weight"
             if value.shape != parameter.tensor.shape:
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps '{role}' of shape {list(value.shape)} for {parameter.name}, which has "

@@ -24,7 +24,7 @@ def model_inventory(model: Model, tp: int) -> Inventory:
         owner = placed.get(name.rpartition(".")[0])
         placement = None if owner is None else owner.placement(parameter, tp)
         cut = placement.dim if isinstance(placement, Shard) else None
-        settings = model.decays(name), model.lr_scale(name), model.stacked(name)
+        settings = model.decays(name), model.lr_scale(name), model.stacked(name), model.row_parts(name)
         found.append(ParameterShape(name, tuple(parameter.shape), cut, None, *settings))
     return Inventory(decoder_shape(model), tuple(found))
 
@@ -42,7 +42,7 @@ def tried_optimizer(make: OptimizerFactory) -> OptimizerBytes:
             with torch.device("meta"):
                 tensors = [nn.Parameter(torch.empty(each.shape, dtype=dtype)) for _, each in shards]
             parameters = [
-                NamedParameter(name, tensor, each.shape, each.of.decays, each.of.lr_scale)
+                NamedParameter(name, tensor, each.shape, each.of.decays, each.of.lr_scale, hidden=each.of.hidden)
                 for (name, each), tensor in zip(shards, tensors, strict=True)
             ]
             for parameter in parameters:

@@ -13,7 +13,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..config.precision import PRECISIONS
-from ..optim.optimizers.matrix_config import LowRankConfig, MatrixOptimConfig, MuonConfig, SOAPConfig
+from ..optim.optimizers.matrix_config import (
+    GaLoreConfig,
+    LowRankConfig,
+    MatrixOptimConfig,
+    MuonConfig,
+    NaturalGaLoreConfig,
+    SOAPConfig,
+)
 from .kernel_time import Kernels
 from .network import Group
 from .parameters import Inventory
@@ -50,7 +57,9 @@ class MatrixWork:
         for group in model.groups:
             if group.layer in layers:
                 for each in group.parameters:
-                    if each.hidden:
+                    if each.hidden and each.row_parts and isinstance(config, MuonConfig) and config.per_head:
+                        counts.update((rows, each.shape[1]) for rows in each.row_parts)
+                    elif each.hidden:
                         counts[each.shape[0] // each.stacked, each.shape[1]] += each.stacked
         return cls(config, counts, ranks)
 
@@ -127,6 +136,9 @@ def _products(config: MatrixOptimConfig, shape: Shape) -> Iterator[tuple[tuple[i
     elif isinstance(config, LowRankConfig):
         rank = min(config.rank, short)
         yield (rank, long, short), 1.0
-        if config.name == "galore":
+        if isinstance(config, NaturalGaLoreConfig):
+            yield (config.history, config.history, rank * long), 1.0
+            yield (config.history, 2, rank * long), 1.0
+        if isinstance(config, GaLoreConfig):
             yield (short, long, rank), 1.0
             yield (short, long, short), 10 / FACTORING / config.interval  # singular vectors: 20 short² long FLOPs

@@ -24,6 +24,7 @@ class ParameterShape:
     cut_most  ranks that can share it; with more, each has the whole
     decays    whether weight decay applies; lr_scale: factor on its learning rate
     stacked   matrices of equal shape that it stacks along its rows
+    row_parts  rows of each part that a matrix joins: of each head, or each fused projection
     """
 
     name: str
@@ -33,6 +34,7 @@ class ParameterShape:
     decays: bool = True
     lr_scale: float = 1.0
     stacked: int = 1
+    row_parts: tuple[int, ...] = ()
 
     @property
     def hidden(self) -> bool:
@@ -173,7 +175,8 @@ def _attention(part: AttentionConfig) -> Iterator[ParameterShape]:
         ("wk", part.kv_width, part.kv_heads),
         ("wv", part.kv_width, part.kv_heads),
     ):
-        yield ParameterShape(f"{name}.weight", (width, part.dim), 0, most, lr_scale=rate)
+        heads = (part.head_dim,) * (width // part.head_dim)
+        yield ParameterShape(f"{name}.weight", (width, part.dim), 0, most, lr_scale=rate, row_parts=heads)
         if part.qkv_bias:
             yield ParameterShape(f"{name}.bias", (width,), 0, most, decays=False)
     yield ParameterShape("wo.weight", (part.dim, part.q_width), 1, lr_scale=rate)
@@ -188,15 +191,17 @@ def _attention(part: AttentionConfig) -> Iterator[ParameterShape]:
 
 def _latent(part: LatentAttentionConfig) -> Iterator[ParameterShape]:
     rate, q_width, latent = part.scales.lr_scale, part.heads * part.head_dim, part.kv_norm.width
+    heads, turning = (part.head_dim,) * part.heads, part.rotary.width
     if part.q_norm is None:
-        yield ParameterShape("wq.weight", (q_width, part.dim), 0, lr_scale=rate)
+        yield ParameterShape("wq.weight", (q_width, part.dim), 0, lr_scale=rate, row_parts=heads)
     else:
         yield ParameterShape("wq_a.weight", (part.q_norm.width, part.dim), lr_scale=rate)
         yield _norm("q_norm", part.q_norm)
-        yield ParameterShape("wq_b.weight", (q_width, part.q_norm.width), 0, lr_scale=rate)
-    yield ParameterShape("wkv_a.weight", (latent + part.rotary.width, part.dim), lr_scale=rate)
+        yield ParameterShape("wq_b.weight", (q_width, part.q_norm.width), 0, lr_scale=rate, row_parts=heads)
+    yield ParameterShape("wkv_a.weight", (latent + turning, part.dim), lr_scale=rate, row_parts=(latent, turning))
     yield _norm("kv_norm", part.kv_norm)
-    yield ParameterShape("wkv_b.weight", (part.heads * (part.nope_dim + part.value_dim), latent), 0, lr_scale=rate)
+    both = (part.nope_dim, part.value_dim) * part.heads
+    yield ParameterShape("wkv_b.weight", (sum(both), latent), 0, lr_scale=rate, row_parts=both)
     yield ParameterShape("wo.weight", (part.dim, part.heads * part.value_dim), 1, lr_scale=rate)
 
 

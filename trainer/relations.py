@@ -16,6 +16,7 @@ from ..models.config import DecoderConfig
 from ..models.mixture.balance_config import SPARSITY
 from ..optim.batch.controller import Controller
 from ..optim.build import build_controller, build_schedule
+from ..optim.optimizers.config import ScheduleFreeConfig
 from ..optim.progress import BEGINNING, Progress
 from ..optim.schedules.coupling import coupling_problems
 from ..parallel.hybrid.limits import capacity_problems, hybrid_problems
@@ -235,6 +236,14 @@ def validation_problems(config: RunConfig, _: Start) -> Iterable[Problem]:
     return collect_problems("validation", lambda: ValidationSets(config.validation, config.data, config.seed).problems())
 
 
+def _averaged_weights(config: RunConfig, _: Start) -> Iterable[Problem]:
+    schedule = config.schedule
+    if not isinstance(config.optim, ScheduleFreeConfig) or isinstance(schedule, Custom) or schedule.name == "constant":
+        return
+    message = f"{schedule.name} lowers the rate, in the place of which optim=schedule_free averages weights"
+    yield Problem("schedule", message, "use schedule=constant, or another optimizer")
+
+
 def _coupling(config: RunConfig, _: Start) -> Iterable[Problem]:
     measures = config.batch.MEASURES or config.batch.name == "critical_loss"
     return coupling_problems(config.optim.lr_coupling, measures, config.schedule.name)
@@ -263,6 +272,7 @@ RELATIONS = (
     Relation(("batch", "optim", "parallel", "model", *LENGTH), _batch),
     Relation(("data", "model.vocabulary", "seed"), data_problems),
     Relation(("validation", "data", "seed"), validation_problems),
+    Relation(("optim", "schedule"), _averaged_weights),
     Relation(("optim.lr_coupling", "batch", "schedule"), _coupling),
     Relation(("model.vocabulary", "data.vocabulary"), _synthetic),
 )

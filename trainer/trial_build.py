@@ -12,7 +12,9 @@ from ..config.problems import Problem
 from ..data.build import build_node
 from ..models.protocol import decoder_shape, hidden_matrices
 from ..optim.build import build_schedule
+from ..optim.optimizers.config import OptimConfig
 from ..optim.optimizers.eight_bit_config import AdamW8bitConfig
+from ..optim.optimizers.frugal_config import FRUGALConfig
 from ..optim.optimizers.matrix_config import MatrixOptimConfig
 from ..optim.optimizers.parameters import NamedParameter, Unsharded
 from ..parallel.capabilities import model_problems
@@ -69,12 +71,20 @@ def optimizer_group_problems(optimizer: object, parameters: Sequence[NamedParame
         yield Problem("optim", f"{name} has {', '.join(left)} in no parameter group, and would not train it", fix)
 
 
-def _block_problems(optim: AdamW8bitConfig, model: Inventory, tp: int) -> list[Problem]:
+def _block_problems(optim: OptimConfig, model: Inventory, tp: int) -> list[Problem]:
     """Return the problem of blocks of columns that tensor parallelism would cut; at most one."""
-    for each in model.parameters:
-        if each.cut_dim == 1 and each.numel >= optim.min_size and (columns := each.local_shape(tp)[1]) % optim.block:
-            message = f"{optim.block} does not divide the {columns} columns that a rank has of {each.name}"
-            return [Problem("optim.block", message, "choose a smaller block, or another parallel.tp")] if tp > 1 else []
+    if isinstance(optim, AdamW8bitConfig):
+        key, block = "block", optim.block
+        blocked = (each for each in model.parameters if each.numel >= optim.min_size)
+    elif isinstance(optim, FRUGALConfig):
+        key, block = "period", optim.period
+        blocked = (each for each in model.parameters if each.hidden)
+    else:
+        return []
+    for each in blocked:
+        if tp > 1 and each.cut_dim == 1 and (columns := each.local_shape(tp)[1]) % block:
+            message = f"{block} does not divide the {columns} columns that a rank has of {each.name}"
+            return [Problem(f"optim.{key}", message, f"choose a smaller {key}, or another parallel.tp")]
     return []
 
 
@@ -88,7 +98,7 @@ def _model_problems(config: RunConfig, world_size: int) -> list[Problem]:
     if isinstance(config.optim, MatrixOptimConfig) and config.parallel.offload != "none":
         message = f"{config.optim.name} computes whole matrices on the GPU, where offloaded shards are not"
         found.append(Problem("parallel.offload", message, "use none, or optim=adamw"))
-    if isinstance(config.optim, AdamW8bitConfig) and model.decoder_config is not None:
+    if model.decoder_config is not None:
         found += _block_problems(config.optim, decoder_inventory(model.decoder_config), config.parallel.tp)
     shape = model.decoder_config
     if shape is not None and config.model.decoder() is None and world_size and config.parallel.engine == "torch":

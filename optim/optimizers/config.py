@@ -203,6 +203,45 @@ class AdaGradNormConfig(OptimConfig):
 
 
 @dataclass(frozen=True)
+class AdEMAMixConfig(OptimConfig):
+    """AdamW with a second, slow average of gradients (arXiv 2409.03137): see ademamix.py."""
+
+    _target_: str = target("meshloom.optim.optimizers.ademamix.AdEMAMix")
+    name: str = option("ademamix")
+    betas: list[float] = key([0.9, 0.999], "weights of the past in the two moments")
+    beta3: float = key(0.9999, "weight of the past in the slow average")
+    alpha: float = key(5.0, "weight of the slow average in a step; the fast one's is 1")
+    rise: int | None = key(None, "steps over which alpha and beta3 rise, as long as the run in the paper; null: none")
+    eps: float = key(1e-8, "added to the root of the second moment")
+
+    def problems(self, key: str = "optim") -> list[Problem]:
+        """Return what is wrong with the values."""
+        rise = {} if self.rise is None else {"rise": self.rise}
+        found = [*super().problems(key), *beta_problems(key, self.betas), *bound_problems(key, COUNT, **rise)]
+        found += bound_problems(key, FRACTION, beta3=self.beta3)
+        if self.rise is not None and not all(beta > 0 for beta in (*self.betas[:1], self.beta3)):
+            found.append(Problem(f"{key}.rise", "weights of the past of 0 can't rise", "use null, or larger ones"))
+        return found + bound_problems(key, NOT_NEGATIVE, eps=self.eps, alpha=self.alpha)
+
+
+@dataclass(frozen=True)
+class ScheduleFreeConfig(OptimConfig):
+    """AdamW on an average of weights in place of a decaying rate (arXiv 2405.15682): see schedule_free.py."""
+
+    _target_: str = target("meshloom.optim.optimizers.schedule_free.ScheduleFree")
+    name: str = option("schedule_free")
+    lr: int | float | str = key(2.5e-3, "peak learning rate (`schedule` moves it), or auto:step_law")
+    betas: list[float] = key([0.9, 0.999], "share of the average in the weights trained at; weight of the past in the moment")
+    eps: float = key(1e-8, "added to the root of the second moment")
+    step_power: float = key(0.0, "a step counts in the average by its number to this power")
+
+    def problems(self, key: str = "optim") -> list[Problem]:
+        """Return what is wrong with the values."""
+        found = [*super().problems(key), *beta_problems(key, self.betas)]
+        return found + bound_problems(key, NOT_NEGATIVE, eps=self.eps, step_power=self.step_power)
+
+
+@dataclass(frozen=True)
 class LionConfig(OptimConfig):
     """The sign of a momentum (arXiv 2302.06675): see lion.py."""
 

@@ -65,7 +65,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self._parameters = list(parameters)
         self._tables: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
         self._coded = {p.name: _is_coded(p, config) for p in parameters}
-        cut = [p for p in parameters if self._coded[p.name] and _inside_block(p, config.block)]
+        cut = [p for p in parameters if self._coded[p.name] and p.cuts_columns_inside(config.block)]
         if cut:
             name, columns = cut[0].name, cut[0].tensor.shape[1]
             message = f"{config.block} does not divide the {columns} columns that a rank has of {name}"
@@ -135,10 +135,3 @@ class AdamW8bit(torch.optim.Optimizer):
 def _is_coded(parameter: NamedParameter, config: AdamW8bitConfig) -> bool:
     shape = parameter.global_shape
     return len(shape) == 2 and shape[0] * shape[1] >= config.min_size
-
-
-def _inside_block(parameter: NamedParameter, block: int) -> bool:
-    """Return whether a rank's columns begin or end inside a block of the whole matrix."""
-    begin = parameter.offsets[1]
-    end = begin + parameter.tensor.shape[1]
-    return bool(begin % block or (end % block and end != parameter.global_shape[1]))

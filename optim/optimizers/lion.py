@@ -5,36 +5,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from .config import LionConfig, base_rate
-from .parameters import NamedParameter, Shards, decay_groups
+from .config import LionConfig
+from .elementwise import ElementwiseOptimizer, Tensors
+from .parameters import NamedParameter, Shards
 
 
-class Lion(torch.optim.Optimizer):
+class Lion(ElementwiseOptimizer):
     """u = sign(β₁·m + (1 − β₁)·g);  m ← β₂·m + (1 − β₂)·g;  w ← w − lr·(u + decay·w). Elementwise."""
+
+    roles = ("momentum",)
+    counted = False
 
     def __init__(self, config: LionConfig, parameters: Sequence[NamedParameter], shards: Shards) -> None:
         self._first, self._second = config.betas
-        super().__init__(decay_groups(parameters, config.weight_decay), {"lr": base_rate(config)})
+        super().__init__(config, parameters)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Take one update."""
-        assert closure is None
-        for group in self.param_groups:
-            weights: list[torch.Tensor] = [weight for weight in group["params"] if weight.grad is not None]
-            if not weights:
-                continue
-            gradients = [weight.grad.to(weight.dtype) for weight in weights if weight.grad is not None]
-            for weight in weights:
-                if "momentum" not in self.state[weight]:
-                    self.state[weight]["momentum"] = torch.zeros_like(weight)
-            momenta = [self.state[weight]["momentum"] for weight in weights]
-            updates = torch._foreach_lerp(gradients, momenta, self._first)
-            torch._foreach_sign_(updates)
-            torch._foreach_lerp_(momenta, gradients, 1 - self._second)
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights, updates, alpha=-group["lr"])
+    def update(self, group: dict[str, Any], weights: Tensors, gradients: Tensors, arrays: Sequence[Tensors]) -> None:
+        """Update the weights of a group."""
+        (momenta,) = arrays
+        updates = torch._foreach_lerp(gradients, momenta, self._first)
+        torch._foreach_sign_(updates)
+        torch._foreach_lerp_(momenta, gradients, 1 - self._second)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, updates, alpha=-group["lr"])

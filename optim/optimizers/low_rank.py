@@ -1,4 +1,4 @@
-"""APOLLO and GaLore: Adam's moments of a projection of each matrix's gradient, which is much smaller than the gradient.
+"""APOLLO, GaLore and natural GaLore: Adam's moments of a projection of each gradient, which is much smaller than the gradient.
 
 A matrix's gradient is projected along its shorter side, from `columns` of the shorter side to `rank`: R (rank, longer side).
 All state of a matrix is held by the rank that owns it.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from .matrix import MatrixOptimizer
-from .matrix_config import APOLLOConfig, GaLoreConfig, LowRankConfig
+from .matrix_config import APOLLOConfig, GaLoreConfig, LowRankConfig, NaturalGaLoreConfig
 from .parameters import Matrix, NamedParameter, Shards
 
 EPS = 1e-8  # of APOLLO's ratios of norms
@@ -34,7 +34,7 @@ class _LowRank(MatrixOptimizer):
         step = self.updates_taken(matrix)
         rank = min(self._rank, *matrix.shape)
         projection = self._projection(matrix, wide, rank, renewed=(step - 1) % self._interval == 0)
-        low = projection.mT @ wide
+        low = self._preconditioned(matrix, projection.mT @ wide)
         mean, square = (self.owned_array(matrix, role, tuple(low.shape)) for role in ("low_avg", "low_avg_sq"))
         mean.lerp_(low, 1 - self._first)
         square.lerp_(low.square(), 1 - self._second)
@@ -46,6 +46,10 @@ class _LowRank(MatrixOptimizer):
     def _projection(self, matrix: Matrix, wide: torch.Tensor, rank: int, *, renewed: bool) -> torch.Tensor:
         """Return the projection (shorter side, rank)."""
         raise NotImplementedError
+
+    def _preconditioned(self, matrix: Matrix, low: torch.Tensor) -> torch.Tensor:
+        """Return what Adam's moments are of: the projected gradient itself."""
+        return low
 
     def _step(
         self, matrix: Matrix, wide: torch.Tensor, projection: torch.Tensor, low: torch.Tensor, direction: torch.Tensor
@@ -123,3 +127,28 @@ class GaLore(_LowRank):
         self, matrix: Matrix, wide: torch.Tensor, projection: torch.Tensor, low: torch.Tensor, direction: torch.Tensor
     ) -> torch.Tensor:
         return self._scale * (projection @ direction)
+
+
+class NaturalGaLore(GaLore):
+    """GaLore whose moments are of (λI + H·Hᵀ)⁻¹·g, a natural gradient (arXiv 2410.16029).
+
+    g: the projected gradient, flattened;  the columns of H: the last `history` of them, with g;  λ: `fisher_damping`
+
+    The inverse is computed by Woodbury's identity, with a matrix of history × history. H begins anew with each subspace,
+    in which earlier gradients would mean something else.
+    """
+
+    def __init__(self, config: NaturalGaLoreConfig, parameters: Sequence[NamedParameter], shards: Shards) -> None:
+        self._history, self._damping = config.history, config.fisher_damping
+        super().__init__(config, parameters, shards)
+
+    def _preconditioned(self, matrix: Matrix, low: torch.Tensor) -> torch.Tensor:
+        past = self.owned_array(matrix, "history", (self._history, *low.shape))
+        taken = (self.updates_taken(matrix) - 1) % self._interval
+        if taken == 0:
+            past.zero_()
+        past[taken % self._history].copy_(low)
+        rows_SK, g_K = past.flatten(1), low.flatten()
+        gram_SS = torch.eye(self._history, dtype=low.dtype, device=low.device) + rows_SK @ rows_SK.mT / self._damping
+        weights_S = torch.cholesky_solve((rows_SK @ g_K)[:, None], torch.linalg.cholesky_ex(gram_SS).L)[:, 0]
+        return (low - (rows_SK.mT @ weights_S).view_as(low) / self._damping) / self._damping

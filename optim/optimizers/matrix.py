@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,13 +32,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """True if `updates` obeys `taken`: false where the method decides on the host by the number of the step."""
     keeps_lr_scale = True
     """Whether the factors of muP apply to matrices, too: not where the method itself makes steps independent of the width."""
+    divides_parts = False
+    """Whether each of a matrix's `row_parts` is a matrix by itself."""
 
     def __init__(
         self, config: MatrixOptimConfig, parameters: Sequence[NamedParameter], shards: Shards, cost: Callable[[int, int], float]
     ) -> None:
         """cost: of a matrix, by its rows and columns, in any unit; matrices are shared out among ranks by it."""
         rate = base_rate(config)
-        self.hidden = [parameter for parameter in parameters if parameter.hidden]
+        hidden = (parameter for parameter in parameters if parameter.hidden)
+        self.hidden = [each if self.divides_parts else replace(each, row_parts=()) for each in hidden]
         names = {parameter.name for parameter in self.hidden}
         groups = decay_groups(parameters, config.weight_decay, lambda name: HIDDEN if name in names else ELEMENTWISE)
         for group in groups:
@@ -58,7 +62,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def owned_array(self, matrix: Matrix, role: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Return an array of state of a matrix that this rank owns; of zeros, in the masters' dtype, at first.
 
-        In checkpoints the arrays of stacked matrices are stacked along dim 0, as the matrices are.
+        In checkpoints the arrays of stacked matrices are stacked along dim 0, as the matrices are. Of a matrix of `row_parts`
+        an array has a row for each row.
         """
         held = self._owned.setdefault(role, {})
         if matrix.name not in held:
@@ -72,8 +77,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 if matrix.name in held:
                     array = held[matrix.name]
                     rows, *others = array.shape
-                    whole = (rows * matrix.parameter.stacked, *others)
-                    begin = (rows * matrix.index, *(0 for _ in others))
+                    parts = matrix.parameter.row_parts
+                    count = sum(parts) if parts else rows * matrix.parameter.stacked
+                    whole, first = (count, *others), matrix.first_row if parts else rows * matrix.index
+                    begin = (first, *(0 for _ in others))
                     yield OwnArray(matrix.parameter.name, role, array, whole, begin)
 
     def updates(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:

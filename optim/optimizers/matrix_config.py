@@ -38,6 +38,7 @@ class MuonConfig(MatrixOptimConfig):
     nesterov: bool = key(True, "look ahead by one step of momentum")
     ns_steps: int = key(5, "Newton–Schulz iterations")
     scale: str = key("match_rms_adamw", "size of a step: match_rms_adamw (then lr and decay are as AdamW's), original or mup")
+    per_head: bool = key(False, "orthogonalise the rows of each head, and of each part of a fused projection, by themselves")
 
     def problems(self, key: str = "optim") -> list[Problem]:
         """Return what is wrong with the values."""
@@ -168,3 +169,18 @@ class AdafactorConfig(MatrixOptimConfig):
         if not -1 <= self.decay_power <= 0:
             found.append(Problem(f"{key}.decay_power", f"{self.decay_power:g} can't be used", "use a number in [-1, 0]"))
         return found
+
+
+@dataclass(frozen=True)
+class NaturalGaLoreConfig(GaLoreConfig):
+    """GaLore on gradients multiplied by an inverse Fisher matrix (arXiv 2410.16029): see low_rank.py."""
+
+    _target_: str = target("meshloom.optim.optimizers.low_rank.NaturalGaLore")
+    name: str = option("natural_galore")
+    history: int = key(20, "projected gradients from which the Fisher matrix is made, with the present one")
+    fisher_damping: float = key(1e-3, "added to the Fisher matrix's diagonal")
+
+    def problems(self, key: str = "optim") -> list[Problem]:
+        """Return what is wrong with the values."""
+        found = [*super().problems(key), *bound_problems(key, COUNT, history=self.history)]
+        return found + bound_problems(key, POSITIVE, fisher_damping=self.fisher_damping)

@@ -27,7 +27,8 @@ class Muon(MatrixOptimizer):
     original         √max(1, rows/columns)
     mup              √(rows/columns): the spectral norm that lets the best rate carry over widths (arXiv 2310.17813)
 
-    The products of the iteration are in the dtype of the forward pass, and so is what travels between ranks.
+    The products of the iteration are in the dtype of the forward pass, and so is what travels between ranks. With `per_head`
+    each head's rows of a query, key or value projection are a matrix, and so is each part of a projection that joins several.
     """
 
     can_skip = True
@@ -40,6 +41,7 @@ class Muon(MatrixOptimizer):
             config.ns_steps,
         )
         self.keeps_lr_scale = config.scale == "match_rms_adamw"
+        self.divides_parts = config.per_head
         super().__init__(config, parameters, shards, cost)
         computed = {parameter.compute or parameter.tensor.dtype for parameter in self.hidden}
         assert len(computed) <= 1, f"matrices of one model are computed in {computed}"

@@ -38,6 +38,7 @@ class NamedParameter:
     offsets       where the shard begins in the whole parameter; (): at its beginning
     stacked       matrices of equal shape that the whole stacks along its rows; a norm or projection is of each by itself
     hidden        whether it is a matrix (or a stack) within a block: not of an embedding or the head, and no vector
+    row_parts     rows of each part that a matrix joins one below the other: heads, or projections; (): it has none
     compute       dtype of the forward pass; None: that of `tensor`
     """
 
@@ -51,6 +52,7 @@ class NamedParameter:
     stacked: int = 1
     hidden: bool = False
     compute: torch.dtype | None = None
+    row_parts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.offsets = self.offsets or (0,) * len(self.global_shape)
@@ -59,6 +61,12 @@ class NamedParameter:
         """Return the index of the stacked matrix that each row of the shard belongs to: (rows,) int64."""
         rows = torch.arange(self.tensor.shape[0], device=self.tensor.device) + self.offsets[0]
         return rows // (self.global_shape[0] // self.stacked)
+
+    def cuts_columns_inside(self, block: int) -> bool:
+        """Return whether this rank's columns begin or end inside a block of the whole matrix."""
+        begin = self.offsets[1]
+        end = begin + self.tensor.shape[1]
+        return bool(begin % block or (end % block and end != self.global_shape[1]))
 
 
 @runtime_checkable
@@ -88,6 +96,25 @@ class MaskedStep(Protocol):
 
     def forget_steps(self, count: int) -> None:
         """Take the last steps, all of them skipped, out of counts that the host keeps."""
+        ...
+
+
+@runtime_checkable
+class AveragesWeights(Protocol):
+    """An optimizer that trains at weights which differ from those that are evaluated and saved, an average of the past.
+
+    Both methods change all weights of this rank, and the engine then gathers them. The averages survive either.
+    """
+
+    average_role: str
+    """Key of a weight's average in `optimizer.state`, from the first `step()` on. Checkpoints store it as the weight."""
+
+    def hold_averages(self) -> None:
+        """Put the averages into the weights, for an evaluation."""
+        ...
+
+    def hold_training_weights(self) -> None:
+        """Put into the weights what the next step's gradients are computed at, from the averages and other state."""
         ...
 
 
@@ -125,9 +152,9 @@ def initial_counter_values(optimizer: torch.optim.Optimizer, counters: Iterable[
 
 @dataclass(frozen=True)
 class Matrix:
-    """One whole matrix: a parameter, or one of those that it stacks.
+    """One whole matrix: a parameter, or one of those that it stacks, or of its `row_parts`.
 
-    index  number of the matrix in the stack
+    index  number of the matrix in the stack, or of the part
     """
 
     parameter: NamedParameter
@@ -136,17 +163,22 @@ class Matrix:
     @property
     def name(self) -> str:
         """The parameter's name, with the matrix's number where it stacks several."""
-        return self.parameter.name if self.parameter.stacked == 1 else f"{self.parameter.name}[{self.index}]"
+        whole = self.parameter.stacked == 1 and not self.parameter.row_parts
+        return self.parameter.name if whole else f"{self.parameter.name}[{self.index}]"
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns) of the matrix."""
         rows, columns = self.parameter.global_shape
+        if self.parameter.row_parts:
+            return self.parameter.row_parts[self.index], columns
         return rows // self.parameter.stacked, columns
 
     @property
     def first_row(self) -> int:
         """Where the matrix begins in the parameter."""
+        if self.parameter.row_parts:
+            return sum(self.parameter.row_parts[: self.index])
         return self.index * self.shape[0]
 
 
@@ -233,7 +265,13 @@ class Unsharded:
 
 def matrices_of(parameters: Sequence[NamedParameter]) -> list[Matrix]:
     """List the matrices of parameters, those of a stack one after another."""
-    return [Matrix(parameter, index) for parameter in parameters for index in range(parameter.stacked)]
+    assert not any(each.row_parts and each.stacked > 1 for each in parameters), "a stack's matrices have no parts"
+    return [Matrix(each, index) for each in parameters for index in range(len(each.row_parts) or each.stacked)]
+
+
+def _matrices_in(parameter: NamedParameter, whole: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return views of the matrices of a whole parameter."""
+    return whole.split(list(parameter.row_parts)) if parameter.row_parts else whole.chunk(parameter.stacked)
 
 
 def number_waves(matrices: Sequence[Matrix], owners: Sequence[int]) -> list[int]:
@@ -263,7 +301,7 @@ class LocalMatrices:
         homes = [
             home
             for parameter, part, result in zip(self._parameters, parts, results, strict=True)
-            for home in zip(part.chunk(parameter.stacked), result.chunk(parameter.stacked), strict=True)
+            for home in zip(_matrices_in(parameter, part), _matrices_in(parameter, result), strict=True)
         ]
         waves = number_waves(self.owned, [0] * len(homes))
         for wave in sorted(set(waves)):

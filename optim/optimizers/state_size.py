@@ -8,14 +8,25 @@ from .config import (
     AdaGradConfig,
     AdaGradNormConfig,
     AdamWConfig,
+    AdEMAMixConfig,
     AGVMConfig,
     LAMBConfig,
     LARSConfig,
     LionConfig,
     OptimConfig,
+    ScheduleFreeConfig,
 )
 from .eight_bit_config import AdamW8bitConfig
-from .matrix_config import AdafactorConfig, LowRankConfig, MatrixOptimConfig, MuonConfig, NorMuonConfig, SOAPConfig
+from .frugal_config import FRUGALConfig
+from .matrix_config import (
+    AdafactorConfig,
+    LowRankConfig,
+    MatrixOptimConfig,
+    MuonConfig,
+    NaturalGaLoreConfig,
+    NorMuonConfig,
+    SOAPConfig,
+)
 
 _ARRAYS: dict[type[OptimConfig], int] = {
     AdamWConfig: 2,
@@ -23,6 +34,8 @@ _ARRAYS: dict[type[OptimConfig], int] = {
     LAMBConfig: 2,
     LARSConfig: 1,
     LionConfig: 1,
+    AdEMAMixConfig: 3,
+    ScheduleFreeConfig: 3,
     AdaGradConfig: 1,
     AdaGradNormConfig: 0,
 }
@@ -53,6 +66,8 @@ def state_size(config: OptimConfig, shape: tuple[int, ...], unit: int, *, hidden
         if len(shape) != 2 or shape[0] * shape[1] < config.min_size:
             return StateSize(2 * unit)
         return StateSize(2 + 2 * unit * -(-shape[1] // config.block) / shape[1])
+    if isinstance(config, FRUGALConfig):
+        return StateSize(2 * unit * (-(-shape[1] // config.period) / shape[1] if hidden else 1))
     if not isinstance(config, MatrixOptimConfig):
         return None
     if not hidden:
@@ -73,5 +88,6 @@ def _owned_elements(config: MatrixOptimConfig, rows: int, columns: int) -> int:
         return rows + columns
     if isinstance(config, LowRankConfig):
         rank = min(config.rank, short)
-        return 2 * rank * long + short * rank + (1 if config.name == "apollo" else 0)
+        history = config.history if isinstance(config, NaturalGaLoreConfig) else 0
+        return (2 + history) * rank * long + short * rank + (1 if config.name == "apollo" else 0)
     return 0

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...config.problems import ConfigError, Problem
 from ...optim.optimizers.own_arrays import HoldsOwnArrays
-from ...optim.optimizers.parameters import NamedParameter, WholeMatrices
+from ...optim.optimizers.parameters import AveragesWeights, NamedParameter, WholeMatrices
 from ..engine import OptimizerFactory
 
 
@@ -95,6 +95,8 @@ def updates_elementwise(make_optimizer: OptimizerFactory) -> bool:
             raise _replaced(optimizer)
         if isinstance(optimizer, HoldsOwnArrays):
             raise _refusal("keeps arrays whose shapes are their own")
+        if isinstance(optimizer, AveragesWeights):
+            raise _refusal("evaluates and saves averages of whole parameters")
         return parameters, optimizer
 
     gradients = [[torch.randn(shape, generator=torch.Generator().manual_seed(step)) for shape in shapes] for step in (1, 2)]

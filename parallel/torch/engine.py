@@ -10,8 +10,9 @@ It is composed of parts, each chosen once:
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -177,12 +178,30 @@ class TorchEngine:
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
         """Compute the loss without gradients, over all ranks."""
         tokens = torch.tensor(sum(batch.valid_tokens for batch in micro_batches), dtype=torch.float64, device=self.mesh.device)
-        self.weights.sync_from_masters()
-        run = functools.partial(self._step.evaluate, micro_batches)
-        total = run() if self._balance is None else self._balance.run_evaluation(tokens, run)
-        self.weights.reshard()
+        with self._averages_held():
+            self.weights.sync_from_masters()
+            run = functools.partial(self._step.evaluate, micro_batches)
+            total = run() if self._balance is None else self._balance.run_evaluation(tokens, run)
+            self.weights.reshard()
         # Context-parallel ranks have each counted the tokens of whole samples.
         return StepLoss(self._sum_over_batch(total), self.mesh.sum(tokens, "data") / self.mesh.layout.cp, {})
+
+    @contextlib.contextmanager
+    def _averages_held(self) -> Generator[None]:
+        """Hold the weights that are evaluated, where the optimizer trains at others."""
+        averages = self._update.averages
+        if averages is None:
+            yield
+            return
+        self.weights.wait_all_gather(compute_copies=False)
+        averages.hold_averages()
+        self.weights.masters_written()
+        try:
+            yield
+        finally:
+            self.weights.wait_all_gather(compute_copies=False)
+            averages.hold_training_weights()
+            self.weights.masters_written()
 
     def assignments(self) -> torch.Tensor | None:
         """See `engine.Engine`."""
@@ -210,6 +229,8 @@ class TorchEngine:
     def load_counters(self, counters: dict[str, float]) -> None:
         """Set the optimizer's scalar state, after fragments have been restored."""
         self._update.load_counters(counters)
+        if self._update.averages is not None:
+            self._update.averages.hold_training_weights()
         self.weights.masters_written()
 
     def finish(self) -> None:

@@ -7,21 +7,23 @@ from typing import cast
 
 import torch
 
-from ...optim.optimizers.parameters import FusedStep, MaskedStep
+from ...optim.optimizers.parameters import AveragesWeights, FusedStep, MaskedStep
 from .strategy import LocalWeight
 
 
 class Update:
     """An optimizer over a rank's weights.
 
-    fused   whether its step scales gradients and writes compute copies on the way (`FusedStep`)
-    masked  whether its step can be skipped on the device (`MaskedStep`)
+    fused     whether its step scales gradients and writes compute copies on the way (`FusedStep`)
+    masked    whether its step can be skipped on the device (`MaskedStep`)
+    averages  it, if it trains at other weights than those that are evaluated and saved (`AveragesWeights`)
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, weights: Mapping[str, LocalWeight]) -> None:
         self._optimizer, self._weights = optimizer, weights
         self.fused = isinstance(optimizer, FusedStep) and optimizer.fused_step
         self.masked = isinstance(optimizer, MaskedStep) and optimizer.masked_step
+        self.averages = optimizer if isinstance(optimizer, AveragesWeights) else None
 
     @property
     def _fused_step(self) -> FusedStep:

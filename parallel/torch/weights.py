@@ -83,6 +83,7 @@ class Weights(WeightStrategy):
                 stacked=model.stacked(name),
                 hidden=name in hidden,
                 compute=self._compute,
+                row_parts=model.row_parts(name),
             )
 
         return [seen(name, weight) for name, weight in self.local.items()]

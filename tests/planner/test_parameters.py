@@ -46,9 +46,9 @@ def test_a_config_lists_what_the_built_model_has(parts: str) -> None:
     for tp in (1, 2, 4, 8):
         built = model_inventory(model, tp)
         for ours, theirs in zip(listed.parameters, built.parameters, strict=True):
-            assert (ours.name, ours.shape, ours.decays, ours.lr_scale) == (
-                *(theirs.name, theirs.shape),
-                *(theirs.decays, theirs.lr_scale),
+            assert (ours.name, ours.shape, ours.decays, ours.lr_scale, ours.row_parts) == (
+                *(theirs.name, theirs.shape, theirs.decays),
+                *(theirs.lr_scale, theirs.row_parts),
             )
             assert ours.local_shape(tp) == theirs.local_shape(tp), (ours.name, tp)
     cuts = [(range(4), True, True), (range(2), True, False), (range(2, 4), False, True)]

@@ -27,6 +27,7 @@ FIT = [
     ("batch.stages", 1, ["batch=stages", "batch.stages='0:8 0:16'"]),
     ("data.input", 1, ["data=jsonl"]),
     ("optim.lr_coupling", 1, ["batch=ramp", "optim.lr_coupling=sqrt_saturating"]),
+    ("schedule", 1, ["optim=schedule_free"]),
     ("model.vocabulary", 1, ["data=synthetic", "data.vocabulary=99", "model.vocabulary=50"]),
 ]
 

@@ -18,8 +18,9 @@ from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.restore import restore
 from meshloom.optim.build import build_optimizer
 from meshloom.optim.optimizers import parameters
-from meshloom.optim.optimizers.config import OptimConfig
+from meshloom.optim.optimizers.config import AdEMAMixConfig, OptimConfig, ScheduleFreeConfig
 from meshloom.optim.optimizers.eight_bit_config import AdamW8bitConfig
+from meshloom.optim.optimizers.frugal_config import FRUGALConfig
 from meshloom.optim.optimizers.low_rank import drawn_projection
 from meshloom.optim.optimizers.matrix_config import (
     AdafactorConfig,
@@ -27,6 +28,7 @@ from meshloom.optim.optimizers.matrix_config import (
     GaLoreConfig,
     MatrixOptimConfig,
     MuonConfig,
+    NaturalGaLoreConfig,
     NorMuonConfig,
     SOAPConfig,
 )
@@ -50,6 +52,11 @@ CONFIGS: dict[str, OptimConfig] = {
     "galore": GaLoreConfig(lr=0.01, rank=4, interval=2),
     "adafactor": AdafactorConfig(lr=0.01),
     "adamw_8bit": AdamW8bitConfig(lr=0.01, block=6, min_size=500),
+    "normuon per head": NorMuonConfig(lr=0.02, per_head=True),
+    "natural_galore": NaturalGaLoreConfig(lr=0.01, rank=4, interval=2, history=3),
+    "frugal": FRUGALConfig(lr=0.01, period=3, interval=2),
+    "ademamix": AdEMAMixConfig(lr=0.01, rise=4),
+    "schedule_free": ScheduleFreeConfig(lr=0.01),
 }
 LAYOUTS = {
     "zero0": (2, ParallelConfig(zero=0)),
@@ -103,7 +110,8 @@ def alone(rank: int, world_size: int) -> list[list[float]]:
 @pytest.fixture(scope="module")
 def expected() -> list[list[float]]:
     (losses,) = run_ranks(1, alone)
-    assert len({round(loss, 6) for each in losses for loss in each[1:]}) > 5 * len(CONFIGS) - 2
+    # SOAP's first step makes bases, and natural GaLore's is GaLore's.
+    assert len({round(loss, 6) for each in losses for loss in each[1:]}) > 5 * len(CONFIGS) - 4
     return losses
 
 
@@ -154,11 +162,16 @@ def test_matrices_of_many_shapes_keep_their_places() -> None:
 
 
 def steps_of(
-    config: OptimConfig, gradients: list[torch.Tensor], weight: torch.Tensor, name: str = "layers.0.w", stacked: int = 1
+    config: OptimConfig,
+    gradients: list[torch.Tensor],
+    weight: torch.Tensor,
+    name: str = "layers.0.w",
+    stacked: int = 1,
+    row_parts: tuple[int, ...] = (),
 ) -> torch.Tensor:
     """The weight after an update by each gradient."""
     held = torch.nn.Parameter(weight.clone())
-    named = NamedParameter(name, held, tuple(weight.shape), hidden=True, stacked=stacked)
+    named = NamedParameter(name, held, tuple(weight.shape), hidden=True, stacked=stacked, row_parts=row_parts)
     optimizer = build_optimizer(config, [named], Unsharded())
     for gradient in gradients:
         held.grad = gradient.clone()
@@ -288,11 +301,12 @@ def test_rates_of_embeddings_may_differ(kind: str) -> None:
 
 
 EXPERTS = {"experts": {"count": 4, "top_k": 2, "ffn_dim": 20}}
+MIXED = ("muon", "soap", "normuon per head", "natural_galore", "frugal", "schedule_free")
 
 
 def mixture_losses(rank: int, world_size: int, parallel: ParallelConfig) -> list[list[float]]:
     work = replace(WORK, model=tuple(EXPERTS.items()), parallel=parallel)
-    return [take_steps(build(kind, parallel, world_size, work), work, range(3)).losses for kind in ("muon", "soap")]
+    return [take_steps(build(kind, parallel, world_size, work), work, range(3)).losses for kind in MIXED]
 
 
 def test_experts_are_updated_where_they_are() -> None:
@@ -307,6 +321,36 @@ def test_a_matrix_without_gradient_stays(kind: str) -> None:
     """As an expert that no token reached, and as the step that makes the state for a restore."""
     weight, gradients = drawn(6, 4), [torch.zeros(6, 4).double()] * 2
     assert torch.equal(steps_of(replace(CONFIGS[kind], weight_decay=0.0), gradients, weight), weight)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_natural_galore_is_a_dense_solve(shape: tuple[int, int]) -> None:
+    """At full rank with an orthonormal basis, and betas of 0, a step is the sign of the natural gradient in that basis."""
+    weight, gradients = drawn(*shape), [drawn(*shape, seed=1 + step) for step in range(5)]
+    config = NaturalGaLoreConfig(
+        lr=0.1, rank=4, interval=9, history=3, scale=1.0, betas=[0.0, 0.0], eps=0.0, fisher_damping=0.5
+    )
+    wide = [gradient if shape[0] < shape[1] else gradient.T for gradient in gradients]
+    basis = torch.linalg.svd(wide[0], full_matrices=False)[0]
+    low = [(basis.T @ gradient).flatten() for gradient in wide]
+    expected = weight.clone()
+    for number, gradient in enumerate(low):
+        past = torch.stack(low[max(0, number - 2) : number + 1])
+        natural = torch.linalg.solve(0.5 * torch.eye(len(gradient)).double() + past.T @ past, gradient)
+        step = basis @ natural.view(4, -1).sign()
+        expected -= 0.1 * (step if shape[0] < shape[1] else step.T)
+    torch.testing.assert_close(steps_of(config, gradients, weight), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_muon_per_head_takes_each_part_for_a_matrix() -> None:
+    weight, gradients = drawn(9, 4), [drawn(9, 4, seed=1 + step) for step in range(2)]
+    config = NorMuonConfig(lr=0.1, per_head=True)
+    found = steps_of(config, gradients, weight, row_parts=(2, 3, 4))
+    rows = [slice(0, 2), slice(2, 5), slice(5, 9)]
+    apart = [steps_of(config, [gradient[each] for gradient in gradients], weight[each]) for each in rows]
+    torch.testing.assert_close(found, torch.cat(apart), rtol=1e-12, atol=1e-14)
+    whole = steps_of(replace(config, per_head=False), gradients, weight, row_parts=(2, 3, 4))
+    torch.testing.assert_close(whole, steps_of(config, gradients, weight), rtol=0, atol=0)
 
 
 def test_galores_subspace_has_no_direction_without_gradient() -> None:

@@ -25,6 +25,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "soap": {"max_dim": 30},
     "apollo": {"rank": 8},
     "galore": {"rank": 8},
+    "natural_galore": {"rank": 8, "history": 3},
+    "frugal": {"period": 5},
 }
 
 

@@ -13,8 +13,18 @@ import torch
 from meshloom.optim.build import build_optimizer
 from meshloom.optim.optimizers.adagrad import AdaGrad, AdaGradNorm
 from meshloom.optim.optimizers.adamw import AdamW
-from meshloom.optim.optimizers.config import AdaGradConfig, AdaGradNormConfig, AdamWConfig, LAMBConfig, LARSConfig, LionConfig
+from meshloom.optim.optimizers.config import (
+    AdaGradConfig,
+    AdaGradNormConfig,
+    AdamWConfig,
+    AdEMAMixConfig,
+    LAMBConfig,
+    LARSConfig,
+    LionConfig,
+    ScheduleFreeConfig,
+)
 from meshloom.optim.optimizers.eight_bit_config import AdamW8bitConfig
+from meshloom.optim.optimizers.frugal_config import FRUGALConfig
 from meshloom.optim.optimizers.layerwise import LAMB, LARS
 from meshloom.optim.optimizers.lion import Lion
 from meshloom.optim.optimizers.matrix_config import MuonConfig, SOAPConfig
@@ -92,10 +102,11 @@ class Torchs(torch.optim.Adagrad):
 def test_others_are_refused_before_anything_starts() -> None:
     for make, config in (*((make, config) for make, config, _ in ELEMENTWISE.values()), (Lion, LionConfig)):
         assert not optimizer_problems(functools.partial(make, config()))
+    assert not optimizer_problems(functools.partial(build_optimizer, AdEMAMixConfig()))
     for make, config in ((LAMB, LAMBConfig), (LARS, LARSConfig), (AdaGradNorm, AdaGradNormConfig)):
         (problem,) = optimizer_problems(functools.partial(make, config()))
         assert problem.key == "optim" and "parallel.engine=torch" in problem.fix, make
-    for whole in (MuonConfig(), SOAPConfig(), AdamW8bitConfig()):
+    for whole in (MuonConfig(), SOAPConfig(), AdamW8bitConfig(), FRUGALConfig(), ScheduleFreeConfig()):
         (problem,) = optimizer_problems(functools.partial(build_optimizer, whole))
         assert problem.key == "optim" and "parallel.engine=torch" in problem.fix, whole.name
     (problem,) = optimizer_problems(Torchs)
