@@ -115,6 +115,7 @@ class Composer:
             self._joined = [f"hydra.searchpath=[{quoted(f'file://{folder}')}]"]
         self._loader = _config_loader()
         self._known_options: dict[str, list[str]] = {}
+        self._schema = run_schema()  # the store gives out a copy each time, which takes a hundredth of a second
 
     def compose(self, overrides: Sequence[str]) -> Composition:
         """Compose the config of these overrides. Raises ConfigError if the recipe itself can't be composed."""
@@ -156,7 +157,7 @@ class Composer:
         """Return whether a key is declared, in this config. A node of a user's own class declares none."""
         group, _, inner = key.partition(".")
         if group not in self._schemas:
-            return field_of(run_schema(), key) is not None
+            return field_of(self._schema, key) is not None
         schema = self._schema_of(group, config.get(group))
         return not inner or (schema is not None and field_of(schema, inner) is not None)
 
@@ -165,7 +166,7 @@ class Composer:
         group, _, inner = key.partition(".")
         if group in self._schemas and not inner:
             return f"choose another option: {group}={', '.join(self.options(group))}"
-        kinds, name = (self._schemas[group], inner) if group in self._schemas else ([run_schema()], key)
+        kinds, name = (self._schemas[group], inner) if group in self._schemas else ([self._schema], key)
         declared = [field for kind in kinds if (field := field_of(kind, name)) is not None]
         defaults = {json.dumps(field.default) for field in declared if isinstance(field.default, str | int | float | None)}
         default = defaults.pop().strip('"') if len(defaults) == 1 else MISSING  # options differ
@@ -286,7 +287,7 @@ class Composer:
 
     def _unit(self, key: str) -> Unit | None:
         """Return the unit with which a key is declared, if it is a whole number of one."""
-        found = field_of(run_schema(), key)
+        found = field_of(self._schema, key)
         return None if found is None else found.metadata.get("unit")
 
     def _without_faults(self, overrides: Sequence[Override], problems: list[Problem]) -> Composition:

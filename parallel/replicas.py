@@ -40,8 +40,9 @@ class Disagreement:
     holders  the ranks that hold them, and `hashes` theirs, in this order
     odd      the ranks that differ from most of them; all holders where there is no majority
     arrays   the arrays that differ, as `role/name`; weights first
-    element  the first element of the first of them that differs, counted in the part that these ranks hold
-    values   what each holder has there
+    element  the first element of the first of them that differs, counted in the part that these ranks hold; None: none does
+             any more, since the next update has rounded a small difference away
+    values   what each holder has there; empty where element is None
     box      offsets and shape of that part in the whole array
     """
 
@@ -49,7 +50,7 @@ class Disagreement:
     hashes: tuple[int, ...]
     odd: tuple[int, ...]
     arrays: tuple[str, ...]
-    element: int
+    element: int | None
     values: tuple[float, ...]
     box: Part
 
@@ -152,17 +153,22 @@ class Replicas:
         there = [everywhere[rank] for rank in held]
         return () if None in there else tuple(there)
 
-    def _first_difference(self, held: tuple[int, ...], key: str, box: Part) -> tuple[int, tuple[float, ...]]:
+    def _first_difference(self, held: tuple[int, ...], key: str, box: Part) -> tuple[int | None, tuple[float, ...]]:
         """Find the first element that differs, by hashes of stretches. A collective over all ranks."""
         part = self._part(held, key, box)
-        sums = None if part is None else [int(hash_tensor(each)) for each in part.split(_STRETCH)]
-        everywhere = self._mesh.gather_objects(sums)
-        stretch = next(n for n in range(len(everywhere[held[0]])) if len({everywhere[rank][n] for rank in held}) > 1)
+        stretch = self._differing(held, None if part is None else part.split(_STRETCH))
+        if stretch is None:
+            return None, ()
         begin = stretch * _STRETCH
-        bits = None if part is None else [int(hash_tensor(each)) for each in part[begin : begin + _STRETCH].split(1)]
-        everywhere = self._mesh.gather_objects(bits)
-        offset = next(n for n in range(len(everywhere[held[0]])) if len({everywhere[rank][n] for rank in held}) > 1)
+        offset = self._differing(held, None if part is None else part[begin : begin + _STRETCH].split(1))
+        assert offset is not None
         return begin + offset, self.values(held, key, box, begin + offset)
+
+    def _differing(self, held: tuple[int, ...], pieces: Sequence[torch.Tensor] | None) -> int | None:
+        """Return the first piece that the holders do not have alike; None: there is none. A collective over all ranks."""
+        everywhere = self._mesh.gather_objects(None if pieces is None else [int(hash_tensor(each)) for each in pieces])
+        of_holders = zip(*(everywhere[rank] for rank in held), strict=True)
+        return next((number for number, hashes in enumerate(of_holders) if len(set(hashes)) > 1), None)
 
 
 def _part_of(fragment: Fragment) -> Part:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +18,7 @@ from .failures import Failure, first_failure, read_failure
 from .host import HostWatch
 from .recorder import recorder_environment
 from .stacks import process_state
+from .watch_folder import WatchFolder
 
 OWN_REASON_SECONDS = 2.0
 """Time for the rank that failed first to be seen, where all that ended so far only lost a peer."""
@@ -33,8 +32,8 @@ class Supervisor:
 
     def __init__(self, max_restarts: int, *, several: bool) -> None:
         """several: whether the run has several hosts, each with an agent."""
-        shared = Path("/dev/shm")
-        self._root = Path(tempfile.mkdtemp(prefix="meshloom-watch-", dir=shared if os.access(shared, os.W_OK) else None))
+        self._folder = WatchFolder()
+        self._root = self._folder.path
         self._max_restarts = max_restarts
         self._attempts: list[Attempt] = []
         self._told: AttemptFolder | None = None
@@ -63,7 +62,7 @@ class Supervisor:
         self._watch.stop()
         os.environ.clear()
         os.environ.update(self._environment)
-        shutil.rmtree(self._root, ignore_errors=True)
+        self._folder.remove()
 
     def watch(self, agent_class: Any) -> Callable[[], None]:
         """Make torchrun's agents of this class ask here about their workers. Returns what undoes it."""

@@ -118,3 +118,18 @@ def looked_up(rank: int, world_size: int) -> tuple[int, int]:
 
 def test_a_part_that_another_layout_made_has_no_values() -> None:
     assert run_ranks(2, looked_up) == [(2, 0)] * 2
+
+
+def healed(rank: int, world_size: int) -> tuple[tuple[int, ...], int | None, tuple[float, ...]]:
+    """Who is named, and by which element, where a weight had another bit when it was hashed and has not any more."""
+    replicas = Replicas((engine := build(Work(ParallelConfig(zero=0), samples=4), world_size)).mesh, engine.fragments())
+    words = next(iter(engine.fragments())).tensor.view(-1)[1:2].view(torch.int64)
+    words ^= int(rank == 1)
+    table = replicas.table()
+    words ^= int(rank == 1)
+    (found,) = replicas.disagreements(table.tolist())
+    return found.odd, found.element, found.values
+
+
+def test_a_difference_that_the_next_update_has_rounded_away_is_still_told() -> None:
+    assert run_ranks(2, healed) == [((0, 1), None, ())] * 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +39,8 @@ class CompareReplicas(Hook):
     it does not wait for them. A save of a step is confirmed after that, so no save holds what has not been compared.
 
     A difference has spread by then: every rank's gradient has seen it. So the run goes back to the last checkpoint, on which
-    all agreed. When it comes by the step again, the element that differed tells which copy was wrong, if two did not agree:
-    the one that is farther from its value now. The right one is not equal to it, for the wrong one was in its gradient.
+    all agreed. When it comes by the step again, the element that differed tells which copy was wrong, if no majority has:
+    the one that is much farther from its value now. The right one is not equal to it, for the wrong one was in its gradient.
     """
 
     def __init__(self, every: int, saves: tuple[int | None, ...], mode: str) -> None:
@@ -48,6 +50,7 @@ class CompareReplicas(Hook):
         self._replicas: Replicas | None = None
         self._compared: _Compared | None = None
         self._unjudged: dict[int, Rewind] = {}
+        self._to_judge: tuple[Rewind, _Compared] | None = None
 
     def on_run_begin(self, loop: Loop) -> None:
         """Say what is compared. A collective."""
@@ -60,12 +63,13 @@ class CompareReplicas(Hook):
                 log.info("%.0f %% of the weights have copies, which are compared; nothing has a copy of the rest", share)
         if loop.guard is not None:
             ahead = [each for each in loop.guard.journal.rewinds if each.copies and each.step > loop.progress.step]
-            self._unjudged = {each.step: each for each in ahead}
+            self._unjudged = {each.step: each for each in ahead if _is_open(each.copies["values"])}
         # Not by this rank's own copies: a pipeline stage without any takes part in the collective, too.
         self._intervals = self._intervals if found.sets else []
 
     def on_step_end(self, loop: Loop) -> None:
         """Start a comparison if one is due."""
+        self._judge(loop)
         step = loop.progress.step
         ends = loop.finished or loop.stopping  # a last save follows
         due = ends or step in self._unjudged or any(step % each == 0 for each in self._intervals)
@@ -90,7 +94,9 @@ class CompareReplicas(Hook):
         self._compared = None
         differing, *table = compared.numbers.read()
         if not differing:
-            self._judge(loop, compared)
+            if compared.step in self._unjudged:
+                self._to_judge = self._unjudged.pop(compared.step), compared
+                self._judge(loop)
             return
         found = compared.replicas.disagreements(table)
         messages = [describe(compared.step, each) for each in found]
@@ -103,26 +109,38 @@ class CompareReplicas(Hook):
             raise TrainingDiverged(f"{messages[0]}. Resume from the last checkpoint, on which all agreed")
         first = found[0]
         values = {str(rank): each.hex() for rank, each in zip(first.holders, first.values, strict=True)}
-        copies = {"array": first.arrays[0], "element": first.element, "values": values, "box": first.box}
+        # The numbers of a step are read after a later update, as a rule. The replay's values must be those after the same.
+        copies = {
+            "array": first.arrays[0],
+            "element": first.element,
+            "values": values,
+            "box": first.box,
+            "read_at": loop.progress.step,
+        }
         raise RewindNeeded(compared.step, messages[0], loop.guard.journal.data, copies=copies)
 
-    def _judge(self, loop: Loop, compared: _Compared) -> None:
-        """Tell which copies were wrong when they differed at this step, now that they agree. A collective where they did."""
-        rewind = self._unjudged.pop(compared.step, None)
-        if rewind is None:
+    def _judge(self, loop: Loop) -> None:
+        """Tell which copies were wrong when they differed, now that they agree. A collective where they did."""
+        if self._to_judge is None:
             return
+        rewind, compared = self._to_judge
+        read_at = rewind.copies.get("read_at", rewind.step)
+        if loop.progress.step < read_at:
+            return
+        self._to_judge = None
         then = {int(rank): float.fromhex(value) for rank, value in rewind.copies["values"].items()}
         held = tuple(sorted(then))
         offsets, shape = rewind.copies.get("box", ((), ()))
         box = tuple(offsets), tuple(shape)
         values = compared.replicas.values(held, rewind.copies["array"], box, rewind.copies["element"])
-        if not values:  # another layout
+        if not values or loop.progress.step > read_at:  # another layout, or another step's weights
             return
-        now = values[0]
-        distance = {rank: abs(value - now) if math.isfinite(value) else math.inf for rank, value in then.items()}
-        wrong = [rank for rank in held if distance[rank] > min(distance.values())]
-        named = ", ".join(map(str, wrong))
-        message = f"step {compared.step}, replayed: the copy of rank {named} was wrong ({rewind.copies['array']})"
+        wrong, now = farther(then, values[0]), values[0]
+        if not wrong:
+            message = f"step {compared.step}, replayed: it does not tell which copy was wrong ({rewind.copies['array']})"
+        else:
+            named = ", ".join(map(str, wrong))
+            message = f"step {compared.step}, replayed: the copy of rank {named} was wrong ({rewind.copies['array']})"
         if loop.mesh.is_main:
             log.warning("%s", message)
             rank, details = wrong[0] if len(wrong) == 1 else None, {"wrong": wrong, "now": now, "then": then}
@@ -130,6 +148,24 @@ class CompareReplicas(Hook):
 
     def _write(self, loop: Loop, incident: Incident) -> None:
         IncidentLog(loop.output_dir).write(incident)
+
+
+CLEAR = 8.0
+"""A copy is wrong if it is so many times farther from the replay's value than the nearest one."""
+
+
+def farther(then: Mapping[int, float], now: float) -> list[int]:
+    """Return the ranks whose values are much farther from the replay's than the nearest one is; empty if that is not clear."""
+    distance = {rank: abs(value - now) if math.isfinite(value) else math.inf for rank, value in then.items()}
+    least = min(distance.values())
+    if any(least < each <= CLEAR * least for each in distance.values()):
+        return []
+    return [rank for rank, each in sorted(distance.items()) if each > least]
+
+
+def _is_open(values: Mapping[str, str]) -> bool:
+    """Return whether it is open which copies were wrong: no value was that of more than half of them."""
+    return bool(values) and 2 * max(Counter(values.values()).values()) <= len(values)
 
 
 def describe(step: int, found: Disagreement) -> str:

@@ -43,10 +43,9 @@ def test_a_flipped_bit_is_noticed_and_costs_no_loss(tmp_path: Path, mode: str) -
     found = run(3, tmp_path / "flipped", *words, hook("FlipBit", step=5, rank=1))
     assert found == pytest.approx(whole, rel=1e-9)
     incidents = list(read_incidents(tmp_path / "flipped"))
-    assert [each["kind"] for each in incidents] == ["replicas_differ", "replicas_judged"]
+    assert [each["kind"] for each in incidents] == ["replicas_differ"]  # two of three agree: nothing is left to be judged
     assert (incidents[0]["step"], incidents[0]["rank"], incidents[0]["details"]["odd"]) == (5, 1, [1])
     assert "weight/norm.weight" in incidents[0]["details"]["arrays"]
-    assert incidents[1]["details"]["wrong"] == [1]
     (rewind,) = read_journal(tmp_path / "flipped" / "checkpoints")
     assert (rewind["step"], rewind["to"], rewind["ranges"]) == (5, 3, [])
 

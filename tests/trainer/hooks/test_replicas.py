@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from meshloom.parallel.replicas import Replicas
+from meshloom.trainer.hooks.replicas import farther
 from support.ranks import run_ranks
 from support.tiny_run import body
 
@@ -42,3 +43,18 @@ def test_copies_are_compared_before_the_save_of_a_run_that_stops(tmp_path: Path)
     signal = "trainer.hooks=[{_target_:support.run_hooks.Signal,step:3,rank:1,name:SIGTERM}]"
     found = run_ranks(2, compared, [*words, "checkpoint.every=100", "parallel.zero=0", signal])
     assert [times for _, times, _ in found] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "wrong"),
+    [
+        ({0: 1.0, 1: 1.5}, 1.0 + 1e-12, [1]),
+        ({0: float("nan"), 1: 1.5}, 1.4, [0]),
+        ({0: 1.0, 1: 1.0 + 3e-12}, 1.0 + 1e-12, []),  # what the wrong one has done to the right one is as large
+        ({0: 1.0, 1: 1.0, 2: 3.0, 3: 4.0}, 1.0, [2, 3]),
+    ],
+)
+def test_a_copy_is_wrong_only_if_it_is_clearly_farther_from_the_replay(
+    then: dict[int, float], now: float, wrong: list[int]
+) -> None:
+    assert farther(then, now) == wrong
