@@ -1,0 +1,258 @@
+"""Run a schedule of faults: launcher, agent and ranks, all forked from processes that have imported everything.
+
+`Bench` holds Python's fork server, from which ranks are forked. A trial forks a launcher, and that torchrun's agent. So a whole
+run of a few processes takes seconds, and goes through the same code as `meshloom train`.
+"""
+
+# pyright: basic, reportMissingImports=false
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from meshloom.launch import forked
+from meshloom.trainer.watch.incidents import read_incidents
+
+from .faults import BATCH, COMPARE_EVERY, EVALUATE_EVERY, LOST_PARENTS, SAVE_EVERY, Schedule
+from .injector import fired_file
+
+RECIPE = (
+    "recipe=quickstart", "data=synthetic", "data.vocabulary=61", "data.seq_len=16", "data.validation_samples=8",
+    "model.dim=16", "model.layers=2", "model.heads=2", "model.kv_heads=2", "model.ffn_dim=24", "precision=fp64",
+    f"batch.samples={BATCH}", "batch.micro=2", "trainer.tokens=null", f"trainer.eval_every={EVALUATE_EVERY}",
+    "trainer.eval_samples=8", f"checkpoint.every={SAVE_EVERY}", "checkpoint.keep=3", "trainer.sample_prompt=null",
+    f"trainer.compare_replicas_every={COMPARE_EVERY}", "logging.progress=false", "launch.check=false",
+)  # fmt: skip
+PATIENCE = 150.0
+"""Seconds after which a run counts as one that hangs, and nobody has ended it."""
+ORPHAN_PATIENCE = 75.0
+DISK_MIB = 24
+RESTARTS = 6
+STARTS = 4
+"""At most so many launchers are started for a run: what ends with a launcher is started again by hand."""
+
+
+@dataclass
+class Result:
+    """What a run under fire has left behind.
+
+    codes     exit code of each launcher, in order; None: it was killed
+    losses    step → loss, of the newest row of each step
+    fired     number of a fault → what it left when it struck
+    orphans   ranks that were left a while after their launcher had ended
+    hung      whether the run had to be ended by the bench
+    said      what was printed
+    """
+
+    schedule: Schedule
+    codes: list[int | None] = field(default_factory=list)
+    losses: dict[int, float] = field(default_factory=dict)
+    fired: dict[int, dict[str, Any]] = field(default_factory=dict)
+    incidents: list[dict[str, Any]] = field(default_factory=list)
+    step_seconds: float = 0.0
+    orphans: int = 0
+    hung: bool = False
+    seconds: float = 0.0
+    said: str = ""
+
+
+class Bench:
+    """Processes that have imported what runs need."""
+
+    def __init__(self) -> None:
+        """Import, and start the fork server."""
+        multiprocessing.set_forkserver_preload([forked.PRELOADED, "meshloom.benchmarks.fire.warm"])
+        forkserver.ensure_running()
+        forked.prepare()
+
+        if not forked.can_fork():
+            raise SystemExit("ranks can't be forked here")
+
+    def run(self, schedule: Schedule, folder: Path) -> Result:
+        """Run a schedule in an empty folder, to its end, and as often as its launcher is lost."""
+        result = Result(schedule)
+        schedule.write(folder / "faults.json")
+        disk = _small_disk(folder) if any(each.kind == "full_disk" for each in schedule.faults) else None
+        began = time.monotonic()
+        try:
+            while len(result.codes) < STARTS:
+                lost = len(_fired(schedule, folder, LOST_PARENTS))
+                self._start(schedule, folder, result)
+                if result.hung or len(_fired(schedule, folder, LOST_PARENTS)) == lost:
+                    break
+            _read(result, folder)
+        finally:
+            result.seconds = time.monotonic() - began
+            if disk is not None:
+                subprocess.run(["umount", "-l", str(disk)], check=False)
+        return result
+
+    def undisturbed(self, folder: Path, steps: int, left_out: tuple[int, ...] = ()) -> dict[int, float]:
+        """Return the losses of a run on one process without faults."""
+        out = folder / "run"
+        words = [*RECIPE, f"trainer.steps={steps}", "checkpoint.every=0", "resume=auto", f"output_dir={out}"]
+        child = os.fork()
+        if child == 0:
+            _redirect(folder / "log")
+            try:
+                _leave_out(out / "checkpoints", left_out)
+                from meshloom.launch.rank import main
+
+                os._exit(main(words))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        if status:
+            raise SystemExit(f"the undisturbed run failed:\n{(folder / 'log').read_text()}")
+        return read_losses(out)[0]
+
+    @staticmethod
+    def _start(schedule: Schedule, folder: Path, result: Result) -> None:
+        """Start a launcher, and wait for its end and that of its ranks."""
+        words = [*RECIPE, *schedule.layout.words, f"trainer.steps={schedule.steps}", *schedule.words, "resume=auto"]
+        words += [f"trainer.hooks=[{{_target_: meshloom.benchmarks.fire.injector.Injector, folder: '{folder}'}}]"]
+        arguments = [
+            "--standalone", f"--nproc-per-node={schedule.layout.ranks}", f"--max-restarts={RESTARTS}",
+            "-m", "meshloom.launch.rank", *words, f"launch.nproc={schedule.layout.ranks}", f"output_dir={folder / 'run'}",
+        ]  # fmt: skip
+        launcher = os.fork()
+        if launcher == 0:
+            _launch(folder, arguments)
+        code = _wait(launcher, PATIENCE)
+        if code is None:
+            result.hung = True
+            os.kill(launcher, signal.SIGKILL)
+            os.waitpid(launcher, 0)
+        result.codes.append(None if code is None or code < 0 else code)
+        deadline = time.monotonic() + (0.0 if result.hung else ORPHAN_PATIENCE)
+        while (left := _processes(folder)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        result.orphans += 0 if result.hung else len(left)
+        for each in left:
+            with contextlib.suppress(psutil.Error):
+                each.kill()
+
+
+def _launch(folder: Path, arguments: list[str]) -> None:
+    """Be the launcher: fork torchrun's agent, and end with its exit code."""
+    os.setsid()
+    _redirect(folder / "log")
+    (folder / "launcher.pid").write_text(str(os.getpid()))
+    agent = os.fork()
+    if agent == 0:
+        (folder / "agent.pid").write_text(str(os.getpid()))
+        # The fork server is another process's child, and lives: nothing is to be started.
+        forkserver._forkserver.ensure_running = forkserver.ensure_running = lambda: None
+        from meshloom.launch import agent as module
+
+        code = 1
+        with contextlib.suppress(BaseException):
+            code = module.main(arguments)
+        module.leave(code)
+    _, status = os.waitpid(agent, 0)
+    os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+
+
+def _redirect(log: Path) -> None:
+    """Send what this process prints to a file."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _wait(pid: int, seconds: float) -> int | None:
+    """Return the exit code of a child, negative for a signal; None: it still runs after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    return None
+
+
+def _processes(folder: Path) -> list[psutil.Process]:
+    """Return the agent and the ranks of a run that live, by the pids that they have left."""
+    found = []
+    pids = {int(path.read_text()) for path in folder.glob("*.pid")} | {int(path.name) for path in folder.glob("ranks/*")}
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def _fired(schedule: Schedule, folder: Path, kinds: tuple[str, ...]) -> list[int]:
+    return [n for n, each in enumerate(schedule.faults) if each.kind in kinds and fired_file(folder, n).exists()]
+
+
+def _read(result: Result, folder: Path) -> None:
+    for number in range(len(result.schedule.faults)):
+        with contextlib.suppress(OSError, ValueError):
+            result.fired[number] = json.loads(fired_file(folder, number).read_text())
+    result.losses, result.step_seconds = read_losses(folder / "run")
+    result.incidents = list(read_incidents(folder / "run"))
+    with contextlib.suppress(OSError):
+        result.said = (folder / "log").read_text(errors="replace")
+
+
+def read_losses(out: Path) -> tuple[dict[int, float], float]:
+    """Return the loss of each step, of its newest row, and the usual seconds of a step."""
+    losses: dict[int, float] = {}
+    seconds: list[float] = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in (out / "metrics.jsonl").read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if "loss" in row:
+                    losses[row["step"]] = row["loss"]
+                    seconds.append(row["step_seconds"])
+    return losses, sorted(seconds)[len(seconds) // 2] if seconds else 0.0
+
+
+def _leave_out(checkpoints: Path, samples: tuple[int, ...]) -> None:
+    """Write a journal by hand that leaves out samples, as docs/resilience.md says."""
+    if not samples:
+        return
+    from meshloom.trainer.run import prepared_data
+    from meshloom.trainer.schema import make_composer
+    from meshloom.trainer.typed import typed_config
+
+    config, _ = typed_config(make_composer().compose(RECIPE).config)
+    fingerprint = prepared_data(config.data, config.seed, config.model.vocabulary).fingerprint
+    entry = {"step": 1, "to": 0, "ranges": [[each, each + 1] for each in samples], "reason": "by hand", "data": fingerprint}
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "rewinds.json").write_text(json.dumps({"rewinds": [entry]}))
+
+
+def _small_disk(folder: Path) -> Path:
+    """Mount a small disk in memory on the run's folder. Needs root."""
+    disk = folder / "run"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "none", str(disk)], check=True)
+    return disk
+
+
+def clear(folder: Path) -> None:
+    """Remove a trial's folder."""
+    shutil.rmtree(folder, ignore_errors=True)
