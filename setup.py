@@ -53,6 +53,7 @@ setup(
         "wandb": ["wandb>=0.17"],
         "tensorboard": ["tensorboard>=2.16"],
         "hf": ["datasets>=2.19", "transformers>=4.45"],
+        "lm_eval": ["lm_eval>=0.4.13"],
         "parquet": ["pyarrow>=15"],
         "zstd": ["zstandard>=0.22"],
         "float8": ["torchao>=0.15"],

@@ -139,11 +139,19 @@ class Tokenizer:
             file.flush()
             os.fsync(file.fileno())  # the folder that it is built into counts as complete once it is renamed
 
-    def encode(self, text: str, *, specials: bool = False) -> list[int]:
-        """Encode a text as token ids, without an end of document. specials: names of special tokens stand for these tokens."""
+    def encode(self, text: str, *, specials: bool = False, framed: bool = False) -> list[int]:
+        """Encode a text as token ids, without an end of document.
+
+        specials: names of special tokens stand for these tokens
+        framed: with the tokens that tokenizer.json puts around a text, such as a beginning, unless the text begins with it
+        """
         self._engine.encode_special_tokens = not specials
         try:
-            return self._engine.encode(text, add_special_tokens=False).ids
+            plain = self._engine.encode(text, add_special_tokens=False).ids
+            if not framed:
+                return plain
+            whole = self._engine.encode(text).ids
+            return plain if plain[:1] == whole[:1] else whole
         finally:
             self._engine.encode_special_tokens = True
 

@@ -21,7 +21,7 @@ COMMANDS = {
     "calibrate": ("calibrate", "measure this machine, so that plans know its speed"),
     "tune": ("tune", "the fastest settings that fit this machine, by arithmetic or by trying them"),
     "slurm": ("slurm", "print a complete sbatch script for a run"),
-    "evaluate": ("evaluate", "loss, perplexity and bits per byte of a checkpoint's model"),
+    "evaluate": ("evaluate", "loss, perplexity and bits per byte of a checkpoint's model, or benchmark tasks"),
     "generate": ("generate", "continue a prompt with a checkpoint's model"),
     "hparams": ("hparams", "what scaling laws recommend for a model and a number of tokens"),
     "keys": ("keys", "every key of the config: type, default, side, meaning"),

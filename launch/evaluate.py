@@ -1,6 +1,7 @@
-"""`meshloom evaluate`: loss, perplexity and bits per byte of a checkpoint's model on validation data, on any layout.
+"""`meshloom evaluate`: a checkpoint's model on validation data, on any layout, or on benchmark tasks of lm-eval.
 
 meshloom evaluate checkpoint=outputs/quickstart launch.nproc=2 parallel.tp=2
+meshloom evaluate checkpoint=outputs/quickstart tasks=arc_easy,hellaswag
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ from ..trainer.launching import run_processes, under_torchrun
 from .switches import BAD_CONFIG, read_switches, refuse
 
 if TYPE_CHECKING:
-    from ..trainer.evaluate import EvaluationResult
     from ..trainer.resolve import ResolvedRun
 
 MODULE = "meshloom.launch.evaluate"
-USAGE = "usage: meshloom evaluate checkpoint=<folder> [samples=all|<n>] [--json] [--output FILE] [key=value …]"
+USAGE = "usage: meshloom evaluate checkpoint=<folder> [samples=all|<n>] [tasks=<name>,…] [--json] [--output FILE] [key=value …]"
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class EvaluateArguments:
 
     checkpoint  a step-… folder, a folder of them or a run's (the newest complete one is taken), or hf:<folder>
     samples     validation samples of each evaluation: all, or a number (default: the run's trainer.eval_samples)
+    tasks       evaluate on these tasks of lm-eval instead, by comma: see also tasks.folder, tasks.few_shot, tasks.limit
+    context     of tasks: tokens that the model looks back at (default: the length that the run was trained with)
     --json      print one JSON object, and no table
     --output    also write the JSON object to a file
     key=value   any key of `meshloom train`, such as data=…, validation.…, precision=…, parallel.…, launch.nproc=…;
@@ -43,6 +45,8 @@ class EvaluateArguments:
 
     checkpoint: str
     whole: bool
+    tasks: bool
+    context: int | None
     words: tuple[str, ...]
     config_dir: str | None
     json: bool
@@ -75,17 +79,17 @@ def read_arguments(words: Sequence[str]) -> EvaluateArguments:
     own.add_argument("--output", type=Path)
     given, rest = own.parse_known_args(words)
     switches, _ = read_switches(rest)
-    checkpoint, samples, keys, problems = "", None, list[str](), list[Problem]()
+    asked: dict[str, str] = {}
+    keys, problems = list[str](), list[Problem]()
     for word in switches.overrides:
         name, _, value = word.partition("=")
-        if name == "checkpoint":
-            checkpoint = value
-        elif name == "samples":
-            samples = value
+        if name in ("checkpoint", "samples", "tasks", "context"):
+            asked[name] = value
         elif name == "resume":
             problems.append(Problem("resume", "nothing is resumed", "give the checkpoint as checkpoint=…"))
         else:
             keys.append(word)
+    checkpoint, samples, tasks, context = (asked.get(name) for name in ("checkpoint", "samples", "tasks", "context"))
     if not checkpoint:
         problems.append(
             Problem("checkpoint", "is not given", "write checkpoint=<a step-… folder, a run's folder, or hf:<folder>>")
@@ -94,9 +98,34 @@ def read_arguments(words: Sequence[str]) -> EvaluateArguments:
         if not samples.isdigit() or not int(samples):
             problems.append(Problem("samples", f"'{samples}' is no number of samples", "use all, or 1 or more"))
         keys.append(f"trainer.eval_samples={samples}")
-    if problems:
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not names:
+        problems.append(Problem("tasks", "names no task", "write tasks=<name>,<name>"))
+    if context is not None and not (context.isdigit() and int(context)):
+        problems.append(Problem("context", f"'{context}' is no number of tokens", "use 1 or more"))
+    for name, value in (("samples", samples if tasks is not None else None), ("context", None if tasks else context)):
+        if value is not None:
+            fix = "leave it out; tasks.limit=… takes fewer questions" if tasks is not None else "name tasks=…, or leave it out"
+            problems.append(Problem(name, f"has no meaning {'for' if tasks is not None else 'without'} tasks", fix))
+    problems += _output_problems(given.output)
+    if problems or checkpoint is None:
         raise ConfigError(problems)
-    return EvaluateArguments(checkpoint, samples == "all", tuple(keys), switches.config_dir, given.json, given.output)
+    # A run's own tasks are not evaluated unless they are named: what is asked for is told.
+    keys.append(f"tasks.names=[{','.join(map(quoted, names))}]")
+    context_size = None if context is None else int(context)
+    rest = (tuple(keys), switches.config_dir, given.json, given.output)
+    return EvaluateArguments(checkpoint, samples == "all", tasks is not None, context_size, *rest)
+
+
+def _output_problems(output: Path | None) -> list[Problem]:
+    """Return what keeps the file from being written, on the process that writes it."""
+    if output is None or os.environ.get("RANK", "0") != "0":
+        return []
+    if output.is_dir():
+        return [Problem("--output", f"'{output}' is a folder", "name a file")]
+    if not output.parent.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
+        return [Problem("--output", f"'{output}' can't be written", "name a file in a folder that exists, and that is yours")]
+    return []
 
 
 def resolve_evaluation(arguments: EvaluateArguments) -> ResolvedRun:
@@ -104,7 +133,6 @@ def resolve_evaluation(arguments: EvaluateArguments) -> ResolvedRun:
 
     Text that the run has not read is cut by the checkpoint's tokenizer, where a new one would be trained.
     """
-    from ..data.config import TRAINED
     from ..trainer.find_checkpoint import checkpoint_manifest, find_checkpoint, is_import, tokenizer_beside
     from ..trainer.machine import process_problems
     from ..trainer.machine_gpus import machine_here
@@ -113,72 +141,58 @@ def resolve_evaluation(arguments: EvaluateArguments) -> ResolvedRun:
     checkpoint = find_checkpoint(arguments.checkpoint, "checkpoint")
     typed = [word.lstrip("+~").partition("=")[0] for word in arguments.words]
     chosen = any(key == "data" or key.startswith("data.") for key in typed)
-    if not chosen and "recipe" not in typed and is_import(checkpoint_manifest(checkpoint).state):
+    unsaid = not chosen and "recipe" not in typed and is_import(checkpoint_manifest(checkpoint).state)
+    if unsaid and not arguments.tasks:
         message = f"'{checkpoint}' was imported, and does not say what to evaluate it on"
         raise ConfigError([Problem("data", message, "type data=… with its keys, or recipe=…")])
+    if unsaid and arguments.context is None:
+        message = f"'{checkpoint}' was imported, and does not say how far its model looks back"
+        raise ConfigError([Problem("context", message, "give the length that it was trained with as context=…")])
     options = ResolveOptions(
-        lambda config: run_processes(config.launch), more=lambda config: [*process_problems(config)], machine=machine_here
+        lambda config: run_processes(config.launch),
+        data_elsewhere=arguments.tasks,  # tasks need none
+        more=lambda config: [*process_problems(config)],
+        machine=machine_here,
+        tokenizer=tokenizer_beside(checkpoint) if chosen else None,
     )
-    words = [*arguments.words, f"resume={quoted(str(checkpoint))}"]
-    resolved = resolve(words, options, arguments.config_dir)
-    would_train = chosen and not resolved.problems and getattr(resolved.config.data, "tokenizer", None) == TRAINED
-    if would_train and (file := tokenizer_beside(checkpoint)) is not None:
-        return resolve([*words, f"data.tokenizer={quoted(str(file))}"], options, arguments.config_dir)
-    return resolved
+    return resolve([*arguments.words, f"resume={quoted(str(checkpoint))}"], options, arguments.config_dir)
 
 
 def _evaluate_here(resolved: ResolvedRun, arguments: EvaluateArguments) -> int:
-    """Evaluate as one of the processes; rank 0 prints. Return the exit code."""
-    from ..checkpoint.errors import CheckpointError
-    from ..data.shards import ShardError
-    from ..trainer.all_ranks import PeerFailed
-    from ..trainer.evaluate import evaluate
-    from .once import is_first
-    from .rank import configure_log
+    """Evaluate as one of the processes. Return the exit code."""
+    from .rank import tell_errors
 
     if under_torchrun():
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # the launcher's wish to stop: there is nothing to save
-    configure_log()
+    where = "standard output" if arguments.output is None else str(arguments.output)
+    return tell_errors(lambda: _evaluate(resolved, arguments), where)
+
+
+def _evaluate(resolved: ResolvedRun, arguments: EvaluateArguments) -> int:
+    """Evaluate as one of the processes; rank 0 prints. Return the exit code."""
+    from ..trainer.all_ranks import PeerFailed
+    from .evaluate_table import loss_table, task_table
+
     try:
-        result = evaluate(resolved, whole=arguments.whole)
-    except (ConfigError, CheckpointError, ShardError) as error:
-        if is_first(str(error)):
-            print(error if isinstance(error, ConfigError) else f"meshloom evaluate: {error}", file=sys.stderr)
-        return BAD_CONFIG if isinstance(error, ConfigError) else 1
+        if arguments.tasks:
+            from ..trainer.tasks.on_checkpoint import evaluate_tasks
+
+            result = evaluate_tasks(resolved, arguments.context or resolved.config.data.seq_len)
+            shown = task_table(result)
+        else:
+            from ..trainer.evaluate import evaluate
+
+            result = evaluate(resolved, whole=arguments.whole)
+            shown = loss_table(result)
     except PeerFailed as error:
         return BAD_CONFIG if error.config_error else 1
     if os.environ.get("RANK", "0") != "0":
         return 0
     written = json.dumps(result.as_json(), indent=2)
-    print(written if arguments.json else table(result))
+    print(written if arguments.json else shown)
     if arguments.output is not None:
-        try:
-            arguments.output.write_text(written + "\n", encoding="utf-8")
-        except OSError as error:
-            print(f"meshloom evaluate: {arguments.output}: {error.strerror}", file=sys.stderr)
-            return 1
+        arguments.output.write_text(written + "\n", encoding="utf-8")
     return 0
-
-
-def table(result: EvaluationResult) -> str:
-    """Lay out the result for a terminal: a line of each source, and of all where there are several."""
-    rows = [["source", "weight", "samples", "tokens", "loss", "perplexity", "bits per byte"]]
-    for each in result.sources:
-        told = each.as_json()
-        numbers = [_number(told[name]) for name in ("loss", "perplexity", "bits_per_byte")]
-        weight = f"{each.weight:.3g}" if each.weight else "apart"
-        rows.append([each.name or "data", weight, f"{each.samples:,}", f"{each.tokens:,}", *numbers])
-    if len(result.sources) > 1:
-        whole = result.as_json()
-        rows.append(["mean", "", "", "", *(_number(whole[name]) for name in ("loss", "perplexity", "bits_per_byte"))])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    head = f"{result.checkpoint}: step {result.step}, {result.precision}, {result.layout}"
-    return "\n".join([head, *lines])
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}" if value < 1e5 else f"{value:.4g}"
 
 
 if __name__ == "__main__":

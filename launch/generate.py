@@ -258,10 +258,11 @@ def load_speaker(arguments: GenerateArguments) -> Speaker:
     from ..parallel.mesh import pick_device
     from ..trainer.build import build_model
     from ..trainer.checkpoint_fit import misstated_size, weight_shapes
+    from ..trainer.checkpoint_tokenizer import checkpoint_tokenizer
     from ..trainer.find_checkpoint import find_checkpoint
-    from ..trainer.hooks.sampling import load_whole_model
     from ..trainer.resumed_config import saved_config
     from ..trainer.typed import typed_node
+    from ..trainer.whole_model import load_whole_model
 
     checkpoint = find_checkpoint(arguments.checkpoint, "checkpoint")
     manifest = read_manifest(checkpoint)
@@ -279,7 +280,7 @@ def load_speaker(arguments: GenerateArguments) -> Speaker:
         raise ConfigError(
             [Problem("context", f"'{checkpoint}' was imported and does not say how far its model looks back", fix)]
         )
-    tokenizer = _tokenizer(checkpoint, config, state)
+    tokenizer = checkpoint_tokenizer(checkpoint, config, state)
     template, ends = _template(checkpoint, tokenizer) if arguments.chat else (None, [])
     vocabulary = state.get("vocabulary") or config["model"]["vocabulary"]
     model = build_model(typed_node("model", config["model"]), vocabulary)
@@ -312,36 +313,3 @@ def _refuse_unnamed_model(config: Mapping[str, Any], model: str | None) -> None:
         own = path == ("model",) and may_be_a_users(node["_target_"])
         fix = f"if it is yours, type {typed}" if own else "don't trust it"
         raise ConfigError([Problem("model", found, fix)])
-
-
-def _tokenizer(checkpoint: Path | str, config: Mapping[str, Any], state: Mapping[str, Any]) -> Tokenizer:
-    """Load the tokenizer beside the checkpoints; if there is none, build that of the data again."""
-    from ..data.tokenizer import Tokenizer
-    from ..trainer.find_checkpoint import tokenizer_beside
-    from ..trainer.run import prepared_data
-    from ..trainer.saved_classes import refuse_unnamed_classes
-    from ..trainer.typed import typed_node
-
-    beside = "put the model's tokenizer.json beside the checkpoint"
-    if (file := tokenizer_beside(checkpoint)) is not None:
-        # Only the data know it where they are shards; checkpoints before that say what the config said.
-        end = state.get("end_of_document", config.get("data", {}).get("end_of_document"))
-        try:
-            return Tokenizer.load(file, end)
-        except (ValueError, OSError) as error:
-            raise ConfigError([Problem("checkpoint", str(error), beside)]) from error
-    if "data" not in config:
-        raise ConfigError([Problem("checkpoint", f"'{checkpoint}' was imported without a tokenizer", beside)])
-    try:
-        refuse_unnamed_classes({"data": config["data"]}, {})
-        data = prepared_data(typed_node("data", config["data"]), config.get("seed", 1), config["model"].get("vocabulary"))
-    except ConfigError as error:  # the run's data is not on this machine, or elsewhere
-        message = f"there is no tokenizer.json beside '{checkpoint}', and its data can't be read"
-        raise ConfigError([Problem("checkpoint", message, beside), *error.problems]) from error
-    if data.tokenizer is None:
-        message = f"'{checkpoint}' was trained on data={config['data']['name']}, which has no text"
-        raise ConfigError([Problem("checkpoint", message, "take a checkpoint of a run on text")])
-    if data.fingerprint != state.get("data_fingerprint", ""):
-        message = f"the data={config['data']['name']} of this machine is not what '{checkpoint}' was trained on"
-        raise ConfigError([Problem("checkpoint", message, beside)])
-    return data.tokenizer

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,20 +56,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_here(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
     """Run in this process. Return the exit code; print errors that only the data or this process could show."""
+    from ..trainer.run import run
+
+    return tell_errors(lambda: run(resolved, stop), resolved.config.output_dir)
+
+
+def tell_errors(action: Callable[[], int], folder: str) -> int:
+    """Do what one process of a run does, and return its exit code. Errors that a user can mend are printed, once per node.
+
+    folder: named where an error of the disk names no file
+    """
     from ..checkpoint.errors import CheckpointError
     from ..data.shards import ShardError
     from ..trainer.launching import under_torchrun
-    from ..trainer.run import run
 
     configure_log()
     try:
-        return run(resolved, stop)
+        return action()
     except (ConfigError, CheckpointError, ShardError) as error:
         code, message = BAD_CONFIG if isinstance(error, ConfigError) else 1, str(error)
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        code, message = 1, f"{error.filename or resolved.config.output_dir}: {error.strerror} ({_where(error)})"
+        code, message = 1, f"{error.filename or folder}: {error.strerror} ({_where(error)})"
     except Exception as error:
         failure = hook_failure(error)
         if failure is None:

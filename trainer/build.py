@@ -61,9 +61,11 @@ from .hooks.replicas import CompareReplicas
 from .hooks.sampling import SampleText
 from .hooks.saving import Saving
 from .hooks.stragglers import NameStragglers
+from .hooks.tasks import TaskEvaluation
 from .loop import Loop, agree_on_plan
 from .schema import RunConfig
 from .stages.record import Place, StageRecord
+from .tasks.beginning import beginning_token
 from .typed import plain_config
 
 log = logging.getLogger(__name__)
@@ -253,6 +255,8 @@ def _build(
         hooks.append(_evaluation(config, parts, mesh, held_out, mixtures))
     elif not parts and config.trainer.eval_every and mesh.is_main:
         log.warning("trainer.eval_every: there will be no evaluation, because the data keeps nothing for validation")
+    if config.tasks.names:
+        hooks.append(_task_evaluation(config, functools.partial(build_model, config.model, vocabulary), data, settings))
     saving = None
     if checkpointer is None:
         _compare_replicas(hooks, config)
@@ -345,6 +349,15 @@ def _evaluation(
     sets = evaluation_sets(config, parts, samples_of_parts(parts, config.trainer.eval_samples), mesh, dealer)
     every = config.trainer.eval_every
     return Evaluation(sets, None if every is None else Duration.parse(every), mixtures)
+
+
+def _task_evaluation(config: RunConfig, build: Callable[[], Model], data: DataNode, settings: EngineSettings) -> TaskEvaluation:
+    """Build the hook that evaluates on tasks. Raises ConfigError for data without text."""
+    if data.tokenizer is None:
+        fix = "train on text, or on shards with their tokenizer; or leave the tasks out (tasks.names=[])"
+        raise ConfigError([Problem("tasks.names", "tasks are text, and the data has no tokenizer", fix)])
+    begins = beginning_token(data.tokenizer, str(getattr(config.data, "tokenizer", None) or ""))
+    return TaskEvaluation(config.tasks, build, data.tokenizer, settings.compute, begins)
 
 
 def _sample_hooks(config: RunConfig, build: Callable[[], Model], codec: TextCodec | None, *, saved: bool) -> list[Hook]:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from .build import (
 from .hooks.evaluation import counted_weights, weighted_mean
 from .resolve import ResolvedRun
 from .resume import refuse_another_tokenizer, restore_weights
-from .resumed_config import KEPT
+from .resumed_config import KeptNotice
 from .run import prepared_data
 from .schema import RunConfig
 
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 class SourceLoss:
     """Loss on the validation samples of one source or named set.
 
-    name     "" where the data are one source
+    name     "data" where the data are one source
     weight   of the source in the mean; 0 for a named set
     samples  that were evaluated
     tokens   positions that carry loss
@@ -83,7 +83,8 @@ class SourceLoss:
 class EvaluationResult:
     """Losses of a checkpoint's model.
 
-    loss  the mean of the sources by weight, as `eval_loss` of a run; None where no source has a target
+    loss      the mean of the sources by weight, as `eval_loss` of a run; None where no source has a target
+    same_data  whether the data is what the checkpoint's run was trained on; None for an import, which does not say
     """
 
     checkpoint: str
@@ -93,6 +94,7 @@ class EvaluationResult:
     loss: float | None
     bits_per_byte: float | None
     sources: tuple[SourceLoss, ...]
+    same_data: bool | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as plain values, the sources by name."""
@@ -104,6 +106,7 @@ class EvaluationResult:
             "loss": self.loss,
             "perplexity": perplexity(self.loss),
             "bits_per_byte": self.bits_per_byte,
+            "same_data": self.same_data,
             "sources": {each.name: each.as_json() for each in self.sources},
         }
 
@@ -123,12 +126,17 @@ def evaluate(resolved: ResolvedRun, *, whole: bool = False) -> EvaluationResult:
     """
     resolved.refuse()
     for notice in resolved.notices:
-        if not notice.startswith(KEPT):  # as is to be expected of an evaluation
+        if not isinstance(notice, KeptNotice):  # as is to be expected of an evaluation
             log.info("%s", notice)
     config, checkpoint = resolved.config, resolved.checkpoint
     assert checkpoint is not None, "the command names one"
     data = prepared_data(config.data, config.seed, config.model.vocabulary)
-    refuse_another_tokenizer(read_state(checkpoint), data, checkpoint)
+    state = read_state(checkpoint)
+    refuse_another_tokenizer(state, data, checkpoint)
+    trained_on = state.get("data_fingerprint")
+    same_data = None if trained_on is None else trained_on == data.fingerprint
+    if same_data is False:
+        log.info("the data is not what the checkpoint's run was trained on: its files, or keys of data, are others")
     parts = [*validation_parts(data), *ValidationSets(config.validation, config.data, config.seed).parts(data)]
     if not parts:
         fix = "hold some out (data.validation=0.01), or name sets: see docs/evaluate.md"
@@ -149,14 +157,21 @@ def evaluate(resolved: ResolvedRun, *, whole: bool = False) -> EvaluationResult:
         found = [engine.evaluate(each.micro_batches) for each in sets]
         engine.finish()
         sizes = _bytes_of_parts(mesh, data, parts, counts)
-        sources = [_source(*each) for each in zip(parts, counts, found, sizes, strict=True)]
-        return _result(config, str(checkpoint), report.step, mesh, sources, counted_weights(sets), found)
+        names = source_names(parts)
+        sources = [
+            SourceLoss(name, part.weight, samples, round(float(loss.tokens)), float(loss.mean), size)
+            for name, part, samples, loss, size in zip(names, parts, counts, found, sizes, strict=True)
+        ]
+        result = _result(config, str(checkpoint), report.step, mesh, sources, counted_weights(sets), found)
+        return replace(result, same_data=same_data)
     finally:
         mesh.close()
 
 
-def _source(part: ValidationPart, samples: int, loss: StepLoss, size: int | None) -> SourceLoss:
-    return SourceLoss(part.name, part.weight, samples, round(float(loss.tokens)), float(loss.mean), size)
+def source_names(parts: Sequence[ValidationPart]) -> list[str]:
+    """Return the names of parts; of data that are one source, "data", or "training data" where a named set has that name."""
+    taken = {part.name for part in parts}
+    return [part.name or ("training data" if "data" in taken else "data") for part in parts]
 
 
 def _result(

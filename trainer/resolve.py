@@ -14,6 +14,8 @@ from ..checkpoint.errors import CheckpointError
 from ..checkpoint.manifest import Manifest
 from ..config.compose import Composer, Composition
 from ..config.problems import ConfigError, Problem
+from ..config.structured import literal
+from ..data.config import TRAINED
 from ..optim.progress import BEGINNING, Progress
 from ..planner.cluster import ClusterConfig
 from .checkpoint_fit import checkpoint_problems
@@ -89,6 +91,7 @@ class ResolveOptions:
     before_building  called with a config in which nothing was found without PyTorch, before it is built on trial
     builds           whether to build a config on trial
     machine          config → the GPUs for which values that are left to a plan are decided; None: there are none
+    tokenizer        a file with which text is cut, where the resumed run's data would train a tokenizer; None: it trains one
     """
 
     processes: Callable[[RunConfig], int]
@@ -98,6 +101,7 @@ class ResolveOptions:
     before_building: Callable[[RunConfig], None] = lambda _: None
     builds: Callable[[RunConfig], bool] = lambda _: True
     machine: Callable[[RunConfig], ClusterConfig | None] = lambda _: None
+    tokenizer: Path | None = None
 
 
 def resolve(overrides: Sequence[str], options: ResolveOptions, config_dir: str | None = None) -> ResolvedRun:
@@ -124,6 +128,8 @@ def resolve_composed(
                 assert checkpoint is not None
                 tokenizer = carried_tokenizer(checkpoint, manifest)
                 composition, resumed, words = _compose_resumed(composer, composition, overrides, manifest.state, tokenizer)
+                if options.tokenizer is not None and OmegaConf.select(resumed.config, "data.tokenizer") == TRAINED:
+                    resumed.config.data.tokenizer = literal(str(options.tokenizer))
         except ConfigError as error:
             refused = error.problems
     stages, faults = read_stages(OmegaConf.to_container(resumed.config.stages, resolve=True))

@@ -23,8 +23,6 @@ from .typed import option_of, typed_config
 MICRO = "batch.micro"
 UNREPORTED = ("output_dir", "resume")  # placement that every resume may change
 ABSENT = object()
-KEPT = "kept from the checkpoint, where the recipe files of today differ"
-"""Beginning of the notice about keys of the checkpoint that stay."""
 CONSEQUENCES = {
     "seed": "the data comes in another order from here on: samples that were seen may come again, and others never come",
     "data": "the run goes on at the same sample number of other data",
@@ -34,6 +32,10 @@ CONSEQUENCES = {
 HARMLESS = frozenset({"data.tokenizer", "data.markup", "model.init_std"})
 """Keys of these groups without such a consequence: a tokenizer is compared by its fingerprint, markup changes no document, and
 the initial weights have been drawn."""
+
+
+class KeptNotice(str):
+    """A notice of values that are the checkpoint's although recipe files of today differ. A command may leave it out."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +282,7 @@ def _kept(saved: Mapping[str, Any], today: dict[str, Any], merged: dict[str, Any
         if side is not Side.PLACEMENT and now is not ABSENT and now != kept and kept == _at(dict(saved), key):
             said.append(f"{key}={_written(kept)} (now {_written(now)})")
     if said:
-        yield f"{KEPT}: {', '.join(said)}"
+        yield KeptNotice(f"kept from the checkpoint, where the recipe files of today differ: {', '.join(said)}")
 
 
 def _written(value: Any) -> str:

@@ -25,6 +25,7 @@ from ..parallel.config import ParallelConfig
 from .config import TrainerConfig
 from .hooks.loggers.config import LoggingConfig
 from .launching import LaunchConfig
+from .tasks.config import TasksConfig
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -79,6 +80,7 @@ class RunConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

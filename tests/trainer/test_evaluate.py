@@ -67,8 +67,8 @@ def test_it_finds_the_run_s_own_losses_on_any_layout(run: Path, ranks: int, word
     found = run_ranks(ranks, evaluated, [f"checkpoint={run}/run", f"data.cache_dir={run}/cache", *words])
     assert all(each == found[0] for each in found), "the ranks differ"
     result = found[0]
-    assert result["step"] == 3 and result["sources"].keys() == {"", "wiki"}
-    assert result["loss"] == pytest.approx(row["eval_loss"], rel=1e-9) == result["sources"][""]["loss"]
+    assert result["step"] == 3 and result["sources"].keys() == {"data", "wiki"}
+    assert result["loss"] == pytest.approx(row["eval_loss"], rel=1e-9) == result["sources"]["data"]["loss"]
     wiki = result["sources"]["wiki"]
     assert wiki["loss"] == pytest.approx(row["validation/wiki/loss"], rel=1e-9)
     assert wiki["tokens"] == 160 and wiki["bytes"] <= 160 and wiki["weight"] == 0
@@ -81,7 +81,7 @@ def test_other_text_is_cut_by_the_model_s_tokenizer(run: Path) -> None:
     resolved = resolve_evaluation(read_arguments([*words, "launch.nproc=1"]))
     assert resolved.config.data.tokenizer == "bytes", "the run's own setting"
     (result,) = run_ranks(1, evaluated, [*words, f"data.cache_dir={run}/cache", "data.tokenizer=bpe"])
-    (source,) = (each for name, each in result["sources"].items() if not name)
+    (source,) = (each for name, each in result["sources"].items() if name == "data")
     assert source["samples"] > 10 and source["tokens"] - source["bytes"] in (0, 1)
     bits = source["loss"] * source["tokens"] / source["bytes"] / math.log(2)
     assert source["bits_per_byte"] == pytest.approx(bits)
@@ -129,7 +129,7 @@ def test_the_command_prints_a_table_or_json(run: Path, capfd: pytest.CaptureFixt
 def test_tokens_without_text_have_no_bits_per_byte(tmp_path: Path) -> None:
     assert run_ranks(1, body, [*TINY, "trainer.steps=3", f"output_dir={tmp_path}"]) == [0]
     (result,) = run_ranks(1, evaluated, [f"checkpoint={tmp_path}"])
-    assert result["bits_per_byte"] is None and result["sources"][""]["bytes"] is None
+    assert result["bits_per_byte"] is None and result["sources"]["data"]["bytes"] is None
 
 
 @pytest.mark.parametrize(

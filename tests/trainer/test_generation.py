@@ -14,8 +14,8 @@ from meshloom.data.tokenizer import Tokenizer
 from meshloom.models.decoder import Decoder
 from meshloom.trainer.build import build_model
 from meshloom.trainer.generation import Sampling, cache_blocker, generate_texts, likelihoods
-from meshloom.trainer.hooks.sampling import load_whole_model
 from meshloom.trainer.typed import typed_node
+from meshloom.trainer.whole_model import load_whole_model
 from support.hf_folder import write_model
 from support.models import decoder
 

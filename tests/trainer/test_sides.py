@@ -44,6 +44,7 @@ EACH = {
         PLACEMENT: "activation activation_budget compile",
         HABIT: "profile_step hooks sample_prompt sample_tokens compare_replicas_every",
     },
+    "tasks": {PLACEMENT: "folder", HABIT: "names every few_shot limit"},
     "checkpoint": {
         PLACEMENT: "folder snapshot_folder strict",
         HABIT: "every keep mode memory_every memory_group host_memory_gib device_memory_gib failures timeout",

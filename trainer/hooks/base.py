@@ -71,6 +71,9 @@ class Hook:
         It also has `validation/<name>/loss` for each source of a mixture, and for each named validation set.
         """
 
+    def on_tasks(self, loop: Loop, row: dict[str, Any]) -> None:
+        """Called after an evaluation on tasks (`tasks.names`), with a row of `step` and `tasks/<task>/<metric>`."""
+
     def on_routed(self, loop: Loop, counts: Mapping[str, torch.Tensor]) -> None:
         """Called before `on_evaluate`, in a run with mixtures of experts: source → assignments of its samples (L, E)."""
 

@@ -110,11 +110,11 @@ class Evaluation(Hook):
 
     def on_step_end(self, loop: Loop) -> None:
         """Evaluate if an evaluation is due; it always is after the last step."""
-        if loop.finished or (self._every is not None and _is_due(self._every, loop)):
+        if loop.finished or (self._every is not None and is_due(self._every, loop)):
             self._evaluate(loop)
 
 
-def _is_due(every: Duration, loop: Loop) -> bool:
+def is_due(every: Duration, loop: Loop) -> bool:
     """Return whether the last step reached or passed a multiple of `every`. A function of the counters only (rule R5)."""
     unit = loop.horizon.unit if every.unit is Unit.FRACTION else every.unit
     length = loop.horizon.amount(every, unit)

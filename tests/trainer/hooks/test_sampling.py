@@ -18,7 +18,7 @@ from meshloom.models.decoder import Decoder
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment
 from meshloom.trainer.generation import Sampling, generate_texts, sample_token
-from meshloom.trainer.hooks.sampling import load_whole_model
+from meshloom.trainer.whole_model import load_whole_model
 from support.models import decoder
 
 

@@ -38,6 +38,10 @@ class RowLogger(Hook):
         """Write an evaluation's row."""
         self.write(row)
 
+    def on_tasks(self, loop: Loop, row: dict[str, Any]) -> None:
+        """Write the row of an evaluation on tasks."""
+        self.write(row)
+
     def on_checkpoint(self, loop: Loop, row: dict[str, Any]) -> None:
         """Write a save's row, under the step that it saved."""
         self.write({"step": row["checkpoint_step"], **row})

@@ -76,6 +76,11 @@ class ProgressLine(Hook):
         of_sources = f" ({', '.join(parts)})" if parts else ""
         self._print(f"step {row['step']}: validation loss {row['eval_loss']:.4f}{of_sources}")
 
+    def on_tasks(self, loop: Loop, row: dict[str, Any]) -> None:
+        """Print the tasks' values on a line of their own."""
+        parts = [f"{key.removeprefix('tasks/')} {value:.4f}" for key, value in row.items() if key.startswith("tasks/")]
+        self._print(f"step {row['step']}: {', '.join(parts)}")
+
     def on_run_end(self, loop: Loop, output_dir: Path) -> None:
         """Print the final state and the run's folder."""
         self._stop()
