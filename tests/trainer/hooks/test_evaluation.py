@@ -15,6 +15,7 @@ from meshloom.config.problems import Problem
 from meshloom.optim.horizon import Horizon
 from meshloom.optim.progress import Progress
 from meshloom.parallel.engine import StepLoss
+from meshloom.parallel.heartbeat import Heartbeat
 from meshloom.trainer.config import TrainerConfig
 from meshloom.trainer.hooks.evaluation import Evaluation, EvaluationSet
 
@@ -27,6 +28,7 @@ def evaluated_at(every: str | int | None, sizes: list[int], total: int) -> list[
     loop = SimpleNamespace(
         horizon=Horizon(Duration(total, Unit.SAMPLES), SEQ_LEN),
         progress=Progress(),
+        mesh=SimpleNamespace(heartbeat=Heartbeat()),
         deliver_metrics=lambda keep: None,
         engine=SimpleNamespace(
             evaluate=lambda batches: StepLoss(torch.zeros(()), torch.ones(()), {}), assignments=lambda: None
@@ -114,7 +116,7 @@ def evaluated(
 
     loop = SimpleNamespace(
         progress=Progress(),
-        mesh=SimpleNamespace(is_main=True),
+        mesh=SimpleNamespace(is_main=True, heartbeat=Heartbeat()),
         deliver_metrics=lambda keep: None,
         engine=SimpleNamespace(evaluate=evaluate, assignments=lambda: counts.get(asked[-1])),
         hooks=[
