@@ -50,16 +50,19 @@ MIXTURES = ("gpt_oss_20b", "qwen3_30b_a3b", "qwen3_235b_a22b", "deepseek_v3")
 """Models of the tables that are recipes."""
 
 SOFTWARE = {
-    "mpt": Software(passes=2.6, launches=2.5),
-    "megatron2021": Software(passes=1.8, flash=False, reduces_late=True),
-    "megatron2022": Software(passes=1.8, flash=False, reduces_late=True),
-    "megatron2022sp": Software(passes=1.8, flash=False, selective="attention", reduces_late=True),
-    "megatron2023": Software(passes=1.8, flash=False, selective="attention", reduces_late=True),
-    "megascale": Software(passes=1.2, selective="attention", tensor_overlap=0.6),
+    "mpt": Software(recomputes_last=True, passes=2.6, launches=2.5),
+    "megatron2021": Software(recomputes_last=True, passes=1.8, flash=False, reduces_late=True),
+    "megatron2022": Software(recomputes_last=True, passes=1.8, flash=False, reduces_late=True),
+    "megatron2022sp": Software(recomputes_last=True, passes=1.8, flash=False, selective="attention", reduces_late=True),
+    "megatron2023": Software(recomputes_last=True, passes=1.8, flash=False, selective="attention", reduces_late=True),
+    "megascale": Software(recomputes_last=True, passes=1.2, selective="attention", tensor_overlap=0.6),
     "titan_eager": replace(EAGER, selective="products"),
     "titan": replace(COMPILED, selective="products"),
     "titan_async": replace(COMPILED, selective="products", tensor_overlap=0.6),
-    **dict.fromkeys(("megatron2025_09", "megatron2025", "megatron2026"), Software(passes=1.2, tensor_overlap=0.6)),
+    **dict.fromkeys(
+        ("megatron2025_09", "megatron2025", "megatron2026"),
+        Software(recomputes_last=True, passes=1.2, tensor_overlap=0.6),
+    ),
 }
 """What is known of the programs behind the tables."""
 

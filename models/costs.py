@@ -13,6 +13,7 @@ from ..config.precision import PRECISIONS
 from ..kernels.limits import LOSS_CHUNK
 from .config import DecoderConfig
 from .mixture.config import MixtureConfig
+from .mixture.costs import kept_beside, kept_by_kernels, recomputed_matrices
 from .part_config import BlockConfig
 
 FLOPS_PER_BYTE = 165.0
@@ -78,14 +79,25 @@ def flops_per_token(config: DecoderConfig, seq_len: int) -> float:
 
 def layer_flops(block: BlockConfig, seq_len: int) -> float:
     """Count forward FLOPs of one block per token: 2 per active matrix parameter, and the causal half of attention."""
-    return 2.0 * block.active_matrices + block.attention.score_flops(seq_len) / 2
+    cell = block.ffn.cell_matrices if isinstance(block.ffn, MixtureConfig) else 0
+    return 2.0 * (block.active_matrices + cell) + block.attention.score_flops(seq_len) / 2
 
 
-def recomputed_flops(block: BlockConfig, policy: str, seq_len: int) -> float:
-    """Count the FLOPs per token that a block's backward pass spends on computing activations again."""
-    if policy == "full":
-        return layer_flops(block, seq_len)
-    return 2.0 * block.ffn.recomputed_matrices(policy)
+def recomputed_flops(
+    block: BlockConfig, policy: str, seq_len: int, *, fused_experts: bool = False, compiled: bool = False
+) -> float:
+    """Count the FLOPs per token that a block's backward pass spends on computing activations again.
+
+    A block's last product is computed again only where a norm reads it. fused_experts, compiled: see `ForwardPass`.
+    """
+    if isinstance(block.ffn, MixtureConfig):
+        feed_forward = recomputed_matrices(
+            block.ffn, policy, last_read=block.norms_after, fused=fused_experts, compiled=compiled
+        )
+    else:
+        feed_forward = block.ffn.recomputed_matrices(policy, last_read=block.norms_after)
+    attention = 2.0 * block.attention.matrices + block.attention.score_flops(seq_len) / 2 if policy == "full" else 0.0
+    return attention + 2.0 * feed_forward
 
 
 def head_flops(config: DecoderConfig) -> float:
@@ -113,26 +125,43 @@ def block_bytes(block: BlockConfig, work: ForwardPass, policy: str) -> int:
     Norms of queries and keys keep their inputs, too, and norms after a part that part's output, D/s. An activation other than
     silu keeps as much, biases nothing; sinks keep nothing besides the log-sum-exp, nor does a window.
 
-    A mixture of experts has F of the experts that a token passes, and keeps more (`MixtureConfig.kept_beside`). Its products
-    are not compiled.
+    A mixture of experts has F of the experts that a token passes, and keeps more (`mixture/costs.py`). Its products are
+    not compiled.
 
     Selective checkpointing keeps the block's input, q, k, v, attention's output and its projection, and one of the gate's two
-    factors; of a mixture instead the router's logits and its choice. Kernels of experts keep gate and up under either policy.
+    factors; of a mixture instead the router's first product and its choice. Kernels of experts keep gate and up under either
+    policy. With a router of a user's own, which may leave choices untaken as kernels can't, what keeps more is counted.
     """
+    return max(_kept_bytes(block, replace(work, fused_experts=fused), policy) for fused in _kernels_of_experts(block, work))
+
+
+def _kernels_of_experts(block: BlockConfig, work: ForwardPass) -> tuple[bool, ...]:
+    """Return whether kernels compute a block's experts; both answers where only the run will show it."""
+    if not isinstance(block.ffn, MixtureConfig):
+        return (False,)
+    own_router = block.ffn.keys.parts.router is not None
+    if work.fused_experts is not None and not (work.fused_experts and own_router):
+        return (work.fused_experts,)
+    may_fuse = block.ffn.can_fuse and work.precision == "bf16" and work.tp == 1
+    return (False, True) if may_fuse else (False,)
+
+
+def _kept_bytes(block: BlockConfig, work: ForwardPass, policy: str) -> int:
+    """Estimate what a block keeps with the kernels that are named: see `block_bytes`."""
     mixture = block.ffn if isinstance(block.ffn, MixtureConfig) else None
-    if mixture is not None and work.fused_experts is None:
-        may_fuse = mixture.can_fuse and work.precision == "bf16" and work.tp == 1
-        answers = (False, True) if may_fuse else (False,)
-        return max(block_bytes(block, replace(work, fused_experts=answer), policy) for answer in answers)
     fused = mixture is not None and bool(work.fused_experts)
     unit, accum = PRECISIONS[work.precision].bytes, PRECISIONS[work.precision].accum_bytes
-    attention, dim, ffn = block.attention, block.attention.dim, block.ffn.ffn_dim / work.tp
+    attention, dim = block.attention, block.attention.dim
     stream = dim / work.stream_cut
+    ffn = block.ffn.ffn_dim / (work.tp if mixture is None else work.stream_cut)  # tokens of experts are cut, not features
     heads = attention.kept(work.tp)
     log_sums = accum * attention.heads / work.tp
-    beside = block.ffn.kept_beside(policy, unit, accum)
-    if mixture is not None:
-        beside = mixture.kept_by_kernels(policy, unit, accum, work.compiled) if fused else beside / work.stream_cut
+    if not isinstance(block.ffn, MixtureConfig):
+        beside = block.ffn.kept_beside(policy, unit, accum)
+    elif fused:
+        beside = kept_by_kernels(block.ffn, policy, unit, accum, work.compiled)
+    else:
+        beside = kept_beside(block.ffn, policy, unit, accum) / work.stream_cut
     if policy == "full":
         per_token = unit * stream + beside
     elif policy == "offload":
@@ -142,7 +171,7 @@ def block_bytes(block: BlockConfig, work: ForwardPass, policy: str) -> int:
         per_token = unit * (stream + heads + dim + gate) + log_sums + beside
     else:
         wide = 2 if work.fused_swiglu and block.ffn.is_plain_swiglu else 3 if work.compiled and not block.ffn.dispatched else 4
-        wide = 0 if fused else wide
+        wide = 0 if fused else wide if mixture is None or mixture.keys.gated else 2
         before, after = 2 * block.norms_before, 2 * block.norms_after
         # Without norms before, products read the stream itself, or what is gathered of it.
         apart = block.norms_before or work.stream_cut > 1

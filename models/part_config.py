@@ -233,9 +233,13 @@ class FeedForwardConfig:
         """
         return unit * self.dim if policy == "none" else 0.0
 
-    def recomputed_matrices(self, policy: str) -> int:
-        """Count the elements of the matrices that a token is multiplied with again in the backward pass."""
-        return {"full": self.active_matrices, "selective": self.dim * self.ffn_dim}.get(policy, 0)
+    def recomputed_matrices(self, policy: str, *, last_read: bool) -> int:
+        """Count the elements of the matrices that a token is multiplied with again in the backward pass.
+
+        last_read: whether the block reads the output in its backward pass; only then is it computed again.
+        """
+        again = {"full": 2, "selective": 1}.get(policy)
+        return 0 if again is None else (again + last_read) * self.dim * self.ffn_dim
 
     @property
     def vectors(self) -> int:

@@ -16,7 +16,7 @@ from ..kernels.experts.logits import router_logits
 from ..kernels.experts.operators import experts_up
 from ..kernels.flash4 import flash4_attend
 from ..models.mixture.mixture import makes_choices, sends_tokens
-from ..models.mixture.routing import choose_experts
+from ..models.mixture.routing import choose_active, choose_experts
 from .context.ring import ring_forward
 from .kept_results import Keeps, keeping
 from .policies import POLICIES
@@ -30,8 +30,8 @@ _ATTENTION = {
     flash4_attend._opoverload,
     ring_forward._opoverload,
 }
-_CHOICE = choose_experts._opoverload
-_EXPERTS = {choose_experts._opoverload, experts_up._opoverload, router_logits._opoverload}
+_CHOICES = {choose_experts._opoverload, choose_active._opoverload}
+_EXPERTS = {*_CHOICES, experts_up._opoverload, router_logits._opoverload}
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, router_logits._opoverload)
 _PRODUCTS_KEPT = 5
 """The first of the matrix products of a block that does not say how many (`products_kept`): Llama's q, k, v, attention's output
@@ -57,7 +57,7 @@ def _selection(products_kept: int) -> Keeps:
 
 def _choices() -> Keeps:
     """Keep the choice of experts: chosen again, a token's experts might be others."""
-    return lambda operation: operation == _CHOICE
+    return lambda operation: operation in _CHOICES
 
 
 def _contexts(make: Callable[[], Keeps], *, compiled: bool) -> Callable[[], Any]:

@@ -72,7 +72,8 @@ def block_policies(model: DecoderConfig, parallel: ParallelConfig, settings: Act
     if fused_experts_blocker(model, parallel, settings) is not None:
         work = replace(work, fused_experts=False)
     kept = {policy: block_bytes(block, work, policy) for policy in MIXED if not (halves and policy == "selective")}
-    recomputed = {policy: recomputed_flops(block, policy, 0) for policy in kept}
+    fused = bool(work.fused_experts)
+    recomputed = {policy: recomputed_flops(block, policy, 0, fused_experts=fused, compiled=settings.compile) for policy in kept}
     return mixed_policies(model.layers, settings.budget, kept, recomputed)
 
 

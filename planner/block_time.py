@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..models.mixture.config import MixtureConfig
+from ..models.mixture.costs import recomputed_matrices
 from ..models.part_config import AttentionConfig, BlockConfig, LatentAttentionConfig
 from ..parallel.config import ParallelConfig
 from .kernel_time import Kernels
@@ -53,6 +54,7 @@ class BlockWork:
     tokens      T
     length      mean positions of a document; seq_len where documents are not told apart
     fused       whether SwiGLU is computed inside the products around it
+    fused_experts, compiled  see `models.costs.ForwardPass`
     tp, cp, ep  groups of its exchanges
     """
 
@@ -66,6 +68,8 @@ class BlockWork:
     tp: Group
     cp: Group
     ep: Group | None = None
+    fused_experts: bool = False
+    compiled: bool = True
 
 
 def block_time(block: BlockConfig, work: BlockWork, kernels: Kernels) -> BlockTime:
@@ -225,14 +229,32 @@ def _context_exchange(
 
 def _recomputation(block: BlockConfig, work: BlockWork, kernels: Kernels, forward: Parts) -> float:
     if work.policy == "full":
-        return sum(forward.values())
+        return sum(forward.values()) - _last_product(block, work, kernels, forward)
     if work.policy != "selective":
         return 0.0
     if work.software.selective == "attention":
         return forward.get("attention", 0.0)
     if work.software.selective == "products":
         return forward["products"] / 2 + forward["pointwise"]
-    if isinstance(block.ffn, MixtureConfig):  # all of its products, since outputs are read for the gates' gradient
-        return forward["experts"] + forward["pointwise"] + forward.get("expert exchange", 0.0)
+    if isinstance(block.ffn, MixtureConfig):
+        exchange = forward.get("expert exchange", 0.0)
+        return forward["experts"] * _experts_again(block, block.ffn, work) + forward["pointwise"] + exchange
     product = kernels.float8_product if work.float8 else kernels.product
-    return product(work.tokens, block.ffn.ffn_dim / work.parallel.tp, block.ffn.dim) + forward["pointwise"]
+    again = 2 if block.norms_after else 1  # a norm reads the last one
+    return again * product(work.tokens, block.ffn.ffn_dim / work.parallel.tp, block.ffn.dim) + forward["pointwise"]
+
+
+def _experts_again(block: BlockConfig, part: MixtureConfig, work: BlockWork) -> float:
+    """Return the part of a mixture's products that is computed again."""
+    conditions = {"last_read": block.norms_after, "fused": work.fused_experts, "compiled": work.compiled}
+    return recomputed_matrices(part, work.policy, **conditions) / (part.active_matrices + part.cell_matrices)
+
+
+def _last_product(block: BlockConfig, work: BlockWork, kernels: Kernels, forward: Parts) -> float:
+    """Predict the time of what ends a block, and is not computed again."""
+    if work.software.recomputes_last:
+        return 0.0
+    if isinstance(block.ffn, MixtureConfig):
+        return forward["experts"] * (1 - _experts_again(block, block.ffn, work))
+    product = kernels.float8_product if work.float8 else kernels.product
+    return 0.0 if block.norms_after else product(work.tokens, block.ffn.dim, block.ffn.ffn_dim / work.parallel.tp)

@@ -125,7 +125,9 @@ def stage_costs(model: DecoderConfig, plan: StagePlan, job: Job) -> list[Costs]:
     shapes, known = model.blocks(), dict[tuple[int, str], tuple[float, float]]()
     for block, policy in zip(shapes, job.policies, strict=True):
         if (id(block), policy) not in known:
-            known[id(block), policy] = layer_flops(block, job.seq_len), recomputed_flops(block, policy, job.seq_len)
+            fused = bool(job.fused_experts)
+            again = recomputed_flops(block, policy, job.seq_len, fused_experts=fused, compiled=job.compiled)
+            known[id(block), policy] = layer_flops(block, job.seq_len), again
     of_layers = [known[id(block), policy] for block, policy in zip(shapes, job.policies, strict=True)]
     for at, layers in enumerate(plan.layers):
         blocks = sum(of_layers[layer][0] for layer in layers)

@@ -14,6 +14,7 @@ class Software:
     scores      times that scores cross memory in a forward pass where they do; a backward pass takes twice as many
     selective   what policy "selective" computes again: "product" (one of the feed-forward's, and what is pointwise), "products"
                 (half of all), or "attention" (scores and weighted sums: arXiv 2205.05198)
+    recomputes_last  whether policy "full" computes a block's last product again, which no backward pass reads
     tensor_overlap  part of tensor parallelism's exchanges that products hide
     launches    time of launching a block, against compiled blocks
     overlaps    part of a pass beside which gathering and reducing may hide
@@ -24,6 +25,7 @@ class Software:
     flash: bool = True
     scores: float = 6.0
     selective: str = "product"
+    recomputes_last: bool = False
     tensor_overlap: float = 0.0
     launches: float = 1.0
     overlaps: float = 0.9

@@ -130,7 +130,8 @@ def _stage_times(step: Step, kernels: Kernels) -> list[BlockTime]:
             if (id(block), policy) not in times:
                 float8 = job.float8 != "none"
                 length = min(step.length or job.seq_len, job.seq_len)
-                work = BlockWork(tokens, length, policy, float8, job.fused, parallel, step.traits, *groups)
+                kernels_of_experts = bool(job.fused_experts), job.compiled
+                work = BlockWork(tokens, length, policy, float8, job.fused, parallel, step.traits, *groups, *kernels_of_experts)
                 times[id(block), policy] = block_time(block, work, kernels)
             passes.append(times[id(block), policy])
         stages.append(

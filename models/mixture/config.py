@@ -167,10 +167,6 @@ class ExpertsConfig:
             yield Problem(f"{key}.top_groups", text, f"raise it, or lower {key}.top_k")
 
 
-INDEX = 8
-"""Bytes of an index of a token or an expert."""
-
-
 @dataclass(frozen=True)
 class MixtureConfig:
     """One layer's mixture of experts, its router included.
@@ -217,8 +213,19 @@ class MixtureConfig:
 
     def _matrices(self, experts: int) -> int:
         keys, expert = self.keys, self.expert
-        router = keys.carried_dim * (keys.count + self.dim) if keys.carried_dim else keys.count * self.dim
+        router = self.router_matrices - self.cell_matrices
         return experts * self.products * self.dim * expert.ffn_dim + keys.shared * expert.matrices + router
+
+    @property
+    def router_matrices(self) -> int:
+        """Count the elements of the matrices that a router multiplies with, the cell's included that layers share."""
+        state = self.keys.carried_dim
+        return (self.dim + self.keys.count) * state + self.cell_matrices if state else self.keys.count * self.dim
+
+    @property
+    def cell_matrices(self) -> int:
+        """Count the elements of the matrices of the cell that recurrent routers share."""
+        return sum(math.prod(shape) for shape in self.keys.cell_shapes.values() if len(shape) == 2)
 
     @property
     def products(self) -> int:
@@ -245,51 +252,6 @@ class MixtureConfig:
     def is_plain_swiglu(self) -> bool:
         """False: kernels don't fuse its products."""
         return False
-
-    def kept_beside(self, policy: str, unit: int, accum: int) -> float:
-        """Count the bytes per token that it keeps for its backward pass beside its experts' inner width.
-
-        unit, accum: bytes of an element that is computed with, and of one that is added up
-
-        Every policy keeps the choice, selective checkpointing also the router's logits. Where all is kept, that is the router's
-        input as the router takes it, scores and their sum; of each chosen expert the probability, the gate twice and the places
-        in both orders of tokens; copies of the token, and outputs, which are weighted in the precision of the gates.
-        """
-        keys, choice = self.keys, INDEX * self.keys.top_k
-        if policy == "full":
-            return choice
-        if policy == "selective":
-            return choice + accum * keys.count
-        if policy != "none":
-            return 0.0
-        inputs = accum * self.dim + (unit * self.dim if keys.shared and unit != accum else 0)
-        routing = accum * (keys.count + 1) + keys.top_k * (2 * accum + 2 * INDEX) + choice
-        return inputs + routing + keys.top_k * self.dim * (unit + accum)
-
-    def kept_by_kernels(self, policy: str, unit: int, accum: int, compiled: bool) -> float:
-        """Count the bytes per token that it keeps for its backward pass where `kernels/experts/` compute the experts.
-
-        Where all is kept, that is its input, the outputs of gate and up, scores and their sum, of each chosen expert the
-        probability and the gate, and both orders in int32. Selective checkpointing keeps gate and up, logits and choice; where
-        blocks are not compiled, also the activation, because one operator computes all three.
-        """
-        keys, choice = self.keys, INDEX * self.keys.top_k
-        both = 2 * unit * keys.top_k * self.expert.ffn_dim
-        shared = 4 * unit * keys.shared * self.expert.ffn_dim
-        if policy == "none":
-            routing = accum * (keys.count + 1) + keys.top_k * (2 * accum + INDEX) + choice
-            return unit * self.dim + both + shared + routing
-        up = (both if compiled else 1.5 * both) if policy == "selective" else 0
-        return self.kept_beside(policy, unit, accum) + up
-
-    def recomputed_matrices(self, policy: str) -> int:
-        """Count the elements of the matrices that a token is multiplied with again in the backward pass.
-
-        Selective checkpointing keeps the router's product, and computes all of the experts' again: outputs are read for gates.
-        """
-        if policy == "selective":
-            return (self.keys.top_k + self.keys.shared) * self.expert.matrices
-        return self.active_matrices if policy == "full" else 0
 
     @property
     def can_fuse(self) -> bool:

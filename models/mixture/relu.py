@@ -14,7 +14,7 @@ from ..part import WeightRule, reads_stream
 from .charges import Charges, Tally
 from .config import MixtureConfig
 from .router import Carried, Routed, Router, charged
-from .routing import choose_experts
+from .routing import choose_active
 from .sparsity import charge_chunks, charge_locality, chunk_sum, locality_sum
 
 SMALL = 1e-5
@@ -41,8 +41,7 @@ class ReluRouter(Router):
             rate = charges.rates.locality * charges.unit
             logits_TE = charge_locality(logits_TE, rate, charges.counted_BS, charges.rates.steepness)
         active_TE = logits_TE.relu()
-        choice_TK = choose_experts(active_TE.detach(), None, self.keys.top_k, 1, 1)
-        taken_TK = active_TE.detach().gather(1, choice_TK) > 0
+        choice_TK, taken_TK = choose_active(active_TE.detach(), self.keys.top_k)
         tally = None
         if charges is not None:
             sum_T1 = active_TE.sum(-1, keepdim=True) + SMALL

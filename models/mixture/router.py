@@ -54,7 +54,8 @@ class Routed(NamedTuple):
 class Router(Part):
     """Base class of routers. One of a user's own overrides `forward`, or of `TopKRouter` the logits.
 
-    It chooses by `routing.choose_experts`, or by an operator of its own: activation policies keep the result of the former.
+    It chooses by `routing.choose_experts` or `choose_active`, whose results activation policies keep. What it chooses otherwise
+    is chosen again where a block is computed again.
 
     bias  added to scores in the choice only. It is no parameter: balance moves it, and it is saved as a weight
     """

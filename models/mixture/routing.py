@@ -39,6 +39,22 @@ def _(scores_TE: torch.Tensor, bias_E: torch.Tensor | None, top_k: int, groups: 
     return scores_TE.new_empty((scores_TE.shape[0], top_k), dtype=torch.int64)
 
 
+@torch.library.custom_op("meshloom::choose_active", mutates_args=())
+def choose_active(active_TE: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose each token's `most` largest activations: their experts (T, K) int64, and which of them are above zero.
+
+    One operator, for the reason of `choose_experts`: which choices are taken must not change where a block is computed again.
+    """
+    largest_TK, choice_TK = active_TE.topk(most, dim=-1)
+    return choice_TK, largest_TK > 0
+
+
+@choose_active.register_fake
+def _(active_TE: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (active_TE.shape[0], most)
+    return active_TE.new_empty(shape, dtype=torch.int64), active_TE.new_empty(shape, dtype=torch.bool)
+
+
 def gates_of(scores_TE: torch.Tensor, choice_TK: torch.Tensor, *, renormalise: bool, scale: float) -> torch.Tensor:
     """Return the weights of the chosen experts' outputs: their scores, renormalised if asked for, times `scale`."""
     gates_TK = scores_TE.gather(1, choice_TK)

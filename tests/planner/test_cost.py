@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import assume, given, settings
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from meshloom.data.assignment import Assigner
@@ -23,6 +23,9 @@ from meshloom.models.block import Block
 from meshloom.models.config import DecoderConfig
 from meshloom.models.costs import ForwardPass, block_bytes, recomputed_flops
 from meshloom.models.decoder import Decoder
+from meshloom.models.mixture.charges import Rates
+from meshloom.models.mixture.config import MixtureConfig
+from meshloom.models.mixture.ledger import Ledger, Routing
 from meshloom.models.norm import Norm
 from meshloom.models.protocol import BlockKernels
 from meshloom.optim.optimizers.adamw import AdamW
@@ -196,43 +199,76 @@ def test_what_a_block_keeps_is_what_autograd_keeps(parts: str, policy: str) -> N
 
 
 MIXTURE = {"dim": 128, "heads": 8, "kv_heads": 4, "ffn_dim": 352, "vocabulary": 500}
+EXPERTS = {"count": 8, "top_k": 2, "ffn_dim": 64}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "shared": {"shared": 1},
+    "sigmoid": {"scores": "sigmoid"},
+    "as scored": {"renormalise": False},
+    "capacity": {"capacity": 1.25},
+    "without gate": {"gated": False},
+    "recurrent": {"router": "recurrent", "state_dim": 32},
+    "ReLU": {"router": "relu"},
+}
 
 
-def live_bytes(model: Decoder, tokens: torch.Tensor) -> int:
-    """Return the bytes that a forward pass leaves allocated, by PyTorch's own account."""
-    model(tokens, tokens)
+def training_pass(model: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+    """Run a forward pass as a step does, with charges of experts."""
+    layers, count = model.config.mixture_layers(), model.config.experts.count
+    ledger = Ledger(list(layers), count, tokens.device, Rates())
+    ledger.begin(torch.tensor(tokens.numel()), torch.ones(len(layers), count, dtype=torch.float64))
+    return model(tokens, tokens, routing=Routing(ledger, torch.ones_like(tokens, dtype=torch.bool)))
+
+
+def live_bytes(passes: Sequence[Callable[[], Any]]) -> list[int]:
+    """Return the bytes that each pass leaves allocated, by PyTorch's own account. One profile costs less than many."""
+    kept_alive: list[Any] = []
     gc.collect()
+    gc.freeze()  # collections look at what the passes make alone
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept_alive = model(tokens, tokens)
-        gc.collect()  # what cycles of references hold is no longer needed
-    del kept_alive
-    return sum(event.self_cpu_memory_usage for event in profiler.events())
+        for number, run in enumerate(passes):
+            with record_function(f"pass {number}"):
+                kept_alive.append(run())
+                gc.collect()  # what cycles of references hold is no longer needed
+    gc.unfreeze()
+    found = {event.name: event.cpu_memory_usage for event in profiler.events()}
+    return [found[f"pass {number}"] for number in range(len(passes))]
 
 
-@pytest.mark.parametrize("shared", [0, 1])
+def mixture_model(name: str, layers: Sequence[int], precision: str, fused: bool, policy: str) -> Decoder:
+    """A model of three blocks, of which these have a mixture, with the kernels of experts or without."""
+    model = decoder(**MIXTURE, layers=3, experts={**EXPERTS, **MIXTURES[name], "layers": list(layers)})
+    model.to(torch.float32 if precision == "fp32" else torch.bfloat16)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    model.use_kernels(dict.fromkeys(range(3), BlockKernels(experts=FusedExperts() if fused else None)))
+    apply_policies(list(model.layers.values()), [policy] * 3)
+    return model
+
+
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
-def test_what_a_mixture_keeps_is_what_stays_allocated(policy: str, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dense block of the same attention is taken away, and with it what norms keep on the CPU alone."""
-    tokens = torch.randint(0, 500, (2, 64))
+def test_what_a_mixture_keeps_is_what_stays_allocated(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held to the difference to a dense block at the same place, so that what norms keep on the CPU alone does not count."""
+    tokens = torch.randint(0, 500, (4, 128))
     monkeypatch.setattr(FusedExperts, "fits", lambda *_: True)
-    for precision, fused in (("fp32", False), ("bf16", False), ("bf16", True)):
-        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        sizes: list[float] = []
-        planned: list[float] = []
-        for experts in ({}, {"experts": {"count": 8, "top_k": 2, "ffn_dim": 64, "shared": shared}}):
-            models = [decoder(**MIXTURE, **experts, layers=layers).to(dtype) for layers in (2, 3)]
-            for model in models:
-                kernels = BlockKernels(experts=FusedExperts() if fused else None)
-                model.use_kernels(dict.fromkeys(range(model.config.layers), kernels))
-                apply_policies(list(model.layers.values()), [policy] * model.config.layers)
-            sizes.append(live_bytes(models[1], tokens) - live_bytes(models[0], tokens))
-            work = ForwardPass(tokens.numel(), precision, fused_experts=fused)
-            planned.append(block_bytes(models[0].config.block(0), work, policy))
-        measured, expected = ((pair[1] - pair[0]) / tokens.numel() for pair in (sizes, planned))
-        # Beside its tokens a block keeps where each expert's rows end, for three products, and in bf16 the router in fp32.
-        plain = 3 * 8 * 4 + (8 * 128 * 4 if precision == "bf16" else 0)
-        own = ((9 * 4 if fused else plain) if policy == "none" else 0) / tokens.numel()
-        assert measured - own == pytest.approx(expected, abs=0.01), (precision, policy, fused)
+    passes: list[Callable[[], Any]] = []
+    expected: dict[tuple[str, str, bool], float] = {}
+    mixed = [(name, fused) for name in ("softmax", "shared", "recurrent") for fused in (False, True)]
+    for name, precision, fused in [*((name, "fp32", False) for name in MIXTURES), *((n, "bf16", fused) for n, fused in mixed)]:
+        models = [mixture_model(name, layers, precision, fused, policy) for layers in ([1, 2], [2])]
+        (mixture, dense), work = (model.config.block(1) for model in models), ForwardPass(tokens.numel(), precision)
+        assert isinstance(mixture.ffn, MixtureConfig)
+        assert mixture.ffn.can_fuse or not fused
+        passes += [functools.partial(training_pass, model, tokens) for model in models]
+        work = replace(work, fused_experts=fused)
+        # Without a kernel of its own, a router also keeps its weights in fp32.
+        widened = policy == "none" and precision == "bf16" and not (fused and name != "recurrent")
+        weights = 4 * mixture.ffn.router_matrices * widened
+        expected[name, precision, fused] = block_bytes(mixture, work, policy) - block_bytes(dense, work, policy) + weights
+    sizes = live_bytes(passes)
+    for (case, planned), more, fewer in zip(expected.items(), sizes[::2], sizes[1::2], strict=True):
+        # Blocks also keep a few numbers for each expert: sums of what was routed, and where experts' rows end.
+        assert more - fewer == pytest.approx(planned, abs=600), case
 
 
 def test_of_kernels_that_may_be_used_the_larger_need_counts() -> None:
@@ -243,22 +279,57 @@ def test_of_kernels_that_may_be_used_the_larger_need_counts() -> None:
         assert block_bytes(block, ForwardPass(128, "bf16"), policy) == max(both)
         plain = block_bytes(block, ForwardPass(128, "fp32", fused_experts=False), policy)
         assert block_bytes(block, ForwardPass(128, "fp32"), policy) == plain
+        # A router of one's own may leave choices untaken, and then there are no kernels.
+        own = {**experts, "parts": {"router": {"_target_": "mine.Router"}}}
+        routed = DecoderConfig.of({**MIXTURE, "layers": 1, "experts": own}).block(0)
+        assert block_bytes(routed, ForwardPass(128, "bf16", fused_experts=True), policy) >= max(both)
 
 
-@pytest.mark.parametrize("experts", [None, {"count": 8, "top_k": 2, "ffn_dim": 64, "shared": 1}])
-def test_what_is_computed_again_is_what_pytorch_counts(experts: dict[str, int] | None) -> None:
+def rows_flops(rows: Sequence[int], weight: Sequence[int], bounds: Sequence[int]) -> int:
+    """Count the FLOPs of each row times its expert's part of a weight that is stacked along its rows."""
+    return 2 * rows[0] * (weight[0] // (bounds[0] - 1)) * weight[1]
+
+
+KERNEL_FLOPS: dict[Any, Callable[..., int]] = {
+    torch.ops.meshloom.experts_up: lambda x, w1, w3, token, place, bounds, **_: 2 * rows_flops(token, w1, bounds),
+    torch.ops.meshloom.experts_down: lambda hidden, both, w2, gates, token, place, bounds, **_: rows_flops(token, w2, bounds),
+    torch.ops.meshloom.router_logits: lambda x, weight, **_: 2 * x[0] * x[1] * weight[0],
+}
+"""What PyTorch's counter does not know: FLOPs of the kernels of experts."""
+AGAIN: list[tuple[str | None, bool, str]] = [
+    *[(None, False, place) for place in ("before", "after")],
+    *[(name, False, "before") for name in ("softmax", "shared", "without gate", "recurrent", "ReLU")],
+    *[("softmax", True, "before"), ("shared", True, "before"), ("shared", True, "after"), ("recurrent", True, "before")],
+]
+
+
+@pytest.mark.parametrize(("name", "fused", "norms"), AGAIN)
+def test_what_is_computed_again_is_what_pytorch_counts(
+    name: str | None, fused: bool, norms: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float64 experts are a loop of products, which the counter knows."""
+    monkeypatch.setattr(FusedExperts, "fits", lambda *_: True)
     tokens = torch.randint(0, 500, (2, 64))
-    shape = MIXTURE if experts is None else {**MIXTURE, "experts": experts}
-    counted: dict[str, int] = {}
-    for policy in ("none", "selective"):
-        model = decoder(**shape, layers=2).double()
-        apply_policies(list(model.layers.values()), [policy] * 2)
-        with FlopCounterMode(display=False) as counter:
+    experts = {} if name is None else {"experts": {**EXPERTS, **MIXTURES[name]}}
+    if name == "ReLU":
+        experts["experts"]["top_k"] = 8  # of which about half are taken
+    counted: dict[str, float] = {}
+    for policy in ("none", "selective", "full"):
+        model = decoder(**MIXTURE, **experts, layers=1, norm_place=norms).double()
+        for number, weight in enumerate(model.parameters()):
+            torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(number))
+        model.use_kernels({0: BlockKernels(experts=FusedExperts() if fused else None)})
+        apply_policies(list(model.layers.values()), [policy])
+        with FlopCounterMode(display=False, custom_mapping=KERNEL_FLOPS) as counter:
             model(tokens, tokens).backward()
-        counted[policy] = counter.get_total_flops()
-    again = recomputed_flops(model.config.block(0), "selective", 64)
-    assert (counted["selective"] - counted["none"]) / tokens.numel() / 2 == pytest.approx(again)
+        counted[policy] = counter.get_total_flops() / tokens.numel()
+    block = model.config.block(0)
+    for policy in ("selective", "full"):
+        again = recomputed_flops(block, policy, 0, fused_experts=fused)  # the counter does not know attention on a CPU
+        if name == "ReLU":
+            assert 0.2 * again < counted[policy] - counted["none"] < again
+        else:
+            assert counted[policy] - counted["none"] == pytest.approx(again), policy
 
 
 def test_what_a_compiled_block_keeps_is_what_the_compiler_keeps() -> None:

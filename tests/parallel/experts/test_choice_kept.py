@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meshloom.models.mixture.routing import choose_experts
+from meshloom.models.mixture.routing import choose_active, choose_experts
 from meshloom.parallel.activation import apply_policies
 from support.models import decoder
 
@@ -19,13 +19,14 @@ class Choices(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is choose_experts._opoverload
+        self.count += func in (choose_experts._opoverload, choose_active._opoverload)
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("router", ["top_k", "relu"])
 @pytest.mark.parametrize("policy", ["none", "selective", "full", "offload"])
-def test_each_layer_chooses_once_a_pass(policy: str) -> None:
-    experts = {"count": 4, "top_k": 2, "ffn_dim": 6}
+def test_each_layer_chooses_once_a_pass(policy: str, router: str) -> None:
+    experts = {"count": 4, "top_k": 2, "ffn_dim": 6, "router": router}
     model = decoder(dim=16, layers=2, heads=2, kv_heads=2, ffn_dim=24, vocabulary=11, experts=experts)
     apply_policies(list(model.layers.values()), [policy] * 2)
     tokens = torch.arange(8).view(1, 8)
