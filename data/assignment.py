@@ -90,17 +90,27 @@ def any_number(passes: int) -> bool:
 class Assigner:
     """The rule by which a run deals whole samples to data ranks. Implements `Dealer`.
 
-    data_size  number of data ranks
+    data_size  number of data ranks, of this island
     can_run    whether a step may have this number of passes; the schedule of a pipeline may not allow every number
     halves     whether the first half of the micro-batches must be done before the second begins
+    islands    parts into which a global batch is cut, as equal as can be, before one of them is dealt: under local updating
+    island     the part that is dealt
     """
 
     data_size: int = 1
     can_run: Callable[[int], bool] = any_number
     halves: bool = False
+    islands: int = 1
+    island: int = 0
+
+    def part(self, batch: GlobalBatch) -> GlobalBatch:
+        """Return the island's part of a global batch. It depends on the batch and on the number of islands alone."""
+        first, end = (batch.count * island // self.islands for island in (self.island, self.island + 1))
+        return GlobalBatch(batch.first + first, end - first)
 
     def assign(self, batch: GlobalBatch, micro: int) -> Assignment:
         """Deal a global batch in micro-batches of `micro` samples; of fewer, if the whole batch has fewer."""
+        batch = self.part(batch)
         rows, passes, first_half = self._sizes(batch.count, micro)
         indices = batch.indices()
         parts = [indices[start : start + rows] for start in range(0, batch.count, rows)]
@@ -121,17 +131,17 @@ class Assigner:
         return load_share(samples, self.assign(batch, micro), data_rank)
 
     def passes(self, count: int, micro: int) -> int:
-        """Count the micro-batches that each rank runs for a global batch of `count` samples."""
-        return self._sizes(count, micro)[1]
+        """Count the micro-batches that each rank runs for a global batch of `count` samples, at most."""
+        return self._sizes(-(-count // self.islands), micro)[1]
 
     def blank_share(self, count: int, micro: int) -> float:
         """Return the fraction of a step's rows that is blank, in [0, 1), for a global batch of `count` samples."""
-        rows, passes, _ = self._sizes(count, micro)
-        return 1 - count / (rows * passes * self.data_size)
+        rows, passes, _ = self._sizes(-(-count // self.islands), micro)
+        return 1 - count / (rows * passes * self.data_size * self.islands)
 
     def sizes_without_blanks(self, count: int, micro: int) -> list[int]:
         """Find the nearest batch sizes that need no blanks, at most one on each side of `count`, ascending."""
-        unit = micro * self.data_size
+        unit = micro * self.data_size * self.islands
         below = next((n for n in range(count // unit * unit, 0, -unit) if not self.blank_share(n, micro)), None)
         above = next(n for n in naturals(-(-count // unit) * unit, unit) if not self.blank_share(n, micro))
         return sorted({n for n in (below, above) if n is not None})

@@ -12,10 +12,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config.compose import quoted
 from ..config.problems import ConfigError, Problem
@@ -155,7 +155,16 @@ def resolve_evaluation(arguments: EvaluateArguments) -> ResolvedRun:
         machine=machine_here,
         tokenizer=tokenizer_beside(checkpoint) if chosen else None,
     )
-    return resolve([*arguments.words, f"resume={quoted(str(checkpoint))}"], options, arguments.config_dir)
+    words = [*arguments.words, f"resume={quoted(str(checkpoint))}"]
+    if trained_on_islands(checkpoint_manifest(checkpoint).state):
+        words.append("optim.local.islands=1")  # a checkpoint's weights are those that its islands agreed on
+    return resolve(words, options, arguments.config_dir)
+
+
+def trained_on_islands(state: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint's run had several islands (`optim.local`)."""
+    local = ((state.get("config") or {}).get("optim") or {}).get("local") or {}
+    return local.get("islands", 1) != 1
 
 
 def _evaluate_here(resolved: ResolvedRun, arguments: EvaluateArguments) -> int:

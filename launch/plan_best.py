@@ -115,6 +115,10 @@ def _float8_note(config: RunConfig, question: Question, candidates: Sequence[Can
 
 
 def _question(config: RunConfig, cluster: ClusterConfig, fixed: dict[str, Any], length: float | None) -> Question:
+    if config.optim.local.active:
+        message = "layouts are not searched for islands, which are alike"
+        fix = "search one for an island: optim.local.islands=1, on its share of the processes and of batch.samples"
+        raise ConfigError([Problem("optim.local.islands", message, fix)])
     model = inventory_of(config)
     # What the recipe says of these may not suit the cluster; what is typed is fixed, and stays.
     alone: dict[str, Any] = {

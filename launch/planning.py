@@ -24,7 +24,16 @@ from ..planner.offload import OffloadAccount, describe
 from ..planner.parameters import Inventory
 from ..planner.search import KEYS
 from ..trainer.blanks import blank_notice
-from ..trainer.costs import assigner_of, costs_of, inventory_of, is_known_decoder, job_of, optimizer_of, with_kernels
+from ..trainer.costs import (
+    assigner_of,
+    costs_of,
+    inventory_of,
+    is_known_decoder,
+    job_of,
+    optimizer_of,
+    planned_layout,
+    with_kernels,
+)
 from ..trainer.derived import build_horizon
 from ..trainer.launching import planned_processes
 from ..trainer.machine_gpus import planned_machine
@@ -137,7 +146,7 @@ def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False, d
     notes = list(notices)
     parallel, samples = config.parallel, config.batch.samples
     assert isinstance(samples, int)
-    layout = Layout.plan(parallel, planned_processes(config.launch))
+    layout = planned_layout(config, planned_processes(config.launch))
     if not config.model.vocabulary:
         vocabulary = config.data.known_vocabulary
         notes.append(f"a vocabulary of {vocabulary:,} tokens, as data.vocabulary asks for; the tokenizer has the last word")
@@ -148,6 +157,11 @@ def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False, d
     blanks = blank_notice(assigner, controller, Progress())
     if blanks is not None and parallel.hdp == "none":
         notes.append(blanks)
+    if config.optim.local.active:
+        notes.append(
+            f"optim.local: these are the figures of one of {config.optim.local.islands} islands, which are alike; what travels"
+            " between islands is not in them"
+        )
     model = inventory_of(config)
     job = job_of(config, model.shape, assigner, fused=fused)
     dealt: DealtStep | None = None

@@ -1,6 +1,6 @@
 """Build the objects that configs describe: Meshloom's classes take the config, a user's own class the keys of its node.
 
-The keys of the trainer are not passed to a user's own class: `name`, and `lr_coupling` of `optim`.
+The keys of the trainer are not passed to a user's own class: `name`, and of `optim` `lr_coupling` and `local`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def build_schedule(config: ScheduleConfig, peak: float | str, horizon: Horizon) 
 
 def build_optimizer(config: OptimConfig, parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
     """Build the optimizer over this rank's shards."""
-    return build(config, leave_out=("name", "lr_coupling"), parameters=parameters, shards=shards)
+    return build(config, leave_out=("name", "lr_coupling", "local"), parameters=parameters, shards=shards)
 
 
 def build_controller(config: BatchConfig, horizon: Horizon) -> Controller:

@@ -17,6 +17,7 @@ from ..data.batch import MicroBatch
 from ..kernels.attention_blocks import Kernel
 from ..models.config import DecoderConfig
 from ..models.mixture.balance_config import BalanceConfig
+from ..optim.local.config import SYNCHRONOUS, LocalConfig
 from ..optim.optimizers.parameters import NamedParameter, Shards
 from .fragment import Fragment
 from .gradient_noise import Measure, Moments
@@ -40,6 +41,7 @@ class EngineSettings:
     measures   whether steps may be asked for gradient statistics
     attention  kernel that attention computes with in half precision on a GPU, by the layers' windows (None: without one)
     balance    of the load of a mixture's experts
+    local      how islands join what they have learned; default: there is one
     """
 
     seed: int = 0
@@ -51,6 +53,7 @@ class EngineSettings:
     seq_len: int = 0
     measures: bool = False
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+    local: LocalConfig = SYNCHRONOUS
     attention: Mapping[int | None, Kernel] = field(default_factory=dict[int | None, Kernel])
 
     def kernel(self, shape: DecoderConfig | None, layer: int) -> Kernel:
@@ -93,10 +96,35 @@ class StepLoss:
         return self.total / self.tokens.clamp(min=1)
 
 
+class OuterSteps(Protocol):
+    """Local updating: what an island does together with the others. The loop calls it after a step that counts."""
+
+    def count(self, step: int, tokens: torch.Tensor) -> None:
+        """Note the tokens that the island has learned from in a step. A step that is taken again replaces itself."""
+        ...
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """Return whether islands exchange something after this step: the same on all of them. last: of the run"""
+        ...
+
+    def exchange(self, step: int, *, stop: bool, last: bool) -> bool:
+        """Send and receive what is due, and take the outer steps. Every rank of all islands calls it.
+
+        The island's steps up to this one must be known to be good. stop: whether a stop was requested on the island. Returns
+        whether one was requested on some island, as far as is known by now: the same on all of them.
+        """
+        ...
+
+
 class Engine(Protocol):
     """Forward, backward, update and state of a model spread over a layout."""
 
     module: torch.nn.Module
+
+    @property
+    def islands(self) -> OuterSteps | None:
+        """The outer steps under local updating; None: all processes take their steps together."""
+        ...
 
     @property
     def masks_updates(self) -> bool:

@@ -11,6 +11,9 @@ most communication, tensor parallelism, stays inside a node):
 
 A global batch is dealt over replicate × shard ("data ranks"); gradients are summed over replicate × shard × cp.
 
+Under local updating (`optim.local`) the processes are divided into islands first, outermost of all: every island has the axes
+above to itself, and trains on its part of the global batch.
+
 The experts of mixtures see the same ranks of a stage in another way, again from the outermost to the innermost:
 
     expert_copies   ranks that hold the same part of the same experts
@@ -24,7 +27,7 @@ is summed over expert_copies × expert_weights. What the ranks along ep send it 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config.problems import ConfigError, Problem
 from ..config.words import counted
@@ -33,12 +36,16 @@ from .config import ParallelConfig
 SIZES = ("replicate", "tp", "pp", "cp", "ep", "zero")
 """Keys of `parallel` that a layout is made of."""
 AXES = ("pp", "replicate", "shard", "cp", "tp")
+ISLAND = "island"
 EXPERT_AXES = ("pp", "expert_copies", "expert_weights", "ep")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the mesh axes of a run. The product of AXES, as that of EXPERT_AXES, is its number of processes."""
+    """Sizes of the mesh axes of a run. The product of AXES, as that of EXPERT_AXES, is the number of processes of an island.
+
+    All numbers but `world_size` are those of one island; a run without local updating is one.
+    """
 
     pp: int = 1
     replicate: int = 1
@@ -47,6 +54,7 @@ class Layout:
     tp: int = 1
     zero: int = 3
     ep: int = 1
+    islands: int = 1
 
     @property
     def stage_ranks(self) -> int:
@@ -56,6 +64,11 @@ class Layout:
     @property
     def world_size(self) -> int:
         """Number of processes."""
+        return self.islands * self.island_ranks
+
+    @property
+    def island_ranks(self) -> int:
+        """Number of processes of one island."""
         return self.pp * self.stage_ranks
 
     @property
@@ -95,7 +108,11 @@ class Layout:
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Return axis name → this rank's index along it."""
-        return _indices(rank, self.sizes)
+        return _indices(rank, {ISLAND: self.islands, **self.sizes})
+
+    def of_one_island(self) -> Layout:
+        """Return the layout of one island by itself."""
+        return replace(self, islands=1)
 
     def expert_coordinates(self, rank: int) -> dict[str, int]:
         """Return the same along the axes as experts see them."""
@@ -113,20 +130,21 @@ class Layout:
             for sizes in (self.sizes, {axis: size for axis, size in self.expert_sizes.items() if axis != "pp"})
         )
         told = f"; experts: {experts}" if self.ep > 1 else ""
-        return f"{axes}, ZeRO-{self.zero}{told}" if axes else "one process"
+        one = f"{axes}, ZeRO-{self.zero}{told}" if axes else "one process"
+        return one if self.islands == 1 else f"{self.islands} islands, each {one}"
 
     @classmethod
-    def plan(cls, config: ParallelConfig, world_size: int) -> Layout:
-        """Derive the layout that a config asks for on this many processes.
+    def plan(cls, config: ParallelConfig, world_size: int, islands: int = 1) -> Layout:
+        """Derive the layout that a config asks for on this many processes, in so many islands.
 
         Raises ConfigError naming every key that has to change.
         """
-        problems = layout_problems(config, world_size)
+        problems = layout_problems(config, world_size, islands)
         if problems:
             raise ConfigError(problems)
-        data = world_size // (config.pp * config.cp * config.tp)
+        data = world_size // (islands * config.pp * config.cp * config.tp)
         replicate = data if config.zero == 0 else config.replicate
-        return cls(config.pp, replicate, data // replicate, config.cp, config.tp, config.zero, config.ep)
+        return cls(config.pp, replicate, data // replicate, config.cp, config.tp, config.zero, config.ep, islands)
 
 
 def _indices(rank: int, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -146,11 +164,17 @@ def uses_fsdp(parallel: ParallelConfig, layout: Layout, *, experts: bool = False
     return parallel.pp > 1 or parallel.offload == "cpu" or (layout.zero >= 2 and ranks > 1)
 
 
-def layout_problems(config: ParallelConfig, world_size: int) -> list[Problem]:
-    """List what is wrong with the axis sizes on this many processes."""
+def layout_problems(config: ParallelConfig, world_size: int, islands: int = 1) -> list[Problem]:
+    """List what is wrong with the axis sizes on this many processes, in so many islands."""
     problems = [problem for problem in config.problems() if problem.key.removeprefix("parallel.") in SIZES]
     if problems:
         return problems
+    if world_size % islands:
+        message = f"{counted(world_size, 'process')} can't be divided into {islands} islands of equal size"
+        fits = " or ".join(str(n * islands) for n in {max(1, world_size // islands): 0, -(-world_size // islands): 0})
+        fix = f"start {fits} processes; the number of islands is part of the recipe, and another one is another run"
+        return [Problem("optim.local.islands", message, fix)]
+    world_size //= islands
     model = config.pp * config.cp * config.tp
     if world_size % model:
         fits = list(range(model, 2 * max(world_size, model) + 1, model))[:3]

@@ -7,7 +7,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .compute_time import ComputeTime
 from .heartbeat import Heartbeat
-from .layout import EXPERT_AXES, Layout
+from .layout import EXPERT_AXES, ISLAND, Layout
 from .open_files import raise_file_limit
 
 
@@ -73,6 +73,9 @@ class WeightAxes:
 class Mesh:
     """This process's place in a layout, and its process groups.
 
+    Under local updating the axes are those of this process's island, and what says "all processes" means all islands'. `island`
+    is the same place in the layout of the island alone, whose processes are then all there are.
+
     axes            name → 1-D device mesh: "pp", "cp", "tp"; "data" (the ranks over which losses and gradients are
                     summed); "stage" (all ranks of this pipeline stage); "ep", where it is larger than one
     weight_axes     name of a group of parameters → the ranks that hold it: "dense", and under expert parallelism "experts"
@@ -81,6 +84,9 @@ class Mesh:
     compute_time    measures this rank's own work
     before_closing  callbacks to run before the process groups are destroyed
     opened          how often each of its stores was opened
+    everyone        all of its processes; None: all of the run's
+    inner           the mesh of the island, where there are several
+    across          the ranks at this rank's place in all islands, in order; their group is gloo's. None: there is one island
     """
 
     layout: Layout
@@ -93,6 +99,9 @@ class Mesh:
     compute_time: ComputeTime = field(init=False)
     before_closing: list[Callable[[], object]] = field(default_factory=list)
     opened: Counter[str] = field(default_factory=Counter[str])
+    everyone: dist.ProcessGroup | None = None
+    inner: Mesh | None = None
+    across: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "compute_time", ComputeTime(self.device, self.heartbeat))
@@ -118,22 +127,44 @@ class Mesh:
         # Sharding of weights and slicing of sequences cut the same ranks in two ways, hence two meshes. Under ZeRO-0 every
         # data and context rank is a copy. Both orders number the ranks as Layout does.
         copies = layout.gradient_ranks // layout.weight_ranks
-        sizes = {"pp": layout.pp, "copies": copies, "weights": layout.weight_ranks, "tp": layout.tp}
+        islands = {ISLAND: layout.islands} if layout.islands > 1 else {}
+        sizes = {**islands, "pp": layout.pp, "copies": copies, "weights": layout.weight_ranks, "tp": layout.tp}
         root = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         axes = {axis: root[axis] for axis in ("pp", "tp")}
         axes["data"] = root["copies", "weights"]._flatten("data")
         axes["stage"] = root["copies", "weights", "tp"]._flatten("stage")
-        slices = {"pp": layout.pp, "data_rank": layout.data_size, "cp": layout.cp, "tp": layout.tp}
+        slices = {**islands, "pp": layout.pp, "data_rank": layout.data_size, "cp": layout.cp, "tp": layout.tp}
         axes["cp"] = init_device_mesh(device.type, tuple(slices.values()), mesh_dim_names=tuple(slices))["cp"]
         weight_axes = {"dense": WeightAxes.of(root, "copies", "weights")}
         if layout.ep > 1:
+            assert not islands, "mixtures are not trained on islands"
             root = init_device_mesh(device.type, tuple(layout.expert_sizes.values()), mesh_dim_names=EXPERT_AXES)
             axes["ep"] = root["ep"]
             weight_axes["experts"] = WeightAxes.of(root, "expert_copies", "expert_weights", outer="ep")
         held = [axis for each in weight_axes.values() for axis in (each.shards, each.copies)]
         for axis in (*axes.values(), *held):  # a device mesh gives its groups PyTorch's own limit
             dist.distributed_c10d._set_pg_timeout(limit, axis.get_group())
-        return cls(layout, dist.get_rank(), device, axes, weight_axes, limit, heartbeat or Heartbeat())
+        whole = cls(layout, dist.get_rank(), device, axes, weight_axes, limit, heartbeat or Heartbeat())
+        return whole.divided() if islands else whole
+
+    def divided(self) -> Mesh:
+        """Make the process groups of islands. Every process must call it."""
+        size, count = self.layout.island_ranks, self.layout.islands
+        inside = [list(range(first, first + size)) for first in range(0, count * size, size)]
+        kind = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        everyone, _ = dist.new_subgroups_by_enumeration(inside, timeout=self.limit, backend=kind)
+        # What islands send each other travels through the host's memory: gloo never meets an island's own NCCL.
+        places = [list(range(place, count * size, size)) for place in range(size)]
+        across, _ = dist.new_subgroups_by_enumeration(places, timeout=self.limit, backend="gloo")
+        inner = replace(
+            self, layout=self.layout.of_one_island(), rank=self.rank % size, everyone=everyone, across=across, opened=Counter()
+        )
+        return replace(self, inner=inner, across=across)
+
+    @property
+    def island(self) -> Mesh:
+        """The processes that take steps together: this mesh, or that of its island."""
+        return self if self.inner is None else self.inner
 
     @property
     def coordinates(self) -> dict[str, int]:
@@ -142,8 +173,13 @@ class Mesh:
 
     @property
     def is_main(self) -> bool:
-        """True on rank 0, which logs and writes for the run."""
+        """True on rank 0, which logs and writes for the run; in the mesh of an island, for the island."""
         return self.rank == 0
+
+    @property
+    def island_number(self) -> int:
+        """Index of this process's island; 0 where there is one."""
+        return 0 if self.across is None else self.across.rank()
 
     @property
     def data_rank(self) -> int:
@@ -168,7 +204,7 @@ class Mesh:
 
     def sum(self, values: torch.Tensor, axis: str | None = None) -> torch.Tensor:
         """Sum over an axis (default: all processes), in place. Does nothing on an axis of size 1."""
-        group = self.group(axis) if axis else None
+        group = self.group(axis) if axis else self.everyone
         if dist.get_world_size(group) > 1:
             dist.all_reduce(values, group=group)
         return values
@@ -194,14 +230,14 @@ class Mesh:
         """Return the values of all processes, which can be pickled, by rank. A collective over all of them."""
         held: list[Any] = [value] * self.layout.world_size
         if self.layout.world_size > 1:
-            dist.all_gather_object(held, value)
+            dist.all_gather_object(held, value, self.everyone)
         return held
 
     def from_main(self, value: Any) -> Any:
         """Return rank 0's value, which can be pickled, on every process. A collective over all of them."""
         held = [value]
         if self.layout.world_size > 1:
-            dist.broadcast_object_list(held, src=0)
+            dist.broadcast_object_list(held, group=self.everyone, group_src=0)
         return held[0]
 
     def store(self, name: str) -> dist.Store:
@@ -211,12 +247,14 @@ class Mesh:
         """
         number = self.opened[name]
         self.opened[name] += 1
-        return dist.PrefixStore(f"{name}+{number}" if number else name, dist.distributed_c10d._get_default_store())
+        island = "" if self.everyone is None else f"island-{dist.get_rank() // self.layout.island_ranks}-"
+        name = f"{island}{name}+{number}" if number else f"{island}{name}"
+        return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
 
     def barrier(self) -> None:
         """Wait for every process."""
         if self.layout.world_size > 1:
-            dist.barrier()
+            dist.barrier(self.everyone)
 
     def release(self) -> None:
         """Run the callbacks of `before_closing`: what a run has made on these process groups ends, and another may begin."""

@@ -155,4 +155,5 @@ def optimizer_bytes(config: OptimConfig) -> OptimizerBytes | None:
 def _state_bytes(config: OptimConfig, shard: WeightShard, unit: int, stage_ranks: int) -> int:
     size = state_size(config, shard.of.shape, unit, hidden=shard.of.hidden, stacked=shard.of.stacked)
     assert size is not None
-    return round(size.element * shard.padded + size.owned / stage_ranks)
+    element = size.element + config.local.arrays * unit
+    return round(element * shard.padded + size.owned / stage_ranks)

@@ -123,19 +123,20 @@ def engine_settings(config: RunConfig, model: Model, seq_len: int = 0, measures:
         seq_len=seq_len,
         measures=measures,
         balance=config.balance,
+        local=config.optim.local,
     )
 
 
-def build_assigner(config: RunConfig, layout: Layout) -> Assigner:
-    """Build what assigns the micro-batches of each global batch to the data ranks."""
+def build_assigner(config: RunConfig, layout: Layout, island: int = 0) -> Assigner:
+    """Build what assigns the micro-batches of each global batch, or of an island's part of it, to the data ranks."""
     can_run = functools.partial(legal_micro_batches, config.parallel)
-    return Assigner(layout.data_size, can_run, config.optim.compares_halves())
+    return Assigner(layout.data_size, can_run, config.optim.compares_halves(), layout.islands, island)
 
 
-def build_dealer(config: RunConfig, layout: Layout, model: Model) -> Dealer:
+def build_dealer(config: RunConfig, layout: Layout, model: Model, island: int = 0) -> Dealer:
     """Build what deals global batches to the data ranks: their samples, or under hybrid data parallelism their documents."""
     if config.parallel.hdp == "none":
-        return build_assigner(config, layout)
+        return build_assigner(config, layout, island)
     seq_len, shape = config.data.seq_len, model.decoder_config
     flops = module_flops(model.flops_per_token, seq_len) if shape is None else decoder_flops(shape)
     return HybridAssigner.of(config.parallel, layout, config.batch.micro_size * seq_len, flops, compiled=config.trainer.compile)
@@ -237,8 +238,8 @@ def _build(
     controller = build_controller(config.batch, build_horizon(config, data.seq_len, place=place, group="batch"))
     schedule_horizon = build_horizon(config, data.seq_len, place=place, group="schedule")
     settings = engine_settings(config, model, data.seq_len, controller.needs_statistics)
-    engine = make_engine(model, mesh, optimizer_factory(config.optim), config.parallel, settings)
-    dealer = build_dealer(config, mesh.layout, model)
+    engine = make_engine(model, mesh.island, optimizer_factory(config.optim), config.parallel, settings)
+    dealer = build_dealer(config, mesh.layout, model, mesh.island_number)
     journal = Journal(data.fingerprint)
     samples = LeftOut(_training_samples(data, place), journal.is_left_out)
     loader = Loader(samples, dealer, mesh.data_rank, pin=mesh.device.type == "cuda")
@@ -295,7 +296,7 @@ def _build(
         output_dir=output_dir,
         max_grad_norm=config.trainer.max_grad_norm,
         hooks=hooks,
-        guard=StepGuard(mesh, config.trainer, journal, checkpoint_folder(config), output_dir),
+        guard=StepGuard(mesh.island, config.trainer, journal, checkpoint_folder(config), output_dir),
         stage=None if place is None else place.stage,
     )
     return Run(loop, saving, loader, data, place)

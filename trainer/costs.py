@@ -59,10 +59,16 @@ def optimizer_of(config: RunConfig) -> OptimizerBytes:
     return tried_optimizer(optimizer_factory(config.optim))
 
 
+def planned_layout(config: RunConfig, world_size: int) -> Layout:
+    """Return the layout that is planned: under local updating that of an island, all of which are alike."""
+    islands = config.optim.local.islands
+    return Layout.plan(config.parallel, world_size, islands).of_one_island()
+
+
 def assigner_of(config: RunConfig, layout: Layout) -> Assigner:
     """Return what deals global batches to the data ranks."""
     can_run = functools.partial(legal_micro_batches, config.parallel)
-    return Assigner(layout.data_size, can_run, config.optim.compares_halves())
+    return Assigner(layout.data_size, can_run, config.optim.compares_halves(), config.optim.local.islands)
 
 
 def job_of(config: RunConfig, shape: DecoderConfig, assigner: Assigner, *, fused: bool) -> Job:
@@ -127,7 +133,7 @@ class Costing:
 
     def __init__(self, config: RunConfig, world_size: int, cluster: ClusterConfig) -> None:
         self._model, self._optimizer = inventory_of(config), optimizer_of(config)
-        self._layout = Layout.plan(config.parallel, world_size)
+        self._layout = planned_layout(config, world_size)
         self._cluster = replace(cluster, gpus=world_size)
 
     def predict(self, config: RunConfig) -> Prediction:

@@ -68,7 +68,7 @@ class Fitting:
             text = f"is recipe under {MICRO_SIDE.when}: every stage would find another"
             return _usual(config, left), [Problem(MICRO, f"{FITTED} {text}", "give a number, for each stage if need be")]
         problems: list[Problem] = []
-        if sound and start.world_size and not layout_problems(config.parallel, start.world_size):
+        if sound and start.world_size and not layout_problems(config.parallel, start.world_size, config.optim.local.islands):
             try:
                 machine = self.machine(config)
                 if machine is not None:
@@ -104,7 +104,8 @@ def _largest_batch(config: RunConfig) -> int | None:
 
 def _share(config: RunConfig, start: Start) -> int:
     """Return the samples of a data rank in that step."""
-    data = Layout.plan(config.parallel, start.world_size).data_size if start.world_size else 1
+    islands = config.optim.local.islands
+    data = islands * (Layout.plan(config.parallel, start.world_size, islands).data_size if start.world_size else 1)
     return -(-(_largest_batch(config) or 1) // data)
 
 
@@ -139,7 +140,7 @@ def _is_refused(config: RunConfig, start: Start) -> bool:
 
 def _sized(config: RunConfig, start: Start, left: Sequence[str]) -> RunConfig:
     """Return usual values: the largest micro-batch up to the default that nothing is against."""
-    if start.world_size and layout_problems(config.parallel, start.world_size):
+    if start.world_size and layout_problems(config.parallel, start.world_size, config.optim.local.islands):
         return _usual(config, left)
     micros = [micro for micro in reversed(_micros(config, start)) if micro <= USUAL]
     tried = [_usual(config, left, micro) for micro in micros]

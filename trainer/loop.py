@@ -93,6 +93,9 @@ class Pending:
 class Loop:
     """A run in progress. `build.py` builds its parts; the counters are the only state of its own.
 
+    Under local updating it is one island's: steps are taken by the island's processes alone, and so are its numbers. Islands
+    have the same counters, of all their samples and tokens, and what ends the run ends it for all.
+
     guard     judges its steps; None: a number that is not finite ends the run
     horizon   of the whole run
     stage     the stage that it trains, of a run that has some
@@ -118,6 +121,7 @@ class Loop:
     _pending: list[Pending] = field(default_factory=list)
     _began: DeviceTimestamp = field(init=False)
     _own_work: torch.Tensor | None = None
+    _stop_here: bool = False
     _delivered: bool = False
     _peak: float | None = None
     _last_loss: float = math.nan
@@ -156,6 +160,11 @@ class Loop:
             if self.finished or self.stopping:
                 self.deliver_metrics(keep=0)  # the last step may have to be taken again
         return self.finished
+
+    @property
+    def island(self) -> Mesh:
+        """The processes that take the steps: all, or under local updating those of the island."""
+        return self.mesh.island
 
     @property
     def finished(self) -> bool:
@@ -205,7 +214,25 @@ class Loop:
 
         self.progress = before.after(count, count * self.horizon.seq_len)
         heartbeat.beat(Phase.EXCHANGE)
-        return self._record(start, lr, done, numbers, moments, share)
+        counts = self._record(start, lr, done, numbers, moments, share)
+        return counts and self._join_islands(tokens)
+
+    def _join_islands(self, tokens: torch.Tensor) -> bool:
+        """Exchange with other islands what is due after the step just recorded. Return whether the step counts.
+
+        tokens: of the island's part of the step's batch
+        """
+        islands, after = self.engine.islands, self.progress
+        if islands is None:
+            return True
+        islands.count(after.step, tokens)
+        if islands.due(after.step, last=self.finished):
+            self.deliver_metrics(keep=0)  # what others see must be good, and can't be taken back
+            if self.progress is not after:
+                return False
+            self.island.heartbeat.beat(Phase.EXCHANGE)
+            self.stopping |= islands.exchange(after.step, stop=self._stop_here, last=self.finished)
+        return True
 
     def _measure(self, before: Progress) -> Measure:
         """Return the gradient statistics that the controller needs of the coming step."""
@@ -215,27 +242,28 @@ class Loop:
 
     def _pass_over(self, start: Progress, before: Progress, count: int, share: Share, signals: dict[str, torch.Tensor]) -> bool:
         """Count a global batch without any target as a step. Its loss is 0, its gradient is none, and nothing is updated."""
-        if self.mesh.is_main:
+        if self.island.is_main:
             log.warning("step %d: no position of the global batch has a target, so nothing is updated", before.step + 1)
         zero = torch.zeros((), device=self.mesh.device)
         self.progress = before.after(count, count * self.horizon.seq_len)
         numbers = Deferred({"loss": zero, "grad_norm": zero, **signals}, self._own_work)
-        return self._record(start, 0.0, DeviceTimestamp(self.mesh.device), numbers, None, share, learned=False)
+        counts = self._record(start, 0.0, DeviceTimestamp(self.mesh.device), numbers, None, share, learned=False)
+        return counts and self._join_islands(zero)
 
     def sum_over_ranks(self, valid_tokens: int, stop_requested: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Sum over all ranks, in one collective: the valid tokens of the global batch, signals to end the run, and own work.
+        """Sum over all ranks of the island, in one collective: valid tokens of the batch, signals to end the run, and own work.
 
         The signals count the ranks on which a stop was requested, and those on which a hook has a fault. All ranks of a data
         rank (its pipeline, context and tensor peers) count the same tokens; the sum is divided by them. Own work is the seconds
         that each rank itself worked in its newest step; it goes to the host with the step's numbers.
         """
-        layout, device = self.mesh.layout, self.mesh.device
+        island, layout, device = self.island, self.island.layout, self.island.device
         own_work = [0.0] * layout.world_size
-        own_work[self.mesh.rank] = self.mesh.compute_time.newest()
+        own_work[island.rank] = island.compute_time.newest()
         counts = [valid_tokens, stop_requested, self._fault is not None, *own_work]
         # From pinned memory: a copy to a GPU from pageable memory waits for all work queued before it.
         counted = torch.tensor(counts, dtype=torch.float64, pin_memory=device.type == "cuda")
-        sums = self.mesh.sum(counted.to(device, non_blocking=True))
+        sums = island.sum(counted.to(device, non_blocking=True))
         self._own_work = sums[3:]
         return sums[0] / (layout.pp * layout.cp * layout.tp), {"stops": sums[1], "faults": sums[2]}
 
@@ -296,7 +324,8 @@ class Loop:
             self.mesh.heartbeat.beat(Phase.HOOKS)  # nobody knows how long a hook, or a replay of the guard, takes
             self.own_work = step.numbers.read_vector()
             seconds = step.done.seconds_since(step.began)
-            self.stopping |= numbers.pop("stops") > 0
+            self._stop_here |= numbers.pop("stops") > 0
+            self.stopping |= self._stop_here and self.engine.islands is None  # islands stop where they agree to
             self._last_loss = numbers["loss"]
             self._last_statistics = None
             if step.moments is not None:

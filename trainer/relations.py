@@ -24,6 +24,7 @@ from ..parallel.layout import layout_problems
 from ..parallel.legality import Work, layout_and_model_problems
 from ..parallel.limits import engine_problems, float8_problems, measuring_problems
 from .derived import build_horizon, checkpoint_folder
+from .local_relations import local_problems
 from .schema import RunConfig
 from .stages.record import Place
 
@@ -68,7 +69,11 @@ def collect_problems(group: str, check: Callable[[], Iterable[Problem]]) -> list
 
 
 def _layout(config: RunConfig, start: Start) -> Iterable[Problem]:
-    return layout_problems(config.parallel, start.world_size) if start.world_size else ()
+    return layout_problems(config.parallel, start.world_size, config.optim.local.islands) if start.world_size else ()
+
+
+def _local(config: RunConfig, _: Start) -> Iterable[Problem]:
+    return local_problems(config)
 
 
 def _rewinds(config: RunConfig, _: Start) -> Iterator[Problem]:
@@ -84,7 +89,10 @@ def _decoder(config: RunConfig, start: Start) -> Iterable[Problem]:
     shape = config.model.decoder()
     if not start.world_size or shape is None or config.parallel.engine != "torch":
         return ()
-    return layout_and_model_problems(config.parallel, layout_work(config, shape), start.world_size)
+    size, islands = start.world_size, config.optim.local.islands
+    if size % islands:  # as `_layout` says
+        return ()
+    return layout_and_model_problems(config.parallel, layout_work(config, shape), size // islands)
 
 
 def layout_work(config: RunConfig, shape: DecoderConfig) -> Work:
@@ -259,9 +267,10 @@ def _synthetic(config: RunConfig, _: Start) -> Iterator[Problem]:
 LENGTH = ("trainer.steps", "trainer.tokens", "data.seq_len", "batch.samples")
 
 RELATIONS = (
-    Relation(("parallel",), _layout),
+    Relation(("parallel", "optim.local.islands"), _layout),
+    Relation(("optim.local.islands", "optim.name", "parallel", "model", "batch", "trainer", "stages"), _local),
     Relation(("trainer.on_bad_step", "checkpoint.every", "checkpoint.memory_every"), _rewinds),
-    Relation(("parallel", "model", "data.seq_len", "trainer.activation", "trainer.compile"), _decoder),
+    Relation(("parallel", "optim.local.islands", "model", "data.seq_len", "trainer.activation", "trainer.compile"), _decoder),
     Relation(("model", "balance", "parallel", "trainer", "batch.micro", "data.seq_len"), _experts),
     Relation(("parallel", "precision"), _engine),
     Relation(("parallel", "precision", "trainer.float8"), _float8),

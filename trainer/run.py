@@ -78,7 +78,7 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
         model = build_model(config.model, config.model.vocabulary or data[0].vocabulary)
         start_compiling(model, parallel, engine_settings(config, model, data[0].seq_len))
     heartbeat.beat(Phase.JOIN)
-    mesh = Mesh.connect(Layout.plan(parallel, resolved.world_size), pick_device(), parallel.timeout, heartbeat)
+    mesh = Mesh.connect(_layout_of(resolved), pick_device(), parallel.timeout, heartbeat)
     heartbeat.beat(Phase.START)
     try:
         if mesh.differ(str(checkpoint)):
@@ -226,9 +226,13 @@ def _next_stage(planned: ResolvedRun, mesh: Mesh) -> ResolvedRun | None:
     return None
 
 
+def _layout_of(run: ResolvedRun) -> Layout:
+    return Layout.plan(run.config.parallel, run.world_size, run.config.optim.local.islands)
+
+
 def _mesh_of(run: ResolvedRun, mesh: Mesh) -> Mesh:
     """Return the mesh of a stage's layout: the one that is there, if the layout is the same."""
-    layout = Layout.plan(run.config.parallel, run.world_size)
+    layout = _layout_of(run)
     return mesh if layout == mesh.layout else mesh.rearranged(layout)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from ..config.duration import Unit
+from ..config.words import counted
 from ..data.order import Shuffled
 from .build import Run, build_model
 from .schema import RunConfig
@@ -32,6 +33,12 @@ def start_summary(config: RunConfig, run: Run) -> Iterator[str]:
             epoch = samples_of_data.epoch_size
             length.append(f"{total / (epoch * seq_len):.3g} epochs of {epoch:,} samples")
     yield ", ".join(length)
+    if (local := config.optim.local).active:
+        size, turns = loop.island.layout.island_ranks, f" in {local.fragments} turns" if local.fragments > 1 else ""
+        yield (
+            f"{local.islands} islands of {counted(size, 'process')}, which join what they have learned every"
+            f" {local.inner_steps} steps{turns} (optim.local); the loss of steps is the first island's"
+        )
     if not loop.engine.masks_updates:
         yield (
             "each update waits on the host until the step is judged (trainer.on_bad_step): this optimizer, or engine, can't be"

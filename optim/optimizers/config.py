@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ...config.keys import MISSING, Side, key, option, target
 from ...config.nodes import Custom, import_object
 from ...config.problems import Problem
+from ..local.config import LocalConfig
 from .bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, beta_problems, bound_problems, choice_problems
 
 AUTOMATIC = "auto:"
@@ -30,10 +31,11 @@ class OptimConfig:
     lr: int | float | str = key(3e-4, "peak learning rate (`schedule` moves it), or auto:step_law")
     weight_decay: float = key(0.1, "of matrices; norms, biases and embeddings have none")
     lr_coupling: str = key("none", COUPLING)
+    local: LocalConfig = field(default_factory=LocalConfig)
 
     def problems(self, key: str = "optim") -> list[Problem]:
         """Return what is wrong with the values."""
-        found = list(_rate_problems(key, self.lr))
+        found = [*_rate_problems(key, self.lr), *self.local.problems(f"{key}.local")]
         found += choice_problems(key, "lr_coupling", self.lr_coupling, COUPLINGS)
         return found + bound_problems(key, NOT_NEGATIVE, weight_decay=self.weight_decay)
 

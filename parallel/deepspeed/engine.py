@@ -62,6 +62,7 @@ class DeepSpeedEngine:
             log.warning("parallel.deepspeed.config.%s: losses depend on the number of processes and on resuming", exception)
         self.module: nn.Module = model
         self.mesh = mesh
+        self.islands = None
         self._compiled = settings.compile
         self._ranks = mesh.layout.world_size
         os.environ.setdefault("LOCAL_RANK", "0")

@@ -40,6 +40,7 @@ from ..pipeline.tied_head import TiedHead
 from .assembly import fill_weights, fuses_experts, fuses_swiglu, own_stages, parallelize_stage
 from .groups import parameter_groups
 from .inputs import ModelInputs
+from .islands import Islands, layers_of_weights
 from .step import Accumulation, PipelinedStep, SharedWeights, StepStrategy
 from .update import Update
 from .weights import Weights, make_strategies
@@ -54,6 +55,7 @@ class TorchEngine:
         """model: on the meta device; it is sharded, allocated and initialised here."""
         self.mesh = mesh
         model.to(settings.storage)
+        layers = layers_of_weights(model) if settings.local.active else {}
         plan = settings.stages or StagePlan.single(len(model.block_modules()))
         assert plan.count == stage_count(parallel), f"{plan.count} stages are no division for parallel.pp={parallel.pp}"
         stages = own_stages(model, plan, mesh.coordinates["pp"])
@@ -93,6 +95,9 @@ class TorchEngine:
         if settings.measures:
             self.weights.watch(self._noise.watch)
         self._observers: list[GradientObserver] = [self._noise, *optimizer_observers(self.optimizer)]
+        self.islands: Islands | None = None
+        if settings.local.active:
+            self.islands = Islands.of(settings.local, mesh, self.weights, self._parameters, layers)
 
     def accumulate(self, share: Share, global_tokens: torch.Tensor, measure: Measure = Measure.NOTHING) -> StepLoss:
         """Run forward and backward of this rank's share."""
@@ -178,7 +183,7 @@ class TorchEngine:
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> StepLoss:
         """Compute the loss without gradients, over all ranks."""
         tokens = torch.tensor(sum(batch.valid_tokens for batch in micro_batches), dtype=torch.float64, device=self.mesh.device)
-        with self._averages_held():
+        with self._evaluated_weights():
             self.weights.sync_from_masters()
             run = functools.partial(self._step.evaluate, micro_batches)
             total = run() if self._balance is None else self._balance.run_evaluation(tokens, run)
@@ -187,9 +192,13 @@ class TorchEngine:
         return StepLoss(self._sum_over_batch(total), self.mesh.sum(tokens, "data") / self.mesh.layout.cp, {})
 
     @contextlib.contextmanager
-    def _averages_held(self) -> Generator[None]:
+    def _evaluated_weights(self) -> Generator[None]:
         """Hold the weights that are evaluated, where the optimizer trains at others."""
         averages = self._update.averages
+        if self.islands is not None:
+            with self.islands.outer_weights():
+                yield
+            return
         if averages is None:
             yield
             return
@@ -210,7 +219,8 @@ class TorchEngine:
     def fragments(self) -> Iterator[Fragment]:
         """Yield this rank's boxes of weights and of the optimizer's arrays."""
         self.weights.wait_all_gather(compute_copies=False)
-        yield from optimizer_fragments(self.optimizer, self._parameters)
+        held = optimizer_fragments(self.optimizer, self._parameters)
+        yield from held if self.islands is None else self.islands.fragments(held)
         if self._balance is not None:
             yield from self._balance.fragments()
 
@@ -221,6 +231,8 @@ class TorchEngine:
         self.update(0.0)
         self.zero_grad()
         self.load_counters(initial_counter_values(self.optimizer, self.counters()))
+        if self.islands is not None:
+            self.islands.prepare_restore()
 
     def counters(self) -> dict[str, float]:
         """Return the optimizer's scalar state."""
@@ -231,8 +243,12 @@ class TorchEngine:
         self._update.load_counters(counters)
         if self._update.averages is not None:
             self._update.averages.hold_training_weights()
+        if self.islands is not None:
+            self.islands.restored()
         self.weights.masters_written()
 
     def finish(self) -> None:
         """Wait for pending all-gathers: one that ends while the interpreter exits would crash the process."""
+        if self.islands is not None:
+            self.islands.finish()
         self.weights.wait_all_gather(compute_copies=True)

@@ -26,9 +26,10 @@ from meshloom.models.mixture.balance_config import BalanceConfig
 from meshloom.optim.batch.config import FixedConfig
 from meshloom.optim.batch.controller import Fixed
 from meshloom.optim.horizon import Horizon
+from meshloom.optim.local.config import SYNCHRONOUS, LocalConfig
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig
-from meshloom.optim.optimizers.parameters import NamedParameter, Shards
+from meshloom.optim.optimizers.parameters import NamedParameter, Shards, decay_groups
 from meshloom.optim.progress import Progress
 from meshloom.optim.schedules.config import ScheduleConfig
 from meshloom.optim.schedules.coupling import Coupling
@@ -75,6 +76,8 @@ class Work:
     halves: bool = False
     model: tuple[tuple[str, Any], ...] = ()
     balance: tuple[tuple[str, Any], ...] = ()
+    local: LocalConfig = SYNCHRONOUS
+    sgd: bool = False
 
     def llama(self) -> dict[str, Any]:
         """The model's shape: sizes that divide by none of the rank counts, so that shards are uneven."""
@@ -94,9 +97,11 @@ def sample(index: int, documents: bool = False) -> Sample:
 
 def build(work: Work, world_size: int, measures: bool = False) -> Engine:
     """An engine for this process of a run over `world_size`."""
-    mesh = Mesh.connect(Layout.plan(work.parallel, world_size), torch.device("cpu"))
+    mesh = Mesh.connect(Layout.plan(work.parallel, world_size, work.local.islands), torch.device("cpu")).island
 
     def optimizer(parameters: list[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
+        if work.sgd:
+            return torch.optim.SGD(decay_groups(parameters, 0.1), lr=work.lr)
         return AdamW(AdamWConfig(lr=work.lr, weight_decay=0.1, betas=list(work.betas), eps=1e-8), parameters, shards)
 
     with torch.device("meta"):
@@ -110,6 +115,7 @@ def build(work: Work, world_size: int, measures: bool = False) -> Engine:
         seed=7,
         measures=measures,
         balance=BalanceConfig(**dict(work.balance)),
+        local=work.local,
     )
     return make_engine(model, mesh, optimizer, work.parallel, settings)
 
@@ -128,7 +134,8 @@ class UnevenSamples:
 
 def assigner(mesh: Mesh, work: Work) -> Assigner:
     """Return the assigner that deals the work's batches."""
-    return Assigner(mesh.layout.data_size, functools.partial(legal_micro_batches, work.parallel), work.halves)
+    can_run = functools.partial(legal_micro_batches, work.parallel)
+    return Assigner(mesh.layout.data_size, can_run, work.halves, work.local.islands, mesh.island_number)
 
 
 def dealer(mesh: Mesh, work: Work) -> Dealer:
@@ -257,7 +264,9 @@ def _plain_run(work: Work) -> Run:
         {"params": [p], "weight_decay": 0.1 if model.decays(n) else 0.0, "lr": work.lr * model.lr_scale(n)}
         for n, p in model.named_parameters()
     ]
-    optimizer = torch.optim.AdamW(groups, betas=work.betas, eps=1e-8)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, betas=work.betas, eps=1e-8)
+    if work.sgd:
+        optimizer = torch.optim.SGD(groups)
     run = Run([], [], [])
     balance = PlainBalance(model, BalanceConfig(**dict(work.balance)), work.micro)
 
@@ -277,7 +286,7 @@ def _plain_run(work: Work) -> Run:
         optimizer.step()
         optimizer.zero_grad()
         balance.end_step()
-        if number == work.first_step:
+        if number == work.first_step and not work.sgd:
             for name, parameter in model.named_parameters():
                 run.moments.append((name, Box.whole(parameter.shape), optimizer.state[parameter]["exp_avg"].clone()))
     run.losses.append(losses_from(HELD_OUT)[0].item())

@@ -28,6 +28,11 @@ FIT = [
     ("data.input", 1, ["data=jsonl"]),
     ("optim.lr_coupling", 1, ["batch=ramp", "optim.lr_coupling=sqrt_saturating"]),
     ("schedule", 1, ["optim=schedule_free"]),
+    ("optim.local.islands", 3, ["optim.local.islands=2"]),
+    ("batch.samples", 4, ["optim.local.islands=4", "batch.samples=3", "batch.micro=1"]),
+    ("batch", 2, ["optim.local.islands=2", *MEASURED]),
+    ("parallel.pp", 4, ["optim.local.islands=2", "parallel.pp=2"]),
+    ("trainer.on_bad_step", 2, ["optim.local.islands=2", "trainer.on_bad_step=rewind"]),
     ("model.vocabulary", 1, ["data=synthetic", "data.vocabulary=99", "model.vocabulary=50"]),
 ]
 

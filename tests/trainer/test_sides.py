@@ -31,7 +31,9 @@ EACH = {
         RECIPE: "_target_ name lr weight_decay lr_coupling betas eps interval begin anchor smoothing modules bias_correction"
         " norm_max momentum trust initial adamw_lr adamw_betas adamw_eps nesterov ns_steps scale beta2 shampoo_beta max_dim"
         " damping rank scaling growth seed decay_power clip block min_size"
-        " per_head history fisher_damping period sign_scale beta3 alpha rise step_power",
+        " per_head history fisher_damping period sign_scale beta3 alpha rise step_power"
+        " local.islands local.inner_steps local.lr local.momentum local.nesterov local.fragments local.delay local.mix"
+        " local.dtype",
         PLACEMENT: "fused",
     },
     "batch": {

@@ -174,7 +174,7 @@ def replay(loop: Loop, batch: GlobalBatch) -> Diagnosis:
     if broken or 1 < len(samples) == batch.count:
         return Diagnosis(WEIGHTS, first, broken=broken)
     diagnosis = Diagnosis(UNKNOWN, first, samples)
-    dealer, ranks = loop.batches.dealer, loop.mesh.layout.data_size
+    dealer, ranks = loop.batches.dealer, loop.island.layout.data_size
     if ranks == 1 or not isinstance(dealer, Assigner) or not first:
         return diagnosis
     second, _ = _pass(loop, batch, 1)
@@ -200,7 +200,7 @@ def replay_spike(loop: Loop, batch: GlobalBatch, loss: float, norm: float) -> Di
 
     if not comes_again(0):
         return Diagnosis(PASSING)
-    dealer, ranks = loop.batches.dealer, loop.mesh.layout.data_size
+    dealer, ranks = loop.batches.dealer, loop.island.layout.data_size
     if ranks == 1 or not isinstance(dealer, Assigner):
         return Diagnosis(AGAIN)
     return Diagnosis(DATA if comes_again(1) else DEVICE)
@@ -210,7 +210,7 @@ def _broken_arrays(loop: Loop) -> list[str]:
     """Return the names of weights and optimizer state that are not finite on some rank."""
     floating = [each for each in loop.engine.fragments() if each.tensor.is_floating_point()]
     mine = [each.key for each in floating if not bool(each.tensor.isfinite().all())]
-    return sorted({key for keys in loop.mesh.gather_objects(mine[:8]) for key in keys})
+    return sorted({key for keys in loop.island.gather_objects(mine[:8]) for key in keys})
 
 
 def _pass(loop: Loop, batch: GlobalBatch, by: int) -> tuple[list[Trace], bool]:
@@ -219,7 +219,7 @@ def _pass(loop: Loop, batch: GlobalBatch, by: int) -> tuple[list[Trace], bool]:
     Return the traces of all ranks, and whether the loss or the gradient norm is not finite.
     """
     share = _share(loop, batch, by)
-    watch = _Watch(loop.mesh.rank, share)
+    watch = _Watch(loop.island.rank, share)
     handles = watch.attach(loop.engine.module)
     try:
         loss, norm = _sums(loop, share)
@@ -227,7 +227,7 @@ def _pass(loop: Loop, batch: GlobalBatch, by: int) -> tuple[list[Trace], bool]:
         for handle in handles:
             handle.remove()
     wrong = not (math.isfinite(loss) and math.isfinite(norm))
-    return [trace for found in loop.mesh.gather_objects(watch.found) for trace in found], wrong
+    return [trace for found in loop.island.gather_objects(watch.found) for trace in found], wrong
 
 
 def _sums(loop: Loop, share: Share) -> tuple[float, float]:
@@ -240,7 +240,7 @@ def _sums(loop: Loop, share: Share) -> tuple[float, float]:
 
 
 def _share(loop: Loop, batch: GlobalBatch, by: int) -> Share:
-    data_rank = (loop.mesh.data_rank + by) % loop.mesh.layout.data_size
+    data_rank = (loop.island.data_rank + by) % loop.island.layout.data_size
     return loop.batches.dealer.load(loop.batches.samples, batch, loop.controller.micro_at(batch.count), data_rank)
 
 
@@ -249,7 +249,7 @@ def _suspects(loop: Loop, batch: GlobalBatch, traces: Sequence[Trace], by: int) 
 
     A weight's gradient does not tell its micro-batch: in a pipeline the forward passes of others have come in between.
     """
-    dealer, layout = loop.batches.dealer, loop.mesh.layout
+    dealer, layout = loop.batches.dealer, loop.island.layout
     if not isinstance(dealer, Assigner):
         return []
     dealt = dealer.assign(batch, loop.controller.micro_at(batch.count)).ranks

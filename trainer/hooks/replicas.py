@@ -33,7 +33,7 @@ class _Compared:
 
 
 class CompareReplicas(Hook):
-    """Compares at every `every`-th step (0: never by itself), before saves, and at the end of the run.
+    """Compares at every `every`-th step (0: never by itself), before saves, and at the end of the run; islands each their own.
 
     Hashes are computed on the device after the update. The host reads them with the step's numbers, which are a step late, so
     it does not wait for them. A save of a step is confirmed after that, so no save holds what has not been compared.
@@ -54,8 +54,8 @@ class CompareReplicas(Hook):
 
     def on_run_begin(self, loop: Loop) -> None:
         """Say what is compared. A collective."""
-        found = Replicas(loop.mesh, loop.engine.fragments())
-        if loop.mesh.is_main:
+        found = Replicas(loop.island, loop.engine.fragments())
+        if loop.island.is_main:
             if not found.sets:
                 log.info("no rank holds a copy of another's weights: nothing is compared (trainer.compare_replicas_every)")
             elif found.share < 1:
@@ -77,7 +77,7 @@ class CompareReplicas(Hook):
             return
         fragments: list[Fragment] = list(loop.engine.fragments())
         if self._replicas is None or not self._replicas.same_fragments(fragments):
-            self._replicas = Replicas(loop.mesh, fragments)
+            self._replicas = Replicas(loop.island, fragments)
         table = self._replicas.table()
         numbers = DeferredIntegers(torch.cat([self._replicas.differing(table)[None], table]))
         self._compared = _Compared(step, self._replicas, numbers)
@@ -99,13 +99,14 @@ class CompareReplicas(Hook):
                 self._judge(loop)
             return
         found = compared.replicas.disagreements(table)
-        messages = [describe(compared.step, each) for each in found]
-        if loop.mesh.is_main:
+        where = "" if loop.engine.islands is None else f"island {loop.island.island_number}, by its own ranks: "
+        messages = [where + describe(compared.step, each) for each in found]
+        if loop.island.is_main:
             for each, message in zip(found, messages, strict=True):
                 rank = each.odd[0] if len(each.odd) == 1 else None
                 details = {"holders": each.holders, "odd": each.odd, "arrays": each.arrays}
                 self._write(loop, Incident("replicas_differ", message, compared.step, rank=rank, host=None, details=details))
-        if self._mode == "stop" or loop.guard is None:
+        if self._mode == "stop" or loop.guard is None or loop.engine.islands is not None:  # an island can't go back alone
             raise TrainingDiverged(f"{messages[0]}. Resume from the last checkpoint, on which all agreed")
         first = found[0]
         values = {str(rank): each.hex() for rank, each in zip(first.holders, first.values, strict=True)}
@@ -141,7 +142,7 @@ class CompareReplicas(Hook):
         else:
             named = ", ".join(map(str, wrong))
             message = f"step {compared.step}, replayed: the copy of rank {named} was wrong ({rewind.copies['array']})"
-        if loop.mesh.is_main:
+        if loop.island.is_main:
             log.warning("%s", message)
             rank, details = wrong[0] if len(wrong) == 1 else None, {"wrong": wrong, "now": now, "then": then}
             self._write(loop, Incident("replicas_judged", message, compared.step, rank=rank, host=None, details=details))

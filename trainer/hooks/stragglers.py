@@ -59,7 +59,7 @@ class NameStragglers(Hook):
         step = float(np.median(self._seconds))
         stages: dict[int, list[int]] = {}
         for rank in range(len(typical)):
-            stages.setdefault(loop.mesh.layout.coordinates(rank)["pp"], []).append(rank)
+            stages.setdefault(loop.island.layout.coordinates(rank)["pp"], []).append(rank)
         for ranks in stages.values():
             usual = _usual([float(typical[rank]) for rank in ranks])
             for rank in ranks:

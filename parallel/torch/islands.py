@@ -1,0 +1,281 @@
+"""Local updating: an island's part in the outer steps, and its state beside the optimizer's (docs/local_updating.md).
+
+An island is a mesh of its own, whose ranks take ordinary steps. Beside each local shard of a weight lies the outer weight,
+which is the value that all islands agreed on last. Outer steps are elementwise, so a rank exchanges what it holds with the
+ranks at its place in the other islands, whatever the layout is, as long as all islands have the same.
+
+What travels (`travel.py`) is the difference between the outer weight and the island's. Where `delay` is larger than 0, the
+island goes on meanwhile, and the mean is used that many steps later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ...models.protocol import Model
+from ...optim.local.config import LocalConfig
+from ...optim.local.outer import outer_step
+from ...optim.local.rounds import Rounds
+from ...optim.local.wire import wire_of
+from ...optim.optimizers.own_arrays import RUN
+from ...optim.optimizers.parameters import NamedParameter
+from ..box import Box
+from ..fragment import Fragment
+from ..mesh import Mesh
+from .travel import Flight, Route
+from .weights import Weights
+
+OUTER_MOMENTUM, DIFFERENCE, ISLAND_WEIGHT, ROUND = "outer_momentum", "difference", "island_weight", "islands.round"
+"""Roles of the arrays of local updating, and the name of what an island counts. `weight` is the outer weight."""
+_UNKNOWN, _KNOWN = -1.0, 1.0
+
+
+def role_on_island(role: str, island: int) -> str:
+    """Return the role of an island's own array.
+
+    The optimizer state of the first island has the usual names: a run without islands can go on with it.
+    """
+    return role if island == 0 and role != ISLAND_WEIGHT else f"{role}@{island}"
+
+
+def layers_of_weights(model: Model) -> dict[str, int | None]:
+    """Return the layer of each weight of a whole model, by name; None: it is in none."""
+    prefixes = {id(module): name for name, module in model.named_modules()}
+    layers = {f"{prefixes[id(module)]}.": layer for layer, module in model.block_modules().items()}
+    return {
+        name: next((layer for prefix, layer in layers.items() if name.startswith(prefix)), None)
+        for name, _ in model.named_parameters()
+    }
+
+
+@dataclass
+class Turn:
+    """Weights that travel together.
+
+    own, outer   this rank's shards of the island's weights, which the inner optimizer updates, and of the outer weights
+    momenta      of the outer optimizer; empty without momentum
+    difference   what travels, where it takes steps: a resumed run sends it again. Empty without a delay
+    sent_at      the step after which differences left last; `before`: tokens since then, of steps before a resume
+    """
+
+    names: Sequence[str]
+    own: list[torch.Tensor]
+    outer: list[torch.Tensor]
+    momenta: list[torch.Tensor]
+    difference: list[torch.Tensor]
+    route: Route
+    flight: Flight | None = None
+    sent_at: int = 0
+    before: float = 0.0
+
+
+@dataclass
+class Islands:
+    """This rank's part in local updating. Implements `engine.OuterSteps`."""
+
+    config: LocalConfig
+    mesh: Mesh
+    weights: Weights
+    turns: list[Turn]
+    parameters: Sequence[NamedParameter]
+    rounds: Rounds = field(init=False)
+    _tokens: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
+    _round: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rounds = Rounds(self.config)
+        size = 1, 1 + 3 * len(self.turns)
+        self._round = torch.full(size, _UNKNOWN, dtype=torch.float64, device=self.mesh.device)
+
+    @classmethod
+    def of(
+        cls,
+        config: LocalConfig,
+        mesh: Mesh,
+        weights: Weights,
+        parameters: Sequence[NamedParameter],
+        layers: Mapping[str, int | None],
+    ) -> Islands:
+        """Make it over weights that have their initial values. layers: of each weight"""
+
+        def turn(names: Sequence[str]) -> Turn:
+            own = [weights.local[name].tensor.detach() for name in names]
+            copies = mesh.weight_axes["dense"].copies
+            route = Route(mesh, copies, wire_of(config.dtype), [each.shape for each in own], own[0] if own else None)
+            momenta = [torch.zeros_like(each) for each in own] if config.momentum else []
+            difference = [torch.zeros_like(each) for each in own] if config.delay else []
+            return Turn(names, own, [each.clone() for each in own], momenta, difference, route)
+
+        turns = [turn(names) for names in Rounds(config).split({name: layers[name] for name in weights.local})]
+        return cls(config, mesh, weights, turns, parameters)
+
+    def count(self, step: int, tokens: torch.Tensor) -> None:
+        """Note the tokens that the island has learned from in a step. A step that is taken again replaces itself."""
+        self._tokens[step] = tokens
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """Return whether something leaves or arrives after this step. last: of the run, after which nothing may be under way"""
+        return last or any(
+            self.rounds.sends(number, step) or self._arrives(turn, step) for number, turn in enumerate(self.turns)
+        )
+
+    @staticmethod
+    def _arrives(turn: Turn, step: int) -> bool:
+        return turn.flight is not None and step >= turn.flight.due
+
+    @torch.no_grad()
+    def exchange(self, step: int, *, stop: bool, last: bool) -> bool:
+        """Send what leaves after this step, and take the outer steps of what arrives.
+
+        stop: whether this island wants the run to stop. Returns whether some island did, as far as is known by now: the same
+        on all of them.
+        """
+        stops = False
+        self.weights.wait_all_gather(compute_copies=True)
+        for number, turn in enumerate(self.turns):
+            leaving = None
+            if last or self.rounds.sends(number, step):
+                leaving = [outer - own for outer, own in zip(turn.outer, turn.own, strict=True)]
+            arrived = turn.flight is not None and (last or self._arrives(turn, step))
+            if arrived:
+                stops |= self._arrive(turn)
+            if leaving is None:
+                continue
+            self._send(turn, leaving, step, stop=stop, last=last)
+            if last or not self.config.delay:
+                stops |= self._arrive(turn)
+            elif self.config.delay == self.config.inner_steps and not arrived:
+                _copy(
+                    turn.own, turn.outer
+                )  # the first round of CO2: what it has learned is on its way, and must not count twice
+        oldest = min(turn.sent_at for turn in self.turns)
+        self._tokens = {at: tokens for at, tokens in self._tokens.items() if at > oldest}
+        self.weights.masters_written()
+        return stops
+
+    def _send(self, turn: Turn, leaving: list[torch.Tensor], step: int, *, stop: bool, last: bool) -> None:
+        due = step if last else step + self.config.delay
+        tokens, turn.sent_at, turn.before = float(self._tokens_since(turn)), step, 0.0
+        turn.flight = turn.route.send(leaving, due, tokens, stop=stop)
+        if turn.difference:
+            _copy(turn.difference, leaving)
+
+    def _arrive(self, turn: Turn) -> bool:
+        assert turn.flight is not None
+        mean, stops = turn.route.receive(turn.flight)
+        turn.flight = None
+        outer_step(self.config, turn.outer, turn.momenta, mean)
+        if self.config.mix and turn.own:
+            torch._foreach_mul_(turn.own, self.config.mix)
+            torch._foreach_add_(turn.own, turn.outer, alpha=1 - self.config.mix)
+        else:
+            _copy(turn.own, turn.outer)
+        return stops
+
+    def _tokens_since(self, turn: Turn) -> torch.Tensor | float:
+        """Return the tokens that the island has learned from since differences left last; on the device, if there are some."""
+        later = [tokens.double().reshape(()) for step, tokens in self._tokens.items() if step > turn.sent_at]
+        return torch.stack(later).sum() + turn.before if later else turn.before
+
+    @contextlib.contextmanager
+    def outer_weights(self) -> Generator[None]:
+        """Put the outer weights into the place of the island's: what an evaluation sees, and what a checkpoint publishes."""
+        own = [tensor for turn in self.turns for tensor in turn.own]
+        self.weights.wait_all_gather(compute_copies=True)
+        kept = [tensor.clone() for tensor in own]
+        _copy(own, [tensor for turn in self.turns for tensor in turn.outer])
+        self.weights.masters_written()
+        try:
+            yield
+        finally:
+            _copy(own, kept)
+            self.weights.masters_written()
+
+    def fragments(self, of_island: Iterable[Fragment]) -> Iterator[Fragment]:
+        """Yield the arrays of a rank: those of the island, under its own names, and those of the outer steps.
+
+        of_island: the rank's weights and optimizer state, as a run without islands lists them
+        """
+        island = self.mesh.island_number
+        boxes: dict[str, Callable[[str, torch.Tensor], Fragment]] = {}
+        for each in of_island:
+            if each.role == "weight":
+                boxes[each.name] = _like(each)
+                yield boxes[each.name](role_on_island(ISLAND_WEIGHT, island), each.tensor)
+            elif each.role == RUN:
+                yield Fragment(role_on_island(each.name, island), RUN, each.global_shape, each.box, each.tensor, each.splits)
+            else:
+                role = role_on_island(each.role, island)
+                yield Fragment(each.name, role, each.global_shape, each.box, each.tensor, each.splits)
+        for turn in self.turns:
+            roles = {"weight": turn.outer, OUTER_MOMENTUM: turn.momenta, f"{DIFFERENCE}@{island}": turn.difference}
+            for role, tensors in roles.items():
+                for name, tensor in zip(turn.names, tensors or [], strict=bool(tensors)):
+                    if name in boxes:
+                        yield boxes[name](role, tensor)
+        self._note_round()
+        row = Box((island, 0), tuple(self._round.shape))
+        yield Fragment(ROUND, RUN, (self.config.islands, self._round.shape[1]), row, self._round)
+
+    def _note_round(self) -> None:
+        """Write what the island counts into the array that is saved.
+
+        For each turn: tokens since differences left last; the step at which those under way are due, and their tokens.
+        """
+        if not self._tokens and self._round[0, 0] == _UNKNOWN:
+            return  # nothing has been done or restored
+        told: list[torch.Tensor | float] = [_KNOWN]
+        for turn in self.turns:
+            told.append(self._tokens_since(turn))
+            told += [0.0, 0.0] if turn.flight is None else [turn.flight.due, turn.flight.tokens]
+        for place, number in zip(self._round[0], told, strict=True):  # one by one: the host does not wait for the device
+            place.copy_(number) if isinstance(number, torch.Tensor) else place.fill_(number)
+
+    def prepare_restore(self) -> None:
+        """Mark all that a checkpoint may hold as unknown."""
+        self._tokens.clear()
+        self._round.fill_(_UNKNOWN)
+
+    @torch.no_grad()
+    def restored(self) -> None:
+        """Go on from what has been restored: send again what was under way. Every rank of all islands must call it.
+
+        Where a checkpoint holds weights alone, or another number of islands, all islands begin at the outer weights.
+        """
+        told = self._round[0].tolist()
+        known = told[0] == _KNOWN
+        for number, turn in enumerate(self.turns):
+            if not known:
+                _copy(turn.own, turn.outer)
+                continue
+            tokens, due, sent = told[1 + 3 * number :][:3]
+            turn.before, turn.sent_at = tokens, 0
+            turn.flight = turn.route.send(turn.difference, round(due), sent, stop=False) if due and turn.difference else None
+        self._tokens.clear()
+        self._round[0, 0] = _KNOWN
+        if not known:
+            self._round[0, 1:] = 0.0
+
+    def finish(self) -> None:
+        """Wait for what is under way, which a resumed run sends again."""
+        for turn in self.turns:
+            if turn.flight is not None:
+                turn.flight.wait()
+
+
+def _copy(into: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    if into:
+        torch._foreach_copy_(list(into), list(values))
+
+
+def _like(weight: Fragment) -> Callable[[str, torch.Tensor], Fragment]:
+    """Return a function that makes the fragment of another array with a weight's shape and box, from its role and tensor."""
+
+    def make(role: str, tensor: torch.Tensor) -> Fragment:
+        return Fragment(weight.name, role, weight.global_shape, weight.box, tensor, weight.splits)
+
+    return make

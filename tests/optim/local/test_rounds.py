@@ -1,0 +1,32 @@
+"""The rhythm of rounds, written out by hand."""
+
+from __future__ import annotations
+
+from meshloom.optim.local.config import LocalConfig
+from meshloom.optim.local.rounds import Rounds
+
+
+def test_fragments_take_turns_at_equal_distances() -> None:
+    rounds = Rounds(LocalConfig(islands=2, inner_steps=8, fragments=4))
+    turns = {step: [number for number in range(4) if rounds.sends(number, step)] for step in range(1, 17)}
+    expected = {2: [0], 4: [1], 6: [2], 8: [3], 10: [0], 12: [1], 14: [2], 16: [3]}
+    assert turns == {step: expected.get(step, []) for step in range(1, 17)}
+
+
+def test_layers_are_dealt_in_strides_and_the_rest_goes_last() -> None:
+    rounds = Rounds(LocalConfig(islands=2, inner_steps=8, fragments=2))
+    layers = {"embed": None, "layers.0": 0, "layers.1": 1, "layers.2": 2, "head": None}
+    assert rounds.split(layers) == [["layers.0", "layers.2"], ["embed", "layers.1", "head"]]
+
+
+def test_what_can_not_be_is_refused_by_key() -> None:
+    def keys(**values: object) -> set[str]:
+        return {each.key for each in LocalConfig(islands=2, **values).problems()}  # type: ignore[arg-type]
+
+    assert keys() == set()
+    assert keys(inner_steps=2, fragments=3) == {"optim.local.fragments"}
+    assert keys(inner_steps=2, delay=3) == {"optim.local.delay"}
+    assert keys(inner_steps=2, delay=2, mix=0.5) == keys(mix=0.5) == {"optim.local.mix"}
+    assert keys(momentum=0.0) == {"optim.local.nesterov"}
+    assert keys(dtype="fp8") == {"optim.local.dtype"}
+    assert keys(lr=0.0) == {"optim.local.lr"}

@@ -1,0 +1,71 @@
+"""Local updating through the trainer's own loop, beside a bare PyTorch loop with a model for each island, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from meshloom.optim.local.config import SYNCHRONOUS, LocalConfig
+from meshloom.parallel.config import ParallelConfig
+from support.islands import Curve, plain_islands, trained_islands
+from support.parity import Work, plain_run
+from support.ranks import run_ranks
+
+TOLERANCE = 1e-9
+ROUND = LocalConfig(islands=2, inner_steps=3)
+"""DiLoCo."""
+METHODS = {
+    "DiLoCo": ROUND,
+    "local SGD": replace(ROUND, lr=1.0, momentum=0.0, nesterov=False),
+    "CO2, one round late": replace(ROUND, lr=1.0, momentum=0.2, nesterov=False, delay=3),
+    "in fragments": replace(ROUND, fragments=2),
+    "in fragments, late, mixed": replace(ROUND, fragments=2, inner_steps=4, delay=1, mix=0.5),
+}
+WORK = Work(ParallelConfig(zero=1), steps=8, samples=7, lr=2e-3)
+ALONE = ParallelConfig(zero=1)
+CASES: dict[int, dict[tuple[str, str], ParallelConfig]] = {
+    2: {(method, "one rank each"): ALONE for method in METHODS},
+    4: {
+        **{(method, "ZeRO-1"): ALONE for method in ("CO2, one round late", "in fragments, late, mixed")},
+        ("in fragments, late, mixed", "ZeRO-0"): ParallelConfig(zero=0),
+        ("DiLoCo", "ZeRO-3"): ParallelConfig(zero=3),
+        ("DiLoCo", "tp 2"): ParallelConfig(tp=2, zero=1),
+    },
+}
+"""Number of ranks, in two islands → (method, layout of an island)."""
+
+
+@cache
+def oracle(method: str) -> list[Curve]:
+    """The curves of all islands."""
+    return plain_islands(replace(WORK, local=METHODS[method]))
+
+
+def difference(expected: Curve, found: Curve) -> float:
+    """Return the largest relative difference of a loss."""
+    pairs = zip([*expected.losses, expected.evaluated], [*found.losses, found.evaluated], strict=True)
+    return max(abs(one - other) / one for one, other in pairs)
+
+
+@pytest.mark.parametrize("ranks", CASES)
+def test_islands_train_as_models_joined_by_pytorchs_sgd(ranks: int) -> None:
+    cases = CASES[ranks]
+    works = [replace(WORK, local=METHODS[method], parallel=parallel) for (method, _), parallel in cases.items()]
+    results = run_ranks(ranks, trained_islands, works)
+    worst = {
+        (name, island): difference(oracle(name[0])[island], found)
+        for at, name in enumerate(cases)
+        for island, found in (rank[at] for rank in results)
+    }
+    assert {name: each for name, each in worst.items() if not each < TOLERANCE} == {}
+
+
+def test_one_step_of_sgd_averaged_is_synchronous_training() -> None:
+    """Each island divides its loss by its own tokens, and the mean is weighted by them: together that is rule R2's loss."""
+    one = LocalConfig(islands=2, inner_steps=1, lr=1.0, momentum=0.0, nesterov=False)
+    work = replace(WORK, local=one, sgd=True, lr=0.5, max_norm=None)
+    synchronous = plain_run(replace(work, local=SYNCHRONOUS)).losses[-1]
+    for ((_, found),) in run_ranks(2, trained_islands, [work]):
+        assert found.evaluated == pytest.approx(synchronous, rel=TOLERANCE)

@@ -1,0 +1,58 @@
+"""Whole runs of several islands: resumed in the middle of a round, without islands, and stopped by a signal to one island."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.ranks import run_ranks
+from support.tiny_run import body
+
+ROUNDS = ["optim.local.islands=2", "optim.local.inner_steps=4", "trainer.eval_every=3", "trainer.steps=10"]
+LATE = ["optim.local.fragments=2", "optim.local.delay=3", "optim.local.mix=0.5", "parallel.zero=1"]
+
+
+def go(ranks: int, folder: Path, *words: str) -> None:
+    assert run_ranks(ranks, body, [f"output_dir={folder}", *words]) == [0] * ranks
+
+
+def rows(folder: Path, key: str) -> dict[int, Any]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two islands of one rank. At step 7 differences of a fragment are under way, and used two steps later."""
+    folder = tmp_path_factory.mktemp("whole")
+    go(2, folder, *ROUNDS, *LATE, "checkpoint.every=7")
+    return folder
+
+
+def test_a_run_goes_on_from_the_middle_of_a_round_on_another_layout(tmp_path: Path, whole: Path) -> None:
+    """The islands' own weights and optimizer state are restored, and what was under way is sent again."""
+    go(4, tmp_path, *ROUNDS, *LATE, "parallel.zero=3", f"resume={whole}/checkpoints/step-00000007")
+    for key in ("loss", "eval_loss"):
+        resumed = rows(tmp_path, key)
+        assert min(resumed) > 7 and resumed == pytest.approx({step: rows(whole, key)[step] for step in resumed}, rel=1e-9)
+
+
+def test_runs_go_on_with_fewer_islands_and_more(tmp_path: Path, whole: Path) -> None:
+    """The outer weights go on, by the explicit wish that state without a place is left out."""
+    loose = ["checkpoint.strict=false", "trainer.eval_every=0"]
+    alone = ["optim.local.islands=1", "trainer.steps=8", f"resume={whole}/checkpoints/step-00000007"]
+    go(1, tmp_path / "alone", *loose, *alone)
+    assert list(rows(tmp_path / "alone", "loss")) == [8]
+    again = [*ROUNDS, f"resume={tmp_path}/alone/checkpoints/step-00000008"]
+    go(2, tmp_path / "again", *loose, *again)
+    assert list(rows(tmp_path / "again", "loss")) == [9, 10]
+
+
+def test_a_signal_to_one_island_stops_all_where_they_meet(tmp_path: Path) -> None:
+    hook = "trainer.hooks=[{_target_:support.run_hooks.Signal,step:1,rank:1,name:SIGTERM}]"
+    go(2, tmp_path, *ROUNDS, hook, "trainer.eval_every=0")
+    assert list(rows(tmp_path, "loss")) == [1, 2, 3, 4]
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000004"]
