@@ -159,6 +159,10 @@ class Tokenizer:
         """Return the id of the token of this name; None where there is none."""
         return self._engine.token_to_id(name)
 
+    def name_of(self, token: int) -> str:
+        """Return the name of a token, as its vocabulary has it."""
+        return self._engine.id_to_token(token) or f"<{token}>"
+
     def encode_documents(self, texts: Sequence[str], *, in_pieces: bool = False) -> list[NDArray[np.int64]]:
         """Encode many documents as token ids, each with its end of document, on all CPU cores.
 

@@ -27,7 +27,7 @@ COMMANDS = {
     "keys": ("keys", "every key of the config: type, default, side, meaning"),
     "report": ("report.command", "one page about runs: losses, speed, saves, incidents, what differs between them"),
     "fit": ("fit", "fit scaling laws to finished runs, and draw the fits"),
-    "data": ("data", "tokenize text into shards, and look into them"),
+    "data": ("data", "tokenize text into shards; look at a run's samples, and what its data hold"),
     "checkpoint": ("checkpoint", "list, inspect, verify, diff, prune, export and import checkpoints"),
 }
 

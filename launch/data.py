@@ -1,4 +1,4 @@
-"""`meshloom data tokenize` and `meshloom data verify`: make token shards once, use them from any run; see what is in them."""
+"""`meshloom data`: make token shards and verify them (`tokenize`, `verify`); look at a run's data (`show`, `stats`)."""
 
 from __future__ import annotations
 
@@ -158,6 +158,21 @@ def describe_shards(path: Path) -> list[str]:
     ]
 
 
+def show(words: Sequence[str]) -> int:
+    """Print samples of a run: `meshloom data show --help`."""
+    from .data_show import main as show_samples
+
+    return show_samples(words)
+
+
+def stats(words: Sequence[str]) -> int:
+    """Print what a run's data hold: `meshloom data stats --help`."""
+    from .data_stats import main as tell
+
+    return tell(words)
+
+
+VIEWS = {"show": show, "stats": stats}
 _COMMANDS: dict[str, type] = {"tokenize": TokenizeArguments, "verify": VerifyArguments}
 
 
@@ -166,11 +181,13 @@ def usage() -> str:
     parts = [
         f"meshloom data {name} key=value …\n\n{describe(kind)}\n\n{inspect.getdoc(kind)}" for name, kind in _COMMANDS.items()
     ]
-    return "\n\n\n".join(parts)
+    return "\n\n\n".join([*parts, *(f"{view.__doc__}" for view in VIEWS.values())])
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `tokenize` or `verify`. Return 0, 2 for bad arguments, 1 for data that can't be read."""
+    """Run a subcommand. Return 0, 2 for bad arguments, 1 for data that can't be read."""
+    if argv and argv[0] in VIEWS:
+        return VIEWS[argv[0]](argv[1:])
     if not argv or argv[0] not in _COMMANDS:
         print(usage(), file=sys.stdout if argv and argv[0] in ("-h", "--help") else sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2

@@ -241,7 +241,7 @@ def _build(
     engine = make_engine(model, mesh.island, optimizer_factory(config.optim), config.parallel, settings)
     dealer = build_dealer(config, mesh.layout, model, mesh.island_number)
     journal = Journal(data.fingerprint)
-    samples = LeftOut(_training_samples(data, place), journal.is_left_out)
+    samples = LeftOut(training_samples(data, place), journal.is_left_out)
     loader = Loader(samples, dealer, mesh.data_rank, pin=mesh.device.type == "cuda")
 
     shape = model.decoder_config
@@ -309,7 +309,7 @@ def _compare_replicas(hooks: list[Hook], config: RunConfig) -> None:
         hooks.append(CompareReplicas(every, saves, config.trainer.on_bad_step))
 
 
-def _training_samples(data: DataNode, place: Place | None) -> Samples:
+def training_samples(data: DataNode, place: Place | None) -> Samples:
     """Return the training samples under the run's numbers; in a stage with data of its own, those not read before."""
     if place is None or place.record is None:
         return data.train()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..config.hashing import hash64
+from ..data.decoding import decode_behind
 from ..kernels.cached_attention import CachedAttention
 from ..models.protocol import BlockKernels, Model
 
@@ -106,6 +107,10 @@ class Text:
         assert self.tokens, "a model needs a token to begin with"
         self.start = len(self.tokens)
 
+    def said(self, codec: TextCodec) -> str:
+        """Return the text of the added tokens."""
+        return decode_behind(codec.decode, self.tokens[: self.start], self.tokens[self.start :])
+
 
 @torch.no_grad()
 def generate_texts(
@@ -152,17 +157,17 @@ def _generator(seed: int, number: int) -> torch.Generator:
 def _add(text: Text, token: int, final: set[int], codec: TextCodec, stop: Sequence[str], most: int) -> None:
     """Add a token to a text, or end it."""
     if token in final:
-        text.ended, text.text = "end", codec.decode(text.tokens[text.start :])
+        text.ended, text.text = "end", text.said(codec)
         return
     text.tokens.append(token)
     if stop:
-        said = codec.decode(text.tokens[text.start :])
+        said = text.said(codec)
         places = [place for place in map(said.find, stop) if place >= 0]
         if places:
             text.ended, text.text = "stop", said[: min(places)]
             return
     if len(text.tokens) - text.start >= most:
-        text.ended, text.text = "length", codec.decode(text.tokens[text.start :])
+        text.ended, text.text = "length", text.said(codec)
 
 
 class _Reader:

@@ -1,0 +1,156 @@
+"""`meshloom data stats`: how much a run's data hold, how long its documents are, and how often it reads them.
+
+meshloom data stats recipe=quickstart
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .run_data import RunData, prepared_run, run_view, view_parser
+
+if TYPE_CHECKING:
+    from ..data.node import DataNode
+    from ..trainer.resolve import ResolvedRun
+
+_BAR = 32  # characters of the longest bar
+
+
+def main(words: Sequence[str]) -> int:
+    """Tell what the data hold. Return the exit code."""
+    parser = view_parser("meshloom data stats", __doc__ or "")
+    parser.add_argument("--samples", type=int, default=256, metavar="N", help="samples of the run that are read (default 256)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each stage")
+    return run_view(parser, words, _tell)
+
+
+def _tell(asked: argparse.Namespace, run: ResolvedRun) -> None:
+    for each in (run, *run.then):
+        found = data_statistics(prepared_run(each), asked.samples)
+        print(json.dumps(found) if asked.json else "\n".join(statistics_lines(found)))
+
+
+@dataclass(frozen=True)
+class Read:
+    """What the first samples of a run consist of. documents, learned, padding: means of a sample."""
+
+    samples: int
+    documents: float
+    learned: float
+    padding: float
+    bytes_per_token: float | None
+
+
+def data_statistics(data: RunData, samples: int) -> dict[str, Any]:
+    """Return the numbers of a run's data, as plain values. samples: how many of the run's first ones are read."""
+    from ..data.lengths import describe_lengths, length_histogram
+    from ..data.summary import source_sizes
+
+    config, planned = data.run.config, planned_samples(data.run)
+    lengths = dict(document_lengths(data.node))
+    sources: dict[str, Any] = {}
+    for size in source_sizes(data.node):
+        told = asdict(size)
+        told["epochs"] = None if planned is None else size.weight * planned / size.samples
+        if (found := lengths.get(size.name)) is not None:
+            told["lengths"] = describe_lengths(found)
+            told["histogram"] = [asdict(each) for each in length_histogram(found)]
+            told["longer"] = int((found > config.data.seq_len).sum())
+        sources[size.name or "data"] = told
+    return {
+        "data": data.title,
+        "seq_len": config.data.seq_len,
+        "samples": planned,
+        "tokens": None if planned is None else planned * config.data.seq_len,
+        "sources": sources,
+        "read": asdict(read_samples(data, samples)),
+    }
+
+
+def planned_samples(run: ResolvedRun) -> int | None:
+    """Return the samples that a run, or a stage, reads; None where the batch decides it on the way."""
+    from ..trainer.derived import run_length
+
+    config, place = run.config, run.place
+    if place is not None:
+        return -(-(place.stage.end - place.stage.begin) // config.data.seq_len)
+    length = run_length(config.trainer)
+    if length.unit.value == "tokens":
+        return -(-int(length.value) // config.data.seq_len)
+    return int(length.value) * config.batch.start if config.batch.name == "fixed" else None
+
+
+def document_lengths(node: DataNode, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the name of each source with the lengths of its training documents; nothing where there are no documents."""
+    from ..data.corpus import Packed
+    from ..data.mixture import Mixture
+
+    if isinstance(node, Mixture):
+        for part, source in node.nodes.items():
+            yield from document_lengths(source, f"{name}.{part}" if name else part)
+    elif isinstance(node, Packed):
+        yield name, node.shards.document_lengths()
+
+
+def read_samples(data: RunData, count: int) -> Read:
+    """Read the run's first samples, and say what they consist of."""
+    from ..data.batch import document_lengths as of_sample
+    from ..data.sample_text import learned_positions, padding_of
+
+    samples, tokenizer = data.train(), data.node.tokenizer
+    end = None if tokenizer is None else tokenizer.end_of_document
+    sizes = None if tokenizer is None else tokenizer.byte_lengths()
+    documents = learned = padding = text = used = 0
+    for number in range(count):
+        sample = samples[number]
+        empty = padding_of(sample, end)
+        documents += len(of_sample(samples, number))
+        learned += int(learned_positions(sample).sum())
+        padding += empty
+        used += len(sample.tokens) - empty
+        text += 0 if sizes is None else int(sizes[sample.tokens[: len(sample.tokens) - empty]].sum())
+    positions = max(1, count * samples.seq_len)
+    per_token = text / used if sizes is not None and used else None
+    return Read(count, documents / max(1, count), learned / positions, padding / positions, per_token)
+
+
+def statistics_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the numbers for a terminal: a table of sources, what samples consist of, a histogram of each source."""
+    length = (
+        "as long as the batch decides"
+        if found["samples"] is None
+        else f"{found['samples']:,} samples, {found['tokens']:,} tokens"
+    )
+    yield f"{found['data']}: samples of {found['seq_len']:,} tokens; the run reads {length}"
+    rows = [["source", "weight", "tokens", "documents", "samples", "padding", "held-out tokens", "epochs"]]
+    for name, size in found["sources"].items():
+        epochs = "?" if size["epochs"] is None else f"{size['epochs']:.2f}"
+        counts = [f"{size[key]:,}" for key in ("tokens", "documents", "samples")]
+        rows.append([name, f"{size['weight']:.3g}", *counts, f"{size['padding']:.1%}", f"{size['held_tokens']:,}", epochs])
+    if len(rows) > 1:
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        yield from ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    read = found["read"]
+    text = "" if read["bytes_per_token"] is None else f", {read['bytes_per_token']:.2f} bytes a token"
+    yield (
+        f"of the first {read['samples']:,} samples: {read['documents']:.1f} documents a sample, {read['learned']:.1%} of"
+        f" positions carry loss, {read['padding']:.1%} are padding{text}"
+    )
+    for name, size in found["sources"].items():
+        if "lengths" in size:
+            yield f"{name}: {size['lengths']}; {size['longer']:,} are longer than a sample"
+            yield from histogram_lines(size["histogram"])
+
+
+def histogram_lines(classes: Sequence[Mapping[str, int]]) -> Iterator[str]:
+    """Yield a line for each class of lengths: documents, their tokens, and a bar of the tokens."""
+    most = max((each["tokens"] for each in classes), default=0)
+    width = max((len(f"{each['longest']:,}") for each in classes), default=0)
+    for each in classes:
+        bar = "█" * round(_BAR * each["tokens"] / most) if most else ""
+        documents = f"{each['documents']:>10,} {'document ' if each['documents'] == 1 else 'documents'}"
+        yield f"  up to {each['longest']:>{width},}  {documents}  {each['tokens']:>15,} tokens  {bar}".rstrip()
