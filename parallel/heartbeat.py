@@ -98,9 +98,9 @@ class Heartbeat:
         self.totals = [0.0] * len(Phase)
         self._beats = self._step = self._steps_done = 0
         self._ended = [0] * _ROWS
-        self._phase, self._pid = Phase.START, os.getpid()
+        self._phase, self._micro_batch, self._pid = Phase.START, 0, os.getpid()
         self._since = self._step_since = time.monotonic()
-        self._write(0)
+        self._write()
 
     def beat(self, phase: Phase, micro_batch: int = 0) -> None:
         """Begin a phase, which ends the one before."""
@@ -108,8 +108,8 @@ class Heartbeat:
         before, seconds = self._phase, now - self._since
         self.totals[before] += seconds
         self._keep(before, seconds)
-        self._phase, self._since = phase, now
-        self._write(micro_batch)
+        self._phase, self._micro_batch, self._since = phase, micro_batch, now
+        self._write()
 
     def begin_step(self, step: int) -> None:
         """Begin a step, in the phase DATA. step: counted from 1."""
@@ -130,16 +130,21 @@ class Heartbeat:
         """The phase that this rank is in."""
         return self._phase
 
+    @property
+    def micro_batch(self) -> int:
+        """The micro-batch that this rank is in, counted from 1; 0: in none."""
+        return self._micro_batch
+
     def _keep(self, row: int, seconds: float) -> None:
         """Keep a duration in place of the oldest of its row."""
         place = row * RECENT + self._ended[row] % RECENT
         self._ended[row] += 1
         _DURATION.pack_into(self._memory, _HEAD.size + place * _DURATION.size, seconds)
 
-    def _write(self, micro_batch: int) -> None:
+    def _write(self) -> None:
         self._beats += 1
-        head = (self._beats, self._since, self._step, self._phase, micro_batch, self._pid, self._steps_done, self._beats)
-        _HEAD.pack_into(self._memory, 0, *head)
+        place = self._step, self._phase, self._micro_batch
+        _HEAD.pack_into(self._memory, 0, self._beats, self._since, *place, self._pid, self._steps_done, self._beats)
 
 
 def read_beat(path: Path) -> Beat | None:

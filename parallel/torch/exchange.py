@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,7 +221,9 @@ class GradientReducer:
     last             whether the micro-batch under way completes the gradients
     """
 
-    def __init__(self) -> None:
+    def __init__(self, waiting: Callable[[], AbstractContextManager[None]]) -> None:
+        """waiting: encloses what waits for other ranks during the backward pass."""
+        self._waiting = waiting
         self.keep_grad_dtype = self.last = False
         self._reducing: list[ExchangeUnit] = []
 
@@ -240,8 +243,9 @@ class GradientReducer:
 
     def reduce(self, unit: ExchangeUnit) -> None:
         """Start to reduce a unit's gradients."""
-        # The last unit's arrived while these were computed.
-        self._reducing = [before for before in self._reducing if not before.advance()]
+        if self._reducing:
+            with self._waiting():  # the last unit's arrived while these were computed, unless a rank is slow
+                self._reducing = [before for before in self._reducing if not before.advance()]
         unit.reduce()
         self._reducing.append(unit)
 

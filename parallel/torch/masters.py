@@ -52,7 +52,7 @@ class MasterWeights(WeightStrategy):
         self._compute, self._accum_dtype = compute, accum_dtype
         self._separate = False  # whether masters are tensors of their own
         self._current = False  # whether weights are their masters' values, or on the way to be
-        self._reducer = GradientReducer()
+        self._reducer = GradientReducer(mesh.compute_time.waiting)
         self.units: list[ExchangeUnit] = []
 
     def shard(self, stage: Model) -> None:

@@ -130,11 +130,11 @@ class FlipBit(Hook):
 
 
 class Slow(Hook):
-    """Makes the steps of one rank longer."""
+    """Makes the forward passes of one rank longer."""
 
     def __init__(self, rank: int, seconds: float) -> None:
         self.rank, self.seconds = rank, seconds
 
-    def on_step_begin(self, loop: Loop) -> None:
+    def on_run_begin(self, loop: Loop) -> None:
         if loop.mesh.rank == self.rank:
-            time.sleep(self.seconds)
+            loop.engine.module.register_forward_pre_hook(lambda *_: time.sleep(self.seconds))
