@@ -21,13 +21,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from meshloom.benchmarks.fire.faults import KINDS, Odds, Schedule, draw, every_phase
 from meshloom.benchmarks.fire.report import report
-from meshloom.benchmarks.fire.trial import Bench, Result, clear
-from meshloom.benchmarks.fire.verdict import judge
+from meshloom.benchmarks.fire.rows import Result, from_row, to_row
+from meshloom.benchmarks.fire.trial import Bench, clear, left_out
+from meshloom.benchmarks.fire.verdict import Verdict, judge
 
 
 class Undisturbed:
@@ -36,40 +36,13 @@ class Undisturbed:
     def __init__(self, bench: Bench) -> None:
         self._bench, self._found = bench, {}
 
-    def losses(self, schedule: Schedule) -> dict[int, float]:
+    def losses(self, result: Result) -> dict[int, float]:
         """Return step → loss, of as many steps and without the same samples."""
-        key = schedule.steps, schedule.left_out
+        key = result.schedule.steps, left_out(result)
         if key not in self._found:
             with tempfile.TemporaryDirectory(prefix="meshloom-fire-") as folder:
                 self._found[key] = self._bench.undisturbed(Path(folder), *key)
         return self._found[key]
-
-
-def row_of(result: Result, undisturbed: dict[int, float]) -> dict:
-    """Return what is kept of a run."""
-    verdict, schedule = judge(result, undisturbed), result.schedule
-    return {
-        "number": schedule.number,
-        "layout": schedule.layout.name,
-        "ranks": schedule.layout.ranks,
-        "words": schedule.words,
-        "faults": [asdict(each) for each in schedule.faults],
-        "fired": result.fired,
-        "codes": result.codes,
-        "hung": result.hung,
-        "orphans": result.orphans,
-        "seconds": round(result.seconds, 2),
-        "step_seconds": result.step_seconds,
-        "noticed": verdict.noticed,
-        "missed": verdict.missed,
-        "told": verdict.told,
-        "wrong": verdict.wrong,
-        "worst": verdict.worst,
-        "open_end": verdict.open_end,
-        "incidents": result.incidents,
-        "losses": result.losses,
-        "undisturbed": undisturbed,
-    }
 
 
 def run_all(schedules: Sequence[Schedule], lanes: int, out: Path, *, verbose: bool) -> None:
@@ -99,34 +72,31 @@ def run_lane(bench: Bench, schedules: Sequence[Schedule], out: Path, *, verbose:
         folder = Path(tempfile.mkdtemp(prefix="meshloom-fire-", dir="/dev/shm"))
         try:
             result = bench.run(schedule, folder)
-            row = row_of(result, undisturbed.losses(schedule))
+            result.undisturbed = undisturbed.losses(result)
         finally:
             clear(folder)
         with out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        row = json.loads(json.dumps(row))
-        print(line_of(row), flush=True)
-        if verbose or is_odd(row):
-            print(f"{line_of(row)}\n{result.said}", file=sys.stderr, flush=True)
+            file.write(json.dumps(to_row(result)) + "\n")
+        verdict = judge(result)
+        print(line_of(result, verdict), flush=True)
+        if verbose or verdict.wrong or result.hung or result.orphans:
+            print(f"{line_of(result, verdict)}\n{result.said}", file=sys.stderr, flush=True)
 
 
-def is_odd(row: dict) -> bool:
-    """Return whether a run is one to be looked at."""
-    unsaid = [n for n in row["missed"] if not row["faults"][n]["kind"].startswith("flip")]
-    return bool(row["wrong"] or unsaid or row["hung"] or row["orphans"]) or (row["worst"] > 1e-9 and not row["missed"])
-
-
-def line_of(row: dict) -> str:
+def line_of(result: Result, verdict: Verdict) -> str:
     """Return a run in one line."""
-    fired = {int(n) for n in row["fired"]}
+    schedule = result.schedule
     faults = "; ".join(
-        f"{each['kind']} of rank {each['rank']} in {each['phase']} of step {each['step']}"
-        + ("" if n in fired else " (not met)")
-        for n, each in enumerate(row["faults"])
+        f"{each.kind} of rank {each.rank} in {each.phase} of step {each.step}"
+        + ("" if number not in result.fired else " (noticed)" if number in verdict.noticed else " (struck)")
+        for number, each in enumerate(schedule.faults)
     )
-    said = f"noticed {len(row['noticed'])} of {len(fired)}, worst {row['worst']:.1e}, codes {row['codes']}"
-    odd = f" ODD wrong={row['wrong']} hung={row['hung']} orphans={row['orphans']}" if is_odd(row) else ""
-    return f"{row['number']}: {row['layout']} on {row['ranks']}: {faults}: {said}, {row['seconds']} s{odd}"
+    odd = f" WRONG {verdict.wrong}" if verdict.wrong else ""
+    odd += " HUNG" if result.hung else ""
+    return (
+        f"{schedule.number}: {schedule.layout.name} on {schedule.layout.ranks}: {faults}: losses {verdict.worst:.1e} apart,"
+        f" exit codes {result.codes}, {result.seconds:.0f} s{odd}"
+    )
 
 
 def main() -> None:
@@ -155,7 +125,7 @@ def main() -> None:
         run_all(schedules, arguments.lanes, out, verbose=arguments.only is not None)
         print(f"\n{len(schedules)} runs in {time.monotonic() - began:.0f} s on {len(os.sched_getaffinity(0))} cores; {out}")
         files = [out]
-    print(report([json.loads(line) for path in files for line in path.read_text().splitlines()]))
+    print(report([from_row(json.loads(line)) for path in files for line in path.read_text().splitlines()]))
 
 
 if __name__ == "__main__":

@@ -98,11 +98,6 @@ class Schedule:
         """The length of the run."""
         return LONG_STEPS if any(each.kind in LONG for each in self.faults) else STEPS
 
-    @property
-    def left_out(self) -> tuple[int, ...]:
-        """Samples that the run shall leave out, by `trainer.on_bad_step=rewind`."""
-        return tuple(int(each.size) for each in self.faults if each.kind == "bad_sample")
-
     def write(self, path: Path) -> None:
         """Write the faults for the injector."""
         path.write_text(json.dumps([asdict(each) for each in self.faults]))
@@ -140,7 +135,10 @@ def draw(seed: int, number: int, odds: Odds | None = None) -> Schedule:
     count = chance.choice(odds.counts)
     kinds = chance.choices(list(odds.weights), list(odds.weights.values()), k=count)
     # Where ranks wait for one another within a pass, a slow group is found, and not the rank (docs/resilience.md).
-    layout = chance.choice([each for each in LAYOUTS if each.apart] if "slow" in kinds else LAYOUTS)
+    layouts = [each for each in LAYOUTS if each.apart] if "slow" in kinds else LAYOUTS
+    if "bad_sample" in kinds:  # under context parallelism no rank sees a whole one
+        layouts = [each for each in layouts if not each.name.startswith("CP")]
+    layout = chance.choice(layouts)
     # One spike or bad sample tells what a run is compared with; more of them would only take longer.
     kinds = ["kill" if kind in (*LONG, "bad_sample") and place else kind for place, kind in enumerate(kinds)]
     first, last = {"spike": (SPIKE_FROM, LONG_STEPS - 6), "slow": (12, SLOW_UNTIL)}.get(kinds[0], (4, STEPS - 3))

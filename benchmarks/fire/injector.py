@@ -28,6 +28,7 @@ from meshloom.trainer.loop import Loop
 
 from .faults import CRASHES, HANGS, LOST_PARENTS, Fault, read_faults
 
+REAL_TIME = time.time
 BALLAST = "ballast"
 """Name of the file that fills the disk."""
 FULL_SECONDS = 2.0
@@ -57,6 +58,8 @@ class Injector(Hook):
     def on_run_begin(self, loop: Loop) -> None:
         """Listen to the heartbeat, and to what the model computes."""
         self._loop = loop
+        (self._folder / "ranks").mkdir(exist_ok=True)
+        (self._folder / "ranks" / str(os.getpid())).touch()
         self._copies = _copies(loop)
         rank = loop.mesh.rank
         self._mine = [(number, each) for number, each in self._faults if each.rank == rank or each.kind == "bad_sample"]
@@ -100,7 +103,7 @@ class Injector(Hook):
     def _fire(self, number: int, fault: Fault, more: dict[str, Any]) -> bool:
         """Leave a fault's file. Return False if it has struck before."""
         heartbeat = self._loop.mesh.heartbeat
-        told = {"time": time.time(), "step": heartbeat.step, "phase": heartbeat.phase.word, "pid": os.getpid(), **more}
+        told = {"time": REAL_TIME(), "step": heartbeat.step, "phase": heartbeat.phase.word, "pid": os.getpid(), **more}
         try:
             descriptor = os.open(fired_file(self._folder, number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except OSError as error:
@@ -120,8 +123,7 @@ class Injector(Hook):
         elif kind == "slow":
             self._slow, self._seconds = SLOW_STEPS, fault.size
         elif kind == "clock":
-            real, hours = time.time, fault.size
-            time.time = lambda: real() + 3600 * hours
+            time.time = lambda: REAL_TIME() + 3600 * fault.size
         elif kind == "full_disk":
             _fill(self._loop.output_dir / BALLAST)
         elif kind in ("flip_weight", "flip_optimizer"):

@@ -3,40 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+
+from .rows import Result
+from .verdict import Verdict, judge
+
+STOP_STEPS, STOP_SECONDS = 3, 5
+"""A stopped rank is to be told within so many usual steps and seconds."""
 
 
-def report(rows: Sequence[dict[str, Any]]) -> str:
+@dataclass(frozen=True)
+class Struck:
+    """A fault that has struck, and the run that it struck."""
+
+    number: int
+    result: Result
+    verdict: Verdict
+
+    @property
+    def kind(self) -> str:
+        """What it counts as: stops by the part of the step, flips of state by whether another rank holds a copy."""
+        kind = self.result.schedule.faults[self.number].kind
+        if kind == "stop":
+            return f"stop in {self.result.fired[self.number]['phase']}"
+        if kind not in ("flip_weight", "flip_optimizer"):
+            return kind
+        return f"{kind}, {'copied' if self.copied else 'a single copy'}"
+
+    @property
+    def copied(self) -> bool:
+        """True if another rank holds a copy of what was flipped."""
+        return self.result.fired[self.number].get("copies", 1) > 1
+
+    @property
+    def in_time(self) -> bool:
+        """True if it was noticed as soon as a stopped rank is to be."""
+        seconds = self.verdict.noticed.get(self.number)
+        return seconds is not None and seconds <= STOP_STEPS * self.result.step_seconds + STOP_SECONDS
+
+
+def report(results: Sequence[Result]) -> str:
     """Return a table by kind of fault, and what holds of all runs."""
-    lines = [
-        "| Fault | Struck | Noticed | Median time | Longest | Losses the same |",
-        "|---|---|---|---|---|---|",
-    ]
-    by_kind: dict[str, list[tuple[dict[str, Any], int]]] = {}
-    for row in rows:
-        for number in row["fired"]:
-            by_kind.setdefault(_kind(row, int(number)), []).append((row, int(number)))
-    for kind, found in sorted(by_kind.items()):
-        times = sorted(float(row["noticed"][str(n)]) for row, n in found if str(n) in row["noticed"])
-        same = sum(row["worst"] <= 1e-9 for row, _ in found)
+    judged = [(each, judge(each)) for each in results]
+    struck = [Struck(number, result, verdict) for result, verdict in judged for number in result.fired]
+    return "\n".join([*_table(struck), "", *_sums(judged, struck)])
+
+
+def _table(struck: Sequence[Struck]) -> list[str]:
+    lines = ["| Fault | Struck | Noticed | Median time | Longest | Losses the same |", "|---|---|---|---|---|---|"]
+    for kind in sorted({each.kind for each in struck}):
+        found = [each for each in struck if each.kind == kind]
+        times = sorted(each.verdict.noticed[each.number] for each in found if each.number in each.verdict.noticed)
         middle, longest = (f"{times[len(times) // 2]:.1f} s", f"{times[-1]:.1f} s") if times else ("–", "–")
+        same = sum(each.verdict.same for each in found)
         lines.append(f"| {kind} | {len(found)} | {len(times)} | {middle} | {longest} | {same} |")
-    wrong, hung = sum(len(row["wrong"]) for row in rows), sum(row["hung"] for row in rows)
-    orphans, same = sum(row["orphans"] for row in rows), sum(row["worst"] <= 1e-9 for row in rows)
-    ended = sum(row["open_end"] for row in rows)
-    struck = sum(len(row["fired"]) for row in rows)
-    lines += [
-        "",
-        f"{len(rows)} runs, {struck} faults; losses of an undisturbed run: {same} runs; ended by their own decision: {ended};",
-        f"wrong ranks named: {wrong}; runs that hung: {hung}; ranks that outlived their launcher: {orphans}",
+    return lines
+
+
+def _sums(judged: Sequence[tuple[Result, Verdict]], struck: Sequence[Struck]) -> list[str]:
+    flips = [each for each in struck if each.kind.startswith("flip") and each.number in each.verdict.missed]
+    silent = [each for each in flips if each.copied and not each.verdict.same]
+    of_flips = {id(each.result) for each in flips}
+    others = [result for result, verdict in judged if not (verdict.same or verdict.open_end or id(result) in of_flips)]
+    missed = [each for each in struck if each.number in each.verdict.missed and not each.kind.startswith("flip")]
+    stops = [each for each in struck if each.kind.startswith("stop")]
+    return [
+        f"{len(judged)} runs, {len(struck)} faults that struck",
+        f"runs with the losses of an undisturbed run: {sum(verdict.same for _, verdict in judged)}",
+        f"runs with others, and no missed flip to explain them: {len(others)} {[each.schedule.number for each in others]}",
+        f"ended by their own decision: {sum(verdict.open_end for _, verdict in judged)}",
+        f"wrong ranks named: {sum(len(verdict.wrong) for _, verdict in judged)}",
+        f"not noticed, apart from flips: {len(missed)} {[(each.kind, each.result.schedule.number) for each in missed]}",
+        f"flips in copied state that were not noticed, and changed losses: {len(silent)}",
+        f"stops told within {STOP_STEPS} usual steps + {STOP_SECONDS} s: {sum(each.in_time for each in stops)} of {len(stops)}",
+        f"runs that hung: {sum(result.hung for result, _ in judged)}",
+        f"ranks left a while after their launcher: {sum(result.orphans for result, _ in judged)};"
+        f" longest life after it: {max((result.outlived for result, _ in judged), default=0.0):.1f} s",
+        f"ranks named as slow that no fault had slowed: {sum(len(verdict.slowed) for _, verdict in judged)}",
     ]
-    return "\n".join(lines)
-
-
-def _kind(row: dict[str, Any], number: int) -> str:
-    """Return what a fault counts as: flips of state are told apart by whether another rank holds a copy."""
-    kind = row["faults"][number]["kind"]
-    if kind in ("flip_weight", "flip_optimizer"):
-        copies = row["fired"][str(number)].get("copies", 1)
-        return f"{kind}, {'copied' if copies > 1 else 'a single copy'}"
-    return kind

@@ -18,10 +18,8 @@ import subprocess
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -30,6 +28,7 @@ from meshloom.trainer.watch.incidents import read_incidents
 
 from .faults import BATCH, COMPARE_EVERY, EVALUATE_EVERY, LOST_PARENTS, SAVE_EVERY, Schedule
 from .injector import fired_file
+from .rows import Result
 
 RECIPE = (
     "recipe=quickstart", "data=synthetic", "data.vocabulary=61", "data.seq_len=16", "data.validation_samples=8",
@@ -47,28 +46,10 @@ STARTS = 4
 """At most so many launchers are started for a run: what ends with a launcher is started again by hand."""
 
 
-@dataclass
-class Result:
-    """What a run under fire has left behind.
-
-    codes     exit code of each launcher, in order; None: it was killed
-    losses    step → loss, of the newest row of each step
-    fired     number of a fault → what it left when it struck
-    orphans   ranks that were left a while after their launcher had ended
-    hung      whether the run had to be ended by the bench
-    said      what was printed
-    """
-
-    schedule: Schedule
-    codes: list[int | None] = field(default_factory=list)
-    losses: dict[int, float] = field(default_factory=dict)
-    fired: dict[int, dict[str, Any]] = field(default_factory=dict)
-    incidents: list[dict[str, Any]] = field(default_factory=list)
-    step_seconds: float = 0.0
-    orphans: int = 0
-    hung: bool = False
-    seconds: float = 0.0
-    said: str = ""
+def left_out(result: Result) -> tuple[int, ...]:
+    """Return the samples that a run has met as bad ones, and leaves out by `trainer.on_bad_step=rewind`."""
+    faults = [result.schedule.faults[number] for number in sorted(result.fired)]
+    return tuple(int(each.size) for each in faults if each.kind == "bad_sample")
 
 
 class Bench:
@@ -140,9 +121,11 @@ class Bench:
             os.kill(launcher, signal.SIGKILL)
             os.waitpid(launcher, 0)
         result.codes.append(None if code is None or code < 0 else code)
-        deadline = time.monotonic() + (0.0 if result.hung else ORPHAN_PATIENCE)
+        ended = time.monotonic()
+        deadline = ended + (0.0 if result.hung else ORPHAN_PATIENCE)
         while (left := _processes(folder)) and time.monotonic() < deadline:
             time.sleep(0.1)
+        result.outlived = max(result.outlived, time.monotonic() - ended)
         result.orphans += 0 if result.hung else len(left)
         for each in left:
             with contextlib.suppress(psutil.Error):

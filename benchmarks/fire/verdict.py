@@ -1,7 +1,8 @@
 """Judge a run under fire: was each fault noticed, was the right rank named, are the losses those of an undisturbed run?
 
 Pure functions of what the run has left behind. A fault is noticed by an incident of a kind that fits it, after it struck. An
-incident names a wrong rank if no fault of a kind that fits it struck the rank that it names.
+incident notices the last such fault; a comparison of copies notices all since the one before. It names a wrong rank if no fault
+of a kind that fits it struck the rank that it names.
 """
 
 from __future__ import annotations
@@ -9,37 +10,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from .faults import CRASHES, FLIPS, HANGS, LOST_PARENTS, NUMBERS, Fault, Schedule
+from .faults import CRASHES, FLIPS, HANGS, NUMBERS, Fault
+from .rows import Result
 
+OF_STATE, OF_PASSES = FLIPS[:2], FLIPS[2:]
 SAME = 1e-9
 """Relative difference of losses in float64 up to which they are the same."""
 FITS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(CRASHES, ("death", "error")),
     **dict.fromkeys(HANGS, ("hang",)),
     **dict.fromkeys((*NUMBERS, "bad_sample"), ("bad_step",)),
-    **dict.fromkeys(FLIPS, ("bad_step", "replicas_differ", "replicas_judged")),
+    **dict.fromkeys(OF_STATE, ("bad_step", "replicas_differ", "replicas_judged")),
+    **dict.fromkeys(OF_PASSES, ("bad_step",)),
     "slow": ("straggler",),
 }
 """Kind of a fault → kinds of the incidents that notice it."""
 SUSPECTING = ("silence",)
 """Incidents that name a rank before anything is decided; they fit what hangs."""
+DECIDING = ("death", "error", "hang", "bad_step", "replicas_differ", "straggler")
+"""Incidents that notice a fault; others only tell more about it."""
 OPEN_ENDS = (77,)
 """Exit codes of runs that end by their own decision; they say why."""
-
-
-class Outcome(Protocol):
-    """What a run has left behind: see `trial.Result`."""
-
-    schedule: Schedule
-    codes: list[int | None]
-    losses: dict[int, float]
-    fired: dict[int, dict[str, Any]]
-    incidents: list[dict[str, Any]]
-    step_seconds: float
-    orphans: int
-    hung: bool
 
 
 @dataclass
@@ -49,16 +42,18 @@ class Verdict:
     noticed   number of a fault → seconds until it was noticed, of those that were
     missed    faults that struck and were not noticed, though incidents of their kind are to be expected
     wrong     incidents that name a rank that no fitting fault has struck
+    slowed    ranks that were named as slow, and that no fault has slowed: the machine may have
     worst     largest relative difference of a loss from the undisturbed run's; infinite: a step is missing
     told      the message by which each fault was noticed
     open_end  whether the run ended by its own decision, so that steps are missing
     """
 
-    noticed: dict[int, float] = field(default_factory=dict)
-    missed: list[int] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
+    noticed: dict[int, float] = field(default_factory=dict[int, float])
+    missed: list[int] = field(default_factory=list[int])
+    wrong: list[str] = field(default_factory=list[str])
+    slowed: list[str] = field(default_factory=list[str])
     worst: float = 0.0
-    told: dict[int, str] = field(default_factory=dict)
+    told: dict[int, str] = field(default_factory=dict[int, str])
     open_end: bool = False
 
     @property
@@ -67,37 +62,49 @@ class Verdict:
         return self.worst <= SAME
 
 
-def judge(result: Outcome, undisturbed: Mapping[int, float]) -> Verdict:
-    """Judge what a run has left behind. undisturbed: step → loss, of a run without faults."""
+def judge(result: Result) -> Verdict:
+    """Judge what a run has left behind."""
+    undisturbed = result.undisturbed
     verdict = Verdict(open_end=bool(result.codes) and result.codes[-1] in OPEN_ENDS)
     faults = [(n, result.schedule.faults[n], left) for n, left in sorted(result.fired.items())]
-    for number, fault, left in faults:
-        found = next((each for each in result.incidents if _notices(each, fault, left)), None)
-        if found is not None:
-            verdict.noticed[number] = found["time"] - left["time"]
-            verdict.told[number] = found["message"]
-        elif fault.kind in FITS:
-            verdict.missed.append(number)
-    for incident in result.incidents:
+    for incident in _with_real_times(result):
         named = _named(incident)
-        fitting = [f for _, f, left in faults if _fits(incident, f) and incident["time"] >= left["time"] - SLACK]
-        if named and not any(f.kind == "bad_sample" or f.rank in named for f in fitting):
-            verdict.wrong.append(incident["message"])
+        fitting = [each for each in faults if _fits(incident, each[1]) and incident["time"] >= each[2]["time"] - SLACK]
+        hit = [each for each in fitting if _may_be(incident, each[1], named)]
+        if named and not hit:
+            (verdict.slowed if incident["kind"] == "straggler" else verdict.wrong).append(incident["message"])
+        open_ = [each for each in hit if each[0] not in verdict.noticed]
+        deciding = incident["kind"] in DECIDING
+        for number, _, left in open_ if incident["kind"] == "replicas_differ" else open_[-1:] if deciding else []:
+            verdict.noticed[number] = incident["time"] - left["time"]
+            verdict.told[number] = incident["message"]
+    verdict.missed = [number for number, fault, _ in faults if fault.kind in FITS and number not in verdict.noticed]
     steps = [step for step in undisturbed if not verdict.open_end or step in result.losses]
     verdict.worst = max((_apart(result.losses.get(step, math.nan), undisturbed[step]) for step in steps), default=math.inf)
     return verdict
 
 
+def _with_real_times(result: Result) -> list[dict[str, Any]]:
+    """Return the incidents, at the times at which they were: what a rank writes whose clock was set is hours off."""
+    found = [dict(each) for each in result.incidents]
+    for number, left in result.fired.items():
+        fault = result.schedule.faults[number]
+        for each in found if fault.kind == "clock" else []:
+            if abs(each["time"] - left["time"]) > LONGEST_RUN:
+                each["time"] -= 3600 * fault.size
+    return found
+
+
+LONGEST_RUN = 3600.0
 SLACK = 0.05
-"""Seconds by which two clocks readings of one moment may be apart."""
+"""Seconds by which two readings of the clock may be apart."""
 
 
-def _notices(incident: Mapping[str, Any], fault: Fault, left: Mapping[str, Any]) -> bool:
-    if not _fits(incident, fault) or incident["time"] < left["time"] - SLACK:
-        return False
+def _may_be(incident: Mapping[str, Any], fault: Fault, named: set[int]) -> bool:
+    """Return whether an incident that fits a fault may be about it: it names its rank, or none."""
     if fault.kind == "bad_sample":  # whichever rank it was dealt to
-        return not incident["details"]["samples"] or int(fault.size) in incident["details"]["samples"]
-    named = _named(incident)
+        samples = incident["details"]["samples"]
+        return not samples or int(fault.size) in samples
     return not named or fault.rank in named
 
 
@@ -123,13 +130,3 @@ def _apart(loss: float, other: float) -> float:
     if not (math.isfinite(loss) and math.isfinite(other)):
         return math.inf
     return abs(loss - other) / abs(other)
-
-
-def is_copied(fault: Fault, left: Mapping[str, Any]) -> bool:
-    """Return whether a flip hit what another rank holds, too."""
-    return fault.kind in ("flip_weight", "flip_optimizer") and left.get("copies", 1) > 1
-
-
-def is_lost_parent(fault: Fault) -> bool:
-    """Return whether a fault ends the launcher, so that somebody else has to start the run again."""
-    return fault.kind in LOST_PARENTS

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from meshloom.benchmarks.fire.faults import KINDS, LAYOUTS, Fault, Schedule, draw, every_phase, read_faults
 from meshloom.benchmarks.fire.injector import fired_file, flip_bit
 from meshloom.benchmarks.fire.report import report
+from meshloom.benchmarks.fire.rows import Result, from_row, to_row
 from meshloom.benchmarks.fire.verdict import judge
 from meshloom.trainer.watch.incidents import read_incidents
 from support.ranks import run_ranks
@@ -51,32 +51,17 @@ def test_a_flip_changes_one_bit_of_one_element(dtype: torch.dtype) -> None:
         )
 
 
-@dataclass
-class Left:
-    """What a run has left behind."""
-
-    schedule: Schedule
-    codes: list[int | None] = field(default_factory=lambda: [0])
-    losses: dict[int, float] = field(default_factory=lambda: {1: 4.0, 2: 3.0})
-    fired: dict[int, dict[str, Any]] = field(default_factory=dict)
-    incidents: list[dict[str, Any]] = field(default_factory=list)
-    step_seconds: float = 0.1
-    orphans: int = 0
-    hung: bool = False
+SAME = {1: 4.0, 2: 3.0}
 
 
-def left(kind: str, incidents: list[dict[str, Any]], losses: dict[int, float] | None = None) -> Left:
+def left(kind: str, incidents: list[dict[str, Any]], losses: dict[int, float] | None = None) -> Result:
     """A run in which a fault of this kind struck rank 1 at second 10."""
-    found = Left(Schedule(0, LAYOUTS[7], (Fault(kind, 1, 2),)), fired={0: {"time": 10.0}}, incidents=incidents)
-    found.losses = losses or found.losses
-    return found
+    schedule = Schedule(0, LAYOUTS[7], (Fault(kind, 1, 2),))
+    return Result(schedule, [0], losses or SAME, SAME, {0: {"time": 10.0}}, incidents, step_seconds=0.1)
 
 
 def incident(kind: str, rank: int | None, time: float = 12.5, **details: Any) -> dict[str, Any]:
     return {"kind": kind, "rank": rank, "time": time, "message": f"{kind} of {rank}", "details": details}
-
-
-SAME = {1: 4.0, 2: 3.0}
 
 
 @pytest.mark.parametrize(
@@ -90,35 +75,60 @@ SAME = {1: 4.0, 2: 3.0}
         ("flip_weight", [incident("replicas_differ", 1, odd=[1])], True, 0),
         ("flip_weight", [incident("replicas_differ", None, odd=[0, 1, 2]), incident("replicas_judged", 0, wrong=[0])], True, 1),
         ("spike", [incident("bad_step", None)], True, 0),
-        ("clock", [incident("straggler", 0)], False, 1),
+        ("clock", [incident("hang", 0)], False, 1),
+        ("flip_gradient", [incident("replicas_differ", 1, odd=[1])], False, 1),
         ("bad_sample", [incident("bad_step", 2, samples=[])], True, 0),
     ],
 )
 def test_a_run_is_judged(kind: str, incidents: list[dict[str, Any]], noticed: bool, wrong: int) -> None:
-    verdict = judge(left(kind, incidents), SAME)
+    verdict = judge(left(kind, incidents))
     assert (verdict.noticed == {0: 2.5}) is noticed and len(verdict.wrong) == wrong
     assert verdict.missed == ([] if noticed or kind == "clock" else [0]) and verdict.same
+
+
+def test_an_incident_notices_one_fault() -> None:
+    for kind, by, noticed in (
+        ("kill", incident("death", 1), {1: 1.5}),
+        ("flip_weight", incident("replicas_differ", 1, odd=[1]), {0: 2.5, 1: 1.5}),  # all since the comparison before
+    ):
+        run = left(kind, [by])
+        run.schedule = Schedule(0, LAYOUTS[7], (Fault(kind, 1, 2), Fault(kind, 1, 3), Fault(kind, 1, 9)))
+        run.fired = {0: {"time": 10.0}, 1: {"time": 11.0}, 2: {"time": 20.0}}
+        verdict = judge(run)
+        assert verdict.noticed == noticed and verdict.missed == [number for number in range(3) if number not in noticed]
+
+
+def test_a_slow_rank_that_no_fault_has_slowed_is_not_counted_as_wrong() -> None:
+    verdict = judge(left("kill", [incident("straggler", 0), incident("death", 1)]))
+    assert verdict.slowed == ["straggler of 0"] and verdict.wrong == []
 
 
 @pytest.mark.parametrize(
     ("losses", "worst"), [({1: 4.0, 2: 3.0 + 3e-6}, 1e-6), ({1: 4.0}, math.inf), ({1: 4.0, 2: math.nan}, math.inf)]
 )
 def test_losses_are_held_to_the_undisturbed_ones(losses: dict[int, float], worst: float) -> None:
-    verdict = judge(left("clock", [], losses), SAME)
+    verdict = judge(left("clock", [], losses))
     assert verdict.worst == pytest.approx(worst) and not verdict.same
 
 
 def test_the_table_counts_faults_by_kind() -> None:
     run = left("flip_weight", [incident("replicas_differ", 1, odd=[1])])
     run.fired[0]["copies"] = 3
-    verdict = judge(run, SAME)
-    row = {
-        "faults": [asdict(each) for each in run.schedule.faults], "fired": run.fired, "noticed": verdict.noticed,
-        "worst": verdict.worst, "wrong": verdict.wrong, "hung": False, "orphans": 0, "open_end": False, "codes": [0],
-        "missed": [], "step_seconds": 0.1,
-    }  # fmt: skip
-    text = report([json.loads(json.dumps(row))] * 3)
-    assert "| flip_weight, copied | 3 | 3 | 2.5 s | 2.5 s | 3 |" in text and "3 runs, 3 faults" in text
+    missed = left("flip_weight", [], {1: 4.0, 2: 3.1})
+    missed.fired[0]["copies"] = 3
+    stopped = left("stop", [])
+    stopped.fired[0]["phase"] = "save"
+    text = report([from_row(json.loads(json.dumps(to_row(each)))) for each in (run, run, missed, stopped)])
+    assert "| flip_weight, copied | 3 | 2 | 2.5 s | 2.5 s | 2 |" in text and "4 runs, 4 faults" in text
+    assert "not noticed, and changed losses: 1" in text and "not noticed, apart from flips: 1 [('stop in save', 0)]" in text
+    assert "3 usual steps + 5 s: 0 of 1" in text and "and no missed flip to explain them: 0 []" in text
+
+
+def test_times_of_a_rank_whose_clock_was_set_are_told_apart() -> None:
+    faults = (Fault("clock", 0, 2, size=5.0), Fault("nan_activation", 1, 3))
+    fired = {0: {"time": 10.0}, 1: {"time": 11.0}}
+    run = Result(Schedule(0, LAYOUTS[7], faults), [0], SAME, SAME, fired, [incident("bad_step", 1, time=12.0 + 5 * 3600)])
+    assert judge(run).noticed == {1: 1.0}
 
 
 def test_every_phase_is_struck_on_all_layouts() -> None:
