@@ -147,7 +147,7 @@ def _question(config: RunConfig, cluster: ClusterConfig, fixed: dict[str, Any], 
         return is_legal(parallel, work, gpus)
 
     plain = replace(single, trainer=replace(config.trainer, activation="none", activation_budget=None))
-    job = job_of(plain, model.shape, assigner_of(single, one), fused=False)
+    job = job_of(plain, model.shape, assigner_of(single, one), fused=None)
     engines = ["torch"]
     if importlib.util.find_spec("deepspeed") is not None and not model.shape.mixture_layers():
         engines.append("deepspeed")

@@ -125,7 +125,7 @@ def needs_building(config: RunConfig) -> bool:
     return own or not is_known_decoder(config.model) or config.trainer.float8 != "none"
 
 
-def checked_plan(config: RunConfig, *, fused: bool, documents: Sequence[int] | None = None) -> Plan:
+def checked_plan(config: RunConfig, *, fused: bool | None, documents: Sequence[int] | None = None) -> Plan:
     """Plan a config that is not checked yet: see `plan_of`. Raises ConfigError with its problems."""
     elsewhere: list[Problem] = []
     config, problems = checked_config(config, planned_processes(config.launch), elsewhere=elsewhere, builds=needs_building)
@@ -134,10 +134,12 @@ def checked_plan(config: RunConfig, *, fused: bool, documents: Sequence[int] | N
     return plan_of(config, list(map(str, elsewhere)), fused=fused, documents=documents)
 
 
-def plan_of(config: RunConfig, notices: Sequence[str], *, fused: bool = False, documents: Sequence[int] | None = None) -> Plan:
+def plan_of(
+    config: RunConfig, notices: Sequence[str], *, fused: bool | None = None, documents: Sequence[int] | None = None
+) -> Plan:
     """Plan a config without problems.
 
-    notices: further remarks. fused: whether the GPUs have fused SwiGLU, for runs that can use it. documents: lengths of those
+    notices: further remarks. fused: see `trainer.costs.with_kernels`. documents: lengths of those
     of a step, which hybrid data parallelism deals; None: each sample is one. Raises ConfigError for a run whose costs are not
     known.
     """

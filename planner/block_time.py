@@ -155,11 +155,13 @@ def _experts(part: MixtureConfig, work: BlockWork, kernels: Kernels) -> float:
     tokens, width, dim, keys = _local_tokens(work), part.expert.ffn_dim, part.dim, part.keys
     experts = keys.count // (work.ep.ranks if work.ep is not None else 1)
     seconds = kernels.product(tokens, keys.count, dim)
+    shared = kernels.float8_product if work.float8 else kernels.product  # a feed-forward as any other
+    routed = shared if work.software.float8_experts else kernels.product
     for out, inner in ((width, dim), (width, dim), (dim, width))[3 - part.products :]:
-        seconds += kernels.product(tokens * keys.top_k, out, inner, groups=experts)
+        seconds += routed(tokens * keys.top_k, out, inner, groups=experts)
         if keys.shared:
-            seconds += kernels.product(tokens, out * keys.shared, inner) if out == width else 0.0
-            seconds += kernels.product(tokens, dim, inner * keys.shared) if out == dim else 0.0
+            seconds += shared(tokens, out * keys.shared, inner) if out == width else 0.0
+            seconds += shared(tokens, dim, inner * keys.shared) if out == dim else 0.0
     return seconds
 
 

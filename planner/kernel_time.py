@@ -45,18 +45,23 @@ class Kernels:
         # What does not fill the GPU takes as long as what does.
         arithmetic = 2 * inner * (rows * out + rates.half_area) / (self.cluster.peak(self.precision) * rates.products)
         if groups > 1:
-            per_group = rows / groups
-            arithmetic *= (per_group + 64) / per_group / rates.grouped
+            arithmetic *= self._grouped(rows / groups)
         traffic = self.unit * (rows * inner + groups * inner * out + rows * out)
         return arithmetic / rates.speed + self.pointwise((1 - HIDDEN) * traffic)
 
-    def float8_product(self, rows: float, out: float, inner: float) -> float:
-        """Return the seconds of a product in float8, the casts of its factors included."""
+    def _grouped(self, rows: float) -> float:
+        """Return how much longer products of so many rows each take together than one of all rows."""
+        return (rows + 64) / rows / self.cluster.rates.grouped
+
+    def float8_product(self, rows: float, out: float, inner: float, *, groups: int = 1) -> float:
+        """Return the seconds of a product in float8, the casts of its factors included. groups: see `product`."""
         rates = self.cluster.rates
         peak = self.cluster.peak("fp8") or self.cluster.peak("bf16")
         arithmetic = 2 * inner * (rows * out + rates.half_area) / (peak * rates.float8)
-        casts = 5 * (rows * inner + inner * out)  # read for the scale, read, and written in a byte
-        traffic = rows * inner + inner * out + 2 * rows * out
+        if groups > 1:
+            arithmetic *= self._grouped(rows / groups)
+        casts = 5 * (rows * inner + groups * inner * out)  # read for the scale, read, and written in a byte
+        traffic = rows * inner + groups * inner * out + 2 * rows * out
         return arithmetic / rates.speed + self.pointwise(casts + (1 - HIDDEN) * traffic)
 
     def attention(self, flops: float, width: int, length: float, *, backward: bool = False) -> float:

@@ -69,24 +69,24 @@ class MatrixWork:
         return sum(rows * columns * count for (rows, columns), count in self.counts.items())
 
 
-def matrix_parts(work: MatrixWork, kernels: Kernels, group: Group, forward: str) -> dict[str, float]:
+def matrix_parts(work: MatrixWork, kernels: Kernels, group: Group, forward: str, held: float) -> dict[str, float]:
     """Predict the parts of an update, of the rank that has most to compute.
 
-    kernels: of the masters' precision; forward: the precision in which Muon computes and sends; group: of the stage's ranks
+    kernels: of the masters' precision; forward: the precision in which Muon computes and sends; group: of the stage's ranks;
+    held: elements of matrices whose weights and state lie on a rank, more than its part of them where ranks hold copies
     """
     muon = isinstance(work.config, MuonConfig)
     computing = Kernels(kernels.cluster, forward) if muon else kernels
     costs = {shape: matrix_seconds(work.config, shape, computing) for shape in work.counts}
     owned = busiest(tuple((costs[shape], count, shape) for shape, count in sorted(work.counts.items())), work.ranks)
     compute = sum(costs[shape] * count for shape, count in owned.items())
-    local = work.elements / work.ranks
-    parts = {"matrix update": compute + kernels.pointwise(LOCAL[muon] * local)}
+    parts = {"matrix update": compute + kernels.pointwise(LOCAL[muon] * held)}
     if work.ranks > 1:
         mine = sum(rows * columns * count for (rows, columns), count in owned.items())
         unit = PRECISIONS[forward].bytes if muon else kernels.unit
         waves = max(1, -(-mine // WAVE))
         # There with gradients, back with updates. What arrives while the wave before it is computed costs no time of its own.
-        way = 2 * group.exchange(unit * max(local, mine), waves)
+        way = 2 * group.exchange(unit * max(work.elements / work.ranks, mine), waves)
         parts["matrix exchange"] = max(compute, way) + min(compute, way) / waves - compute
     return parts
 

@@ -147,7 +147,11 @@ def optimizer_bytes(config: OptimConfig) -> OptimizerBytes | None:
     fused = isinstance(config, AdamWConfig)
 
     def count(groups: Sequence[WeightGroup], unit: int) -> tuple[int | None, bool]:
-        return sum(_state_bytes(config, shard, unit, group.stage_ranks) for group in groups for shard in group.shards), fused
+        known: dict[int, int] = {}  # of groups of one kind, which share their shards
+        for group in groups:
+            if id(group.shards) not in known:
+                known[id(group.shards)] = sum(_state_bytes(config, each, unit, group.stage_ranks) for each in group.shards)
+        return sum(known[id(group.shards)] for group in groups), fused
 
     return count
 

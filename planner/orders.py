@@ -6,6 +6,7 @@ rules, so that a plan needs no torch; a test holds the two to each other.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -29,20 +30,24 @@ Order = list[list[Action]]
 
 
 def pipeline_order(parallel: ParallelConfig, micro_batches: int) -> Order:
-    """List each rank's actions under `parallel.schedule`.
+    """List each rank's actions under `parallel.schedule`. Not to be changed: it is kept for the next who asks.
 
     Raises ValueError for a number of micro-batches that the schedule can't run.
     """
     if not legal_micro_batches(parallel, micro_batches):
         raise ValueError(f"{parallel.schedule} on {parallel.pp} ranks can't run {micro_batches} micro-batches")
-    ranks, chunks = parallel.pp, stage_count(parallel) // parallel.pp
-    match parallel.schedule:
+    return _order(parallel.schedule, parallel.pp, stage_count(parallel) // parallel.pp, micro_batches)
+
+
+@functools.lru_cache(maxsize=64)  # a search asks for a few orders again and again, for other sizes of other axes
+def _order(schedule: str, ranks: int, chunks: int, micro_batches: int) -> Order:
+    match schedule:
         case "gpipe":
             return [list(_one_stage(rank, micro_batches, ahead=micro_batches)) for rank in range(ranks)]
         case "1f1b":
             return [list(_one_stage(rank, micro_batches, ahead=ranks - rank)) for rank in range(ranks)]
         case "interleaved" | "zb":
-            halves = parallel.schedule == "zb"
+            halves = schedule == "zb"
             return [list(_interleaved(rank, ranks, chunks, micro_batches, halves=halves)) for rank in range(ranks)]
         case "zbv":
             return [list(_zbv(rank, ranks, micro_batches)) for rank in range(ranks)]

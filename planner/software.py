@@ -15,6 +15,7 @@ class Software:
     selective   what policy "selective" computes again: "product" (one of the feed-forward's, and what is pointwise), "products"
                 (half of all), or "attention" (scores and weighted sums: arXiv 2205.05198)
     recomputes_last  whether policy "full" computes a block's last product again, which no backward pass reads
+    float8_experts   whether routed experts are multiplied in float8 where the other products of blocks are
     tensor_overlap  part of tensor parallelism's exchanges that products hide
     launches    time of launching a block, against compiled blocks
     overlaps    part of a pass beside which gathering and reducing may hide
@@ -26,6 +27,7 @@ class Software:
     scores: float = 6.0
     selective: str = "product"
     recomputes_last: bool = False
+    float8_experts: bool = False
     tensor_overlap: float = 0.0
     launches: float = 1.0
     overlaps: float = 0.9

@@ -224,12 +224,19 @@ def _outside(
         work = step.matrices(layers, layout.stage_ranks)
         masters = Kernels(cluster, "fp64" if PRECISIONS[job.precision].accum_bytes == 8 else "fp32")
         stage = group(cluster, layout.stage_ranks, 1, layout.world_size)
-        parts |= matrix_parts(work, masters, stage, job.precision)
-        elementwise = max(0.0, 1 - work.elements / layout.stage_ranks / max(1, rank.elements))
+        held = _matrix_elements(work, rank, layout)
+        parts |= matrix_parts(work, masters, stage, job.precision, held)
+        elementwise = max(0.0, 1 - held / max(1, rank.elements))
     traffic_left = traffic.update * elementwise
     update = kernels.pointwise(traffic_left) if step.parallel.offload == "none" else traffic_left / HOST_UPDATE
     parts["update"] = update + STEP
     return parts, beside
+
+
+def _matrix_elements(work: MatrixWork, rank: RankCost, layout: Layout) -> float:
+    """Return the elements of matrices whose weights and state lie on a rank: under ZeRO-0 each data rank has all of them."""
+    dealt = rank.experts * layout.expert_weights * layout.ep
+    return min(rank.elements, (work.elements - dealt) / layout.tp / layout.weight_ranks + rank.experts)
 
 
 def _waiting_for_checkpoints(step: Step, rank: RankCost, passes: float) -> float:

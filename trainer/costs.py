@@ -71,7 +71,7 @@ def assigner_of(config: RunConfig, layout: Layout) -> Assigner:
     return Assigner(layout.data_size, can_run, config.optim.compares_halves(), config.optim.local.islands)
 
 
-def job_of(config: RunConfig, shape: DecoderConfig, assigner: Assigner, *, fused: bool) -> Job:
+def job_of(config: RunConfig, shape: DecoderConfig, assigner: Assigner, *, fused: bool | None) -> Job:
     """Return the work of a step. fused: see `with_kernels`.
 
     Raises ConfigError for an activation budget that nothing keeps to.
@@ -99,10 +99,10 @@ def job_of(config: RunConfig, shape: DecoderConfig, assigner: Assigner, *, fused
     return with_kernels(job, shape, config.parallel, fused=fused)
 
 
-def with_kernels(job: Job, shape: DecoderConfig, parallel: ParallelConfig, *, fused: bool) -> Job:
-    """Say which kernels compute the products. fused: whether the GPUs are known to have those with SwiGLU inside."""
-    swiglu = fused and fused_swiglu_blocker(shape, parallel, job) is None
-    experts = False if fused_experts_blocker(shape, parallel, job) is not None else True if fused else None
+def with_kernels(job: Job, shape: DecoderConfig, parallel: ParallelConfig, *, fused: bool | None) -> Job:
+    """Say which kernels compute the products. fused: whether the GPUs have those with SwiGLU inside; None: it is not known."""
+    swiglu = bool(fused) and fused_swiglu_blocker(shape, parallel, job) is None
+    experts = fused if fused_experts_blocker(shape, parallel, job) is None else False
     return replace(job, fused=swiglu, fused_experts=experts)
 
 
@@ -139,7 +139,7 @@ class Costing:
     def predict(self, config: RunConfig) -> Prediction:
         """Predict the run of a config of the same model, optimizer and layout."""
         samples = config.batch.start
-        job = job_of(config, self._model.shape, assigner_of(config, self._layout), fused=False)
+        job = job_of(config, self._model.shape, assigner_of(config, self._layout), fused=None)
         cost, away, _ = costs_of(self._model, config.parallel, self._layout, job, self._optimizer)
         step = Step(self._model.shape, config.parallel, self._layout, job, cost, away, self._cluster)
         step = replace(step, matrices=matrices_of(config.optim, self._model), saving=config.checkpoint)

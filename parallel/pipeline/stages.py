@@ -85,11 +85,19 @@ def stage_split(layers: int, cost: float, ends: Sequence[float], ranks: Sequence
     and there to its cheapest stage. Ties go to the last stage, where schedules keep fewer activations alive.
     """
     assert 1 <= len(ends) <= layers, f"{layers} layers can't fill {len(ends)} stages"
-    counts = [1] * len(ends)
+    counts, held = [1] * len(ends), dict[int, list[int]]()
+    for stage, rank in enumerate(ranks):
+        held.setdefault(rank, []).append(stage)
+    of_stage = [end + cost for end in ends]
+    of_rank = [sum(of_stage[mine] for mine in held[rank]) for rank in ranks]  # of each stage's rank
     for _ in range(layers - len(ends)):
-        of_stage = [end + cost * count for end, count in zip(ends, counts, strict=True)]
-        of_rank = [sum(price for price, holder in zip(of_stage, ranks, strict=True) if holder == rank) for rank in ranks]
-        counts[min(reversed(range(len(ends))), key=lambda stage: (of_rank[stage], of_stage[stage]))] += 1
+        next_to = min(reversed(range(len(ends))), key=lambda stage: (of_rank[stage], of_stage[stage]))
+        counts[next_to] += 1
+        of_stage[next_to] = ends[next_to] + cost * counts[next_to]
+        together = held[ranks[next_to]]
+        whole = sum(of_stage[mine] for mine in together)
+        for mine in together:
+            of_rank[mine] = whole
     return [range(start, stop) for start, stop in pairwise([0, *accumulate(counts)])]
 
 

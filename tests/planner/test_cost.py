@@ -49,6 +49,7 @@ from meshloom.planner.cost import layout_cost
 from meshloom.planner.memory import Job, optimizer_bytes
 from meshloom.planner.orders import pipeline_order
 from meshloom.planner.timeline import Costs, Timeline, peak, simulate
+from meshloom.trainer.costs import with_kernels
 from support.engines import masters_of
 from support.models import decoder
 from support.parity import SEQ_LEN, Work, build, step
@@ -288,6 +289,14 @@ def test_of_kernels_that_may_be_used_the_larger_need_counts() -> None:
 def rows_flops(rows: Sequence[int], weight: Sequence[int], bounds: Sequence[int]) -> int:
     """Count the FLOPs of each row times its expert's part of a weight that is stacked along its rows."""
     return 2 * rows[0] * (weight[0] // (bounds[0] - 1)) * weight[1]
+
+
+def test_a_plan_knows_the_kernels_or_says_that_it_does_not() -> None:
+    shape = DecoderConfig.of({**MIXTURE, "layers": 1, "experts": {**EXPERTS, "ffn_dim": 64}})
+    job = Job(64, 1, 1, "bf16", ["none"], compiled=False)
+    for fused in (None, False, True):
+        assert with_kernels(job, shape, ParallelConfig(), fused=fused).fused_experts is fused
+        assert with_kernels(job, shape, ParallelConfig(ep=2), fused=fused).fused_experts is False
 
 
 KERNEL_FLOPS: dict[Any, Callable[..., int]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,7 @@ from meshloom.planner.cluster import load_cluster
 from meshloom.planner.kernel_time import Kernels
 from meshloom.planner.matrix_time import MatrixWork, busiest, matrix_parts
 from meshloom.planner.network import group
+from meshloom.planner.step_time import STEP
 from support.plans import seconds
 
 EXACT = load_cluster(["cluster=h100", "cluster.rates.half_area=0", "cluster.rates.products=1", "cluster.bandwidth=1.0e+9"])
@@ -82,11 +84,11 @@ def test_waves_are_as_large_as_the_runs() -> None:
 def test_ranks_share_the_work_and_pay_for_the_way() -> None:
     cluster = load_cluster(["cluster=h100x16"])
     work = MatrixWork(MuonConfig(), {(4096, 4096): 64, (14336, 4096): 96}, 1)
-    alone = matrix_parts(work, Kernels(cluster, "fp32"), group(cluster, 1), "bf16")
+    alone = matrix_parts(work, Kernels(cluster, "fp32"), group(cluster, 1), "bf16", work.elements)
     assert "matrix exchange" not in alone
-    eight = matrix_parts(replace(work, ranks=8), Kernels(cluster, "fp32"), group(cluster, 8), "bf16")
+    eight = matrix_parts(replace(work, ranks=8), Kernels(cluster, "fp32"), group(cluster, 8), "bf16", work.elements / 8)
     assert eight["matrix update"] == pytest.approx(alone["matrix update"] / 8, rel=1e-6), "64 and 96 are divided by 8"
-    sixteen = matrix_parts(replace(work, ranks=16), Kernels(cluster, "fp32"), group(cluster, 16), "bf16")
+    sixteen = matrix_parts(replace(work, ranks=16), Kernels(cluster, "fp32"), group(cluster, 16), "bf16", work.elements / 16)
     assert sixteen["matrix update"] == pytest.approx(alone["matrix update"] / 16, rel=1e-6)
     assert sixteen["matrix exchange"] > eight["matrix exchange"], "half of it leaves the node"
 
@@ -98,6 +100,22 @@ def test_a_plan_has_the_parts_of_its_optimizer() -> None:
     times = {name: seconds_of([*words, f"optim={name}"]) for name in ("adamw", "muon", "soap", "apollo", "galore", "adafactor")}
     assert times["soap"] > times["galore"] > times["adafactor"] and times["soap"] > times["muon"] > times["adamw"]
     assert seconds(adamw) == pytest.approx(times["adamw"])
+
+
+def test_each_rank_updates_its_copy_where_weights_are_whole() -> None:
+    """Under ZeRO-0 each of 8 GPUs updates all that is no matrix, and moves the momentum of all matrices."""
+    words = ["recipe=llama_1b", "batch.samples=64", "batch.micro=4", "launch.nproc=8", "optim=muon"]
+    sharded, whole = (parts_of([*words, f"parallel.zero={zero}"]) for zero in (1, 0))
+    assert whole["update"] - STEP == pytest.approx(8 * (sharded["update"] - STEP), rel=0.01)
+    kernels, matrices = Kernels(load_cluster(["cluster=h200x8"]), "fp32"), 16 * (2 * 2048 * (2048 + 512) + 3 * 2048 * 8192)
+    moved = kernels.pointwise(44 * 7 / 8 * matrices)
+    assert whole["matrix update"] - sharded["matrix update"] == pytest.approx(moved, rel=0.01)
+
+
+def parts_of(words: list[str]) -> Mapping[str, float]:
+    """Seconds of a step by part."""
+    config = resolve_plan(words).config
+    return predict(plan_of(config, ()), config, load_cluster(["cluster=h200x8"])).time.parts
 
 
 def seconds_of(words: list[str]) -> float:
