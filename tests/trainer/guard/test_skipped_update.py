@@ -106,15 +106,20 @@ def test_an_update_that_may_be_skipped_is_the_same(name: str) -> None:
     assert difference < 1e-12
 
 
-def test_an_average_in_half_precision_moves_by_the_rate_of_a_number() -> None:
-    """As a tensor of its precision, 0.05 would be 0.0500488."""
+def moved_alike(rank: int, world_size: int) -> bool:
+    """Whether averages move alike with a skip that may be and without one."""
     averages = [torch.linspace(-3, 3, 997).bfloat16() for _ in range(2)]
     other = torch.linspace(5, -7, 997).bfloat16()
     for average, skip in zip(averages, (None, torch.tensor(0.0)), strict=True):
         optimizer = engine_of(Work(samples=4), MuonConfig(lr=0.02), 1).optimizer  # type: ignore[attr-defined]
         optimizer.skip = skip
         optimizer.move([average], [other], 0.05)
-    assert torch.equal(*averages)
+    return torch.equal(*averages)
+
+
+def test_an_average_in_half_precision_moves_by_the_rate_of_a_number() -> None:
+    """As a tensor of its precision, 0.05 would be 0.0500488."""
+    assert run_ranks(1, moved_alike) == [True]
 
 
 def test_retention_keeps_the_last_step_before_a_suspicion(tmp_path: Path) -> None:
