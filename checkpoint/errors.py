@@ -20,3 +20,7 @@ class DamageError(CheckpointError):
         self.block = block
         where = file if block is None else f"{file}, block {block}"
         super().__init__(f"{where}: {what}")
+
+    def __reduce__(self) -> tuple[type[DamageError], tuple[str, str, int | None]]:
+        """Pickle what it was made of: a rank may pass it on to others."""
+        return type(self), (self.file, self.what, self.block)

@@ -6,10 +6,10 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,8 @@ from .manifest import MANIFEST, Manifest, StoredArray
 from .memory.tier import Recovery, find_recovery, manifest_of, open_recovery
 from .reader import Raw, Reader
 from .shared_reader import SharedReader
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 _IN_MEMORY = "keepers:"
@@ -235,11 +237,11 @@ class _Opened:
 def _open(candidate: str, location: str | Path, talk: Round, group: ProcessGroup | None) -> _Opened:
     """Open a step, whose coverage is proved. The lengths of files are for those that read them. Raises CheckpointError.
 
-    With a group one rank reads the manifest and passes it to the others.
+    With a group one rank reads the manifest, or a Hugging Face folder's headers, and passes it to the others.
     """
     path = hugging_face_folder(candidate)
     if path is not None:
-        folder = open_folder(path)
+        folder = _from_first(group, lambda: open_folder(path))
         if talk.control.rank == 0:
             check_head(folder)
             folder.warn_of_left_out()
@@ -253,21 +255,35 @@ def _open(candidate: str, location: str | Path, talk: Round, group: ProcessGroup
             files = open_files(candidate)
     except CheckpointError as error:
         fault = error
-    text = None if group is None else _share_manifest(files, group)
+    text = _from_first(group, lambda: None if files is None else read_manifest_text(files))
     if files is None:
         assert fault is not None
         raise fault
     return _Opened(files, open_manifest(files, text))
 
 
-def _share_manifest(files: Files | None, group: ProcessGroup) -> bytes | None:
-    """The manifest's text, as the group's first rank reads it; None where it can't, so that all look for themselves."""
+def _from_first(group: ProcessGroup | None, make: Callable[[], T]) -> T:
+    """Return what `make` returns on the group's first rank, or raise its CheckpointError; without a group, this rank's."""
+    if group is None:
+        return make()
     held: list[Any] = [None]
-    if group.rank() == 0 and files is not None:
-        with contextlib.suppress(DamageError):
-            held = [read_manifest_text(files)]
+    fault: CheckpointError | None = None
+    if group.rank() == 0:
+        try:
+            held = [make()]
+        except CheckpointError as error:
+            held = [error]
+        except Exception as error:  # the others wait for a word
+            held = [CheckpointError(f"{type(error).__name__}: {error}")]
     dist.broadcast_object_list(held, dist.get_global_rank(group, 0), group)
-    return held[0]
+    (found,) = held
+    if not isinstance(found, CheckpointError):
+        return found
+    fault = found
+    try:
+        raise fault
+    finally:
+        del fault, found, held  # or they and this frame would hold each other
 
 
 @dataclass

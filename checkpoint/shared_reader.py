@@ -8,6 +8,7 @@ ranks reads each needed byte of the checkpoint once, however the boxes lie.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +65,7 @@ class SharedReader(Reader):
             needs = [unpacked(n[number], count) if number in n else None for n in everyone]
             mine = unpacked(everyone[me][number], count)
             with contextlib.ExitStack() as stack:
-                reader = self._open(stack, number)
+                reader = _OpenedToRead(functools.partial(self.open, number), stack)
                 # The tail before the window keeps what items that end in it began with.
                 buffer = np.empty(min(BATCH_BYTES + WINDOW_BYTES, size + BATCH_BYTES), np.uint8)
                 for start in range(0, size, WINDOW_BYTES):
@@ -123,13 +124,6 @@ class SharedReader(Reader):
                 )
             _scatter(window, take, leaf, stop - start, data[:-1])
 
-    def _open(self, stack: contextlib.ExitStack, number: int) -> RangeReader:
-        """A file, or what raises when it is read: the others wait for this rank's part all the same."""
-        try:
-            return stack.enter_context(self.open(number))
-        except DamageError as error:
-            return _Unreadable(error)
-
     def _flag(self) -> Bytes:
         return np.array([self._fault is not None], np.uint8)
 
@@ -145,16 +139,29 @@ def unpacked(needs: bytes, count: int) -> Leaves:
     return np.unpackbits(np.frombuffer(zlib.decompress(needs), np.uint8), count=count).astype(bool)
 
 
-class _Unreadable:
-    def __init__(self, error: DamageError) -> None:
-        self._error = error
+class _OpenedToRead:
+    """A file that is opened when something is read of it: of the ranks that need parts, few are dealt some to read."""
+
+    def __init__(
+        self, opens: Callable[[], contextlib.AbstractContextManager[RangeReader]], stack: contextlib.ExitStack
+    ) -> None:
+        """stack: closes it."""
+        self._opens = opens
+        self._stack = stack
+        self._opened: RangeReader | None = None
 
     def expect(self, offset: int, length: int) -> None:
-        """See RangeReader: it will not come."""
+        """See RangeReader."""
+        self._reader().expect(offset, length)
 
     def fill(self, target: memoryview, offset: int) -> None:
         """See RangeReader."""
-        raise self._error
+        self._reader().fill(target, offset)
+
+    def _reader(self) -> RangeReader:
+        if self._opened is None:
+            self._opened = self._stack.enter_context(self._opens())
+        return self._opened
 
 
 def deal(wanted: Leaves) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -32,3 +32,7 @@ class ConfigError(ValueError):
         self.problems = list(problems)
         head = f"{counted(len(self.problems), 'problem')} in the config:"
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Problem]]]:
+        """Pickle the problems: a rank may pass them on to others."""
+        return type(self), (self.problems,)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.compose import quoted
+from ..config.per_host import share_on_host
 from ..config.problems import ConfigError, Problem
 from ..trainer.launching import run_processes, under_torchrun
 from .switches import BAD_CONFIG, read_switches, refuse
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         arguments = read_arguments(words)
-        resolved = resolve_evaluation(arguments)
+        resolved = share_on_host("resolved", lambda: resolve_evaluation(arguments))
         resolved.refuse()
     except ConfigError as error:
         return refuse(error)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import traceback
 from collections import Counter
-from pathlib import Path
 from types import TracebackType
 
 from xxhash import xxh3_64_hexdigest
+
+from ..config.per_host import attempt_folder
 
 OWN = __name__.partition(".")[0]
 """The package whose hooks keep their whole traceback: theirs is a fault of Meshloom's."""
@@ -18,13 +18,12 @@ OWN = __name__.partition(".")[0]
 def is_first(text: str, repeat: int = 0) -> bool:
     """Return whether no other rank of this node has said this text; its n-th repetition by one rank is another text.
 
-    torchrun gives every rank a file for errors, those of a node in one folder for each attempt. The first rank to speak makes a
-    file there. Without torchrun there is one rank.
+    The first rank to speak makes a file in the folder that they share. Without torchrun there is one rank.
     """
-    given = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not given:
+    folder = attempt_folder()
+    if folder is None:
         return True
-    said = Path(given).parents[1] / f"said-{xxh3_64_hexdigest(text.encode())}-{repeat}"
+    said = folder / f"said-{xxh3_64_hexdigest(text.encode())}-{repeat}"
     try:
         said.touch(exist_ok=False)
     except FileExistsError:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config.per_host import share_on_host
 from ..config.problems import ConfigError
 from .once import OncePerNode, hook_failure, is_first
 from .switches import BAD_CONFIG, read_switches, refuse
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         switches, _ = read_switches(sys.argv[1:] if argv is None else argv)
         options = ResolveOptions(lambda config: run_processes(config.launch), more=machine_problems, machine=machine_here)
-        resolved = resolve(switches.overrides, options, switches.config_dir)
+        resolved = share_on_host("resolved", lambda: resolve(switches.overrides, options, switches.config_dir))
         resolved.refuse()
     except ConfigError as error:
         return refuse(error)

@@ -13,6 +13,7 @@ import torch
 
 from ..checkpoint.restore import read_state
 from ..config.lazy import numpy as np
+from ..config.per_host import share_on_host
 from ..config.problems import ConfigError, Problem
 from ..data.batch import IGNORED
 from ..data.node import DataNode
@@ -131,7 +132,7 @@ def evaluate(resolved: ResolvedRun, *, whole: bool = False) -> EvaluationResult:
     config, checkpoint = resolved.config, resolved.checkpoint
     assert checkpoint is not None, "the command names one"
     data = prepared_data(config.data, config.seed, config.model.vocabulary)
-    state = read_state(checkpoint)
+    state = share_on_host("checkpoint", lambda: read_state(checkpoint))
     refuse_another_tokenizer(state, data, checkpoint)
     trained_on = state.get("data_fingerprint")
     same_data = None if trained_on is None else trained_on == data.fingerprint

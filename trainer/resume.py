@@ -17,7 +17,7 @@ from ..data.version import rules_version
 from ..parallel.engine import Engine
 from ..parallel.fragment import Fragment
 from ..parallel.mesh import Mesh
-from .all_ranks import raise_on_all_ranks
+from .all_ranks import from_main
 from .build import Run, build_control
 from .checkpoint_fit import optimizer_change
 from .derived import checkpoint_folder
@@ -39,7 +39,7 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
     the rest is logged; another optimizer begins its state anew.
     """
     loop, folder = run.loop, checkpoint_folder(config)
-    stated = read_state(checkpoint)
+    stated = from_main(loop.mesh, lambda: read_state(checkpoint))
     refuse_another_tokenizer(stated, run.data, checkpoint)
     if is_import(stated):
         report = restore_weights(loop.engine, loop.mesh, checkpoint, run.place)
@@ -68,7 +68,7 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
     if not (begins and run.place is not None and run.place.begins("batch")):
         loop.controller.load_state_dict({"target": loop.progress.batch, **state["controller"]})
     _restore_guard(run, state, begins=begins)
-    own = is_inside(checkpoint, folder) and is_own(report.run, folder)
+    own = is_inside(checkpoint, folder) and from_main(loop.mesh, lambda: is_own(report.run, folder))
     hooks = hooks_by_name(loop.hooks)
     if own and run.saving is not None:
         run.saving.keep_states({name: saved for name, saved in state["hooks"].items() if name not in hooks})
@@ -82,8 +82,8 @@ def restore_journal(loop: Loop, checkpoint: Path | str, state: dict[str, Any] | 
     """Take over the rewinds of the journal beside a checkpoint and of its state: their samples stay left out."""
     assert loop.guard is not None
     rewinds = list((state or {}).get("rewinds", []))
-    found = raise_on_all_ranks(loop.mesh, lambda: read_journal(checkpoint) if loop.mesh.is_main else [])
-    loop.guard.journal.add(loop.mesh.from_main([*rewinds, *found]))
+    found = from_main(loop.mesh, lambda: read_journal(checkpoint))
+    loop.guard.journal.add([*rewinds, *found])
 
 
 def _restore_guard(run: Run, state: dict[str, Any], *, begins: bool) -> None:

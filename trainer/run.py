@@ -11,6 +11,7 @@ from pathlib import Path
 from ..checkpoint.errors import HeldError
 from ..checkpoint.lock import FolderLock
 from ..config.cache import cache_folder
+from ..config.per_host import after_first_on_host
 from ..config.problems import ConfigError, Problem
 from ..data.assignment import Assigner
 from ..data.build import build_node
@@ -24,7 +25,7 @@ from ..parallel.engines import start_compiling
 from ..parallel.heartbeat import Phase
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, pick_device
-from .all_ranks import PeerFailed, on_main, raise_on_all_ranks
+from .all_ranks import PeerFailed, from_main, on_main, raise_on_all_ranks
 from .blanks import blank_notice
 from .build import Run, build_model, build_run, engine_settings
 from .derived import checkpoint_folder
@@ -139,7 +140,7 @@ def prepared_data(config: DataConfig, seed: int, vocabulary: int | None) -> Data
         raise ConfigError(problems)
     data = build_node(config, seed, vocabulary)
     try:
-        data.prepare()
+        after_first_on_host("data", data.prepare)
     except ConfigError:
         raise
     except ValueError as error:
@@ -202,9 +203,7 @@ def _train(
 def _rewound(run: ResolvedRun, needed: RewindNeeded, mesh: Mesh) -> ResolvedRun:
     """Return the run that goes on from an earlier checkpoint, once the journal says so."""
     release_memory(mesh)
-    back, journal = raise_on_all_ranks(mesh, lambda: go_back(run, needed))
-    if mesh.differ(f"{back.checkpoint} {journal.as_json()}"):
-        raise RuntimeError("processes see different checkpoints to go back to: is the folder shared?")
+    back, journal = from_main(mesh, lambda: go_back(run, needed))
     on_main(mesh, lambda: journal.write(checkpoint_folder(run.config)))
     if mesh.is_main:
         log.warning("%s. The run goes back to step %d", needed.reason, journal.rewinds[-1].to)
@@ -213,9 +212,7 @@ def _rewound(run: ResolvedRun, needed: RewindNeeded, mesh: Mesh) -> ResolvedRun:
 
 def _next_stage(planned: ResolvedRun, mesh: Mesh) -> ResolvedRun | None:
     """Return the run of the next stage, which all ranks begin from one checkpoint; None if it has its tokens already."""
-    run = raise_on_all_ranks(mesh, lambda: begin_stage(planned))
-    if mesh.differ(repr(run.place)):
-        raise RuntimeError("processes see different newest checkpoints at the border of a stage: is the folder shared?")
+    run = from_main(mesh, lambda: begin_stage(planned))
     assert run.place is not None
     if not run.place.is_over:
         return run

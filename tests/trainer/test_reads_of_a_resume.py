@@ -1,0 +1,50 @@
+"""What the ranks of a host ask of a shared file system when a run goes on: counted, as Python's audit events tell."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from meshloom.launch import rank as launched
+from support.ranks import run_ranks
+from support.tiny_run import ANY_DATA, body
+
+RANKS = 4
+CORPUS = ["data=text", "data.tokenizer=bpe", "data.vocabulary=300", "data.validation=0.2", "data.packing=bestfit"]
+
+
+def resume(rank: int, world_size: int, folder: str, words: list[str]) -> dict[str, int]:
+    """Run a command line as torchrun starts it. Returns file or folder → how often this rank has opened or listed it."""
+    attempt = Path(folder) / "attempt_0"
+    (attempt / str(rank)).mkdir(parents=True, exist_ok=True)
+    os.environ["TORCHELASTIC_ERROR_FILE"] = str(attempt / str(rank) / "error.json")
+    asked: Counter[str] = Counter()
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        path = str(arguments[0]) if arguments else ""
+        if event in ("open", "os.scandir", "os.listdir") and folder in path and str(attempt) not in path:
+            asked[path.removeprefix(f"{folder}/")] += 1
+
+    sys.addaudithook(note)
+    assert launched.main(words) == 0
+    return dict(asked)
+
+
+def test_one_rank_of_a_host_asks_for_what_all_need(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("\n\n".join(" ".join(random.Random(n).choices("abcdefgh", k=60)) for n in range(40)))
+    inputs = [f"data.input={tmp_path}/corpus.txt", f"data.cache_dir={tmp_path}/cache", "data.seq_len=16", *CORPUS]
+    words = [*inputs, f"output_dir={tmp_path}/run", "checkpoint.every=1", "parallel.zero=1", "trainer.steps=2"]
+    assert run_ranks(2, body, words) == [0, 0]
+    asked = run_ranks(RANKS, resume, str(tmp_path), [*ANY_DATA, *words, "resume=auto", "trainer.steps=3"])
+    assert (tmp_path / "run/checkpoints/step-00000003").exists()
+    assert asked[0]["run/checkpoints"] and asked[0]["run/checkpoints/step-00000002/manifest.json"]
+    for found in asked[1:]:  # of a checkpoint only what holds arrays
+        saved = {Path(path).name for path in found if path.startswith("run/checkpoints") and ".tmp-" not in path}
+        assert saved <= {f"rank-0000{saver}.{kind}" for saver in (0, 1) for kind in ("safetensors", "leaves")}
+        assert not any(path.endswith(".lock") for path in found)  # what the first rank has built is there
+    headers = sum(found.get("run/checkpoints/step-00000002/rank-00000.safetensors", 0) for found in asked)
+    assert headers <= 1 + RANKS  # its header once; then the weights, of which each rank reads some
