@@ -25,14 +25,14 @@ from scale_state import MODELS, ROLES, Tensor, box_of, declarations, describe, l
 from torch._C._distributed_c10d import HashStore
 
 from meshloom.checkpoint.control import Control, children_of
-from meshloom.checkpoint.description import Description, join
 from meshloom.checkpoint.digest import text_digest
-from meshloom.checkpoint.file_report import FileReport, join_reports
 from meshloom.checkpoint.files import LocalFiles
-from meshloom.checkpoint.index import FileIndex, Locator
 from meshloom.checkpoint.manifest import Manifest, encode_arrays, prove_manifest
-from meshloom.checkpoint.plan import FileLayout, SavePlan, lay_out
-from meshloom.checkpoint.planner import FREE, Planner
+from meshloom.checkpoint.planning.description import Description, join
+from meshloom.checkpoint.planning.plan import FileLayout, SavePlan, lay_out
+from meshloom.checkpoint.planning.planner import FREE, Planner
+from meshloom.checkpoint.reading.index import FileIndex, Locator
+from meshloom.checkpoint.saving.file_report import FileReport, join_reports
 from meshloom.parallel.fragment import Fragment
 from meshloom.parallel.layout import Layout
 

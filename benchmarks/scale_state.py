@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meshloom.checkpoint.description import Declaration, Description, Entry, Holdings, encode_entries
+from meshloom.checkpoint.planning.description import Declaration, Description, Entry, Holdings, encode_entries
 from meshloom.parallel.box import Box
 from meshloom.parallel.layout import Layout
 

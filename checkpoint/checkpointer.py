@@ -14,20 +14,20 @@ import torch
 
 from ..config.problems import ConfigError, Problem
 from ..parallel.fragment import Fragment
-from .commit import LocalTarget, open_target
 from .config import CheckpointConfig
 from .control import Control, Round
-from .device import Device
 from .errors import CheckpointError
 from .identity import RunIdentity
 from .manifest import state_fault
 from .memory.tier import MemoryTier, Predecessors
-from .planner import FREE, Planner
+from .planning.planner import FREE, Planner
 from .report import SaveReport
-from .save import EarlierSaves, Save
-from .save_context import SaveContext
-from .snapshot import Snapshot
-from .staging import StagingPool
+from .saving.commit import LocalTarget, open_target
+from .saving.device import Device
+from .saving.save import EarlierSaves, Save
+from .saving.save_context import SaveContext
+from .saving.snapshot import Snapshot
+from .saving.staging import StagingPool
 from .writing.writer import Writer
 
 log = logging.getLogger(__name__)

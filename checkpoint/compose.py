@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from ..parallel.box import Box
-from .commit import new_token, open_target
-from .description import Declaration, Description
 from .digest import LEAF_BYTES, leaf_digests, seal
 from .dtypes import bytes_of, in_panels, name_of
 from .errors import CheckpointError
 from .files import is_remote, open_files
 from .folder import list_steps, step_name
 from .manifest import Manifest, StoredFile, data_file_names, state_fault
-from .plan import SavePlan, lay_out
+from .planning.description import Declaration, Description
+from .planning.plan import SavePlan, lay_out
+from .saving.commit import new_token, open_target
 from .writing.disk import sync_folder, write_small
 
 

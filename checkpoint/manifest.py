@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.names import name_fault
 from ..parallel.box import Box
-from .coverage import tiling_fault
 from .digest import BLOCK_BYTES, DIGEST_BYTES, HASH_NAME, LEAF_BYTES, text_digest
 from .errors import CheckpointError, DamageError
 from .identity import UNNAMED, RunIdentity
+from .planning.coverage import tiling_fault
 
 if TYPE_CHECKING:
-    from .tiling import Tiling
+    from .planning.tiling import Tiling
 
 FORMAT = "meshloom-checkpoint"
 VERSION = 4
@@ -243,7 +243,7 @@ def _files_from_json(content: dict[str, Any]) -> list[StoredFile]:
 def _tilings_from_json(content: dict[str, Any] | None, where: str) -> list[Tiling]:
     if not content:
         return []
-    from .tiling import decode_tilings  # only where it is used: NumPy takes a tenth of a second
+    from .planning.tiling import decode_tilings  # only where it is used: NumPy takes a tenth of a second
 
     try:
         return decode_tilings(content)
@@ -290,7 +290,7 @@ def prove_coverage(arrays: dict[str, StoredArray], file_bytes: Sequence[int], wh
 
 def encode_arrays(arrays: dict[str, StoredArray], tilings: list[Tiling]) -> str:
     """The lines of the manifest about the arrays, and how they are cut."""
-    from .tiling import encode_tilings
+    from .planning.tiling import encode_tilings
 
     lines = ",\n".join(f"{json.dumps(key)}: {_compact(_array_to_json(array))}" for key, array in sorted(arrays.items()))
     return f'"tilings": {_compact(encode_tilings(tilings))},\n"arrays": {{\n{lines}\n}},'

@@ -26,8 +26,8 @@ from .folder import StepListing, list_steps, load_manifest, open_manifest, open_
 from .identity import RunIdentity
 from .manifest import MANIFEST, Manifest, StoredArray
 from .memory.tier import Recovery, find_recovery, manifest_of, open_recovery
-from .reader import Raw, Reader
-from .shared_reader import SharedReader
+from .reading.reader import Raw, Reader
+from .reading.shared_reader import SharedReader
 
 T = TypeVar("T")
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..parallel.box import Box
-from .commit import open_target
 from .digest import block_digests, leaf_digests, text_digest
 from .errors import CheckpointError, DamageError
 from .files import Files, open_files
 from .folder import length_faults, load_manifest, open_manifest, step_folders, steps_newest_first
-from .index import FileIndex, entry_name
 from .manifest import MANIFEST, Manifest, entry_shape
-from .reader import Reader
+from .reading.index import FileIndex, entry_name
+from .reading.reader import Reader
+from .saving.commit import open_target
 from .takeover import SAVES
 
 

@@ -159,8 +159,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from ..checkpoint.compare import diff
     from ..checkpoint.folder import step_folders
+    from ..checkpoint.reading.compare import diff
 
     count = 0
     for found in diff(step_folders(arguments.one)[0], step_folders(arguments.other)[0]):

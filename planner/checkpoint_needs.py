@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..checkpoint.config import CheckpointConfig
-from ..checkpoint.staging_size import rounded
+from ..checkpoint.saving.staging_size import rounded
 from ..parallel.layout import Layout
 from .tables import gib
 

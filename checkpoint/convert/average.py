@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from ...parallel.box import Box
-from ..compare import parts
 from ..compose import Source, compose
 from ..dtypes import TORCH_DTYPES, as_tensor
 from ..errors import CheckpointError
 from ..files import Files
 from ..folder import open_step
 from ..manifest import Manifest
-from ..reader import Reader
+from ..reading.compare import parts
+from ..reading.reader import Reader
 from .inherited import inherit_tokenizer
 
 GROUPS = ("model", "data")

@@ -27,7 +27,7 @@ from ..errors import CheckpointError
 from ..files import Files
 from ..folder import open_step
 from ..manifest import Manifest
-from ..reader import Reader
+from ..reading.reader import Reader
 from .whole import write_whole
 
 VERSION = "0.19.8"  # of DeepSpeed, whose format this is

@@ -19,14 +19,14 @@ from ...models.init import Normal, fill
 from ...models.mixture.config import ExpertsConfig
 from ...models.protocol import Model
 from ...parallel.box import Box
-from ..compare import parts, read_array
 from ..compose import Source, compose
 from ..dtypes import TORCH_DTYPES, as_tensor
 from ..errors import CheckpointError
 from ..files import Files
 from ..folder import open_step
 from ..manifest import Manifest, StoredArray
-from ..reader import Reader
+from ..reading.compare import parts, read_array
+from ..reading.reader import Reader
 from .inherited import inherit_tokenizer
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..folder import KEEPERS
-from ..staging import StagingBuffer
+from ..saving.staging import StagingBuffer
 from ..writing.handover import Giver
 from .wire import Address, Connection, receive_line, send
 

@@ -26,9 +26,9 @@ from ..control import Round
 from ..digest import BLOCK_BYTES, DIGEST_BYTES, LEAF_BYTES
 from ..errors import CheckpointError, DamageError
 from ..files import Files, RangeReader
-from ..gathering import ChangeGathering
 from ..manifest import MANIFEST, Manifest, data_file_names
-from ..staging import StagingBuffer, StagingPool
+from ..planning.gathering import ChangeGathering
+from ..saving.staging import StagingBuffer, StagingPool
 from .keeper import Keeper, dismiss, registered
 from .parity import block_bytes, make_groups, span_of
 from .wire import Address, Connection

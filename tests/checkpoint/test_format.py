@@ -25,11 +25,11 @@ from meshloom.checkpoint import digest
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
-from meshloom.checkpoint.coverage import tiling_fault
 from meshloom.checkpoint.digest import block_digests, leaf_digests
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.manifest import Manifest
+from meshloom.checkpoint.planning.coverage import tiling_fault
 from meshloom.checkpoint.restore import restore
 from meshloom.checkpoint.tools import verify
 from meshloom.parallel.box import Box

@@ -15,7 +15,7 @@ from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.memory.wire import receive_line
-from meshloom.checkpoint.save import Save
+from meshloom.checkpoint.saving.save import Save
 from support.checkpoint_runs import open_run, restored_step
 from support.checkpoint_worlds import fragments, make_arrays, together
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from meshloom.checkpoint.checkpointer import Checkpointer
-from meshloom.checkpoint.compare import read_array
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
-from meshloom.checkpoint.staging import StagingBuffer, StagingPool
+from meshloom.checkpoint.reading.compare import read_array
+from meshloom.checkpoint.saving.staging import StagingBuffer, StagingPool
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshloom.checkpoint.checkpointer import Checkpointer
-from meshloom.checkpoint.compare import read_array
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
+from meshloom.checkpoint.reading.compare import read_array
 from meshloom.checkpoint.restore import restore
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment

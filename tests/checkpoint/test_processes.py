@@ -13,7 +13,7 @@ import torch
 
 from meshloom.checkpoint import faults
 from meshloom.checkpoint.errors import CheckpointError
-from meshloom.checkpoint.staging import StagingBuffer, StagingPool
+from meshloom.checkpoint.saving.staging import StagingBuffer, StagingPool
 from meshloom.checkpoint.writing.writer import Writer
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment

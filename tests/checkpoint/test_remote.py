@@ -15,13 +15,13 @@ import pytest
 
 from meshloom.checkpoint import faults
 from meshloom.checkpoint.checkpointer import Checkpointer
-from meshloom.checkpoint.commit import RemoteTarget
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import DamageError
 from meshloom.checkpoint.files import RemoteFiles
 from meshloom.checkpoint.folder import find_latest
 from meshloom.checkpoint.restore import read_state, restore
+from meshloom.checkpoint.saving.commit import RemoteTarget
 from meshloom.config.problems import ConfigError
 from meshloom.launch.checkpoint import main
 from support.checkpoint_worlds import fragments, holds, make_arrays, together

@@ -11,13 +11,13 @@ import safetensors
 import torch
 import torch.distributed as dist
 
-from meshloom.checkpoint import shared_reader
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import find_latest, load_manifest
+from meshloom.checkpoint.reading import shared_reader
 from meshloom.checkpoint.restore import read_state, restore
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from meshloom.checkpoint.folder import load_manifest, open_files
-from meshloom.checkpoint.staging_size import rounded
+from meshloom.checkpoint.saving.staging_size import rounded
 from meshloom.launch.cli import main
 from meshloom.launch.planning import make_plan
 from meshloom.launch.shortages import shortages

@@ -11,7 +11,7 @@ from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import open_step
 from meshloom.checkpoint.manifest import StoredBox
-from meshloom.checkpoint.reader import Reader
+from meshloom.checkpoint.reading.reader import Reader
 from meshloom.checkpoint.restore import restore
 from support.checkpoint_worlds import fragments, holds, make_arrays
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from torch.distributed import FileStore
 
-from meshloom.checkpoint import commit, faults
+from meshloom.checkpoint import faults
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
@@ -30,6 +30,7 @@ from meshloom.checkpoint.errors import CheckpointError, DamageError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import step_of
 from meshloom.checkpoint.restore import restore
+from meshloom.checkpoint.saving import commit
 from meshloom.checkpoint.tools import verify
 from support.checkpoint_worlds import Arrays, fragments, holds, make_arrays
 

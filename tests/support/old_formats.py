@@ -10,7 +10,7 @@ import xxhash
 
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
-from meshloom.checkpoint.reader import Reader
+from meshloom.checkpoint.reading.reader import Reader
 
 
 def rewrite_as(step: Path, version: int, state: dict[str, Any] | None = None, **of_files: Any) -> None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from meshloom.checkpoint.checkpointer import Checkpointer
-from meshloom.checkpoint.compare import read_array
 from meshloom.checkpoint.compose import Source, compose
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import open_step
+from meshloom.checkpoint.reading.compare import read_array
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import Engine
 from meshloom.trainer.run import run

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from meshloom.checkpoint.compare import diff, read_array
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import open_step
+from meshloom.checkpoint.reading.compare import diff, read_array
 from meshloom.checkpoint.restore import restore
 from meshloom.data.tokenizer import Tokenizer
 from meshloom.launch.checkpoint import main

@@ -17,13 +17,13 @@ import torch
 from ....models.config import DecoderConfig, decoder_config
 from ....models.families import FAMILIES, Family, family_of
 from ....parallel.box import Box
-from ...compare import parts
 from ...dtypes import TORCH_DTYPES, as_tensor, bytes_of
 from ...errors import CheckpointError
 from ...files import Files
 from ...folder import open_step
 from ...manifest import ITEM_BYTES, Manifest, StoredArray
-from ...reader import Reader
+from ...reading.compare import parts
+from ...reading.reader import Reader
 from ..companions import TOKENIZER
 from ..whole import write_whole
 from .folder import known_families

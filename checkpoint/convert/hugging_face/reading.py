@@ -10,13 +10,13 @@ import torch
 from torch.distributed import ProcessGroup
 
 from ....parallel.box import Box
-from ...compare import parts as cut
 from ...dtypes import TORCH_DTYPES, as_tensor, same_bits
 from ...errors import CheckpointError
 from ...manifest import StoredArray
-from ...raw import RAW
-from ...reader import Raw, ReadBytes, Reader
-from ...shared_reader import SharedReader
+from ...reading.compare import parts as cut
+from ...reading.raw import RAW
+from ...reading.reader import Raw, ReadBytes, Reader
+from ...reading.shared_reader import SharedReader
 from .encodings import PlainTensor, Tensor
 from .folder import HEAD, HuggingFaceFolder
 from .layout import PlacedPart

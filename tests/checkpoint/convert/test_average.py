@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from meshloom.checkpoint.compare import read_array
 from meshloom.checkpoint.compose import Source, compose
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
+from meshloom.checkpoint.reading.compare import read_array
 from meshloom.data.tokenizer import Tokenizer
 from meshloom.launch.checkpoint import main
 from meshloom.launch.generate import main as generate

@@ -20,13 +20,13 @@ import deepspeed.runtime.zero.stage3
 import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
 
 from meshloom.checkpoint.checkpointer import Checkpointer
-from meshloom.checkpoint.compare import diff
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.convert.deepspeed_export import export_ranks
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
+from meshloom.checkpoint.reading.compare import diff
 from meshloom.launch.checkpoint import main
 from meshloom.models.decoder import Decoder
 from meshloom.parallel.box import Box

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from meshloom.checkpoint.compare import read_array
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
+from meshloom.checkpoint.reading.compare import read_array
 from meshloom.launch.checkpoint import main
 from support.ranks import run_ranks
 

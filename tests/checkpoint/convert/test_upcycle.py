@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from meshloom.checkpoint.compare import read_array
 from meshloom.checkpoint.compose import Source, compose
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
+from meshloom.checkpoint.reading.compare import read_array
 from meshloom.launch.checkpoint import main
 from meshloom.models.config import DecoderConfig, decoder_config
 from meshloom.models.decoder import Decoder

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from meshloom.checkpoint.commit import steps_to_prune
 from meshloom.checkpoint.files import LocalFiles
+from meshloom.checkpoint.saving.commit import steps_to_prune
 from meshloom.data.batch import IGNORED, Sample
 from meshloom.data.left_out import LeftOut
 from meshloom.models.mixture.balance_config import BalanceConfig

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from meshloom.checkpoint.compare import read_array
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
+from meshloom.checkpoint.reading.compare import read_array
 from meshloom.kernels.documents import Documents
 from meshloom.launch.checkpoint import main
 from meshloom.models.config import decoder_config

@@ -10,13 +10,13 @@ import safetensors.torch
 import torch
 
 from meshloom.checkpoint.checkpointer import Checkpointer
-from meshloom.checkpoint.compare import read_array
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.convert.hugging_face.folder import open_folder
 from meshloom.checkpoint.convert.hugging_face.reading import fill
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
+from meshloom.checkpoint.reading.compare import read_array
 from meshloom.launch.checkpoint import main
 from meshloom.models.config import DecoderConfig
 from meshloom.models.families import FAMILIES, StoredPart, StoredWeights

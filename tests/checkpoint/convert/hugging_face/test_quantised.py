@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from meshloom.checkpoint.compare import read_array
 from meshloom.checkpoint.convert.hugging_face.folder import open_folder
 from meshloom.checkpoint.convert.hugging_face.reading import read_box
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
+from meshloom.checkpoint.reading.compare import read_array
 from meshloom.checkpoint.restore import restore
 from meshloom.launch.checkpoint import main
 from meshloom.parallel.box import Box

@@ -15,9 +15,9 @@ from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import DamageError
 from meshloom.checkpoint.files import LocalFiles, open_files
 from meshloom.checkpoint.folder import load_manifest, open_step
-from meshloom.checkpoint.index import FileIndex
 from meshloom.checkpoint.manifest import Manifest
-from meshloom.checkpoint.reader import Reader
+from meshloom.checkpoint.reading.index import FileIndex
+from meshloom.checkpoint.reading.reader import Reader
 from meshloom.checkpoint.restore import restore
 from meshloom.parallel.box import Box
 from support.checkpoint_worlds import fragments, make_arrays, together

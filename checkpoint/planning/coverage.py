@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from ..parallel.box import Box
+from ...parallel.box import Box
 
 
 def tiling_fault(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:

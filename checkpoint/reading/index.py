@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ..parallel.box import Box
-from .columns import Integers
-from .errors import DamageError
-from .manifest import ITEM_BYTES, Manifest, StoredArray, StoredBox
+from ...parallel.box import Box
+from ..errors import DamageError
+from ..manifest import ITEM_BYTES, Manifest, StoredArray, StoredBox
+from ..planning.columns import Integers
 
 
 @dataclass(frozen=True)

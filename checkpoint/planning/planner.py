@@ -6,12 +6,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from ..parallel.fragment import Fragment
-from .control import Round
+from ...parallel.fragment import Fragment
+from ..control import Round
+from ..digest import text_digest
+from ..manifest import StoredArray, encode_arrays
 from .description import Declaration, Description, declare, join
-from .digest import text_digest
 from .gathering import ChangeGathering, Note
-from .manifest import StoredArray, encode_arrays
 from .plan import EMPTY, SavePlan, lay_out
 from .tiling import Tiling
 

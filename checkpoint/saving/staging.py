@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from .dtypes import TORCH_DTYPES
-from .errors import CheckpointError
-from .plan import FileLayout
+from ..dtypes import TORCH_DTYPES
+from ..errors import CheckpointError
+from ..planning.plan import FileLayout
+from ..writing.watermark import Watermark
 from .staging_size import HUGE_PAGE, rounded
-from .writing.watermark import Watermark
 
 log = logging.getLogger(__name__)
 

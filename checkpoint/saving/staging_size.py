@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .writing.watermark import TRAILER
+from ..writing.watermark import TRAILER
 
 HUGE_PAGE = 2 * 1024 * 1024
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..parallel.fragment import Fragment
+from ...parallel.fragment import Fragment
+from ..dtypes import in_panels, same_bits
+from ..errors import CheckpointError
+from ..faults import reach
+from ..planning.plan import Copy, FileLayout
 from .device import Device, set_aside
-from .dtypes import in_panels, same_bits
-from .errors import CheckpointError
-from .faults import reach
-from .plan import Copy, FileLayout
 from .staging import StagingBuffer
 
 # Copied by one call, after which the writer may have it.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..parallel.box import Box
+from ...parallel.box import Box
 from .columns import Integers, pack, unpack
 from .coverage import describe, overlaps, tiling_fault
 

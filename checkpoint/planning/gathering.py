@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .control import Round
-from .digest import text_digest
-from .errors import CheckpointError
+from ..control import Round
+from ..digest import text_digest
+from ..errors import CheckpointError
 
 Note = dict[str, Any]
 Merge = Callable[[Sequence[bytes]], bytes]

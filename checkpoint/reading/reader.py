@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ..parallel.box import Box
-from .digest import DIGEST_BYTES, text_digest
-from .errors import CheckpointError, DamageError
-from .files import Files, RangeReader
+from ...parallel.box import Box
+from ..digest import DIGEST_BYTES, text_digest
+from ..errors import CheckpointError, DamageError
+from ..files import Files, RangeReader
+from ..manifest import MANIFEST, Manifest, StoredArray, StoredBox, StoredFile
 from .index import FileIndex, Locator
-from .manifest import MANIFEST, Manifest, StoredArray, StoredBox, StoredFile
 from .raw import RAW
 
 # Most bytes of a file between the first and the last that are read at once; one item's share of it is at most half.

@@ -6,8 +6,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .manifest import StoredFile, data_file_names
-from .plan import FileLayout
+from ..manifest import StoredFile, data_file_names
+from ..planning.plan import FileLayout
 
 _ROW = struct.Struct("<IQI16s")
 _ROWS, _FAILED = b"=", b"!"  # the first byte of a message: rows follow, or what went wrong

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..parallel.box import Box
-from .errors import DamageError
-from .files import Files, RangeReader
-from .manifest import Manifest, StoredArray
+from ...parallel.box import Box
+from ..errors import DamageError
+from ..files import Files, RangeReader
+from ..manifest import Manifest, StoredArray
 from .reader import BATCH_BYTES, Raw, Reader, ReadItem, needed_leaves
 
 WINDOW_BYTES = 4 * BATCH_BYTES

@@ -6,7 +6,7 @@ import torch
 from torch.distributed import HashStore
 
 from meshloom.checkpoint.control import Control, Round
-from meshloom.checkpoint.planner import FREE, NO_MEMORY, Planner
+from meshloom.checkpoint.planning.planner import FREE, NO_MEMORY, Planner
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshloom.checkpoint.columns import pack, unpack
-from meshloom.checkpoint.description import Declaration, Description, join
 from meshloom.checkpoint.errors import CheckpointError
-from meshloom.checkpoint.plan import SavePlan
-from meshloom.checkpoint.tiling import Tiling, decode_tilings, encode_tilings
+from meshloom.checkpoint.planning.columns import pack, unpack
+from meshloom.checkpoint.planning.description import Declaration, Description, join
+from meshloom.checkpoint.planning.plan import SavePlan
+from meshloom.checkpoint.planning.tiling import Tiling, decode_tilings, encode_tilings
 from meshloom.parallel.box import Box
 from support.checkpoint_worlds import fragments, make_arrays, shares
 

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from ..parallel.box import Box
-from ..parallel.fragment import Fragment
+from ...parallel.box import Box
+from ...parallel.fragment import Fragment
+from ..dtypes import name_of
+from ..errors import CheckpointError
+from ..manifest import ITEM_BYTES
 from .columns import Integers, pack, unpack
-from .dtypes import name_of
-from .errors import CheckpointError
-from .manifest import ITEM_BYTES
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..parallel.box import Box
-from .coverage import describe
-from .dtypes import as_tensor, same_bits
-from .files import Files
-from .folder import open_step
-from .manifest import Manifest, StoredArray
+from ...parallel.box import Box
+from ..dtypes import as_tensor, same_bits
+from ..files import Files
+from ..folder import open_step
+from ..manifest import Manifest, StoredArray
+from ..planning.coverage import describe
+from ..planning.tiling import cut_part
 from .reader import Reader
-from .tiling import cut_part
 
 PART_BYTES = 64 * 2**20
 """Host memory for one part of an array that is read, compared or exported."""

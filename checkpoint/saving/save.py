@@ -17,22 +17,22 @@ from typing import Any
 
 import torch
 
-from ..parallel.fragment import Fragment
+from ...parallel.fragment import Fragment
+from ..control import Round
+from ..errors import CheckpointError
+from ..faults import reach
+from ..identity import RunIdentity
+from ..manifest import Manifest, StoredArray, data_file_names
+from ..planning.plan import EMPTY, FileLayout
+from ..planning.planner import DISK_BUSY, FREE, NO_MEMORY
+from ..planning.tiling import Tiling
+from ..report import SaveReport
+from ..writing.writer import Request
 from .commit import NO_ROOM, new_token
-from .control import Round
-from .errors import CheckpointError
-from .faults import reach
 from .file_report import FileReport, failure, failure_in, join_reports
-from .identity import RunIdentity
-from .manifest import Manifest, StoredArray, data_file_names
-from .plan import EMPTY, FileLayout
-from .planner import DISK_BUSY, FREE, NO_MEMORY
-from .report import SaveReport
 from .save_context import SaveContext
 from .snapshot import Snapshot
 from .staging import StagingBuffer
-from .tiling import Tiling
-from .writing.writer import Request
 
 log = logging.getLogger(__name__)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
+from ..config import CheckpointConfig
+from ..memory.tier import MemoryTier, Predecessors
+from ..planning.planner import Planner
+from ..writing.writer import Writer
 from .commit import Target
-from .config import CheckpointConfig
 from .device import Device
-from .memory.tier import MemoryTier, Predecessors
-from .planner import Planner
 from .staging import StagingPool
-from .writing.writer import Writer
 
 
 @dataclass

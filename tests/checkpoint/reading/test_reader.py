@@ -14,16 +14,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from meshloom.checkpoint import shared_reader
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError, DamageError
 from meshloom.checkpoint.files import LocalFiles
 from meshloom.checkpoint.folder import open_step
-from meshloom.checkpoint.reader import Reader
+from meshloom.checkpoint.reading import shared_reader
+from meshloom.checkpoint.reading.reader import Reader
+from meshloom.checkpoint.reading.shared_reader import SharedReader, unpacked
 from meshloom.checkpoint.restore import restore
-from meshloom.checkpoint.shared_reader import SharedReader, unpacked
 from meshloom.launch.checkpoint import main
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment

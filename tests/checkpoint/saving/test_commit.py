@@ -22,7 +22,7 @@ from meshloom.checkpoint.errors import CheckpointError, DamageError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import find_latest, read_newest, steps_newest_first
 from meshloom.checkpoint.restore import read_manifest, restore
-from meshloom.checkpoint.save import Save
+from meshloom.checkpoint.saving.save import Save
 from meshloom.config.problems import ConfigError
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from meshloom.checkpoint import snapshot as snapshot_module
-from meshloom.checkpoint.description import Description, declare
-from meshloom.checkpoint.device import ALIGNMENT, SPARE_UNIT, Device, set_aside
-from meshloom.checkpoint.plan import FileLayout, SavePlan, lay_out
-from meshloom.checkpoint.snapshot import Snapshot
-from meshloom.checkpoint.staging import StagingBuffer
+from meshloom.checkpoint.planning.description import Description, declare
+from meshloom.checkpoint.planning.plan import FileLayout, SavePlan, lay_out
+from meshloom.checkpoint.saving.device import ALIGNMENT, SPARE_UNIT, Device, set_aside
+from meshloom.checkpoint.saving.snapshot import Snapshot
+from meshloom.checkpoint.saving.staging import StagingBuffer
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment
 

@@ -10,11 +10,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..parallel.box import Box
+from ...parallel.box import Box
+from ..digest import LEAF_BYTES
+from ..errors import CheckpointError
+from ..manifest import FORMAT, ITEM_BYTES, VERSION, StoredArray, entry_shape
 from .description import Declaration, Description
-from .digest import LEAF_BYTES
-from .errors import CheckpointError
-from .manifest import FORMAT, ITEM_BYTES, VERSION, StoredArray, entry_shape
 from .tiling import DEAL_BYTES, Tiling, deal_turns
 
 # A box of at least this size is stored as so many panels of columns, each not narrower than that, so that reading a slice

@@ -18,16 +18,16 @@ import uuid
 from pathlib import Path
 from typing import Protocol
 
-from .errors import CheckpointError
-from .faults import reach
-from .files import LocalFiles, RemoteFiles, open_files
-from .folder import LATEST, OWNER, check_lengths, list_steps, load_manifest, step_name, step_of, steps_newest_first
-from .identity import RunIdentity
-from .lease import Lease
-from .lock import FolderLock
-from .manifest import MANIFEST, Manifest
-from .takeover import SAVES, take_over, take_over_remote
-from .writing.disk import delete_folder, hide_folder, move_into_place, replace_small, sync_folder, write_small
+from ..errors import CheckpointError
+from ..faults import reach
+from ..files import LocalFiles, RemoteFiles, open_files
+from ..folder import LATEST, OWNER, check_lengths, list_steps, load_manifest, step_name, step_of, steps_newest_first
+from ..identity import RunIdentity
+from ..lease import Lease
+from ..lock import FolderLock
+from ..manifest import MANIFEST, Manifest
+from ..takeover import SAVES, take_over, take_over_remote
+from ..writing.disk import delete_folder, hide_folder, move_into_place, replace_small, sync_folder, write_small
 
 log = logging.getLogger(__name__)
 

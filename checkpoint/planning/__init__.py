@@ -1,0 +1,1 @@
+"""What a save writes: how arrays are cut over ranks, who writes which part, and what is agreed on."""

@@ -1,0 +1,1 @@
+"""Reading any boxes out of a checkpoint, and comparing them."""
