@@ -23,7 +23,7 @@ from ...parallel.heartbeat import Phase, read_beat
 from ...trainer.watch.folder import AttemptFolder, read_json
 from ...trainer.watch.incidents import Incident, IncidentLog
 from ..exit_codes import HUNG
-from .judge import GONE, TRACED, RankState, Silence, describe, judge
+from .judge import GONE, TRACED, RankState, Silence, describe, judge, with_missing
 from .recorder import collect_dumps, read_dumps
 from .stacks import Stack, process_state, take_stack
 
@@ -115,11 +115,11 @@ class HostWatch(threading.Thread):
         if not judges or any(each.state in (*GONE, TRACED) for each in [*mine, *others]):
             return  # torchrun ends the others of a rank that has exited; somebody debugs one that is traced
         limit, timeout = _limit(about["silence"]), float(about["timeout"])
-        silence = judge([*mine, *others], limit, timeout)
+        silence = judge(with_missing([*mine, *others], about.get("world_size", 0)), limit, timeout)
         if silence is not None and silence.ends:  # a stack may be old: look again before anything is ended
             later = time.monotonic()
             mine = self._take_stacks(folder, self._local(folder, later), later, anew=True)
-            silence = judge([*mine, *others], limit, timeout)
+            silence = judge(with_missing([*mine, *others], about.get("world_size", 0)), limit, timeout)
         self._judge(about, [*mine, *others], silence)
 
     def _local(self, folder: AttemptFolder, now: float) -> list[RankState]:
@@ -260,9 +260,14 @@ class HostWatch(threading.Thread):
                 "attempt": self._attempt,
             }
             incident = replace(
-                incident, step=first.step or None, rank=first.rank, host=first.host, pid=first.pid, phase=first.phase.word,
+                incident,
+                step=first.step or None,
+                rank=first.rank,
+                host=first.host,
+                pid=first.pid or None,
+                phase=first.phase.word,
                 details=details,
-            )  # fmt: skip
+            )
         IncidentLog(Path(about["output_dir"])).write(incident)
 
     @staticmethod

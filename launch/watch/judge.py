@@ -4,7 +4,7 @@ A rank is silent if its heartbeat has not changed for longer than is usual for i
 one that hangs silences all. Who is to blame is told in this order:
 
 1. ranks whose process is stopped, or whose host does not answer
-2. ranks that are behind: in an earlier step, or in an earlier part of the same step
+2. ranks that are behind: not begun yet, in an earlier step, or in an earlier part of the same step
 3. ranks that are not in the phase EXCHANGE, if others are
 4. ranks whose stack is not in a collective, if those of others are
 """
@@ -31,7 +31,7 @@ STOPPED, TRACED, STORAGE = "T", "t", "D"
 """Linux's states of a process: stopped by a signal; held or followed by a debugger; waiting for a disk or a file server."""
 GONE = ("X", "Z")
 """States of a process that has exited."""
-TOGETHER = {Phase.FORWARD: 1, Phase.BACKWARD: 1, Phase.EXCHANGE: 1}
+TOGETHER = {Phase.FORWARD: Phase.EXCHANGE, Phase.BACKWARD: Phase.EXCHANGE, Phase.EXCHANGE: Phase.EXCHANGE}
 """Phases through which a rank goes many times in a step count as one part of it."""
 UNBOUNDED = (Phase.START, Phase.SAVE, Phase.HOOKS, Phase.END)
 """Phases without a usual time: data are prepared, a hook draws, a checkpoint is written. Only parallel.timeout bounds them."""
@@ -41,7 +41,7 @@ UNBOUNDED = (Phase.START, Phase.SAVE, Phase.HOOKS, Phase.END)
 class RankState:
     """A rank as its heartbeat and its host show it at one moment.
 
-    host        where it runs, with its pid
+    host        where it runs, with its pid; 0: it has not begun yet
     age         seconds since its last beat
     usual       median seconds of its phase (0: not known), and of a step (None: not known)
     state       Linux's letter for its process; "": its host does not answer
@@ -148,6 +148,14 @@ def judge(ranks: Sequence[RankState], limit: float | None = None, timeout: float
     return Silence(blamed, waiting, any(each.age > after for each in blamed), after)
 
 
+def with_missing(ranks: Sequence[RankState], world_size: int) -> list[RankState]:
+    """Add the ranks that have not begun: others already wait for them."""
+    known = {each.rank for each in ranks}
+    age = max((each.age for each in ranks), default=0.0)
+    missing = [RankState(rank, "", 0, Phase.START, 0, 0, age) for rank in range(world_size) if rank not in known]
+    return sorted([*ranks, *missing], key=lambda each: each.rank)
+
+
 def _named_after(state: RankState, timeout: float) -> float:
     """Return the seconds after which a rank is named: in a phase without a usual time, half of what bounds it."""
     if state.stopped or state.phase not in UNBOUNDED:
@@ -164,16 +172,17 @@ def blame(ranks: Sequence[RankState]) -> list[RankState]:
 
 
 def _part(state: RankState) -> int:
-    """Return the part of a step that a rank is in, in their order."""
-    if state.phase in (Phase.START, Phase.JOIN, Phase.DATA):
-        return 0
-    return TOGETHER.get(state.phase, int(state.phase))
+    """Return the part of a run's beginning, or of a step, that a rank is in, in their order."""
+    return int(TOGETHER.get(state.phase, state.phase))
 
 
 def describe(silence: Silence) -> str:
     """Return the sentence that says who is silent since when, and what the others wait for."""
     parts: list[str] = []
     for each in silence.blamed[:4]:
+        if not each.pid:
+            parts.append(f"rank {each.rank} has not begun for {each.age:.1f} s")
+            continue
         if each.state == "":
             how = "gives no answer, nor does its host's launcher,"
         elif each.stopped:

@@ -17,6 +17,7 @@ from meshloom.launch.watch.judge import (
     RankState,
     describe,
     judge,
+    with_missing,
 )
 from meshloom.parallel.heartbeat import Phase
 
@@ -131,6 +132,19 @@ def test_a_host_without_news_is_no_fault_while_others_go_on() -> None:
     assert named is not None and not named.ends and [each.rank for each in named.blamed] == [3]
     saves = judge([lost, state(0, Phase.SAVE, 90.0)])
     assert saves is not None and not saves.ends
+
+
+def test_who_joins_waits_for_those_that_prepare_or_have_not_begun() -> None:
+    joining = state(0, Phase.JOIN, 40.0, step=0, step_usual=None)
+    others = [state(1, Phase.START, 60.0, step=0, step_usual=None), joining]
+    assert judge(others) is None  # importing may take a while
+    late = [replace(each, age=400.0) for each in others]
+    found = judge(late)
+    assert found is not None and [each.rank for each in found.blamed] == [1] and not found.ends
+    assert judge(with_missing([joining], 2)) is None
+    found = judge(with_missing([replace(joining, age=400.0)], 2))
+    assert found is not None and "rank 1 has not begun for 400.0 s; waiting for it: rank 0 in join" in describe(found)
+    assert with_missing(late, 2) == sorted(late, key=lambda each: each.rank)
 
 
 def test_a_run_with_an_ended_or_a_debugged_rank_is_not_judged() -> None:

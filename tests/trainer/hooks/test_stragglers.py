@@ -23,7 +23,8 @@ def watch(folder: Path, own: list[list[float]], step_seconds: float = 1.0, **par
     """Show a hook these ranks' own work, step by step. Returns the rows."""
     hook = NameStragglers()
     layout = Layout.plan(ParallelConfig(**parallel), len(own[0]))
-    loop: Any = SimpleNamespace(mesh=SimpleNamespace(layout=layout), output_dir=folder, progress=SimpleNamespace(step=0))
+    mesh = SimpleNamespace(layout=layout)
+    loop: Any = SimpleNamespace(mesh=mesh, island=mesh, output_dir=folder, progress=SimpleNamespace(step=0))
     rows: list[dict[str, Any]] = []
     for step, each in enumerate(own, start=1):
         loop.own_work, loop.progress.step = each, step
