@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 PACKET = 65000  # bytes of a packet at most: few of them, for Python's sake
 NEW_NETWORK = 0x40000000
@@ -201,10 +201,8 @@ def main() -> None:
     arguments, more = parser.parse_known_args()
     curves: dict[str, dict[int, float]] = {}
     tokens = [0.0]
-    print(
-        "| Method | loss at the end | bytes an island sends, per token | seconds a step | longest |\n|---|---|---|---|---|",
-        flush=True,
-    )
+    print("| Method | loss at the end | bytes an island sends, per token | median seconds of a step | mean | longest |")
+    print("|---|---|---|---|---|---|", flush=True)
     for method in arguments.methods:
         folder = (arguments.folder / method.replace(", ", "-").replace(" ", "-")).absolute()
         words = [*WORDS, f"data.input='{arguments.input}'", f"trainer.steps={arguments.steps}", f"output_dir={folder}"]
@@ -221,7 +219,7 @@ def main() -> None:
         seconds = [value for step, value in rows(folder, "step_seconds").items() if step > 3]
         print(
             f"| {method} | {list(curves[method].values())[-1]:.3f} | {max(sent) / tokens[-1]:,.1f} |"
-            f" {median(seconds):.2f} | {max(seconds):.2f} |",
+            f" {median(seconds):.2f} | {mean(seconds):.2f} | {max(seconds):.2f} |",
             flush=True,
         )
     if arguments.draw is not None:

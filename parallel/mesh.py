@@ -248,8 +248,8 @@ class Mesh:
         number = self.opened[name]
         self.opened[name] += 1
         island = "" if self.everyone is None else f"island-{dist.get_rank() // self.layout.island_ranks}-"
-        name = f"{island}{name}+{number}" if number else f"{island}{name}"
-        return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+        name = f"{name}+{number}" if number else name
+        return dist.PrefixStore(f"{island}{name}", dist.distributed_c10d._get_default_store())
 
     def barrier(self) -> None:
         """Wait for every process."""

@@ -149,9 +149,8 @@ class Islands:
             if last or not self.config.delay:
                 stops |= self._arrive(turn)
             elif self.config.delay == self.config.inner_steps and not arrived:
-                _copy(
-                    turn.own, turn.outer
-                )  # the first round of CO2: what it has learned is on its way, and must not count twice
+                # The first round of CO2: what the island has learned is on its way, and must not count twice.
+                _copy(turn.own, turn.outer)
         oldest = min(turn.sent_at for turn in self.turns)
         self._tokens = {at: tokens for at, tokens in self._tokens.items() if at > oldest}
         self.weights.masters_written()

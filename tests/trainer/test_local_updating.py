@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from meshloom.launch.evaluate import read_arguments, resolve_evaluation
+from meshloom.trainer.evaluate import evaluate
 from support.ranks import run_ranks
 from support.tiny_run import body
 
@@ -38,6 +40,17 @@ def test_a_run_goes_on_from_the_middle_of_a_round_on_another_layout(tmp_path: Pa
     for key in ("loss", "eval_loss"):
         resumed = rows(tmp_path, key)
         assert min(resumed) > 7 and resumed == pytest.approx({step: rows(whole, key)[step] for step in resumed}, rel=1e-9)
+
+
+def evaluated(rank: int, world_size: int, step: str) -> float | None:
+    words = [f"checkpoint={step}", f"launch.nproc={world_size}", "parallel.zero=1"]
+    return evaluate(resolve_evaluation(read_arguments(words))).loss
+
+
+def test_a_checkpoint_is_evaluated_by_itself_as_its_run_was(tmp_path: Path, whole: Path) -> None:
+    """It needs no islands: the outer weights are its weights."""
+    step = f"{whole}/checkpoints/step-00000010"
+    assert run_ranks(1, evaluated, step) == [pytest.approx(rows(whole, "eval_loss")[10], rel=1e-9)]
 
 
 def test_runs_go_on_with_fewer_islands_and_more(tmp_path: Path, whole: Path) -> None:
