@@ -18,7 +18,7 @@ from ..parallel.config import ParallelConfig
 from ..parallel.deepspeed.config import deepspeed_problems
 from ..parallel.layout import Layout, layout_problems
 from ..parallel.legality import is_legal
-from ..parallel.limits import float8_layout_problems
+from ..parallel.limits import float8_layout_problems, masters_problems
 from ..planner.cluster import GIB, ClusterConfig
 from ..planner.prediction import KINDS
 from ..planner.search import KEYS, Candidate, Question, Settings, difference, limit_of, planned, search, smallest_cluster
@@ -142,6 +142,8 @@ def _question(config: RunConfig, cluster: ClusterConfig, fixed: dict[str, Any], 
         return Assigner(data, same.can_run, same.halves).passes(samples, micro)
 
     def legal(parallel: ParallelConfig, gpus: int) -> bool:
+        if config.trainer.masters != "full" and any(masters_problems(parallel, config.precision, gpus)):
+            return False
         if parallel.engine == "deepspeed":
             return not layout_problems(parallel, gpus) and not deepspeed_problems(parallel, config.precision, gpus)
         return is_legal(parallel, work, gpus)

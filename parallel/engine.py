@@ -42,6 +42,7 @@ class EngineSettings:
     attention  kernel that attention computes with in half precision on a GPU, by the layers' windows (None: without one)
     balance    of the load of a mixture's experts
     local      how islands join what they have learned; default: there is one
+    masters    how masters are kept where the computation is in bf16: one of `trainer.masters`
     """
 
     seed: int = 0
@@ -52,6 +53,7 @@ class EngineSettings:
     float8: str = "none"
     seq_len: int = 0
     measures: bool = False
+    masters: str = "full"
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     local: LocalConfig = SYNCHRONOUS
     attention: Mapping[int | None, Kernel] = field(default_factory=dict[int | None, Kernel])

@@ -51,6 +51,19 @@ def float8_layout_problems(parallel: ParallelConfig, precision: str) -> Iterator
         yield Problem(key, "tensor parallelism cuts the products that it casts", "use parallel.tp=1")
 
 
+def masters_problems(parallel: ParallelConfig, precision: str, world_size: int) -> Iterator[Problem]:
+    """Yield why a layout can't keep bf16 weights alone (`trainer.masters`, not full). world_size: 0 where it is not known."""
+    key, full = "trainer.masters", "or trainer.masters=full"
+    if precision != "bf16":
+        yield Problem(key, f"weights are rounded to bf16, and precision is {precision}", f"use precision=bf16, {full}")
+    if parallel.engine != "torch":
+        yield Problem(key, f"the {parallel.engine} engine keeps its own masters", f"use parallel.engine=torch, {full}")
+    sharded = parallel.zero >= 2 and world_size > parallel.tp
+    if parallel.engine == "torch" and (sharded or parallel.pp > 1 or parallel.offload != "none"):
+        message = "FSDP2 holds these weights, and would round their gradients to bf16, too"
+        yield Problem(key, message, f"use parallel.zero=1, parallel.pp=1 and parallel.offload=none, {full}")
+
+
 def measuring_problems(parallel: ParallelConfig, tied: bool, projections: bool) -> list[Problem]:
     """Return why gradient statistics can't be measured for a controller in this layout.
 

@@ -22,7 +22,7 @@ def optimizer_fragments(optimizer: torch.optim.Optimizer, parameters: Sequence[N
     apart = {(array.name, array.role) for array in own}
     for parameter in parameters:
         box = Box(parameter.offsets, tuple(parameter.tensor.shape))
-        arrays = {"weight": parameter.tensor.detach()}
+        arrays = {"weight": parameter.tensor.detach() if parameter.stored is None else parameter.stored}
         for role, value in optimizer.state[parameter.tensor].items():
             if not torch.is_tensor(value) or not value.dim() or (parameter.name, role) in apart:
                 continue

@@ -262,6 +262,8 @@ def _whole_weights(held: Sequence[WeightGroup], layout: Layout, job: Job, *, par
     if not shared and job.micro_batches == 1 and unit < exact and one_pass:
         gradients = whole * unit  # they go to the optimizer as they are
     left = 0 if job.micro_batches == 1 else whole * exact if accumulates else shards
+    if job.masters != "full":  # they are there during the update alone, when the gradients are
+        return _WeightBytes(shards // 2 if job.masters == "bf16_kahan" else 0, gathered, gradients + shards, left)
     return _WeightBytes(shards, gathered, gradients, left)
 
 

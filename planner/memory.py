@@ -25,6 +25,7 @@ class Job:
     fused             whether SwiGLU is computed inside the products around it (`kernels/swiglu.py`)
     fused_experts     whether `kernels/experts/` compute the experts; None: not known, what keeps more is counted
     float8            none, tensorwise or rowwise: of the blocks' products
+    masters           full, bf16_stochastic or bf16_kahan: how masters of bf16 weights are kept
     row               tokens of a micro-batch under hybrid data parallelism, which deals documents; None: it deals samples
     """
 
@@ -37,6 +38,7 @@ class Job:
     fused: bool = False
     fused_experts: bool | None = None
     float8: str = "none"
+    masters: str = "full"
     row: int | None = None
 
     @property

@@ -248,7 +248,9 @@ def _waiting_for_checkpoints(step: Step, rank: RankCost, passes: float) -> float
     saving, layout, cluster = step.saving, step.layout, step.cluster
     if saving is None or not saving.every:
         return 0.0
-    kept = rank.elements * PRECISIONS[step.job.precision].accum_bytes + (rank.optimizer or 0)
+    precision = PRECISIONS[step.job.precision]
+    unit = precision.bytes if step.job.masters == "bf16_stochastic" else precision.accum_bytes
+    kept = rank.elements * unit + (rank.optimizer or 0)
     size = kept * layout.weight_ranks / layout.gradient_ranks  # of copies each saves a part
     copied = size / (cluster.host_link * 1e9)
     written = size * min(layout.world_size, cluster.gpus_per_node) / (cluster.disk * 1e9)

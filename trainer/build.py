@@ -124,6 +124,7 @@ def engine_settings(config: RunConfig, model: Model, seq_len: int = 0, measures:
         measures=measures,
         balance=config.balance,
         local=config.optim.local,
+        masters=config.trainer.masters,
     )
 
 

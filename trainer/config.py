@@ -12,6 +12,7 @@ from ..config.problems import Problem
 
 ON_BAD_STEP = ("skip", "rewind", "stop")
 ACTIVATIONS = ("none", "selective", "full", "offload", "auto")
+MASTERS = ("full", "bf16_stochastic", "bf16_kahan")
 FLOAT8 = ("none", "tensorwise", "rowwise")
 """One scale for a whole tensor (fastest), or one for each row and column (closer to bf16)."""
 
@@ -64,6 +65,11 @@ class TrainerConfig:
     compile: bool = key(False, "torch.compile each block", Side.PLACEMENT)
     float8: str = key(
         "none", "matrix products of the blocks in float8 with scales per tensor (tensorwise) or per row and column (rowwise)"
+    )
+    masters: str = key(
+        "full",
+        "what is kept of bf16 weights between updates: full (fp32 masters), bf16_stochastic (the weights alone, rounded by"
+        " chance) or bf16_kahan (the weights, and what rounding leaves in bf16)",
     )
     profile_step: int | None = key(
         None, "profile this step: a table of kernels and a trace in <output_dir>/profile; null: of none", Side.HABIT
@@ -127,6 +133,8 @@ class TrainerConfig:
             yield Problem(f"{key}.profile_step", f"there is no step {step}{length}", "count from 1; null: none")
         if self.activation not in ACTIVATIONS:
             yield Problem(f"{key}.activation", f"there is no '{self.activation}'", f"use {', '.join(ACTIVATIONS)}")
+        if self.masters not in MASTERS:
+            yield Problem(f"{key}.masters", f"there is no '{self.masters}'", f"use {', '.join(MASTERS)}")
         if self.float8 not in FLOAT8:
             yield Problem(f"{key}.float8", f"there is no '{self.float8}'", f"use {', '.join(FLOAT8)}")
         budget = self.activation_budget

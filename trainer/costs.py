@@ -91,6 +91,7 @@ def job_of(config: RunConfig, shape: DecoderConfig, assigner: Assigner, *, fused
         policies=list(policies),
         compiled=trainer.compile,
         float8=trainer.float8,
+        masters=trainer.masters,
     )
     row = config.parallel.hdp_tokens
     if config.parallel.hdp != "none" and row is not None:  # documents are known by their tokens alone

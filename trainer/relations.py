@@ -22,7 +22,7 @@ from ..optim.schedules.coupling import coupling_problems
 from ..parallel.hybrid.limits import capacity_problems, hybrid_problems
 from ..parallel.layout import layout_problems
 from ..parallel.legality import Work, layout_and_model_problems
-from ..parallel.limits import engine_problems, float8_problems, measuring_problems
+from ..parallel.limits import engine_problems, float8_problems, masters_problems, measuring_problems
 from .derived import build_horizon, checkpoint_folder
 from .local_relations import local_problems
 from .schema import RunConfig
@@ -244,6 +244,17 @@ def validation_problems(config: RunConfig, _: Start) -> Iterable[Problem]:
     return collect_problems("validation", lambda: ValidationSets(config.validation, config.data, config.seed).problems())
 
 
+def _masters(config: RunConfig, start: Start) -> Iterable[Problem]:
+    if config.trainer.masters != "full":
+        yield from masters_problems(config.parallel, config.precision, start.world_size)
+        if isinstance(config.optim, ScheduleFreeConfig):
+            message = "schedule_free keeps averages in fp32, and bf16 weights beside them would save nothing"
+            yield Problem("trainer.masters", message, "use trainer.masters=full, or another optimizer")
+        if config.optim.local.active:
+            message = "islands exchange their masters, which would exist only during an update"
+            yield Problem("trainer.masters", message, "use trainer.masters=full, or optim.local.islands=1")
+
+
 def _averaged_weights(config: RunConfig, _: Start) -> Iterable[Problem]:
     schedule = config.schedule
     if not isinstance(config.optim, ScheduleFreeConfig) or isinstance(schedule, Custom) or schedule.name == "constant":
@@ -281,6 +292,7 @@ RELATIONS = (
     Relation(("batch", "optim", "parallel", "model", *LENGTH), _batch),
     Relation(("data", "model.vocabulary", "seed"), data_problems),
     Relation(("validation", "data", "seed"), validation_problems),
+    Relation(("parallel", "precision", "optim", "trainer.masters"), _masters),
     Relation(("optim", "schedule"), _averaged_weights),
     Relation(("optim.lr_coupling", "batch", "schedule"), _coupling),
     Relation(("model.vocabulary", "data.vocabulary"), _synthetic),

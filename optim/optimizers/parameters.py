@@ -38,6 +38,7 @@ class NamedParameter:
     offsets       where the shard begins in the whole parameter; (): at its beginning
     stacked       matrices of equal shape that the whole stacks along its rows; a norm or projection is of each by itself
     hidden        whether it is a matrix (or a stack) within a block: not of an embedding or the head, and no vector
+    stored        what checkpoints hold in the place of `tensor`, which then has no memory between updates; None: `tensor`
     row_parts     rows of each part that a matrix joins one below the other: heads, or projections; (): it has none
     compute       dtype of the forward pass; None: that of `tensor`
     """
@@ -53,6 +54,7 @@ class NamedParameter:
     hidden: bool = False
     compute: torch.dtype | None = None
     row_parts: tuple[int, ...] = ()
+    stored: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.offsets = self.offsets or (0,) * len(self.global_shape)

@@ -166,6 +166,7 @@ class TorchEngine:
         if self._balance is not None:
             self._balance.learn(skip)
         self.weights.wait_all_gather(compute_copies=self._update.fused)
+        self.weights.begin_update()
         self._update.step(lr, skip)
         self.weights.all_gather_weights(copied=self._update.fused)
 
@@ -219,6 +220,7 @@ class TorchEngine:
     def fragments(self) -> Iterator[Fragment]:
         """Yield this rank's boxes of weights and of the optimizer's arrays."""
         self.weights.wait_all_gather(compute_copies=False)
+        yield from self.weights.fragments()
         held = optimizer_fragments(self.optimizer, self._parameters)
         yield from held if self.islands is None else self.islands.fragments(held)
         if self._balance is not None:

@@ -24,10 +24,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ...models.protocol import Model
+from ..fragment import Fragment
 from ..mesh import Mesh
 from ..shards import Placed, chunk, local
 from .exchange import ExchangeUnit, GradientReducer, MasterWeight
 from .groups import ParameterGroup, gather_units, split_by_group
+from .rounded_masters import RoundedMasters
 from .strategy import LocalWeight, WeightStrategy
 from .transport import Transport
 
@@ -44,12 +46,19 @@ class MasterWeights(WeightStrategy):
         *,
         compute: torch.dtype,
         accum_dtype: torch.dtype,
+        masters: str = "full",
+        seed: int = 0,
     ) -> None:
-        """groups: all of the model's; compute: dtype of the whole weights; accum_dtype: of masters and sums of gradients."""
+        """groups: all of the model's; compute: dtype of the whole weights; accum_dtype: of masters and sums of gradients.
+
+        masters: one of `trainer.masters`; seed: of their rounding
+        """
         super().__init__()
         self._group, self._groups = group, groups
         self._mesh, self._axes, self._transport = mesh, mesh.weight_axes[group.name], transport
         self._compute, self._accum_dtype = compute, accum_dtype
+        self._kind, self._seed = masters, seed
+        self._rounded: RoundedMasters | None = None
         self._separate = False  # whether masters are tensors of their own
         self._current = False  # whether weights are their masters' values, or on the way to be
         self._reducer = GradientReducer(mesh.compute_time.waiting)
@@ -76,6 +85,8 @@ class MasterWeights(WeightStrategy):
                     for module in unit.readers:
                         module.register_forward_pre_hook(_waiting(exchanged))
         self._separate = any(weight.compute_copy is not None for weight in self.local.values())
+        if self._kind != "full":
+            self._rounded = RoundedMasters(self._group.name, self.local, self._kind, self._seed)
 
     def _add(self, name: str, parameter: nn.Parameter) -> MasterWeight:
         whole, num_shards = local(parameter), self._axes.num_shards
@@ -84,7 +95,7 @@ class MasterWeights(WeightStrategy):
         master = nn.Parameter(torch.empty_like(shard, dtype=self._accum_dtype) if separate else shard)
         master.grad_dtype = None  # any will do
         placed = Placed.of(parameter, self._mesh, self._axes.outer).cut(self._axes.shards)
-        self.local[name] = LocalWeight(placed, master, shard if separate else None)
+        self.local[name] = LocalWeight(placed, master, shard if separate else None, rounded=self._kind != "full")
         over_tp = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
         return MasterWeight(over_tp, whole, -(-len(whole) // num_shards), shard, master)
 
@@ -127,13 +138,25 @@ class MasterWeights(WeightStrategy):
         # An earlier gather may still be pending, and would overwrite this rank's rows with their old values.
         for unit in self.units:
             unit.wait_all_gather(obsolete=True)
-        if self._separate and not copied:
+        if self._rounded is not None:
+            self._rounded.round()
+        elif self._separate and not copied:
             copies = [weight.compute_copy for weight in self.local.values() if weight.compute_copy is not None]
             torch._foreach_copy_(copies, [weight.tensor for weight in self.local.values()])
         if self._axes.num_shards > 1:
             for unit in self.units:
                 unit.all_gather()
         self._current = True
+
+    def begin_update(self) -> None:
+        """Make the masters from the weights, where they exist only during an update."""
+        if self._rounded is not None:
+            self._rounded.make()
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield what masters that exist only during an update leave behind."""
+        if self._rounded is not None:
+            yield from self._rounded.fragments()
 
     def sync_from_masters(self) -> None:
         """Bring the whole weights up to date with the masters after a restore or initialisation wrote to them."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ...models.protocol import Model
+from ..fragment import Fragment
 from ..shards import Placed
 
 
@@ -19,11 +20,13 @@ class LocalWeight:
     placed        the parameter that is computed with, and the box of the whole weight that this rank updates
     tensor        what the optimizer updates and checkpoints store: that box, a plain tensor
     compute_copy  the rows of the parameter that hold the same box, where they are a tensor of another dtype
+    rounded       whether the compute copy is what checkpoints store: `tensor` exists only during an update
     """
 
     placed: Placed
     tensor: nn.Parameter
     compute_copy: torch.Tensor | None = None
+    rounded: bool = False
 
 
 class WeightStrategy:
@@ -62,6 +65,13 @@ class WeightStrategy:
 
     def wait_all_gather(self, *, compute_copies: bool) -> None:
         """Wait until no all-gather uses `tensor`, before it is read or written. compute_copies: they will be written, too."""
+
+    def begin_update(self) -> None:
+        """Make every `tensor` exist, with the weights' values, before an update."""
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield what checkpoints store of the weights besides their values."""
+        yield from ()
 
     def all_gather_weights(self, *, copied: bool) -> None:
         """Start, after an update, to all-gather the weights. copied: the optimizer has written every `compute_copy`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from ...models.protocol import Model, hidden_matrices
 from ...optim.optimizers.parameters import NamedParameter
 from ..config import ParallelConfig
 from ..engine import EngineSettings
+from ..fragment import Fragment
 from ..mesh import Mesh
 from ..shards import MeshShards, Placed
 from .fully_sharded import FullyShardedWeights
@@ -28,9 +29,10 @@ def make_strategies(
     def make(group: ParameterGroup) -> WeightStrategy:
         transport = choose_transport(mesh, mesh.weight_axes[group.name], parallel)
         if group.fully_sharded:
+            assert settings.masters == "full", "FSDP2's masters are its weights (`limits.masters_problems`)"
             return FullyShardedWeights(group, groups, mesh, transport, parallel, compute=settings.compute)
         dtypes = {"compute": settings.compute, "accum_dtype": settings.storage}
-        return MasterWeights(group, groups, mesh, transport, **dtypes)
+        return MasterWeights(group, groups, mesh, transport, **dtypes, masters=settings.masters, seed=settings.seed)
 
     return [make(group) for group in groups]
 
@@ -71,7 +73,7 @@ class Weights(WeightStrategy):
         hidden = hidden_matrices(model)
 
         def seen(name: str, weight: LocalWeight) -> NamedParameter:
-            place, copy = weight.placed, weight.compute_copy
+            place, copy = weight.placed, None if weight.rounded else weight.compute_copy
             return NamedParameter(
                 name,
                 weight.tensor,
@@ -84,6 +86,7 @@ class Weights(WeightStrategy):
                 hidden=name in hidden,
                 compute=self._compute,
                 row_parts=model.row_parts(name),
+                stored=weight.compute_copy if weight.rounded else None,
             )
 
         return [seen(name, weight) for name, weight in self.local.items()]
@@ -125,6 +128,16 @@ class Weights(WeightStrategy):
         """Wait for every group's gathers."""
         for strategy in self.strategies:
             strategy.wait_all_gather(compute_copies=compute_copies)
+
+    def begin_update(self) -> None:
+        """Make every group's masters exist."""
+        for strategy in self.strategies:
+            strategy.begin_update()
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield what checkpoints store of every group besides its weights."""
+        for strategy in self.strategies:
+            yield from strategy.fragments()
 
     def all_gather_weights(self, *, copied: bool) -> None:
         """Begin every group's gathers."""

@@ -48,6 +48,7 @@ from meshloom.planner.built_model import model_inventory, tried_optimizer
 from meshloom.planner.cost import layout_cost
 from meshloom.planner.memory import Job, optimizer_bytes
 from meshloom.planner.orders import pipeline_order
+from meshloom.planner.parameters import decoder_inventory
 from meshloom.planner.timeline import Costs, Timeline, peak, simulate
 from meshloom.trainer.costs import with_kernels
 from support.engines import masters_of
@@ -97,6 +98,19 @@ PLAIN = [
 PIPELINES = [ParallelConfig(zero=3, pp=2, schedule="interleaved"), ParallelConfig(zero=1, pp=2, tp=2)]
 RECURRENT = {"count": 4, "top_k": 2, "ffn_dim": 8, "dense_layers": 1, "router": "recurrent", "state_dim": 6}
 TIED = [ParallelConfig(zero=3), ParallelConfig(zero=3, pp=2), ParallelConfig(zero=1, pp=2, schedule="zbv")]
+
+
+def test_masters_that_exist_only_during_an_update_are_counted_there() -> None:
+    inventory, layout = decoder_inventory(ONE_B), Layout.plan(ParallelConfig(zero=1), 2)
+    job = Job(1024, 1, 4, "bf16", ["none"] * 16, compiled=True)
+    found = {
+        kind: layout_cost(inventory, ParallelConfig(zero=1), layout, replace(job, masters=kind), optimizer_bytes(AdamWConfig()))
+        for kind in ("full", "bf16_kahan", "bf16_stochastic")
+    }
+    full, kahan, chance = (cost.ranks[0] for cost in found.values())
+    assert (full.weights, kahan.weights, chance.weights) == (4 * full.elements, 2 * full.elements, 0)
+    assert kahan.gradients == chance.gradients == full.gradients + 4 * full.elements
+    assert chance.gathered == full.gathered and chance.held == full.held
 
 
 def all_held(rank: int, world_size: int, works: list[Work]) -> list[tuple[int, int, int, int]]:

@@ -33,6 +33,8 @@ FIT = [
     ("batch", 2, ["optim.local.islands=2", *MEASURED]),
     ("parallel.pp", 4, ["optim.local.islands=2", "parallel.pp=2"]),
     ("trainer.on_bad_step", 2, ["optim.local.islands=2", "trainer.on_bad_step=rewind"]),
+    ("trainer.masters", 1, ["trainer.masters=bf16_kahan"]),
+    ("trainer.masters", 2, ["trainer.masters=bf16_stochastic", "precision=bf16", "parallel.zero=2"]),
     ("model.vocabulary", 1, ["data=synthetic", "data.vocabulary=99", "model.vocabulary=50"]),
 ]
 

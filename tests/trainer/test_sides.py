@@ -42,7 +42,7 @@ EACH = {
         IT_DEPENDS: "micro micro_max",
     },
     "trainer": {
-        RECIPE: "steps tokens max_grad_norm eval_every eval_samples float8 on_bad_step bad_step_limit spike_sigmas",
+        RECIPE: "steps tokens max_grad_norm eval_every eval_samples float8 masters on_bad_step bad_step_limit spike_sigmas",
         PLACEMENT: "activation activation_budget compile",
         HABIT: "profile_step hooks sample_prompt sample_tokens compare_replicas_every",
     },

@@ -1,0 +1,36 @@
+"""Round fp32 to bf16 without losing steps that are smaller than a bf16 number's spacing."""
+
+from __future__ import annotations
+
+import torch
+
+from .random_bits import indexed_rows, random_bits
+
+_LOW = 0xFFFF  # the bits of an fp32 number that bf16 has not
+
+
+@torch.no_grad()
+def round_stochastic(
+    values: torch.Tensor, out: torch.Tensor, *, key: int, global_shape: tuple[int, ...], offsets: tuple[int, ...]
+) -> None:
+    """Round fp32 values to one of their two bf16 neighbours, up with a probability that makes the mean exact.
+
+    What is added to an element's lower 16 bits is drawn by (key, position in the whole array), so it does not depend on
+    how the array is cut. Values that bf16 has, and infinities and NaN, stay as they are. values: a box at `offsets` in an
+    array of `global_shape`; out: of its shape.
+    """
+    shape = tuple(values.shape)
+    flat, into = (each if shape else each.view(1) for each in (values, out))
+    for rows, index in indexed_rows(shape, global_shape, offsets, values.device):
+        part = flat[rows]
+        bits = part.contiguous().view(torch.int32)
+        drawn = (random_bits(key, index) & _LOW).to(torch.int32)
+        rounded = ((bits + drawn) & ~_LOW).view(torch.float32)
+        into[rows].copy_(torch.where(part.isfinite(), rounded, part))
+
+
+@torch.no_grad()
+def split_in_two(values: torch.Tensor, high: torch.Tensor, low: torch.Tensor) -> None:
+    """Write fp32 values as sums of two bf16 numbers: the nearest one, and the nearest to what that leaves."""
+    high.copy_(values)
+    low.copy_(values - high.float())

@@ -1,0 +1,91 @@
+"""bf16 weights that are all that is kept: their fp32 masters exist only during an update.
+
+Before an update the masters' memory is taken, and filled from the bf16 weights. The optimizer updates them as ever. Then they
+are rounded back into the weights, and their memory is freed. A step is mostly smaller than a bf16 number's spacing, so
+rounding to the nearest would lose it. Two ways keep it:
+
+bf16_stochastic  rounds up or down by chance, so that the mean is exact (arXiv 2010.06192); drawn by seed, weight, number of
+                 the update and position in the whole weight, so the same on every layout
+bf16_kahan       keeps what rounding leaves, as a second bf16 number, and adds it to the next update
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import xxhash
+
+from ...kernels.rounding import round_stochastic, split_in_two
+from ...optim.optimizers.own_arrays import RUN
+from ..box import Box
+from ..fragment import Fragment
+from .strategy import LocalWeight
+
+REMAINDER = "weight_remainder"
+
+
+class RoundedMasters:
+    """The masters of one group's weights. They exist at first, for the initial values.
+
+    weights  by name; `tensor` is the master, `compute_copy` the bf16 weight
+    """
+
+    def __init__(self, group: str, weights: Mapping[str, LocalWeight], kind: str, seed: int) -> None:
+        """kind: bf16_stochastic or bf16_kahan; seed: of the rounding."""
+        self._group, self._seed = group, seed
+        self._weights = {name: (weight, _copy_of(weight)) for name, weight in weights.items()}
+        self._exist = True
+        self._remainders = {name: torch.zeros_like(copy) for name, (_, copy) in self._weights.items() if kind == "bf16_kahan"}
+        some = next(iter(weights.values())).tensor
+        self._updates = torch.zeros(1, dtype=torch.int64, device=some.device)
+        self._number: int | None = 0
+        """The same, on the host; None where a restore may have written: the host waits for it once."""
+
+    @torch.no_grad()
+    def make(self) -> None:
+        """Take the masters' memory, and fill it from what is kept."""
+        if self._exist:
+            return
+        for name, (weight, copy) in self._weights.items():
+            storage = weight.tensor.untyped_storage()
+            storage.resize_(weight.tensor.numel() * weight.tensor.element_size())
+            weight.tensor.copy_(copy)
+            if self._remainders:
+                weight.tensor.add_(self._remainders[name])
+        self._exist = True
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Round the masters into what is kept, if they exist, and free their memory."""
+        if not self._exist:
+            return
+        number = int(self._updates) if self._number is None else self._number
+        for name, (weight, copy) in self._weights.items():
+            master = weight.tensor.detach()
+            if self._remainders:
+                split_in_two(master, copy, self._remainders[name])
+            else:
+                key = xxhash.xxh3_64_intdigest(f"{self._seed}/rounding/{number}/{name}".encode())
+                placed = weight.placed
+                round_stochastic(master, copy, key=key, global_shape=placed.global_shape, offsets=placed.box.offsets)
+            weight.tensor.untyped_storage().resize_(0)
+        self._updates += 1
+        self._number = number + 1
+        self._exist = False
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield what is kept besides the weights: remainders, or the number of updates, by which the next one is rounded."""
+        self.round()
+        for name, remainder in self._remainders.items():
+            placed = self._weights[name][0].placed
+            if placed.box.numel:
+                yield Fragment(name, REMAINDER, placed.global_shape, placed.box, remainder)
+        if not self._remainders:
+            self._number = None
+            yield Fragment(f"roundings.{self._group}", RUN, (1,), Box.whole((1,)), self._updates)
+
+
+def _copy_of(weight: LocalWeight) -> torch.Tensor:
+    assert weight.compute_copy is not None, "masters of the weights' own dtype need no rounding"
+    return weight.compute_copy
