@@ -203,10 +203,14 @@ def _converse(speaker: Speaker) -> None:
             line = input(shown)
         except EOFError:
             return
-        said.append({"role": "user", "content": line})
-        (text,) = speaker.answer([speaker.encode(line, said)], 1)
-        said.append({"role": "assistant", "content": text.text})
-        print(text.text if speaker.template is not None else line + text.text, flush=True)
+        if speaker.template is None:
+            (text,) = speaker.answer([speaker.encode(line)], 1)
+            print(line + text.text, flush=True)
+        else:
+            said.append({"role": "user", "content": line})
+            (text,) = speaker.answer([speaker.encode(line, said)], 1)
+            said.append({"role": "assistant", "content": text.text})
+            print(text.text, flush=True)
         # Each text has random numbers of its own.
         speaker.arguments = replace(speaker.arguments, seed=(speaker.arguments.seed + 1) % 2**63)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,13 +44,20 @@ class Metrics:
         return _newest(row for row in self.rows if "checkpoint_step" in row)
 
     @cached_property
+    def tasks(self) -> list[dict[str, Any]]:
+        """The rows of evaluations on tasks, in order of the steps: `tasks/<task>/<metric>`."""
+        return _newest(row for row in self.rows if any(name.startswith("tasks/") for name in row))
+
+    @cached_property
     def names(self) -> list[str]:
         """The names of all numbers, in the order in which they first appear."""
         return list({name: None for row in self.rows for name, value in row.items() if _is_number(value)})
 
     def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the steps, and the values of a number at them. Both are empty if no row has it."""
-        rows = next((kind for kind in (self.steps, self.evaluations, self.saves) if any(name in row for row in kind)), [])
+        rows = next(
+            (kind for kind in (self.steps, self.evaluations, self.saves, self.tasks) if any(name in row for row in kind)), []
+        )
         found = [(row["step"], row[name]) for row in rows if _is_number(row.get(name))]
         return np.array([step for step, _ in found], np.int64), np.array([value for _, value in found], np.float64)
 
@@ -75,11 +83,24 @@ def steps_of(path: Path) -> list[dict[str, Any]]:
 
 
 def last_numbers(path: Path) -> dict[str, float]:
-    """Return the last step, loss and validation loss of a metrics file; {} where there is none."""
+    """Return the last step, loss and validation loss of a metrics file; {} where there is none.
+
+    Rows have no number that is not finite, so the loss of a step without one is nan, until an evaluation finds a loss again.
+    """
+    names = ("step", "loss", "eval_loss")
     found: dict[str, float] = {}
     for row in _rows(path) if path.exists() else ():
-        found |= {name: row[name] for name in ("step", "loss", "eval_loss") if _is_number(row.get(name))}
-    return found
+        if "tokens_per_second" in row:
+            found["loss"] = math.nan
+        elif _is_number(row.get("eval_loss")) and math.isnan(found.get("loss", 0.0)):
+            del found["loss"]
+        found |= {name: row[name] for name in names if _is_number(row.get(name))}
+    return {name: found[name] for name in names if name in found}
+
+
+def shown_numbers(numbers: Mapping[str, float]) -> list[str]:
+    """Return numbers with their names for a line of a table: whole ones in full, others in four digits."""
+    return [f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:,.4g}" for name, value in numbers.items()]
 
 
 def _newest(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:

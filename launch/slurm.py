@@ -112,7 +112,7 @@ class Runs:
 def fill(template: str, config: RunConfig, runs: Runs) -> str:
     """Fill the template with the run's values."""
     launch = config.launch
-    container = _container_words(launch.container)
+    container, srun_args = _container_words(launch.container), [shlex.quote(str(word)) for word in launch.srun_args]
     return string.Template(template).substitute(
         directives="".join(f"#SBATCH {directive}\n" for directive in directives(launch, runs.count)),
         setup=_section("What the site needs", [str(line) for line in launch.setup]),
@@ -121,9 +121,9 @@ def fill(template: str, config: RunConfig, runs: Runs) -> str:
         max_restarts=restarts(launch, launch.nodes * launch.gpus_per_node, launch.nodes),
         automatic=f"# On the job's GPUs it finds {' and '.join(runs.automatic)}, which are auto.\n" if runs.automatic else "",
         python=shlex.quote(sys.executable if launch.container.image is None else launch.container.python),
-        srun_words=" ".join([*(shlex.quote(str(word)) for word in launch.srun_args), *container, ""]),
+        srun_words=" ".join([*srun_args, *container, ""]),
         command_line=runs.words,
-        results="".join(_results_lines(runs.folders, container)),
+        results="".join(_results_lines(runs.folders, srun_args, container)),
     )
 
 
@@ -143,9 +143,12 @@ def _container_words(container: ContainerConfig) -> list[str]:
     return ["apptainer", "exec", "--nv", "--bind", f'"{mounts}"', "--pwd", '"$PWD"', image]
 
 
-def _results_lines(folders: Sequence[str], container: Sequence[str]) -> list[str]:
-    """Return the command that tells how far the runs of a sweep have come, for the end of each of its jobs."""
-    inside = ["srun", "--nodes=1", "--ntasks=1", *container] if container else []
+def _results_lines(folders: Sequence[str], srun_args: Sequence[str], container: Sequence[str]) -> list[str]:
+    """Return the command that tells how far the runs of a sweep have come, for the end of each of its jobs.
+
+    In a container it needs a step of its own, on one node whatever `srun_args` say.
+    """
+    inside = ["srun", *srun_args, "--nodes=1", "--ntasks=1", *container] if container else []
     return [" ".join([*inside, '"$PYTHON"', "-m", "meshloom.launch.sweep_results", shlex.quote(one)]) + "\n" for one in folders]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..trainer.identity import METRICS
-from .run_metrics import last_numbers
+from .run_metrics import last_numbers, shown_numbers
 
 
 def main(argv: Sequence[str]) -> int:
@@ -19,13 +20,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def rows(folder: Path) -> list[str]:
-    """Return the name and last numbers of each run, the lowest validation loss (or loss, where there is none) first."""
+    """Return the name and last numbers of each run, the lowest validation loss (or loss, where there is none) first.
+
+    Runs that have diverged, and those without a loss, come last.
+    """
     found = {path.parent.name: last_numbers(path) for path in folder.glob(f"*/{METRICS}")}
-    loss = {name: numbers.get("eval_loss", numbers.get("loss", float("inf"))) for name, numbers in found.items()}
-    return [
-        "  ".join([name, *(f"{key} {value:,.4g}" for key, value in found[name].items())])
-        for name in sorted(found, key=lambda name: (loss[name], name))
-    ]
+
+    def rank(name: str) -> tuple[float, str]:
+        numbers = found[name]
+        diverged = math.isnan(numbers.get("loss", 0.0))
+        return math.inf if diverged else numbers.get("eval_loss", numbers.get("loss", math.inf)), name
+
+    return ["  ".join([name, *shown_numbers(found[name])]) for name in sorted(found, key=rank)]
 
 
 if __name__ == "__main__":

@@ -190,6 +190,13 @@ def test_a_sweep_is_an_array_with_the_folders_of_train_m() -> None:
     assert words[-1] == "output_dir='outputs/llama_1b/sweep/optim.lr=0.003_seed=1'"
 
 
+def test_a_sweep_s_results_are_told_in_a_step_as_the_site_starts_them() -> None:
+    image = ["recipe=llama_1b", "launch.container.image=a.sif", "launch.container.runtime=apptainer", "optim.lr=1e-3,3e-3"]
+    text = slurm.sweep_script([*image, "launch.srun_args=['--mpi=pmix','--nodes=4']"])
+    (line,) = [line for line in text.splitlines() if "sweep_results" in line]
+    assert shlex.split(line)[:6] == ["srun", "--mpi=pmix", "--nodes=4", "--nodes=1", "--ntasks=1", "apptainer"]
+
+
 @pytest.mark.parametrize(
     ("override", "key"),
     [

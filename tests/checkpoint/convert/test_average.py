@@ -89,6 +89,10 @@ def test_a_run_s_last_steps_are_averaged_generate_and_go_on(tmp_path: Path, caps
     for name, value in found.items():
         assert torch.equal(read_array(files, load_manifest(files), f"weight/{name}"), value), name
     Tokenizer.bytes().save(tmp_path / "mean/tokenizer.json")
+    (tmp_path / "mean/chat_template.jinja").write_text("{{ messages }}")
+    assert main(["average", f"{tmp_path}/mean", f"{tmp_path}/mean", "--output", f"{tmp_path}/again"]) == 0
+    beside = tmp_path / "again/step-00000000"
+    assert (beside / "chat_template.jinja").read_text() == "{{ messages }}" and (beside / "tokenizer.json").is_file()
     assert generate([f"checkpoint={tmp_path}/mean", "prompt=a", "tokens=2"]) == 0
     assert not resolve_words(TINY, [f"resume={tmp_path}/mean", "data.vocabulary=257"]).problems
 

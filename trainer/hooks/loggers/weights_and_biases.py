@@ -121,9 +121,9 @@ class WandB(OptionalLogger):
         self._sent.begin(self._id)
 
     def _names(self) -> dict[str, Any]:
-        """Return what the wandb run is filed under, as far as the environment does not say it.
+        """Return what the wandb run is filed under: what `logging` says, then the environment, then what is made here.
 
-        A job of a sweep is named after what the sweep varies, and grouped with the others.
+        Of these, a job of a sweep is named after what the sweep varies, and grouped with the others.
         """
         name, group = str(self._config["recipe"]), None
         if self._output_dir.parent.name == "sweep":
@@ -210,4 +210,6 @@ class Sent:
 
 
 def _kind(row: Mapping[str, Any]) -> str:
+    if any(name.startswith("tasks/") for name in row):
+        return "tasks"
     return next((name for name in ("eval_loss", "checkpoint_step") if name in row), "loss")
