@@ -185,7 +185,10 @@ class ShardsConfig(PackingConfig):
     _target_: str = target("meshloom.data.nodes.Tokenized")
     name: str = option("shards")
     path: str | None = key(
-        None, "output of `meshloom data tokenize`, or a single shard folder, which then is training data", Side.PLACEMENT
+        None,
+        "output of `meshloom data tokenize`, or a single shard folder, which then is training data; a path, or an fsspec URL"
+        " (`s3://…`), whose shards are copied into the cache",
+        Side.PLACEMENT,
     )
     validation: str | None = key(None, "another folder of validation shards; null: the one in `path`, if any", Side.PLACEMENT)
 

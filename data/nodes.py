@@ -13,7 +13,8 @@ from .order import StoredSamples
 from .reader import TokenShards
 from .record_text import RecordText
 from .records import HuggingFace, JsonLines, ParquetFiles
-from .shards import MANIFEST
+from .remote_shards import RemoteShards, is_remote
+from .shards import MANIFEST, ShardError
 from .sources import StandardLibrary, TextFiles
 from .tokenizer import Tokenizer
 
@@ -62,32 +63,32 @@ class Hf(Corpus):
 
 
 class Tokenized(Packed):
-    """`data=shards`: tokens that were made before (`meshloom data tokenize`)."""
+    """`data=shards`: tokens that were made before (`meshloom data tokenize`), in a folder or on an object store."""
 
     def __init__(self, config: ShardsConfig, seed: int) -> None:
         super().__init__(config, seed)
-        self._path = expand_user(config.path or "")
-        self._given = bool(config.path)
-        self._held = None if config.validation is None else expand_user(config.validation)
+        self._path, self._held = config.path or "", config.validation
 
     def problems(self, key: str = "data") -> list[Problem]:
         """Return what is wrong with the node's keys."""
         found = super().problems(key)
         fix = "give a folder written by 'meshloom data tokenize'"
-        if not self._given:
+        if not self._path:
             found.append(Problem(f"{key}.path", "no folder is named", fix))
-        elif not (self._train_folder() / MANIFEST).is_file():
-            found.append(Problem(f"{key}.path", f"'{self._path}' holds no token shards (no {MANIFEST})", fix))
-        if self._held is not None and not (self._held / MANIFEST).is_file():
-            found.append(Problem(f"{key}.validation", f"'{self._held}' holds no token shards (no {MANIFEST})", fix))
+        for name, places in (("path", _train_places(self._path)), ("validation", [self._held] if self._held else [])):
+            try:
+                if places and places[0] and not any(map(_has_shards, places)):
+                    found.append(Problem(f"{key}.{name}", f"'{places[0]}' holds no token shards (no {MANIFEST})", fix))
+            except ShardError as error:  # of a store
+                found.append(Problem(f"{key}.{name}", str(error), "check the URL, the network and your credentials"))
         return found
 
-    def _train_folder(self) -> Path:
-        return self._path if (self._path / MANIFEST).is_file() else self._path / "train"
+    def _train_place(self) -> str:
+        return next(filter(_has_shards, _train_places(self._path)), self._path)
 
     def whole(self, tokenizer: Tokenizer | None, key: str) -> StoredSamples:
         """Return samples of all documents of the shards."""
-        shards = TokenShards(self._train_folder(), self._verify)
+        shards = TokenShards(_local(self._train_place(), self._cache), self._verify)
         if tokenizer is not None and shards.tokenizer_file is not None:
             own = Tokenizer.load(shards.tokenizer_file, shards.manifest.end_of_document)
             if own.fingerprint != tokenizer.fingerprint:
@@ -96,7 +97,30 @@ class Tokenized(Packed):
         return self._pack(shards, key, held_out=True)
 
     def prepare(self) -> None:
-        """Open the shards."""
-        train = self._train_folder()
-        held = self._path / "validation"
-        self.open(train, self._held or (held if train != self._path and held.exists() else None))
+        """Open the shards; those of an object store are copied into the cache first."""
+        train, beside = self._train_place(), _inside(self._path, "validation")
+        held = self._held or (beside if train != self._path and _has_shards(beside) else None)
+        self.open(_local(train, self._cache), None if held is None else _local(held, self._cache))
+
+
+def _train_places(path: str) -> list[str]:
+    """Return where training shards may be: in the folder itself, or in its `train`."""
+    return [path, _inside(path, "train")]
+
+
+def _inside(path: str, name: str) -> str:
+    return f"{path.rstrip('/')}/{name}"
+
+
+def _has_shards(path: str) -> bool:
+    """Return whether a folder has shards. Raises ShardError for a store that can't be read."""
+    return RemoteShards(path).exists() if is_remote(path) else (_folder(path) / MANIFEST).is_file()
+
+
+def _local(path: str, cache: Path) -> Path:
+    """Return a folder of shards on a mounted file system."""
+    return RemoteShards(path).fetch(cache) if is_remote(path) else _folder(path)
+
+
+def _folder(path: str) -> Path:
+    return expand_user(path.removeprefix("file://"))

@@ -1,0 +1,75 @@
+"""Token shards on an object store: the samples of the same shards in a folder, copied once, refused where they are damaged."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from meshloom.data.config import ShardsConfig
+from meshloom.data.nodes import Tokenized
+from meshloom.data.shards import ShardError, ShardWriter
+
+
+def write(folder: Path, first: int) -> None:
+    for name, documents in (("train", 40), ("validation", 4)):
+        with ShardWriter(folder / name, vocabulary=300, end_of_document=0) as writer:
+            for number in range(documents):
+                writer.add(np.array([first + number, *range(1, 3 + number), 0]))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[str]:
+    """The URL of shards in a store, which lie in a folder, too."""
+    write(tmp_path / "shards", 100)
+    url, system = f"memory://{uuid.uuid4().hex}/corpus", fsspec.filesystem("memory")
+    system.put(f"{tmp_path}/shards", url, recursive=True)
+    yield url
+    system.rm(url, recursive=True)
+
+
+def node(path: str, cache: Path, **keys: str) -> Tokenized:
+    made = Tokenized(ShardsConfig(path=path, seq_len=16, cache_dir=str(cache), **keys), 1)
+    assert made.problems() == []
+    made.prepare()
+    return made
+
+
+def test_samples_are_those_of_the_folder(tmp_path: Path, store: str) -> None:
+    here, there = node(str(tmp_path / "shards"), tmp_path / "cache"), node(store, tmp_path / "cache")
+    assert there.fingerprint == here.fingerprint
+    for number in range(50):
+        np.testing.assert_array_equal(there.train()[number].tokens, here.train()[number].tokens)
+    named = node(f"{store}/train", tmp_path / "cache", validation=f"{store}/validation")
+    assert named.fingerprint == here.fingerprint
+    fetched = sorted((tmp_path / "cache/fetched").iterdir())
+    assert len(fetched) == 2, "training and validation shards are copied once"
+
+
+def test_shards_that_changed_are_copied_again(tmp_path: Path, store: str) -> None:
+    before = node(store, tmp_path / "cache").fingerprint
+    write(tmp_path / "other", 200)
+    fsspec.filesystem("memory").rm(store, recursive=True)
+    fsspec.filesystem("memory").put(f"{tmp_path}/other", store, recursive=True)
+    assert node(store, tmp_path / "cache").fingerprint != before
+
+
+def test_damaged_and_missing_shards_are_refused(tmp_path: Path, store: str) -> None:
+    system, file = fsspec.filesystem("memory"), f"{store}/train/tokens-00000.bin"
+    contents = bytearray(system.cat_file(file))
+    contents[10] ^= 1
+    system.pipe_file(file, bytes(contents))
+    with pytest.raises(ShardError, match=r"tokens-00000.bin: damaged"):
+        node(store, tmp_path / "cache")
+    assert not any((tmp_path / "cache/fetched").glob("shards-*")), "nothing incomplete stays"
+    system.rm(file)
+    with pytest.raises(ShardError, match=r"tokens-00000.bin: not found"):
+        node(store, tmp_path / "cache")
+    (problem,) = Tokenized(ShardsConfig(path=f"{store}/none"), 1).problems()
+    assert problem.key == "data.path" and "holds no token shards" in problem.message
+    (problem,) = Tokenized(ShardsConfig(path="nosuch://bucket/none"), 1).problems()
+    assert "can't be read" in problem.message and "credentials" in problem.fix
