@@ -35,6 +35,7 @@ from ..trainer.costs import (
     with_kernels,
 )
 from ..trainer.derived import build_horizon
+from ..trainer.hybrid import hybrid_dealer as dealer_of
 from ..trainer.launching import planned_processes
 from ..trainer.machine_gpus import planned_machine
 from ..trainer.resolve import ResolvedRun, ResolveOptions, resolve
@@ -194,8 +195,7 @@ def plan_of(
 
 def hybrid_dealer(config: RunConfig, layout: Layout, shape: DecoderConfig) -> HybridAssigner:
     """Return what deals the documents of global batches to the data ranks."""
-    row = config.batch.micro_size * config.data.seq_len
-    return HybridAssigner.of(config.parallel, layout, row, decoder_flops(shape), compiled=config.trainer.compile)
+    return dealer_of(config, layout, shape, decoder_flops(shape))
 
 
 def spared_by_fusing(plan: Plan, config: RunConfig) -> int:

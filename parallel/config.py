@@ -39,6 +39,11 @@ class ParallelConfig:
         "none",
         "hybrid data parallelism: none deals samples to ranks; greedy their documents, by cost, and long ones to several ranks",
     )
+    hdp_costs: str | None = key(
+        None,
+        "with hdp: the cluster by whose rates documents cost, as `meshloom calibrate --as` names it, the same on all nodes;"
+        " null: counts of FLOPs tell",
+    )
     hdp_tokens: int | None = key(None, "with hdp: tokens of a rank's micro-batch at most; null: batch.micro times data.seq_len")
     copy_engines: bool = key(
         True, "GPUs of one host send weights and gradients that only move by their copy engines, where NCCL can (torch engine)"
@@ -76,6 +81,9 @@ class ParallelConfig:
         elif self.hdp == "none" and self.hdp_tokens is not None:
             fix = f"leave it null, or use {key}.hdp=greedy"
             found.append(Problem(f"{key}.hdp_tokens", "only hybrid data parallelism reads it", fix))
+        if self.hdp == "none" and self.hdp_costs is not None:
+            fix = f"leave it null, or use {key}.hdp=greedy"
+            found.append(Problem(f"{key}.hdp_costs", "only hybrid data parallelism reads it", fix))
         if self.hdp_tokens is not None and self.hdp_tokens < max(1, self.tp):
             message = f"{self.hdp_tokens} tokens are no micro-batch for {key}.tp={self.tp}"
             found.append(Problem(f"{key}.hdp_tokens", message, "use thousands, or null"))

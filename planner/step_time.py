@@ -124,7 +124,7 @@ def _stage_times(step: Step, kernels: Kernels) -> list[BlockTime]:
     stages: list[BlockTime] = []
     plan = step.cost.plan
     for at, layers in enumerate(plan.layers):
-        passes = [_ends(step, kernels, tokens, first=at == 0, last=at == plan.count - 1)]
+        passes = [ends_time(step.model, parallel.tp, kernels, tokens, first=at == 0, last=at == plan.count - 1)]
         for layer in layers:
             block, policy = shapes[layer], job.policies[layer]
             if (id(block), policy) not in times:
@@ -144,9 +144,9 @@ def _stage_times(step: Step, kernels: Kernels) -> list[BlockTime]:
     return stages
 
 
-def _ends(step: Step, kernels: Kernels, tokens: float, *, first: bool, last: bool) -> BlockTime:
+def ends_time(model: DecoderConfig, tp: int, kernels: Kernels, tokens: float, *, first: bool, last: bool) -> BlockTime:
     """Predict the passes of the embedding, and of the head with the loss, whose gradient comes with the forward pass."""
-    dim, rows = step.model.dim, step.model.known_vocabulary / step.parallel.tp
+    dim, rows = model.dim, model.known_vocabulary / tp
     forward, to_input, to_weight = dict[str, float](), dict[str, float](), dict[str, float]()
     if first:
         forward["embedding"] = kernels.pointwise(2 * dim * tokens * kernels.unit)

@@ -40,7 +40,6 @@ from ..parallel.division import divide_blocks
 from ..parallel.engine import EngineSettings, OptimizerFactory
 from ..parallel.engines import make_engine
 from ..parallel.hybrid.cost import decoder_flops, module_flops
-from ..parallel.hybrid.share import HybridAssigner
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline.stages import legal_micro_batches
@@ -62,6 +61,7 @@ from .hooks.sampling import SampleText
 from .hooks.saving import Saving
 from .hooks.stragglers import NameStragglers
 from .hooks.tasks import TaskEvaluation
+from .hybrid import hybrid_dealer
 from .loop import Loop, agree_on_plan
 from .schema import RunConfig
 from .stages.record import Place, StageRecord
@@ -140,7 +140,7 @@ def build_dealer(config: RunConfig, layout: Layout, model: Model, island: int = 
         return build_assigner(config, layout, island)
     seq_len, shape = config.data.seq_len, model.decoder_config
     flops = module_flops(model.flops_per_token, seq_len) if shape is None else decoder_flops(shape)
-    return HybridAssigner.of(config.parallel, layout, config.batch.micro_size * seq_len, flops, compiled=config.trainer.compile)
+    return hybrid_dealer(config, layout, shape, flops)
 
 
 def build_hook(node: Mapping[str, Any]) -> Hook:

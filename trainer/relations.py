@@ -23,6 +23,7 @@ from ..parallel.hybrid.limits import capacity_problems, hybrid_problems
 from ..parallel.layout import layout_problems
 from ..parallel.legality import Work, layout_and_model_problems
 from ..parallel.limits import engine_problems, float8_problems, masters_problems, measuring_problems
+from ..planner.cluster import load_cluster
 from .derived import build_horizon, checkpoint_folder
 from .local_relations import local_problems
 from .schema import RunConfig
@@ -162,6 +163,11 @@ def _hybrid(config: RunConfig, start: Start) -> Iterator[Problem]:
         drops_tokens=config.model.drops_tokens,
         float8=config.trainer.float8,
     )
+    if parallel.hdp_costs is not None:
+        try:
+            load_cluster([f"cluster={parallel.hdp_costs}"])
+        except ConfigError as error:
+            yield from (Problem("parallel.hdp_costs", each.message, each.fix) for each in error.problems)
     model = parallel.pp * parallel.cp * parallel.tp
     if start.world_size and not start.world_size % model:
         yield from capacity_problems(parallel, config.batch.micro_size, config.data.seq_len, start.world_size // model)

@@ -57,6 +57,7 @@ class HybridAssigner:
     unit      a row's positions are a multiple of it, filled up with padding
     lockstep  all ranks run as many rows, each at the same time
     classes   the number of lengths that rows may have, filled up with padding: a compiler makes kernels for each. None: any
+    measured  costs in seconds, by rates that were measured; None: they are estimated from FLOPs
     stages    ranks of the pipeline that runs the rows of a data rank; in one, every row has as many positions
     can_run   whether a step may have this number of rows; the schedule of a pipeline may not allow every number
     """
@@ -69,18 +70,27 @@ class HybridAssigner:
     classes: int | None = None
     stages: int = 1
     can_run: Callable[[int], bool] = any_number
+    measured: CostModel | None = None
 
     @classmethod
     def of(
-        cls, parallel: ParallelConfig, layout: Layout, row: int, flops: CostModel, *, compiled: bool = False
+        cls,
+        parallel: ParallelConfig,
+        layout: Layout,
+        row: int,
+        flops: CostModel,
+        *,
+        compiled: bool = False,
+        measured: CostModel | None = None,
     ) -> HybridAssigner:
         """Make the rule that a config asks for. row: tokens of a micro-batch of samples; compiled: whether blocks are."""
         unit = row_unit(parallel.hdp_tokens or row, layout.tp)
         if layout.pp > 1:
             can_run = partial(legal_micro_batches, parallel)
-            return cls(layout.data_size, flops, parallel.hdp_tokens, unit, layout.ep > 1, 1, layout.pp, can_run)
+            return cls(layout.data_size, flops, parallel.hdp_tokens, unit, layout.ep > 1, 1, layout.pp, can_run, measured)
         together = uses_fsdp(parallel, layout) or layout.ep > 1
-        return cls(layout.data_size, flops, parallel.hdp_tokens, unit, together, CLASSES if compiled else None)
+        classes = CLASSES if compiled else None
+        return cls(layout.data_size, flops, parallel.hdp_tokens, unit, together, classes, measured=measured)
 
     def row_tokens(self, seq_len: int, micro: int) -> int:
         """Return the tokens of a row at most, of micro-batches of `micro` samples of `seq_len` positions."""
@@ -96,7 +106,7 @@ class HybridAssigner:
 
     def costs(self, row_tokens: int) -> CostModel:
         """Return the costs by which documents are dealt to rows of so many tokens at most."""
-        costs = costs_of(self.flops)
+        costs = self.measured or costs_of(self.flops)
         return costs if self.stages == 1 else filled(costs, row_tokens)
 
     def plan(self, lengths: Sequence[int], seq_len: int, micro: int) -> HybridAssignment:

@@ -142,7 +142,8 @@ def dealer(mesh: Mesh, work: Work) -> Dealer:
     """Return what deals the work's batches: samples, or under hybrid data parallelism their documents."""
     if work.parallel.hdp == "none":
         return assigner(mesh, work)
-    return HybridAssigner.of(work.parallel, mesh.layout, work.micro * SEQ_LEN, CostModel(10.0, 100.0))
+    measured = None if work.parallel.hdp_costs is None else CostModel(1.0, 5.0, row=9.0)
+    return HybridAssigner.of(work.parallel, mesh.layout, work.micro * SEQ_LEN, CostModel(10.0, 100.0), measured=measured)
 
 
 def share(mesh: Mesh, work: Work, first: int) -> Share:

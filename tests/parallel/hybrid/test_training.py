@@ -45,7 +45,7 @@ LAYOUTS = [(2, 1, 1, 1), (3, 1, 1, 1), (4, 1, 1, 1), (4, 2, 1, 1), (4, 1, 2, 1),
 CASES = {
     2: [
         work(8, zero=1, model=EXPERTS, balance=PRICES),
-        work(8, zero=0),
+        work(8, zero=0, hdp_costs="measured"),
         work(9, zero=1),
         work(8, zero=2),
         work(8, zero=1, model=WINDOW),
