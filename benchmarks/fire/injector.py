@@ -8,6 +8,7 @@ strikes, it leaves a file, so that it strikes once for a run, and so that it is 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -119,7 +120,8 @@ class Injector(Hook):
         if kind in (*CRASHES, *HANGS):
             _end_or_hang(kind)
         elif kind in LOST_PARENTS:
-            os.kill(int((self._folder / f"{kind.partition('_')[2]}.pid").read_text()), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was killed a moment ago, and its ranks are about to end
+                os.kill(int((self._folder / f"{kind.partition('_')[2]}.pid").read_text()), signal.SIGKILL)
         elif kind == "slow":
             self._slow, self._seconds = SLOW_STEPS, fault.size
         elif kind == "clock":

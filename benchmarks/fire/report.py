@@ -39,7 +39,7 @@ class Struck:
     def in_time(self) -> bool:
         """True if it was noticed as soon as a stopped rank is to be."""
         seconds = self.verdict.noticed.get(self.number)
-        return seconds is not None and seconds <= STOP_STEPS * self.result.step_seconds + STOP_SECONDS
+        return seconds is not None and seconds <= STOP_STEPS * self.verdict.usual[self.number] + STOP_SECONDS
 
 
 def report(results: Sequence[Result]) -> str:

@@ -36,6 +36,7 @@ RECIPE = (
     f"batch.samples={BATCH}", "batch.micro=2", "trainer.tokens=null", f"trainer.eval_every={EVALUATE_EVERY}",
     "trainer.eval_samples=8", f"checkpoint.every={SAVE_EVERY}", "checkpoint.keep=3", "trainer.sample_prompt=null",
     f"trainer.compare_replicas_every={COMPARE_EVERY}", "logging.progress=false", "launch.check=false",
+    "parallel.timeout=60",
 )  # fmt: skip
 PATIENCE = 150.0
 """Seconds after which a run counts as one that hangs, and nobody has ended it."""

@@ -25,10 +25,13 @@ FITS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(OF_STATE, ("bad_step", "replicas_differ", "replicas_judged")),
     **dict.fromkeys(OF_PASSES, ("bad_step",)),
     "slow": ("straggler",),
+    "full_disk": ("error",),
 }
 """Kind of a fault → kinds of the incidents that notice it."""
+MAY_PASS = ("full_disk",)
+"""Faults that need no incident: a save that fails is told, and the next one may succeed."""
 SUSPECTING = ("silence",)
-"""Incidents that name a rank before anything is decided; they fit what hangs."""
+"""Incidents that name a rank before the run is ended for it; they fit what hangs, and notice what is not stopped."""
 DECIDING = ("death", "error", "hang", "bad_step", "replicas_differ", "straggler")
 """Incidents that notice a fault; others only tell more about it."""
 OPEN_ENDS = (77,)
@@ -45,6 +48,7 @@ class Verdict:
     slowed    ranks that were named as slow, and that no fault has slowed: the machine may have
     worst     largest relative difference of a loss from the undisturbed run's; infinite: a step is missing
     told      the message by which each fault was noticed
+    usual     seconds of a usual step of the rank that a hang was noticed of, as the watch has learned it
     open_end  whether the run ended by its own decision, so that steps are missing
     """
 
@@ -54,6 +58,7 @@ class Verdict:
     slowed: list[str] = field(default_factory=list[str])
     worst: float = 0.0
     told: dict[int, str] = field(default_factory=dict[int, str])
+    usual: dict[int, float] = field(default_factory=dict[int, float])
     open_end: bool = False
 
     @property
@@ -74,11 +79,16 @@ def judge(result: Result) -> Verdict:
         if named and not hit:
             (verdict.slowed if incident["kind"] == "straggler" else verdict.wrong).append(incident["message"])
         open_ = [each for each in hit if each[0] not in verdict.noticed]
-        deciding = incident["kind"] in DECIDING
+        deciding = incident["kind"] in DECIDING or (incident["kind"] in SUSPECTING and hit[-1:] and hit[-1][1].kind == "hang")
         for number, _, left in open_ if incident["kind"] == "replicas_differ" else open_[-1:] if deciding else []:
             verdict.noticed[number] = incident["time"] - left["time"]
             verdict.told[number] = incident["message"]
-    verdict.missed = [number for number, fault, _ in faults if fault.kind in FITS and number not in verdict.noticed]
+            verdict.usual[number] = _usual_step(incident) or result.step_seconds
+    verdict.missed = [
+        number
+        for number, fault, _ in faults
+        if fault.kind in FITS and fault.kind not in MAY_PASS and number not in verdict.noticed
+    ]
     steps = [step for step in undisturbed if not verdict.open_end or step in result.losses]
     verdict.worst = max((_apart(result.losses.get(step, math.nan), undisturbed[step]) for step in steps), default=math.inf)
     return verdict
@@ -102,6 +112,8 @@ SLACK = 0.05
 
 def _may_be(incident: Mapping[str, Any], fault: Fault, named: set[int]) -> bool:
     """Return whether an incident that fits a fault may be about it: it names its rank, or none."""
+    if fault.kind == "full_disk":  # which all ranks write to
+        return True
     if fault.kind == "bad_sample":  # whichever rank it was dealt to
         samples = incident["details"]["samples"]
         return not samples or int(fault.size) in samples
@@ -123,6 +135,11 @@ def _named(incident: Mapping[str, Any]) -> set[int]:
     if incident["kind"] in ("death", "error", "hang", "silence", "straggler", "bad_step") and incident["rank"] is not None:
         return {incident["rank"]}
     return set()
+
+
+def _usual_step(incident: Mapping[str, Any]) -> float | None:
+    silent = incident["details"].get("silent") or [{}]
+    return silent[0].get("step_usual")
 
 
 def _apart(loss: float, other: float) -> float:

@@ -25,6 +25,8 @@ LOST_SECONDS = 30.0
 """A host that gives no news is named after 2 usual steps and so many seconds."""
 UNKNOWN_SECONDS = 10.0
 """Stands for NAMED while no usual time of a step is known: the first steps compile."""
+UNKNOWN_STEP = 1.0
+"""Stands then for a step's usual time where a rank is stopped: that takes no compiler."""
 MOVES = 1.0
 """Seconds within which a rank has to beat for its run not to be silent."""
 STOPPED, TRACED, STORAGE = "T", "t", "D"
@@ -80,10 +82,10 @@ class RankState:
         """Seconds of silence after which the rank is named."""
         if self.state == "":
             return NAMED_STEPS * (self.step_usual or 0.0) + LOST_SECONDS
+        if self.stopped:
+            return NAMED_STEPS * (self.step_usual or UNKNOWN_STEP) + STOPPED_SECONDS
         if self.step_usual is None:
             return UNKNOWN_SECONDS
-        if self.stopped:
-            return NAMED_STEPS * self.step_usual + STOPPED_SECONDS
         return NAMED_STEPS * max(self.step_usual, self.usual) + NAMED_SECONDS
 
     def ended_after(self, limit: float | None, timeout: float) -> float:

@@ -77,6 +77,7 @@ def incident(kind: str, rank: int | None, time: float = 12.5, **details: Any) ->
         ("spike", [incident("bad_step", None)], True, 0),
         ("clock", [incident("hang", 0)], False, 1),
         ("flip_gradient", [incident("replicas_differ", 1, odd=[1])], False, 1),
+        ("full_disk", [incident("error", 0)], True, 0),
         ("bad_sample", [incident("bad_step", 2, samples=[])], True, 0),
     ],
 )

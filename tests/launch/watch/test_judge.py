@@ -82,7 +82,7 @@ def test_where_nothing_tells_all_are_named() -> None:
         (state(1, Phase.FORWARD, 0.0, state="D"), NAMED, 600.0),
         (state(1, Phase.DATA, 0.0), NAMED, 600.0),
         (state(1, Phase.DATA, 0.0, step_usual=None), UNKNOWN_SECONDS, 600.0),
-        (state(1, Phase.DATA, 0.0, step_usual=None, state="T"), UNKNOWN_SECONDS, UNKNOWN_SECONDS),
+        (state(1, Phase.DATA, 0.0, step_usual=None, state="T"), STOPPED, STOPPED),
         (state(1, Phase.DATA, 0.0, step_usual=100.0), 100 * NAMED_STEPS + NAMED_SECONDS, 600.0),
     ],
 )
