@@ -11,7 +11,7 @@ from pathlib import Path
 from ..checkpoint.errors import HeldError
 from ..checkpoint.lock import FolderLock
 from ..config.cache import cache_folder
-from ..config.per_host import after_first_on_host
+from ..config.per_host import after_first_on_host, share_on_host
 from ..config.problems import ConfigError, Problem
 from ..data.assignment import Assigner
 from ..data.build import build_node
@@ -136,8 +136,9 @@ def prepared_data(config: DataConfig, seed: int, vocabulary: int | None) -> Data
 
     vocabulary: of the model; None: the data's
     """
-    if problems := collect_problems("data", lambda: build_node(config, seed, vocabulary).problems()):
-        raise ConfigError(problems)
+    found = share_on_host("data", lambda: collect_problems("data", lambda: build_node(config, seed, vocabulary).problems()))
+    if found:
+        raise ConfigError(found)
     data = build_node(config, seed, vocabulary)
     try:
         after_first_on_host("data", data.prepare)

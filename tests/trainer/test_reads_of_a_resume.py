@@ -46,5 +46,6 @@ def test_one_rank_of_a_host_asks_for_what_all_need(tmp_path: Path) -> None:
         saved = {Path(path).name for path in found if path.startswith("run/checkpoints") and ".tmp-" not in path}
         assert saved <= {f"rank-0000{saver}.{kind}" for saver in (0, 1) for kind in ("safetensors", "leaves")}
         assert not any(path.endswith(".lock") for path in found)  # what the first rank has built is there
+        assert "corpus.txt" not in found and max(count for path, count in found.items() if path.startswith("cache")) <= 3, found
     headers = sum(found.get("run/checkpoints/step-00000002/rank-00000.safetensors", 0) for found in asked)
     assert headers <= 1 + RANKS  # its header once; then the weights, of which each rank reads some
