@@ -24,7 +24,7 @@ from .planning.planner import FREE, Planner
 from .report import SaveReport
 from .saving.commit import LocalTarget, open_target
 from .saving.device import Device
-from .saving.save import EarlierSaves, Save
+from .saving.save import Save
 from .saving.save_context import SaveContext
 from .saving.snapshot import Snapshot
 from .saving.staging import StagingPool
@@ -65,7 +65,7 @@ class Checkpointer:
         self._saves: list[Save] = []
         self._leaving: list[Save] = []  # whose threads may still be at something, reported or not
         self._unlearned: list[Snapshot] = []
-        self._order = EarlierSaves()
+        self._newest_save: Save | None = None
         self._last_report: SaveReport | None = None
         self._newest = ""  # outcome of the last save that holds anything
         self._failures = 0
@@ -174,14 +174,13 @@ class Checkpointer:
         assert not hold or self._asynchronous, "in mode sync nothing is left to do when this returns"
         assert disk or memory, "a save that goes nowhere: checkpoint.memory_every is not set"
         talk = self.control.begin("save", self.config.timeout, "checkpoint.timeout")
-        save = Save(step, held, state, disk=disk, memory=memory, required=required, talk=talk, after=self._order)
+        save = Save(step, held, state, disk=disk, memory=memory, required=required, talk=talk, after=self._newest_save)
         if not hold:
             save.confirm()
         self._saves.append(save)
         self._leaving = [*(other for other in self._leaving if not other.leave(0)), save]
         self._unlearned.append(save.snapshot)
-        before = self._order
-        self._order = EarlierSaves(save, save if disk else before.disk, save if memory else before.memory)
+        self._newest_save = save
         try:
             if self._asynchronous:
                 thread = threading.Thread(target=save.run, args=(self._context,), name=f"checkpoint-{step}", daemon=True)
@@ -298,7 +297,7 @@ class Checkpointer:
                 self._context.device.learn(snapshot.device_stall(), snapshot.bytes_per_second, snapshot.bytes)
 
     def _wait_for_update(self) -> float:
-        newest = self._order.any
+        newest = self._newest_save
         if newest is None:
             return 0.0
         stalled = newest.snapshot.wait(self.config.timeout)

@@ -11,8 +11,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,43 +31,14 @@ from .commit import NO_ROOM, new_token
 from .file_report import FileReport, failure, failure_in, join_reports
 from .save_context import SaveContext
 from .snapshot import Snapshot
+from .stages import Stage, Turn
 from .staging import StagingBuffer
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class EarlierSaves:
-    """The saves that a save comes after: of any kind, to the disk, and into memory."""
-
-    any: Save | None = None
-    disk: Save | None = None
-    memory: Save | None = None
-
-    def to_disk(self) -> Iterator[Save]:
-        """The last save meant for the disk and, since it may have been skipped meanwhile, those that it came after itself."""
-        save = self.disk
-        while save is not None:
-            yield save
-            save = save.after.disk
-
-    def into_memory(self) -> Iterator[Save]:
-        """The same for memory."""
-        save = self.memory
-        while save is not None:
-            yield save
-            save = save.after.memory
-
-    def unended(self) -> EarlierSaves:
-        """Return the predecessors that have not ended yet, for saves that follow one which has."""
-        return EarlierSaves(
-            disk=next((save for save in self.to_disk() if not save.ended), None),
-            memory=next((save for save in self.into_memory() if not save.ended), None),
-        )
-
-
 class Save:
-    """A save under way. `run` does it all, in a thread of its own or in the caller's; saves go through each stage in order.
+    """A save under way. `run` does it all, in a thread of its own or in the caller's; `turn` says how far it is.
 
     1. vote      every rank says what it holds, if that has changed, and whether it has memory
     2. decision  the coordinator (rank 0) says: skip, go on with the plan, or derive a new one; to the disk, into memory
@@ -90,7 +60,7 @@ class Save:
         memory: bool,
         required: bool,
         talk: Round,
-        after: EarlierSaves,
+        after: Save | None,
     ) -> None:
         self.step = step
         self.state = state
@@ -98,17 +68,12 @@ class Save:
         self.memory = memory
         self.required = required
         self.talk = talk
-        self.after = after
+        self.turn = Turn(None if after is None else after.turn, disk=disk, memory=memory)
         self.snapshot = Snapshot(fragments)
         self.report = SaveReport(step)
         self.thread: threading.Thread | None = None  # where it runs, once it does
         self._confirmed = threading.Event()
         self._doubt = ""
-        self._staged = threading.Event()
-        self._kept = threading.Event()
-        self._written = threading.Event()
-        self._ended = threading.Event()
-        self._left = threading.Event()
         self._claim = threading.Lock()  # whoever gets it runs the save, or says that nobody does
         self._buffer: StagingBuffer | None = None
         self._writing = False
@@ -122,7 +87,7 @@ class Save:
     @property
     def ended(self) -> bool:
         """Return whether the save has its outcome."""
-        return self._ended.is_set()
+        return self.turn.stage >= Stage.ENDED
 
     def confirm(self, doubt: str = "") -> None:
         """Let the save become a checkpoint or, if there is a doubt about its step, give it up. The first word stands."""
@@ -132,13 +97,14 @@ class Save:
 
     def join(self) -> None:
         """Wait for the verdict."""
-        self._ended.wait()
+        self.turn.wait(Stage.ENDED)
 
     def leave(self, timeout: float | None = None) -> bool:
         """Wait until the save's thread is over, and with it the deletion of old steps. Returns whether it is."""
-        if self._left.wait(timeout) and self.thread is not None:
+        left = self.turn.wait(Stage.LEFT, timeout)
+        if left and self.thread is not None:
             self.thread.join()  # whose last line it has just come to
-        return self._left.is_set()
+        return left
 
     def cancel(self, error: BaseException) -> None:
         """End a save that was never begun, here and on the other ranks; one that was ends by itself."""
@@ -146,7 +112,7 @@ class Save:
             self._fail(error)
             self._tell()
             self._end()
-            self._left.set()
+            self.turn.reach(Stage.LEFT)
 
     def run(self, context: SaveContext) -> None:
         """Do it. The report says what happened; only what interrupts the caller (KeyboardInterrupt) is raised again."""
@@ -156,8 +122,7 @@ class Save:
         report = self.report
         try:
             context.planned.wait()
-            if self.after.any is not None:
-                self.after.any._staged.wait()
+            self.turn.wait_for_tensors()
             if context.device is not None:
                 torch.cuda.set_device(context.device.device)  # a thread begins on device 0, whichever its process uses
             self._run(context)
@@ -181,7 +146,7 @@ class Save:
             finally:
                 with contextlib.suppress(Exception):  # the store may be gone
                     self.talk.leave()
-                self._left.set()
+                self.turn.reach(Stage.LEFT)
 
     def _fail(self, error: BaseException) -> None:
         self.report.outcome = "failed" if self.disk else "unkept"
@@ -192,11 +157,8 @@ class Save:
             self.report.reason += f"; {NO_ROOM}"
 
     def _end(self) -> None:
-        self.after = self.after.unended()  # before the events: who waits for them goes on from here
-        self._mark_staged()
-        self._kept.set()
-        self._written.set()
-        self._ended.set()
+        self._release_tensors()
+        self.turn.reach(Stage.ENDED)
 
     def _run(self, context: SaveContext) -> None:
         report, talk = self.report, self.talk
@@ -224,7 +186,7 @@ class Save:
             raise CheckpointError(self._doubt)
         if self.memory:
             self._keep(context, layout)
-        self._kept.set()
+        self.turn.reach(Stage.KEPT)
         if self.disk:
             self._write(context, request, layout)
 
@@ -235,7 +197,7 @@ class Save:
         reach("vote.before")
         note = FREE
         if not self.required:
-            if self.memory and self.disk and not self._writer_is_free():
+            if self.memory and self.disk and not self.turn.writer_is_free:
                 note = DISK_BUSY
             if size > 0 and not context.pool.has_room(size):
                 note = NO_MEMORY
@@ -273,7 +235,7 @@ class Save:
     def _stage(self, context: SaveContext, layout: FileLayout) -> Request | None:
         """Stage 3. The writer, if it is free, begins at once and follows the copy; returns its request."""
         if not layout.bytes and not self.memory:
-            self._mark_staged()
+            self._release_tensors()
             return None
         buffer = self._buffer = context.pool.lend(layout.bytes, context.config.timeout)
         buffer.watermark.set(0)
@@ -281,31 +243,26 @@ class Save:
         if self.disk and layout.bytes:
             name, leaves = data_file_names(self.talk.control.rank, context.target.suffix(self._token))
             request = Request(buffer, layout.bytes, context.target.place(self.step, self._token), name, leaves)
-        follow = request is not None and self._writer_is_free()
+        follow = request is not None and self.turn.writer_is_free
         if follow and request is not None:
             self._writing = True
             context.writer.begin(request)
         if layout.bytes:
             self.snapshot.copy(buffer, layout, context.device)
         self.report.staging_seconds = self.snapshot.seconds
-        self._mark_staged()
+        self._release_tensors()
         if request is not None and not follow:
-            for earlier in self.after.to_disk():
-                earlier._written.wait()
+            self.turn.wait_for_writer()
             self._writing = True
             context.writer.begin(request)
         return request
-
-    def _writer_is_free(self) -> bool:
-        return all(earlier._written.is_set() for earlier in self.after.to_disk())
 
     def _keep(self, context: SaveContext, layout: FileLayout) -> None:
         """Stage 4. A failure here is reported and costs nothing but this version."""
         assert context.memory is not None and self._buffer is not None
         talk = self.talk
         start = time.perf_counter()
-        for earlier in self.after.into_memory():
-            earlier._kept.wait()
+        self.turn.wait_for_keepers()
         try:
             digest = context.memory.hold(self._buffer, layout.bytes, self._token, self.step)
             message = FileReport.of(talk.control.rank, layout, digest)
@@ -363,9 +320,8 @@ class Save:
                     f"rank {talk.control.rank} wrote {written.bytes} bytes, the plan has {layout.bytes} for it"
                 )
             message = FileReport.of(talk.control.rank, layout, written.digest)
-        for earlier in self.after.to_disk():
-            earlier._ended.wait()
-        self._written.set()
+        self.turn.wait_to_commit()
+        self.turn.reach(Stage.WRITTEN)
         written_at = time.perf_counter()
         reach("report.before")
         verdict = talk.agree("report", message, join_reports, functools.partial(self._commit_all, context))
@@ -373,9 +329,9 @@ class Save:
         report.commit_seconds = time.perf_counter() - written_at
         report.outcome = "committed"
 
-    def _mark_staged(self) -> None:
+    def _release_tensors(self) -> None:
         self.snapshot.release()
-        self._staged.set()
+        self.turn.reach(Stage.SNAPSHOTTED)
 
     def _manifest(self, reports: list[FileReport], suffix: str) -> Manifest:
         """The coordinator's part: what the ranks say they wrote must be as much as there is."""
