@@ -13,11 +13,16 @@ starts. So several numbers of rows are tried. For each number, a row may take th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
+from typing import TYPE_CHECKING
 
+from ...config.lazy import numpy as np
 from .assignment import HybridAssignment, Row
 from .cost import CostModel, least_time
 from .rectangles import Free, Rectangles
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SHARING = ((1.0, 1.0), (1.0, 0.5), (1.0, 0.2), (0.25, 0.0), (0.1, 0.0))
 """Ways of sharing that are tried, with the fewest messages first. A document is shared that takes more than the first part of a
@@ -65,18 +70,29 @@ def plans_of_rows(
     sharing: Sequence[tuple[float, float]],
 ) -> Iterator[HybridAssignment]:
     """Yield plans that begin with each of these numbers of rows, for each way to share (see `SHARING`)."""
+    order = np.argsort(-np.array(cost, np.float64), kind="stable")  # the dearest first
     for large, part in sharing:
         for count in numbers:
-            yield _Rows(lengths, cost, ranks, capacity, count, large, part).plan()
+            yield _Rows(lengths, cost, order, ranks, capacity, count, large, part).plan()
 
 
 class _Rows:
     """Rows of all ranks being filled, each with the same time on every rank."""
 
     def __init__(
-        self, lengths: Sequence[int], cost: Sequence[float], ranks: int, capacity: int, count: int, large: float, most: float
+        self,
+        lengths: Sequence[int],
+        cost: Sequence[float],
+        order: NDArray[np.int64],
+        ranks: int,
+        capacity: int,
+        count: int,
+        large: float,
+        most: float,
     ) -> None:
+        """order: of the documents, the dearest first."""
         self._lengths, self._cost, self._ranks, self._capacity = lengths, cost, ranks, capacity
+        self._order = order
         self._count, self._large = count, large
         self._level = sum(cost) / (ranks * count)
         free = [Free(0, ranks, self._level, capacity, wave) for wave in range(count)]
@@ -84,12 +100,11 @@ class _Rows:
 
     def plan(self) -> HybridAssignment:
         """Place all documents."""
-        order = sorted(range(len(self._lengths)), key=lambda each: (-self._cost[each], each))
-        whole: list[int] = []
-        for document in order:
-            if self._lengths[document] <= self._capacity and self._cost[document] <= self._large * self._level:
-                whole.append(document)
-            elif not self._rectangles.place(document):
+        costs, lengths = np.array(self._cost, np.float64)[self._order], np.array(self._lengths, np.int64)[self._order]
+        is_shared = (lengths > self._capacity) | (costs > self._large * self._level)
+        whole: list[int] = self._order[~is_shared].tolist()
+        for document in self._order[is_shared].tolist():
+            if not self._rectangles.place(document):
                 row = Free(0, self._ranks, max(self._level, self._cost[document] / self._ranks), self._capacity, self._count)
                 self._count += 1
                 self._rectangles.place_alone(document, row)
@@ -126,7 +141,7 @@ class _Rows:
             if not slots:
                 slots = [(-self._level, self._capacity, rank, self._count) for rank in range(self._ranks)]
                 self._count += 1
-            time, room, rank, row = heappop(slots)
+            time, room, rank, row = slots[0]
             found.setdefault((rank, row), []).append(document)
-            heappush(slots, (time + self._cost[document], room - length, rank, row))
+            heapreplace(slots, (time + self._cost[document], room - length, rank, row))
         return found
