@@ -47,7 +47,7 @@ HYDRA_VERSION = "1.3"
 NAMED = ("model", "data", "optim", "schedule", "batch")  # groups whose options carry a name
 OPEN_NODES = tuple(
     f"{node}{mark}"
-    for node in ("parallel.deepspeed.config", "optim.modules", "stages", "validation", "launch.sbatch")
+    for node in ("parallel.deepspeed.config", "optim.modules", "stages", "validation", "launch.sbatch", "launch.placements")
     for mark in ".="
 )  # their keys are in no schema
 FAULTS = (HydraException, yaml.YAMLError, ValueError)  # what composition raises for bad overrides and bad files

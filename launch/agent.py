@@ -25,6 +25,8 @@ from typing import Any, NoReturn
 
 from ..parallel.open_files import raise_file_limit
 from . import forked
+from .nodes.agent import run_part
+from .nodes.part import FLAG
 from .torchrun import RANK
 
 LAST_WORDS = 5.0
@@ -43,11 +45,17 @@ MOST_RANKS = 16384
 
 
 def main(argv: list[str]) -> int:
-    """Run torchrun's agent with these arguments. Return 0, or the code of the first worker that failed (128 + signal)."""
+    """Run torchrun's agent with these arguments. Return 0, or the code of the first worker that failed (128 + signal).
+
+    Of a run on several machines the only argument says what this one's part is (`nodes/agent.py`), and torchrun has none.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     ignore_requests()
+    if argv and argv[0].startswith(FLAG):
+        raise_file_limit(MOST_RANKS, tell=False)
+        return run_part(argv[0])
     try:
         return _run(argv)
     except ChildFailedError as error:

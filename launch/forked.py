@@ -26,6 +26,8 @@ METHOD = "forkserver"
 PRELOADED = "meshloom.launch.preload"
 ORPHAN_SECONDS = 60.0
 """Time for a rank to finish its step and save when its agent was killed; then it ends at once."""
+DIES_WITH_PARENT = "MESHLOOM_DIES_WITH_PARENT"
+"""Environment variable of a rank that is not forked, and has to end at once when its parent does."""
 
 
 def prepare() -> None:
@@ -71,10 +73,21 @@ def _try() -> None:
         torch.cuda.get_device_properties(0)
 
 
-def train(environment: Mapping[str, str], arguments: Sequence[str]) -> None:
+def train_of_node(variables: Mapping[str, str], environment: Mapping[str, str], arguments: Sequence[str]) -> None:
+    """Run one rank of a run on several machines, with these variables of its own: see `train`.
+
+    It ends at once when its agent does. To save would end the whole run; the other machines go on from what is saved.
+    """
+    os.environ.update(variables)
+    train({**environment, **variables}, arguments, orphan_seconds=0.0)
+
+
+def train(environment: Mapping[str, str], arguments: Sequence[str], orphan_seconds: float = ORPHAN_SECONDS) -> None:
     """Run one rank as `python -m meshloom.launch.rank` with these arguments and environment. Exits the process on failure.
 
     The variables that torchrun sets for the rank are already in this process's environment.
+
+    orphan_seconds: for the rank to save after its agent was killed
     """
     from . import preload
 
@@ -84,7 +97,7 @@ def train(environment: Mapping[str, str], arguments: Sequence[str]) -> None:
             os.environ[name] = value
     agent = multiprocessing.parent_process()
     if agent is not None:
-        threading.Thread(target=_stop_with, args=(agent.sentinel,), daemon=True).start()
+        threading.Thread(target=_stop_with, args=(agent.sentinel, orphan_seconds), daemon=True).start()
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch reads it on import, which was before it was set
@@ -112,9 +125,10 @@ def train(environment: Mapping[str, str], arguments: Sequence[str]) -> None:
         sys.exit(code)
 
 
-def _stop_with(agent: int) -> None:
+def _stop_with(agent: int, seconds: float) -> None:
     """Ask this rank to stop when its agent was killed, and end it later: nothing else would. agent: the agent's sentinel."""
     connection.wait([agent])
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(ORPHAN_SECONDS)  # it may hang in a collective, where it never looks at the request
+    if seconds:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(seconds)  # it may hang in a collective, where it never looks at the request
     os._exit(128 + signal.SIGTERM)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..config.per_host import share_on_host
 from ..config.problems import ConfigError
+from .forked import DIES_WITH_PARENT
 from .once import OncePerNode, hook_failure, is_first
 from .switches import BAD_CONFIG, read_switches, refuse
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from ..trainer.resolve import ResolvedRun
     from ..trainer.signals import StopRequest
 
+PR_SET_PDEATHSIG = 1
 FRAMES = 4  # innermost frames of an error that are reported
 # Errors of a disk, a quota or a file server, or a file in a folder's place: reported in one line, without a traceback.
 UNWRITABLE = (
@@ -53,6 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if write_failure(error):
             return 1
         raise
+
+
+def die_with_parent() -> None:
+    """Have this process killed with its parent, where that is asked for by an environment variable."""
+    if os.environ.get(DIES_WITH_PARENT):
+        from ..trainer.watch.rank import control_process
+
+        control_process(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_here(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
@@ -108,4 +119,5 @@ def configure_log() -> None:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     sys.exit(main())

@@ -29,14 +29,15 @@ KEYS = {
 """Directive → the key that sets it."""
 
 FIXED = ("ntasks", "ntasks-per-node", "open-mode")
-"""Directives that the script relies on: srun starts one torchrun on each node."""
+"""Directives that the script relies on: srun starts one `meshloom train` on each node."""
 
 
 def directives(launch: LaunchConfig, array: int = 0) -> list[str]:
     """Return the directives, each as it stands behind `#SBATCH`. array: number of jobs of the array; 0 for a single job."""
     own: dict[str, Any] = {
         "job-name": launch.job_name,
-        "nodes": launch.nodes,
+        "nodes": _nodes(launch),
+        "no-kill": launch.most_nodes > launch.least_nodes or launch.spare_nodes > 0,
         "ntasks-per-node": 1,
         "gpus-per-node": launch.gpus_per_node,
         "cpus-per-task": _cores(launch),
@@ -78,11 +79,17 @@ def _problems_of_directive(name: str, value: Any) -> Iterator[Problem]:
     if _name(name) in KEYS:
         yield Problem(key, "this directive has a key of its own", f"use {KEYS[_name(name)]}")
     elif _name(name) in FIXED:
-        yield Problem(key, "the script starts one torchrun on each node and appends to its log", "leave it out")
+        yield Problem(key, "the script starts one `meshloom train` on each node and appends to its log", "leave it out")
     elif not re.fullmatch(r"[a-z][a-z-]+", _name(name)):
         yield Problem(key, "is no long name of a directive", "write it without dashes in front: qos for --qos")
     elif isinstance(value, dict | list) or (isinstance(value, str) and (not value.strip() or not value.isprintable())):
         yield Problem(key, f"{value!r} is no value of a directive", "write it in one line; true for none, null to leave it out")
+
+
+def _nodes(launch: LaunchConfig) -> str:
+    """Return the nodes to ask for, spare ones included: those that no rank needs wait until one is lost."""
+    least, most = launch.least_nodes + launch.spare_nodes, launch.most_nodes + launch.spare_nodes
+    return str(most) if least == most else f"{least}-{most}"
 
 
 def _name(name: str) -> str:

@@ -20,7 +20,7 @@ def shortages(config: RunConfig, needs: CheckpointNeeds, away: OffloadAccount, l
 
     away: bytes that a process offloads; local: processes of the machine; memory: bytes of host memory that are available
     """
-    alone = config.launch.nodes == 1
+    alone = config.launch.most_nodes == 1
     limit = config.checkpoint.host_memory_gib
     if limit is not None and limit * 2**30 < needs.least:
         yield Problem("checkpoint.host_memory_gib", f"saves will fail: they take {gib(needs.least)} GiB at least", "raise it")

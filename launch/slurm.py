@@ -16,15 +16,17 @@ from pathlib import Path
 from ..config.compose import normalize_override, quoted
 from ..config.problems import ConfigError, Problem
 from ..config.sweeps import job_folder, without_output_dir
-from ..trainer.launching import ContainerConfig, restarts
+from ..trainer.launching import ContainerConfig
 from ..trainer.resolve import ResolveOptions, resolve
 from ..trainer.schema import RunConfig, make_composer
+from .nodes.part import overlaid
+from .nodes.placement import place
 from .sbatch_directives import directive_problems, directives
 
 TEMPLATE = Path(__file__).with_name("slurm.sbatch")
 
 RESOLVING = ResolveOptions(
-    lambda config: config.launch.nodes * config.launch.gpus_per_node,
+    lambda config: config.launch.most_nodes * config.launch.gpus_per_node,
     resumes=False,
     more=lambda config: list(directive_problems(config.launch)),
 )
@@ -52,10 +54,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def script(overrides: Sequence[str], config_dir: str | None = None) -> str:
-    """Return the sbatch script of a run. Raises ConfigError with every problem of its config on launch.nodes full nodes."""
+    """Return the sbatch script of a run. Raises ConfigError with every problem of its config on launch.nodes full nodes.
+
+    Of a range of nodes, every number has to have a layout, too.
+    """
     overrides = [normalize_override(word) for word in overrides]
     resolved = resolve(overrides, RESOLVING, config_dir)
     resolved.refuse()
+    if resolved.config.launch.least_nodes < resolved.config.launch.most_nodes:
+        node = f"launch.nproc={resolved.config.launch.gpus_per_node}"
+        words = overlaid(overrides, [node])
+        place(resolve(words, RESOLVING, config_dir), words, config_dir, RESOLVING)
     # A job that is queued again goes on with its run by itself (`trainer/restarts.py`).
     return fill(TEMPLATE.read_text(), resolved.config, Runs(_words(overrides, config_dir), automatic=list(resolved.fitted)))
 
@@ -118,7 +127,6 @@ def fill(template: str, config: RunConfig, runs: Runs) -> str:
         setup=_section("What the site needs", [str(line) for line in launch.setup]),
         choice=_section("Which run of the sweep this job trains", runs.choice.splitlines()),
         gpus=launch.gpus_per_node,
-        max_restarts=restarts(launch, launch.nodes * launch.gpus_per_node, launch.nodes),
         automatic=f"# On the job's GPUs it finds {' and '.join(runs.automatic)}, which are auto.\n" if runs.automatic else "",
         python=shlex.quote(sys.executable if launch.container.image is None else launch.container.python),
         srun_words=" ".join([*srun_args, *container, ""]),

@@ -61,10 +61,11 @@ class PreparedAgent:
 
 
 class TorchRun:
-    """One torchrun agent as a child process."""
+    """One agent as a child process: torchrun's, or that of a machine in a run on several (`nodes/agent.py`)."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self._arguments = list(arguments)
+    def __init__(self, arguments: Sequence[str], workers: int | None = None) -> None:
+        """workers: of a machine in a run on several, where the arguments are not torchrun's."""
+        self._arguments, self._workers = list(arguments), workers
         self._requests = 0
         self._last = signal.SIGTERM
         self._at_once = False
@@ -77,7 +78,7 @@ class TorchRun:
         """
         previous: dict[signal.Signals, Any] = {number: signal.signal(number, self._on_signal) for number in FORWARDED}
         try:
-            variables = environment(self._arguments)
+            variables = environment(self._arguments) if self._workers is None else with_share(self._workers)
             agent = PreparedAgent(variables) if prepared is None else prepared
             self._agent = agent.process
             agent.start(self._arguments, variables)
@@ -114,8 +115,11 @@ class TorchRun:
                 _kill(agent)
                 show_cursor()
                 return INTERRUPTED
-            if self._requests and time.monotonic() - requested > REPEAT_SECONDS and self._request_stop(agent.pid):
-                requested = time.monotonic()
+            if self._requests and time.monotonic() - requested > REPEAT_SECONDS:
+                if self._request_stop(agent.pid):
+                    requested = time.monotonic()
+                elif self._workers is not None:  # it waits for other machines: it has nothing to save
+                    agent.terminate()
             time.sleep(POLL_SECONDS)
         return code if code >= 0 else 128 - code
 

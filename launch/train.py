@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
@@ -18,12 +19,14 @@ from omegaconf import OmegaConf
 from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, Composition, quoted
 from ..config.problems import ConfigError, Problem
 from ..config.sweeps import without_output_dir
-from ..trainer.launching import LaunchConfig, restarts, run_processes, under_torchrun
+from ..trainer.launching import LaunchConfig, all_processes, restarts, run_processes, under_torchrun
 from ..trainer.machine import machine_problems, unusable_gpus
 from ..trainer.machine_gpus import machine_here
 from ..trainer.resolve import ResolvedRun, ResolveOptions, resolve, resolve_composed
 from ..trainer.schema import RunConfig, make_composer, register_schemas
 from ..trainer.signals import INTERRUPTED, StopRequest, show_cursor
+from .nodes.part import Part, Rules
+from .nodes.placement import place
 from .rank import run_here
 from .switches import BAD_CONFIG, read_switches, refuse
 from .torchrun import RANK, PreparedAgent, TorchRun, with_share
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BAD_CONFIG", "main"]
 
-RESOLVING = ResolveOptions(lambda config: run_processes(config.launch), more=machine_problems, machine=machine_here)
+RESOLVING = ResolveOptions(lambda config: all_processes(config.launch), more=machine_problems, machine=machine_here)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,9 +124,9 @@ def _single(switches: argparse.Namespace, composer: Composer, composition: Compo
 
 
 def _processes_for_torchrun(launch: LaunchConfig) -> int:
-    """Return the number of processes for torchrun to start; 0 for a run in this process."""
-    count = run_processes(launch)
-    return count if not under_torchrun() and (count > 1 or restarts(launch, count) > 0) else 0
+    """Return the number of processes for an agent to start on this machine; 0 for a run in this process."""
+    count, all_of_them = run_processes(launch), all_processes(launch)
+    return count if not under_torchrun() and (all_of_them > 1 or restarts(launch, count) > 0) else 0
 
 
 def _sweep(switches: argparse.Namespace) -> int:
@@ -173,18 +176,22 @@ def _run(
     launch = resolved.config.launch
     if not _processes_for_torchrun(launch):
         return run_here(resolved, stop)
-    started = TorchRun(
-        [
-            "--standalone",
-            f"--nproc-per-node={resolved.world_size}",
-            f"--max-restarts={restarts(launch, resolved.world_size)}",
-            "-m",
-            RANK,
-            *([f"--config-dir={config_dir}"] if config_dir else []),
-            *without_output_dir(overrides),
-            f"output_dir={quoted(str(resolved.config.output_dir))}",
-        ]
-    )
+    words = [*without_output_dir(overrides), f"output_dir={quoted(str(resolved.config.output_dir))}"]
+    arguments = [*([f"--config-dir={config_dir}"] if config_dir else []), *words]
+    max_restarts = restarts(launch, resolved.world_size)
+    if launch.most_nodes > 1:
+        try:
+            placements = place(resolved, words, config_dir, RESOLVING)
+        except ConfigError as error:
+            return refuse(error)
+        for notice in placements.notices:
+            print(notice, file=sys.stderr)
+        rules = Rules(run_processes(launch), launch.most_nodes, placements.words, max_restarts, launch.join_seconds)
+        part = Part(str(Path(resolved.config.output_dir).absolute()), rules, arguments)
+        started = TorchRun([part.as_word()], rules.processes)
+    else:
+        processes = [f"--nproc-per-node={resolved.world_size}", f"--max-restarts={max_restarts}"]
+        started = TorchRun(["--standalone", *processes, "-m", RANK, *arguments])
     code = started.run(agent)
     stop.obeyed, stop.number = started.stop_requested, started.number
     return code

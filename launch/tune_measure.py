@@ -75,7 +75,7 @@ class Trial:
 def check(config: RunConfig) -> None:
     """Raises ConfigError for a run that this machine can't start, whatever its settings."""
     problems: list[Problem] = []
-    if config.launch.nodes != 1:
+    if config.launch.most_nodes != 1:
         fix = "leave it out, or set launch.nodes=1 to tune for one node"
         problems.append(Problem("--measure", f"runs on this machine, not on launch.nodes={config.launch.nodes}", fix))
     gpus = gpu_count()

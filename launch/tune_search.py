@@ -139,7 +139,7 @@ def tune(
     found = search.all(given, fixed, limit)
     if not found:
         raise search.refusals[tuple(given.values())]
-    local = found[0].plan.layout.world_size // config.launch.nodes  # processes of a machine
+    local = found[0].plan.layout.world_size // config.launch.most_nodes  # processes of a machine
     share = None if host is None else host / local
     fitting = ranked([one for one in found if _fits(one, limit, share)])
     if not fitting:

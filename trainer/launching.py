@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from ..config.keys import Side, key
 from ..config.problems import Problem
@@ -49,11 +49,25 @@ class LaunchConfig:
     SIDE: ClassVar[Side] = Side.PLACEMENT
 
     nproc: Any = key("auto", "processes on this machine; auto: one per GPU, or one where there is none")
-    nodes: int = key(1, "machines of the SLURM job")
+    nodes: Any = key(
+        1,
+        "machines of the run; 2:4 goes on with any number from 2 to 4, whatever is left of them (in a recipe file write it in"
+        " quotes)",
+    )
+    spare_nodes: int = key(0, "further machines of the SLURM job, which wait to take the place of one that is lost")
+    join_seconds: float = key(
+        30.0, "how long a run waits for further machines at its start, once it has the least number of launch.nodes"
+    )
+    placements: dict[int, Any] = key(
+        {},
+        "number of machines: list of overrides for a run that goes on with so many, such as {2: ['parallel.pp=1']}; of a number"
+        " that is not listed, the layout is as typed where it is legal, and planned where it is not",
+    )
     max_restarts: Any = key(
         "auto",
         "how often all processes are started again after one has failed, to go on from what is saved; auto: 3 times, and never"
-        " for a run of one process or of several nodes. A config error is not tried again, nor what failed without progress",
+        " for a run of one process. A machine that is lost costs none. A config error is not tried again, nor what failed"
+        " without progress",
     )
     silence: Any = key(
         "auto",
@@ -94,9 +108,15 @@ class LaunchConfig:
 
         if self.nproc != "auto" and (not _is_count(self.nproc) or self.nproc < 1):
             refuse("nproc", f"{self.nproc!r} is not a number of processes", "use auto, or 1 or more")
-        for name, count in (("nodes", self.nodes), ("gpus_per_node", self.gpus_per_node)):
-            if count < 1:
-                refuse(name, f"{count} is not a number of them", "use 1 or more")
+        if _node_range(self.nodes) is None:
+            refuse("nodes", f"{self.nodes!r} is not a number of machines", "use 1 or more, or least:most, such as 2:4")
+        if self.gpus_per_node < 1:
+            refuse("gpus_per_node", f"{self.gpus_per_node} is not a number of them", "use 1 or more")
+        if self.spare_nodes < 0 or (self.spare_nodes and self.most_nodes == 1):
+            refuse("spare_nodes", f"{self.spare_nodes} can't take the place of any", "use 0, or give launch.nodes")
+        if not self.join_seconds >= 0:
+            refuse("join_seconds", f"{self.join_seconds} is not a time", "use 0 or more")
+        found += self._placement_problems(f"{key}.placements")
         if self.max_restarts != "auto" and (not _is_count(self.max_restarts) or self.max_restarts < 0):
             refuse("max_restarts", f"{self.max_restarts!r} is not a number of restarts", "use auto, or 0 for none")
         if self.silence not in ("auto", None) and not (_is_number(self.silence) and self.silence > 0):
@@ -116,15 +136,48 @@ class LaunchConfig:
             refuse("memory", f"'{self.memory}' is no amount of memory", "write for example 900G, or 0 for all that a node has")
         return [*found, *self.container.problems(f"{key}.container")]
 
+    def _placement_problems(self, key: str) -> list[Problem]:
+        """Return what is wrong with the list of placements, except what its overrides say."""
+        found: list[Problem] = []
+        for number, words in self.placements.items():
+            least, most = self.least_nodes, self.most_nodes
+            if not least <= number <= most:
+                fix = "list numbers that launch.nodes allows"
+                found.append(Problem(f"{key}.{number}", f"launch.nodes={self.nodes} never has {number} machines", fix))
+            elif not isinstance(words, list) or not all(
+                isinstance(word, str) and "=" in word for word in cast(list[Any], words)
+            ):
+                found.append(Problem(f"{key}.{number}", f"{words!r} is no list of overrides", "write ['key=value', …]"))
+        return found
 
-def restarts(launch: LaunchConfig, processes: int, nodes: int = 1) -> int:
-    """Return how often a run of so many processes on so many nodes is started again.
+    @property
+    def least_nodes(self) -> int:
+        """The smallest number of machines that the run goes on with."""
+        return (_node_range(self.nodes) or (1, 1))[0]
 
-    Each node's torchrun counts its own failures only, so nodes don't agree on how often a run was started: not by default.
-    """
+    @property
+    def most_nodes(self) -> int:
+        """The largest number of machines that the run has."""
+        return (_node_range(self.nodes) or (1, 1))[1]
+
+
+def _node_range(written: object) -> tuple[int, int] | None:
+    """Read launch.nodes as least and most; None if it is neither a number nor a range."""
+    if _is_count(written):
+        count = cast(int, written)
+        return (count, count) if count > 0 else None
+    found = re.fullmatch(r"(\d+)(?::(\d+))?", written) if isinstance(written, str) else None
+    if found is None:
+        return None
+    least, most = int(found[1]), int(found[2] or found[1])
+    return (least, most) if 1 <= least <= most else None
+
+
+def restarts(launch: LaunchConfig, processes: int) -> int:
+    """Return how often a run of so many processes is started again."""
     if launch.max_restarts != "auto":
         return int(launch.max_restarts)
-    return AUTO_RESTARTS if processes > 1 and nodes == 1 else 0
+    return AUTO_RESTARTS if processes > 1 else 0
 
 
 def _is_count(value: object) -> bool:
@@ -158,8 +211,13 @@ def gpu_count() -> int:
 
 def planned_processes(launch: LaunchConfig) -> int:
     """Return the number of processes of a run on launch.nodes machines, perhaps others than this; 0 if not known."""
-    per_node = launch.gpus_per_node if launch.nproc == "auto" and launch.nodes > 1 else run_processes(launch)
-    return per_node * launch.nodes
+    per_node = launch.gpus_per_node if launch.nproc == "auto" and launch.most_nodes > 1 else run_processes(launch)
+    return per_node * launch.most_nodes
+
+
+def all_processes(launch: LaunchConfig) -> int:
+    """Return the number of processes of a run whose machines are like this one; 0 if `launch.nproc` is not a number."""
+    return run_processes(launch) if under_torchrun() else run_processes(launch) * launch.most_nodes
 
 
 def run_processes(launch: LaunchConfig) -> int:

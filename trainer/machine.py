@@ -20,7 +20,7 @@ RUN_LOCK = ".run.lock"  # not the checkpoints' lock, which may lie in the same f
 
 def machine_problems(config: RunConfig) -> list[Problem]:
     """Return the problems that keep this machine, as it is now, from running a config."""
-    return [*process_problems(config), *(_folders(config) if os.environ.get("RANK", "0") == "0" else ())]
+    return [*process_problems(config, several_nodes=True), *(_folders(config) if os.environ.get("RANK", "0") == "0" else ())]
 
 
 def unusable_gpus(config: RunConfig) -> list[Problem]:
@@ -45,14 +45,13 @@ def _too_few(processes: int, gpus: int) -> Problem:
     return Problem("launch.nproc", f"{counted(processes, 'process')} for {counted(gpus, 'GPU')}", fix)
 
 
-def process_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield the problems of starting a config's processes on this machine."""
+def process_problems(config: RunConfig, *, several_nodes: bool = False) -> Iterator[Problem]:
+    """Yield the problems of starting a config's processes on this machine. several_nodes: whether others may take part."""
     local, gpus = _local_processes(config), visible_gpus()
     if local > 1 and 0 < gpus < local:
         yield _too_few(local, gpus)
-    if not under_torchrun() and config.launch.nodes != 1:
-        fix = "use `meshloom slurm`, or start torchrun on every node"
-        yield Problem("launch.nodes", "`meshloom train` starts the processes of one node", fix)
+    if not several_nodes and not under_torchrun() and config.launch.most_nodes > 1:
+        yield Problem("launch.nodes", "this command starts the processes of one machine", "start torchrun on every machine")
 
 
 def _folders(config: RunConfig) -> Iterator[Problem]:
@@ -68,7 +67,12 @@ def _folders(config: RunConfig) -> Iterator[Problem]:
 
 
 def _taken(config: RunConfig) -> Iterator[Problem]:
-    """Yield a problem for each folder that another run has locked. The run locks them itself, after its data is prepared."""
+    """Yield a problem for each folder that another run has locked. The run locks them itself, after its data is prepared.
+
+    A machine may join a run that has its folders already: only the run's first process tells of another run then.
+    """
+    if config.launch.most_nodes > 1 and not under_torchrun():
+        return
     folders = [("output_dir", str(config.output_dir), RUN_LOCK, "writing")]
     folder = checkpoint_folder(config)
     if config.checkpoint.every != 0 and not is_remote(folder):

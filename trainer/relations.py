@@ -85,6 +85,15 @@ def _rewinds(config: RunConfig, _: Start) -> Iterator[Problem]:
         yield Problem("trainer.on_bad_step", f"checkpoint.every={value} leaves nothing to go back to", fix)
 
 
+def _survival(config: RunConfig, _: Start) -> Iterator[Problem]:
+    """Yield a problem of a run that may go on with fewer machines, and has nothing to go on from."""
+    every, memory_every = config.checkpoint.every, config.checkpoint.memory_every
+    if config.launch.least_nodes < config.launch.most_nodes and (every == 0 or (every is None and memory_every is None)):
+        fix = "save (checkpoint.every), or give launch.nodes as one number"
+        value = "null" if every is None else every
+        yield Problem("launch.nodes", f"with checkpoint.every={value} a run on other machines would begin anew", fix)
+
+
 def _decoder(config: RunConfig, start: Start) -> Iterable[Problem]:
     """Yield what keeps the torch engine from running a decoder in this layout, and the nearest layouts that can."""
     shape = config.model.decoder()
@@ -287,6 +296,7 @@ RELATIONS = (
     Relation(("parallel", "optim.local.islands"), _layout),
     Relation(("optim.local.islands", "optim.name", "parallel", "model", "batch", "trainer", "stages"), _local),
     Relation(("trainer.on_bad_step", "checkpoint.every", "checkpoint.memory_every"), _rewinds),
+    Relation(("launch.nodes", "checkpoint.every", "checkpoint.memory_every"), _survival),
     Relation(("parallel", "optim.local.islands", "model", "data.seq_len", "trainer.activation", "trainer.compile"), _decoder),
     Relation(("model", "balance", "parallel", "trainer", "batch.micro", "data.seq_len"), _experts),
     Relation(("parallel", "precision"), _engine),

@@ -1,16 +1,18 @@
-"""The first rank to fail, from exit codes and the reasons that ranks have left: one message for the run."""
+"""The first rank to fail, from exit codes and the reasons that ranks have left on each machine: one message for the run."""
 
 from __future__ import annotations
 
 import math
 import signal
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...parallel.heartbeat import Beat
 from ...trainer.watch.folder import AttemptFolder, read_json
+from .attempts import Attempt
 from .judge import RankState
 
 
@@ -21,7 +23,8 @@ class Failure:
     where      the phase and step in which it was
     error      the exception in one line; "": it left no reason
     peer       whether its reason is that another rank is gone
-    time       when it wrote its reason, seconds of CLOCK_MONOTONIC; infinite: it wrote none
+    time       when it wrote its reason, seconds since 1970; infinite: it wrote none
+    host       where it ran
     """
 
     rank: int
@@ -33,6 +36,7 @@ class Failure:
     traceback: str = ""
     peer: bool = False
     time: float = math.inf
+    host: str = field(default_factory=socket.gethostname)
 
     @property
     def spoke(self) -> bool:
@@ -43,7 +47,7 @@ class Failure:
     def message(self) -> str:
         """The sentence about it."""
         pid = "" if self.pid is None else f", pid {self.pid}"
-        who = f"rank {self.rank} ({socket.gethostname()}{pid})"
+        who = f"rank {self.rank} ({self.host}{pid})"
         if self.code < 0:
             name = signal.Signals(-self.code).name if -self.code in signal.valid_signals() else f"signal {-self.code}"
             hint = "; out of memory, if nobody has killed it: see dmesg" if -self.code == signal.SIGKILL else ""
@@ -62,16 +66,68 @@ def read_failure(folder: AttemptFolder, rank: int, code: int, beat: Beat | None)
     pid = None if beat is None else beat.pid
     error, trace = str(reason.get("error", "")), str(reason.get("traceback", ""))
     phase = None if beat is None else beat.phase.word
-    written = float(reason.get("time", math.inf))
+    written = float(reason.get("time", math.inf)) + time.time() - time.monotonic()
     return Failure(rank, code, where, pid, phase, error, trace, bool(reason.get("peer")), written)
 
 
-def first_failure(failures: Mapping[int, Failure]) -> Failure:
+@dataclass(frozen=True)
+class Report:
+    """What one machine knows of an attempt that has failed there.
+
+    failures     its ranks that have failed
+    first, last  the steps that its ranks began and ended with, counted from 1; 0: they came to none
+    ended        rank, host and exit code of a rank for whose silence the run was ended
+    """
+
+    failures: Sequence[Failure]
+    first: int
+    last: int
+    ended: tuple[int, str, int] | None = None
+
+    @classmethod
+    def of(cls, failures: Iterable[Failure], beats: Iterable[Beat | None], ended: tuple[int, str, int] | None) -> Report:
+        """Make the report of this machine, from the heartbeats of its ranks."""
+        known = [beat for beat in beats if beat is not None and beat.step]
+        first = min((beat.step - beat.steps_done for beat in known), default=0)
+        return cls(tuple(failures), first, max((beat.step for beat in known), default=0), ended)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Report:
+        """Read what `as_dict` has given."""
+        ended = values["ended"]
+        failures = tuple(Failure(**row) for row in values["failures"])
+        return cls(failures, values["first"], values["last"], None if ended is None else (ended[0], ended[1], ended[2]))
+
+    @property
+    def follows(self) -> bool:
+        """True if all that is told here follows from another rank's end."""
+        return self.ended is None and all(each.peer for each in self.failures)
+
+
+def merge(reports: Sequence[Report]) -> tuple[Attempt, Failure | None]:
+    """Return the attempt that several machines tell of, and its first failure; None if it was ended for a silent rank."""
+    first = min((each.first for each in reports if each.first), default=0)
+    last = max(each.last for each in reports)
+    for each in reports:
+        if each.ended is not None:
+            rank, host, code = each.ended
+            return Attempt(first, last, code, rank, host), None
+    found = first_failure([failure for each in reports for failure in each.failures])
+    code = found.code if found.code > 0 else 128 - found.code
+    error = f"exit code {code}" if found.spoke else "" if found.peer else found.error.partition("\n")[0]
+    return Attempt(first, last, code, found.rank, found.host, error), found
+
+
+def first_failure(failures: Iterable[Failure]) -> Failure:
     """Choose the one that the others follow from: killed by a signal, then an error of its own, then any.
 
     Of several the one that wrote its reason first. NCCL's watchdog aborts a rank whose peer is gone: errors go before SIGABRT.
     """
-    found = sorted(failures.values(), key=lambda each: each.time)
+    found = sorted(failures, key=lambda each: each.time)
     for chosen in (
         [each for each in found if each.code < 0 and each.code != -signal.SIGABRT],
         [each for each in found if not each.peer and not each.spoke and each.code > 0],

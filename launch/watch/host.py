@@ -24,6 +24,7 @@ from ...trainer.watch.folder import AttemptFolder, read_json
 from ...trainer.watch.incidents import Incident, IncidentLog
 from ..exit_codes import HUNG
 from .judge import GONE, TRACED, RankState, Silence, describe, judge, with_missing
+from .news import NewsLink, NewsStore
 from .recorder import collect_dumps, read_dumps
 from .stacks import Stack, process_state, take_stack
 
@@ -55,13 +56,14 @@ class HostWatch(threading.Thread):
     """Watches the ranks of this host, until it is told to stop.
 
     ended  what it has ended the newest attempt for; None: for nothing
+    over   the newest attempt that others have ended; it is watched no more
     """
 
-    def __init__(self, root: Path, store: Any = None) -> None:
+    def __init__(self, root: Path, store: NewsStore | None = None) -> None:
         """root: the watch folder; store: this agent's own, which gathers the news if rank 0 is here; None: of one host."""
         super().__init__(daemon=True, name="watch")
         self._root, self._store = root, store
-        self._news: Any = None
+        self._news: NewsLink | None = None
         self._over = threading.Event()
         self._host = socket.gethostname()
         self._mine: list[RankState] = []
@@ -72,6 +74,7 @@ class HostWatch(threading.Thread):
         self._polls, self._resumed, self._lost = 0, time.monotonic(), 0.0
         self._named: tuple[int, ...] = ()
         self.ended: Ended | None = None
+        self.over = -1
 
     def stop(self) -> None:
         """End the thread."""
@@ -103,7 +106,7 @@ class HostWatch(threading.Thread):
         if attempt != self._attempt:
             self._attempt, self._named, self._news = attempt, (), None
             self._stacks, self._seen = {}, {}
-        if self.ended is not None and self.ended.attempt == attempt:
+        if attempt <= self.over or (self.ended is not None and self.ended.attempt == attempt):
             return
         self._polls += 1
         mine = self._mine = self._local(folder, now)
@@ -174,16 +177,14 @@ class HostWatch(threading.Thread):
             if self._news is None:
                 if not about.get("address"):
                     return []
-                from torch.distributed import TCPStore
-
                 host, _, port = str(about["address"]).rpartition(":")
-                self._news = TCPStore(host, int(port), is_master=False, timeout=_seconds(LOST_SECONDS))
+                self._news = NewsLink(host, int(port))
             rows = [asdict(each) for each in states]
             self._news.set(f"{prefix}/node-{about['node']}", json.dumps({"number": self._polls, "ranks": rows}))
-            if self._news.check([f"{prefix}/ended"]):
-                self._obey(json.loads(self._news.get(f"{prefix}/ended")))
+            if ended := self._news.get(f"{prefix}/ended"):
+                self._obey(json.loads(ended))
             self._lost = now
-        except Exception as error:  # a store may raise anything when its host is gone
+        except (OSError, ValueError, KeyError) as error:  # its host is gone
             self._news = None
             if self._lost and now - self._lost > LOST_SECONDS:
                 self._lost = 0.0
@@ -197,8 +198,8 @@ class HostWatch(threading.Thread):
             if node == about["node"]:
                 continue
             key = f"{prefix}/node-{node}"
-            if self._store.check([key]):
-                news = json.loads(self._store.get(key))
+            if self._store is not None and (found_news := self._store.get(key)):
+                news = json.loads(found_news)
                 if node not in self._seen or self._seen[node][1] != news["number"]:
                     rows = [replace(RankState(**row), phase=Phase(row["phase"])) for row in news["ranks"]]
                     self._seen[node] = (now, news["number"], rows)
@@ -231,8 +232,7 @@ class HostWatch(threading.Thread):
         message = text + (f"; {recorded}" if recorded else "") + _stack_of(first)
         self.ended = Ended(self._attempt, first.rank, first.host, message)
         if self._store is not None:
-            with contextlib.suppress(Exception):  # a store may raise anything
-                self._store.set(f"attempt-{self._attempt}/ended", json.dumps(asdict(self.ended)))
+            self._store.set(f"attempt-{self._attempt}/ended", json.dumps(asdict(self.ended)))
         self._kill()
         self._tell(about, "hang", f"run ended: {message}", silence)
 
@@ -291,9 +291,3 @@ def _with_stack(state: RankState, stack: Stack | None) -> RankState:
 
 def _stack_of(state: RankState) -> str:
     return f"\n  its stack: {state.stack}" if state.stack else ""
-
-
-def _seconds(number: float) -> Any:
-    import datetime
-
-    return datetime.timedelta(seconds=number)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...parallel.heartbeat import Beat, read_beat
+from ...parallel.heartbeat import read_beat
 from ...trainer.watch.folder import WATCH_FOLDER, WATCH_PORT, AttemptFolder, read_json
 from ...trainer.watch.incidents import Incident, IncidentLog
 from .attempts import Attempt, Judgement, judge_attempts
-from .failures import Failure, first_failure, read_failure
+from .failures import Failure, Report, merge, read_failure
 from .host import HostWatch
+from .news import NewsStore
 from .recorder import recorder_environment
 from .stacks import process_state
 from .watch_folder import WatchFolder
@@ -28,38 +29,44 @@ class Supervisor:
     """Watches the attempts of one torchrun agent.
 
     judgement  of the newest failed attempt; None: none has failed
+    root       the watch folder
     """
 
     def __init__(self, max_restarts: int, *, several: bool) -> None:
         """several: whether the run has several hosts, each with an agent."""
         self._folder = WatchFolder()
-        self._root = self._folder.path
+        self.root = self._folder.path
         self._max_restarts = max_restarts
         self._attempts: list[Attempt] = []
         self._told: AttemptFolder | None = None
         self.judgement: Judgement | None = None
-        store: Any = None
+        store: NewsStore | None = None
         self._environment = dict(os.environ)
-        os.environ[WATCH_FOLDER] = str(self._root)
-        for name, value in recorder_environment(self._root).items():
+        os.environ[WATCH_FOLDER] = str(self.root)
+        for name, value in recorder_environment(self.root).items():
             os.environ.setdefault(name, value)
         if several:
-            from torch.distributed import TCPStore
-
-            store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+            store = NewsStore()
             os.environ[WATCH_PORT] = str(store.port)
-        self._watch = HostWatch(self._root, store)
+        self._store = store
+        self._watch = HostWatch(self.root, store)
         self._watch.start()
 
     def ranks(self) -> list[int]:
         """Return the process ids of this host's ranks that run."""
-        folder = AttemptFolder.newest(self._root)
+        folder = AttemptFolder.newest(self.root)
         beats = [] if folder is None else [read_beat(folder.beat(rank)) for rank in folder.ranks()]
         return [beat.pid for beat in beats if beat is not None and process_state(beat.pid) not in "XZ"]
+
+    def end_attempt(self, number: int) -> None:
+        """Watch an attempt no more: its ranks are ended."""
+        self._watch.over = number
 
     def close(self) -> None:
         """End the watch and remove its folder."""
         self._watch.stop()
+        if self._store is not None:
+            self._store.close()
         os.environ.clear()
         os.environ.update(self._environment)
         self._folder.remove()
@@ -93,59 +100,63 @@ class Supervisor:
         failed: rank → exit code, of those that have ended so far; again: reads them anew
         number: of the attempt, as ranks are told it; None: the newest of which ranks have a folder
         """
-        folder = AttemptFolder.newest(self._root) if number is None else AttemptFolder.of(self._root, number)
+        folder = AttemptFolder.newest(self.root) if number is None else AttemptFolder.of(self.root, number)
         if folder is None or folder == self._told:
             return
-        folder.path.mkdir(exist_ok=True)  # ranks that end before they are watched, as of a config error, make none
         self._told = folder
-        beats = {rank: read_beat(folder.beat(rank)) for rank in folder.ranks()}
-        ended = self._watch.ended
-        if ended is not None and folder == AttemptFolder.of(self._root, ended.attempt):
-            attempt = _attempt(beats, ended.code, ended.rank, ended.host)
-            self._decide(folder, attempt, None)
-            return
-        deadline = time.monotonic() + OWN_REASON_SECONDS
-        failures = self._failures(folder, failed, beats)
-        while all(each.peer for each in failures.values()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-            failures = self._failures(folder, failed | again(), beats)
-        first = first_failure(failures)
-        code = first.code if first.code > 0 else 128 - first.code
-        error = f"exit code {code}" if first.spoke else "" if first.peer else first.error.partition("\n")[0]
-        self._decide(folder, _attempt(beats, code, first.rank, os.uname().nodename, error), first)
-
-    @staticmethod
-    def _failures(folder: AttemptFolder, failed: dict[int, int], beats: dict[int, Beat | None]) -> dict[int, Failure]:
-        return {rank: read_failure(folder, rank, code, beats.get(rank)) for rank, code in failed.items()}
-
-    def _decide(self, folder: AttemptFolder, attempt: Attempt, first: Failure | None) -> None:
+        attempt, first = merge([self.report(folder, failed, again)])
         self._attempts.append(attempt)
         self.judgement = judge_attempts(self._attempts, self._max_restarts)
-        about: Any = read_json(folder.run) or {}
-        lines = [self.judgement.said]
-        if first is not None:
-            lines = [f"{first.message}; {self.judgement.said}", *([first.traceback.rstrip()] if first.traceback else [])]
         # Of one rank alone that has told its own fault, nothing is left to say.
         if first is None or not (first.spoke and self._max_restarts == 0):
-            print("\n".join(lines), file=sys.stderr, flush=True)
-        if "output_dir" not in about:
-            return
-        kind = "death" if first is not None and first.code < 0 else "error"
-        details = {"code": attempt.code, "attempt": len(self._attempts), "said": self.judgement.said}
-        step = attempt.last or None
-        incident = Incident(
-            "restart" if self.judgement.again else "end", self.judgement.said, step, attempt.rank, details=details
-        )
-        if first is not None:
-            more = {**details, "traceback": first.traceback} if first.traceback else details
-            incident = replace(incident, kind=kind, message=first.message, pid=first.pid, phase=first.phase, details=more)
-        IncidentLog(Path(about["output_dir"])).write(incident)
+            tell_judgement(first, self.judgement)
+        about: Any = read_json(folder.run) or {}
+        if "output_dir" in about:
+            record_judgement(Path(about["output_dir"]), self._attempts, first, self.judgement)
+
+    def report(
+        self, folder: AttemptFolder, failed: dict[int, int], again: Callable[[], dict[int, int]] = dict, *, wait: bool = True
+    ) -> Report:
+        """Return what this machine's ranks tell of their failure. failed, again: see `tell`.
+
+        wait: whether to wait a little for the rank that failed first, where all that failed so far only lost a peer
+        """
+        folder.path.mkdir(exist_ok=True)  # ranks that end before they are watched, as of a config error, make none
+        beats = {rank: read_beat(folder.beat(rank)) for rank in folder.ranks()}
+
+        def failures(codes: dict[int, int]) -> list[Failure]:
+            return [read_failure(folder, rank, code, beats.get(rank)) for rank, code in codes.items()]
+
+        ended = self._watch.ended
+        if ended is not None and folder == AttemptFolder.of(self.root, ended.attempt):
+            return Report.of((), beats.values(), (ended.rank, ended.host, ended.code))
+        deadline = time.monotonic() + (OWN_REASON_SECONDS if wait else 0.0)
+        found = failures(failed)
+        while all(each.peer for each in found) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            found = failures(failed | again())
+        return Report.of(found, beats.values(), None)
 
 
-def _attempt(beats: dict[int, Beat | None], code: int, rank: int, host: str, error: str = "") -> Attempt:
-    known = [beat for beat in beats.values() if beat is not None and beat.step]
-    first = min((beat.step - beat.steps_done for beat in known), default=0)
-    return Attempt(first, max((beat.step for beat in known), default=0), code, rank, host, error)
+def tell_judgement(first: Failure | None, judgement: Judgement) -> None:
+    """Print which rank was the first to fail, and what is done about it."""
+    lines = [judgement.said]
+    if first is not None:
+        lines = [f"{first.message}; {judgement.said}", *([first.traceback.rstrip()] if first.traceback else [])]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def record_judgement(output_dir: Path, attempts: Sequence[Attempt], first: Failure | None, judgement: Judgement) -> None:
+    """Keep the last attempt's failure in the run's incidents."""
+    attempt = attempts[-1]
+    details = {"code": attempt.code, "attempt": len(attempts), "said": judgement.said}
+    kind = "restart" if judgement.again else "end"
+    incident = Incident(kind, judgement.said, attempt.last or None, attempt.rank, attempt.host, details=details)
+    if first is not None:
+        kind = "death" if first.code < 0 else "error"
+        more = {**details, "traceback": first.traceback} if first.traceback else details
+        incident = replace(incident, kind=kind, message=first.message, pid=first.pid, phase=first.phase, details=more)
+    IncidentLog(output_dir).write(incident)
 
 
 def exit_codes(context: Any) -> dict[int, int | None]:

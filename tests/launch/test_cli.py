@@ -367,9 +367,9 @@ def test_another_root_config_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     assert "--config-dir and recipe=" in capsys.readouterr().err
 
 
-def test_several_nodes_need_slurm_or_torchrun(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "recipe=quickstart", "launch.nodes=2"]) == 2
-    assert "meshloom slurm" in capsys.readouterr().err
+def test_a_run_on_fewer_machines_needs_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "recipe=quickstart", "launch.nodes=1:2", "checkpoint.every=0"]) == 2
+    assert "launch.nodes: with checkpoint.every=0" in capsys.readouterr().err
 
 
 def test_arguments_are_typed_and_all_mistakes_are_named() -> None:

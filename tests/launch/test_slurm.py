@@ -157,6 +157,24 @@ def test_a_node_gives_what_eight_ranks_need() -> None:
     assert asked["cpus-per-task"] == "64" and asked["mem"] == "0" and asked["output"] == "%x-%j.out"
 
 
+def test_a_range_of_nodes_survives_those_that_fail() -> None:
+    asked = directives(slurm.script(["recipe=llama_1b", "launch.nodes=2:4", "launch.spare_nodes=1"]))
+    assert asked["nodes"] == "3-5" and asked["no-kill"] == ""
+    assert "no-kill" not in directives(slurm.script(["recipe=llama_1b", "launch.nodes=2"]))
+
+
+@pytest.mark.parametrize(("code", "seconds", "again"), [(75, 601, True), (137, 601, True), (137, 5, False), (76, 601, False)])
+def test_only_what_may_pass_is_queued_again(
+    code: int, seconds: int, again: bool, cluster: dict[str, str], tmp_path: Path
+) -> None:
+    """The run's own code counts, not that of a node which was lost."""
+    text = slurm.script(["recipe=llama_1b"]).replace("set -uo pipefail", f"set -uo pipefail; SECONDS={seconds}")
+    (tmp_path / "bin" / "srun").write_text(f'#!/bin/bash\necho {code} > "$MESHLOOM_OUTCOME"; exit 9\n')
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=cluster, capture_output=True, check=False)
+    assert done.returncode == code
+    assert (tmp_path / "scontrol.log").exists() == again
+
+
 def test_directives_of_a_site_come_beside_ours_or_in_their_place() -> None:
     site = ["qos=high", "exclusive=true", "requeue=null", "gpus_per_node=null", "gres='gpu:h100:8'", "cpus-per-gpu=12"]
     asked = directives(slurm.script(["recipe=llama_1b", "launch.nodes=2", *(f"launch.sbatch.{word}" for word in site)]))
@@ -177,7 +195,10 @@ def test_srun_enters_the_container_with_its_folders() -> None:
     text = slurm.script([*image, "launch.srun_args=['--mpi=pmix']"])
     (line,) = [line for line in text.splitlines() if line.startswith("srun ")]
     words = shlex.split(line.removesuffix("bash -c '"))
-    assert words[1:3] == ["--kill-on-bad-exit=1", "--mpi=pmix"] and "--container-image=/img/our image.sqsh" in words
+    assert (
+        words[1:5] == ["--kill-on-bad-exit=0", "--no-kill", "--wait=0", "--mpi=pmix"]
+        and "--container-image=/img/our image.sqsh" in words
+    )
     assert "--container-mounts=$PWD:$PWD,/data:/data" in words and "PYTHON=python3" in text.splitlines()
 
 
@@ -220,7 +241,7 @@ def test_two_nodes_train(tmp_path: Path, cluster: dict[str, str]) -> None:
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
     assert (tmp_path / "run" / "checkpoints" / "step-00000003" / "manifest.json").is_file()
-    assert "requeue" not in (tmp_path / "scontrol.log").read_text()
+    assert not (tmp_path / "scontrol.log").exists(), "the job is not queued again"
 
 
 @pytest.mark.slow

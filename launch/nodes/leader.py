@@ -1,0 +1,296 @@
+"""The machine that leads decides: who takes part, what a failure means, when a machine may join. No sockets, no clock.
+
+Machines ask it a few times a second, each with its own state; the answer is what to do. An attempt ends in one of these ways:
+
+all ranks reached the end            the run ends
+a machine is lost                    the next attempt begins with those that are left; it costs no restart
+a rank has failed by itself          `judge_attempts` decides, with one count for all machines
+a machine waits, or wants to leave   the ranks save at the end of their step, and the next attempt begins
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from ...config.words import counted
+from ..exit_codes import BAD_CONFIG, HUNG, NO_PROGRESS
+from ..watch.attempts import FRUITLESS, Judgement, judge_attempts
+from ..watch.failures import Failure, Report, merge
+from .memory import Assignment, Memory, NodeRanks
+from .part import Rules
+from .wire import ANSWER_SECONDS, Message
+
+RECONNECT_SECONDS = 0.5
+"""A machine whose connection has ended is lost if it does not ask again within so many seconds."""
+SETTLE_SECONDS = 2.0
+"""Time for further machines to come when one waits to join, and for further reports when a rank has failed."""
+SURVIVOR_SECONDS = 15.0
+"""Time for a machine that took part in the last attempt to end its ranks and come to the next."""
+SUSPENDED_SECONDS = ANSWER_SECONDS / 2
+"""A leader that has decided nothing for so long was suspended itself: silence until then counts for nobody."""
+GATHER_SECONDS = 600.0
+"""Time for enough machines to come."""
+
+
+class State(StrEnum):
+    """What a machine's ranks are doing. DONE: all have ended with exit code 0."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Order(StrEnum):
+    """What a machine has to do. BORDER: let its ranks save and end. WAIT: end its ranks, and ask again."""
+
+    WAIT = "wait"
+    RUN = "run"
+    BORDER = "border"
+    END = "end"
+    REFUSE = "refuse"
+
+
+@dataclass
+class Node:
+    """A machine, as it showed itself last. gone: when its connection ended."""
+
+    id: str
+    host: str
+    address: str
+    port: int
+    joined: float
+    heard: float
+    state: State = State.WAITING
+    attempt: int = -1
+    report: Report | None = None
+    leaving: bool = False
+    gone: float | None = None
+
+
+@dataclass
+class Leader:
+    """Leads a run. Not for several threads at a time.
+
+    tell     prints a sentence, and keeps it as an incident of this kind: (kind, sentence, step)
+    judged   called with the first failure of an attempt and what is decided about it
+    memory   what has happened; a leader that takes over begins with what it knew as one of the others
+    ended    exit code of the run once it is over
+    """
+
+    rules: Rules
+    tell: Callable[[str, str], None]
+    judged: Callable[[Memory, Failure | None, Judgement], None]
+    memory: Memory = field(default_factory=Memory)
+    ended: int | None = None
+    _nodes: dict[str, Node] = field(default_factory=dict[str, Node])
+    _running: bool = False
+    _border: bool = False
+    _expected: set[str] = field(default_factory=set[str])
+    _since: float | None = None
+    _failed: float | None = None
+    _told: str = ""
+    _ticked: float | None = None
+
+    def take_over(self, lost: str) -> None:
+        """Begin as a survivor of the machine that led before."""
+        assert self.memory.assignment is not None
+        self._expected = set(self.memory.assignment.ids) - {lost}
+        self._tell_lost([node for node in self.memory.assignment.nodes if node.id == lost])
+
+    def hear(self, message: Message, now: float) -> Message:
+        """Answer a machine. now: seconds of a clock that never goes back."""
+        node = self._nodes.get(message["id"])
+        if node is None:
+            node = Node(message["id"], message["host"], message["address"], message["port"], now, now)
+        if message["processes"] != self.rules.processes:
+            told = f"{node.host} has launch.nproc={message['processes']}, and the run {self.rules.processes} on each machine"
+            return {"order": Order.REFUSE, "code": BAD_CONFIG, "said": told}
+        self._nodes[node.id] = node
+        node.heard, node.gone, node.port = now, None, message["port"]
+        node.state, node.attempt, node.leaving = State(message["state"]), message["attempt"], message["leaving"]
+        node.report = None if message["report"] is None else Report.from_dict(message["report"])
+        known = None if message["memory"] is None else Memory.from_dict(message["memory"])
+        if known is not None and known.number > self.memory.number and not self._running:  # that machine was here before
+            self.memory = known
+            assert known.assignment is not None
+            self._expected = {each for each in known.assignment.ids if each in self._nodes}
+        self.tick(now)
+        return self._answer(node, message["knows"])
+
+    def lost(self, node: str, now: float) -> None:
+        """Take note that a machine's connection has ended."""
+        if node in self._nodes:
+            self._nodes[node].gone = now
+
+    def tick(self, now: float) -> None:
+        """Decide what is due by now."""
+        if self.ended is not None:
+            return
+        if self._ticked is not None and now - self._ticked > SUSPENDED_SECONDS:
+            for each in self._nodes.values():
+                each.heard = now
+        self._ticked = now
+        gone = [each for each in self._nodes.values() if _is_lost(each, now)]
+        for each in gone:
+            del self._nodes[each.id]
+            self._expected.discard(each.id)
+        if self._running:
+            self._watch(now)
+        else:
+            self._gather(now)
+
+    @property
+    def told(self) -> bool:
+        """True once every machine has heard of the end."""
+        return not self._nodes
+
+    # ---- before an attempt
+
+    def _gather(self, now: float) -> None:
+        self._since = now if self._since is None else self._since
+        waiting = [each for each in self._nodes.values() if each.state is State.WAITING and not each.leaving]
+        waiting = [each for each in waiting if each.id not in self.memory.left_out]
+        size, late = self.rules.size(len(waiting)), now - self._since
+        if self.memory.assignment is not None:
+            here = {each.id for each in waiting}
+            ready = self._expected <= here or late > SURVIVOR_SECONDS
+        else:
+            newest = max((each.joined for each in waiting), default=now)
+            ready = len(waiting) >= self.rules.most or now - newest >= self.rules.join_seconds
+        if size and ready:
+            self._begin(waiting, size)
+        elif not size and late > GATHER_SECONDS:
+            self.tell("end", f"too few machines came in {GATHER_SECONDS:.0f} s: {self._count(len(waiting))}")
+            self.ended = HUNG
+        elif not size and late > SETTLE_SECONDS:
+            self._say(f"waiting for machines: {self._count(len(waiting))}")
+
+    def _count(self, here: int) -> str:
+        return f"{here} of at least {min(self.rules.placements)} are here"
+
+    def _begin(self, waiting: Sequence[Node], size: int) -> None:
+        """Begin an attempt. Machines keep their order, so that rank 0 moves only when it must."""
+        before = [] if self.memory.assignment is None else self.memory.assignment.ids
+        order = sorted(waiting, key=lambda each: (before.index(each.id) if each.id in before else len(before), each.joined))
+        chosen = order[:size]
+        count = self.rules.processes
+        nodes = [NodeRanks(each.id, each.host, number * count, count) for number, each in enumerate(chosen)]
+        words = self.rules.placements[size]
+        first = chosen[0]
+        assignment = Assignment(self.memory.number + 1, nodes, first.address, first.port, words)
+        self.memory = replace(self.memory, launch=self.memory.launch or f"launch-{secrets.token_hex(4)}", assignment=assignment)
+        self._running, self._border, self._failed, self._told = True, False, None, ""
+        if assignment.number and set(before) != set(assignment.ids):
+            added = f", with {' '.join(words)}" if words else ""
+            self.tell("nodes", f"the run goes on with {counted(size, 'machine')}{added}")
+
+    # ---- during an attempt
+
+    def _watch(self, now: float) -> None:
+        assignment = self.memory.assignment
+        assert assignment is not None
+        missing = [each for each in assignment.nodes if each.id not in self._nodes]
+        here = [self._nodes[each.id] for each in assignment.nodes if each.id in self._nodes]
+        here = [each for each in here if each.attempt == assignment.number]
+        failed = [each for each in here if each.state is State.FAILED]
+        if missing:
+            self._tell_lost(missing)
+            self._next(now)
+        elif failed:
+            self._failed = now if self._failed is None else self._failed
+            reports = [each.report for each in failed if each.report is not None]
+            # A machine that is lost shows by its silence later than by what its peers' ranks say.
+            patience = ANSWER_SECONDS + SETTLE_SECONDS if all(each.follows for each in reports) else SETTLE_SECONDS
+            if len(failed) == len(assignment.nodes) and not all(each.follows for each in reports):
+                patience = RECONNECT_SECONDS
+            if now - self._failed >= patience:
+                self._judge(reports, now)
+        elif len(here) == len(assignment.nodes) and all(each.state is State.DONE for each in here):
+            if self._border:
+                self._next(now)
+            else:
+                self.ended = 0
+        elif not self._border:
+            self._border = self._wants_border(assignment, now)
+
+    def _wants_border(self, assignment: Assignment, now: float) -> bool:
+        """Return whether to begin anew after this step, for a machine that waits to join or wants to leave."""
+        staying = [each for each in assignment.ids if not self._nodes[each].leaving]
+        spare = [each for each in self._nodes.values() if each.id not in assignment.ids and not each.leaving]
+        spare = [each for each in spare if each.state is State.WAITING and each.id not in self.memory.left_out]
+        for each in assignment.nodes:
+            if each.id not in staying:
+                self.tell("nodes", f"{each.said} leaves at the end of the step: its launcher has ended")
+        larger = self.rules.size(len(staying) + len(spare)) > len(assignment.nodes)
+        if larger and now - min(each.joined for each in spare) >= SETTLE_SECONDS:
+            hosts = ", ".join(each.host for each in spare)
+            self.tell("nodes", f"{hosts} joins at the end of the step, once the run has saved")
+            return True
+        return len(staying) < len(assignment.ids)
+
+    def _judge(self, reports: Sequence[Report], now: float) -> None:
+        assignment = self.memory.assignment
+        assert assignment is not None
+        attempt, first = merge(reports)
+        owner = next(each.id for each in assignment.nodes if 0 <= (attempt.rank or 0) - each.first_rank < each.processes)
+        failures = [*self.memory.failures, attempt]
+        self.memory = replace(self.memory, failures=failures, first=[*self.memory.first, owner])
+        judgement = judge_attempts(failures, self.rules.max_restarts)
+        judgement = self._without_bad_machine(judgement)
+        self.judged(replace(self.memory, failures=failures), first, judgement)
+        if judgement.again:
+            self._next(now)
+        else:
+            self.ended = judgement.code
+
+    def _without_bad_machine(self, judgement: Judgement) -> Judgement:
+        """Leave out the machine whose ranks were always the first to die, where there are enough others."""
+        first, failures = self.memory.first[-FRUITLESS - 1 :], self.memory.failures[-FRUITLESS - 1 :]
+        always = judgement.code == NO_PROGRESS and len(set(first)) == 1 and not any(each.error for each in failures)
+        others = [each for each in self._nodes if each != first[-1] and each not in self.memory.left_out]
+        if judgement.again or not always or not self.rules.size(len(others)):
+            return judgement
+        left_out = [*self.memory.left_out, first[-1]]
+        self.memory = replace(self.memory, left_out=left_out, failures=[], first=[])
+        host = self._nodes[first[-1]].host
+        return Judgement(True, judgement.code, f"{judgement.said}: it goes on without {host}, whose ranks always die first")
+
+    def _next(self, now: float) -> None:
+        """End the attempt; the next one begins once those that are left have come."""
+        assignment = self.memory.assignment
+        assert assignment is not None
+        self._expected = {each for each in assignment.ids if each in self._nodes and not self._nodes[each].leaving}
+        self._expected -= set(self.memory.left_out)
+        self._running, self._border, self._since = False, False, now
+
+    # ---- answers
+
+    def _answer(self, node: Node, knows: str) -> Message:
+        if node.id in self.memory.left_out:
+            return {"order": Order.REFUSE, "code": NO_PROGRESS, "said": "the run goes on without this machine"}
+        news = {} if knows == self.memory.digest else {"memory": self.memory.as_dict()}
+        if self.ended is not None:
+            del self._nodes[node.id]
+            return {**news, "order": Order.END, "code": self.ended}
+        assignment = self.memory.assignment
+        if self._running and assignment is not None and node.id in assignment.ids:
+            return {**news, "order": Order.BORDER if self._border else Order.RUN}
+        return {**news, "order": Order.WAIT}
+
+    def _tell_lost(self, nodes: Sequence[NodeRanks]) -> None:
+        names = ", ".join(each.said for each in nodes)
+        self.tell("node_lost", f"{names} is lost: its launcher does not answer; the run goes on from what is saved")
+
+    def _say(self, text: str) -> None:
+        """Tell something once."""
+        if text != self._told:
+            self._told = text
+            self.tell("", text)
+
+
+def _is_lost(node: Node, now: float) -> bool:
+    return now - node.heard > ANSWER_SECONDS or (node.gone is not None and now - node.gone > RECONNECT_SECONDS)

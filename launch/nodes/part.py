@@ -1,0 +1,64 @@
+"""What a machine is told of the run that it takes part in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+FLAG = "--machine="
+"""Of the agent's command line: its part in a run, JSON."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a run says of its machines.
+
+    processes     of each machine
+    most          the largest number of them
+    placements    number of machines → overrides for it; numbers that are missing are not run on
+    max_restarts  launch.max_restarts, as a number
+    join_seconds  launch.join_seconds
+    """
+
+    processes: int
+    most: int
+    placements: Mapping[int, Sequence[str]]
+    max_restarts: int = 3
+    join_seconds: float = 30.0
+
+    def size(self, count: int) -> int:
+        """Return on how many of so many machines the run goes on; 0: they are too few."""
+        return max((number for number in self.placements if number <= count), default=0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A machine's part in a run. output_dir: of the run, absolute; arguments: of every rank."""
+
+    output_dir: str
+    rules: Rules
+    arguments: Sequence[str]
+
+    def as_word(self) -> str:
+        """Return it as a word of the agent's command line."""
+        return FLAG + json.dumps(asdict(self))
+
+    @classmethod
+    def from_word(cls, word: str) -> Part:
+        """Read what `as_word` has given."""
+        values: dict[str, Any] = json.loads(word.removeprefix(FLAG))
+        rules: dict[str, Any] = values["rules"]
+        rules["placements"] = {int(number): words for number, words in rules["placements"].items()}
+        return cls(values["output_dir"], Rules(**rules), values["arguments"])
+
+
+def overlaid(words: Sequence[str], changes: Sequence[str]) -> list[str]:
+    """Return the words of a command line with these changes in the place of words that set the same keys."""
+    changed = {_key(word) for word in changes}
+    return [*(word for word in words if _key(word) not in changed), *changes]
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")

@@ -1,0 +1,107 @@
+"""Requests and answers between a machine and the one that leads: a JSON object a line, over one TCP connection."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import socketserver
+import threading
+from collections.abc import Callable
+from typing import Any
+
+ANSWER_SECONDS = 10.0
+"""A leader that has not answered for so long is lost. The same holds for a machine that has not asked."""
+LONGEST = 2**22
+"""Bytes of a line; a machine's report carries a traceback."""
+
+Message = dict[str, Any]
+
+
+class Link:
+    """A connection to the leader. Every method raises OSError once the leader is lost."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._socket = socket.create_connection((host, port), ANSWER_SECONDS)
+        self._lines = self._socket.makefile("rb")
+
+    def ask(self, message: Message) -> Message:
+        """Send a request, and return the answer."""
+        self._socket.sendall(json.dumps(message).encode() + b"\n")
+        line = self._lines.readline(LONGEST)
+        if not line.endswith(b"\n"):
+            raise ConnectionResetError("the leader has closed the connection")
+        try:
+            return json.loads(line)
+        except ValueError as error:  # another program listens on the leader's port
+            raise ConnectionResetError(f"no answer of a leader: {error}") from error
+
+    def close(self) -> None:
+        """Close the connection."""
+        with contextlib.suppress(OSError):
+            self._lines.close()
+            self._socket.close()
+
+
+class Server:
+    """Listens on a port of its own, and answers requests until it is closed.
+
+    address  its port on all of this machine's addresses
+    """
+
+    def __init__(self, answer: Callable[[Message], Message], lost: Callable[[str], None]) -> None:
+        """answer: to a request; lost: called with a machine's id when its connection has ended."""
+
+        class Handler(socketserver.StreamRequestHandler):
+            timeout = 4 * ANSWER_SECONDS
+
+            def handle(self) -> None:
+                server.connections.add(self.connection)
+                asked = ""
+                try:
+                    while (line := self.rfile.readline(LONGEST)).endswith(b"\n"):
+                        message: Message = json.loads(line)
+                        asked = str(message["id"])
+                        self.wfile.write(json.dumps(answer(message)).encode() + b"\n")
+                except (OSError, ValueError, KeyError, TypeError):
+                    pass  # a machine that is lost, or a program that is none
+                finally:
+                    server.connections.discard(self.connection)
+                    if asked:
+                        lost(asked)
+
+        class Threads(socketserver.ThreadingTCPServer):
+            daemon_threads = True
+            block_on_close = False
+            request_queue_size = 1024
+
+        server = self
+        self.connections: set[socket.socket] = set()
+        self._server = Threads(("", 0), Handler)
+        self.port = int(self._server.server_address[1])
+        threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True, name="leader").start()
+
+    def close(self) -> None:
+        """Stop to listen, and close all connections."""
+        self._server.shutdown()
+        self._server.server_close()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def own_address() -> str:
+    """Return the address under which other machines reach this one: that of its default route, or of its name."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("10.255.255.255", 1))  # sends nothing
+        return str(probe.getsockname()[0])
+    with contextlib.suppress(OSError):
+        return socket.gethostbyname(socket.gethostname())
+    return "127.0.0.1"
+
+
+def free_port() -> int:
+    """Return a port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
