@@ -180,7 +180,7 @@ def read(folder: Path) -> Evaluations:
 def table(found: Sequence[Sweep]) -> str:
     """Make a Markdown table: best rate, last loss of the seeds, tokens for AdamW's loss beside AdamW's."""
     lines = [
-        "| `optim=` | best rate | validation loss, mean (least to most) | tokens to AdamW's loss | the sweep, by rate |",
+        "| `optim=` | best rate | validation loss (least to most of the seeds) | tokens to AdamW's loss | the sweep, by rate |",
         "|---|---|---|---|---|",
     ]
     adamw = next((sweep for sweep in found if sweep.name == "adamw"), None)
@@ -189,8 +189,8 @@ def table(found: Sequence[Sweep]) -> str:
         rate, curves = sweep.curves()
         last = [each[-1][1] for each in curves]
         needed = reached(average(curves), goal)
-        share = "–" if needed is None else f"{needed / curves[0][-1][0]:.0%}"
-        spread = f"{statistics.fmean(last):.3f} ({min(last):.3f} to {max(last):.3f})"
+        share = "not reached" if needed is None else f"{needed / curves[0][-1][0]:.0%}"
+        spread = f"{statistics.fmean(last):.3f}" + (f" ({min(last):.3f} to {max(last):.3f})" if len(last) > 1 else "")
         swept = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in sweep.losses.items())
         lines.append(f"| `{sweep.name}` | {rate:g} | {spread} | {share} | {swept} |")
     return "\n".join(lines)
@@ -228,6 +228,9 @@ def draw(found: Sequence[Sweep], path: Path) -> None:
         axes.set(xlabel=name, ylabel="validation loss", ylim=(min(last) - 0.05, max(last) + 0.6))
         axes.grid(alpha=0.3)
     right.set_xscale("log")
+    rates = sorted({rate for sweep in found for rate in sweep.losses})
+    right.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45)
+    right.minorticks_off()
     left.legend(fontsize=8)
     figure.savefig(path, dpi=80)
 

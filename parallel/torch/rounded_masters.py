@@ -5,7 +5,7 @@ are rounded back into the weights, and their memory is freed. A step is mostly s
 rounding to the nearest would lose it. Two ways keep it:
 
 bf16_stochastic  rounds up or down by chance, so that the mean is exact (arXiv 2010.06192); drawn by seed, weight, number of
-                 the update and position in the whole weight, so the same on every layout
+                 the update (one that is skipped counts, too) and position in the whole weight: the same on every layout
 bf16_kahan       keeps what rounding leaves, as a second bf16 number, and adds it to the next update
 """
 
