@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from meshloom.launch.sweep import run_sweep
 from meshloom.launch.sweep_results import rows
 
 
-def test_a_fixed_key_of_the_swept_options_reaches_every_job() -> None:
+def test_a_fixed_key_of_the_swept_options_reaches_every_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`batch.max` is no key of the recipe's own option."""
+    monkeypatch.chdir(tmp_path)  # Hydra writes the sweep's folder
     jobs: list[list[str]] = []
 
     def run(overrides: list[str]) -> tuple[int | None, int]:
