@@ -1,7 +1,7 @@
 """Local updating beside synchronous training, on islands of one host whose only way to each other is a slow link.
 
-    python benchmarks/slow_links.py outputs/slow --islands 2 --megabits 100 --milliseconds 100 --steps 60
-    python benchmarks/slow_links.py outputs/loss --islands 4 --steps 400 --draw docs/pictures/local_updating.svg
+    python benchmarks/slow_links.py outputs/slow --input 'wiki/*.txt' --megabits 100 --milliseconds 100 --steps 33
+    python benchmarks/slow_links.py outputs/loss --input 'wiki/*.txt' --steps 240 --draw loss.svg
 
 Each island is a network namespace with a tunnel device. This process reads what they send, lets it pass at the link's rate,
 and delivers it half a round trip later; it counts the bytes. It needs Linux, /dev/net/tun and the rights of root. Without
@@ -190,7 +190,7 @@ def main() -> None:
     """Train by every method, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--input", default="/work/shared/data/wikitext2-*.txt", help="text to train on")
+    parser.add_argument("--input", required=True, help="text to train on: a path or a glob pattern")
     parser.add_argument("--islands", type=int, default=2)
     parser.add_argument("--megabits", type=float, default=0.0, help="a second, out of each island; 0: unlimited")
     parser.add_argument("--milliseconds", type=float, default=0.0, help="of a round trip")

@@ -30,3 +30,9 @@ def test_what_can_not_be_is_refused_by_key() -> None:
     assert keys(momentum=0.0) == {"optim.local.nesterov"}
     assert keys(dtype="fp8") == {"optim.local.dtype"}
     assert keys(lr=0.0) == {"optim.local.lr"}
+
+
+def test_arrays_that_islands_keep_are_counted_for_the_plan() -> None:
+    plain = {"momentum": 0.0, "nesterov": False}
+    kept = [LocalConfig(islands=2, **more).arrays for more in ({}, plain, {"delay": 1}, {**plain, "delay": 1})]  # type: ignore[arg-type]
+    assert kept == [2, 1, 3, 2] and LocalConfig().arrays == 0
