@@ -1,6 +1,6 @@
 """Simulate steps whose documents are dealt statically, or by cost to runs of ranks: time over a bound that none can beat.
 
-    python benchmarks/hybrid_balance.py [draw=docs/pictures/hybrid_balance.png]
+    python benchmarks/hybrid_balance.py [draw=docs/pictures/hybrid_balance.svg]
     python benchmarks/hybrid_balance.py stages=4          each rank is the first of a pipeline of four, with 16 rows
 
 A step has 4 rows of 32K tokens a rank. Quadratic and linear cost are equal at 45.6K tokens (a model like Llama 8B); a row costs
