@@ -36,7 +36,8 @@ METHODS = {
     "DiLoCo, bf16": ["dtype=bf16"],
     "DiLoCo, int8": ["dtype=int8"],
     "local SGD": ["lr=1", "momentum=0", "nesterov=false"],
-    "CO2": ["lr=1", "momentum=0.2", "nesterov=false", "delay={inner}"],
+    "CO2": ["lr=0.5", "momentum=0", "nesterov=false", "delay={inner}"],
+    "CO2, usual rate": ["lr=1", "momentum=0.2", "nesterov=false", "delay={inner}"],
     "streaming": ["fragments=2", "delay=2", "mix=0.5"],
 }
 WORDS = [
