@@ -35,8 +35,15 @@ class Metrics:
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The rows of evaluations, in order of the steps: `eval_loss`, and `validation/<name>/loss` of each source."""
-        return _newest(row for row in self.rows if "eval_loss" in row or any(is_source_loss(name) for name in row))
+        """The evaluations, one row for each step.
+
+        A row has `eval_loss`, `validation/<name>/loss` of each source, and `tasks/<task>/<metric>`, where they were evaluated.
+        """
+        found: dict[int, dict[str, Any]] = {}
+        for row in self.rows:
+            if "eval_loss" in row or any(map(is_source_loss, row)) or any(map(is_task, row)):
+                found[row["step"]] = found.get(row["step"], {}) | row  # tasks have a row of their own
+        return [found[step] for step in sorted(found)]
 
     @cached_property
     def saves(self) -> list[dict[str, Any]]:
@@ -75,6 +82,11 @@ class Metrics:
 def is_source_loss(name: str) -> bool:
     """Return whether a number is the validation loss of a single source or named set."""
     return name.startswith("validation/") and name.endswith("/loss")
+
+
+def is_task(name: str) -> bool:
+    """Return whether a number is the result of a benchmark task: `tasks/<task>/<metric>`."""
+    return name.startswith("tasks/")
 
 
 def steps_of(path: Path) -> list[dict[str, Any]]:

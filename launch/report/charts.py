@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...config.lazy import numpy as np
-from ..run_metrics import Metrics, is_source_loss
+from ..run_metrics import Metrics, is_source_loss, is_task
 from .curves import AXES, curve, positions
 from .figure import ALARM, COLOURS, NAMED, WIDE, Picture, Runs, colour, coloured, drawn, finish, line, log_scale, shown_name
 
@@ -33,8 +33,7 @@ def all_charts(runs: Runs, marks: Mapping[str, Marks], *, png: bool) -> Iterator
     if has(runs, "loss", "eval_loss"):
         for axis, label in AXES.items():
             yield loss_chart(runs, axis, f"Loss by {label}", marks if axis == "step" else {}, png=png)
-    if any(is_source_loss(name) for metrics in runs.values() for name in metrics.names):
-        yield source_chart(runs, png=png)
+    yield from evaluation_charts(runs, png=png)
     charts: list[tuple[str, str, str, str, bool]] = [
         ("lr", "Learning rate", "lr", "", False),
         ("batch", "Batch size", "batch_samples", "samples", False),
@@ -82,20 +81,32 @@ def loss_chart(runs: Runs, axis: str, title: str, marks: Mapping[str, Marks], *,
     return drawn(f"loss_by_{axis}", title, draw, WIDE, png=png)
 
 
-def source_chart(runs: Runs, *, png: bool) -> Picture:
-    """Draw the validation loss of each source and named set."""
-    names = list(dict.fromkeys(name for metrics in runs.values() for name in metrics.names if is_source_loss(name)))
+def evaluation_charts(runs: Runs, *, png: bool) -> Iterator[Picture]:
+    """Draw the validation loss of each source and named set, and the results of benchmark tasks: a chart for each metric."""
+    names = list(dict.fromkeys(name for metrics in runs.values() for name in metrics.names))
+    sources = {name: name.removeprefix("validation/").removesuffix("/loss") for name in names if is_source_loss(name)}
+    if sources:
+        yield _lines_chart(runs, "validation_by_source", "Validation loss by source", sources, "validation loss", png=png)
+    tasks: dict[str, dict[str, str]] = {}
+    for name in filter(is_task, names):
+        _, task, metric = name.split("/", 2)
+        tasks.setdefault(metric, {})[name] = task
+    for metric, known in tasks.items():
+        yield _lines_chart(runs, f"tasks_{metric.replace('/', '_')}", f"Tasks: {metric}", known, metric, png=png)
+
+
+def _lines_chart(runs: Runs, name: str, title: str, labels: Mapping[str, str], ylabel: str, *, png: bool) -> Picture:
+    """Draw some numbers of evaluations. labels: number → its name in the legend."""
 
     def draw(axes: Axes) -> None:
-        lines = [(f"{run} " * (len(runs) > 1), name, metrics) for run, metrics in runs.items() for name in names]
-        for at, (run, name, metrics) in enumerate(lines):
-            found = curve(metrics, name)
-            if len(found):
-                label = run + name.removeprefix("validation/").removesuffix("/loss") if len(lines) <= NAMED else None
-                line(axes, found, runs, color=colour(at, len(lines)), marker="o", markersize=3, label=label)
-        finish(axes, "step", "validation loss", runs)
+        lines = [(f"{run} " * (len(runs) > 1), number, metrics) for run, metrics in runs.items() for number in labels]
+        for at, (run, number, metrics) in enumerate(lines):
+            found = curve(metrics, number)
+            label = run + labels[number] if len(lines) <= NAMED else None
+            line(axes, found, runs, color=colour(at, len(lines)), marker="o", markersize=3, label=label)
+        finish(axes, "step", ylabel, runs)
 
-    return drawn("validation_by_source", "Validation loss by source", draw, png=png)
+    return drawn(name, title, draw, png=png)
 
 
 def number_chart(runs: Runs, name: str, title: str, number: str, unit: str, *, log: bool, png: bool) -> Picture:

@@ -68,8 +68,9 @@ class ReportedRun:
 
     @property
     def validation_loss(self) -> float | None:
-        """The loss of the last evaluation; None without one, or if it was not finite."""
-        return self.metrics.evaluations[-1].get("eval_loss") if self.metrics.evaluations else None
+        """The last validation loss that was finite; None without one."""
+        losses = self.metrics["eval_loss"][1]
+        return float(losses[-1]) if len(losses) else None
 
 
 def find_runs(paths: Sequence[Path]) -> list[ReportedRun]:

@@ -88,7 +88,9 @@ def shown_name(name: str, runs: Runs) -> str | None:
 
 
 def line(axes: Axes, found: Curve, runs: Runs, **style: Any) -> None:
-    """Draw a curve, thinned so that a chart of many runs stays small; of a single point, a dot."""
+    """Draw a curve, thinned so that a chart of many runs stays small; of a single point, a dot; of none, nothing."""
+    if not len(found):
+        return
     thinned = found.thinned(min(POINTS, max(100, 2 * POINTS // max(1, len(runs)))))
     alone: dict[str, Any] = {"marker": "o", "markersize": 3} if len(thinned) == 1 else {}
     axes.plot(thinned.x, thinned.y, **{**style, **alone})

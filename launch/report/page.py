@@ -118,7 +118,7 @@ def _compare(page: Page, runs: Sequence[ReportedRun], winner: ReportedRun | None
     if winner is None:
         page.notes.append("a winner: no run has a loss yet")
         return
-    kind = "validation" if winner.metrics.evaluations else "training"
+    kind = "training" if winner.validation_loss is None else "validation"
     unfinished = sum(not run.finished for run in runs)
     page.command_title = f"Winner: {winner.name}"
     page.command_note = f"{kind} loss {final_loss(winner):.4f}"

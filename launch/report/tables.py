@@ -81,7 +81,7 @@ def _loss(loss: float | None) -> str:
 
 def final_loss(run: ReportedRun) -> float | None:
     """Return the loss by which runs are compared: the last validation loss, or else the final training loss."""
-    return run.validation_loss if run.metrics.evaluations else run.training_loss
+    return run.training_loss if run.validation_loss is None else run.validation_loss
 
 
 def state(run: ReportedRun) -> str:

@@ -52,3 +52,12 @@ def test_evaluations_lie_between_rows_of_steps_and_lost_losses_have_no_point() -
     assert len(curve(metrics, "loss")) == 2
     np.testing.assert_allclose(metrics.seconds, [0.1, 0.1 + 9 * 0.2, 0.1 + 9 * 0.2 + 10 * 0.1])  # rows stand for those before
     assert len(curve(Metrics([]), "loss", "tokens")) == 0
+
+
+def test_the_evaluations_of_a_step_are_one_row() -> None:
+    rows = [{"step": 4, "eval_loss": 3.0}, {"step": 2, "eval_loss": 4.0}, {"step": 4, "tasks/opposites/acc": 0.5}]
+    assert Metrics(rows).evaluations == [
+        {"step": 2, "eval_loss": 4.0},
+        {"step": 4, "eval_loss": 3.0, "tasks/opposites/acc": 0.5},
+    ]
+    assert Metrics(rows)["tasks/opposites/acc"][1].tolist() == [0.5]

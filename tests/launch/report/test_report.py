@@ -50,6 +50,7 @@ def rows_with_everything() -> list[dict[str, object]]:
     ]
     del rows[20]["loss"]
     rows.append({"step": 40, "eval_loss": 2.5, "tokens": 40_000, "validation/web/loss": 2.0, "validation/code/loss": 3.0})
+    rows.append({"step": 40, "tokens": 40_000, "tasks/opposites/acc": 0.5})  # in a row of its own
     rows.append({"step": 20, "checkpoint_step": 20, "checkpoint_saved": True, "checkpoint/total_seconds": 2.0})
     return rows
 
@@ -70,7 +71,7 @@ def test_the_page_of_a_run_needs_no_network_and_escapes_what_was_said(
     names = {path.stem for path in written.glob("*.svg")}
     assert names >= {f"loss_by_{axis}" for axis in ("step", "tokens", "samples", "seconds")}
     assert names >= {"lr", "batch", "grad_norm", "noise", "throughput", "mfu", "memory", "checkpoints", "validation_by_source"}
-    assert names >= {"pipeline_a run", "experts_load_a run"}
+    assert names >= {"pipeline_a run", "experts_load_a run", "tasks_acc"}
     assert len(pictures) == len(names) and all(
         (each["src"] or "").startswith("data:image/svg+xml;base64,") for each in pictures
     )
