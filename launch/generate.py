@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -257,38 +256,18 @@ def load_speaker(arguments: GenerateArguments) -> Speaker:
     """
     import torch
 
-    from ..checkpoint.restore import read_manifest
-    from ..config.structured import literal
     from ..parallel.mesh import pick_device
-    from ..trainer.build import build_model
-    from ..trainer.checkpoint_fit import misstated_size, weight_shapes
-    from ..trainer.checkpoint_tokenizer import checkpoint_tokenizer
-    from ..trainer.find_checkpoint import find_checkpoint
-    from ..trainer.resumed_config import saved_config
-    from ..trainer.typed import typed_node
-    from ..trainer.whole_model import load_whole_model
+    from .load import OpenedCheckpoint
 
-    checkpoint = find_checkpoint(arguments.checkpoint, "checkpoint")
-    manifest = read_manifest(checkpoint)
-    state = manifest.state
-    config: dict[str, Any] = literal(saved_config(state))
-    if "model" not in config:
-        message = f"'{checkpoint}' was imported from files that don't say what model their weights belong to"
-        raise ConfigError([Problem("checkpoint", message, "train from it (resume=…), and take the run's checkpoint")])
-    _refuse_unnamed_model(config, arguments.model)
-    if (message := misstated_size(config, weight_shapes(manifest))) is not None:
-        raise ConfigError([Problem("checkpoint", message, "take another: this one is damaged")])
-    context = arguments.context or (config["data"]["seq_len"] if "data" in config else None)
+    opened = OpenedCheckpoint.find(arguments.checkpoint, arguments.model)
+    context = arguments.context or opened.context
     if context is None:
         fix = "give the length that it was trained with as context=…"
-        raise ConfigError(
-            [Problem("context", f"'{checkpoint}' was imported and does not say how far its model looks back", fix)]
-        )
-    tokenizer = checkpoint_tokenizer(checkpoint, config, state)
-    template, ends = _template(checkpoint, tokenizer) if arguments.chat else (None, [])
-    vocabulary = state.get("vocabulary") or config["model"]["vocabulary"]
-    model = build_model(typed_node("model", config["model"]), vocabulary)
-    whole = load_whole_model(model, checkpoint, pick_device(), torch.float32)
+        message = f"'{opened.path}' was imported and does not say how far its model looks back"
+        raise ConfigError([Problem("context", message, fix)])
+    tokenizer = opened.tokenizer()
+    template, ends = _template(opened.path, tokenizer) if arguments.chat else (None, [])
+    whole = opened.whole_model(pick_device(), torch.float32)
     return Speaker(whole, tokenizer, context, arguments, template, ends)
 
 
@@ -305,15 +284,3 @@ def _template(checkpoint: Path | str, tokenizer: Tokenizer) -> tuple[ChatTemplat
         raise ConfigError([Problem("chat", f"{where} lies no chat template", fix)])
     end = tokenizer.token_id(template.names.get("eos_token", ""))
     return template, [] if end is None else [end]
-
-
-def _refuse_unnamed_model(config: Mapping[str, Any], model: str | None) -> None:
-    """Raise ConfigError if the checkpoint's model is of a class that is neither Meshloom's nor named by the arguments."""
-    from ..trainer.saved_classes import may_be_a_users, unnamed_nodes
-
-    for path, node in unnamed_nodes({"model": config["model"]}, {"model": {"_target_": model}}):
-        found = f"the checkpoint names the class {node['_target_']!r}, which today's command line and recipe don't"
-        typed = shlex.quote(f"model={node['_target_']}")
-        own = path == ("model",) and may_be_a_users(node["_target_"])
-        fix = f"if it is yours, type {typed}" if own else "don't trust it"
-        raise ConfigError([Problem("model", found, fix)])

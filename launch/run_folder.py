@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
@@ -12,6 +12,9 @@ from ..config.problems import ConfigError, Problem
 from ..trainer.identity import METRICS
 from ..trainer.watch.incidents import read_incidents
 from .run_metrics import Metrics
+
+if TYPE_CHECKING:
+    from .load import LoadedModel
 
 CONFIG = "config.yaml"
 
@@ -65,3 +68,10 @@ class Run:
 
         folder = str((self.config.get("checkpoint") or {}).get("folder") or self.folder / "checkpoints").rstrip("/")
         return [f"{folder}/{name}" for name in reversed(steps_newest_first(open_files(folder)))]
+
+    def load(self) -> LoadedModel:
+        """Load the model of the newest complete checkpoint (see `meshloom.load`). Raises ConfigError where there is none."""
+        from .load import load
+
+        folder = (self.config.get("checkpoint") or {}).get("folder")
+        return load(self.folder if folder is None else folder)

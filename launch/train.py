@@ -108,7 +108,7 @@ def _single(switches: argparse.Namespace, composer: Composer, composition: Compo
 
     def prepare(config: RunConfig) -> None:
         nonlocal agent
-        if several := _processes_for_torchrun(config.launch):
+        if several := processes_for_torchrun(config.launch):
             agent = PreparedAgent(with_share(several))
 
     try:
@@ -123,7 +123,7 @@ def _single(switches: argparse.Namespace, composer: Composer, composition: Compo
             agent.dismiss()
 
 
-def _processes_for_torchrun(launch: LaunchConfig) -> int:
+def processes_for_torchrun(launch: LaunchConfig) -> int:
     """Return the number of processes for an agent to start on this machine; 0 for a run in this process."""
     count, all_of_them = run_processes(launch), all_processes(launch)
     return count if not under_torchrun() and (all_of_them > 1 or restarts(launch, count) > 0) else 0
@@ -173,9 +173,23 @@ def _sweep(switches: argparse.Namespace) -> int:
 def _run(
     resolved: ResolvedRun, overrides: Sequence[str], config_dir: str | None, stop: StopRequest, agent: PreparedAgent | None
 ) -> int:
-    launch = resolved.config.launch
-    if not _processes_for_torchrun(launch):
+    if not processes_for_torchrun(resolved.config.launch):
         return run_here(resolved, stop)
+    return run_by_torchrun(resolved, overrides, config_dir, stop, agent)
+
+
+def run_by_torchrun(
+    resolved: ResolvedRun,
+    overrides: Sequence[str],
+    config_dir: str | None,
+    stop: StopRequest,
+    agent: PreparedAgent | None = None,
+) -> int:
+    """Start torchrun for a run, and wait. Return its exit code; `stop` tells whether it was asked to stop.
+
+    agent: an agent started earlier
+    """
+    launch = resolved.config.launch
     words = [*without_output_dir(overrides), f"output_dir={quoted(str(resolved.config.output_dir))}"]
     arguments = [*([f"--config-dir={config_dir}"] if config_dir else []), *words]
     max_restarts = restarts(launch, resolved.world_size)

@@ -1,0 +1,114 @@
+"""The Python API: train and export as the commands do, with values in place of words and exceptions in place of exit codes."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config.problems import ConfigError, Problem
+from .run_folder import Run
+
+
+class TrainingFailed(RuntimeError):
+    """A run that did not reach its end. What went wrong has been printed.
+
+    code    the exit code that `meshloom train` would have had
+    folder  of the run
+    """
+
+    def __init__(self, code: int, folder: Path) -> None:
+        super().__init__(f"the run in {folder} ended with exit code {code}; what it said stands above")
+        self.code, self.folder = code, folder
+
+
+def train(*words: str, config_dir: str | Path | None = None, **keys: Any) -> Run:
+    """Train as `meshloom train` does, and return the run.
+
+        train("recipe=quickstart", "optim.lr=3e-3")
+        train(recipe="quickstart", optim={"lr": 3e-3}, launch={"nproc": 2})
+
+    words       as on the command line
+    config_dir  a folder of further recipes
+    keys        keys of the config with their values; those of a group as a dictionary
+
+    A run of one process trains in this process; for several, torchrun is started and waited for. A signal, or Ctrl-C in a
+    notebook, lets the run finish its step and save; after Ctrl-C, KeyboardInterrupt is raised. Signals go to the main thread,
+    so only that can train.
+
+    Raises ConfigError with every problem of a config that can't run, TrainingFailed for a run that did not reach its end, and
+    whatever else ends a run of this process.
+    """
+    from ..trainer.machine import unusable_gpus
+    from ..trainer.resolve import resolve
+    from ..trainer.run import run
+    from ..trainer.signals import StopRequest
+    from .rank import configure_log
+    from .train import RESOLVING, processes_for_torchrun, run_by_torchrun
+
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("meshloom.train needs the main thread, where signals arrive; give each run a process of its own")
+    typed = [*words, *override_words(keys)]
+    folder_of_recipes = None if config_dir is None else str(config_dir)
+    resolved = resolve(typed, RESOLVING, folder_of_recipes)
+    if problems := resolved.problems or unusable_gpus(resolved.config):
+        raise ConfigError(problems)
+    stop = StopRequest()
+    configure_log()
+    if processes_for_torchrun(resolved.config.launch):
+        code = run_by_torchrun(resolved, typed, folder_of_recipes, stop)
+    else:
+        code = run(resolved, stop)
+    folder = Path(resolved.config.output_dir)
+    if stop.obeyed and stop.number == signal.SIGINT:
+        raise KeyboardInterrupt
+    if code:
+        raise TrainingFailed(code, folder)
+    return Run(folder)
+
+
+def override_words(keys: Mapping[str, Any]) -> list[str]:
+    """Write keys and values as words of the command line; dictionaries are groups. Raises ConfigError for other objects."""
+    from ..trainer.stages.written import written_value
+
+    words: list[str] = []
+    problems: list[Problem] = []
+    for key, value in _flat(keys):
+        plain = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        if _is_plain(plain):
+            words.append(f"{key}={written_value(plain)}")
+        else:
+            problems.append(Problem(key, f"{value!r} is no value of a config", "give text, numbers, true or false, or lists"))
+    if problems:
+        raise ConfigError(problems)
+    return words
+
+
+def _flat(keys: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in keys.items():
+        found += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else [(f"{prefix}{name}", value)]
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or value == {} or isinstance(value, str | bool | int | float)
+
+
+def export(checkpoint: str | Path, folder: str | Path, *, dtype: str | None = None, family: str | None = None) -> Path:
+    """Write a checkpoint's weights, config and tokenizer as a model folder of Hugging Face. Return the folder.
+
+    checkpoint  a step-… folder, a folder of them or a run's (the newest complete one is taken)
+    dtype       bf16, fp16 or fp32; default: as stored
+    family      the `model_type` to export as; default: as imported, or the first that fits
+
+    Raises CheckpointError for a model that no family holds, and where the folder exists.
+    """
+    from ..checkpoint.convert.hugging_face.exporting import export as write
+    from ..checkpoint.folder import step_folders
+
+    return write(step_folders(checkpoint)[0], Path(folder), dtype=dtype, family=family)
