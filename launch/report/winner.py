@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -27,10 +28,19 @@ def find_winner(runs: Sequence[ReportedRun]) -> ReportedRun | None:
 
 
 def typed_run(run: ReportedRun) -> RunConfig | None:
-    """Return the config of a run as dataclasses; None where today's Meshloom does not take it."""
+    """Return the config of a run as dataclasses; None where today's Meshloom does not take it.
+
+    Groups that its version of Meshloom did not have are as in a config of today.
+    """
     if not run.config:
         return None
-    config, problems = typed_config(cast(DictConfig, OmegaConf.create(literal(run.config))))
+    own = cast(DictConfig, OmegaConf.create(literal(run.config)))
+    absent = [field.name for field in dataclasses.fields(RunConfig) if field.name not in run.config]
+    today = make_composer().compose([]).config if absent else {}
+    for name in absent:
+        if name in today:
+            own[name] = today[name]
+    config, problems = typed_config(own)
     return None if problems else config
 
 
