@@ -12,6 +12,7 @@ from typing import Any
 
 from ...parallel.heartbeat import Beat
 from ...trainer.watch.folder import AttemptFolder, read_json
+from ..exit_codes import DIVERGED
 from .attempts import Attempt
 from .judge import RankState
 
@@ -109,7 +110,7 @@ class Report:
 
 
 def merge(reports: Sequence[Report]) -> tuple[Attempt, Failure | None]:
-    """Return the attempt that several machines tell of, and its first failure; None if it was ended for a silent rank."""
+    """Return the attempt that several machines tell of, and its first failure; None if there is none, as of a silent rank."""
     first = min((each.first for each in reports if each.first), default=0)
     last = max(each.last for each in reports)
     for each in reports:
@@ -118,6 +119,8 @@ def merge(reports: Sequence[Report]) -> tuple[Attempt, Failure | None]:
             return Attempt(first, last, code, rank, host), None
     found = first_failure([failure for each in reports for failure in each.failures])
     code = found.code if found.code > 0 else 128 - found.code
+    if code == DIVERGED:  # all ranks have decided alike, and the run has said why: none of them has failed
+        return Attempt(first, last, code), None
     error = f"exit code {code}" if found.spoke else "" if found.peer else found.error.partition("\n")[0]
     return Attempt(first, last, code, found.rank, found.host, error), found
 

@@ -210,7 +210,8 @@ class StepGuard:
     def _note(self, message: str, step: int, batch: GlobalBatch, verdict: Verdict, diagnosis: Diagnosis, action: str) -> None:
         if not self._mesh.is_main:
             return
-        rank = diagnosis.ranks[0] if len(diagnosis.ranks) == 1 else verdict.rank
+        own = verdict.rank if self._mesh.layout.pp == 1 else None  # a pipeline's loss is its last stage's, whoever spoilt it
+        rank = diagnosis.ranks[0] if len(diagnosis.ranks) == 1 else own
         details: dict[str, Any] = {
             "loss": verdict.loss,
             "grad_norm": verdict.norm,

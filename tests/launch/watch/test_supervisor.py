@@ -15,7 +15,7 @@ from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import MultiprocessContext, SubprocessContext
 
-from meshloom.launch.exit_codes import BAD_CONFIG
+from meshloom.launch.exit_codes import BAD_CONFIG, DIVERGED
 from meshloom.launch.watch.supervisor import Supervisor, exit_codes
 from meshloom.parallel.heartbeat import Heartbeat, Phase
 from meshloom.trainer.all_ranks import PeerFailed
@@ -104,6 +104,16 @@ def test_an_error_that_comes_again_ends_the_run(supervisor: Supervisor, tmp_path
         supervisor.tell({1: 1})
         assert supervisor.judgement is not None and supervisor.judgement.again is (number == 0)
     assert "2 attempts came no further than step 7" in supervisor.judgement.said
+
+
+def test_no_rank_has_failed_where_the_run_has_ended_itself(
+    supervisor: Supervisor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempt(0, tmp_path, {})
+    supervisor.tell({0: DIVERGED, 1: DIVERGED})
+    assert capsys.readouterr().err == "the run ended by its own decision, and is not started again\n"
+    (incident,) = read_incidents(tmp_path)
+    assert (incident["kind"], incident["rank"], incident["details"]["code"]) == ("end", None, DIVERGED)
 
 
 def test_the_agent_gives_up_where_the_judgement_says_so(supervisor: Supervisor, tmp_path: Path) -> None:
