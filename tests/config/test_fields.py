@@ -21,11 +21,12 @@ OWN = {"_target_", "_recursive_", "name"}  # Hydra's; `name` tells options apart
 
 
 # A function that is given one group alone calls it `config`.
-GIVEN_ALONE = {
+GIVEN_ALONE: dict[str, str | tuple[str, ...]] = {
     "checkpoint": "checkpoint/",
     "logging": "trainer/hooks/loggers/",
     "parallel": "parallel/layout.py",
     "balance": "parallel/experts/",
+    "tasks": ("trainer/tasks/", "trainer/hooks/tasks.py"),
 }
 READ_AS = {("balance", "global_batch"): "global_coefficient"}
 """Key → the property of its config through which it is read."""
