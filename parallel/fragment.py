@@ -12,6 +12,9 @@ import torch
 
 from .box import Box
 
+REMAINDER = "weight_remainder"
+"""Role of what rounding has left of a weight. A weight that is stored without it is its own value: there is nothing to add."""
+
 
 @dataclass(frozen=True)
 class Fragment:

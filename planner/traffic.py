@@ -14,6 +14,9 @@ from .memory import Job
 UPDATE = 30
 """Bytes per parameter that AdamW in one pass moves: weight and two moments read and written in fp32, the gradient read for its
 norm and for the update, the computation's copy written."""
+ROUNDING = {"full": 0, "bf16_kahan": 44, "bf16_stochastic": 348}
+"""More bytes per parameter, by `trainer.masters`: masters made and rounded by PyTorch's own operations, one after another, each
+of which reads and writes memory (`kernels/rounding.py`); less the computation's copy, which the update then does not write."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def torch_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: J
     update = UPDATE * own
     if not uses_fsdp(parallel, layout):
         gradient = unit if many == 1 else exact
-        within = many * adding if many > 1 else 0
+        within = ROUNDING[job.masters] * own + (many * adding if many > 1 else 0)
         if ranks > 1:
             within += 3 * gradient * whole + exact * own
         return Traffic(within, (unit + gradient) * whole * away + exact * own * copied, update)

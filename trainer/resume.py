@@ -15,7 +15,7 @@ from ..data.config import OPTIONS
 from ..data.node import DataNode
 from ..data.version import rules_version
 from ..parallel.engine import Engine
-from ..parallel.fragment import Fragment
+from ..parallel.fragment import REMAINDER, Fragment
 from ..parallel.mesh import Mesh
 from .all_ranks import from_main
 from .build import Run, build_control
@@ -148,22 +148,30 @@ def _same_rules(state: dict[str, Any], data: DataNode, checkpoint: Path | str) -
 def _restore(
     mesh: Mesh, checkpoint: Path | str, fragments: list[Fragment], place: Place | None, *, strict: bool
 ) -> RestoreReport:
-    """Restore on all ranks. Each byte is read by one rank, which sends it to others through a temporary process group."""
+    """Restore on all ranks. Each byte is read by one rank, which sends it to others through a temporary process group.
+
+    Weights that are stored without their remainders have none: those of the initial weights must not be added to them.
+    """
     group = dist.new_group(backend="gloo") if mesh.layout.world_size > 1 else None
     assert not isinstance(group, int), "every process is a member"
     try:
-        return restore(checkpoint, fragments, build_control(mesh, "restore", place), strict=strict, group=group)
+        report = restore(checkpoint, fragments, build_control(mesh, "restore", place), strict=strict, group=group)
     finally:
         if group is not None:
             dist.destroy_process_group(group)
+    absent = set(report.missing)
+    for fragment in fragments:
+        if fragment.role == REMAINDER and fragment.key in absent:
+            fragment.tensor.zero_()
+    return report
 
 
 def restore_weights(engine: Engine, mesh: Mesh, checkpoint: Path | str, place: Place | None = None) -> RestoreReport:
-    """Load a checkpoint's weights and nothing else, on every rank: the optimizer's state stays fresh.
+    """Load a checkpoint's weights, with their remainders, on every rank: the optimizer's state stays fresh.
 
     Raises ConfigError on all ranks if some don't fit.
     """
-    weights = [fragment for fragment in engine.fragments() if fragment.role == "weight"]
+    weights = [fragment for fragment in engine.fragments() if fragment.role in ("weight", REMAINDER)]
     report = _restore(mesh, checkpoint, weights, place, strict=False)
     _refuse_other_weights(mesh, checkpoint, report)
     engine.load_counters(engine.counters())

@@ -57,11 +57,14 @@ class FRUGAL(torch.optim.Optimizer):
         settings = {name: (group["lr"], group["weight_decay"]) for group in self.param_groups for name in group["names"]}
         for parameter in self._parameters:
             state, weight = self.state[parameter.tensor], parameter.tensor
-            state["step"] = state.get("step", 0) + 1
+            state["step"] = step = state.get("step", 0) + 1
             if ROLES[0] not in state:
                 columns = -(-weight.shape[1] // self._config.period) if parameter.hidden else 0
                 like = weight.new_zeros(weight.shape[0], columns) if parameter.hidden else torch.zeros_like(weight)
                 state.update({role: torch.zeros_like(like) for role in ROLES})
+            if parameter.hidden and (step - 1) % self._config.interval == 0:  # whether or not the weight is used in this step
+                for role in ROLES:
+                    state[role].zero_()
             if weight.grad is not None:
                 self._step(parameter, weight.grad.to(weight.dtype), *settings[parameter.name])
 
@@ -73,9 +76,6 @@ class FRUGAL(torch.optim.Optimizer):
         if parameter.hidden:
             number, since = divmod(step - 1, self._config.interval)
             step = since + 1
-            if since == 0:
-                means.zero_()
-                squares.zero_()
             columns = self._columns_of(parameter, number)
             gradient = whole.index_select(1, columns)
         means.lerp_(gradient, 1 - first)

@@ -237,12 +237,14 @@ class TorchEngine:
             self.islands.prepare_restore()
 
     def counters(self) -> dict[str, float]:
-        """Return the optimizer's scalar state."""
-        return self._update.counters()
+        """Return the scalar state of the optimizer and of the weights."""
+        return self._update.counters() | self.weights.counters()
 
     def load_counters(self, counters: dict[str, float]) -> None:
-        """Set the optimizer's scalar state, after fragments have been restored."""
-        self._update.load_counters(counters)
+        """Set the scalar state, after fragments have been restored."""
+        own = self.weights.counters().keys()
+        self.weights.load_counters(counters)
+        self._update.load_counters({name: value for name, value in counters.items() if name not in own})
         if self._update.averages is not None:
             self._update.averages.hold_training_weights()
         if self.islands is not None:

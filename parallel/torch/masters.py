@@ -86,7 +86,7 @@ class MasterWeights(WeightStrategy):
                         module.register_forward_pre_hook(_waiting(exchanged))
         self._separate = any(weight.compute_copy is not None for weight in self.local.values())
         if self._kind != "full":
-            self._rounded = RoundedMasters(self._group.name, self.local, self._kind, self._seed)
+            self._rounded = RoundedMasters(self.local, self._kind, self._seed)
 
     def _add(self, name: str, parameter: nn.Parameter) -> MasterWeight:
         whole, num_shards = local(parameter), self._axes.num_shards
@@ -154,9 +154,23 @@ class MasterWeights(WeightStrategy):
             self._rounded.make()
 
     def fragments(self) -> Iterator[Fragment]:
-        """Yield what masters that exist only during an update leave behind."""
+        """Yield what masters that exist only during an update leave behind.
+
+        What is stored in their place are rows of the whole weights, which a restore writes to: no gather may do so after it.
+        """
         if self._rounded is not None:
+            for unit in self.units:
+                unit.wait_all_gather()
             yield from self._rounded.fragments()
+
+    def counters(self) -> dict[str, float]:
+        """Return the number of roundings, where they are drawn by it."""
+        return {} if self._rounded is None else self._rounded.counters
+
+    def load_counters(self, counters: Mapping[str, float]) -> None:
+        """Set the number of roundings."""
+        if self._rounded is not None:
+            self._rounded.counters = {name: counters.get(name, value) for name, value in self._rounded.counters.items()}
 
     def sync_from_masters(self) -> None:
         """Bring the whole weights up to date with the masters after a restore or initialisation wrote to them."""

@@ -17,30 +17,26 @@ import torch
 import xxhash
 
 from ...kernels.rounding import round_stochastic, split_in_two
-from ...optim.optimizers.own_arrays import RUN
-from ..box import Box
-from ..fragment import Fragment
+from ..fragment import REMAINDER, Fragment
 from .strategy import LocalWeight
 
-REMAINDER = "weight_remainder"
+ROUNDINGS = "roundings"
 
 
 class RoundedMasters:
     """The masters of one group's weights. They exist at first, for the initial values.
 
-    weights  by name; `tensor` is the master, `compute_copy` the bf16 weight
+    weights   by name; `tensor` is the master, `compute_copy` the bf16 weight
+    counters  the number of roundings, the same for every group, where they are drawn by it; set after a restore
     """
 
-    def __init__(self, group: str, weights: Mapping[str, LocalWeight], kind: str, seed: int) -> None:
+    def __init__(self, weights: Mapping[str, LocalWeight], kind: str, seed: int) -> None:
         """kind: bf16_stochastic or bf16_kahan; seed: of the rounding."""
-        self._group, self._seed = group, seed
+        self._seed = seed
         self._weights = {name: (weight, _copy_of(weight)) for name, weight in weights.items()}
         self._exist = True
         self._remainders = {name: torch.zeros_like(copy) for name, (_, copy) in self._weights.items() if kind == "bf16_kahan"}
-        some = next(iter(weights.values())).tensor
-        self._updates = torch.zeros(1, dtype=torch.int64, device=some.device)
-        self._number: int | None = 0
-        """The same, on the host; None where a restore may have written: the host waits for it once."""
+        self.counters: dict[str, float] = {} if kind == "bf16_kahan" else {ROUNDINGS: 0}
 
     @torch.no_grad()
     def make(self) -> None:
@@ -60,7 +56,7 @@ class RoundedMasters:
         """Round the masters into what is kept, if they exist, and free their memory."""
         if not self._exist:
             return
-        number = int(self._updates) if self._number is None else self._number
+        number = int(self.counters.get(ROUNDINGS, 0))
         for name, (weight, copy) in self._weights.items():
             master = weight.tensor.detach()
             if self._remainders:
@@ -70,20 +66,16 @@ class RoundedMasters:
                 placed = weight.placed
                 round_stochastic(master, copy, key=key, global_shape=placed.global_shape, offsets=placed.box.offsets)
             weight.tensor.untyped_storage().resize_(0)
-        self._updates += 1
-        self._number = number + 1
+        self.counters = dict.fromkeys(self.counters, number + 1)
         self._exist = False
 
     def fragments(self) -> Iterator[Fragment]:
-        """Yield what is kept besides the weights: remainders, or the number of updates, by which the next one is rounded."""
+        """Yield the remainders."""
         self.round()
         for name, remainder in self._remainders.items():
             placed = self._weights[name][0].placed
             if placed.box.numel:
                 yield Fragment(name, REMAINDER, placed.global_shape, placed.box, remainder)
-        if not self._remainders:
-            self._number = None
-            yield Fragment(f"roundings.{self._group}", RUN, (1,), Box.whole((1,)), self._updates)
 
 
 def _copy_of(weight: LocalWeight) -> torch.Tensor:

@@ -73,6 +73,13 @@ class WeightStrategy:
         """Yield what checkpoints store of the weights besides their values."""
         yield from ()
 
+    def counters(self) -> dict[str, float]:
+        """Return what checkpoints store of the weights as numbers: the same in every group, and on every rank."""
+        return {}
+
+    def load_counters(self, counters: Mapping[str, float]) -> None:
+        """Set those of them that a restore has brought. counters: may hold others, too."""
+
     def all_gather_weights(self, *, copied: bool) -> None:
         """Start, after an update, to all-gather the weights. copied: the optimizer has written every `compute_copy`."""
 

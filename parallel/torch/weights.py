@@ -139,6 +139,15 @@ class Weights(WeightStrategy):
         for strategy in self.strategies:
             yield from strategy.fragments()
 
+    def counters(self) -> dict[str, float]:
+        """Return every group's numbers, which are the same."""
+        return {name: value for strategy in self.strategies for name, value in strategy.counters().items()}
+
+    def load_counters(self, counters: Mapping[str, float]) -> None:
+        """Set every group's."""
+        for strategy in self.strategies:
+            strategy.load_counters(counters)
+
     def all_gather_weights(self, *, copied: bool) -> None:
         """Begin every group's gathers."""
         for strategy in self.strategies:

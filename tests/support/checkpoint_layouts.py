@@ -95,7 +95,7 @@ class Result:
 
     def fault(self) -> str | None:
         """Return what is wrong, or None. The arrays are read by the second reader, with NumPy alone."""
-        read = _second_reader()
+        read = load_second_reader()
         first, *others = [read.Checkpoint(folder) for folder in self.folders]
         for other, where in zip(others, ("there", "back"), strict=True):
             if set(other.arrays) != set(first.arrays):
@@ -206,7 +206,8 @@ def matrix(pairs: Sequence[Pair], folder: Path, timeout: float = 150.0) -> Itera
     yield from results
 
 
-def _second_reader() -> Any:
+def load_second_reader() -> Any:
+    """Return the module `docs/read_checkpoint.py`, which reads a checkpoint with NumPy alone."""
     spec = importlib.util.spec_from_file_location("read_checkpoint", READER)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -94,6 +94,18 @@ def test_frugal_takes_the_sign_in_all_other_columns() -> None:
     torch.testing.assert_close(held.detach(), expected, rtol=1e-12, atol=1e-14)
 
 
+def test_frugals_moments_begin_anew_where_the_first_gradient_is_absent() -> None:
+    optimizer, held = ours(FRUGALConfig(betas=[0.9, 0.99], period=4, interval=2))
+    train(optimizer, held, RATES[:2])
+    assert optimizer.state[held]["exp_avg"].abs().min() > 0
+    held.grad = None
+    optimizer.step()
+    held.grad = drawn(9)
+    optimizer.step()
+    expected = 0.1 * drawn(9)[:, choose_columns(0, 1, SHAPE[1], 4)]
+    torch.testing.assert_close(optimizer.state[held]["exp_avg"], expected, rtol=1e-12, atol=0)
+
+
 def test_frugals_columns_change_and_reach_all() -> None:
     choices = [choose_columns(0, number, 20, 4) for number in range(40)]
     assert {int(column) for columns in choices for column in columns} == set(range(20))
