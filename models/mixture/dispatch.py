@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,8 @@ def sort_by_expert(
 
     capacity: an expert takes the first ⌈capacity · T·K / E⌉ assignments, in the order of tokens; None: all of them.
     counted_T: tokens that count take their places before all others, such as padding; None: all count.
-    taken_TK: which of the choices are assignments at all, without a capacity; None: all are.
+    taken_TK: which of the choices are assignments at all; None: all are. The others take no expert's room.
     """
-    assert capacity is None or taken_TK is None, "there is no room to be given to choices that are not taken"
     keys_N = choice_TK.flatten()
     if taken_TK is not None:
         keys_N = keys_N.masked_fill(~taken_TK.flatten(), experts)
@@ -54,10 +54,11 @@ def sort_by_expert(
         if counted_T is not None:
             last_N = (~counted_T)[:, None].expand_as(choice_TK).flatten()
             order_N = (2 * keys_N + last_N).argsort(stable=True)
-        begins_E = counts_E.cumsum(0) - counts_E
+        sorted_N = keys_N[order_N]
+        begins_E = F.pad(counts_E.cumsum(0), (1, 0))  # the last is that of choices which are not taken
         places_N = torch.arange(len(keys_N), device=keys_N.device)
         taken_N = torch.empty_like(keys_N, dtype=torch.bool)
-        taken_N[order_N] = places_N - begins_E[keys_N[order_N]] < most
+        taken_N[order_N] = (places_N - begins_E[sorted_N] < most) & (sorted_N < experts)
         kept_TK = taken_N.view_as(choice_TK)
         order_N = keys_N.masked_fill(~taken_N, experts).argsort(stable=True)
         counts_E = counts_E.clamp(max=most)

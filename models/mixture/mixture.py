@@ -145,7 +145,8 @@ class Mixture(Part):
             y_BSD = y_BSD + shared_BSD
         kept_TK = None if self.keys.capacity is None else assignment.kept_TK
         if kept_TK is not None and counted_T is not None and routed.tally is not None:
-            routed.tally.others_O[2] = (~kept_TK & counted_T[:, None]).sum()
+            dropped_TK = ~kept_TK if taken_TK is None else ~kept_TK & taken_TK
+            routed.tally.others_O[2] = (dropped_TK & counted_T[:, None]).sum()
         return y_BSD, routed.tally, routed.state_TP
 
     def _fuses(self, x_TD: torch.Tensor, assignment: Assignment) -> bool:

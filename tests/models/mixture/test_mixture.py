@@ -14,6 +14,7 @@ from meshloom.models.mixture.config import MixtureConfig
 from meshloom.models.mixture.dispatch import sort_by_expert
 from meshloom.models.mixture.grouped import grouped_product, loop_product, unsupported_reason
 from meshloom.models.mixture.mixture import Mixture
+from meshloom.models.mixture.router import Carried, Routed, TopKRouter
 from support.experts import plain_choice
 
 DIM, WIDTH = 8, 4
@@ -121,6 +122,47 @@ def test_padding_takes_no_room_from_tokens_that_count() -> None:
     got, tally, _ = model([x] * model.num_inputs(x), Charges(counted, torch.tensor(1.0).double(), Rates()))
     torch.testing.assert_close(got[1:], expected, rtol=1e-12, atol=1e-12)
     assert tally is not None and 0 < dropped == tally.others_O[2]
+
+
+class FirstChoice(TopKRouter):
+    """Takes the first of each token's choices, and leaves the others."""
+
+    def forward(self, x_TD: torch.Tensor, charges: Charges | None, carried: Carried | None = None) -> Routed:
+        routed = super().forward(x_TD, charges, carried)
+        taken_TK = torch.zeros_like(routed.choice_TK, dtype=torch.bool)
+        taken_TK[:, 0] = True
+        return routed._replace(taken_TK=taken_TK)
+
+
+def test_choices_that_are_not_taken_need_no_room_and_are_not_dropped() -> None:
+    keys = {"renormalise": False, "capacity": 0.3}
+    one, two, x = mixture(**keys | {"top_k": 1, "capacity": 0.6}), mixture(**keys), inputs()
+    two.router = FirstChoice(two.config).double()
+    two.load_state_dict(one.state_dict())
+    counted = torch.ones(3, 5, dtype=torch.bool)
+    counted[1, :3] = False
+    charges = Charges(counted, torch.tensor(1.0).double(), Rates())
+    (expected, tally, _), (got, other, _) = one([x, x], charges), two([x, x], charges)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert tally is not None and other is not None and tally.others_O[2] == other.others_O[2] > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_expert_takes_the_first_that_count_of_the_choices_taken(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    choice, taken = torch.randint(3, (9, 2), generator=draw), torch.rand(9, 2, generator=draw) < 0.8
+    counted = torch.rand(9, generator=draw) < 0.6
+    found = sort_by_expert(choice, 3, 0.5, counted, taken)
+    chosen = choice.flatten().tolist()
+    places = [at for at in range(18) if taken.flatten()[at]]
+    kept: list[int] = []
+    for expert in range(3):
+        queue = sorted((at for at in places if chosen[at] == expert), key=lambda at: not counted[at // 2])
+        kept += sorted(queue[:3])  # 0.5 · 18 / 3
+    assert found.counts_E.tolist() == [sum(chosen[at] == expert for at in kept) for expert in range(3)]
+    assert found.order_N[: len(kept)].tolist() == kept and sorted(found.order_N.tolist()) == list(range(18))
+    assert found.kept_TK is not None and found.kept_TK.flatten().nonzero().flatten().tolist() == sorted(kept)
+    assert 0 < len(kept) < len(places) < 18
 
 
 def test_enough_capacity_drops_nothing() -> None:
