@@ -54,6 +54,7 @@ from .hooks.evaluation import Evaluation, EvaluationSet
 from .hooks.expert_load import WarnOfCollapse
 from .hooks.expert_map import ExpertMap
 from .hooks.garbage import CollectGarbage
+from .hooks.hybrid_waiting import MeasureWaiting
 from .hooks.loggers.defaults import default_loggers
 from .hooks.profiling import ProfileStep
 from .hooks.replicas import CompareReplicas
@@ -278,6 +279,8 @@ def _build(
     if mesh.is_main:
         if mesh.layout.world_size > 1:
             hooks.append(NameStragglers())
+        if MeasureWaiting.can_measure(dealer):
+            hooks.append(MeasureWaiting())
         if config.trainer.sample_prompt is not None:
             build = functools.partial(build_model, config.model, vocabulary)
             hooks += _sample_hooks(config, build, data.tokenizer, saved=saving is not None)
