@@ -168,6 +168,12 @@ def write_examples(document: Path, folder: Path) -> None:
             (folder / found[1]).write_text(textwrap.dedent("\n".join(rest[:ends])))
 
 
+def test_the_recipe_of_the_tutorial_composes(tmp_path: Path) -> None:
+    write_examples(ROOT / "docs/tutorial.md", tmp_path)
+    composed = make_composer(str(tmp_path / "mine")).compose(["recipe=my_1b", "launch.nproc=8", "resume=auto"])
+    assert composed.problems == [] and composed.config.model.vocabulary == 32_000
+
+
 def test_what_contributing_shows_trains_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_examples(ROOT / "CONTRIBUTING.md", tmp_path)
     mine = str(tmp_path / "mine")
