@@ -29,20 +29,21 @@ from ..report import SaveReport
 from ..writing.writer import Request
 from .commit import NO_ROOM, new_token
 from .file_report import FileReport, failure, failure_in, join_reports
+from .progress import SavePhase, SaveProgress
 from .save_context import SaveContext
 from .snapshot import Snapshot
-from .stages import Stage, Turn
 from .staging import StagingBuffer
+from .turn import Turn
 
 log = logging.getLogger(__name__)
 
 
 class Save:
-    """A save under way. `run` does it all, in a thread of its own or in the caller's; `turn` says how far it is.
+    """A save under way. `run` does it all, in a thread of its own or in the caller's; `progress` says how far it is.
 
     1. vote      every rank says what it holds, if that has changed, and whether it has memory
     2. decision  the coordinator (rank 0) says: skip, go on with the plan, or derive a new one; to the disk, into memory
-    3. stage     copy into the staging buffer — the only part during which the tensors must not change
+    3. snapshot  copy into the staging buffer — the only part during which the tensors must not change
     4. keep      (into memory) give the staging buffer to the keeper; complete when every rank's keeper has it and its parity
     5. write     (to the disk) the rank's file and its digests, durable; it follows the copy
     6. report    every file's digest to the coordinator, which commits what the plan has proved, and announces the verdict
@@ -68,7 +69,8 @@ class Save:
         self.memory = memory
         self.required = required
         self.talk = talk
-        self.turn = Turn(None if after is None else after.turn, disk=disk, memory=memory)
+        self.progress = SaveProgress()
+        self.turn = Turn(self.progress, None if after is None else after.turn, disk=disk, memory=memory)
         self.snapshot = Snapshot(fragments)
         self.report = SaveReport(step)
         self.thread: threading.Thread | None = None  # where it runs, once it does
@@ -87,7 +89,7 @@ class Save:
     @property
     def ended(self) -> bool:
         """Return whether the save has its outcome."""
-        return self.turn.stage >= Stage.ENDED
+        return self.progress.ended
 
     def confirm(self, doubt: str = "") -> None:
         """Let the save become a checkpoint or, if there is a doubt about its step, give it up. The first word stands."""
@@ -97,11 +99,11 @@ class Save:
 
     def join(self) -> None:
         """Wait for the verdict."""
-        self.turn.wait(Stage.ENDED)
+        self.progress.wait(SavePhase.ENDED)
 
     def leave(self, timeout: float | None = None) -> bool:
         """Wait until the save's thread is over, and with it the deletion of old steps. Returns whether it is."""
-        left = self.turn.wait(Stage.LEFT, timeout)
+        left = self.progress.wait(SavePhase.LEFT, timeout)
         if left and self.thread is not None:
             self.thread.join()  # whose last line it has just come to
         return left
@@ -112,7 +114,7 @@ class Save:
             self._fail(error)
             self._tell()
             self._end()
-            self.turn.reach(Stage.LEFT)
+            self.progress.reach(SavePhase.LEFT)
 
     def run(self, context: SaveContext) -> None:
         """Do it. The report says what happened; only what interrupts the caller (KeyboardInterrupt) is raised again."""
@@ -146,7 +148,7 @@ class Save:
             finally:
                 with contextlib.suppress(Exception):  # the store may be gone
                     self.talk.leave()
-                self.turn.reach(Stage.LEFT)
+                self.progress.reach(SavePhase.LEFT)
 
     def _fail(self, error: BaseException) -> None:
         self.report.outcome = "failed" if self.disk else "unkept"
@@ -158,7 +160,8 @@ class Save:
 
     def _end(self) -> None:
         self._release_tensors()
-        self.turn.reach(Stage.ENDED)
+        self.turn.forget_ended()
+        self.progress.reach(SavePhase.ENDED)
 
     def _run(self, context: SaveContext) -> None:
         report, talk = self.report, self.talk
@@ -180,18 +183,18 @@ class Save:
                 self._not_kept(unkept)
         if not self.disk and not self.memory:
             return
-        request = self._stage(context, layout)
+        request = self._take_snapshot(context, layout)
         self._confirmed.wait()
         if self._doubt:
             raise CheckpointError(self._doubt)
         if self.memory:
             self._keep(context, layout)
-        self.turn.reach(Stage.KEPT)
+        self.progress.reach(SavePhase.KEPT)
         if self.disk:
             self._write(context, request, layout)
 
     def _agree(self, context: SaveContext) -> tuple[dict[str, Any], bytes]:
-        """Stages 1 and 2. Returns the decision ({"skip": why}, or what to do) and, for a new plan, the state of all ranks."""
+        """Vote, and hear the decision. Return it ({"skip": why}, or what to do) and, for a new plan, the state of all ranks."""
         planner, talk = context.planner, self.talk
         size = planner.layout.bytes
         reach("vote.before")
@@ -232,8 +235,8 @@ class Save:
         reach("decision.before")
         return {"token": token, "disk": disk, "reason": reason}, description
 
-    def _stage(self, context: SaveContext, layout: FileLayout) -> Request | None:
-        """Stage 3. The writer, if it is free, begins at once and follows the copy; returns its request."""
+    def _take_snapshot(self, context: SaveContext, layout: FileLayout) -> Request | None:
+        """Copy the tensors. The writer, if it is free, begins at once and follows the copy. Return its request."""
         if not layout.bytes and not self.memory:
             self._release_tensors()
             return None
@@ -258,7 +261,7 @@ class Save:
         return request
 
     def _keep(self, context: SaveContext, layout: FileLayout) -> None:
-        """Stage 4. A failure here is reported and costs nothing but this version."""
+        """Give the snapshot to the keepers. A failure here is reported and costs nothing but this version."""
         assert context.memory is not None and self._buffer is not None
         talk = self.talk
         start = time.perf_counter()
@@ -307,7 +310,7 @@ class Save:
         return json.dumps({"bytes": manifest.bytes}).encode()
 
     def _write(self, context: SaveContext, request: Request | None, layout: FileLayout) -> None:
-        """Stages 5 and 6."""
+        """Write this rank's file, and report it."""
         report, talk = self.report, self.talk
         message = FileReport.of(talk.control.rank, EMPTY, "")
         if request is not None:
@@ -320,8 +323,8 @@ class Save:
                     f"rank {talk.control.rank} wrote {written.bytes} bytes, the plan has {layout.bytes} for it"
                 )
             message = FileReport.of(talk.control.rank, layout, written.digest)
+        self.progress.reach(SavePhase.WRITTEN)  # before the wait: the next save may write while this one waits to commit
         self.turn.wait_to_commit()
-        self.turn.reach(Stage.WRITTEN)
         written_at = time.perf_counter()
         reach("report.before")
         verdict = talk.agree("report", message, join_reports, functools.partial(self._commit_all, context))
@@ -331,7 +334,7 @@ class Save:
 
     def _release_tensors(self) -> None:
         self.snapshot.release()
-        self.turn.reach(Stage.SNAPSHOTTED)
+        self.progress.reach(SavePhase.SNAPSHOTTED)
 
     def _manifest(self, reports: list[FileReport], suffix: str) -> Manifest:
         """The coordinator's part: what the ranks say they wrote must be as much as there is."""

@@ -21,7 +21,7 @@ from .staging import StagingBuffer
 
 # Copied by one call, after which the writer may have it.
 BATCH_BYTES = 16 * 2**20
-STAGES_BEFORE = 4  # the vote, the decision, a new plan, memory
+WAITS_BEFORE = 4  # the vote, the decision, a new plan, memory
 
 
 class Snapshot:
@@ -48,7 +48,7 @@ class Snapshot:
 
     def copy(self, buffer: StagingBuffer, layout: FileLayout, device: Device | None) -> None:
         """Fill the staging buffer and return when it is full; its watermark follows. Called from the save's thread, once."""
-        reach("stage.before")
+        reach("snapshot.before")
         targets = buffer.views(layout)
         if self._device is None:
             start = time.perf_counter()
@@ -65,7 +65,7 @@ class Snapshot:
                 for stream in device.streams:  # what is queued must not read tensors, or fill memory, that are others' by then
                     stream.synchronize()
                 raise
-        reach("stage.after")
+        reach("snapshot.after")
         self.bytes, self.bytes_per_second = layout.bytes, layout.bytes / max(self.seconds, 1e-9)
         self.release()
 
@@ -132,11 +132,11 @@ class Snapshot:
     def wait(self, timeout: float) -> float:
         """Hold up the update until the copy no longer needs the tensors; returns the seconds that this thread waited.
 
-        timeout: of each stage before the copy. One that takes longer ends the save, and must not end the run by it.
+        timeout: of each wait before the copy. One that takes longer ends the save, and must not end the run by it.
         """
         start = time.perf_counter()
-        if not self._issued.wait(STAGES_BEFORE * timeout):
-            waited = f"{STAGES_BEFORE * timeout:g} s ({STAGES_BEFORE} times checkpoint.timeout)"
+        if not self._issued.wait(WAITS_BEFORE * timeout):
+            waited = f"{WAITS_BEFORE * timeout:g} s ({WAITS_BEFORE} times checkpoint.timeout)"
             raise CheckpointError(f"a snapshot did not leave the tensors within {waited}")
         if not all(event.query() for event in self._left):
             stream = torch.cuda.current_stream(self._device)

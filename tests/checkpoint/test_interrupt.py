@@ -19,7 +19,7 @@ from meshloom.checkpoint.saving.save import Save
 from support.checkpoint_runs import open_run, restored_step
 from support.checkpoint_worlds import fragments, make_arrays, together
 
-BOUNDARIES = ["vote.before", "decision.before", "stage.before", "stage.after", "report.before", "manifest.write.before"]
+BOUNDARIES = ["vote.before", "decision.before", "snapshot.before", "snapshot.after", "report.before", "manifest.write.before"]
 NAMED = ["commit.rename.after", "latest.rename.before"]  # the step has its name already
 TIDYING = "prune.rename.before"
 
@@ -138,7 +138,7 @@ def test_the_other_ranks_are_told_of_an_interruption(tmp_path: Path) -> None:
     config = CheckpointConfig(mode="sync", keep=0, timeout=60.0)
 
     def hook(reached: str, amount: int) -> int:
-        if reached == "stage.before" and threading.current_thread() in struck:
+        if reached == "snapshot.before" and threading.current_thread() in struck:
             struck.clear()
             raise KeyboardInterrupt
         return amount

@@ -126,6 +126,20 @@ def test_save_after_a_skipped_one_waits_for_the_keeper(tmp_path: Path, monkeypat
     run.close()
 
 
+def test_a_save_writes_while_the_one_before_it_waits_to_commit(tmp_path: Path) -> None:
+    slow = Gate("report.before")
+    faults.install(slow)
+    run = open_run(tmp_path, mode="async", timeout=60.0, host_memory_gib=6.3 / 1024)  # memory for three
+    for step in (1, 2, 3):
+        save(run, step)
+    deadline = time.monotonic() + 20
+    while not (written := list(tmp_path.glob("step-00000003.tmp-*/rank-00000.leaves"))) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    slow.open.set()
+    assert written, "the third waits for the second's commit, which waits for the first's"
+    assert [(report.step, report.outcome) for report in run.finish()] == [(step, "committed") for step in (1, 2, 3)]
+
+
 def test_the_end_waits_for_what_came_before_a_skipped_save(tmp_path: Path) -> None:
     slow = Gate("report.before")
     faults.install(slow)

@@ -46,7 +46,7 @@ def no_collection() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_collection")
-@pytest.mark.parametrize("what", ["stage.before", "report.before", "prune", "damage", "writer"])
+@pytest.mark.parametrize("what", ["snapshot.before", "report.before", "prune", "damage", "writer"])
 def test_failed_saves_leave_no_memory_to_the_garbage_collection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
