@@ -1,7 +1,7 @@
 """Work that one rank of a host does for all of them, so that a shared file system is not asked once per rank.
 
 torchrun gives every rank a file for errors, those of a host in one folder for each attempt. What the first rank has found lies
-in that folder for the others. Without torchrun there is one rank, which does its own work.
+in that folder for the others. Ranks that srun or mpirun has started share no such folder: each does its own work.
 
 All ranks of a host must make the same calls in the same order.
 """
@@ -22,13 +22,13 @@ from .problems import ConfigError
 T = TypeVar("T")
 
 SOONEST, LATEST = 0.005, 0.2
-"""Seconds between two looks for what the first rank leaves: they grow while it works. The folder is the host's own."""
+"""Seconds between two looks for what the first rank publishes: they grow while it works. The folder is the host's own."""
 
 _calls: Counter[str] = Counter()
 
 
 def attempt_folder() -> Path | None:
-    """Return the folder that the ranks of this host share until they end or are started again; None without torchrun."""
+    """Return the folder that the ranks of this host share until they end or start again; None where there is none."""
     given = os.environ.get("TORCHELASTIC_ERROR_FILE")
     return Path(given).parents[1] if given else None
 
@@ -42,7 +42,7 @@ def share_on_host(name: str, make: Callable[[], T]) -> T:
     if place is None:
         return make()
     if not _is_first_on_host():
-        found = _await(place)
+        found = _wait_for(place)
         if isinstance(found, ConfigError):
             raise found
         return cast(T, found[0]) if found else make()
@@ -54,7 +54,7 @@ def share_on_host(name: str, make: Callable[[], T]) -> T:
         outcome = error
         raise
     finally:
-        _leave(place, outcome)
+        _publish(place, outcome)
 
 
 def after_first_on_host(name: str, make: Callable[[], T]) -> T:
@@ -63,12 +63,12 @@ def after_first_on_host(name: str, make: Callable[[], T]) -> T:
     if place is None:
         return make()
     if not _is_first_on_host():
-        _await(place)
+        _wait_for(place)
         return make()
     try:
         return make()
     finally:
-        _leave(place, ())
+        _publish(place, ())
 
 
 def _is_first_on_host() -> bool:
@@ -76,7 +76,7 @@ def _is_first_on_host() -> bool:
 
 
 def _next_place(name: str) -> Path | None:
-    """Return the file of this call; None for a rank that is alone."""
+    """Return the file of this call; None for a rank that is alone, or shares no folder."""
     folder = attempt_folder()
     if folder is None or os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
         return None
@@ -84,8 +84,8 @@ def _next_place(name: str) -> Path | None:
     return folder / f"{name}-{_calls[name]}.pickle"
 
 
-def _leave(place: Path, outcome: object) -> None:
-    """Leave something for the other ranks, whole from the moment it has its name; nothing, where it can't be pickled."""
+def _publish(place: Path, outcome: object) -> None:
+    """Publish something for the other ranks, whole from the moment it has its name; nothing, where it can't be pickled."""
     try:
         data = pickle.dumps(outcome)
     except Exception:  # objects of a user's own class raise whatever they like
@@ -98,8 +98,8 @@ def _leave(place: Path, outcome: object) -> None:
     writing.rename(place)
 
 
-def _await(place: Path) -> tuple[object, ...] | ConfigError:
-    """Wait for what the first rank leaves. Where it is killed, torchrun ends this one, too."""
+def _wait_for(place: Path) -> tuple[object, ...] | ConfigError:
+    """Wait for what the first rank publishes. Where it is killed, torchrun ends this one, too."""
     pause = SOONEST
     while not place.exists():
         time.sleep(pause)

@@ -18,7 +18,7 @@ OWN = __name__.partition(".")[0]
 def is_first(text: str, repeat: int = 0) -> bool:
     """Return whether no other rank of this node has said this text; its n-th repetition by one rank is another text.
 
-    The first rank to speak makes a file in the folder that they share. Without torchrun there is one rank.
+    The first rank to speak makes a file in the folder that they share. Ranks without one (torchrun makes it) all speak.
     """
     folder = attempt_folder()
     if folder is None:

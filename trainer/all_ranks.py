@@ -48,36 +48,50 @@ def raise_on_all_ranks(mesh: Mesh, action: Callable[[], T]) -> T:
 def from_main(mesh: Mesh, action: Callable[[], T]) -> T:
     """Run a local action on rank 0 only. Return its result, or raise its exception, on all ranks.
 
-    For reads of a shared file system, and for decisions that all ranks must take alike. A result must be one that can be
-    pickled; where an exception can't, the other ranks raise PeerFailed.
+    For reads of a shared file system, and for decisions that all ranks must take alike. A result that can't be pickled raises
+    TypeError on all ranks; where an exception can't, the other ranks raise PeerFailed.
     """
+    if mesh.layout.world_size == 1:
+        return action()
     outcome: tuple[T] | Exception | None = None
+    message = b""
     if mesh.is_main:
-        try:
-            outcome = (action(),)
-        except Exception as error:
-            outcome = error
-    told = mesh.from_main(_as_told(outcome))
+        outcome, message = _outcome_and_message(action)
+    message = mesh.from_main(message)
     if not mesh.is_main:
-        outcome = told
+        outcome = pickle.loads(message)
     try:
         if isinstance(outcome, Exception):
             raise outcome
         assert outcome is not None
         return outcome[0]
     finally:
-        del outcome, told  # an exception and this frame would hold each other
+        del outcome  # an exception and this frame would hold each other
 
 
-def _as_told(outcome: tuple[T] | Exception | None) -> tuple[T] | Exception | None:
-    """Return what the other ranks are told: the outcome, or PeerFailed for an exception that does not survive the way."""
-    if not isinstance(outcome, Exception):
-        return outcome
+def _outcome_and_message(action: Callable[[], T]) -> tuple[tuple[T] | Exception, bytes]:
+    """Return the result of an action or its exception, and the same pickled for the other ranks. Raise nothing of its own.
+
+    It is pickled before the collective: a rank that failed within it would leave its peers there.
+    """
     try:
-        pickle.loads(pickle.dumps(outcome))
-        return outcome
-    except Exception:
-        return PeerFailed(isinstance(outcome, ConfigError))
+        result = (action(),)
+        try:
+            return result, _pickled(result)
+        except Exception as error:  # classes of a user's own raise whatever they like
+            raise TypeError(f"rank 0 can't send a {type(result[0]).__name__} to the other ranks: {error}") from error
+    except Exception as error:
+        try:
+            return error, _pickled(error)
+        except Exception:
+            return error, pickle.dumps(PeerFailed(isinstance(error, ConfigError)))
+
+
+def _pickled(value: object) -> bytes:
+    """Return a value pickled. Raise what pickling or reading it back raises."""
+    data = pickle.dumps(value)
+    pickle.loads(data)
+    return data
 
 
 def on_main(mesh: Mesh, action: Callable[[], None]) -> None:

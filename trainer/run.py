@@ -30,7 +30,7 @@ from .blanks import blank_notice
 from .build import Run, build_model, build_run, engine_settings
 from .derived import checkpoint_folder
 from .find_checkpoint import resumes_own
-from .guard.going_back import go_back
+from .guard.going_back import find_way_back
 from .guard.guard import RewindNeeded, TrainingDiverged
 from .identity import Origin, identify, take_over_metrics
 from .imported_model import ImportedModel
@@ -42,7 +42,7 @@ from .resume import restore_journal, restore_run
 from .schema import RunConfig
 from .sides import annotated_yaml
 from .signals import DIVERGED, StopRequest
-from .stages.border import begin_stage, refuse_other_tokens, release_memory
+from .stages.border import begin_stage, read_record, refuse_other_tokens, release_memory
 from .stages.written import stage_table
 from .start_summary import batch_jump, start_summary
 from .typed import plain_config
@@ -136,12 +136,14 @@ def prepared_data(config: DataConfig, seed: int, vocabulary: int | None) -> Data
 
     vocabulary: of the model; None: the data's
     """
-    found = share_on_host("data", lambda: collect_problems("data", lambda: build_node(config, seed, vocabulary).problems()))
+    found = share_on_host(
+        "data-problems", lambda: collect_problems("data", lambda: build_node(config, seed, vocabulary).problems())
+    )
     if found:
         raise ConfigError(found)
     data = build_node(config, seed, vocabulary)
     try:
-        after_first_on_host("data", data.prepare)
+        after_first_on_host("data-files", data.prepare)
     except ConfigError:
         raise
     except ValueError as error:
@@ -204,16 +206,16 @@ def _train(
 def _rewound(run: ResolvedRun, needed: RewindNeeded, mesh: Mesh) -> ResolvedRun:
     """Return the run that goes on from an earlier checkpoint, once the journal says so."""
     release_memory(mesh)
-    back, journal = from_main(mesh, lambda: go_back(run, needed))
-    on_main(mesh, lambda: journal.write(checkpoint_folder(run.config)))
+    back = from_main(mesh, lambda: find_way_back(run, needed))
+    on_main(mesh, lambda: back.journal.write(checkpoint_folder(run.config)))
     if mesh.is_main:
-        log.warning("%s. The run goes back to step %d", needed.reason, journal.rewinds[-1].to)
-    return back
+        log.warning("%s. The run goes back to step %d", needed.reason, back.journal.rewinds[-1].to)
+    return back.apply(run)
 
 
 def _next_stage(planned: ResolvedRun, mesh: Mesh) -> ResolvedRun | None:
     """Return the run of the next stage, which all ranks begin from one checkpoint; None if it has its tokens already."""
-    run = from_main(mesh, lambda: begin_stage(planned))
+    run = begin_stage(planned, from_main(mesh, lambda: read_record(planned)))
     assert run.place is not None
     if not run.place.is_over:
         return run

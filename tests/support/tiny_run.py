@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from meshloom.trainer.resolve import ResolvedRun
 from meshloom.trainer.run import run
 from support.configs import resolve_words
 
@@ -40,3 +41,13 @@ def train(rank: int, world_size: int, words: list[str]) -> int:
 def body(rank: int, world_size: int, overrides: list[str]) -> int:
     base = ANY_DATA if any(override.startswith("data=") for override in overrides) else TINY
     return run(resolve_words(base, overrides, world_size))
+
+
+def unpicklable_run(rank: int, world_size: int, overrides: list[str]) -> int:
+    """Run as `body` does, with a resolved config that can't be sent to other ranks: a user's classes may be such."""
+
+    def refuse(run: ResolvedRun, protocol: int) -> str:
+        raise TypeError("this config can't be pickled")
+
+    ResolvedRun.__reduce_ex__ = refuse  # the process ends with this  # pyright: ignore[reportAttributeAccessIssue]
+    return body(rank, world_size, overrides)

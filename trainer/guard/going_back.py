@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...checkpoint.files import open_files
@@ -16,8 +16,27 @@ from .guard import RewindNeeded, TrainingDiverged
 from .journal import Journal, Rewind, read_journal
 
 
-def go_back(run: ResolvedRun, needed: RewindNeeded) -> tuple[ResolvedRun, Journal]:
-    """Return the run that goes on from an earlier checkpoint, and the journal with this rewind as its last.
+@dataclass(frozen=True)
+class WayBack:
+    """Where a run goes on after a rewind. It is all that rank 0 has to send: the config's nodes may not be picklable.
+
+    checkpoint  to resume from
+    record      of the stages begun there; None for a run without stages
+    journal     with this rewind as its last
+    """
+
+    checkpoint: Path | str
+    record: StageRecord | None
+    journal: Journal
+
+    def apply(self, run: ResolvedRun) -> ResolvedRun:
+        """Return the run that goes on from there."""
+        place = run.place if run.place is None or self.record is None else run.place.begun(self.record)
+        return replace(run, checkpoint=self.checkpoint, place=place)
+
+
+def find_way_back(run: ResolvedRun, needed: RewindNeeded) -> WayBack:
+    """Return the earlier checkpoint that a run goes on from.
 
     It is the newest in memory or on the disk; where the run went back to that one before, the next older one, since the cause
     may lie before it.
@@ -40,9 +59,8 @@ def go_back(run: ResolvedRun, needed: RewindNeeded) -> tuple[ResolvedRun, Journa
         raise TrainingDiverged(f"{needed.reason}. It does not go back to step {to} again: {times}")
     journal.rewinds.append(Rewind(needed.step, to, needed.ranges, needed.reason, needed.data, copies=needed.copies))
     checkpoint: Path | str = folder if to == newest.step else f"{folder.rstrip('/')}/{step_name(to)}"
-    back = dataclasses.replace(run, checkpoint=checkpoint)
     if run.place is None:
-        return back, journal
+        return WayBack(checkpoint, None, journal)
     state = newest.state if to == newest.step else read_manifest(checkpoint).state
     progress = saved_progress(state)
     if progress.tokens < run.place.stage.begin:
@@ -50,4 +68,4 @@ def go_back(run: ResolvedRun, needed: RewindNeeded) -> tuple[ResolvedRun, Journa
             f"{needed.reason}. The newest checkpoint is of an earlier stage; resume from it by resume=<path>"
         )
     record = StageRecord.from_state(state).at(run.place.stages, run.place.number, progress, run.config.data.seq_len)
-    return dataclasses.replace(back, place=run.place.begun(record)), journal
+    return WayBack(checkpoint, record, journal)

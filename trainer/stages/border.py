@@ -17,14 +17,18 @@ from .record import StageRecord
 from .written import Stage
 
 
-def begin_stage(run: ResolvedRun) -> ResolvedRun:
+def read_record(run: ResolvedRun) -> StageRecord:
+    """Return the record with which a run's stage begins from the newest checkpoint in the run's folder."""
+    assert run.place is not None
+    state = checkpoint_manifest(checkpoint_folder(run.config)).state
+    progress, seq_len = saved_progress(state), run.config.data.seq_len
+    return StageRecord.from_state(state).at(run.place.stages, run.place.number, progress, seq_len)
+
+
+def begin_stage(run: ResolvedRun, record: StageRecord) -> ResolvedRun:
     """Return the run of a stage that begins from the newest checkpoint in the run's folder."""
     assert run.place is not None
-    folder, place = checkpoint_folder(run.config), run.place
-    state = checkpoint_manifest(folder).state
-    progress, seq_len = saved_progress(state), run.config.data.seq_len
-    record = StageRecord.from_state(state).at(place.stages, place.number, progress, seq_len)
-    return dataclasses.replace(run, checkpoint=folder, place=place.begun(record))
+    return dataclasses.replace(run, checkpoint=checkpoint_folder(run.config), place=run.place.begun(record))
 
 
 def refuse_other_tokens(before: DataNode, now: DataNode, stage: Stage) -> None:

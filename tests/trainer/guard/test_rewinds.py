@@ -13,14 +13,14 @@ from meshloom.trainer.guard import spikes
 from meshloom.trainer.guard.journal import read_journal
 from meshloom.trainer.watch.incidents import read_incidents
 from support.ranks import run_ranks
-from support.tiny_run import body
+from support.tiny_run import unpicklable_run
 
 
 def trained(rank: int, world_size: int, words: list[str]) -> int:
     """Exit code of a run whose statistic is ready after four steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spikes, "WARM_UP", 4)
-        return body(rank, world_size, words)
+        return unpicklable_run(rank, world_size, words)
 
 
 def run(ranks: int, folder: Path, *words: str) -> list[float]:

@@ -13,9 +13,10 @@ import pytest
 from meshloom.checkpoint.restore import read_state
 from meshloom.trainer import run as run_module
 from meshloom.trainer.resolve import ResolvedRun
+from meshloom.trainer.stages.record import StageRecord
 from support.configs import resolve_words
 from support.ranks import run_ranks
-from support.tiny_run import TINY, body
+from support.tiny_run import TINY, body, unpicklable_run
 
 STAGES = (
     "stages={base: {tokens: 500}, long: {tokens: 700, data: {seq_len: 32}, model: {rope_theta: 50000}},"
@@ -85,7 +86,8 @@ def test_a_resume_keeps_the_stages_that_are_over(whole: Path, words: list[str], 
 
 
 def test_a_stage_may_have_a_layout_of_its_own(whole: Path, tmp_path: Path) -> None:
-    go(2, tmp_path, "stages.long.parallel.tp=2", "stages.anneal.parallel={tp: 1, zero: 3}")
+    words = ["stages.long.parallel.tp=2", "stages.anneal.parallel={tp: 1, zero: 3}"]
+    assert run_ranks(2, unpicklable_run, [f"output_dir={tmp_path}", *WORDS, *words]) == [0, 0]
     assert rows(tmp_path, "loss") == pytest.approx(rows(whole, "loss"), rel=1e-9)
 
 
@@ -103,13 +105,13 @@ def test_named_sets_are_evaluated_apart_in_every_stage(tmp_path: Path) -> None:
 
 
 def signalled_at_the_border(rank: int, world_size: int, words: list[str]) -> int:
-    plain = run_module.begin_stage
+    plain = run_module.read_record
 
-    def begin_stage(run: ResolvedRun) -> ResolvedRun:
+    def read_record(run: ResolvedRun) -> StageRecord:
         os.kill(os.getpid(), signal.SIGTERM)
         return plain(run)
 
-    run_module.begin_stage = begin_stage  # the process ends with this
+    run_module.read_record = read_record  # the process ends with this
     return body(rank, world_size, words)
 
 

@@ -1,0 +1,52 @@
+"""What rank 0 does for all: its result or its exception comes to every rank, also where it can't be pickled."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+from meshloom.config.problems import ConfigError, Problem
+from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.layout import Layout
+from meshloom.parallel.mesh import Mesh
+from meshloom.trainer.all_ranks import PeerFailed, from_main
+from support.ranks import run_ranks
+
+
+class UnpicklableProblem(Problem):
+    """A problem of a user's own class, with something in it that belongs to this process."""
+
+    def __reduce_ex__(self, protocol: Any) -> str:
+        raise TypeError("this problem can't be pickled")
+
+
+class UnreadableResult:
+    """Something that can be pickled and not be read back."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("no number",)
+
+
+def refuse() -> None:
+    raise ConfigError([UnpicklableProblem("a.key", "is wrong", "mend it")])
+
+
+def body(rank: int, world_size: int) -> list[str]:
+    mesh = Mesh.connect(Layout.plan(ParallelConfig(), world_size), torch.device("cpu"))
+    said: list[str] = []
+    for action in (lambda: "a result", lambda: open("/no/such/file"), threading.Lock, UnreadableResult, refuse):  # noqa: PTH123, SIM115
+        try:
+            said.append(str(from_main(mesh, action)))
+        except PeerFailed as error:
+            said.append(f"PeerFailed, config_error={error.config_error}")
+        except Exception as error:
+            said.append(type(error).__name__)
+    mesh.close()
+    return said
+
+
+def test_every_rank_gets_what_rank_0_has_or_raises() -> None:
+    same = ["a result", "FileNotFoundError", "TypeError", "TypeError"]
+    assert run_ranks(2, body, timeout=30) == [[*same, "ConfigError"], [*same, "PeerFailed, config_error=True"]]
