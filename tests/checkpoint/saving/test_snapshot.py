@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from meshloom.checkpoint import snapshot as snapshot_module
 from meshloom.checkpoint.planning.description import Description, declare
 from meshloom.checkpoint.planning.plan import FileLayout, SavePlan, lay_out
+from meshloom.checkpoint.saving import snapshot as snapshot_module
 from meshloom.checkpoint.saving.device import ALIGNMENT, SPARE_UNIT, Device, set_aside
 from meshloom.checkpoint.saving.snapshot import Snapshot
 from meshloom.checkpoint.saving.staging import StagingBuffer
