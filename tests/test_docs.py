@@ -59,7 +59,7 @@ def test_files_that_are_named_exist(document: Path) -> None:
 
 def command_lines(document: Path) -> Iterator[str]:
     """`meshloom …` as a person would type it: in blocks and in backticks, without comments, continued lines joined."""
-    text = document.read_text().replace("\\\n", " ")
+    text = re.sub(r"\\\n\s*", " ", document.read_text())
     for line in text.splitlines():
         typed = re.match(r"(?:    |\$ )*(meshloom [a-z].*?)(?:\s{2,}.*|\s+#.*|\s*>.*)?$", line)
         if typed:
