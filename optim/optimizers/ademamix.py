@@ -25,6 +25,7 @@ class AdEMAMix(ElementwiseOptimizer):
     """
 
     roles = ("exp_avg", "exp_avg_sq", "exp_avg_slow")
+    masks = True
 
     def __init__(self, config: AdEMAMixConfig, parameters: Sequence[NamedParameter], shards: Shards) -> None:
         self._config = config
@@ -32,19 +33,21 @@ class AdEMAMix(ElementwiseOptimizer):
 
     def update(self, group: dict[str, Any], weights: Tensors, gradients: Tensors, arrays: Sequence[Tensors]) -> None:
         """Update the weights of a group."""
-        (means, squares, slow), step = arrays, self.updates_taken
+        (means, squares, slow), step, taken = arrays, self.updates_taken, self.taken(weights[0])
         first, second = self._config.betas
         alpha, third = self.mixture(step)
-        torch._foreach_lerp_(means, gradients, 1 - first)
-        torch._foreach_lerp_(slow, gradients, 1 - third)
-        torch._foreach_mul_(squares, second)
+        for averages, kept in ((means, first), (slow, third), (squares, second)):
+            torch._foreach_mul_(averages, 1 - (1 - kept) * taken)
+        torch._foreach_add_(means, gradients, alpha=1 - first)
+        torch._foreach_add_(slow, gradients, alpha=1 - third)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - second)
         sizes = torch._foreach_sqrt(squares)
         torch._foreach_div_(sizes, math.sqrt(1 - second**step))
         torch._foreach_add_(sizes, self._config.eps)
         updates = torch._foreach_div(means, 1 - first**step)
         torch._foreach_add_(updates, slow, alpha=alpha)
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(updates, taken)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * taken)
         torch._foreach_addcdiv_(weights, updates, sizes, -group["lr"])
 
     def mixture(self, step: int) -> tuple[float, float]:

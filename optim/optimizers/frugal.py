@@ -15,6 +15,7 @@ import torch
 
 from ...config.problems import ConfigError, Problem
 from .config import base_rate
+from .elementwise import taken
 from .frugal_config import FRUGALConfig
 from .own_arrays import OwnArray
 from .parameters import NamedParameter, Shards, decay_groups
@@ -27,9 +28,13 @@ class FRUGAL(torch.optim.Optimizer):
 
     w ← w − lr·(u + decay·w), where u is Adam's m̂ / (√v̂ + eps) in a column with moments, and `sign_scale` · sign(g) elsewhere
 
-    Moments begin at zero with each choice. They are arrays (rows, columns / `period`), cut over ranks as the matrix is.
+    Moments begin at zero with each choice. They are arrays (rows, columns / `period`), cut over ranks as the matrix is. A step
+    can be skipped on the device (`MaskedStep`).
     Raises ConfigError where a rank's columns begin or end inside `period` of them.
     """
+
+    masked_step = True
+    skip: torch.Tensor | None = None
 
     def __init__(self, config: FRUGALConfig, parameters: Sequence[NamedParameter], shards: Shards) -> None:
         self._config, self._parameters = config, list(parameters)
@@ -50,6 +55,11 @@ class FRUGAL(torch.optim.Optimizer):
                 for role in ROLES:
                     yield OwnArray(parameter.name, role, self.state[parameter.tensor][role], shape, begin)
 
+    def forget_steps(self, count: int) -> None:
+        """See `MaskedStep`."""
+        for state in self.state.values():
+            state["step"] -= count
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Take one update."""
@@ -64,26 +74,34 @@ class FRUGAL(torch.optim.Optimizer):
                 state.update({role: torch.zeros_like(like) for role in ROLES})
             if parameter.hidden and (step - 1) % self._config.interval == 0:  # whether or not the weight is used in this step
                 for role in ROLES:
-                    state[role].zero_()
+                    if self.skip is None:
+                        state[role].zero_()
+                    else:
+                        state[role].masked_fill_(self.skip == 0, 0.0)
             if weight.grad is not None:
-                self._step(parameter, weight.grad.to(weight.dtype), *settings[parameter.name])
+                gradient = weight.grad.to(weight.dtype)
+                if self.skip is not None:  # it may be NaN
+                    gradient = gradient.where(self.skip == 0, 0.0)
+                self._step(parameter, gradient, *settings[parameter.name])
+        self.skip = None
 
     def _step(self, parameter: NamedParameter, gradient: torch.Tensor, lr: float, weight_decay: float) -> None:
         weight, state = parameter.tensor, self.state[parameter.tensor]
         step, (first, second) = state["step"], self._config.betas
         means, squares = (state[role] for role in ROLES)
+        once = taken(self.skip, weight)
         whole, columns = gradient, None
         if parameter.hidden:
             number, since = divmod(step - 1, self._config.interval)
             step = since + 1
             columns = self._columns_of(parameter, number)
             gradient = whole.index_select(1, columns)
-        means.lerp_(gradient, 1 - first)
-        squares.lerp_(gradient.square(), 1 - second)
+        means.mul_(1 - (1 - first) * once).add_(gradient, alpha=1 - first)
+        squares.mul_(1 - (1 - second) * once).addcmul_(gradient, gradient, value=1 - second)
         update = means / (squares.sqrt().div_(math.sqrt(1 - second**step)).add_(self._config.eps)) / (1 - first**step)
         if columns is not None:
             update = (whole.sign() * self._config.sign_scale).index_copy_(1, columns, update)
-        weight.mul_(1 - lr * weight_decay).add_(update, alpha=-lr)
+        weight.mul_(1 - lr * weight_decay * once).add_(update.mul_(once), alpha=-lr)
 
     def _columns_of(self, parameter: NamedParameter, number: int) -> torch.Tensor:
         """Return which columns of a rank's shard have moments in an interval, in order: int64, on the shard's device.
