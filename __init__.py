@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config.problems import ConfigError
-    from .launch.api import TrainingFailed, export, train
+    from .launch.api import TrainingFailed, TrainingStopped, export, train
     from .launch.load import LoadedModel, load
     from .launch.run_folder import Run
     from .launch.run_metrics import Metrics
 
 __version__ = "0.1.0"
 
-__all__ = ["ConfigError", "LoadedModel", "Metrics", "Run", "TrainingFailed", "export", "load", "train"]
+__all__ = ["ConfigError", "LoadedModel", "Metrics", "Run", "TrainingFailed", "TrainingStopped", "export", "load", "train"]
 
 _MODULES = {
     "ConfigError": "config.problems",
@@ -25,6 +25,7 @@ _MODULES = {
     "Metrics": "launch.run_metrics",
     "Run": "launch.run_folder",
     "TrainingFailed": "launch.api",
+    "TrainingStopped": "launch.api",
     "export": "launch.api",
     "load": "launch.load",
     "train": "launch.api",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..config.problems import ConfigError, Problem
 from .run_folder import Run
@@ -24,6 +24,18 @@ class TrainingFailed(RuntimeError):
         self.code, self.folder = code, folder
 
 
+class TrainingStopped(RuntimeError):
+    """A run that was asked to stop by a signal, and has saved. `resume=auto` goes on with it.
+
+    number  of the signal: SIGTERM, or SIGUSR1, which SLURM sends before a job's time is up
+    folder  of the run
+    """
+
+    def __init__(self, number: signal.Signals, folder: Path) -> None:
+        super().__init__(f"the run in {folder} was asked to stop by {number.name}, and has saved; resume=auto goes on with it")
+        self.number, self.folder = number, folder
+
+
 def train(*words: str, config_dir: str | Path | None = None, **keys: Any) -> Run:
     """Train as `meshloom train` does, and return the run.
 
@@ -35,8 +47,8 @@ def train(*words: str, config_dir: str | Path | None = None, **keys: Any) -> Run
     keys        keys of the config with their values; those of a group as a dictionary
 
     A run of one process trains in this process; for several, torchrun is started and waited for. A signal, or Ctrl-C in a
-    notebook, lets the run finish its step and save; after Ctrl-C, KeyboardInterrupt is raised. Signals go to the main thread,
-    so only that can train.
+    notebook, lets the run finish its step and save; then TrainingStopped is raised, or KeyboardInterrupt after Ctrl-C. Signals
+    go to the main thread, so only that can train.
 
     Raises ConfigError with every problem of a config that can't run, TrainingFailed for a run that did not reach its end, and
     whatever else ends a run of this process.
@@ -66,6 +78,8 @@ def train(*words: str, config_dir: str | Path | None = None, **keys: Any) -> Run
         raise KeyboardInterrupt
     if code:
         raise TrainingFailed(code, folder)
+    if stop.obeyed:
+        raise TrainingStopped(signal.Signals(stop.number), folder)
     return Run(folder)
 
 
@@ -76,7 +90,7 @@ def override_words(keys: Mapping[str, Any]) -> list[str]:
     words: list[str] = []
     problems: list[Problem] = []
     for key, value in _flat(keys):
-        plain = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        plain = _plain(value)
         if _is_plain(plain):
             words.append(f"{key}={written_value(plain)}")
         else:
@@ -91,6 +105,17 @@ def _flat(keys: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for name, value in keys.items():
         found += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else [(f"{prefix}{name}", value)]
     return found
+
+
+def _plain(value: Any) -> Any:
+    """Return paths as text, tuples and arrays as lists, and the scalars of NumPy as Python's own."""
+    from ..config.lazy import numpy as np
+
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in cast(Sequence[Any], value)]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _is_plain(value: Any) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +38,9 @@ def test_values_become_the_words_that_read_back_the_same() -> None:
     assert (config.optim.lr, list(config.optim.betas), config.output_dir) == (1e-5, [0.9, 0.99], "a b/it's=1")
     assert (config.seed, config.precision, config.trainer.sample_prompt) == (3, "bf16", None)
     assert (config.trainer.compile, config.trainer.eval_every, list(config.trainer.hooks)) == (True, "10%", [])
+    measured = {"optim": {"lr": np.float32(0.5), "betas": (np.float64(0.9), np.array(0.99))}, "seed": np.int64(3)}
+    assert override_words(measured) == ["optim.lr=0.5", "optim.betas=[0.9,0.99]", "seed=3"]
+    assert override_words({"precision": "32"}) == ["precision='32'"]  # a text stays one
     with pytest.raises(meshloom.ConfigError, match=r"optim\.lr: tensor\(1\.\) is no value of a config"):
         override_words({"optim": {"lr": torch.tensor(1.0)}})
 
@@ -94,6 +99,14 @@ def test_a_diverged_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(meshloom.TrainingFailed, match="exit code 77") as caught:
         meshloom.train(*TYPED, output_dir=tmp_path / "run", optim={"lr": 1e300}, schedule={"warmup": 0})
     assert caught.value.folder == tmp_path / "run"
+
+
+def test_a_run_that_was_asked_to_stop_has_not_finished(tmp_path: Path) -> None:
+    hook = "trainer.hooks=[{_target_:support.run_hooks.Signal,step:2,rank:0,name:SIGUSR1}]"
+    with pytest.raises(meshloom.TrainingStopped, match="asked to stop by SIGUSR1") as caught:
+        meshloom.train(*TYPED, hook, output_dir=tmp_path / "run", trainer={"steps": 50})
+    assert caught.value.number == signal.SIGUSR1
+    assert 2 <= meshloom.Run.open(caught.value.folder).metrics["loss"][0][-1] < 50
 
 
 def test_only_a_main_thread_trains(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ Changes add up: `anneal` above still has the sequences of `long`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -135,8 +136,16 @@ def written_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(written_value, cast(list[Any], value)))}]"
     if isinstance(value, str):
-        return value if re.fullmatch(r"[\w.-]+", value) and value.lower() not in ("null", "true", "false") else quoted(value)
+        return value if re.fullmatch(r"[\w.-]+", value) and not _reads_as_another(value) else quoted(value)
     return "{}" if value == {} else repr(value)
+
+
+def _reads_as_another(text: str) -> bool:
+    """Return whether Hydra takes a text without quotes for a number, true, false or null."""
+    with contextlib.suppress(ValueError):
+        float(text)
+        return True
+    return text.lower() in ("null", "true", "false")
 
 
 def stage_table(stages: Sequence[Stage], current: int) -> Iterator[str]:

@@ -33,6 +33,7 @@ def test_a_value_reads_back_as_it_was_written() -> None:
     from meshloom.trainer.resumed_config import typed_values
 
     values: dict[str, Any] = {"a": "x, y: 'z'", "b": None, "c": "null", "d": True, "e": 1e-7, "f": [1, "two words"], "g": {}}
+    values |= {"h": "1e-3", "i": "12", "j": "nan", "k": "1_000", "l": "012", "m": "1.2.3"}  # texts that look like numbers
     (stage,), _ = read_stages({"one": {"tokens": 1, "trainer": values}})
     assert typed_values(stage.words) == {f"trainer.{name}": value for name, value in values.items()}
 
