@@ -29,7 +29,7 @@ from meshloom.parallel.hybrid.planning import assign
 
 CAPACITY = 32 * 1024
 COSTS = CostModel(quadratic=1 / 45_600, linear=1.0, row=512.0)
-RANKS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+RANKS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass

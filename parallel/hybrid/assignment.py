@@ -99,6 +99,10 @@ class HybridAssignment:
 
         A pipeline takes the time of its rows, and that of its slowest for each stage but one, over the number of stages.
         """
+        if self.lockstep and self.stages == 1:  # as the timeline has it, sooner: planners ask for the time of many plans
+            cost = costs.documents(lengths)
+            together = zip(*self.rows, strict=True)
+            return sum(max(self.row_cost(row, cost, costs) for row in rows) for rows in together)
         timeline = self.timeline(lengths, costs)
         if self.stages == 1:
             return max(spans[-1].ends for spans in timeline)

@@ -36,7 +36,8 @@ def check(plan: HybridAssignment, lengths: list[int], ranks: int, capacity: int)
             assert parts + sum(lengths[n] for n in row.whole) <= capacity
         assert in_step or not rows[-1].shared, "a rank's last row is its own"
     assert not in_step or len({len(rows) for rows in plan.rows}) == 1
-    assert all(spans for spans in plan.timeline(lengths, COSTS))
+    timeline = plan.timeline(lengths, COSTS)
+    assert all(timeline) and (plan.stages > 1 or plan.step_time(lengths, COSTS) == max(row[-1].ends for row in timeline))
 
 
 @given(st.lists(st.integers(1, 400), max_size=40), st.integers(4, 9), st.sampled_from(sorted(METHODS)))
