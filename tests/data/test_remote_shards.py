@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,17 +60,34 @@ def test_shards_that_changed_are_copied_again(tmp_path: Path, store: str) -> Non
     assert node(store, tmp_path / "cache").fingerprint != before
 
 
-def test_damaged_and_missing_shards_are_refused(tmp_path: Path, store: str) -> None:
-    system, file = fsspec.filesystem("memory"), f"{store}/train/tokens-00000.bin"
-    contents = bytearray(system.cat_file(file))
+def test_damaged_and_missing_shards_are_refused(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    system, file = fsspec.filesystem("memory"), f"{store}/train/documents-00000.bin"
+    whole = system.cat_file(file)
+    contents = bytearray(whole)
     contents[10] ^= 1
     system.pipe_file(file, bytes(contents))
-    with pytest.raises(ShardError, match=r"tokens-00000.bin: damaged"):
+    with pytest.raises(ShardError, match=r"documents-00000.bin: damaged"):
         node(store, tmp_path / "cache")
-    assert not any((tmp_path / "cache/fetched").glob("shards-*")), "nothing incomplete stays"
+    assert not any((tmp_path / "cache/fetched").glob("shards-*")), "nothing incomplete has the name of what is whole"
+    system.pipe_file(file, whole)
+    copied, get_file = list[str](), type(system).get_file
+    monkeypatch.setattr(
+        type(system), "get_file", lambda self, path, *more: (copied.append(Path(path).name), get_file(self, path, *more))
+    )
+    node(f"{store}/train", tmp_path / "cache", validation=f"{store}/validation")
+    counts = Counter(name.partition("-")[0] for name in copied)
+    assert counts["tokens"] == 1 and counts.total() == 5, f"tokens of train were whole: {copied}"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    with pytest.raises(ShardError, match=r"which has 0.00 GB free; free some, or set data.cache_dir"):
+        node(store, tmp_path / "another")
+    system.pipe_file(f"{store}/train/dataset.json", b"{")
+    with pytest.raises(ShardError, match=rf"{store}/train/dataset.json: damaged"):
+        node(store, tmp_path / "another")
+    monkeypatch.undo()
+    system.put(f"{tmp_path}/shards/train/dataset.json", f"{store}/train/dataset.json")
     system.rm(file)
-    with pytest.raises(ShardError, match=r"tokens-00000.bin: not found"):
-        node(store, tmp_path / "cache")
+    with pytest.raises(ShardError, match=r"documents-00000.bin: not found"):
+        node(store, tmp_path / "third")
     (problem,) = Tokenized(ShardsConfig(path=f"{store}/none"), 1).problems()
     assert problem.key == "data.path" and "holds no token shards" in problem.message
     (problem,) = Tokenized(ShardsConfig(path="nosuch://bucket/none"), 1).problems()
