@@ -16,6 +16,7 @@ from ..parallel.box import Box
 from ..parallel.engine import Engine
 from ..parallel.fragment import Fragment
 from ..parallel.mesh import Mesh
+from .all_ranks import raise_on_all_ranks
 
 
 def load_whole_model(model: nn.Module, checkpoint: Path | str, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -39,9 +40,9 @@ def load_whole_model(model: nn.Module, checkpoint: Path | str, device: torch.dev
 def gather_whole_model(model: nn.Module, engine: Engine, mesh: Mesh, dtype: torch.dtype) -> nn.Module:
     """Gather the weights of an engine whole into a model on the meta device, on every rank. Every rank must call it.
 
-    Each box is broadcast once, by the first rank that holds it, in `dtype`.
+    Each box is broadcast once, by the first rank that holds it, in `dtype`. Raises PeerFailed where another rank has no memory.
     """
-    model = _allocate(model, mesh.device, dtype)
+    model = raise_on_all_ranks(mesh, lambda: _allocate(model, mesh.device, dtype))
     whole = _saved_tensors(model)
     held = {(each.name, each.box): each.tensor for each in engine.fragments() if each.role == "weight" and each.name in whole}
     owners: dict[tuple[str, Box], int] = {}
@@ -51,16 +52,23 @@ def gather_whole_model(model: nn.Module, engine: Engine, mesh: Mesh, dtype: torc
     assert {name for name, _ in owners} == whole.keys(), "some weights lie on no rank"
     for (name, box), owner in owners.items():
         place = whole[name][box.slices()]
-        sent = held[name, box].to(place) if owner == mesh.rank else torch.empty_like(place)
-        sent = sent.contiguous()
+        # Rows arrive where they stay; a box of columns needs memory of its own on the way.
+        sent = place if place.is_contiguous() else torch.empty(place.shape, dtype=place.dtype, device=place.device)
+        if owner == mesh.rank:
+            sent.copy_(held[name, box])
         if mesh.layout.world_size > 1:
             dist.broadcast(sent, src=owner)
-        place.copy_(sent)
+        if sent is not place:
+            place.copy_(sent)
     return model.eval()
 
 
 def _allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Give a model on the meta device memory of its own, with weights that are tied as before."""
+    """Give a model on the meta device memory of its own, in `dtype`, with weights that are tied as before.
+
+    Buffers that learn are no less precise than they were built: a run keeps a router's bias, whose steps are small, in fp32.
+    """
+    learned = {id(buffer) for buffer in model.saved_buffers().values()} if isinstance(model, Model) else set[int]()
     names: dict[int, str] = {}
     ties: list[tuple[str, str]] = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -68,9 +76,12 @@ def _allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.
             ties.append((name, names[id(parameter)]))
 
     def give(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+        wanted = tensor.dtype
+        if tensor.is_floating_point():
+            wanted = torch.promote_types(tensor.dtype, dtype) if id(tensor) in learned else dtype
+        return torch.empty_like(tensor, device=device, dtype=wanted) if tensor.is_meta else tensor.to(device, wanted)
 
-    model = model._apply(give).to(dtype)
+    model = model._apply(give)
     for name, source in ties:  # `_apply` gives every use of a tied weight its own storage
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
