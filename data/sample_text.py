@@ -56,7 +56,7 @@ def sample_spans(sample: Sample, tokenizer: Tokenizer | None) -> list[Span]:
     borders = [0, *changes.tolist(), used]
     return [
         Span(
-            _text(sample.tokens, begins=_begin(documents, start), start=start, stop=stop, tokenizer=tokenizer),
+            _text(sample.tokens, _begin(documents, start), start, stop, tokenizer),
             start,
             stop,
             int(documents[start]),
@@ -71,19 +71,20 @@ def _begin(documents: NDArray[np.int64], position: int) -> int:
     return int(np.searchsorted(documents, documents[position]))
 
 
-def _text(tokens: NDArray[np.int64], *, begins: int, start: int, stop: int, tokenizer: Tokenizer | None) -> str:
+def _text(tokens: NDArray[np.int64], begin: int, start: int, stop: int, tokenizer: Tokenizer | None) -> str:
+    """Return the text of tokens [start, stop) of a document that begins at `begin`."""
     if tokenizer is None:
         return " ".join(map(str, tokens[start:stop].tolist()))
-    return "".join(_pieces(tokens.tolist(), begins, start, stop, tokenizer))
+    return "".join(_pieces(tokens.tolist(), begin, start, stop, tokenizer))
 
 
-def _pieces(tokens: Sequence[int], begins: int, start: int, stop: int, tokenizer: Tokenizer) -> Iterator[str]:
+def _pieces(tokens: Sequence[int], begin: int, start: int, stop: int, tokenizer: Tokenizer) -> Iterator[str]:
     """Yield the text of tokens [start, stop), with the names of ends of documents, which have no text."""
     end = tokenizer.end_of_document
     while start < stop:
         at = next((at for at in range(start, stop) if tokens[at] == end), stop)
         if at > start:
-            yield decode_behind(tokenizer.decode, tokens[begins:start], tokens[start:at])
+            yield decode_behind(tokenizer.decode, tokens[begin:start], tokens[start:at])
         if at < stop:
             yield tokenizer.name_of(end)
-        start = begins = at + 1
+        start = begin = at + 1

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.problems import ConfigError, Problem
 from ..config.words import counted
-from .run_data import RunData, prepared_run, run_view, view_parser
+from .run_data import RunData, prepared_run, run_view, view_parser, whole_number
 
 if TYPE_CHECKING:
     from ..data.batch import Sample
@@ -29,8 +29,14 @@ _OPEN, _CLOSE = "⟦", "⟧"
 def main(words: Sequence[str]) -> int:
     """Show samples. Return the exit code."""
     parser = view_parser("meshloom data show", __doc__ or "")
-    parser.add_argument("--sample", type=_number, default=0, metavar="K", help="number of the first one in the run, from 0")
-    parser.add_argument("--count", type=_number, default=1, metavar="N", help="how many (default 1)")
+    parser.add_argument(
+        "--sample",
+        type=whole_number,
+        default=None,
+        metavar="K",
+        help="number of the first, from 0 (default: of the data)",
+    )
+    parser.add_argument("--count", type=whole_number, default=1, metavar="N", help="how many (default 1)")
     parser.add_argument(
         "--set", default=TRAIN, help="train, validation, or the name of a source or set that is evaluated apart"
     )
@@ -40,16 +46,12 @@ def main(words: Sequence[str]) -> int:
     return run_view(parser, words, _show)
 
 
-def _number(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number")
-    return int(text)
-
-
 def _show(asked: argparse.Namespace, run: ResolvedRun) -> None:
     data = prepared_run(run)
     color = asked.color == "always" or (asked.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    for number in range(asked.sample, asked.sample + asked.count):
+    default = data.first_sample if asked.set == TRAIN else 0
+    first = default if asked.sample is None else asked.sample
+    for number in range(first, first + asked.count):
         sample = _sample(data, asked.set, number)
         if asked.json:
             print(json.dumps(sample_as_json(sample, data, number), ensure_ascii=False))
@@ -60,6 +62,7 @@ def _show(asked: argparse.Namespace, run: ResolvedRun) -> None:
 def _sample(data: RunData, name: str, number: int) -> Sample:
     """Return a sample of the training or validation data. Raises ConfigError where there is none."""
     if name == TRAIN:
+        data.refuse_other_stages(number)
         return data.train()[number]
     from ..data.validation import validation_parts
     from ..data.validation_sets import ValidationSets

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from .run_data import RunData, prepared_run, run_view, view_parser
+from .run_data import RunData, prepared_run, run_view, view_parser, whole_number
 
 if TYPE_CHECKING:
     from ..data.node import DataNode
@@ -23,12 +23,14 @@ _BAR = 32  # characters of the longest bar
 def main(words: Sequence[str]) -> int:
     """Tell what the data hold. Return the exit code."""
     parser = view_parser("meshloom data stats", __doc__ or "")
-    parser.add_argument("--samples", type=int, default=256, metavar="N", help="samples of the run that are read (default 256)")
+    parser.add_argument(
+        "--samples", type=whole_number, default=256, metavar="N", help="samples of the run that are read (default 256)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object for each stage")
-    return run_view(parser, words, _tell)
+    return run_view(parser, words, _print)
 
 
-def _tell(asked: argparse.Namespace, run: ResolvedRun) -> None:
+def _print(asked: argparse.Namespace, run: ResolvedRun) -> None:
     for each in (run, *run.then):
         found = data_statistics(prepared_run(each), asked.samples)
         print(json.dumps(found) if asked.json else "\n".join(statistics_lines(found)))
@@ -36,9 +38,14 @@ def _tell(asked: argparse.Namespace, run: ResolvedRun) -> None:
 
 @dataclass(frozen=True)
 class Read:
-    """What the first samples of a run consist of. documents, learned, padding: means of a sample."""
+    """What samples of a run consist of, from its number `first` on. documents, learned, padding: means of a sample.
+
+    after_others  whether other stages come before, so that the run may begin elsewhere in the data
+    """
 
     samples: int
+    first: int
+    after_others: bool
     documents: float
     learned: float
     padding: float
@@ -46,7 +53,7 @@ class Read:
 
 
 def data_statistics(data: RunData, samples: int) -> dict[str, Any]:
-    """Return the numbers of a run's data, as plain values. samples: how many of the run's first ones are read."""
+    """Return the numbers of a run's data, as plain values. samples: how many of their first ones are read."""
     from ..data.lengths import describe_lengths, length_histogram
     from ..data.summary import source_sizes
 
@@ -54,13 +61,13 @@ def data_statistics(data: RunData, samples: int) -> dict[str, Any]:
     lengths = dict(document_lengths(data.node))
     sources: dict[str, Any] = {}
     for size in source_sizes(data.node):
-        told = asdict(size)
-        told["epochs"] = None if planned is None else size.weight * planned / size.samples
+        source = asdict(size)
+        source["epochs"] = None if planned is None else size.weight * planned / size.samples
         if (found := lengths.get(size.name)) is not None:
-            told["lengths"] = describe_lengths(found)
-            told["histogram"] = [asdict(each) for each in length_histogram(found)]
-            told["longer"] = int((found > config.data.seq_len).sum())
-        sources[size.name or "data"] = told
+            source["lengths"] = describe_lengths(found)
+            source["histogram"] = [asdict(each) for each in length_histogram(found)]
+            source["longer"] = int((found > config.data.seq_len).sum())
+        sources[size.name or "data"] = source
     return {
         "data": data.title,
         "seq_len": config.data.seq_len,
@@ -97,7 +104,7 @@ def document_lengths(node: DataNode, name: str = "") -> Iterator[tuple[str, Any]
 
 
 def read_samples(data: RunData, count: int) -> Read:
-    """Read the run's first samples, and say what they consist of."""
+    """Read the first samples of a run's data, and count what they consist of."""
     from ..data.batch import document_lengths as of_sample
     from ..data.sample_text import learned_positions, padding_of
 
@@ -105,7 +112,7 @@ def read_samples(data: RunData, count: int) -> Read:
     end = None if tokenizer is None else tokenizer.end_of_document
     sizes = None if tokenizer is None else tokenizer.byte_lengths()
     documents = learned = padding = text = used = 0
-    for number in range(count):
+    for number in range(data.first_sample, data.first_sample + count):
         sample = samples[number]
         empty = padding_of(sample, end)
         documents += len(of_sample(samples, number))
@@ -115,7 +122,10 @@ def read_samples(data: RunData, count: int) -> Read:
         text += 0 if sizes is None else int(sizes[sample.tokens[: len(sample.tokens) - empty]].sum())
     positions = max(1, count * samples.seq_len)
     per_token = text / used if sizes is not None and used else None
-    return Read(count, documents / max(1, count), learned / positions, padding / positions, per_token)
+    place = data.run.place
+    after_others = place is not None and place.record is None
+    shares = (documents / max(1, count), learned / positions, padding / positions)
+    return Read(count, data.first_sample, after_others, *shares, per_token)
 
 
 def statistics_lines(found: Mapping[str, Any]) -> Iterator[str]:
@@ -136,8 +146,11 @@ def statistics_lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield from ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
     read = found["read"]
     text = "" if read["bytes_per_token"] is None else f", {read['bytes_per_token']:.2f} bytes a token"
+    samples = f"{read['samples']:,} samples"
+    which = f"{samples} from number {read['first']:,} on" if read["first"] else f"first {samples}"
+    which += ", as if no stage had read of them" if read["after_others"] else ""
     yield (
-        f"of the first {read['samples']:,} samples: {read['documents']:.1f} documents a sample, {read['learned']:.1%} of"
+        f"of the {which}: {read['documents']:.1f} documents a sample, {read['learned']:.1%} of"
         f" positions carry loss, {read['padding']:.1%} are padding{text}"
     )
     for name, size in found["sources"].items():

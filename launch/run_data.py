@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..config.compose import quoted
-from ..config.problems import ConfigError
+from ..config.problems import ConfigError, Problem
 from .switches import read_switches
 
 if TYPE_CHECKING:
@@ -30,6 +31,29 @@ class RunData:
         """What it is the data of."""
         place = self.run.place
         return f"{self.run.config.data.name}" + ("" if place is None else f", stage {place.stage.name}")
+
+    @property
+    def first_sample(self) -> int:
+        """Number, in the run, of the first training sample of these data."""
+        place = self.run.place
+        return 0 if place is None else place.origin("data").samples
+
+    def refuse_other_stages(self, number: int) -> None:
+        """Raise ConfigError for a training sample that the run reads in a stage with other data than these."""
+        place, first = self.run.place, self.first_sample
+        if place is None:
+            return
+        if number < first:
+            message = f"sample {number:,} was read in a stage with other data, which ended before sample {first:,}"
+            raise ConfigError([Problem("--sample", message, f"count from {first:,}, or give a checkpoint of that stage")])
+        other = next((run.place.stage for run in self.run.then if run.place is not None and run.place.begins("data")), None)
+        if other is None:
+            return
+        end = first - (place.origin("data").tokens - other.begin) // self.run.config.data.seq_len
+        if number >= end:
+            message = f"sample {number:,} is read in {other.key} or later, whose data follow from what was read before"
+            fix = f"give a number below {end:,}, or checkpoint=… of a step in that stage"
+            raise ConfigError([Problem("--sample", message, fix)])
 
     def train(self) -> Samples:
         """Return the endless training samples, those left out by rewinds of its checkpoint among them as the run has them."""
@@ -68,6 +92,13 @@ def prepared_run(run: ResolvedRun) -> RunData:
     return RunData(run, prepared_data(run.config.data, run.config.seed, run.config.model.vocabulary))
 
 
+def whole_number(text: str) -> int:
+    """Read an option's value, 0 or more."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number")
+    return int(text)
+
+
 def view_parser(name: str, about: str) -> argparse.ArgumentParser:
     """Return a parser for a command's own options, beside which it takes `key=value` words. about: its module's docstring."""
     words = "key=value …: the run, as of meshloom train; checkpoint=<a run's folder or a step's> takes the recipe of that"
@@ -78,17 +109,21 @@ def run_view(
     parser: argparse.ArgumentParser, words: Sequence[str], view: Callable[[argparse.Namespace, ResolvedRun], None]
 ) -> int:
     """Read a command's own options and the run's words, and show something. Return the exit code."""
+    from ..checkpoint.errors import CheckpointError
     from ..data.shards import ShardError
 
     try:
         own, rest = parser.parse_known_args(list(words))
         view(own, read_run(rest))
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `| head`: nobody reads the rest, nor what the interpreter would flush at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     except SystemExit as ended:  # of argparse: help, or a bad option
         return int(ended.code or 0)
-    except (ShardError, OSError) as error:
+    except (CheckpointError, ShardError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     return 0

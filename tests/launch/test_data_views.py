@@ -10,6 +10,7 @@ import pytest
 from meshloom.launch.data import main
 
 WORDS = ["recipe=quickstart", "data=jsonl", "data.tokenizer=bytes", "data.packing=bestfit", "data.document_mask=true"]
+STAGES = ["stages={one:{tokens:64},two:{tokens:64,data:{seq_len:32}}}", "trainer.steps=null"]
 TEXTS = ["one two", "three four five", "six"]  # 8, 16 and 4 tokens with their ends
 
 
@@ -30,7 +31,8 @@ def test_statistics_are_those_counted_by_hand(words: list[str], capsys: pytest.C
     assert [tuple(each.values()) for each in source["histogram"]] == [(4, 1, 4), (8, 1, 8), (16, 1, 16)]
     read = found["read"]
     # Each document's first token is none's target: 25 of 32 positions carry loss.
-    assert read == {"samples": 2, "documents": 1.5, "learned": 25 / 32, "padding": 4 / 32, "bytes_per_token": 25 / 28}
+    first = {"samples": 2, "first": 0, "after_others": False}
+    assert read == {**first, "documents": 1.5, "learned": 25 / 32, "padding": 4 / 32, "bytes_per_token": 25 / 28}
     assert main(["stats", *words, "batch.samples=4", "--samples", "2"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "jsonl: samples of 16 tokens; the run reads 12 samples, 192 tokens"
@@ -54,6 +56,8 @@ def test_samples_are_shown_with_documents_loss_and_padding(words: list[str], cap
     ("more", "said"),
     [
         (["--set", "validation"], "--set: the run has no samples 'validation'; use one of train"),
+        (["--sample", "-1"], "argument --sample: '-1' is no whole number"),
+        (["--sample", "4", *STAGES], "--sample: sample 4 is read in stages.two or later"),
         (["--smaple", "3"], "--smaple: there is no such switch"),
         (["data.sequence=4"], "data.sequence: there is no such key"),
         (["checkpoint=gone"], "checkpoint: 'gone' holds no complete checkpoint"),
