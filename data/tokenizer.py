@@ -139,16 +139,16 @@ class Tokenizer:
             file.flush()
             os.fsync(file.fileno())  # the folder that it is built into counts as complete once it is renamed
 
-    def encode(self, text: str, *, specials: bool = False, framed: bool = False) -> list[int]:
+    def encode(self, text: str, *, specials: bool = False, post_process: bool = False) -> list[int]:
         """Encode a text as token ids, without an end of document.
 
         specials: names of special tokens stand for these tokens
-        framed: with the tokens that tokenizer.json puts around a text, such as a beginning, unless the text begins with it
+        post_process: with the tokens that tokenizer.json puts around a text, such as a beginning, unless it begins with that
         """
         self._engine.encode_special_tokens = not specials
         try:
             plain = self._engine.encode(text, add_special_tokens=False).ids
-            if not framed:
+            if not post_process:
                 return plain
             whole = self._engine.encode(text).ids
             return plain if plain[:1] == whole[:1] else whole

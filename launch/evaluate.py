@@ -88,6 +88,9 @@ def read_arguments(words: Sequence[str]) -> EvaluateArguments:
             asked[name] = value
         elif name == "resume":
             problems.append(Problem("resume", "nothing is resumed", "give the checkpoint as checkpoint=…"))
+        elif (key := name.lstrip("+~")) in ("tasks.names", "tasks.every"):
+            fix = "write tasks=<name>,<name>" if key == "tasks.names" else "leave it out: they are evaluated once"
+            problems.append(Problem(key, "is of a run", fix))
         else:
             keys.append(word)
     checkpoint, samples, tasks, context = (asked.get(name) for name in ("checkpoint", "samples", "tasks", "context"))
@@ -104,14 +107,16 @@ def read_arguments(words: Sequence[str]) -> EvaluateArguments:
         problems.append(Problem("tasks", "names no task", "write tasks=<name>,<name>"))
     if context is not None and not (context.isdigit() and int(context)):
         problems.append(Problem("context", f"'{context}' is no number of tokens", "use 1 or more"))
-    for name, value in (("samples", samples if tasks is not None else None), ("context", None if tasks else context)):
-        if value is not None:
-            fix = "leave it out; tasks.limit=… takes fewer questions" if tasks is not None else "name tasks=…, or leave it out"
-            problems.append(Problem(name, f"has no meaning {'for' if tasks is not None else 'without'} tasks", fix))
+    if tasks is None:
+        of_tasks = [key for key in (word.partition("=")[0].lstrip("+~") for word in keys) if key.startswith("tasks.")]
+        of_tasks += ["context"] if context is not None else []
+        problems += [Problem(key, "has no meaning without tasks", "name tasks=…, or leave it out") for key in of_tasks]
+    elif samples is not None:
+        problems.append(Problem("samples", "has no meaning for tasks", "leave it out; tasks.limit=… takes fewer questions"))
     problems += _output_problems(given.output)
     if problems or checkpoint is None:
         raise ConfigError(problems)
-    # A run's own tasks are not evaluated unless they are named: what is asked for is told.
+    # A run's own tasks are not evaluated unless they are named: only what is typed is evaluated.
     keys.append(f"tasks.names=[{','.join(map(quoted, names))}]")
     context_size = None if context is None else int(context)
     rest = (tuple(keys), switches.config_dir, given.json, given.output)
@@ -142,11 +147,11 @@ def resolve_evaluation(arguments: EvaluateArguments) -> ResolvedRun:
     checkpoint = find_checkpoint(arguments.checkpoint, "checkpoint")
     typed = [word.lstrip("+~").partition("=")[0] for word in arguments.words]
     chosen = any(key == "data" or key.startswith("data.") for key in typed)
-    unsaid = not chosen and "recipe" not in typed and is_import(checkpoint_manifest(checkpoint).state)
-    if unsaid and not arguments.tasks:
+    no_data = not chosen and "recipe" not in typed and is_import(checkpoint_manifest(checkpoint).state)
+    if no_data and not arguments.tasks:
         message = f"'{checkpoint}' was imported, and does not say what to evaluate it on"
         raise ConfigError([Problem("data", message, "type data=… with its keys, or recipe=…")])
-    if unsaid and arguments.context is None:
+    if no_data and arguments.context is None:
         message = f"'{checkpoint}' was imported, and does not say how far its model looks back"
         raise ConfigError([Problem("context", message, "give the length that it was trained with as context=…")])
     options = ResolveOptions(
@@ -188,18 +193,18 @@ def _evaluate(resolved: ResolvedRun, arguments: EvaluateArguments) -> int:
             from ..trainer.tasks.on_checkpoint import evaluate_tasks
 
             result = evaluate_tasks(resolved, arguments.context or resolved.config.data.seq_len)
-            shown = task_table(result)
+            table = task_table(result)
         else:
             from ..trainer.evaluate import evaluate
 
             result = evaluate(resolved, whole=arguments.whole)
-            shown = loss_table(result)
+            table = loss_table(result)
     except PeerFailed as error:
         return BAD_CONFIG if error.config_error else 1
     if os.environ.get("RANK", "0") != "0":
         return 0
     written = json.dumps(result.as_json(), indent=2)
-    print(written if arguments.json else shown)
+    print(written if arguments.json else table)
     if arguments.output is not None:
         arguments.output.write_text(written + "\n", encoding="utf-8")
     return 0

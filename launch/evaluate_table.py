@@ -15,8 +15,8 @@ def loss_table(result: EvaluationResult) -> str:
     """Lay out the result for a terminal: a line of each source, and of all where there are several."""
     rows = [["source", "weight", "samples", "tokens", "loss", "perplexity", "bits per byte"]]
     for each in result.sources:
-        told = each.as_json()
-        numbers = [_number(told[name]) for name in ("loss", "perplexity", "bits_per_byte")]
+        row = each.as_json()
+        numbers = [_number(row[name]) for name in ("loss", "perplexity", "bits_per_byte")]
         weight = f"{each.weight:.3g}" if each.weight else "apart"
         rows.append([each.name, weight, f"{each.samples:,}", f"{each.tokens:,}", *numbers])
     if len(result.sources) > 1:

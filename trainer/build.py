@@ -66,7 +66,7 @@ from .hybrid import hybrid_dealer
 from .loop import Loop, agree_on_plan
 from .schema import RunConfig
 from .stages.record import Place, StageRecord
-from .tasks.beginning import beginning_token
+from .tokenizer_settings import beginning_token
 from .typed import plain_config
 
 log = logging.getLogger(__name__)
@@ -185,18 +185,20 @@ def build_run(
     mesh: Mesh,
     place: Place | None = None,
     sets: Sequence[ValidationPart] = (),
+    settings: Path | None = None,
 ) -> Run:
     """Build a run on prepared data, with fresh weights. `resume.py` then loads a checkpoint's state into it.
 
     saved: what its checkpoints state about it: the config, and the options that were chosen
     place: the stage that it trains, of a run that has some; sets: its named validation sets
+    settings: the folder with the settings of the data's tokenizer
 
     Raises ConfigError, before any memory is taken, where another run saves into the checkpoint folder.
     """
     # Rank 0 locks the checkpoint folder: it may lie outside `output_dir`, whose lock the run already has.
     checkpointer = raise_on_all_ranks(mesh, lambda: open_checkpointer(config, mesh, place))
     try:
-        return _build(config, saved, data, mesh, checkpointer, place, sets)
+        return _build(config, saved, data, mesh, checkpointer, place, sets, settings)
     except BaseException:
         if checkpointer is not None:
             checkpointer.close()
@@ -228,6 +230,7 @@ def _build(
     checkpointer: Checkpointer | None,
     place: Place | None,
     sets: Sequence[ValidationPart],
+    tokenizer_settings: Path | None,
 ) -> Run:
     output_dir = Path(config.output_dir)
     vocabulary = config.model.vocabulary or data.vocabulary
@@ -258,8 +261,6 @@ def _build(
         hooks.append(_evaluation(config, parts, mesh, held_out, mixtures))
     elif not parts and config.trainer.eval_every and mesh.is_main:
         log.warning("trainer.eval_every: there will be no evaluation, because the data keeps nothing for validation")
-    if config.tasks.names:
-        hooks.append(_task_evaluation(config, functools.partial(build_model, config.model, vocabulary), data, settings))
     saving = None
     if checkpointer is None:
         _compare_replicas(hooks, config)
@@ -276,6 +277,9 @@ def _build(
         _compare_replicas(hooks, config)
         saving = Saving(checkpointer, config.checkpoint.every, fixed, functools.partial(_stages_state, place, data))
         hooks.append(saving)
+    if config.tasks.names:  # behind the hook that saves: a step that is due for both is saved first
+        build = functools.partial(build_model, config.model, vocabulary)
+        hooks.append(_task_evaluation(config, build, data, settings.compute, tokenizer_settings))
     if mesh.is_main:
         if mesh.layout.world_size > 1:
             hooks.append(NameStragglers())
@@ -356,13 +360,14 @@ def _evaluation(
     return Evaluation(sets, None if every is None else Duration.parse(every), mixtures)
 
 
-def _task_evaluation(config: RunConfig, build: Callable[[], Model], data: DataNode, settings: EngineSettings) -> TaskEvaluation:
+def _task_evaluation(
+    config: RunConfig, build: Callable[[], Model], data: DataNode, dtype: torch.dtype, settings: Path | None
+) -> TaskEvaluation:
     """Build the hook that evaluates on tasks. Raises ConfigError for data without text."""
     if data.tokenizer is None:
         fix = "train on text, or on shards with their tokenizer; or leave the tasks out (tasks.names=[])"
         raise ConfigError([Problem("tasks.names", "tasks are text, and the data has no tokenizer", fix)])
-    begins = beginning_token(data.tokenizer, str(getattr(config.data, "tokenizer", None) or ""))
-    return TaskEvaluation(config.tasks, build, data.tokenizer, settings.compute, begins)
+    return TaskEvaluation(config.tasks, build, data.tokenizer, dtype, beginning_token(data.tokenizer, settings))
 
 
 def _sample_hooks(config: RunConfig, build: Callable[[], Model], codec: TextCodec | None, *, saved: bool) -> list[Hook]:

@@ -141,12 +141,19 @@ def generate_texts(
     going = list(texts)
     while going:
         logits_BV = reader.next_logits([text.tokens for text in going])
-        for text, logits_V in zip(going, logits_BV, strict=True):
-            _add(text, sample_token(logits_V, how, text.generator), final, codec, stop, tokens)
+        for text, token in zip(going, _next_tokens(logits_BV, how, going), strict=True):
+            _add(text, token, final, codec, stop, tokens)
         still = [at for at, text in enumerate(going) if not text.ended]
         reader.keep_rows(still)
         going = [going[at] for at in still]
     return texts
+
+
+def _next_tokens(logits_BV: torch.Tensor, how: Sampling, texts: Sequence[Text]) -> list[int]:
+    """Return the next token of each text. The likeliest ones are found on the device; others are drawn on the host."""
+    if how.temperature == 0:
+        return logits_BV.argmax(-1).tolist()
+    return [sample_token(logits_V, how, text.generator) for logits_V, text in zip(logits_BV.cpu(), texts, strict=True)]
 
 
 def _generator(seed: int, number: int) -> torch.Generator:
@@ -193,11 +200,11 @@ class _Reader:
                 cache.keep_rows(chosen)
 
     def next_logits(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Return the logits of the token behind each text, (B, V) float32 on the host."""
+        """Return the logits of the token behind each text, (B, V) float32 on the model's device."""
         if self._blocker is not None:
             self._tell(self._blocker)
             rows = [self._model(self._tensor([text[-self._context :]]))[0, -1] for text in texts]
-            return torch.stack(rows).float().cpu()
+            return torch.stack(rows).float()
         longest = max(map(len, texts))
         if longest > self._context:
             self._tell(f"a text is longer than the context of {self._context} tokens")
@@ -211,7 +218,7 @@ class _Reader:
         positions_BS = torch.arange(self._read, self._read + width, device=self._device) - self._padding_B[:, None]
         logits_BSV = self._model(self._tensor(filled), positions_BS=positions_BS.clamp(min=0))
         self._read += width
-        return logits_BSV[:, -1].float().cpu()
+        return logits_BSV[:, -1].float()
 
     def _begin(self, texts: Sequence[Sequence[int]], longest: int) -> None:
         """Begin with empty caches, for rows that are filled up on the left to one length."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.convert.companions import COMPANIONS, TOKENIZER
+from ..checkpoint.convert.companions import TOKENIZER
 from ..checkpoint.files import hugging_face_folder, is_remote
 from ..checkpoint.folder import step_name
 from ..checkpoint.manifest import Manifest
@@ -26,13 +25,6 @@ class ImportedModel:
 
     said: Mapping[str, Any]
     tokenizer: Path | None
-
-    def copy_companions(self, folder: Path) -> None:
-        """Copy the tokenizer's settings into a run's folder, where an export finds them."""
-        for name in COMPANIONS if self.tokenizer is not None and self.tokenizer.resolve() != folder.resolve() else ():
-            assert self.tokenizer is not None
-            if (self.tokenizer / name).is_file():
-                shutil.copyfile(self.tokenizer / name, folder / name)
 
 
 def imported_model(checkpoint: Path | str, manifest: Manifest) -> ImportedModel | None:

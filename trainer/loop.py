@@ -171,6 +171,11 @@ class Loop:
         """True once the run has reached its horizon, or the end of its stage."""
         if self.stage is not None and self.progress.tokens >= self.stage.end:
             return True
+        return self.at_end
+
+    @property
+    def at_end(self) -> bool:
+        """True once the run has reached its horizon."""
         return self.horizon.position(self.progress, self.horizon.unit) >= self.horizon.total
 
     def step(self, stop_requested: bool = False) -> bool:

@@ -33,7 +33,6 @@ from .find_checkpoint import resumes_own
 from .guard.going_back import find_way_back
 from .guard.guard import RewindNeeded, TrainingDiverged
 from .identity import Origin, identify, take_over_metrics
-from .imported_model import ImportedModel
 from .machine import RUN_LOCK
 from .preflight.check import check_at_start
 from .relations import collect_problems
@@ -45,6 +44,7 @@ from .signals import DIVERGED, StopRequest
 from .stages.border import begin_stage, read_record, refuse_other_tokens, release_memory
 from .stages.written import stage_table
 from .start_summary import batch_jump, start_summary
+from .tokenizer_settings import copy_settings, settings_folder
 from .typed import plain_config
 from .watch.rank import introduce, join_watch, write_failure
 
@@ -243,7 +243,9 @@ def _run_locked(resolved: ResolvedRun, data: DataNode, sets: Sequence[Validation
     imported = resolved.imported
     saved = {"config": plain_config(config), "choices": dict(resolved.choices), "typed": list(resolved.typed)}
     saved |= {} if imported is None else {"imported_from": dict(imported.said)}
-    current = build_run(config, saved, data, mesh, place, sets)
+    named = getattr(config.data, "tokenizer", None)
+    settings = settings_folder(named, None if imported is None else imported.tokenizer)
+    current = build_run(config, saved, data, mesh, place, sets, settings)
     try:
         origin = None if checkpoint is None else restore_run(current, checkpoint, config)
         if checkpoint is None and resumes_own(str(config.resume), config.output_dir):  # it has not saved yet
@@ -264,7 +266,7 @@ def _run_locked(resolved: ResolvedRun, data: DataNode, sets: Sequence[Validation
             on_main(mesh, lambda: _take_over(config, current, origin))
             introduce(mesh, output_dir)
             if not (nothing_left and origin is not None and origin.own):  # else config.yaml would tell what trained nothing
-                on_main(mesh, lambda: _write_description(config, data, output_dir, imported))
+                on_main(mesh, lambda: _write_description(config, data, output_dir, settings))
 
         stop.hold()  # to the end of the last stage, so that a signal at a border counts, too
         reached = _run_loop(current, stop, accept)
@@ -326,13 +328,12 @@ def _take_over(config: RunConfig, current: Run, origin: Origin | None) -> None:
         current.saving.begin_run(identity, 0 if own is None else own.commit, None if own is None else own.step)
 
 
-def _write_description(config: RunConfig, data: DataNode, output_dir: Path, imported: ImportedModel | None) -> None:
-    """Write the whole config and the tokenizer into the run's folder."""
+def _write_description(config: RunConfig, data: DataNode, output_dir: Path, settings: Path | None) -> None:
+    """Write the whole config and the tokenizer into the run's folder. settings: the folder with those of the tokenizer."""
     (output_dir / "config.yaml").write_text(annotated_yaml(config))
     if data.tokenizer is not None:
         data.tokenizer.save(output_dir / "tokenizer.json")  # for `meshloom generate`, wherever the checkpoints go
-        if imported is not None:
-            imported.copy_companions(output_dir)
+        copy_settings(settings, output_dir)
 
 
 def _start_lines(config: RunConfig, run: Run) -> Iterator[str]:

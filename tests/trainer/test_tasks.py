@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from meshloom.data.tokenizer import Tokenizer
 from meshloom.launch.evaluate import main, read_arguments, resolve_evaluation
 from meshloom.models.config import DecoderConfig
 from meshloom.models.decoder import Decoder
-from meshloom.trainer.tasks.scoring import Continuation, passes_of, score
+from meshloom.trainer.tasks.scoring import Continuation, deal_by_cost, passes_of, score
 from support.hf_folder import SIZES, write_model
 from support.ranks import run_ranks
 from support.tiny_run import body
@@ -76,7 +77,10 @@ def test_scores_are_those_of_each_request_by_itself() -> None:
     requests.append(Continuation(tokens[:4], [likeliest]))
     found = dict(score(decoder, requests, context=12))
     shared = dict([*score(decoder, requests, 12, rank=0, ranks=2), *score(decoder, requests, 12, rank=1, ranks=2)])
-    assert shared == found and found.keys() == set(range(7))
+    assert shared.keys() == found.keys() == set(range(7))
+    for number, one in shared.items():
+        assert one.log_likelihood == pytest.approx(found[number].log_likelihood, rel=1e-12)
+        assert one.greedy == found[number].greedy
     for number, request in enumerate(requests):
         whole = torch.tensor([*request.context, *request.tokens])[-13:]
         logs_SV = torch.log_softmax(decoder(whole[None, :-1])[0], -1)[-len(request.tokens) :]
@@ -90,6 +94,12 @@ def test_rows_are_sorted_and_shared() -> None:
     requests = [Continuation([1, 2], [3]), Continuation([5] * 9, [1]), Continuation([1, 2], [4]), Continuation([1], [2, 9])]
     passes = passes_of(requests, context=8, positions=8)
     assert [[(len(row.tokens), row.numbers) for row in rows] for rows in passes] == [[(8, [1])], [(2, [0, 2, 3])]]
+    alike = [Continuation([1, 2, 3], [number]) for number in range(3)] + [
+        Continuation([4, 5, number], [1]) for number in range(3)
+    ]
+    assert [len(rows) for rows in passes_of(alike, 8, 1 << 14)] == [4]
+    assert [len(rows) for rows in passes_of(alike, 8, 1 << 14, ranks=2)] == [2, 2], "each of two ranks has something to do"
+    assert deal_by_cost([9, 5, 4, 4, 1], 2) == [[0, 3], [1, 2, 4]]
     with pytest.raises(ValueError, match="3 tokens is longer than the context of 2"):
         passes_of([Continuation([1], [1, 2, 3])], 2, 8)
 
@@ -168,15 +178,15 @@ def test_lm_eval_finds_what_it_finds_with_transformers(folder: Path, monkeypatch
 
 
 def test_a_run_evaluates_itself_as_its_checkpoint_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At its steps and at its end, under ZeRO-3; a run whose data has no text is refused."""
+    """At its steps and at its end, under ZeRO-3, with the token that begins a text; a run whose data has no text is refused."""
     pytest.importorskip("lm_eval", reason="needs the extra: pip install 'meshloom[lm_eval]'")
     monkeypatch.setenv("HF_HOME", f"{folder}/cache")
     (folder / "train.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
-    tasks = ["tasks.names=[choice,said]", f"tasks.folder={folder}", "tasks.every=2", "tasks.limit=3"]
-    words = [
-        *("data=text", f"data.input={folder}/train.txt", "data.tokenizer=bytes", "data.seq_len=48", "data.validation=0"),
-        *(f"data.cache_dir={folder}/cache", "trainer.steps=3", "checkpoint.every=2", f"output_dir={folder}/run"),
-    ]
+    tasks = ["tasks.names=[choice,rolling,said]", f"tasks.folder={folder}", "tasks.every=2", "tasks.limit=3"]
+    (folder / "begun").mkdir()
+    Tokenizer.bytes().save(folder / "begun/tokenizer.json")
+    (folder / "begun/tokenizer_config.json").write_text(json.dumps({"bos_token": "A"}))
+    words = [*text_run(folder, f"{folder}/begun"), "data.seq_len=48", "trainer.steps=3", f"output_dir={folder}/run"]
     assert run_ranks(2, body, [*words, *tasks, "parallel.zero=3"]) == [0, 0]
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     told = {row["step"]: row for row in rows if "tasks/choice/acc" in row}
@@ -184,12 +194,74 @@ def test_a_run_evaluates_itself_as_its_checkpoint_is(folder: Path, monkeypatch: 
     for step, row in told.items():
         place = f"checkpoint={folder}/run/checkpoints/step-{step:08d}"
         (found,) = run_ranks(
-            1, evaluated, [place, "tasks=choice,said", f"tasks.folder={folder}", "tasks.limit=3", "context=48"]
+            1, evaluated, [place, "tasks=choice,rolling,said", f"tasks.folder={folder}", "tasks.limit=3", "context=48"]
         )
         values = {f"tasks/{task}/{each['metric']}": each["value"] for task, all in found["tasks"].items() for each in all}
         assert {name: value for name, value in row.items() if name.startswith("tasks/")} == pytest.approx(values, rel=1e-9)
     with pytest.raises(AssertionError, match=r"tasks.names: tasks are text"):
         run_ranks(1, body, [*tasks, f"output_dir={folder}/other"])
+    with pytest.raises(
+        AssertionError, match=r"tasks.names: 'choice': a continuation of 14 tokens is longer than the context of 8"
+    ):
+        run_ranks(1, body, [*text_run(folder, "bytes"), *tasks, "data.seq_len=8", f"output_dir={folder}/other"])
+
+
+def text_run(folder: Path, tokenizer: str) -> list[str]:
+    """Words of a run on a text."""
+    words = ["data=text", f"data.input={folder}/train.txt", f"data.tokenizer={tokenizer}", "data.validation=0"]
+    return [*words, f"data.cache_dir={folder}/cache", "checkpoint.every=2"]
+
+
+def failing_on_rank_1(rank: int, world_size: int, words: list[str]) -> tuple[int, list[str]]:
+    """Train; lm-eval fails on rank 1 behind the start's checks, while rank 0 goes on to the model's own collectives.
+
+    Returns the exit code, and what is warned of.
+    """
+    from meshloom.trainer.tasks.language_model import LanguageModel
+
+    encode = LanguageModel._encode_pair
+
+    def encode_or_fail(self: Any, context: str, continuation: str) -> Any:
+        if rank == 1 and not next(self._model.parameters()).is_meta:
+            raise MemoryError("no memory is left")
+        return encode(self, context, continuation)
+
+    LanguageModel._encode_pair = encode_or_fail  # in this forked process alone
+    warnings, handler = list[str](), logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())
+    logging.getLogger("meshloom").addHandler(handler)
+    return body(rank, world_size, words), warnings
+
+
+def test_a_run_outlives_its_evaluation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval that fails on one rank at the last step: both say so and go on, and the last checkpoint is there."""
+    pytest.importorskip("lm_eval", reason="needs the extra: pip install 'meshloom[lm_eval]'")
+    monkeypatch.setenv("HF_HOME", f"{folder}/cache")
+    (folder / "train.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    tasks = ["tasks.names=[choice]", f"tasks.folder={folder}", "tasks.limit=3"]
+    words = [*text_run(folder, "bytes"), *tasks, "data.seq_len=48", "trainer.steps=2", f"output_dir={folder}/failed"]
+    (code, warnings), other = run_ranks(2, failing_on_rank_1, words)
+    assert code == 0 and other == (0, [])
+    assert any("step 2: the evaluation on tasks failed on rank 1, and the run goes on" in warning for warning in warnings)
+    assert (folder / "failed/checkpoints/step-00000002").is_dir()
+    assert "tasks/choice" not in (folder / "failed/metrics.jsonl").read_text()
+
+
+def test_examples_are_the_same_each_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra: pip install 'meshloom[lm_eval]'")
+    from meshloom.trainer.tasks.config import TasksConfig
+    from meshloom.trainer.tasks.evaluation import Tasks
+
+    monkeypatch.setenv("HF_HOME", f"{folder}/cache")
+    tasks, seen = Tasks.load(TasksConfig(names=["choice"], folder=str(folder), few_shot=2)), list[list[str]]()
+
+    class Recorder:
+        def check(self, requests: Any) -> None:
+            seen.append([request.args[0] for request in requests])
+
+    for _ in range(3):
+        tasks.check(Recorder())  # type: ignore[arg-type]
+    assert seen[0] == seen[1] == seen[2] and len(set(seen[0])) == len(QUESTIONS)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +269,8 @@ def test_a_run_evaluates_itself_as_its_checkpoint_is(folder: Path, monkeypatch: 
     [
         (["tasks="], "tasks: names no task"),
         (["tasks=choice", "samples=4"], "samples: has no meaning for tasks"),
+        (["tasks=choice", "tasks.names=[said]"], "tasks.names: is of a run; write tasks="),
+        (["tasks.limit=3"], "tasks.limit: has no meaning without tasks"),
         (["context=4"], "context: has no meaning without tasks"),
         (["tasks=choice", "context=0"], "context: '0' is no number of tokens"),
         (["tasks=choice"], "does not say how far its model looks back"),

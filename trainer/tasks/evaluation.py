@@ -6,8 +6,10 @@ import contextlib
 import difflib
 import logging
 import random
+import sys
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from functools import partialmethod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,14 +17,19 @@ import numpy as np
 from ...config.cache import expand_user
 from ...config.problems import ConfigError, Problem
 from ...data.formats import import_extra
+from ..all_ranks import raise_on_all_ranks
 from .config import TasksConfig
+from .scoring import LongerThanContext
 
 if TYPE_CHECKING:
+    from ...parallel.mesh import Mesh
     from .language_model import LanguageModel
 
 UNVERSIONED = "Yaml"
 """What lm-eval says of a task without a version."""
 _SEED = 1234  # lm-eval's own, for few-shot examples and for tasks that draw
+_BOOTSTRAPS = 100_000  # lm-eval's own, for errors of metrics that are no means
+_PAGE = "docs/tasks.md"
 
 
 @dataclass(frozen=True)
@@ -70,25 +77,87 @@ class Tasks:
             with _kept_random_state():
                 loaded = manager.load(list(config.names))
         except Exception as error:  # data sets raise anything
-            fix = "is the machine offline? Tasks from local files need no network: docs/evaluate.md"
+            fix = f"is the machine offline? Tasks from local files need no network: {_PAGE}"
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ConfigError([Problem("tasks.names", f"a task can't be loaded: {reason}", fix)]) from error
+        problems = [each for name, task in loaded["tasks"].items() for each in _unsupported(name, task)]
+        if problems:
+            raise ConfigError(problems)
         for task in loaded["tasks"].values():
             _choose_shots(task, config.few_shot)
         return cls(config, loaded)
 
-    def evaluate(self, model: LanguageModel) -> list[TaskValue]:
-        """Evaluate a model on all of them. Collective: every process calls it, and gets the same.
+    def check(self, model: LanguageModel) -> None:
+        """Build all requests, and compare them with the model's context. Local: nothing is computed.
 
-        Raises ConfigError for a task that asks for more than the model's context.
+        Raises ConfigError for a task that can't be built, or asks for more than the context.
+        """
+        for name, task in self.loaded["tasks"].items():
+            try:
+                with self._prepared(quiet=True):
+                    task.build_all_requests(limit=self.config.limit)
+                    model.check(task.instances)
+            except LongerThanContext as error:
+                fix = "give a longer context, or leave the task out"
+                raise ConfigError([Problem("tasks.names", f"'{name}': {error}", fix)]) from error
+            except Exception as error:  # a task's templates and functions raise anything
+                reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+                message = f"questions of '{name}' can't be built: {reason}"
+                raise ConfigError([Problem("tasks.names", message, "mend the task, or leave it out")]) from error
+
+    def evaluate(self, model: LanguageModel, mesh: Mesh, *, errors: bool = False) -> list[TaskValue]:
+        """Evaluate a model on all of them. Collective: every process calls it, and gets the same values.
+
+        errors: with standard errors, on the main process, and lm-eval's progress bars there
+
+        Raises on all processes where one fails.
         """
         evaluator = import_extra("lm_eval.evaluator", "lm_eval", "an evaluation on tasks")
+        with_errors = errors and mesh.is_main
+
+        def compute() -> Any:
+            with self._prepared(quiet=not with_errors):
+                return evaluator.evaluate(
+                    model,
+                    self.loaded,
+                    limit=self.config.limit,
+                    bootstrap_iters=_BOOTSTRAPS if with_errors else 0,
+                    log_samples=False,
+                )
+
+        fault: Exception | None = None
+        results: Any = None
         try:
-            with _kept_random_state():
-                told = evaluator.evaluate(model, self.loaded, limit=self.config.limit, log_samples=False)
-        except ValueError as error:
-            raise ConfigError([Problem("tasks.names", str(error), "give a longer context, or leave the task out")]) from error
-        return task_values(told)
+            results = compute()
+        except Exception as error:
+            fault = error
+        if fault is not None and model.failed_together:
+            raise fault
+
+        def outcome() -> list[TaskValue]:
+            if fault is not None:
+                raise fault
+            return task_values(results)
+
+        # A process on which lm-eval itself failed votes here, while the others vote in the model's next method, or here.
+        return raise_on_all_ranks(mesh, outcome)
+
+    @contextlib.contextmanager
+    def _prepared(self, *, quiet: bool) -> Generator[None]:
+        """Draw the same few-shot examples each time, and keep standard output for the command's own."""
+        with _kept_random_state(), contextlib.redirect_stdout(sys.stderr), _progress_bars(visible=not quiet):
+            for task in self.loaded["tasks"].values():
+                task.set_fewshot_seed(seed=_SEED)
+            yield
+
+
+def _unsupported(name: str, task: Any) -> Generator[Problem]:
+    """Yield why a task can't be evaluated at all."""
+    fix = "leave it out"
+    if getattr(task, "UNSAFE_CODE", False):
+        yield Problem("tasks.names", f"'{name}' runs code that the model writes, which is not done here", fix)
+    if getattr(task, "MULTIMODAL", False):
+        yield Problem("tasks.names", f"'{name}' has pictures or sounds, and the model reads text", fix)
 
 
 def _manager(config: TasksConfig) -> Any:
@@ -113,25 +182,24 @@ def _manager(config: TasksConfig) -> Any:
 
 
 def _choose_shots(task: Any, few_shot: int | None) -> None:
-    """Set a task's number of solved examples; 0 stays where the task asks for none. And what they are drawn by."""
+    """Set a task's number of solved examples; 0 stays where the task asks for none."""
     own = task.get_config("num_fewshot")
     if own is None or (few_shot is not None and own != 0):
         task.set_config(key="num_fewshot", value=few_shot or 0)
-    task.set_fewshot_seed(seed=_SEED)
 
 
-def task_values(told: Mapping[str, Any]) -> list[TaskValue]:
-    """Return the numbers in lm-eval's results: of tasks in the order in which it tells them, groups among them."""
+def task_values(results: Mapping[str, Any]) -> list[TaskValue]:
+    """Return the numbers in lm-eval's results: of tasks in the order of the results, groups among them."""
     found: list[TaskValue] = []
-    for task, numbers in told["results"].items():
+    for task, numbers in results["results"].items():
         for name, value in numbers.items():
             metric, comma, kind = name.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = numbers.get(f"{metric}_stderr,{kind}")
-            higher = told.get("higher_is_better", {}).get(task, {}).get(metric)
-            samples = told.get("n-samples", {}).get(task, {}).get("effective")
-            shots, version = told.get("n-shot", {}).get(task), told.get("versions", {}).get(task, UNVERSIONED)
+            higher = results.get("higher_is_better", {}).get(task, {}).get(metric)
+            samples = results.get("n-samples", {}).get(task, {}).get("effective")
+            shots, version = results.get("n-shot", {}).get(task), results.get("versions", {}).get(task, UNVERSIONED)
             version = "" if version == UNVERSIONED else str(version)
             error = float(error) if isinstance(error, int | float) else None
             found.append(TaskValue(task, metric, kind, float(value), error, higher, samples, shots, version))
@@ -149,6 +217,19 @@ def _kept_random_state() -> Generator[None]:
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
+
+
+@contextlib.contextmanager
+def _progress_bars(*, visible: bool) -> Generator[None]:
+    """Show lm-eval's progress bars, or leave them out: it has no switch for all of them."""
+    bar = import_extra("tqdm", "lm_eval", "an evaluation on tasks").tqdm
+    before = bar.__init__
+    if not visible:
+        bar.__init__ = partialmethod(before, disable=True)
+    try:
+        yield
+    finally:
+        bar.__init__ = before
 
 
 def log_quietly(main: bool) -> None:

@@ -6,11 +6,13 @@ Every process sees all requests, in the same order, and gets all results. So lm-
 from __future__ import annotations
 
 import logging
+from array import array
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+import xxhash
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
     get_rolling_token_windows,
@@ -24,7 +26,7 @@ from ...parallel.heartbeat import Phase
 from ...parallel.mesh import Mesh
 from ..all_ranks import raise_on_all_ranks
 from ..generation import Sampling, generate_texts
-from .scoring import Continuation, score
+from .scoring import Continuation, LongerThanContext, deal_by_cost, refuse_longer, score
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -32,21 +34,26 @@ T = TypeVar("T")
 GENERATED = 256
 """Tokens that a task generates at most, where it does not say; as lm-eval's own models."""
 _TEXTS = 32  # generated at once
+_KNOWN_RULES = frozenset(("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p"))
+_UNCACHED = frozenset(("use_cache",))  # of transformers; they change no text
 
 
 class LanguageModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
     """A model of Meshloom's as lm-eval sees it. Its methods are collective: every process calls them with the same requests.
 
     context  tokens that the model reads at most
-    begins   id of the token before a text that has none; None: the end of a document
+    prefix   id of the token before a text without context; None: the end of a document
+    failed_together  whether one of its methods has raised, which it then did on all processes
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, context: int, mesh: Mesh, begins: int | None = None) -> None:
+    failed_together = False
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, context: int, mesh: Mesh, prefix: int | None = None) -> None:
         super().__init__()
         self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
         self._device = mesh.device
         self.max_length = context
-        self._begins = tokenizer.end_of_document if begins is None else begins
+        self._prefix = tokenizer.end_of_document if prefix is None else prefix
 
     @property
     def eot_token_id(self) -> int:
@@ -56,7 +63,7 @@ class LanguageModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
     @property
     def prefix_token_id(self) -> int:
         """Id of the token before a text that has no context."""
-        return self._begins
+        return self._prefix
 
     @property
     def tokenizer_name(self) -> str:
@@ -65,7 +72,21 @@ class LanguageModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Encode a text as the model's users do: with the tokens that its tokenizer.json puts around a text."""
-        return self._tokenizer.encode(string, specials=True, framed=add_special_tokens is not False)
+        return self._tokenizer.encode(string, specials=True, post_process=add_special_tokens is not False)
+
+    def check(self, requests: Iterable[Any]) -> None:
+        """Raise LongerThanContext for a request that the model can't answer. Say which rules of generation are not read."""
+        unread = set[str]()
+        for request in requests:
+            if request.request_type == "loglikelihood":
+                before, after = request.args
+                tokens = self._encode_pair(before, after)[1] if before else self.tok_encode(after, add_special_tokens=False)
+                refuse_longer(Continuation((), tokens), self.max_length)
+            elif request.request_type == "generate_until":
+                self._longest_prompt(request.args[1])
+                unread |= request.args[1].keys() - _KNOWN_RULES - _UNCACHED
+        if unread and self._mesh.is_main:
+            log.warning("generation_kwargs of a task that are not read: %s", ", ".join(sorted(unread)))
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation, and whether it is what the model itself would say."""
@@ -81,6 +102,7 @@ class LanguageModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
                 len(pairs),
                 self.max_length,
             )
+        self._compare(lambda: digest_of(each for pair in pairs for each in (pair.context, pair.tokens)))
         found = torch.zeros(len(pairs), 2, dtype=torch.float64)
 
         def compute() -> None:
@@ -88,7 +110,7 @@ class LanguageModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
                 self._mesh.heartbeat.beat(Phase.EVALUATION, number)
                 found[number] = torch.tensor([one.log_likelihood, float(one.greedy)], dtype=torch.float64)
 
-        raise_on_all_ranks(self._mesh, compute)
+        self._on_all_ranks(compute)
         return [(value, greedy > 0) for value, greedy in self._mesh.sum(found.to(self._mesh.device)).tolist()]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
@@ -120,21 +142,28 @@ class LanguageModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
 
     def _generate(self, contexts: Sequence[str], rules: Mapping[str, Any]) -> list[str]:
         """Continue contexts by one task's rules."""
-        tokens = int(rules.get("max_gen_toks", rules.get("max_new_tokens", GENERATED)))
-        room = self.max_length - tokens
-        if room < 1:
-            raise ValueError(f"a task generates up to {tokens} tokens, and the context has {self.max_length}")
+        tokens, prompts = _generated(rules), list[list[int]]()
         stops = rules.get("until") or []
         stops = [stops] if isinstance(stops, str) else [stop for stop in stops if stop]
-        prompts = [self.tok_encode(text)[-room:] for text in contexts]
+
+        def encode() -> str:
+            longest = self._longest_prompt(rules)
+            prompts.extend(self.tok_encode(text)[-longest:] for text in contexts)
+            return repr(sorted(rules.items())) + digest_of(prompts)
+
+        self._compare(encode)
         order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-        starts = range(0, len(order), _TEXTS)[self._mesh.rank :: self._mesh.layout.world_size]
+        ranks = self._mesh.layout.world_size
+        size = min(_TEXTS, -(-len(order) // ranks))
+        firsts = range(0, len(order), size)
+        dealt = deal_by_cost([len(prompts[order[first]]) + tokens for first in firsts], ranks)[self._mesh.rank]
+        starts = [firsts[number] for number in dealt]
 
         def compute() -> dict[int, str]:
             found: dict[int, str] = {}
             for start in starts:
                 self._mesh.heartbeat.beat(Phase.EVALUATION, start)
-                numbers = order[start : start + _TEXTS]
+                numbers = order[start : start + size]
                 texts = generate_texts(
                     self._model,
                     self._tokenizer,
@@ -149,9 +178,42 @@ class LanguageModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
                 found |= {number: text.text for number, text in zip(numbers, texts, strict=True)}
             return found
 
-        mine = _with_own_kernels(self._model, lambda: raise_on_all_ranks(self._mesh, compute))
-        answers = {number: text for each in self._mesh.gather_objects(mine) for number, text in each.items()}
+        local = _with_own_kernels(self._model, lambda: self._on_all_ranks(compute))
+        answers = {number: text for each in self._mesh.gather_objects(local) for number, text in each.items()}
         return [answers[number] for number in range(len(contexts))]
+
+    def _longest_prompt(self, rules: Mapping[str, Any]) -> int:
+        """Return how many tokens of a prompt the context has beside those that are generated. Raises LongerThanContext."""
+        tokens = _generated(rules)
+        if tokens >= self.max_length:
+            raise LongerThanContext(f"a task generates up to {tokens} tokens, and the context has {self.max_length}")
+        return self.max_length - tokens
+
+    def _compare(self, digest: Callable[[], str]) -> None:
+        """Raise on all processes where they have other requests: each would answer questions that others do not know."""
+        if self._mesh.differ(self._on_all_ranks(digest)):
+            self.failed_together = True
+            raise RuntimeError("processes have different questions: give all of them the same tasks and data sets")
+
+    def _on_all_ranks(self, action: Callable[[], T]) -> T:
+        """As `raise_on_all_ranks`, and remember that all have failed."""
+        try:
+            return raise_on_all_ranks(self._mesh, action)
+        except Exception:
+            self.failed_together = True
+            raise
+
+
+def digest_of(tokens: Iterable[Sequence[int]]) -> str:
+    """Return a digest of lists of token ids."""
+    found = xxhash.xxh3_64()
+    for each in tokens:
+        found.update(array("q", (len(each), *each)).tobytes())
+    return found.hexdigest()
+
+
+def _generated(rules: Mapping[str, Any]) -> int:
+    return int(rules.get("max_gen_toks", rules.get("max_new_tokens", GENERATED)))
 
 
 def sampling_of(rules: Mapping[str, Any]) -> Sampling:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...config.per_host import after_first_on_host
 from ...config.precision import PRECISIONS
 from ...parallel.layout import Layout
 from ...parallel.mesh import Mesh, pick_device
@@ -16,8 +17,8 @@ from ..checkpoint_tokenizer import checkpoint_tokenizer
 from ..find_checkpoint import checkpoint_manifest, tokenizer_beside
 from ..resolve import ResolvedRun
 from ..resumed_config import saved_config
+from ..tokenizer_settings import beginning_token, settings_folder
 from ..whole_model import load_whole_model
-from .beginning import beginning_token
 from .evaluation import Tasks, TaskValue, log_quietly
 
 
@@ -37,7 +38,7 @@ class TasksResult:
         tasks: dict[str, list[dict[str, Any]]] = {}
         for value in self.values:
             tasks.setdefault(value.task, []).append(value.as_json())
-        return {**{name: told for name, told in vars(self).items() if name != "values"}, "tasks": tasks}
+        return {**{name: value for name, value in vars(self).items() if name != "values"}, "tasks": tasks}
 
 
 def evaluate_tasks(resolved: ResolvedRun, context: int) -> TasksResult:
@@ -52,18 +53,21 @@ def evaluate_tasks(resolved: ResolvedRun, context: int) -> TasksResult:
     config, checkpoint = resolved.config, resolved.checkpoint
     assert checkpoint is not None, "the command names one"
     manifest = checkpoint_manifest(checkpoint)
-    tokenizer = checkpoint_tokenizer(checkpoint, saved_config(manifest.state), manifest.state)
+    saved = saved_config(manifest.state)
+    tokenizer, beside = checkpoint_tokenizer(checkpoint, saved, manifest.state), tokenizer_beside(checkpoint)
+    settings = settings_folder(saved.get("data", {}).get("tokenizer")) if beside is None else beside.parent
     mesh = Mesh.connect(Layout.plan(config.parallel, resolved.world_size), pick_device(), config.parallel.timeout)
     log_quietly(mesh.is_main)
     try:
-        tasks = raise_on_all_ranks(mesh, lambda: Tasks.load(config.tasks))
+        tasks = raise_on_all_ranks(mesh, lambda: after_first_on_host("tasks", lambda: Tasks.load(config.tasks)))
         if mesh.differ(f"{checkpoint} {tokenizer.fingerprint}"):
             raise RuntimeError("processes see different checkpoints: give all of them the same files")
         model = build_model(config.model, config.model.vocabulary or manifest.state.get("vocabulary") or tokenizer.vocabulary)
         dtype: torch.dtype = getattr(torch, PRECISIONS[config.precision].dtype)
+        prefix = beginning_token(tokenizer, settings)
+        raise_on_all_ranks(mesh, lambda: tasks.check(LanguageModel(model, tokenizer, context, mesh, prefix)))
         whole = raise_on_all_ranks(mesh, lambda: load_whole_model(model, checkpoint, mesh.device, dtype))
-        begins = beginning_token(tokenizer, str(tokenizer_beside(checkpoint) or ""))
-        values = tasks.evaluate(LanguageModel(whole, tokenizer, context, mesh, begins))
+        values = tasks.evaluate(LanguageModel(whole, tokenizer, context, mesh, prefix), mesh, errors=True)
         return TasksResult(str(checkpoint), manifest.step, mesh.layout.world_size, config.precision, context, tuple(values))
     finally:
         mesh.close()

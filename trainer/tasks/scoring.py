@@ -5,6 +5,7 @@ Shape legend: B rows, S positions, V vocabulary, C positions that are scored.
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,20 +43,47 @@ class _Row:
     numbers: list[int]
 
 
-def passes_of(requests: Sequence[Continuation], context: int, positions: int) -> list[list[_Row]]:
+class LongerThanContext(ValueError):
+    """A task asks for more tokens than the model's context has."""
+
+
+def refuse_longer(request: Continuation, context: int) -> None:
+    """Raise LongerThanContext for a continuation that the model can't read whole."""
+    if len(request.tokens) > context:
+        raise LongerThanContext(f"a continuation of {len(request.tokens)} tokens is longer than the context of {context}")
+
+
+def deal_by_cost(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Deal pieces of work to ranks: each, in order, to the rank with the least. Returns the numbers of each rank's.
+
+    costs: largest first, so that no rank has more than 4/3 of the least possible (Graham, 1969)
+    """
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [(0.0, rank) for rank in range(ranks)]
+    for number, cost in enumerate(costs):
+        load, rank = loads[0]
+        dealt[rank].append(number)
+        heapq.heapreplace(loads, (load + cost, rank))
+    return dealt
+
+
+def passes_of(requests: Sequence[Continuation], context: int, positions: int, ranks: int = 1) -> list[list[_Row]]:
     """Order requests into passes of like length, longest first. Requests that read the same tokens share a row.
 
     context    tokens that the model reads at most: of longer requests the beginning is left out
     positions  of a pass, padding included, unless one row has more
+    ranks      that share the passes: none has more than a rank's part of all positions, unless one row has more
+
+    Raises LongerThanContext.
     """
     numbers: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for number, request in enumerate(requests):
         assert request.context, "a continuation is scored behind at least one token"
-        if len(request.tokens) > context:
-            raise ValueError(f"a continuation of {len(request.tokens)} tokens is longer than the context of {context}")
+        refuse_longer(request, context)
         numbers[(*request.context, *request.tokens)[:-1][-context:]].append(number)
     rows = sorted((_Row(tokens, found) for tokens, found in numbers.items()), key=lambda row: -len(row.tokens))
     passes: list[list[_Row]] = []
+    positions = min(positions, -(-sum(len(row.tokens) for row in rows) // ranks))
     for row in rows:
         if not passes or len(passes[-1][0].tokens) * (len(passes[-1]) + 1) > positions:
             passes.append([])
@@ -67,13 +95,15 @@ def passes_of(requests: Sequence[Continuation], context: int, positions: int) ->
 def score(
     model: nn.Module, requests: Sequence[Continuation], context: int, rank: int = 0, ranks: int = 1
 ) -> Iterator[tuple[int, Score]]:
-    """Score every `ranks`-th pass of the requests, from pass `rank` on: yield each request's number with its score.
+    """Score one rank's part of the requests: yield each request's number with its score.
 
     Rows are padded behind their end, which a causal model does not see. Log-likelihoods are taken in at least fp32.
-    Raises ValueError for a continuation longer than the context.
+    Raises LongerThanContext.
     """
     weight = next(model.parameters())
-    for rows in passes_of(requests, context, _positions(model))[rank::ranks]:
+    passes = passes_of(requests, context, _positions(model), ranks)
+    dealt = deal_by_cost([len(rows) * len(rows[0].tokens) for rows in passes], ranks)
+    for rows in (passes[number] for number in dealt[rank]):
         longest = len(rows[0].tokens)
         padded = [[*row.tokens, *[0] * (longest - len(row.tokens))] for row in rows]
         logits_BSV = model(torch.tensor(padded, device=weight.device))
