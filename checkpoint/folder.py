@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, DamageError
-from .files import Files, is_remote, open_files
+from .files import Files, LocalFiles, is_remote, open_files
 from .identity import RunIdentity
 from .manifest import MANIFEST, Manifest, StoredFile, prove_manifest
 
@@ -102,17 +103,26 @@ def length_faults(files: Files, manifest: Manifest, file: StoredFile, sizes: Map
 
 
 @dataclass(frozen=True)
+class StepHead:
+    """What a listing needs of a step's manifest. step: as it says; run, commit: see `Manifest`"""
+
+    step: int
+    run: RunIdentity | None
+    commit: int
+
+
+@dataclass(frozen=True)
 class StepListing:
     """The finished steps of a folder of checkpoints.
 
     run    id of the run that the folder belongs to; None: no run has saved here, only imports
-    heads  name → manifest without arrays, of every finished step; None: it can't be read
+    heads  name → the head of its manifest, of every finished step; None: it can't be read
     names  of the run's own steps, the one to resume from first
     passed  number of the last commit that the run has left behind by going back to an earlier step; 0: none
     """
 
     run: str | None
-    heads: dict[str, Manifest | None]
+    heads: dict[str, StepHead | None]
     names: list[str]
     passed: int = 0
 
@@ -162,14 +172,31 @@ def read_owner(files: Files) -> RunIdentity | None:
         return None
 
 
-def _head(files: Files, name: str) -> Manifest | None:
+def _head(files: Files, name: str) -> StepHead | None:
     try:
-        return load_manifest(files.child(name), arrays=False)
-    except CheckpointError:
+        if isinstance(files, LocalFiles):
+            found = (files.path / name / MANIFEST).stat()
+            return _local_head(files.path / name, (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size))
+        return _read_head(files.child(name))
+    except (CheckpointError, OSError):
         return None
 
 
-def _owner(files: Files, heads: dict[str, Manifest | None]) -> str | None:
+@functools.lru_cache(maxsize=1024)
+def _local_head(step: Path, identity: tuple[int, ...]) -> StepHead:
+    """Return the head of a local step. identity: of its manifest, which is never changed but only replaced
+
+    A start lists the folder several times. Whoever opens a step reads its manifest again, and checks it.
+    """
+    return _read_head(LocalFiles(step))
+
+
+def _read_head(files: Files) -> StepHead:
+    manifest = load_manifest(files, arrays=False)
+    return StepHead(manifest.step, manifest.run, manifest.commit)
+
+
+def _owner(files: Files, heads: dict[str, StepHead | None]) -> str | None:
     owner = read_owner(files)
     if owner is not None:
         return owner.id
@@ -178,8 +205,8 @@ def _owner(files: Files, heads: dict[str, Manifest | None]) -> str | None:
     return None if newest is None or newest.run is None else newest.run.id
 
 
-def _steps_of(run: str | None, heads: dict[str, Manifest | None]) -> dict[str, Manifest | None]:
-    def belongs(head: Manifest | None) -> bool:
+def _steps_of(run: str | None, heads: dict[str, StepHead | None]) -> dict[str, StepHead | None]:
+    def belongs(head: StepHead | None) -> bool:
         return head is None or (head.run is not None and head.run.id == run)
 
     own = {name: head for name, head in heads.items() if belongs(head)}
@@ -207,7 +234,7 @@ def _read_set_back(files: Files) -> SetBack | None:
         return None
 
 
-def _in_order(heads: dict[str, Manifest | None], latest: str | None, given: bool = False) -> list[str]:
+def _in_order(heads: dict[str, StepHead | None], latest: str | None, given: bool = False) -> list[str]:
     """Return the names, the newest first. given: `latest` is known to be it."""
     names = sorted(heads, key=lambda name: step_of(name) or 0, reverse=True)
     counted = {name: head for name, head in heads.items() if head is not None and head.commit > 0}

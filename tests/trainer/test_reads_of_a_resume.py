@@ -42,6 +42,7 @@ def test_one_rank_of_a_host_asks_for_what_all_need(tmp_path: Path) -> None:
     asked = run_ranks(RANKS, resume, str(tmp_path), [*ANY_DATA, *words, "resume=auto", "trainer.steps=3"])
     assert (tmp_path / "run/checkpoints/step-00000003").exists()
     assert asked[0]["run/checkpoints"] and asked[0]["run/checkpoints/step-00000002/manifest.json"]
+    assert asked[0]["run/checkpoints/step-00000001/manifest.json"] == 1  # once, in all listings of the folder
     for found in asked[1:]:  # of a checkpoint only what holds arrays
         saved = {Path(path).name for path in found if path.startswith("run/checkpoints") and ".tmp-" not in path}
         assert saved <= {f"rank-0000{saver}.{kind}" for saver in (0, 1) for kind in ("safetensors", "leaves")}
