@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..trainer.identity import METRICS
+from .ranking import Standing, ranked
 from .run_metrics import last_numbers, shown_numbers
 
 
@@ -20,18 +21,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def rows(folder: Path) -> list[str]:
-    """Return the name and last numbers of each run, the lowest validation loss (or loss, where there is none) first.
+    """Return the name and last numbers of each run, the best first: see `ranked`. How long a run is to be is not read."""
+    found = [(path.parent.name, last_numbers(path)) for path in sorted(folder.glob(f"*/{METRICS}"))]
+    best_first = ranked([_standing(numbers) for _, numbers in found])
+    return ["  ".join([name, *shown_numbers(numbers)]) for name, numbers in (found[at] for at in best_first)]
 
-    Runs that have diverged, and those without a loss, come last.
-    """
-    found = {path.parent.name: last_numbers(path) for path in folder.glob(f"*/{METRICS}")}
 
-    def rank(name: str) -> tuple[float, str]:
-        numbers = found[name]
-        diverged = math.isnan(numbers.get("loss", 0.0))
-        return math.inf if diverged else numbers.get("eval_loss", numbers.get("loss", math.inf)), name
-
-    return ["  ".join([name, *shown_numbers(found[name])]) for name in sorted(found, key=rank)]
+def _standing(numbers: Mapping[str, float]) -> Standing:
+    if math.isnan(numbers.get("loss", 0.0)):  # diverged
+        return Standing(None, None)
+    return Standing(numbers.get("loss"), numbers.get("eval_loss"))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SAVE_TIMES = (("total_seconds", "from begin to commit", "o"), ("stall_seconds", "training waited", "v"))
+"""The times of a save that are drawn: number, name, marker."""
+NOT_FINITE = "loss not finite"
+INCIDENT_MARKERS = ("v", "s", "D", "^", "P", "*", "<", ">")
 EXACT = ("lr", "batch_samples")
 """Numbers that are set, and not measured."""
 LOG_FROM = 4.0
@@ -73,9 +77,11 @@ def loss_chart(runs: Runs, axis: str, title: str, marks: Mapping[str, Marks], *,
                 size = 4 if len(held_out) < 60 else 0
                 line(axes, held_out, runs, color=held_colour, marker="o", markersize=size, linewidth=1, linestyle="--", **more)
         _loss_scale(axes, runs)
-        for name, metrics, _ in coloured(runs):
+        kinds = dict.fromkeys(kind for each in marks.values() for kind in each.steps)
+        markers = {NOT_FINITE: "x"} | dict(zip(kinds, itertools.cycle(INCIDENT_MARKERS), strict=False))
+        for name, metrics in runs.items():
             happened = marks[name].steps if name in marks else {}
-            _mark_steps(axes, metrics, axis, {"loss not finite": _without_loss(metrics), **happened})
+            _mark_steps(axes, metrics, axis, {NOT_FINITE: _without_loss(metrics), **happened}, markers)
         finish(axes, axis, "loss", runs, legend=True)
 
     return drawn(f"loss_by_{axis}", title, draw, WIDE, png=png)
@@ -157,10 +163,7 @@ def save_chart(runs: Runs, *, png: bool) -> Picture:
 
     def draw(axes: Axes) -> None:
         for run, metrics, hue in coloured(runs):
-            for number, kind, marker in (
-                ("total_seconds", "from begin to commit", "o"),
-                ("stall_seconds", "training waited", "v"),
-            ):
+            for number, kind, marker in SAVE_TIMES:
                 found = curve(metrics, f"checkpoint/{number}")
                 label = kind if len(runs) == 1 else shown_name(run, runs) if marker == "o" else None
                 face = hue if marker == "o" else "white"
@@ -171,16 +174,18 @@ def save_chart(runs: Runs, *, png: bool) -> Picture:
     return drawn("checkpoints", "Checkpoints: seconds of each save", draw, png=png)
 
 
-def sweep_chart(values: Sequence[float], losses: Sequence[float], key: str, best: int, *, png: bool) -> Picture:
+def sweep_chart(values: Sequence[float], losses: Sequence[float], key: str, best: int | None, *, png: bool) -> Picture:
     """Draw the final loss of each run of a sweep by the value of a key."""
 
     def draw(axes: Axes) -> None:
         axes.plot(values, losses, "o", color=COLOURS[0])
-        axes.plot([values[best]], [losses[best]], "*", color=COLOURS[1], markersize=13, label="winner")
+        if best is not None:
+            axes.plot([values[best]], [losses[best]], "*", color=COLOURS[1], markersize=13, label="winner")
         if min(values) > 0 and max(values) / min(values) > LOG_FROM:
             axes.set_xscale("log")
         axes.set(xlabel=key, ylabel="final loss")
-        axes.legend()
+        if best is not None:
+            axes.legend()
 
     return drawn(f"sweep_{key}", f"Final loss by {key}", draw, png=png)
 
@@ -189,15 +194,17 @@ def _without_loss(metrics: Metrics) -> list[int]:
     return [row["step"] for row in metrics.steps if "loss" not in row]
 
 
-def _mark_steps(axes: Axes, metrics: Metrics, axis: str, marks: Mapping[str, Sequence[int]]) -> None:
-    """Mark steps along the upper edge: those whose loss is not finite, and incidents."""
+def _mark_steps(
+    axes: Axes, metrics: Metrics, axis: str, marks: Mapping[str, Sequence[int]], markers: Mapping[str, str]
+) -> None:
+    """Mark steps along the upper edge: those whose loss is not finite, and incidents; each kind by its marker."""
     for what, steps in marks.items():
         if not len(steps):
             continue
         x = positions(metrics, np.array(sorted(set(steps))), axis)
         style: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 5, "markersize": 6}
-        marker = "x" if what == "loss not finite" else "v"
-        axes.plot(x, np.ones(len(x)), marker, color=ALARM, label=what, **style)
+        label = None if what in axes.get_legend_handles_labels()[1] else what  # an earlier run had it, too
+        axes.plot(x, np.ones(len(x)), markers[what], color=ALARM, label=label, **style)
         for each in x[:40]:
             axes.axvline(each, color=ALARM, linewidth=0.6, alpha=0.35, zorder=0)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...config.lazy import numpy as np
 from ...config.problems import ConfigError, Problem
+from ..ranking import Standing
 from ..run_folder import CONFIG, Run
 from ..run_metrics import Metrics
 
@@ -59,6 +60,14 @@ class ReportedRun:
         return self.length is not None and self.reached[self.length[0]] >= self.length[1]
 
     @property
+    def diverged(self) -> bool:
+        """True if the newest step has no finite loss, and no evaluation has found one since."""
+        if not self.metrics.steps or "loss" in self.metrics.steps[-1]:
+            return False
+        evaluated = self.metrics["eval_loss"][0]
+        return not len(evaluated) or int(evaluated[-1]) < self.metrics.steps[-1]["step"]
+
+    @property
     def training_loss(self) -> float | None:
         """The mean training loss of the last twentieth of the steps; None without a step, or if the last has no finite loss."""
         rows = self.metrics.steps[-max(1, len(self.metrics.steps) // TAIL) :]
@@ -68,24 +77,36 @@ class ReportedRun:
 
     @property
     def validation_loss(self) -> float | None:
-        """The last validation loss that was finite; None without one."""
+        """The last validation loss that was finite; None without one, and of a run that has diverged."""
         losses = self.metrics["eval_loss"][1]
-        return float(losses[-1]) if len(losses) else None
+        return float(losses[-1]) if len(losses) and not self.diverged else None
+
+    @property
+    def standing(self) -> Standing:
+        """What the run is ranked by."""
+        return Standing(self.training_loss, self.validation_loss, self.finished)
 
 
 def find_runs(paths: Sequence[Path]) -> list[ReportedRun]:
     """Read every run in or under these folders. Raises ConfigError for each folder without any."""
+    folders = find_folders(paths)
+    return [_read(name, folder) for name, folder in zip(_names(folders), folders, strict=True)]
+
+
+def find_folders(paths: Sequence[Path]) -> list[Path]:
+    """Return the folder of every run in or under these folders, once each. Raises ConfigError for each folder without any."""
     problems: list[Problem] = []
-    folders: list[Path] = []
+    folders: dict[Path, Path] = {}
     for path in paths:
         found = [path] if Run(path).is_run else sorted(file.parent for file in path.rglob(CONFIG) if _has_begun(file.parent))
         if not found:
             what = "holds no run" if path.is_dir() else "is no folder"
             problems.append(Problem(str(path), what, f"give a run's output_dir (it has a {CONFIG}), or a folder of runs"))
-        folders += [folder for folder in found if folder not in folders]
+        for folder in found:
+            folders.setdefault(folder.resolve(), folder)
     if problems:
         raise ConfigError(problems)
-    return [_read(name, folder) for name, folder in zip(_names(folders), folders, strict=True)]
+    return list(folders.values())
 
 
 def _has_begun(folder: Path) -> bool:

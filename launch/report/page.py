@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...config.words import counted
+from ..ranking import compared_losses
 from .charts import Marks, all_charts, sweep_chart
 from .collect import ReportedRun
 from .drawings import expert_drawings, pipeline_drawing
 from .figure import Picture
-from .tables import COLUMNS, Table, config_table, differences, final_loss, incident_table, results, save_table, state, written
+from .tables import COLUMNS, Table, config_table, differences, incident_table, results, save_table, state, written
 from .winner import continue_command, find_winner, sides_of
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -118,18 +119,21 @@ def _compare(page: Page, runs: Sequence[ReportedRun], winner: ReportedRun | None
     if winner is None:
         page.notes.append("a winner: no run has a loss yet")
         return
-    kind = "training" if winner.validation_loss is None else "validation"
+    kind = "training" if all(run.validation_loss is None for run in runs) else "validation"
     unfinished = sum(not run.finished for run in runs)
     page.command_title = f"Winner: {winner.name}"
-    page.command_note = f"{kind} loss {final_loss(winner):.4f}"
+    page.command_note = f"{kind} loss {compared_losses([run.standing for run in runs])[runs.index(winner)]:.4f}"
     if unfinished:
         page.command_note += f"; {unfinished} of {len(runs)} runs have not reached their length"
-    page.command = continue_command(winner)
+    continuation = continue_command(winner)
+    page.command = continuation.line
     if page.command is None:
-        page.notes.append(f"a command that goes on with {winner.name}: its config does not name a recipe and a length")
+        page.notes.append(f"a command that goes on with {winner.name}: {continuation.note}")
     else:
         page.command_note += ". To go on with it, to twice its length"
         page.command_note += " (with the --config-dir that it was started with, if any):"
+        if continuation.note:
+            page.notes.append(f"in the command that goes on with {winner.name}: {continuation.note}")
 
 
 def _add_charts(page: Page, runs: Sequence[ReportedRun], png: bool) -> None:
@@ -158,10 +162,11 @@ def _incident_steps(run: ReportedRun) -> dict[str, list[int]]:
 
 def _sweep_charts(runs: Sequence[ReportedRun], winner: ReportedRun, png: bool) -> list[Picture]:
     """Draw the final loss by each numeric setting that differs."""
-    known = [(run, loss) for run in runs if (loss := final_loss(run)) is not None]
+    losses_of = compared_losses([run.standing for run in runs])
+    known = [(run, loss) for run, loss in zip(runs, losses_of, strict=True) if loss is not None and not run.fault]
     values = differences([run for run, _ in known])
     numeric = {key: each for key, each in values.items() if all(_is_number(value) for value in each)}
-    best = next(at for at, (run, _) in enumerate(known) if run is winner)
+    best = next((at for at, (run, _) in enumerate(known) if run is winner), None)
     losses, shown = [loss for _, loss in known], list(numeric.items())[:SETTINGS]
     return [sweep_chart(numbers, losses, key, best, png=png) for key, numbers in shown]
 

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any, cast
 
 from ...config.words import counted
+from ..ranking import ranked
 from .collect import ReportedRun
 from .figure import short
 
@@ -17,6 +18,8 @@ COLUMNS = 6
 SAVES, INCIDENTS = 20, 200
 """Most rows of a table; the newest are shown."""
 SAVE_PARTS = ("stall", "staging", "writing", "commit", "total")
+"""What a save took, in the order of the table's columns."""
+ABSENT = "–"
 LONGEST = 60
 """Characters of a setting's value."""
 
@@ -34,7 +37,7 @@ class Table:
 
 def results(runs: Sequence[ReportedRun], winner: ReportedRun | None, differing: Mapping[str, Sequence[str]]) -> Table:
     """Tabulate how far each run has come; with the settings that differ, where they are few. The best run comes first."""
-    ordered = sorted(runs, key=lambda run: (final_loss(run) is None, final_loss(run) or 0.0))
+    ordered = [runs[at] for at in ranked([run.standing for run in runs])]
     shown = list(differing)[:COLUMNS] if len(runs) > 1 else []
     at = {run.name: number for number, run in enumerate(runs)}
     head = ["run", *shown, "state", "steps", "tokens", "training loss", "validation loss", "tokens/s", "MFU", "memory, GiB"]
@@ -79,22 +82,18 @@ def _loss(loss: float | None) -> str:
     return "–" if loss is None else f"{loss:.4f}"
 
 
-def final_loss(run: ReportedRun) -> float | None:
-    """Return the loss by which runs are compared: the last validation loss, or else the final training loss."""
-    return run.training_loss if run.validation_loss is None else run.validation_loss
-
-
 def state(run: ReportedRun) -> str:
     """Say in a few words whether a run has reached its length."""
     if run.fault:
         return "its config can't be read"
     if not run.metrics.steps:
         return "no step yet"
+    diverged = "; loss not finite" if run.diverged else ""
     if run.finished:
-        return "finished"
+        return f"finished{diverged}"
     of = f" of {short(run.length[1])} {run.length[0]}" if run.length is not None else ""
     reached = short(run.reached[run.length[0] if run.length is not None else "steps"])
-    return f"at {reached}{of}" + ("; loss not finite" if "loss" not in run.metrics.steps[-1] else "")
+    return f"at {reached}{of}{diverged}"
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -107,11 +106,15 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def differences(runs: Sequence[ReportedRun]) -> dict[str, list[Any]]:
-    """Return key → value of each run, for the keys that have several values. Where a run is kept says nothing of it."""
+    """Return key → value of each run, for the keys that have several values. Where a run is kept says nothing of it.
+
+    A run without a key has `ABSENT`. One whose config can't be read has it everywhere, and makes no difference.
+    """
     configs = [dict(flat(run.config)) for run in runs]
+    read = [at for at, run in enumerate(runs) if not run.fault]
     keys = dict.fromkeys(key for config in configs for key in config)
-    found = {key: [config.get(key) for config in configs] for key in keys if key not in ("output_dir", "resume")}
-    return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
+    found = {key: [config.get(key, ABSENT) for config in configs] for key in keys if key not in ("output_dir", "resume")}
+    return {key: values for key, values in found.items() if any(values[at] != values[read[0]] for at in read)}
 
 
 def written(value: Any) -> str:
@@ -133,10 +136,7 @@ def save_table(runs: Sequence[ReportedRun]) -> Table | None:
             *([run.name] if len(runs) > 1 else []),
             f"{row['checkpoint_step']:,}",
             "committed" if row.get("checkpoint_saved") else "not committed",
-            *(
-                f"{row.get(f'checkpoint/{name}_seconds', 0.0):.3g}"
-                for name in ("stall", "staging", "writing", "commit", "total")
-            ),
+            *(f"{row.get(f'checkpoint/{name}_seconds', 0.0):.3g}" for name in SAVE_PARTS),
             f"{row.get('checkpoint/total_bytes', 0.0) / 2**20:,.1f}",
         ]
         for run in runs

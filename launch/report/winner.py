@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,17 +15,18 @@ from ...config.keys import Side
 from ...config.structured import literal
 from ...trainer.schema import RunConfig, make_composer
 from ...trainer.sides import key_sides
-from ...trainer.stages.written import written_value
+from ...trainer.stages.written import Stage, read_stages, written_value
 from ...trainer.typed import plain_config, typed_config
+from ..ranking import compared_losses, ranked
 from .collect import ReportedRun
-from .tables import final_loss, flat
+from .tables import ABSENT
 
 
 def find_winner(runs: Sequence[ReportedRun]) -> ReportedRun | None:
-    """Return the run with the lowest final loss, of those that have finished where any has; None where none has a loss."""
-    finished = [run for run in runs if run.finished and final_loss(run) is not None]
-    known = finished or [run for run in runs if final_loss(run) is not None]
-    return min(known, key=lambda run: final_loss(run) or 0.0) if known else None
+    """Return the run that ranks first; None where none has a loss."""
+    standings = [run.standing for run in runs]
+    best = ranked(standings)[0]
+    return runs[best] if compared_losses(standings)[best] is not None else None
 
 
 def typed_run(run: ReportedRun) -> RunConfig | None:
@@ -53,18 +55,38 @@ def sides_of(runs: Sequence[ReportedRun]) -> dict[str, str]:
     return sides
 
 
-def continue_command(run: ReportedRun) -> str | None:
-    """Return the command line that goes on with a run, to twice its length; None if the run does not say what it is.
+@dataclass(frozen=True)
+class Continuation:
+    """The command line that goes on with a run, to twice its length.
 
-    The recipe comes from its checkpoint. Its placement is typed where it is not the recipe file's own.
+    line  None where there is none
+    note  what the line lacks, or why there is none; "" if it is whole
+    """
+
+    line: str | None
+    note: str = ""
+
+
+def continue_command(run: ReportedRun) -> Continuation:
+    """Write the command line that goes on with a run.
+
+    The recipe comes from its checkpoint. Its placement is typed where it is not the recipe file's own. A run with stages goes
+    on with a longer last stage.
     """
     config, length = typed_run(run), run.length
     if config is None or length is None or not run.config.get("recipe"):
-        return None
+        return Continuation(None, "its config does not name a recipe and a length, or today's Meshloom does not take it")
     unit, amount = length
+    stages, faults = read_stages(run.config.get("stages"))
+    if faults:
+        return Continuation(None, str(faults[0]))
+    longer = f"trainer.{unit}={2 * amount}"
+    if stages:
+        longer = f"{stages[-1].key}.tokens={2 * stages[-1].end - stages[-1].begin}"
     recipe = f"recipe={written_value(run.config['recipe'])}"
-    words = [recipe, f"output_dir={quoted(str(run.run.folder))}", "resume=auto", f"trainer.{unit}={2 * amount}"]
-    return " ".join(["meshloom train", *map(_shell_word, [*words, *_placement(config, recipe)])])
+    words, note = _placement(config, recipe, stages)
+    words = [recipe, f"output_dir={quoted(str(run.run.folder))}", "resume=auto", longer, *words]
+    return Continuation(" ".join(["meshloom train", *map(_shell_word, words)]), note)
 
 
 def _shell_word(word: str) -> str:
@@ -72,21 +94,44 @@ def _shell_word(word: str) -> str:
     return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
-def _placement(config: RunConfig, recipe: str) -> list[str]:
-    """Return the words for the layout and launch of a run, where its recipe file has others."""
-    composition = make_composer().compose([recipe])
+def _placement(config: RunConfig, recipe: str, stages: Sequence[Stage]) -> tuple[list[str], str]:
+    """Return the words for the placement of a run, where its recipe file has another; and which of it they lack.
+
+    What a stage changes is left to the stage.
+    """
+    composition, note = make_composer().compose([recipe]), ""
     if composition.problems:  # a recipe of the user's own, in a folder that the run's files do not name
-        return []
-    usual = _flat_config(typed_config(composition.config)[0])
-    sides = key_sides(config)
-    return [
-        f"{key}={written_value(value)}"
-        for key, value in _flat_config(config).items()
-        if key.partition(".")[0] in ("parallel", "launch", "batch")
-        and sides.get(key) is Side.PLACEMENT
-        and value != usual.get(key)
+        composition = make_composer().compose([])
+        note = "its recipe file is not known here: placement is typed where it is not Meshloom's default"
+    usual, own = (plain_config(each) for each in (typed_config(composition.config)[0], config))
+    changed = [
+        key
+        for key, side in key_sides(config).items()
+        if side is Side.PLACEMENT
+        and key not in ("output_dir", "resume")
+        and not any(stage.touches(key) for stage in stages)
+        and _value(own, key) != _value(usual, key)
     ]
+    missing = [key for key in changed if _value(usual, key) is ABSENT]  # of an option that the recipe file does not choose
+    if missing:
+        note = "; ".join([*filter(None, [note]), f"not typed, because the recipe file has no such key: {', '.join(missing)}"])
+    words = [f"{key}={_written(_value(own, key))}" for key in changed if key not in missing]
+    return words, note
 
 
-def _flat_config(config: RunConfig) -> Mapping[str, Any]:
-    return dict(flat(plain_config(config)))
+def _value(tree: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a key with dots; `ABSENT` without it."""
+    found: Any = tree
+    for name in key.split("."):
+        if not isinstance(found, Mapping) or name not in found:
+            return ABSENT
+        found = cast(Mapping[str, Any], found)[name]
+    return found
+
+
+def _written(value: Any) -> str:
+    """Write a value for Hydra, also one with names inside."""
+    if isinstance(value, Mapping):
+        items = cast(Mapping[Any, Any], value).items()
+        return f"{{{','.join(f'{name}:{_written(each)}' for name, each in items)}}}"
+    return written_value(value)

@@ -14,15 +14,18 @@ from pathlib import Path
 
 import pytest
 
+from meshloom.config.keys import Side
 from meshloom.launch.report.collect import find_runs
 from meshloom.launch.report.command import main
 from meshloom.launch.report.page import make_page
 from meshloom.launch.report.serve import LivePage, make_server
-from meshloom.launch.report.tables import differences, state
+from meshloom.launch.report.tables import ABSENT, differences, flat, state
 from meshloom.launch.report.tables import results as results_table
-from meshloom.launch.report.winner import continue_command, find_winner
+from meshloom.launch.report.winner import continue_command, find_winner, typed_run
 from meshloom.launch.run_metrics import Metrics
 from meshloom.trainer.schema import make_composer
+from meshloom.trainer.sides import key_sides
+from meshloom.trainer.typed import plain_config, typed_config
 from support.run_folders import step_row, write_run
 
 
@@ -112,11 +115,63 @@ def test_a_sweep_has_its_winner_and_a_command_that_goes_on(tmp_path: Path, capsy
     results = results_table(runs, find_winner(runs), shown)
     assert results.head[:3] == ["run", "optim.lr", "state"] and "output_dir" not in results.head
     assert [row[:3] for row in results.rows] == [
-        ["optim.lr=0.01", "0.01", "at 2 of 4 steps"],
         ["optim.lr=0.003", "0.003", "finished"],
         ["optim.lr=0.001", "0.001", "finished"],
+        ["optim.lr=0.01", "0.01", "at 2 of 4 steps"],
     ]
-    assert results.marked == 1
+    assert results.marked == 0
+
+
+def test_the_command_has_every_placement_key_that_the_recipe_file_has_not(tmp_path: Path) -> None:
+    words = [
+        "launch.nproc=4",
+        "parallel.tp=2",
+        "trainer.compile=true",
+        "launch.sbatch.qos=high",
+        "launch.memory='64'",
+    ]
+    folder = write_run(tmp_path / "run", [step_row(4)], "trainer.steps=4", "checkpoint.folder='s3://a/b c'", *words)
+    (run,) = find_runs([folder])
+    command = continue_command(run)
+    composed = make_composer().compose(shlex.split(command.line or "")[2:])
+    assert not composed.problems and command.note == ""
+    again, _ = typed_config(composed.config)
+    before = typed_run(run)
+    assert before is not None
+    own, typed = (dict(flat(plain_config(each))) for each in (before, again))
+    placement = [
+        key for key, side in key_sides(before).items() if side is Side.PLACEMENT and key not in ("output_dir", "resume")
+    ]
+    kept = {key: value for key, value in own.items() if any(f"{key}.".startswith(f"{each}.") for each in placement)}
+    assert kept["checkpoint.folder"] == "s3://a/b c" and kept["launch.sbatch.qos"] == "high"
+    assert {key: typed.get(key) for key in kept} == kept
+
+
+def test_a_run_with_stages_goes_on_with_a_longer_last_one(tmp_path: Path) -> None:
+    stages = "+stages={base:{tokens:8000},long:{tokens:2000,parallel:{cp:2}}}"
+    folder = write_run(tmp_path / "run", [step_row(10)], "trainer.steps=null", "trainer.tokens=10000", stages)
+    line = continue_command(find_runs([folder])[0]).line or ""
+    assert "trainer." not in line and "parallel." not in line
+    composed = make_composer().compose(shlex.split(line)[2:])
+    assert not composed.problems and composed.config.stages == {"long": {"tokens": 12000}}  # the rest is the checkpoint's
+
+
+def test_a_diverged_run_does_not_win_and_a_lost_config_spoils_no_comparison(tmp_path: Path) -> None:
+    folder = sweep(tmp_path / "sweep")
+    lost = {name: value for name, value in step_row(5).items() if name != "loss"}
+    with (folder / "optim.lr=0.003/metrics.jsonl").open("a") as file:
+        file.write(json.dumps(lost) + "\n")
+    (folder / "optim.lr=0.01/config.yaml").write_text("{unclosed")
+    (tmp_path / "link").symlink_to(folder)
+    runs = find_runs([folder, tmp_path / "link"])  # the same ones
+    states = {run.name: state(run) for run in runs}
+    assert states["optim.lr=0.003"] == "finished; loss not finite" and len(runs) == 3
+    winner = find_winner(runs)
+    assert winner is not None and winner.name == "optim.lr=0.001"
+    assert differences(runs) == {"optim.lr": [0.001, 0.003, ABSENT]}
+    with (folder / "optim.lr=0.003/metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5, "eval_loss": 1.5}) + "\n")
+    assert not find_runs([folder / "optim.lr=0.003"])[0].diverged  # an evaluation has found a loss again
 
 
 def test_odd_runs_are_told_and_none_is_left_out_in_silence(tmp_path: Path) -> None:
@@ -141,8 +196,9 @@ def test_odd_runs_are_told_and_none_is_left_out_in_silence(tmp_path: Path) -> No
         "own": "finished",
     }
     assert find_winner(list(runs.values())) is runs["own"]
-    assert continue_command(runs["broken"]) is None
-    assert "recipe=my_own" in (continue_command(runs["own"]) or "")
+    assert continue_command(runs["broken"]).line is None
+    assert "recipe=my_own" in (continue_command(runs["own"]).line or "")
+    assert "recipe file is not known here" in continue_command(runs["own"]).note
     page = make_page([runs["empty"]], png=False)
     assert page.pictures == [] and "no row of a step yet" in " ".join(page.notes)
     notes = make_page([runs["empty"], replace(runs["broken"], metrics=Metrics([]))], png=False).notes

@@ -1,0 +1,39 @@
+"""The ranking of runs by their losses: one for the report of runs, and for the table at the end of a sweep's jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What runs are ranked by.
+
+    training, validation  its last losses; None where there is none, and both of a run that has diverged
+    finished              whether it has reached its length; True where nobody knows
+    """
+
+    training: float | None
+    validation: float | None
+    finished: bool = True
+
+
+def compared_losses(runs: Sequence[Standing]) -> list[float | None]:
+    """Return the loss by which each run is compared: validation losses where any run has one, or else training losses.
+
+    The two are never compared with one another.
+    """
+    validated = any(run.validation is not None for run in runs)
+    return [run.validation if validated else run.training for run in runs]
+
+
+def ranked(runs: Sequence[Standing]) -> list[int]:
+    """Return the numbers of the runs, the best first: finished ones, unfinished ones, those without a loss."""
+    losses = compared_losses(runs)
+
+    def place(at: int) -> tuple[bool, bool, float]:
+        loss = losses[at]
+        return loss is None, not runs[at].finished, 0.0 if loss is None else loss
+
+    return sorted(range(len(runs)), key=place)

@@ -1,0 +1,35 @@
+"""The ranking of runs: finished before unfinished, and diverged ones last; validation and training losses are not mixed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from meshloom.launch.ranking import Standing, compared_losses, ranked
+from meshloom.launch.sweep_results import rows
+from support.run_folders import step_row
+
+
+def test_finished_runs_come_first_and_those_without_a_loss_last() -> None:
+    runs = [Standing(None, None), Standing(1.0, 1.0, finished=False), Standing(9.0, 3.0), Standing(8.0, 2.0)]
+    assert ranked(runs) == [3, 2, 1, 0]
+    assert ranked([]) == []
+
+
+def test_a_training_loss_is_not_compared_with_a_validation_loss() -> None:
+    runs = [Standing(1.0, None), Standing(3.0, 3.5)]
+    assert compared_losses(runs) == [None, 3.5] and ranked(runs) == [1, 0]
+    assert compared_losses([Standing(1.0, None), Standing(3.0, None)]) == [1.0, 3.0]
+
+
+def test_the_table_of_a_sweep_ranks_as_the_report_does(tmp_path: Path) -> None:
+    lost = {name: value for name, value in step_row(3).items() if name != "loss"}
+    written = {
+        "a_diverged": [step_row(2), {"step": 2, "eval_loss": 0.5}, lost],
+        "b_unvalidated": [step_row(2, loss=0.1)],
+        "c_good": [step_row(2), {"step": 2, "eval_loss": 2.0}],
+    }
+    for name, found in written.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in found))
+    assert [row.split()[0] for row in rows(tmp_path)] == ["c_good", "a_diverged", "b_unvalidated"]
