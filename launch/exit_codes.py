@@ -13,3 +13,5 @@ HUNG = 75
 """A rank did not go on, and the run was ended for it. Starting again may help (`EX_TEMPFAIL` of sysexits.h)."""
 NO_PROGRESS = 76
 """Attempts fail without any progress: starting again would repeat it."""
+TOO_FEW_MACHINES = 78
+"""Fewer machines than the run needs came in time. Another start would wait for them, too. (77 is DIVERGED.)"""

@@ -201,7 +201,7 @@ def run_by_torchrun(
         for notice in placements.notices:
             print(notice, file=sys.stderr)
         rules = Rules(run_processes(launch), launch.most_nodes, placements.words, max_restarts, launch.join_seconds)
-        part = Part(str(Path(resolved.config.output_dir).absolute()), rules, arguments)
+        part = Part(str(Path(resolved.config.output_dir).absolute()), rules, arguments, launch.address)
         started = TorchRun([part.as_word()], rules.processes)
     else:
         processes = [f"--nproc-per-node={resolved.world_size}", f"--max-restarts={max_restarts}"]

@@ -54,6 +54,11 @@ class LaunchConfig:
         "machines of the run; 2:4 goes on with any number from 2 to 4, whatever is left of them (in a recipe file write it in"
         " quotes)",
     )
+    address: str = key(
+        "auto",
+        "under which the other machines of a run reach this one: an address, or the name of a network interface, such as ib0;"
+        " auto: that of the default route",
+    )
     spare_nodes: int = key(0, "further machines of the SLURM job, which wait to take the place of one that is lost")
     join_seconds: float = key(
         30.0, "how long a run waits for further machines at its start, once it has the least number of launch.nodes"
@@ -112,6 +117,8 @@ class LaunchConfig:
             refuse("nodes", f"{self.nodes!r} is not a number of machines", "use 1 or more, or least:most, such as 2:4")
         if self.gpus_per_node < 1:
             refuse("gpus_per_node", f"{self.gpus_per_node} is not a number of them", "use 1 or more")
+        if not self.address.strip():
+            refuse("address", "is empty", "use auto, an address, or the name of a network interface")
         if self.spare_nodes < 0 or (self.spare_nodes and self.most_nodes == 1):
             refuse("spare_nodes", f"{self.spare_nodes} can't take the place of any", "use 0, or give launch.nodes")
         if not self.join_seconds >= 0:

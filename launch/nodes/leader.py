@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from ...config.words import counted
-from ..exit_codes import BAD_CONFIG, HUNG, NO_PROGRESS
+from ..exit_codes import BAD_CONFIG, NO_PROGRESS, TOO_FEW_MACHINES
 from ..watch.attempts import FRUITLESS, Judgement, judge_attempts
 from ..watch.failures import Failure, Report, merge
 from .memory import Assignment, Memory, NodeRanks
@@ -94,12 +94,22 @@ class Leader:
     _failed: float | None = None
     _told: str = ""
     _ticked: float | None = None
+    _adopting: float | None = None
+    _refused: str = ""
+    _lacks: bool = True
 
-    def take_over(self, lost: str) -> None:
-        """Begin as a survivor of the machine that led before."""
-        assert self.memory.assignment is not None
-        self._expected = set(self.memory.assignment.ids) - {lost}
-        self._tell_lost([node for node in self.memory.assignment.nodes if node.id == lost])
+    def take_over(self, before: str, *, lost: bool = True) -> None:
+        """Begin after the machine that led before, as one of the others. lost: else it has given up the lead by itself.
+
+        A machine that led without ranks of its own leaves those of the others as they are: their attempt goes on.
+        """
+        assignment = self.memory.assignment
+        assert assignment is not None
+        self._expected = set(assignment.ids) - {before}
+        if before not in assignment.ids:
+            self._adopting = SURVIVOR_SECONDS
+        elif lost:
+            self._tell_lost([node for node in assignment.nodes if node.id == before])
 
     def hear(self, message: Message, now: float) -> Message:
         """Answer a machine. now: seconds of a clock that never goes back."""
@@ -108,6 +118,8 @@ class Leader:
             node = Node(message["id"], message["host"], message["address"], message["port"], now, now)
         if message["processes"] != self.rules.processes:
             told = f"{node.host} has launch.nproc={message['processes']}, and the run {self.rules.processes} on each machine"
+            self._refused = told
+            self._say(told)
             return {"order": Order.REFUSE, "code": BAD_CONFIG, "said": told}
         self._nodes[node.id] = node
         node.heard, node.gone, node.port = now, None, message["port"]
@@ -118,6 +130,7 @@ class Leader:
             self.memory = known
             assert known.assignment is not None
             self._expected = {each for each in known.assignment.ids if each in self._nodes}
+            self._adopting, self._since = SETTLE_SECONDS, now
         self.tick(now)
         return self._answer(node, message["knows"])
 
@@ -148,13 +161,26 @@ class Leader:
         """True once every machine has heard of the end."""
         return not self._nodes
 
+    @property
+    def lacks_machines(self) -> bool:
+        """True while fewer machines are here than the run needs."""
+        return self._lacks and not self._running and self._adopting is None
+
+    @property
+    def busy(self) -> bool:
+        """True until the attempt has ended on all machines."""
+        return self._running
+
     # ---- before an attempt
 
     def _gather(self, now: float) -> None:
         self._since = now if self._since is None else self._since
+        if self._adopting is not None and self._adopts(now - self._since):
+            return
         waiting = [each for each in self._nodes.values() if each.state is State.WAITING and not each.leaving]
         waiting = [each for each in waiting if each.id not in self.memory.left_out]
         size, late = self.rules.size(len(waiting)), now - self._since
+        self._lacks = not size
         if self.memory.assignment is not None:
             here = {each.id for each in waiting}
             ready = self._expected <= here or late > SURVIVOR_SECONDS
@@ -164,10 +190,26 @@ class Leader:
         if size and ready:
             self._begin(waiting, size)
         elif not size and late > GATHER_SECONDS:
-            self.tell("end", f"too few machines came in {GATHER_SECONDS:.0f} s: {self._count(len(waiting))}")
-            self.ended = HUNG
+            why = f"; {self._refused}" if self._refused else ""
+            self.tell("end", f"too few machines came in {GATHER_SECONDS:.0f} s: {self._count(len(waiting))}{why}")
+            self.ended = BAD_CONFIG if self._refused else TOO_FEW_MACHINES
         elif not size and late > SETTLE_SECONDS:
             self._say(f"waiting for machines: {self._count(len(waiting))}")
+
+    def _adopts(self, late: float) -> bool:
+        """Go on with the attempt of an earlier leader if all of its machines are in it; return whether to wait for that."""
+        assignment = self.memory.assignment
+        assert assignment is not None and self._adopting is not None
+        there = [self._nodes[each] for each in assignment.ids if each in self._nodes]
+        there = [each for each in there if each.attempt == assignment.number]
+        if len(there) == len(assignment.nodes) and all(each.state is not State.WAITING for each in there):
+            self._running, self._border, self._failed, self._told = True, False, None, ""
+        elif late <= self._adopting and all(each.state is not State.WAITING for each in there):
+            return True
+        else:
+            self._expected |= {each for each in assignment.ids if each in self._nodes and not self._nodes[each].leaving}
+        self._adopting = None
+        return self._running
 
     def _count(self, here: int) -> str:
         return f"{here} of at least {min(self.rules.placements)} are here"
@@ -277,7 +319,7 @@ class Leader:
             del self._nodes[node.id]
             return {**news, "order": Order.END, "code": self.ended}
         assignment = self.memory.assignment
-        if self._running and assignment is not None and node.id in assignment.ids:
+        if (self._running or self._adopting is not None) and assignment is not None and node.id in assignment.ids:
             return {**news, "order": Order.BORDER if self._border else Order.RUN}
         return {**news, "order": Order.WAIT}
 

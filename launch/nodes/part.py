@@ -35,11 +35,12 @@ class Rules:
 
 @dataclass(frozen=True)
 class Part:
-    """A machine's part in a run. output_dir: of the run, absolute; arguments: of every rank."""
+    """A machine's part in a run. output_dir: of the run, absolute; arguments: of every rank; address: launch.address."""
 
     output_dir: str
     rules: Rules
     arguments: Sequence[str]
+    address: str = "auto"
 
     def as_word(self) -> str:
         """Return it as a word of the agent's command line."""
@@ -51,7 +52,7 @@ class Part:
         values: dict[str, Any] = json.loads(word.removeprefix(FLAG))
         rules: dict[str, Any] = values["rules"]
         rules["placements"] = {int(number): words for number, words in rules["placements"].items()}
-        return cls(values["output_dir"], Rules(**rules), values["arguments"])
+        return cls(values["output_dir"], Rules(**rules), values["arguments"], values["address"])
 
 
 def overlaid(words: Sequence[str], changes: Sequence[str]) -> list[str]:

@@ -1,7 +1,8 @@
 """Files in a run's folder through which machines agree on who leads. No machine's death takes them away.
 
 A term is the time of one leader. Whoever makes the file of the next term first leads it; all others follow the newest term.
-A leader that is cut off from the others finds a newer term here, and becomes one of them.
+The leader renews a lease beside it (`lease.py`), and nobody begins a term while the last one's lease moves.
+A leader that finds a newer term than its own becomes one of the others.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ OUTCOME = "outcome"
 """Name of the file with the exit code of the run."""
 OUTCOME_FILE = "MESHLOOM_OUTCOME"
 """Environment variable with a file that gets it, too: of a job whose machines end with codes of their own."""
+RELEASED = 10**19
+"""Counter of a lease that was given up."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,56 @@ class Terms:
     def claim(self, term: Term) -> bool:
         """Make a term. Return whether this machine was the first to make one of its number."""
         beside = self.folder / f"{term.id}.new"
-        beside.write_text(json.dumps(asdict(term)))
         try:
-            os.link(beside, self.folder / f"term-{term.number:06d}.json")  # exclusive, on shared file systems too
+            beside.write_text(json.dumps(asdict(term)))
+            os.link(beside, self._path(term.number))  # exclusive, on shared file systems too
         except FileExistsError:
             return False
         finally:
-            beside.unlink()
+            beside.unlink(missing_ok=True)
+        if term.number == 1:
+            (self.folder / OUTCOME).unlink(missing_ok=True)  # of an earlier launch
         return True
+
+    def is_over(self, number: int) -> bool:
+        """Return whether a newer term has begun, or the run has ended. Cheap: no folder is listed."""
+        return self._path(number + 1).exists() or not self._path(number).exists()
+
+    # ---- the lease of a term
+
+    def renew(self, number: int, count: int) -> None:
+        """Write a lease's counter, in place: readers on a network file system see it at their next open."""
+        file = os.open(self._lease(number), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.pwrite(file, f"{count:020d}".encode(), 0)
+        finally:
+            os.close(file)
+
+    def release(self, number: int) -> None:
+        """Give a lease up."""
+        self.renew(number, RELEASED)
+
+    def lease(self, number: int) -> int | None:
+        """Return a lease's counter; 0 before the first renewal, None once it was given up."""
+        try:
+            count = int(self._lease(number).read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
+        return None if count == RELEASED else count
+
+    # ---- machines that can't reach the leader
+
+    def stand_apart(self, number: int, machine: str, host: str) -> None:
+        """Tell that a machine can't reach the leader of a term, which goes on."""
+        self._apart(number, machine).write_text(host)
+
+    def rejoin(self, number: int, machine: str) -> None:
+        """Take that back."""
+        self._apart(number, machine).unlink(missing_ok=True)
+
+    def apart(self, number: int) -> list[str]:
+        """Return the hosts that can't reach the leader of a term."""
+        return sorted(path.read_text() for path in self.folder.glob(self._apart(number, "*").name))
 
     def end(self, code: int) -> None:
         """Write how the run has ended, and remove the terms: a later launch begins with its own."""
@@ -63,8 +108,9 @@ class Terms:
             beside = path.with_name(f"{path.name}.new")
             beside.write_text(str(code))
             beside.replace(path)
-        for path in self.folder.glob("term-*.json"):
-            path.unlink(missing_ok=True)
+        for pattern in ("apart-*", "lease-*", "term-*.json"):  # terms last: without one, a machine looks for the outcome
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def outcome(self) -> int | None:
         """Return how the run has ended; None if it goes on."""
@@ -72,6 +118,15 @@ class Terms:
             return int((self.folder / OUTCOME).read_text())
         except (OSError, ValueError):
             return None
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"term-{number:06d}.json"
+
+    def _apart(self, number: int, machine: str) -> Path:
+        return self.folder / f"apart-{number:06d}-{machine}"
+
+    def _lease(self, number: int) -> Path:
+        return self.folder / f"lease-{number:06d}"
 
 
 def meeting_folder(output_dir: Path) -> Path:

@@ -163,7 +163,7 @@ def test_a_range_of_nodes_survives_those_that_fail() -> None:
     assert "no-kill" not in directives(slurm.script(["recipe=llama_1b", "launch.nodes=2"]))
 
 
-@pytest.mark.parametrize(("code", "seconds", "again"), [(75, 601, True), (137, 601, True), (137, 5, False), (76, 601, False)])
+@pytest.mark.parametrize(("code", "seconds", "again"), [(75, 601, True), (137, 5, False), (76, 601, False), (78, 601, False)])
 def test_only_what_may_pass_is_queued_again(
     code: int, seconds: int, again: bool, cluster: dict[str, str], tmp_path: Path
 ) -> None:
@@ -173,6 +173,16 @@ def test_only_what_may_pass_is_queued_again(
     done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=cluster, capture_output=True, check=False)
     assert done.returncode == code
     assert (tmp_path / "scontrol.log").exists() == again
+    assert [path.read_text() for path in tmp_path.glob(".faults-*")] == (["1\n"] if again else [])
+
+
+@pytest.mark.parametrize("before", [2, 3])
+def test_a_fault_that_comes_again_ends_the_job(before: int, cluster: dict[str, str], tmp_path: Path) -> None:
+    text = slurm.script(["recipe=llama_1b"]).replace("set -uo pipefail", "set -uo pipefail; SECONDS=601")
+    (tmp_path / "bin" / "srun").write_text("#!/bin/bash\nexit 137\n")
+    (tmp_path / f".faults-{cluster['SLURM_JOB_ID']}").write_text(f"{before}\n")
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=cluster, capture_output=True, check=False)
+    assert done.returncode == 137 and (tmp_path / "scontrol.log").exists() == (before < 3)
 
 
 def test_directives_of_a_site_come_beside_ours_or_in_their_place() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from meshloom.launch.exit_codes import BAD_CONFIG, HUNG, NO_PROGRESS
+from meshloom.launch.exit_codes import BAD_CONFIG, NO_PROGRESS, TOO_FEW_MACHINES
 from meshloom.launch.nodes.leader import GATHER_SECONDS, SETTLE_SECONDS, Leader, Order, State
 from meshloom.launch.nodes.memory import Memory
 from meshloom.launch.nodes.part import FLAG, Part, Rules, overlaid
@@ -200,15 +200,47 @@ def test_a_new_leader_learns_from_machines_that_were_here() -> None:
     late = Cluster()
     late.add("d")
     late.add("b", "c", attempt=0, state=State.RUNNING, memory=replace(known, failures=[]).as_dict())
-    late.pass_time(4)
+    late.pass_time(SETTLE_SECONDS + 4)
     assert late.leader.memory.launch == known.launch and late.leader.memory.number == 1
+
+
+@pytest.mark.parametrize("known_at_first", [True, False])
+def test_an_attempt_outlives_a_leader_without_ranks(known_at_first: bool) -> None:
+    memory = started("a", "b").leader.memory
+    after = Cluster(memory=memory if known_at_first else None)
+    if known_at_first:
+        after.leader.take_over("spare")
+    after.add("b", attempt=0, state=State.RUNNING, memory=memory.as_dict())
+    after.pass_time(1)
+    after.add("a", attempt=0, state=State.RUNNING, memory=memory.as_dict())
+    assert after.answers["b"]["order"] == Order.RUN, "so that it does not end its ranks meanwhile"
+    after.pass_time(SETTLE_SECONDS + 3)
+    assert after.leader.memory.number == 0 and after.leader.busy and after.told == []
+    assert {each["order"] for each in after.answers.values()} == {Order.RUN}
+
+
+def test_an_attempt_that_a_machine_has_left_is_not_adopted() -> None:
+    after = Cluster(memory=started("a", "b").leader.memory)
+    after.leader.take_over("spare")
+    after.add("a", attempt=0, state=State.RUNNING)
+    after.add("b", attempt=0)
+    after.pass_time(4)
+    assert after.leader.memory.number == 1 and after.ids == ["a", "b"]
+
+
+def test_a_machine_that_does_not_fit_is_the_reason_of_too_few() -> None:
+    cluster = Cluster()
+    cluster.add("a")
+    cluster.add("b", processes=8)
+    cluster.pass_time(GATHER_SECONDS + 3)
+    assert cluster.leader.ended == BAD_CONFIG and "launch.nproc=8" in cluster.told[-1]
 
 
 def test_too_few_machines_end_the_run_after_a_while() -> None:
     cluster = started("a", "b")
     cluster.kill("b")
     cluster.pass_time(GATHER_SECONDS + 3)
-    assert cluster.leader.ended == HUNG and "waiting for machines: 1 of at least 2 are here" in cluster.told
+    assert cluster.leader.ended == TOO_FEW_MACHINES and "waiting for machines: 1 of at least 2 are here" in cluster.told
 
 
 def test_a_leader_that_was_suspended_takes_nobody_for_lost() -> None:

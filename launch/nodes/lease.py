@@ -1,0 +1,83 @@
+"""The lease of a leader: a counter in the run's folder. It moves as long as the leader lives, whoever can reach it.
+
+A machine that can't reach the leader can't tell a dead one from a cut network. The counter tells: nobody takes over while
+it moves.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+
+from .terms import Terms
+
+RENEW_SECONDS = 0.5
+"""Time between two renewals of a lease."""
+LEASE_SECONDS = 5.0
+"""A lease that was not renewed for so long is over."""
+REFUSED_SECONDS = 1.5
+"""The same where the machine that led refuses connections: its agent is gone."""
+
+
+class LeaseKeeper:
+    """Renews a term's lease until it is released. A thread of its own, so that a slow folder delays no answer."""
+
+    def __init__(self, terms: Terms, number: int) -> None:
+        """number: of the term."""
+        self._terms, self._number = terms, number
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True, name="lease")
+        self._thread.start()
+
+    def release(self) -> None:
+        """Give the lease up, so that others need not wait until it is over. Say so if the folder does not take it."""
+        self.stop()
+        try:
+            self._terms.release(self._number)
+        except OSError as error:
+            print(f"{self._terms.folder}: the lease can't be given up ({error})", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """Renew the lease no more."""
+        self._over.set()
+        self._thread.join(RENEW_SECONDS)  # a write that hangs is not waited for
+
+    def _renew(self) -> None:
+        count, said = 0, False
+        while not self._over.is_set():
+            count += 1
+            try:
+                self._terms.renew(self._number, count)
+            except OSError as error:
+                if not said:
+                    text = f"{self._terms.folder}: the leader can't renew its lease ({error}), and tries again"
+                    print(text, file=sys.stderr, flush=True)
+                said = True
+            self._over.wait(RENEW_SECONDS)
+
+
+class LeaseWatch:
+    """What one machine has seen of the newest term's lease, by its own clock: clocks of machines are never compared.
+
+    moves  whether the counter has moved since this machine looked first
+    """
+
+    def __init__(self) -> None:
+        self.moves = False
+        self._seen: tuple[int, int] | None = None
+        self._since = 0.0
+
+    def still(self, number: int, count: int | None, now: float) -> float:
+        """Return for how many seconds the lease has not moved; infinity if it was given up.
+
+        number: of the term; count: of its lease, None if it was given up; now: seconds of a clock that never goes back
+        """
+        if count is None:
+            self.moves = False
+            return math.inf
+        seen = (number, count)
+        if seen != self._seen:
+            self.moves = self._seen is not None and self._seen[0] == number
+            self._seen, self._since = seen, now
+        return now - self._since

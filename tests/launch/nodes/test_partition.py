@@ -1,0 +1,198 @@
+"""Machines that can't reach one another while all see the run's folder: nobody takes the place of a leader that lives."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from meshloom.launch.nodes import agent, leader
+from meshloom.launch.nodes.agent import Machine
+from meshloom.launch.nodes.leader import State
+from meshloom.launch.nodes.lease import LeaseWatch
+from meshloom.launch.nodes.part import Part, Rules
+from meshloom.launch.nodes.terms import Term, Terms, meeting_folder
+from meshloom.launch.nodes.wire import Link
+
+OPEN = Path("/proc/self/fd")
+
+
+class FakeRanks:
+    """A rank that runs until it is ended, or asked to save."""
+
+    def __init__(self, *_: object) -> None:
+        self.code: int | None = None
+
+    def codes(self) -> dict[int, int | None]:
+        return {0: self.code}
+
+    def kill(self) -> None:
+        pass
+
+    def ask_to_save(self) -> None:
+        self.code = 0
+
+
+class Cluster:
+    """Machines of one process, each with an address of its own, between which the network can be cut."""
+
+    def __init__(self, folder: Path, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.asking = folder, ""
+        self.cut: set[str] = set()
+        placements = {number: [] for number in range(least, 4)}
+        part = Part(str(folder), Rules(1, 3, placements, 3, 0.0), [], "127.0.0.1")
+        self.terms = Terms(meeting_folder(folder))
+        monkeypatch.setattr(agent, "Link", self._connect)
+        monkeypatch.setattr(agent, "LocalRanks", FakeRanks)
+        supervisor = SimpleNamespace(root=folder, end_attempt=lambda _: None)
+        self.machines: dict[str, Machine] = {}
+        for number, name in enumerate("abc", 1):
+            self.machines[name] = Machine(Part(**{**vars(part), "address": f"127.0.0.{number}"}), cast(Any, supervisor))
+            self.machines[name]._id = name
+
+    def _connect(self, host: str, port: int) -> Link:
+        there = "abc"[int(host[-1]) - 1]
+        if (there in self.cut) != (self.asking in self.cut):
+            raise OSError(errno.EHOSTUNREACH, "No route to host")
+        return Link(host, port)
+
+    def part(self, *names: str) -> None:
+        """Cut the network between these machines and the others."""
+        self.cut = set(names)
+        for name, machine in self.machines.items():
+            newest = self.terms.newest()
+            if newest is not None and machine._link is not None and (name in self.cut) != (newest.id in self.cut):
+                machine._link.close()
+                machine._link = None
+
+    def wait(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.shown()
+            self.pass_time(0.05)
+
+    def pass_time(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for name, machine in self.machines.items():
+                self.asking = name
+                machine.turn()
+            time.sleep(0.02)
+
+    def shown(self) -> dict[str, Any]:
+        return {name: (each._attempt, str(each._state)) for name, each in self.machines.items()}
+
+    def number(self, name: str) -> int:
+        """Return the number of the newest attempt that a machine knows of."""
+        return self.machines[name]._memory.number
+
+    def running(self) -> set[str]:
+        return {name for name, each in self.machines.items() if each._state is State.RUNNING}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short times, each long enough for a machine that shares a core."""
+    for name, seconds in {"LEASE_SECONDS": 2.0, "REFUSED_SECONDS": 2.0, "YIELD_SECONDS": 0.5, "ANSWER_SECONDS": 2.0}.items():
+        monkeypatch.setattr(agent, name, seconds)
+    monkeypatch.setattr(leader, "SETTLE_SECONDS", 0.2)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> Generator[Callable[[int], Cluster]]:
+    made: list[Cluster] = []
+
+    def make(least: int) -> Cluster:
+        made.append(Cluster(tmp_path, least, monkeypatch))
+        made[0].wait(lambda: len(made[0].running()) == 3)
+        return made[0]
+
+    yield make
+    for machine in made[0].machines.values():
+        machine.close()
+
+
+def test_a_leader_that_is_cut_off_and_has_enough_machines_stays(cluster: Callable[[int], Cluster]) -> None:
+    three = cluster(1)
+    first = three.terms.newest()
+    assert first is not None
+    before = three.number(first.id)
+    three.part(first.id)
+    three.wait(lambda: three.running() == {first.id})  # the others have ended their ranks, and wait
+    three.pass_time(1.0)
+    assert three.terms.newest() == first and three.number(first.id) == before + 1
+    three.part()
+    three.wait(lambda: len(three.running()) == 3)
+    assert three.terms.newest() == first and not three.terms.apart(first.number)
+
+
+def test_a_leader_with_too_few_machines_lets_others_lead(
+    cluster: Callable[[int], Cluster], capsys: pytest.CaptureFixture[str]
+) -> None:
+    three = cluster(2)
+    first = three.terms.newest()
+    assert first is not None
+    three.part(first.id)
+    others, before = set(three.machines) - {first.id}, three.number(first.id)
+    three.wait(lambda: three.running() == others and three.number(min(others)) > before)
+    newest = three.terms.newest()
+    assert newest is not None and newest.number == 2 and newest.id in others
+    three.pass_time(1.0)
+    assert three.terms.newest() == newest and three.running() == others
+    assert f"can't be reached at {first.host}:{first.port}" in capsys.readouterr().err
+
+
+def test_a_machine_that_can_t_reach_the_leader_does_not_take_its_place(
+    cluster: Callable[[int], Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three = cluster(2)
+    first = three.terms.newest()
+    assert first is not None
+    late = next(name for name in three.machines if name != first.id)
+    three.part(late)
+    three.wait(lambda: three.running() == set(three.machines) - {late})
+    assert three.terms.newest() == first and three.terms.apart(1) == [socket.gethostname()]
+
+
+def test_a_full_disk_stops_a_claim_once_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    supervisor = SimpleNamespace(root=tmp_path, end_attempt=lambda _: None)
+    machine = Machine(Part(str(tmp_path), Rules(1, 2, {1: []}, 3, 0.0), [], "127.0.0.1"), cast(Any, supervisor))
+
+    def full(*_: object) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Terms, "claim", full)
+    monkeypatch.setattr(agent, "RETRY_SECONDS", 0.0)
+    before = len(list(OPEN.iterdir()))
+    for _ in range(3):
+        machine.turn()
+    assert len(list(OPEN.iterdir())) <= before and "leader" not in {each.name for each in threading.enumerate()}
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    monkeypatch.setattr(agent, "APART_SECONDS", 0.0)
+    assert machine.run() == 78
+    machine.close()
+
+
+def test_a_lease_moves_until_it_is_given_up(tmp_path: Path) -> None:
+    terms, watch = Terms(tmp_path), LeaseWatch()
+    terms.claim(Term(1, "a", "10.0.0.1", 5))
+    assert watch.still(1, terms.lease(1), 10.0) == 0.0 and not watch.moves
+    assert watch.still(1, terms.lease(1), 13.0) == 3.0
+    terms.renew(1, 1)
+    assert watch.still(1, terms.lease(1), 14.0) == 0.0 and watch.moves
+    terms.release(1)
+    assert watch.still(1, terms.lease(1), 14.0) == float("inf") and not watch.moves
+    assert not terms.is_over(1)
+    terms.claim(Term(2, "b", "10.0.0.2", 5))
+    assert terms.is_over(1) and not terms.is_over(2)
+    terms.end(0)
+    assert terms.is_over(2) and [path.name for path in tmp_path.iterdir()] == ["outcome"]
