@@ -117,6 +117,10 @@ class OuterSteps(Protocol):
         """
         ...
 
+    def numbers(self) -> dict[str, float]:
+        """Return what exchanges have cost this rank since the last call: see docs/local_updating.md. Empty without any."""
+        ...
+
 
 class Engine(Protocol):
     """Forward, backward, update and state of a model spread over a layout."""

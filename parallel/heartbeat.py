@@ -21,8 +21,8 @@ class Phase(enum.IntEnum):
     """A rank's occupation, in the order in which a run and each of its steps goes through it.
 
     START is everything before the first step but JOIN, in which ranks connect. EXCHANGE is waiting for other ranks (and, on
-    GPUs, for the device). HOOKS is what a run does between steps and has no phase of its own. END is that of a rank that is
-    done or has failed.
+    GPUs, for the device). OUTER is waiting for other islands. HOOKS is what a run does between steps and has no phase of its
+    own. END is that of a rank that is done or has failed.
     """
 
     START = 0
@@ -32,10 +32,11 @@ class Phase(enum.IntEnum):
     BACKWARD = 4
     EXCHANGE = 5
     UPDATE = 6
-    HOOKS = 7
-    EVALUATION = 8
-    SAVE = 9
-    END = 10
+    OUTER = 7
+    HOOKS = 8
+    EVALUATION = 9
+    SAVE = 10
+    END = 11
 
     @property
     def word(self) -> str:

@@ -32,6 +32,10 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
+ACROSS_LIMIT = 12
+"""Islands wait for one another so many times as long as the ranks of one: a link may be slow, and an island many steps late."""
+
+
 @dataclass(frozen=True)
 class WeightAxes:
     """The ranks that hold one group of parameters.
@@ -155,7 +159,7 @@ class Mesh:
         everyone, _ = dist.new_subgroups_by_enumeration(inside, timeout=self.limit, backend=kind)
         # What islands send each other travels through the host's memory: gloo never meets an island's own NCCL.
         places = [list(range(place, count * size, size)) for place in range(size)]
-        across, _ = dist.new_subgroups_by_enumeration(places, timeout=self.limit, backend="gloo")
+        across, _ = dist.new_subgroups_by_enumeration(places, timeout=ACROSS_LIMIT * self.limit, backend="gloo")
         inner = replace(
             self, layout=self.layout.of_one_island(), rank=self.rank % size, everyone=everyone, across=across, opened=Counter()
         )
@@ -180,6 +184,10 @@ class Mesh:
     def island_number(self) -> int:
         """Index of this process's island; 0 where there is one."""
         return 0 if self.across is None else self.across.rank()
+
+    def global_rank(self, rank: int) -> int:
+        """Return the number in the whole run of a rank of this mesh: in that of an island, ranks are counted from 0."""
+        return rank if self.everyone is None else dist.get_global_rank(self.everyone, rank)
 
     @property
     def data_rank(self) -> int:

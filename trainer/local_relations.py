@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from ..config.problems import Problem
+from ..optim.local.config import SYNCHRONOUS, LocalConfig
 from ..optim.optimizers.config import ScheduleFreeConfig
 from .schema import RunConfig
 
 WITHOUT_ISLANDS = "or optim.local.islands=1"
+
+
+def local_notices(local: LocalConfig) -> list[str]:
+    """Return what to say of keys that nothing reads, since there is one island."""
+    names = [field.name for field in fields(local) if getattr(local, field.name) != getattr(SYNCHRONOUS, field.name)]
+    if local.active or not names:
+        return []
+    keys = ", ".join(f"optim.local.{name}" for name in names)
+    return [f"{keys}: without effect, because optim.local.islands is 1"]
 
 
 def local_problems(config: RunConfig) -> Iterator[Problem]:

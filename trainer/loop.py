@@ -214,28 +214,29 @@ class Loop:
             hook.before_update(self)
         heartbeat.beat(Phase.UPDATE)
         lr = self.schedule.lr(before) * self.coupling.factor(before, self.controller.noise_scale)
-        self.engine.update(lr, None if self.guard is None else self.guard.skip)
+        skip = None if self.guard is None else self.guard.skip
+        self.engine.update(lr, skip)
         self.engine.zero_grad()
 
         self.progress = before.after(count, count * self.horizon.seq_len)
         heartbeat.beat(Phase.EXCHANGE)
         counts = self._record(start, lr, done, numbers, moments, share)
-        return counts and self._join_islands(tokens)
+        return counts and self._join_islands(tokens, skip)
 
-    def _join_islands(self, tokens: torch.Tensor) -> bool:
+    def _join_islands(self, tokens: torch.Tensor, skip: torch.Tensor | None = None) -> bool:
         """Exchange with other islands what is due after the step just recorded. Return whether the step counts.
 
-        tokens: of the island's part of the step's batch
+        tokens: of the island's part of the step's batch; skip: 1 on the device if it has not learned from them
         """
         islands, after = self.engine.islands, self.progress
         if islands is None:
             return True
-        islands.count(after.step, tokens)
+        islands.count(after.step, tokens if skip is None else tokens * (1 - skip))
         if islands.due(after.step, last=self.finished):
             self.deliver_metrics(keep=0)  # what others see must be good, and can't be taken back
             if self.progress is not after:
                 return False
-            self.island.heartbeat.beat(Phase.EXCHANGE)
+            self.island.heartbeat.beat(Phase.OUTER)
             self.stopping |= islands.exchange(after.step, stop=self._stop_here, last=self.finished)
         return True
 
@@ -250,6 +251,9 @@ class Loop:
         if self.island.is_main:
             log.warning("step %d: no position of the global batch has a target, so nothing is updated", before.step + 1)
         zero = torch.zeros((), device=self.mesh.device)
+        if self.engine.islands is not None:  # an outer step may follow, which changes the weights
+            for hook in self.hooks:
+                hook.before_update(self)
         self.progress = before.after(count, count * self.horizon.seq_len)
         numbers = Deferred({"loss": zero, "grad_norm": zero, **signals}, self._own_work)
         counts = self._record(start, 0.0, DeviceTimestamp(self.mesh.device), numbers, None, share, learned=False)
@@ -363,6 +367,8 @@ class Loop:
                 row |= {"skipped": int(self._last_bad), "bad_steps": self.guard.bad_steps}
             if self.stage is not None:
                 row["stage"] = self.stage.name
+            if self.engine.islands is not None:
+                row |= self.engine.islands.numbers()
             for hook in self.hooks:
                 hook.on_metrics(self, row)
             self.mesh.heartbeat.beat(phase)

@@ -17,6 +17,7 @@ from ..data.version import rules_version
 from ..parallel.engine import Engine
 from ..parallel.fragment import REMAINDER, Fragment
 from ..parallel.mesh import Mesh
+from ..parallel.torch.islands import of_first_island
 from .all_ranks import from_main
 from .build import Run, build_control
 from .checkpoint_fit import optimizer_change
@@ -53,7 +54,8 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
             log.warning("optim: the state of %s is left out, and that of %s begins anew", *change)
     else:
         loop.engine.prepare_restore()
-        fragments = list(loop.engine.fragments())
+        islands = stated["config"]["optim"].get("local", {}).get("islands", 1)
+        fragments = [of_first_island(fragment, islands) for fragment in loop.engine.fragments()]
         report = _restore(loop.mesh, checkpoint, fragments, run.place, strict=config.checkpoint.strict)
         _refuse_other_weights(loop.mesh, checkpoint, report)
         _load_counters(loop, report)
@@ -87,10 +89,11 @@ def restore_journal(loop: Loop, checkpoint: Path | str, state: dict[str, Any] | 
 
 
 def _restore_guard(run: Run, state: dict[str, Any], *, begins: bool) -> None:
-    """Load the statistic of past steps, unless it is of other data."""
+    """Load the statistic of past steps, unless it is of other data. It is the first island's: others begin anew."""
     guard = run.loop.guard
     assert guard is not None
-    if "guard" in state and not begins and state["data_fingerprint"] == run.data.fingerprint:
+    same_data = not begins and state["data_fingerprint"] == run.data.fingerprint
+    if "guard" in state and same_data and run.loop.mesh.island_number == 0:
         guard.load_state_dict(state["guard"])
     guard.suspect_rewound(run.loop.progress.step)
     if guard.journal.left_out and run.loop.mesh.is_main:

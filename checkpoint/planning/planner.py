@@ -9,6 +9,7 @@ from typing import Any
 from ...parallel.fragment import Fragment
 from ..control import Round
 from ..digest import text_digest
+from ..errors import CheckpointError
 from ..manifest import StoredArray, encode_arrays
 from .description import Declaration, Description, declare, join
 from .gathering import ChangeGathering, Note
@@ -18,6 +19,8 @@ from .tiling import Tiling
 # What a rank says beside what it holds: nothing is in the way; the disk is still at an earlier save; no memory is free.
 FREE, DISK_BUSY, NO_MEMORY = "free", "disk busy", "no memory"
 NO_PLAN = ""
+NO_STEP = 0
+"""Of a vote before the first save."""
 
 
 class Planner:
@@ -40,13 +43,13 @@ class Planner:
         self.arrays_text = ""
         self.bytes = 0
 
-    def vote(self, talk: Round, fragments: Sequence[Fragment], obstacle: str) -> Note:
-        """Send what this rank and those that it sends for hold, and what is in the way of another snapshot.
+    def vote(self, talk: Round, fragments: Sequence[Fragment], obstacle: str, step: int = NO_STEP) -> Note:
+        """Send what this rank and those that it sends for hold, of which step, and what is in the way of another snapshot.
 
-        Returns the ballot, which is complete on the coordinator.
+        Returns the ballot, which is complete on the coordinator. Raises CheckpointError where ranks hold different steps.
         """
         self._declare(fragments, talk.control.rank)
-        note = {"plan": self._plan, "obstacles": {} if obstacle == FREE else {obstacle: talk.control.rank}}
+        note = {"plan": self._plan, "step": step, "obstacles": {} if obstacle == FREE else {obstacle: talk.control.rank}}
         return self._gathering.gather(talk, "vote", self._mine, {**note, "left": talk.control.left}, _fold)
 
     def decide(self, ballot: Note) -> bytes | None:
@@ -90,10 +93,16 @@ def _join(messages: Sequence[bytes]) -> bytes:
 
 
 def _fold(notes: list[Note]) -> Note:
-    """The ballot of several ranks: the plan that all have, who is the first with an obstacle, and what all have left."""
+    """The ballot of several ranks: the plan that all have, who is the first with an obstacle, and what all have left.
+
+    Raises CheckpointError where they save different steps: a checkpoint of both would be of neither.
+    """
+    steps = sorted({note["step"] for note in notes})
+    if len(steps) > 1:
+        raise CheckpointError(f"ranks save different steps at once: {', '.join(map(str, steps))}")
     plan = functools.reduce(lambda one, other: one if one == other else NO_PLAN, (note["plan"] for note in notes))
     obstacles: dict[str, int] = {}
     for note in notes:
         for obstacle, rank in note["obstacles"].items():
             obstacles.setdefault(obstacle, rank)
-    return {"plan": plan, "obstacles": obstacles, "left": min(note["left"] for note in notes)}
+    return {"plan": plan, "step": steps[0], "obstacles": obstacles, "left": min(note["left"] for note in notes)}

@@ -204,7 +204,7 @@ class Save:
                 note = DISK_BUSY
             if size > 0 and not context.pool.has_room(size):
                 note = NO_MEMORY
-        ballot = planner.vote(talk, self.snapshot.fragments, note)
+        ballot = planner.vote(talk, self.snapshot.fragments, note, self.step)
         if talk.control.rank == 0:
             decision, description = self._decide(context, ballot)
             talk.broadcast(json.dumps({**decision, "left": ballot["left"]}).encode() + b"\n" + description)

@@ -35,8 +35,9 @@ GONE = ("X", "Z")
 """States of a process that has exited."""
 TOGETHER = {Phase.FORWARD: Phase.EXCHANGE, Phase.BACKWARD: Phase.EXCHANGE, Phase.EXCHANGE: Phase.EXCHANGE}
 """Phases through which a rank goes many times in a step count as one part of it."""
-UNBOUNDED = (Phase.START, Phase.SAVE, Phase.HOOKS, Phase.END)
-"""Phases without a usual time: data are prepared, a hook draws, a checkpoint is written. Only parallel.timeout bounds them."""
+UNBOUNDED = (Phase.START, Phase.OUTER, Phase.SAVE, Phase.HOOKS, Phase.END)
+"""Phases without a usual time: data are prepared, a slow link carries differences, a hook draws, a checkpoint is written.
+Only parallel.timeout bounds them, where a rank waits for one of these; where all ranks are in the same, nothing does."""
 
 
 @dataclass(frozen=True)

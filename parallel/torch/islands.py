@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -85,6 +85,7 @@ class Islands:
     rounds: Rounds = field(init=False)
     _tokens: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
     _round: torch.Tensor = field(init=False)
+    _begun: bool = False
 
     def __post_init__(self) -> None:
         self.rounds = Rounds(self.config)
@@ -114,7 +115,8 @@ class Islands:
         return cls(config, mesh, weights, turns, parameters)
 
     def count(self, step: int, tokens: torch.Tensor) -> None:
-        """Note the tokens that the island has learned from in a step. A step that is taken again replaces itself."""
+        """See `engine.OuterSteps`."""
+        self._begun = True
         self._tokens[step] = tokens
 
     def due(self, step: int, *, last: bool) -> bool:
@@ -137,31 +139,42 @@ class Islands:
         stops = False
         self.weights.wait_all_gather(compute_copies=True)
         for number, turn in enumerate(self.turns):
-            leaving = None
-            if last or self.rounds.sends(number, step):
-                leaving = [outer - own for outer, own in zip(turn.outer, turn.own, strict=True)]
-            arrived = turn.flight is not None and (last or self._arrives(turn, step))
-            if arrived:
+            leaves = last or self.rounds.sends(number, step)
+            arrives = turn.flight is not None and (last or self._arrives(turn, step))
+            # One round late (CO2), an island goes on from x when differences leave: it has its own of the new round now, and
+            # loses its weights to those that arrive. Otherwise what has left is in its weights until it takes over the mean.
+            leaving = self._difference(turn) if leaves and self._round_late else None
+            if arrives:
                 stops |= self._arrive(turn)
-            if leaving is None:
+            if not leaves:
                 continue
-            self._send(turn, leaving, step, stop=stop, last=last)
+            self._send(turn, self._difference(turn) if leaving is None else leaving, step, stop=stop, last=last)
             if last or not self.config.delay:
                 stops |= self._arrive(turn)
-            elif self.config.delay == self.config.inner_steps and not arrived:
-                # The first round of CO2: what the island has learned is on its way, and must not count twice.
+            elif self._round_late and not arrives:  # the first round
                 _copy(turn.own, turn.outer)
         oldest = min(turn.sent_at for turn in self.turns)
         self._tokens = {at: tokens for at, tokens in self._tokens.items() if at > oldest}
         self.weights.masters_written()
         return stops
 
+    @property
+    def _round_late(self) -> bool:
+        return self.config.delay == self.config.inner_steps
+
+    @staticmethod
+    def _difference(turn: Turn) -> list[torch.Tensor]:
+        """Return outer weights minus the island's: in the arrays that are kept under a delay, otherwise in new ones."""
+        if not turn.difference:
+            return [outer - own for outer, own in zip(turn.outer, turn.own, strict=True)]
+        for outer, own, into in zip(turn.outer, turn.own, turn.difference, strict=True):
+            torch.sub(outer, own, out=into)
+        return turn.difference
+
     def _send(self, turn: Turn, leaving: list[torch.Tensor], step: int, *, stop: bool, last: bool) -> None:
         due = step if last else step + self.config.delay
         tokens, turn.sent_at, turn.before = float(self._tokens_since(turn)), step, 0.0
         turn.flight = turn.route.send(leaving, due, tokens, stop=stop)
-        if turn.difference:
-            _copy(turn.difference, leaving)
 
     def _arrive(self, turn: Turn) -> bool:
         assert turn.flight is not None
@@ -179,6 +192,14 @@ class Islands:
         """Return the tokens that the island has learned from since differences left last; on the device, if there are some."""
         later = [tokens.double().reshape(()) for step, tokens in self._tokens.items() if step > turn.sent_at]
         return torch.stack(later).sum() + turn.before if later else turn.before
+
+    def numbers(self) -> dict[str, float]:
+        """See `engine.OuterSteps`."""
+        routes = [turn.route for turn in self.turns]
+        sent, waited = sum(route.sent_bytes for route in routes), sum(route.wait_seconds for route in routes)
+        for route in routes:
+            route.sent_bytes, route.wait_seconds = 0, 0.0
+        return {"islands/bytes": sent, "islands/wait_seconds": waited} if sent or waited else {}
 
     @contextlib.contextmanager
     def outer_weights(self) -> Generator[None]:
@@ -225,8 +246,8 @@ class Islands:
 
         For each turn: tokens since differences left last; the step at which those under way are due, and their tokens.
         """
-        if not self._tokens and self._round[0, 0] == _UNKNOWN:
-            return  # nothing has been done or restored
+        if not self._begun:
+            return  # what is there is what a checkpoint has been read into, if one has
         told: list[torch.Tensor | float] = [_KNOWN]
         for turn in self.turns:
             told.append(self._tokens_since(turn))
@@ -237,6 +258,7 @@ class Islands:
     def prepare_restore(self) -> None:
         """Mark all that a checkpoint may hold as unknown."""
         self._tokens.clear()
+        self._begun = False
         self._round.fill_(_UNKNOWN)
 
     @torch.no_grad()
@@ -255,15 +277,25 @@ class Islands:
             turn.before, turn.sent_at = tokens, 0
             turn.flight = turn.route.send(turn.difference, round(due), sent, stop=False) if due and turn.difference else None
         self._tokens.clear()
-        self._round[0, 0] = _KNOWN
-        if not known:
-            self._round[0, 1:] = 0.0
+        self._begun = True
 
     def finish(self) -> None:
         """Wait for what is under way, which a resumed run sends again."""
         for turn in self.turns:
             if turn.flight is not None:
                 turn.flight.wait()
+
+
+def of_first_island(fragment: Fragment, saved_islands: int) -> Fragment:
+    """Return an island's own fragment as that of the first island, where a checkpoint of so many islands has no such island.
+
+    It then begins with the first island's optimizer state, to which the optimizer's counters belong, too.
+    """
+    named = fragment.name if fragment.role == RUN else fragment.role
+    base, _, island = named.rpartition("@")
+    if not island.isdecimal() or int(island) < saved_islands or base in (ISLAND_WEIGHT, DIFFERENCE):
+        return fragment
+    return replace(fragment, name=base) if fragment.role == RUN else replace(fragment, role=base)
 
 
 def _copy(into: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:

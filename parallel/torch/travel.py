@@ -11,6 +11,7 @@ Everything travels through the host's memory by gloo, in the order in which it l
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -47,7 +48,11 @@ class Flight:
 
 
 class Route:
-    """The way of one group of shards. All shards have the same dtype and device."""
+    """The way of one group of shards. All shards have the same dtype and device.
+
+    sent_bytes    that this rank has sent to other islands; wait_seconds: for which its host has waited for flights. Whoever
+                  reads them sets them back
+    """
 
     _newest: threading.Thread | None = None  # of all routes of the process: they share a process group
 
@@ -63,6 +68,7 @@ class Route:
         self._numel = sum(map(prod, shapes))
         unit = copies.size() * self._islands * wire.block
         self._part = max(1, -(-self._numel // unit)) * wire.block
+        self.sent_bytes, self.wait_seconds = 0, 0.0
 
     def send(self, differences: Sequence[torch.Tensor], due: int, tokens: float, *, stop: bool) -> Flight:
         """Send differences off. They may be written to afterwards."""
@@ -71,6 +77,7 @@ class Route:
             torch.cat([each.reshape(-1) for each in differences], out=numbers[: self._numel])
         mine = numbers.view(self._copies.size(), self._islands, self._part)[self._copies.get_local_rank()]
         sent = self._wire.encode(mine).cpu()
+        self.sent_bytes += 2 * sent.numel() // self._islands * (self._islands - 1)
         flight = Flight(due, tokens)
         flight.thread = threading.Thread(
             target=self._travel, args=(flight, sent, stop, Route._newest), name="between-islands", daemon=True
@@ -106,11 +113,13 @@ class Route:
 
         A collective over the ranks that hold the same shards. The host waits for the flight.
         """
+        begun = time.monotonic()
         flight.wait()
+        self.wait_seconds += time.monotonic() - begun
         mean = self._wire.decode(flight.mean.to(self._device), self._dtype).reshape(-1)
         if self._copies.size() > 1:
             parts = mean.new_empty(self._copies.size() * len(mean))
             dist.all_gather(list(parts.split(len(mean))), mean, self._copies.get_group())
             mean = parts
         pieces = mean[: self._numel].split([prod(shape) for shape in self._shapes])
-        return [piece.view(shape).clone() for piece, shape in zip(pieces, self._shapes, strict=True)], flight.stops
+        return [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)], flight.stops

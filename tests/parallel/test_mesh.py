@@ -25,6 +25,20 @@ def limits(rank: int, world_size: int) -> dict[str, datetime.timedelta]:
     return found
 
 
+def of_islands(rank: int, world_size: int) -> tuple[int, list[int], float]:
+    """The rank, the numbers in the whole run of the ranks of its island, and how many seconds islands wait for one another."""
+    mesh = Mesh.connect(Layout.plan(ParallelConfig(zero=1), world_size, 2), torch.device("cpu"), timeout=77)
+    across: Any = mesh.island.across
+    waits = across._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    assert mesh.global_rank(3) == 3
+    return mesh.rank, [mesh.island.global_rank(each) for each in range(mesh.island.layout.world_size)], waits
+
+
+def test_islands_know_their_place_in_the_run_and_wait_longer_for_others() -> None:
+    islands = [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert run_ranks(4, of_islands) == [(rank, ranks, 12 * 77.0) for rank, ranks in enumerate(islands)]
+
+
 def test_every_group_has_the_configured_timeout() -> None:
     expected = dict.fromkeys(("pp", "copies", "shards", "tp", "data", "stage", "cp"), datetime.timedelta(seconds=77))
     assert run_ranks(2, limits) == [expected] * 2

@@ -42,7 +42,11 @@ def _layer_of(name: str) -> int | None:
 
 
 def plain_islands(work: Work) -> list[Curve]:
-    """Train islands one after another, step by step. From the papers, without anything of `optim/local/`."""
+    """Train islands one after another, step by step. From the papers, without anything of `optim/local/`.
+
+    What an island has learned and not sent is the sum of its steps' changes. Where an island takes over a mean after a part of
+    a round (Streaming DiLoCo), it is what then still lies between the outer weights and its own.
+    """
     local, count = work.local, work.local.islands
     models = [_model(work) for _ in range(count)]
     inner = [_inner(work, model) for model in models]
@@ -56,65 +60,70 @@ def plain_islands(work: Work) -> list[Curve]:
         torch.optim.SGD([outer[n] for n in names], lr=local.lr, momentum=local.momentum, nesterov=local.nesterov)
         for names in turns
     ]
-    learned = [[0] * count for _ in turns]
-    flights: list[tuple[int, list[torch.Tensor]] | None] = [None for _ in turns]
+    unsent = [{name: torch.zeros_like(weight) for name, weight in outer.items()} for _ in models]
+    tokens = [[0] * count for _ in turns]
+    flights: list[tuple[int, dict[str, torch.Tensor]] | None] = [None for _ in turns]
     losses: list[list[float]] = [[] for _ in models]
 
     @torch.no_grad()
-    def mean_difference(turn: int) -> list[torch.Tensor]:
-        total = sum(learned[turn])
-        held = [dict(model.named_parameters()) for model in models]
-        return [
-            sum((tokens / total) * (outer[name] - own[name]) for tokens, own in zip(learned[turn], held, strict=True))  # type: ignore[misc]
-            for name in turns[turn]
-        ]
+    def send(turn: int) -> dict[str, torch.Tensor]:
+        shares = [each / sum(tokens[turn]) for each in tokens[turn]]
+        tokens[turn] = [0] * count
+        mean = {name: torch.zeros_like(outer[name]) for name in turns[turn]}
+        for share, held in zip(shares, unsent, strict=True):
+            for name in turns[turn]:
+                mean[name] += share * held[name]
+                held[name] = torch.zeros_like(held[name])
+        return mean
 
     @torch.no_grad()
-    def take_over(turn: int, mix: float) -> None:
-        for model in models:
+    def take_over(turn: int) -> None:
+        for model, held in zip(models, unsent, strict=True):
             own = dict(model.named_parameters())
             for name in turns[turn]:
-                own[name].copy_(mix * own[name] + (1 - mix) * outer[name])
+                own[name].copy_(local.mix * own[name] + (1 - local.mix) * outer[name])
+                if local.delay < local.inner_steps:
+                    held[name] = outer[name] - own[name]
 
-    def arrive(turn: int, means: Sequence[torch.Tensor]) -> None:
-        for name, mean in zip(turns[turn], means, strict=True):
-            outer[name].grad = mean
+    def arrive(turn: int, mean: dict[str, torch.Tensor]) -> None:
+        for name, each in mean.items():
+            outer[name].grad = each
         joins[turn].step()
-        take_over(turn, local.mix)
+        take_over(turn)
+
+    def close_round(turn: int, step: int, last: bool) -> None:
+        flight = flights[turn]
+        if flight is not None and (last or flight[0] == step):
+            arrive(turn, flight[1])
+            flights[turn] = None
+        offset = (turn + 1) * local.inner_steps // local.fragments
+        if last or step % local.inner_steps == offset % local.inner_steps:
+            mean = send(turn)
+            if last or local.delay == 0:
+                arrive(turn, mean)
+                return
+            flights[turn] = (step + local.delay, mean)
+            if local.delay == local.inner_steps:  # CO2: a round begins at the outer weights
+                take_over(turn)
 
     for step in range(1, work.steps + 1):
         first = (step - 1) * work.samples
         for island, (model, optimizer) in enumerate(zip(models, inner, strict=True)):
             cut = [work.samples * part // count for part in (island, island + 1)]
-            loss, tokens = _loss(model, range(first + cut[0], first + cut[1]))
+            loss, learned = _loss(model, range(first + cut[0], first + cut[1]))
             loss.backward()
             if work.max_norm is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), work.max_norm)
+            before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
             optimizer.step()
             optimizer.zero_grad()
             losses[island].append(loss.item())
-            for turn in learned:
-                turn[island] += tokens
+            for name, weight in model.named_parameters():
+                unsent[island][name] = unsent[island][name] + before[name] - weight.detach()
+            for turn in tokens:
+                turn[island] += learned
         for number in range(local.fragments):
-            offset = (number + 1) * local.inner_steps // local.fragments
-            last = step == work.steps
-            leaves = last or step % local.inner_steps == offset % local.inner_steps
-            means = mean_difference(number) if leaves else []
-            flight = flights[number]
-            comes = flight is not None and (last or flight[0] == step)
-            if comes:
-                assert flight is not None
-                arrive(number, flight[1])
-                flights[number] = None
-            if not leaves:
-                continue
-            learned[number] = [0] * count
-            if last or local.delay == 0:
-                arrive(number, means)
-                continue
-            flights[number] = (step + local.delay, means)
-            if local.delay == local.inner_steps and not comes:
-                take_over(number, 0.0)
+            close_round(number, step, last=step == work.steps)
     with torch.no_grad():
         evaluated = _loss(outer_model, range(HELD_OUT, HELD_OUT + work.samples))[0].item()
     return [Curve(each, evaluated) for each in losses]

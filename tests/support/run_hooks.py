@@ -97,12 +97,19 @@ class Arrivals(Hook):
 
 
 class Jolt(Hook):
-    """Multiplies the gradient of some steps: a spike that comes again however often they are taken."""
+    """Multiplies the gradient of some steps: a spike that comes again however often they are taken.
 
-    def __init__(self, first: int, last: int, factor: float = 1e6, samples: int = 8) -> None:
-        self.first, self.last, self.factor, self.samples = first, last, factor, samples
+    factor  None: that makes it no number
+    island  on which it does so; None: on all
+    """
+
+    def __init__(self, first: int, last: int, factor: float | None = 1e6, samples: int = 8, island: int | None = None) -> None:
+        self.first, self.last, self.samples, self.island = first, last, samples, island
+        self.factor = float("nan") if factor is None else factor
 
     def on_run_begin(self, loop: Loop) -> None:
+        if self.island not in (None, loop.mesh.island_number):
+            return
         norm = loop.engine.gradient_norm
 
         def spoilt() -> torch.Tensor:

@@ -26,6 +26,11 @@ def rows(folder: Path, key: str) -> dict[int, Any]:
     return {line["step"]: line[key] for line in lines if key in line}
 
 
+def checkpoints(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "checkpoint_step" in line]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two islands of one rank. At step 7 differences of a fragment are under way, and used two steps later."""
@@ -65,7 +70,37 @@ def test_runs_go_on_with_fewer_islands_and_more(tmp_path: Path, whole: Path) -> 
 
 
 def test_a_signal_to_one_island_stops_all_where_they_meet(tmp_path: Path) -> None:
+    """Under CO2 that is where the first round arrives and the second leaves, which the only checkpoint must know of."""
+    words = ["optim.local={islands:2,inner_steps:2,delay:2,lr:1,momentum:0.2,nesterov:false}", "trainer.steps=7"]
+    words += ["checkpoint.every=null", "trainer.eval_every=7"]
     hook = "trainer.hooks=[{_target_:support.run_hooks.Signal,step:1,rank:1,name:SIGTERM}]"
-    go(2, tmp_path, *ROUNDS, hook, "trainer.eval_every=0")
-    assert list(rows(tmp_path, "loss")) == [1, 2, 3, 4]
-    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000004"]
+    go(2, tmp_path / "whole", *words)
+    go(2, tmp_path / "stopped", *words, hook)
+    assert list(rows(tmp_path / "stopped", "loss")) == [1, 2, 3, 4]
+    assert [path.name for path in (tmp_path / "stopped/checkpoints").glob("step-*")] == ["step-00000004"]
+    go(2, tmp_path / "stopped", "resume=auto", "trainer.hooks=[]")
+    for key in ("loss", "eval_loss"):
+        assert rows(tmp_path / "stopped", key) == pytest.approx(rows(tmp_path / "whole", key), rel=1e-9)
+
+
+SPOIL = "trainer.hooks=[{_target_:support.run_hooks.Jolt,first:%d,last:%d,factor:null,island:1}]"
+
+
+def test_an_island_that_skips_a_step_adds_nothing_to_the_mean(tmp_path: Path) -> None:
+    """So the outer weights are those of the other island alone."""
+    words = ["trainer.eval_every=1", "checkpoint.every=0", "trainer.steps=2"]
+    local = "optim.local={islands:2,inner_steps:1,lr:1,momentum:0,nesterov:false}"
+    go(2, tmp_path / "islands", *words, local, SPOIL % (1, 1), "trainer.on_bad_step=skip")
+    go(1, tmp_path / "alone", *words, "batch.samples=4")
+    evaluated = rows(tmp_path / "islands", "eval_loss")
+    assert evaluated[1] == pytest.approx(rows(tmp_path / "alone", "eval_loss")[1], rel=1e-9)
+    parameters = 61 * 16 + 2 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 24 * 16 + 2 * 16) + 16
+    assert rows(tmp_path / "islands", "islands/bytes") == {2: 8 * parameters}
+
+
+def test_a_step_that_one_island_takes_again_is_saved_once(tmp_path: Path) -> None:
+    """Or the island's next save would be of another step than those of the others."""
+    words = ["optim.local.islands=2", "optim.local.inner_steps=4", "trainer.steps=4", "trainer.eval_every=0"]
+    words += ["trainer.on_bad_step=skip", "checkpoint.mode=async", "checkpoint.every=2"]
+    go(2, tmp_path, *words, SPOIL % (2, 2))
+    assert [line["checkpoint_saved"] for line in checkpoints(tmp_path)] == [True] * 2

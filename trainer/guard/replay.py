@@ -31,6 +31,7 @@ AGAIN = "comes again"
 class Trace:
     """The first number of a rank's share that is not finite.
 
+    rank    its number in the whole run
     pass_   forward pass, backward pass, or gradient of a weight
     layer   the module, or the weight
     number  of the micro-batch among the rank's own
@@ -219,7 +220,7 @@ def _pass(loop: Loop, batch: GlobalBatch, by: int) -> tuple[list[Trace], bool]:
     Return the traces of all ranks, and whether the loss or the gradient norm is not finite.
     """
     share = _share(loop, batch, by)
-    watch = _Watch(loop.island.rank, share)
+    watch = _Watch(loop.island.global_rank(loop.island.rank), share)
     handles = watch.attach(loop.engine.module)
     try:
         loss, norm = _sums(loop, share)
@@ -253,9 +254,10 @@ def _suspects(loop: Loop, batch: GlobalBatch, traces: Sequence[Trace], by: int) 
     if not isinstance(dealer, Assigner):
         return []
     dealt = dealer.assign(batch, loop.controller.micro_at(batch.count)).ranks
+    first = loop.island.global_rank(0)  # ranks of an island are consecutive
     found: set[int] = set()
     for trace in traces:
-        share = dealt[(layout.data_rank(trace.rank) + by) % layout.data_size]
+        share = dealt[(layout.data_rank(trace.rank - first) + by) % layout.data_size]
         if trace.rows:
             found |= {share[trace.number][row] for row in trace.rows if row < len(share[trace.number])}
         else:

@@ -110,11 +110,13 @@ class SpikeDetector:
     def judge(self, loss: torch.Tensor, norm: torch.Tensor, own: torch.Tensor) -> dict[str, torch.Tensor]:
         """Judge a step, set `skip`, and accept the step unless it is bad. Return the numbers for `Verdict.taken_from`.
 
-        loss: mean of the global batch; norm: of the whole gradient; own: this rank's part of the loss.
-        One collective of four numbers where there are several ranks.
+        loss: mean of the global batch; norm: of the whole gradient; own: this rank's part of the loss. Ranks are named by
+        their numbers in the whole run. One collective of four numbers where there are several ranks.
         """
         here = (~own.isfinite()).double()
-        values = torch.stack([loss.double(), norm.double().clamp(min=1e-300).log(), here, here * self._mesh.rank])
+        values = torch.stack(
+            [loss.double(), norm.double().clamp(min=1e-300).log(), here, here * self._mesh.global_rank(self._mesh.rank)]
+        )
         if self._mesh.rank:
             values[:2] = 0.0
         self._mesh.sum(values)

@@ -6,12 +6,13 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ...parallel.fragment import Fragment
+from ...parallel.mesh import Mesh
 from ...parallel.replicas import Disagreement, Replicas
 from ..deferred import DeferredIntegers
 from ..guard.guard import RewindNeeded, TrainingDiverged
@@ -98,8 +99,8 @@ class CompareReplicas(Hook):
                 self._to_judge = self._unjudged.pop(compared.step), compared
                 self._judge(loop)
             return
-        found = compared.replicas.disagreements(table)
-        where = "" if loop.engine.islands is None else f"island {loop.island.island_number}, by its own ranks: "
+        found = [_in_whole_run(loop.island, each) for each in compared.replicas.disagreements(table)]
+        where = "" if loop.engine.islands is None else f"island {loop.island.island_number}, "
         messages = [where + describe(compared.step, each) for each in found]
         if loop.island.is_main:
             for each, message in zip(found, messages, strict=True):
@@ -167,6 +168,12 @@ def farther(then: Mapping[int, float], now: float) -> list[int]:
 def _is_open(values: Mapping[str, str]) -> bool:
     """Return whether it is open which copies were wrong: no value was that of more than half of them."""
     return bool(values) and 2 * max(Counter(values.values()).values()) <= len(values)
+
+
+def _in_whole_run(mesh: Mesh, found: Disagreement) -> Disagreement:
+    """Name ranks by their numbers in the whole run."""
+    holders, odd = (tuple(map(mesh.global_rank, ranks)) for ranks in (found.holders, found.odd))
+    return replace(found, holders=holders, odd=odd)
 
 
 def describe(step: int, found: Disagreement) -> str:

@@ -117,9 +117,10 @@ class Saving(Hook):
         loop.mesh.heartbeat.beat(Phase.SAVE)
         # A step whose loss is not finite must not become a checkpoint. But reading the loss now would leave the GPU idle
         # until the next step is queued. So the save starts, and is committed only when the numbers have arrived.
-        # After an evaluation they already have.
+        # After an evaluation they already have. Islands don't start one that they may have to give up: where one of them took
+        # its step again, its next save would meet another step's of the others.
         known = loop.progress.step <= self._finite_step
-        hold = self._checkpointer.config.mode == "async" and not required and not known
+        hold = self._checkpointer.config.mode == "async" and not required and not known and loop.engine.islands is None
         if not hold or any(hook.waits_for_rows for hook in loop.hooks):
             progress = loop.progress
             loop.deliver_metrics(keep=0)

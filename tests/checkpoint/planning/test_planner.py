@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.distributed import HashStore
 
 from meshloom.checkpoint.control import Control, Round
+from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.planning.planner import FREE, NO_MEMORY, Planner
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment
@@ -63,6 +65,15 @@ def test_rank_that_returns_to_an_older_plan_gets_it_again() -> None:
     ranks.round(3, adopts=(0,))
     assert ranks.round(4)
     assert ranks.agree(4)
+
+
+def test_ranks_that_save_different_steps_are_refused() -> None:
+    """A checkpoint of both would be of neither, and their shapes do not tell."""
+    ranks = Ranks()
+    talks = [control.begin("test", 5.0) for control in ranks.controls]
+    ranks.planners[1].vote(talks[1], rows(4, 8), FREE, step=3)
+    with pytest.raises(CheckpointError, match="different steps at once: 3, 4"):
+        ranks.planners[0].vote(talks[0], rows(0, 4), FREE, step=4)
 
 
 def test_plan_waits_for_memory_and_is_made_in_the_next_round() -> None:

@@ -122,6 +122,14 @@ def test_a_phase_without_a_usual_time_is_named_after_half_of_the_timeout() -> No
         assert (found is not None) is named
 
 
+def test_islands_wait_for_a_slow_link_as_long_as_it_takes() -> None:
+    """And for one that is behind, which may only be named, as long as others of its own may wait for it."""
+    assert judge([state(rank, Phase.OUTER, 3000.0) for rank in range(2)]) is None
+    for age, ends in ((500.0, False), (601.0, True)):
+        found = judge([state(0, Phase.OUTER, age), state(1, Phase.BACKWARD, age, step=5)])
+        assert found is not None and [each.rank for each in found.blamed] == [1] and found.ends is ends
+
+
 def test_a_host_without_news_is_no_fault_while_others_go_on() -> None:
     lost = state(3, Phase.FORWARD, 90.0, state="")
     assert judge([lost, state(0, Phase.EXCHANGE, 5.0)]) is None

@@ -6,9 +6,14 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
 
 from meshloom.optim.local.config import SYNCHRONOUS, LocalConfig
+from meshloom.optim.optimizers.own_arrays import RUN
+from meshloom.parallel.box import Box
 from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.fragment import Fragment
+from meshloom.parallel.torch.islands import of_first_island
 from support.islands import Curve, plain_islands, trained_islands
 from support.parity import Work, plain_run
 from support.ranks import run_ranks
@@ -17,6 +22,7 @@ TOLERANCE, ROUNDED = 1e-9, 2e-3
 """The second where differences travel in fewer bits than the oracle's."""
 ROUND = LocalConfig(islands=2, inner_steps=3)
 """DiLoCo."""
+LATE = replace(ROUND, inner_steps=4, delay=2, mix=0.5)
 METHODS = {
     "DiLoCo": ROUND,
     "local SGD": replace(ROUND, lr=1.0, momentum=0.0, nesterov=False),
@@ -25,8 +31,12 @@ METHODS = {
     "DiLoCo in int8": replace(ROUND, dtype="int8"),
     "in fragments": replace(ROUND, fragments=2),
     "in fragments, late, mixed": replace(ROUND, fragments=2, inner_steps=4, delay=1, mix=0.5),
+    "late, ended a step after a round": LATE,
+    "late, ended as a mean arrives": replace(LATE, lr=1.0, momentum=0.0, nesterov=False),
 }
+STEPS = {"late, ended a step after a round": 5, "late, ended as a mean arrives": 6}
 WORK = Work(ParallelConfig(zero=1), steps=8, samples=7, lr=2e-3)
+"""CO2 and fragments end while differences are under way, too."""
 ALONE = ParallelConfig(zero=1)
 CASES: dict[int, dict[tuple[str, str], ParallelConfig]] = {
     2: {(method, "one rank each"): ALONE for method in METHODS},
@@ -40,10 +50,14 @@ CASES: dict[int, dict[tuple[str, str], ParallelConfig]] = {
 """Number of ranks, in two islands → (method, layout of an island)."""
 
 
+def work_of(method: str) -> Work:
+    return replace(WORK, local=METHODS[method], steps=STEPS.get(method, WORK.steps))
+
+
 @cache
 def oracle(method: str) -> list[Curve]:
     """The curves of all islands."""
-    return plain_islands(replace(WORK, local=METHODS[method]))
+    return plain_islands(work_of(method))
 
 
 def difference(expected: Curve, found: Curve) -> float:
@@ -56,7 +70,7 @@ def difference(expected: Curve, found: Curve) -> float:
 def test_islands_train_as_models_joined_by_pytorchs_sgd(ranks: int) -> None:
     """And all islands hold the same outer weights to the bit, in whatever they travel."""
     cases = CASES[ranks]
-    works = [replace(WORK, local=METHODS[method], parallel=parallel) for (method, _), parallel in cases.items()]
+    works = [replace(work_of(method), parallel=parallel) for (method, _), parallel in cases.items()]
     results = run_ranks(ranks, trained_islands, works)
     worst = {
         (name, island): difference(oracle(name[0])[island], found)
@@ -75,3 +89,15 @@ def test_one_step_of_sgd_averaged_is_synchronous_training() -> None:
     synchronous = plain_run(replace(work, local=SYNCHRONOUS)).losses[-1]
     for ((_, found),) in run_ranks(2, trained_islands, [work]):
         assert found.evaluated == pytest.approx(synchronous, rel=TOLERANCE)
+
+
+def test_islands_that_a_checkpoint_lacks_begin_with_the_state_of_the_first() -> None:
+    """But with no weights of its own, nor what it had sent."""
+
+    def read(name: str, role: str) -> str:
+        whole = torch.zeros(2)
+        return of_first_island(Fragment(name, role, (2,), Box((0,), (2,)), whole), 2).key
+
+    assert [read("w", "exp_avg@1"), read("w", "exp_avg@2"), read("w", "exp_avg")] == ["exp_avg@1/w", "exp_avg/w", "exp_avg/w"]
+    assert [read("w", f"{role}@2") for role in ("island_weight", "difference")] == ["island_weight@2/w", "difference@2/w"]
+    assert read("lbfgs@3", RUN) == f"{RUN}/lbfgs"
