@@ -131,9 +131,11 @@ def export(checkpoint: str | Path, folder: str | Path, *, dtype: str | None = No
     dtype       bf16, fp16 or fp32; default: as stored
     family      the `model_type` to export as; default: as imported, or the first that fits
 
-    Raises CheckpointError for a model that no family holds, and where the folder exists.
+    Raises ConfigError where there is no checkpoint, and CheckpointError for a model that no family holds, or where the folder
+    exists.
     """
     from ..checkpoint.convert.hugging_face.exporting import export as write
-    from ..checkpoint.folder import step_folders
+    from ..checkpoint.files import open_files
+    from ..trainer.find_checkpoint import find_checkpoint
 
-    return write(step_folders(checkpoint)[0], Path(folder), dtype=dtype, family=family)
+    return write(open_files(find_checkpoint(str(checkpoint), "checkpoint")), Path(folder), dtype=dtype, family=family)

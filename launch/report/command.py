@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from ...config.problems import ConfigError
@@ -20,7 +21,7 @@ PAGE = "report.html"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the report, or serve it. Return 0, 2 for folders without a run, 1 for a full disk or a missing library."""
+    """Write the report, or serve it. Return 0, 2 for folders without a run, 1 for a disk's error or a missing library."""
     parser = argparse.ArgumentParser(
         "meshloom report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -29,6 +30,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--serve", action="store_true", help="write nothing: show the page at an address of this machine, live")
     parser.add_argument("--port", type=int, default=8765, help="with --serve; 0: any free one (default: %(default)s)")
     arguments = parser.parse_args(list(argv))
+    if arguments.serve and arguments.output is not None:
+        parser.error("--serve writes nothing: leave out --output")
+    if missing := [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]:
+        print(f"meshloom report: needs {' and '.join(missing)}: pip install 'meshloom[plots]'", file=sys.stderr)
+        return 1
     from .collect import find_runs
     from .page import make_page, render
 
@@ -41,8 +47,8 @@ def main(argv: Sequence[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return BAD_CONFIG
-    except ModuleNotFoundError as error:
-        print(f"meshloom report: {_missing(error)}", file=sys.stderr)
+    except OSError as error:  # a folder of somebody else's, or one that was moved aside
+        print(f"meshloom report: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     folder: Path = arguments.output or arguments.runs[0] / "report"
     try:
@@ -64,13 +70,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _serve(paths: Sequence[Path], port: int) -> int:
-    from .collect import find_runs
+    from .collect import find_folders, find_runs
     from .page import make_page, render
     from .serve import REFRESH_SECONDS, LivePage, serve
 
     def files() -> list[Path]:
-        names = ("metrics.jsonl", "incidents.jsonl", "config.yaml", "experts/load.svg")
-        return [run.run.folder / name for run in find_runs(paths) for name in names]
+        names = ("metrics.jsonl", "incidents.jsonl", "config.yaml", "experts/load.svg", "experts/sources.svg")
+        return [folder / name for folder in find_folders(paths) for name in names]
 
     live = LivePage(lambda: render(make_page(find_runs(paths), png=False), refresh=REFRESH_SECONDS), files)
     try:
@@ -79,7 +85,3 @@ def _serve(paths: Sequence[Path], port: int) -> int:
         print(f"meshloom report: --port {port}: {error.strerror}; give another, or 0 for any free one", file=sys.stderr)
         return 1
     return 0
-
-
-def _missing(error: ModuleNotFoundError) -> str:
-    return str(error) if "pip install" in str(error) else f"{error}: pip install 'meshloom[plots]'"

@@ -192,14 +192,9 @@ def _draw(page: Page, runs: Sequence[ReportedRun]) -> None:
 
 
 def render(page: Page, *, refresh: float | None = None) -> str:
-    """Return the page as HTML. refresh: seconds after which a browser reads it again; None: it is a file.
+    """Return the page as HTML. refresh: seconds after which a browser reads it again; None: it is a file."""
+    import jinja2
 
-    Raises ModuleNotFoundError if Jinja2 is not installed.
-    """
-    try:
-        import jinja2
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a report needs jinja2: pip install 'meshloom[plots]'") from error
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["data_uri"] = _data_uri
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))

@@ -17,7 +17,8 @@ import pytest
 from meshloom.config.keys import Side
 from meshloom.launch.report.collect import find_runs
 from meshloom.launch.report.command import main
-from meshloom.launch.report.page import make_page
+from meshloom.launch.report.drawings import pipeline_drawing
+from meshloom.launch.report.page import make_page, render
 from meshloom.launch.report.serve import LivePage, make_server
 from meshloom.launch.report.tables import ABSENT, differences, flat, state
 from meshloom.launch.report.tables import results as results_table
@@ -200,10 +201,21 @@ def test_odd_runs_are_told_and_none_is_left_out_in_silence(tmp_path: Path) -> No
     assert "recipe=my_own" in (continue_command(runs["own"]).line or "")
     assert "recipe file is not known here" in continue_command(runs["own"]).note
     page = make_page([runs["empty"]], png=False)
+    assert "#by-1:checked" not in render(page)
+    live = render(make_page([runs["own"]], png=False), refresh=5.0)
+    assert "#by-1:checked" in live.partition("<main>")[2]  # a page opened before the first step gets it with the charts
     assert page.pictures == [] and "no row of a step yet" in " ".join(page.notes)
     notes = make_page([runs["empty"], replace(runs["broken"], metrics=Metrics([]))], png=False).notes
     assert any("broken" in note and "can't be read" in note for note in notes)
     assert (empty / "report").exists() is False
+
+
+def test_a_pipeline_is_drawn_for_the_processes_of_its_run_not_of_this_machine(tmp_path: Path) -> None:
+    auto = write_run(tmp_path / "auto", [step_row(1)], "parallel.pp=2")
+    told = write_run(tmp_path / "told", [step_row(1)], "parallel.pp=2", "launch.nproc=4")
+    (first, second) = find_runs([auto, told])
+    assert pipeline_drawing(first)[0] == [] and "launch.nproc is auto" in pipeline_drawing(first)[1]
+    assert len(pipeline_drawing(second)[0]) == 1
 
 
 def test_folders_without_runs_are_refused_all_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
