@@ -90,7 +90,7 @@ class LaunchConfig:
     time: str = key("24:00:00", "time limit of the SLURM job")
     gpus_per_node: int = key(8, "GPUs of each machine of the SLURM job")
     cpus_per_task: Any = key(
-        "auto", "CPU cores of each node of the SLURM job, on which one torchrun starts all ranks; auto: 8 for each GPU"
+        "auto", "CPU cores of each node of the SLURM job, on which its launcher starts all ranks; auto: 8 for each GPU"
     )
     memory: str | None = key("0", "memory of each node of the SLURM job; 0: all of it; null: the cluster's default")
     log: str = key("auto", "file of the SLURM job's output; auto: <job name>-<job number>.out where it is submitted")

@@ -395,7 +395,11 @@ class _Leading:
             if self._lease is not None:
                 self._lease.stop()
                 self._lease = None
-            Terms(meeting_folder(Path(self._part.output_dir))).end(self._leader.ended)
+            terms = Terms(meeting_folder(Path(self._part.output_dir)))
+            try:
+                terms.end(self._leader.ended)
+            except OSError as error:
+                print(f"{terms.folder}: how the run has ended can't be written ({error})", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self._server.close()

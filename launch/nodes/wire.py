@@ -8,7 +8,9 @@ import json
 import socket
 import socketserver
 import struct
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -63,24 +65,40 @@ class Server:
                 server.connections.add(self.connection)
                 asked = ""
                 try:
-                    while (line := self.rfile.readline(LONGEST)).endswith(b"\n"):
-                        message: Message = json.loads(line)
+                    while (message := self._request()) is not None:
                         asked = str(message["id"])
                         self.wfile.write(json.dumps(answer(message)).encode() + b"\n")
-                except (OSError, ValueError, KeyError, TypeError):
-                    pass  # a machine that is lost, or a program that is none
+                except OSError:
+                    pass  # a machine that is lost
                 finally:
                     server.connections.discard(self.connection)
                     if asked:
                         lost(asked)
+
+            def _request(self) -> Message | None:
+                """Read a request; None at the end, or of a program that is no machine of a run."""
+                line = self.rfile.readline(LONGEST)
+                try:
+                    message = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    return None
+                return message if isinstance(message, dict) and "id" in message else None  # pyright: ignore[reportUnknownVariableType]
 
         class Threads(socketserver.ThreadingTCPServer):
             daemon_threads = True
             block_on_close = False
             request_queue_size = 1024
 
+            def handle_error(self, request: object, client_address: object) -> None:
+                """Print a fault of this side once, however often machines ask again."""
+                text = traceback.format_exc()
+                if text not in server.faults:
+                    server.faults.add(text)
+                    print(text, file=sys.stderr, flush=True)
+
         server = self
         self.connections: set[socket.socket] = set()
+        self.faults: set[str] = set()
         self._server = Threads(("", 0), Handler)
         self.port = int(self._server.server_address[1])
         threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True, name="leader").start()

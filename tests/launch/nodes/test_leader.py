@@ -276,10 +276,24 @@ def test_requests_are_answered_and_a_lost_connection_is_told() -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as stranger:
         stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
         assert stranger.recv(10) == b""
+    with socket.create_connection(("127.0.0.1", server.port)) as stranger:
+        stranger.sendall(b"[1]\n")
+        assert stranger.recv(10) == b""
     server.close()
     with pytest.raises(OSError, match="closed"):
         link.ask({"id": "a"})
     link.close()
+
+
+def test_a_fault_of_the_leader_is_not_taken_for_a_lost_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    server = Server(lambda message: message["missing"], lambda _: None)
+    for _ in range(2):
+        link = Link("127.0.0.1", server.port)
+        with pytest.raises(OSError, match="closed"):
+            link.ask({"id": "a"})
+        link.close()
+    server.close()
+    assert capsys.readouterr().err.count("KeyError: 'missing'") == 1
 
 
 def test_a_part_is_one_word_of_a_command_line() -> None:
