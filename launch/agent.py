@@ -25,7 +25,6 @@ from typing import Any, NoReturn
 
 from ..parallel.open_files import raise_file_limit
 from . import forked
-from .nodes.agent import run_part
 from .nodes.part import FLAG
 from .torchrun import RANK
 
@@ -54,6 +53,8 @@ def main(argv: list[str]) -> int:
 
     ignore_requests()
     if argv and argv[0].startswith(FLAG):
+        from .nodes.agent import run_part
+
         raise_file_limit(MOST_RANKS, tell=False)
         return run_part(argv[0])
     try:
