@@ -18,7 +18,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -26,6 +25,7 @@ from typing import Any, NoReturn
 from ..parallel.open_files import raise_file_limit
 from . import forked
 from .nodes.part import FLAG
+from .parent import when_launcher_dies
 from .torchrun import RANK
 
 LAST_WORDS = 5.0
@@ -33,8 +33,6 @@ LAST_WORDS = 5.0
 
 torchrun's default is half a minute, which ranks that hang in a collective with the failed one use up.
 """
-PARENT_SECONDS = 0.5
-"""Time between two looks at whether the launcher lives."""
 ORPHAN_SECONDS = 30.0
 """Time for ranks to finish their step and save when their launcher has died; then they are killed."""
 
@@ -87,7 +85,8 @@ def _run(argv: list[str]) -> int:
         return 0
     forked.prepare()
     supervisor = Supervisor(options.max_restarts, several=options.nnodes != "1")
-    unfollow, undo = follow_launcher(supervisor.ranks), supervisor.watch(LocalElasticAgent)
+    unfollow = when_launcher_dies(lambda: stop_ranks(supervisor.ranks))
+    undo = supervisor.watch(LocalElasticAgent)
     logs = [logging.getLogger(f"torch.distributed.elastic.{name}") for name in ("multiprocessing.api", "agent.server.api")]
     for log in logs:
         log.addFilter(_without_failures)
@@ -138,30 +137,21 @@ def _without_failures(record: logging.LogRecord) -> bool:
     return record.levelno < logging.WARNING or record.levelno >= logging.CRITICAL
 
 
-def follow_launcher(ranks: Callable[[], list[int]]) -> Callable[[], None]:
-    """Stop the ranks when the launcher dies, however: nobody else would tell them. They save first, if they can.
+def stop_ranks(ranks: Callable[[], list[int]]) -> None:
+    """Stop the ranks and torchrun, of a launcher that has died: nobody else would tell them. They save first, if they can.
 
-    ranks: gives their process ids. Returns what ends the following.
+    ranks: gives their process ids
     """
-    launcher, over = os.getppid(), threading.Event()
-
-    def follow() -> None:
-        while os.getppid() == launcher:
-            if over.wait(PARENT_SECONDS):
-                return
-        deadline = time.monotonic() + ORPHAN_SECONDS
-        while time.monotonic() < deadline and ranks():
-            for rank in ranks():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(rank, signal.SIGUSR1)
-            time.sleep(ORPHAN_SECONDS / 5)
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    while time.monotonic() < deadline and ranks():
         for rank in ranks():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(rank, signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=follow, daemon=True).start()
-    return over.set
+                os.kill(rank, signal.SIGUSR1)
+        time.sleep(ORPHAN_SECONDS / 5)
+    for rank in ranks():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def read_arguments(descriptor: int) -> list[str] | None:

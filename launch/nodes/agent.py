@@ -12,13 +12,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from ...trainer.watch.folder import AttemptFolder
 from ...trainer.watch.incidents import Incident, IncidentLog
 from .. import forked
 from ..exit_codes import TOO_FEW_MACHINES
+from ..parent import when_launcher_dies
 from ..watch.attempts import Judgement
 from ..watch.failures import Failure, Report
 from ..watch.supervisor import Supervisor, record_judgement, tell_judgement
@@ -54,28 +54,14 @@ def run_part(word: str) -> int:
         machine.leave()
 
     before = signal.signal(signal.SIGTERM, leave)
-    over = _follow_launcher(machine.leave)
+    unfollow = when_launcher_dies(machine.leave)
     try:
         return machine.run()
     finally:
-        over.set()
+        unfollow()
         signal.signal(signal.SIGTERM, before)
         machine.close()
         supervisor.close()
-
-
-def _follow_launcher(leave: Callable[[], None]) -> threading.Event:
-    """Leave the run when the launcher dies, however. Return what ends the following."""
-    launcher, over = os.getppid(), threading.Event()
-
-    def follow() -> None:
-        while os.getppid() == launcher:
-            if over.wait(ASK_SECONDS):
-                return
-        leave()
-
-    threading.Thread(target=follow, daemon=True).start()
-    return over
 
 
 class Machine:
