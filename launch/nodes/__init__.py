@@ -2,8 +2,11 @@
 
 agent.py       one machine's part: it starts, watches and ends its ranks as the leader says
 leader.py      decisions of the one machine that leads: who takes part, what a failure means, when a machine may join
+memory.py      what has happened to the run, which every machine knows, so that any can lead
 terms.py       files through which machines agree on who leads; they outlive any machine
-wire.py        what machines say to each other
+lease.py       the counter that shows whether the leader lives
+wire.py        requests and answers between a machine and the leader
+part.py        what a machine is told of the run when it starts
 ranks.py       the processes of this machine
 placement.py   the layout for each number of machines
 """
