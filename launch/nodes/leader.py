@@ -75,7 +75,7 @@ class Node:
 class Leader:
     """Leads a run. Not for several threads at a time.
 
-    tell     prints a sentence, and keeps it as an incident of this kind: (kind, sentence, step)
+    tell     prints a sentence, and keeps it as an incident of this kind, if there is one: (kind or "", sentence)
     judged   called with the first failure of an attempt and what is decided about it
     memory   what has happened; a leader that takes over begins with what it knew as one of the others
     ended    exit code of the run once it is over
@@ -171,14 +171,22 @@ class Leader:
         """True until the attempt has ended on all machines."""
         return self._running
 
+    def _waiting(self) -> list[Node]:
+        """Return the machines that may take part in the next attempt."""
+        found = [each for each in self._nodes.values() if each.state is State.WAITING and not each.leaving]
+        return [each for each in found if each.id not in self.memory.left_out]
+
+    def _staying(self, assignment: Assignment) -> set[str]:
+        """Return the machines of an attempt that are here, and do not want to leave."""
+        return {each for each in assignment.ids if each in self._nodes and not self._nodes[each].leaving}
+
     # ---- before an attempt
 
     def _gather(self, now: float) -> None:
         self._since = now if self._since is None else self._since
         if self._adopting is not None and self._adopts(now - self._since):
             return
-        waiting = [each for each in self._nodes.values() if each.state is State.WAITING and not each.leaving]
-        waiting = [each for each in waiting if each.id not in self.memory.left_out]
+        waiting = self._waiting()
         size, late = self.rules.size(len(waiting)), now - self._since
         self._lacks = not size
         if self.memory.assignment is not None:
@@ -207,7 +215,7 @@ class Leader:
         elif late <= self._adopting and all(each.state is not State.WAITING for each in there):
             return True
         else:
-            self._expected |= {each for each in assignment.ids if each in self._nodes and not self._nodes[each].leaving}
+            self._expected |= self._staying(assignment)
         self._adopting = None
         return self._running
 
@@ -261,9 +269,8 @@ class Leader:
 
     def _wants_border(self, assignment: Assignment, now: float) -> bool:
         """Return whether to begin anew after this step, for a machine that waits to join or wants to leave."""
-        staying = [each for each in assignment.ids if not self._nodes[each].leaving]
-        spare = [each for each in self._nodes.values() if each.id not in assignment.ids and not each.leaving]
-        spare = [each for each in spare if each.state is State.WAITING and each.id not in self.memory.left_out]
+        staying = self._staying(assignment)
+        spare = [each for each in self._waiting() if each.id not in assignment.ids]
         for each in assignment.nodes:
             if each.id not in staying:
                 self.tell("nodes", f"{each.said} leaves at the end of the step: its launcher has ended")
@@ -305,8 +312,7 @@ class Leader:
         """End the attempt; the next one begins once those that are left have come."""
         assignment = self.memory.assignment
         assert assignment is not None
-        self._expected = {each for each in assignment.ids if each in self._nodes and not self._nodes[each].leaving}
-        self._expected -= set(self.memory.left_out)
+        self._expected = self._staying(assignment) - set(self.memory.left_out)
         self._running, self._border, self._since = False, False, now
 
     # ---- answers
