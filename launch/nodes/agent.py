@@ -163,9 +163,11 @@ class Machine:
 
     def _may_leave(self, asked: float) -> bool:
         """Return whether this machine, which has to leave, has no ranks any more, or has waited long enough for them."""
-        if self._own is not None and self._own.busy and self._ranks is not None and time.monotonic() - asked <= STOP_SECONDS:
+        if self._ranks is None or time.monotonic() - asked > STOP_SECONDS:
+            return True
+        if self._own is not None and self._own.busy:
             return False  # ranks of other machines are still saving, and would be ended by the next leader
-        return self._ranks is None or self._state is State.DONE or time.monotonic() - asked > STOP_SECONDS
+        return self._state is State.DONE
 
     # ---- the leader
 
@@ -292,12 +294,12 @@ class Machine:
 
     def _lead(self, before: Term | None) -> None:
         """Claim the next term, unless another machine is faster. before: the term of the leader that is gone."""
-        own = _Leading(self._part, self._memory, self._incidents)
+        own = _Leading(self._part, self._memory, self._incidents, self._terms)
         try:
             term = Term(1 if before is None else before.number + 1, self._id, self._address, own.port)
             if not self._terms.claim(term):
                 return
-            own.begin(self._terms, term.number)
+            own.begin(term.number)
             if self._memory.assignment is not None and before is not None:
                 own.take_over(before.id, lost=self._terms.lease(before.number) is not None)
             self._own, self._term = own, term
@@ -322,20 +324,18 @@ class Machine:
         except OSError:
             return False  # the next look tells
 
-    def _say(self, text: str) -> bool:
-        """Print something once. Return whether this was the first time."""
-        if text in self._said:
-            return False
-        self._said.add(text)
-        print(f"{socket.gethostname()}: {text}", file=sys.stderr, flush=True)
-        return True
+    def _say(self, text: str) -> None:
+        """Print something once."""
+        if text not in self._said:
+            self._said.add(text)
+            print(f"{socket.gethostname()}: {text}", file=sys.stderr, flush=True)
 
 
 class _Leading:
     """The leader's part of a machine: a server in front of a `Leader`."""
 
-    def __init__(self, part: Part, memory: Memory, incidents: IncidentLog) -> None:
-        self._part, self._incidents = part, incidents
+    def __init__(self, part: Part, memory: Memory, incidents: IncidentLog, terms: Terms) -> None:
+        self._part, self._incidents, self._terms = part, incidents, terms
         self._lock = threading.Lock()
         self._leader = Leader(part.rules, self._tell, self._judged, memory)
         self._server = Server(self._hear, self._lost)
@@ -359,9 +359,9 @@ class _Leading:
         self._lacking = (self._lacking or now) if self.lacks_machines else None
         return self._lacking is not None and now - self._lacking > seconds
 
-    def begin(self, terms: Terms, number: int) -> None:
+    def begin(self, number: int) -> None:
         """Renew the lease of the term that was claimed."""
-        self._lease = LeaseKeeper(terms, number)
+        self._lease = LeaseKeeper(self._terms, number)
 
     def take_over(self, before: str, *, lost: bool) -> None:
         with self._lock:
@@ -381,11 +381,10 @@ class _Leading:
             if self._lease is not None:
                 self._lease.stop()
                 self._lease = None
-            terms = Terms(meeting_folder(Path(self._part.output_dir)))
             try:
-                terms.end(self._leader.ended)
+                self._terms.end(self._leader.ended)
             except OSError as error:
-                print(f"{terms.folder}: how the run has ended can't be written ({error})", file=sys.stderr, flush=True)
+                print(f"{self._terms.folder}: how the run has ended can't be written ({error})", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self._server.close()
