@@ -74,9 +74,13 @@ class ScheduleFree(ElementwiseOptimizer):
     @torch.no_grad()
     def hold_averages(self) -> None:
         """Put x into the weights: see `AveragesWeights`."""
-        self._put(list(self.state), 0.0)
+        self._put(self._averaged(), 0.0)
 
     @torch.no_grad()
     def hold_training_weights(self) -> None:
         """Put y into the weights."""
-        self._put(list(self.state), 1 - self._config.betas[0])
+        self._put(self._averaged(), 1 - self._config.betas[0])
+
+    def _averaged(self) -> Tensors:
+        """List the weights that have averages: none before the first step, where x and y are the weights themselves."""
+        return [weight for weight, state in self.state.items() if self.average_role in state]

@@ -124,29 +124,31 @@ def engine_of(parallel: ParallelConfig, world_size: int, config: OptimConfig) ->
     return make_engine(model, mesh, functools.partial(build_optimizer, config), parallel, settings)
 
 
-def evaluated(rank: int, world_size: int, layouts: Sequence[ParallelConfig]) -> list[tuple[float, float, float, float]]:
-    """By layout: the loss of averages, that of AdamW's engine with the saved weights, and a step's loss with and without."""
-    found: list[tuple[float, float, float, float]] = []
+def evaluated(rank: int, world_size: int, layouts: Sequence[ParallelConfig]) -> list[tuple[list[float], list[float]]]:
+    """By layout: losses of the averages, and of other engines with the saved weights; a step's loss with and without."""
+    found: list[tuple[list[float], list[float]]] = []
     for parallel in layouts:
         work = replace(WORK, parallel=parallel, lr=0.02)
         engine, undisturbed = (engine_of(parallel, world_size, ScheduleFreeConfig()) for _ in range(2))
-        plain = engine_of(parallel, world_size, AdamWConfig())
         for each in (engine, undisturbed):
             take_steps(each, work, range(3))
         batches = share(engine.mesh, work, 10_000).micro_batches
-        loss = float(engine.evaluate(batches).mean)
+        losses = [float(engine.evaluate(batches).mean)]
         saved = {each.name: each.tensor for each in engine.fragments() if each.role == "weight"}
-        for fragment in plain.fragments():
-            fragment.tensor.copy_(saved[fragment.name])
-        plain.load_counters({})
+        for config in (AdamWConfig(), ScheduleFreeConfig()):  # the second as one that begins with imported weights
+            other = engine_of(parallel, world_size, config)
+            for fragment in other.fragments():
+                fragment.tensor.copy_(saved[fragment.name])
+            other.load_counters({})
+            losses.append(float(other.evaluate(batches).mean))
         following = [take_steps(each, work, range(3, 4)).losses[0] for each in (engine, undisturbed)]
-        found.append((loss, float(plain.evaluate(batches).mean), *following))
+        found.append((losses, following))
     return found
 
 
 def test_averages_are_what_is_evaluated_and_saved() -> None:
     layouts = [ParallelConfig(zero=zero) for zero in (0, 1, 3)]
     for found in run_ranks(2, evaluated, layouts):
-        for loss, of_saved, after, undisturbed in found:
-            assert loss == of_saved
+        for (loss, *of_saved), (after, undisturbed) in found:
+            assert of_saved == [loss, loss]
             assert after == undisturbed and abs(after - loss) > 1e-6
