@@ -97,7 +97,7 @@ class TorchEngine:
         self._observers: list[GradientObserver] = [self._noise, *optimizer_observers(self.optimizer)]
         self.islands: Islands | None = None
         if settings.local.active:
-            self.islands = Islands.of(settings.local, mesh, self.weights, self._parameters, layers)
+            self.islands = Islands.of(settings.local, mesh, self.weights, layers)
 
     def accumulate(self, share: Share, global_tokens: torch.Tensor, measure: Measure = Measure.NOTHING) -> StepLoss:
         """Run forward and backward of this rank's share."""

@@ -11,7 +11,7 @@ island goes on meanwhile, and the mean is used that many steps later.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,7 +22,6 @@ from ...optim.local.outer import outer_step
 from ...optim.local.rounds import Rounds
 from ...optim.local.wire import wire_of
 from ...optim.optimizers.own_arrays import RUN
-from ...optim.optimizers.parameters import NamedParameter
 from ..box import Box
 from ..fragment import Fragment
 from ..mesh import Mesh
@@ -44,12 +43,8 @@ def role_on_island(role: str, island: int) -> str:
 
 def layers_of_weights(model: Model) -> dict[str, int | None]:
     """Return the layer of each weight of a whole model, by name; None: it is in none."""
-    prefixes = {id(module): name for name, module in model.named_modules()}
-    layers = {f"{prefixes[id(module)]}.": layer for layer, module in model.block_modules().items()}
-    return {
-        name: next((layer for prefix, layer in layers.items() if name.startswith(prefix)), None)
-        for name, _ in model.named_parameters()
-    }
+    layers = {id(weight): layer for layer, module in model.block_modules().items() for weight in module.parameters()}
+    return {name: layers.get(id(weight)) for name, weight in model.named_parameters()}
 
 
 @dataclass
@@ -81,7 +76,6 @@ class Islands:
     mesh: Mesh
     weights: Weights
     turns: list[Turn]
-    parameters: Sequence[NamedParameter]
     rounds: Rounds = field(init=False)
     _tokens: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
     _round: torch.Tensor = field(init=False)
@@ -93,14 +87,7 @@ class Islands:
         self._round = torch.full(size, _UNKNOWN, dtype=torch.float64, device=self.mesh.device)
 
     @classmethod
-    def of(
-        cls,
-        config: LocalConfig,
-        mesh: Mesh,
-        weights: Weights,
-        parameters: Sequence[NamedParameter],
-        layers: Mapping[str, int | None],
-    ) -> Islands:
+    def of(cls, config: LocalConfig, mesh: Mesh, weights: Weights, layers: Mapping[str, int | None]) -> Islands:
         """Make it over weights that have their initial values. layers: of each weight"""
 
         def turn(names: Sequence[str]) -> Turn:
@@ -112,7 +99,7 @@ class Islands:
             return Turn(names, own, [each.clone() for each in own], momenta, difference, route)
 
         turns = [turn(names) for names in Rounds(config).split({name: layers[name] for name in weights.local})]
-        return cls(config, mesh, weights, turns, parameters)
+        return cls(config, mesh, weights, turns)
 
     def count(self, step: int, tokens: torch.Tensor) -> None:
         """See `engine.OuterSteps`."""
@@ -221,22 +208,21 @@ class Islands:
         of_island: the rank's weights and optimizer state, as a run without islands lists them
         """
         island = self.mesh.island_number
-        boxes: dict[str, Callable[[str, torch.Tensor], Fragment]] = {}
+        weights: dict[str, Fragment] = {}
         for each in of_island:
             if each.role == "weight":
-                boxes[each.name] = _like(each)
-                yield boxes[each.name](role_on_island(ISLAND_WEIGHT, island), each.tensor)
+                weights[each.name] = each
+                yield replace(each, role=role_on_island(ISLAND_WEIGHT, island))
             elif each.role == RUN:
-                yield Fragment(role_on_island(each.name, island), RUN, each.global_shape, each.box, each.tensor, each.splits)
+                yield replace(each, name=role_on_island(each.name, island))
             else:
-                role = role_on_island(each.role, island)
-                yield Fragment(each.name, role, each.global_shape, each.box, each.tensor, each.splits)
+                yield replace(each, role=role_on_island(each.role, island))
         for turn in self.turns:
             roles = {"weight": turn.outer, OUTER_MOMENTUM: turn.momenta, f"{DIFFERENCE}@{island}": turn.difference}
             for role, tensors in roles.items():
                 for name, tensor in zip(turn.names, tensors or [], strict=bool(tensors)):
-                    if name in boxes:
-                        yield boxes[name](role, tensor)
+                    if name in weights:
+                        yield replace(weights[name], role=role, tensor=tensor)
         self._note_round()
         row = Box((island, 0), tuple(self._round.shape))
         yield Fragment(ROUND, RUN, (self.config.islands, self._round.shape[1]), row, self._round)
@@ -301,12 +287,3 @@ def of_first_island(fragment: Fragment, saved_islands: int) -> Fragment:
 def _copy(into: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
     if into:
         torch._foreach_copy_(list(into), list(values))
-
-
-def _like(weight: Fragment) -> Callable[[str, torch.Tensor], Fragment]:
-    """Return a function that makes the fragment of another array with a weight's shape and box, from its role and tensor."""
-
-    def make(role: str, tensor: torch.Tensor) -> Fragment:
-        return Fragment(weight.name, role, weight.global_shape, weight.box, tensor, weight.splits)
-
-    return make
