@@ -171,7 +171,7 @@ def layout_problems(config: ParallelConfig, world_size: int, islands: int = 1) -
         return problems
     if world_size % islands:
         message = f"{counted(world_size, 'process')} can't be divided into {islands} islands of equal size"
-        fits = " or ".join(str(n * islands) for n in {max(1, world_size // islands): 0, -(-world_size // islands): 0})
+        fits = " or ".join(str(n * islands) for n in sorted({max(1, world_size // islands), -(-world_size // islands)}))
         fix = f"start {fits} processes; the number of islands is part of the recipe, and another one is another run"
         return [Problem("optim.local.islands", message, fix)]
     world_size //= islands

@@ -255,7 +255,7 @@ class Mesh:
         """
         number = self.opened[name]
         self.opened[name] += 1
-        island = "" if self.everyone is None else f"island-{dist.get_rank() // self.layout.island_ranks}-"
+        island = "" if self.everyone is None else f"island-{self.island_number}-"
         name = f"{name}+{number}" if number else name
         return dist.PrefixStore(f"{island}{name}", dist.distributed_c10d._get_default_store())
 
