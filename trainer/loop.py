@@ -233,8 +233,7 @@ class Loop:
             return True
         islands.count(after.step, tokens if skip is None else tokens * (1 - skip))
         if islands.due(after.step, last=self.finished):
-            self.deliver_metrics(keep=0)  # what others see must be good, and can't be taken back
-            if self.progress is not after:
+            if not self.deliver_metrics(keep=0):  # what others see must be good, and can't be taken back
                 return False
             self.island.heartbeat.beat(Phase.OUTER)
             self.stopping |= islands.exchange(after.step, stop=self._stop_here, last=self.finished)
@@ -309,8 +308,7 @@ class Loop:
         )
         self._began = done
         must_know = learned and (self.controller.needs_loss or moments is not None)
-        self.deliver_metrics(keep=0 if must_know or not self._delivered else 1)  # users wait for the first
-        counts = self.progress is after
+        counts = self.deliver_metrics(keep=0 if must_know or not self._delivered else 1)  # users wait for the first
         if must_know and counts and not self._last_bad:
             self.controller.observe(self._last_statistics, self._last_loss, self.progress)
         return counts
@@ -319,12 +317,14 @@ class Loop:
         """Exclude the time since the last step (of an evaluation, for example) from the next step's seconds."""
         self._began = DeviceTimestamp(self.mesh.device)
 
-    def deliver_metrics(self, keep: int) -> None:
+    def deliver_metrics(self, keep: int) -> bool:
         """Hand the numbers of finished steps to the hooks, except the newest `keep`, which may still be computing.
 
+        Return whether the newest step counts. Otherwise `progress` has gone back, and that step is taken again.
         Raises what the guard does about a bad step or, without a guard, TrainingDiverged on all ranks for a loss or gradient
         norm that is not finite. Where a hook of some rank has a fault, that rank raises it, and the others raise PeerFailed.
         """
+        newest = self.progress
         while len(self._pending) > keep:
             step = self._pending.pop(0)
             self._delivered = True
@@ -343,7 +343,7 @@ class Loop:
             verdict = Verdict.taken_from(numbers)
             self._last_bad = verdict is not None and verdict.bad
             if verdict is not None and self._repeats(step, verdict):
-                return
+                return False
             if verdict is None and not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
                 raise TrainingDiverged(f"step {progress.step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}")
             if numbers.pop("faults") > 0:
@@ -372,6 +372,7 @@ class Loop:
             for hook in self.hooks:
                 hook.on_metrics(self, row)
             self.mesh.heartbeat.beat(phase)
+        return self.progress is newest
 
     def _repeats(self, step: Pending, verdict: Verdict) -> bool:
         """Take in the guard's verdict on a step. Return whether the step must be taken again, and so is not reported.

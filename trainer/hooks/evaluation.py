@@ -65,9 +65,7 @@ class Evaluation(Hook):
         self._every = every
 
     def _evaluate(self, loop: Loop) -> None:
-        progress = loop.progress
-        loop.deliver_metrics(keep=0)
-        if loop.progress is not progress:  # the step is taken again, and evaluated then
+        if not loop.deliver_metrics(keep=0):  # the step is taken again, and evaluated then
             return
         loop.mesh.heartbeat.beat(Phase.EVALUATION)
         found: list[StepLoss] = []

@@ -122,9 +122,7 @@ class Saving(Hook):
         known = loop.progress.step <= self._finite_step
         hold = self._checkpointer.config.mode == "async" and not required and not known and loop.engine.islands is None
         if not hold or any(hook.waits_for_rows for hook in loop.hooks):
-            progress = loop.progress
-            loop.deliver_metrics(keep=0)
-            if loop.progress is not progress:  # the step is taken again, and saved then
+            if not loop.deliver_metrics(keep=0):  # the step is taken again, and saved then
                 return
             hold = False
         state = run_state(loop, self._fixed | self._of_data(loop.progress), self._absent)

@@ -75,10 +75,9 @@ class TaskEvaluation(Hook):
             self._evaluate(loop)
 
     def _evaluate(self, loop: Loop) -> None:
-        progress = loop.progress
-        loop.deliver_metrics(keep=0)
-        if loop.progress is not progress:  # the step is taken again, and evaluated then
+        if not loop.deliver_metrics(keep=0):  # the step is taken again, and evaluated then
             return
+        progress = loop.progress
         loop.mesh.heartbeat.beat(Phase.EVALUATION)
         values = self._values_or_warn(loop)
         self._evaluated_step = progress.step

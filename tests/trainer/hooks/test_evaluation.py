@@ -29,7 +29,7 @@ def evaluated_at(every: str | int | None, sizes: list[int], total: int) -> list[
         horizon=Horizon(Duration(total, Unit.SAMPLES), SEQ_LEN),
         progress=Progress(),
         mesh=SimpleNamespace(heartbeat=Heartbeat()),
-        deliver_metrics=lambda keep: None,
+        deliver_metrics=lambda keep: True,
         engine=SimpleNamespace(
             evaluate=lambda batches: StepLoss(torch.zeros(()), torch.ones(()), {}), assignments=lambda: None
         ),
@@ -117,7 +117,7 @@ def evaluated(
     loop = SimpleNamespace(
         progress=Progress(),
         mesh=SimpleNamespace(is_main=True, heartbeat=Heartbeat()),
-        deliver_metrics=lambda keep: None,
+        deliver_metrics=lambda keep: True,
         engine=SimpleNamespace(evaluate=evaluate, assignments=lambda: counts.get(asked[-1])),
         hooks=[
             SimpleNamespace(
