@@ -220,7 +220,7 @@ def _pass(loop: Loop, batch: GlobalBatch, by: int) -> tuple[list[Trace], bool]:
     Return the traces of all ranks, and whether the loss or the gradient norm is not finite.
     """
     share = _share(loop, batch, by)
-    watch = _Watch(loop.island.global_rank(loop.island.rank), share)
+    watch = _Watch(loop.mesh.rank, share)
     handles = watch.attach(loop.engine.module)
     try:
         loss, norm = _sums(loop, share)

@@ -130,19 +130,19 @@ class CompareReplicas(Hook):
         if loop.progress.step < read_at:
             return
         self._to_judge = None
+        if loop.progress.step > read_at:  # the copies hold another step's weights
+            return
         then = {int(rank): float.fromhex(value) for rank, value in rewind.copies["values"].items()}
         held = tuple(sorted(then))
         offsets, shape = rewind.copies.get("box", ((), ()))
         box = tuple(offsets), tuple(shape)
         values = compared.replicas.values(held, rewind.copies["array"], box, rewind.copies["element"])
-        if not values or loop.progress.step > read_at:  # another layout, or another step's weights
+        if not values:  # another layout
             return
-        wrong, now = farther(then, values[0]), values[0]
-        if not wrong:
-            message = f"step {compared.step}, replayed: it does not tell which copy was wrong ({rewind.copies['array']})"
-        else:
-            named = ", ".join(map(str, wrong))
-            message = f"step {compared.step}, replayed: the copy of rank {named} was wrong ({rewind.copies['array']})"
+        now = values[0]
+        wrong = farther(then, now)
+        judgement = f"the copy of rank {', '.join(map(str, wrong))} was wrong" if wrong else "it does not tell which copy was wrong"
+        message = f"step {compared.step}, replayed: {judgement} ({rewind.copies['array']})"
         if loop.island.is_main:
             log.warning("%s", message)
             rank, details = wrong[0] if len(wrong) == 1 else None, {"wrong": wrong, "now": now, "then": then}
