@@ -150,8 +150,8 @@ class Replicas:
         """Return an element of a part as each of its holders has it; empty where they don't hold it. A collective over all."""
         part = self._part(held, key, box)
         everywhere = self._mesh.gather_objects(None if part is None else float(part[element]))
-        there = [everywhere[rank] for rank in held]
-        return () if None in there else tuple(there)
+        there = [everywhere[rank] for rank in held if rank < len(everywhere)]
+        return () if None in there or len(there) < len(held) else tuple(there)
 
     def _first_difference(self, held: tuple[int, ...], key: str, box: Part) -> tuple[int | None, tuple[float, ...]]:
         """Find the first element that differs, by hashes of stretches. A collective over all ranks."""

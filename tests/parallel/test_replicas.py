@@ -107,17 +107,19 @@ def test_of_two_both_are_named() -> None:
         assert holders == odd and 3 in holders and len(holders) == 2
 
 
-def looked_up(rank: int, world_size: int) -> tuple[int, int]:
-    """How many values the holders of a part have, and of a part of the same array that another layout made."""
+def looked_up(rank: int, world_size: int) -> tuple[int, int, int]:
+    """How many values the holders of a part have, of a part that another layout made, and of holders of a larger world."""
     replicas = Replicas((engine := build(Work(ParallelConfig(zero=0), samples=4), world_size)).mesh, engine.fragments())
     part = next(iter(engine.fragments()))
     box = (tuple(part.box.offsets), tuple(part.box.shape))
     other = (box[0], tuple(2 * size for size in box[1]))
-    return len(replicas.values((0, 1), part.key, box, 0)), len(replicas.values((0, 1), part.key, other, 10**9))
+    asked = ((0, 1), box, 0), ((0, 1), other, 10**9), ((0, world_size), box, 0)
+    first, second, third = (len(replicas.values(held, part.key, where, element)) for held, where, element in asked)
+    return first, second, third
 
 
 def test_a_part_that_another_layout_made_has_no_values() -> None:
-    assert run_ranks(2, looked_up) == [(2, 0)] * 2
+    assert run_ranks(2, looked_up) == [(2, 0, 0)] * 2
 
 
 def healed(rank: int, world_size: int) -> tuple[tuple[int, ...], int | None, tuple[float, ...]]:

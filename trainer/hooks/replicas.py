@@ -141,7 +141,9 @@ class CompareReplicas(Hook):
             return
         now = values[0]
         wrong = farther(then, now)
-        judgement = f"the copy of rank {', '.join(map(str, wrong))} was wrong" if wrong else "it does not tell which copy was wrong"
+        judgement = (
+            f"the copy of rank {', '.join(map(str, wrong))} was wrong" if wrong else "it does not tell which copy was wrong"
+        )
         message = f"step {compared.step}, replayed: {judgement} ({rewind.copies['array']})"
         if loop.island.is_main:
             log.warning("%s", message)
