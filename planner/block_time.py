@@ -157,11 +157,11 @@ def _experts(part: MixtureConfig, work: BlockWork, kernels: Kernels) -> float:
     seconds = kernels.product(tokens, keys.count, dim)
     shared = kernels.float8_product if work.float8 else kernels.product  # a feed-forward as any other
     routed = shared if work.software.float8_experts else kernels.product
-    for out, inner in ((width, dim), (width, dim), (dim, width))[3 - part.products :]:
-        seconds += routed(tokens * keys.top_k, out, inner, groups=experts)
-        if keys.shared:
-            seconds += shared(tokens, out * keys.shared, inner) if out == width else 0.0
-            seconds += shared(tokens, dim, inner * keys.shared) if out == dim else 0.0
+    into = part.products - 1
+    seconds += into * routed(tokens * keys.top_k, width, dim, groups=experts)
+    seconds += routed(tokens * keys.top_k, dim, width, groups=experts)
+    if keys.shared:
+        seconds += into * shared(tokens, width * keys.shared, dim) + shared(tokens, dim, width * keys.shared)
     return seconds
 
 

@@ -160,3 +160,13 @@ def test_kernels_of_experts_compute_little_again() -> None:
     assert again(False, True) == pytest.approx(1, rel=0.01)
     assert again(True, False) == pytest.approx(1 / 3, rel=0.01)
     assert again(True, True) == pytest.approx(0, abs=0.01)
+
+
+def test_shared_experts_as_wide_as_the_stream_are_counted_once() -> None:
+    alone = group(ideal(), 1, 1, 1)
+    work = BlockWork(8192, 8192, "none", False, False, ParallelConfig(), COMPILED, alone, alone)
+    seconds: list[float] = []
+    for shared in (0, 1):
+        block = replace(SHAPE, experts=ExpertsConfig(count=8, top_k=2, shared=shared, ffn_dim=SHAPE.dim)).block(0)
+        seconds.append(block_time(block, work, Kernels(ideal(), "bf16")).forward["experts"])
+    assert seconds[1] - seconds[0] == pytest.approx(2 * 8192 * 3 * SHAPE.dim**2 / 989e12, rel=1e-3)
